@@ -1,0 +1,72 @@
+"""One process delivers at a time: the lock that says which, and the heartbeat in it that says how it is doing."""
+
+from __future__ import annotations
+
+from os import getpid
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from pillarbox.delivery.state import Heartbeat, State
+from pillarbox.store import layout
+
+if TYPE_CHECKING:
+    from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory
+
+BEAT_EVERY_S: Final = 1.0
+
+
+class Lease:
+    """`deliver.lock` of a directory. The kernel releases it when the process dies; the file is never removed."""
+
+    def __init__(self, directory: Directory, sink: str, clock: Clock) -> None:
+        self._directory = directory
+        self._sink = sink
+        self._clock = clock
+        self._fd = -1
+        self._next_beat = 0.0
+
+    @property
+    def held(self) -> bool:
+        """Whether this process delivers."""
+        return self._fd >= 0
+
+    def take(self) -> bool:
+        """Become the one that delivers; False where another process is."""
+        filesystem, path = self._directory.filesystem, self._directory.at(layout.DELIVER_LOCK)
+        fd = filesystem.open_lock(path)
+        try:
+            if filesystem.lock(fd) and filesystem.is_still(fd, path):
+                self._fd, fd = fd, -1
+        finally:
+            if fd >= 0:
+                filesystem.close(fd)
+        return self.held
+
+    def beat(self, state: State, delivered: int, last_error: str, *, now: bool = False) -> None:
+        """Write down how it goes, at most once a second unless it must be `now`."""
+        moment = self._clock.monotonic()
+        if not self.held or (moment < self._next_beat and not now):
+            return
+        self._next_beat = moment + BEAT_EVERY_S
+        beat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error)
+        try:
+            self._directory.filesystem.replace_all(self._fd, msgspec.json.encode(beat) + b"\n")
+        except OSError:
+            return  # a full disk: whoever asks sees that the heartbeat is old
+
+    def release(self) -> None:
+        """Let another process deliver."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._directory.filesystem.close(fd)
+
+
+def last_heartbeat(directory: Directory) -> Heartbeat | None:
+    """What the process that delivers, or did, wrote last. Takes no lock."""
+    text = directory.read_bytes(layout.DELIVER_LOCK)
+    try:
+        return msgspec.json.decode(text, type=Heartbeat) if text else None
+    except msgspec.DecodeError:
+        return None

@@ -1,0 +1,39 @@
+"""What the deliverer is doing, in words that `stats()`, `status`, metrics and logs share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+StateName = Literal["idle", "draining", "waiting", "degraded", "stopped", "standby"]
+
+
+class State(msgspec.Struct, frozen=True):
+    """One state and why.
+
+    `idle`: nothing waits. `draining`: sending. `waiting`: the destination said not now. `degraded`: delivering, but something
+    here needs a person. `stopped`: nothing can be delivered until somebody mends the set-up. `standby`: another process delivers.
+    """
+
+    name: StateName
+    reason: str = ""
+    retry_at_micros: int | None = None  # when the destination is asked again
+
+    def same_as(self, other: State) -> bool:
+        """Whether nobody need be told of the change; another time of retry is none."""
+        return (self.name, self.reason) == (other.name, other.reason)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" if self.reason else self.name
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """What the process that delivers writes into `deliver.lock`: who, how, and when it last said so."""
+
+    pid: int
+    sink: str
+    state: State
+    at_micros: int
+    delivered: int
+    last_error: str = ""

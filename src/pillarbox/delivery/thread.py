@@ -1,0 +1,62 @@
+"""The thread that a `Worker` lives in: its event loop, its start, its bounded end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pillarbox.delivery.worker import Worker
+
+log = logging.getLogger("pillarbox")
+
+_RESTART_S: Final = 5.0  # after a defect of ours ended the worker
+_CANCEL_GRACE_S: Final = 0.5  # for a call to the sink that `stop` has cancelled
+
+
+class DeliveryThread:
+    """Runs a worker until `stop`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._stop = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="pillarbox-deliverer", daemon=True)
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        self._thread.start()
+
+    def stop(self, timeout: float) -> bool:
+        """Deliver what can be delivered without waiting and end; what takes longer than `timeout` seconds stays on disk."""
+        self._stop.set()
+        self.worker.end()
+        self._thread.join(timeout)
+        if self._thread.is_alive() and self._loop is not None and self._task is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._task.cancel)
+            except RuntimeError:
+                pass  # it ended just now
+            self._thread.join(_CANCEL_GRACE_S)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                asyncio.run(self._main())
+            except asyncio.CancelledError:
+                return
+            except Exception:
+                log.exception("delivery ended by a defect in Pillarbox or in a sink; it begins again in %g s", _RESTART_S)
+            else:
+                return
+            if self._stop.wait(_RESTART_S):
+                return
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        await self.worker.run()

@@ -1,0 +1,408 @@
+"""The loop that delivers: takes sealed files in order, sends each as one batch, settles it when the destination is sure.
+
+Decisions are `policy.decide`'s; this module only acts. With a sink whose acceptance needs confirming, up to `traits.window`
+files are sent and not yet settled, and one confirmation answers for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from pillarbox.clock import give_way
+from pillarbox.delivery import policy, settlement
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.lease import BEAT_EVERY_S, Lease
+from pillarbox.delivery.settlement import DeadLetter
+from pillarbox.delivery.state import State, StateName
+from pillarbox.errors import FileUnusable, SinkUnusable
+from pillarbox.sinks.base import Answer, Batch, Misconfigured, Refusal, Retry, Sink
+from pillarbox.store import layout, reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory, Taken
+    from pillarbox.telemetry import DeliveryCounters
+
+log = logging.getLogger("pillarbox")
+
+CALL_MAX_S: Final = 120.0  # a call to a sink that takes longer is given up and tried again
+
+
+class Pace(NamedTuple):
+    """How often the deliverer looks, and how long it waits, in seconds."""
+
+    interval_s: float = 1.0  # between two looks at an idle directory
+    recheck_s: float = 15.0  # between two looks at a destination that is set up wrongly
+    backoff: Backoff = Backoff()
+
+
+class _Job:
+    """A sealed file on its way."""
+
+    def __init__(self, file: Taken, data: bytes, contents: reader.Contents, clock: Clock) -> None:
+        self.file = file
+        self.batch = Batch(layout.batch_id(file.name), contents.payloads)
+        self.spans = contents.spans
+        self.data = data if contents.spans else b""
+        self.size = len(data)
+        self.first_at = clock.micros()
+        self.started = clock.monotonic()
+        self.attempts = 0
+        self.accepted = 0
+        self.duplicates = 0
+        self.dead: dict[int, DeadLetter] = {}
+
+
+class Ending(Exception):  # noqa: N818 - no error: it ends the loop from within a wait
+    """The worker is told to end and would have to wait."""
+
+
+class Worker:
+    """Delivers a directory to one sink for as long as this process holds the lease.
+
+    `on_gone(bytes)` is called after each settled file. Everything but `notify`, `end` and the attributes without an
+    underscore belongs to the event loop that `run` is on.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        sink: Sink,
+        sink_name: str,
+        clock: Clock,
+        pace: Pace,
+        counters: DeliveryCounters,
+        on_gone: Callable[[int], None],
+        on_duration: Callable[[float], None],
+    ) -> None:
+        self._directory = directory
+        self._sink = sink
+        self._sink_name = sink_name
+        self._clock = clock
+        self._pace = pace
+        self.counters = counters
+        self._on_gone = on_gone
+        self._on_duration = on_duration
+        self.lease = Lease(directory, sink_name, clock)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._work = asyncio.Event()  # there may be something to do
+        self._end = asyncio.Event()
+        self._room = asyncio.Event()
+        self._opened = False
+        self._queue: deque[str] = deque()
+        self._unconfirmed: deque[_Job] = deque()
+        self._confirming: asyncio.Task[None] | None = None
+        self._unconfirmed_failures = 0
+        self._unusable: dict[str, str] = {}
+        self.state = State("idle")
+        self.last_error = ""
+        self.idle = threading.Event()  # set while a look at the directory has found nothing to do
+        self.settled = threading.Condition()  # notified after each settled file
+
+    def notify(self) -> None:
+        """There may be something to do; from any thread."""
+        self._set(self._work)
+
+    def end(self) -> None:
+        """Deliver what can be delivered without waiting, then return from `run`; from any thread."""
+        self._set(self._end)
+
+    def _set(self, event: asyncio.Event) -> None:
+        if self._loop is None:
+            event.set()  # `run` has not begun: nobody waits yet
+            return
+        try:
+            self._loop.call_soon_threadsafe(event.set)
+        except RuntimeError:
+            return  # the loop has ended
+
+    async def run(self) -> None:
+        """Deliver until `end` is called."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            while await self._round():
+                pass
+        except Ending:
+            pass
+        finally:
+            if self._confirming is not None:
+                self._confirming.cancel()
+            for job in self._unconfirmed:
+                self._directory.filesystem.close(job.file.fd)
+            self._unconfirmed.clear()
+            if self._opened:
+                await self._sink.close()
+            self.lease.release()
+
+    async def _round(self) -> bool:
+        """Look once and deliver what is found; False when the worker is to end."""
+        self._work.clear()
+        try:
+            if not self.lease.held and not self.lease.take():
+                self._enter("standby", "another process delivers this directory")
+                await self._pause(self._pace.interval_s)
+                return True
+            if not self._opened and not await self._open():
+                return True
+            if self._directory.recover():
+                log.info("%s: adopted what a writer left that is gone", self._directory.path)
+            in_flight = {job.file.name for job in self._unconfirmed}
+            found = self._directory.sealed()
+            self._queue.extend(name for name in found if name not in in_flight)
+            self._unusable = {name: why for name, why in self._unusable.items() if name in found} if self._unusable else {}
+        except OSError as error:
+            self._trouble(str(error))
+            await self._pause(self._pace.interval_s)
+            return True
+        if await self._drain():
+            return True
+        if self._unconfirmed:
+            await self._wait_for_room(1)
+            return True
+        self._well("idle")
+        self.idle.set()
+        await self._pause(self._pace.interval_s, until=self._work)
+        return True
+
+    async def _drain(self) -> bool:
+        """Deliver what is queued; whether anything was sent."""
+        progress = False
+        window = self._sink.traits.window
+        while self._queue:
+            await self._wait_for_room(window)
+            # A failed confirmation empties the queue, for the next look to find everything in order.
+            job = self._load(self._queue.popleft()) if self._queue else None
+            if job is None:
+                continue
+            progress = True
+            self.idle.clear()
+            try:
+                await self._deliver(job)
+            except BaseException:
+                self._directory.filesystem.close(job.file.fd)
+                raise
+            if window > 1 and job.accepted:
+                self._unconfirmed.append(job)
+                if self._confirming is None or self._confirming.done():
+                    self._confirming = asyncio.create_task(self._confirm())
+            else:
+                self._settle(job)
+            self._beat()
+        return progress
+
+    def _load(self, name: str) -> _Job | None:
+        """Take and read a sealed file; None where another has it or it cannot be read (it is tried again later)."""
+        try:
+            file = self._directory.take(name)
+            if file is None:
+                return None
+            try:
+                data = self._directory.filesystem.read_all(file.fd)
+            except BaseException:
+                self._directory.filesystem.close(file.fd)
+                raise
+        except (OSError, FileUnusable) as error:
+            if self._unusable.get(name) != str(error):
+                self._unusable[name] = str(error)
+                log.error("%s is stepped over, it cannot be read: %s", name, error)  # noqa: TRY400 - the trace says nothing
+            self._well("idle")
+            return None
+        self._unusable.pop(name, None)
+        return _Job(file, data, reader.read(data, give_way), self._clock)
+
+    async def _open(self) -> bool:
+        try:
+            async with asyncio.timeout(CALL_MAX_S):
+                await self._sink.open()
+        except SinkUnusable as error:
+            await self._stop(str(error), self._pace.recheck_s)
+        except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
+            await self._hold(_words(error), self._pace.backoff.max_s)
+        else:
+            self._opened = True
+        return self._opened
+
+    async def _deliver(self, job: _Job) -> None:
+        """Send a file's records, in parts where that is called for, until each is accepted or a dead letter."""
+        parts = deque([job.batch] if job.batch.payloads else [])
+        failures = 0
+        while parts:
+            part = parts[0]
+            answer = await self._call(part)
+            job.attempts += 1
+            action = policy.decide(
+                answer, len(part), failures + 1, random.random(), self._pace.backoff, self._pace.recheck_s
+            )
+            failures += 1
+            match action:
+                case policy.Settle(accepted, duplicates, dead):
+                    job.accepted += accepted
+                    job.duplicates += duplicates
+                    self._bury(job, part, dead)
+                    parts.popleft()
+                    failures = 0
+                    self._well("draining")
+                case policy.Resend(dead):
+                    self._bury(job, part, dead)
+                    parts.popleft()
+                    parts.extendleft(reversed(part.between(dead)))
+                case policy.Split():
+                    parts.popleft()
+                    parts.extendleft(reversed(part.halves()))
+                case policy.Wait(seconds, reason):
+                    await self._hold(reason, seconds)
+                case policy.Stop(seconds, reason):
+                    await self._stop(reason, seconds)
+
+    async def _call(self, part: Batch) -> Answer:
+        try:
+            async with asyncio.timeout(CALL_MAX_S):
+                return await self._sink.deliver(part)
+        except SinkUnusable as error:
+            return Misconfigured(str(error))
+        except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
+            return Retry(_words(error))
+
+    def _bury(self, job: _Job, part: Batch, dead: dict[int, Refusal]) -> None:
+        now = self._clock.micros()
+        for index, refusal in dead.items():
+            event = msgspec.Raw(part.payloads[index])
+            job.dead[part.first + index] = DeadLetter(
+                event, refusal.code, refusal.reason, self._sink_name, part.first + index, job.attempts, job.first_at, now
+            )
+
+    async def _confirm(self) -> None:
+        """Settle what is sent once the destination is sure of it; what it is not sure of is sent again."""
+        while self._unconfirmed:
+            group = list(self._unconfirmed)
+            try:
+                async with asyncio.timeout(CALL_MAX_S):
+                    sure = await self._sink.confirm([job.batch for job in group])
+            except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
+                sure = False
+                self.last_error = _words(error)
+            for job in group:
+                self._unconfirmed.popleft()
+                if sure:
+                    self._settle(job)
+                else:
+                    self._directory.filesystem.close(job.file.fd)
+            if sure:
+                self._unconfirmed_failures = 0
+            else:
+                # What is on disk and not in flight is found by the next look, in order.
+                self._queue.clear()
+                self._unconfirmed_failures += 1
+                log.warning("%s: %d batches could not be confirmed and are sent again", self._sink_name, len(group))
+            self._room.set()
+
+    async def _wait_for_room(self, window: int) -> None:
+        while len(self._unconfirmed) >= window:
+            self._room.clear()
+            await self._room.wait()
+        if self._unconfirmed_failures and not self._unconfirmed:
+            delay = self._pace.backoff.delay(self._unconfirmed_failures, random.random())
+            await self._hold(self.last_error or "sent events could not be confirmed", delay)
+
+    def _settle(self, job: _Job) -> None:
+        """Make durable what is kept, then let the file go. Trouble leaves the file for the next look."""
+        try:
+            if job.spans:
+                settlement.keep_damaged(self._directory, job.batch.id, job.data, job.spans)
+            if job.dead:
+                settlement.keep_dead(self._directory, job.batch.id, job.dead)
+            self._directory.remove(job.file.name)
+        except OSError as error:
+            self._trouble(f"{job.file.name} is delivered and cannot be removed: {error}")
+            return
+        finally:
+            self._directory.filesystem.close(job.file.fd)
+        counters = self.counters
+        counters.delivered += job.accepted
+        counters.duplicates += job.duplicates
+        counters.dead += len(job.dead)
+        counters.quarantined += len(job.spans)
+        counters.flushed_files += 1
+        counters.flushed_bytes += job.size
+        if job.spans or job.dead:
+            log.warning("%s: %d damaged lines and %d dead letters set aside", job.batch.id, len(job.spans), len(job.dead))
+        self._on_duration(self._clock.monotonic() - job.started)
+        self._on_gone(job.size)
+        with self.settled:
+            self.settled.notify_all()
+
+    # States and waiting.
+
+    async def _hold(self, reason: str, seconds: float) -> None:
+        self.counters.failed_flushes += 1
+        self._enter("waiting", reason, seconds)
+        await self._pause(seconds)
+
+    async def _stop(self, reason: str, seconds: float) -> None:
+        self.counters.failed_flushes += 1
+        self._enter("stopped", reason, seconds)
+        await self._pause(seconds)
+
+    def _trouble(self, reason: str) -> None:
+        self._enter("degraded", reason)
+
+    def _well(self, name: StateName) -> None:
+        """Nothing is wrong with the destination; files that cannot be read are still a reason to look."""
+        if self._unusable:
+            name_of_first, why = next(iter(self._unusable.items()))
+            self._trouble(f"{len(self._unusable)} files cannot be read, among them {name_of_first}: {why}")
+        else:
+            self._enter(name, "")
+
+    def _enter(self, name: StateName, reason: str, retry_in: float | None = None) -> None:
+        retry_at = None if retry_in is None else self._clock.micros() + int(retry_in * 1e6)
+        before, self.state = self.state, State(name, reason, retry_at)
+        if reason:
+            self.last_error = reason
+        if before.same_as(self.state):
+            self._beat()
+            return
+        level = {"stopped": logging.ERROR, "waiting": logging.WARNING, "degraded": logging.WARNING}.get(name, logging.INFO)
+        if not {before.name, name} <= {"idle", "draining"}:  # work coming and going is no news
+            counters = self.counters
+            log.log(
+                level,
+                "%s: %s (delivered %d, dead letters %d, failed attempts %d)",
+                self._sink_name,
+                self.state,
+                counters.delivered,
+                counters.dead,
+                counters.failed_flushes,
+            )
+        self._beat(now=True)
+
+    def _beat(self, *, now: bool = False) -> None:
+        self.lease.beat(self.state, self.counters.delivered, self.last_error, now=now)
+
+    async def _pause(self, seconds: float, until: asyncio.Event | None = None) -> None:
+        """Wait for `seconds` or for an event, beating meanwhile. Raises `Ending` where the worker is told to end."""
+        until = until or self._end
+        deadline = self._clock.monotonic() + seconds
+        while not until.is_set() and not self._end.is_set() and (left := deadline - self._clock.monotonic()) > 0:
+            self._beat()
+            waits = [asyncio.ensure_future(event.wait()) for event in {until, self._end}]
+            try:
+                await asyncio.wait(waits, timeout=min(left, BEAT_EVERY_S), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+        if self._end.is_set():
+            raise Ending
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

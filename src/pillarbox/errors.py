@@ -1,0 +1,59 @@
+"""Every way in which Pillarbox says no, on one screen.
+
+An error's base class says whose fault it is: `UsageError` is the caller's (mend the call or the setting), `WorldError` is
+the machine's or the destination's (mend the disk, the directory, the server). Anything else that escapes is a defect of ours.
+`enqueue` raises none of these: it answers `Dropped(reason)`.
+"""
+
+
+class PillarboxError(Exception):
+    """Base of all errors that Pillarbox raises on purpose."""
+
+
+class UsageError(PillarboxError, ValueError):
+    """The call or the setting is wrong; nothing was done."""
+
+
+class WorldError(PillarboxError):
+    """The disk or the destination is not as it must be."""
+
+
+class ConfigurationError(UsageError):
+    """A setting has a value that is not allowed; `setting`, `source` and `allowed` say which, from where, and what is."""
+
+    def __init__(self, setting: str, value: object, source: str, allowed: str) -> None:
+        super().__init__(f"{setting} = {value!r} (from {source}): must be {allowed}")
+        self.setting = setting
+        self.source = source
+        self.allowed = allowed
+
+
+class InvalidEvent(UsageError):  # noqa: N818 - the name is part of the public contract
+    """The event cannot be stored; `field` names the member at fault, `problem` says why."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class DirectoryUnusable(WorldError):  # noqa: N818 - reads as the sentence it is
+    """The outbox directory cannot be used; `remedy` says what would put it right."""
+
+    def __init__(self, path: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{path}: {problem}; {remedy}")
+        self.path = path
+        self.remedy = remedy
+
+
+class SinkUnusable(WorldError):  # noqa: N818 - reads as the sentence it is
+    """The destination cannot take events as it is set up; the message names the way out."""
+
+
+class FileUnusable(WorldError):  # noqa: N818 - reads as the sentence it is
+    """A file under one of our names is not ours to use (a link, a device, another owner); it is left alone."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem

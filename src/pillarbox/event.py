@@ -1,0 +1,200 @@
+"""What an application hands over: `TrackingEvent`, or any `msgspec.Struct` of its own that has an `event_id`.
+
+`TrackingEvent` checks itself when it is built (msgspec checks types when decoding only), so that the hot path need not.
+Other types are encoded and decoded again at the door: `Codec` is that door.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from enum import StrEnum
+from os import register_at_fork, urandom
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from pillarbox.clock import wall_ns
+from pillarbox.errors import InvalidEvent, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+EVENT_BYTES_MAX: Final = 256 * 1024  # one event as JSON; a larger one is a document, not an event
+_INT64_MIN: Final = -(2**63)
+_INT64_MAX: Final = 2**63 - 1
+_UINT64_MAX: Final = 2**64 - 1
+
+
+class ScopeKind(StrEnum):
+    """What `scope_id` identifies. Any other text can be stored; a destination that does not know it refuses the event."""
+
+    SITE = "Site"
+    MODULE = "Module"
+    USER = "User"
+    PROFILE = "Profile"
+
+
+class _Uuid7:
+    """Ids after RFC 9562, section 5.7: 48 bits of Unix milliseconds, then 74 bits that start at random and count up.
+
+    Within a process the last 48 bits count up, so that no two are equal and ids sort by making; across processes the 26
+    random bits in the middle and the random start of the count keep them apart. A forked child starts anew.
+    """
+
+    __slots__ = ("_count", "_head", "_middle", "_millis")
+
+    def __init__(self) -> None:
+        self.reseed()
+
+    def reseed(self) -> None:
+        """Start from fresh random bits."""
+        seed = int.from_bytes(urandom(10))
+        middle = seed >> 48 & 0x3FF_FFFF
+        self._middle = f"-7{middle >> 14:03x}-{0x8000 | middle & 0x3FFF:04x}-"
+        self._count = itertools.count(seed & 0x7FFF_FFFF_FFFF).__next__
+        self._millis = -1
+        self._head = ""
+
+    def __call__(self) -> str:
+        millis = wall_ns() // 1_000_000
+        if millis == self._millis:
+            return f"{self._head}{self._count() & 0xFFFF_FFFF_FFFF:012x}"
+        text = f"{millis:012x}"
+        head = f"{text[:8]}-{text[8:]}{self._middle}"
+        # The two are not set at once: another thread may pair the new head with the old time, which is as unique.
+        self._head, self._millis = head, millis
+        return f"{head}{self._count() & 0xFFFF_FFFF_FFFF:012x}"
+
+
+new_event_id = _Uuid7()
+register_at_fork(after_in_child=new_event_id.reseed)
+
+
+def now_micros() -> int:
+    """Wall time in microseconds since 1970, the unit of `occurred_at_micros`."""
+    return wall_ns() // 1000
+
+
+_check_json = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def _check_text(field: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidEvent(field, f"must be text, not {type(value).__name__}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidEvent(field, f"has a lone surrogate at position {error.start}, which UTF-8 cannot hold") from None
+
+
+class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """One thing that happened, in the shape that the SpacetimeDB table `tracking_event` has.
+
+    `event_id`: text, unique (default: a UUIDv7). `event_key`: what happened. `scope_kind` and `scope_id`: to what.
+    `metadata_json`: JSON text. `occurred_at_micros`: int64, microseconds since 1970 (default: now).
+    Raises `InvalidEvent` where a member has the wrong type.
+    """
+
+    event_id: str = msgspec.field(default_factory=new_event_id)
+    event_key: str
+    scope_kind: str
+    scope_id: str
+    user_id: str | None = None
+    owner_user_id: str | None = None
+    profile_id: str | None = None
+    module_key: str | None = None
+    metadata_json: str = "{}"
+    occurred_at_micros: int = msgspec.field(default_factory=now_micros)
+
+    def __post_init__(self) -> None:
+        for field in ("event_id", "event_key", "scope_kind", "scope_id", "metadata_json"):
+            _check_text(field, getattr(self, field))
+        for field in ("user_id", "owner_user_id", "profile_id", "module_key"):
+            value = getattr(self, field)
+            if value is not None:
+                _check_text(field, value)
+        if self.metadata_json != "{}":
+            try:
+                _check_json(self.metadata_json)
+            except msgspec.DecodeError as error:
+                raise InvalidEvent("metadata_json", f"is not JSON text: {error}") from None
+        micros = self.occurred_at_micros
+        if type(micros) is not int:
+            raise InvalidEvent("occurred_at_micros", f"must be a whole number, not {type(micros).__name__}")
+        if not _INT64_MIN <= micros <= _INT64_MAX:
+            raise InvalidEvent("occurred_at_micros", "does not fit into 64 bits")
+
+
+# Numbers that JSON cannot carry as they are show in the encoded bytes: NaN as null, large integers by their length.
+_SUSPECT = re.compile(rb"null|\d{19}")
+
+
+class Codec:
+    """One event type at the door: event -> JSON bytes, or `InvalidEvent`.
+
+    `encode(event)` is bound once: msgspec's own encoder where the type checks itself or is trusted, otherwise the checking
+    way through it. `event_type` must be a `msgspec.Struct` with an `event_id`; raises `UsageError` if not.
+    """
+
+    __slots__ = ("encode", "event_type", "self_checked")
+
+    def __init__(self, event_type: type[msgspec.Struct], *, trusted: bool = False) -> None:
+        if not (isinstance(event_type, type) and issubclass(event_type, msgspec.Struct)):
+            raise UsageError(f"event_type must be a msgspec.Struct, not {event_type!r}")
+        if "event_id" not in event_type.__struct_fields__:
+            raise UsageError(f"event_type {event_type.__name__} must have a field event_id: it is what makes repeats harmless")
+        self.event_type = event_type
+        self.self_checked = trusted or event_type is TrackingEvent
+        encode = msgspec.json.Encoder().encode
+        self.encode: Callable[[Any], bytes] = encode if self.self_checked else _checked(encode, event_type)
+
+    def explain(self, event: object, error: Exception) -> str:
+        """Why `encode` refused: the field at fault where one can be named."""
+        if isinstance(error, (InvalidEvent, msgspec.ValidationError)):
+            return str(error)
+        if isinstance(event, msgspec.Struct):
+            for field in event.__struct_fields__:
+                try:
+                    msgspec.json.encode(getattr(event, field))
+                except Exception as cause:  # noqa: BLE001 - whatever a value does when encoded is its answer
+                    return f"{field}: {cause}"
+        return str(error)
+
+
+def _checked(encode: Callable[[Any], bytes], event_type: type[msgspec.Struct]) -> Callable[[Any], bytes]:
+    decode = msgspec.json.Decoder(event_type).decode
+
+    def encode_checked(event: Any) -> bytes:
+        payload = encode(event)
+        decode(payload)
+        if _SUSPECT.search(payload):
+            _check_numbers(event, "event")
+        return payload
+
+    return encode_checked
+
+
+def _check_numbers(value: object, path: str) -> None:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidEvent(path, f"is {value}, which JSON cannot carry")
+    elif isinstance(value, int):
+        if not _INT64_MIN <= value <= _UINT64_MAX:
+            raise InvalidEvent(path, "is an integer beyond 64 bits")
+    else:
+        for name, inner in _members(value):
+            _check_numbers(inner, f"{path}.{name}")
+
+
+def _members(value: object) -> Iterator[tuple[object, object]]:
+    if isinstance(value, msgspec.Struct):
+        return ((name, getattr(value, name)) for name in value.__struct_fields__)
+    if isinstance(value, dict):
+        return iter([*value.items(), *((f"{key!r} (key)", key) for key in value)])
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return iter(enumerate(value))
+    fields = getattr(value, "__dataclass_fields__", None)
+    return iter(()) if fields is None else ((name, getattr(value, name)) for name in fields)

@@ -1,0 +1,367 @@
+"""`Outbox`: what an application holds. Thin: it checks events at the door and owns writer, sealer and deliverer."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from os import register_at_fork
+from typing import TYPE_CHECKING, Any, Final, Literal
+from weakref import WeakSet
+from zlib import crc32
+
+from pillarbox.clock import Clock, SystemClock
+from pillarbox.delivery.state import State
+from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.worker import Pace, Worker
+from pillarbox.errors import ConfigurationError, InvalidEvent
+from pillarbox.event import EVENT_BYTES_MAX, Codec, TrackingEvent
+from pillarbox.outcome import DROPPED, Dropped, DropReason, Outcome
+from pillarbox.settings import Settings, resolve
+from pillarbox.sinks import make_sink, redacted
+from pillarbox.sinks.base import Sink
+from pillarbox.store import record
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.sealer import Sealer
+from pillarbox.store.writer import Limits, Writer
+from pillarbox.telemetry import DeliveryCounters, Stats, instruments
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+    from typing import Self
+
+    import msgspec
+
+log = logging.getLogger("pillarbox")
+
+MANY_BYTES_MAX: Final = 16 * 2**20  # one call of `enqueue_many`: it becomes one write, and is read as one batch
+EXIT_TIMEOUT_S: Final = 2.0  # how long the end of the program may wait for a last delivery
+_EXPLAINED_MAX: Final = 32  # different reasons for invalid events that are logged; all are counted
+_POLL_S: Final = 0.05  # `flush` where another process delivers
+_LINE: Final = record.LINE
+
+
+class Outbox:
+    """A durable outbox in a directory.
+
+    The directory is checked and made now (`DirectoryUnusable` if it cannot be); threads start, and what an earlier writer left
+    is adopted, at first use: `enqueue`, `flush`, or entering it as a context manager. `sink` is a URL, a `Sink`, or None: only
+    store, and another process delivers. Raises `ConfigurationError` for a setting that is not allowed.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        sink: str | Sink | None = None,
+        event_type: type[msgspec.Struct] = TrackingEvent,
+        *,
+        trusted: bool = False,
+        enabled: bool = True,
+        batch_size: int = 500,
+        batch_bytes: int = 1_000_000,
+        flush_interval: float = 1.0,
+        max_bytes: int = 512 * 2**20,
+        when_full: Literal["drop_newest"] = "drop_newest",
+        min_free_bytes: None = None,
+        durability: Literal["process"] = "process",
+        on_invalid: Literal["drop", "raise"] = "drop",
+        **others: object,
+    ) -> None:
+        keywords: dict[str, object] = {
+            "directory": directory,
+            "event_type": event_type,
+            "trusted": trusted,
+            "enabled": enabled,
+            "batch_size": batch_size,
+            "batch_bytes": batch_bytes,
+            "flush_interval": flush_interval,
+            "max_bytes": max_bytes,
+            "when_full": when_full,
+            "min_free_bytes": min_free_bytes,
+            "durability": durability,
+            "on_invalid": on_invalid,
+        }
+        url = sink if isinstance(sink, str) else None
+        self._set_up(resolve(keywords | {"sink": url} | others), sink if isinstance(sink, Sink) else None)
+        if sink is not None and url is None and not isinstance(sink, Sink):
+            raise ConfigurationError("sink", sink, "the call", "a URL, a Sink, or None")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """An outbox with settings that `resolve` has checked, from the environment or a TOML file for example."""
+        outbox = cls.__new__(cls)
+        outbox._set_up(settings, None)
+        return outbox
+
+    def _set_up(self, settings: Settings, sink: Sink | None) -> None:
+        if settings.enabled and not settings.directory:
+            raise ConfigurationError("directory", "", "the default", "the path of a directory")
+        self.settings = settings
+        self.name = settings.directory
+        self._given_sink = sink
+        self._sink_name = redacted(settings.sink) if settings.sink else type(sink).__name__
+        codec = Codec(settings.event_type, trusted=settings.trusted)
+        self._codec = codec
+        self._event_type = settings.event_type
+        self._encode = codec.encode
+        self._clock: Clock = SystemClock()
+        self._explained: set[str] = set()
+        self._starting = threading.RLock()
+        self._closed = False
+        self._filesystem = RealFilesystem()
+        self._directory = Directory(settings.directory, self._filesystem, self._clock)
+        if settings.enabled:
+            self._directory.open()
+        self._arm()
+        _outboxes.add(self)
+
+    def _arm(self) -> None:
+        """Make what belongs to one process: again in a forked child, where nothing of the parent's may be used."""
+        settings = self.settings
+        self._started = False
+        self._counters = DeliveryCounters()
+        self._delivery: DeliveryThread | None = None
+        self._sealer = Sealer(
+            self._directory, self._clock, settings.flush_interval, settings.max_bytes, self._notify_deliverer
+        )
+        limits = Limits(settings.batch_size, settings.batch_bytes, settings.max_bytes)
+        self._writer = Writer(self._directory, limits, self._sealer.wake)
+        self._sealer.attach(self._writer)
+        self._append = self._writer.append
+        self._sink = self._given_sink
+        if self._sink is None and settings.sink is not None and settings.enabled:
+            self._sink = make_sink(settings.sink, settings.event_type)
+
+    def enqueue(self, event: msgspec.Struct, *, durability: Literal["process"] | None = None) -> Outcome:
+        """Store one event; `Enqueued` once the operating system has it, `Dropped(reason)` where it is refused.
+
+        Never raises for trouble of the destination, the disk or the event (but `InvalidEvent` with `on_invalid="raise"`).
+        """
+        if durability is not None:
+            resolve({"durability": durability})
+        try:
+            payload = self._payload(event)
+        except Exception as error:  # noqa: BLE001 - whatever an event does when encoded, the caller goes on
+            return self._invalid(event, error)
+        line = _LINE % (payload, crc32(payload))
+        outcome = self._append(line, 1)
+        return outcome if outcome is not None else self._first(line, 1)
+
+    def enqueue_many(self, events: Iterable[msgspec.Struct]) -> list[Outcome]:
+        """Store events in one write, all or none of the valid ones; one outcome for each, in order.
+
+        They stay together in one file. At most 16 MiB in one call; more is `Dropped("invalid")`.
+        """
+        outcomes: list[Outcome | None] = []
+        lines: list[bytes] = []
+        for event in events:
+            try:
+                payload = self._payload(event)
+            except Exception as error:  # noqa: BLE001 - as in `enqueue`
+                outcomes.append(self._invalid(event, error))
+            else:
+                lines.append(_LINE % (payload, crc32(payload)))
+                outcomes.append(None)
+        together = self._append_many(b"".join(lines), len(lines)) if lines else DROPPED["invalid"]
+        return [together if outcome is None else outcome for outcome in outcomes]
+
+    def _payload(self, event: msgspec.Struct) -> bytes:
+        if type(event) is not self._event_type:
+            raise InvalidEvent("event", f"must be a {self._event_type.__name__}, not {type(event).__name__}")
+        payload = self._encode(event)
+        if len(payload) > EVENT_BYTES_MAX:
+            raise InvalidEvent("event", f"has {len(payload)} bytes as JSON, more than {EVENT_BYTES_MAX}")
+        return payload
+
+    def _append_many(self, lines: bytes, events: int) -> Outcome:
+        if len(lines) > MANY_BYTES_MAX:
+            self._explain(f"enqueue_many: {len(lines)} bytes in one call, more than {MANY_BYTES_MAX}")
+            return self._writer.refuse("invalid", events)
+        outcome = self._append(lines, events)
+        return outcome if outcome is not None else self._first(lines, events)
+
+    async def enqueue_async(self, event: msgspec.Struct, *, durability: Literal["process"] | None = None) -> Outcome:
+        """`enqueue`, from a coroutine: with durability "process" it is too quick to be worth a thread."""
+        return self.enqueue(event, durability=durability)
+
+    def _invalid(self, event: object, error: Exception) -> Dropped:
+        if not self.settings.enabled:
+            return self._writer.refuse("disabled")
+        text = self._codec.explain(event, error)
+        if self.settings.on_invalid == "raise":
+            raise error if isinstance(error, InvalidEvent) else InvalidEvent("event", text) from None
+        self._explain(text)
+        return self._writer.refuse("invalid")
+
+    def _explain(self, text: str) -> None:
+        if text not in self._explained and len(self._explained) < _EXPLAINED_MAX:
+            self._explained.add(text)
+            log.warning("%s: dropped an invalid event, and will drop others like it silently: %s", self.name, text)
+
+    def _first(self, lines: bytes, events: int) -> Outcome:
+        """The append that starts the outbox, or finds that it may not."""
+        reason: DropReason = "io_error"
+        if not self.settings.enabled:
+            reason = "disabled"
+        elif self._closed:
+            reason = "closed"
+        elif self._start():
+            return self._append(lines, events) or self._writer.refuse("io_error", events)
+        return self._writer.refuse(reason, events)
+
+    def _start(self) -> bool:
+        """Count what is pending and start the threads; False where the directory cannot be listed."""
+        with self._starting:
+            if self._started or not self.settings.enabled or self._closed:
+                return self._started
+            try:
+                account = self._directory.account()
+            except OSError as error:
+                self._explain(f"the directory cannot be listed: {error}")
+                return False
+            self._started = True
+            self._directory.note_stamp(account.newest_stamp)
+            self._writer.start(account.pending_bytes, account.pending_files)
+            if account.pending_files:
+                log.info("%s: %d files, %d bytes wait", self.name, account.pending_files, account.pending_bytes)
+            self._sealer.start()
+            telemetry = instruments()
+            telemetry.add(self)
+            if self._sink is not None:
+                worker = Worker(
+                    self._directory,
+                    self._sink,
+                    self._sink_name,
+                    self._clock,
+                    Pace(interval_s=self.settings.flush_interval),
+                    self._counters,
+                    self._writer.release,
+                    lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
+                )
+                self._delivery = DeliveryThread(worker)
+                self._delivery.start()
+            return True
+
+    def _notify_deliverer(self) -> None:
+        if self._delivery is not None:
+            self._delivery.worker.notify()
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Seal now, and wait until everything accepted so far is settled; False when that took too long."""
+        if not self._start():
+            return not self.settings.enabled
+        clock = self._clock
+        deadline = clock.monotonic() + timeout
+        if not self._sealer.seal_now("manual", timeout):
+            return False
+        try:
+            waiting = set(self._directory.sealed())
+            while waiting:
+                before = clock.monotonic()
+                waiting &= set(self._directory.sealed())
+                now = clock.monotonic()
+                if not waiting:
+                    break
+                if now >= deadline:
+                    return False
+                self._wait_for_settlement(min(deadline - now, max(_POLL_S, 10 * (now - before))))
+        except OSError:
+            return False
+        return True
+
+    def _wait_for_settlement(self, seconds: float) -> None:
+        if self._delivery is None:
+            threading.Event().wait(seconds)
+            return
+        settled = self._delivery.worker.settled
+        with settled:
+            settled.wait(seconds)
+
+    def stats(self) -> Stats:
+        """A snapshot; cheap. Before first use it lists the directory."""
+        accepted, sealed = 0, dict[str, int](self._sealer.sealed)
+        if self._started:
+            pending_bytes, pending_files, accepted = self._writer.pending()
+        elif self.settings.enabled:
+            account = self._directory.account()
+            pending_bytes, pending_files = account.pending_bytes, account.pending_files
+        else:
+            pending_bytes = pending_files = 0
+        worker = self._delivery.worker if self._delivery is not None else None
+        counters = self._counters
+        return Stats(
+            state=worker.state if worker is not None else State("idle"),
+            durability=self.settings.durability,
+            pending_bytes=pending_bytes,
+            pending_files=pending_files,
+            accepted=accepted,
+            dropped=dict[str, int](self._writer.dropped),
+            sealed=sealed,
+            delivered=counters.delivered,
+            duplicates=counters.duplicates,
+            dead=counters.dead,
+            quarantined=counters.quarantined,
+            flushed_files=counters.flushed_files,
+            flushed_bytes=counters.flushed_bytes,
+            failed_flushes=counters.failed_flushes,
+            last_error=worker.last_error if worker is not None else "",
+        )
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Accept nothing more, seal, deliver what can be delivered without waiting; what is left stays on disk.
+
+        Takes little more than `timeout` seconds in the worst case. Done twice, it is as done once.
+        """
+        with self._starting:
+            if self._closed:
+                return
+            self._closed = True
+        if not self._started:
+            return
+        deadline = self._clock.monotonic() + timeout
+        if not self._sealer.stop(timeout):
+            log.warning("%s: the disk is slow; the active file is adopted at the next start", self.name)
+        if self._delivery is not None:
+            self._delivery.worker.notify()
+            self._delivery.stop(max(0.0, deadline - self._clock.monotonic()))
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        sink = self._sink_name if self._sink is not None else None
+        return f"Outbox({self.name!r}, sink={sink!r}, event_type={self._event_type.__name__})"
+
+    def _after_fork(self) -> None:
+        """In the child: let go of the parent's files, locks and threads without touching what they stand for."""
+        _abandoned.append((self._delivery, self._sink))  # an SQLite connection must not even be closed here
+        self._starting = threading.RLock()
+        self._filesystem.close_inherited()
+        if not self._closed:
+            self._arm()
+
+
+_outboxes: WeakSet[Outbox] = WeakSet()
+_abandoned: list[Any] = []
+
+
+def _after_fork() -> None:
+    for outbox in list(_outboxes):
+        outbox._after_fork()
+
+
+def _at_exit() -> None:
+    for outbox in list(_outboxes):
+        outbox.close(EXIT_TIMEOUT_S)
+
+
+register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)

@@ -1,0 +1,231 @@
+"""What was typed (keywords, options, environment, TOML) -> what it means, checked.
+
+A setting has one name everywhere: keyword and option `batch_size`, TOML `[outbox] batch_size`, environment
+`PILLARBOX_BATCH_SIZE`. The names of the system before (`tracking_outbox_batch_size`, `TRACKING_OUTBOX_BATCH_SIZE`) mean the same.
+What is nearer wins: keyword or option, then environment, then TOML, then the default.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from pillarbox.errors import ConfigurationError
+from pillarbox.event import TrackingEvent
+from pillarbox.store.filesystem import read_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_ENVIRONMENT_PREFIX: Final = "PILLARBOX_"
+_ALIASES: Final = {
+    "tracking_outbox_enabled": "enabled",
+    "tracking_outbox_dir": "directory",
+    "tracking_outbox_batch_size": "batch_size",
+    "tracking_outbox_flush_interval": "flush_interval",
+    "tracking_outbox_max_bytes": "max_bytes",
+}
+# Part of the public API's contract, and built later; refused by name rather than ignored.
+LATER: Final = (
+    "max_files",
+    "block_timeout",
+    "max_in_flight",
+    "sinks",
+    "deliver",
+    "keep_delivered",
+    "before_send",
+    "on_drop",
+    "on_dead_letter",
+)
+FLUSH_INTERVAL_MAX_S: Final = 86_400.0
+_YES_NO: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_UNITS: Final = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of an outbox, checked. Sizes in bytes, times in seconds."""
+
+    enabled: bool = True
+    directory: str = ""
+    sink: str | None = None
+    event_type: type[msgspec.Struct] = TrackingEvent
+    trusted: bool = False
+    batch_size: int = 500
+    batch_bytes: int = 1_000_000
+    flush_interval: float = 1.0
+    max_bytes: int = 512 * 2**20
+    when_full: str = "drop_newest"
+    min_free_bytes: int | None = None
+    durability: str = "process"
+    on_invalid: str = "drop"
+
+
+class _Refusal(Exception):  # noqa: N818 - carries what is allowed to the place that knows the name
+    """The value is not one; the text says what is."""
+
+
+def _yes_no(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    found = _YES_NO.get(str(value).strip().lower())
+    if found is None:
+        raise _Refusal("true or false")
+    return found
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _Refusal("text")
+    return value
+
+
+def _path(value: object) -> str:
+    text = str(value) if hasattr(value, "__fspath__") else value
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise _Refusal("the path of a directory")
+    return text.rstrip("/") or "/"
+
+
+def _whole(allowed: str, least: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if isinstance(value, str):
+            digits = value.strip().lower().replace("_", "").removesuffix("b")
+            number = digits.rstrip("kmgi")
+            try:
+                value = int(number) * _UNITS.get(digits[len(number) :], 0 if digits != number else 1)
+            except ValueError:
+                raise _Refusal(allowed) from None
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise _Refusal(allowed)
+        return value
+
+    return parse
+
+
+def _batch_size(value: object) -> int:
+    # Below 1 means 1: so did the system before.
+    return max(1, _whole("a whole number of events", -(2**63))(value))
+
+
+def _seconds(value: object) -> float:
+    allowed = f"a number of seconds above 0, at most {FLUSH_INTERVAL_MAX_S:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise _Refusal(allowed)
+    try:
+        number = float(value)
+    except ValueError:
+        raise _Refusal(allowed) from None
+    if not 0 < number <= FLUSH_INTERVAL_MAX_S:
+        raise _Refusal(allowed)
+    return number
+
+
+def _one_of(*allowed: str, later: tuple[str, ...] = ()) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if value in allowed:
+            return str(value)
+        text = " or ".join(repr(one) for one in allowed)
+        raise _Refusal(f"{text} ({value!r} comes with a later version)" if value in later else text)
+
+    return parse
+
+
+def _not_yet(value: object) -> None:
+    if value is not None:
+        raise _Refusal("left out: it comes with a later version")
+
+
+def _event_type(value: object) -> type[msgspec.Struct]:
+    if isinstance(value, type) and issubclass(value, msgspec.Struct):
+        return value
+    allowed = "a msgspec.Struct class, or module:Class where text is asked for"
+    module, _, name = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if not module or not name:
+        raise _Refusal(allowed)
+    try:
+        return _event_type(getattr(import_module(module), name))
+    except (ImportError, AttributeError) as error:
+        raise _Refusal(f"{allowed} ({error})") from None
+
+
+_SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
+    "enabled": _yes_no,
+    "directory": _path,
+    "sink": _text,
+    "event_type": _event_type,
+    "trusted": _yes_no,
+    "batch_size": _batch_size,
+    "batch_bytes": _whole("a whole number of bytes, at least 1", 1),
+    "flush_interval": _seconds,
+    "max_bytes": _whole("a whole number of bytes, at least 0", 0),
+    "when_full": _one_of("drop_newest", later=("drop_oldest", "block", "raise")),
+    "min_free_bytes": _not_yet,
+    "durability": _one_of("process", later=("power",)),
+    "on_invalid": _one_of("drop", "raise"),
+}
+
+
+def resolve(
+    keywords: Mapping[str, object],
+    environ: Mapping[str, str] | None = None,
+    config: str | None = None,
+    *,
+    keyword_source: str = "the call",
+) -> Settings:
+    """Settings from all places; raises `ConfigurationError` that names setting, source and what is allowed.
+
+    `config` is the path of a TOML file with a table `[outbox]`; an `environ` of None is not looked at. A keyword that is None
+    counts as left out.
+    """
+    found: dict[str, tuple[object, str]] = {}
+    if config is not None:
+        found |= _from_toml(config)
+    if environ is not None:
+        found |= _from_environment(environ)
+    for name, value in keywords.items():
+        found[_known(name, keyword_source)] = (value, keyword_source)
+    values = {name: _parsed(name, value, source) for name, (value, source) in found.items() if value is not None}
+    return Settings(**values)
+
+
+def _known(name: str, source: str) -> str:
+    known = _ALIASES.get(name.lower(), name)
+    if known in LATER:
+        raise ConfigurationError(known, "...", source, "left out: it comes with a later version")
+    if known not in _SETTINGS:
+        raise ConfigurationError(known, "...", source, f"one of the settings {', '.join(_SETTINGS)}")
+    return known
+
+
+def _parsed(name: str, value: object, source: str) -> object:
+    try:
+        return _SETTINGS[name](value)
+    except _Refusal as refusal:
+        raise ConfigurationError(name, value, source, str(refusal)) from None
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[object, str]]:
+    found: dict[str, tuple[object, str]] = {}
+    names = {alias.upper(): name for alias, name in _ALIASES.items()}
+    names |= {_ENVIRONMENT_PREFIX + name.upper(): name for name in _SETTINGS}
+    for variable, name in names.items():
+        if variable in environ:
+            found[name] = (environ[variable], f"environment {variable}")
+    for name in LATER:
+        if _ENVIRONMENT_PREFIX + name.upper() in environ:
+            _known(name, f"environment {_ENVIRONMENT_PREFIX}{name.upper()}")
+    return found
+
+
+def _from_toml(path: str) -> dict[str, tuple[object, str]]:
+    try:
+        table = tomllib.loads(read_file(path).decode()).get("outbox", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError("config", path, "the call", f"a readable TOML file ({error})") from None
+    if not isinstance(table, dict):
+        raise ConfigurationError("config", path, "the call", "a TOML file with a table [outbox]")
+    source = f"{path}, [outbox]"
+    return {_known(name, source): (value, source) for name, value in table.items()}

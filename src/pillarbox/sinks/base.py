@@ -1,0 +1,137 @@
+"""What a destination is to Pillarbox: the protocol, the batch that it gets, and the answers that it gives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+Survives = Literal["process", "power"]
+
+
+class Traits(NamedTuple):
+    """What a sink says of itself."""
+
+    deduplicates_by: Literal["event_id", "batch_id", "nothing"]
+    survives: Survives  # what an event that it has accepted (and confirmed) lives through at the destination
+    window: int = 1  # how many batches may be delivered and not yet confirmed; 1: acceptance needs no confirming
+
+
+class Batch:
+    """Records of one sealed file, or of a part of one, as raw JSON; `id` is stable across attempts."""
+
+    __slots__ = ("first", "id", "payloads")
+
+    def __init__(self, batch_id: str, payloads: Sequence[bytes], first: int = 0) -> None:
+        self.id = batch_id
+        self.payloads = payloads
+        self.first = first
+
+    def __len__(self) -> int:
+        return len(self.payloads)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The two fixed halves of a batch of at least two records, with ids that say which records they hold."""
+        middle = (len(self) + 1) // 2
+        return self._part(0, middle), self._part(middle, len(self))
+
+    def between(self, refused: Iterable[int]) -> list[Batch]:
+        """The runs of records that are left when those at the indexes in `refused` are taken out."""
+        cuts = [-1, *sorted(refused), len(self)]
+        return [self._part(a + 1, b) for a, b in zip(cuts, cuts[1:], strict=False) if a + 1 < b]
+
+    def _part(self, start: int, stop: int) -> Batch:
+        base = self.id.partition(":")[0]
+        first = self.first + start
+        return Batch(f"{base}:{first}-{self.first + stop - 1}", self.payloads[start:stop], first)
+
+
+class Refusal(NamedTuple):
+    """Why a destination refuses a record or batch for good; `code` is short and stable, `reason` is for people."""
+
+    code: str
+    reason: str
+
+
+class Delivered(msgspec.Struct, frozen=True):
+    """All accepted; `duplicates` of them were there already."""
+
+    accepted: int
+    duplicates: int = 0
+
+
+class Retry(msgspec.Struct, frozen=True):
+    """Not now; try again, not before `after` seconds where the destination names them."""
+
+    reason: str
+    after: float | None = None
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """The batch as a whole is refused for good; nothing of it was accepted."""
+
+    refusal: Refusal
+
+
+class Partly(msgspec.Struct, frozen=True):
+    """The records at these indexes of the batch are refused for good; the others were taken, or must be sent again."""
+
+    refused: dict[int, Refusal]
+    accepted: int | None = None  # None: nothing of the call was kept
+    duplicates: int = 0
+
+
+class Misconfigured(msgspec.Struct, frozen=True):
+    """The set-up is at fault, not the events: nothing can be delivered until somebody mends it."""
+
+    reason: str
+
+
+Answer = Delivered | Retry | Refused | Partly | Misconfigured
+
+
+class Finding(NamedTuple):
+    """One line of `pillarbox check`; `ok` is False where it must be mended first."""
+
+    ok: bool
+    text: str
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """One destination. All methods run on the deliverer's event loop, one `open` before all others."""
+
+    traits: Traits
+
+    async def open(self) -> None:
+        """Connect as far as is cheap; raises `SinkUnusable` for what only a person can mend."""
+
+    async def deliver(self, batch: Batch) -> Answer:
+        """Send one batch. An exception counts as `Retry`."""
+
+    async def confirm(self, batches: Sequence[Batch]) -> bool:
+        """Whether everything delivered so far, `batches` among it, survives; False has them sent again."""
+
+    async def check(self) -> Iterable[Finding]:
+        """Look whether the destination fits, without sending an event."""
+
+    async def close(self) -> None:
+        """Let go of everything."""
+
+
+def decode(
+    payloads: Sequence[bytes], decoder: msgspec.json.Decoder[Any]
+) -> tuple[list[tuple[int, Any]], dict[int, Refusal]]:
+    """Decode records on demand: (index, event) of each that is of the event type, and the refusals of the others."""
+    events: list[tuple[int, Any]] = []
+    refused: dict[int, Refusal] = {}
+    decode_one = decoder.decode
+    for index, payload in enumerate(payloads):
+        try:
+            events.append((index, decode_one(payload)))
+        except (msgspec.DecodeError, RecursionError) as error:
+            refused[index] = Refusal("wrong_type", str(error))
+    return events, refused

@@ -1,0 +1,219 @@
+"""SQLite, the embedded default: `sqlite:///relative/path.db`, `sqlite:////absolute/path.db`, with `?table=name` if need be.
+
+One table with a column for each field of the event type and `event_id` as primary key, made where it is missing. One
+transaction a batch, in WAL mode with `synchronous=FULL`: the sealed file that is then deleted must be as safe here.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import sqlite3
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Final, Union, get_args, get_origin
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import msgspec
+
+from pillarbox.errors import ConfigurationError, SinkUnusable
+from pillarbox.sinks import base
+from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Misconfigured, Partly, Refusal, Retry, Traits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+BUSY_TIMEOUT_S: Final = 5.0  # how long a batch waits for another program that writes to the same file
+_COLUMN_TYPES: Final = {str: "TEXT", int: "INTEGER", bool: "INTEGER", float: "REAL", bytes: "BLOB"}
+# Primary result codes (https://www.sqlite.org/rescode.html) that pass by themselves; all others want a person.
+_PASSING: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_INTERRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_SCHEMA,
+    }
+)
+
+
+class SqliteSink:
+    """Writes batches into one table of an SQLite file."""
+
+    traits = Traits(deduplicates_by="event_id", survives="power")
+
+    def __init__(self, url: str, event_type: type[msgspec.Struct]) -> None:
+        parts = urlsplit(url)
+        options = parse_qs(parts.query)
+        self._path = unquote(parts.path.removeprefix("/"))
+        if parts.netloc or not self._path or set(options) - {"table"}:
+            allowed = "sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME at most"
+            raise ConfigurationError("sink", url, "the call", allowed)
+        self._table = options.get("table", [_snake_case(event_type.__name__)])[0]
+        self._fields = msgspec.structs.fields(event_type)
+        self._decoder = msgspec.json.Decoder(event_type)
+        self._row = _row_maker(event_type)
+        self._connection: sqlite3.Connection | None = None
+        columns = ", ".join(_quoted(field.encode_name) for field in self._fields)
+        marks = ", ".join("?" for _ in self._fields)
+        self._insert = (
+            f"INSERT INTO {_quoted(self._table)} ({columns}) VALUES ({marks}) ON CONFLICT (event_id) DO NOTHING"  # noqa: S608 - names are quoted, values are parameters
+        )
+
+    async def open(self) -> None:
+        """Open the file and make the table where it is missing."""
+        if self._connection is not None:
+            return
+        try:
+            connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        except sqlite3.Error as error:
+            raise SinkUnusable(self._advice(error)) from None
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute(self._create_table())
+        except sqlite3.Error as error:
+            connection.close()
+            if _passing(error):
+                raise
+            raise SinkUnusable(self._advice(error)) from None
+        self._connection = connection
+
+    async def deliver(self, batch: Batch) -> Answer:
+        """Insert what is not there yet, in one transaction."""
+        connection = self._connection
+        if connection is None:
+            return Retry("the file is not open")
+        events, refused = base.decode(batch.payloads, self._decoder)
+        rows = [(index, self._row(event)) for index, event in events]
+        before = connection.total_changes
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                connection.executemany(self._insert, (row for _, row in rows))
+            except (OverflowError, sqlite3.IntegrityError, sqlite3.DataError):
+                connection.execute("ROLLBACK")
+                connection.execute("BEGIN IMMEDIATE")
+                before = connection.total_changes
+                refused |= self._insert_one_by_one(connection, rows)
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            return Retry(f"SQLite: {error}") if _passing(error) else Misconfigured(self._advice(error))
+        accepted = len(batch) - len(refused)
+        duplicates = accepted - (connection.total_changes - before)
+        return Partly(refused, accepted, duplicates) if refused else Delivered(accepted, duplicates)
+
+    def _insert_one_by_one(
+        self, connection: sqlite3.Connection, rows: Iterable[tuple[int, Sequence[Any]]]
+    ) -> dict[int, Refusal]:
+        """Find the rows that the table does not take; the others are inserted."""
+        refused = {}
+        for index, row in rows:
+            try:
+                connection.execute(self._insert, row)
+            except OverflowError:
+                refused[index] = Refusal("out_of_range", "an integer that SQLite's 64 signed bits do not hold")
+            except (sqlite3.IntegrityError, sqlite3.DataError) as error:
+                refused[index] = Refusal("refused_by_table", str(error))
+        return refused
+
+    async def confirm(self, batches: Sequence[Batch]) -> bool:  # noqa: ARG002 - the protocol's
+        """A committed transaction needs no confirming."""
+        return True
+
+    async def check(self) -> Iterable[Finding]:
+        """Open the file, compare the table's columns with the event type's fields, and try the insert without data."""
+        try:
+            await self.open()
+        except (SinkUnusable, sqlite3.Error) as error:
+            return [Finding(ok=False, text=str(error))]
+        connection = self._connection
+        if connection is None:
+            return [Finding(ok=False, text="the file is not open")]
+        findings = [Finding(ok=True, text=f"{self._path}: SQLite {sqlite3.sqlite_version}, table {self._table}")]
+        there = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({_quoted(self._table)})")}
+        for field in self._fields:
+            if field.encode_name not in there:
+                mend = f"ALTER TABLE {_quoted(self._table)} ADD COLUMN {_column(field)}"
+                findings.append(Finding(ok=False, text=f"the table has no column {field.encode_name}; {mend}"))
+        if all(finding.ok for finding in findings):
+            try:
+                connection.execute(f"EXPLAIN {self._insert}", [None] * len(self._fields))
+            except sqlite3.Error as error:
+                findings.append(Finding(ok=False, text=self._advice(error)))
+        return findings
+
+    async def close(self) -> None:
+        """Close the file."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _create_table(self) -> str:
+        columns = ",\n  ".join(_column(field) for field in self._fields)
+        return f"CREATE TABLE IF NOT EXISTS {_quoted(self._table)} (\n  {columns}\n)"
+
+    def _advice(self, error: sqlite3.Error) -> str:
+        advice = {
+            sqlite3.SQLITE_CANTOPEN: "the folder must exist and be writable",
+            sqlite3.SQLITE_READONLY: "the file and its folder must be writable",
+            sqlite3.SQLITE_NOTADB: "name a file that is an SQLite database, or one that does not exist yet",
+            sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it, or name another",
+            sqlite3.SQLITE_ERROR: "compare the table with the event type: pillarbox check",
+        }.get(_primary_code(error), "see the SQLite documentation of this message")
+        return f"{self._path}, table {self._table}: {error}; {advice}"
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+
+
+def _passing(error: sqlite3.Error) -> bool:
+    return _primary_code(error) in _PASSING
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _scalar(annotation: Any) -> tuple[type | None, bool]:
+    """(the scalar type that a field holds, whether it may be None); (None, ...) where it holds something else."""
+    options = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
+    nullable = type(None) in options
+    options.discard(type(None))
+    (kind,) = options if len(options) == 1 else (None,)
+    return (kind, nullable) if kind in _COLUMN_TYPES else (None, nullable)
+
+
+def _column(field: msgspec.structs.FieldInfo) -> str:
+    kind, nullable = _scalar(field.type)
+    text = f"{_quoted(field.encode_name)} {_COLUMN_TYPES[kind] if kind else 'TEXT'}"
+    if field.encode_name == "event_id":
+        return f"{text} PRIMARY KEY NOT NULL"
+    return text if nullable else f"{text} NOT NULL"
+
+
+def _row_maker(event_type: type[msgspec.Struct]) -> Callable[[Any], Sequence[Any]]:
+    """How an event becomes a row: scalars as they are, anything else as JSON text."""
+    fields = msgspec.structs.fields(event_type)
+    if all(_scalar(field.type)[0] for field in fields):
+        return msgspec.structs.astuple
+
+    def row(event: Any) -> list[Any]:
+        return [_cell(getattr(event, field.name)) for field in fields]
+
+    return row
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return _cell(value.value)
+    return value if value is None or isinstance(value, (*_COLUMN_TYPES,)) else msgspec.json.encode(value).decode()

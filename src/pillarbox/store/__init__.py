@@ -1,0 +1,31 @@
+"""THE spec of what is on disk. Every sentence here has a test in `tests/store/`.
+
+GUARANTEES. An event whose `enqueue` answered `Enqueued` is in a file, by a `write` that returned: the death of the process does
+not lose it. (What loses power may lose what was not sealed yet: there is no `durability="power"` in this version.) A sealed
+file never changes. Bytes that are not a record are never delivered and never thrown away. What was delivered is gone.
+
+FILES. A file's name is its state, and a change of state is one rename; there is no other state. `layout.py` knows the names,
+`record.py` the lines; `docs/format.md` shows both.
+
+    active-<writer>-<n>.ndjson   appended to by one writer, which holds its lock; a name is used once
+    active.ndjson                left by an older writer that takes no lock; adopted, never written
+    sealed-<micros>-<uuid>.ndjson  complete, immutable, waiting; one sealed file is one batch; sorts by seal time
+    corrupt-<batch>.ndjson       damaged bytes as they stood, one span after another; corrupt-<batch>.spans.json says where and why
+    dead-<batch>.ndjson          dead letters, one line each
+    *.aside                      being written; worthless once its writer is gone
+    deliver.lock                 held by the process that delivers, which writes its state into it; never removed
+
+WHO MAY TOUCH WHAT. `writer.py` creates active files and appends; `sealer.py` has them synced and renamed; `reader.py` reads sealed
+files; only `directory.py` renames and deletes. A file or lock is taken by opening, locking and looking whether the name still
+means it; released by closing. A writer that dies leaves its lock to the kernel; the next that starts adopts its file.
+
+ORDER. Within a writer, first in, first out. Across writers, by seal time. Seal times strictly increase within a process, and
+start after the newest one found, so that they increase also where the clock steps back.
+
+LIMITS. Pending bytes are active and sealed files, no others; above `max_bytes` an event is refused and no file is created. An
+active file is retired at `batch_size` events, at `batch_bytes`, or `flush_interval` after its first event (later while files
+wait); where the disk does not keep up it grows, to `batch_bytes` first. A call of `enqueue_many` is never cut in two.
+
+MEDIA. `write` appends whole or reports how much; `rename` is atomic; `fdatasync` makes a file's data durable, `fsync` of the
+directory its names. A file may end in a torn line or in NUL bytes after a crash: the reader sets those aside.
+"""

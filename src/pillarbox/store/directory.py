@@ -1,0 +1,248 @@
+"""The directory: listing, sizes, taking and adopting, sealing names, deletion. The only deleter."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pillarbox.errors import DirectoryUnusable, FileUnusable
+from pillarbox.store import layout
+from pillarbox.store.layout import Kind
+from pillarbox.store.recovery import RECOVERABLE, RECOVERY, Action, Content, Lock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pillarbox.clock import Clock
+    from pillarbox.store.filesystem import Filesystem
+
+log = logging.getLogger("pillarbox")
+
+# A found stamp further ahead than this is a name that somebody made up, not a clock that was wrong for a while.
+_STAMP_AHEAD_MAX: Final = 366 * 86_400 * 1_000_000
+_OPEN_MODE: Final = 0o077
+
+
+class Account(NamedTuple):
+    """What a listing adds up to; bytes and numbers of files."""
+
+    active_files: int
+    active_bytes: int
+    sealed_files: int
+    sealed_bytes: int
+    corrupt_files: int
+    corrupt_bytes: int
+    dead_files: int
+    dead_bytes: int
+    oldest_stamp: int | None  # microseconds since 1970, of the oldest sealed file that has a stamp
+    newest_stamp: int | None
+
+    @property
+    def pending_bytes(self) -> int:
+        """What still waits to be delivered."""
+        return self.active_bytes + self.sealed_bytes
+
+    @property
+    def pending_files(self) -> int:
+        """How many files that is."""
+        return self.active_files + self.sealed_files
+
+
+class Taken(NamedTuple):
+    """A file whose lock this process holds, until `fd` is closed."""
+
+    name: str
+    fd: int
+
+
+class Adopted(NamedTuple):
+    """A dead writer's file that was sealed."""
+
+    found: str
+    sealed: str
+    bytes: int
+
+
+class Directory:
+    """One outbox directory. Safe to share between the threads of a process."""
+
+    def __init__(self, path: str, filesystem: Filesystem, clock: Clock) -> None:
+        self.path = path
+        self.filesystem = filesystem
+        self._clock = clock
+        self._stamp_lock = threading.Lock()
+        self._last_stamp = 0
+
+    def at(self, name: str) -> str:
+        """The path of a file in the directory."""
+        return f"{self.path}/{name}"
+
+    def open(self) -> None:
+        """Make sure that the directory is there and can be used; raises `DirectoryUnusable`."""
+        try:
+            self.filesystem.make_directory(self.path)
+            facts = self.filesystem.directory_facts(self.path)
+        except FileExistsError:
+            raise DirectoryUnusable(self.path, "is a file", "name a directory") from None
+        except OSError as error:
+            raise DirectoryUnusable(self.path, f"cannot be made: {error.strerror}", "make it, or name another") from None
+        if facts is None or not facts.is_directory:
+            raise DirectoryUnusable(self.path, "is not a directory", "name a directory")
+        if not facts.usable:
+            raise DirectoryUnusable(
+                self.path, "cannot be read and written by this process", "change its owner or mode, or name another"
+            )
+        if facts.mode & _OPEN_MODE:
+            log.warning("%s is open to other users (mode %03o); events may be personal: chmod 700", self.path, facts.mode)
+
+    def account(self) -> Account:
+        """List the directory once and add up; opens no file and keeps no names."""
+        files = dict.fromkeys(Kind, 0)
+        sizes = dict.fromkeys(Kind, 0)
+        oldest: int | None = None
+        newest: int | None = None
+        for name, size in self.filesystem.listing(self.path):
+            kind = layout.kind_of(name)
+            if kind is Kind.ACTIVE and size == 0:
+                continue  # a spare, or not yet written to
+            files[kind] += 1
+            sizes[kind] += size
+            if kind is Kind.SEALED and (stamp := layout.stamp_of(name)) is not None:
+                oldest = stamp if oldest is None or stamp < oldest else oldest
+                newest = stamp if newest is None or stamp > newest else newest
+        return Account(
+            active_files=files[Kind.ACTIVE] + files[Kind.LEGACY_ACTIVE],
+            active_bytes=sizes[Kind.ACTIVE] + sizes[Kind.LEGACY_ACTIVE],
+            sealed_files=files[Kind.SEALED],
+            sealed_bytes=sizes[Kind.SEALED],
+            corrupt_files=files[Kind.CORRUPT],
+            corrupt_bytes=sizes[Kind.CORRUPT],
+            dead_files=files[Kind.DEAD],
+            dead_bytes=sizes[Kind.DEAD],
+            oldest_stamp=oldest,
+            newest_stamp=newest,
+        )
+
+    def sealed(self) -> list[str]:
+        """The names of the sealed files, oldest first."""
+        return sorted(name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) is Kind.SEALED)
+
+    def take(self, name: str) -> Taken | None:
+        """Lock a found file; None where another holds it or it is gone. Raises `FileUnusable` for what is not ours."""
+        path = self.at(name)
+        while True:
+            try:
+                fd = self.filesystem.open_existing(path)
+            except FileNotFoundError:
+                return None
+            try:
+                if not self.filesystem.lock(fd):
+                    break
+                if self.filesystem.is_still(fd, path):
+                    return Taken(name, fd)
+            except BaseException:
+                self.filesystem.close(fd)
+                raise
+            self.filesystem.close(fd)  # renamed or removed between open and lock: look again
+        self.filesystem.close(fd)
+        return None
+
+    def note_stamp(self, stamp: int | None) -> None:
+        """Seal after this one from now on, even where the clock has stepped back."""
+        with self._stamp_lock:
+            if stamp is not None and self._last_stamp < stamp <= self._clock.micros() + _STAMP_AHEAD_MAX:
+                self._last_stamp = stamp
+
+    def _next_sealed_name(self) -> str:
+        with self._stamp_lock:
+            self._last_stamp = max(self._last_stamp + 1, self._clock.micros())
+            return layout.sealed_name(self._last_stamp, str(uuid.uuid4()))
+
+    def seal(self, taken: Iterable[Taken], renamed: Callable[[Taken, str], None]) -> None:
+        """Seal files that this process holds, in this order: sync each, rename all, sync the directory once.
+
+        `renamed(file, sealed name)` is called after each rename; the descriptors stay open, for the caller to close. A file
+        whose sync fails is sealed all the same and the error logged: its lines are checked one by one when they are read.
+        """
+        ready = list(taken)
+        for file in ready:
+            try:
+                self.filesystem.sync_data(file.fd)
+            except OSError as error:
+                log.error("%s: the disk did not take it (%s); sealed as it can be read", file.name, error.strerror)  # noqa: TRY400 - the trace says nothing
+        for file in ready:
+            name = self._next_sealed_name()
+            self.filesystem.rename(self.at(file.name), self.at(name))
+            renamed(file, name)
+        if ready:
+            self.filesystem.sync_directory(self.path)
+
+    def recover(self) -> list[Adopted]:
+        """Adopt what dead writers left: seal what holds events, remove what holds none."""
+        found = sorted(name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) in RECOVERABLE)
+        to_seal: list[Taken] = []
+        adopted: list[Adopted] = []
+        try:
+            for name in found:
+                taken = self._take_to_recover(name)
+                if taken is not None:
+                    to_seal.append(taken)
+            self.seal(
+                to_seal, lambda file, name: adopted.append(Adopted(file.name, name, self.filesystem.size(file.fd)))
+            )
+        finally:
+            for file in to_seal:
+                self.filesystem.close(file.fd)
+        return adopted
+
+    def _take_to_recover(self, name: str) -> Taken | None:
+        try:
+            taken = self.take(name)
+        except FileUnusable as error:
+            log.warning("left alone: %s", error)
+            return None
+        lock = Lock.ANOTHER if taken is None else Lock.NOBODY
+        content = Content.SOME if taken is not None and self.filesystem.size(taken.fd) else Content.EMPTY
+        action = RECOVERY[layout.kind_of(name), lock, content]
+        if taken is None or action is Action.SEAL:
+            return taken
+        try:
+            if action is Action.REMOVE:
+                self.remove(name)
+        finally:
+            self.filesystem.close(taken.fd)
+        return None
+
+    def read_bytes(self, name: str) -> bytes:
+        """A small file's content, empty where there is none; takes no lock."""
+        try:
+            fd = self.filesystem.open_existing(self.at(name))
+        except (FileNotFoundError, FileUnusable):
+            return b""
+        try:
+            return self.filesystem.read_all(fd)
+        finally:
+            self.filesystem.close(fd)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Make `data` the durable content of `name`, whole or not at all; done twice, it is as done once."""
+        aside = layout.aside_name(name)
+        self.remove(aside)
+        fd = self.filesystem.create(self.at(aside))
+        try:
+            self.filesystem.lock(fd)
+            self.filesystem.write_all(fd, data)
+            self.filesystem.sync_data(fd)
+            self.filesystem.rename(self.at(aside), self.at(name))
+        finally:
+            self.filesystem.close(fd)
+        self.filesystem.sync_directory(self.path)
+
+    def remove(self, name: str) -> None:
+        """Delete a file; gone already is gone."""
+        try:
+            self.filesystem.unlink(self.at(name))
+        except FileNotFoundError:
+            return

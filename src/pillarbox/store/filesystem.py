@@ -1,0 +1,207 @@
+"""The only user of `os.*` on files and of `open`: a protocol, so that crashes and faults can be simulated, and the real one.
+
+Paths are text, descriptors are whole numbers, errors are `OSError`s as the kernel gives them. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from pillarbox.errors import FileUnusable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # what is planted under our names neither redirects nor hangs us
+_FILE_MODE = 0o600
+_DIRECTORY_MODE = 0o700
+_READ_BYTES = 1 << 20
+
+
+class Entry(NamedTuple):
+    """A regular file in a directory."""
+
+    name: str
+    size: int
+
+
+class DirectoryFacts(NamedTuple):
+    """What `Directory` needs to know of a path before it uses it."""
+
+    is_directory: bool
+    mode: int
+    usable: bool  # by this process, to list, create and remove in
+
+
+class Filesystem(Protocol):
+    """What the store asks of a file system, one verb a method."""
+
+    write: Callable[[int, bytes], int]  # a bound function, not a method: the hot path calls it
+
+    def make_directory(self, path: str) -> None: ...
+    def directory_facts(self, path: str) -> DirectoryFacts | None: ...
+    def listing(self, path: str) -> Iterator[Entry]: ...
+    def create(self, path: str) -> int: ...
+    def open_existing(self, path: str) -> int: ...
+    def open_lock(self, path: str) -> int: ...
+    def lock(self, fd: int) -> bool: ...
+    def is_still(self, fd: int, path: str) -> bool: ...
+    def size(self, fd: int) -> int: ...
+    def read_all(self, fd: int) -> bytes: ...
+    def read_at(self, fd: int, offset: int, count: int) -> bytes: ...
+    def write_all(self, fd: int, data: bytes) -> None: ...
+    def replace_all(self, fd: int, data: bytes) -> None: ...
+    def truncate(self, fd: int, size: int) -> None: ...
+    def sync_data(self, fd: int) -> None: ...
+    def sync_directory(self, path: str) -> None: ...
+    def rename(self, source: str, target: str) -> None: ...
+    def unlink(self, path: str) -> None: ...
+    def close(self, fd: int) -> None: ...
+    def close_inherited(self) -> None: ...
+
+
+class RealFilesystem:
+    """The machine's own file systems."""
+
+    write = staticmethod(os.write)
+    truncate = staticmethod(os.ftruncate)
+    rename = staticmethod(os.rename)
+    unlink = staticmethod(os.unlink)
+
+    def __init__(self) -> None:
+        self._open: set[int] = set()  # what a forked child must close, lest it keeps its parent's locks alive
+
+    def make_directory(self, path: str) -> None:
+        """Create the directory and what is missing above it, for the owner only."""
+        os.makedirs(path, mode=_DIRECTORY_MODE, exist_ok=True)
+
+    def directory_facts(self, path: str) -> DirectoryFacts | None:
+        """What is at `path`, or None; follows links, for an operator may put the directory elsewhere."""
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            return None
+        usable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
+        return DirectoryFacts(os.path.isdir(path), found.st_mode & 0o777, usable)
+
+    def listing(self, path: str) -> Iterator[Entry]:
+        """The regular files in a directory with their sizes; one that goes away meanwhile is left out."""
+        with os.scandir(path) as entries:
+            for entry in entries:
+                try:
+                    if entry.is_file(follow_symlinks=False):
+                        yield Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
+                except FileNotFoundError:
+                    continue
+
+    def create(self, path: str) -> int:
+        """A new file to append to; the name must be free."""
+        return self._opened(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | _OURS, _FILE_MODE))
+
+    def open_existing(self, path: str) -> int:
+        """A file under one of our names to read, sync and lock, if it is ours to use; raises `FileUnusable` if it is not."""
+        try:
+            fd = os.open(path, os.O_RDONLY | _OURS)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                raise FileUnusable(path, "is a link, a pipe, a device or a directory") from None
+            raise
+        found = os.fstat(fd)
+        problem = None
+        if found.st_mode & 0o170000 != 0o100000:
+            problem = "is not a regular file"
+        elif found.st_nlink > 1:
+            problem = "has a second hard link"
+        elif found.st_uid != os.geteuid() and os.geteuid() != 0:
+            problem = f"belongs to user {found.st_uid}"
+        if problem:
+            os.close(fd)
+            raise FileUnusable(path, problem)
+        return self._opened(fd)
+
+    def open_lock(self, path: str) -> int:
+        """A lock file, made where it is missing; never removed."""
+        return self._opened(os.open(path, os.O_RDWR | os.O_CREAT | _OURS, _FILE_MODE))
+
+    def _opened(self, fd: int) -> int:
+        self._open.add(fd)
+        return fd
+
+    def close(self, fd: int) -> None:
+        """Close, and release the lock if it is held."""
+        self._open.discard(fd)  # before: afterwards the number may be somebody else's
+        os.close(fd)
+
+    def close_inherited(self) -> None:
+        """In a forked child: close the parent's files and locks."""
+        while self._open:
+            self.close(self._open.pop())
+
+    def lock(self, fd: int) -> bool:
+        """Take the exclusive lock of an open file; False where another holds it. It is released by closing only."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def is_still(self, fd: int, path: str) -> bool:
+        """Whether `path` still names the open file."""
+        try:
+            named = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(fd), named)
+
+    def size(self, fd: int) -> int:
+        """Size in bytes."""
+        return os.fstat(fd).st_size
+
+    def read_all(self, fd: int) -> bytes:
+        """The whole file, whatever the descriptor's position."""
+        parts: list[bytes] = []
+        offset = 0
+        while part := os.pread(fd, _READ_BYTES, offset):
+            parts.append(part)
+            offset += len(part)
+        return b"".join(parts)
+
+    def read_at(self, fd: int, offset: int, count: int) -> bytes:
+        """Up to `count` bytes from `offset`."""
+        return os.pread(fd, count, offset)
+
+    def write_all(self, fd: int, data: bytes) -> None:
+        """Write everything, however often the kernel takes a part only."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+
+    def replace_all(self, fd: int, data: bytes) -> None:
+        """Make `data` the whole content of a small file."""
+        os.pwrite(fd, data, 0)
+        os.ftruncate(fd, len(data))
+
+    def sync_data(self, fd: int) -> None:
+        """Make a file's data durable."""
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # there fsync leaves the data in the drive's cache
+        else:
+            os.fdatasync(fd)
+
+    def sync_directory(self, path: str) -> None:
+        """Make a directory's entries durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def read_file(path: str) -> bytes:
+    """The content of a file that a user names."""
+    with open(path, "rb") as file:
+        return file.read()

@@ -1,0 +1,90 @@
+"""File names <-> states. Pure: a name says everything about a file's state, and only this module knows how."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from typing import Final
+
+SUFFIX: Final = ".ndjson"
+LEGACY_ACTIVE: Final = "active.ndjson"
+DELIVER_LOCK: Final = "deliver.lock"
+_STAMP_DIGITS: Final = 16  # microseconds since 1970: enough until the year 2286
+STAMP_MAX: Final = 10**_STAMP_DIGITS - 1
+_STAMP = re.compile(rf"sealed-(\d{{{_STAMP_DIGITS}}})-")
+
+
+class Kind(Enum):
+    """What a file in the directory is."""
+
+    ACTIVE = "active"  # appended to by one writer, which holds its lock
+    LEGACY_ACTIVE = "legacy_active"  # left by the older, non-locking writer
+    SEALED = "sealed"  # complete, immutable, waiting
+    CORRUPT = "corrupt"  # quarantined bytes
+    SPANS = "spans"  # where the quarantined bytes stood and why they are there
+    DEAD = "dead"  # dead letters
+    ASIDE = "aside"  # being written aside; worthless once its writer is gone
+    OTHER = "other"  # not ours
+
+
+# First match wins: an `.aside` name begins like the name it will get.
+_KINDS: Final[tuple[tuple[str, str, Kind], ...]] = (
+    ("corrupt-", ".aside", Kind.ASIDE),
+    ("dead-", ".aside", Kind.ASIDE),
+    ("active-", SUFFIX, Kind.ACTIVE),
+    ("sealed-", SUFFIX, Kind.SEALED),
+    ("corrupt-", SUFFIX, Kind.CORRUPT),
+    ("corrupt-", ".spans.json", Kind.SPANS),
+    ("dead-", SUFFIX, Kind.DEAD),
+)
+
+
+def kind_of(name: str) -> Kind:
+    """The state that `name` stands for, by prefix and suffix only."""
+    if name == LEGACY_ACTIVE:
+        return Kind.LEGACY_ACTIVE
+    for prefix, suffix, kind in _KINDS:
+        if name.startswith(prefix) and name.endswith(suffix):
+            return kind
+    return Kind.OTHER
+
+
+def active_name(writer: str, number: int) -> str:
+    """The name of a writer's n-th active file; used once."""
+    return f"active-{writer}-{number}{SUFFIX}"
+
+
+def sealed_name(stamp: int, unique: str) -> str:
+    """The name of a file sealed at `stamp` microseconds since 1970."""
+    return f"sealed-{stamp:0{_STAMP_DIGITS}d}-{unique}{SUFFIX}"
+
+
+def stamp_of(name: str) -> int | None:
+    """The seal time in a sealed file's name, or None where somebody named it otherwise."""
+    match = _STAMP.match(name)
+    return int(match[1]) if match else None
+
+
+def batch_id(name: str) -> str:
+    """A sealed file's batch id: its name without the ending."""
+    return name.removesuffix(SUFFIX)
+
+
+def corrupt_name(batch: str) -> str:
+    """Where the damaged bytes of a batch are kept."""
+    return f"corrupt-{batch}{SUFFIX}"
+
+
+def spans_name(batch: str) -> str:
+    """Where it is written which bytes those were, and why."""
+    return f"corrupt-{batch}.spans.json"
+
+
+def dead_name(batch: str) -> str:
+    """Where the dead letters of a batch are kept."""
+    return f"dead-{batch}{SUFFIX}"
+
+
+def aside_name(name: str) -> str:
+    """The name under which a file is written before it gets its own."""
+    return f"{name}.aside"

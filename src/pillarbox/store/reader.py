@@ -1,0 +1,53 @@
+"""A sealed file's bytes -> good records and damaged spans. Pure, but that it gives way.
+
+Lines end at a line feed only; blank ones are skipped. A last line without its line feed is judged like any other: one that is
+a whole record is one, for no proper beginning of a record is a record.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from pillarbox.store import record
+from pillarbox.store.record import Damaged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GIVE_WAY_EVERY: Final = 50  # lines; more would hold the interpreter from the callers of `enqueue` for longer than a write takes
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Damaged bytes: where in the file, and what is wrong with them."""
+
+    offset: int
+    length: int
+    reason: str
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """What a file holds."""
+
+    payloads: list[bytes]  # the JSON of each good event, in order
+    spans: list[Span]
+
+
+def read(data: bytes, give_way: Callable[[], None]) -> Contents:
+    """Tell the good lines of a file from the damaged ones."""
+    payloads: list[bytes] = []
+    spans: list[Span] = []
+    offset = 0
+    for number, line in enumerate(data.split(b"\n")):
+        if number % GIVE_WAY_EVERY == 0:
+            give_way()
+        if line and not line.isspace():
+            try:
+                payloads.append(record.payload(line))
+            except Damaged as damage:
+                length = min(len(line) + 1, len(data) - offset)
+                torn = offset + len(line) == len(data)
+                spans.append(Span(offset, length, f"torn: {damage.reason}" if torn else damage.reason))
+        offset += len(line) + 1
+    return Contents(payloads, spans)

@@ -1,0 +1,77 @@
+"""One line <-> one record. Pure.
+
+A line is `{"event":VALUE,"crc":"xxxxxxxx"}` and a line feed; `crc` is the CRC-32 (IEEE 802.3, as in zlib) of the bytes of
+VALUE in eight lower-case hex digits. Lines of older writers have no `crc`. Nothing else is a record.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+from zlib import crc32
+
+import msgspec
+
+LINE: Final = b'{"event":%b,"crc":"%08x"}\n'  # (payload, crc32(payload)); the writer's hot path formats it itself
+OVERHEAD: Final = len(LINE % (b"", 0))
+_HEAD: Final = b'{"event":'
+_TAIL_BYTES: Final = len(b',"crc":"00000000"}')
+
+
+class Damaged(Exception):  # noqa: N818 - reads as the sentence it is
+    """The bytes are not a record; `reason` says which rule they break."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
+    event: msgspec.Raw
+    crc: str | msgspec.UnsetType = msgspec.UNSET
+
+
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
+_check_value = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def line(payload: bytes) -> bytes:
+    """The line that stores an event whose JSON is `payload`."""
+    return LINE % (payload, crc32(payload))
+
+
+def payload(line: bytes) -> bytes:
+    """The event's JSON in a line without its line feed; raises `Damaged`."""
+    # The shape that we write ourselves, recognised without a JSON parser; the value inside is checked all the same.
+    if line.startswith(_HEAD) and line[-18:-10] == b',"crc":"' and line.endswith(b'"}'):
+        value = line[len(_HEAD) : -_TAIL_BYTES]
+        if b"%08x" % crc32(value) == line[-10:-2]:
+            try:
+                _check_value(value)
+            except msgspec.DecodeError:
+                raise Damaged("bad_json") from None
+            _check_utf8(value)
+            return value
+    return _payload_by_parser(line)
+
+
+def _payload_by_parser(line: bytes) -> bytes:
+    try:
+        envelope = _decode_envelope(line)
+    except msgspec.ValidationError:
+        raise Damaged("not_a_record") from None
+    except msgspec.DecodeError:
+        raise Damaged("nul_bytes" if b"\0" in line else "bad_json") from None
+    value = bytes(envelope.event)
+    _check_utf8(value)
+    if envelope.crc is not msgspec.UNSET and envelope.crc != f"{crc32(value):08x}":
+        raise Damaged("bad_checksum")
+    return value
+
+
+def _check_utf8(value: bytes) -> None:
+    # msgspec does not look into the strings of a raw value.
+    if not value.isascii():
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            raise Damaged("bad_utf8") from None

@@ -1,0 +1,231 @@
+"""The thread that syncs, renames, syncs the directory, seals by age, keeps a spare file ready and corrects the byte count.
+
+Everything that could make a caller wait happens here. `step` does one round and says when the next is due; the thread only
+calls it, so that a test can do the same with a clock of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Final, get_args
+
+from pillarbox.store.layout import LEGACY_ACTIVE
+from pillarbox.store.writer import SealReason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.writer import Retired, Writer
+
+log = logging.getLogger("pillarbox")
+
+AGE_STRETCHED_MAX_S: Final = 60.0  # while files wait anyway, new ones are made this seldom at the least
+_RELIST_S: Final = 5.0  # how stale the count of what other processes added or delivered may be
+_RELIST_FULL_S: Final = 1.0  # the same when more than half of `max_bytes` is used
+_RELIST_SHARE: Final = 10  # listing may take a tenth of the time
+_RETRY_S: Final = 1.0  # after the disk refused a rename
+
+
+def stretched(flush_interval: float, waiting: int) -> float:
+    """Seconds after which the active file is sealed by age while `waiting` sealed files are not yet delivered."""
+    return min(max(AGE_STRETCHED_MAX_S, flush_interval), flush_interval * 2.0 ** min(waiting, 16))
+
+
+class Sealer:
+    """Seals what a `Writer` retires. `on_sealed()` is called from its thread after files got their sealed names."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        clock: Clock,
+        flush_interval: float,
+        max_bytes: int,
+        on_sealed: Callable[[], None],
+    ) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._flush_interval = flush_interval
+        self._max_bytes = max_bytes
+        self._on_sealed = on_sealed
+        self._inbox: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._writer: Writer
+        self._active_since: tuple[str, float] | None = None
+        self._next_listing = 0.0
+        self._dropped: dict[str, int] = {}
+        self._dropping: set[str] = set()
+        self._trouble = ""
+        self.sealed: dict[SealReason, int] = dict.fromkeys(get_args(SealReason), 0)
+
+    def attach(self, writer: Writer) -> None:
+        """Seal for this writer."""
+        self._writer = writer
+        self._dropped = dict(writer.dropped)
+
+    def wake(self) -> None:
+        """There is work; quick and re-entrant."""
+        self._inbox.put(None)
+
+    def start(self) -> None:
+        """Begin to work, in a thread."""
+        self._thread = threading.Thread(target=self._run, name="pillarbox-sealer", daemon=True)
+        self._thread.start()
+
+    def seal_now(self, reason: SealReason, timeout: float) -> bool:
+        """Retire the active file and wait until everything retired so far is sealed; False when that took too long."""
+        self._writer.rotate(reason)
+        done = threading.Event()
+        self._inbox.put(done)
+        return done.wait(timeout) and not self._writer.retired
+
+    def stop(self, timeout: float) -> bool:
+        """Seal what is there and end; False when that took too long."""
+        self._stopping = True
+        self._inbox.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout)
+            return not self._thread.is_alive()
+        return True
+
+    def _run(self) -> None:
+        self.adopt()
+        wait = 0.0
+        while not self._stopping:
+            tickets = self._wait_for_work(wait)
+            wait = self.step()
+            for ticket in tickets:
+                ticket.set()
+        self.finish()
+
+    def _wait_for_work(self, timeout: float) -> list[threading.Event]:
+        tickets: list[threading.Event] = []
+        try:
+            while True:
+                ticket = self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait()
+                timeout = 0.0
+                if ticket is not None:
+                    tickets.append(ticket)
+        except Empty:
+            return tickets
+
+    def adopt(self) -> None:
+        """Seal what dead writers left, before anything of ours is."""
+        try:
+            adopted = self._directory.recover()
+        except OSError as error:
+            self._report(f"cannot adopt what is in the directory: {error}")
+            return
+        for file in adopted:
+            reason: SealReason = "startup" if file.found == LEGACY_ACTIVE else "adopted"
+            self.sealed[reason] += 1
+        if adopted:
+            log.info("%s: adopted %d files that an earlier writer left", self._directory.path, len(adopted))
+            self._on_sealed()
+
+    def step(self) -> float:
+        """One round: spare, age, sync and rename, count. Returns seconds until the next is due, if nothing happens before."""
+        try:
+            if self._writer.wants_spare():
+                self._writer.give_spare(self._writer.new_file())
+            wait = self._seal_by_age()
+            self._seal_retired()
+            wait = min(wait, self._relist())
+        except OSError as error:
+            self._report(str(error))
+            wait = _RETRY_S
+        else:
+            self._report("")
+        self._report_drops()
+        return wait
+
+    def finish(self) -> None:
+        """Seal what is there and remove what is empty; the writer accepts nothing more."""
+        empty = self._writer.close()
+        try:
+            self._seal_retired()
+        except OSError as error:
+            log.error("%s: not sealed at the end, the next start adopts it: %s", self._directory.path, error)  # noqa: TRY400 - the trace says nothing
+        for file in empty:
+            self._remove_empty(file)
+
+    def _remove_empty(self, file: Taken) -> None:
+        filesystem = self._directory.filesystem
+        try:
+            if filesystem.size(file.fd) == 0:
+                self._directory.remove(file.name)
+        except OSError as error:
+            log.warning("%s: not removed, the next start does it: %s", file.name, error)
+        filesystem.close(file.fd)
+
+    def _seal_by_age(self) -> float:
+        active = self._writer.active()
+        if active is None:
+            self._active_since = None
+            return AGE_STRETCHED_MAX_S
+        name, _ = active
+        now = self._clock.monotonic()
+        if self._active_since is None or self._active_since[0] != name:
+            self._active_since = (name, now)
+        waiting = self._writer.files - 1 - len(self._writer.retired)
+        left = self._active_since[1] + stretched(self._flush_interval, waiting) - now
+        if left > 0:
+            # While the interval is stretched, look again after the plain one: the files may be gone by then.
+            return min(left, self._flush_interval)
+        self._writer.rotate("flush_interval")
+        return self._flush_interval
+
+    def _seal_retired(self) -> None:
+        retired = self._writer.retired
+        batch: list[Retired] = list(retired)
+        if not batch:
+            return
+
+        def renamed(file: Taken, _name: str) -> None:
+            done = retired.popleft()
+            self.sealed[done.reason] += 1
+            self._directory.filesystem.close(file.fd)
+
+        self._directory.seal([done.file for done in batch], renamed)
+        self._on_sealed()
+
+    def _relist(self) -> float:
+        """Correct the count of what is pending: other processes add files and deliver them."""
+        now = self._clock.monotonic()
+        if now < self._next_listing:
+            return self._next_listing - now
+        before = self._writer.mark()
+        account = self._directory.account()
+        self._writer.correct(before, account.pending_bytes, account.pending_files)
+        took = self._clock.monotonic() - now
+        rest = _RELIST_FULL_S if 2 * account.pending_bytes > self._max_bytes else _RELIST_S
+        rest = max(rest, _RELIST_SHARE * took)
+        self._next_listing = now + took + rest
+        return rest
+
+    def _report(self, trouble: str) -> None:
+        """Log trouble with the disk when it begins, changes and ends."""
+        if trouble == self._trouble:
+            return
+        if trouble:
+            log.error("%s: %s", self._directory.path, trouble)
+        else:
+            log.info("%s: the disk works again", self._directory.path)
+        self._trouble = trouble
+
+    def _report_drops(self) -> None:
+        """Log when events begin to be refused for a reason, and how many it were when that ends."""
+        now = dict(self._writer.dropped)
+        for reason, total in now.items():
+            if total > self._dropped[reason]:
+                if reason not in self._dropping:
+                    self._dropping.add(reason)
+                    log.warning("%s: events are being dropped: %s", self._directory.path, reason)
+            elif reason in self._dropping:
+                self._dropping.discard(reason)
+                log.info("%s: no longer dropping for %s; %d dropped so far", self._directory.path, reason, total)
+        self._dropped = now
