@@ -142,7 +142,9 @@ class Outbox:
         if durability is not None:
             resolve({"durability": durability})
         try:
-            payload = self._payload(event)
+            payload = self._encode(event)
+            if type(event) is not self._event_type or len(payload) > EVENT_BYTES_MAX:
+                self._refuse(event, payload)
         except Exception as error:  # noqa: BLE001 - whatever an event does when encoded, the caller goes on
             return self._invalid(event, error)
         line = _LINE % (payload, crc32(payload))
@@ -158,7 +160,9 @@ class Outbox:
         lines: list[bytes] = []
         for event in events:
             try:
-                payload = self._payload(event)
+                payload = self._encode(event)
+                if type(event) is not self._event_type or len(payload) > EVENT_BYTES_MAX:
+                    self._refuse(event, payload)
             except Exception as error:  # noqa: BLE001 - as in `enqueue`
                 outcomes.append(self._invalid(event, error))
             else:
@@ -167,13 +171,10 @@ class Outbox:
         together = self._append_many(b"".join(lines), len(lines)) if lines else DROPPED["invalid"]
         return [together if outcome is None else outcome for outcome in outcomes]
 
-    def _payload(self, event: msgspec.Struct) -> bytes:
+    def _refuse(self, event: object, payload: bytes) -> None:
         if type(event) is not self._event_type:
             raise InvalidEvent("event", f"must be a {self._event_type.__name__}, not {type(event).__name__}")
-        payload = self._encode(event)
-        if len(payload) > EVENT_BYTES_MAX:
-            raise InvalidEvent("event", f"has {len(payload)} bytes as JSON, more than {EVENT_BYTES_MAX}")
-        return payload
+        raise InvalidEvent("event", f"has {len(payload)} bytes as JSON, more than {EVENT_BYTES_MAX}")
 
     def _append_many(self, lines: bytes, events: int) -> Outcome:
         if len(lines) > MANY_BYTES_MAX:

@@ -133,9 +133,8 @@ def _one_of(*allowed: str, later: tuple[str, ...] = ()) -> Callable[[object], st
     return parse
 
 
-def _not_yet(value: object) -> None:
-    if value is not None:
-        raise _Refusal("left out: it comes with a later version")
+def _not_yet(value: object) -> None:  # noqa: ARG001 - whatever it is
+    raise _Refusal("left out: it comes with a later version")
 
 
 def _event_type(value: object) -> type[msgspec.Struct]:
@@ -162,7 +161,7 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "flush_interval": _seconds,
     "max_bytes": _whole("a whole number of bytes, at least 0", 0),
     "when_full": _one_of("drop_newest", later=("drop_oldest", "block", "raise")),
-    "min_free_bytes": _not_yet,
+    "min_free_bytes": _not_yet,  # None, which is left out, is the only value so far
     "durability": _one_of("process", later=("power",)),
     "on_invalid": _one_of("drop", "raise"),
 }
@@ -186,8 +185,10 @@ def resolve(
     if environ is not None:
         found |= _from_environment(environ)
     for name, value in keywords.items():
-        found[_known(name, keyword_source)] = (value, keyword_source)
-    values = {name: _parsed(name, value, source) for name, (value, source) in found.items() if value is not None}
+        known = _known(name, keyword_source)
+        if value is not None:
+            found[known] = (value, keyword_source)
+    values = {name: _parsed(name, value, source) for name, (value, source) in found.items()}
     return Settings(**values)
 
 

@@ -130,7 +130,7 @@ class Sealer:
     def step(self) -> float:
         """One round: spare, age, sync and rename, count. Returns seconds until the next is due, if nothing happens before."""
         try:
-            if self._writer.wants_spare():
+            if self._writer.look():
                 self._writer.give_spare(self._writer.new_file())
             wait = self._seal_by_age()
             self._seal_retired()

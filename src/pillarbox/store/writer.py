@@ -1,7 +1,8 @@
 """One process's appender in a directory: append and rotation. Never syncs, logs, meters or calls back under its lock.
 
-The hot path is one closure (`append`), because a method call and attribute look-ups cost as much as the checksum. It clears
-`ready` before it touches the file and sets it after: whatever interrupts it, the next append finds the mark and repairs.
+The hot path is one closure (`append`), because look-ups cost as much as the checksum, and it makes one comparison: with the
+number of bytes that the active file may grow to. That number is also the mark: it is -1 while the file is touched, so that
+whatever interrupts an append, the next one takes the slow way, and repairs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SealReason = Literal["batch_size", "batch_bytes", "flush_interval", "startup", "adopted", "shutdown", "manual"]
 
 RETIRED_MAX: Final = 64  # files that wait for their sync; beyond it the active file grows instead, for each holds a descriptor
+_MARK: Final = -1
 _TAIL_BYTES: Final = 64 * 1024  # how much is read at a time to find the last whole line
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -71,11 +73,12 @@ class Writer:
         self._active: Taken | None = None
         self._spare: Taken | None = None
         self._fd = -1
-        self._ready = False
+        self._limit = _MARK
         self._bytes = 0
         self._events = 0
         self._attend_at = 1  # number of events in the file at which the hot path calls `_attend`
-        self._room = 0  # bytes until `max_bytes`
+        self._room = 0  # how many bytes the active file may have before `max_bytes` is reached
+        self._told = False  # the sealer, since it last looked
         self.files = 0  # pending files, the active one only where it holds something
         self.retired: deque[Retired] = deque()
         self.retired_events = 0
@@ -86,28 +89,29 @@ class Writer:
 
     def _build_append(self) -> Callable[[bytes, int], Outcome | None]:
         w = self
-        lock, write, batch_bytes = w.lock, w._filesystem.write, w._limits.batch_bytes
+        lock, write = w.lock, w._filesystem.write
 
         def append(lines: bytes, events: int) -> Outcome | None:
             """Append whole lines that hold `events` events; None before `start`."""
             size = len(lines)
             with lock:
-                if size > w._room or not w._ready:
-                    refusal = w._prepare(size)
-                    if refusal is not None:
-                        return w._refuse(refusal, events) if w._started else None
-                w._ready = False
+                limit = w._limit
+                if w._bytes + size > limit:
+                    outcome = w._append_slowly(lines, events)
+                    if outcome is not None or not w._started:
+                        return outcome
+                    limit = w._limit
+                w._limit = _MARK
                 try:
                     written = write(w._fd, lines)
                     if written != size:
                         w._complete(lines, written)
                 except OSError as error:
                     return w._refuse(w._undo(error), events)
-                w._room -= size
                 w._bytes += size
                 w._events = count = w._events + events
-                w._ready = True
-                if count >= w._attend_at or w._bytes >= batch_bytes:
+                w._limit = limit
+                if count >= w._attend_at:
                     w._attend()
             return ENQUEUED
 
@@ -115,22 +119,49 @@ class Writer:
 
     # What follows is called with the lock held.
 
-    def _prepare(self, size: int) -> DropReason | None:
-        """Make ready to append, or say why not."""
+    def _append_slowly(self, lines: bytes, events: int) -> Outcome | None:
+        """Where the file does not simply take the lines: refuse, mend, or begin another file (None: now it takes them)."""
         if self._closed or not self._started:
-            return "closed"
-        if size > self._room:
-            return "max_bytes"
-        if self._ready:
-            return None
+            return self._refuse("closed", events) if self._started else None
+        size = len(lines)
+        if size > self._room - self._bytes:
+            return self._refuse("max_bytes", events)
         try:
-            if self._active is not None:
-                self._repair()
-            else:
+            if self._active is not None and self._limit == _MARK:
+                return self._append_after_interrupt(lines, events)
+            if self._active is not None and len(self.retired) < RETIRED_MAX and self._bytes:
+                self._retire("batch_bytes")
+            if self._active is None:
                 self._begin(self.new_file())
         except OSError as error:
-            return self._undo(error)
+            return self._refuse(self._undo(error), events)
+        self._allow(size)
         return None
+
+    def _append_after_interrupt(self, lines: bytes, events: int) -> Outcome:
+        """Another append was interrupted, for good or by the signal handler that calls: append and nothing more.
+
+        Above all no rotation: the interrupted append may go on, and must find its file.
+        """
+        self._repair()
+        self._limit = _MARK
+        written = self._filesystem.write(self._fd, lines)
+        if written != len(lines):
+            self._complete(lines, written)
+        self._bytes += len(lines)
+        self._events += events
+        self._allow(0)
+        self._tell_sealer()
+        return ENQUEUED
+
+    def _allow(self, size: int) -> None:
+        """Set how far the active file may grow: to `max_bytes`, and to `batch_bytes` or the `size` that is due now."""
+        self._limit = min(self._room, max(self._limits.batch_bytes, self._bytes + size))
+
+    def _tell_sealer(self) -> None:
+        if not self._told:
+            self._told = True
+            self._wake()
 
     def _refuse(self, reason: DropReason, events: int) -> Dropped:
         self.dropped[reason] += events
@@ -138,17 +169,17 @@ class Writer:
 
     def _begin(self, file: Taken) -> None:
         self._active, self._fd, self._bytes, self._events, self._attend_at = file, file.fd, 0, 0, 1
-        self._ready = True
+        self._allow(0)
 
     def _complete(self, lines: bytes, written: int) -> None:
         """After a short write: take the part back and write the lines again, all or none of them."""
         for last in (False, True):
-            # Where a signal handler has appended meanwhile, it has cut the part, and the mark is set.
-            if not self._ready:
+            # Where a signal handler has appended meanwhile, it has cut the part and taken the mark away.
+            if self._limit == _MARK:
                 self._filesystem.truncate(self._fd, self._filesystem.size(self._fd) - written)
             if last:
                 raise OSError(errno.ENOSPC, "the disk takes a part of a line only")
-            self._ready = False
+            self._limit = _MARK
             written = self._filesystem.write(self._fd, lines)
             if written == len(lines):
                 return
@@ -168,11 +199,11 @@ class Writer:
         if end > self._bytes:
             # A whole line that was interrupted before it was counted: the file must not pass for an empty one.
             self._bytes, self._events = end, self._events + 1
-        self._ready = True
+        self._allow(0)
 
     def _undo(self, error: OSError) -> DropReason:
         """After a failed append: leave whole lines; where that fails too, let the file be sealed as it is."""
-        if self._active is not None and not self._ready:
+        if self._active is not None and self._limit == _MARK:
             try:
                 self._repair()
             except OSError:
@@ -181,22 +212,13 @@ class Writer:
 
     def _attend(self) -> None:
         """What the hot path leaves out: the first event of a file, and a full file."""
-        if self._events >= self._limits.batch_size:
-            reason: SealReason = "batch_size"
-        elif self._bytes >= self._limits.batch_bytes:
-            reason = "batch_bytes"
-        else:
-            reason = "flush_interval"
         if self._attend_at == 1:
             self._attend_at = self._limits.batch_size
             self.files += 1
-            self._wake()
-        if reason == "flush_interval":
-            return
-        # Without a spare the sealer is behind: the file grows rather than that the caller opens another.
-        overfull = self._bytes >= self._limits.batch_bytes and len(self.retired) < RETIRED_MAX
-        if self._spare is not None or overfull:
-            self._retire(reason)
+            self._tell_sealer()
+        # Without a spare the sealer is behind: the file grows to `batch_bytes` rather than that the caller opens another.
+        if self._events >= self._limits.batch_size and self._spare is not None:
+            self._retire("batch_size")
 
     def _retire(self, reason: SealReason) -> None:
         if self._active is None:
@@ -204,11 +226,12 @@ class Writer:
         self.retired.append(Retired(self._active, self._bytes, self._events, reason))
         self.retired_events += self._events
         self.retired_bytes += self._bytes
-        self._active, self._fd, self._ready, self._bytes, self._events = None, -1, False, 0, 0
+        self._room -= self._bytes
+        self._active, self._fd, self._limit, self._bytes, self._events = None, -1, _MARK, 0, 0
         if self._spare is not None:
             spare, self._spare = self._spare, None
             self._begin(spare)
-        self._wake()
+        self._tell_sealer()
 
     # What follows takes the lock itself.
 
@@ -228,9 +251,10 @@ class Writer:
             self.files = pending_files
             self._started = True
 
-    def wants_spare(self) -> bool:
-        """Whether the sealer should open a file for the next rotation."""
+    def look(self) -> bool:
+        """The sealer's: from now on tell it of news. Returns whether it should open a file for the next rotation."""
         with self.lock:
+            self._told = False
             return self._spare is None and self._active is not None and not self._closed
 
     def give_spare(self, file: Taken) -> None:
@@ -247,9 +271,17 @@ class Writer:
     def release(self, size: int) -> None:
         """A pending file of `size` bytes is gone."""
         with self.lock:
-            self._room += size
             self._released += size
             self.files -= 1
+            self._make_room(self._room + size)
+
+    def _make_room(self, room: int) -> None:
+        self._room = room
+        if self._limit != _MARK:
+            self._allow(0)
+
+    def _pending_bytes(self) -> int:
+        return self._limits.max_bytes - self._room + self._bytes
 
     def mark(self) -> Mark:
         """What was appended and released here so far, to hand to `correct` after a listing."""
@@ -259,16 +291,16 @@ class Writer:
     def correct(self, before: Mark, found_bytes: int, found_files: int) -> None:
         """Take a listing's word for what is pending, unless what was done here while it ran explains the difference."""
         with self.lock:
-            counted = self._limits.max_bytes - self._room
+            difference = found_bytes - self._pending_bytes()
             appended = self.retired_bytes + self._bytes - before.appended
-            if abs(counted - found_bytes) > appended + self._released - before.released:
-                self._room = self._limits.max_bytes - found_bytes - appended
+            if abs(difference) > appended + self._released - before.released:
+                self._make_room(self._room - difference - appended)
                 self.files = found_files
 
     def pending(self) -> tuple[int, int, int]:
         """(pending bytes, pending files, events accepted since start)."""
         with self.lock:
-            return self._limits.max_bytes - self._room, self.files, self.retired_events + self._events
+            return self._pending_bytes(), self.files, self.retired_events + self._events
 
     def active(self) -> tuple[str, int] | None:
         """The name of the active file and its number of events, if it holds any."""
@@ -290,5 +322,5 @@ class Writer:
                 self._spare = spare
             empty = [file for file in (self._active, self._spare) if file is not None]
             self._active = self._spare = None
-            self._ready, self._fd = False, -1
+            self._limit, self._fd = _MARK, -1
             return empty

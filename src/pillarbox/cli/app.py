@@ -1,0 +1,113 @@
+"""The commands, the options that they share, and what every exit code means."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from enum import IntEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pillarbox.errors import PillarboxError
+from pillarbox.settings import Settings, resolve
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+EPILOG = """Settings are looked for in the options, then in the environment (PILLARBOX_DIRECTORY, PILLARBOX_SINK, ...), then in
+the TOML file named by --config. Exit codes: 0 done; 1 done in part, or the destination does not fit: the output says which;
+2 a wrong option, setting or directory; 130 interrupted."""
+
+app = typer.Typer(
+    name="pillarbox",
+    help="A durable event outbox: stores events on the local disk and delivers them in batches.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Exit(IntEnum):
+    """What a command's exit code means."""
+
+    DONE = 0
+    PARTLY = 1
+    USAGE = 2
+    INTERRUPTED = 130
+
+
+DirectoryOption = Annotated[
+    str | None, typer.Option("--directory", "-d", metavar="DIR", help="The outbox directory.", show_default=False)
+]
+SinkOption = Annotated[
+    str | None, typer.Option("--sink", metavar="URL", help="Where to deliver, e.g. sqlite:///events.db.", show_default=False)
+]
+EventTypeOption = Annotated[
+    str | None,
+    typer.Option("--event-type", metavar="MODULE:CLASS", help="A msgspec.Struct; TrackingEvent if left out.", show_default=False),
+]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", metavar="FILE", help="A TOML file with a table [outbox].", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log lines below errors.")]
+
+
+def settings_from(config: str | None, **options: object) -> Settings:
+    """The settings that the options, the environment and the TOML file amount to."""
+    sys.path.insert(0, "")  # an --event-type module is looked for where the user stands, as `python -m` does
+    return resolve(options, os.environ, config, keyword_source="the command line")
+
+
+def require(settings: Settings, name: str, example: str) -> None:
+    """End with a usage error where a setting that this command needs is missing."""
+    if not getattr(settings, name):
+        raise typer.BadParameter(
+            f"missing; give --{name} {example}, or set PILLARBOX_{name.upper()}", param_hint=f"--{name}"
+        )
+
+
+def log_to_terminal(*, quiet: bool) -> None:
+    """Show the library's log lines on standard error."""
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+
+
+def stop_on_sigterm() -> None:
+    """Have SIGTERM end a command as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def run() -> None:
+    """Run the command that was typed and end with its exit code."""
+    # Imported here, for each registers its command with `app`.
+    from pillarbox.cli import check, deliver, enqueue, status  # noqa: F401, PLC0415
+
+    try:
+        result: Any = app(standalone_mode=False)
+    except PillarboxError as error:
+        err.print(f"pillarbox: {error}", style="red", markup=False)
+        sys.exit(Exit.USAGE)
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads has seen enough
+        sys.exit(Exit.DONE)
+    except Exception as error:
+        show = getattr(error, "show", None)  # typer's own usage errors
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", Exit.USAGE))
+    sys.exit(result if isinstance(result, int) else Exit.DONE)
