@@ -45,33 +45,33 @@ def payload(line: bytes) -> bytes:
     if line.startswith(_HEAD) and line[-18:-10] == b',"crc":"' and line.endswith(b'"}'):
         value = line[len(_HEAD) : -_TAIL_BYTES]
         if b"%08x" % crc32(value) == line[-10:-2]:
+            _check_utf8(value)
             try:
                 _check_value(value)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 raise Damaged("bad_json") from None
-            _check_utf8(value)
             return value
     return _payload_by_parser(line)
 
 
 def _payload_by_parser(line: bytes) -> bytes:
+    _check_utf8(line)
     try:
         envelope = _decode_envelope(line)
     except msgspec.ValidationError:
         raise Damaged("not_a_record") from None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         raise Damaged("nul_bytes" if b"\0" in line else "bad_json") from None
     value = bytes(envelope.event)
-    _check_utf8(value)
     if envelope.crc is not msgspec.UNSET and envelope.crc != f"{crc32(value):08x}":
         raise Damaged("bad_checksum")
     return value
 
 
-def _check_utf8(value: bytes) -> None:
+def _check_utf8(text: bytes) -> None:
     # msgspec does not look into the strings of a raw value.
-    if not value.isascii():
+    if not text.isascii():
         try:
-            value.decode()
+            text.decode()
         except UnicodeDecodeError:
             raise Damaged("bad_utf8") from None

@@ -1,0 +1,81 @@
+"""For the tests of applications and of Pillarbox itself: a clock that is set by hand, a sink that answers as it is told."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Traits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class ManualClock:
+    """A `Clock` that stands still until `advance` is called; `step` moves wall time only, as a clock that is set does."""
+
+    def __init__(self, micros: int = 1_700_000_000_000_000) -> None:
+        self._micros = micros
+        self._monotonic = 0.0
+
+    def micros(self) -> int:
+        """Wall time in microseconds since 1970."""
+        return self._micros
+
+    def monotonic(self) -> float:
+        """Seconds since the clock was made."""
+        return self._monotonic
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._monotonic += seconds
+        self._micros += int(seconds * 1e6)
+
+    def step(self, seconds: float) -> None:
+        """Set the wall clock forward or back."""
+        self._micros += int(seconds * 1e6)
+
+
+class RecordingSink:
+    """A `Sink` in memory: `batches` holds what it accepted; `answers` are given first, then everything is accepted.
+
+    An answer that is an exception is raised. `confirmations` answers `confirm` likewise, where `window` is above 1.
+    """
+
+    def __init__(self, answers: Iterable[Answer | Exception] = (), *, window: int = 1) -> None:
+        self.traits = Traits(deduplicates_by="nothing", survives="process", window=window)
+        self.answers: deque[Answer | Exception] = deque(answers)
+        self.confirmations: deque[bool] = deque()
+        self.calls: list[str] = []  # batch ids, in the order in which they came
+        self.batches: dict[str, list[bytes]] = {}
+        self.opened = 0
+
+    @property
+    def payloads(self) -> list[bytes]:
+        """Every accepted record, in order of arrival."""
+        return [payload for batch in self.batches.values() for payload in batch]
+
+    async def open(self) -> None:
+        """Count."""
+        self.opened += 1
+
+    async def deliver(self, batch: Batch) -> Answer:
+        """Give the next answer, or accept."""
+        self.calls.append(batch.id)
+        answer = self.answers.popleft() if self.answers else Delivered(len(batch))
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, Delivered):
+            self.batches[batch.id] = list(batch.payloads)
+        return answer
+
+    async def confirm(self, batches: Sequence[Batch]) -> bool:  # noqa: ARG002 - the protocol's
+        """Give the next confirmation, or confirm."""
+        return self.confirmations.popleft() if self.confirmations else True
+
+    async def check(self) -> Iterable[Finding]:
+        """Nothing to find."""
+        return [Finding(ok=True, text="records in memory")]
+
+    async def close(self) -> None:
+        """Nothing to let go."""

@@ -1,0 +1,49 @@
+"""What the tests share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pillarbox import TrackingEvent
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.testing import ManualClock
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock that is set by hand."""
+    return ManualClock()
+
+
+@pytest.fixture
+def place(tmp_path: Path, clock: ManualClock) -> Directory:
+    """An empty outbox directory."""
+    directory = Directory(str(tmp_path / "outbox"), RealFilesystem(), clock)
+    directory.open()
+    return directory
+
+
+@pytest.fixture
+def existing(tmp_path: Path) -> Path:
+    """A copy of a directory as the older system leaves it: two sealed files and an active one, 127 events."""
+    return Path(shutil.copytree(DATA / "existing-outbox", tmp_path / "existing"))
+
+
+def existing_events() -> list[dict[str, object]]:
+    """Its events, in the order in which they were written; parsed by the standard library."""
+    folder = DATA / "existing-outbox"
+    files = [*sorted(folder.glob("sealed-*")), folder / "active.ndjson"]
+    return [json.loads(line)["event"] for file in files for line in file.read_bytes().split(b"\n") if line]
+
+
+def event(number: int = 0, **members: object) -> TrackingEvent:
+    """An event with a number in its id."""
+    chosen = {"event_id": f"e-{number:06d}", "event_key": "click", "scope_kind": "Site", "scope_id": "site"} | members
+    return TrackingEvent(**chosen)  # type: ignore[arg-type]

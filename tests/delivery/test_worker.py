@@ -1,0 +1,313 @@
+"""The loop that delivers, on a real directory, to a sink that answers as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.lease import Lease, last_heartbeat
+from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.worker import Pace, Worker
+from pillarbox.clock import SystemClock
+from pillarbox.sinks.base import Misconfigured, Partly, Refusal, Refused, Retry
+from pillarbox.store import layout, record
+from pillarbox.store.directory import Directory
+from pillarbox.telemetry import DeliveryCounters
+from pillarbox.testing import RecordingSink
+
+QUICK = Pace(interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
+NO = Refusal("no", "it says so")
+
+
+def seal(place: Directory, stamp: int, *payloads: bytes, raw: bytes = b"") -> str:
+    name = layout.sealed_name(stamp, "u")
+    Path(place.at(name)).write_bytes(b"".join(map(record.line, payloads)) + raw)
+    return layout.batch_id(name)
+
+
+def worker_for(place: Directory, sink: RecordingSink, gone: list[int] | None = None) -> Worker:
+    heard = gone if gone is not None else []
+    return Worker(place, sink, "test", SystemClock(), QUICK, DeliveryCounters(), heard.append, lambda _seconds: None)
+
+
+def drain(worker: Worker) -> None:
+    """Deliver until nothing waits."""
+
+    async def until_idle() -> None:
+        running = asyncio.create_task(worker.run())
+        await asyncio.wait_for(asyncio.to_thread(worker.idle.wait), 20)
+        worker.end()
+        await running
+
+    asyncio.run(until_idle())
+
+
+def left(place: Directory) -> list[str]:
+    return sorted(set(os.listdir(place.path)) - {layout.DELIVER_LOCK})
+
+
+def test_sealed_files_are_delivered_in_order_and_removed(place: Directory) -> None:
+    """One file, one batch; the bytes are given back."""
+    batches = [seal(place, stamp, b"%d" % stamp, b"0") for stamp in (3, 1, 2)]
+    size = sum(entry.size for entry in place.filesystem.listing(place.path))
+    sink, gone = RecordingSink(), []
+    worker = worker_for(place, sink, gone)
+    drain(worker)
+    assert sink.calls == sorted(batches)
+    assert sink.payloads == [b"1", b"0", b"2", b"0", b"3", b"0"]
+    assert (left(place), sum(gone), worker.counters.delivered) == ([], size, 6)
+
+
+def test_on_failure_the_file_stays_and_is_tried_again_without_end(place: Directory) -> None:
+    """An exception of the sink counts as one."""
+    batch = seal(place, 1, b"1")
+    sink = RecordingSink([Retry("busy"), OSError("cut"), *[Retry("busy")] * 20])
+    worker = worker_for(place, sink)
+    drain(worker)
+    assert sink.calls == [batch] * 23
+    assert worker.counters.failed_flushes == 22
+    assert (worker.counters.delivered, left(place)) == (1, [])
+
+
+def test_a_damaged_line_is_set_aside_and_the_good_ones_and_later_files_are_delivered(place: Directory) -> None:
+    """The bytes as they stood, with where and why."""
+    batch = seal(place, 1, b"1", raw=b'rubbish\n{"event":2,"crc":"00000000"}\n' + record.line(b"3") + b"torn")
+    seal(place, 2, b"4")
+    sink = RecordingSink()
+    worker = worker_for(place, sink)
+    drain(worker)
+    assert sink.payloads == [b"1", b"3", b"4"]
+    assert left(place) == [layout.corrupt_name(batch), layout.spans_name(batch)]
+    assert Path(place.at(layout.corrupt_name(batch))).read_bytes() == b'rubbish\n{"event":2,"crc":"00000000"}\ntorn'
+    spans = json.loads(Path(place.at(layout.spans_name(batch))).read_bytes())
+    assert [(span["offset"], span["length"], span["reason"]) for span in spans] == [
+        (len(record.line(b"1")), 8, "bad_json"),
+        (len(record.line(b"1")) + 8, 29, "bad_checksum"),
+        (len(record.line(b"1")) + 37 + len(record.line(b"3")), 4, "torn: bad_json"),
+    ]
+    assert (worker.counters.quarantined, worker.counters.delivered) == (3, 3)
+    assert place.account().pending_bytes == 0
+
+
+def test_a_file_without_records_goes_without_a_call(place: Directory) -> None:
+    """Empty, or blank lines only."""
+    seal(place, 1)
+    seal(place, 2, raw=b"\n  \n\n")
+    sink = RecordingSink()
+    drain(worker_for(place, sink))
+    assert (sink.calls, left(place)) == ([], [])
+
+
+def test_a_file_of_nothing_but_damage_goes_to_quarantine(place: Directory) -> None:
+    """Without a call."""
+    batch = seal(place, 1, raw=b"active\n")
+    sink = RecordingSink()
+    drain(worker_for(place, sink))
+    assert (sink.calls, left(place)) == ([], [layout.corrupt_name(batch), layout.spans_name(batch)])
+
+
+def test_refused_records_become_dead_letters_with_their_reason(place: Directory) -> None:
+    """The others were taken."""
+    batch = seal(place, 1, b'"a"', b'"b"', b'"c"')
+    worker = worker_for(place, RecordingSink([Retry("busy"), Partly({1: NO}, accepted=2)]))
+    drain(worker)
+    (dead,) = Path(place.at(layout.dead_name(batch))).read_bytes().splitlines()
+    letter = json.loads(dead)
+    assert (letter["event"], letter["code"], letter["reason"], letter["sink"]) == ("b", "no", "it says so", "test")
+    assert (letter["index"], letter["attempts"]) == (1, 2)
+    assert letter["first_at_micros"] <= letter["last_at_micros"]
+    assert (worker.counters.delivered, worker.counters.dead, left(place)) == (2, 1, [layout.dead_name(batch)])
+
+
+def test_a_call_that_was_rolled_back_for_one_record_is_sent_again_around_it(place: Directory) -> None:
+    """The runs between, under ids that say which records they hold."""
+    batch = seal(place, 1, *(b"%d" % number for number in range(5)))
+    sink = RecordingSink([Partly({1: NO})])
+    drain(worker_for(place, sink))
+    assert sink.calls == [batch, f"{batch}:0-0", f"{batch}:2-4"]
+    assert sink.payloads == [b"0", b"2", b"3", b"4"]
+
+
+class _Poisoned(RecordingSink):
+    """Refuses every call that holds the poison, and does not say why."""
+
+    async def deliver(self, batch):  # type: ignore[no-untyped-def]
+        if b'"poison"' in batch.payloads:
+            self.calls.append(batch.id)
+            return Refused(NO)
+        return await super().deliver(batch)
+
+
+@pytest.mark.parametrize("place_of_poison", [0, 1, 249, 250, 499])
+def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(place: Directory, place_of_poison: int) -> None:
+    """Twice the logarithm of 500, rounded up."""
+    payloads = [b"%d" % number for number in range(500)]
+    payloads[place_of_poison] = b'"poison"'
+    batch = seal(place, 1, *payloads)
+    sink = _Poisoned()
+    worker = worker_for(place, sink)
+    drain(worker)
+    assert len(sink.calls) <= 1 + 18
+    assert sink.payloads == [payload for payload in payloads if payload != b'"poison"']
+    (dead,) = Path(place.at(layout.dead_name(batch))).read_bytes().splitlines()
+    assert json.loads(dead)["index"] == place_of_poison
+
+
+def test_a_wrong_set_up_stops_everything_loudly_and_resumes_alone(
+    place: Directory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing becomes a dead letter, and one line is logged, not one per look."""
+    caplog.set_level(logging.INFO, "pillarbox")
+    seal(place, 1, b"1")
+    sink = RecordingSink([Misconfigured("no such table")] * 30)
+    drain(worker_for(place, sink))
+    assert (sink.payloads, left(place)) == ([b"1"], [])
+    said = [entry.message for entry in caplog.records if "no such table" in entry.message]
+    assert len(said) == 1
+    assert said[0].startswith("test: stopped: no such table")
+
+
+def test_a_file_that_cannot_be_read_is_stepped_over(place: Directory, tmp_path: Path) -> None:
+    """It is reported; those after it are delivered."""
+    (tmp_path / "elsewhere").write_bytes(record.line(b"1"))
+    Path(place.at(layout.sealed_name(1, "u"))).hardlink_to(tmp_path / "elsewhere")
+    seal(place, 2, b"2")
+    sink = RecordingSink()
+    worker = worker_for(place, sink)
+    drain(worker)
+    assert sink.payloads == [b"2"]
+    assert worker.state.name == "degraded"
+    assert "hard link" in worker.state.reason
+
+
+def test_what_a_dead_writer_left_is_adopted_while_delivering(place: Directory) -> None:
+    """Also by a process that writes nothing itself."""
+    Path(place.at("active-w-1.ndjson")).write_bytes(record.line(b"1"))
+    sink = RecordingSink()
+    drain(worker_for(place, sink))
+    assert sink.payloads == [b"1"]
+
+
+def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
+    """The lock decides; its holder's heartbeat can be read."""
+    lease = Lease(place, "other", SystemClock())
+    assert lease.take()
+    seal(place, 1, b"1")
+    sink = RecordingSink()
+    worker = worker_for(place, sink)
+    thread = DeliveryThread(worker)
+    thread.start()
+    assert not worker.idle.wait(0.1)
+    assert (worker.state.name, sink.calls) == ("standby", [])
+    lease.release()
+    assert worker.idle.wait(10)
+    assert sink.payloads == [b"1"]
+    beat = last_heartbeat(place)
+    assert beat is not None
+    assert (beat.pid, beat.sink) == (os.getpid(), "test")
+    assert thread.stop(5)
+
+
+def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> None:
+    """Who evicts takes it first."""
+    batch = seal(place, 1, b"1")
+    taken = place.take(f"{batch}.ndjson")
+    assert taken is not None
+    sink = RecordingSink()
+    drain(worker_for(place, sink))
+    assert (sink.calls, left(place)) == ([], [f"{batch}.ndjson"])
+    place.filesystem.close(taken.fd)
+
+
+def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> None:
+    """None is removed before; one confirmation answers for all of them."""
+    for stamp in range(1, 6):
+        seal(place, stamp, b"%d" % stamp)
+    sink = _Slow(window=8)
+    worker = worker_for(place, sink)
+
+    async def scenario() -> None:
+        running = asyncio.create_task(worker.run())
+        while len(sink.calls) < 5:
+            await asyncio.sleep(0.001)
+        assert len(place.sealed()) == 5
+        sink.sure.set()
+        await asyncio.wait_for(asyncio.to_thread(worker.idle.wait), 20)
+        worker.end()
+        await running
+
+    asyncio.run(scenario())
+    assert (left(place), worker.counters.delivered) == ([], 5)
+    assert sum(sink.groups) == 5
+    assert len(sink.groups) <= 2
+
+
+class _Slow(RecordingSink):
+    """Confirms when it is told to."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__(window=window)
+        self.sure = asyncio.Event()
+        self.groups: list[int] = []
+
+    async def confirm(self, batches):  # type: ignore[no-untyped-def]
+        await self.sure.wait()
+        self.groups.append(len(batches))
+        return True
+
+
+def test_what_is_not_confirmed_is_sent_again_in_order(place: Directory) -> None:
+    """Under the same ids."""
+    batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
+    sink = RecordingSink(window=3)
+    sink.confirmations.extend([False, False])
+    drain(worker_for(place, sink))
+    assert left(place) == []
+    assert set(sink.calls) == set(batches)
+    assert sink.calls.count(batches[0]) >= 2
+    assert list(sink.batches) == batches
+
+
+def test_killed_between_dead_letters_and_removal_nothing_is_kept_twice(place: Directory) -> None:
+    """The same names are written over with the same content."""
+    payloads = [b'"a"', b'"b"']
+    batch = seal(place, 1, *payloads, raw=b"rubbish\n")
+    drain(worker_for(place, RecordingSink([Partly({1: NO}, accepted=1)])))
+    before = {name: Path(place.at(name)).read_bytes() for name in left(place) if "dead" not in name}
+    seal(place, 1, *payloads, raw=b"rubbish\n")
+    drain(worker_for(place, RecordingSink([Partly({1: NO}, accepted=1)])))
+    assert {name: Path(place.at(name)).read_bytes() for name in left(place) if "dead" not in name} == before
+    dead = msgspec.json.decode(Path(place.at(layout.dead_name(batch))).read_bytes())
+    assert dead["event"] == "b"
+
+
+def test_a_sink_that_hangs_does_not_hold_up_the_end(place: Directory) -> None:
+    """The call is cancelled, the file stays."""
+    batch = seal(place, 1, b"1")
+    sink = _Hanging()
+    thread = DeliveryThread(worker_for(place, sink))
+    thread.start()
+    assert sink.entered.wait(10)
+    assert thread.stop(0.05)
+    assert left(place) == [f"{batch}.ndjson"]
+
+
+class _Hanging(RecordingSink):
+    """Never answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import threading
+
+        self.entered = threading.Event()
+
+    async def deliver(self, batch):  # type: ignore[no-untyped-def]
+        self.entered.set()
+        await asyncio.Event().wait()

@@ -1,0 +1,243 @@
+"""Listing, taking, adopting, sealing names, deletion."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from pillarbox.errors import DirectoryUnusable, FileUnusable
+from pillarbox.store import layout
+from pillarbox.store.directory import Directory, Taken
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.layout import Kind
+from pillarbox.store.recovery import RECOVERY, Action, Content, Lock
+from pillarbox.testing import ManualClock
+
+
+def put(place: Directory, name: str, data: bytes = b"x\n") -> Path:
+    path = Path(place.path) / name
+    path.write_bytes(data)
+    return path
+
+
+def names(place: Directory) -> list[str]:
+    return sorted(os.listdir(place.path))
+
+
+def test_what_we_make_is_for_the_owner_only(place: Directory) -> None:
+    """Directories 0700, files 0600."""
+    place.filesystem.close(place.filesystem.create(place.at("active-w-1.ndjson")))
+    assert stat.S_IMODE(os.stat(place.path).st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(place.at("active-w-1.ndjson")).st_mode) == 0o600
+
+
+def test_an_open_directory_is_used_with_a_warning(tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
+    """An operator may have a reason."""
+    tmp_path.chmod(0o755)
+    Directory(str(tmp_path), RealFilesystem(), clock).open()
+    assert "chmod 700" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["file", "file/below", "\0"])
+def test_a_directory_that_cannot_be_is_an_error_at_once(tmp_path: Path, clock: ManualClock, path: str) -> None:
+    """Not at the first event."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises((DirectoryUnusable, ValueError)):
+        Directory(str(tmp_path / path), RealFilesystem(), clock).open()
+
+
+def test_pending_bytes_are_active_and_sealed_files_only(place: Directory) -> None:
+    """The example that the older system's tests have: 12 bytes."""
+    put(place, "active.ndjson", b"active")
+    put(place, "sealed-one.ndjson", b"sealed")
+    put(place, "corrupt-sealed-two.ndjson", b"corrupt")
+    put(place, "dead-sealed-two.ndjson", b"dead letter")
+    put(place, "notes.txt", b"not ours")
+    put(place, "active-spare-1.ndjson", b"")
+    account = place.account()
+    assert (account.pending_bytes, account.pending_files) == (12, 2)
+    assert (account.corrupt_bytes, account.dead_bytes) == (7, 11)
+
+
+def test_sealed_files_are_listed_oldest_first(place: Directory) -> None:
+    """By name."""
+    for stamp in (30, 4, 100):
+        put(place, layout.sealed_name(stamp, "u"))
+    assert [layout.stamp_of(name) for name in place.sealed()] == [4, 30, 100]
+
+
+def test_a_taken_file_cannot_be_taken_again(place: Directory) -> None:
+    """Until its descriptor is closed."""
+    put(place, "sealed-a.ndjson")
+    taken = place.take("sealed-a.ndjson")
+    assert taken is not None
+    assert place.take("sealed-a.ndjson") is None
+    place.filesystem.close(taken.fd)
+    again = place.take("sealed-a.ndjson")
+    assert again is not None
+    place.filesystem.close(again.fd)
+
+
+def test_a_file_that_is_gone_is_not_taken(place: Directory) -> None:
+    """Somebody else settled it."""
+    assert place.take("sealed-a.ndjson") is None
+
+
+class _Swapping(RealFilesystem):
+    """Replaces the file between open and lock, once."""
+
+    swaps = 1
+
+    def lock(self, fd: int) -> bool:
+        if self.swaps:
+            self.swaps -= 1
+            path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+            path.unlink()
+            path.write_bytes(b"new\n")
+        return super().lock(fd)
+
+
+def test_a_file_that_is_replaced_between_open_and_lock_is_looked_at_again(tmp_path: Path, clock: ManualClock) -> None:
+    """What is taken is what the name means now."""
+    place = Directory(str(tmp_path), _Swapping(), clock)
+    put(place, "sealed-a.ndjson", b"old\n")
+    taken = place.take("sealed-a.ndjson")
+    assert taken is not None
+    assert place.filesystem.read_all(taken.fd) == b"new\n"
+    place.filesystem.close(taken.fd)
+
+
+@pytest.mark.parametrize("planted", ["symlink", "hardlink", "fifo", "directory"])
+def test_what_is_planted_under_our_names_is_left_alone(place: Directory, tmp_path: Path, planted: str) -> None:
+    """It neither redirects nor hangs nor stops us."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious\n")
+    path = Path(place.path) / "active-x-1.ndjson"
+    if planted == "symlink":
+        path.symlink_to(victim)
+    elif planted == "hardlink":
+        path.hardlink_to(victim)
+    elif planted == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(FileUnusable):
+        place.take(path.name)
+    assert place.recover() == []
+    assert victim.read_bytes() == b"precious\n"
+
+
+def test_the_recovery_table_is_total() -> None:
+    """Every combination has one action; a held lock is never touched, a sealed file never changed."""
+    assert set(RECOVERY) == {(kind, lock, content) for kind in Kind for lock in Lock for content in Content}
+    for (kind, lock, content), action in RECOVERY.items():
+        if lock is Lock.ANOTHER or kind in (Kind.SEALED, Kind.CORRUPT, Kind.SPANS, Kind.DEAD, Kind.OTHER):
+            assert action is Action.LEAVE
+        elif kind is Kind.ASIDE or content is Content.EMPTY:
+            assert action is Action.REMOVE
+        else:
+            assert action is Action.SEAL
+
+
+EXAMPLES = {
+    Kind.ACTIVE: "active-w-1.ndjson",
+    Kind.LEGACY_ACTIVE: "active.ndjson",
+    Kind.SEALED: "sealed-a.ndjson",
+    Kind.CORRUPT: "corrupt-sealed-a.ndjson",
+    Kind.SPANS: "corrupt-sealed-a.spans.json",
+    Kind.DEAD: "dead-sealed-a.ndjson",
+    Kind.ASIDE: "dead-sealed-a.ndjson.aside",
+    Kind.OTHER: "notes.txt",
+}
+
+
+@pytest.mark.parametrize("content", Content)
+@pytest.mark.parametrize("lock", Lock)
+@pytest.mark.parametrize("kind", Kind)
+def test_recovery_does_what_the_table_says(place: Directory, kind: Kind, lock: Lock, content: Content) -> None:
+    """On a real directory, twice: the second time changes nothing."""
+    data = b"some\n" if content is Content.SOME else b""
+    path = put(place, EXAMPLES[kind], data)
+    holder = os.open(path, os.O_RDONLY)
+    if lock is Lock.ANOTHER:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+    adopted = place.recover()
+    after = names(place)
+    assert place.recover() == []
+    assert names(place) == after
+    os.close(holder)
+    action = RECOVERY[kind, lock, content]
+    if action is Action.LEAVE:
+        assert (adopted, after) == ([], [path.name])
+    elif action is Action.REMOVE:
+        assert (adopted, after) == ([], [])
+    else:
+        assert after == [adopted[0].sealed]
+        assert (Path(place.path) / after[0]).read_bytes() == data
+
+
+def test_seal_times_increase_also_where_the_clock_steps_back(place: Directory, clock: ManualClock) -> None:
+    """And start after the newest one found."""
+    place.note_stamp(clock.micros() + 5_000_000)
+    sealed = []
+    for number in range(3):
+        fd = place.filesystem.create(place.at(f"active-w-{number}.ndjson"))
+        place.seal([Taken(f"active-w-{number}.ndjson", fd)], lambda file, name: sealed.append(name))
+        place.filesystem.close(fd)
+        clock.step(-3600)
+    assert sealed == sorted(sealed)
+    assert layout.stamp_of(sealed[0]) == 1_700_000_005_000_001
+
+
+def test_a_made_up_seal_time_does_not_push_ours_out_of_their_sixteen_digits(place: Directory, clock: ManualClock) -> None:
+    """It is years ahead: no clock was that wrong."""
+    place.note_stamp(layout.STAMP_MAX)
+    fd = place.filesystem.create(place.at("active-w-1.ndjson"))
+    sealed: list[str] = []
+    place.seal([Taken("active-w-1.ndjson", fd)], lambda file, name: sealed.append(name))
+    place.filesystem.close(fd)
+    assert layout.stamp_of(sealed[0]) == clock.micros()
+
+
+def test_put_is_whole_or_not_at_all_and_may_be_done_twice(place: Directory) -> None:
+    """What an interrupted one left aside is written over."""
+    put(place, "dead-a.ndjson.aside", b"half")
+    place.put("dead-a.ndjson", b"one\n")
+    place.put("dead-a.ndjson", b"one\n")
+    assert names(place) == ["dead-a.ndjson"]
+    assert (Path(place.path) / "dead-a.ndjson").read_bytes() == b"one\n"
+
+
+class _Tracing(RealFilesystem):
+    """Writes down every verb that changes something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.verbs: list[str] = []
+
+    def sync_data(self, fd: int) -> None:
+        self.verbs.append("sync")
+        super().sync_data(fd)
+
+    def sync_directory(self, path: str) -> None:
+        self.verbs.append("sync directory")
+        super().sync_directory(path)
+
+    def rename(self, source: str, target: str) -> None:  # type: ignore[override]
+        self.verbs.append("rename")
+        os.rename(source, target)
+
+
+def test_sealing_syncs_each_file_then_renames_all_then_syncs_the_directory_once(tmp_path: Path, clock: ManualClock) -> None:
+    """In this order, for several files at a time."""
+    filesystem = _Tracing()
+    place = Directory(str(tmp_path), filesystem, clock)
+    files = [Taken(name, filesystem.create(place.at(name))) for name in ("active-w-1.ndjson", "active-w-2.ndjson")]
+    place.seal(files, lambda file, name: None)
+    assert filesystem.verbs == ["sync", "sync", "rename", "rename", "sync directory"]
+    for file in files:
+        filesystem.close(file.fd)

@@ -1,0 +1,56 @@
+"""File names <-> states."""
+
+from __future__ import annotations
+
+import pytest
+
+from pillarbox.store import layout
+from pillarbox.store.layout import Kind
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("active.ndjson", Kind.LEGACY_ACTIVE),
+        ("active-0b1c-1.ndjson", Kind.ACTIVE),
+        ("sealed-1795436302841870-12491cba.ndjson", Kind.SEALED),
+        ("sealed-bad.ndjson", Kind.SEALED),
+        ("sealed-.ndjson", Kind.SEALED),
+        ("sealed-x.ndjson.zst", Kind.OTHER),
+        ("corrupt-sealed-x.ndjson", Kind.CORRUPT),
+        ("corrupt-sealed-x.spans.json", Kind.SPANS),
+        ("dead-sealed-x.ndjson", Kind.DEAD),
+        ("dead-sealed-x.ndjson.aside", Kind.ASIDE),
+        ("deliver.lock", Kind.OTHER),
+        ("Active.ndjson", Kind.OTHER),
+        ("notes.txt", Kind.OTHER),
+        ("", Kind.OTHER),
+    ],
+)
+def test_a_name_is_a_state(name: str, kind: Kind) -> None:
+    """By prefix and suffix only."""
+    assert layout.kind_of(name) is kind
+
+
+def test_what_we_name_we_recognise() -> None:
+    """Each maker of names fits its kind."""
+    sealed = layout.sealed_name(1_795_436_302_841_870, "u")
+    batch = layout.batch_id(sealed)
+    assert layout.kind_of(layout.active_name("w", 3)) is Kind.ACTIVE
+    assert layout.kind_of(sealed) is Kind.SEALED
+    assert layout.stamp_of(sealed) == 1_795_436_302_841_870
+    assert layout.kind_of(layout.corrupt_name(batch)) is Kind.CORRUPT
+    assert layout.kind_of(layout.spans_name(batch)) is Kind.SPANS
+    assert layout.kind_of(layout.dead_name(batch)) is Kind.DEAD
+    for name in (layout.corrupt_name(batch), layout.spans_name(batch), layout.dead_name(batch)):
+        assert layout.kind_of(layout.aside_name(name)) is Kind.ASIDE
+
+
+def test_sealed_names_sort_by_time_for_as_long_as_they_have_sixteen_digits() -> None:
+    """Also early ones, which are filled up with zeros."""
+    assert layout.sealed_name(5, "z") < layout.sealed_name(40, "a") < layout.sealed_name(layout.STAMP_MAX, "a")
+
+
+def test_a_sealed_file_that_somebody_named_has_no_stamp() -> None:
+    """It is delivered all the same."""
+    assert layout.stamp_of("sealed-bad.ndjson") is None

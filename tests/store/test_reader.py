@@ -1,0 +1,81 @@
+"""A sealed file's bytes -> good records and damaged spans."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pillarbox.store import reader, record
+from tests.conftest import existing_events
+from tests.conftest import DATA
+
+import json
+
+GOOD = st.integers(0, 10**6).map(lambda number: record.line(b'{"n":%d}' % number))
+BLANK = st.sampled_from([b"\n", b"   \n", b"\r\n", b"\t\n"])
+BAD = st.sampled_from([b"active\n", b'{"event":{"n":1},"crc":"00000000"}\n', b'{"event":\n', b"\x00\x00\n", b"\xff\xfe\n"])
+
+
+def read(data: bytes) -> reader.Contents:
+    return reader.read(data, lambda: None)
+
+
+@given(st.lists(st.one_of(GOOD, BLANK, BAD)))
+def test_good_lines_are_read_in_order_and_every_damaged_byte_is_accounted_for(lines: list[bytes]) -> None:
+    """Blank lines are nothing."""
+    data = b"".join(lines)
+    contents = read(data)
+    good = [line for line in lines if line.startswith(b'{"event":{"n":') and b"00000000" not in line]
+    assert contents.payloads == [record.payload(line[:-1]) for line in good]
+    bad = [line for line in lines if line.strip(b" \r\n\t") and line not in good]
+    assert [data[span.offset : span.offset + span.length] for span in contents.spans] == bad
+
+
+@given(st.lists(GOOD, min_size=1), st.data())
+def test_a_torn_tail_is_a_span_and_the_lines_before_it_are_good(lines: list[bytes], data: st.DataObject) -> None:
+    """Wherever it was torn; only the line feed is missing in the best case, and then nothing is."""
+    whole = b"".join(lines)
+    cut = data.draw(st.integers(len(whole) - len(lines[-1]) + 1, len(whole) - 1))
+    contents = read(whole[:cut])
+    if cut == len(whole) - 1:
+        assert (len(contents.payloads), contents.spans) == (len(lines), [])
+    else:
+        assert len(contents.payloads) == len(lines) - 1
+        (span,) = contents.spans
+        assert (span.offset, span.offset + span.length) == (len(whole) - len(lines[-1]), cut)
+        assert span.reason.startswith("torn: ")
+
+
+def test_a_nul_tail_is_one_span() -> None:
+    """As ext4 leaves it when the size was written and the data was not."""
+    good = record.line(b"{}")
+    contents = read(good + good[:7] + b"\0" * 4089)
+    assert contents.payloads == [b"{}"]
+    assert [(span.offset, span.length, span.reason) for span in contents.spans] == [(len(good), 4096, "torn: nul_bytes")]
+
+
+def test_lines_end_at_line_feeds_only() -> None:
+    """U+2028, U+0085 and form feeds inside of a line are part of it: the older system's files have the first."""
+    payload = '{"a":"x\u2028y\u0085z\x7f"}'.encode()
+    assert read(record.line(payload)).payloads == [payload]
+
+
+def test_the_older_systems_files_are_read_unchanged() -> None:
+    """All 127 events, in order."""
+    folder = DATA / "existing-outbox"
+    files = [*sorted(folder.glob("sealed-*")), folder / "active.ndjson"]
+    contents = [read(file.read_bytes()) for file in files]
+    assert [json.loads(payload) for part in contents for payload in part.payloads] == existing_events()
+    assert not [span for part in contents for span in part.spans]
+
+
+def test_the_reader_gives_way_every_fifty_lines() -> None:
+    """So that whoever calls `enqueue` meanwhile is not held up for long."""
+    calls = []
+    reader.read(record.line(b"{}") * 500, lambda: calls.append(None))
+    assert len(calls) == 500 // reader.GIVE_WAY_EVERY + 1
+
+
+def test_an_empty_file_holds_nothing() -> None:
+    """And is no damage."""
+    assert read(b"") == reader.Contents([], [])

@@ -1,0 +1,308 @@
+"""Append and rotation, on a real directory; the sealer is driven by hand."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from pillarbox.outcome import DROPPED, ENQUEUED
+from pillarbox.store import layout, record
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.sealer import Sealer, stretched
+from pillarbox.store.writer import RETIRED_MAX, Limits, Writer
+from pillarbox.testing import ManualClock
+
+LINE = record.line(b'{"n":1}')
+
+
+class Line:
+    """A writer and its sealer on a directory, without the sealer's thread."""
+
+    def __init__(self, place: Directory, clock: ManualClock, **limits: int) -> None:
+        chosen = {"batch_size": 500, "batch_bytes": 10**6, "max_bytes": 2**29} | limits
+        self.place = place
+        self.sealed: list[None] = []
+        self.sealer = Sealer(place, clock, 1.0, chosen["max_bytes"], lambda: self.sealed.append(None))
+        self.writer = Writer(place, Limits(**chosen), self.sealer.wake)
+        self.sealer.attach(self.writer)
+        account = place.account()
+        self.writer.start(account.pending_bytes, account.pending_files)
+
+    def append(self, count: int = 1, line: bytes = LINE) -> list[object]:
+        return [self.writer.append(line, 1) for _ in range(count)]
+
+    def lines(self) -> dict[str, int]:
+        """Number of lines by kind of file, spares left out."""
+        found: dict[str, int] = {}
+        for name in sorted(os.listdir(self.place.path)):
+            data = Path(self.place.at(name)).read_bytes()
+            if data:
+                assert data.endswith(b"\n")
+                kind = layout.kind_of(name).value
+                found[kind] = found.get(kind, 0) + data.count(b"\n")
+        return found
+
+
+@pytest.fixture
+def line(place: Directory, clock: ManualClock) -> Line:
+    return Line(place, clock)
+
+
+def test_nothing_is_accepted_before_start_and_after_close(place: Directory, clock: ManualClock) -> None:
+    """Before: None, so that the outbox starts; after: closed."""
+    line = Line(place, clock)
+    fresh = Writer(place, Limits(1, 1, 1), lambda: None)
+    assert fresh.append(LINE, 1) is None
+    line.sealer.finish()
+    assert line.append() == [DROPPED["closed"]]
+    assert os.listdir(place.path) == []
+
+
+def test_an_appended_line_is_in_the_active_file_at_once(line: Line) -> None:
+    """It survives the death of the process."""
+    assert line.append(3) == [ENQUEUED] * 3
+    assert line.lines() == {"active": 3}
+
+
+def test_a_full_file_is_swapped_for_the_spare_and_sealed(place: Directory, clock: ManualClock) -> None:
+    """The caller swaps; sync and rename are the sealer's."""
+    line = Line(place, clock, batch_size=3)
+    line.append(1)
+    line.sealer.step()  # opens the spare
+    line.append(3)
+    assert line.lines() == {"active": 4}
+    line.sealer.step()
+    assert line.lines() == {"active": 1, "sealed": 3}
+    assert line.sealer.sealed["batch_size"] == 1
+    assert line.sealed == [None]
+
+
+def test_without_a_spare_the_file_grows_to_its_bytes_first(place: Directory, clock: ManualClock) -> None:
+    """The disk does not keep up: the caller waits for nothing."""
+    line = Line(place, clock, batch_size=2, batch_bytes=5 * len(LINE))
+    line.append(5)
+    assert line.writer.retired == type(line.writer.retired)()
+    line.append(1)
+    assert [done.events for done in line.writer.retired] == [5]
+    line.sealer.step()
+    assert line.lines() == {"active": 1, "sealed": 5}
+    assert line.sealer.sealed["batch_bytes"] == 1
+
+
+def test_the_queue_of_files_that_wait_for_their_sync_is_bounded(place: Directory, clock: ManualClock) -> None:
+    """Beyond it the active file grows."""
+    line = Line(place, clock, batch_size=1, batch_bytes=1)
+    line.append(RETIRED_MAX + 20)
+    assert len(line.writer.retired) == RETIRED_MAX
+    line.sealer.step()
+    assert line.lines() == {"active": 20, "sealed": RETIRED_MAX}
+
+
+def test_a_line_larger_than_a_file_should_be_has_one_of_its_own(place: Directory, clock: ManualClock) -> None:
+    """`batch_bytes` is no limit for an event."""
+    line = Line(place, clock, batch_bytes=10)
+    assert line.append(2) == [ENQUEUED] * 2
+    line.sealer.step()
+    assert line.lines() == {"active": 1, "sealed": 1}
+
+
+def test_above_max_bytes_events_are_dropped_and_no_active_file_appears(place: Directory, clock: ManualClock) -> None:
+    """And there is room again when a file is gone."""
+    Path(place.at("sealed-a.ndjson")).write_bytes(LINE * 10)
+    line = Line(place, clock, max_bytes=10 * len(LINE) + 5)
+    assert line.append(2) == [DROPPED["max_bytes"]] * 2
+    assert os.listdir(place.path) == ["sealed-a.ndjson"]
+    assert line.writer.dropped["max_bytes"] == 2
+    line.writer.release(10 * len(LINE))
+    assert line.append(11)[9:] == [ENQUEUED, DROPPED["max_bytes"]]
+
+
+def test_the_sealer_learns_what_other_processes_delivered(place: Directory, clock: ManualClock) -> None:
+    """By listing anew; the count of this process alone would never fall."""
+    Path(place.at("sealed-a.ndjson")).write_bytes(LINE * 10)
+    line = Line(place, clock, max_bytes=10 * len(LINE))
+    line.sealer.step()
+    assert line.append() == [DROPPED["max_bytes"]]
+    os.unlink(place.at("sealed-a.ndjson"))
+    clock.advance(10)
+    line.sealer.step()
+    assert line.append() == [ENQUEUED]
+    assert line.writer.pending() == (len(LINE), 1, 1)
+
+
+def test_an_active_file_is_sealed_by_age(line: Line, clock: ManualClock) -> None:
+    """`flush_interval` after its first event."""
+    line.append()
+    line.sealer.step()
+    clock.advance(0.9)
+    assert line.sealer.step() == pytest.approx(0.1)
+    assert line.lines() == {"active": 1}
+    clock.advance(0.2)
+    line.sealer.step()
+    assert line.lines() == {"sealed": 1}
+    assert line.sealer.sealed["flush_interval"] == 1
+
+
+@pytest.mark.parametrize(("interval", "waiting", "seconds"), [(1, 0, 1), (1, 1, 2), (1, 3, 8), (1, 10**6, 60), (90, 5, 90)])
+def test_sealing_by_age_stretches_while_files_wait(interval: float, waiting: int, seconds: float) -> None:
+    """An outage must not leave millions of tiny files."""
+    assert stretched(interval, waiting) == seconds
+
+
+def test_closing_seals_and_removes_empty_files(line: Line) -> None:
+    """Nothing of ours is left but what waits."""
+    line.append()
+    line.sealer.step()
+    line.sealer.finish()
+    assert line.lines() == {"sealed": 1}
+    assert len(os.listdir(line.place.path)) == 1
+    assert line.sealer.sealed["shutdown"] == 1
+
+
+def test_what_dead_writers_left_is_adopted_by_kind(line: Line) -> None:
+    """`startup` for the older system's file, `adopted` for another writer's."""
+    Path(line.place.at("active.ndjson")).write_bytes(LINE)
+    Path(line.place.at("active-w-1.ndjson")).write_bytes(LINE)
+    line.sealer.adopt()
+    assert (line.sealer.sealed["startup"], line.sealer.sealed["adopted"]) == (1, 1)
+    assert line.lines() == {"sealed": 2}
+
+
+def test_a_living_writers_file_is_not_adopted(line: Line) -> None:
+    """Its lock says so."""
+    line.append()
+    assert line.place.recover() == []
+    assert line.lines() == {"active": 1}
+
+
+class _Failing(RealFilesystem):
+    """A disk that takes `budget` bytes, a part of the last write included, and then says it is full."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__()
+        self.budget = budget
+
+    def write(self, fd: int, data: bytes) -> int:  # type: ignore[override]
+        if not self.budget:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = os.write(fd, data[: self.budget])
+        self.budget -= written
+        return written
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 1, len(LINE) - 1])
+def test_a_full_disk_leaves_whole_lines_and_recovers(tmp_path: Path, clock: ManualClock, spare_bytes: int) -> None:
+    """A short write is taken back; without a restart it goes on when there is room."""
+    filesystem = _Failing(3 * len(LINE) + spare_bytes)
+    line = Line(Directory(str(tmp_path), filesystem, clock), clock)
+    assert line.append(5) == [ENQUEUED] * 3 + [DROPPED["disk_full"]] * 2
+    assert line.lines() == {"active": 3}
+    filesystem.budget = 10**6
+    assert line.append() == [ENQUEUED]
+    assert line.lines() == {"active": 4}
+    assert line.writer.dropped["disk_full"] == 2
+
+
+def test_many_lines_are_appended_all_or_none(tmp_path: Path, clock: ManualClock) -> None:
+    """Also where the disk takes whole lines of the call."""
+    filesystem = _Failing(4 * len(LINE))
+    line = Line(Directory(str(tmp_path), filesystem, clock), clock)
+    line.append(2)
+    assert line.writer.append(LINE * 3, 3) == DROPPED["disk_full"]
+    assert line.lines() == {"active": 2}
+
+
+def test_a_file_size_limit_is_a_full_disk(line: Line) -> None:
+    """RLIMIT_FSIZE, for real, in a child."""
+    line.append()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * len(LINE) + 3, resource.RLIM_INFINITY))
+        good = line.append(3) == [ENQUEUED, DROPPED["disk_full"], DROPPED["disk_full"]]
+        os._exit(0 if good and line.lines() == {"active": 2} else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class _Interrupted(RealFilesystem):
+    """Raises KeyboardInterrupt in the middle of the next write, after `taken` bytes."""
+
+    taken: int | None = None
+
+    def write(self, fd: int, data: bytes) -> int:  # type: ignore[override]
+        if self.taken is None:
+            return os.write(fd, data)
+        os.write(fd, data[: self.taken])
+        self.taken = None
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("taken", [0, 1, len(LINE) - 1, len(LINE)])
+def test_what_an_interrupt_left_is_repaired_by_the_next_append(tmp_path: Path, clock: ManualClock, taken: int) -> None:
+    """A torn line is cut, a whole one stays."""
+    filesystem = _Interrupted()
+    line = Line(Directory(str(tmp_path), filesystem, clock), clock)
+    line.append()
+    filesystem.taken = taken
+    with pytest.raises(KeyboardInterrupt):
+        line.append()
+    assert line.append() == [ENQUEUED]
+    assert line.lines() == {"active": 3 if taken == len(LINE) else 2}
+
+
+class _Reentrant(RealFilesystem):
+    """Calls the writer again in the middle of a write, as a signal handler may."""
+
+    handler = None
+
+    def write(self, fd: int, data: bytes) -> int:  # type: ignore[override]
+        handler, self.handler = self.handler, None
+        if handler is not None:
+            handler()
+        return os.write(fd, data)
+
+
+def test_an_append_within_an_append_appends_and_nothing_more(tmp_path: Path, clock: ManualClock) -> None:
+    """No deadlock, no rotation underneath the one that goes on."""
+    filesystem = _Reentrant()
+    line = Line(Directory(str(tmp_path), filesystem, clock), clock, batch_size=2)
+    line.append()
+    line.sealer.step()
+    inner: list[object] = []
+    filesystem.handler = lambda: inner.extend(line.append())  # type: ignore[assignment]
+    assert line.append() == [ENQUEUED]
+    assert inner == [ENQUEUED]
+    line.sealer.step()
+    assert line.lines() == {"sealed": 3}
+
+
+def test_threads_lose_nothing_and_tear_nothing(place: Directory, clock: ManualClock) -> None:
+    """Four of them, with rotation going on."""
+    line = Line(place, clock, batch_size=100)
+
+    def work(number: int) -> None:
+        for count in range(500):
+            assert line.writer.append(record.line(b'{"t":%d,"n":%d}' % (number, count)), 1) == ENQUEUED
+            if count % 50 == 0:
+                line.sealer.step() if number == 0 else None
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    line.sealer.finish()
+    assert line.lines() == {"sealed": 2000}
+    order: dict[bytes, list[int]] = {}
+    for name in place.sealed():
+        for text in Path(place.at(name)).read_bytes().splitlines():
+            thread_number, _, count = record.payload(text).strip(b"{}").partition(b',"n":')
+            order.setdefault(thread_number, []).append(int(count))
+    assert all(counts == list(range(500)) for counts in order.values())

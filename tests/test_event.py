@@ -1,0 +1,170 @@
+"""`TrackingEvent` checks itself; other types are checked at the door."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import pytest
+
+from pillarbox import InvalidEvent, ScopeKind, TrackingEvent
+from pillarbox.errors import UsageError
+from pillarbox.event import Codec, new_event_id
+from tests.conftest import event
+
+MEMBERS = [
+    "event_id",
+    "event_key",
+    "scope_kind",
+    "scope_id",
+    "user_id",
+    "owner_user_id",
+    "profile_id",
+    "module_key",
+    "metadata_json",
+    "occurred_at_micros",
+]
+
+
+def test_all_ten_members_are_in_the_json_in_order() -> None:
+    """None is written as null."""
+    text = Codec(TrackingEvent).encode(event(1))
+    assert list(msgspec.json.decode(text)) == MEMBERS
+    assert b'"user_id":null' in text
+
+
+def test_id_and_time_have_defaults() -> None:
+    """The id is a UUIDv7 whose time is that of `occurred_at_micros`."""
+    made = TrackingEvent(event_key="k", scope_kind=ScopeKind.USER, scope_id="u")
+    parsed = uuid.UUID(made.event_id)
+    assert parsed.version == 7
+    assert parsed.variant == uuid.RFC_4122
+    assert abs((parsed.int >> 80) - made.occurred_at_micros // 1000) < 1000
+    assert b'"scope_kind":"User"' in Codec(TrackingEvent).encode(made)
+
+
+def test_ids_are_unique_and_sort_by_making() -> None:
+    """Within a thread they increase; across threads none is equal."""
+    ids = [new_event_id() for _ in range(20_000)]
+    assert ids == sorted(ids)
+    with ThreadPoolExecutor(4) as pool:
+        many = [one for part in pool.map(lambda _: [new_event_id() for _ in range(20_000)], range(4)) for one in part]
+    assert len({*ids, *many}) == 100_000
+    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", one) for one in ids[:100])
+
+
+def test_a_forked_child_makes_other_ids() -> None:
+    """The generator is reseeded in the child."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, " ".join(new_event_id() for _ in range(50)).encode())
+        os._exit(0)
+    ours = [new_event_id() for _ in range(50)]
+    os.waitpid(child, 0)
+    os.close(write)
+    theirs = os.read(read, 10_000).decode().split()
+    os.close(read)
+    assert len({*ours, *theirs}) == 100
+
+
+@pytest.mark.parametrize("member", [name for name in MEMBERS if name != "occurred_at_micros"])
+def test_a_member_of_the_wrong_type_is_named(member: str) -> None:
+    """Where the event is built."""
+    with pytest.raises(InvalidEvent) as caught:
+        event(1, **{member: 5})
+    assert caught.value.field == member
+
+
+@pytest.mark.parametrize("value", [1.5, "1", None, True, 2**63, -(2**63) - 1])
+def test_a_time_that_is_no_64_bit_integer_is_invalid(value: object) -> None:
+    """Booleans are no numbers here."""
+    with pytest.raises(InvalidEvent, match="occurred_at_micros"):
+        event(1, occurred_at_micros=value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{'a': 1}", '{"a": NaN}', "\x00", '"\\ud800"', "{} {}"])
+def test_metadata_that_is_not_json_text_is_invalid(text: str) -> None:
+    """It would be refused, or worse accepted, far from here."""
+    with pytest.raises(InvalidEvent, match="metadata_json"):
+        event(1, metadata_json=text)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"a":[1,2.5,null]}', "[]", '"é\u2028"', " {} "])
+def test_metadata_may_be_any_json_text(text: str) -> None:
+    """Any JSON value, as it was written."""
+    assert event(1, metadata_json=text).metadata_json == text
+
+
+@pytest.mark.parametrize("member", ["event_key", "scope_id", "user_id"])
+def test_a_lone_surrogate_is_invalid(member: str) -> None:
+    """UTF-8 has no bytes for it."""
+    with pytest.raises(InvalidEvent) as caught:
+        event(1, **{member: "a\ud800"})
+    assert caught.value.field == member
+
+
+def test_an_event_is_frozen() -> None:
+    """What was checked stays so."""
+    with pytest.raises(AttributeError):
+        event(1).event_key = "other"  # type: ignore[misc]
+
+
+def test_any_text_is_a_scope_kind_here() -> None:
+    """Only a destination knows which it takes."""
+    assert event(1, scope_kind="Galaxy").scope_kind == "Galaxy"
+
+
+class Sample(msgspec.Struct):
+    """An application's own event type."""
+
+    event_id: str
+    value: float | None = None
+    count: int = 0
+    extra: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Sample("a", value=math.nan),
+        Sample("a", value=-math.inf),
+        Sample("a", count=2**64),
+        Sample("a", extra={"deep": [{"n": math.nan}]}),
+        Sample("a", extra={"n": -(2**63) - 1}),
+        Sample("a", value="1"),  # type: ignore[arg-type]
+        Sample(5),  # type: ignore[arg-type]
+        Sample("\ud800"),
+    ],
+)
+def test_an_own_event_type_is_checked_at_the_door(bad: Sample) -> None:
+    """msgspec would write null for NaN, and checks no types when it encodes."""
+    with pytest.raises((InvalidEvent, msgspec.ValidationError, UnicodeEncodeError)):
+        Codec(Sample).encode(bad)
+
+
+def test_an_own_event_type_goes_through_unchanged() -> None:
+    """Numbers up to 64 bits, None and long digit strings are fine."""
+    good = Sample("1" * 30, value=None, count=2**64 - 1, extra={"n": -(2**63), "t": "null"})
+    assert msgspec.json.decode(Codec(Sample).encode(good), type=Sample) == good
+
+
+def test_the_reason_names_the_field() -> None:
+    """Where the encoder itself does not."""
+    codec = Codec(Sample)
+    bad = Sample("\ud800")
+    with pytest.raises(UnicodeEncodeError) as caught:
+        codec.encode(bad)
+    assert codec.explain(bad, caught.value).startswith("event_id: ")
+
+
+@pytest.mark.parametrize("kind", [int, dict, msgspec.defstruct("NoId", ["name"])])
+def test_an_event_type_needs_an_event_id(kind: Any) -> None:
+    """It is what makes a repeat harmless."""
+    with pytest.raises(UsageError):
+        Codec(kind)

@@ -1,0 +1,127 @@
+"""The rules of the house that no linter knows: sizes, imports, and who may touch the disk or read the time."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "pillarbox"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ALL_PYTHON = sorted([*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
+MODULE_LINES_MAX = 600
+FUNCTION_LINES_MAX = 70
+
+# What each part may import from the package, beside itself. The edges may import everything.
+ALLOWED_IMPORTS = {
+    "store": {"errors", "clock", "outcome"},
+    "sinks": {"errors", "clock", "event"},
+    "delivery": {"errors", "clock", "store", "sinks", "telemetry"},
+    "telemetry": {"delivery"},
+    "event": {"errors", "clock"},
+    "outcome": set(),
+    "errors": set(),
+    "clock": set(),
+    "settings": {"errors", "event", "store"},
+}
+# Within the store, writing and reading never meet.
+STRANGERS = [("store/writer.py", "reader"), ("store/reader.py", "writer"), ("store/sealer.py", "reader")]
+
+# Modules that may use more of `os` than nothing, and what; `open` and `time` are one module's each.
+OS_NAMES = {
+    "store/filesystem.py": None,  # everything
+    "event.py": {"register_at_fork", "urandom"},
+    "outbox.py": {"register_at_fork"},
+    "delivery/lease.py": {"getpid"},
+    "cli/app.py": {"environ", "dup2", "open", "devnull", "O_WRONLY"},  # the environment, and a closed pipe
+}
+
+
+def relative(module: Path) -> str:
+    return module.relative_to(PACKAGE).as_posix()
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", ALL_PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_modules_and_functions_are_short(module: Path) -> None:
+    """A module has at most 600 lines, a function at most 70."""
+    text = module.read_text()
+    assert text.count("\n") <= MODULE_LINES_MAX
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES_MAX, node.name
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_a_part_imports_only_what_the_architecture_allows(module: Path) -> None:
+    """Layers point one way."""
+    name = relative(module)
+    part = name.partition("/")[0].removesuffix(".py")
+    allowed = ALLOWED_IMPORTS.get(part)
+    ours = {path.split(".")[1] for path in imports_of(ast.parse(module.read_text())) if path.startswith("pillarbox.")}
+    if allowed is not None:
+        assert ours <= allowed | {part}
+
+
+@pytest.mark.parametrize(("module", "stranger"), STRANGERS)
+def test_writer_and_reader_do_not_know_each_other(module: str, stranger: str) -> None:
+    """Their only meeting point is the file."""
+    assert not any(stranger in path.split(".") for path in imports_of(ast.parse((PACKAGE / module).read_text())))
+
+
+def os_names(tree: ast.AST) -> set[str]:
+    names = {path.partition(".")[2] for path in imports_of(tree) if path.startswith("os.")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            names.add(node.attr)
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_only_one_module_touches_the_disk_and_only_one_reads_the_time(module: Path) -> None:
+    """That is what makes a crash test of every step possible."""
+    name, tree = relative(module), ast.parse(module.read_text())
+    allowed = OS_NAMES.get(name, set())
+    if allowed is not None:
+        assert os_names(tree) <= allowed
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "open"]
+        assert not imports_of(tree) & {"shutil", "pathlib.Path", "io.open", "tempfile", "glob"}
+    if name != "clock.py":
+        assert not imports_of(tree) & {"time", "datetime"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_only_the_directory_deletes_and_renames(module: Path) -> None:
+    """One owner for each disk verb."""
+    name, tree = relative(module), ast.parse(module.read_text())
+    if name in ("store/directory.py", "store/filesystem.py"):
+        return
+    verbs = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not verbs & {"unlink", "rename", "rmtree"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_every_module_says_what_it_is_for(module: Path) -> None:
+    """A head comment, and no `assert`: `-O` strips it."""
+    tree = ast.parse(module.read_text())
+    assert ast.get_docstring(tree)
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+
+
+def test_no_test_sleeps() -> None:
+    """The clock is a parameter."""
+    for module in (ROOT / "tests").rglob("*.py"):
+        if module != Path(__file__):
+            assert "time.sleep(" not in module.read_text(), module
