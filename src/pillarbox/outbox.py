@@ -209,7 +209,9 @@ class Outbox:
         elif self._closed:
             reason = "closed"
         elif self._start():
-            return self._append(lines, events) or self._writer.refuse("io_error", events)
+            outcome = self._append(lines, events)
+            if outcome is not None:
+                return outcome
         return self._writer.refuse(reason, events)
 
     def _start(self) -> bool:

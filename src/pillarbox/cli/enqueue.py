@@ -70,7 +70,7 @@ def enqueue(
             problem = None
             try:
                 event = decode(line)
-            except (InvalidEvent, msgspec.DecodeError) as error:
+            except (InvalidEvent, msgspec.DecodeError, UnicodeDecodeError) as error:
                 problem = str(error)
             else:
                 outcome = outbox.enqueue(event)

@@ -1,0 +1,308 @@
+"""The outbox as an application holds it: real threads, real files, an SQLite file at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pillarbox import DirectoryUnusable, Dropped, Enqueued, InvalidEvent, Outbox, TrackingEvent
+from pillarbox.errors import ConfigurationError
+from pillarbox.outbox import MANY_BYTES_MAX
+from pillarbox.sinks.base import Retry
+from pillarbox.testing import RecordingSink
+from tests.conftest import event, existing_events
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    connection = sqlite3.connect(path)
+    connection.row_factory = sqlite3.Row
+    found = [dict(row) for row in connection.execute("SELECT * FROM tracking_event ORDER BY rowid")]
+    connection.close()
+    return found
+
+
+def test_an_event_goes_all_the_way(tmp_path: Path) -> None:
+    """From the application, over the disk, into SQLite."""
+    with Outbox(str(tmp_path / "outbox"), sink=f"sqlite:///{tmp_path}/events.db") as outbox:
+        assert outbox.enqueue(event(1)) == Enqueued("process")
+        assert outbox.flush(10)
+        assert rows(tmp_path / "events.db") == [json.loads(msgspec.json.encode(event(1)))]
+        stats = outbox.stats()
+    assert (stats.accepted, stats.delivered, stats.pending_bytes, stats.pending_files) == (1, 1, 0, 0)
+    assert os.listdir(tmp_path / "outbox") == ["deliver.lock"]
+
+
+def test_what_the_older_system_left_is_delivered_whole_in_order_and_unchanged(existing: Path, tmp_path: Path) -> None:
+    """All 127 events, and what is enqueued now comes after them."""
+    with Outbox(str(existing), sink=f"sqlite:///{tmp_path}/events.db") as outbox:
+        outbox.enqueue(event(1))
+        assert outbox.flush(10)
+        assert outbox.stats().sealed["startup"] == 1
+    assert rows(tmp_path / "events.db") == [*existing_events(), json.loads(msgspec.json.encode(event(1)))]
+    assert len(existing_events()) == 127
+    assert os.listdir(existing) == ["deliver.lock"]
+
+
+def test_opening_touches_nothing_before_first_use(existing: Path) -> None:
+    """The directory is checked; nothing is adopted, no thread runs."""
+    before = sorted(os.listdir(existing))
+    outbox = Outbox(str(existing))
+    assert outbox.stats().pending_bytes == 41_051
+    assert sorted(os.listdir(existing)) == before
+    outbox.close()
+    assert sorted(os.listdir(existing)) == before
+
+
+def test_pending_bytes_of_the_older_systems_example(tmp_path: Path) -> None:
+    """Twelve: active and sealed, not the corrupt one."""
+    (tmp_path / "active.ndjson").write_text("active")
+    (tmp_path / "sealed-one.ndjson").write_text("sealed")
+    (tmp_path / "corrupt-one.ndjson").write_text("corrupt")
+    assert Outbox(str(tmp_path)).stats().pending_bytes == 12
+
+
+def test_a_directory_that_cannot_be_used_is_an_error_at_open(tmp_path: Path) -> None:
+    """Not at the first event."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DirectoryUnusable, match="is a file"):
+        Outbox(str(tmp_path / "file"))
+
+
+def test_a_disabled_outbox_touches_no_disk(tmp_path: Path) -> None:
+    """It answers, and that is all."""
+    outbox = Outbox(str(tmp_path / "outbox"), enabled=False, sink="sqlite:///events.db")
+    assert outbox.enqueue(event(1)) == Dropped("disabled")
+    assert outbox.enqueue("no event") == Dropped("disabled")  # type: ignore[arg-type]
+    assert outbox.enqueue_many([event(1)]) == [Dropped("disabled")]
+    assert outbox.flush()
+    assert outbox.stats().dropped["disabled"] == 3
+    outbox.close()
+    assert not (tmp_path / "outbox").exists()
+
+
+def test_a_closed_outbox_says_so_and_may_be_closed_again(tmp_path: Path) -> None:
+    """Whether it was used or not."""
+    for used in (False, True):
+        outbox = Outbox(str(tmp_path / str(used)))
+        if used:
+            assert outbox.enqueue(event(1))
+        outbox.close()
+        outbox.close()
+        assert outbox.enqueue(event(2)) == Dropped("closed")
+        assert outbox.enqueue_many([event(2)]) == [Dropped("closed")]
+
+
+def test_above_max_bytes_the_event_is_dropped_and_no_active_file_appears(tmp_path: Path) -> None:
+    """Counted by reason, logged once."""
+    outbox = Outbox(str(tmp_path / "outbox"), max_bytes=10)
+    assert outbox.enqueue(event(1)) == Dropped("max_bytes")
+    assert os.listdir(tmp_path / "outbox") == []
+    assert outbox.stats().dropped["max_bytes"] == 1
+    outbox.close()
+
+
+class Sample(msgspec.Struct):
+    """An application's own event type."""
+
+    event_id: str
+    value: float | None = None
+
+
+INVALID = [
+    ("event", "no event"),
+    ("event", {"event_id": "a"}),
+    ("value", Sample("a", value="text")),  # type: ignore[arg-type]
+    ("value", Sample("a", value=float("nan"))),
+    ("event_id", Sample("\ud800")),
+    ("bytes", Sample("a" * 300_000)),
+]
+
+
+@pytest.mark.parametrize(("named", "bad"), INVALID)
+def test_an_invalid_event_is_dropped_with_the_field_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str, bad: object
+) -> None:
+    """Nothing is written, and the log has one line for many of them."""
+    with Outbox(str(tmp_path / "outbox"), event_type=Sample) as outbox:
+        for _ in range(5):
+            assert outbox.enqueue(bad) == Dropped("invalid")  # type: ignore[arg-type]
+        assert outbox.stats().dropped["invalid"] == 5
+        assert os.listdir(tmp_path / "outbox") == []
+    said = [entry.message for entry in caplog.records if "invalid event" in entry.message]
+    assert len(said) == 1
+    assert named in said[0]
+
+
+@pytest.mark.parametrize(("named", "bad"), INVALID)
+def test_an_invalid_event_is_raised_if_so_set(tmp_path: Path, named: str, bad: object) -> None:
+    """As an application's tests want it."""
+    with Outbox(str(tmp_path / "outbox"), event_type=Sample, on_invalid="raise") as outbox:
+        with pytest.raises(InvalidEvent, match=named):
+            outbox.enqueue(bad)  # type: ignore[arg-type]
+
+
+def test_an_own_event_type_is_stored_and_delivered(tmp_path: Path) -> None:
+    """With a table and columns of its own."""
+    with Outbox(str(tmp_path / "outbox"), sink=f"sqlite:///{tmp_path}/events.db", event_type=Sample) as outbox:
+        assert outbox.enqueue(Sample("a", value=1.5))
+        assert outbox.flush(10)
+    assert sqlite3.connect(tmp_path / "events.db").execute("SELECT * FROM sample").fetchall() == [("a", 1.5)]
+
+
+def test_many_events_are_one_write_and_stay_together(tmp_path: Path) -> None:
+    """The invalid ones among them are dropped one by one."""
+    sink = RecordingSink()
+    with Outbox(str(tmp_path / "outbox"), sink=sink, batch_size=3) as outbox:
+        outcomes = outbox.enqueue_many([event(1), "bad", *map(event, range(2, 10))])  # type: ignore[list-item]
+        assert outcomes == [Enqueued(), Dropped("invalid"), *[Enqueued()] * 8]
+        assert outbox.enqueue_many([]) == []
+        assert outbox.flush(10)
+    assert [len(batch) for batch in sink.batches.values()] == [9]
+
+
+def test_too_much_in_one_call_is_refused_whole(tmp_path: Path) -> None:
+    """The bound is named in the log."""
+    big = [event(number, metadata_json=json.dumps("x" * 200_000)) for number in range(MANY_BYTES_MAX // 200_000 + 1)]
+    with Outbox(str(tmp_path / "outbox")) as outbox:
+        assert set(outbox.enqueue_many(big)) == {Dropped("invalid")}
+        assert outbox.stats().accepted == 0
+
+
+def test_enqueue_async_is_enqueue(tmp_path: Path) -> None:
+    """With durability "process" it writes inline."""
+    with Outbox(str(tmp_path / "outbox")) as outbox:
+        assert asyncio.run(outbox.enqueue_async(event(1), durability="process")) == Enqueued()
+
+
+def test_a_durability_that_is_not_built_yet_is_refused_by_name(tmp_path: Path) -> None:
+    """Rather than promised and not kept."""
+    with Outbox(str(tmp_path / "outbox")) as outbox, pytest.raises(ConfigurationError, match="durability"):
+        outbox.enqueue(event(1), durability="power")  # type: ignore[arg-type]
+
+
+def test_flush_waits_until_everything_is_settled_or_says_that_it_is_not(tmp_path: Path) -> None:
+    """Bounded either way."""
+    with Outbox(str(tmp_path / "a"), sink=RecordingSink([Retry("busy", 60.0)])) as outbox:
+        outbox.enqueue(event(1))
+        assert not outbox.flush(0.2)
+        assert outbox.stats().state.name == "waiting"
+        assert outbox.stats().pending_files == 1
+        outbox.close(0.5)
+    assert len(list((tmp_path / "a").glob("sealed-*"))) == 1
+
+
+def test_what_could_not_be_delivered_is_delivered_by_the_next(tmp_path: Path) -> None:
+    """It stayed on disk."""
+    with Outbox(str(tmp_path / "a"), sink=RecordingSink([Retry("busy", 60.0)])) as outbox:
+        outbox.enqueue(event(1))
+        outbox.close(0.2)
+    sink = RecordingSink()
+    with Outbox(str(tmp_path / "a"), sink=sink) as outbox:
+        assert outbox.flush(10)
+    assert len(sink.payloads) == 1
+
+
+def test_a_sink_is_a_url_a_sink_or_nothing(tmp_path: Path) -> None:
+    """Anything else is named."""
+    for bad in (5, "ftp://host"):
+        with pytest.raises(ConfigurationError, match="^sink = "):
+            Outbox(str(tmp_path / "a"), sink=bad)  # type: ignore[arg-type]
+
+
+def test_secrets_in_a_sinks_url_are_not_shown(tmp_path: Path) -> None:
+    """Neither in `repr` nor in an error."""
+    with pytest.raises(ConfigurationError) as caught:
+        Outbox(str(tmp_path / "a"), sink="nosuch://user:secret@host/db?token=secret")
+    assert "secret" not in str(caught.value)
+    assert "hidden" not in repr(Outbox(str(tmp_path / "a"), sink=f"sqlite:///{tmp_path}/a.db?table=hidden"))
+
+
+def test_a_forked_child_writes_to_a_file_of_its_own(tmp_path: Path) -> None:
+    """Both processes' events arrive, none twice, and the child keeps nothing of the parent's locked."""
+    outbox = Outbox(str(tmp_path / "a"), sink=f"sqlite:///{tmp_path}/events.db")
+    for number in range(10):
+        assert outbox.enqueue(event(number))
+    child = os.fork()
+    if child == 0:
+        good = all(outbox.enqueue(event(number)) for number in range(10, 20))
+        outbox.close()
+        os._exit(0 if good else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for number in range(20, 30):
+        assert outbox.enqueue(event(number))
+    outbox.close()
+    with Outbox(str(tmp_path / "a"), sink=f"sqlite:///{tmp_path}/events.db") as again:
+        assert again.flush(10)
+    ids = [row["event_id"] for row in rows(tmp_path / "events.db")]
+    assert sorted(ids) == [f"e-{number:06d}" for number in range(30)]
+
+
+PROGRAM = """
+import sys
+from pillarbox import Outbox, TrackingEvent
+outbox = Outbox(sys.argv[1], sink=sys.argv[2])
+for number in range(3):
+    outbox.enqueue(TrackingEvent(event_id=str(number), event_key="k", scope_kind="Site", scope_id="s"))
+"""
+
+
+def test_a_program_that_ends_without_close_delivers_what_it_can(tmp_path: Path) -> None:
+    """At its exit, within seconds."""
+    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "a"), f"sqlite:///{tmp_path}/events.db"]
+    subprocess.run(arguments, check=True, timeout=30)
+    assert len(rows(tmp_path / "events.db")) == 3
+
+
+def test_a_signal_handler_may_enqueue_in_the_middle_of_an_enqueue(tmp_path: Path) -> None:
+    """A hundred timer signals; no deadlock, no torn line."""
+    sink = RecordingSink()
+    handled = []
+    with Outbox(str(tmp_path / "a"), sink=sink, batch_size=50) as outbox:
+
+        def handle(_signal: int, _frame: object) -> None:
+            handled.append(outbox.enqueue(event(10**6 + len(handled))))
+
+        before = signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        number = 0
+        while len(handled) < 100:
+            assert outbox.enqueue(event(number))
+            number += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        assert outbox.flush(20)
+    assert all(handled)
+    ids = [json.loads(payload)["event_id"] for payload in sink.payloads]
+    assert len(ids) == len(set(ids)) == number + len(handled)
+
+
+def test_state_changes_are_logged_once_not_per_event(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A hundred events into a full outbox: one line."""
+    caplog.set_level(logging.INFO, "pillarbox")
+    with Outbox(str(tmp_path / "a"), max_bytes=1000, flush_interval=0.01) as outbox:
+        for number in range(100):
+            outbox.enqueue(event(number))
+        outbox.flush(0.2)
+    assert len([entry for entry in caplog.records if "being dropped: max_bytes" in entry.message]) == 1
+    assert len(caplog.records) < 10
+
+
+def test_an_event_type_must_have_an_id(tmp_path: Path) -> None:
+    """Checked when the outbox is made."""
+    with pytest.raises(ValueError, match="event_id"):
+        Outbox(str(tmp_path), event_type=msgspec.defstruct("NoId", ["name"]))
+
+
+def test_tracking_events_are_the_default() -> None:
+    """As in the contract."""
+    assert Outbox.__init__.__defaults__ == (None, TrackingEvent)

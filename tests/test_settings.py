@@ -1,0 +1,129 @@
+"""What was typed -> what it means, checked; and who said so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pillarbox import ConfigurationError, Outbox, TrackingEvent, resolve
+from pillarbox.settings import LATER
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    """Nothing typed."""
+    settings = resolve({})
+    assert (settings.batch_size, settings.batch_bytes, settings.flush_interval) == (500, 1_000_000, 1.0)
+    assert (settings.max_bytes, settings.enabled, settings.event_type) == (512 * 2**20, True, TrackingEvent)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text", "value"),
+    [
+        ("enabled", "enabled", "false", False),
+        ("dir", "directory", "/var/outbox/", "/var/outbox"),
+        ("batch_size", "batch_size", "7", 7),
+        ("batch_size", "batch_size", "0", 1),
+        ("batch_size", "batch_size", "-5", 1),
+        ("flush_interval", "flush_interval", "0.25", 0.25),
+        ("max_bytes", "max_bytes", "1000", 1000),
+    ],
+)
+def test_every_older_setting_has_two_names_in_all_places(
+    tmp_path: Path, old: str, new: str, text: str, value: object
+) -> None:
+    """Keyword, environment, TOML."""
+    alias = f"tracking_outbox_{old}"
+    config = tmp_path / "pillarbox.toml"
+    for name in (new, alias):
+        config.write_text(f'[outbox]\n{name} = "{text}"\n')
+        assert getattr(resolve({name: text}), new) == value
+        assert getattr(resolve({}, config=str(config)), new) == value
+    for variable in (f"PILLARBOX_{new}", alias):
+        assert getattr(resolve({}, {variable.upper(): text}), new) == value
+
+
+def test_what_is_nearer_wins(tmp_path: Path) -> None:
+    """Keyword, then environment, then TOML; a keyword that is None was not typed."""
+    config = tmp_path / "pillarbox.toml"
+    config.write_text("[outbox]\nbatch_size = 1\nmax_bytes = 11\nflush_interval = 3\n")
+    environ = {"PILLARBOX_BATCH_SIZE": "2", "PILLARBOX_MAX_BYTES": "22"}
+    settings = resolve({"batch_size": 3, "max_bytes": None}, environ, str(config))
+    assert (settings.batch_size, settings.max_bytes, settings.flush_interval) == (3, 22, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512", 512), ("64k", 64_000), ("2Mi", 2 * 2**20), ("1GiB", 2**30), ("3 GB".replace(" ", ""), 3 * 10**9)]
+)
+def test_sizes_may_have_units(text: str, size: int) -> None:
+    """Powers of ten, and of two with an i."""
+    assert resolve({"max_bytes": text}).max_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("enabled", "maybe"),
+        ("directory", ""),
+        ("directory", "a\0b"),
+        ("directory", 5),
+        ("batch_size", "many"),
+        ("batch_size", 1.5),
+        ("batch_size", True),
+        ("batch_bytes", 0),
+        ("flush_interval", 0),
+        ("flush_interval", -1),
+        ("flush_interval", "nan"),
+        ("flush_interval", "inf"),
+        ("flush_interval", "soon"),
+        ("max_bytes", -1),
+        ("max_bytes", "12q"),
+        ("max_bytes", "1ki2"),
+        ("when_full", "explode"),
+        ("durability", "eternal"),
+        ("on_invalid", "shrug"),
+        ("event_type", "nowhere:Nothing"),
+        ("event_type", "json:dumps"),
+        ("event_type", int),
+        ("min_free_bytes", 5),
+    ],
+)
+def test_a_bad_setting_is_one_line_that_says_what_where_and_what_is_allowed(name: str, value: object) -> None:
+    """From a keyword and, where it is text, from the environment."""
+    with pytest.raises(ConfigurationError) as caught:
+        resolve({name: value})
+    assert caught.value.setting == name
+    assert str(caught.value).startswith(f"{name} = ")
+    assert "(from the call): must be " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if isinstance(value, str) and value and "\0" not in value:
+        with pytest.raises(ConfigurationError, match=f"environment PILLARBOX_{name.upper()}"):
+            resolve({}, {f"PILLARBOX_{name.upper()}": value})
+
+
+@pytest.mark.parametrize("name", [*LATER, "when_full", "durability"])
+def test_what_comes_later_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """Not ignored: somebody relies on it."""
+    value = {"when_full": "drop_oldest", "durability": "power"}.get(name, 5)
+    with pytest.raises(ConfigurationError, match=f"^{name} = .*later version"):
+        Outbox(str(tmp_path), **{name: value})  # type: ignore[arg-type]
+
+
+def test_an_unknown_setting_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    """A slip of the pen is found."""
+    with pytest.raises(ConfigurationError, match="batch_sise.*batch_size"):
+        Outbox(str(tmp_path), batch_sise=5)
+    config = tmp_path / "pillarbox.toml"
+    config.write_text("[outbox]\nbatch_sise = 5\n")
+    with pytest.raises(ConfigurationError, match=r"batch_sise.*pillarbox\.toml, \[outbox\]"):
+        resolve({}, config=str(config))
+
+
+@pytest.mark.parametrize("text", ["[outbox", "outbox = 5", "\xff"])
+def test_a_bad_toml_file_is_named(tmp_path: Path, text: str) -> None:
+    """And one that is not there."""
+    config = tmp_path / "pillarbox.toml"
+    config.write_bytes(text.encode("latin-1"))
+    for path in (config, tmp_path / "missing.toml"):
+        with pytest.raises(ConfigurationError, match="^config = "):
+            resolve({}, config=str(path))

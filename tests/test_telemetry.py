@@ -1,0 +1,60 @@
+"""The instruments, read by a real OpenTelemetry SDK in a process of its own (it has one meter provider a process)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import json, sys
+from opentelemetry import metrics
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from pillarbox import Outbox, TrackingEvent
+reader = InMemoryMetricReader()
+metrics.set_meter_provider(MeterProvider([reader]))
+outbox = Outbox(sys.argv[1], sink=sys.argv[2])
+for number in range(3):
+    outbox.enqueue(TrackingEvent(event_id=str(number % 2), event_key="k", scope_kind="Site", scope_id="s"))
+outbox.enqueue("bad")
+outbox.flush(10)
+outbox.enqueue(TrackingEvent(event_key="k", scope_kind="Site", scope_id="s"))
+found = {}
+for metric in reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics:
+    for point in metric.data.data_points:
+        attributes = {key: value for key, value in point.attributes.items() if key != "outbox"}
+        number = point.count if hasattr(point, "count") else point.value
+        if number:
+            found[" ".join([metric.name, metric.unit, *attributes.values()])] = number
+print(json.dumps(found))
+outbox.close()
+"""
+
+
+def test_every_count_reaches_an_opentelemetry_reader(tmp_path: Path) -> None:
+    """With its unit and attributes; the size of the pending event is whatever it is."""
+    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "outbox"), f"sqlite:///{tmp_path}/events.db"]
+    found = json.loads(subprocess.run(arguments, check=True, timeout=60, capture_output=True).stdout)
+    assert 200 < found.pop("pillarbox.pending.bytes By") < 400
+    assert 500 < found.pop("pillarbox.flushed.bytes By") < 1000
+    assert found == {
+        "pillarbox.pending.files {file}": 1,
+        "pillarbox.enqueued {event}": 4,
+        "pillarbox.dropped {event} invalid": 1,
+        "pillarbox.sealed {file} manual": 1,
+        "pillarbox.delivered {event}": 3,
+        "pillarbox.duplicates {event}": 1,
+        "pillarbox.flushed.files {file}": 1,
+        "pillarbox.flush.duration s": 1,
+    }
+
+
+def test_the_metrics_page_names_every_instrument() -> None:
+    """Docs are tests."""
+    from pillarbox.telemetry import _INSTRUMENTS
+
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    for name, unit, *_ in [*_INSTRUMENTS, ("flush.duration", "s")]:
+        assert f"| `pillarbox.{name}` | {unit} |" in page
