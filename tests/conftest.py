@@ -45,6 +45,12 @@ def existing_events() -> list[dict[str, object]]:
 
 def event(number: int = 0, **members: object) -> TrackingEvent:
     """An event with a number in its id."""
-    chosen = {"event_id": f"e-{number:06d}", "event_key": "click", "scope_kind": "Site", "scope_id": "site", "occurred_at_micros": number}
+    chosen = {
+        "event_id": f"e-{number:06d}",
+        "event_key": "click",
+        "scope_kind": "Site",
+        "scope_id": "site",
+        "occurred_at_micros": number,
+    }
     chosen |= members
     return TrackingEvent(**chosen)  # type: ignore[arg-type]

@@ -143,7 +143,7 @@ class Sample(msgspec.Struct):
     ],
 )
 def test_an_own_event_type_is_checked_at_the_door(bad: Sample) -> None:
-    """msgspec would write null for NaN, and checks no types when it encodes."""
+    """Msgspec would write null for NaN, and checks no types when it encodes."""
     with pytest.raises((InvalidEvent, msgspec.ValidationError, UnicodeEncodeError)):
         Codec(Sample).encode(bad)
 

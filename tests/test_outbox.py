@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pillarbox import DirectoryUnusable, Dropped, Enqueued, InvalidEvent, Outbox, TrackingEvent
+from pillarbox import DirectoryUnusable, Dropped, Enqueued, InvalidEvent, Outbox, Outcome, TrackingEvent
 from pillarbox.errors import ConfigurationError
 from pillarbox.outbox import MANY_BYTES_MAX
 from pillarbox.sinks.base import Retry
@@ -146,9 +146,9 @@ def test_an_invalid_event_is_dropped_with_the_field_in_the_log(
 @pytest.mark.parametrize(("named", "bad"), INVALID)
 def test_an_invalid_event_is_raised_if_so_set(tmp_path: Path, named: str, bad: object) -> None:
     """As an application's tests want it."""
-    with Outbox(str(tmp_path / "outbox"), event_type=Sample, on_invalid="raise") as outbox:
-        with pytest.raises(InvalidEvent, match=named):
-            outbox.enqueue(bad)  # type: ignore[arg-type]
+    outbox = Outbox(str(tmp_path / "outbox"), event_type=Sample, on_invalid="raise")
+    with outbox, pytest.raises(InvalidEvent, match=named):
+        outbox.enqueue(bad)  # type: ignore[arg-type]
 
 
 def test_an_own_event_type_is_stored_and_delivered(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_what_could_not_be_delivered_is_delivered_by_the_next(tmp_path: Path) ->
 def test_a_sink_is_a_url_a_sink_or_nothing(tmp_path: Path) -> None:
     """Anything else is named."""
     for bad in (5, "ftp://host"):
-        with pytest.raises(ConfigurationError, match="^sink = "):
+        with pytest.raises(ConfigurationError, match=r"^sink = "):
             Outbox(str(tmp_path / "a"), sink=bad)  # type: ignore[arg-type]
 
 
@@ -243,13 +243,13 @@ def test_a_forked_child_writes_to_a_file_of_its_own(tmp_path: Path) -> None:
     outbox.close()
     with Outbox(str(tmp_path / "a"), sink=f"sqlite:///{tmp_path}/events.db") as again:
         assert again.flush(10)
-    ids = [row["event_id"] for row in rows(tmp_path / "events.db")]
+    ids = [str(row["event_id"]) for row in rows(tmp_path / "events.db")]
     assert sorted(ids) == [f"e-{number:06d}" for number in range(30)]
 
 
 PROGRAM = """
 import sys
-from pillarbox import Outbox, TrackingEvent
+from pillarbox import Outbox, Outcome, TrackingEvent
 outbox = Outbox(sys.argv[1], sink=sys.argv[2])
 for number in range(3):
     outbox.enqueue(TrackingEvent(event_id=str(number), event_key="k", scope_kind="Site", scope_id="s"))
@@ -266,7 +266,7 @@ def test_a_program_that_ends_without_close_delivers_what_it_can(tmp_path: Path) 
 def test_a_signal_handler_may_enqueue_in_the_middle_of_an_enqueue(tmp_path: Path) -> None:
     """A hundred timer signals; no deadlock, no torn line."""
     sink = RecordingSink()
-    handled = []
+    handled: list[Outcome] = []
     with Outbox(str(tmp_path / "a"), sink=sink, batch_size=50) as outbox:
 
         def handle(_signal: int, _frame: object) -> None:

@@ -29,9 +29,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("max_bytes", "max_bytes", "1000", 1000),
     ],
 )
-def test_every_older_setting_has_two_names_in_all_places(
-    tmp_path: Path, old: str, new: str, text: str, value: object
-) -> None:
+def test_every_older_setting_has_two_names_in_all_places(tmp_path: Path, old: str, new: str, text: str, value: object) -> None:
     """Keyword, environment, TOML."""
     alias = f"tracking_outbox_{old}"
     config = tmp_path / "pillarbox.toml"
@@ -111,7 +109,7 @@ def test_what_comes_later_is_refused_by_name(tmp_path: Path, name: str) -> None:
 
 def test_an_unknown_setting_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     """A slip of the pen is found."""
-    with pytest.raises(ConfigurationError, match="batch_sise.*batch_size"):
+    with pytest.raises(ConfigurationError, match=r"batch_sise.*batch_size"):
         Outbox(str(tmp_path), batch_sise=5)
     config = tmp_path / "pillarbox.toml"
     config.write_text("[outbox]\nbatch_sise = 5\n")
@@ -125,5 +123,5 @@ def test_a_bad_toml_file_is_named(tmp_path: Path, text: str) -> None:
     config = tmp_path / "pillarbox.toml"
     config.write_bytes(text.encode("latin-1"))
     for path in (config, tmp_path / "missing.toml"):
-        with pytest.raises(ConfigurationError, match="^config = "):
+        with pytest.raises(ConfigurationError, match=r"^config = "):
             resolve({}, config=str(path))

@@ -1,11 +1,11 @@
 """Pillarbox: a durable event outbox. Events are safe on the local disk within microseconds and delivered in sealed batches.
 
-    outbox.py      what an application holds
-    event.py, outcome.py, settings.py, errors.py, clock.py, telemetry.py   its words
-    store/         bytes on disk
-    delivery/      when and what to send, and the one loop that does
-    sinks/         one destination, one module
-    cli/           an edge: delete it, and a working library is left
+outbox.py      what an application holds
+event.py, outcome.py, settings.py, errors.py, clock.py, telemetry.py   its words
+store/         bytes on disk
+delivery/      when and what to send, and the one loop that does
+sinks/         one destination, one module
+cli/           an edge: delete it, and a working library is left
 """
 
 from pillarbox.errors import ConfigurationError, DirectoryUnusable, InvalidEvent, PillarboxError, SinkUnusable

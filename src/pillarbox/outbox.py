@@ -123,9 +123,7 @@ class Outbox:
         self._started = False
         self._counters = DeliveryCounters()
         self._delivery: DeliveryThread | None = None
-        self._sealer = Sealer(
-            self._directory, self._clock, settings.flush_interval, settings.max_bytes, self._notify_deliverer
-        )
+        self._sealer = Sealer(self._directory, self._clock, settings.flush_interval, settings.max_bytes, self._notify_deliverer)
         limits = Limits(settings.batch_size, settings.batch_bytes, settings.max_bytes)
         self._writer = Writer(self._directory, limits, self._sealer.wake)
         self._sealer.attach(self._writer)
@@ -284,7 +282,7 @@ class Outbox:
 
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""
-        accepted, sealed = 0, dict[str, int](self._sealer.sealed)
+        accepted, sealed = 0, dict(self._sealer.sealed)
         if self._started:
             pending_bytes, pending_files, accepted = self._writer.pending()
         elif self.settings.enabled:
@@ -300,7 +298,7 @@ class Outbox:
             pending_bytes=pending_bytes,
             pending_files=pending_files,
             accepted=accepted,
-            dropped=dict[str, int](self._writer.dropped),
+            dropped=dict(self._writer.dropped),
             sealed=sealed,
             delivered=counters.delivered,
             duplicates=counters.duplicates,
@@ -334,9 +332,7 @@ class Outbox:
         self._start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
 """What was typed (keywords, options, environment, TOML) -> what it means, checked.
 
 A setting has one name everywhere: keyword and option `batch_size`, TOML `[outbox] batch_size`, environment
-`PILLARBOX_BATCH_SIZE`. The names of the system before (`tracking_outbox_batch_size`, `TRACKING_OUTBOX_BATCH_SIZE`) mean the same.
-What is nearer wins: keyword or option, then environment, then TOML, then the default.
+`PILLARBOX_BATCH_SIZE`. The names of the system before (`tracking_outbox_batch_size`, in capitals in the environment) mean the
+same. What is nearer wins: keyword or option, then environment, then TOML, then the default.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def resolve(
         known = _known(name, keyword_source)
         if value is not None:
             found[known] = (value, keyword_source)
-    values = {name: _parsed(name, value, source) for name, (value, source) in found.items()}
+    values: dict[str, Any] = {name: _parsed(name, value, source) for name, (value, source) in found.items()}
     return Settings(**values)
 
 

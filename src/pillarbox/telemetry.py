@@ -60,7 +60,8 @@ class Observed(Protocol):
 
     name: str
 
-    def stats(self) -> Stats: ...
+    def stats(self) -> Stats:
+        """A snapshot."""
 
 
 # (name, unit, description, kind, what it reads: numbers with their attributes)
@@ -98,9 +99,7 @@ class _Instruments:
             "pillarbox.flush.duration", unit="s", description="From reading a sealed file to its removal"
         )
 
-    def _observer(
-        self, read: Callable[[Stats], Iterable[_Reading]]
-    ) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    def _observer(self, read: Callable[[Stats], Iterable[_Reading]]) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observe(_options: CallbackOptions) -> Iterator[Observation]:
             for outbox in list(self._outboxes):
                 for number, attributes in read(outbox.stats()):

@@ -18,9 +18,13 @@ PILLARBOX = [sys.executable, "-m", "pillarbox"]
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("PILLARBOX_", "TRACKING_OUTBOX_"))}
 
 
-def run(*arguments: object, cwd: Path, stdin: bytes = b"", **environ: str) -> subprocess.CompletedProcess[bytes]:
+def run(
+    *arguments: object, cwd: Path, stdin: bytes = b"", environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
     command = [*PILLARBOX, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=60, env=CLEAN | environ, check=False)
+    return subprocess.run(
+        command, cwd=cwd, input=stdin, capture_output=True, timeout=60, env=CLEAN | (environ or {}), check=False
+    )
 
 
 def ids(path: Path) -> list[str]:
@@ -51,8 +55,8 @@ def test_enqueue_then_deliver_then_status(tmp_path: Path) -> None:
 def test_settings_come_from_the_environment_and_from_toml_too(tmp_path: Path) -> None:
     """Under the same names."""
     (tmp_path / "p.toml").write_text('[outbox]\nsink = "sqlite:///events.db"\n')
-    assert run("enqueue", cwd=tmp_path, stdin=bare(1), TRACKING_OUTBOX_DIR="box").returncode == 0
-    assert run("deliver", "--once", "-c", "p.toml", cwd=tmp_path, PILLARBOX_DIRECTORY="box").returncode == 0
+    assert run("enqueue", cwd=tmp_path, stdin=bare(1), environ={"TRACKING_OUTBOX_DIR": "box"}).returncode == 0
+    assert run("deliver", "--once", "-c", "p.toml", cwd=tmp_path, environ={"PILLARBOX_DIRECTORY": "box"}).returncode == 0
     assert ids(tmp_path / "events.db") == ["e-000001"]
 
 
@@ -88,7 +92,11 @@ def test_what_the_older_system_left_is_delivered_by_the_command(existing: Path, 
     ("arguments", "environ", "said"),
     [
         (["enqueue"], {}, "PILLARBOX_DIRECTORY"),
-        (["enqueue", "-d", "box"], {"PILLARBOX_BATCH_SIZE": "many"}, "batch_size = 'many' (from environment PILLARBOX_BATCH_SIZE)"),
+        (
+            ["enqueue", "-d", "box"],
+            {"PILLARBOX_BATCH_SIZE": "many"},
+            "batch_size = 'many' (from environment PILLARBOX_BATCH_SIZE)",
+        ),
         (["enqueue", "-d", "file"], {}, "file: is a file"),
         (["enqueue", "-d", "box", "missing.ndjson"], {}, "missing.ndjson"),
         (["enqueue", "-d", "box", "--max-bytes", "x"], {}, "max_bytes = 'x' (from the command line)"),
@@ -104,7 +112,7 @@ def test_a_usage_error_is_one_clear_sentence_and_exit_code_2(
 ) -> None:
     """With the way out; no traceback."""
     (tmp_path / "file").write_text("")
-    done = run(*arguments, cwd=tmp_path, **environ)
+    done = run(*arguments, cwd=tmp_path, environ=environ)
     assert done.returncode == 2
     assert said in done.stderr.decode()
     assert b"Traceback" not in done.stderr
@@ -146,7 +154,7 @@ def test_deliver_runs_until_it_is_stopped(tmp_path: Path, number: signal.Signals
 
 
 def test_killed_in_the_middle_of_enqueue_every_acknowledged_event_arrives_once(tmp_path: Path) -> None:
-    """kill -9 after 20,000 acknowledgements."""
+    """Kill -9 after 20,000 acknowledgements."""
     (tmp_path / "lines.ndjson").write_bytes(b"".join(map(bare, range(200_000))))
     command = [*PILLARBOX, "enqueue", "-d", "box", "--ack", "-q", "lines.ndjson"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, env=CLEAN)

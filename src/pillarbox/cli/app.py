@@ -52,7 +52,9 @@ SinkOption = Annotated[
 ]
 EventTypeOption = Annotated[
     str | None,
-    typer.Option("--event-type", metavar="MODULE:CLASS", help="A msgspec.Struct; TrackingEvent if left out.", show_default=False),
+    typer.Option(
+        "--event-type", metavar="MODULE:CLASS", help="A msgspec.Struct; TrackingEvent if left out.", show_default=False
+    ),
 ]
 ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", metavar="FILE", help="A TOML file with a table [outbox].", show_default=False)
@@ -70,9 +72,7 @@ def settings_from(config: str | None, **options: object) -> Settings:
 def require(settings: Settings, name: str, example: str) -> None:
     """End with a usage error where a setting that this command needs is missing."""
     if not getattr(settings, name):
-        raise typer.BadParameter(
-            f"missing; give --{name} {example}, or set PILLARBOX_{name.upper()}", param_hint=f"--{name}"
-        )
+        raise typer.BadParameter(f"missing; give --{name} {example}, or set PILLARBOX_{name.upper()}", param_hint=f"--{name}")
 
 
 def log_to_terminal(*, quiet: bool) -> None:

@@ -11,10 +11,9 @@ import typer
 
 from pillarbox.cli.app import ConfigOption, EventTypeOption, Exit, JsonOption, app, out, require, settings_from
 from pillarbox.sinks import make_sink, redacted
-from pillarbox.sinks.base import Finding
 
 if TYPE_CHECKING:
-    from pillarbox.sinks.base import Sink
+    from pillarbox.sinks.base import Finding, Sink
 
 
 @app.command("check")

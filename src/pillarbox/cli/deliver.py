@@ -41,15 +41,13 @@ def deliver(
     event_type: EventTypeOption = None,
     config: ConfigOption = None,
     once: Annotated[bool, typer.Option("--once", help="Deliver what waits, then end.")] = False,
-    timeout: Annotated[
-        float, typer.Option(help="With --once: seconds without progress to give up after.", min=0.1)
-    ] = 30.0,
+    timeout: Annotated[float, typer.Option(help="With --once: seconds without progress to give up after.", min=0.1)] = 30.0,
     quiet: QuietOption = False,
 ) -> int:
     """Deliver what waits in a directory, until stopped, or --once.
 
-    What a dead writer left is adopted; a living writer's active file is left to it. One process delivers at a time; a second one
-    waits for its turn. With --once the exit code is 1 where something is left: the last line says why.
+    What a dead writer left is adopted; a living writer's active file is left to it. One process delivers at a time; a
+    second one waits for its turn. With --once the exit code is 1 where something is left: the last line says why.
     """
     log_to_terminal(quiet=quiet)
     stop_on_sigterm()

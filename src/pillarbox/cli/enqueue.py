@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import IO, TYPE_CHECKING, Annotated, Any, Final
+from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Self
 
 import msgspec
 import typer
@@ -35,9 +35,7 @@ _SHOW_EVERY: Final = 1000  # lines between two looks at the progress display
 
 @app.command("enqueue")
 def enqueue(
-    file: Annotated[
-        typer.FileBinaryRead, typer.Argument(metavar="[FILE|-]", help="One event as a JSON object a line.")
-    ] = "-",  # type: ignore[assignment]  # typer opens what the default names
+    file: Annotated[typer.FileBinaryRead, typer.Argument(metavar="[FILE|-]", help="One event as a JSON object a line.")] = "-",  # type: ignore[assignment]  # typer opens what the default names
     directory: DirectoryOption = None,
     sink: SinkOption = None,
     event_type: EventTypeOption = None,
@@ -101,7 +99,7 @@ def _strict_decoder(event_type: type[msgspec.Struct]) -> Callable[[bytes], Any]:
         line.decode()  # msgspec does not look into strings that it skips
         unknown = decode_members(line).keys() - members
         if unknown:
-            raise InvalidEvent(sorted(unknown)[0], f"is no member of {event_type.__name__}")
+            raise InvalidEvent(min(unknown), f"is no member of {event_type.__name__}")
         return decode(line)
 
     return strict
@@ -126,7 +124,7 @@ class _Display:
         self._task = self._progress.add_task("enqueue", total=size, events=0)
         self._by_bytes = size is not None
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 

@@ -36,9 +36,7 @@ def keep_damaged(directory: Directory, batch: str, data: bytes, spans: Sequence[
     """Set damaged bytes aside, unchanged, with where they stood and why they are there."""
     index = b"[\n" + b",\n".join(msgspec.json.encode(span) for span in spans) + b"\n]\n"
     directory.put(layout.spans_name(batch), index)
-    directory.put(
-        layout.corrupt_name(batch), b"".join(data[span.offset : span.offset + span.length] for span in spans)
-    )
+    directory.put(layout.corrupt_name(batch), b"".join(data[span.offset : span.offset + span.length] for span in spans))
 
 
 def keep_dead(directory: Directory, batch: str, dead: Mapping[int, DeadLetter]) -> None:

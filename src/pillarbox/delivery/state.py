@@ -13,7 +13,8 @@ class State(msgspec.Struct, frozen=True):
     """One state and why.
 
     `idle`: nothing waits. `draining`: sending. `waiting`: the destination said not now. `degraded`: delivering, but something
-    here needs a person. `stopped`: nothing can be delivered until somebody mends the set-up. `standby`: another process delivers.
+    here needs a person. `stopped`: nothing can be delivered until somebody mends the set-up. `standby`: another process
+    delivers.
     """
 
     name: StateName

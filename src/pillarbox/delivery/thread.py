@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING, Final
@@ -36,10 +37,8 @@ class DeliveryThread:
         self.worker.end()
         self._thread.join(timeout)
         if self._thread.is_alive() and self._loop is not None and self._task is not None:
-            try:
+            with contextlib.suppress(RuntimeError):  # it ended just now
                 self._loop.call_soon_threadsafe(self._task.cancel)
-            except RuntimeError:
-                pass  # it ended just now
             self._thread.join(_CANCEL_GRACE_S)
         return not self._thread.is_alive()
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
+_jitter = random.SystemRandom().random  # forked processes must not wait in step
 CALL_MAX_S: Final = 120.0  # a call to a sink that takes longer is given up and tried again
 
 
@@ -239,9 +240,7 @@ class Worker:
             part = parts[0]
             answer = await self._call(part)
             job.attempts += 1
-            action = policy.decide(
-                answer, len(part), failures + 1, random.random(), self._pace.backoff, self._pace.recheck_s
-            )
+            action = policy.decide(answer, len(part), failures + 1, _jitter(), self._pace.backoff, self._pace.recheck_s)
             failures += 1
             match action:
                 case policy.Settle(accepted, duplicates, dead):
@@ -310,7 +309,7 @@ class Worker:
             self._room.clear()
             await self._room.wait()
         if self._unconfirmed_failures and not self._unconfirmed:
-            delay = self._pace.backoff.delay(self._unconfirmed_failures, random.random())
+            delay = self._pace.backoff.delay(self._unconfirmed_failures, _jitter())
             await self._hold(self.last_error or "sent events could not be confirmed", delay)
 
     def _settle(self, job: _Job) -> None:

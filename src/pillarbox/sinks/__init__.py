@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Final, cast
 from urllib.parse import urlsplit
 
 from pillarbox.errors import ConfigurationError, SinkUnusable
-from pillarbox.sinks.base import Sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import msgspec
+
+    from pillarbox.sinks.base import Sink
 
 _GROUP: Final = "pillarbox.sinks"
 _BUILT_IN: Final = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -41,7 +42,7 @@ class Batch:
     def between(self, refused: Iterable[int]) -> list[Batch]:
         """The runs of records that are left when those at the indexes in `refused` are taken out."""
         cuts = [-1, *sorted(refused), len(self)]
-        return [self._part(a + 1, b) for a, b in zip(cuts, cuts[1:], strict=False) if a + 1 < b]
+        return [self._part(a + 1, b) for a, b in itertools.pairwise(cuts) if a + 1 < b]
 
     def _part(self, start: int, stop: int) -> Batch:
         base = self.id.partition(":")[0]
@@ -122,9 +123,7 @@ class Sink(Protocol):
         """Let go of everything."""
 
 
-def decode(
-    payloads: Sequence[bytes], decoder: msgspec.json.Decoder[Any]
-) -> tuple[list[tuple[int, Any]], dict[int, Refusal]]:
+def decode(payloads: Sequence[bytes], decoder: msgspec.json.Decoder[Any]) -> tuple[list[tuple[int, Any]], dict[int, Refusal]]:
     """Decode records on demand: (index, event) of each that is of the event type, and the refusals of the others."""
     events: list[tuple[int, Any]] = []
     refused: dict[int, Refusal] = {}

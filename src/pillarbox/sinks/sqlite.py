@@ -58,9 +58,7 @@ class SqliteSink:
         self._connection: sqlite3.Connection | None = None
         columns = ", ".join(_quoted(field.encode_name) for field in self._fields)
         marks = ", ".join("?" for _ in self._fields)
-        self._insert = (
-            f"INSERT INTO {_quoted(self._table)} ({columns}) VALUES ({marks}) ON CONFLICT (event_id) DO NOTHING"  # noqa: S608 - names are quoted, values are parameters
-        )
+        self._insert = f"INSERT INTO {_quoted(self._table)} ({columns}) VALUES ({marks}) ON CONFLICT (event_id) DO NOTHING"  # noqa: S608 - names are quoted, values are parameters
 
     async def open(self) -> None:
         """Open the file and make the table where it is missing."""

@@ -10,14 +10,16 @@ FILES. A file's name is its state, and a change of state is one rename; there is
     active-<writer>-<n>.ndjson   appended to by one writer, which holds its lock; a name is used once
     active.ndjson                left by an older writer that takes no lock; adopted, never written
     sealed-<micros>-<uuid>.ndjson  complete, immutable, waiting; one sealed file is one batch; sorts by seal time
-    corrupt-<batch>.ndjson       damaged bytes as they stood, one span after another; corrupt-<batch>.spans.json says where and why
+    corrupt-<batch>.ndjson       damaged bytes as they stood, one span after another
+    corrupt-<batch>.spans.json   where each of them stood, and why it is there
     dead-<batch>.ndjson          dead letters, one line each
     *.aside                      being written; worthless once its writer is gone
     deliver.lock                 held by the process that delivers, which writes its state into it; never removed
 
-WHO MAY TOUCH WHAT. `writer.py` creates active files and appends; `sealer.py` has them synced and renamed; `reader.py` reads sealed
-files; only `directory.py` renames and deletes. A file or lock is taken by opening, locking and looking whether the name still
-means it; released by closing. A writer that dies leaves its lock to the kernel; the next that starts adopts its file.
+WHO MAY TOUCH WHAT. `writer.py` creates active files and appends; `sealer.py` has them synced and renamed; `reader.py` reads
+sealed files; only `directory.py` renames and deletes. A file or lock is taken by opening, locking and looking whether the
+name still means it; released by closing. A writer that dies leaves its lock to the kernel; the next that starts adopts its
+file.
 
 ORDER. Within a writer, first in, first out. Across writers, by seal time. Seal times strictly increase within a process, and
 start after the newest one found, so that they increase also where the clock steps back.

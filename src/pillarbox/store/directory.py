@@ -189,9 +189,7 @@ class Directory:
                 taken = self._take_to_recover(name)
                 if taken is not None:
                     to_seal.append(taken)
-            self.seal(
-                to_seal, lambda file, name: adopted.append(Adopted(file.name, name, self.filesystem.size(file.fd)))
-            )
+            self.seal(to_seal, lambda file, name: adopted.append(Adopted(file.name, name, self.filesystem.size(file.fd))))
         finally:
             for file in to_seal:
                 self.filesystem.close(file.fd)

@@ -40,7 +40,8 @@ class DirectoryFacts(NamedTuple):
 class Filesystem(Protocol):
     """What the store asks of a file system, one verb a method."""
 
-    write: Callable[[int, bytes], int]  # a bound function, not a method: the hot path calls it
+    @property
+    def write(self) -> Callable[[int, bytes], int]: ...  # a function, not a method: the hot path calls it
 
     def make_directory(self, path: str) -> None: ...
     def directory_facts(self, path: str) -> DirectoryFacts | None: ...

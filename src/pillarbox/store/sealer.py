@@ -60,7 +60,7 @@ class Sealer:
         self._dropped: dict[str, int] = {}
         self._dropping: set[str] = set()
         self._trouble = ""
-        self.sealed: dict[SealReason, int] = dict.fromkeys(get_args(SealReason), 0)
+        self.sealed: dict[str, int] = dict.fromkeys(get_args(SealReason), 0)
 
     def attach(self, writer: Writer) -> None:
         """Seal for this writer."""

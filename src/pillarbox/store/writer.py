@@ -14,7 +14,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Outcome
-from pillarbox.store import layout, record
+from pillarbox.store import layout
 from pillarbox.store.directory import Taken
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Writer:
         self.retired_events = 0
         self.retired_bytes = 0
         self._released = 0  # bytes of files that are gone
-        self.dropped = dict.fromkeys(DROP_REASONS, 0)
+        self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
         self.append = self._build_append()
 
     def _build_append(self) -> Callable[[bytes, int], Outcome | None]:
