@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusable, FileUnusable
-from pillarbox.store import layout
+from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory, Taken
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.recovery import RECOVERY, Action, Content, Lock
+from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock
 
 
@@ -241,3 +243,31 @@ def test_sealing_syncs_each_file_then_renames_all_then_syncs_the_directory_once(
     assert filesystem.verbs == ["sync", "sync", "rename", "rename", "sync directory"]
     for file in files:
         filesystem.close(file.fd)
+
+
+class _Raced(RealFilesystem):
+    """Between the creation of a file and its locking, somebody who recovers comes along, `races` times."""
+
+    def __init__(self, place: Directory, races: int) -> None:
+        super().__init__()
+        self.other = Directory(place.path, RealFilesystem(), SystemClock())
+        self.races = races
+
+    def lock(self, fd: int) -> bool:
+        if self.races:
+            self.races -= 1
+            self.other.recover()
+        return super().lock(fd)
+
+
+def test_a_new_file_that_was_taken_for_a_dead_writers_is_not_used(place: Directory, clock: ManualClock) -> None:
+    """It is gone: what were written to it would be lost. Another is made."""
+    raced = Directory(place.path, _Raced(place, 1), clock)
+    assert raced.create("active-w-1.ndjson") is None
+    writer = Writer(Directory(place.path, _Raced(place, 3), clock), Limits(500, 10**6, 10**9), lambda: None)
+    writer.start(0, 0)
+    assert writer.append(record.line(b"1"), 1)
+    assert [entry.size for entry in place.filesystem.listing(place.path)] == [len(record.line(b"1"))]
+    raced = Directory(place.path, _Raced(place, 2), clock)
+    raced.put("dead-a.ndjson", b"letter")
+    assert raced.read_bytes("dead-a.ndjson") == b"letter"

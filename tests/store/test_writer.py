@@ -89,7 +89,7 @@ def test_without_a_spare_the_file_grows_to_its_bytes_first(place: Directory, clo
     """The disk does not keep up: the caller waits for nothing."""
     line = Line(place, clock, batch_size=2, batch_bytes=5 * len(LINE))
     line.append(5)
-    assert line.writer.retired == type(line.writer.retired)()
+    assert line.writer.retired == ()
     line.append(1)
     assert [done.events for done in line.writer.retired] == [5]
     line.sealer.step()
@@ -282,6 +282,32 @@ def test_an_append_within_an_append_appends_and_nothing_more(tmp_path: Path, clo
     assert inner == [ENQUEUED]
     line.sealer.step()
     assert line.lines() == {"sealed": 3}
+
+
+class _TornAndReentrant(RealFilesystem):
+    """Takes a part of the next write only, and calls the writer again before the caller hears of it."""
+
+    handler: Callable[[], None] | None = None
+
+    def write(self, fd: int, data: bytes) -> int:  # type: ignore[override]
+        handler, self.handler = self.handler, None
+        if handler is None:
+            return os.write(fd, data)
+        written = os.write(fd, data[:3])
+        handler()
+        return written
+
+
+def test_an_append_within_a_torn_append_has_a_file_of_its_own(tmp_path: Path, clock: ManualClock) -> None:
+    """It would be part of the torn line otherwise."""
+    filesystem = _TornAndReentrant()
+    line = Line(Directory(str(tmp_path), filesystem, clock), clock)
+    line.append()
+    filesystem.handler = lambda: line.append(2) and None
+    assert line.append() == [ENQUEUED]
+    line.sealer.step()
+    assert line.lines() == {"active": 2, "sealed": 2}
+    assert line.writer.pending() == (4 * len(LINE), 3, 4)
 
 
 def test_threads_lose_nothing_and_tear_nothing(place: Directory, clock: ManualClock) -> None:

@@ -149,6 +149,19 @@ class Directory:
         self.filesystem.close(fd)
         return None
 
+    def create(self, name: str) -> Taken | None:
+        """Create and lock a file; None where somebody who recovers took it for a dead writer's between the two."""
+        path = self.at(name)
+        fd = self.filesystem.create(path)
+        try:
+            if self.filesystem.lock(fd) and self.filesystem.is_still(fd, path):
+                return Taken(name, fd)
+        except BaseException:
+            self.filesystem.close(fd)
+            raise
+        self.filesystem.close(fd)
+        return None
+
     def note_stamp(self, stamp: int | None) -> None:
         """Seal after this one from now on, even where the clock has stepped back."""
         with self._stamp_lock:
@@ -227,15 +240,16 @@ class Directory:
     def put(self, name: str, data: bytes) -> None:
         """Make `data` the durable content of `name`, whole or not at all; done twice, it is as done once."""
         aside = layout.aside_name(name)
-        self.remove(aside)
-        fd = self.filesystem.create(self.at(aside))
+        taken = None
+        while taken is None:
+            self.remove(aside)
+            taken = self.create(aside)
         try:
-            self.filesystem.lock(fd)
-            self.filesystem.write_all(fd, data)
-            self.filesystem.sync_data(fd)
+            self.filesystem.write_all(taken.fd, data)
+            self.filesystem.sync_data(taken.fd)
             self.filesystem.rename(self.at(aside), self.at(name))
         finally:
-            self.filesystem.close(fd)
+            self.filesystem.close(taken.fd)
         self.filesystem.sync_directory(self.path)
 
     def remove(self, name: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory, Taken
-    from pillarbox.store.writer import Retired, Writer
+    from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
 
@@ -181,16 +181,14 @@ class Sealer:
 
     def _seal_retired(self) -> None:
         retired = self._writer.retired
-        batch: list[Retired] = list(retired)
-        if not batch:
+        if not retired:
             return
 
         def renamed(file: Taken, _name: str) -> None:
-            done = retired.popleft()
-            self.sealed[done.reason] += 1
+            self.sealed[self._writer.sealed_oldest().reason] += 1
             self._directory.filesystem.close(file.fd)
 
-        self._directory.seal([done.file for done in batch], renamed)
+        self._directory.seal([file.taken for file in retired], renamed)
         self._on_sealed()
 
     def _relist(self) -> float:

@@ -1,16 +1,19 @@
 """One process's appender in a directory: append and rotation. Never syncs, logs, meters or calls back under its lock.
 
 The hot path is one closure (`append`), because look-ups cost as much as the checksum, and it makes one comparison: with the
-number of bytes that the active file may grow to. That number is also the mark: it is -1 while the file is touched, so that
-whatever interrupts an append, the next one takes the slow way, and repairs.
+number of bytes that the active file may grow to. That number is also the mark: it is negative while the file is touched. What
+finds the mark in place is either a signal handler in the middle of an append that goes on afterwards, which may append and
+nothing more, or comes after an append that an exception cut short (`_broken`), and repairs.
+
+CPython runs signal handlers at calls and backward jumps only. Lines marked "no call" rely on it: nothing comes in between.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 import uuid
-from collections import deque
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Outcome
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 SealReason = Literal["batch_size", "batch_bytes", "flush_interval", "startup", "adopted", "shutdown", "manual"]
 
 RETIRED_MAX: Final = 64  # files that wait for their sync; beyond it the active file grows instead, for each holds a descriptor
-_MARK: Final = -1
+_MARK: Final = -1  # an append or a rotation is under way, or was cut short
+_NO_FILE: Final = -2  # there is none yet, or none any more
 _TAIL_BYTES: Final = 64 * 1024  # how much is read at a time to find the last whole line
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -45,13 +49,22 @@ class Mark(NamedTuple):
     released: int
 
 
-class Retired(NamedTuple):
-    """A file that its writer is done with."""
+class ActiveFile:
+    """A file that this writer appends to, will, or did, and what is in it."""
 
-    file: Taken
-    bytes: int
-    events: int
-    reason: SealReason
+    __slots__ = ("attend_at", "bytes", "counted", "events", "fd", "reason", "taken")
+
+    def __init__(self, taken: Taken) -> None:
+        self.taken = taken
+        self.fd = taken.fd
+        self.bytes = 0
+        self.events = 0
+        self.attend_at = 1  # number of events at which the hot path calls `_attend`
+        self.counted = False  # among the pending files
+        self.reason: SealReason = "manual"  # why it was retired
+
+
+_NOWHERE: Final = Taken("", -1)
 
 
 class Writer:
@@ -67,22 +80,20 @@ class Writer:
         self._wake = wake
         self.lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
         self._name = str(uuid.uuid4())
-        self._number = 0
+        self._next_number = itertools.count(1).__next__
         self._started = False
         self._closed = False
-        self._active: Taken | None = None
-        self._spare: Taken | None = None
-        self._fd = -1
-        self._limit = _MARK
-        self._bytes = 0
-        self._events = 0
-        self._attend_at = 1  # number of events in the file at which the hot path calls `_attend`
+        self._file = ActiveFile(_NOWHERE)
+        self._spare: ActiveFile | None = None
+        self._limit = _NO_FILE
+        self._broken = False  # an exception cut an append short: the mark is nobody's
+        self._mending = False  # the end of the file is being put right: not even a signal handler may append to it
         self._room = 0  # how many bytes the active file may have before `max_bytes` is reached
         self._told = False  # the sealer, since it last looked
         self.files = 0  # pending files, the active one only where it holds something
-        self.retired: deque[Retired] = deque()
-        self.retired_events = 0
-        self.retired_bytes = 0
+        self.retired: tuple[ActiveFile, ...] = ()  # oldest first
+        self._retired_events = 0
+        self._retired_bytes = 0
         self._released = 0  # bytes of files that are gone
         self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
         self.append = self._build_append()
@@ -96,67 +107,116 @@ class Writer:
             size = len(lines)
             with lock:
                 limit = w._limit
-                if w._bytes + size > limit:
-                    outcome = w._append_slowly(lines, events)
-                    if outcome is not None or not w._started:
-                        return outcome
-                    limit = w._limit
                 w._limit = _MARK
+                file = w._file
+                if file.bytes + size > limit:
+                    return w._append_slowly(lines, events, limit)
                 try:
-                    written = write(w._fd, lines)
+                    written = write(file.fd, lines)
                     if written != size:
-                        w._complete(lines, written)
+                        w._complete(file, lines, written)
+                    file.bytes += size
+                    file.events = count = file.events + events
+                    w._limit = limit
+                    if count >= file.attend_at:
+                        w._attend()
                 except OSError as error:
-                    return w._refuse(w._undo(error), events)
-                w._bytes += size
-                w._events = count = w._events + events
-                w._limit = limit
-                if count >= w._attend_at:
-                    w._attend()
+                    return w._undo(error, events)
+                except BaseException:
+                    w._broken = True
+                    raise
             return ENQUEUED
 
         return append
 
     # What follows is called with the lock held.
 
-    def _append_slowly(self, lines: bytes, events: int) -> Outcome | None:
-        """Where the file does not simply take the lines: refuse, mend, or begin another file (None: now it takes them)."""
+    def _append_slowly(self, lines: bytes, events: int, found: int) -> Outcome | None:
+        """Where the file does not simply take the lines; `found` is the limit that stood there."""
+        if found == _MARK and not self._broken:
+            return self._append_within(lines, events)
+        try:
+            return self._append_with_care(lines, events)
+        except OSError as error:
+            return self._undo(error, events)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _append_with_care(self, lines: bytes, events: int) -> Outcome | None:
+        """Refuse, mend, or begin another file, and append."""
         if self._closed or not self._started:
+            self._limit = _NO_FILE
             return self._refuse("closed", events) if self._started else None
+        if self._broken:
+            self._repair()
         size = len(lines)
-        if size > self._room - self._bytes:
+        if size > self._room - self._file.bytes:
+            self._allow()
+            return self._refuse("max_bytes", events)
+        if self._file.bytes and self._file.bytes + size > self._limits.batch_bytes and len(self.retired) < RETIRED_MAX:
+            if self._spare is None:
+                self._spare = self._new_file()
+            self._retire("batch_bytes")
+        if self._file.taken is _NOWHERE:
+            self._file = self._new_file()
+        file = self._file
+        written = self._filesystem.write(file.fd, lines)
+        if written != size:
+            self._complete(file, lines, written)
+        file.bytes += size
+        file.events += events
+        self._attend()
+        return ENQUEUED
+
+    def _append_within(self, lines: bytes, events: int) -> Outcome:
+        """A signal handler, in the middle of an append or rotation that goes on: append and nothing more.
+
+        Where the end of the file is not a whole line, or there is no file, the lines get a file of their own.
+        """
+        size = len(lines)
+        file, own = self._file, False
+        if size > self._room - file.bytes:
             return self._refuse("max_bytes", events)
         try:
-            if self._active is not None and self._limit == _MARK:
-                return self._append_after_interrupt(lines, events)
-            if self._active is not None and len(self.retired) < RETIRED_MAX and self._bytes:
-                self._retire("batch_bytes")
-            if self._active is None:
-                self._begin(self.new_file())
+            if self._mending or file.taken is _NOWHERE or not self._ends_whole(file):
+                if len(self.retired) >= 2 * RETIRED_MAX:
+                    return self._refuse("would_block", events)
+                file, own = self._new_file(), True
+            written = self._filesystem.write(file.fd, lines)
+            if written != size:
+                self._filesystem.truncate(file.fd, self._filesystem.size(file.fd) - written)
+                raise OSError(errno.ENOSPC, "the disk takes a part of a line only")
         except OSError as error:
-            return self._refuse(self._undo(error), events)
-        self._allow(size)
-        return None
-
-    def _append_after_interrupt(self, lines: bytes, events: int) -> Outcome:
-        """Another append was interrupted, for good or by the signal handler that calls: append and nothing more.
-
-        Above all no rotation: the interrupted append may go on, and must find its file.
-        """
-        self._repair()
-        self._limit = _MARK
-        written = self._filesystem.write(self._fd, lines)
-        if written != len(lines):
-            self._complete(lines, written)
-        self._bytes += len(lines)
-        self._events += events
-        self._allow(0)
+            return self._refuse(_reason(error), events)
+        finally:
+            if own:
+                self._set_aside(file)
+        if own:
+            self._retired_bytes += size
+            self._retired_events += events
+            self._room -= size
+        else:
+            file.bytes += size
+            file.events += events
         self._tell_sealer()
         return ENQUEUED
 
-    def _allow(self, size: int) -> None:
-        """Set how far the active file may grow: to `max_bytes`, and to `batch_bytes` or the `size` that is due now."""
-        self._limit = min(self._room, max(self._limits.batch_bytes, self._bytes + size))
+    def _ends_whole(self, file: ActiveFile) -> bool:
+        size = self._filesystem.size(file.fd)
+        return size == 0 or self._filesystem.read_at(file.fd, size - 1, 1) == b"\n"
+
+    def _set_aside(self, file: ActiveFile) -> None:
+        file.counted = True
+        self.files += 1
+        self.retired = (*self.retired, file)
+
+    def _allow(self) -> None:
+        """Set how far the active file may grow without another thought."""
+        if self._file.taken is not _NOWHERE:
+            self._limit = max(0, min(self._room, self._limits.batch_bytes))
+        else:
+            self._limit = _NO_FILE
 
     def _tell_sealer(self) -> None:
         if not self._told:
@@ -167,82 +227,85 @@ class Writer:
         self.dropped[reason] += events
         return DROPPED[reason]
 
-    def _begin(self, file: Taken) -> None:
-        self._active, self._fd, self._bytes, self._events, self._attend_at = file, file.fd, 0, 0, 1
-        self._allow(0)
+    def _new_file(self) -> ActiveFile:
+        return ActiveFile(self.new_file())
 
-    def _complete(self, lines: bytes, written: int) -> None:
+    def _complete(self, file: ActiveFile, lines: bytes, written: int) -> None:
         """After a short write: take the part back and write the lines again, all or none of them."""
-        for last in (False, True):
-            # Where a signal handler has appended meanwhile, it has cut the part and taken the mark away.
-            if self._limit == _MARK:
-                self._filesystem.truncate(self._fd, self._filesystem.size(self._fd) - written)
-            if last:
-                raise OSError(errno.ENOSPC, "the disk takes a part of a line only")
-            self._limit = _MARK
-            written = self._filesystem.write(self._fd, lines)
-            if written == len(lines):
-                return
+        self._mending = True
+        filesystem = self._filesystem
+        filesystem.truncate(file.fd, filesystem.size(file.fd) - written)
+        written = filesystem.write(file.fd, lines)
+        if written != len(lines):
+            filesystem.truncate(file.fd, filesystem.size(file.fd) - written)
+            raise OSError(errno.ENOSPC, "the disk takes a part of a line only")
+        self._mending = False
 
     def _repair(self) -> None:
-        """Cut what an interrupted append may have left behind the last whole line."""
-        size = end = self._filesystem.size(self._fd)
-        while end:
-            start = max(0, end - _TAIL_BYTES)
-            found = self._filesystem.read_at(self._fd, start, end - start).rfind(b"\n")
-            if found >= 0:
-                end = start + found + 1
-                break
-            end = start
-        if end < size:
-            self._filesystem.truncate(self._fd, end)
-        if end > self._bytes:
-            # A whole line that was interrupted before it was counted: the file must not pass for an empty one.
-            self._bytes, self._events = end, self._events + 1
-        self._allow(0)
+        """Cut what an append that did not end may have left behind the last whole line, and count what it had written."""
+        self._mending = True
+        file, filesystem = self._file, self._filesystem
+        if file.taken is not _NOWHERE:
+            size = end = filesystem.size(file.fd)
+            while end:
+                start = max(0, end - _TAIL_BYTES)
+                found = filesystem.read_at(file.fd, start, end - start).rfind(b"\n")
+                if found >= 0:
+                    end = start + found + 1
+                    break
+                end = start
+            if end < size:
+                filesystem.truncate(file.fd, end)
+            if end > file.bytes:
+                file.events += filesystem.read_at(file.fd, file.bytes, end - file.bytes).count(b"\n")
+            file.bytes = end
+        self._mending = self._broken = False
 
-    def _undo(self, error: OSError) -> DropReason:
+    def _undo(self, error: OSError, events: int) -> Dropped:
         """After a failed append: leave whole lines; where that fails too, let the file be sealed as it is."""
-        if self._active is not None and self._limit == _MARK:
-            try:
-                self._repair()
-            except OSError:
-                self._retire("manual")
-        return "disk_full" if error.errno in _DISK_FULL else "io_error"
+        try:
+            self._repair()
+        except OSError:
+            self._retire("manual")
+        self._mending = self._broken = False
+        self._allow()
+        return self._refuse(_reason(error), events)
 
     def _attend(self) -> None:
         """What the hot path leaves out: the first event of a file, and a full file."""
-        if self._attend_at == 1:
-            self._attend_at = self._limits.batch_size
+        self._limit = _MARK
+        file = self._file
+        if file.events and not file.counted:
+            file.counted, file.attend_at = True, self._limits.batch_size
             self.files += 1
             self._tell_sealer()
         # Without a spare the sealer is behind: the file grows to `batch_bytes` rather than that the caller opens another.
-        if self._events >= self._limits.batch_size and self._spare is not None:
+        if file.events >= self._limits.batch_size and self._spare is not None:
             self._retire("batch_size")
+        self._allow()
 
     def _retire(self, reason: SealReason) -> None:
-        if self._active is None:
-            return
-        self.retired.append(Retired(self._active, self._bytes, self._events, reason))
-        self.retired_events += self._events
-        self.retired_bytes += self._bytes
-        self._room -= self._bytes
-        self._active, self._fd, self._limit, self._bytes, self._events = None, -1, _MARK, 0, 0
-        if self._spare is not None:
-            spare, self._spare = self._spare, None
-            self._begin(spare)
+        """Swap the active file for the spare, or for none."""
+        none = ActiveFile(_NOWHERE)
+        # No call: what appends from here on finds the next file.
+        old = self._file
+        old.reason = reason
+        self._file = none if self._spare is None else self._spare
+        self._spare = None
+        self._room -= old.bytes
+        self._retired_events += old.events
+        self._retired_bytes += old.bytes
+        self.retired = (*self.retired, old)
         self._tell_sealer()
 
     # What follows takes the lock itself.
 
     def new_file(self) -> Taken:
         """Create and lock an active file under a name that was never used."""
-        with self.lock:
-            self._number += 1
-            name = layout.active_name(self._name, self._number)
-        fd = self._filesystem.create(self._directory.at(name))
-        self._filesystem.lock(fd)
-        return Taken(name, fd)
+        while True:
+            taken = self._directory.create(layout.active_name(self._name, self._next_number()))
+            if taken is not None:
+                return taken
 
     def start(self, pending_bytes: int, pending_files: int) -> None:
         """Begin to accept; what is pending already counts."""
@@ -255,18 +318,32 @@ class Writer:
         """The sealer's: from now on tell it of news. Returns whether it should open a file for the next rotation."""
         with self.lock:
             self._told = False
-            return self._spare is None and self._active is not None and not self._closed
+            if self._limit == _MARK:
+                # The lock is free and the mark in place: nobody is coming back to take it away.
+                self._repair()
+                self._allow()
+            return self._spare is None and self._file.taken is not _NOWHERE and not self._closed
 
-    def give_spare(self, file: Taken) -> None:
+    def give_spare(self, taken: Taken) -> None:
         """Have the next file ready."""
+        spare = ActiveFile(taken)
         with self.lock:
-            self._spare = file
+            self._spare = spare
 
     def rotate(self, reason: SealReason) -> None:
-        """Retire the active file if it holds anything."""
+        """Retire the active file if it holds anything; in the middle of an append, leave it to the sealer's next look."""
         with self.lock:
-            if self._bytes:
+            if self._limit != _MARK and self._file.bytes:
                 self._retire(reason)
+                self._allow()
+
+    def sealed_oldest(self) -> ActiveFile:
+        """The first of the retired files has got its sealed name: forget it, and return it."""
+        with self.lock:
+            # No call.
+            done = self.retired[0]
+            self.retired = self.retired[1:]
+            return done
 
     def release(self, size: int) -> None:
         """A pending file of `size` bytes is gone."""
@@ -278,21 +355,21 @@ class Writer:
     def _make_room(self, room: int) -> None:
         self._room = room
         if self._limit != _MARK:
-            self._allow(0)
+            self._allow()
 
     def _pending_bytes(self) -> int:
-        return self._limits.max_bytes - self._room + self._bytes
+        return self._limits.max_bytes - self._room + self._file.bytes
 
     def mark(self) -> Mark:
         """What was appended and released here so far, to hand to `correct` after a listing."""
         with self.lock:
-            return Mark(self.retired_bytes + self._bytes, self._released)
+            return Mark(self._retired_bytes + self._file.bytes, self._released)
 
     def correct(self, before: Mark, found_bytes: int, found_files: int) -> None:
         """Take a listing's word for what is pending, unless what was done here while it ran explains the difference."""
         with self.lock:
             difference = found_bytes - self._pending_bytes()
-            appended = self.retired_bytes + self._bytes - before.appended
+            appended = self._retired_bytes + self._file.bytes - before.appended
             if abs(difference) > appended + self._released - before.released:
                 self._make_room(self._room - difference - appended)
                 self.files = found_files
@@ -300,12 +377,13 @@ class Writer:
     def pending(self) -> tuple[int, int, int]:
         """(pending bytes, pending files, events accepted since start)."""
         with self.lock:
-            return self._pending_bytes(), self.files, self.retired_events + self._events
+            return self._pending_bytes(), self.files, self._retired_events + self._file.events
 
     def active(self) -> tuple[str, int] | None:
         """The name of the active file and its number of events, if it holds any."""
         with self.lock:
-            return (self._active.name, self._events) if self._active is not None and self._bytes else None
+            file = self._file
+            return (file.taken.name, file.events) if file.bytes else None
 
     def refuse(self, reason: DropReason, events: int = 1) -> Dropped:
         """Count an event that does not get as far as the file."""
@@ -316,11 +394,14 @@ class Writer:
         """Accept nothing more; retires what is there and returns the empty files, for the sealer to remove."""
         with self.lock:
             self._closed = True
-            if self._bytes:
-                spare, self._spare = self._spare, None
+            spare, self._spare = self._spare, None
+            if self._file.bytes:
                 self._retire("shutdown")
-                self._spare = spare
-            empty = [file for file in (self._active, self._spare) if file is not None]
-            self._active = self._spare = None
-            self._limit, self._fd = _MARK, -1
+            empty = [file.taken for file in (self._file, spare) if file is not None and file.taken is not _NOWHERE]
+            self._file = ActiveFile(_NOWHERE)
+            self._limit = _NO_FILE
             return empty
+
+
+def _reason(error: OSError) -> DropReason:
+    return "disk_full" if error.errno in _DISK_FULL else "io_error"
