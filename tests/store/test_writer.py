@@ -89,7 +89,7 @@ def test_without_a_spare_the_file_grows_to_its_bytes_first(place: Directory, clo
     """The disk does not keep up: the caller waits for nothing."""
     line = Line(place, clock, batch_size=2, batch_bytes=5 * len(LINE))
     line.append(5)
-    assert line.writer.retired == ()
+    assert not line.writer.retired
     line.append(1)
     assert [done.events for done in line.writer.retired] == [5]
     line.sealer.step()
@@ -303,7 +303,8 @@ def test_an_append_within_a_torn_append_has_a_file_of_its_own(tmp_path: Path, cl
     filesystem = _TornAndReentrant()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock)
     line.append()
-    filesystem.handler = lambda: line.append(2) and None
+    inner: list[object] = []
+    filesystem.handler = lambda: inner.extend(line.append(2))
     assert line.append() == [ENQUEUED]
     line.sealer.step()
     assert line.lines() == {"active": 2, "sealed": 2}

@@ -72,8 +72,13 @@ class Directory:
         self.path = path
         self.filesystem = filesystem
         self._clock = clock
-        self._stamp_lock = threading.Lock()
         self._last_stamp = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """Become another process's: in a forked child, whose names must not meet its parent's, nor its locks."""
+        self._stamp_lock = threading.Lock()
+        self._unique = str(uuid.uuid4())  # with stamps that strictly increase, one for all names is unique enough
 
     def at(self, name: str) -> str:
         """The path of a file in the directory."""
@@ -150,11 +155,10 @@ class Directory:
         return None
 
     def create(self, name: str) -> Taken | None:
-        """Create and lock a file; None where somebody who recovers took it for a dead writer's between the two."""
-        path = self.at(name)
-        fd = self.filesystem.create(path)
+        """Create and lock a file; None where somebody who recovers removed it between the two, as a dead writer's."""
+        fd = self.filesystem.create(self.at(name))
         try:
-            if self.filesystem.lock(fd) and self.filesystem.is_still(fd, path):
+            if self.filesystem.lock(fd) and self.filesystem.is_linked(fd):
                 return Taken(name, fd)
         except BaseException:
             self.filesystem.close(fd)
@@ -171,7 +175,7 @@ class Directory:
     def _next_sealed_name(self) -> str:
         with self._stamp_lock:
             self._last_stamp = max(self._last_stamp + 1, self._clock.micros())
-            return layout.sealed_name(self._last_stamp, str(uuid.uuid4()))
+            return layout.sealed_name(self._last_stamp, self._unique)
 
     def seal(self, taken: Iterable[Taken], renamed: Callable[[Taken, str], None]) -> None:
         """Seal files that this process holds, in this order: sync each, rename all, sync the directory once.

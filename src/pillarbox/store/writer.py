@@ -1,9 +1,10 @@
 """One process's appender in a directory: append and rotation. Never syncs, logs, meters or calls back under its lock.
 
-The hot path is one closure (`append`), because look-ups cost as much as the checksum, and it makes one comparison: with the
-number of bytes that the active file may grow to. That number is also the mark: it is negative while the file is touched. What
-finds the mark in place is either a signal handler in the middle of an append that goes on afterwards, which may append and
-nothing more, or comes after an append that an exception cut short (`_broken`), and repairs.
+The hot path is one closure (`build_enqueue`), because calls and look-ups cost more than the checksum, and it makes one
+comparison: with the number of bytes that the active file may grow to. That number is also the mark: it is negative while
+the file is touched. What finds the mark in place is either a signal handler in the middle of an append that goes on
+afterwards, which may append and nothing more, or comes after an append that an exception cut short (`_broken`), and
+repairs.
 
 CPython runs signal handlers at calls and backward jumps only. Lines marked "no call" rely on it: nothing comes in between.
 """
@@ -14,20 +15,25 @@ import errno
 import itertools
 import threading
 import uuid
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
+from zlib import crc32
 
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Outcome
 from pillarbox.store import layout
 from pillarbox.store.directory import Taken
+from pillarbox.store.record import LINE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import msgspec
 
     from pillarbox.store.directory import Directory
 
 SealReason = Literal["batch_size", "batch_bytes", "flush_interval", "startup", "adopted", "shutdown", "manual"]
 
 RETIRED_MAX: Final = 64  # files that wait for their sync; beyond it the active file grows instead, for each holds a descriptor
+SPARES_MAX: Final = 16  # empty files held ready, each with a descriptor
 _MARK: Final = -1  # an append or a rotation is under way, or was cut short
 _NO_FILE: Final = -2  # there is none yet, or none any more
 _TAIL_BYTES: Final = 64 * 1024  # how much is read at a time to find the last whole line
@@ -47,6 +53,25 @@ class Mark(NamedTuple):
 
     appended: int
     released: int
+
+
+class Door(NamedTuple):
+    """How the hot path gets from an event to its line, and whom it calls where that does not go straight on."""
+
+    encode: Callable[[Any], bytes]
+    event_type: type
+    event_bytes_max: int
+    check_durability: Callable[[str], None]
+    refuse: Callable[[Any, bytes], None]  # raises: the event is of the wrong type or too large
+    invalid: Callable[[Any, Exception], Outcome]
+    begin: Callable[[bytes, int], Outcome]  # this writer does not accept: it has not begun, or is a forked parent's
+
+
+class Enqueue(Protocol):
+    """What `Writer.build_enqueue` builds."""
+
+    def __call__(self, event: msgspec.Struct, *, durability: Literal["process"] | None = None) -> Outcome:
+        """Store one event."""
 
 
 class ActiveFile:
@@ -78,13 +103,13 @@ class Writer:
         self._filesystem = directory.filesystem
         self._limits = limits
         self._wake = wake
-        self.lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
+        self._lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
         self._name = str(uuid.uuid4())
         self._next_number = itertools.count(1).__next__
         self._started = False
         self._closed = False
         self._file = ActiveFile(_NOWHERE)
-        self._spare: ActiveFile | None = None
+        self._spares: tuple[ActiveFile, ...] = ()  # ready to be swapped in
         self._limit = _NO_FILE
         self._broken = False  # an exception cut an append short: the mark is nobody's
         self._mending = False  # the end of the file is being put right: not even a signal handler may append to it
@@ -96,38 +121,63 @@ class Writer:
         self._retired_bytes = 0
         self._released = 0  # bytes of files that are gone
         self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
-        self.append = self._build_append()
 
-    def _build_append(self) -> Callable[[bytes, int], Outcome | None]:
-        w = self
-        lock, write = w.lock, w._filesystem.write
+    def build_enqueue(self, door: Door) -> Enqueue:
+        """The hot path: event -> line -> active file."""
+        w, write, checksum, template = self, self._filesystem.write, crc32, LINE
+        encode, event_type, bytes_max, check_durability, refuse, invalid, begin = door
 
-        def append(lines: bytes, events: int) -> Outcome | None:
-            """Append whole lines that hold `events` events; None before `start`."""
-            size = len(lines)
-            with lock:
+        def enqueue(event: msgspec.Struct, *, durability: Literal["process"] | None = None) -> Outcome:
+            """Store one event; `Enqueued` once the operating system has it, `Dropped(reason)` where it is refused.
+
+            Never raises for trouble of the destination, the disk or the event (but `InvalidEvent` with `on_invalid="raise"`).
+            """
+            if durability is not None:
+                check_durability(durability)
+            try:
+                payload = encode(event)
+                if type(event) is not event_type or len(payload) > bytes_max:
+                    refuse(event, payload)
+            except Exception as error:  # noqa: BLE001 - whatever an event does when encoded, the caller goes on
+                return invalid(event, error)
+            line = template % (payload, checksum(payload))
+            size = len(line)
+            with w._lock:
                 limit = w._limit
                 w._limit = _MARK
                 file = w._file
-                if file.bytes + size > limit:
-                    return w._append_slowly(lines, events, limit)
-                try:
-                    written = write(file.fd, lines)
-                    if written != size:
-                        w._complete(file, lines, written)
-                    file.bytes += size
-                    file.events = count = file.events + events
-                    w._limit = limit
-                    if count >= file.attend_at:
-                        w._attend()
-                except OSError as error:
-                    return w._undo(error, events)
-                except BaseException:
-                    w._broken = True
-                    raise
-            return ENQUEUED
+                if file.bytes + size <= limit:
+                    try:
+                        written = write(file.fd, line)
+                        if written != size:
+                            w._complete(file, line, written)
+                        file.bytes += size
+                        file.events = count = file.events + 1
+                        w._limit = limit
+                        if count >= file.attend_at:
+                            w._attend()
+                    except OSError as error:
+                        return w._undo(error, 1)
+                    except BaseException:
+                        w._broken = True
+                        raise
+                    return ENQUEUED
+                outcome = w._append_slowly(line, 1, limit)
+            return outcome if outcome is not None else begin(line, 1)
 
-        return append
+        return enqueue
+
+    def append(self, lines: bytes, events: int) -> Outcome | None:
+        """Append whole lines that hold `events` events, all or none; None before `start`."""
+        with self._lock:
+            found, self._limit = self._limit, _MARK
+            return self._append_slowly(lines, events, found)
+
+    def abandon(self) -> None:
+        """In a forked child: this is the parent's. Whoever still calls it is sent to `Door.begin`."""
+        self._lock = threading.RLock()
+        self._started = self._closed = self._broken = False
+        self._file, self._spares, self._limit = ActiveFile(_NOWHERE), (), _NO_FILE
 
     # What follows is called with the lock held.
 
@@ -155,8 +205,8 @@ class Writer:
             self._allow()
             return self._refuse("max_bytes", events)
         if self._file.bytes and self._file.bytes + size > self._limits.batch_bytes and len(self.retired) < RETIRED_MAX:
-            if self._spare is None:
-                self._spare = self._new_file()
+            if not self._spares:
+                self._spares = (self._new_file(),)
             self._retire("batch_bytes")
         if self._file.taken is _NOWHERE:
             self._file = self._new_file()
@@ -186,7 +236,7 @@ class Writer:
             written = self._filesystem.write(file.fd, lines)
             if written != size:
                 self._filesystem.truncate(file.fd, self._filesystem.size(file.fd) - written)
-                raise OSError(errno.ENOSPC, "the disk takes a part of a line only")
+                return self._refuse("disk_full", events)
         except OSError as error:
             return self._refuse(_reason(error), events)
         finally:
@@ -280,18 +330,18 @@ class Writer:
             self.files += 1
             self._tell_sealer()
         # Without a spare the sealer is behind: the file grows to `batch_bytes` rather than that the caller opens another.
-        if file.events >= self._limits.batch_size and self._spare is not None:
+        if file.events >= self._limits.batch_size and self._spares:
             self._retire("batch_size")
         self._allow()
 
     def _retire(self, reason: SealReason) -> None:
-        """Swap the active file for the spare, or for none."""
+        """Swap the active file for a spare, or for none."""
         none = ActiveFile(_NOWHERE)
         # No call: what appends from here on finds the next file.
         old = self._file
         old.reason = reason
-        self._file = none if self._spare is None else self._spare
-        self._spare = None
+        self._file = self._spares[0] if self._spares else none
+        self._spares = self._spares[1:]
         self._room -= old.bytes
         self._retired_events += old.events
         self._retired_bytes += old.bytes
@@ -309,37 +359,42 @@ class Writer:
 
     def start(self, pending_bytes: int, pending_files: int) -> None:
         """Begin to accept; what is pending already counts."""
-        with self.lock:
+        with self._lock:
             self._room = self._limits.max_bytes - pending_bytes
             self.files = pending_files
             self._started = True
 
-    def look(self) -> bool:
-        """The sealer's: from now on tell it of news. Returns whether it should open a file for the next rotation."""
-        with self.lock:
+    def look(self) -> int:
+        """The sealer's: from now on tell it of news. Returns how many files it should open for the next rotations.
+
+        Twice as many as were filled since it last looked, for a writer that ran out of them could not show its speed.
+        """
+        with self._lock:
             self._told = False
             if self._limit == _MARK:
                 # The lock is free and the mark in place: nobody is coming back to take it away.
                 self._repair()
                 self._allow()
-            return self._spare is None and self._file.taken is not _NOWHERE and not self._closed
+            if self._file.taken is _NOWHERE or self._closed:
+                return 0
+            return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
 
     def give_spare(self, taken: Taken) -> None:
-        """Have the next file ready."""
+        """Have another file ready."""
         spare = ActiveFile(taken)
-        with self.lock:
-            self._spare = spare
+        with self._lock:
+            self._spares = (*self._spares, spare)
 
     def rotate(self, reason: SealReason) -> None:
         """Retire the active file if it holds anything; in the middle of an append, leave it to the sealer's next look."""
-        with self.lock:
+        with self._lock:
             if self._limit != _MARK and self._file.bytes:
                 self._retire(reason)
                 self._allow()
 
     def sealed_oldest(self) -> ActiveFile:
         """The first of the retired files has got its sealed name: forget it, and return it."""
-        with self.lock:
+        with self._lock:
             # No call.
             done = self.retired[0]
             self.retired = self.retired[1:]
@@ -347,7 +402,7 @@ class Writer:
 
     def release(self, size: int) -> None:
         """A pending file of `size` bytes is gone."""
-        with self.lock:
+        with self._lock:
             self._released += size
             self.files -= 1
             self._make_room(self._room + size)
@@ -362,12 +417,12 @@ class Writer:
 
     def mark(self) -> Mark:
         """What was appended and released here so far, to hand to `correct` after a listing."""
-        with self.lock:
+        with self._lock:
             return Mark(self._retired_bytes + self._file.bytes, self._released)
 
     def correct(self, before: Mark, found_bytes: int, found_files: int) -> None:
         """Take a listing's word for what is pending, unless what was done here while it ran explains the difference."""
-        with self.lock:
+        with self._lock:
             difference = found_bytes - self._pending_bytes()
             appended = self._retired_bytes + self._file.bytes - before.appended
             if abs(difference) > appended + self._released - before.released:
@@ -376,28 +431,28 @@ class Writer:
 
     def pending(self) -> tuple[int, int, int]:
         """(pending bytes, pending files, events accepted since start)."""
-        with self.lock:
+        with self._lock:
             return self._pending_bytes(), self.files, self._retired_events + self._file.events
 
     def active(self) -> tuple[str, int] | None:
         """The name of the active file and its number of events, if it holds any."""
-        with self.lock:
+        with self._lock:
             file = self._file
             return (file.taken.name, file.events) if file.bytes else None
 
     def refuse(self, reason: DropReason, events: int = 1) -> Dropped:
         """Count an event that does not get as far as the file."""
-        with self.lock:
+        with self._lock:
             return self._refuse(reason, events)
 
     def close(self) -> list[Taken]:
         """Accept nothing more; retires what is there and returns the empty files, for the sealer to remove."""
-        with self.lock:
+        with self._lock:
             self._closed = True
-            spare, self._spare = self._spare, None
+            spares, self._spares = self._spares, ()
             if self._file.bytes:
                 self._retire("shutdown")
-            empty = [file.taken for file in (self._file, spare) if file is not None and file.taken is not _NOWHERE]
+            empty = [file.taken for file in (self._file, *spares) if file.taken is not _NOWHERE]
             self._file = ActiveFile(_NOWHERE)
             self._limit = _NO_FILE
             return empty
