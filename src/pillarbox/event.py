@@ -128,6 +128,30 @@ class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
             raise InvalidEvent("occurred_at_micros", "does not fit into 64 bits")
 
 
+def plain(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """The type to decode stored events as: the same fields, without `__post_init__`, which ran before they were stored."""
+    if not hasattr(event_type, "__post_init__"):
+        return event_type
+    config = event_type.__struct_config__
+    fields = []
+    for field in msgspec.structs.fields(event_type):
+        if field.default_factory is not msgspec.NODEFAULT:
+            default = msgspec.field(default_factory=field.default_factory, name=field.encode_name)
+        else:
+            default = msgspec.field(default=field.default, name=field.encode_name)
+        fields.append((field.name, field.type, default))
+    return msgspec.defstruct(
+        event_type.__name__,
+        fields,
+        kw_only=True,
+        frozen=True,
+        gc=False,
+        tag=config.tag,
+        tag_field=config.tag_field,
+        forbid_unknown_fields=config.forbid_unknown_fields,
+    )
+
+
 # Numbers that JSON cannot carry as they are show in the encoded bytes: NaN as null, large integers by their length.
 _SUSPECT = re.compile(rb"null|\d{19}")
 

@@ -38,7 +38,9 @@ log = logging.getLogger("pillarbox")
 MANY_BYTES_MAX: Final = 16 * 2**20  # one call of `enqueue_many`: it becomes one write, and is read as one batch
 EXIT_TIMEOUT_S: Final = 2.0  # how long the end of the program may wait for a last delivery
 _EXPLAINED_MAX: Final = 32  # different reasons for invalid events that are logged; all are counted
-_POLL_S: Final = 0.05  # `flush` where another process delivers
+_BUSY_S: Final = 10.0  # how long after an event the deliverer goes on giving the interpreter away every few records
+_POLL_S: Final = 0.05  # between two looks of `flush` where another process delivers
+_LISTING_SHARE: Final = 10  # `flush` lists the directory for a tenth of its time at most
 
 
 class Outbox:
@@ -122,6 +124,8 @@ class Outbox:
         """Make what belongs to one process: again in a forked child, where nothing of the parent's may be used."""
         settings = self.settings
         self._started = False
+        self._busy_count = 0
+        self._busy_at = -_BUSY_S
         self._counters = DeliveryCounters()
         self._delivery: DeliveryThread | None = None
         self._sealer = Sealer(self._directory, self._clock, settings.flush_interval, settings.max_bytes, self._notify_deliverer)
@@ -227,10 +231,18 @@ class Outbox:
                     self._counters,
                     self._writer.release,
                     lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
+                    self._busy,
                 )
                 self._delivery = DeliveryThread(worker)
                 self._delivery.start()
             return True
+
+    def _busy(self) -> bool:
+        """Whether this process has stored events of late; asked by the deliverer only."""
+        now, count = self._clock.monotonic(), self._writer.accepted
+        if count != self._busy_count:
+            self._busy_count, self._busy_at = count, now
+        return now - self._busy_at < _BUSY_S
 
     def _notify_deliverer(self) -> None:
         if self._delivery is not None:
@@ -247,25 +259,27 @@ class Outbox:
         try:
             waiting = set(self._directory.sealed())
             while waiting:
-                before = clock.monotonic()
+                before, settled = clock.monotonic(), self._counters.flushed_files
                 waiting &= set(self._directory.sealed())
                 now = clock.monotonic()
                 if not waiting:
                     break
                 if now >= deadline:
                     return False
-                self._wait_for_settlement(min(deadline - now, max(_POLL_S, 10 * (now - before))))
+                self._wait_for_settlement(deadline - now, _LISTING_SHARE * (now - before), settled)
         except OSError:
             return False
         return True
 
-    def _wait_for_settlement(self, seconds: float) -> None:
+    def _wait_for_settlement(self, left: float, pause: float, settled: int) -> None:
+        """Pause, then wait until another file than the first `settled` is settled; where another process delivers, a moment."""
+        threading.Event().wait(min(left, pause))
         if self._delivery is None:
-            threading.Event().wait(seconds)
+            threading.Event().wait(min(left, _POLL_S))
             return
-        settled = self._delivery.worker.settled
-        with settled:
-            settled.wait(seconds)
+        condition = self._delivery.worker.settled
+        with condition:
+            condition.wait_for(lambda: self._counters.flushed_files != settled, min(left, _POLL_S))
 
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""

@@ -36,7 +36,9 @@ def seal(place: Directory, stamp: int, *payloads: bytes, raw: bytes = b"") -> st
 
 def worker_for(place: Directory, sink: RecordingSink, gone: list[int] | None = None) -> Worker:
     heard = gone if gone is not None else []
-    return Worker(place, sink, "test", SystemClock(), QUICK, DeliveryCounters(), heard.append, lambda _seconds: None)
+    return Worker(
+        place, sink, "test", SystemClock(), QUICK, DeliveryCounters(), heard.append, lambda _seconds: None, lambda: True
+    )
 
 
 def drain(worker: Worker) -> None:

@@ -29,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -89,13 +89,18 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def run() -> None:
-    """Run the command that was typed and end with its exit code."""
+def load() -> typer.Typer:
+    """`app` with all commands in it."""
     # Imported here, for each registers its command with `app`.
     from pillarbox.cli import check, deliver, enqueue, status  # noqa: F401, PLC0415
 
+    return app
+
+
+def run() -> None:
+    """Run the command that was typed and end with its exit code."""
     try:
-        result: Any = app(standalone_mode=False)
+        result: Any = load()(prog_name="pillarbox", standalone_mode=False)
     except PillarboxError as error:
         err.print(f"pillarbox: {error}", style="red", markup=False)
         sys.exit(Exit.USAGE)

@@ -68,6 +68,7 @@ def deliver(
         counters,
         on_gone=lambda _bytes: None,
         on_duration=lambda _seconds: None,
+        busy=lambda: False,
     )
     place.note_stamp(place.account().newest_stamp)
     thread = DeliveryThread(worker)

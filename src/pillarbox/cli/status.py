@@ -38,7 +38,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 @app.command("status")
 def status(directory: DirectoryOption = None, config: ConfigOption = None, json: JsonOption = False) -> int:
-    """Show what waits in a directory, who delivers it and how that goes, and what was set aside.
+    """Show what waits, who delivers it and how that goes, and what was set aside.
 
     Safe at any time: it only lists the directory and reads the heartbeat of the process that delivers.
     """

@@ -49,9 +49,9 @@ class Pace(NamedTuple):
 class _Job:
     """A sealed file on its way."""
 
-    def __init__(self, file: Taken, data: bytes, contents: reader.Contents, clock: Clock) -> None:
+    def __init__(self, file: Taken, data: bytes, contents: reader.Contents, clock: Clock, give_way: Callable[[], None]) -> None:
         self.file = file
-        self.batch = Batch(layout.batch_id(file.name), contents.payloads)
+        self.batch = Batch(layout.batch_id(file.name), contents.payloads, give_way=give_way)
         self.spans = contents.spans
         self.data = data if contents.spans else b""
         self.size = len(data)
@@ -70,8 +70,8 @@ class Ending(Exception):  # noqa: N818 - no error: it ends the loop from within 
 class Worker:
     """Delivers a directory to one sink for as long as this process holds the lease.
 
-    `on_gone(bytes)` is called after each settled file. Everything but `notify`, `end` and the attributes without an
-    underscore belongs to the event loop that `run` is on.
+    `on_gone(bytes)` is called after each settled file; while `busy()`, the interpreter is given away often. Everything but
+    `notify`, `end` and the attributes without an underscore belongs to the event loop that `run` is on.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Worker:
         counters: DeliveryCounters,
         on_gone: Callable[[int], None],
         on_duration: Callable[[float], None],
+        busy: Callable[[], bool],
     ) -> None:
         self._directory = directory
         self._sink = sink
@@ -93,6 +94,7 @@ class Worker:
         self.counters = counters
         self._on_gone = on_gone
         self._on_duration = on_duration
+        self._busy = busy
         self.lease = Lease(directory, sink_name, clock)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work = asyncio.Event()  # there may be something to do
@@ -218,7 +220,12 @@ class Worker:
             self._well("idle")
             return None
         self._unusable.pop(name, None)
-        return _Job(file, data, reader.read(data, give_way), self._clock)
+        return _Job(file, data, reader.read(data, self._give_way), self._clock, self._give_way)
+
+    def _give_way(self) -> None:
+        # 60 us or so each time, for the kernel rounds the shortest sleep up: not for nobody.
+        if self._busy():
+            give_way()
 
     async def _open(self) -> bool:
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+GIVE_WAY_EVERY: Final = 50  # records; see `Batch`
 Survives = Literal["process", "power"]
 
 
@@ -21,15 +22,25 @@ class Traits(NamedTuple):
     window: int = 1  # how many batches may be delivered and not yet confirmed; 1: acceptance needs no confirming
 
 
+def _nobody_waits() -> None:
+    pass
+
+
 class Batch:
-    """Records of one sealed file, or of a part of one, as raw JSON; `id` is stable across attempts."""
+    """Records of one sealed file, or of a part of one, as raw JSON; `id` is stable across attempts.
 
-    __slots__ = ("first", "id", "payloads")
+    A sink that works through them calls `give_way` every `GIVE_WAY_EVERY` records: callers of `enqueue` may be waiting.
+    """
 
-    def __init__(self, batch_id: str, payloads: Sequence[bytes], first: int = 0) -> None:
+    __slots__ = ("first", "give_way", "id", "payloads")
+
+    def __init__(
+        self, batch_id: str, payloads: Sequence[bytes], first: int = 0, give_way: Callable[[], None] = _nobody_waits
+    ) -> None:
         self.id = batch_id
         self.payloads = payloads
         self.first = first
+        self.give_way = give_way
 
     def __len__(self) -> int:
         return len(self.payloads)
@@ -47,7 +58,7 @@ class Batch:
     def _part(self, start: int, stop: int) -> Batch:
         base = self.id.partition(":")[0]
         first = self.first + start
-        return Batch(f"{base}:{first}-{self.first + stop - 1}", self.payloads[start:stop], first)
+        return Batch(f"{base}:{first}-{self.first + stop - 1}", self.payloads[start:stop], first, self.give_way)
 
 
 class Refusal(NamedTuple):
@@ -123,12 +134,14 @@ class Sink(Protocol):
         """Let go of everything."""
 
 
-def decode(payloads: Sequence[bytes], decoder: msgspec.json.Decoder[Any]) -> tuple[list[tuple[int, Any]], dict[int, Refusal]]:
+def decode(batch: Batch, decoder: msgspec.json.Decoder[Any]) -> tuple[list[tuple[int, Any]], dict[int, Refusal]]:
     """Decode records on demand: (index, event) of each that is of the event type, and the refusals of the others."""
     events: list[tuple[int, Any]] = []
     refused: dict[int, Refusal] = {}
     decode_one = decoder.decode
-    for index, payload in enumerate(payloads):
+    for index, payload in enumerate(batch.payloads):
+        if index % GIVE_WAY_EVERY == 0:
+            batch.give_way()
         try:
             events.append((index, decode_one(payload)))
         except (msgspec.DecodeError, RecursionError) as error:

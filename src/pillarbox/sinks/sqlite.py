@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from pillarbox.errors import ConfigurationError, SinkUnusable
+from pillarbox.event import plain
 from pillarbox.sinks import base
 from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Misconfigured, Partly, Refusal, Retry, Traits
 
@@ -53,7 +54,7 @@ class SqliteSink:
             raise ConfigurationError("sink", url, "the call", allowed)
         self._table = options.get("table", [_snake_case(event_type.__name__)])[0]
         self._fields = msgspec.structs.fields(event_type)
-        self._decoder = msgspec.json.Decoder(event_type)
+        self._decoder = msgspec.json.Decoder(plain(event_type))
         self._row = _row_maker(event_type)
         self._connection: sqlite3.Connection | None = None
         columns = ", ".join(_quoted(field.encode_name) for field in self._fields)
@@ -84,7 +85,7 @@ class SqliteSink:
         connection = self._connection
         if connection is None:
             return Retry("the file is not open")
-        events, refused = base.decode(batch.payloads, self._decoder)
+        events, refused = base.decode(batch, self._decoder)
         rows = [(index, self._row(event)) for index, event in events]
         before = connection.total_changes
         try:

@@ -13,7 +13,8 @@ import msgspec
 
 LINE: Final = b'{"event":%b,"crc":"%08x"}\n'  # (payload, crc32(payload)); the writer's hot path formats it itself
 OVERHEAD: Final = len(LINE % (b"", 0))
-_HEAD: Final = b'{"event":'
+_UNENDED: Final = LINE[:-1]
+_HEAD_BYTES: Final = len(b'{"event":')
 _TAIL_BYTES: Final = len(b',"crc":"00000000"}')
 
 
@@ -42,15 +43,14 @@ def line(payload: bytes) -> bytes:
 def payload(line: bytes) -> bytes:
     """The event's JSON in a line without its line feed; raises `Damaged`."""
     # The shape that we write ourselves, recognised without a JSON parser; the value inside is checked all the same.
-    if line.startswith(_HEAD) and line[-18:-10] == b',"crc":"' and line.endswith(b'"}'):
-        value = line[len(_HEAD) : -_TAIL_BYTES]
-        if b"%08x" % crc32(value) == line[-10:-2]:
-            _check_utf8(value)
-            try:
-                _check_value(value)
-            except (msgspec.DecodeError, RecursionError):
-                raise Damaged("bad_json") from None
-            return value
+    value = line[_HEAD_BYTES:-_TAIL_BYTES]
+    if _UNENDED % (value, crc32(value)) == line:
+        _check_utf8(value)
+        try:
+            _check_value(value)
+        except (msgspec.DecodeError, RecursionError):
+            raise Damaged("bad_json") from None
+        return value
     return _payload_by_parser(line)
 
 

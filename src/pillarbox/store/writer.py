@@ -434,6 +434,11 @@ class Writer:
         with self._lock:
             return self._pending_bytes(), self.files, self._retired_events + self._file.events
 
+    @property
+    def accepted(self) -> int:
+        """Events accepted since start; without the lock, so that it may be behind."""
+        return self._retired_events + self._file.events
+
     def active(self) -> tuple[str, int] | None:
         """The name of the active file and its number of events, if it holds any."""
         with self._lock:

@@ -1,0 +1,27 @@
+# make run    take sample data through an outbox into SQLite, and show what arrived
+# make test   everything that must hold: linters, types, tests
+# make bench  the figures in docs/benchmarks.md, measured on this machine
+# Each sets up what it needs in .venv. `pip install .` is enough to use the library.
+
+.PHONY: run test bench requirements clean
+
+run:
+	@tools/environment run
+	@.venv/bin/python examples/first_steps.py
+
+test:
+	@tools/environment test
+	@tools/check
+
+bench:
+	@tools/environment test
+	@.venv/bin/python -m bench
+
+# Pins anew what the .in files and pyproject.toml ask for. Wants uv.
+PIN = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
+requirements:
+	$(PIN) --extra cli --extra spacetimedb requirements/run.in pyproject.toml --output-file requirements/run.txt
+	$(PIN) --all-extras requirements/test.in pyproject.toml --output-file requirements/test.txt
+
+clean:
+	rm -rf .venv build dist var .mypy_cache .ruff_cache .pytest_cache

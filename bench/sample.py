@@ -1,0 +1,43 @@
+"""The event that is measured with, and sealed files full of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pillarbox import TrackingEvent
+from pillarbox.store import layout, record
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BATCH = 500
+
+
+def event(event_id: str = "019b76da-a800-7000-8000-000000000000") -> TrackingEvent:
+    """A page view, 281 bytes as JSON."""
+    return TrackingEvent(
+        event_id=event_id,
+        event_key="page_view",
+        scope_kind="Site",
+        scope_id="site-1",
+        user_id="user-12345",
+        metadata_json='{"path":"/a/b","ms":12}',
+        occurred_at_micros=1_795_436_302_841_870,
+    )
+
+
+def sealed_files(directory: Path, files: int) -> int:
+    """Fill a directory with sealed files of 500 events, every id once; returns the number of bytes."""
+    directory.mkdir(mode=0o700, parents=True)
+    encode = msgspec.json.encode
+    size = 0
+    for number in range(files):
+        name = layout.sealed_name(1_795_436_302_841_870 + number, "00000000-0000-4000-8000-000000000000")
+        lines = b"".join(
+            record.line(encode(event(f"019b76da-a800-7000-8000-{number * BATCH + at:012x}"))) for at in range(BATCH)
+        )
+        (directory / name).write_bytes(lines)
+        size += len(lines)
+    return size
