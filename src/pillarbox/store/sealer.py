@@ -142,8 +142,10 @@ class Sealer:
     def step(self) -> float:
         """One round: spare, age, sync and rename, count. Returns seconds until the next is due, if nothing happens before."""
         try:
-            for _ in range(self._writer.look()):
-                self._writer.give_spare(self._writer.new_file())
+            # Few locks, here and below: a caller of `enqueue` in its system call holds the writer's, and both sides pay.
+            spares = [self._writer.new_file() for _ in range(self._writer.look())]
+            if spares:
+                self._writer.give_spares(spares)
             wait = self._seal_by_age()
             self._seal_retired()
             wait = min(wait, self._relist())
@@ -196,11 +198,18 @@ class Sealer:
         if not retired:
             return
 
+        done = 0
+
         def renamed(file: Taken, _name: str) -> None:
-            self.sealed[self._writer.sealed_oldest().reason] += 1
+            nonlocal done
+            self.sealed[retired[done].reason] += 1
+            done += 1
             self._directory.filesystem.close(file.fd)
 
-        self._directory.seal([file.taken for file in retired], renamed)
+        try:
+            self._directory.seal([file.taken for file in retired], renamed)
+        finally:
+            self._writer.forget_oldest(done)
         self._pace = _PACE_S
         self._on_sealed()
 

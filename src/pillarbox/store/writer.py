@@ -24,7 +24,7 @@ from pillarbox.store.directory import Taken
 from pillarbox.store.record import LINE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import msgspec
 
@@ -379,11 +379,11 @@ class Writer:
                 return 0
             return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
 
-    def give_spare(self, taken: Taken) -> None:
-        """Have another file ready."""
-        spare = ActiveFile(taken)
+    def give_spares(self, files: Iterable[Taken]) -> None:
+        """Have more files ready."""
+        spares = [ActiveFile(taken) for taken in files]
         with self._lock:
-            self._spares = (*self._spares, spare)
+            self._spares = (*self._spares, *spares)
 
     def rotate(self, reason: SealReason) -> None:
         """Retire the active file if it holds anything; in the middle of an append, leave it to the sealer's next look."""
@@ -392,13 +392,10 @@ class Writer:
                 self._retire(reason)
                 self._allow()
 
-    def sealed_oldest(self) -> ActiveFile:
-        """The first of the retired files has got its sealed name: forget it, and return it."""
+    def forget_oldest(self, count: int) -> None:
+        """The first `count` of the retired files have their sealed names."""
         with self._lock:
-            # No call.
-            done = self.retired[0]
-            self.retired = self.retired[1:]
-            return done
+            self.retired = self.retired[count:]
 
     def release(self, size: int) -> None:
         """A pending file of `size` bytes is gone."""
