@@ -17,7 +17,7 @@ FUNCTION_LINES_MAX = 70
 # What each part may import from the package, beside itself. The edges may import everything.
 ALLOWED_IMPORTS = {
     "store": {"errors", "clock", "outcome"},
-    "sinks": {"errors", "clock", "event"},
+    "sinks": {"errors", "clock", "event", "store"},  # of the store, its one function that reads a file: see below
     "delivery": {"errors", "clock", "store", "sinks", "telemetry"},
     "telemetry": {"delivery"},
     "event": {"errors", "clock"},
@@ -34,6 +34,7 @@ OS_NAMES = {
     "store/filesystem.py": None,  # everything
     "event.py": {"register_at_fork", "urandom"},
     "outbox.py": {"register_at_fork"},
+    "sinks/spacetimedb/target.py": {"environ"},  # where a token may be
     "delivery/lease.py": {"getpid"},
     "cli/app.py": {"environ", "dup2", "open", "devnull", "O_WRONLY"},  # the environment, and a closed pipe
 }

@@ -59,6 +59,9 @@ class RecordingSink:
         """Count."""
         self.opened += 1
 
+    def prepare(self, batch: Batch) -> None:
+        """Nothing."""
+
     async def deliver(self, batch: Batch) -> Answer:
         """Give the next answer, or accept."""
         self.calls.append(batch.id)

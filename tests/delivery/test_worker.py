@@ -260,9 +260,13 @@ class _Slow(RecordingSink):
         self.all_sent = asyncio.Event()
         self.groups: list[int] = []
 
-    async def confirm(self, batches: Sequence[Batch]) -> bool:
+    async def deliver(self, batch: Batch) -> Answer:
+        answer = await super().deliver(batch)
         if len(self.calls) == 5:
             self.all_sent.set()
+        return answer
+
+    async def confirm(self, batches: Sequence[Batch]) -> bool:
         await self.sure.wait()
         self.groups.append(len(batches))
         return True

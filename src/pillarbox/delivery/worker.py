@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 _jitter = random.SystemRandom().random  # forked processes must not wait in step
+_AHEAD_AFTER_S: Final = 0.001  # a call that takes longer waits for the destination: time to read the next file
 CALL_MAX_S: Final = 120.0  # a call to a sink that takes longer is given up and tried again
 
 
@@ -102,6 +103,7 @@ class Worker:
         self._room = asyncio.Event()
         self._opened = False
         self._queue: deque[str] = deque()
+        self._ahead: _Job | None = None  # read while the one before it is on its way
         self._unconfirmed: deque[_Job] = deque()
         self._confirming: asyncio.Task[None] | None = None
         self._unconfirmed_failures = 0
@@ -139,6 +141,7 @@ class Worker:
         finally:
             if self._confirming is not None:
                 self._confirming.cancel()
+            self._forget_queue()
             for job in self._unconfirmed:
                 self._directory.filesystem.close(job.file.fd)
             self._unconfirmed.clear()
@@ -180,10 +183,9 @@ class Worker:
         """Deliver what is queued; whether anything was sent."""
         progress = False
         window = self._sink.traits.window
-        while self._queue:
+        while self._queue or self._ahead is not None:
             await self._wait_for_room(window)
-            # A failed confirmation empties the queue, for the next look to find everything in order.
-            job = self._load(self._queue.popleft()) if self._queue else None
+            job = self._next_job()
             if job is None:
                 continue
             progress = True
@@ -194,6 +196,7 @@ class Worker:
                 self._directory.filesystem.close(job.file.fd)
                 raise
             if window > 1 and job.accepted:
+                job.batch.payloads = ()  # what is sent again is read again
                 self._unconfirmed.append(job)
                 if self._confirming is None or self._confirming.done():
                     self._confirming = asyncio.create_task(self._confirm())
@@ -201,6 +204,26 @@ class Worker:
                 self._settle(job)
             self._beat()
         return progress
+
+    def _next_job(self) -> _Job | None:
+        job, self._ahead = self._ahead, None
+        if job is None and self._queue:
+            job = self._load(self._queue.popleft())
+        return job
+
+    def _look_ahead(self) -> None:
+        """While a batch is on its way, read and prepare the next."""
+        if self._ahead is None and self._queue:
+            self._ahead = self._load(self._queue.popleft())
+            if self._ahead is not None:
+                self._sink.prepare(self._ahead.batch)
+
+    def _forget_queue(self) -> None:
+        """Have the next look at the directory find everything in order."""
+        self._queue.clear()
+        if self._ahead is not None:
+            self._directory.filesystem.close(self._ahead.file.fd)
+            self._ahead = None
 
     def _load(self, name: str) -> _Job | None:
         """Take and read a sealed file; None where another has it or it cannot be read (it is tried again later)."""
@@ -270,13 +293,19 @@ class Worker:
                     await self._stop(reason, seconds)
 
     async def _call(self, part: Batch) -> Answer:
+        call = asyncio.ensure_future(self._sink.deliver(part))
         try:
             async with asyncio.timeout(CALL_MAX_S):
-                return await self._sink.deliver(part)
+                await asyncio.wait({call}, timeout=_AHEAD_AFTER_S)
+                if not call.done():
+                    self._look_ahead()
+                return await call
         except SinkUnusable as error:
             return Misconfigured(str(error))
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
             return Retry(_words(error))
+        finally:
+            call.cancel()
 
     def _bury(self, job: _Job, part: Batch, dead: dict[int, Refusal]) -> None:
         now = self._clock.micros()
@@ -305,8 +334,7 @@ class Worker:
             if sure:
                 self._unconfirmed_failures = 0
             else:
-                # What is on disk and not in flight is found by the next look, in order.
-                self._queue.clear()
+                self._forget_queue()
                 self._unconfirmed_failures += 1
                 log.warning("%s: %d batches could not be confirmed and are sent again", self._sink_name, len(group))
             self._room.set()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _GROUP: Final = "pillarbox.sinks"
 _BUILT_IN: Final = {
+    "spacetimedb": "pillarbox.sinks.spacetimedb:SpacetimeDbSink",
+    "spacetimedb+https": "pillarbox.sinks.spacetimedb:SpacetimeDbSink",
     "sqlite": "pillarbox.sinks.sqlite:SqliteSink",
 }
 

@@ -32,7 +32,7 @@ class Batch:
     A sink that works through them calls `give_way` every `GIVE_WAY_EVERY` records: callers of `enqueue` may be waiting.
     """
 
-    __slots__ = ("first", "give_way", "id", "payloads")
+    __slots__ = ("first", "give_way", "id", "payloads", "prepared")
 
     def __init__(
         self, batch_id: str, payloads: Sequence[bytes], first: int = 0, give_way: Callable[[], None] = _nobody_waits
@@ -41,6 +41,7 @@ class Batch:
         self.payloads = payloads
         self.first = first
         self.give_way = give_way
+        self.prepared: Any = None  # what the sink's `prepare` leaves for its `deliver`
 
     def __len__(self) -> int:
         return len(self.payloads)
@@ -120,6 +121,9 @@ class Sink(Protocol):
 
     async def open(self) -> None:
         """Connect as far as is cheap; raises `SinkUnusable` for what only a person can mend."""
+
+    def prepare(self, batch: Batch) -> None:
+        """Do what can be done for a batch while the one before it is on its way; may do nothing."""
 
     async def deliver(self, batch: Batch) -> Answer:
         """Send one batch. An exception counts as `Retry`."""

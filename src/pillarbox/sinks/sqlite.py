@@ -80,6 +80,9 @@ class SqliteSink:
             raise SinkUnusable(self._advice(error)) from None
         self._connection = connection
 
+    def prepare(self, batch: Batch) -> None:
+        """Nothing: while a transaction runs, this thread has no time."""
+
     async def deliver(self, batch: Batch) -> Answer:
         """Insert what is not there yet, in one transaction."""
         connection = self._connection

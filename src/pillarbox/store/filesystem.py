@@ -207,6 +207,18 @@ class RealFilesystem:
             os.close(fd)
 
 
+def exists(path: str) -> bool:
+    """Whether there is something under a path that a user names."""
+    return os.path.lexists(path)
+
+
+def write_secret(path: str, data: bytes) -> None:
+    """A new file that only its owner may read; raises `FileExistsError` where there is one."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
+    with open(fd, "wb") as file:
+        file.write(data)
+
+
 def read_file(path: str) -> bytes:
     """The content of a file that a user names."""
     with open(path, "rb") as file:

@@ -1,0 +1,91 @@
+"""`pillarbox spacetimedb`: put the module on a server, or print one for an event type of your own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from pillarbox.cli.app import EventTypeOption, Exit, JsonOption, app, out, settings_from
+from pillarbox.errors import ConfigurationError, SinkUnusable
+from pillarbox.store.filesystem import exists, write_secret
+
+if TYPE_CHECKING:
+    from pillarbox.sinks.spacetimedb.module import Published
+
+spacetimedb = typer.Typer(name="spacetimedb", help="What a SpacetimeDB database needs to take events.", no_args_is_help=True)
+app.add_typer(spacetimedb)
+
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+@spacetimedb.command("publish")
+def publish(
+    server: Annotated[str, typer.Option("--server", metavar="URL", help="The server, e.g. http://127.0.0.1:3000.")],
+    database: Annotated[str, typer.Option("--database", metavar="NAME", help="The database to make or update.")],
+    token_file: Annotated[
+        str, typer.Option("--token-file", metavar="FILE", help="The owner's token; made with a new identity if missing.")
+    ] = "spacetimedb.token",  # noqa: S107 - a file's name
+    json: JsonOption = False,
+) -> int:
+    """Make a database with the table tracking_event, or update the one that this command has made.
+
+    Needs no Rust: the module ships with Pillarbox, built for servers 1.x and 2.x, and the one that fits is taken. A database
+    that holds another module is left alone. Whoever has the token owns the database: keep the file.
+    """
+    try:
+        from pillarbox.sinks.spacetimedb import module  # noqa: PLC0415 - needs its extra
+        from pillarbox.sinks.spacetimedb.target import TOKEN_VARIABLE, find_token  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise SinkUnusable(f"spacetimedb: needs {error.name}; pip install 'pillarbox[spacetimedb]'") from None
+    if not server.startswith(("http://", "https://")):
+        raise ConfigurationError("server", server, "the command line", "a URL, e.g. http://127.0.0.1:3000")
+    if not _NAME.fullmatch(database):
+        raise ConfigurationError("database", database, "the command line", "lower-case letters and digits, joined by -")
+    token = find_token("", token_file if exists(token_file) else None)
+    made = token is None
+    if token is None:
+        _, token = asyncio.run(module.new_identity(server.rstrip("/")))
+        write_secret(token_file, token.line())
+    done = asyncio.run(module.publish(server.rstrip("/"), database, token))
+    if json:
+        sys.stdout.write(msgspec.json.encode(done._asdict()).decode() + "\n")
+        return Exit.DONE
+    origin = f"{token_file}, made just now with a new identity" if made else f"{token_file} or {TOKEN_VARIABLE}"
+    out.print(_screen(done, token_file, origin), markup=False)
+    return Exit.DONE
+
+
+def _screen(done: Published, token_file: str, origin: str) -> str:
+    """All that its owner needs to know."""
+    scheme, _, place = done.server.partition("://")
+    url = f"spacetimedb{'+https' if scheme == 'https' else ''}://{place}/{done.database}?token_file={token_file}"
+    sql = f"{done.server}/v1/database/{done.database}/sql -d 'SELECT * FROM tracking_event'"
+    return f"""{"Made" if done.created else "Updated"} {done.database} on {done.server}, SpacetimeDB {done.version}
+  database   {done.database_identity}
+  module     {done.module}: table tracking_event (private), function record_tracking_events
+  token      {origin}
+             Whoever has it owns the database: keep it, and keep it out of logs.
+
+Deliver to it:
+  pillarbox check '{url}'
+  pillarbox deliver -d DIR --sink '{url}'
+See what arrived, as the owner:
+  curl -H "Authorization: Bearer $(cat {token_file})" {sql}"""
+
+
+@spacetimedb.command("scaffold")
+def scaffold(
+    event_type: EventTypeOption = None,
+    major: Annotated[int, typer.Option("--for", metavar="1|2", help="The server's major version.", min=1, max=2)] = 2,
+) -> int:
+    """Print the Rust of a module with a table and a function for an event type: the start of a module of your own."""
+    from pillarbox.sinks.spacetimedb.scaffold import scaffold as rust  # noqa: PLC0415 - the package needs its extra
+
+    settings = settings_from(None, event_type=event_type)
+    sys.stdout.write(rust(settings.event_type, major))
+    return Exit.DONE

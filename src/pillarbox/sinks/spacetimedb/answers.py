@@ -1,0 +1,135 @@
+"""What a server's answer to a call means: a total function from (status, headers, text) to an `Answer`. Pure.
+
+Tried on standalone servers 1.2.0 and 2.8.3; the table is in docs/spacetimedb.md.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from pillarbox.sinks.base import Answer, Delivered, Misconfigured, Partly, Refusal, Refused, Retry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_TEXT_MAX: Final = 500  # characters of a server's text that are shown
+_NAMED = re.compile(r"event\[(\d+)\](?:\.(\w+))?: (.*?)(?=; event\[|$)", re.DOTALL)
+_ARGUMENT = re.compile(r"\[0\]\[(\d+)\]")
+_PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class Reply(NamedTuple):
+    """An answer to a call, as far as it matters."""
+
+    status: int
+    content_type: str
+    retry_after: str
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The beginning of the body, for people."""
+        return " ".join(self.body.decode(errors="replace").split())[:_TEXT_MAX]
+
+    @property
+    def is_html(self) -> bool:
+        """Whether something else than SpacetimeDB seems to have answered."""
+        return "html" in self.content_type or self.body.lstrip()[:1] == b"<"
+
+
+def classify(reply: Reply, function: str, indexes: Sequence[int], *, counted: bool) -> Answer:
+    """The answer for a call with the events that stand at `indexes` of a batch; `counted` for a procedure."""
+    status = reply.status
+    if reply.is_html and status not in _PASSING:
+        return Misconfigured(
+            f"something that is no SpacetimeDB answered with HTML and status {status}: "
+            f"is there a proxy in between, or another server at this address? ({_title(reply)})"
+        )
+    if status == 200:
+        return _returned(reply, indexes) if counted else Delivered(len(indexes))
+    if status == 530 or (status == 500 and counted and _is_panic(reply)):
+        return _refused_by_function(reply.text, indexes)
+    if status == 400:
+        return _bad_request(reply, function, indexes)
+    if status == 413:
+        return Refused(Refusal("too_large", f"the server takes no call of {len(indexes)} such events: {reply.text}"))
+    if status in _PASSING:
+        return Retry(f"the server answered {status}: {reply.text or 'no text'}", _seconds(reply.retry_after))
+    return Misconfigured(_advice(reply, function))
+
+
+def _returned(reply: Reply, indexes: Sequence[int]) -> Answer:
+    """A procedure's value: a count, or a Result as `[0, count]` or `[1, message]`."""
+    try:
+        value = msgspec.json.decode(reply.body)
+    except msgspec.DecodeError:
+        return Misconfigured(f"the procedure's answer is not JSON: {reply.text}")
+    match value:
+        case [1, str(message)] | {"err": str(message)}:
+            return _refused_by_function(message, indexes)
+        case [0, inner] | {"ok": inner}:
+            value = inner
+        case _:
+            pass
+    fresh = value if type(value) is int and 0 <= value <= len(indexes) else len(indexes)
+    return Delivered(len(indexes), len(indexes) - fresh)
+
+
+def _refused_by_function(text: str, indexes: Sequence[int]) -> Answer:
+    """The function said no and all of the call was rolled back: to the events that it names, or to all."""
+    refused: dict[int, Refusal] = {}
+    for number, field, reason in _NAMED.findall(text):
+        if int(number) < len(indexes):
+            refused[indexes[int(number)]] = Refusal("refused_by_function", f"{field}: {reason}" if field else reason)
+    if refused:
+        return Partly(refused)
+    return Refused(Refusal("refused_by_function", text or "the function gave no reason"))
+
+
+def _bad_request(reply: Reply, function: str, indexes: Sequence[int]) -> Answer:
+    """The server could not read the arguments. They fit the schema, so that only a value can be at fault, or a proxy."""
+    named = _ARGUMENT.search(reply.text)
+    if "invalid arguments for" in reply.text and named and int(named[1]) < len(indexes):
+        return Partly({indexes[int(named[1])]: Refusal("bad_value", reply.text)})
+    return Misconfigured(
+        f"the server does not take the arguments of {function} ({reply.text}): compare the event type with the module: "
+        "pillarbox check"
+    )
+
+
+def _advice(reply: Reply, function: str) -> str:
+    text = f" ({reply.text})" if reply.text else ""
+    match reply.status:
+        case 401:
+            return (
+                f"401: the server does not accept the token{text}: "
+                "it must be one that this server gave, unchanged; pillarbox spacetimedb publish makes one"
+            )
+        case 402:
+            return f"402: the database has no energy left{text}: its owner must add some"
+        case 403:
+            return f"403: the module's client_connected function rejects this token's identity{text}: let it in, or use another"
+        case 404 if "reducer" in reply.text or "procedure" in reply.text.lower():
+            return f"404: the module has no function {function}{text}: publish one that has, or name another with ?function="
+        case 404:
+            return f"404: the server has no such database{text}: pillarbox spacetimedb publish makes it, or mend the URL"
+        case 415:
+            return f"415: the server did not see Content-Type: application/json{text}: a proxy in between must not change it"
+        case _:
+            return f"the server answered {reply.status}{text}, which is none of SpacetimeDB's answers: mend the URL"
+
+
+def _is_panic(reply: Reply) -> bool:
+    return "panic" in reply.text.lower() or "fatal error" in reply.text.lower()
+
+
+def _title(reply: Reply) -> str:
+    found = re.search(rb"<title>([^<]*)</title>", reply.body, re.IGNORECASE)
+    return " ".join(found[1].decode(errors="replace").split())[:100] if found else "no title"
+
+
+def _seconds(retry_after: str) -> float | None:
+    return float(retry_after) if retry_after.isdigit() else None

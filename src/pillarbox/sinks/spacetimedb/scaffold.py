@@ -1,0 +1,120 @@
+"""The Rust table and function for an event type of your own: what `pillarbox spacetimedb scaffold` prints. Pure."""
+
+from __future__ import annotations
+
+import enum
+import re
+from datetime import datetime
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Final, Literal, Union, get_args, get_origin
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_SCALARS: Final[dict[Any, str]] = {
+    str: "String",
+    int: "i64",
+    float: "f64",
+    bool: "bool",
+    bytes: "Vec<u8>",
+    datetime: "Timestamp",
+}
+
+
+class _Rust:
+    """Types on their way out, each once."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, str] = {}
+
+    def of(self, annotation: Any) -> str:
+        """The Rust type for an annotation; what has none is JSON text."""
+        kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
+        if NoneType in kinds:
+            rest = kinds - {NoneType}
+            return f"Option<{self.of(rest.pop()) if len(rest) == 1 else 'String'}>"
+        plain = get_origin(annotation) or annotation
+        if plain is Literal:
+            return "String"
+        if plain in (list, tuple, set, frozenset):
+            inner = [one for one in get_args(annotation) if one is not Ellipsis]
+            return f"Vec<{self.of(inner[0]) if inner else 'String'}>"
+        if isinstance(plain, type) and issubclass(plain, enum.Enum):
+            return self._enum(plain)
+        if isinstance(plain, type) and issubclass(plain, msgspec.Struct):
+            self.items[plain.__name__] = self._struct(plain, "#[derive(SpacetimeType, Clone, Debug)]")
+            return plain.__name__
+        return _SCALARS.get(plain, "String")
+
+    def _enum(self, kind: type[enum.Enum]) -> str:
+        if any(not isinstance(member.value, str) for member in kind):
+            return "i64"
+        variants = "".join(f"    {_camel(member.value)},\n" for member in kind)
+        head = "#[derive(SpacetimeType, Clone, Copy, Debug, PartialEq, Eq)]"
+        self.items[kind.__name__] = f"{head}\npub enum {kind.__name__} {{\n{variants}}}\n"
+        return kind.__name__
+
+    def _struct(self, kind: type[msgspec.Struct], head: str, key: str = "") -> str:
+        lines = []
+        for field in msgspec.structs.fields(kind):
+            if field.encode_name == key:
+                lines.append("    #[primary_key]\n")
+            lines.append(f"    pub {snake(field.encode_name)}: {self.of(field.type)},\n")
+        return f"{head}\npub struct {kind.__name__} {{\n{''.join(lines)}}}\n"
+
+    def table(self, kind: type[msgspec.Struct], attribute: str) -> str:
+        """The struct that is the table's row."""
+        return self._struct(kind, f"{attribute}\n#[derive(Clone, Debug)]", key="event_id")
+
+
+def scaffold(event_type: type[msgspec.Struct], major: int) -> str:
+    """A module for servers `major`.x with one table and one function for events of this type."""
+    table = snake(event_type.__name__)
+    name = "name" if major == 1 else "accessor"
+    rust = _Rust()
+    row = rust.table(event_type, f"#[spacetimedb::table({name} = {table})]")
+    used = ["reducer", "ReducerContext", "Table"]
+    used += ["SpacetimeType"] if rust.items else []
+    used += ["Timestamp"] if "Timestamp" in row + "".join(rust.items.values()) else []
+    return "\n".join(
+        [f"use spacetimedb::{{{', '.join(sorted(used))}}};\n", *rust.items.values(), row, _function(event_type, table)]
+    )
+
+
+def _function(event_type: type[msgspec.Struct], table: str) -> str:
+    text = [f.encode_name for f in msgspec.structs.fields(event_type) if f.encode_name == "event_id" and f.type is str]
+    check = (
+        """    for (index, event) in events.iter().enumerate() {
+        if event.event_id.is_empty() {
+            return Err(format!("event[{index}].event_id: must not be empty"));
+        }
+    }
+"""
+        if text
+        else ""
+    )
+    return f"""/// Stores a batch; events that are there already are skipped, so that sending a batch twice changes nothing.
+/// An error refuses the whole batch; `event[INDEX].FIELD: REASON` has Pillarbox set that event aside and send the others.
+#[reducer]
+pub fn record_{table}s(ctx: &ReducerContext, events: Vec<{event_type.__name__}>) -> Result<(), String> {{
+{check}    for event in events {{
+        if ctx.db.{table}().event_id().find(&event.event_id).is_none() {{
+            ctx.db.{table}().insert(event);
+        }}
+    }}
+    Ok(())
+}}
+"""
+
+
+def snake(name: str) -> str:
+    """`PageView` and `pageView` as `page_view`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _camel(name: str) -> str:
+    words: Sequence[str] = re.split(r"[^A-Za-z0-9]+", name)
+    text = "".join(word[:1].upper() + word[1:] for word in words)
+    return text if text[:1].isalpha() else f"V{text}"

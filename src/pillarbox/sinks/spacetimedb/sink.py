@@ -1,0 +1,247 @@
+"""The sink: fit, call, classify, confirm."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import msgspec
+
+from pillarbox.clock import SystemClock
+from pillarbox.errors import SinkUnusable
+from pillarbox.event import plain
+from pillarbox.sinks import base
+from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Misconfigured, Partly, Refusal, Refused, Retry, Traits
+from pillarbox.sinks.spacetimedb.answers import Reply, classify
+from pillarbox.sinks.spacetimedb.fitting import Fitting
+from pillarbox.sinks.spacetimedb.lanes import Lane, Lanes, TransportError, used
+from pillarbox.sinks.spacetimedb.schema import Schema, SchemaUnreadable
+from pillarbox.sinks.spacetimedb.target import TOKEN_VARIABLE, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from pillarbox.clock import Clock
+
+log = logging.getLogger("pillarbox")
+
+CALL_BYTES_MAX: Final = 2 * 2**20  # what servers 1.2.0 and 2.8.3 take: 2,097,152 bytes pass, one more is a 413
+# Any identity may ask this; a server 2.x answers once everything before it is durable.
+_CONFIRMING_QUERY: Final = b"SELECT COUNT(*) AS n FROM st_client"
+_SETUP: Final = frozenset({400, 401, 403, 404, 415})  # after these, look at the schema again
+
+
+class _Fit(NamedTuple):
+    """What was learnt of the database, and how events go into it."""
+
+    text: bytes  # of the schema
+    fitting: Fitting
+    version: str  # of the server
+    confirms: bool  # whether a query waits for what came before it to be durable
+
+
+class _Prepared(NamedTuple):
+    """A batch's call, ready to be sent."""
+
+    fit: _Fit
+    body: bytes
+    indexes: list[int]
+    refused: dict[int, Refusal]
+
+
+class _Sent(NamedTuple):
+    """Where and when a batch was answered."""
+
+    lane: Lane
+    socket: Any
+    at: float
+
+
+class SpacetimeDbSink:
+    """Calls one function of a SpacetimeDB database with batches of events."""
+
+    def __init__(self, url: str, event_type: type[msgspec.Struct], clock: Clock | None = None) -> None:
+        self._target = parse(url)
+        self._event_type = event_type
+        self._decoder = msgspec.json.Decoder(plain(event_type))
+        self._clock = clock or SystemClock()
+        self.traits = Traits(deduplicates_by="event_id", survives="power", window=self._target.window)
+        self._lanes: Lanes | None = None
+        self._fit: _Fit | None = None
+        self._sent: dict[str, list[_Sent]] = {}  # by batch id, of what is not confirmed yet
+        self._warned = False
+
+    async def open(self) -> None:
+        """Connect and read the schema; raises `SinkUnusable` where the set-up is at fault."""
+        if self._target.token is None and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: no token is set, so that every call has another anonymous identity; "
+                "set %s, or token_file= in the sink's URL",
+                self._target.server,
+                TOKEN_VARIABLE,
+            )
+        answer = await self._learn()
+        if isinstance(answer, Misconfigured):
+            raise SinkUnusable(answer.reason)
+        if isinstance(answer, Retry):
+            raise ConnectionError(answer.reason)
+
+    def _lane(self) -> Lane:
+        if self._lanes is None:
+            self._lanes = Lanes(self._target)
+        return self._lanes.idle()
+
+    async def _ask(self, method: str, path: str, content: bytes | None = None) -> Reply:
+        lane = self._lane()
+        async with lane.lock:
+            return await lane.call(method, path, content)
+
+    async def _learn(self) -> _Fit | Misconfigured | Retry:
+        """Read version and schema, and fit the event type to the function."""
+        self._fit = None
+        target = self._target
+        try:
+            health = await self._ask("GET", "/v1/health")
+            reply = await self._ask("GET", f"{target.path('schema')}?version=9")
+        except TransportError as error:
+            return Retry(str(error))
+        if reply.status != 200 or reply.is_html:
+            answer = classify(reply, target.function, (), counted=False)
+            return answer if isinstance(answer, (Misconfigured, Retry)) else Misconfigured(_unknown_server(reply))
+        try:
+            schema = Schema(reply.body)
+        except SchemaUnreadable:
+            return Misconfigured(_unknown_server(reply))
+        function = schema.functions.get(target.function)
+        if function is None:
+            there = ", ".join(sorted(schema.functions)) or "none"
+            return Misconfigured(
+                f"the module of {target.database} has no function {target.function}; it has {there}: "
+                "publish one that has, or name another with ?function="
+            )
+        fitting = Fitting(schema, function, self._event_type)
+        version = _version(health)
+        if fitting.misfits:
+            problems = "; ".join(f"{misfit.field}: {misfit.problem}" for misfit in fitting.misfits)
+            return Misconfigured(f"{self._event_type.__name__} does not fit {target.function}: {problems}")
+        self._fit = _Fit(reply.body, fitting, version, confirms=_major(version) >= 2)
+        return self._fit
+
+    def prepare(self, batch: Batch) -> None:
+        """Do what can be done before the batch's turn comes."""
+        if self._fit is not None:
+            batch.prepared = self._prepared(batch, self._fit)
+
+    def _prepared(self, batch: Batch, fit: _Fit) -> _Prepared:
+        events, refused = base.decode(batch, self._decoder)
+        body, indexes = fit.fitting.body(events, refused)
+        return _Prepared(fit, body, indexes, refused)
+
+    async def deliver(self, batch: Batch) -> Answer:
+        """Call the function; what it answers is not durable yet."""
+        fit = self._fit or await self._learn()
+        if not isinstance(fit, _Fit):
+            return fit
+        ready, batch.prepared = batch.prepared, None
+        if not isinstance(ready, _Prepared) or ready.fit is not fit:
+            ready = self._prepared(batch, fit)
+        if not ready.indexes:
+            return Partly(ready.refused, 0)
+        if len(ready.body) > CALL_BYTES_MAX:
+            return Refused(Refusal("too_large", f"{len(ready.body)} bytes in one call, the server takes {CALL_BYTES_MAX}"))
+        reply = await self._call(batch, ready)
+        if isinstance(reply, Retry):
+            return reply
+        answer = classify(reply, self._target.function, ready.indexes, counted=fit.fitting.counted)
+        if reply.status in _SETUP:
+            return await self._look_again(fit, answer)
+        if isinstance(answer, Delivered) and ready.refused:
+            return Partly(ready.refused, answer.accepted, answer.duplicates)
+        return answer
+
+    async def _call(self, batch: Batch, ready: _Prepared) -> Reply | Retry:
+        lane = self._lane()
+        async with lane.lock:
+            try:
+                reply = await lane.call("POST", self._target.path("call", self._target.function), ready.body)
+            except TransportError as error:
+                return Retry(str(error))
+            if reply.status == 200:
+                sent = _Sent(lane, lane.socket, self._clock.monotonic())
+                self._sent.setdefault(batch.id.partition(":")[0], []).append(sent)
+        return reply
+
+    async def _look_again(self, before: _Fit, answer: Answer) -> Answer:
+        """After a refusal that the set-up may have caused: where the schema has changed, fit to it and try again."""
+        fit = await self._learn()
+        if not isinstance(fit, _Fit):
+            return answer if isinstance(fit, Retry) and isinstance(answer, Misconfigured) else fit
+        if fit.text != before.text:
+            log.info("%s: the module has changed; fitted to it anew", self._target.server)
+            return Retry("the module has changed; fitted to it anew")
+        return answer
+
+    async def confirm(self, batches: Sequence[Batch]) -> bool:
+        """Whether the server that answered still lives, and has made durable what it answered."""
+        sent = [one for batch in batches for one in self._sent.pop(batch.id.partition(":")[0], ())]
+        confirms = self._fit is not None and self._fit.confirms
+        if not confirms and sent:
+            due = max(one.at for one in sent) + self._target.confirm_wait_s
+            await asyncio.sleep(max(0.0, due - self._clock.monotonic()))
+        for lane, sockets in used((one.lane, one.socket) for one in sent).items():
+            async with lane.lock:
+                try:
+                    if confirms:
+                        reply = await lane.call("POST", self._target.path("sql"), _CONFIRMING_QUERY)
+                    else:
+                        reply = await lane.call("GET", "/v1/ping")
+                except TransportError:
+                    return False
+                if reply.status != 200 or reply.is_html or sockets != {lane.socket}:
+                    return False
+        return True
+
+    async def check(self) -> Iterable[Finding]:
+        """Ask for version and schema, and compare, field by field."""
+        target = self._target
+        token = "a token is set" if target.token else f"no token is set: every call has another identity; set {TOKEN_VARIABLE}"
+        findings = [Finding(ok=True, text=token)]
+        fit = await self._learn()
+        if not isinstance(fit, _Fit):
+            return [*findings, Finding(ok=False, text=fit.reason)]
+        how = "a query confirms what is durable" if fit.confirms else f"{target.confirm_wait_s:g} s and a ping confirm"
+        known = _major(fit.version) in (1, 2)
+        findings.append(Finding(ok=True, text=f"{target.server}: SpacetimeDB {fit.version}; {how}"))
+        if not known:
+            findings.append(Finding(ok=True, text="Pillarbox knows servers 1.x and 2.x; this one is treated as a 1.x"))
+        kind = fit.fitting.function.kind
+        findings.append(Finding(ok=True, text=f"{target.database}: {kind} {target.function} takes {self._event_type.__name__}"))
+        return findings
+
+    async def close(self) -> None:
+        """Hang up."""
+        lanes, self._lanes = self._lanes, None
+        self._sent.clear()
+        if lanes is not None:
+            await lanes.close()
+
+
+def _version(health: Reply) -> str:
+    try:
+        return str(msgspec.json.decode(health.body)["version"]) if health.status == 200 else "of an unknown version"
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return "of an unknown version"
+
+
+def _major(version: str) -> int:
+    first = version.partition(".")[0]
+    return int(first) if first.isdigit() else 0
+
+
+def _unknown_server(reply: Reply) -> str:
+    return (
+        f"the server does not describe the database as servers 1.x and 2.x do (status {reply.status}: {reply.text[:200]}): "
+        "is this SpacetimeDB, and of a version that Pillarbox knows?"
+    )

@@ -1,0 +1,118 @@
+"""What a `spacetimedb://` URL says, checked. Pure, but that it reads the token where the URL or the environment name one."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from pillarbox.errors import ConfigurationError
+from pillarbox.store.filesystem import read_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TOKEN_VARIABLE: Final = "PILLARBOX_SPACETIMEDB_TOKEN"  # noqa: S105 - its name, not the token
+DEFAULT_FUNCTION: Final = "record_tracking_events"
+_N = TypeVar("_N", int, float)
+_FORM: Final = "spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
+
+
+class Token:
+    """A secret that does not show: not in `repr`, not in an f-string."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return "Token(...)"
+
+    __str__ = __repr__
+
+    def line(self) -> bytes:
+        """What a token file holds."""
+        return f"{self._text}\n".encode()
+
+    def header(self) -> dict[bytes | str, bytes | str]:
+        """What proves to the server who calls."""
+        return {"Authorization": f"Bearer {self._text}"}
+
+
+class Target(NamedTuple):
+    """Where to deliver, and how."""
+
+    server: str  # http://host:port
+    database: str
+    function: str
+    token: Token | None
+    connections: int
+    timeout_s: float  # of one call
+    window: int  # batches sent and not yet confirmed
+    confirm_wait_s: float  # how long a 1.x server gets to make durable what it has answered
+
+    def path(self, *parts: str) -> str:
+        """The path of something that belongs to the database."""
+        return "/".join(["/v1/database", *(quote(part, safe="") for part in (self.database, *parts))])
+
+
+def parse(url: str) -> Target:
+    """The target that a URL means; raises `ConfigurationError` that names the part at fault."""
+    parts = urlsplit(url)
+    options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    database = unquote(parts.path.strip("/"))
+    if not host or not database or "/" in database or parts.fragment:
+        raise ConfigurationError("sink", f"{parts.scheme}://...", "the call", _FORM)
+    unknown = options.keys() - {"function", "token_file", "connections", "timeout", "window", "confirm_wait"}
+    if unknown:
+        allowed = "one of function, token_file, connections, timeout, window, confirm_wait"
+        raise ConfigurationError(f"sink option {min(unknown)}", "...", "the sink's URL", allowed)
+    secure = parts.scheme.endswith("+https")
+    shown = f"[{host}]" if ":" in host else host
+    return Target(
+        server=f"{'https' if secure else 'http'}://{shown}:{port or (443 if secure else 3000)}",
+        database=database,
+        function=options.get("function") or DEFAULT_FUNCTION,
+        token=find_token(unquote(parts.password or parts.username or ""), options.get("token_file")),
+        connections=_number(options, "connections", int, 2, 1, 64),
+        timeout_s=_number(options, "timeout", float, 30.0, 0.01, 3600.0),
+        window=_number(options, "window", int, 256, 1, 4096),
+        confirm_wait_s=_number(options, "confirm_wait", float, 1.0, 0.0, 3600.0),
+    )
+
+
+def _number(options: dict[str, str], name: str, kind: Callable[[str], _N], default: _N, least: _N, most: _N) -> _N:
+    text = options.get(name)
+    if text is None:
+        return default
+    try:
+        value = kind(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value <= most:
+        allowed = f"a {'whole number' if kind is int else 'number of seconds'} from {least:g} to {most:g}"
+        raise ConfigurationError(f"sink option {name}", text, "the sink's URL", allowed)
+    return value
+
+
+def find_token(given: str, file: str | None) -> Token | None:
+    """The token: as given, or from the file, or from the environment; None where there is none."""
+    source = "the sink's URL" if given else f"environment {TOKEN_VARIABLE}"
+    text = given
+    if not given and file:
+        source = file
+        try:
+            text = read_file(file).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError("token_file", file, "the sink's URL", f"a readable file ({error})") from None
+    text = (text or os.environ.get(TOKEN_VARIABLE, "")).strip()
+    if not text:
+        return None
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ConfigurationError("token", "...", source, "one line of printable characters, as the server gave it")
+    return Token(text)
