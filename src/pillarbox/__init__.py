@@ -4,7 +4,7 @@ outbox.py      what an application holds
 event.py, outcome.py, settings.py, errors.py, clock.py, telemetry.py   its words
 store/         bytes on disk
 delivery/      when and what to send, and the one loop that does
-sinks/         one destination, one module
+sinks/         one destination, one module or package
 cli/           an edge: delete it, and a working library is left
 """
 

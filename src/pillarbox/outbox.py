@@ -269,6 +269,9 @@ class Outbox:
                 self._wait_for_settlement(deadline - now, _LISTING_SHARE * (now - before), settled)
         except OSError:
             return False
+        if self._delivery is not None:
+            with self._delivery.worker.settled:
+                pass  # the last one's file is gone; now it is counted too
         return True
 
     def _wait_for_settlement(self, left: float, pause: float, settled: int) -> None:

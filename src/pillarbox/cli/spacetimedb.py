@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 spacetimedb = typer.Typer(name="spacetimedb", help="What a SpacetimeDB database needs to take events.", no_args_is_help=True)
 app.add_typer(spacetimedb)
 
+_QUERY = "SELECT * FROM tracking_event"
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -64,8 +65,9 @@ def _screen(done: Published, token_file: str, origin: str) -> str:
     """All that its owner needs to know."""
     scheme, _, place = done.server.partition("://")
     url = f"spacetimedb{'+https' if scheme == 'https' else ''}://{place}/{done.database}?token_file={token_file}"
-    sql = f"{done.server}/v1/database/{done.database}/sql -d 'SELECT * FROM tracking_event'"
-    return f"""{"Made" if done.created else "Updated"} {done.database} on {done.server}, SpacetimeDB {done.version}
+    ask = f"{done.server}/v1/database/{done.database}/sql -d '{_QUERY}'"
+    head = "Made" if done.created else "Updated"
+    return f"""{head} {done.database} on {done.server}, SpacetimeDB {done.version}
   database   {done.database_identity}
   module     {done.module}: table tracking_event (private), function record_tracking_events
   token      {origin}
@@ -75,7 +77,7 @@ Deliver to it:
   pillarbox check '{url}'
   pillarbox deliver -d DIR --sink '{url}'
 See what arrived, as the owner:
-  curl -H "Authorization: Bearer $(cat {token_file})" {sql}"""
+  curl -H "Authorization: Bearer $(cat {token_file})" {ask}"""
 
 
 @spacetimedb.command("scaffold")

@@ -145,8 +145,7 @@ class Worker:
             for job in self._unconfirmed:
                 self._directory.filesystem.close(job.file.fd)
             self._unconfirmed.clear()
-            if self._opened:
-                await self._sink.close()
+            await self._sink.close()  # also where `open` has failed: it may have come halfway
             self.lease.release()
 
     async def _round(self) -> bool:
@@ -354,12 +353,20 @@ class Worker:
                 settlement.keep_damaged(self._directory, job.batch.id, job.data, job.spans)
             if job.dead:
                 settlement.keep_dead(self._directory, job.batch.id, job.dead)
-            self._directory.remove(job.file.name)
+            with self.settled:  # whoever sees that the file is gone finds it counted
+                self._directory.remove(job.file.name)
+                self._count(job)
+                self.settled.notify_all()
         except OSError as error:
             self._trouble(f"{job.file.name} is delivered and cannot be removed: {error}")
             return
         finally:
             self._directory.filesystem.close(job.file.fd)
+        if job.spans or job.dead:
+            log.warning("%s: %d damaged lines and %d dead letters set aside", job.batch.id, len(job.spans), len(job.dead))
+        self._on_duration(self._clock.monotonic() - job.started)
+
+    def _count(self, job: _Job) -> None:
         counters = self.counters
         counters.delivered += job.accepted
         counters.duplicates += job.duplicates
@@ -367,12 +374,7 @@ class Worker:
         counters.quarantined += len(job.spans)
         counters.flushed_files += 1
         counters.flushed_bytes += job.size
-        if job.spans or job.dead:
-            log.warning("%s: %d damaged lines and %d dead letters set aside", job.batch.id, len(job.spans), len(job.dead))
-        self._on_duration(self._clock.monotonic() - job.started)
         self._on_gone(job.size)
-        with self.settled:
-            self.settled.notify_all()
 
     # States and waiting.
 

@@ -78,6 +78,7 @@ class Directory:
     def renew(self) -> None:
         """Become another process's: in a forked child, whose names must not meet its parent's, nor its locks."""
         self._stamp_lock = threading.Lock()
+        self._recovering = threading.Lock()
         self._unique = str(uuid.uuid4())  # with stamps that strictly increase, one for all names is unique enough
 
     def at(self, name: str) -> str:
@@ -197,7 +198,14 @@ class Directory:
             self.filesystem.sync_directory(self.path)
 
     def recover(self) -> list[Adopted]:
-        """Adopt what dead writers left: seal what holds events, remove what holds none."""
+        """Adopt what dead writers left: seal what holds events, remove what holds none.
+
+        One at a time: whoever returns from here finds under its sealed name what another thread was adopting.
+        """
+        with self._recovering:
+            return self._recover()
+
+    def _recover(self) -> list[Adopted]:
         found = sorted(name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) in RECOVERABLE)
         to_seal: list[Taken] = []
         adopted: list[Adopted] = []

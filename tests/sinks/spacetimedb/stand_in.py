@@ -1,0 +1,138 @@
+"""A STAND-IN, no SpacetimeDB: answers as a standalone server 2.8.3 was recorded to answer.
+
+Later versions than 1.2.0 cannot be built where these tests run. It knows one database, `events`, with our module in it, and says of
+it what the real 1.2.0 says, with what 2.x is recorded to do otherwise: variants in camelCase, procedures, a count as JSON, the
+text of a 404, and a query that waits for durability.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+TOKEN = "the-token-of-the-stand-in"  # noqa: S105 - proves nothing anywhere else
+FUNCTION = "record_tracking_events"
+BODY_MAX = 2_097_152
+
+
+class StandIn28:
+    """Serves on a free port until `stop`; `stored` is what was called and `confirmed` how often it was asked to confirm."""
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self.schema = _as_2x(schema)
+        self.stored: dict[str, list[Any]] = {}
+        self.confirmed = 0
+        self.calls = 0
+        outer = self
+
+        class Handler(_Handler):
+            stand_in = outer
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer nothing more."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def sink_url(self, database: str = "events", token: str = TOKEN, **options: object) -> str:
+        """The sink's URL."""
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        return f"spacetimedb://:{token}@127.0.0.1:{self.port}/{database}?{query}"
+
+
+def _as_2x(schema: dict[str, Any]) -> dict[str, Any]:
+    changed: dict[str, Any] = json.loads(json.dumps(schema))
+    for kind in changed["typespace"]["types"]:
+        for variant in kind.get("Sum", {}).get("variants", []):
+            name = variant["name"]["some"]
+            variant["name"]["some"] = name[0].lower() + name[1:]
+    (reducer,) = changed["reducers"]
+    result = {"Sum": {"variants": [_named("ok", {"U32": []}), _named("err", {"String": []})]}}
+    for name, returns in ((f"{FUNCTION}_counted", result), ("count_only", {"U32": []})):
+        changed["misc_exports"].append({"Procedure": {"name": name, "params": reducer["params"], "return_type": returns}})
+    return changed
+
+
+def _named(name: str, kind: dict[str, Any]) -> dict[str, Any]:
+    return {"name": {"some": name}, "algebraic_type": kind}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    stand_in: StandIn28
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+        """Say nothing."""
+
+    def _answer(self, status: int, body: bytes = b"", kind: str = "text/plain; charset=utf-8", **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        """Ping, version, schema."""
+        match self.path.partition("?")[0]:
+            case "/v1/ping":
+                self._answer(200)
+            case "/v1/health":
+                self._answer(200, b'{"version":"2.8.3"}', "application/json")
+            case "/v1/database/events/schema":
+                self._answer(200, json.dumps(self.stand_in.schema).encode(), "application/json")
+            case _:
+                self._answer(404, b"No such database.")
+
+    def do_POST(self) -> None:
+        """Calls and queries."""
+        length = int(self.headers.get("Content-Length", "0"))
+        body = self.rfile.read(length)
+        if length > BODY_MAX:
+            self._answer(413, b"Failed to buffer the request body: length limit exceeded")
+        elif self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
+            self._answer(401, b"TokenError(Error(InvalidToken))")
+        elif self.path == "/v1/database/events/sql":
+            self.stand_in.confirmed += 1
+            self._answer(200, b'[{"schema":{"elements":[]},"rows":[[1]]}]', "application/json")
+        elif self.path.startswith("/v1/database/events/call/"):
+            self._call(self.path.rpartition("/")[2], body)
+        else:
+            self._answer(404, b"No such database.")
+
+    def _call(self, function: str, body: bytes) -> None:
+        self.stand_in.calls += 1
+        if self.headers.get("Content-Type") != "application/json":
+            self._answer(415, b"Expected request with `Content-Type: application/json`")
+            return
+        if function not in (FUNCTION, f"{FUNCTION}_counted", "count_only"):
+            self._answer(404, b"No such procedure")
+            return
+        (events,) = json.loads(body)
+        times: dict[str, Any] = {"spacetime_execution_duration_micros": "1"}
+        for index, row in enumerate(events):
+            if not row[0]:
+                message = f"event[{index}].event_id: must not be empty"
+                if function == FUNCTION:
+                    self._answer(530, message.encode(), **times)
+                else:
+                    self._answer(200, json.dumps([1, message]).encode(), "application/json", **times)
+                return
+            if row[1] == "panic":
+                self._answer(530 if function == FUNCTION else 500, b"The instance encountered a fatal error.", **times)
+                return
+        fresh = [row for row in events if row[0] not in self.stand_in.stored]
+        self.stand_in.stored |= {row[0]: row for row in events}
+        if function == FUNCTION:
+            self._answer(200, spacetime_energy_used="1", **times)
+        else:
+            value: Any = len(fresh) if function == "count_only" else [0, len(fresh)]
+            self._answer(200, json.dumps(value).encode(), "application/json", **times)

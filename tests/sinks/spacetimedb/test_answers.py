@@ -1,0 +1,102 @@
+"""What an answer means: the rows that no real server can be made to give here, and the ones of proxies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused, Retry
+from pillarbox.sinks.spacetimedb.answers import Reply, classify
+
+HTML = b"<html><head><title>Bad\n Gateway</title></head></html>"
+
+
+def answer(status: int, body: bytes = b"", kind: str = "text/plain", after: str = "", *, counted: bool = False) -> Any:
+    return classify(Reply(status, kind, after, body), "f", [3, 5, 8], counted=counted)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "counted", "expected"),
+    [
+        (200, b"", False, Delivered(3)),
+        (200, b"2", True, Delivered(3, 1)),
+        (200, b"[0,0]", True, Delivered(3, 3)),
+        (200, b'{"ok":3}', True, Delivered(3, 0)),
+        (200, b"[]", True, Delivered(3, 0)),
+    ],
+)
+def test_accepted(status: int, body: bytes, counted: bool, expected: Delivered) -> None:
+    """With the number that were there already, where the answer tells it."""
+    assert answer(status, body, counted=counted) == expected
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_wait_and_try_again(status: int) -> None:
+    """Also where a proxy says it in HTML."""
+    assert isinstance(answer(status, b"busy"), Retry)
+    assert isinstance(answer(status, HTML, "text/html"), Retry)
+    assert answer(status, b"busy", after="7").after == 7.0
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (401, b"TokenError(Error(InvalidToken))", "token"),
+        (402, b"Module energy budget exhausted.", "energy"),
+        (403, b"not you", "client_connected"),
+        (404, b"no such reducer", "no function f"),
+        (404, b"No such procedure", "no function f"),
+        (404, b"", "no such database"),
+        (415, b"Expected request with `Content-Type: application/json`", "proxy"),
+        (301, b"", "mend the URL"),
+        (418, b"teapot", "mend the URL"),
+        (400, b"no idea", "pillarbox check"),
+    ],
+)
+def test_the_set_up_is_at_fault(status: int, body: bytes, said: str) -> None:
+    """One sentence with the way out; no event is blamed."""
+    found = answer(status, body)
+    assert isinstance(found, Misconfigured)
+    assert said in found.reason
+
+
+@pytest.mark.parametrize("status", [200, 301, 400, 401, 404, 413, 530])
+def test_html_is_a_proxys(status: int) -> None:
+    """Whatever the status, it is not taken for SpacetimeDB's word."""
+    for kind in ("text/html; charset=utf-8", ""):
+        found = answer(status, HTML, kind)
+        assert isinstance(found, Misconfigured)
+        assert "proxy" in found.reason
+        assert "Bad Gateway" in found.reason
+
+
+def test_the_function_may_name_several_events() -> None:
+    """By their index in the call; they come back by their index in the batch."""
+    found = answer(530, b"event[0].event_id: must not be empty; event[2]: too; loud")
+    assert isinstance(found, Partly)
+    assert {index: refusal.reason for index, refusal in found.refused.items()} == {
+        3: "event_id: must not be empty",
+        8: "too; loud",
+    }
+    assert found.accepted is None
+
+
+@pytest.mark.parametrize("text", [b"no reason", b"", b"event[7].x: out of this call"])
+def test_an_error_that_names_none_refuses_all(text: bytes) -> None:
+    """The engine narrows it down."""
+    assert isinstance(answer(530, text), Refused)
+
+
+def test_a_path_in_a_400_names_the_event() -> None:
+    """As both versions write it."""
+    found = answer(400, b"invalid arguments for reducer f: [0][1].user_id: [0][1].user_id: invalid type")
+    assert isinstance(found, Partly)
+    assert found.refused.keys() == {5}
+
+
+def test_413_refuses_the_call_for_its_size() -> None:
+    """So that it is split."""
+    found = answer(413, b"Failed to buffer the request body: length limit exceeded")
+    assert isinstance(found, Refused)
+    assert found.refusal.code == "too_large"

@@ -1,0 +1,176 @@
+"""The module: what is built from source is what ships, and it can be put on a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import wasmtime
+
+from pillarbox import TrackingEvent
+from pillarbox.sinks.spacetimedb import module
+from tests.conftest import event
+from tests.sinks.spacetimedb.server import Server, batch, check, deliver
+
+SHIPPED = Path(module.__file__).parent / "wasm"
+NAMES = ["tracking_event_v1.wasm", "tracking_event_v2.wasm"]
+
+
+def described(wasm: bytes) -> bytes:
+    """What a module tells a server of itself: run, with a host that takes its bytes and refuses all else."""
+    engine = wasmtime.Engine()
+    store, code, linker = wasmtime.Store(engine), wasmtime.Module(engine, wasm), wasmtime.Linker(engine)
+    told = bytearray()
+    memory: list[wasmtime.Memory] = []
+
+    def sink_write(_sink: int, start: int, length: int) -> int:
+        (count,) = memory[0].read(store, length, length + 4)[:1]
+        size = int.from_bytes(memory[0].read(store, length, length + 4), "little")
+        assert count == size & 0xFF
+        told.extend(memory[0].read(store, start, start + size))
+        return 0
+
+    for needed in code.imports:
+        kind = needed.type
+        assert isinstance(kind, wasmtime.FuncType)
+        if needed.name == "bytes_sink_write":
+            linker.define_func(needed.module, str(needed.name), kind, sink_write)
+        else:
+            linker.define_func(needed.module, str(needed.name), kind, _refuse)
+    instance = linker.instantiate(store, code)
+    exports = instance.exports(store)
+    found = exports["memory"]
+    assert isinstance(found, wasmtime.Memory)
+    memory.append(found)
+    for export in sorted(one.name for one in code.exports if one.name.startswith("__preinit__")):
+        _run(store, exports[export])
+    _run(store, exports["__describe_module__"], 1)
+    return bytes(told)
+
+
+def _refuse(*_arguments: object) -> int:
+    return 1
+
+
+def _run(store: wasmtime.Store, function: object, *arguments: int) -> None:
+    assert isinstance(function, wasmtime.Func)
+    function(store, *arguments)
+
+
+def exports_of(wasm: bytes) -> set[str]:
+    names = {one.name for one in wasmtime.Module(wasmtime.Engine(), wasm).exports}
+    return {name for name in names if not name.startswith("__preinit__")} | {
+        re.sub(r"^__preinit__\d+_", "", name) for name in names if name.startswith("__preinit__")
+    }
+
+
+def texts(described_bytes: bytes) -> set[str]:
+    """The names in a description: texts with their length before them."""
+    found = set()
+    for match in re.finditer(rb"[A-Za-z_][A-Za-z0-9_]{2,40}", described_bytes):
+        for end in range(match.end(), match.start(), -1):
+            length = end - match.start()
+            if described_bytes[match.start() - 4 : match.start()] == length.to_bytes(4, "little"):
+                found.add(described_bytes[match.start() : end].decode())
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_built_from_source_is_what_ships(modules: Path, name: str) -> None:
+    """The same exports and the same description; the bytes depend on versions that cargo may choose."""
+    built, shipped = (modules / name).read_bytes(), module.wasm(name)
+    assert exports_of(built) == exports_of(shipped)
+    assert described(built) == described(shipped)
+    assert len(shipped) < 120_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_description_names_table_fields_and_functions(modules: Path, name: str) -> None:
+    """Of both versions; the procedure is in the one for 2.x only."""
+    names = texts(described((modules / name).read_bytes()))
+    wanted = {"tracking_event", "record_tracking_events", "ScopeKind", "Site", "Module", "User", "Profile"}
+    assert wanted | set(TrackingEvent.__struct_fields__) <= names
+    assert ("record_tracking_events_counted" in names) is (name == NAMES[1])
+    exported = exports_of((modules / name).read_bytes())
+    assert {"__describe_module__", "__call_reducer__"} <= exported
+    assert ("__call_procedure__" in exported) is (name == NAMES[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_path_and_no_registry_is_in_a_module(modules: Path, name: str) -> None:
+    """Neither in what ships nor in what is built."""
+    for data in (module.wasm(name), (modules / name).read_bytes()):
+        assert not re.search(rb"/root|/home|/tmp|index\.crates|registry/src", data)
+
+
+def test_a_file_that_is_not_what_was_shipped_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checksum says so."""
+    folder = tmp_path / "wasm"
+    folder.mkdir()
+    (folder / "SHA256SUMS").write_bytes((SHIPPED / "SHA256SUMS").read_bytes())
+    (folder / NAMES[0]).write_bytes(module.wasm(NAMES[0]) + b"\0")
+    monkeypatch.setattr(module, "files", lambda _package: tmp_path)
+    with pytest.raises(module.NotPublished, match="checksum"):
+        module.wasm(NAMES[0])
+
+
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PILLARBOX_")}
+    command = [sys.executable, "-m", "pillarbox", "spacetimedb", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_publish_makes_a_database_that_takes_events(shared_server: Server, tmp_path: Path) -> None:
+    """Without Rust, with an identity of its own, whose token nobody sees."""
+    done = run("publish", "--server", shared_server.url, "--database", "by-command", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    token = tmp_path / "spacetimedb.token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert token.read_text().strip() not in done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) <= 24
+    url = f"spacetimedb://127.0.0.1:{shared_server.port}/by-command?confirm_wait=0&token_file={token}"
+    assert all(finding.ok for finding in check(url))
+    assert deliver(url, batch(event(1)))[1]
+    again = run("publish", "--server", shared_server.url, "--database", "by-command", "--json", cwd=tmp_path)
+    assert (again.returncode, json.loads(again.stdout)["created"]) == (0, False)
+    assert deliver(url, batch(event(1)))[1]
+
+
+@pytest.mark.parametrize(
+    ("database", "said"),
+    [
+        ("events", "belongs to another identity"),
+        ("other", "another module (tables note), which is not overwritten"),
+        ("Not A Name", "lower-case letters"),
+    ],
+)
+def test_publish_leaves_what_is_not_ours_alone(shared_server: Server, tmp_path: Path, database: str, said: str) -> None:
+    """And says what to do."""
+    before = shared_server.ask("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9")
+    done = run("publish", "--server", shared_server.url, "--database", database, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert shared_server.ask("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9") == before
+
+
+def test_publish_says_when_there_is_no_server(tmp_path: Path) -> None:
+    """Nothing is left behind."""
+    done = run("publish", "--server", "http://127.0.0.1:1", "--database", "x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "cannot be reached" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("major", [1, 2])
+def test_scaffold_prints_table_and_function(tmp_path: Path, major: int) -> None:
+    """For the version that is asked for."""
+    done = run("scaffold", "--for", major, cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"#[spacetimedb::table({'name' if major == 1 else 'accessor'} = tracking_event)]" in done.stdout
+    assert "pub fn record_tracking_events(ctx: &ReducerContext, events: Vec<TrackingEvent>)" in done.stdout

@@ -1,0 +1,422 @@
+"""The sink against a real server, SpacetimeDB standalone 1.2.0: what it answers, and what becomes of the events."""
+
+from __future__ import annotations
+
+import enum
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pillarbox import Outbox, ScopeKind, TrackingEvent
+from pillarbox.sinks.base import Batch, Delivered, Misconfigured, Partly, Refused, Retry
+from pillarbox.sinks.spacetimedb.answers import Reply, classify
+from pillarbox.sinks.spacetimedb.sink import CALL_BYTES_MAX
+from tests.conftest import event, existing_events
+from tests.sinks.spacetimedb.server import ROOT, Server, batch, check, deliver
+
+GOOD = b'["%b","k",{"Site":[]},"s",null,null,null,null,"{}",5]'
+
+
+class Note(msgspec.Struct, frozen=True):
+    """Fits the other module's `record_notes`."""
+
+    event_id: str
+    text: str
+    level: int
+
+
+def notes(server: Server, **options: object) -> str:
+    return server.sink_url("other", function="record_notes", **options)
+
+
+def test_events_of_the_older_system_arrive_unchanged(shared_server: Server, existing: Path, tmp_path: Path) -> None:
+    """All 127, through the whole line."""
+    with Outbox(str(existing), sink=shared_server.sink_url("events", confirm_wait=0.02)) as outbox:
+        assert outbox.flush(30)
+        assert outbox.stats().delivered == 127
+    names = TrackingEvent.__struct_fields__
+    rows = shared_server.rows("events", f"SELECT {', '.join(names)} FROM tracking_event")
+    found = {row[0]: dict(zip(names, map(plain_value, row), strict=True)) for row in rows}
+    for one in existing_events():
+        assert found[str(one["event_id"])] == one
+
+
+def plain_value(value: Any) -> Any:
+    """A cell of an answer to a query: options and variants come as `[position, value]`."""
+    match value:
+        case [0, str(text)]:
+            return text
+        case [1, []]:
+            return None
+        case [int(position), []]:
+            return list(ScopeKind)[position].value
+        case _:
+            return value
+
+
+def test_a_variant_without_data_at_position_1_is_not_an_empty_option(shared_server: Server) -> None:
+    """What `plain_value` cannot tell apart: `Module` is stored as such."""
+    url = shared_server.sink_url("events", confirm_wait=0)
+    events = [event(index, event_id=f"kind-{kind}", scope_kind=kind) for index, kind in enumerate(ScopeKind)]
+    answers, sure = deliver(url, batch(*events))
+    assert (answers, sure) == ([Delivered(4)], True)
+    rows = shared_server.rows("events", "SELECT event_id, scope_kind FROM tracking_event")
+    kinds = {row[0]: row[1] for row in rows if row[0].startswith("kind-")}
+    assert kinds == {f"kind-{kind}": [index, []] for index, kind in enumerate(ScopeKind)}
+
+
+def test_64_bit_integers_and_any_text_are_stored_exactly(shared_server: Server) -> None:
+    """The ends of the range, and text that JSON escapes."""
+    url = shared_server.sink_url("events", confirm_wait=0)
+    events = [
+        event(1, event_id="int-least", occurred_at_micros=-(2**63)),
+        event(
+            1, event_id="int-most", occurred_at_micros=2**63 - 1, metadata_json='{"a":"\\u2028\\"\\n"}', user_id="\x00\u2028🎮"
+        ),
+    ]
+    assert deliver(url, batch(*events))[0] == [Delivered(2)]
+    query = "SELECT event_id, occurred_at_micros, metadata_json, user_id FROM tracking_event"
+    found = {row[0]: row[1:] for row in shared_server.rows("events", query)}
+    assert found["int-least"][0] == -(2**63)
+    assert found["int-most"] == [2**63 - 1, '{"a":"\\u2028\\"\\n"}', [0, "\x00\u2028🎮"]]
+
+
+def test_a_batch_that_is_sent_twice_is_stored_once(shared_server: Server) -> None:
+    """The function skips what it has."""
+    one = batch(event(1, event_id="twice"))
+    assert deliver(shared_server.sink_url("events", confirm_wait=0), one, one)[0] == [Delivered(1)] * 2
+    assert shared_server.ids("events").count("twice") == 1
+
+
+# What is sent, as the arguments of the function, and the status that a real server gives it.
+ROWS: list[tuple[str, bytes, int, type[Any]]] = [
+    ("good", b"[[" + GOOD % b"row" + b"]]", 200, Delivered),
+    ("options by name", b'[[["r2","k",{"Site":{}},"s",{"none":[]},{"some":"x"},[0,"y"],[1,[]],"{}",5]]]', 200, Delivered),
+    ("variant by position", b'[[["r3","k",{"0":[]},"s",null,null,null,null,"{}",5]]]', 200, Delivered),
+    ("missing field", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}"]]]', 400, Partly),
+    ("extra field", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}",5,6]]]', 400, Partly),
+    ("wrong type", b'[[["a",7,{"Site":[]},"s",null,null,null,null,"{}",5]]]', 400, Partly),
+    ("integer as text", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}","5"]]]', 400, Partly),
+    ("integer as float", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}",5.5]]]', 400, Partly),
+    ("bare option", b'[[["a","k",{"Site":[]},"s","x",null,null,null,"{}",5]]]', 400, Partly),
+    ("bare variant", b'[[["a","k","Site","s",null,null,null,null,"{}",5]]]', 400, Partly),
+    ("unknown variant", b'[[["a","k",{"Nope":[]},"s",null,null,null,null,"{}",5]]]', 400, Partly),
+    ("not the list", b"[5]", 400, Misconfigured),
+    ("broken JSON", b"[[", 400, Misconfigured),
+    ("refused by the function", b"[[" + GOOD % b"" + b"]]", 530, Partly),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "kind"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_what_the_server_answers_to_a_body(shared_server: Server, body: bytes, status: int, kind: type[Any]) -> None:
+    """Status and meaning, row by row."""
+    found, text = shared_server.call("events", "record_tracking_events", body)
+    assert found == status, text
+    answer = classify(Reply(found, "text/plain", "", text), "record_tracking_events", [7], counted=False)
+    assert type(answer) is kind
+    if isinstance(answer, Partly):
+        assert answer.refused.keys() == {7}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content_Type": "application/json; charset=utf-8"}, 415),
+        ({"Content_Type": "text/plain"}, 415),
+        ({"Authorization": "Bearer garbage"}, 401),
+        ({"Authorization": "Bearer " + "eyJhbGciOiJFUzI1NiJ9." * 2 + "x"}, 401),
+    ],
+)
+def test_what_the_server_answers_to_headers(shared_server: Server, headers: dict[str, str], status: int) -> None:
+    """All of it is the set-up's fault."""
+    found, text = shared_server.call("events", "record_tracking_events", b"[[]]", **headers)
+    assert found == status
+    assert isinstance(classify(Reply(found, "", "", text), "f", [0], counted=False), Misconfigured)
+
+
+def test_calls_of_2_mib_pass_and_one_byte_more_does_not(shared_server: Server) -> None:
+    """So that is where the sink splits, before it sends."""
+    empty = b'[[["big","k",{"Site":[]},"s",null,null,null,null,"%b",5]]]'
+    body = empty % (b"x" * (CALL_BYTES_MAX - len(empty) + 2))
+    assert len(body) == CALL_BYTES_MAX
+    assert shared_server.call("events", "record_tracking_events", body)[0] == 200
+    status, text = shared_server.call("events", "record_tracking_events", body + b" ")
+    assert status == 413
+    assert isinstance(classify(Reply(413, "", "", text), "f", [0, 1], counted=False), Refused)
+
+
+def test_a_batch_that_is_too_large_is_split_and_one_event_that_is_becomes_a_dead_letter(
+    shared_server: Server, tmp_path: Path
+) -> None:
+    """The others arrive."""
+    place = tmp_path / "box"
+    with Outbox(str(place), batch_bytes=10**8, flush_interval=60) as outbox:
+        assert all(outbox.enqueue(event(n, event_id=f"large-{n}", metadata_json=json.dumps("x" * 200_000))) for n in range(30))
+    (sealed,) = place.glob("sealed-*")
+    # Larger than an outbox accepts, as an older writer may have left it.
+    huge = msgspec.json.encode(event(1, event_id="huge", metadata_json=json.dumps("x" * CALL_BYTES_MAX)))
+    sealed.write_bytes(sealed.read_bytes() + b'{"event":' + huge + b"}\n")
+    with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
+        assert outbox.flush(30)
+        assert (outbox.stats().delivered, outbox.stats().dead) == (30, 1)
+    (dead,) = place.glob("dead-*")
+    letter = json.loads(dead.read_bytes())
+    assert (letter["code"], letter["event"]["event_id"]) == ("too_large", "huge")
+    assert {f"large-{n}" for n in range(30)} <= set(shared_server.ids("events"))
+
+
+def test_an_event_that_the_function_refuses_is_set_aside_and_the_others_arrive(shared_server: Server, tmp_path: Path) -> None:
+    """By the index in the error; also a text that is no member of the enum, which is not even sent."""
+    place = tmp_path / "box"
+    with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
+        events = [event(n, event_id=f"mixed-{n}") for n in range(20)]
+        events[3] = event(3, event_id="mixed-3", event_key="")
+        events[9] = event(9, event_id="mixed-9", scope_kind="Planet")
+        events[15] = event(15, event_id="mixed-15", scope_id="")
+        assert all(outbox.enqueue_many(events))
+        assert outbox.flush(30)
+        assert (outbox.stats().delivered, outbox.stats().dead) == (17, 3)
+    (dead,) = place.glob("dead-*")
+    letters = [json.loads(line) for line in dead.read_bytes().splitlines()]
+    assert [(one["event"]["event_id"], one["code"]) for one in letters] == [
+        ("mixed-3", "refused_by_function"),
+        ("mixed-9", "unknown_variant"),
+        ("mixed-15", "refused_by_function"),
+    ]
+    assert letters[0]["reason"] == "event_key: must not be empty"
+    assert {f"mixed-{n}" for n in range(20)} & set(shared_server.ids("events")) == {
+        f"mixed-{n}" for n in set(range(20)) - {3, 9, 15}
+    }
+
+
+@pytest.mark.parametrize("text", ["panic", "refuse"])
+def test_a_panic_or_an_error_that_names_no_event_is_narrowed_down_by_halves(
+    shared_server: Server, tmp_path: Path, text: str
+) -> None:
+    """One poisoned event of 64: it alone is a dead letter."""
+    url = notes(shared_server, confirm_wait=0)
+    with Outbox(str(tmp_path / "box"), sink=url, event_type=Note) as outbox:
+        rows = [Note(f"{text}-{n}", text if n == 41 else "fine", n) for n in range(64)]
+        assert all(outbox.enqueue_many(rows))
+        assert outbox.flush(30)
+        assert (outbox.stats().delivered, outbox.stats().dead) == (63, 1)
+    (dead,) = (tmp_path / "box").glob("dead-*")
+    assert json.loads(dead.read_bytes())["event"]["event_id"] == f"{text}-41"
+
+
+def test_a_number_out_of_the_columns_range_refuses_that_event(shared_server: Server) -> None:
+    """u8, with 255 and 256."""
+    answers, _ = deliver(
+        notes(shared_server, confirm_wait=0), batch(Note("u8-255", "t", 255), Note("u8-256", "t", 256)), event_type=Note
+    )
+    (answer,) = answers
+    assert isinstance(answer, Partly)
+    assert (answer.refused[1].code, answer.accepted) == ("out_of_range", 1)
+
+
+def wrong(change: Callable[[Server], str], *said: str) -> Any:
+    return pytest.param(change, said, id=" ".join(said[0].split()[:4]))
+
+
+@pytest.mark.parametrize(
+    ("url_of", "said"),
+    [
+        wrong(lambda server: server.sink_url("nowhere"), "no such database", "publish"),
+        wrong(lambda server: server.sink_url("events", function="nope"), "no function nope", "it has record_tracking_events"),
+        wrong(lambda server: server.sink_url("other", function="other_arguments"), "takes u32, String", "Vec<...>"),
+        wrong(lambda server: server.sink_url("other", function="lacks_profile"), "scope_kind", "lacks PROFILE", "Site, Module"),
+        wrong(lambda server: server.sink_url("other", function="record_notes"), "event_key", "values would be lost"),
+        wrong(lambda server: server.sink_url("events").replace(server.token, "not-a-token"), "401", "token"),
+        wrong(
+            lambda server: server.sink_url("events").replace(f":{server.port}/", ":1/"), "cannot be reached", "host and port"
+        ),
+        wrong(lambda server: server.sink_url("events").replace("127.0.0.1", "no-such-host.invalid"), "cannot be reached"),
+    ],
+)
+def test_a_wrong_set_up_is_one_clear_sentence_and_no_event_is_lost(
+    shared_server: Server,
+    tmp_path: Path,
+    url_of: Callable[[Server], str],
+    said: tuple[str, ...],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In `check`, in the state and in the log; nothing becomes a dead letter, and no secret shows."""
+    url = url_of(shared_server)
+    (*_, finding) = check(url)
+    assert not finding.ok
+    with Outbox(str(tmp_path / "box"), sink=url) as outbox:
+        assert outbox.enqueue(event(1))
+        assert not outbox.flush(0.5)
+        stats = outbox.stats()
+    assert stats.state.name in ("stopped", "waiting")
+    for word in said:
+        assert word in finding.text
+        assert word in stats.state.reason
+        assert word in caplog.text
+    assert shared_server.token not in caplog.text + finding.text + repr(outbox) + str(stats)
+    assert (stats.dead, stats.pending_files) == (0, 1)
+
+
+def test_a_token_of_another_server_stops_delivery_and_loses_nothing(
+    shared_server: Server, own_server: Server, tmp_path: Path
+) -> None:
+    """Until somebody mends it."""
+    url = shared_server.sink_url("events").replace(shared_server.token, own_server.token)
+    with Outbox(str(tmp_path / "box"), sink=url) as outbox:
+        outbox.enqueue(event(1, event_id="foreign-token"))
+        assert not outbox.flush(0.5)
+        assert outbox.stats().state.name == "stopped"
+        assert "401" in outbox.stats().last_error
+    with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
+        assert outbox.flush(20)
+    assert "foreign-token" in shared_server.ids("events")
+
+
+def test_a_missing_token_warns_once(shared_server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And works: each call has an identity of its own."""
+    url = f"spacetimedb://127.0.0.1:{shared_server.port}/events?confirm_wait=0"
+    with Outbox(str(tmp_path / "box"), sink=url, batch_size=1) as outbox:
+        assert all(outbox.enqueue(event(n, event_id=f"no-token-{n}")) for n in range(3))
+        assert outbox.flush(20)
+    assert len([entry for entry in caplog.records if "no token is set" in entry.message]) == 1
+
+
+def test_200_is_not_durable_so_a_killed_server_confirms_nothing(own_server: Server) -> None:
+    """Killed between the answer and the ping, and running again: the connection is another one."""
+
+    def crash() -> None:
+        own_server.kill()
+        own_server.start()
+
+    url = own_server.sink_url("events", confirm_wait=0)
+    answers, sure = deliver(url, batch(event(1)), between=crash)
+    assert (answers, sure) == ([Delivered(1)], False)
+
+
+def test_batches_that_a_dying_server_had_answered_are_sent_again(own_server: Server, tmp_path: Path) -> None:
+    """Killed in the middle of a backlog, three times: all there, once."""
+    with Outbox(str(tmp_path / "box"), batch_size=100) as outbox:
+        assert all(outbox.enqueue(event(n)) for n in range(20_000))
+    with Outbox(str(tmp_path / "box"), sink=own_server.sink_url("events", confirm_wait=0.1)) as outbox:
+        outbox.flush(0.3)
+        for _ in range(3):
+            own_server.kill()
+            own_server.start()
+            outbox.flush(0.3)
+        assert outbox.flush(60)
+        assert outbox.stats().dead == 0
+    found = own_server.ids("events")
+    assert len(found) == len(set(found)) == 20_000
+
+
+def test_a_module_that_changes_underneath_is_fitted_to_anew(own_server: Server, modules: Path, tmp_path: Path) -> None:
+    """Its function goes, delivery stops; it comes back, delivery goes on; no event is a dead letter."""
+    url = own_server.sink_url("notes", function="record_notes", confirm_wait=0)
+    with Outbox(str(tmp_path / "box"), sink=url, event_type=Note) as outbox:
+        outbox.enqueue(Note("before", "t", 1))
+        assert not outbox.flush(0.3)
+        assert outbox.stats().state.name == "stopped"
+    own_server.publish("notes", (modules / "module.wasm").read_bytes())
+    with Outbox(str(tmp_path / "box"), sink=url, event_type=Note) as outbox:
+        assert outbox.flush(20)
+        assert (outbox.stats().delivered, outbox.stats().dead) == (1, 0)
+
+
+def test_a_retry_says_what_to_look_at(own_server: Server) -> None:
+    """The server is gone."""
+    own_server.kill()
+    answers, _ = deliver(own_server.sink_url("events"), batch(event(1)))
+    (answer,) = answers
+    assert isinstance(answer, Retry)
+    assert "is the server running" in answer.reason
+
+
+class Colour(enum.Enum):
+    """Becomes a Rust enum."""
+
+    RED = "red"
+    DARK_BLUE = "dark-blue"
+
+
+class Spot(msgspec.Struct, frozen=True):
+    """Becomes a Rust struct."""
+
+    x: int
+    y: float
+
+
+class PageView(msgspec.Struct, frozen=True):
+    """Has one of everything that a column can be."""
+
+    event_id: str
+    colour: Colour
+    spots: list[Spot]
+    maybe: Colour | None = None
+    tags: list[str] = []
+    extra: dict[str, int] = {}
+    seen: bool = False
+
+
+def test_a_scaffolded_module_compiles_and_takes_the_events(own_server: Server, tmp_path: Path) -> None:
+    """Enums, lists, structs, options, and JSON text for what has no type of its own."""
+    import subprocess
+
+    from pillarbox.sinks.spacetimedb.scaffold import scaffold
+
+    crate = tmp_path / "crate"
+    shutil.copytree(ROOT / "tests/data/other-module", crate)
+    (crate / "src/lib.rs").write_text(scaffold(PageView, 1))
+    subprocess.run([ROOT / "modules/spacetimedb/build", tmp_path, crate], check=True)
+    own_server.publish("views", (tmp_path / "module.wasm").read_bytes())
+    url = own_server.sink_url("views", function="record_page_views", confirm_wait=0)
+    assert all(finding.ok for finding in check(url, PageView))
+    views = [
+        PageView("v-1", Colour.RED, [Spot(1, 2.5), Spot(-1, 0.0)], Colour.DARK_BLUE, ["a", "é"], {"n": 1}, seen=True),
+        PageView("v-2", Colour.DARK_BLUE, []),
+    ]
+    assert deliver(url, batch(*views), event_type=PageView)[0] == [Delivered(2)]
+    rows = own_server.rows("views", "SELECT * FROM page_view")
+    assert sorted(rows) == [
+        ["v-1", [0, []], [[1, 2.5], [-1, 0.0]], [0, [1, []]], ["a", "é"], '{"n":1}', True],
+        ["v-2", [1, []], [], [1, []], [], "{}", False],
+    ]
+
+
+def test_a_batch_of_refused_events_only_makes_no_call(shared_server: Server) -> None:
+    """Nothing to send."""
+    answers, sure = deliver(shared_server.sink_url("events", confirm_wait=0), batch(event(1, scope_kind="Planet")))
+    assert isinstance(answers[0], Partly)
+    assert (answers[0].accepted, sure) == (0, True)
+    junk = Batch("sealed-j", [b"5", b'{"event_id":1}'])
+    (answer,) = deliver(shared_server.sink_url("events", confirm_wait=0), junk)[0]
+    assert isinstance(answer, Partly)
+    assert {refusal.code for refusal in answer.refused.values()} == {"wrong_type"}
+
+
+def test_no_secret_is_in_what_is_written(shared_server: Server, tmp_path: Path) -> None:
+    """Not in the heartbeat, not in dead letters."""
+    place = tmp_path / "box"
+    with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
+        outbox.enqueue(event(1, event_key=""))
+        outbox.flush(20)
+    text = b"".join(file.read_bytes() for file in place.iterdir())
+    assert b"spacetimedb://127.0.0.1" in text
+    assert shared_server.token.encode() not in text
+    assert not re.search(rb"eyJ[A-Za-z0-9_-]{10}", text)
+
+
+def test_the_log_of_a_delivery_is_quiet(shared_server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not a line for each call, nor anybody else's."""
+    caplog.set_level(logging.INFO)
+    with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0), batch_size=1) as outbox:
+        for number in range(30):
+            outbox.enqueue(event(number, event_id=f"quiet-{number}"))
+        assert outbox.flush(20)
+    assert len(caplog.records) < 5

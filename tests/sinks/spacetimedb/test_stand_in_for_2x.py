@@ -1,0 +1,93 @@
+"""What only servers 2.x do, against a stand-in that answers as one was recorded to; see `stand_in.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pillarbox import Outbox, ScopeKind
+from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused
+from tests.conftest import event
+from tests.sinks.spacetimedb.server import Server, batch, check, deliver
+from tests.sinks.spacetimedb.stand_in import FUNCTION, StandIn28
+
+COUNTED = f"{FUNCTION}_counted"
+
+
+@pytest.fixture
+def stand_in(shared_server: Server) -> Iterator[StandIn28]:
+    """With the real server's description of our module."""
+    status, schema = shared_server.ask("GET", "/v1/database/events/schema?version=9")
+    assert status == 200
+    server = StandIn28(json.loads(schema))
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def test_a_query_confirms_all_batches_in_flight_at_once(stand_in: StandIn28) -> None:
+    """One query for a connection, and no waiting."""
+    url = stand_in.sink_url(connections=1, confirm_wait=3600)
+    answers, sure = deliver(url, *(batch(event(n), batch_id=f"sealed-{n}") for n in range(5)))
+    assert (answers, sure, stand_in.confirmed) == ([Delivered(1)] * 5, True, 1)
+
+
+def test_variants_in_camel_case_fit(stand_in: StandIn28) -> None:
+    """They go by position, so that neither spelling is sent."""
+    assert all(finding.ok for finding in check(stand_in.sink_url()))
+    answers, _ = deliver(
+        stand_in.sink_url(), batch(*(event(n, event_id=kind, scope_kind=kind) for n, kind in enumerate(ScopeKind)))
+    )
+    assert answers == [Delivered(4)]
+    assert [stand_in.stored[kind][2] for kind in ScopeKind] == [{str(n): []} for n in range(4)]
+
+
+@pytest.mark.parametrize("function", [COUNTED, "count_only"])
+def test_a_procedures_count_tells_the_duplicates(stand_in: StandIn28, function: str) -> None:
+    """Whether it comes as a number or as a Result."""
+    url = stand_in.sink_url(function=function)
+    assert deliver(url, batch(event(1), event(2)))[0] == [Delivered(2, 0)]
+    assert deliver(url, batch(event(2), event(3), event(4)))[0] == [Delivered(3, 1)]
+
+
+def test_an_error_in_a_procedures_result_is_a_refusal_although_the_status_is_200(stand_in: StandIn28) -> None:
+    """And names the event."""
+    (answer,) = deliver(stand_in.sink_url(function=COUNTED), batch(event(1), event(2, event_id="")))[0]
+    assert isinstance(answer, Partly)
+    assert {index: refusal.reason for index, refusal in answer.refused.items()} == {1: "event_id: must not be empty"}
+
+
+@pytest.mark.parametrize("function", [FUNCTION, COUNTED])
+def test_a_panic_refuses_the_call(stand_in: StandIn28, function: str) -> None:
+    """530 from a reducer, 500 from a procedure."""
+    (answer,) = deliver(stand_in.sink_url(function=function), batch(event(1, event_key="panic")))[0]
+    assert isinstance(answer, Refused)
+
+
+def test_an_unknown_function_or_token_is_the_set_ups_fault(stand_in: StandIn28) -> None:
+    """With the texts of 2.x."""
+    for url in (stand_in.sink_url(function="nope"), stand_in.sink_url(token="another"), stand_in.sink_url("nowhere")):  # noqa: S106
+        (answer,) = deliver(url, batch(event(1)))[0]
+        assert isinstance(answer, Misconfigured), url
+
+
+def test_the_version_is_shown_by_check(stand_in: StandIn28) -> None:
+    """And how it confirms."""
+    text = " ".join(finding.text for finding in check(stand_in.sink_url(function=COUNTED)))
+    assert "SpacetimeDB 2.8.3" in text
+    assert "a query confirms" in text
+    assert f"procedure {COUNTED}" in text
+
+
+def test_a_whole_outbox_drains_into_it(stand_in: StandIn28, tmp_path: Path) -> None:
+    """Many batches, each confirmed, none called twice."""
+    with Outbox(str(tmp_path / "box"), sink=stand_in.sink_url(function=COUNTED), batch_size=10) as outbox:
+        assert all(outbox.enqueue(event(n)) for n in range(1000))
+        assert outbox.flush(30)
+        assert (outbox.stats().delivered, outbox.stats().duplicates) == (1000, 0)
+    assert len(stand_in.stored) == 1000
+    assert stand_in.confirmed >= 1

@@ -1,0 +1,79 @@
+"""What a `spacetimedb://` URL says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pillarbox import ConfigurationError, TrackingEvent
+from pillarbox.sinks import make_sink, redacted
+from pillarbox.sinks.spacetimedb.target import TOKEN_VARIABLE, parse
+
+SECRET = "eyJ0.secret.part"  # noqa: S105 - proves nothing
+
+
+@pytest.mark.parametrize(
+    ("url", "server", "path"),
+    [
+        ("spacetimedb://db.example/events", "http://db.example:3000", "/v1/database/events/call/record_tracking_events"),
+        ("spacetimedb://127.0.0.1:1/e?function=f", "http://127.0.0.1:1", "/v1/database/e/call/f"),
+        ("spacetimedb+https://db.example/my-db", "https://db.example:443", "/v1/database/my-db/call/record_tracking_events"),
+        ("spacetimedb://[::1]:5/e?function=a%2Fb", "http://[::1]:5", "/v1/database/e/call/a%2Fb"),
+    ],
+)
+def test_server_database_and_function(url: str, server: str, path: str) -> None:
+    """With the field's default ports."""
+    target = parse(url)
+    assert (target.server, target.path("call", target.function)) == (server, path)
+
+
+def test_pool_timeout_window_and_wait_are_settings() -> None:
+    """With defaults."""
+    plain = parse("spacetimedb://h/d")
+    assert (plain.connections, plain.timeout_s, plain.window, plain.confirm_wait_s) == (2, 30.0, 256, 1.0)
+    target = parse("spacetimedb://h/d?connections=5&timeout=2.5&window=7&confirm_wait=0.02")
+    assert (target.connections, target.timeout_s, target.window, target.confirm_wait_s) == (5, 2.5, 7, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("spacetimedb://h", "spacetimedb://host:port/database"),
+        ("spacetimedb:///d", "spacetimedb://host:port/database"),
+        ("spacetimedb://h:x/d", "spacetimedb://host:port/database"),
+        ("spacetimedb://h/d/e", "spacetimedb://host:port/database"),
+        ("spacetimedb://h/d?colour=red", "sink option colour"),
+        ("spacetimedb://h/d?timeout=soon", "sink option timeout"),
+        ("spacetimedb://h/d?connections=0", "a whole number from 1 to 64"),
+        ("spacetimedb://h/d?token_file=/no/such/file", "/no/such/file"),
+        ("spacetimedb://two%20words@h/d", "token"),
+    ],
+)
+def test_a_wrong_url_is_one_sentence_that_names_the_part(url: str, said: str) -> None:
+    """And shows nothing of what may be secret."""
+    with pytest.raises(ConfigurationError) as caught:
+        parse(url)
+    assert said in str(caught.value)
+    assert "words" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["url", "file", "environment"])
+def test_a_token_comes_from_the_url_a_file_or_the_environment_and_never_shows(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in `repr`, not in the URL as it is shown."""
+    file = tmp_path / "token"
+    file.write_text(f"{SECRET}\n")
+    monkeypatch.setenv(TOKEN_VARIABLE, SECRET if way == "environment" else "")
+    url = {
+        "url": f"spacetimedb://:{SECRET}@h/d",
+        "file": f"spacetimedb://h/d?token_file={file}",
+        "environment": "spacetimedb://h/d",
+    }[way]
+    target = parse(url)
+    assert target.token is not None
+    assert target.token.header() == {"Authorization": f"Bearer {SECRET}"}
+    assert SECRET not in f"{target} {target!r} {target.token}"
+    assert SECRET not in redacted(url)
+    assert SECRET not in repr(make_sink(url, TrackingEvent))
