@@ -45,7 +45,7 @@ class RecordingSink:
     def __init__(self, answers: Iterable[Answer | Exception] = (), *, window: int = 1) -> None:
         self.traits = Traits(deduplicates_by="nothing", survives="process", window=window)
         self.answers: deque[Answer | Exception] = deque(answers)
-        self.confirmations: deque[bool] = deque()
+        self.confirmations: deque[int] = deque()
         self.calls: list[str] = []  # batch ids, in the order in which they came
         self.batches: dict[str, list[bytes]] = {}
         self.opened = 0
@@ -72,9 +72,9 @@ class RecordingSink:
             self.batches[batch.id] = list(batch.payloads)
         return answer
 
-    async def confirm(self, batches: Sequence[Batch]) -> bool:  # noqa: ARG002 - the protocol's
-        """Give the next confirmation, or confirm."""
-        return self.confirmations.popleft() if self.confirmations else True
+    async def confirm(self, batches: Sequence[Batch]) -> int:
+        """Give the next confirmation, or confirm all."""
+        return min(len(batches), self.confirmations.popleft()) if self.confirmations else len(batches)
 
     async def check(self) -> Iterable[Finding]:
         """Nothing to find."""

@@ -266,17 +266,27 @@ class _Slow(RecordingSink):
             self.all_sent.set()
         return answer
 
-    async def confirm(self, batches: Sequence[Batch]) -> bool:
+    async def confirm(self, batches: Sequence[Batch]) -> int:
         await self.sure.wait()
         self.groups.append(len(batches))
-        return True
+        return len(batches)
+
+
+def test_a_part_of_what_is_sent_may_be_confirmed(place: Directory) -> None:
+    """The rest is asked for again, and not sent again."""
+    batches = [seal(place, stamp, b"%d" % stamp) for stamp in range(1, 8)]
+    sink = RecordingSink(window=7)
+    sink.confirmations.extend([1, 2, 1])
+    drain(worker_for(place, sink))
+    assert left(place) == []
+    assert sink.calls == batches
 
 
 def test_what_is_not_confirmed_is_sent_again_in_order(place: Directory) -> None:
     """Under the same ids."""
     batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     sink = RecordingSink(window=3)
-    sink.confirmations.extend([False, False])
+    sink.confirmations.extend([0, 0])
     drain(worker_for(place, sink))
     assert left(place) == []
     assert set(sink.calls) == set(batches)

@@ -17,7 +17,13 @@ from pillarbox.store.filesystem import exists, write_secret
 if TYPE_CHECKING:
     from pillarbox.sinks.spacetimedb.module import Published
 
-spacetimedb = typer.Typer(name="spacetimedb", help="What a SpacetimeDB database needs to take events.", no_args_is_help=True)
+spacetimedb = typer.Typer(
+    name="spacetimedb",
+    help="What a SpacetimeDB database needs to take events.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=app.info.context_settings,
+)
 app.add_typer(spacetimedb)
 
 _QUERY = "SELECT * FROM tracking_event"

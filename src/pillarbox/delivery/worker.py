@@ -322,20 +322,20 @@ class Worker:
                 async with asyncio.timeout(CALL_MAX_S):
                     sure = await self._sink.confirm([job.batch for job in group])
             except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
-                sure = False
+                sure = 0
                 self.last_error = _words(error)
-            for job in group:
-                self._unconfirmed.popleft()
-                if sure:
-                    self._settle(job)
-                else:
-                    self._directory.filesystem.close(job.file.fd)
             if sure:
                 self._unconfirmed_failures = 0
+                for job in group[:sure]:
+                    self._unconfirmed.popleft()
+                    self._settle(job)
             else:
-                self._forget_queue()
                 self._unconfirmed_failures += 1
-                log.warning("%s: %d batches could not be confirmed and are sent again", self._sink_name, len(group))
+                for job in group:
+                    self._unconfirmed.popleft()
+                    self._directory.filesystem.close(job.file.fd)
+                self._forget_queue()
+                log.warning("%s: not confirmed, sent again: batches %d", self._sink_name, len(group))
             self._room.set()
 
     async def _wait_for_room(self, window: int) -> None:

@@ -128,8 +128,11 @@ class Sink(Protocol):
     async def deliver(self, batch: Batch) -> Answer:
         """Send one batch. An exception counts as `Retry`."""
 
-    async def confirm(self, batches: Sequence[Batch]) -> bool:
-        """Whether everything delivered so far, `batches` among it, survives; False has them sent again."""
+    async def confirm(self, batches: Sequence[Batch]) -> int:
+        """How many of these delivered batches, from the first, are sure to survive; 0 has all of them sent again.
+
+        May wait. Batches that it leaves out are asked for again.
+        """
 
     async def check(self) -> Iterable[Finding]:
         """Look whether the destination fits, without sending an event."""

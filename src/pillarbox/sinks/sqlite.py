@@ -123,9 +123,9 @@ class SqliteSink:
                 refused[index] = Refusal("refused_by_table", str(error))
         return refused
 
-    async def confirm(self, batches: Sequence[Batch]) -> bool:  # noqa: ARG002 - the protocol's
+    async def confirm(self, batches: Sequence[Batch]) -> int:
         """A committed transaction needs no confirming."""
-        return True
+        return len(batches)
 
     async def check(self) -> Iterable[Finding]:
         """Open the file, compare the table's columns with the event type's fields, and try the insert without data."""

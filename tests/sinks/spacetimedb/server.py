@@ -135,7 +135,7 @@ def deliver(
         try:
             answers = [await sink.deliver(one) for one in batches]
             await asyncio.to_thread(between)
-            return answers, await sink.confirm(batches)
+            return answers, await sink.confirm(batches) == len(batches)
         finally:
             await sink.close()
 

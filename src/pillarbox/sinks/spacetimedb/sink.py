@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -29,6 +30,7 @@ log = logging.getLogger("pillarbox")
 CALL_BYTES_MAX: Final = 2 * 2**20  # what servers 1.2.0 and 2.8.3 take: 2,097,152 bytes pass, one more is a 413
 # Any identity may ask this; a server 2.x answers once everything before it is durable.
 _CONFIRMING_QUERY: Final = b"SELECT COUNT(*) AS n FROM st_client"
+_GATHER: Final = 0.1  # of the wait: how much longer, so that several batches are confirmed by one ping
 _SETUP: Final = frozenset({400, 401, 403, 404, 415})  # after these, look at the schema again
 
 
@@ -183,25 +185,38 @@ class SpacetimeDbSink:
             return Retry("the module has changed; fitted to it anew")
         return answer
 
-    async def confirm(self, batches: Sequence[Batch]) -> bool:
-        """Whether the server that answered still lives, and has made durable what it answered."""
-        sent = [one for batch in batches for one in self._sent.pop(batch.id.partition(":")[0], ())]
-        confirms = self._fit is not None and self._fit.confirms
-        if not confirms and sent:
-            due = max(one.at for one in sent) + self._target.confirm_wait_s
+    async def confirm(self, batches: Sequence[Batch]) -> int:
+        """Whether the server that answered still lives, and has made durable what it answered.
+
+        A server 2.x is asked for all batches at once. A 1.x gets its time: those whose time has come are confirmed together.
+        """
+        fit = self._fit
+        ids = [batch.id for batch in batches]
+        if fit is None or not fit.confirms:
+            wait = self._target.confirm_wait_s
+            due = min((one.at for one in self._sent.get(ids[0], ())), default=0.0) + wait * (1 + _GATHER)
             await asyncio.sleep(max(0.0, due - self._clock.monotonic()))
-        for lane, sockets in used((one.lane, one.socket) for one in sent).items():
-            async with lane.lock:
-                try:
-                    if confirms:
-                        reply = await lane.call("POST", self._target.path("sql"), _CONFIRMING_QUERY)
-                    else:
-                        reply = await lane.call("GET", "/v1/ping")
-                except TransportError:
-                    return False
-                if reply.status != 200 or reply.is_html or sockets != {lane.socket}:
-                    return False
-        return True
+            ids = list(itertools.takewhile(lambda batch_id: self._is_due(batch_id, wait), ids))
+        marks = [(one.lane, one.socket) for batch_id in ids for one in self._sent.get(batch_id, ())]
+        sure = all([await self._still_there(lane, sockets, fit) for lane, sockets in used(marks).items()])
+        for batch_id in ids if sure else [batch.id for batch in batches]:
+            self._sent.pop(batch_id, None)
+        return len(ids) if sure else 0
+
+    def _is_due(self, batch_id: str, wait: float) -> bool:
+        return all(one.at + wait <= self._clock.monotonic() for one in self._sent.get(batch_id, ()))
+
+    async def _still_there(self, lane: Lane, sockets: set[Any], fit: _Fit | None) -> bool:
+        """Whether the server answers on the only connection that was used, and by that confirms what it answered there before."""
+        async with lane.lock:
+            try:
+                if fit is not None and fit.confirms:
+                    reply = await lane.call("POST", self._target.path("sql"), _CONFIRMING_QUERY)
+                else:
+                    reply = await lane.call("GET", "/v1/ping")
+            except TransportError:
+                return False
+            return reply.status == 200 and not reply.is_html and sockets == {lane.socket}
 
     async def check(self) -> Iterable[Finding]:
         """Ask for version and schema, and compare, field by field."""
