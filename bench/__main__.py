@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from bench import accept, drain, scale
+from bench import accept, drain, scale, spacetimedb
 
-MEASUREMENTS = {"accept": accept.measure, "drain": drain.measure, "scale": scale.measure}
+MEASUREMENTS = {"accept": accept.measure, "drain": drain.measure, "spacetimedb": spacetimedb.measure, "scale": scale.measure}
 PLACE = Path(__file__).parents[1] / "var" / "bench"
 
 

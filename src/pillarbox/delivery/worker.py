@@ -364,7 +364,6 @@ class Worker:
             self._directory.filesystem.close(job.file.fd)
         if job.spans or job.dead:
             log.warning("%s: %d damaged lines and %d dead letters set aside", job.batch.id, len(job.spans), len(job.dead))
-        self._on_duration(self._clock.monotonic() - job.started)
 
     def _count(self, job: _Job) -> None:
         counters = self.counters
@@ -375,6 +374,7 @@ class Worker:
         counters.flushed_files += 1
         counters.flushed_bytes += job.size
         self._on_gone(job.size)
+        self._on_duration(self._clock.monotonic() - job.started)
 
     # States and waiting.
 

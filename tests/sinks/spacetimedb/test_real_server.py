@@ -152,6 +152,15 @@ def test_calls_of_2_mib_pass_and_one_byte_more_does_not(shared_server: Server) -
     assert isinstance(classify(Reply(413, "", "", text), "f", [0, 1], counted=False), Refused)
 
 
+def test_far_larger_calls_are_cut_off_or_refused(shared_server: Server) -> None:
+    """10 MiB: the server hangs up while it is sent, or its 413 can still be read; the sink never sends such a one."""
+    try:
+        status, _ = shared_server.call("events", "record_tracking_events", b"[" * (10 * 2**20))
+    except OSError:
+        status = 413
+    assert status == 413
+
+
 def test_a_batch_that_is_too_large_is_split_and_one_event_that_is_becomes_a_dead_letter(
     shared_server: Server, tmp_path: Path
 ) -> None:

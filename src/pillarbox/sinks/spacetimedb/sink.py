@@ -111,11 +111,13 @@ class SpacetimeDbSink:
             return Retry(str(error))
         if reply.status != 200 or reply.is_html:
             answer = classify(reply, target.function, (), counted=False)
-            return answer if isinstance(answer, (Misconfigured, Retry)) else Misconfigured(_unknown_server(reply))
+            if isinstance(answer, (Misconfigured, Retry)) and (reply.status != 400 or reply.is_html):
+                return answer
+            return Misconfigured(_unknown_server(reply, _version(health)))
         try:
             schema = Schema(reply.body)
         except SchemaUnreadable:
-            return Misconfigured(_unknown_server(reply))
+            return Misconfigured(_unknown_server(reply, _version(health)))
         function = schema.functions.get(target.function)
         if function is None:
             there = ", ".join(sorted(schema.functions)) or "none"
@@ -207,7 +209,7 @@ class SpacetimeDbSink:
         return all(one.at + wait <= self._clock.monotonic() for one in self._sent.get(batch_id, ()))
 
     async def _still_there(self, lane: Lane, sockets: set[Any], fit: _Fit | None) -> bool:
-        """Whether the server answers on the only connection that was used, and by that confirms what it answered there before."""
+        """Whether the server answers on the only connection that was used, and so confirms what it answered there before."""
         async with lane.lock:
             try:
                 if fit is not None and fit.confirms:
@@ -255,8 +257,8 @@ def _major(version: str) -> int:
     return int(first) if first.isdigit() else 0
 
 
-def _unknown_server(reply: Reply) -> str:
+def _unknown_server(reply: Reply, version: str) -> str:
     return (
-        f"the server does not describe the database as servers 1.x and 2.x do (status {reply.status}: {reply.text[:200]}): "
+        f"the server, {version}, does not describe the database as 1.x and 2.x do (status {reply.status}: {reply.text[:200]}): "
         "is this SpacetimeDB, and of a version that Pillarbox knows?"
     )
