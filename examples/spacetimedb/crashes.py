@@ -78,7 +78,7 @@ def events() -> list[pillarbox.TrackingEvent]:
     return sample + more
 
 
-def crash_at_random(server: Server, done: threading.Event) -> None:
+def crash_at_random(server: Server, kills: list[int]) -> None:
     """Ten times, at moments that nobody has chosen."""
     moments = random.Random()  # noqa: S311 - no secret
     for number in range(1, KILLS + 1):
@@ -86,8 +86,8 @@ def crash_at_random(server: Server, done: threading.Event) -> None:
         server.kill()
         time.sleep(moments.uniform(0.0, 0.3))
         server.start()
+        kills.append(number)
         print(f"  kill -9, and started again: {number} of {KILLS}", flush=True)
-    done.set()
 
 
 def main() -> None:
@@ -108,8 +108,9 @@ def deliver_through_crashes(server: Server) -> tuple[set[str], pillarbox.Stats]:
     command = [sys.executable, "-m", "pillarbox", "spacetimedb", "publish", "--server", server.url]
     subprocess.run([*command, "--database", "game-events", "--token-file", str(token)], check=True)
     url = f"spacetimedb://127.0.0.1:{server.port}/game-events?token_file={token}"
-    done, acknowledged = threading.Event(), set()
-    crashes = threading.Thread(target=crash_at_random, args=(server, done))
+    kills: list[int] = []
+    acknowledged: set[str] = set()
+    crashes = threading.Thread(target=crash_at_random, args=(server, kills))
     print(f"\nEnqueueing {MORE + 127:,} events while the server is killed {KILLS} times:", flush=True)
     with pillarbox.Outbox(str(PLACE / "outbox"), sink=url) as outbox:
         crashes.start()
@@ -119,9 +120,13 @@ def deliver_through_crashes(server: Server) -> tuple[set[str], pillarbox.Stats]:
             if number % 1000 == 0:
                 time.sleep(0.05)  # an application has other things to do
         crashes.join()
+        if len(kills) < KILLS:
+            raise SystemExit("the server did not come back; see the lines above")
         print("  waiting for the rest", flush=True)
         if not outbox.flush(timeout=300):
             raise SystemExit(f"not everything was settled in five minutes: {outbox.stats()}")
+        server.kill()  # what is settled by now must be there afterwards
+        server.start()
         return acknowledged, outbox.stats()
 
 

@@ -39,13 +39,13 @@ class ManualClock:
 class RecordingSink:
     """A `Sink` in memory: `batches` holds what it accepted; `answers` are given first, then everything is accepted.
 
-    An answer that is an exception is raised. `confirmations` answers `confirm` likewise, where `window` is above 1.
+    An answer that is an exception is raised. `confirmations` answers `confirm` likewise, where it `confirms`.
     """
 
-    def __init__(self, answers: Iterable[Answer | Exception] = (), *, window: int = 1) -> None:
-        self.traits = Traits(deduplicates_by="nothing", survives="process", window=window)
+    def __init__(self, answers: Iterable[Answer | Exception] = (), *, confirms: bool = False, window: int = 1) -> None:
+        self.traits = Traits(deduplicates_by="nothing", survives="process", confirms=confirms, window=window)
         self.answers: deque[Answer | Exception] = deque(answers)
-        self.confirmations: deque[int] = deque()
+        self.confirmations: deque[int | Exception] = deque()
         self.calls: list[str] = []  # batch ids, in the order in which they came
         self.batches: dict[str, list[bytes]] = {}
         self.opened = 0
@@ -74,7 +74,10 @@ class RecordingSink:
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
         """Give the next confirmation, or confirm all."""
-        return min(len(batches), self.confirmations.popleft()) if self.confirmations else len(batches)
+        confirmation = self.confirmations.popleft() if self.confirmations else len(batches)
+        if isinstance(confirmation, Exception):
+            raise confirmation
+        return min(len(batches), confirmation)
 
     async def check(self) -> Iterable[Finding]:
         """Nothing to find."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import msgspec
 import typer
@@ -37,9 +39,10 @@ def publish(
     token_file: Annotated[
         str, typer.Option("--token-file", metavar="FILE", help="The owner's token; made with a new identity if missing.")
     ] = "spacetimedb.token",  # noqa: S107 - a file's name
+    replace: Annotated[bool, typer.Option("--replace", help="Put the shipped module over one of ours that is there.")] = False,
     json: JsonOption = False,
 ) -> int:
-    """Make a database with the table tracking_event, or update the one that this command has made.
+    """Make a database with the table tracking_event and the function that fills it.
 
     Needs no Rust: the module ships with Pillarbox, built for servers 1.x and 2.x, and the one that fits is taken. A database
     that holds another module is left alone. Whoever has the token owns the database: keep the file.
@@ -58,32 +61,40 @@ def publish(
     if token is None:
         _, token = asyncio.run(module.new_identity(server.rstrip("/")))
         write_secret(token_file, token.line())
-    done = asyncio.run(module.publish(server.rstrip("/"), database, token))
+    done = asyncio.run(module.publish(server.rstrip("/"), database, token, replace=replace))
     if json:
         sys.stdout.write(msgspec.json.encode(done._asdict()).decode() + "\n")
         return Exit.DONE
-    origin = f"{token_file}, made just now with a new identity" if made else f"{token_file} or {TOKEN_VARIABLE}"
-    out.print(_screen(done, token_file, origin), markup=False)
+    file = token_file if exists(token_file) else ""
+    origin = f"{file}, made just now with a new identity" if made else file or f"environment {TOKEN_VARIABLE}"
+    out.print(_screen(done, file, origin), markup=False)
     return Exit.DONE
 
 
-def _screen(done: Published, token_file: str, origin: str) -> str:
+def _screen(done: Published, file: str, origin: str) -> str:
     """All that its owner needs to know."""
     scheme, _, place = done.server.partition("://")
-    url = f"spacetimedb{'+https' if scheme == 'https' else ''}://{place}/{done.database}?token_file={token_file}"
+    option = f"?token_file={quote(file, safe='/')}" if file else ""
+    url = shlex.quote(f"spacetimedb{'+https' if scheme == 'https' else ''}://{place}/{done.database}{option}")
+    secret = f"$(cat {shlex.quote(file)})" if file else "$PILLARBOX_SPACETIMEDB_TOKEN"
     ask = f"{done.server}/v1/database/{done.database}/sql -d '{_QUERY}'"
-    head = "Made" if done.created else "Updated"
-    return f"""{head} {done.database} on {done.server}, SpacetimeDB {done.version}
+    head = {
+        "made": f"Made {done.database} on",
+        "replaced": f"Replaced the module of {done.database} on",
+        "was there": f"Nothing changed (--replace would): {done.database} has the module already, on",
+    }[done.done]
+    return f"""{head} {done.server}, SpacetimeDB {done.version}
   database   {done.database_identity}
+  owner      {done.owner}
   module     {done.module}: table tracking_event (private), function record_tracking_events
   token      {origin}
              Whoever has it owns the database: keep it, and keep it out of logs.
 
 Deliver to it:
-  pillarbox check '{url}'
-  pillarbox deliver -d DIR --sink '{url}'
+  pillarbox check {url}
+  pillarbox deliver -d DIR --sink {url}
 See what arrived, as the owner:
-  curl -H "Authorization: Bearer $(cat {token_file})" {ask}"""
+  curl -H "Authorization: Bearer {secret}" {ask}"""
 
 
 @spacetimedb.command("scaffold")

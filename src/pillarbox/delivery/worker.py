@@ -22,7 +22,7 @@ from pillarbox.delivery.lease import BEAT_EVERY_S, Lease
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.delivery.state import State, StateName
 from pillarbox.errors import FileUnusable, SinkUnusable
-from pillarbox.sinks.base import Answer, Batch, Misconfigured, Refusal, Retry, Sink
+from pillarbox.sinks.base import Answer, Batch, Misconfigured, Refusal, Retry, Sink, Unconfirmed
 from pillarbox.store import layout, reader
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 _jitter = random.SystemRandom().random  # forked processes must not wait in step
+_NOT_YET_S: Final = 0.01  # before a sink that could confirm nothing yet is asked again
 _AHEAD_AFTER_S: Final = 0.001  # a call that takes longer waits for the destination: time to read the next file
 CALL_MAX_S: Final = 120.0  # a call to a sink that takes longer is given up and tried again
 
@@ -106,7 +107,8 @@ class Worker:
         self._ahead: _Job | None = None  # read while the one before it is on its way
         self._unconfirmed: deque[_Job] = deque()
         self._confirming: asyncio.Task[None] | None = None
-        self._unconfirmed_failures = 0
+        self._confirm_failures = 0
+        self._trouble_confirming: Misconfigured | Retry | None = None
         self._unusable: dict[str, str] = {}
         self.state = State("idle")
         self.last_error = ""
@@ -183,7 +185,8 @@ class Worker:
         progress = False
         window = self._sink.traits.window
         while self._queue or self._ahead is not None:
-            await self._wait_for_room(window)
+            if await self._wait_for_room(window):
+                return True  # the queue is empty, and what was in it is on disk
             job = self._next_job()
             if job is None:
                 continue
@@ -194,7 +197,7 @@ class Worker:
             except BaseException:
                 self._directory.filesystem.close(job.file.fd)
                 raise
-            if window > 1 and job.accepted:
+            if self._sink.traits.confirms and job.accepted:
                 job.batch.payloads = ()  # what is sent again is read again
                 self._unconfirmed.append(job)
                 if self._confirming is None or self._confirming.done():
@@ -316,35 +319,54 @@ class Worker:
 
     async def _confirm(self) -> None:
         """Settle what is sent once the destination is sure of it; what it is not sure of is sent again."""
-        while self._unconfirmed:
-            group = list(self._unconfirmed)
-            try:
-                async with asyncio.timeout(CALL_MAX_S):
-                    sure = await self._sink.confirm([job.batch for job in group])
-            except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
-                sure = 0
-                self.last_error = _words(error)
-            if sure:
-                self._unconfirmed_failures = 0
-                for job in group[:sure]:
-                    self._unconfirmed.popleft()
-                    self._settle(job)
-            else:
-                self._unconfirmed_failures += 1
+        try:
+            while self._unconfirmed:
+                group = list(self._unconfirmed)
+                sure, trouble = await self._ask_to_confirm(group)
+                if trouble is None:
+                    for job in group[:sure]:
+                        self._unconfirmed.popleft()
+                        self._settle(job)
+                    if sure:
+                        self._confirm_failures = 0
+                        self._room.set()
+                    else:
+                        await asyncio.sleep(_NOT_YET_S)
+                    continue
                 for job in group:
                     self._unconfirmed.popleft()
                     self._directory.filesystem.close(job.file.fd)
                 self._forget_queue()
-                log.warning("%s: not confirmed, sent again: batches %d", self._sink_name, len(group))
-            self._room.set()
+                self._confirm_failures += 1
+                self._trouble_confirming = trouble
+                log.warning("%s: not confirmed, sent again: %d files; %s", self._sink_name, len(group), trouble.reason)
+        finally:
+            self._room.set()  # whoever waits must not wait for a task that is no more
 
-    async def _wait_for_room(self, window: int) -> None:
+    async def _ask_to_confirm(self, group: list[_Job]) -> tuple[int, Misconfigured | Retry | None]:
+        try:
+            async with asyncio.timeout(CALL_MAX_S):
+                return await self._sink.confirm([job.batch for job in group]), None
+        except SinkUnusable as error:
+            return 0, Misconfigured(str(error))
+        except Unconfirmed as error:
+            return 0, Retry(str(error))
+        except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
+            return 0, Retry(_words(error))
+
+    async def _wait_for_room(self, window: int) -> bool:
+        """Wait until fewer batches than `window` are unconfirmed; whether some must be sent again."""
         while len(self._unconfirmed) >= window:
+            if self._confirming is None or self._confirming.done():
+                self._confirming = asyncio.create_task(self._confirm())
             self._room.clear()
             await self._room.wait()
-        if self._unconfirmed_failures and not self._unconfirmed:
-            delay = self._pace.backoff.delay(self._unconfirmed_failures, _jitter())
-            await self._hold(self.last_error or "sent events could not be confirmed", delay)
+        trouble, self._trouble_confirming = self._trouble_confirming, None
+        if isinstance(trouble, Misconfigured):
+            await self._stop(trouble.reason, self._pace.recheck_s)
+        elif trouble is not None:
+            await self._hold(trouble.reason, self._pace.backoff.delay(self._confirm_failures, _jitter()))
+        return trouble is not None
 
     def _settle(self, job: _Job) -> None:
         """Make durable what is kept, then let the file go. Trouble leaves the file for the next look."""

@@ -14,12 +14,17 @@ GIVE_WAY_EVERY: Final = 50  # records; see `Batch`
 Survives = Literal["process", "power"]
 
 
+class Unconfirmed(Exception):  # noqa: N818 - reads as the sentence it is
+    """What was accepted may be lost: it must be sent again. The message says why."""
+
+
 class Traits(NamedTuple):
     """What a sink says of itself."""
 
     deduplicates_by: Literal["event_id", "batch_id", "nothing"]
     survives: Survives  # what an event that it has accepted (and confirmed) lives through at the destination
-    window: int = 1  # how many batches may be delivered and not yet confirmed; 1: acceptance needs no confirming
+    confirms: bool = False  # whether what it has accepted must be confirmed before the file may go
+    window: int = 1  # how many batches may be delivered and not yet confirmed
 
 
 def _nobody_waits() -> None:
@@ -129,9 +134,10 @@ class Sink(Protocol):
         """Send one batch. An exception counts as `Retry`."""
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
-        """How many of these delivered batches, from the first, are sure to survive; 0 has all of them sent again.
+        """How many of these delivered batches, from the first, are sure to survive; the others are asked for again.
 
-        May wait. Batches that it leaves out are asked for again.
+        May wait for a while. Raises `Unconfirmed` where they must be sent again, `SinkUnusable` where the set-up is at fault.
+        Called only where `traits.confirms`.
         """
 
     async def check(self) -> Iterable[Finding]:

@@ -21,7 +21,8 @@ import msgspec
 from pillarbox import TrackingEvent
 from pillarbox.event import Codec
 from pillarbox.sinks import make_sink
-from pillarbox.sinks.base import Answer, Batch, Finding
+from pillarbox.sinks.base import Answer, Batch, Finding, Unconfirmed
+from pillarbox.sinks.spacetimedb.answers import Reply
 
 ROOT = Path(__file__).parents[3]
 START_MAX_S = 60  # a server that has not answered by then will not
@@ -81,11 +82,17 @@ class Server:
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
         """(status, body) of a request by a plain HTTP client."""
+        reply = self.reply(method, path, body, **headers)
+        return reply.status, reply.body
+
+    def reply(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Reply:
+        """The answer to a request, as the sink sees it."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             response = connection.getresponse()
-            return response.status, response.read()
+            timed = response.getheader("spacetime-execution-duration-micros") is not None
+            return Reply(response.status, response.getheader("content-type", ""), "", response.read(), timed)
         finally:
             connection.close()
 
@@ -96,10 +103,11 @@ class Server:
         )
         assert status == 200, body
 
-    def call(self, database: str, function: str, body: bytes, **headers: str) -> tuple[int, bytes]:
-        """Call a function with a body as it is."""
+    def call(self, database: str, function: str, body: bytes, **headers: str) -> Reply:
+        """Call a function with a body as it is; a header that is empty is left out."""
         given = {"Content_Type": "application/json", "Authorization": f"Bearer {self.token}"} | headers
-        return self.ask("POST", f"/v1/database/{database}/call/{function}", body, **given)
+        given = {name: value for name, value in given.items() if value}
+        return self.reply("POST", f"/v1/database/{database}/call/{function}", body, **given)
 
     def rows(self, database: str, query: str) -> list[list[Any]]:
         """What a query finds, as the owner."""
@@ -135,7 +143,13 @@ def deliver(
         try:
             answers = [await sink.deliver(one) for one in batches]
             await asyncio.to_thread(between)
-            return answers, await sink.confirm(batches) == len(batches)
+            left = list(batches)
+            try:
+                while left:
+                    left = left[await sink.confirm(left) :]
+            except Unconfirmed:
+                return answers, False
+            return answers, True
         finally:
             await sink.close()
 

@@ -7,7 +7,9 @@ text of a 404, and a query that waits for durability.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -23,21 +25,35 @@ class StandIn28:
     def __init__(self, schema: dict[str, Any]) -> None:
         self.schema = _as_2x(schema)
         self.stored: dict[str, list[Any]] = {}
+        self.published: dict[str, bytes] = {}
         self.confirmed = 0
+        self.confirming = (200, b'[{"schema":{"elements":[]},"rows":[[1]]}]', "application/json")  # what the query is answered
         self.calls = 0
+        self.start(0)
+
+    def start(self, port: int) -> None:
+        """Answer, on this port."""
         outer = self
+        self._open: set[socket.socket] = set()
 
         class Handler(_Handler):
             stand_in = outer
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            def setup(self) -> None:
+                outer._open.add(self.request)
+                super().setup()
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
-        """Answer nothing more."""
+        """Answer nothing more, and hang up."""
         self._server.shutdown()
+        for connection in self._open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._server.server_close()
 
     def sink_url(self, database: str = "events", token: str = TOKEN, **options: object) -> str:
@@ -92,8 +108,15 @@ class _Handler(BaseHTTPRequestHandler):
             case _:
                 self._answer(404, b"No such database.")
 
+    def do_PUT(self) -> None:
+        """A module."""
+        database = self.path.rpartition("/")[2]
+        self.stand_in.published[database] = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        success = {"domain": database, "database_identity": "c200aa", "op": "created"}
+        self._answer(200, json.dumps({"Success": success}).encode(), "application/json")
+
     def do_POST(self) -> None:
-        """Calls and queries."""
+        """Calls, queries and identities."""
         length = int(self.headers.get("Content-Length", "0"))
         body = self.rfile.read(length)
         if length > BODY_MAX:
@@ -102,9 +125,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, b"TokenError(Error(InvalidToken))")
         elif self.path == "/v1/database/events/sql":
             self.stand_in.confirmed += 1
-            self._answer(200, b'[{"schema":{"elements":[]},"rows":[[1]]}]', "application/json")
+            self._answer(*self.stand_in.confirming)
         elif self.path.startswith("/v1/database/events/call/"):
             self._call(self.path.rpartition("/")[2], body)
+        elif self.path == "/v1/identity":
+            self._answer(200, json.dumps({"identity": "c200bb", "token": TOKEN}).encode(), "application/json")
         else:
             self._answer(404, b"No such database.")
 

@@ -8,27 +8,55 @@ import pytest
 
 from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused, Retry
 from pillarbox.sinks.spacetimedb.answers import Reply, classify
+from pillarbox.sinks.spacetimedb.schema import Returns
 
 HTML = b"<html><head><title>Bad\n Gateway</title></head></html>"
 
 
-def answer(status: int, body: bytes = b"", kind: str = "text/plain", after: str = "", *, counted: bool = False) -> Any:
-    return classify(Reply(status, kind, after, body), "f", [3, 5, 8], counted=counted)
+def answer(
+    status: int,
+    body: bytes = b"",
+    kind: str = "text/plain",
+    after: str = "",
+    returns: Returns = "nothing",
+    *,
+    timed: bool = True,
+) -> Any:
+    return classify(Reply(status, kind, after, body, timed), "f", [3, 5, 8], returns)
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "counted", "expected"),
+    ("body", "returns", "expected"),
     [
-        (200, b"", False, Delivered(3)),
-        (200, b"2", True, Delivered(3, 1)),
-        (200, b"[0,0]", True, Delivered(3, 3)),
-        (200, b'{"ok":3}', True, Delivered(3, 0)),
-        (200, b"[]", True, Delivered(3, 0)),
+        (b"", "nothing", Delivered(3)),
+        (b"2", "count", Delivered(3, 1)),
+        (b"[0,0]", "result", Delivered(3, 3)),
+        (b'{"ok":3}', "result", Delivered(3, 0)),
+        (b"[]", "value", Delivered(3, 0)),
+        (b"[1,5]", "value", Delivered(3, 0)),
     ],
 )
-def test_accepted(status: int, body: bytes, counted: bool, expected: Delivered) -> None:
+def test_accepted(body: bytes, returns: Returns, expected: Delivered) -> None:
     """With the number that were there already, where the answer tells it."""
-    assert answer(status, body, counted=counted) == expected
+    assert answer(200, body, returns=returns) == expected
+
+
+@pytest.mark.parametrize("body", [b'[1,"no"]', b'[1,{"Invalid":[]}]', b"[1,[]]", b'{"err":{"code":5}}'])
+def test_an_error_of_any_type_in_a_result_is_a_refusal(body: bytes) -> None:
+    """The call was rolled back."""
+    assert isinstance(answer(200, body, returns="result"), Refused)
+
+
+@pytest.mark.parametrize(("body", "returns"), [(b"[2,1]", "result"), (b'"x"', "count"), (b"{", "value")])
+def test_an_answer_of_another_shape_than_the_schemas_is_not_taken_for_acceptance(body: bytes, returns: Returns) -> None:
+    """Nothing may be deleted for it."""
+    assert isinstance(answer(200, body, returns=returns), Misconfigured)
+
+
+def test_what_no_function_can_have_answered_is_not_believed() -> None:
+    """A 200 or 530 without the time that the function took is a proxy's."""
+    assert isinstance(answer(200, b"maintenance", timed=False), Misconfigured)
+    assert isinstance(answer(530, b"error code: 1033", timed=False), Retry)
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
@@ -61,7 +89,7 @@ def test_the_set_up_is_at_fault(status: int, body: bytes, said: str) -> None:
     assert said in found.reason
 
 
-@pytest.mark.parametrize("status", [200, 301, 400, 401, 404, 413, 530])
+@pytest.mark.parametrize("status", [200, 301, 400, 401, 404, 413])
 def test_html_is_a_proxys(status: int) -> None:
     """Whatever the status, it is not taken for SpacetimeDB's word."""
     for kind in ("text/html; charset=utf-8", ""):
@@ -82,7 +110,13 @@ def test_the_function_may_name_several_events() -> None:
     assert found.accepted is None
 
 
-@pytest.mark.parametrize("text", [b"no reason", b"", b"event[7].x: out of this call"])
+def test_all_of_a_long_error_is_read() -> None:
+    """Only what is shown is cut."""
+    text = "; ".join(f"event[{index}].metadata_json: {'x' * 400}" for index in range(3))
+    assert answer(530, text.encode()).refused.keys() == {3, 5, 8}
+
+
+@pytest.mark.parametrize("text", [b"no reason", b"", b"event[7].x: out of this call", b"he said event[0].x: no"])
 def test_an_error_that_names_none_refuses_all(text: bytes) -> None:
     """The engine narrows it down."""
     assert isinstance(answer(530, text), Refused)

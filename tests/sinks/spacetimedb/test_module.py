@@ -137,16 +137,25 @@ def test_publish_makes_a_database_that_takes_events(shared_server: Server, tmp_p
     url = f"spacetimedb://127.0.0.1:{shared_server.port}/by-command?confirm_wait=0&token_file={token}"
     assert all(finding.ok for finding in check(url))
     assert deliver(url, batch(event(1)))[1]
-    again = run("publish", "--server", shared_server.url, "--database", "by-command", "--json", cwd=tmp_path)
-    assert (again.returncode, json.loads(again.stdout)["created"]) == (0, False)
+    for options, word in (([], "was there"), (["--replace"], "replaced")):
+        again = run("publish", "--server", shared_server.url, "--database", "by-command", "--json", *options, cwd=tmp_path)
+        assert (again.returncode, json.loads(again.stdout)["done"]) == (0, word)
     assert deliver(url, batch(event(1)))[1]
+    query = f"SELECT COUNT(*) AS n FROM {module.TABLE}"
+    headers = {"Authorization": f"Bearer {token.read_text().strip()}"}
+    assert json.loads(shared_server.ask("POST", "/v1/database/by-command/sql", query.encode(), **headers)[1])[0]["rows"] == [
+        [1]
+    ]
 
 
 @pytest.mark.parametrize(
     ("database", "said"),
     [
         ("events", "belongs to another identity"),
-        ("other", "another module (tables note), which is not overwritten"),
+        (
+            "other",
+            "another module (tables note; functions lacks_profile, other_arguments, record_notes), which is not overwritten",
+        ),
         ("Not A Name", "lower-case letters"),
     ],
 )

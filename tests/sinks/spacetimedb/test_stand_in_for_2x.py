@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from pillarbox import Outbox, ScopeKind
 from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused
+from pillarbox.sinks.spacetimedb import module
 from tests.conftest import event
 from tests.sinks.spacetimedb.server import Server, batch, check, deliver
 from tests.sinks.spacetimedb.stand_in import FUNCTION, StandIn28
@@ -91,3 +93,51 @@ def test_a_whole_outbox_drains_into_it(stand_in: StandIn28, tmp_path: Path) -> N
         assert (outbox.stats().delivered, outbox.stats().duplicates) == (1000, 0)
     assert len(stand_in.stored) == 1000
     assert stand_in.confirmed >= 1
+
+
+def test_publish_takes_the_module_for_2x(stand_in: StandIn28) -> None:
+    """By the version that the server says."""
+
+    async def run() -> module.Published:
+        _, token = await module.new_identity(f"http://127.0.0.1:{stand_in.port}")
+        return await module.publish(f"http://127.0.0.1:{stand_in.port}", "fresh", token)
+
+    assert asyncio.run(run()).done == "made"
+    assert stand_in.published == {"fresh": module.wasm("tracking_event_v2.wasm")}
+
+
+def test_a_batch_is_sent_again_where_the_query_fails(stand_in: StandIn28, tmp_path: Path) -> None:
+    """And the reason is told."""
+    stand_in.confirming = (503, b"not now", "text/plain")
+    with Outbox(str(tmp_path / "box"), sink=stand_in.sink_url()) as outbox:
+        outbox.enqueue(event(1))
+        assert not outbox.flush(0.5)
+        assert "the confirming query was answered with 503: not now" in outbox.stats().last_error
+        assert outbox.stats().pending_files == 1
+        stand_in.confirming = (200, b"[]", "application/json")
+        assert outbox.flush(30)
+    assert stand_in.calls > 1
+
+
+def test_a_query_that_is_not_allowed_stops_delivery_and_is_found_by_check(stand_in: StandIn28, tmp_path: Path) -> None:
+    """Nothing is removed for a batch that cannot be confirmed."""
+    stand_in.confirming = (403, b"no queries here", "text/plain")
+    assert [finding.text for finding in check(stand_in.sink_url()) if not finding.ok] == [
+        "the confirming query was answered with 403: no queries here; let it pass"
+    ]
+    with Outbox(str(tmp_path / "box"), sink=stand_in.sink_url()) as outbox:
+        outbox.enqueue(event(1))
+        assert not outbox.flush(0.5)
+        assert outbox.stats().state.name == "stopped"
+        assert outbox.stats().pending_files == 1
+
+
+def test_a_query_on_another_connection_confirms_nothing(stand_in: StandIn28) -> None:
+    """The server that answers it may be another one."""
+    port = stand_in.port
+
+    def restart() -> None:
+        stand_in.stop()
+        stand_in.start(port)
+
+    assert deliver(stand_in.sink_url(), batch(event(1)), between=restart) == ([Delivered(1)], False)

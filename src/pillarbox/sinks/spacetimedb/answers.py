@@ -15,8 +15,10 @@ from pillarbox.sinks.base import Answer, Delivered, Misconfigured, Partly, Refus
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pillarbox.sinks.spacetimedb.schema import Returns
+
 _TEXT_MAX: Final = 500  # characters of a server's text that are shown
-_NAMED = re.compile(r"event\[(\d+)\](?:\.(\w+))?: (.*?)(?=; event\[|$)", re.DOTALL)
+_NAMED = re.compile(r"event\[(\d+)\](?:\.(\w+))?: ")
 _ARGUMENT = re.compile(r"\[0\]\[(\d+)\]")
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -28,11 +30,17 @@ class Reply(NamedTuple):
     content_type: str
     retry_after: str
     body: bytes
+    timed: bool  # says how long the function ran, as SpacetimeDB does wherever it has called one
+
+    @property
+    def whole(self) -> str:
+        """The body as text."""
+        return self.body.decode(errors="replace")
 
     @property
     def text(self) -> str:
         """The beginning of the body, for people."""
-        return " ".join(self.body.decode(errors="replace").split())[:_TEXT_MAX]
+        return " ".join(self.whole.split())[:_TEXT_MAX]
 
     @property
     def is_html(self) -> bool:
@@ -40,18 +48,24 @@ class Reply(NamedTuple):
         return "html" in self.content_type or self.body.lstrip()[:1] == b"<"
 
 
-def classify(reply: Reply, function: str, indexes: Sequence[int], *, counted: bool) -> Answer:
-    """The answer for a call with the events that stand at `indexes` of a batch; `counted` for a procedure."""
+def classify(reply: Reply, function: str, indexes: Sequence[int], returns: Returns) -> Answer:
+    """The answer for a call with the events that stand at `indexes` of a batch, to a function that `returns` this."""
     status = reply.status
-    if reply.is_html and status not in _PASSING:
+    if reply.is_html and status not in _PASSING and status != 530:
         return Misconfigured(
             f"something that is no SpacetimeDB answered with HTML and status {status}: "
             f"is there a proxy in between, or another server at this address? ({_title(reply)})"
         )
+    if status in (200, 530) and not reply.timed:
+        # 530 is also what a large proxy operator answers where the server behind it is away.
+        words = f"{status} came without spacetime-execution-duration-micros ({reply.text or 'no text'})"
+        return (
+            Retry(f"the server is away: {words}") if status == 530 else Misconfigured(f"{words}: is there a proxy in between?")
+        )
     if status == 200:
-        return _returned(reply, indexes) if counted else Delivered(len(indexes))
-    if status == 530 or (status == 500 and counted and _is_panic(reply)):
-        return _refused_by_function(reply.text, indexes)
+        return Delivered(len(indexes)) if returns == "nothing" else _returned(reply, indexes, returns)
+    if status == 530 or (status == 500 and returns != "nothing" and _is_panic(reply)):
+        return _refused_by_function(reply.whole, indexes)
     if status == 400:
         return _bad_request(reply, function, indexes)
     if status == 413:
@@ -61,37 +75,44 @@ def classify(reply: Reply, function: str, indexes: Sequence[int], *, counted: bo
     return Misconfigured(_advice(reply, function))
 
 
-def _returned(reply: Reply, indexes: Sequence[int]) -> Answer:
-    """A procedure's value: a count, or a Result as `[0, count]` or `[1, message]`."""
+def _returned(reply: Reply, indexes: Sequence[int], returns: Returns) -> Answer:
+    """A procedure's value: a count, or a Result as `[0, value]` or `[1, error]`; anything else is not looked at."""
     try:
         value = msgspec.json.decode(reply.body)
     except msgspec.DecodeError:
         return Misconfigured(f"the procedure's answer is not JSON: {reply.text}")
-    match value:
-        case [1, str(message)] | {"err": str(message)}:
-            return _refused_by_function(message, indexes)
-        case [0, inner] | {"ok": inner}:
-            value = inner
-        case _:
-            pass
+    if returns == "result":
+        match value:
+            case [1, error] | {"err": error}:
+                text = error if isinstance(error, str) else msgspec.json.encode(error).decode()
+                return _refused_by_function(text, indexes)
+            case [0, inner] | {"ok": inner}:
+                value = inner
+            case _:
+                return Misconfigured(f"the procedure's answer is no Result: {reply.text}")
+    elif returns == "count" and type(value) is not int:
+        return Misconfigured(f"the procedure's answer is no number: {reply.text}")
     fresh = value if type(value) is int and 0 <= value <= len(indexes) else len(indexes)
     return Delivered(len(indexes), len(indexes) - fresh)
 
 
 def _refused_by_function(text: str, indexes: Sequence[int]) -> Answer:
-    """The function said no and all of the call was rolled back: to the events that it names, or to all."""
+    """The function said no and all of the call was rolled back: to the events that its text begins with, or to all."""
     refused: dict[int, Refusal] = {}
-    for number, field, reason in _NAMED.findall(text):
-        if int(number) < len(indexes):
-            refused[indexes[int(number)]] = Refusal("refused_by_function", f"{field}: {reason}" if field else reason)
+    for part in text.strip().split("; event[") if text.strip().startswith("event[") else ():
+        named = _NAMED.match(part if part.startswith("event[") else f"event[{part}")
+        if named is not None and int(named[1]) < len(indexes):
+            reason = (part if part.startswith("event[") else f"event[{part}")[named.end() :][:_TEXT_MAX]
+            refusal = Refusal("refused_by_function", f"{named[2]}: {reason}" if named[2] else reason)
+            refused.setdefault(indexes[int(named[1])], refusal)
     if refused:
         return Partly(refused)
-    return Refused(Refusal("refused_by_function", text or "the function gave no reason"))
+    return Refused(Refusal("refused_by_function", text.strip()[:_TEXT_MAX] or "the function gave no reason"))
 
 
 def _bad_request(reply: Reply, function: str, indexes: Sequence[int]) -> Answer:
     """The server could not read the arguments. They fit the schema, so that only a value can be at fault, or a proxy."""
-    named = _ARGUMENT.search(reply.text)
+    named = _ARGUMENT.search(reply.whole)
     if "invalid arguments for" in reply.text and named and int(named[1]) < len(indexes):
         return Partly({indexes[int(named[1])]: Refusal("bad_value", reply.text)})
     return Misconfigured(

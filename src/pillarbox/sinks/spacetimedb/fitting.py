@@ -17,13 +17,12 @@ import msgspec
 
 from pillarbox.event import ScopeKind, TrackingEvent
 from pillarbox.sinks.base import Refusal
-from pillarbox.sinks.spacetimedb.schema import Function, Schema, Type, canonical
+from pillarbox.sinks.spacetimedb.schema import Function, Member, Schema, Type, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-Convert = "Callable[[Any], Any] | None"  # None: the value goes as it is
-
+_Members = tuple[tuple[str, Any], ...]  # (name, value) of a closed set
 _INTEGERS: Final = {f"{sign}{bits}": (sign, bits) for sign in "IU" for bits in (8, 16, 32, 64, 128, 256)}
 _MICROS: Final = {"__timestamp_micros_since_unix_epoch__", "__time_duration_micros__"}
 # Texts whose values have a closed set all the same: a module that lacks one of them is set up wrongly, not the event.
@@ -51,7 +50,7 @@ class Fitting:
     def __init__(self, schema: Schema, function: Function, event_type: type[msgspec.Struct]) -> None:
         self.function = function
         self.misfits: list[Misfit] = []
-        self.counted = function.returns is not None
+        self.returns = schema.answer(function)
         self._schema = schema
         element = schema.element(function.parameters[0].type) if len(function.parameters) == 1 else None
         columns = schema.product(element) if element is not None else None
@@ -78,7 +77,7 @@ class Fitting:
                 converts.append((len(names) - 1, _nothing))
                 continue
             names.append(field.name)
-            convert = self._value(field.type, column.type, name, _CLOSED.get((kind, field.name)))
+            convert = self._value(field.type, column.type, name, _closed(kind, field.name))
             if convert is not None:
                 converts.append((len(names) - 1, convert))
         for left in fields.values():
@@ -93,42 +92,38 @@ class Fitting:
 
         return row
 
-    def _value(
-        self, annotation: Any, of: Type, path: str, closed: type[enum.Enum] | None = None
-    ) -> Callable[[Any], Any] | None:
+    def _value(self, annotation: Any, of: Type, path: str, closed: _Members = ()) -> Callable[[Any], Any] | None:
         """How a value becomes one of the type `of`; None where it goes as it is."""
         kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
-        nullable = NoneType in kinds or Any in kinds
+        nullable = NoneType in kinds
         kinds.discard(NoneType)
         kind = kinds.pop() if len(kinds) == 1 else Any
         inner = self._schema.option(of)
         if inner is not None:
             return _option(self._value(kind, inner, path, closed))
-        if nullable and annotation is not Any:
+        if nullable:
             words = self._schema.words(of)
             self.misfits.append(Misfit(path, f"may be None, the module's is {words}: make it Option<{words}>"))
         return self._present(kind, self._schema.resolve(of), path, closed)
 
-    def _present(self, kind: Any, of: Type, path: str, closed: type[enum.Enum] | None) -> Callable[[Any], Any] | None:
-        plain = get_origin(kind) or kind
-        if isinstance(plain, type) and issubclass(plain, enum.Enum):
-            closed = plain
+    def _present(self, kind: Any, of: Type, path: str, closed: _Members) -> Callable[[Any], Any] | None:
+        plain, closed = _scalar(kind, closed)
         name = next(iter(of))
         variants = self._schema.variants(of)
-        if variants is not None and (closed is not None or plain in (str, Literal)):
-            return self._variant([variant.name for variant in variants], closed, path)
-        if name == "String":
-            return None if plain in (str, Literal) or closed is not None else _json_text
+        if variants is not None and plain is str:
+            return self._variant(variants, closed, path)
+        if name == "String" and plain is not int:
+            return None if plain is str else _json_text
         if name == "Bool" and plain is bool:
             return None
         if name in ("F32", "F64") and plain in (float, int):
             return None
-        if name in _INTEGERS and (plain is int or (closed is not None and issubclass(closed, int))):
+        if name in _INTEGERS and plain is int:
             return _integer(*_INTEGERS[name])
-        fields = self._schema.product(of)
-        if fields is not None and [field.name for field in fields] and fields[0].name in _MICROS and plain in (int, datetime):
+        fields = self._schema.product(of) or []
+        if fields and fields[0].name in _MICROS and plain in (int, datetime):
             return _micros
-        if fields is not None and isinstance(plain, type) and issubclass(plain, msgspec.Struct):
+        if "Product" in of and isinstance(plain, type) and issubclass(plain, msgspec.Struct):
             return self._struct(plain, of, f"{path}.")
         element = self._schema.element(of)
         if element is not None and plain in (list, tuple, set, frozenset, bytes):
@@ -138,22 +133,28 @@ class Fitting:
         self.misfits.append(Misfit(path, f"is {shown}, the module's is {self._schema.words(of)}"))
         return None
 
-    def _variant(self, variants: list[str], closed: type[enum.Enum] | None, path: str) -> Callable[[Any], Any]:
-        positions = {canonical(variant): msgspec.Raw(b'{"%d":[]}' % position) for position, variant in enumerate(variants)}
+    def _variant(self, variants: list[Member], closed: _Members, path: str) -> Callable[[Any], Any]:
+        """How a text becomes a variant; every member of a closed set must have one."""
+        names = ", ".join(variant.name for variant in variants)
+        for variant in variants:
+            if self._schema.product(variant.type) != []:
+                self.misfits.append(
+                    Misfit(path, f"the module's variant {variant.name} carries data, which no text can give it")
+                )
+        positions = {canonical(one.name): msgspec.Raw(b'{"%d":[]}' % at) for at, one in enumerate(variants)}
         known: dict[Any, msgspec.Raw] = {}
-        for member in closed or ():
-            position = positions.get(canonical(str(member.value)), positions.get(canonical(member.name)))
+        for name, value in closed:
+            position = positions.get(canonical(str(value)), positions.get(canonical(name)))
             if position is None:
-                self.misfits.append(Misfit(path, f"the module's enum lacks {member.name}; it has {', '.join(variants)}"))
+                self.misfits.append(Misfit(path, f"the module's enum lacks {name}; it has {names}"))
             else:
-                known[member.value] = known[member] = position
+                known[value] = position
 
         def convert(value: Any) -> msgspec.Raw:
-            found = known.get(value) or positions.get(canonical(str(value)))
+            text = value.value if isinstance(value, enum.Enum) else value
+            found = known.get(text) or positions.get(canonical(str(text)))
             if found is None:
-                reason = f"{path}: {value!r} is none of {', '.join(variants)}"
-                raise Unfit(Refusal("unknown_variant", reason))
-            known[value] = found
+                raise Unfit(Refusal("unknown_variant", f"{path}: {text!r} is none of {names}"))
             return found
 
         return convert
@@ -170,6 +171,28 @@ class Fitting:
             else:
                 indexes.append(index)
         return msgspec.json.encode([rows]), indexes
+
+
+def _closed(kind: type[msgspec.Struct], field: str) -> _Members:
+    for (owner, name), members in _CLOSED.items():
+        if issubclass(kind, owner) and name == field:
+            return tuple((member.name, member.value) for member in members)
+    return ()
+
+
+def _scalar(kind: Any, closed: _Members) -> tuple[Any, _Members]:
+    """(str or int for an enum or a Literal of such, its members); any other type as it is."""
+    plain = get_origin(kind) or kind
+    if plain is Literal:
+        closed = tuple((str(value), value) for value in get_args(kind))
+    elif isinstance(plain, type) and issubclass(plain, enum.Enum):
+        closed = tuple((member.name, member.value) for member in plain)
+    else:
+        return plain, closed
+    for scalar in (str, int):
+        if all(isinstance(value, scalar) and not isinstance(value, bool) for _, value in closed):
+            return scalar, closed
+    return plain, closed
 
 
 def _nothing(_value: Any) -> None:
@@ -189,10 +212,12 @@ def _list(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
 def _integer(sign: str, bits: int) -> Callable[[Any], Any]:
     least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if sign == "I" else (0, 2**bits - 1)
 
-    def convert(value: int) -> int:
+    def convert(value: Any) -> int:
+        if isinstance(value, enum.Enum):
+            value = value.value
         if not least <= value <= most:
             raise Unfit(Refusal("out_of_range", f"{value} does not fit into {sign.lower()}{bits}"))
-        return value
+        return int(value)
 
     return convert
 

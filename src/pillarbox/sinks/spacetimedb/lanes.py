@@ -7,6 +7,7 @@ silently gets another one.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 import httpcore
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
     from pillarbox.sinks.spacetimedb.target import Target
 
 _BROKEN = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
+
+
+class _NoTokens(logging.Filter):
+    """Keeps out of the log what the HTTP library writes at DEBUG: the server's answers repeat the caller's token."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "spacetime-identity-token" not in record.getMessage()
+
+
+logging.getLogger("httpcore.http11").addFilter(_NoTokens())
 
 
 class TransportError(Exception):
@@ -49,7 +60,8 @@ class Lane:
             raise TransportError(_in_words(error, self._server)) from error
         self.socket = response.extensions.get("network_stream")
         found = {name.lower(): value.decode("latin-1") for name, value in response.headers}
-        return Reply(response.status, found.get(b"content-type", ""), found.get(b"retry-after", ""), response.content)
+        timed = b"spacetime-execution-duration-micros" in found
+        return Reply(response.status, found.get(b"content-type", ""), found.get(b"retry-after", ""), response.content, timed)
 
     async def close(self) -> None:
         """Hang up."""

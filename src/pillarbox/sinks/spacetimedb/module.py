@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import msgspec
 
 from pillarbox.errors import SinkUnusable, WorldError
+from pillarbox.event import TrackingEvent
 from pillarbox.sinks.spacetimedb.lanes import Lane, TransportError
 from pillarbox.sinks.spacetimedb.schema import Schema, SchemaUnreadable
 from pillarbox.sinks.spacetimedb.target import DEFAULT_FUNCTION, Target, Token
@@ -25,14 +26,15 @@ class NotPublished(WorldError):  # noqa: N818 - reads as the sentence it is
 
 
 class Published(NamedTuple):
-    """What is on the server now."""
+    """What is on the server now, and how it came there."""
 
     server: str
     version: str  # of the server
     module: str  # the file in `wasm/`
     database: str
     database_identity: str
-    created: bool  # False: a module of ours was there and was updated
+    owner: str  # the identity that the token proves
+    done: Literal["made", "replaced", "was there"]
 
 
 def wasm(name: str) -> bytes:
@@ -59,27 +61,38 @@ async def new_identity(server: str) -> tuple[str, Token]:
         await lane.close()
 
 
-async def publish(server: str, database: str, token: Token) -> Published:
-    """Put the module that fits the server on it, unless another module is there under that name."""
+async def publish(server: str, database: str, token: Token, *, replace: bool = False) -> Published:
+    """Put the module that fits the server on it; one of ours that is there is replaced only if that is asked for."""
     lane = _lane(server, token)
+    path = f"/v1/database/{database}"
     try:
         version = _version(await lane.call("GET", "/v1/health"), server)
-        there = await _what_is_there(lane, database)
+        there = await _is_there(lane, database)
         name = f"{TABLE}_v{2 if version.startswith('2.') else 1}.wasm"
-        path = f"/v1/database/{database}"
-        reply = await lane.call("PUT", path, wasm(name), "application/wasm")
+        if not there or replace:
+            reply = await lane.call("PUT", path, wasm(name), "application/wasm")
+            if reply.status != 200 or b"Success" not in reply.body:
+                raise NotPublished(_why_not(reply, server, database))
+        facts = await lane.call("GET", path)
     except TransportError as error:
         raise SinkUnusable(str(error)) from None
     finally:
         await lane.close()
+    identity, owner = _identities(facts)
+    if token.identity() not in (None, owner):
+        raise NotPublished(f"{database} belongs to another identity, {owner}: use its owner's token, or another name")
+    done: Literal["made", "replaced", "was there"] = "made" if not there else "replaced" if replace else "was there"
+    return Published(server, version, name, database, identity, owner, done)
+
+
+def _identities(facts: Reply) -> tuple[str, str]:
+    """The database's identity and its owner's."""
     try:
-        success = msgspec.json.decode(reply.body)["Success"]
-        identity = success["database_identity"]
+        found = msgspec.json.decode(facts.body)
+        pair = [found["database_identity"], found["owner_identity"]]
     except (msgspec.DecodeError, KeyError, TypeError):
-        raise NotPublished(_why_not(reply, server, database)) from None
-    if isinstance(identity, dict):
-        identity = identity["__identity__"]
-    return Published(server, version, name, database, str(identity), created=there is None)
+        return "unknown", "unknown"
+    return tuple(str(one["__identity__"] if isinstance(one, dict) else one).removeprefix("0x") for one in pair)  # type: ignore[return-value]  # two of them
 
 
 def _lane(server: str, token: Token | None) -> Lane:
@@ -98,11 +111,11 @@ def _version(health: Reply, server: str) -> str:
     return version
 
 
-async def _what_is_there(lane: Lane, database: str) -> Schema | None:
-    """The module under that name, if it is ours; None where there is none."""
+async def _is_there(lane: Lane, database: str) -> bool:
+    """Whether our module is under that name; raises where another one is."""
     reply = await lane.call("GET", f"/v1/database/{database}/schema?version=9")
     if reply.status == 404:
-        return None
+        return False
     if reply.status != 200:
         raise NotPublished(
             f"cannot see what is in {database} (status {reply.status}: {reply.text}); is the token this server's?"
@@ -111,12 +124,21 @@ async def _what_is_there(lane: Lane, database: str) -> Schema | None:
         schema = Schema(reply.body)
     except SchemaUnreadable as error:
         raise NotPublished(f"cannot read the schema of {database} ({error}); choose another name") from None
-    if set(schema.tables) != {TABLE} or not schema.functions.keys() <= _OURS:
+    columns, private = schema.table(TABLE)
+    ours = (
+        schema.tables == [TABLE]
+        and [column.name for column in columns] == list(TrackingEvent.__struct_fields__)
+        and private
+        and schema.functions.keys() <= _OURS
+        and not schema.lifecycle
+    )
+    if not ours:
+        tables, functions = ", ".join(schema.tables) or "none", ", ".join([*schema.functions, *schema.lifecycle]) or "none"
         raise NotPublished(
-            f"{database} has another module (tables {', '.join(schema.tables) or 'none'}), which is not overwritten: "
+            f"{database} has another module (tables {tables}; functions {functions}), which is not overwritten: "
             "choose another name, or take table and function into that module (docs/spacetimedb.md)"
         )
-    return schema
+    return True
 
 
 def _why_not(reply: Reply, server: str, database: str) -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Union, get_args, get_orig
 
 import msgspec
 
+from pillarbox.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,6 +23,12 @@ _SCALARS: Final[dict[Any, str]] = {
     bytes: "Vec<u8>",
     datetime: "Timestamp",
 }
+
+_KEYWORDS: Final = frozenset(
+    """abstract as async await become box break const continue do dyn else enum extern false final fn for gen if impl in let
+    loop macro match mod move mut override priv pub ref return static struct trait true try type typeof unsafe unsized use
+    virtual where while yield""".split()  # noqa: SIM905 - a list of fifty would hide the code
+)
 
 
 class _Rust:
@@ -37,7 +45,7 @@ class _Rust:
             return f"Option<{self.of(rest.pop()) if len(rest) == 1 else 'String'}>"
         plain = get_origin(annotation) or annotation
         if plain is Literal:
-            return "String"
+            return "i64" if all(type(one) is int for one in get_args(annotation)) else "String"
         if plain in (list, tuple, set, frozenset):
             inner = [one for one in get_args(annotation) if one is not Ellipsis]
             return f"Vec<{self.of(inner[0]) if inner else 'String'}>"
@@ -61,7 +69,9 @@ class _Rust:
         for field in msgspec.structs.fields(kind):
             if field.encode_name == key:
                 lines.append("    #[primary_key]\n")
-            lines.append(f"    pub {snake(field.encode_name)}: {self.of(field.type)},\n")
+            name = snake(field.encode_name)
+            # An underscore more keeps Rust's words apart; names are compared without them.
+            lines.append(f"    pub {name}{'_' if name in _KEYWORDS else ''}: {self.of(field.type)},\n")
         return f"{head}\npub struct {kind.__name__} {{\n{''.join(lines)}}}\n"
 
     def table(self, kind: type[msgspec.Struct], attribute: str) -> str:
@@ -70,7 +80,9 @@ class _Rust:
 
 
 def scaffold(event_type: type[msgspec.Struct], major: int) -> str:
-    """A module for servers `major`.x with one table and one function for events of this type."""
+    """A module for servers `major`.x with one table and one function for events of this type; they must have an `event_id`."""
+    if all(field.encode_name != "event_id" for field in msgspec.structs.fields(event_type)):
+        raise UsageError(f"{event_type.__name__} has no field event_id: it is what makes repeats harmless")
     table = snake(event_type.__name__)
     name = "name" if major == 1 else "accessor"
     rust = _Rust()

@@ -6,11 +6,12 @@ Types are kept in the server's own shape: `{"String": []}`, `{"Array": T}`, `{"P
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 Type = dict[str, Any]
+Returns = Literal["nothing", "count", "result", "value"]
 
 
 class SchemaUnreadable(Exception):  # noqa: N818 - reads as the sentence it is
@@ -28,7 +29,7 @@ class Function(NamedTuple):
     """Something that can be called."""
 
     name: str
-    kind: str  # "reducer" or "procedure"
+    kind: Literal["reducer", "procedure"]
     parameters: list[Member]
     returns: Type | None  # of a procedure
 
@@ -41,6 +42,8 @@ class Schema:
             raw = msgspec.json.decode(text)
             self._types: list[Type] = raw["typespace"]["types"]
             self.tables = [str(table["name"]) for table in raw["tables"]]
+            self._raw_tables = raw["tables"]
+            self.lifecycle = [str(reducer["name"]) for reducer in raw["reducers"] if "some" in reducer.get("lifecycle", {})]
             self.functions = {
                 reducer["name"]: Function(reducer["name"], "reducer", _members(reducer["params"]["elements"]), None)
                 for reducer in raw["reducers"]
@@ -81,6 +84,22 @@ class Schema:
             return variants[0].type
         return None
 
+    def table(self, name: str) -> tuple[list[Member], bool]:
+        """The columns of a table, and whether it is private."""
+        for table in self._raw_tables:
+            if table["name"] == name:
+                return self.product({"Ref": table["product_type_ref"]}) or [], "Private" in table["table_access"]
+        return [], False
+
+    def answer(self, function: Function) -> Returns:
+        """What a successful call answers with."""
+        if function.returns is None:
+            return "nothing"
+        of = self.resolve(function.returns)
+        if [variant.name for variant in self.variants(of) or []] == ["ok", "err"]:
+            return "result"
+        return "count" if next(iter(of))[:1] in "IU" and next(iter(of))[1:].isdigit() else "value"
+
     def element(self, of: Type) -> Type | None:
         """What an array type holds."""
         return self.resolve(of).get("Array")
@@ -109,4 +128,4 @@ def _members(raw: list[dict[str, Any]]) -> list[Member]:
 
 def canonical(name: str) -> str:
     """A name without what servers 2.x change about it: `UserProfile`, `userProfile` and `user_profile` are one."""
-    return name.replace("_", "").lower()
+    return "".join(letter for letter in name.lower() if letter.isalnum())

@@ -10,10 +10,22 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from pillarbox.clock import SystemClock
-from pillarbox.errors import SinkUnusable
+from pillarbox.errors import ConfigurationError, SinkUnusable
 from pillarbox.event import plain
 from pillarbox.sinks import base
-from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Misconfigured, Partly, Refusal, Refused, Retry, Traits
+from pillarbox.sinks.base import (
+    Answer,
+    Batch,
+    Delivered,
+    Finding,
+    Misconfigured,
+    Partly,
+    Refusal,
+    Refused,
+    Retry,
+    Traits,
+    Unconfirmed,
+)
 from pillarbox.sinks.spacetimedb.answers import Reply, classify
 from pillarbox.sinks.spacetimedb.fitting import Fitting
 from pillarbox.sinks.spacetimedb.lanes import Lane, Lanes, TransportError, used
@@ -30,7 +42,9 @@ log = logging.getLogger("pillarbox")
 CALL_BYTES_MAX: Final = 2 * 2**20  # what servers 1.2.0 and 2.8.3 take: 2,097,152 bytes pass, one more is a 413
 # Any identity may ask this; a server 2.x answers once everything before it is durable.
 _CONFIRMING_QUERY: Final = b"SELECT COUNT(*) AS n FROM st_client"
-_GATHER: Final = 0.1  # of the wait: how much longer, so that several batches are confirmed by one ping
+_GATHER_MAX_S: Final = 0.1  # how much longer than it must the sink waits to confirm several batches by one ping
+_WAIT_SLICE_S: Final = 10.0  # how long `confirm` waits at a time
+_BAD_VALUES_MAX: Final = 3  # calls in a row that are refused for a value, which types cannot explain: then somebody must look
 _SETUP: Final = frozenset({400, 401, 403, 404, 415})  # after these, look at the schema again
 
 
@@ -64,14 +78,16 @@ class SpacetimeDbSink:
     """Calls one function of a SpacetimeDB database with batches of events."""
 
     def __init__(self, url: str, event_type: type[msgspec.Struct], clock: Clock | None = None) -> None:
+        self._url = url
         self._target = parse(url)
         self._event_type = event_type
         self._decoder = msgspec.json.Decoder(plain(event_type))
         self._clock = clock or SystemClock()
-        self.traits = Traits(deduplicates_by="event_id", survives="power", window=self._target.window)
+        self.traits = Traits(deduplicates_by="event_id", survives="power", confirms=True, window=self._target.window)
         self._lanes: Lanes | None = None
         self._fit: _Fit | None = None
         self._sent: dict[str, list[_Sent]] = {}  # by batch id, of what is not confirmed yet
+        self._bad_values = 0  # calls in a row that a value was blamed for
         self._warned = False
 
     async def open(self) -> None:
@@ -103,6 +119,7 @@ class SpacetimeDbSink:
     async def _learn(self) -> _Fit | Misconfigured | Retry:
         """Read version and schema, and fit the event type to the function."""
         self._fit = None
+        await self._read_token_again()
         target = self._target
         try:
             health = await self._ask("GET", "/v1/health")
@@ -110,7 +127,7 @@ class SpacetimeDbSink:
         except TransportError as error:
             return Retry(str(error))
         if reply.status != 200 or reply.is_html:
-            answer = classify(reply, target.function, (), counted=False)
+            answer = classify(reply, target.function, (), "nothing")
             if isinstance(answer, (Misconfigured, Retry)) and (reply.status != 400 or reply.is_html):
                 return answer
             return Misconfigured(_unknown_server(reply, _version(health)))
@@ -132,6 +149,17 @@ class SpacetimeDbSink:
             return Misconfigured(f"{self._event_type.__name__} does not fit {target.function}: {problems}")
         self._fit = _Fit(reply.body, fitting, version, confirms=_major(version) >= 2)
         return self._fit
+
+    async def _read_token_again(self) -> None:
+        """A token that was mended in its file counts without a restart."""
+        try:
+            fresh = parse(self._url)
+        except ConfigurationError as error:
+            log.warning("%s: %s", self._target.server, error)
+            return
+        if (fresh.token and fresh.token.header()) != (self._target.token and self._target.token.header()):
+            self._target = fresh
+            await self.close()
 
     def prepare(self, batch: Batch) -> None:
         """Do what can be done before the batch's turn comes."""
@@ -158,14 +186,18 @@ class SpacetimeDbSink:
         reply = await self._call(batch, ready)
         if isinstance(reply, Retry):
             return reply
-        answer = classify(reply, self._target.function, ready.indexes, counted=fit.fitting.counted)
-        if reply.status in _SETUP:
-            return await self._look_again(fit, answer)
-        if isinstance(answer, Delivered) and ready.refused:
-            return Partly(ready.refused, answer.accepted, answer.duplicates)
+        answer = classify(reply, self._target.function, ready.indexes, fit.fitting.returns)
+        if isinstance(answer, Delivered):
+            self._bad_values = 0
+            if ready.refused:
+                return Partly(ready.refused, answer.accepted, answer.duplicates)
+        elif reply.status in _SETUP:
+            return await self._look_again(fit, answer, reply)
         return answer
 
     async def _call(self, batch: Batch, ready: _Prepared) -> Reply | Retry:
+        if ":" not in batch.id:
+            self._sent.pop(batch.id, None)  # sent afresh: what was sent before does not count
         lane = self._lane()
         async with lane.lock:
             try:
@@ -177,7 +209,7 @@ class SpacetimeDbSink:
                 self._sent.setdefault(batch.id.partition(":")[0], []).append(sent)
         return reply
 
-    async def _look_again(self, before: _Fit, answer: Answer) -> Answer:
+    async def _look_again(self, before: _Fit, answer: Answer, reply: Reply) -> Answer:
         """After a refusal that the set-up may have caused: where the schema has changed, fit to it and try again."""
         fit = await self._learn()
         if not isinstance(fit, _Fit):
@@ -185,6 +217,10 @@ class SpacetimeDbSink:
         if fit.text != before.text:
             log.info("%s: the module has changed; fitted to it anew", self._target.server)
             return Retry("the module has changed; fitted to it anew")
+        if isinstance(answer, Partly):
+            self._bad_values += 1
+            if self._bad_values > _BAD_VALUES_MAX:
+                return Misconfigured(f"call after call is refused for a value ({reply.text}): compare event type and module")
         return answer
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
@@ -193,32 +229,49 @@ class SpacetimeDbSink:
         A server 2.x is asked for all batches at once. A 1.x gets its time: those whose time has come are confirmed together.
         """
         fit = self._fit
+        by_query = fit is not None and fit.confirms
         ids = [batch.id for batch in batches]
-        if fit is None or not fit.confirms:
-            wait = self._target.confirm_wait_s
-            due = min((one.at for one in self._sent.get(ids[0], ())), default=0.0) + wait * (1 + _GATHER)
-            await asyncio.sleep(max(0.0, due - self._clock.monotonic()))
-            ids = list(itertools.takewhile(lambda batch_id: self._is_due(batch_id, wait), ids))
+        if not by_query:
+            ids = await self._wait_until_due(ids)
         marks = [(one.lane, one.socket) for batch_id in ids for one in self._sent.get(batch_id, ())]
-        sure = all([await self._still_there(lane, sockets, fit) for lane, sockets in used(marks).items()])
-        for batch_id in ids if sure else [batch.id for batch in batches]:
+        try:
+            for lane, sockets in used(marks).items():
+                await self._ask_for_confirmation(lane, sockets, by_query=by_query)
+        except (Unconfirmed, SinkUnusable):
+            for batch in batches:
+                self._sent.pop(batch.id, None)
+            raise
+        for batch_id in ids:
             self._sent.pop(batch_id, None)
-        return len(ids) if sure else 0
+        return len(ids)
 
-    def _is_due(self, batch_id: str, wait: float) -> bool:
-        return all(one.at + wait <= self._clock.monotonic() for one in self._sent.get(batch_id, ()))
+    async def _wait_until_due(self, ids: list[str]) -> list[str]:
+        """Wait for the first batch's time, or a part of it; those whose time has come."""
+        wait = self._target.confirm_wait_s
+        gather = min(_GATHER_MAX_S, wait / 10)  # a little longer, so that several batches are confirmed by one ping
+        due = max((one.at for one in self._sent.get(ids[0], ())), default=-wait) + wait + gather
+        await asyncio.sleep(min(max(0.0, due - self._clock.monotonic()), _WAIT_SLICE_S))
+        now = self._clock.monotonic()
+        return list(itertools.takewhile(lambda one: all(sent.at + wait <= now for sent in self._sent.get(one, ())), ids))
 
-    async def _still_there(self, lane: Lane, sockets: set[Any], fit: _Fit | None) -> bool:
-        """Whether the server answers on the only connection that was used, and so confirms what it answered there before."""
+    async def _ask_for_confirmation(self, lane: Lane, sockets: set[Any], *, by_query: bool) -> None:
+        """Have the server answer on the only connection that was used, and so confirm what it answered there before."""
         async with lane.lock:
             try:
-                if fit is not None and fit.confirms:
+                if by_query:
                     reply = await lane.call("POST", self._target.path("sql"), _CONFIRMING_QUERY)
                 else:
                     reply = await lane.call("GET", "/v1/ping")
-            except TransportError:
-                return False
-            return reply.status == 200 and not reply.is_html and sockets == {lane.socket}
+            except TransportError as error:
+                raise Unconfirmed(str(error)) from None
+            if sockets != {lane.socket}:
+                raise Unconfirmed("the connection is another one by now: the server may have been restarted")
+        if reply.status != 200 or reply.is_html:
+            answer = classify(reply, self._target.function, (), "nothing")
+            what = "the confirming query" if by_query else "the ping"
+            if isinstance(answer, Misconfigured):
+                raise SinkUnusable(f"{what}: {answer.reason}")
+            raise Unconfirmed(f"{what} was answered with {reply.status}: {reply.text}")
 
     async def check(self) -> Iterable[Finding]:
         """Ask for version and schema, and compare, field by field."""
@@ -233,9 +286,23 @@ class SpacetimeDbSink:
         findings.append(Finding(ok=True, text=f"{target.server}: SpacetimeDB {fit.version}; {how}"))
         if not known:
             findings.append(Finding(ok=True, text="Pillarbox knows servers 1.x and 2.x; this one is treated as a 1.x"))
+        if fit.confirms:
+            findings += await self._check_query()
+        if target.server.startswith("https"):
+            text = "what ends TLS must end with the server: a proxy that outlives it would confirm for it (docs/spacetimedb.md)"
+            findings.append(Finding(ok=True, text=text))
         kind = fit.fitting.function.kind
         findings.append(Finding(ok=True, text=f"{target.database}: {kind} {target.function} takes {self._event_type.__name__}"))
         return findings
+
+    async def _check_query(self) -> list[Finding]:
+        try:
+            reply = await self._ask("POST", self._target.path("sql"), _CONFIRMING_QUERY)
+        except TransportError as error:
+            return [Finding(ok=False, text=str(error))]
+        if reply.status == 200 and not reply.is_html:
+            return []
+        return [Finding(ok=False, text=f"the confirming query was answered with {reply.status}: {reply.text}; let it pass")]
 
     async def close(self) -> None:
         """Hang up."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from base64 import urlsafe_b64decode
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import msgspec
 
 from pillarbox.errors import ConfigurationError
 from pillarbox.store.filesystem import read_file
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TOKEN_VARIABLE: Final = "PILLARBOX_SPACETIMEDB_TOKEN"  # noqa: S105 - its name, not the token
+TIMEOUT_MAX_S: Final = 110.0  # below the deliverer's own limit for a call, whose words would be less clear
 DEFAULT_FUNCTION: Final = "record_tracking_events"
 _N = TypeVar("_N", int, float)
 _FORM: Final = "spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
@@ -34,6 +38,15 @@ class Token:
     def line(self) -> bytes:
         """What a token file holds."""
         return f"{self._text}\n".encode()
+
+    def identity(self) -> str | None:
+        """The identity that a token of the server's own making says it proves."""
+        try:
+            payload = self._text.split(".")[1]
+            found = msgspec.json.decode(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            return str(found["hex_identity"])
+        except (IndexError, ValueError, msgspec.DecodeError, KeyError, TypeError):
+            return None
 
     def header(self) -> dict[bytes | str, bytes | str]:
         """What proves to the server who calls."""
@@ -80,7 +93,7 @@ def parse(url: str) -> Target:
         function=options.get("function") or DEFAULT_FUNCTION,
         token=find_token(unquote(parts.password or parts.username or ""), options.get("token_file")),
         connections=_number(options, "connections", int, 2, 1, 64),
-        timeout_s=_number(options, "timeout", float, 30.0, 0.01, 3600.0),
+        timeout_s=_number(options, "timeout", float, 30.0, 0.01, TIMEOUT_MAX_S),
         window=_number(options, "window", int, 256, 1, 4096),
         confirm_wait_s=_number(options, "confirm_wait", float, 1.0, 0.0, 3600.0),
     )
