@@ -64,6 +64,7 @@ class Fitting:
         """How a struct becomes an array."""
         fields = {canonical(field.encode_name): field for field in msgspec.structs.fields(kind)}
         names: list[str] = []
+        options: list[int] = []  # positions of what needs no more than to be told apart from none
         converts: list[tuple[int, Callable[[Any], Any]]] = []
         for column in self._schema.product(of) or []:
             field = fields.pop(canonical(column.name), None)
@@ -78,14 +79,20 @@ class Fitting:
                 continue
             names.append(field.name)
             convert = self._value(field.type, column.type, name, _closed(kind, field.name))
-            if convert is not None:
+            if convert is _some:
+                options.append(len(names) - 1)
+            elif convert is not None:
                 converts.append((len(names) - 1, convert))
         for left in fields.values():
             self.misfits.append(Misfit(f"{path}{left.encode_name}", "the module has no such field; its values would be lost"))
         get = attrgetter(*names, "__class__")  # one more, so that it is a tuple for a single field too
 
         def row(event: Any) -> list[Any]:
-            values = list(get(event)[:-1])
+            values = list(get(event))
+            values.pop()
+            for position in options:
+                if values[position] is not None:
+                    values[position] = (0, values[position])
             for position, convert in converts:
                 values[position] = convert(values[position])
             return values
@@ -150,14 +157,7 @@ class Fitting:
             else:
                 known[value] = position
 
-        def convert(value: Any) -> msgspec.Raw:
-            text = value.value if isinstance(value, enum.Enum) else value
-            found = known.get(text) or positions.get(canonical(str(text)))
-            if found is None:
-                raise Unfit(Refusal("unknown_variant", f"{path}: {text!r} is none of {names}"))
-            return found
-
-        return convert
+        return _Variants(known, positions, f"{path}: ", f" is none of {names}").__getitem__
 
     def body(self, events: Iterable[tuple[int, Any]], refused: dict[int, Refusal]) -> tuple[bytes, list[int]]:
         """The function's arguments, and the index in the batch of each event in it; adds to `refused` what cannot be sent."""
@@ -195,13 +195,34 @@ def _scalar(kind: Any, closed: _Members) -> tuple[Any, _Members]:
     return plain, closed
 
 
+class _Variants(dict[Any, msgspec.Raw]):
+    """Text or enum member -> variant; a dictionary, for it is asked once an event."""
+
+    def __init__(self, known: dict[Any, msgspec.Raw], positions: dict[str, msgspec.Raw], before: str, after: str) -> None:
+        super().__init__(known)
+        self._positions = positions
+        self._words = (before, after)
+
+    def __missing__(self, value: Any) -> msgspec.Raw:
+        text = value.value if isinstance(value, enum.Enum) else value
+        found = self._positions.get(canonical(str(text)))
+        if found is None:
+            raise Unfit(Refusal("unknown_variant", f"{self._words[0]}{text!r}{self._words[1]}"))
+        self[value] = found  # no more than there are spellings of the variants
+        return found
+
+
 def _nothing(_value: Any) -> None:
     return None
 
 
+def _some(value: Any) -> Any:
+    return None if value is None else (0, value)
+
+
 def _option(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
     if convert is None:
-        return lambda value: None if value is None else (0, value)
+        return _some
     return lambda value: None if value is None else (0, convert(value))
 
 
@@ -213,11 +234,11 @@ def _integer(sign: str, bits: int) -> Callable[[Any], Any]:
     least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if sign == "I" else (0, 2**bits - 1)
 
     def convert(value: Any) -> int:
-        if isinstance(value, enum.Enum):
-            value = value.value
+        if type(value) is not int:
+            value = int(value.value)  # an enum's
         if not least <= value <= most:
             raise Unfit(Refusal("out_of_range", f"{value} does not fit into {sign.lower()}{bits}"))
-        return int(value)
+        return value  # type: ignore[no-any-return]  # an int by now
 
     return convert
 
