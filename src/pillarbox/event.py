@@ -173,7 +173,9 @@ class Codec:
         self.event_type = event_type
         self.self_checked = trusted or event_type is TrackingEvent
         encode = msgspec.json.Encoder().encode
-        self.encode: Callable[[Any], bytes] = encode if self.self_checked else _checked(encode, event_type)
+        self.encode: Callable[[Any], bytes] = encode
+        if event_type is not TrackingEvent:
+            self.encode = _one_line(encode if trusted else _checked(encode, event_type))
 
     def explain(self, event: object, error: Exception) -> str:
         """Why `encode` refused: the field at fault where one can be named."""
@@ -186,6 +188,18 @@ class Codec:
                 except Exception as cause:  # noqa: BLE001 - whatever a value does when encoded is its answer
                     return f"{field}: {cause}"
         return str(error)
+
+
+def _one_line(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """A `msgspec.Raw` member goes as it is, line feeds and all; a record is a line."""
+
+    def encode_line(event: Any) -> bytes:
+        payload = encode(event)
+        if b"\n" in payload:
+            raise InvalidEvent("event", "has a line feed outside of a text, in a msgspec.Raw: write that JSON on one line")
+        return payload
+
+    return encode_line
 
 
 def _checked(encode: Callable[[Any], bytes], event_type: type[msgspec.Struct]) -> Callable[[Any], bytes]:

@@ -20,7 +20,7 @@ from pillarbox.settings import Settings, resolve
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.sinks.base import Sink
 from pillarbox.store import record
-from pillarbox.store.directory import Directory
+from pillarbox.store.directory import Account, Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Door, Enqueue, Limits, Writer
@@ -124,6 +124,7 @@ class Outbox:
         """Make what belongs to one process: again in a forked child, where nothing of the parent's may be used."""
         settings = self.settings
         self._started = False
+        self._start_under_way = False
         self._busy_count = 0
         self._busy_at = -_BUSY_S
         self._counters = DeliveryCounters()
@@ -201,41 +202,53 @@ class Outbox:
             outcome = self._writer.append(lines, events)
             if outcome is not None:
                 return outcome
+        elif self._start_under_way:
+            reason = "would_block"  # a signal handler in the middle of the start
         return self._writer.refuse(reason, events)
 
     def _start(self) -> bool:
         """Count what is pending and start the threads; False where the directory cannot be listed."""
         with self._starting:
-            if self._started or not self.settings.enabled or self._closed:
+            if self._started or not self.settings.enabled or self._closed or self._start_under_way:
                 return self._started
+            self._start_under_way = True
             try:
                 account = self._directory.account()
+                trouble = ""
+                if not self._closed:
+                    self._start_with(account)
             except OSError as error:
-                self._explain(f"the directory cannot be listed: {error}")
-                return False
-            self._started = True
-            self._directory.note_stamp(account.newest_stamp)
-            self._writer.start(account.pending_bytes, account.pending_files)
-            if account.pending_files:
-                log.info("%s: %d files, %d bytes wait", self.name, account.pending_files, account.pending_bytes)
-            self._sealer.start()
-            telemetry = instruments()
-            telemetry.add(self)
-            if self._sink is not None:
-                worker = Worker(
-                    self._directory,
-                    self._sink,
-                    self._sink_name,
-                    self._clock,
-                    Pace(interval_s=self.settings.flush_interval),
-                    self._counters,
-                    self._writer.release,
-                    lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
-                    self._busy,
-                )
-                self._delivery = DeliveryThread(worker)
-                self._delivery.start()
-            return True
+                trouble = f"the directory cannot be listed: {error}"
+            finally:
+                self._start_under_way = False
+        # Logged without the lock: a log handler may itself enqueue.
+        if trouble:
+            self._explain(trouble)
+        elif account.pending_files:
+            log.info("%s: %d files, %d bytes wait", self.name, account.pending_files, account.pending_bytes)
+        return self._started
+
+    def _start_with(self, account: Account) -> None:
+        self._directory.note_stamp(account.newest_stamp)
+        self._writer.start(account.pending_bytes, account.pending_files)
+        self._sealer.start()
+        telemetry = instruments()
+        telemetry.add(self)
+        if self._sink is not None:
+            worker = Worker(
+                self._directory,
+                self._sink,
+                self._sink_name,
+                self._clock,
+                Pace(interval_s=self.settings.flush_interval),
+                self._counters,
+                self._writer.release,
+                lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
+                self._busy,
+            )
+            self._delivery = DeliveryThread(worker)
+            self._delivery.start()
+        self._started = True
 
     def _busy(self) -> bool:
         """Whether this process has stored events of late; asked by the deliverer only."""
@@ -346,6 +359,12 @@ class Outbox:
     def _after_fork(self) -> None:
         """In the child: let go of the parent's files, locks and threads without touching what they stand for."""
         _abandoned.append((self._delivery, self._sink))  # an SQLite connection must not even be closed here
+        if self._given_sink is not None:
+            # Its connections are the parent's. With a URL the child would have made a sink of its own.
+            self._given_sink = None
+            self._explain(
+                "a Sink object does not outlive a fork: this process only stores; give its URL to deliver from here too"
+            )
         self._starting = threading.RLock()
         self._writer.abandon()
         self._directory.renew()

@@ -53,7 +53,7 @@ class Lease:
         beat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error)
         try:
             self._directory.filesystem.replace_all(self._fd, msgspec.json.encode(beat) + b"\n")
-        except OSError:
+        except (OSError, ValueError):
             return  # a full disk: whoever asks sees that the heartbeat is old
 
     def release(self) -> None:

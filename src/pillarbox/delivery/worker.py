@@ -7,6 +7,7 @@ files are sent and not yet settled, and one confirmation answers for all of them
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import threading
@@ -108,6 +109,7 @@ class Worker:
         self._unconfirmed: deque[_Job] = deque()
         self._confirming: asyncio.Task[None] | None = None
         self._confirm_failures = 0
+        self._settle_failures = 0
         self._trouble_confirming: Misconfigured | Retry | None = None
         self._unusable: dict[str, str] = {}
         self.state = State("idle")
@@ -133,7 +135,11 @@ class Worker:
             return  # the loop has ended
 
     async def run(self) -> None:
-        """Deliver until `end` is called."""
+        """Deliver until `end` is called; may be run again, on another loop."""
+        ending = self._end.is_set()
+        self._work, self._end, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        if ending:
+            self._end.set()
         self._loop = asyncio.get_running_loop()
         try:
             while await self._round():
@@ -147,6 +153,8 @@ class Worker:
             for job in self._unconfirmed:
                 self._directory.filesystem.close(job.file.fd)
             self._unconfirmed.clear()
+            self._confirming = self._trouble_confirming = None
+            self._opened = False
             await self._sink.close()  # also where `open` has failed: it may have come halfway
             self.lease.release()
 
@@ -202,8 +210,13 @@ class Worker:
                 self._unconfirmed.append(job)
                 if self._confirming is None or self._confirming.done():
                     self._confirming = asyncio.create_task(self._confirm())
+            elif (trouble := self._settle(job)) is not None:
+                self._settle_failures += 1
+                self._forget_queue()
+                await self._hold(trouble, self._pace.backoff.delay(self._settle_failures, _jitter()))
+                return True
             else:
-                self._settle(job)
+                self._settle_failures = 0
             self._beat()
         return progress
 
@@ -326,8 +339,14 @@ class Worker:
                 if trouble is None:
                     for job in group[:sure]:
                         self._unconfirmed.popleft()
-                        self._settle(job)
-                    if sure:
+                        unsettled = self._settle(job)
+                        if unsettled is not None:
+                            self._confirm_failures += 1
+                            self._trouble_confirming = Retry(unsettled)
+                    if sure and self._trouble_confirming is not None:
+                        self._forget_queue()
+                        self._room.set()
+                    elif sure:
                         self._confirm_failures = 0
                         self._room.set()
                     else:
@@ -368,8 +387,8 @@ class Worker:
             await self._hold(trouble.reason, self._pace.backoff.delay(self._confirm_failures, _jitter()))
         return trouble is not None
 
-    def _settle(self, job: _Job) -> None:
-        """Make durable what is kept, then let the file go. Trouble leaves the file for the next look."""
+    def _settle(self, job: _Job) -> str | None:
+        """Make durable what is kept, then let the file go. Trouble, which is returned, leaves the file for a later look."""
         try:
             if job.spans:
                 settlement.keep_damaged(self._directory, job.batch.id, job.data, job.spans)
@@ -380,12 +399,12 @@ class Worker:
                 self._count(job)
                 self.settled.notify_all()
         except OSError as error:
-            self._trouble(f"{job.file.name} is delivered and cannot be removed: {error}")
-            return
+            return f"{job.file.name} is delivered, but what is kept of it cannot be written, or it cannot be removed: {error}"
         finally:
             self._directory.filesystem.close(job.file.fd)
         if job.spans or job.dead:
             log.warning("%s: %d damaged lines and %d dead letters set aside", job.batch.id, len(job.spans), len(job.dead))
+        return None
 
     def _count(self, job: _Job) -> None:
         counters = self.counters
@@ -396,7 +415,8 @@ class Worker:
         counters.flushed_files += 1
         counters.flushed_bytes += job.size
         self._on_gone(job.size)
-        self._on_duration(self._clock.monotonic() - job.started)
+        with contextlib.suppress(Exception):  # the application's metrics are not worth an event
+            self._on_duration(self._clock.monotonic() - job.started)
 
     # States and waiting.
 
@@ -422,6 +442,7 @@ class Worker:
             self._enter(name, "")
 
     def _enter(self, name: StateName, reason: str, retry_in: float | None = None) -> None:
+        reason = reason.encode(errors="backslashreplace").decode()  # it may quote a file's name, which may be any bytes
         retry_at = None if retry_in is None else self._clock.micros() + int(retry_in * 1e6)
         before, self.state = self.state, State(name, reason, retry_at)
         if reason:

@@ -19,6 +19,7 @@ from pillarbox.errors import ConfigurationError, SinkUnusable
 from pillarbox.event import plain
 from pillarbox.sinks import base
 from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Misconfigured, Partly, Refusal, Retry, Traits
+from pillarbox.store.filesystem import identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -49,7 +50,7 @@ class SqliteSink:
         parts = urlsplit(url)
         options = parse_qs(parts.query)
         self._path = unquote(parts.path.removeprefix("/"))
-        if parts.netloc or not self._path or set(options) - {"table"}:
+        if parts.netloc or not self._path or self._path == ":memory:" or set(options) - {"table"}:
             allowed = "sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME at most"
             raise ConfigurationError("sink", url, "the call", allowed)
         self._table = options.get("table", [_snake_case(event_type.__name__)])[0]
@@ -57,6 +58,7 @@ class SqliteSink:
         self._decoder = msgspec.json.Decoder(plain(event_type))
         self._row = _row_maker(event_type)
         self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None  # the file that the connection writes to
         columns = ", ".join(_quoted(field.encode_name) for field in self._fields)
         marks = ", ".join("?" for _ in self._fields)
         self._insert = f"INSERT INTO {_quoted(self._table)} ({columns}) VALUES ({marks}) ON CONFLICT (event_id) DO NOTHING"  # noqa: S608 - names are quoted, values are parameters
@@ -79,6 +81,7 @@ class SqliteSink:
                 raise
             raise SinkUnusable(self._advice(error)) from None
         self._connection = connection
+        self._opened = identity(self._path)
 
     def prepare(self, batch: Batch) -> None:
         """Nothing: while a transaction runs, this thread has no time."""
@@ -105,6 +108,10 @@ class SqliteSink:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             return Retry(f"SQLite: {error}") if _passing(error) else Misconfigured(self._advice(error))
+        if identity(self._path) != self._opened:
+            await self.close()
+            await self.open()
+            return Retry(f"{self._path} was moved or removed, or is another file by now; opened anew")
         accepted = len(batch) - len(refused)
         duplicates = accepted - (connection.total_changes - before)
         return Partly(refused, accepted, duplicates) if refused else Delivered(accepted, duplicates)

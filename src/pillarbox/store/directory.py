@@ -192,7 +192,12 @@ class Directory:
                 log.error("%s: the disk did not take it (%s); sealed as it can be read", file.name, error.strerror)  # noqa: TRY400 - the trace says nothing
         for file in ready:
             name = self._next_sealed_name()
-            self.filesystem.rename(self.at(file.name), self.at(name))
+            try:
+                self.filesystem.rename(self.at(file.name), self.at(name))
+            except FileNotFoundError:
+                # Somebody removed it; what was acknowledged is still in the open file.
+                log.error("%s was removed by somebody; written anew as %s", file.name, name)  # noqa: TRY400 - the trace says nothing
+                self.put(name, self.filesystem.read_all(file.fd))
             renamed(file, name)
         if ready:
             self.filesystem.sync_directory(self.path)

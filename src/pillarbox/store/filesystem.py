@@ -5,6 +5,7 @@ Paths are text, descriptors are whole numbers, errors are `OSError`s as the kern
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -141,7 +142,8 @@ class RealFilesystem:
     def close_inherited(self) -> None:
         """In a forked child: close the parent's files and locks."""
         while self._open:
-            self.close(self._open.pop())
+            with contextlib.suppress(OSError):  # one that is closed already must not keep the others open
+                os.close(self._open.pop())
 
     def lock(self, fd: int) -> bool:
         """Take the exclusive lock of an open file; False where another holds it. It is released by closing only."""
@@ -205,6 +207,15 @@ class RealFilesystem:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """Which file a path names at the moment: its device and number; None where it names none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def exists(path: str) -> bool:

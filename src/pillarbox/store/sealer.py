@@ -82,10 +82,12 @@ class Sealer:
 
     def seal_now(self, reason: SealReason, timeout: float) -> bool:
         """Retire the active file and wait until everything retired so far is sealed; False when that took too long."""
-        self._writer.rotate(reason)
+        if not self._writer.rotate(reason):
+            return False
+        last = self._writer.retired[-1:]
         done = threading.Event()
         self._inbox.put(done)
-        return done.wait(timeout) and not self._writer.retired
+        return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.retired)
 
     def stop(self, timeout: float) -> bool:
         """Seal what is there and end; False when that took too long."""
@@ -141,21 +143,32 @@ class Sealer:
 
     def step(self) -> float:
         """One round: spare, age, sync and rename, count. Returns seconds until the next is due, if nothing happens before."""
+        trouble = ""
         try:
-            # Few locks, here and below: a caller of `enqueue` in its system call holds the writer's, and both sides pay.
-            spares = [self._writer.new_file() for _ in range(self._writer.look())]
-            if spares:
-                self._writer.give_spares(spares)
+            trouble = self._open_spares(self._writer.look())
             wait = self._seal_by_age()
             self._seal_retired()
             wait = min(wait, self._relist())
         except OSError as error:
-            self._report(str(error))
+            trouble = str(error)
             wait = _RETRY_S
-        else:
-            self._report("")
+        self._report(trouble)
         self._report_drops()
         return wait
+
+    def _open_spares(self, count: int) -> str:
+        """Have files ready; what goes wrong with that must not keep from sealing, which is what makes room."""
+        spares: list[Taken] = []
+        trouble = ""
+        try:
+            for _ in range(count):
+                spares.append(self._writer.new_file())  # noqa: PERF401 - what there is, is kept where the next one fails
+        except OSError as error:
+            trouble = str(error)
+        # At once, here and below: a caller of `enqueue` in its system call holds the writer's lock, and both sides pay.
+        if spares:
+            self._writer.give_spares(spares)
+        return trouble
 
     def finish(self) -> None:
         """Seal what is there and remove what is empty; the writer accepts nothing more."""

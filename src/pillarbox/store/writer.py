@@ -330,7 +330,7 @@ class Writer:
             self.files += 1
             self._tell_sealer()
         # Without a spare the sealer is behind: the file grows to `batch_bytes` rather than that the caller opens another.
-        if file.events >= self._limits.batch_size and self._spares:
+        if file.events >= self._limits.batch_size and self._spares and len(self.retired) < RETIRED_MAX:
             self._retire("batch_size")
         self._allow()
 
@@ -338,6 +338,7 @@ class Writer:
         """Swap the active file for a spare, or for none."""
         none = ActiveFile(_NOWHERE)
         # No call: what appends from here on finds the next file.
+        self._limit = _MARK
         old = self._file
         old.reason = reason
         self._file = self._spares[0] if self._spares else none
@@ -375,7 +376,7 @@ class Writer:
                 # The lock is free and the mark in place: nobody is coming back to take it away.
                 self._repair()
                 self._allow()
-            if self._file.taken is _NOWHERE or self._closed:
+            if self._file.taken is _NOWHERE or self._closed or len(self.retired) >= RETIRED_MAX:
                 return 0
             return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
 
@@ -385,12 +386,21 @@ class Writer:
         with self._lock:
             self._spares = (*self._spares, *spares)
 
-    def rotate(self, reason: SealReason) -> None:
-        """Retire the active file if it holds anything; in the middle of an append, leave it to the sealer's next look."""
+    def rotate(self, reason: SealReason) -> bool:
+        """Retire the active file if it holds anything; False in the middle of an append, which must find its file."""
         with self._lock:
-            if self._limit != _MARK and self._file.bytes:
+            if self._limit == _MARK:
+                if not self._broken:
+                    return False
+                try:
+                    self._repair()
+                except OSError:
+                    return False
+            if self._file.bytes:
                 self._retire(reason)
+            if self._started and not self._closed:
                 self._allow()
+            return True
 
     def forget_oldest(self, count: int) -> None:
         """The first `count` of the retired files have their sealed names."""
