@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from pillarbox import DirectoryUnusable, Dropped, Enqueued, InvalidEvent, Outbox
 from pillarbox.errors import ConfigurationError
 from pillarbox.outbox import MANY_BYTES_MAX
 from pillarbox.sinks.base import Retry
+from pillarbox.store.directory import Account, Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, existing_events
 
@@ -308,3 +310,54 @@ def test_an_event_type_must_have_an_id(tmp_path: Path) -> None:
 def test_tracking_events_are_the_default() -> None:
     """As in the contract."""
     assert Outbox.__init__.__defaults__ == (None, TrackingEvent)
+
+
+def test_a_handler_in_the_middle_of_the_start_starts_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its event is refused rather than that two sealers have one writer."""
+    outbox = Outbox(str(tmp_path / "a"))
+    inner: list[Outcome] = []
+    listing = Directory.account
+
+    def account(self: Directory) -> Account:
+        if not inner:
+            inner.append(Dropped("io_error"))
+            inner[0] = outbox.enqueue(event(1))
+        return listing(self)
+
+    monkeypatch.setattr(Directory, "account", account)
+    before = sum(thread.name == "pillarbox-sealer" for thread in threading.enumerate())
+    assert outbox.enqueue(event(2))
+    assert inner == [Dropped("would_block")]
+    assert sum(thread.name == "pillarbox-sealer" for thread in threading.enumerate()) == before + 1
+    assert outbox.enqueue(event(3))
+    outbox.close()
+
+
+def test_a_sink_object_is_not_used_in_a_forked_child(tmp_path: Path) -> None:
+    """Its connections are the parent's; the child stores, and the parent delivers."""
+    sink = RecordingSink()
+    with Outbox(str(tmp_path / "a"), sink=sink) as outbox:
+        assert outbox.enqueue(event(1))
+        child = os.fork()
+        if child == 0:
+            good = bool(outbox.enqueue(event(2))) and outbox._sink is None
+            outbox.close()
+            os._exit(0 if good else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert outbox.flush(20)
+    assert sorted(json.loads(payload)["event_id"] for payload in sink.payloads) == ["e-000001", "e-000002"]
+
+
+class Verbatim(msgspec.Struct, frozen=True):
+    """Has JSON of the application's own in it."""
+
+    event_id: str
+    raw: msgspec.Raw
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_line_feed_in_verbatim_json_is_invalid(tmp_path: Path, trusted: bool) -> None:
+    """A record is a line."""
+    with Outbox(str(tmp_path / "a"), event_type=Verbatim, trusted=trusted) as outbox:
+        assert outbox.enqueue(Verbatim("a", msgspec.Raw(b'{"x":1}')))
+        assert outbox.enqueue(Verbatim("b", msgspec.Raw(b'{\n"x":1}'))) == Dropped("invalid")

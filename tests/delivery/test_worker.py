@@ -22,6 +22,7 @@ from pillarbox.errors import SinkUnusable
 from pillarbox.sinks.base import Answer, Batch, Misconfigured, Partly, Refusal, Refused, Retry, Unconfirmed
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import RecordingSink
 
@@ -350,3 +351,39 @@ class _Hanging(RecordingSink):
         self.entered.set()
         await asyncio.Event().wait()
         return await super().deliver(batch)
+
+
+class _Clinging(RealFilesystem):
+    """Lets no sealed file go, a few times."""
+
+    refusals = 3
+
+    def unlink(self, path: str) -> None:  # type: ignore[override]
+        if self.refusals and "sealed-" in path:
+            self.refusals -= 1
+            raise OSError(30, "Read-only file system")
+        os.unlink(path)
+
+
+def test_a_settlement_that_fails_waits_before_the_batch_is_sent_again(place: Directory) -> None:
+    """It is counted, and its reason told."""
+    batch = seal(place, 1, b"1")
+    clinging = Directory(place.path, _Clinging(), SystemClock())
+    sink = RecordingSink()
+    worker = worker_for(clinging, sink)
+    drain(worker)
+    assert (sink.calls, left(place)) == ([batch] * 4, [])
+    assert worker.counters.failed_flushes == 3
+    assert "cannot be removed" in worker.last_error
+
+
+def test_a_worker_that_is_run_again_begins_whole(place: Directory) -> None:
+    """On another loop, with the destination opened anew."""
+    sink = RecordingSink()
+    worker = worker_for(place, sink)
+    for stamp in (1, 2):
+        batch = seal(place, stamp, b"%d" % stamp)
+        worker.idle.clear()
+        drain(worker)
+        assert sink.calls[-1] == batch
+    assert (sink.opened, left(place)) == (2, [])

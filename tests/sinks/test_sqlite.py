@@ -228,3 +228,28 @@ def test_what_may_be_secret_is_cut_out_of_urls() -> None:
     assert redacted("postgresql://me:pw@host:1/db?sslkey=pw&x=1") == "postgresql://host:1/db?sslkey=...&x=..."
     assert redacted("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
     assert "sqlite" in schemes()
+
+
+def test_a_database_that_is_removed_while_it_is_open_is_noticed(tmp_path: Path) -> None:
+    """What went into the file without a name is sent again."""
+    path = tmp_path / "events.db"
+
+    async def run() -> list[Answer]:
+        sink = make_sink(f"sqlite:///{path}", TrackingEvent)
+        await sink.open()
+        answers = [await sink.deliver(batch(event(1)))]
+        path.unlink()
+        answers += [await sink.deliver(batch(event(2))), await sink.deliver(batch(event(2)))]
+        await sink.close()
+        return answers
+
+    first, noticed, again = asyncio.run(run())
+    assert (first, again) == (Delivered(1), Delivered(1))
+    assert isinstance(noticed, Retry)
+    assert query(path, "SELECT event_id FROM tracking_event") == [("e-000002",)]
+
+
+def test_a_database_in_memory_is_no_destination() -> None:
+    """It would not outlive the process."""
+    with pytest.raises(ConfigurationError):
+        make_sink("sqlite:///:memory:", TrackingEvent)

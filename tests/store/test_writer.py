@@ -334,3 +334,54 @@ def test_threads_lose_nothing_and_tear_nothing(place: Directory, clock: ManualCl
             thread_number, _, count = record.payload(text).strip(b"{}").partition(b',"n":')
             order.setdefault(thread_number, []).append(int(count))
     assert all(counts == list(range(500)) for counts in order.values())
+
+
+class _NoMoreFiles(RealFilesystem):
+    """Creates so many files and no more."""
+
+    left = 100
+
+    def create(self, path: str) -> int:
+        if not self.left:
+            raise OSError(errno.EMFILE, "Too many open files")
+        self.left -= 1
+        return super().create(path)
+
+
+def test_where_no_file_can_be_created_sealing_goes_on_and_no_descriptor_is_lost(tmp_path: Path, clock: ManualClock) -> None:
+    """For it is what makes room, in the end."""
+    filesystem = _NoMoreFiles()
+    line = Line(Directory(str(tmp_path), filesystem, clock), clock, batch_size=2)
+    line.append()
+    line.sealer.step()
+    line.append(3)
+    filesystem.left = 1
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        line.sealer.step()
+    assert line.lines() == {"active": 2, "sealed": 2} or line.lines() == {"sealed": 4}
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_an_active_file_that_somebody_removed_is_written_anew(place: Directory, clock: ManualClock) -> None:
+    """What was acknowledged is still in the open file; the files behind it are sealed too."""
+    line = Line(place, clock, batch_size=1, batch_bytes=1)
+    line.append(3)
+    (name, *_) = sorted(entry.name for entry in place.filesystem.listing(place.path) if entry.size)
+    os.unlink(place.at(name))
+    line.sealer.step()
+    line.sealer.finish()
+    assert line.lines() == {"sealed": 3}
+
+
+def test_what_an_interrupt_left_can_be_rotated_at_once(tmp_path: Path, clock: ManualClock) -> None:
+    """`flush` after Ctrl-C."""
+    filesystem = _Interrupted()
+    line = Line(Directory(str(tmp_path), filesystem, clock), clock)
+    filesystem.taken = None
+    line.append()
+    filesystem.taken = len(LINE)
+    with pytest.raises(KeyboardInterrupt):
+        line.append()
+    assert line.writer.rotate("manual")
+    assert [(file.events, file.bytes) for file in line.writer.retired] == [(2, 2 * len(LINE))]
