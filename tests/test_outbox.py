@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
@@ -159,7 +160,8 @@ def test_an_own_event_type_is_stored_and_delivered(tmp_path: Path) -> None:
     with Outbox(str(tmp_path / "outbox"), sink=f"sqlite:///{tmp_path}/events.db", event_type=Sample) as outbox:
         assert outbox.enqueue(Sample("a", value=1.5))
         assert outbox.flush(10)
-    assert sqlite3.connect(tmp_path / "events.db").execute("SELECT * FROM sample").fetchall() == [("a", 1.5)]
+    with contextlib.closing(sqlite3.connect(tmp_path / "events.db")) as database:
+        assert database.execute("SELECT * FROM sample").fetchall() == [("a", 1.5)]
 
 
 def test_many_events_are_one_write_and_stay_together(tmp_path: Path) -> None:

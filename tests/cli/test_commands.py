@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,7 +29,8 @@ def run(
 
 
 def ids(path: Path) -> list[str]:
-    return [row[0] for row in sqlite3.connect(path).execute("SELECT event_id FROM tracking_event ORDER BY rowid")]
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return [row[0] for row in database.execute("SELECT event_id FROM tracking_event ORDER BY rowid")]
 
 
 def bare(number: int) -> bytes:
