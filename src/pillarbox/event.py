@@ -152,6 +152,11 @@ def plain(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:
     )
 
 
+def snake_case(name: str) -> str:
+    """`PageView` and `pageView` as `page_view`: how tables are named after event types."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
 # Numbers that JSON cannot carry as they are show in the encoded bytes: NaN as null, large integers by their length.
 _SUSPECT = re.compile(rb"null|\d{19}")
 

@@ -7,7 +7,6 @@ transaction a batch, in WAL mode with `synchronous=FULL`: the sealed file that i
 from __future__ import annotations
 
 import enum
-import re
 import sqlite3
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Final, Union, get_args, get_origin
@@ -16,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from pillarbox.errors import ConfigurationError, SinkUnusable
-from pillarbox.event import plain
+from pillarbox.event import plain, snake_case
 from pillarbox.sinks import base
 from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Misconfigured, Partly, Refusal, Retry, Traits
 from pillarbox.store.filesystem import identity
@@ -53,7 +52,7 @@ class SqliteSink:
         if parts.netloc or not self._path or self._path == ":memory:" or set(options) - {"table"}:
             allowed = "sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME at most"
             raise ConfigurationError("sink", url, "the call", allowed)
-        self._table = options.get("table", [_snake_case(event_type.__name__)])[0]
+        self._table = options.get("table", [snake_case(event_type.__name__)])[0]
         self._fields = msgspec.structs.fields(event_type)
         self._decoder = msgspec.json.Decoder(plain(event_type))
         self._row = _row_maker(event_type)
@@ -187,10 +186,6 @@ def _passing(error: sqlite3.Error) -> bool:
 
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _scalar(annotation: Any) -> tuple[type | None, bool]:

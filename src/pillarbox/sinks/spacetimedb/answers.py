@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _TEXT_MAX: Final = 500  # characters of a server's text that are shown
 _NAMED = re.compile(r"event\[(\d+)\](?:\.(\w+))?: ")
+_NEXT = re.compile(r"; (?=event\[)")
 _ARGUMENT = re.compile(r"\[0\]\[(\d+)\]")
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -46,6 +47,14 @@ class Reply(NamedTuple):
     def is_html(self) -> bool:
         """Whether something else than SpacetimeDB seems to have answered."""
         return "html" in self.content_type or self.body.lstrip()[:1] == b"<"
+
+
+def version_of(health: Reply) -> str | None:
+    """The version that a server says it has; None where it is not said as SpacetimeDB says it."""
+    try:
+        return str(msgspec.json.decode(health.body)["version"]) if health.status == 200 else None
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return None
 
 
 def classify(reply: Reply, function: str, indexes: Sequence[int], returns: Returns) -> Answer:
@@ -99,10 +108,10 @@ def _returned(reply: Reply, indexes: Sequence[int], returns: Returns) -> Answer:
 def _refused_by_function(text: str, indexes: Sequence[int]) -> Answer:
     """The function said no and all of the call was rolled back: to the events that its text begins with, or to all."""
     refused: dict[int, Refusal] = {}
-    for part in text.strip().split("; event[") if text.strip().startswith("event[") else ():
-        named = _NAMED.match(part if part.startswith("event[") else f"event[{part}")
+    for part in _NEXT.split(text.strip()) if text.strip().startswith("event[") else ():
+        named = _NAMED.match(part)
         if named is not None and int(named[1]) < len(indexes):
-            reason = (part if part.startswith("event[") else f"event[{part}")[named.end() :][:_TEXT_MAX]
+            reason = part[named.end() :][:_TEXT_MAX]
             refusal = Refusal("refused_by_function", f"{named[2]}: {reason}" if named[2] else reason)
             refused.setdefault(indexes[int(named[1])], refusal)
     if refused:

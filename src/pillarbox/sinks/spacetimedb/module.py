@@ -10,6 +10,7 @@ import msgspec
 
 from pillarbox.errors import SinkUnusable, WorldError
 from pillarbox.event import TrackingEvent
+from pillarbox.sinks.spacetimedb.answers import version_of
 from pillarbox.sinks.spacetimedb.lanes import Lane, TransportError
 from pillarbox.sinks.spacetimedb.schema import Schema, SchemaUnreadable
 from pillarbox.sinks.spacetimedb.target import DEFAULT_FUNCTION, Target, Token
@@ -100,12 +101,9 @@ def _lane(server: str, token: Token | None) -> Lane:
 
 
 def _version(health: Reply, server: str) -> str:
-    try:
-        version = str(msgspec.json.decode(health.body)["version"])
-    except (msgspec.DecodeError, KeyError, TypeError):
-        raise NotPublished(
-            f"{server} does not say its version as SpacetimeDB does (status {health.status}): mend --server"
-        ) from None
+    version = version_of(health)
+    if version is None:
+        raise NotPublished(f"{server} does not say its version as SpacetimeDB does (status {health.status}): mend --server")
     if not version.startswith(("1.", "2.")):
         raise NotPublished(f"{server} is SpacetimeDB {version}; the module is built for 1.x and 2.x")
     return version

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Union, get_args, get_orig
 import msgspec
 
 from pillarbox.errors import UsageError
+from pillarbox.event import snake_case
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +70,7 @@ class _Rust:
         for field in msgspec.structs.fields(kind):
             if field.encode_name == key:
                 lines.append("    #[primary_key]\n")
-            name = snake(field.encode_name)
+            name = snake_case(field.encode_name)
             # An underscore more keeps Rust's words apart; names are compared without them.
             lines.append(f"    pub {name}{'_' if name in _KEYWORDS else ''}: {self.of(field.type)},\n")
         return f"{head}\npub struct {kind.__name__} {{\n{''.join(lines)}}}\n"
@@ -83,7 +84,7 @@ def scaffold(event_type: type[msgspec.Struct], major: int) -> str:
     """A module for servers `major`.x with one table and one function for events of this type; they must have an `event_id`."""
     if all(field.encode_name != "event_id" for field in msgspec.structs.fields(event_type)):
         raise UsageError(f"{event_type.__name__} has no field event_id: it is what makes repeats harmless")
-    table = snake(event_type.__name__)
+    table = snake_case(event_type.__name__)
     name = "name" if major == 1 else "accessor"
     rust = _Rust()
     row = rust.table(event_type, f"#[spacetimedb::table({name} = {table})]")
@@ -119,11 +120,6 @@ pub fn record_{table}s(ctx: &ReducerContext, events: Vec<{event_type.__name__}>)
     Ok(())
 }}
 """
-
-
-def snake(name: str) -> str:
-    """`PageView` and `pageView` as `page_view`."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _camel(name: str) -> str:

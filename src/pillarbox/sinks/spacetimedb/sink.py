@@ -26,7 +26,7 @@ from pillarbox.sinks.base import (
     Traits,
     Unconfirmed,
 )
-from pillarbox.sinks.spacetimedb.answers import Reply, classify
+from pillarbox.sinks.spacetimedb.answers import Reply, classify, version_of
 from pillarbox.sinks.spacetimedb.fitting import Fitting
 from pillarbox.sinks.spacetimedb.lanes import Lane, Lanes, TransportError, used
 from pillarbox.sinks.spacetimedb.schema import Schema, SchemaUnreadable
@@ -126,15 +126,16 @@ class SpacetimeDbSink:
             reply = await self._ask("GET", f"{target.path('schema')}?version=9")
         except TransportError as error:
             return Retry(str(error))
+        version = version_of(health) or "of an unknown version"
         if reply.status != 200 or reply.is_html:
             answer = classify(reply, target.function, (), "nothing")
             if isinstance(answer, (Misconfigured, Retry)) and (reply.status != 400 or reply.is_html):
                 return answer
-            return Misconfigured(_unknown_server(reply, _version(health)))
+            return Misconfigured(_unknown_server(reply, version))
         try:
             schema = Schema(reply.body)
         except SchemaUnreadable:
-            return Misconfigured(_unknown_server(reply, _version(health)))
+            return Misconfigured(_unknown_server(reply, version))
         function = schema.functions.get(target.function)
         if function is None:
             there = ", ".join(sorted(schema.functions)) or "none"
@@ -143,7 +144,6 @@ class SpacetimeDbSink:
                 "publish one that has, or name another with ?function="
             )
         fitting = Fitting(schema, function, self._event_type)
-        version = _version(health)
         if fitting.misfits:
             problems = "; ".join(f"{misfit.field}: {misfit.problem}" for misfit in fitting.misfits)
             return Misconfigured(f"{self._event_type.__name__} does not fit {target.function}: {problems}")
@@ -310,13 +310,6 @@ class SpacetimeDbSink:
         self._sent.clear()
         if lanes is not None:
             await lanes.close()
-
-
-def _version(health: Reply) -> str:
-    try:
-        return str(msgspec.json.decode(health.body)["version"]) if health.status == 200 else "of an unknown version"
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return "of an unknown version"
 
 
 def _major(version: str) -> int:
