@@ -387,3 +387,50 @@ def test_a_worker_that_is_run_again_begins_whole(place: Directory) -> None:
         drain(worker)
         assert sink.calls[-1] == batch
     assert (sink.opened, left(place)) == (2, [])
+
+
+def test_delivery_is_taken_over_within_a_second_however_seldom_an_idle_directory_is_looked_at(place: Directory) -> None:
+    """`flush_interval` may be a day."""
+    lease = Lease(place, "other", SystemClock())
+    assert lease.take()
+    seal(place, 1, b"1")
+    sink = RecordingSink()
+    worker = Worker(
+        place,
+        sink,
+        "test",
+        SystemClock(),
+        Pace(interval_s=86_400.0),
+        DeliveryCounters(),
+        lambda _: None,
+        lambda _: None,
+        lambda: False,
+    )
+    thread = DeliveryThread(worker)
+    thread.start()
+    assert not worker.idle.wait(0.1)
+    lease.release()
+    began = SystemClock().monotonic()
+    assert worker.idle.wait(10)
+    assert SystemClock().monotonic() - began < 1.0
+    assert sink.payloads == [b"1"]
+    assert thread.stop(5)
+
+
+def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(place: Directory, tmp_path: Path) -> None:
+    """The state names it; nothing is written into what it leads to."""
+    (tmp_path / "victim").write_bytes(b"precious")
+    planted = Path(place.at(layout.DELIVER_LOCK))
+    planted.hardlink_to(tmp_path / "victim")
+    seal(place, 1, b"1")
+    sink = RecordingSink()
+    worker = worker_for(place, sink)
+    thread = DeliveryThread(worker)
+    thread.start()
+    assert not worker.idle.wait(0.1)
+    assert (worker.state.name, sink.calls) == ("degraded", [])
+    assert "hard link" in worker.state.reason
+    planted.unlink()
+    assert worker.idle.wait(10)
+    assert (sink.payloads, (tmp_path / "victim").read_bytes()) == ([b"1"], b"precious")
+    assert thread.stop(5)

@@ -38,6 +38,7 @@ log = logging.getLogger("pillarbox")
 _jitter = random.SystemRandom().random  # forked processes must not wait in step
 _NOT_YET_S: Final = 0.01  # before a sink that could confirm nothing yet is asked again
 _AHEAD_AFTER_S: Final = 0.001  # a call that takes longer waits for the destination: time to read the next file
+_TAKE_OVER_S: Final = 0.5  # between two looks whether the process that delivers is gone
 CALL_MAX_S: Final = 120.0  # a call to a sink that takes longer is given up and tried again
 
 
@@ -164,7 +165,7 @@ class Worker:
         try:
             if not self.lease.held and not self.lease.take():
                 self._enter("standby", "another process delivers this directory")
-                await self._pause(self._pace.interval_s)
+                await self._pause(min(self._pace.interval_s, _TAKE_OVER_S))
                 return True
             if not self._opened and not await self._open():
                 return True
@@ -174,7 +175,7 @@ class Worker:
             found = self._directory.sealed()
             self._queue.extend(name for name in found if name not in in_flight)
             self._unusable = {name: why for name, why in self._unusable.items() if name in found} if self._unusable else {}
-        except OSError as error:
+        except (OSError, FileUnusable) as error:
             self._trouble(str(error))
             await self._pause(self._pace.interval_s)
             return True

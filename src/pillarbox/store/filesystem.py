@@ -9,8 +9,10 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import sys
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import threading
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from pillarbox.errors import FileUnusable
 
@@ -21,6 +23,7 @@ _OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # what is planted under ou
 _FILE_MODE = 0o600
 _DIRECTORY_MODE = 0o700
 _READ_BYTES = 1 << 20
+_MOUNTS: Final = "/proc/self/mountinfo"
 
 
 class Entry(NamedTuple):
@@ -36,6 +39,14 @@ class DirectoryFacts(NamedTuple):
     is_directory: bool
     mode: int
     usable: bool  # by this process, to list, create and remove in
+    medium: str  # the type of the file system, e.g. "ext4"; empty where it cannot be told
+
+
+class Space(NamedTuple):
+    """What is left on a volume for this process."""
+
+    free_bytes: int
+    total_bytes: int
 
 
 class Filesystem(Protocol):
@@ -64,6 +75,7 @@ class Filesystem(Protocol):
     def rename(self, source: str, target: str) -> None: ...
     def unlink(self, path: str) -> None: ...
     def close(self, fd: int) -> None: ...
+    def space(self, path: str) -> Space: ...
     def close_inherited(self) -> None: ...
 
 
@@ -76,11 +88,18 @@ class RealFilesystem:
     unlink = staticmethod(os.unlink)
 
     def __init__(self) -> None:
-        self._open: set[int] = set()  # what a forked child must close, lest it keeps its parent's locks alive
+        self._opened: set[int] = set()  # what a forked child must close, lest it keeps its parent's locks alive
 
     def make_directory(self, path: str) -> None:
-        """Create the directory and what is missing above it, for the owner only."""
-        os.makedirs(path, mode=_DIRECTORY_MODE, exist_ok=True)
+        """Create the directory and what is missing above it, durably and for the owner only."""
+        above = os.path.dirname(os.path.abspath(path))
+        if not os.path.lexists(path):
+            if not os.path.lexists(above):
+                self.make_directory(above)
+            os.mkdir(path, _DIRECTORY_MODE)
+            self.sync_directory(above)  # what is kept in it would be lost with its name
+        elif not os.path.isdir(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
     def directory_facts(self, path: str) -> DirectoryFacts | None:
         """What is at `path`, or None; follows links, for an operator may put the directory elsewhere."""
@@ -89,7 +108,7 @@ class RealFilesystem:
         except FileNotFoundError:
             return None
         usable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
-        return DirectoryFacts(os.path.isdir(path), found.st_mode & 0o777, usable)
+        return DirectoryFacts(os.path.isdir(path), found.st_mode & 0o777, usable, medium_of(path))
 
     def listing(self, path: str) -> Iterator[Entry]:
         """The regular files in a directory with their sizes; one that goes away meanwhile is left out."""
@@ -103,47 +122,53 @@ class RealFilesystem:
 
     def create(self, path: str) -> int:
         """A new file to append to; the name must be free."""
-        return self._opened(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | _OURS, _FILE_MODE))
+        return self._open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
 
     def open_existing(self, path: str) -> int:
         """A file under one of our names to read, sync and lock, if it is ours to use; raises `FileUnusable` if it is not."""
+        return self._checked(path, os.O_RDONLY)
+
+    def open_lock(self, path: str) -> int:
+        """A lock file, made where it is missing; never removed. Raises `FileUnusable` as `open_existing` does."""
+        return self._checked(path, os.O_RDWR | os.O_CREAT)
+
+    def _checked(self, path: str, flags: int) -> int:
         try:
-            fd = os.open(path, os.O_RDONLY | _OURS)
+            fd = self._open(path, flags)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
                 raise FileUnusable(path, "is a link, a pipe, a device or a directory") from None
             raise
         found = os.fstat(fd)
         problem = None
-        if found.st_mode & 0o170000 != 0o100000:
+        if not stat.S_ISREG(found.st_mode):
             problem = "is not a regular file"
         elif found.st_nlink > 1:
             problem = "has a second hard link"
         elif found.st_uid != os.geteuid() and os.geteuid() != 0:
             problem = f"belongs to user {found.st_uid}"
         if problem:
-            os.close(fd)
+            self.close(fd)
             raise FileUnusable(path, problem)
-        return self._opened(fd)
+        return fd
 
-    def open_lock(self, path: str) -> int:
-        """A lock file, made where it is missing; never removed."""
-        return self._opened(os.open(path, os.O_RDWR | os.O_CREAT | _OURS, _FILE_MODE))
-
-    def _opened(self, fd: int) -> int:
-        self._open.add(fd)
+    def _open(self, path: str, flags: int) -> int:
+        with _forking:
+            fd = os.open(path, flags | _OURS, _FILE_MODE)
+            self._opened.add(fd)
         return fd
 
     def close(self, fd: int) -> None:
         """Close, and release the lock if it is held."""
-        self._open.discard(fd)  # before: afterwards the number may be somebody else's
-        os.close(fd)
+        with _forking:
+            self._opened.discard(fd)  # before: afterwards the number may be somebody else's
+            os.close(fd)
 
     def close_inherited(self) -> None:
         """In a forked child: close the parent's files and locks."""
-        while self._open:
+        while self._opened:
             with contextlib.suppress(OSError):  # one that is closed already must not keep the others open
-                os.close(self._open.pop())
+                os.close(self._opened.pop())
 
     def lock(self, fd: int) -> bool:
         """Take the exclusive lock of an open file; False where another holds it. It is released by closing only."""
@@ -207,6 +232,48 @@ class RealFilesystem:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def space(self, path: str) -> Space:
+        """What is left on the volume that `path` is on."""
+        found = os.statvfs(path)
+        return Space(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
+
+
+def medium_of(path: str) -> str:
+    """The type of the file system that `path` is on, e.g. "ext4"; empty where the system does not tell."""
+    try:
+        with open(_MOUNTS, "rb") as file:
+            mounts = file.read().splitlines()
+    except OSError:
+        return ""
+    place = os.fsencode(os.path.realpath(path)) + b"/"
+    best, medium = b"", b""
+    for mount in mounts:
+        fields, _, source = mount.partition(b" - ")
+        point = fields.split(b" ")[4].replace(b"\\040", b" ")
+        if place.startswith(point.rstrip(b"/") + b"/") and len(point) >= len(best):  # of two on one point the later counts
+            best, medium = point, source.split(b" ")[0]
+    return medium.decode(errors="replace")
+
+
+# Held while a descriptor comes or goes and while a process forks: a child must know of each one that it inherits.
+_forking = threading.RLock()
+
+
+def _fork_begins() -> None:
+    _forking.acquire()
+
+
+def _fork_is_over() -> None:
+    _forking.release()
+
+
+def _in_child() -> None:
+    global _forking  # noqa: PLW0603 - the parent's is held by a thread that does not exist here
+    _forking = threading.RLock()
+
+
+os.register_at_fork(before=_fork_begins, after_in_parent=_fork_is_over, after_in_child=_in_child)
 
 
 def identity(path: str) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""For the tests of applications and of Pillarbox itself: a clock that is set by hand, a sink that answers as it is told."""
+"""A clock that is set by hand, a sink that answers as it is told."""
 
 from __future__ import annotations
 

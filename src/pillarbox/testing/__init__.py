@@ -1,0 +1,10 @@
+"""For the tests of applications and of Pillarbox itself.
+
+doubles.py   a clock that is set by hand, a sink that answers as it is told
+crash.py     a disk in memory that knows what may be left of it when the power fails
+fault.py     a file system that fails where it is told to
+"""
+
+from pillarbox.testing.doubles import ManualClock, RecordingSink
+
+__all__ = ["ManualClock", "RecordingSink"]

@@ -1,0 +1,116 @@
+"""What the real file system adds to the kernel's: who may be opened, what a forked child inherits, which medium it is."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.lease import Lease
+from pillarbox.delivery.state import State
+from pillarbox.errors import FileUnusable
+from pillarbox.store import layout
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem, medium_of
+
+
+@pytest.mark.parametrize("planted", ["symlink", "hardlink", "fifo", "directory"])
+def test_a_lock_file_that_is_planted_is_refused_and_its_victim_unchanged(
+    place: Directory, tmp_path: Path, planted: str
+) -> None:
+    """The heartbeat would be written over it."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious\n")
+    path = Path(place.at(layout.DELIVER_LOCK))
+    if planted == "symlink":
+        path.symlink_to(victim)
+    elif planted == "hardlink":
+        path.hardlink_to(victim)
+    elif planted == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    lease = Lease(place, "sink", SystemClock())
+    with pytest.raises(FileUnusable):
+        lease.take()
+    lease.beat(State("idle"), 0, "", now=True)
+    assert victim.read_bytes() == b"precious\n"
+
+
+class _Syncing(RealFilesystem):
+    """Writes down which directories are synced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.synced: list[str] = []
+
+    def sync_directory(self, path: str) -> None:
+        self.synced.append(path)
+        super().sync_directory(path)
+
+
+def test_a_directory_is_made_durable_with_every_one_above_it(tmp_path: Path) -> None:
+    """What is kept in it would be lost with its name; one that is there costs nothing."""
+    filesystem = _Syncing()
+    for _ in range(2):
+        filesystem.make_directory(str(tmp_path / "a" / "b"))
+    assert filesystem.synced == [str(tmp_path), str(tmp_path / "a")]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        filesystem.make_directory(str(tmp_path / "file"))
+
+
+def test_a_link_to_a_directory_is_used(tmp_path: Path) -> None:
+    """An operator may put it elsewhere."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    RealFilesystem().make_directory(str(tmp_path / "link"))
+
+
+def test_the_medium_and_what_is_free_on_it_can_be_told(tmp_path: Path) -> None:
+    """`/proc` is one that every Linux has."""
+    if os.path.exists("/proc/self/mountinfo"):
+        assert medium_of("/proc/self") == "proc"
+        assert medium_of(str(tmp_path))
+    space = RealFilesystem().space(str(tmp_path))
+    assert 0 <= space.free_bytes <= space.total_bytes
+
+
+def test_a_fork_while_files_come_and_go_leaves_the_child_no_lock(tmp_path: Path) -> None:
+    """Each descriptor that a child inherits is known to it, also one that another thread is just opening."""
+    filesystem, done = RealFilesystem(), threading.Event()
+
+    def churn() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            fd = filesystem.create(str(tmp_path / str(number)))
+            filesystem.lock(fd)
+            filesystem.close(fd)
+            os.unlink(tmp_path / str(number))
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(100):
+            child = os.fork()
+            if child == 0:
+                filesystem.close_inherited()
+                held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit() and _lives(fd)]
+                os._exit(1 if any(path.startswith(str(tmp_path)) for path in held) else 0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        done.set()
+        thread.join()
+
+
+def _lives(fd: str) -> bool:
+    try:
+        fcntl.fcntl(int(fd), fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
