@@ -83,7 +83,8 @@ def test_sizes_may_have_units(text: str, size: int) -> None:
         ("event_type", "nowhere:Nothing"),
         ("event_type", "json:dumps"),
         ("event_type", int),
-        ("min_free_bytes", 5),
+        ("min_free_bytes", -1),
+        ("max_files", 0),
     ],
 )
 def test_a_bad_setting_is_one_line_that_says_what_where_and_what_is_allowed(name: str, value: object) -> None:

@@ -67,8 +67,9 @@ class Outbox:
         batch_bytes: int = 1_000_000,
         flush_interval: float = 1.0,
         max_bytes: int = 512 * 2**20,
+        max_files: int = 200_000,
         when_full: Literal["drop_newest"] = "drop_newest",
-        min_free_bytes: None = None,
+        min_free_bytes: int | None = None,
         durability: Literal["process"] = "process",
         on_invalid: Literal["drop", "raise"] = "drop",
         **others: object,
@@ -82,6 +83,7 @@ class Outbox:
             "batch_bytes": batch_bytes,
             "flush_interval": flush_interval,
             "max_bytes": max_bytes,
+            "max_files": max_files,
             "when_full": when_full,
             "min_free_bytes": min_free_bytes,
             "durability": durability,
@@ -129,8 +131,15 @@ class Outbox:
         self._busy_at = -_BUSY_S
         self._counters = DeliveryCounters()
         self._delivery: DeliveryThread | None = None
-        self._sealer = Sealer(self._directory, self._clock, settings.flush_interval, settings.max_bytes, self._notify_deliverer)
-        limits = Limits(settings.batch_size, settings.batch_bytes, settings.max_bytes)
+        self._sealer = Sealer(
+            self._directory,
+            self._clock,
+            settings.flush_interval,
+            settings.max_bytes,
+            self._notify_deliverer,
+            settings.min_free_bytes,
+        )
+        limits = Limits(settings.batch_size, settings.batch_bytes, settings.max_bytes, settings.max_files)
         self._writer = Writer(self._directory, limits, self._sealer.wake)
         self._sealer.attach(self._writer)
         door = Door(
@@ -231,6 +240,7 @@ class Outbox:
     def _start_with(self, account: Account) -> None:
         self._directory.note_stamp(account.newest_stamp)
         self._writer.start(account.pending_bytes, account.pending_files)
+        self._sealer.look_at_space()
         self._sealer.start()
         telemetry = instruments()
         telemetry.add(self)

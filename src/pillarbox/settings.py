@@ -30,7 +30,6 @@ _ALIASES: Final = {
 }
 # Part of the public API's contract, and built later; refused by name rather than ignored.
 LATER: Final = (
-    "max_files",
     "block_timeout",
     "max_in_flight",
     "sinks",
@@ -57,6 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     batch_bytes: int = 1_000_000
     flush_interval: float = 1.0
     max_bytes: int = 512 * 2**20
+    max_files: int = 200_000
     when_full: str = "drop_newest"
     min_free_bytes: int | None = None
     durability: str = "process"
@@ -133,10 +133,6 @@ def _one_of(*allowed: str, later: tuple[str, ...] = ()) -> Callable[[object], st
     return parse
 
 
-def _not_yet(value: object) -> None:  # noqa: ARG001 - whatever it is
-    raise _Refusal("left out: it comes with a later version")
-
-
 def _event_type(value: object) -> type[msgspec.Struct]:
     if isinstance(value, type) and issubclass(value, msgspec.Struct):
         return value
@@ -160,8 +156,9 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "batch_bytes": _whole("a whole number of bytes, at least 1", 1),
     "flush_interval": _seconds,
     "max_bytes": _whole("a whole number of bytes, at least 0", 0),
+    "max_files": _whole("a whole number of files, at least 1", 1),
     "when_full": _one_of("drop_newest", later=("drop_oldest", "block", "raise")),
-    "min_free_bytes": _not_yet,  # None, which is left out, is the only value so far
+    "min_free_bytes": _whole("a whole number of bytes, at least 0", 0),
     "durability": _one_of("process", later=("power",)),
     "on_invalid": _one_of("drop", "raise"),
 }

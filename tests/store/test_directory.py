@@ -13,7 +13,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusable, FileUnusable
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory, Taken
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import DirectoryFacts, RealFilesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.recovery import RECOVERY, Action, Content, Lock
 from pillarbox.store.writer import Limits, Writer
@@ -271,3 +271,17 @@ def test_a_new_file_that_was_taken_for_a_dead_writers_is_not_used(place: Directo
     raced = Directory(place.path, _Raced(place, 2), clock)
     raced.put("dead-a.ndjson", b"letter")
     assert raced.read_bytes("dead-a.ndjson") == b"letter"
+
+
+class _Mounted(RealFilesystem):
+    """On NFS."""
+
+    def directory_facts(self, path: str) -> DirectoryFacts | None:
+        facts = super().directory_facts(path)
+        return facts and facts._replace(medium="nfs4")
+
+
+def test_a_directory_on_a_network_is_refused_with_the_reason(tmp_path: Path, clock: ManualClock) -> None:
+    """Its locks and syncs do not hold what is promised."""
+    with pytest.raises(DirectoryUnusable, match=r"nfs4.*local file system"):
+        Directory(str(tmp_path), _Mounted(), clock).open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 from pillarbox.outcome import DROPPED, ENQUEUED
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import RealFilesystem, Space
 from pillarbox.store.sealer import Sealer, stretched
 from pillarbox.store.writer import RETIRED_MAX, Limits, Writer
 from pillarbox.testing import ManualClock
@@ -385,3 +386,97 @@ def test_what_an_interrupt_left_can_be_rotated_at_once(tmp_path: Path, clock: Ma
         line.append()
     assert line.writer.rotate("manual")
     assert [(file.events, file.bytes) for file in line.writer.retired] == [(2, 2 * len(LINE))]
+
+
+def test_at_max_files_no_further_file_begins_and_the_one_that_is_open_fills_up(place: Directory, clock: ManualClock) -> None:
+    """It grows to its bytes; when a file is gone, the next begins."""
+    for number in range(2):
+        Path(place.at(f"sealed-{number}.ndjson")).write_bytes(LINE)
+    line = Line(place, clock, batch_size=2, batch_bytes=4 * len(LINE), max_files=3)
+    line.append()
+    line.sealer.step()
+    assert line.append(5) == [ENQUEUED] * 3 + [DROPPED["max_files"]] * 2
+    assert line.lines() == {"active": 4, "sealed": 2}
+    assert line.writer.dropped["max_files"] == 2
+    line.writer.release(len(LINE))
+    assert line.append() == [ENQUEUED]
+
+
+def test_at_max_files_not_even_a_first_file_begins(place: Directory, clock: ManualClock) -> None:
+    """And none appears."""
+    Path(place.at("sealed-a.ndjson")).write_bytes(LINE)
+    line = Line(place, clock, max_files=1)
+    assert line.append() == [DROPPED["max_files"]]
+    assert os.listdir(place.path) == ["sealed-a.ndjson"]
+
+
+class _Filling(RealFilesystem):
+    """A volume of 1,000 bytes of which `free` are left."""
+
+    free = 1000
+
+    def space(self, path: str) -> Space:
+        return Space(self.free, 1000)
+
+
+@pytest.mark.parametrize(("least", "free"), [(None, 49), (300, 299)])
+def test_with_less_room_on_the_volume_than_is_to_be_kept_nothing_is_accepted(
+    tmp_path: Path, clock: ManualClock, least: int | None, free: int
+) -> None:
+    """5 % of it unless told otherwise; without a restart it goes on when there is room."""
+    filesystem = _Filling()
+    line = Line(Directory(str(tmp_path), filesystem, clock), clock)
+    line.sealer._min_free_bytes = least
+    line.sealer.step()
+    assert line.append() == [ENQUEUED]
+    for free_bytes, outcome in ((free, DROPPED["disk_low"]), (free + 1, ENQUEUED)):
+        filesystem.free = free_bytes
+        clock.advance(5)
+        line.sealer.step()
+        assert line.append(2) == [outcome] * 2
+    assert line.writer.dropped["disk_low"] == 2
+
+
+def test_a_directory_that_somebody_removed_is_made_anew_with_what_was_acknowledged(line: Line, clock: ManualClock) -> None:
+    """What is in the open files; it is sealed as usual."""
+    line.append(3)
+    line.sealer.step()
+    shutil.rmtree(line.place.path)
+    clock.advance(10)
+    line.sealer.step()
+    line.sealer.step()
+    assert line.lines() == {"sealed": 3}
+    assert line.append() == [ENQUEUED]
+    line.sealer.finish()
+    assert sum(line.lines().values()) == 4
+
+
+class _FailingDirectorySync(RealFilesystem):
+    """Syncs no directory, so many times."""
+
+    failures = 0
+    synced = 0
+
+    def sync_directory(self, path: str) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        self.synced += 1
+        super().sync_directory(path)
+
+
+def test_a_sync_of_the_directory_that_failed_after_sealing_is_done_again(tmp_path: Path, clock: ManualClock) -> None:
+    """Only then the deliverer hears of the files."""
+    filesystem = _FailingDirectorySync()
+    line = Line(Directory(str(tmp_path), filesystem, clock), clock, batch_size=1)
+    line.append()
+    line.sealer.step()
+    line.append()
+    filesystem.failures = 2
+    line.sealer.step()
+    line.sealer.step()
+    assert (line.lines(), line.sealed, filesystem.synced) == ({"sealed": 2}, [], 0)
+    line.sealer.step()
+    assert (line.sealed, filesystem.synced) == ([None], 1)
+    line.sealer.step()
+    assert filesystem.synced == 1

@@ -24,7 +24,8 @@ file.
 ORDER. Within a writer, first in, first out. Across writers, by seal time. Seal times strictly increase within a process, and
 start after the newest one found, so that they increase also where the clock steps back.
 
-LIMITS. Pending bytes are active and sealed files, no others; above `max_bytes` an event is refused and no file is created. An
+LIMITS. Pending bytes are active and sealed files, no others; above `max_bytes` an event is refused and no file is created, at
+`max_files` of them no further file begins, and with less than `min_free_bytes` free on the volume nothing is accepted. An
 active file is retired at `batch_size` events, at `batch_bytes`, or `flush_interval` after its first event (later while files
 wait); where the disk does not keep up it grows, to `batch_bytes` first. A call of `enqueue_many` is never cut in two.
 

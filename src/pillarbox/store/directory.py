@@ -23,6 +23,7 @@ log = logging.getLogger("pillarbox")
 # A found stamp further ahead than this is a name that somebody made up, not a clock that was wrong for a while.
 _STAMP_AHEAD_MAX: Final = 366 * 86_400 * 1_000_000
 _OPEN_MODE: Final = 0o077
+_NETWORK: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"})
 
 
 class Account(NamedTuple):
@@ -73,6 +74,7 @@ class Directory:
         self.filesystem = filesystem
         self._clock = clock
         self._last_stamp = 0
+        self._names_unsynced = False  # the sync that follows renaming has failed
         self.renew()
 
     def renew(self) -> None:
@@ -99,6 +101,12 @@ class Directory:
         if not facts.usable:
             raise DirectoryUnusable(
                 self.path, "cannot be read and written by this process", "change its owner or mode, or name another"
+            )
+        if facts.medium in _NETWORK:
+            raise DirectoryUnusable(
+                self.path,
+                f"is on {facts.medium}, over a network, where locks and syncs do not hold what is promised here",
+                "name a directory on a local file system",
             )
         if facts.mode & _OPEN_MODE:
             log.warning("%s is open to other users (mode %03o); events may be personal: chmod 700", self.path, facts.mode)
@@ -197,10 +205,26 @@ class Directory:
             except FileNotFoundError:
                 # Somebody removed it; what was acknowledged is still in the open file.
                 log.error("%s was removed by somebody; written anew as %s", file.name, name)  # noqa: TRY400 - the trace says nothing
+                self.filesystem.make_directory(self.path)  # it may have been removed with everything in it
                 self.put(name, self.filesystem.read_all(file.fd))
             renamed(file, name)
         if ready:
+            self._sync_names()
+
+    def finish_sealing(self) -> bool:
+        """Sync the directory where that has failed after sealing; whether it was due."""
+        due = self._names_unsynced
+        if due:
+            self._sync_names()
+        return due
+
+    def _sync_names(self) -> None:
+        self._names_unsynced = False  # before: what another thread fails to sync meanwhile stays due
+        try:
             self.filesystem.sync_directory(self.path)
+        except OSError:
+            self._names_unsynced = True
+            raise
 
     def recover(self) -> list[Adopted]:
         """Adopt what dead writers left: seal what holds events, remove what holds none.

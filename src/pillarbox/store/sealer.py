@@ -31,6 +31,9 @@ _RELIST_SHARE: Final = 10  # listing may take a tenth of the time
 # 30 us or so on two cores: several files in one round share many of them.
 _PACE_S: Final = 0.01
 _RETRY_S: Final = 1.0  # after the disk refused a rename
+_SPACE_S: Final = 1.0  # between two looks at the room on the volume
+MIN_FREE_MAX: Final = 256 * 2**20  # bytes of the volume that are left to others, unless told otherwise: these or
+MIN_FREE_SHARE: Final = 20  # this part of it, whichever is less
 
 
 def stretched(flush_interval: float, waiting: int) -> float:
@@ -48,12 +51,15 @@ class Sealer:
         flush_interval: float,
         max_bytes: int,
         on_sealed: Callable[[], None],
+        min_free_bytes: int | None = None,
     ) -> None:
         self._directory = directory
         self._clock = clock
         self._flush_interval = flush_interval
         self._max_bytes = max_bytes
         self._on_sealed = on_sealed
+        self._min_free_bytes = min_free_bytes
+        self._next_space = 0.0
         self._inbox: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -148,13 +154,27 @@ class Sealer:
             trouble = self._open_spares(self._writer.look())
             wait = self._seal_by_age()
             self._seal_retired()
-            wait = min(wait, self._relist())
+            wait = min(wait, self._relist(), self.look_at_space())
         except OSError as error:
             trouble = str(error)
             wait = _RETRY_S
         self._report(trouble)
         self._report_drops()
         return wait
+
+    def look_at_space(self) -> float:
+        """Have nothing more accepted while the volume has less room than it must keep; seconds until the next look."""
+        now = self._clock.monotonic()
+        if now < self._next_space:
+            return self._next_space - now
+        space = self._directory.filesystem.space(self._directory.path)
+        least = self._min_free_bytes
+        if least is None:
+            least = min(MIN_FREE_MAX, space.total_bytes // MIN_FREE_SHARE)
+        low = space.free_bytes < least
+        self._writer.keep_free(low=low)
+        self._next_space = now + _SPACE_S
+        return _SPACE_S if low else _RELIST_S  # while there is room, a file that fills up is reason enough to look
 
     def _open_spares(self, count: int) -> str:
         """Have files ready; what goes wrong with that must not keep from sealing, which is what makes room."""
@@ -209,6 +229,8 @@ class Sealer:
     def _seal_retired(self) -> None:
         retired = self._writer.retired
         if not retired:
+            if self._directory.finish_sealing():
+                self._on_sealed()
             return
 
         done = 0
@@ -232,7 +254,12 @@ class Sealer:
         if now < self._next_listing:
             return self._next_listing - now
         before = self._writer.mark()
-        account = self._directory.account()
+        try:
+            account = self._directory.account()
+        except FileNotFoundError:
+            log.error("%s was removed by somebody; made anew", self._directory.path)  # noqa: TRY400 - the trace says nothing
+            self._directory.filesystem.make_directory(self._directory.path)
+            account = self._directory.account()
         self._writer.correct(before, account.pending_bytes, account.pending_files)
         took = self._clock.monotonic() - now
         rest = _RELIST_FULL_S if 2 * account.pending_bytes > self._max_bytes else _RELIST_S

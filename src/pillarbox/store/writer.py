@@ -46,6 +46,7 @@ class Limits(NamedTuple):
     batch_size: int  # events a file
     batch_bytes: int  # bytes a file, overshot by one append
     max_bytes: int  # pending bytes of the directory
+    max_files: int = 200_000  # pending files of the directory: so many are listed in well under a second
 
 
 class Mark(NamedTuple):
@@ -114,6 +115,7 @@ class Writer:
         self._broken = False  # an exception cut an append short: the mark is nobody's
         self._mending = False  # the end of the file is being put right: not even a signal handler may append to it
         self._room = 0  # how many bytes the active file may have before `max_bytes` is reached
+        self._low = False  # the volume has less room than it must keep
         self._told = False  # the sealer, since it last looked
         self.files = 0  # pending files, the active one only where it holds something
         self.retired: tuple[ActiveFile, ...] = ()  # oldest first
@@ -204,7 +206,14 @@ class Writer:
         if size > self._room - self._file.bytes:
             self._allow()
             return self._refuse("max_bytes", events)
-        if self._file.bytes and self._file.bytes + size > self._limits.batch_bytes and len(self.retired) < RETIRED_MAX:
+        if self._low:
+            self._allow()
+            return self._refuse("disk_low", events)
+        full = self._file.bytes > 0 and self._file.bytes + size > self._limits.batch_bytes
+        if self.files >= self._limits.max_files and (full or not self._file.counted):
+            self._allow()
+            return self._refuse("max_files", events)
+        if full and len(self.retired) < RETIRED_MAX:
             if not self._spares:
                 self._spares = (self._new_file(),)
             self._retire("batch_bytes")
@@ -228,6 +237,8 @@ class Writer:
         file, own = self._file, False
         if size > self._room - file.bytes:
             return self._refuse("max_bytes", events)
+        if self._low:
+            return self._refuse("disk_low", events)
         try:
             if self._mending or file.taken is _NOWHERE or not self._ends_whole(file):
                 if len(self.retired) >= 2 * RETIRED_MAX:
@@ -263,7 +274,9 @@ class Writer:
 
     def _allow(self) -> None:
         """Set how far the active file may grow without another thought."""
-        if self._file.taken is not _NOWHERE:
+        if self._low or (self.files >= self._limits.max_files and not self._file.counted):
+            self._limit = 0 if self._file.taken is not _NOWHERE else _NO_FILE
+        elif self._file.taken is not _NOWHERE:
             self._limit = max(0, min(self._room, self._limits.batch_bytes))
         else:
             self._limit = _NO_FILE
@@ -330,7 +343,9 @@ class Writer:
             self.files += 1
             self._tell_sealer()
         # Without a spare the sealer is behind: the file grows to `batch_bytes` rather than that the caller opens another.
-        if file.events >= self._limits.batch_size and self._spares and len(self.retired) < RETIRED_MAX:
+        # It does so too where no further file may begin.
+        ready = self._spares and len(self.retired) < RETIRED_MAX and self.files < self._limits.max_files
+        if file.events >= self._limits.batch_size and ready:
             self._retire("batch_size")
         self._allow()
 
@@ -414,6 +429,13 @@ class Writer:
             self.files -= 1
             self._make_room(self._room + size)
 
+    def keep_free(self, *, low: bool) -> None:
+        """The sealer's: accept nothing more while the volume is `low` on room."""
+        with self._lock:
+            if self._low != low:
+                self._low = low
+                self._make_room(self._room)
+
     def _make_room(self, room: int) -> None:
         self._room = room
         if self._limit != _MARK:
@@ -433,8 +455,8 @@ class Writer:
             difference = found_bytes - self._pending_bytes()
             appended = self._retired_bytes + self._file.bytes - before.appended
             if abs(difference) > appended + self._released - before.released:
-                self._make_room(self._room - difference - appended)
                 self.files = found_files
+                self._make_room(self._room - difference - appended)
 
     def pending(self) -> tuple[int, int, int]:
         """(pending bytes, pending files, events accepted since start)."""
