@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -15,7 +16,7 @@ from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory, Taken
 from pillarbox.store.filesystem import DirectoryFacts, RealFilesystem
 from pillarbox.store.layout import Kind
-from pillarbox.store.recovery import RECOVERY, Action, Content, Lock
+from pillarbox.store.recovery import RECOVERY, Action, Lock, Tail
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock
 
@@ -135,11 +136,11 @@ def test_what_is_planted_under_our_names_is_left_alone(place: Directory, tmp_pat
 
 def test_the_recovery_table_is_total() -> None:
     """Every combination has one action; a held lock is never touched, a sealed file never changed."""
-    assert set(RECOVERY) == {(kind, lock, content) for kind in Kind for lock in Lock for content in Content}
-    for (kind, lock, content), action in RECOVERY.items():
+    assert set(RECOVERY) == {(kind, lock, tail) for kind in Kind for lock in Lock for tail in Tail}
+    for (kind, lock, tail), action in RECOVERY.items():
         if lock is Lock.ANOTHER or kind in (Kind.SEALED, Kind.CORRUPT, Kind.SPANS, Kind.DEAD, Kind.OTHER):
             assert action is Action.LEAVE
-        elif kind is Kind.ASIDE or content is Content.EMPTY:
+        elif kind is Kind.ASIDE or tail is Tail.EMPTY:
             assert action is Action.REMOVE
         else:
             assert action is Action.SEAL
@@ -157,12 +158,12 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("content", Content)
+@pytest.mark.parametrize("tail", Tail)
 @pytest.mark.parametrize("lock", Lock)
 @pytest.mark.parametrize("kind", Kind)
-def test_recovery_does_what_the_table_says(place: Directory, kind: Kind, lock: Lock, content: Content) -> None:
+def test_recovery_does_what_the_table_says(place: Directory, kind: Kind, lock: Lock, tail: Tail) -> None:
     """On a real directory, twice: the second time changes nothing."""
-    data = b"some\n" if content is Content.SOME else b""
+    data = {Tail.EMPTY: b"", Tail.WHOLE: b"some\n", Tail.TORN: b"some\nto", Tail.NUL: b"some\nto\0\0"}[tail]
     path = put(place, EXAMPLES[kind], data)
     holder = os.open(path, os.O_RDONLY)
     if lock is Lock.ANOTHER:
@@ -172,7 +173,7 @@ def test_recovery_does_what_the_table_says(place: Directory, kind: Kind, lock: L
     assert place.recover() == []
     assert names(place) == after
     os.close(holder)
-    action = RECOVERY[kind, lock, content]
+    action = RECOVERY[kind, lock, tail]
     if action is Action.LEAVE:
         assert (adopted, after) == ([], [path.name])
     elif action is Action.REMOVE:
@@ -285,3 +286,23 @@ def test_a_directory_on_a_network_is_refused_with_the_reason(tmp_path: Path, clo
     """Its locks and syncs do not hold what is promised."""
     with pytest.raises(DirectoryUnusable, match=r"nfs4.*local file system"):
         Directory(str(tmp_path), _Mounted(), clock).open()
+
+
+class _Unreadable(RealFilesystem):
+    """Cannot read the end of one file."""
+
+    def read_at(self, fd: int, offset: int, count: int) -> bytes:
+        if "active-a-" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read_at(fd, offset, count)
+
+
+def test_a_file_whose_end_cannot_be_read_does_not_keep_the_others_from_being_adopted(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """It stays as it is, to be looked at again."""
+    place = Directory(str(tmp_path), _Unreadable(), clock)
+    put(place, "active-a-1.ndjson")
+    put(place, "active-b-1.ndjson")
+    assert [file.found for file in place.recover()] == ["active-b-1.ndjson"]
+    assert names(place)[0] == "active-a-1.ndjson"

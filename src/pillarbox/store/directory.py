@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pillarbox.errors import DirectoryUnusable, FileUnusable
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from pillarbox.store.recovery import RECOVERABLE, RECOVERY, Action, Content, Lock
+from pillarbox.store.recovery import RECOVERABLE, RECOVERY, Action, Lock, Tail, tail_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -256,8 +256,12 @@ class Directory:
             log.warning("left alone: %s", error)
             return None
         lock = Lock.ANOTHER if taken is None else Lock.NOBODY
-        content = Content.SOME if taken is not None and self.filesystem.size(taken.fd) else Content.EMPTY
-        action = RECOVERY[layout.kind_of(name), lock, content]
+        try:
+            tail = Tail.EMPTY if taken is None else self._tail(taken)
+            action = RECOVERY[layout.kind_of(name), lock, tail]
+        except OSError as error:
+            log.error("left alone, it cannot be read: %s: %s", name, error)  # noqa: TRY400 - the trace says nothing
+            action = Action.LEAVE
         if taken is None or action is Action.SEAL:
             return taken
         try:
@@ -266,6 +270,10 @@ class Directory:
         finally:
             self.filesystem.close(taken.fd)
         return None
+
+    def _tail(self, taken: Taken) -> Tail:
+        size = self.filesystem.size(taken.fd)
+        return tail_of(self.filesystem.read_at(taken.fd, size - 1, 1) if size else b"")
 
     def read_bytes(self, name: str) -> bytes:
         """A small file's content, empty where there is none; takes no lock."""
