@@ -24,7 +24,7 @@ from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.telemetry import DeliveryCounters
-from pillarbox.testing import RecordingSink
+from pillarbox.testing import ManualClock, RecordingSink
 
 QUICK = Pace(interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
 NO = Refusal("no", "it says so")
@@ -434,3 +434,55 @@ def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(pl
     assert worker.idle.wait(10)
     assert (sink.payloads, (tmp_path / "victim").read_bytes()) == ([b"1"], b"precious")
     assert thread.stop(5)
+
+
+class _Tracing(RealFilesystem):
+    """Writes down removals and syncs of the directory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.verbs: list[str] = []
+
+    def unlink(self, path: str) -> None:  # type: ignore[override]
+        os.unlink(path)
+        if "sealed-" in path:
+            self.verbs.append("remove")
+
+    def sync_directory(self, path: str) -> None:
+        self.verbs.append("sync")
+        super().sync_directory(path)
+
+
+def test_removals_are_synced_together_before_the_deliverer_rests(place: Directory) -> None:
+    """What is settled does not come back with the power."""
+    for stamp in (1, 2, 3):
+        seal(place, stamp, b"%d" % stamp)
+    tracing = _Tracing()
+    drain(worker_for(Directory(place.path, tracing, SystemClock()), RecordingSink()))
+    assert tracing.verbs == ["remove", "remove", "remove", "sync"]
+
+
+def test_while_files_are_delivered_their_removals_are_synced_once_a_second(place: Directory, clock: ManualClock) -> None:
+    """And where the sync fails, delivery goes on."""
+
+    class Passing(RecordingSink):
+        async def deliver(self, batch: Batch) -> Answer:
+            clock.advance(0.6)
+            return await super().deliver(batch)
+
+    for stamp in range(1, 6):
+        seal(place, stamp, b"%d" % stamp)
+    tracing = _Tracing()
+    worker = Worker(
+        Directory(place.path, tracing, clock),
+        Passing(),
+        "test",
+        clock,
+        QUICK,
+        DeliveryCounters(),
+        lambda _: None,
+        lambda _: None,
+        lambda: False,
+    )
+    drain(worker)
+    assert tracing.verbs == ["remove", "remove", "remove", "sync", "remove", "remove", "sync"]

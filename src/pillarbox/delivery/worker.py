@@ -39,6 +39,7 @@ _jitter = random.SystemRandom().random  # forked processes must not wait in step
 _NOT_YET_S: Final = 0.01  # before a sink that could confirm nothing yet is asked again
 _AHEAD_AFTER_S: Final = 0.001  # a call that takes longer waits for the destination: time to read the next file
 _TAKE_OVER_S: Final = 0.5  # between two looks whether the process that delivers is gone
+_REMOVED_S: Final = 1.0  # how long a removal may wait for its sync: what power loss brings back is sent again
 CALL_MAX_S: Final = 120.0  # a call to a sink that takes longer is given up and tried again
 
 
@@ -111,6 +112,7 @@ class Worker:
         self._confirming: asyncio.Task[None] | None = None
         self._confirm_failures = 0
         self._settle_failures = 0
+        self._removed_since: float | None = None  # the first removal that is not synced yet
         self._trouble_confirming: Misconfigured | Retry | None = None
         self._unusable: dict[str, str] = {}
         self.state = State("idle")
@@ -154,6 +156,7 @@ class Worker:
             for job in self._unconfirmed:
                 self._directory.filesystem.close(job.file.fd)
             self._unconfirmed.clear()
+            self._sync_removals()
             self._confirming = self._trouble_confirming = None
             self._opened = False
             await self._sink.close()  # also where `open` has failed: it may have come halfway
@@ -184,6 +187,7 @@ class Worker:
         if self._unconfirmed:
             await self._wait_for_room(1)
             return True
+        self._sync_removals()
         self._well("idle")
         self.idle.set()
         await self._pause(self._pace.interval_s, until=self._work)
@@ -218,6 +222,8 @@ class Worker:
                 return True
             else:
                 self._settle_failures = 0
+            if self._removed_since is not None and self._clock.monotonic() - self._removed_since >= _REMOVED_S:
+                self._sync_removals()
             self._beat()
         return progress
 
@@ -397,6 +403,8 @@ class Worker:
                 settlement.keep_dead(self._directory, job.batch.id, job.dead)
             with self.settled:  # whoever sees that the file is gone finds it counted
                 self._directory.remove(job.file.name)
+                if self._removed_since is None:
+                    self._removed_since = self._clock.monotonic()
                 self._count(job)
                 self.settled.notify_all()
         except OSError as error:
@@ -406,6 +414,16 @@ class Worker:
         if job.spans or job.dead:
             log.warning("%s: %d damaged lines and %d dead letters set aside", job.batch.id, len(job.spans), len(job.dead))
         return None
+
+    def _sync_removals(self) -> None:
+        """Have what is settled not come back with the power; one sync for all that was removed since the last."""
+        if self._removed_since is None:
+            return
+        self._removed_since = None
+        try:
+            self._directory.filesystem.sync_directory(self._directory.path)
+        except OSError as error:
+            log.warning("%s: removals are not synced, power loss may bring files back: %s", self._directory.path, error)
 
     def _count(self, job: _Job) -> None:
         counters = self.counters
