@@ -69,9 +69,12 @@ class Adopted(NamedTuple):
 class Directory:
     """One outbox directory. Safe to share between the threads of a process."""
 
-    def __init__(self, path: str, filesystem: Filesystem, clock: Clock) -> None:
+    def __init__(
+        self, path: str, filesystem: Filesystem, clock: Clock, new_id: Callable[[], str] = lambda: str(uuid.uuid4())
+    ) -> None:
         self.path = path
         self.filesystem = filesystem
+        self.new_id = new_id  # each differs from all others, of any process
         self._clock = clock
         self._last_stamp = 0
         self._names_unsynced = False  # the sync that follows renaming has failed
@@ -81,7 +84,7 @@ class Directory:
         """Become another process's: in a forked child, whose names must not meet its parent's, nor its locks."""
         self._stamp_lock = threading.Lock()
         self._recovering = threading.Lock()
-        self._unique = str(uuid.uuid4())  # with stamps that strictly increase, one for all names is unique enough
+        self._unique = self.new_id()  # with stamps that strictly increase, one for all names is unique enough
 
     def at(self, name: str) -> str:
         """The path of a file in the directory."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import itertools
 import threading
-import uuid
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 from zlib import crc32
 
@@ -105,7 +104,7 @@ class Writer:
         self._limits = limits
         self._wake = wake
         self._lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
-        self._name = str(uuid.uuid4())
+        self._name = directory.new_id()
         self._next_number = itertools.count(1).__next__
         self._started = False
         self._closed = False
