@@ -189,10 +189,10 @@ def test_enqueue_async_is_enqueue(tmp_path: Path) -> None:
         assert asyncio.run(outbox.enqueue_async(event(1), durability="process")) == Enqueued()
 
 
-def test_a_durability_that_is_not_built_yet_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_durability_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
     """Rather than promised and not kept."""
     with Outbox(str(tmp_path / "outbox")) as outbox, pytest.raises(ConfigurationError, match="durability"):
-        outbox.enqueue(event(1), durability="power")  # type: ignore[arg-type]
+        outbox.enqueue(event(1), durability="forever")  # type: ignore[arg-type]
 
 
 def test_flush_waits_until_everything_is_settled_or_says_that_it_is_not(tmp_path: Path) -> None:

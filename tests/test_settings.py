@@ -100,10 +100,10 @@ def test_a_bad_setting_is_one_line_that_says_what_where_and_what_is_allowed(name
             resolve({}, {f"PILLARBOX_{name.upper()}": value})
 
 
-@pytest.mark.parametrize("name", [*LATER, "when_full", "durability"])
+@pytest.mark.parametrize("name", [*LATER, "when_full"])
 def test_what_comes_later_is_refused_by_name(tmp_path: Path, name: str) -> None:
     """Not ignored: somebody relies on it."""
-    value = {"when_full": "drop_oldest", "durability": "power"}.get(name, 5)
+    value = {"when_full": "drop_oldest"}.get(name, 5)
     with pytest.raises(ConfigurationError, match=f"^{name} = .*later version"):
         Outbox(str(tmp_path), **{name: value})  # type: ignore[arg-type]
 

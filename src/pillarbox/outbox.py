@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import threading
@@ -15,11 +16,12 @@ from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Pace, Worker
 from pillarbox.errors import ConfigurationError, InvalidEvent
 from pillarbox.event import EVENT_BYTES_MAX, Codec, TrackingEvent
-from pillarbox.outcome import DROPPED, Dropped, DropReason, Outcome
+from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
 from pillarbox.settings import Settings, resolve
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.sinks.base import Sink
 from pillarbox.store import record
+from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Account, Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.sealer import Sealer
@@ -70,7 +72,7 @@ class Outbox:
         max_files: int = 200_000,
         when_full: Literal["drop_newest"] = "drop_newest",
         min_free_bytes: int | None = None,
-        durability: Literal["process"] = "process",
+        durability: Durability = "process",
         on_invalid: Literal["drop", "raise"] = "drop",
         **others: object,
     ) -> None:
@@ -117,9 +119,13 @@ class Outbox:
         self._closed = False
         self._filesystem = RealFilesystem()
         self._directory = Directory(settings.directory, self._filesystem, self._clock)
+        self._power = settings.durability == "power"
+        self._power_checked = not settings.enabled
         if settings.enabled:
             self._directory.open()
         self._arm()
+        if self._power and settings.enabled:
+            self._check_power()
         _outboxes.add(self)
 
     def _arm(self) -> None:
@@ -141,50 +147,104 @@ class Outbox:
         )
         limits = Limits(settings.batch_size, settings.batch_bytes, settings.max_bytes, settings.max_files)
         self._writer = Writer(self._directory, limits, self._sealer.wake)
-        self._sealer.attach(self._writer)
+        self._committer = Committer(self._directory, self._writer)
+        self._sealer.attach(self._writer, self._committer, enters=self._power)
         door = Door(
-            self._codec.encode, self._event_type, EVENT_BYTES_MAX, _check_durability, self._refuse, self._invalid, self._first
+            self._codec.encode,
+            self._event_type,
+            EVENT_BYTES_MAX,
+            self._is_power,
+            self._refuse,
+            self._invalid,
+            self._first,
+            self._durably,
+            self._power,
         )
         self.enqueue = self._writer.build_enqueue(door)
         self._sink = self._given_sink
         if self._sink is None and settings.sink is not None and settings.enabled:
             self._sink = make_sink(settings.sink, settings.event_type)
 
-    def enqueue_many(self, events: Iterable[msgspec.Struct]) -> list[Outcome]:
+    def enqueue_many(self, events: Iterable[msgspec.Struct], *, durability: Durability | None = None) -> list[Outcome]:
         """Store events in one write, all or none of the valid ones; one outcome for each, in order.
 
         They stay together in one file. At most 16 MiB in one call; more is `Dropped("invalid")`.
         """
+        power = self._power if durability is None else self._is_power(durability)
         outcomes: list[Outcome | None] = []
         lines: list[bytes] = []
         for event in events:
-            try:
-                payload = self._codec.encode(event)
-                if type(event) is not self._event_type or len(payload) > EVENT_BYTES_MAX:
-                    self._refuse(event, payload)
-            except Exception as error:  # noqa: BLE001 - as in `enqueue`
-                outcomes.append(self._invalid(event, error))
-            else:
-                lines.append(record.line(payload))
+            line = self._line(event)
+            if isinstance(line, bytes):
+                lines.append(line)
                 outcomes.append(None)
-        together = self._append_many(b"".join(lines), len(lines)) if lines else DROPPED["invalid"]
+            else:
+                outcomes.append(line)
+        together = self._append_many(b"".join(lines), len(lines), power=power) if lines else DROPPED["invalid"]
         return [together if outcome is None else outcome for outcome in outcomes]
+
+    def _line(self, event: msgspec.Struct) -> bytes | Outcome:
+        """An event's record, or why it has none."""
+        try:
+            payload = self._codec.encode(event)
+            if type(event) is not self._event_type or len(payload) > EVENT_BYTES_MAX:
+                self._refuse(event, payload)
+        except Exception as error:  # noqa: BLE001 - as in `enqueue`
+            return self._invalid(event, error)
+        return record.line(payload)
 
     def _refuse(self, event: object, payload: bytes) -> None:
         if type(event) is not self._event_type:
             raise InvalidEvent("event", f"must be a {self._event_type.__name__}, not {type(event).__name__}")
         raise InvalidEvent("event", f"has {len(payload)} bytes as JSON, more than {EVENT_BYTES_MAX}")
 
-    def _append_many(self, lines: bytes, events: int) -> Outcome:
+    def _append_many(self, lines: bytes, events: int, *, power: bool) -> Outcome:
         if len(lines) > MANY_BYTES_MAX:
             self._explain(f"enqueue_many: {len(lines)} bytes in one call, more than {MANY_BYTES_MAX}")
             return self._writer.refuse("invalid", events)
-        outcome = self._writer.append(lines, events)
-        return outcome if outcome is not None else self._first(lines, events)
+        append = self._committer.commit if power else self._writer.append
+        outcome = append(lines, events)
+        return outcome if outcome is not None else self._first(lines, events, power=power)
 
-    async def enqueue_async(self, event: msgspec.Struct, *, durability: Literal["process"] | None = None) -> Outcome:
-        """`enqueue`, from a coroutine: with durability "process" it is too quick to be worth a thread."""
-        return self.enqueue(event, durability=durability)
+    def _durably(self, line: bytes) -> Outcome:
+        outcome = self._committer.commit(line, 1)
+        return outcome if outcome is not None else self._first(line, 1, power=True)
+
+    async def enqueue_async(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
+        """`enqueue`, from a coroutine. "process" is too quick to be worth a thread; under "power" many share one sync.
+
+        Cancelling does not withdraw the event.
+        """
+        if not (self._power if durability is None else self._is_power(durability)):
+            return self.enqueue(event, durability=durability)
+        line = self._line(event)
+        if not isinstance(line, bytes):
+            return line
+        answer = self._committer.commit_async(line, 1)
+        if answer is None:
+            reason = self._why_not_started()
+            answer = self._committer.commit_async(line, 1) if reason is None else self._writer.refuse(reason)
+        if isinstance(answer, asyncio.Future):
+            return await answer
+        return answer if answer is not None else self._writer.refuse("closed")
+
+    def _is_power(self, durability: str) -> bool:
+        if durability not in DURABILITIES:
+            resolve({"durability": durability})  # raises, and says what is allowed
+        if durability == "power" and not self._power_checked:
+            self._check_power()
+        return durability == "power"
+
+    def _check_power(self) -> None:
+        """Once, before the first promise; raises `DirectoryUnusable`."""
+        self._directory.check_power()
+        self._power_checked = True
+        if self._sink is not None and self._sink.traits.survives != "power":
+            log.warning(
+                '%s: with durability "power" an event survives here what it does not survive at %s once it is delivered',
+                self.name,
+                self._sink_name,
+            )
 
     def _invalid(self, event: object, error: Exception) -> Dropped:
         if not self.settings.enabled:
@@ -200,20 +260,26 @@ class Outbox:
             self._explained.add(text)
             log.warning("%s: dropped an invalid event, and will drop others like it silently: %s", self.name, text)
 
-    def _first(self, lines: bytes, events: int) -> Outcome:
+    def _first(self, lines: bytes, events: int, *, power: bool = False) -> Outcome:
         """The append that starts the outbox, or finds that it may not."""
-        reason: DropReason = "io_error"
-        if not self.settings.enabled:
-            reason = "disabled"
-        elif self._closed:
-            reason = "closed"
-        elif self._start():
-            outcome = self._writer.append(lines, events)
+        reason = self._why_not_started()
+        if reason is None:
+            outcome = (self._committer.commit if power else self._writer.append)(lines, events)
             if outcome is not None:
                 return outcome
-        elif self._start_under_way:
-            reason = "would_block"  # a signal handler in the middle of the start
-        return self._writer.refuse(reason, events)
+        return self._writer.refuse(reason or "closed", events)
+
+    def _why_not_started(self) -> DropReason | None:
+        """Start; None where that has succeeded, otherwise what an event is refused for."""
+        if not self.settings.enabled:
+            return "disabled"
+        if self._closed:
+            return "closed"
+        if self._start():
+            return None
+        return (
+            "would_block" if self._start_under_way else "io_error"
+        )  # a signal handler in the middle of the start, or the disk
 
     def _start(self) -> bool:
         """Count what is pending and start the threads; False where the directory cannot be listed."""
@@ -255,6 +321,7 @@ class Outbox:
                 self._writer.release,
                 lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
                 self._busy,
+                self.settings.durability,
             )
             self._delivery = DeliveryThread(worker)
             self._delivery.start()
@@ -381,10 +448,6 @@ class Outbox:
         self._filesystem.close_inherited()
         if not self._closed:
             self._arm()
-
-
-def _check_durability(durability: str) -> None:
-    resolve({"durability": durability})
 
 
 _outboxes: WeakSet[Outbox] = WeakSet()

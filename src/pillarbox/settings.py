@@ -15,6 +15,7 @@ import msgspec
 
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import TrackingEvent
+from pillarbox.outcome import DURABILITIES
 from pillarbox.store.filesystem import read_file
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "max_files": _whole("a whole number of files, at least 1", 1),
     "when_full": _one_of("drop_newest", later=("drop_oldest", "block", "raise")),
     "min_free_bytes": _whole("a whole number of bytes, at least 0", 0),
-    "durability": _one_of("process", later=("power",)),
+    "durability": _one_of(*DURABILITIES),
     "on_invalid": _one_of("drop", "raise"),
 }
 

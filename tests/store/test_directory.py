@@ -235,15 +235,14 @@ class _Tracing(RealFilesystem):
         os.rename(source, target)
 
 
-def test_sealing_syncs_each_file_then_renames_all_then_syncs_the_directory_once(tmp_path: Path, clock: ManualClock) -> None:
+def test_adoption_syncs_each_file_then_renames_all_then_syncs_the_directory_once(tmp_path: Path, clock: ManualClock) -> None:
     """In this order, for several files at a time."""
     filesystem = _Tracing()
     place = Directory(str(tmp_path), filesystem, clock)
-    files = [Taken(name, filesystem.create(place.at(name))) for name in ("active-w-1.ndjson", "active-w-2.ndjson")]
-    place.seal(files, lambda file, name: None)
+    for name in ("active-w-1.ndjson", "active-w-2.ndjson"):
+        (tmp_path / name).write_bytes(b'{"event":{}}\n')
+    assert len(place.recover()) == 2
     assert filesystem.verbs == ["sync", "sync", "rename", "rename", "sync directory"]
-    for file in files:
-        filesystem.close(file.fd)
 
 
 class _Raced(RealFilesystem):

@@ -31,7 +31,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     corrupt_bytes: int
     dead_files: int
     dead_bytes: int
-    durability: str
+    durability: str  # of the outbox that delivers, or where none does, as it is set here
     deliverer: Heartbeat | None
     deliverer_silent_s: float | None
 
@@ -63,7 +63,7 @@ def status(directory: DirectoryOption = None, config: ConfigOption = None, json:
         corrupt_bytes=account.corrupt_bytes,
         dead_files=account.dead_files,
         dead_bytes=account.dead_bytes,
-        durability=settings.durability,
+        durability=beat.durability if beat is not None and beat.durability else settings.durability,
         deliverer=beat,
         deliverer_silent_s=None if beat is None else max(0.0, (now - beat.at_micros) / 1e6),
     )

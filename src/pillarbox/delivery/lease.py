@@ -20,10 +20,11 @@ BEAT_EVERY_S: Final = 1.0
 class Lease:
     """`deliver.lock` of a directory. The kernel releases it when the process dies; the file is never removed."""
 
-    def __init__(self, directory: Directory, sink: str, clock: Clock) -> None:
+    def __init__(self, directory: Directory, sink: str, clock: Clock, durability: str = "") -> None:
         self._directory = directory
         self._sink = sink
         self._clock = clock
+        self._durability = durability
         self._fd = -1
         self._next_beat = 0.0
 
@@ -50,7 +51,7 @@ class Lease:
         if not self.held or (moment < self._next_beat and not now):
             return
         self._next_beat = moment + BEAT_EVERY_S
-        beat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error)
+        beat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error, self._durability)
         try:
             self._directory.filesystem.replace_all(self._fd, msgspec.json.encode(beat) + b"\n")
         except (OSError, ValueError):

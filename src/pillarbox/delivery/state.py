@@ -38,3 +38,4 @@ class Heartbeat(msgspec.Struct, frozen=True):
     at_micros: int
     delivered: int
     last_error: str = ""
+    durability: str = ""  # of the outbox in that process; empty where it only delivers

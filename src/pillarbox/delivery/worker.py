@@ -90,6 +90,7 @@ class Worker:
         on_gone: Callable[[int], None],
         on_duration: Callable[[float], None],
         busy: Callable[[], bool],
+        durability: str = "",
     ) -> None:
         self._directory = directory
         self._sink = sink
@@ -100,7 +101,7 @@ class Worker:
         self._on_gone = on_gone
         self._on_duration = on_duration
         self._busy = busy
-        self.lease = Lease(directory, sink_name, clock)
+        self.lease = Lease(directory, sink_name, clock, durability)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work = asyncio.Event()  # there may be something to do
         self._end = asyncio.Event()

@@ -1,8 +1,10 @@
 """THE spec of what is on disk. Every sentence here has a test in `tests/store/`.
 
-GUARANTEES. An event whose `enqueue` answered `Enqueued` is in a file, by a `write` that returned: the death of the process does
-not lose it. (What loses power may lose what was not sealed yet: there is no `durability="power"` in this version.) A sealed
-file never changes. Bytes that are not a record are never delivered and never thrown away. What was delivered is gone.
+GUARANTEES. An event whose `enqueue` answered `Enqueued("process")` is in a file, by a `write` that returned: the death of the
+process does not lose it; the loss of power may, until its file is sealed. `Enqueued("power")`: an `fdatasync` that began after
+the write has returned too, and the file's name is durable. A file whose sync has failed is never synced again and trusted: it
+is written anew, from what can be read and from what is still in memory, or the caller is told. A sealed file never changes.
+Bytes that are not a record are never delivered and never thrown away. What was delivered is gone.
 
 FILES. A file's name is its state, and a change of state is one rename; there is no other state. `layout.py` knows the names,
 `record.py` the lines; `docs/format.md` shows both.
@@ -16,7 +18,8 @@ FILES. A file's name is its state, and a change of state is one rename; there is
     *.aside                      being written; worthless once its writer is gone
     deliver.lock                 held by the process that delivers, which writes its state into it; never removed
 
-WHO MAY TOUCH WHAT. `writer.py` creates active files and appends; `sealer.py` has them synced and renamed; `reader.py` reads
+WHO MAY TOUCH WHAT. `writer.py` creates active files, appends and syncs them; `commit.py` answers who waits for a sync;
+`sealer.py` has files synced and renamed; `reader.py` reads
 sealed files; only `directory.py` renames and deletes. A file or lock is taken by opening, locking and looking whether the
 name still means it; released by closing. A writer that dies leaves its lock to the kernel; the next that starts adopts its
 file.

@@ -23,6 +23,7 @@ log = logging.getLogger("pillarbox")
 # A found stamp further ahead than this is a name that somebody made up, not a clock that was wrong for a while.
 _STAMP_AHEAD_MAX: Final = 366 * 86_400 * 1_000_000
 _OPEN_MODE: Final = 0o077
+_VOLATILE: Final = frozenset({"tmpfs", "ramfs"})
 _NETWORK: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"})
 
 
@@ -114,6 +115,16 @@ class Directory:
         if facts.mode & _OPEN_MODE:
             log.warning("%s is open to other users (mode %03o); events may be personal: chmod 700", self.path, facts.mode)
 
+    def check_power(self) -> None:
+        """Make sure that a sync here means something; raises `DirectoryUnusable`."""
+        facts = self.filesystem.directory_facts(self.path)
+        if facts is not None and facts.medium in _VOLATILE:
+            raise DirectoryUnusable(
+                self.path,
+                f'is on {facts.medium}, in memory, where durability "power" cannot be kept',
+                'name a directory on a disk, or ask for durability "process"',
+            )
+
     def account(self) -> Account:
         """List the directory once and add up; opens no file and keeps no names."""
         files = dict.fromkeys(Kind, 0)
@@ -189,18 +200,25 @@ class Directory:
             self._last_stamp = max(self._last_stamp + 1, self._clock.micros())
             return layout.sealed_name(self._last_stamp, self._unique)
 
-    def seal(self, taken: Iterable[Taken], renamed: Callable[[Taken, str], None]) -> None:
-        """Seal files that this process holds, in this order: sync each, rename all, sync the directory once.
+    def write_anew(self, file: Taken, kept: Iterable[tuple[int, bytes]] = ()) -> Taken:
+        """Replace a file that this process holds by one of the same name and content, synced, and held likewise.
 
-        `renamed(file, sealed name)` is called after each rename; the descriptors stay open, for the caller to close. A file
-        whose sync fails is sealed all the same and the error logged: its lines are checked one by one when they are read.
+        Over what can be read goes `kept`: lines in memory, each with its offset. The name is durable once the directory is
+        synced. Raises `OSError`; the file is then as it was.
         """
-        ready = list(taken)
-        for file in ready:
-            try:
-                self.filesystem.sync_data(file.fd)
-            except OSError as error:
-                log.error("%s: the disk did not take it (%s); sealed as it can be read", file.name, error.strerror)  # noqa: TRY400 - the trace says nothing
+        data = bytearray(self.filesystem.read_all(file.fd))
+        for offset, lines in kept:
+            data[offset : offset + len(lines)] = lines
+        anew = self._write_aside(file.name, bytes(data))
+        self.filesystem.close(file.fd)
+        return anew
+
+    def seal(self, ready: Iterable[Taken], renamed: Callable[[Taken, str], None]) -> None:
+        """Seal files that this process holds and has made durable, in this order: rename all, sync the directory once.
+
+        `renamed(file, sealed name)` is called after each rename; the descriptors stay open, for the caller to close.
+        """
+        done = False
         for file in ready:
             name = self._next_sealed_name()
             try:
@@ -211,7 +229,8 @@ class Directory:
                 self.filesystem.make_directory(self.path)  # it may have been removed with everything in it
                 self.put(name, self.filesystem.read_all(file.fd))
             renamed(file, name)
-        if ready:
+            done = True
+        if done:
             self._sync_names()
 
     def finish_sealing(self) -> bool:
@@ -246,11 +265,27 @@ class Directory:
                 taken = self._take_to_recover(name)
                 if taken is not None:
                     to_seal.append(taken)
+            for index, file in enumerate(to_seal):
+                to_seal[index] = self._made_durable(file)
             self.seal(to_seal, lambda file, name: adopted.append(Adopted(file.name, name, self.filesystem.size(file.fd))))
         finally:
             for file in to_seal:
                 self.filesystem.close(file.fd)
         return adopted
+
+    def _made_durable(self, file: Taken) -> Taken:
+        """Synced, or written anew where that fails, or as it is: its lines are checked when they are read."""
+        try:
+            self.filesystem.sync_data(file.fd)
+        except OSError as error:
+            log.error("%s: the disk did not take it (%s); written anew", file.name, error.strerror)  # noqa: TRY400 - the trace says nothing
+        else:
+            return file
+        try:
+            return self.write_anew(file)
+        except OSError as error:
+            log.error("%s: nor did it take it anew (%s); sealed as it can be read", file.name, error.strerror)  # noqa: TRY400 - the trace says nothing
+            return file
 
     def _take_to_recover(self, name: str) -> Taken | None:
         try:
@@ -291,6 +326,11 @@ class Directory:
 
     def put(self, name: str, data: bytes) -> None:
         """Make `data` the durable content of `name`, whole or not at all; done twice, it is as done once."""
+        self.filesystem.close(self._write_aside(name, data).fd)
+        self.filesystem.sync_directory(self.path)
+
+    def _write_aside(self, name: str, data: bytes) -> Taken:
+        """Write a file aside, sync it, and rename it to, or over, `name`; held from the beginning."""
         aside = layout.aside_name(name)
         taken = None
         while taken is None:
@@ -300,9 +340,10 @@ class Directory:
             self.filesystem.write_all(taken.fd, data)
             self.filesystem.sync_data(taken.fd)
             self.filesystem.rename(self.at(aside), self.at(name))
-        finally:
+        except BaseException:
             self.filesystem.close(taken.fd)
-        self.filesystem.sync_directory(self.path)
+            raise
+        return Taken(name, taken.fd)
 
     def remove(self, name: str) -> None:
         """Delete a file; gone already is gone."""

@@ -29,6 +29,7 @@ class Kind(Enum):
 
 # First match wins: an `.aside` name begins like the name it will get.
 _KINDS: Final[tuple[tuple[str, str, Kind], ...]] = (
+    ("active", ".aside", Kind.ASIDE),
     ("sealed-", ".aside", Kind.ASIDE),
     ("corrupt-", ".aside", Kind.ASIDE),
     ("dead-", ".aside", Kind.ASIDE),

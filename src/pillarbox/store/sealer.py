@@ -15,11 +15,12 @@ from pillarbox.store.layout import LEGACY_ACTIVE
 from pillarbox.store.writer import SealReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pillarbox.clock import Clock
+    from pillarbox.store.commit import Committer
     from pillarbox.store.directory import Directory, Taken
-    from pillarbox.store.writer import Writer
+    from pillarbox.store.writer import ActiveFile, Writer
 
 log = logging.getLogger("pillarbox")
 
@@ -65,6 +66,8 @@ class Sealer:
         self._stopping = False
         self._pace = 0.0  # seconds for which the next look lets files gather
         self._writer: Writer
+        self._kept: Callable[[ActiveFile], Iterable[tuple[int, bytes]]] = lambda _: ()
+        self._enters = False
         self._active_since: tuple[str, float] | None = None
         self._next_listing = 0.0
         self._dropped: dict[str, int] = {}
@@ -72,9 +75,12 @@ class Sealer:
         self._trouble = ""
         self.sealed: dict[str, int] = dict.fromkeys(get_args(SealReason), 0)
 
-    def attach(self, writer: Writer) -> None:
-        """Seal for this writer."""
+    def attach(self, writer: Writer, committer: Committer | None = None, *, enters: bool = False) -> None:
+        """Seal for this writer; `enters` where the names of its spare files are to be durable before they are used."""
         self._writer = writer
+        if committer is not None:
+            self._kept = committer.kept
+        self._enters = enters
         self._dropped = dict(writer.dropped)
 
     def wake(self) -> None:
@@ -183,11 +189,14 @@ class Sealer:
         try:
             for _ in range(count):
                 spares.append(self._writer.new_file())  # noqa: PERF401 - what there is, is kept where the next one fails
+            entered = bool(spares) and self._enters
+            if entered:
+                self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
-            trouble = str(error)
+            trouble, entered = str(error), False
         # At once, here and below: a caller of `enqueue` in its system call holds the writer's lock, and both sides pay.
         if spares:
-            self._writer.give_spares(spares)
+            self._writer.give_spares(spares, entered=entered)
         return trouble
 
     def finish(self) -> None:
@@ -233,6 +242,8 @@ class Sealer:
                 self._on_sealed()
             return
 
+        for file in retired:
+            self._make_durable(file)
         done = 0
 
         def renamed(file: Taken, _name: str) -> None:
@@ -247,6 +258,14 @@ class Sealer:
             self._writer.forget_oldest(done)
         self._pace = _PACE_S
         self._on_sealed()
+
+    def _make_durable(self, file: ActiveFile) -> None:
+        try:
+            trouble = self._writer.make_durable(file, lambda: self._kept(file), final=True)
+        except OSError as error:
+            trouble = f"{file.taken.name}: the disk does not take it ({error}); sealed as it can be read"
+        if trouble:
+            log.error("%s", trouble)
 
     def _relist(self) -> float:
         """Correct the count of what is pending: other processes add files and deliver them."""

@@ -17,7 +17,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 from zlib import crc32
 
-from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Outcome
+from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
 from pillarbox.store.directory import Taken
 from pillarbox.store.record import LINE
@@ -61,27 +61,33 @@ class Door(NamedTuple):
     encode: Callable[[Any], bytes]
     event_type: type
     event_bytes_max: int
-    check_durability: Callable[[str], None]
+    is_power: Callable[[str], bool]  # raises: there is no such durability
     refuse: Callable[[Any, bytes], None]  # raises: the event is of the wrong type or too large
     invalid: Callable[[Any, Exception], Outcome]
     begin: Callable[[bytes, int], Outcome]  # this writer does not accept: it has not begun, or is a forked parent's
+    durably: Callable[[bytes], Outcome]  # instead of appending
+    power: bool  # whether that is what a call gets that does not say
 
 
 class Enqueue(Protocol):
     """What `Writer.build_enqueue` builds."""
 
-    def __call__(self, event: msgspec.Struct, *, durability: Literal["process"] | None = None) -> Outcome:
+    def __call__(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
         """Store one event."""
 
 
 class ActiveFile:
     """A file that this writer appends to, will, or did, and what is in it."""
 
-    __slots__ = ("attend_at", "bytes", "counted", "events", "fd", "reason", "taken")
+    __slots__ = ("attend_at", "bytes", "counted", "entered", "events", "fd", "reason", "sealed", "synced", "syncing", "taken")
 
-    def __init__(self, taken: Taken) -> None:
+    def __init__(self, taken: Taken, *, entered: bool = False) -> None:
         self.taken = taken
         self.fd = taken.fd
+        self.syncing = threading.Lock()  # held while it is synced, replaced, or closed, by its last user
+        self.synced = 0  # bytes that are known to be durable
+        self.entered = entered  # its name is durable
+        self.sealed = False  # its name is another, its descriptor closed
         self.bytes = 0
         self.events = 0
         self.attend_at = 1  # number of events at which the hot path calls `_attend`
@@ -103,12 +109,12 @@ class Writer:
         self._filesystem = directory.filesystem
         self._limits = limits
         self._wake = wake
-        self._lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
+        self.lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
         self._name = directory.new_id()
         self._next_number = itertools.count(1).__next__
         self._started = False
         self._closed = False
-        self._file = ActiveFile(_NOWHERE)
+        self._file = self._appended_to = ActiveFile(_NOWHERE)
         self._spares: tuple[ActiveFile, ...] = ()  # ready to be swapped in
         self._limit = _NO_FILE
         self._broken = False  # an exception cut an append short: the mark is nobody's
@@ -126,15 +132,14 @@ class Writer:
     def build_enqueue(self, door: Door) -> Enqueue:
         """The hot path: event -> line -> active file."""
         w, write, checksum, template = self, self._filesystem.write, crc32, LINE
-        encode, event_type, bytes_max, check_durability, refuse, invalid, begin = door
+        encode, event_type, bytes_max, is_power, refuse, invalid, begin, durably, power = door
 
-        def enqueue(event: msgspec.Struct, *, durability: Literal["process"] | None = None) -> Outcome:
-            """Store one event; `Enqueued` once the operating system has it, `Dropped(reason)` where it is refused.
+        def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
+            """Store one event; `Enqueued` once it is as durable as asked for, `Dropped(reason)` where it is refused.
 
             Never raises for trouble of the destination, the disk or the event (but `InvalidEvent` with `on_invalid="raise"`).
             """
-            if durability is not None:
-                check_durability(durability)
+            synced = power if durability is None else is_power(durability)
             try:
                 payload = encode(event)
                 if type(event) is not event_type or len(payload) > bytes_max:
@@ -142,8 +147,10 @@ class Writer:
             except Exception as error:  # noqa: BLE001 - whatever an event does when encoded, the caller goes on
                 return invalid(event, error)
             line = template % (payload, checksum(payload))
+            if synced:
+                return durably(line)
             size = len(line)
-            with w._lock:
+            with w.lock:
                 limit = w._limit
                 w._limit = _MARK
                 file = w._file
@@ -170,15 +177,45 @@ class Writer:
 
     def append(self, lines: bytes, events: int) -> Outcome | None:
         """Append whole lines that hold `events` events, all or none; None before `start`."""
-        with self._lock:
+        with self.lock:
             found, self._limit = self._limit, _MARK
             return self._append_slowly(lines, events, found)
 
+    def append_kept(self, lines: bytes, events: int) -> tuple[Outcome, ActiveFile]:
+        """Append whole lines, for a caller that keeps them until they are synced; refusals are its to count."""
+        with self.lock:
+            found, self._limit = self._limit, _MARK
+            outcome = self._append_slowly(lines, events, found)
+            if isinstance(outcome, Dropped):
+                self.dropped[outcome.reason] -= events
+            return outcome if outcome is not None else DROPPED["closed"], self._appended_to
+
+    def room(self) -> tuple[int, int]:
+        """How many events and bytes the active file takes until it is full."""
+        limits, file = self._limits, self._file
+        full = file.events >= limits.batch_size or file.bytes >= limits.batch_bytes
+        events, size = (0, 0) if full else (file.events, file.bytes)
+        return limits.batch_size - events, limits.batch_bytes - size
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it has started and is not closed."""
+        return self._started and not self._closed
+
+    def refuse_closed(self, events: int) -> Dropped | None:
+        """What to answer while it does not accept: None before it has started."""
+        return self.refuse("closed", events) if self._started else None
+
+    def is_entered(self) -> bool:
+        """Whether this thread is in here already: a signal handler must not wait for what it interrupts."""
+        return self.lock._is_owned()  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001 - as `threading.Condition` does
+
     def abandon(self) -> None:
         """In a forked child: this is the parent's. Whoever still calls it is sent to `Door.begin`."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._started = self._closed = self._broken = False
         self._file, self._spares, self._limit = ActiveFile(_NOWHERE), (), _NO_FILE
+        self._appended_to = self._file
 
     # What follows is called with the lock held.
 
@@ -224,6 +261,7 @@ class Writer:
             self._complete(file, lines, written)
         file.bytes += size
         file.events += events
+        self._appended_to = file
         self._attend()
         return ENQUEUED
 
@@ -248,7 +286,7 @@ class Writer:
                 self._filesystem.truncate(file.fd, self._filesystem.size(file.fd) - written)
                 return self._refuse("disk_full", events)
         except OSError as error:
-            return self._refuse(_reason(error), events)
+            return self._refuse(reason_of(error), events)
         finally:
             if own:
                 self._set_aside(file)
@@ -331,7 +369,7 @@ class Writer:
             self._retire("manual")
         self._mending = self._broken = False
         self._allow()
-        return self._refuse(_reason(error), events)
+        return self._refuse(reason_of(error), events)
 
     def _attend(self) -> None:
         """What the hot path leaves out: the first event of a file, and a full file."""
@@ -374,7 +412,7 @@ class Writer:
 
     def start(self, pending_bytes: int, pending_files: int) -> None:
         """Begin to accept; what is pending already counts."""
-        with self._lock:
+        with self.lock:
             self._room = self._limits.max_bytes - pending_bytes
             self.files = pending_files
             self._started = True
@@ -384,7 +422,7 @@ class Writer:
 
         Twice as many as were filled since it last looked, for a writer that ran out of them could not show its speed.
         """
-        with self._lock:
+        with self.lock:
             self._told = False
             if self._limit == _MARK:
                 # The lock is free and the mark in place: nobody is coming back to take it away.
@@ -394,15 +432,15 @@ class Writer:
                 return 0
             return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
 
-    def give_spares(self, files: Iterable[Taken]) -> None:
-        """Have more files ready."""
-        spares = [ActiveFile(taken) for taken in files]
-        with self._lock:
+    def give_spares(self, files: Iterable[Taken], *, entered: bool = False) -> None:
+        """Have more files ready; `entered` where their names are durable."""
+        spares = [ActiveFile(taken, entered=entered) for taken in files]
+        with self.lock:
             self._spares = (*self._spares, *spares)
 
     def rotate(self, reason: SealReason) -> bool:
         """Retire the active file if it holds anything; False in the middle of an append, which must find its file."""
-        with self._lock:
+        with self.lock:
             if self._limit == _MARK:
                 if not self._broken:
                     return False
@@ -416,21 +454,59 @@ class Writer:
                 self._allow()
             return True
 
+    def make_durable(self, file: ActiveFile, kept: Callable[[], Iterable[tuple[int, bytes]]], *, final: bool = False) -> str:
+        """Sync what is in a file; `final` where it is about to be sealed. Returns what went wrong and was mended.
+
+        A second sync of a file whose first has failed would answer that all is well while the disk holds something else.
+        So such a file is retired and written anew: what can be read, and over it what is still in memory, `kept()` as
+        (offset, lines). Raises the `OSError` of that. Never called with the lock held: callers append meanwhile.
+        """
+        trouble = ""
+        with file.syncing:
+            size = file.bytes
+            if file.sealed or file.synced >= size:
+                file.sealed |= final
+                return trouble
+            try:
+                self._filesystem.sync_data(file.fd)
+                if not final and not self._filesystem.is_linked(file.fd):
+                    raise FileNotFoundError(errno.ENOENT, "was removed by somebody", file.taken.name)  # noqa: TRY301 - one undoing
+            except FileNotFoundError as error:
+                self._give_up(file, error)
+                raise
+            except OSError as error:
+                trouble = f"{file.taken.name}: the disk did not take it ({error.strerror}); written anew"
+                self._give_up(file, error)
+                file.taken = self._directory.write_anew(file.taken, kept())
+                file.fd = file.taken.fd
+                file.entered = False
+                size = file.bytes
+            finally:
+                file.sealed |= final
+            file.synced = size
+        return trouble
+
+    def _give_up(self, file: ActiveFile, error: OSError) -> None:
+        """Have nothing more appended to a file; raises where that cannot be."""
+        with self.lock:
+            if self._file is file and not self.rotate("manual"):
+                raise error
+
     def forget_oldest(self, count: int) -> None:
         """The first `count` of the retired files have their sealed names."""
-        with self._lock:
+        with self.lock:
             self.retired = self.retired[count:]
 
     def release(self, size: int) -> None:
         """A pending file of `size` bytes is gone."""
-        with self._lock:
+        with self.lock:
             self._released += size
             self.files -= 1
             self._make_room(self._room + size)
 
     def keep_free(self, *, low: bool) -> None:
         """The sealer's: accept nothing more while the volume is `low` on room."""
-        with self._lock:
+        with self.lock:
             if self._low != low:
                 self._low = low
                 self._make_room(self._room)
@@ -445,12 +521,12 @@ class Writer:
 
     def mark(self) -> Mark:
         """What was appended and released here so far, to hand to `correct` after a listing."""
-        with self._lock:
+        with self.lock:
             return Mark(self._retired_bytes + self._file.bytes, self._released)
 
     def correct(self, before: Mark, found_bytes: int, found_files: int) -> None:
         """Take a listing's word for what is pending, unless what was done here while it ran explains the difference."""
-        with self._lock:
+        with self.lock:
             difference = found_bytes - self._pending_bytes()
             appended = self._retired_bytes + self._file.bytes - before.appended
             if abs(difference) > appended + self._released - before.released:
@@ -459,7 +535,7 @@ class Writer:
 
     def pending(self) -> tuple[int, int, int]:
         """(pending bytes, pending files, events accepted since start)."""
-        with self._lock:
+        with self.lock:
             return self._pending_bytes(), self.files, self._retired_events + self._file.events
 
     @property
@@ -469,18 +545,18 @@ class Writer:
 
     def active(self) -> tuple[str, int] | None:
         """The name of the active file and its number of events, if it holds any."""
-        with self._lock:
+        with self.lock:
             file = self._file
             return (file.taken.name, file.events) if file.bytes else None
 
     def refuse(self, reason: DropReason, events: int = 1) -> Dropped:
         """Count an event that does not get as far as the file."""
-        with self._lock:
+        with self.lock:
             return self._refuse(reason, events)
 
     def close(self) -> list[Taken]:
         """Accept nothing more; retires what is there and returns the empty files, for the sealer to remove."""
-        with self._lock:
+        with self.lock:
             self._closed = True
             spares, self._spares = self._spares, ()
             if self._file.bytes:
@@ -491,5 +567,6 @@ class Writer:
             return empty
 
 
-def _reason(error: OSError) -> DropReason:
+def reason_of(error: OSError) -> DropReason:
+    """What an error of the disk is to a caller."""
     return "disk_full" if error.errno in _DISK_FULL else "io_error"

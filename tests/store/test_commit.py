@@ -1,0 +1,377 @@
+"""Group commit, on a real directory: who waits for which sync, and what a sync that fails, an interrupt or a fork leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pillarbox import Dropped, Enqueued, Outbox
+from pillarbox.outcome import DROPPED, ENQUEUED_POWER
+from pillarbox.store import layout, reader, record
+from pillarbox.store.commit import QUEUED_BYTES_MAX, Committer
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.sealer import Sealer
+from pillarbox.store.writer import Limits, Writer
+from pillarbox.testing import ManualClock
+from tests.conftest import event
+
+LINE = record.line(b'{"n":1}')
+
+
+class Watched(RealFilesystem):
+    """Counts syncs, fails as many of them as it is told to, and calls back in the middle of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.syncs = 0
+        self.directory_syncs = 0
+        self.failures: list[OSError] = []
+        self.during: list[object] = []  # called one a sync
+
+    def sync_data(self, fd: int) -> None:
+        self.syncs += 1
+        if self.failures:
+            raise self.failures.pop()
+        super().sync_data(fd)
+        if self.during:
+            self.during.pop()()  # type: ignore[operator]
+
+    def sync_directory(self, path: str) -> None:
+        self.directory_syncs += 1
+        super().sync_directory(path)
+
+
+class Desk:
+    """A writer, its committer and its sealer, the latter without its thread."""
+
+    def __init__(self, path: Path, *, batch_size: int = 500, max_bytes: int = 2**29) -> None:
+        self.filesystem = Watched()
+        self.place = Directory(str(path), self.filesystem, ManualClock())
+        self.place.open()
+        self.sealer = Sealer(self.place, ManualClock(), 1.0, max_bytes, lambda: None)
+        self.writer = Writer(self.place, Limits(batch_size, 10**6, max_bytes), self.sealer.wake)
+        self.committer = Committer(self.place, self.writer)
+        self.sealer.attach(self.writer, self.committer, enters=True)
+        self.writer.start(0, 0)
+
+    def lines(self) -> list[bytes]:
+        """All payloads on disk; there is nothing else in the files."""
+        found: list[bytes] = []
+        for name in sorted(os.listdir(self.place.path)):
+            contents = reader.read(Path(self.place.at(name)).read_bytes(), lambda: None)
+            assert not contents.spans
+            found += contents.payloads
+        return found
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path / "outbox")
+
+
+def numbered(number: int) -> bytes:
+    return record.line(b'{"n":%d}' % number)
+
+
+def test_a_lone_caller_gets_one_sync_of_the_file_and_the_first_one_of_the_directory(desk: Desk) -> None:
+    """The name is synced once, before the first promise that rests on it."""
+    before = desk.filesystem.directory_syncs
+    assert [desk.committer.commit(LINE, 1) for _ in range(3)] == [ENQUEUED_POWER] * 3
+    assert desk.filesystem.syncs == 3
+    assert desk.filesystem.directory_syncs == before + 1
+
+
+def test_the_sealer_enters_the_names_of_spare_files_so_that_callers_need_not(tmp_path: Path) -> None:
+    """It syncs the directory after it has opened them."""
+    desk = Desk(tmp_path / "outbox", batch_size=2)
+    desk.committer.commit(LINE, 1)
+    desk.sealer.step()
+    before = desk.filesystem.directory_syncs
+    assert [desk.committer.commit(LINE, 1) for _ in range(2)] == [ENQUEUED_POWER] * 2
+    assert len(desk.writer.retired) == 1  # the second of these went to a spare
+    assert desk.filesystem.directory_syncs == before
+
+
+def test_before_the_start_there_is_no_answer_and_after_the_end_it_is_closed(desk: Desk) -> None:
+    """As with `Writer.append`."""
+    fresh = Writer(desk.place, Limits(1, 1, 1), lambda: None)
+    assert Committer(desk.place, fresh).commit(LINE, 1) is None
+    desk.sealer.finish()
+    assert desk.committer.commit(LINE, 1) == DROPPED["closed"]
+
+
+def test_threads_share_syncs(desk: Desk) -> None:
+    """64 of them need far fewer syncs than events, and every event is there once."""
+    outcomes: list[object] = []
+
+    def run(thread: int) -> None:
+        outcomes.extend(desk.committer.commit(numbered(100 * thread + number), 1) for number in range(20))
+
+    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert outcomes == [ENQUEUED_POWER] * 1280
+    assert desk.filesystem.syncs < 640
+    assert len(set(desk.lines())) == len(desk.lines()) == 1280
+
+
+def test_whoever_comes_during_a_sync_waits_for_the_next_one(desk: Desk) -> None:
+    """A sync that began before the write returned promises nothing."""
+    late = threading.Thread(target=lambda: desk.committer.commit(numbered(2), 1))
+    served = [0]
+
+    def come_late() -> None:
+        late.start()
+        while not desk.committer._queue:
+            pass
+        served[0] = desk.filesystem.syncs
+
+    desk.filesystem.during = [come_late]
+    assert desk.committer.commit(numbered(1), 1) == ENQUEUED_POWER
+    late.join(10)
+    assert not late.is_alive()
+    assert (served[0], desk.filesystem.syncs) == (1, 2)
+
+
+def test_nobody_holds_the_lock_while_syncing(desk: Desk) -> None:
+    """Another thread appends in the meantime."""
+    outcomes: list[object] = []
+
+    def append() -> None:
+        other = threading.Thread(target=lambda: outcomes.append(desk.writer.append(numbered(2), 1)))
+        other.start()
+        other.join(10)
+
+    desk.filesystem.during = [append]
+    assert desk.committer.commit(numbered(1), 1) == ENQUEUED_POWER
+    assert outcomes
+    assert outcomes[0]
+
+
+def test_a_group_is_cut_where_a_file_is_full(tmp_path: Path) -> None:
+    """Files hold `batch_size` events also when a thousand coroutines come at once."""
+    desk = Desk(tmp_path / "outbox", batch_size=10)
+    desk.writer.append(LINE, 1)
+    desk.sealer.step()
+
+    async def main() -> list[object]:
+        answers = [desk.committer.commit_async(numbered(number), 1) for number in range(25)]
+        return list(await asyncio.gather(*answers))  # type: ignore[arg-type]
+
+    assert asyncio.run(main()) == [ENQUEUED_POWER] * 25
+    desk.sealer.step()
+    sizes = [Path(desk.place.at(name)).read_bytes().count(b"\n") for name in desk.place.sealed()]
+    assert sizes[0] == 10
+    assert len(desk.lines()) == 26
+
+
+def test_what_does_not_fit_is_refused_line_by_line(tmp_path: Path) -> None:
+    """One that is too long for the room left does not take its group with it."""
+    desk = Desk(tmp_path / "outbox", max_bytes=3 * len(LINE))
+    long = record.line(b'{"n":"%s"}' % (b"x" * 500))
+
+    async def main() -> list[object]:
+        answers = [desk.committer.commit_async(lines, 1) for lines in (LINE, long, LINE)]
+        return list(await asyncio.gather(*answers))  # type: ignore[arg-type]
+
+    assert asyncio.run(main()) == [ENQUEUED_POWER, DROPPED["max_bytes"], ENQUEUED_POWER]
+    assert desk.writer.dropped["max_bytes"] == 1
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_sync_that_fails_is_not_tried_again_on_that_file(desk: Desk, code: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The lines are written anew from memory, and nothing more is appended to the file."""
+    desk.committer.commit(numbered(1), 1)
+    name, before = desk.writer._file.taken.name, desk.writer._file.fd
+    inode = os.fstat(before).st_ino
+    desk.filesystem.failures = [OSError(code, os.strerror(code))]
+    with caplog.at_level(logging.ERROR):
+        assert desk.committer.commit(numbered(2), 1) == ENQUEUED_POWER
+    assert "written anew" in caplog.text
+    assert os.stat(desk.place.at(name)).st_ino != inode
+    assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
+    assert desk.writer._file.taken.name != name
+    desk.sealer.step()
+    assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
+    assert [layout.kind_of(found) for found in sorted(os.listdir(desk.place.path))].count(layout.Kind.ASIDE) == 0
+
+
+def test_lines_in_memory_replace_what_the_disk_made_of_them(desk: Desk) -> None:
+    """A sync that fails may leave old bytes or NULs behind, where a page was dropped."""
+    desk.committer.commit(numbered(1), 1)
+    fd = desk.writer._file.fd
+
+    original = desk.filesystem.sync_data
+
+    def lose_or_sync(synced: int) -> None:
+        if synced != fd:
+            original(synced)
+            return
+        with open(desk.place.at(desk.writer._file.taken.name), "r+b") as file:
+            file.seek(len(numbered(1)))
+            file.write(b"\0" * len(numbered(2)))
+        raise OSError(errno.EIO, "lost")
+
+    desk.filesystem.sync_data = lose_or_sync  # type: ignore[method-assign,assignment]
+    assert desk.committer.commit(numbered(2), 1) == ENQUEUED_POWER
+    assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}']
+
+
+def test_where_the_disk_takes_nothing_the_caller_is_told(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """No false acknowledgement; and it goes on once the disk works again."""
+    error = OSError(errno.EIO, "broken")
+    desk.filesystem.failures = [error, error]
+    with caplog.at_level(logging.ERROR):
+        assert desk.committer.commit(numbered(1), 1) == DROPPED["io_error"]
+    assert "not made durable" in caplog.text
+    assert desk.writer.dropped["io_error"] == 1
+    assert desk.committer.commit(numbered(2), 1) == ENQUEUED_POWER
+
+
+def test_a_file_that_somebody_removed_promises_nothing(desk: Desk) -> None:
+    """A sync of a file without a name would answer that all is well."""
+    desk.committer.commit(numbered(1), 1)
+    os.unlink(desk.place.at(desk.writer._file.taken.name))
+    assert desk.committer.commit(numbered(2), 1) == DROPPED["io_error"]
+    assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
+    desk.sealer.step()
+    assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}', b'{"n":3}']  # the sealer wrote it anew
+
+
+def test_a_handler_that_asks_for_a_sync_within_one_is_refused_and_may_append(desk: Desk) -> None:
+    """It would wait for what it interrupts."""
+    outcomes: list[object] = []
+
+    def handle() -> None:
+        outcomes.append(desk.committer.commit(numbered(2), 1))
+        outcomes.append(desk.writer.append(numbered(3), 1))
+
+    desk.filesystem.during = [handle]
+    assert desk.committer.commit(numbered(1), 1) == ENQUEUED_POWER
+    assert outcomes[0] == DROPPED["would_block"]
+    assert outcomes[1]
+
+
+def test_a_leader_that_is_interrupted_takes_nobody_with_it(desk: Desk) -> None:
+    """The others get their sync from another leader."""
+    outcomes: list[object] = []
+    followers = [threading.Thread(target=lambda n=n: outcomes.append(desk.committer.commit(numbered(n), 1))) for n in (2, 3)]
+
+    def interrupt() -> None:
+        for follower in followers:
+            follower.start()
+        while len(desk.committer._queue) < 2:
+            pass
+        raise KeyboardInterrupt
+
+    desk.filesystem.during = [interrupt]
+    with pytest.raises(KeyboardInterrupt):
+        desk.committer.commit(numbered(1), 1)
+    for follower in followers:
+        follower.join(10)
+    assert outcomes == [ENQUEUED_POWER] * 2
+    assert desk.committer.commit(numbered(4), 1) == ENQUEUED_POWER
+    assert sorted(desk.lines()) == [b'{"n":%d}' % n for n in (1, 2, 3, 4)]
+
+
+def test_a_cancelled_coroutine_does_not_withdraw_its_event(desk: Desk) -> None:
+    """Nor does it cancel the others of its round."""
+
+    async def one(number: int) -> object:
+        answer = desk.committer.commit_async(numbered(number), 1)
+        assert isinstance(answer, asyncio.Future)
+        return await answer
+
+    async def main() -> object:
+        first, second = asyncio.create_task(one(1)), asyncio.create_task(one(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        return await second
+
+    assert asyncio.run(main()) == ENQUEUED_POWER
+    assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}']
+
+
+def test_a_loop_that_is_closed_meanwhile_harms_nobody(desk: Desk) -> None:
+    """Its events are stored; the next caller finds everything in order."""
+
+    async def leave() -> None:
+        desk.committer.commit_async(numbered(1), 1)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    assert desk.committer.commit(numbered(2), 1) == ENQUEUED_POWER
+    assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}']
+
+
+def test_memory_for_those_who_wait_is_bounded(desk: Desk) -> None:
+    """Above the bound an event is refused."""
+    desk.committer._queued_bytes = QUEUED_BYTES_MAX
+    assert desk.committer.commit(LINE, 1) == DROPPED["would_block"]
+    assert desk.committer.commit_async(LINE, 1) == DROPPED["would_block"]
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    with Outbox(str(tmp_path / "outbox"), durability="power") as outbox:
+        yield outbox
+
+
+def test_an_outbox_answers_with_the_level_that_was_kept(outbox: Outbox) -> None:
+    """By default, per call, for many, and from a coroutine."""
+    assert outbox.enqueue(event(1)) == Enqueued("power")
+    assert outbox.enqueue(event(2), durability="process") == Enqueued("process")
+    assert outbox.enqueue_many([event(3), event(4)]) == [Enqueued("power")] * 2
+    assert outbox.enqueue_many([event(5)], durability="process") == [Enqueued("process")]
+    assert asyncio.run(outbox.enqueue_async(event(6))) == Enqueued("power")
+    assert outbox.stats().durability == "power"
+    assert outbox.stats().accepted == 6
+
+
+def test_an_outbox_with_the_weaker_level_keeps_the_stronger_for_one_call(tmp_path: Path) -> None:
+    """Audit beside clicks; the first call may be the one that starts it."""
+    outbox = Outbox(str(tmp_path / "outbox"))
+    assert asyncio.run(outbox.enqueue_async(event(1), durability="power")) == Enqueued("power")
+    assert outbox.enqueue(event(2)) == Enqueued("process")
+    outbox.close()
+    assert asyncio.run(outbox.enqueue_async(event(3), durability="power")) == Dropped("closed")
+    assert outbox.enqueue(event(4), durability="power") == Dropped("closed")
+
+
+def test_a_forked_child_commits_for_itself(outbox: Outbox) -> None:
+    """Whatever its parent's threads were waiting for."""
+    stop = threading.Event()
+    counts = [0] * 4
+
+    def run(thread: int) -> None:
+        while not stop.is_set():
+            assert outbox.enqueue(event(10_000 * (thread + 1) + counts[thread]))
+            counts[thread] += 1
+
+    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(10):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # a hang is a failure
+            os._exit(0 if outbox.enqueue(event(number)) and asyncio.run(outbox.enqueue_async(event(100 + number))) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    assert outbox.stats().accepted == sum(counts)
