@@ -1,0 +1,320 @@
+"""A writer with its hot path and its sealer on a real directory, and the scenarios in which it is struck."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pillarbox.clock import Clock
+from pillarbox.outcome import DROPPED, ENQUEUED, Outcome
+from pillarbox.store import layout, reader, record
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.sealer import Sealer
+from pillarbox.store.writer import Door, Limits, Writer
+from pillarbox.testing import ManualClock
+
+INNER = 1000  # numbers of events that a handler stores begin here
+LIMITS = {"batch_size": 3, "batch_bytes": 10**6, "max_bytes": 2**20}
+
+
+class Numbered(msgspec.Struct):
+    """An event."""
+
+    n: int
+
+
+class Disk(RealFilesystem):
+    """A real one that syncs nothing, and whose next write may be short, fail, or be interrupted after some bytes."""
+
+    short: int | None = None
+    error: int = 0
+    interrupted: int | None = None
+
+    def sync_data(self, fd: int) -> None:
+        pass
+
+    def sync_directory(self, path: str) -> None:
+        pass
+
+    def write(self, fd: int, data: bytes) -> int:  # type: ignore[override]
+        if self.error:
+            code, self.error = self.error, 0
+            raise OSError(code, os.strerror(code))
+        if self.short is not None:
+            count, self.short = self.short, None
+            return os.write(fd, data[:count])
+        if self.interrupted is not None:
+            count, self.interrupted = self.interrupted, None
+            os.write(fd, data[:count])
+            raise KeyboardInterrupt
+        return os.write(fd, data)
+
+
+class Stage:
+    """A writer with its hot path and its sealer, what was attempted, and what was answered."""
+
+    def __init__(self, folder: Path, clock: Clock | None = None, **limits: int) -> None:
+        self.disk = Disk()
+        self.clock = ManualClock()
+        self.place = Directory(str(folder), self.disk, clock or self.clock)
+        self.place.open()
+        chosen = Limits(**(LIMITS | limits))
+        self.sealer = Sealer(self.place, clock or self.clock, 1.0, chosen.max_bytes, lambda: None, min_free_bytes=0)
+        self.writer = Writer(self.place, chosen, self.sealer.wake)
+        self.sealer.attach(self.writer)
+        self.writer.start(0, 0)
+        self.next_number = itertools.count().__next__
+        self.next_inner = itertools.count(INNER).__next__
+        self.attempted: list[int] = []
+        self.accepted: list[int] = []
+        self.refused: list[Outcome] = []
+        self.garbage_at: list[str] = []
+        self.kept: list[object] = []
+        self.over = False
+        self.make_room: Callable[[], object] = lambda: None
+        encode = msgspec.json.Encoder().encode
+        self.enqueue = self.writer.build_enqueue(
+            Door(encode, Numbered, 1000, self._never, self._never, self._never, self._begin, self._never, power=False)
+        )
+
+    def _never(self, *_args: object) -> Any:
+        raise AssertionError
+
+    def _begin(self, _line: bytes, _events: int) -> Outcome:
+        return DROPPED["closed"]
+
+    def put(self, number: int | None = None) -> Outcome:
+        """Store an event through the hot path."""
+        number = self.next_number() if number is None else number
+        self.attempted.append(number)
+        outcome = self.enqueue(Numbered(number))
+        if outcome:
+            self.accepted.append(number)
+        else:
+            self.refused.append(outcome)
+        return outcome
+
+    def put_inner(self) -> None:
+        """What a handler does."""
+        self.put(self.next_inner())
+
+    def put_many(self, count: int) -> None:
+        """Store events as `enqueue_many` does."""
+        numbers = [self.next_number() for _ in range(count)]
+        self.attempted += numbers
+        if self.writer.append(b"".join(record.line(b'{"n":%d}' % number) for number in numbers), count):
+            self.accepted += numbers
+
+    def files(self) -> dict[str, bytes]:
+        """Everything that is in the directory."""
+        return {name: Path(self.place.at(name)).read_bytes() for name in sorted(os.listdir(self.place.path))}
+
+    def check_balance(self) -> None:
+        """What the writer counts is what is on disk."""
+        found = [data for data in self.files().values() if data]
+        lines = sum(data.count(b"\n") for data in found)
+        counted = self.writer.pending()
+        assert counted == (sum(map(len, found)), len(found), lines), f"{counted} != {found}"
+
+    def check(self) -> None:
+        """The next appends work, the counts are right, and every acknowledged event is there exactly once."""
+        self.disk.error, self.disk.short, self.disk.interrupted = 0, None, None
+        self.make_room()
+        assert self.put() == ENQUEUED
+        self.check_balance()
+        self.sealer.step()
+        assert self.put() == ENQUEUED
+        self.check_balance()
+        self.sealer.finish()
+        files = self.files()
+        payloads: list[int] = []
+        for name, data in files.items():
+            contents = reader.read(data, lambda: None)
+            assert (name, contents.spans) == (name, [])
+            assert data == b"" or (layout.kind_of(name) is layout.Kind.SEALED and data.endswith(b"\n"))
+            payloads += [msgspec.json.decode(payload)["n"] for payload in contents.payloads]
+        counts = Counter(payloads)
+        assert set(self.accepted) <= set(counts) <= set(self.attempted)
+        assert set(counts.values()) == {1}
+        # An interrupt may lose the descriptor of a file that it had made; the next start removes what is empty.
+        assert sum(not data for data in files.values()) <= 1
+
+
+# Scenarios: each prepares a stage and returns what is then struck.
+
+Scenario = Callable[[Stage], Callable[[], object]]
+
+
+def first_append(stage: Stage) -> Callable[[], object]:
+    return stage.put
+
+
+def plain_append(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    return stage.put
+
+
+def append_of_many(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    return lambda: stage.put_many(2)
+
+
+def append_that_fills_the_file(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.sealer.step()  # opens the spare
+    stage.put()
+    return stage.put
+
+
+def append_that_takes_the_last_spare_and_goes_on(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.sealer.step()
+    return lambda: [stage.put() for _ in range(6)]
+
+
+def append_that_opens_the_next_file_itself(stage: Stage) -> Callable[[], object]:
+    stage.writer._limits = stage.writer._limits._replace(batch_bytes=80)
+    stage.put()
+    stage.put()
+    return stage.put
+
+
+def append_of_which_a_part_is_written(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.disk.short = 7
+    return stage.put
+
+
+def slow_append_of_which_a_part_is_written(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.disk.short = 7
+    return lambda: stage.put_many(2)
+
+
+def append_that_fails(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.disk.error = errno.ENOSPC
+    return stage.put
+
+
+def append_after_an_interrupt(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.disk.interrupted = 7
+    with pytest.raises(KeyboardInterrupt):
+        stage.put()
+    return stage.put
+
+
+def append_after_an_interrupt_that_came_late(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.disk.interrupted = 1000
+    with pytest.raises(KeyboardInterrupt):
+        stage.put()
+    return stage.put
+
+
+def append_above_max_bytes(stage: Stage) -> Callable[[], object]:
+    stage.writer.start(LIMITS["max_bytes"] - 50, 1)
+    stage.put()
+    stage.make_room = lambda: stage.writer.release(LIMITS["max_bytes"] - 50)
+    return stage.put
+
+
+def rotation_by_flush(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    return lambda: (stage.writer.rotate("manual"), stage.put())
+
+
+def rotation_by_flush_to_a_spare(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.sealer.step()
+    return lambda: (stage.writer.rotate("manual"), stage.put())
+
+
+def round_of_the_sealer_that_opens_spares(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    return stage.sealer.step
+
+
+def round_of_the_sealer_that_seals_by_age(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.sealer.step()
+    stage.clock.advance(10)
+    return stage.sealer.step
+
+
+def round_of_the_sealer_that_seals(stage: Stage) -> Callable[[], object]:
+    for _ in range(4):
+        stage.put()
+        stage.sealer.step()
+    stage.writer.rotate("manual")
+    return stage.sealer.step
+
+
+def round_of_the_sealer_that_adds_spares_to_others(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.sealer.step()
+    for count in (3, 7):
+        for _ in range(count):
+            stage.put()
+        last = stage.writer.active()
+        if count == 3:
+            stage.sealer.step()
+    assert (last is not None and last[1], len(stage.writer._spares)) == (2, 1)  # the next one takes the last spare
+    return stage.sealer.step
+
+
+def sealed_files_are_forgotten(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.sealer.step()
+    for _ in range(3):
+        stage.put()
+    stage.sealer.step()
+    for _ in range(7):
+        stage.put()
+    first, _ = stage.writer.retired
+    stage.place.seal([first.taken], lambda _file, _name: None)
+    return lambda: stage.writer.forget_oldest(1)
+
+
+def delivery_of_a_file(stage: Stage) -> Callable[[], object]:
+    stage.put()
+    stage.writer.start(100, 1)
+    stage.writer.files += 1
+    return lambda: stage.writer.release(100)
+
+
+CALLERS: list[Scenario] = [
+    first_append,
+    plain_append,
+    append_of_many,
+    append_that_fills_the_file,
+    append_that_takes_the_last_spare_and_goes_on,
+    append_that_opens_the_next_file_itself,
+    append_of_which_a_part_is_written,
+    slow_append_of_which_a_part_is_written,
+    append_that_fails,
+    append_after_an_interrupt,
+    append_after_an_interrupt_that_came_late,
+    append_above_max_bytes,
+    rotation_by_flush,
+    rotation_by_flush_to_a_spare,
+]
+# In the sealer's thread and the deliverer's there are no signals, but garbage is collected in any.
+THREADS: list[Scenario] = [
+    round_of_the_sealer_that_opens_spares,
+    round_of_the_sealer_that_seals_by_age,
+    round_of_the_sealer_that_seals,
+    round_of_the_sealer_that_adds_spares_to_others,
+    sealed_files_are_forgotten,
+    delivery_of_a_file,
+]
