@@ -100,12 +100,11 @@ def test_a_bad_setting_is_one_line_that_says_what_where_and_what_is_allowed(name
             resolve({}, {f"PILLARBOX_{name.upper()}": value})
 
 
-@pytest.mark.parametrize("name", [*LATER, "when_full"])
+@pytest.mark.parametrize("name", LATER)
 def test_what_comes_later_is_refused_by_name(tmp_path: Path, name: str) -> None:
     """Not ignored: somebody relies on it."""
-    value = {"when_full": "drop_oldest"}.get(name, 5)
     with pytest.raises(ConfigurationError, match=f"^{name} = .*later version"):
-        Outbox(str(tmp_path), **{name: value})  # type: ignore[arg-type]
+        Outbox(str(tmp_path), **{name: 5})  # type: ignore[arg-type]
 
 
 def test_an_unknown_setting_is_refused_with_the_known_ones(tmp_path: Path) -> None:

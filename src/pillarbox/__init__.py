@@ -1,6 +1,6 @@
 """Pillarbox: a durable event outbox. Events are safe on the local disk within microseconds and delivered in sealed batches.
 
-outbox.py      what an application holds
+outbox.py      what an application holds; full.py, what it does where there is no room
 event.py, outcome.py, settings.py, errors.py, clock.py, telemetry.py   its words
 store/         bytes on disk
 delivery/      when and what to send, and the one loop that does
@@ -8,7 +8,7 @@ sinks/         one destination, one module or package
 cli/           an edge: delete it, and a working library is left
 """
 
-from pillarbox.errors import ConfigurationError, DirectoryUnusable, InvalidEvent, PillarboxError, SinkUnusable
+from pillarbox.errors import ConfigurationError, DirectoryUnusable, InvalidEvent, OutboxFull, PillarboxError, SinkUnusable
 from pillarbox.event import ScopeKind, TrackingEvent
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped, Enqueued, Outcome
@@ -22,6 +22,7 @@ __all__ = [
     "Enqueued",
     "InvalidEvent",
     "Outbox",
+    "OutboxFull",
     "Outcome",
     "PillarboxError",
     "ScopeKind",

@@ -2,7 +2,7 @@
 
 An error's base class says whose fault it is: `UsageError` is the caller's (mend the call or the setting), `WorldError` is
 the machine's or the destination's (mend the disk, the directory, the server). Anything else that escapes is a defect of ours.
-`enqueue` raises none of these: it answers `Dropped(reason)`.
+`enqueue` raises none of these unless it was asked to: it answers `Dropped(reason)`.
 """
 
 
@@ -35,6 +35,15 @@ class InvalidEvent(UsageError):  # noqa: N818 - the name is part of the public c
         super().__init__(f"{field}: {problem}")
         self.field = field
         self.problem = problem
+
+
+class OutboxFull(WorldError):  # noqa: N818 - reads as the sentence it is
+    """With `when_full="raise"`: there is no room for the event, which is nowhere; `reason` is that of `Dropped`."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: the event was not stored: {reason}")
+        self.path = path
+        self.reason = reason
 
 
 class DirectoryUnusable(WorldError):  # noqa: N818 - reads as the sentence it is

@@ -16,11 +16,13 @@ from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Pace, Worker
 from pillarbox.errors import ConfigurationError, InvalidEvent
 from pillarbox.event import EVENT_BYTES_MAX, Codec, TrackingEvent
+from pillarbox.full import Blocking, Raising
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
 from pillarbox.settings import Settings, resolve
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.sinks.base import Sink
 from pillarbox.store import record
+from pillarbox.store.capacity import FILE_SHARE
 from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Account, Directory
 from pillarbox.store.filesystem import RealFilesystem
@@ -70,7 +72,8 @@ class Outbox:
         flush_interval: float = 1.0,
         max_bytes: int = 512 * 2**20,
         max_files: int = 200_000,
-        when_full: Literal["drop_newest"] = "drop_newest",
+        when_full: Literal["drop_newest", "drop_oldest", "block", "raise"] = "drop_newest",
+        block_timeout: float = 5.0,
         min_free_bytes: int | None = None,
         durability: Durability = "process",
         on_invalid: Literal["drop", "raise"] = "drop",
@@ -87,6 +90,7 @@ class Outbox:
             "max_bytes": max_bytes,
             "max_files": max_files,
             "when_full": when_full,
+            "block_timeout": block_timeout,
             "min_free_bytes": min_free_bytes,
             "durability": durability,
             "on_invalid": on_invalid,
@@ -137,15 +141,19 @@ class Outbox:
         self._busy_at = -_BUSY_S
         self._counters = DeliveryCounters()
         self._delivery: DeliveryThread | None = None
+        evicts = settings.when_full == "drop_oldest"
         self._sealer = Sealer(
             self._directory,
             self._clock,
             settings.flush_interval,
-            settings.max_bytes,
             self._notify_deliverer,
             settings.min_free_bytes,
+            evicts=evicts,
         )
-        limits = Limits(settings.batch_size, settings.batch_bytes, settings.max_bytes, settings.max_files)
+        batch_bytes = settings.batch_bytes
+        if evicts:
+            batch_bytes = max(1, min(batch_bytes, settings.max_bytes // FILE_SHARE))
+        limits = Limits(settings.batch_size, batch_bytes, settings.max_bytes, settings.max_files)
         self._writer = Writer(self._directory, limits, self._sealer.wake)
         self._committer = Committer(self._directory, self._writer)
         self._sealer.attach(self._writer, self._committer, enters=self._power)
@@ -160,7 +168,14 @@ class Outbox:
             self._durably,
             self._power,
         )
-        self.enqueue = self._writer.build_enqueue(door)
+        self._enqueue_once = self.enqueue = self._writer.build_enqueue(door)
+        self._when_full: Raising | Blocking | None = None
+        if settings.when_full == "raise":
+            self._when_full = Raising(self.name)
+        elif settings.when_full == "block":
+            self._when_full = Blocking(self._writer, self._clock, settings.block_timeout)
+        if self._when_full is not None:
+            self.enqueue = self._build_enqueue(self._enqueue_once, self._when_full)
         self._sink = self._given_sink
         if self._sink is None and settings.sink is not None and settings.enabled:
             self._sink = make_sink(settings.sink, settings.event_type)
@@ -183,6 +198,14 @@ class Outbox:
         together = self._append_many(b"".join(lines), len(lines), power=power) if lines else DROPPED["invalid"]
         return [together if outcome is None else outcome for outcome in outcomes]
 
+    def _build_enqueue(self, once: Enqueue, when_full: Raising | Blocking) -> Enqueue:
+        def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
+            """`Writer.build_enqueue`'s, and what `when_full` makes of a refusal."""
+            outcome = once(event, durability=durability)
+            return outcome or when_full.retry(lambda: once(event, durability=durability), outcome, 1)
+
+        return enqueue
+
     def _line(self, event: msgspec.Struct) -> bytes | Outcome:
         """An event's record, or why it has none."""
         try:
@@ -202,9 +225,13 @@ class Outbox:
         if len(lines) > MANY_BYTES_MAX:
             self._explain(f"enqueue_many: {len(lines)} bytes in one call, more than {MANY_BYTES_MAX}")
             return self._writer.refuse("invalid", events)
-        append = self._committer.commit if power else self._writer.append
-        outcome = append(lines, events)
-        return outcome if outcome is not None else self._first(lines, events, power=power)
+
+        def append() -> Outcome:
+            outcome = (self._committer.commit if power else self._writer.append)(lines, events)
+            return outcome if outcome is not None else self._first(lines, events, power=power)
+
+        outcome = append()
+        return outcome if outcome or self._when_full is None else self._when_full.retry(append, outcome, events)
 
     def _durably(self, line: bytes) -> Outcome:
         outcome = self._committer.commit(line, 1)
@@ -215,8 +242,21 @@ class Outbox:
 
         Cancelling does not withdraw the event.
         """
+        answer = self._begin(event, durability)
+        outcome = await answer if isinstance(answer, asyncio.Future) else answer
+        if outcome or self._when_full is None:
+            return outcome
+
+        async def again() -> Outcome:
+            answer = self._begin(event, durability)
+            return await answer if isinstance(answer, asyncio.Future) else answer
+
+        return await self._when_full.retry_async(again, outcome, 1)
+
+    def _begin(self, event: msgspec.Struct, durability: Durability | None) -> asyncio.Future[Outcome] | Outcome:
+        """What a coroutine gets, or is to await."""
         if not (self._power if durability is None else self._is_power(durability)):
-            return self.enqueue(event, durability=durability)
+            return self._enqueue_once(event, durability="process")
         line = self._line(event)
         if not isinstance(line, bytes):
             return line
@@ -224,8 +264,6 @@ class Outbox:
         if answer is None:
             reason = self._why_not_started()
             answer = self._committer.commit_async(line, 1) if reason is None else self._writer.refuse(reason)
-        if isinstance(answer, asyncio.Future):
-            return await answer
         return answer if answer is not None else self._writer.refuse("closed")
 
     def _is_power(self, durability: str) -> bool:
@@ -306,7 +344,7 @@ class Outbox:
     def _start_with(self, account: Account) -> None:
         self._directory.note_stamp(account.newest_stamp)
         self._writer.start(account.pending_bytes, account.pending_files)
-        self._sealer.look_at_space()
+        self._sealer.capacity.look_at_space()
         self._sealer.start()
         telemetry = instruments()
         telemetry.add(self)
@@ -394,6 +432,7 @@ class Outbox:
             accepted=accepted,
             dropped=dict(self._writer.dropped),
             sealed=sealed,
+            evicted=self._sealer.capacity.evicted,
             delivered=counters.delivered,
             duplicates=counters.duplicates,
             dead=counters.dead,

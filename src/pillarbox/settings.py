@@ -31,7 +31,6 @@ _ALIASES: Final = {
 }
 # Part of the public API's contract, and built later; refused by name rather than ignored.
 LATER: Final = (
-    "block_timeout",
     "max_in_flight",
     "sinks",
     "deliver",
@@ -59,6 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_bytes: int = 512 * 2**20
     max_files: int = 200_000
     when_full: str = "drop_newest"
+    block_timeout: float = 5.0
     min_free_bytes: int | None = None
     durability: str = "process"
     on_invalid: str = "drop"
@@ -124,12 +124,11 @@ def _seconds(value: object) -> float:
     return number
 
 
-def _one_of(*allowed: str, later: tuple[str, ...] = ()) -> Callable[[object], str]:
+def _one_of(*allowed: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         if value in allowed:
             return str(value)
-        text = " or ".join(repr(one) for one in allowed)
-        raise _Refusal(f"{text} ({value!r} comes with a later version)" if value in later else text)
+        raise _Refusal(" or ".join(repr(one) for one in allowed))
 
     return parse
 
@@ -158,7 +157,8 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "flush_interval": _seconds,
     "max_bytes": _whole("a whole number of bytes, at least 0", 0),
     "max_files": _whole("a whole number of files, at least 1", 1),
-    "when_full": _one_of("drop_newest", later=("drop_oldest", "block", "raise")),
+    "when_full": _one_of("drop_newest", "drop_oldest", "block", "raise"),
+    "block_timeout": _seconds,
     "min_free_bytes": _whole("a whole number of bytes, at least 0", 0),
     "durability": _one_of(*DURABILITIES),
     "on_invalid": _one_of("drop", "raise"),

@@ -45,6 +45,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     accepted: int
     dropped: dict[str, int]  # by reason
     sealed: dict[str, int]  # files, by reason
+    evicted: int  # events given up for newer ones
     delivered: int
     duplicates: int
     dead: int
@@ -72,6 +73,7 @@ _INSTRUMENTS: Final[tuple[tuple[str, str, str, str, Callable[[Stats], Iterable[_
     ("enqueued", "{event}", "Events accepted", "counter", lambda s: [(s.accepted, {})]),
     ("dropped", "{event}", "Events refused at the door", "counter", lambda s: _by("reason", s.dropped)),
     ("sealed", "{file}", "Files sealed", "counter", lambda s: _by("reason", s.sealed)),
+    ("evicted", "{event}", "Events given up for newer ones", "counter", lambda s: [(s.evicted, {})]),
     ("corrupt", "{span}", "Damaged spans set aside", "counter", lambda s: [(s.quarantined, {})]),
     ("dead", "{event}", "Events kept as dead letters", "counter", lambda s: [(s.dead, {})]),
     ("delivered", "{event}", "Events that the destination has", "counter", lambda s: [(s.delivered, {})]),

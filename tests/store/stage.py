@@ -68,7 +68,7 @@ class Stage:
         self.place = Directory(str(folder), self.disk, clock or self.clock)
         self.place.open()
         chosen = Limits(**(LIMITS | limits))
-        self.sealer = Sealer(self.place, clock or self.clock, 1.0, chosen.max_bytes, lambda: None, min_free_bytes=0)
+        self.sealer = Sealer(self.place, clock or self.clock, 1.0, lambda: None, min_free_bytes=0)
         self.writer = Writer(self.place, chosen, self.sealer.wake)
         self.sealer.attach(self.writer)
         self.writer.start(0, 0)
@@ -182,7 +182,7 @@ def append_that_takes_the_last_spare_and_goes_on(stage: Stage) -> Callable[[], o
 
 
 def append_that_opens_the_next_file_itself(stage: Stage) -> Callable[[], object]:
-    stage.writer._limits = stage.writer._limits._replace(batch_bytes=80)
+    stage.writer.limits = stage.writer.limits._replace(batch_bytes=80)
     stage.put()
     stage.put()
     return stage.put

@@ -57,7 +57,7 @@ class Desk:
         self.filesystem = Watched()
         self.place = Directory(str(path), self.filesystem, ManualClock())
         self.place.open()
-        self.sealer = Sealer(self.place, ManualClock(), 1.0, max_bytes, lambda: None)
+        self.sealer = Sealer(self.place, ManualClock(), 1.0, lambda: None)
         self.writer = Writer(self.place, Limits(batch_size, 10**6, max_bytes), self.sealer.wake)
         self.committer = Committer(self.place, self.writer)
         self.sealer.attach(self.writer, self.committer, enters=True)

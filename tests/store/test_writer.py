@@ -31,7 +31,7 @@ class Line:
         chosen = {"batch_size": 500, "batch_bytes": 10**6, "max_bytes": 2**29} | limits
         self.place = place
         self.sealed: list[None] = []
-        self.sealer = Sealer(place, clock, 1.0, chosen["max_bytes"], lambda: self.sealed.append(None))
+        self.sealer = Sealer(place, clock, 1.0, lambda: self.sealed.append(None))
         self.writer = Writer(place, Limits(**chosen), self.sealer.wake)
         self.sealer.attach(self.writer)
         account = place.account()
@@ -426,7 +426,7 @@ def test_with_less_room_on_the_volume_than_is_to_be_kept_nothing_is_accepted(
     """5 % of it unless told otherwise; without a restart it goes on when there is room."""
     filesystem = _Filling()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock)
-    line.sealer._min_free_bytes = least
+    line.sealer.capacity._min_free_bytes = least
     line.sealer.step()
     assert line.append() == [ENQUEUED]
     for free_bytes, outcome in ((free, DROPPED["disk_low"]), (free + 1, ENQUEUED)):

@@ -35,14 +35,9 @@ class Lease:
 
     def take(self) -> bool:
         """Become the one that delivers; False where another process is."""
-        filesystem, path = self._directory.filesystem, self._directory.at(layout.DELIVER_LOCK)
-        fd = filesystem.open_lock(path)
-        try:
-            if filesystem.lock(fd) and filesystem.is_still(fd, path):
-                self._fd, fd = fd, -1
-        finally:
-            if fd >= 0:
-                filesystem.close(fd)
+        taken = self._directory.take_lock(layout.DELIVER_LOCK)
+        if taken is not None:
+            self._fd = taken.fd
         return self.held
 
     def beat(self, state: State, delivered: int, last_error: str, *, now: bool = False) -> None:

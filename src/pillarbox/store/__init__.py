@@ -16,6 +16,7 @@ FILES. A file's name is its state, and a change of state is one rename; there is
     corrupt-<batch>.spans.json   where each of them stood, and why it is there
     dead-<batch>.ndjson          dead letters, one line each
     *.aside                      being written; worthless once its writer is gone
+    evict.lock                   held by the process that evicts; never removed
     deliver.lock                 held by the process that delivers, which writes its state into it; never removed
 
 WHO MAY TOUCH WHAT. `writer.py` creates active files, appends and syncs them; `commit.py` answers who waits for a sync;
@@ -28,7 +29,8 @@ ORDER. Within a writer, first in, first out. Across writers, by seal time. Seal 
 start after the newest one found, so that they increase also where the clock steps back.
 
 LIMITS. Pending bytes are active and sealed files, no others; above `max_bytes` an event is refused and no file is created, at
-`max_files` of them no further file begins, and with less than `min_free_bytes` free on the volume nothing is accepted. An
+`max_files` of them no further file begins, and with less than `min_free_bytes` free on the volume nothing is accepted. With
+eviction, the oldest sealed files that nobody holds go first. An
 active file is retired at `batch_size` events, at `batch_bytes`, or `flush_interval` after its first event (later while files
 wait); where the disk does not keep up it grows, to `batch_bytes` first. A call of `enqueue_many` is never cut in two.
 

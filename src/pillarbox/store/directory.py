@@ -177,6 +177,19 @@ class Directory:
         self.filesystem.close(fd)
         return None
 
+    def take_lock(self, name: str) -> Taken | None:
+        """Take a lock file, made where it is missing; None where another process holds it. Raises `FileUnusable`."""
+        path = self.at(name)
+        fd = self.filesystem.open_lock(path)
+        try:
+            if self.filesystem.lock(fd) and self.filesystem.is_still(fd, path):
+                return Taken(name, fd)
+        except BaseException:
+            self.filesystem.close(fd)
+            raise
+        self.filesystem.close(fd)
+        return None
+
     def create(self, name: str) -> Taken | None:
         """Create and lock a file; None where somebody who recovers removed it between the two, as a dead writer's."""
         fd = self.filesystem.create(self.at(name))

@@ -9,6 +9,7 @@ from typing import Final
 SUFFIX: Final = ".ndjson"
 LEGACY_ACTIVE: Final = "active.ndjson"
 DELIVER_LOCK: Final = "deliver.lock"
+EVICT_LOCK: Final = "evict.lock"
 _STAMP_DIGITS: Final = 16  # microseconds since 1970: enough until the year 2286
 STAMP_MAX: Final = 10**_STAMP_DIGITS - 1
 _STAMP = re.compile(rf"sealed-(\d{{{_STAMP_DIGITS}}})-")

@@ -1,4 +1,4 @@
-"""The thread that syncs, renames, syncs the directory, seals by age, keeps spare files ready and corrects the byte count.
+"""The thread that syncs, renames, syncs the directory, seals by age, keeps spare files ready and has the limits looked after.
 
 Everything that could make a caller wait happens here. `step` does one round and says when the next is due; the thread only
 calls it, so that a test can do the same with a clock of its own.
@@ -11,6 +11,7 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, get_args
 
+from pillarbox.store.capacity import Capacity
 from pillarbox.store.layout import LEGACY_ACTIVE
 from pillarbox.store.writer import SealReason
 
@@ -25,16 +26,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 AGE_STRETCHED_MAX_S: Final = 60.0  # while files wait anyway, new ones are made this seldom at the least
-_RELIST_S: Final = 5.0  # how stale the count of what other processes added or delivered may be
-_RELIST_FULL_S: Final = 1.0  # the same when more than half of `max_bytes` is used
-_RELIST_SHARE: Final = 10  # listing may take a tenth of the time
 # After sealing, how long to let more files fill up. Each system call here may cost a caller of `enqueue` a switch of threads,
 # 30 us or so on two cores: several files in one round share many of them.
 _PACE_S: Final = 0.01
 _RETRY_S: Final = 1.0  # after the disk refused a rename
-_SPACE_S: Final = 1.0  # between two looks at the room on the volume
-MIN_FREE_MAX: Final = 256 * 2**20  # bytes of the volume that are left to others, unless told otherwise: these or
-MIN_FREE_SHARE: Final = 20  # this part of it, whichever is less
 
 
 def stretched(flush_interval: float, waiting: int) -> float:
@@ -50,17 +45,16 @@ class Sealer:
         directory: Directory,
         clock: Clock,
         flush_interval: float,
-        max_bytes: int,
         on_sealed: Callable[[], None],
         min_free_bytes: int | None = None,
+        *,
+        evicts: bool = False,
     ) -> None:
         self._directory = directory
         self._clock = clock
         self._flush_interval = flush_interval
-        self._max_bytes = max_bytes
         self._on_sealed = on_sealed
-        self._min_free_bytes = min_free_bytes
-        self._next_space = 0.0
+        self.capacity = Capacity(directory, clock, min_free_bytes, evicts=evicts)
         self._inbox: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -69,7 +63,6 @@ class Sealer:
         self._kept: Callable[[ActiveFile], Iterable[tuple[int, bytes]]] = lambda _: ()
         self._enters = False
         self._active_since: tuple[str, float] | None = None
-        self._next_listing = 0.0
         self._dropped: dict[str, int] = {}
         self._dropping: set[str] = set()
         self._trouble = ""
@@ -78,6 +71,7 @@ class Sealer:
     def attach(self, writer: Writer, committer: Committer | None = None, *, enters: bool = False) -> None:
         """Seal for this writer; `enters` where the names of its spare files are to be durable before they are used."""
         self._writer = writer
+        self.capacity.attach(writer)
         if committer is not None:
             self._kept = committer.kept
         self._enters = enters
@@ -160,27 +154,13 @@ class Sealer:
             trouble = self._open_spares(self._writer.look())
             wait = self._seal_by_age()
             self._seal_retired()
-            wait = min(wait, self._relist(), self.look_at_space())
+            wait = min(wait, self.capacity.look())
         except OSError as error:
             trouble = str(error)
             wait = _RETRY_S
         self._report(trouble)
         self._report_drops()
         return wait
-
-    def look_at_space(self) -> float:
-        """Have nothing more accepted while the volume has less room than it must keep; seconds until the next look."""
-        now = self._clock.monotonic()
-        if now < self._next_space:
-            return self._next_space - now
-        space = self._directory.filesystem.space(self._directory.path)
-        least = self._min_free_bytes
-        if least is None:
-            least = min(MIN_FREE_MAX, space.total_bytes // MIN_FREE_SHARE)
-        low = space.free_bytes < least
-        self._writer.keep_free(low=low)
-        self._next_space = now + _SPACE_S
-        return _SPACE_S if low else _RELIST_S  # while there is room, a file that fills up is reason enough to look
 
     def _open_spares(self, count: int) -> str:
         """Have files ready; what goes wrong with that must not keep from sealing, which is what makes room."""
@@ -266,25 +246,6 @@ class Sealer:
             trouble = f"{file.taken.name}: the disk does not take it ({error}); sealed as it can be read"
         if trouble:
             log.error("%s", trouble)
-
-    def _relist(self) -> float:
-        """Correct the count of what is pending: other processes add files and deliver them."""
-        now = self._clock.monotonic()
-        if now < self._next_listing:
-            return self._next_listing - now
-        before = self._writer.mark()
-        try:
-            account = self._directory.account()
-        except FileNotFoundError:
-            log.error("%s was removed by somebody; made anew", self._directory.path)  # noqa: TRY400 - the trace says nothing
-            self._directory.filesystem.make_directory(self._directory.path)
-            account = self._directory.account()
-        self._writer.correct(before, account.pending_bytes, account.pending_files)
-        took = self._clock.monotonic() - now
-        rest = _RELIST_FULL_S if 2 * account.pending_bytes > self._max_bytes else _RELIST_S
-        rest = max(rest, _RELIST_SHARE * took)
-        self._next_listing = now + took + rest
-        return rest
 
     def _report(self, trouble: str) -> None:
         """Log trouble with the disk when it begins, changes and ends."""

@@ -107,7 +107,7 @@ class Writer:
     def __init__(self, directory: Directory, limits: Limits, wake: Callable[[], None]) -> None:
         self._directory = directory
         self._filesystem = directory.filesystem
-        self._limits = limits
+        self.limits = limits
         self._wake = wake
         self.lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
         self._name = directory.new_id()
@@ -192,7 +192,7 @@ class Writer:
 
     def room(self) -> tuple[int, int]:
         """How many events and bytes the active file takes until it is full."""
-        limits, file = self._limits, self._file
+        limits, file = self.limits, self._file
         full = file.events >= limits.batch_size or file.bytes >= limits.batch_bytes
         events, size = (0, 0) if full else (file.events, file.bytes)
         return limits.batch_size - events, limits.batch_bytes - size
@@ -245,8 +245,8 @@ class Writer:
         if self._low:
             self._allow()
             return self._refuse("disk_low", events)
-        full = self._file.bytes > 0 and self._file.bytes + size > self._limits.batch_bytes
-        if self.files >= self._limits.max_files and (full or not self._file.counted):
+        full = self._file.bytes > 0 and self._file.bytes + size > self.limits.batch_bytes
+        if self.files >= self.limits.max_files and (full or not self._file.counted):
             self._allow()
             return self._refuse("max_files", events)
         if full and len(self.retired) < RETIRED_MAX:
@@ -311,10 +311,10 @@ class Writer:
 
     def _allow(self) -> None:
         """Set how far the active file may grow without another thought."""
-        if self._low or (self.files >= self._limits.max_files and not self._file.counted):
+        if self._low or (self.files >= self.limits.max_files and not self._file.counted):
             self._limit = 0 if self._file.taken is not _NOWHERE else _NO_FILE
         elif self._file.taken is not _NOWHERE:
-            self._limit = max(0, min(self._room, self._limits.batch_bytes))
+            self._limit = max(0, min(self._room, self.limits.batch_bytes))
         else:
             self._limit = _NO_FILE
 
@@ -376,13 +376,13 @@ class Writer:
         self._limit = _MARK
         file = self._file
         if file.events and not file.counted:
-            file.counted, file.attend_at = True, self._limits.batch_size
+            file.counted, file.attend_at = True, self.limits.batch_size
             self.files += 1
             self._tell_sealer()
         # Without a spare the sealer is behind: the file grows to `batch_bytes` rather than that the caller opens another.
         # It does so too where no further file may begin.
-        ready = self._spares and len(self.retired) < RETIRED_MAX and self.files < self._limits.max_files
-        if file.events >= self._limits.batch_size and ready:
+        ready = self._spares and len(self.retired) < RETIRED_MAX and self.files < self.limits.max_files
+        if file.events >= self.limits.batch_size and ready:
             self._retire("batch_size")
         self._allow()
 
@@ -413,7 +413,7 @@ class Writer:
     def start(self, pending_bytes: int, pending_files: int) -> None:
         """Begin to accept; what is pending already counts."""
         with self.lock:
-            self._room = self._limits.max_bytes - pending_bytes
+            self._room = self.limits.max_bytes - pending_bytes
             self.files = pending_files
             self._started = True
 
@@ -517,7 +517,7 @@ class Writer:
             self._allow()
 
     def _pending_bytes(self) -> int:
-        return self._limits.max_bytes - self._room + self._file.bytes
+        return self.limits.max_bytes - self._room + self._file.bytes
 
     def mark(self) -> Mark:
         """What was appended and released here so far, to hand to `correct` after a listing."""
@@ -548,6 +548,11 @@ class Writer:
         with self.lock:
             file = self._file
             return (file.taken.name, file.events) if file.bytes else None
+
+    def forgive(self, reason: DropReason, events: int) -> None:
+        """Take a refusal back, for it is tried again."""
+        with self.lock:
+            self.dropped[reason] -= events
 
     def refuse(self, reason: DropReason, events: int = 1) -> Dropped:
         """Count an event that does not get as far as the file."""

@@ -1,0 +1,165 @@
+"""What bounds a directory: counts what is pending anew, watches the room on the volume, and evicts where that is wanted.
+
+Of one process's sealer, and on its thread. Other processes fill and empty the directory too: only a listing tells.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from pillarbox.errors import FileUnusable
+from pillarbox.store import layout
+
+if TYPE_CHECKING:
+    from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory
+    from pillarbox.store.writer import Writer
+
+log = logging.getLogger("pillarbox")
+
+_RELIST_S: Final = 1.0  # how stale the count of what other processes added or delivered may be
+_RELIST_FULL_S: Final = 0.1  # the same when more than half of a limit is used
+_RELIST_SHARE: Final = 10  # listing may take a tenth of the time
+_SPACE_S: Final = 1.0  # between two looks at the room on the volume, while there is little
+_SPACE_ENOUGH_S: Final = 5.0  # the same while there is enough
+OVERSHOOT_SHARE: Final = 16  # of `max_bytes`: what a process may append without looking what the others did
+MIN_FREE_MAX: Final = 256 * 2**20  # bytes of the volume that are left to others, unless told otherwise: these or
+MIN_FREE_SHARE: Final = 20  # this part of it, whichever is less
+# Room that is made ahead of need, as a part of the limit: what arrives while files are evicted must not be refused.
+SLACK_SHARE: Final = 8
+# Of a limit with eviction, the largest part that one file may be: what is evicted is whole files.
+FILE_SHARE: Final = 16
+
+
+class Capacity:
+    """Keeps a `Writer` within the limits of its directory."""
+
+    def __init__(self, directory: Directory, clock: Clock, min_free_bytes: int | None, *, evicts: bool) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._min_free_bytes = min_free_bytes
+        self._evicts = evicts
+        self._next_space = 0.0
+        self._next_listing = 0.0
+        self._soonest_listing = 0.0
+        self._listed_at = 0  # bytes that this process had appended when it last listed
+        self._low = False
+        self._refused_for_space = 0
+        self._evicting = False
+        self.evicted = 0  # events
+        self.evicted_files = 0
+        self._writer: Writer
+
+    def attach(self, writer: Writer) -> None:
+        """Keep this writer within its limits."""
+        self._writer = writer
+
+    def look(self) -> float:
+        """Count, watch and evict as far as that is due; seconds until the next time."""
+        wait = min(self.look_at_space(), self._relist())
+        if self._evicts:
+            self._evict()
+        return wait
+
+    def look_at_space(self) -> float:
+        """Have nothing more accepted while the volume has less room than it must keep; seconds until the next look."""
+        now = self._clock.monotonic()
+        if now < self._next_space:
+            return self._next_space - now
+        space = self._directory.filesystem.space(self._directory.path)
+        least = self._min_free_bytes
+        if least is None:
+            least = min(MIN_FREE_MAX, space.total_bytes // MIN_FREE_SHARE)
+        self._low = space.free_bytes < least
+        self._writer.keep_free(low=self._low)
+        rest = _SPACE_S if self._low else _SPACE_ENOUGH_S  # while there is room, a file that fills up is reason enough to look
+        self._next_space = now + rest
+        return rest
+
+    def _relist(self) -> float:
+        """Correct the count of what is pending."""
+        now = self._clock.monotonic()
+        before = self._writer.mark()
+        # Who writes much learns sooner what the others wrote meanwhile.
+        much = before.appended - self._listed_at > self._writer.limits.max_bytes // OVERSHOOT_SHARE
+        due = self._soonest_listing if much else self._next_listing
+        if now < due:
+            return due - now
+        try:
+            account = self._directory.account()
+        except FileNotFoundError:
+            log.error("%s was removed by somebody; made anew", self._directory.path)  # noqa: TRY400 - the trace says nothing
+            self._directory.filesystem.make_directory(self._directory.path)
+            account = self._directory.account()
+        self._writer.correct(before, account.pending_bytes, account.pending_files)
+        took = self._clock.monotonic() - now
+        limits = self._writer.limits
+        full = 2 * account.pending_bytes > limits.max_bytes or 2 * account.pending_files > limits.max_files
+        rest = max(_RELIST_FULL_S if full else _RELIST_S, _RELIST_SHARE * took)
+        self._listed_at = before.appended
+        self._soonest_listing = now + took + _RELIST_SHARE * took
+        self._next_listing = now + took + rest
+        return rest
+
+    def _evict(self) -> None:
+        """Give up the oldest sealed files until there is some room again; never one that is being sent."""
+        refused = self._writer.dropped["disk_full"] + self._writer.dropped["disk_low"]
+        # Somebody else may have filled the volume: one file at a time, for as long as events come.
+        least, self._refused_for_space = int(refused > self._refused_for_space), refused
+        excess_bytes, excess_files = self._excess(least)
+        if excess_bytes <= 0 and excess_files <= 0:
+            self._report()
+            return
+        # One process at a time, and from a listing of that moment: two that count on their own would evict twice as much.
+        lock = self._directory.take_lock(layout.EVICT_LOCK)
+        if lock is None:
+            return
+        try:
+            self._next_listing = self._soonest_listing = 0.0
+            self._relist()
+            excess_bytes, excess_files = self._excess(least)
+            for name in self._directory.sealed() if excess_bytes > 0 or excess_files > 0 else ():
+                if excess_bytes <= 0 and excess_files <= 0:
+                    break
+                size = self._evict_one(name)
+                excess_bytes -= size
+                excess_files -= size > 0
+            self._directory.filesystem.sync_directory(self._directory.path)  # or the loss of power brings them back
+        finally:
+            self._directory.filesystem.close(lock.fd)
+
+    def _excess(self, least: int) -> tuple[int, int]:
+        """Bytes, but so many at `least`, and files to be given up."""
+        limits, writer = self._writer.limits, self._writer
+        pending_bytes, pending_files, _ = writer.pending()
+        excess_bytes = pending_bytes - limits.max_bytes + limits.max_bytes // SLACK_SHARE
+        excess_files = pending_files - limits.max_files + max(1, limits.max_files // SLACK_SHARE)
+        return max(least, excess_bytes), excess_files
+
+    def _evict_one(self, name: str) -> int:
+        """How many bytes that made free; 0 where the file is in use or not ours."""
+        try:
+            taken = self._directory.take(name)
+        except FileUnusable:
+            return 0
+        if taken is None:
+            return 0
+        filesystem = self._directory.filesystem
+        try:
+            data = filesystem.read_all(taken.fd)
+            self._directory.remove(name)
+        finally:
+            filesystem.close(taken.fd)
+        self.evicted += data.count(b"\n") + (not data.endswith(b"\n"))
+        self.evicted_files += 1
+        self._writer.release(len(data))
+        if not self._evicting:
+            self._evicting = True
+            log.warning("%s: full; the oldest events are given up for new ones", self._directory.path)
+        return max(1, len(data))
+
+    def _report(self) -> None:
+        if self._evicting:
+            self._evicting = False
+            log.info("%s: room again; %d events given up so far", self._directory.path, self.evicted)

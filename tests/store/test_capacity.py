@@ -1,0 +1,201 @@
+"""What happens where there is no room: dropping, evicting, waiting, raising; and limits across processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from pillarbox import Dropped, Enqueued, Outbox, OutboxFull
+from pillarbox.sinks.base import Retry
+from pillarbox.store import layout
+from pillarbox.store.capacity import Capacity
+from pillarbox.store.directory import Directory
+from pillarbox.store.writer import Limits, Writer
+from pillarbox.testing import ManualClock, RecordingSink
+from tests.conftest import event
+
+SIZE = 240  # bytes of a line with `event(n)`, about
+
+
+def ids_on_disk(path: Path) -> list[str]:
+    """The ids of all pending events, oldest file first."""
+    found: list[str] = []
+    for name in sorted(os.listdir(path), key=lambda name: (not name.startswith("sealed-"), name)):
+        if layout.kind_of(name) in (layout.Kind.SEALED, layout.Kind.ACTIVE):
+            found += [
+                line.split(b'"event_id":"')[1].split(b'"')[0].decode() for line in (path / name).read_bytes().splitlines()
+            ]
+    return found
+
+
+def wait_until(condition: object, seconds: float = 10.0) -> None:
+    """Look again every 10 ms."""
+    for _ in range(int(seconds * 100)):
+        if condition():  # type: ignore[operator]
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it never came true")
+
+
+def test_drop_oldest_gives_up_whole_sealed_files_and_counts_events(tmp_path: Path) -> None:
+    """What is left is the newest, without a gap; accepted is pending and evicted."""
+    with Outbox(str(tmp_path / "outbox"), when_full="drop_oldest", max_bytes=100 * SIZE, flush_interval=0.05) as outbox:
+        accepted = []
+        for number in range(2000):
+            if outbox.enqueue(event(number)):
+                accepted.append(f"e-{number:06d}")
+            if number % 5 == 0:
+                threading.Event().wait(0.005)
+        wait_until(lambda: outbox.stats().pending_bytes <= 100 * SIZE)
+        outbox._sealer.seal_now("manual", 5.0)
+        stats = outbox.stats()
+        left = ids_on_disk(tmp_path / "outbox")
+    assert left == accepted[-len(left) :]
+    assert stats.evicted == len(accepted) - len(left)
+    assert stats.evicted > 1000
+    assert len(left) > 40
+    assert stats.accepted == len(accepted)
+
+
+def test_a_file_that_is_being_sent_is_not_evicted(place: Directory, clock: ManualClock) -> None:
+    """Whoever sends it has taken it; the next one goes."""
+    for number in range(3):
+        Path(place.at(layout.sealed_name(number, "x"))).write_bytes(b"12345678\n" * 10)
+    held = place.take(layout.sealed_name(0, "x"))
+    assert held is not None
+    writer = Writer(place, Limits(500, 10**6, 200), lambda: None)
+    writer.start(270, 3)
+    capacity = Capacity(place, clock, 0, evicts=True)
+    capacity.attach(writer)
+    capacity.look()
+    assert place.sealed() == [layout.sealed_name(0, "x")]
+    assert capacity.evicted == 20
+    assert writer.pending()[:2] == (90, 1)
+    place.filesystem.close(held.fd)
+
+
+def test_max_files_are_evicted_too(place: Directory, clock: ManualClock) -> None:
+    """The limit is on files as well as on bytes."""
+    for number in range(20):
+        Path(place.at(layout.sealed_name(number, "x"))).write_bytes(b"1\n")
+    writer = Writer(place, Limits(500, 10**6, 10**6, 16), lambda: None)
+    writer.start(40, 20)
+    capacity = Capacity(place, clock, 0, evicts=True)
+    capacity.attach(writer)
+    capacity.look()
+    assert len(place.sealed()) == 14
+    assert place.sealed()[0] == layout.sealed_name(6, "x")
+
+
+def test_two_that_evict_at_once_do_not_give_up_twice_as_much(place: Directory, clock: ManualClock) -> None:
+    """One holds the lock; the other counts anew first."""
+    for number in range(10):
+        Path(place.at(layout.sealed_name(number, "x"))).write_bytes(b"x" * 99 + b"\n")
+    capacities = []
+    for _ in range(2):
+        writer = Writer(place, Limits(500, 10**6, 800), lambda: None)
+        writer.start(1000, 10)
+        capacities.append(Capacity(place, clock, 0, evicts=True))
+        capacities[-1].attach(writer)
+    lock = place.take_lock(layout.EVICT_LOCK)
+    assert lock is not None
+    capacities[0].look()
+    assert len(place.sealed()) == 10
+    place.filesystem.close(lock.fd)
+    for capacity in capacities:
+        capacity.look()
+    assert len(place.sealed()) == 7
+    assert [capacity.evicted for capacity in capacities] == [3, 0]
+
+
+def test_without_drop_oldest_nothing_is_given_up(tmp_path: Path) -> None:
+    """New events are refused instead."""
+    with Outbox(str(tmp_path / "outbox"), max_bytes=10 * SIZE) as outbox:
+        outcomes = [outbox.enqueue(event(number)) for number in range(50)]
+        assert outcomes[-1] == Dropped("max_bytes")
+        assert outbox.stats().evicted == 0
+        assert ids_on_disk(tmp_path / "outbox")[0] == "e-000000"
+
+
+def test_raise_raises_and_says_why(tmp_path: Path) -> None:
+    """For one, for many, and from a coroutine; an event of the wrong kind is still only dropped."""
+    with Outbox(str(tmp_path / "outbox"), max_bytes=0, when_full="raise") as outbox:
+        with pytest.raises(OutboxFull, match="max_bytes"):
+            outbox.enqueue(event(1))
+        with pytest.raises(OutboxFull):
+            outbox.enqueue_many([event(1)])
+        with pytest.raises(OutboxFull):
+            asyncio.run(outbox.enqueue_async(event(1)))
+        with pytest.raises(OutboxFull):
+            asyncio.run(outbox.enqueue_async(event(1), durability="power"))
+        assert outbox.enqueue("no event") == Dropped("invalid")  # type: ignore[arg-type]
+        assert outbox.stats().dropped["max_bytes"] == 4
+
+
+def test_block_waits_for_room(tmp_path: Path) -> None:
+    """The destination comes back, a file goes, the event is stored; attempts are not counted as drops."""
+    sink = RecordingSink([Retry("away", 0.3)])
+    path = str(tmp_path / "outbox")
+    with Outbox(path, sink, when_full="block", block_timeout=20, max_bytes=10 * SIZE, flush_interval=0.05) as outbox:
+        outcomes = [outbox.enqueue(event(number)) for number in range(60)]
+        assert outcomes == [Enqueued()] * 60
+        assert outbox.flush(20)
+        assert sum(outbox.stats().dropped.values()) == 0
+    assert len(sink.payloads) == 60
+
+
+def test_block_gives_up_after_its_timeout_and_is_refused_on_a_loop(tmp_path: Path) -> None:
+    """A loop must not stand still; a coroutine waits without stopping the others."""
+    with Outbox(str(tmp_path / "outbox"), when_full="block", block_timeout=0.1, max_bytes=0) as outbox:
+        assert outbox.enqueue(event(1)) == Dropped("timeout")
+        assert outbox.enqueue_many([event(1), event(2)]) == [Dropped("timeout")] * 2
+
+        async def on_a_loop() -> list[object]:
+            ticks = 0
+
+            async def tick() -> None:
+                nonlocal ticks
+                while True:
+                    ticks += 1
+                    await asyncio.sleep(0.01)
+
+            ticking = asyncio.create_task(tick())
+            found: list[object] = [outbox.enqueue(event(1)), await outbox.enqueue_async(event(1))]
+            ticking.cancel()
+            assert ticks > 3
+            return found
+
+        assert asyncio.run(on_a_loop()) == [Dropped("would_block"), Dropped("timeout")]
+        dropped = {reason: count for reason, count in outbox.stats().dropped.items() if count}
+        assert dropped == {"timeout": 4, "would_block": 1}
+
+
+def test_block_ends_when_the_outbox_is_closed(tmp_path: Path) -> None:
+    """Whoever waits is told."""
+    outbox = Outbox(str(tmp_path / "outbox"), when_full="block", block_timeout=60, max_bytes=0)
+    outcomes: list[object] = []
+    waiting = threading.Thread(target=lambda: outcomes.append(outbox.enqueue(event(1))))
+    waiting.start()
+    wait_until(lambda: outbox._started)
+    outbox.close()
+    waiting.join(10)
+    assert outcomes == [Dropped("closed")]
+
+
+def test_limits_are_those_of_the_directory_not_of_the_process(tmp_path: Path) -> None:
+    """Two outboxes on it, as two processes have them: together they stay within the limit and one listing's worth."""
+    path, limit = str(tmp_path / "outbox"), 400 * SIZE
+    with Outbox(path, max_bytes=limit, batch_size=20) as one, Outbox(path, max_bytes=limit, batch_size=20) as other:
+        for number in range(0, 4000, 2):
+            one.enqueue(event(number))
+            other.enqueue(event(number + 1))
+            if number % 20 == 0:
+                threading.Event().wait(0.002)
+        for outbox in (one, other):
+            wait_until(lambda outbox=outbox: outbox.enqueue(event(1)) == Dropped("max_bytes"))
+        size = sum(len((tmp_path / "outbox" / name).read_bytes()) for name in os.listdir(path))
+    assert limit * 0.9 < size < limit * 1.25
