@@ -1,0 +1,1 @@
+"""Crashes, faults and interleavings of the real code, on simulated and real file systems."""
