@@ -1,0 +1,466 @@
+"""Torture by `kill -9`: writers and deliverers die at random moments, and an oracle outside of them keeps the account.
+
+A parent that has imported everything forks children; each notes in shared memory which events it has begun to store and
+which were acknowledged. Some are killed by the parent, some kill themselves before, after or in the middle of the n-th
+operation on the disk. Each round ends with all of them dead; then one process drains the directory, and what arrived is
+compared with what was noted. `python -m tests.crash.kills --minutes 10` is the long run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import mmap
+import os
+import random
+import re
+import signal
+import sqlite3
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from pillarbox import Dropped, Outbox, TrackingEvent
+from pillarbox.outcome import Durability, Outcome
+from pillarbox.store import layout
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.layout import Kind
+
+WRITERS: Final = 3
+DELIVERERS: Final = 2
+EVENTS_MAX: Final = 2_000  # of one life; who has stored so many waits to be killed
+ROUND_S: Final = 2.0
+DRAIN_S: Final = 60.0
+BACKLOG_MAX: Final = 300  # files; writers pause above it, lest a round takes longer to drain than to fill
+
+NEVER, BEGUN, REFUSED, UNSURE, ACKNOWLEDGED, POWER = range(6)  # what is noted of an event
+FAILED: Final = 70  # the exit status of a child that raised
+_VERBS: Final = (
+    "create",
+    "lock",
+    "write",
+    "write_all",
+    "replace_all",
+    "truncate",
+    "sync_data",
+    "sync_directory",
+    "rename",
+    "unlink",
+    "close",
+)
+_ID: Final = re.compile(rb'"event_id":"(\d+)-(\d+)"')
+
+
+class Violation(AssertionError):  # noqa: N818 - it is no fault of this program
+    """Something was lost, invented, damaged, or could not be opened."""
+
+
+class Report(NamedTuple):
+    """What a run did."""
+
+    seed: int
+    kills: int
+    rounds: int
+    events: int  # begun
+    acknowledged: int
+    delivered: int
+    torn: int  # lines that a kill tore, found in quarantine
+    reordered: int  # events that arrived after a later one of the same life
+
+
+class Oracle:
+    """Knows of each event of each life whether it was begun, refused, or acknowledged, and for what."""
+
+    def __init__(self, slots: int) -> None:
+        self._shared = mmap.mmap(-1, slots * EVENTS_MAX)
+        self._lives: dict[int, bytes] = {}
+        self.events = self.acknowledged = self.delivered = self.torn = self.reordered = 0
+
+    def notes(self, slot: int) -> Callable[[int, int], None]:
+        """What a child calls with an event's number and its new state."""
+        shared, first = self._shared, slot * EVENTS_MAX
+
+        def note(number: int, state: int) -> None:
+            shared[first + number] = state
+
+        return note
+
+    def bury(self, slot: int, life: int) -> None:
+        """Take over what a child noted that is dead now."""
+        span = slice(slot * EVENTS_MAX, (slot + 1) * EVENTS_MAX)
+        self._lives[life] = self._shared[span].rstrip(bytes([NEVER]))
+        self._shared[span] = bytes(EVENTS_MAX)
+
+    def check(self, database: Path, outbox: Path, kept: Sequence[int]) -> list[str]:
+        """What is wrong with what arrived, given that events in one of the states `kept` must have; forgets the round."""
+        wrong: list[str] = []
+        arrived = _take_rows(database)
+        latest: dict[int, int] = {}
+        for (life, number), padding in arrived.items():
+            self.reordered += number < latest.get(life, 0)
+            latest[life] = max(number, latest.get(life, 0))
+            state = self._state(life, number)
+            if state in (NEVER, REFUSED):
+                wrong.append(f"invented: {life}-{number}, which was {'refused' if state else 'never begun, or settled before'}")
+            if padding != _padding(number):
+                wrong.append(f"changed: {life}-{number}")
+        for life, states in self._lives.items():
+            lost = [number for number, state in enumerate(states) if state in kept and (life, number) not in arrived]
+            wrong += [f"lost: {life}-{number}, in state {states[number]}" for number in lost]
+            self.events += len(states) - states.count(NEVER)
+            self.acknowledged += states.count(ACKNOWLEDGED) + states.count(POWER)
+        self.delivered += len(arrived)
+        wrong += self._look_at(outbox, kept)
+        self._lives.clear()
+        return wrong
+
+    def _state(self, life: int, number: int) -> int:
+        states = self._lives.get(life, b"")
+        return states[number] if number < len(states) else NEVER
+
+    def _look_at(self, outbox: Path, kept: Sequence[int]) -> list[str]:
+        wrong: list[str] = []
+        for name in sorted(os.listdir(outbox)):
+            kind = layout.kind_of(name)
+            if kind is Kind.CORRUPT:
+                data = (outbox / name).read_bytes()
+                for life, number in _ID.findall(data):
+                    if self._state(int(life), int(number)) in kept:
+                        wrong.append(f"in quarantine though acknowledged: {int(life)}-{int(number)}")
+                self.torn += 1
+            elif kind is not Kind.SPANS and name != layout.DELIVER_LOCK:
+                wrong.append(f"left behind: {name}")
+                continue
+            if name != layout.DELIVER_LOCK:
+                (outbox / name).unlink()
+        return wrong
+
+
+def _take_rows(database: Path) -> dict[tuple[int, int], str]:
+    """Every row in order of arrival; none is left: what comes back in a later round comes back from nowhere."""
+    if not database.exists():
+        return {}
+    with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection:
+        try:
+            rows = connection.execute("SELECT event_id, metadata_json FROM tracking_event ORDER BY rowid").fetchall()
+            connection.execute("DELETE FROM tracking_event")
+            connection.commit()
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                return {}
+            raise
+    found = {}
+    for event_id, padding in rows:
+        life, _, number = event_id.partition("-")
+        found[int(life), int(number)] = padding
+    return found
+
+
+def _padding(number: int) -> str:
+    """Metadata whose length says which event it is of, up to two pages, for a kill tears writes at the ends of pages."""
+    return f'{{"n":{number},"text":"{"x" * (number * 7919 % 211 if number % 16 else number * 7919 % 8191)}"}}'
+
+
+def make_event(life: int, number: int) -> TrackingEvent:
+    """The event with this number of this life."""
+    return TrackingEvent(
+        event_id=f"{life}-{number}",
+        event_key="click",
+        scope_kind="Site",
+        scope_id="site",
+        metadata_json=_padding(number),
+        occurred_at_micros=number,
+    )
+
+
+def doom(chance: random.Random) -> None:
+    """Have this process kill itself around the n-th operation on the disk, or in the middle of a write."""
+    verbs = set(_VERBS) if chance.random() < 0.5 else {chance.choice(_VERBS)}
+    left = chance.choice((0, 1, 2, 3, 5, 8, 13, 21, 34, 55))
+    when = chance.choice(("before", "middle", "after"))
+    share = chance.random()
+
+    def dying(verb: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                return function(*arguments)
+            if when == "middle" and verb == "write":
+                fd, data = arguments
+                assert isinstance(fd, int)
+                assert isinstance(data, bytes)
+                os.write(fd, data[: int(share * len(data))])
+            elif when != "before":
+                function(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return None
+
+        return call
+
+    for verb in sorted(verbs):
+        found = RealFilesystem.__dict__[verb]
+        if isinstance(found, staticmethod):
+            setattr(RealFilesystem, verb, staticmethod(dying(verb, found.__func__)))
+        else:
+            setattr(RealFilesystem, verb, dying(verb, found))
+
+
+class Life:
+    """What a forked child does until it is killed."""
+
+    def __init__(
+        self, number: int, directory: str, database: Path, note: Callable[[int, int], None], chance: random.Random, power: float
+    ) -> None:
+        self.number = number
+        self.note = note
+        self.chance = chance
+        self._directory = directory
+        self._sink = f"sqlite:///{database}"
+        self._power = power
+        self._events = 0
+
+    def _outbox(self, *, delivers: bool) -> Outbox:
+        return Outbox(
+            self._directory,
+            sink=self._sink if delivers else None,
+            batch_size=self.chance.choice((1, 3, 10, 50)),
+            batch_bytes=self.chance.choice((4_000, 1_000_000)),
+            flush_interval=self.chance.choice((0.005, 0.05)),
+            durability="power" if self.chance.random() < self._power else "process",
+            min_free_bytes=0,
+        )
+
+    def deliver(self) -> None:
+        """Deliver what others store."""
+        with self._outbox(delivers=True):
+            _pause(3600.0)
+
+    def store(self) -> None:
+        """Store events one by one and many at a time; close and open anew now and then; fork a child that outlives us."""
+        while self._events < EVENTS_MAX:
+            with self._outbox(delivers=self.chance.random() < 0.3) as outbox:
+                for _ in range(self.chance.choice((1, 5, 50, 500))):
+                    self._store_some(outbox)
+                    if self.chance.random() < 0.02:
+                        _leave_a_child()
+                    if self.chance.random() < 0.02:
+                        outbox.flush(timeout=0.05)
+        _pause(3600.0)
+
+    def _store_some(self, outbox: Outbox) -> None:
+        while len(os.listdir(self._directory)) > BACKLOG_MAX:
+            _pause(0.01)
+        many = self.chance.random() < 0.2
+        count = min(self.chance.choice((2, 7, 40)) if many else self.chance.choice((1, 4)), EVENTS_MAX - self._events)
+        durability: Durability | None = self.chance.choice((None, None, None, "process", "power")) if self._power else None
+        numbers = range(self._events, self._events + count)
+        self._events += count
+        for number in numbers:
+            if many:
+                continue
+            self.note(number, BEGUN)
+            self._conclude(number, outbox.enqueue(make_event(self.number, number), durability=durability))
+        if many:
+            for number in numbers:
+                self.note(number, BEGUN)
+            outcomes = outbox.enqueue_many([make_event(self.number, number) for number in numbers], durability=durability)
+            for number, outcome in zip(numbers, outcomes, strict=True):
+                self._conclude(number, outcome)
+        if self.chance.random() < 0.3:
+            _pause(self.chance.random() * 0.01)
+
+    def _conclude(self, number: int, outcome: Outcome) -> None:
+        if isinstance(outcome, Dropped):
+            self.note(number, UNSURE if outcome.reason == "io_error" else REFUSED)
+        else:
+            self.note(number, POWER if outcome.durability == "power" else ACKNOWLEDGED)
+
+
+def _pause(seconds: float) -> None:
+    signal.sigtimedwait([], seconds)
+
+
+def _leave_a_child() -> None:
+    """A forked process that never touches the outbox must keep nobody from it, however long it lives."""
+    if os.fork() == 0:
+        _pause(ROUND_S)
+        os._exit(0)
+
+
+class _Defects(logging.Handler):
+    """Keeps the traces that a thread of the outbox logs or dies of: those are defects."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(logging.ERROR)
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            (self._folder / f"{os.getpid()}.txt").write_text(self.format(record))
+
+    def thread_ended(self, hook: threading.ExceptHookArgs) -> None:
+        """What `threading.excepthook` is set to."""
+        trace = traceback.format_exception(hook.exc_type, hook.exc_value, hook.exc_traceback)
+        (self._folder / f"{os.getpid()}.txt").write_text("".join(trace))
+
+
+def fork(folder: Path, work: Callable[[], None]) -> int:
+    """Start a child that works; what it raises goes to a file in `folder`. Returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = FAILED
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        log = logging.getLogger("pillarbox")
+        defects = _Defects(folder)
+        log.handlers, log.propagate = [defects], False
+        threading.excepthook = defects.thread_ended
+        work()
+        status = 0
+    except BaseException:  # noqa: BLE001 - the parent's stack is not this process's to unwind
+        (folder / f"{os.getpid()}.txt").write_text(traceback.format_exc())
+    os._exit(status)
+
+
+class _Child(NamedTuple):
+    pid: int
+    life: int
+    deadline: float  # when it is killed, unless it dies before
+
+
+class Torture:
+    """Runs rounds. `cut()` is called when all are dead, before the draining: there the power may fail."""
+
+    def __init__(
+        self,
+        directory: Path,
+        outbox: Path,
+        seed: int,
+        power: float,
+        kept: Sequence[int],
+        cut: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.seed = seed
+        self.kills = self.rounds = 0
+        self.oracle = Oracle(WRITERS + DELIVERERS)
+        self._chance = random.Random(seed)
+        self._outbox = outbox
+        self._database = directory / "destination.db"
+        self._failures = directory / "failures"
+        self._failures.mkdir(parents=True, exist_ok=True)
+        self._power = power
+        self._kept = kept
+        self._cut = cut
+        self._lives = 0
+        self._children: dict[int, _Child] = {}
+
+    def round(self, seconds: float) -> None:
+        """Let them live and die for a while, end it, drain, and compare."""
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        end = time.monotonic() + seconds
+        try:
+            while time.monotonic() < end:
+                for slot in range(WRITERS + DELIVERERS):
+                    if slot not in self._children:
+                        self._begin(slot)
+                first = min(child.deadline for child in self._children.values())
+                signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(first, end) - time.monotonic()))
+                self._reap(time.monotonic())
+        finally:
+            self._reap(float("inf"))
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        self._cut()
+        self._drain()
+        wrong = self.oracle.check(self._database, self._outbox, self._kept)
+        if any(self._failures.iterdir()):
+            wrong.append("a thread of the outbox ended by a defect")
+        self.rounds += 1
+        if wrong:
+            raise self._violation(wrong)
+
+    def report(self) -> Report:
+        """The figures so far."""
+        oracle = self.oracle
+        figures = oracle.events, oracle.acknowledged, oracle.delivered, oracle.torn, oracle.reordered
+        return Report(self.seed, self.kills, self.rounds, *figures)
+
+    def _begin(self, slot: int) -> None:
+        self._lives += 1
+        chance = random.Random(f"{self.seed}/{self._lives}")
+        life = Life(self._lives, str(self._outbox), self._database, self.oracle.notes(slot), chance, self._power)
+
+        def work() -> None:
+            if chance.random() < 0.5:
+                doom(chance)
+            life.store() if slot < WRITERS else life.deliver()
+
+        span = self._chance.choice((0.005, 0.05, 0.05, 0.3)) if slot < WRITERS else self._chance.choice((0.05, 0.3, 1.0))
+        pid = fork(self._failures, work)
+        self._children[slot] = _Child(pid, self._lives, time.monotonic() + span * self._chance.random())
+
+    def _reap(self, now: float) -> None:
+        for slot, child in list(self._children.items()):
+            due = now >= child.deadline
+            if due:
+                os.kill(child.pid, signal.SIGKILL)
+            pid, status = os.waitpid(child.pid, 0 if due else os.WNOHANG)
+            if not pid:
+                continue
+            del self._children[slot]
+            self.oracle.bury(slot, child.life)
+            self.kills += 1
+            if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+                raise self._violation([f"life {child.life} ended by itself, with status {status}"])
+
+    def _drain(self) -> None:
+        def work() -> None:
+            with Outbox(str(self._outbox), f"sqlite:///{self._database}", flush_interval=0.01, min_free_bytes=0) as outbox:
+                if not outbox.flush(DRAIN_S):
+                    raise Violation(f"not drained in {DRAIN_S} s: {outbox.stats()}")
+
+        if os.waitstatus_to_exitcode(os.waitpid(fork(self._failures, work), 0)[1]) != 0:
+            raise self._violation(["the directory could not be opened and drained"])
+
+    def _violation(self, wrong: list[str]) -> Violation:
+        traces = [path.read_text() for path in sorted(self._failures.iterdir())]
+        more = f"and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        where = f"seed {self.seed}, round {self.rounds}, {self.kills} kills, left as it is in {self._outbox}"
+        return Violation("\n".join([where, *wrong[:20], more, *traces[:3]]))
+
+
+def run(
+    seconds: float,
+    seed: int,
+    directory: Path,
+    progress: Callable[[Report], None] = lambda _: None,
+) -> Report:
+    """Torture for about `seconds`; raises `Violation` and leaves the directory for a look."""
+    torture = Torture(directory, directory / "outbox", seed, power=0.3, kept=(ACKNOWLEDGED, POWER))
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        torture.round(min(ROUND_S, left))
+        progress(torture.report())
+    return torture.report()
+
+
+def main() -> None:
+    """The long run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    parser.add_argument("--directory", type=Path)
+    chosen = parser.parse_args()
+    directory = chosen.directory or Path(tempfile.mkdtemp(prefix="pillarbox-kills-"))
+    print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - it is for people
+    print(run(chosen.minutes * 60, chosen.seed, directory, lambda report: print(report, flush=True)))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
