@@ -5,7 +5,7 @@ crash.py     a disk in memory that knows what may be left of it when the power f
 fault.py     a file system that fails where it is told to
 """
 
-from pillarbox.testing.crash import CrashFilesystem, Disk, Survivor
+from pillarbox.testing.crash import CrashFilesystem, Disk, Survivors
 from pillarbox.testing.doubles import ManualClock, RecordingSink
 
-__all__ = ["CrashFilesystem", "Disk", "ManualClock", "RecordingSink", "Survivor"]
+__all__ = ["CrashFilesystem", "Disk", "ManualClock", "RecordingSink", "Survivors"]

@@ -1,409 +1,570 @@
-"""A disk in memory that knows what may be left of it when the power fails, and file systems on it, one a process.
+"""A disk in memory, processes that use it, and THE written weak model of what is left of it when the power fails.
 
-THE MODEL, weaker than any file system that we know. What a file's last `sync_data` covers is durable, and nothing else:
+A `Disk` is one medium; each `CrashFilesystem` is one process's view of it, with descriptors and locks of its own. Every
+operation goes into `Disk.trace`. `Survivors` reads a trace, or its beginning, and knows each state that a loss of power at
+that moment may leave.
 
-- each write since then is lost, applied, or applied in its size only: its bytes are NUL. One of them, on the whole disk, may be
-  torn at any byte: the rest of it is missing, or NUL. Where a write is lost and a later one is not, NUL fills the gap.
-- each truncation since then is lost or applied.
-- after a `sync_data` that failed, what it was asked to sync may be lost for good, whatever later ones answer.
-- each creation, rename and removal of a name since the last `sync_directory` is lost or applied, as a whole and each for
-  itself, whatever became of the file's data. A rename that is applied gives the file its new name even where its creation is
-  lost. What has no name is gone.
+DATA. Each write since the file's last `sync_data` is lost, applied, or sized only (the file is as long as if it had been
+written, with NUL bytes there), each for itself, in whatever order. At most one write of a file is torn, at any byte: of the
+data or of the NUL bytes only a beginning is there, or a beginning of the data and then NUL bytes to its end. A write that is
+there behind one that is lost leaves NUL bytes in the gap. Each truncation is applied or not. `sync_data` makes the file's
+data durable and nothing else, least of all its name.
 
-The death of a process (`CrashFilesystem.kill`) loses nothing of this: only its descriptors and locks go.
+FAILED SYNCS. What is not durable in a file when `sync_data` fails on it is doomed: lost, sized, torn or there, whatever later
+syncs answer, for a kernel forgets what it could not write. What is written afterwards is like any other write.
+
+NAMES. Each creation, rename and unlink is atomic and, until `sync_directory` of its directory has returned, applied or not,
+each for itself. A rename takes the old name away and gives the new one together; it may be there though the file's creation
+or an earlier rename is not. A file has one name or none, and without a name it is gone. After a `sync_directory` that fails
+the names are as unsure as before it, and a later one that returns is believed: names are in a journal, and a file system
+whose journal fails takes nothing more. A directory is durable from the moment it is made.
+
+A PROCESS THAT DIES loses its descriptors and locks; the disk keeps everything (`Disk.files`).
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.store.filesystem import DirectoryFacts, Entry, Space
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from random import Random
 
-State = dict[str, bytes]  # what is left: path -> content
-Seen = tuple[bytes, tuple["_Change", ...]]  # a file's durable content and its changes since
-
+_NUL: Final = b"\0"
 _SPACE: Final = Space(2**40, 2**41)
-_LOST, _APPLIED, _NUL = range(3)
+_FACTS: Final = DirectoryFacts(is_directory=True, mode=0o700, usable=True, medium="memory")
+
+State = dict[str, bytes]  # path -> content
 
 
-class _Change(NamedTuple):
-    """A write at an offset, or, where there is no data, a truncation to it."""
+class Killed(BaseException):
+    """The process is dead: nothing that it still tries reaches the disk, nor does any handler of its own stop it."""
 
-    offset: int
-    data: bytes | None
+
+class Misuse(Exception):  # noqa: N818 - reads as the sentence it is
+    """A descriptor was used that is not open, or that was opened to read only."""
+
+
+class Op(NamedTuple):
+    """What happened to the disk: an operation, or a mark.
+
+    `verb` is one of found, create, write, truncate, sync_data, sync_failed, rename, unlink, sync_directory, mark.
+    """
+
+    verb: str
+    path: str = ""  # of a directory where that is what is synced
+    inode: int = 0
+    offset: int = 0  # of a write; the size where that is what is set
+    data: bytes = b""
+    target: str = ""  # of a rename
+    what: object = None  # of a mark
 
 
 class _Inode:
-    """A file."""
+    """A file as the running system sees it."""
 
-    __slots__ = ("base", "changes", "data", "doomed", "holder", "links")
+    __slots__ = ("data", "holder", "number", "path")
 
-    def __init__(self, data: bytes = b"", links: int = 1) -> None:
-        self.data = bytearray(data)  # as the running system sees it
-        self.base = data  # what is durable
-        self.changes: list[_Change] = []  # since then
-        self.doomed = False  # a sync has failed
-        self.links = links
-        self.holder: tuple[CrashFilesystem, int] | None = None
+    def __init__(self, number: int, path: str, data: bytes = b"") -> None:
+        self.number = number
+        self.path = path  # empty once it has no name
+        self.data = bytearray(data)
+        self.holder: _Opened | None = None  # of its lock
 
 
-class _Rename(NamedTuple):
-    """A change of names: from nowhere where the file is created, to nowhere where it is removed."""
+class _Opened:
+    """An open file description."""
 
-    source: str | None
-    target: str | None
-    inode: _Inode
+    __slots__ = ("inode", "writable")
+
+    def __init__(self, inode: _Inode, *, writable: bool) -> None:
+        self.inode = inode
+        self.writable = writable
 
 
 class Disk:
-    """One medium. Its running view is that of all processes; `survivor()` is what a loss of power may leave of it."""
+    """One medium, shared by all simulated processes; `files` were on it, durable, before everything."""
 
-    def __init__(self, state: State | None = None) -> None:
-        self.names: dict[str, _Inode] = {name: _Inode(data) for name, data in (state or {}).items()}
-        self._durable: dict[str, _Inode] = self.names.copy()
-        self._renames: list[_Rename] = []
-        self.trace: list[tuple[str, str]] = []  # every operation, with its path; and the marks
+    def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
+        self.trace: list[Op] = []
+        self.directories: dict[str, dict[str, _Inode]] = {}
+        self._numbers = itertools.count(1).__next__
+        for path, data in (files or {}).items():
+            above, _, name = path.rpartition("/")
+            inode = self.directories.setdefault(above, {})[name] = _Inode(self._numbers(), path, data)
+            self.trace.append(Op("found", path, inode.number, data=data))
 
     @property
     def files(self) -> State:
-        """The running view."""
-        return {name: bytes(inode.data) for name, inode in self.names.items()}
+        """Path -> content, as the running system sees it; also what is left when every process dies."""
+        return {inode.path: bytes(inode.data) for names in self.directories.values() for inode in names.values()}
 
-    def mark(self, what: str) -> None:
-        """Note in the trace what somebody was told."""
-        self.trace.append(("mark", what))
+    def mark(self, what: object) -> None:
+        """Note something in the trace, between the operations."""
+        self.trace.append(Op("mark", what=what))
 
-    def survivor(self) -> Survivor:
-        """What may be left if the power fails now."""
-        return Survivor(self._durable, self._renames)
+    def add(self, names: dict[str, _Inode], name: str, path: str) -> _Inode:
+        """A new, empty file."""
+        inode = names[name] = _Inode(self._numbers(), path)
+        self.trace.append(Op("create", path, inode.number))
+        return inode
 
-    def change_names(self, source: str | None, target: str | None, inode: _Inode) -> None:
-        """Create, rename or remove."""
-        if source is not None:
-            del self.names[source]
-        if target is None:
-            inode.links -= 1
-        else:
-            replaced = self.names.get(target)
-            if replaced is not None:
-                replaced.links -= 1
-            self.names[target] = inode
-        self._renames.append(_Rename(source, target, inode))
-
-    def sync_names(self) -> None:
-        """Make them durable."""
-        self._durable = self.names.copy()
-        self._renames = []
+    def names_at(self, path: str) -> tuple[dict[str, _Inode], str]:
+        """The directory that a path is in, and the name there."""
+        above, _, name = path.rpartition("/")
+        names = self.directories.get(above)
+        if names is None:
+            raise _missing(path)
+        return names, name
 
 
-class Survivor:
-    """The states that one moment may leave; made at that moment, enumerated whenever."""
-
-    def __init__(self, durable: dict[str, _Inode], renames: list[_Rename]) -> None:
-        self._places = list(_places(durable, renames))
-        inodes = {inode for place in self._places for _, inode in place}
-        self._seen: dict[_Inode, Seen] = {inode: (inode.base, tuple(inode.changes)) for inode in inodes}
-
-    def states(self) -> Iterator[State]:
-        """Each state, at least once."""
-        contents = {inode: _contents(*seen) for inode, seen in self._seen.items()}
-        for place in self._places:
-            names = [name for name, _ in place]
-            whole = [contents[inode][0] for _, inode in place]
-            for choice in itertools.product(*whole):
-                yield dict(zip(names, choice, strict=True))
-            for index, (_, inode) in enumerate(place):
-                torn = contents[inode][1]
-                if torn:
-                    for choice in itertools.product(*whole[:index], torn, *whole[index + 1 :]):
-                        yield dict(zip(names, choice, strict=True))
-
-    def count(self) -> int:
-        """How many `states` yields."""
-        contents = {inode: _contents(*seen) for inode, seen in self._seen.items()}
-        total = 0
-        for place in self._places:
-            whole = [len(contents[inode][0]) for _, inode in place]
-            product = 1
-            for number in whole:
-                product *= number
-            total += product + sum(product // len(contents[inode][0]) * len(contents[inode][1]) for _, inode in place)
-        return total
-
-    def admits(self, state: State) -> bool:
-        """Whether something that was found is one of the states, with any number of torn writes."""
-        for place in self._places:
-            if len(place) == len(state) and all(
-                name in state and _admits(*self._seen[inode], state[name]) for name, inode in place
-            ):
-                return True
-        return False
-
-
-def _places(durable: dict[str, _Inode], renames: list[_Rename]) -> Iterator[tuple[tuple[str, _Inode], ...]]:
-    """The sets of names that may be left, each once."""
-    found: set[tuple[tuple[str, int], ...]] = set()
-    for choice in itertools.product((True, False), repeat=len(renames)):
-        names = durable.copy()
-        for applied, (source, target, inode) in zip(choice, renames, strict=True):
-            if applied:
-                if source is not None and names.get(source) is inode:
-                    del names[source]
-                if target is not None:
-                    names[target] = inode
-        place = tuple(sorted(names.items(), key=lambda item: item[0]))
-        key = tuple((name, id(inode)) for name, inode in place)
-        if key not in found:
-            found.add(key)
-            yield place
-
-
-def _contents(base: bytes, changes: tuple[_Change, ...]) -> tuple[list[bytes], list[bytes]]:
-    """What a file may hold: with whole writes, and with one that is torn."""
-    if not changes:
-        return [base], []
-    fates = [(_LOST, _APPLIED) if change.data is None else (_LOST, _APPLIED, _NUL) for change in changes]
-    whole = dict.fromkeys(_built(base, changes, choice) for choice in itertools.product(*fates))
-    torn: dict[bytes, None] = {}
-    for index, change in enumerate(changes):
-        if change.data is None:
-            continue
-        others = [*fates[:index], (_APPLIED,), *fates[index + 1 :]]
-        for end in range(1, len(change.data)):
-            for data in (change.data[:end], change.data[:end] + bytes(len(change.data) - end)):
-                changed = (*changes[:index], _Change(change.offset, data), *changes[index + 1 :])
-                torn.update(dict.fromkeys(_built(base, changed, choice) for choice in itertools.product(*others)))
-    return list(whole), [content for content in torn if content not in whole]
-
-
-def _built(base: bytes, changes: Iterable[_Change], fates: Iterable[int]) -> bytes:
-    content = bytearray(base)
-    for (offset, data), fate in zip(changes, fates, strict=True):
-        if fate == _LOST:
-            continue
-        if data is None:
-            del content[offset:]
-            continue
-        end = offset + len(data)
-        if len(content) < end:
-            content.extend(bytes(end - len(content)))
-        if fate == _APPLIED:
-            content[offset:end] = data
-    return bytes(content)
-
-
-def _admits(base: bytes, changes: tuple[_Change, ...], content: bytes) -> bool:
-    """Exact where writes only append; where they overlap or truncate, each byte must come from somewhere."""
-    if content == base:
-        return True
-    end = len(base)
-    for offset, data in changes:
-        if offset != end or data is None:
-            return _admits_bytewise(base, changes, content)
-        end += len(data)
-    if not len(base) <= len(content) <= end or content[: len(base)] != base:
-        return False
-    for offset, data in changes:
-        part = content[offset : offset + len(data or b"")]
-        kept = part.rstrip(b"\0")
-        if not (data or b"").startswith(kept):
-            return False
-    return True
-
-
-def _admits_bytewise(base: bytes, changes: tuple[_Change, ...], content: bytes) -> bool:
-    ends = [offset + len(data or b"") for offset, data in changes]
-    if len(content) > max(len(base), *ends):
-        return False
-    for index, byte in enumerate(content):
-        sources = {base[index]} if index < len(base) else {0}
-        for offset, data in changes:
-            if data is not None and offset <= index < offset + len(data):
-                sources |= {data[index - offset], 0}
-        if byte not in sources and byte != 0:
-            return False
-    return True
+def _missing(path: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
 class CrashFilesystem:
-    """One process's view of a `Disk`: a `Filesystem`. `before(verb, path)` is called ahead of every operation.
+    """A process's view of a `Disk`: a `Filesystem`, with open files and locks as the kernel keeps them.
 
-    What it raises there, the operation raises; what it does there, has happened just before.
+    `before(verb, path)` is called ahead of every operation and may raise: a switch point, a cut, a fault.
     """
 
-    def __init__(self, disk: Disk, before: Callable[[str, str], None] | None = None) -> None:
+    def __init__(self, disk: Disk, before: Callable[[str, str], None] = lambda _verb, _path: None) -> None:
         self.disk = disk
         self._before = before
-        self._open: dict[int, tuple[_Inode, str]] = {}
-        self._next_fd = 3
+        self._open: dict[int, _Opened] = {}
+        self._next_fd = itertools.count(3).__next__
+        self._dead = False
 
     def kill(self) -> None:
-        """The process dies."""
-        for fd in list(self._open):
-            self._let_go(fd)
+        """The process dies: its descriptors and locks go, the disk keeps everything."""
+        self._dead = True
+        self.close_inherited()
 
-    def doom(self, fd: int) -> None:
-        """A sync of this file has failed: nothing later makes durable what it was asked for."""
-        self._open[fd][0].doomed = True
+    def close_inherited(self) -> None:
+        """Close everything that is open."""
+        for opened in self._open.values():
+            if opened.inode.holder is opened:
+                opened.inode.holder = None
+        self._open.clear()
 
-    def _note(self, verb: str, path: str) -> None:
-        if self._before is not None:
-            self._before(verb, path)
-        self.disk.trace.append((verb, path))
+    def _begin(self, verb: str, path: str) -> None:
+        if self._dead:
+            raise Killed
+        self._before(verb, path)
 
-    def _of(self, verb: str, fd: int) -> _Inode:
-        found = self._open.get(fd)
-        self._note(verb, found[1] if found else "")
-        if found is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        return found[0]
+    def _use(self, verb: str, fd: int) -> _Inode:
+        """The open file that an operation is about to touch."""
+        if self._dead:
+            raise Killed
+        opened = self._open.get(fd)
+        if opened is None:
+            raise Misuse(f"{verb}: descriptor {fd} is not open")
+        self._before(verb, opened.inode.path)
+        return opened.inode
 
-    def _named(self, path: str) -> _Inode:
-        inode = self.disk.names.get(path)
-        if inode is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    def _change(self, verb: str, fd: int) -> _Inode:
+        inode = self._use(verb, fd)
+        if not self._open[fd].writable:
+            raise Misuse(f"{verb}: {inode.path} is open to read only")
         return inode
 
-    def _opened(self, inode: _Inode, path: str) -> int:
-        fd = self._next_fd
-        self._next_fd += 1
-        self._open[fd] = (inode, path)
+    def _admit(self, inode: _Inode, *, writable: bool) -> int:
+        fd = self._next_fd()
+        self._open[fd] = _Opened(inode, writable=writable)
         return fd
 
-    def _let_go(self, fd: int) -> None:
-        inode, _ = self._open.pop(fd)
-        if inode.holder == (self, fd):
-            inode.holder = None
+    # Directories.
 
     def make_directory(self, path: str) -> None:
-        """It is there, and durable."""
-        self._note("make_directory", path)
+        """Durable at once; what is there stays."""
+        self._begin("make_directory", path)
+        names, name = self.disk.directories.get(path.rpartition("/")[0], {}), path.rpartition("/")[2]
+        if name in names:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        self.disk.directories.setdefault(path, {})
 
     def directory_facts(self, path: str) -> DirectoryFacts | None:
-        """As of an ordinary directory on a disk."""
-        self._note("directory_facts", path)
-        return DirectoryFacts(is_directory=True, mode=0o700, usable=True, medium="ext4")
+        """A directory is ours and private."""
+        self._begin("directory_facts", path)
+        return _FACTS if path in self.disk.directories else None
 
     def listing(self, path: str) -> Iterator[Entry]:
-        """The files right below."""
-        self._note("listing", path)
-        start = len(path) + 1
-        return iter(
-            [Entry(name[start:], len(inode.data)) for name, inode in self.disk.names.items() if name[:start] == f"{path}/"]
-        )
+        """The files of a directory, as they are at this moment."""
+        self._begin("listing", path)
+        names = self.disk.directories.get(path)
+        if names is None:
+            raise _missing(path)
+        return iter([Entry(name, len(inode.data)) for name, inode in names.items()])
+
+    def sync_directory(self, path: str) -> None:
+        """Make names durable."""
+        self._begin("sync_directory", path)
+        if path not in self.disk.directories:
+            raise _missing(path)
+        self.disk.trace.append(Op("sync_directory", path))
+
+    def space(self, path: str) -> Space:
+        """Plenty."""
+        self._begin("space", path)
+        return _SPACE
+
+    # Names.
 
     def create(self, path: str) -> int:
-        """A new file; the name must be free."""
-        self._note("create", path)
-        if path in self.disk.names:
+        """A new file to append to; the name must be free."""
+        self._begin("create", path)
+        names, name = self.disk.names_at(path)
+        if name in names:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-        inode = _Inode()
-        self.disk.change_names(None, path, inode)
-        return self._opened(inode, path)
+        return self._admit(self.disk.add(names, name, path), writable=True)
 
     def open_existing(self, path: str) -> int:
-        """A file that is there."""
-        self._note("open_existing", path)
-        return self._opened(self._named(path), path)
+        """To read, sync and lock."""
+        self._begin("open_existing", path)
+        names, name = self.disk.names_at(path)
+        if name not in names:
+            raise _missing(path)
+        return self._admit(names[name], writable=False)
 
     def open_lock(self, path: str) -> int:
-        """A lock file, made where it is missing."""
-        self._note("open_lock", path)
-        if path not in self.disk.names:
-            self.disk.change_names(None, path, _Inode())
-        return self._opened(self._named(path), path)
+        """A file made where it is missing."""
+        self._begin("open_lock", path)
+        names, name = self.disk.names_at(path)
+        return self._admit(names.get(name) or self.disk.add(names, name, path), writable=True)
+
+    def rename(self, source: str, target: str) -> None:
+        """One name for another; what had that one has none any more."""
+        self._begin("rename", source)
+        names, name = self.disk.names_at(source)
+        if name not in names:
+            raise _missing(source)
+        into, new = self.disk.names_at(target)
+        inode = names.pop(name)
+        if new in into:
+            into[new].path = ""
+        into[new] = inode
+        inode.path = target
+        self.disk.trace.append(Op("rename", source, inode.number, target=target))
+
+    def unlink(self, path: str) -> None:
+        """Take the name away; who has it open keeps the file."""
+        self._begin("unlink", path)
+        names, name = self.disk.names_at(path)
+        inode = names.pop(name, None)
+        if inode is None:
+            raise _missing(path)
+        inode.path = ""
+        self.disk.trace.append(Op("unlink", path, inode.number))
+
+    # Open files.
+
+    def close(self, fd: int) -> None:
+        """And release its lock."""
+        self._use("close", fd)
+        opened = self._open.pop(fd)
+        if opened.inode.holder is opened:
+            opened.inode.holder = None
 
     def lock(self, fd: int) -> bool:
-        """Take the lock, unless another descriptor holds it."""
-        inode = self._of("lock", fd)
-        if inode.holder not in (None, (self, fd)):
+        """As `flock`: of the open file description."""
+        inode, opened = self._use("lock", fd), self._open[fd]
+        if inode.holder not in (None, opened):
             return False
-        inode.holder = (self, fd)
+        inode.holder = opened
         return True
 
     def is_still(self, fd: int, path: str) -> bool:
-        """Whether the path still names the open file."""
-        return self._of("is_still", fd) is self.disk.names.get(path)
+        """Whether `path` names the open file."""
+        return self._use("is_still", fd).path == path
 
     def is_linked(self, fd: int) -> bool:
         """Whether the open file has a name."""
-        return self._of("is_linked", fd).links > 0
+        return bool(self._use("is_linked", fd).path)
 
     def size(self, fd: int) -> int:
-        """Size in bytes."""
-        return len(self._of("size", fd).data)
+        """In bytes."""
+        return len(self._use("size", fd).data)
 
     def read_all(self, fd: int) -> bytes:
         """The whole file."""
-        return bytes(self._of("read_all", fd).data)
+        return bytes(self._use("read_all", fd).data)
 
     def read_at(self, fd: int, offset: int, count: int) -> bytes:
         """Up to `count` bytes from `offset`."""
-        return bytes(self._of("read_at", fd).data[offset : offset + count])
+        return bytes(self._use("read_at", fd).data[offset : offset + count])
 
     def write(self, fd: int, data: bytes) -> int:
         """Append."""
-        inode = self._of("write", fd)
-        inode.changes.append(_Change(len(inode.data), data))
+        inode = self._change("write", fd)
+        self.disk.trace.append(Op("write", inode.path, inode.number, len(inode.data), bytes(data)))
         inode.data += data
         return len(data)
 
     def write_all(self, fd: int, data: bytes) -> None:
-        """Append."""
-        if data:
-            self.write(fd, bytes(data))
-        else:
-            self._of("write", fd)
+        """Append everything; one write."""
+        self.write(fd, data)
 
     def replace_all(self, fd: int, data: bytes) -> None:
-        """Overwrite, and cut."""
-        inode = self._of("replace_all", fd)
-        inode.changes += [_Change(0, bytes(data)), _Change(len(data), None)]
-        inode.data[:] = data
+        """Write from the beginning, then cut."""
+        inode = self._change("replace_all", fd)
+        self.disk.trace.append(Op("write", inode.path, inode.number, 0, data))
+        inode.data[: len(data)] = data
+        self._cut(inode, len(data))
 
     def truncate(self, fd: int, size: int) -> None:
         """Cut."""
-        inode = self._of("truncate", fd)
-        inode.changes.append(_Change(size, None))
+        self._cut(self._change("truncate", fd), size)
+
+    def _cut(self, inode: _Inode, size: int) -> None:
+        self.disk.trace.append(Op("truncate", inode.path, inode.number, size))
         del inode.data[size:]
 
     def sync_data(self, fd: int) -> None:
-        """Make this file's data durable, and nothing else."""
-        inode = self._of("sync_data", fd)
-        if not inode.doomed:
-            inode.base = bytes(inode.data)
-            inode.changes = []
+        """Make a file's data durable."""
+        inode = self._use("sync_data", fd)
+        self.disk.trace.append(Op("sync_data", inode.path, inode.number))
 
-    def sync_directory(self, path: str) -> None:
-        """Make the names durable."""
-        self._note("sync_directory", path)
-        self.disk.sync_names()
+    def sync_failed(self, fd: int) -> None:
+        """What a `sync_data` that fails does to the file: see the head of this module."""
+        inode = self._open[fd].inode
+        self.disk.trace.append(Op("sync_failed", inode.path, inode.number))
 
-    def rename(self, source: str, target: str) -> None:
-        """Give a file another name, over what has it."""
-        self._note("rename", f"{source} -> {target}")
-        self.disk.change_names(source, target, self._named(source))
 
-    def unlink(self, path: str) -> None:
-        """Take a name away."""
-        self._note("unlink", path)
-        self.disk.change_names(path, None, self._named(path))
+class _Change(NamedTuple):
+    """A write or truncation of which it is not known whether it is there."""
 
-    def close(self, fd: int) -> None:
-        """Close, and release the lock."""
-        self._of("close", fd)
-        self._let_go(fd)
+    cuts: bool
+    offset: int
+    data: bytes
+    certain: bool = False  # a doomed one before it is all that keeps it from being part of the durable content
 
-    def space(self, path: str) -> Space:
-        """Plenty."""
-        self._note("space", path)
-        return _SPACE
 
-    def close_inherited(self) -> None:
-        """Nothing forks here."""
+class _File:
+    """What may be left of a file's data."""
+
+    __slots__ = ("base", "changes", "doomed", "variants")
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.base = data  # durable
+        self.changes: list[_Change] = []  # since then, in order
+        self.doomed = 0  # so many of them, from the first on, no sync makes certain
+        self.variants: dict[Tears, tuple[list[bytes], list[bytes]]] = {}
+
+    def add(self, change: _Change) -> None:
+        self.changes.append(change)
+        self.variants.clear()
+
+    def sync(self) -> None:
+        self.variants.clear()
+        if self.doomed:
+            self.changes[self.doomed :] = [change._replace(certain=True) for change in self.changes[self.doomed :]]
+            return
+        self.base = self.whole()
+        self.changes.clear()
+
+    def fail(self) -> None:
+        # What a later sync had made certain behind a doomed write stays so: the flag is its own.
+        self.doomed = len(self.changes)
+
+    def whole(self) -> bytes:
+        """Its content if everything is there."""
+        data = self.base
+        for change in self.changes:
+            data = data[: change.offset] if change.cuts else _put(data, change.offset, change.data)
+        return data
+
+
+Tears = tuple[int, ...]  # at which bytes a write may be torn; negative ones count from its end, empty means at any
+_NAMES_MAX: Final = 16  # unsynced changes of names that are told apart: 65,536 directories
+
+
+class Survivors:
+    """What may be left on the disk after a trace, or a beginning of one; moves on with it.
+
+    Files whose name is in `ignoring` are left out, as if they were never made.
+    """
+
+    def __init__(self, trace: Iterable[Op] = (), ignoring: Container[str] = ()) -> None:
+        self._ignoring = ignoring
+        self._files: dict[int, _File] = {}
+        self._durable: dict[str, int] = {}  # path -> inode
+        self._unsure: list[Op] = []  # changes of names that are not durable
+        for op in trace:
+            self.apply(op)
+
+    def apply(self, op: Op) -> None:
+        """One more operation has come to its end."""
+        verb, inode = op.verb, op.inode
+        if verb in ("found", "create"):
+            if op.path.rpartition("/")[2] in self._ignoring:
+                return
+            self._files[inode] = _File(op.data)
+            if verb == "found":
+                self._durable[op.path] = inode
+            else:
+                self._unsure.append(op)
+        elif verb == "sync_directory":
+            self._sync_names(op.path)
+        elif (file := self._files.get(inode)) is None:
+            return  # a mark, or a file that is ignored
+        elif verb in ("write", "truncate"):
+            file.add(_Change(verb == "truncate", op.offset, op.data))
+        elif verb == "sync_data":
+            file.sync()
+        elif verb == "sync_failed":
+            file.fail()
+        else:
+            self._unsure.append(op)
+
+    def _sync_names(self, directory: str) -> None:
+        left: list[Op] = []
+        for op in self._unsure:
+            if op.path.rpartition("/")[0] == directory:
+                self._durable = _renamed(self._durable, op)
+            else:
+                left.append(op)
+        self._unsure = left
+
+    def whole(self) -> State:
+        """What is there if everything is: what the death of every process leaves."""
+        names = self._durable
+        for op in self._unsure:
+            names = _renamed(names, op)
+        return {path: self._files[inode].whole() for path, inode in names.items()}
+
+    def states(self, tears: Tears = (), torn: int = 1) -> Iterator[State]:
+        """Each state that may be left, with at most `torn` files of which a write is torn, and torn at `tears` only.
+
+        States that differ in which file has which name, but not in names and contents, may come twice.
+        """
+        for names in self._directories():
+            variants = [self._variants(self._files[inode], tears) for inode in names.values()]
+            for broken in range(min(torn, len(variants)) + 1):
+                for chosen in itertools.combinations(range(len(variants)), broken):
+                    contents = [variants[index][index in chosen] for index in range(len(variants))]
+                    for content in itertools.product(*contents):
+                        yield dict(zip(names, content, strict=True))
+
+    def count(self, tears: Tears = (), torn: int = 1) -> int:
+        """How many `states` there are, without making them."""
+        total = 0
+        for names in self._directories():
+            sizes = [tuple(map(len, self._variants(self._files[inode], tears))) for inode in names.values()]
+            for broken in range(min(torn, len(sizes)) + 1):
+                for chosen in itertools.combinations(range(len(sizes)), broken):
+                    total += math.prod(size[index in chosen] for index, size in enumerate(sizes))
+        return total
+
+    def one(self, chance: Random) -> State:
+        """One of the states, by chance: for those that are too many to look at."""
+        names = self._durable
+        for op in self._unsure:
+            if chance.random() < 1 / 2:
+                names = _renamed(names, op)
+        state: State = {}
+        whole = chance.random() < 1 / 2
+        for path, inode in names.items():
+            file = self._files[inode]
+            torn = -1 if whole or not file.changes else chance.randrange(len(file.changes))
+            contents = {file.base}
+            for index, change in enumerate(file.changes):
+                made, made_torn = _after(change, contents, set(), ())
+                contents = {chance.choice(sorted(made_torn if index == torn and made_torn else made))}
+            whole |= torn >= 0
+            state[path] = contents.pop()
+        return state
+
+    def admits(self, state: Mapping[str, bytes]) -> bool:
+        """Whether a disk that looks like this is what the model says may be left; in any number of files a write is torn."""
+        seen = {path: data for path, data in state.items() if path.rpartition("/")[2] not in self._ignoring}
+        return any(
+            names.keys() == seen.keys() and all(self._may_hold(self._files[names[path]], data) for path, data in seen.items())
+            for names in self._directories()
+        )
+
+    def _directories(self) -> Iterable[dict[str, int]]:
+        """The names that may be there; each different directory once."""
+        if len(self._unsure) > _NAMES_MAX:
+            raise OverflowError(f"{len(self._unsure)} changes of names without a sync of their directory")
+        found = {frozenset(self._durable.items()): self._durable}
+        for op in self._unsure:
+            for names in list(found.values()):
+                changed = _renamed(names, op)
+                found.setdefault(frozenset(changed.items()), changed)
+        return found.values()
+
+    def _variants(self, file: _File, tears: Tears) -> tuple[list[bytes], list[bytes]]:
+        """The contents a file may have: with each write whole, and with one torn."""
+        known = file.variants.get(tears)
+        if known is None:
+            whole, torn = {file.base}, set[bytes]()
+            for change in file.changes:
+                whole, torn = _after(change, whole, torn, tears)
+            known = file.variants[tears] = (sorted(whole), sorted(torn - whole))
+        return known
+
+    def _may_hold(self, file: _File, data: bytes) -> bool:
+        """Whether a content is among a file's variants, which are too many to list: none is kept that cannot become it."""
+        whole, torn = {file.base}, set[bytes]()
+        for index, change in enumerate(file.changes):
+            whole, torn = _after(change, whole, torn, ())
+            # Nothing that follows changes what is ahead of this byte, but by filling gaps with NUL bytes.
+            final = min((later.offset for later in file.changes[index + 1 :]), default=len(data) + 1)
+            whole = {content for content in whole if _leads_to(content, data, final)}
+            torn = {content for content in torn if _leads_to(content, data, final)}
+        return data in whole or data in torn
+
+
+def _renamed(names: dict[str, int], op: Op) -> dict[str, int]:
+    """Names with one creation, rename or unlink applied, whatever else is."""
+    if op.verb == "create":
+        return {**names, op.path: op.inode}
+    changed = {path: inode for path, inode in names.items() if inode != op.inode}
+    if op.verb == "rename":
+        changed[op.target] = op.inode
+    return changed
+
+
+def _put(content: bytes, offset: int, data: bytes) -> bytes:
+    return content[:offset].ljust(offset, _NUL) + data + content[offset + len(data) :]
+
+
+def _after(change: _Change, whole: set[bytes], torn: set[bytes], tears: Tears) -> tuple[set[bytes], set[bytes]]:
+    """The contents that may be there after one more change; `torn` are those in which a write is torn already."""
+    offset, data = change.offset, change.data
+    if change.cuts:
+        made, made_torn = ({content[:offset] for content in group} for group in (whole, torn))
+    else:
+        made, made_torn = ({_put(content, offset, data) for content in group} for group in (whole, torn))
+    if change.certain:
+        return made, made_torn
+    made |= whole
+    made_torn |= torn
+    if not change.cuts:
+        end = offset + len(data)
+        made |= {content.ljust(end, _NUL) for content in whole}
+        made_torn |= {content.ljust(end, _NUL) for content in torn}
+        for at in _tears(len(data), tears):
+            for content in whole:
+                part = _put(content, offset, data[:at])
+                made_torn |= {part, part.ljust(end, _NUL), content.ljust(offset + at, _NUL)}
+    return made, made_torn
+
+
+def _tears(size: int, tears: Tears) -> Sequence[int]:
+    """The bytes at which a write of so many may be torn."""
+    if not tears:
+        return range(1, size)
+    return sorted({at % size for at in tears if -size < at < size and at})
+
+
+def _leads_to(content: bytes, data: bytes, final: int) -> bool:
+    """Whether a content can still become `data` when no byte ahead of `final` is written any more."""
+    ready = min(len(content), final)
+    return data[:ready] == content[:ready] and (len(content) >= final or not data[ready:final].strip(_NUL))

@@ -1,0 +1,280 @@
+"""The model of a loss of power itself: what may be left, and what may not."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pillarbox.store.filesystem import Filesystem
+from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Misuse, State, Survivors
+
+A, B, C = "/d/a", "/d/b", "/d/c"
+
+
+def machine(**files: bytes) -> tuple[Disk, CrashFilesystem]:
+    disk = Disk({f"/d/{name}": data for name, data in files.items()})
+    filesystem = CrashFilesystem(disk)
+    filesystem.make_directory("/d")
+    return disk, filesystem
+
+
+def named(disk: Disk, filesystem: CrashFilesystem, path: str = A) -> int:
+    """A new, empty file whose name is durable."""
+    fd = filesystem.create(path)
+    filesystem.sync_directory("/d")
+    return fd
+
+
+def left(disk: Disk) -> list[State]:
+    """Everything that may be left, with any number of torn files; what can be listed is what is admitted."""
+    survivors = Survivors(disk.trace)
+    states = list(survivors.states(torn=9))
+    assert all(survivors.admits(state) for state in states)
+    assert len(states) == survivors.count(torn=9)
+    return states
+
+
+def contents(disk: Disk, path: str = A) -> set[bytes | None]:
+    return {state.get(path) for state in left(disk)}
+
+
+def test_it_is_a_file_system() -> None:
+    """Every verb of the protocol; the type checker looks at the signatures."""
+    filesystem: Filesystem = CrashFilesystem(Disk())
+    assert {verb for verb in dir(Filesystem) if not verb.startswith("_")} <= set(dir(filesystem))
+
+
+def test_an_unsynced_write_is_lost_there_sized_or_torn() -> None:
+    """At every byte; torn, the rest is missing or NUL."""
+    disk, filesystem = machine()
+    filesystem.write(named(disk, filesystem), b"abc")
+    assert contents(disk) == {b"", b"abc", b"\0\0\0", b"a", b"ab", b"a\0\0", b"ab\0", b"\0", b"\0\0"}
+
+
+def test_a_synced_write_is_there() -> None:
+    """Whatever else is not."""
+    disk, filesystem = machine()
+    fd = named(disk, filesystem)
+    filesystem.write(fd, b"abc")
+    filesystem.sync_data(fd)
+    filesystem.write(fd, b"d")
+    assert contents(disk) == {b"abc", b"abcd", b"abc\0"}
+
+
+def test_a_later_write_may_be_there_without_an_earlier_one() -> None:
+    """NUL bytes are in the gap, and one write at most is torn."""
+    disk, filesystem = machine()
+    fd = named(disk, filesystem)
+    filesystem.write(fd, b"ab")
+    filesystem.write(fd, b"cd")
+    found = contents(disk)
+    assert {b"", b"ab", b"abcd", b"\0\0cd", b"ab\0\0", b"\0\0\0\0", b"abc", b"a\0cd", b"\0\0c"} <= found
+    assert not {b"cd", b"a\0c\0", b"abd", b"b"} & found
+
+
+def test_a_state_by_chance_is_one_of_them_and_each_may_come() -> None:
+    """For what is too much to enumerate."""
+    disk, filesystem = machine(b=b"1")
+    fd = filesystem.create(A)
+    filesystem.write(fd, b"ab")
+    filesystem.truncate(fd, 1)
+    filesystem.rename(B, C)
+    survivors = Survivors(disk.trace)
+    states = {tuple(sorted(state.items())) for state in survivors.states()}
+    chance = random.Random(1)
+    assert {tuple(sorted(survivors.one(chance).items())) for _ in range(2000)} == states
+
+
+def test_a_torn_file_does_not_tear_another_unless_asked_for() -> None:
+    """The bound of an enumeration; what a real disk leaves is admitted however many are torn."""
+    disk, filesystem = machine()
+    one, two = filesystem.create(A), named(disk, filesystem, B)
+    filesystem.write(one, b"ab")
+    filesystem.write(two, b"cd")
+    both = {A: b"a", B: b"c"}
+    survivors = Survivors(disk.trace)
+    assert both not in list(survivors.states())
+    assert both in list(survivors.states(torn=2))
+    assert survivors.admits(both)
+
+
+def test_a_write_is_torn_at_chosen_bytes_only_where_that_is_asked_for() -> None:
+    """From either end."""
+    disk, filesystem = machine()
+    filesystem.write(named(disk, filesystem), b"abcdef")
+    states = {state[A].strip(b"\0") for state in Survivors(disk.trace).states(tears=(1, -1, 9))}
+    assert states == {b"", b"a", b"abcde", b"abcdef"}
+
+
+def test_a_truncation_may_be_undone() -> None:
+    """And what was written after it may be there all the same."""
+    disk, filesystem = machine(a=b"abc")
+    fd = filesystem.open_lock(A)
+    filesystem.truncate(fd, 1)
+    filesystem.write(fd, b"X")
+    assert contents(disk) == {b"abc", b"a", b"aX", b"a\0", b"aXc"}
+
+
+def test_a_file_that_is_replaced_may_be_old_new_or_between() -> None:
+    """It is for what may be lost."""
+    disk, filesystem = machine(a=b"old.")
+    filesystem.replace_all(filesystem.open_lock(A), b"new")
+    assert {b"old.", b"new", b"new.", b"old", b"ned."} <= contents(disk) | {b"ned."}
+    assert not {b"", b"xyz"} & contents(disk)
+
+
+def test_what_a_failed_sync_left_is_doomed() -> None:
+    """A second sync answers, and is believed for what was written in between only."""
+    disk, filesystem = machine()
+    fd = named(disk, filesystem)
+    filesystem.write(fd, b"a")
+    filesystem.sync_failed(fd)
+    filesystem.write(fd, b"b")
+    filesystem.sync_data(fd)
+    assert contents(disk) == {b"ab", b"\0b"}
+    filesystem.write(fd, b"c")
+    filesystem.sync_failed(fd)
+    filesystem.sync_data(fd)
+    assert contents(disk) == {b"ab", b"\0b", b"abc", b"\0bc", b"ab\0", b"\0b\0"}
+
+
+def test_a_name_may_be_durable_before_the_data_and_the_data_before_the_name() -> None:
+    """Neither waits for the other."""
+    disk, filesystem = machine()
+    fd = named(disk, filesystem)
+    filesystem.write(fd, b"a")
+    assert contents(disk) == {b"", b"a", b"\0"}
+    disk, filesystem = machine()
+    fd = filesystem.create(A)
+    filesystem.write(fd, b"a")
+    filesystem.sync_data(fd)
+    assert contents(disk) == {None, b"a"}
+
+
+def test_a_rename_may_be_undone_until_the_directory_is_synced() -> None:
+    """The file is under one name, never both or none."""
+    disk, filesystem = machine(a=b"1")
+    filesystem.rename(A, B)
+    assert left(disk) == [{A: b"1"}, {B: b"1"}]
+    filesystem.sync_directory("/d")
+    assert left(disk) == [{B: b"1"}]
+
+
+def test_a_rename_may_be_there_without_the_creation_or_another_rename() -> None:
+    """Names change each for itself."""
+    disk, filesystem = machine()
+    filesystem.create(A)
+    filesystem.rename(A, B)
+    filesystem.rename(B, C)
+    assert sorted(map(sorted, left(disk))) == [[], [A], [B], [C]]
+
+
+def test_a_rename_over_a_file_leaves_the_one_or_the_other() -> None:
+    """Never neither."""
+    disk, filesystem = machine(a=b"new", b=b"old")
+    filesystem.rename(A, B)
+    assert left(disk) == [{A: b"new", B: b"old"}, {B: b"new"}]
+
+
+def test_an_unlink_may_be_undone_until_the_directory_is_synced() -> None:
+    """The file comes back with what is durable of it."""
+    disk, filesystem = machine(a=b"1", b=b"2")
+    filesystem.unlink(A)
+    filesystem.unlink(B)
+    assert sorted(map(sorted, left(disk))) == [[], [A], [A, B], [B]]
+    filesystem.sync_directory("/d")
+    assert left(disk) == [{}]
+
+
+def test_another_directorys_sync_makes_no_name_durable() -> None:
+    """Nor does a file's."""
+    disk, filesystem = machine(a=b"1")
+    filesystem.make_directory("/e")
+    filesystem.rename(A, B)
+    filesystem.sync_directory("/e")
+    filesystem.sync_data(filesystem.open_existing(B))
+    assert left(disk) == [{A: b"1"}, {B: b"1"}]
+
+
+def test_a_state_that_no_loss_of_power_leaves_is_not_admitted() -> None:
+    """Foreign names, foreign bytes, a synced byte missing."""
+    disk, filesystem = machine(a=b"1")
+    fd = filesystem.open_lock(A)
+    filesystem.write(fd, b"23")
+    survivors = Survivors(disk.trace)
+    for data in (b"1", b"12", b"1\0\0", b"1\0", b"123"):
+        assert survivors.admits({A: data})
+    for state in ({}, {A: b""}, {A: b"13"}, {A: b"1234"}, {A: b"\0"}, {A: b"1", B: b""}, {A: b"x23"}):
+        assert not survivors.admits(state)
+
+
+def test_files_that_are_ignored_are_as_if_they_were_never_made() -> None:
+    """Locks."""
+    disk, filesystem = machine()
+    filesystem.write(filesystem.open_lock(B), b"beat")
+    filesystem.sync_data(named(disk, filesystem))
+    survivors = Survivors(disk.trace, ignoring={"b"})
+    assert list(survivors.states()) == [{A: b""}]
+    assert survivors.admits({A: b"", B: b"anything"})
+
+
+def test_the_death_of_a_process_loses_its_descriptors_and_locks_and_nothing_else() -> None:
+    """Whatever its handlers still try."""
+    disk, one = machine()
+    two = CrashFilesystem(disk)
+    fd = one.create(A)
+    assert one.lock(fd)
+    one.write(fd, b"1")
+    again = two.open_existing(A)
+    assert not two.lock(again)
+    one.kill()
+    assert two.lock(again)
+    with pytest.raises(Killed):
+        one.write(fd, b"2")
+    with pytest.raises(Killed):
+        one.close(fd)
+    assert disk.files == Survivors(disk.trace).whole() == {A: b"1"}
+
+
+def test_locks_are_of_open_file_descriptions_and_follow_the_file() -> None:
+    """As `flock` is; a rename takes it along, a second opening has none."""
+    _disk, filesystem = machine(a=b"")
+    one, two = filesystem.open_existing(A), filesystem.open_existing(A)
+    assert filesystem.lock(one)
+    assert filesystem.lock(one)
+    assert not filesystem.lock(two)
+    filesystem.rename(A, B)
+    assert not filesystem.lock(filesystem.open_existing(B))
+    assert (filesystem.is_still(one, A), filesystem.is_still(one, B), filesystem.is_linked(one)) == (False, True, True)
+    filesystem.unlink(B)
+    assert not filesystem.is_linked(one)
+    filesystem.close(one)
+    assert filesystem.lock(two)
+
+
+def test_a_descriptor_that_is_closed_or_to_read_is_not_used() -> None:
+    """The kernel would answer something that the code may take for trouble with the disk."""
+    _disk, filesystem = machine(a=b"")
+    fd = filesystem.open_existing(A)
+    with pytest.raises(Misuse):
+        filesystem.write(fd, b"1")
+    filesystem.close(fd)
+    with pytest.raises(Misuse):
+        filesystem.close(fd)
+
+
+def test_what_is_missing_or_there_already_is_said_as_the_kernel_says_it() -> None:
+    """Errors are `OSError`s."""
+    _disk, filesystem = machine(a=b"")
+    with pytest.raises(FileExistsError):
+        filesystem.create(A)
+    with pytest.raises(FileExistsError):
+        filesystem.make_directory(A)
+    for verb in (filesystem.open_existing, filesystem.unlink, lambda path: filesystem.rename(path, C)):
+        with pytest.raises(FileNotFoundError):
+            verb(B)
+    with pytest.raises(FileNotFoundError):
+        filesystem.listing("/e")
+    with pytest.raises(FileNotFoundError):
+        filesystem.create("/e/a")
