@@ -25,6 +25,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
+from tests.conftest import wait_until
 
 QUICK = Pace(interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
 NO = Refusal("no", "it says so")
@@ -365,7 +366,7 @@ class _Clinging(RealFilesystem):
         os.unlink(path)
 
 
-def test_a_settlement_that_fails_waits_before_the_batch_is_sent_again(place: Directory) -> None:
+def test_a_settlement_that_fails_is_tried_again_without_end(place: Directory) -> None:
     """It is counted, and its reason told."""
     batch = seal(place, 1, b"1")
     clinging = Directory(place.path, _Clinging(), SystemClock())
@@ -375,6 +376,27 @@ def test_a_settlement_that_fails_waits_before_the_batch_is_sent_again(place: Dir
     assert (sink.calls, left(place)) == ([batch] * 4, [])
     assert worker.counters.failed_flushes == 3
     assert "cannot be removed" in worker.last_error
+
+
+def test_what_cannot_be_settled_holds_up_no_other(place: Directory) -> None:
+    """A directory stands where quarantine would go: that file waits, the others are delivered, and the state says why."""
+    stuck = seal(place, 1, b"1", raw=b"damage\n")
+    for number in range(2, 12):
+        seal(place, number, b'{"event":{"n":%d}}' % number)
+    os.makedirs(place.at(f"corrupt-{stuck}.ndjson/x"))
+    sink = RecordingSink()
+    worker = worker_for(place, sink)
+    thread = DeliveryThread(worker)
+    thread.start()
+    wait_until(lambda: place.sealed() == [f"{stuck}.ndjson"] and worker.state.name == "degraded")
+    assert "cannot be written" in worker.state.reason
+    assert not worker.idle.is_set()
+    os.rmdir(place.at(f"corrupt-{stuck}.ndjson/x"))
+    os.rmdir(place.at(f"corrupt-{stuck}.ndjson"))
+    assert worker.idle.wait(10)
+    assert (place.sealed(), worker.state.name) == ([], "idle")
+    assert thread.stop(5)
+    assert Path(place.at(f"corrupt-{stuck}.ndjson")).read_bytes() == b"damage\n"
 
 
 def test_a_worker_that_is_run_again_begins_whole(place: Directory) -> None:

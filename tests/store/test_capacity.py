@@ -16,7 +16,7 @@ from pillarbox.store.capacity import Capacity
 from pillarbox.store.directory import Directory
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock, RecordingSink
-from tests.conftest import event
+from tests.conftest import event, wait_until
 
 SIZE = 240  # bytes of a line with `event(n)`, about
 
@@ -30,15 +30,6 @@ def ids_on_disk(path: Path) -> list[str]:
                 line.split(b'"event_id":"')[1].split(b'"')[0].decode() for line in (path / name).read_bytes().splitlines()
             ]
     return found
-
-
-def wait_until(condition: object, seconds: float = 10.0) -> None:
-    """Look again every 10 ms."""
-    for _ in range(int(seconds * 100)):
-        if condition():  # type: ignore[operator]
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("it never came true")
 
 
 def test_drop_oldest_gives_up_whole_sealed_files_and_counts_events(tmp_path: Path) -> None:

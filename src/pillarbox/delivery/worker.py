@@ -39,6 +39,7 @@ _jitter = random.SystemRandom().random  # forked processes must not wait in step
 _NOT_YET_S: Final = 0.01  # before a sink that could confirm nothing yet is asked again
 _AHEAD_AFTER_S: Final = 0.001  # a call that takes longer waits for the destination: time to read the next file
 _TAKE_OVER_S: Final = 0.5  # between two looks whether the process that delivers is gone
+_UNSETTLED_MAX: Final = 3  # settlements that fail in a row: not the files are at fault then, but the disk
 _REMOVED_S: Final = 1.0  # how long a removal may wait for its sync: what power loss brings back is sent again
 CALL_MAX_S: Final = 120.0  # a call to a sink that takes longer is given up and tried again
 
@@ -112,7 +113,8 @@ class Worker:
         self._unconfirmed: deque[_Job] = deque()
         self._confirming: asyncio.Task[None] | None = None
         self._confirm_failures = 0
-        self._settle_failures = 0
+        self._parked: dict[str, tuple[float, int]] = {}  # sent and not settled: when to try again, and how often it was tried
+        self._unsettled_in_row = 0
         self._removed_since: float | None = None  # the first removal that is not synced yet
         self._trouble_confirming: Misconfigured | Retry | None = None
         self._unusable: dict[str, str] = {}
@@ -177,6 +179,9 @@ class Worker:
                 log.info("%s: adopted what a writer left that is gone", self._directory.path)
             in_flight = {job.file.name for job in self._unconfirmed}
             found = self._directory.sealed()
+            now = self._clock.monotonic()
+            self._parked = {name: parked for name, parked in self._parked.items() if name in found} if self._parked else {}
+            in_flight |= {name for name, (at, _) in self._parked.items() if at > now}
             self._queue.extend(name for name in found if name not in in_flight)
             self._unusable = {name: why for name, why in self._unusable.items() if name in found} if self._unusable else {}
         except (OSError, FileUnusable) as error:
@@ -190,7 +195,8 @@ class Worker:
             return True
         self._sync_removals()
         self._well("idle")
-        self.idle.set()
+        if not self._parked:
+            self.idle.set()
         await self._pause(self._pace.interval_s, until=self._work)
         return True
 
@@ -216,13 +222,14 @@ class Worker:
                 self._unconfirmed.append(job)
                 if self._confirming is None or self._confirming.done():
                     self._confirming = asyncio.create_task(self._confirm())
-            elif (trouble := self._settle(job)) is not None:
-                self._settle_failures += 1
-                self._forget_queue()
-                await self._hold(trouble, self._pace.backoff.delay(self._settle_failures, _jitter()))
-                return True
             else:
-                self._settle_failures = 0
+                self._settle(job)
+            if self._unsettled_in_row >= _UNSETTLED_MAX:
+                self._forget_queue()
+                wait = self._pace.backoff.delay(self._unsettled_in_row, _jitter())
+                self._enter("waiting", self.last_error, wait)
+                await self._pause(wait)
+                return True
             if self._removed_since is not None and self._clock.monotonic() - self._removed_since >= _REMOVED_S:
                 self._sync_removals()
             self._beat()
@@ -265,7 +272,8 @@ class Worker:
                 log.error("%s is stepped over, it cannot be read: %s", name, error)  # noqa: TRY400 - the trace says nothing
             self._well("idle")
             return None
-        self._unusable.pop(name, None)
+        if name not in self._parked:
+            self._unusable.pop(name, None)
         return _Job(file, data, reader.read(data, self._give_way), self._clock, self._give_way)
 
     def _give_way(self) -> None:
@@ -347,14 +355,8 @@ class Worker:
                 if trouble is None:
                     for job in group[:sure]:
                         self._unconfirmed.popleft()
-                        unsettled = self._settle(job)
-                        if unsettled is not None:
-                            self._confirm_failures += 1
-                            self._trouble_confirming = Retry(unsettled)
-                    if sure and self._trouble_confirming is not None:
-                        self._forget_queue()
-                        self._room.set()
-                    elif sure:
+                        self._settle(job)
+                    if sure:
                         self._confirm_failures = 0
                         self._room.set()
                     else:
@@ -395,8 +397,8 @@ class Worker:
             await self._hold(trouble.reason, self._pace.backoff.delay(self._confirm_failures, _jitter()))
         return trouble is not None
 
-    def _settle(self, job: _Job) -> str | None:
-        """Make durable what is kept, then let the file go. Trouble, which is returned, leaves the file for a later look."""
+    def _settle(self, job: _Job) -> None:
+        """Make durable what is kept, then let the file go. Trouble leaves this file for later, and no other."""
         try:
             if job.spans:
                 settlement.keep_damaged(self._directory, job.batch.id, job.data, job.spans)
@@ -409,12 +411,27 @@ class Worker:
                 self._count(job)
                 self.settled.notify_all()
         except OSError as error:
-            return f"{job.file.name} is delivered, but what is kept of it cannot be written, or it cannot be removed: {error}"
+            self._park(job.file.name, f"delivered, but what is kept of it cannot be written, or it cannot be removed: {error}")
+            return
         finally:
             self._directory.filesystem.close(job.file.fd)
+        self._unsettled_in_row = 0
+        if self._parked.pop(job.file.name, None) is not None:
+            self._unusable.pop(job.file.name, None)
         if job.spans or job.dead:
             log.warning("%s: %d damaged lines and %d dead letters set aside", job.batch.id, len(job.spans), len(job.dead))
-        return None
+
+    def _park(self, name: str, trouble: str) -> None:
+        """A file that is delivered and cannot be settled is sent again later; what is wrong may concern it alone."""
+        _, failures = self._parked.get(name, (0.0, 0))
+        wait = self._pace.backoff.delay(failures + 1, _jitter())
+        self._parked[name] = (self._clock.monotonic() + wait, failures + 1)
+        self._unsettled_in_row += 1
+        self.counters.failed_flushes += 1
+        if self._unusable.get(name) != trouble:
+            self._unusable[name] = trouble
+            log.error("%s: %s", name, trouble)
+        self._well("draining")
 
     def _sync_removals(self) -> None:
         """Have what is settled not come back with the power; one sync for all that was removed since the last."""
@@ -457,7 +474,7 @@ class Worker:
         """Nothing is wrong with the destination; files that cannot be read are still a reason to look."""
         if self._unusable:
             name_of_first, why = next(iter(self._unusable.items()))
-            self._trouble(f"{len(self._unusable)} files cannot be read, among them {name_of_first}: {why}")
+            self._trouble(f"{len(self._unusable)} files cannot be read or settled, among them {name_of_first}: {why}")
         else:
             self._enter(name, "")
 
