@@ -38,7 +38,7 @@ from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
-from pillarbox.testing.crash import CrashFilesystem, Disk
+from pillarbox.testing.crash import CrashFilesystem, Disk, Killed
 
 PLACE: Final = "/outbox"
 PREEMPTIONS: Final = 3
@@ -50,10 +50,6 @@ LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK})
 
 Decision = tuple[int, Literal["go", "kill"], int]  # at which point, which process goes on or is killed
 Schedule = tuple[Decision, ...]
-
-
-class Killed(BaseException):
-    """The process is no more."""
 
 
 class Loop(asyncio.BaseEventLoop):

@@ -1,0 +1,113 @@
+"""The state machine for some seconds, always the same; that it finds what is planted; and that its losses of power are the model's.
+
+`python -m tests.crash.machine` runs it for longer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pillarbox.delivery import settlement
+from pillarbox.outcome import ENQUEUED_POWER
+from pillarbox.store.commit import Committer
+from pillarbox.store.directory import Directory, Taken
+from pillarbox.store.writer import ActiveFile, Writer
+from pillarbox.testing.crash import CrashFilesystem, Disk, Survivors
+from tests.crash.machine import pick, torture
+
+EXAMPLES = 1500  # some ten seconds
+ENOUGH = 3000  # to find what is planted; most are found in the first hundreds
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def test_nothing_is_lost_invented_doubled_or_left_behind() -> None:
+    """Whatever is called, in whatever order, however it ends."""
+    torture(EXAMPLES)
+
+
+def sealed_without_a_sync(patch: pytest.MonkeyPatch) -> None:
+    def make_durable(self: Writer, file: ActiveFile, _kept: Any, *, final: bool = False) -> str:
+        file.sealed |= final
+        file.synced = file.bytes
+        return ""
+
+    patch.setattr(Writer, "make_durable", make_durable)
+
+
+def names_without_a_sync(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Directory, "_sync_names", lambda _self: None)
+
+
+def adopted_without_a_sync(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Directory, "_made_durable", lambda _self, file: file)
+
+
+def dead_letters_not_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(settlement, "keep_dead", lambda *_: None)
+
+
+def durable_once_it_is_written(patch: pytest.MonkeyPatch) -> None:
+    def commit(self: Committer, lines: bytes, events: int) -> Any:
+        outcome = self._writer.append(lines, events)
+        return ENQUEUED_POWER if outcome else outcome
+
+    patch.setattr(Committer, "commit", commit)
+
+
+def taken_without_a_lock(patch: pytest.MonkeyPatch) -> None:
+    def take(self: Directory, name: str) -> Taken | None:
+        try:
+            return Taken(name, self.filesystem.open_existing(self.at(name)))
+        except FileNotFoundError:
+            return None
+
+    patch.setattr(Directory, "take", take)
+
+
+def adopted_by_nobody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Directory, "_take_to_recover", lambda *_: None)
+
+
+def put_under_other_names(patch: pytest.MonkeyPatch) -> None:
+    put = Directory.put
+    patch.setattr(Directory, "put", lambda self, name, data: put(self, f"{name}-{self.new_id()}", data))
+
+
+PLANTS: dict[Plant, str] = {
+    sealed_without_a_sync: "lost",
+    names_without_a_sync: "lost",
+    adopted_without_a_sync: "lost",
+    dead_letters_not_kept: "lost",
+    durable_once_it_is_written: "lost",
+    taken_without_a_lock: "is a part of",
+    adopted_by_nobody: "lost",
+    put_under_other_names: "left behind",
+}
+
+
+@pytest.mark.parametrize(("plant", "found"), PLANTS.items(), ids=[plant.__name__ for plant in PLANTS])
+def test_what_is_planted_is_found(monkeypatch: pytest.MonkeyPatch, plant: Plant, found: str) -> None:
+    """Otherwise the test above would say nothing."""
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match=found):
+        torture(ENOUGH, shrink=False)
+
+
+def test_what_a_loss_of_power_leaves_is_one_of_the_models_states() -> None:
+    """And each of them is left at some time."""
+    disk = Disk({"/d/a": b"1\n"})
+    filesystem = CrashFilesystem(disk)
+    fd = filesystem.create("/d/b")
+    filesystem.write(fd, b"2\n")
+    filesystem.sync_data(fd)
+    filesystem.write(fd, b"34")
+    filesystem.rename("/d/b", "/d/c")
+    filesystem.unlink("/d/a")
+    states = [tuple(sorted(state.items())) for state in Survivors(disk.trace).states()]
+    chance = random.Random(1)
+    assert {tuple(sorted(pick(disk, chance).items())) for _ in range(3000)} == set(states)
