@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Directory, Taken
 from pillarbox.store.writer import ActiveFile, Writer
 from pillarbox.testing.crash import CrashFilesystem, Disk, Survivors
-from tests.crash.machine import pick, torture
+from tests.crash.machine import Fuse, Machine, pick, torture
 
 EXAMPLES = 1500  # some ten seconds
 ENOUGH = 3000  # to find what is planted; most are found in the first hundreds
@@ -78,24 +79,37 @@ def put_under_other_names(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Directory, "put", lambda self, name, data: put(self, f"{name}-{self.new_id()}", data))
 
 
-PLANTS: dict[Plant, str] = {
-    sealed_without_a_sync: "lost",
-    names_without_a_sync: "lost",
-    adopted_without_a_sync: "lost",
-    dead_letters_not_kept: "lost",
-    durable_once_it_is_written: "lost",
-    taken_without_a_lock: "is a part of",
-    adopted_by_nobody: "lost",
-    put_under_other_names: "left behind",
-}
+PLANTS: list[Plant] = [
+    sealed_without_a_sync,
+    names_without_a_sync,
+    adopted_without_a_sync,
+    dead_letters_not_kept,
+    durable_once_it_is_written,
+    taken_without_a_lock,
+    adopted_by_nobody,
+    put_under_other_names,
+]
 
 
-@pytest.mark.parametrize(("plant", "found"), PLANTS.items(), ids=[plant.__name__ for plant in PLANTS])
-def test_what_is_planted_is_found(monkeypatch: pytest.MonkeyPatch, plant: Plant, found: str) -> None:
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_what_is_planted_is_found(monkeypatch: pytest.MonkeyPatch, plant: Plant) -> None:
     """Otherwise the test above would say nothing."""
     plant(monkeypatch)
-    with pytest.raises(AssertionError, match=found):
-        torture(ENOUGH, shrink=False)
+    with pytest.raises(AssertionError):
+        torture(ENOUGH, 1, shrink=False)
+
+
+@pytest.mark.xfail(reason="a name that was not synced is delivered", strict=True)
+def test_a_batch_keeps_its_name_when_the_power_fails_after_it_was_sent() -> None:
+    """Its sealer died between rename and sync: another name after the loss of power is another batch to the destination."""
+    for killed, cut, number in itertools.product(range(4), range(8, 16), range(4)):
+        machine, chance = Machine(), random.Random(number)
+        machine.begin(evicts=False)
+        machine.start(fuse=None, chance=chance)
+        machine.enqueue(count=1, durability="process", fuse=None, chance=chance)
+        machine.flush(fuse=Fuse(killed, "kill"), chance=chance)
+        machine.deliver(orders=[], fuse=Fuse(cut, "cut"), chance=chance)
+        machine.teardown()
 
 
 def test_what_a_loss_of_power_leaves_is_one_of_the_models_states() -> None:
