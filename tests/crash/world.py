@@ -383,7 +383,6 @@ class Outcome(NamedTuple):
 
 def recover(disk: Disk, depth: int = 0) -> Outcome:
     """Open what a crash has left, twice; deliver it; append an event and deliver that. `depth` recoveries were cut short."""
-    state = disk.files
     clock = ManualClock()
     new_id = map(f"r{depth}-{{:02d}}".format, itertools.count(1)).__next__
     after = _AFTER + depth
@@ -419,14 +418,13 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
             kept |= numbers_in(data)
         elif kind_at(path) is not Kind.SPANS:
             problem = f"left behind: {path}"
-    return Outcome(arrived, frozenset(kept), problem or _changed(state, disk.trace))
+    return Outcome(arrived, frozenset(kept), problem or _changed(disk.trace))
 
 
-def _changed(state: State, trace: Iterable[Op]) -> str:
-    """Whether somebody wrote into a file that had a sealed name when it was found."""
-    sealed = {path for path in state if kind_at(path) is Kind.SEALED}
+def _changed(trace: Iterable[Op]) -> str:
+    """Whether somebody wrote into a file that had a sealed name."""
     for op in trace:
-        if op.verb in ("write", "truncate") and op.path in sealed:
+        if op.verb in ("write", "truncate") and kind_at(op.path) is Kind.SEALED:
             return f"a sealed file is written to: {op.path}"
     return ""
 
