@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import mmap
 import os
@@ -36,6 +37,7 @@ DELIVERERS: Final = 2
 EVENTS_MAX: Final = 2_000  # of one life; who has stored so many waits to be killed
 ROUND_S: Final = 2.0
 DRAIN_S: Final = 60.0
+ROUNDS_EACH: Final = 4  # with a directory, before the next one
 BACKLOG_MAX: Final = 300  # files; writers pause above it, lest a round takes longer to drain than to fill
 
 NEVER, BEGUN, REFUSED, UNSURE, ACKNOWLEDGED, POWER = range(6)  # what is noted of an event
@@ -53,6 +55,8 @@ _VERBS: Final = (
     "unlink",
     "close",
 )
+_PRCTL: Final = ctypes.CDLL(None).prctl
+_PR_SET_PDEATHSIG: Final = 1  # whoever is killed himself leaves no children that wait forever
 _ID: Final = re.compile(rb'"event_id":"(\d+)-(\d+)"')
 
 
@@ -317,6 +321,7 @@ def fork(folder: Path, work: Callable[[], None]) -> int:
         return pid
     status = FAILED
     try:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         log = logging.getLogger("pillarbox")
         defects = _Defects(folder)
@@ -336,12 +341,12 @@ class _Child(NamedTuple):
 
 
 class Torture:
-    """Runs rounds. `cut()` is called when all are dead, before the draining: there the power may fail."""
+    """Runs rounds, in directories below `outboxes`. `cut()` is called when all are dead: there the power may fail."""
 
     def __init__(
         self,
         directory: Path,
-        outbox: Path,
+        outboxes: Path,
         seed: int,
         power: float,
         kept: Sequence[int],
@@ -351,10 +356,11 @@ class Torture:
         self.kills = self.rounds = 0
         self.oracle = Oracle(WRITERS + DELIVERERS)
         self._chance = random.Random(seed)
-        self._outbox = outbox
+        self._outboxes = outboxes
+        self._outbox = outboxes / "0"
         self._database = directory / "destination.db"
-        self._failures = directory / "failures"
-        self._failures.mkdir(parents=True, exist_ok=True)
+        self.failures = directory / "failures"
+        self.failures.mkdir(parents=True, exist_ok=True)
         self._power = power
         self._kept = kept
         self._cut = cut
@@ -363,6 +369,8 @@ class Torture:
 
     def round(self, seconds: float) -> None:
         """Let them live and die for a while, end it, drain, and compare."""
+        if self.rounds % ROUNDS_EACH == 0:
+            self._outbox = self._outboxes / str(self.rounds)  # which they have to make first
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         end = time.monotonic() + seconds
         try:
@@ -379,11 +387,11 @@ class Torture:
         self._cut()
         self._drain()
         wrong = self.oracle.check(self._database, self._outbox, self._kept)
-        if any(self._failures.iterdir()):
+        if any(self.failures.iterdir()):
             wrong.append("a thread of the outbox ended by a defect")
         self.rounds += 1
         if wrong:
-            raise self._violation(wrong)
+            raise self.violation(wrong)
 
     def report(self) -> Report:
         """The figures so far."""
@@ -391,10 +399,14 @@ class Torture:
         figures = oracle.events, oracle.acknowledged, oracle.delivered, oracle.torn, oracle.reordered
         return Report(self.seed, self.kills, self.rounds, *figures)
 
+    def make_life(self, chance: random.Random, note: Callable[[int, int], None] = lambda _number, _state: None) -> Life:
+        """Of the number that is due."""
+        return Life(self._lives, str(self._outbox), self._database, note, chance, self._power)
+
     def _begin(self, slot: int) -> None:
         self._lives += 1
         chance = random.Random(f"{self.seed}/{self._lives}")
-        life = Life(self._lives, str(self._outbox), self._database, self.oracle.notes(slot), chance, self._power)
+        life = self.make_life(chance, self.oracle.notes(slot))
 
         def work() -> None:
             if chance.random() < 0.5:
@@ -402,10 +414,11 @@ class Torture:
             life.store() if slot < WRITERS else life.deliver()
 
         span = self._chance.choice((0.005, 0.05, 0.05, 0.3)) if slot < WRITERS else self._chance.choice((0.05, 0.3, 1.0))
-        pid = fork(self._failures, work)
+        pid = fork(self.failures, work)
         self._children[slot] = _Child(pid, self._lives, time.monotonic() + span * self._chance.random())
 
     def _reap(self, now: float) -> None:
+        wrong: list[str] = []
         for slot, child in list(self._children.items()):
             due = now >= child.deadline
             if due:
@@ -417,7 +430,10 @@ class Torture:
             self.oracle.bury(slot, child.life)
             self.kills += 1
             if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-                raise self._violation([f"life {child.life} ended by itself, with status {status}"])
+                wrong.append(f"life {child.life} ended by itself, with status {status}")
+        if wrong:
+            self._reap(float("inf"))
+            raise self.violation(wrong)
 
     def _drain(self) -> None:
         def work() -> None:
@@ -425,11 +441,12 @@ class Torture:
                 if not outbox.flush(DRAIN_S):
                     raise Violation(f"not drained in {DRAIN_S} s: {outbox.stats()}")
 
-        if os.waitstatus_to_exitcode(os.waitpid(fork(self._failures, work), 0)[1]) != 0:
-            raise self._violation(["the directory could not be opened and drained"])
+        if os.waitstatus_to_exitcode(os.waitpid(fork(self.failures, work), 0)[1]) != 0:
+            raise self.violation(["the directory could not be opened and drained"])
 
-    def _violation(self, wrong: list[str]) -> Violation:
-        traces = [path.read_text() for path in sorted(self._failures.iterdir())]
+    def violation(self, wrong: list[str]) -> Violation:
+        """What to raise, with the seed and the traces that children left."""
+        traces = [path.read_text() for path in sorted(self.failures.iterdir())]
         more = f"and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         where = f"seed {self.seed}, round {self.rounds}, {self.kills} kills, left as it is in {self._outbox}"
         return Violation("\n".join([where, *wrong[:20], more, *traces[:3]]))
@@ -442,7 +459,7 @@ def run(
     progress: Callable[[Report], None] = lambda _: None,
 ) -> Report:
     """Torture for about `seconds`; raises `Violation` and leaves the directory for a look."""
-    torture = Torture(directory, directory / "outbox", seed, power=0.3, kept=(ACKNOWLEDGED, POWER))
+    torture = Torture(directory, directory / "outboxes", seed, power=0.3, kept=(ACKNOWLEDGED, POWER))
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         torture.round(min(ROUND_S, left))
