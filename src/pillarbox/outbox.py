@@ -25,9 +25,10 @@ from pillarbox.store import record
 from pillarbox.store.capacity import FILE_SHARE
 from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Account, Directory
+from pillarbox.store.door import Door, Enqueue
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.writer import Door, Enqueue, Limits, Writer
+from pillarbox.store.writer import Limits, Writer
 from pillarbox.telemetry import DeliveryCounters, Stats, instruments
 
 if TYPE_CHECKING:

@@ -49,7 +49,6 @@ def test_no_interleaving_loses_doubles_or_leaves_anything(scenario: Scenario, pr
     assert not report.violations, str(report)
 
 
-@pytest.mark.xfail(reason="a file that is written aside is made anew under the name that who recovers removes", strict=True)
 def test_a_file_that_is_written_aside_is_not_removed_as_a_dead_writers() -> None:
     """The other process held the first one of that name."""
     schedule: interleave.Schedule = ((0, "go", 1), (22, "go", 0), (28, "go", 1), (34, "go", 0))

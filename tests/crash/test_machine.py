@@ -14,9 +14,10 @@ import pytest
 
 from pillarbox.delivery import settlement
 from pillarbox.outcome import ENQUEUED_POWER
+from pillarbox.store.active import ActiveFile
 from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Directory, Taken
-from pillarbox.store.writer import ActiveFile, Writer
+from pillarbox.store.writer import Writer
 from pillarbox.testing.crash import CrashFilesystem, Disk, Survivors
 from tests.crash.machine import Fuse, Machine, pick, torture
 
@@ -99,7 +100,6 @@ def test_what_is_planted_is_found(monkeypatch: pytest.MonkeyPatch, plant: Plant)
         torture(ENOUGH, 1, shrink=False)
 
 
-@pytest.mark.xfail(reason="a name that was not synced is delivered", strict=True)
 def test_a_batch_keeps_its_name_when_the_power_fails_after_it_was_sent() -> None:
     """Its sealer died between rename and sync: another name after the loss of power is another batch to the destination."""
     for killed, cut, number in itertools.product(range(4), range(8, 16), range(4)):

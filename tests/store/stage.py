@@ -17,9 +17,10 @@ from pillarbox.clock import Clock
 from pillarbox.outcome import DROPPED, ENQUEUED, Outcome
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
+from pillarbox.store.door import Door
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.writer import Door, Limits, Writer
+from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock
 
 INNER = 1000  # numbers of events that a handler stores begin here

@@ -186,7 +186,6 @@ def test_limits_are_those_of_the_directory_not_of_the_process(tmp_path: Path) ->
             other.enqueue(event(number + 1))
             if number % 20 == 0:
                 threading.Event().wait(0.002)
-        for outbox in (one, other):
-            wait_until(lambda outbox=outbox: outbox.enqueue(event(1)) == Dropped("max_bytes"))
+        wait_until(lambda: one.enqueue(event(1)) == other.enqueue(event(1)) == Dropped("max_bytes"))
         size = sum(len((tmp_path / "outbox" / name).read_bytes()) for name in os.listdir(path))
     assert limit * 0.9 < size < limit * 1.25

@@ -207,12 +207,33 @@ def test_a_made_up_seal_time_does_not_push_ours_out_of_their_sixteen_digits(plac
 
 
 def test_put_is_whole_or_not_at_all_and_may_be_done_twice(place: Directory) -> None:
-    """What an interrupted one left aside is written over."""
-    put(place, "dead-a.ndjson.aside", b"half")
+    """What an interrupted one left aside is left to who recovers, who may hold it already."""
+    put(place, "dead-a.ndjson.x.aside", b"half")
+    held = place.take("dead-a.ndjson.x.aside")
+    assert held is not None
     place.put("dead-a.ndjson", b"one\n")
     place.put("dead-a.ndjson", b"one\n")
+    place.filesystem.close(held.fd)
+    place.recover()
     assert names(place) == ["dead-a.ndjson"]
     assert (Path(place.path) / "dead-a.ndjson").read_bytes() == b"one\n"
+
+
+def test_a_dead_writers_files_are_adopted_in_the_order_in_which_it_filled_them(place: Directory) -> None:
+    """The tenth after the ninth."""
+    for number in (1, 2, 9, 10, 11):
+        put(place, layout.active_name("w", number), b"%d\n" % number)
+    place.recover()
+    assert [Path(place.at(name)).read_bytes() for name in place.sealed()] == [b"1\n", b"2\n", b"9\n", b"10\n", b"11\n"]
+
+
+def test_what_is_adopted_is_newer_than_what_others_sealed_wherever_the_clock_went(place: Directory, clock: ManualClock) -> None:
+    """The stamp follows the newest one that is found."""
+    newest = clock.micros() + 10**9
+    put(place, layout.sealed_name(newest, "u"), b"1\n")
+    put(place, layout.active_name("w", 1), b"2\n")
+    place.recover()
+    assert [layout.stamp_of(name) for name in place.sealed()] == [newest, newest + 1]
 
 
 class _Tracing(RealFilesystem):

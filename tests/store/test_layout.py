@@ -43,7 +43,7 @@ def test_what_we_name_we_recognise() -> None:
     assert layout.kind_of(layout.spans_name(batch)) is Kind.SPANS
     assert layout.kind_of(layout.dead_name(batch)) is Kind.DEAD
     for name in (layout.corrupt_name(batch), layout.spans_name(batch), layout.dead_name(batch)):
-        assert layout.kind_of(layout.aside_name(name)) is Kind.ASIDE
+        assert layout.kind_of(layout.aside_name(name, "x")) is Kind.ASIDE
 
 
 def test_sealed_names_sort_by_time_for_as_long_as_they_have_sixteen_digits() -> None:

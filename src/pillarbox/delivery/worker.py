@@ -179,6 +179,8 @@ class Worker:
                 log.info("%s: adopted what a writer left that is gone", self._directory.path)
             in_flight = {job.file.name for job in self._unconfirmed}
             found = self._directory.sealed()
+            if found:
+                self._sync_names()
             now = self._clock.monotonic()
             self._parked = {name: parked for name, parked in self._parked.items() if name in found} if self._parked else {}
             in_flight |= {name for name, (at, _) in self._parked.items() if at > now}
@@ -435,13 +437,16 @@ class Worker:
 
     def _sync_removals(self) -> None:
         """Have what is settled not come back with the power; one sync for all that was removed since the last."""
-        if self._removed_since is None:
-            return
+        if self._removed_since is not None:
+            self._sync_names()
+
+    def _sync_names(self) -> None:
+        """Also before sending: a file whose sealed name the power takes away comes back as another batch."""
         self._removed_since = None
         try:
             self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
-            log.warning("%s: removals are not synced, power loss may bring files back: %s", self._directory.path, error)
+            log.warning("%s: names are not synced, power loss may bring files back: %s", self._directory.path, error)
 
     def _count(self, job: _Job) -> None:
         counters = self.counters

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pillarbox.outcome import Outcome
+    from pillarbox.store.active import ActiveFile
     from pillarbox.store.directory import Directory
-    from pillarbox.store.writer import ActiveFile, Writer
+    from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
 

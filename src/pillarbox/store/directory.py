@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import uuid
@@ -270,7 +271,8 @@ class Directory:
             return self._recover()
 
     def _recover(self) -> list[Adopted]:
-        found = sorted(name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) in RECOVERABLE)
+        listing = self.filesystem.listing(self.path)
+        found = sorted((name for name, _ in listing if layout.kind_of(name) in RECOVERABLE), key=layout.by_writer)
         to_seal: list[Taken] = []
         adopted: list[Adopted] = []
         try:
@@ -278,6 +280,8 @@ class Directory:
                 taken = self._take_to_recover(name)
                 if taken is not None:
                     to_seal.append(taken)
+            if to_seal:
+                self.note_stamp(self.account().newest_stamp)  # what others sealed since is older, whatever the clock says
             for index, file in enumerate(to_seal):
                 to_seal[index] = self._made_durable(file)
             self.seal(to_seal, lambda file, name: adopted.append(Adopted(file.name, name, self.filesystem.size(file.fd))))
@@ -344,16 +348,18 @@ class Directory:
 
     def _write_aside(self, name: str, data: bytes) -> Taken:
         """Write a file aside, sync it, and rename it to, or over, `name`; held from the beginning."""
-        aside = layout.aside_name(name)
+        # Never a name twice: who recovers and holds a file that another attempt left would remove this one.
         taken = None
         while taken is None:
-            self.remove(aside)
+            aside = layout.aside_name(name, self.new_id())
             taken = self.create(aside)
         try:
             self.filesystem.write_all(taken.fd, data)
             self.filesystem.sync_data(taken.fd)
             self.filesystem.rename(self.at(aside), self.at(name))
         except BaseException:
+            with contextlib.suppress(OSError):  # otherwise who recovers next removes it
+                self.remove(aside)
             self.filesystem.close(taken.fd)
             raise
         return Taken(name, taken.fd)

@@ -57,6 +57,12 @@ def active_name(writer: str, number: int) -> str:
     return f"active-{writer}-{number}{SUFFIX}"
 
 
+def by_writer(name: str) -> tuple[str, int]:
+    """What to sort active files by, so that each writer's are in the order in which it filled them."""
+    writer, _, number = name.removesuffix(SUFFIX).rpartition("-")
+    return (writer, int(number)) if number.isdecimal() else (name, 0)
+
+
 def sealed_name(stamp: int, unique: str) -> str:
     """The name of a file sealed at `stamp` microseconds since 1970."""
     return f"sealed-{stamp:0{_STAMP_DIGITS}d}-{unique}{SUFFIX}"
@@ -88,6 +94,6 @@ def dead_name(batch: str) -> str:
     return f"dead-{batch}{SUFFIX}"
 
 
-def aside_name(name: str) -> str:
-    """The name under which a file is written before it gets its own."""
-    return f"{name}.aside"
+def aside_name(name: str, unique: str) -> str:
+    """The name under which a file is written before it gets its own; another one for each attempt."""
+    return f"{name}.{unique}.aside"

@@ -11,17 +11,18 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, get_args
 
+from pillarbox.store.active import SealReason
 from pillarbox.store.capacity import Capacity
 from pillarbox.store.layout import LEGACY_ACTIVE
-from pillarbox.store.writer import SealReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pillarbox.clock import Clock
+    from pillarbox.store.active import ActiveFile
     from pillarbox.store.commit import Committer
     from pillarbox.store.directory import Directory, Taken
-    from pillarbox.store.writer import ActiveFile, Writer
+    from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
 
@@ -90,10 +91,10 @@ class Sealer:
         """Retire the active file and wait until everything retired so far is sealed; False when that took too long."""
         if not self._writer.rotate(reason):
             return False
-        last = self._writer.retired[-1:]
+        last = self._writer.waiting()[-1:]
         done = threading.Event()
         self._inbox.put(done)
-        return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.retired)
+        return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.waiting())
 
     def stop(self, timeout: float) -> bool:
         """Seal what is there and end; False when that took too long."""
@@ -216,7 +217,7 @@ class Sealer:
         return self._flush_interval
 
     def _seal_retired(self) -> None:
-        retired = self._writer.retired
+        retired = self._writer.waiting()
         if not retired:
             if self._directory.finish_sealing():
                 self._on_sealed()

@@ -11,15 +11,17 @@ CPython runs signal handlers at calls and backward jumps only. Lines marked "no 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import threading
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple
 from zlib import crc32
 
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
-from pillarbox.store.directory import Taken
+from pillarbox.store.active import NOWHERE, ActiveFile
 from pillarbox.store.record import LINE
 
 if TYPE_CHECKING:
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 
     import msgspec
 
-    from pillarbox.store.directory import Directory
+    from pillarbox.store.active import SealReason
+    from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.door import Door, Enqueue
 
-SealReason = Literal["batch_size", "batch_bytes", "flush_interval", "startup", "adopted", "shutdown", "manual"]
 
 RETIRED_MAX: Final = 64  # files that wait for their sync; beyond it the active file grows instead, for each holds a descriptor
 SPARES_MAX: Final = 16  # empty files held ready, each with a descriptor
@@ -55,49 +58,6 @@ class Mark(NamedTuple):
     released: int
 
 
-class Door(NamedTuple):
-    """How the hot path gets from an event to its line, and whom it calls where that does not go straight on."""
-
-    encode: Callable[[Any], bytes]
-    event_type: type
-    event_bytes_max: int
-    is_power: Callable[[str], bool]  # raises: there is no such durability
-    refuse: Callable[[Any, bytes], None]  # raises: the event is of the wrong type or too large
-    invalid: Callable[[Any, Exception], Outcome]
-    begin: Callable[[bytes, int], Outcome]  # this writer does not accept: it has not begun, or is a forked parent's
-    durably: Callable[[bytes], Outcome]  # instead of appending
-    power: bool  # whether that is what a call gets that does not say
-
-
-class Enqueue(Protocol):
-    """What `Writer.build_enqueue` builds."""
-
-    def __call__(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
-        """Store one event."""
-
-
-class ActiveFile:
-    """A file that this writer appends to, will, or did, and what is in it."""
-
-    __slots__ = ("attend_at", "bytes", "counted", "entered", "events", "fd", "reason", "sealed", "synced", "syncing", "taken")
-
-    def __init__(self, taken: Taken, *, entered: bool = False) -> None:
-        self.taken = taken
-        self.fd = taken.fd
-        self.syncing = threading.Lock()  # held while it is synced, replaced, or closed, by its last user
-        self.synced = 0  # bytes that are known to be durable
-        self.entered = entered  # its name is durable
-        self.sealed = False  # its name is another, its descriptor closed
-        self.bytes = 0
-        self.events = 0
-        self.attend_at = 1  # number of events at which the hot path calls `_attend`
-        self.counted = False  # among the pending files
-        self.reason: SealReason = "manual"  # why it was retired
-
-
-_NOWHERE: Final = Taken("", -1)
-
-
 class Writer:
     """Appends lines to the active file and swaps files; shared by the threads of a process.
 
@@ -114,8 +74,9 @@ class Writer:
         self._next_number = itertools.count(1).__next__
         self._started = False
         self._closed = False
-        self._file = self._appended_to = ActiveFile(_NOWHERE)
-        self._spares: tuple[ActiveFile, ...] = ()  # ready to be swapped in
+        self._file = self._appended_to = ActiveFile(NOWHERE)
+        self._spares: deque[ActiveFile] = deque()  # ready to be swapped in
+        self._leaving: ActiveFile | None = None  # being swapped out; what an interrupt leaves of that, `_repair` finishes
         self._limit = _NO_FILE
         self._broken = False  # an exception cut an append short: the mark is nobody's
         self._mending = False  # the end of the file is being put right: not even a signal handler may append to it
@@ -123,7 +84,7 @@ class Writer:
         self._low = False  # the volume has less room than it must keep
         self._told = False  # the sealer, since it last looked
         self.files = 0  # pending files, the active one only where it holds something
-        self.retired: tuple[ActiveFile, ...] = ()  # oldest first
+        self.retired: deque[ActiveFile] = deque()  # oldest first
         self._retired_events = 0
         self._retired_bytes = 0
         self._released = 0  # bytes of files that are gone
@@ -170,7 +131,11 @@ class Writer:
                         w._broken = True
                         raise
                     return ENQUEUED
-                outcome = w._append_slowly(line, 1, limit)
+                try:
+                    outcome = w._append_slowly(line, 1, limit)
+                except BaseException:
+                    w._broken |= limit != _MARK
+                    raise
             return outcome if outcome is not None else begin(line, 1)
 
         return enqueue
@@ -179,13 +144,21 @@ class Writer:
         """Append whole lines that hold `events` events, all or none; None before `start`."""
         with self.lock:
             found, self._limit = self._limit, _MARK
-            return self._append_slowly(lines, events, found)
+            try:
+                return self._append_slowly(lines, events, found)
+            except BaseException:
+                self._broken |= found != _MARK
+                raise
 
     def append_kept(self, lines: bytes, events: int) -> tuple[Outcome, ActiveFile]:
         """Append whole lines, for a caller that keeps them until they are synced; refusals are its to count."""
         with self.lock:
             found, self._limit = self._limit, _MARK
-            outcome = self._append_slowly(lines, events, found)
+            try:
+                outcome = self._append_slowly(lines, events, found)
+            except BaseException:
+                self._broken |= found != _MARK
+                raise
             if isinstance(outcome, Dropped):
                 self.dropped[outcome.reason] -= events
             return outcome if outcome is not None else DROPPED["closed"], self._appended_to
@@ -193,9 +166,8 @@ class Writer:
     def room(self) -> tuple[int, int]:
         """How many events and bytes the active file takes until it is full."""
         limits, file = self.limits, self._file
-        full = file.events >= limits.batch_size or file.bytes >= limits.batch_bytes
-        events, size = (0, 0) if full else (file.events, file.bytes)
-        return limits.batch_size - events, limits.batch_bytes - size
+        events, size = limits.batch_size - file.events, limits.batch_bytes - file.bytes
+        return (events, size) if min(events, size) > 0 else (limits.batch_size, limits.batch_bytes)
 
     @property
     def accepts(self) -> bool:
@@ -214,19 +186,24 @@ class Writer:
         """In a forked child: this is the parent's. Whoever still calls it is sent to `Door.begin`."""
         self.lock = threading.RLock()
         self._started = self._closed = self._broken = False
-        self._file, self._spares, self._limit = ActiveFile(_NOWHERE), (), _NO_FILE
+        self._file, self._limit = ActiveFile(NOWHERE), _NO_FILE
+        self._spares.clear()
         self._appended_to = self._file
 
     # What follows is called with the lock held.
 
     def _append_slowly(self, lines: bytes, events: int, found: int) -> Outcome | None:
         """Where the file does not simply take the lines; `found` is the limit that stood there."""
-        if found == _MARK and not self._broken:
-            return self._append_within(lines, events)
+        if found == _MARK:
+            if not self._broken:
+                return self._append_within(lines, events)
+            # No call: whoever comes from here on finds somebody at work.
+            self._broken, self._mending = False, True
         try:
-            return self._append_with_care(lines, events)
-        except OSError as error:
-            return self._undo(error, events)
+            try:
+                return self._append_with_care(lines, events)
+            except OSError as error:
+                return self._undo(error, events)
         except BaseException:
             self._broken = True
             raise
@@ -236,7 +213,7 @@ class Writer:
         if self._closed or not self._started:
             self._limit = _NO_FILE
             return self._refuse("closed", events) if self._started else None
-        if self._broken:
+        if self._mending:
             self._repair()
         size = len(lines)
         if size > self._room - self._file.bytes:
@@ -251,9 +228,9 @@ class Writer:
             return self._refuse("max_files", events)
         if full and len(self.retired) < RETIRED_MAX:
             if not self._spares:
-                self._spares = (self._new_file(),)
+                self._spares.append(self._new_file())
             self._retire("batch_bytes")
-        if self._file.taken is _NOWHERE:
+        if self._file.taken is NOWHERE:
             self._file = self._new_file()
         file = self._file
         written = self._filesystem.write(file.fd, lines)
@@ -266,10 +243,7 @@ class Writer:
         return ENQUEUED
 
     def _append_within(self, lines: bytes, events: int) -> Outcome:
-        """A signal handler, in the middle of an append or rotation that goes on: append and nothing more.
-
-        Where the end of the file is not a whole line, or there is no file, the lines get a file of their own.
-        """
+        """A signal handler, in the middle of an append that goes on: append and nothing more, or to a file of its own."""
         size = len(lines)
         file, own = self._file, False
         if size > self._room - file.bytes:
@@ -277,7 +251,7 @@ class Writer:
         if self._low:
             return self._refuse("disk_low", events)
         try:
-            if self._mending or file.taken is _NOWHERE or not self._ends_whole(file):
+            if self._mending or file.taken is NOWHERE or not self._ends_whole(file):
                 if len(self.retired) >= 2 * RETIRED_MAX:
                     return self._refuse("would_block", events)
                 file, own = self._new_file(), True
@@ -297,6 +271,7 @@ class Writer:
         else:
             file.bytes += size
             file.events += events
+            self._count(file)
         self._tell_sealer()
         return ENQUEUED
 
@@ -305,15 +280,20 @@ class Writer:
         return size == 0 or self._filesystem.read_at(file.fd, size - 1, 1) == b"\n"
 
     def _set_aside(self, file: ActiveFile) -> None:
-        file.counted = True
-        self.files += 1
-        self.retired = (*self.retired, file)
+        self._count(file)
+        self.retired.append(file)
+
+    def _count(self, file: ActiveFile) -> None:
+        """Among the pending files, from the first event on."""
+        if not file.counted:
+            file.counted, file.attend_at = True, self.limits.batch_size
+            self.files += 1
 
     def _allow(self) -> None:
         """Set how far the active file may grow without another thought."""
         if self._low or (self.files >= self.limits.max_files and not self._file.counted):
-            self._limit = 0 if self._file.taken is not _NOWHERE else _NO_FILE
-        elif self._file.taken is not _NOWHERE:
+            self._limit = 0 if self._file.taken is not NOWHERE else _NO_FILE
+        elif self._file.taken is not NOWHERE:
             self._limit = max(0, min(self._room, self.limits.batch_bytes))
         else:
             self._limit = _NO_FILE
@@ -341,25 +321,43 @@ class Writer:
             raise OSError(errno.ENOSPC, "the disk takes a part of a line only")
         self._mending = False
 
+    def _mend(self) -> None:
+        """Repair, as the one who does; raises where the disk does not allow it, and then somebody else has to."""
+        self._limit, self._broken, self._mending = _MARK, False, True
+        try:
+            self._repair()
+        except BaseException:
+            self._broken = True
+            raise
+
     def _repair(self) -> None:
-        """Cut what an append that did not end may have left behind the last whole line, and count what it had written."""
+        """Finish a rotation that was cut short; cut and count what such an append has left."""
         self._mending = True
-        file, filesystem = self._file, self._filesystem
-        if file.taken is not _NOWHERE:
-            size = end = filesystem.size(file.fd)
-            while end:
-                start = max(0, end - _TAIL_BYTES)
-                found = filesystem.read_at(file.fd, start, end - start).rfind(b"\n")
-                if found >= 0:
-                    end = start + found + 1
-                    break
-                end = start
-            if end < size:
-                filesystem.truncate(file.fd, end)
-            if end > file.bytes:
-                file.events += filesystem.read_at(file.fd, file.bytes, end - file.bytes).count(b"\n")
-            file.bytes = end
-        self._mending = self._broken = False
+        try:
+            self._finish_retiring()
+            file, filesystem = self._file, self._filesystem
+            if file.taken is not NOWHERE:
+                size = filesystem.size(file.fd)
+                end = self._end_of_lines(file, size)
+                if end < size:
+                    filesystem.truncate(file.fd, end)
+                if end > file.bytes:
+                    more = filesystem.read_at(file.fd, file.bytes, end - file.bytes).count(b"\n")
+                    file.events += more  # no call from here: bytes and events belong together
+                file.bytes = end
+            self._broken = False
+        finally:
+            self._mending = False
+
+    def _end_of_lines(self, file: ActiveFile, size: int) -> int:
+        """Where the last whole line of a file of so many bytes ends."""
+        while size:
+            start = max(0, size - _TAIL_BYTES)
+            found = self._filesystem.read_at(file.fd, start, size - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            size = start
+        return 0
 
     def _undo(self, error: OSError, events: int) -> Dropped:
         """After a failed append: leave whole lines; where that fails too, let the file be sealed as it is."""
@@ -376,8 +374,7 @@ class Writer:
         self._limit = _MARK
         file = self._file
         if file.events and not file.counted:
-            file.counted, file.attend_at = True, self.limits.batch_size
-            self.files += 1
+            self._count(file)
             self._tell_sealer()
         # Without a spare the sealer is behind: the file grows to `batch_bytes` rather than that the caller opens another.
         # It does so too where no further file may begin.
@@ -388,18 +385,26 @@ class Writer:
 
     def _retire(self, reason: SealReason) -> None:
         """Swap the active file for a spare, or for none."""
-        none = ActiveFile(_NOWHERE)
-        # No call: what appends from here on finds the next file.
+        spare = self._spares[0] if self._spares else ActiveFile(NOWHERE)
+        # No call, and nothing allocated that could set the garbage collector off: what appends finds the one or the other.
         self._limit = _MARK
-        old = self._file
+        old = self._leaving = self._file
         old.reason = reason
-        self._file = self._spares[0] if self._spares else none
-        self._spares = self._spares[1:]
+        self._file = spare
         self._room -= old.bytes
         self._retired_events += old.events
         self._retired_bytes += old.bytes
-        self.retired = (*self.retired, old)
+        self._finish_retiring()
         self._tell_sealer()
+
+    def _finish_retiring(self) -> None:
+        """What is left to do once the files are swapped; done twice, it is as done once."""
+        if self._spares and self._spares[0] is self._file:
+            self._spares.popleft()
+        if self._leaving is not None:
+            if self._leaving is not self._file and self._leaving not in self.retired:
+                self.retired.append(self._leaving)
+            self._leaving = None
 
     # What follows takes the lock itself.
 
@@ -426,9 +431,9 @@ class Writer:
             self._told = False
             if self._limit == _MARK:
                 # The lock is free and the mark in place: nobody is coming back to take it away.
-                self._repair()
+                self._mend()
                 self._allow()
-            if self._file.taken is _NOWHERE or self._closed or len(self.retired) >= RETIRED_MAX:
+            if self._file.taken is NOWHERE or self._closed or len(self.retired) >= RETIRED_MAX:
                 return 0
             return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
 
@@ -436,22 +441,25 @@ class Writer:
         """Have more files ready; `entered` where their names are durable."""
         spares = [ActiveFile(taken, entered=entered) for taken in files]
         with self.lock:
-            self._spares = (*self._spares, *spares)
+            self._spares.extend(spares)
 
     def rotate(self, reason: SealReason) -> bool:
         """Retire the active file if it holds anything; False in the middle of an append, which must find its file."""
         with self.lock:
-            if self._limit == _MARK:
-                if not self._broken:
-                    return False
-                try:
-                    self._repair()
-                except OSError:
-                    return False
-            if self._file.bytes:
-                self._retire(reason)
-            if self._started and not self._closed:
+            found, self._limit = self._limit, _MARK
+            if found == _MARK and not self._broken:
+                return False
+            try:
+                if found == _MARK:
+                    self._mend()
+                if self._file.bytes:
+                    self._retire(reason)
                 self._allow()
+            except OSError:
+                return False
+            except BaseException:
+                self._broken = True
+                raise
             return True
 
     def make_durable(self, file: ActiveFile, kept: Callable[[], Iterable[tuple[int, bytes]]], *, final: bool = False) -> str:
@@ -492,28 +500,37 @@ class Writer:
             if self._file is file and not self.rotate("manual"):
                 raise error
 
+    def waiting(self) -> list[ActiveFile]:
+        """The retired files, oldest first."""
+        with self.lock:
+            return list(self.retired)
+
     def forget_oldest(self, count: int) -> None:
         """The first `count` of the retired files have their sealed names."""
         with self.lock:
-            self.retired = self.retired[count:]
+            for _ in range(count):
+                self.retired.popleft()
 
     def release(self, size: int) -> None:
         """A pending file of `size` bytes is gone."""
         with self.lock:
+            found, self._limit = self._limit, _MARK
             self._released += size
             self.files -= 1
-            self._make_room(self._room + size)
+            self._room += size
+            self._go_on(found)
 
     def keep_free(self, *, low: bool) -> None:
         """The sealer's: accept nothing more while the volume is `low` on room."""
         with self.lock:
             if self._low != low:
+                found, self._limit = self._limit, _MARK
                 self._low = low
-                self._make_room(self._room)
+                self._go_on(found)
 
-    def _make_room(self, room: int) -> None:
-        self._room = room
-        if self._limit != _MARK:
+    def _go_on(self, found: int) -> None:
+        """After a change of what bounds the active file; an append that is under way, or was cut short, does it itself."""
+        if found != _MARK:
             self._allow()
 
     def _pending_bytes(self) -> int:
@@ -527,11 +544,13 @@ class Writer:
     def correct(self, before: Mark, found_bytes: int, found_files: int) -> None:
         """Take a listing's word for what is pending, unless what was done here while it ran explains the difference."""
         with self.lock:
+            found, self._limit = self._limit, _MARK
             difference = found_bytes - self._pending_bytes()
             appended = self._retired_bytes + self._file.bytes - before.appended
             if abs(difference) > appended + self._released - before.released:
                 self.files = found_files
-                self._make_room(self._room - difference - appended)
+                self._room -= difference + appended
+            self._go_on(found)
 
     def pending(self) -> tuple[int, int, int]:
         """(pending bytes, pending files, events accepted since start)."""
@@ -563,11 +582,15 @@ class Writer:
         """Accept nothing more; retires what is there and returns the empty files, for the sealer to remove."""
         with self.lock:
             self._closed = True
-            spares, self._spares = self._spares, ()
+            if self._limit == _MARK:
+                with contextlib.suppress(OSError):  # sealed as it can be read
+                    self._mend()
+            spares = list(self._spares)
+            self._spares.clear()
             if self._file.bytes:
                 self._retire("shutdown")
-            empty = [file.taken for file in (self._file, *spares) if file.taken is not _NOWHERE]
-            self._file = ActiveFile(_NOWHERE)
+            empty = [file.taken for file in (self._file, *spares) if file.taken is not NOWHERE]
+            self._file = ActiveFile(NOWHERE)
             self._limit = _NO_FILE
             return empty
 
