@@ -17,6 +17,7 @@ import msgspec
 from pillarbox.delivery import settlement
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.delivery.worker import Pace, Worker
+from pillarbox.errors import DirectoryUnusable
 from pillarbox.outcome import Enqueued
 from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Partly, Refusal, Traits
 from pillarbox.store import layout, reader, record
@@ -53,8 +54,10 @@ STEPS: Final = {
 }
 NO: Final = Refusal("no", "negative")
 _NUMBER: Final = re.compile(rb'\{"n":(-?\d+)\}')
+_RECORD: Final = re.compile(rb'\{"event":\{"n":(-?\d+)\},"crc":"[0-9a-f]{8}"\}\n')
 _RUBBISH: Final = re.compile(rb"rubbish (\d+)\n")
 _AFTER: Final = 10**6  # the number of the event that is appended after a recovery; one more after a recovery of that
+OPERATIONS_MAX: Final = 3000  # of a step on the disk; a few hundred are many
 
 
 class Violation(AssertionError):  # noqa: N818 - reads as the sentence it is
@@ -67,8 +70,13 @@ def payload_of(number: int) -> bytes:
 
 
 def numbers_in(data: bytes) -> set[int]:
-    """The events and damaged lines of which all bytes are there."""
+    """The events of records and dead letters, and the damaged lines."""
     return {int(found) for pattern in (_NUMBER, _RUBBISH) for found in pattern.findall(data)}
+
+
+def records_in(data: bytes) -> set[int]:
+    """The events of whole records, and the damaged lines."""
+    return {int(found) for pattern in (_RECORD, _RUBBISH) for found in pattern.findall(data)}
 
 
 def kind_at(path: str) -> Kind:
@@ -79,7 +87,7 @@ def kind_at(path: str) -> Kind:
 class Account:
     """What is owed at a moment of a trace. Numbers are of events, and of damaged lines, which go to quarantine.
 
-    What is written to the trace as a mark: offered, acknowledged, promised, delivered, evicting, and that the code has said
+    What is written to the trace as a mark: offered, acknowledged, promised, refused, delivered, evicting, and that the code has said
     that files are sealed or that a round of deliveries or evictions is over. The rest follows from the operations: a sealed
     name promises what is in the file, once that was said or the directory is synced; its removal settles that, likewise.
     """
@@ -91,6 +99,7 @@ class Account:
         self.delivered: set[int] = set()  # known to the destination: may come again, need not
         self.evicted: set[int] = set()
         self.settled: set[int] = set()  # must not come back
+        self.refused: set[int] = set()  # the caller was told so: must never arrive
         self.sealed: dict[str, bytes] = {}  # what each sealed file held when it got its name
         self._evicting = False
         self._named: set[int] = set()  # promised with the next sync of the directory
@@ -103,7 +112,7 @@ class Account:
         other.offered, other.delivered, other.evicted = self.offered.copy(), self.delivered.copy(), self.evicted.copy()
         other.promised = (self.promised if power else self.acknowledged).copy()
         other.acknowledged = other.promised.copy()
-        other.settled, other.sealed = self.settled.copy(), self.sealed.copy()
+        other.settled, other.refused, other.sealed = self.settled.copy(), self.refused.copy(), self.sealed.copy()
         return other
 
     def apply(self, op: Op, content: Callable[[str], bytes]) -> None:
@@ -114,9 +123,9 @@ class Account:
             self._doomed.add(op.inode)
         elif op.verb == "rename" and kind_at(op.target) is Kind.SEALED and op.inode not in self._doomed:
             self.sealed[op.target] = data = content(op.path)
-            self._named |= numbers_in(data)
+            self._named |= records_in(data)
         elif op.verb == "unlink" and kind_at(op.path) is Kind.SEALED:
-            gone = numbers_in(content(op.path))
+            gone = records_in(content(op.path))
             self._removed |= gone
             if self._evicting:
                 self.evicted |= gone
@@ -259,9 +268,9 @@ class World:
         self.clock = ManualClock()
         self.new_id = map("{:04d}".format, itertools.count(1)).__next__
         self.destination = Destination(self.disk)
+        self._operations = 0  # of this step
         self.left: int | None = None  # operations until the process dies
         self.troubled: Callable[[], bool] = lambda: False  # whether the disk has failed, so that a log message may be all
-        self.errors: list[OSError] = []  # that an application would see at its start, or be told in the log
         self._wrap = wrap
         self._number = itertools.count(1).__next__
         self._processes: dict[int, tuple[CrashFilesystem, Process]] = {}
@@ -270,17 +279,25 @@ class World:
         self.disk.mark(("said", what))
 
     def _before(self, _verb: str, _path: str) -> None:
+        self._operations += 1
+        if self._operations > OPERATIONS_MAX:
+            raise Killed
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
                 raise Killed
 
-    def _process(self, which: int) -> Process:
+    def _process(self, which: int) -> Process | None:
+        """The process, started where it is not there; None where the disk does not let it start."""
         if which not in self._processes:
             plain = CrashFilesystem(self.disk, self._before)
             process = Process(self._wrap(plain), self.new_id, self.clock, self._say)
             self._processes[which] = plain, process
-            process.start()
+            try:
+                process.start()
+            except (OSError, DirectoryUnusable):
+                self.kill(which)
+                return None
         return self._processes[which][1]
 
     def lives(self, letter: str) -> bool:
@@ -303,40 +320,26 @@ class World:
         if letter in "kK":
             self.kill(which)
             return
-        self.left = fuse
+        self.left, self._operations = fuse, 0
         try:
-            self._act(self._process(which), letter.lower())
+            process = self._process(which)
+            if process is not None:
+                self._act(process, letter.lower())
         except Killed:
             self.kill(which)
-        except OSError as error:
-            self.errors.append(error)
-            if letter in "cv":
-                return
-            self.kill(which)  # it did not start: an application would be told so
         finally:
             self.left = None
+        if self._operations > OPERATIONS_MAX:
+            raise Violation(f"a step does not come to its end: {letter}")
         if letter == "c":
             self.kill(which)
 
     def _act(self, process: Process, letter: str) -> None:
         match letter:
-            case "a":
-                self._append(process, payload_of(number := self._number()), number)
-            case "x":
-                self._append(process, payload_of(number := -self._number()), number)
-            case "g":
-                self._append(process, b"rubbish %d" % (number := self._number()), number)
-            case "m":
-                one, two = self._number(), self._number()
-                self._append_lines(process, record.line(payload_of(one)) + record.line(payload_of(two)), {one, two})
+            case "a" | "m" | "x" | "g":
+                self._append(process, letter)
             case "p":
-                number = self._number()
-                self.disk.mark(("offered", {number}))
-                outcome = process.committer.commit(record.line(payload_of(number)), 1)
-                if outcome:
-                    self.disk.mark(("acknowledged", {number}))
-                if outcome == Enqueued("power"):
-                    self.disk.mark(("promised", {number}))
+                self._commit(process)
             case "s":
                 process.sealer.step()
             case "r":
@@ -345,25 +348,40 @@ class World:
                 process.deliver(self.destination)
                 self._over()
             case "v":
-                self.disk.mark(("evicting", True))
-                process.evict()
-                self._over()
-                self.disk.mark(("evicting", False))
+                self._evict(process)
             case "c":
                 process.sealer.finish()
+
+    def _append(self, process: Process, letter: str) -> None:
+        sign = -1 if letter == "x" else 1
+        numbers = [sign * self._number() for _ in range(2 if letter == "m" else 1)]
+        lines = [b"rubbish %d\n" % number if letter == "g" else record.line(payload_of(number)) for number in numbers]
+        self.disk.mark(("offered", set(numbers)))
+        answer = "acknowledged" if process.writer.append(b"".join(lines), len(numbers)) else "refused"
+        self.disk.mark((answer, set(numbers)))
+
+    def _commit(self, process: Process) -> None:
+        number = self._number()
+        self.disk.mark(("offered", {number}))
+        outcome = process.committer.commit(record.line(payload_of(number)), 1)
+        if outcome:
+            self.disk.mark(("acknowledged", {number}))
+        if outcome == Enqueued("power"):
+            self.disk.mark(("promised", {number}))
+
+    def _evict(self, process: Process) -> None:
+        self.disk.mark(("evicting", True))
+        try:
+            process.evict()
+            self._over()
+        except OSError:
+            return  # the sealer's round ends with it
+        finally:
+            self.disk.mark(("evicting", False))
 
     def _over(self) -> None:
         if not self.troubled():
             self._say("over")
-
-    def _append(self, process: Process, payload: bytes, number: int) -> None:
-        line = payload + b"\n" if payload.startswith(b"rubbish") else record.line(payload)
-        self._append_lines(process, line, {number})
-
-    def _append_lines(self, process: Process, lines: bytes, numbers: set[int]) -> None:
-        self.disk.mark(("offered", numbers))
-        if process.writer.append(lines, len(numbers)):
-            self.disk.mark(("acknowledged", numbers))
 
 
 def steps_of(history: str) -> list[tuple[str, int | None]]:
@@ -466,6 +484,9 @@ def problem_of(state: State, outcome: Outcome, account: Account, *, power: bool)
     arrived = set(outcome.arrived)
     if not arrived <= account.offered:
         return f"never enqueued: {sorted(arrived - account.offered)}"
+    # Of what was refused after a part was written, the loss of power may bring that part back: cutting it off is not synced.
+    if not power and arrived & account.refused:
+        return f"the caller was told that it is refused, and it arrives: {sorted(arrived & account.refused)}"
     if arrived & account.settled:
         return f"settled, and came back: {sorted(arrived & account.settled)}"
     if lost := account.owed(power=power) - arrived - outcome.kept:

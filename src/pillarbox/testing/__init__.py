@@ -7,5 +7,6 @@ fault.py     a file system that fails where it is told to
 
 from pillarbox.testing.crash import CrashFilesystem, Disk, Survivors
 from pillarbox.testing.doubles import ManualClock, RecordingSink
+from pillarbox.testing.fault import Fault, FaultFilesystem
 
-__all__ = ["CrashFilesystem", "Disk", "ManualClock", "RecordingSink", "Survivors"]
+__all__ = ["CrashFilesystem", "Disk", "Fault", "FaultFilesystem", "ManualClock", "RecordingSink", "Survivors"]

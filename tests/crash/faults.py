@@ -1,0 +1,145 @@
+"""Every operation of some histories fails, once and for good, with each error that fits; then every state that a crash leaves.
+
+The code must go on: nothing is raised but where a layer may, nothing that is acknowledged is lost, nothing that is refused
+arrives; and once the disk works again, the same processes deliver everything that they had accepted, without a restart.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, NamedTuple
+
+from pillarbox.store.layout import Kind
+from pillarbox.testing.crash import Survivors
+from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem, Meter
+from tests.crash.enumeration import VIOLATIONS_MAX, Bounds, Enumeration, Origin
+from tests.crash.enumeration import reproduce as reproduce_crash
+from tests.crash.world import LOCKS, Account, World, kind_at, numbers_in
+
+# Chosen so that each has something that the others have not: rotation, both durabilities, dead letters and quarantine,
+# adoption after a death, a second process, eviction, a close.
+HISTORIES: Final = ("aasasrsd", "ppsprsd", "mxgrsd", "agkxsd", "AapSsSd", "masrsvas", "apmc", "pxAKdsas")
+WAIT_S: Final = 120.0  # longer than any pause before something is tried again
+
+
+class Report(NamedTuple):
+    """What was looked at."""
+
+    faults: int  # runs in which something failed
+    checked: int  # states, with what was owed
+    distinct: int
+    violations: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.faults} faults; {self.checked} states checked, {self.distinct} distinct; {len(self.violations)} violations"
+        )
+        return "\n".join([text, *self.violations])
+
+
+def world_with(meter: Meter) -> World:
+    """One whose disk fails as a meter says."""
+    world = World(lambda plain: FaultFilesystem(plain, meter))
+    world.troubled = lambda: meter.hits > 0
+    return world
+
+
+def faults_of(history: str) -> Iterator[tuple[Fault, ...]]:
+    """Each operation of a history failing, in each way."""
+    meter = Meter()
+    world_with(meter).run(history)
+    for verb, errnos in VERBS.items():
+        for nth, code, for_good in itertools.product(range(1, meter.counts[verb] + 1), errnos, (False, True)):
+            yield (Fault(verb, nth, code, for_good),)
+            if verb in PARTIAL:
+                yield (Fault(verb, nth, code, for_good, part=True),)
+
+
+def pairs_of(history: str) -> Iterator[tuple[Fault, ...]]:
+    """Each write of a history taking a part only, and then failing, and so does cutting that part off."""
+    meter = Meter()
+    world_with(meter).run(history)
+    for nth, code, for_good in itertools.product(range(1, meter.counts["write"] + 1), VERBS["truncate"], (False, True)):
+        yield Fault("write", nth, errno.ENOSPC, for_good=True, part=True), Fault("truncate", 1, code, for_good)
+
+
+def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> bool:
+    """Run a history with faults, look at all its moments, and then at what the living make of it; whether it failed at all."""
+    meter = Meter(*faults)
+    world = world_with(meter)
+    origin: Origin = {"history": history, "faults": tuple(map(tuple, faults))}
+    try:
+        world.run(history)
+        if not meter.hits:
+            return False
+        enumeration.look(origin, list(world.disk.trace), 0, None, len(history))
+        problem = afterwards(world, meter)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
+        problem = f"raised: {error!r}"
+    if problem:
+        enumeration.violations.append(f"{problem}\n  reproduce({str(origin)!r})")
+    return True
+
+
+def afterwards(world: World, meter: Meter) -> str:
+    """What is wrong once the disk works again and the processes that live had their time."""
+    meter.heal()
+    for _ in range(2):
+        world.clock.advance(WAIT_S)  # for what was parked
+        start = len(world.disk.trace)
+        world.run("asrSsd")
+    if not any(op.what and op.what[0] == "acknowledged" for op in world.disk.trace[start:]):  # type: ignore[index]
+        return "nothing is accepted though the disk works again"
+    account, survivors = Account(), Survivors(ignoring=LOCKS)
+    for op in world.disk.trace:
+        account.apply(op, lambda path: survivors.whole()[path])
+        survivors.apply(op)
+    left = world.disk.files
+    kept = {number for path, data in left.items() if kind_at(path) in (Kind.DEAD, Kind.CORRUPT) for number in numbers_in(data)}
+    if lost := account.owed(power=False) - kept:
+        return f"not delivered though the disk works again: {sorted(lost)}"
+    if wrong := account.refused & set(world.destination.arrived):
+        return f"the caller was told that it is refused, and it arrives: {sorted(wrong)}"
+    waiting = [path for path, data in left.items() if kind_at(path) in (Kind.SEALED, Kind.ASIDE)]
+    return f"left behind though the disk works again: {waiting}" if waiting else ""
+
+
+def reproduce(text: str) -> str:
+    """What is wrong after what a violation says has led to it; empty if nothing is any more."""
+    origin: Origin = ast.literal_eval(text)
+    history, faults = origin["history"], origin["faults"]
+    assert isinstance(history, str)
+    assert isinstance(faults, tuple)
+    meter = Meter(*(Fault(*fault) for fault in faults))
+    if "crashes" in origin:
+        return reproduce_crash(text, lambda _origin: world_with(meter))
+    try:
+        world = world_with(meter)
+        world.run(history)
+        return afterwards(world, meter)
+    except Exception as error:  # noqa: BLE001 - as in `check`
+        return f"raised: {error!r}"
+
+
+def run(
+    bounds: Bounds,
+    cases: Iterable[tuple[str, tuple[Fault, ...]]],
+    until: Callable[[], bool] = lambda: False,
+) -> Report:
+    """Check histories with the faults that they meet; `all_cases` has them all."""
+    enumeration = Enumeration(bounds)
+    met = 0
+    for history, faults in cases:
+        if until() or len(enumeration.violations) >= VIOLATIONS_MAX:
+            break
+        met += check(enumeration, history, faults)
+    return Report(met, enumeration.checked, len(enumeration.known), tuple(enumeration.violations))
+
+
+def all_cases(part: int = 0, parts: int = 1) -> Iterator[tuple[str, tuple[Fault, ...]]]:
+    """The n-th part of m of all histories with all their faults."""
+    every = ((history, faults) for history in HISTORIES for faults in itertools.chain(faults_of(history), pairs_of(history)))
+    return itertools.islice(every, part, None, parts)
