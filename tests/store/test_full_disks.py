@@ -1,0 +1,217 @@
+"""Disks that are full for real: of bytes, of inodes, of a quota; descriptors that run out, and a medium that turns read-only.
+
+Each ends with what was accepted at the destination, exactly once, and with the same outbox accepting again without a restart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pillarbox import Dropped, Outbox, TrackingEvent
+from pillarbox.outcome import DROPPED, DropReason, Outcome
+from pillarbox.store import reader
+from tests.conftest import event
+from tests.crash.kernel import mounted, need
+
+PADDING = '{"text":"' + "x" * 700 + '"}'
+TRIES_MAX = 20_000
+DRAIN_S = 30.0
+
+
+class Filler:
+    """An outbox that only stores, what it accepted, and the destination to which another delivers."""
+
+    def __init__(self, folder: Path, database: Path, **settings: int) -> None:
+        self.folder = folder
+        self.database = database
+        self.accepted: list[str] = []
+        self.outbox = Outbox(str(folder), min_free_bytes=0, flush_interval=0.02, **settings)  # type: ignore[arg-type]
+        self._numbers = iter(range(10**9))
+
+    def store(self, padding: str = PADDING) -> Outcome:
+        outcome = self.outbox.enqueue(made := self._event(padding))
+        if outcome:
+            self.accepted.append(made.event_id)
+        return outcome
+
+    def store_many(self, count: int, padding: str = PADDING) -> Outcome:
+        events = [self._event(padding) for _ in range(count)]
+        outcomes = self.outbox.enqueue_many(events)
+        assert len(set(outcomes)) == 1, "all or none"
+        self.accepted += [made.event_id for made, outcome in zip(events, outcomes, strict=True) if outcome]
+        return outcomes[0]
+
+    def _event(self, padding: str) -> TrackingEvent:
+        return event(next(self._numbers), metadata_json=padding)
+
+    def fill(self, store: Callable[[], Outcome]) -> DropReason:
+        """Store until it is refused; the reason."""
+        for _ in range(TRIES_MAX):
+            outcome = store()
+            if isinstance(outcome, Dropped):
+                return outcome.reason
+        raise AssertionError("never refused")
+
+    def stored(self, *, whole: bool = True) -> list[str]:
+        """The ids of the good lines of all files; nothing else is in them where they must be `whole`."""
+        ids = []
+        for name in os.listdir(self.folder):
+            data = (self.folder / name).read_bytes() if name.endswith(".ndjson") else b""
+            contents = reader.read(data, lambda: None)
+            assert not (whole and contents.spans), name
+            ids += [json.loads(payload)["event_id"] for payload in contents.payloads]
+        return sorted(ids)
+
+    def deliver(self, commit: Path | None = None) -> list[str]:
+        """Have everything delivered by another outbox; what has arrived so far, in order.
+
+        `commit` is a btrfs, which frees what is deleted once it commits.
+        """
+        with Outbox(str(self.folder), f"sqlite:///{self.database}", flush_interval=0.02, min_free_bytes=0) as deliverer:
+            deadline = time.monotonic() + DRAIN_S
+            while not self.outbox.flush(1.0):
+                assert time.monotonic() < deadline
+                if commit is not None:
+                    subprocess.run(["btrfs", "filesystem", "sync", commit], check=True, capture_output=True)
+            assert deliverer.flush(DRAIN_S)
+        with closing(sqlite3.connect(self.database)) as connection:
+            return [row[0] for row in connection.execute("SELECT event_id FROM tracking_event ORDER BY event_id")]
+
+
+@pytest.fixture
+def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A small file system in memory, mounted with the options that the test names."""
+    need(commands=("mount", "umount"))
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", request.param, "tmpfs") as place:
+        yield place / "outbox"
+
+
+@pytest.mark.parametrize("small", ["size=256k", "size=100k"], indirect=True)
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_full_disk_refuses_keeps_lines_whole_delivers_and_recovers(small: Path, tmp_path: Path, count: int) -> None:
+    """The kernel takes what fits into the last page and no more; delivery needs not one byte."""
+    filler = Filler(small, tmp_path / "destination.db", batch_size=40)
+    with filler.outbox:
+
+        def store() -> Outcome:
+            return filler.store() if count == 1 else filler.store_many(count)
+
+        assert filler.fill(store) == "disk_full"
+        assert os.statvfs(small).f_bavail <= (count > 1)  # many are written all or none
+        assert store() == DROPPED["disk_full"]
+        assert filler.stored() == filler.accepted
+        assert filler.deliver() == filler.accepted
+        assert store()
+        assert filler.fill(store) == "disk_full"
+        assert filler.deliver() == filler.accepted
+
+
+@pytest.mark.parametrize("small", ["size=64m,nr_inodes=12"], indirect=True)
+def test_without_inodes_files_grow_then_events_are_refused(small: Path, tmp_path: Path) -> None:
+    """No spare file can be made: the active one grows to its bytes first."""
+    filler = Filler(small, tmp_path / "destination.db", batch_size=2, batch_bytes=5_000)
+    with filler.outbox:
+        filler.store()
+        for number in range(20):
+            if os.statvfs(small).f_favail:
+                (small / f"other-{number}").touch()
+        assert filler.fill(filler.store) == "disk_full"
+        assert os.statvfs(small).f_favail == 0
+        assert filler.stored() == filler.accepted
+        for found in small.glob("other-*"):
+            found.unlink()
+        assert filler.deliver() == filler.accepted
+        assert filler.store()
+        assert filler.deliver() == filler.accepted
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Do it in a forked process, whose limits are its own."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_without_descriptors_files_grow_then_events_are_refused(tmp_path: Path) -> None:
+    """Neither another file nor a sync of the directory can be had; what is open goes on."""
+    filler = Filler(tmp_path / "outbox", tmp_path / "destination.db", batch_size=2, batch_bytes=5_000)
+
+    def work() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with filler.outbox:
+            assert filler.store()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            assert filler.fill(filler.store) == "io_error"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert filler.stored() == filler.accepted
+            assert filler.store()
+            assert filler.deliver() == filler.accepted
+
+    in_child(work)
+
+
+@pytest.fixture
+def quota(tmp_path: Path) -> Iterator[Path]:
+    """A subvolume of a btrfs that may hold 8 MiB, of a device that could hold more."""
+    need(devices=("/dev/loop-control",), commands=("mkfs.btrfs", "btrfs", "mount"))
+    image = tmp_path / "btrfs.img"
+    with image.open("wb") as file:
+        file.truncate(512 * 2**20)
+    subprocess.run(["mkfs.btrfs", "--quiet", image], check=True)
+    with mounted(tmp_path / "btrfs", "-o", "loop", image) as place:
+        subprocess.run(["btrfs", "quota", "enable", place], check=True)
+        subprocess.run(["btrfs", "subvolume", "create", place / "limited"], check=True, capture_output=True)
+        subprocess.run(["btrfs", "qgroup", "limit", "8M", place / "limited"], check=True)
+        yield place / "limited"
+
+
+def test_a_quota_that_is_used_up_is_a_full_disk(quota: Path, tmp_path: Path) -> None:
+    """EDQUOT while the volume has plenty. btrfs then refuses to truncate and to rename, too, but not to delete.
+
+    So what was refused may be in a file all the same, nothing is sealed any more, and delivery of what is makes room.
+    """
+    filler = Filler(quota / "outbox", tmp_path / "destination.db")
+    large = '{"text":"' + "x" * 20_000 + '"}'
+
+    def store() -> Outcome:
+        outcome = filler.store_many(20, large)
+        filler.outbox.flush(0.0)  # has it sealed
+        return outcome
+
+    with filler.outbox:
+        assert filler.store()
+        assert filler.deliver() == filler.accepted  # the lock file is there from now on
+        assert filler.fill(store) == "disk_full"
+        assert os.statvfs(quota).f_bavail * os.statvfs(quota).f_frsize > 2 * 8 * 2**20
+        arrived = filler.deliver(commit=quota)
+        assert set(arrived) >= set(filler.accepted)
+        assert filler.store()
+        assert filler.accepted[-1] in filler.deliver()
+
+
+@pytest.mark.parametrize("small", ["size=1m"], indirect=True)
+def test_a_medium_that_turns_read_only_is_an_io_error_until_it_turns_back(small: Path, tmp_path: Path) -> None:
+    """The kernel lets it turn only while no file is open to be written: here before the first event."""
+    filler = Filler(small, tmp_path / "destination.db")
+    with filler.outbox:
+        subprocess.run(["mount", "-o", "remount,ro", small.parent], check=True)
+        assert [filler.store(), filler.store()] == [DROPPED["io_error"]] * 2
+        subprocess.run(["mount", "-o", "remount,rw", small.parent], check=True)
+        assert filler.store()
+        assert filler.deliver() == filler.accepted
