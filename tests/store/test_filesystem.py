@@ -114,3 +114,23 @@ def _lives(fd: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_many_processes_may_make_the_directory_at_once(tmp_path: Path) -> None:
+    """Whoever is not the first finds it made, and not that it is a file."""
+    for number in range(20):
+        path = str(tmp_path / f"{number}" / "above" / "outbox")
+        start, children = tmp_path / f"go-{number}", []
+        for _ in range(4):
+            child = os.fork()
+            if child == 0:
+                while not start.exists():
+                    pass
+                try:
+                    RealFilesystem().make_directory(path)
+                except BaseException:
+                    os._exit(1)
+                os._exit(0)
+            children.append(child)
+        start.touch()
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4

@@ -92,14 +92,17 @@ class RealFilesystem:
 
     def make_directory(self, path: str) -> None:
         """Create the directory and what is missing above it, durably and for the owner only."""
+        if os.path.isdir(path):
+            return
         above = os.path.dirname(os.path.abspath(path))
-        if not os.path.lexists(path):
-            if not os.path.lexists(above):
-                self.make_directory(above)
+        if not os.path.lexists(above):
+            self.make_directory(above)
+        try:
             os.mkdir(path, _DIRECTORY_MODE)
-            self.sync_directory(above)  # what is kept in it would be lost with its name
-        elif not os.path.isdir(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        except FileExistsError:
+            if not os.path.isdir(path):  # otherwise another process was quicker
+                raise
+        self.sync_directory(above)  # what is kept in it would be lost with its name
 
     def directory_facts(self, path: str) -> DirectoryFacts | None:
         """What is at `path`, or None; follows links, for an operator may put the directory elsewhere."""
