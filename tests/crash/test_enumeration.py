@@ -204,6 +204,20 @@ def test_what_is_planted_is_found_and_reproduced(plant: Callable[[Patch], None],
     assert not reproduce(text) or "another now" in reproduce(text)
 
 
+def test_what_shows_only_where_a_recovery_is_cut_short_is_found_and_reproduced(monkeypatch: Patch) -> None:
+    """Nothing is written aside in this history, but in the recovery of what it leaves."""
+    looked = Enumeration(Bounds(in_recovery=1))
+    with monkeypatch.context() as patch:
+        what_was_written_aside_stays(patch)
+        looked.check("g")
+        found = looked.violations[0]
+        assert "left behind" in found
+        text = ast.literal_eval(found.partition("reproduce(")[2].removesuffix(")"))
+        assert len(ast.literal_eval(text)["crashes"]) == 2
+        assert reproduce(text) == found.partition("\n")[0]
+    assert not reproduce(text)
+
+
 def test_states_that_differ_in_how_files_are_numbered_only_are_one() -> None:
     """In contents, kinds, order, and in which file belongs to which batch, they are two."""
     one = {f"{PLACE}/sealed-1-a.ndjson": b"1", f"{PLACE}/dead-sealed-1-a.ndjson": b"2"}
