@@ -26,11 +26,12 @@ from multiprocessing import get_context
 from typing import Final, NamedTuple
 
 from pillarbox.store import layout
-from pillarbox.testing.crash import Disk, Op, State, Survivors, Tears
+from pillarbox.testing.crash import NAMES_MAX, Disk, Op, State, Survivors, Tears
 from tests.crash.world import LOCKS, PLACE, STEPS, Account, Outcome, World, problem_of, recover, steps_of
 
 ENDS: Final[Tears] = (1, -1)  # of a write that is torn, with one byte of it there or missing
 STATES_MAX: Final = 200_000  # of a moment; above, so many are chosen
+NAMES_FEW: Final = 6  # unsynced changes of names of a history that was chosen by chance
 SAMPLE: Final = 60  # states of a moment of a history that was chosen by chance
 VIOLATIONS_MAX: Final = 10  # then it ends
 LENGTH_MAX: Final = 14  # steps of a history that is chosen by chance
@@ -152,8 +153,13 @@ class Enumeration:
         if moment.same:
             return list(self._examples.values())
         survivors, bounds = moment.survivors, self.bounds
-        most = SAMPLE if chance else bounds.states_max
-        if survivors.count(bounds.tears) <= most:
+        if chance:
+            # To count them all would take longer than what is looked at of them.
+            most, few = SAMPLE, survivors.unsure <= NAMES_FEW and survivors.count(ENDS) <= SAMPLE
+        else:
+            most = bounds.states_max
+            few = survivors.unsure <= NAMES_MAX and survivors.count(bounds.tears) <= most
+        if few:
             return survivors.states(bounds.tears)
         self.sampled += 1
         chosen = chance or random.Random(moment.at)

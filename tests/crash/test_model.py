@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pillarbox.store.filesystem import Filesystem
-from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Misuse, State, Survivors
+from pillarbox.testing.crash import NAMES_MAX, CrashFilesystem, Disk, Killed, Misuse, State, Survivors
 
 A, B, C = "/d/a", "/d/b", "/d/c"
 
@@ -84,6 +84,18 @@ def test_a_state_by_chance_is_one_of_them_and_each_may_come() -> None:
     states = {tuple(sorted(state.items())) for state in survivors.states()}
     chance = random.Random(1)
     assert {tuple(sorted(survivors.one(chance).items())) for _ in range(2000)} == states
+
+
+def test_more_unsynced_names_than_can_be_told_apart_are_not_enumerated() -> None:
+    """But a state by chance is to be had."""
+    disk, filesystem = machine()
+    for number in range(NAMES_MAX + 1):
+        filesystem.create(f"/d/{number}")
+    survivors = Survivors(disk.trace)
+    assert survivors.unsure == NAMES_MAX + 1
+    with pytest.raises(OverflowError):
+        next(survivors.states())
+    assert len(survivors.one(random.Random(1))) < NAMES_MAX
 
 
 def test_a_torn_file_does_not_tear_another_unless_asked_for() -> None:

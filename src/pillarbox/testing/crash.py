@@ -381,7 +381,7 @@ class _File:
 
 
 Tears = tuple[int, ...]  # at which bytes a write may be torn; negative ones count from its end, empty means at any
-_NAMES_MAX: Final = 16  # unsynced changes of names that are told apart: 65,536 directories
+NAMES_MAX: Final = 16  # unsynced changes of names; of more, which may leave 65,536 directories, only `one` tells
 
 
 class Survivors:
@@ -488,9 +488,14 @@ class Survivors:
             for names in self._directories()
         )
 
+    @property
+    def unsure(self) -> int:
+        """How many changes of names are not durable; each doubles the directories that may be left."""
+        return len(self._unsure)
+
     def _directories(self) -> Iterable[dict[str, int]]:
         """The names that may be there; each different directory once."""
-        if len(self._unsure) > _NAMES_MAX:
+        if len(self._unsure) > NAMES_MAX:
             raise OverflowError(f"{len(self._unsure)} changes of names without a sync of their directory")
         found = {frozenset(self._durable.items()): self._durable}
         for op in self._unsure:
