@@ -227,6 +227,17 @@ def test_a_dead_writers_files_are_adopted_in_the_order_in_which_it_filled_them(p
     assert [Path(place.at(name)).read_bytes() for name in place.sealed()] == [b"1\n", b"2\n", b"9\n", b"10\n", b"11\n"]
 
 
+def test_a_dead_writers_files_are_left_to_whoever_has_the_first_of_them(place: Directory) -> None:
+    """Two that share them would seal them out of order; another writer's are adopted all the same."""
+    for name in (layout.active_name("v", 1), layout.active_name("w", 1), layout.active_name("w", 2)):
+        put(place, name, b"1\n")
+    held = place.take(layout.active_name("w", 1))
+    assert held is not None
+    assert [adopted.found for adopted in place.recover()] == [layout.active_name("v", 1)]
+    place.filesystem.close(held.fd)
+    assert [adopted.found for adopted in place.recover()] == [layout.active_name("w", 1), layout.active_name("w", 2)]
+
+
 def test_what_is_adopted_is_newer_than_what_others_sealed_wherever_the_clock_went(place: Directory, clock: ManualClock) -> None:
     """The stamp follows the newest one that is found."""
     newest = clock.micros() + 10**9

@@ -128,7 +128,7 @@ def test_many_processes_may_make_the_directory_at_once(tmp_path: Path) -> None:
                     pass
                 try:
                     RealFilesystem().make_directory(path)
-                except BaseException:
+                except OSError:
                     os._exit(1)
                 os._exit(0)
             children.append(child)

@@ -275,16 +275,24 @@ class Directory:
         found = sorted((name for name, _ in listing if layout.kind_of(name) in RECOVERABLE), key=layout.by_writer)
         to_seal: list[Taken] = []
         adopted: list[Adopted] = []
+        held: set[str] = set()  # writers of which somebody has a file: that one comes before the others of the same writer
+
+        def renamed(file: Taken, name: str) -> None:
+            adopted.append(Adopted(file.name, name, self.filesystem.size(file.fd)))
+            # At once: whoever delivers and finds it held goes on with the next, and that would be out of order.
+            to_seal.remove(file)
+            self.filesystem.close(file.fd)
+
         try:
             for name in found:
-                taken = self._take_to_recover(name)
-                if taken is not None:
-                    to_seal.append(taken)
+                writer, _ = layout.by_writer(name)
+                if writer not in held and not self._recover_one(name, to_seal):
+                    held.add(writer)
             if to_seal:
                 self.note_stamp(self.account().newest_stamp)  # what others sealed since is older, whatever the clock says
             for index, file in enumerate(to_seal):
                 to_seal[index] = self._made_durable(file)
-            self.seal(to_seal, lambda file, name: adopted.append(Adopted(file.name, name, self.filesystem.size(file.fd))))
+            self.seal(to_seal.copy(), renamed)
         finally:
             for file in to_seal:
                 self.filesystem.close(file.fd)
@@ -304,12 +312,13 @@ class Directory:
             log.error("%s: nor did it take it anew (%s); sealed as it can be read", file.name, error.strerror)  # noqa: TRY400 - the trace says nothing
             return file
 
-    def _take_to_recover(self, name: str) -> Taken | None:
+    def _recover_one(self, name: str, to_seal: list[Taken]) -> bool:
+        """Do with a file what the table says, or have it among those to be sealed; False where another has it."""
         try:
             taken = self.take(name)
         except FileUnusable as error:
             log.warning("left alone: %s", error)
-            return None
+            return True
         lock = Lock.ANOTHER if taken is None else Lock.NOBODY
         try:
             tail = Tail.EMPTY if taken is None else self._tail(taken)
@@ -317,14 +326,17 @@ class Directory:
         except OSError as error:
             log.error("left alone, it cannot be read: %s: %s", name, error)  # noqa: TRY400 - the trace says nothing
             action = Action.LEAVE
-        if taken is None or action is Action.SEAL:
-            return taken
+        if taken is None:
+            return False
+        if action is Action.SEAL:
+            to_seal.append(taken)
+            return True
         try:
             if action is Action.REMOVE:
                 self.remove(name)
         finally:
             self.filesystem.close(taken.fd)
-        return None
+        return True
 
     def _tail(self, taken: Taken) -> Tail:
         size = self.filesystem.size(taken.fd)

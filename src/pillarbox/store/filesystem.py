@@ -293,6 +293,33 @@ def exists(path: str) -> bool:
     return os.path.lexists(path)
 
 
+def link(source: str, target: str) -> None:
+    """Give a file a second name; only `doctor` asks, whether that can be done."""
+    os.link(source, target)
+
+
+def strangers(path: str) -> Iterator[tuple[str, str]]:
+    """Whatever in a directory is not ours to use, and why not; "." is the directory itself. Opens nothing."""
+    me = os.geteuid()
+    found = os.stat(path)
+    if me not in (0, found.st_uid):
+        yield ".", f"belongs to user {found.st_uid}"
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                found = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISLNK(found.st_mode):
+                yield entry.name, "is a symbolic link"
+            elif not stat.S_ISREG(found.st_mode):
+                yield entry.name, "is a directory" if stat.S_ISDIR(found.st_mode) else "is not a regular file"
+            elif found.st_nlink > 1:
+                yield entry.name, "has a second hard link"
+            elif me not in (0, found.st_uid):
+                yield entry.name, f"belongs to user {found.st_uid}"
+
+
 def write_secret(path: str, data: bytes) -> None:
     """A new file that only its owner may read; raises `FileExistsError` where there is one."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
