@@ -1,26 +1,75 @@
-"""Real file systems on loop devices: mounted, cut from their power after the k-th operation, mounted again, and read.
+"""The model against the kernel: a real ext4 or XFS loses its power after the k-th operation of a history.
 
-The shutdown ioctl with "no log flush" leaves on the device what a loss of power would leave, within milliseconds; mounting
-again replays the journal. `need` is how a test says what it wants of the machine.
+A history is the trace of the real code in the simulated world, or of operations by chance. The same operations are done on a
+file system on a loop device; the shutdown ioctl leaves there what a loss of power would leave, within milliseconds, and
+mounting again replays the journal. In between, the kernel is made to write back what nobody asked it to, for it may at any
+time. What survives must be among the states that the model admits; and the real code opens it and delivers what was promised.
+`need` is how a test says what it wants of the machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import ctypes
+import fcntl
+import itertools
+import logging
 import os
+import random
+import shutil
+import struct
 import subprocess
-from collections.abc import Iterator
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final, NamedTuple, Self
+from unittest import mock
 
 import pytest
+
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.layout import Kind
+from pillarbox.testing import ManualClock
+from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State, Survivors
+from tests.crash import world
+from tests.crash.enumeration import LETTERS
+from tests.crash.world import LOCKS, PLACE, Account, Outcome, World, kind_at
+
+MAKERS: Final = {
+    "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard"],
+    "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
+}
+IMAGE_BYTES: Final = 320 * 2**20  # XFS takes no less than 300 MiB; the file is sparse
+STEPS_MAX: Final = 14
+RAW_MAX: Final = 40  # operations of a history that is chosen by chance
+UNSURE_MAX: Final = 12  # changes of names without a sync: so many can be told apart quickly
+_SHUTDOWN: Final = 0x8004587D
+_DROP_LOG, _FLUSH_LOG = 2, 1  # what becomes of the part of the journal that is not written yet
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+
+class Violation(AssertionError):  # noqa: N818 - reads as the sentence it is
+    """The kernel does what the model does not know, or the store broke its word."""
+
+
+class Report(NamedTuple):
+    """What a run did."""
+
+    filesystem: str
+    seed: int
+    cuts: int
+    raw: int  # of histories that are operations by chance
+    distinct: int  # different histories
+    lost_something: int  # cuts after which something was missing
 
 
 def need(*, root: bool = True, devices: tuple[str, ...] = (), commands: tuple[str, ...] = ()) -> None:
     """Skip where the machine lacks something, and fail in CI, where nothing may be lacking."""
     lacking = [device for device in devices if not os.access(device, os.R_OK | os.W_OK)]
-    lacking += [
-        command for command in commands if subprocess.run(["which", command], capture_output=True, check=False).returncode
-    ]
+    lacking += [command for command in commands if shutil.which(command) is None]
     if root and os.geteuid() != 0:
         lacking.append("root")
     if lacking and os.environ.get("CI"):
@@ -39,3 +88,311 @@ def mounted(place: Path, *arguments: str | Path) -> Iterator[Path]:
     finally:
         if subprocess.run(["umount", place], check=False).returncode:  # a test that failed holds files open there
             subprocess.run(["umount", "--lazy", place], check=True)
+
+
+class Medium:
+    """A small file system on a loop device that loses its power when told to."""
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        self.kind = kind
+        self.place = directory / kind
+        self._image = directory / f"{kind}.img"
+        self._device = ""
+
+    def __enter__(self) -> Self:
+        with self._image.open("wb") as file:
+            file.truncate(IMAGE_BYTES)
+        subprocess.run([*MAKERS[self.kind], self._image], check=True, stdout=subprocess.DEVNULL)
+        losetup = subprocess.run(["losetup", "--find", "--show", self._image], check=True, capture_output=True, text=True)
+        self._device = losetup.stdout.strip()
+        self.place.mkdir()
+        try:
+            self._mount()
+        except BaseException:
+            subprocess.run(["losetup", "--detach", self._device], check=True)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if subprocess.run(["umount", self.place], check=False).returncode:
+            subprocess.run(["umount", "--lazy", self.place], check=True)
+        subprocess.run(["losetup", "--detach", self._device], check=True)
+        self._image.unlink()
+
+    def _mount(self) -> None:
+        subprocess.run(["mount", "-t", self.kind, self._device, self.place], check=True)
+
+    def shut_down(self, *, flush_log: bool) -> None:
+        """From now on nothing reaches the device."""
+        fd = os.open(self.place, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, _SHUTDOWN, struct.pack("I", _FLUSH_LOG if flush_log else _DROP_LOG))
+        finally:
+            os.close(fd)
+
+    def come_back(self) -> None:
+        """The power is there again. Nothing may be open any more."""
+        subprocess.run(["umount", self.place], check=True)
+        self._mount()
+
+    def write_back(self) -> None:
+        """The kernel finds the time for everything."""
+        fd = os.open(self.place, os.O_RDONLY)
+        try:
+            if _LIBC.syncfs(fd):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        finally:
+            os.close(fd)
+
+
+class Replay:
+    """Does the operations of a trace on a real file system, in a directory that stands for `PLACE`."""
+
+    def __init__(self, medium: Medium, root: Path, chance: random.Random) -> None:
+        self._medium = medium
+        self._root = root
+        self._chance = chance
+        self._filesystem = RealFilesystem()
+        self._open: dict[int, int] = {}  # inode -> descriptor
+        self._paths: dict[int, str] = {}
+
+    def at(self, path: str) -> str:
+        """The real path."""
+        return path.replace(PLACE, str(self._root), 1)
+
+    def do(self, op: Op) -> None:
+        """One operation, and, now and then, something that only the kernel does."""
+        filesystem, verb = self._filesystem, op.verb
+        if verb == "create":
+            make = filesystem.open_lock if op.path.rpartition("/")[2] in LOCKS else filesystem.create
+            self._open[op.inode] = make(self.at(op.path))
+            self._paths[op.inode] = op.path
+        elif verb == "write":
+            self._write(op)
+        elif verb == "truncate":
+            filesystem.truncate(self._descriptor(op.inode), op.offset)
+        elif verb == "sync_data":
+            filesystem.sync_data(self._descriptor(op.inode))
+        elif verb == "rename":
+            filesystem.rename(self.at(op.path), self.at(op.target))
+            self._paths[op.inode] = op.target
+        elif verb == "unlink":
+            filesystem.unlink(self.at(op.path))
+        elif verb == "sync_directory":
+            filesystem.sync_directory(self.at(op.path))
+        elif verb != "mark":
+            raise Violation(f"cannot be replayed: {verb}")
+        if self._chance.random() < 0.15:
+            self._liberty(op)
+
+    def _descriptor(self, inode: int) -> int:
+        if inode not in self._open:
+            self._open[inode] = os.open(self.at(self._paths[inode]), os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        return self._open[inode]
+
+    def _write(self, op: Op) -> None:
+        fd = self._descriptor(op.inode)
+        if op.path.rpartition("/")[2] in LOCKS:
+            return  # the model leaves them out
+        if os.fstat(fd).st_size != op.offset:
+            raise Violation(f"the replay has come off the trace at {op.path}")
+        self._filesystem.write_all(fd, op.data)
+
+    def _liberty(self, op: Op) -> None:
+        match self._chance.randrange(4):
+            case 0:
+                self._medium.write_back()
+            case 1:  # the journal is written, and with it every name and size; not the data
+                with (self._root.parent / "bystander").open("ab") as file:
+                    file.write(b"x")
+                    file.flush()
+                    os.fsync(file.fileno())
+            case 2:  # data without journal
+                if op.inode in self._open and _LIBC.sync_file_range(self._open[op.inode], 0, 0, 7):
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            case 3:
+                if op.inode in self._open and os.fstat(self._open[op.inode]).st_nlink:
+                    self._filesystem.close(self._open.pop(op.inode))
+
+    def close(self) -> None:
+        """Let go of everything, as the kernel does for the dead."""
+        for fd in self._open.values():
+            self._filesystem.close(fd)
+        self._open.clear()
+
+
+_SIZES: Final = (1, 9, 40, 40, 300, 1500, 4096, 4500)
+
+
+def raw_history(chance: random.Random) -> list[Op]:
+    """Operations by chance on a few files."""
+    disk = Disk()
+    filesystem = CrashFilesystem(disk)
+    filesystem.make_directory(PLACE)
+    numbers = itertools.count(1)
+    letters = itertools.cycle(b"abcdefghijklmnopqrstuvwxyz")
+    opened: dict[str, int] = {}
+    for _ in range(chance.randrange(3, RAW_MAX)):
+        verb = chance.choice(
+            ("create", "write", "write", "write", "truncate", "sync_data", "rename", "unlink", "sync_directory")
+        )
+        if verb == "sync_directory":
+            filesystem.sync_directory(PLACE)
+            continue
+        if not opened or (verb == "create" and len(opened) < 4):
+            path = f"{PLACE}/f{next(numbers)}"
+            opened[path] = filesystem.create(path)
+            continue
+        path = chance.choice(sorted(opened))
+        fd = opened[path]
+        match verb:
+            case "truncate":
+                filesystem.truncate(fd, chance.randrange(filesystem.size(fd) + 1))
+            case "sync_data":
+                filesystem.sync_data(fd)
+            case "rename":
+                target = f"{PLACE}/f{next(numbers)}" if chance.random() < 0.7 else chance.choice(sorted(opened))
+                if target != path:
+                    filesystem.rename(path, target)
+                    del opened[path]
+                    opened[target] = fd
+            case "unlink":
+                filesystem.unlink(path)
+                del opened[path]
+            case _:
+                filesystem.write(fd, bytes([next(letters)]) * chance.choice(_SIZES))
+    return disk.trace
+
+
+def world_history(chance: random.Random) -> tuple[str, list[Op]]:
+    """The real code in the simulated world: the history, and its trace."""
+    history = "".join(
+        chance.choice(LETTERS) + (str(chance.randrange(12)) if chance.random() < 0.1 else "")
+        for _ in range(chance.randrange(1, STEPS_MAX))
+    )
+    simulated = World()
+    simulated.run(history)
+    return history, simulated.disk.trace
+
+
+class Cuts:
+    """Cuts one history after another on a medium."""
+
+    def __init__(self, medium: Medium, seed: int) -> None:
+        self._medium = medium
+        self._seed = seed
+        self._chance = random.Random(seed)
+        self._cuts: Counter[str] = Counter()
+        self._histories: set[str] = set()
+
+    def report(self) -> Report:
+        """The figures so far."""
+        cuts = self._cuts
+        return Report(self._medium.kind, self._seed, cuts["all"], cuts["raw"], len(self._histories), cuts["lost"])
+
+    def once(self) -> None:
+        """One history, one cut."""
+        chance = random.Random(self._chance.randrange(2**64))
+        raw = chance.random() < 0.4
+        history, trace = ("", raw_history(chance)) if raw else world_history(chance)
+        survivors, account = Survivors(ignoring=LOCKS), Account()
+        end = chance.randrange(len(trace) + 1)
+        for at, op in enumerate(trace[:end]):
+            if survivors.unsure > UNSURE_MAX:
+                end = at
+                break
+            account.apply(op, lambda path: survivors.whole().get(path, b""))
+            survivors.apply(op)
+        root = self._root()
+        self._replay(trace[:end], root, chance)
+        state = self._state(root)
+        self._cuts["all"] += 1
+        self._cuts["raw"] += raw
+        self._cuts["lost"] += state != survivors.whole()
+        self._histories.add(history or repr(trace))
+        where = f"{self._medium.kind}, seed {self._seed}, cut {self._cuts['all']}, after operation {end} of {history or trace}"
+        if not survivors.admits(state):
+            raise Violation(f"{where}\nthe model does not admit {state}\nafter\n" + "\n".join(map(str, trace[:end])))
+        if not raw:
+            problem = world.problem_of(state, self._open(root), account, power=True)
+            if problem:
+                raise Violation(f"{where}\n{problem}\nleft was {state}")
+        shutil.rmtree(root)
+
+    def _root(self) -> Path:
+        root = self._medium.place / str(self._cuts["all"])
+        root.mkdir(mode=0o700)
+        self._medium.write_back()
+        return root
+
+    def _replay(self, trace: list[Op], root: Path, chance: random.Random) -> None:
+        replay = Replay(self._medium, root, chance)
+        try:
+            for op in trace:
+                replay.do(op)
+            self._medium.shut_down(flush_log=chance.random() < 0.3)
+        finally:
+            replay.close()
+        self._medium.come_back()
+
+    def _state(self, root: Path) -> State:
+        return {f"{PLACE}/{path.name}": path.read_bytes() for path in sorted(root.iterdir()) if path.name not in LOCKS}
+
+    def _open(self, root: Path) -> Outcome:
+        """The real code on the real file system: opens, delivers, leaves nothing behind."""
+        destination = world.Destination(Disk())
+        filesystem = RealFilesystem()
+        with mock.patch.object(world, "PLACE", str(root)):
+            process = world.Process(
+                filesystem, map("after-{}".format, itertools.count(1)).__next__, ManualClock(), lambda _: None
+            )
+            try:
+                process.start()
+                world.deliver(process.directory, destination)
+                process.sealer.finish()
+            except OSError as error:
+                return Outcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
+            finally:
+                filesystem.close_inherited()
+        kept: set[int] = set()
+        problem = ""
+        for path, data in self._state(root).items():
+            if kind_at(path) in (Kind.DEAD, Kind.CORRUPT):
+                kept |= world.numbers_in(data)
+            elif kind_at(path) is not Kind.SPANS:
+                problem = f"left behind: {path}"
+        return Outcome(tuple(destination.arrived), frozenset(kept), problem)
+
+
+def run(
+    filesystem: str,
+    seconds: float,
+    seed: int,
+    directory: Path,
+    progress: Callable[[Report], None] = lambda _: None,
+) -> Report:
+    """Cut for about `seconds`; raises `Violation` with what led to it."""
+    with Medium(filesystem, directory) as medium:
+        cuts = Cuts(medium, seed)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            cuts.once()
+            progress(cuts.report())
+        return cuts.report()
+
+
+def main() -> None:
+    """The long run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("filesystem", choices=MAKERS)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    chosen = parser.parse_args()
+    print(f"seed {chosen.seed}", flush=True)  # noqa: T201 - it is for people
+    logging.getLogger("pillarbox").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="pillarbox-kernel-") as directory:
+        print(run(chosen.filesystem, chosen.minutes * 60, chosen.seed, Path(directory)))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

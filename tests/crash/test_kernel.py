@@ -1,0 +1,77 @@
+"""A fixed part of the model against the kernel, and that a kernel that does something else would be found."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+
+import pytest
+
+from pillarbox.testing import crash
+from pillarbox.testing.crash import Op
+from tests.crash import kernel
+from tests.crash.world import PLACE
+
+SECONDS = 13.0
+CUTS_MIN = 50
+
+
+@pytest.fixture(autouse=True)
+def machine(caplog: pytest.LogCaptureFixture) -> None:
+    """What it takes; the store's log messages are many."""
+    kernel.need(devices=("/dev/loop-control",), commands=("mkfs.ext4", "mkfs.xfs", "losetup", "mount"))
+    caplog.set_level(logging.CRITICAL, logger="pillarbox")
+
+
+@pytest.mark.parametrize("filesystem", kernel.MAKERS)
+def test_what_survives_a_cut_is_what_the_model_admits_and_the_store_keeps_its_word(filesystem: str, tmp_path: Path) -> None:
+    """After any operation of histories of the real code, and of operations by chance."""
+    report = kernel.run(filesystem, SECONDS, 20262, tmp_path)
+    print(report)  # noqa: T201 - shown where it fails
+    assert report.cuts >= CUTS_MIN
+    assert 0 < report.raw < report.cuts
+    assert report.lost_something > report.cuts // 10
+
+
+def test_a_sync_that_does_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is never told of the syncs that the model knows of."""
+    do = kernel.Replay.do
+    monkeypatch.setattr(kernel.Replay, "do", lambda replay, op: None if op.verb.startswith("sync") else do(replay, op))
+    with pytest.raises(kernel.Violation, match="does not admit"):
+        kernel.run("ext4", SECONDS, 1, tmp_path)
+
+
+def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ext4 writes a file's new size ahead of its data."""
+    after = crash._after
+
+    def without(*arguments: object) -> tuple[set[bytes], set[bytes]]:
+        made, torn = after(*arguments)  # type: ignore[arg-type]
+        return {one for one in made if b"\0" not in one}, {one for one in torn if b"\0" not in one}
+
+    monkeypatch.setattr(crash, "_after", without)
+    with pytest.raises(kernel.Violation, match="does not admit"):
+        kernel.run("ext4", SECONDS, 2, tmp_path)
+
+
+def test_a_machine_that_lacks_something_is_a_reason_to_skip_but_not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the reason names it."""
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"needs /dev/missing, mkfs\.missing"):
+        kernel.need(devices=("/dev/missing",), commands=("mkfs.missing",))
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="CI must have /dev/missing"):
+        kernel.need(devices=("/dev/missing",))
+
+
+def test_a_replay_that_comes_off_its_trace_is_found(tmp_path: Path) -> None:
+    """Or the comparison would be with another history."""
+    with kernel.Medium("ext4", tmp_path) as medium:
+        root = medium.place / "root"
+        root.mkdir()
+        replay = kernel.Replay(medium, root, random.Random(1))
+        replay.do(Op("create", f"{PLACE}/a", 1))
+        with pytest.raises(kernel.Violation, match="come off"):
+            replay.do(Op("write", f"{PLACE}/a", 1, 7, b"x"))
+        replay.close()
