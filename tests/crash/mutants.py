@@ -1,0 +1,574 @@
+"""Mutants of our own code, each with one sync, rename, check, loop, lock or order removed or swapped; and who finds it.
+
+A mutant is a patch of the text of one module. It is applied to a copy of the package, and each harness runs on that copy in a
+process of its own, within bounds that take seconds, until the first violation. A mutant that no harness finds is either no
+defect, and then not in the list, or shows where the harnesses are blind.
+
+    .venv/bin/python -m tests.crash.mutants            all of them, and the table of `docs/mutants.md`
+    .venv/bin/python -m tests.crash.mutants NAME ...   some of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pillarbox
+
+ROOT: Final = Path(__file__).parents[2]
+PACKAGE: Final = ROOT / "src" / "pillarbox"
+AT_ONCE: Final = 2
+SECONDS_MAX: Final = 120.0  # of a harness; the slowest takes a tenth of that on code that is right
+FOUND, UNUSABLE = 10, 11  # exit statuses of a harness, unlike those of an interpreter that fails
+HISTORIES_BY_CHANCE: Final = 300
+EXAMPLES: Final = 1000  # of the state machine
+TORTURE_S: Final = 8.0  # of real processes
+# What is named in no test of a crash but in those of the functions.
+UNIT_TESTS: Final = "tests"
+
+
+# `name [harnesses]: what it breaks`, and a patch of the module that is named above it: lines with - go, those with + come, the
+# others stay. The first and the last line may be parts of one; together they are there exactly once. The harnesses are those
+# that are run on this mutant besides those for all.
+PATCHES: Final = r"""
+@ store/writer.py
+sealed-unsynced: a file gets its sealed name without a sync
+-self._filesystem.sync_data(file.fd)
++final or self._filesystem.sync_data(file.fd)
+answered-unsynced: `power` is answered without a sync
+-self._filesystem.sync_data(file.fd)
++final and self._filesystem.sync_data(file.fd)
+size-after-sync [dropping]: how much is durable is looked up after the sync instead of before
+-            file.synced = size
++            file.synced = file.bytes
+failed-sync-ignored: a failed sync is taken for a good one
+-                self._give_up(file, error)
+-                file.taken = self._directory.write_anew(file.taken, kept(), file.bytes)
+-                file.fd = file.taken.fd
+failed-sync-retried: a file whose sync failed is synced again and trusted
+-                self._give_up(file, error)
+-                file.taken = self._directory.write_anew(file.taken, kept(), file.bytes)
+-                file.fd = file.taken.fd
++                self._filesystem.sync_data(file.fd)
+kept-lines-not-used: what is written anew is what can be read, not what is in memory
+-write_anew(file.taken, kept(), file.bytes)
++write_anew(file.taken, (), file.bytes)
+anew-and-not-entered: the name of a file that was written anew is taken for durable
+-file.entered = file.cut = file.spoilt = False
++file.cut = file.spoilt = False
+cut-not-synced: a synced file off which something was cut is not synced again
+-        file.cut = True  # before, for an interrupt may follow; after, for a sync may come in between
+         self._filesystem.truncate(file.fd, size)
+-        file.cut = True
+spoilt-and-sealed: what was refused and could not be cut off is sealed with the rest
+-            file.spoilt = True
+             self._retire("manual")
+part-not-taken-back: a part of a line stays where a write was short
+-        self._cut(file, filesystem.size(file.fd) - written)
+         written = filesystem.write(file.fd, lines)
+short-write-is-whole: a short write is taken for a whole one
+-self._complete(file, lines, written)
++pass
+short-write-is-whole-when-hot: the same on the hot path
+-w._complete(file, line, written)
++pass
+repair-does-not-cut: a repair leaves the part of a line
+-                    self._cut(file, end)
++                    pass
+failure-not-undone: a part of a line stays where a write failed
+-                self._cut(file, file.bytes)
++                pass
+no-mark-when-hot: an append on the hot path leaves no mark for who interrupts it
+                 limit = w._limit
+-                w._limit = _MARK
+cut-short-not-noted: an append that an exception cuts short leaves its mark for ever
+-                        w._broken = True
++                        pass
+interrupt-appends-to-a-torn-file: a signal handler appends behind a part of a line
+-or not self._ends_whole(file)
++
+retired-forgotten: a file that is swapped out is not handed to the sealer
+-                self.retired.append(self._leaving)
++                pass
+spare-used-twice: a spare stays among the spares when it is used
+-            self._spares.popleft()
++            pass
+         if self._leaving
+max-bytes-ignored: more than `max_bytes` is accepted
+-        if size > self._room - self._file.bytes:
++        if size < 0:
+closed-accepts: a writer that is closed accepts
+-if self._closed or not self._started:
++if not self._started:
+             self._limit
+@ store/sealer.py
+rename-before-sync: a file is synced after it got its sealed name
+-        for file in retired:
+-            self._make_durable(file)
+         done = 0
+
+         def renamed(file: Taken, _name: str) -> None:
+             nonlocal done
++            self._make_durable(retired[done])
+lock-kept-after-sealing: who sealed a file keeps its lock
+-            self._directory.filesystem.close(file.fd)
+
+         try:
+sealed-in-reverse: the newest file is sealed first
+-self._directory.seal([file.taken for file in retired], renamed)
++self._directory.seal([file.taken for file in reversed(retired)], renamed)
+unsealed-forgotten: a file that could not be renamed is forgotten
+-self._writer.forget_oldest(done)
++self._writer.forget_oldest(len(retired))
+spares-not-entered [dropping]: names of spares are taken for durable without a sync
+-self._directory.filesystem.sync_directory(self._directory.path)
++pass
+nothing-adopted-at-start: what the dead left is not adopted before anything of ours is sealed
+-adopted = self._directory.recover()
++adopted: list[object] = []
+@ store/commit.py
+name-not-synced: `power` is answered before the file's name is durable
+-                self._directory.filesystem.sync_directory(self._directory.path)
++                pass
+failed-name-answered: `power` is answered though the sync of the directory has failed
+-failed |= dict.fromkeys(nameless, error)
++pass
+leader-takes-one [kills]: a leader serves nobody but the first
+-left = len(self._queue)  #
++left = min(1, len(self._queue))  #
+two-lead [kills dropping]: who waits leads though another does
+-            if self._leader in self._busy and self._leader != me:
+-                return False
+             self._leader = me
+@ store/directory.py
+sealed-names-not-synced: the directory is not synced after sealing
+-        if done:
+-            self._sync_names()
+failed-names-forgotten: a sync of the directory that failed is not made up for
+-            self._names_unsynced = True
+adopted-unsynced: an adopted file gets its sealed name without a sync
+-            self.filesystem.sync_data(file.fd)
++            pass
+         except OSError as error:
+             log.error("%s: the disk did
+taken-without-lock: a file is taken that another holds
+-                if not self.filesystem.lock(fd):
+-                    break
+taken-by-an-old-name: who takes a file does not look whether the name still means it
+-                if self.filesystem.is_still(fd, path):
+-                    return Taken(name, fd)
++                return Taken(name, fd)
+             except
+created-without-lock: a new file is not locked
+-self.filesystem.lock(fd) and self.filesystem.is_linked(fd)
++self.filesystem.is_linked(fd)
+created-and-removed: who creates a file does not look whether it was removed before it was locked
+-self.filesystem.lock(fd) and self.filesystem.is_linked(fd)
++self.filesystem.lock(fd)
+lock-file-not-locked: several processes deliver, and evict
+-self.filesystem.lock(fd) and self.filesystem.is_still(fd, path)
++self.filesystem.is_still(fd, path)
+aside-name-reused: each attempt to write a file aside uses the same name
+-layout.aside_name(name, self.new_id())
++layout.aside_name(name, "0")
+put-in-place: a file that is to be whole or not at all is written under its own name
+-layout.aside_name(name, self.new_id())
++name
+put-unsynced: a file that was written aside is renamed without a sync
+-            self.filesystem.sync_data(taken.fd)
+             self.filesystem.rename(self.at(aside)
+put-name-not-synced: the name of a file that was written aside is not synced
+         self.filesystem.close(self._write_aside(name, data).fd)
+-        self.filesystem.sync_directory(self.path)
+seal-times-repeat: two files may have the same seal time
+-max(self._last_stamp + 1, self._clock.micros())
++self._clock.micros()
+found-times-ignored: seal times do not start after the newest one found
+-                self._last_stamp = stamp
++                pass
+removed-file-not-rewritten: what was in a file that somebody removed is given up
+-                self.put(name, self.filesystem.read_all(file.fd))
+@ store/recovery.py
+torn-left: a dead writer's file with a torn tail is left alone
+-(Tail.WHOLE, Tail.TORN, Tail.NUL)
++(Tail.WHOLE, Tail.NUL)
+torn-removed: a dead writer's file with a torn tail is removed
++    | {(Kind.ACTIVE, Lock.NOBODY, Tail.TORN): Action.REMOVE}
+     | {(Kind.ASIDE
+empty-sealed: an empty file is sealed
+-Tail.EMPTY): Action.REMOVE
++Tail.EMPTY): Action.SEAL
+aside-left: what was being written aside is left
+-(Kind.ASIDE, Lock.NOBODY, tail): Action.REMOVE
++(Kind.ASIDE, Lock.NOBODY, tail): Action.LEAVE
+@ store/layout.py
+adopted-out-of-order: a writer's tenth file is adopted before its second
+-return (writer, int(number)) if number.isdecimal() else (name, 0)
++return (name, 0)
+@ store/record.py
+checksum-not-verified: a record is taken whatever its checksum says
+-    if envelope.crc is not msgspec.UNSET and
++    if not value and
+@ store/reader.py
+torn-tail-thrown-away: a torn last line is not kept
+-                spans.append(
++                torn or spans.append(
+lines-end-at-carriage-returns: lines end where a carriage return or a form feed is
+-data.split(b"\n")
++data.splitlines()
+quarantine-without-line-feed: damaged bytes are not kept as they stood
+-min(len(line) + 1, len(data) - offset)
++len(line)
+@ store/filesystem.py
+created-over: a new file may be one that is there
+-os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL
++os.O_RDWR | os.O_APPEND | os.O_CREAT
+planted-link-followed: a link under one of our names is followed
+-os.O_NOFOLLOW | os.O_NONBLOCK
++os.O_NONBLOCK
+@ store/capacity.py
+evicted-in-flight: a file is evicted that is being sent
+-            taken = self._directory.take(name)
++            from pillarbox.store.directory import Taken
++            at = self._directory.at(name)
++            taken = Taken(name, self._directory.filesystem.open_existing(at))
+evicted-without-lock: two processes evict at once
+-            return
++            from pillarbox.store.directory import Taken
++            at = self._directory.at(layout.EVICT_LOCK)
++            lock = Taken(at, self._directory.filesystem.open_lock(at))
+         try:
+             self._next_listing
+eviction-makes-no-room: what is evicted is counted as pending
+-self._writer.release(len(data))
++pass
+eviction-unsynced: what is evicted comes back with the power
+-            self._directory.filesystem.sync_directory(self._directory.path)  # or the
++            # or the
+newest-evicted: the newest files are evicted first
+-for name in self._directory.sealed() if
++for name in reversed(self._directory.sealed()) if
+all-evicted: eviction does not end once there is room
+-                if excess_bytes <= 0 and excess_files <= 0:
+-                    break
+@ delivery/worker.py
+removed-before-kept: a file is removed before its dead letters and damaged bytes are kept
++            self._directory.remove(job.file.name)
+             if job.spans:
+                 settlement.keep_damaged
+dead-letters-not-kept: what the destination refuses is gone
+-settlement.keep_dead(self._directory, job.batch.id, job.dead)
++pass
+damaged-bytes-not-kept: damaged bytes are gone
+-settlement.keep_damaged(self._directory, job.batch.id, job.data, job.spans)
++pass
+removals-not-synced: what was delivered comes back with the power
+-        if self._removed_since is not None:
+-            self._sync_names()
+sent-under-a-volatile-name: a file is sent before its name is durable
+         if not found:
+             return found
+-        self._sync_names()
+batch-id-changes: a batch that is sent again has another id
+-Batch(layout.batch_id(file.name),
++Batch(f"{layout.batch_id(file.name)}-{file.fd}",
+unreadable-removed: a file that cannot be read is removed
+                 self._unusable[name] = str(error)
++                self._directory.remove(name)
+settled-unconfirmed: all that is sent is settled where the destination is sure of a part
+-for job in group[:sure]:
++for job in group:
+failure-settled: a file is settled though the destination was not reached
+                 case policy.Wait(seconds, reason):
+-                    await self._hold(reason, seconds)
++                    parts.popleft()
+"""
+
+
+class Mutant(NamedTuple):
+    """A patch of one module."""
+
+    name: str
+    breaks: str
+    module: str  # under src/pillarbox
+    old: str
+    new: str
+    also: list[str]  # harnesses
+
+
+def _mutants(text: str) -> Iterator[Mutant]:
+    for of_module in text.removeprefix("\n").removeprefix("@ ").split("\n@ "):
+        module, _, rest = of_module.partition("\n")
+        for found in _MUTANT.finditer(rest + "\n"):
+            name, also, breaks, patch = found.groups()
+            lines = patch.splitlines()
+            old = "\n".join(line[1:] for line in lines if line[:1] != "+")
+            new = "\n".join(line[1:] for line in lines if line[:1] != "-")
+            yield Mutant(name, breaks, module, old, new, (also or "").split())
+
+
+_MUTANT: Final = re.compile(r"^([\w-]+)(?: \[(.*)\])?: (.*)\n((?:(?:[-+ ].*)?\n)*)", re.MULTILINE)
+MUTANTS: Final = list(_mutants(PATCHES))
+
+
+class Verdict(NamedTuple):
+    """What a harness says of a mutant."""
+
+    found: bool
+    why: str  # the violation
+    seconds: float
+
+
+class Table(NamedTuple):
+    """Mutant by harness; a harness that is not there was not run."""
+
+    verdicts: dict[str, dict[str, Verdict]]
+    seconds: float
+
+    @property
+    def survivors(self) -> list[str]:
+        """Those that nobody finds."""
+        return [name for name, found in self.verdicts.items() if not any(verdict.found for verdict in found.values())]
+
+    def __str__(self) -> str:
+        rows = [["mutant", "what it breaks", "in", *HARNESSES], ["---"] * (3 + len(HARNESSES))]
+        for mutant in MUTANTS:
+            if mutant.name in self.verdicts:
+                verdicts = self.verdicts[mutant.name]
+                row = [mutant.name, mutant.breaks, f"`{mutant.module}`"]
+                rows.append([*row, *(_cell(verdicts.get(harness)) for harness in HARNESSES)])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "not run"
+    return "**found**" if verdict.found else "not found"
+
+
+# The harnesses: each runs in a process of its own, and returns the first violation, or nothing.
+
+
+def _tests(*chosen: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *chosen]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise ImportError(done.stdout + done.stderr)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return "\n".join(failed or ["FAILED"]) if done.returncode else ""
+
+
+def unit_tests() -> str:
+    """What the functions promise, without what the other columns are and what wants real file systems."""
+    left_out = ("tests/store/test_interrupts.py", "tests/store/test_full_disks.py")
+    return _tests("tests/store", "tests/delivery", *(f"--ignore={path}" for path in left_out))
+
+
+def interrupts() -> str:
+    """Signals at every opcode of the writer."""
+    return _tests("tests/store/test_interrupts.py", "-k", "at_any_opcode and not garbage")
+
+
+def enumeration() -> str:
+    """All histories of three steps, the beginnings of some longer ones, and longer ones by chance; and all that a crash leaves."""
+    from tests.crash import faults
+    from tests.crash.enumeration import ENDS, Bounds, Enumeration, Histories, check_by_chance
+
+    looked, histories = Enumeration(Bounds(tears=ENDS, in_recovery=1, states_max=2000)), Histories()
+
+    def found() -> bool:
+        return bool(looked.violations)
+
+    while histories.complete < 3 and histories.check_longer(looked, found):
+        pass
+    for history in faults.HISTORIES:
+        for length in range(4, len(history) + 1):
+            if not found():
+                looked.check(history[:length])
+    most = looked.histories + HISTORIES_BY_CHANCE
+    check_by_chance(looked, 1, lambda: found() or looked.histories >= most)
+    return "".join(looked.violations[:1])
+
+
+def failing_disks() -> str:
+    """Each operation of some histories fails."""
+    from tests.crash import faults
+    from tests.crash.enumeration import ENDS, Bounds, Enumeration
+
+    looked = Enumeration(Bounds(tears=ENDS, states_max=60))
+    for history in faults.HISTORIES:
+        for case in faults.faults_of(history):
+            faults.check(looked, history, case)
+            if looked.violations:
+                return looked.violations[0]
+    return ""
+
+
+def interleavings() -> str:
+    """Two or three processes, as the tests bound it."""
+    from tests.crash.interleave import SCENARIOS, explore
+    from tests.crash.test_interleave import bounds
+
+    for scenario in SCENARIOS:
+        for preemptions, kills in bounds(scenario):
+            if violations := explore(scenario, preemptions, kills).violations:
+                return str(violations[0])
+    return ""
+
+
+def machine() -> str:
+    """The state machine, from a fixed seed."""
+    from tests.crash.machine import torture
+
+    torture(EXAMPLES, 1, shrink=False)
+    return ""
+
+
+def killed() -> str:
+    """Real processes, killed."""
+    from tests.crash import kills
+
+    with tempfile.TemporaryDirectory() as place:
+        kills.run(TORTURE_S, 1, Path(place))
+    return ""
+
+
+def dropped() -> str:
+    """Real processes on a file system that loses what was not synced."""
+    from tests.crash import dropping
+
+    with tempfile.TemporaryDirectory() as place:
+        dropping.run(TORTURE_S, 1, Path(place))
+    return ""
+
+
+HARNESSES: Final[dict[str, Callable[[], str]]] = {
+    "enumeration": enumeration,
+    "faults": failing_disks,
+    "interleave": interleavings,
+    "machine": machine,
+    "interrupts": interrupts,
+    "kills": killed,
+    "dropping": dropped,
+    UNIT_TESTS: unit_tests,
+}
+FOR_ALL: Final = ("enumeration", "faults", "interleave", "machine", UNIT_TESTS)
+
+
+def chosen_for(mutant: Mutant) -> list[str]:
+    """Which harnesses are run on a mutant: interrupts see the writer only, and real processes are for where the others are blind."""
+    interrupted = mutant.module == "store/writer.py"
+    return [name for name in HARNESSES if name in FOR_ALL or name in mutant.also or (interrupted and name == "interrupts")]
+
+
+def patched(mutant: Mutant) -> str:
+    """The module's text with the patch; raises where what it patches is not there exactly once."""
+    text = (PACKAGE / mutant.module).read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.name}: what it patches is {text.count(mutant.old)} times in {mutant.module}")
+    return text.replace(mutant.old, mutant.new)
+
+
+def copied(mutant: Mutant | None, place: Path) -> Path:
+    """A copy of the package, with a mutant or as it is; the folder that it is in."""
+    shutil.copytree(PACKAGE, place / "pillarbox", ignore=shutil.ignore_patterns("__pycache__"))
+    if mutant is not None:
+        (place / "pillarbox" / mutant.module).write_text(patched(mutant))
+    return place
+
+
+def judge(place: Path, harness: str) -> Verdict:
+    """Run a harness on the copy of the package that is in a folder. What never ends is found too."""
+    environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0", "TMPDIR": str(place)}
+    command = [sys.executable, "-m", "tests.crash.mutants", "--on", str(place), "--harness", harness]
+    begin = time.monotonic()
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            return Verdict(found=True, why=f"it does not end within {SECONDS_MAX} s", seconds=time.monotonic() - begin)
+    if process.returncode not in (0, FOUND):
+        raise RuntimeError(f"{harness} does not run: {output[-3000:]}")
+    return Verdict(process.returncode == FOUND, output.strip(), time.monotonic() - begin)
+
+
+def look(mutant: Mutant | None, harnesses: Iterable[str]) -> dict[str, Verdict]:
+    """What harnesses say of a mutant, or of the code as it is."""
+    with tempfile.TemporaryDirectory(prefix="pillarbox-mutant-") as folder:
+        place = copied(mutant, Path(folder))
+        return {harness: judge(place, harness) for harness in harnesses}
+
+
+def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None) -> Table:
+    """Have mutants judged; raises `RuntimeError` where a harness finds something in the code as it is."""
+    chosen = set(names) if names is not None else {mutant.name for mutant in MUTANTS}
+    if unknown := chosen - {mutant.name for mutant in MUTANTS}:
+        raise ValueError(f"no such mutants: {sorted(unknown)}")
+    mutants = [mutant for mutant in MUTANTS if mutant.name in chosen]
+    begin = time.monotonic()
+    needed = {harness for mutant in mutants for harness in chosen_for(mutant)}
+    for harness, verdict in look(None, [harness for harness in HARNESSES if harness in needed]).items():
+        if verdict.found:
+            raise RuntimeError(f"{harness} finds something in the code as it is: {verdict.why}")
+
+    def judged(mutant: Mutant) -> dict[str, Verdict]:
+        verdicts = look(mutant, chosen_for(mutant))
+        if progress is not None:
+            finders = [f"{name} in {verdict.seconds:.1f} s" for name, verdict in verdicts.items() if verdict.found]
+            progress(f"{mutant.name}: {', '.join(finders) or 'SURVIVES'}")
+        return verdicts
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        verdicts = dict(zip([mutant.name for mutant in mutants], pool.map(judged, mutants), strict=True))
+    return Table(verdicts, time.monotonic() - begin)
+
+
+def _be_harness(name: str, place: Path) -> int:
+    """In a process of its own: the exit status."""
+    if not Path(pillarbox.__file__).is_relative_to(place):
+        print(f"this is {pillarbox.__file__}")  # noqa: T201 - to the one that has started it
+        return UNUSABLE
+    if name != UNIT_TESTS:
+        logging.disable(logging.CRITICAL)
+    try:
+        problem = HARNESSES[name]()
+    except (ImportError, NameError, SyntaxError) as error:
+        print(f"a mutant that does not run: {error!r}")  # noqa: T201
+        return UNUSABLE
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
+        problem = f"{type(error).__name__}: {error}"
+    print(problem[:2000])  # noqa: T201
+    return FOUND if problem else 0
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--harness", choices=HARNESSES, help=argparse.SUPPRESS)
+    parser.add_argument("--on", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.harness:
+        return _be_harness(chosen.harness, chosen.on)
+    table = run(chosen.names or None, lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+    print(table)  # noqa: T201 - the report
+    print(f"\n{len(table.verdicts)} mutants in {table.seconds:.0f} s; survivors: {', '.join(table.survivors) or 'none'}")  # noqa: T201
+    return bool(table.survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
