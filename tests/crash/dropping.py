@@ -373,6 +373,7 @@ def main() -> None:
         return
     directory = chosen.directory or Path(tempfile.mkdtemp(prefix="pillarbox-dropping-"))
     print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - it is for people
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which unmounts
     report = run(chosen.minutes * 60, chosen.seed, directory, lambda report: print(report, flush=True), chosen.failing)  # noqa: T201
     print(report, flush=True)  # noqa: T201
 

@@ -18,8 +18,10 @@ import logging
 import os
 import random
 import shutil
+import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -45,9 +47,11 @@ MAKERS: Final = {
 IMAGE_BYTES: Final = 320 * 2**20  # XFS takes no less than 300 MiB; the file is sparse
 STEPS_MAX: Final = 14
 RAW_MAX: Final = 40  # operations of a history that is chosen by chance
+UNSYNCED_MAX: Final = 4  # changes of a file, a large one counting for two: of more there are too many states to compare with
 UNSURE_MAX: Final = 12  # changes of names without a sync: so many can be told apart quickly
 _SHUTDOWN: Final = 0x8004587D
 _DROP_LOG, _FLUSH_LOG = 2, 1  # what becomes of the part of the journal that is not written yet
+_WAIT_WRITE_WAIT: Final = 7  # for `sync_file_range`: from one end of the file to the other
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -139,10 +143,18 @@ class Medium:
         """The kernel finds the time for everything."""
         fd = os.open(self.place, os.O_RDONLY)
         try:
-            if _LIBC.syncfs(fd):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            _check(_LIBC.syncfs(fd))
         finally:
             os.close(fd)
+
+    def write_back_data(self, fd: int) -> None:
+        """The kernel finds the time for a file's data, and not for the journal."""
+        _check(_LIBC.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _WAIT_WRITE_WAIT))
+
+
+def _check(answer: int) -> None:
+    if answer:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class Replay:
@@ -208,8 +220,8 @@ class Replay:
                     file.flush()
                     os.fsync(file.fileno())
             case 2:  # data without journal
-                if op.inode in self._open and _LIBC.sync_file_range(self._open[op.inode], 0, 0, 7):
-                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+                if op.inode in self._open:
+                    self._medium.write_back_data(self._open[op.inode])
             case 3:
                 if op.inode in self._open and os.fstat(self._open[op.inode]).st_nlink:
                     self._filesystem.close(self._open.pop(op.inode))
@@ -232,6 +244,7 @@ def raw_history(chance: random.Random) -> list[Op]:
     numbers = itertools.count(1)
     letters = itertools.cycle(b"abcdefghijklmnopqrstuvwxyz")
     opened: dict[str, int] = {}
+    unsynced: Counter[int] = Counter()
     for _ in range(chance.randrange(3, RAW_MAX)):
         verb = chance.choice(
             ("create", "write", "write", "write", "truncate", "sync_data", "rename", "unlink", "sync_directory")
@@ -245,11 +258,15 @@ def raw_history(chance: random.Random) -> list[Op]:
             continue
         path = chance.choice(sorted(opened))
         fd = opened[path]
+        if unsynced[fd] >= UNSYNCED_MAX:
+            verb = "sync_data"
         match verb:
             case "truncate":
                 filesystem.truncate(fd, chance.randrange(filesystem.size(fd) + 1))
+                unsynced[fd] += 1
             case "sync_data":
                 filesystem.sync_data(fd)
+                unsynced[fd] = 0
             case "rename":
                 target = f"{PLACE}/f{next(numbers)}" if chance.random() < 0.7 else chance.choice(sorted(opened))
                 if target != path:
@@ -260,7 +277,9 @@ def raw_history(chance: random.Random) -> list[Op]:
                 filesystem.unlink(path)
                 del opened[path]
             case _:
-                filesystem.write(fd, bytes([next(letters)]) * chance.choice(_SIZES))
+                size = chance.choice(_SIZES)
+                filesystem.write(fd, bytes([next(letters)]) * size)
+                unsynced[fd] += 1 if size < 1000 else UNSYNCED_MAX // 2
     return disk.trace
 
 
@@ -389,6 +408,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     chosen = parser.parse_args()
     print(f"seed {chosen.seed}", flush=True)  # noqa: T201 - it is for people
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which unmounts
     logging.getLogger("pillarbox").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="pillarbox-kernel-") as directory:
         print(run(chosen.filesystem, chosen.minutes * 60, chosen.seed, Path(directory)))  # noqa: T201

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from pathlib import Path
 
@@ -53,6 +54,26 @@ def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkey
     monkeypatch.setattr(crash, "_after", without)
     with pytest.raises(kernel.Violation, match="does not admit"):
         kernel.run("ext4", SECONDS, 2, tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason="the model does not know it yet")
+@pytest.mark.parametrize("filesystem", kernel.MAKERS)
+def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tmp_path: Path) -> None:
+    """The kernel wipes the rest of the page; where that is written back and the journal is not, it is all that is left."""
+    path = f"{PLACE}/a"
+    trace = [Op("found", path, 1, data=b"x" * 100), Op("truncate", path, 1, 40)]
+    with kernel.Medium(filesystem, tmp_path) as medium:
+        file = medium.place / "a"
+        file.write_bytes(b"x" * 100)
+        medium.write_back()
+        fd = os.open(file, os.O_RDWR)
+        os.ftruncate(fd, 40)
+        medium.write_back_data(fd)
+        medium.shut_down(flush_log=False)
+        os.close(fd)
+        medium.come_back()
+        assert file.read_bytes() == b"x" * 40 + bytes(60)
+    assert crash.Survivors(trace).admits({path: b"x" * 40 + bytes(60)})
 
 
 def test_a_machine_that_lacks_something_is_a_reason_to_skip_but_not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
