@@ -44,6 +44,8 @@ def world_with(meter: Meter) -> World:
     """One whose disk fails as a meter says."""
     world = World(lambda plain: FaultFilesystem(plain, meter))
     world.troubled = lambda: meter.hits > 0
+    # A refused call of which a part is on the disk and cannot be cut off: whoever adopts the file cannot know.
+    world.cuts = all(fault.verb != "truncate" for fault in meter.faults)
     return world
 
 

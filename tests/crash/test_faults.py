@@ -6,7 +6,6 @@ import ast
 import errno
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -22,9 +21,6 @@ from tests.crash.faults import HISTORIES, all_cases, faults_of, pairs_of, reprod
 BOUNDS = Bounds(tears=ENDS, states_max=60)
 FAULTS_MIN = 150  # of a history
 PAIRS_MIN = 4
-NOT_CUT = "what cannot be cut off is sealed without a sync, and a whole line in it arrives though it is refused"
-NOT_SYNCED = "what is cut off after a synced line is not synced before the file gets its sealed name"
-
 Patch = pytest.MonkeyPatch
 
 
@@ -36,13 +32,7 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def marked(wrong: str, reason: str) -> list[Any]:
-    """All histories; those in which the code is known to be wrong, marked."""
-    mark = pytest.mark.xfail(reason=reason)
-    return [pytest.param(history, marks=[mark] if history in wrong.split() else []) for history in HISTORIES]
-
-
-@pytest.mark.parametrize("history", marked("ppsprsd apmc", NOT_SYNCED))
+@pytest.mark.parametrize("history", HISTORIES)
 def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) -> None:
     """Nothing is raised, nothing is lost, no answer is false, and once the disk works again everything is delivered."""
     report = run(BOUNDS, [(history, faults) for faults in faults_of(history)])
@@ -50,7 +40,7 @@ def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) 
     assert report.faults >= FAULTS_MIN
 
 
-@pytest.mark.parametrize("history", marked(" ".join(HISTORIES), NOT_CUT))
+@pytest.mark.parametrize("history", HISTORIES)
 def test_a_part_of_a_write_may_be_there_to_stay(history: str) -> None:
     """The disk is full in the middle of a line, and what it took cannot be cut off."""
     report = run(BOUNDS, [(history, faults) for faults in pairs_of(history)])

@@ -69,6 +69,11 @@ def payload_of(number: int) -> bytes:
     return b'{"n":%d}' % number
 
 
+def rubbish_in(data: bytes) -> set[int]:
+    """The damaged lines that were stored as such."""
+    return {int(found) for found in _RUBBISH.findall(data)}
+
+
 def numbers_in(data: bytes) -> set[int]:
     """The events of records and dead letters, and the damaged lines."""
     return {int(found) for pattern in (_NUMBER, _RUBBISH) for found in pattern.findall(data)}
@@ -99,6 +104,7 @@ class Account:
         self.delivered: set[int] = set()  # known to the destination: may come again, need not
         self.evicted: set[int] = set()
         self.settled: set[int] = set()  # must not come back
+        self.unsure: set[int] = set()  # refused, but may be there
         self.refused: set[int] = set()  # the caller was told so: must never arrive
         self.sealed: dict[str, bytes] = {}  # what each sealed file held when it got its name
         self._evicting = False
@@ -270,6 +276,7 @@ class World:
         self.destination = Destination(self.disk)
         self._operations = 0  # of this step
         self.left: int | None = None  # operations until the process dies
+        self.cuts = True  # whether the disk lets what was refused be cut off
         self.troubled: Callable[[], bool] = lambda: False  # whether the disk has failed, so that a log message may be all
         self._wrap = wrap
         self._number = itertools.count(1).__next__
@@ -357,7 +364,9 @@ class World:
         numbers = [sign * self._number() for _ in range(2 if letter == "m" else 1)]
         lines = [b"rubbish %d\n" % number if letter == "g" else record.line(payload_of(number)) for number in numbers]
         self.disk.mark(("offered", set(numbers)))
-        answer = "acknowledged" if process.writer.append(b"".join(lines), len(numbers)) else "refused"
+        answer = (
+            "acknowledged" if process.writer.append(b"".join(lines), len(numbers)) else "refused" if self.cuts else "unsure"
+        )
         self.disk.mark((answer, set(numbers)))
 
     def _commit(self, process: Process) -> None:
@@ -432,8 +441,10 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
     left = disk.files
     kept: set[int] = set()
     for path, data in left.items():
-        if kind_at(path) in (Kind.DEAD, Kind.CORRUPT):
+        if kind_at(path) is Kind.DEAD:
             kept |= numbers_in(data)
+        elif kind_at(path) is Kind.CORRUPT:
+            kept |= rubbish_in(data)  # an event whose line is damaged is lost
         elif kind_at(path) is not Kind.SPANS:
             problem = f"left behind: {path}"
     return Outcome(arrived, frozenset(kept), problem or _changed(disk.trace))

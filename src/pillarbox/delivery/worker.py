@@ -39,6 +39,7 @@ _jitter = random.SystemRandom().random  # forked processes must not wait in step
 _NOT_YET_S: Final = 0.01  # before a sink that could confirm nothing yet is asked again
 _AHEAD_AFTER_S: Final = 0.001  # a call that takes longer waits for the destination: time to read the next file
 _TAKE_OVER_S: Final = 0.5  # between two looks whether the process that delivers is gone
+_HELD_S: Final = 1.0  # how long to wait for a file that another process has before the next one is sent
 _UNSETTLED_MAX: Final = 3  # settlements that fail in a row: not the files are at fault then, but the disk
 _REMOVED_S: Final = 1.0  # how long a removal may wait for its sync: what power loss brings back is sent again
 CALL_MAX_S: Final = 120.0  # a call to a sink that takes longer is given up and tried again
@@ -115,6 +116,7 @@ class Worker:
         self._confirm_failures = 0
         self._parked: dict[str, tuple[float, int]] = {}  # sent and not settled: when to try again, and how often it was tried
         self._unsettled_in_row = 0
+        self._held: tuple[str, float] | None = None  # the file that another process has, and since when
         self._removed_since: float | None = None  # the first removal that is not synced yet
         self._trouble_confirming: Misconfigured | Retry | None = None
         self._unusable: dict[str, str] = {}
@@ -178,10 +180,10 @@ class Worker:
             if self._directory.recover():
                 log.info("%s: adopted what a writer left that is gone", self._directory.path)
             in_flight = {job.file.name for job in self._unconfirmed}
-            found = self._directory.sealed()
-            if found:
-                self._sync_names()
+            found = self._sealed()
             now = self._clock.monotonic()
+            if self._held is not None and self._held[0] not in found:
+                self._held = None
             self._parked = {name: parked for name, parked in self._parked.items() if name in found} if self._parked else {}
             in_flight |= {name for name, (at, _) in self._parked.items() if at > now}
             self._queue.extend(name for name in found if name not in in_flight)
@@ -202,6 +204,17 @@ class Worker:
         await self._pause(self._pace.interval_s, until=self._work)
         return True
 
+    def _sealed(self) -> list[str]:
+        """The names of the files to send, in order, durable."""
+        found = self._directory.sealed()
+        if not found:
+            return found
+        self._sync_names()
+        # A listing may miss a name that is given while it runs and show one that is given later. One that is made afterwards
+        # shows all that came before what the first one shows.
+        last = found[-1]
+        return [name for name in self._directory.sealed() if name <= last]
+
     async def _drain(self) -> bool:
         """Deliver what is queued; whether anything was sent."""
         progress = False
@@ -210,6 +223,13 @@ class Worker:
             if await self._wait_for_room(window):
                 return True  # the queue is empty, and what was in it is on disk
             job = self._next_job()
+            if self._held is not None and self._clock.monotonic() - self._held[1] < _HELD_S:
+                # Its turn comes before the others': a process that dies lets go of this file in a moment.
+                if job is not None:
+                    self._directory.filesystem.close(job.file.fd)
+                self._forget_queue()
+                await self._pause(_NOT_YET_S)
+                return True
             if job is None:
                 continue
             progress = True
@@ -245,7 +265,7 @@ class Worker:
 
     def _look_ahead(self) -> None:
         """While a batch is on its way, read and prepare the next."""
-        if self._ahead is None and self._queue:
+        if self._ahead is None and self._queue and self._held is None:
             self._ahead = self._load(self._queue.popleft())
             if self._ahead is not None:
                 self._sink.prepare(self._ahead.batch)
@@ -262,7 +282,11 @@ class Worker:
         try:
             file = self._directory.take(name)
             if file is None:
+                if self._held is None or self._held[0] != name:
+                    self._held = (name, self._clock.monotonic())
                 return None
+            if self._held is not None and self._held[0] == name:
+                self._held = None
             try:
                 data = self._directory.filesystem.read_all(file.fd)
             except BaseException:

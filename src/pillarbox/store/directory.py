@@ -214,13 +214,13 @@ class Directory:
             self._last_stamp = max(self._last_stamp + 1, self._clock.micros())
             return layout.sealed_name(self._last_stamp, self._unique)
 
-    def write_anew(self, file: Taken, kept: Iterable[tuple[int, bytes]] = ()) -> Taken:
+    def write_anew(self, file: Taken, kept: Iterable[tuple[int, bytes]] = (), size: int | None = None) -> Taken:
         """Replace a file that this process holds by one of the same name and content, synced, and held likewise.
 
-        Over what can be read goes `kept`: lines in memory, each with its offset. The name is durable once the directory is
-        synced. Raises `OSError`; the file is then as it was.
+        Over what can be read of its first `size` bytes goes `kept`: lines in memory, each with its offset. The name is durable
+        once the directory is synced. Raises `OSError`; the file is then as it was.
         """
-        data = bytearray(self.filesystem.read_all(file.fd))
+        data = bytearray(self.filesystem.read_all(file.fd)[:size])
         for offset, lines in kept:
             data[offset : offset + len(lines)] = lines
         anew = self._write_aside(file.name, bytes(data))

@@ -21,7 +21,7 @@ from zlib import crc32
 
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
-from pillarbox.store.active import NOWHERE, ActiveFile
+from pillarbox.store.active import NOWHERE, ActiveFile, end_of_lines
 from pillarbox.store.record import LINE
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ RETIRED_MAX: Final = 64  # files that wait for their sync; beyond it the active 
 SPARES_MAX: Final = 16  # empty files held ready, each with a descriptor
 _MARK: Final = -1  # an append or a rotation is under way, or was cut short
 _NO_FILE: Final = -2  # there is none yet, or none any more
-_TAIL_BYTES: Final = 64 * 1024  # how much is read at a time to find the last whole line
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -61,7 +60,7 @@ class Mark(NamedTuple):
 class Writer:
     """Appends lines to the active file and swaps files; shared by the threads of a process.
 
-    `wake()` tells the sealer that there is work; it must be re-entrant and quick, for it is called under the lock.
+    `wake()` tells the sealer that there is work; it must be re-entrant and quick: it is called under the lock.
     """
 
     def __init__(self, directory: Directory, limits: Limits, wake: Callable[[], None]) -> None:
@@ -153,12 +152,7 @@ class Writer:
     def append_kept(self, lines: bytes, events: int) -> tuple[Outcome, ActiveFile]:
         """Append whole lines, for a caller that keeps them until they are synced; refusals are its to count."""
         with self.lock:
-            found, self._limit = self._limit, _MARK
-            try:
-                outcome = self._append_slowly(lines, events, found)
-            except BaseException:
-                self._broken |= found != _MARK
-                raise
+            outcome = self.append(lines, events)
             if isinstance(outcome, Dropped):
                 self.dropped[outcome.reason] -= events
             return outcome if outcome is not None else DROPPED["closed"], self._appended_to
@@ -179,7 +173,7 @@ class Writer:
         return self.refuse("closed", events) if self._started else None
 
     def is_entered(self) -> bool:
-        """Whether this thread is in here already: a signal handler must not wait for what it interrupts."""
+        """Whether this thread is in here already."""
         return self.lock._is_owned()  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001 - as `threading.Condition` does
 
     def abandon(self) -> None:
@@ -314,12 +308,17 @@ class Writer:
         """After a short write: take the part back and write the lines again, all or none of them."""
         self._mending = True
         filesystem = self._filesystem
-        filesystem.truncate(file.fd, filesystem.size(file.fd) - written)
+        self._cut(file, filesystem.size(file.fd) - written)
         written = filesystem.write(file.fd, lines)
         if written != len(lines):
-            filesystem.truncate(file.fd, filesystem.size(file.fd) - written)
+            self._cut(file, filesystem.size(file.fd) - written)
             raise OSError(errno.ENOSPC, "the disk takes a part of a line only")
         self._mending = False
+
+    def _cut(self, file: ActiveFile, size: int) -> None:
+        file.cut = True  # before, for an interrupt may follow; after, for a sync may come in between
+        self._filesystem.truncate(file.fd, size)
+        file.cut = True
 
     def _mend(self) -> None:
         """Repair, as the one who does; raises where the disk does not allow it, and then somebody else has to."""
@@ -338,9 +337,9 @@ class Writer:
             file, filesystem = self._file, self._filesystem
             if file.taken is not NOWHERE:
                 size = filesystem.size(file.fd)
-                end = self._end_of_lines(file, size)
+                end = end_of_lines(filesystem, file.fd, size)
                 if end < size:
-                    filesystem.truncate(file.fd, end)
+                    self._cut(file, end)
                 if end > file.bytes:
                     more = filesystem.read_at(file.fd, file.bytes, end - file.bytes).count(b"\n")
                     file.events += more  # no call from here: bytes and events belong together
@@ -349,23 +348,19 @@ class Writer:
         finally:
             self._mending = False
 
-    def _end_of_lines(self, file: ActiveFile, size: int) -> int:
-        """Where the last whole line of a file of so many bytes ends."""
-        while size:
-            start = max(0, size - _TAIL_BYTES)
-            found = self._filesystem.read_at(file.fd, start, size - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            size = start
-        return 0
-
     def _undo(self, error: OSError, events: int) -> Dropped:
-        """After a failed append: leave whole lines; where that fails too, let the file be sealed as it is."""
+        """After a failed append: leave nothing of it; where that fails too, let the file be sealed as it is."""
+        self._mending = True
         try:
-            self._repair()
+            file = self._file
+            if file.taken is not NOWHERE and self._filesystem.size(file.fd) > file.bytes:
+                self._cut(file, file.bytes)
         except OSError:
+            file.spoilt = True
             self._retire("manual")
-        self._mending = self._broken = False
+        finally:
+            self._mending = False
+        self._broken = False
         self._allow()
         return self._refuse(reason_of(error), events)
 
@@ -376,8 +371,7 @@ class Writer:
         if file.events and not file.counted:
             self._count(file)
             self._tell_sealer()
-        # Without a spare the sealer is behind: the file grows to `batch_bytes` rather than that the caller opens another.
-        # It does so too where no further file may begin.
+        # Without a spare, the sealer being behind, the file grows to `batch_bytes`; so too where no further file may begin.
         ready = self._spares and len(self.retired) < RETIRED_MAX and self.files < self.limits.max_files
         if file.events >= self.limits.batch_size and ready:
             self._retire("batch_size")
@@ -469,13 +463,15 @@ class Writer:
         So such a file is retired and written anew: what can be read, and over it what is still in memory, `kept()` as
         (offset, lines). Raises the `OSError` of that. Never called with the lock held: callers append meanwhile.
         """
-        trouble = ""
         with file.syncing:
-            size = file.bytes
-            if file.sealed or file.synced >= size:
+            trouble, size = "", file.bytes
+            cut, file.cut = file.cut, False
+            if file.sealed or (file.synced >= size and not cut):
                 file.sealed |= final
                 return trouble
             try:
+                if file.spoilt:
+                    raise OSError(errno.EIO, "what was refused cannot be cut off")  # noqa: TRY301 - one undoing
                 self._filesystem.sync_data(file.fd)
                 if not final and not self._filesystem.is_linked(file.fd):
                     raise FileNotFoundError(errno.ENOENT, "was removed by somebody", file.taken.name)  # noqa: TRY301 - one undoing
@@ -484,10 +480,11 @@ class Writer:
                 raise
             except OSError as error:
                 trouble = f"{file.taken.name}: the disk did not take it ({error.strerror}); written anew"
+                file.cut = True
                 self._give_up(file, error)
-                file.taken = self._directory.write_anew(file.taken, kept())
+                file.taken = self._directory.write_anew(file.taken, kept(), file.bytes)
                 file.fd = file.taken.fd
-                file.entered = False
+                file.entered = file.cut = file.spoilt = False
                 size = file.bytes
             finally:
                 file.sealed |= final
