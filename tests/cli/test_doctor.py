@@ -1,0 +1,340 @@
+"""`pillarbox doctor`, as a user types it, and its probes on file systems that do not keep what they promise."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.lease import Lease
+from pillarbox.delivery.state import State
+from pillarbox.store import filesystem, layout
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import DirectoryFacts, Filesystem, RealFilesystem
+from pillarbox.store.probe import Finding, Limits, examine
+from pillarbox.testing import ManualClock
+from pillarbox.testing.fault import Fault, FaultFilesystem
+from tests.cli.test_commands import bare, run
+from tests.crash.kernel import mounted, need
+
+LIMITS = Limits(power=False, max_bytes=10**9, max_files=1000, min_free_bytes=0, evicts=False)
+LINE = b"a line\n"
+Found = dict[str, list[tuple[bool, str]]]
+
+
+def by_check(findings: Iterable[Finding]) -> Found:
+    """(ok, text) of each finding, by what was checked."""
+    found: Found = {}
+    for ok, check, text in findings:
+        found.setdefault(check, []).append((ok, text))
+    return found
+
+
+def doctor(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> tuple[int, Found]:
+    done = run("doctor", *arguments, "--json", cwd=cwd, environ=environ)
+    assert done.stderr == b""
+    return done.returncode, by_check(Finding(**finding) for finding in json.loads(done.stdout))
+
+
+def bad(found: Found) -> set[str]:
+    return {check for check, lines in found.items() for ok, _ in lines if not ok}
+
+
+def examined(path: Path, disk: Filesystem | None = None, limits: Limits = LIMITS, clock: ManualClock | None = None) -> Found:
+    """What is found in a directory on a file system of the test's."""
+    made = clock or ManualClock()
+    numbers = itertools.count()
+    return by_check(examine(Directory(str(path), disk or RealFilesystem(), made, lambda: f"{next(numbers)}"), made, limits))
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    """An empty outbox directory."""
+    (tmp_path / "box").mkdir(mode=0o700)
+    return tmp_path / "box"
+
+
+def test_a_good_directory_has_only_good_findings_and_stays_as_it_was(tmp_path: Path) -> None:
+    """Exit code 0, all that was there untouched, and nothing left behind."""
+    run("enqueue", "-d", "box", cwd=tmp_path, stdin=b"".join(map(bare, range(700))))
+    (tmp_path / "box" / "active.ndjson").write_bytes(b"")
+    (tmp_path / "box" / "active-dead-1.ndjson").write_bytes(b"torn")
+    before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "box").iterdir()}
+    code, found = doctor("box", cwd=tmp_path)
+    assert (code, bad(found)) == (0, set())
+    assert {file.name: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "box").iterdir()} == before
+    for check in ("create", "append", "lock", "rename", "sync", "directory sync", "hard link", "remove", "space", "clock"):
+        assert check in found
+    assert re.search(r"takes [\d.]+ ms \(median of \d+\)", found["sync"][0][1])
+
+
+def test_as_text_each_finding_is_a_line(box: Path) -> None:
+    """With ok or BAD in front, and the way out."""
+    box.chmod(0o755)
+    done = run("doctor", "box", "--durability", "process", cwd=box.parent)
+    assert done.returncode == 1
+    lines = done.stdout.decode().splitlines()
+    assert lines[0] == 'box, durability "process"'
+    assert "  BAD  mode: 755 lets other users in, and events may be personal: chmod 700" in lines
+    assert "  ok   lock: flock excludes a second, and is free once closed" in lines
+    assert all(line.startswith(("  ok   ", "  BAD  ")) for line in lines[1:])
+
+
+def test_a_directory_that_is_missing_is_not_made(tmp_path: Path) -> None:
+    """It says what to do; neither is a file in its place touched."""
+    (tmp_path / "file").write_text("mine")
+    assert "mkdir" in doctor("box", cwd=tmp_path)[1]["directory"][0][1]
+    code, found = doctor("file", cwd=tmp_path)
+    assert (code, bad(found)) == (1, {"directory"})
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_a_directory_it_is_a_usage_error(tmp_path: Path) -> None:
+    """Exit code 2; the environment may name it."""
+    assert run("doctor", cwd=tmp_path).returncode == 2
+    assert run("doctor", "box", "--durability", "for ever", cwd=tmp_path).returncode == 2
+    assert doctor(cwd=tmp_path, environ={"PILLARBOX_DIRECTORY": "box"})[0] == 1
+
+
+def test_durability_power_is_refused_in_memory_and_process_is_not(tmp_path: Path) -> None:
+    """On tmpfs, mounted for this."""
+    need(commands=("mount", "umount"))
+    with mounted(tmp_path / "memory", "-t", "tmpfs", "-o", "mode=700,size=10m", "none") as place:
+        assert doctor(place, "--durability", "process", "-c", "p.toml", cwd=settings_file(tmp_path))[0] == 0
+        code, found = doctor(place, "--durability", "power", cwd=tmp_path)
+        assert (code, bad(found)) == (1, {"medium"})
+        assert "tmpfs" in found["medium"][0][1]
+        assert list(place.iterdir()) == []
+
+
+def settings_file(folder: Path) -> Path:
+    (folder / "p.toml").write_text("[outbox]\nmin_free_bytes = 0\n")
+    return folder
+
+
+def test_a_full_volume_is_told_with_the_way_out(tmp_path: Path) -> None:
+    """No probe fits; none is left."""
+    need(commands=("mount", "umount"))
+    with mounted(tmp_path / "full", "-t", "tmpfs", "-o", "mode=700,size=64k", "none") as place:
+        with open(place / "filler", "wb", buffering=0) as filler:
+            while filler.write(b"x" * 4096) == 4096 and filler.tell() < 64 * 1024:
+                pass
+        _, found = doctor(place, cwd=tmp_path)
+        assert "append" in bad(found)
+        assert "make room" in found["append"][0][1]
+        assert [file.name for file in place.iterdir()] == ["filler"]
+
+
+def test_a_read_only_medium_is_told(tmp_path: Path) -> None:
+    """Even root cannot write there."""
+    need(commands=("mount", "umount"))
+    with mounted(tmp_path / "fixed", "-t", "tmpfs", "-o", "ro,mode=700", "none") as place:
+        code, found = doctor(place, cwd=tmp_path)
+        assert (code, bad(found)) == (1, {"directory"})
+
+
+def test_what_is_planted_under_our_names_is_named(box: Path) -> None:
+    """Links, second links, pipes and directories; what has another name is nobody's business."""
+    outside = box.parent / "outside"
+    outside.write_bytes(b"mine")
+    (box / "active-x-1.ndjson").symlink_to(outside)
+    (box / "sealed-1.ndjson").symlink_to("nowhere")
+    (box / "deliver.lock").symlink_to(outside)
+    (box / "dead-x.ndjson").mkdir()
+    os.mkfifo(box / "active.ndjson")
+    (box / "corrupt-x.ndjson").write_bytes(b"")
+    (box / "notes").hardlink_to(box / "corrupt-x.ndjson")
+    (box / "holiday.jpg").symlink_to(outside)
+    code, found = doctor(box, cwd=box.parent)
+    assert (code, bad(found)) == (1, {"names"})
+    texts = sorted(text.partition(",")[0] for _, text in found["names"])
+    assert texts == [
+        "active-x-1.ndjson is a symbolic link",
+        "active.ndjson is not a regular file",
+        "corrupt-x.ndjson has a second hard link",
+        "dead-x.ndjson is a directory",
+        "deliver.lock is a symbolic link",
+        "sealed-1.ndjson is a symbolic link",
+    ]
+    assert outside.read_bytes() == b"mine"
+
+
+def test_of_many_planted_files_the_first_are_named_and_all_are_counted(box: Path) -> None:
+    """Output has a bound."""
+    for number in range(50):
+        (box / f"sealed-{number}.ndjson").symlink_to("nowhere")
+    assert len(examined(box)["names"]) == 21
+    assert examined(box)["names"][-1] == (False, "and 30 more like these")
+
+
+def test_what_belongs_to_another_user_is_told(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory, whose owner may remove what is in it, and files under our names."""
+    (box / "active-x-1.ndjson").write_bytes(b"")
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    found = examined(box)
+    assert f"a file made just now belongs to user {owner}" in found["lock"][0][1]
+    assert f"belongs to user {owner}" in found["owner"][0][1]
+    assert f"active-x-1.ndjson belongs to user {owner}" in found["names"][0][1]
+
+
+def test_a_stamp_in_the_future_means_that_the_clock_stepped_back(box: Path) -> None:
+    """By how much is told."""
+    clock = ManualClock()
+    (box / layout.sealed_name(clock.micros() - 5_000_000, "x")).write_bytes(LINE)
+    assert examined(box, clock=clock)["clock"] == [(True, "the newest sealed file is 5 s old")]
+    clock.step(-3605)
+    ((ok, text),) = examined(box, clock=clock)["clock"]
+    assert (ok, "3,600 s in the future" in text) == (False, True)
+
+
+def test_limits_that_are_reached_are_told(box: Path) -> None:
+    """Bytes, files and room; with eviction, what is given up."""
+    for number in range(7):
+        (box / layout.sealed_name(number, "x")).write_bytes(LINE)
+    full = examined(box, limits=LIMITS._replace(max_bytes=49, max_files=7, min_free_bytes=2**60))
+    assert bad(full) == {"pending bytes", "pending files", "space"}
+    assert "refused" in full["pending bytes"][0][1]
+    assert bad(examined(box, limits=LIMITS._replace(max_bytes=50, max_files=8))) == set()
+    evicting = examined(box, limits=LIMITS._replace(max_bytes=56, max_files=8, evicts=True))
+    assert bad(evicting) == {"pending bytes", "pending files"}
+    assert "given up" in evicting["pending files"][0][1]
+
+
+@pytest.mark.parametrize(
+    ("state", "age_s", "stamp_age_s", "well"),
+    [
+        (None, 0, None, True),
+        (None, 0, 1, True),
+        (None, 0, 60, False),
+        (State("idle"), 1, None, True),
+        (State("idle"), 3600, None, True),
+        (State("idle"), 3600, 60, False),
+        (State("waiting", "503"), 1, 60, True),
+        (State("stopped", "no such table"), 1, 60, False),
+        (State("degraded", "the quarantine cannot be written"), 1, 60, False),
+    ],
+)
+def test_who_delivers_is_told(box: Path, state: State | None, age_s: int, stamp_age_s: int | None, *, well: bool) -> None:
+    """And since when nobody has: that is bad where something waits for it."""
+    now = SystemClock().micros()
+    if stamp_age_s is not None:
+        (box / layout.sealed_name(now - stamp_age_s * 1_000_000, "x")).write_bytes(LINE)
+    if state is not None:
+        clock = ManualClock(now - age_s * 1_000_000)
+        lease = Lease(Directory(str(box), RealFilesystem(), clock), "sqlite:///x.db", clock)
+        assert lease.take()
+        lease.beat(state, 0, "", now=True)
+        lease.release()
+    code, found = doctor(box, cwd=box.parent)
+    assert (code, bad(found)) == ((0, set()) if well else (1, {"deliverer"}))
+    ((_, text),) = found["deliverer"]
+    assert f"{int(stamp_age_s is not None)} sealed files wait" in text
+    if state is not None:
+        assert state.reason in text or age_s > 10
+
+
+class Lying(RealFilesystem):
+    """A file system that does not do what it says, by verb."""
+
+    def __init__(self, lie: str) -> None:
+        super().__init__()
+        self._lie = lie
+
+    def directory_facts(self, path: str) -> DirectoryFacts | None:
+        facts = super().directory_facts(path)
+        return facts if facts is None or self._lie != "medium" else facts._replace(medium="nfs4")
+
+    def create(self, path: str) -> int:
+        if self._lie == "create" and os.path.exists(path):
+            return self.open_lock(path)
+        fd = super().create(path)
+        if self._lie == "append":
+            self.close(fd)
+            fd = self._open(path, os.O_RDWR)
+        return fd
+
+    def lock(self, fd: int) -> bool:
+        return self._lie == "twice" or (self._lie != "never" and super().lock(fd))
+
+    def rename(self, source: str, target: str) -> None:  # type: ignore[override]  # the real one is a function of os
+        if self._lie != "rename":
+            return os.rename(source, target)
+        Path(target).write_bytes(Path(source).read_bytes())
+        return os.unlink(source)
+
+
+@pytest.mark.parametrize(
+    ("lie", "check"),
+    [
+        ("medium", "medium"),
+        ("create", "create"),
+        ("append", "append"),
+        ("twice", "lock"),
+        ("never", "lock"),
+        ("rename", "rename"),
+    ],
+)
+def test_a_file_system_that_does_not_do_what_it_says_is_found(box: Path, lie: str, check: str) -> None:
+    """By trying."""
+    found = examined(box, Lying(lie))
+    assert check in bad(found)
+    assert list(box.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "check"),
+    [
+        ("directory_facts", "directory"),
+        ("create", "create"),
+        ("lock", "lock"),
+        ("write_all", "append"),
+        ("rename", "rename"),
+        ("sync_data", "sync"),
+        ("sync_directory", "directory sync"),
+        ("unlink", "remove"),
+        ("space", "directory"),
+        ("listing", "remove"),
+    ],
+)
+def test_a_verb_that_fails_is_told_with_the_way_out(box: Path, verb: str, check: str) -> None:
+    """And what was made is removed where that is possible."""
+    disk = FaultFilesystem(RealFilesystem(), Fault(verb, 1, errno.EIO, for_good=True))
+    found = examined(box, disk)
+    assert check in bad(found) or "directory" in bad(found)
+    texts = [text for lines in found.values() for ok, text in lines if not ok]
+    assert any("look at the kernel's log" in text for text in texts), texts
+    assert verb in ("unlink", "listing") or list(box.iterdir()) == []
+
+
+def test_a_sync_that_cannot_have_reached_a_disk_is_bad_for_power_only(box: Path) -> None:
+    """A clock that stands still finds every sync too quick."""
+    assert bad(examined(box)) == set()
+    found = examined(box, limits=LIMITS._replace(power=True))
+    assert bad(found) in ({"sync"}, {"medium"})  # the latter where tests run in memory
+
+
+def test_hard_links_that_cannot_be_made_are_only_told(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No promise rests on them."""
+
+    def refuse(source: str, target: str) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(filesystem, "link", refuse)
+    found = examined(box)
+    assert bad(found) == set()
+    assert found["hard link"] == [(True, "cannot be made here (Operation not permitted); nothing needs one")]
+
+
+def test_no_descriptor_is_left_open(box: Path) -> None:
+    """Nor a lock."""
+    disk = RealFilesystem()
+    examined(box, disk)
+    assert disk._opened == set()
