@@ -10,9 +10,15 @@ from pathlib import Path
 
 import msgspec
 
-from bench import accept, drain, scale, spacetimedb
+from bench import accept, drain, power, scale, spacetimedb
 
-MEASUREMENTS = {"accept": accept.measure, "drain": drain.measure, "spacetimedb": spacetimedb.measure, "scale": scale.measure}
+MEASUREMENTS = {
+    "accept": accept.measure,
+    "power": power.measure,
+    "drain": drain.measure,
+    "spacetimedb": spacetimedb.measure,
+    "scale": scale.measure,
+}
 PLACE = Path(__file__).parents[1] / "var" / "bench"
 
 
