@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pillarbox import Enqueued, Outbox
 from pillarbox.store.filesystem import RealFilesystem
-from tests.crash import dropping
+from tests.crash import dropping, kills
 from tests.crash.kernel import need
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,19 @@ def test_unsynced_writes_are_lost_applied_torn_or_sized() -> None:
     file.sync()
     file.cut(None)
     assert bytes(file.data)[1:] == b"B"
+
+
+@pytest.mark.xfail(strict=True, reason="who finds the directory made does not make sure that its name is durable")
+@pytest.mark.parametrize("made", ["outbox", "above"])
+def test_a_directory_whose_maker_died_before_its_sync_is_made_durable_by_the_next(mount: Path, made: str) -> None:
+    """Or all that was acknowledged in it is lost with its name."""
+    (mount / made).mkdir()
+    path = mount / "outbox" if made == "outbox" else mount / made / "outbox"
+    with Outbox(str(path), min_free_bytes=0, durability="power") as outbox:
+        assert outbox.enqueue(kills.make_event(1, 0)) == Enqueued("power")
+    dropping.cut(mount, "all")
+    assert path.is_dir()
+    assert any(b'"1-0"' in found.read_bytes() for found in path.iterdir())
 
 
 _HELD = pytest.mark.xfail(strict=True, reason="a whole line behind NUL bytes goes to quarantine with them")
