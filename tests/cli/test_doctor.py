@@ -338,3 +338,17 @@ def test_no_descriptor_is_left_open(box: Path) -> None:
     disk = RealFilesystem()
     examined(box, disk)
     assert disk._opened == set()
+
+
+def test_interrupted_it_removes_its_files_all_the_same(box: Path) -> None:
+    """In the middle of measuring."""
+
+    class Interrupted(ManualClock):
+        def monotonic(self) -> float:
+            assert list(box.iterdir()) != []
+            raise KeyboardInterrupt
+
+    disk = RealFilesystem()
+    with pytest.raises(KeyboardInterrupt):
+        examined(box, disk, clock=Interrupted())
+    assert (list(box.iterdir()), disk._opened) == ([], set())

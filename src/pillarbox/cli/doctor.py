@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 import typer
 
-from pillarbox.cli.app import ConfigOption, Exit, JsonOption, app, out, require, settings_from
+from pillarbox.cli.app import ConfigOption, Exit, JsonOption, app, out, require, settings_from, stop_on_sigterm
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.store.directory import Directory
@@ -36,6 +36,7 @@ def doctor(
     Safe at any time: it tries locks, renames and syncs on files of its own, doctor-*.probe, which it removes, and locks,
     creates and adopts nothing else.
     """
+    stop_on_sigterm()  # or the probe files would stay
     settings = settings_from(config, directory=directory, durability=durability)
     require(settings, "directory", "DIR")
     findings = _findings(settings, SystemClock())
