@@ -1,9 +1,10 @@
 # make run    take sample data through an outbox into SQLite, and show what arrived
 # make test   everything that must hold: linters, types, tests
 # make bench  the figures in docs/benchmarks.md, measured on this machine
+# make torture MINUTES=10  crash states, faults, kills, cuts and interleavings for so long, then every mutant
 # Each sets up what it needs in .venv. `pip install .` is enough to use the library.
 
-.PHONY: run test bench requirements clean
+.PHONY: run test bench torture requirements clean
 
 run:
 	@tools/environment run
@@ -16,6 +17,11 @@ test:
 bench:
 	@tools/environment test
 	@.venv/bin/python -m bench
+
+MINUTES = 10
+torture:
+	@tools/environment test
+	@.venv/bin/python -m tests.crash --minutes $(MINUTES)
 
 # Pins anew what the .in files and pyproject.toml ask for. Wants uv.
 PIN = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade

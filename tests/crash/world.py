@@ -54,7 +54,9 @@ STEPS: Final = {
 }
 NO: Final = Refusal("no", "negative")
 _NUMBER: Final = re.compile(rb'\{"n":(-?\d+)\}')
-_RECORD: Final = re.compile(rb'\{"event":\{"n":(-?\d+)\},"crc":"[0-9a-f]{8}"\}\n')
+_RECORD: Final = re.compile(
+    rb'^\{"event":\{"n":(-?\d+)\},"crc":"[0-9a-f]{8}"\}\n', re.MULTILINE
+)  # one behind NUL bytes is none
 _RUBBISH: Final = re.compile(rb"rubbish (\d+)\n")
 _AFTER: Final = 10**6  # the number of the event that is appended after a recovery; one more after a recovery of that
 OPERATIONS_MAX: Final = 3000  # of a step on the disk; a few hundred are many

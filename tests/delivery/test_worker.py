@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,7 @@ from pillarbox.errors import SinkUnusable
 from pillarbox.sinks.base import Answer, Batch, Misconfigured, Partly, Refusal, Refused, Retry, Unconfirmed
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import Entry, RealFilesystem
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import wait_until
@@ -230,6 +230,44 @@ def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> No
     drain(worker_for(place, sink))
     assert (sink.calls, left(place)) == ([], [f"{batch}.ndjson"])
     place.filesystem.close(taken.fd)
+
+
+def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory) -> None:
+    """A process that dies, or has just sealed it, has it a little longer than its name shows."""
+    batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
+    held = place.take(f"{batches[0]}.ndjson")
+    assert held is not None
+    sink = RecordingSink()
+    worker = worker_for(place, sink)
+    thread = DeliveryThread(worker)
+    thread.start()
+    assert not worker.idle.wait(0.1)
+    assert sink.calls == []
+    place.filesystem.close(held.fd)
+    assert worker.idle.wait(10)
+    assert sink.calls == batches
+    assert thread.stop(5)
+
+
+class _Hasty(RealFilesystem):
+    """Its first listing of sealed files misses the first, as one may that runs while names are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listings = 0
+
+    def listing(self, path: str) -> Iterator[Entry]:
+        found = sorted(super().listing(path))
+        self.listings += any(entry.name.startswith("sealed-") for entry in found)
+        return (entry for entry in found if self.listings != 2 or not entry.name.startswith("sealed-0000000000000001"))
+
+
+def test_what_a_listing_misses_is_not_overtaken(place: Directory) -> None:
+    """The listing of the recovery is the first, that of the sealed files the second; a third sees them all."""
+    batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
+    sink = RecordingSink()
+    drain(worker_for(Directory(place.path, _Hasty(), SystemClock()), sink))
+    assert sink.calls == batches
 
 
 def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> None:

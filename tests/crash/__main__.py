@@ -1,0 +1,216 @@
+"""`make torture MINUTES=n`: every harness for its share of the time, two at once, and then every mutant.
+
+Prints the seeds and what was looked at, and ends with what a harness has found and what reproduces it. What a harness is
+about, its module says; `docs/guarantees.md` has what came of long runs.
+
+    .venv/bin/python -m tests.crash --minutes 10
+    .venv/bin/python -m tests.crash --stage kills --seconds 60 --seed 7    one of them, as it is run from here
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from tests.crash import dropping, enumeration, faults, interleave, kernel, kills, machine, mutants
+
+RESULT: Final = "RESULT "  # begins the last line of a stage
+TELL_S: Final = 30.0  # between two lines on how it goes
+FOUND: Final = "violations"
+
+Figures = dict[str, int]
+
+
+class Stage(NamedTuple):
+    """A harness, and what part of its lane's time it gets."""
+
+    lane: int
+    share: float
+    run: Callable[[float, int], Figures]
+
+
+def say(text: object) -> None:
+    """To whoever runs it, at once."""
+    print(text, flush=True)  # noqa: T201 - it is run by hand
+
+
+def now_and_then() -> Callable[[object], None]:
+    """Say how it goes, not more often than every half minute."""
+    told = time.monotonic()
+
+    def tell(report: object) -> None:
+        nonlocal told
+        if time.monotonic() - told >= TELL_S:
+            told = time.monotonic()
+            say(report)
+
+    return tell
+
+
+def place(name: str) -> Path:
+    """A folder that stays where something was found in it."""
+    return Path(tempfile.mkdtemp(prefix=f"pillarbox-{name}-"))
+
+
+def states(seconds: float, seed: int) -> Figures:
+    """Every history up to a length and every state that a crash may leave of it, then longer ones by chance."""
+    report = enumeration.run(99, seconds, seed, 1, enumeration.Bounds(in_recovery=2))
+    say(report)
+    figures = {"distinct states": report.distinct, "states checked": report.checked, "left by a recovery": report.in_recovery}
+    return figures | {"histories": report.histories, "all of up to steps": report.complete, FOUND: len(report.violations)}
+
+
+def failing_disks(seconds: float, seed: int) -> Figures:
+    """Each operation of each history fails, followed by the states that a crash may leave."""
+    logging.disable(logging.CRITICAL)
+    end = time.monotonic() + seconds
+    cases = list(faults.all_cases())
+    random.Random(seed).shuffle(cases)
+    report = faults.run(enumeration.Bounds(), cases, lambda: time.monotonic() >= end)
+    say(report)
+    return {"faults": report.faults, "of": len(cases), "states checked": report.checked, FOUND: len(report.violations)}
+
+
+def interleavings(seconds: float, seed: int) -> Figures:
+    """Half of the time with up to three preemptions, half with two and a kill."""
+    logging.disable(logging.CRITICAL)
+    reports = [interleave.run(seconds / 2, seed, preemptions, dead) for preemptions, dead in ((3, 0), (2, 1))]
+    for report in reports:
+        say(report)
+    found = sum(len(report.violations) for report in reports)
+    return {"schedules": sum(report.schedules for report in reports), FOUND: found}
+
+
+def sequences(seconds: float, seed: int) -> Figures:
+    """The state machine; raises with the shortest sequence that fails."""
+    return {"sequences": 500 * machine.run(seconds, seed), FOUND: 0}
+
+
+def killed(seconds: float, seed: int) -> Figures:
+    """Writers and deliverers, killed by kill -9."""
+    report = kills.run(seconds, seed, place("kills"), now_and_then())
+    say(report)
+    return {"kills": report.kills, "events": report.events, "acknowledged": report.acknowledged, FOUND: 0}
+
+
+def dropped(seconds: float, seed: int) -> Figures:
+    """The same on a file system that forgets what was not synced."""
+    report = dropping.run(seconds, seed, place("dropping"), now_and_then())
+    say(report)
+    return {"kills": report.kills, "cuts": report.rounds, "events": report.events, FOUND: 0}
+
+
+def cut(seconds: float, seed: int) -> Figures:
+    """Real file systems, and whether the model has what is left of them."""
+    figures: Counter[str] = Counter()
+    for filesystem in ("ext4", "xfs"):
+        report = kernel.run(filesystem, seconds / 2, seed, place(filesystem), now_and_then())
+        say(report)
+        figures[f"cuts of {filesystem}"] = report.cuts
+    return {**figures, FOUND: 0}
+
+
+STAGES: Final = {
+    "states": Stage(0, 1.0, states),
+    "kills": Stage(1, 0.34, killed),
+    "dropping": Stage(1, 0.16, dropped),
+    "interleave": Stage(1, 0.18, interleavings),
+    "machine": Stage(1, 0.1, sequences),
+    "faults": Stage(1, 0.12, failing_disks),
+    "kernel": Stage(1, 0.1, cut),
+}
+
+
+def run_stage(name: str, seconds: float, seed: int) -> Figures:
+    """A stage, in a process of its own; raises where it finds something, or ends otherwise than it should."""
+    command = [sys.executable, "-m", "tests.crash", "--stage", name, "--seconds", f"{seconds:.0f}", "--seed", str(seed)]
+    say(f"{name}: {seconds:.0f} s, seed {seed}")
+    figures: Figures | None = None
+    environment = os.environ | {"PYTHONHASHSEED": "0"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(RESULT):
+                figures = json.loads(line.removeprefix(RESULT))
+            else:
+                say(f"{name}: {line.rstrip()}")
+    if figures is None or figures.pop(FOUND):
+        raise SystemExit(f"{name} with seed {seed} has found something, see above; again: {' '.join(command)}")
+    return figures
+
+
+def run_lane(lane: int, seconds: float, seed: int) -> dict[str, Figures]:
+    """The stages of a lane, one after another."""
+    mine = {name: stage for name, stage in STAGES.items() if stage.lane == lane}
+    return {name: run_stage(name, seconds * stage.share, seed) for name, stage in mine.items()}
+
+
+def finder(mutant: mutants.Mutant) -> str:
+    """The first harness that finds a mutant; empty if none does."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = mutants.copied(mutant, Path(folder))
+        for harness in mutants.chosen_for(mutant):
+            if mutants.judge(copy, harness).found:
+                return harness
+    return ""
+
+
+def run_mutants() -> Figures:
+    """Every mutant, until somebody finds it."""
+    survivors: list[str] = []
+    saying = threading.Lock()
+
+    def judge(mutant: mutants.Mutant) -> None:
+        found_by = finder(mutant)
+        with saying:
+            say(f"mutant {mutant.name}: {f'found by {found_by}' if found_by else 'SURVIVES'}")
+            if not found_by:
+                survivors.append(mutant.name)
+
+    with ThreadPoolExecutor(mutants.AT_ONCE) as pool:
+        list(pool.map(judge, mutants.MUTANTS))
+    if survivors:
+        raise SystemExit(f"nobody finds {', '.join(survivors)}")
+    return {"mutants": len(mutants.MUTANTS), "found": len(mutants.MUTANTS)}
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0, help="for the harnesses; the mutants come on top")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
+    parser.add_argument("--no-mutants", action="store_true")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.stage:
+        say(RESULT + json.dumps(STAGES[chosen.stage].run(chosen.seconds, chosen.seed)))
+        return
+    say(f"torture: {chosen.minutes:g} minutes, seed {chosen.seed}")
+    lanes = sorted({stage.lane for stage in STAGES.values()})
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        results = pool.map(lambda lane: run_lane(lane, chosen.minutes * 60, chosen.seed), lanes)
+        figures = {name: found for lane in results for name, found in lane.items()}
+    if not chosen.no_mutants:
+        figures["mutants"] = run_mutants()
+    say("")
+    for name, found in figures.items():
+        say(f"{name:<11} {', '.join(f'{value:,} {what}' for what, value in found.items())}")
+    say("0 lost, 0 invented, 0 failures to open")
+
+
+if __name__ == "__main__":
+    main()
