@@ -542,10 +542,8 @@ def look(mutant: Mutant | None, harnesses: Iterable[str]) -> dict[str, Verdict]:
 
 def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None) -> Table:
     """Have mutants judged; raises `RuntimeError` where a harness finds something in the code as it is."""
-    chosen = set(names) if names is not None else {mutant.name for mutant in MUTANTS}
-    if unknown := chosen - {mutant.name for mutant in MUTANTS}:
-        raise ValueError(f"no such mutants: {sorted(unknown)}")
-    mutants = [mutant for mutant in MUTANTS if mutant.name in chosen]
+    named = {mutant.name: mutant for mutant in MUTANTS}
+    mutants = MUTANTS if names is None else [named[name] for name in names]
     begin = time.monotonic()
     needed = {harness for mutant in mutants for harness in chosen_for(mutant)}
     for harness, verdict in look(None, [harness for harness in HARNESSES if harness in needed]).items():
