@@ -130,7 +130,6 @@ def test_unsynced_writes_are_lost_applied_torn_or_sized() -> None:
     assert bytes(file.data)[1:] == b"B"
 
 
-@pytest.mark.xfail(strict=True, reason="who finds the directory made does not make sure that its name is durable")
 @pytest.mark.parametrize("made", ["outbox", "above"])
 def test_a_directory_whose_maker_died_before_its_sync_is_made_durable_by_the_next(mount: Path, made: str) -> None:
     """Or all that was acknowledged in it is lost with its name."""
@@ -143,10 +142,7 @@ def test_a_directory_whose_maker_died_before_its_sync_is_made_durable_by_the_nex
     assert any(b'"1-0"' in found.read_bytes() for found in path.iterdir())
 
 
-_HELD = pytest.mark.xfail(strict=True, reason="a whole line behind NUL bytes goes to quarantine with them")
-
-
-@pytest.mark.parametrize("failing", [0.0, pytest.param(0.05, marks=_HELD)])
+@pytest.mark.parametrize("failing", [0.0, 0.05])
 def test_what_was_acknowledged_under_power_survives_kills_and_cuts(tmp_path: Path, failing: float) -> None:
     """Where syncs fail, too; in a process of its own, for a parent with threads must not fork."""
     need(devices=("/dev/fuse",))

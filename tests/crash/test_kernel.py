@@ -56,7 +56,6 @@ def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkey
         kernel.run("ext4", SECONDS, 2, tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="the model does not know it yet")
 @pytest.mark.parametrize("filesystem", kernel.MAKERS)
 def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tmp_path: Path) -> None:
     """The kernel wipes the rest of the page; where that is written back and the journal is not, it is all that is left."""

@@ -72,7 +72,7 @@ def taken_without_a_lock(patch: pytest.MonkeyPatch) -> None:
 
 
 def adopted_by_nobody(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Directory, "_take_to_recover", lambda *_: None)
+    patch.setattr(Directory, "_recover_one", lambda *_: True)
 
 
 def put_under_other_names(patch: pytest.MonkeyPatch) -> None:

@@ -78,3 +78,12 @@ def test_the_reader_gives_way_every_fifty_lines() -> None:
 def test_an_empty_file_holds_nothing() -> None:
     """And is no damage."""
     assert read(b"") == reader.Contents([], [])
+
+
+def test_a_record_behind_nul_bytes_is_one() -> None:
+    """NUL bytes may stand where whole lines stood, their line feeds included; they alone are set aside."""
+    good, other = record.line(b"1"), record.line(b"2")
+    contents = reader.read(good + b"\0" * 20 + other, lambda: None)
+    assert contents.payloads == [b"1", b"2"]
+    assert [(span.offset, span.length) for span in contents.spans] == [(len(good), 20)]
+    assert reader.read(b"\0" * 20 + other[:-3], lambda: None).payloads == []

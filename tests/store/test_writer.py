@@ -480,3 +480,15 @@ def test_a_sync_of_the_directory_that_failed_after_sealing_is_done_again(tmp_pat
     assert (line.sealed, filesystem.synced) == ([None], 1)
     line.sealer.step()
     assert filesystem.synced == 1
+
+
+def test_a_spare_that_comes_after_a_file_with_a_higher_number_is_not_used(place: Directory, clock: ManualClock) -> None:
+    """A caller made that one meanwhile; adoption goes by number."""
+    line = Line(place, clock, batch_bytes=3 * len(LINE))
+    late = line.writer.new_file()
+    line.append(1)
+    assert line.writer.give_spares([late]) == [late]
+    later = line.writer.new_file()
+    assert line.writer.give_spares([later]) == []
+    for file in (late, later):
+        place.filesystem.close(file.fd)

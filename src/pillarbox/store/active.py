@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Final, Literal
 
+from pillarbox.store import layout
 from pillarbox.store.directory import Taken
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class ActiveFile:
         "entered",
         "events",
         "fd",
+        "number",
         "reason",
         "sealed",
         "spoilt",
@@ -37,6 +39,7 @@ class ActiveFile:
     def __init__(self, taken: Taken, *, entered: bool = False) -> None:
         self.taken = taken
         self.fd = taken.fd
+        self.number = layout.by_writer(taken.name)[1]  # a writer's files are filled in this order
         self.syncing = threading.Lock()  # held while it is synced, replaced, or closed, by its last user
         self.synced = 0  # bytes that are known to be durable
         self.cut = False  # something behind them was cut off since: without a sync it may be there again

@@ -91,18 +91,17 @@ class RealFilesystem:
         self._opened: set[int] = set()  # what a forked child must close, lest it keeps its parent's locks alive
 
     def make_directory(self, path: str) -> None:
-        """Create the directory and what is missing above it, durably and for the owner only."""
-        if os.path.isdir(path):
-            return
-        above = os.path.dirname(os.path.abspath(path))
-        if not os.path.lexists(above):
-            self.make_directory(above)
-        try:
-            os.mkdir(path, _DIRECTORY_MODE)
-        except FileExistsError:
-            if not os.path.isdir(path):  # otherwise another process was quicker
-                raise
-        self.sync_directory(above)  # what is kept in it would be lost with its name
+        """Have the directory and what is missing above it, durably and for the owner only.
+
+        The names of those that are there are synced too, up to the mount point: whoever made them may have died before that,
+        and what is kept in the directory would be lost with its name.
+        """
+        place = os.path.abspath(path)
+        _make(place)
+        while not os.path.ismount(place):
+            place = os.path.dirname(place)
+            with contextlib.suppress(PermissionError):  # not ours to make durable
+                self.sync_directory(place)
 
     def directory_facts(self, path: str) -> DirectoryFacts | None:
         """What is at `path`, or None; follows links, for an operator may put the directory elsewhere."""
@@ -240,6 +239,19 @@ class RealFilesystem:
         """What is left on the volume that `path` is on."""
         found = os.statvfs(path)
         return Space(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
+
+
+def _make(path: str) -> None:
+    if os.path.isdir(path):
+        return
+    above = os.path.dirname(path)
+    if not os.path.lexists(above):
+        _make(above)
+    try:
+        os.mkdir(path, _DIRECTORY_MODE)
+    except FileExistsError:
+        if not os.path.isdir(path):  # otherwise another process was quicker
+            raise
 
 
 def medium_of(path: str) -> str:

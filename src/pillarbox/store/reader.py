@@ -1,7 +1,7 @@
 """A sealed file's bytes -> good records and damaged spans. Pure, but that it gives way.
 
-Lines end at a line feed only; blank ones are skipped. A last line without its line feed is judged like any other: one that is
-a whole record is one, for no proper beginning of a record is a record.
+Lines end at a line feed only; blank ones are skipped, and a record behind NUL bytes is one. A last line without its line feed
+is judged like any other: one that is a whole record is one, for no proper beginning of a record is a record.
 """
 
 from __future__ import annotations
@@ -34,6 +34,20 @@ class Contents(msgspec.Struct, frozen=True):
     spans: list[Span]
 
 
+def _behind_nul(line: bytes) -> tuple[int, bytes] | None:
+    """Where in a line a whole record begins behind NUL bytes, and its payload.
+
+    The loss of power, or a sync that fails, may leave NUL bytes where whole lines stood, the line feed of the last among them.
+    """
+    begin = line.rfind(b"\0") + 1
+    if not begin:
+        return None
+    try:
+        return begin, record.payload(line[begin:])
+    except Damaged:
+        return None
+
+
 def read(data: bytes, give_way: Callable[[], None]) -> Contents:
     """Tell the good lines of a file from the damaged ones."""
     payloads: list[bytes] = []
@@ -47,6 +61,10 @@ def read(data: bytes, give_way: Callable[[], None]) -> Contents:
                 payloads.append(record.payload(line))
             except Damaged as damage:
                 length = min(len(line) + 1, len(data) - offset)
+                behind = _behind_nul(line)
+                if behind is not None:
+                    payloads.append(behind[1])
+                    length = behind[0]
                 torn = offset + len(line) == len(data)
                 spans.append(Span(offset, length, f"torn: {damage.reason}" if torn else damage.reason))
         offset += len(line) + 1

@@ -177,7 +177,8 @@ class Sealer:
             trouble, entered = str(error), False
         # At once, here and below: a caller of `enqueue` in its system call holds the writer's lock, and both sides pay.
         if spares:
-            self._writer.give_spares(spares, entered=entered)
+            for file in self._writer.give_spares(spares, entered=entered):
+                self._remove_empty(file)
         return trouble
 
     def finish(self) -> None:
@@ -187,6 +188,8 @@ class Sealer:
             self._seal_retired()
         except OSError as error:
             log.error("%s: not sealed at the end, the next start adopts it: %s", self._directory.path, error)  # noqa: TRY400 - the trace says nothing
+            for left in self._writer.waiting():  # whoever adopts it may be in this process
+                self._directory.filesystem.close(left.taken.fd)
         for file in empty:
             self._remove_empty(file)
 

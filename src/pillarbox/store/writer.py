@@ -431,11 +431,14 @@ class Writer:
                 return 0
             return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
 
-    def give_spares(self, files: Iterable[Taken], *, entered: bool = False) -> None:
-        """Have more files ready; `entered` where their names are durable."""
+    def give_spares(self, files: Iterable[Taken], *, entered: bool = False) -> list[Taken]:
+        """Have more files ready; `entered` where their names are durable. Returns those that come after a higher number."""
         spares = [ActiveFile(taken, entered=entered) for taken in files]
         with self.lock:
-            self._spares.extend(spares)
+            # A caller that found none has made one since: adoption, by number, would turn their order around.
+            newest = max(file.number for file in (self._file, *self.retired))
+            self._spares.extend(file for file in spares if file.number > newest)
+            return [file.taken for file in spares if file.number < newest]
 
     def rotate(self, reason: SealReason) -> bool:
         """Retire the active file if it holds anything; False in the middle of an append, which must find its file."""

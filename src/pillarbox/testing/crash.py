@@ -6,9 +6,10 @@ that moment may leave.
 
 DATA. Each write since the file's last `sync_data` is lost, applied, or sized only (the file is as long as if it had been
 written, with NUL bytes there), each for itself, in whatever order. At most one write of a file is torn, at any byte: of the
-data or of the NUL bytes only a beginning is there, or a beginning of the data and then NUL bytes to its end. A write that is
-there behind one that is lost leaves NUL bytes in the gap. Each truncation is applied or not. `sync_data` makes the file's
-data durable and nothing else, least of all its name.
+data or of the NUL bytes only a beginning is there, or a beginning of the data and then NUL bytes to its end. A write that
+is there behind one that is lost leaves NUL bytes in the gap. Each truncation is applied or not, or leaves the old size and
+NUL bytes from the cut to the end of its page. `sync_data` makes the file's data durable and nothing else, least of all its
+name.
 
 FAILED SYNCS. What is not durable in a file when `sync_data` fails on it is doomed: lost, sized, torn or there, whatever later
 syncs answer, for a kernel forgets what it could not write. What is written afterwards is like any other write.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from random import Random
 
 _NUL: Final = b"\0"
+_PAGE: Final = 4096
 _SPACE: Final = Space(2**40, 2**41)
 _FACTS: Final = DirectoryFacts(is_directory=True, mode=0o700, usable=True, medium="memory")
 
@@ -551,7 +553,10 @@ def _after(change: _Change, whole: set[bytes], torn: set[bytes], tears: Tears) -
         return made, made_torn
     made |= whole
     made_torn |= torn
-    if not change.cuts:
+    if change.cuts:
+        made |= {_wiped(content, offset) for content in whole}
+        made_torn |= {_wiped(content, offset) for content in torn}
+    else:
         end = offset + len(data)
         made |= {content.ljust(end, _NUL) for content in whole}
         made_torn |= {content.ljust(end, _NUL) for content in torn}
@@ -560,6 +565,12 @@ def _after(change: _Change, whole: set[bytes], torn: set[bytes], tears: Tears) -
                 part = _put(content, offset, data[:at])
                 made_torn |= {part, part.ljust(end, _NUL), content.ljust(offset + at, _NUL)}
     return made, made_torn
+
+
+def _wiped(content: bytes, offset: int) -> bytes:
+    """What a truncation leaves that wiped the rest of its page in memory, and of which only that page reached the disk."""
+    end = min(len(content), -(-offset // _PAGE) * _PAGE)
+    return content[:offset] + bytes(max(0, end - offset)) + content[max(offset, end) :]
 
 
 def _tears(size: int, tears: Tears) -> Sequence[int]:
