@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from pillarbox.outcome import Durability
 
-ROUNDS = 5
+ROUNDS = 9
 THREADS = 64
 COROUTINES = 1000
 GOAL = 0.7
-SYNCS = 1000  # of the lone loop, a round
+SYNCS = 500  # of the lone loop, a round
 now = time.perf_counter
 
 
@@ -114,7 +114,7 @@ def coroutines(outbox: Outbox, each: int) -> float:
 
 def measure(place: Path, quick: bool) -> None:
     """Print the rates and what part they are of what can be had."""
-    seconds, each, rounds = (0.5, 10, 3) if quick else (2.0, 50, ROUNDS)
+    seconds, each, rounds = (0.5, 10, 3) if quick else (1.0, 30, ROUNDS)
     print(f"\npower: {rounds} rounds, in turn; events a second, medians")
 
     def once() -> Round:
