@@ -492,3 +492,18 @@ def test_a_spare_that_comes_after_a_file_with_a_higher_number_is_not_used(place:
     assert line.writer.give_spares([later]) == []
     for file in (late, later):
         place.filesystem.close(file.fd)
+
+
+def test_where_the_end_cannot_seal_the_next_start_in_the_same_process_does(place: Directory, clock: ManualClock) -> None:
+    """What stays locked would be nobody's."""
+    line = Line(place, clock)
+    line.append(2)
+
+    def refuse(_source: str, _target: str) -> None:
+        raise OSError(errno.EDQUOT, "over quota")
+
+    place.filesystem.rename = refuse  # type: ignore[method-assign,assignment]
+    line.sealer.finish()
+    del place.filesystem.rename
+    assert len(place.recover()) == 1
+    assert line.lines() == {"sealed": 2}
