@@ -67,7 +67,7 @@ def test_a_good_directory_has_only_good_findings_and_stays_as_it_was(tmp_path: P
     (tmp_path / "box" / "active.ndjson").write_bytes(b"")
     (tmp_path / "box" / "active-dead-1.ndjson").write_bytes(b"torn")
     before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "box").iterdir()}
-    code, found = doctor("box", cwd=tmp_path)
+    code, found = doctor("-d", "box", cwd=tmp_path)
     assert (code, bad(found)) == (0, set())
     assert {file.name: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "box").iterdir()} == before
     for check in ("create", "append", "lock", "rename", "sync", "directory sync", "hard link", "remove", "space", "clock"):
@@ -78,7 +78,7 @@ def test_a_good_directory_has_only_good_findings_and_stays_as_it_was(tmp_path: P
 def test_as_text_each_finding_is_a_line(box: Path) -> None:
     """With ok or BAD in front, and the way out."""
     box.chmod(0o755)
-    done = run("doctor", "box", "--durability", "process", cwd=box.parent)
+    done = run("doctor", "-d", "box", "--durability", "process", cwd=box.parent)
     assert done.returncode == 1
     lines = done.stdout.decode().splitlines()
     assert lines[0] == 'box, durability "process"'
@@ -90,8 +90,8 @@ def test_as_text_each_finding_is_a_line(box: Path) -> None:
 def test_a_directory_that_is_missing_is_not_made(tmp_path: Path) -> None:
     """It says what to do; neither is a file in its place touched."""
     (tmp_path / "file").write_text("mine")
-    assert "mkdir" in doctor("box", cwd=tmp_path)[1]["directory"][0][1]
-    code, found = doctor("file", cwd=tmp_path)
+    assert "mkdir" in doctor("-d", "box", cwd=tmp_path)[1]["directory"][0][1]
+    code, found = doctor("-d", "file", cwd=tmp_path)
     assert (code, bad(found)) == (1, {"directory"})
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
@@ -99,7 +99,7 @@ def test_a_directory_that_is_missing_is_not_made(tmp_path: Path) -> None:
 def test_without_a_directory_it_is_a_usage_error(tmp_path: Path) -> None:
     """Exit code 2; the environment may name it."""
     assert run("doctor", cwd=tmp_path).returncode == 2
-    assert run("doctor", "box", "--durability", "for ever", cwd=tmp_path).returncode == 2
+    assert run("doctor", "-d", "box", "--durability", "for ever", cwd=tmp_path).returncode == 2
     assert doctor(cwd=tmp_path, environ={"PILLARBOX_DIRECTORY": "box"})[0] == 1
 
 
@@ -107,8 +107,8 @@ def test_durability_power_is_refused_in_memory_and_process_is_not(tmp_path: Path
     """On tmpfs, mounted for this."""
     need(commands=("mount", "umount"))
     with mounted(tmp_path / "memory", "-t", "tmpfs", "-o", "mode=700,size=10m", "none") as place:
-        assert doctor(place, "--durability", "process", "-c", "p.toml", cwd=settings_file(tmp_path))[0] == 0
-        code, found = doctor(place, "--durability", "power", cwd=tmp_path)
+        assert doctor("-d", place, "--durability", "process", "-c", "p.toml", cwd=settings_file(tmp_path))[0] == 0
+        code, found = doctor("-d", place, "--durability", "power", cwd=tmp_path)
         assert (code, bad(found)) == (1, {"medium"})
         assert "tmpfs" in found["medium"][0][1]
         assert list(place.iterdir()) == []
@@ -126,7 +126,7 @@ def test_a_full_volume_is_told_with_the_way_out(tmp_path: Path) -> None:
         with open(place / "filler", "wb", buffering=0) as filler:
             while filler.write(b"x" * 4096) == 4096 and filler.tell() < 64 * 1024:
                 pass
-        _, found = doctor(place, cwd=tmp_path)
+        _, found = doctor("-d", place, cwd=tmp_path)
         assert "append" in bad(found)
         assert "make room" in found["append"][0][1]
         assert [file.name for file in place.iterdir()] == ["filler"]
@@ -136,7 +136,7 @@ def test_a_read_only_medium_is_told(tmp_path: Path) -> None:
     """Even root cannot write there."""
     need(commands=("mount", "umount"))
     with mounted(tmp_path / "fixed", "-t", "tmpfs", "-o", "ro,mode=700", "none") as place:
-        code, found = doctor(place, cwd=tmp_path)
+        code, found = doctor("-d", place, cwd=tmp_path)
         assert (code, bad(found)) == (1, {"directory"})
 
 
@@ -152,7 +152,7 @@ def test_what_is_planted_under_our_names_is_named(box: Path) -> None:
     (box / "corrupt-x.ndjson").write_bytes(b"")
     (box / "notes").hardlink_to(box / "corrupt-x.ndjson")
     (box / "holiday.jpg").symlink_to(outside)
-    code, found = doctor(box, cwd=box.parent)
+    code, found = doctor("-d", box, cwd=box.parent)
     assert (code, bad(found)) == (1, {"names"})
     texts = sorted(text.partition(",")[0] for _, text in found["names"])
     assert texts == [
@@ -233,7 +233,7 @@ def test_who_delivers_is_told(box: Path, state: State | None, age_s: int, stamp_
         assert lease.take()
         lease.beat(state, 0, "", now=True)
         lease.release()
-    code, found = doctor(box, cwd=box.parent)
+    code, found = doctor("-d", box, cwd=box.parent)
     assert (code, bad(found)) == ((0, set()) if well else (1, {"deliverer"}))
     ((_, text),) = found["deliverer"]
     assert f"{int(stamp_age_s is not None)} sealed files wait" in text

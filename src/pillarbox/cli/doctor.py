@@ -1,16 +1,17 @@
-"""`pillarbox doctor DIR`: can this directory, and the file system below it, keep what is promised?"""
+"""`pillarbox doctor`: can this directory, and the file system below it, keep what is promised?"""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
-from pillarbox.cli.app import ConfigOption, Exit, JsonOption, app, out, require, settings_from, stop_on_sigterm
+from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from, stop_on_sigterm
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.state import SILENT_AFTER_S
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.probe import Finding, Limits, bad, examine, good
@@ -19,12 +20,10 @@ if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
 
-_SILENT_AFTER_S: Final = 10.0  # as in `status`
-
 
 @app.command("doctor")
 def doctor(
-    directory: Annotated[str | None, typer.Argument(metavar="DIR", help="The outbox directory.")] = None,
+    directory: DirectoryOption = None,
     durability: Annotated[
         str | None, typer.Option(metavar="process|power", help="What is to be promised.", show_default=False)
     ] = None,
@@ -71,9 +70,9 @@ def _deliverer(place: Directory, clock: Clock) -> Finding:
     now = clock.micros()
     waits_s = 0.0 if account.oldest_stamp is None else (now - account.oldest_stamp) / 1e6
     waiting = f"{account.sealed_files:,} sealed files wait"
-    if beat is None or now - beat.at_micros > _SILENT_AFTER_S * 1e6:
+    if beat is None or now - beat.at_micros > SILENT_AFTER_S * 1e6:
         silent = "none so far" if beat is None else f"process {beat.pid}, silent for {(now - beat.at_micros) / 1e6:,.0f} s"
-        if waits_s > _SILENT_AFTER_S:
+        if waits_s > SILENT_AFTER_S:
             return bad("deliverer", f"{silent}; {waiting}: run pillarbox deliver, or an application with a sink")
         return good("deliverer", f"{silent}; {waiting}")
     text = f"process {beat.pid} to {beat.sink}, {beat.state}"

@@ -10,12 +10,10 @@ from rich.table import Table
 from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
-from pillarbox.delivery.state import Heartbeat
+from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
 from pillarbox.errors import DirectoryUnusable
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
-
-_SILENT_AFTER_S = 10.0  # a deliverer that has not said anything for so long is gone, or hangs
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +93,6 @@ def _deliverer(found: Status) -> str:
     if beat is None or silent is None:
         return "none so far"
     text = f"process {beat.pid} to {beat.sink}, {beat.state}; {beat.delivered:,} delivered"
-    if silent > _SILENT_AFTER_S:
+    if silent > SILENT_AFTER_S:
         return f"silent for {silent:,.0f} s (gone, or it hangs); it was {text}"
     return text

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
+SILENT_AFTER_S: Final = 10.0  # a deliverer that has not said anything for so long is gone, or hangs
 StateName = Literal["idle", "draining", "waiting", "degraded", "stopped", "standby"]
 
 

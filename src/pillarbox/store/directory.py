@@ -23,9 +23,9 @@ log = logging.getLogger("pillarbox")
 
 # A found stamp further ahead than this is a name that somebody made up, not a clock that was wrong for a while.
 _STAMP_AHEAD_MAX: Final = 366 * 86_400 * 1_000_000
-_OPEN_MODE: Final = 0o077
-_VOLATILE: Final = frozenset({"tmpfs", "ramfs"})
-_NETWORK: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"})
+OPEN_MODE: Final = 0o077
+VOLATILE_MEDIA: Final = frozenset({"tmpfs", "ramfs"})
+NETWORK_MEDIA: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"})
 
 
 class Account(NamedTuple):
@@ -107,19 +107,19 @@ class Directory:
             raise DirectoryUnusable(
                 self.path, "cannot be read and written by this process", "change its owner or mode, or name another"
             )
-        if facts.medium in _NETWORK:
+        if facts.medium in NETWORK_MEDIA:
             raise DirectoryUnusable(
                 self.path,
                 f"is on {facts.medium}, over a network, where locks and syncs do not hold what is promised here",
                 "name a directory on a local file system",
             )
-        if facts.mode & _OPEN_MODE:
+        if facts.mode & OPEN_MODE:
             log.warning("%s is open to other users (mode %03o); events may be personal: chmod 700", self.path, facts.mode)
 
     def check_power(self) -> None:
         """Make sure that a sync here means something; raises `DirectoryUnusable`."""
         facts = self.filesystem.directory_facts(self.path)
-        if facts is not None and facts.medium in _VOLATILE:
+        if facts is not None and facts.medium in VOLATILE_MEDIA:
             raise DirectoryUnusable(
                 self.path,
                 f'is on {facts.medium}, in memory, where durability "power" cannot be kept',

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pillarbox.errors import FileUnusable
 from pillarbox.store import filesystem, layout
 from pillarbox.store.capacity import MIN_FREE_MAX, MIN_FREE_SHARE, SLACK_SHARE
-from pillarbox.store.directory import _NETWORK, _OPEN_MODE, _VOLATILE
+from pillarbox.store.directory import NETWORK_MEDIA, OPEN_MODE, VOLATILE_MEDIA
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
@@ -103,14 +103,14 @@ def _directory(place: Directory, limits: Limits) -> list[Finding]:
     if not facts.usable:
         return [bad("directory", "cannot be read and written by this user: change its owner or mode")]
     findings = [good("directory", "is there, and can be read and written")]
-    if facts.mode & _OPEN_MODE:
+    if facts.mode & OPEN_MODE:
         findings.append(bad("mode", f"{facts.mode:03o} lets other users in, and events may be personal: chmod 700"))
     else:
         findings.append(good("mode", f"{facts.mode:03o}, for its owner only"))
     medium = facts.medium or "unknown: this system does not tell"
-    if facts.medium in _NETWORK:
+    if facts.medium in NETWORK_MEDIA:
         text = f"{medium}, over a network, where locks and syncs do not hold what is promised: {_ANOTHER_DISK}"
-    elif limits.power and facts.medium in _VOLATILE:
+    elif limits.power and facts.medium in VOLATILE_MEDIA:
         text = f'{medium}, in memory, where durability "power" cannot be kept: name a directory on a disk'
     else:
         return [*findings, good("medium", medium)]
