@@ -134,3 +134,18 @@ def test_many_processes_may_make_the_directory_at_once(tmp_path: Path) -> None:
             children.append(child)
         start.touch()
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+
+
+def test_a_name_that_is_taken_is_not_created_over(tmp_path: Path) -> None:
+    """What is in a file under one of our names is somebody's."""
+    (tmp_path / "taken").write_bytes(b"x")
+    with pytest.raises(FileExistsError):
+        RealFilesystem().create(str(tmp_path / "taken"))
+    assert (tmp_path / "taken").read_bytes() == b"x"
+
+
+def test_where_no_lock_can_be_had_creating_ends_with_an_error(place: Directory) -> None:
+    """Rather than to try for ever."""
+    place.filesystem.lock = lambda _fd: False  # type: ignore[method-assign,assignment]
+    with pytest.raises(OSError, match="locks do not hold"):
+        place.put("dead-a.ndjson", b"1\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 import uuid
@@ -23,6 +24,7 @@ log = logging.getLogger("pillarbox")
 
 # A found stamp further ahead than this is a name that somebody made up, not a clock that was wrong for a while.
 _STAMP_AHEAD_MAX: Final = 366 * 86_400 * 1_000_000
+_CREATIONS_MAX: Final = 100  # in a row that who recovers was quicker to lock; nothing but locks that do not work takes so many
 OPEN_MODE: Final = 0o077
 VOLATILE_MEDIA: Final = frozenset({"tmpfs", "ramfs"})
 NETWORK_MEDIA: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"})
@@ -203,6 +205,14 @@ class Directory:
         self.filesystem.close(fd)
         return None
 
+    def create_anew(self, name: Callable[[], str]) -> Taken:
+        """Create and lock a file under one of the names that `name` makes, each of which was never used."""
+        for _ in range(_CREATIONS_MAX):
+            taken = self.create(name())
+            if taken is not None:
+                return taken
+        raise OSError(errno.ENOLCK, "a new file cannot be locked: locks do not hold here", self.path)
+
     def note_stamp(self, stamp: int | None) -> None:
         """Seal after this one from now on, even where the clock has stepped back."""
         with self._stamp_lock:
@@ -361,10 +371,8 @@ class Directory:
     def _write_aside(self, name: str, data: bytes) -> Taken:
         """Write a file aside, sync it, and rename it to, or over, `name`; held from the beginning."""
         # Never a name twice: who recovers and holds a file that another attempt left would remove this one.
-        taken = None
-        while taken is None:
-            aside = layout.aside_name(name, self.new_id())
-            taken = self.create(aside)
+        taken = self.create_anew(lambda: layout.aside_name(name, self.new_id()))
+        aside = taken.name
         try:
             self.filesystem.write_all(taken.fd, data)
             self.filesystem.sync_data(taken.fd)

@@ -404,10 +404,7 @@ class Writer:
 
     def new_file(self) -> Taken:
         """Create and lock an active file under a name that was never used."""
-        while True:
-            taken = self._directory.create(layout.active_name(self._name, self._next_number()))
-            if taken is not None:
-                return taken
+        return self._directory.create_anew(lambda: layout.active_name(self._name, self._next_number()))
 
     def start(self, pending_bytes: int, pending_files: int) -> None:
         """Begin to accept; what is pending already counts."""
