@@ -115,6 +115,7 @@ def dropped(seconds: float, seed: int) -> Figures:
 
 def cut(seconds: float, seed: int) -> Figures:
     """Real file systems, and whether the model has what is left of them."""
+    logging.disable(logging.CRITICAL)
     figures: Counter[str] = Counter()
     for filesystem in ("ext4", "xfs"):
         report = kernel.run(filesystem, seconds / 2, seed, place(filesystem), now_and_then())
