@@ -234,6 +234,9 @@ quarantine-without-line-feed: damaged bytes are not kept as they stood
 -min(len(line) + 1, len(data) - offset)
 +len(line)
 @ store/filesystem.py
+created-over: a new file may be one that is there
+-os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL
++os.O_RDWR | os.O_APPEND | os.O_CREAT
 planted-link-followed: a link under one of our names is followed
 -os.O_NOFOLLOW | os.O_NONBLOCK
 +os.O_NONBLOCK
