@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import logging
 import threading
+from functools import partial
 from os import register_at_fork
 from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
@@ -165,8 +166,8 @@ class Outbox:
             self._is_power,
             self._refuse,
             self._invalid,
-            self._first,
-            self._durably,
+            partial(self._append, power=False),
+            partial(self._append, events=1, power=True),
             self._power,
         )
         self._enqueue_once = self.enqueue = self._writer.build_enqueue(door)
@@ -227,16 +228,9 @@ class Outbox:
             self._explain(f"enqueue_many: {len(lines)} bytes in one call, more than {MANY_BYTES_MAX}")
             return self._writer.refuse("invalid", events)
 
-        def append() -> Outcome:
-            outcome = (self._committer.commit if power else self._writer.append)(lines, events)
-            return outcome if outcome is not None else self._first(lines, events, power=power)
-
+        append = partial(self._append, lines, events, power=power)
         outcome = append()
         return outcome if outcome or self._when_full is None else self._when_full.retry(append, outcome, events)
-
-    def _durably(self, line: bytes) -> Outcome:
-        outcome = self._committer.commit(line, 1)
-        return outcome if outcome is not None else self._first(line, 1, power=True)
 
     async def enqueue_async(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
         """`enqueue`, from a coroutine. "process" is too quick to be worth a thread; under "power" many share one sync.
@@ -299,14 +293,14 @@ class Outbox:
             self._explained.add(text)
             log.warning("%s: dropped an invalid event, and will drop others like it silently: %s", self.name, text)
 
-    def _first(self, lines: bytes, events: int, *, power: bool = False) -> Outcome:
-        """The append that starts the outbox, or finds that it may not."""
-        reason = self._why_not_started()
-        if reason is None:
-            outcome = (self._committer.commit if power else self._writer.append)(lines, events)
-            if outcome is not None:
-                return outcome
-        return self._writer.refuse(reason or "closed", events)
+    def _append(self, lines: bytes, events: int, *, power: bool) -> Outcome:
+        """Append; the first starts the outbox, or finds that it may not. With `power` that waits for the sync too."""
+        append = self._committer.commit if power else self._writer.append
+        outcome = append(lines, events)
+        if outcome is None:
+            reason = self._why_not_started()
+            outcome = append(lines, events) if reason is None else self._writer.refuse(reason, events)
+        return outcome if outcome is not None else self._writer.refuse("closed", events)
 
     def _why_not_started(self) -> DropReason | None:
         """Start; None where that has succeeded, otherwise what an event is refused for."""
@@ -316,9 +310,8 @@ class Outbox:
             return "closed"
         if self._start():
             return None
-        return (
-            "would_block" if self._start_under_way else "io_error"
-        )  # a signal handler in the middle of the start, or the disk
+        # A signal handler in the middle of the start, or the disk.
+        return "would_block" if self._start_under_way else "io_error"
 
     def _start(self) -> bool:
         """Count what is pending and start the threads; False where the directory cannot be listed."""

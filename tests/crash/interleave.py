@@ -29,8 +29,9 @@ from typing import Final, Literal, NamedTuple
 
 from greenlet import getcurrent, greenlet
 
+from pillarbox.clock import Clock
 from pillarbox.delivery.worker import Pace, Worker
-from pillarbox.sinks.base import Answer, Batch, Delivered
+from pillarbox.sinks.base import Answer, Batch, Delivered, Sink
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
@@ -72,6 +73,18 @@ class Loop(asyncio.BaseEventLoop):
 
     def _write_to_self(self) -> None:
         pass
+
+
+def deliver_once(directory: Directory, sink: Sink, clock: Clock, on_gone: Callable[[int], None] = lambda _bytes: None) -> None:
+    """One round of the real deliverer, if it gets the lease: adopt, send, settle."""
+    counters = DeliveryCounters()
+    worker = Worker(directory, sink, "test", clock, Pace(), counters, on_gone, lambda _seconds: None, lambda: False)
+    worker.end()
+    loop = Loop()
+    try:
+        loop.run_until_complete(worker.run())
+    finally:
+        loop.close()
 
 
 class Process:
@@ -157,23 +170,7 @@ class Process:
 
     def deliver(self) -> None:
         """One round of the real deliverer, if it gets the lease: adopt, send, settle."""
-        worker = Worker(
-            self.directory,
-            Destination(self),
-            "test",
-            self.clock,
-            Pace(),
-            DeliveryCounters(),
-            lambda _bytes: None,
-            lambda _seconds: None,
-            lambda: False,
-        )
-        worker.end()
-        loop = Loop()
-        try:
-            loop.run_until_complete(worker.run())
-        finally:
-            loop.close()
+        deliver_once(self.directory, Destination(self), self.clock)
 
 
 class Destination(RecordingSink):

@@ -26,7 +26,6 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from pillarbox.delivery.worker import Pace, Worker
 from pillarbox.outcome import DROPPED
 from pillarbox.sinks.base import Answer, Batch, Delivered, Refusal, Refused, Retry
 from pillarbox.store import layout, reader, record
@@ -35,10 +34,9 @@ from pillarbox.store.directory import Account, Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
-from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink, crash
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State, Survivors
-from tests.crash.interleave import LOCKS, PLACE, Loop
+from tests.crash.interleave import LOCKS, PLACE, deliver_once
 
 STEPS: Final = 25
 OPERATIONS_MAX: Final = 40  # of one call, ahead of which it may end
@@ -305,24 +303,8 @@ class Machine(RuleBasedStateMachine):
         process.die()
 
     def _deliver(self, process: Process, orders: list[str]) -> None:
-        worker = Worker(
-            process.directory,
-            Destination(self, orders),
-            "test",
-            self.clock,
-            Pace(),
-            DeliveryCounters(),
-            lambda _bytes: None,
-            lambda _seconds: None,
-            lambda: False,
-        )
         process.account()
-        worker.end()
-        loop = Loop()
-        try:
-            loop.run_until_complete(worker.run())
-        finally:
-            loop.close()
+        deliver_once(process.directory, Destination(self, orders), self.clock)
 
     @rule(fuse=FUSES, chance=st.randoms())
     def adopt(self, fuse: Fuse | None, chance: random.Random) -> None:

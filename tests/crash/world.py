@@ -16,7 +16,6 @@ import msgspec
 
 from pillarbox.delivery import settlement
 from pillarbox.delivery.settlement import DeadLetter
-from pillarbox.delivery.worker import Pace, Worker
 from pillarbox.errors import DirectoryUnusable
 from pillarbox.outcome import Enqueued
 from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Partly, Refusal, Traits
@@ -27,10 +26,9 @@ from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
-from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
-from tests.crash.interleave import Loop
+from tests.crash.interleave import deliver_once
 
 PLACE: Final = "/outbox"
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK})
@@ -237,23 +235,7 @@ class Process:
 
     def deliver(self, sink: Destination) -> None:
         """Deliver everything, with the worker's own loop."""
-        worker = Worker(
-            self.directory,
-            sink,
-            "sink",
-            self._clock,
-            Pace(),
-            DeliveryCounters(),
-            self.writer.release,
-            lambda _seconds: None,
-            lambda: False,
-        )
-        worker.end()
-        loop = Loop()
-        try:
-            loop.run_until_complete(worker.run())
-        finally:
-            loop.close()
+        deliver_once(self.directory, sink, self._clock, self.writer.release)
 
     def evict(self) -> None:
         """Have everything that is sealed given up, as if there were no room at all."""

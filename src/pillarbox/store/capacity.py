@@ -44,11 +44,9 @@ class Capacity:
         self._next_listing = 0.0
         self._soonest_listing = 0.0
         self._listed_at = 0  # bytes that this process had appended when it last listed
-        self._low = False
         self._refused_for_space = 0
         self._evicting = False
         self.evicted = 0  # events
-        self.evicted_files = 0
         self._writer: Writer
 
     def attach(self, writer: Writer) -> None:
@@ -71,9 +69,9 @@ class Capacity:
         least = self._min_free_bytes
         if least is None:
             least = min(MIN_FREE_MAX, space.total_bytes // MIN_FREE_SHARE)
-        self._low = space.free_bytes < least
-        self._writer.keep_free(low=self._low)
-        rest = _SPACE_S if self._low else _SPACE_ENOUGH_S  # while there is room, a file that fills up is reason enough to look
+        low = space.free_bytes < least
+        self._writer.keep_free(low=low)
+        rest = _SPACE_S if low else _SPACE_ENOUGH_S  # while there is room, a file that fills up is reason enough to look
         self._next_space = now + rest
         return rest
 
@@ -152,7 +150,6 @@ class Capacity:
         finally:
             filesystem.close(taken.fd)
         self.evicted += data.count(b"\n") + (not data.endswith(b"\n"))
-        self.evicted_files += 1
         self._writer.release(len(data))
         if not self._evicting:
             self._evicting = True
