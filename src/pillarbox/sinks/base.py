@@ -25,6 +25,10 @@ class Traits(NamedTuple):
     survives: Survives  # what an event that it has accepted (and confirmed) lives through at the destination
     confirms: bool = False  # whether what it has accepted must be confirmed before the file may go
     window: int = 1  # how many batches may be delivered and not yet confirmed
+    concurrent: bool = False  # whether several calls of `deliver` may be under way at once
+    combines: bool = False  # whether a batch may hold several files' records; only where it deduplicates by event
+    records_max: int | None = None  # of one batch; a larger one is halved before it is sent
+    bytes_max: int | None = None  # the same, of the records' JSON
 
 
 def _nobody_waits() -> None:
