@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import operator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from pillarbox import ConfigurationError, Outbox, TrackingEvent, resolve
+from pillarbox import ConfigurationError, Outbox, Settings, TrackingEvent, resolve
 from pillarbox.settings import LATER
 
 
@@ -39,6 +43,47 @@ def test_every_older_setting_has_two_names_in_all_places(tmp_path: Path, old: st
         assert getattr(resolve({}, config=str(config)), new) == value
     for variable in (f"PILLARBOX_{new}", alias):
         assert getattr(resolve({}, {variable.upper(): text}), new) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("max_in_flight", "64", 64),
+        ("backoff_max", "0.5", 0.5),
+        ("call_timeout", "86400", 86_400.0),
+        ("outage_after", "0", 0),
+        ("max_age", "604800", 604_800.0),
+        ("max_dead_bytes", "1Mi", 2**20),
+        ("max_quarantine_bytes", "0", 0),
+        ("when_kept_full", "discard", "discard"),
+        ("before_send", "copy:copy", copy.copy),
+        ("on_drop", "operator:mul", operator.mul),
+        ("on_dead_letter", "builtins:print", print),
+    ],
+)
+def test_how_delivery_goes_and_whom_to_tell_can_be_said_in_all_places(
+    tmp_path: Path, name: str, text: str, value: object
+) -> None:
+    """Keyword, environment, TOML; a function is named by its module, or is one."""
+    config = tmp_path / "pillarbox.toml"
+    config.write_text(f'[outbox]\n{name} = "{text}"\n')
+    found = [resolve({name: text}), resolve({}, {f"PILLARBOX_{name.upper()}": text}), resolve({}, config=str(config))]
+    assert [getattr(settings, name) for settings in found] == [value] * 3
+    outbox = Outbox(str(tmp_path / "outbox"), **{name: value})  # type: ignore[arg-type]
+    assert getattr(outbox.settings, name) == value
+    outbox.close()
+
+
+def test_an_outbox_has_every_setting_as_a_keyword_with_the_same_default(tmp_path: Path) -> None:
+    """Nothing goes by way of the keywords without a name."""
+    keywords = inspect.signature(Outbox).parameters
+    for field in msgspec.structs.fields(Settings):
+        assert field.name in keywords
+        if field.name != "directory":
+            assert keywords[field.name].default == field.default
+    outbox = Outbox(str(tmp_path))
+    assert outbox.settings == resolve({"directory": str(tmp_path)})
+    outbox.close()
 
 
 def test_what_is_nearer_wins(tmp_path: Path) -> None:
@@ -85,6 +130,28 @@ def test_sizes_may_have_units(text: str, size: int) -> None:
         ("event_type", int),
         ("min_free_bytes", -1),
         ("max_files", 0),
+        ("max_in_flight", 0),
+        ("max_in_flight", 65),
+        ("max_in_flight", "1e1"),
+        ("backoff_max", 0),
+        ("backoff_max", 86_401),
+        ("call_timeout", -1),
+        ("call_timeout", 10**400),
+        ("outage_after", -1),
+        ("outage_after", "never"),
+        ("max_age", 0),
+        ("max_age", "nan"),
+        ("max_age", 1e300),
+        ("max_dead_bytes", -1),
+        ("max_quarantine_bytes", "lots"),
+        ("when_kept_full", "burn"),
+        ("before_send", 5),
+        ("before_send", "nowhere:nothing"),
+        ("before_send", "json:nothing"),
+        ("before_send", "asyncio:sleep"),
+        ("on_drop", "json"),
+        ("on_drop", "json:__name__"),
+        ("on_dead_letter", "print"),
     ],
 )
 def test_a_bad_setting_is_one_line_that_says_what_where_and_what_is_allowed(name: str, value: object) -> None:

@@ -33,11 +33,13 @@ from pillarbox.store.writer import Limits, Writer
 from pillarbox.telemetry import DeliveryCounters, Stats, instruments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import Self
 
     import msgspec
+
+    from pillarbox.delivery.settlement import DeadLetter
 
 log = logging.getLogger("pillarbox")
 
@@ -79,6 +81,17 @@ class Outbox:
         min_free_bytes: int | None = None,
         durability: Durability = "process",
         on_invalid: Literal["drop", "raise"] = "drop",
+        max_in_flight: int = 1,
+        backoff_max: float = 30.0,
+        call_timeout: float = 60.0,
+        outage_after: int = 3,
+        max_age: float | None = None,
+        max_dead_bytes: int = 64 * 2**20,
+        max_quarantine_bytes: int = 64 * 2**20,
+        when_kept_full: Literal["park", "discard"] = "park",
+        before_send: Callable[[Any], msgspec.Struct | None] | None = None,
+        on_drop: Callable[[DropReason, int], object] | None = None,
+        on_dead_letter: Callable[[DeadLetter], object] | None = None,
         **others: object,
     ) -> None:
         keywords: dict[str, object] = {
@@ -96,6 +109,17 @@ class Outbox:
             "min_free_bytes": min_free_bytes,
             "durability": durability,
             "on_invalid": on_invalid,
+            "max_in_flight": max_in_flight,
+            "backoff_max": backoff_max,
+            "call_timeout": call_timeout,
+            "outage_after": outage_after,
+            "max_age": max_age,
+            "max_dead_bytes": max_dead_bytes,
+            "max_quarantine_bytes": max_quarantine_bytes,
+            "when_kept_full": when_kept_full,
+            "before_send": before_send,
+            "on_drop": on_drop,
+            "on_dead_letter": on_dead_letter,
         }
         url = sink if isinstance(sink, str) else None
         self._set_up(resolve(keywords | {"sink": url} | others), sink if isinstance(sink, Sink) else None)

@@ -8,7 +8,9 @@ same. What is nearer wins: keyword or option, then environment, then TOML, then 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from importlib import import_module
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -19,7 +21,7 @@ from pillarbox.outcome import DURABILITIES
 from pillarbox.store.filesystem import read_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 _ENVIRONMENT_PREFIX: Final = "PILLARBOX_"
 _ALIASES: Final = {
@@ -31,15 +33,13 @@ _ALIASES: Final = {
 }
 # Part of the public API's contract, and built later; refused by name rather than ignored.
 LATER: Final = (
-    "max_in_flight",
     "sinks",
     "deliver",
     "keep_delivered",
-    "before_send",
-    "on_drop",
-    "on_dead_letter",
 )
-FLUSH_INTERVAL_MAX_S: Final = 86_400.0
+INTERVAL_MAX_S: Final = 86_400.0  # longer than a day is a slip of the pen
+AGE_MAX_S: Final = 100 * 365 * 86_400.0  # what still fits beside the present in microseconds, and to spare
+IN_FLIGHT_MAX: Final = 64  # each batch on its way is in memory
 _YES_NO: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _UNITS: Final = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -62,6 +62,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     min_free_bytes: int | None = None
     durability: str = "process"
     on_invalid: str = "drop"
+    max_in_flight: int = 1
+    backoff_max: float = 30.0
+    call_timeout: float = 60.0
+    outage_after: int = 3
+    max_age: float | None = None
+    max_dead_bytes: int = 64 * 2**20
+    max_quarantine_bytes: int = 64 * 2**20
+    when_kept_full: str = "park"
+    before_send: Callable[[Any], Any] | None = None
+    on_drop: Callable[[str, int], object] | None = None
+    on_dead_letter: Callable[[Any], object] | None = None
 
 
 class _Refusal(Exception):  # noqa: N818 - carries what is allowed to the place that knows the name
@@ -90,7 +101,7 @@ def _path(value: object) -> str:
     return text.rstrip("/") or "/"
 
 
-def _whole(allowed: str, least: int) -> Callable[[object], int]:
+def _whole(allowed: str, least: int, most: float = float("inf")) -> Callable[[object], int]:
     def parse(value: object) -> int:
         if isinstance(value, str):
             digits = value.strip().lower().replace("_", "").removesuffix("b")
@@ -99,7 +110,7 @@ def _whole(allowed: str, least: int) -> Callable[[object], int]:
                 value = int(number) * _UNITS.get(digits[len(number) :], 0 if digits != number else 1)
             except ValueError:
                 raise _Refusal(allowed) from None
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise _Refusal(allowed)
         return value
 
@@ -111,17 +122,21 @@ def _batch_size(value: object) -> int:
     return max(1, _whole("a whole number of events", -(2**63))(value))
 
 
-def _seconds(value: object) -> float:
-    allowed = f"a number of seconds above 0, at most {FLUSH_INTERVAL_MAX_S:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise _Refusal(allowed)
-    try:
-        number = float(value)
-    except ValueError:
-        raise _Refusal(allowed) from None
-    if not 0 < number <= FLUSH_INTERVAL_MAX_S:
-        raise _Refusal(allowed)
-    return number
+def _seconds(most: float) -> Callable[[object], float]:
+    allowed = f"a number of seconds above 0, at most {most:.0f}"
+
+    def parse(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise _Refusal(allowed)
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            raise _Refusal(allowed) from None
+        if not 0 < number <= most:
+            raise _Refusal(allowed)
+        return number
+
+    return parse
 
 
 def _one_of(*allowed: str) -> Callable[[object], str]:
@@ -133,19 +148,35 @@ def _one_of(*allowed: str) -> Callable[[object], str]:
     return parse
 
 
-def _event_type(value: object) -> type[msgspec.Struct]:
-    if isinstance(value, type) and issubclass(value, msgspec.Struct):
-        return value
-    allowed = "a msgspec.Struct class, or module:Class where text is asked for"
-    module, _, name = value.partition(":") if isinstance(value, str) else ("", "", "")
+def _named(text: object, allowed: str) -> object:
+    """What `module:name` names."""
+    module, _, name = text.partition(":") if isinstance(text, str) else ("", "", "")
     if not module or not name:
         raise _Refusal(allowed)
     try:
-        return _event_type(getattr(import_module(module), name))
+        return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise _Refusal(f"{allowed} ({error})") from None
 
 
+def _event_type(value: object) -> type[msgspec.Struct]:
+    allowed = "a msgspec.Struct class, or module:Class where text is asked for"
+    found = value if isinstance(value, type) else _named(value, allowed)
+    if isinstance(found, type) and issubclass(found, msgspec.Struct):
+        return found
+    raise _Refusal(allowed)
+
+
+def _hook(value: object) -> Callable[..., Any]:
+    allowed = "a function that is no coroutine, or module:function where text is asked for"
+    found = value if callable(value) else _named(value, allowed)
+    if not callable(found) or iscoroutinefunction(found):
+        raise _Refusal(allowed)
+    return found
+
+
+_BYTES: Final = _whole("a whole number of bytes, at least 0", 0)
+_INTERVAL: Final = _seconds(INTERVAL_MAX_S)
 _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "enabled": _yes_no,
     "directory": _path,
@@ -154,14 +185,25 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "trusted": _yes_no,
     "batch_size": _batch_size,
     "batch_bytes": _whole("a whole number of bytes, at least 1", 1),
-    "flush_interval": _seconds,
-    "max_bytes": _whole("a whole number of bytes, at least 0", 0),
+    "flush_interval": _INTERVAL,
+    "max_bytes": _BYTES,
     "max_files": _whole("a whole number of files, at least 1", 1),
     "when_full": _one_of("drop_newest", "drop_oldest", "block", "raise"),
-    "block_timeout": _seconds,
-    "min_free_bytes": _whole("a whole number of bytes, at least 0", 0),
+    "block_timeout": _INTERVAL,
+    "min_free_bytes": _BYTES,
     "durability": _one_of(*DURABILITIES),
     "on_invalid": _one_of("drop", "raise"),
+    "max_in_flight": _whole(f"a whole number of batches from 1 to {IN_FLIGHT_MAX}", 1, IN_FLIGHT_MAX),
+    "backoff_max": _INTERVAL,
+    "call_timeout": _INTERVAL,
+    "outage_after": _whole("a whole number of batches, at least 0", 0),
+    "max_age": _seconds(AGE_MAX_S),
+    "max_dead_bytes": _BYTES,
+    "max_quarantine_bytes": _BYTES,
+    "when_kept_full": _one_of("park", "discard"),
+    "before_send": _hook,
+    "on_drop": _hook,
+    "on_dead_letter": _hook,
 }
 
 
