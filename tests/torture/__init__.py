@@ -1,0 +1,1 @@
+"""A destination that answers at random, while writers and deliverers are killed."""

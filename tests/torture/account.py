@@ -1,0 +1,154 @@
+"""What the referee knows: what each writer has begun to store and was answered, in memory that outlives whoever is killed.
+
+And the tally of what destinations have answered, kept in the same way, for those who answer are killed as well.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from tests.torture import events
+from tests.torture.events import EVENTS_MAX
+
+NEVER, BEGUN, REFUSED, UNSURE, ACKNOWLEDGED = range(5)  # what is noted of an event
+_STATES: Final = ("never begun", "begun", "refused", "answered io_error", "acknowledged")
+_SHOWN: Final = 8  # events that one complaint names
+
+Event = tuple[int, int]  # life and number
+
+
+class Notes:
+    """What one writer writes down of its events, before and after it stores them."""
+
+    def __init__(self, shared: mmap.mmap, first: int) -> None:
+        self._shared = shared
+        self._first = first
+
+    def begin(self, numbers: range) -> None:
+        """They are about to be stored."""
+        start = self._first + numbers.start
+        self._shared[start : start + len(numbers)] = bytes([BEGUN]) * len(numbers)
+
+    def conclude(self, number: int, state: int) -> None:
+        """This is what the writer was answered."""
+        self._shared[self._first + number] = state
+
+
+class Found(NamedTuple):
+    """What is there when everything is settled: how often each event is, at each place."""
+
+    arrived: Mapping[Event, int]
+    dead: Mapping[Event, int]
+    quarantined: frozenset[Event]  # whose ids can be read in quarantine
+
+
+class Sums(NamedTuple):
+    """Events of a directory: how many in the end, and how many of them were acknowledged."""
+
+    begun: int
+    acknowledged: int
+    arrived: int
+    dead: int
+
+
+class Account:
+    """Of one directory: every life's events and what became of them."""
+
+    def __init__(self, seed: int, slots: int) -> None:
+        self._seed = seed
+        self._shared = mmap.mmap(-1, slots * EVENTS_MAX)
+        self._lives: dict[int, bytes] = {}
+
+    def notes(self, slot: int) -> Notes:
+        """For whoever lives in this slot."""
+        return Notes(self._shared, slot * EVENTS_MAX)
+
+    def bury(self, slot: int, life: int) -> None:
+        """Take over what a writer noted that is dead now."""
+        span = slice(slot * EVENTS_MAX, (slot + 1) * EVENTS_MAX)
+        self._lives[life] = self._shared[span].rstrip(bytes([NEVER]))
+        self._shared[span] = bytes(EVENTS_MAX)
+
+    def begun(self, slots: Iterable[int]) -> int:
+        """How many events there are, with those of the living."""
+        size = EVENTS_MAX
+        living = sum(size - self._shared[slot * size : (slot + 1) * size].count(NEVER) for slot in slots)
+        return living + sum(len(states) - states.count(NEVER) for states in self._lives.values())
+
+    def check(self, found: Found) -> list[str]:
+        """What is wrong: every good event once at the destination, every poisoned one once among the dead letters.
+
+        What was begun and not acknowledged may be there or not; what was refused may not.
+        """
+        wrong: dict[str, list[Event]] = {}
+        places = (("at the destination", found.arrived, False), ("among the dead letters", found.dead, True))
+        for place, there, for_poisoned in places:
+            for event, count in there.items():
+                state = self._state(event)
+                if state in (NEVER, REFUSED):
+                    wrong.setdefault(f"invented: {place} though {_STATES[state]}", []).append(event)
+                elif events.poisoned(self._seed, *event) != for_poisoned:
+                    wrong.setdefault(f"{'good' if for_poisoned else 'poisoned'}, and {place}", []).append(event)
+                elif count > 1:
+                    wrong.setdefault(f"{place} {count} times", []).append(event)
+        for event in self._owed():
+            if event not in found.arrived and event not in found.dead:
+                where = "lost: in quarantine though acknowledged" if event in found.quarantined else "lost"
+                wrong.setdefault(where, []).append(event)
+        return [_complaint(what, those) for what, those in wrong.items()]
+
+    def sums(self, found: Found) -> Sums:
+        """The figures."""
+        acknowledged = sum(states.count(ACKNOWLEDGED) for states in self._lives.values())
+        return Sums(self.begun(()), acknowledged, len(found.arrived), len(found.dead))
+
+    def _owed(self) -> Iterator[Event]:
+        for life, states in self._lives.items():
+            yield from ((life, number) for number, state in enumerate(states) if state == ACKNOWLEDGED)
+
+    def _state(self, event: Event) -> int:
+        states = self._lives.get(event[0], b"")
+        return states[event[1]] if event[1] < len(states) else NEVER
+
+
+def _complaint(what: str, those: Sequence[Event]) -> str:
+    shown = ", ".join(f"{life}-{number}" for life, number in those[:_SHOWN])
+    return f"{len(those)} {what}: {shown}{', ...' if len(those) > _SHOWN else ''}"
+
+
+class Tally:
+    """Counts by name, in memory that processes share; each process adds in a row of its own."""
+
+    def __init__(self, names: Sequence[str], rows: int) -> None:
+        self._names = {name: index for index, name in enumerate(names)}
+        self._shared = mmap.mmap(-1, max(1, rows * len(names) * 8))
+
+    def row(self, row: int) -> Row:
+        """The row that one process adds in."""
+        return Row(self._shared, self._names, row * len(self._names) * 8)
+
+    def sums(self) -> Counter[str]:
+        """What all have counted together."""
+        found: Counter[str] = Counter()
+        width = len(self._names)
+        for index, (value,) in enumerate(struct.iter_unpack("=Q", self._shared[: len(self._shared) // 8 * 8])):
+            found[list(self._names)[index % width]] += value
+        return +found
+
+
+class Row:
+    """Where one process counts."""
+
+    def __init__(self, shared: mmap.mmap, names: Mapping[str, int], first: int) -> None:
+        self._shared = shared
+        self._names = names
+        self._first = first
+
+    def add(self, name: str) -> None:
+        """One more."""
+        at = self._first + 8 * self._names[name]
+        struct.pack_into("=Q", self._shared, at, struct.unpack_from("=Q", self._shared, at)[0] + 1)

@@ -1,0 +1,54 @@
+"""What a destination answers next: by chance, from a seed, mostly yes."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Mapping
+from typing import Final
+
+ACCEPT, LOST, BUSY, AWAY, HANG, CLOSE, GARBAGE, SLOW = "accept", "lost", "429", "503", "hang", "close", "garbage", "slow"
+REFUSED, NAMED, LARGE, KILLED, RAISE = "refused", "refused by index", "413", "killed", "raise"
+AGAIN, CHANGED = "known already", "another batch under the same key"
+
+# Out of a hundred or so. `hang` costs the sink its whole time limit, and is rarer.
+EVERY_CALL: Final = {ACCEPT: 86, LOST: 3, BUSY: 2, AWAY: 2, HANG: 0.4, CLOSE: 1.5, GARBAGE: 1.5, SLOW: 2}
+_AFTER: Final = (None, *[0] * 20, 1)  # seconds, in Retry-After; whole ones are all that HTTP knows
+
+
+class Chaos:
+    """Draws answers with these weights."""
+
+    def __init__(self, seed: str, weights: Mapping[str, float] = EVERY_CALL) -> None:
+        self.chance = random.Random(seed)
+        self._names = list(weights)
+        self._weights = list(weights.values())
+
+    def draw(self) -> str:
+        """The next answer."""
+        return self.chance.choices(self._names, self._weights)[0]
+
+    def after(self) -> dict[str, str]:
+        """The header that says when to come again, or none."""
+        seconds = self.chance.choice(_AFTER)
+        return {} if seconds is None else {"Retry_After": str(seconds)}
+
+    def garbage(self) -> bytes:
+        """Bytes that are no answer; some begin like one."""
+        return (
+            self.chance.choice((b"", b"HTTP/1.1 ", b"HTTP/1.1 200 So\r\nContent-Le")) + self.chance.randbytes(40) + b"\r\n\r\n"
+        )
+
+    def pieces(self, data: bytes) -> list[bytes]:
+        """The bytes in small pieces, to be sent slowly."""
+        size = self.chance.choice((7, 40))
+        return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+def names_index(batch: str) -> bool:
+    """Whether a poisoned record is refused by its index, or its batch as a whole.
+
+    By the batch's own id, for whoever knows repeats by the batch's id must cut a batch in the same parts each time: were one
+    attempt's parts `0-16` and `18-99`, and the next one's `0-49` and `50-99`, then no id would be known, and all be there twice.
+    """
+    return zlib.crc32(batch.partition(":")[0].encode()) % 2 == 0

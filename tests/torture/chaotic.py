@@ -1,0 +1,112 @@
+"""Chaos around the real SQLite sink: `chaotic:///path.db?seed=7` is `sqlite:///path.db`, and answers at random.
+
+It is found as anybody's sink is, by an entry point (`register`), so that `pillarbox deliver` delivers to it as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
+
+from pillarbox.sinks.base import Answer, Batch, Finding, Refusal, Refused, Retry
+from pillarbox.sinks.sqlite import SqliteSink
+from tests.torture import chaos
+from tests.torture.account import Row
+from tests.torture.chaos import Chaos
+from tests.torture.events import MARK
+
+WEIGHTS: Final = {
+    chaos.ACCEPT: 85,
+    chaos.LOST: 3,  # accepted, and then said to have failed
+    chaos.RAISE: 2,  # accepted or not, and then an exception
+    chaos.BUSY: 2,
+    chaos.AWAY: 2,
+    chaos.HANG: 0.4,
+    chaos.SLOW: 2,
+    chaos.KILLED: 0.4,  # the deliverer dies right after the acceptance
+}
+_AFTER: Final = (0.0, 0.01, 0.05, 0.3)
+_OWN_REFUSALS: Final = 0.5  # of the calls with a poisoned record: refused as a whole; else the table's CHECK finds it
+_ENTRY_POINT: Final = "[pillarbox.sinks]\nchaotic = tests.torture.chaotic:ChaoticSqliteSink\n"
+
+row: Row | None = None  # where this process counts; set after the fork
+hang_s = 1.0
+
+
+class ChaoticSqliteSink:
+    """A Sink around a Sink."""
+
+    def __init__(self, url: str, event_type: type[msgspec.Struct]) -> None:
+        parts = urlsplit(url)
+        self._sink = SqliteSink(f"sqlite://{parts.path}", event_type)
+        self._chaos = Chaos(f"{parse_qs(parts.query)['seed'][0]}/{os.getpid()}", WEIGHTS)
+        self.traits = self._sink.traits
+
+    async def open(self) -> None:
+        await self._sink.open()
+
+    def prepare(self, batch: Batch) -> None:
+        self._sink.prepare(batch)
+
+    async def deliver(self, batch: Batch) -> Answer:
+        """As drawn."""
+        drawn, chance = self._chaos.draw(), self._chaos.chance
+        poisoned = any(MARK in payload for payload in batch.payloads)
+        if poisoned and drawn in (chaos.ACCEPT, chaos.SLOW):
+            drawn = chaos.REFUSED if chance.random() < _OWN_REFUSALS else chaos.NAMED
+        _count(drawn)
+        match drawn:
+            case chaos.BUSY:
+                return Retry("busy", chance.choice(_AFTER))
+            case chaos.AWAY:
+                return Retry("away")
+            case chaos.REFUSED:
+                return Refused(Refusal("poisoned", "there is a record in it that is never taken"))
+            case chaos.RAISE if chance.random() < 0.5:
+                raise ConnectionResetError("cut before the call")
+            case chaos.HANG if chance.random() < 0.5:
+                await asyncio.sleep(hang_s)
+        answer = await self._sink.deliver(batch)
+        match drawn:
+            case chaos.KILLED:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case chaos.LOST:
+                return Retry("the answer was lost")
+            case chaos.RAISE:
+                raise ConnectionResetError("cut after the call")
+            case chaos.HANG:
+                await asyncio.sleep(hang_s)
+            case chaos.SLOW:
+                await asyncio.sleep(chance.random() * 0.05)
+        return answer
+
+    async def confirm(self, batches: Sequence[Batch]) -> int:
+        return await self._sink.confirm(batches)
+
+    async def check(self) -> Iterable[Finding]:
+        return await self._sink.check()
+
+    async def close(self) -> None:
+        await self._sink.close()
+
+
+def _count(drawn: str) -> None:
+    if row is not None:
+        row.add(drawn)
+
+
+def register(folder: Path) -> None:
+    """Have the entry point be found by this process and those that it forks."""
+    place = folder / "torture-1.dist-info"
+    place.mkdir(parents=True)
+    (place / "METADATA").write_text("Metadata-Version: 2.1\nName: torture\nVersion: 1\n")
+    (place / "entry_points.txt").write_text(_ENTRY_POINT)
+    sys.path.append(str(folder))

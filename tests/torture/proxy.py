@@ -1,0 +1,94 @@
+"""Chaos in front of a real SpacetimeDB: cuts, delays, and answers in the server's place, before and after it was asked.
+
+Each connection has one of its own to the server, and both end together: that a connection still stands is what the sink takes
+for a proof that the server still lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from tests.torture import chaos, wire
+from tests.torture.account import Row
+from tests.torture.chaos import Chaos
+from tests.torture.events import MARK
+
+CALL_BYTES_MAX = 45_000  # above it the proxy answers 413
+PIECE_S = 0.002  # between two pieces of a slow answer
+_CALL = "/call/"
+_QUIETER = 0.3  # how many of the other requests (schema, ping) may get another answer than the server's
+_OWN_REFUSALS = 0.5  # of the calls with a poisoned record: the proxy refuses all of it, in the server's words but with no index
+_TIMED = {"spacetime_execution_duration_micros": "17"}
+
+
+class Proxy:
+    """Serves one port and passes on to another."""
+
+    def __init__(self, seed: str, row: Row, hang_s: float, server: int) -> None:
+        self._chaos = Chaos(seed)
+        self._row = row
+        self._hang_s = hang_s
+        self._server = server
+
+    async def serve(self, port: int) -> None:
+        """Until killed."""
+        server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=wire.HEAD_BYTES_MAX)
+        await server.serve_forever()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            back, on = await asyncio.open_connection("127.0.0.1", self._server, limit=wire.HEAD_BYTES_MAX)
+            try:
+                while (request := await wire.read_message(reader)) is not None:
+                    if not await self._pass_on(request, writer, back, on):
+                        break
+            finally:
+                on.transport.abort()
+        writer.transport.abort()
+
+    async def _pass_on(
+        self, request: wire.Message, writer: asyncio.StreamWriter, back: asyncio.StreamReader, on: asyncio.StreamWriter
+    ) -> bool:
+        """Whether the connection goes on."""
+        is_call = _CALL in request.start
+        drawn = self._chaos.draw()
+        if not is_call and self._chaos.chance.random() > _QUIETER:
+            drawn = chaos.ACCEPT
+        reply = b""
+        if drawn in (chaos.BUSY, chaos.AWAY):
+            reply = wire.answer(int(drawn), b"not now", Content_Type="text/plain", **self._chaos.after())
+        elif drawn == chaos.GARBAGE:
+            reply = self._chaos.garbage()
+        elif is_call:
+            drawn, reply = self._refuse(request.body, drawn)
+        asks = not reply and (drawn in (chaos.ACCEPT, chaos.SLOW, chaos.LOST, chaos.NAMED) or self._chaos.chance.random() < 0.5)
+        if is_call:
+            self._row.add(drawn)
+        if asks:
+            on.write(request.raw)
+            await on.drain()
+            answer = await wire.read_message(back)
+            reply = answer.raw if answer is not None else b""
+        if drawn == chaos.HANG:
+            await asyncio.sleep(self._hang_s)
+        if not reply or drawn in (chaos.HANG, chaos.CLOSE, chaos.LOST):
+            return False
+        for piece in self._chaos.pieces(reply) if drawn == chaos.SLOW and is_call else [reply]:
+            writer.write(piece)
+            await writer.drain()
+            if drawn == chaos.SLOW:
+                await asyncio.sleep(PIECE_S)
+        return drawn != chaos.GARBAGE
+
+    def _refuse(self, body: bytes, drawn: str) -> tuple[str, bytes]:
+        """What the proxy says in the server's place to a call that the server would not take, or could be said not to."""
+        if len(body) > CALL_BYTES_MAX:
+            return chaos.LARGE, wire.answer(413, b"length limit exceeded", Content_Type="text/plain")
+        if MARK not in body or drawn not in (chaos.ACCEPT, chaos.SLOW):
+            return drawn, b""
+        if self._chaos.chance.random() < _OWN_REFUSALS:
+            return chaos.REFUSED, wire.answer(
+                530, b"there is one in it that is never taken", Content_Type="text/plain", **_TIMED
+            )
+        return chaos.NAMED, b""

@@ -1,0 +1,246 @@
+"""The referee: has writers and deliverers live and be killed in front of a destination that answers at random, and compares.
+
+A round ends with all of them dead. Then one process, which nobody kills but the destination, stores a few good events and
+delivers until nothing is pending. Then the destination must hold every acknowledged good event exactly once, the dead letters
+must be the poisoned ones, each once, nothing may be there that nobody stored, and `pillarbox verify` must find that the
+account balances. The next round has a directory of its own.
+
+    .venv/bin/python -m tests.torture --destination http --minutes 4 --seed 7
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from pillarbox.delivery.settlement import DeadLetter
+from pillarbox.store import layout
+from pillarbox.store.layout import Kind
+from tests.crash.kills import Violation, doom, fork
+from tests.torture import chaos, chaotic, lives
+from tests.torture.account import Account, Event, Found, Sums, Tally
+from tests.torture.events import EVENT
+from tests.torture.lives import Life, Scene
+from tests.torture.places import PLACES, parsed
+
+WRITERS: Final = 3
+DELIVERERS: Final = 2
+ROUND_S: Final = 30.0
+DRAIN_S: Final = 90.0
+TELL_S: Final = 5.0  # between two lines on how it goes
+_SLOTS: Final = WRITERS + DELIVERERS + 1  # the last one for whoever finishes
+_FINISHER: Final = _SLOTS - 1
+_DOOMED: Final = 0.15  # of the lives kill themselves around an operation on the disk
+_WRITER_S: Final = (0.2, 1.0, 3.0)  # how long a life lasts at most
+_DELIVERER_S: Final = (0.3, 1.5, 1.5, 4.0)
+_ANSWERS: Final = (*chaotic.WEIGHTS, chaos.CLOSE, chaos.GARBAGE, chaos.REFUSED, chaos.NAMED, chaos.LARGE, chaos.AGAIN)
+
+
+class Report(NamedTuple):
+    """What a run did."""
+
+    destination: str
+    seed: int
+    seconds: float
+    rounds: int
+    kills: int
+    events: int
+    acknowledged: int
+    arrived: int
+    dead: int
+    answers: dict[str, int]
+
+    def __str__(self) -> str:
+        answers = ", ".join(f"{name} {count:,}" for name, count in sorted(self.answers.items()))
+        return (
+            f"{self.destination}, seed {self.seed}: {self.seconds:.0f} s, {self.rounds} rounds, {self.kills:,} kills, "
+            f"{self.events:,} events, {self.acknowledged:,} acknowledged, {self.arrived:,} arrived, {self.dead:,} dead letters; "
+            f"answers: {answers}"
+        )
+
+
+class _Child(NamedTuple):
+    pid: int
+    life: int
+    deadline: float  # when it is killed, unless it dies before
+
+
+class Torture:
+    """Rounds against one destination, in directories below `folder`."""
+
+    def __init__(self, destination: str, folder: Path, seed: int, tell: Callable[[object], None]) -> None:
+        self.seed = seed
+        self.destination = destination
+        self._folder = folder
+        self._tell = tell
+        self.failures = folder / "failures"
+        self.failures.mkdir(parents=True)
+        self._tally = Tally(_ANSWERS, _SLOTS + 1)
+        self._place = PLACES[destination](folder, seed, self._tally.row(_SLOTS))
+        self._account = Account(seed, _SLOTS)
+        self._chance = random.Random(seed)
+        self._children: dict[int, _Child] = {}
+        self._begun = self._told = time.monotonic()
+        self._lives = self.rounds = self.kills = 0
+        self._sums = Sums(0, 0, 0, 0)
+
+    def round(self, seconds: float) -> None:
+        """Let them live and die for a while, end it, finish, and compare; raises `Violation`."""
+        scene = Scene(self.seed, str(self._folder / f"outbox-{self.rounds}"), self._place.url)
+        Path(scene.outbox).mkdir()
+        self._account = Account(self.seed, _SLOTS)
+        end = time.monotonic() + seconds
+        try:
+            while time.monotonic() < end:
+                for slot in range(WRITERS + DELIVERERS):
+                    if slot not in self._children:
+                        self._begin(slot, scene)
+                first = min(child.deadline for child in self._children.values())
+                signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(first, end) - time.monotonic()))
+                self._reap(time.monotonic(), scene)
+                self._tell_now_and_then()
+        finally:
+            self._reap(float("inf"), scene)
+        self._finish(scene)
+        self._judge(scene)
+        self.rounds += 1
+
+    def report(self) -> Report:
+        """The figures so far."""
+        living = self._account.begun(range(_SLOTS))
+        events = Sums(self._sums.begun + living, *self._sums[1:])
+        seconds = time.monotonic() - self._begun
+        return Report(self.destination, self.seed, seconds, self.rounds, self.kills, *events, dict(self._tally.sums()))
+
+    def end(self) -> None:
+        """End what was started."""
+        for child in self._children.values():
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+        self._children.clear()
+        self._place.end()
+
+    def _begin(self, slot: int, scene: Scene) -> None:
+        self._lives += 1
+        chance = random.Random(f"{self.seed}/{self._lives}")
+        life = Life(self._lives, scene, self._account.notes(slot), chance)
+        row = self._tally.row(slot)
+
+        def work() -> None:
+            chaotic.row = row
+            self._be_quiet(slot)
+            if slot == _FINISHER:
+                life.finish(DRAIN_S)
+                return
+            if chance.random() < _DOOMED:
+                doom(chance)
+            life.store() if slot < WRITERS else life.deliver()
+
+        span = self._chance.choice(_WRITER_S if slot < WRITERS else _DELIVERER_S) * self._chance.random()
+        deadline = float("inf") if slot == _FINISHER else time.monotonic() + span
+        self._children[slot] = _Child(fork(self.failures, work), self._lives, deadline)
+
+    def _be_quiet(self, slot: int) -> None:
+        """What this process prints goes to a file, which is that of the last life in this slot."""
+        log = os.open(self._folder / f"printed-{slot}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+
+    def _reap(self, now: float, scene: Scene) -> None:
+        """Kill whose time has come, and bury the dead."""
+        wrong: list[str] = []
+        for slot, child in list(self._children.items()):
+            due = now >= child.deadline or now == float("inf")
+            if due:
+                os.kill(child.pid, signal.SIGKILL)
+            if (status := self._bury(slot, child, wait=due)) not in (None, -signal.SIGKILL):
+                wrong.append(f"life {child.life} ended by itself, with status {status}")
+        wrong += [f"process {pid} of the destination ended" for pid in self._place.pids if os.waitpid(pid, os.WNOHANG)[0]]
+        if wrong:
+            raise self.violation(wrong, scene)
+
+    def _bury(self, slot: int, child: _Child, *, wait: bool) -> int | None:
+        pid, status = os.waitpid(child.pid, 0 if wait else os.WNOHANG)
+        if not pid:
+            return None
+        del self._children[slot]
+        self._account.bury(slot, child.life)
+        code = os.waitstatus_to_exitcode(status)
+        self.kills += code == -signal.SIGKILL
+        return code
+
+    def _finish(self, scene: Scene) -> None:
+        code: int | None = -signal.SIGKILL
+        while code in (None, -signal.SIGKILL):
+            if _FINISHER not in self._children:
+                self._begin(_FINISHER, scene)  # again where the destination has killed it
+            signal.sigtimedwait([signal.SIGCHLD], TELL_S)
+            code = self._bury(_FINISHER, self._children[_FINISHER], wait=False)
+            self._tell_now_and_then()
+        if code:
+            raise self.violation([f"what is pending could not be delivered (status {code})"], scene)
+
+    def _judge(self, scene: Scene) -> None:
+        arrived, wrong = self._place.arrived()
+        dead, quarantined, left = _kept(Path(scene.outbox))
+        found = Found(arrived, dead, quarantined)
+        wrong += [*self._account.check(found), *left]
+        if any(self.failures.iterdir()):
+            wrong.append("a thread of an outbox ended by a defect")
+        if wrong:
+            raise self.violation(wrong, scene)
+        sums = self._account.sums(found)
+        self._sums = Sums(*(before + now for before, now in zip(self._sums, sums, strict=True)))
+        self._account = Account(self.seed, _SLOTS)
+        self._place.empty()
+        shutil.rmtree(scene.outbox)
+
+    def _tell_now_and_then(self) -> None:
+        if time.monotonic() - self._told >= TELL_S:
+            self._told = time.monotonic()
+            self._tell(self.report())
+
+    def violation(self, wrong: list[str], scene: Scene) -> Violation:
+        """What to raise, with what reproduces it and the traces that children left."""
+        traces = [path.read_text() for path in sorted(self.failures.iterdir())]
+        where = (
+            f"{self.destination}, seed {self.seed}, round {self.rounds}, {self.kills} kills, left as it is in {scene.outbox}"
+        )
+        return Violation("\n".join([where, *wrong[:20], *traces[:3]]))
+
+
+def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event], list[str]]:
+    """Dead letters, what of quarantine can be read, and complaints about files that should not be there."""
+    dead: Counter[Event] = Counter()
+    quarantined: set[Event] = set()
+    for path in sorted(outbox.iterdir()):
+        kind = layout.kind_of(path.name)
+        if kind is Kind.DEAD:
+            letters = [msgspec.json.decode(line, type=DeadLetter) for line in path.read_bytes().splitlines()]
+            dead.update(parsed(msgspec.json.decode(letter.event)["event_id"]) for letter in letters)
+        elif kind is Kind.CORRUPT:
+            quarantined |= {(int(life), int(number)) for life, number, _ in EVENT.findall(path.read_bytes())}
+    return dead, frozenset(quarantined), [f"left behind: {name}" for name in lives.pending(str(outbox))]
+
+
+def run(destination: str, seconds: float, seed: int, folder: Path, tell: Callable[[object], None] = lambda _: None) -> Report:
+    """Torture for about `seconds`; raises `Violation` and leaves the folder for a look."""
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    torture = Torture(destination, folder, seed, tell)
+    end = time.monotonic() + seconds
+    try:
+        while (left := end - time.monotonic()) > 0:
+            torture.round(min(ROUND_S, left))
+        return torture.report()
+    finally:
+        torture.end()
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)

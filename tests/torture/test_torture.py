@@ -1,0 +1,129 @@
+"""A fixed part of the torture against each destination, and that its referee sees what it is there to see."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.torture import account, events, places
+from tests.torture.account import Account, Event, Found, Tally
+
+ROOT = Path(__file__).parents[2]
+SEED = 20261
+SECONDS = 8.0
+KILLS_MIN = 20
+EVENTS_MIN = 3_000
+LIFE = 7
+
+
+@pytest.mark.parametrize("destination", ["sqlite", "spacetimedb"])
+def test_every_event_is_there_once_and_only_the_poisoned_are_dead_letters(destination: str) -> None:
+    """In a process of its own: a parent with threads must not fork."""
+    if destination == "spacetimedb" and not places.has_server():
+        pytest.skip("there is no SpacetimeDB server: tools/spacetimedb-server says why")
+    command = [sys.executable, "-m", "tests.torture", "--destination", destination]
+    command += ["--minutes", str(SECONDS / 60), "--seed", str(SEED)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    figures = {name: int(count.replace(",", "")) for count, name in re.findall(r"([\d,]+) (kills|events|arrived|dead)", last)}
+    assert figures["kills"] >= KILLS_MIN
+    assert figures["events"] >= EVENTS_MIN
+    assert 0 < figures["dead"] < figures["arrived"]
+
+
+@pytest.fixture
+def told() -> Account:
+    """An account of life 7: thousands of events, acknowledged but the last two, which were begun and refused."""
+    found = Account(SEED, 2)
+    notes = found.notes(1)
+    notes.begin(range(BEGUN + 1))
+    for number in range(BEGUN):
+        notes.conclude(number, account.ACKNOWLEDGED)
+    notes.begin(range(BEGUN + 1, BEGUN + 2))
+    notes.conclude(BEGUN + 1, account.REFUSED)
+    found.bury(1, LIFE)
+    return found
+
+
+BEGUN = 5_000  # the number of the event that was only begun
+BAD = next(number for number in range(BEGUN) if events.poisoned(SEED, LIFE, number))
+GOOD = next(number for number in range(BEGUN) if not events.poisoned(SEED, LIFE, number))
+
+
+def as_it_should_be() -> Found:
+    everything = range(BEGUN)
+    dead = Counter((LIFE, number) for number in everything if events.poisoned(SEED, LIFE, number))
+    arrived = Counter((LIFE, number) for number in everything if not events.poisoned(SEED, LIFE, number))
+    return Found(arrived, dead, frozenset())
+
+
+def test_nothing_is_wrong_where_everything_is_in_its_place(told: Account) -> None:
+    """An event that was begun and not acknowledged may be there too."""
+    found = as_it_should_be()
+    assert told.check(found) == []
+    assert told.check(Found({**found.arrived, (LIFE, BEGUN): 1}, found.dead, frozenset())) == []
+    sums = told.sums(found)
+    assert (sums.begun, sums.acknowledged, sums.arrived + sums.dead) == (BEGUN + 2, BEGUN, BEGUN)
+
+
+def spoil(where: str, event: Event, count: int) -> Callable[[Found], Found]:
+    def spoiled(found: Found) -> Found:
+        place: Counter[Event] = Counter(getattr(found, where))
+        place[event] += count
+        changed: dict[str, Any] = {where: +place}
+        return found._replace(**changed)
+
+    return spoiled
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (spoil("arrived", (LIFE, GOOD), -1), f"1 lost: {LIFE}-{GOOD}"),
+        (spoil("dead", (LIFE, BAD), -1), f"1 lost: {LIFE}-{BAD}"),
+        (spoil("arrived", (LIFE, GOOD), 1), f"1 at the destination 2 times: {LIFE}-{GOOD}"),
+        (spoil("dead", (LIFE, BAD), 1), f"1 among the dead letters 2 times: {LIFE}-{BAD}"),
+        (spoil("arrived", (LIFE, BAD), 1), f"1 poisoned, and at the destination: {LIFE}-{BAD}"),
+        (spoil("dead", (LIFE, GOOD), 1), f"1 good, and among the dead letters: {LIFE}-{GOOD}"),
+        (spoil("arrived", (LIFE, BEGUN + 1), 1), f"1 invented: at the destination though refused: {LIFE}-{BEGUN + 1}"),
+        (spoil("arrived", (3, 0), 1), "1 invented: at the destination though never begun: 3-0"),
+    ],
+)
+def test_what_is_not_in_its_place_is_found(told: Account, change: Callable[[Found], Found], complaint: str) -> None:
+    """Lost, twice, in the wrong place, or from nowhere."""
+    assert told.check(change(as_it_should_be())) == [complaint]
+
+
+def test_an_acknowledged_event_in_quarantine_is_lost(told: Account) -> None:
+    """A torn line of one that was only begun is not."""
+    found = spoil("arrived", (LIFE, GOOD), -1)(as_it_should_be())
+    found = found._replace(quarantined=frozenset({(LIFE, GOOD), (LIFE, BEGUN)}))
+    assert told.check(found) == [f"1 lost: in quarantine though acknowledged: {LIFE}-{GOOD}"]
+
+
+def test_a_poisoned_event_carries_its_mark_wherever_it_goes() -> None:
+    """The destinations look for it, in JSON and in the arguments of a function."""
+    from pillarbox.event import Codec, TrackingEvent
+
+    encode = Codec(TrackingEvent).encode
+    for number in (GOOD, BAD):
+        line = encode(events.make_event(SEED, LIFE, number))
+        assert (events.MARK in line) == (number == BAD)
+        assert events.EVENT.findall(line) == [(b"7", b"%d" % number, events.POISON.encode() if number == BAD else b"click")]
+
+
+def test_counts_of_several_processes_add_up() -> None:
+    """Each in its own row."""
+    tally = Tally(["a", "b"], 2)
+    tally.row(0).add("a")
+    tally.row(1).add("a")
+    tally.row(1).add("b")
+    assert tally.sums() == {"a": 2, "b": 1}
