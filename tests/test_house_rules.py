@@ -19,6 +19,7 @@ ALLOWED_IMPORTS = {
     "store": {"errors", "clock", "outcome"},
     "sinks": {"errors", "clock", "event", "store"},  # of the store, its one function that reads a file: see below
     "delivery": {"errors", "clock", "store", "sinks", "telemetry"},
+    "kept": {"errors", "clock", "delivery", "event", "outcome", "store"},
     "telemetry": {"delivery"},
     "event": {"errors", "clock"},
     "outcome": set(),

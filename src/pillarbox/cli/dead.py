@@ -1,0 +1,468 @@
+"""`pillarbox dead`: look at dead letters, mend them, send them again, or give them up."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app, err, out
+from pillarbox.cli.kept import (
+    AllOption,
+    BatchOption,
+    LimitOption,
+    ReasonOption,
+    SinceOption,
+    Site,
+    UntilOption,
+    YesOption,
+    counted,
+    need_choice,
+    print_json,
+    print_table,
+    printable,
+)
+from pillarbox.errors import UsageError
+from pillarbox.kept import dead as letters
+from pillarbox.kept.again import Again, as_it_is
+from pillarbox.kept.dead import Group, Groups, Record, Trouble
+from pillarbox.kept.mend import assignments, editable, edited, with_members
+from pillarbox.kept.selection import Selection, written
+from pillarbox.store.filesystem import read_file, write_secret
+from pillarbox.store.layout import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+dead = typer.Typer(
+    name="dead",
+    help="Dead letters: events that a destination refused for good. Look, mend, send again, give up.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=app.info.context_settings,
+)
+app.add_typer(dead)
+
+_EDITED = "mend-"  # how the names of files begin that an editor works on
+
+RecordArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[RECORD]...", help="By name, as `dead list --each` shows it.", show_default=False)
+]
+CodeOption = Annotated[list[str] | None, typer.Option("--code", help="Refused with this code.", show_default=False)]
+KeyOption = Annotated[list[str] | None, typer.Option("--event-key", metavar="KEY", help="With this key.", show_default=False)]
+IdOption = Annotated[list[str] | None, typer.Option("--event-id", metavar="ID", help="With this id.", show_default=False)]
+DeadSinkOption = Annotated[
+    list[str] | None, typer.Option("--sink", metavar="TEXT", help="With this in its destination's URL.", show_default=False)
+]
+
+
+class Letter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One dead letter, in the `--json` of all these commands; times in microseconds since 1970."""
+
+    record: str  # its name, <batch>#<index>
+    batch: str
+    index: int
+    code: str
+    reason: str
+    sink: str
+    attempts: int
+    first_at_micros: int
+    last_at_micros: int
+    event_id: str | None
+    event_key: str | None
+    event: msgspec.Raw | None = None  # `show`: as it stands; `replay` and `edit`: as it goes in again
+
+
+class Listed(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of `pillarbox dead list --json`: groups, or with --each records."""
+
+    records: int
+    files: int
+    groups: list[Group]
+    each: list[Letter]
+    troubles: list[Trouble]
+
+
+def _letter(record: Record, event: bytes | None = None) -> Letter:
+    found = record.letter
+    return Letter(
+        record=record.name,
+        batch=record.batch,
+        index=found.index,
+        code=found.code,
+        reason=found.reason,
+        sink=found.sink,
+        attempts=found.attempts,
+        first_at_micros=found.first_at_micros,
+        last_at_micros=found.last_at_micros,
+        event_id=record.event_id,
+        event_key=record.event_key,
+        event=None if event is None else msgspec.Raw(event),
+    )
+
+
+def _chosen(site: Site, selection: Selection) -> Iterator[Record]:
+    """The dead letters that are meant, file by file."""
+    found = letters.find(site.place, Kind.DEAD, selection)
+    for file in letters.files(site.place, found.batches, site.heading):
+        site.report.add(*file.troubles)
+        yield from filter(selection.takes, file.records)
+
+
+@dead.command("list")
+def list_(
+    record: RecordArgument = None,
+    directory: DirectoryOption = None,
+    code: CodeOption = None,
+    reason: ReasonOption = None,
+    event_key: KeyOption = None,
+    event_id: IdOption = None,
+    sink: DeadSinkOption = None,
+    batch: BatchOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    each: Annotated[bool, typer.Option("--each", help="A line for each, instead of one for each kind.")] = False,
+    limit: LimitOption = 50,
+    event_type: EventTypeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> int:
+    """List what was refused: one line for all that have code, destination, key and reason in common, values left out.
+
+    An option that is given several times means any of them; different options must all fit. Times are those of the last
+    attempt. Safe at any time: takes no lock and changes nothing.
+    """
+    site = Site(config, directory=directory, event_type=event_type)
+    selection = site.selection(
+        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
+        since=since, until=until,
+    )  # fmt: skip
+    groups, shown, count, files, last = Groups(), [], 0, 0, ""
+    for one in _chosen(site, selection):
+        count += 1
+        files += one.batch != last
+        last = one.batch
+        if not each:
+            groups.add(one)
+        elif not limit or count <= limit:
+            shown.append(one)
+    found = groups.listed()
+    more = len(found) - limit if limit and not each else count - len(shown) if each else 0
+    if limit:
+        found = found[:limit]
+    if json:
+        listed = Listed(records=count, files=files, groups=found, each=list(map(_letter, shown)), troubles=site.report.troubles)
+        print_json(listed)
+    else:
+        if each and shown:
+            _table_of_each(shown)
+        elif found:
+            _table_of_groups(found)
+        left_out = f", {more:,} of the lines are not shown (--limit)" if more > 0 else ""
+        out.print(f"{counted(count, 'dead letter')} in {counted(files, 'file')}{left_out}", markup=False)
+    site.say_troubles()
+    return site.exit_code()
+
+
+def _table_of_groups(found: list[Group]) -> None:
+    columns = [(name, "left") for name in ("code", "key", "destination", "first", "last", "reason")]
+    rows = [
+        (group.count, group.code, _or_dash(group.event_key), group.sink, written(group.first_at_micros),
+         written(group.last_at_micros), group.reason)
+        for group in found
+    ]  # fmt: skip
+    print_table([("count", "right"), *columns], rows)
+
+
+def _table_of_each(shown: list[Record]) -> None:
+    columns = [(name, "left") for name in ("record", "event id", "key", "last", "code", "reason")]
+    rows = [
+        (one.name, _or_dash(one.event_id), _or_dash(one.event_key), written(one.letter.last_at_micros), one.letter.code,
+         one.letter.reason)
+        for one in shown
+    ]  # fmt: skip
+    print_table(columns, rows)
+
+
+def _or_dash(text: str | None) -> str:
+    return "-" if text is None else text
+
+
+@dead.command("show")
+def show(
+    record: RecordArgument = None,
+    directory: DirectoryOption = None,
+    code: CodeOption = None,
+    reason: ReasonOption = None,
+    event_key: KeyOption = None,
+    event_id: IdOption = None,
+    sink: DeadSinkOption = None,
+    batch: BatchOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    limit: LimitOption = 20,
+    event_type: EventTypeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Show dead letters in full: the event, why it was refused, by whom, how often it was tried and when.
+
+    Safe at any time: takes no lock and changes nothing.
+    """
+    site = Site(config, directory=directory, event_type=event_type)
+    selection = site.selection(
+        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
+        since=since, until=until,
+    )  # fmt: skip
+    shown, count = [], 0
+    for one in _chosen(site, selection):
+        count += 1
+        if not limit or count <= limit:
+            shown.append(one)
+    if json:
+        print_json([_letter(one, bytes(one.letter.event)) for one in shown])
+    else:
+        for one in shown:
+            out.print(_in_full(one), markup=False)
+        if count > len(shown):
+            out.print(f"{count - len(shown):,} more are not shown (--limit)", markup=False)
+        elif not count:
+            out.print("no such dead letter", markup=False)
+    site.say_troubles()
+    return site.exit_code()
+
+
+def _in_full(record: Record) -> str:
+    letter = record.letter
+    first, last = written(letter.first_at_micros), written(letter.last_at_micros)
+    times = last if first == last else f"{first} to {last}"
+    event = msgspec.json.format(bytes(letter.event), indent=2).decode().replace("\n", "\n  ")
+    return printable(
+        f"{record.name}\n  {letter.code}: {letter.reason}\n"
+        f"  refused by {letter.sink}, {counted(letter.attempts, 'attempt')}, {times}\n  {event}\n"
+    )
+
+
+class _Seen:
+    """What a command that changes something is about to do; the first ones are said, one by one."""
+
+    def __init__(self, limit: int, *, json: bool, events: bool) -> None:
+        self.items: list[Letter] = []
+        self._limit = limit
+        self._json = json
+        self._events = events
+        self._count = 0
+
+    def __call__(self, record: Record, payload: bytes) -> None:
+        """One more."""
+        self._count += 1
+        if self._json:
+            self.items.append(_letter(record, payload if self._events else None))
+        elif not self._limit or self._count <= self._limit:
+            letter = record.letter
+            what = f"{record.name}  {_or_dash(record.event_id)}  {_or_dash(record.event_key)}  {letter.code}: {letter.reason}"
+            out.print(printable(what + (f"\n  {payload.decode()}" if self._events else "")), markup=False)
+        elif self._count == self._limit + 1:
+            out.print("...", markup=False)
+
+
+@dead.command("replay")
+def replay(
+    record: RecordArgument = None,
+    directory: DirectoryOption = None,
+    code: CodeOption = None,
+    reason: ReasonOption = None,
+    event_key: KeyOption = None,
+    event_id: IdOption = None,
+    sink: DeadSinkOption = None,
+    batch: BatchOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    everything: AllOption = False,
+    yes: YesOption = False,
+    limit: LimitOption = 20,
+    event_type: EventTypeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Send dead letters again, as they are: for when the destination was at fault and has been put right.
+
+    The events go into the outbox under their own ids and are delivered like all others; each leaves the dead letters once it
+    is durable there. Killed in between, an event may go in twice, under one id. What the event type does not take stays, and
+    is named: see `dead edit`. Without --yes nothing is done.
+    """
+    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
+    selection = site.selection(
+        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
+        since=since, until=until,
+    )  # fmt: skip
+    need_choice(selection, everything=everything)
+    return _send_again(site, selection, as_it_is, _Seen(limit, json=json, events=False), yes=yes, json=json)
+
+
+def _send_again(
+    site: Site,
+    selection: Selection,
+    mend: Callable[[Record], bytes | None],
+    seen: _Seen,
+    *,
+    yes: bool,
+    json: bool,
+    how: str = "--yes",
+) -> int:
+    changes = Again(site.place, site.heading, site.clock, selection, site.report).replays(site.gate, mend, seen)
+    if not site.carry_out(changes, yes=yes, sends=True):
+        return site.busy()
+    done = f"{counted(site.report.events, 'event')} of {counted(site.report.files, 'file')}"
+    text = site.last_line(done, "went back into the outbox", "would go back into the outbox", yes=yes, how=how)
+    return site.end(seen.items, text, yes=yes, json=json)
+
+
+@dead.command("purge")
+def purge(
+    record: RecordArgument = None,
+    directory: DirectoryOption = None,
+    code: CodeOption = None,
+    reason: ReasonOption = None,
+    event_key: KeyOption = None,
+    event_id: IdOption = None,
+    sink: DeadSinkOption = None,
+    batch: BatchOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    everything: AllOption = False,
+    yes: YesOption = False,
+    limit: LimitOption = 20,
+    event_type: EventTypeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Give dead letters up for good. The ledger counts them as purged. Without --yes nothing is done."""
+    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
+    selection = site.selection(
+        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
+        since=since, until=until,
+    )  # fmt: skip
+    need_choice(selection, everything=everything)
+    seen = _Seen(limit, json=json, events=False)
+    changes = Again(site.place, site.heading, site.clock, selection, site.report).purges(seen)
+    if not site.carry_out(changes, yes=yes, sends=False):
+        return site.busy()
+    done = f"{counted(site.report.events, 'dead letter')} of {counted(site.report.files, 'file')}"
+    text = site.last_line(done, "purged", "would be gone for good", yes=yes)
+    return site.end(seen.items, text, yes=yes, json=json)
+
+
+@dead.command("edit")
+def edit(
+    record: RecordArgument = None,
+    directory: DirectoryOption = None,
+    code: CodeOption = None,
+    reason: ReasonOption = None,
+    event_key: KeyOption = None,
+    event_id: IdOption = None,
+    sink: DeadSinkOption = None,
+    batch: BatchOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    everything: AllOption = False,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="MEMBER=VALUE", help="JSON where the member takes it, else text.", show_default=False),
+    ] = None,
+    from_file: Annotated[
+        str | None, typer.Option("--from", metavar="FILE", help="Take what an editor left there.", show_default=False)
+    ] = None,
+    editor: Annotated[str, typer.Option(envvar=["VISUAL", "EDITOR"], metavar="COMMAND", help="Used without --set.")] = "vi",
+    yes: YesOption = False,
+    limit: LimitOption = 20,
+    event_type: EventTypeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Put dead letters right and send them again: with --set, or in an editor, one a line.
+
+    Only what was changed, is valid and has kept its id goes in; all else stays a dead letter, and is named. The file that was
+    edited is kept until all of it went in: `--from FILE` takes it again. Without --yes nothing is done.
+    """
+    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
+    if values and from_file is not None:
+        raise UsageError("--set and --from: give one of them")
+    chosen = site.selection(
+        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
+        since=since, until=until,
+    )  # fmt: skip
+    seen = _Seen(limit, json=json, events=True)
+    if values:
+        need_choice(chosen, everything=everything)
+        members = assignments(values, site.settings.event_type)
+        return _send_again(site, chosen, lambda one: with_members(site.gate, as_it_is(one), members), seen, yes=yes, json=json)
+    if from_file is None:
+        need_choice(chosen, everything=everything)
+        from_file = _in_editor(site, chosen, editor)
+        if from_file is None:
+            return site.exit_code() if site.report.troubles_count else Exit.DONE
+    return _send_edited(site, from_file, seen, yes=yes, json=json)
+
+
+def _in_editor(site: Site, chosen: Selection, command: str) -> str | None:
+    """Have somebody edit the chosen records; the path of the edited file, or None where there is nothing to do."""
+    lines = b"".join(map(editable, _chosen(site, chosen)))
+    site.say_troubles()
+    if not lines:
+        out.print("no such dead letter", markup=False)
+        return None
+    name = f"{_EDITED}{site.place.new_id()}.ndjson"
+    path = site.place.at(name)
+    write_secret(path, lines)
+    try:
+        code = subprocess.run([*shlex.split(command), path], check=False).returncode  # noqa: S603 - the user's own editor
+    except (OSError, ValueError) as error:
+        site.place.remove(name)
+        raise UsageError(f"the editor {command!r} cannot be started: {error}") from None
+    if read_file(path) == lines:
+        site.place.remove(name)
+        out.print("nothing was changed", markup=False)
+        return None
+    if code:
+        raise UsageError(f"the editor ended with code {code}; nothing was done, and its text is kept: --from {path}")
+    return path
+
+
+def _send_edited(site: Site, path: str, seen: _Seen, *, yes: bool, json: bool) -> int:
+    """Send again what was changed in an edited file."""
+    try:
+        back = edited(read_file(path))
+    except OSError as error:
+        raise UsageError(f"--from {path}: {error.strerror}") from None
+    for number, problem in back.problems:
+        site.report.trouble(path, problem, number)
+    left = dict(back.events)
+
+    def mend(one: Record) -> bytes | None:
+        new, old = left.pop(one.name, None), as_it_is(one)
+        if new is None or new == old:
+            return None
+        site.gate.same_id(old, new)
+        return new
+
+    if left:
+        batches = tuple({name.rpartition("#")[0] for name in left})
+        how = f"dead edit --from {shlex.quote(path)} --yes"
+        code = _send_again(site, Selection(batches=batches), mend, seen, yes=yes, json=json, how=how)
+    else:
+        code = site.end([], "nothing to send again", yes=yes, json=json)
+    for name in left:
+        err.print(printable(f"{path}: {name} is no dead letter, or none any more"), markup=False)
+    if yes and code == Exit.DONE and not left:
+        if path.startswith(site.place.at(_EDITED)):
+            site.place.remove(path.rpartition("/")[2])
+    elif yes:
+        err.print(f"the edited text is kept: --from {shlex.quote(path)} takes it again", markup=False)
+    return code if not left else code or Exit.PARTLY

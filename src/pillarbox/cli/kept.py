@@ -1,0 +1,261 @@
+"""What `pillarbox dead` and `pillarbox quarantine` share: what is chosen, how changes are done, and what is said of them."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pillarbox.cli.app import Exit, err, log_to_terminal, out, require, settings_from
+from pillarbox.clock import SystemClock
+from pillarbox.errors import DirectoryUnusable, UsageError
+from pillarbox.kept.changes import Bounds, Carrier, Report, take_turn
+from pillarbox.kept.dead import Heading, Trouble
+from pillarbox.kept.mend import Gate
+from pillarbox.kept.selection import Selection, batch_of, moment
+from pillarbox.outbox import Outbox
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import FrameType
+
+    from pillarbox.kept.changes import Change
+    from pillarbox.settings import Settings
+
+NAMED_MAX: Final = 20  # troubles that are named one by one; all are counted
+
+BatchOption = Annotated[
+    list[str] | None,
+    typer.Option("--batch", metavar="ID", help="Of this batch: its id, or how that begins.", show_default=False),
+]
+ReasonOption = Annotated[
+    list[str] | None, typer.Option("--reason", metavar="TEXT", help="With this in its reason.", show_default=False)
+]
+SinceOption = Annotated[
+    str | None, typer.Option("--since", metavar="TIME", help="Not older: 2h, 3d, or ISO 8601.", show_default=False)
+]
+UntilOption = Annotated[str | None, typer.Option("--until", metavar="TIME", help="Older than that.", show_default=False)]
+AllOption = Annotated[bool, typer.Option("--all", help="Everything, where nothing else is asked for.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do it; without, only say what would be done.")]
+LimitOption = Annotated[int, typer.Option("--limit", "-n", metavar="N", help="Show so many at the most; 0: all.", min=0)]
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of `--json` of the commands that change something."""
+
+    acted: bool  # False: what would be done
+    events: int  # for quarantine's purge: damaged spans
+    files: int
+    items: list[Any]  # what is concerned; its shape is that of `list --each --json`, `quarantine repair` has its own
+    troubles: list[Trouble]  # what stays, and why; the first 1,000
+    troubles_count: int
+    refused: str  # why the outbox took nothing more; "" where it took all
+    interrupted: bool
+    ledger_behind: bool  # the ledger could not be written
+
+
+class Site:
+    """The directory that a command works on; looking at it creates nothing."""
+
+    def __init__(self, config: str | None, *, quiet: bool = False, **options: object) -> None:
+        log_to_terminal(quiet=quiet)
+        logging.getLogger("pillarbox").setLevel(logging.WARNING)  # what the outbox does is not what was asked for
+        self.quiet = quiet
+        self.settings: Settings = settings_from(config, **options)
+        require(self.settings, "directory", "DIR")
+        self.clock = SystemClock()
+        self.place = Directory(self.settings.directory, RealFilesystem(), self.clock)
+        self.report = Report()
+        self.heading = Heading(self.settings.event_type)
+        self.gate = Gate(self.settings.event_type, self.heading.id_member)
+        try:
+            self.place.account()
+        except OSError as error:
+            problem = f"cannot be listed: {error.strerror}"
+            raise DirectoryUnusable(self.settings.directory, problem, "name an outbox directory") from None
+
+    def selection(
+        self,
+        *,
+        records: Sequence[str] | None = None,
+        batches: Sequence[str] | None = None,
+        reasons: Sequence[str] | None = None,
+        codes: Sequence[str] | None = None,
+        sinks: Sequence[str] | None = None,
+        event_keys: Sequence[str] | None = None,
+        event_ids: Sequence[str] | None = None,
+        since: str | None = None,
+        until: str | None = None,
+    ) -> Selection:
+        """What the options amount to."""
+        now = self.clock.micros()
+        for name in records or ():
+            if "#" not in name:
+                raise UsageError(f"{name} is no dead letter's name, which is <batch>#<index> as `dead list --each` shows it")
+        return Selection(
+            records=tuple(records or ()),
+            batches=tuple(map(batch_of, batches or ())),
+            reasons=tuple(reasons or ()),
+            codes=tuple(codes or ()),
+            sinks=tuple(sinks or ()),
+            event_keys=tuple(event_keys or ()),
+            event_ids=tuple(event_ids or ()),
+            since_micros=None if since is None else moment(since, now),
+            until_micros=None if until is None else moment(until, now),
+        )
+
+    def carry_out(self, changes: Iterable[Change], *, yes: bool, sends: bool) -> bool:
+        """Do it, or with `yes` False count what would be done; False where another command is at it."""
+        if not yes:
+            for change in changes:
+                self.report.files += 1
+                self.report.events += len(change.sends) or change.events
+            return True
+        self.place.open()
+        taken = take_turn(self.place)
+        if taken is None:
+            return False
+        try:
+            with _patiently(self.report) as stop, self._progress() as progress:
+                ledger = Ledger(self.place, self.clock)
+                if sends:
+                    self._send(changes, ledger, stop, progress)
+                else:
+                    Carrier(self.place, ledger, self.report, stop, progress).carry_out(changes)
+        finally:
+            self.place.filesystem.close(taken.fd)
+        return True
+
+    def _send(
+        self, changes: Iterable[Change], ledger: Ledger, stop: Callable[[], bool], progress: Callable[[int], None]
+    ) -> None:
+        # Whoever delivers the directory sends them; and what waits already is not given up for what comes back.
+        settings = msgspec.structs.replace(self.settings, sink=None, when_full="drop_newest", on_invalid="drop")
+        bounds = Bounds(settings.batch_size, settings.batch_bytes)
+        durability = self._durability()
+        with Outbox.from_settings(settings) as outbox:
+            Carrier(self.place, ledger, self.report, stop, progress, outbox, durability, bounds).carry_out(changes)
+
+    def _durability(self) -> Any:
+        try:
+            self.place.check_power()
+        except DirectoryUnusable:
+            return "process"  # in memory: what it is taken from would not survive either
+        return "power"
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[int], None]]:
+        columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} done"), TimeElapsedColumn())
+        with Progress(*columns, console=err, disable=self.quiet or not err.is_terminal, transient=True) as display:
+            task = display.add_task("mend", total=None)
+            yield lambda events: display.update(task, advance=events)
+
+    def exit_code(self) -> int:
+        """What the report amounts to."""
+        if self.report.interrupted:
+            return Exit.INTERRUPTED
+        return Exit.DONE if self.report.complete else Exit.PARTLY
+
+    def end(self, items: list[Any], text: str, *, yes: bool, json: bool) -> int:
+        """Say what was done, or would be, and what was not."""
+        report = self.report
+        if json:
+            print_json(
+                Done(
+                    acted=yes,
+                    events=report.events,
+                    files=report.files,
+                    items=items,
+                    troubles=report.troubles,
+                    troubles_count=report.troubles_count,
+                    refused=report.refused,
+                    interrupted=report.interrupted,
+                    ledger_behind=report.ledger_behind,
+                )
+            )
+        else:
+            out.print(text, markup=False)
+        self.say_troubles()
+        return self.exit_code()
+
+    def say_troubles(self) -> None:
+        """Name what stays as it is, on standard error."""
+        report = self.report
+        for trouble in report.troubles[:NAMED_MAX]:
+            err.print(printable(str(trouble)), markup=False)
+        if report.troubles_count > NAMED_MAX:
+            err.print(f"and {report.troubles_count - NAMED_MAX} more like these; --json names them", markup=False)
+        if report.refused:
+            err.print(f"the outbox takes nothing more ({report.refused}); what had not gone in stays", markup=False)
+        if report.ledger_behind:
+            err.print("the ledger could not be written: what was done is not in it", markup=False)
+        if report.interrupted:
+            err.print("interrupted: what was done is done, the rest stays", markup=False)
+
+    def last_line(self, done: str, did: str, does: str, *, yes: bool, how: str = "--yes") -> str:
+        """What was done, or would be and how to have it done."""
+        if not self.report.files:
+            return "nothing was done" if yes else "nothing to do"
+        return f"{done} {did}" if yes else f"{done} {does}; {how} does it"
+
+    def busy(self) -> int:
+        """Another command changes what is kept."""
+        err.print(f"{self.settings.directory}: another command is mending it; try again once that has ended", markup=False)
+        return Exit.PARTLY
+
+
+@contextmanager
+def _patiently(report: Report) -> Iterator[Callable[[], bool]]:
+    """While it lasts, Ctrl-C and SIGTERM end the work after the step that is under way."""
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        report.interrupted = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: report.interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def need_choice(selection: Selection, *, everything: bool) -> None:
+    """What changes something must be told what."""
+    if selection.everything and not everything:
+        raise typer.BadParameter("choose with the options, or give --all", param_hint="what is meant")
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may have it: what could move its cursor or hide text is escaped; line feeds stay."""
+    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+
+
+def print_json(value: object) -> None:
+    """For programs: indented JSON on standard output."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> None:
+    """A table of (name, "left" | "right") columns. A row is a line however narrow the terminal, so that it can be copied."""
+    cells = [[name for name, _ in columns], *([printable(str(cell)).replace("\n", " ") for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for number, row in enumerate(cells):
+        padded = [
+            cell.rjust(width) if side == "right" else cell.ljust(width)
+            for cell, width, (_, side) in zip(row, widths, columns, strict=True)
+        ]
+        out.print("  ".join(padded).rstrip(), markup=False, style=None if number else "bold")
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 event`, `2 events`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

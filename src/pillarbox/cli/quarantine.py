@@ -1,0 +1,308 @@
+"""`pillarbox quarantine`: look at damaged bytes, have from them what can be had, or give them up."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import msgspec
+import typer
+
+from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, JsonOption, QuietOption, app, out
+from pillarbox.cli.kept import (
+    AllOption,
+    BatchOption,
+    LimitOption,
+    ReasonOption,
+    SinceOption,
+    Site,
+    UntilOption,
+    YesOption,
+    counted,
+    need_choice,
+    print_json,
+    print_table,
+    printable,
+)
+from pillarbox.kept.dead import Trouble
+from pillarbox.kept.quarantine import Keeper, Quarantined, Seen
+from pillarbox.kept.selection import written
+
+quarantine = typer.Typer(
+    name="quarantine",
+    help="Quarantine: bytes that are no record. Look, repair, give up.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=app.info.context_settings,
+)
+app.add_typer(quarantine)
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """What is kept of one batch, in `pillarbox quarantine list --json`."""
+
+    batch: str
+    spans: int
+    repaired: int  # of them
+    bytes: int
+    reasons: dict[str, int]
+    sealed_at_micros: int | None  # microseconds since 1970; None where the batch's name does not say
+
+
+class Listed(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of `pillarbox quarantine list --json`."""
+
+    files: int
+    spans: int
+    bytes: int
+    batches: list[Kept]
+    troubles: list[Trouble]
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """A damaged span, in `pillarbox quarantine show --json`."""
+
+    batch: str
+    span: int  # from 1
+    offset: int  # in the sealed file, bytes
+    length: int
+    reason: str
+    repaired_at_micros: int | None
+    repaired_events: int
+    data: bytes  # base64
+
+
+class Recovered(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that was found in a span."""
+
+    event: msgspec.Raw
+    sure: bool  # its checksum fits
+    how: str
+
+
+class Repair(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found in a span, in `pillarbox quarantine repair --json`."""
+
+    batch: str
+    span: int  # from 1
+    reason: str
+    events: list[Recovered]
+    problems: list[str]  # why other pieces of it hold none
+
+
+def _kept(found: Quarantined) -> Kept:
+    reasons: dict[str, int] = {}
+    for span in found.spans:
+        reasons[span.reason] = reasons.get(span.reason, 0) + 1
+    return Kept(
+        batch=found.batch,
+        spans=len(found.spans),
+        repaired=len(found.spans) - found.unrepaired,
+        bytes=sum(map(len, found.pieces)),
+        reasons=reasons,
+        sealed_at_micros=found.sealed_at_micros,
+    )
+
+
+@quarantine.command("list")
+def list_(
+    directory: DirectoryOption = None,
+    batch: BatchOption = None,
+    reason: ReasonOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    limit: LimitOption = 50,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> int:
+    """List the batches of which damaged bytes are kept. Times are those at which the batch was sealed.
+
+    An option that is given several times means any of them; different options must all fit. Safe at any time: takes no lock
+    and changes nothing.
+    """
+    site = Site(config, directory=directory)
+    selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
+    found: list[Kept] = []
+    files = spans = size = 0
+    for one in Keeper(site.place, site.clock, selection, site.report).chosen():
+        kept = _kept(one)
+        files, spans, size = files + 1, spans + kept.spans, size + kept.bytes
+        if not limit or files <= limit:
+            found.append(kept)
+    if json:
+        print_json(Listed(files=files, spans=spans, bytes=size, batches=found, troubles=site.report.troubles))
+    else:
+        if found:
+            columns = [("batch", "left"), ("spans", "right"), ("repaired", "right"), ("bytes", "right"), ("sealed", "left")]
+            rows = [
+                (one.batch, one.spans, one.repaired, f"{one.bytes:,}", written(one.sealed_at_micros), _reasons(one.reasons))
+                for one in found
+            ]
+            print_table([*columns, ("reasons", "left")], rows)
+        more = f", {files - len(found):,} of them are not shown (--limit)" if files > len(found) else ""
+        out.print(f"{counted(spans, 'span')}, {counted(size, 'byte')} in {counted(files, 'file')}{more}", markup=False)
+    site.say_troubles()
+    return site.exit_code()
+
+
+def _reasons(found: dict[str, int]) -> str:
+    return ", ".join(reason if count == 1 else f"{count} {reason}" for reason, count in sorted(found.items()))
+
+
+@quarantine.command("show")
+def show(
+    directory: DirectoryOption = None,
+    batch: BatchOption = None,
+    reason: ReasonOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The bytes alone, as they are.")] = False,
+    limit: LimitOption = 20,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Show damaged bytes, span by span: where they stood, what is wrong, and what they are, escaped where they are no text.
+
+    Safe at any time: takes no lock and changes nothing.
+    """
+    site = Site(config, directory=directory)
+    selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
+    shown: list[Shown] = []
+    count = 0
+    for kept in Keeper(site.place, site.clock, selection, site.report).chosen():
+        for number, (span, piece) in enumerate(zip(kept.spans, kept.pieces, strict=True), 1):
+            if not selection.takes_reason(span.reason):
+                continue
+            count += 1
+            if limit and count > limit and not raw:
+                continue
+            if raw:
+                sys.stdout.buffer.write(piece)
+            elif json:
+                at, events = span.repaired_at_micros, span.repaired_events
+                shown.append(
+                    Shown(
+                        batch=kept.batch, span=number, offset=span.offset, length=span.length, reason=span.reason,
+                        repaired_at_micros=at, repaired_events=events, data=piece,
+                    )
+                )  # fmt: skip
+            else:
+                out.print(_in_full(kept, number, piece), markup=False)
+    if json and not raw:
+        print_json(shown)
+    elif not raw and limit and count > limit:
+        out.print(f"{count - limit:,} more are not shown (--limit)", markup=False)
+    elif not raw and not count:
+        out.print("no such damage", markup=False)
+    sys.stdout.flush()
+    site.say_troubles()
+    return site.exit_code()
+
+
+def _in_full(kept: Quarantined, number: int, piece: bytes) -> str:
+    span = kept.spans[number - 1]
+    text = piece.removesuffix(b"\n").decode("utf-8", "backslashreplace")
+    mended = ""
+    if span.repaired_at_micros is not None:
+        mended = f", repaired {written(span.repaired_at_micros)}: {counted(span.repaired_events, 'event')}"
+    where = f"{counted(span.length, 'byte')} at {span.offset:,}"
+    return printable(f"{kept.batch}, span {number}\n  {span.reason}; {where}{mended}\n  {text}\n".replace("\r", "\\r"))
+
+
+@quarantine.command("repair")
+def repair(
+    directory: DirectoryOption = None,
+    batch: BatchOption = None,
+    reason: ReasonOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    everything: AllOption = False,
+    checked: Annotated[bool, typer.Option("--checked", help="Only events whose checksum fits.")] = False,
+    yes: YesOption = False,
+    event_type: EventTypeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Send what can be had from damaged bytes: whole events whose line was torn, or whose checksum is wrong.
+
+    Says for each span what is in it, and how sure that is: where a checksum does not fit, the event may say something that
+    nobody sent; look at it first. The events go into the outbox under their own ids. The bytes are kept, and marked as
+    repaired, so that nothing is repaired twice. Without --yes nothing is done.
+    """
+    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
+    selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
+    need_choice(selection, everything=everything)
+    items: list[Repair] = []
+    hopeless = 0
+
+    def see(seen: Seen) -> None:
+        nonlocal hopeless
+        hopeless += not seen.salvage.events
+        if json:
+            items.append(_repair(seen))
+        elif not quiet:
+            out.print(_what_is_in(seen, checked=checked), markup=False)
+
+    changes = Keeper(site.place, site.clock, selection, site.report).repairs(site.gate, see, checked=checked)
+    if not site.carry_out(changes, yes=yes, sends=True):
+        return site.busy()
+    done = f"{counted(site.report.events, 'event')} of {counted(site.report.files, 'file')}"
+    text = site.last_line(done, "went into the outbox", "would go into the outbox", yes=yes)
+    if hopeless:
+        text += f"; {counted(hopeless, 'span')} can only be kept or purged"
+    return site.end(items, text, yes=yes, json=json)
+
+
+def _repair(seen: Seen) -> Repair:
+    events = [Recovered(event=msgspec.Raw(one.payload), sure=one.sure, how=one.how) for one in seen.salvage.events]
+    return Repair(
+        batch=seen.batch, span=seen.number, reason=seen.span.reason, events=events, problems=list(seen.salvage.problems)
+    )
+
+
+def _what_is_in(seen: Seen, *, checked: bool) -> str:
+    lines = [f"{seen.batch}, span {seen.number}: {seen.span.reason}"]
+    for event in seen.salvage.events:
+        left = "left out: " if checked and not event.sure else ""
+        lines += [f"  event: {left}{event.how}", f"    {event.payload.decode()}"]
+    lines += [f"  no event: it {problem}" for problem in seen.salvage.problems]
+    return printable("\n".join(lines))
+
+
+@quarantine.command("purge")
+def purge(
+    directory: DirectoryOption = None,
+    batch: BatchOption = None,
+    reason: ReasonOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    everything: AllOption = False,
+    repaired: Annotated[bool, typer.Option("--repaired", help="Only where every span has been repaired.")] = False,
+    yes: YesOption = False,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Give damaged bytes up for good, by whole batches. The ledger counts them as purged. Without --yes nothing is done."""
+    site = Site(config, quiet=quiet, directory=directory)
+    selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
+    need_choice(selection, everything=everything or repaired)
+    items: list[Kept] = []
+    spans = 0
+
+    def see(found: Quarantined) -> None:
+        nonlocal spans
+        spans += len(found.spans)
+        if json:
+            items.append(_kept(found))
+        elif not quiet:
+            kept = _kept(found)
+            out.print(printable(f"{kept.batch}  {counted(kept.bytes, 'byte')}  {_reasons(kept.reasons)}"), markup=False)
+
+    changes = Keeper(site.place, site.clock, selection, site.report).purges(see, repaired=repaired)
+    if not site.carry_out(changes, yes=yes, sends=False):
+        return site.busy()
+    done = f"{counted(spans, 'span')} of {counted(site.report.files, 'file')}"
+    text = site.last_line(done, "purged", "would be gone for good", yes=yes)
+    return site.end(items, text, yes=yes, json=json)
