@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from pillarbox.sinks.base import Sink
 
 _GROUP: Final = "pillarbox.sinks"
+_WITH_KEYS: Final = ("http", "https")  # many a web hook's path is its password
+_KEY_MIN: Final = 16  # characters of a part of a path, with a digit among them
 _BUILT_IN: Final = {
+    "http": "pillarbox.sinks.http:HttpSink",
+    "https": "pillarbox.sinks.http:HttpSink",
     "spacetimedb": "pillarbox.sinks.spacetimedb:SpacetimeDbSink",
     "spacetimedb+https": "pillarbox.sinks.spacetimedb:SpacetimeDbSink",
     "sqlite": "pillarbox.sinks.sqlite:SqliteSink",
@@ -42,7 +46,7 @@ def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
         try:
             made = getattr(import_module(module), name)
         except ModuleNotFoundError as error:
-            extra = scheme.partition("+")[0]
+            extra = module.rpartition(".")[2]
             raise SinkUnusable(f"{scheme}: needs {error.name}; pip install 'pillarbox[{extra}]'") from None
     else:
         found = list(entry_points(group=_GROUP, name=scheme))
@@ -54,8 +58,27 @@ def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
 
 
 def redacted(url: str) -> str:
-    """The URL without what may be secret: user, password and query values stay out of logs, errors and files."""
-    parts = urlsplit(url)
+    """The URL without what may be secret: it stays out of logs, errors and files.
+
+    Left out are user and password, the values of query and fragment, parts of a web address's path that look like a key, and
+    all behind the scheme where that cannot be told apart, as with a password that holds a `#`.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return f"{url.partition(':')[0]}://..."
     host = parts.netloc.rpartition("@")[2]
-    query = "&".join(f"{pair.partition('=')[0]}=..." for pair in parts.query.split("&") if pair)
-    return f"{parts.scheme}://{host}{parts.path}" + (f"?{query}" if query else "")
+    if parts.netloc and "@" not in parts.netloc and "@" in url:
+        return f"{parts.scheme}://..."
+    path = "/".join(map(without_key, parts.path.split("/"))) if parts.scheme in _WITH_KEYS else parts.path
+    query, fragment = _names(parts.query), _names(parts.fragment)
+    return f"{parts.scheme}://{host}{path}" + (f"?{query}" if query else "") + (f"#{fragment}" if fragment else "")
+
+
+def _names(query: str) -> str:
+    return "&".join(f"{pair.partition('=')[0]}=..." if "=" in pair else "..." for pair in query.split("&") if pair)
+
+
+def without_key(part: str) -> str:
+    """A part of a web address's path, or dots where it looks like a key: long, with digits in it."""
+    return "..." if len(part) >= _KEY_MIN and any(letter.isdigit() for letter in part) else part
