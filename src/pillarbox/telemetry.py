@@ -7,14 +7,14 @@ asks. Without an OpenTelemetry SDK all of it is a no-op. Names, units and meanin
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
 from weakref import WeakSet
 
 import msgspec
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
-from pillarbox.delivery.state import State
+from pillarbox.delivery.state import State, StateName
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +23,23 @@ if TYPE_CHECKING:
 class DeliveryCounters:
     """Written by the deliverer's thread only; read by anyone."""
 
-    __slots__ = ("dead", "delivered", "duplicates", "failed_flushes", "flushed_bytes", "flushed_files", "quarantined")
+    __slots__ = (
+        "dead",
+        "delivered",
+        "discarded",
+        "duplicates",
+        "failed_flushes",
+        "flushed_bytes",
+        "flushed_files",
+        "quarantined",
+    )
 
     def __init__(self) -> None:
         self.delivered = 0  # events that a destination has, `duplicates` of which it had before
         self.duplicates = 0
         self.dead = 0  # events kept as dead letters
         self.quarantined = 0  # spans of damaged bytes set aside
+        self.discarded = 0  # of these two, those that were not kept for want of room
         self.flushed_files = 0
         self.flushed_bytes = 0
         self.failed_flushes = 0  # answers that were not an acceptance
@@ -50,10 +60,12 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     duplicates: int
     dead: int
     quarantined: int
+    discarded: int
     flushed_files: int
     flushed_bytes: int
     failed_flushes: int
     last_error: str
+    hook_failures: dict[str, int]  # how often each of the application's functions raised
 
 
 class Observed(Protocol):
@@ -81,11 +93,23 @@ _INSTRUMENTS: Final[tuple[tuple[str, str, str, str, Callable[[Stats], Iterable[_
     ("flushed.files", "{file}", "Files delivered and removed", "counter", lambda s: [(s.flushed_files, {})]),
     ("flushed.bytes", "By", "Bytes of these files", "counter", lambda s: [(s.flushed_bytes, {})]),
     ("flush.failures", "{attempt}", "Attempts that were not accepted", "counter", lambda s: [(s.failed_flushes, {})]),
+    (
+        "hook.failures",
+        "{call}",
+        "Calls of hooks that raised",
+        "counter",
+        lambda s: _by("hook", s.hook_failures),
+    ),
+    ("state", "1", "1 for the state the deliverer is in, 0 for the others", "gauge", lambda s: _states(s.state)),
 )
 
 
 def _by(attribute: str, counts: dict[str, int]) -> Iterator[_Reading]:
     return ((count, {attribute: value}) for value, count in counts.items())
+
+
+def _states(state: State) -> Iterator[_Reading]:
+    return ((int(name == state.name), {"state": name}) for name in get_args(StateName))
 
 
 class _Instruments:

@@ -30,7 +30,9 @@ from typing import Final, Literal, NamedTuple
 from greenlet import getcurrent, greenlet
 
 from pillarbox.clock import Clock
-from pillarbox.delivery.worker import Pace, Worker
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.settlement import Callbacks
+from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Answer, Batch, Delivered, Sink
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
@@ -78,7 +80,7 @@ class Loop(asyncio.BaseEventLoop):
 def deliver_once(directory: Directory, sink: Sink, clock: Clock, on_gone: Callable[[int], None] = lambda _bytes: None) -> None:
     """One round of the real deliverer, if it gets the lease: adopt, send, settle."""
     counters = DeliveryCounters()
-    worker = Worker(directory, sink, "test", clock, Pace(), counters, on_gone, lambda _seconds: None, lambda: False)
+    worker = Worker(directory, sink, "test", clock, Rules(outage_after=0), counters, Callbacks(on_gone))
     worker.end()
     loop = Loop()
     try:

@@ -265,37 +265,42 @@ newest-evicted: the newest files are evicted first
 all-evicted: eviction does not end once there is room
 -                if excess_bytes <= 0 and excess_files <= 0:
 -                    break
-@ delivery/worker.py
+@ delivery/settlement.py
 removed-before-kept: a file is removed before its dead letters and damaged bytes are kept
-+            self._directory.remove(job.file.name)
-             if job.spans:
-                 settlement.keep_damaged
+         try:
++            self._directory.remove(job.name)
+             self._set_aside(job)
 dead-letters-not-kept: what the destination refuses is gone
--settlement.keep_dead(self._directory, job.batch.id, job.dead)
+-keep_dead(self._directory, job.id, job.dead)
 +pass
 damaged-bytes-not-kept: damaged bytes are gone
--settlement.keep_damaged(self._directory, job.batch.id, job.data, job.spans)
+-keep_damaged(self._directory, job.id, job.data, job.spans)
 +pass
 removals-not-synced: what was delivered comes back with the power
 -        if self._removed_since is not None:
--            self._sync_names()
+-            self.sync_names()
++        pass
+@ delivery/shipment.py
+batch-id-changes: a batch that is sent again has another id
+-Batch(first.id + more,
++Batch(f"{first.id}-{first.file.fd}",
+@ delivery/courier.py
+failure-settled: a file is settled though the destination was not reached
+-                    failures += 1
+-                    self._hold(
++                    parts.popleft()
++                    self._hold(
+@ delivery/worker.py
 sent-under-a-volatile-name: a file is sent before its name is durable
          if not found:
              return found
--        self._sync_names()
-batch-id-changes: a batch that is sent again has another id
--Batch(layout.batch_id(file.name),
-+Batch(f"{layout.batch_id(file.name)}-{file.fd}",
+-        self._settler.sync_names()
 unreadable-removed: a file that cannot be read is removed
-                 self._unusable[name] = str(error)
+             if self._standing.complain(name, f"it cannot be read: {error}"):
 +                self._directory.remove(name)
 settled-unconfirmed: all that is sent is settled where the destination is sure of a part
--for job in group[:sure]:
-+for job in group:
-failure-settled: a file is settled though the destination was not reached
-                 case policy.Wait(seconds, reason):
--                    await self._hold(reason, seconds)
-+                    parts.popleft()
+-for shipment in group[:sure]:
++for shipment in group:
 """
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pillarbox.delivery import settlement
-from pillarbox.delivery.worker import Worker
+from pillarbox.delivery.settlement import Settler
 from pillarbox.store import directory, layout, reader, recovery
 from pillarbox.store.directory import Directory, Taken
 from pillarbox.store.sealer import Sealer
@@ -90,7 +90,7 @@ def what_is_put_is_not_synced(patch: Patch) -> None:
 
 
 def removals_are_not_synced(patch: Patch) -> None:
-    patch.setattr(Worker, "_sync_removals", nothing)
+    patch.setattr(Settler, "sync_removals", nothing)
 
 
 def the_file_goes_before_its_dead_letters(patch: Patch) -> None:

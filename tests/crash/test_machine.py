@@ -97,7 +97,7 @@ def test_what_is_planted_is_found(monkeypatch: pytest.MonkeyPatch, plant: Plant)
     """Otherwise the test above would say nothing."""
     plant(monkeypatch)
     with pytest.raises(AssertionError):
-        torture(ENOUGH, 1, shrink=False)
+        torture(ENOUGH, 2, shrink=False)
 
 
 def test_a_batch_keeps_its_name_when_the_power_fails_after_it_was_sent() -> None:

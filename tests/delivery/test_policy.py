@@ -7,43 +7,127 @@ from itertools import product
 import pytest
 
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import Resend, Settle, Split, Stop, Wait, decide
-from pillarbox.sinks.base import Batch, Delivered, Misconfigured, Partly, Refusal, Refused, Retry
+from pillarbox.delivery.policy import (
+    GiveUp,
+    Lately,
+    PutOff,
+    Resend,
+    Rules,
+    Settle,
+    Split,
+    Stop,
+    Verdict,
+    Wait,
+    decide,
+    is_too_old,
+    judge,
+)
+from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refusal, Refused, Retry
 
 BACKOFF = Backoff(base_s=0.5, max_s=30.0)
+RULES = [
+    Rules(backoff=BACKOFF),
+    Rules(backoff=BACKOFF, outage_after=0),
+    Rules(backoff=BACKOFF, outage_after=1),
+    Rules(backoff=BACKOFF, max_age_s=3600.0),
+    Rules(backoff=BACKOFF, max_age_s=60.0),
+]
 NO = Refusal("no", "it says so")
 ANSWERS = [
     Delivered(3),
     Delivered(3, 1),
     Retry("busy"),
+    Retry("busy", 0.0),
     Retry("busy", 7.0),
+    Retry("busy", 86_400.0),
     Refused(NO),
     Partly({0: NO}, 2),
     Partly({0: NO}),
     Misconfigured("no such table"),
 ]
+LATELY = [
+    Lately(proven, accepted, 500, refused_calls, refused_batches, age_s, failing_s)
+    for proven, accepted, refused_calls, refused_batches, age_s, failing_s in product(
+        [False, True], [False, True], [0, 10, 19, 20, 10**6], [0, 1, 2, 10**6], [-86_400.0, 0.0, 61.0, 1e9], [0.0, 61.0, 1e9]
+    )
+]
 
 
-@pytest.mark.parametrize(
-    ("answer", "size", "attempt", "share"), list(product(ANSWERS, [0, 1, 2, 500], [1, 2, 10, 10**6], [0.0, 0.5, 0.999]))
-)
-def test_every_answer_has_an_action(answer: object, size: int, attempt: int, share: float) -> None:
-    """None gives up, and none drops a record without a dead letter."""
-    action = decide(answer, size, attempt, share, BACKOFF, 15.0)  # type: ignore[arg-type]
-    match answer:
-        case Delivered(accepted, duplicates):
-            assert action == Settle(accepted, duplicates, {})
-        case Retry(_, after):
-            assert isinstance(action, Wait)
-            assert (after or 0) <= action.seconds <= max(after or 0, BACKOFF.max_s)
-        case Refused(refusal):
-            assert action == (Split() if size > 1 else Settle(0, 0, {0: refusal}))
-        case Partly(refused, None):
-            assert action == Resend(refused)
-        case Partly(refused, _, _):
-            assert action == Settle(2, 0, refused)
-        case Misconfigured(reason):
-            assert action == Stop(15.0, reason)
+@pytest.mark.parametrize("answer", ANSWERS, ids=str)
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.outage_after}-{rules.max_age_s}")
+def test_every_answer_has_an_action(answer: Answer, rules: Rules) -> None:
+    """The whole table: nothing gives up but by an age limit, and no record is dropped without a dead letter."""
+    for lately, size, attempt, share in product(LATELY, [0, 1, 2, 500], [1, 10, 10**6], [0.0, 0.999]):
+        action = decide(answer, size, attempt, share, lately, rules)
+        too_old = is_too_old(lately, rules)
+        match answer:
+            case Delivered(accepted, duplicates):
+                assert action == Settle(accepted, duplicates, {})
+            case Partly(refused, None):
+                assert action == Resend(refused)
+            case Partly(refused, _, _):
+                assert action == Settle(2, 0, refused)
+            case Refused(refusal) if size <= 1:
+                assert action == Settle(0, 0, {0: refusal})
+            case Retry() | Misconfigured() if too_old:
+                assert isinstance(action, GiveUp)
+                assert action.refusal.code == "too_old"
+            case Retry(_, after) if after:
+                assert action == Wait(after, "busy")
+            case Retry():
+                assert isinstance(action, Wait)
+                assert action.seconds == share * min(BACKOFF.max_s, BACKOFF.base_s * 2.0 ** min(attempt, 32))
+            case Misconfigured(reason):
+                assert action == Stop(rules.recheck_s, reason)
+            case Refused():
+                hopeless = rules.outage_after and not lately.proven and not lately.accepted and lately.refused_calls >= 20
+                assert action == (Split() if not hopeless else action)
+                assert isinstance(action, Split if not hopeless else GiveUp if too_old else PutOff)
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.outage_after}-{rules.max_age_s}")
+def test_what_is_refused_as_a_whole_is_judged_by_what_else_is_accepted(rules: Rules) -> None:
+    """A refusal is final where the destination takes something, and where the operator says so."""
+    for lately, accepted in product(LATELY, [0, 1]):
+        verdict = judge(accepted, lately, rules)
+        if accepted or lately.proven or rules.outage_after == 0 or is_too_old(lately, rules):
+            assert verdict is Verdict.FINAL
+        elif lately.refused_batches + 1 >= rules.outage_after:
+            assert verdict is Verdict.OUTAGE
+        else:
+            assert verdict is Verdict.PUT_OFF
+
+
+def test_an_age_counts_only_after_the_batch_has_failed_here_for_a_while() -> None:
+    """A clock that is years ahead when the machine comes up makes no dead letters."""
+    rules = Rules(max_age_s=86_400.0)
+    assert not is_too_old(Lately(age_s=1e9, failing_s=599.0), rules)
+    assert is_too_old(Lately(age_s=1e9, failing_s=600.0), rules)
+    assert not is_too_old(Lately(age_s=86_400.0, failing_s=1e9), rules)
+    assert is_too_old(Lately(age_s=11.0, failing_s=10.0), Rules(max_age_s=10.0))
+    assert not is_too_old(Lately(age_s=1e9, failing_s=1e9), Rules())
+
+
+@pytest.mark.parametrize("records", [2, 3, 7, 500, 513, 10_000])
+def test_the_search_for_one_poisoned_record_is_never_hopeless(records: int) -> None:
+    """It is found by fewer refusals in a row than delivery has patience for."""
+    for poison in {0, 1, records // 2, records - 1}:
+        refused_calls, parts = 0, [(0, records)]
+        accepted = False
+        while parts:
+            first, last = parts.pop()
+            if not first <= poison < last:
+                accepted = True
+                continue
+            lately = Lately(False, accepted, records, refused_calls)  # noqa: FBT003 - the fields of a table
+            action = decide(Refused(NO), last - first, 1, 0.0, lately, Rules())
+            refused_calls += 1
+            if last - first == 1:
+                assert action == Settle(0, 0, {0: NO})
+                continue
+            assert action == Split()
+            middle = first + (last - first + 1) // 2
+            parts += [(middle, last), (first, middle)]
 
 
 def test_backoff_doubles_up_to_its_bound_with_full_jitter() -> None:

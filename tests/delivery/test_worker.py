@@ -16,8 +16,10 @@ import pytest
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.lease import Lease, last_heartbeat
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.delivery.worker import Pace, Worker
+from pillarbox.delivery.worker import Worker
 from pillarbox.errors import SinkUnusable
 from pillarbox.sinks.base import Answer, Batch, Misconfigured, Partly, Refusal, Refused, Retry, Unconfirmed
 from pillarbox.store import layout, record
@@ -27,7 +29,7 @@ from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import wait_until
 
-QUICK = Pace(interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
+QUICK = Rules(interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
 NO = Refusal("no", "it says so")
 
 
@@ -39,9 +41,7 @@ def seal(place: Directory, stamp: int, *payloads: bytes, raw: bytes = b"") -> st
 
 def worker_for(place: Directory, sink: RecordingSink, gone: list[int] | None = None) -> Worker:
     heard = gone if gone is not None else []
-    return Worker(
-        place, sink, "test", SystemClock(), QUICK, DeliveryCounters(), heard.append, lambda _seconds: None, lambda: True
-    )
+    return Worker(place, sink, "test", SystemClock(), QUICK, DeliveryCounters(), Callbacks(heard.append), busy=lambda: True)
 
 
 def drain(worker: Worker) -> None:
@@ -460,11 +460,8 @@ def test_delivery_is_taken_over_within_a_second_however_seldom_an_idle_directory
         sink,
         "test",
         SystemClock(),
-        Pace(interval_s=86_400.0),
+        Rules(interval_s=86_400.0),
         DeliveryCounters(),
-        lambda _: None,
-        lambda _: None,
-        lambda: False,
     )
     thread = DeliveryThread(worker)
     thread.start()
@@ -540,9 +537,6 @@ def test_while_files_are_delivered_their_removals_are_synced_once_a_second(place
         clock,
         QUICK,
         DeliveryCounters(),
-        lambda _: None,
-        lambda _: None,
-        lambda: False,
     )
     drain(worker)
     assert tracing.verbs == ["sync", "remove", "remove", "remove", "sync", "remove", "remove", "sync"]

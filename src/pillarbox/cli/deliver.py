@@ -23,8 +23,9 @@ from pillarbox.cli.app import (
     stop_on_sigterm,
 )
 from pillarbox.clock import SystemClock
+from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.delivery.worker import Pace, Worker
+from pillarbox.delivery.worker import Worker
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
@@ -64,11 +65,8 @@ def deliver(
         make_sink(url, settings.event_type),
         redacted(url),
         clock,
-        Pace(interval_s=settings.flush_interval),
+        Rules(interval_s=settings.flush_interval),
         counters,
-        on_gone=lambda _bytes: None,
-        on_duration=lambda _seconds: None,
-        busy=lambda: False,
     )
     place.note_stamp(place.account().newest_stamp)
     thread = DeliveryThread(worker)

@@ -1,4 +1,4 @@
-"""How long to wait before another try. Pure.
+"""How long to wait before another try. Pure, but for the jitter's source.
 
 Full jitter: a uniform share of an exponentially growing bound, which spreads many waiting clients best (M. Brooker,
 "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
@@ -6,9 +6,11 @@ Full jitter: a uniform share of an exponentially growing bound, which spreads ma
 
 from __future__ import annotations
 
+import random
 from typing import Final, NamedTuple
 
 _DOUBLINGS_MAX: Final = 32  # beyond it any bound in use is reached; keeps the power of two small
+jitter = random.SystemRandom().random  # a uniform share for `delay`; forked processes must not wait in step
 
 
 class Backoff(NamedTuple):

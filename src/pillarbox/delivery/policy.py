@@ -1,17 +1,51 @@
-"""What follows from a destination's answer: a table, total over (answer, batch size). Pure."""
+"""What follows from a destination's answer: tables, total over all that they are asked. Pure.
+
+`decide` is asked after each call, `judge` once nothing of a batch is left to send. Nothing gives up by itself: the data is on
+disk. A record is refused for good only where the destination takes others: a destination that refuses whole batches, one after
+the other, is set up wrongly, and what it says of the records proves nothing.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from enum import Enum
+from typing import Final, NamedTuple
 
+from pillarbox.delivery.backoff import Backoff
 from pillarbox.sinks.base import Answer, Delivered, Misconfigured, Partly, Refusal, Refused, Retry
 
-if TYPE_CHECKING:
-    from pillarbox.delivery.backoff import Backoff
+TOO_OLD: Final = "too_old"  # the code of dead letters that an age limit made
+# How long a batch must have failed here before its age counts, in seconds: a clock that was wrong when the machine came up is
+# put right within minutes, and must not have made dead letters by then.
+AGE_PROOF_S: Final = 600.0
+_SPARE_CALLS: Final = 2
+
+
+class Rules(NamedTuple):
+    """What an operator may set. Times in seconds."""
+
+    interval_s: float = 1.0  # between two looks at an idle directory
+    recheck_s: float = 15.0  # between two looks at a destination that is set up wrongly
+    backoff: Backoff = Backoff()
+    outage_after: int = 3  # batches refused as a whole, in a row, that stop delivery; 0: none do, and each refusal is final
+    max_age_s: float | None = None  # after which a batch that still fails is given up as dead letters; None: never
+    max_in_flight: int = 1  # batches at once, where the sink allows several
+    call_timeout_s: float = 60.0  # after which a call to a sink is given up and tried again
+
+
+class Lately(NamedTuple):
+    """What is known beside the answer."""
+
+    proven: bool = False  # the destination has accepted something since it refused this batch as a whole
+    accepted: bool = False  # it has accepted something of this batch
+    records: int = 1  # of the whole batch
+    refused_calls: int = 0  # how many calls in a row it has refused of this batch, this one not among them
+    refused_batches: int = 0  # how many other batches in a row it has refused as a whole
+    age_s: float = 0.0  # since the batch was sealed
+    failing_s: float = 0.0  # since its first call here failed
 
 
 class Settle(NamedTuple):
-    """Done with the batch: `accepted` and `duplicates` arrived, the records in `dead` are dead letters."""
+    """Done with the part: `accepted` and `duplicates` arrived, the records in `dead` are refused."""
 
     accepted: int
     duplicates: int
@@ -19,7 +53,7 @@ class Settle(NamedTuple):
 
 
 class Resend(NamedTuple):
-    """The records in `dead` are dead letters; send what stands between them, for nothing of the call was kept."""
+    """The records in `dead` are refused; send what stands between them, for nothing of the call was kept."""
 
     dead: dict[int, Refusal]
 
@@ -29,7 +63,7 @@ class Split(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Send the same batch again after `seconds`."""
+    """Send the same part again after `seconds`."""
 
     seconds: float
     reason: str
@@ -42,27 +76,82 @@ class Stop(NamedTuple):
     reason: str
 
 
-Action = Settle | Resend | Split | Wait | Stop
+class PutOff(NamedTuple):
+    """The batch is refused as a whole, as far as one can tell: send others before it is judged."""
+
+    refusal: Refusal
 
 
-def decide(answer: Answer, size: int, attempt: int, share: float, backoff: Backoff, recheck_s: float) -> Action:
-    """The action that follows.
+class GiveUp(NamedTuple):
+    """The part is older than the operator wants: its records are dead letters."""
 
-    `size` is the number of records in the batch, `attempt` counts the failures in a row with this one, `share` is the jitter,
-    uniform in [0, 1). No number of attempts gives up: the data is on disk.
+    refusal: Refusal
+
+
+Action = Settle | Resend | Split | Wait | Stop | PutOff | GiveUp
+
+
+class Verdict(Enum):
+    """What becomes of a batch's refusals once all of it was sent."""
+
+    FINAL = "final"  # they are dead letters
+    PUT_OFF = "put off"  # judged after the next success
+    OUTAGE = "outage"  # put off, and delivery stops
+
+
+def decide(answer: Answer, size: int, attempt: int, share: float, lately: Lately, rules: Rules) -> Action:
+    """The action that follows from the answer to one call.
+
+    `size` is the number of records in the call, `attempt` counts the calls in a row with this part that were to be tried
+    again, from 1; `share` is the jitter, uniform in [0, 1).
     """
     match answer:
         case Delivered(accepted, duplicates):
             return Settle(accepted, duplicates, {})
-        case Retry(reason, after):
-            return Wait(max(after or 0.0, backoff.delay(attempt, share)), reason)
         case Partly(refused, None):
             return Resend(refused)
         case Partly(refused, accepted, duplicates):
             return Settle(accepted or 0, duplicates, refused)
         case Refused(refusal) if size <= 1:
             return Settle(0, 0, {0: refusal})
+        case Refused(refusal) if _is_hopeless(lately, rules):
+            return _too_old(lately, rules) or PutOff(refusal)
         case Refused():
             return Split()
+        case Retry(reason, after):
+            # Never earlier than asked for, and not later either; a destination that names no time gets ours.
+            seconds = after or rules.backoff.delay(attempt, share)
+            return _too_old(lately, rules) or Wait(seconds, reason)
         case Misconfigured(reason):
-            return Stop(recheck_s, reason)
+            return _too_old(lately, rules) or Stop(rules.recheck_s, reason)
+
+
+def judge(accepted: int, lately: Lately, rules: Rules) -> Verdict:
+    """What becomes of the refusals of a batch of which `accepted` records arrived."""
+    if accepted or lately.proven or not rules.outage_after or is_too_old(lately, rules):
+        return Verdict.FINAL
+    return Verdict.OUTAGE if is_outage(lately.refused_batches + 1, rules) else Verdict.PUT_OFF
+
+
+def is_outage(refused_batches: int, rules: Rules) -> bool:
+    """Whether so many batches in a row were refused as a whole that it is not they that are bad."""
+    return 0 < rules.outage_after <= refused_batches
+
+
+def is_too_old(lately: Lately, rules: Rules) -> bool:
+    """Whether a batch that fails is given up for its age."""
+    limit = rules.max_age_s
+    return limit is not None and lately.age_s > limit and lately.failing_s >= min(limit, AGE_PROOF_S)
+
+
+def _too_old(lately: Lately, rules: Rules) -> GiveUp | None:
+    if not is_too_old(lately, rules):
+        return None
+    return GiveUp(Refusal(TOO_OLD, f"not delivered within {rules.max_age_s:g} s of being sealed"))
+
+
+def _is_hopeless(lately: Lately, rules: Rules) -> bool:
+    """Whether halving goes on no further: one poisoned record is found by half as many refusals without a success."""
+    if lately.proven or lately.accepted or not rules.outage_after:
+        return False
+    return lately.refused_calls >= 2 * (lately.records - 1).bit_length() + _SPARE_CALLS

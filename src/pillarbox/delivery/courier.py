@@ -1,0 +1,177 @@
+"""Sends a shipment, in parts where that is called for, until each of its records is accepted or refused.
+
+Decisions are `policy`'s; this module only acts on them. Several shipments may be on their way at once: when the destination
+asks for time, all of them give it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pillarbox.delivery import policy
+from pillarbox.delivery.backoff import jitter
+from pillarbox.delivery.lease import BEAT_EVERY_S
+from pillarbox.delivery.policy import Lately, Verdict
+from pillarbox.errors import SinkUnusable
+from pillarbox.sinks.base import Answer, Batch, Misconfigured, Retry, Sink
+from pillarbox.store import layout
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from pillarbox.clock import Clock
+    from pillarbox.delivery.policy import Rules
+    from pillarbox.delivery.shipment import Shipment
+    from pillarbox.delivery.standing import Standing
+    from pillarbox.delivery.state import StateName
+    from pillarbox.delivery.suspects import Suspects
+    from pillarbox.sinks.base import Refusal
+    from pillarbox.telemetry import DeliveryCounters
+
+_AHEAD_AFTER_S: Final = 0.001  # a call that takes longer waits for the destination: time to read the next file
+
+
+class Courier:
+    """Carries shipments to a sink. `pause(seconds)` waits, or raises where the worker is told to end.
+
+    `meanwhile()` is called while a call takes its time.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        clock: Clock,
+        rules: Rules,
+        counters: DeliveryCounters,
+        standing: Standing,
+        suspects: Suspects,
+        pause: Callable[[float], Awaitable[None]],
+        meanwhile: Callable[[], None],
+    ) -> None:
+        self._sink = sink
+        self._clock = clock
+        self._rules = rules
+        self._counters = counters
+        self._standing = standing
+        self._suspects = suspects
+        self._pause = pause
+        self._meanwhile = meanwhile
+        self._not_before = 0.0  # monotonic: the destination asked for time, or has to be mended
+        self._began = (clock.micros(), clock.monotonic())
+
+    async def send(self, shipment: Shipment) -> Verdict:
+        """Whether what was refused of it is final; where it is not, nothing of it was accepted."""
+        parts = deque([shipment.batch] if shipment.records else [])
+        failures = 0
+        while parts:
+            part = parts[0]
+            if self._is_too_large(part):
+                parts.popleft()
+                parts.extendleft(reversed(part.halves()))
+                continue
+            await self._until_due()
+            answer = await self._call(part)
+            shipment.attempts += 1
+            action = policy.decide(answer, len(part), failures + 1, jitter(), self._lately(shipment), self._rules)
+            shipment.refused_calls += not isinstance(answer, (Retry, Misconfigured))
+            match action:
+                case policy.Settle(accepted, duplicates, dead):
+                    self._settle(shipment, part, accepted, duplicates, dead)
+                    parts.popleft()
+                    failures = 0
+                case policy.Resend(dead):
+                    shipment.refuse(part, dead)
+                    parts.popleft()
+                    parts.extendleft(reversed(part.between(dead)))
+                case policy.Split():
+                    parts.popleft()
+                    parts.extendleft(reversed(part.halves()))
+                case policy.GiveUp(refusal):
+                    shipment.refuse(part, dict.fromkeys(range(len(part)), refusal))
+                    parts.popleft()
+                case policy.Wait(seconds, reason) | policy.Stop(seconds, reason):
+                    failures += 1
+                    self._hold(shipment, "stopped" if isinstance(action, policy.Stop) else "waiting", seconds, reason)
+                case policy.PutOff(refusal):
+                    shipment.refuse(part, {0: refusal})
+                    return policy.judge(0, self._lately(shipment), self._rules)
+        if not shipment.refused:
+            return Verdict.FINAL
+        return policy.judge(shipment.accepted, self._lately(shipment), self._rules)
+
+    def hold(self, seconds: float) -> None:
+        """Send nothing for so long."""
+        self._not_before = max(self._not_before, self._clock.monotonic() + seconds)
+
+    def _settle(self, shipment: Shipment, part: Batch, accepted: int, duplicates: int, dead: dict[int, Refusal]) -> None:
+        shipment.accept(accepted, duplicates)
+        shipment.refuse(part, dead)
+        if accepted:
+            self._suspects.success()
+        if accepted or shipment.proven:
+            self._standing.well("draining")
+
+    def _hold(self, shipment: Shipment, name: StateName, seconds: float, reason: str) -> None:
+        if shipment.failing_since is None:
+            shipment.failing_since = self._clock.monotonic()
+        self._counters.failed_flushes += 1
+        self.hold(seconds)
+        self._standing.enter(name, reason, seconds)
+
+    def _lately(self, shipment: Shipment) -> Lately:
+        now = self._clock.monotonic()
+        return Lately(
+            shipment.proven,
+            shipment.accepted > 0,
+            shipment.records,
+            shipment.refused_calls,
+            self._suspects.in_row(besides=shipment.jobs[0].name),
+            self._age(shipment, now),
+            0.0 if shipment.failing_since is None else now - shipment.failing_since,
+        )
+
+    def _age(self, shipment: Shipment, now: float) -> float:
+        """Seconds since the oldest file was sealed, by whichever clock makes it younger: one of them may have jumped."""
+        stamp = layout.stamp_of(shipment.jobs[0].name)
+        if stamp is None:
+            return 0.0
+        wall, monotonic = self._began
+        return min(self._clock.micros() - stamp, wall - stamp + (now - monotonic) * 1e6) / 1e6
+
+    def _is_too_large(self, part: Batch) -> bool:
+        traits = self._sink.traits
+        if len(part) <= 1:
+            return False
+        if traits.records_max is not None and len(part) > traits.records_max:
+            return True
+        return traits.bytes_max is not None and sum(map(len, part.payloads)) > traits.bytes_max
+
+    async def _until_due(self) -> None:
+        while (left := self._not_before - self._clock.monotonic()) > 0:
+            await self._pause(left)
+
+    async def _call(self, part: Batch) -> Answer:
+        """One call, bounded in time; while it waits for the destination, the next file is read and the heart beats."""
+        call = asyncio.ensure_future(self._sink.deliver(part))
+        try:
+            async with asyncio.timeout(self._rules.call_timeout_s):
+                await asyncio.wait({call}, timeout=_AHEAD_AFTER_S)
+                while not call.done():
+                    self._meanwhile()
+                    await asyncio.wait({call}, timeout=BEAT_EVERY_S)
+                return await call
+        except SinkUnusable as error:
+            return Misconfigured(str(error))
+        except TimeoutError as error:
+            return Retry(str(error) or f"no answer within {self._rules.call_timeout_s:g} s")
+        except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
+            return Retry(words(error))
+        finally:
+            call.cancel()
+
+
+def words(error: BaseException) -> str:
+    """What an exception says, with its kind."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
