@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Final
 
 ACCEPT, LOST, BUSY, AWAY, HANG, CLOSE, GARBAGE, SLOW = "accept", "lost", "429", "503", "hang", "close", "garbage", "slow"
-REFUSED, NAMED, LARGE, KILLED, RAISE = "refused", "refused by index", "413", "killed", "raise"
-AGAIN, CHANGED = "known already", "another batch under the same key"
+REFUSED, NAMED, KEPT, LARGE = "refused", "refused by index", "kept but for some", "413"
+KILLED, RAISE, AGAIN = "killed", "raise", "known already"
 
 # Out of a hundred or so. `hang` costs the sink its whole time limit, and is rarer.
 EVERY_CALL: Final = {ACCEPT: 86, LOST: 3, BUSY: 2, AWAY: 2, HANG: 0.4, CLOSE: 1.5, GARBAGE: 1.5, SLOW: 2}
@@ -34,10 +34,9 @@ class Chaos:
         return {} if seconds is None else {"Retry_After": str(seconds)}
 
     def garbage(self) -> bytes:
-        """Bytes that are no answer; some begin like one."""
-        return (
-            self.chance.choice((b"", b"HTTP/1.1 ", b"HTTP/1.1 200 So\r\nContent-Le")) + self.chance.randbytes(40) + b"\r\n\r\n"
-        )
+        """Bytes that are no answer, whatever the dice say: no header holds a NUL. Some begin like one."""
+        start = self.chance.choice((b"", b"HTTP/1.1 ", b"HTTP/1.1 200 So\r\nContent-Le"))
+        return start + b"\0" + self.chance.randbytes(40) + b"\r\n\r\n"
 
     def pieces(self, data: bytes) -> list[bytes]:
         """The bytes in small pieces, to be sent slowly."""
@@ -45,10 +44,6 @@ class Chaos:
         return [data[start : start + size] for start in range(0, len(data), size)]
 
 
-def names_index(batch: str) -> bool:
-    """Whether a poisoned record is refused by its index, or its batch as a whole.
-
-    By the batch's own id, for whoever knows repeats by the batch's id must cut a batch in the same parts each time: were one
-    attempt's parts `0-16` and `18-99`, and the next one's `0-49` and `50-99`, then no id would be known, and all be there twice.
-    """
-    return zlib.crc32(batch.partition(":")[0].encode()) % 2 == 0
+def manner(batch: str) -> str:
+    """How a destination that knows repeats by the batch's id answers a poisoned batch: by its own id, the same each time."""
+    return (REFUSED, NAMED, KEPT)[zlib.crc32(batch.partition(":")[0].encode()) % 3]

@@ -1,8 +1,9 @@
 """An HTTP destination that knows repeats by `Idempotency-Key`, keeps what it has accepted, and answers at random.
 
-Refused for good are calls that hold a poisoned record, by its index or as a whole, and what is larger than its limit; this
-follows from the call alone, so that a batch is cut in the same parts whenever it is sent. Everything else is chance. The
-referee asks it at `/arrived`.
+A call that holds a poisoned record is refused, as a whole or by index, or the rest of it is kept; one that is larger than its
+limit is a 413. This follows from the call alone, so that a batch is cut in the same parts whenever it is sent: were one
+attempt's parts `0-16` and `18-99`, and the next one's `0-49` and `50-99`, then no id would be known, and all be there twice.
+Everything else is chance. The referee asks it at `/arrived`.
 """
 
 from __future__ import annotations
@@ -104,22 +105,26 @@ class Destination:
             self._row.add(chaos.LARGE)
             return wire.answer(413, b"too large")
         bad = [index for index, (_, _, event_key) in enumerate(found) if event_key == POISON.encode()]
-        if bad:
-            by_index = chaos.names_index(key)
-            self._row.add(chaos.NAMED if by_index else chaos.REFUSED)
-            return refusal(bad if by_index else [])
+        manner = chaos.manner(key) if bad else drawn
         if drawn != chaos.HANG:
-            self._row.add(drawn)
-        events = [(life, number) for life, number, _ in found]
+            self._row.add(manner)
+        if manner in (chaos.REFUSED, chaos.NAMED):
+            return _answer(400, {"refused": _refused(bad)} if manner == chaos.NAMED else {"message": "there is one in it"})
+        kept = [(life, number) for life, number, event_key in found if event_key != POISON.encode()]
+        fresh = self._keep(key, kept)
+        return _answer(200, {"accepted": fresh, "duplicates": len(kept) - fresh, "refused": _refused(bad)})
+
+    def _keep(self, key: str, events: list[Event]) -> int:
+        """How many of them were not there before."""
         check = zlib.crc32(repr(events).encode())
-        if key in self._keys:
-            self._row.add(chaos.AGAIN)
-            if self._keys[key] != check:
-                self._wrong.append(f"{chaos.CHANGED}: {key}")
-        else:
+        if key not in self._keys:
             self._keys[key] = check
             self._arrived.update(events)
-        return wire.answer(200, b'{"accepted":%d}' % len(events), Content_Type="application/json")
+            return len(events)
+        self._row.add(chaos.AGAIN)
+        if self._keys[key] != check:
+            self._wrong.append(f"other events under the same key: {key}")
+        return 0
 
     def _report(self, forget: bool) -> bytes:
         events = [(life, number, count) for (life, number), count in self._arrived.items()]
@@ -130,11 +135,12 @@ class Destination:
         return report
 
 
-def refusal(indexes: list[int]) -> bytes:
-    """A 400 that names the records that it is about, or none."""
-    errors = [{"index": index, "code": "poisoned", "reason": "this one never"} for index in indexes]
-    body: dict[str, object] = {"errors": errors} if indexes else {"message": "there is a record in it that is never taken"}
-    return wire.answer(400, msgspec.json.encode(body), Content_Type="application/json")
+def _refused(indexes: list[int]) -> list[dict[str, object]]:
+    return [{"index": index, "code": "poisoned", "reason": "this one never"} for index in indexes]
+
+
+def _answer(status: int, body: dict[str, object]) -> bytes:
+    return wire.answer(status, msgspec.json.encode(body), Content_Type="application/json")
 
 
 def _plain(request: wire.Message) -> bytes:

@@ -50,13 +50,14 @@ class Life:
         """As environment variables, the one form that a process and a command have in common."""
         chosen: dict[str, object] = {
             "directory": self.scene.outbox,
-            "batch_size": self.chance.choice((20, 250, 250, 500)),
+            "batch_size": self.chance.choice((4, 50, 250, 250, 500, 500)),
             "batch_bytes": self.chance.choice((8_000, 1_000_000, 1_000_000)),
             "flush_interval": self.chance.choice((0.02, 0.05)),
             "min_free_bytes": 0,
             "backoff_max": BACKOFF_MAX_S,
             "call_timeout": CALL_TIMEOUT_S,
-            "outage_after": 0,
+            "outage_after": self.chance.choice((0, 3)),
+            "max_in_flight": self.chance.choice((1, 1, 3)),
         }
         if delivers:
             chosen["sink"] = self.scene.sink

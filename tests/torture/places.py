@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -87,7 +88,7 @@ class SpacetimeDb:
         proxy = Proxy(f"{seed}", row, lives.HANG_S, self._server.port)
         self.pids = [fork(folder / "failures", lambda: asyncio.run(proxy.serve(port)))]
         token = quote(self._server.token, safe="")
-        self.url = f"spacetimedb://:{token}@127.0.0.1:{port}/events?timeout={lives.CALL_TIMEOUT_S}&confirm_wait=0.05&window=4"
+        self.url = f"spacetimedb://:{token}@127.0.0.1:{port}/events?timeout={lives.CALL_TIMEOUT_S}&confirm_wait=0.05"
 
     def arrived(self) -> tuple[Counter[Event], list[str]]:
         return Counter(map(parsed, self._server.ids("events"))), []
@@ -107,7 +108,8 @@ class Http:
         self._port = free_port()
         served = Destination(f"{seed}", row, lives.HANG_S)
         self.pids = [fork(folder / "failures", lambda: asyncio.run(served.serve(self._port)))]
-        self.url = f"http://127.0.0.1:{self._port}/events"
+        packed = random.Random(seed).choice(("none", "gzip"))
+        self.url = f"http://127.0.0.1:{self._port}/events#timeout={lives.CALL_TIMEOUT_S}&compress={packed}"
 
     def _ask(self, path: str) -> Arrived:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)

@@ -42,7 +42,16 @@ _FINISHER: Final = _SLOTS - 1
 _DOOMED: Final = 0.15  # of the lives kill themselves around an operation on the disk
 _WRITER_S: Final = (0.2, 1.0, 3.0)  # how long a life lasts at most
 _DELIVERER_S: Final = (0.3, 1.5, 1.5, 4.0)
-_ANSWERS: Final = (*chaotic.WEIGHTS, chaos.CLOSE, chaos.GARBAGE, chaos.REFUSED, chaos.NAMED, chaos.LARGE, chaos.AGAIN)
+_ANSWERS: Final = (
+    *chaotic.WEIGHTS,
+    chaos.CLOSE,
+    chaos.GARBAGE,
+    chaos.REFUSED,
+    chaos.NAMED,
+    chaos.KEPT,
+    chaos.LARGE,
+    chaos.AGAIN,
+)
 
 
 class Report(NamedTuple):
