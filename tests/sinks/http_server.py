@@ -68,7 +68,7 @@ class Say(NamedTuple):
         return f"HTTP/1.1 {self.status} Said\r\n{lines}\r\n".encode() + self.body
 
 
-HANG = Say(raw=b"", cut=-1)  # takes the call and never answers
+HANG = Say(raw=b"", cut=0)  # takes the call and never answers
 
 Answering = Callable[[Request], Say]
 
@@ -89,7 +89,8 @@ class Server:
 
     answer: Answering = field(default_factory=lambda: always(Say()))
     tls: ssl.SSLContext | None = None
-    body_max: int = 2**26  # bytes; a larger one is answered with 413, and the connection cut, before it was read
+    body_max: int = 2**26  # bytes; a larger one is answered with 413 before it was read, and the connection closed
+    greeting: bytes = b""  # said before anything is asked
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
     open: int = 0
@@ -130,6 +131,7 @@ class Server:
         self.connections += 1
         self.open += 1
         self.most_open = max(self.most_open, self.open)
+        writer.write(self.greeting)
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError, ssl.SSLError):
                 while await self._one(reader, writer):
@@ -146,16 +148,21 @@ class Server:
         size = int(headers.get("content-length", "0"))
         if size > self.body_max:
             self.requests.append(Request(method, target, headers, b""))
-            await _write(writer, Say(413))
+            await _write(writer, Say(413, headers={"Connection": "close"}))
+            writer.write_eof()
+            while await reader.read(2**16):  # as proxies do: to close at once would take the answer away with the connection
+                pass
             return False
         request = Request(method, target, headers, await reader.readexactly(size))
         self.requests.append(request)
-        return await _write(writer, self.answer(request))
+        say = self.answer(request)
+        if say == HANG:
+            await reader.read()  # until the caller has had enough
+            return False
+        return await _write(writer, say)
 
 
 async def _write(writer: asyncio.StreamWriter, say: Say) -> bool:
-    if say == HANG:
-        await asyncio.Event().wait()
     data = say.bytes() if say.cut is None else say.bytes()[: say.cut]
     for part in [data[at : at + 1] for at in range(len(data))] if say.gap_s else [data]:
         writer.write(part)
