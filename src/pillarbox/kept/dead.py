@@ -45,7 +45,7 @@ class Record(NamedTuple):
     batch: str
     line: int  # of the file, from 0
     letter: DeadLetter
-    event_id: str | None  # None where the event has none that is text
+    event_id: str | None  # None where the event has none that is text or a number
     event_key: str | None
 
     @property
@@ -83,13 +83,16 @@ class Heading:
         self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(shown).decode
 
     def of(self, payload: bytes) -> tuple[str | None, str | None]:
-        """(id, key) of an event's JSON; None for what it does not have as text."""
+        """(id, key) of an event's JSON; None for what it does not have as text or a whole number."""
         try:
             shown = self._decode(payload)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None, None
-        event_id, event_key = shown.event_id, shown.event_key
-        return event_id if isinstance(event_id, str) else None, event_key if isinstance(event_key, str) else None
+        return _shown(shown.event_id), _shown(shown.event_key)
+
+
+def _shown(value: object) -> str | None:
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 
 def parse(batch: str, data: bytes, heading: Heading) -> DeadFile:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from pillarbox.errors import InvalidEvent, UsageError
-from pillarbox.event import EVENT_BYTES_MAX
+from pillarbox.event import Codec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from pillarbox.kept.dead import Record
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_NO_VALUE: Final = msgspec.Raw(b"null")
 
 
 class Unfit(Exception):  # noqa: N818 - reads as the sentence it is
@@ -23,7 +23,7 @@ class Unfit(Exception):  # noqa: N818 - reads as the sentence it is
 
 
 class Gate:
-    """What an event's JSON must be to go in again: of the event type, with its id, small enough, on one line.
+    """What an event's JSON must be to go in again: what the front door takes, with its id.
 
     `id_member` is the name of the member that holds the id.
     """
@@ -31,46 +31,42 @@ class Gate:
     def __init__(self, event_type: type[msgspec.Struct], id_member: str) -> None:
         self.event_type = event_type
         self.id_member = id_member
-        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(event_type).decode
+        self._id_type: Any = next(field.type for field in msgspec.structs.fields(event_type) if field.name == "event_id")
+        self._check = Codec(event_type).check_json
 
     def check(self, payload: bytes) -> None:
-        """Raise `Unfit` for what the front door would refuse, or would let in under another id each time."""
-        if len(payload) > EVENT_BYTES_MAX:
-            raise Unfit(f"has {len(payload)} bytes as JSON, more than {EVENT_BYTES_MAX}")
-        if b"\n" in payload:
-            raise Unfit("has a line feed outside of a text: write it on one line")
-        members = self.members(payload)
+        """Raise `Unfit` for what the front door would refuse."""
+        self.members(payload)
         try:
-            payload.decode()
-            self._decode(payload)
+            self._check(payload)
         except (msgspec.DecodeError, InvalidEvent, UnicodeDecodeError, RecursionError) as error:
-            raise Unfit(f"is no {self.event_type.__name__}: {error}") from None
-        if not isinstance(_value(members.get(self.id_member, _NO_VALUE)), str):
-            raise Unfit(f"has no {self.id_member}, which is what makes a repeat harmless")
+            raise Unfit(f"is no {self.event_type.__name__} as it must be: {error}") from None
 
     def members(self, payload: bytes) -> dict[str, msgspec.Raw]:
         """The members of an event's JSON, each as it stands; raises `Unfit` where it is no JSON object."""
         try:
             return _decode_members(payload)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise Unfit("is no JSON object") from None
 
     def same_id(self, old: bytes, new: bytes) -> None:
-        """Raise `Unfit` where an event has lost its id or got another; one that had none may get one."""
+        """Raise `Unfit` where an event has lost its id or got another; one that had none that counts may get one."""
         try:
-            before = _value(self.members(old).get(self.id_member, _NO_VALUE))
+            before = self._id_in(old)
         except Unfit:
             return
-        after = _value(self.members(new).get(self.id_member, _NO_VALUE))
-        if isinstance(before, str) and before != after:
+        after = None
+        with contextlib.suppress(Unfit):
+            after = self._id_in(new)
+        if before != after:
             raise Unfit(f"must keep its {self.id_member} {before}: under another it may be delivered twice")
 
-
-def _value(raw: msgspec.Raw) -> Any:
-    try:
-        return msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError):
-        return None
+    def _id_in(self, payload: bytes) -> Any:
+        """Raises `Unfit` where there is none of the type that it must have."""
+        try:
+            return msgspec.json.decode(self.members(payload).get(self.id_member, b""), type=self._id_type)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise Unfit(f"has no {self.id_member}") from None
 
 
 def assignments(texts: Iterable[str], event_type: type[msgspec.Struct]) -> dict[str, msgspec.Raw]:
