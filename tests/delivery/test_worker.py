@@ -14,50 +14,19 @@ import msgspec
 import pytest
 
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.lease import Lease, last_heartbeat
 from pillarbox.delivery.policy import Rules
-from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
 from pillarbox.errors import SinkUnusable
-from pillarbox.sinks.base import Answer, Batch, Misconfigured, Partly, Refusal, Refused, Retry, Unconfirmed
+from pillarbox.sinks.base import Answer, Batch, Misconfigured, Partly, Retry, Unconfirmed
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Entry, RealFilesystem
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import wait_until
-
-QUICK = Rules(interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
-NO = Refusal("no", "it says so")
-
-
-def seal(place: Directory, stamp: int, *payloads: bytes, raw: bytes = b"") -> str:
-    name = layout.sealed_name(stamp, "u")
-    Path(place.at(name)).write_bytes(b"".join(map(record.line, payloads)) + raw)
-    return layout.batch_id(name)
-
-
-def worker_for(place: Directory, sink: RecordingSink, gone: list[int] | None = None) -> Worker:
-    heard = gone if gone is not None else []
-    return Worker(place, sink, "test", SystemClock(), QUICK, DeliveryCounters(), Callbacks(heard.append), busy=lambda: True)
-
-
-def drain(worker: Worker) -> None:
-    """Deliver until nothing waits."""
-
-    async def until_idle() -> None:
-        running = asyncio.create_task(worker.run())
-        await asyncio.wait_for(asyncio.to_thread(worker.idle.wait), 20)
-        worker.end()
-        await running
-
-    asyncio.run(until_idle())
-
-
-def left(place: Directory) -> list[str]:
-    return sorted(set(os.listdir(place.path)) - {layout.DELIVER_LOCK})
+from tests.delivery.stage import NO, QUICK, Poisoned, drain, left, seal, worker_for
 
 
 def test_sealed_files_are_delivered_in_order_and_removed(place: Directory) -> None:
@@ -143,23 +112,13 @@ def test_a_call_that_was_rolled_back_for_one_record_is_sent_again_around_it(plac
     assert sink.payloads == [b"0", b"2", b"3", b"4"]
 
 
-class _Poisoned(RecordingSink):
-    """Refuses every call that holds the poison, and does not say why."""
-
-    async def deliver(self, batch: Batch) -> Answer:
-        if b'"poison"' in batch.payloads:
-            self.calls.append(batch.id)
-            return Refused(NO)
-        return await super().deliver(batch)
-
-
 @pytest.mark.parametrize("place_of_poison", [0, 1, 249, 250, 499])
 def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(place: Directory, place_of_poison: int) -> None:
     """Twice the logarithm of 500, rounded up."""
     payloads = [b"%d" % number for number in range(500)]
     payloads[place_of_poison] = b'"poison"'
     batch = seal(place, 1, *payloads)
-    sink = _Poisoned()
+    sink = Poisoned()
     worker = worker_for(place, sink)
     drain(worker)
     assert len(sink.calls) <= 1 + 18

@@ -43,7 +43,7 @@ _PASSING: Final = frozenset(
 class SqliteSink:
     """Writes batches into one table of an SQLite file."""
 
-    traits = Traits(deduplicates_by="event_id", survives="power")
+    traits = Traits(deduplicates_by="event_id", survives="power", combines=True)
 
     def __init__(self, url: str, event_type: type[msgspec.Struct]) -> None:
         parts = urlsplit(url)

@@ -83,7 +83,14 @@ class SpacetimeDbSink:
         self._event_type = event_type
         self._decoder = msgspec.json.Decoder(plain(event_type))
         self._clock = clock or SystemClock()
-        self.traits = Traits(deduplicates_by="event_id", survives="power", confirms=True, window=self._target.window)
+        self.traits = Traits(
+            deduplicates_by="event_id",
+            survives="power",
+            confirms=True,
+            window=self._target.window,
+            concurrent=True,
+            combines=True,
+        )
         self._lanes: Lanes | None = None
         self._fit: _Fit | None = None
         self._sent: dict[str, list[_Sent]] = {}  # by batch id, of what is not confirmed yet
@@ -183,11 +190,15 @@ class SpacetimeDbSink:
             return Partly(ready.refused, 0)
         if len(ready.body) > CALL_BYTES_MAX:
             return Refused(Refusal("too_large", f"{len(ready.body)} bytes in one call, the server takes {CALL_BYTES_MAX}"))
-        reply = await self._call(batch, ready)
-        if isinstance(reply, Retry):
-            return reply
+        if ":" not in batch.id:
+            self._sent.pop(batch.id, None)  # sent afresh: what was sent before does not count
+        try:
+            reply, sent = await self._call(ready)
+        except TransportError as error:
+            return Retry(str(error))
         answer = classify(reply, self._target.function, ready.indexes, fit.fitting.returns)
         if isinstance(answer, Delivered):
+            self._sent.setdefault(batch.id.partition(":")[0], []).append(sent)
             self._bad_values = 0
             if ready.refused:
                 return Partly(ready.refused, answer.accepted, answer.duplicates)
@@ -195,19 +206,11 @@ class SpacetimeDbSink:
             return await self._look_again(fit, answer, reply)
         return answer
 
-    async def _call(self, batch: Batch, ready: _Prepared) -> Reply | Retry:
-        if ":" not in batch.id:
-            self._sent.pop(batch.id, None)  # sent afresh: what was sent before does not count
+    async def _call(self, ready: _Prepared) -> tuple[Reply, _Sent]:
         lane = self._lane()
         async with lane.lock:
-            try:
-                reply = await lane.call("POST", self._target.path("call", self._target.function), ready.body)
-            except TransportError as error:
-                return Retry(str(error))
-            if reply.status == 200:
-                sent = _Sent(lane, lane.socket, self._clock.monotonic())
-                self._sent.setdefault(batch.id.partition(":")[0], []).append(sent)
-        return reply
+            reply = await lane.call("POST", self._target.path("call", self._target.function), ready.body)
+            return reply, _Sent(lane, lane.socket, self._clock.monotonic())
 
     async def _look_again(self, before: _Fit, answer: Answer, reply: Reply) -> Answer:
         """After a refusal that the set-up may have caused: where the schema has changed, fit to it and try again."""

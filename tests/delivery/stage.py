@@ -1,0 +1,71 @@
+"""What the tests of delivery share: sealed files, a worker on them, and sinks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.settlement import KEPT, Callbacks, Kept
+from pillarbox.delivery.worker import Worker
+from pillarbox.sinks.base import Answer, Batch, Refusal, Refused
+from pillarbox.store import layout, record
+from pillarbox.telemetry import DeliveryCounters
+from pillarbox.testing import RecordingSink
+
+if TYPE_CHECKING:
+    from pillarbox.clock import Clock
+    from pillarbox.sinks.base import Sink
+    from pillarbox.store.directory import Directory
+
+QUICK = Rules(interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
+NO = Refusal("no", "it says so")
+
+
+def seal(place: Directory, stamp: int, *payloads: bytes, raw: bytes = b"") -> str:
+    name = layout.sealed_name(stamp, "u")
+    Path(place.at(name)).write_bytes(b"".join(map(record.line, payloads)) + raw)
+    return layout.batch_id(name)
+
+
+def worker_for(
+    place: Directory,
+    sink: Sink,
+    gone: list[int] | None = None,
+    rules: Rules = QUICK,
+    kept: Kept = KEPT,
+    clock: Clock | None = None,
+) -> Worker:
+    heard = gone if gone is not None else []
+    callbacks = Callbacks(heard.append)
+    return Worker(place, sink, "test", clock or SystemClock(), rules, DeliveryCounters(), callbacks, lambda: True, kept=kept)
+
+
+def drain(worker: Worker) -> None:
+    """Deliver until nothing waits."""
+
+    async def until_idle() -> None:
+        running = asyncio.create_task(worker.run())
+        await asyncio.wait_for(asyncio.to_thread(worker.idle.wait), 20)
+        worker.end()
+        await running
+
+    asyncio.run(until_idle())
+
+
+def left(place: Directory) -> list[str]:
+    return sorted(set(os.listdir(place.path)) - {layout.DELIVER_LOCK})
+
+
+class Poisoned(RecordingSink):
+    """Refuses every call that holds the poison, and does not say why."""
+
+    async def deliver(self, batch: Batch) -> Answer:
+        if any(b"poison" in payload for payload in batch.payloads):
+            self.calls.append(batch.id)
+            return Refused(NO)
+        return await super().deliver(batch)

@@ -1,0 +1,201 @@
+"""Poison or outage: what is refused as a whole is judged by what else is accepted."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.sinks.base import Answer, Batch, Delivered, Partly, Refused, Traits
+from pillarbox.store import layout
+from pillarbox.store.directory import Directory
+from pillarbox.testing import RecordingSink
+from tests.conftest import wait_until
+from tests.delivery.stage import NO, Poisoned, drain, left, seal, worker_for
+
+SLOW = Rules(interval_s=0.01, recheck_s=0.05, backoff=Backoff(base_s=0.001, max_s=0.002))
+
+
+class Deployed(RecordingSink):
+    """Refuses everything while a bad deploy is in place, and afterwards what is poisoned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_bad = True
+
+    async def deliver(self, batch: Batch) -> Answer:
+        if self.is_bad or any(b"poison" in payload for payload in batch.payloads):
+            self.calls.append(batch.id)
+            return Refused(NO)
+        return await super().deliver(batch)
+
+
+class Picky(RecordingSink):
+    """Names each record that it refuses, and keeps the others."""
+
+    async def deliver(self, batch: Batch) -> Answer:
+        self.calls.append(batch.id)
+        refused = {index: NO for index, payload in enumerate(batch.payloads) if b"poison" in payload}
+        self.batches[batch.id] = [payload for payload in batch.payloads if b"poison" not in payload]
+        return Partly(refused, len(batch) - len(refused)) if refused else Delivered(len(batch))
+
+
+def dead_in(place: Directory) -> list[bytes]:
+    return sorted(
+        json.dumps(json.loads(line)["event"]).encode()
+        for name in left(place)
+        if layout.kind_of(name) is layout.Kind.DEAD
+        for line in Path(place.at(name)).read_bytes().splitlines()
+    )
+
+
+@pytest.mark.parametrize("sink", [Poisoned, Picky])
+def test_a_batch_of_one_record_is_judged_after_the_next_that_is_accepted(place: Directory, sink: type[RecordingSink]) -> None:
+    """Alone it proves nothing; then it is asked for once more."""
+    batch = seal(place, 1, b'"poison"')
+    chosen = sink()
+    worker = worker_for(place, chosen, rules=SLOW)
+    thread = DeliveryThread(worker)
+    thread.start()
+    wait_until(lambda: len(chosen.calls) >= 3)
+    assert left(place) == [batch + layout.SUFFIX]
+    assert (worker.state.name, worker.idle.is_set()) == ("degraded", False)
+    assert "judged once another is accepted: no: it says so" in worker.state.reason
+    seal(place, 2, b'"good"')
+    assert worker.idle.wait(10)
+    assert thread.stop(5)
+    assert dead_in(place) == [b'"poison"']
+    assert (chosen.payloads, left(place)) == ([b'"good"'], [layout.dead_name(batch)])
+
+
+@pytest.mark.parametrize("records", [1, 2, 500])
+def test_several_batches_refused_as_a_whole_stop_delivery_and_kill_no_record(
+    place: Directory, caplog: pytest.LogCaptureFixture, records: int
+) -> None:
+    """It is looked at again at intervals, with few calls, and goes on by itself once the destination is put right."""
+    caplog.set_level(logging.INFO, "pillarbox")
+    payloads = [[b"%d" % (stamp * 1000 + number) for number in range(records)] for stamp in range(1, 9)]
+    for stamp, lines in enumerate(payloads, 1):
+        seal(place, stamp, *lines)
+    sink = Deployed()
+    worker = worker_for(place, sink, rules=SLOW)
+    thread = DeliveryThread(worker)
+    thread.start()
+    wait_until(lambda: worker.state.name == "stopped")
+    calls = len(sink.calls)
+    assert max(Counter(call.partition(":")[0] for call in sink.calls).values()) <= 2 * 9 + 4
+    assert worker.state.reason == "3 batches in a row were refused as a whole, and are kept: no: it says so"
+    assert worker.state.retry_at_micros is not None
+    wait_until(lambda: len(sink.calls) > calls)
+    assert len(left(place)) == 8
+    sink.is_bad = False
+    assert worker.idle.wait(20)
+    assert thread.stop(5)
+    assert (left(place), worker.counters.dead, worker.counters.delivered) == ([], 0, 8 * records)
+    assert sorted(sink.payloads) == sorted(payload for lines in payloads for payload in lines)
+    stops = [entry for entry in caplog.records if "stopped: 3 batches in a row" in entry.message]
+    assert [entry.levelno for entry in stops] == [logging.ERROR]
+
+
+def test_after_an_outage_what_is_bad_is_found_among_what_is_good(place: Directory) -> None:
+    """Also where the oldest batches are bad altogether, as many as stop delivery and more."""
+    for stamp in range(1, 6):
+        seal(place, stamp, b'"poison %d"' % stamp)
+    for stamp in range(6, 9):
+        seal(place, stamp, b'"good %d"' % stamp)
+    sink = Deployed()
+    worker = worker_for(place, sink, rules=SLOW)
+    thread = DeliveryThread(worker)
+    thread.start()
+    wait_until(lambda: worker.state.name == "stopped")
+    assert dead_in(place) == []
+    sink.is_bad = False
+    assert worker.idle.wait(20)
+    assert thread.stop(5)
+    assert dead_in(place) == [b'"poison %d"' % stamp for stamp in range(1, 6)]
+    assert sorted(sink.payloads) == [b'"good %d"' % stamp for stamp in range(6, 9)]
+
+
+def test_a_batch_that_is_bad_from_the_first_record_on_is_set_aside_and_the_rest_of_it_delivered(place: Directory) -> None:
+    """So many bad ones in front look like an outage at first; the next batch says otherwise."""
+    batch = seal(place, 1, *([b'"poison"'] * 100 + [b'"good"'] * 100))
+    seal(place, 2, b'"next"')
+    sink = Poisoned()
+    worker = worker_for(place, sink, rules=SLOW)
+    drain(worker)
+    assert (worker.counters.dead, worker.counters.delivered) == (100, 101)
+    assert left(place) == [layout.dead_name(batch)]
+
+
+def test_what_is_refused_as_a_whole_is_final_where_the_operator_says_so(place: Directory) -> None:
+    """`outage_after = 0`."""
+    for stamp in range(1, 6):
+        seal(place, stamp, b'"poison %d"' % stamp)
+    worker = worker_for(place, Poisoned(), rules=SLOW._replace(outage_after=0))
+    drain(worker)
+    assert worker.counters.dead == 5
+
+
+class Together(Poisoned):
+    """Takes several files in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traits = Traits(deduplicates_by="event_id", survives="process", combines=True)
+
+
+def test_small_files_that_are_refused_together_are_judged_one_by_one(place: Directory) -> None:
+    """Each is a batch of its own; one bad one costs the others nothing."""
+    for stamp in range(1, 4):
+        seal(place, stamp, b'"poison %d"' % stamp)
+    sink = Together()
+    worker = worker_for(place, sink, rules=SLOW)
+    thread = DeliveryThread(worker)
+    thread.start()
+    wait_until(lambda: worker.state.name == "stopped")
+    seal(place, 4, b'"good"')
+    assert worker.idle.wait(20)
+    assert thread.stop(5)
+    assert dead_in(place) == [b'"poison %d"' % stamp for stamp in range(1, 4)]
+    assert sink.payloads == [b'"good"']
+
+
+def test_of_small_files_in_one_call_each_keeps_its_own_dead_letters(place: Directory) -> None:
+    """By the records' places in their own files."""
+    first = seal(place, 1, b"1", b'"poison"', b"2")
+    second = seal(place, 2, b"3", raw=b"damaged\n")
+    third = seal(place, 3, b"4", b"5", b'"poison"')
+    sink = Together()
+    worker = worker_for(place, sink, rules=SLOW)
+    drain(worker)
+    assert sorted(sink.payloads) == [b"1", b"2", b"3", b"4", b"5"]
+    found = {name: Path(place.at(name)).read_bytes() for name in left(place)}
+    assert set(found) == {
+        layout.dead_name(first),
+        layout.dead_name(third),
+        layout.corrupt_name(second),
+        layout.spans_name(second),
+    }
+    assert json.loads(found[layout.dead_name(first)])["index"] == 1
+    assert json.loads(found[layout.dead_name(third)])["index"] == 2
+    assert worker.counters.flushed_files == 3
+
+
+def test_many_small_files_take_few_calls_where_the_sink_takes_them_together(place: Directory) -> None:
+    """Never more than a full file's worth, and a full one goes by itself."""
+    for stamp in range(1, 101):
+        seal(place, stamp, *[b"%d" % stamp] * 10)
+    seal(place, 101, *[b"101"] * 500)
+    sink = Together()
+    worker = worker_for(place, sink)
+    drain(worker)
+    assert len(sink.calls) == 3
+    assert [len(payloads) for payloads in sink.batches.values()] == [500, 500, 500]
+    assert sink.payloads == sorted(sink.payloads, key=int)
+    assert (worker.counters.flushed_files, left(place)) == (101, [])
