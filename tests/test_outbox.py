@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +22,9 @@ import pytest
 from pillarbox import DirectoryUnusable, Dropped, Enqueued, InvalidEvent, Outbox, Outcome, TrackingEvent
 from pillarbox.errors import ConfigurationError
 from pillarbox.outbox import MANY_BYTES_MAX
+from pillarbox.outcome import Durability
 from pillarbox.sinks.base import Retry
+from pillarbox.store import record
 from pillarbox.store.directory import Account, Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, existing_events
@@ -363,3 +366,98 @@ def test_a_line_feed_in_verbatim_json_is_invalid(tmp_path: Path, trusted: bool) 
     with Outbox(str(tmp_path / "a"), event_type=Verbatim, trusted=trusted) as outbox:
         assert outbox.enqueue(Verbatim("a", msgspec.Raw(b'{"x":1}')))
         assert outbox.enqueue(Verbatim("b", msgspec.Raw(b'{\n"x":1}'))) == Dropped("invalid")
+
+
+def of(given: TrackingEvent, **members: object) -> bytes:
+    """An event as JSON, with members put in, replaced, or (None) left out."""
+    found = json.loads(msgspec.json.encode(given)) | members
+    return json.dumps({name: value for name, value in found.items() if value is not None}).encode()
+
+
+@pytest.mark.parametrize("durability", ["process", "power"])
+def test_events_that_are_json_already_are_stored_byte_for_byte_in_one_write(tmp_path: Path, durability: Durability) -> None:
+    """Spaces, unknown members and their order included; they are delivered like others."""
+    payloads = [
+        b'  {"later": {"a": [1.50, "\xc3\xa4", null]}, ' + of(event(1))[1:] + b"\r\n",
+        of(event(2), user_id=None, metadata_json='{"a":\n1}'),
+        of(event(3)).replace(b", ", b" ,\n\t"),
+        msgspec.json.encode(event(4)),
+    ]
+    outbox = Outbox(str(tmp_path / "outbox"), batch_size=2, flush_interval=3600)
+    assert outbox.enqueue_json(iter(payloads), durability=durability) == [Enqueued(durability)] * 4
+    outbox.close()
+    (file,) = (tmp_path / "outbox").glob("sealed-*")
+    kept = [record.payload(line) for line in file.read_bytes().splitlines()]
+    assert kept == [payload.strip().replace(b"\n", b"") for payload in payloads]
+    assert [json.loads(value) for value in kept] == [json.loads(payload) for payload in payloads]
+    with Outbox(str(tmp_path / "outbox"), sink=f"sqlite:///{tmp_path}/events.db") as outbox:
+        assert outbox.flush(10)
+    assert [row["event_id"] for row in rows(tmp_path / "events.db")] == [event(number).event_id for number in (1, 2, 3, 4)]
+
+
+BAD_JSON = [
+    ("event", "text"),
+    ("event", {"event_id": "a"}),
+    ("truncated", b""),
+    ("truncated", b'{"event_id": "a"'),
+    ("malformed", of(event(1)) + of(event(2))),
+    ("malformed", b"\xef\xbb\xbf" + of(event(1))),
+    ("object", b"[]"),
+    ("event_key", of(event(1), event_key=None)),
+    ("event_id", of(event(1), event_id=None)),
+    ("event_id", of(event(1), event_id=5)),
+    ("occurred_at_micros", of(event(1), occurred_at_micros=None)),
+    ("occurred_at_micros", of(event(1), occurred_at_micros=2**63)),
+    ("metadata_json", of(event(1), metadata_json="{")),
+    ("64 bits", of(event(1), later={"a": [2**64]})),
+    ("64 bits", of(event(1), later={"a": -(2**63) - 1})),
+    ("range", of(event(1))[:-1] + b', "later": 1e999}'),
+    ("utf-8", of(event(1))[:-1] + b', "later": "\xff"}'),
+    ("truncated", of(event(1))[:-1] + b', "later": "\\ud800"}'),
+    ("malformed", of(event(1))[:-1] + b', "later": NaN}'),
+    ("invalid character", of(event(1)).replace(b"click", b"cl\nick")),
+    ("recursion", of(event(1))[:-1] + b', "later": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+    ("bytes", of(event(1), user_id="x" * 300_000)),
+]
+
+
+@pytest.mark.parametrize(("named", "bad"), BAD_JSON)
+def test_json_that_is_no_event_is_invalid_and_the_others_are_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str, bad: Any
+) -> None:
+    """In whatever part of it; one outcome each, in order."""
+    good = of(event(1))
+    with Outbox(str(tmp_path / "outbox")) as outbox:
+        assert outbox.enqueue_json([good, bad, good]) == [Enqueued(), Dropped("invalid"), Enqueued()]
+        assert outbox.enqueue_json([bad]) == [Dropped("invalid")]
+        assert outbox.enqueue_json([]) == []
+        stats = outbox.stats()
+    assert (stats.accepted, stats.dropped["invalid"]) == (2, 2)
+    (line,) = [line.message for line in caplog.records if "invalid event" in line.message]
+    assert named in line
+    with Outbox(str(tmp_path / "strict"), on_invalid="raise") as outbox, pytest.raises(InvalidEvent):
+        outbox.enqueue_json([good, bad])
+
+
+def test_events_json_is_refused_whole_where_there_is_no_room_or_it_is_too_much(tmp_path: Path) -> None:
+    """As a call of `enqueue_many` is; and a closed outbox says so."""
+    payloads = [of(event(number), metadata_json='"' + "x" * 200_000 + '"') for number in range(90)]
+    assert sum(map(len, payloads)) > MANY_BYTES_MAX
+    with Outbox(str(tmp_path / "outbox"), max_bytes=10_000_000) as outbox:
+        assert outbox.enqueue_json(payloads) == [Dropped("invalid")] * 90
+        assert outbox.enqueue_json([*payloads[:60], b"{"]) == [*[Dropped("max_bytes")] * 60, Dropped("invalid")]
+        assert outbox.enqueue_json(payloads[:40]) == [Enqueued()] * 40
+    assert outbox.enqueue_json(payloads[:1]) == [Dropped("closed")]
+
+
+def test_json_of_an_own_event_type_is_checked_as_that(tmp_path: Path) -> None:
+    """An id must be there; a list that may be left out may be left out."""
+
+    class Order(msgspec.Struct):
+        event_id: str = msgspec.field(default_factory=lambda: "new", name="id")
+        lines: list[int] = []
+
+    with Outbox(str(tmp_path / "outbox"), event_type=Order) as outbox:
+        payloads = [b'{"id":"a"}', b'{"lines":[1]}', b'{"id":"b","lines":[1.5]}', b'{"id":"c","lines":[12345678901234567890]}']
+        invalid = Dropped("invalid")
+        assert outbox.enqueue_json(payloads) == [Enqueued(), invalid, invalid, Enqueued()]

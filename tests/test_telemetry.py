@@ -6,29 +6,38 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
+
+from pillarbox.delivery.state import StateName
 
 PROGRAM = """
-import json, sys
+import json, sys, threading
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from pillarbox import Outbox, TrackingEvent
+def on_drop(reason, count):
+    raise ValueError
 reader = InMemoryMetricReader()
 metrics.set_meter_provider(MeterProvider([reader]))
-outbox = Outbox(sys.argv[1], sink=sys.argv[2])
+outbox = Outbox(sys.argv[1], sink=sys.argv[2], on_drop=on_drop)
 for number in range(3):
     outbox.enqueue(TrackingEvent(event_id=str(number % 2), event_key="k", scope_kind="Site", scope_id="s"))
 outbox.enqueue("bad")
 outbox.flush(10)
+while outbox.stats().state.name != "idle" or not outbox.stats().hook_failures["on_drop"]:
+    threading.Event().wait(0.01)
 outbox.enqueue(TrackingEvent(event_key="k", scope_kind="Site", scope_id="s"))
-found = {}
+found, states = {}, {}
 for metric in reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics:
     for point in metric.data.data_points:
         attributes = {key: value for key, value in point.attributes.items() if key != "outbox"}
         number = point.count if hasattr(point, "count") else point.value
-        if number:
+        if metric.name == "pillarbox.state":
+            states[attributes["state"]] = number
+        elif number:
             found[" ".join([metric.name, metric.unit, *attributes.values()])] = number
-print(json.dumps(found))
+print(json.dumps([found, states]))
 outbox.close()
 """
 
@@ -36,7 +45,7 @@ outbox.close()
 def test_every_count_reaches_an_opentelemetry_reader(tmp_path: Path) -> None:
     """With its unit and attributes; the size of the pending event is whatever it is."""
     arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "outbox"), f"sqlite:///{tmp_path}/events.db"]
-    found = json.loads(subprocess.run(arguments, check=True, timeout=60, capture_output=True).stdout)
+    found, states = json.loads(subprocess.run(arguments, check=True, timeout=60, capture_output=True).stdout)
     assert 200 < found.pop("pillarbox.pending.bytes By") < 400
     assert 500 < found.pop("pillarbox.flushed.bytes By") < 1000
     assert found == {
@@ -48,4 +57,6 @@ def test_every_count_reaches_an_opentelemetry_reader(tmp_path: Path) -> None:
         "pillarbox.duplicates {event}": 1,
         "pillarbox.flushed.files {file}": 1,
         "pillarbox.flush.duration s": 1,
+        "pillarbox.hook.failures {call} on_drop": 1,
     }
+    assert states == {name: int(name == "idle") for name in get_args(StateName)}

@@ -157,6 +157,7 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
+_WHITE_SPACE: Final = b" \t\r\n"  # of JSON
 # Numbers that JSON cannot carry as they are show in the encoded bytes: NaN as null, large integers by their length.
 _SUSPECT = re.compile(rb"null|\d{19}")
 
@@ -168,7 +169,7 @@ class Codec:
     way through it. `event_type` must be a `msgspec.Struct` with an `event_id`; raises `UsageError` if not.
     """
 
-    __slots__ = ("encode", "event_type", "self_checked")
+    __slots__ = ("_decode", "_made_up", "encode", "event_type", "self_checked")
 
     def __init__(self, event_type: type[msgspec.Struct], *, trusted: bool = False) -> None:
         if not (isinstance(event_type, type) and issubclass(event_type, msgspec.Struct)):
@@ -181,6 +182,30 @@ class Codec:
         self.encode: Callable[[Any], bytes] = encode
         if event_type is not TrackingEvent:
             self.encode = _one_line(encode if trusted else _checked(encode, event_type))
+        self._decode = msgspec.json.Decoder(event_type).decode
+        self._made_up = _made_up(event_type)
+
+    def check_json(self, payload: object) -> bytes:
+        """An event that is JSON already, as it is stored: byte for byte but for white space around it and line feeds.
+
+        Raises `InvalidEvent` or what msgspec does where it is not JSON of the event type. Unknown members are looked into
+        too: a destination may want to read them.
+        """
+        if not isinstance(payload, bytes):
+            raise InvalidEvent("event", f"must be bytes of JSON, not {type(payload).__name__}")
+        value = payload.strip(_WHITE_SPACE)
+        if len(value) > EVENT_BYTES_MAX:
+            raise InvalidEvent("event", f"has {len(value)} bytes as JSON, more than {EVENT_BYTES_MAX}")
+        self._decode(value)
+        members = msgspec.json.decode(value)
+        if _SUSPECT.search(value):
+            _check_numbers(members, "event")
+        if isinstance(members, dict):
+            for name in self._made_up:
+                if name not in members:
+                    raise InvalidEvent(name, "is missing: it would be another one each time the event is read")
+        # Within a text there is none, for that is no JSON; between two values it means nothing.
+        return value.replace(b"\n", b"")
 
     def explain(self, event: object, error: Exception) -> str:
         """Why `encode` refused: the field at fault where one can be named."""
@@ -193,6 +218,12 @@ class Codec:
                 except Exception as cause:  # noqa: BLE001 - whatever a value does when encoded is its answer
                     return f"{field}: {cause}"
         return str(error)
+
+
+def _made_up(event_type: type[msgspec.Struct]) -> list[str]:
+    """The members that get a new value where they are left out: ids and times. An empty list is no such thing."""
+    constant = (msgspec.NODEFAULT, list, dict, set, frozenset, tuple, bytearray)
+    return [field.encode_name for field in msgspec.structs.fields(event_type) if field.default_factory not in constant]
 
 
 def _one_line(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:

@@ -39,10 +39,11 @@ class Raising:
 class Blocking:
     """Waits until there is room, up to `timeout_s` seconds; never on an event loop's thread. Attempts are not counted."""
 
-    def __init__(self, writer: Writer, clock: Clock, timeout_s: float) -> None:
+    def __init__(self, writer: Writer, clock: Clock, timeout_s: float, is_within: Callable[[], bool]) -> None:
         self._writer = writer
         self._clock = clock
         self._timeout_s = timeout_s
+        self._is_within = is_within  # a hook: on a thread of ours, it would wait for what that thread is to do
 
     def retry(self, attempt: Callable[[], Outcome], refused: Outcome, events: int) -> Outcome:
         """Try again until it is no longer refused for want of room."""
@@ -50,7 +51,7 @@ class Blocking:
         while isinstance(outcome, Dropped) and outcome.reason in FULL:
             self._writer.forgive(outcome.reason, events)
             # A signal handler may have interrupted the one who would make room; a loop would stand still.
-            if self._writer.is_entered() or _on_a_loop():
+            if self._writer.is_entered() or self._is_within() or _on_a_loop():
                 return self._writer.refuse("would_block", events)
             if self._clock.monotonic() >= deadline:
                 return self._writer.refuse("timeout", events)

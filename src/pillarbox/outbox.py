@@ -1,4 +1,4 @@
-"""`Outbox`: what an application holds. Thin: it checks events at the door and owns writer, sealer and deliverer."""
+"""`Outbox`: what an application holds. Thin: it owns entrance, writer, sealer and deliverer, and begins and ends them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
 
 from pillarbox.clock import Clock, SystemClock
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.state import State
 from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.delivery.worker import Pace, Worker
-from pillarbox.errors import ConfigurationError, InvalidEvent
-from pillarbox.event import EVENT_BYTES_MAX, Codec, TrackingEvent
-from pillarbox.full import Blocking, Raising
+from pillarbox.delivery.worker import Worker
+from pillarbox.entrance import Entrance
+from pillarbox.errors import ConfigurationError
+from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
+from pillarbox.full import FULL, Blocking, Raising
+from pillarbox.hooks import Hooks
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
 from pillarbox.settings import Settings, resolve
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.sinks.base import Sink
-from pillarbox.store import record
 from pillarbox.store.capacity import FILE_SHARE
 from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Account, Directory
@@ -45,7 +48,6 @@ log = logging.getLogger("pillarbox")
 
 MANY_BYTES_MAX: Final = 16 * 2**20  # one call of `enqueue_many`: it becomes one write, and is read as one batch
 EXIT_TIMEOUT_S: Final = 2.0  # how long the end of the program may wait for a last delivery
-_EXPLAINED_MAX: Final = 32  # different reasons for invalid events that are logged; all are counted
 _BUSY_S: Final = 10.0  # how long after an event the deliverer goes on giving the interpreter away every few records
 _POLL_S: Final = 0.05  # between two looks of `flush` where another process delivers
 _LISTING_SHARE: Final = 10  # `flush` lists the directory for a tenth of its time at most
@@ -140,11 +142,9 @@ class Outbox:
         self.name = settings.directory
         self._given_sink = sink
         self._sink_name = redacted(settings.sink) if settings.sink else type(sink).__name__
-        codec = Codec(settings.event_type, trusted=settings.trusted)
-        self._codec = codec
+        self._entrance = Entrance(settings)
         self._event_type = settings.event_type
         self._clock: Clock = SystemClock()
-        self._explained: set[str] = set()
         self._starting = threading.RLock()
         self._closed = False
         self._filesystem = RealFilesystem()
@@ -167,6 +167,7 @@ class Outbox:
         self._busy_at = -_BUSY_S
         self._counters = DeliveryCounters()
         self._delivery: DeliveryThread | None = None
+        self._hooks = Hooks(self.name, settings.before_send, settings.on_drop, settings.on_dead_letter)
         evicts = settings.when_full == "drop_oldest"
         self._sealer = Sealer(
             self._directory,
@@ -175,6 +176,7 @@ class Outbox:
             self._notify_deliverer,
             settings.min_free_bytes,
             evicts=evicts,
+            on_drops=self._report_drops if self._hooks.hears_of_drops else None,
         )
         batch_bytes = settings.batch_bytes
         if evicts:
@@ -183,13 +185,14 @@ class Outbox:
         self._writer = Writer(self._directory, limits, self._sealer.wake)
         self._committer = Committer(self._directory, self._writer)
         self._sealer.attach(self._writer, self._committer, enters=self._power)
+        self._entrance.attach(self._writer, self._hooks)
         door = Door(
-            self._codec.encode,
+            self._entrance.encode,
             self._event_type,
             EVENT_BYTES_MAX,
             self._is_power,
-            self._refuse,
-            self._invalid,
+            self._entrance.refuse,
+            self._entrance.invalid,
             partial(self._append, power=False),
             partial(self._append, events=1, power=True),
             self._power,
@@ -199,9 +202,14 @@ class Outbox:
         if settings.when_full == "raise":
             self._when_full = Raising(self.name)
         elif settings.when_full == "block":
-            self._when_full = Blocking(self._writer, self._clock, settings.block_timeout)
+            self._when_full = Blocking(self._writer, self._clock, settings.block_timeout, self._hooks.is_within)
+        # Each layer is there only where it is asked for: a call more is a tenth of the time of `enqueue`.
         if self._when_full is not None:
             self.enqueue = self._build_enqueue(self._enqueue_once, self._when_full)
+        if self._hooks.filters:
+            self.enqueue = self._entrance.filtering(self.enqueue)
+        if self._hooks.hears_of_drops:
+            self.enqueue = self._reporting(self.enqueue)
         self._sink = self._given_sink
         if self._sink is None and settings.sink is not None and settings.enabled:
             self._sink = make_sink(settings.sink, settings.event_type)
@@ -211,18 +219,58 @@ class Outbox:
 
         They stay together in one file. At most 16 MiB in one call; more is `Dropped("invalid")`.
         """
+        return self._store_together(events, self._entrance.admitted_line, durability)
+
+    def enqueue_json(self, payloads: Iterable[bytes], *, durability: Durability | None = None) -> list[Outcome]:
+        """Store events that are JSON already, in one write, all or none of the valid ones; one outcome for each, in order.
+
+        Each must decode as the event type, and have what would otherwise be made up anew each time it is read (`event_id`).
+        It is stored byte for byte, unknown members included, but for white space around it and line feeds. They do not
+        come past `before_send`. Limits as for `enqueue_many`.
+        """
+        return self._store_together(payloads, self._entrance.line_of_json, durability)
+
+    def _store_together(
+        self, items: Iterable[Any], line_of: Callable[[Any], bytes | Dropped], durability: Durability | None
+    ) -> list[Outcome]:
         power = self._power if durability is None else self._is_power(durability)
         outcomes: list[Outcome | None] = []
         lines: list[bytes] = []
-        for event in events:
-            line = self._line(event)
-            if isinstance(line, bytes):
-                lines.append(line)
-                outcomes.append(None)
-            else:
-                outcomes.append(line)
-        together = self._append_many(b"".join(lines), len(lines), power=power) if lines else DROPPED["invalid"]
+        try:
+            for item in items:
+                line = line_of(item)
+                if isinstance(line, bytes):
+                    lines.append(line)
+                    outcomes.append(None)
+                else:
+                    outcomes.append(line)
+            together = self._append_many(b"".join(lines), len(lines), power=power) if lines else DROPPED["invalid"]
+        finally:
+            self._report_unheard_drops()
         return [together if outcome is None else outcome for outcome in outcomes]
+
+    def _reporting(self, enqueue: Enqueue) -> Enqueue:
+        def enqueue_reporting(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
+            """Store one event, and see to it that `on_drop` hears where it is refused."""
+            try:
+                return enqueue(event, durability=durability)
+            finally:
+                self._report_unheard_drops()
+
+        return enqueue_reporting
+
+    def _report_unheard_drops(self) -> None:
+        """Report what no thread of ours will: before the start, and after the end. Never in the middle of an append."""
+        if self._hooks.hears_of_drops and (self._closed or not self._started) and not self._writer.is_entered():
+            with self._writer.lock:
+                totals = dict(self._writer.dropped)
+            self._report_drops(totals)
+
+    def _report_drops(self, totals: dict[str, int]) -> None:
+        if self.settings.when_full == "block" and not self._closed:
+            # These are taken back and tried again; only of who was cancelled meanwhile they stay.
+            totals = {reason: total for reason, total in totals.items() if reason not in FULL}
+        self._hooks.drops(totals)
 
     def _build_enqueue(self, once: Enqueue, when_full: Raising | Blocking) -> Enqueue:
         def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
@@ -232,24 +280,9 @@ class Outbox:
 
         return enqueue
 
-    def _line(self, event: msgspec.Struct) -> bytes | Outcome:
-        """An event's record, or why it has none."""
-        try:
-            payload = self._codec.encode(event)
-            if type(event) is not self._event_type or len(payload) > EVENT_BYTES_MAX:
-                self._refuse(event, payload)
-        except Exception as error:  # noqa: BLE001 - as in `enqueue`
-            return self._invalid(event, error)
-        return record.line(payload)
-
-    def _refuse(self, event: object, payload: bytes) -> None:
-        if type(event) is not self._event_type:
-            raise InvalidEvent("event", f"must be a {self._event_type.__name__}, not {type(event).__name__}")
-        raise InvalidEvent("event", f"has {len(payload)} bytes as JSON, more than {EVENT_BYTES_MAX}")
-
     def _append_many(self, lines: bytes, events: int, *, power: bool) -> Outcome:
         if len(lines) > MANY_BYTES_MAX:
-            self._explain(f"enqueue_many: {len(lines)} bytes in one call, more than {MANY_BYTES_MAX}")
+            self._entrance.explain(f"{len(lines)} bytes in one call, more than {MANY_BYTES_MAX}")
             return self._writer.refuse("invalid", events)
 
         append = partial(self._append, lines, events, power=power)
@@ -261,22 +294,25 @@ class Outbox:
 
         Cancelling does not withdraw the event.
         """
-        answer = self._begin(event, durability)
-        outcome = await answer if isinstance(answer, asyncio.Future) else answer
-        if outcome or self._when_full is None:
-            return outcome
+        try:
+            admitted = self._entrance.admit(event) if self._hooks.filters else event
+            if isinstance(admitted, Dropped):
+                return admitted
 
-        async def again() -> Outcome:
-            answer = self._begin(event, durability)
-            return await answer if isinstance(answer, asyncio.Future) else answer
+            async def once() -> Outcome:
+                answer = self._begin(admitted, durability)
+                return await answer if isinstance(answer, asyncio.Future) else answer
 
-        return await self._when_full.retry_async(again, outcome, 1)
+            outcome = await once()
+            return outcome if outcome or self._when_full is None else await self._when_full.retry_async(once, outcome, 1)
+        finally:
+            self._report_unheard_drops()
 
     def _begin(self, event: msgspec.Struct, durability: Durability | None) -> asyncio.Future[Outcome] | Outcome:
         """What a coroutine gets, or is to await."""
         if not (self._power if durability is None else self._is_power(durability)):
             return self._enqueue_once(event, durability="process")
-        line = self._line(event)
+        line = self._entrance.line(event)
         if not isinstance(line, bytes):
             return line
         answer = self._committer.commit_async(line, 1)
@@ -302,20 +338,6 @@ class Outbox:
                 self.name,
                 self._sink_name,
             )
-
-    def _invalid(self, event: object, error: Exception) -> Dropped:
-        if not self.settings.enabled:
-            return self._writer.refuse("disabled")
-        text = self._codec.explain(event, error)
-        if self.settings.on_invalid == "raise":
-            raise error if isinstance(error, InvalidEvent) else InvalidEvent("event", text) from None
-        self._explain(text)
-        return self._writer.refuse("invalid")
-
-    def _explain(self, text: str) -> None:
-        if text not in self._explained and len(self._explained) < _EXPLAINED_MAX:
-            self._explained.add(text)
-            log.warning("%s: dropped an invalid event, and will drop others like it silently: %s", self.name, text)
 
     def _append(self, lines: bytes, events: int, *, power: bool) -> Outcome:
         """Append; the first starts the outbox, or finds that it may not. With `power` that waits for the sync too."""
@@ -354,7 +376,7 @@ class Outbox:
                 self._start_under_way = False
         # Logged without the lock: a log handler may itself enqueue.
         if trouble:
-            self._explain(trouble)
+            self._entrance.explain(trouble)
         elif account.pending_files:
             log.info("%s: %d files, %d bytes wait", self.name, account.pending_files, account.pending_bytes)
         return self._started
@@ -372,10 +394,12 @@ class Outbox:
                 self._sink,
                 self._sink_name,
                 self._clock,
-                Pace(interval_s=self.settings.flush_interval),
+                Rules(interval_s=self.settings.flush_interval),
                 self._counters,
-                self._writer.release,
-                lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
+                Callbacks(
+                    self._writer.release,
+                    lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
+                ),
                 self._busy,
                 self.settings.durability,
             )
@@ -455,10 +479,12 @@ class Outbox:
             duplicates=counters.duplicates,
             dead=counters.dead,
             quarantined=counters.quarantined,
+            discarded=counters.discarded,
             flushed_files=counters.flushed_files,
             flushed_bytes=counters.flushed_bytes,
             failed_flushes=counters.failed_flushes,
             last_error=worker.last_error if worker is not None else "",
+            hook_failures=dict(self._hooks.failures),
         )
 
     def close(self, timeout: float = 5.0) -> None:
@@ -496,7 +522,7 @@ class Outbox:
         if self._given_sink is not None:
             # Its connections are the parent's. With a URL the child would have made a sink of its own.
             self._given_sink = None
-            self._explain(
+            self._entrance.explain(
                 "a Sink object does not outlive a fork: this process only stores; give its URL to deliver from here too"
             )
         self._starting = threading.RLock()

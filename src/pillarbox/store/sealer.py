@@ -39,7 +39,10 @@ def stretched(flush_interval: float, waiting: int) -> float:
 
 
 class Sealer:
-    """Seals what a `Writer` retires. `on_sealed()` is called from its thread after files got their sealed names."""
+    """Seals what a `Writer` retires. `on_sealed()` is called from its thread after files got their sealed names.
+
+    So is `on_drops(totals)`, with how many events were refused so far by reason, in every round and at the end.
+    """
 
     def __init__(
         self,
@@ -50,11 +53,13 @@ class Sealer:
         min_free_bytes: int | None = None,
         *,
         evicts: bool = False,
+        on_drops: Callable[[dict[str, int]], None] | None = None,
     ) -> None:
         self._directory = directory
         self._clock = clock
         self._flush_interval = flush_interval
         self._on_sealed = on_sealed
+        self._on_drops = on_drops
         self.capacity = Capacity(directory, clock, min_free_bytes, evicts=evicts)
         self._inbox: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
         self._thread: threading.Thread | None = None
@@ -161,6 +166,7 @@ class Sealer:
             wait = _RETRY_S
         self._report(trouble)
         self._report_drops()
+        self._tell_of_drops()
         return wait
 
     def _open_spares(self, count: int) -> str:
@@ -192,6 +198,7 @@ class Sealer:
                 self._directory.filesystem.close(left.taken.fd)
         for file in empty:
             self._remove_empty(file)
+        self._tell_of_drops()
 
     def _remove_empty(self, file: Taken) -> None:
         filesystem = self._directory.filesystem
@@ -273,3 +280,9 @@ class Sealer:
                 self._dropping.discard(reason)
                 log.info("%s: no longer dropping for %s; %d dropped so far", self._directory.path, reason, total)
         self._dropped = now
+
+    def _tell_of_drops(self) -> None:
+        if self._on_drops is not None:
+            with self._writer.lock:  # within it, a refusal may be counted and taken back
+                totals = dict(self._writer.dropped)
+            self._on_drops(totals)
