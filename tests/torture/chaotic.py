@@ -34,7 +34,6 @@ WEIGHTS: Final = {
     chaos.KILLED: 0.4,  # the deliverer dies right after the acceptance
 }
 _AFTER: Final = (0.0, 0.01, 0.05, 0.3)
-_OWN_REFUSALS: Final = 0.5  # of the calls with a poisoned record: refused as a whole; else the table's CHECK finds it
 _ENTRY_POINT: Final = "[pillarbox.sinks]\nchaotic = tests.torture.chaotic:ChaoticSqliteSink\n"
 
 row: Row | None = None  # where this process counts; set after the fork
@@ -61,7 +60,7 @@ class ChaoticSqliteSink:
         drawn, chance = self._chaos.draw(), self._chaos.chance
         poisoned = any(MARK in payload for payload in batch.payloads)
         if poisoned and drawn in (chaos.ACCEPT, chaos.SLOW):
-            drawn = chaos.REFUSED if chance.random() < _OWN_REFUSALS else chaos.NAMED
+            drawn = chaos.REFUSED if chaos.manner(batch.id) == chaos.REFUSED else chaos.NAMED  # by whom: here, or by the table
         _count(drawn)
         match drawn:
             case chaos.BUSY:

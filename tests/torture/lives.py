@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from pillarbox import Dropped, Outbox
@@ -14,6 +15,7 @@ from pillarbox.cli.app import run as run_command
 from pillarbox.outcome import Outcome
 from pillarbox.settings import resolve
 from pillarbox.store import layout
+from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.layout import Kind
 from tests.torture import account, events
 from tests.torture.account import Notes
@@ -25,6 +27,8 @@ HANG_S: Final = 0.6  # how long a destination that hangs does: a little longer
 BACKOFF_MAX_S: Final = 0.05
 _LAST_EVENTS: Final = 3  # good ones, stored when all writers are dead: what was refused until then is judged after them
 _FLUSH_S: Final = 1.0
+_SET_ASIDE: Final = (Kind.DEAD, Kind.CORRUPT)
+_SETTLING: Final = ("rename", "sync_directory", "write_all", "sync_data", "unlink", "close")
 _PENDING: Final = (Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.ASIDE)
 
 
@@ -136,3 +140,28 @@ def pending(directory: str) -> list[str]:
 def pause(seconds: float) -> None:
     """Wait, and be killed at it."""
     signal.sigtimedwait([], seconds)
+
+
+def die_in_a_settlement(chance: random.Random) -> None:
+    """Have this process kill itself a few operations after it has set something aside: before the file that it is from goes."""
+    left, steps = chance.choice((0, 0, 1, 3)), chance.choice((0, 1, 2, 3, 5, 8))
+    armed = False
+
+    def dying(verb: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            nonlocal left, steps, armed
+            steps -= armed
+            if steps < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments)
+            if verb == "rename" and layout.kind_of(os.path.basename(str(arguments[-1]))) in _SET_ASIDE:
+                left -= 1
+                armed = left < 0
+            return result
+
+        return call
+
+    for verb in _SETTLING:
+        found = RealFilesystem.__dict__[verb]
+        wrapped = dying(verb, getattr(RealFilesystem, verb))
+        setattr(RealFilesystem, verb, staticmethod(wrapped) if isinstance(found, staticmethod) else wrapped)

@@ -18,7 +18,7 @@ CALL_BYTES_MAX = 45_000  # above it the proxy answers 413
 PIECE_S = 0.002  # between two pieces of a slow answer
 _CALL = "/call/"
 _QUIETER = 0.3  # how many of the other requests (schema, ping) may get another answer than the server's
-_OWN_REFUSALS = 0.5  # of the calls with a poisoned record: the proxy refuses all of it, in the server's words but with no index
+_STRETCH_S = 0.5  # for so long it refuses whole calls that hold a poisoned record, in the server's words but with no index
 _TIMED = {"spacetime_execution_duration_micros": "17"}
 
 
@@ -87,7 +87,8 @@ class Proxy:
             return chaos.LARGE, wire.answer(413, b"length limit exceeded", Content_Type="text/plain")
         if MARK not in body or drawn not in (chaos.ACCEPT, chaos.SLOW):
             return drawn, b""
-        if self._chaos.chance.random() < _OWN_REFUSALS:
+        # In stretches, not call by call: long enough to cut a batch down to the poisoned record.
+        if int(asyncio.get_running_loop().time() / _STRETCH_S) % 2:
             return chaos.REFUSED, wire.answer(
                 530, b"there is one in it that is never taken", Content_Type="text/plain", **_TIMED
             )

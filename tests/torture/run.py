@@ -39,7 +39,7 @@ DRAIN_S: Final = 90.0
 TELL_S: Final = 5.0  # between two lines on how it goes
 _SLOTS: Final = WRITERS + DELIVERERS + 1  # the last one for whoever finishes
 _FINISHER: Final = _SLOTS - 1
-_DOOMED: Final = 0.15  # of the lives kill themselves around an operation on the disk
+_DOOMED: Final = 0.15  # of the lives kill themselves around an operation on the disk, and as many in a settlement
 _WRITER_S: Final = (0.2, 1.0, 3.0)  # how long a life lasts at most
 _DELIVERER_S: Final = (0.3, 1.5, 1.5, 4.0)
 _ANSWERS: Final = (
@@ -150,8 +150,11 @@ class Torture:
             if slot == _FINISHER:
                 life.finish(DRAIN_S)
                 return
-            if chance.random() < _DOOMED:
+            fate = chance.random()
+            if fate < _DOOMED:
                 doom(chance)
+            elif fate < 2 * _DOOMED:
+                lives.die_in_a_settlement(chance)
             life.store() if slot < WRITERS else life.deliver()
 
         span = self._chance.choice(_WRITER_S if slot < WRITERS else _DELIVERER_S) * self._chance.random()
