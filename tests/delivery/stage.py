@@ -69,3 +69,22 @@ class Poisoned(RecordingSink):
             self.calls.append(batch.id)
             return Refused(NO)
         return await super().deliver(batch)
+
+
+class MovingClock(SystemClock):
+    """The machine's clocks, and what a test adds to them: both with `advance`, wall time alone with `step`."""
+
+    def __init__(self) -> None:
+        self._advanced = self._stepped = 0.0
+
+    def micros(self) -> int:
+        return super().micros() + int((self._advanced + self._stepped) * 1e6)
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self._advanced
+
+    def advance(self, seconds: float) -> None:
+        self._advanced += seconds
+
+    def step(self, seconds: float) -> None:
+        self._stepped += seconds

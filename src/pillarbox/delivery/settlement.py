@@ -38,7 +38,6 @@ GROUP_S: Final = 0.2  # how long a file waits for others to be let go with
 _REMOVED_S: Final = 1.0  # how long a removal may wait for its sync: what power loss brings back is sent again
 _HELD_S: Final = 10.0  # between two listings of what is set aside, while there is room
 _TELL_EVERY_S: Final = 10.0
-_LETTER_BYTES: Final = 300  # of a dead letter beside its event, about
 _DISCARDING: Final = "what is set aside"
 
 
@@ -188,7 +187,7 @@ class Settler:
         """Let everything go, and have what is gone not come back with the power."""
         self.let_go()
         self.sync_removals()
-        self._tell(now=True)
+        self._tell()
 
     def sync_removals(self) -> None:
         """Sync the names, where some were removed since the last time."""
@@ -314,11 +313,11 @@ class Settler:
         with contextlib.suppress(Exception):  # the application's metrics are not worth an event
             self._callbacks.on_duration(self._clock.monotonic() - job.started)
 
-    def _tell(self, *, now: bool = False) -> None:
+    def _tell(self) -> None:
         """A log line for what is set aside, but not for each batch."""
         counters, moment = self._counters, self._clock.monotonic()
         totals = (counters.dead, counters.quarantined)
-        if totals != self._told and (now or moment - self._told_at >= _TELL_EVERY_S):
+        if totals != self._told and moment - self._told_at >= _TELL_EVERY_S:
             self._told, self._told_at = totals, moment
             log.warning("%s: %d dead letters and %d damaged lines set aside so far", self._sink_name, *totals)
 
@@ -332,7 +331,7 @@ class _Needs(NamedTuple):
 
     @classmethod
     def of(cls, job: Job) -> _Needs:
-        dead = sum(len(letter.event) + _LETTER_BYTES for letter in job.dead.values())
+        dead = sum(len(msgspec.json.encode(letter)) + 1 for letter in job.dead.values())
         return cls(job.id, dead, sum(span.length for span in job.spans))
 
 

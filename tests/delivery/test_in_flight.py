@@ -1,0 +1,180 @@
+"""Several batches at once, and the time that a destination asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.sinks.base import Answer, Batch, Delivered, Refusal, Refused, Retry, Traits
+from pillarbox.store.directory import Directory
+from pillarbox.testing import RecordingSink
+from tests.conftest import wait_until
+from tests.delivery.stage import NO, drain, left, seal, worker_for
+
+QUICK = Rules(interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), max_in_flight=4)
+
+
+class Slow(RecordingSink):
+    """Takes its time, longer for the earlier batches; counts how many calls are under way at once."""
+
+    def __init__(self, *, concurrent: bool = True, confirms: bool = False) -> None:
+        super().__init__(confirms=confirms, window=16)
+        self.traits = self.traits._replace(concurrent=concurrent)
+        self.under_way = 0
+        self.most = 0
+        self.chance = random.Random(1)
+
+    async def deliver(self, batch: Batch) -> Answer:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            await asyncio.sleep(self.chance.uniform(0.0, 0.01))
+            return await super().deliver(batch)
+        finally:
+            self.under_way -= 1
+
+
+@pytest.mark.parametrize("confirms", [False, True])
+def test_several_batches_are_sent_at_once_and_each_is_settled_by_itself(place: Directory, *, confirms: bool) -> None:
+    """Never more than asked for; out of order, and none is missing."""
+    for stamp in range(1, 41):
+        seal(place, stamp, b"%d" % stamp)
+    sink = Slow(confirms=confirms)
+    worker = worker_for(place, sink, rules=QUICK)
+    drain(worker)
+    assert sink.most == 4
+    assert sorted(sink.payloads, key=int) == [b"%d" % stamp for stamp in range(1, 41)]
+    assert sink.payloads != sorted(sink.payloads, key=int)
+    assert (left(place), worker.counters.delivered, worker.counters.flushed_files) == ([], 40, 40)
+
+
+def test_a_sink_that_takes_one_batch_at_a_time_gets_one(place: Directory) -> None:
+    """Whatever was asked for; then they arrive in order."""
+    for stamp in range(1, 11):
+        seal(place, stamp, b"%d" % stamp)
+    sink = Slow(concurrent=False)
+    drain(worker_for(place, sink, rules=QUICK))
+    assert (sink.most, sink.payloads) == (1, [b"%d" % stamp for stamp in range(1, 11)])
+
+
+def test_when_the_destination_asks_for_time_all_that_are_under_way_give_it(place: Directory) -> None:
+    """None calls before the time that it named."""
+
+    class Busy(Slow):
+        def __init__(self) -> None:
+            super().__init__()
+            self.times: list[float] = []
+            self.asked_at: float | None = None
+
+        async def deliver(self, batch: Batch) -> Answer:
+            now = asyncio.get_running_loop().time()
+            self.times.append(now)
+            if len(self.times) == 3:
+                self.asked_at = now
+                return Retry("slowly", 0.3)
+            return await super().deliver(batch)
+
+    for stamp in range(1, 21):
+        seal(place, stamp, b"%d" % stamp)
+    sink = Busy()
+    drain(worker_for(place, sink, rules=QUICK))
+    assert sink.asked_at is not None
+    calls_after = [moment - sink.asked_at for moment in sink.times if moment > sink.asked_at + 0.02]
+    assert min(calls_after) >= 0.3
+    assert min(calls_after) < 0.35 + 0.3
+    assert sorted(sink.payloads, key=int) == [b"%d" % stamp for stamp in range(1, 21)]
+
+
+def test_one_that_fails_does_not_keep_the_others_from_being_settled(place: Directory) -> None:
+    """Whatever each of them is answered, every record arrives once or is a dead letter."""
+
+    class Random(Slow):
+        async def deliver(self, batch: Batch) -> Answer:
+            match self.chance.randrange(5):
+                case 0:
+                    return Retry("not now")
+                case 1:
+                    raise OSError("cut")
+                case 2 if len(batch) > 1:
+                    return Refused(Refusal("too_large", "half of it would do"))
+            return await super().deliver(batch)
+
+    for stamp in range(1, 61):
+        seal(place, stamp, b"%d" % stamp, b"-%d" % stamp)
+    sink = Random()
+    worker = worker_for(place, sink, rules=QUICK)
+    drain(worker)
+    assert Counter(sink.payloads) == Counter([b"%d" % stamp for stamp in (*range(1, 61), *range(-60, 0))])
+    assert (left(place), worker.counters.dead) == ([], 0)
+
+
+def test_told_to_end_it_finishes_the_calls_that_are_under_way(place: Directory) -> None:
+    """What they have taken is settled; the rest stays."""
+
+    class Held(RecordingSink):
+        def __init__(self) -> None:
+            super().__init__()
+            self.traits = Traits(deduplicates_by="nothing", survives="process", concurrent=True)
+            self.waiting = 0
+            self.go_on = asyncio.Event()
+
+        async def deliver(self, batch: Batch) -> Answer:
+            self.waiting += 1
+            await self.go_on.wait()
+            if batch.payloads == [b"2"]:
+                return Retry("not now", 60.0)
+            return await super().deliver(batch)
+
+    for stamp in range(1, 4):
+        seal(place, stamp, b"%d" % stamp)
+    sink = Held()
+    worker = worker_for(place, sink, rules=QUICK)
+    thread = DeliveryThread(worker)
+    thread.start()
+    wait_until(lambda: sink.waiting == 3)
+    worker.end()
+    assert thread._loop is not None
+    thread._loop.call_soon_threadsafe(sink.go_on.set)
+    assert thread.stop(5)
+    assert sorted(sink.payloads) == [b"1", b"3"]
+    assert len(left(place)) == 1
+
+
+@pytest.mark.parametrize("after", [0.05, 0.2])
+def test_a_time_that_is_named_is_kept_exactly(place: Directory, after: float) -> None:
+    """Never earlier, and not a backoff later."""
+    times: list[float] = []
+
+    class Timed(RecordingSink):
+        async def deliver(self, batch: Batch) -> Answer:
+            times.append(asyncio.get_running_loop().time())
+            return await super().deliver(batch)
+
+    seal(place, 1, b"1")
+    rules = Rules(interval_s=0.01, backoff=Backoff(base_s=100.0, max_s=100.0))
+    drain(worker_for(place, Timed([Retry("busy", after)]), rules=rules))
+    assert after <= times[1] - times[0] < after + 0.15
+
+
+def test_a_call_that_takes_too_long_is_given_up_and_made_again(place: Directory) -> None:
+    """And says how long was too long."""
+    hung: list[str] = []
+
+    class Hanging(RecordingSink):
+        async def deliver(self, batch: Batch) -> Answer:
+            if not hung:
+                hung.append(batch.id)
+                await asyncio.sleep(60)
+            return Delivered(len(batch))
+
+    seal(place, 1, b"1")
+    worker = worker_for(place, Hanging(), rules=QUICK._replace(call_timeout_s=0.05))
+    drain(worker)
+    assert worker.last_error == "no answer within 0.05 s"
+    assert (left(place), NO.code) == ([], "no")
