@@ -438,9 +438,10 @@ def _in_editor(site: Site, chosen: Selection, command: str) -> str | None:
 def _send_edited(site: Site, path: str, seen: _Seen, *, yes: bool, json: bool) -> int:
     """Send again what was changed in an edited file."""
     try:
-        back = edited(read_file(path))
+        text = read_file(path)
     except OSError as error:
         raise UsageError(f"--from {path}: {error.strerror}") from None
+    back = edited(text)
     for number, problem in back.problems:
         site.report.trouble(path, problem, number)
     left = dict(back.events)
@@ -461,8 +462,9 @@ def _send_edited(site: Site, path: str, seen: _Seen, *, yes: bool, json: bool) -
     for name in left:
         err.print(printable(f"{path}: {name} is no dead letter, or none any more"), markup=False)
     if yes and code == Exit.DONE and not left:
-        if path.startswith(site.place.at(_EDITED)):
-            site.place.remove(path.rpartition("/")[2])
+        name = path.rpartition("/")[2]
+        if name.startswith(_EDITED) and site.place.read_bytes(name) == text:
+            site.place.remove(name)
     elif yes:
         err.print(f"the edited text is kept: --from {shlex.quote(path)} takes it again", markup=False)
     return code if not left else code or Exit.PARTLY
