@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
 
 from pillarbox.clock import Clock, SystemClock
-from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.state import State
 from pillarbox.delivery.thread import DeliveryThread
@@ -394,14 +393,16 @@ class Outbox:
                 self._sink,
                 self._sink_name,
                 self._clock,
-                Rules(interval_s=self.settings.flush_interval),
+                self.settings.rules,
                 self._counters,
                 Callbacks(
                     self._writer.release,
                     lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
+                    self._hooks.dead_letter,
                 ),
                 self._busy,
                 self.settings.durability,
+                self.settings.kept,
             )
             self._delivery = DeliveryThread(worker)
             self._delivery.start()

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.settlement import Kept
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES
@@ -73,6 +76,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     before_send: Callable[[Any], Any] | None = None
     on_drop: Callable[[str, int], object] | None = None
     on_dead_letter: Callable[[Any], object] | None = None
+
+    @property
+    def rules(self) -> Rules:
+        """How a destination's answers are taken."""
+        return Rules(
+            interval_s=self.flush_interval,
+            backoff=Backoff(max_s=self.backoff_max),
+            outage_after=self.outage_after,
+            max_age_s=self.max_age,
+            max_in_flight=self.max_in_flight,
+            call_timeout_s=self.call_timeout,
+        )
+
+    @property
+    def kept(self) -> Kept:
+        """How much is set aside."""
+        return Kept(self.max_dead_bytes, self.max_quarantine_bytes, discards=self.when_kept_full == "discard")
 
 
 class _Refusal(Exception):  # noqa: N818 - carries what is allowed to the place that knows the name

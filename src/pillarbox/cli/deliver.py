@@ -23,7 +23,6 @@ from pillarbox.cli.app import (
     stop_on_sigterm,
 )
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks import make_sink, redacted
@@ -65,8 +64,9 @@ def deliver(
         make_sink(url, settings.event_type),
         redacted(url),
         clock,
-        Rules(interval_s=settings.flush_interval),
+        settings.rules,
         counters,
+        kept=settings.kept,
     )
     place.note_stamp(place.account().newest_stamp)
     thread = DeliveryThread(worker)
