@@ -14,7 +14,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.kept.changes import take_turn
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
-from tests.cli.test_commands import CLEAN, run
+from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.conftest import existing_events
 from tests.kept.stage import arrived, box_with_dead, deliver, lines, payload, sealed
 
@@ -350,3 +350,15 @@ def test_an_editor_that_changes_nothing_or_fails_does_nothing(tmp_path: Path, co
     assert len(lines(box, "dead-*")) == 6
     lost = run("dead", "edit", "-d", "box", "--all", "--editor", "/no/such/editor", cwd=tmp_path)
     assert (lost.returncode, b"cannot be started" in lost.stderr) == (2, True)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path) -> None:
+    """`pillarbox dead replay --yes | head -1` sends all."""
+    box = box_with_dead(tmp_path, SIX, files=3)
+    command = [*PILLARBOX, "dead", "edit", "-d", "box", "--all", "--set", "scope_id=s", "--yes"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CLEAN) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(30) in (0, 1)
+    assert not list(box.glob("dead-*"))
+    assert len(mended_and_arrived(tmp_path)) == 6

@@ -49,9 +49,11 @@ app.add_typer(dead)
 _EDITED = "mend-"  # how the names of files begin that an editor works on
 
 RecordArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[RECORD]...", help="By name, as `dead list --each` shows it.", show_default=False)
+    list[str] | None, typer.Argument(metavar="RECORD", help="By name, as `dead list --each` shows it.", show_default=False)
 ]
-CodeOption = Annotated[list[str] | None, typer.Option("--code", help="Refused with this code.", show_default=False)]
+CodeOption = Annotated[
+    list[str] | None, typer.Option("--code", metavar="CODE", help="Refused with this code.", show_default=False)
+]
 KeyOption = Annotated[list[str] | None, typer.Option("--event-key", metavar="KEY", help="With this key.", show_default=False)]
 IdOption = Annotated[list[str] | None, typer.Option("--event-id", metavar="ID", help="With this id.", show_default=False)]
 DeadSinkOption = Annotated[
@@ -249,8 +251,9 @@ def _in_full(record: Record) -> str:
 class _Seen:
     """What a command that changes something is about to do; the first ones are said, one by one."""
 
-    def __init__(self, limit: int, *, json: bool, events: bool) -> None:
+    def __init__(self, lines: list[str], limit: int, *, json: bool, events: bool) -> None:
         self.items: list[Letter] = []
+        self._lines = lines
         self._limit = limit
         self._json = json
         self._events = events
@@ -264,9 +267,9 @@ class _Seen:
         elif not self._limit or self._count <= self._limit:
             letter = record.letter
             what = f"{record.name}  {_or_dash(record.event_id)}  {_or_dash(record.event_key)}  {letter.code}: {letter.reason}"
-            out.print(printable(what + (f"\n  {payload.decode()}" if self._events else "")), markup=False)
+            self._lines.append(what + (f"\n  {payload.decode()}" if self._events else ""))
         elif self._count == self._limit + 1:
-            out.print("...", markup=False)
+            self._lines.append("...")
 
 
 @dead.command("replay")
@@ -301,7 +304,7 @@ def replay(
         since=since, until=until,
     )  # fmt: skip
     need_choice(selection, everything=everything)
-    return _send_again(site, selection, as_it_is, _Seen(limit, json=json, events=False), yes=yes, json=json)
+    return _send_again(site, selection, as_it_is, _Seen(site.lines, limit, json=json, events=False), yes=yes, json=json)
 
 
 def _send_again(
@@ -349,7 +352,7 @@ def purge(
         since=since, until=until,
     )  # fmt: skip
     need_choice(selection, everything=everything)
-    seen = _Seen(limit, json=json, events=False)
+    seen = _Seen(site.lines, limit, json=json, events=False)
     changes = Again(site.place, site.heading, site.clock, selection, site.report).purges(seen)
     if not site.carry_out(changes, yes=yes, sends=False):
         return site.busy()
@@ -398,7 +401,7 @@ def edit(
         records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
         since=since, until=until,
     )  # fmt: skip
-    seen = _Seen(limit, json=json, events=True)
+    seen = _Seen(site.lines, limit, json=json, events=True)
     if values:
         need_choice(chosen, everything=everything)
         members = assignments(values, site.settings.event_type)

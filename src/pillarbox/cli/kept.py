@@ -75,6 +75,7 @@ class Site:
         self.clock = SystemClock()
         self.place = Directory(self.settings.directory, RealFilesystem(), self.clock)
         self.report = Report()
+        self.lines: list[str] = []  # what is to be said of single items; at the end, lest a closed pipe ends the work
         self.heading = Heading(self.settings.event_type)
         self.gate = Gate(self.settings.event_type, self.heading.id_member)
         try:
@@ -183,6 +184,8 @@ class Site:
                 )
             )
         else:
+            for line in self.lines:
+                out.print(printable(line), markup=False)
             out.print(text, markup=False)
         self.say_troubles()
         return self.exit_code()

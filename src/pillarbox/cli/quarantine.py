@@ -242,7 +242,7 @@ def repair(
         if json:
             items.append(_repair(seen))
         elif not quiet:
-            out.print(_what_is_in(seen, checked=checked), markup=False)
+            site.lines.append(_what_is_in(seen, checked=checked))
 
     changes = Keeper(site.place, site.clock, selection, site.report).repairs(site.gate, see, checked=checked)
     if not site.carry_out(changes, yes=yes, sends=True):
@@ -267,7 +267,7 @@ def _what_is_in(seen: Seen, *, checked: bool) -> str:
         left = "left out: " if checked and not event.sure else ""
         lines += [f"  event: {left}{event.how}", f"    {event.payload.decode()}"]
     lines += [f"  no event: it {problem}" for problem in seen.salvage.problems]
-    return printable("\n".join(lines))
+    return "\n".join(lines)
 
 
 @quarantine.command("purge")
@@ -298,7 +298,7 @@ def purge(
             items.append(_kept(found))
         elif not quiet:
             kept = _kept(found)
-            out.print(printable(f"{kept.batch}  {counted(kept.bytes, 'byte')}  {_reasons(kept.reasons)}"), markup=False)
+            site.lines.append(f"{kept.batch}  {counted(kept.bytes, 'byte')}  {_reasons(kept.reasons)}")
 
     changes = Keeper(site.place, site.clock, selection, site.report).purges(see, repaired=repaired)
     if not site.carry_out(changes, yes=yes, sends=False):
