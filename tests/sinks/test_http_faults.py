@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import shutil
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import httpx
 import pytest
 
 from pillarbox import TrackingEvent
@@ -201,6 +203,42 @@ def test_over_tls_the_certificate_must_be_vouched_for(safe_server: Server, certi
     other = answer_of(safe_server.url(f"/e#ca_file={certificate}").replace("localhost", "127.0.0.1"))
     assert isinstance(other, Misconfigured)
     assert "127.0.0.1" in other.reason
+
+
+def test_a_ca_file_that_is_mended_counts_without_a_restart(safe_server: Server, certificate: Path, tmp_path: Path) -> None:
+    """Delivery goes on alone."""
+    file = tmp_path / "ca.pem"
+    other = httpx.create_ssl_context().get_ca_certs(binary_form=True)[0]
+    file.write_text(ssl.DER_cert_to_PEM_cert(other))
+
+    async def work() -> None:
+        sink = HttpSink(safe_server.url(f"#ca_file={file}"), TrackingEvent)
+        assert isinstance(await sink.deliver(batch()), Misconfigured)
+        shutil.copy(certificate, file)
+        assert await sink.deliver(batch()) == Delivered(3)
+        await sink.close()
+
+    run(work())
+
+
+def test_a_proxy_is_used_where_one_is_named_and_only_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what the environment says to everybody."""
+    with Server(always(Say(407))) as proxy:
+        for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(variable, proxy.url())
+        assert answer_of(server.url()) == Delivered(3)
+        assert proxy.requests == []
+        monkeypatch.setenv("EVENTS_PROXY", f"http://me:{SECRET}@127.0.0.1:{proxy.port}")
+        for scheme in ("http", "https"):
+            found = answer_of(f"{scheme}://shop.invalid/in#proxy_env=EVENTS_PROXY")
+            assert isinstance(found, Misconfigured)
+            assert "proxy_env" in found.reason
+        assert [request.target for request in proxy.requests] == ["http://shop.invalid/in", "shop.invalid:443"]
+        assert all(request.headers["proxy-authorization"].startswith("Basic ") for request in proxy.requests)
+        proxy.answer = always(Say(502))
+        assert isinstance(answer_of("https://shop.invalid/in#proxy_env=EVENTS_PROXY"), Retry)
+        proxy.answer = always(Say(200))
+        assert answer_of("http://shop.invalid/in#proxy_env=EVENTS_PROXY") == Delivered(3)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +13,8 @@ from pillarbox import TrackingEvent
 from pillarbox.errors import ConfigurationError, SinkUnusable
 from pillarbox.sinks import make_sink, redacted, schemes
 from pillarbox.sinks.base import Sink
-from pillarbox.sinks.http.target import Target, parse, read_credentials
+from pillarbox.sinks.http.answers import REMEDIES
+from pillarbox.sinks.http.target import _OPTIONS, Target, parse, read_credentials
 
 FIELDS = {field.name: field.encode_name for field in msgspec.structs.fields(TrackingEvent)}
 SECRET = "s3cret-do-not-show"  # noqa: S105 - what the tests look for
@@ -34,7 +36,7 @@ def test_the_defaults() -> None:
     """Of a URL that says nothing else."""
     found = target("https://example.com/events")
     assert found[2:] == (
-        *("", "ndjson", "gzip", True, 30.0, 8, None, 8 * 2**20, "process", None, None, (), None, None, "pillarbox", None, None),
+        *("", "ndjson", "none", True, 30.0, 8, None, 8 * 2**20, "process", None, None, (), None, None, "pillarbox", None, None),
     )
 
 
@@ -80,6 +82,17 @@ def test_what_is_not_allowed_is_named_with_what_is(options: str, at_fault: str) 
         target(f"https://example.com/#{options}")
     assert at_fault in str(caught.value)
     assert options.partition("=")[0] in str(caught.value)
+
+
+def test_every_option_and_every_remedy_is_in_the_guide() -> None:
+    """With a row of its own; and no status that stops delivery is left out."""
+    guide = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    table = guide[guide.index("| option |") : guide.index("User and password")]
+    for name in _OPTIONS:
+        assert f"`{name}`" in table, name
+    answers = guide[guide.index("| status | what") : guide.index("*Waits* means")]
+    for status in (*REMEDIES.keys() - {101}, 207, 400, 408, 409, 413, 422, 425, 429, 500):
+        assert str(status) in answers, status
 
 
 @pytest.mark.parametrize(

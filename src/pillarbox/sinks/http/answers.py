@@ -219,7 +219,7 @@ def _advice(reply: Reply, hide: Callable[[str], str]) -> str:
     status = reply.status
     if 300 <= status < 400:
         return f"{status}: {_redirect(reply.location)}"
-    remedy = _REMEDIES.get(
+    remedy = REMEDIES.get(
         status, "Pillarbox does not know this answer, and gives no event up for it: mend the URL, or the server"
     )
     return _words(str(status), reply, hide) + f": {remedy}"
@@ -236,7 +236,7 @@ def _redirect(location: str) -> str:
     return f"the server leads to {where}; redirects are not followed: put the address that is meant into the sink's URL"
 
 
-_REMEDIES: Final = {
+REMEDIES: Final = {
     101: "the server changes to another protocol: mend the URL",
     401: "the server does not accept the credentials: give it others by token_env, header_env, or user and password",
     402: "the server wants to be paid",

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pillarbox.sinks.base import Batch
     from pillarbox.sinks.http.target import Target
 
-GZIP_LEVEL: Final = 1  # docs/http.md has the measurement: higher levels cost more than they save
-ZSTD_LEVEL: Final = 1
+GZIP_LEVEL: Final = 1  # to a tenth in 0.2 ms for 500 events; level 6 takes three times as long and saves a fiftieth more
+ZSTD_LEVEL: Final = 1  # smaller than gzip, in a third of the time; level 3 was no smaller
 _DAY_S: Final = 86_400
 _DIGITS_MAX: Final = 20  # of 64 bits, and a sign
 _YEARS: Final = range(1, 10_000)  # that RFC 3339 can write, but for the first

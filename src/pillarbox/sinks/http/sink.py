@@ -31,7 +31,7 @@ from pillarbox.sinks.base import (
     Retry,
     Traits,
 )
-from pillarbox.sinks.http.answers import ANSWER_BYTES_MAX, Reply, classify, needs_body
+from pillarbox.sinks.http.answers import ANSWER_BYTES_MAX, REMEDIES, Reply, classify, needs_body
 from pillarbox.sinks.http.bodies import Bodies, Body
 from pillarbox.sinks.http.target import FORMATS, Credentials, Target, parse, read_credentials
 
@@ -159,6 +159,8 @@ class HttpSink:
             )
         except httpx.HTTPError as error:
             problem = self._fault(error)
+            if isinstance(problem, Misconfigured):
+                await self.close()  # so that a ca_file that is mended is read again
         else:
             return head._replace(body=body, whole=whole and not response.headers.get("content-encoding"))
         # A status that speaks for itself counts, also where the text behind it was cut off.
@@ -183,6 +185,8 @@ class HttpSink:
                 return Retry(f"{host} takes no connection")
             case httpx.ConnectError():
                 return Retry(f"cannot connect to {host}: {said[:_TEXT_MAX] or 'no reason is known'}")
+            case httpx.ProxyError() if str(error).startswith("407"):
+                return Misconfigured(f"407: {REMEDIES[407]}")
             case httpx.ProxyError():
                 return Retry(f"the proxy does not lead to {host}: {self._credentials.hide(str(error))[:_TEXT_MAX]}")
             case httpx.RemoteProtocolError():

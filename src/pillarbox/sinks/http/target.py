@@ -112,7 +112,7 @@ def parse(url: str, field_names: Mapping[str, str]) -> Target:
         host=server,
         user=":".join(unquote(part) for part in user.partition(":")[::2]) if user else "",
         format=_choice(options, "format", tuple(FORMATS), "ndjson"),
-        compress=_choice(options, "compress", COMPRESSIONS, "gzip"),
+        compress=_choice(options, "compress", COMPRESSIONS, "none"),
         counts=_choice(options, "answer", ("body", "status"), "body") == "body",
         timeout_s=_number(options, "timeout", float, 30.0, 0.01, TIMEOUT_MAX_S),
         connections=_number(options, "connections", int, 8, 1, 256),

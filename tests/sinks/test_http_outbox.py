@@ -1,0 +1,188 @@
+"""From `enqueue` to a real HTTP server that answers badly, and by the command line: each event arrives once, or is set aside."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import pillarbox
+from pillarbox import TrackingEvent
+from pillarbox.event import Codec
+from pillarbox.outcome import Enqueued
+from pillarbox.sinks import make_sink
+from pillarbox.store.directory import Directory
+from tests.conftest import event, wait_until
+from tests.delivery.stage import QUICK, drain, left, seal, worker_for
+from tests.sinks.http_server import HANG, Request, Say, Server
+from tests.sinks.test_http import SECRET
+
+OK = {"Content-Type": "application/json"}
+PILLARBOX = [sys.executable, "-m", "pillarbox"]
+
+
+class Shop:
+    """A destination that keeps each key once, and refuses what is poisoned: with or without naming it."""
+
+    def __init__(self, seed: int = 0, *, trouble: float = 0.0, names: bool = True, records_max: int = 10**6) -> None:
+        self.kept: Counter[str] = Counter()
+        self.keys: set[str] = set()
+        self.attempts: Counter[str] = Counter()
+        self.records_max = records_max
+        self._random = random.Random(seed)
+        self._trouble = trouble
+        self._names = names
+
+    def __call__(self, request: Request) -> Say:
+        if request.method != "POST":
+            return Say(405)
+        self.attempts[request.key] += 1
+        if self._random.random() < self._trouble:
+            return self._bad(request)
+        return self._judge(request)
+
+    def _judge(self, request: Request) -> Say:
+        if request.key in self.keys:
+            return Say(200)
+        ids = [one["event_id"] for one in request.events]
+        if len(ids) > self.records_max:
+            return Say(413)
+        poisoned = [index for index, one in enumerate(request.events) if one["event_key"] == "poison"]
+        if poisoned and self._names:
+            return Say(422, json.dumps({"refused": [{"index": index, "reason": "poison"} for index in poisoned]}).encode(), OK)
+        if poisoned:
+            return Say(400, b"there is poison in it")
+        self.keys.add(request.key)
+        self.kept.update(ids)
+        return Say(202, json.dumps({"accepted": len(ids)}).encode(), OK)
+
+    def _bad(self, request: Request) -> Say:
+        busy = [Say(status, b"<html>", {"Retry-After": "0"}) for status in (408, 409, 425, 429, 500, 502, 503, 504)]
+        kept = [self._judge(request)._replace(cut=20), Say(raw=b"\x00garbage\r\n\r\n"), Say(raw=b""), HANG]
+        return self._random.choice([*busy, *kept])
+
+
+def fill(box: pillarbox.Outbox, count: int, poisoned: Callable[[int], bool] = lambda _: False) -> None:
+    for number in range(count):
+        made = event(number, event_key="poison" if poisoned(number) else "click")
+        assert isinstance(box.enqueue(made), Enqueued)
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_each_event_arrives_once_whatever_the_server_answers(place: Directory, in_flight: int) -> None:
+    """Busy, cut off, hanging, garbage, one batch at a time or several: the keys make the repeats harmless."""
+    shop = Shop(7, trouble=0.4)
+    payloads = [Codec(TrackingEvent).encode(event(number)) for number in range(2000)]
+    for stamp in range(40):
+        seal(place, 10**15 + stamp, *payloads[stamp * 50 : stamp * 50 + 50])
+    with Server(shop) as server:
+        sink = make_sink(server.url("#timeout=0.2&compress=gzip"), TrackingEvent)
+        worker = worker_for(place, sink, rules=QUICK._replace(max_in_flight=in_flight))
+        drain(worker)
+    assert shop.kept == Counter({f"e-{number:06d}": 1 for number in range(2000)})
+    assert not [name for name in left(place) if name.startswith(("sealed-", "dead-", "corrupt-"))]
+    assert max(shop.attempts.values()) > 1
+    assert len(shop.attempts) == 40  # no batch was cut up: none was refused
+
+
+@pytest.mark.parametrize("names", [True, False])
+@pytest.mark.parametrize("form", ["ndjson", "cloudevents"])
+def test_what_the_server_refuses_becomes_dead_letters_and_the_rest_arrives(tmp_path: Path, form: str, names: bool) -> None:
+    """Whether it names the events, or they have to be found by halves."""
+    shop = Shop(names=names)
+
+    def poisoned(number: int) -> bool:
+        return number in {3, 4, 77, 149}
+
+    with Server(shop) as server:
+        url = server.url(f"#format={form}")
+        with pillarbox.Outbox(str(tmp_path / "box"), sink=url, batch_size=50, flush_interval=0.05) as box:
+            fill(box, 200, poisoned)
+            assert box.flush(timeout=20)
+    assert shop.kept == Counter({f"e-{number:06d}": 1 for number in range(200) if not poisoned(number)})
+    dead = "".join(file.read_text() for file in sorted((tmp_path / "box").glob("dead-*")))
+    assert len(dead.splitlines()) == 4
+    assert dead.count("poison in it" if not names else '"reason":"poison"') == 4
+
+
+def test_a_batch_that_is_too_large_is_halved(tmp_path: Path) -> None:
+    """By what the URL says before it is sent, and by a 413 after."""
+    for options, most in (("#records_max=20", 20), ("", 30), ("#bytes_max=2000", 100)):
+        shop = Shop(records_max=most)
+        with Server(shop) as server:
+            box = pillarbox.Outbox(str(tmp_path / f"box{most}"), sink=server.url(options), batch_size=100, flush_interval=0.05)
+            with box:
+                fill(box, 100)
+                assert box.flush(timeout=20)
+            assert shop.kept.total() == 100
+            assert all(len(request.events) <= most for request in server.requests if request.key in shop.keys)
+            assert all(len(request.body) <= 2010 for request in server.requests) or "bytes_max" not in options
+
+
+def test_a_wrong_set_up_stops_delivery_and_no_secret_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state says what to mend; nothing is lost or given up."""
+    monkeypatch.setenv("EVENTS_TOKEN", SECRET)
+    with Server(lambda request: Say(401, str(request.headers).encode())) as server:
+        url = server.url(f"/?key={SECRET}#token_env=EVENTS_TOKEN", user="")
+        with pillarbox.Outbox(str(tmp_path / "box"), sink=url, flush_interval=0.05) as box:
+            fill(box, 10)
+            wait_until(lambda: box.stats().state.name == "stopped")
+            stats = box.stats()
+        assert "401" in stats.state.reason
+        assert SECRET not in repr(stats)
+        assert SECRET not in repr(box)
+        assert stats.pending_bytes
+    for file in (tmp_path / "box").iterdir():
+        assert SECRET not in file.read_text(errors="replace")
+
+
+def test_a_missing_variable_stops_delivery_and_keeps_the_events(tmp_path: Path) -> None:
+    """The application goes on."""
+    with (
+        Server() as server,
+        pillarbox.Outbox(str(tmp_path / "box"), sink=server.url("#token_env=NOT_SET_ANYWHERE"), flush_interval=0.05) as box,
+    ):
+        fill(box, 10)
+        wait_until(lambda: box.stats().state.name == "stopped")
+        assert "NOT_SET_ANYWHERE" in box.stats().state.reason
+        assert box.stats().pending_bytes
+        assert server.requests == []
+
+
+def command(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*PILLARBOX, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, check=False)
+
+
+def test_by_the_command_line(tmp_path: Path) -> None:
+    """`check`, `enqueue` and `deliver`, as they are typed."""
+    shop = Shop()
+    lines = b"".join(
+        b'{"event_id":"e-%d","event_key":"k","scope_kind":"Site","scope_id":"s"}\n' % number for number in range(700)
+    )
+    with Server(shop) as server:
+        url = server.url(f"/in?key={SECRET}#compress=zstd", user=f"me:{SECRET}@")
+        done = command("check", url)
+        assert done.returncode == 0, done.stderr
+        assert b"/in?key=...#compress=..." in done.stdout
+        stored = command("enqueue", "-d", tmp_path / "box", stdin=lines)
+        assert stored.returncode == 0, stored.stderr
+        delivered = command("deliver", "-d", tmp_path / "box", "--sink", url, "--once")
+        assert delivered.returncode == 0, delivered.stderr
+        assert b"delivered 700" in delivered.stdout
+        status = command("status", "-d", tmp_path / "box")
+        for said in (done, stored, delivered, status):
+            assert SECRET.encode() not in said.stdout + said.stderr
+        assert b"HTTP Request" not in delivered.stderr  # the library's own line for each call, with all of the URL in it
+    assert shop.kept.total() == 700
+    refused = command("check", server.url("#colour=red"))
+    assert refused.returncode == 2
+    assert b"colour" in refused.stderr
+    away = command("check", server.url())
+    assert away.returncode == 1
+    assert b"cannot connect" in away.stdout
