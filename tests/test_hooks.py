@@ -195,9 +195,7 @@ def test_a_hook_does_not_wait_for_room(tmp_path: Path) -> None:
     def before_send(given: TrackingEvent) -> None:
         inner.append(outbox.enqueue(given))
 
-    with Outbox(
-        str(tmp_path / "outbox"), max_bytes=10, when_full="block", block_timeout=3600, before_send=before_send
-    ) as outbox:
+    with Outbox(str(tmp_path / "outbox"), max_bytes=10, when_full="block", block_timeout=5, before_send=before_send) as outbox:
         assert outbox.enqueue(event(1)) == Dropped("filtered")
     assert inner == [Dropped("would_block")]
 
@@ -242,7 +240,7 @@ def test_every_drop_is_reported_and_the_sum_is_that_of_the_counts(tmp_path: Path
         max_bytes=20_000,
         batch_size=20,
         when_full=when_full,
-        block_timeout=0.05,
+        block_timeout=0.02,
         durability=durability,
         on_drop=on_drop,
         before_send=redact,
@@ -303,6 +301,34 @@ def test_what_is_refused_before_the_start_and_after_the_end_is_reported_at_once(
     outbox.enqueue(event(2))
     outbox.enqueue_many([event(2), event(3)])
     assert told == [("invalid", 1), ("closed", 1), ("closed", 2)]
+
+
+def test_what_was_refused_last_is_reported_at_the_end(tmp_path: Path) -> None:
+    """Once `close` has returned, all is reported: also what nothing comes after."""
+    told: Counter[str] = Counter()
+    outbox = Outbox(str(tmp_path / "outbox"), on_drop=lambda reason, count: told.update({reason: count}))
+    assert outbox.enqueue(event(1))
+    for _ in range(3):
+        outbox.enqueue("no event")  # type: ignore[arg-type]
+    outbox.close()
+    assert told == {"invalid": 3}
+
+
+def test_what_is_tried_again_for_want_of_room_is_not_reported(tmp_path: Path) -> None:
+    """Only what becomes of it; the thread that seals looks in the middle of an attempt."""
+    told: Counter[str] = Counter()
+    with Outbox(
+        str(tmp_path / "outbox"),
+        max_bytes=10,
+        when_full="block",
+        block_timeout=0.1,
+        on_drop=lambda reason, count: told.update({reason: count}),
+    ) as outbox:
+        assert outbox.enqueue(event(1)) == Dropped("timeout")
+        outbox._writer.refuse("max_bytes")
+        outbox.flush(5)
+        outbox._writer.forgive("max_bytes", 1)
+    assert told == {"timeout": 1}
 
 
 def test_an_on_drop_that_raises_or_enqueues_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -80,13 +80,20 @@ class Hooks:
         """Report what has been refused since the last time: `totals` by reason, of this process since it began."""
         if self._on_drop is None or self._here.within:
             return
-        with self._lock:
-            new = [(reason, total - self._reported.get(reason, 0)) for reason, total in totals.items()]
-            new = [(reason, count) for reason, count in new if count > 0]
-            # An older copy of the totals may come later, from another thread; it has nothing new.
-            self._reported |= {reason: totals[reason] for reason, _ in new}
-        for reason, count in new:
+        for reason, count in self._not_reported(totals):
             self._call("on_drop", self._on_drop, reason, count)
+
+    def _not_reported(self, totals: Mapping[str, int]) -> list[tuple[str, int]]:
+        try:
+            self._here.within = True  # a signal handler that is refused something in here would find the same again
+            with self._lock:
+                new = [(reason, total - self._reported.get(reason, 0)) for reason, total in totals.items()]
+                new = [(reason, count) for reason, count in new if count > 0]
+                # An older copy of the totals may come later, from another thread; it has nothing new.
+                self._reported |= {reason: totals[reason] for reason, _ in new}
+                return new
+        finally:
+            self._here.within = False
 
     def dead_letter(self, record: Any) -> None:
         """Report a dead letter, once it is durable."""
