@@ -1,7 +1,7 @@
 # make run    take sample data through an outbox into SQLite, and show what arrived
 # make test   everything that must hold: linters, types, tests
 # make bench  the figures in docs/benchmarks.md, measured on this machine
-# make torture MINUTES=10  crash states, faults, kills, cuts and interleavings for so long, then every mutant
+# make torture MINUTES=10  crash states, faults, kills, cuts, interleavings, answers at random for so long, then every mutant
 # Each sets up what it needs in .venv. `pip install .` is enough to use the library.
 
 .PHONY: run test bench torture requirements clean

@@ -9,8 +9,11 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from tests.torture import places, run
+
+SHARES: Final = {"sqlite": 0.25, "http": 0.3, "spacetimedb": 0.45}  # of the time; the slower, the longer
 
 
 def say(text: object) -> None:
@@ -21,15 +24,20 @@ def say(text: object) -> None:
 def main() -> None:
     """The folder stays where something was found."""
     parser = argparse.ArgumentParser(description=run.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--destination", choices=places.PLACES, required=True)
-    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--destination", choices=places.PLACES, help="one of them; otherwise all, each for its share")
+    parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that what was started is ended
-    folder = Path(tempfile.mkdtemp(prefix=f"pillarbox-torture-{chosen.destination}-"))
-    say(f"{chosen.destination}, seed {chosen.seed}, in {folder}")
-    say(run.run(chosen.destination, chosen.minutes * 60, chosen.seed, folder, say))
-    shutil.rmtree(folder)
+    shares = {chosen.destination: 1.0} if chosen.destination else SHARES
+    reports = []
+    for destination, share in shares.items():
+        folder = Path(tempfile.mkdtemp(prefix=f"pillarbox-torture-{destination}-"))
+        say(f"{destination}, seed {chosen.seed}, in {folder}")
+        reports.append(run.run(destination, chosen.minutes * 60 * share, chosen.seed, folder, say))
+        shutil.rmtree(folder)
+    for report in reports:
+        say(report)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def pause(seconds: float) -> None:
 
 def die_in_a_settlement(chance: random.Random) -> None:
     """Have this process kill itself a few operations after it has set something aside: before the file that it is from goes."""
-    left, steps = chance.choice((0, 0, 1, 3)), chance.choice((0, 1, 2, 3, 5, 8))
+    left, steps = chance.choice((0, 0, 1, 3)), chance.choice((0, 1, 2, 3, 4, 6))
     armed = False
 
     def dying(verb: str, function: Callable[..., object]) -> Callable[..., object]:

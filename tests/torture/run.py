@@ -5,6 +5,7 @@ delivers until nothing is pending. Then the destination must hold every acknowle
 must be the poisoned ones, each once, nothing may be there that nobody stored, and `pillarbox verify` must find that the
 account balances. The next round has a directory of its own.
 
+    .venv/bin/python -m tests.torture --minutes 12                            all destinations, one after another
     .venv/bin/python -m tests.torture --destination http --minutes 4 --seed 7
 """
 
@@ -39,7 +40,8 @@ DRAIN_S: Final = 90.0
 TELL_S: Final = 5.0  # between two lines on how it goes
 _SLOTS: Final = WRITERS + DELIVERERS + 1  # the last one for whoever finishes
 _FINISHER: Final = _SLOTS - 1
-_DOOMED: Final = 0.15  # of the lives kill themselves around an operation on the disk, and as many in a settlement
+_DOOMED: Final = 0.15  # of the lives kill themselves around an operation on the disk
+_SETTLING: Final = 0.4  # of the deliverers do so in a settlement
 _WRITER_S: Final = (0.2, 1.0, 3.0)  # how long a life lasts at most
 _DELIVERER_S: Final = (0.3, 1.5, 1.5, 4.0)
 _ANSWERS: Final = (
@@ -153,7 +155,7 @@ class Torture:
             fate = chance.random()
             if fate < _DOOMED:
                 doom(chance)
-            elif fate < 2 * _DOOMED:
+            elif slot >= WRITERS and fate < _DOOMED + _SETTLING:
                 lives.die_in_a_settlement(chance)
             life.store() if slot < WRITERS else life.deliver()
 

@@ -23,7 +23,7 @@ EVENTS_MIN = 3_000
 LIFE = 7
 
 
-@pytest.mark.parametrize("destination", ["sqlite", "spacetimedb"])
+@pytest.mark.parametrize("destination", places.PLACES)
 def test_every_event_is_there_once_and_only_the_poisoned_are_dead_letters(destination: str) -> None:
     """In a process of its own: a parent with threads must not fork."""
     if destination == "spacetimedb" and not places.has_server():
