@@ -15,8 +15,11 @@ import msgspec
 import pytest
 
 from pillarbox import Dropped, Enqueued, InvalidEvent, Outbox, OutboxFull, Outcome, TrackingEvent
+from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.hooks import Hooks
 from pillarbox.outcome import Durability
+from pillarbox.sinks.base import Partly, Refusal
+from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
 
 
@@ -356,19 +359,25 @@ def test_an_on_drop_that_raises_or_enqueues_stops_nothing(tmp_path: Path, caplog
     assert [found["event_key"] for found in stored(tmp_path / "outbox")] == ["click", "invalid", "click"]
 
 
-def test_a_dead_letter_is_reported_and_what_raises_then_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    """Not even what would end the thread that delivers."""
-    told = []
+def test_a_dead_letter_is_reported_once_it_is_on_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With its event; a hook that raises then, or would end the thread, keeps nothing from being delivered."""
+    told: list[tuple[str, str, bool]] = []
 
-    def on_dead_letter(record: object) -> None:
-        told.append(record)
+    def on_dead_letter(letter: DeadLetter) -> None:
+        on_disk = any(bytes(letter.event) in file.read_bytes() for file in (tmp_path / "outbox").glob("dead-*"))
+        told.append((json.loads(bytes(letter.event))["event_id"], letter.reason, on_disk))
         raise SystemExit
 
-    hooks = Hooks("outbox", on_dead_letter=on_dead_letter)
-    for record in (1, 2):
-        hooks.dead_letter(record)
-    Hooks("outbox").dead_letter(3)
-    assert (told, hooks.failures["on_dead_letter"]) == ([1, 2], 2)
+    refusals = {0: Refusal("bad", "too blue"), 2: Refusal("bad", "too red")}
+    sink = RecordingSink([Partly(refusals, accepted=1, duplicates=0)])
+    with Outbox(str(tmp_path / "outbox"), sink=sink, on_dead_letter=on_dead_letter, flush_interval=60) as outbox:
+        outbox.enqueue_many([event(number) for number in range(3)])
+        assert outbox.flush(10)
+        assert outbox.enqueue(event(9))
+        assert outbox.flush(10)
+        stats = outbox.stats()
+    assert told == [("e-000000", "too blue", True), ("e-000002", "too red", True)]
+    assert (stats.delivered, stats.dead, stats.hook_failures["on_dead_letter"]) == (2, 2, 2)
     assert caplog.text.count("on_dead_letter raised") == 1
 
 
