@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
@@ -121,30 +121,25 @@ class Site:
                 self.report.files += 1
                 self.report.events += len(change.sends) or change.events
             return True
-        self.place.open()
+        outbox: Outbox | None = None
+        if sends:
+            # Whoever delivers the directory sends them; and what waits already is not given up for what comes back.
+            settings = msgspec.structs.replace(self.settings, sink=None, when_full="drop_newest", on_invalid="drop")
+            outbox = Outbox.from_settings(settings)  # looks at the directory, and starts nothing before the first event
+        else:
+            self.place.open()
         taken = take_turn(self.place)
         if taken is None:
             return False
         try:
-            with _patiently(self.report) as stop, self._progress() as progress:
+            with _patiently(self.report) as stop, self._progress() as progress, outbox or nullcontext():
                 ledger = Ledger(self.place, self.clock)
-                if sends:
-                    self._send(changes, ledger, stop, progress)
-                else:
-                    Carrier(self.place, ledger, self.report, stop, progress).carry_out(changes)
+                bounds = Bounds(self.settings.batch_size, self.settings.batch_bytes)
+                durability = self._durability()
+                Carrier(self.place, ledger, self.report, stop, progress, outbox, durability, bounds).carry_out(changes)
         finally:
             self.place.filesystem.close(taken.fd)
         return True
-
-    def _send(
-        self, changes: Iterable[Change], ledger: Ledger, stop: Callable[[], bool], progress: Callable[[int], None]
-    ) -> None:
-        # Whoever delivers the directory sends them; and what waits already is not given up for what comes back.
-        settings = msgspec.structs.replace(self.settings, sink=None, when_full="drop_newest", on_invalid="drop")
-        bounds = Bounds(settings.batch_size, settings.batch_bytes)
-        durability = self._durability()
-        with Outbox.from_settings(settings) as outbox:
-            Carrier(self.place, ledger, self.report, stop, progress, outbox, durability, bounds).carry_out(changes)
 
     def _durability(self) -> Any:
         try:

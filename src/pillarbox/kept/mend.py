@@ -40,7 +40,7 @@ class Gate:
         try:
             self._check(payload)
         except (msgspec.DecodeError, InvalidEvent, UnicodeDecodeError, RecursionError) as error:
-            raise Unfit(f"is no {self.event_type.__name__} as it must be: {error}") from None
+            raise Unfit(f"is no {self.event_type.__name__}: {error}") from None
 
     def members(self, payload: bytes) -> dict[str, msgspec.Raw]:
         """The members of an event's JSON, each as it stands; raises `Unfit` where it is no JSON object."""
