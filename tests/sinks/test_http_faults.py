@@ -282,6 +282,9 @@ def check(url: str) -> list[Finding]:
     [
         *[(Say(status), True) for status in (200, 204, 400, 404, 405, 422, 501)],
         *[(Say(status), False) for status in (301, 401, 403, 407, 410, 421, 426, 429, 500, 503)],
+        (Say(200, headers={"Allow": "OPTIONS, post"}), True),
+        (Say(200, headers={"Allow": "GET, HEAD"}), False),
+        (Say(405, headers={"Allow": "GET, HEAD"}), False),
         (HANG, False),
         (Say(raw=b"nonsense"), False),
     ],

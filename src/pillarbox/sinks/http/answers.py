@@ -45,6 +45,7 @@ class Reply(NamedTuple):
     retry_after: str = ""
     date: str = ""
     location: str = ""
+    allow: str = ""
     body: bytes = b""
     whole: bool = True  # whether all of the body was read and can be
 

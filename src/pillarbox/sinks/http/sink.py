@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from pillarbox.clock import Clock
 
 _CONNECT_MAX_S: Final = 10.0  # of a call's time, for a server that does not even take the connection
-_IDLE_MAX_S: Final = 15.0  # after which an unused connection is closed: many servers do so later than that
+_IDLE_MAX_S: Final = 4.0  # after which an unused connection is closed: many servers do so themselves after five
 _TEXT_MAX: Final = 200
-_BEHIND: Final = {200: "", 204: "", 405: " (it takes no OPTIONS, which is fine)", 501: " (it knows no OPTIONS, which is fine)"}
+_UNTOLD: Final = frozenset({400, 404, 405, 422, 501})  # answers to OPTIONS that say nothing of POST
 
 
 class HttpSink:
@@ -212,10 +212,12 @@ class HttpSink:
         if not isinstance(reply, Reply):
             return [*findings, Finding(ok=False, text=reply.reason)]
         host, status = self._target.host, reply.status
-        if 200 <= status < 300 or status in _BEHIND:
-            return [*findings, Finding(ok=True, text=f"{host} answers {status}{_BEHIND.get(status, '')}")]
-        if status in {400, 404, 422}:
-            text = f"{host} answers {status} to OPTIONS: some servers do at a path that takes POST; the first batch will tell"
+        if reply.allow and "POST" not in reply.allow.upper():
+            return [*findings, Finding(ok=False, text=f"{host} takes {reply.allow} at this path, and no POST: mend the URL")]
+        if 200 <= status < 300:
+            return [*findings, Finding(ok=True, text=f"{host} answers {status}")]
+        if status in _UNTOLD:
+            text = f"{host} answers {status} to OPTIONS: many servers do at a path that takes POST; the first batch will tell"
             return [*findings, Finding(ok=True, text=text)]
         answer = classify(reply, (), self._clock.micros() / 1e6, self._credentials.hide)
         text = answer.reason if isinstance(answer, (Retry, Misconfigured)) else f"{host} answers {status}"
@@ -270,6 +272,7 @@ def _head(response: httpx.Response) -> Reply:
         headers.get("retry-after", ""),
         headers.get("date", ""),
         headers.get("location", ""),
+        headers.get("allow", ""),
     )
 
 
