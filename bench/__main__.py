@@ -10,12 +10,13 @@ from pathlib import Path
 
 import msgspec
 
-from bench import accept, drain, power, scale, spacetimedb
+from bench import accept, drain, draining, power, scale, spacetimedb
 
 MEASUREMENTS = {
     "accept": accept.measure,
     "power": power.measure,
     "drain": drain.measure,
+    "draining": draining.measure,
     "spacetimedb": spacetimedb.measure,
     "scale": scale.measure,
 }

@@ -37,7 +37,8 @@ class Timing(NamedTuple):
     p999: float
 
 
-def _timing(nanoseconds: list[int]) -> Timing:
+def timing_of(nanoseconds: list[int]) -> Timing:
+    """Mean and percentiles."""
     ordered = sorted(nanoseconds)
     count = len(ordered)
     at = (ordered[count // 2], ordered[int(count * 0.99)], ordered[int(count * 0.999)])
@@ -55,7 +56,7 @@ def floor(place: Path, count: int) -> Timing:
         took[index] = now() - began
     os.close(fd)
     os.unlink(place / "floor.ndjson")
-    return _timing(took)
+    return timing_of(took)
 
 
 def only_write(place: Path, count: int) -> Timing:
@@ -69,7 +70,7 @@ def only_write(place: Path, count: int) -> Timing:
         took[index] = now() - began
     os.close(fd)
     os.unlink(place / "write.ndjson")
-    return _timing(took)
+    return timing_of(took)
 
 
 def enqueue(place: Path, count: int) -> tuple[Timing, float]:
@@ -87,7 +88,7 @@ def enqueue(place: Path, count: int) -> tuple[Timing, float]:
     outbox.close(60)
     sealed = (now() - began) / 1e9
     shutil.rmtree(place / "outbox")
-    return _timing(took), sealed
+    return timing_of(took), sealed
 
 
 def syncs(place: Path, count: int) -> tuple[int, int]:

@@ -17,7 +17,18 @@ import msgspec
 from pillarbox.errors import ConfigurationError, SinkUnusable
 from pillarbox.event import plain, snake_case
 from pillarbox.sinks import base
-from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Misconfigured, Partly, Refusal, Retry, Traits
+from pillarbox.sinks.base import (
+    GIVE_WAY_EVERY,
+    Answer,
+    Batch,
+    Delivered,
+    Finding,
+    Misconfigured,
+    Partly,
+    Refusal,
+    Retry,
+    Traits,
+)
 from pillarbox.store.filesystem import identity
 
 if TYPE_CHECKING:
@@ -91,7 +102,11 @@ class SqliteSink:
         if connection is None:
             return Retry("the file is not open")
         events, refused = base.decode(batch, self._decoder)
-        rows = [(index, self._row(event)) for index, event in events]
+        rows: list[tuple[int, Sequence[Any]]] = []
+        for number, (index, event) in enumerate(events):
+            if number % GIVE_WAY_EVERY == 0:
+                batch.give_way()
+            rows.append((index, self._row(event)))
         before = connection.total_changes
         try:
             connection.execute("BEGIN IMMEDIATE")
