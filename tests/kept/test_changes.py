@@ -148,13 +148,15 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(tmp_path: Path
     assert ids(box, "dead-*") == ["w-000000", "w-000001", "w-000002"]
 
 
-def test_a_directory_that_cannot_be_synced_is_reported(tmp_path: Path) -> None:
-    """The loss of power may bring a file back, and what is in it goes in twice."""
+@pytest.mark.parametrize(("nth", "events", "said"), [(1, 0, "nothing was done"), (2, 6, "power loss may undo")])
+def test_a_directory_that_cannot_be_synced_is_reported(tmp_path: Path, nth: int, events: int, said: str) -> None:
+    """Before, nothing is done; after, the loss of power may bring a file back, and what is in it goes in twice."""
     box = box_with_dead(tmp_path, SIX)
     with Outbox(str(box)) as outbox:
-        report = Carried(box, outbox, Fault("sync_directory", 1, errno.EIO)).run()
-    assert not report.complete
-    assert "power loss" in report.troubles[0].problem
+        report = Carried(box, outbox, Fault("sync_directory", nth, errno.EIO)).run()
+    assert (report.events, report.complete) == (events, False)
+    assert said in report.troubles[0].problem
+    assert len(lines(box, "dead-*")) == 6 - events
 
 
 def test_told_to_stop_it_ends_after_the_step_under_way(tmp_path: Path) -> None:

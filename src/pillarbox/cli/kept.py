@@ -128,7 +128,10 @@ class Site:
             outbox = Outbox.from_settings(settings)  # looks at the directory, and starts nothing before the first event
         else:
             self.place.open()
-        taken = take_turn(self.place)
+        try:
+            taken = take_turn(self.place)
+        except OSError as error:
+            raise DirectoryUnusable(self.place.path, f"cannot be locked: {error.strerror}", "look at the disk") from None
         if taken is None:
             return False
         try:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Final
 from pillarbox.kept import dead
 from pillarbox.kept.changes import Change
 from pillarbox.kept.mend import Unfit
-from pillarbox.store import layout
+from pillarbox.store import layout, ledger
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import Purged, Replayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,8 +97,8 @@ class Again:
         else:
             self._directory.remove(name)
 
-    def _replayed(self, batch: str, events: int) -> Replayed:
-        return Replayed(at_micros=self._clock.micros(), batch=batch, events=events)
+    def _replayed(self, batch: str, events: int) -> ledger.Replayed:
+        return ledger.Replayed(at_micros=self._clock.micros(), batch=batch, events=events)
 
-    def _purged(self, batch: str, events: int) -> Purged:
-        return Purged(at_micros=self._clock.micros(), batch=batch, kind="dead", events=events)
+    def _purged(self, batch: str, events: int) -> ledger.Purged:
+        return ledger.Purged(at_micros=self._clock.micros(), batch=batch, kind="dead", events=events)

@@ -73,11 +73,7 @@ class Bounds(NamedTuple):
 
 def take_turn(directory: Directory) -> Taken | None:
     """The lock of whoever changes what is kept, until its `fd` is closed; None where another command has it."""
-    taken = directory.take_lock(MEND_LOCK)
-    if taken is not None:
-        # A removal of the deliverer's that is not yet durable could otherwise bring a batch back whose dead letters are gone.
-        directory.filesystem.sync_directory(directory.path)
-    return taken
+    return directory.take_lock(MEND_LOCK)
 
 
 class Carrier:
@@ -102,6 +98,7 @@ class Carrier:
         self._door = door
         self._durability = durability
         self._bounds = bounds
+        self._begun = False
 
     def carry_out(self, changes: Iterable[Change]) -> None:
         """Do them, in order."""
@@ -122,6 +119,11 @@ class Carrier:
             self._do(together)
 
     def _do(self, changes: list[Change]) -> None:
+        if not self._begun and not self._sync("nothing was done"):
+            # A removal of the deliverer's that is not durable could bring a batch back, and with it what is taken out here.
+            self._report.refused = "io_error"
+            return
+        self._begun = True
         accepted = self._send(changes)
         done: list[tuple[Change, set[int], int]] = []
         for change, indexes in zip(changes, accepted, strict=True):
@@ -144,12 +146,17 @@ class Carrier:
                 self._report.events += events
                 self._report.files += 1
                 self._progress(events)
+        self._sync("power loss may undo what was done")
+        if self._report.ledger_behind:
+            self._report.ledger_behind = not self._ledger.write(sync=True)
+
+    def _sync(self, otherwise: str) -> bool:
         try:
             self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
-            self._report.trouble(".", f"the directory cannot be synced: {error.strerror}; power loss may undo what was done")
-        if self._report.ledger_behind:
-            self._report.ledger_behind = not self._ledger.write(sync=True)
+            self._report.trouble(".", f"the directory cannot be synced ({error.strerror}): {otherwise}")
+            return False
+        return True
 
     def _send(self, changes: list[Change]) -> list[set[int]]:
         """Put the events in; which of each change's are durable now."""

@@ -12,9 +12,8 @@ from pillarbox.kept.again import HELD
 from pillarbox.kept.changes import Change
 from pillarbox.kept.dead import Trouble
 from pillarbox.kept.salvage import Salvage, salvage
-from pillarbox.store import layout
+from pillarbox.store import layout, ledger
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import Purged, Repaired
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -180,8 +179,8 @@ class Keeper:
         self._directory.remove(layout.corrupt_name(batch))
         self._directory.remove(layout.spans_name(batch))
 
-    def _repaired(self, batch: str, events: int) -> Repaired:
-        return Repaired(at_micros=self._clock.micros(), batch=batch, events=events)
+    def _repaired(self, batch: str, events: int) -> ledger.Repaired:
+        return ledger.Repaired(at_micros=self._clock.micros(), batch=batch, events=events)
 
-    def _purged(self, batch: str, spans: int) -> Purged:
-        return Purged(at_micros=self._clock.micros(), batch=batch, kind="quarantine", events=spans)
+    def _purged(self, batch: str, spans: int) -> ledger.Purged:
+        return ledger.Purged(at_micros=self._clock.micros(), batch=batch, kind="quarantine", events=spans)
