@@ -19,7 +19,7 @@ from pillarbox import TrackingEvent
 from pillarbox.event import Codec
 from pillarbox.sinks.base import Answer, Batch, Delivered
 from pillarbox.sinks.http import HttpSink
-from pillarbox.sinks.http.bodies import moment
+from pillarbox.sinks.http.bodies import compressed, moment
 from pillarbox.testing import ManualClock
 from tests.conftest import event
 from tests.sinks.http_server import Say, Server, always, in_turn, run
@@ -94,6 +94,11 @@ def test_a_batch_is_the_same_bytes_under_the_same_key_at_every_attempt(server: S
         deliver(server.url(f"#format={form}"), batch(), batch())
         assert len({(request.key, request.sent) for request in server.requests}) == 1
         assert len(server.requests) == 4
+
+
+def test_a_compressed_body_does_not_hold_the_time() -> None:
+    """Or the same batch would be other bytes a second later."""
+    assert compressed("gzip", b"x")[4:8] == bytes(4)
 
 
 def test_a_cloud_event_has_what_the_specification_asks_for(server: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,6 +98,17 @@ def test_a_redirect_is_named_and_not_followed() -> None:
 def test_retry_after_is_read_in_each_of_its_forms(text: str, date: str, seconds: float | None) -> None:
     """And never shortened."""
     assert retry_after(text, date, NOW) == seconds
+
+
+def test_a_date_without_a_zone_is_not_taken_for_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest of HTTP's three forms has none, and means UTC."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert retry_after("Fri Jan 15 08:01:00 2027", "", NOW) == 60.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @given(st.text(), st.text())

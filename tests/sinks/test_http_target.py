@@ -205,6 +205,14 @@ def test_a_value_of_the_wrong_form_is_not_shown(option: str, value: str) -> None
     assert SECRET not in str(caught.value)
 
 
+def test_the_longest_secret_is_hidden_first() -> None:
+    """Or the end of one that begins with another would show; percent-encoded as well, as a URL in an answer has it."""
+    held = read_credentials(
+        target("https://me:p%2Fss%2Fword@example.com/#header_env=A:A&header_env=B:B"), {"A": "begin", "B": "begin-and-end"}
+    )
+    assert held.hide("begin-and-end, begin, p/ss/word, p%2Fss%2Fword") == "..., ..., ..., ..."
+
+
 def test_what_is_hidden_is_hidden_in_all_its_forms() -> None:
     """As it is, percent-encoded, in Base64; also what the query and a secret path hold."""
     held = read_credentials(target(f"https://me:{SECRET}%25@example.com/T024BE7LD1234567/x?key={SECRET}%2B"), {})

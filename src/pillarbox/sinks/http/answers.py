@@ -125,7 +125,7 @@ def _accepted(reply: Reply, indexes: Sequence[int], hide: Callable[[str], str]) 
 
 
 def _refused(reply: Reply, indexes: Sequence[int], hide: Callable[[str], str]) -> Answer:
-    said = _said(_decoded(reply.body), indexes, hide) if reply.whole else None
+    said = _said(_decoded(reply.body), indexes, hide)
     if said is not None:
         taken = len(indexes) - len(said.refused)
         if said.accepted or said.duplicates:
@@ -200,7 +200,7 @@ def _unix(text: str) -> float | None:
     """A date as HTTP writes it, in its three forms, as Unix time."""
     try:
         parts = parsedate_tz(text)
-        return None if parts is None else float(mktime_tz((*parts[:9], parts[9] or 0)))
+        return None if parts is None else float(mktime_tz(parts))
     except (ValueError, OverflowError, IndexError, TypeError):
         return None
 

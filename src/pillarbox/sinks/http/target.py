@@ -222,7 +222,11 @@ def read_credentials(target: Target, environ: Mapping[str, str]) -> Credentials:
     parts = urlsplit(target.url)
     hidden += [value for values in parse_qs(parts.query).values() for value in values]
     hidden += [part for part in parts.path.split("/") if without_key(part) != part]
-    ordered = sorted({text for text in (*hidden, *map(quote, hidden)) if len(text) >= _HIDDEN_MIN}, key=len, reverse=True)
+    ordered = sorted(
+        {text for text in (*hidden, *(quote(text, safe="") for text in hidden)) if len(text) >= _HIDDEN_MIN},
+        key=len,
+        reverse=True,
+    )
     return Credentials(tuple(headers), tuple(keys), proxy, tuple(ordered))
 
 
