@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import time
 import zlib
 from collections.abc import Mapping
 from typing import Final
 
 ACCEPT, LOST, BUSY, AWAY, HANG, CLOSE, GARBAGE, SLOW = "accept", "lost", "429", "503", "hang", "close", "garbage", "slow"
 REFUSED, NAMED, KEPT, LARGE = "refused", "refused by index", "kept but for some", "413"
+WRONG = "set up wrongly"
 KILLED, RAISE, AGAIN = "killed", "raise", "known already"
 
-# Out of a hundred or so. `hang` costs the sink its whole time limit, and is rarer.
-EVERY_CALL: Final = {ACCEPT: 86, LOST: 3, BUSY: 2, AWAY: 2, HANG: 0.4, CLOSE: 1.5, GARBAGE: 1.5, SLOW: 2}
+# Out of a hundred or so. `hang` costs the sink its whole time limit, and `set up wrongly` has it stop for a while: both are rare.
+EVERY_CALL: Final = {WRONG: 0.01, ACCEPT: 86, LOST: 3, BUSY: 2, AWAY: 2, HANG: 0.4, CLOSE: 1.5, GARBAGE: 1.5, SLOW: 2}
+_OUTAGES: Final = 0.001  # of the calls begin one: from then on nothing is accepted
+_OUTAGE_S: Final = 1.0  # at most
 _AFTER: Final = (None, *[0] * 20, 1)  # seconds, in Retry-After; whole ones are all that HTTP knows
 
 
@@ -23,9 +27,15 @@ class Chaos:
         self.chance = random.Random(seed)
         self._names = list(weights)
         self._weights = list(weights.values())
+        self._away_until = 0.0
 
     def draw(self) -> str:
-        """The next answer."""
+        """The next answer; now and then the same one for a while, to everybody."""
+        now = time.monotonic()
+        if self.chance.random() < _OUTAGES:
+            self._away_until = now + _OUTAGE_S * self.chance.random()
+        if now < self._away_until:
+            return AWAY
         return self.chance.choices(self._names, self._weights)[0]
 
     def after(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
-from pillarbox.sinks.base import Answer, Batch, Finding, Refusal, Refused, Retry
+from pillarbox.sinks.base import Answer, Batch, Finding, Misconfigured, Refusal, Refused, Retry
 from pillarbox.sinks.sqlite import SqliteSink
 from tests.torture import chaos
 from tests.torture.account import Row
@@ -24,6 +24,7 @@ from tests.torture.chaos import Chaos
 from tests.torture.events import MARK
 
 WEIGHTS: Final = {
+    chaos.WRONG: 0.01,
     chaos.ACCEPT: 85,
     chaos.LOST: 3,  # accepted, and then said to have failed
     chaos.RAISE: 2,  # accepted or not, and then an exception
@@ -67,6 +68,8 @@ class ChaoticSqliteSink:
                 return Retry("busy", chance.choice(_AFTER))
             case chaos.AWAY:
                 return Retry("away")
+            case chaos.WRONG:
+                return Misconfigured("somebody has renamed the table, for a moment")
             case chaos.REFUSED:
                 return Refused(Refusal("poisoned", "there is a record in it that is never taken"))
             case chaos.RAISE if chance.random() < 0.5:

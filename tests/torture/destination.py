@@ -79,6 +79,11 @@ class Destination:
             writer.write(wire.answer(int(drawn), b"not now", **self._chaos.after()))
             await writer.drain()
             return not request.closes
+        if drawn == chaos.WRONG:
+            self._row.add(drawn)
+            writer.write(wire.answer(self._chaos.chance.choice((401, 403, 404)), b"mend me"))
+            await writer.drain()
+            return True
         accepts_too = drawn != chaos.HANG or self._chaos.chance.random() < 0.5
         reply = self._take(request, drawn) if accepts_too else b""
         if drawn == chaos.HANG:

@@ -58,6 +58,8 @@ class Proxy:
         reply = b""
         if drawn in (chaos.BUSY, chaos.AWAY):
             reply = wire.answer(int(drawn), b"not now", Content_Type="text/plain", **self._chaos.after())
+        elif drawn == chaos.WRONG:
+            reply = wire.answer(403, b"mend me", Content_Type="text/plain")
         elif drawn == chaos.GARBAGE:
             reply = self._chaos.garbage()
         elif is_call:
