@@ -36,6 +36,7 @@ OS_NAMES = {
     "event.py": {"register_at_fork", "urandom"},
     "outbox.py": {"register_at_fork"},
     "sinks/spacetimedb/target.py": {"environ"},  # where a token may be
+    "sinks/http/sink.py": {"environ"},  # what the variables that the URL names hold
     "delivery/lease.py": {"getpid"},
     "testing/crash.py": {"strerror"},
     "testing/fault.py": {"strerror"},

@@ -30,6 +30,7 @@ from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Account, Directory
 from pillarbox.store.door import Door, Enqueue
 from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.ledger import Ledger
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.telemetry import DeliveryCounters, Stats, instruments
@@ -167,6 +168,7 @@ class Outbox:
         self._counters = DeliveryCounters()
         self._delivery: DeliveryThread | None = None
         self._hooks = Hooks(self.name, settings.before_send, settings.on_drop, settings.on_dead_letter)
+        self._ledger = Ledger(self._directory, self._clock)
         evicts = settings.when_full == "drop_oldest"
         self._sealer = Sealer(
             self._directory,
@@ -176,6 +178,7 @@ class Outbox:
             settings.min_free_bytes,
             evicts=evicts,
             on_drops=self._report_drops if self._hooks.hears_of_drops else None,
+            ledger=self._ledger,
         )
         batch_bytes = settings.batch_bytes
         if evicts:
@@ -403,6 +406,7 @@ class Outbox:
                 self._busy,
                 self.settings.durability,
                 self.settings.kept,
+                self._ledger,
             )
             self._delivery = DeliveryThread(worker)
             self._delivery.start()

@@ -23,11 +23,14 @@ from pillarbox.cli.app import (
     stop_on_sigterm,
 )
 from pillarbox.clock import SystemClock
+from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
+from pillarbox.hooks import Hooks
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.ledger import Ledger
 from pillarbox.telemetry import DeliveryCounters
 
 _LOOK_S: Final = 0.1
@@ -66,7 +69,9 @@ def deliver(
         clock,
         settings.rules,
         counters,
+        Callbacks(on_dead=Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).dead_letter),
         kept=settings.kept,
+        ledger=Ledger(place, clock),
     )
     place.note_stamp(place.account().newest_stamp)
     thread = DeliveryThread(worker)

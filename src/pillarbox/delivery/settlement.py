@@ -16,8 +16,8 @@ import msgspec
 
 from pillarbox.delivery.backoff import jitter
 from pillarbox.store import layout
+from pillarbox.store.balance import Purged, PurgedKind, Settled
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import Purged, PurgedKind, Settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

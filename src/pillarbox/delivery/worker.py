@@ -25,7 +25,7 @@ from pillarbox.delivery.suspects import Suspects
 from pillarbox.errors import FileUnusable, SinkUnusable
 from pillarbox.sinks.base import Misconfigured, Retry, Sink, Unconfirmed
 from pillarbox.store import layout, reader
-from pillarbox.store.ledger import Adopted
+from pillarbox.store.balance import Adopted
 
 if TYPE_CHECKING:
     from collections.abc import Callable

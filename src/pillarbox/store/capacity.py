@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 from pillarbox.errors import FileUnusable
 from pillarbox.store import layout
+from pillarbox.store.balance import Evicted
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
-    from pillarbox.store.directory import Directory
+    from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.ledger import Ledger
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
@@ -30,16 +32,20 @@ MIN_FREE_SHARE: Final = 20  # this part of it, whichever is less
 SLACK_SHARE: Final = 8
 # Of a limit with eviction, the largest part that one file may be: what is evicted is whole files.
 FILE_SHARE: Final = 16
+_TOGETHER_MAX: Final = 32  # files given up together: each holds a descriptor, and one sync of the ledger serves them all
 
 
 class Capacity:
     """Keeps a `Writer` within the limits of its directory."""
 
-    def __init__(self, directory: Directory, clock: Clock, min_free_bytes: int | None, *, evicts: bool) -> None:
+    def __init__(
+        self, directory: Directory, clock: Clock, min_free_bytes: int | None, ledger: Ledger | None = None, *, evicts: bool
+    ) -> None:
         self._directory = directory
         self._clock = clock
         self._min_free_bytes = min_free_bytes
         self._evicts = evicts
+        self._ledger = ledger
         self._next_space = 0.0
         self._next_listing = 0.0
         self._soonest_listing = 0.0
@@ -113,6 +119,7 @@ class Capacity:
         lock = self._directory.take_lock(layout.EVICT_LOCK)
         if lock is None:
             return
+        going: list[tuple[Taken, bytes]] = []
         try:
             self._next_listing = self._soonest_listing = 0.0
             self._relist()
@@ -120,11 +127,19 @@ class Capacity:
             for name in self._directory.sealed() if excess_bytes > 0 or excess_files > 0 else ():
                 if excess_bytes <= 0 and excess_files <= 0:
                     break
-                size = self._evict_one(name)
-                excess_bytes -= size
-                excess_files -= size > 0
+                found = self._take(name)
+                if found is None:
+                    continue
+                going.append(found)
+                excess_bytes -= max(1, len(found[1]))
+                excess_files -= 1
+                if len(going) >= _TOGETHER_MAX:
+                    self._give_up(going)
+            self._give_up(going)
             self._directory.filesystem.sync_directory(self._directory.path)  # or the loss of power brings them back
         finally:
+            for taken, _ in going:  # where something has failed
+                self._directory.filesystem.close(taken.fd)
             self._directory.filesystem.close(lock.fd)
 
     def _excess(self, least: int) -> tuple[int, int]:
@@ -135,28 +150,43 @@ class Capacity:
         excess_files = pending_files - limits.max_files + max(1, limits.max_files // SLACK_SHARE)
         return max(least, excess_bytes), excess_files
 
-    def _evict_one(self, name: str) -> int:
-        """How many bytes that made free; 0 where the file is in use or not ours."""
+    def _take(self, name: str) -> tuple[Taken, bytes] | None:
+        """A file and what is in it; None where it is in use or not ours."""
         try:
             taken = self._directory.take(name)
         except FileUnusable:
-            return 0
+            return None
         if taken is None:
-            return 0
-        filesystem = self._directory.filesystem
+            return None
         try:
-            data = filesystem.read_all(taken.fd)
-            self._directory.remove(name)
-        finally:
-            filesystem.close(taken.fd)
-        self.evicted += data.count(b"\n") + (not data.endswith(b"\n"))
-        self._writer.release(len(data))
-        if not self._evicting:
-            self._evicting = True
-            log.warning("%s: full; the oldest events are given up for new ones", self._directory.path)
-        return max(1, len(data))
+            return taken, self._directory.filesystem.read_all(taken.fd)
+        except BaseException:
+            self._directory.filesystem.close(taken.fd)
+            raise
+
+    def _give_up(self, going: list[tuple[Taken, bytes]]) -> None:
+        """Remove these files, once the ledger has them; without room for that they go all the same."""
+        if going and self._ledger is not None:
+            now = self._clock.micros()
+            self._ledger.note(*(Evicted(now, layout.batch_id(taken.name), _events_in(data)) for taken, data in going))
+            self._ledger.write(sync=True)
+        while going:
+            taken, data = going.pop(0)
+            try:
+                self._directory.remove(taken.name)
+            finally:
+                self._directory.filesystem.close(taken.fd)
+            self.evicted += _events_in(data)
+            self._writer.release(len(data))
+            if not self._evicting:
+                self._evicting = True
+                log.warning("%s: full; the oldest events are given up for new ones", self._directory.path)
 
     def _report(self) -> None:
         if self._evicting:
             self._evicting = False
             log.info("%s: room again; %d events given up so far", self._directory.path, self.evicted)
+
+
+def _events_in(data: bytes) -> int:
+    return data.count(b"\n") + (bool(data) and not data.endswith(b"\n"))

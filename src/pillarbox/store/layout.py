@@ -10,6 +10,8 @@ SUFFIX: Final = ".ndjson"
 LEGACY_ACTIVE: Final = "active.ndjson"
 DELIVER_LOCK: Final = "deliver.lock"
 EVICT_LOCK: Final = "evict.lock"
+LEDGER: Final = "ledger.ndjson"
+LEDGER_LOCK: Final = "ledger.lock"
 _STAMP_DIGITS: Final = 16  # microseconds since 1970: enough until the year 2286
 STAMP_MAX: Final = 10**_STAMP_DIGITS - 1
 _STAMP = re.compile(rf"sealed-(\d{{{_STAMP_DIGITS}}})-")
@@ -34,6 +36,7 @@ _KINDS: Final[tuple[tuple[str, str, Kind], ...]] = (
     ("sealed-", ".aside", Kind.ASIDE),
     ("corrupt-", ".aside", Kind.ASIDE),
     ("dead-", ".aside", Kind.ASIDE),
+    (LEDGER, ".aside", Kind.ASIDE),
     ("active-", SUFFIX, Kind.ACTIVE),
     ("sealed-", SUFFIX, Kind.SEALED),
     ("corrupt-", SUFFIX, Kind.CORRUPT),

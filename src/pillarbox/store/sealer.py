@@ -11,9 +11,10 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, get_args
 
+from pillarbox.store import layout
 from pillarbox.store.active import SealReason
+from pillarbox.store.balance import Adopted, Sealed
 from pillarbox.store.capacity import Capacity
-from pillarbox.store.layout import LEGACY_ACTIVE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pillarbox.store.active import ActiveFile
     from pillarbox.store.commit import Committer
     from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.ledger import Ledger
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
@@ -54,13 +56,15 @@ class Sealer:
         *,
         evicts: bool = False,
         on_drops: Callable[[dict[str, int]], None] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._directory = directory
         self._clock = clock
         self._flush_interval = flush_interval
         self._on_sealed = on_sealed
         self._on_drops = on_drops
-        self.capacity = Capacity(directory, clock, min_free_bytes, evicts=evicts)
+        self._ledger = ledger
+        self.capacity = Capacity(directory, clock, min_free_bytes, ledger, evicts=evicts)
         self._inbox: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -147,9 +151,11 @@ class Sealer:
             self._report(f"cannot adopt what is in the directory: {error}")
             return
         for file in adopted:
-            reason: SealReason = "startup" if file.found == LEGACY_ACTIVE else "adopted"
+            reason: SealReason = "startup" if file.found == layout.LEGACY_ACTIVE else "adopted"
             self.sealed[reason] += 1
+            self._note(Adopted(self._clock.micros(), layout.batch_id(file.sealed), layout.by_writer(file.found)[0]))
         if adopted:
+            self._write_ledger()
             log.info("%s: adopted %d files that an earlier writer left", self._directory.path, len(adopted))
             self._on_sealed()
 
@@ -237,18 +243,32 @@ class Sealer:
             self._make_durable(file)
         done = 0
 
-        def renamed(file: Taken, _name: str) -> None:
+        def renamed(file: Taken, name: str) -> None:
             nonlocal done
-            self.sealed[retired[done].reason] += 1
+            sealed = retired[done]
+            self.sealed[sealed.reason] += 1
             done += 1
+            # Where a refused part could not be cut off, more may be in it than was accepted: whoever reads it counts.
+            events = None if sealed.spoilt else sealed.events
+            writer, _ = layout.by_writer(file.name)
+            self._note(Sealed(self._clock.micros(), layout.batch_id(name), writer, events, sealed.bytes))
             self._directory.filesystem.close(file.fd)
 
         try:
             self._directory.seal([file.taken for file in retired], renamed)
         finally:
             self._writer.forget_oldest(done)
+        self._write_ledger()  # behind the sync of the names: what it says was sealed cannot be gone with the power
         self._pace = _PACE_S
         self._on_sealed()
+
+    def _note(self, entry: Sealed | Adopted) -> None:
+        if self._ledger is not None:
+            self._ledger.note(entry)
+
+    def _write_ledger(self) -> None:
+        if self._ledger is not None:
+            self._ledger.write(sync=False)
 
     def _make_durable(self, file: ActiveFile) -> None:
         try:

@@ -236,7 +236,14 @@ class CrashFilesystem:
 
     def open_lock(self, path: str) -> int:
         """A file made where it is missing."""
-        self._begin("open_lock", path)
+        return self._open_or_make("open_lock", path)
+
+    def open_append(self, path: str) -> int:
+        """The same: every `write` appends here."""
+        return self._open_or_make("open_append", path)
+
+    def _open_or_make(self, verb: str, path: str) -> int:
+        self._begin(verb, path)
         names, name = self.disk.names_at(path)
         return self._admit(names.get(name) or self.disk.add(names, name, path), writable=True)
 

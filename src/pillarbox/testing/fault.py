@@ -31,6 +31,7 @@ VERBS: Final[dict[str, tuple[int, ...]]] = {
     "create": (*_OPEN, errno.EROFS, *_FULL, errno.ENOENT),
     "open_existing": _OPEN,
     "open_lock": (*_OPEN, errno.EROFS, *_FULL),
+    "open_append": (*_OPEN, errno.EROFS, *_FULL),
     "lock": (errno.ENOLCK,),
     "read_all": (errno.EIO,),
     "read_at": (errno.EIO,),
@@ -133,6 +134,11 @@ class FaultFilesystem:
         """Or fail."""
         self._meet("open_lock", path)
         return self._inner.open_lock(path)
+
+    def open_append(self, path: str) -> int:
+        """Or fail."""
+        self._meet("open_append", path)
+        return self._inner.open_append(path)
 
     def lock(self, fd: int) -> bool:
         """Or fail."""

@@ -1,0 +1,357 @@
+"""The account: what was accepted must be delivered, pending, dead, quarantined or evicted. Pure.
+
+Two sources that know nothing of each other are held together: the writers' own counts, which the entry of a sealed file
+carries, and what was found of the same file when it was settled or is looked at now. So the account can fail.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from collections.abc import Set as AbstractSet
+
+PurgedKind = Literal["dead", "quarantine"]
+RECENT: Final = 1000  # batches that are over and still kept one by one: a late or second entry must find them
+WRITERS_MAX: Final = 64  # kept one by one when summed up; those before are one row
+EARLIER: Final = "earlier writers"
+UNKNOWN: Final = "unknown"
+
+
+class _Entry(msgspec.Struct, frozen=True, tag_field="entry", tag=str.lower):
+    at_micros: int
+
+
+class Sealed(_Entry, frozen=True):
+    """A writer sealed a file; `events` is its own count, None where it cannot be sure."""
+
+    batch: str
+    writer: str
+    events: int | None
+    bytes: int
+
+
+class Adopted(_Entry, frozen=True):
+    """Somebody sealed what a dead writer left: nobody counted."""
+
+    batch: str
+    writer: str
+
+
+class Settled(_Entry, frozen=True):
+    """The destination has all that it takes of a batch; `quarantined` counts spans of damaged bytes."""
+
+    batch: str
+    sink: str
+    delivered: int
+    duplicates: int
+    dead: int
+    quarantined: int
+
+
+class Evicted(_Entry, frozen=True):
+    """A batch was given up for newer events."""
+
+    batch: str
+    events: int
+
+
+class Replayed(_Entry, frozen=True):
+    """Dead letters of a batch went in again: they are accepted once more, as a part of another batch."""
+
+    batch: str
+    events: int
+
+
+class Repaired(_Entry, frozen=True):
+    """Records that were recovered from a batch's quarantine went in again."""
+
+    batch: str
+    events: int
+
+
+class Purged(_Entry, frozen=True):
+    """What was set aside of a batch was given up: dead letters, or spans of damaged bytes."""
+
+    batch: str
+    kind: PurgedKind
+    events: int
+
+
+class Lost(_Entry, frozen=True):
+    """So many entries could not be written and did not fit into memory."""
+
+    entries: int
+
+
+class Row(msgspec.Struct, kw_only=True):
+    """A writer's account, or all of them together; in events. Of a range, `_max` is the upper end."""
+
+    writer: str = ""
+    accepted: int = 0
+    accepted_max: int = 0
+    delivered: int = 0
+    pending: int = 0
+    pending_max: int = 0
+    dead: int = 0
+    quarantined: int = 0
+    quarantined_max: int = 0
+    evicted: int = 0
+    duplicates: int = 0  # of those delivered, what the destination had before
+    resent: int = 0  # delivered once more after a kill
+
+    def add(self, other: Row) -> None:
+        """Add another row's numbers to this one's."""
+        for field in NUMBERS:
+            setattr(self, field, getattr(self, field) + getattr(other, field))
+
+    @property
+    def settled_and_pending(self) -> tuple[int, int]:
+        """What the accepted must be equal to: the two ends."""
+        fixed = self.delivered + self.dead + self.evicted
+        return fixed + self.pending + self.quarantined, fixed + self.pending_max + self.quarantined_max
+
+
+NUMBERS: Final = tuple(field for field in Row.__struct_fields__ if field != "writer")
+
+
+class Sum(_Entry, frozen=True):
+    """What is over, summed up: a row a writer, and what was mended."""
+
+    rows: list[Row]
+    replayed: int = 0
+    repaired: int = 0
+    purged_dead: int = 0
+    purged_quarantine: int = 0
+    lost: int = 0
+    wrong: int = 0  # events by which batches that are over did not balance
+
+
+Entry = Sealed | Adopted | Settled | Evicted | Replayed | Repaired | Purged | Lost | Sum
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What was read of a file that is there now: good records, and spans of damaged bytes."""
+
+    records: int
+    spans: int
+    writer: str = ""  # of an active file
+
+
+class Wrong(msgspec.Struct, frozen=True):
+    """A batch that does not balance: `events` are missing, or, below zero, too many."""
+
+    batch: str
+    writer: str
+    events: int
+    problem: str
+
+
+class _Life:
+    """What the entries say of a batch."""
+
+    def __init__(self) -> None:
+        self.writer = UNKNOWN
+        self.known = False  # by an entry of whoever sealed it
+        self.counted: int | None = None
+        self.settled: Settled | None = None
+        self.evicted: int | None = None
+        self.resent = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.settled is not None or self.evicted is not None
+
+    def take(self, entry: Entry) -> None:
+        match entry:
+            case Sealed(writer=writer, events=events):
+                self.writer, self.counted, self.known = writer, events, True
+            case Adopted(writer=writer):
+                self.writer, self.known = writer if not self.known else self.writer, True
+            case Settled():
+                if self.settled is not None:
+                    self.resent += entry.delivered
+                self.settled = entry
+            case Evicted(events=events):
+                self.evicted = events
+
+    def row(self, found: Found | None) -> tuple[Row, Wrong | None]:
+        """The batch's part of the account; `found` is None where its file is gone."""
+        row = Row(writer=self.writer, resent=self.resent)
+        spans = 0
+        if self.settled is not None:
+            row.delivered, row.dead, row.duplicates = self.settled.delivered, self.settled.dead, self.settled.duplicates
+            records, spans = row.delivered + row.dead, self.settled.quarantined
+            row.quarantined_max = spans
+        elif self.evicted is not None:
+            row.evicted = records = self.evicted
+        elif found is not None:
+            row.pending = row.pending_max = records = found.records
+            spans = found.spans
+            row.pending_max += spans
+        else:
+            row.accepted = row.accepted_max = self.counted or 0
+            return row, self._wrong(self.counted or 0, "gone without an entry: lost, or its entry is")
+        row.accepted, row.accepted_max = records, records + spans
+        if self.counted is None:
+            return row, None
+        return self._counted(row, records, spans)
+
+    def _counted(self, row: Row, records: int, spans: int) -> tuple[Row, Wrong | None]:
+        """The same, where the writer has counted: what is damaged is what is missing."""
+        counted = self.counted or 0
+        row.accepted = row.accepted_max = counted
+        missing = counted - records
+        if missing < 0 or (missing and not spans):
+            row.pending_max, row.quarantined_max = row.pending, row.quarantined
+            return row, self._wrong(missing, f"the writer counted {counted}, found were {records}")
+        if self.settled is not None:
+            row.quarantined = row.quarantined_max = missing
+        else:
+            row.pending = row.pending_max = row.pending + missing
+        return row, None
+
+    def _wrong(self, events: int, problem: str) -> Wrong:
+        return Wrong("", self.writer, events, problem)
+
+
+class Account(msgspec.Struct, kw_only=True):
+    """The account of a directory."""
+
+    total: Row
+    writers: list[Row]
+    replayed: int = 0
+    repaired: int = 0
+    purged_dead: int = 0
+    purged_quarantine: int = 0
+    lost_entries: int = 0
+    dead_kept: int = 0  # dead letters on disk
+    dead_missing: int = 0  # that the ledger has and the disk has not
+    earlier_wrong: int = 0  # events by which batches that are summed up did not balance
+    wrong: list[Wrong]
+
+    @property
+    def balances(self) -> bool:
+        """Whether every accepted event is accounted for, within the ranges that crashes have left."""
+        low, high = self.total.settled_and_pending
+        within = low <= self.total.accepted_max and self.total.accepted <= high
+        return within and not (self.wrong or self.earlier_wrong or self.dead_missing)
+
+
+class _Fold:
+    """Entries, folded."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.lives: dict[str, _Life] = {}
+        self.rows: dict[str, Row] = {}
+        self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.wrong = 0
+        for entry in entries:
+            self._take(entry)
+
+    def _take(self, entry: Entry) -> None:
+        match entry:
+            case Sum():
+                for row in entry.rows:
+                    self.add(row)
+                self.replayed += entry.replayed
+                self.repaired += entry.repaired
+                self.purged_dead += entry.purged_dead
+                self.purged_quarantine += entry.purged_quarantine
+                self.lost += entry.lost
+                self.wrong += entry.wrong
+            case Replayed(events=events):
+                self.replayed += events
+            case Repaired(events=events):
+                self.repaired += events
+            case Purged(kind=kind, events=events):
+                self.purged_dead += events if kind == "dead" else 0
+                self.purged_quarantine += events if kind == "quarantine" else 0
+            case Lost(entries=lost):
+                self.lost += lost
+            case _:
+                self.lives.setdefault(entry.batch, _Life()).take(entry)
+
+    def add(self, row: Row) -> None:
+        """To what is known of its writer."""
+        self.rows.setdefault(row.writer, Row(writer=row.writer)).add(row)
+
+
+def condensed(entries: list[Entry], there: AbstractSet[str], now_micros: int) -> list[Entry]:
+    """The same account in fewer entries. Batches that are there or not over stay as they are, and the last that are over."""
+    fold = _Fold(entries)
+    over = [batch for batch, life in fold.lives.items() if life.is_over and batch not in there]
+    summed = set(over[: max(0, len(over) - RECENT)])
+    for batch in over[: len(summed)]:
+        row, wrong = fold.lives[batch].row(None)
+        fold.add(row)
+        fold.wrong += abs(wrong.events) if wrong is not None else 0
+    rows = list(fold.rows.values())
+    earlier = [row for row in rows[: max(0, len(rows) - WRITERS_MAX)] if row.writer != EARLIER]
+    for row in earlier:
+        fold.rows.pop(row.writer)
+        row.writer = EARLIER
+        fold.add(row)
+    rows = sorted(fold.rows.values(), key=lambda row: row.writer != EARLIER)
+    first = Sum(
+        now_micros,
+        rows,
+        fold.replayed,
+        fold.repaired,
+        fold.purged_dead,
+        fold.purged_quarantine,
+        fold.lost,
+        fold.wrong,
+    )
+    kept = [entry for entry in entries if isinstance(entry, (Sealed, Adopted, Settled, Evicted)) and entry.batch not in summed]
+    return [first, *kept]
+
+
+def account(
+    entries: Iterable[Entry],
+    found: Mapping[str, Found],
+    active: Iterable[Found],
+    ignored: AbstractSet[str] = frozenset(),
+    dead_kept: int = 0,
+) -> Account:
+    """The account of these entries and of what was read of sealed files, by batch id, and of active ones.
+
+    Batches in `ignored` appeared while it was looked. `dead_kept` counts the dead letters that are on disk.
+    """
+    fold = _Fold(entries)
+    wrong: list[Wrong] = []
+    for batch, life in fold.lives.items():
+        if batch in ignored and not life.is_over and batch not in found:
+            continue
+        row, problem = life.row(found.get(batch))
+        fold.add(row)
+        if problem is not None:
+            wrong.append(msgspec.structs.replace(problem, batch=batch))
+    for batch, file in found.items():
+        if batch not in fold.lives:
+            row, _ = _Life().row(file)
+            fold.add(row)
+    for file in active:
+        life = _Life()
+        life.writer = file.writer
+        row, _ = life.row(file)
+        fold.add(row)
+    total = Row()
+    for row in fold.rows.values():
+        total.add(row)
+    expected = total.dead - fold.replayed - fold.purged_dead
+    return Account(
+        total=total,
+        writers=list(fold.rows.values()),
+        replayed=fold.replayed,
+        repaired=fold.repaired,
+        purged_dead=fold.purged_dead,
+        purged_quarantine=fold.purged_quarantine,
+        lost_entries=fold.lost,
+        dead_kept=dead_kept,
+        dead_missing=max(0, expected - dead_kept),
+        earlier_wrong=fold.wrong,
+        wrong=wrong,
+    )

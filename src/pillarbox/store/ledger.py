@@ -1,0 +1,144 @@
+"""The running account of a directory: `ledger.ndjson`, appended to by whoever seals, delivers, evicts or mends.
+
+An entry is a line like a record's, with a checksum, whose value says what became of a batch. Entries are keyed by batch id, so
+that one that is written twice counts once. Nothing needs the ledger to recover: without it only history is gone. It is appended
+to under a lock of its own that nobody waits for; where that, or the disk, refuses, entries wait in memory. `balance` adds up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from pillarbox.errors import FileUnusable
+from pillarbox.store import layout, record
+from pillarbox.store.balance import Adopted, Entry, Evicted, Lost, Purged, Repaired, Replayed, Sealed, Settled, condensed
+
+if TYPE_CHECKING:
+    from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory
+
+__all__ = ["Adopted", "Entry", "Evicted", "Ledger", "Lost", "Purged", "Repaired", "Replayed", "Sealed", "Settled", "entries_of"]
+
+log = logging.getLogger("pillarbox")
+
+CONDENSE_BYTES: Final = 4 * 2**20  # beyond it what is over is summed up
+_WAITING_MAX: Final = 10_000  # entries in memory; more are lost, and counted as that
+_LOCK_TRIES: Final = 50  # others hold the lock for microseconds, but while they condense
+_LOCK_PAUSE_S: Final = 0.001
+
+_decode = msgspec.json.Decoder(Entry).decode
+
+
+class Ledger:
+    """One process's pen. Safe to share between threads; after a fork the child makes another."""
+
+    def __init__(self, directory: Directory, clock: Clock) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._waiting: deque[Entry] = deque()
+        self._lost = 0
+        self._writing = threading.Lock()
+        self._condense_at = CONDENSE_BYTES
+        self._trouble = ""
+
+    def note(self, *entries: Entry) -> None:
+        """Have something written with the next `write`."""
+        for entry in entries:
+            if len(self._waiting) < _WAITING_MAX:
+                self._waiting.append(entry)
+            else:
+                self._lost += 1
+
+    def write(self, *, sync: bool) -> bool:
+        """Append what was noted, durably if asked; False where something is left in memory for the next time. Never raises."""
+        with self._writing:
+            if self._lost and len(self._waiting) < _WAITING_MAX:
+                lost, self._lost = self._lost, 0
+                self._waiting.append(Lost(self._clock.micros(), lost))
+            count = len(self._waiting)
+            if not count:
+                return True
+            try:
+                written = self._append(list(self._waiting)[:count], sync=sync)
+            except (OSError, FileUnusable) as error:
+                self._report(str(error))
+                return False
+            if not written:
+                return False
+            for _ in range(count):
+                self._waiting.popleft()
+            self._report("")
+            return not self._waiting
+
+    def _append(self, entries: list[Entry], *, sync: bool) -> bool:
+        """False where another process has the lock."""
+        lock = self._directory.take_lock(layout.LEDGER_LOCK)
+        for _ in range(_LOCK_TRIES if sync else 0):
+            if lock is not None:
+                break
+            threading.Event().wait(_LOCK_PAUSE_S)
+            lock = self._directory.take_lock(layout.LEDGER_LOCK)
+        if lock is None:
+            return False
+        filesystem = self._directory.filesystem
+        try:
+            fd = filesystem.open_append(self._directory.at(layout.LEDGER))
+            try:
+                size = filesystem.size(fd)
+                self._append_to(fd, size, b"".join(record.line(msgspec.json.encode(entry)) for entry in entries))
+                if sync:
+                    filesystem.sync_data(fd)
+                if size >= self._condense_at:
+                    self._condense(filesystem.read_all(fd))
+            finally:
+                filesystem.close(fd)
+        finally:
+            filesystem.close(lock.fd)
+        return True
+
+    def _append_to(self, fd: int, size: int, lines: bytes) -> None:
+        """All of the lines or none; behind a torn one, on a line of their own."""
+        filesystem = self._directory.filesystem
+        if size and filesystem.read_at(fd, size - 1, 1) != b"\n":
+            lines = b"\n" + lines
+        try:
+            filesystem.write_all(fd, lines)
+        except OSError:
+            filesystem.truncate(fd, size)
+            raise
+
+    def _condense(self, data: bytes) -> None:
+        """Sum up what is over, so that the file does not grow for ever. Under the lock."""
+        entries, unread = entries_of(data)
+        if unread:
+            log.warning("%s: %d lines of the ledger cannot be read and are left out", self._directory.path, unread)
+        there = {layout.batch_id(name) for name in self._directory.sealed()}
+        anew = b"".join(record.line(msgspec.json.encode(entry)) for entry in condensed(entries, there, self._clock.micros()))
+        self._directory.put(layout.LEDGER, anew)
+        self._condense_at = max(CONDENSE_BYTES, 2 * len(anew))
+
+    def _report(self, trouble: str) -> None:
+        if trouble and not self._trouble:
+            log.error("%s: the ledger cannot be written, its entries wait in memory: %s", self._directory.path, trouble)
+        elif self._trouble and not trouble:
+            log.info("%s: the ledger is written again", self._directory.path)
+        self._trouble = trouble
+
+
+def entries_of(data: bytes) -> tuple[list[Entry], int]:
+    """What a ledger holds, and how many of its lines are none that this version knows."""
+    entries: list[Entry] = []
+    unread = 0
+    for line in data.split(b"\n"):
+        if not line or line.isspace():
+            continue
+        try:
+            entries.append(_decode(record.payload(line)))
+        except (record.Damaged, msgspec.DecodeError):
+            unread += 1
+    return entries, unread
