@@ -24,8 +24,9 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pillarbox.delivery.settlement import DeadLetter
-from pillarbox.store import layout
+from pillarbox.store import balance, layout
 from pillarbox.store.layout import Kind
+from pillarbox.store.ledger import entries_of
 from tests.crash.kills import Violation, doom, fork
 from tests.torture import chaos, chaotic, lives
 from tests.torture.account import Account, Event, Found, Sums, Tally
@@ -207,12 +208,12 @@ class Torture:
         arrived, wrong = self._place.arrived()
         dead, quarantined, left = _kept(Path(scene.outbox))
         found = Found(arrived, dead, quarantined)
-        wrong += [*self._account.check(found), *left]
+        sums = self._account.sums(found)
+        wrong += [*self._account.check(found), *left, *_unbalanced(Path(scene.outbox), sums)]
         if any(self.failures.iterdir()):
             wrong.append("a thread of an outbox ended by a defect")
         if wrong:
             raise self.violation(wrong, scene)
-        sums = self._account.sums(found)
         self._sums = Sums(*(before + now for before, now in zip(self._sums, sums, strict=True)))
         self._account = Account(self.seed, _SLOTS)
         self._place.empty()
@@ -244,6 +245,21 @@ def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event], list[str]]:
         elif kind is Kind.CORRUPT:
             quarantined |= {(int(life), int(number)) for life, number, _ in EVENT.findall(path.read_bytes())}
     return dead, frozenset(quarantined), [f"left behind: {name}" for name in lives.pending(str(outbox))]
+
+
+def _unbalanced(outbox: Path, sums: Sums) -> list[str]:
+    """What is wrong with the ledger: it must balance, and say of each event what the destination and the writers say."""
+    entries, unread = entries_of((outbox / layout.LEDGER).read_bytes())
+    found = balance.account(entries, {}, (), dead_kept=sums.dead)
+    total = found.total
+    wrong = [f"{one.batch} does not balance by {one.events}: {one.problem}" for one in found.wrong]
+    if not found.balances:
+        wrong.append(f"the ledger does not balance: {found.total}")
+    if (total.delivered, total.dead) != (sums.arrived, sums.dead):
+        wrong.append(f"the ledger has {total.delivered} delivered, {total.dead} dead letters; there are {sums}")
+    if total.accepted > sums.begun or total.accepted_max < sums.acknowledged:
+        wrong.append(f"the ledger has {total.accepted} to {total.accepted_max} accepted; there are {sums}")
+    return wrong if not wrong else [*wrong, f"{unread} lines of the ledger cannot be read"]
 
 
 def run(destination: str, seconds: float, seed: int, folder: Path, tell: Callable[[object], None] = lambda _: None) -> Report:
