@@ -2,8 +2,8 @@
 
 A round ends with all of them dead. Then one process, which nobody kills but the destination, stores a few good events and
 delivers until nothing is pending. Then the destination must hold every acknowledged good event exactly once, the dead letters
-must be the poisoned ones, each once, nothing may be there that nobody stored, and `pillarbox verify` must find that the
-account balances. The next round has a directory of its own.
+must be the poisoned ones, each once, nothing may be there that nobody stored, and the ledger must balance and have the same
+counts. The next round has a directory of its own.
 
     .venv/bin/python -m tests.torture --minutes 12                            all destinations, one after another
     .venv/bin/python -m tests.torture --destination http --minutes 4 --seed 7
@@ -209,7 +209,7 @@ class Torture:
         dead, quarantined, left = _kept(Path(scene.outbox))
         found = Found(arrived, dead, quarantined)
         sums = self._account.sums(found)
-        wrong += [*self._account.check(found), *left, *_unbalanced(Path(scene.outbox), sums)]
+        wrong += [*self._account.check(found), *left, *unbalanced(Path(scene.outbox), sums)]
         if any(self.failures.iterdir()):
             wrong.append("a thread of an outbox ended by a defect")
         if wrong:
@@ -247,7 +247,7 @@ def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event], list[str]]:
     return dead, frozenset(quarantined), [f"left behind: {name}" for name in lives.pending(str(outbox))]
 
 
-def _unbalanced(outbox: Path, sums: Sums) -> list[str]:
+def unbalanced(outbox: Path, sums: Sums) -> list[str]:
     """What is wrong with the ledger: it must balance, and say of each event what the destination and the writers say."""
     entries, unread = entries_of((outbox / layout.LEDGER).read_bytes())
     found = balance.account(entries, {}, (), dead_kept=sums.dead)

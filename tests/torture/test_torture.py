@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.torture import account, events, places
-from tests.torture.account import Account, Event, Found, Tally
+from pillarbox import Outbox
+from pillarbox.store import layout
+from tests.torture import account, events, places, run
+from tests.torture.account import Account, Event, Found, Sums, Tally
 
 ROOT = Path(__file__).parents[2]
 SEED = 20261
@@ -127,3 +129,35 @@ def test_counts_of_several_processes_add_up() -> None:
     tally.row(1).add("a")
     tally.row(1).add("b")
     assert tally.sums() == {"a": 2, "b": 1}
+
+
+@pytest.fixture
+def settled(tmp_path: Path) -> Path:
+    """A directory whose two batches, of three events and of one, are delivered."""
+    outbox = tmp_path / "outbox"
+    with Outbox(str(outbox), f"sqlite:///{tmp_path / 'destination.db'}", min_free_bytes=0) as filled:
+        for numbers in (range(3), range(3, 4)):
+            filled.enqueue_many([events.make_event(SEED, LIFE, number) for number in numbers])
+            assert filled.flush()
+    return outbox
+
+
+def test_a_ledger_that_says_what_is_there_balances(settled: Path) -> None:
+    """Events that were begun and not acknowledged may be accepted or not."""
+    assert run.unbalanced(settled, Sums(begun=4, acknowledged=4, arrived=4, dead=0)) == []
+    assert run.unbalanced(settled, Sums(begun=6, acknowledged=3, arrived=4, dead=0)) == []
+
+
+@pytest.mark.parametrize("there", [Sums(4, 4, 3, 0), Sums(4, 4, 4, 1), Sums(5, 5, 4, 0), Sums(3, 3, 4, 0)])
+def test_a_ledger_that_says_something_else_is_found(settled: Path, there: Sums) -> None:
+    """One delivered too many, one dead letter too few, one accepted too few and too many."""
+    assert run.unbalanced(settled, there)
+
+
+def test_a_batch_that_is_gone_without_an_entry_is_found(settled: Path) -> None:
+    """The writer's own count is what it is held against."""
+    ledger = settled / layout.LEDGER
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(line for line in lines if b'"settled"' not in line))
+    wrong = run.unbalanced(settled, Sums(4, 4, 4, 0))
+    assert [text.partition(" does not balance by ")[2].partition(":")[0] for text in wrong[:2]] == ["3", "1"]
