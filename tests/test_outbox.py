@@ -46,7 +46,7 @@ def test_an_event_goes_all_the_way(tmp_path: Path) -> None:
         assert rows(tmp_path / "events.db") == [json.loads(msgspec.json.encode(event(1)))]
         stats = outbox.stats()
     assert (stats.accepted, stats.delivered, stats.pending_bytes, stats.pending_files) == (1, 1, 0, 0)
-    assert os.listdir(tmp_path / "outbox") == ["deliver.lock"]
+    assert set(os.listdir(tmp_path / "outbox")) == {"deliver.lock", "ledger.ndjson", "ledger.lock"}
 
 
 def test_what_the_older_system_left_is_delivered_whole_in_order_and_unchanged(existing: Path, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_what_the_older_system_left_is_delivered_whole_in_order_and_unchanged(ex
         assert outbox.stats().sealed["startup"] == 1
     assert rows(tmp_path / "events.db") == [*existing_events(), json.loads(msgspec.json.encode(event(1)))]
     assert len(existing_events()) == 127
-    assert os.listdir(existing) == ["deliver.lock"]
+    assert set(os.listdir(existing)) == {"deliver.lock", "ledger.ndjson", "ledger.lock"}
 
 
 def test_opening_touches_nothing_before_first_use(existing: Path) -> None:

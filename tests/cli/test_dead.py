@@ -148,7 +148,7 @@ def test_purged_is_gone_and_in_the_ledger(tmp_path: Path) -> None:
     box = box_with_dead(tmp_path, SIX)
     assert run("dead", "purge", "-d", "box", "--event-id", "w-000003", "--yes", cwd=tmp_path).returncode == 0
     assert [b"w-000003" in line for line in lines(box, "dead-*")] == [False] * 5
-    assert [b'"events":1' in line for line in lines(box, "ledger.ndjson") if b"purged" in line] == [True]
+    assert [b'"events":1' in line for line in lines(box, "ledger.ndjson") if b'"entry":"purged"' in line] == [True]
     done = run("dead", "purge", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path)
     answer = json.loads(done.stdout)
     assert (answer["acted"], answer["events"], len(answer["items"])) == (True, 5, 5)

@@ -89,7 +89,7 @@ def test_repaired_once_it_is_marked_and_the_bytes_are_kept(box: Path, tmp_path: 
     listed = json.loads(run("quarantine", "list", "-d", "box", "--json", cwd=tmp_path).stdout)
     assert [(batch["spans"], batch["repaired"]) for batch in listed["batches"]] == [(4, 3), (1, 0)]
     assert b", repaired 2" in run("quarantine", "show", "-d", "box", cwd=tmp_path).stdout
-    assert [b'"events":3' in line for line in lines(box, "ledger.ndjson") if b"repaired" in line] == [True]
+    assert [b'"events":3' in line for line in lines(box, "ledger.ndjson") if b'"entry":"repaired"' in line] == [True]
 
 
 def test_only_what_a_checksum_vouches_for_where_that_is_asked(tmp_path: Path) -> None:

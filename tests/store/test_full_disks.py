@@ -19,12 +19,13 @@ import pytest
 
 from pillarbox import Dropped, Outbox, TrackingEvent
 from pillarbox.outcome import DROPPED, DropReason, Outcome
-from pillarbox.store import reader
+from pillarbox.store import layout, reader
 from tests.conftest import event
 from tests.crash.kernel import mounted, need
 
 PADDING = '{"text":"' + "x" * 700 + '"}'
 TRIES_MAX = 20_000
+HOLDING = {layout.Kind.ACTIVE, layout.Kind.SEALED}
 DRAIN_S = 30.0
 
 
@@ -67,7 +68,7 @@ class Filler:
         while True:
             names = sorted(os.listdir(self.folder))
             try:
-                found = [self._read(name, whole=whole) for name in names if name.endswith(".ndjson")]
+                found = [self._read(name, whole=whole) for name in names if layout.kind_of(name) in HOLDING]
             except FileNotFoundError:
                 continue  # sealed meanwhile
             if names == sorted(os.listdir(self.folder)):

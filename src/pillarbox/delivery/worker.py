@@ -218,9 +218,7 @@ class Worker:
             log.info("%s: adopted what a writer left that is gone", self._directory.path)
         if adopted and self._ledger is not None:
             now = self._clock.micros()
-            self._ledger.note(
-                *(Adopted(now, layout.batch_id(file.sealed), layout.by_writer(file.found)[0]) for file in adopted)
-            )
+            self._ledger.note(*(Adopted(now, layout.batch_id(file.sealed), layout.writer_of(file.found)) for file in adopted))
 
     def _choose(self, found: list[str]) -> list[str]:
         """Which of the sealed files to send now, in order."""

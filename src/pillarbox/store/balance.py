@@ -172,7 +172,7 @@ class _Life:
             case Adopted(writer=writer):
                 self.writer, self.known = writer if not self.known else self.writer, True
             case Settled():
-                if self.settled is not None:
+                if self.settled is not None and self.settled != entry:
                     self.resent += entry.delivered
                 self.settled = entry
             case Evicted(events=events):
@@ -246,6 +246,7 @@ class _Fold:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.lives: dict[str, _Life] = {}
+        self._mended: set[Entry] = set()  # what was written twice counts once
         self.rows: dict[str, Row] = {}
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.wrong = 0
         for entry in entries:
@@ -262,6 +263,8 @@ class _Fold:
                 self.purged_quarantine += entry.purged_quarantine
                 self.lost += entry.lost
                 self.wrong += entry.wrong
+            case Replayed() | Repaired() | Purged() if entry in self._mended:
+                return
             case Replayed(events=events):
                 self.replayed += events
             case Repaired(events=events):

@@ -66,6 +66,11 @@ def by_writer(name: str) -> tuple[str, int]:
     return (writer, int(number)) if number.isdecimal() else (name, 0)
 
 
+def writer_of(name: str) -> str:
+    """The writer of an active file; empty for an older system's, which had none."""
+    return by_writer(name)[0].removeprefix("active-") if kind_of(name) is Kind.ACTIVE else ""
+
+
 def sealed_name(stamp: int, unique: str) -> str:
     """The name of a file sealed at `stamp` microseconds since 1970."""
     return f"sealed-{stamp:0{_STAMP_DIGITS}d}-{unique}{SUFFIX}"

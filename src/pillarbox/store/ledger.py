@@ -28,7 +28,7 @@ log = logging.getLogger("pillarbox")
 
 CONDENSE_BYTES: Final = 4 * 2**20  # beyond it what is over is summed up
 _WAITING_MAX: Final = 10_000  # entries in memory; more are lost, and counted as that
-_LOCK_TRIES: Final = 50  # others hold the lock for microseconds, but while they condense
+_LOCK_TRIES: Final = 1000  # others hold the lock for microseconds, but while they condense
 _LOCK_PAUSE_S: Final = 0.001
 
 _decode = msgspec.json.Decoder(Entry).decode
@@ -42,6 +42,7 @@ class Ledger:
         self._clock = clock
         self._waiting: deque[Entry] = deque()
         self._lost = 0
+        self._unsynced = False  # something was appended and not synced
         self._writing = threading.Lock()
         self._condense_at = CONDENSE_BYTES
         self._trouble = ""
@@ -55,27 +56,34 @@ class Ledger:
                 self._lost += 1
 
     def write(self, *, sync: bool) -> bool:
-        """Append what was noted, durably if asked; False where something is left in memory for the next time. Never raises."""
-        with self._writing:
-            if self._lost and len(self._waiting) < _WAITING_MAX:
-                lost, self._lost = self._lost, 0
-                self._waiting.append(Lost(self._clock.micros(), lost))
-            count = len(self._waiting)
-            if not count:
-                return True
-            try:
-                written = self._append(list(self._waiting)[:count], sync=sync)
-            except (OSError, FileUnusable) as error:
-                self._report(str(error))
-                return False
-            if not written:
-                return False
-            for _ in range(count):
-                self._waiting.popleft()
-            self._report("")
-            return not self._waiting
+        """Append what was noted; with `sync`, all that was appended is durable then. Never raises `OSError`.
 
-    def _append(self, entries: list[Entry], *, sync: bool) -> bool:
+        False where something is left for the next time. Without `sync` it waits for nobody.
+        """
+        if not self._writing.acquire(blocking=sync):
+            return False
+        try:
+            return self._write(sync=sync)
+        finally:
+            self._writing.release()
+
+    def _write(self, *, sync: bool) -> bool:
+        if self._lost and len(self._waiting) < _WAITING_MAX:
+            lost, self._lost = self._lost, 0
+            self._waiting.append(Lost(self._clock.micros(), lost))
+        # Another thread may have appended what the caller has noted, and not synced it.
+        if not self._waiting and not (sync and self._unsynced):
+            return True
+        try:
+            written = self._append(sync=sync)
+        except (OSError, FileUnusable) as error:
+            self._report(str(error))
+            return False
+        if written:
+            self._report("")
+        return written and not self._waiting
+
+    def _append(self, *, sync: bool) -> bool:
         """False where another process has the lock."""
         lock = self._directory.take_lock(layout.LEDGER_LOCK)
         for _ in range(_LOCK_TRIES if sync else 0):
@@ -88,18 +96,45 @@ class Ledger:
         filesystem = self._directory.filesystem
         try:
             fd = filesystem.open_append(self._directory.at(layout.LEDGER))
-            try:
-                size = filesystem.size(fd)
-                self._append_to(fd, size, b"".join(record.line(msgspec.json.encode(entry)) for entry in entries))
-                if sync:
-                    filesystem.sync_data(fd)
-                if size >= self._condense_at:
-                    self._condense(filesystem.read_all(fd))
-            finally:
-                filesystem.close(fd)
-        finally:
+        except BaseException:
             filesystem.close(lock.fd)
+            raise
+        try:
+            try:
+                entries = self._append_waiting(fd)
+            finally:
+                filesystem.close(lock.fd)
+            if sync:
+                self._sync(fd, entries)  # without the lock: others wait for it
+        finally:
+            filesystem.close(fd)
         return True
+
+    def _append_waiting(self, fd: int) -> list[Entry]:
+        """Append what waits, and let the file be shortened where it is due."""
+        filesystem = self._directory.filesystem
+        entries = list(self._waiting)
+        size = filesystem.size(fd)
+        self._unsynced |= bool(entries)
+        self._append_to(fd, size, b"".join(record.line(msgspec.json.encode(entry)) for entry in entries))
+        for _ in entries:
+            self._waiting.popleft()
+        if size >= self._condense_at:
+            try:
+                self._condense(filesystem.read_all(fd))
+            except (OSError, FileUnusable) as error:
+                log.warning("%s: the ledger grows on, it cannot be shortened: %s", self._directory.path, error)
+                self._condense_at = size + CONDENSE_BYTES
+        return entries
+
+    def _sync(self, fd: int, entries: list[Entry]) -> None:
+        try:
+            self._directory.filesystem.sync_data(fd)
+        except OSError:
+            # What a later sync says of these bytes could not be trusted; an entry that is there twice counts once.
+            self._waiting.extendleft(reversed(entries))
+            raise
+        self._unsynced = False
 
     def _append_to(self, fd: int, size: int, lines: bytes) -> None:
         """All of the lines or none; behind a torn one, on a line of their own."""
@@ -117,6 +152,7 @@ class Ledger:
         entries, unread = entries_of(data)
         if unread:
             log.warning("%s: %d lines of the ledger cannot be read and are left out", self._directory.path, unread)
+        self._directory.filesystem.sync_directory(self._directory.path)  # or the power brings back what is summed up
         there = {layout.batch_id(name) for name in self._directory.sealed()}
         anew = b"".join(record.line(msgspec.json.encode(entry)) for entry in condensed(entries, there, self._clock.micros()))
         self._directory.put(layout.LEDGER, anew)

@@ -153,7 +153,7 @@ class Sealer:
         for file in adopted:
             reason: SealReason = "startup" if file.found == layout.LEGACY_ACTIVE else "adopted"
             self.sealed[reason] += 1
-            self._note(Adopted(self._clock.micros(), layout.batch_id(file.sealed), layout.by_writer(file.found)[0]))
+            self._note(Adopted(self._clock.micros(), layout.batch_id(file.sealed), layout.writer_of(file.found)))
         if adopted:
             self._write_ledger()
             log.info("%s: adopted %d files that an earlier writer left", self._directory.path, len(adopted))
@@ -250,8 +250,7 @@ class Sealer:
             done += 1
             # Where a refused part could not be cut off, more may be in it than was accepted: whoever reads it counts.
             events = None if sealed.spoilt else sealed.events
-            writer, _ = layout.by_writer(file.name)
-            self._note(Sealed(self._clock.micros(), layout.batch_id(name), writer, events, sealed.bytes))
+            self._note(Sealed(self._clock.micros(), layout.batch_id(name), layout.writer_of(file.name), events, sealed.bytes))
             self._directory.filesystem.close(file.fd)
 
         try:

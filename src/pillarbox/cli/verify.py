@@ -1,0 +1,148 @@
+"""`pillarbox verify`: whether every accepted event is accounted for. Takes no lock, creates and adopts nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Final
+
+import msgspec
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, err, out, require, settings_from
+from pillarbox.clock import SystemClock
+from pillarbox.errors import DirectoryUnusable
+from pillarbox.store.audit import Audit, audit
+from pillarbox.store.balance import Account, Row
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+
+_NAMED_MAX: Final = 20  # batches that do not balance are named one by one up to here; all are in --json
+
+
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of `pillarbox verify --json`; numbers of events unless they say otherwise."""
+
+    directory: str
+    balances: bool
+    account: Account
+    unread_entries: int  # lines of the ledger that are damaged, or of a later version
+    unreadable_files: list[str]
+
+
+@app.command("verify")
+def verify(
+    directory: DirectoryOption = None,
+    config: ConfigOption = None,
+    writers: Annotated[bool, typer.Option("--writers", help="A row for each writer.")] = False,
+    json: JsonOption = False,
+) -> int:
+    """Prove that accepted = delivered + pending + dead + quarantined + evicted, from the ledger and the files.
+
+    Safe at any time, also while writers and a deliverer run. Where a crash has made a count unknowable, it is a range. The exit
+    code is 1 where it does not balance: what is missing, or too much, is named.
+    """
+    settings = settings_from(config, directory=directory)
+    require(settings, "directory", "DIR")
+    place = Directory(settings.directory, RealFilesystem(), SystemClock())
+    try:
+        found = _audited(place)
+    except OSError as error:
+        raise DirectoryUnusable(settings.directory, f"cannot be read: {error.strerror}", "name an outbox directory") from None
+    balances = found.account.balances
+    if json:
+        answer = Verification(
+            directory=settings.directory,
+            balances=balances,
+            account=found.account,
+            unread_entries=found.unread_entries,
+            unreadable_files=found.unreadable,
+        )
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
+        return Exit.DONE if balances else Exit.PARTLY
+    out.print(in_one_line(found.account), markup=False)
+    if writers:
+        out.print(_table(found.account))
+    for line in _notes(found):
+        out.print(line, markup=False)
+    return Exit.DONE if balances else Exit.PARTLY
+
+
+def _audited(place: Directory) -> Audit:
+    with Progress(
+        TextColumn("verify"), BarColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True
+    ) as progress:
+        task = progress.add_task("verify", total=None)
+        return audit(place, lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def in_one_line(account: Account) -> str:
+    """The account as an equation."""
+    row = account.total
+    parts = [
+        f"delivered {row.delivered:,}",
+        f"pending {_range(row.pending, row.pending_max)}",
+        f"dead {row.dead:,}",
+        f"quarantined {_range(row.quarantined, row.quarantined_max)}",
+        f"evicted {row.evicted:,}",
+    ]
+    word, sign = ("balanced", "=") if account.balances else ("does not balance", "<>")
+    mended = [
+        f"{name} {number:,}"
+        for name, number in (
+            ("duplicates", row.duplicates),
+            ("sent again", row.resent),
+            ("replayed", account.replayed),
+            ("repaired", account.repaired),
+            ("purged", account.purged_dead + account.purged_quarantine),
+        )
+        if number
+    ]
+    more = f" ({', '.join(mended)})" if mended else ""
+    return f"{word}: accepted {_range(row.accepted, row.accepted_max)} {sign} {' + '.join(parts)}{more}"
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,}..{high:,}"
+
+
+def _notes(found: Audit) -> list[str]:
+    account = found.account
+    notes = []
+    for wrong in account.wrong[:_NAMED_MAX]:
+        how = f"{wrong.events} missing" if wrong.events >= 0 else f"{-wrong.events} too many"
+        notes.append(f"{wrong.batch} of writer {wrong.writer}: {how}: {wrong.problem}")
+    if len(account.wrong) > _NAMED_MAX:
+        notes.append(f"and {len(account.wrong) - _NAMED_MAX} more; --json has them all")
+    if account.earlier_wrong:
+        notes.append(f"batches that are summed up by now were wrong by {account.earlier_wrong} events")
+    if account.dead_missing:
+        notes.append(f"{account.dead_missing} dead letters are neither on disk nor replayed or purged")
+    if account.lost_entries:
+        notes.append(f"{account.lost_entries} entries could not be written while the disk was full, and are lost")
+    if found.unread_entries:
+        notes.append(f"{found.unread_entries} lines of the ledger are damaged, or of a later version of Pillarbox")
+    notes += [f"{name} cannot be read" for name in found.unreadable]
+    return notes
+
+
+def _table(account: Account) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("writer", "accepted", "delivered", "pending", "dead", "quarantined", "evicted"):
+        table.add_column(name, justify="left" if name == "writer" else "right", no_wrap=True)
+    for row in [*account.writers, msgspec.structs.replace(account.total, writer="all")]:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.writer or "unknown",
+        _range(row.accepted, row.accepted_max),
+        f"{row.delivered:,}",
+        _range(row.pending, row.pending_max),
+        f"{row.dead:,}",
+        _range(row.quarantined, row.quarantined_max),
+        f"{row.evicted:,}",
+    ]

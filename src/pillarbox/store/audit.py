@@ -1,0 +1,106 @@
+"""Looks whether a directory's account balances, while writers and a deliverer run. Locks, creates and adopts nothing.
+
+The ledger is read before and after the files. A batch that is gone from the second look must have an entry that says why, for
+entries are written before files go; one that appears meanwhile is left out.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pillarbox.errors import FileUnusable
+from pillarbox.store import layout, reader
+from pillarbox.store.balance import Account, Adopted, Entry, Evicted, Found, Sealed, Settled, account
+from pillarbox.store.layout import Kind
+from pillarbox.store.ledger import entries_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pillarbox.store.directory import Directory
+
+_LOOKS: Final = 5  # what is out of step because somebody was at work is in step the next time
+_BETWEEN_LOOKS_S: Final = 0.2
+_COUNTED: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.DEAD})
+_UNREADABLE: Final = Found(0, 1)  # how many records a file holds that cannot be read, nobody knows
+
+
+class Audit(NamedTuple):
+    """What was found."""
+
+    account: Account
+    unread_entries: int  # lines of the ledger that this version does not know, or that are damaged
+    unreadable: list[str]  # files
+
+
+def audit(directory: Directory, progress: Callable[[int, int], None] = lambda _done, _total: None) -> Audit:
+    """The account of a directory; `progress(done, total)` is called with bytes that were read. Raises `OSError`."""
+    found = _look(directory, progress)
+    for _ in range(_LOOKS - 1):
+        if found.account.balances:
+            break
+        threading.Event().wait(_BETWEEN_LOOKS_S)
+        found = _look(directory, progress)
+    return found
+
+
+def _look(directory: Directory, progress: Callable[[int, int], None]) -> Audit:
+    before, _ = _entries(directory)
+    listing = sorted(directory.filesystem.listing(directory.path))
+    total = sum(entry.size for entry in listing if layout.kind_of(entry.name) in _COUNTED)
+    found: dict[str, Found] = {}
+    active: dict[str, Found] = {}
+    dead: dict[str, int] = {}
+    unreadable: list[str] = []
+    done = 0
+    for name, size in listing:
+        kind = layout.kind_of(name)
+        if kind not in _COUNTED:
+            continue
+        progress(done, total)
+        done += size
+        try:
+            data = _read(directory, name)
+        except FileNotFoundError:
+            continue
+        except (OSError, FileUnusable):
+            unreadable.append(name)
+            data = None
+        if kind is Kind.DEAD:
+            dead[layout.batch_id(name).removeprefix("dead-")] = 0 if data is None else data.count(b"\n")
+        elif kind is Kind.SEALED:
+            found[layout.batch_id(name)] = _UNREADABLE if data is None else _found(data)
+        else:
+            writer = layout.writer_of(name)
+            active[name] = Found(0, 1, writer) if data is None else _found(data[: data.rfind(b"\n") + 1], writer)
+    progress(total, total)
+    entries, unread = _entries(directory)
+    there = {name for name, _ in directory.filesystem.listing(directory.path)}
+    still_active = [file for name, file in active.items() if name in there]
+    ignored = _batches(entries) - _batches(before) - found.keys()
+    settled = {entry.batch for entry in entries if isinstance(entry, (Settled, Evicted))}
+    # Those of a batch that is not settled yet are written before the ledger has them.
+    kept = sum(count for batch, count in dead.items() if batch in settled or batch not in found)
+    return Audit(account(entries, found, still_active, ignored, kept), unread, unreadable)
+
+
+def _entries(directory: Directory) -> tuple[list[Entry], int]:
+    return entries_of(directory.read_bytes(layout.LEDGER))
+
+
+def _batches(entries: list[Entry]) -> set[str]:
+    return {entry.batch for entry in entries if isinstance(entry, (Sealed, Adopted, Settled, Evicted))}
+
+
+def _read(directory: Directory, name: str) -> bytes:
+    fd = directory.filesystem.open_existing(directory.at(name))
+    try:
+        return directory.filesystem.read_all(fd)
+    finally:
+        directory.filesystem.close(fd)
+
+
+def _found(data: bytes, writer: str = "") -> Found:
+    contents = reader.read(data, lambda: None)
+    return Found(len(contents.payloads), len(contents.spans), writer)
