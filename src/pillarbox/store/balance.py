@@ -246,10 +246,14 @@ class _Fold:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.lives: dict[str, _Life] = {}
-        self._mended: set[Entry] = set()  # what was written twice counts once
         self.rows: dict[str, Row] = {}
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.wrong = 0
+        mended: set[Entry] = set()
         for entry in entries:
+            if isinstance(entry, (Replayed, Repaired, Purged)):
+                if entry in mended:
+                    continue  # the disk refused it after it had taken it, so it was written again
+                mended.add(entry)
             self._take(entry)
 
     def _take(self, entry: Entry) -> None:
@@ -263,8 +267,6 @@ class _Fold:
                 self.purged_quarantine += entry.purged_quarantine
                 self.lost += entry.lost
                 self.wrong += entry.wrong
-            case Replayed() | Repaired() | Purged() if entry in self._mended:
-                return
             case Replayed(events=events):
                 self.replayed += events
             case Repaired(events=events):

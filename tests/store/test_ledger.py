@@ -1,0 +1,221 @@
+"""The ledger: appended to by several at once, shortened meanwhile, on disks that are full or fail."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pillarbox.store import balance, layout, ledger
+from pillarbox.store.balance import Adopted, Entry, Evicted, Lost, Purged, Repaired, Replayed, Sealed, Settled, Sum
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.ledger import Ledger, entries_of
+from pillarbox.testing import FaultFilesystem, ManualClock
+from pillarbox.testing.fault import Fault
+
+ROOT = Path(__file__).parents[2]
+APPEND = """
+import sys
+from pillarbox.clock import SystemClock
+from pillarbox.store import ledger
+from pillarbox.store.balance import Sealed, Settled
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+place, name, sync, bytes_max = sys.argv[1], sys.argv[2], sys.argv[3] == "sync", int(sys.argv[4])
+ledger.CONDENSE_BYTES = bytes_max
+pen = ledger.Ledger(Directory(place, RealFilesystem(), SystemClock()), SystemClock())
+for number in range(2000):
+    batch = f"sealed-{number:016d}-{name}"
+    pen.note(Sealed(number, batch, name, 10, 1000))
+    pen.write(sync=False)
+    pen.note(Settled(number, batch, "sink", 10, 0, 0, 0))
+    if number % 50 == 0:
+        pen.write(sync=sync)
+assert pen.write(sync=True)
+"""
+
+
+def sealed(number: int, events: int = 10) -> Sealed:
+    """A batch of one writer."""
+    return Sealed(number, f"sealed-{number:016d}-x", "w", events, 100 * events)
+
+
+def settled(number: int, events: int = 10) -> Settled:
+    """All of it delivered."""
+    return Settled(number, f"sealed-{number:016d}-x", "sink", events, 0, 0, 0)
+
+
+def content(place: Directory) -> bytes:
+    """The ledger's bytes."""
+    return Path(place.at(layout.LEDGER)).read_bytes()
+
+
+def faulty(place: Directory, clock: ManualClock, fault: Fault) -> tuple[Ledger, FaultFilesystem]:
+    """A ledger on a disk that fails."""
+    filesystem = FaultFilesystem(place.filesystem, fault)
+    return Ledger(Directory(place.path, filesystem, clock), clock), filesystem
+
+
+def test_what_is_noted_is_there_once_it_is_written(place: Directory, clock: ManualClock) -> None:
+    """Every kind of entry, as it was."""
+    pen = Ledger(place, clock)
+    entries: list[Entry] = [
+        sealed(1),
+        Adopted(2, "b", "w"),
+        settled(1),
+        Evicted(3, "c", 5),
+        Replayed(4, "d", 6),
+        Repaired(5, "e", 7),
+        Purged(6, "f", "dead", 8),
+    ]
+    pen.note(*entries)
+    assert not Path(place.at(layout.LEDGER)).exists()
+    assert pen.write(sync=True)
+    assert entries_of(content(place)) == (entries, 0)
+    assert pen.write(sync=True)
+    assert entries_of(content(place)) == (entries, 0)
+
+
+def test_behind_a_torn_line_a_line_of_its_own_begins(place: Directory, clock: ManualClock) -> None:
+    """The torn one is stepped over and counted."""
+    pen = Ledger(place, clock)
+    pen.note(sealed(1), sealed(2))
+    pen.write(sync=False)
+    Path(place.at(layout.LEDGER)).write_bytes(content(place)[:-9])
+    pen.note(sealed(3))
+    assert pen.write(sync=False)
+    assert entries_of(content(place)) == ([sealed(1), sealed(3)], 1)
+
+
+@pytest.mark.parametrize("verb", ["open_append", "open_lock", "write_all", "sync_data"])
+def test_what_a_full_disk_refuses_waits_in_memory_and_counts_once(place: Directory, clock: ManualClock, verb: str) -> None:
+    """Also what it refuses after it took a part."""
+    pen, filesystem = faulty(place, clock, Fault(verb, 1, errno.ENOSPC, part=verb == "write_all"))
+    again: list[Entry] = [Replayed(4, "d", 6), Purged(6, "f", "dead", 8), sealed(1), settled(1)]
+    pen.note(*again)
+    assert not pen.write(sync=True)
+    filesystem.meter.heal()
+    pen.note(settled(2))
+    assert pen.write(sync=True)
+    account = balance.account(entries_of(content(place))[0], {}, [])
+    assert (account.total.delivered, account.total.resent, account.replayed, account.purged_dead) == (20, 0, 6, 8)
+
+
+def test_more_than_fits_into_memory_is_lost_and_said_to_be(
+    place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a reader knows why something is missing."""
+    monkeypatch.setattr(ledger, "_WAITING_MAX", 3)
+    pen, filesystem = faulty(place, clock, Fault("open_append", 1, errno.ENOSPC))
+    for number in range(5):
+        pen.note(sealed(number))
+    assert not pen.write(sync=False)
+    filesystem.meter.heal()
+    while not pen.write(sync=False):
+        pass
+    pen.note(sealed(9))
+    pen.write(sync=False)
+    entries, _ = entries_of(content(place))
+    assert sum(entry.entries for entry in entries if isinstance(entry, Lost)) == 2
+    assert sum(isinstance(entry, Sealed) for entry in entries) == 4
+
+
+def test_a_lock_that_another_has_is_waited_for_only_where_the_file_is_to_go(place: Directory, clock: ManualClock) -> None:
+    """Without `sync` the entries wait instead."""
+    lock = place.take_lock(layout.LEDGER_LOCK)
+    assert lock is not None
+    pen = Ledger(place, clock)
+    pen.note(sealed(1))
+    assert not pen.write(sync=False)
+    place.filesystem.close(lock.fd)
+    assert pen.write(sync=False)
+
+
+def test_what_another_thread_appended_is_synced_by_who_needs_it(place: Directory, clock: ManualClock) -> None:
+    """The deliverer notes, the sealer's round appends it along with its own, and then the deliverer wants it durable."""
+    synced = []
+
+    class Disk(RealFilesystem):
+        def sync_data(self, fd: int) -> None:
+            synced.append(self.size(fd))
+
+    pen = Ledger(Directory(place.path, Disk(), clock), clock)
+    pen.note(settled(1))
+    assert pen.write(sync=False)
+    assert not synced
+    assert pen.write(sync=True)
+    assert synced == [len(content(place))]
+    assert pen.write(sync=True)
+    assert len(synced) == 1
+
+
+def test_it_is_summed_up_and_the_account_stays(place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size stays bounded; what is pending stays named."""
+    monkeypatch.setattr(ledger, "CONDENSE_BYTES", 50_000)
+    monkeypatch.setattr(balance, "RECENT", 20)
+    pen = Ledger(place, clock)
+    Path(place.at(layout.sealed_name(0, "x"))).write_bytes(b"")
+    largest = 0
+    for number in range(2000):
+        pen.note(sealed(number))
+        if number:
+            pen.note(settled(number))
+        if number % 10 == 0:
+            pen.note(Replayed(number, "d", 1))
+        assert pen.write(sync=False)
+        largest = max(largest, len(content(place)))
+    assert largest < 60_000
+    entries, unread = entries_of(content(place))
+    assert unread == 0
+    assert sum(isinstance(entry, Sum) for entry in entries) == 1
+    account = balance.account(entries, {layout.batch_id(layout.sealed_name(0, "x")): balance.Found(10, 0)}, [])
+    assert account.balances
+    assert (account.total.accepted, account.total.delivered, account.replayed) == (20_000, 19_990, 200)
+
+
+@pytest.mark.parametrize("verb", ["create", "rename", "listing", "sync_directory"])
+def test_where_it_cannot_be_shortened_it_grows_on(
+    place: Directory, clock: ManualClock, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no entry is written twice."""
+    monkeypatch.setattr(ledger, "CONDENSE_BYTES", 1000)
+    pen, filesystem = faulty(place, clock, Fault(verb, 1, errno.ENOSPC, for_good=True))
+    for number in range(20):
+        pen.note(sealed(number), settled(number))
+        assert pen.write(sync=False)
+    assert entries_of(content(place)) == ([one(number) for number in range(20) for one in (sealed, settled)], 0)
+    assert filesystem.meter.hits < 10
+
+
+def test_two_processes_append_at_once_while_it_is_shortened_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Each of the three shortens it too, all the time."""
+    (tmp_path / "box").mkdir()
+    commands = [
+        [sys.executable, "-c", APPEND, str(tmp_path / "box"), name, mode, size]
+        for name, mode, size in (("a", "sync", "100000000"), ("b", "fast", "100000000"), ("c", "fast", "100000"))
+    ]
+    running = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [process.wait(60) for process in running] == [0, 0, 0]
+    entries, unread = entries_of((tmp_path / "box" / layout.LEDGER).read_bytes())
+    account = balance.account(entries, {}, [])
+    assert unread == 0
+    assert any(isinstance(entry, Sum) for entry in entries)
+    assert account.balances
+    assert {row.writer: (row.accepted, row.delivered) for row in account.writers} == dict.fromkeys("abc", (20_000, 20_000))
+    assert not list((tmp_path / "box").glob("*.aside"))
+
+
+def test_a_ledger_that_is_removed_while_it_is_used_is_made_anew(place: Directory, clock: ManualClock) -> None:
+    """What came before is gone, and nothing else."""
+    pen = Ledger(place, clock)
+    for number in itertools.islice(itertools.count(), 3):
+        pen.note(sealed(number))
+        assert pen.write(sync=True)
+        if number == 1:
+            Path(place.at(layout.LEDGER)).unlink()
+    assert entries_of(content(place)) == ([sealed(2)], 0)
