@@ -149,3 +149,14 @@ def test_where_no_lock_can_be_had_creating_ends_with_an_error(place: Directory) 
     place.filesystem.lock = lambda _fd: False  # type: ignore[method-assign,assignment]
     with pytest.raises(OSError, match="locks do not hold"):
         place.put("dead-a.ndjson", b"1\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
+def test_what_root_creates_belongs_to_the_directorys_owner(tmp_path: Path) -> None:
+    """Otherwise the application could not use what an operator's command leaves."""
+    os.chown(tmp_path, 65534, 65534)
+    filesystem = RealFilesystem()
+    for name, make in (("a", filesystem.create), ("b", filesystem.open_lock), ("c", filesystem.open_append)):
+        filesystem.close(make(str(tmp_path / name)))
+        found = (tmp_path / name).stat()
+        assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65534, 0o600)

@@ -125,7 +125,7 @@ class RealFilesystem:
 
     def create(self, path: str) -> int:
         """A new file to append to; the name must be free."""
-        return self._open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+        return self._open_new(path, os.O_APPEND)
 
     def open_existing(self, path: str) -> int:
         """A file under one of our names to read, sync and lock, if it is ours to use; raises `FileUnusable` if it is not."""
@@ -133,11 +133,29 @@ class RealFilesystem:
 
     def open_lock(self, path: str) -> int:
         """A lock file, made where it is missing; never removed. Raises `FileUnusable` as `open_existing` does."""
-        return self._checked(path, os.O_RDWR | os.O_CREAT)
+        return self._open_or_make(path, 0)
 
     def open_append(self, path: str) -> int:
         """A file to append to, made where it is missing. Raises `FileUnusable` as `open_existing` does."""
-        return self._checked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        return self._open_or_make(path, os.O_APPEND)
+
+    def _open_or_make(self, path: str, flags: int) -> int:
+        while True:
+            try:
+                return self._checked(path, os.O_RDWR | flags)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):  # another process was quicker
+                    return self._open_new(path, flags)
+
+    def _open_new(self, path: str, flags: int) -> int:
+        """What root creates belongs to the directory's owner, whose programs must be able to use it."""
+        fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
+        if os.geteuid() == 0:
+            with contextlib.suppress(OSError):  # a file system without owners
+                owner = os.stat(os.path.dirname(path) or ".")
+                if owner.st_uid or owner.st_gid:
+                    os.fchown(fd, owner.st_uid, owner.st_gid)
+        return fd
 
     def _checked(self, path: str, flags: int) -> int:
         try:
