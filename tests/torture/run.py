@@ -2,8 +2,8 @@
 
 A round ends with all of them dead. Then one process, which nobody kills but the destination, stores a few good events and
 delivers until nothing is pending. Then the destination must hold every acknowledged good event exactly once, the dead letters
-must be the poisoned ones, each once, nothing may be there that nobody stored, and the ledger must balance and have the same
-counts. The next round has a directory of its own.
+must be the poisoned ones, each once, nothing may be there that nobody stored, and `pillarbox verify` must find that the
+account balances, with the same counts; so it must again and again meanwhile. The next round has a directory of its own.
 
     .venv/bin/python -m tests.torture --minutes 12                            all destinations, one after another
     .venv/bin/python -m tests.torture --destination http --minutes 4 --seed 7
@@ -23,8 +23,12 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from pillarbox.clock import SystemClock
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.store import balance, layout, ledger
+from pillarbox.store.audit import audit
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.layout import Kind
 from tests.crash.kills import Violation, doom, fork
 from tests.torture import chaos, chaotic, lives
@@ -70,13 +74,15 @@ class Report(NamedTuple):
     acknowledged: int
     arrived: int
     dead: int
+    verified: int  # how often the account was looked at while they were at work; each round's end comes on top
     answers: dict[str, int]
 
     def __str__(self) -> str:
         answers = ", ".join(f"{name} {count:,}" for name, count in sorted(self.answers.items()))
         return (
             f"{self.destination}, seed {self.seed}: {self.seconds:.0f} s, {self.rounds} rounds, {self.kills:,} kills, "
-            f"{self.events:,} events, {self.acknowledged:,} acknowledged, {self.arrived:,} arrived, {self.dead:,} dead letters; "
+            f"{self.events:,} events, {self.acknowledged:,} acknowledged, {self.arrived:,} arrived, {self.dead:,} dead letters, "
+            f"{self.verified} times verified meanwhile; "
             f"answers: {answers}"
         )
 
@@ -103,7 +109,7 @@ class Torture:
         self._chance = random.Random(seed)
         self._children: dict[int, _Child] = {}
         self._begun = self._told = time.monotonic()
-        self._lives = self.rounds = self.kills = 0
+        self._lives = self.rounds = self.kills = self.verified = 0
         self._sums = Sums(0, 0, 0, 0)
 
     def round(self, seconds: float) -> None:
@@ -120,7 +126,8 @@ class Torture:
                 first = min(child.deadline for child in self._children.values())
                 signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(first, end) - time.monotonic()))
                 self._reap(time.monotonic(), scene)
-                self._tell_now_and_then()
+                if self._tell_now_and_then():
+                    self._verify(scene)
         finally:
             self._reap(float("inf"), scene)
         self._finish(scene)
@@ -132,7 +139,9 @@ class Torture:
         living = self._account.begun(range(_SLOTS))
         events = Sums(self._sums.begun + living, *self._sums[1:])
         seconds = time.monotonic() - self._begun
-        return Report(self.destination, self.seed, seconds, self.rounds, self.kills, *events, dict(self._tally.sums()))
+        return Report(
+            self.destination, self.seed, seconds, self.rounds, self.kills, *events, self.verified, dict(self._tally.sums())
+        )
 
     def end(self) -> None:
         """End what was started."""
@@ -222,10 +231,19 @@ class Torture:
         self._place.empty()
         shutil.rmtree(scene.outbox)
 
-    def _tell_now_and_then(self) -> None:
-        if time.monotonic() - self._told >= TELL_S:
-            self._told = time.monotonic()
-            self._tell(self.report())
+    def _tell_now_and_then(self) -> bool:
+        if time.monotonic() - self._told < TELL_S:
+            return False
+        self._told = time.monotonic()
+        self._tell(self.report())
+        return True
+
+    def _verify(self, scene: Scene) -> None:
+        """As `pillarbox verify` does, while they live and die."""
+        found = audit(place_at(scene.outbox)).account
+        self.verified += 1
+        if not found.balances:
+            raise self.violation([f"while at work, the ledger does not balance: {found.total}", *map(str, found.wrong)], scene)
 
     def violation(self, wrong: list[str], scene: Scene) -> Violation:
         """What to raise, with what reproduces it and the traces that children left."""
@@ -252,8 +270,8 @@ def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event], list[str]]:
 
 def unbalanced(outbox: Path, sums: Sums) -> list[str]:
     """What is wrong with the ledger: it must balance, and say of each event what the destination and the writers say."""
-    entries, unread = ledger.entries_of((outbox / layout.LEDGER).read_bytes())
-    found = balance.account(entries, {}, (), dead_kept=sums.dead)
+    looked = audit(place_at(str(outbox)))
+    found = looked.account
     total = found.total
     wrong = [f"{one.batch} does not balance by {one.events}: {one.problem}" for one in found.wrong]
     if not found.balances and not wrong:
@@ -262,7 +280,14 @@ def unbalanced(outbox: Path, sums: Sums) -> list[str]:
         wrong.append(f"the ledger has {total.delivered} delivered, {total.dead} dead letters; there are {sums}")
     if total.accepted > sums.begun or total.accepted_max < sums.acknowledged:
         wrong.append(f"the ledger has {total.accepted} to {total.accepted_max} accepted; there are {sums}")
-    return wrong if not wrong else [*wrong, f"{unread} lines of the ledger cannot be read"]
+    if wrong and looked.unread_entries:
+        wrong.append(f"{looked.unread_entries} lines of the ledger cannot be read")
+    return wrong
+
+
+def place_at(outbox: str) -> Directory:
+    """The directory, to look at."""
+    return Directory(outbox, RealFilesystem(), SystemClock())
 
 
 def run(destination: str, seconds: float, seed: int, folder: Path, tell: Callable[[object], None] = lambda _: None) -> Report:
