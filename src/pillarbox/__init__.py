@@ -1,9 +1,11 @@
 """Pillarbox: a durable event outbox. Events are safe on the local disk within microseconds and delivered in sealed batches.
 
-outbox.py      what an application holds; full.py, what it does where there is no room
+outbox.py      what an application holds; entrance.py, what it checks; hooks.py, whom it asks and tells; full.py, what it does
+               where there is no room
 event.py, outcome.py, settings.py, errors.py, clock.py, telemetry.py   its words
 store/         bytes on disk
 delivery/      when and what to send, and the one loop that does
+kept/          what was set aside, and how it comes back
 sinks/         one destination, one module or package
 cli/           an edge: delete it, and a working library is left
 """
