@@ -119,17 +119,21 @@ class Life:
     def finish(self, seconds: float) -> None:
         """Store a few good events, and deliver until nothing is pending."""
         end = time.monotonic() + seconds
-        with self._outbox(delivers=True) as outbox:
-            left = _LAST_EVENTS
-            while left:
-                if not events.poisoned(self.scene.seed, self.number, self._events):
-                    self.notes.begin(range(self._events, self._events + 1))
-                    self._conclude(self._events, outbox.enqueue(make_event(self.scene.seed, self.number, self._events)))
-                    left -= 1
-                self._events += 1
-            while not outbox.flush(_FLUSH_S) or (waiting := pending(self.scene.outbox)):
-                if time.monotonic() > end:
-                    raise TimeoutError(f"not drained in {seconds:g} s: {outbox.stats()}, {waiting[:5]}")
+        left = _LAST_EVENTS
+        while left or pending(self.scene.outbox):  # looked at when it is closed: an open outbox has files of its own
+            with self._outbox(delivers=True) as outbox:
+                while left:
+                    if not events.poisoned(self.scene.seed, self.number, self._events):
+                        self.notes.begin(range(self._events, self._events + 1))
+                        event = make_event(self.scene.seed, self.number, self._events)
+                        self._conclude(self._events, outbox.enqueue(event))
+                        left -= 1
+                    self._events += 1
+                while not outbox.flush(_FLUSH_S):
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"not drained in {seconds:g} s: {outbox.stats()}, {pending(self.scene.outbox)[:5]}")
+            if time.monotonic() > end and pending(self.scene.outbox):
+                raise TimeoutError(f"left behind after {seconds:g} s: {pending(self.scene.outbox)[:5]}")
 
 
 def pending(directory: str) -> list[str]:
