@@ -40,7 +40,8 @@ class Standing:
         if before.same_as(self.state):
             self.beat()
             return
-        if not {before.name, name} <= _AT_WORK:
+        at_work = {before.name, name} <= _AT_WORK
+        if not at_work:
             counters = self._counters
             log.log(
                 _LEVELS.get(name, logging.INFO),
@@ -51,7 +52,7 @@ class Standing:
                 counters.dead,
                 counters.failed_flushes,
             )
-        self.beat(now=True)
+        self.beat(now=not at_work)
 
     def well(self, name: StateName) -> None:
         """Nothing is wrong with the destination; complaints are still a reason to look."""

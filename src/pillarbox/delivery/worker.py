@@ -264,6 +264,8 @@ class Worker:
                 continue
             progress = True
             self.idle.clear()
+            if self.state.name in ("idle", "standby"):
+                self._standing.well("draining")
             if at_once == 1:
                 await self._carry(shipment)
             else:
