@@ -8,9 +8,9 @@ from typing import Annotated, Final
 import msgspec
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, err, out, require, settings_from
+from pillarbox.cli.kept import print_table
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusable
 from pillarbox.store.audit import Audit, audit
@@ -18,6 +18,7 @@ from pillarbox.store.balance import Account, Row
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 
+_FIGURES: Final = ("accepted", "delivered", "pending", "dead", "quarantined", "evicted")
 _NAMED_MAX: Final = 20  # batches that do not balance are named one by one up to here; all are in --json
 
 
@@ -63,7 +64,8 @@ def verify(
         return Exit.DONE if balances else Exit.PARTLY
     out.print(in_one_line(found.account), markup=False)
     if writers:
-        out.print(_table(found.account))
+        rows = [*found.account.writers, msgspec.structs.replace(found.account.total, writer="all")]
+        print_table([("writer", "left"), *((name, "right") for name in _FIGURES)], map(_cells, rows))
     for line in _notes(found):
         out.print(line, markup=False)
     return Exit.DONE if balances else Exit.PARTLY
@@ -125,15 +127,6 @@ def _notes(found: Audit) -> list[str]:
         notes.append(f"{found.unread_entries} lines of the ledger are damaged, or of a later version of Pillarbox")
     notes += [f"{name} cannot be read" for name in found.unreadable]
     return notes
-
-
-def _table(account: Account) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("writer", "accepted", "delivered", "pending", "dead", "quarantined", "evicted"):
-        table.add_column(name, justify="left" if name == "writer" else "right", no_wrap=True)
-    for row in [*account.writers, msgspec.structs.replace(account.total, writer="all")]:
-        table.add_row(*_cells(row))
-    return table
 
 
 def _cells(row: Row) -> list[str]:
