@@ -15,6 +15,8 @@ from pillarbox.store.balance import Adopted, Entry, Evicted, Lost, Purged, Repai
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger, entries_of
+from pillarbox.store.sealer import Sealer
+from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import FaultFilesystem, ManualClock
 from pillarbox.testing.fault import Fault
 
@@ -219,3 +221,23 @@ def test_a_ledger_that_is_removed_while_it_is_used_is_made_anew(place: Directory
         if number == 1:
             Path(place.at(layout.LEDGER)).unlink()
     assert entries_of(content(place)) == ([sealed(2)], 0)
+
+
+def test_a_file_is_noted_as_sealed_only_once_its_name_is_durable(place: Directory, clock: ManualClock) -> None:
+    """Otherwise the power could take the name away, and the ledger would miss a batch that never was."""
+    pen, filesystem = faulty(place, clock, Fault("sync_directory", 1, errno.EIO))
+    directory = Directory(place.path, filesystem, clock)
+    sealer = Sealer(directory, clock, 1.0, lambda: None, 0, ledger=pen)
+    writer = Writer(directory, Limits(500, 10**6, 10**9), sealer.wake)
+    sealer.attach(writer)
+    writer.start(0, 0)
+    writer.append(b"1\n2\n", 2)
+    writer.rotate("manual")
+    sealer.step()
+    assert len(place.sealed()) == 1
+    assert pen.write(sync=True)  # as the deliverer does
+    assert not Path(place.at(layout.LEDGER)).exists()
+    sealer.step()
+    (entry,), _ = entries_of(content(place))
+    assert isinstance(entry, Sealed)
+    assert (entry.batch + layout.SUFFIX, entry.events) == (place.sealed()[0], 2)

@@ -68,6 +68,7 @@ class Sealer:
         self._inbox: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._unnoted: list[Sealed] = []  # of files whose names are not durable yet
         self._pace = 0.0  # seconds for which the next look lets files gather
         self._writer: Writer
         self._kept: Callable[[ActiveFile], Iterable[tuple[int, bytes]]] = lambda _: ()
@@ -235,7 +236,10 @@ class Sealer:
     def _seal_retired(self) -> None:
         retired = self._writer.waiting()
         if not retired:
-            if self._directory.finish_sealing():
+            due = self._directory.finish_sealing()
+            if due or self._unnoted:  # whoever adopts may have synced the names
+                self._write_sealed()
+            if due:
                 self._on_sealed()
             return
 
@@ -250,16 +254,24 @@ class Sealer:
             done += 1
             # Where a refused part could not be cut off, more may be in it than was accepted: whoever reads it counts.
             events = None if sealed.spoilt else sealed.events
-            self._note(Sealed(self._clock.micros(), layout.batch_id(name), layout.writer_of(file.name), events, sealed.bytes))
+            writer = layout.writer_of(file.name)
+            self._unnoted.append(Sealed(self._clock.micros(), layout.batch_id(name), writer, events, sealed.bytes))
             self._directory.filesystem.close(file.fd)
 
         try:
             self._directory.seal([file.taken for file in retired], renamed)
         finally:
             self._writer.forget_oldest(done)
-        self._write_ledger()  # behind the sync of the names: what it says was sealed cannot be gone with the power
+        self._write_sealed()
         self._pace = _PACE_S
         self._on_sealed()
+
+    def _write_sealed(self) -> None:
+        """Behind the sync of the names: what the ledger says was sealed must not be another batch when the power comes back."""
+        for entry in self._unnoted:
+            self._note(entry)
+        self._unnoted.clear()
+        self._write_ledger()
 
     def _note(self, entry: Sealed | Adopted) -> None:
         if self._ledger is not None:
