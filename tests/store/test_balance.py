@@ -1,0 +1,83 @@
+"""The account of any entries in any order, and of what is on disk: every event is in it once, or the account says so."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pillarbox.store import balance
+from pillarbox.store.balance import Adopted, Entry, Evicted, Found, Purged, Repaired, Replayed, Sealed, Settled, condensed
+
+COUNTS = st.integers(0, 5)
+BATCHES = st.sampled_from(["a", "b", "c"])
+MOMENTS = st.integers(0, 9)
+ENTRIES: st.SearchStrategy[Entry] = st.one_of(
+    st.builds(Sealed, MOMENTS, BATCHES, st.sampled_from(["v", "w"]), st.none() | COUNTS, COUNTS),
+    st.builds(Adopted, MOMENTS, BATCHES, st.just("w")),
+    st.builds(Settled, MOMENTS, BATCHES, st.just("sink"), COUNTS, COUNTS, COUNTS, COUNTS),
+    st.builds(Evicted, MOMENTS, BATCHES, COUNTS),
+    st.builds(Replayed, MOMENTS, BATCHES, COUNTS),
+    st.builds(Repaired, MOMENTS, BATCHES, COUNTS),
+    st.builds(Purged, MOMENTS, BATCHES, st.sampled_from(["dead", "quarantine"]), COUNTS),
+)
+FOUND = st.dictionaries(BATCHES, st.builds(Found, COUNTS, COUNTS))
+ACTIVE = st.lists(st.builds(Found, COUNTS, COUNTS, st.just("w")), max_size=2)
+
+
+@given(st.lists(ENTRIES, max_size=12), FOUND, ACTIVE)
+def test_accepted_is_the_sum_of_the_parts_and_of_what_is_wrong(
+    entries: list[Entry], found: dict[str, Found], active: list[Found]
+) -> None:
+    """At both ends of every range; and of the whole as of each writer."""
+    account = balance.account(entries, found, active)
+    low, high = account.total.settled_and_pending
+    missing = sum(wrong.events for wrong in account.wrong)
+    assert (account.total.accepted, account.total.accepted_max) == (low + missing, high + missing)
+    for field in balance.NUMBERS:
+        assert getattr(account.total, field) == sum(getattr(row, field) for row in account.writers)
+
+
+@given(st.lists(ENTRIES, max_size=12, unique_by=lambda entry: (type(entry), getattr(entry, "batch", ""))), st.randoms(), FOUND)
+def test_the_order_of_entries_does_not_matter(entries: list[Entry], random: object, found: dict[str, Found]) -> None:
+    """But for which of several of a kind is the last."""
+    one = balance.account(entries, found, [])
+    random.shuffle(entries)  # type: ignore[attr-defined]
+    other = balance.account(entries, found, [])
+    assert (one.total, one.replayed, one.purged_dead) == (other.total, other.replayed, other.purged_dead)
+    assert one.balances == other.balances
+
+
+@given(st.lists(ENTRIES, max_size=12), FOUND)
+def test_what_is_written_twice_counts_once(entries: list[Entry], found: dict[str, Found]) -> None:
+    """One after the other: the disk had refused the first."""
+    distinct = list(dict.fromkeys(entries))
+    twice = [entry for entry in distinct for _ in range(2)]
+    assert balance.account(distinct, found, []) == balance.account(twice, found, [])
+
+
+@given(st.lists(ENTRIES, max_size=12), FOUND)
+def test_summed_up_it_is_the_same_account(entries: list[Entry], found: dict[str, Found]) -> None:
+    """Whatever is there stays named."""
+    recent, balance.RECENT = balance.RECENT, 1  # type: ignore[misc]
+    try:
+        shorter = condensed(entries, found.keys(), 7)
+    finally:
+        balance.RECENT = recent  # type: ignore[misc]
+    one, other = balance.account(entries, found, []), balance.account(shorter, found, [])
+    assert one.total == other.total
+    assert (one.replayed, one.repaired, one.purged_dead) == (other.replayed, other.repaired, other.purged_dead)
+    assert (one.dead_missing, one.balances) == (other.dead_missing, other.balances)
+
+
+def test_a_second_settlement_replaces_the_first_and_counts_as_resent() -> None:
+    """The first delivery had ended with a kill ahead of the removal."""
+    entries: list[Entry] = [Sealed(1, "a", "w", 5, 50), Settled(2, "a", "s", 5, 0, 0, 0), Settled(3, "a", "s", 4, 4, 1, 0)]
+    account = balance.account(entries, {}, [], dead_kept=1)
+    assert (account.balances, account.total.delivered, account.total.dead, account.total.resent) == (True, 4, 1, 4)
+
+
+def test_what_was_evicted_and_then_delivered_all_the_same_was_delivered() -> None:
+    """A kill between the entry and the removal."""
+    entries: list[Entry] = [Sealed(1, "a", "w", 5, 50), Evicted(2, "a", 5), Settled(3, "a", "s", 5, 0, 0, 0)]
+    total = balance.account(entries, {}, []).total
+    assert (total.accepted, total.delivered, total.evicted) == (5, 5, 0)
