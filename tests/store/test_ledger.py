@@ -186,7 +186,7 @@ def test_where_it_cannot_be_shortened_it_grows_on(
 ) -> None:
     """And no entry is written twice."""
     monkeypatch.setattr(ledger, "CONDENSE_BYTES", 1000)
-    pen, filesystem = faulty(place, clock, Fault(verb, 1, errno.ENOSPC, for_good=True))
+    pen, filesystem = faulty(place, clock, Fault(verb, 1 + (verb == "sync_directory"), errno.ENOSPC, for_good=True))
     for number in range(20):
         pen.note(sealed(number), settled(number))
         assert pen.write(sync=False)

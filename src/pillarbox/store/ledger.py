@@ -115,6 +115,8 @@ class Ledger:
         filesystem = self._directory.filesystem
         entries = list(self._waiting)
         size = filesystem.size(fd)
+        if not size:  # new, perhaps: what is synced in it is durable only under its name
+            filesystem.sync_directory(self._directory.path)
         self._unsynced |= bool(entries)
         self._append_to(fd, size, b"".join(record.line(msgspec.json.encode(entry)) for entry in entries))
         for _ in entries:

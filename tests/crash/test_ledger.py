@@ -1,0 +1,85 @@
+"""The ledger after a crash at any moment: what was said to be durable is in it once, also while it is summed up."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pillarbox.store import balance, layout, ledger
+from pillarbox.store.balance import Found, Sealed, Settled
+from pillarbox.store.directory import Directory
+from pillarbox.store.ledger import Ledger, entries_of
+from pillarbox.testing import ManualClock
+from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State, Survivors
+from tests.crash.enumeration import ENDS
+
+PLACE = "/outbox"
+LEDGER = f"{PLACE}/{layout.LEDGER}"
+EVENTS = 10  # of a batch
+BATCHES = 7
+STATES_MIN = 500
+
+
+def batch(number: int) -> str:
+    """The n-th."""
+    return layout.batch_id(layout.sealed_name(number, "x"))
+
+
+def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
+    """Batches are sealed, settled and marked as that, one after the other; the ledger is shortened on the way."""
+    monkeypatch.setattr(ledger, "CONDENSE_BYTES", 1000)
+    monkeypatch.setattr(balance, "RECENT", 1)
+    disk, clock = Disk(), ManualClock()
+    new_id = map("{:04d}".format, itertools.count(1)).__next__
+    place = Directory(PLACE, CrashFilesystem(disk), clock, new_id)
+    place.open()
+    pen = Ledger(place, clock)
+    for number in range(BATCHES):
+        pen.note(Sealed(number, batch(number), "w", EVENTS, 100))
+        assert pen.write(sync=False)
+        pen.note(Settled(number, batch(number), "sink", EVENTS, 0, 0, 0))
+        assert pen.write(sync=True)
+        disk.mark(("settled", number))
+    return list(disk.trace)
+
+
+def problem_of(state: State, settled: int) -> str:
+    """What is wrong with the account that a crash has left once `settled` batches were; the files of the others are there."""
+    entries, _ = entries_of(state.get(LEDGER, b""))
+    account = balance.account(entries, {batch(number): Found(EVENTS, 0) for number in range(settled, BATCHES)}, [])
+    total = account.total
+    if not account.balances or total.resent or total.accepted != BATCHES * EVENTS:
+        return f"{settled} settled: {account}"
+    if not settled * EVENTS <= total.delivered <= (settled + 1) * EVENTS:
+        return f"{settled} settled, and the ledger has {total.delivered} events as delivered"
+    return ""
+
+
+def look(trace: list[Op]) -> tuple[int, str]:
+    """How many states were looked at, and what is wrong with one of them."""
+    survivors, settled, states = Survivors(ignoring={layout.LEDGER_LOCK}), 0, 0
+    for op in trace:
+        survivors.apply(op)
+        settled += op.verb == "mark"
+        for state in [survivors.whole(), *survivors.states(ENDS)]:
+            states += 1
+            if problem := problem_of(state, settled):
+                return states, f"after {op.verb} {op.path}: {problem}"
+    return states, ""
+
+
+def test_what_was_synced_is_counted_once_whatever_a_crash_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment of appending and of summing up, by a kill or the loss of power."""
+    trace = history(monkeypatch)
+    assert any(op.verb == "rename" and op.target == LEDGER for op in trace)
+    states, problem = look(trace)
+    assert not problem
+    assert states > STATES_MIN
+
+
+@pytest.mark.parametrize("verb", ["sync_data", "sync_directory"])
+def test_without_its_syncs_that_is_not_so(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    """The states tell the difference."""
+    trace = [op for op in history(monkeypatch) if op.verb != verb]
+    assert look(trace)[1]
