@@ -509,6 +509,7 @@ class Outbox:
         if self._delivery is not None:
             self._delivery.worker.notify()
             self._delivery.stop(max(0.0, deadline - self._clock.monotonic()))
+        self._ledger.write(sync=False)  # what found its lock held before
 
     def __enter__(self) -> Self:
         self._start()

@@ -118,7 +118,7 @@ rename-before-sync: a file is synced after it got its sealed name
 -            self._make_durable(file)
          done = 0
 
-         def renamed(file: Taken, _name: str) -> None:
+         def renamed(file: Taken, name: str) -> None:
              nonlocal done
 +            self._make_durable(retired[done])
 lock-kept-after-sealing: who sealed a file keeps its lock
@@ -235,8 +235,8 @@ quarantine-without-line-feed: damaged bytes are not kept as they stood
 +len(line)
 @ store/filesystem.py
 created-over: a new file may be one that is there
--os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL
-+os.O_RDWR | os.O_APPEND | os.O_CREAT
+-os.O_RDWR | os.O_CREAT | os.O_EXCL | flags
++os.O_RDWR | os.O_CREAT | flags
 planted-link-followed: a link under one of our names is followed
 -os.O_NOFOLLOW | os.O_NONBLOCK
 +os.O_NONBLOCK
@@ -251,6 +251,7 @@ evicted-without-lock: two processes evict at once
 +            from pillarbox.store.directory import Taken
 +            at = self._directory.at(layout.EVICT_LOCK)
 +            lock = Taken(at, self._directory.filesystem.open_lock(at))
+         going: list[tuple[Taken, bytes]] = []
          try:
              self._next_listing
 eviction-makes-no-room: what is evicted is counted as pending

@@ -51,7 +51,7 @@ def verify(
         found = _audited(place)
     except OSError as error:
         raise DirectoryUnusable(settings.directory, f"cannot be read: {error.strerror}", "name an outbox directory") from None
-    balances = found.account.balances
+    balances = found.balances
     if json:
         answer = Verification(
             directory=settings.directory,
@@ -62,7 +62,7 @@ def verify(
         )
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
         return Exit.DONE if balances else Exit.PARTLY
-    out.print(in_one_line(found.account), markup=False)
+    out.print(in_one_line(found), markup=False)
     if writers:
         rows = [*found.account.writers, msgspec.structs.replace(found.account.total, writer="all")]
         print_table([("writer", "left"), *((name, "right") for name in _FIGURES)], map(_cells, rows))
@@ -79,8 +79,9 @@ def _audited(place: Directory) -> Audit:
         return audit(place, lambda done, total: progress.update(task, completed=done, total=total))
 
 
-def in_one_line(account: Account) -> str:
+def in_one_line(found: Audit) -> str:
     """The account as an equation."""
+    account = found.account
     row = account.total
     parts = [
         f"delivered {row.delivered:,}",
@@ -89,7 +90,7 @@ def in_one_line(account: Account) -> str:
         f"quarantined {_range(row.quarantined, row.quarantined_max)}",
         f"evicted {row.evicted:,}",
     ]
-    word, sign = ("balanced", "=") if account.balances else ("does not balance", "<>")
+    word, sign = ("balanced", "=") if found.balances else ("does not balance", "<>")
     mended = [
         f"{name} {number:,}"
         for name, number in (

@@ -33,19 +33,26 @@ class Audit(NamedTuple):
     unread_entries: int  # lines of the ledger that this version does not know, or that are damaged
     unreadable: list[str]  # files
 
+    @property
+    def balances(self) -> bool:
+        """Whether everything is accounted for; what cannot be read is not."""
+        return self.account.balances and not self.unreadable
+
 
 def audit(directory: Directory, progress: Callable[[int, int], None] = lambda _done, _total: None) -> Audit:
     """The account of a directory; `progress(done, total)` is called with bytes that were read. Raises `OSError`."""
-    found = _look(directory, progress)
+    known: dict[str, Found] = {}
+    found = _look(directory, progress, known)
     for _ in range(_LOOKS - 1):
-        if found.account.balances:
+        if found.balances:
             break
         threading.Event().wait(_BETWEEN_LOOKS_S)
-        found = _look(directory, progress)
+        found = _look(directory, progress, known)
     return found
 
 
-def _look(directory: Directory, progress: Callable[[int, int], None]) -> Audit:
+def _look(directory: Directory, progress: Callable[[int, int], None], known: dict[str, Found]) -> Audit:
+    """One look; sealed files never change, so that those in `known`, which is added to, are not read again."""
     before, _ = _entries(directory)
     listing = sorted(directory.filesystem.listing(directory.path))
     total = sum(entry.size for entry in listing if layout.kind_of(entry.name) in _COUNTED)
@@ -60,6 +67,9 @@ def _look(directory: Directory, progress: Callable[[int, int], None]) -> Audit:
             continue
         progress(done, total)
         done += size
+        if name in known:
+            found[layout.batch_id(name)] = known[name]
+            continue
         try:
             data = _read(directory, name)
         except FileNotFoundError:
@@ -70,7 +80,7 @@ def _look(directory: Directory, progress: Callable[[int, int], None]) -> Audit:
         if kind is Kind.DEAD:
             dead[layout.batch_id(name).removeprefix("dead-")] = 0 if data is None else data.count(b"\n")
         elif kind is Kind.SEALED:
-            found[layout.batch_id(name)] = _UNREADABLE if data is None else _found(data)
+            found[layout.batch_id(name)] = _UNREADABLE if data is None else known.setdefault(name, _found(data))
         else:
             writer = layout.writer_of(name)
             active[name] = Found(0, 1, writer) if data is None else _found(data[: data.rfind(b"\n") + 1], writer)
