@@ -92,7 +92,11 @@ def _deliverer(found: Status) -> str:
     beat, silent = found.deliverer, found.deliverer_silent_s
     if beat is None or silent is None:
         return "none so far"
-    text = f"process {beat.pid} to {beat.sink}, {beat.state}; {beat.delivered:,} delivered"
+    again = ""
+    if beat.state.retry_at_micros is not None:
+        left = (beat.state.retry_at_micros - beat.at_micros) / 1e6 - silent
+        again = f", next try in {max(0.0, left):,.0f} s"
+    text = f"process {beat.pid} to {beat.sink}, {beat.state}{again}; {beat.delivered:,} delivered"
     if silent > SILENT_AFTER_S:
         return f"silent for {silent:,.0f} s (gone, or it hangs); it was {text}"
     return text
