@@ -46,9 +46,9 @@ ANSWERS = [
     Misconfigured("no such table"),
 ]
 LATELY = [
-    Lately(proven, accepted, 500, refused_calls, refused_batches, age_s, failing_s)
-    for proven, accepted, refused_calls, refused_batches, age_s, failing_s in product(
-        [False, True], [False, True], [0, 10, 19, 20, 10**6], [0, 1, 2, 10**6], [-86_400.0, 0.0, 61.0, 1e9], [0.0, 61.0, 1e9]
+    Lately(proven, accepted, 500, refused_calls, refused_batches, condemned, age_s, failing_s)
+    for proven, accepted, refused_calls, refused_batches, condemned, age_s, failing_s in product(
+        [False, True], [False, True], [0, 19, 20], [0, 2, 10**6], [0, 1, 2, 3], [-86_400.0, 61.0, 1e9], [0.0, 61.0, 1e9]
     )
 ]
 
@@ -64,7 +64,8 @@ def test_every_answer_has_an_action(answer: Answer, rules: Rules) -> None:
             case Delivered(accepted, duplicates):
                 assert action == Settle(accepted, duplicates, {})
             case Partly(refused, None):
-                assert action == Resend(refused)
+                hopeless = rules.outage_after and not lately.proven and not lately.accepted and lately.refused_calls >= 20
+                assert action == Resend(refused) if not hopeless else isinstance(action, GiveUp if too_old else PutOff)
             case Partly(refused, _, _):
                 assert action == Settle(2, 0, refused)
             case Refused(refusal) if size <= 1:
@@ -90,9 +91,14 @@ def test_what_is_refused_as_a_whole_is_judged_by_what_else_is_accepted(rules: Ru
     """A refusal is final where the destination takes something, and where the operator says so."""
     for lately, accepted in product(LATELY, [0, 1]):
         verdict = judge(accepted, lately, rules)
-        if accepted or lately.proven or rules.outage_after == 0 or is_too_old(lately, rules):
+        if (
+            accepted
+            or rules.outage_after == 0
+            or is_too_old(lately, rules)
+            or (lately.proven and lately.condemned < rules.outage_after)
+        ):
             assert verdict is Verdict.FINAL
-        elif lately.refused_batches + 1 >= rules.outage_after:
+        elif lately.refused_batches + lately.condemned + 1 >= rules.outage_after:
             assert verdict is Verdict.OUTAGE
         else:
             assert verdict is Verdict.PUT_OFF

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pillarbox.sinks.base import Refusal
     from pillarbox.telemetry import DeliveryCounters
 
+_SANE_MICROS: Final = 1_577_836_800_000_000  # 2020: a clock that says less had not been set when the file was sealed
+_GIVEN_UP_S: Final = 1.0  # how long a call that is given up may take to end, before that is worth a word
 _AHEAD_AFTER_S: Final = 0.001  # a call that takes longer waits for the destination: time to read the next file
 
 
@@ -60,6 +62,7 @@ class Courier:
         self._meanwhile = meanwhile
         self._not_before = 0.0  # monotonic: the destination asked for time, or has to be mended
         self._began = (clock.micros(), clock.monotonic())
+        self._given_up: set[asyncio.Future[Answer]] = set()  # calls that have not ended yet
 
     async def send(self, shipment: Shipment) -> Verdict:
         """Whether what was refused of it is final; where it is not, nothing of it was accepted."""
@@ -101,6 +104,10 @@ class Courier:
             return Verdict.FINAL
         return policy.judge(shipment.accepted, self._lately(shipment), self._rules)
 
+    def begin(self) -> None:
+        """Start afresh, on another event loop."""
+        self._given_up.clear()
+
     def hold(self, seconds: float) -> None:
         """Send nothing for so long."""
         self._not_before = max(self._not_before, self._clock.monotonic() + seconds)
@@ -128,14 +135,15 @@ class Courier:
             shipment.records,
             shipment.refused_calls,
             self._suspects.in_row(besides=shipment.jobs[0].name),
+            self._suspects.condemned,
             self._age(shipment, now),
             0.0 if shipment.failing_since is None else now - shipment.failing_since,
         )
 
     def _age(self, shipment: Shipment, now: float) -> float:
-        """Seconds since the oldest file was sealed, by whichever clock makes it younger: one of them may have jumped."""
-        stamp = layout.stamp_of(shipment.jobs[0].name)
-        if stamp is None:
+        """Seconds since the youngest file was sealed, by whichever clock makes it younger: one of them may have jumped."""
+        stamp = layout.stamp_of(shipment.jobs[-1].name)
+        if stamp is None or stamp < _SANE_MICROS:
             return 0.0
         wall, monotonic = self._began
         return min(self._clock.micros() - stamp, wall - stamp + (now - monotonic) * 1e6) / 1e6
@@ -151,6 +159,11 @@ class Courier:
     async def _until_due(self) -> None:
         while (left := self._not_before - self._clock.monotonic()) > 0:
             await self._pause(left)
+        # A sink that takes one call at a time gets no second one beside a call that was given up and goes on.
+        while self._given_up and not self._sink.traits.concurrent:
+            self._standing.enter("waiting", "the sink goes on with a call that was given up")
+            await asyncio.wait(self._given_up, timeout=BEAT_EVERY_S)
+            await self._pause(0)
 
     async def _call(self, part: Batch) -> Answer:
         """One call, bounded in time; while it waits for the destination, the next file is read and the heart beats."""
@@ -161,15 +174,35 @@ class Courier:
                 while not call.done():
                     self._meanwhile()
                     await asyncio.wait({call}, timeout=BEAT_EVERY_S)
-                return await call
+        except TimeoutError:
+            await self._give_up(call)
+            return Retry(f"no answer within {self._rules.call_timeout_s:g} s")
+        except BaseException:
+            call.cancel()
+            raise
+        return self._answer_of(call, len(part))
+
+    async def _give_up(self, call: asyncio.Future[Answer]) -> None:
+        call.cancel()
+        await asyncio.wait({call}, timeout=_GIVEN_UP_S)
+        if not call.done():
+            self._given_up.add(call)
+        call.add_done_callback(self._ended)
+
+    def _ended(self, call: asyncio.Future[Answer]) -> None:
+        self._given_up.discard(call)
+        if not call.cancelled():
+            call.exception()  # what it was is of no interest any more
+
+    def _answer_of(self, call: asyncio.Future[Answer], size: int) -> Answer:
+        try:
+            return policy.checked(call.result(), size)
+        except asyncio.CancelledError:
+            return Retry("the sink cancelled its own call")
         except SinkUnusable as error:
             return Misconfigured(str(error))
-        except TimeoutError as error:
-            return Retry(str(error) or f"no answer within {self._rules.call_timeout_s:g} s")
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
             return Retry(words(error))
-        finally:
-            call.cancel()
 
 
 def words(error: BaseException) -> str:

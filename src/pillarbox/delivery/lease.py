@@ -33,6 +33,12 @@ class Lease:
         """Whether this process delivers."""
         return self._fd >= 0
 
+    def is_good(self) -> bool:
+        """Whether it is still the lock that others see; one that somebody removed is let go."""
+        if self.held and not self._directory.filesystem.is_still(self._fd, self._directory.at(layout.DELIVER_LOCK)):
+            self.release()
+        return self.held
+
     def take(self) -> bool:
         """Become the one that delivers; False where another process is."""
         taken = self._directory.take_lock(layout.DELIVER_LOCK)

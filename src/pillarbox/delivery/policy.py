@@ -7,6 +7,7 @@ the other, is set up wrongly, and what it says of the records proves nothing.
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -40,6 +41,7 @@ class Lately(NamedTuple):
     records: int = 1  # of the whole batch
     refused_calls: int = 0  # how many calls in a row it has refused of this batch, this one not among them
     refused_batches: int = 0  # how many other batches in a row it has refused as a whole
+    condemned: int = 0  # how many of them were given up as dead letters since it has accepted something
     age_s: float = 0.0  # since the batch was sealed
     failing_s: float = 0.0  # since its first call here failed
 
@@ -108,6 +110,8 @@ def decide(answer: Answer, size: int, attempt: int, share: float, lately: Lately
     match answer:
         case Delivered(accepted, duplicates):
             return Settle(accepted, duplicates, {})
+        case Partly(refused, None) if _is_hopeless(lately, rules):
+            return _too_old(lately, rules) or PutOff(next(iter(refused.values())))
         case Partly(refused, None):
             return Resend(refused)
         case Partly(refused, accepted, duplicates):
@@ -128,9 +132,27 @@ def decide(answer: Answer, size: int, attempt: int, share: float, lately: Lately
 
 def judge(accepted: int, lately: Lately, rules: Rules) -> Verdict:
     """What becomes of the refusals of a batch of which `accepted` records arrived."""
-    if accepted or lately.proven or not rules.outage_after or is_too_old(lately, rules):
+    if accepted or not rules.outage_after or is_too_old(lately, rules):
         return Verdict.FINAL
-    return Verdict.OUTAGE if is_outage(lately.refused_batches + 1, rules) else Verdict.PUT_OFF
+    # One success proves a few batches bad, not all that wait: the destination may have been well for a moment only.
+    if lately.proven and lately.condemned < rules.outage_after:
+        return Verdict.FINAL
+    return Verdict.OUTAGE if is_outage(lately.refused_batches + lately.condemned + 1, rules) else Verdict.PUT_OFF
+
+
+def checked(answer: object, size: int) -> Answer:
+    """A sink's answer to a call of `size` records, or what to make of one that cannot be: a sink may be anybody's code."""
+    match answer:
+        case Delivered(accepted, duplicates) if 0 <= accepted <= size and duplicates >= 0:
+            return answer
+        case Retry(reason, after) if after is not None and not 0 <= after < math.inf:
+            return Retry(reason, None)
+        case Retry() | Refused() | Misconfigured():
+            return answer
+        case Partly(refused, accepted) if refused and refused.keys() <= set(range(size)):
+            if accepted is None or 0 <= accepted <= size - len(refused):
+                return answer
+    return Misconfigured(f"the sink answered a call of {size} records with {answer!r:.200}, which cannot be: mend the sink")
 
 
 def is_outage(refused_batches: int, rules: Rules) -> bool:

@@ -37,6 +37,7 @@ GROUP_MAX: Final = 32  # files let go together: each holds a descriptor, and is 
 GROUP_S: Final = 0.2  # how long a file waits for others to be let go with
 _REMOVED_S: Final = 1.0  # how long a removal may wait for its sync: what power loss brings back is sent again
 _HELD_S: Final = 10.0  # between two listings of what is set aside, while there is room
+_FULL_S: Final = 1.0  # the same while there is none
 _TELL_EVERY_S: Final = 10.0
 _DISCARDING: Final = "what is set aside"
 
@@ -129,6 +130,7 @@ class Settler:
         self._removed_since: float | None = None  # the first removal that is not synced yet
         self._held: dict[Kind, int] = {}  # bytes that are set aside, by kind
         self._held_at = -_HELD_S
+        self._full_at = -_FULL_S
         self._told_at = -_TELL_EVERY_S
         self._told = (0, 0)
         self.failures_in_row = 0  # to settle: not the files are at fault then, but the disk
@@ -141,7 +143,7 @@ class Settler:
         except _Full as full:
             self._park(job, str(full), self._rules.recheck_s, full=True)
             return
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - a defect must not keep the file's lock for ever
             self._trouble(job, error)
             return
         if self._ledger is not None:
@@ -173,7 +175,7 @@ class Settler:
                         self._removed_since = self._clock.monotonic()
                     self._count(job)
                     self.settled.notify_all()
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 self._trouble(job, error)
                 continue
             self._directory.filesystem.close(job.file.fd)
@@ -221,13 +223,18 @@ class Settler:
         for name in [name for name in self._parked if name not in there]:
             del self._parked[name]
             self._standing.withdraw(name)
-        for name, parked in self._parked.items():
-            if parked.full and parked.at <= now and self._full(parked.needs):
+        due = [(name, parked) for name, parked in self._parked.items() if parked.full and parked.at <= now]
+        if due:
+            self._held, self._held_at = self._set_aside_bytes(""), now
+        for name, parked in due:
+            if self._exceeded(parked.needs):
                 self._parked[name] = parked._replace(at=now + self._rules.recheck_s)  # sent again only once there is room
         return {job.name for job in self._group} | {name for name, parked in self._parked.items() if parked.at > now}
 
-    def _trouble(self, job: Job, error: OSError) -> None:
+    def _trouble(self, job: Job, error: Exception) -> None:
         """What is wrong may concern this file alone, and holds up no other."""
+        if not isinstance(error, OSError):
+            log.error("%s: a defect in Pillarbox or in a hook", job.name, exc_info=error)
         self.failures_in_row += 1
         before = self._parked.get(job.name)
         wait = self._rules.backoff.delay(1 if before is None else before.failures + 1, jitter())
@@ -262,25 +269,35 @@ class Settler:
         self._tell()
 
     def _full(self, needs: _Needs) -> dict[PurgedKind, str]:
-        """Which kinds have no room for what a file needs, and how that is said."""
+        """Which kinds have no room for what a file is about to set aside, and how that is said."""
+        moment = self._clock.monotonic()
+        if moment - self._held_at >= _HELD_S:
+            self._held, self._held_at = self._set_aside_bytes(""), moment
+        # Somebody may have made room, and what an earlier try with this batch has left is written over.
+        if self._exceeded(needs) and (moment - self._full_at >= _FULL_S or self._has_left_something(needs.batch)):
+            self._held, self._held_at = self._set_aside_bytes(needs.batch), moment
+            self._full_at = moment
+        full = self._exceeded(needs)
+        if not full or self._kept.discards:
+            self._held[Kind.DEAD] += 0 if "dead" in full else needs.dead_bytes
+            self._held[Kind.CORRUPT] += 0 if "quarantine" in full else needs.damaged_bytes
+        return full
+
+    def _exceeded(self, needs: _Needs) -> dict[PurgedKind, str]:
+        """The limits that would be exceeded, as far as is known."""
         kept = self._kept
         limits: tuple[tuple[PurgedKind, Kind, int, int], ...] = (
             ("dead", Kind.DEAD, needs.dead_bytes, kept.max_dead_bytes),
             ("quarantine", Kind.CORRUPT, needs.damaged_bytes, kept.max_quarantine_bytes),
         )
-        moment = self._clock.monotonic()
-        if moment - self._held_at >= _HELD_S:
-            self._held, self._held_at = self._set_aside_bytes(""), moment
-        if any(size and self._held[kind] + size > limit for _, kind, size, limit in limits):
-            self._held, self._held_at = self._set_aside_bytes(needs.batch), moment
-        full = {
+        return {
             word: f"max_{word}_bytes = {limit} is reached; pillarbox {word} list shows what is kept, {word} purge removes it"
             for word, kind, size, limit in limits
             if size and self._held[kind] + size > limit
         }
-        for _, kind, size, _ in limits:
-            self._held[kind] += size
-        return full
+
+    def _has_left_something(self, batch: str) -> bool:
+        return any(self._directory.read_bytes(name) for name in (layout.dead_name(batch), layout.corrupt_name(batch)))
 
     def _set_aside_bytes(self, batch: str) -> dict[Kind, int]:
         """What is kept, but for what an earlier try with this batch has left: that is written over."""

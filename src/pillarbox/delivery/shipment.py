@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from pillarbox.delivery.settlement import DeadLetter
-from pillarbox.sinks.base import Batch
+from pillarbox.sinks.base import Batch, Refusal
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pillarbox.clock import Clock
-    from pillarbox.sinks.base import Refusal
     from pillarbox.store import reader
     from pillarbox.store.directory import Taken
 
@@ -77,7 +76,7 @@ class Shipment:
     def refuse(self, part: Batch, dead: dict[int, Refusal]) -> None:
         """The records at these indexes of a part did not, and will not."""
         for index, refusal in dead.items():
-            self.refused[part.first + index] = (refusal, self.attempts)
+            self.refused[part.first + index] = (Refusal(_clean(refusal.code), _clean(refusal.reason)), self.attempts)
 
     def hand_out(self, sink_name: str) -> None:
         """Give each file its share of what became of the records; those that are refused become dead letters."""
@@ -100,3 +99,8 @@ class Shipment:
             job.payloads = ()  # what is sent again is read again
             first += job.records
         self.batch.payloads = ()
+
+
+def _clean(text: object) -> str:
+    """Text that can be written down, whatever a destination or a sink has put into it."""
+    return str(text).encode(errors="backslashreplace").decode()

@@ -29,11 +29,22 @@ class Suspects:
         self._rules = rules
         self._found: dict[str, _Suspect] = {}
         self._successes = 0
+        self._condemned = 0  # batches given up as a whole since the last success
         self.alone: set[str] = set()  # refused together with others: sent by itself from now on
 
     def success(self) -> None:
         """The destination has accepted something: what was put off before is judged at its next refusal."""
         self._successes += 1
+        self._condemned = 0
+
+    def condemn(self) -> None:
+        """A batch of which nothing was accepted is given up."""
+        self._condemned += 1
+
+    @property
+    def condemned(self) -> int:
+        """How many were since the last success."""
+        return self._condemned
 
     def put_off(self, name: str, reason: str, history: History, now: float) -> None:
         """This batch was refused as a whole."""
@@ -72,7 +83,8 @@ class Suspects:
     @property
     def is_outage(self) -> bool:
         """Whether so many are refused that it is not they that are bad."""
-        return policy.is_outage(self.in_row(), self._rules)
+        in_row = self.in_row()
+        return in_row > 0 and policy.is_outage(in_row + self._condemned, self._rules)
 
     def reason(self) -> str:
         """Why the last of them was refused."""
@@ -87,7 +99,8 @@ class Suspects:
         waiting = set(unjudged)
         others = [name for name in found if name not in waiting]
         if self.is_outage:
-            return others[:1] if others and len(unjudged) < _REMEMBERED_MAX else unjudged[:1]
+            fresh = [name for name in others if name not in self._found]
+            return (fresh or others)[:1] if others and len(unjudged) < _REMEMBERED_MAX else unjudged[:1]
         if others:
             return others
         return [name for name in unjudged if now - self._found[name].tried_at >= self._rules.recheck_s]

@@ -46,9 +46,9 @@ class DeliveryThread:
         while True:
             try:
                 asyncio.run(self._main())
-            except asyncio.CancelledError:
-                return
-            except Exception:
+            except (asyncio.CancelledError, Exception, SystemExit) as error:
+                if isinstance(error, asyncio.CancelledError) and self._stop.is_set():
+                    return
                 log.exception("delivery ended by a defect in Pillarbox or in a sink; it begins again in %g s", _RESTART_S)
             else:
                 return

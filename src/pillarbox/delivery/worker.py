@@ -8,6 +8,7 @@ of them. With `max_in_flight` several are on their way at once, where the sink t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -26,6 +27,7 @@ from pillarbox.errors import FileUnusable, SinkUnusable
 from pillarbox.sinks.base import Misconfigured, Retry, Sink, Unconfirmed
 from pillarbox.store import layout, reader
 from pillarbox.store.balance import Adopted
+from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +43,7 @@ log = logging.getLogger("pillarbox")
 _NOT_YET_S: Final = 0.01  # before a sink that could confirm nothing yet is asked again
 _TAKE_OVER_S: Final = 0.5  # between two looks whether the process that delivers is gone
 _HELD_S: Final = 1.0  # how long to wait for a file that another process has before the next one is sent
+_CLOSE_S: Final = 5.0  # how long a sink may take to hang up
 _UNSETTLED_MAX: Final = 3  # settlements that fail in a row: not the files are at fault then, but the disk
 TOGETHER_RECORDS: Final = 500  # of small files that go out in one call, where the sink takes that: as many as a file has
 TOGETHER_BYTES: Final = 1_000_000
@@ -99,7 +102,7 @@ class Worker:
         self._unconfirmed: deque[Shipment] = deque()
         self._confirming: asyncio.Task[None] | None = None
         self._confirm_failures = 0
-        self._held: tuple[str, float] | None = None  # the file that another process has, and since when
+        self._held: dict[str, float] = {}  # the files that another process has, and since when
         self._trouble_confirming: Misconfigured | Retry | None = None
         self.idle = threading.Event()  # set while a look at the directory has found nothing to do
 
@@ -142,6 +145,7 @@ class Worker:
         if ending:
             self._end.set()
         self._loop = asyncio.get_running_loop()
+        self._courier.begin()
         try:
             while await self._round():
                 pass
@@ -151,33 +155,54 @@ class Worker:
             await self._hang_up()
 
     async def _hang_up(self) -> None:
-        """Let go of everything, whatever ended the loop."""
+        """Let go of everything, whatever ended the loop and whatever goes wrong with that."""
+        try:
+            await self._call_back()
+        finally:
+            try:
+                self._let_go_of_all()
+            finally:
+                try:
+                    async with asyncio.timeout(_CLOSE_S):
+                        await self._sink.close()  # also where `open` has failed: it may have come halfway
+                except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
+                    log.warning("%s: not closed properly: %s", self._sink_name, words(error))
+                finally:
+                    self.lease.release()
+
+    async def _call_back(self) -> None:
+        """Have nothing under way any more; told to end, each call may still do so by itself."""
         if self._confirming is not None:
             self._confirming.cancel()
-        if self._in_flight:
-            try:
-                if self._end.is_set():
-                    await asyncio.wait(self._in_flight)  # each ends with its call
-            finally:
-                for task in self._in_flight:
-                    task.cancel()
-                await asyncio.wait(self._in_flight)
-                self._in_flight.clear()
+        tasks = set(self._in_flight)
+        if not tasks:
+            return
+        try:
+            if self._end.is_set():
+                await asyncio.wait(tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            for task in tasks:
+                if not task.cancelled():
+                    task.exception()  # it has closed its files; the reason for all of this is another
+            self._in_flight.clear()
+
+    def _let_go_of_all(self) -> None:
         self._forget_queue()
         for shipment in self._unconfirmed:
             self._close(shipment)
         self._unconfirmed.clear()
-        self._settler.finish()
         self._confirming = self._trouble_confirming = None
         self._opened = False
-        await self._sink.close()  # also where `open` has failed: it may have come halfway
-        self.lease.release()
+        self._settler.finish()
 
     async def _round(self) -> bool:
         """Look once and deliver what is found; False when the worker is to end."""
         self._work.clear()
         try:
-            if not self.lease.held and not self.lease.take():
+            if not self.lease.is_good() and not self.lease.take():
                 self._standing.enter("standby", "another process delivers this directory")
                 await self._pause(min(self._rules.interval_s, _TAKE_OVER_S))
                 return True
@@ -222,10 +247,11 @@ class Worker:
 
     def _choose(self, found: list[str]) -> list[str]:
         """Which of the sealed files to send now, in order."""
-        if self._held is not None and self._held[0] not in found:
-            self._held = None
-        for name in set(self._standing.complaints) - set(found) if self._standing.complaints else ():
-            self._standing.withdraw(name)
+        there = set(found)
+        self._held = {name: since for name, since in self._held.items() if name in there} if self._held else {}
+        for name in set(self._standing.complaints) - there if self._standing.complaints else ():
+            if layout.kind_of(name) is Kind.SEALED:
+                self._standing.withdraw(name)
         self._suspects.keep_only(found)
         busy = self._settler.waiting(found)
         busy.update(job.name for shipment in self._unconfirmed for job in shipment.jobs)
@@ -252,7 +278,7 @@ class Worker:
                 await self._land(0)
                 return True  # the queue is empty, and what was in it is on disk
             shipment, self._ahead = self._ahead or self._load_shipment(), None
-            if self._held is not None and self._clock.monotonic() - self._held[1] < _HELD_S:
+            if self._waits_for_another():
                 # Its turn comes before the others': a process that dies lets go of this file in a moment.
                 if shipment is not None:
                     self._close(shipment)
@@ -282,7 +308,8 @@ class Worker:
         if self._suspects.is_outage:
             self._forget_queue()
             await self._land(0)
-            await self._stop_for_outage()
+            if self._suspects.is_outage:  # one that was still under way may have been accepted
+                await self._stop_for_outage()
             return True
         if self._settler.failures_in_row >= _UNSETTLED_MAX:
             self._forget_queue()
@@ -296,7 +323,7 @@ class Worker:
     async def _stop_for_outage(self) -> None:
         """Batch after batch is refused: not they are bad, but what is set up. One is tried each time, until one is accepted."""
         self.counters.failed_flushes += 1
-        row = self._suspects.in_row()
+        row = self._suspects.in_row() + self._suspects.condemned
         reason = f"{row} batches in a row were refused as a whole, and are kept: {self._suspects.reason()}"
         if self.state.name != "stopped":
             self._settler.finish()
@@ -309,20 +336,24 @@ class Worker:
             done, _ = await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 del self._in_flight[task]
-            for task in done:
-                task.result()
+            failed = [error for task in done if (error := task.exception()) is not None]
+            if failed:
+                raise failed[0]
 
     async def _carry(self, shipment: Shipment) -> None:
         """Send a shipment and do what follows for its files."""
         try:
             verdict = await self._courier.send(shipment)
+            if verdict is Verdict.FINAL:
+                shipment.hand_out(self._sink_name)
         except BaseException:
             self._close(shipment)
             raise
         if verdict is not Verdict.FINAL:
             self._put_off(shipment)
             return
-        shipment.hand_out(self._sink_name)
+        if shipment.refused and not shipment.accepted:
+            self._suspects.condemn()
         if self._sink.traits.confirms and shipment.accepted:
             self._unconfirmed.append(shipment)
             self._confirm_soon()
@@ -330,7 +361,8 @@ class Worker:
             self._settle(shipment)
 
     def _settle(self, shipment: Shipment) -> None:
-        for job in shipment.jobs:
+        while shipment.jobs:
+            job = shipment.jobs.pop(0)  # the settler's from here on, whatever happens
             self._suspects.forget(job.name)
             self._settler.settle(job)
 
@@ -351,10 +383,11 @@ class Worker:
         """While a shipment is on its way: let go of what is due, and read and prepare the next."""
         self._settler.let_go_in_time()
         self._standing.beat()
-        if self._ahead is None and self._held is None and (self._queue or self._spare is not None):
+        if self._ahead is None and not self._waits_for_another() and (self._queue or self._spare is not None):
             self._ahead = self._load_shipment()
             if self._ahead is not None:
-                self._sink.prepare(self._ahead.batch)
+                with contextlib.suppress(Exception):  # it is no part of this call; what is wrong shows in the next
+                    self._sink.prepare(self._ahead.batch)
 
     def _forget_queue(self) -> None:
         """Have the next look at the directory find everything in order."""
@@ -373,23 +406,36 @@ class Worker:
     def _load_shipment(self) -> Shipment | None:
         """The next file, or the next small ones that the sink takes together; None where none can be read."""
         jobs: list[Job] = []
-        while self._queue or self._spare is not None:
-            job, self._spare = self._spare or self._load(self._queue.popleft()), None
-            if job is None:
-                if self._held is not None:
-                    break  # those behind it are not to overtake it
-                continue
-            if jobs and not self._goes_along(jobs, job):
-                self._spare = job
-                break
-            jobs.append(job)
-            if not self._sink.traits.combines:
-                break
+        try:
+            self._load_some(jobs)
+        except BaseException:
+            for job in jobs:
+                self._directory.filesystem.close(job.file.fd)
+            raise
         if not jobs:
             return None
         name = jobs[0].name
         history, proven = self._suspects.history(name), self._suspects.is_proven(name)
         return Shipment(jobs, self._clock, self._give_way, history, proven=proven)
+
+    def _load_some(self, jobs: list[Job]) -> None:
+        while self._queue or self._spare is not None:
+            job, self._spare = self._spare or self._load(self._queue.popleft()), None
+            if job is None:
+                if self._waits_for_another():
+                    return  # those behind it are not to overtake it
+                continue
+            if jobs and not self._goes_along(jobs, job):
+                self._spare = job
+                return
+            jobs.append(job)
+            if not self._sink.traits.combines:
+                return
+
+    def _waits_for_another(self) -> bool:
+        """Whether a file that another process has is to be waited for, for its turn comes before the others'."""
+        now = self._clock.monotonic()
+        return any(now - since < _HELD_S for since in self._held.values())
 
     def _goes_along(self, jobs: list[Job], job: Job) -> bool:
         """Whether a file goes out together with these; one that was refused goes by itself, to be judged by itself."""
@@ -403,13 +449,14 @@ class Worker:
         try:
             file = self._directory.take(name)
             if file is None:
-                if self._held is None or self._held[0] != name:
-                    self._held = (name, self._clock.monotonic())
+                since = self._held.setdefault(name, self._clock.monotonic())
+                if self._clock.monotonic() - since >= _HELD_S:
+                    self._standing.complain(name, "another process has it, and does not let go of it")
                 return None
-            if self._held is not None and self._held[0] == name:
-                self._held = None
+            self._held.pop(name, None)
             try:
                 data = self._directory.filesystem.read_all(file.fd)
+                job = Job(file, data, reader.read(data, self._give_way), self._clock.monotonic())
             except BaseException:
                 self._directory.filesystem.close(file.fd)
                 raise
@@ -420,7 +467,7 @@ class Worker:
             return None
         if not self._settler.is_parked(name):
             self._standing.withdraw(name)
-        return Job(file, data, reader.read(data, self._give_way), self._clock.monotonic())
+        return job
 
     def _give_way(self) -> None:
         # 60 us or so each time, for the kernel rounds the shortest sleep up: not for nobody.
@@ -441,8 +488,8 @@ class Worker:
                 sure, trouble = await self._ask_to_confirm(group)
                 if trouble is None:
                     for shipment in group[:sure]:
-                        self._unconfirmed.popleft()
                         self._settle(shipment)
+                        self._unconfirmed.popleft()
                     if sure:
                         self._confirm_failures = 0
                         self._room.set()
@@ -476,7 +523,10 @@ class Worker:
             self._confirm_soon()
             self._room.clear()
             self._settler.let_go()
-            await self._room.wait()
+            while not self._room.is_set():
+                self._standing.beat()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._room.wait(), BEAT_EVERY_S)
         trouble, self._trouble_confirming = self._trouble_confirming, None
         if isinstance(trouble, Misconfigured):
             await self._hold("stopped", trouble.reason, self._rules.recheck_s)
