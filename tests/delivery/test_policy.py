@@ -46,11 +46,27 @@ ANSWERS = [
     Misconfigured("no such table"),
 ]
 LATELY = [
-    Lately(proven, accepted, 500, refused_calls, refused_batches, condemned, age_s, failing_s)
-    for proven, accepted, refused_calls, refused_batches, condemned, age_s, failing_s in product(
-        [False, True], [False, True], [0, 19, 20], [0, 2, 10**6], [0, 1, 2, 3], [-86_400.0, 61.0, 1e9], [0.0, 61.0, 1e9]
+    Lately(proven, accepted, repeatable, 500, refused_calls, refused_batches, condemned, age_s, failing_s)
+    for proven, accepted, repeatable, refused_calls, refused_batches, condemned, age_s, failing_s in product(
+        [False, True],
+        [False, True],
+        [False, True],
+        [0, 19, 20, 80],
+        [0, 2],
+        [0, 2, 3],
+        [-86_400.0, 61.0, 1e9],
+        [0.0, 61.0, 1e9],
     )
 ]
+
+
+def hopeless(lately: Lately, rules: Rules) -> bool:
+    """Whether the search for bad records in this batch has lasted too long to be one."""
+    if rules.outage_after == 0 or (lately.proven and lately.condemned < rules.outage_after):
+        return False
+    if lately.accepted:
+        return lately.repeatable and lately.refused_calls >= 80
+    return lately.refused_calls >= 20
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
@@ -64,8 +80,7 @@ def test_every_answer_has_an_action(answer: Answer, rules: Rules) -> None:
             case Delivered(accepted, duplicates):
                 assert action == Settle(accepted, duplicates, {})
             case Partly(refused, None):
-                hopeless = rules.outage_after and not lately.proven and not lately.accepted and lately.refused_calls >= 20
-                assert action == Resend(refused) if not hopeless else isinstance(action, GiveUp if too_old else PutOff)
+                assert isinstance(action, (GiveUp if too_old else PutOff) if hopeless(lately, rules) else Resend)
             case Partly(refused, _, _):
                 assert action == Settle(2, 0, refused)
             case Refused(refusal) if size <= 1:
@@ -81,9 +96,7 @@ def test_every_answer_has_an_action(answer: Answer, rules: Rules) -> None:
             case Misconfigured(reason):
                 assert action == Stop(rules.recheck_s, reason)
             case Refused():
-                hopeless = rules.outage_after and not lately.proven and not lately.accepted and lately.refused_calls >= 20
-                assert action == (Split() if not hopeless else action)
-                assert isinstance(action, Split if not hopeless else GiveUp if too_old else PutOff)
+                assert isinstance(action, (GiveUp if too_old else PutOff) if hopeless(lately, rules) else Split)
 
 
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.outage_after}-{rules.max_age_s}")
@@ -125,7 +138,7 @@ def test_the_search_for_one_poisoned_record_is_never_hopeless(records: int) -> N
             if not first <= poison < last:
                 accepted = True
                 continue
-            lately = Lately(False, accepted, records, refused_calls)  # noqa: FBT003 - the fields of a table
+            lately = Lately(accepted=accepted, records=records, refused_calls=refused_calls)
             action = decide(Refused(NO), last - first, 1, 0.0, lately, Rules())
             refused_calls += 1
             if last - first == 1:

@@ -15,7 +15,7 @@ from pillarbox.delivery.backoff import jitter
 from pillarbox.delivery.lease import BEAT_EVERY_S
 from pillarbox.delivery.policy import Lately, Verdict
 from pillarbox.errors import SinkUnusable
-from pillarbox.sinks.base import Answer, Batch, Misconfigured, Retry, Sink
+from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Retry, Sink
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Courier:
             answer = await self._call(part)
             shipment.attempts += 1
             action = policy.decide(answer, len(part), failures + 1, jitter(), self._lately(shipment), self._rules)
-            shipment.refused_calls += not isinstance(answer, (Retry, Misconfigured))
+            self._remember(shipment, answer)
             match action:
                 case policy.Settle(accepted, duplicates, dead):
                     self._settle(shipment, part, accepted, duplicates, dead)
@@ -96,13 +96,22 @@ class Courier:
                     parts.popleft()
                 case policy.Wait(seconds, reason) | policy.Stop(seconds, reason):
                     failures += 1
-                    self._hold(shipment, "stopped" if isinstance(action, policy.Stop) else "waiting", seconds, reason)
+                    self._hold("stopped" if isinstance(action, policy.Stop) else "waiting", seconds, reason)
                 case policy.PutOff(refusal):
                     shipment.refuse(part, {0: refusal})
                     return policy.judge(0, self._lately(shipment), self._rules)
         if not shipment.refused:
             return Verdict.FINAL
         return policy.judge(shipment.accepted, self._lately(shipment), self._rules)
+
+    def _remember(self, shipment: Shipment, answer: Answer) -> None:
+        """How many calls in a row were refused, and since when the batch fails; policy asks for both."""
+        if isinstance(answer, (Delivered, Partly)) and answer.accepted:
+            shipment.refused_calls = 0
+            return
+        shipment.refused_calls += not isinstance(answer, (Retry, Misconfigured))
+        if shipment.failing_since is None:
+            shipment.failing_since = self._clock.monotonic()
 
     def begin(self) -> None:
         """Start afresh, on another event loop."""
@@ -120,9 +129,7 @@ class Courier:
         if accepted or shipment.proven:
             self._standing.well("draining")
 
-    def _hold(self, shipment: Shipment, name: StateName, seconds: float, reason: str) -> None:
-        if shipment.failing_since is None:
-            shipment.failing_since = self._clock.monotonic()
+    def _hold(self, name: StateName, seconds: float, reason: str) -> None:
         self._counters.failed_flushes += 1
         self.hold(seconds)
         self._standing.enter(name, reason, seconds)
@@ -132,6 +139,7 @@ class Courier:
         return Lately(
             shipment.proven,
             shipment.accepted > 0,
+            self._sink.traits.deduplicates_by != "nothing",
             shipment.records,
             shipment.refused_calls,
             self._suspects.in_row(besides=shipment.jobs[0].name),
@@ -176,7 +184,8 @@ class Courier:
                     await asyncio.wait({call}, timeout=BEAT_EVERY_S)
         except TimeoutError:
             await self._give_up(call)
-            return Retry(f"no answer within {self._rules.call_timeout_s:g} s")
+            if not call.done() or call.cancelled():
+                return Retry(f"no answer within {self._rules.call_timeout_s:g} s")
         except BaseException:
             call.cancel()
             raise

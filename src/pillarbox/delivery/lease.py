@@ -52,6 +52,8 @@ class Lease:
         if not self.held or (moment < self._next_beat and not now):
             return
         self._next_beat = moment + BEAT_EVERY_S
+        if not self.is_good():
+            return
         beat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error, self._durability)
         try:
             self._directory.filesystem.replace_all(self._fd, msgspec.json.encode(beat) + b"\n")

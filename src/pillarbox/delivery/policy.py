@@ -19,6 +19,7 @@ TOO_OLD: Final = "too_old"  # the code of dead letters that an age limit made
 # put right within minutes, and must not have made dead letters by then.
 AGE_PROOF_S: Final = 600.0
 _SPARE_CALLS: Final = 2
+_PATIENCE_WITH_GOOD_ONES: Final = 4  # several poisoned records side by side, in a batch of which others were accepted
 
 
 class Rules(NamedTuple):
@@ -38,8 +39,9 @@ class Lately(NamedTuple):
 
     proven: bool = False  # the destination has accepted something since it refused this batch as a whole
     accepted: bool = False  # it has accepted something of this batch
+    repeatable: bool = True  # what it has accepted of the batch may be sent again: it tells repeats
     records: int = 1  # of the whole batch
-    refused_calls: int = 0  # how many calls in a row it has refused of this batch, this one not among them
+    refused_calls: int = 0  # how many calls of the batch in a row it has refused, this one not among them
     refused_batches: int = 0  # how many other batches in a row it has refused as a whole
     condemned: int = 0  # how many of them were given up as dead letters since it has accepted something
     age_s: float = 0.0  # since the batch was sealed
@@ -143,14 +145,14 @@ def judge(accepted: int, lately: Lately, rules: Rules) -> Verdict:
 def checked(answer: object, size: int) -> Answer:
     """A sink's answer to a call of `size` records, or what to make of one that cannot be: a sink may be anybody's code."""
     match answer:
-        case Delivered(accepted, duplicates) if 0 <= accepted <= size and duplicates >= 0:
+        case Delivered(accepted, duplicates) if accepted == size and duplicates >= 0:
             return answer
         case Retry(reason, after) if after is not None and not 0 <= after < math.inf:
             return Retry(reason, None)
         case Retry() | Refused() | Misconfigured():
             return answer
         case Partly(refused, accepted) if refused and refused.keys() <= set(range(size)):
-            if accepted is None or 0 <= accepted <= size - len(refused):
+            if accepted is None or accepted == size - len(refused):
                 return answer
     return Misconfigured(f"the sink answered a call of {size} records with {answer!r:.200}, which cannot be: mend the sink")
 
@@ -174,6 +176,9 @@ def _too_old(lately: Lately, rules: Rules) -> GiveUp | None:
 
 def _is_hopeless(lately: Lately, rules: Rules) -> bool:
     """Whether halving goes on no further: one poisoned record is found by half as many refusals without a success."""
-    if lately.proven or lately.accepted or not rules.outage_after:
+    if not rules.outage_after or (lately.proven and lately.condemned < rules.outage_after):
         return False
-    return lately.refused_calls >= 2 * (lately.records - 1).bit_length() + _SPARE_CALLS
+    if lately.accepted and not lately.repeatable:
+        return False
+    patience = 2 * (lately.records - 1).bit_length() + _SPARE_CALLS
+    return lately.refused_calls >= patience * (_PATIENCE_WITH_GOOD_ONES if lately.accepted else 1)

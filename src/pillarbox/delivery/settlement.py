@@ -16,7 +16,7 @@ import msgspec
 
 from pillarbox.delivery.backoff import jitter
 from pillarbox.store import layout
-from pillarbox.store.balance import Purged, PurgedKind, Settled
+from pillarbox.store.balance import PurgedKind, Settled
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
@@ -149,7 +149,15 @@ class Settler:
         if self._ledger is not None:
             self._ledger.note(
                 Settled(
-                    self._clock.micros(), job.id, self._sink_name, job.accepted, job.duplicates, len(job.dead), len(job.spans)
+                    self._clock.micros(),
+                    job.id,
+                    self._sink_name,
+                    job.accepted,
+                    job.duplicates,
+                    len(job.dead),
+                    len(job.spans),
+                    len(job.dead) if "dead" in job.discards else 0,
+                    len(job.spans) if "quarantine" in job.discards else 0,
                 )
             )
         if not self._group:
@@ -227,7 +235,7 @@ class Settler:
         if due:
             self._held, self._held_at = self._set_aside_bytes(""), now
         for name, parked in due:
-            if self._exceeded(parked.needs):
+            if self._exceeded(parked.needs) and not self._has_left_something(parked.needs.batch):
                 self._parked[name] = parked._replace(at=now + self._rules.recheck_s)  # sent again only once there is room
         return {job.name for job in self._group} | {name for name, parked in self._parked.items() if parked.at > now}
 
@@ -259,7 +267,9 @@ class Settler:
         if full and not self._kept.discards:
             raise _Full("; ".join(full.values()))
         if full:
-            self._discard(job, full)
+            job.discards = set(full)
+            if self._standing.complain(_DISCARDING, "; ".join(full.values())):
+                log.error("%s: what cannot be kept is discarded: %s", job.id, "; ".join(full.values()))
         if job.spans and "quarantine" not in full:
             keep_damaged(self._directory, job.id, job.data, job.spans)
         if job.dead and "dead" not in full:
@@ -308,22 +318,14 @@ class Settler:
                 held[layout.kind_of(name)] += size
         return held
 
-    def _discard(self, job: Job, full: dict[PurgedKind, str]) -> None:
-        """What the operator wants rather than a file that waits: refused records are gone, and the account says so."""
-        if self._standing.complain(_DISCARDING, "; ".join(full.values())):
-            log.error("%s: what cannot be kept is discarded: %s", job.id, "; ".join(full.values()))
-        for word, lost in (("dead", len(job.dead)), ("quarantine", len(job.spans))):
-            if word in full:
-                self._counters.discarded += lost
-                if self._ledger is not None:
-                    self._ledger.note(Purged(self._clock.micros(), job.id, word, lost))
-
     def _count(self, job: Job) -> None:
         counters = self._counters
         counters.delivered += job.accepted
         counters.duplicates += job.duplicates
         counters.dead += len(job.dead)
         counters.quarantined += len(job.spans)
+        counters.discarded += len(job.dead) if "dead" in job.discards else 0
+        counters.discarded += len(job.spans) if "quarantine" in job.discards else 0
         counters.flushed_files += 1
         counters.flushed_bytes += job.size
         self._callbacks.on_gone(job.size)

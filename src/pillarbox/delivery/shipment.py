@@ -34,6 +34,7 @@ class Job:
         self.accepted = 0
         self.duplicates = 0
         self.dead: dict[int, DeadLetter] = {}
+        self.discards: set[str] = set()  # what of it is not kept, for want of room: "dead", "quarantine"
 
 
 class History(NamedTuple):

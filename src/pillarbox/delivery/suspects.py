@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.delivery import policy
@@ -102,5 +103,12 @@ class Suspects:
             fresh = [name for name in others if name not in self._found]
             return (fresh or others)[:1] if others and len(unjudged) < _REMEMBERED_MAX else unjudged[:1]
         if others:
-            return others
+            return self._taking_turns(others)
         return [name for name in unjudged if now - self._found[name].tried_at >= self._rules.recheck_s]
+
+    def _taking_turns(self, names: list[str]) -> list[str]:
+        """Batches to be judged, each with another behind it: a success should stand between any two that are given up."""
+        judged = [name for name in names if name in self._found]
+        fresh = [name for name in names if name not in self._found]
+        pairs = itertools.zip_longest(judged, fresh[: len(judged)])
+        return [name for pair in pairs for name in pair if name is not None] + fresh[len(judged) :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import threading
 from collections import deque
@@ -47,6 +48,8 @@ _CLOSE_S: Final = 5.0  # how long a sink may take to hang up
 _UNSETTLED_MAX: Final = 3  # settlements that fail in a row: not the files are at fault then, but the disk
 TOGETHER_RECORDS: Final = 500  # of small files that go out in one call, where the sink takes that: as many as a file has
 TOGETHER_BYTES: Final = 1_000_000
+TOGETHER_FILES: Final = 64  # each holds a descriptor
+OPEN_FILES_MAX: Final = 256  # of all calls that are under way, and the one that is read ahead
 
 
 class Ending(Exception):  # noqa: N818 - no error: it ends the loop from within a wait
@@ -162,13 +165,12 @@ class Worker:
             try:
                 self._let_go_of_all()
             finally:
+                self.lease.release()
                 try:
                     async with asyncio.timeout(_CLOSE_S):
                         await self._sink.close()  # also where `open` has failed: it may have come halfway
                 except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
                     log.warning("%s: not closed properly: %s", self._sink_name, words(error))
-                finally:
-                    self.lease.release()
 
     async def _call_back(self) -> None:
         """Have nothing under way any more; told to end, each call may still do so by itself."""
@@ -181,6 +183,7 @@ class Worker:
             if self._end.is_set():
                 await asyncio.wait(tasks)
         finally:
+            await asyncio.sleep(0)  # each has begun then, and closes its files
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -271,7 +274,7 @@ class Worker:
     async def _drain(self) -> bool:
         """Send what is queued; whether anything was sent."""
         progress = False
-        window = self._sink.traits.window
+        window = max(1, self._sink.traits.window)
         at_once = self._rules.max_in_flight if self._sink.traits.concurrent else 1
         while self._queue or self._ahead is not None or self._spare is not None:
             if await self._wait_for_room(window):
@@ -300,6 +303,9 @@ class Worker:
             if await self._has_to_wait():
                 break
             self._standing.beat()
+            if not self.lease.held:  # somebody has removed its file
+                self._forget_queue()
+                break
         await self._land(0)
         return progress
 
@@ -336,7 +342,7 @@ class Worker:
             done, _ = await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 del self._in_flight[task]
-            failed = [error for task in done if (error := task.exception()) is not None]
+            failed = [error for task in done if not task.cancelled() and (error := task.exception()) is not None]
             if failed:
                 raise failed[0]
 
@@ -440,6 +446,8 @@ class Worker:
     def _goes_along(self, jobs: list[Job], job: Job) -> bool:
         """Whether a file goes out together with these; one that was refused goes by itself, to be judged by itself."""
         together = [*jobs, job]
+        if len(together) > TOGETHER_FILES or len(together) * (self._rules.max_in_flight + 1) > OPEN_FILES_MAX:
+            return False
         if any(one.name in self._suspects.alone or self._suspects.is_proven(one.name) for one in together):
             return False
         return sum(one.records for one in together) <= TOGETHER_RECORDS and sum(one.size for one in together) <= TOGETHER_BYTES
@@ -461,6 +469,10 @@ class Worker:
                 self._directory.filesystem.close(file.fd)
                 raise
         except (OSError, FileUnusable) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                self._queue.clear()  # no fault of the file's: all are tried again later
+                self._standing.enter("degraded", str(error))
+                return None
             if self._standing.complain(name, f"it cannot be read: {error}"):
                 log.error("%s is stepped over, it cannot be read: %s", name, error)  # noqa: TRY400 - the trace says nothing
             self._standing.well("idle")
@@ -477,6 +489,8 @@ class Worker:
     # Confirming.
 
     def _confirm_soon(self) -> None:
+        if self._confirming is not None and self._confirming.done() and not self._confirming.cancelled():
+            self._confirming.result()  # raises what has ended it
         if self._confirming is None or self._confirming.done():
             self._confirming = asyncio.create_task(self._confirm())
 
@@ -509,17 +523,20 @@ class Worker:
     async def _ask_to_confirm(self, group: list[Shipment]) -> tuple[int, Misconfigured | Retry | None]:
         try:
             async with asyncio.timeout(self._rules.call_timeout_s):
-                return await self._sink.confirm([shipment.batch for shipment in group]), None
+                sure = await self._sink.confirm([shipment.batch for shipment in group])
         except SinkUnusable as error:
             return 0, Misconfigured(str(error))
         except Unconfirmed as error:
             return 0, Retry(str(error))
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
             return 0, Retry(words(error))
+        if not isinstance(sure, int) or not 0 <= sure <= len(group):
+            return 0, Misconfigured(f"the sink confirmed {sure!r:.100} of {len(group)} batches: mend the sink")
+        return sure, None
 
     async def _wait_for_room(self, window: int) -> bool:
-        """Wait until fewer shipments than `window` are unconfirmed; whether some must be sent again."""
-        while len(self._unconfirmed) >= window:
+        """Wait until fewer files than `window` are unconfirmed; whether some must be sent again."""
+        while sum(len(shipment.jobs) for shipment in self._unconfirmed) >= window:
             self._confirm_soon()
             self._room.clear()
             self._settler.let_go()
@@ -537,15 +554,21 @@ class Worker:
     # Waiting.
 
     async def _open(self) -> bool:
+        opening = asyncio.ensure_future(self._sink.open())
         try:
             async with asyncio.timeout(self._rules.call_timeout_s):
-                await self._sink.open()
+                while not opening.done():
+                    await asyncio.wait({opening}, timeout=BEAT_EVERY_S)
+                    self._standing.beat()
+                await opening
         except SinkUnusable as error:
             await self._hold("stopped", str(error), self._rules.recheck_s)
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
             await self._hold("waiting", words(error), self._rules.backoff.max_s)
         else:
             self._opened = True
+        finally:
+            opening.cancel()
         return self._opened
 
     async def _hold(self, name: Literal["stopped", "waiting"], reason: str, seconds: float) -> None:

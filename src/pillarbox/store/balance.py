@@ -50,6 +50,8 @@ class Settled(_Entry, frozen=True):
     duplicates: int
     dead: int
     quarantined: int
+    discarded: int = 0  # of the dead letters, those that were not kept, for want of room
+    discarded_spans: int = 0  # of the spans likewise
 
 
 class Evicted(_Entry, frozen=True):
@@ -279,6 +281,15 @@ class _Fold:
             case _:
                 self.lives.setdefault(entry.batch, _Life()).take(entry)
 
+    def conclude(self, life: _Life, found: Found | None) -> Wrong | None:
+        """Add a batch's part of the account; what is wrong with it."""
+        row, wrong = life.row(found)
+        self.add(row)
+        if life.settled is not None:
+            self.purged_dead += life.settled.discarded
+            self.purged_quarantine += life.settled.discarded_spans
+        return wrong
+
     def add(self, row: Row) -> None:
         """To what is known of its writer."""
         self.rows.setdefault(row.writer, Row(writer=row.writer)).add(row)
@@ -290,8 +301,7 @@ def condensed(entries: list[Entry], there: AbstractSet[str], now_micros: int) ->
     over = [batch for batch, life in fold.lives.items() if life.is_over and batch not in there]
     summed = set(over[: max(0, len(over) - RECENT)])
     for batch in over[: len(summed)]:
-        row, wrong = fold.lives[batch].row(None)
-        fold.add(row)
+        wrong = fold.conclude(fold.lives[batch], None)
         fold.wrong += abs(wrong.events) if wrong is not None else 0
     rows = list(fold.rows.values())
     earlier = [row for row in rows[: max(0, len(rows) - WRITERS_MAX)] if row.writer != EARLIER]
@@ -330,19 +340,16 @@ def account(
     for batch, life in fold.lives.items():
         if batch in ignored and not life.is_over and batch not in found:
             continue
-        row, problem = life.row(found.get(batch))
-        fold.add(row)
+        problem = fold.conclude(life, found.get(batch))
         if problem is not None:
             wrong.append(msgspec.structs.replace(problem, batch=batch))
     for batch, file in found.items():
         if batch not in fold.lives:
-            row, _ = _Life().row(file)
-            fold.add(row)
+            fold.conclude(_Life(), file)
     for file in active:
         life = _Life()
         life.writer = file.writer
-        row, _ = life.row(file)
-        fold.add(row)
+        fold.conclude(life, file)
     total = Row()
     for row in fold.rows.values():
         total.add(row)
