@@ -55,6 +55,7 @@ _VERBS: Final = (
     "unlink",
     "close",
 )
+KEEPING: Final = frozenset({layout.DELIVER_LOCK, layout.LEDGER_LOCK, layout.LEDGER})  # what stays when all is delivered
 _PRCTL: Final = ctypes.CDLL(None).prctl
 _PR_SET_PDEATHSIG: Final = 1  # whoever is killed himself leaves no children that wait forever
 _ID: Final = re.compile(rb'"event_id":"(\d+)-(\d+)"')
@@ -137,10 +138,10 @@ class Oracle:
                     if self._state(int(life), int(number)) in kept:
                         wrong.append(f"in quarantine though acknowledged: {int(life)}-{int(number)}")
                 self.torn += 1
-            elif kind is not Kind.SPANS and name != layout.DELIVER_LOCK:
+            elif kind is not Kind.SPANS and name not in KEEPING:
                 wrong.append(f"left behind: {name}")
                 continue
-            if name != layout.DELIVER_LOCK:
+            if name not in KEEPING:
                 (outbox / name).unlink()
         return wrong
 

@@ -51,7 +51,8 @@ def test_a_part_of_a_write_may_be_there_to_stay(history: str) -> None:
 def test_the_histories_come_by_every_verb_that_can_fail() -> None:
     """So that each error of the table is met."""
     met = {(fault.verb, fault.errno) for _, faults in all_cases() for fault in faults}
-    assert met == {(verb, code) for verb, codes in VERBS.items() for code in codes}
+    elsewhere = {"open_append"}  # the ledger's, which has tests of its own
+    assert met == {(verb, code) for verb, codes in VERBS.items() if verb not in elsewhere for code in codes}
 
 
 # What may be planted: each believes a disk that has failed.

@@ -165,6 +165,7 @@ class Worker:
             try:
                 self._let_go_of_all()
             finally:
+                self._standing.beat(now=True)
                 self.lease.release()
                 try:
                     async with asyncio.timeout(_CLOSE_S):
@@ -179,8 +180,9 @@ class Worker:
         tasks = set(self._in_flight)
         if not tasks:
             return
+        this = asyncio.current_task()
         try:
-            if self._end.is_set():
+            if self._end.is_set() and not (this is not None and this.cancelling()):
                 await asyncio.wait(tasks)
         finally:
             await asyncio.sleep(0)  # each has begun then, and closes its files
