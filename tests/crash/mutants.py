@@ -34,7 +34,7 @@ FOUND, UNUSABLE = 10, 11  # exit statuses of a harness, unlike those of an inter
 HISTORIES_BY_CHANCE: Final = 100
 FAILING: Final = ("mxgrsd", "ppsprsd")  # histories of which each operation fails
 MEANWHILE: Final = ("prsd", "psppp", "pprsd", "aprsasd", "psasrsd", "pxrsd", "pasrsc")  # histories with syncs
-EXAMPLES: Final = 700  # of the state machine
+EXAMPLES: Final = 1200  # of the state machine
 UNIT_TESTS: Final = "tests"  # of the functions, not of crashes
 
 
