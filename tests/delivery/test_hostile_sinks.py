@@ -1,0 +1,325 @@
+"""Sinks are anybody's code: whatever they answer, raise or leave undone, delivery goes on, says so, and loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.errors import SinkUnusable
+from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refusal, Refused, Retry, Unconfirmed
+from pillarbox.store import layout
+from pillarbox.testing import RecordingSink
+from tests.conftest import wait_until
+from tests.delivery.stage import NO, QUICK, drain, left, seal, worker_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pillarbox.delivery.worker import Worker
+    from pillarbox.store.directory import Directory
+
+ONCE = Rules(interval_s=0.01, recheck_s=60.0, backoff=Backoff(base_s=60.0, max_s=60.0))  # no second look within a test
+LONE = "caf\udce9"  # what `surrogateescape` makes of bytes that are no UTF-8
+
+
+@contextlib.contextmanager
+def delivering(worker: Worker) -> Iterator[DeliveryThread]:
+    """Have it deliver in its thread."""
+    thread = DeliveryThread(worker)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.stop(5)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends the loop has it begin again at once."""
+    monkeypatch.setattr("pillarbox.delivery.thread._RESTART_S", 0.01)
+
+
+class Answering(RecordingSink):
+    """Gives one answer to every call."""
+
+    def __init__(self, answer: object, *, confirms: bool = False) -> None:
+        super().__init__(confirms=confirms, window=4)
+        self.answer = answer
+
+    async def deliver(self, batch: Batch) -> Answer:
+        self.calls.append(batch.id)
+        return cast("Answer", self.answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "accepted",
+        Partly({}, None),
+        Partly({}, 2),
+        Partly({7: NO}, None),
+        Partly({-1: NO}, 1),
+        Partly({0: NO}, 2),
+        Partly({0: NO}, 0),
+        Delivered(1),
+        Delivered(3),
+        Delivered(-1),
+        Delivered(2, -1),
+    ],
+    ids=repr,
+)
+def test_an_answer_that_cannot_be_stops_delivery_after_one_call(place: Directory, answer: object) -> None:
+    """Nothing is settled on it, and the destination is not asked without a pause."""
+    batch = seal(place, 1, b"1", b"2")
+    sink = Answering(answer)
+    worker = worker_for(place, sink, rules=ONCE)
+    with delivering(worker):
+        wait_until(lambda: worker.state.name == "stopped")
+        assert not worker.idle.wait(0.1)
+        assert worker.state.reason == f"the sink answered a call of 2 records with {answer!r}, which cannot be: mend the sink"
+    assert (sink.calls, left(place)) == ([batch], [batch + layout.SUFFIX])
+
+
+@pytest.mark.parametrize("after", [-5.0, float("nan"), float("inf")])
+def test_a_time_that_cannot_be_waited_for_is_ours(place: Directory, after: float) -> None:
+    """Neither without a pause nor for ever."""
+    seal(place, 1, b"1")
+    sink = Answering(Retry("not now", after))
+    worker = worker_for(place, sink, rules=ONCE._replace(backoff=Backoff(base_s=9_000.0, max_s=9_000.0)))
+    with delivering(worker):
+        wait_until(lambda: worker.state.name == "waiting")
+        assert not worker.idle.wait(0.1)
+        assert worker.state.retry_at_micros is not None
+    assert len(sink.calls) == 1
+
+
+def test_an_index_before_the_part_condemns_no_record_that_was_accepted(place: Directory) -> None:
+    """The second half of a batch cannot be refused by what stands in the first."""
+
+    class Wrong(RecordingSink):
+        async def deliver(self, batch: Batch) -> Answer:
+            self.calls.append(batch.id)
+            if ":" not in batch.id:
+                return Refused(NO)
+            return Partly({-1: NO}, 2) if batch.first else Delivered(len(batch))
+
+    seal(place, 1, b'"a"', b'"b"', b'"c"', b'"d"')
+    worker = worker_for(place, Wrong(), rules=ONCE)
+    with delivering(worker):
+        wait_until(lambda: worker.state.name == "stopped")
+    assert [layout.kind_of(name) for name in left(place)] == [layout.Kind.SEALED]
+
+
+class Faulty(RecordingSink):
+    """Raises once in one of its methods, and is well afterwards."""
+
+    def __init__(self, where: str, error: BaseException) -> None:
+        super().__init__(confirms=True, window=2)
+        self.where = where
+        self.error: BaseException | None = error
+
+    def _act(self, where: str) -> None:
+        error = self.error
+        if where == self.where and error is not None:
+            self.error = None
+            raise error
+
+    async def open(self) -> None:
+        self._act("open")
+
+    def prepare(self, batch: Batch) -> None:
+        self._act("prepare")
+
+    async def deliver(self, batch: Batch) -> Answer:
+        await asyncio.sleep(0.01)
+        self._act("deliver")
+        return await super().deliver(batch)
+
+    async def confirm(self, batches: Sequence[Batch]) -> int:
+        self._act("confirm")
+        return await super().confirm(batches)
+
+    async def close(self) -> None:
+        self._act("close")
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    "error", [OSError("cut"), MemoryError(), RecursionError(), asyncio.CancelledError(), SystemExit(3)], ids=repr
+)
+@pytest.mark.parametrize("where", ["open", "prepare", "deliver", "confirm", "close"])
+def test_whatever_a_sink_raises_everything_arrives(place: Directory, where: str, error: BaseException) -> None:
+    """The thread lives on, and each record is taken once."""
+    stamps = range(1, 6)
+    for stamp in stamps:
+        seal(place, stamp, b"%d" % stamp)
+    sink = Faulty(where, error)
+    worker = worker_for(place, sink, rules=QUICK)
+    with delivering(worker) as thread:
+        assert worker.idle.wait(10)
+        assert thread.stop(5)
+    assert sink.error is None
+    assert sink.payloads == [b"%d" % stamp for stamp in stamps]
+    assert (left(place), worker.counters.delivered, worker.lease.held) == ([], 5, False)
+
+
+def test_a_prepare_that_raises_repeats_no_call_that_is_under_way(place: Directory) -> None:
+    """What is prepared is the next batch; this one is not to suffer."""
+    for stamp in range(1, 4):
+        seal(place, stamp, b"%d" % stamp)
+    begun: list[str] = []
+
+    class Unprepared(Faulty):
+        async def deliver(self, batch: Batch) -> Answer:
+            begun.append(batch.id)
+            return await super().deliver(batch)
+
+    sink = Unprepared("prepare", ValueError("cannot be encoded"))
+    drain(worker_for(place, sink))
+    assert (sink.error, begun) == (None, sink.calls)
+
+
+class Deaf(RecordingSink):
+    """Goes on with a call that was given up until it is let go; counts how many are under way at once."""
+
+    def __init__(self, *, accepts: bool) -> None:
+        super().__init__()
+        self.accepts = accepts
+        self.cancelled = self.under_way = self.most = 0
+        self.over = False
+
+    async def deliver(self, batch: Batch) -> Answer:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        while not self.over:
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                if self.accepts:
+                    break
+        self.under_way -= 1
+        return await super().deliver(batch)
+
+
+def test_a_call_that_is_given_up_does_not_overlap_the_next(place: Directory) -> None:
+    """A sink that takes one call at a time gets the next once the former has ended."""
+    seal(place, 1, b"1")
+    sink = Deaf(accepts=False)
+    worker = worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.05))
+    with delivering(worker):
+        wait_until(lambda: worker.state.reason == "the sink goes on with a call that was given up")
+        assert not worker.idle.wait(0.1)
+        assert (sink.under_way, sink.cancelled) == (1, 1)
+        sink.over = True
+        assert worker.idle.wait(10)
+    assert (sink.most, left(place)) == (1, [])
+
+
+def test_an_answer_that_comes_while_the_call_is_given_up_counts(place: Directory) -> None:
+    """What has arrived is not sent again."""
+    seal(place, 1, b"1")
+    sink = Deaf(accepts=True)
+    drain(worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.05)))
+    assert (sink.cancelled, len(sink.calls), left(place)) == (1, 1, [])
+
+
+@pytest.mark.parametrize("where", ["open", "confirm"])
+def test_what_hangs_is_given_up_and_tried_again(place: Directory, where: str) -> None:
+    """Each wait for a sink is bounded."""
+
+    class Hanging(RecordingSink):
+        hung = 0
+
+        async def _hang(self, there: str) -> None:
+            if there == where and not self.hung:
+                self.hung += 1
+                await asyncio.sleep(60)
+
+        async def open(self) -> None:
+            await self._hang("open")
+
+        async def confirm(self, batches: Sequence[Batch]) -> int:
+            await self._hang("confirm")
+            return await super().confirm(batches)
+
+    seal(place, 1, b"1")
+    sink = Hanging(confirms=True)
+    worker = worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.1))
+    drain(worker)
+    assert (sink.hung, sink.payloads, left(place)) == (1, [b"1"], [])
+    assert worker.last_error == "TimeoutError"
+
+
+@pytest.mark.parametrize("sure", [-1, 3, None, "2", 0.5])
+def test_a_confirmation_that_cannot_be_settles_nothing(place: Directory, sure: object) -> None:
+    """The set-up is at fault; once it is mended, what was sent is sent again."""
+    asked: list[int] = []
+
+    class Unsure(RecordingSink):
+        is_mended = False
+
+        async def confirm(self, batches: Sequence[Batch]) -> int:
+            asked.append(len(batches))
+            return await super().confirm(batches) if self.is_mended else cast("int", sure)
+
+    batch = seal(place, 1, b"1")
+    sink = Unsure(confirms=True, window=2)
+    worker = worker_for(place, sink, rules=QUICK._replace(recheck_s=0.2))
+    with delivering(worker):
+        wait_until(lambda: worker.state.name == "stopped")
+        assert worker.state.reason == f"the sink confirmed {sure!r} of 1 batches: mend the sink"
+        assert not worker.idle.wait(0.1)
+        assert (len(asked), left(place)) == (1, [batch + layout.SUFFIX])
+        sink.is_mended = True
+        assert worker.idle.wait(10)
+    assert (sink.calls, left(place)) == ([batch, batch], [])
+
+
+@pytest.mark.parametrize("confirms", [False, True])
+def test_a_refusal_in_any_text_becomes_a_dead_letter(place: Directory, *, confirms: bool) -> None:
+    """Also one that no file could hold as it is."""
+    batch = seal(place, 1, b'"good"', b'"bad"')
+    worker = worker_for(place, Answering(Partly({1: Refusal(LONE, LONE)}, 1), confirms=confirms))
+    drain(worker)
+    assert left(place) == [layout.dead_name(batch)]
+    letter = json.loads(Path(place.at(layout.dead_name(batch))).read_bytes())
+    assert (letter["event"], letter["code"], letter["reason"]) == ("bad", "caf\\udce9", "caf\\udce9")
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("where", ["open", "deliver", "confirm"])
+@pytest.mark.parametrize(
+    "error", [OSError(LONE), SinkUnusable(LONE), Unconfirmed(LONE)], ids=["error", "unusable", "unconfirmed"]
+)
+def test_what_is_raised_in_any_text_is_told(place: Directory, where: str, error: Exception) -> None:
+    """In the state and in the heartbeat; then everything arrives."""
+    seal(place, 1, b"1")
+    sink = Faulty(where, error)
+    worker = worker_for(place, sink)
+    with delivering(worker):
+        assert worker.idle.wait(10)
+        beat = last_heartbeat(place)
+        assert beat is not None
+        assert beat.last_error.endswith("caf\\udce9")
+    assert (sink.payloads, left(place)) == ([b"1"], [])
+
+
+@pytest.mark.parametrize("answer", [Retry(LONE), Misconfigured(LONE)], ids=["retry", "misconfigured"])
+def test_an_answer_in_any_text_is_told(place: Directory, answer: Answer) -> None:
+    """It delays the batch, and nothing else."""
+    seal(place, 1, b"1")
+    sink = RecordingSink([answer])
+    worker = worker_for(place, sink)
+    drain(worker)
+    assert (worker.last_error, sink.payloads, left(place)) == ("caf\\udce9", [b"1"], [])
