@@ -66,7 +66,7 @@ def test_a_batch_of_one_record_is_judged_after_the_next_that_is_accepted(place: 
     wait_until(lambda: len(chosen.calls) >= 3)
     assert left(place) == [batch + layout.SUFFIX]
     assert (worker.state.name, worker.idle.is_set()) == ("degraded", False)
-    assert "judged once another is accepted: no: it says so" in worker.state.reason
+    assert "judged once another batch is accepted: 1 so far; no: it says so" in worker.state.reason
     seal(place, 2, b'"good"')
     assert worker.idle.wait(10)
     assert thread.stop(5)

@@ -234,7 +234,7 @@ class Worker:
         if self._suspects.is_outage:
             await self._stop_for_outage()
         elif unjudged:
-            what = f"{unjudged} batches were refused as a whole, judged once another is accepted: {self._suspects.reason()}"
+            what = f"refused as a whole, judged once another batch is accepted: {unjudged} so far; {self._suspects.reason()}"
             self._standing.enter("degraded", what)
         else:
             self._standing.well("idle")
