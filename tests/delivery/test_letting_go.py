@@ -1,0 +1,312 @@
+"""Whatever happens to a delivery, it lets go: of the lease, of the files' locks, of their descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pillarbox import Outbox
+from pillarbox.delivery.worker import OPEN_FILES_MAX
+from pillarbox.sinks.base import Answer, Batch, Delivered, Partly, Refusal, Traits
+from pillarbox.store import layout, reader
+from pillarbox.testing import RecordingSink
+from tests.conftest import event, wait_until
+from tests.delivery.stage import NO, QUICK, drain, left, seal, worker_for
+from tests.delivery.test_hostile_sinks import delivering
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pillarbox.store.directory import Directory
+
+DESCRIPTORS = Path("/proc/self/fd")
+OWN_MAX = 8  # descriptors of a worker beside those of the files: the lease, the loop, a name that is synced
+
+pytestmark = pytest.mark.skipif(not DESCRIPTORS.exists(), reason="counts what /proc tells of open descriptors")
+
+
+def open_in(place: Directory) -> list[str]:
+    """The files of a directory that this process has open, by name."""
+    found = []
+    for descriptor in os.listdir(DESCRIPTORS):
+        try:
+            target = os.readlink(DESCRIPTORS / descriptor)
+        except OSError:
+            continue  # it was that of the listing
+        if target.startswith(place.path + "/"):
+            found.append(os.path.basename(target))
+    return sorted(found)
+
+
+class Hanging(RecordingSink):
+    """Answers no call; deaf to being cancelled, too, where that is asked for."""
+
+    def __init__(self, *, deaf: bool = False, confirms: bool = False, hangs_in: str = "deliver") -> None:
+        super().__init__(confirms=confirms, window=4)
+        self.traits = self.traits._replace(concurrent=True)
+        self.deaf = deaf
+        self.hangs_in = hangs_in
+        self.under_way = 0
+        self.over = threading.Event()
+
+    async def _hang(self, where: str) -> None:
+        if where != self.hangs_in:
+            return
+        self.under_way += 1
+        while not self.over.is_set():
+            try:
+                await asyncio.sleep(0.02)
+            except asyncio.CancelledError:
+                if not self.deaf:
+                    raise
+
+    async def open(self) -> None:
+        await self._hang("open")
+
+    async def deliver(self, batch: Batch) -> Answer:
+        await self._hang("deliver")
+        return await super().deliver(batch)
+
+    async def confirm(self, batches: Sequence[Batch]) -> int:
+        await self._hang("confirm")
+        return await super().confirm(batches)
+
+    async def close(self) -> None:
+        await self._hang("close")
+
+
+def takes_over(place: Directory) -> bool:
+    """Whether another deliverer in this process sends all that is left."""
+    worker = worker_for(place, RecordingSink())
+    with delivering(worker):
+        return worker.idle.wait(10) and left(place) == []
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize(
+    ("hangs_in", "in_flight"), [("deliver", 1), ("deliver", 4), ("confirm", 1), ("confirm", 4), ("close", 1)]
+)
+def test_an_end_that_cannot_wait_lets_go_of_everything(place: Directory, hangs_in: str, in_flight: int, *, deaf: bool) -> None:
+    """Wherever the sink hangs: another deliverer begins at once, and has every file."""
+    for stamp in range(1, 8):
+        seal(place, stamp, b"%d" % stamp)
+    sink = Hanging(deaf=deaf, confirms=True, hangs_in=hangs_in)
+    worker = worker_for(place, sink, rules=QUICK._replace(max_in_flight=in_flight))
+    with delivering(worker) as thread:
+        wait_until(
+            lambda: (
+                worker.idle.is_set() if hangs_in == "close" else sink.under_way == (in_flight if hangs_in == "deliver" else 1)
+            )
+        )
+        thread.stop(0.1)
+        try:
+            assert (worker.lease.held, open_in(place)) == (False, [])
+            assert takes_over(place)
+        finally:
+            sink.over.set()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("gone"), SystemExit(1)], ids=repr)
+def test_a_sink_that_cannot_close_is_let_go_of(place: Directory, error: BaseException) -> None:
+    """What it raises concerns nobody else."""
+
+    class Stuck(RecordingSink):
+        closed = 0
+
+        async def close(self) -> None:
+            self.closed += 1
+            raise error
+
+    seal(place, 1, b"1")
+    sink = Stuck()
+    worker = worker_for(place, sink)
+    with delivering(worker):
+        assert worker.idle.wait(10)
+    assert (sink.closed, worker.lease.held, open_in(place)) == (1, False, [])
+    seal(place, 2, b"2")
+    assert takes_over(place)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_an_outbox_is_closed_during_a_call_and_opened_again(tmp_path: Path, in_flight: int) -> None:
+    """In one process: the second one delivers what the first one has left."""
+    path = str(tmp_path / "outbox")
+    hanging = Hanging()
+    with Outbox(path, sink=hanging, max_in_flight=in_flight, flush_interval=0.05) as outbox:
+        outbox.enqueue(event(1))
+        wait_until(lambda: hanging.under_way > 0)
+        outbox.close(0.1)
+    sink = RecordingSink()
+    with Outbox(path, sink=sink, flush_interval=0.05) as outbox:
+        outbox.enqueue(event(2))
+        assert outbox.flush(10)
+    assert len(sink.payloads) == 2
+
+
+def fails_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: BaseException, call: int) -> list[int]:
+    """Have one call of a function raise; how often it was called."""
+    real: Callable[..., object] = getattr(module, name)
+    calls: list[int] = []
+
+    def failing(*values: object) -> object:
+        calls.append(len(calls) + 1)
+        if calls[-1] == call:
+            raise error
+        return real(*values)
+
+    monkeypatch.setattr(module, name, failing)
+    return calls
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a defect"), OSError("unreadable")], ids=repr)
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize(("in_flight", "combines"), [(1, False), (4, False), (1, True)])
+def test_a_file_whose_reading_fails_is_let_go_of(
+    place: Directory, monkeypatch: pytest.MonkeyPatch, error: Exception, call: int, in_flight: int, *, combines: bool
+) -> None:
+    """Whatever it is, and whichever file: all are sent in the end, and none is held by its own process."""
+    monkeypatch.setattr("pillarbox.delivery.thread._RESTART_S", 0.01)
+    calls = fails_at(monkeypatch, reader, "read", error, call)
+    for stamp in range(1, 5):
+        seal(place, stamp, b"%d" % stamp)
+    sink = RecordingSink()
+    sink.traits = sink.traits._replace(concurrent=True, combines=combines)
+    worker = worker_for(place, sink, rules=QUICK._replace(max_in_flight=in_flight))
+    with delivering(worker):
+        wait_until(lambda: left(place) == [])
+        wait_until(lambda: open_in(place) == [layout.DELIVER_LOCK])
+    assert len(calls) > 4
+    assert sorted(set(sink.payloads)) == [b"1", b"2", b"3", b"4"]
+    assert open_in(place) == []
+
+
+@pytest.mark.parametrize("name", ["keep_dead", "keep_damaged"])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a defect"), OSError("full")], ids=repr)
+@pytest.mark.parametrize("confirms", [False, True])
+def test_a_file_whose_settling_fails_is_let_go_of(
+    place: Directory, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, *, confirms: bool
+) -> None:
+    """It is sent again under the same id, and settled then; the others do not wait for it."""
+    from pillarbox.delivery import settlement
+
+    calls = fails_at(monkeypatch, settlement, name, error, 1)
+
+    class Naming(RecordingSink):
+        async def deliver(self, batch: Batch) -> Answer:
+            bad = [index for index, payload in enumerate(batch.payloads) if payload == b'"bad"']
+            answer = Partly(dict.fromkeys(bad, NO), len(batch) - len(bad)) if bad else Delivered(len(batch))
+            self.answers.append(answer)
+            return await super().deliver(batch)
+
+    first = seal(place, 1, b'"good"', b'"bad"', raw=b"torn\n")
+    second = seal(place, 2, b'"next"')
+    sink = Naming(confirms=confirms, window=4)
+    worker = worker_for(place, sink)
+    with delivering(worker):
+        wait_until(
+            lambda: left(place) == sorted([layout.dead_name(first), layout.corrupt_name(first), layout.spans_name(first)])
+        )
+        wait_until(lambda: open_in(place) == [layout.DELIVER_LOCK])
+    assert len(calls) == 2
+    assert sink.calls.count(first) == 2
+    assert sink.batches[second] == [b'"next"']
+
+
+def test_a_refusal_that_is_none_leaves_no_descriptor(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sink that names records by text instead of by a refusal: the file stays, and is anybody's."""
+    monkeypatch.setattr("pillarbox.delivery.thread._RESTART_S", 0.01)
+    wrong: dict[int, Refusal] = {1: "no such scope"}  # type: ignore[dict-item]
+    batch = seal(place, 1, b'"good"', b'"bad"')
+    sink = RecordingSink([Partly(wrong, 1)] * 3)
+    worker = worker_for(place, sink)
+    with delivering(worker):
+        wait_until(lambda: left(place) == [])
+    assert set(sink.calls) == {batch}
+    assert open_in(place) == []
+
+
+def hold(place: Directory, batch: str) -> int:
+    """Lock a file as another process would; its descriptor."""
+    descriptor = os.open(place.at(batch + layout.SUFFIX), os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+@pytest.mark.parametrize("combines", [False, True])
+def test_files_that_others_hold_stop_nobody_and_are_named(
+    place: Directory, monkeypatch: pytest.MonkeyPatch, *, combines: bool
+) -> None:
+    """Two at once: the others go past them, the state says which they are, and they go once they are free."""
+    monkeypatch.setattr("pillarbox.delivery.worker._HELD_S", 0.2)
+    batches = [seal(place, stamp, b"%d" % stamp) for stamp in range(1, 6)]
+    held = [hold(place, batch) for batch in batches[:3:2]]
+    sink = RecordingSink()
+    sink.traits = sink.traits._replace(combines=combines)
+    worker = worker_for(place, sink)
+    with delivering(worker):
+        wait_until(lambda: set(sink.payloads) == {b"2", b"4", b"5"})
+        wait_until(lambda: worker.state.name == "degraded")
+        assert "another process has it" in worker.state.reason
+        assert batches[0] in worker.state.reason
+        assert "1 more like it" in worker.state.reason
+        for descriptor in held:
+            os.close(descriptor)
+        wait_until(lambda: worker.state.name == "idle")
+    assert (sorted(sink.payloads), left(place)) == ([b"1", b"2", b"3", b"4", b"5"], [])
+
+
+def test_whoever_finds_its_lease_removed_lets_go_of_it(place: Directory) -> None:
+    """Somebody removed `deliver.lock`: of two deliverers one goes on."""
+    first, second = worker_for(place, RecordingSink()), worker_for(place, RecordingSink())
+    with delivering(first), delivering(second):
+        wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
+        os.unlink(place.at(layout.DELIVER_LOCK))
+        wait_until(lambda: os.path.exists(place.at(layout.DELIVER_LOCK)))
+        wait_until(lambda: first.lease.held != second.lease.held)
+        wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
+        seal(place, 1, b"1")
+        wait_until(lambda: left(place) == [])
+    assert first.counters.delivered + second.counters.delivered == 1
+
+
+class Counting(RecordingSink):
+    """Counts the descriptors that are open while it is called."""
+
+    def __init__(self, *, confirms: bool, combines: bool) -> None:
+        super().__init__()
+        self.traits = Traits("event_id", "power", confirms, 64 if confirms else 1, concurrent=True, combines=combines)
+        self.most = 0
+        self.taken = 0
+
+    async def deliver(self, batch: Batch) -> Answer:
+        await asyncio.sleep(0.002)
+        self.most = max(self.most, len(os.listdir(DESCRIPTORS)))
+        self.taken += len(batch)
+        return Delivered(len(batch))
+
+    async def confirm(self, batches: Sequence[Batch]) -> int:
+        await asyncio.sleep(0.05)
+        return len(batches)
+
+
+@pytest.mark.parametrize("combines", [False, True])
+@pytest.mark.parametrize(("confirms", "in_flight"), [(False, 1), (False, 4), (True, 1), (True, 4), (True, 16)])
+def test_however_many_small_files_wait_few_are_open(
+    place: Directory, in_flight: int, *, confirms: bool, combines: bool
+) -> None:
+    """The application needs its descriptors for itself."""
+    files = 2000 if combines else 500
+    for stamp in range(1, files + 1):
+        seal(place, stamp, b"1")
+    sink = Counting(confirms=confirms, combines=combines)
+    before = len(os.listdir(DESCRIPTORS))
+    drain(worker_for(place, sink, rules=QUICK._replace(max_in_flight=in_flight)))
+    assert (sink.taken, left(place)) == (files, [])
+    assert sink.most - before <= OPEN_FILES_MAX + OWN_MAX
+    assert open_in(place) == []
