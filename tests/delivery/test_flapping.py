@@ -1,0 +1,219 @@
+"""A deploy that comes and goes: how much of what is good it may cost, in dead letters, in calls, and in silence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.policy import AGE_PROOF_S, Rules
+from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.worker import Worker
+from pillarbox.sinks.base import Answer, Batch, Delivered, Partly, Refused, Retry, Traits
+from pillarbox.store import layout
+from pillarbox.store.directory import Directory
+from pillarbox.testing import RecordingSink
+from tests.conftest import wait_until
+from tests.delivery.stage import NO, MovingClock, left, seal, worker_for
+from tests.delivery.test_hostile_sinks import delivering
+from tests.delivery.test_outage import dead_in
+
+RULES = Rules(interval_s=0.01, recheck_s=0.03, backoff=Backoff(base_s=0.001, max_s=0.002))
+CALLS_MAX = 2 * 9 + 2 + 2  # for 500 records of which none is accepted: twice their halvings, and a few
+CALLS_MAX_WITH_GOOD_ONES = 4 * (2 * 9 + 2) + 3  # likewise where a half was accepted
+PER_SUCCESS_MAX = RULES.outage_after  # batches that one success may have given up
+
+
+class Flapping(RecordingSink):
+    """Refuses everything, but for so many calls as it is told to accept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traits = Traits("event_id", "power")
+        self.accepts = 0.0
+        self.calls_since = 0  # the last success
+
+    async def deliver(self, batch: Batch) -> Answer:
+        if not self.accepts:
+            self.calls_since += 1
+            self.calls.append(batch.id)
+            return Refused(NO)
+        self.accepts -= 1
+        self.calls_since = 0
+        return await super().deliver(batch)
+
+
+def calls_a_try(sink: RecordingSink) -> list[int]:
+    """How many calls each try with a batch has cost, in order."""
+    tries: list[int] = []
+    for call in list(sink.calls):
+        if ":" not in call:
+            tries.append(0)
+        tries[-1] += 1
+    return tries
+
+
+def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
+    """Wait until so many were accepted and it has stopped since, after another look at the destination."""
+    wait_until(lambda: len(sink.batches) >= successes and worker.state.name == "stopped", 20)
+    seen = sink.calls_since
+    wait_until(lambda: sink.calls_since > seen)
+    assert worker.state.name == "stopped"
+    assert "batches in a row were refused as a whole, and are kept: no: it says so" in worker.state.reason
+
+
+@pytest.mark.parametrize("records", [1, 20])
+def test_one_success_gives_up_few_of_the_batches_that_wait(place: Directory, records: int) -> None:
+    """However many were put off before it: then delivery stops again, and says so."""
+    for stamp in range(1, 101):
+        seal(place, stamp, *[b'"good %d %d"' % (stamp, number) for number in range(records)])
+    sink = Flapping()
+    worker = worker_for(place, sink, rules=RULES)
+    with delivering(worker):
+        wait_until(lambda: len(worker._suspects.unjudged()) >= 30, 20)
+        sink.accepts = 1
+        stopped_again(worker, sink, 1)
+        assert len(dead_in(place)) <= PER_SUCCESS_MAX * records
+        assert len(sink.payloads) + len(dead_in(place)) + len(place.sealed()) * records == 100 * records
+
+
+def test_a_deploy_that_flaps_gives_up_few_batches_a_flap_and_the_others_arrive(place: Directory) -> None:
+    """Once it is over, all that was not given up is delivered, and all is well."""
+    flaps = 4
+    for stamp in range(1, 41):
+        seal(place, stamp, b'"%d"' % stamp)
+    sink = Flapping()
+    worker = worker_for(place, sink, rules=RULES)
+    with delivering(worker):
+        for flap in range(flaps):
+            stopped_again(worker, sink, flap)
+            sink.accepts = 1
+        stopped_again(worker, sink, flaps)
+        sink.accepts = float("inf")
+        assert worker.idle.wait(10)
+        assert worker.state.name == "idle"
+    dead = dead_in(place)
+    assert len(dead) <= flaps * PER_SUCCESS_MAX
+    assert Counter(sink.payloads) + Counter(dead) == Counter(b'"%d"' % stamp for stamp in range(1, 41))
+
+
+def test_a_flap_costs_few_calls_a_batch(place: Directory) -> None:
+    """What is proven may be halved to the end, so long as it is judged; the others are put off early, each time."""
+    for stamp in range(1, 13):
+        seal(place, stamp, *[b'"%d %d"' % (stamp, number) for number in range(500)])
+    sink = Flapping()
+    worker = worker_for(place, sink, rules=RULES)
+    with delivering(worker):
+        wait_until(lambda: len(worker._suspects.unjudged()) >= 8, 20)
+        assert max(calls_a_try(sink)) <= CALLS_MAX
+        sink.accepts = 1
+        stopped_again(worker, sink, 1)
+        given_up = len([name for name in left(place) if layout.kind_of(name) is layout.Kind.DEAD])
+        assert given_up <= PER_SUCCESS_MAX
+        assert len([calls for calls in calls_a_try(sink) if calls > CALLS_MAX]) == given_up
+
+
+def test_a_batch_that_is_refused_again_and_again_costs_a_bounded_number_of_calls(place: Directory) -> None:
+    """Each time that the destination is asked."""
+    batch = seal(place, 1, *[b'"%d"' % number for number in range(500)])
+    sink = Flapping()
+    worker = worker_for(place, sink, rules=RULES._replace(recheck_s=60.0))
+    with delivering(worker):
+        wait_until(lambda: worker.state.name == "degraded")
+        assert calls_a_try(sink) == [len(sink.calls)]
+        assert len(sink.calls) <= CALLS_MAX
+    assert left(place) == [batch + layout.SUFFIX]
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_records_that_are_named_one_a_call_cost_a_bounded_number_of_calls(place: Directory, *, first_only: bool) -> None:
+    """A destination that names only the first it refuses, of records that are all refused, is halved no further either."""
+
+    class Naming(RecordingSink):
+        async def deliver(self, batch: Batch) -> Answer:
+            self.calls.append(batch.id)
+            return Partly({0 if first_only else len(batch) - 1: NO}, None)
+
+    batch = seal(place, 1, *[b'"%d"' % number for number in range(500)])
+    sink = Naming()
+    worker = worker_for(place, sink, rules=RULES._replace(recheck_s=60.0))
+    with delivering(worker):
+        wait_until(lambda: worker.state.name == "degraded")
+        assert calls_a_try(sink) == [len(sink.calls)]
+        assert len(sink.calls) <= CALLS_MAX
+    assert left(place) == [batch + layout.SUFFIX]
+
+
+def test_a_deploy_that_goes_bad_in_the_middle_of_a_batch_gives_up_none_of_it(place: Directory) -> None:
+    """Where repeats are told, the batch is put off as a whole; once the deploy is mended, all of it arrives."""
+
+    class Halfway(Flapping):
+        async def deliver(self, batch: Batch) -> Answer:
+            if len(self.calls) == 1:
+                self.accepts = max(self.accepts, 1)
+            return await super().deliver(batch)
+
+    everything = [b'"%d %d"' % (stamp, number) for stamp in range(1, 6) for number in range(500)]
+    for stamp in range(1, 6):
+        seal(place, stamp, *everything[(stamp - 1) * 500 : stamp * 500])
+    sink = Halfway()
+    worker = worker_for(place, sink, rules=RULES)
+    with delivering(worker):
+        stopped_again(worker, sink, 1)
+        tries = calls_a_try(sink)
+        assert tries[0] <= CALLS_MAX_WITH_GOOD_ONES
+        assert max(tries[1:]) <= CALLS_MAX
+        assert dead_in(place) == []
+        sink.accepts = float("inf")
+        assert worker.idle.wait(20)
+    assert (set(sink.payloads), dead_in(place)) == (set(everything), [])
+
+
+def test_a_stop_that_a_call_under_way_has_ended_is_not_told(place: Directory) -> None:
+    """Three are refused while a fourth is on its way, and is accepted: no outage, and no wait."""
+
+    class Mixed(RecordingSink):
+        async def deliver(self, batch: Batch) -> Answer:
+            self.calls.append(batch.id)
+            if int(batch.payloads[0]) <= RULES.outage_after:
+                return Refused(NO)
+            await asyncio.sleep(0.05)
+            return Delivered(len(batch))
+
+    for stamp in range(1, 9):
+        seal(place, stamp, b"%d" % stamp)
+    sink = Mixed()
+    sink.traits = sink.traits._replace(concurrent=True)
+    worker = worker_for(place, sink, rules=RULES._replace(max_in_flight=4, recheck_s=60.0))
+    thread = DeliveryThread(worker)
+    thread.start()
+    assert worker.idle.wait(10)
+    assert thread.stop(5)
+    assert len(dead_in(place)) == RULES.outage_after
+    assert "0 batches" not in worker.last_error
+    assert worker.counters.failed_flushes == 0
+
+
+@pytest.mark.parametrize("answer", [Refused(NO), Partly({0: NO}, None), Retry("not now")], ids=["refused", "named", "not now"])
+def test_an_age_limit_comes_whatever_the_destination_says(place: Directory, answer: Answer) -> None:
+    """Also where it refuses instead of asking for time: not before the limit has had time to prove itself."""
+    clock = MovingClock()
+    begun = clock.monotonic()
+
+    class Refusing(RecordingSink):
+        async def deliver(self, batch: Batch) -> Answer:
+            self.calls.append(batch.id)
+            clock.advance(20.0)
+            return answer
+
+    now = clock.micros()
+    for number in range(4):
+        seal(place, now - 3_700_000_000 + number, b'"old %d"' % number)
+    sink = Refusing()
+    worker = worker_for(place, sink, rules=RULES._replace(max_age_s=3600.0), clock=clock)
+    with delivering(worker):
+        wait_until(lambda: place.sealed() == [], 20)
+    assert clock.monotonic() - begun >= AGE_PROOF_S
+    assert dead_in(place) == [b'"old %d"' % number for number in range(4)]
