@@ -19,7 +19,7 @@ from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly
 from pillarbox.store import layout
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import NO, QUICK, drain, left, seal, worker_for
+from tests.delivery.stage import NO, QUICK, left, seal, worker_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,6 +40,12 @@ def delivering(worker: Worker) -> Iterator[DeliveryThread]:
         yield thread
     finally:
         thread.stop(5)
+
+
+def deliver_all(worker: Worker) -> None:
+    """Deliver until nothing waits; a worker that never gets there is ended all the same."""
+    with delivering(worker):
+        assert worker.idle.wait(10)
 
 
 @pytest.fixture
@@ -136,6 +142,7 @@ class Faulty(RecordingSink):
 
     async def open(self) -> None:
         self._act("open")
+        await super().open()
 
     def prepare(self, batch: Batch) -> None:
         self._act("prepare")
@@ -173,6 +180,15 @@ def test_whatever_a_sink_raises_everything_arrives(place: Directory, where: str,
     assert (left(place), worker.counters.delivered, worker.lease.held) == ([], 5, False)
 
 
+def test_a_call_that_the_sink_cancels_itself_is_made_again(place: Directory) -> None:
+    """It is an answer like others, and no end of the loop."""
+    seal(place, 1, b"1")
+    sink = Faulty("deliver", asyncio.CancelledError())
+    worker = worker_for(place, sink)
+    deliver_all(worker)
+    assert (worker.last_error, sink.opened, sink.payloads) == ("the sink cancelled its own call", 1, [b"1"])
+
+
 def test_a_prepare_that_raises_repeats_no_call_that_is_under_way(place: Directory) -> None:
     """What is prepared is the next batch; this one is not to suffer."""
     for stamp in range(1, 4):
@@ -185,7 +201,7 @@ def test_a_prepare_that_raises_repeats_no_call_that_is_under_way(place: Director
             return await super().deliver(batch)
 
     sink = Unprepared("prepare", ValueError("cannot be encoded"))
-    drain(worker_for(place, sink))
+    deliver_all(worker_for(place, sink))
     assert (sink.error, begun) == (None, sink.calls)
 
 
@@ -230,7 +246,7 @@ def test_an_answer_that_comes_while_the_call_is_given_up_counts(place: Directory
     """What has arrived is not sent again."""
     seal(place, 1, b"1")
     sink = Deaf(accepts=True)
-    drain(worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.05)))
+    deliver_all(worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.05)))
     assert (sink.cancelled, len(sink.calls), left(place)) == (1, 1, [])
 
 
@@ -256,7 +272,7 @@ def test_what_hangs_is_given_up_and_tried_again(place: Directory, where: str) ->
     seal(place, 1, b"1")
     sink = Hanging(confirms=True)
     worker = worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.1))
-    drain(worker)
+    deliver_all(worker)
     assert (sink.hung, sink.payloads, left(place)) == (1, [b"1"], [])
     assert worker.last_error == "TimeoutError"
 
@@ -291,7 +307,7 @@ def test_a_refusal_in_any_text_becomes_a_dead_letter(place: Directory, *, confir
     """Also one that no file could hold as it is."""
     batch = seal(place, 1, b'"good"', b'"bad"')
     worker = worker_for(place, Answering(Partly({1: Refusal(LONE, LONE)}, 1), confirms=confirms))
-    drain(worker)
+    deliver_all(worker)
     assert left(place) == [layout.dead_name(batch)]
     letter = json.loads(Path(place.at(layout.dead_name(batch))).read_bytes())
     assert (letter["event"], letter["code"], letter["reason"]) == ("bad", "caf\\udce9", "caf\\udce9")
@@ -321,5 +337,5 @@ def test_an_answer_in_any_text_is_told(place: Directory, answer: Answer) -> None
     seal(place, 1, b"1")
     sink = RecordingSink([answer])
     worker = worker_for(place, sink)
-    drain(worker)
+    deliver_all(worker)
     assert (worker.last_error, sink.payloads, left(place)) == ("caf\\udce9", [b"1"], [])
