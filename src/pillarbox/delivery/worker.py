@@ -49,6 +49,7 @@ _UNSETTLED_MAX: Final = 3  # settlements that fail in a row: not the files are a
 TOGETHER_RECORDS: Final = 500  # of small files that go out in one call, where the sink takes that: as many as a file has
 TOGETHER_BYTES: Final = 1_000_000
 TOGETHER_FILES: Final = 64  # each holds a descriptor
+UNCONFIRMED_FILES_MAX: Final = 512  # where several are sent together; by itself each may be one of the sink's window
 OPEN_FILES_MAX: Final = 256  # of all calls that are under way, and the one that is read ahead
 
 
@@ -537,8 +538,9 @@ class Worker:
         return sure, None
 
     async def _wait_for_room(self, window: int) -> bool:
-        """Wait until fewer files than `window` are unconfirmed; whether some must be sent again."""
-        while sum(len(shipment.jobs) for shipment in self._unconfirmed) >= window:
+        """Wait until fewer shipments than `window` are unconfirmed; whether some must be sent again."""
+        files_max = max(window, UNCONFIRMED_FILES_MAX)
+        while len(self._unconfirmed) >= window or sum(len(one.jobs) for one in self._unconfirmed) >= files_max:
             self._confirm_soon()
             self._room.clear()
             self._settler.let_go()
