@@ -1,0 +1,89 @@
+"""The ledger has a batch, durably, before its file goes; and so it has what is given up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.settlement import GROUP_MAX
+from pillarbox.delivery.worker import Worker
+from pillarbox.sinks.base import Traits
+from pillarbox.store import layout
+from pillarbox.store.audit import audit
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.ledger import Ledger
+from pillarbox.telemetry import DeliveryCounters
+from pillarbox.testing import RecordingSink
+from tests.delivery.stage import QUICK, Poisoned, drain, left, seal
+
+
+class Watching(RealFilesystem):
+    """Looks into the ledger whenever a sealed file goes: has a sync covered the batch's entry?"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledgers: set[int] = set()
+        self.durable = b""
+        self.syncs = 0
+        self.gone: dict[str, bool] = {}
+
+    def open_append(self, path: str) -> int:
+        fd = super().open_append(path)
+        self.ledgers.add(fd)
+        return fd
+
+    def close(self, fd: int) -> None:
+        self.ledgers.discard(fd)
+        super().close(fd)
+
+    def sync_data(self, fd: int) -> None:
+        super().sync_data(fd)
+        if fd in self.ledgers:
+            self.durable = self.read_all(fd)
+            self.syncs += 1
+
+    def unlink(self, path: str) -> None:  # type: ignore[override]
+        name = Path(path).name
+        if layout.kind_of(name) is layout.Kind.SEALED:
+            self.gone[name] = b'"entry":"settled"' in self.durable and layout.batch_id(name).encode() in self.durable
+        super().unlink(path)
+
+
+def ledgered(place: Directory, sink: RecordingSink) -> tuple[Worker, Watching, Directory]:
+    watching = Watching()
+    directory = Directory(place.path, watching, SystemClock())
+    sink.traits = Traits(deduplicates_by="event_id", survives="process")
+    ledger = Ledger(directory, SystemClock())
+    return Worker(directory, sink, "test", SystemClock(), QUICK, DeliveryCounters(), ledger=ledger), watching, directory
+
+
+def test_a_file_goes_once_the_ledger_has_its_batch_and_one_sync_serves_many(place: Directory) -> None:
+    """Also with dead letters and damaged bytes in them."""
+    count = 3 * GROUP_MAX
+    for stamp in range(1, count + 1):
+        seal(place, stamp, b"%d" % stamp, b'"poison"', raw=b"damaged\n" if stamp % 7 == 0 else b"")
+    worker, watching, directory = ledgered(place, Poisoned())
+    drain(worker)
+    assert len(watching.gone) == count
+    assert all(watching.gone.values())
+    assert watching.syncs < count / 4
+    found = audit(directory)
+    assert found.balances
+    assert (found.account.total.delivered, found.account.total.dead) == (count, count)
+
+
+def test_without_room_for_the_ledger_files_go_all_the_same_and_the_entries_follow(place: Directory) -> None:
+    """What makes room must not need room."""
+    for stamp in range(1, 6):
+        seal(place, stamp, b"%d" % stamp)
+    worker, watching, directory = ledgered(place, RecordingSink())
+    in_the_way = Path(place.at(layout.LEDGER))
+    in_the_way.mkdir()
+    drain(worker)
+    assert not any(layout.kind_of(name) is layout.Kind.SEALED for name in left(place))
+    assert not any(watching.gone.values())
+    in_the_way.rmdir()
+    seal(place, 6, b"6")
+    drain(worker)
+    assert audit(directory).account.total.delivered == 6
