@@ -81,3 +81,15 @@ def test_what_was_evicted_and_then_delivered_all_the_same_was_delivered() -> Non
     entries: list[Entry] = [Sealed(1, "a", "w", 5, 50), Evicted(2, "a", 5), Settled(3, "a", "s", 5, 0, 0, 0)]
     total = balance.account(entries, {}, []).total
     assert (total.accepted, total.delivered, total.evicted) == (5, 5, 0)
+
+
+def test_what_is_missing_without_damage_is_wrong_and_by_how_much() -> None:
+    """Settled or still pending; and so is what is too much."""
+    sealed = Sealed(1, "b", "w", 10, 1000)
+    for records, spans, wrong in ((9, 0, 1), (9, 1, None), (11, 0, -1), (11, 1, -1), (10, 0, None), (10, 1, None)):
+        settled = Settled(2, "b", "s", records, 0, 0, spans)
+        looks: list[tuple[list[Entry], dict[str, Found]]] = [([sealed, settled], {}), ([sealed], {"b": Found(records, spans)})]
+        for entries, found in looks:
+            account = balance.account(entries, found, [])
+            assert [one.events for one in account.wrong] == ([] if wrong is None else [wrong]), (records, spans)
+            assert account.balances == (wrong is None)
