@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from pillarbox.delivery.policy import (
     Stop,
     Verdict,
     Wait,
+    checked,
     decide,
     is_too_old,
     judge,
@@ -174,3 +176,25 @@ def test_what_is_between_refused_records_keeps_its_place() -> None:
     assert batch.between(range(6)) == []
     (_, tail) = batch.halves()
     assert [part.id for part in tail.between([1])] == ["sealed-a:3-3", "sealed-a:5-5"]
+
+
+NOT_TEXT: Any = None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "ok",
+        Retry(NOT_TEXT),
+        Misconfigured(NOT_TEXT),
+        Refused(NOT_TEXT),
+        Partly({0: NOT_TEXT}, 1),
+        Partly({2: NO}, 1),
+        Delivered(1),
+    ],
+    ids=str,
+)
+def test_an_answer_that_cannot_be_is_a_sink_that_must_be_mended(answer: object) -> None:
+    """Rather than an error of ours."""
+    assert isinstance(checked(answer, 2), Misconfigured)

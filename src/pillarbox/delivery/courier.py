@@ -217,3 +217,9 @@ class Courier:
 def words(error: BaseException) -> str:
     """What an exception says, with its kind."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def is_being_cancelled() -> bool:
+    """Whether it is the running task that somebody cancels, and not something that it waited for."""
+    this = asyncio.current_task()
+    return this is not None and this.cancelling() > 0

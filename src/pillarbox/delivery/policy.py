@@ -147,11 +147,13 @@ def checked(answer: object, size: int) -> Answer:
     match answer:
         case Delivered(accepted, duplicates) if accepted == size and duplicates >= 0:
             return answer
-        case Retry(reason, after) if after is not None and not 0 <= after < math.inf:
+        case Retry(str(reason), after) if after is not None and not 0 <= after < math.inf:
             return Retry(reason, None)
-        case Retry() | Refused() | Misconfigured():
+        case Retry(str()) | Refused(Refusal()) | Misconfigured(str()):
             return answer
-        case Partly(refused, accepted) if refused and refused.keys() <= set(range(size)):
+        case Partly(dict(refused), accepted) if refused and refused.keys() <= set(range(size)):
+            if not all(isinstance(refusal, Refusal) for refusal in refused.values()):
+                return Misconfigured("the sink refuses records with something that is no Refusal: mend the sink")
             if accepted is None or accepted == size - len(refused):
                 return answer
     return Misconfigured(f"the sink answered a call of {size} records with {answer!r:.200}, which cannot be: mend the sink")

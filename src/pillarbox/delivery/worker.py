@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pillarbox.clock import give_way
 from pillarbox.delivery.backoff import jitter
-from pillarbox.delivery.courier import Courier, words
+from pillarbox.delivery.courier import Courier, is_being_cancelled, words
 from pillarbox.delivery.lease import BEAT_EVERY_S, Lease
 from pillarbox.delivery.policy import Rules, Verdict
 from pillarbox.delivery.settlement import KEPT, NOBODY, Callbacks, Kept, Settler
@@ -181,9 +181,8 @@ class Worker:
         tasks = set(self._in_flight)
         if not tasks:
             return
-        this = asyncio.current_task()
         try:
-            if self._end.is_set() and not (this is not None and this.cancelling()):
+            if self._end.is_set() and not is_being_cancelled():
                 await asyncio.wait(tasks)
         finally:
             await asyncio.sleep(0)  # each has begun then, and closes its files
@@ -527,6 +526,10 @@ class Worker:
         try:
             async with asyncio.timeout(self._rules.call_timeout_s):
                 sure = await self._sink.confirm([shipment.batch for shipment in group])
+        except asyncio.CancelledError:
+            if is_being_cancelled():
+                raise
+            return 0, Retry("the sink cancelled its own call")
         except SinkUnusable as error:
             return 0, Misconfigured(str(error))
         except Unconfirmed as error:
@@ -539,7 +542,7 @@ class Worker:
 
     async def _wait_for_room(self, window: int) -> bool:
         """Wait until fewer shipments than `window` are unconfirmed; whether some must be sent again."""
-        files_max = max(window, UNCONFIRMED_FILES_MAX)
+        files_max = max(window, UNCONFIRMED_FILES_MAX // self._rules.max_in_flight)
         while len(self._unconfirmed) >= window or sum(len(one.jobs) for one in self._unconfirmed) >= files_max:
             self._confirm_soon()
             self._room.clear()
