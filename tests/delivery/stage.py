@@ -50,7 +50,7 @@ def drain(worker: Worker) -> None:
 
     async def until_idle() -> None:
         running = asyncio.create_task(worker.run())
-        await asyncio.to_thread(worker.idle.wait, 20)
+        assert await asyncio.to_thread(worker.idle.wait, 20), worker.state
         worker.end()
         await running
 
