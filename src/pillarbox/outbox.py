@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
 
 from pillarbox.clock import Clock, SystemClock
+from pillarbox.deliverers import make_deliverer
+from pillarbox.delivery.deliverer import ONLY, together
 from pillarbox.delivery.settlement import Callbacks
-from pillarbox.delivery.state import State
-from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.delivery.worker import Worker
 from pillarbox.entrance import Entrance
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
@@ -33,7 +32,7 @@ from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
-from pillarbox.telemetry import DeliveryCounters, Stats, instruments
+from pillarbox.telemetry import Stats, instruments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 
     import msgspec
 
+    from pillarbox.delivery.deliverer import Deliverer
     from pillarbox.delivery.settlement import DeadLetter
 
 log = logging.getLogger("pillarbox")
@@ -165,8 +165,7 @@ class Outbox:
         self._start_under_way = False
         self._busy_count = 0
         self._busy_at = -_BUSY_S
-        self._counters = DeliveryCounters()
-        self._delivery: DeliveryThread | None = None
+        self._delivery: Deliverer | None = None
         self._hooks = Hooks(self.name, settings.before_send, settings.on_drop, settings.on_dead_letter)
         self._ledger = Ledger(self._directory, self._clock)
         evicts = settings.when_full == "drop_oldest"
@@ -391,24 +390,14 @@ class Outbox:
         telemetry = instruments()
         telemetry.add(self)
         if self._sink is not None:
-            worker = Worker(
-                self._directory,
-                self._sink,
-                self._sink_name,
-                self._clock,
-                self.settings.rules,
-                self._counters,
-                Callbacks(
-                    self._writer.release,
-                    lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
-                    self._hooks.dead_letter,
-                ),
-                self._busy,
-                self.settings.durability,
-                self.settings.kept,
-                self._ledger,
+            callbacks = Callbacks(
+                self._writer.release,
+                lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
+                self._hooks.dead_letter,
             )
-            self._delivery = DeliveryThread(worker)
+            self._delivery = make_deliverer(
+                self.settings, self._directory, self._clock, self._ledger, callbacks, self._busy, self._sink, self._sink_name
+            )
             self._delivery.start()
         self._started = True
 
@@ -421,7 +410,7 @@ class Outbox:
 
     def _notify_deliverer(self) -> None:
         if self._delivery is not None:
-            self._delivery.worker.notify()
+            self._delivery.notify()
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Seal now, and wait until everything accepted so far is settled; False when that took too long."""
@@ -434,7 +423,7 @@ class Outbox:
         try:
             waiting = set(self._directory.sealed())
             while waiting:
-                before, settled = clock.monotonic(), self._counters.flushed_files
+                before, settled = clock.monotonic(), self._settled_files()
                 waiting &= set(self._directory.sealed())
                 now = clock.monotonic()
                 if not waiting:
@@ -444,10 +433,10 @@ class Outbox:
                 self._wait_for_settlement(deadline - now, _LISTING_SHARE * (now - before), settled)
         except OSError:
             return False
-        if self._delivery is not None:
-            with self._delivery.worker.settled:
-                pass  # the last one's file is gone; now it is counted too
         return True
+
+    def _settled_files(self) -> int:
+        return sum(sink.flushed_files for sink in self._delivery.sinks().values()) if self._delivery is not None else 0
 
     def _wait_for_settlement(self, left: float, pause: float, settled: int) -> None:
         """Pause, then wait until another file than the first `settled` is settled; where another process delivers, a moment."""
@@ -455,9 +444,7 @@ class Outbox:
         if self._delivery is None:
             threading.Event().wait(min(left, _POLL_S))
             return
-        condition = self._delivery.worker.settled
-        with condition:
-            condition.wait_for(lambda: self._counters.flushed_files != settled, min(left, _POLL_S))
+        self._delivery.wait_for_settlement(settled, min(left, _POLL_S))
 
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""
@@ -469,10 +456,10 @@ class Outbox:
             pending_bytes, pending_files = account.pending_bytes, account.pending_files
         else:
             pending_bytes = pending_files = 0
-        worker = self._delivery.worker if self._delivery is not None else None
-        counters = self._counters
+        sinks = self._delivery.sinks() if self._delivery is not None else {}
+        total = together(sinks)
         return Stats(
-            state=worker.state if worker is not None else State("idle"),
+            state=total.state,
             durability=self.settings.durability,
             pending_bytes=pending_bytes,
             pending_files=pending_files,
@@ -480,16 +467,17 @@ class Outbox:
             dropped=dict(self._writer.dropped),
             sealed=sealed,
             evicted=self._sealer.capacity.evicted,
-            delivered=counters.delivered,
-            duplicates=counters.duplicates,
-            dead=counters.dead,
-            quarantined=counters.quarantined,
-            discarded=counters.discarded,
-            flushed_files=counters.flushed_files,
-            flushed_bytes=counters.flushed_bytes,
-            failed_flushes=counters.failed_flushes,
-            last_error=worker.last_error if worker is not None else "",
+            delivered=total.delivered,
+            duplicates=total.duplicates,
+            dead=total.dead,
+            quarantined=total.quarantined,
+            discarded=total.discarded,
+            flushed_files=total.flushed_files,
+            flushed_bytes=total.flushed_bytes,
+            failed_flushes=total.failed_flushes,
+            last_error=total.last_error,
             hook_failures=dict(self._hooks.failures),
+            sinks={name: sink for name, sink in sinks.items() if name != ONLY},
         )
 
     def close(self, timeout: float = 5.0) -> None:
@@ -507,7 +495,7 @@ class Outbox:
         if not self._sealer.stop(timeout):
             log.warning("%s: the disk is slow; the active file is adopted at the next start", self.name)
         if self._delivery is not None:
-            self._delivery.worker.notify()
+            self._delivery.notify()
             self._delivery.stop(max(0.0, deadline - self._clock.monotonic()))
         self._ledger.write(sync=False)  # what found its lock held before
 

@@ -44,6 +44,25 @@ class DeliveryCounters:
         self.flushed_bytes = 0
         self.failed_flushes = 0  # answers that were not an acceptance
 
+    def snapshot(self, state: State, last_error: str) -> SinkStats:
+        """What `stats()` shows of them."""
+        return SinkStats(state=state, last_error=last_error, **{name: getattr(self, name) for name in self.__slots__})
+
+
+class SinkStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the delivery to one sink. Counts are of this process since it opened the outbox."""
+
+    state: State
+    delivered: int
+    duplicates: int
+    dead: int
+    quarantined: int
+    discarded: int
+    flushed_files: int
+    flushed_bytes: int
+    failed_flushes: int
+    last_error: str
+
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of an outbox. Counts are of this process since it opened the outbox; pending is the directory's."""
@@ -66,6 +85,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     failed_flushes: int
     last_error: str
     hook_failures: dict[str, int]  # how often each of the application's functions raised
+    sinks: dict[str, SinkStats]  # by name, where there are several; what is counted above is the sum of them
 
 
 class Observed(Protocol):

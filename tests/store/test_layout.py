@@ -16,7 +16,11 @@ from pillarbox.store.layout import Kind
         ("sealed-1795436302841870-12491cba.ndjson", Kind.SEALED),
         ("sealed-bad.ndjson", Kind.SEALED),
         ("sealed-.ndjson", Kind.SEALED),
-        ("sealed-x.ndjson.zst", Kind.OTHER),
+        ("sealed-x.ndjson.zst", Kind.SEALED),
+        ("sealed-x.ndjson.gz", Kind.OTHER),
+        ("delivered-1795436302841870-12491cba.ndjson", Kind.DELIVERED),
+        ("delivered-x.ndjson.zst", Kind.DELIVERED),
+        ("delivered-x.ndjson.1.aside", Kind.ASIDE),
         ("corrupt-sealed-x.ndjson", Kind.CORRUPT),
         ("corrupt-sealed-x.spans.json", Kind.SPANS),
         ("dead-sealed-x.ndjson", Kind.DEAD),
@@ -39,6 +43,10 @@ def test_what_we_name_we_recognise() -> None:
     assert layout.kind_of(layout.active_name("w", 3)) is Kind.ACTIVE
     assert layout.kind_of(sealed) is Kind.SEALED
     assert layout.stamp_of(sealed) == 1_795_436_302_841_870
+    kept = layout.delivered_name(sealed)
+    assert layout.kind_of(kept) is Kind.DELIVERED
+    assert (layout.stamp_of(kept), layout.batch_id(kept)) == (1_795_436_302_841_870, batch)
+    assert layout.batch_id(f"{kept}.zst") == batch
     assert layout.kind_of(layout.corrupt_name(batch)) is Kind.CORRUPT
     assert layout.kind_of(layout.spans_name(batch)) is Kind.SPANS
     assert layout.kind_of(layout.dead_name(batch)) is Kind.DEAD
@@ -54,3 +62,16 @@ def test_sealed_names_sort_by_time_for_as_long_as_they_have_sixteen_digits() -> 
 def test_a_sealed_file_that_somebody_named_has_no_stamp() -> None:
     """It is delivered all the same."""
     assert layout.stamp_of("sealed-bad.ndjson") is None
+
+
+@pytest.mark.parametrize("sink", ["live", "0", "a_b-c", "x" * 32])
+def test_a_sink_has_a_queue(sink: str) -> None:
+    """The directory's name says whose it is."""
+    assert layout.is_sink(sink)
+    assert layout.sink_of(layout.queue_name(sink)) == sink
+
+
+@pytest.mark.parametrize("name", ["sink-", "sink-Live", "sink-live.adding", "sink-a/b", "sink-..", "live", "sink-" + "x" * 33])
+def test_other_directories_are_no_queues(name: str) -> None:
+    """Nor are those that are being made."""
+    assert layout.sink_of(name) is None

@@ -1,4 +1,4 @@
-"""The thread that a `Worker` lives in: its event loop, its start, its bounded end."""
+"""The thread that a `Worker` lives in: its event loop, its start, its bounded end. The `Deliverer` of one sink."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Final
 
+from pillarbox.delivery.deliverer import ONLY
+
 if TYPE_CHECKING:
     from pillarbox.delivery.worker import Worker
+    from pillarbox.telemetry import SinkStats
 
 log = logging.getLogger("pillarbox")
 
@@ -41,6 +44,21 @@ class DeliveryThread:
                 self._loop.call_soon_threadsafe(self._task.cancel)
             self._thread.join(_CANCEL_GRACE_S)
         return not self._thread.is_alive()
+
+    def notify(self) -> None:
+        """There may be something to do; from any thread."""
+        self.worker.notify()
+
+    def sinks(self) -> dict[str, SinkStats]:
+        """How the one sink stands."""
+        worker = self.worker
+        with worker.settled:  # a file that is gone is counted
+            return {ONLY: worker.counters.snapshot(worker.state, worker.last_error)}
+
+    def wait_for_settlement(self, seen: int, timeout: float) -> None:
+        """Wait until other than `seen` files are settled, at most `timeout` seconds."""
+        with self.worker.settled:
+            self.worker.settled.wait_for(lambda: self.worker.counters.flushed_files != seen, timeout)
 
     def _run(self) -> None:
         while True:

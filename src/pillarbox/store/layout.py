@@ -7,14 +7,18 @@ from enum import Enum
 from typing import Final
 
 SUFFIX: Final = ".ndjson"
+COMPRESSED: Final = f"{SUFFIX}.zst"  # of what waits or is kept, where that is wanted
 LEGACY_ACTIVE: Final = "active.ndjson"
 DELIVER_LOCK: Final = "deliver.lock"
 EVICT_LOCK: Final = "evict.lock"
 LEDGER: Final = "ledger.ndjson"
 LEDGER_LOCK: Final = "ledger.lock"
 _STAMP_DIGITS: Final = 16  # microseconds since 1970: enough until the year 2286
+_DELIVERED: Final = "delivered-"
+_QUEUE: Final = "sink-"
+_SINK = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 STAMP_MAX: Final = 10**_STAMP_DIGITS - 1
-_STAMP = re.compile(rf"sealed-(\d{{{_STAMP_DIGITS}}})-")
+_STAMP = re.compile(rf"(?:sealed|delivered)-(\d{{{_STAMP_DIGITS}}})-")
 
 
 class Kind(Enum):
@@ -24,6 +28,7 @@ class Kind(Enum):
     LEGACY_ACTIVE = "legacy_active"  # left by the older, non-locking writer
     SEALED = "sealed"  # complete, immutable, waiting
     CORRUPT = "corrupt"  # quarantined bytes
+    DELIVERED = "delivered"  # settled, and kept for a while
     SPANS = "spans"  # where the quarantined bytes stood and why they are there
     DEAD = "dead"  # dead letters
     ASIDE = "aside"  # being written aside; worthless once its writer is gone
@@ -36,9 +41,13 @@ _KINDS: Final[tuple[tuple[str, str, Kind], ...]] = (
     ("sealed-", ".aside", Kind.ASIDE),
     ("corrupt-", ".aside", Kind.ASIDE),
     ("dead-", ".aside", Kind.ASIDE),
+    ("delivered-", ".aside", Kind.ASIDE),
     (LEDGER, ".aside", Kind.ASIDE),
     ("active-", SUFFIX, Kind.ACTIVE),
     ("sealed-", SUFFIX, Kind.SEALED),
+    ("sealed-", COMPRESSED, Kind.SEALED),
+    ("delivered-", SUFFIX, Kind.DELIVERED),
+    ("delivered-", COMPRESSED, Kind.DELIVERED),
     ("corrupt-", SUFFIX, Kind.CORRUPT),
     ("corrupt-", ".spans.json", Kind.SPANS),
     ("dead-", SUFFIX, Kind.DEAD),
@@ -77,14 +86,20 @@ def sealed_name(stamp: int, unique: str) -> str:
 
 
 def stamp_of(name: str) -> int | None:
-    """The seal time in a sealed file's name, or None where somebody named it otherwise."""
+    """The seal time in the name of a sealed or delivered file, or None where somebody named it otherwise."""
     match = _STAMP.match(name)
     return int(match[1]) if match else None
 
 
 def batch_id(name: str) -> str:
-    """A sealed file's batch id: its name without the ending."""
-    return name.removesuffix(SUFFIX)
+    """The batch id of a sealed file: its name without the ending; of a delivered file, what it was when it was sealed."""
+    batch = name.removesuffix(COMPRESSED).removesuffix(SUFFIX)
+    return f"sealed-{batch.removeprefix(_DELIVERED)}" if batch.startswith(_DELIVERED) else batch
+
+
+def delivered_name(name: str) -> str:
+    """Where a sealed file is kept for a while after it was delivered."""
+    return _DELIVERED + name.removeprefix("sealed-")
 
 
 def corrupt_name(batch: str) -> str:
@@ -105,3 +120,19 @@ def dead_name(batch: str) -> str:
 def aside_name(name: str, unique: str) -> str:
     """The name under which a file is written before it gets its own; another one for each attempt."""
     return f"{name}.{unique}.aside"
+
+
+def is_sink(name: str) -> bool:
+    """Whether one of several sinks may be called so: it becomes the name of a directory."""
+    return _SINK.fullmatch(name) is not None
+
+
+def queue_name(sink: str) -> str:
+    """The directory in which the files wait that one of several sinks is to get."""
+    return _QUEUE + sink
+
+
+def sink_of(name: str) -> str | None:
+    """The sink that a directory is the queue of; None where it is none."""
+    sink = name.removeprefix(_QUEUE)
+    return sink if name.startswith(_QUEUE) and is_sink(sink) else None
