@@ -1,0 +1,182 @@
+"""Takes and reads sealed files, in order, and makes shipments of them; one is read ahead while another is on its way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pillarbox.clock import give_way
+from pillarbox.delivery.shipment import Job, Shipment
+from pillarbox.errors import FileUnusable
+from pillarbox.store import reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pillarbox.clock import Clock
+    from pillarbox.delivery.policy import Rules
+    from pillarbox.delivery.settlement import Settler
+    from pillarbox.delivery.standing import Standing
+    from pillarbox.delivery.suspects import Suspects
+    from pillarbox.sinks.base import Sink
+    from pillarbox.store.directory import Directory
+
+log = logging.getLogger("pillarbox")
+
+TOGETHER_RECORDS: Final = 500  # of small files that go out in one call, where the sink takes that: as many as a file has
+TOGETHER_BYTES: Final = 1_000_000
+TOGETHER_FILES: Final = 64  # each holds a descriptor
+OPEN_FILES_MAX: Final = 256  # of all calls that are under way, and the one that is read ahead
+_HELD_S: Final = 1.0  # how long to wait for a file that another process has before the next one is sent
+
+
+class Loader:
+    """The names that are to go, and what is read of them. While `busy()`, the interpreter is given away often."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        sink: Sink,
+        clock: Clock,
+        rules: Rules,
+        standing: Standing,
+        suspects: Suspects,
+        settler: Settler,
+        busy: Callable[[], bool],
+    ) -> None:
+        self._directory = directory
+        self._sink = sink
+        self._clock = clock
+        self._rules = rules
+        self._standing = standing
+        self._suspects = suspects
+        self._settler = settler
+        self._busy = busy
+        self._queue: deque[str] = deque()
+        self._ahead: Shipment | None = None  # read while the one before it is on its way
+        self._spare: Job | None = None  # read, and too large for the shipment before it
+        self._held: dict[str, float] = {}  # the files that another process has, and since when
+
+    def queue(self, names: Iterable[str]) -> None:
+        """These are to go next, in this order."""
+        self._queue.extend(names)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether anything is left to send, as far as is known."""
+        return self._ahead is not None or self._has_unread()
+
+    def _has_unread(self) -> bool:
+        return bool(self._queue) or self._spare is not None
+
+    def next(self) -> Shipment | None:
+        """The next file, or the next small ones that the sink takes together; None where none can be read."""
+        shipment, self._ahead = self._ahead or self._load_shipment(), None
+        return shipment
+
+    def read_ahead(self) -> None:
+        """Read and prepare what goes next, while there is time."""
+        if self._ahead is None and not self.waits_for_another() and self._has_unread():
+            self._ahead = self._load_shipment()
+            if self._ahead is not None:
+                with contextlib.suppress(Exception):  # it is no part of this call; what is wrong shows in the next
+                    self._sink.prepare(self._ahead.batch)
+
+    def forget(self) -> None:
+        """Have the next look at the directory find everything in order."""
+        self._queue.clear()
+        if self._ahead is not None:
+            self.close(self._ahead)
+            self._ahead = None
+        if self._spare is not None:
+            self._directory.filesystem.close(self._spare.file.fd)
+            self._spare = None
+
+    def close(self, shipment: Shipment) -> None:
+        """Let go of its files: they are sent again."""
+        for job in shipment.jobs:
+            self._directory.filesystem.close(job.file.fd)
+
+    def waits_for_another(self) -> bool:
+        """Whether a file that another process has is to be waited for, for its turn comes before the others'."""
+        now = self._clock.monotonic()
+        return any(now - since < _HELD_S for since in self._held.values())
+
+    def keep_only(self, names: set[str]) -> None:
+        """Of the files that another process has, forget those that are gone."""
+        if self._held:
+            self._held = {name: since for name, since in self._held.items() if name in names}
+
+    def _load_shipment(self) -> Shipment | None:
+        jobs: list[Job] = []
+        try:
+            self._load_some(jobs)
+        except BaseException:
+            for job in jobs:
+                self._directory.filesystem.close(job.file.fd)
+            raise
+        if not jobs:
+            return None
+        name = jobs[0].name
+        history, proven = self._suspects.history(name), self._suspects.is_proven(name)
+        return Shipment(jobs, self._clock, self._give_way, history, proven=proven)
+
+    def _load_some(self, jobs: list[Job]) -> None:
+        while self._has_unread():
+            job, self._spare = self._spare or self._load(self._queue.popleft()), None
+            if job is None:
+                if self.waits_for_another():
+                    return  # those behind it are not to overtake it
+                continue
+            if jobs and not self._goes_along(jobs, job):
+                self._spare = job
+                return
+            jobs.append(job)
+            if not self._sink.traits.combines:
+                return
+
+    def _goes_along(self, jobs: list[Job], job: Job) -> bool:
+        """Whether a file goes out together with these; one that was refused goes by itself, to be judged by itself."""
+        together = [*jobs, job]
+        if len(together) > TOGETHER_FILES or len(together) * (self._rules.max_in_flight + 1) > OPEN_FILES_MAX:
+            return False
+        if any(one.name in self._suspects.alone or self._suspects.is_proven(one.name) for one in together):
+            return False
+        return sum(one.records for one in together) <= TOGETHER_RECORDS and sum(one.size for one in together) <= TOGETHER_BYTES
+
+    def _load(self, name: str) -> Job | None:
+        """Take and read a sealed file; None where another has it or it cannot be read (it is tried again later)."""
+        try:
+            file = self._directory.take(name)
+            if file is None:
+                since = self._held.setdefault(name, self._clock.monotonic())
+                if self._clock.monotonic() - since >= _HELD_S:
+                    self._standing.complain(name, "another process has it, and does not let go of it")
+                return None
+            self._held.pop(name, None)
+            try:
+                data = self._directory.filesystem.read_all(file.fd)
+                job = Job(file, data, reader.read(data, self._give_way), self._clock.monotonic())
+            except BaseException:
+                self._directory.filesystem.close(file.fd)
+                raise
+        except (OSError, FileUnusable) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                self._queue.clear()  # no fault of the file's: all are tried again later
+                self._standing.enter("degraded", str(error))
+                return None
+            if self._standing.complain(name, f"it cannot be read: {error}"):
+                log.error("%s is stepped over, it cannot be read: %s", name, error)  # noqa: TRY400 - the trace says nothing
+            self._standing.well("idle")
+            return None
+        if not self._settler.is_parked(name):
+            self._standing.withdraw(name)
+        return job
+
+    def _give_way(self) -> None:
+        # 60 us or so each time, for the kernel rounds the shortest sleep up: not for nobody.
+        if self._busy():
+            give_way()
