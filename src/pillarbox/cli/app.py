@@ -92,7 +92,7 @@ def stop_on_sigterm() -> None:
 def load() -> typer.Typer:
     """`app` with all commands in it."""
     # Imported here, for each registers its command with `app`.
-    from pillarbox.cli import check, dead, deliver, doctor, enqueue, quarantine, spacetimedb, status, verify  # noqa: F401, PLC0415
+    from pillarbox.cli import check, dead, deliver, doctor, enqueue, quarantine, seal, spacetimedb, status, verify  # noqa: F401, PLC0415
 
     return app
 

@@ -78,7 +78,7 @@ def _table(found: Status) -> Table:
         "directory": found.directory,
         "waiting": f"{found.pending_bytes:,} bytes in {found.pending_files:,} files ({found.active_files} active)",
         "oldest": "-" if found.oldest_age_s is None else f"sealed {found.oldest_age_s:,.0f} s ago",
-        "deliverer": _deliverer(found),
+        "deliverer": deliverer_text(found.deliverer, found.deliverer_silent_s),
         "dead letters": f"{found.dead_bytes:,} bytes in {found.dead_files:,} files",
         "quarantine": f"{found.corrupt_bytes:,} bytes in {found.corrupt_files:,} files",
         "durability": found.durability,
@@ -88,15 +88,15 @@ def _table(found: Status) -> Table:
     return table
 
 
-def _deliverer(found: Status) -> str:
-    beat, silent = found.deliverer, found.deliverer_silent_s
-    if beat is None or silent is None:
+def deliverer_text(beat: Heartbeat | None, silent_s: float | None) -> str:
+    """Who delivers, or did, and how that goes, in a line."""
+    if beat is None or silent_s is None:
         return "none so far"
     again = ""
     if beat.state.retry_at_micros is not None:
-        left = (beat.state.retry_at_micros - beat.at_micros) / 1e6 - silent
+        left = (beat.state.retry_at_micros - beat.at_micros) / 1e6 - silent_s
         again = f", next try in {max(0.0, left):,.0f} s"
     text = f"process {beat.pid} to {beat.sink}, {beat.state}{again}; {beat.delivered:,} delivered"
-    if silent > SILENT_AFTER_S:
-        return f"silent for {silent:,.0f} s (gone, or it hangs); it was {text}"
+    if silent_s > SILENT_AFTER_S:
+        return f"silent for {silent_s:,.0f} s (gone, or it hangs); it was {text}"
     return text

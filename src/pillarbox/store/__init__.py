@@ -17,6 +17,7 @@ FILES. A file's name is its state, and a change of state is one rename; there is
     dead-<batch>.ndjson          dead letters, one line each
     *.aside                      being written; worthless once its writer is gone
     doctor-<uuid>.probe          what `pillarbox doctor` tries things on; removed at its end, and nothing to anybody else
+    seal.request                 somebody asks all writers to seal what they hold; written over, never removed
     evict.lock                   held by the process that evicts; never removed
     deliver.lock                 held by the process that delivers, which writes its state into it; never removed
 

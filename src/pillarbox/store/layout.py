@@ -11,6 +11,7 @@ COMPRESSED: Final = f"{SUFFIX}.zst"  # of what waits or is kept, where that is w
 LEGACY_ACTIVE: Final = "active.ndjson"
 DELIVER_LOCK: Final = "deliver.lock"
 EVICT_LOCK: Final = "evict.lock"
+SEAL_REQUEST: Final = "seal.request"
 LEDGER: Final = "ledger.ndjson"
 LEDGER_LOCK: Final = "ledger.lock"
 _STAMP_DIGITS: Final = 16  # microseconds since 1970: enough until the year 2286

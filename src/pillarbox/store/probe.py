@@ -31,6 +31,7 @@ _SYNCS_S: Final = 3.0  # fewer of them where the disk is slow
 _NO_SYNC_S: Final = 5e-6
 _LINE: Final = b"x" * 299 + b"\n"  # about an event
 _AHEAD_MICROS: Final = 1_000_000  # how far a newest stamp may be ahead: they strictly increase, however fast files are sealed
+_OTHER_NAMES: Final = (layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.SEAL_REQUEST)
 _NEEDED: Final = ("create", "lock")  # to try what comes after them
 _NAMED_MAX: Final = 20  # files that are not ours are named up to here; all are counted
 _WAYS_OUT: Final = {
@@ -301,7 +302,7 @@ def _strangers(place: Directory) -> list[Finding]:
     for name, problem in filesystem.strangers(place.path):
         if name == ".":
             findings.append(bad("owner", f"the directory {problem}, who may remove what is in it: chown it"))
-        elif layout.kind_of(name) is not Kind.OTHER or name in (layout.DELIVER_LOCK, layout.EVICT_LOCK):
+        elif layout.kind_of(name) is not Kind.OTHER or name in _OTHER_NAMES:
             others += 1
             if others <= _NAMED_MAX:
                 findings.append(bad("names", f"{name} {problem}, and is left alone: see what it is, and remove it"))

@@ -15,6 +15,7 @@ from pillarbox.store import layout
 from pillarbox.store.active import SealReason
 from pillarbox.store.balance import Adopted, Sealed
 from pillarbox.store.capacity import Capacity
+from pillarbox.store.request import LOOK_EVERY_S, Requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -65,6 +66,7 @@ class Sealer:
         self._on_drops = on_drops
         self._ledger = ledger
         self.capacity = Capacity(directory, clock, min_free_bytes, ledger, evicts=evicts)
+        self._requests = Requests(directory, clock)
         self._inbox: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -94,6 +96,7 @@ class Sealer:
 
     def start(self) -> None:
         """Begin to work, in a thread."""
+        self._requests.has_new()  # what was asked for before is not meant for this writer
         self._thread = threading.Thread(target=self._run, name="pillarbox-sealer", daemon=True)
         self._thread.start()
 
@@ -165,6 +168,8 @@ class Sealer:
         trouble = ""
         try:
             trouble = self._open_spares(self._writer.look())
+            if self._requests.has_new() and self._writer.rotate("manual"):
+                self._requests.answer()
             wait = self._seal_by_age()
             self._seal_retired()
             wait = min(wait, self.capacity.look())
@@ -228,8 +233,9 @@ class Sealer:
         waiting = self._writer.files - 1 - len(self._writer.retired)
         left = self._active_since[1] + stretched(self._flush_interval, waiting) - now
         if left > 0:
-            # While the interval is stretched, look again after the plain one: the files may be gone by then.
-            return min(left, self._flush_interval)
+            # While the interval is stretched, look again after the plain one: the files may be gone by then. And while there is
+            # something to seal, somebody may ask for it.
+            return min(left, self._flush_interval, LOOK_EVERY_S)
         self._writer.rotate("flush_interval")
         return self._flush_interval
 

@@ -1,0 +1,250 @@
+"""`seal.request`: how a command reaches the writers, on a real directory, on one that loses power, and on one that fails."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from pillarbox.errors import FileUnusable
+from pillarbox.store import layout, request
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import Filesystem, RealFilesystem
+from pillarbox.store.layout import Kind
+from pillarbox.store.request import LOOK_EVERY_S
+from pillarbox.store.sealer import Sealer
+from pillarbox.store.writer import Limits, Writer
+from pillarbox.testing import ManualClock
+from pillarbox.testing.crash import CrashFilesystem, Disk, Survivors
+from pillarbox.testing.fault import Fault, FaultFilesystem
+from tests.store.stage import Stage
+
+LINE = b'{"event":{"n":1}}\n'
+PLACE = "/outbox"
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    """A writer whose sealer has had its first round, with room for many events in a file."""
+    made = Stage(tmp_path / "box", batch_size=1000)
+    made.sealer.step()
+    return made
+
+
+def later(stage: Stage) -> None:
+    """The next time that the sealer looks."""
+    stage.clock.advance(LOOK_EVERY_S)
+    stage.sealer.step()
+
+
+def active_and_sealed(stage: Stage) -> tuple[int, int]:
+    """How many files of these kinds hold something."""
+    account = stage.place.account()
+    return account.active_files, account.sealed_files
+
+
+def check(stage: Stage) -> None:
+    """Every event is where it belongs."""
+    Path(stage.place.at(layout.SEAL_REQUEST)).unlink()
+    stage.check()
+
+
+def test_a_request_has_the_active_file_sealed_within_a_quarter_of_a_second(stage: Stage) -> None:
+    """With the reason "manual", once, and its events are where they belong."""
+    stage.put()
+    assert stage.sealer.step() <= LOOK_EVERY_S
+    request.ask(stage.place, stage.clock)
+    later(stage)
+    assert active_and_sealed(stage) == (0, 1)
+    assert stage.sealer.sealed["manual"] == 1
+    stage.put()
+    later(stage)
+    later(stage)
+    assert active_and_sealed(stage) == (1, 1)
+    check(stage)
+
+
+def test_each_request_counts_however_soon_it_follows(stage: Stage) -> None:
+    """Within one tick of the clock too."""
+    for number in range(1, 4):
+        stage.put()
+        request.ask(stage.place, stage.clock)
+        later(stage)
+        assert active_and_sealed(stage) == (0, number)
+    assert len((Path(stage.place.path) / layout.SEAL_REQUEST).read_bytes().splitlines()) == 1
+
+
+def test_a_request_from_before_a_writer_started_is_not_meant_for_it(tmp_path: Path) -> None:
+    """Nor is an idle writer's next file sealed early for one that came while it held nothing."""
+    stage = Stage(tmp_path / "box", batch_size=1000)
+    request.ask(stage.place, stage.clock)
+    stage.sealer.step()
+    stage.put()
+    later(stage)
+    assert active_and_sealed(stage) == (1, 0)
+    request.ask(stage.place, stage.clock)
+    later(stage)
+    request.ask(stage.place, stage.clock)
+    later(stage)
+    stage.put()
+    later(stage)
+    assert active_and_sealed(stage) == (1, 1)
+
+
+def test_while_there_is_nothing_to_seal_the_sealer_does_not_wake_for_it(stage: Stage) -> None:
+    """An idle process sleeps as long as it did."""
+    assert stage.sealer.step() > LOOK_EVERY_S
+
+
+def test_rounds_that_follow_closely_look_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that is busy has hundreds of them in a second."""
+    opened: list[str] = []
+    real = stage.disk.open_existing
+
+    def open_existing(path: str) -> int:
+        opened.append(path)
+        return real(path)
+
+    monkeypatch.setattr(stage.disk, "open_existing", open_existing)
+    for _ in range(100):
+        stage.put()
+        stage.sealer.step()
+        stage.clock.advance(LOOK_EVERY_S / 50)
+    assert len([path for path in opened if path.endswith(layout.SEAL_REQUEST)]) <= 3
+
+
+def test_a_request_in_the_middle_of_an_append_is_answered_after_it(stage: Stage) -> None:
+    """The sealer tries again in its next round."""
+    stage.put()
+    request.ask(stage.place, stage.clock)
+    with stage.writer.lock:
+        limit, stage.writer._limit = stage.writer._limit, -1  # as an append that is under way leaves it
+        stage.writer._broken = False
+        assert not stage.writer.rotate("manual")
+        stage.writer._limit = limit
+    later(stage)
+    assert active_and_sealed(stage) == (0, 1)
+    check(stage)
+
+
+@pytest.mark.parametrize("planted", ["link", "directory", "pipe", "large", "rubbish"])
+def test_what_is_planted_under_the_name_hurts_no_writer(stage: Stage, planted: str) -> None:
+    """It neither hangs, nor follows, nor reads without a bound; whoever asks is told."""
+    path = Path(stage.place.at(layout.SEAL_REQUEST))
+    stage.put()
+    if planted == "link":
+        path.symlink_to("/dev/zero")
+    elif planted == "directory":
+        path.mkdir()
+    elif planted == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(b"x" * 10_000_000 if planted == "large" else b"\0\xff{")
+    later(stage)
+    stage.put()
+    if planted in ("link", "directory", "pipe"):
+        assert active_and_sealed(stage) == (1, 0)
+        with pytest.raises((FileUnusable, IsADirectoryError)):
+            request.ask(stage.place, stage.clock)
+    else:
+        request.ask(stage.place, stage.clock)
+        assert path.stat().st_size < 200
+        later(stage)
+        assert active_and_sealed(stage)[0] == 0
+    if planted == "directory":
+        path.rmdir()
+        path.touch()
+    check(stage)
+
+
+class Process:
+    """A process that writes, on a disk of the test's."""
+
+    def __init__(self, disk: Filesystem, clock: ManualClock) -> None:
+        numbers = itertools.count()
+        self.clock = clock
+        self.place = Directory(PLACE, disk, clock, lambda: f"{id(self)}-{next(numbers)}")
+        self.place.open()
+        self.place.recover()
+        self.sealer = Sealer(self.place, clock, 60.0, lambda: None, min_free_bytes=0)
+        self.writer = Writer(self.place, Limits(1000, 10**6, 2**20), self.sealer.wake)
+        self.sealer.attach(self.writer)
+        self.writer.start(0, 0)
+        self.sealer.step()
+
+    def later(self) -> None:
+        self.clock.advance(LOOK_EVERY_S)
+        self.sealer.step()
+
+
+def held(disk: Disk) -> int:
+    """How many events are on a disk, in files that mean something."""
+    return sum(
+        data.count(b"\n") for path, data in disk.files.items() if layout.kind_of(path.rpartition("/")[2]) is not Kind.OTHER
+    )
+
+
+def test_whatever_a_loss_of_power_leaves_of_a_request_the_next_one_is_answered() -> None:
+    """Torn, of NUL bytes, of an older time, or none: what was sealed is there, and a file is sealed when asked."""
+    disk, clock = Disk(), ManualClock()
+    first = Process(CrashFilesystem(disk), clock)
+    survivors, looked = Survivors(), 0
+    for sealed in range(1, 4):
+        first.writer.append(LINE, 1)
+        request.ask(first.place, clock)
+        first.later()
+        for op in disk.trace[looked:]:
+            survivors.apply(op)
+        looked = len(disk.trace)
+        for state in survivors.states(tears=(1, -1)):
+            left = Disk(state)
+            again = Process(CrashFilesystem(left), ManualClock())
+            assert held(left) == sealed
+            again.writer.append(LINE, 1)
+            request.ask(again.place, again.clock)
+            again.later()
+            assert (held(left), again.writer.active()) == (sealed + 1, None)
+
+
+@pytest.mark.parametrize("verb", ["open_existing", "read_at"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE])
+def test_a_disk_that_refuses_to_show_it_keeps_nothing_from_being_sealed(tmp_path: Path, verb: str, code: int) -> None:
+    """By age as before, and nobody is told of trouble that is none of the store's."""
+    clock = ManualClock()
+    disk = FaultFilesystem(RealFilesystem())
+    place = Directory(str(tmp_path / "box"), disk, clock)
+    place.open()
+    sealer = Sealer(place, clock, 1.0, lambda: None, min_free_bytes=0)
+    writer = Writer(place, Limits(1000, 10**6, 2**20), sealer.wake)
+    sealer.attach(writer)
+    writer.start(0, 0)
+    sealer.step()
+    writer.append(LINE, 1)
+    request.ask(place, clock)
+    disk.meter.faults = (Fault(verb, 1, code, for_good=True),)
+    disk.meter.counts[verb] = 0
+    clock.advance(LOOK_EVERY_S)
+    sealer.step()
+    assert writer.active() is not None
+    clock.advance(2.0)
+    sealer.step()
+    assert place.account().sealed_files == 1
+    writer.append(LINE, 1)
+    disk.meter.heal()
+    clock.advance(LOOK_EVERY_S)
+    sealer.step()
+    assert place.account().sealed_files == 2  # the request of before, which it could not see
+
+
+@pytest.mark.parametrize("verb", ["open_lock", "replace_all"])
+def test_whoever_asks_is_told_of_a_disk_that_takes_no_request(tmp_path: Path, verb: str) -> None:
+    """And no descriptor stays open."""
+    real = RealFilesystem()
+    place = Directory(str(tmp_path / "box"), FaultFilesystem(real, Fault(verb, 1, errno.ENOSPC, for_good=True)), ManualClock())
+    place.open()
+    with pytest.raises(OSError, match="No space"):
+        request.ask(place, ManualClock())
+    assert real._opened == set()
