@@ -159,7 +159,8 @@ class Loader:
             self._held.pop(name, None)
             try:
                 data = self._directory.filesystem.read_all(file.fd)
-                job = Job(file, data, reader.read(data, self._give_way), self._clock.monotonic())
+                contents, plain = reader.read_file(name, data, self._give_way)
+                job = Job(file, plain, contents, len(data), self._clock.monotonic())
             except BaseException:
                 self._directory.filesystem.close(file.fd)
                 raise

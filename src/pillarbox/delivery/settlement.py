@@ -327,8 +327,8 @@ class Settler:
         counters.discarded += len(job.dead) if "dead" in job.discards else 0
         counters.discarded += len(job.spans) if "quarantine" in job.discards else 0
         counters.flushed_files += 1
-        counters.flushed_bytes += job.size
-        self._callbacks.on_gone(job.size)
+        counters.flushed_bytes += job.stored
+        self._callbacks.on_gone(job.stored)
         with contextlib.suppress(Exception):  # the application's metrics are not worth an event
             self._callbacks.on_duration(self._clock.monotonic() - job.started)
 

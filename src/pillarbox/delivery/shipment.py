@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Job:
     """A sealed file on its way: taken, read, and not settled yet."""
 
-    def __init__(self, file: Taken, data: bytes, contents: reader.Contents, started: float) -> None:
+    def __init__(self, file: Taken, data: bytes, contents: reader.Contents, stored: int, started: float) -> None:
         self.file = file
         self.name = file.name
         self.id = layout.batch_id(file.name)
@@ -30,6 +30,7 @@ class Job:
         self.spans = contents.spans
         self.data = data if contents.spans else b""
         self.size = len(data)
+        self.stored = stored  # bytes on disk, where it may be compressed
         self.started = started
         self.accepted = 0
         self.duplicates = 0

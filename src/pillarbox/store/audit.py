@@ -72,18 +72,20 @@ def _look(directory: Directory, progress: Callable[[int, int], None], known: dic
             continue
         try:
             data = _read(directory, name)
+            if kind is Kind.SEALED:
+                known[name] = found[layout.batch_id(name)] = _found(name, data)
         except FileNotFoundError:
             continue
         except (OSError, FileUnusable):
             unreadable.append(name)
             data = None
+            if kind is Kind.SEALED:
+                found[layout.batch_id(name)] = _UNREADABLE
         if kind is Kind.DEAD:
             dead[layout.batch_id(name).removeprefix("dead-")] = 0 if data is None else data.count(b"\n")
-        elif kind is Kind.SEALED:
-            found[layout.batch_id(name)] = _UNREADABLE if data is None else known.setdefault(name, _found(data))
-        else:
+        elif kind is not Kind.SEALED:
             writer = layout.writer_of(name)
-            active[name] = Found(0, 1, writer) if data is None else _found(data[: data.rfind(b"\n") + 1], writer)
+            active[name] = Found(0, 1, writer) if data is None else _found(name, data[: data.rfind(b"\n") + 1], writer)
     progress(total, total)
     entries, unread = _entries(directory)
     there = {name for name, _ in directory.filesystem.listing(directory.path)}
@@ -111,6 +113,6 @@ def _read(directory: Directory, name: str) -> bytes:
         directory.filesystem.close(fd)
 
 
-def _found(data: bytes, writer: str = "") -> Found:
-    contents = reader.read(data, lambda: None)
+def _found(name: str, data: bytes, writer: str = "") -> Found:
+    contents, _ = reader.read_file(name, data, lambda: None)
     return Found(len(contents.payloads), len(contents.spans), writer)

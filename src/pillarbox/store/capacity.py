@@ -6,15 +6,15 @@ Of one process's sealer, and on its thread. Other processes fill and empty the d
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusable
-from pillarbox.store import layout
+from pillarbox.store import compressed, layout
 from pillarbox.store.balance import Evicted
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
-    from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.directory import Directory
     from pillarbox.store.ledger import Ledger
     from pillarbox.store.writer import Writer
 
@@ -33,6 +33,15 @@ SLACK_SHARE: Final = 8
 # Of a limit with eviction, the largest part that one file may be: what is evicted is whole files.
 FILE_SHARE: Final = 16
 _TOGETHER_MAX: Final = 32  # files given up together: each holds a descriptor, and one sync of the ledger serves them all
+
+
+class _Going(NamedTuple):
+    """A file that is given up; this process holds its lock."""
+
+    name: str
+    fd: int
+    size: int
+    events: int
 
 
 class Capacity:
@@ -119,7 +128,7 @@ class Capacity:
         lock = self._directory.take_lock(layout.EVICT_LOCK)
         if lock is None:
             return
-        going: list[tuple[Taken, bytes]] = []
+        going: list[_Going] = []
         try:
             self._next_listing = self._soonest_listing = 0.0
             self._relist()
@@ -131,15 +140,15 @@ class Capacity:
                 if found is None:
                     continue
                 going.append(found)
-                excess_bytes -= max(1, len(found[1]))
+                excess_bytes -= max(1, found.size)
                 excess_files -= 1
                 if len(going) >= _TOGETHER_MAX:
                     self._give_up(going)
             self._give_up(going)
             self._directory.filesystem.sync_directory(self._directory.path)  # or the loss of power brings them back
         finally:
-            for taken, _ in going:  # where something has failed
-                self._directory.filesystem.close(taken.fd)
+            for file in going:  # where something has failed
+                self._directory.filesystem.close(file.fd)
             self._directory.filesystem.close(lock.fd)
 
     def _excess(self, least: int) -> tuple[int, int]:
@@ -150,34 +159,41 @@ class Capacity:
         excess_files = pending_files - limits.max_files + max(1, limits.max_files // SLACK_SHARE)
         return max(least, excess_bytes), excess_files
 
-    def _take(self, name: str) -> tuple[Taken, bytes] | None:
-        """A file and what is in it; None where it is in use or not ours."""
+    def _take(self, name: str) -> _Going | None:
+        """A file and how much is in it; None where it is in use, not ours, or cannot be read."""
         try:
             taken = self._directory.take(name)
         except FileUnusable:
             return None
         if taken is None:
             return None
+        found = None
         try:
-            return taken, self._directory.filesystem.read_all(taken.fd)
-        except BaseException:
-            self._directory.filesystem.close(taken.fd)
-            raise
+            data = self._directory.filesystem.read_all(taken.fd)
+            plain, problem = compressed.unpack(name, data)
+            if not problem:  # or nobody knows how many events would go; the deliverer sets aside what is left of them
+                found = _Going(name, taken.fd, len(data), _events_in(plain))
+        except FileUnusable:
+            return None
+        finally:
+            if found is None:
+                self._directory.filesystem.close(taken.fd)
+        return found
 
-    def _give_up(self, going: list[tuple[Taken, bytes]]) -> None:
+    def _give_up(self, going: list[_Going]) -> None:
         """Remove these files, once the ledger has them; without room for that they go all the same."""
         if going and self._ledger is not None:
             now = self._clock.micros()
-            self._ledger.note(*(Evicted(now, layout.batch_id(taken.name), _events_in(data)) for taken, data in going))
+            self._ledger.note(*(Evicted(now, layout.batch_id(file.name), file.events) for file in going))
             self._ledger.write(sync=True)
         while going:
-            taken, data = going.pop(0)
+            file = going.pop(0)
             try:
-                self._directory.remove(taken.name)
+                self._directory.remove(file.name)
             finally:
-                self._directory.filesystem.close(taken.fd)
-            self.evicted += _events_in(data)
-            self._writer.release(len(data))
+                self._directory.filesystem.close(file.fd)
+            self.evicted += file.events
+            self._writer.release(file.size)
             if not self._evicting:
                 self._evicting = True
                 log.warning("%s: full; the oldest events are given up for new ones", self._directory.path)
@@ -188,5 +204,5 @@ class Capacity:
             log.info("%s: room again; %d events given up so far", self._directory.path, self.evicted)
 
 
-def _events_in(data: bytes) -> int:
-    return data.count(b"\n") + (bool(data) and not data.endswith(b"\n"))
+def _events_in(lines: bytes) -> int:
+    return lines.count(b"\n") + (bool(lines) and not lines.endswith(b"\n"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from pillarbox.store import record
+from pillarbox.store import compressed, record
 from pillarbox.store.record import Damaged
 
 if TYPE_CHECKING:
@@ -46,6 +46,20 @@ def _behind_nul(line: bytes) -> tuple[int, bytes] | None:
         return begin, record.payload(line[begin:])
     except Damaged:
         return None
+
+
+def read_file(name: str, data: bytes, give_way: Callable[[], None]) -> tuple[Contents, bytes]:
+    """What a file holds whose bytes are `data`, whatever its ending, and the bytes that the spans are of.
+
+    Of a compressed file that is damaged, what comes before the damage is read like any other, and a last span is the whole
+    file as it was: nobody can tell what is in the rest. Raises `FileUnusable` where it is compressed and zstd is missing.
+    """
+    plain, problem = compressed.unpack(name, data)
+    contents = read(plain, give_way)
+    if not problem:
+        return contents, plain
+    contents.spans.append(Span(len(plain), len(data), f"bad_compression: {problem}"))
+    return contents, plain + data
 
 
 def read(data: bytes, give_way: Callable[[], None]) -> Contents:

@@ -1,0 +1,122 @@
+"""Compressed files: what is read of them, whole and damaged."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pillarbox.store import compressed, reader, record
+from pillarbox.store.reader import Contents
+
+NAME = "sealed-0000000000000001-x.ndjson"
+PACKED = f"{NAME}.zst"
+
+
+def lines(count: int) -> list[bytes]:
+    """Lines that do not compress to nothing."""
+    rng = random.Random(7)
+    return [record.line(b'{"n":%d,"x":"%x"}' % (number, rng.getrandbits(200))) for number in range(count)]
+
+
+def read(data: bytes, name: str = PACKED) -> tuple[Contents, bytes]:
+    return reader.read_file(name, data, lambda: None)
+
+
+@given(st.binary(max_size=5000))
+def test_what_was_compressed_comes_out_as_it_was(data: bytes) -> None:
+    """Any bytes; and a file with another ending is what it is."""
+    packed = compressed.compress(PACKED, data)
+    assert compressed.unpack(PACKED, packed) == (data, "")
+    assert compressed.contents(PACKED, packed) == data
+    assert compressed.unpack(NAME, packed) == (packed, "")
+
+
+def test_several_frames_are_one_file() -> None:
+    """As other tools make them, one appended to another."""
+    packed = compressed.compress(PACKED, b"one\n") + compressed.compress(PACKED, b"two\n")
+    assert compressed.unpack(PACKED, packed) == (b"one\ntwo\n", "")
+
+
+def test_a_truncated_file_gives_the_lines_before_and_keeps_all_of_its_bytes() -> None:
+    """At every byte: no exception, a good line only as it was, and the file itself in the last span."""
+    events = lines(40)
+    packed = compressed.compress(PACKED, b"".join(events))
+    for end in range(len(packed)):
+        found, data = read(packed[:end])
+        assert found.payloads == [record.payload(line[:-1]) for line in events[: len(found.payloads)]]
+        last = found.spans[-1]
+        assert last.reason.startswith("bad_compression: ")
+        assert data[last.offset : last.offset + last.length] == packed[:end]
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_alters_no_event(bit: int) -> None:
+    """Wherever it is: what is read are events that were written, in order, and the rest is set aside."""
+    events = lines(40)
+    payloads = [record.payload(line[:-1]) for line in events]
+    packed = compressed.compress(PACKED, b"".join(events))
+    for place in range(len(packed)):
+        flipped = bytearray(packed)
+        flipped[place] ^= 1 << bit
+        found, data = read(bytes(flipped))
+        left = iter(payloads)
+        assert all(payload in left for payload in found.payloads)
+        if found.payloads != payloads or found.spans:
+            last = found.spans[-1]
+            assert data[last.offset : last.offset + last.length] == flipped
+
+
+def test_what_comes_before_the_damage_is_read() -> None:
+    """Not only what a call of the library has returned before it fails: a frame has blocks of 128 KiB."""
+    events = lines(20_000)
+    plain = b"".join(events)
+    packed = bytearray(compressed.compress(PACKED, plain))
+    packed[len(packed) // 2 :] = b"\xff" * (len(packed) - len(packed) // 2)
+    found, data = read(bytes(packed))
+    assert len(found.payloads) > 0.4 * len(events)
+    assert found.payloads == [record.payload(line[:-1]) for line in events[: len(found.payloads)]]
+    assert data.endswith(packed)
+    assert len(found.spans) == 2  # the line that was cut, and the file
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300), st.booleans())
+def test_any_bytes_are_read_or_set_aside(data: bytes, begun: bool) -> None:
+    """No exception; what comes out is not more than is in it."""
+    data = b"\x28\xb5\x2f\xfd" + data if begun else data
+    found, whole = read(data)
+    assert found.spans or not found.payloads
+    assert whole.endswith(data) or not found.spans
+
+
+def test_a_bomb_is_not_unpacked() -> None:
+    """64 MiB are enough for all that is ours; the file is set aside, small as it is."""
+    packed = compressed.compress(PACKED, bytes(compressed.PLAIN_MAX + 1))
+    assert len(packed) < 10_000
+    assert compressed.unpack(PACKED, packed)[0] == b""
+    many = compressed.compress(PACKED, bytes(compressed.PLAIN_MAX // 2)) * 3
+    plain, problem = compressed.unpack(PACKED, many)
+    assert (len(plain), problem) == (compressed.PLAIN_MAX, f"unpacks to more than {compressed.PLAIN_MAX} bytes")
+
+
+def test_without_the_library_a_compressed_file_is_left_alone() -> None:
+    """It says what is missing; a plain one is read, and nothing is imported for it."""
+    script = f"""if True:
+        import sys
+        from pillarbox.errors import FileUnusable
+        from pillarbox.store import reader
+        assert reader.read_file({NAME!r}, b"", lambda: None)[0].payloads == []
+        assert not any("zstd" in module for module in sys.modules)
+        sys.modules["backports"] = sys.modules["backports.zstd"] = sys.modules["compression"] = None
+        try:
+            reader.read_file({PACKED!r}, b"x", lambda: None)
+        except FileUnusable as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == f"{PACKED}: needs zstd: pip install 'pillarbox[zstd]'"
