@@ -92,7 +92,19 @@ def stop_on_sigterm() -> None:
 def load() -> typer.Typer:
     """`app` with all commands in it."""
     # Imported here, for each registers its command with `app`.
-    from pillarbox.cli import check, dead, deliver, doctor, enqueue, quarantine, seal, spacetimedb, status, verify  # noqa: F401, PLC0415
+    from pillarbox.cli import (  # noqa: PLC0415
+        check,  # noqa: F401
+        dead,  # noqa: F401
+        deliver,  # noqa: F401
+        doctor,  # noqa: F401
+        enqueue,  # noqa: F401
+        quarantine,  # noqa: F401
+        seal,  # noqa: F401
+        spacetimedb,  # noqa: F401
+        status,  # noqa: F401
+        tail,  # noqa: F401
+        verify,  # noqa: F401
+    )
 
     return app
 

@@ -13,7 +13,7 @@ from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pillarbox.kept.selection import Selection
     from pillarbox.store.directory import Directory
@@ -67,31 +67,32 @@ class DeadFile(NamedTuple):
         return b"".join(line for number, line in enumerate(self.lines) if number not in gone)
 
 
+def some_members(event_type: type[msgspec.Struct], fields: Sequence[str]) -> Callable[[bytes], Any]:
+    """An event's JSON -> an object with these fields, whatever their types; None for those that it does not have."""
+    names = {field.name: field.encode_name for field in msgspec.structs.fields(event_type)}
+    members = [(field, Any, msgspec.field(default=None, name=names.get(field, field))) for field in fields]
+    return msgspec.json.Decoder(msgspec.defstruct("_Some", members)).decode
+
+
 class Heading:
     """What of an event every table shows: its id, and its key where the type has one."""
 
     def __init__(self, event_type: type[msgspec.Struct]) -> None:
         names = {field.name: field.encode_name for field in msgspec.structs.fields(event_type)}
         self.id_member = names.get("event_id", "event_id")
-        shown = msgspec.defstruct(
-            "_Shown",
-            [
-                ("event_id", Any, msgspec.field(default=None, name=self.id_member)),
-                ("event_key", Any, msgspec.field(default=None, name=names.get("event_key", "event_key"))),
-            ],
-        )
-        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(shown).decode
+        self._decode = some_members(event_type, ("event_id", "event_key"))
 
     def of(self, payload: bytes) -> tuple[str | None, str | None]:
         """(id, key) of an event's JSON; None for what it does not have as text or a whole number."""
         try:
-            shown = self._decode(payload)
+            found = self._decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None, None
-        return _shown(shown.event_id), _shown(shown.event_key)
+        return shown(found.event_id), shown(found.event_key)
 
 
-def _shown(value: object) -> str | None:
+def shown(value: object) -> str | None:
+    """A member as a line shows it: text, or a whole number; None for all else."""
     return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 

@@ -323,6 +323,12 @@ def identity(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def identity_of(fd: int) -> tuple[int, int]:
+    """Which file is open: its device and number."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
+
+
 def exists(path: str) -> bool:
     """Whether there is something under a path that a user names."""
     return os.path.lexists(path)

@@ -1,0 +1,195 @@
+"""`pillarbox tail`, while real processes write, rotate, deliver, die and begin anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pillarbox import Outbox
+from pillarbox.store import record
+from tests.cli.test_commands import CLEAN, PILLARBOX, run
+from tests.cli.watching import DELIVER, at_work, names, only_looks, writer
+from tests.conftest import event, wait_until
+
+
+class Tail:
+    """A `tail --follow --json` that runs."""
+
+    def __init__(self, process: subprocess.Popen[bytes], out: Path, err: Path) -> None:
+        self.process = process
+        self._out = out
+        self._err = err
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._out.read_bytes().splitlines()]
+
+    def ids(self) -> list[str]:
+        return [line["event"]["event_id"] for line in self.lines()]
+
+    def missed(self) -> int:
+        return sum(int(number) for number in re.findall(r"not seen: (\d+) event", self._err.read_text()))
+
+
+@contextmanager
+def tailing(folder: Path, *arguments: str) -> Iterator[Tail]:
+    """Follow `box`; it has looked at it for the first time when this begins."""
+    (folder / "box").mkdir(mode=0o700, exist_ok=True)
+    out, err = folder / "out", folder / "err"
+    command = [*PILLARBOX, "tail", "-d", "box", "-f", "--json", "--interval", "0.05", *arguments]
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(command, cwd=folder, env=CLEAN, stdout=stdout, stderr=stderr)
+    try:
+        wait_until(lambda: "poll" in Path(f"/proc/{process.pid}/wchan").read_text())
+        yield Tail(process, out, err)
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def test_it_shows_each_accepted_event_once_while_files_are_sealed_delivered_and_removed(tmp_path: Path) -> None:
+    """Three writers, one of which comes later, and a deliverer; what came and went between two looks is counted."""
+    with tailing(tmp_path) as tail, at_work(*DELIVER, folder=tmp_path) as deliverer:
+        with at_work(*writer("a", 2000, 0.01), folder=tmp_path) as first, at_work(*writer("b", 2000, 0.01), folder=tmp_path):
+            wait_until(lambda: len(tail.ids()) > 500)
+            with at_work(*writer("c", 1000, 0.005), folder=tmp_path) as third:
+                assert third.wait(30) == 0
+            assert first.wait(30) == 0
+            wait_until(lambda: len(tail.ids()) + tail.missed() >= 5000, 30)
+        assert deliverer.poll() is None
+        seen = Counter(tail.ids())
+        assert max(seen.values()) == 1
+        assert len(seen) + tail.missed() == 5000
+        assert len(seen) > 4000
+        for name in "abc":
+            own = [one for one in tail.ids() if one.startswith(name)]
+            assert own == sorted(own)
+
+
+def test_without_follow_it_shows_the_newest_in_order(tmp_path: Path) -> None:
+    """Of sealed files and an active one."""
+    with Outbox(str(tmp_path / "box"), flush_interval=60) as outbox:
+        for number in range(25):
+            outbox.enqueue(event(number))
+            if number % 10 == 9:
+                assert outbox._sealer.seal_now("manual", 10)
+        shown = [json.loads(line) for line in run("tail", "-d", "box", "--json", "-n", "12", cwd=tmp_path).stdout.splitlines()]
+        assert [line["event"]["event_id"] for line in shown] == [f"e-{number:06d}" for number in range(13, 25)]
+        assert [line["batch"] is None for line in shown] == [False] * 7 + [True] * 5
+        for line in shown:
+            data = (tmp_path / "box" / line["file"]).read_bytes()
+            stood = data[line["offset"] : data.index(b"\n", line["offset"])]
+            assert json.loads(record.payload(stood)) == line["event"]
+        assert len(run("tail", "-d", "box", cwd=tmp_path).stdout.splitlines()) == 10
+        assert run("tail", "-d", "box", "-n", "0", cwd=tmp_path).stdout == b""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--event-key", "buy"], [1, 3]),
+        (["--event-key", "buy", "--event-key", "sell"], [1, 2, 3]),
+        (["--event-id", "e-000002"], [2]),
+        (["--scope", "User"], [2, 3]),
+        (["--scope", "User:u-3"], [3]),
+        (["--user", "u-3"], [3]),
+        (["--contains", "péage"], [1]),
+        (["--where", "metadata_json.page=1"], [1]),
+        (["--where", "metadata_json.tags.1=b"], [2]),
+        (["--where", "user_id=null"], [0, 1, 2]),
+        (["--event-key", "buy", "--where", "scope_kind=User"], [3]),
+        (["--since", "1970-01-01T00:00:00.000002", "--until", "1970-01-01T00:00:00.000003"], [2]),
+        (["--since", "1970-01-01"], [0, 1, 2, 3]),
+    ],
+)
+def test_filters_choose(tmp_path: Path, options: list[str], expected: list[int]) -> None:
+    """By key, id, scope, user, text, member and time."""
+    with Outbox(str(tmp_path / "box")) as outbox:
+        outbox.enqueue(event(0))
+        outbox.enqueue(event(1, event_key="buy", metadata_json='{"page":1,"name":"péage"}'))
+        outbox.enqueue(event(2, event_key="sell", scope_kind="User", metadata_json='{"tags":["a","b"]}'))
+        outbox.enqueue(event(3, event_key="buy", scope_kind="User", scope_id="u-3", user_id="u-3"))
+    shown = run("tail", "-d", "box", "--json", *options, cwd=tmp_path)
+    assert [json.loads(line)["event"]["occurred_at_micros"] for line in shown.stdout.splitlines()] == expected
+    assert shown.returncode == 0
+
+
+def test_a_line_is_shown_once_it_is_whole(tmp_path: Path) -> None:
+    """A writer may have written a part of it only."""
+    (tmp_path / "box").mkdir()
+    line = record.line(b'{"event_id":"e-1"}')
+    with tailing(tmp_path) as tail, (tmp_path / "box" / "active-w-1.ndjson").open("ab", buffering=0) as file:
+        file.write(line + line[:20])
+        wait_until(lambda: tail.ids() == ["e-1"])
+        file.write(line[20:-1])
+        before = tail.ids()
+        file.write(b"\n")
+        wait_until(lambda: tail.ids() == ["e-1", "e-1"])
+        assert before == ["e-1"]
+
+
+def test_the_text_has_no_colours_and_moves_no_cursor(tmp_path: Path) -> None:
+    """Whatever is in an event."""
+    with Outbox(str(tmp_path / "box")) as outbox:
+        outbox.enqueue(event(1, event_key="\x1b[31mred\nline", user_id="u-1"))
+    said = run("tail", "-d", "box", cwd=tmp_path).stdout
+    assert said == b"1970-01-01T00:00:00Z  \\x1b[31mred line  Site:site  u-1  e-000001\n"
+
+
+def test_damage_is_named_and_stepped_over(tmp_path: Path) -> None:
+    """With exit code 1."""
+    (tmp_path / "box").mkdir()
+    lines = record.line(b'{"event_id":"e-1"}') + b"nonsense\n" + record.line(b'{"event_id":"e-2"}')
+    (tmp_path / "box" / "sealed-1.ndjson").write_bytes(lines)
+    done = run("tail", "-d", "box", "--json", cwd=tmp_path)
+    assert [json.loads(line)["event"]["event_id"] for line in done.stdout.splitlines()] == ["e-1", "e-2"]
+    assert done.returncode == 1
+    assert b"sealed-1.ndjson: damaged at 46: bad_json" in done.stderr
+
+
+def test_ctrl_c_ends_it_without_a_word(tmp_path: Path) -> None:
+    """And nothing is left behind."""
+    with tailing(tmp_path) as tail:
+        tail.process.send_signal(signal.SIGINT)
+        assert tail.process.wait(10) == 130
+        assert (tmp_path / "err").read_bytes() == b""
+    assert names(tmp_path / "box") == {}
+
+
+def test_it_ends_when_nobody_reads_any_more(tmp_path: Path) -> None:
+    """Also while nothing comes: exit code 0."""
+    (tmp_path / "box").mkdir()
+    reading, writing = os.pipe()
+    process = subprocess.Popen([*PILLARBOX, "tail", "-d", "box", "-f"], cwd=tmp_path, env=CLEAN, stdout=writing)
+    os.close(writing)
+    os.close(reading)
+    assert process.wait(20) == 0
+
+
+def test_it_only_looks(tmp_path: Path) -> None:
+    """While a writer has its files open: nothing is opened to write, locked, made or removed."""
+    with Outbox(str(tmp_path / "box"), flush_interval=60) as outbox:
+        for number in range(30):
+            outbox.enqueue(event(number))
+        assert outbox._sealer.seal_now("manual", 10)
+        outbox.enqueue(event(30))
+        before = names(tmp_path / "box")
+        assert len(only_looks("tail", "-d", "box", "-n", "31", folder=tmp_path).stdout.splitlines()) == 31
+        assert names(tmp_path / "box") == before
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """And not made."""
+    done = run("tail", "-d", "box", "-f", cwd=tmp_path)
+    assert done.returncode == 2
+    assert b"box: cannot be listed" in done.stderr
+    assert not (tmp_path / "box").exists()

@@ -1,0 +1,1 @@
+"""Looking at an outbox from outside, step by step."""
