@@ -26,7 +26,8 @@ from multiprocessing import get_context
 from typing import Final, NamedTuple
 
 from pillarbox.store import layout
-from pillarbox.testing.crash import NAMES_MAX, Disk, Op, State, Survivors, Tears
+from pillarbox.testing.crash import Disk, Op, State
+from pillarbox.testing.survivors import NAMES_MAX, Survivors, Tears
 from tests.crash.world import LOCKS, PLACE, STEPS, Account, Outcome, World, problem_of, recover, steps_of
 
 ENDS: Final[Tears] = (1, -1)  # of a write that is torn, with one byte of it there or missing

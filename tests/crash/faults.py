@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from pillarbox.store.layout import Kind
-from pillarbox.testing.crash import Survivors
 from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem, Meter
+from pillarbox.testing.survivors import Survivors
 from tests.crash.enumeration import VIOLATIONS_MAX, Bounds, Enumeration, Origin
 from tests.crash.enumeration import reproduce as reproduce_crash
 from tests.crash.world import LOCKS, Account, World, kind_at, numbers_in

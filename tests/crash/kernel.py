@@ -35,7 +35,8 @@ import pytest
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.layout import Kind
 from pillarbox.testing import ManualClock
-from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State, Survivors
+from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
+from pillarbox.testing.survivors import Survivors
 from tests.crash import world
 from tests.crash.enumeration import LETTERS
 from tests.crash.world import LOCKS, PLACE, Account, Outcome, World, kind_at
@@ -166,7 +167,7 @@ class Replay:
         self._chance = chance
         self._filesystem = RealFilesystem()
         self._open: dict[int, int] = {}  # inode -> descriptor
-        self._paths: dict[int, str] = {}
+        self._names: dict[str, int] = {}  # path -> inode
 
     def at(self, path: str) -> str:
         """The real path."""
@@ -178,7 +179,7 @@ class Replay:
         if verb == "create":
             make = filesystem.open_lock if op.path.rpartition("/")[2] in LOCKS else filesystem.create
             self._open[op.inode] = make(self.at(op.path))
-            self._paths[op.inode] = op.path
+            self._names[op.path] = op.inode
         elif verb == "write":
             self._write(op)
         elif verb == "truncate":
@@ -187,9 +188,16 @@ class Replay:
             filesystem.sync_data(self._descriptor(op.inode))
         elif verb == "rename":
             filesystem.rename(self.at(op.path), self.at(op.target))
-            self._paths[op.inode] = op.target
+            moved = [path for path in self._names if path == op.path or path.startswith(op.path + "/")]
+            self._names |= {op.target + path[len(op.path) :]: self._names.pop(path) for path in moved}
+        elif verb == "link":
+            os.link(self.at(op.path), self.at(op.target))
+            self._names[op.target] = op.inode
         elif verb == "unlink":
             filesystem.unlink(self.at(op.path))
+            self._names.pop(op.path, None)
+        elif verb in ("make_directory", "remove_directory"):
+            (os.mkdir if verb == "make_directory" else os.rmdir)(self.at(op.path))
         elif verb == "sync_directory":
             filesystem.sync_directory(self.at(op.path))
         elif verb != "mark":
@@ -199,7 +207,8 @@ class Replay:
 
     def _descriptor(self, inode: int) -> int:
         if inode not in self._open:
-            self._open[inode] = os.open(self.at(self._paths[inode]), os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            path = next(path for path, number in self._names.items() if number == inode)
+            self._open[inode] = os.open(self.at(path), os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         return self._open[inode]
 
     def _write(self, op: Op) -> None:
@@ -236,51 +245,95 @@ class Replay:
 _SIZES: Final = (1, 9, 40, 40, 300, 1500, 4096, 4500)
 
 
-def raw_history(chance: random.Random) -> list[Op]:
-    """Operations by chance on a few files."""
-    disk = Disk()
-    filesystem = CrashFilesystem(disk)
-    filesystem.make_directory(PLACE)
-    numbers = itertools.count(1)
-    letters = itertools.cycle(b"abcdefghijklmnopqrstuvwxyz")
-    opened: dict[str, int] = {}
-    unsynced: Counter[int] = Counter()
-    for _ in range(chance.randrange(3, RAW_MAX)):
+class _RawFiles:
+    """A few files, and directories in which they have names, on a simulated disk."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.disk = Disk()
+        self._chance = chance
+        self._filesystem = CrashFilesystem(self.disk)
+        self._filesystem.make_directory(PLACE)
+        self._numbers = itertools.count(1).__next__
+        self._letters = itertools.cycle(b"abcdefghijklmnopqrstuvwxyz")
+        self._places = [PLACE]
+        self._opened: dict[str, int] = {}  # path -> descriptor
+        self._unsynced: Counter[int] = Counter()
+
+    def _new_path(self) -> str:
+        return f"{self._chance.choice(self._places)}/f{self._numbers()}"
+
+    def step(self) -> None:
+        """One operation."""
+        chance, filesystem, opened = self._chance, self._filesystem, self._opened
         verb = chance.choice(
-            ("create", "write", "write", "write", "truncate", "sync_data", "rename", "unlink", "sync_directory")
+            ("create", "write", "write", "write", "truncate", "sync_data", "rename", "link", "unlink", "sync", "directory")
         )
-        if verb == "sync_directory":
-            filesystem.sync_directory(PLACE)
-            continue
-        if not opened or (verb == "create" and len(opened) < 4):
-            path = f"{PLACE}/f{next(numbers)}"
+        if verb == "sync":
+            filesystem.sync_directory(chance.choice(self._places))
+        elif verb == "directory":
+            self._change_directory()
+        elif not opened or (verb == "create" and len(opened) < 4):
+            path = self._new_path()
             opened[path] = filesystem.create(path)
-            continue
-        path = chance.choice(sorted(opened))
-        fd = opened[path]
-        if unsynced[fd] >= UNSYNCED_MAX:
-            verb = "sync_data"
-        match verb:
-            case "truncate":
-                filesystem.truncate(fd, chance.randrange(filesystem.size(fd) + 1))
-                unsynced[fd] += 1
-            case "sync_data":
-                filesystem.sync_data(fd)
-                unsynced[fd] = 0
-            case "rename":
-                target = f"{PLACE}/f{next(numbers)}" if chance.random() < 0.7 else chance.choice(sorted(opened))
-                if target != path:
-                    filesystem.rename(path, target)
-                    del opened[path]
-                    opened[target] = fd
-            case "unlink":
-                filesystem.unlink(path)
-                del opened[path]
-            case _:
-                size = chance.choice(_SIZES)
-                filesystem.write(fd, bytes([next(letters)]) * size)
-                unsynced[fd] += 1 if size < 1000 else UNSYNCED_MAX // 2
-    return disk.trace
+        elif verb in ("rename", "link", "unlink"):
+            self._change_name(verb, chance.choice(sorted(opened)))
+        else:
+            self._change_data(verb, opened[chance.choice(sorted(opened))])
+
+    def _change_directory(self) -> None:
+        """Make one, without the sync that follows, or rename or remove one."""
+        chance, others = self._chance, self._places[1:]
+        if len(others) < 2 and chance.random() < 0.5:
+            self._places.append(path := f"{chance.choice(self._places)}/d{self._numbers()}")
+            self.disk.make_directory(path)
+        elif others:
+            path = chance.choice(others)
+            target = f"{path.rpartition('/')[0]}/d{self._numbers()}"
+            within = [one for one in (*self._places, *self._opened) if one.startswith(path + "/")]
+            if not within and chance.random() < 0.5:
+                self._filesystem.remove_directory(path)
+                self._places.remove(path)
+                return
+            self._filesystem.rename(path, target)
+            self._places = [target + one[len(path) :] if one in (path, *within) else one for one in self._places]
+            self._opened = {target + one[len(path) :] if one in within else one: fd for one, fd in self._opened.items()}
+
+    def _change_name(self, verb: str, path: str) -> None:
+        filesystem, opened, above = self._filesystem, self._opened, path.rpartition("/")[0]
+        if verb == "unlink":
+            filesystem.unlink(path)
+            del opened[path]
+        elif verb == "link":
+            target = self._new_path()
+            filesystem.link(path, target)
+            opened[target] = opened[path]
+        else:
+            beside = sorted(one for one in opened if one.rpartition("/")[0] == above)
+            target = f"{above}/f{self._numbers()}" if self._chance.random() < 0.7 else self._chance.choice(beside)
+            filesystem.rename(path, target)
+            if opened.get(target) != opened[path]:
+                opened[target] = opened.pop(path)
+
+    def _change_data(self, verb: str, fd: int) -> None:
+        filesystem = self._filesystem
+        if verb == "sync_data" or self._unsynced[fd] >= UNSYNCED_MAX:
+            filesystem.sync_data(fd)
+            self._unsynced[fd] = 0
+        elif verb == "truncate":
+            filesystem.truncate(fd, self._chance.randrange(filesystem.size(fd) + 1))
+            self._unsynced[fd] += 1
+        else:
+            size = self._chance.choice(_SIZES)
+            filesystem.write(fd, bytes([next(self._letters)]) * size)
+            self._unsynced[fd] += 1 if size < 1000 else UNSYNCED_MAX // 2
+
+
+def raw_history(chance: random.Random) -> list[Op]:
+    """Operations by chance on a few files with one name or several, and on directories."""
+    files = _RawFiles(chance)
+    for _ in range(chance.randrange(3, RAW_MAX)):
+        files.step()
+    return files.disk.trace
 
 
 def world_history(chance: random.Random) -> tuple[str, list[Op]]:
@@ -355,7 +408,9 @@ class Cuts:
         self._medium.come_back()
 
     def _state(self, root: Path) -> State:
-        return {f"{PLACE}/{path.name}": path.read_bytes() for path in sorted(root.iterdir()) if path.name not in LOCKS}
+        found = [path for path in sorted(root.rglob("*")) if path.name not in LOCKS]
+        at = {path: f"{PLACE}/{path.relative_to(root)}" for path in found}
+        return {at[path] + "/" if path.is_dir() else at[path]: b"" if path.is_dir() else path.read_bytes() for path in found}
 
     def _open(self, root: Path) -> Outcome:
         """The real code on the real file system: opens, delivers, leaves nothing behind."""

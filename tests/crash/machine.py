@@ -34,8 +34,9 @@ from pillarbox.store.directory import Account, Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
-from pillarbox.testing import ManualClock, RecordingSink, crash
-from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State, Survivors
+from pillarbox.testing import ManualClock, RecordingSink
+from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
+from pillarbox.testing.survivors import Survivors, _after, _renamed
 from tests.crash.interleave import LOCKS, PLACE, deliver_once
 
 STEPS: Final = 25
@@ -58,18 +59,16 @@ def pick(disk: Disk, chance: random.Random) -> State:
     """
     survivors = Survivors(disk.trace, ignoring=LOCKS)
     names = survivors._durable
-    for op in survivors._unsure:
+    for renaming in survivors._unsure:
         if chance.random() < 0.5:
-            names = crash._renamed(names, op)
+            names = _renamed(names, renaming)
     left: State = {}
     may_tear = True
-    for path, inode in names.items():
+    for path, inode in survivors._paths(names).items():
         file = survivors._files[inode]
         contents, torn = {file.base}, False
         for change in file.changes:
-            whole, broken = (
-                crash._after(change, contents, set(), ()) if not torn else (crash._after(change, set(), contents, ())[1], set())
-            )
+            whole, broken = _after(change, contents, set(), ()) if not torn else (_after(change, set(), contents, ())[1], set())
             if broken and may_tear and chance.random() < 0.2:
                 may_tear, torn, whole = False, True, broken
             contents = {chance.choice(sorted(whole))}

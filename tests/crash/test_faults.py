@@ -13,8 +13,9 @@ from pillarbox.outcome import ENQUEUED
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.writer import Writer
-from pillarbox.testing.crash import CrashFilesystem, Disk, Survivors
+from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem
+from pillarbox.testing.survivors import Survivors
 from tests.crash.enumeration import ENDS, Bounds
 from tests.crash.faults import HISTORIES, all_cases, faults_of, pairs_of, reproduce, run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.testing import crash
+from pillarbox.testing import survivors
 from pillarbox.testing.crash import Op
 from tests.crash import kernel
 from tests.crash.world import PLACE
@@ -45,13 +45,13 @@ def test_a_sync_that_does_nothing_is_found(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ext4 writes a file's new size ahead of its data."""
-    after = crash._after
+    after = survivors._after
 
     def without(*arguments: object) -> tuple[set[bytes], set[bytes]]:
         made, torn = after(*arguments)  # type: ignore[arg-type]
         return {one for one in made if b"\0" not in one}, {one for one in torn if b"\0" not in one}
 
-    monkeypatch.setattr(crash, "_after", without)
+    monkeypatch.setattr(survivors, "_after", without)
     with pytest.raises(kernel.Violation, match="does not admit"):
         kernel.run("ext4", SECONDS, 2, tmp_path)
 
@@ -72,7 +72,7 @@ def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tm
         os.close(fd)
         medium.come_back()
         assert file.read_bytes() == b"x" * 40 + bytes(60)
-    assert crash.Survivors(trace).admits({path: b"x" * 40 + bytes(60)})
+    assert survivors.Survivors(trace).admits({path: b"x" * 40 + bytes(60)})
 
 
 def test_a_machine_that_lacks_something_is_a_reason_to_skip_but_not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:

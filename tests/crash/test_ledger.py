@@ -11,7 +11,8 @@ from pillarbox.store.balance import Found, Sealed, Settled
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import Ledger, entries_of
 from pillarbox.testing import ManualClock
-from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State, Survivors
+from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
+from pillarbox.testing.survivors import Survivors
 from tests.crash.enumeration import ENDS
 
 PLACE = "/outbox"

@@ -18,7 +18,8 @@ from pillarbox.store.active import ActiveFile
 from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Directory, Taken
 from pillarbox.store.writer import Writer
-from pillarbox.testing.crash import CrashFilesystem, Disk, Survivors
+from pillarbox.testing.crash import CrashFilesystem, Disk
+from pillarbox.testing.survivors import Survivors
 from tests.crash.machine import Fuse, Machine, pick, torture
 
 EXAMPLES = 1500  # some ten seconds

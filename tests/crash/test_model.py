@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from pillarbox.errors import FileUnusable
 from pillarbox.store.filesystem import Filesystem
-from pillarbox.testing.crash import NAMES_MAX, CrashFilesystem, Disk, Killed, Misuse, State, Survivors
+from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Misuse, Op, State
+from pillarbox.testing.survivors import NAMES_MAX, Survivors
 
 A, B, C = "/d/a", "/d/b", "/d/c"
 
@@ -208,6 +210,186 @@ def test_another_directorys_sync_makes_no_name_durable() -> None:
     filesystem.sync_directory("/e")
     filesystem.sync_data(filesystem.open_existing(B))
     assert left(disk) == [{A: b"1"}, {B: b"1"}]
+
+
+Q, QA, QB = "/d/q", "/d/q/a", "/d/q/b"
+
+
+def queue(**files: bytes) -> tuple[Disk, CrashFilesystem]:
+    """A machine with a durable directory in the other one."""
+    disk, filesystem = machine(**files)
+    filesystem.make_directory(Q)
+    return disk, filesystem
+
+
+def names(disk: Disk) -> list[list[str]]:
+    return sorted(sorted(path for path in state if path != "/d/q/") for state in left(disk))
+
+
+def test_a_link_is_unsure_until_its_own_directory_is_synced() -> None:
+    """That of the name that it was made of changes nothing."""
+    disk, filesystem = queue(a=b"1")
+    filesystem.link(A, QA)
+    assert names(disk) == [[A], [A, QA]]
+    filesystem.sync_directory("/d")
+    filesystem.sync_data(filesystem.open_existing(A, linked=True))
+    assert names(disk) == [[A], [A, QA]]
+    filesystem.sync_directory(Q)
+    assert names(disk) == [[A, QA]]
+    assert Disk(disk.files, disk.links).files == disk.files
+
+
+def test_a_link_may_be_there_without_the_name_that_it_was_made_of_and_the_other_way_round() -> None:
+    """Both unsynced, any of the two, both, or none; with one content."""
+    disk, filesystem = queue()
+    filesystem.write(filesystem.create(A), b"1")
+    filesystem.link(A, QA)
+    assert names(disk).count([]) == 1
+    assert {tuple(sorted(state.items())) for state in left(disk) if len(state) == 3} == {
+        ((A, data), ("/d/q/", b""), (QA, data)) for data in (b"", b"1", b"\0")
+    }
+    assert Survivors(disk.trace).admits({A: b"1", "/d/q/": b"", QA: b"1"})
+    assert not Survivors(disk.trace).admits({A: b"1", "/d/q/": b"", QA: b""})
+
+
+def test_an_unlink_of_one_name_leaves_the_others() -> None:
+    """Each for itself; the file goes with the last."""
+    disk, filesystem = queue(a=b"1")
+    filesystem.link(A, QA)
+    filesystem.sync_directory(Q)
+    filesystem.unlink(A)
+    assert names(disk) == [[A, QA], [QA]]
+    filesystem.unlink(QA)
+    assert names(disk) == [[], [A], [A, QA], [QA]]
+    filesystem.sync_directory("/d")
+    assert names(disk) == [[], [QA]]
+
+
+def test_a_link_that_is_not_synced_before_the_other_name_goes_may_be_lost_with_it() -> None:
+    """What a distributor must not do."""
+    disk, filesystem = queue(a=b"1")
+    filesystem.link(A, QA)
+    filesystem.unlink(A)
+    filesystem.sync_directory("/d")
+    assert names(disk) == [[], [QA]]
+
+
+def test_a_rename_of_one_name_leaves_the_others() -> None:
+    """It takes its own old name away, and no other."""
+    disk, filesystem = queue(a=b"1")
+    filesystem.link(A, QA)
+    filesystem.rename(QA, QB)
+    assert names(disk) == [[A], [A, QA], [A, QB]]
+    filesystem.sync_directory(Q)
+    assert names(disk) == [[A, QB]]
+
+
+def test_a_rename_between_two_names_of_one_file_does_nothing() -> None:
+    """As rename(2) says: both names stay."""
+    disk, filesystem = machine(a=b"1")
+    filesystem.link(A, B)
+    filesystem.sync_directory("/d")
+    filesystem.rename(A, B)
+    assert left(disk) == [{A: b"1", B: b"1"}]
+
+
+def test_a_directory_that_was_made_and_not_synced_is_lost_with_what_is_in_it() -> None:
+    """Though that was synced; a process that dies in `make_directory` leaves such a one."""
+    disk, filesystem = machine(a=b"1")
+    filesystem.make_directory(Q)
+    assert disk.trace[-2:] == [Op("make_directory", Q, disk.numbers[Q]), Op("sync_directory", "/d")]
+    disk.trace.pop()
+    filesystem.link(A, QA)
+    filesystem.sync_directory(Q)
+    assert left(disk) == [{A: b"1"}, {A: b"1", "/d/q/": b"", QA: b"1"}]
+    filesystem.make_directory(Q)
+    assert left(disk) == [{A: b"1", "/d/q/": b"", QA: b"1"}]
+
+
+def test_a_directory_keeps_what_is_in_it_when_it_is_renamed() -> None:
+    """Under the one name or the other, never both or none; what is made in it later goes where it goes."""
+    disk, filesystem = queue()
+    filesystem.create(QA)
+    filesystem.sync_directory(Q)
+    filesystem.rename(Q, "/d/r")
+    filesystem.create("/d/r/b")
+    assert sorted(map(sorted, left(disk))) == [
+        ["/d/q/", QA],
+        ["/d/q/", QA, QB],
+        ["/d/r/", "/d/r/a"],
+        ["/d/r/", "/d/r/a", "/d/r/b"],
+    ]
+    filesystem.sync_directory("/d/r")
+    assert sorted(map(sorted, left(disk))) == [["/d/q/", QA, QB], ["/d/r/", "/d/r/a", "/d/r/b"]]
+    assert filesystem.subdirectories("/d") == ["r"]
+    assert (filesystem.directory_facts(Q), [name for name, _ in filesystem.listing("/d/r")]) == (None, ["a", "b"])
+
+
+def test_a_directory_that_is_removed_may_come_back_with_what_was_in_it() -> None:
+    """Or be gone though the removal of what was in it is not there."""
+    disk, filesystem = queue()
+    filesystem.create(QA)
+    filesystem.sync_directory(Q)
+    filesystem.unlink(QA)
+    filesystem.remove_directory(Q)
+    assert sorted(map(sorted, left(disk))) == [[], ["/d/q/"], ["/d/q/", QA]]
+    filesystem.sync_directory("/d")
+    assert left(disk) == [{}]
+
+
+def test_a_lock_is_the_files_whatever_name_it_was_opened_under() -> None:
+    """Shared ones stand beside each other, and keep an exclusive one out."""
+    disk, one = queue(a=b"")
+    two = CrashFilesystem(disk)
+    one.link(A, QA)
+    here, there = one.open_existing(A, linked=True), two.open_existing(QA, linked=True)
+    assert one.lock_shared(here)
+    assert two.lock_shared(there)
+    assert not one.lock(here)  # which costs the shared one, as flock(2) says
+    assert two.lock(there)
+    assert not one.lock_shared(here)
+    two.kill()
+    assert one.lock_shared(here)
+    assert (one.is_still(here, A), one.is_still(here, QA)) == (True, True)
+    one.unlink(A)
+    assert (one.is_still(here, A), one.is_linked(here)) == (False, True)
+
+
+def test_a_file_with_several_names_is_opened_by_who_expects_it_only() -> None:
+    """As the real one is; a stranger may have made the other name."""
+    _disk, filesystem = queue(a=b"")
+    filesystem.link(A, QA)
+    for verb in (filesystem.open_existing, filesystem.open_lock, filesystem.open_append):
+        with pytest.raises(FileUnusable):
+            verb(A)
+    assert filesystem.open_existing(QA, linked=True)
+
+
+def test_directories_answer_as_the_kernel_does() -> None:
+    """What is taken, missing, or not empty."""
+    _disk, filesystem = queue(a=b"")
+    for verb in (lambda: filesystem.link(A, A), lambda: filesystem.link(A, Q), lambda: filesystem.create(Q)):
+        with pytest.raises(FileExistsError):
+            verb()
+    for source, target in ((B, QA), (A, "/d/r/a")):
+        with pytest.raises(FileNotFoundError):
+            filesystem.link(source, target)
+    for look in (filesystem.remove_directory, filesystem.subdirectories):
+        with pytest.raises(FileNotFoundError):
+            look("/d/r")
+    filesystem.make_directory("/d/r/s")
+    for path in ("/d/r", "/d/q"):
+        filesystem.link(A, QA) if path == Q else None
+        with pytest.raises(OSError, match="not empty"):
+            filesystem.remove_directory(path)
+    with pytest.raises(OSError, match="not empty"):
+        filesystem.rename(Q, "/d/r")
+    with pytest.raises(FileExistsError):
+        filesystem.rename(Q, A)
+    filesystem.rename("/d/r/s", "/d/r/t")
+    filesystem.make_directory("/d/r/s")
+    filesystem.rename("/d/r/s", "/d/r/t")
+    assert filesystem.subdirectories("/d/r") == ["t"]
 
 
 def test_a_state_that_no_loss_of_power_leaves_is_not_admitted() -> None:

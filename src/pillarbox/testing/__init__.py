@@ -1,12 +1,14 @@
 """For the tests of applications and of Pillarbox itself.
 
 doubles.py   a clock that is set by hand, a sink that answers as it is told
-crash.py     a disk in memory that knows what may be left of it when the power fails
+crash.py     a disk in memory, and processes that use it
+survivors.py what may be left of such a disk when the power fails
 fault.py     a file system that fails where it is told to
 """
 
-from pillarbox.testing.crash import CrashFilesystem, Disk, Survivors
+from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.doubles import ManualClock, RecordingSink
 from pillarbox.testing.fault import Fault, FaultFilesystem
+from pillarbox.testing.survivors import Survivors
 
 __all__ = ["CrashFilesystem", "Disk", "Fault", "FaultFilesystem", "ManualClock", "RecordingSink", "Survivors"]

@@ -1,48 +1,27 @@
-"""A disk in memory, processes that use it, and THE written weak model of what is left of it when the power fails.
+"""A disk in memory, and processes that use it.
 
 A `Disk` is one medium; each `CrashFilesystem` is one process's view of it, with descriptors and locks of its own. Every
-operation goes into `Disk.trace`. `Survivors` reads a trace, or its beginning, and knows each state that a loss of power at
-that moment may leave.
-
-DATA. Each write since the file's last `sync_data` is lost, applied, or sized only (the file is as long as if it had been
-written, with NUL bytes there), each for itself, in whatever order. At most one write of a file is torn, at any byte: of the
-data or of the NUL bytes only a beginning is there, or a beginning of the data and then NUL bytes to its end. A write that
-is there behind one that is lost leaves NUL bytes in the gap. Each truncation is applied or not, or leaves the old size and
-NUL bytes from the cut to the end of its page. `sync_data` makes the file's data durable and nothing else, least of all its
-name.
-
-FAILED SYNCS. What is not durable in a file when `sync_data` fails on it is doomed: lost, sized, torn or there, whatever later
-syncs answer, for a kernel forgets what it could not write. What is written afterwards is like any other write.
-
-NAMES. Each creation, rename and unlink is atomic and, until `sync_directory` of its directory has returned, applied or not,
-each for itself. A rename takes the old name away and gives the new one together; it may be there though the file's creation
-or an earlier rename is not. A file has one name or none, and without a name it is gone. After a `sync_directory` that fails
-the names are as unsure as before it, and a later one that returns is believed: names are in a journal, and a file system
-whose journal fails takes nothing more. A directory is durable from the moment it is made.
-
-A PROCESS THAT DIES loses its descriptors and locks; the disk keeps everything (`Disk.files`).
+operation goes into `Disk.trace`, of which `survivors.py` knows what may be left when the power fails. A process that dies
+loses its descriptors and locks; the disk keeps everything (`Disk.files`).
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
-import math
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pillarbox.errors import FileUnusable
 from pillarbox.store.filesystem import DirectoryFacts, Entry, Space
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-    from random import Random
+    from collections.abc import Callable, Iterator, Mapping
 
-_NUL: Final = b"\0"
-_PAGE: Final = 4096
 _SPACE: Final = Space(2**40, 2**41)
 _FACTS: Final = DirectoryFacts(is_directory=True, mode=0o700, usable=True, medium="memory")
 
-State = dict[str, bytes]  # path -> content
+State = dict[str, bytes]  # path -> content; of a directory in another, whose path ends with a slash, nothing
 
 
 class Killed(BaseException):
@@ -56,28 +35,34 @@ class Misuse(Exception):  # noqa: N818 - reads as the sentence it is
 class Op(NamedTuple):
     """What happened to the disk: an operation, or a mark.
 
-    `verb` is one of found, create, write, truncate, sync_data, sync_failed, rename, unlink, sync_directory, mark.
+    `verb` is one of found, create, link, write, truncate, sync_data, sync_failed, rename, unlink, make_directory,
+    remove_directory, sync_directory, mark.
     """
 
     verb: str
-    path: str = ""  # of a directory where that is what is synced
-    inode: int = 0
+    path: str = ""  # one of the file's; of a directory where it is that; found, that ends with a slash
+    inode: int = 0  # or the number of the directory that is made, renamed or removed
     offset: int = 0  # of a write; the size where that is what is set
     data: bytes = b""
-    target: str = ""  # of a rename
+    target: str = ""  # of a rename or link
     what: object = None  # of a mark
 
 
 class _Inode:
     """A file as the running system sees it."""
 
-    __slots__ = ("data", "holder", "number", "path")
+    __slots__ = ("data", "exclusive", "holders", "number", "paths")
 
     def __init__(self, number: int, path: str, data: bytes = b"") -> None:
         self.number = number
-        self.path = path  # empty once it has no name
+        self.paths = [path]  # its names, oldest first; without one it is gone
         self.data = bytearray(data)
-        self.holder: _Opened | None = None  # of its lock
+        self.holders: set[_Opened] = set()  # of its lock
+        self.exclusive = False  # whether the lock is
+
+    @property
+    def path(self) -> str:
+        return self.paths[0] if self.paths else ""
 
 
 class _Opened:
@@ -91,31 +76,118 @@ class _Opened:
 
 
 class Disk:
-    """One medium, shared by all simulated processes; `files` were on it, durable, before everything."""
+    """One medium, shared by all simulated processes; `files` were on it, durable, before everything.
 
-    def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
+    Those that `links` names are not files of their own, but further names of others: path -> path of the other.
+    """
+
+    def __init__(self, files: Mapping[str, bytes] | None = None, links: Mapping[str, str] | None = None) -> None:
         self.trace: list[Op] = []
         self.directories: dict[str, dict[str, _Inode]] = {}
-        self._numbers = itertools.count(1).__next__
+        self.numbers: dict[str, int] = {}  # of the directories that are in others
+        self._new_number = itertools.count(1).__next__
+        links = links or {}
         for path, data in (files or {}).items():
-            above, _, name = path.rpartition("/")
-            inode = self.directories.setdefault(above, {})[name] = _Inode(self._numbers(), path, data)
-            self.trace.append(Op("found", path, inode.number, data=data))
+            self._find_directory(path.rpartition("/")[0])
+            if path not in links and not path.endswith("/"):
+                names, name = self.names_at(path)
+                inode = names[name] = _Inode(self._new_number(), path, data)
+                self.trace.append(Op("found", path, inode.number, data=data))
+        for path, source in links.items():
+            self.link(source, path)
+            self.trace.append(Op("sync_directory", path.rpartition("/")[0]))
+
+    def _find_directory(self, path: str) -> None:
+        """Have a directory that was there before everything, and what is above it."""
+        above, _, name = path.rpartition("/")
+        if path in self.directories:
+            return
+        self.directories[path] = {}
+        if above and name:
+            self._find_directory(above)
+            self.numbers[path] = number = self._new_number()
+            self.trace.append(Op("found", path + "/", number))
 
     @property
     def files(self) -> State:
         """Path -> content, as the running system sees it; also what is left when every process dies."""
-        return {inode.path: bytes(inode.data) for names in self.directories.values() for inode in names.values()}
+        found = dict.fromkeys((path + "/" for path in self.numbers), b"")
+        for above, names in self.directories.items():
+            found |= {f"{above}/{name}": bytes(inode.data) for name, inode in names.items()}
+        return found
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Further names of files that have more than one -> the first."""
+        inodes = {inode for names in self.directories.values() for inode in names.values()}
+        return {path: inode.path for inode in inodes for path in inode.paths[1:]}
 
     def mark(self, what: object) -> None:
         """Note something in the trace, between the operations."""
         self.trace.append(Op("mark", what=what))
 
-    def add(self, names: dict[str, _Inode], name: str, path: str) -> _Inode:
+    def add(self, path: str) -> _Inode:
         """A new, empty file."""
-        inode = names[name] = _Inode(self._numbers(), path)
+        names, name = self.names_at(path)
+        inode = names[name] = _Inode(self._new_number(), path)
         self.trace.append(Op("create", path, inode.number))
         return inode
+
+    def link(self, source: str, target: str) -> None:
+        """A further name for a file."""
+        names, name = self.names_at(source)
+        into, new = self.names_at(target)
+        if name not in names:
+            raise _missing(source)
+        self.must_be_free(target)
+        inode = into[new] = names[name]
+        inode.paths.append(target)
+        self.trace.append(Op("link", source, inode.number, target=target))
+
+    def make_directory(self, path: str) -> None:
+        """A directory in another; one at the root is there, and was."""
+        above = path.rpartition("/")[0]
+        if not above:
+            self.directories[path] = {}
+            return
+        if above not in self.directories:
+            self.make_directory(above)
+        self.numbers[path] = number = self._new_number()
+        self.directories[path] = {}
+        self.trace.append(Op("make_directory", path, number))
+
+    def rename_directory(self, source: str, target: str) -> None:
+        """With everything in it; over an empty one at the most."""
+        if target in self.directories:
+            self.remove_directory(target, Op("rename", source, self.numbers[source], target=target))
+        else:
+            self.must_be_free(target)
+            self.trace.append(Op("rename", source, self.numbers[source], target=target))
+        for path in [path for path in self.directories if (path + "/").startswith(source + "/")]:
+            moved = target + path[len(source) :]
+            self.directories[moved], self.numbers[moved] = self.directories.pop(path), self.numbers.pop(path)
+            for inode in self.directories[moved].values():
+                inode.paths = [f"{moved}{one[len(path) :]}" if one.rpartition("/")[0] == path else one for one in inode.paths]
+
+    def remove_directory(self, path: str, because: Op | None = None) -> None:
+        """An empty one."""
+        if path not in self.numbers:
+            raise _missing(path)
+        if self.directories[path] or self.within(path):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        del self.directories[path]
+        self.trace.append(because or Op("remove_directory", path, self.numbers[path]))
+        del self.numbers[path]
+
+    def within(self, path: str) -> list[str]:
+        """The names of the directories in a directory."""
+        return [one.rpartition("/")[2] for one in self.directories if one.rpartition("/")[0] == path]
+
+    def must_be_free(self, path: str) -> None:
+        """Raise where something has this name."""
+        names, name = self.names_at(path)
+        if name in names or path in self.directories:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
     def names_at(self, path: str) -> tuple[dict[str, _Inode], str]:
         """The directory that a path is in, and the name there."""
@@ -128,6 +200,13 @@ class Disk:
 
 def _missing(path: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def _checked(inode: _Inode, path: str, *, linked: bool = False) -> _Inode:
+    """What may be opened: no other name may lead to it, unless that is said."""
+    if len(inode.paths) > 1 and not linked:
+        raise FileUnusable(path, "has a second hard link")
+    return inode
 
 
 class CrashFilesystem:
@@ -151,8 +230,7 @@ class CrashFilesystem:
     def close_inherited(self) -> None:
         """Close everything that is open."""
         for opened in self._open.values():
-            if opened.inode.holder is opened:
-                opened.inode.holder = None
+            opened.inode.holders.discard(opened)
         self._open.clear()
 
     def _begin(self, verb: str, path: str) -> None:
@@ -184,12 +262,14 @@ class CrashFilesystem:
     # Directories.
 
     def make_directory(self, path: str) -> None:
-        """Durable at once; what is there stays."""
+        """Have it and what is missing above it, and sync what is above."""
         self._begin("make_directory", path)
-        names, name = self.disk.directories.get(path.rpartition("/")[0], {}), path.rpartition("/")[2]
-        if name in names:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-        self.disk.directories.setdefault(path, {})
+        if path not in self.disk.directories:
+            if path.rpartition("/")[0] in self.disk.directories:
+                self.disk.must_be_free(path)
+            self.disk.make_directory(path)
+        while path := path.rpartition("/")[0]:
+            self.sync_directory(path)
 
     def directory_facts(self, path: str) -> DirectoryFacts | None:
         """A directory is ours and private."""
@@ -203,6 +283,18 @@ class CrashFilesystem:
         if names is None:
             raise _missing(path)
         return iter([Entry(name, len(inode.data)) for name, inode in names.items()])
+
+    def subdirectories(self, path: str) -> list[str]:
+        """The directories of a directory, as they are at this moment."""
+        self._begin("subdirectories", path)
+        if path not in self.disk.directories:
+            raise _missing(path)
+        return self.disk.within(path)
+
+    def remove_directory(self, path: str) -> None:
+        """An empty one."""
+        self._begin("remove_directory", path)
+        self.disk.remove_directory(path)
 
     def sync_directory(self, path: str) -> None:
         """Make names durable."""
@@ -221,18 +313,16 @@ class CrashFilesystem:
     def create(self, path: str) -> int:
         """A new file to append to; the name must be free."""
         self._begin("create", path)
-        names, name = self.disk.names_at(path)
-        if name in names:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-        return self._admit(self.disk.add(names, name, path), writable=True)
+        self.disk.must_be_free(path)
+        return self._admit(self.disk.add(path), writable=True)
 
-    def open_existing(self, path: str) -> int:
-        """To read, sync and lock."""
+    def open_existing(self, path: str, *, linked: bool = False) -> int:
+        """To read, sync and lock; `linked`: although it has further names."""
         self._begin("open_existing", path)
         names, name = self.disk.names_at(path)
         if name not in names:
             raise _missing(path)
-        return self._admit(names[name], writable=False)
+        return self._admit(_checked(names[name], path, linked=linked), writable=False)
 
     def open_lock(self, path: str) -> int:
         """A file made where it is missing."""
@@ -245,20 +335,36 @@ class CrashFilesystem:
     def _open_or_make(self, verb: str, path: str) -> int:
         self._begin(verb, path)
         names, name = self.disk.names_at(path)
-        return self._admit(names.get(name) or self.disk.add(names, name, path), writable=True)
+        inode = _checked(names[name], path) if name in names else self.disk.add(path)
+        return self._admit(inode, writable=True)
+
+    def link(self, source: str, target: str) -> None:
+        """A further name, which must be free."""
+        self._begin("link", target)
+        self.disk.link(source, target)
 
     def rename(self, source: str, target: str) -> None:
-        """One name for another; what had that one has none any more."""
+        """One name for another in the same directory; the file or the empty directory that had that one loses it.
+
+        Where both are names of one file nothing happens, as rename(2) says.
+        """
         self._begin("rename", source)
         names, name = self.disk.names_at(source)
+        into, new = self.disk.names_at(target)
+        if names is not into:
+            raise Misuse(f"rename: {source} to another directory: {target}")
+        if source in self.disk.numbers:
+            self.disk.rename_directory(source, target)
+            return
         if name not in names:
             raise _missing(source)
-        into, new = self.disk.names_at(target)
-        inode = names.pop(name)
+        inode = names[name]
+        if into.get(new) is inode:
+            return
         if new in into:
-            into[new].path = ""
-        into[new] = inode
-        inode.path = target
+            into[new].paths.remove(target)
+        into[new] = names.pop(name)
+        inode.paths[inode.paths.index(source)] = target
         self.disk.trace.append(Op("rename", source, inode.number, target=target))
 
     def unlink(self, path: str) -> None:
@@ -268,7 +374,7 @@ class CrashFilesystem:
         inode = names.pop(name, None)
         if inode is None:
             raise _missing(path)
-        inode.path = ""
+        inode.paths.remove(path)
         self.disk.trace.append(Op("unlink", path, inode.number))
 
     # Open files.
@@ -277,24 +383,34 @@ class CrashFilesystem:
         """And release its lock."""
         self._use("close", fd)
         opened = self._open.pop(fd)
-        if opened.inode.holder is opened:
-            opened.inode.holder = None
+        opened.inode.holders.discard(opened)
 
     def lock(self, fd: int) -> bool:
-        """As `flock`: of the open file description."""
-        inode, opened = self._use("lock", fd), self._open[fd]
-        if inode.holder not in (None, opened):
+        """As `flock`: of the open file description, whatever name it was opened under."""
+        return self._lock("lock", fd, exclusive=True)
+
+    def lock_shared(self, fd: int) -> bool:
+        """Beside other shared ones."""
+        return self._lock("lock_shared", fd, exclusive=False)
+
+    def _lock(self, verb: str, fd: int, *, exclusive: bool) -> bool:
+        inode, opened = self._use(verb, fd), self._open[fd]
+        if opened in inode.holders and inode.exclusive == exclusive:
+            return True
+        inode.holders.discard(opened)  # first, says flock(2): where the other lock is not to be had this one is gone too
+        if inode.holders and (exclusive or inode.exclusive):
             return False
-        inode.holder = opened
+        inode.holders.add(opened)
+        inode.exclusive = exclusive
         return True
 
     def is_still(self, fd: int, path: str) -> bool:
         """Whether `path` names the open file."""
-        return self._use("is_still", fd).path == path
+        return path in self._use("is_still", fd).paths
 
     def is_linked(self, fd: int) -> bool:
         """Whether the open file has a name."""
-        return bool(self._use("is_linked", fd).path)
+        return bool(self._use("is_linked", fd).paths)
 
     def size(self, fd: int) -> int:
         """In bytes."""
@@ -343,251 +459,3 @@ class CrashFilesystem:
         """What a `sync_data` that fails does to the file: see the head of this module."""
         inode = self._open[fd].inode
         self.disk.trace.append(Op("sync_failed", inode.path, inode.number))
-
-
-class _Change(NamedTuple):
-    """A write or truncation of which it is not known whether it is there."""
-
-    cuts: bool
-    offset: int
-    data: bytes
-    certain: bool = False  # a doomed one before it is all that keeps it from being part of the durable content
-
-
-class _File:
-    """What may be left of a file's data."""
-
-    __slots__ = ("base", "changes", "doomed", "variants")
-
-    def __init__(self, data: bytes = b"") -> None:
-        self.base = data  # durable
-        self.changes: list[_Change] = []  # since then, in order
-        self.doomed = 0  # so many of them, from the first on, no sync makes certain
-        self.variants: dict[Tears, tuple[list[bytes], list[bytes]]] = {}
-
-    def add(self, change: _Change) -> None:
-        self.changes.append(change)
-        self.variants.clear()
-
-    def sync(self) -> None:
-        self.variants.clear()
-        if self.doomed:
-            self.changes[self.doomed :] = [change._replace(certain=True) for change in self.changes[self.doomed :]]
-            return
-        self.base = self.whole()
-        self.changes.clear()
-
-    def fail(self) -> None:
-        # What a later sync had made certain behind a doomed write stays so: the flag is its own.
-        self.doomed = len(self.changes)
-
-    def whole(self) -> bytes:
-        """Its content if everything is there."""
-        data = self.base
-        for change in self.changes:
-            data = data[: change.offset] if change.cuts else _put(data, change.offset, change.data)
-        return data
-
-
-Tears = tuple[int, ...]  # at which bytes a write may be torn; negative ones count from its end, empty means at any
-NAMES_MAX: Final = 16  # unsynced changes of names; of more, which may leave 65,536 directories, only `one` tells
-
-
-class Survivors:
-    """What may be left on the disk after a trace, or a beginning of one; moves on with it.
-
-    Files whose name is in `ignoring` are left out, as if they were never made.
-    """
-
-    def __init__(self, trace: Iterable[Op] = (), ignoring: Container[str] = ()) -> None:
-        self._ignoring = ignoring
-        self._files: dict[int, _File] = {}
-        self._durable: dict[str, int] = {}  # path -> inode
-        self._unsure: list[Op] = []  # changes of names that are not durable
-        for op in trace:
-            self.apply(op)
-
-    def apply(self, op: Op) -> None:
-        """One more operation has come to its end."""
-        verb, inode = op.verb, op.inode
-        if verb in ("found", "create"):
-            if op.path.rpartition("/")[2] in self._ignoring:
-                return
-            self._files[inode] = _File(op.data)
-            if verb == "found":
-                self._durable[op.path] = inode
-            else:
-                self._unsure.append(op)
-        elif verb == "sync_directory":
-            self._sync_names(op.path)
-        elif (file := self._files.get(inode)) is None:
-            return  # a mark, or a file that is ignored
-        elif verb in ("write", "truncate"):
-            file.add(_Change(verb == "truncate", op.offset, op.data))
-        elif verb == "sync_data":
-            file.sync()
-        elif verb == "sync_failed":
-            file.fail()
-        else:
-            self._unsure.append(op)
-
-    def _sync_names(self, directory: str) -> None:
-        left: list[Op] = []
-        for op in self._unsure:
-            if op.path.rpartition("/")[0] == directory:
-                self._durable = _renamed(self._durable, op)
-            else:
-                left.append(op)
-        self._unsure = left
-
-    def whole(self) -> State:
-        """What is there if everything is: what the death of every process leaves."""
-        names = self._durable
-        for op in self._unsure:
-            names = _renamed(names, op)
-        return {path: self._files[inode].whole() for path, inode in names.items()}
-
-    def states(self, tears: Tears = (), torn: int = 1) -> Iterator[State]:
-        """Each state that may be left, with at most `torn` files of which a write is torn, and torn at `tears` only.
-
-        States that differ in which file has which name, but not in names and contents, may come twice.
-        """
-        for names in self._directories():
-            variants = [self._variants(self._files[inode], tears) for inode in names.values()]
-            for broken in range(min(torn, len(variants)) + 1):
-                for chosen in itertools.combinations(range(len(variants)), broken):
-                    contents = [variants[index][index in chosen] for index in range(len(variants))]
-                    for content in itertools.product(*contents):
-                        yield dict(zip(names, content, strict=True))
-
-    def count(self, tears: Tears = (), torn: int = 1) -> int:
-        """How many `states` there are, without making them."""
-        total = 0
-        for names in self._directories():
-            sizes = [tuple(map(len, self._variants(self._files[inode], tears))) for inode in names.values()]
-            for broken in range(min(torn, len(sizes)) + 1):
-                for chosen in itertools.combinations(range(len(sizes)), broken):
-                    total += math.prod(size[index in chosen] for index, size in enumerate(sizes))
-        return total
-
-    def one(self, chance: Random) -> State:
-        """One of the states, by chance: for those that are too many to look at."""
-        names = self._durable
-        for op in self._unsure:
-            if chance.random() < 1 / 2:
-                names = _renamed(names, op)
-        state: State = {}
-        whole = chance.random() < 1 / 2
-        for path, inode in names.items():
-            file = self._files[inode]
-            torn = -1 if whole or not file.changes else chance.randrange(len(file.changes))
-            contents = {file.base}
-            for index, change in enumerate(file.changes):
-                made, made_torn = _after(change, contents, set(), ())
-                contents = {chance.choice(sorted(made_torn if index == torn and made_torn else made))}
-            whole |= torn >= 0
-            state[path] = contents.pop()
-        return state
-
-    def admits(self, state: Mapping[str, bytes]) -> bool:
-        """Whether a disk that looks like this is what the model says may be left; in any number of files a write is torn."""
-        seen = {path: data for path, data in state.items() if path.rpartition("/")[2] not in self._ignoring}
-        return any(
-            names.keys() == seen.keys() and all(self._may_hold(self._files[names[path]], data) for path, data in seen.items())
-            for names in self._directories()
-        )
-
-    @property
-    def unsure(self) -> int:
-        """How many changes of names are not durable; each doubles the directories that may be left."""
-        return len(self._unsure)
-
-    def _directories(self) -> Iterable[dict[str, int]]:
-        """The names that may be there; each different directory once."""
-        if len(self._unsure) > NAMES_MAX:
-            raise OverflowError(f"{len(self._unsure)} changes of names without a sync of their directory")
-        found = {frozenset(self._durable.items()): self._durable}
-        for op in self._unsure:
-            for names in list(found.values()):
-                changed = _renamed(names, op)
-                found.setdefault(frozenset(changed.items()), changed)
-        return found.values()
-
-    def _variants(self, file: _File, tears: Tears) -> tuple[list[bytes], list[bytes]]:
-        """The contents a file may have: with each write whole, and with one torn."""
-        known = file.variants.get(tears)
-        if known is None:
-            whole, torn = {file.base}, set[bytes]()
-            for change in file.changes:
-                whole, torn = _after(change, whole, torn, tears)
-            known = file.variants[tears] = (sorted(whole), sorted(torn - whole))
-        return known
-
-    def _may_hold(self, file: _File, data: bytes) -> bool:
-        """Whether a content is among a file's variants, which are too many to list: none is kept that cannot become it."""
-        whole, torn = {file.base}, set[bytes]()
-        for index, change in enumerate(file.changes):
-            whole, torn = _after(change, whole, torn, ())
-            # Nothing that follows changes what is ahead of this byte, but by filling gaps with NUL bytes.
-            final = min((later.offset for later in file.changes[index + 1 :]), default=len(data) + 1)
-            whole = {content for content in whole if _leads_to(content, data, final)}
-            torn = {content for content in torn if _leads_to(content, data, final)}
-        return data in whole or data in torn
-
-
-def _renamed(names: dict[str, int], op: Op) -> dict[str, int]:
-    """Names with one creation, rename or unlink applied, whatever else is."""
-    if op.verb == "create":
-        return {**names, op.path: op.inode}
-    changed = {path: inode for path, inode in names.items() if inode != op.inode}
-    if op.verb == "rename":
-        changed[op.target] = op.inode
-    return changed
-
-
-def _put(content: bytes, offset: int, data: bytes) -> bytes:
-    return content[:offset].ljust(offset, _NUL) + data + content[offset + len(data) :]
-
-
-def _after(change: _Change, whole: set[bytes], torn: set[bytes], tears: Tears) -> tuple[set[bytes], set[bytes]]:
-    """The contents that may be there after one more change; `torn` are those in which a write is torn already."""
-    offset, data = change.offset, change.data
-    if change.cuts:
-        made, made_torn = ({content[:offset] for content in group} for group in (whole, torn))
-    else:
-        made, made_torn = ({_put(content, offset, data) for content in group} for group in (whole, torn))
-    if change.certain:
-        return made, made_torn
-    made |= whole
-    made_torn |= torn
-    if change.cuts:
-        made |= {_wiped(content, offset) for content in whole}
-        made_torn |= {_wiped(content, offset) for content in torn}
-    else:
-        end = offset + len(data)
-        made |= {content.ljust(end, _NUL) for content in whole}
-        made_torn |= {content.ljust(end, _NUL) for content in torn}
-        for at in _tears(len(data), tears):
-            for content in whole:
-                part = _put(content, offset, data[:at])
-                made_torn |= {part, part.ljust(end, _NUL), content.ljust(offset + at, _NUL)}
-    return made, made_torn
-
-
-def _wiped(content: bytes, offset: int) -> bytes:
-    """What a truncation leaves that wiped the rest of its page in memory, and of which only that page reached the disk."""
-    end = min(len(content), -(-offset // _PAGE) * _PAGE)
-    return content[:offset] + bytes(max(0, end - offset)) + content[max(offset, end) :]
-
-
-def _tears(size: int, tears: Tears) -> Sequence[int]:
-    """The bytes at which a write of so many may be torn."""
-    if not tears:
-        return range(1, size)
-    return sorted({at % size for at in tears if -size < at < size and at})
-
-
-def _leads_to(content: bytes, data: bytes, final: int) -> bool:
-    """Whether a content can still become `data` when no byte ahead of `final` is written any more."""
-    ready = min(len(content), final)
-    return data[:ready] == content[:ready] and (len(content) >= final or not data[ready:final].strip(_NUL))
