@@ -14,6 +14,8 @@ import pytest
 
 from pillarbox import errors, telemetry
 from pillarbox.delivery.state import StateName
+from pillarbox.exposition.prometheus import prometheus_name
+from pillarbox.exposition.readings import STANDING
 from pillarbox.outcome import DROP_REASONS
 from pillarbox.settings import _ALIASES, Settings
 from pillarbox.sinks import schemes
@@ -27,6 +29,11 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def metric_rows() -> list[str]:
+    """The lines of the table in docs/metrics.md."""
+    return re.findall(r"^\| `pillarbox.*$", (DOCS / "metrics.md").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"))
@@ -76,11 +83,20 @@ def test_every_outcome_state_and_error_is_in_the_reference() -> None:
         assert f"`{name}`" in REFERENCE or f".{name}`" in REFERENCE, name
 
 
-def test_every_metric_is_documented_with_its_unit() -> None:
-    """And no other."""
-    text = (DOCS / "metrics.md").read_text()
-    ours = {f"pillarbox.{name}": unit for name, unit, *_ in telemetry._INSTRUMENTS} | {"pillarbox.flush.duration": "s"}
-    assert dict(re.findall(r"^\| `(pillarbox[^`]+)` \| (\S+) \|", text, re.MULTILINE)) == ours
+def test_every_metric_is_documented_with_its_unit_and_where_it_comes_from() -> None:
+    """And no other; the name that it has at Prometheus follows from name and unit."""
+    duration = telemetry.Metric(*telemetry.FLUSH_DURATION, "gauge", list)  # a histogram's name is made as a gauge's
+    sources = {
+        "application": [*telemetry.PENDING, *telemetry.WRITING, *telemetry.DELIVERING, duration],
+        "deliver": [*telemetry.DELIVERING, *STANDING, duration],
+    }
+    ours: dict[tuple[str, str, str], str] = {}
+    for source, metrics in sources.items():
+        for metric in metrics:
+            row = f"pillarbox.{metric.name}", metric.unit, prometheus_name(metric.name, metric.unit, metric.kind)
+            ours[row] = f"{ours[row]}, {source}" if row in ours else source
+    rows = [[cell.strip(" `") for cell in line.split("|")] for line in metric_rows()]
+    assert {(name, unit, there): source for _, name, unit, there, _, _, source, _ in rows} == ours
 
 
 def test_every_destination_has_a_row_in_the_guarantees() -> None:

@@ -39,6 +39,8 @@ OS_NAMES = {
     "sinks/spacetimedb/target.py": {"environ"},  # where a token may be
     "sinks/http/sink.py": {"environ"},  # what the variables that the URL names hold
     "delivery/lease.py": {"getpid"},
+    "exposition/exposition.py": {"environ"},  # where OpenTelemetry's own variables ask for an export
+    "exposition/readings.py": {"getpid"},
     "testing/crash.py": {"strerror"},
     "testing/fault.py": {"strerror"},
     "cli/app.py": {"environ", "dup2", "open", "devnull", "O_WRONLY"},  # the environment, and a closed pipe

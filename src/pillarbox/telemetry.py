@@ -7,7 +7,8 @@ asks. Without an OpenTelemetry SDK all of it is a no-op. Names, units and meanin
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get_args
 from weakref import WeakSet
 
 import msgspec
@@ -17,7 +18,9 @@ from opentelemetry.metrics import CallbackOptions, Observation
 from pillarbox.delivery.state import State, StateName
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from opentelemetry.metrics import Histogram, Meter
 
 
 class DeliveryCounters:
@@ -97,39 +100,97 @@ class Observed(Protocol):
         """A snapshot."""
 
 
-# (name, unit, description, kind, what it reads: numbers with their attributes)
-_Reading = tuple[int, dict[str, str]]
-_INSTRUMENTS: Final[tuple[tuple[str, str, str, str, Callable[[Stats], Iterable[_Reading]]], ...]] = (
-    ("pending.bytes", "By", "Bytes that wait for delivery", "gauge", lambda s: [(s.pending_bytes, {})]),
-    ("pending.files", "{file}", "Files that wait for delivery", "gauge", lambda s: [(s.pending_files, {})]),
-    ("enqueued", "{event}", "Events accepted", "counter", lambda s: [(s.accepted, {})]),
-    ("dropped", "{event}", "Events refused at the door", "counter", lambda s: _by("reason", s.dropped)),
-    ("sealed", "{file}", "Files sealed", "counter", lambda s: _by("reason", s.sealed)),
-    ("evicted", "{event}", "Events given up for newer ones", "counter", lambda s: [(s.evicted, {})]),
-    ("corrupt", "{span}", "Damaged spans set aside", "counter", lambda s: [(s.quarantined, {})]),
-    ("dead", "{event}", "Events kept as dead letters", "counter", lambda s: [(s.dead, {})]),
-    ("delivered", "{event}", "Events that the destination has", "counter", lambda s: [(s.delivered, {})]),
-    ("duplicates", "{event}", "Of these, events that it had before", "counter", lambda s: [(s.duplicates, {})]),
-    ("flushed.files", "{file}", "Files delivered and removed", "counter", lambda s: [(s.flushed_files, {})]),
-    ("flushed.bytes", "By", "Bytes of these files", "counter", lambda s: [(s.flushed_bytes, {})]),
-    ("flush.failures", "{attempt}", "Attempts that were not accepted", "counter", lambda s: [(s.failed_flushes, {})]),
-    (
-        "hook.failures",
-        "{call}",
-        "Calls of hooks that raised",
-        "counter",
-        lambda s: _by("hook", s.hook_failures),
-    ),
-    ("state", "1", "1 for the state the deliverer is in, 0 for the others", "gauge", lambda s: _states(s.state)),
+Reading = tuple[float, dict[str, str]]  # a number, and the attributes that it has beside `outbox`
+FLUSH_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metric(NamedTuple):
+    """One that is read when somebody asks: `pillarbox.<name>`, its unit in UCUM, and what makes numbers of a snapshot."""
+
+    name: str
+    unit: str
+    description: str
+    kind: Literal["counter", "gauge"]
+    read: Callable[[Any], Iterable[Reading]]
+
+
+FLUSH_DURATION: Final = ("flush.duration", "s", "From reading a sealed file to its removal")
+
+# Of `Stats`, or of anything else with these two.
+PENDING: Final = (
+    Metric("pending.bytes", "By", "Bytes that wait for delivery", "gauge", lambda s: [(s.pending_bytes, {})]),
+    Metric("pending.files", "{file}", "Files that wait for delivery", "gauge", lambda s: [(s.pending_files, {})]),
+)
+
+# Of `Stats`: what only the process of a writer knows.
+WRITING: Final = (
+    Metric("enqueued", "{event}", "Events accepted", "counter", lambda s: [(s.accepted, {})]),
+    Metric("dropped", "{event}", "Events refused at the door", "counter", lambda s: _by("reason", s.dropped)),
+    Metric("sealed", "{file}", "Files sealed", "counter", lambda s: _by("reason", s.sealed)),
+    Metric("evicted", "{event}", "Events given up for newer ones", "counter", lambda s: [(s.evicted, {})]),
+    Metric("hook.failures", "{call}", "Calls of hooks that raised", "counter", lambda s: _by("hook", s.hook_failures)),
 )
 
 
-def _by(attribute: str, counts: dict[str, int]) -> Iterator[_Reading]:
+def _by(attribute: str, counts: dict[str, int]) -> Iterator[Reading]:
     return ((count, {attribute: value}) for value, count in counts.items())
 
 
-def _states(state: State) -> Iterator[_Reading]:
-    return ((int(name == state.name), {"state": name}) for name in get_args(StateName))
+def of_sink(name: str) -> dict[str, str]:
+    """The attribute that tells one of several sinks from the others; where there is only one, none is needed."""
+    return {"sink": name} if name else {}
+
+
+def _each(name: str) -> Callable[[Mapping[str, SinkStats | Stats]], Iterator[Reading]]:
+    count = attrgetter(name)
+    return lambda sinks: ((count(sink), of_sink(name)) for name, sink in sinks.items())
+
+
+def _states(sinks: Mapping[str, SinkStats | Stats]) -> Iterator[Reading]:
+    for name, sink in sinks.items():
+        for state in get_args(StateName):
+            yield int(state == sink.state.name), {"state": state, **of_sink(name)}
+
+
+# Of a `SinkStats` for each sink.
+DELIVERING: Final = (
+    Metric("corrupt", "{span}", "Damaged spans set aside", "counter", _each("quarantined")),
+    Metric("dead", "{event}", "Events kept as dead letters", "counter", _each("dead")),
+    Metric("discarded", "{record}", "Of these two, what was not kept for want of room", "counter", _each("discarded")),
+    Metric("delivered", "{event}", "Events that the destination has", "counter", _each("delivered")),
+    Metric("duplicates", "{event}", "Of these, events that it had before", "counter", _each("duplicates")),
+    Metric("flushed.files", "{file}", "Files delivered and removed", "counter", _each("flushed_files")),
+    Metric("flushed.bytes", "By", "Bytes of these files", "counter", _each("flushed_bytes")),
+    Metric("flush.failures", "{attempt}", "Attempts that were not accepted", "counter", _each("failed_flushes")),
+    Metric("state", "{state}", "1 for the state the deliverer is in, 0 for the others", "gauge", _states),
+)
+
+
+def observe(meter: Meter, metrics: Iterable[Metric], snapshots: Callable[[], Iterable[tuple[str, Any]]]) -> None:
+    """Make an observable instrument of each, which reads what `snapshots` tells of each outbox, by its name."""
+    for metric in metrics:
+        make = meter.create_observable_gauge if metric.kind == "gauge" else meter.create_observable_counter
+        callback = _observer(metric.read, snapshots)
+        make(f"pillarbox.{metric.name}", callbacks=[callback], unit=metric.unit, description=metric.description)
+
+
+def _observer(
+    read: Callable[[Any], Iterable[Reading]], snapshots: Callable[[], Iterable[tuple[str, Any]]]
+) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    def observations(_options: CallbackOptions) -> Iterator[Observation]:
+        for outbox, snapshot in snapshots():
+            for number, attributes in read(snapshot):
+                yield Observation(number, {"outbox": outbox, **attributes})
+
+    return observations
+
+
+def make_flush_duration(meter: Meter) -> Histogram:
+    """The one instrument that is called: once for each file."""
+    name, unit, description = FLUSH_DURATION
+    return meter.create_histogram(
+        f"pillarbox.{name}", unit, description, explicit_bucket_boundaries_advisory=list(FLUSH_BUCKETS_S)
+    )
 
 
 class _Instruments:
@@ -138,20 +199,12 @@ class _Instruments:
     def __init__(self) -> None:
         self._outboxes: WeakSet[Any] = WeakSet()
         meter = metrics.get_meter("pillarbox")
-        for name, unit, description, kind, read in _INSTRUMENTS:
-            make = meter.create_observable_gauge if kind == "gauge" else meter.create_observable_counter
-            make(f"pillarbox.{name}", callbacks=[self._observer(read)], unit=unit, description=description)
-        self.flush_duration = meter.create_histogram(
-            "pillarbox.flush.duration", unit="s", description="From reading a sealed file to its removal"
-        )
+        observe(meter, (*PENDING, *WRITING), self._stats)
+        observe(meter, DELIVERING, lambda: ((name, stats.sinks or {"": stats}) for name, stats in self._stats()))
+        self.flush_duration = make_flush_duration(meter)
 
-    def _observer(self, read: Callable[[Stats], Iterable[_Reading]]) -> Callable[[CallbackOptions], Iterable[Observation]]:
-        def observe(_options: CallbackOptions) -> Iterator[Observation]:
-            for outbox in list(self._outboxes):
-                for number, attributes in read(outbox.stats()):
-                    yield Observation(number, {"outbox": outbox.name, **attributes})
-
-        return observe
+    def _stats(self) -> Iterator[tuple[str, Stats]]:
+        return ((outbox.name, outbox.stats()) for outbox in list(self._outboxes))
 
     def add(self, outbox: Observed) -> None:
         """Read this outbox too, as long as it lives."""

@@ -26,6 +26,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
+from pillarbox.exposition import Exposition
 from pillarbox.hooks import Hooks
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.store.directory import Directory
@@ -45,12 +46,22 @@ def deliver(
     config: ConfigOption = None,
     once: Annotated[bool, typer.Option("--once", help="Deliver what waits, then end.")] = False,
     timeout: Annotated[float, typer.Option(help="With --once: seconds without progress to give up after.", min=0.1)] = 30.0,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Serve GET /metrics for Prometheus.", show_default=False)
+    ] = None,
+    otlp: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Export metrics to an OpenTelemetry collector, e.g. http://127.0.0.1:4318.", show_default=False
+        ),
+    ] = None,
     quiet: QuietOption = False,
 ) -> int:
     """Deliver what waits in a directory, until stopped, or --once.
 
     What a dead writer left is adopted; a living writer's active file is left to it. One process delivers at a time; a
     second one waits for its turn. With --once the exit code is 1 where something is left: the last line says why.
+    Metrics are exported without --otlp too where OTEL_EXPORTER_OTLP_ENDPOINT is set.
     """
     log_to_terminal(quiet=quiet)
     stop_on_sigterm()
@@ -60,6 +71,7 @@ def deliver(
     clock = SystemClock()
     place = Directory(settings.directory, RealFilesystem(), clock)
     place.open()
+    shown = Exposition(place, settings, clock, metrics, otlp)
     url = settings.sink or ""
     counters = DeliveryCounters()
     worker = Worker(
@@ -69,12 +81,15 @@ def deliver(
         clock,
         settings.rules,
         counters,
-        Callbacks(on_dead=Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).dead_letter),
+        Callbacks(
+            on_duration=shown.flushed, on_dead=Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).dead_letter
+        ),
         kept=settings.kept,
         ledger=Ledger(place, clock),
     )
     place.note_stamp(place.account().newest_stamp)
     thread = DeliveryThread(worker)
+    shown.begin(thread.sinks)
     thread.start()
     try:
         done = _watch(worker, place, timeout if once else None, quiet=quiet)
@@ -82,6 +97,7 @@ def deliver(
         done = not once
     finally:
         thread.stop(_STOP_S)
+        shown.close()
     left = place.account()
     out.print(
         f"delivered {counters.delivered} ({counters.duplicates} were there already), dead letters {counters.dead}, "
