@@ -28,15 +28,18 @@ _EXPORTER: Final = "OTEL_METRICS_EXPORTER"
 class _Way(Protocol):
     """One way in which the numbers leave the process."""
 
+    def begin(self) -> None:
+        """Let them out."""
+
     def flushed(self, outbox: str, sink: str, seconds: float) -> None:
         """A file took so long."""
 
     def close(self) -> None:
-        """End, within seconds."""
+        """End what has begun, within seconds."""
 
 
 class Exposition:
-    """From now, when each way is opened or refused (`UsageError`), until `close`.
+    """Each way is opened or refused (`UsageError`) now, and goes from `begin` to `close`.
 
     `metrics` is where to listen, HOST:PORT, for Prometheus; port 0 is any that is free. `otlp` is the address of an
     OpenTelemetry collector, without `/v1/metrics`; None leaves that to OpenTelemetry's environment variables.
@@ -89,8 +92,10 @@ class Exposition:
         self._ways.append(Export(url, self._sinks, surveyor.look))
 
     def begin(self, told: Callable[[], Mapping[str, SinkStats]]) -> None:
-        """Tell how the sinks stand, each by its name, from now on."""
+        """Tell from now on, also how the sinks stand, each by its name."""
         self._told = told
+        for way in self._ways:
+            way.begin()
 
     def flushed(self, seconds: float, sink: str = "") -> None:
         """A file took so long."""

@@ -23,7 +23,7 @@ _LAST_EXPORT_S: Final = 5.0  # at the end of the command, for a collector that m
 
 
 class Export:
-    """Exports until `close`, which exports once more; how often is OpenTelemetry's OTEL_METRIC_EXPORT_INTERVAL."""
+    """Exports from `begin` to `close`, which exports once more; how often is OpenTelemetry's OTEL_METRIC_EXPORT_INTERVAL."""
 
     def __init__(
         self,
@@ -31,13 +31,18 @@ class Export:
         sinks: Callable[[], Iterable[tuple[str, object]]],
         ground: Callable[[], Iterable[tuple[str, object]]],
     ) -> None:
-        exporter = OTLPMetricExporter(endpoint=None if url is None else f"{url.rstrip('/')}/v1/metrics")
+        self._sinks = sinks
+        self._ground = ground
+        self._exporter = OTLPMetricExporter(endpoint=None if url is None else f"{url.rstrip('/')}/v1/metrics")
+
+    def begin(self) -> None:
+        """Export."""
         ours = Resource({"service.name": "pillarbox", "service.version": version("pillarbox")})
         resource = Resource.create(ours.merge(OTELResourceDetector().detect()).attributes)
-        self._provider = MeterProvider([PeriodicExportingMetricReader(exporter)], resource)
+        self._provider = MeterProvider([PeriodicExportingMetricReader(self._exporter)], resource)
         meter = self._provider.get_meter("pillarbox", version("pillarbox"))
-        observe(meter, DELIVERING, sinks)
-        observe(meter, STANDING, ground)
+        observe(meter, DELIVERING, self._sinks)
+        observe(meter, STANDING, self._ground)
         self._duration = make_flush_duration(meter)
 
     def flushed(self, outbox: str, sink: str, seconds: float) -> None:

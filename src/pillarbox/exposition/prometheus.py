@@ -101,7 +101,7 @@ class _Handler(MetricsHandler):
 
 
 class Endpoint:
-    """Serves until `close`. Raises `OSError` where it cannot listen."""
+    """Listens from now, and serves from `begin` to `close`. Raises `OSError` where it cannot listen."""
 
     def __init__(
         self,
@@ -119,6 +119,9 @@ class Endpoint:
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}/metrics"
         self._thread = threading.Thread(target=self._server.serve_forever, name="pillarbox-metrics", daemon=True)
+
+    def begin(self) -> None:
+        """Serve."""
         self._thread.start()
 
     def flushed(self, outbox: str, sink: str, seconds: float) -> None:

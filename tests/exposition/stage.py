@@ -1,0 +1,103 @@
+"""A directory with something of everything in it, and a real `pillarbox deliver` on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import ProxyHandler, build_opener
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from pillarbox import Outbox, TrackingEvent
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith(("PILLARBOX_", "OTEL_"))} | {
+    "no_proxy": "*"
+}
+WAIT_S = 20.0
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+class Row(NamedTuple):
+    """One of the table in docs/metrics.md."""
+
+    name: str
+    unit: str
+    at_prometheus: str
+    source: str
+
+
+def documented() -> list[Row]:
+    """The table in docs/metrics.md."""
+    lines = re.findall(r"^\| `pillarbox.*$", DOCS.read_text(), re.MULTILINE)
+    cells = [[cell.strip(" `") for cell in line.split("|")] for line in lines]
+    return [Row(name, unit, there, source) for _, name, unit, there, _, _, source, _ in cells]
+
+
+def fill(box: Path) -> None:
+    """Four events, two of which have one id, a record that is no event, and a line that is no record."""
+    with Outbox(str(box)) as outbox:
+        for number in range(4):
+            outbox.enqueue(TrackingEvent(event_id=str(number % 3), event_key="k", scope_kind="Site", scope_id="s"))
+    (box / "sealed-0000000000000001-x.ndjson").write_bytes(b'{"event":{"colour":"red"}}\nno record\n')
+
+
+def deliver(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """The command, begun."""
+    command = [sys.executable, "-m", "pillarbox", "deliver", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRON | (environ or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@contextlib.contextmanager
+def delivering(cwd: Path, *arguments: object, at: str = "127.0.0.1:0") -> Iterator[str]:
+    """The address of its metrics, while the command runs."""
+    sink = ("-d", "box", "--sink", "sqlite:///events.db")
+    process = deliver(*sink, "--metrics", at, *arguments, cwd=cwd)
+    try:
+        assert process.stderr
+        said = process.stderr.readline()
+        yield said.removeprefix("INFO metrics at ").strip()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=WAIT_S)[1]
+        assert process.returncode == 0, said
+
+
+def fetch(url: str, accept: str = "") -> str:
+    """What is served there."""
+    opener = build_opener(ProxyHandler({}))
+    opener.addheaders = [("Accept", accept)]
+    with opener.open(url, timeout=WAIT_S) as answer:
+        return str(answer.read().decode())
+
+
+def samples(text: str) -> Samples:
+    """Each sample with its labels, by Prometheus's own parser."""
+    families = text_string_to_metric_families(text)
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families for sample in family.samples}
+
+
+def sample(found: Samples, name: str, **labels: str) -> float:
+    """One of them; every sample of this outbox has its name."""
+    return found[name, frozenset({"outbox": "box", **labels}.items())]
+
+
+def scrape(url: str, until: Callable[[Samples], bool]) -> Samples:
+    """Scrape until it shows what is waited for."""
+    deadline = time.monotonic() + WAIT_S
+    while not until(found := samples(fetch(url))):
+        assert time.monotonic() < deadline, found
+        threading.Event().wait(0.02)
+    return found
