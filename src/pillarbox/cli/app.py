@@ -89,6 +89,11 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
+def leave_stdout() -> None:
+    """Write nothing more to whoever has read enough, not even what is buffered."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def load() -> typer.Typer:
     """`app` with all commands in it."""
     # Imported here, for each registers its command with `app`.
@@ -119,7 +124,7 @@ def run() -> None:
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads has seen enough
+        leave_stdout()
         sys.exit(Exit.DONE)
     except Exception as error:
         show = getattr(error, "show", None)  # typer's own usage errors

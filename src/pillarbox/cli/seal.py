@@ -24,7 +24,7 @@ from pillarbox.cli.app import (
     settings_from,
     stop_on_sigterm,
 )
-from pillarbox.cli.status import deliverer_text
+from pillarbox.cli.look import deliverer_text, queues, silent_s
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.delivery.state import SILENT_AFTER_S
@@ -89,9 +89,13 @@ class Site:
 
     @property
     def deliverer(self) -> str:
-        """Who delivers, and how that goes."""
-        beat = last_heartbeat(self.place)
-        return deliverer_text(beat, None if beat is None else max(0.0, (self.clock.micros() - beat.at_micros) / 1e6))
+        """Who delivers, and how that goes, at each destination."""
+        places = queues(self.place, self.clock) or {"": self.place}
+        texts = []
+        for name, place in places.items():
+            beat = last_heartbeat(place)
+            texts.append(f"{name}{': ' if name else ''}{deliverer_text(beat, silent_s(beat, self.clock))}")
+        return "; ".join(texts)
 
     def is_delivered_here(self) -> bool:
         """Whether somebody delivers the directory, and so adopts what dead writers leave."""
@@ -105,9 +109,12 @@ class Site:
             return {name for name, size in listing if size and layout.kind_of(name) in _ACTIVE}
 
     def waiting(self) -> set[str]:
-        """The batches that are sealed and not settled."""
+        """The batches that are sealed and not settled, here or at one of several destinations."""
         with self._listing():
-            return {layout.batch_id(name) for name in self.place.sealed()}
+            found = set(self.place.sealed())  # first: what leaves it is in the queues before
+            for queue in queues(self.place, self.clock).values():
+                found.update(queue.sealed())
+            return {layout.batch_id(name) for name in found}
 
     @contextmanager
     def _listing(self) -> Iterator[None]:

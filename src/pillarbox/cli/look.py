@@ -1,0 +1,165 @@
+"""What can be seen of a directory from outside: listings and heartbeats. Takes no lock, creates and adopts nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
+from pillarbox.errors import DirectoryUnusable
+from pillarbox.store import filesystem, layout
+from pillarbox.store.directory import Directory
+from pillarbox.store.layout import Kind
+
+if TYPE_CHECKING:
+    from pillarbox.clock import Clock
+
+
+class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several destinations; bytes, numbers of files, seconds."""
+
+    name: str
+    waiting_bytes: int  # sealed, and not settled at this destination
+    waiting_files: int
+    oldest_age_s: float | None
+    dead_files: int
+    dead_bytes: int
+    corrupt_files: int
+    corrupt_bytes: int
+    delivered_files: int
+    delivered_bytes: int
+    deliverer: Heartbeat | None
+    deliverer_silent_s: float | None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of `pillarbox status --json`; bytes, numbers of files, seconds."""
+
+    directory: str
+    pending_bytes: int
+    pending_files: int
+    active_files: int
+    active_bytes: int
+    sealed_files: int
+    oldest_age_s: float | None
+    corrupt_files: int
+    corrupt_bytes: int
+    dead_files: int
+    dead_bytes: int
+    delivered_files: int  # kept for a while
+    delivered_bytes: int
+    durability: str  # of the outbox that delivers, or where none does, as it is set here
+    deliverer: Heartbeat | None
+    deliverer_silent_s: float | None
+    sinks: list[SinkStatus]  # empty where there is one destination
+
+
+class _Tally(NamedTuple):
+    """What a listing of a directory or of a queue shows."""
+
+    sealed: dict[str, int]  # name -> bytes
+    files: dict[Kind, int]
+    bytes: dict[Kind, int]
+
+
+def _tally(place: Directory) -> _Tally:
+    sealed: dict[str, int] = {}
+    files, sizes = dict.fromkeys(Kind, 0), dict.fromkeys(Kind, 0)
+    for name, size in place.filesystem.listing(place.path):
+        kind = layout.kind_of(name)
+        files[kind] += 1
+        sizes[kind] += size
+        if kind is Kind.SEALED:
+            sealed[name] = size
+    return _Tally(sealed, files, sizes)
+
+
+def queues(place: Directory, clock: Clock) -> dict[str, Directory]:
+    """The queues of several destinations, by the name of the destination; none where there is one."""
+    found = {layout.sink_of(name): name for name, problem in filesystem.strangers(place.path) if problem == "is a directory"}
+    return {
+        sink: Directory(place.at(name), place.filesystem, clock)
+        for sink, name in sorted(found.items(), key=str)
+        if sink is not None
+    }
+
+
+def look(place: Directory, clock: Clock, durability: str) -> Status:
+    """How a directory stands now; raises `DirectoryUnusable` where it cannot be listed."""
+    try:
+        main = _tally(place)
+        sinks = [_sink(sink, queue, main, clock) for sink, queue in queues(place, clock).items()]
+        account = place.account()
+    except OSError as error:
+        raise DirectoryUnusable(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
+    beat = last_heartbeat(place)
+    return Status(
+        directory=place.path,
+        pending_bytes=account.pending_bytes,
+        pending_files=account.pending_files,
+        active_files=account.active_files,
+        active_bytes=account.active_bytes,
+        sealed_files=account.sealed_files,
+        oldest_age_s=_age_s(clock, account.oldest_stamp),
+        corrupt_files=account.corrupt_files,
+        corrupt_bytes=account.corrupt_bytes,
+        dead_files=account.dead_files,
+        dead_bytes=account.dead_bytes,
+        delivered_files=main.files[Kind.DELIVERED] + sum(sink.delivered_files for sink in sinks),
+        delivered_bytes=main.bytes[Kind.DELIVERED] + sum(sink.delivered_bytes for sink in sinks),
+        durability=beat.durability if beat is not None and beat.durability else durability,
+        deliverer=beat,
+        deliverer_silent_s=silent_s(beat, clock),
+        sinks=sinks,
+    )
+
+
+def _sink(sink: str, queue: Directory, main: _Tally, clock: Clock) -> SinkStatus:
+    own = _tally(queue)
+    waiting = own.sealed | main.sealed  # what is not yet in any queue waits for all of them
+    stamps = [stamp for stamp in map(layout.stamp_of, waiting) if stamp is not None]
+    beat = last_heartbeat(queue)
+    return SinkStatus(
+        name=sink,
+        waiting_bytes=sum(waiting.values()),
+        waiting_files=len(waiting),
+        oldest_age_s=_age_s(clock, min(stamps, default=None)),
+        dead_files=own.files[Kind.DEAD],
+        dead_bytes=own.bytes[Kind.DEAD],
+        corrupt_files=own.files[Kind.CORRUPT],
+        corrupt_bytes=own.bytes[Kind.CORRUPT],
+        delivered_files=own.files[Kind.DELIVERED],
+        delivered_bytes=own.bytes[Kind.DELIVERED],
+        deliverer=beat,
+        deliverer_silent_s=silent_s(beat, clock),
+    )
+
+
+def _age_s(clock: Clock, stamp: int | None) -> float | None:
+    return None if stamp is None else max(0.0, (clock.micros() - stamp) / 1e6)
+
+
+def silent_s(beat: Heartbeat | None, clock: Clock) -> float | None:
+    """How long a deliverer has said nothing; None where there never was one."""
+    return None if beat is None else max(0.0, (clock.micros() - beat.at_micros) / 1e6)
+
+
+def state_text(beat: Heartbeat | None, silent: float | None) -> str:
+    """The state of a delivery, and when the destination is asked again."""
+    if beat is None or silent is None:
+        return "none so far"
+    again = ""
+    if beat.state.retry_at_micros is not None:
+        left = (beat.state.retry_at_micros - beat.at_micros) / 1e6 - silent
+        again = f", next try in {max(0.0, left):,.0f} s"
+    gone = f"silent for {silent:,.0f} s (gone, or it hangs); it was " if silent > SILENT_AFTER_S else ""
+    return f"{gone}{beat.state}{again}"
+
+
+def deliverer_text(beat: Heartbeat | None, silent: float | None) -> str:
+    """Who delivers, or did, and how that goes, in a line."""
+    if beat is None or silent is None:
+        return "none so far"
+    return f"process {beat.pid} to {beat.sink}, {state_text(beat, silent)}; {beat.delivered:,} delivered"

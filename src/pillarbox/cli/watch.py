@@ -1,0 +1,288 @@
+"""`pillarbox status --watch`: looks again and again; how it goes between them, live on a terminal, else a line a look."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pillarbox.cli.app import leave_stdout, stop_on_sigterm
+from pillarbox.cli.kept import printable
+from pillarbox.cli.look import Status, look, state_text
+from pillarbox.errors import FileUnusable
+from pillarbox.kept.selection import written
+from pillarbox.store import layout
+from pillarbox.store.ledger import Sealed, entries_of
+
+if TYPE_CHECKING:
+    from pillarbox.clock import Clock
+    from pillarbox.delivery.state import Heartbeat
+    from pillarbox.store.directory import Directory
+
+_WINDOW: Final = 10  # looks that a rate is the mean of
+_LEDGER_BYTES_MAX: Final = 8 * 2**20  # that are read at one look
+_COLOURS: Final = {"stopped": "red", "waiting": "yellow", "degraded": "yellow", "draining": "green"}
+ONLY: Final = ""  # the name of the destination where there are not several
+
+
+class SinkRates(msgspec.Struct, frozen=True):
+    """Of one destination; None where it cannot be told."""
+
+    out_events_per_s: float | None
+    empty_in_s: float | None  # at this pace
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """How it went over the last ten looks; None where it cannot be told, as at the first one."""
+
+    in_events_per_s: float | None
+    in_bytes_per_s: float | None
+    sinks: dict[str, SinkRates]  # by name; "" where there is one destination
+
+
+class Look(msgspec.Struct, frozen=True):
+    """The shape of a line of `pillarbox status --watch --json`."""
+
+    at_micros: int
+    status: Status
+    rates: Rates
+
+
+class _Line(NamedTuple):
+    """One destination as it is shown."""
+
+    name: str
+    waiting_bytes: int
+    waiting_files: int
+    oldest_age_s: float | None
+    beat: Heartbeat | None
+    silent_s: float | None
+    dead_files: int
+
+
+class _Moment(NamedTuple):
+    """What the rates are computed from."""
+
+    at_s: float
+    status: Status
+    sealed_events: int  # as the ledger says, since the first look
+    sealed_bytes: int
+    has_ledger: bool
+
+
+class Watcher:
+    """Looks, and compares with the looks before."""
+
+    def __init__(self, place: Directory, clock: Clock, durability: str) -> None:
+        self._place = place
+        self._clock = clock
+        self._durability = durability
+        self._moments: deque[_Moment] = deque(maxlen=_WINDOW + 1)
+        self._read_to: int | None = None  # of the ledger
+        self._sealed_events = self._sealed_bytes = 0
+
+    def look(self) -> Look:
+        """How it stands and goes; raises `DirectoryUnusable` where the directory cannot be listed."""
+        status = look(self._place, self._clock, self._durability)
+        has_ledger = self._read_ledger()
+        self._moments.append(_Moment(self._clock.monotonic(), status, self._sealed_events, self._sealed_bytes, has_ledger))
+        return Look(self._clock.micros(), status, rates_of(self._moments[0], self._moments[-1]))
+
+    def _read_ledger(self) -> bool:
+        """Add up what was sealed since the last look; False where that cannot be told."""
+        filesystem = self._place.filesystem
+        try:
+            fd = filesystem.open_existing(self._place.at(layout.LEDGER))
+        except FileNotFoundError:
+            self._read_to = 0
+            return True
+        except (OSError, FileUnusable):
+            return False
+        try:
+            size = filesystem.size(fd)
+            if self._read_to is None or not 0 <= size - self._read_to <= _LEDGER_BYTES_MAX:
+                self._read_to = size  # the first look; or it was summed up since
+                self._moments.clear()
+                return True
+            data = filesystem.read_at(fd, self._read_to, size - self._read_to)
+        except OSError:
+            return False
+        finally:
+            filesystem.close(fd)
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read_to += len(whole)
+        for entry in entries_of(whole)[0]:
+            if isinstance(entry, Sealed) and entry.events is not None:
+                self._sealed_events += entry.events
+                self._sealed_bytes += entry.bytes
+        return True
+
+
+def rates_of(then: _Moment, now: _Moment) -> Rates:
+    """What happened between two looks, in a second."""
+    seconds = now.at_s - then.at_s
+    in_bytes = in_events = None
+    if seconds > 0 and then.has_ledger and now.has_ledger:
+        sealed = now.sealed_bytes - then.sealed_bytes
+        in_bytes = max(0, now.status.active_bytes - then.status.active_bytes + sealed) / seconds
+        if now.sealed_events:
+            in_events = in_bytes * now.sealed_events / now.sealed_bytes
+        elif not in_bytes:
+            in_events = 0.0
+    before = {line.name: line for line in _lines(then.status)}
+    return Rates(
+        in_events, in_bytes, {line.name: _sink_rates(before.get(line.name), line, seconds) for line in _lines(now.status)}
+    )
+
+
+def _sink_rates(then: _Line | None, now: _Line, seconds: float) -> SinkRates:
+    out = None
+    if then is not None and then.beat is not None and now.beat is not None and then.beat.pid == now.beat.pid:
+        beats_s = (now.beat.at_micros - then.beat.at_micros) / 1e6
+        delivered = now.beat.delivered - then.beat.delivered
+        if delivered >= 0:
+            out = delivered / beats_s if beats_s > 0 else 0.0 if seconds > 0 else None
+    empty = 0.0 if not now.waiting_bytes else None
+    if then is not None and seconds > 0 and now.waiting_bytes and then.waiting_bytes > now.waiting_bytes:
+        empty = now.waiting_bytes * seconds / (then.waiting_bytes - now.waiting_bytes)
+    return SinkRates(out, empty)
+
+
+def _lines(status: Status) -> list[_Line]:
+    if not status.sinks:
+        return [
+            _Line(
+                ONLY, status.pending_bytes, status.pending_files, status.oldest_age_s, status.deliverer,
+                status.deliverer_silent_s, status.dead_files,
+            )
+        ]  # fmt: skip
+    return [
+        _Line(
+            sink.name, sink.waiting_bytes, sink.waiting_files, sink.oldest_age_s, sink.deliverer, sink.deliverer_silent_s,
+            sink.dead_files,
+        )
+        for sink in status.sinks
+    ]  # fmt: skip
+
+
+def watch_until_stopped(place: Directory, clock: Clock, durability: str, *, interval: float, looks: int, json: bool) -> None:
+    """Show look after look until interrupted, or so many `looks` are done (0: without end)."""
+    stop_on_sigterm()
+    watcher = Watcher(place, clock, durability)
+    console = Console(highlight=False)
+    live = Live(console=console, auto_refresh=False) if console.is_terminal and not json else None
+    pause = threading.Event()
+    try:
+        with suppress(KeyboardInterrupt), live or nullcontext():
+            done = 0
+            while True:
+                found = watcher.look()
+                if live is not None:
+                    live.update(screen(found), refresh=True)
+                else:
+                    sys.stdout.write((msgspec.json.encode(found).decode() if json else line(found)) + "\n")
+                    sys.stdout.flush()
+                done += 1
+                if done == looks:
+                    return
+                pause.wait(interval)
+    except BrokenPipeError:
+        leave_stdout()
+
+
+def line(found: Look) -> str:
+    """A look in a line, for logs and pipes."""
+    status, rates = found.status, found.rates
+    parts = [
+        f"in {_rate(rates.in_events_per_s, 'events')}, {_rate(rates.in_bytes_per_s, 'bytes')}",
+        f"{status.pending_bytes:,} bytes in {status.pending_files:,} files wait",
+    ]
+    for sink in _lines(status):
+        went = rates.sinks[sink.name]
+        name = f"{sink.name}: " if sink.name else ""
+        own = f"{sink.waiting_files:,} files wait, " if sink.name else ""
+        parts.append(
+            f"{name}{own}oldest {_seconds(sink.oldest_age_s)}, out {_rate(went.out_events_per_s, 'events')}, "
+            f"empty in {_seconds(went.empty_in_s)}, {state_text(sink.beat, sink.silent_s)}"
+        )
+    kept = (
+        (status.dead_files, "of dead letters"),
+        (status.corrupt_files, "of quarantine"),
+        (status.delivered_files, "delivered"),
+    )
+    parts.append(", ".join(f"{count:,} files {what}" for count, what in kept))
+    return printable(f"{written(found.at_micros)} {'; '.join(parts)}".replace("\n", " "))
+
+
+def screen(found: Look) -> Group:
+    """A look as a terminal shows it, of 80 columns and more."""
+    status, rates = found.status, found.rates
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in (
+        ("directory", status.directory),
+        ("at", written(found.at_micros)),
+        ("in", f"{_rate(rates.in_events_per_s, 'events')}, {_rate(rates.in_bytes_per_s, 'bytes')}"),
+        ("waiting", f"{status.pending_bytes:,} bytes in {status.pending_files:,} files ({status.active_files} active)"),
+        ("dead letters", f"{status.dead_bytes:,} bytes in {status.dead_files:,} files"),
+        ("quarantine", f"{status.corrupt_bytes:,} bytes in {status.corrupt_files:,} files"),
+        ("delivered", f"{status.delivered_bytes:,} bytes in {status.delivered_files:,} files are kept"),
+    ):
+        facts.add_row(name, Text(printable(text), overflow="ellipsis", no_wrap=True))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("destination", overflow="ellipsis", no_wrap=True, max_width=20)
+    for name in ("waiting", "oldest", "out/s", "empty in", "dead"):
+        table.add_column(name, justify="right", no_wrap=True)
+    states = []
+    for sink in _lines(status):
+        went = rates.sinks[sink.name]
+        name = printable(sink.name or (sink.beat.sink if sink.beat is not None else "-"))
+        out = "-" if went.out_events_per_s is None else f"{went.out_events_per_s:,.0f}"
+        table.add_row(
+            Text(name),
+            _size(sink.waiting_bytes),
+            _seconds(sink.oldest_age_s),
+            out,
+            _seconds(went.empty_in_s),
+            f"{sink.dead_files:,}",
+        )
+        states.append(_state(name, sink))
+    return Group(facts, Text(), table, Text(), *states)
+
+
+def _state(name: str, sink: _Line) -> Text:
+    text = Text(f"{name}  ", style="bold")
+    beat = sink.beat
+    colour = _COLOURS.get(beat.state.name, "") if beat is not None else ""
+    text.append(printable(state_text(beat, sink.silent_s)), style=f"not bold {colour}")
+    if beat is not None and beat.last_error and beat.last_error != beat.state.reason:
+        text.append(f"\n  last error: {printable(beat.last_error)}", style="not bold")
+    return text
+
+
+def _rate(rate: float | None, unit: str) -> str:
+    return f"- {unit}/s" if rate is None else f"{rate:,.0f} {unit}/s"
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:,.0f} s"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 10_000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}"
