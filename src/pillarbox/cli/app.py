@@ -103,6 +103,7 @@ def load() -> typer.Typer:
         deliver,  # noqa: F401
         doctor,  # noqa: F401
         enqueue,  # noqa: F401
+        export,  # noqa: F401
         quarantine,  # noqa: F401
         seal,  # noqa: F401
         spacetimedb,  # noqa: F401

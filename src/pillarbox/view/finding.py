@@ -8,11 +8,12 @@ from msgspec.structs import replace
 
 from pillarbox.errors import FileUnusable
 from pillarbox.kept.dead import Trouble
-from pillarbox.store import layout, reader
+from pillarbox.store import compressed, layout, reader
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from collections.abc import Set as AbstractSet
 
     from pillarbox.store.directory import Directory
     from pillarbox.store.reader import Span
@@ -42,10 +43,15 @@ class Sight(NamedTuple):
         return "" if self.kind in (Kind.ACTIVE, Kind.LEGACY_ACTIVE) else layout.batch_id(name)
 
 
+def places(directory: Directory) -> list[Directory]:
+    """The outbox directory, and the queues of its sinks."""
+    return [directory]
+
+
 def look(directory: Directory) -> list[Sight]:
     """The files in the directory, then those in its queues: what moves there meanwhile is seen twice rather than never."""
     found: list[Sight] = []
-    for place in (directory,):
+    for place in places(directory):
         for name, size in place.filesystem.listing(place.path):
             kind = layout.kind_of(name)
             if kind not in (Kind.ASIDE, Kind.OTHER):
@@ -53,7 +59,7 @@ def look(directory: Directory) -> list[Sight]:
     return found
 
 
-def batches(sights: list[Sight], *kinds: Kind) -> dict[str, list[Sight]]:
+def batches(sights: list[Sight], kinds: AbstractSet[Kind]) -> dict[str, list[Sight]]:
     """The sealed or delivered files by batch, the oldest batch first; several files of a batch have the same content."""
     found: dict[str, list[Sight]] = {}
     for sight in sorted(sights, key=lambda one: (one.batch, one.kind is not Kind.SEALED, one.place.path)):
@@ -62,19 +68,40 @@ def batches(sights: list[Sight], *kinds: Kind) -> dict[str, list[Sight]]:
     return found
 
 
-def content(sights: list[Sight]) -> bytes | Trouble | None:
-    """The bytes of the first of some files with the same content that is there; None where all have gone."""
-    trouble: Trouble | None = None
+def places_of(directory: Directory, batch: str, kinds: AbstractSet[Kind]) -> list[Sight]:
+    """Wherever a batch may be, in whatever state of these; not looked at."""
+    kept = layout.delivered_name(batch)
+    names = [f"{name}{ending}" for name in (batch, kept) for ending in (layout.SUFFIX, layout.COMPRESSED)]
+    return [
+        Sight(place, name, layout.kind_of(name), 0)
+        for place in places(directory)
+        for name in names
+        if layout.kind_of(name) in kinds
+    ]
+
+
+def content(sights: list[Sight], tell: Callable[[Trouble], None]) -> bytes | None:
+    """The lines of the first of some files with the same content that is there; None where all have gone.
+
+    What cannot be read is told, and has no lines.
+    """
+    troubles: list[Trouble] = []
     for sight in sights:
         try:
-            return _bytes(sight.place, sight.name)
+            data, problem = compressed.unpack(sight.name, _bytes(sight.place, sight.name))
         except FileNotFoundError:
             continue
         except FileUnusable as error:
-            trouble = Trouble(sight.shown, error.problem)
+            troubles.append(Trouble(sight.shown, error.problem))
         except OSError as error:
-            trouble = Trouble(sight.shown, f"cannot be read: {error.strerror}")
-    return trouble
+            troubles.append(Trouble(sight.shown, f"cannot be read: {error.strerror}"))
+        else:
+            if problem:
+                tell(Trouble(sight.shown, f"cannot be read behind the first {len(data)} bytes: {problem}"))
+            return data
+    for trouble in troubles[:1]:
+        tell(trouble)
+    return b"" if troubles else None
 
 
 def _bytes(place: Directory, name: str) -> bytes:

@@ -15,7 +15,7 @@ from pillarbox.kept.dead import Trouble
 from pillarbox.store import layout
 from pillarbox.store.filesystem import identity, identity_of
 from pillarbox.store.layout import Kind
-from pillarbox.view.finding import batches, content, lines, look
+from pillarbox.view.finding import batches, content, lines, look, places_of
 from pillarbox.view.missed import Missed
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from pillarbox.view.filters import Face, Faces, Wanted
     from pillarbox.view.finding import Sight
 
-_ACTIVE: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE})
+ACTIVE: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE})
+PENDING: Final = ACTIVE | {Kind.SEALED}
+ACCEPTED: Final = PENDING | {Kind.DELIVERED}
 _LOOKS: Final = 3  # in which the sealed file of an active one must turn up; more than the one that a renaming may hide it from
 _FORGET_S: Final = 60.0  # how long a batch that is gone stays known: longer than any listing misses it
 
@@ -58,10 +60,16 @@ class _Stream:
 class Follower:
     """Reads an outbox from its beginning, or from now on. Closed by `close`; keeps one open file an active one."""
 
-    def __init__(self, directory: Directory, clock: Clock, faces: Faces, wanted: Wanted) -> None:
+    def __init__(
+        self, directory: Directory, clock: Clock, faces: Faces, wanted: Wanted, kinds: frozenset[Kind] = ACCEPTED
+    ) -> None:
         self.troubles: list[Trouble] = []  # for the caller to take
         self.listing_s = 0.0  # how long the last listing took
+        self.read: set[str] = set()  # batches of the backlog that were read
+        self.went: set[str] = set()  # those that were gone before they were read
+        self.damaged = 0  # lines
         self.missed = Missed(directory, clock)
+        self._kinds = kinds
         self._directory = directory
         self._filesystem = directory.filesystem
         self._clock = clock
@@ -86,14 +94,15 @@ class Follower:
             self.close()
             sights = look(self._directory)
             self._open(sights)
-            if not any(sight.kind in _ACTIVE and identity(sight.place.at(sight.name)) is None for sight in sights):
+            if not any(sight.kind in ACTIVE and identity(sight.place.at(sight.name)) is None for sight in sights):
                 break  # otherwise one was sealed meanwhile: its batch is not among those that are there already
-        found = batches(sights, Kind.SEALED, Kind.DELIVERED)
+        found = batches(sights, self._kinds - ACTIVE)
         self._known = dict.fromkeys(found, self._clock.monotonic())
         fresh = self._of_active()
         if count is None:
-            for sights_of_one in found.values():
+            for batch, sights_of_one in found.items():
                 yield from self._of_batch(sights_of_one)
+                self.read.add(batch)
             yield from fresh
             return
         chunks = [list(fresh)]
@@ -114,7 +123,7 @@ class Follower:
         except FileNotFoundError:  # removed with everything in it; whoever writes makes it anew
             sights = []
         self.listing_s = self._clock.monotonic() - begun
-        found = batches(sights, Kind.SEALED, Kind.DELIVERED)
+        found = batches(sights, self._kinds - ACTIVE)
         self._part_with({sight.name for sight in sights})
         turned_up = self._turned_up(found)
         yield from self._of_gone()
@@ -133,7 +142,7 @@ class Follower:
 
     def _open(self, sights: list[Sight]) -> None:
         for sight in sights:
-            if sight.kind in _ACTIVE and sight.name not in self._active:
+            if sight.kind in ACTIVE & self._kinds and sight.name not in self._active:
                 try:
                     fd = self._filesystem.open_existing(sight.place.at(sight.name))
                 except FileNotFoundError:
@@ -222,16 +231,19 @@ class Follower:
         yield from self._events(data, begin, batch, stream.sight.shown, stream.writer)
 
     def _of_batch(self, sights: list[Sight]) -> Iterator[Accepted]:
-        data = content(sights)
-        if isinstance(data, Trouble):
-            self._tell(data)
-        elif data is not None:
+        data = content(sights, self._tell)
+        if data is None:  # moved, perhaps
+            data = content(places_of(self._directory, sights[0].batch, self._kinds), self._tell)
+        if data is None:
+            self.went.add(sights[0].batch)
+        else:
             yield from self._events(data, 0, sights[0].batch, sights[0].shown, "")
 
     def _events(self, data: bytes, begin: int, batch: str, file: str, writer: str) -> Iterator[Accepted]:
         stamp = layout.stamp_of(batch)
         for line in lines(data, begin):
             if line.damage is not None:
+                self.damaged += 1
                 self._tell(Trouble(file, f"damaged at {line.damage.offset}: {line.damage.reason}"), f"{file} {line.offset}")
             if line.payload is not None:
                 face = self._faces.of(line.payload)
