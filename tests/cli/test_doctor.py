@@ -7,21 +7,25 @@ import itertools
 import json
 import os
 import re
+import signal
+import socket
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease
 from pillarbox.delivery.state import State
-from pillarbox.store import filesystem, layout
+from pillarbox.store import filesystem, layout, request
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import DirectoryFacts, Filesystem, RealFilesystem
 from pillarbox.store.probe import Finding, Limits, examine
 from pillarbox.testing import ManualClock
 from pillarbox.testing.fault import Fault, FaultFilesystem
-from tests.cli.test_commands import bare, run
+from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
 from tests.crash.kernel import mounted, need
 
 LIMITS = Limits(power=False, max_bytes=10**9, max_files=1000, min_free_bytes=0, evicts=False)
@@ -330,7 +334,9 @@ def test_hard_links_that_cannot_be_made_are_only_told(box: Path, monkeypatch: py
     monkeypatch.setattr(filesystem, "link", refuse)
     found = examined(box)
     assert bad(found) == set()
-    assert found["hard link"] == [(True, "cannot be made here (Operation not permitted); nothing needs one")]
+    assert found["hard link"] == [(True, "cannot be made here (Operation not permitted); one destination needs none")]
+    found = examined(box, limits=LIMITS._replace(links=True))
+    assert bad(found) == {"hard link"}
 
 
 def test_no_descriptor_is_left_open(box: Path) -> None:
@@ -352,3 +358,120 @@ def test_interrupted_it_removes_its_files_all_the_same(box: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         examined(box, disk, clock=Interrupted())
     assert (list(box.iterdir()), disk._opened) == ([], set())
+
+
+def test_sigint_leaves_no_file_behind(box: Path) -> None:
+    """Ctrl-C whenever it comes; exit code 130."""
+    for _ in range(3):
+        process = subprocess.Popen(
+            [*PILLARBOX, "doctor", "-d", "box"], cwd=box.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CLEAN
+        )
+        try:
+            while not list(box.iterdir()) and process.poll() is None:
+                pass
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+        assert (list(box.iterdir()), err) == ([], b"")
+        assert process.returncode == 130 or out
+
+
+def test_limits_of_what_is_set_aside_are_told(box: Path) -> None:
+    """Before they are reached, and with the command that makes room."""
+    (box / "dead-a.ndjson").write_bytes(b"x" * 90)
+    (box / "corrupt-a.ndjson").write_bytes(b"x" * 50)
+    limits = LIMITS._replace(max_dead_bytes=100, max_quarantine_bytes=100)
+    found = examined(box, limits=limits)
+    assert bad(found) == {"dead letters"}
+    assert "pillarbox dead list" in found["dead letters"][0][1]
+    assert found["quarantine"] == [(True, "50 of 100 bytes (max_quarantine_bytes)")]
+    assert bad(examined(box, limits=limits._replace(max_dead_bytes=1000, max_quarantine_bytes=50))) == {"quarantine"}
+
+
+def test_too_few_open_files_are_told(box: Path) -> None:
+    """As the shell has them."""
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -n 100; {' '.join(PILLARBOX)} doctor -d box --json"],
+        cwd=box.parent, env=CLEAN, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    found = by_check(Finding(**finding) for finding in json.loads(done.stdout))
+    assert (done.returncode, bad(found)) == (1, {"open files"})
+    assert "ulimit -n 1024" in found["open files"][0][1]
+
+
+def test_the_request_file_is_looked_at(box: Path) -> None:
+    """Whose content is a request, and when it came."""
+    clock = ManualClock()
+    assert examined(box, clock=clock)["request"] == [(True, "nobody has asked the writers to seal")]
+    request.ask(Directory(str(box), RealFilesystem(), clock), clock)
+    clock.advance(90)
+    assert examined(box, clock=clock)["request"] == [(True, "the writers were asked to seal 90 s ago")]
+    (box / layout.SEAL_REQUEST).write_bytes(b"rubbish")
+    assert bad(examined(box)) == {"request"}
+    (box / layout.SEAL_REQUEST).unlink()
+    (box / layout.SEAL_REQUEST).symlink_to("nowhere")
+    assert bad(examined(box)) == {"names"}
+
+
+def test_a_destination_is_asked_and_gets_no_event(box: Path) -> None:
+    """What it says of itself is among the findings."""
+    code, found = doctor("-d", "box", "--sink", "sqlite:///events.db", cwd=box.parent)
+    assert (code, bad(found)) == (0, set())
+    assert all(text.startswith("sqlite:///events.db: ") for _, text in found["destination"])
+    code, found = doctor("-d", "box", "--sink", "sqlite:///missing/events.db", cwd=box.parent)
+    assert (code, bad(found)) == (1, {"destination"})
+    code, found = doctor("-d", "box", "--sink", "nosuch://x", cwd=box.parent)
+    assert (code, bad(found)) == (1, {"destination"})
+
+
+def test_a_destination_that_does_not_answer_is_not_waited_for(box: Path) -> None:
+    """A server that takes the connection and says nothing; its secrets are shown nowhere."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://user:secret@127.0.0.1:{server.getsockname()[1]}/events"
+        done = run("doctor", "-d", "box", "--sink", url, "--timeout", "0.5", "--json", cwd=box.parent)
+    found = by_check(Finding(**finding) for finding in json.loads(done.stdout))
+    assert done.returncode == 1
+    assert "no answer within" in found["destination"][0][1] or "timed out" in found["destination"][0][1]
+    assert b"secret" not in done.stdout + done.stderr
+
+
+def test_a_deliverer_that_hangs_is_told_from_one_that_is_gone(box: Path) -> None:
+    """By whether there is a process of its number."""
+    now = SystemClock().micros()
+    (box / layout.sealed_name(now - 60_000_000, "x")).write_bytes(LINE)
+    clock = ManualClock(now - 3_600_000_000)
+    lease = Lease(Directory(str(box), RealFilesystem(), clock), "sqlite:///x.db", clock)
+    assert lease.take()
+    lease.beat(State("draining"), 0, "", now=True)  # of this process, which is there
+    lease.release()
+    assert "it hangs; restart it" in doctor("-d", box, cwd=box.parent)[1]["deliverer"][0][1]
+    beat = msgspec.json.decode((box / layout.DELIVER_LOCK).read_bytes())
+    (box / layout.DELIVER_LOCK).write_bytes(msgspec.json.encode(beat | {"pid": 2**22 + 5}))
+    assert "it is gone: run pillarbox deliver" in doctor("-d", box, cwd=box.parent)[1]["deliverer"][0][1]
+
+
+def test_a_heartbeat_in_the_future_means_that_the_clock_stepped_back(box: Path) -> None:
+    """Else it would never be silent."""
+    clock = ManualClock(SystemClock().micros() + 3_600_000_000)
+    lease = Lease(Directory(str(box), RealFilesystem(), clock), "sqlite:///x.db", clock)
+    assert lease.take()
+    lease.beat(State("idle"), 0, "", now=True)
+    lease.release()
+    code, found = doctor("-d", box, cwd=box.parent)
+    assert (code, bad(found)) == (1, {"clock"})
+
+
+def test_each_queue_is_looked_at(box: Path) -> None:
+    """One that nobody delivers, one that others can read, and one that is none of the settings'."""
+    now = SystemClock().micros()
+    queue = box / layout.queue_name("old")
+    queue.mkdir(mode=0o700)
+    (queue / layout.sealed_name(now - 60_000_000, "x")).write_bytes(LINE)
+    code, found = doctor("-d", box, cwd=box.parent)
+    assert (code, bad(found)) == (1, {"deliverer"})
+    assert found["deliverer"][0][1].startswith("old: none so far; 1 sealed files wait: run pillarbox deliver")
+    _, found = doctor("-d", box, "--sink", "sqlite:///events.db", cwd=box.parent)
+    assert "sink-old/ belongs to no destination of the settings, 1 files wait in it" in found["queue"][0][1]
+    queue.chmod(0o755)
+    assert "mode" in bad(doctor("-d", box, cwd=box.parent)[1])

@@ -1,24 +1,46 @@
-"""`pillarbox doctor`: can this directory, and the file system below it, keep what is promised?"""
+"""`pillarbox doctor`: can this directory, and the file system below it, keep what is promised? And what stands in the way?"""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Annotated
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Annotated, Final
 
-import msgspec
 import typer
 
-from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from, stop_on_sigterm
+from pillarbox.cli.app import (
+    ConfigOption,
+    DirectoryOption,
+    EventTypeOption,
+    Exit,
+    JsonOption,
+    SinkOption,
+    app,
+    out,
+    require,
+    settings_from,
+    stop_on_sigterm,
+)
+from pillarbox.cli.kept import print_json, printable
+from pillarbox.cli.look import look, queues
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.lease import last_heartbeat
-from pillarbox.delivery.state import SILENT_AFTER_S
-from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
+from pillarbox.errors import DirectoryUnusable, PillarboxError
+from pillarbox.sinks import make_sink, redacted
+from pillarbox.store import layout
+from pillarbox.store.directory import OPEN_MODE, Directory
+from pillarbox.store.filesystem import RealFilesystem, exists
 from pillarbox.store.probe import Finding, Limits, bad, examine, good
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pillarbox.cli.look import Status
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
+    from pillarbox.sinks.base import Finding as SinkFinding
+
+_AHEAD_S: Final = 1.0  # by which clocks of one machine may differ
 
 
 @app.command("doctor")
@@ -27,28 +49,37 @@ def doctor(
     durability: Annotated[
         str | None, typer.Option(metavar="process|power", help="What is to be promised.", show_default=False)
     ] = None,
+    sink: SinkOption = None,
+    event_type: EventTypeOption = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For the destinations to answer.", min=0.1)] = 10.0,
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> int:
     """Look whether a directory can keep what is promised, and what stands in the way. Exit code 1 where something does.
 
     Safe at any time: it tries locks, renames and syncs on files of its own, doctor-*.probe, which it removes, and locks,
-    creates and adopts nothing else.
+    creates and adopts nothing else. Where it knows the destinations it asks them too, and sends them no event.
     """
     stop_on_sigterm()  # or the probe files would stay
-    settings = settings_from(config, directory=directory, durability=durability)
+    settings = settings_from(config, directory=directory, durability=durability, sink=sink, event_type=event_type)
     require(settings, "directory", "DIR")
-    findings = _findings(settings, SystemClock())
+    clock = SystemClock()
+    findings = [*_of_directory(settings, clock), *_of_destinations(settings, timeout, clock)]
     if json:
-        sys.stdout.write(msgspec.json.encode([finding._asdict() for finding in findings]).decode() + "\n")
+        print_json([finding._asdict() for finding in findings])
     else:
-        out.print(f'{settings.directory}, durability "{settings.durability}"', markup=False)
+        out.print(printable(f'{settings.directory}, durability "{settings.durability}"'), markup=False)
         for ok, check, text in findings:
-            out.print(f"  {'ok ' if ok else 'BAD'}  {check}: {text}", markup=False, style=None if ok else "red")
+            out.print(printable(f"  {'ok ' if ok else 'BAD'}  {check}: {text}"), markup=False, style=None if ok else "red")
     return Exit.DONE if all(finding.ok for finding in findings) else Exit.PARTLY
 
 
-def _findings(settings: Settings, clock: Clock) -> list[Finding]:
+def _destinations(settings: Settings) -> dict[str, str]:
+    """URLs by name; "" where there are not several."""
+    return {"": settings.sink} if settings.sink else {}
+
+
+def _of_directory(settings: Settings, clock: Clock) -> list[Finding]:
     place = Directory(settings.directory, RealFilesystem(), clock)
     limits = Limits(
         power=settings.durability == "power",
@@ -56,26 +87,103 @@ def _findings(settings: Settings, clock: Clock) -> list[Finding]:
         max_files=settings.max_files,
         min_free_bytes=settings.min_free_bytes,
         evicts=settings.when_full == "drop_oldest",
+        max_dead_bytes=settings.max_dead_bytes,
+        max_quarantine_bytes=settings.max_quarantine_bytes,
+        links=len(_destinations(settings)) > 1,
     )
     findings = examine(place, clock, limits)
     try:
-        return [*findings, _deliverer(place, clock)]
-    except OSError:
+        status = look(place, clock, settings.durability)
+        return [*findings, *_deliverers(status), *_queues(place, settings, status, clock)]
+    except (OSError, DirectoryUnusable):
         return findings  # the directory cannot be used, which is among them
 
 
-def _deliverer(place: Directory, clock: Clock) -> Finding:
-    beat = last_heartbeat(place)
-    account = place.account()
-    now = clock.micros()
-    waits_s = 0.0 if account.oldest_stamp is None else (now - account.oldest_stamp) / 1e6
-    waiting = f"{account.sealed_files:,} sealed files wait"
-    if beat is None or now - beat.at_micros > SILENT_AFTER_S * 1e6:
-        silent = "none so far" if beat is None else f"process {beat.pid}, silent for {(now - beat.at_micros) / 1e6:,.0f} s"
-        if waits_s > SILENT_AFTER_S:
-            return bad("deliverer", f"{silent}; {waiting}: run pillarbox deliver, or an application with a sink")
-        return good("deliverer", f"{silent}; {waiting}")
-    text = f"process {beat.pid} to {beat.sink}, {beat.state}"
+def _deliverers(status: Status) -> Iterable[Finding]:
+    """Of each queue, or of the directory where there is one destination."""
+    for sink in status.sinks:
+        yield _deliverer(f"{sink.name}: ", sink.deliverer, sink.deliverer_silent_s, sink.waiting_files, sink.oldest_age_s)
+    if not status.sinks:
+        yield _deliverer("", status.deliverer, status.deliverer_silent_s, status.sealed_files, status.oldest_age_s)
+
+
+def _deliverer(name: str, beat: Heartbeat | None, silent_s: float | None, files: int, oldest_s: float | None) -> Finding:
+    waiting = f"{files:,} sealed files wait"
+    waits = oldest_s is not None and oldest_s > SILENT_AFTER_S
+    if beat is None or silent_s is None:
+        text = f"{name}none so far; {waiting}"
+        return (
+            bad("deliverer", f"{text}: run pillarbox deliver, or an application with a sink")
+            if waits
+            else good("deliverer", text)
+        )
+    if silent_s > SILENT_AFTER_S:
+        text = f"{name}process {beat.pid}, silent for {silent_s:,.0f} s; {waiting}"
+        if not waits:
+            return good("deliverer", text)
+        if exists(f"/proc/{beat.pid}"):
+            return bad("deliverer", f"{text}, and a process of that number is there: if it is the one, it hangs; restart it")
+        return bad("deliverer", f"{text}, and it is gone: run pillarbox deliver, or an application with a sink")
+    text = f"{name}process {beat.pid} to {beat.sink}, {beat.state}"
     if beat.state.name in ("stopped", "degraded"):
         return bad("deliverer", f"{text}: mend that; {waiting}")
     return good("deliverer", f"{text}; {waiting}")
+
+
+def _queues(place: Directory, settings: Settings, status: Status, clock: Clock) -> Iterable[Finding]:
+    """Heartbeats of another time, and queues that nobody is to deliver or that others can read."""
+    beats = {sink.name: sink.deliverer for sink in status.sinks} or {"": status.deliverer}
+    for name, beat in beats.items():
+        if beat is not None and beat.at_micros > clock.micros() + _AHEAD_S * 1e6:
+            ahead = (beat.at_micros - clock.micros()) / 1e6
+            of = f" of {name}" if name else ""
+            yield bad("clock", f"the heartbeat{of} is {ahead:,.0f} s in the future: set the clock, it stepped back")
+    known = _destinations(settings)
+    waiting = {sink.name: sink.waiting_files for sink in status.sinks}
+    for name, queue in queues(place, clock).items():
+        if known and name not in known:
+            left = f"{waiting.get(name, 0):,} files wait in it"
+            text = f"{layout.queue_name(name)}/ belongs to no destination of the settings, {left}"
+            yield bad("queue", f"{text}: name it among the sinks again, or have the queue removed")
+        facts = queue.filesystem.directory_facts(queue.path)
+        if facts is not None and facts.mode & OPEN_MODE:
+            yield bad("mode", f"{layout.queue_name(name)}/: {facts.mode:03o} lets other users in: chmod 700")
+        if facts is not None and not facts.usable:
+            yield bad("owner", f"{layout.queue_name(name)}/ cannot be read and written by this user: change its owner or mode")
+
+
+def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[Finding]:
+    """What each destination says of itself; all are asked at once, and none is waited for longer than `timeout` seconds."""
+    answers: dict[str, list[Finding]] = {}
+
+    def ask(name: str, url: str) -> None:
+        label = f"{name}: " if name else f"{redacted(url)}: "
+        try:
+            found = asyncio.run(_check(url, settings))
+            answers[name] = [Finding(ok, "destination", f"{label}{text}") for ok, text in found]
+        except PillarboxError as error:
+            answers[name] = [bad("destination", f"{label}{error}")]
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding; its text may hold what is secret
+            answers[name] = [bad("destination", f"{label}cannot be asked ({type(error).__name__}); pillarbox check shows more")]
+
+    # A daemon: one that blocks must not keep the command from ending.
+    threads = {
+        name: threading.Thread(target=ask, args=(name, url), daemon=True) for name, url in _destinations(settings).items()
+    }
+    for thread in threads.values():
+        thread.start()
+    deadline = clock.monotonic() + timeout
+    findings: list[Finding] = []
+    for name, url in _destinations(settings).items():
+        threads[name].join(max(0.0, deadline - clock.monotonic()))
+        late = f"{name or redacted(url)}: no answer within {timeout:,.0f} s: is it up, and is there a way to it?"
+        findings += answers.get(name, [bad("destination", late)])
+    return findings
+
+
+async def _check(url: str, settings: Settings) -> list[SinkFinding]:
+    sink = make_sink(url, settings.event_type)
+    try:
+        return list(await sink.check())
+    finally:
+        await sink.close()

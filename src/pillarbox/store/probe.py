@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import resource
 import statistics
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
 
 from pillarbox.errors import FileUnusable
 from pillarbox.store import filesystem, layout
 from pillarbox.store.capacity import MIN_FREE_MAX, MIN_FREE_SHARE, SLACK_SHARE
 from pillarbox.store.directory import NETWORK_MEDIA, OPEN_MODE, VOLATILE_MEDIA
 from pillarbox.store.layout import Kind
+from pillarbox.store.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +37,9 @@ _LINE: Final = b"x" * 299 + b"\n"  # about an event
 _AHEAD_MICROS: Final = 1_000_000  # how far a newest stamp may be ahead: they strictly increase, however fast files are sealed
 _OTHER_NAMES: Final = (layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.SEAL_REQUEST)
 _NEEDED: Final = ("create", "lock")  # to try what comes after them
+_DESCRIPTORS_MIN: Final = (
+    256  # the writer's files that wait for their sync and its spares, the deliverer's, and the application's
+)
 _NAMED_MAX: Final = 20  # files that are not ours are named up to here; all are counted
 _WAYS_OUT: Final = {
     errno.ENOSPC: "make room on the volume",
@@ -72,6 +79,9 @@ class Limits(NamedTuple):
     max_files: int
     min_free_bytes: int | None
     evicts: bool
+    max_dead_bytes: int = 64 * 2**20
+    max_quarantine_bytes: int = 64 * 2**20
+    links: bool = False  # several destinations, whose queues are made of them
 
 
 def examine(place: Directory, clock: Clock, limits: Limits) -> list[Finding]:
@@ -80,11 +90,14 @@ def examine(place: Directory, clock: Clock, limits: Limits) -> list[Finding]:
         findings = _directory(place, limits)
         if not all(finding.ok for finding in findings if finding.check in ("directory", "medium")):
             return findings
-        findings += probe(place, clock, power=limits.power)
+        findings += probe(place, clock, power=limits.power, links=limits.links)
         findings.append(_space(place, limits))
         account = place.account()  # before the clock is read: what is sealed meanwhile is not ahead of it
         findings += _room(account, limits)
+        findings += _kept(account, limits)
+        findings.append(_descriptors())
         findings.append(_stamps(account, clock.micros()))
+        findings.append(_request(place, clock.micros()))
         findings += _strangers(place)
     except OSError as error:
         findings = [bad("directory", f"{error.strerror}: {_way_out(error)}")]
@@ -118,7 +131,7 @@ def _directory(place: Directory, limits: Limits) -> list[Finding]:
     return [*findings, bad("medium", text)]
 
 
-def probe(place: Directory, clock: Clock, *, power: bool) -> list[Finding]:
+def probe(place: Directory, clock: Clock, *, power: bool, links: bool = False) -> list[Finding]:
     """Try each verb that the store needs on files of our own."""
     mine = f"{_PREFIX}{place.new_id()}"
     steps: tuple[tuple[str, Callable[[Directory, str], Finding]], ...] = (
@@ -128,7 +141,7 @@ def probe(place: Directory, clock: Clock, *, power: bool) -> list[Finding]:
         ("rename", _rename),
         ("sync", partial(_sync, clock=clock, power=power)),
         ("directory sync", partial(_sync_directory, clock=clock)),
-        ("hard link", _link),
+        ("hard link", partial(_link, needed=links)),
     )
     findings: list[Finding] = []
     try:
@@ -244,13 +257,16 @@ def _sync_directory(place: Directory, name: str, *, clock: Clock) -> Finding:
     return good("directory sync", f"fsync takes {seconds * 1e3:.3f} ms (median of {count})")
 
 
-def _link(place: Directory, name: str) -> Finding:
-    """Only reported: nothing needs them yet."""
+def _link(place: Directory, name: str, *, needed: bool) -> Finding:
+    """Only reported, but where several destinations need them."""
     with _new(place, name):
         try:
             filesystem.link(place.at(name), place.at(f"{name}-2"))
         except OSError as error:
-            return good("hard link", f"cannot be made here ({error.strerror}); nothing needs one")
+            text = f"cannot be made here ({error.strerror})"
+            if needed:
+                return bad("hard link", f"{text}, and several destinations need them: {_ANOTHER_DISK}, or have one destination")
+            return good("hard link", f"{text}; one destination needs none")
     try:
         taken = place.take(name)
     except FileUnusable:
@@ -284,6 +300,49 @@ def _room(account: Account, limits: Limits) -> list[Finding]:
             text = f"{text}, full: {loses}; have them delivered, or raise {setting}"
         findings.append(bad(check, text) if full else good(check, text))
     return findings
+
+
+def _kept(account: Account, limits: Limits) -> list[Finding]:
+    findings: list[Finding] = []
+    for check, used, limit, setting, command in (
+        ("dead letters", account.dead_bytes, limits.max_dead_bytes, "max_dead_bytes", "dead"),
+        ("quarantine", account.corrupt_bytes, limits.max_quarantine_bytes, "max_quarantine_bytes", "quarantine"),
+    ):
+        text = f"{used:,} of {limit:,} bytes ({setting})"
+        if used and used >= limit - limit // SLACK_SHARE:
+            way_out = f"look at them with pillarbox {command} list, and mend or purge them, or raise {setting}"
+            findings.append(bad(check, f"{text}, full or nearly so: {way_out}"))
+        else:
+            findings.append(good(check, text))
+    return findings
+
+
+def _descriptors() -> Finding:
+    """Of this shell's processes; a service may have others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return good("open files", "no limit (RLIMIT_NOFILE)")
+    text = f"a process may have {soft:,} (RLIMIT_NOFILE, as it is here)"
+    if soft < _DESCRIPTORS_MIN:
+        return bad(
+            "open files", f"{text}, and an outbox may need {_DESCRIPTORS_MIN}: ulimit -n 1024, or LimitNOFILE= of the service"
+        )
+    return good("open files", text)
+
+
+def _request(place: Directory, now: int) -> Finding:
+    """Of `seal.request`; that it is a file of ours is looked at with all others."""
+    try:
+        data = place.read_bytes(layout.SEAL_REQUEST)
+    except OSError as error:
+        return bad("request", f"{layout.SEAL_REQUEST} cannot be read, so that seal and flush do nothing: {_way_out(error)}")
+    if not data:
+        return good("request", "nobody has asked the writers to seal")
+    try:
+        asked = msgspec.json.decode(data, type=Request)
+    except msgspec.DecodeError:
+        return bad("request", f"{layout.SEAL_REQUEST} does not hold what pillarbox seal writes: run that, it writes it anew")
+    return good("request", f"the writers were asked to seal {max(0.0, (now - asked.at_micros) / 1e6):,.0f} s ago")
 
 
 def _stamps(account: Account, now: int) -> Finding:
