@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.pacing import Pacing
 from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.settlement import Kept
 from pillarbox.errors import ConfigurationError
@@ -42,6 +43,8 @@ LATER: Final = (
 )
 INTERVAL_MAX_S: Final = 86_400.0  # longer than a day is a slip of the pen
 AGE_MAX_S: Final = 100 * 365 * 86_400.0  # what still fits beside the present in microseconds, and to spare
+RATE_MIN: Final = 0.001  # events/s; so that a pause stays a number that a clock can add
+RATE_MAX: Final = 1e9
 IN_FLIGHT_MAX: Final = 64  # each batch on its way is in memory
 _YES_NO: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _UNITS: Final = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -69,6 +72,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     backoff_max: float = 30.0
     call_timeout: float = 60.0
     outage_after: int = 3
+    max_rate: float | None = None
+    live_share: float = 0.0
     max_age: float | None = None
     max_dead_bytes: int = 64 * 2**20
     max_quarantine_bytes: int = 64 * 2**20
@@ -87,6 +92,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             max_age_s=self.max_age,
             max_in_flight=self.max_in_flight,
             call_timeout_s=self.call_timeout,
+            pacing=Pacing(max_rate=self.max_rate),
+            live_share=self.live_share,
         )
 
     @property
@@ -142,9 +149,7 @@ def _batch_size(value: object) -> int:
     return max(1, _whole("a whole number of events", -(2**63))(value))
 
 
-def _seconds(most: float) -> Callable[[object], float]:
-    allowed = f"a number of seconds above 0, at most {most:.0f}"
-
+def _number(allowed: str, fits: Callable[[float], bool]) -> Callable[[object], float]:
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise _Refusal(allowed)
@@ -152,11 +157,15 @@ def _seconds(most: float) -> Callable[[object], float]:
             number = float(value)
         except (ValueError, OverflowError):
             raise _Refusal(allowed) from None
-        if not 0 < number <= most:
+        if not fits(number):
             raise _Refusal(allowed)
         return number
 
     return parse
+
+
+def _seconds(most: float) -> Callable[[object], float]:
+    return _number(f"a number of seconds above 0, at most {most:.0f}", lambda number: 0 < number <= most)
 
 
 def _one_of(*allowed: str) -> Callable[[object], str]:
@@ -217,6 +226,10 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "backoff_max": _INTERVAL,
     "call_timeout": _INTERVAL,
     "outage_after": _whole("a whole number of batches, at least 0", 0),
+    "max_rate": _number(
+        f"a number of events a second, from {RATE_MIN:g} to {RATE_MAX:g}", lambda number: RATE_MIN <= number <= RATE_MAX
+    ),
+    "live_share": _number("a share from 0 to 1", lambda number: 0 <= number <= 1),
     "max_age": _seconds(AGE_MAX_S),
     "max_dead_bytes": _BYTES,
     "max_quarantine_bytes": _BYTES,

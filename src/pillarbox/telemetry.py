@@ -23,19 +23,22 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import Histogram, Meter
 
 
+COUNTED: Final = (
+    "dead",
+    "delivered",
+    "discarded",
+    "duplicates",
+    "failed_flushes",
+    "flushed_bytes",
+    "flushed_files",
+    "quarantined",
+)
+
+
 class DeliveryCounters:
     """Written by the deliverer's thread only; read by anyone."""
 
-    __slots__ = (
-        "dead",
-        "delivered",
-        "discarded",
-        "duplicates",
-        "failed_flushes",
-        "flushed_bytes",
-        "flushed_files",
-        "quarantined",
-    )
+    __slots__ = (*COUNTED, "rate")
 
     def __init__(self) -> None:
         self.delivered = 0  # events that a destination has, `duplicates` of which it had before
@@ -46,10 +49,12 @@ class DeliveryCounters:
         self.flushed_files = 0
         self.flushed_bytes = 0
         self.failed_flushes = 0  # answers that were not an acceptance
+        self.rate: float | None = None  # events a second that are sent at most; None: as many as the destination takes
 
     def snapshot(self, state: State, last_error: str) -> SinkStats:
         """What `stats()` shows of them."""
-        return SinkStats(state=state, last_error=last_error, **{name: getattr(self, name) for name in self.__slots__})
+        counts = {name: getattr(self, name) for name in COUNTED}
+        return SinkStats(state=state, last_error=last_error, rate=self.rate, **counts)
 
 
 class SinkStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +69,7 @@ class SinkStats(msgspec.Struct, frozen=True, kw_only=True):
     flushed_files: int
     flushed_bytes: int
     failed_flushes: int
+    rate: float | None  # events a second that are sent at most, while that is bounded
     last_error: str
 
 
@@ -86,6 +92,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     flushed_files: int
     flushed_bytes: int
     failed_flushes: int
+    rate: float | None  # events a second that are sent at most, while that is bounded
     last_error: str
     hook_failures: dict[str, int]  # how often each of the application's functions raised
     sinks: dict[str, SinkStats]  # by name, where there are several; what is counted above is the sum of them

@@ -1,7 +1,7 @@
 """Sends a shipment, in parts where that is called for, until each of its records is accepted or refused.
 
-Decisions are `policy`'s; this module only acts on them. Several shipments may be on their way at once: when the destination
-asks for time, all of them give it.
+Decisions are `policy`'s and `pacing`'s; this module only acts on them. Several shipments may be on their way at once: when the
+destination asks for time, all of them give it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Final
 from pillarbox.delivery import policy
 from pillarbox.delivery.backoff import jitter
 from pillarbox.delivery.lease import BEAT_EVERY_S
+from pillarbox.delivery.pacing import Pacer
 from pillarbox.delivery.policy import Lately, Verdict
 from pillarbox.errors import SinkUnusable
-from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Retry, Sink
+from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refused, Retry, Sink
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class Courier:
         self._pause = pause
         self._meanwhile = meanwhile
         self._not_before = 0.0  # monotonic: the destination asked for time, or has to be mended
+        self._pacer = Pacer(rules.pacing, rules.max_in_flight if sink.traits.concurrent else 1)
+        self._turn = asyncio.Lock()  # calls begin in the order in which they came
+        self._show_pace()
         self._began = (clock.micros(), clock.monotonic())
         self._given_up: set[asyncio.Future[Answer]] = set()  # calls that have not ended yet
 
@@ -74,11 +78,13 @@ class Courier:
                 parts.popleft()
                 parts.extendleft(reversed(part.halves()))
                 continue
-            await self._until_due()
+            await self._until_due(len(part))
+            began = self._clock.monotonic()
             answer = await self._call(part)
             shipment.attempts += 1
             action = policy.decide(answer, len(part), failures + 1, jitter(), self._lately(shipment), self._rules)
             self._remember(shipment, answer)
+            self._pace(began, answer, len(part))
             match action:
                 case policy.Settle(accepted, duplicates, dead):
                     self._settle(shipment, part, accepted, duplicates, dead)
@@ -116,6 +122,36 @@ class Courier:
     def begin(self) -> None:
         """Start afresh, on another event loop."""
         self._given_up.clear()
+        self._turn = asyncio.Lock()
+
+    @property
+    def outages(self) -> int:
+        """How often the destination has failed for so long that it was an outage."""
+        return self._pacer.outages
+
+    def failed(self) -> None:
+        """Nothing can be sent, for a reason that no call has shown."""
+        now = self._clock.monotonic()
+        self._pacer.failed(now, now)
+        self._show_pace()
+
+    def caught_up(self) -> None:
+        """Nothing waits any more."""
+        self._pacer.caught_up()
+        self._show_pace()
+
+    def _pace(self, began: float, answer: Answer, records: int) -> None:
+        if isinstance(answer, (Retry, Misconfigured)):
+            self._pacer.failed(began, self._clock.monotonic(), records)
+        elif not isinstance(answer, Refused) and answer.accepted:
+            self._pacer.arrived(began, self._clock.monotonic(), records)
+        else:
+            self._pacer.refused(records)
+        self._show_pace()
+
+    def _show_pace(self) -> None:
+        self._counters.rate = rate = self._pacer.rate
+        self._standing.paced = f"paced: {rate:,.0f} events/s" if self._pacer.is_paced else ""
 
     def hold(self, seconds: float) -> None:
         """Send nothing for so long."""
@@ -164,14 +200,20 @@ class Courier:
             return True
         return traits.bytes_max is not None and sum(map(len, part.payloads)) > traits.bytes_max
 
-    async def _until_due(self) -> None:
-        while (left := self._not_before - self._clock.monotonic()) > 0:
-            await self._pause(left)
-        # A sink that takes one call at a time gets no second one beside a call that was given up and goes on.
-        while self._given_up and not self._sink.traits.concurrent:
-            self._standing.enter("waiting", "the sink goes on with a call that was given up")
-            await asyncio.wait(self._given_up, timeout=BEAT_EVERY_S)
-            await self._pause(0)
+    async def _until_due(self, records: int) -> None:
+        async with self._turn:
+            while (left := self._seconds_left()) > 0:
+                await self._pause(min(left, BEAT_EVERY_S))  # the rate may have risen meanwhile
+            # A sink that takes one call at a time gets no second one beside a call that was given up and goes on.
+            while self._given_up and not self._sink.traits.concurrent:
+                self._standing.enter("waiting", "the sink goes on with a call that was given up")
+                await asyncio.wait(self._given_up, timeout=BEAT_EVERY_S)
+                await self._pause(0)
+            self._pacer.sent(self._clock.monotonic(), records)
+
+    def _seconds_left(self) -> float:
+        now = self._clock.monotonic()
+        return max(self._not_before - now, self._pacer.wait(now))
 
     async def _call(self, part: Batch) -> Answer:
         """One call, bounded in time; while it waits for the destination, the next file is read and the heart beats."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pillarbox.delivery.state import State
-from pillarbox.telemetry import DeliveryCounters
+from pillarbox.telemetry import COUNTED, DeliveryCounters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,8 +40,10 @@ def together(sinks: Mapping[str, SinkStats]) -> SinkStats:
     """All sinks as one: the sums, and the worst state with the name of the sink that is in it."""
     total = DeliveryCounters()
     for sink in sinks.values():
-        for name in total.__slots__:
+        for name in COUNTED:
             setattr(total, name, getattr(total, name) + getattr(sink, name))
+    rates = [sink.rate for sink in sinks.values()]
+    total.rate = None if None in rates else sum(filter(None, rates)) or None
     by_state = sorted(sinks.items(), key=lambda item: _WORST_FIRST.index(item[1].state.name))
     name, worst = by_state[0] if by_state else (ONLY, total.snapshot(State("idle"), ""))
     state = worst.state

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from pillarbox.clock import give_way
+from pillarbox.delivery.lineup import Lineup
 from pillarbox.delivery.shipment import Job, Shipment
 from pillarbox.errors import FileUnusable
 from pillarbox.store import reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from pillarbox.clock import Clock
     from pillarbox.delivery.policy import Rules
@@ -55,14 +55,10 @@ class Loader:
         self._suspects = suspects
         self._settler = settler
         self._busy = busy
-        self._queue: deque[str] = deque()
+        self.lineup = Lineup(rules.live_share)
         self._ahead: Shipment | None = None  # read while the one before it is on its way
         self._spare: Job | None = None  # read, and too large for the shipment before it
         self._held: dict[str, float] = {}  # the files that another process has, and since when
-
-    def queue(self, names: Iterable[str]) -> None:
-        """These are to go next, in this order."""
-        self._queue.extend(names)
 
     @property
     def has_more(self) -> bool:
@@ -70,7 +66,7 @@ class Loader:
         return self._ahead is not None or self._has_unread()
 
     def _has_unread(self) -> bool:
-        return bool(self._queue) or self._spare is not None
+        return bool(self.lineup) or self._spare is not None
 
     def next(self) -> Shipment | None:
         """The next file, or the next small ones that the sink takes together; None where none can be read."""
@@ -87,7 +83,7 @@ class Loader:
 
     def forget(self) -> None:
         """Have the next look at the directory find everything in order."""
-        self._queue.clear()
+        self.lineup.clear()
         if self._ahead is not None:
             self.close(self._ahead)
             self._ahead = None
@@ -126,7 +122,7 @@ class Loader:
 
     def _load_some(self, jobs: list[Job]) -> None:
         while self._has_unread():
-            job, self._spare = self._spare or self._load(self._queue.popleft()), None
+            job, self._spare = self._spare or self._load(self.lineup.take()), None
             if job is None:
                 if self.waits_for_another():
                     return  # those behind it are not to overtake it
@@ -166,7 +162,7 @@ class Loader:
                 raise
         except (OSError, FileUnusable) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                self._queue.clear()  # no fault of the file's: all are tried again later
+                self.lineup.clear()  # no fault of the file's: all are tried again later
                 self._standing.enter("degraded", str(error))
                 return None
             if self._standing.complain(name, f"it cannot be read: {error}"):

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Final, NamedTuple
 
 from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.pacing import Pacing
 from pillarbox.sinks.base import Answer, Delivered, Misconfigured, Partly, Refusal, Refused, Retry
 
 TOO_OLD: Final = "too_old"  # the code of dead letters that an age limit made
@@ -32,6 +33,8 @@ class Rules(NamedTuple):
     max_age_s: float | None = None  # after which a batch that still fails is given up as dead letters; None: never
     max_in_flight: int = 1  # batches at once, where the sink allows several
     call_timeout_s: float = 60.0  # after which a call to a sink is given up and tried again
+    pacing: Pacing = Pacing()
+    live_share: float = 0.0  # of the files that go while a backlog waits, those sealed since the drain began
 
 
 class Lately(NamedTuple):

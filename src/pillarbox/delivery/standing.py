@@ -28,6 +28,7 @@ class Standing:
         self._lease = lease
         self.state = State("idle")
         self.last_error = ""
+        self.paced = ""  # while the rate is bounded after a failure: what is said of it
         self.complaints: dict[str, str] = {}  # about a file, or the disk; while there are any, all is not well
 
     def enter(self, name: StateName, reason: str, retry_in: float | None = None) -> None:
@@ -35,7 +36,7 @@ class Standing:
         reason = reason.encode(errors="backslashreplace").decode()  # it may quote a file's name, which may be any bytes
         retry_at = None if retry_in is None else self._clock.micros() + int(retry_in * 1e6)
         before, self.state = self.state, State(name, reason, retry_at)
-        if reason:
+        if reason and name not in _AT_WORK:
             self.last_error = reason
         if before.same_as(self.state):
             self.beat()
@@ -61,7 +62,7 @@ class Standing:
             more = f", and {len(self.complaints) - 1} more like it" if len(self.complaints) > 1 else ""
             self.enter("degraded", f"{about}: {what}{more}")
         else:
-            self.enter(name, "")
+            self.enter(name, self.paced if name == "draining" else "")
 
     def complain(self, about: str, what: str) -> bool:
         """Have something that a person should look at; whether that is news."""

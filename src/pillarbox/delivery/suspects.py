@@ -33,6 +33,11 @@ class Suspects:
         self._condemned = 0  # batches given up as a whole since the last success
         self.alone: set[str] = set()  # refused together with others: sent by itself from now on
 
+    @property
+    def has_some(self) -> bool:
+        """Whether any is put off."""
+        return bool(self._found)
+
     def success(self) -> None:
         """The destination has accepted something: what was put off before is judged at its next refusal."""
         self._successes += 1

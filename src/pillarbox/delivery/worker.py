@@ -8,6 +8,7 @@ With `max_in_flight` several are on their way at once, where the sink takes them
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING, Final, Literal
@@ -18,7 +19,7 @@ from pillarbox.delivery.courier import Courier, is_being_cancelled, words
 from pillarbox.delivery.lease import BEAT_EVERY_S, Lease
 from pillarbox.delivery.loading import Loader
 from pillarbox.delivery.policy import Rules, Verdict
-from pillarbox.delivery.settlement import KEPT, NOBODY, Callbacks, Kept, Settler
+from pillarbox.delivery.settlement import GROUP_S, KEPT, NOBODY, Callbacks, Kept, Settler
 from pillarbox.delivery.standing import Standing
 from pillarbox.delivery.suspects import Suspects
 from pillarbox.errors import FileUnusable, SinkUnusable
@@ -41,6 +42,7 @@ log = logging.getLogger("pillarbox")
 
 _TAKE_OVER_S: Final = 0.5  # between two looks whether the process that delivers is gone
 _CLOSE_S: Final = 5.0  # how long a sink may take to hang up
+_LOOK_SHARE: Final = 9  # times as long as a look in the middle of a drain takes, nobody looks again
 _UNSETTLED_MAX: Final = 3  # settlements that fail in a row: not the files are at fault then, but the disk
 
 
@@ -89,6 +91,8 @@ class Worker:
         self._work = asyncio.Event()  # there may be something to do
         self._end = asyncio.Event()
         self._opened = False
+        self._outages = 0
+        self._looked_at = self._look_at = 0.0
         self._in_flight: dict[asyncio.Task[None], Shipment] = {}
         self.idle = threading.Event()  # set while a look at the directory has found nothing to do
 
@@ -193,7 +197,7 @@ class Worker:
             if not self._opened and not await self._open():
                 return True
             self._adopt()
-            self._loader.queue(self._choose(self._sealed()))
+            self._line_up()
         except (OSError, FileUnusable) as error:
             self._standing.enter("degraded", str(error))
             await self._pause(self._rules.interval_s)
@@ -216,6 +220,7 @@ class Worker:
             what = f"refused as a whole, judged once another batch is accepted: {unjudged} so far; {self._suspects.reason()}"
             self._standing.enter("degraded", what)
         else:
+            self._courier.caught_up()
             self._standing.well("idle")
             if not self._settler.has_parked:
                 self.idle.set()
@@ -241,6 +246,37 @@ class Worker:
         busy |= self._confirmer.names()
         return self._suspects.choose([name for name in found if name not in busy], self._clock.monotonic())
 
+    def _line_up(self) -> None:
+        """Look which files wait, and have them sent."""
+        self._notice_outage()
+        chosen = self._choose(self._sealed())
+        if self._suspects.has_some:
+            self._loader.lineup.fill_as_given(chosen)
+        else:
+            self._loader.lineup.fill(chosen)
+
+    def _notice_outage(self) -> None:
+        if self._courier.outages != self._outages:
+            self._outages = self._courier.outages
+            self._loader.lineup.begin()
+
+    def _look_for_live(self) -> None:
+        """In the middle of a drain: what is sealed meanwhile may have a share in it. A tenth of the time goes into this."""
+        began = self._clock.monotonic()
+        if not self._rules.live_share or self._suspects.has_some or began < self._look_at:
+            return
+        if not self._work.is_set() and began < self._looked_at + self._rules.interval_s:
+            return
+        self._notice_outage()
+        lineup = self._loader.lineup
+        if lineup.is_settled:
+            return
+        self._work.clear()
+        with contextlib.suppress(OSError, FileUnusable):  # the next round says so
+            lineup.add(self._sealed())
+        self._looked_at = self._clock.monotonic()
+        self._look_at = self._looked_at + _LOOK_SHARE * (self._looked_at - began)
+
     def _sealed(self) -> list[str]:
         """The names of the files to send, in order, durable."""
         found = self._directory.sealed()
@@ -255,12 +291,14 @@ class Worker:
     async def _drain(self) -> bool:
         """Send what is queued; whether anything was sent."""
         progress = False
+        self._looked_at = self._clock.monotonic()
         window = max(1, self._sink.traits.window)
         at_once = self._rules.max_in_flight if self._sink.traits.concurrent else 1
         while self._loader.has_more:
             if await self._sends_again(window):
                 await self._land(0)
                 return True  # the queue is empty, and what was in it is on disk
+            self._look_for_live()
             shipment = self._loader.next()
             if self._loader.waits_for_another():
                 # Its turn comes before the others': a process that dies lets go of this file in a moment.
@@ -310,6 +348,7 @@ class Worker:
     async def _stop_for_outage(self) -> None:
         """Batch after batch is refused: not they are bad, but what is set up. One is tried each time, until one is accepted."""
         self.counters.failed_flushes += 1
+        self._courier.failed()
         row = self._suspects.in_row() + self._suspects.condemned
         reason = f"{row} batches in a row were refused as a whole, and are kept: {self._suspects.reason()}"
         if self.state.name != "stopped":
@@ -404,6 +443,7 @@ class Worker:
 
     async def _hold(self, name: Literal["stopped", "waiting"], reason: str, seconds: float) -> None:
         self.counters.failed_flushes += 1
+        self._courier.failed()
         self._standing.enter(name, reason, seconds)
         await self._pause(seconds)
 
@@ -412,7 +452,11 @@ class Worker:
         until = until or self._end
         deadline = self._clock.monotonic() + seconds
         while not until.is_set() and not self._end.is_set() and (left := deadline - self._clock.monotonic()) > 0:
-            self._while_waiting()
+            if left < GROUP_S:
+                self._settler.let_go_in_time()
+            else:
+                self._settler.let_go()
+            self._standing.beat()
             waits = [asyncio.ensure_future(event.wait()) for event in {until, self._end}]
             try:
                 await asyncio.wait(waits, timeout=min(left, BEAT_EVERY_S), return_when=asyncio.FIRST_COMPLETED)

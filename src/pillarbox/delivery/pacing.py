@@ -1,0 +1,188 @@
+"""How fast a destination is sent what waits. Pure: times are passed in, in seconds of a monotonic clock; rates are events/s.
+
+While all is well nothing is held back but by the operator's ceiling. A call that fails makes a bound: a share of what the
+destination usually takes, and a small one after an outage. Each answer that comes in time raises it by a fixed step, each slow
+one and each failure cuts it by half: additive increase, multiplicative decrease, which many clients of one server need in order
+to share it evenly without knowing of one another (D.-M. Chiu and R. Jain, "Analysis of the Increase and Decrease Algorithms for
+Congestion Avoidance in Computer Networks", 1989). Cut by half, once for all calls that were under way, and averaged with a gain
+of an eighth: V. Jacobson, "Congestion Avoidance and Control", 1988; RFC 5681, RFC 6298. A slow answer is a sign before any is
+lost: L. Brakmo and L. Peterson, "TCP Vegas", 1995. Why a destination that has just come back must not be sent everything at
+once: N. Bronson et al., "Metastable Failures in Distributed Systems", 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+_LATE_S: Final = 0.02  # a timer that fires late may be made up for by so much, and no more
+
+
+class Pacing(NamedTuple):
+    """Bounds. Shares are of the rate that the destination usually takes, as far as it is known."""
+
+    max_rate: float | None = None  # events/s, at all times; None: no ceiling
+    start_share: float = 1 / 32  # the rate after an outage: some five failures' worth of halving
+    step_share: float = 1 / 32  # the rise with each answer in time
+    cut: float = 0.5  # what is left of the rate after a failure or a slow answer
+    lift: float = 2.0  # times the usual rate: the destination takes no more anyway, and the bound goes away
+    slow: float = 3.0  # times the usual length of such a call: the answer is slow
+    slow_least_s: float = 0.1  # an answer that comes sooner is never slow
+    outage_s: float = 5.0  # failing for so long is an outage, and no hiccup
+    pause_max_s: float = 30.0  # between two calls; as long as the longest pause between two tries
+    gain: float = 1 / 8  # of the averages
+    gain_slow: float = 1 / 64  # the same for slow answers: a destination that has become slower for good is slow no more
+
+
+class _Bucket:
+    """What was sent and is not paid off yet, at so many events a second."""
+
+    def __init__(self) -> None:
+        self._owed = 0.0
+        self._at = -math.inf
+
+    def pay(self, now: float, rate: float) -> None:
+        """Let time pass at this rate."""
+        if now > self._at:
+            self._owed = max(self._owed - (now - self._at) * rate, -_LATE_S * rate)
+            self._at = now
+
+    def owe(self, records: float, most: float = math.inf) -> None:
+        """So many are sent; not more than `most` are owed."""
+        self._owed = min(self._owed + records, most)
+
+    def forgive(self, records: float) -> None:
+        """So many were sent and are not counted."""
+        self._owed = max(min(self._owed, 0.0), self._owed - records)
+
+    def wait(self, rate: float) -> float:
+        """Seconds until nothing is owed."""
+        return max(0.0, self._owed) / rate
+
+
+class Pacer:
+    """When the next call may begin. Told of each call that begins, and of each that ends."""
+
+    def __init__(self, bounds: Pacing, at_once: int = 1) -> None:
+        self._bounds = bounds
+        self._at_once = at_once  # calls under way at the same time
+        self._bound: float | None = None
+        self._paced, self._ceiling = _Bucket(), _Bucket()
+        self._usual_s = 0.0  # of a call, and
+        self._usual_records = 0.0  # how many records it has; 0: not known yet
+        self._last_records = 1
+        self._failing_since: float | None = None
+        self._is_outage = False
+        self._cut_at = -math.inf
+        self.outages = 0  # how often it has failed for so long that it is one
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether a failure has bounded the rate."""
+        return self._bound is not None
+
+    @property
+    def rate(self) -> float | None:
+        """Events a second that are sent at most; None: as many as the destination takes."""
+        bounds = [bound for bound in (self._bound, self._bounds.max_rate) if bound is not None]
+        return min(bounds, default=None)
+
+    @property
+    def _usual_rate(self) -> float:
+        """What the destination takes unhindered; 0 where that is not known yet."""
+        return self._at_once * self._usual_records / max(self._usual_s, 1e-6)
+
+    @property
+    def _ceiling_rate(self) -> float:
+        return math.inf if self._bounds.max_rate is None else self._bounds.max_rate
+
+    @property
+    def _wanted(self) -> float:
+        """The rate of a drain that nothing is wrong with."""
+        return min(self._usual_rate, self._ceiling_rate)
+
+    def wait(self, now: float) -> float:
+        """Seconds until the next call may begin."""
+        wait = 0.0
+        if self._bounds.max_rate is not None:
+            self._ceiling.pay(now, self._bounds.max_rate)
+            wait = self._ceiling.wait(self._bounds.max_rate)
+        if self._bound is not None:
+            self._paced.pay(now, self._bound)
+            wait = max(wait, self._paced.wait(self._bound))
+        return wait
+
+    def sent(self, now: float, records: int) -> None:
+        """A call begins."""
+        self.wait(now)
+        self._last_records = max(1, records)
+        self._ceiling.owe(records)
+        if self._bound is not None:
+            self._paced.owe(records, self._bound * self._bounds.pause_max_s)
+
+    def arrived(self, began: float, now: float, records: int) -> None:
+        """A call that began then has brought something home."""
+        bounds = self._bounds
+        self._failing_since = None
+        seconds = max(0.0, now - began)
+        slow = self._is_slow(seconds, records)
+        self._learn(seconds, max(1, records), bounds.gain_slow if slow else bounds.gain)
+        if self._bound is None or began < self._cut_at:
+            return  # a call that was under way at the last cut says nothing of the rate since
+        if slow:
+            self._cut(now, self._bound)
+            return
+        self._paced.pay(now, self._bound)
+        self._bound += bounds.step_share * self._wanted
+        if self._bound >= min(bounds.lift * self._usual_rate, self._ceiling_rate):
+            self._bound = None
+
+    def failed(self, began: float, now: float, records: float = math.inf) -> None:
+        """A call of so many records that began then is to be tried again: when, is the backoff's to say.
+
+        Without a number of records nothing can be sent at all.
+        """
+        self._paced.forgive(records)
+        if self._failing_since is None:
+            self._failing_since = began
+            self._is_outage = False
+        if now - self._failing_since >= self._bounds.outage_s and not self._is_outage:
+            self._is_outage = True
+            self.outages += 1
+        if self._is_outage:
+            self._cut(now, 0.0)
+        elif began >= self._cut_at:
+            self._cut(now, self._wanted if self._bound is None else self._bound)
+
+    def refused(self, records: int) -> None:
+        """A call brought nothing home, and was no failure either: looking for what is bad in a batch is not held back."""
+        self._paced.forgive(records)
+
+    def caught_up(self) -> None:
+        """Nothing waits any more."""
+        self._bound = None
+
+    @property
+    def _least(self) -> float:
+        """The lowest rate that there is: after an outage, and where nothing is known."""
+        return max(self._bounds.start_share * self._wanted, self._last_records / self._bounds.pause_max_s)
+
+    def _cut(self, now: float, rate: float) -> None:
+        if self._bound is not None:
+            self._paced.pay(now, self._bound)
+        else:
+            self._paced = _Bucket()
+        self._bound = max(self._bounds.cut * rate, self._least)
+        self._paced.owe(0, self._bound * self._bounds.pause_max_s)
+        self._cut_at = now
+
+    def _is_slow(self, seconds: float, records: int) -> bool:
+        if not self._usual_records or seconds <= self._bounds.slow_least_s:
+            return False
+        return seconds > self._bounds.slow * self._usual_s * max(1.0, records / self._usual_records)
+
+    def _learn(self, seconds: float, records: int, gain: float) -> None:
+        if not self._usual_records:
+            gain = 1.0
+        self._usual_s += gain * (seconds - self._usual_s)
+        self._usual_records += gain * (records - self._usual_records)

@@ -1,0 +1,161 @@
+"""Pacing and the live share from end to end: real files, a real worker, and a real HTTP server or a sink in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import NamedTuple
+
+import pytest
+
+from pillarbox import TrackingEvent
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.pacing import Pacing
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.worker import Worker
+from pillarbox.event import Codec
+from pillarbox.sinks import make_sink
+from pillarbox.sinks.base import Answer, Batch
+from pillarbox.store.directory import Directory
+from pillarbox.testing import RecordingSink
+from tests.conftest import event, wait_until
+from tests.delivery.stage import QUICK, drain, left, seal, worker_for
+from tests.delivery.test_hostile_sinks import delivering
+from tests.sinks.http_server import Request, Say, Server
+
+BUSY = Say(503, b"<html>", {"Retry-After": "0"})
+# What takes minutes in life: the rate begins at a hundredth of what this server takes, and calls are milliseconds.
+BOUNDS = Pacing(start_share=0.01, step_share=0.05, slow_least_s=5.0, outage_s=0.001, pause_max_s=0.2)
+RULES = Rules(interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), pacing=BOUNDS)
+encode = Codec(TrackingEvent).encode
+
+
+class Seen(NamedTuple):
+    """A call that arrived, and how the deliverer stood."""
+
+    at: float
+    events: int
+    rate: float | None
+    state: str
+
+
+class Recovering:
+    """Answers busy so many times after its first good answers, and then well; notes how the deliverer stands at each call."""
+
+    def __init__(self, good: int, busy: int) -> None:
+        self.left = [good, busy]
+        self.seen: list[Seen] = []
+        self.worker: Worker | None = None
+
+    def __call__(self, request: Request) -> Say:
+        assert self.worker is not None
+        now = SystemClock().monotonic()
+        if self.left[0] > 0:
+            self.left[0] -= 1
+        elif self.left[1] > 0:
+            self.left[1] -= 1
+            return BUSY
+        else:
+            self.seen.append(Seen(now, len(request.events), self.worker.counters.rate, str(self.worker.state)))
+        return Say()
+
+
+def fill(place: Directory, files: int, events: int = 10) -> None:
+    for stamp in range(1, files + 1):
+        seal(place, stamp, *[encode(event(stamp * 1000 + number)) for number in range(events)])
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(place: Directory, in_flight: int) -> None:
+    """The state says so meanwhile, and there is one log line for it, not one for each step."""
+    fill(place, 120)
+    server = Recovering(5, 10)
+    with Server(server) as running:
+        worker = worker_for(place, make_sink(running.url(), TrackingEvent), rules=RULES._replace(max_in_flight=in_flight))
+        server.worker = worker
+        drain(worker)
+    assert left(place) == []
+    rates = [one.rate for one in server.seen if one.rate is not None]
+    assert len(rates) >= 10
+    assert rates[0] < max(rates) / 4
+    if in_flight == 1:
+        assert all(a < b for a, b in itertools.pairwise(rates))
+        assert [one.state for one in server.seen if one.rate][5] == f"draining: paced: {rates[5]:,.0f} events/s"
+    assert (worker.counters.rate, str(worker.state)) == (None, "idle")
+    assert worker.last_error.startswith("the server answered 503")
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int) -> None:
+    """With several at once as well, before an outage and after it."""
+    fill(place, 30)
+    server = Recovering(0, 3)
+    rules = RULES._replace(max_in_flight=in_flight, pacing=BOUNDS._replace(max_rate=400.0))
+    with Server(server) as running:
+        worker = worker_for(place, make_sink(running.url(), TrackingEvent), rules=rules)
+        assert worker.counters.rate == 400
+        server.worker = worker
+        drain(worker)
+    assert all(one.rate is not None and one.rate <= 400 for one in server.seen)
+    assert sum(one.events for one in server.seen) == 300
+    # What arrives is what was sent a moment before: the calls, not the arrivals, keep the distance.
+    assert server.seen[-1].at - server.seen[0].at >= 290 / 400 - 0.1
+
+
+class Meanwhile(RecordingSink):
+    """Has files sealed, by others, while its first batch is on the way."""
+
+    def __init__(self, place: Directory, stamps: range) -> None:
+        super().__init__()
+        self.place = place
+        self.stamps = stamps
+        self.worker: Worker | None = None
+
+    async def deliver(self, batch: Batch) -> Answer:
+        assert self.worker is not None
+        for stamp in self.stamps if not self.batches else ():
+            seal(self.place, stamp, b"%d" % stamp)
+        self.worker.notify()
+        await asyncio.sleep(0.005)  # long enough for the next file to be read ahead
+        return await super().deliver(batch)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0.0, [*range(1, 13), 21, 22, 23, 24]),
+        (0.5, [1, 2, 3, 21, 4, 22, 5, 23, 6, 24, *range(7, 13)]),
+        (0.25, [1, 2, 3, 4, 5, 21, 6, 7, 8, 22, 9, 10, 11, 23, 12, 24]),
+        (1.0, [1, 2, 21, 22, 23, 24, *range(3, 13)]),
+    ],
+)
+def test_what_is_sealed_during_a_drain_has_its_share_in_it(place: Directory, share: float, expected: list[int]) -> None:
+    """None by default: strictly in order. The file that is read ahead goes first in any case."""
+    for stamp in range(1, 13):
+        seal(place, stamp, b"%d" % stamp)
+    sink = Meanwhile(place, range(21, 25))
+    sink.worker = worker = worker_for(place, sink, rules=QUICK._replace(live_share=share))
+    drain(worker)
+    assert (list(map(int, sink.payloads)), left(place)) == (expected, [])
+
+
+def test_a_long_drain_spends_a_tenth_of_its_time_on_looking(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is told that there is something new."""
+    for stamp in range(1, 201):
+        seal(place, stamp, b"%d" % stamp)
+    sink = Meanwhile(place, range(0))
+    sink.worker = worker = worker_for(place, sink, rules=QUICK._replace(live_share=0.5))
+    clock, really, took = SystemClock(), place.sealed, [0.0]
+
+    def sealed() -> list[str]:
+        began = clock.monotonic()
+        found = really()
+        took[0] += clock.monotonic() - began
+        return found
+
+    monkeypatch.setattr(place, "sealed", sealed)
+    began = clock.monotonic()
+    with delivering(worker):
+        wait_until(lambda: len(sink.batches) == 200, 20)
+        assert took[0] < (clock.monotonic() - began) / 5

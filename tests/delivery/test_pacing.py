@@ -1,0 +1,205 @@
+"""How fast a destination is sent what waits, after failures and at a ceiling; pure, with the time passed in."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pillarbox.delivery.pacing import Pacer, Pacing
+
+CALL = 500  # records
+TAKES_S = 0.25  # that a call of them usually takes: 2,000 events/s
+
+
+def known(bounds: Pacing = Pacing(), at_once: int = 1) -> Pacer:  # noqa: B008 - immutable
+    """A pacer that knows its destination."""
+    pacer = Pacer(bounds, at_once)
+    for number in range(50):
+        pacer.sent(number, CALL)
+        pacer.arrived(number, number + TAKES_S, CALL)
+    return pacer
+
+
+class Sent(NamedTuple):
+    """When a call began, and the bound of that moment."""
+
+    at: float
+    rate: float | None
+
+
+def drain(pacer: Pacer, now: float, calls: int, takes_s: float = TAKES_S) -> list[Sent]:
+    """So many calls, one after the other, each as soon as it may go and answered after so long."""
+    sent = []
+    for _ in range(calls):
+        now += pacer.wait(now)
+        sent.append(Sent(now, pacer.rate))
+        pacer.sent(now, CALL)
+        pacer.arrived(now, now + takes_s, CALL)
+        now += takes_s
+    return sent
+
+
+def failing(pacer: Pacer, now: float, seconds: float) -> float:
+    """Tried again every second, in vain; the time when that ends."""
+    for _ in range(int(seconds)):
+        pacer.sent(now, CALL)
+        pacer.failed(now, now + 0.01, CALL)
+        now += 1
+    return now
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.floats(0, 100), st.floats(0, 100)), max_size=50))
+def test_nothing_is_held_back_while_no_call_fails(calls: list[tuple[int, float, float]]) -> None:
+    """However long answers take and however large the calls are."""
+    pacer, now = Pacer(Pacing()), 0.0
+    for records, takes_s, gap_s in calls:
+        assert (pacer.wait(now), pacer.rate, pacer.is_paced) == (0.0, None, False)
+        pacer.sent(now, records)
+        pacer.arrived(now, now + takes_s, records)
+        now += takes_s + gap_s
+
+
+def test_after_an_outage_the_rate_begins_low_and_rises_by_the_same_step_each_time() -> None:
+    """Until it is well beyond what the destination takes; then there is no bound."""
+    pacer = known()
+    sent = drain(pacer, failing(pacer, 100, 60), 80)
+    rates = [one.rate for one in sent if one.rate is not None]
+    assert rates[0] == pytest.approx(2000 / 32)
+    assert [b - a for a, b in itertools.pairwise(rates)] == pytest.approx([2000 / 32] * (len(rates) - 1))
+    assert rates[-1] == pytest.approx(2 * 2000 - 2000 / 32)
+    assert (sent[-1].rate, pacer.outages) == (None, 1)
+
+
+def test_one_failure_halves_the_rate_and_is_no_outage() -> None:
+    """Another one halves it again, down to where it begins after an outage."""
+    pacer = known()
+    rates = []
+    for number in range(8):
+        began = 100 + number / 10
+        pacer.failed(began, began + 0.01, CALL)
+        rates.append(pacer.rate)
+    assert rates == pytest.approx([1000, 500, 250, 125, 62.5, 62.5, 62.5, 62.5])
+    assert pacer.outages == 0
+
+
+def test_calls_that_were_under_way_together_cut_the_rate_once() -> None:
+    """What they say is of the rate before."""
+    pacer = known(at_once=4)
+    for number in range(4):
+        pacer.failed(100 + number / 100, 101 + number / 100, CALL)
+    assert pacer.rate == pytest.approx(4 * 2000 / 2)
+
+
+def test_a_slow_answer_halves_the_rate_and_one_in_time_raises_it() -> None:
+    """Slow is three times as long as such a call usually takes."""
+    pacer = known()
+    pacer.failed(100, 100.01, CALL)
+    pacer.sent(101, CALL)
+    pacer.arrived(101, 101 + 3.1 * TAKES_S, CALL)
+    assert pacer.rate == pytest.approx(500)
+    pacer.sent(110, CALL)
+    pacer.arrived(110, 110 + 2.9 * TAKES_S, CALL)
+    assert pacer.rate is not None
+    assert pacer.rate > 500
+
+
+def test_a_destination_that_is_slower_for_good_is_slow_no_more_after_a_while() -> None:
+    """And the bound goes."""
+    pacer = known()
+    sent = drain(pacer, failing(pacer, 100, 60), 400, takes_s=10 * TAKES_S)
+    assert sent[-1].rate is None
+
+
+def test_a_large_call_may_take_longer_and_a_quick_answer_is_never_slow() -> None:
+    """Ten times the records in ten times the time; a millisecond is nothing to cut a rate for."""
+    quick = Pacer(Pacing())
+    for number in range(20):
+        quick.arrived(number, number + 0.001, 10)
+    quick.failed(100, 100.001, 10)
+    before = quick.rate
+    assert before is not None
+    quick.arrived(101, 101.09, 10)
+    assert quick.rate is None or quick.rate > before
+    pacer = known()
+    pacer.failed(100, 100.01, CALL)
+    pacer.arrived(101, 101 + 10 * TAKES_S, 10 * CALL)
+    assert pacer.rate is not None
+    assert pacer.rate > 1000
+
+
+def test_where_nothing_is_known_of_the_destination_the_first_pause_is_the_longest() -> None:
+    """A process that starts in an outage; once calls arrive it knows."""
+    pacer = Pacer(Pacing())
+    now = failing(pacer, 0, 60)
+    assert pacer.rate == pytest.approx(CALL / 30)
+    sent = drain(pacer, now, 80)
+    pauses = [b.at - a.at for a, b in itertools.pairwise(sent)]
+    assert max(pauses) == pauses[0] < 30
+    assert sent[-1].rate is None
+
+
+def test_when_to_try_again_what_failed_is_for_the_backoff_to_say() -> None:
+    """The bound counts what arrived, and what is under way."""
+    pacer = known()
+    failing(pacer, 100, 60)
+    assert pacer.wait(161) == 0
+    pacer.sent(161, CALL)
+    assert pacer.wait(161) > 0
+    pacer.refused(CALL)
+    assert pacer.wait(161) == 0
+
+
+def test_once_nothing_waits_there_is_no_bound() -> None:
+    """The ceiling stays."""
+    pacer = known(Pacing(max_rate=700))
+    failing(pacer, 100, 60)
+    assert pacer.is_paced
+    pacer.caught_up()
+    assert (pacer.is_paced, pacer.rate) == (False, 700)
+
+
+@given(
+    st.floats(0.1, 1e5),
+    st.lists(st.tuples(st.integers(1, 2000), st.floats(0, 20), st.sampled_from(["arrived", "failed", "refused"])), max_size=60),
+)
+def test_never_more_than_the_ceiling(max_rate: float, calls: list[tuple[int, float, str]]) -> None:
+    """Over any stretch of time: at most one call more, and what a late timer may make up for."""
+    pacer, now = Pacer(Pacing(max_rate=max_rate)), 0.0
+    sent: list[tuple[float, int]] = []
+    for records, takes_s, end in calls:
+        while (left := pacer.wait(now)) > 0:
+            now = max(now + left, now * (1 + 1e-15))
+        pacer.sent(now, records)
+        sent.append((now, records))
+        if end == "arrived":
+            pacer.arrived(now, now + takes_s, records)
+        elif end == "failed":
+            pacer.failed(now, now + takes_s, records)
+        else:
+            pacer.refused(records)
+        now += takes_s
+        assert pacer.rate is not None
+        assert pacer.rate <= max_rate
+    for first in range(len(sent)):
+        total = 0
+        for at, records in sent[first:]:
+            assert total <= max_rate * (at - sent[first][0] + 0.03) * (1 + 1e-6) + 1e-6
+            total += records
+
+
+@given(st.lists(st.tuples(st.integers(1, 2000), st.floats(0, 20), st.booleans()), max_size=60))
+def test_a_pause_is_bounded_whatever_happens(calls: list[tuple[int, float, bool]]) -> None:
+    """Thirty seconds; and the destination is asked again."""
+    pacer, now = Pacer(Pacing()), 0.0
+    for records, takes_s, well in calls:
+        assert pacer.wait(now) <= 30 * (1 + 1e-9)
+        pacer.sent(now, records)
+        if well:
+            pacer.arrived(now, now + takes_s, records)
+        else:
+            pacer.failed(now, now + takes_s, records)
+        now += takes_s
