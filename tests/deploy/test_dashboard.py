@@ -1,0 +1,85 @@
+"""The dashboard and the alert rules: Grafana's own types, and names that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from tests.deploy.stage import DEPLOY, ROOT, dashboard, metrics_in, queries, rules
+from tests.exposition.stage import documented
+
+KNOWN = {row.at_prometheus for row in documented()}
+
+
+def missing(ours: Any, theirs: Any, where: str = "") -> list[str]:
+    """What of ours is not, or is otherwise, in theirs."""
+    if isinstance(ours, dict):
+        if not isinstance(theirs, dict):
+            return [where]
+        return [one for key in ours for one in missing(ours[key], theirs.get(key), f"{where}.{key}")]
+    if isinstance(ours, list):
+        if not isinstance(theirs, list) or len(ours) != len(theirs):
+            return [where]
+        return [one for at, both in enumerate(zip(ours, theirs, strict=True)) for one in missing(*both, f"{where}[{at}]")]
+    return [] if ours == theirs else [where]
+
+
+def test_grafanas_own_types_know_every_part_of_the_dashboard() -> None:
+    """Decoded and encoded again by Grafana's SDK, nothing is lost: a slip of the pen is no field of theirs."""
+    register_default_plugins()
+    read = Dashboard.from_json(dashboard())
+    assert missing(dashboard(), json.loads(JSONEncoder().encode(read))) == []
+    wrong = dashboard()
+    wrong["panels"][1]["targets"][0]["expression"] = wrong["panels"][1]["targets"][0].pop("expr")
+    assert missing(wrong, json.loads(JSONEncoder().encode(Dashboard.from_json(wrong)))) == [".panels[1].targets[0].expression"]
+
+
+def test_every_panel_has_a_place_of_its_own_and_says_what_it_shows() -> None:
+    """24 columns, none used twice; of the data source that is chosen."""
+    panels = dashboard()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        columns, lines = range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+        cells = {(column, line) for column in columns for line in lines}
+        assert max(columns) < 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        if panel["type"] != "row":
+            assert panel["description"]
+            assert panel["fieldConfig"]["defaults"]["unit"]
+            for part in (panel, *panel["targets"]):
+                assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+
+
+def test_the_dashboard_shows_every_metric_that_is_documented_and_no_other() -> None:
+    """Also in its variables."""
+    assert {name for query in queries().values() for name in metrics_in(query)} == KNOWN
+    assert metrics_in(json.dumps(dashboard()["templating"])) <= KNOWN
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+def test_every_alert_reads_what_is_documented_and_says_what_to_do(rule: dict[str, Any]) -> None:
+    """With commands that there are."""
+    assert metrics_in(rule["expr"]) <= KNOWN
+    assert rule["labels"]["severity"] in ("warning", "critical")
+    assert set(rule["annotations"]) == {"summary", "description"}
+    commands = set(re.findall(r"^#+ (pillarbox .+)$", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE))
+    groups = {command.rpartition(" ")[0] for command in commands if command.count(" ") == 2}
+    for command in re.findall(r"pillarbox [a-z]+(?: [a-z]+)?", rule["annotations"]["description"]):
+        words = command.split()
+        assert (command if " ".join(words[:2]) in groups else " ".join(words[:2])) in commands, command
+
+
+def test_every_file_is_in_the_readme() -> None:
+    """By its name."""
+    text = (DEPLOY / "README.md").read_text()
+    for file in DEPLOY.rglob("*.[jys]*"):
+        assert file.name in text, file

@@ -1,0 +1,101 @@
+"""Alert rules, queries and the endpoint, checked by Prometheus's own tools and by a Prometheus that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+
+import yaml
+
+from tests.deploy.stage import PROMETHEUS, metrics_in, promtool, queries, rules, tools
+from tests.exposition.stage import WAIT_S, delivering, documented, fetch, fill
+from tests.sinks.http_server import nobody
+
+TESTS = PROMETHEUS / "alerts_test.yml"
+
+
+def test_promtool_finds_the_rules_and_the_example_right() -> None:
+    """The example reads the rules."""
+    said = promtool("check", "config", PROMETHEUS / "prometheus.yml")
+    assert f"SUCCESS: {len(rules())} rules found" in said
+
+
+def test_every_alert_has_a_case_in_which_it_speaks_and_one_in_which_it_must_not() -> None:
+    """And promtool finds that it does so."""
+    cases = [case for test in yaml.safe_load(TESTS.read_text())["tests"] for case in test["alert_rule_test"]]
+    assert {(case["alertname"], bool(case["exp_alerts"])) for case in cases} == {
+        (rule["alert"], speaks) for rule in rules() for speaks in (True, False)
+    }
+    assert "SUCCESS" in promtool("test", "rules", TESTS)
+
+
+def test_promtool_finds_the_queries_of_the_dashboard_right(tmp_path: Path) -> None:
+    """As the expressions of recording rules."""
+    recorded = [{"record": f"query:{at}", "expr": query} for at, query in enumerate(queries().values())]
+    (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": recorded}]}))
+    assert f"SUCCESS: {len(recorded)} rules found" in promtool("check", "rules", tmp_path / "queries.yml")
+
+
+def test_promtool_finds_the_names_and_texts_of_the_endpoint_right(tmp_path: Path) -> None:
+    """What `pillarbox deliver --metrics` serves."""
+    fill(tmp_path / "box")
+    with delivering(tmp_path) as url:
+        assert promtool("check", "metrics", stdin=fetch(url)) == ""
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, target: str) -> Iterator[str]:
+    """The address of a Prometheus that has the example's configuration, but scrapes `target`, and each second."""
+    config = (PROMETHEUS / "prometheus.yml").read_text().replace("15s", "1s").replace("127.0.0.1:9464", target)
+    (folder / "prometheus.yml").write_text(config)
+    shutil.copy(PROMETHEUS / "alerts.yml", folder)
+    address = nobody().removesuffix("/events")
+    command = [str(tools() / "prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    command.append(f"--web.listen-address={address.removeprefix('http://')}")
+    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            yield address
+        finally:
+            process.terminate()
+
+
+def asked(address: str, query: str) -> list[Any]:
+    """What it answers."""
+    answer = json.loads(fetch(f"{address}/api/v1/query?{urlencode({'query': query})}"))
+    assert answer["status"] == "success", answer
+    found: list[Any] = answer["data"]["result"]
+    return found
+
+
+def has_scraped(address: str) -> bool:
+    try:
+        return bool(asked(address, 'count_over_time(pillarbox_state{state="idle"}[1m]) >= 3'))
+    except URLError:
+        return False  # it has not begun
+
+
+def test_a_prometheus_that_scrapes_a_deliverer_answers_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    """Where they read what a deliverer tells, with numbers; no rule fails, and no alert speaks of an outbox that is well."""
+    fill(tmp_path / "box")
+    told = {row.at_prometheus for row in documented() if "deliver" in row.source}
+    (tmp_path / "prometheus").mkdir()
+    with delivering(tmp_path) as url, prometheus(tmp_path / "prometheus", url.split("/")[2]) as address:
+        deadline = time.monotonic() + WAIT_S
+        while not has_scraped(address):
+            assert time.monotonic() < deadline, (tmp_path / "prometheus" / "log").read_text()
+            threading.Event().wait(0.1)
+        for name, query in queries().items():
+            assert asked(address, query) or not metrics_in(query) <= told, name
+        (group,) = json.loads(fetch(f"{address}/api/v1/rules"))["data"]["groups"]
+        assert {(rule["name"], rule["health"], rule["state"]) for rule in group["rules"]} == {
+            (rule["alert"], "ok", "inactive") for rule in rules()
+        }
