@@ -18,11 +18,13 @@ from pillarbox.exposition.readings import Surveyor
 from pillarbox.settings import Settings
 from pillarbox.store.directory import Directory
 from pillarbox.testing import ManualClock
-from tests.exposition.stage import ENVIRON, delivering, documented, fetch, fill, sample, scrape
+from tests.exposition.stage import ENVIRON, Samples, delivering, documented, fetch, fill, sample, scrape
 
 
-def is_idle(found: dict[tuple[str, frozenset[tuple[str, str]]], float]) -> bool:
-    return bool(sample(found, "pillarbox_state", state="idle")) and sample(found, "pillarbox_flushed_files_total") > 1
+def is_idle(found: Samples) -> bool:
+    """All is delivered, and the look at the directory is as new."""
+    moment = ("pillarbox_flushed_files_total", 2), ("pillarbox_pending_files", 0), ("pillarbox_lease_held", 1)
+    return bool(sample(found, "pillarbox_state", state="idle")) and all(sample(found, name) == count for name, count in moment)
 
 
 def test_the_endpoint_has_every_metric_that_is_documented_and_no_other(tmp_path: Path) -> None:
