@@ -104,6 +104,7 @@ def load() -> typer.Typer:
         doctor,  # noqa: F401
         enqueue,  # noqa: F401
         export,  # noqa: F401
+        imports,  # noqa: F401
         quarantine,  # noqa: F401
         seal,  # noqa: F401
         spacetimedb,  # noqa: F401

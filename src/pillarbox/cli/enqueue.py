@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import Annotated
 
 import msgspec
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pillarbox.cli.app import (
     ConfigOption,
@@ -23,14 +22,9 @@ from pillarbox.cli.app import (
     require,
     settings_from,
 )
+from pillarbox.cli.intake import REPORTED_MAX, Display, strict_decoder
 from pillarbox.errors import InvalidEvent
 from pillarbox.outbox import Outbox
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-_REPORTED_MAX: Final = 20  # lines that are no event are named one by one up to here; all are counted
-_SHOW_EVERY: Final = 1000  # lines between two looks at the progress display
 
 
 @app.command("enqueue")
@@ -62,8 +56,8 @@ def enqueue(
     )
     require(settings, "directory", "DIR")
     accepted = refused = 0
-    decode = _strict_decoder(settings.event_type)
-    with Outbox.from_settings(settings) as outbox, _Display(sys.stdin.buffer if file is None else file, quiet=quiet) as display:
+    decode = strict_decoder(settings.event_type)
+    with Outbox.from_settings(settings) as outbox, Display(sys.stdin.buffer if file is None else file, quiet=quiet) as display:
         for number, line in display.lines():
             problem = None
             try:
@@ -81,71 +75,9 @@ def enqueue(
                     sys.stdout.flush()  # whoever reads may act on it: it must not wait in a buffer
                 continue
             refused += 1
-            if refused <= _REPORTED_MAX:
+            if refused <= REPORTED_MAX:
                 err.print(f"line {number}: {problem}", markup=False)
     if not quiet or refused:
-        more = f" (the first {_REPORTED_MAX} are named above)" if refused > _REPORTED_MAX else ""
+        more = f" (the first {REPORTED_MAX} are named above)" if refused > REPORTED_MAX else ""
         (err if ack else out).print(f"accepted {accepted}, refused {refused}{more}", markup=False)
     return Exit.PARTLY if refused else Exit.DONE
-
-
-def _strict_decoder(event_type: type[msgspec.Struct]) -> Callable[[bytes], Any]:
-    """Bytes -> event, with unknown members an error."""
-    decode = msgspec.json.Decoder(event_type).decode
-    members = {field.encode_name for field in msgspec.structs.fields(event_type)}
-    decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-    def strict(line: bytes) -> Any:
-        line.decode()  # msgspec does not look into strings that it skips
-        unknown = decode_members(line).keys() - members
-        if unknown:
-            raise InvalidEvent(min(unknown), f"is no member of {event_type.__name__}")
-        return decode(line)
-
-    return strict
-
-
-class _Display:
-    """Progress on standard error, where that is a terminal, over the lines of the input."""
-
-    def __init__(self, file: IO[bytes], *, quiet: bool) -> None:
-        self._file = file
-        size = _size_of(file)
-        self._progress = Progress(
-            SpinnerColumn(),
-            BarColumn(),
-            MofNCompleteColumn() if size is None else TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[events]} events"),
-            TimeElapsedColumn(),
-            console=err,
-            disable=quiet or not err.is_terminal,
-            transient=True,
-        )
-        self._task = self._progress.add_task("enqueue", total=size, events=0)
-        self._by_bytes = size is not None
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """(line number from 1, line) of every line that is not blank."""
-        done = 0
-        for number, line in enumerate(self._file, 1):
-            done += len(line)
-            if number % _SHOW_EVERY == 0:
-                self._progress.update(self._task, completed=done if self._by_bytes else number, events=number)
-            if not line.isspace():
-                yield number, line
-
-
-def _size_of(file: IO[bytes]) -> int | None:
-    try:
-        size = file.seek(0, 2)
-        file.seek(0)
-    except (OSError, ValueError):
-        return None
-    return size

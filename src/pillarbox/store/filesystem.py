@@ -12,7 +12,7 @@ import os
 import stat
 import sys
 import threading
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol, Self
 
 from pillarbox.errors import FileUnusable
 
@@ -398,6 +398,11 @@ class FileBeside:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._beside)
+
+
+def open_to_read(path: str) -> BinaryIO:
+    """A file that a user names, to be read line by line."""
+    return open(path, "rb")
 
 
 def read_file(path: str) -> bytes:
