@@ -408,6 +408,19 @@ def test_a_worker_that_is_run_again_begins_whole(place: Directory) -> None:
     assert (sink.opened, left(place)) == (2, [])
 
 
+def test_what_is_sealed_just_before_the_end_is_delivered(place: Directory) -> None:
+    """Found by the first run of a child's tests: the news of the file and the order to end came in the same moment."""
+    sink = RecordingSink()
+    worker = worker_for(place, sink, rules=QUICK._replace(interval_s=60.0))
+    thread = DeliveryThread(worker)
+    thread.start()
+    assert worker.idle.wait(10)
+    seal(place, 1, b"1")
+    thread.notify()
+    assert thread.stop(10)
+    assert sink.payloads == [b"1"]
+
+
 def test_delivery_is_taken_over_within_a_second_however_seldom_an_idle_directory_is_looked_at(place: Directory) -> None:
     """`flush_interval` may be a day."""
     lease = Lease(place, "other", SystemClock())

@@ -448,7 +448,10 @@ class Worker:
         await self._pause(seconds)
 
     async def _pause(self, seconds: float, until: asyncio.Event | None = None) -> None:
-        """Wait for `seconds` or for an event, beating meanwhile. Raises `Ending` where the worker is told to end."""
+        """Wait for `seconds` or for an event, beating meanwhile. Raises `Ending` where the worker is told to end.
+
+        Not where the event has come too: what was sealed just before the end can be delivered without waiting.
+        """
         until = until or self._end
         deadline = self._clock.monotonic() + seconds
         while not until.is_set() and not self._end.is_set() and (left := deadline - self._clock.monotonic()) > 0:
@@ -463,5 +466,5 @@ class Worker:
             finally:
                 for wait in waits:
                     wait.cancel()
-        if self._end.is_set():
+        if self._end.is_set() and (until is self._end or not until.is_set()):
             raise Ending
