@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,6 +34,9 @@ from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.telemetry import DeliveryCounters
 
+if TYPE_CHECKING:
+    from pillarbox.settings import Settings
+
 _LOOK_S: Final = 0.1
 _STOP_S: Final = 10.0  # for the batch that is on its way when the command is interrupted
 
@@ -60,14 +63,22 @@ def deliver(
     """Deliver what waits in a directory, until stopped, or --once.
 
     What a dead writer left is adopted; a living writer's active file is left to it. One process delivers at a time; a
-    second one waits for its turn. With --once the exit code is 1 where something is left: the last line says why.
+    second one waits for its turn. Ctrl-C and SIGTERM end it with exit code 0, within 11 seconds: the batch that is on its way
+    may finish; a second time ends it at once. With --once the exit code is 1 where something is left: the last line says why.
     Metrics are exported without --otlp too where OTEL_EXPORTER_OTLP_ENDPOINT is set.
     """
     log_to_terminal(quiet=quiet)
     stop_on_sigterm()
-    settings = settings_from(config, directory=directory, sink=sink, event_type=event_type)
-    require(settings, "directory", "DIR")
-    require(settings, "sink", "URL")
+    try:
+        settings = settings_from(config, directory=directory, sink=sink, event_type=event_type)
+        require(settings, "directory", "DIR")
+        require(settings, "sink", "URL")
+        return _deliver(settings, timeout if once else None, metrics, otlp, quiet=quiet)
+    except KeyboardInterrupt:  # before there was anything to end, or a second time: what is on its way is sent again
+        return Exit.PARTLY if once else Exit.DONE
+
+
+def _deliver(settings: Settings, give_up_s: float | None, metrics: str | None, otlp: str | None, *, quiet: bool) -> int:
     clock = SystemClock()
     place = Directory(settings.directory, RealFilesystem(), clock)
     place.open()
@@ -92,9 +103,9 @@ def deliver(
     shown.begin(thread.sinks)
     thread.start()
     try:
-        done = _watch(worker, place, timeout if once else None, quiet=quiet)
+        done = _watch(worker, place, give_up_s, quiet=quiet)
     except KeyboardInterrupt:
-        done = not once
+        done = give_up_s is None
     finally:
         thread.stop(_STOP_S)
         shown.close()
