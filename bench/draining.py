@@ -1,4 +1,4 @@
-"""How long `enqueue` takes while a backlog is delivered: in the same process, and in one of its own.
+"""How long `enqueue` takes while a backlog is delivered: in the same process, in a child of it, and by another service.
 
 The control is a loop that encodes and writes, beside a thread that decodes the same lines and gives way every 50 of them: what
 sharing the interpreter with a deliverer costs anybody who writes one in Python.
@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -77,15 +78,18 @@ def control(backlog: Path, place: Path) -> Timing:
         os.unlink(place / "control.ndjson")
 
 
-def same_process(backlog: Path, place: Path) -> tuple[Timing, int]:
+def here(deliver: Literal["thread", "process"], backlog: Path, place: Path) -> tuple[Timing, int]:
     """Also how many events were delivered meanwhile: otherwise the figure says nothing."""
     shutil.copytree(backlog, place / "outbox")
     one = sample.event()
-    outbox = Outbox(str(place / "outbox"), sink=f"sqlite:///{place / 'events.db'}", max_bytes=2**40)
+    database = place / "events.db"
+    outbox = Outbox(str(place / "outbox"), sink=f"sqlite:///{database}", deliver=deliver, max_bytes=2**40)
     outbox.enqueue(one)
-    put = outbox.enqueue
+    while not database.exists():
+        time.sleep(0.001)
+    put, before = outbox.enqueue, outbox.stats().delivered
     timing = timed(lambda: put(one))
-    delivered = outbox.stats().delivered
+    delivered = outbox.stats().delivered - before
     outbox.close(60)
     return timing, delivered
 
@@ -119,20 +123,26 @@ def measure(place: Path, quick: bool) -> None:
     backlog = place / "backlog"
     sample.sealed_files(backlog, files)
     print(f"\nenqueue while draining into SQLite: {rounds} rounds of {SECONDS:g} s, in turn; microseconds an event")
-    found: dict[str, list[Timing]] = {"control": [], "same": [], "own": []}
-    delivered: dict[str, list[int]] = {"same": [], "own": []}
+    found: dict[str, list[Timing]] = {"control": [], "same": [], "child": [], "own": []}
+    delivered: dict[str, list[int]] = {"same": [], "child": [], "own": []}
+    ways: dict[str, Callable[[Path, Path], tuple[Timing, int]]] = {
+        "same": partial(here, "thread"),
+        "child": partial(here, "process"),
+        "own": own_process,
+    }
     for number in range(rounds):
-        for name in ("control", "same", "own") if number % 2 else ("own", "same", "control"):
+        for name in found if number % 2 else reversed(found):
             at = place / "round"
             at.mkdir()
             if name == "control":
                 found[name].append(control(backlog, at))
             else:
-                timing, count = (same_process if name == "same" else own_process)(backlog, at)
+                timing, count = ways[name](backlog, at)
                 found[name].append(timing)
                 delivered[name].append(count)
             shutil.rmtree(at)
-    for name, label in (("control", "beside a decoder"), ("same", "same process"), ("own", "own process")):
+    labels = {"control": "beside a decoder", "same": "same process", "child": "its child", "own": "another service"}
+    for name, label in labels.items():
         middle = Timing(*map(statistics.median, zip(*found[name], strict=True)))
         also = f"; {statistics.median(delivered[name]) / SECONDS:,.0f} events/s delivered" if name in delivered else ""
         print(
@@ -141,7 +151,8 @@ def measure(place: Path, quick: bool) -> None:
         )
     for name, label, goal in (
         ("same", "in the same process", f"; goal: at most {GOAL:g}"),
-        ("own", "in a process of its own", ""),
+        ("child", 'in a child (deliver="process")', ""),
+        ("own", "by another service", ""),
     ):
         ratios = sorted(b.p999 / a.p999 for a, b in zip(found["control"], found[name], strict=True))
         print(f"  ratio of p99.9 {label}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}){goal}")

@@ -36,6 +36,8 @@ OS_NAMES = {
     "store/filesystem.py": None,  # everything
     "event.py": {"register_at_fork", "urandom"},
     "outbox.py": {"register_at_fork"},
+    "child/entry.py": {"_exit", "dup2"},
+    "child/supervisor.py": {"register_at_fork"},
     "sinks/spacetimedb/target.py": {"environ"},  # where a token may be
     "sinks/http/sink.py": {"environ"},  # what the variables that the URL names hold
     "delivery/lease.py": {"getpid"},

@@ -100,6 +100,11 @@ class Hooks:
         if self._on_dead_letter is not None:
             self._call("on_dead_letter", self._on_dead_letter, record)
 
+    def dead_letter_failures(self, count: int) -> None:
+        """`on_dead_letter` has raised so often in another process, which has logged it."""
+        with self._lock:
+            self.failures["on_dead_letter"] += count
+
     def _call(self, name: str, hook: Callable[..., Any], *arguments: Any, otherwise: Any = None) -> Any:
         here = self._here
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
 
 from pillarbox.clock import Clock, SystemClock
-from pillarbox.deliverers import make_deliverer
+from pillarbox.deliverers import check_delivery, deliverer_for
 from pillarbox.delivery.deliverer import ONLY, together
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.entrance import Entrance
@@ -71,6 +71,7 @@ class Outbox:
         sink: str | Sink | None = None,
         event_type: type[msgspec.Struct] = TrackingEvent,
         *,
+        deliver: Literal["thread", "process", "external"] = "thread",
         trusted: bool = False,
         enabled: bool = True,
         batch_size: int = 500,
@@ -101,6 +102,7 @@ class Outbox:
         keywords: dict[str, object] = {
             "directory": directory,
             "event_type": event_type,
+            "deliver": deliver,
             "trusted": trusted,
             "enabled": enabled,
             "batch_size": batch_size,
@@ -142,6 +144,7 @@ class Outbox:
     def _set_up(self, settings: Settings, sink: Sink | None) -> None:
         if settings.enabled and not settings.directory:
             raise ConfigurationError("directory", "", "the default", "the path of a directory")
+        check_delivery(settings, sink)
         self.settings = settings
         self.name = settings.directory
         self._given_sink = sink
@@ -216,7 +219,7 @@ class Outbox:
         if self._hooks.hears_of_drops:
             self.enqueue = self._reporting(self.enqueue)
         self._sink = self._given_sink
-        if self._sink is None and settings.sink is not None and settings.enabled:
+        if self._sink is None and settings.sink is not None and settings.enabled and settings.deliver != "external":
             self._sink = make_sink(settings.sink, settings.event_type)
 
     def enqueue_many(self, events: Iterable[msgspec.Struct], *, durability: Durability | None = None) -> list[Outcome]:
@@ -393,15 +396,16 @@ class Outbox:
         self._sealer.start()
         telemetry = instruments()
         telemetry.add(self)
-        if self._sink is not None:
-            callbacks = Callbacks(
-                self._writer.release,
-                lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
-                self._hooks.dead_letter,
-            )
-            self._delivery = make_deliverer(
-                self.settings, self._directory, self._clock, self._ledger, callbacks, self._busy, self._sink, self._sink_name
-            )
+        callbacks = Callbacks(
+            self._writer.release,
+            lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
+            self._hooks.dead_letter,
+            self._hooks.dead_letter_failures,
+        )
+        self._delivery = deliverer_for(
+            self.settings, self._directory, self._clock, self._ledger, callbacks, self._busy, self._sink, self._sink_name
+        )
+        if self._delivery is not None:
             self._delivery.start()
         self._started = True
 

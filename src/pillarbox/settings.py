@@ -38,7 +38,6 @@ _ALIASES: Final = {
 # Part of the public API's contract, and built later; refused by name rather than ignored.
 LATER: Final = (
     "sinks",
-    "deliver",
     "keep_delivered",
 )
 INTERVAL_MAX_S: Final = 86_400.0  # longer than a day is a slip of the pen
@@ -57,6 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     directory: str = ""
     sink: str | None = None
     event_type: type[msgspec.Struct] = TrackingEvent
+    deliver: str = "thread"
     trusted: bool = False
     batch_size: int = 500
     batch_bytes: int = 1_000_000
@@ -211,6 +211,7 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "directory": _path,
     "sink": _text,
     "event_type": _event_type,
+    "deliver": _one_of("thread", "process", "external"),
     "trusted": _yes_no,
     "batch_size": _batch_size,
     "batch_bytes": _whole("a whole number of bytes, at least 1", 1),

@@ -1,0 +1,126 @@
+"""What the two processes say to each other: a line each, JSON from the child, and after the `Setup` plain words to it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from pillarbox.errors import ConfigurationError
+from pillarbox.settings import Settings
+from pillarbox.telemetry import SinkStats
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+
+GO: Final = b"go"  # the lock is free: deliver
+NOTIFY: Final = b"notify"  # there may be something to do
+STOP: Final = b"stop "  # and the seconds that it may take
+
+_BY_NAME: Final = {"event_type": "class", "on_dead_letter": "function"}  # settings that the child imports
+
+_READ_BYTES: Final = 1 << 16
+
+
+class Setup(msgspec.Struct):
+    """The first line to the child."""
+
+    path: list[str]  # sys.path, for what the settings name
+    log_level: int  # below it the parent's logger would throw the child's lines away
+    settings: msgspec.Raw
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """The child could take the lock now."""
+
+
+class Trouble(msgspec.Struct, tag="trouble"):
+    """Why the child cannot begin."""
+
+    text: str
+
+
+class Line(msgspec.Struct, tag="line"):
+    """A log record."""
+
+    logger: str
+    level: int
+    text: str
+    created: float
+    trace: str | None = None
+
+
+class Report(msgspec.Struct, tag="report"):
+    """How it goes; lists are of what happened since the last one, numbers since the child began."""
+
+    sinks: dict[str, SinkStats]
+    gone: list[int]  # bytes, of each file
+    durations: list[float]  # seconds
+    hook_failures: int
+
+
+Message = Ready | Trouble | Line | Report
+decode_message: Final = msgspec.json.Decoder(Message).decode
+
+
+def name_of(value: Any) -> str:
+    """`module:name` of a class or function; empty where it has none."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    return f"{module}:{name}" if module and name else ""
+
+
+def named(text: str) -> Any:
+    """What `module:name` names; raises `ImportError` or `AttributeError`."""
+    module, _, name = text.partition(":")
+    return attrgetter(name)(import_module(module))
+
+
+def check(settings: Settings) -> None:
+    """Make sure that another process can import what the settings name; raises `ConfigurationError`."""
+    for setting, kind in _BY_NAME.items():
+        value = getattr(settings, setting)
+        if value is not None and not _can_be_imported(value):
+            allowed = (
+                f'a {kind} that can be imported as module:name, for with deliver="process" another process does so: '
+                f'move it out of the script, or out of the function, into a module, or take deliver="thread"'
+            )
+            raise ConfigurationError(setting, value, "the call", allowed)
+
+
+def _can_be_imported(value: Any) -> bool:
+    text = name_of(value)
+    if not text or text.startswith("__main__:"):  # there, the script is not run
+        return False
+    try:
+        return named(text) is value
+    except (ImportError, AttributeError):
+        return False
+
+
+def encode_settings(settings: Settings) -> msgspec.Raw:
+    """Settings as JSON, with classes and functions by name; without the hooks that only the parent calls."""
+    sent = msgspec.structs.replace(settings, deliver="thread", before_send=None, on_drop=None)
+    return msgspec.Raw(msgspec.json.encode(sent, enc_hook=name_of))
+
+
+def decode_settings(data: msgspec.Raw) -> Settings:
+    """The same, in the child; raises what an import raises."""
+    find: Callable[[type, str], Any] = lambda _kind, text: named(text)  # noqa: E731 - msgspec names the kind first
+    return msgspec.json.decode(data, type=Settings, dec_hook=find)
+
+
+def lines(line: socket.socket) -> Iterator[bytes]:
+    """What the other process says, line by line, until it is gone."""
+    rest = b""
+    while True:
+        try:
+            data = line.recv(_READ_BYTES)
+        except OSError:
+            return
+        if not data:
+            return
+        *whole, rest = (rest + data).split(b"\n")
+        yield from whole

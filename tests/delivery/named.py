@@ -1,0 +1,27 @@
+"""What the tests of delivery in another process name: it must be possible to import it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+HEARD = "PILLARBOX_TEST_HEARD"  # the variable that names the file
+
+
+def hear(letter: Any) -> None:
+    """Write down who was told of a dead letter."""
+    with Path(os.environ[HEARD]).open("a") as file:
+        file.write(f"{os.getpid()} {letter.code}\n")
+    raise ValueError("and it fails")
+
+
+if "pytest" in sys.modules:
+
+    class OnlyHere(msgspec.Struct):
+        """An event type that the child does not find."""
+
+        event_id: str

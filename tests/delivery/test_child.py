@@ -1,0 +1,390 @@
+"""Delivery in a process of its own, and by another service: with real processes, killed and stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pillarbox import ConfigurationError, Outbox, TrackingEvent
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.elsewhere import Elsewhere
+from pillarbox.delivery.lease import Lease, last_heartbeat
+from pillarbox.delivery.state import SILENT_AFTER_S, State
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.testing import ManualClock, RecordingSink
+from tests.conftest import event, wait_until
+from tests.delivery import named
+from tests.delivery.stage import seal
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "outbox"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'events.db'}"
+
+
+def place_of(folder: Path) -> Directory:
+    return Directory(str(folder), RealFilesystem(), SystemClock())
+
+
+def deliverer_of(folder: Path) -> int:
+    """The process that delivers, as it says itself."""
+    beat = last_heartbeat(place_of(folder))
+    return 0 if beat is None else beat.pid
+
+
+def arrived(url: str) -> list[str]:
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        return [found for (found,) in database.execute("SELECT event_id FROM tracking_event ORDER BY event_id")]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ids(count: int, first: int = 0) -> list[str]:
+    return [f"e-{number:06d}" for number in range(first, first + count)]
+
+
+def put(outbox: Outbox, count: int, first: int = 0) -> None:
+    assert all(outbox.enqueue(event(number)) for number in range(first, first + count))
+
+
+def begin(script: str, *arguments: object, apart: bool = False) -> subprocess.Popen[str]:
+    """A program that uses an outbox; what it prints is read line by line."""
+    head = "import os, signal, sys\nfrom pillarbox import Outbox\nfrom tests.conftest import event\n"
+    command = [sys.executable, "-c", head + script, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=apart
+    )
+
+
+def said(program: subprocess.Popen[str]) -> str:
+    assert program.stdout is not None
+    return program.stdout.readline().strip()
+
+
+OPEN = """
+outbox = Outbox(sys.argv[1], sink=sys.argv[2], deliver="process", flush_interval=0.05)
+[outbox.enqueue(event(number)) for number in range(10)]
+print(outbox.flush(20), flush=True)
+"""
+
+
+def test_another_process_delivers_and_this_one_knows_how_it_goes(folder: Path, url: str) -> None:
+    """Counts, room, state; and after `close` it is gone."""
+    with Outbox(str(folder), sink=url, deliver="process", batch_size=10) as outbox:
+        put(outbox, 95)
+        assert outbox.flush(20)
+        child = deliverer_of(folder)
+        assert child not in (0, os.getpid())
+        wait_until(lambda: outbox.stats().delivered == 95)
+        stats = outbox.stats()
+        assert stats.flushed_files > 0
+        assert (stats.pending_files, stats.pending_bytes, stats.last_error) == (0, 0, "")
+        wait_until(lambda: outbox.stats().state.name == "idle")
+        put(outbox, 5, 95)
+    assert arrived(url) == ids(100)
+    assert not is_alive(child)
+
+
+def test_a_program_that_ends_at_once_has_delivered(folder: Path, url: str) -> None:
+    """Although the other process has yet to start."""
+    outbox = Outbox(str(folder), sink=url, deliver="process")
+    put(outbox, 1)
+    outbox.close(20)
+    assert arrived(url) == ids(1)
+
+
+def test_a_child_that_is_killed_is_started_again(folder: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is missing, nothing there twice, and the counts go on; a log line for each change."""
+    with caplog.at_level(logging.INFO, "pillarbox"), Outbox(str(folder), sink=url, deliver="process", batch_size=5) as outbox:
+        put(outbox, 50)
+        assert outbox.flush(20)
+        wait_until(lambda: outbox.stats().delivered == 50)
+        first = deliverer_of(folder)
+        put(outbox, 450, 50)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: deliverer_of(folder) != first)
+        put(outbox, 500, 500)
+        assert outbox.flush(20)
+        wait_until(lambda: outbox.stats().delivered >= 800)  # what was settled and not reported yet is nobody's count
+        stats = outbox.stats()
+    assert arrived(url) == ids(1000)
+    assert stats.last_error == "the process that delivers: ended by signal 9 (Killed); another is started"
+    texts = [record.getMessage() for record in caplog.records]
+    assert len([text for text in texts if "ended by signal 9" in text]) == 1
+    assert len([text for text in texts if text.endswith(" delivers")]) == 2
+
+
+def test_a_child_is_gone_with_its_parent_and_another_process_takes_over(folder: Path, url: str) -> None:
+    """Within a second of `kill -9`, although a process that the parent forked lives on: it holds no end of the line."""
+    script = """
+reads, writes = os.pipe()
+if os.fork() == 0:
+    print(sum("socket:" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")), flush=True)
+    os.close(writes)
+    os.read(reads, 1)
+    os._exit(0)
+print("forked", flush=True)
+signal.pause()
+"""
+    parent = begin(OPEN + script, folder, url)
+    assert said(parent) == "True"
+    assert {said(parent), said(parent)} == {"0", "forked"}
+    child = deliverer_of(folder)
+    assert is_alive(child)
+    with Outbox(str(folder), sink=url, deliver="process", flush_interval=0.05) as outbox:
+        put(outbox, 10, 10)
+        wait_until(lambda: outbox.stats().state.name == "standby")
+        began = time.monotonic()
+        parent.kill()
+        parent.communicate(timeout=5)
+        wait_until(lambda: not is_alive(child), 1)
+        put(outbox, 10, 20)
+        wait_until(lambda: deliverer_of(folder) != child, 5)
+        assert time.monotonic() - began < 5
+        assert outbox.flush(20)
+    assert arrived(url) == ids(30)
+
+
+def test_a_forked_worker_delivers_when_its_parent_is_gone(folder: Path, url: str) -> None:
+    """With a child of its own."""
+    script = """
+if os.fork() == 0:
+    outbox.enqueue(event(10))
+    outbox.flush(20)
+    print(outbox.stats().state.name, flush=True)
+    sys.stdin.readline()
+    outbox.enqueue(event(11))
+    print(outbox.flush(20), flush=True)
+    outbox.close()
+    os._exit(0)
+signal.pause()
+"""
+    parent = begin(OPEN + script, folder, url)
+    assert (said(parent), said(parent)) == ("True", "standby")
+    child = deliverer_of(folder)
+    parent.kill()
+    parent.wait(5)
+    assert parent.stdin is not None
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    assert said(parent) == "True"
+    assert deliverer_of(folder) != child
+    wait_until(lambda: not is_alive(deliverer_of(folder)), 10)
+    parent.communicate(timeout=5)
+    assert arrived(url) == ids(12)
+
+
+def test_of_two_outboxes_one_has_a_child(folder: Path, url: str) -> None:
+    """The other looks, and has one as soon as it is needed."""
+    one = Outbox(str(folder), sink=url, deliver="process")
+    put(one, 1)
+    assert one.flush(20)
+    child = deliverer_of(folder)
+    with Outbox(str(folder), sink=url, deliver="process") as other:
+        wait_until(lambda: other.stats().state.name == "standby")
+        assert children() == {child}
+        one.close()
+        put(other, 1, 1)
+        assert other.flush(20)
+        assert children() == {deliverer_of(folder)} != {child}
+    assert arrived(url) == ids(2)
+
+
+def children() -> set[int]:
+    """The processes that this one started."""
+    found = [task / "children" for task in Path("/proc/self/task").iterdir()]
+    return {int(pid) for task in found if task.exists() for pid in task.read_text().split()}
+
+
+def test_a_child_that_finds_another_process_at_work_is_not_kept(
+    folder: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lost the moment between its parent's hold of the lock and its own."""
+    another = Lease(place_of(folder), "another", SystemClock())
+    release = Lease.release
+
+    def release_and_lose(lease: Lease) -> None:
+        release(lease)
+        another.take()
+
+    monkeypatch.setattr(Lease, "release", release_and_lose)
+    with Outbox(str(folder), sink=url, deliver="process") as outbox:
+        put(outbox, 1)
+        wait_until(lambda: another.held and not children() and outbox.stats().state.name == "standby")
+        monkeypatch.undo()
+        another.release()
+        assert outbox.flush(20)
+    assert arrived(url) == ids(1)
+
+
+def test_close_takes_little_more_than_its_time_with_a_child_that_hangs(folder: Path, url: str) -> None:
+    """It is killed; what is left stays on the disk, and the next delivers it."""
+    outbox = Outbox(str(folder), sink=url, deliver="process")
+    put(outbox, 1)
+    assert outbox.flush(20)
+    child = deliverer_of(folder)
+    os.kill(child, signal.SIGSTOP)
+    put(outbox, 1, 1)
+    began = time.monotonic()
+    outbox.close(0.2)
+    assert time.monotonic() - began < 3
+    assert not is_alive(child)
+    with Outbox(str(folder), sink=url) as after:
+        assert after.flush(20)
+    assert arrived(url) == ids(2)
+
+
+def test_signals_to_all_processes_are_the_parents_to_answer(folder: Path, url: str) -> None:
+    """Ctrl-C goes to the process group, and a service manager's SIGTERM to all: the child still delivers what is left."""
+    script = """
+try:
+    print("ready", flush=True)
+    signal.pause()
+except KeyboardInterrupt:
+    outbox.enqueue(event(10))
+    print(outbox.flush(20), flush=True)
+    sys.stdin.readline()
+    outbox.close()
+"""
+    parent = begin(OPEN + script, folder, url, apart=True)
+    assert (said(parent), said(parent)) == ("True", "ready")
+    child = deliverer_of(folder)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(child, number)
+    os.killpg(parent.pid, signal.SIGINT)
+    assert said(parent) == "True"
+    assert deliverer_of(folder) == child
+    parent.communicate("\n", timeout=20)
+    assert not is_alive(child)
+    assert arrived(url) == ids(11)
+
+
+def test_secrets_are_seen_neither_in_the_command_line_nor_in_the_environment(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the child's log lines arrive here, as if they had been logged here."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with caplog.at_level(logging.INFO, "pillarbox"):
+        outbox = Outbox(str(folder), sink=f"http://someone:s3cret-word@127.0.0.1:{port}/", deliver="process")
+        put(outbox, 1)
+        assert not outbox.flush(0.1)
+        wait_until(lambda: outbox.stats().state.name == "waiting")
+        child = Path(f"/proc/{deliverer_of(folder)}")
+        assert b"pillarbox" in (child / "cmdline").read_bytes()
+        for secret in ("cmdline", "environ"):
+            assert b"s3cret-word" not in (child / secret).read_bytes()
+        wait_until(lambda: any(f"http://127.0.0.1:{port}/: waiting: " in record.getMessage() for record in caplog.records))
+        outbox.close()
+    assert "s3cret-word" not in caplog.text
+
+
+def test_a_child_that_cannot_begin_says_why(folder: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is started again and again; logged once."""
+    outbox = Outbox(str(folder), sink=url, deliver="process", event_type=named.OnlyHere)
+    with outbox:
+        put_raw = outbox.enqueue_json([b'{"event_id":"e-000000"}'])
+        assert all(put_raw)
+        wait_until(lambda: "OnlyHere" in outbox.stats().state.reason)
+        first = outbox.stats().state
+        wait_until(lambda: outbox.stats().state.retry_at_micros != first.retry_at_micros)
+        assert first.name == "degraded"
+    assert len([record for record in caplog.records if "OnlyHere" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("keywords", [{"deliver": "process"}, {"deliver": "external"}])
+def test_a_sink_that_is_an_object_cannot_go_to_another_process(folder: Path, keywords: dict[str, str]) -> None:
+    """Said with the way out."""
+    with pytest.raises(ConfigurationError, match=r"deliver = .*'thread' where the sink is an object.*URL"):
+        Outbox(str(folder), sink=RecordingSink(), **keywords)  # type: ignore[arg-type]
+
+
+def test_what_another_process_cannot_import_is_refused(folder: Path, url: str) -> None:
+    """A class or function of a script, of a function, or without a name."""
+
+    class Local(msgspec.Struct):
+        event_id: str
+
+    script = type("Script", (TrackingEvent,), {"__module__": "__main__"})
+    for setting, value in (("event_type", Local), ("event_type", script), ("on_dead_letter", lambda _letter: None)):
+        with pytest.raises(ConfigurationError, match=f'{setting} = .*module:name.*into a module, or take deliver="thread"'):
+            Outbox(str(folder), sink=url, deliver="process", **{setting: value})  # type: ignore[arg-type]
+    Outbox(str(folder), sink=url, deliver="process", before_send=lambda one: one, on_drop=lambda _reason, _count: None)
+
+
+def test_the_hook_for_dead_letters_runs_in_the_child(
+    folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by its name; where it raises, that is counted here."""
+    monkeypatch.setenv(named.HEARD, str(tmp_path / "heard"))
+    outbox = Outbox(str(folder), sink=url, deliver="process", on_dead_letter=named.hear)
+    seal(place_of(folder), 1, b'"no event"', msgspec.json.encode(event(0)))
+    with outbox:
+        assert outbox.flush(20)
+        wait_until(lambda: outbox.stats().hook_failures["on_dead_letter"] == 1)
+        assert (tmp_path / "heard").read_text() == f"{deliverer_of(folder)} wrong_type\n"
+        assert outbox.stats().dead == 1
+
+
+def test_an_outbox_whose_files_another_service_delivers(folder: Path, url: str) -> None:
+    """`pillarbox deliver` does, and its heartbeat is the state; it ends at SIGTERM, with 0."""
+    with Outbox(str(folder), sink=url, deliver="external", flush_interval=0.05) as outbox:
+        put(outbox, 10)
+        assert not outbox.flush(0.1)
+        assert outbox.stats().state == State("idle")
+        command = [sys.executable, "-m", "pillarbox", "deliver", "-d", str(folder), "--sink", url, "-q"]
+        service = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        assert outbox.flush(20)
+        wait_until(lambda: outbox.stats().state.name == "idle" and deliverer_of(folder) == service.pid)
+        assert outbox.stats().delivered == 0  # not by this process
+        service.terminate()
+        assert service.wait(10) == 0
+    assert arrived(url) == ids(10)
+
+
+def test_where_nobody_delivers_for_long_the_state_says_so(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
+    """Ten seconds after the start at the earliest; logged once, and when it is over."""
+    clock = ManualClock()
+    elsewhere = Elsewhere(place, clock)
+    elsewhere.start()
+    assert elsewhere.sinks()[""].state == State("idle")
+    with caplog.at_level(logging.INFO, "pillarbox"):
+        clock.advance(SILENT_AFTER_S + 1)
+        for _ in range(3):
+            elsewhere.notify()
+            clock.advance(SILENT_AFTER_S + 1)
+        state = elsewhere.sinks()[""].state
+        assert (state.name, state.reason[:36]) == ("degraded", "nobody delivers this directory (is `")
+        lease = Lease(place, "sqlite:///x", clock)
+        assert lease.take()
+        lease.beat(State("waiting", "busy"), 7, "busy", now=True)
+        elsewhere.notify()
+        assert elsewhere.sinks()[""].state == State("waiting", "busy")
+        lease.release()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert elsewhere.stop(0)
