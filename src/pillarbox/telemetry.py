@@ -159,6 +159,10 @@ def _states(sinks: Mapping[str, SinkStats | Stats]) -> Iterator[Reading]:
             yield int(state == sink.state.name), {"state": state, **of_sink(name)}
 
 
+def _rates(sinks: Mapping[str, SinkStats | Stats]) -> Iterator[Reading]:
+    return ((sink.rate, of_sink(name)) for name, sink in sinks.items() if sink.rate is not None)
+
+
 # Of a `SinkStats` for each sink.
 DELIVERING: Final = (
     Metric("corrupt", "{span}", "Damaged spans set aside", "counter", _each("quarantined")),
@@ -169,6 +173,7 @@ DELIVERING: Final = (
     Metric("flushed.files", "{file}", "Files delivered and removed", "counter", _each("flushed_files")),
     Metric("flushed.bytes", "By", "Bytes of these files", "counter", _each("flushed_bytes")),
     Metric("flush.failures", "{attempt}", "Attempts that were not accepted", "counter", _each("failed_flushes")),
+    Metric("rate.limit", "{event}/s", "Events that are sent at most, while that is bounded", "gauge", _rates),
     Metric("state", "{state}", "1 for the state the deliverer is in, 0 for the others", "gauge", _states),
 )
 

@@ -20,8 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from pillarbox import Outbox, TrackingEvent
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
-ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith(("PILLARBOX_", "OTEL_"))} | {
-    "no_proxy": "*"
+ENVIRON = {
+    **{name: value for name, value in os.environ.items() if not name.startswith(("PILLARBOX_", "OTEL_"))},
+    "no_proxy": "*",
+    "PILLARBOX_MAX_RATE": "100000",  # without a bound there is no rate to tell
 }
 WAIT_S = 20.0
 

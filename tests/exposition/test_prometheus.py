@@ -64,6 +64,7 @@ def test_the_numbers_are_what_was_delivered_and_what_is_in_the_directory(tmp_pat
         "pillarbox_oldest_age_seconds": 0,
         "pillarbox_lease_held": 1,
         "pillarbox_limit_files": 200_000,
+        "pillarbox_rate_limit_per_second": 100_000,
     }
     assert {name: sample(found, name) for name in counts} == counts
     for kind, prefix in (("dead", "dead-"), ("quarantine", "corrupt-")):

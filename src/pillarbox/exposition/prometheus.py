@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _CLIENT_S: Final = 5.0  # how long a client may keep quiet before it is hung up on
 # How OpenTelemetry's units are spelt out where a name goes to Prometheus; those in braces are left out.
-_UNITS: Final = {"By": "bytes", "s": "seconds"}
+_UNITS: Final = {"By": "bytes", "s": "seconds", "{event}/s": "per_second"}
 
 
 def prometheus_name(name: str, unit: str, kind: str) -> str:
