@@ -13,4 +13,6 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(f"pillarbox: the command line needs {error.name}; pip install 'pillarbox[cli]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
     run()

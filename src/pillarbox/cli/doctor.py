@@ -26,6 +26,7 @@ from pillarbox.cli.look import look, queues
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
 from pillarbox.errors import DirectoryUnusable, PillarboxError
+from pillarbox.outcome import Durability  # noqa: TC001 - typer reads it
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.store import layout
 from pillarbox.store.directory import OPEN_MODE, Directory
@@ -47,7 +48,7 @@ _AHEAD_S: Final = 1.0  # by which clocks of one machine may differ
 def doctor(
     directory: DirectoryOption = None,
     durability: Annotated[
-        str | None, typer.Option(metavar="process|power", help="What is to be promised.", show_default=False)
+        Durability | None, typer.Option(metavar="process|power", help="What is to be promised.", show_default=False)
     ] = None,
     sink: SinkOption = None,
     event_type: EventTypeOption = None,

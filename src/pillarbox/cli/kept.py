@@ -13,6 +13,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pillarbox.cli.app import Exit, err, log_to_terminal, out, require, settings_from
+from pillarbox.cli.complete import batches
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusable, UsageError
 from pillarbox.kept.changes import Bounds, Carrier, Report, take_turn
@@ -35,7 +36,9 @@ NAMED_MAX: Final = 20  # troubles that are named one by one; all are counted
 
 BatchOption = Annotated[
     list[str] | None,
-    typer.Option("--batch", metavar="ID", help="Of this batch: its id, or how that begins.", show_default=False),
+    typer.Option(
+        "--batch", metavar="ID", help="Of this batch: its id, or how that begins.", show_default=False, autocompletion=batches
+    ),
 ]
 ReasonOption = Annotated[
     list[str] | None, typer.Option("--reason", metavar="TEXT", help="With this in its reason.", show_default=False)

@@ -1,0 +1,40 @@
+"""What a shell offers behind options whose values are in the directory. Never fails, never says anything, takes no lock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import typer  # noqa: TC002 - typer reads it
+
+from pillarbox.cli.app import settings_from
+from pillarbox.clock import SystemClock
+from pillarbox.errors import PillarboxError
+from pillarbox.kept.selection import batch_of
+from pillarbox.store import layout
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.layout import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_OFFERED_MAX: Final = 100  # more than anybody reads
+_KINDS: Final = {"dead": {Kind.DEAD}, "quarantine": {Kind.CORRUPT}}
+
+
+def batches(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The batches of which something is set aside."""
+    group = ctx.parent.info_name if ctx.parent is not None else None
+    kinds = _KINDS.get(group or "", {Kind.DEAD, Kind.CORRUPT})
+    try:
+        settings = settings_from(ctx.params.get("config"), directory=ctx.params.get("directory"))
+        place = Directory(settings.directory or ".", RealFilesystem(), SystemClock())
+        return sorted({name for name in _batches(place, kinds) if name.startswith(incomplete)})[:_OFFERED_MAX]
+    except (OSError, PillarboxError):
+        return []
+
+
+def _batches(place: Directory, kinds: set[Kind]) -> Iterator[str]:
+    for name, _ in place.filesystem.listing(place.path):
+        if layout.kind_of(name) in kinds:
+            yield batch_of(name)
