@@ -24,6 +24,7 @@ from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durabi
 from pillarbox.settings import Settings, resolve
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.sinks.base import Sink
+from pillarbox.store import layout
 from pillarbox.store.capacity import FILE_SHARE
 from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Account, Directory
@@ -91,6 +92,7 @@ class Outbox:
         max_rate: float | None = None,
         live_share: float = 0.0,
         max_age: float | None = None,
+        compress_after: float | None = None,
         max_dead_bytes: int = 64 * 2**20,
         max_quarantine_bytes: int = 64 * 2**20,
         when_kept_full: Literal["park", "discard"] = "park",
@@ -122,6 +124,7 @@ class Outbox:
             "max_rate": max_rate,
             "live_share": live_share,
             "max_age": max_age,
+            "compress_after": compress_after,
             "max_dead_bytes": max_dead_bytes,
             "max_quarantine_bytes": max_quarantine_bytes,
             "when_kept_full": when_kept_full,
@@ -401,6 +404,7 @@ class Outbox:
             lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
             self._hooks.dead_letter,
             self._hooks.dead_letter_failures,
+            partial(self._writer.release, files=0),
         )
         self._delivery = deliverer_for(
             self.settings, self._directory, self._clock, self._ledger, callbacks, self._busy, self._sink, self._sink_name
@@ -429,10 +433,10 @@ class Outbox:
         if not self._sealer.seal_now("manual", timeout):
             return False
         try:
-            waiting = set(self._directory.sealed())
+            waiting = self._batches()
             while waiting:
                 before, settled = clock.monotonic(), self._settled_files()
-                waiting &= set(self._directory.sealed())
+                waiting &= self._batches()
                 now = clock.monotonic()
                 if not waiting:
                     break
@@ -442,6 +446,10 @@ class Outbox:
         except OSError:
             return False
         return True
+
+    def _batches(self) -> set[str]:
+        """Those of the sealed files; their names may change."""
+        return {layout.batch_id(name) for name in self._directory.sealed()}
 
     def _settled_files(self) -> int:
         return sum(sink.flushed_files for sink in self._delivery.sinks().values()) if self._delivery is not None else 0

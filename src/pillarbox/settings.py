@@ -22,6 +22,7 @@ from pillarbox.delivery.settlement import Kept
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES
+from pillarbox.store import compressed
 from pillarbox.store.filesystem import read_file
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_rate: float | None = None
     live_share: float = 0.0
     max_age: float | None = None
+    compress_after: float | None = None
     max_dead_bytes: int = 64 * 2**20
     max_quarantine_bytes: int = 64 * 2**20
     when_kept_full: str = "park"
@@ -94,6 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             call_timeout_s=self.call_timeout,
             pacing=Pacing(max_rate=self.max_rate),
             live_share=self.live_share,
+            compress_after_s=self.compress_after,
         )
 
     @property
@@ -168,6 +171,12 @@ def _seconds(most: float) -> Callable[[object], float]:
     return _number(f"a number of seconds above 0, at most {most:.0f}", lambda number: 0 < number <= most)
 
 
+def _compress_after(value: object) -> float:
+    if not compressed.is_available():
+        raise _Refusal(f"left out, for it needs zstd: {compressed.REMEDY}")
+    return _seconds(AGE_MAX_S)(value)
+
+
 def _one_of(*allowed: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         if value in allowed:
@@ -232,6 +241,7 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     ),
     "live_share": _number("a share from 0 to 1", lambda number: 0 <= number <= 1),
     "max_age": _seconds(AGE_MAX_S),
+    "compress_after": _compress_after,
     "max_dead_bytes": _BYTES,
     "max_quarantine_bytes": _BYTES,
     "when_kept_full": _one_of("park", "discard"),

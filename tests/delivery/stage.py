@@ -18,6 +18,8 @@ from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import RecordingSink
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pillarbox.clock import Clock
     from pillarbox.sinks.base import Sink
     from pillarbox.store.directory import Directory
@@ -39,9 +41,10 @@ def worker_for(
     rules: Rules = QUICK,
     kept: Kept = KEPT,
     clock: Clock | None = None,
+    on_shrunk: Callable[[int], None] = lambda _bytes: None,
 ) -> Worker:
     heard = gone if gone is not None else []
-    callbacks = Callbacks(heard.append)
+    callbacks = Callbacks(heard.append, on_shrunk=on_shrunk)
     return Worker(place, sink, "test", clock or SystemClock(), rules, DeliveryCounters(), callbacks, lambda: True, kept=kept)
 
 

@@ -105,10 +105,11 @@ def test_a_bomb_is_not_unpacked() -> None:
 
 
 def test_without_the_library_a_compressed_file_is_left_alone() -> None:
-    """It says what is missing; a plain one is read, and nothing is imported for it."""
+    """It says what is missing, and so does the setting; a plain one is read, and nothing is imported for it."""
     script = f"""if True:
         import sys
-        from pillarbox.errors import FileUnusable
+        from pillarbox.errors import ConfigurationError, FileUnusable
+        from pillarbox.settings import resolve
         from pillarbox.store import reader
         assert reader.read_file({NAME!r}, b"", lambda: None)[0].payloads == []
         assert not any("zstd" in module for module in sys.modules)
@@ -117,6 +118,13 @@ def test_without_the_library_a_compressed_file_is_left_alone() -> None:
             reader.read_file({PACKED!r}, b"x", lambda: None)
         except FileUnusable as error:
             print(error)
+        try:
+            resolve({{"compress_after": 60}})
+        except ConfigurationError as error:
+            print(error)
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == f"{PACKED}: needs zstd: pip install 'pillarbox[zstd]'"
+    assert done.stdout.splitlines() == [
+        f"{PACKED}: needs zstd: pip install 'pillarbox[zstd]'",
+        "compress_after = 60 (from the call): must be left out, for it needs zstd: pip install 'pillarbox[zstd]'",
+    ]

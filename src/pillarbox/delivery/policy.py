@@ -35,6 +35,7 @@ class Rules(NamedTuple):
     call_timeout_s: float = 60.0  # after which a call to a sink is given up and tried again
     pacing: Pacing = Pacing()
     live_share: float = 0.0  # of the files that go while a backlog waits, those sealed since the drain began
+    compress_after_s: float | None = None  # that a sealed file has waited; None: never
 
 
 class Lately(NamedTuple):

@@ -70,13 +70,15 @@ def keep_dead(directory: Directory, batch: str, dead: Mapping[int, DeadLetter]) 
 class Callbacks(NamedTuple):
     """Whom to tell: of bytes that no longer wait, of how long a file took, of each dead letter once it is durable.
 
-    Where another process delivers, the last is told there, and here how often the hook has raised.
+    Where another process delivers, the last is told there, and here how often the hook has raised. `on_shrunk` hears how many
+    bytes compressing has saved.
     """
 
     on_gone: Callable[[int], None] = lambda _bytes: None
     on_duration: Callable[[float], None] = lambda _seconds: None
     on_dead: Callable[[DeadLetter], None] = lambda _record: None
     on_hook_failures: Callable[[int], None] = lambda _count: None
+    on_shrunk: Callable[[int], None] = lambda _bytes: None
 
 
 NOBODY: Final = Callbacks()

@@ -61,6 +61,10 @@ class Suspects:
         self._found.pop(name, None)
         self.alone.discard(name)
 
+    def knows(self, name: str) -> bool:
+        """Whether something is remembered of it, by its name."""
+        return name in self._found or name in self.alone
+
     def keep_only(self, names: Iterable[str]) -> None:
         """Forget those that are gone."""
         if self._found or self.alone:

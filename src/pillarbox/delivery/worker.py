@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 from typing import TYPE_CHECKING, Final, Literal
 
 from pillarbox.delivery.backoff import jitter
+from pillarbox.delivery.compressing import Compressor
 from pillarbox.delivery.confirming import NOT_YET_S, Confirmer
 from pillarbox.delivery.courier import Courier, is_being_cancelled, words
 from pillarbox.delivery.lease import BEAT_EVERY_S, Lease
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 _TAKE_OVER_S: Final = 0.5  # between two looks whether the process that delivers is gone
+_PAUSE_S: Final = 0.1  # a shorter one is no time for anything else
 _CLOSE_S: Final = 5.0  # how long a sink may take to hang up
 _LOOK_SHARE: Final = 9  # times as long as a look in the middle of a drain takes, nobody looks again
 _UNSETTLED_MAX: Final = 3  # settlements that fail in a row: not the files are at fault then, but the disk
@@ -86,6 +89,9 @@ class Worker:
             directory, clock, sink_name, rules, counters, self._standing, kept, ledger, callbacks, groups=groups
         )
         self._loader = Loader(directory, sink, clock, rules, self._standing, self._suspects, self._settler, busy)
+        self._compressor: Compressor | None = None
+        if rules.compress_after_s is not None:
+            self._compressor = Compressor(directory, clock, rules.compress_after_s, self._remembers, callbacks.on_shrunk)
         self._confirmer = Confirmer(sink, sink_name, rules, self._loader, self._settle)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work = asyncio.Event()  # there may be something to do
@@ -406,6 +412,8 @@ class Worker:
         """While a shipment is on its way: let go of what is due, and read and prepare the next."""
         self._settler.let_go_in_time()
         self._standing.beat()
+        if self.state.name in ("waiting", "stopped"):  # until it accepts something, this call is one more that may hang
+            self._compress()
         self._loader.read_ahead()
 
     # Waiting.
@@ -422,6 +430,19 @@ class Worker:
     def _while_waiting(self) -> None:
         self._settler.let_go()
         self._standing.beat()
+
+    def _compress(self) -> float:
+        """Make what waits smaller, one file; seconds until there may be another one to do."""
+        if self._compressor is None or not self.lease.held:
+            return math.inf
+        done, rest = self._compressor.work()
+        if done:
+            self._loader.forget()  # it has the old name, perhaps
+        return rest
+
+    def _remembers(self, name: str) -> bool:
+        """Whether something is known of a file that would be lost with its name."""
+        return self._suspects.knows(name) or self._settler.is_parked(name) or name in self._standing.complaints
 
     async def _open(self) -> bool:
         opening = asyncio.ensure_future(self._sink.open())
@@ -460,9 +481,10 @@ class Worker:
             else:
                 self._settler.let_go()
             self._standing.beat()
+            rest = self._compress() if left > _PAUSE_S else left
             waits = [asyncio.ensure_future(event.wait()) for event in {until, self._end}]
             try:
-                await asyncio.wait(waits, timeout=min(left, BEAT_EVERY_S), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(waits, timeout=min(left, rest, BEAT_EVERY_S), return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for wait in waits:
                     wait.cancel()

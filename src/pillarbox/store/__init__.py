@@ -3,7 +3,8 @@
 GUARANTEES. An event whose `enqueue` answered `Enqueued("process")` is in a file, by a `write` that returned: the death of the
 process does not lose it; the loss of power may, until its file is sealed. `Enqueued("power")`: an `fdatasync` that began after
 the write has returned too, and the file's name is durable. A file whose sync has failed is never synced again and trusted: it
-is written anew, from what can be read and from what is still in memory, or the caller is told. A sealed file never changes.
+is written anew, from what can be read and from what is still in memory, or the caller is told. A sealed file never changes, but
+that a compressed copy may take its place.
 Bytes that are not a record are never delivered and never thrown away. What was delivered is gone.
 
 FILES. A file's name is its state, and a change of state is one rename; there is no other state. `layout.py` knows the names,
@@ -12,6 +13,7 @@ FILES. A file's name is its state, and a change of state is one rename; there is
     active-<writer>-<n>.ndjson   appended to by one writer, which holds its lock; a name is used once
     active.ndjson                left by an older writer that takes no lock; adopted, never written
     sealed-<micros>-<uuid>.ndjson  complete, immutable, waiting; one sealed file is one batch; sorts by seal time
+    sealed-....ndjson.zst        the same, compressed by the deliverer; beside a plain one it is a copy, and goes first
     corrupt-<batch>.ndjson       damaged bytes as they stood, one span after another
     corrupt-<batch>.spans.json   where each of them stood, and why it is there
     dead-<batch>.ndjson          dead letters, one line each

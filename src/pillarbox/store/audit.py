@@ -71,9 +71,10 @@ def _look(directory: Directory, progress: Callable[[int, int], None], known: dic
             found[layout.batch_id(name)] = known[name]
             continue
         try:
-            data = _read(directory, name)
             if kind is Kind.SEALED:
-                known[name] = found[layout.batch_id(name)] = _found(name, data)
+                known[name] = found[layout.batch_id(name)] = _sealed(directory, name)
+                continue
+            data = _read(directory, name)
         except FileNotFoundError:
             continue
         except (OSError, FileUnusable):
@@ -111,6 +112,14 @@ def _read(directory: Directory, name: str) -> bytes:
         return directory.filesystem.read_all(fd)
     finally:
         directory.filesystem.close(fd)
+
+
+def _sealed(directory: Directory, name: str) -> Found:
+    try:
+        return _found(name, _read(directory, name))
+    except FileNotFoundError:  # gone, or compressed meanwhile
+        name = layout.compressed_name(name)
+        return _found(name, _read(directory, name))
 
 
 def _found(name: str, data: bytes, writer: str = "") -> Found:

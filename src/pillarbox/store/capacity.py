@@ -189,6 +189,7 @@ class Capacity:
         while going:
             file = going.pop(0)
             try:
+                self._directory.remove(layout.compressed_name(file.name))  # a copy by who died then would be all of it again
                 self._directory.remove(file.name)
             finally:
                 self._directory.filesystem.close(file.fd)

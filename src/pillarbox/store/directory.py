@@ -157,8 +157,9 @@ class Directory:
         )
 
     def sealed(self) -> list[str]:
-        """The names of the sealed files, oldest first."""
-        return sorted(name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) is Kind.SEALED)
+        """The names of the sealed files, oldest first; of a plain one and its compressed copy, the plain one."""
+        names = {name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) is Kind.SEALED}
+        return sorted(name for name in names if layout.copied_name(name) not in names)
 
     def take(self, name: str) -> Taken | None:
         """Lock a found file; None where another holds it or it is gone. Raises `FileUnusable` for what is not ours."""
@@ -272,8 +273,35 @@ class Directory:
             self._names_unsynced = True
             raise
 
+    def replace(self, file: Taken, name: str, data: bytes) -> None:
+        """Put a compressed copy into the place of a sealed file that this process holds: durable before the other goes."""
+        copy = self._write_aside(name, data)
+        try:
+            self.filesystem.sync_directory(self.path)
+            self.remove(file.name)  # where that fails, nobody knows whether it is gone: both stay
+        finally:
+            self.filesystem.close(copy.fd)
+
+    def remove_copies(self, names: Iterable[str]) -> None:
+        """Of each plain file and its compressed copy among these names, keep the plain one, which every reader knows.
+
+        Who makes a copy holds the plain file until that is gone. A copy whose maker has died goes before the plain file
+        does, or the batch would be there again.
+        """
+        found = set(names)
+        for name in [name for name in found if layout.copied_name(name) in found]:
+            try:
+                plain = self.take(layout.copied_name(name))
+            except FileUnusable:
+                continue
+            if plain is not None:  # or whoever holds it makes the copy, or is done with both
+                try:
+                    self.remove(name)
+                finally:
+                    self.filesystem.close(plain.fd)
+
     def recover(self) -> list[Adopted]:
-        """Adopt what dead writers left: seal what holds events, remove what holds none.
+        """Adopt what dead writers left: seal what holds events, remove what holds none and copies that are not needed.
 
         One at a time: whoever returns from here finds under its sealed name what another thread was adopting.
         """
@@ -281,8 +309,9 @@ class Directory:
             return self._recover()
 
     def _recover(self) -> list[Adopted]:
-        listing = self.filesystem.listing(self.path)
-        found = sorted((name for name, _ in listing if layout.kind_of(name) in RECOVERABLE), key=layout.by_writer)
+        names = [name for name, _ in self.filesystem.listing(self.path)]
+        self.remove_copies(name for name in names if layout.kind_of(name) is Kind.SEALED)
+        found = sorted((name for name in names if layout.kind_of(name) in RECOVERABLE), key=layout.by_writer)
         to_seal: list[Taken] = []
         adopted: list[Adopted] = []
         held: set[str] = set()  # writers of which somebody has a file: that one comes before the others of the same writer

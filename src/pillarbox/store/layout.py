@@ -103,6 +103,16 @@ def delivered_name(name: str) -> str:
     return _DELIVERED + name.removeprefix("sealed-")
 
 
+def compressed_name(name: str) -> str:
+    """What a sealed file is called once it is compressed."""
+    return name.removesuffix(COMPRESSED).removesuffix(SUFFIX) + COMPRESSED
+
+
+def copied_name(name: str) -> str:
+    """What a compressed file was called before; empty where the file is a plain one."""
+    return name.removesuffix(COMPRESSED) + SUFFIX if name.endswith(COMPRESSED) else ""
+
+
 def corrupt_name(batch: str) -> str:
     """Where the damaged bytes of a batch are kept."""
     return f"corrupt-{batch}{SUFFIX}"

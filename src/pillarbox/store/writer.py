@@ -508,12 +508,12 @@ class Writer:
             for _ in range(count):
                 self.retired.popleft()
 
-    def release(self, size: int) -> None:
-        """A pending file of `size` bytes is gone."""
+    def release(self, size: int, files: int = 1) -> None:
+        """A pending file of `size` bytes is gone, or with 0 `files` so much smaller."""
         with self.lock:
             found, self._limit = self._limit, _MARK
             self._released += size
-            self.files -= 1
+            self.files -= files
             self._room += size
             self._go_on(found)
 

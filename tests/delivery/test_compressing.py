@@ -1,0 +1,260 @@
+"""What has waited is compressed while the destination is away, and arrives as if it never had been."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sqlite3
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pillarbox import Outbox, TrackingEvent
+from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.compressing import SOON, Compressor
+from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.event import new_event_id, now_micros
+from pillarbox.sinks import sqlite
+from pillarbox.sinks.base import Answer, Batch, Refused, Retry
+from pillarbox.store import compressed, layout, record
+from pillarbox.store.audit import audit
+from pillarbox.store.capacity import Capacity
+from pillarbox.store.directory import Directory
+from pillarbox.store.writer import Limits, Writer
+from pillarbox.testing import ManualClock, RecordingSink
+from tests.conftest import existing_events, wait_until
+from tests.delivery.stage import NO, drain, left, seal, worker_for
+from tests.sinks.http_server import Say, Server, always
+
+RULES = Rules(interval_s=0.05, recheck_s=0.3, backoff=Backoff(base_s=0.3, max_s=0.3), compress_after_s=0.001)
+REAL = [msgspec.convert(found, TrackingEvent) for found in existing_events()]
+PLAIN = b"".join(record.line(b'{"n":%d,"what":"some event or other"}' % number) for number in range(100))
+
+
+def fill(place: Directory, files: int) -> list[str]:
+    """Sealed files of a hundred events each."""
+    names = [layout.sealed_name(number, "x") for number in range(1, files + 1)]
+    for name in names:
+        Path(place.at(name)).write_bytes(PLAIN)
+    return names
+
+
+def compressor_for(place: Directory, clock: ManualClock, in_use: str = "", after_s: float = 60.0) -> Compressor:
+    return Compressor(place, clock, after_s, lambda name: name == in_use, lambda _size: None)
+
+
+def work_all(compressor: Compressor) -> int:
+    return sum(1 for _ in itertools.takewhile(bool, (compressor.work()[0] for _ in itertools.count())))
+
+
+def packed(place: Directory) -> list[str]:
+    return [name for name in place.sealed() if name.endswith(layout.COMPRESSED)]
+
+
+# Which, and when.
+
+
+def test_the_newest_go_first_and_the_next_few_stay(place: Directory, clock: ManualClock) -> None:
+    """Those go out as soon as the destination is back."""
+    names = fill(place, SOON + 3)
+    compressor = compressor_for(place, clock)
+    order = []
+    while compressor.work()[0]:
+        order += [name for name in packed(place) if name not in order]
+    assert order == [f"{name}.zst" for name in reversed(names[SOON:])]
+
+
+def test_what_has_not_waited_long_enough_stays(place: Directory, clock: ManualClock) -> None:
+    """By its seal time; one without a seal time stays for good."""
+    fill(place, SOON)
+    young = layout.sealed_name(clock.micros() - 59_000_000, "x")
+    for name in (young, "sealed-by-hand.ndjson"):
+        Path(place.at(name)).write_bytes(PLAIN)
+    compressor = compressor_for(place, clock)
+    assert work_all(compressor) == 0
+    clock.advance(2.0)
+    assert work_all(compressor) == 1
+    assert packed(place) == [layout.compressed_name(young)]
+
+
+def test_what_is_in_use_stays(place: Directory, clock: ManualClock) -> None:
+    """Held by whoever sends it, or remembered by its name."""
+    *_, sent, remembered = fill(place, SOON + 2)
+    held = place.take(sent)
+    assert held is not None
+    assert work_all(compressor_for(place, clock, remembered)) == 0
+    place.filesystem.close(held.fd)
+
+
+def test_what_gets_no_smaller_stays_and_is_not_tried_again(place: Directory, clock: ManualClock) -> None:
+    """Nor is what is too large for any reader."""
+    names = fill(place, SOON + 2)
+    Path(place.at(names[-1])).write_bytes(os.urandom(1000))
+    with Path(place.at(names[-2])).open("wb") as file:
+        file.truncate(compressed.PLAIN_MAX + 1)
+    compressor = compressor_for(place, clock)
+    for _ in range(3):
+        assert work_all(compressor) == 0
+        clock.advance(2.0)
+    assert compressor._left == set(names[-2:])
+    os.remove(place.at(names[-1]))
+    compressor.work()
+    assert compressor._left == {names[-2]}
+
+
+def test_it_rests_as_long_as_it_works_and_lists_seldom(place: Directory, clock: ManualClock) -> None:
+    """With nothing to do it says when to come again."""
+    assert compressor_for(place, clock).work() == (False, 1.0)
+
+
+# In a delivery.
+
+
+class Away(RecordingSink):
+    """Answers the same to every call until it is back."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer: Answer | None = answer
+
+    async def deliver(self, batch: Batch) -> Answer:
+        return await super().deliver(batch) if self.answer is None else self.answer
+
+
+@pytest.mark.parametrize("answer", [Retry("not now"), Refused(NO)], ids=["waiting", "stopped"])
+def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Directory, answer: Retry | Refused) -> None:
+    """Each batch arrives once, in order, under its id; what is refused keeps its history; the limits hear what is saved."""
+    names = fill(place, 30)
+    before = place.account().pending_bytes
+    sink = Away(answer)
+    shrunk: list[int] = []
+    gone: list[int] = []
+    worker = worker_for(place, sink, gone, RULES, on_shrunk=shrunk.append)
+    thread = DeliveryThread(worker)
+    thread.start()
+    try:
+        wait_until(lambda: len(packed(place)) >= 30 - SOON - 4)
+        assert before - sum(shrunk) == place.account().pending_bytes
+        assert audit(place).account.total.pending == 3000
+        sink.answer = None
+        wait_until(lambda: not place.sealed())
+    finally:
+        thread.stop(5.0)
+    assert list(sink.batches) == [layout.batch_id(name) for name in names] or isinstance(answer, Refused)
+    assert sorted(sink.batches) == [layout.batch_id(name) for name in names]
+    assert worker.counters.delivered == 3000
+    assert worker.counters.dead == 0
+    assert sum(gone) + sum(shrunk) == before
+    assert left(place) == []
+
+
+def test_a_damaged_compressed_file_is_delivered_as_far_as_it_goes(place: Directory) -> None:
+    """The file itself is set aside, unchanged; nothing blocks."""
+    name = layout.compressed_name(layout.sealed_name(1, "x"))
+    lines = b"".join(record.line(b'{"n":%d,"x":"%s"}' % (number, os.urandom(30).hex().encode())) for number in range(9000))
+    data = compressed.compress(name, lines)
+    data = data[: len(data) // 2]
+    Path(place.at(name)).write_bytes(data)
+    seal(place, 2, b'{"n":-1}')
+    sink = RecordingSink()
+    worker = worker_for(place, sink)
+    drain(worker)
+    assert len(sink.payloads) > 3000
+    assert sink.payloads[-1] == b'{"n":-1}'
+    corrupt = Path(place.at(layout.corrupt_name(layout.batch_id(name)))).read_bytes()
+    assert corrupt.endswith(data)
+    assert lines.startswith(b"".join(map(record.line, sink.payloads[:-1])) + corrupt.removesuffix(data))
+
+
+def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, clock: ManualClock) -> None:
+    """And a damaged one is left to the deliverer, for nobody knows how many events would go."""
+    names = fill(place, SOON + 2)
+    work_all(compressor_for(place, clock))
+    damaged = layout.compressed_name(names[-1])
+    Path(place.at(damaged)).write_bytes(b"x")
+    account = place.account()
+    writer = Writer(place, Limits(500, 10**6, 1), lambda: None)
+    writer.start(account.pending_bytes, account.pending_files)
+    capacity = Capacity(place, clock, 0, evicts=True)
+    capacity.attach(writer)
+    capacity.look()
+    assert place.sealed() == [damaged]
+    assert capacity.evicted == 100 * (SOON + 1)
+    assert writer.pending()[:2] == (1, 1)
+
+
+# An outage of real destinations.
+
+
+def real(number: int) -> TrackingEvent:
+    """A tracking event as an application has it, with an id and a time of its own."""
+    return msgspec.structs.replace(REAL[number % len(REAL)], event_id=new_event_id(), occurred_at_micros=now_micros())
+
+
+def wait_for_compression(outbox: Outbox) -> float:
+    """Until all is compressed that may be; how many times smaller that is then."""
+    place = outbox._directory
+    wait_until(lambda: len(place.sealed()) - len(packed(place)) <= SOON, 20)
+    files = {name: Path(place.at(name)).read_bytes() for name in packed(place)}
+    assert len(files) > SOON
+    return sum(len(compressed.contents(name, data)) for name, data in files.items()) / sum(map(len, files.values()))
+
+
+def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_path: Path) -> None:
+    """It answers 503; then it is back, and has every event once and in order."""
+    with (
+        Server() as server,
+        Outbox(
+            str(tmp_path / "outbox"),
+            server.url("/in"),
+            batch_size=200,
+            flush_interval=0.1,
+            backoff_max=0.5,
+            compress_after=0.01,
+        ) as outbox,
+    ):
+        server.answer = always(Say(503))
+        events = [real(number) for number in range(6000)]
+        plain = sum(len(record.line(msgspec.json.encode(one))) for one in events)
+        for number, one in enumerate(events, 1):
+            assert outbox.enqueue(one)
+            if number % 200 == 0:
+                assert outbox._sealer.seal_now("manual", 5.0)
+        assert wait_for_compression(outbox) > 8
+        wait_until(lambda: outbox.stats().pending_bytes < plain / 2)
+        assert audit(outbox._directory).balances
+        server.answer = always(Say())
+        assert outbox.flush(20)
+        assert outbox.stats().pending_bytes == 0
+        assert audit(outbox._directory).balances
+    accepted = {request.key: request.events for request in server.requests}
+    assert [one["event_id"] for batch in accepted.values() for one in batch] == [one.event_id for one in events]
+
+
+def test_an_sqlite_file_that_is_locked_gets_every_event_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program holds its lock for a while."""
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.1)
+    file = tmp_path / "events.db"
+    events = [real(number) for number in range(1001)]
+    with Outbox(
+        str(tmp_path / "outbox"), f"sqlite:///{file}", batch_size=50, flush_interval=0.1, backoff_max=0.5, compress_after=0.01
+    ) as outbox:
+        outbox.enqueue(events[0])
+        assert outbox.flush(10)
+        holder = sqlite3.connect(file, isolation_level=None)
+        holder.execute("BEGIN EXCLUSIVE")
+        for number, one in enumerate(events[1:], 1):
+            assert outbox.enqueue(one)
+            if number % 50 == 0:
+                assert outbox._sealer.seal_now("manual", 5.0)
+        wait_for_compression(outbox)
+        holder.execute("ROLLBACK")
+        holder.close()
+        assert outbox.flush(20)
+    with sqlite3.connect(file) as reader:
+        (table,) = reader.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchone()
+        found = [row[0] for row in reader.execute(f"SELECT event_id FROM {table} ORDER BY rowid")]
+    reader.close()
+    assert found == [one.event_id for one in events]

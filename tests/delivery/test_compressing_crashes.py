@@ -1,0 +1,249 @@
+"""Compressing what waits: killed, cut off and refused by the disk at every operation, and with others at work in between."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import pytest
+
+from pillarbox.delivery import compressing
+from pillarbox.delivery.compressing import Compressor
+from pillarbox.store import layout, record
+from pillarbox.store.capacity import Capacity
+from pillarbox.store.directory import Directory
+from pillarbox.store.layout import Kind
+from pillarbox.store.writer import Limits, Writer
+from pillarbox.testing import ManualClock, RecordingSink
+from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
+from pillarbox.testing.fault import VERBS, Fault, FaultFilesystem, Meter
+from pillarbox.testing.survivors import Survivors
+from tests.crash.interleave import LOCKS, PLACE, deliver_once
+
+FILES: Final = 2
+EVENTS: Final = 12  # of a file
+OPERATIONS_MIN: Final = 20  # of compressing all of them, or a test has lost its grip
+
+Before = Callable[[str, str], None]
+
+
+@pytest.fixture(autouse=True)
+def _set_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every file may be compressed; a disk that fails a thousand times fills the log."""
+    monkeypatch.setattr(compressing, "SOON", 0)
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def payloads_of(number: int) -> list[bytes]:
+    return [b'{"n":%d,"file":%d}' % (event, number) for event in range(EVENTS)]
+
+
+BATCHES: Final = {
+    layout.batch_id(layout.sealed_name(number + 1, "u")): [bytes(one) for one in payloads_of(number)] for number in range(FILES)
+}
+FOUND: Final = {
+    f"{PLACE}/{batch}.ndjson": b"".join(record.line(payload) for payload in payloads) for batch, payloads in BATCHES.items()
+}
+
+
+class Process:
+    """One of those on a disk."""
+
+    def __init__(self, disk: Disk, before: Before = lambda _verb, _path: None, faults: Meter | None = None) -> None:
+        self.filesystem = CrashFilesystem(disk, before)
+        self.clock = ManualClock()
+        self.directory = Directory(
+            PLACE, self.filesystem if faults is None else FaultFilesystem(self.filesystem, faults), self.clock
+        )
+        self.saved = 0
+
+    def compress(self) -> None:
+        """Everything, as far as it goes."""
+        compressor = Compressor(self.directory, self.clock, 60.0, lambda _name: False, self._shrunk)
+        self.directory.recover()
+        while compressor.work()[0]:
+            self.clock.advance(60.0)
+
+    def _shrunk(self, saved: int) -> None:
+        self.saved += saved
+
+    def deliver(self, sink: RecordingSink) -> None:
+        deliver_once(self.directory, sink, self.clock)
+
+    def evict(self) -> int:
+        """Everything, but what is in use; the number of events."""
+        writer = Writer(self.directory, Limits(1, 1, 1, 10**6), lambda: None)
+        account = self.directory.account()
+        writer.start(account.pending_bytes, account.pending_files)
+        capacity = Capacity(self.directory, self.clock, 0, evicts=True)
+        capacity.attach(writer)
+        capacity.look()
+        return capacity.evicted
+
+
+def kinds(state: State) -> list[Kind]:
+    return [layout.kind_of(path.rpartition("/")[2]) for path in state]
+
+
+def check_all_arrives(disk: Disk) -> None:
+    """Whoever comes next delivers each batch once, in order and as it was, and leaves nothing."""
+    sink = RecordingSink()
+    Process(disk).deliver(sink)
+    assert sink.calls == list(BATCHES)
+    assert sink.batches == BATCHES
+    assert not {Kind.SEALED, Kind.ASIDE, Kind.CORRUPT} & set(kinds(disk.files))
+
+
+class Fuse:
+    """Ends a process ahead of its n-th operation."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self, _verb: str, _path: str) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+
+def test_all_of_it_is_compressed_and_delivered() -> None:
+    """Without any harm: what the other tests rely on."""
+    disk = Disk(FOUND)
+    process = Process(disk)
+    process.compress()
+    assert sorted(disk.files) == [f"{PLACE}/{batch}.ndjson.zst" for batch in BATCHES]
+    assert process.saved == sum(map(len, FOUND.values())) - sum(map(len, disk.files.values()))
+    check_all_arrives(disk)
+
+
+def test_killed_at_any_operation() -> None:
+    """One file is there under both names, or aside, or neither: each is delivered once."""
+    seen = set()
+    for operations in itertools.count():
+        disk = Disk(FOUND)
+        process = Process(disk, Fuse(operations))
+        try:
+            process.compress()
+        except Killed:
+            process.filesystem.kill()
+            names = {path.rpartition("/")[2] for path in disk.files}
+            seen.add((len(names), any(layout.copied_name(name) in names for name in names)))
+            check_all_arrives(disk)
+        else:
+            break
+    assert operations > OPERATIONS_MIN
+    assert seen == {(FILES, False), (FILES + 1, False), (FILES + 1, True)}
+
+
+def test_the_power_fails_at_any_operation() -> None:
+    """Whatever may be left of the disk."""
+    disk = Disk(FOUND)
+    Process(disk).compress()
+    states = set()
+    for end in range(FILES, len(disk.trace) + 1):
+        for state in Survivors(disk.trace[:end], ignoring=LOCKS).states():
+            key = tuple(sorted(state.items()))
+            if key not in states:
+                states.add(key)
+                check_all_arrives(Disk(state))
+    assert len(states) > OPERATIONS_MIN
+
+
+def test_the_power_fails_while_what_is_compressed_is_delivered() -> None:
+    """What comes back is a batch that was delivered before, under the same id and with the same content."""
+    disk = Disk(FOUND)
+    process, sink = Process(disk), RecordingSink()
+    process.compress()
+    process.deliver(sink)
+    for end in range(FILES, len(disk.trace) + 1):
+        for state in Survivors(disk.trace[:end], ignoring=LOCKS).states():
+            again = RecordingSink()
+            Process(Disk(state)).deliver(again)
+            assert again.batches == {batch: BATCHES[batch] for batch in again.calls}
+            assert again.calls == sorted(set(again.calls))
+            assert sink.batches | again.batches == BATCHES
+
+
+def test_what_was_settled_before_a_file_was_compressed_does_not_come_back_with_it() -> None:
+    """A process dies with both names there; whoever delivers the file next is done with both, whatever the power does."""
+    disk = Disk({**FOUND, f"{PLACE}/{next(iter(BATCHES))}.ndjson.zst": b""})
+    Process(disk).deliver(RecordingSink())
+    disk.mark("done")
+    for state in Survivors(disk.trace, ignoring=LOCKS).states():
+        assert Kind.SEALED not in kinds(state)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("open_append", "make_directory")])
+def test_each_operation_may_fail(verb: str) -> None:
+    """With each error, once or for good: nothing is raised but by the listing of the recovery before, and nothing is lost."""
+    for nth in itertools.count(1):
+        faults = [Fault(verb, nth, code, for_good=for_good) for code in VERBS[verb] for for_good in (False, True)]
+        hits = 0
+        for fault in faults:
+            disk, meter = Disk(FOUND), Meter(fault)
+            process = Process(disk, faults=meter)
+            compressor = Compressor(process.directory, process.clock, 60.0, lambda _name: False, lambda _size: None)
+            for _ in range(FILES * 2):
+                compressor.work()
+                process.clock.advance(60.0)
+            hits += meter.hits
+            process.filesystem.close_inherited()
+            check_all_arrives(disk)
+        if not hits:
+            break
+    assert nth > 1 or verb in ("directory_facts", "open_lock", "read_at", "write", "replace_all", "truncate", "space")
+
+
+def go(process: Process, what: str, sink: RecordingSink) -> int:
+    """Do all of one kind of work; the number of events that were evicted."""
+    match what:
+        case "compress":
+            process.compress()
+        case "recover":
+            process.directory.recover()
+        case "deliver":
+            process.deliver(sink)
+        case "evict":
+            return process.evict()
+    return 0
+
+
+@pytest.mark.parametrize("first", ["compress", "recover", "deliver", "evict"])
+@pytest.mark.parametrize("second", ["compress", "recover", "deliver", "evict"])
+@pytest.mark.parametrize("begun", [False, True], ids=["", "with a copy that a process has left"])
+def test_others_are_at_work_in_between(first: str, second: str, *, begun: bool) -> None:
+    """One does all of its work ahead of any operation of the other: each event is delivered once or evicted."""
+    oldest = f"{PLACE}/{next(iter(BATCHES))}.ndjson"
+    found = FOUND
+    if begun:
+        disk = Disk(FOUND)
+        Process(disk).compress()
+        found = disk.files | {oldest: FOUND[oldest]}
+    for operations in itertools.count():
+        disk, sink = Disk(found), RecordingSink()
+        left, evicted = operations, list[int]()
+
+        def before(_verb: str, _path: str, disk: Disk = disk, sink: RecordingSink = sink, evicted: list[int] = evicted) -> None:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                loop = asyncio._get_running_loop()
+                asyncio._set_running_loop(None)
+                evicted.append(go(Process(disk), second, sink))
+                asyncio._set_running_loop(loop)
+
+        process = Process(disk, before)
+        evicted.append(go(process, first, sink))
+        process.filesystem.close_inherited()
+        Process(disk).deliver(sink)
+        assert len(sink.calls) == len(set(sink.calls)), operations
+        assert len(sink.payloads) + sum(evicted) == FILES * EVENTS, operations
+        assert sink.batches == {batch: BATCHES[batch] for batch in sink.calls}
+        assert not {Kind.SEALED, Kind.ASIDE} & set(kinds(disk.files)), operations
+        if left >= 0:
+            break
