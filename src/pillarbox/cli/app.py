@@ -105,6 +105,7 @@ def load() -> typer.Typer:
         enqueue,  # noqa: F401
         export,  # noqa: F401
         imports,  # noqa: F401
+        inspecting,  # noqa: F401
         quarantine,  # noqa: F401
         seal,  # noqa: F401
         spacetimedb,  # noqa: F401

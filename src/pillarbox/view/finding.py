@@ -30,7 +30,12 @@ class Sight(NamedTuple):
     @property
     def shown(self) -> str:
         """Its name as an operator finds it, from the outbox directory on."""
-        return self.name
+        return f"{layout.queue_name(self.sink)}/{self.name}" if self.sink else self.name
+
+    @property
+    def sink(self) -> str:
+        """Whose queue it is in; "" for the outbox directory itself."""
+        return sink_of(self.place)
 
     @property
     def batch(self) -> str:
@@ -41,6 +46,11 @@ class Sight(NamedTuple):
         elif self.kind in (Kind.CORRUPT, Kind.SPANS):
             name = name.removeprefix("corrupt-")
         return "" if self.kind in (Kind.ACTIVE, Kind.LEGACY_ACTIVE) else layout.batch_id(name)
+
+
+def sink_of(place: Directory) -> str:
+    """Which of several sinks a directory is the queue of; "" where it is none."""
+    return layout.sink_of(place.path.rpartition("/")[2]) or ""
 
 
 def places(directory: Directory) -> list[Directory]:
