@@ -16,10 +16,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pillarbox import ConfigurationError, Outbox, TrackingEvent
+from pillarbox import ConfigurationError, Outbox, TrackingEvent, resolve
+from pillarbox.child.messages import decode_settings, encode_settings
+from pillarbox.child.supervisor import Supervisor
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.elsewhere import Elsewhere
 from pillarbox.delivery.lease import Lease, last_heartbeat
+from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.state import SILENT_AFTER_S, State
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
@@ -315,6 +318,43 @@ def test_a_child_that_cannot_begin_says_why(folder: Path, url: str, caplog: pyte
         wait_until(lambda: outbox.stats().state.retry_at_micros != first.retry_at_micros)
         assert first.name == "degraded"
     assert len([record for record in caplog.records if "OnlyHere" in record.getMessage()]) == 1
+
+
+def test_every_setting_reaches_the_child(folder: Path, url: str) -> None:
+    """Whatever its type, by way of JSON; without those that only the parent uses."""
+    chosen = {
+        "directory": str(folder),
+        "sink": url,
+        "event_type": named.OnlyHere,
+        "max_age": "3600",
+        "max_dead_bytes": "1Mi",
+        "durability": "power",
+        "backoff_max": 1.5,
+        "on_dead_letter": named.hear,
+    }
+    settings = resolve(chosen | {"deliver": "process", "before_send": lambda one: one, "on_drop": print})
+    assert decode_settings(encode_settings(settings)) == resolve(chosen)
+
+
+def test_what_the_child_does_is_told_and_the_end_of_the_line_is_its_end(folder: Path, url: str) -> None:
+    """Bytes that no longer wait, and durations; and while its parent lives: not the kernel alone has it end."""
+    place = place_of(folder)
+    place.open()
+    for stamp in range(1, 4):
+        seal(place, stamp, msgspec.json.encode(event(stamp)))
+    sizes = [entry.size for entry in place.filesystem.listing(place.path)]
+    gone: list[int] = []
+    durations: list[float] = []
+    settings = resolve({"directory": str(folder), "sink": url, "deliver": "process"})
+    supervisor = Supervisor(settings, place, SystemClock(), Callbacks(gone.append, durations.append), url)
+    supervisor.start()
+    wait_until(lambda: gone == sizes and len(durations) == 3)
+    child = supervisor._child
+    assert child is not None
+    child._line.shutdown(socket.SHUT_WR)
+    wait_until(lambda: not is_alive(child.pid), 1)
+    assert supervisor.stop(10)
+    assert arrived(url) == ids(3, 1)
 
 
 @pytest.mark.parametrize("keywords", [{"deliver": "process"}, {"deliver": "external"}])

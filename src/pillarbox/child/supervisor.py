@@ -216,7 +216,7 @@ class Supervisor:
         before = self._trouble
         with self._news:
             self._shown = {
-                sink: msgspec.structs.replace(at, state=state, last_error=reason) for sink, at in self._shown.items()
+                sink: msgspec.structs.replace(at, state=state, last_error=reason, rate=None) for sink, at in self._shown.items()
             }
         self._trouble = reason
         if reason != before:

@@ -63,8 +63,9 @@ def deliver(
     """Deliver what waits in a directory, until stopped, or --once.
 
     What a dead writer left is adopted; a living writer's active file is left to it. One process delivers at a time; a
-    second one waits for its turn. Ctrl-C and SIGTERM end it with exit code 0, within 11 seconds: the batch that is on its way
-    may finish; a second time ends it at once. With --once the exit code is 1 where something is left: the last line says why.
+    second one waits for its turn. Ctrl-C and SIGTERM end it with exit code 0, within 11 seconds, or 16 with --otlp: the batch
+    that is on its way may finish; a second time ends it at once. With --once the exit code is 1 where something is left: the
+    last line says why.
     Metrics are exported without --otlp too where OTEL_EXPORTER_OTLP_ENDPOINT is set.
     """
     log_to_terminal(quiet=quiet)
