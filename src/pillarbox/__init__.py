@@ -5,6 +5,7 @@ outbox.py      what an application holds; entrance.py, what it checks; hooks.py,
 event.py, outcome.py, settings.py, errors.py, clock.py, telemetry.py   its words
 store/         bytes on disk
 delivery/      when and what to send, and the one loop that does
+child/         that loop in a process of its own, and who looks after it
 kept/          what was set aside, and how it comes back
 sinks/         one destination, one module or package
 cli/           an edge: delete it, and a working library is left
