@@ -154,7 +154,7 @@ def test_flush_waits_until_it_is_delivered(tmp_path: Path) -> None:
         code, done = call("flush", tmp_path)
         assert (code, done["left_files"], done["left_active"], done["reason"]) == (0, 0, [], "")
         assert sorted(ids(tmp_path / "events.db")) == [f"e-{number:02d}" for number in range(20)]
-        assert run("flush", "-d", "box", cwd=tmp_path).stdout == b"nothing waits\n"
+        assert run("flush", "-d", "box", cwd=tmp_path).stdout == b"nothing of it waits any more\n"
 
 
 def test_flush_says_why_it_does_not_get_there(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_flush_says_why_it_does_not_get_there(tmp_path: Path) -> None:
     run("enqueue", "-d", "box", cwd=tmp_path, stdin=bare(1))
     done = run("flush", "-d", "box", "--timeout", "0.3", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, b"")
-    assert done.stdout == b"0 of 1 files settled; not delivered after 0 s; deliverer: none so far\n"
+    assert done.stdout == b"0 of 1 files settled; not delivered after 0.3 s; deliverer: none so far\n"
     with delivering(tmp_path, "sqlite:///missing/events.db"):
         code, found = call("flush", tmp_path, "--timeout", "1")
         assert (code, found["files"], found["left_files"]) == (1, 1, 1)

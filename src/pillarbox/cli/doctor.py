@@ -177,7 +177,7 @@ def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[F
     findings: list[Finding] = []
     for name, url in _destinations(settings).items():
         threads[name].join(max(0.0, deadline - clock.monotonic()))
-        late = f"{name or redacted(url)}: no answer within {timeout:,.0f} s: is it up, and is there a way to it?"
+        late = f"{name or redacted(url)}: no answer within {timeout:g} s: is it up, and is there a way to it?"
         findings += answers.get(name, [bad("destination", late)])
     return findings
 

@@ -202,9 +202,7 @@ def _why_unsealed(left: int, nobodys: int, timeout: float) -> str:
         reasons.append(f"{_files(nobodys)} held by nobody: the next start adopts it, or pillarbox deliver")
     if left > nobodys:
         held = _files(left - nobodys)
-        reasons.append(
-            f"{held} not sealed after {timeout:,.0f} s: the writer hangs, its disk is slow, or it is an older version"
-        )
+        reasons.append(f"{held} not sealed after {timeout:g} s: the writer hangs, its disk is slow, or it is an older version")
     return "; ".join(reasons)
 
 
@@ -256,7 +254,7 @@ def flush(
         left = _wait_for_delivery(site, asked)
     reason = sealed.reason
     if not sealed.left and left:
-        reason = f"not delivered after {timeout:,.0f} s; deliverer: {site.deliverer}"
+        reason = f"not delivered after {timeout:g} s; deliverer: {site.deliverer}"
     done = Flushed(
         directory=site.place.path,
         files=len(asked),
@@ -268,8 +266,8 @@ def flush(
     if json:
         _print_json(done)
     else:
-        text = f"{len(asked) - len(left):,} of {len(asked):,} files settled" if asked else "nothing waits"
-        out.print(text if not reason else f"{text}; {reason}", markup=False)
+        settled = f"{len(asked) - len(left):,} of {len(asked):,} files settled"
+        out.print(f"{settled}; {reason}" if reason else "nothing of it waits any more", markup=False)
     return Exit.PARTLY if reason else Exit.DONE
 
 
