@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench import accept, drain, draining, power, scale, spacetimedb
+from bench import accept, drain, draining, power, recovery, scale, spacetimedb
 
 MEASUREMENTS = {
     "accept": accept.measure,
@@ -19,6 +19,7 @@ MEASUREMENTS = {
     "draining": draining.measure,
     "spacetimedb": spacetimedb.measure,
     "scale": scale.measure,
+    "recovery": recovery.measure,
 }
 PLACE = Path(__file__).parents[1] / "var" / "bench"
 

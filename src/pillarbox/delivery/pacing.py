@@ -2,12 +2,13 @@
 
 While all is well nothing is held back but by the operator's ceiling. A call that fails makes a bound: a share of what the
 destination usually takes, and a small one after an outage. Each answer that comes in time raises it by a fixed step, each slow
-one and each failure cuts it by half: additive increase, multiplicative decrease, which many clients of one server need in order
-to share it evenly without knowing of one another (D.-M. Chiu and R. Jain, "Analysis of the Increase and Decrease Algorithms for
-Congestion Avoidance in Computer Networks", 1989). Cut by half, once for all calls that were under way, and averaged with a gain
-of an eighth: V. Jacobson, "Congestion Avoidance and Control", 1988; RFC 5681, RFC 6298. A slow answer is a sign before any is
-lost: L. Brakmo and L. Peterson, "TCP Vegas", 1995. Why a destination that has just come back must not be sent everything at
-once: N. Bronson et al., "Metastable Failures in Distributed Systems", 2021.
+one and each failure cuts it by half, until nothing waits any more: additive increase, multiplicative decrease, which many
+clients of one server need in order to share it evenly without knowing of one another (D.-M. Chiu and R. Jain, "Analysis of the
+Increase and Decrease Algorithms for Congestion Avoidance in Computer Networks", 1989). Cut by half, once for all calls that
+were under way, and averaged with a gain of an eighth: V. Jacobson, "Congestion Avoidance and Control", 1988; RFC 5681 and 6298.
+A slow answer is a sign before any is lost: L. Brakmo and L. Peterson, "TCP Vegas", 1995. Why a destination that has just come
+back must not be sent everything at once: N. Bronson et al., "Metastable Failures in Distributed Systems", 2021. The size of the
+step was found with `bench/recovery.py`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ class Pacing(NamedTuple):
 
     max_rate: float | None = None  # events/s, at all times; None: no ceiling
     start_share: float = 1 / 32  # the rate after an outage: some five failures' worth of halving
-    step_share: float = 1 / 32  # the rise with each answer in time
+    step_share: float = (
+        1 / 128
+    )  # the rise with each answer in time; several times as much makes many clients overshoot together
     cut: float = 0.5  # what is left of the rate after a failure or a slow answer
     lift: float = 2.0  # times the usual rate: the destination takes no more anyway, and the bound goes away
     slow: float = 3.0  # times the usual length of such a call: the answer is slow
+    slow_in_row: int = 2  # so many slow answers are a sign; one alone is chance, and of a thousand calls a few are always slow
     slow_least_s: float = 0.1  # an answer that comes sooner is never slow
     outage_s: float = 5.0  # failing for so long is an outage, and no hiccup
     pause_max_s: float = 30.0  # between two calls; as long as the longest pause between two tries
     gain: float = 1 / 8  # of the averages
-    gain_slow: float = 1 / 64  # the same for slow answers: a destination that has become slower for good is slow no more
+    gain_slow: float = 1 / 64  # the same for slow answers, while all is well
 
 
 class _Bucket:
@@ -71,6 +75,8 @@ class Pacer:
         self._usual_s = 0.0  # of a call, and
         self._usual_records = 0.0  # how many records it has; 0: not known yet
         self._last_records = 1
+        self._slow_in_row = 0
+        self._recovers = False  # from a failure, until nothing waits any more
         self._failing_since: float | None = None
         self._is_outage = False
         self._cut_at = -math.inf
@@ -126,11 +132,16 @@ class Pacer:
         self._failing_since = None
         seconds = max(0.0, now - began)
         slow = self._is_slow(seconds, records)
-        self._learn(seconds, max(1, records), bounds.gain_slow if slow else bounds.gain)
-        if self._bound is None or began < self._cut_at:
+        if not slow or self._is_at_least:  # slow at the lowest rate: that is how it is by now, and not our calls' doing
+            self._learn(seconds, max(1, records), bounds.gain)
+        elif not self._recovers:
+            self._learn(seconds, max(1, records), bounds.gain_slow)
+        if not self._recovers or began < self._cut_at:
             return  # a call that was under way at the last cut says nothing of the rate since
-        if slow:
-            self._cut(now, self._bound)
+        self._slow_in_row = self._slow_in_row + 1 if slow else 0
+        if self._slow_in_row >= bounds.slow_in_row:
+            self._cut(now, self._present)
+        if slow or self._bound is None:
             return
         self._paced.pay(now, self._bound)
         self._bound += bounds.step_share * self._wanted
@@ -143,16 +154,18 @@ class Pacer:
         Without a number of records nothing can be sent at all.
         """
         self._paced.forgive(records)
+        news = False
         if self._failing_since is None:
             self._failing_since = began
             self._is_outage = False
         if now - self._failing_since >= self._bounds.outage_s and not self._is_outage:
-            self._is_outage = True
+            self._is_outage = news = True
             self.outages += 1
-        if self._is_outage:
-            self._cut(now, 0.0)
+        self._recovers = True
+        if news:
+            self._cut(now, min(self._present, self._bounds.start_share / self._bounds.cut * self._wanted))
         elif began >= self._cut_at:
-            self._cut(now, self._wanted if self._bound is None else self._bound)
+            self._cut(now, self._present)
 
     def refused(self, records: int) -> None:
         """A call brought nothing home, and was no failure either: looking for what is bad in a batch is not held back."""
@@ -161,11 +174,20 @@ class Pacer:
     def caught_up(self) -> None:
         """Nothing waits any more."""
         self._bound = None
+        self._recovers = False
+
+    @property
+    def _present(self) -> float:
+        return self._wanted if self._bound is None else self._bound
 
     @property
     def _least(self) -> float:
-        """The lowest rate that there is: after an outage, and where nothing is known."""
-        return max(self._bounds.start_share * self._wanted, self._last_records / self._bounds.pause_max_s)
+        """The lowest rate that there is."""
+        return self._last_records / self._bounds.pause_max_s
+
+    @property
+    def _is_at_least(self) -> bool:
+        return self._bound is not None and self._bound <= self._least
 
     def _cut(self, now: float, rate: float) -> None:
         if self._bound is not None:
@@ -175,6 +197,7 @@ class Pacer:
         self._bound = max(self._bounds.cut * rate, self._least)
         self._paced.owe(0, self._bound * self._bounds.pause_max_s)
         self._cut_at = now
+        self._slow_in_row = 0
 
     def _is_slow(self, seconds: float, records: int) -> bool:
         if not self._usual_records or seconds <= self._bounds.slow_least_s:
