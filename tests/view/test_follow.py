@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox import TrackingEvent
-from pillarbox.store import record
+from pillarbox.store import compressed, record
 from pillarbox.store.balance import Adopted, Sealed
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import Ledger
@@ -77,6 +77,18 @@ def test_a_batch_is_shown_once_wherever_it_goes(follower: Follower, folder: Path
     assert news(follower) == []
     append(folder / sealed(2), 2)
     assert news(follower) == ["e-2"]
+
+
+def test_a_batch_that_is_compressed_is_read_once(follower: Follower, folder: Path) -> None:
+    """Before, meanwhile, when both files are there, and after."""
+    append(folder / sealed(1), 1, 2)
+    assert backlog(follower) == ["e-1", "e-2"]
+    (folder / f"{sealed(1)}.zst").write_bytes(compressed.compress("x", lines(1, 2)))
+    assert news(follower) == []
+    (folder / sealed(1)).unlink()
+    assert news(follower) == []
+    (folder / f"{sealed(2)}.zst").write_bytes(compressed.compress("x", lines(3, 4)))
+    assert [(event.face.event_id, event.offset) for event in follower.news()] == [("e-3", 0), ("e-4", len(lines(3)))]
 
 
 def test_a_writers_events_keep_their_order_over_its_files(follower: Follower, folder: Path) -> None:
