@@ -168,6 +168,25 @@ def test_a_damaged_compressed_file_is_delivered_as_far_as_it_goes(place: Directo
     assert lines.startswith(b"".join(map(record.line, sink.payloads[:-1])) + corrupt.removesuffix(data))
 
 
+def test_without_the_library_a_compressed_file_is_stepped_over_and_says_what_to_install(
+    place: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are delivered; with the library it is too, and nothing of it went to the quarantine."""
+    name = layout.compressed_name(layout.sealed_name(1, "x"))
+    Path(place.at(name)).write_bytes(compressed.compress(name, PLAIN))
+    seal(place, 2, b"{}")
+    sink = RecordingSink()
+    with monkeypatch.context() as patch:
+        patch.setattr(compressed, "_library", lambda: None)
+        worker = worker_for(place, sink)
+        drain(worker)
+        assert (worker.state.name, sink.payloads, left(place)) == ("degraded", [b"{}"], [name])
+        assert "pip install 'pillarbox[zstd]'" in worker.state.reason
+        assert audit(place).unreadable == [name]
+    drain(worker_for(place, sink))
+    assert (len(sink.payloads), left(place)) == (101, [])
+
+
 def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, clock: ManualClock) -> None:
     """And a damaged one is left to the deliverer, for nobody knows how many events would go."""
     names = fill(place, SOON + 2)
