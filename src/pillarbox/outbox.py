@@ -96,6 +96,8 @@ class Outbox:
         max_dead_bytes: int = 64 * 2**20,
         max_quarantine_bytes: int = 64 * 2**20,
         when_kept_full: Literal["park", "discard"] = "park",
+        keep_delivered: float | str | None = None,
+        max_delivered_bytes: int = 2**30,
         before_send: Callable[[Any], msgspec.Struct | None] | None = None,
         on_drop: Callable[[DropReason, int], object] | None = None,
         on_dead_letter: Callable[[DeadLetter], object] | None = None,
@@ -128,6 +130,8 @@ class Outbox:
             "max_dead_bytes": max_dead_bytes,
             "max_quarantine_bytes": max_quarantine_bytes,
             "when_kept_full": when_kept_full,
+            "keep_delivered": keep_delivered,
+            "max_delivered_bytes": max_delivered_bytes,
             "before_send": before_send,
             "on_drop": on_drop,
             "on_dead_letter": on_dead_letter,
@@ -344,10 +348,14 @@ class Outbox:
         self._directory.check_power()
         self._power_checked = True
         if self._sink is not None and self._sink.traits.survives != "power":
+            keeps = self.settings.keep_delivered is not None
             log.warning(
-                '%s: with durability "power" an event survives here what it does not survive at %s once it is delivered',
+                '%s: with durability "power" an event survives here what it does not survive at %s once it is delivered; %s',
                 self.name,
                 self._sink_name,
+                "`pillarbox resend` sends again what that loses, from what keep_delivered keeps"
+                if keeps
+                else "set keep_delivered, and `pillarbox resend` can send again what that loses",
             )
 
     def _append(self, lines: bytes, events: int, *, power: bool) -> Outcome:

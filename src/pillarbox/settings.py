@@ -39,7 +39,6 @@ _ALIASES: Final = {
 # Part of the public API's contract, and built later; refused by name rather than ignored.
 LATER: Final = (
     "sinks",
-    "keep_delivered",
 )
 INTERVAL_MAX_S: Final = 86_400.0  # longer than a day is a slip of the pen
 AGE_MAX_S: Final = 100 * 365 * 86_400.0  # what still fits beside the present in microseconds, and to spare
@@ -47,6 +46,7 @@ RATE_MIN: Final = 0.001  # events/s; so that a pause stays a number that a clock
 RATE_MAX: Final = 1e9
 IN_FLIGHT_MAX: Final = 64  # each batch on its way is in memory
 _YES_NO: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_PERIODS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _UNITS: Final = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -80,6 +80,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_dead_bytes: int = 64 * 2**20
     max_quarantine_bytes: int = 64 * 2**20
     when_kept_full: str = "park"
+    keep_delivered: float | None = None
+    max_delivered_bytes: int = 2**30
     before_send: Callable[[Any], Any] | None = None
     on_drop: Callable[[str, int], object] | None = None
     on_dead_letter: Callable[[Any], object] | None = None
@@ -101,8 +103,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kept(self) -> Kept:
-        """How much is set aside."""
-        return Kept(self.max_dead_bytes, self.max_quarantine_bytes, discards=self.when_kept_full == "discard")
+        """How much is set aside, and what stays of what was delivered."""
+        return Kept(
+            self.max_dead_bytes,
+            self.max_quarantine_bytes,
+            self.when_kept_full == "discard",
+            self.keep_delivered,
+            self.max_delivered_bytes,
+        )
 
 
 class _Refusal(Exception):  # noqa: N818 - carries what is allowed to the place that knows the name
@@ -156,8 +164,12 @@ def _number(allowed: str, fits: Callable[[float], bool]) -> Callable[[object], f
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise _Refusal(allowed)
+        unit = 1
+        if isinstance(value, str) and value.strip()[-1:] in _PERIODS:
+            value = value.strip()
+            value, unit = value[:-1], _PERIODS[value[-1]]
         try:
-            number = float(value)
+            number = float(value) * unit
         except (ValueError, OverflowError):
             raise _Refusal(allowed) from None
         if not fits(number):
@@ -245,6 +257,8 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "max_dead_bytes": _BYTES,
     "max_quarantine_bytes": _BYTES,
     "when_kept_full": _one_of("park", "discard"),
+    "keep_delivered": _seconds(AGE_MAX_S),
+    "max_delivered_bytes": _BYTES,
     "before_send": _hook,
     "on_drop": _hook,
     "on_dead_letter": _hook,

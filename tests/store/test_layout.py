@@ -43,10 +43,15 @@ def test_what_we_name_we_recognise() -> None:
     assert layout.kind_of(layout.active_name("w", 3)) is Kind.ACTIVE
     assert layout.kind_of(sealed) is Kind.SEALED
     assert layout.stamp_of(sealed) == 1_795_436_302_841_870
-    kept = layout.delivered_name(sealed)
+    kept = layout.delivered_name(sealed, 1_795_436_302_999_999)
     assert layout.kind_of(kept) is Kind.DELIVERED
     assert (layout.stamp_of(kept), layout.batch_id(kept)) == (1_795_436_302_841_870, batch)
+    assert layout.delivered_at(kept) == 1_795_436_302_999_999
     assert layout.batch_id(f"{kept}.zst") == batch
+    assert layout.sealed_name(7, "v", f"{kept}.zst") == f"{layout.sealed_name(7, 'v')}.zst"
+    by_hand = layout.delivered_name("sealed-bad.ndjson", 5)
+    assert (layout.batch_id(by_hand), layout.stamp_of(by_hand), layout.delivered_at(by_hand)) == ("sealed-bad", None, 5)
+    assert (layout.batch_id("delivered-bad.ndjson"), layout.delivered_at("delivered-bad.ndjson")) == ("sealed-bad", None)
     assert layout.kind_of(layout.corrupt_name(batch)) is Kind.CORRUPT
     assert layout.kind_of(layout.spans_name(batch)) is Kind.SPANS
     assert layout.kind_of(layout.dead_name(batch)) is Kind.DEAD

@@ -98,6 +98,7 @@ def in_one_line(found: Audit) -> str:
             ("sent again", row.resent),
             ("replayed", account.replayed),
             ("repaired", account.repaired),
+            ("resent", account.resent_on_request),
             ("purged", account.purged_dead + account.purged_quarantine),
         )
         if number

@@ -1,8 +1,8 @@
 """How a delivered file goes: the order in which things become durable before it does, and what happens where they cannot.
 
-Quarantine and dead letters first, each written aside, synced and renamed over; then the ledger; then the unlink. Killed
-anywhere in between, the batch is sent again under the same ids, the same two files are written over with the same content, and
-the ledger's entry is replaced: nothing is kept or counted twice.
+Quarantine and dead letters first, each written aside, synced and renamed over; then the ledger; then the unlink, or, where
+delivered files are kept, the rename. Killed anywhere in between, the batch is sent again under the same ids, the same two files
+are written over with the same content, and the ledger's entry is replaced: nothing is kept or counted twice.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from pillarbox.delivery.backoff import jitter
+from pillarbox.delivery.shelf import Shelf
 from pillarbox.store import layout
 from pillarbox.store.balance import PurgedKind, Settled
 from pillarbox.store.layout import Kind
@@ -90,6 +91,8 @@ class Kept(NamedTuple):
     max_dead_bytes: int = 64 * 2**20
     max_quarantine_bytes: int = 64 * 2**20
     discards: bool = False  # beyond the limits; otherwise the file concerned waits until somebody makes room
+    keep_delivered_s: float | None = None  # for how long delivered files stay; None: they go
+    max_delivered_bytes: int = 2**30  # of those: beyond it the first delivered go
 
 
 class _Full(Exception):  # noqa: N818 - no error: the file waits
@@ -127,6 +130,9 @@ class Settler:
         self._counters = counters
         self._standing = standing
         self._kept = kept
+        self._shelf: Shelf | None = None
+        if kept.keep_delivered_s is not None:
+            self._shelf = Shelf(directory, clock, kept.keep_delivered_s, kept.max_delivered_bytes)
         self._ledger = ledger
         self._groups = groups  # whether several files may be let go together
         self._callbacks = callbacks
@@ -177,14 +183,15 @@ class Settler:
             self.let_go()
 
     def let_go(self) -> None:
-        """Remove the files of the group, once the ledger has them."""
+        """Remove the files of the group, or keep them as delivered, once the ledger has them."""
         group, self._group = self._group, []
         if group and self._ledger is not None:
             self._ledger.write(sync=True)  # without room it keeps the entries for later, and what makes room goes ahead
         for job in group:
             try:
                 with self.settled:  # whoever sees that the file is gone finds it counted
-                    self._directory.remove(job.name)
+                    if self._shelf is None or not self._shelf.keep(job.file):
+                        self._directory.remove(job.name)
                     if self._removed_since is None:
                         self._removed_since = self._clock.monotonic()
                     self._count(job)
@@ -198,6 +205,8 @@ class Settler:
                 self._standing.withdraw(job.name)
         if self._removed_since is not None and self._clock.monotonic() - self._removed_since >= _REMOVED_S:
             self.sync_removals()
+        if self._shelf is not None:
+            self._shelf.prune()
 
     def finish(self) -> None:
         """Let everything go, and have what is gone not come back with the power."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusable
 from pillarbox.store import layout, reader
-from pillarbox.store.balance import Account, Adopted, Entry, Evicted, Found, Sealed, Settled, account
+from pillarbox.store.balance import OF_A_BATCH, Account, Entry, Evicted, Found, Settled, account
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import entries_of
 
@@ -103,7 +103,7 @@ def _entries(directory: Directory) -> tuple[list[Entry], int]:
 
 
 def _batches(entries: list[Entry]) -> set[str]:
-    return {entry.batch for entry in entries if isinstance(entry, (Sealed, Adopted, Settled, Evicted))}
+    return {entry.batch for entry in entries if isinstance(entry, OF_A_BATCH)}
 
 
 def _read(directory: Directory, name: str) -> bytes:

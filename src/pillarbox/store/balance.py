@@ -19,6 +19,7 @@ RECENT: Final = 1000  # batches that are over and still kept one by one: a late 
 WRITERS_MAX: Final = 64  # kept one by one when summed up; those before are one row
 EARLIER: Final = "earlier writers"
 UNKNOWN: Final = "unknown"
+RESENT: Final = "resent"  # stands for the writer of what was sent again on request
 
 
 class _Entry(msgspec.Struct, frozen=True, tag_field="entry", tag=str.lower):
@@ -72,6 +73,14 @@ class Repaired(_Entry, frozen=True):
     """Records that were recovered from a batch's quarantine went in again."""
 
     batch: str
+    events: int
+
+
+class Resent(_Entry, frozen=True):
+    """A delivered file waits again on request, as a batch of its own: its events are accepted once more."""
+
+    batch: str  # what it is now
+    of: str  # what it was
     events: int
 
 
@@ -130,9 +139,11 @@ class Sum(_Entry, frozen=True):
     purged_quarantine: int = 0
     lost: int = 0
     wrong: int = 0  # events by which batches that are over did not balance
+    resent: int = 0  # on request
 
 
-Entry = Sealed | Adopted | Settled | Evicted | Replayed | Repaired | Purged | Lost | Sum
+OF_A_BATCH: Final = (Sealed, Adopted, Settled, Resent, Evicted)
+Entry = Sealed | Adopted | Settled | Evicted | Replayed | Repaired | Resent | Purged | Lost | Sum
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -173,6 +184,8 @@ class _Life:
                 self.writer, self.counted, self.known = writer, events, True
             case Adopted(writer=writer):
                 self.writer, self.known = writer if not self.known else self.writer, True
+            case Resent(events=events):
+                self.writer, self.counted, self.known = RESENT, events, True
             case Settled():
                 if self.settled is not None and self.settled != entry:
                     self.resent += entry.delivered
@@ -227,6 +240,7 @@ class Account(msgspec.Struct, kw_only=True):
     writers: list[Row]
     replayed: int = 0
     repaired: int = 0
+    resent_on_request: int = 0
     purged_dead: int = 0
     purged_quarantine: int = 0
     lost_entries: int = 0
@@ -248,6 +262,7 @@ class _Fold:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.lives: dict[str, _Life] = {}
+        self.resent: dict[str, int] = {}  # events by batch; what is summed up has no name
         self.rows: dict[str, Row] = {}
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.wrong = 0
         mended: set[Entry] = set()
@@ -269,6 +284,7 @@ class _Fold:
                 self.purged_quarantine += entry.purged_quarantine
                 self.lost += entry.lost
                 self.wrong += entry.wrong
+                self.resent[""] = self.resent.get("", 0) + entry.resent
             case Replayed(events=events):
                 self.replayed += events
             case Repaired(events=events):
@@ -279,6 +295,8 @@ class _Fold:
             case Lost(entries=lost):
                 self.lost += lost
             case _:
+                if isinstance(entry, Resent):
+                    self.resent[entry.batch] = entry.events
                 self.lives.setdefault(entry.batch, _Life()).take(entry)
 
     def conclude(self, life: _Life, found: Found | None) -> Wrong | None:
@@ -319,8 +337,9 @@ def condensed(entries: list[Entry], there: AbstractSet[str], now_micros: int) ->
         fold.purged_quarantine,
         fold.lost,
         fold.wrong,
+        sum(events for batch, events in fold.resent.items() if not batch or batch in summed),
     )
-    kept = [entry for entry in entries if isinstance(entry, (Sealed, Adopted, Settled, Evicted)) and entry.batch not in summed]
+    kept = [entry for entry in entries if isinstance(entry, OF_A_BATCH) and entry.batch not in summed]
     return [first, *kept]
 
 
@@ -359,6 +378,7 @@ def account(
         writers=list(fold.rows.values()),
         replayed=fold.replayed,
         repaired=fold.repaired,
+        resent_on_request=sum(fold.resent.values()),
         purged_dead=fold.purged_dead,
         purged_quarantine=fold.purged_quarantine,
         lost_entries=fold.lost,

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pillarbox.errors import FileUnusable
 from pillarbox.store import compressed, layout
 from pillarbox.store.balance import Evicted
+from pillarbox.store.yielding import give_way
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
+    from pillarbox.store.filesystem import Space
     from pillarbox.store.ledger import Ledger
     from pillarbox.store.writer import Writer
 
@@ -28,6 +30,7 @@ _SPACE_ENOUGH_S: Final = 5.0  # the same while there is enough
 OVERSHOOT_SHARE: Final = 16  # of `max_bytes`: what a process may append without looking what the others did
 MIN_FREE_MAX: Final = 256 * 2**20  # bytes of the volume that are left to others, unless told otherwise: these or
 MIN_FREE_SHARE: Final = 20  # this part of it, whichever is less
+AHEAD_SHARE: Final = 4  # of that: so much more is kept free as long as delivered files can give way for it
 # Room that is made ahead of need, as a part of the limit: what arrives while files are evicted must not be refused.
 SLACK_SHARE: Final = 8
 # Of a limit with eviction, the largest part that one file may be: what is evicted is whole files.
@@ -60,7 +63,10 @@ class Capacity:
         self._soonest_listing = 0.0
         self._listed_at = 0  # bytes that this process had appended when it last listed
         self._refused_for_space = 0
+        self._appended = 0  # bytes by this process when it last looked at the room
         self._evicting = False
+        self._look_after = 1  # bytes by this process
+        self._gave_way = False  # delivered files, at the last look at the room
         self.evicted = 0  # events
         self._writer: Writer
 
@@ -70,25 +76,51 @@ class Capacity:
 
     def look(self) -> float:
         """Count, watch and evict as far as that is due; seconds until the next time."""
-        wait = min(self.look_at_space(), self._relist())
+        refused = self._writer.dropped["disk_full"] + self._writer.dropped["disk_low"]
+        in_need, self._refused_for_space = refused > self._refused_for_space, refused
+        self._gave_way = False
+        if in_need:
+            self._next_space = 0.0
+        wait = min(self.look_at_space(in_need=in_need), self._relist())
         if self._evicts:
-            self._evict()
+            self._evict(int(in_need and not self._gave_way))
         return wait
 
-    def look_at_space(self) -> float:
-        """Have nothing more accepted while the volume has less room than it must keep; seconds until the next look."""
-        now = self._clock.monotonic()
-        if now < self._next_space:
+    def look_at_space(self, *, in_need: bool = False) -> float:
+        """Have nothing more accepted while the volume has less room than it must keep; seconds until the next look.
+
+        Delivered files give way before that, and where events were refused for want of room, `in_need`.
+        """
+        now, appended = self._clock.monotonic(), self._writer.mark().appended
+        if now < self._next_space and appended - self._appended < self._look_after:
             return self._next_space - now
-        space = self._directory.filesystem.space(self._directory.path)
-        least = self._min_free_bytes
-        if least is None:
-            least = min(MIN_FREE_MAX, space.total_bytes // MIN_FREE_SHARE)
+        space = self._space()
+        usual = min(MIN_FREE_MAX, space.total_bytes // MIN_FREE_SHARE)
+        least = usual if self._min_free_bytes is None else self._min_free_bytes
+        ahead = usual // AHEAD_SHARE
+        self._appended, self._look_after = appended, max(1, ahead // 2)
+        if space.free_bytes < least + ahead or in_need:
+            space = self._give_way(space, least + ahead, max(1, ahead) if in_need else 0)
         low = space.free_bytes < least
         self._writer.keep_free(low=low)
         rest = _SPACE_S if low else _SPACE_ENOUGH_S  # while there is room, a file that fills up is reason enough to look
         self._next_space = now + rest
         return rest
+
+    def _space(self) -> Space:
+        return self._directory.filesystem.space(self._directory.path)
+
+    def _give_way(self, space: Space, free: int, size: int) -> Space:
+        """Have delivered files go until the volume has so much free and so many bytes went; what it has then."""
+
+        def enough(gone: int) -> bool:
+            return gone >= size and self._space().free_bytes >= free
+
+        try:
+            self._gave_way = give_way(self._directory, enough) > 0
+        except OSError as error:
+            log.warning("%s: delivered files cannot give way: %s", self._directory.path, error)
+        return self._space() if self._gave_way else space
 
     def _relist(self) -> float:
         """Correct the count of what is pending."""
@@ -115,11 +147,11 @@ class Capacity:
         self._next_listing = now + took + rest
         return rest
 
-    def _evict(self) -> None:
-        """Give up the oldest sealed files until there is some room again; never one that is being sent."""
-        refused = self._writer.dropped["disk_full"] + self._writer.dropped["disk_low"]
-        # Somebody else may have filled the volume: one file at a time, for as long as events come.
-        least, self._refused_for_space = int(refused > self._refused_for_space), refused
+    def _evict(self, least: int) -> None:
+        """Give up the oldest sealed files until there is some room again; never one that is being sent.
+
+        `least` is 1 where somebody else has filled the volume: one file at a time, for as long as events come.
+        """
         excess_bytes, excess_files = self._excess(least)
         if excess_bytes <= 0 and excess_files <= 0:
             self._report()

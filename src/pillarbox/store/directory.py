@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pillarbox.clock import Clock
-    from pillarbox.store.filesystem import Filesystem
+    from pillarbox.store.filesystem import Entry, Filesystem
 
 log = logging.getLogger("pillarbox")
 
@@ -220,10 +220,29 @@ class Directory:
             if stamp is not None and self._last_stamp < stamp <= self._clock.micros() + _STAMP_AHEAD_MAX:
                 self._last_stamp = stamp
 
-    def _next_sealed_name(self) -> str:
+    def _next_sealed_name(self, like: str = "") -> str:
         with self._stamp_lock:
             self._last_stamp = max(self._last_stamp + 1, self._clock.micros())
-            return layout.sealed_name(self._last_stamp, self._unique)
+            return layout.sealed_name(self._last_stamp, self._unique, like)
+
+    def delivered(self) -> list[Entry]:
+        """The files that are kept after their delivery, the first delivered first."""
+        return sorted(entry for entry in self.filesystem.listing(self.path) if layout.kind_of(entry.name) is Kind.DELIVERED)
+
+    def keep(self, name: str) -> str:
+        """Have a sealed file that this process holds kept as delivered now; its new name, durable with the next sync."""
+        kept = layout.delivered_name(name, self._clock.micros())
+        self.filesystem.rename(self.at(name), self.at(kept))
+        return kept
+
+    def reseal(self, name: str) -> str | None:
+        """Have a delivered file wait again, as a batch of its own: its new name, durable with the next sync; None: it is gone."""
+        anew = self._next_sealed_name(name)
+        try:
+            self.filesystem.rename(self.at(name), self.at(anew))
+        except FileNotFoundError:
+            return None
+        return anew
 
     def write_anew(self, file: Taken, kept: Iterable[tuple[int, bytes]] = (), size: int | None = None) -> Taken:
         """Replace a file that this process holds by one of the same name and content, synced, and held likewise.

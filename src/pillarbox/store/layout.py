@@ -19,7 +19,8 @@ _DELIVERED: Final = "delivered-"
 _QUEUE: Final = "sink-"
 _SINK = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 STAMP_MAX: Final = 10**_STAMP_DIGITS - 1
-_STAMP = re.compile(rf"(?:sealed|delivered)-(\d{{{_STAMP_DIGITS}}})-")
+_STAMP = re.compile(rf"(?:sealed|delivered-\d{{{_STAMP_DIGITS}}})-(\d{{{_STAMP_DIGITS}}})-")
+_DELIVERED_AT = re.compile(rf"{_DELIVERED}(?:(\d{{{_STAMP_DIGITS}}})-)?")
 
 
 class Kind(Enum):
@@ -81,9 +82,9 @@ def writer_of(name: str) -> str:
     return by_writer(name)[0].removeprefix("active-") if kind_of(name) is Kind.ACTIVE else ""
 
 
-def sealed_name(stamp: int, unique: str) -> str:
-    """The name of a file sealed at `stamp` microseconds since 1970."""
-    return f"sealed-{stamp:0{_STAMP_DIGITS}d}-{unique}{SUFFIX}"
+def sealed_name(stamp: int, unique: str, like: str = "") -> str:
+    """The name of a file sealed at `stamp` microseconds since 1970, with the same ending as another of its content."""
+    return f"sealed-{stamp:0{_STAMP_DIGITS}d}-{unique}{COMPRESSED if like.endswith(COMPRESSED) else SUFFIX}"
 
 
 def stamp_of(name: str) -> int | None:
@@ -95,12 +96,18 @@ def stamp_of(name: str) -> int | None:
 def batch_id(name: str) -> str:
     """The batch id of a sealed file: its name without the ending; of a delivered file, what it was when it was sealed."""
     batch = name.removesuffix(COMPRESSED).removesuffix(SUFFIX)
-    return f"sealed-{batch.removeprefix(_DELIVERED)}" if batch.startswith(_DELIVERED) else batch
+    return _DELIVERED_AT.sub("sealed-", batch, count=1) if batch.startswith(_DELIVERED) else batch
 
 
-def delivered_name(name: str) -> str:
-    """Where a sealed file is kept for a while after it was delivered."""
-    return _DELIVERED + name.removeprefix("sealed-")
+def delivered_name(name: str, micros: int) -> str:
+    """Where a sealed file is kept for a while that was delivered at `micros` since 1970; sorts by that time."""
+    return f"{_DELIVERED}{micros:0{_STAMP_DIGITS}d}-{name.removeprefix('sealed-')}"
+
+
+def delivered_at(name: str) -> int | None:
+    """The time of delivery in the name of a delivered file, in microseconds since 1970; None where somebody named it."""
+    match = _DELIVERED_AT.match(name)
+    return int(match[1]) if match and match[1] else None
 
 
 def compressed_name(name: str) -> str:

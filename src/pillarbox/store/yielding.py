@@ -1,0 +1,36 @@
+"""Files that are kept after their delivery give way where the volume lacks room: the first delivered go first, of all sinks.
+
+Any process's sealer does that, and several at once come to the same files: what is gone is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pillarbox.store.directory import Directory
+
+log = logging.getLogger("pillarbox")
+
+
+def places(directory: Directory) -> list[Directory]:
+    """Where delivered files are kept."""
+    return [directory]
+
+
+def give_way(directory: Directory, enough: Callable[[int], bool]) -> int:
+    """Remove delivered files until it is `enough(bytes so far)` or none is left; how many. Raises `OSError`."""
+    found = sorted((file.name, file.size, place) for place in places(directory) for file in place.delivered())
+    removed = size = 0
+    for name, bytes_, place in found:
+        if enough(size):
+            break
+        place.remove(name)
+        removed += 1
+        size += bytes_
+    if removed:
+        log.warning("%s: %d delivered files gave way, %d bytes: the volume lacks room", directory.path, removed, size)
+    return removed
