@@ -107,6 +107,7 @@ def load() -> typer.Typer:
         imports,  # noqa: F401
         inspecting,  # noqa: F401
         quarantine,  # noqa: F401
+        resend,  # noqa: F401
         seal,  # noqa: F401
         spacetimedb,  # noqa: F401
         status,  # noqa: F401

@@ -1,4 +1,4 @@
-"""What `pillarbox dead` and `pillarbox quarantine` share: what is chosen, how changes are done, and what is said of them."""
+"""What `pillarbox dead`, `quarantine` and `resend` share: what is chosen, how changes are done, and what is said of them."""
 
 from __future__ import annotations
 
@@ -131,6 +131,18 @@ class Site:
             outbox = Outbox.from_settings(settings)  # looks at the directory, and starts nothing before the first event
         else:
             self.place.open()
+
+        def act(stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
+            with outbox or nullcontext():
+                ledger = Ledger(self.place, self.clock)
+                bounds = Bounds(self.settings.batch_size, self.settings.batch_bytes)
+                durability = self._durability()
+                Carrier(self.place, ledger, self.report, stop, progress, outbox, durability, bounds).carry_out(changes)
+
+        return self.work(act)
+
+    def work(self, act: Callable[[Callable[[], bool], Callable[[int], None]], None]) -> bool:
+        """Have `act(stop, progress)` change what is kept; False where another command is at it."""
         try:
             taken = take_turn(self.place)
         except OSError as error:
@@ -138,11 +150,8 @@ class Site:
         if taken is None:
             return False
         try:
-            with _patiently(self.report) as stop, self._progress() as progress, outbox or nullcontext():
-                ledger = Ledger(self.place, self.clock)
-                bounds = Bounds(self.settings.batch_size, self.settings.batch_bytes)
-                durability = self._durability()
-                Carrier(self.place, ledger, self.report, stop, progress, outbox, durability, bounds).carry_out(changes)
+            with _patiently(self.report) as stop, self.progress() as progress:
+                act(stop, progress)
         finally:
             self.place.filesystem.close(taken.fd)
         return True
@@ -155,7 +164,8 @@ class Site:
         return "power"
 
     @contextmanager
-    def _progress(self) -> Iterator[Callable[[int], None]]:
+    def progress(self) -> Iterator[Callable[[int], None]]:
+        """Show how many events are done so far, on a terminal."""
         columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} done"), TimeElapsedColumn())
         with Progress(*columns, console=err, disable=self.quiet or not err.is_terminal, transient=True) as display:
             task = display.add_task("mend", total=None)

@@ -78,9 +78,7 @@ def batch_of(name: str) -> str:
     base = name.rpartition("/")[2]
     for prefix in ("dead-", "corrupt-"):
         base = base.removeprefix(prefix)
-    for suffix in (".spans.json", layout.SUFFIX):
-        base = base.removesuffix(suffix)
-    return base
+    return layout.batch_id(base.removesuffix(".spans.json"))
 
 
 def moment(text: str, now_micros: int) -> int:

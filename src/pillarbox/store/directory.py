@@ -236,7 +236,7 @@ class Directory:
         return kept
 
     def reseal(self, name: str) -> str | None:
-        """Have a delivered file wait again, as a batch of its own: its new name, durable with the next sync; None: it is gone."""
+        """Have a delivered file wait again, as a batch of its own; its new name, durable once synced. None: it is gone."""
         anew = self._next_sealed_name(name)
         try:
             self.filesystem.rename(self.at(name), self.at(anew))

@@ -16,13 +16,38 @@ import msgspec
 
 from pillarbox.errors import FileUnusable
 from pillarbox.store import layout, record
-from pillarbox.store.balance import Adopted, Entry, Evicted, Lost, Purged, Repaired, Replayed, Resent, Sealed, Settled, condensed
+from pillarbox.store.balance import (
+    Adopted,
+    Entry,
+    Evicted,
+    Lost,
+    Purged,
+    Repaired,
+    Replayed,
+    Resent,
+    Sealed,
+    Settled,
+    condensed,
+)
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
 
-__all__ = ["Adopted", "Entry", "Evicted", "Ledger", "Lost", "Purged", "Repaired", "Replayed", "Resent", "Sealed", "Settled", "entries_of"]
+__all__ = [
+    "Adopted",
+    "Entry",
+    "Evicted",
+    "Ledger",
+    "Lost",
+    "Purged",
+    "Repaired",
+    "Replayed",
+    "Resent",
+    "Sealed",
+    "Settled",
+    "entries_of",
+]
 
 log = logging.getLogger("pillarbox")
 

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 
-def places(directory: Directory) -> list[Directory]:
-    """Where delivered files are kept."""
-    return [directory]
+def places(directory: Directory) -> dict[str, Directory]:
+    """Where delivered files are kept, by the names of the sinks; "" where there are not several."""
+    return {"": directory}
 
 
 def give_way(directory: Directory, enough: Callable[[int], bool]) -> int:
     """Remove delivered files until it is `enough(bytes so far)` or none is left; how many. Raises `OSError`."""
-    found = sorted((file.name, file.size, place) for place in places(directory) for file in place.delivered())
+    found = [(file.name, file.size, place) for place in places(directory).values() for file in place.delivered()]
     removed = size = 0
-    for name, bytes_, place in found:
+    for name, bytes_, place in sorted(found, key=lambda one: one[0]):
         if enough(size):
             break
         place.remove(name)

@@ -79,15 +79,8 @@ def batches(sights: list[Sight], kinds: AbstractSet[Kind]) -> dict[str, list[Sig
 
 
 def places_of(directory: Directory, batch: str, kinds: AbstractSet[Kind]) -> list[Sight]:
-    """Wherever a batch may be, in whatever state of these; not looked at."""
-    kept = layout.delivered_name(batch)
-    names = [f"{name}{ending}" for name in (batch, kept) for ending in (layout.SUFFIX, layout.COMPRESSED)]
-    return [
-        Sight(place, name, layout.kind_of(name), 0)
-        for place in places(directory)
-        for name in names
-        if layout.kind_of(name) in kinds
-    ]
+    """Wherever a batch is now, in whatever state of these."""
+    return [sight for sight in look(directory) if sight.batch == batch and sight.kind in kinds]
 
 
 def content(sights: list[Sight], tell: Callable[[Trouble], None]) -> bytes | None:

@@ -1,0 +1,127 @@
+"""`pillarbox resend`: sends again what was delivered and is kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+import typer
+
+from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app
+from pillarbox.cli.kept import AllOption, BatchOption, LimitOption, Site, YesOption, counted, need_choice
+from pillarbox.errors import UsageError
+from pillarbox.kept.resend import Delivered, Limits, Resend
+from pillarbox.kept.selection import written
+from pillarbox.store import layout
+from pillarbox.store.yielding import places
+
+_SECOND: Final = 1_000_000
+
+
+class Resending(msgspec.Struct, frozen=True, kw_only=True):
+    """One delivered file, in the `items` of `pillarbox resend --json`; times in microseconds since 1970."""
+
+    batch: str
+    resent_as: str | None  # the batch that it is now; None where nothing was done
+    sink: str  # of several; "" where there is one
+    events: int
+    bytes: int
+    sealed_at_micros: int | None  # None where the name does not say
+    delivered_at_micros: int | None
+
+
+@app.command("resend")
+def resend(
+    directory: DirectoryOption = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--since", metavar="TIME", help="Delivered since then: 2h (ago), 3d, or ISO 8601.", show_default=False),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="TIME", help="Delivered before that.", show_default=False)
+    ] = None,
+    sink: Annotated[
+        str | None, typer.Option("--sink", metavar="NAME", help="To this one of several sinks only.", show_default=False)
+    ] = None,
+    batch: BatchOption = None,
+    everything: AllOption = False,
+    yes: YesOption = False,
+    limit: LimitOption = 20,
+    event_type: EventTypeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Send again what was delivered and is kept: to a destination that lost what it had acknowledged.
+
+    With `keep_delivered` set, delivered files stay for a while. Each waits again under a new batch id, with the same event ids,
+    so that a destination that deduplicates has every event once; whoever delivers the directory sends them, in the order in
+    which they came. What was a dead letter or damaged the first time is again. Killed anywhere, nothing is lost and nothing
+    goes twice. Without --yes nothing is done.
+    """
+    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
+    selection = site.selection(batches=batch, since=since, until=until)
+    need_choice(selection, everything=everything)
+    chosen = places(site.place)
+    if sink is not None:
+        if sink not in chosen or not sink:
+            names = ", ".join(filter(None, chosen)) or "none: leave --sink out"
+            raise UsageError(f"--sink {sink}: no sink of this directory has that name; it has {names}")
+        chosen = {sink: chosen[sink]}
+    items: list[Resending] = []
+    now = site.clock.micros()
+    again = Resend(site.place, chosen, site.clock, selection, site.report, _Seen(site.lines, items, limit, json=json))
+    if not yes:
+        with site.progress() as progress:
+            again.preview(progress)
+    else:
+        limits = Limits(site.settings.max_bytes, site.settings.max_files)
+        if not site.work(lambda stop, progress: again.carry_out(limits, stop, progress)):
+            return site.busy()
+    if not again.kept:
+        text = f"nothing is kept in {site.place.path}: set keep_delivered, and what is delivered from then on can be sent again"
+        site.end([], text, yes=yes, json=json)
+        return Exit.PARTLY
+    done = f"{counted(site.report.events, 'event')} of {counted(site.report.files, 'file')}"
+    text = site.last_line(done, "wait to be sent again", "would be sent again", yes=yes)
+    if again.kept_since_micros is not None:
+        text += f" (what is kept was delivered from {written(again.kept_since_micros)} on)"
+    if site.report.refused or site.report.interrupted:
+        # What is sent again is delivered again, and would be meant once more.
+        rest = written(min(now + _SECOND, selection.until_micros or now + _SECOND))
+        text += f"\nonce these are delivered, the same with --until {rest} sends the rest"
+    return site.end(items, text, yes=yes, json=json)
+
+
+class _Seen:
+    """The files that are concerned; the first ones are said, one by one."""
+
+    def __init__(self, lines: list[str], items: list[Resending], limit: int, *, json: bool) -> None:
+        self._lines = lines
+        self._items = items
+        self._limit = limit
+        self._json = json
+        self._count = 0
+
+    def __call__(self, file: Delivered, events: int, anew: str | None) -> None:
+        """One more."""
+        self._count += 1
+        at = layout.delivered_at(file.name)
+        if self._json:
+            self._items.append(
+                Resending(
+                    batch=file.batch,
+                    resent_as=anew,
+                    sink=file.sink,
+                    events=events,
+                    bytes=file.size,
+                    sealed_at_micros=layout.stamp_of(file.name),
+                    delivered_at_micros=at,
+                )
+            )
+        elif not self._limit or self._count <= self._limit:
+            to = f"  to {file.sink}" if file.sink else ""
+            new = f"  as {anew}" if anew else ""
+            self._lines.append(f"{file.batch}  {counted(events, 'event')}  delivered {written(at)}{to}{new}")
+        elif self._count == self._limit + 1:
+            self._lines.append("...")

@@ -1,0 +1,414 @@
+"""Delivered files that are kept: how they stay, go, give way, and are sent again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pillarbox import Outbox
+from pillarbox.clock import SystemClock
+from pillarbox.delivery import shelf
+from pillarbox.delivery.settlement import Kept
+from pillarbox.kept.changes import take_turn
+from pillarbox.sinks.base import Traits
+from pillarbox.store import layout
+from pillarbox.store.capacity import Capacity
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem, Space
+from pillarbox.store.ledger import Ledger
+from pillarbox.store.writer import Limits, Writer
+from pillarbox.testing import ManualClock, RecordingSink
+from tests.cli.test_commands import CLEAN, PILLARBOX, ids, run
+from tests.conftest import event, wait_until
+from tests.delivery.stage import MovingClock, drain, seal, worker_for
+from tests.delivery.test_kept import Picky
+
+KEEPING = Kept(keep_delivered_s=3600.0)
+BOX = ("-d", "box")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Directory:
+    """An empty outbox directory, with the machine's clock."""
+    directory = Directory(str(tmp_path / "outbox"), RealFilesystem(), SystemClock())
+    directory.open()
+    return directory
+
+
+def batches(place: Directory, kind: layout.Kind = layout.Kind.DELIVERED) -> list[str]:
+    """The batches of the files of a kind that are there, by name."""
+    return [layout.batch_id(name) for name in sorted(os.listdir(place.path)) if layout.kind_of(name) is kind]
+
+
+def deliver(folder: Path, *more: object) -> None:
+    """Deliver what waits, keeping it."""
+    environ = {"PILLARBOX_KEEP_DELIVERED": "24h"}
+    done = run("deliver", *BOX, "--sink", "sqlite:///events.db", "--once", *more, cwd=folder, environ=environ)
+    assert done.returncode == 0, done.stderr
+
+
+def store(folder: Path, *numbers: int) -> None:
+    """Store events, in a file of their own."""
+    with Outbox(str(folder / "box")) as outbox:
+        assert all(outbox.enqueue(event(number)) for number in numbers)
+
+
+def verified(folder: Path) -> dict[str, object]:
+    """What `verify` says of the directory, which must balance."""
+    done = run("verify", *BOX, "--json", cwd=folder)
+    assert done.returncode == 0, done.stdout
+    return dict(json.loads(done.stdout)["account"])
+
+
+def three_delivered(folder: Path) -> None:
+    """Three batches of ten events that were delivered and are kept."""
+    for first in (0, 10, 20):
+        store(folder, *range(first, first + 10))
+        deliver(folder)
+
+
+# Keeping.
+
+
+def test_what_was_delivered_is_kept_by_a_rename_and_no_longer_pending(place: Directory) -> None:
+    """Byte for byte, under a name that says when it was delivered."""
+    kept = [seal(place, stamp, b'"%d"' % stamp) for stamp in range(1, 4)]
+    before = {name: Path(place.at(name)).read_bytes() for name in place.sealed()}
+    gone: list[int] = []
+    drain(worker_for(place, RecordingSink(), gone, kept=KEEPING))
+    assert place.sealed() == []
+    assert batches(place) == kept
+    assert {
+        layout.batch_id(file.name) + ".ndjson": Path(place.at(file.name)).read_bytes() for file in place.delivered()
+    } == before
+    assert sum(gone) == sum(map(len, before.values()))
+    assert place.account().pending_bytes == 0
+
+
+def test_without_keep_delivered_nothing_is_kept_and_what_others_keep_stays(place: Directory) -> None:
+    """Somebody who delivers once without the setting must not undo what the setting is for."""
+    first = seal(place, 1, b"1")
+    drain(worker_for(place, RecordingSink(), kept=KEEPING))
+    seal(place, 2, b"2")
+    drain(worker_for(place, RecordingSink()))
+    assert batches(place) == [first]
+
+
+def test_delivered_files_go_when_they_are_too_old(place: Directory) -> None:
+    """By the time of their delivery, also those that an earlier deliverer has kept; a name that does not say it stays."""
+    clock = MovingClock()
+    place = Directory(place.path, place.filesystem, clock)
+    for stamp in (1, 2):
+        seal(place, stamp, b"1")
+        drain(worker_for(place, RecordingSink(), kept=KEEPING, clock=clock))
+        clock.advance(2000)
+    Path(place.at("delivered-by-hand.ndjson")).write_bytes(b"")
+    drain(worker_for(place, RecordingSink(), kept=KEEPING, clock=clock))
+    assert batches(place) == ["sealed-0000000000000002-u", "sealed-by-hand"]
+
+
+def test_delivered_files_go_when_they_are_too_much_the_first_delivered_first(place: Directory) -> None:
+    """Whatever their own age is."""
+    for stamp in (9, 3, 5):
+        seal(place, stamp, b'"%s"' % (b"x" * 100))
+        drain(worker_for(place, RecordingSink(), kept=KEEPING._replace(max_delivered_bytes=300)))
+    assert batches(place) == ["sealed-0000000000000003-u", "sealed-0000000000000005-u"]
+
+
+def test_delivered_files_are_bounded_in_number(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the directory comes past each of them."""
+    monkeypatch.setattr(shelf, "FILES_MAX", 2)
+    for stamp in range(1, 6):
+        seal(place, stamp, b"1")
+    drain(worker_for(place, RecordingSink(), kept=KEEPING))
+    assert batches(place) == ["sealed-0000000000000004-u", "sealed-0000000000000005-u"]
+
+
+def test_a_file_with_dead_letters_and_damaged_lines_is_kept_as_it_is(place: Directory) -> None:
+    """Sent again, the good ones arrive, and the others are set aside again."""
+    batch = seal(place, 1, b'"good"', b'"poison"', raw=b"damaged\n")
+    sink = Picky()
+    drain(worker_for(place, sink, kept=KEEPING))
+    (kept,) = place.delivered()
+    assert batches(place) == [batch]
+    anew = place.reseal(kept.name)
+    assert anew is not None
+    drain(worker_for(place, sink, kept=KEEPING))
+    assert sink.payloads == [b'"good"', b'"poison"'] * 2
+    both = sorted([batch, layout.batch_id(anew)])
+    assert batches(place, layout.Kind.DEAD) == [f"dead-{one}" for one in both]
+    assert batches(place, layout.Kind.CORRUPT) == [f"corrupt-{one}" for one in both]
+
+
+class NoRoomForNames(RealFilesystem):
+    """A disk on which a directory cannot grow."""
+
+    def rename(self, source: str, target: str) -> None:  # type: ignore[override]
+        if layout.kind_of(os.path.basename(target)) is layout.Kind.DELIVERED:
+            raise OSError(28, "No space left on device")
+        os.rename(source, target)
+
+
+def test_what_cannot_be_kept_goes(place: Directory, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
+    """It is delivered, and takes the room that is missing."""
+    place = Directory(place.path, NoRoomForNames(), clock)
+    for stamp in (1, 2):
+        seal(place, stamp, b"1")
+    with caplog.at_level(logging.WARNING, "pillarbox"):
+        drain(worker_for(place, RecordingSink(), kept=KEEPING))
+    assert (place.sealed(), place.delivered()) == ([], [])
+    assert len([one for one in caplog.records if "cannot be kept" in one.message]) == 1
+
+
+# Giving way.
+
+
+class Volume(RealFilesystem):
+    """A volume of 1,000,000 bytes of which others use so many, and the directory the rest."""
+
+    others = 0
+
+    def space(self, path: str) -> Space:
+        used = sum(size for _, size in self.listing(path))
+        return Space(max(0, 1_000_000 - self.others - used), 1_000_000)
+
+
+def full_place(place: Directory, clock: ManualClock) -> tuple[Directory, Volume]:
+    """Ten delivered files of 50,000 bytes, and three that wait."""
+    volume = Volume()
+    place = Directory(place.path, volume, clock)
+    for stamp in range(10):
+        Path(place.at(layout.delivered_name(layout.sealed_name(stamp, "d"), 100 - stamp))).write_bytes(b"1234567890" * 5000)
+    for stamp in range(3):
+        Path(place.at(layout.sealed_name(stamp, "w"))).write_bytes(b"123456789\n" * 5000)
+    return place, volume
+
+
+def capacity_of(place: Directory, clock: ManualClock, *, evicts: bool) -> tuple[Capacity, Writer]:
+    """The limits of a process that has not begun to write."""
+    writer = Writer(place, Limits(500, 10**6, 10**9), lambda: None)
+    account = place.account()
+    writer.start(account.pending_bytes, account.pending_files)
+    capacity = Capacity(place, clock, None, evicts=evicts)
+    capacity.attach(writer)
+    return capacity, writer
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+def test_delivered_files_give_way_before_events_are_refused_or_given_up(
+    place: Directory, clock: ManualClock, *, evicts: bool
+) -> None:
+    """As many as are needed, the first delivered first."""
+    place, volume = full_place(place, clock)
+    capacity, writer = capacity_of(place, clock, evicts=evicts)
+    volume.others = 250_000
+    capacity.look()
+    assert len(place.delivered()) == 10
+    clock.advance(10)
+    volume.others = 350_000  # which leaves nothing
+    capacity.look()
+    # 5 % of the volume, and a quarter of that ahead of need: two files.
+    assert [layout.delivered_at(file.name) for file in place.delivered()] == list(range(93, 101))
+    assert (writer.dropped["disk_low"], capacity.evicted, len(place.sealed())) == (0, 0, 3)
+    clock.advance(10)
+    volume.others = 1_000_000
+    capacity.look()
+    assert (place.delivered(), len(place.sealed())) == ([], 3)
+
+
+def test_where_events_were_refused_delivered_files_go_before_waiting_ones(place: Directory, clock: ManualClock) -> None:
+    """Though the volume says that it has room: there may be a quota. One that waits goes when none is left."""
+    place, _ = full_place(place, clock)
+    capacity, writer = capacity_of(place, clock, evicts=True)
+    for left in (9, 8):
+        writer.dropped["disk_full"] += 1
+        capacity.look()
+        assert (len(place.delivered()), len(place.sealed())) == (left, 3)
+    for file in place.delivered():
+        place.remove(file.name)
+    writer.dropped["disk_full"] += 1
+    capacity.look()
+    assert len(place.sealed()) == 2
+
+
+def test_delivered_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
+    """Which limits what waits."""
+    with Outbox(str(tmp_path / "box"), RecordingSink(), max_bytes=2000, batch_size=1, keep_delivered="1h") as outbox:
+        for number in range(50):
+            wait_until(lambda: outbox.stats().pending_bytes < 1000)
+            assert outbox.enqueue(event(number))
+        assert outbox.flush(20)
+        assert outbox.stats().pending_bytes == 0
+    assert sum(file.stat().st_size for file in (tmp_path / "box").glob("delivered-*")) > 5000
+
+
+# Sending again.
+
+
+def test_a_destination_that_was_restored_to_an_earlier_copy_gets_everything_again_once(tmp_path: Path) -> None:
+    """An SQLite file: copied after the first of three batches, and put back."""
+    store(tmp_path, *range(10))
+    deliver(tmp_path)
+    shutil.copy(tmp_path / "events.db", tmp_path / "copy.db")
+    for first in (10, 20):
+        store(tmp_path, *range(first, first + 10))
+        deliver(tmp_path)
+    for left in tmp_path.glob("events.db*"):
+        left.unlink()
+    shutil.copy(tmp_path / "copy.db", tmp_path / "events.db")
+    assert len(ids(tmp_path / "events.db")) == 10
+    done = run("resend", *BOX, "--since", "2h", "--yes", cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1][:58]) == (
+        0,
+        b"30 events of 3 files wait to be sent again (what is kept w",
+    )
+    deliver(tmp_path)
+    assert ids(tmp_path / "events.db") == [f"e-{number:06d}" for number in range(30)]
+    account = verified(tmp_path)
+    assert account["resent_on_request"] == 30
+    assert account["total"]["accepted"] == account["total"]["delivered"] == 60  # type: ignore[index]
+    assert account["total"]["duplicates"] == 10  # type: ignore[index]
+    assert b"(duplicates 10, resent 30)" in run("verify", *BOX, cwd=tmp_path).stdout
+
+
+def test_without_yes_it_only_says_what_would_be_sent_again(tmp_path: Path) -> None:
+    """In text and in JSON; with --yes, the same and what became of it."""
+    three_delivered(tmp_path)
+    before = sorted(os.listdir(tmp_path / "box"))
+    text = run("resend", *BOX, "--since", "1h", cwd=tmp_path).stdout.decode()
+    assert "30 events of 3 files would be sent again; --yes does it" in text
+    plan = json.loads(run("resend", *BOX, "--since", "1h", "--json", cwd=tmp_path).stdout)
+    assert sorted(os.listdir(tmp_path / "box")) == before
+    assert (plan["acted"], plan["events"], plan["files"]) == (False, 30, 3)
+    assert [(item["events"], item["sink"], item["resent_as"]) for item in plan["items"]] == [(10, "", None)] * 3
+    assert all(item["sealed_at_micros"] < item["delivered_at_micros"] for item in plan["items"])
+    done = json.loads(run("resend", *BOX, "--since", "1h", "--json", "--yes", cwd=tmp_path).stdout)
+    anew = [item["resent_as"] for item in done["items"]]
+    assert (done["acted"], sorted(anew)) == (True, anew)
+    assert [item["batch"] for item in done["items"]] == sorted(item["batch"] for item in plan["items"])
+    waiting = Directory(str(tmp_path / "box"), RealFilesystem(), SystemClock()).sealed()
+    assert [layout.batch_id(name) for name in waiting] == anew
+
+
+def test_the_time_that_is_meant_is_the_time_of_delivery(tmp_path: Path) -> None:
+    """And a batch may be named, by any of its names."""
+    three_delivered(tmp_path)
+    first, second, third = sorted(one.name for one in (tmp_path / "box").glob("delivered-*"))
+    at = layout.delivered_at(second)
+    assert at is not None
+
+    def chosen(*options: str) -> list[str]:
+        plan = json.loads(run("resend", *BOX, *options, "--json", cwd=tmp_path).stdout)
+        return [item["batch"] for item in plan["items"]]
+
+    moment = f"{at / 1e6:.6f}"
+    iso = subprocess.run(["date", "-u", "-d", f"@{moment}", "+%FT%T.%6N"], capture_output=True, text=True, check=True)
+    assert chosen("--since", iso.stdout) == [layout.batch_id(second), layout.batch_id(third)]
+    assert chosen("--until", iso.stdout) == [layout.batch_id(first)]
+    assert chosen("--batch", f"box/{third}") == chosen("--batch", layout.batch_id(third)) == [layout.batch_id(third)]
+    assert len(chosen("--all")) == 3
+
+
+def test_what_cannot_be_is_said_with_the_way_out(tmp_path: Path) -> None:
+    """Nothing asked for, no such sink, nothing kept, and somebody else at it."""
+    store(tmp_path, 1)
+    assert run("resend", *BOX, cwd=tmp_path).returncode == 2
+    wrong = run("resend", *BOX, "--all", "--sink", "warehouse", cwd=tmp_path)
+    assert (wrong.returncode, b"leave --sink out" in wrong.stderr) == (2, True)
+    nothing = run("resend", *BOX, "--since", "2h", "--yes", cwd=tmp_path)
+    assert (nothing.returncode, b"set keep_delivered" in nothing.stdout) == (1, True)
+    deliver(tmp_path)
+    none = run("resend", *BOX, "--until", "2h", "--yes", cwd=tmp_path)
+    assert (none.returncode, none.stdout[:16]) == (0, b"nothing was done")
+    place = Directory(str(tmp_path / "box"), RealFilesystem(), SystemClock())
+    turn = take_turn(place)
+    assert turn is not None
+    busy = run("resend", *BOX, "--all", "--yes", cwd=tmp_path)
+    assert (busy.returncode, b"another command is mending it" in busy.stderr) == (1, True)
+    place.filesystem.close(turn.fd)
+
+
+def test_what_is_sent_again_leaves_room_for_new_events(tmp_path: Path) -> None:
+    """It stops short of `max_bytes`, and says how to send the rest once these are delivered."""
+    three_delivered(tmp_path)
+    size = next((tmp_path / "box").glob("delivered-*")).stat().st_size
+    limit = {"PILLARBOX_MAX_BYTES": str(size * 5 // 2)}
+    part = run("resend", *BOX, "--all", "--yes", cwd=tmp_path, environ=limit)
+    assert part.returncode == 1
+    assert b"20 events of 2 files wait to be sent again" in part.stdout
+    assert b"takes nothing more (max_bytes)" in part.stderr
+    until = part.stdout.split(b"--until ")[1].split()[0].decode()
+    deliver(tmp_path)
+    rest = run("resend", *BOX, "--all", "--until", until, "--yes", cwd=tmp_path)
+    assert rest.returncode == 0
+    deliver(tmp_path)
+    assert verified(tmp_path)["resent_on_request"] in (30, 40, 50)  # what was delivered in the second before may go again
+
+
+def test_it_works_while_a_deliverer_runs(tmp_path: Path) -> None:
+    """Which sends what is sent again, and keeps it anew."""
+    sink = RecordingSink()
+    with Outbox(str(tmp_path / "box"), sink, keep_delivered=3600, flush_interval=0.05) as outbox:
+        for number in range(5):
+            outbox.enqueue(event(number))
+            assert outbox.flush(20)
+        assert run("resend", *BOX, "--since", "1h", "--yes", cwd=tmp_path).returncode == 0
+        wait_until(lambda: len(sink.payloads) == 10)
+        assert outbox.flush(20)
+    assert sink.payloads[:5] == sink.payloads[5:]
+    assert len(list((tmp_path / "box").glob("delivered-*"))) == 5
+    assert verified(tmp_path)["resent_on_request"] == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_cut_short_it_has_neither_lost_nor_doubled_anything(tmp_path: Path, number: signal.Signals) -> None:
+    """By Ctrl-C and by a kill, in the middle of 500 files: each of them is kept, or waits."""
+    place = Directory(str(tmp_path / "box"), RealFilesystem(), SystemClock())
+    place.open()
+    for stamp in range(500):
+        seal(place, stamp + 1, b'{"n":%d}' % stamp)
+    ledger = Ledger(place, SystemClock())
+    drain(worker_for(place, RecordingSink(), kept=KEEPING))
+    ledger.write(sync=True)
+    contents = sorted(Path(place.at(file.name)).read_bytes() for file in place.delivered())
+    assert len(contents) == 500
+    process = subprocess.Popen(
+        [*PILLARBOX, "resend", *BOX, "--all", "--yes"], cwd=tmp_path, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_until(lambda: bool(place.sealed()))
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    files = [*place.delivered(), *((name, 0) for name in place.sealed())]
+    assert sorted(Path(place.at(name)).read_bytes() for name, _ in files) == contents
+    if number == signal.SIGINT:
+        assert process.returncode in (0, 130)
+    verified(tmp_path)
+    assert run("resend", *BOX, "--all", "--yes", cwd=tmp_path).returncode == 0
+    assert place.delivered() == []
+    verified(tmp_path)
+
+
+class Forgetful(RecordingSink):
+    """What it has taken does not survive the loss of power."""
+
+    traits = Traits(deduplicates_by="event_id", survives="process")
+
+
+@pytest.mark.parametrize("keep", [None, "24h"])
+def test_a_sink_that_may_forget_under_power_points_to_the_way_out(
+    tmp_path: Path, keep: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the setting where it is not set, and to the command."""
+    monkeypatch.setattr(Directory, "check_power", lambda _self: None)  # the tests may run in memory
+    with caplog.at_level(logging.WARNING, "pillarbox"):
+        Outbox(str(tmp_path / "box"), Forgetful(), durability="power", keep_delivered=keep)
+    (said,) = (one.message for one in caplog.records if "does not survive" in one.message)
+    assert "`pillarbox resend`" in said
+    assert ("set keep_delivered" in said) == (keep is None)
