@@ -35,7 +35,7 @@ def filled(folder: Path) -> None:
     whole = record.line(payload(3))
     sealed(box, record.line(payload(1)), record.line(payload(2, 17)), whole[:-4] + b'0"}\n', good=1)
     run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=folder)
-    (box / "delivered-0000000000000001-u.ndjson").write_bytes(record.line(payload(4)))
+    (box / "delivered-0000000000000002-0000000000000001-u.ndjson").write_bytes(record.line(payload(4)))
     sealed(box, record.line(payload(5)), good=1, first=9)
 
 

@@ -73,7 +73,7 @@ def test_a_batch_is_shown_once_wherever_it_goes(follower: Follower, folder: Path
     assert backlog(follower) == ["e-1"]
     active.rename(folder / sealed(1))
     assert news(follower) == []
-    (folder / sealed(1)).rename(folder / "delivered-0000000000000001-u.ndjson")
+    (folder / sealed(1)).rename(folder / "delivered-0000000000000002-0000000000000001-u.ndjson")
     assert news(follower) == []
     append(folder / sealed(2), 2)
     assert news(follower) == ["e-2"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pillarbox.errors import FileUnusable
 from pillarbox.kept import dead
 from pillarbox.kept.dead import Trouble
 from pillarbox.store import layout, reader
@@ -148,10 +149,17 @@ class Resend:
     def _events(self, file: Delivered) -> int | None:
         """How many records it holds; None where it has gone, or cannot be read and stays."""
         data = dead.content(self._places[file.sink], file.name)
+        if data is None:
+            return None
         if isinstance(data, Trouble):
             self._report.add(data)
             return None
-        return None if data is None else len(reader.read(data, lambda: None).payloads)
+        try:
+            contents, _ = reader.read_file(file.name, data, lambda: None)
+        except FileUnusable as error:
+            self._report.trouble(file.name, error.problem)
+            return None
+        return len(contents.payloads)
 
     def _count(self, file: Delivered, events: int, anew: str | None) -> None:
         self._report.files += 1
