@@ -10,5 +10,7 @@ A batch whose sealed file is still there is left alone: the deliverer is not don
 its dead letters or its quarantine a second time. Once the sealed file is gone nobody but these commands writes to them, for the
 batch's name never comes again.
 
+What was delivered and is kept comes back by one rename, as a batch of its own: there the ledger comes last.
+
 What cannot be read is named and left as it is, byte for byte.
 """

@@ -4,8 +4,8 @@ GUARANTEES. An event whose `enqueue` answered `Enqueued("process")` is in a file
 process does not lose it; the loss of power may, until its file is sealed. `Enqueued("power")`: an `fdatasync` that began after
 the write has returned too, and the file's name is durable. A file whose sync has failed is never synced again and trusted: it
 is written anew, from what can be read and from what is still in memory, or the caller is told. A sealed file never changes, but
-that a compressed copy may take its place.
-Bytes that are not a record are never delivered and never thrown away. What was delivered is gone.
+that a compressed copy may take its place. Bytes that are not a record are never delivered and never thrown away. What was
+delivered is gone, or kept where that is wanted.
 
 FILES. A file's name is its state, and a change of state is one rename; there is no other state. `layout.py` knows the names,
 `record.py` the lines; `docs/format.md` shows both.
@@ -14,6 +14,7 @@ FILES. A file's name is its state, and a change of state is one rename; there is
     active.ndjson                left by an older writer that takes no lock; adopted, never written
     sealed-<micros>-<uuid>.ndjson  complete, immutable, waiting; one sealed file is one batch; sorts by seal time
     sealed-....ndjson.zst        the same, compressed by the deliverer; beside a plain one it is a copy, and goes first
+    delivered-<micros>-<micros>-<uuid>.ndjson  delivered, at the first of these times, and kept; sent again by one rename
     corrupt-<batch>.ndjson       damaged bytes as they stood, one span after another
     corrupt-<batch>.spans.json   where each of them stood, and why it is there
     dead-<batch>.ndjson          dead letters, one line each
@@ -34,9 +35,9 @@ start after the newest one found, so that they increase also where the clock ste
 
 LIMITS. Pending bytes are active and sealed files, no others; above `max_bytes` an event is refused and no file is created, at
 `max_files` of them no further file begins, and with less than `min_free_bytes` free on the volume nothing is accepted. With
-eviction, the oldest sealed files that nobody holds go first. An
-active file is retired at `batch_size` events, at `batch_bytes`, or `flush_interval` after its first event (later while files
-wait); where the disk does not keep up it grows, to `batch_bytes` first. A call of `enqueue_many` is never cut in two.
+eviction, the oldest sealed files that nobody holds go first. Delivered files go before that, and before an event is refused for
+want of room. An active file is retired at `batch_size` events, at `batch_bytes`, or `flush_interval` after its first event (later
+while files wait); where the disk does not keep up it grows, to `batch_bytes` first. A call of `enqueue_many` is never cut in two.
 
 MEDIA. `write` appends whole or reports how much; `rename` is atomic; `fdatasync` makes a file's data durable, `fsync` of the
 directory its names. A file may end in a torn line or in NUL bytes after a crash: the reader sets those aside.

@@ -1,0 +1,40 @@
+"""docs/resending.md: its commands run, and print what it says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from tests.cli.test_commands import run
+from tests.cli.test_mending_page import without_what_differs
+from tests.kept.stage import sealed
+
+PAGE = Path(__file__).parents[2] / "docs" / "resending.md"
+
+
+def session(folder: Path) -> str:
+    """The page, with what its commands print now."""
+    box = folder / "box"
+    (folder / "keep.toml").write_text(re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)[0])
+    for first in (0, 3, 6):
+        sealed(box, first=first)
+        run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", "-c", "keep.toml", cwd=folder)
+        if not first:
+            shutil.copy(folder / "events.db", folder / "copy.db")
+    shutil.move(folder / "copy.db", folder / "events.db")
+
+    def output(match: re.Match[str]) -> str:
+        printed = []
+        for command in re.findall(r"^\$ pillarbox (.*)$", match[0], re.MULTILINE):
+            done = run(*shlex.split(command), cwd=folder)
+            printed.append(f"$ pillarbox {command}\n{(done.stdout + done.stderr).decode()}")
+        return "```console\n" + "".join(printed) + "```"
+
+    return re.sub(r"```console\n.*?```", output, PAGE.read_text(), flags=re.DOTALL)
+
+
+def test_the_page_on_resending_says_what_the_commands_print(tmp_path: Path) -> None:
+    """All of them, one after the other."""
+    assert without_what_differs(PAGE.read_text()) == without_what_differs(session(tmp_path))
