@@ -37,9 +37,7 @@ _ALIASES: Final = {
     "tracking_outbox_max_bytes": "max_bytes",
 }
 # Part of the public API's contract, and built later; refused by name rather than ignored.
-LATER: Final = (
-    "sinks",
-)
+LATER: Final = ("sinks",)
 INTERVAL_MAX_S: Final = 86_400.0  # longer than a day is a slip of the pen
 AGE_MAX_S: Final = 100 * 365 * 86_400.0  # what still fits beside the present in microseconds, and to spare
 RATE_MIN: Final = 0.001  # events/s; so that a pause stays a number that a clock can add
