@@ -103,41 +103,10 @@ class Outbox:
         on_dead_letter: Callable[[DeadLetter], object] | None = None,
         **others: object,
     ) -> None:
-        keywords: dict[str, object] = {
-            "directory": directory,
-            "event_type": event_type,
-            "deliver": deliver,
-            "trusted": trusted,
-            "enabled": enabled,
-            "batch_size": batch_size,
-            "batch_bytes": batch_bytes,
-            "flush_interval": flush_interval,
-            "max_bytes": max_bytes,
-            "max_files": max_files,
-            "when_full": when_full,
-            "block_timeout": block_timeout,
-            "min_free_bytes": min_free_bytes,
-            "durability": durability,
-            "on_invalid": on_invalid,
-            "max_in_flight": max_in_flight,
-            "backoff_max": backoff_max,
-            "call_timeout": call_timeout,
-            "outage_after": outage_after,
-            "max_rate": max_rate,
-            "live_share": live_share,
-            "max_age": max_age,
-            "compress_after": compress_after,
-            "max_dead_bytes": max_dead_bytes,
-            "max_quarantine_bytes": max_quarantine_bytes,
-            "when_kept_full": when_kept_full,
-            "keep_delivered": keep_delivered,
-            "max_delivered_bytes": max_delivered_bytes,
-            "before_send": before_send,
-            "on_drop": on_drop,
-            "on_dead_letter": on_dead_letter,
-        }
+        keywords: dict[str, object] = locals() | others  # before anything else has a name here
+        del keywords["self"], keywords["others"]
         url = sink if isinstance(sink, str) else None
-        self._set_up(resolve(keywords | {"sink": url} | others), sink if isinstance(sink, Sink) else None)
+        self._set_up(resolve(keywords | {"sink": url}), sink if isinstance(sink, Sink) else None)
         if sink is not None and url is None and not isinstance(sink, Sink):
             raise ConfigurationError("sink", sink, "the call", "a URL, a Sink, or None")
 
