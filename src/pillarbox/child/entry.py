@@ -20,6 +20,7 @@ from pillarbox.child.messages import GO, NOTIFY, STOP, Line, Message, Ready, Rep
 from pillarbox.clock import SystemClock
 from pillarbox.deliverers import make_deliverer
 from pillarbox.delivery.settlement import Callbacks
+from pillarbox.delivery.state import ANOTHER_DELIVERS
 from pillarbox.errors import PillarboxError
 from pillarbox.hooks import Hooks
 from pillarbox.sinks import make_sink, redacted
@@ -38,6 +39,7 @@ _LOOK_S: Final = 0.25  # between two looks whether there is something to report,
 _REPORT_S: Final = 0.05  # between two reports at least: each takes the parent's interpreter away from its callers
 _LINES_MAX: Final = 1000  # log lines that wait for a parent that does not read; the oldest go
 _FILES_MAX: Final = 10_000  # likewise, of files that are gone: the parent lists the directory anyway
+_SURPLUS_S: Final = 1.0  # on standby: before, who delivers may only have been about to end
 _FAREWELL_S: Final = 1.0  # for the last report
 
 
@@ -98,13 +100,15 @@ class _Mouth(logging.Handler):
         self._thread = threading.Thread(target=self._run, name="pillarbox-reports", daemon=True)
         self._deliverer: Deliverer | None = None
         self._hooks: Hooks | None = None
+        self._clock = SystemClock()
+        self._needed_at = 0.0  # in monotonic seconds
         log.setLevel(level)
         logging.getLogger().addHandler(self)
 
     def attach(self, setup: Setup) -> Deliverer:
         """Make the delivery that is told of; raises what the settings or the directory make it raise."""
         settings = decode_settings(setup.settings)
-        clock = SystemClock()
+        clock = self._clock
         place = Directory(settings.directory, RealFilesystem(), clock)
         place.open()
         place.note_stamp(place.account().newest_stamp)
@@ -139,6 +143,7 @@ class _Mouth(logging.Handler):
 
     def start(self) -> None:
         """Begin to report."""
+        self._needed_at = self._clock.monotonic()
         self._thread.start()
 
     def finish(self) -> None:
@@ -165,4 +170,8 @@ class _Mouth(logging.Handler):
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
         durations = [self._durations.popleft() for _ in range(len(self._durations))]
         sinks = self._deliverer.sinks() if self._deliverer is not None else {}
-        return Report(sinks, gone, durations, self._hooks.failures["on_dead_letter"] if self._hooks is not None else 0)
+        failures = self._hooks.failures["on_dead_letter"] if self._hooks is not None else 0
+        now = self._clock.monotonic()
+        if any(sink.state.reason != ANOTHER_DELIVERS for sink in sinks.values()):
+            self._needed_at = now
+        return Report(sinks, gone, durations, failures, now - self._needed_at > _SURPLUS_S)

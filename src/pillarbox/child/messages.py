@@ -60,6 +60,7 @@ class Report(msgspec.Struct, tag="report"):
     gone: list[int]  # bytes, of each file
     durations: list[float]  # seconds
     hook_failures: int
+    surplus: bool  # another process delivers, and has for a while: this one is not needed
 
 
 Message = Ready | Trouble | Line | Report

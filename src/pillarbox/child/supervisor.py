@@ -32,7 +32,7 @@ from pillarbox.child.messages import (
 from pillarbox.delivery.backoff import Backoff, jitter
 from pillarbox.delivery.deliverer import ONLY
 from pillarbox.delivery.lease import Lease
-from pillarbox.delivery.state import State, StateName
+from pillarbox.delivery.state import ANOTHER_DELIVERS, State, StateName
 from pillarbox.errors import FileUnusable
 from pillarbox.telemetry import COUNTED, DeliveryCounters, SinkStats
 
@@ -137,7 +137,7 @@ class Supervisor:
             self._enter("degraded", str(error))
             return self._settings.flush_interval
         if not taken:
-            self._enter("standby", "another process delivers this directory")
+            self._enter("standby", ANOTHER_DELIVERS)
             return _LOOK_S
         born = self._clock.monotonic()
         try:
@@ -191,7 +191,7 @@ class Supervisor:
         return trouble
 
     def _take_in(self, report: Report) -> bool:
-        """Show a report; whether the child only waits for another process."""
+        """Show a report; whether the child is not needed."""
         for size in report.gone:
             self._callbacks.on_gone(size)
         for seconds in report.durations:
@@ -202,7 +202,7 @@ class Supervisor:
         with self._news:
             self._shown = {name: _added(self._before.get(name), sink) for name, sink in report.sinks.items()}
             self._news.notify_all()
-        return all(sink.state.name == "standby" for sink in report.sinks.values())
+        return report.surplus
 
     def _pass_on_the_end(self) -> None:
         if self._stopping.is_set() and self._child is not None and self._at_work:

@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 import msgspec
 
+ANOTHER_DELIVERS: Final = "another process delivers this directory"  # the reason of `standby`
 SILENT_AFTER_S: Final = 10.0  # a deliverer that has not said anything for so long is gone, or hangs
 StateName = Literal["idle", "draining", "waiting", "degraded", "stopped", "standby"]
 

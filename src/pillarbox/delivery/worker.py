@@ -23,6 +23,7 @@ from pillarbox.delivery.loading import Loader
 from pillarbox.delivery.policy import Rules, Verdict
 from pillarbox.delivery.settlement import GROUP_S, KEPT, NOBODY, Callbacks, Kept, Settler
 from pillarbox.delivery.standing import Standing
+from pillarbox.delivery.state import ANOTHER_DELIVERS
 from pillarbox.delivery.suspects import Suspects
 from pillarbox.errors import FileUnusable, SinkUnusable
 from pillarbox.sinks.base import Misconfigured, Sink
@@ -197,7 +198,7 @@ class Worker:
         self._work.clear()
         try:
             if not self.lease.is_good() and not self.lease.take():
-                self._standing.enter("standby", "another process delivers this directory")
+                self._standing.enter("standby", ANOTHER_DELIVERS)
                 await self._pause(min(self._rules.interval_s, _TAKE_OVER_S))
                 return True
             if not self._opened and not await self._open():
