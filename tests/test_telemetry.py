@@ -60,3 +60,44 @@ def test_every_count_reaches_an_opentelemetry_reader(tmp_path: Path) -> None:
         "pillarbox.hook.failures {call} on_drop": 1,
     }
     assert states == {name: int(name == "idle") for name in get_args(StateName)}
+
+
+SEVERAL = """
+import json, sys
+from msgspec.structs import replace
+from opentelemetry import metrics
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from pillarbox import Outbox
+from pillarbox.delivery.state import State
+from pillarbox.telemetry import DeliveryCounters, instruments
+class Several:
+    name = "box"
+    def stats(self):
+        live, warehouse = DeliveryCounters(), DeliveryCounters()
+        live.delivered, warehouse.delivered = 3, 5
+        sinks = {"live": live.snapshot(State("idle"), ""), "warehouse": warehouse.snapshot(State("stopped"), "")}
+        return replace(Outbox(sys.argv[1]).stats(), delivered=8, sinks=sinks)
+reader = InMemoryMetricReader()
+metrics.set_meter_provider(MeterProvider([reader]))
+several = Several()
+instruments().add(several)
+found = {}
+for metric in reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics:
+    found[metric.name] = [[dict(point.attributes), point.value] for point in metric.data.data_points if point.value]
+print(json.dumps(found))
+"""
+
+
+def test_of_several_sinks_each_is_told_of_and_the_directory_once(tmp_path: Path) -> None:
+    """Their sum is whoever reads's to make."""
+    arguments = [sys.executable, "-c", SEVERAL, str(tmp_path / "outbox")]
+    found = json.loads(subprocess.run(arguments, check=True, timeout=60, capture_output=True).stdout)
+    assert found["pillarbox.delivered"] == [
+        [{"outbox": "box", "sink": "live"}, 3],
+        [{"outbox": "box", "sink": "warehouse"}, 5],
+    ]
+    assert found["pillarbox.state"] == [
+        [{"outbox": "box", "state": "idle", "sink": "live"}, 1],
+        [{"outbox": "box", "state": "stopped", "sink": "warehouse"}, 1],
+    ]
