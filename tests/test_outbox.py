@@ -345,7 +345,7 @@ def test_a_sink_object_is_not_used_in_a_forked_child(tmp_path: Path) -> None:
         assert outbox.enqueue(event(1))
         child = os.fork()
         if child == 0:
-            good = bool(outbox.enqueue(event(2))) and outbox._sink is None
+            good = bool(outbox.enqueue(event(2))) and not outbox._sinks
             outbox.close()
             os._exit(0 if good else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

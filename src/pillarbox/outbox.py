@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
 
 from pillarbox.clock import Clock, SystemClock
-from pillarbox.deliverers import check_delivery, deliverer_for
+from pillarbox.deliverers import check_delivery, deliverer_for, destinations
 from pillarbox.delivery.deliverer import ONLY, together
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.entrance import Entrance
@@ -21,10 +21,8 @@ from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
 from pillarbox.full import FULL, Blocking, Raising
 from pillarbox.hooks import Hooks
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
-from pillarbox.settings import Settings, resolve
-from pillarbox.sinks import make_sink, redacted
+from pillarbox.settings import EITHER, Settings, resolve
 from pillarbox.sinks.base import Sink
-from pillarbox.store import layout
 from pillarbox.store.capacity import FILE_SHARE
 from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Account, Directory
@@ -36,7 +34,7 @@ from pillarbox.store.writer import Limits, Writer
 from pillarbox.telemetry import Stats, instruments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -59,7 +57,8 @@ class Outbox:
 
     The directory is checked and made now (`DirectoryUnusable` if it cannot be); threads start, and what an earlier writer left
     is adopted, at first use: `enqueue`, `flush`, or entering it as a context manager. `sink` is a URL, a `Sink`, or None: only
-    store, and another process delivers. Raises `ConfigurationError` for a setting that is not allowed.
+    store, and another process delivers. Instead of it, `sinks` names several. Raises `ConfigurationError` for a setting that is
+    not allowed.
     """
 
     # `enqueue(event, *, durability=None)` -> `Enqueued` once the operating system has the event, `Dropped(reason)` where it is
@@ -72,6 +71,7 @@ class Outbox:
         sink: str | Sink | None = None,
         event_type: type[msgspec.Struct] = TrackingEvent,
         *,
+        sinks: Mapping[str, str | Sink] | None = None,
         deliver: Literal["thread", "process", "external"] = "thread",
         trusted: bool = False,
         enabled: bool = True,
@@ -105,26 +105,29 @@ class Outbox:
     ) -> None:
         keywords: dict[str, object] = locals() | others  # before anything else has a name here
         del keywords["self"], keywords["others"]
-        url = sink if isinstance(sink, str) else None
-        self._set_up(resolve(keywords | {"sink": url}), sink if isinstance(sink, Sink) else None)
-        if sink is not None and url is None and not isinstance(sink, Sink):
+        if sink is not None and not isinstance(sink, (str, Sink)):
             raise ConfigurationError("sink", sink, "the call", "a URL, a Sink, or None")
+        keywords["sink"] = sink if isinstance(sink, str) else None
+        given = {ONLY: sink} if isinstance(sink, Sink) else {}
+        if given and sinks is not None:
+            raise ConfigurationError("sinks", "...", "the call", EITHER)
+        self._set_up(resolve(keywords), given)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         """An outbox with settings that `resolve` has checked, from the environment or a TOML file for example."""
         outbox = cls.__new__(cls)
-        outbox._set_up(settings, None)
+        outbox._set_up(settings, {})
         return outbox
 
-    def _set_up(self, settings: Settings, sink: Sink | None) -> None:
+    def _set_up(self, settings: Settings, given: dict[str, Sink]) -> None:
         if settings.enabled and not settings.directory:
             raise ConfigurationError("directory", "", "the default", "the path of a directory")
-        check_delivery(settings, sink)
+        self._given = given | {name: sink for name, sink in settings.sinks.items() if not isinstance(sink, str)}
+        check_delivery(settings, self._given)
         self.settings = settings
         self.name = settings.directory
-        self._given_sink = sink
-        self._sink_name = redacted(settings.sink) if settings.sink else type(sink).__name__
+        self._delivers = settings.deliver != "external"
         self._entrance = Entrance(settings)
         self._event_type = settings.event_type
         self._clock: Clock = SystemClock()
@@ -194,9 +197,7 @@ class Outbox:
             self.enqueue = self._entrance.filtering(self.enqueue)
         if self._hooks.hears_of_drops:
             self.enqueue = self._reporting(self.enqueue)
-        self._sink = self._given_sink
-        if self._sink is None and settings.sink is not None and settings.enabled and settings.deliver != "external":
-            self._sink = make_sink(settings.sink, settings.event_type)
+        self._sinks = destinations(settings, self._given) if settings.enabled and self._delivers else {}
 
     def enqueue_many(self, events: Iterable[msgspec.Struct], *, durability: Durability | None = None) -> list[Outcome]:
         """Store events in one write, all or none of the valid ones; one outcome for each, in order.
@@ -316,16 +317,17 @@ class Outbox:
         """Once, before the first promise; raises `DirectoryUnusable`."""
         self._directory.check_power()
         self._power_checked = True
-        if self._sink is not None and self._sink.traits.survives != "power":
-            keeps = self.settings.keep_delivered is not None
-            log.warning(
-                '%s: with durability "power" an event survives here what it does not survive at %s once it is delivered; %s',
-                self.name,
-                self._sink_name,
-                "`pillarbox resend` sends again what that loses, from what keep_delivered keeps"
-                if keeps
-                else "set keep_delivered, and `pillarbox resend` can send again what that loses",
-            )
+        way_out = "set keep_delivered, and `pillarbox resend` can send again what that loses"
+        if self.settings.keep_delivered is not None:
+            way_out = "`pillarbox resend` sends again what that loses, from what keep_delivered keeps"
+        for sink, text in self._sinks.values():
+            if sink.traits.survives != "power":
+                log.warning(
+                    '%s: with durability "power" an event survives here what it does not survive at %s once delivered; %s',
+                    self.name,
+                    text,
+                    way_out,
+                )
 
     def _append(self, lines: bytes, events: int, *, power: bool) -> Outcome:
         """Append; the first starts the outbox, or finds that it may not. With `power` that waits for the sync too."""
@@ -384,7 +386,7 @@ class Outbox:
             partial(self._writer.release, files=0),
         )
         self._delivery = deliverer_for(
-            self.settings, self._directory, self._clock, self._ledger, callbacks, self._busy, self._sink, self._sink_name
+            self.settings, self._directory, self._clock, self._ledger, callbacks, self._busy, self._sinks
         )
         if self._delivery is not None:
             self._delivery.start()
@@ -410,10 +412,10 @@ class Outbox:
         if not self._sealer.seal_now("manual", timeout):
             return False
         try:
-            waiting = self._batches()
+            waiting = self._directory.waiting()
             while waiting:
                 before, settled = clock.monotonic(), self._settled_files()
-                waiting &= self._batches()
+                waiting &= self._directory.waiting()
                 now = clock.monotonic()
                 if not waiting:
                     break
@@ -423,10 +425,6 @@ class Outbox:
         except OSError:
             return False
         return True
-
-    def _batches(self) -> set[str]:
-        """Those of the sealed files; their names may change."""
-        return {layout.batch_id(name) for name in self._directory.sealed()}
 
     def _settled_files(self) -> int:
         return sum(sink.flushed_files for sink in self._delivery.sinks().values()) if self._delivery is not None else 0
@@ -501,17 +499,18 @@ class Outbox:
         self.close()
 
     def __repr__(self) -> str:
-        sink = self._sink_name if self._sink is not None else None
-        return f"Outbox({self.name!r}, sink={sink!r}, event_type={self._event_type.__name__})"
+        sinks = {name: text for name, (_, text) in self._sinks.items()}
+        named = f"sinks={sinks!r}" if sinks and ONLY not in sinks else f"sink={sinks.get(ONLY)!r}"
+        return f"Outbox({self.name!r}, {named}, event_type={self._event_type.__name__})"
 
     def _after_fork(self) -> None:
         """In the child: let go of the parent's files, locks and threads without touching what they stand for."""
-        _abandoned.append((self._delivery, self._sink))  # an SQLite connection must not even be closed here
-        if self._given_sink is not None:
+        _abandoned.append((self._delivery, self._sinks))  # an SQLite connection must not even be closed here
+        if self._given:
             # Its connections are the parent's. With a URL the child would have made a sink of its own.
-            self._given_sink = None
+            self._given, self._delivers = {}, False
             self._entrance.explain(
-                "a Sink object does not outlive a fork: this process only stores; give its URL to deliver from here too"
+                "a Sink object does not outlive a fork: this process only stores; give URLs to deliver from here too"
             )
         self._starting = threading.RLock()
         self._writer.abandon()

@@ -8,10 +8,10 @@ same. What is nearer wins: keyword or option, then environment, then TOML, then 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
@@ -24,9 +24,7 @@ from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES
 from pillarbox.store import compressed
 from pillarbox.store.filesystem import read_file
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from pillarbox.store.layout import is_sink
 
 _ENVIRONMENT_PREFIX: Final = "PILLARBOX_"
 _ALIASES: Final = {
@@ -36,8 +34,7 @@ _ALIASES: Final = {
     "tracking_outbox_flush_interval": "flush_interval",
     "tracking_outbox_max_bytes": "max_bytes",
 }
-# Part of the public API's contract, and built later; refused by name rather than ignored.
-LATER: Final = ("sinks",)
+EITHER: Final = "left out where sink is given: name that one among the sinks"
 INTERVAL_MAX_S: Final = 86_400.0  # longer than a day is a slip of the pen
 AGE_MAX_S: Final = 100 * 365 * 86_400.0  # what still fits beside the present in microseconds, and to spare
 RATE_MIN: Final = 0.001  # events/s; so that a pause stays a number that a clock can add
@@ -54,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = True
     directory: str = ""
     sink: str | None = None
+    sinks: dict[str, Any] = {}  # where there are several: URLs, or a `Sink` each where the application has made it
     event_type: type[msgspec.Struct] = TrackingEvent
     deliver: str = "thread"
     trusted: bool = False
@@ -187,6 +185,23 @@ def _compress_after(value: object) -> float:
     return _seconds(AGE_MAX_S)(value)
 
 
+def _sinks(value: object) -> dict[str, object]:
+    allowed = "a table of names and URLs, or as text name=URL name=URL; names of a-z, 0-9, _ and -, at most 32"
+    if isinstance(value, str):
+        pairs = [pair.partition("=") for pair in value.split()]
+        value = {name: url for name, _, url in pairs}
+        if len(value) < len(pairs):
+            raise _Refusal(f"{allowed}; each name once")
+    if not isinstance(value, Mapping) or not value:
+        raise _Refusal(allowed)
+    for name, sink in value.items():
+        if not isinstance(name, str) or not is_sink(name):
+            raise _Refusal(allowed)
+        if not sink or not (isinstance(sink, str) or callable(getattr(sink, "deliver", None))):
+            raise _Refusal(f"{allowed} ({name} has none)")
+    return dict(value)
+
+
 def _one_of(*allowed: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         if value in allowed:
@@ -229,6 +244,7 @@ _SETTINGS: Final[dict[str, Callable[[object], Any]]] = {
     "enabled": _yes_no,
     "directory": _path,
     "sink": _text,
+    "sinks": _sinks,
     "event_type": _event_type,
     "deliver": _one_of("thread", "process", "external"),
     "trusted": _yes_no,
@@ -277,21 +293,28 @@ def resolve(
     """
     found: dict[str, tuple[object, str]] = {}
     if config is not None:
-        found |= _from_toml(config)
+        _lay_over(found, _from_toml(config))
     if environ is not None:
-        found |= _from_environment(environ)
-    for name, value in keywords.items():
-        known = _known(name, keyword_source)
-        if value is not None:
-            found[known] = (value, keyword_source)
+        _lay_over(found, _from_environment(environ))
+    known = {_known(name, keyword_source): value for name, value in keywords.items()}
+    _lay_over(found, {name: (value, keyword_source) for name, value in known.items() if value is not None})
     values: dict[str, Any] = {name: _parsed(name, value, source) for name, (value, source) in found.items()}
     return Settings(**values)
 
 
+def _lay_over(found: dict[str, tuple[object, str]], nearer: dict[str, tuple[object, str]]) -> None:
+    """What is nearer wins; one sink there takes the place of several, and the other way round."""
+    if "sink" in nearer and "sinks" in nearer:
+        raise ConfigurationError("sinks", "...", nearer["sinks"][1], EITHER)
+    if "sink" in nearer:
+        found.pop("sinks", None)
+    if "sinks" in nearer:
+        found.pop("sink", None)
+    found |= nearer
+
+
 def _known(name: str, source: str) -> str:
     known = _ALIASES.get(name.lower(), name)
-    if known in LATER:
-        raise ConfigurationError(known, "...", source, "left out: it comes with a later version")
     if known not in _SETTINGS:
         raise ConfigurationError(known, "...", source, f"one of the settings {', '.join(_SETTINGS)}")
     return known
@@ -311,9 +334,6 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[object, str
     for variable, name in names.items():
         if variable in environ:
             found[name] = (environ[variable], f"environment {variable}")
-    for name in LATER:
-        if _ENVIRONMENT_PREFIX + name.upper() in environ:
-            _known(name, f"environment {_ENVIRONMENT_PREFIX}{name.upper()}")
     return found
 
 

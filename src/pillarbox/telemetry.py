@@ -72,6 +72,10 @@ class SinkStats(msgspec.Struct, frozen=True, kw_only=True):
     rate: float | None  # events a second that are sent at most, while that is bounded
     last_error: str
 
+    def degraded(self, reason: str) -> SinkStats:
+        """The same, where something is wrong that is not the sink's."""
+        return msgspec.structs.replace(self, state=State("degraded", reason), last_error=reason)
+
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of an outbox. Counts are of this process since it opened the outbox; pending is the directory's."""

@@ -82,7 +82,7 @@ def test_it_is_one_line(filled: Path) -> None:
     assert said(filled) == "balanced: accepted 50 = delivered 50 + pending 0 + dead 0 + quarantined 0 + evicted 0\n"
     table = run("verify", "-d", "box", "--writers", cwd=filled).stdout.decode().splitlines()
     assert table[1].split()[:2] == ["writer", "accepted"]
-    assert [line.split()[1:3] for line in table[2:]] == [["50", "50"], ["50", "50"]]
+    assert [line.split()[1:4] for line in table[2:]] == [["50", "0", "50"], ["50", "0", "50"]]
 
 
 def test_it_creates_and_changes_nothing(filled: Path) -> None:

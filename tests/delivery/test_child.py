@@ -346,7 +346,7 @@ def test_what_the_child_does_is_told_and_the_end_of_the_line_is_its_end(folder: 
     gone: list[int] = []
     durations: list[float] = []
     settings = resolve({"directory": str(folder), "sink": url, "deliver": "process"})
-    supervisor = Supervisor(settings, place, SystemClock(), Callbacks(gone.append, durations.append), url)
+    supervisor = Supervisor(settings, place, SystemClock(), Callbacks(gone.append, durations.append), {"": url})
     supervisor.start()
     wait_until(lambda: gone == sizes and len(durations) == 3)
     child = supervisor._child

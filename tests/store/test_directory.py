@@ -138,7 +138,7 @@ def test_the_recovery_table_is_total() -> None:
     """Every combination has one action; a held lock is never touched, a sealed file never changed."""
     assert set(RECOVERY) == {(kind, lock, tail) for kind in Kind for lock in Lock for tail in Tail}
     for (kind, lock, tail), action in RECOVERY.items():
-        if lock is Lock.ANOTHER or kind in (Kind.SEALED, Kind.CORRUPT, Kind.SPANS, Kind.DEAD, Kind.OTHER):
+        if lock is Lock.ANOTHER or kind in (Kind.SEALED, Kind.CORRUPT, Kind.SPANS, Kind.DEAD, Kind.DELIVERED, Kind.OTHER):
             assert action is Action.LEAVE
         elif kind is Kind.ASIDE or tail is Tail.EMPTY:
             assert action is Action.REMOVE
@@ -153,6 +153,7 @@ EXAMPLES = {
     Kind.CORRUPT: "corrupt-sealed-a.ndjson",
     Kind.SPANS: "corrupt-sealed-a.spans.json",
     Kind.DEAD: "dead-sealed-a.ndjson",
+    Kind.DELIVERED: "delivered-a.ndjson",
     Kind.ASIDE: "dead-sealed-a.ndjson.aside",
     Kind.OTHER: "notes.txt",
 }

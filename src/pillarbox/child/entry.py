@@ -18,12 +18,11 @@ import msgspec
 
 from pillarbox.child.messages import GO, NOTIFY, STOP, Line, Message, Ready, Report, Setup, Trouble, decode_settings, lines
 from pillarbox.clock import SystemClock
-from pillarbox.deliverers import make_deliverer
+from pillarbox.deliverers import destinations, make_deliverer
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.state import ANOTHER_DELIVERS
 from pillarbox.errors import PillarboxError
 from pillarbox.hooks import Hooks
-from pillarbox.sinks import make_sink, redacted
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
@@ -114,16 +113,8 @@ class _Mouth(logging.Handler):
         place.note_stamp(place.account().newest_stamp)
         self._hooks = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter)
         callbacks = Callbacks(self._gone.append, self._durations.append, self._hooks.dead_letter)
-        url = settings.sink or ""
         self._deliverer = make_deliverer(
-            settings,
-            place,
-            clock,
-            Ledger(place, clock),
-            callbacks,
-            lambda: False,
-            make_sink(url, settings.event_type),
-            redacted(url),
+            settings, place, clock, Ledger(place, clock), callbacks, lambda: False, destinations(settings, {})
         )
         return self._deliverer
 

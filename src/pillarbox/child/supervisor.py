@@ -30,14 +30,13 @@ from pillarbox.child.messages import (
     lines,
 )
 from pillarbox.delivery.backoff import Backoff, jitter
-from pillarbox.delivery.deliverer import ONLY
 from pillarbox.delivery.lease import Lease
 from pillarbox.delivery.state import ANOTHER_DELIVERS, State, StateName
 from pillarbox.errors import FileUnusable
 from pillarbox.telemetry import COUNTED, DeliveryCounters, SinkStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping
 
     from pillarbox.clock import Clock
     from pillarbox.delivery.settlement import Callbacks
@@ -64,14 +63,13 @@ class Supervisor:
         directory: Directory,
         clock: Clock,
         callbacks: Callbacks,
-        sink_name: str,
-        sinks: Sequence[str] = (ONLY,),
+        sinks: Mapping[str, str],
     ) -> None:
         self._settings = settings
         self._directory = directory
         self._clock = clock
         self._callbacks = callbacks
-        self._lease = Lease(directory, sink_name, clock, settings.durability)
+        self._lease = Lease(directory, ", ".join(name or url for name, url in sinks.items()), clock, settings.durability)
         self._stopping = threading.Event()
         self._deadline = 0.0  # of the end, in monotonic seconds
         self._orders = threading.Lock()

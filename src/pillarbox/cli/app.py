@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from enum import IntEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 EPILOG = """Settings are looked for in the options, then in the environment (PILLARBOX_DIRECTORY, PILLARBOX_SINK, ...), then in
 the TOML file named by --config. Exit codes: 0 done; 1 done in part, or the destination does not fit: the output says which;
 2 a wrong option, setting or directory; 130 interrupted."""
+
+_NAMED_SINK: Final = re.compile(r"([^=:/?#]*)=(.*)", re.DOTALL)  # a URL's own first "=" comes behind its colon
 
 app = typer.Typer(
     name="pillarbox",
@@ -48,7 +51,13 @@ DirectoryOption = Annotated[
     str | None, typer.Option("--directory", "-d", metavar="DIR", help="The outbox directory.", show_default=False)
 ]
 SinkOption = Annotated[
-    str | None, typer.Option("--sink", metavar="URL", help="Where to deliver, e.g. sqlite:///events.db.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        "--sink",
+        metavar="[NAME=]URL",
+        help="Where to deliver, e.g. sqlite:///events.db; once for each of several, with names.",
+        show_default=False,
+    ),
 ]
 EventTypeOption = Annotated[
     str | None,
@@ -66,7 +75,21 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, n
 def settings_from(config: str | None, **options: object) -> Settings:
     """The settings that the options, the environment and the TOML file amount to."""
     sys.path.insert(0, "")  # an --event-type module is looked for where the user stands, as `python -m` does
+    if isinstance(options.get("sink"), list):
+        options |= _one_or_several(options["sink"])
     return resolve(options, os.environ, config, keyword_source="the command line")
+
+
+def _one_or_several(sinks: Any) -> dict[str, object]:
+    """What `--sink` means, given once or several times."""
+    named = [_NAMED_SINK.fullmatch(sink) for sink in sinks]
+    if not any(named):
+        if len(sinks) > 1:
+            raise typer.BadParameter("of several, each needs a name: --sink NAME=URL", param_hint="--sink")
+        return {"sink": sinks[0] if sinks else None}
+    if not all(named) or len({match[1] for match in named if match}) < len(sinks):
+        raise typer.BadParameter("of several, each needs a name of its own: --sink NAME=URL", param_hint="--sink")
+    return {"sink": None, "sinks": {match[1]: match[2] for match in named if match}}
 
 
 def require(settings: Settings, name: str, example: str) -> None:
@@ -109,6 +132,7 @@ def load() -> typer.Typer:
         quarantine,  # noqa: F401
         resend,  # noqa: F401
         seal,  # noqa: F401
+        sinks,  # noqa: F401
         spacetimedb,  # noqa: F401
         status,  # noqa: F401
         tail,  # noqa: F401

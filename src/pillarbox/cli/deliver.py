@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -23,21 +24,21 @@ from pillarbox.cli.app import (
     stop_on_sigterm,
 )
 from pillarbox.clock import SystemClock
+from pillarbox.deliverers import destinations, make_deliverer
+from pillarbox.delivery.deliverer import together
 from pillarbox.delivery.settlement import Callbacks
-from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.delivery.worker import Worker
 from pillarbox.exposition import Exposition
 from pillarbox.hooks import Hooks
-from pillarbox.sinks import make_sink, redacted
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
-from pillarbox.telemetry import DeliveryCounters
 
 if TYPE_CHECKING:
+    from pillarbox.deliverers import Here
     from pillarbox.settings import Settings
 
-_LOOK_S: Final = 0.1
+_LOOK_S: Final = 0.05
+_STUCK_S: Final = 0.5  # without progress, where a sink is stopped: the others may be about to begin
 _STOP_S: Final = 10.0  # for the batch that is on its way when the command is interrupted
 
 
@@ -73,7 +74,8 @@ def deliver(
     try:
         settings = settings_from(config, directory=directory, sink=sink, event_type=event_type)
         require(settings, "directory", "DIR")
-        require(settings, "sink", "URL")
+        if not settings.sinks:
+            require(settings, "sink", "URL")
         return _deliver(settings, timeout if once else None, metrics, otlp, quiet=quiet)
     except KeyboardInterrupt:  # before there was anything to end, or a second time: what is on its way is sent again
         return Exit.PARTLY if once else Exit.DONE
@@ -84,46 +86,41 @@ def _deliver(settings: Settings, give_up_s: float | None, metrics: str | None, o
     place = Directory(settings.directory, RealFilesystem(), clock)
     place.open()
     shown = Exposition(place, settings, clock, metrics, otlp)
-    url = settings.sink or ""
-    counters = DeliveryCounters()
-    worker = Worker(
-        place,
-        make_sink(url, settings.event_type),
-        redacted(url),
-        clock,
-        settings.rules,
-        counters,
-        Callbacks(
-            on_duration=shown.flushed, on_dead=Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).dead_letter
-        ),
-        kept=settings.kept,
-        ledger=Ledger(place, clock),
+    on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).dead_letter
+    callbacks = Callbacks(on_duration=shown.flushed, on_dead=on_dead)
+    sinks = destinations(settings, {})
+    deliverer = make_deliverer(
+        settings, place, clock, Ledger(place, clock), callbacks, lambda: False, sinks, only_delivers=True
     )
     place.note_stamp(place.account().newest_stamp)
-    thread = DeliveryThread(worker)
-    shown.begin(thread.sinks)
-    thread.start()
+    shown.begin(deliverer.sinks)
+    deliverer.start()
     try:
-        done = _watch(worker, place, give_up_s, quiet=quiet)
+        done = _watch(deliverer, place, give_up_s, quiet=quiet)
     except KeyboardInterrupt:
         done = give_up_s is None
     finally:
-        thread.stop(_STOP_S)
+        deliverer.stop(_STOP_S)
         shown.close()
+    found = together(deliverer.sinks())
     left = place.account()
     out.print(
-        f"delivered {counters.delivered} ({counters.duplicates} were there already), dead letters {counters.dead}, "
-        f"damaged {counters.quarantined}; {left.sealed_files} files wait"
-        + (f"; {worker.state}" if worker.state.reason else ""),
+        f"delivered {found.delivered} ({found.duplicates} were there already), dead letters {found.dead}, "
+        f"damaged {found.quarantined}; {left.sealed_files} files wait" + (f"; {found.state}" if found.state.reason else ""),
         markup=False,
     )
     return Exit.DONE if done else Exit.PARTLY
 
 
-def _watch(worker: Worker, place: Directory, give_up_s: float | None, *, quiet: bool) -> bool:
+def _is_stuck(deliverer: Here) -> bool:
+    """Whether nobody delivers any more: each sink has nothing to do, or waits for somebody to mend it."""
+    states = {sink.state.name for sink in deliverer.sinks().values()}
+    return "stopped" in states and states <= {"stopped", "idle"}
+
+
+def _watch(deliverer: Here, place: Directory, give_up_s: float | None, *, quiet: bool) -> bool:
     """Show progress until nothing waits (with `give_up_s`) or for ever; whether nothing is left."""
     total = place.account().pending_bytes
-    counters = worker.counters
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -137,16 +134,16 @@ def _watch(worker: Worker, place: Directory, give_up_s: float | None, *, quiet: 
     ) as progress:
         task = progress.add_task("deliver", total=total, events=0)
         clock = SystemClock()
-        last_count, last_moment = counters.flushed_files, clock.monotonic()
-        while not worker.idle.wait(_LOOK_S) or give_up_s is None:
-            progress.update(task, completed=counters.flushed_bytes, events=counters.delivered)
+        last_count, last_moment = 0, clock.monotonic()
+        while give_up_s is None or not deliverer.is_idle():
+            threading.Event().wait(_LOOK_S)
+            found = together(deliverer.sinks())
+            progress.update(task, completed=found.flushed_bytes, events=found.delivered)
             if give_up_s is None:
-                if worker.idle.is_set():
-                    with worker.settled:
-                        worker.settled.wait(_LOOK_S)
                 continue
-            if counters.flushed_files != last_count:
-                last_count, last_moment = counters.flushed_files, clock.monotonic()
-            if worker.state.name == "stopped" or clock.monotonic() - last_moment > give_up_s:
+            if found.flushed_files != last_count:
+                last_count, last_moment = found.flushed_files, clock.monotonic()
+            stuck = _is_stuck(deliverer) and clock.monotonic() - last_moment > _STUCK_S
+            if stuck or clock.monotonic() - last_moment > give_up_s:
                 return False
-    return place.account().sealed_files == 0
+    return not place.waiting()

@@ -13,12 +13,13 @@ from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, a
 from pillarbox.cli.kept import print_table
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusable
-from pillarbox.store.audit import Audit, audit
+from pillarbox.store import layout
+from pillarbox.store.audit import Audit, audit, audit_queues
 from pillarbox.store.balance import Account, Row
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 
-_FIGURES: Final = ("accepted", "delivered", "pending", "dead", "quarantined", "evicted")
+_FIGURES: Final = ("accepted", "handed over", "delivered", "pending", "dead", "quarantined", "evicted")
 _NAMED_MAX: Final = 20  # batches that do not balance are named one by one up to here; all are in --json
 
 
@@ -30,6 +31,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     account: Account
     unread_entries: int  # lines of the ledger that are damaged, or of a later version
     unreadable_files: list[str]
+    sinks: dict[str, Verification]  # of several, each one's account of what was handed over to it
 
 
 @app.command("verify")
@@ -51,32 +53,45 @@ def verify(
         found = _audited(place)
     except OSError as error:
         raise DirectoryUnusable(settings.directory, f"cannot be read: {error.strerror}", "name an outbox directory") from None
-    balances = found.balances
+    balances = all(one.balances for one in found.values())
     if json:
-        answer = Verification(
-            directory=settings.directory,
-            balances=balances,
-            account=found.account,
-            unread_entries=found.unread_entries,
-            unreadable_files=found.unreadable,
-        )
+        answer = _answer(settings.directory, found[""], {sink: one for sink, one in found.items() if sink})
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
         return Exit.DONE if balances else Exit.PARTLY
-    out.print(in_one_line(found), markup=False)
-    if writers:
-        rows = [*found.account.writers, msgspec.structs.replace(found.account.total, writer="all")]
-        print_table([("writer", "left"), *((name, "right") for name in _FIGURES)], map(_cells, rows))
-    for line in _notes(found):
-        out.print(line, markup=False)
+    for sink, one in found.items():
+        named = f"{sink}: " if sink else ""
+        out.print(named + in_one_line(one), markup=False)
+        if writers:
+            rows = [*one.account.writers, msgspec.structs.replace(one.account.total, writer="all")]
+            print_table([("writer", "left"), *((name, "right") for name in _FIGURES)], map(_cells, rows))
+        for line in _notes(one):
+            out.print(named + line, markup=False)
     return Exit.DONE if balances else Exit.PARTLY
 
 
-def _audited(place: Directory) -> Audit:
+def _answer(path: str, found: Audit, sinks: dict[str, Audit]) -> Verification:
+    return Verification(
+        directory=path,
+        balances=found.balances and all(one.balances for one in sinks.values()),
+        account=found.account,
+        unread_entries=found.unread_entries,
+        unreadable_files=found.unreadable,
+        sinks={sink: _answer(f"{path}/{layout.queue_name(sink)}", one, {}) for sink, one in sinks.items()},
+    )
+
+
+def _audited(place: Directory) -> dict[str, Audit]:
+    """The account of the directory under "", and those of several sinks under their names."""
     with Progress(
         TextColumn("verify"), BarColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True
     ) as progress:
         task = progress.add_task("verify", total=None)
-        return audit(place, lambda done, total: progress.update(task, completed=done, total=total))
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        whole = audit(place, show)
+        return {"": whole, **audit_queues(place, whole, show)}
 
 
 def in_one_line(found: Audit) -> str:
@@ -90,6 +105,8 @@ def in_one_line(found: Audit) -> str:
         f"quarantined {_range(row.quarantined, row.quarantined_max)}",
         f"evicted {row.evicted:,}",
     ]
+    if row.shared_max:
+        parts.insert(0, f"handed over {_range(row.shared, row.shared_max)}")
     word, sign = ("balanced", "=") if found.balances else ("does not balance", "<>")
     mended = [
         f"{name} {number:,}"
@@ -135,6 +152,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.writer or "unknown",
         _range(row.accepted, row.accepted_max),
+        _range(row.shared, row.shared_max),
         f"{row.delivered:,}",
         _range(row.pending, row.pending_max),
         f"{row.dead:,}",

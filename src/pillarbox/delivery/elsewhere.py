@@ -52,8 +52,11 @@ class Elsewhere:
             log.log(level, "%s: %s", self._directory.path, what)
 
     def sinks(self) -> dict[str, SinkStats]:
-        """What the heartbeat says."""
-        beat = last_heartbeat(self._directory)
+        """What the heartbeat says; of several sinks, each one's."""
+        places = self._directory.queues() or [self._directory]
+        return {place.sink or ONLY: self._stands(last_heartbeat(place)) for place in places}
+
+    def _stands(self, beat: Heartbeat | None) -> SinkStats:
         silent = self._silence(beat)
         if silent is not None:
             state, last_error = State("degraded", f"{_NOBODY}: silent for {silent:.0f} s"), _NOBODY
@@ -61,7 +64,7 @@ class Elsewhere:
             state, last_error = beat.state, beat.last_error
         else:
             state, last_error = State("idle"), ""
-        return {ONLY: DeliveryCounters().snapshot(state, last_error)}
+        return DeliveryCounters().snapshot(state, last_error)
 
     def wait_for_settlement(self, seen: int, timeout: float) -> None:  # noqa: ARG002 - the protocol's
         """Wait `timeout` seconds: nobody tells."""

@@ -55,6 +55,10 @@ class DeliveryThread:
         with worker.settled:  # a file that is gone is counted
             return {ONLY: worker.counters.snapshot(worker.state, worker.last_error)}
 
+    def is_idle(self) -> bool:
+        """Whether the last look has found nothing left to do."""
+        return self.worker.idle.is_set()
+
     def wait_for_settlement(self, seen: int, timeout: float) -> None:
         """Wait until other than `seen` files are settled, at most `timeout` seconds."""
         with self.worker.settled:

@@ -201,7 +201,7 @@ class Worker:
                 self._standing.enter("standby", ANOTHER_DELIVERS)
                 await self._pause(min(self._rules.interval_s, _TAKE_OVER_S))
                 return True
-            if not self._opened and not await self._open():
+            if await self._is_for_several() or (not self._opened and not await self._open()):
                 return True
             self._adopt()
             self._line_up()
@@ -217,6 +217,17 @@ class Worker:
         self._settler.finish()
         await self._rest()
         return True
+
+    async def _is_for_several(self) -> bool:
+        """Whether what lies here belongs to other sinks too, after a wait: this one would take it from them."""
+        queues = self._directory.queues()
+        if queues:
+            names = ", ".join(queue.sink for queue in queues)
+            way_out = "name all of them as sinks, or pillarbox sinks remove NAME"
+            await self._hold(
+                "stopped", f"the directory has queues of several sinks ({names}): {way_out}", self._rules.recheck_s
+            )
+        return bool(queues)
 
     async def _rest(self) -> None:
         """Nothing can be sent now."""

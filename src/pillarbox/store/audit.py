@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusable
 from pillarbox.store import layout, reader
-from pillarbox.store.balance import OF_A_BATCH, Account, Entry, Evicted, Found, Settled, account
+from pillarbox.store.balance import OF_A_BATCH, Account, Entry, Evicted, Found, Settled, Shared, Wrong, account
+from pillarbox.store.fanout import HANDED_OVER
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import entries_of
 
@@ -37,6 +38,23 @@ class Audit(NamedTuple):
     def balances(self) -> bool:
         """Whether everything is accounted for; what cannot be read is not."""
         return self.account.balances and not self.unreadable
+
+
+def audit_queues(
+    directory: Directory, whole: Audit, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> dict[str, Audit]:
+    """The accounts of several sinks, by name, after the one of the directory they share. Raises `OSError`.
+
+    What was handed over to a sink must be in its account: who hands over writes there first.
+    """
+    found: dict[str, Audit] = {}
+    for queue in directory.queues():
+        one = audit(queue, progress)
+        missing = whole.account.shared.get(queue.sink, 0) - one.account.total.accepted_max
+        if missing > 0:
+            one.account.wrong.append(Wrong("", HANDED_OVER, missing, "handed over, and not in the account of the sink"))
+        found[queue.sink] = one
+    return found
 
 
 def audit(directory: Directory, progress: Callable[[int, int], None] = lambda _done, _total: None) -> Audit:
@@ -92,7 +110,7 @@ def _look(directory: Directory, progress: Callable[[int, int], None], known: dic
     there = {name for name, _ in directory.filesystem.listing(directory.path)}
     still_active = [file for name, file in active.items() if name in there]
     ignored = _batches(entries) - _batches(before) - found.keys()
-    settled = {entry.batch for entry in entries if isinstance(entry, (Settled, Evicted))}
+    settled = {entry.batch for entry in entries if isinstance(entry, (Settled, Shared, Evicted))}
     # Those of a batch that is not settled yet are written before the ledger has them.
     kept = sum(count for batch, count in dead.items() if batch in settled or batch not in found)
     return Audit(account(entries, found, still_active, ignored, kept), unread, unreadable)
@@ -107,7 +125,7 @@ def _batches(entries: list[Entry]) -> set[str]:
 
 
 def _read(directory: Directory, name: str) -> bytes:
-    fd = directory.filesystem.open_existing(directory.at(name))
+    fd = directory.open_found(name)
     try:
         return directory.filesystem.read_all(fd)
     finally:

@@ -55,6 +55,15 @@ class Settled(_Entry, frozen=True):
     discarded_spans: int = 0  # of the spans likewise
 
 
+class Shared(_Entry, frozen=True):
+    """A batch went into the queues of these sinks, each of which has an account of its own."""
+
+    batch: str
+    sinks: list[str]
+    events: int  # good records that were found in it
+    spans: int  # of damaged bytes
+
+
 class Evicted(_Entry, frozen=True):
     """A batch was given up for newer events."""
 
@@ -111,6 +120,8 @@ class Row(msgspec.Struct, kw_only=True):
     quarantined: int = 0
     quarantined_max: int = 0
     evicted: int = 0
+    shared: int = 0  # handed over to the queues of several sinks
+    shared_max: int = 0
     duplicates: int = 0  # of those delivered, what the destination had before
     resent: int = 0  # delivered once more after a kill
 
@@ -123,7 +134,8 @@ class Row(msgspec.Struct, kw_only=True):
     def settled_and_pending(self) -> tuple[int, int]:
         """What the accepted must be equal to: the two ends."""
         fixed = self.delivered + self.dead + self.evicted
-        return fixed + self.pending + self.quarantined, fixed + self.pending_max + self.quarantined_max
+        low = fixed + self.pending + self.quarantined + self.shared
+        return low, fixed + self.pending_max + self.quarantined_max + self.shared_max
 
 
 NUMBERS: Final = tuple(field for field in Row.__struct_fields__ if field != "writer")
@@ -140,10 +152,11 @@ class Sum(_Entry, frozen=True):
     lost: int = 0
     wrong: int = 0  # events by which batches that are over did not balance
     resent: int = 0  # on request
+    shared: dict[str, int] = {}  # events handed over, by sink
 
 
-OF_A_BATCH: Final = (Sealed, Adopted, Settled, Resent, Evicted)
-Entry = Sealed | Adopted | Settled | Evicted | Replayed | Repaired | Resent | Purged | Lost | Sum
+OF_A_BATCH: Final = (Sealed, Adopted, Settled, Resent, Shared, Evicted)
+Entry = Sealed | Adopted | Settled | Shared | Evicted | Replayed | Repaired | Resent | Purged | Lost | Sum
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -171,12 +184,13 @@ class _Life:
         self.known = False  # by an entry of whoever sealed it
         self.counted: int | None = None
         self.settled: Settled | None = None
+        self.shared: Shared | None = None
         self.evicted: int | None = None
         self.resent = 0
 
     @property
     def is_over(self) -> bool:
-        return self.settled is not None or self.evicted is not None
+        return self.settled is not None or self.evicted is not None or self.shared is not None
 
     def take(self, entry: Entry) -> None:
         match entry:
@@ -190,6 +204,8 @@ class _Life:
                 if self.settled is not None and self.settled != entry:
                     self.resent += entry.delivered
                 self.settled = entry
+            case Shared():
+                self.shared = entry
             case Evicted(events=events):
                 self.evicted = events
 
@@ -203,6 +219,10 @@ class _Life:
             row.quarantined_max = spans
         elif self.evicted is not None:
             row.evicted = records = self.evicted
+        elif self.shared is not None:
+            row.shared = row.shared_max = records = self.shared.events
+            spans = self.shared.spans
+            row.shared_max += spans
         elif found is not None:
             row.pending = row.pending_max = records = found.records
             spans = found.spans
@@ -221,10 +241,12 @@ class _Life:
         row.accepted = row.accepted_max = counted
         missing = counted - records
         if missing < 0 or (missing and not spans):
-            row.pending_max, row.quarantined_max = row.pending, row.quarantined
+            row.pending_max, row.quarantined_max, row.shared_max = row.pending, row.quarantined, row.shared
             return row, self._wrong(missing, f"the writer counted {counted}, found were {records}")
         if self.settled is not None:
             row.quarantined = row.quarantined_max = missing
+        elif self.shared is not None:
+            row.shared = row.shared_max = row.shared + missing
         else:
             row.pending = row.pending_max = row.pending + missing
         return row, None
@@ -246,6 +268,7 @@ class Account(msgspec.Struct, kw_only=True):
     lost_entries: int = 0
     dead_kept: int = 0  # dead letters on disk
     dead_missing: int = 0  # that the ledger has and the disk has not
+    shared: dict[str, int] = {}  # events handed over, by sink; at the least, where damage made a count unknowable
     earlier_wrong: int = 0  # events by which batches that are summed up did not balance
     wrong: list[Wrong]
 
@@ -264,6 +287,7 @@ class _Fold:
         self.lives: dict[str, _Life] = {}
         self.resent: dict[str, int] = {}  # events by batch; what is summed up has no name
         self.rows: dict[str, Row] = {}
+        self.shared: dict[str, int] = {}
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.wrong = 0
         mended: set[Entry] = set()
         for entry in entries:
@@ -285,6 +309,8 @@ class _Fold:
                 self.lost += entry.lost
                 self.wrong += entry.wrong
                 self.resent[""] = self.resent.get("", 0) + entry.resent
+                for sink, events in entry.shared.items():
+                    self._share(sink, events)
             case Replayed(events=events):
                 self.replayed += events
             case Repaired(events=events):
@@ -306,7 +332,13 @@ class _Fold:
         if life.settled is not None:
             self.purged_dead += life.settled.discarded
             self.purged_quarantine += life.settled.discarded_spans
+        if life.shared is not None:
+            for sink in life.shared.sinks:
+                self._share(sink, life.shared.events)
         return wrong
+
+    def _share(self, sink: str, events: int) -> None:
+        self.shared[sink] = self.shared.get(sink, 0) + events
 
     def add(self, row: Row) -> None:
         """To what is known of its writer."""
@@ -338,6 +370,7 @@ def condensed(entries: list[Entry], there: AbstractSet[str], now_micros: int) ->
         fold.lost,
         fold.wrong,
         sum(events for batch, events in fold.resent.items() if not batch or batch in summed),
+        fold.shared,
     )
     kept = [entry for entry in entries if isinstance(entry, OF_A_BATCH) and entry.batch not in summed]
     return [first, *kept]
@@ -384,6 +417,7 @@ def account(
         lost_entries=fold.lost,
         dead_kept=dead_kept,
         dead_missing=max(0, expected - dead_kept),
+        shared=fold.shared,
         earlier_wrong=fold.wrong,
         wrong=wrong,
     )

@@ -6,18 +6,20 @@ Of one process's sealer, and on its thread. Other processes fill and empty the d
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from pillarbox.errors import FileUnusable
 from pillarbox.store import compressed, layout
 from pillarbox.store.balance import Evicted
+from pillarbox.store.ledger import Ledger
 from pillarbox.store.yielding import give_way
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pillarbox.clock import Clock
-    from pillarbox.store.directory import Directory
+    from pillarbox.store.directory import Directory, Taken
     from pillarbox.store.filesystem import Space
-    from pillarbox.store.ledger import Ledger
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
@@ -38,13 +40,15 @@ FILE_SHARE: Final = 16
 _TOGETHER_MAX: Final = 32  # files given up together: each holds a descriptor, and one sync of the ledger serves them all
 
 
-class _Going(NamedTuple):
-    """A file that is given up; this process holds its lock."""
+class _Going:
+    """A file that is given up: held, and under which names it goes."""
 
-    name: str
-    fd: int
-    size: int
-    events: int
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.taken: list[Taken] = []
+        self.places: list[Directory] = []  # in this order its names go
+        self.size = 0
+        self.events = 0
 
 
 class Capacity:
@@ -165,22 +169,25 @@ class Capacity:
             self._next_listing = self._soonest_listing = 0.0
             self._relist()
             excess_bytes, excess_files = self._excess(least)
-            for name in self._directory.sealed() if excess_bytes > 0 or excess_files > 0 else ():
+            # The directory itself last: a name in a queue counts once it is not there any more.
+            places = [*self._directory.queues(), self._directory]
+            for name in self._oldest_first(places) if excess_bytes > 0 or excess_files > 0 else ():
                 if excess_bytes <= 0 and excess_files <= 0:
                     break
-                found = self._take(name)
+                found = self._take(name, places)
                 if found is None:
                     continue
                 going.append(found)
                 excess_bytes -= max(1, found.size)
                 excess_files -= 1
                 if len(going) >= _TOGETHER_MAX:
-                    self._give_up(going)
-            self._give_up(going)
-            self._directory.filesystem.sync_directory(self._directory.path)  # or the loss of power brings them back
+                    self._give_up(going, places)
+            self._give_up(going, places)
+            for place in places:
+                place.filesystem.sync_directory(place.path)  # or the loss of power brings them back
         finally:
-            for file in going:  # where something has failed
-                self._directory.filesystem.close(file.fd)
+            for found in going:  # where something has failed
+                self._close(found)
             self._directory.filesystem.close(lock.fd)
 
     def _excess(self, least: int) -> tuple[int, int]:
@@ -191,45 +198,74 @@ class Capacity:
         excess_files = pending_files - limits.max_files + max(1, limits.max_files // SLACK_SHARE)
         return max(least, excess_bytes), excess_files
 
-    def _take(self, name: str) -> _Going | None:
-        """A file and how much is in it; None where it is in use, not ours, or cannot be read."""
+    @staticmethod
+    def _oldest_first(places: Sequence[Directory]) -> list[str]:
+        return sorted(set[str]().union(*(place.sealed_names() for place in places)))
+
+    def _take(self, name: str, places: Sequence[Directory]) -> _Going | None:
+        """A file under all its names, and how much is in it; None where it is in use, not ours, or cannot be read."""
+        going = _Going(name)
         try:
-            taken = self._directory.take(name)
-        except FileUnusable:
-            return None
-        if taken is None:
-            return None
+            for place in places:
+                if any(place.filesystem.is_still(taken.fd, place.at(name)) for taken in going.taken):
+                    going.places.append(place)  # another name of the same file
+                else:
+                    self._take_one(name, place, going)
+        except BaseException:
+            self._close(going)
+            raise
+        return going if going.taken else None
+
+    @staticmethod
+    def _take_one(name: str, place: Directory, going: _Going) -> None:
         found = None
         try:
-            data = self._directory.filesystem.read_all(taken.fd)
-            plain, problem = compressed.unpack(name, data)
-            if not problem:  # or nobody knows how many events would go; the deliverer sets aside what is left of them
-                found = _Going(name, taken.fd, len(data), _events_in(plain))
-        except FileUnusable:
-            return None
-        finally:
-            if found is None:
-                self._directory.filesystem.close(taken.fd)
-        return found
-
-    def _give_up(self, going: list[_Going]) -> None:
-        """Remove these files, once the ledger has them; without room for that they go all the same."""
-        if going and self._ledger is not None:
-            now = self._clock.micros()
-            self._ledger.note(*(Evicted(now, layout.batch_id(file.name), file.events) for file in going))
-            self._ledger.write(sync=True)
-        while going:
-            file = going.pop(0)
+            taken = place.take(name, alone=True)
+            if taken is None:
+                return
             try:
-                self._directory.remove(layout.compressed_name(file.name))  # a copy by who died then would be all of it again
-                self._directory.remove(file.name)
+                data = place.filesystem.read_all(taken.fd)
+                plain, problem = compressed.unpack(name, data)
+                if not problem:  # or nobody knows how many events would go; the deliverer sets aside what is left of them
+                    found = taken
             finally:
-                self._directory.filesystem.close(file.fd)
-            self.evicted += file.events
-            self._writer.release(file.size)
+                if found is None:
+                    place.filesystem.close(taken.fd)
+        except FileUnusable:
+            return
+        if found is not None:
+            going.taken.append(found)
+            going.places.append(place)
+            going.size += len(data)
+            going.events = _events_in(plain)
+
+    def _close(self, going: _Going) -> None:
+        for taken in going.taken:
+            self._directory.filesystem.close(taken.fd)
+
+    def _give_up(self, going: list[_Going], places: Sequence[Directory]) -> None:
+        """Remove these files, once the ledgers have them; without room for that they go all the same."""
+        now = self._clock.micros()
+        for place in places if going and self._ledger is not None else ():
+            ledger = self._ledger_of(place)
+            ledger.note(*(Evicted(now, layout.batch_id(one.name), one.events) for one in going if place in one.places))
+            ledger.write(sync=True)
+        while going:
+            one = going.pop(0)
+            try:
+                for place in one.places:
+                    place.remove(layout.compressed_name(one.name))  # a copy by who died then would be all of it again
+                    place.remove(one.name)
+            finally:
+                self._close(one)
+            self.evicted += one.events
+            self._writer.release(one.size)
             if not self._evicting:
                 self._evicting = True
                 log.warning("%s: full; the oldest events are given up for new ones", self._directory.path)
+
+    def _ledger_of(self, place: Directory) -> Ledger:
+        return self._ledger if place is self._directory and self._ledger is not None else Ledger(place, self._clock)
 
     def _report(self) -> None:
         if self._evicting:

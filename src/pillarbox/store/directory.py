@@ -26,12 +26,13 @@ log = logging.getLogger("pillarbox")
 _STAMP_AHEAD_MAX: Final = 366 * 86_400 * 1_000_000
 _CREATIONS_MAX: Final = 100  # in a row that who recovers was quicker to lock; nothing but locks that do not work takes so many
 OPEN_MODE: Final = 0o077
+_SHARED: Final = frozenset({Kind.SEALED, Kind.DELIVERED})  # may have a name in several queues
 VOLATILE_MEDIA: Final = frozenset({"tmpfs", "ramfs"})
 NETWORK_MEDIA: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"})
 
 
 class Account(NamedTuple):
-    """What a listing adds up to; bytes and numbers of files."""
+    """What a listing adds up to; bytes and numbers of files. What waits for several sinks counts once."""
 
     active_files: int
     active_bytes: int
@@ -41,6 +42,8 @@ class Account(NamedTuple):
     corrupt_bytes: int
     dead_files: int
     dead_bytes: int
+    delivered_files: int
+    delivered_bytes: int
     oldest_stamp: int | None  # microseconds since 1970, of the oldest sealed file that has a stamp
     newest_stamp: int | None
 
@@ -71,12 +74,24 @@ class Adopted(NamedTuple):
 
 
 class Directory:
-    """One outbox directory. Safe to share between the threads of a process."""
+    """One outbox directory, or within one the queue of one of several sinks. Safe to share between a process's threads.
+
+    In a queue are second names of files: a file is there for its sink once the outbox directory itself has the name no more.
+    """
 
     def __init__(
-        self, path: str, filesystem: Filesystem, clock: Clock, new_id: Callable[[], str] = lambda: str(uuid.uuid4())
+        self,
+        path: str,
+        filesystem: Filesystem,
+        clock: Clock,
+        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+        *,
+        main: Directory | None = None,
+        sink: str = "",
     ) -> None:
         self.path = path
+        self.main = main  # the outbox directory that this is a queue in
+        self.sink = sink  # whose queue
         self.filesystem = filesystem
         self.new_id = new_id  # each differs from all others, of any process
         self._clock = clock
@@ -128,21 +143,104 @@ class Directory:
                 'name a directory on a disk, or ask for durability "process"',
             )
 
+    def queue(self, sink: str) -> Directory:
+        """The queue of one of several sinks, which may not be there yet."""
+        return Directory(self.at(layout.queue_name(sink)), self.filesystem, self._clock, self.new_id, main=self, sink=sink)
+
+    def queues(self) -> list[Directory]:
+        """Those that are there, by name; none where there is one sink."""
+        if self.main is not None:
+            return []
+        found = map(layout.sink_of, self.filesystem.subdirectories(self.path))
+        return [self.queue(sink) for sink in sorted(sink for sink in found if sink is not None)]
+
+    def asked_for(self) -> set[str]:
+        """The sinks whose queues are to be made, and to begin with what waits."""
+        found = map(layout.sink_asked_for, self.filesystem.subdirectories(self.path))
+        return {sink for sink in found if sink is not None}
+
+    def ask_for(self, sink: str) -> None:
+        """Have a queue made that begins with what waits; done twice, it is as done once."""
+        self.filesystem.make_directory(self.at(layout.adding_name(sink)))
+
+    def add_queue(self, sink: str) -> list[str]:
+        """Make the queue that was asked for, with what waits here or in another one; the names of that.
+
+        Killed anywhere, it is done again from the beginning.
+        """
+        adding = self.at(layout.adding_name(sink))
+        names: dict[str, str] = {}  # by batch, which one queue may have compressed and another not
+        for place in (self, *self.queues()):
+            for name in place.sealed():
+                if names.setdefault(layout.batch_id(name), name) != name:
+                    continue
+                try:
+                    self.filesystem.link(place.at(name), f"{adding}/{name}")
+                except FileNotFoundError:
+                    del names[layout.batch_id(name)]  # settled, or compressed, just now
+                except FileExistsError:
+                    pass  # from another queue, or by an earlier attempt
+        self.filesystem.sync_directory(adding)
+        self.filesystem.rename(adding, self.at(layout.queue_name(sink)))
+        self.filesystem.sync_directory(self.path)
+        return sorted(names.values())
+
+    def remove_queue(self) -> None:
+        """Remove this queue with all that is in it. It is none any more at once; killed then, its files are left over."""
+        if self.main is None:
+            raise ValueError(self.path)
+        going = self.main.at(layout.removing_name(self.sink))
+        self.filesystem.rename(self.path, going)
+        self.filesystem.sync_directory(self.main.path)
+        self.main.finish_removing(self.sink)
+
+    def finish_removing(self, sink: str) -> None:
+        """Remove what is left over of a queue that was being removed."""
+        going = self.at(layout.removing_name(sink))
+        for name, _ in self.filesystem.listing(going):
+            self.filesystem.unlink(f"{going}/{name}")
+        self.filesystem.remove_directory(going)
+
+    def rename_queue(self, sink: str) -> None:
+        """Have this queue be another sink's."""
+        if self.main is None:
+            raise ValueError(self.path)
+        self.filesystem.rename(self.path, self.main.at(layout.queue_name(sink)))
+        self.filesystem.sync_directory(self.main.path)
+
+    def hand_back(self) -> int:
+        """Give what waits in this queue its name in the directory itself again; how many files. The names here go."""
+        if self.main is None:
+            raise ValueError(self.path)
+        names = self.sealed()
+        for name in names:
+            with contextlib.suppress(FileExistsError):
+                self.filesystem.link(self.at(name), self.main.at(name))
+        self.filesystem.sync_directory(self.main.path)
+        for name in names:
+            self.remove(name)
+        return len(names)
+
     def account(self) -> Account:
-        """List the directory once and add up; opens no file and keeps no names."""
+        """List the directory and its queues once and add up; opens no file."""
         files = dict.fromkeys(Kind, 0)
         sizes = dict.fromkeys(Kind, 0)
-        oldest: int | None = None
-        newest: int | None = None
-        for name, size in self.filesystem.listing(self.path):
-            kind = layout.kind_of(name)
-            if kind is Kind.ACTIVE and size == 0:
-                continue  # a spare, or not yet written to
-            files[kind] += 1
-            sizes[kind] += size
-            if kind is Kind.SEALED and (stamp := layout.stamp_of(name)) is not None:
-                oldest = stamp if oldest is None or stamp < oldest else oldest
-                newest = stamp if newest is None or stamp > newest else newest
+        stamps: list[int] = []  # of the oldest sealed file that has a stamp, and of the newest
+        queues = self.queues()
+        counted: set[str] = set()
+        for place in (self, *queues):
+            for name, size in self.filesystem.listing(place.path):
+                kind = layout.kind_of(name)
+                if kind is Kind.ACTIVE and size == 0:
+                    continue  # a spare, or not yet written to
+                if queues and kind in _SHARED:
+                    if name in counted:
+                        continue
+                    counted.add(name)
+                files[kind] += 1
+                sizes[kind] += size
+                if kind is Kind.SEALED and (stamp := layout.stamp_of(name)) is not None:
+                    stamps = [min(stamp, *stamps), max(stamp, *stamps)] if stamps else [stamp, stamp]
         return Account(
             active_files=files[Kind.ACTIVE] + files[Kind.LEGACY_ACTIVE],
             active_bytes=sizes[Kind.ACTIVE] + sizes[Kind.LEGACY_ACTIVE],
@@ -152,25 +250,43 @@ class Directory:
             corrupt_bytes=sizes[Kind.CORRUPT],
             dead_files=files[Kind.DEAD],
             dead_bytes=sizes[Kind.DEAD],
-            oldest_stamp=oldest,
-            newest_stamp=newest,
+            delivered_files=files[Kind.DELIVERED],
+            delivered_bytes=sizes[Kind.DELIVERED],
+            oldest_stamp=stamps[0] if stamps else None,
+            newest_stamp=stamps[1] if stamps else None,
         )
 
     def sealed(self) -> list[str]:
-        """The names of the sealed files, oldest first; of a plain one and its compressed copy, the plain one."""
-        names = {name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) is Kind.SEALED}
+        """The names of the sealed files that wait here to be sent, oldest first; of a plain one and its copy, that."""
+        names = self.sealed_names()
+        if self.main is not None and names:
+            # Listed behind the queue: a name that has gone there by then had all its links before.
+            names -= self.main.sealed_names()
         return sorted(name for name in names if layout.copied_name(name) not in names)
 
-    def take(self, name: str) -> Taken | None:
-        """Lock a found file; None where another holds it or it is gone. Raises `FileUnusable` for what is not ours."""
+    def waiting(self) -> set[str]:
+        """The batches that wait, here or in a queue; the names of their files may change."""
+        # The queues behind the directory: what moves from here to there meanwhile is seen in one of them.
+        return {layout.batch_id(name) for place in (self, *self.queues()) for name in place.sealed_names()}
+
+    def sealed_names(self) -> set[str]:
+        """The names of sealed files here, also those that do not count yet."""
+        return {name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) is Kind.SEALED}
+
+    def take(self, name: str, *, alone: bool = False) -> Taken | None:
+        """Lock a found file; None where another holds it or it is gone. Raises `FileUnusable` for what is not ours.
+
+        In a queue beside others who take it in theirs, unless `alone`.
+        """
         path = self.at(name)
+        lock = self.filesystem.lock if alone or self.main is None else self.filesystem.lock_shared
         while True:
             try:
-                fd = self.filesystem.open_existing(path)
+                fd = self.open_found(name)
             except FileNotFoundError:
                 return None
             try:
-                if not self.filesystem.lock(fd):
+                if not lock(fd):
                     break
                 if self.filesystem.is_still(fd, path):
                     return Taken(name, fd)
@@ -180,6 +296,16 @@ class Directory:
             self.filesystem.close(fd)  # renamed or removed between open and lock: look again
         self.filesystem.close(fd)
         return None
+
+    def open_found(self, name: str) -> int:
+        """Open a found file to read, without its lock. Raises `FileUnusable` for what is not ours."""
+        path = self.at(name)
+        try:
+            return self.filesystem.open_existing(path, linked=self.main is not None)
+        except FileUnusable:
+            if not self.queues() and not self.asked_for():
+                raise
+        return self.filesystem.open_existing(path, linked=True)  # on its way into the queues
 
     def take_lock(self, name: str) -> Taken | None:
         """Take a lock file, made where it is missing; None where another process holds it. Raises `FileUnusable`."""
@@ -416,6 +542,15 @@ class Directory:
         self.filesystem.close(self._write_aside(name, data).fd)
         self.filesystem.sync_directory(self.path)
 
+    def link_into(self, queue: Directory, file: Taken) -> None:
+        """Give a file that this process holds its name in a queue too; done twice, it is as done once."""
+        path = queue.at(file.name)
+        try:
+            self.filesystem.link(self.at(file.name), path)
+        except FileExistsError:
+            if not self.filesystem.is_still(file.fd, path):
+                raise FileUnusable(path, "is another file than the one that is to wait there") from None
+
     def _write_aside(self, name: str, data: bytes) -> Taken:
         """Write a file aside, sync it, and rename it to, or over, `name`; held from the beginning."""
         # Never a name twice: who recovers and holds a file that another attempt left would remove this one.
@@ -434,7 +569,5 @@ class Directory:
 
     def remove(self, name: str) -> None:
         """Delete a file; gone already is gone."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self.filesystem.unlink(self.at(name))
-        except FileNotFoundError:
-            return

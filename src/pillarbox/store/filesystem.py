@@ -23,6 +23,9 @@ _OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # what is planted under ou
 _FILE_MODE = 0o600
 _DIRECTORY_MODE = 0o700
 _READ_BYTES = 1 << 20
+# The links of a directory, where the file system counts the "." and ".." that name it (ext4, XFS): its name and its own ".".
+# One that does not count them (btrfs) says 1.
+_NO_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
 
 
@@ -58,11 +61,14 @@ class Filesystem(Protocol):
     def make_directory(self, path: str) -> None: ...
     def directory_facts(self, path: str) -> DirectoryFacts | None: ...
     def listing(self, path: str) -> Iterator[Entry]: ...
+    def subdirectories(self, path: str) -> list[str]: ...
+    def remove_directory(self, path: str) -> None: ...
     def create(self, path: str) -> int: ...
-    def open_existing(self, path: str) -> int: ...
+    def open_existing(self, path: str, *, linked: bool = False) -> int: ...
     def open_lock(self, path: str) -> int: ...
     def open_append(self, path: str) -> int: ...
     def lock(self, fd: int) -> bool: ...
+    def lock_shared(self, fd: int) -> bool: ...
     def is_still(self, fd: int, path: str) -> bool: ...
     def is_linked(self, fd: int) -> bool: ...
     def size(self, fd: int) -> int: ...
@@ -74,6 +80,7 @@ class Filesystem(Protocol):
     def sync_data(self, fd: int) -> None: ...
     def sync_directory(self, path: str) -> None: ...
     def rename(self, source: str, target: str) -> None: ...
+    def link(self, source: str, target: str) -> None: ...
     def unlink(self, path: str) -> None: ...
     def close(self, fd: int) -> None: ...
     def space(self, path: str) -> Space: ...
@@ -86,7 +93,9 @@ class RealFilesystem:
     write = staticmethod(os.write)
     truncate = staticmethod(os.ftruncate)
     rename = staticmethod(os.rename)
+    link = staticmethod(os.link)
     unlink = staticmethod(os.unlink)
+    remove_directory = staticmethod(os.rmdir)
 
     def __init__(self) -> None:
         self._opened: set[int] = set()  # what a forked child must close, lest it keeps its parent's locks alive
@@ -123,13 +132,23 @@ class RealFilesystem:
                 except FileNotFoundError:
                     continue
 
+    def subdirectories(self, path: str) -> list[str]:
+        """The names of the directories in a directory; links to one do not count."""
+        if os.stat(path).st_nlink == _NO_SUBDIRECTORY:
+            return []  # it is asked of directories with very many files, at every look
+        with os.scandir(path) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+
     def create(self, path: str) -> int:
         """A new file to append to; the name must be free."""
         return self._open_new(path, os.O_APPEND)
 
-    def open_existing(self, path: str) -> int:
-        """A file under one of our names to read, sync and lock, if it is ours to use; raises `FileUnusable` if it is not."""
-        return self._checked(path, os.O_RDONLY)
+    def open_existing(self, path: str, *, linked: bool = False) -> int:
+        """A file under one of our names to read, sync and lock, if it is ours to use; raises `FileUnusable` if it is not.
+
+        With `linked` it may have other names: it waits for several sinks.
+        """
+        return self._checked(path, os.O_RDONLY, linked=linked)
 
     def open_lock(self, path: str) -> int:
         """A lock file, made where it is missing; never removed. Raises `FileUnusable` as `open_existing` does."""
@@ -157,7 +176,7 @@ class RealFilesystem:
                     os.fchown(fd, owner.st_uid, owner.st_gid)
         return fd
 
-    def _checked(self, path: str, flags: int) -> int:
+    def _checked(self, path: str, flags: int, *, linked: bool = False) -> int:
         try:
             fd = self._open(path, flags)
         except OSError as error:
@@ -168,7 +187,7 @@ class RealFilesystem:
         problem = None
         if not stat.S_ISREG(found.st_mode):
             problem = "is not a regular file"
-        elif found.st_nlink > 1:
+        elif found.st_nlink > 1 and not linked:
             problem = "has a second hard link"
         elif found.st_uid != os.geteuid() and os.geteuid() != 0:
             problem = f"belongs to user {found.st_uid}"
@@ -197,8 +216,15 @@ class RealFilesystem:
 
     def lock(self, fd: int) -> bool:
         """Take the exclusive lock of an open file; False where another holds it. It is released by closing only."""
+        return self._lock(fd, fcntl.LOCK_EX)
+
+    def lock_shared(self, fd: int) -> bool:
+        """The same, beside others who take it so."""
+        return self._lock(fd, fcntl.LOCK_SH)
+
+    def _lock(self, fd: int, how: int) -> bool:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
@@ -275,6 +301,12 @@ def _make(path: str) -> None:
     except FileExistsError:
         if not os.path.isdir(path):  # otherwise another process was quicker
             raise
+        return
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):  # a file system without owners
+            owner = os.stat(above or ".")
+            if owner.st_uid or owner.st_gid:
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def medium_of(path: str) -> str:
@@ -332,11 +364,6 @@ def identity_of(fd: int) -> tuple[int, int]:
 def exists(path: str) -> bool:
     """Whether there is something under a path that a user names."""
     return os.path.lexists(path)
-
-
-def link(source: str, target: str) -> None:
-    """Give a file a second name; only `doctor` asks, whether that can be done."""
-    os.link(source, target)
 
 
 def strangers(path: str) -> Iterator[tuple[str, str]]:

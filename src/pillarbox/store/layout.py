@@ -17,6 +17,8 @@ LEDGER_LOCK: Final = "ledger.lock"
 _STAMP_DIGITS: Final = 16  # microseconds since 1970: enough until the year 2286
 _DELIVERED: Final = "delivered-"
 _QUEUE: Final = "sink-"
+_ADDING: Final = ".adding"
+_REMOVING: Final = ".removing"
 _SINK = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 STAMP_MAX: Final = 10**_STAMP_DIGITS - 1
 _STAMP = re.compile(rf"(?:sealed|delivered-\d{{{_STAMP_DIGITS}}})-(\d{{{_STAMP_DIGITS}}})-")
@@ -154,3 +156,18 @@ def sink_of(name: str) -> str | None:
     """The sink that a directory is the queue of; None where it is none."""
     sink = name.removeprefix(_QUEUE)
     return sink if name.startswith(_QUEUE) and is_sink(sink) else None
+
+
+def adding_name(sink: str) -> str:
+    """What a queue is called that is to begin with what waits, until it holds all of that."""
+    return queue_name(sink) + _ADDING
+
+
+def sink_asked_for(name: str) -> str | None:
+    """The sink whose queue a directory is to become; None where it is no such thing."""
+    return sink_of(name.removesuffix(_ADDING)) if name.endswith(_ADDING) else None
+
+
+def removing_name(sink: str) -> str:
+    """What a queue is called whose files are being removed."""
+    return queue_name(sink) + _REMOVING

@@ -261,7 +261,7 @@ def _link(place: Directory, name: str, *, needed: bool) -> Finding:
     """Only reported, but where several destinations need them."""
     with _new(place, name):
         try:
-            filesystem.link(place.at(name), place.at(f"{name}-2"))
+            place.filesystem.link(place.at(name), place.at(f"{name}-2"))
         except OSError as error:
             text = f"cannot be made here ({error.strerror})"
             if needed:

@@ -18,7 +18,7 @@ log = logging.getLogger("pillarbox")
 
 def places(directory: Directory) -> dict[str, Directory]:
     """Where delivered files are kept, by the names of the sinks; "" where there are not several."""
-    return {"": directory}
+    return {place.sink: place for place in (directory, *directory.queues())}
 
 
 def give_way(directory: Directory, enough: Callable[[int], bool]) -> int:

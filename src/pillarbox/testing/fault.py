@@ -33,6 +33,10 @@ VERBS: Final[dict[str, tuple[int, ...]]] = {
     "open_lock": (*_OPEN, errno.EROFS, *_FULL),
     "open_append": (*_OPEN, errno.EROFS, *_FULL),
     "lock": (errno.ENOLCK,),
+    "lock_shared": (errno.ENOLCK,),
+    "subdirectories": (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO),
+    "remove_directory": (errno.EACCES, errno.EIO, errno.EROFS),
+    "link": (errno.EACCES, errno.EIO, errno.EMLINK, errno.EROFS, *_FULL),
     "read_all": (errno.EIO,),
     "read_at": (errno.EIO,),
     "write": (errno.EIO, errno.EFBIG, errno.EROFS, *_FULL),
@@ -125,10 +129,20 @@ class FaultFilesystem:
         self._meet("create", path)
         return self._inner.create(path)
 
-    def open_existing(self, path: str) -> int:
+    def subdirectories(self, path: str) -> list[str]:
+        """Or fail."""
+        self._meet("subdirectories", path)
+        return self._inner.subdirectories(path)
+
+    def remove_directory(self, path: str) -> None:
+        """Or fail."""
+        self._meet("remove_directory", path)
+        self._inner.remove_directory(path)
+
+    def open_existing(self, path: str, *, linked: bool = False) -> int:
         """Or fail."""
         self._meet("open_existing", path)
-        return self._inner.open_existing(path)
+        return self._inner.open_existing(path, linked=linked)
 
     def open_lock(self, path: str) -> int:
         """Or fail."""
@@ -144,6 +158,11 @@ class FaultFilesystem:
         """Or fail."""
         self._meet("lock")
         return self._inner.lock(fd)
+
+    def lock_shared(self, fd: int) -> bool:
+        """Or fail."""
+        self._meet("lock_shared")
+        return self._inner.lock_shared(fd)
 
     def is_still(self, fd: int, path: str) -> bool:
         """As it is."""
@@ -220,6 +239,11 @@ class FaultFilesystem:
         """Or fail."""
         self._meet("rename", source)
         self._inner.rename(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        """Or fail."""
+        self._meet("link", source)
+        self._inner.link(source, target)
 
     def unlink(self, path: str) -> None:
         """Or fail."""

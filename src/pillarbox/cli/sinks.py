@@ -1,0 +1,182 @@
+"""`pillarbox sinks`: the queues of several sinks: which there are, one more, one less, another name."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from
+from pillarbox.cli.kept import counted, print_json, print_table
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.errors import DirectoryUnusable, UsageError
+from pillarbox.store import layout
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+sinks = typer.Typer(
+    name="sinks",
+    help="Several sinks, each with a queue of its own: which there are, one more, one less, another name.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(sinks)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What the sink is called.")]
+
+
+class Queue(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `pillarbox sinks list --json`; bytes and numbers of files."""
+
+    sink: str
+    sealed_files: int
+    sealed_bytes: int
+    dead_files: int
+    corrupt_files: int
+    delivered_files: int
+    state: str  # as its deliverer said last; empty where there was none
+    asked_for: bool  # it is made by the next deliverer that knows it, and begins with what waits
+
+
+@sinks.command("list")
+def list_queues(directory: DirectoryOption = None, config: ConfigOption = None, json: JsonOption = False) -> int:
+    """Show the queue of each sink. Safe at any time; with one sink there is none."""
+    place = _place(directory, config)
+    found = [_queue(queue) for queue in place.queues()]
+    empty = {"sealed_files": 0, "sealed_bytes": 0, "dead_files": 0, "corrupt_files": 0, "delivered_files": 0}
+    found += [Queue(sink=sink, state="", asked_for=True, **empty) for sink in sorted(place.asked_for())]
+    if json:
+        print_json(found)
+    elif found:
+        figures = [(name, "right") for name in ("files", "bytes", "dead", "damaged")]
+        rows = [
+            (one.sink, one.sealed_files, f"{one.sealed_bytes:,}", one.dead_files, one.corrupt_files, _state_of(one))
+            for one in found
+        ]
+        print_table([("sink", "left"), *figures, ("state", "left")], rows)
+    else:
+        out.print("no queues: this directory has one sink at the most", markup=False)
+    return Exit.DONE
+
+
+@sinks.command("add")
+def add(name: NameArgument, directory: DirectoryOption = None, config: ConfigOption = None) -> int:
+    """Have a new sink begin with what waits now. Without this, one that is named newly begins with what is sealed then.
+
+    Only notes it: the next process that delivers with this name among its sinks makes the queue.
+    """
+    place = _place(directory, config)
+    if not layout.is_sink(name):
+        raise UsageError(f"{name!r} is no name of a sink: a-z, 0-9, _ and -, at most 32")
+    if name in {queue.sink for queue in place.queues()}:
+        raise UsageError(f"{name} has a queue already")
+    place.ask_for(name)
+    out.print(f"{name} begins with what waits, once a process delivers to it: --sink {name}=URL", markup=False)
+    return Exit.DONE
+
+
+@sinks.command("remove")
+def remove(
+    name: NameArgument,
+    directory: DirectoryOption = None,
+    config: ConfigOption = None,
+    discard: Annotated[bool, typer.Option("--discard", help="Give up what waits for it.")] = False,
+    hand_back: Annotated[bool, typer.Option("--hand-back", help="Of the last one: let a single sink have what waits.")] = False,
+) -> int:
+    """Remove a sink's queue, once nobody delivers to it any more, and say what becomes of what waits there.
+
+    Other sinks keep what waits for them. Dead letters and quarantine in it are to be replayed, repaired or purged before.
+    """
+    place = _place(directory, config)
+    with _held(place, name, alone=hand_back) as queue:
+        found = queue.account()
+        if found.dead_files or found.corrupt_files:
+            kept = (
+                f"{counted(found.dead_files, 'file')} of dead letters and {counted(found.corrupt_files, 'file')} of quarantine"
+            )
+            raise UsageError(f"{queue.path} keeps {kept}: pillarbox dead and pillarbox quarantine -d {queue.path} first")
+        waits = counted(found.sealed_files, "file")
+        if found.sealed_files and not (discard or hand_back):
+            raise UsageError(f"{waits} wait for {name}: --discard gives them up, --hand-back lets a single sink have them")
+        if hand_back:
+            if len(place.queues()) > 1:
+                raise UsageError("--hand-back is for the last queue: the other sinks have what waits, or had it")
+            queue.hand_back()
+        queue.remove_queue()
+    what = "handed back" if hand_back else "given up"
+    out.print(f"{name} removed" + (f"; {waits} {what}" if found.sealed_files else ""), markup=False)
+    return Exit.DONE
+
+
+@sinks.command("rename")
+def rename(
+    name: NameArgument,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="What it is called from now on.")],
+    directory: DirectoryOption = None,
+    config: ConfigOption = None,
+) -> int:
+    """Give a sink's queue another name, once nobody delivers to it any more."""
+    place = _place(directory, config)
+    if not layout.is_sink(new):
+        raise UsageError(f"{new!r} is no name of a sink: a-z, 0-9, _ and -, at most 32")
+    if new in {queue.sink for queue in place.queues()}:
+        raise UsageError(f"{new} has a queue already")
+    with _held(place, name) as queue:
+        queue.rename_queue(new)
+    out.print(f"{name} is {new} now", markup=False)
+    return Exit.DONE
+
+
+def _place(directory: str | None, config: str | None) -> Directory:
+    settings = settings_from(config, directory=directory)
+    require(settings, "directory", "DIR")
+    place = Directory(settings.directory, RealFilesystem(), SystemClock())
+    try:
+        place.account()
+    except OSError as error:
+        raise DirectoryUnusable(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
+    return place
+
+
+def _queue(queue: Directory) -> Queue:
+    found, beat = queue.account(), last_heartbeat(queue)
+    return Queue(
+        sink=queue.sink,
+        sealed_files=found.sealed_files,
+        sealed_bytes=found.sealed_bytes,
+        dead_files=found.dead_files,
+        corrupt_files=found.corrupt_files,
+        delivered_files=found.delivered_files,
+        state=str(beat.state) if beat is not None else "",
+        asked_for=False,
+    )
+
+
+def _state_of(queue: Queue) -> str:
+    return "asked for, begins with what waits" if queue.asked_for else queue.state or "nobody has delivered to it so far"
+
+
+@contextmanager
+def _held(place: Directory, name: str, *, alone: bool = False) -> Iterator[Directory]:
+    """A queue that nobody delivers as long as this lasts, and `alone` nobody hands files over either."""
+    queue = next((one for one in place.queues() if one.sink == name), None)
+    if queue is None:
+        there = ", ".join(one.sink for one in place.queues()) or "none"
+        raise UsageError(f"{name} has no queue here; there are: {there}")
+    held = []
+    try:
+        for where in (place, queue) if alone else (queue,):
+            taken = where.take_lock(layout.DELIVER_LOCK)
+            if taken is None:
+                raise UsageError(f"a process delivers {where.path}: start it again without {name} among its sinks, or stop it")
+            held.append(taken)
+        yield queue
+    finally:
+        for taken in held:
+            place.filesystem.close(taken.fd)

@@ -1,0 +1,198 @@
+"""Hands sealed files over to the queues of several sinks, and makes these queues.
+
+Order: a second name in each queue; the queues synced; the ledgers; then the name in the directory itself goes, and that is
+what makes the others count (`Directory.sealed`). Killed anywhere before, all of it is done again and finds the same names;
+afterwards there is nothing left to do. So no sink misses a file, and none that has settled one is given it again.
+
+A queue that is being made is called `sink-<name>.adding` until it holds all that it is to begin with. The first queues of a
+directory begin with all that waits, later ones with what is sealed from then on, unless somebody asks for more (`ask_for`).
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pillarbox.clock import give_way
+from pillarbox.errors import FileUnusable
+from pillarbox.store import layout, reader
+from pillarbox.store.balance import Adopted, Sealed, Shared
+from pillarbox.store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory, Taken
+
+TOGETHER_MAX: Final = 64  # files handed over together: each holds a descriptor, and the syncs serve them all
+_HELD_S: Final = 1.0  # how long to wait for a file that another process has before those behind it go ahead
+HANDED_OVER: Final = "handed over"  # stands for the writer in the account of a queue
+
+
+class _Found(NamedTuple):
+    """A file on its way, and what is in it."""
+
+    taken: Taken
+    records: int
+    spans: int
+    size: int
+
+
+class FanOut:
+    """Does so for one directory, in the process that holds its `deliver.lock`; one thread's.
+
+    While `busy()`, the interpreter is given away often.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        sinks: Sequence[str],
+        clock: Clock,
+        ledger: Ledger,
+        busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._directory = directory
+        self._sinks = sinks
+        self._clock = clock
+        self._ledger = ledger
+        self._ledgers: dict[str, Ledger] = {}
+        self._busy = busy
+        self._found = False
+        self._held: dict[str, float] = {}  # files that another process has, and since when
+        self.trouble: dict[str, str] = {}  # files that cannot be handed over, and why
+
+    @property
+    def has_to_wait(self) -> bool:
+        """Whether a file is to be waited for that another process has."""
+        return any(name not in self.trouble for name in self._held)
+
+    def ledger_of(self, queue: Directory) -> Ledger:
+        """The pen for a queue's account: one a process."""
+        return self._ledgers.setdefault(queue.sink, Ledger(queue, self._clock))
+
+    def step(self) -> int:
+        """Make what is missing and hand over what is there; how many files went. Raises `OSError`.
+
+        Every queue that is there gets them, also one that this process was not told of: a sink that is left out by mistake must
+        not miss any.
+        """
+        if not self._found:  # whoever made the queues that are there may have died before that was durable
+            self._directory.filesystem.sync_directory(self._directory.path)
+            self._found = True
+        queues = self._directory.queues()
+        missing = [sink for sink in self._sinks if sink not in {queue.sink for queue in queues}]
+        if missing:
+            self._finish_adding(missing, first=not queues)
+            queues = self._directory.queues()
+        handed = self._hand_over_all(queues) if queues else 0
+        for sink in missing:
+            self._directory.queue(sink).open()  # what was sealed before is not for it
+        return handed
+
+    def _finish_adding(self, missing: Sequence[str], *, first: bool) -> None:
+        """Make the queues that are to begin with what waits: all the first ones, and those that somebody asked for."""
+        if first:
+            for sink in missing:  # all of them before the first is done: what is cut short here is no later queue
+                self._directory.ask_for(sink)
+        asked = self._directory.asked_for()
+        for sink in missing:
+            if sink in asked:
+                added = self._directory.add_queue(sink)
+                if not first:  # of the first ones, the files are handed over next, and noted then
+                    self._note_adopted(sink, added)
+
+    def _note_adopted(self, sink: str, names: Sequence[str]) -> None:
+        now = self._clock.micros()
+        ledger = self.ledger_of(self._directory.queue(sink))
+        ledger.note(*(Adopted(now, layout.batch_id(name), HANDED_OVER) for name in names))
+        ledger.write(sync=True)
+
+    def _hand_over_all(self, queues: Sequence[Directory]) -> int:
+        names = self._directory.sealed()
+        self._held = {name: since for name, since in self._held.items() if name in names} if self._held else {}
+        self.trouble = {name: why for name, why in self.trouble.items() if name in names} if self.trouble else {}
+        handed = 0
+        each = iter(names)
+        while group := list(islice(each, TOGETHER_MAX)):
+            went, goes_on = self._hand_over(group, queues)
+            handed += went
+            if not goes_on:
+                break
+        return handed
+
+    def _hand_over(self, names: Sequence[str], queues: Sequence[Directory]) -> tuple[int, bool]:
+        """Hand over a group; how many files went, and whether those behind it may follow."""
+        going: list[_Found] = []
+        goes_on = True
+        try:
+            for name in names:
+                goes_on = self._take(name, queues, going)
+                if not goes_on:
+                    break
+            if not going:
+                return 0, goes_on
+            for queue in queues:
+                queue.filesystem.sync_directory(queue.path)
+            self._write_down(going, queues)
+            for found in going:
+                self._directory.remove(found.taken.name)
+            self._directory.filesystem.sync_directory(self._directory.path)
+        finally:
+            for found in going:
+                self._directory.filesystem.close(found.taken.fd)
+        return len(going), goes_on
+
+    def _take(self, name: str, queues: Sequence[Directory], going: list[_Found]) -> bool:
+        """Take, read and link one file; False where its turn comes before the others' and another process has it."""
+        try:
+            taken = self._directory.take(name)
+        except FileUnusable as error:
+            self.trouble[name] = error.problem
+            return True
+        if taken is None:
+            now = self._clock.monotonic()
+            since = self._held.setdefault(name, now)
+            if now - since >= _HELD_S:
+                self.trouble[name] = "another process has it, and does not let go of it"
+                return True
+            return False
+        self._held.pop(name, None)
+        try:
+            data = self._directory.filesystem.read_all(taken.fd)
+            contents, _ = reader.read_file(name, data, self._give_way)
+            for queue in queues:
+                self._directory.link_into(queue, taken)
+        except (OSError, FileUnusable) as error:
+            self._directory.filesystem.close(taken.fd)
+            self.trouble[name] = str(error)
+            return True
+        except BaseException:
+            self._directory.filesystem.close(taken.fd)
+            raise
+        self.trouble.pop(name, None)
+        going.append(_Found(taken, len(contents.payloads), len(contents.spans), len(data)))
+        return True
+
+    def _give_way(self) -> None:
+        if self._busy():
+            give_way()
+
+    def _write_down(self, going: Sequence[_Found], queues: Sequence[Directory]) -> None:
+        """Each queue's account begins with what was found; without room for the entries the files go ahead."""
+        now = self._clock.micros()
+        for queue in queues:
+            ledger = self.ledger_of(queue)
+            ledger.note(*(_begins(found, now) for found in going))
+            ledger.write(sync=True)
+        sinks = [queue.sink for queue in queues]
+        shared = (Shared(now, layout.batch_id(found.taken.name), sinks, found.records, found.spans) for found in going)
+        self._ledger.note(*shared)
+        self._ledger.write(sync=True)
+
+
+def _begins(found: _Found, now: int) -> Sealed:
+    """The first entry of a file in a queue's ledger. How many events a damaged span was, nobody knows."""
+    counted = None if found.spans else found.records
+    return Sealed(now, layout.batch_id(found.taken.name), HANDED_OVER, counted, found.size)
