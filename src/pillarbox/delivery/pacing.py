@@ -27,6 +27,7 @@ class Pacing(NamedTuple):
     step_share: float = (
         1 / 128
     )  # the rise with each answer in time; several times as much makes many clients overshoot together
+    cut_every_s: float = 1.0  # at most: a destination that fails at random, in quick calls, is not held back for good
     cut: float = 0.5  # what is left of the rate after a failure or a slow answer
     lift: float = 2.0  # times the usual rate: the destination takes no more anyway, and the bound goes away
     slow: float = 3.0  # times the usual length of such a call: the answer is slow
@@ -139,7 +140,7 @@ class Pacer:
         if not self._recovers or began < self._cut_at:
             return  # a call that was under way at the last cut says nothing of the rate since
         self._slow_in_row = self._slow_in_row + 1 if slow else 0
-        if self._slow_in_row >= bounds.slow_in_row:
+        if self._slow_in_row >= bounds.slow_in_row and now - self._cut_at >= bounds.cut_every_s:
             self._cut(now, self._present)
         if slow or self._bound is None:
             return
@@ -164,7 +165,7 @@ class Pacer:
         self._recovers = True
         if news:
             self._cut(now, min(self._present, self._bounds.start_share / self._bounds.cut * self._wanted))
-        elif began >= self._cut_at:
+        elif began >= self._cut_at and now - self._cut_at >= self._bounds.cut_every_s:
             self._cut(now, self._present)
 
     def refused(self, records: int) -> None:
