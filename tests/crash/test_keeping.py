@@ -1,0 +1,109 @@
+"""Keeping, pruning and sending again, cut short or failing at any moment: each batch is kept or waits, once, and it adds up."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pillarbox.delivery.shelf import Shelf
+from pillarbox.kept.changes import Report
+from pillarbox.kept.resend import Limits, Resend
+from pillarbox.kept.selection import Selection
+from pillarbox.store import layout, record
+from pillarbox.store.audit import audit
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import Filesystem
+from pillarbox.store.layout import Kind
+from pillarbox.store.ledger import Ledger, Sealed, Settled
+from pillarbox.testing import ManualClock
+from pillarbox.testing.crash import CrashFilesystem, Disk, State
+from pillarbox.testing.fault import VERBS, Fault, FaultFilesystem, Meter
+from pillarbox.testing.survivors import Survivors
+from tests.crash.enumeration import ENDS
+
+PLACE = "/outbox"
+LOCKS = frozenset({layout.LEDGER_LOCK})
+BATCHES = 4  # the first is too old at the end, and goes
+STATES_MIN = 200
+FAILING = ("rename", "unlink", "sync_directory", "sync_data", "write_all", "open_append", "open_existing")
+
+
+def content(number: int) -> bytes:
+    """The n-th batch."""
+    return b"".join(record.line(b'{"n":%d}' % (2 * number + one)) for one in range(2))
+
+
+def disk_with_sealed() -> Disk:
+    """All batches wait, durably, and the ledger knows of them."""
+    disk = Disk({f"{PLACE}/{layout.sealed_name(number + 1, 'u')}": content(number) for number in range(BATCHES)})
+    place = Directory(PLACE, CrashFilesystem(disk), ManualClock())
+    pen = Ledger(place, ManualClock())
+    pen.note(*(Sealed(0, layout.batch_id(name), "w", 2, 100) for name in place.sealed()))
+    assert pen.write(sync=True)
+    return Disk(disk.files)
+
+
+def keep_and_send_again(filesystem: Filesystem) -> None:
+    """What the settlement does with each file, and then what `resend` does."""
+    clock = ManualClock()
+    new_id = map("{:04d}".format, itertools.count(1)).__next__
+    place = Directory(PLACE, filesystem, clock, new_id)
+    pen, shelf = Ledger(place, clock), Shelf(place, clock, 10.0, 10**6)
+    for name in place.sealed():
+        taken = place.take(name)
+        assert taken is not None
+        pen.note(Settled(clock.micros(), layout.batch_id(name), "sink", 2, 0, 0, 0))
+        pen.write(sync=True)
+        if not shelf.keep(taken):
+            place.remove(name)
+        filesystem.close(taken.fd)
+        clock.advance(3.0)
+    filesystem.sync_directory(PLACE)
+    shelf.prune()
+    again = Resend(place, {"": place}, clock, Selection(), Report(), lambda *_: None)
+    again.carry_out(Limits(10**6, 1000), lambda: False, lambda _: None)
+
+
+def problem_of(state: State) -> str:
+    """What is wrong with what is there; of the first batch nothing need be."""
+    found = [data for path, data in state.items() if layout.kind_of(path.rpartition("/")[2]) in (Kind.SEALED, Kind.DELIVERED)]
+    for number in range(BATCHES):
+        times = found.count(content(number))
+        if times > 1 or (number and not times):
+            return f"batch {number} is there {times} times: {sorted(state)}"
+    account = audit(Directory(PLACE, CrashFilesystem(Disk(state)), ManualClock()))
+    return "" if account.balances else f"it does not add up: {account} in {sorted(state)}"
+
+
+def test_killed_or_without_power_at_any_moment_each_batch_is_kept_or_waits_once() -> None:
+    """Every state that is left of keeping, pruning and sending again."""
+    disk = disk_with_sealed()
+    keep_and_send_again(CrashFilesystem(disk))
+    assert sum(op.verb == "unlink" for op in disk.trace) == 1
+    survivors, states = Survivors(ignoring=LOCKS), 0
+    for op in disk.trace:
+        survivors.apply(op)
+        for state in [survivors.whole(), *survivors.states(ENDS)] if op.verb != "found" else ():
+            states += 1
+            assert not problem_of(state), op
+    assert states > STATES_MIN
+
+
+@pytest.mark.parametrize("verb", FAILING)
+def test_whatever_fails_each_batch_that_is_there_is_there_once(verb: str) -> None:
+    """A rename that fails lets a file go, which is delivered; one that stays is named. The account balances."""
+    met = 0
+    for nth, code in itertools.product(range(1, 40), VERBS.get(verb, ())):
+        disk, meter = disk_with_sealed(), Meter(Fault(verb, nth, code))
+        try:
+            keep_and_send_again(FaultFilesystem(CrashFilesystem(disk), meter))
+        except OSError:
+            assert verb in ("sync_directory", "open_existing"), verb  # raised to the caller, who tries again
+        if not meter.hits:
+            break
+        met += 1
+        found = [data for path, data in disk.files.items() if b'"n"' in data and "/ledger" not in path]
+        assert len(found) == len(set(found))
+        assert found.count(content(2)) == 1 or verb == "rename"
+    assert met or verb not in VERBS
