@@ -45,6 +45,8 @@ FAILED: Final = 70  # the exit status of a child that raised
 _VERBS: Final = (
     "create",
     "lock",
+    "lock_shared",
+    "link",
     "write",
     "write_all",
     "replace_all",

@@ -126,6 +126,8 @@ class FanOut:
         """Hand over a group; how many files went, and whether those behind it may follow."""
         going: list[_Found] = []
         goes_on = True
+        # First, lest the loss of power undo a sealing whose file was handed over: it would be adopted, as another batch.
+        self._directory.filesystem.sync_directory(self._directory.path)
         try:
             for name in names:
                 goes_on = self._take(name, queues, going)

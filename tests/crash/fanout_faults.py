@@ -1,0 +1,79 @@
+"""Every operation of histories with several sinks fails, once and for good, with each error that fits.
+
+Whatever fails: no file that could not be handed over is passed over in silence, and once the disk works again the same process,
+or the next, brings everything to every sink.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Final
+
+from pillarbox.errors import DirectoryUnusable
+from pillarbox.store.layout import Kind
+from pillarbox.testing.crash import Op
+from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem, Meter
+from pillarbox.testing.survivors import Survivors
+from tests.crash.fanout import LOCKS, Owed, World
+from tests.crash.interleave import PLACE
+from tests.crash.world import kind_at, steps_of
+
+# Handing over, a later sink, one that was asked for, one that goes, eviction, adoption after a death.
+HISTORIES: Final = ("aafxfd", "afcfafd", "afxpf", "afrafd", "afav", "afokfd")
+
+
+def faults_of(history: str) -> Iterator[Fault]:
+    """Each operation of a history failing, in each way."""
+    meter = Meter()
+    World(lambda plain: FaultFilesystem(plain, meter)).run(history)
+    for verb, errnos in VERBS.items():
+        for nth, code, for_good in itertools.product(range(1, meter.counts[verb] + 1), errnos, (False, True)):
+            yield Fault(verb, nth, code, for_good)
+            if verb in PARTIAL:
+                yield Fault(verb, nth, code, for_good, part=True)
+
+
+def check(history: str, fault: Fault) -> tuple[list[Op], str]:
+    """What happens with a fault, and what is wrong with it, during it or once the disk works again."""
+    meter = Meter(fault)
+    world = World(lambda plain: FaultFilesystem(plain, meter))
+    problem = ""
+    for letter, _ in steps_of(history):
+        try:
+            world.run(letter)
+        except DirectoryUnusable:
+            world.kill()
+        except OSError:
+            pass  # whoever calls says so, and tries it again
+        problem = problem or _silence(world, letter)
+    trace = list(world.disk.trace)
+    meter.heal()
+    if "r" in history:
+        world.process.remove("b")
+    for letter in "fdafdfd":
+        world.clock.advance(120.0)
+        world.run(letter)
+    return trace, problem or afterwards(world)
+
+
+def _silence(world: World, letter: str) -> str:
+    """Whether a round of handing over that left a file behind has not said so."""
+    waits = [path for path in world.disk.files if kind_at(path) is Kind.SEALED and path.rpartition("/")[0] == PLACE]
+    if letter == "f" and waits and world.lives and not world.process.trouble:
+        return f"not handed over, and nobody says so: {waits}"
+    return ""
+
+
+def afterwards(world: World) -> str:
+    """What is wrong with what arrived at last."""
+    owed, survivors = Owed(), Survivors(ignoring=LOCKS)
+    for op in world.disk.trace:
+        owed.apply(op, lambda path: survivors.whole().get(path, b""))
+        survivors.apply(op)
+    for sink in owed.sinks:
+        had = {number for one, _, number in owed.arrived if one == sink}
+        if lost := owed.owed[sink] - had - owed.evicted:
+            return f"{sink} misses {sorted(lost)} though the disk works again"
+    left = [path for path in world.disk.files if kind_at(path) in (Kind.SEALED, Kind.ASIDE, Kind.DEAD, Kind.CORRUPT)]
+    return f"left behind though the disk works again: {left}" if left else ""

@@ -1,0 +1,183 @@
+"""Several sinks: every crash state of handing over and settling, every single fault, and that what is planted is found."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from pillarbox.store import audit
+from pillarbox.store.capacity import Capacity
+from pillarbox.store.directory import Directory
+from pillarbox.store.fanout import FanOut
+from pillarbox.testing.crash import CrashFilesystem
+from pillarbox.testing.fault import Fault, FaultFilesystem, Meter
+from tests.crash import fanout, fanout_faults
+from tests.crash.fanout import Looked, World, moments
+
+# The life of files up to the last sink; later sinks, with what waits and without; one that goes; the first set-up over what
+# waits, active files too; eviction before, between and after; deaths in between.
+HISTORIES = (
+    *("aafxyafd", "afxafyd", "afcafd", "afcfad", "aopfd", "afpfd", "afxpfafd", "afrafd", "afpfrad"),
+    *("aafxv", "av", "afcfafvafd", "okfxkd", "kafkafxkd"),
+)
+CUT_SHORT = ("af{}fd", "aafx{}yd", "afcf{}afd", "afxpf{}fd", "afr{}afd", "aafxv{}afd")
+CHECKED_MIN = 60  # states of a history
+EACH = 5  # so many-th fault of those of a history: all of them take minutes, and differ in the error only
+FAULTS_MIN = 200
+CHANCES = 25
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: Patch) -> Iterator[None]:
+    """Without log messages, which are many, and without looking again at accounts that do not balance."""
+    monkeypatch.setattr(audit, "_LOOKS", 1)
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_no_sink_misses_anything_or_is_given_it_twice_whenever_the_process_or_the_power_fails(history: str) -> None:
+    """And the accounts of the directory and of each sink balance."""
+    looked = Looked()
+    looked.look(history)
+    assert not looked.violations
+    assert looked.checked > CHECKED_MIN
+
+
+@pytest.mark.parametrize("history", CUT_SHORT)
+def test_a_step_that_is_cut_short_anywhere_is_done_again_by_the_next_process(history: str) -> None:
+    """Killed ahead of each operation of it; then what a second crash leaves."""
+    looked = Looked()
+    for operation in range(40):
+        looked.look(history.format(operation), few=True)
+    assert not looked.violations
+    assert looked.checked > CHECKED_MIN
+
+
+def test_longer_histories_by_chance() -> None:
+    """In which processes die in the middle of a step as well; the violation has the history."""
+    looked = Looked()
+    chance = random.Random(7)
+    for _ in range(CHANCES):
+        letters = chance.choices("aaoffdxyvk", k=chance.randint(4, 9))
+        for later in ("c", "pf", "r"):
+            if chance.random() < 0.4:
+                letters.insert(chance.randrange(len(letters)), later if "c" not in letters or later != "pf" else "")
+        looked.look(
+            "".join(one + (str(chance.randint(1, 25)) if chance.random() < 0.2 else "") for one in letters if one), few=True
+        )
+        assert not looked.violations
+
+
+@pytest.mark.parametrize("history", fanout_faults.HISTORIES)
+def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) -> None:
+    """Trouble is named, and once the disk works again everything arrives everywhere."""
+    met = 0
+    for fault in itertools.islice(fanout_faults.faults_of(history), None, None, EACH):
+        _, problem = fanout_faults.check(history, fault)
+        assert not problem, (history, fault)
+        met += 1
+    assert met > FAULTS_MIN
+
+
+@pytest.mark.parametrize("verb", ["sync_data", "sync_directory", "link", "rename", "unlink"])
+def test_what_a_crash_leaves_after_a_fault_is_recovered(verb: str) -> None:
+    """No name goes before the sync that it waits for, when that sync has failed."""
+    history, looked = "aafxfd", Looked()
+    meter = Meter()
+    World(lambda plain: FaultFilesystem(plain, meter)).run(history)
+    for nth in range(1, meter.counts[verb] + 1):
+        trace, _ = fanout_faults.check(history, Fault(verb, nth, errno.EIO))
+        looked.look_at(f"{history} with {verb} {nth}", trace, few=True, faults=True)
+    assert not looked.violations
+    assert looked.checked > CHECKED_MIN
+
+
+# What may be planted: each undoes something that handing over must do.
+
+
+def nothing(*_args: object) -> None:
+    pass
+
+
+def queues_are_not_synced(patch: Patch) -> None:
+    real = CrashFilesystem.sync_directory
+    patch.setattr(CrashFilesystem, "sync_directory", lambda self, path: None if "sink-" in path else real(self, path))
+
+
+def a_link_counts_at_once(patch: Patch) -> None:
+    patch.setattr(Directory, "sealed", lambda self: sorted(self.sealed_names()))
+
+
+def the_first_queues_are_made_one_by_one(patch: Patch) -> None:
+    def finish_adding(self: FanOut, missing: Sequence[str], *, first: bool) -> None:
+        for sink in missing if first else ():
+            self._directory.ask_for(sink)
+            self._directory.add_queue(sink)
+            break
+
+    patch.setattr(FanOut, "_finish_adding", finish_adding)
+
+
+def eviction_ignores_queues(patch: Patch) -> None:
+    real = Capacity._take
+    patch.setattr(Capacity, "_take", lambda self, name, places: real(self, name, places[-1:]))
+
+
+def the_name_goes_first(patch: Patch) -> None:
+    real = FanOut._write_down
+
+    def write_down(self: FanOut, going: Sequence[object], queues: Sequence[Directory]) -> None:
+        for found in going:
+            self._directory.remove(found.taken.name)  # type: ignore[attr-defined]
+        self._directory.filesystem.sync_directory(self._directory.path)
+        real(self, going, queues)  # type: ignore[arg-type]
+
+    patch.setattr(FanOut, "_write_down", write_down)
+
+
+def sinks_have_no_account(patch: Patch) -> None:
+    patch.setattr(FanOut, "_write_down", nothing)
+
+
+@pytest.mark.parametrize(
+    ("plant", "history", "problem"),
+    [
+        (queues_are_not_synced, "af", "balance"),
+        (a_link_counts_at_once, "af", "twice"),
+        (the_first_queues_are_made_one_by_one, "af", "misses"),
+        (eviction_ignores_queues, "af{}v", "given up"),
+        (the_name_goes_first, "af", "balance"),
+        (sinks_have_no_account, "af", "balance"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_what_is_planted_is_found(plant: Callable[[Patch], None], history: str, problem: str, monkeypatch: Patch) -> None:
+    """In a short history, or one that is cut short somewhere."""
+    looked = Looked()
+    plant(monkeypatch)
+    for operation in range(30 if "{" in history else 1):
+        looked.look(history.format(operation), few=True)
+    assert looked.violations
+    assert problem in looked.violations[0]
+
+
+def test_the_histories_come_by_every_moment_of_handing_over() -> None:
+    """Links, queues that are made and removed, and directories that are renamed."""
+    verbs = {op.verb for history in HISTORIES for op in trace_of(history)}
+    assert {"link", "unlink", "rename", "make_directory", "remove_directory", "sync_directory"} <= verbs
+    assert sum(1 for _ in moments(trace_of("afd"))) > 50
+    assert set(fanout.STEPS) == {letter for history in HISTORIES for letter in history}
+
+
+def trace_of(history: str) -> list[fanout.Op]:
+    world = World()
+    world.run(history)
+    return world.disk.trace
