@@ -53,7 +53,7 @@ FIRST: Final = ("a", "b")  # the sinks that are named from the beginning
 LATER: Final = "c"
 AFTER: Final = 10**6  # the number of the event that is appended after a recovery
 ROUNDS: Final = 3  # of delivering and handing over, after which nothing may be left
-STATES_MAX: Final = 400  # of a moment; of more, so many by chance
+STATES_MAX: Final = 120  # of a moment; of more, so many by chance
 FEW: Final = 12  # where only so many are looked at
 
 Arrival = tuple[str, str, int]  # sink, batch id, event
@@ -146,6 +146,8 @@ class Process:
         for queue in self.directory.queues():
             if queue.sink == sink:
                 queue.remove_queue()
+        if sink in self.directory.asked_for():
+            self.directory.ask_no_more_for(sink)
 
     def evict(self) -> None:
         """Have everything given up that is sealed."""
@@ -307,8 +309,10 @@ class Owed:
 
     def _waiting(self) -> set[int]:
         """Handed over, and not yet with all sinks."""
-        had = [{number for sink, _, number in self.arrived if sink == one} for one in self.sinks]
-        return self._gone - set.intersection(*had)
+        waiting: set[int] = set()
+        for one in self.sinks:
+            waiting |= self._gone - {number for sink, _, number in self.arrived if sink == one}
+        return waiting
 
 
 class Outcome(NamedTuple):

@@ -14,7 +14,7 @@ from pillarbox.store import audit
 from pillarbox.store.capacity import Capacity
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
-from pillarbox.testing.crash import CrashFilesystem
+from pillarbox.testing.crash import CrashFilesystem, Op
 from pillarbox.testing.fault import Fault, FaultFilesystem, Meter
 from tests.crash import fanout, fanout_faults
 from tests.crash.fanout import Looked, World, moments
@@ -177,7 +177,7 @@ def test_the_histories_come_by_every_moment_of_handing_over() -> None:
     assert set(fanout.STEPS) == {letter for history in HISTORIES for letter in history}
 
 
-def trace_of(history: str) -> list[fanout.Op]:
+def trace_of(history: str) -> list[Op]:
     world = World()
     world.run(history)
     return world.disk.trace

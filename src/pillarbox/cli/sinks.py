@@ -94,6 +94,10 @@ def remove(
     Other sinks keep what waits for them. Dead letters and quarantine in it are to be replayed, repaired or purged before.
     """
     place = _place(directory, config)
+    if name in place.asked_for():
+        place.ask_no_more_for(name)
+        out.print(f"{name} is not asked for any more", markup=False)
+        return Exit.DONE
     with _held(place, name, alone=hand_back) as queue:
         found = queue.account()
         if found.dead_files or found.corrupt_files:

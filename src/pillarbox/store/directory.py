@@ -189,17 +189,27 @@ class Directory:
         """Remove this queue with all that is in it. It is none any more at once; killed then, its files are left over."""
         if self.main is None:
             raise ValueError(self.path)
-        going = self.main.at(layout.removing_name(self.sink))
-        self.filesystem.rename(self.path, going)
-        self.filesystem.sync_directory(self.main.path)
-        self.main.finish_removing(self.sink)
+        self.main.remove_as(self.sink, self.path)
 
-    def finish_removing(self, sink: str) -> None:
-        """Remove what is left over of a queue that was being removed."""
-        going = self.at(layout.removing_name(sink))
-        for name, _ in self.filesystem.listing(going):
-            self.filesystem.unlink(f"{going}/{name}")
-        self.filesystem.remove_directory(going)
+    def ask_no_more_for(self, sink: str) -> None:
+        """Have no queue made for a sink that one was asked for."""
+        self.remove_as(sink, self.at(layout.adding_name(sink)))
+
+    def remove_as(self, sink: str, path: str) -> None:
+        """Remove a directory that is a sink's queue, or was to become that."""
+        self.finish_removing()  # of an earlier one of that name
+        self.filesystem.rename(path, self.at(layout.removing_name(sink)))
+        self.filesystem.sync_directory(self.path)
+        self.finish_removing()
+
+    def finish_removing(self) -> None:
+        """Remove what is left over of queues that were being removed; somebody may be at it just now."""
+        for name in filter(layout.is_removing, self.filesystem.subdirectories(self.path)):
+            going = self.at(name)
+            with contextlib.suppress(FileNotFoundError):
+                for file, _ in self.filesystem.listing(going):
+                    self.remove(f"{name}/{file}")
+                self.filesystem.remove_directory(going)
 
     def rename_queue(self, sink: str) -> None:
         """Have this queue be another sink's."""

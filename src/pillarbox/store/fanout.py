@@ -78,8 +78,9 @@ class FanOut:
         Every queue that is there gets them, also one that this process was not told of: a sink that is left out by mistake must
         not miss any.
         """
-        if not self._found:  # whoever made the queues that are there may have died before that was durable
+        if not self._found:  # whoever made or removed queues may have died before that was durable, or done
             self._directory.filesystem.sync_directory(self._directory.path)
+            self._directory.finish_removing()
             self._found = True
         queues = self._directory.queues()
         missing = [sink for sink in self._sinks if sink not in {queue.sink for queue in queues}]

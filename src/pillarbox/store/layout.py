@@ -171,3 +171,8 @@ def sink_asked_for(name: str) -> str | None:
 def removing_name(sink: str) -> str:
     """What a queue is called whose files are being removed."""
     return queue_name(sink) + _REMOVING
+
+
+def is_removing(name: str) -> bool:
+    """Whether a directory is a queue that is being removed."""
+    return name.endswith(_REMOVING) and sink_of(name.removesuffix(_REMOVING)) is not None
