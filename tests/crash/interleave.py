@@ -202,6 +202,8 @@ class World:
         self.excused: set[bytes] = set()  # an operator deletes them
         self.evicted: Counter[bytes] = Counter()
         self.delivered: list[tuple[bytes, str]] = []  # payload, batch id
+        self.more_sinks: tuple[str, ...] = ()  # where there are several at all
+        self.judge = violations  # looks what is wrong in the end
         self.damaged = b""  # what is to be in quarantine in the end, and nothing else
         self.new_id = map("id-{:04d}".format, itertools.count(1)).__next__
         self._number = itertools.count(1).__next__
@@ -234,7 +236,7 @@ class World:
     def content(self, name: str) -> bytes:
         """What is in a file."""
         filesystem = self.another().filesystem
-        return filesystem.read_all(filesystem.open_existing(f"{PLACE}/{name}"))
+        return filesystem.read_all(filesystem.open_existing(f"{PLACE}/{name}", linked=True))
 
 
 Program = Callable[[Process], None]
@@ -306,7 +308,7 @@ def run_schedule(scenario: Scenario, schedule: Schedule) -> Run:
             world.processes[who].die()  # the end of a process takes its descriptors too
             alive.remove(who)
     world.interleaved = False
-    troubles += violations(world, killed=any(what == "kill" for _, what, _ in schedule))
+    troubles += world.judge(world, killed=any(what == "kill" for _, what, _ in schedule))
     return Run(points, troubles)
 
 

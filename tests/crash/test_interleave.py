@@ -12,7 +12,7 @@ import pytest
 from pillarbox.delivery.lease import Lease
 from pillarbox.store.directory import Directory, Taken
 from pillarbox.testing.crash import CrashFilesystem
-from tests.crash import interleave
+from tests.crash import interleave, interleave_fanout
 from tests.crash.interleave import SCENARIOS, Scenario, explore
 
 # As much as takes seconds: (preemptions, kills) of scenarios that come by many points, by few, and by fewest.
@@ -123,3 +123,12 @@ def test_a_file_that_is_removed_before_it_is_delivered_is_found_by_a_kill(monkey
     monkeypatch.setattr(interleave.Destination, "deliver", too_late)
     assert not explore(interleave.two_deliver, 0, 0).violations
     assert "lost" in found(interleave.two_deliver, 0, 1)
+
+
+@pytest.mark.parametrize("scenario", interleave_fanout.SCENARIOS)
+@pytest.mark.parametrize(("preemptions", "kills"), [(1, 0), (0, 1)])
+def test_no_interleaving_of_handing_over_has_a_sink_miss_anything(scenario: Scenario, preemptions: int, kills: int) -> None:
+    """While queues are delivered, files are evicted, or a sink is added."""
+    report = explore(scenario, preemptions, kills)
+    assert report.complete
+    assert not report.violations, str(report)
