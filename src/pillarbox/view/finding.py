@@ -35,7 +35,7 @@ class Sight(NamedTuple):
     @property
     def sink(self) -> str:
         """Whose queue it is in; "" for the outbox directory itself."""
-        return sink_of(self.place)
+        return self.place.sink
 
     @property
     def batch(self) -> str:
@@ -48,14 +48,9 @@ class Sight(NamedTuple):
         return "" if self.kind in (Kind.ACTIVE, Kind.LEGACY_ACTIVE) else layout.batch_id(name)
 
 
-def sink_of(place: Directory) -> str:
-    """Which of several sinks a directory is the queue of; "" where it is none."""
-    return layout.sink_of(place.path.rpartition("/")[2]) or ""
-
-
 def places(directory: Directory) -> list[Directory]:
     """The outbox directory, and the queues of its sinks."""
-    return [directory]
+    return [directory, *directory.queues()]
 
 
 def look(directory: Directory) -> list[Sight]:
@@ -108,7 +103,7 @@ def content(sights: list[Sight], tell: Callable[[Trouble], None]) -> bytes | Non
 
 
 def _bytes(place: Directory, name: str) -> bytes:
-    fd = place.filesystem.open_existing(place.at(name))
+    fd = place.open_found(name)
     try:
         return place.filesystem.read_all(fd)
     finally:

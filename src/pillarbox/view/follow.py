@@ -144,7 +144,7 @@ class Follower:
         for sight in sights:
             if sight.kind in ACTIVE & self._kinds and sight.name not in self._active:
                 try:
-                    fd = self._filesystem.open_existing(sight.place.at(sight.name))
+                    fd = sight.place.open_found(sight.name)
                 except FileNotFoundError:
                     continue  # sealed meanwhile
                 except (OSError, FileUnusable) as error:

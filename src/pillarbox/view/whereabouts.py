@@ -12,7 +12,7 @@ from pillarbox.store import layout
 from pillarbox.store.balance import Adopted, Entry, Evicted, Purged, Sealed, Settled
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import entries_of
-from pillarbox.view.finding import Line, batches, content, lines, look, places, sink_of
+from pillarbox.view.finding import Line, batches, content, lines, look, places
 from pillarbox.view.follow import ACCEPTED, ACTIVE
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Whereabouts:
         self._heading = heading
         # The ledgers last: what settles meanwhile is in one, if its file is gone from the other.
         self._sights = look(directory)
-        self._ledgers = [_Memory(sink_of(place), entries_of(place.read_bytes(layout.LEDGER))[0]) for place in places(directory)]
+        self._ledgers = [_Memory(place.sink, entries_of(place.read_bytes(layout.LEDGER))[0]) for place in places(directory)]
 
     @property
     def size(self) -> int:
