@@ -88,6 +88,25 @@ def test_what_is_in_use_stays(place: Directory, clock: ManualClock) -> None:
     place.filesystem.close(held.fd)
 
 
+def test_what_one_of_several_sinks_is_sending_stays_for_all(place: Directory, clock: ManualClock) -> None:
+    """Their locks are shared; a link that is let go of is compressed, and the others stay as they are."""
+    *_, name = fill(place, SOON + 1)
+    queues = []
+    for sink in ("a", "b"):
+        place.ask_for(sink)
+        place.add_queue(sink)
+        queues.append(place.queue(sink))
+    for sealed in place.sealed():
+        place.remove(sealed)
+    held = queues[0].take(name)
+    assert held is not None
+    assert [work_all(compressor_for(queue, clock)) for queue in queues] == [0, 0]
+    place.filesystem.close(held.fd)
+    assert work_all(compressor_for(queues[1], clock)) == 1
+    assert [name in queue.sealed() for queue in queues] == [True, False]
+    assert packed(queues[1]) == [layout.compressed_name(name)]
+
+
 def test_what_gets_no_smaller_stays_and_is_not_tried_again(place: Directory, clock: ManualClock) -> None:
     """Nor is what is too large for any reader."""
     names = fill(place, SOON + 2)
@@ -250,6 +269,36 @@ def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_pat
         assert audit(outbox._directory).balances
     accepted = {request.key: request.events for request in server.requests}
     assert [one["event_id"] for batch in accepted.values() for one in batch] == [one.event_id for one in events]
+
+
+def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_once(tmp_path: Path) -> None:
+    """Both are away; a file that one of them is about to send stays as it is for both."""
+    events = [real(number) for number in range(600)]
+    with (
+        Server(always(Say(503))) as first,
+        Server(always(Say(503))) as second,
+        Outbox(
+            str(tmp_path / "outbox"),
+            sinks={"first": first.url("/in"), "second": second.url("/in")},
+            flush_interval=0.1,
+            backoff_max=0.5,
+            compress_after=0.01,
+        ) as outbox,
+    ):
+        for number, one in enumerate(events, 1):
+            assert outbox.enqueue(one)
+            if number % 30 == 0:
+                assert outbox._sealer.seal_now("manual", 5.0)
+        wait_until(lambda: [len(packed(queue)) for queue in outbox._directory.queues()] == [20 - SOON] * 2, 20)
+        assert outbox.stats().pending_bytes >= 0
+        first.answer = second.answer = always(Say())
+        assert outbox.flush(20)
+        assert outbox.stats().pending_bytes >= 0
+        wait_until(lambda: outbox.stats().pending_bytes == 0)
+        assert audit(outbox._directory).balances
+    for server in (first, second):
+        accepted = {request.key: request.events for request in server.requests}
+        assert [one["event_id"] for batch in accepted.values() for one in batch] == [one.event_id for one in events]
 
 
 def test_an_sqlite_file_that_is_locked_gets_every_event_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

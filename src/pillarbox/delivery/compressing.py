@@ -74,7 +74,7 @@ class Compressor:
                 self._not_before = now + max(_LOOK_S, _LOOK_SHARE * took)
         while self._due:
             name = self._due.pop()
-            taken = None if self._in_use(name) else self._directory.take(name)
+            taken = None if self._in_use(name) else self._directory.take(name, alone=True)
             if taken is None:
                 continue
             try:
@@ -107,7 +107,8 @@ class Compressor:
             self._left.add(file.name)
             return False
         self._directory.replace(file, name, packed)
-        self._on_shrunk(len(plain) - len(packed))
+        if not filesystem.is_linked(file.fd):  # otherwise the plain file waits on, for another sink
+            self._on_shrunk(len(plain) - len(packed))
         return True
 
     def _report(self, trouble: str) -> None:

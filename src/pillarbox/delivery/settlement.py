@@ -343,8 +343,11 @@ class Settler:
         counters.discarded += len(job.spans) if "quarantine" in job.discards else 0
         counters.flushed_files += 1
         counters.flushed_bytes += job.stored
-        if self._directory.main is None or not self._directory.filesystem.is_linked(job.file.fd):
-            self._callbacks.on_gone(job.stored)  # not while it waits for another sink
+        # Not while it waits for another sink. Which of several compressed copies is the last one, the next listing shows.
+        if self._directory.main is None or not (
+            job.name.endswith(layout.COMPRESSED) or self._directory.filesystem.is_linked(job.file.fd)
+        ):
+            self._callbacks.on_gone(job.stored)
         with contextlib.suppress(Exception):  # the application's metrics are not worth an event
             self._callbacks.on_duration(self._clock.monotonic() - job.started)
 

@@ -200,7 +200,9 @@ class Capacity:
 
     @staticmethod
     def _oldest_first(places: Sequence[Directory]) -> list[str]:
-        return sorted(set[str]().union(*(place.sealed_names() for place in places)))
+        """The names of all that may be given up; of a plain file and its copy, that of the plain one."""
+        found = [place.sealed_names() for place in places]
+        return sorted({name for names in found for name in names if layout.copied_name(name) not in names})
 
     def _take(self, name: str, places: Sequence[Directory]) -> _Going | None:
         """A file under all its names, and how much is in it; None where it is in use, not ours, or cannot be read."""
