@@ -1,0 +1,87 @@
+"""What the tests of several sinks share: an outbox directory with real destinations, and what they and the accounts say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pillarbox import Outbox
+from pillarbox.clock import SystemClock
+from pillarbox.store import layout
+from pillarbox.store.audit import audit, audit_queues
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from tests.conftest import event
+from tests.sinks.http_server import Request, Say
+
+if TYPE_CHECKING:
+    from pillarbox.store.balance import Row
+
+BUSY = Say(503, headers={"Retry-After": "0"})
+
+
+def place_of(box: Path) -> Directory:
+    return Directory(str(box), RealFilesystem(), SystemClock())
+
+
+def fill(outbox: Outbox, count: int, first: int = 0, **members: object) -> None:
+    assert all(outbox.enqueue(event(number, **members)) for number in range(first, first + count))
+
+
+def fill_files(outbox: Outbox, files: int, each: int = 10, first: int = 0) -> None:
+    """Sealed files of so many events each."""
+    for number in range(files):
+        fill(outbox, each, first + number * each)
+        assert outbox._sealer.seal_now("manual", 10)
+
+
+def ids(count: int, first: int = 0) -> list[str]:
+    return [f"e-{number:06d}" for number in range(first, first + count)]
+
+
+def arrived(database: Path) -> list[str]:
+    """The events in a database, each once, for the id is the key."""
+    with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection:
+        return [found for (found,) in connection.execute("SELECT event_id FROM tracking_event ORDER BY event_id")]
+
+
+def received(requests: list[Request], keys: set[str] | None = None) -> Counter[str]:
+    """How often each event came to an HTTP server in a batch of its own key."""
+    seen: set[str] = set() if keys is None else keys
+    found: Counter[str] = Counter()
+    for request in requests:
+        if request.method == "POST" and request.key not in seen:
+            seen.add(request.key)
+            found.update(one["event_id"] for one in request.events)
+    return found
+
+
+def refusing_poison(request: Request) -> Say:
+    """Accepts all but the events whose key is poison, and names these."""
+    if request.method != "POST":
+        return Say(405)
+    bad = [index for index, one in enumerate(request.events) if one["event_key"] == "poison"]
+    if not bad:
+        return Say(202)
+    refused = {"refused": [{"index": index, "reason": "poison"} for index in bad]}
+    return Say(422, json.dumps(refused).encode(), {"Content-Type": "application/json"})
+
+
+def sealed(box: Path) -> list[str]:
+    """Sealed files in a directory, or in a queue that may not be there yet."""
+    names = os.listdir(box) if box.exists() else []
+    return sorted(name for name in names if layout.kind_of(name) is layout.Kind.SEALED)
+
+
+def balanced(box: Path) -> dict[str, Row]:
+    """The accounts of the directory and of each sink, which balance."""
+    place = place_of(box)
+    whole = audit(place)
+    found = {"": whole, **audit_queues(place, whole)}
+    assert all(one.balances for one in found.values()), found
+    return {name: one.account.total for name, one in found.items()}

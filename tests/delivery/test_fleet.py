@@ -1,0 +1,138 @@
+"""Several sinks of one outbox, with real files, servers and databases: each gets everything, and none waits for another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pillarbox import Outbox
+from pillarbox.sinks.base import Retry
+from pillarbox.testing import RecordingSink
+from tests.conftest import event, wait_until
+from tests.delivery.fleet_stage import (
+    BUSY,
+    arrived,
+    balanced,
+    fill,
+    fill_files,
+    ids,
+    place_of,
+    received,
+    refusing_poison,
+    sealed,
+)
+from tests.sinks.http_server import HANG, Server, always, nobody
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    return tmp_path / "box"
+
+
+def database(box: Path, name: str) -> str:
+    """The URL of an SQLite file beside the outbox."""
+    return f"sqlite:///{box.parent}/{name}.db"
+
+
+def two(box: Path) -> dict[str, str]:
+    return {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
+
+
+def test_each_sink_gets_everything_and_the_disk_is_free_afterwards(box: Path) -> None:
+    """Two databases, several files; what waits is nothing, and all accounts balance."""
+    with Outbox(str(box), sinks=two(box), batch_size=50) as outbox:
+        fill(outbox, 1000)
+        assert outbox.flush(20)
+        stats = outbox.stats()
+        assert (stats.pending_files, stats.pending_bytes, stats.delivered) == (0, 0, 2000)
+        assert {name: sink.delivered for name, sink in stats.sinks.items()} == {"live": 1000, "warehouse": 1000}
+    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(1000)
+    assert not [name for folder in (box, box / "sink-live", box / "sink-warehouse") for name in sealed(folder)]
+    rows = balanced(box)
+    assert (rows[""].accepted, rows[""].shared, rows[""].pending_max) == (1000, 1000, 0)
+    assert {name: rows[name].delivered for name in ("live", "warehouse")} == {"live": 1000, "warehouse": 1000}
+
+
+@pytest.mark.parametrize("how", ["refuses connections", "answers 503", "never answers"])
+def test_a_sink_that_is_down_holds_back_nobody_and_catches_up(box: Path, how: str) -> None:
+    """Its state names it, the other's is well; what waits counts once; once it is back it gets all of it once."""
+    with Server(always(BUSY if how == "answers 503" else HANG)) as server:
+        url = nobody() if how == "refuses connections" else server.url("#timeout=0.5")
+        sinks = {"live": url, "warehouse": database(box, "warehouse")}
+        with Outbox(str(box), sinks=sinks, batch_size=10, backoff_max=0.05) as outbox:
+            fill_files(outbox, 20)
+            wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 200)
+            wait_until(lambda: outbox.stats().sinks["live"].state.name == "waiting")
+            stats = outbox.stats()
+            assert stats.sinks["warehouse"].state.name in ("idle", "draining")
+            assert stats.state.name == "waiting"
+            assert stats.state.reason.startswith("live: ")
+            assert stats.last_error.startswith("live: ")
+            assert (stats.sinks["live"].delivered, stats.sinks["warehouse"].failed_flushes) == (0, 0)
+            assert stats.sinks["live"].failed_flushes > 0
+            assert not outbox.flush(0.3)
+            files = [box / "sink-live" / name for name in sealed(box / "sink-live")]
+            wait_until(lambda: outbox.stats().pending_files == len(files) == 20, 3)
+            assert outbox.stats().pending_bytes == sum(file.stat().st_size for file in files)
+    assert arrived(box.parent / "warehouse.db") == ids(200)
+    assert not sealed(box / "sink-warehouse")
+    with Server() as server, Outbox(str(box), sinks=sinks | {"live": server.url()}) as outbox:
+        assert outbox.flush(20)
+        assert received(server.requests) == dict.fromkeys(ids(200), 1)
+        assert outbox.stats().sinks["warehouse"].delivered == 0  # none of it came a second time
+    assert not sealed(box / "sink-live")
+    balanced(box)
+
+
+def test_each_sink_has_dead_letters_of_its_own(box: Path) -> None:
+    """What one refuses the other has; the dead letters are in the queue of who refused, and its account has them."""
+    with Server(refusing_poison) as server:
+        sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
+        with Outbox(str(box), sinks=sinks, batch_size=10) as outbox:
+            for number in range(50):
+                fill(outbox, 1, number, event_key="poison" if number % 10 == 3 else "click")
+            assert outbox.flush(20)
+            stats = outbox.stats()
+            assert (stats.dead, stats.sinks["live"].dead, stats.sinks["warehouse"].dead) == (5, 5, 0)
+            assert (stats.sinks["live"].delivered, stats.sinks["warehouse"].delivered) == (45, 50)
+    assert arrived(box.parent / "warehouse.db") == ids(50)
+    assert {file.parent.name for file in box.rglob("dead-*")} == {"sink-live"}
+    rows = balanced(box)
+    assert (rows["live"].dead, rows["live"].delivered, rows["warehouse"].dead) == (5, 45, 0)
+
+
+def test_a_sink_object_may_be_among_them(box: Path) -> None:
+    """An application's own beside a URL."""
+    sink = RecordingSink()
+    with Outbox(str(box), sinks={"mine": sink, "warehouse": database(box, "warehouse")}, batch_size=10) as outbox:
+        fill(outbox, 30)
+        assert outbox.flush(20)
+    assert len(sink.payloads) == 30
+    assert arrived(box.parent / "warehouse.db") == ids(30)
+
+
+def test_flush_waits_for_every_sink(box: Path) -> None:
+    """One that is slow to accept makes it wait, although the other had it all at once."""
+    slow = RecordingSink([Retry("not yet", after=0.3)])
+    with Outbox(str(box), sinks={"slow": slow, "warehouse": database(box, "warehouse")}) as outbox:
+        fill(outbox, 10)
+        assert outbox.flush(10)
+        assert len(slow.batches) == 1
+        assert outbox.stats().pending_files == 0
+
+
+def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> None:
+    """So `max_bytes` is reached at the bytes that are on disk, and the events beyond it are refused."""
+    sinks = {"one": nobody(), "two": nobody(), "three": nobody()}
+    with Outbox(str(box), sinks=sinks, max_bytes=20_000, batch_size=20, backoff_max=0.05) as outbox:
+        accepted = sum(bool(outbox.enqueue(event(number, scope_id="s" * 100))) for number in range(300))
+        assert outbox._sealer.seal_now("manual", 10)
+        wait_until(lambda: not sealed(box))
+        stats = outbox.stats()
+        size = sum(file.stat().st_size for file in (box / "sink-one").glob("sealed-*"))
+        assert stats.dropped["max_bytes"] == 300 - accepted > 0
+        assert stats.pending_bytes == size <= 20_000
+        assert size > 18_000
+        assert place_of(box).account().pending_files == len(sealed(box / "sink-two")) == len(sealed(box / "sink-three"))
+    balanced(box)

@@ -1,0 +1,262 @@
+"""The queues of several sinks as they come, go and are shared: full disks, other processes, sinks that are new or left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pillarbox import Outbox
+from pillarbox.delivery.lease import last_heartbeat
+from tests.conftest import event, wait_until
+from tests.delivery.fleet_stage import arrived, balanced, fill, fill_files, ids, place_of, received, sealed
+from tests.sinks.http_server import HANG, Request, Say, Server, nobody
+
+ROOT = Path(__file__).parents[2]
+DELIVER = "import sys, threading, json; from pillarbox import Outbox\n"
+HOLD = """
+outbox = Outbox(sys.argv[1], sinks=json.loads(sys.argv[2]), flush_interval=0.05, backoff_max=0.05)
+outbox.__enter__()
+print("up", flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    return tmp_path / "box"
+
+
+def database(box: Path, name: str) -> str:
+    return f"sqlite:///{box.parent}/{name}.db"
+
+
+def two(box: Path) -> dict[str, str]:
+    return {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
+
+
+def pillarbox(box: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pillarbox", *words, "-d", str(box)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def put_for_a_while(outbox: Outbox, first: int, least: int, goes_on: Callable[[], bool] = lambda: True) -> list[str]:
+    """Files of ten, each when it `goes_on`, until so many events were given up; what was accepted."""
+    accepted = []
+    for number in range(first, 100_000):
+        if outbox.enqueue(event(number)):
+            accepted.append(f"e-{number:06d}")
+        if number % 10 == 0:
+            assert outbox._sealer.seal_now("manual", 10)
+            wait_until(goes_on)
+            if outbox.stats().evicted >= least:
+                return accepted
+    raise AssertionError("nothing is given up")
+
+
+def test_eviction_gives_a_file_up_for_all_sinks_that_wait_for_it(box: Path) -> None:
+    """The disk stays within its limit, the sink that is well misses nothing, and every account says what went."""
+    sinks = {"live": nobody(), "slow": nobody(), "warehouse": database(box, "warehouse")}
+    with Outbox(str(box), sinks=sinks, when_full="drop_oldest", max_bytes=30_000, flush_interval=0.05) as outbox:
+        accepted = put_for_a_while(outbox, 0, 200, lambda: not sealed(box) and not sealed(box / "sink-warehouse"))
+        wait_until(lambda: arrived(box.parent / "warehouse.db") == accepted)
+        wait_until(lambda: not sealed(box) and outbox.stats().pending_bytes == place_of(box).account().pending_bytes < 30_000)
+    evicted = outbox.stats().evicted
+    assert sealed(box / "sink-live") == sealed(box / "sink-slow")
+    rows = balanced(box)
+    found = {name: (rows[name].evicted, rows[name].pending) for name in sinks}
+    left = len(accepted) - evicted
+    assert found == {"live": (evicted, left), "slow": (evicted, left), "warehouse": (0, 0)}
+
+
+def test_a_file_that_one_sink_is_sending_is_not_given_up_for_any(box: Path) -> None:
+    """However much comes after it."""
+    asked: list[Request] = []
+
+    def hang(request: Request) -> Say:
+        asked.append(request)
+        return HANG
+
+    with Server(hang) as server:
+        sinks = {"live": server.url("#timeout=30"), "slow": nobody()}
+        with Outbox(str(box), sinks=sinks, when_full="drop_oldest", max_bytes=10_000, flush_interval=0.05) as outbox:
+            fill(outbox, 1)
+            wait_until(lambda: bool(asked))
+            (sent,) = sealed(box / "sink-live")
+            put_for_a_while(outbox, 1, 50)
+            assert sent in sealed(box / "sink-live")
+            assert sent in sealed(box / "sink-slow")
+            outbox.close(0.1)
+    rows = balanced(box)
+    assert rows["live"].evicted == rows["slow"].evicted == outbox.stats().evicted
+
+
+@pytest.fixture
+def other(box: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that hands over and delivers to both sinks, until it is killed."""
+    command = [sys.executable, "-c", DELIVER + HOLD, str(box), json.dumps(two(box))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_when_the_process_that_delivers_is_killed_another_takes_over_all_of_it(box: Path, other: subprocess.Popen[str]) -> None:
+    """What it had handed over, and what it had not; within about a second, and without being asked."""
+    wait_until(lambda: (beat := last_heartbeat(place_of(box))) is not None and beat.pid == other.pid)
+    with Outbox(str(box), sinks=two(box), flush_interval=0.05, batch_size=10) as outbox:
+        fill(outbox, 200)
+        assert outbox.flush(20)
+        stats = outbox.stats()
+        assert {sink.state.name for sink in stats.sinks.values()} == {"standby"}
+        assert stats.delivered == 0
+        other.send_signal(signal.SIGSTOP)  # it holds its locks, and does nothing with them
+        fill(outbox, 200, 200)
+        assert not outbox.flush(0.2)
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+        wait_until(lambda: not place_of(box).waiting(), 5)
+        assert outbox.flush(5)
+        assert {name: sink.delivered for name, sink in outbox.stats().sinks.items()} == {"live": 200, "warehouse": 200}
+    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(400)
+    balanced(box)
+
+
+def test_a_sink_that_is_named_later_gets_what_is_sealed_from_then_on(box: Path) -> None:
+    """What waits for another one is not for it."""
+    with Outbox(str(box), sinks={"live": nobody()}) as outbox:
+        fill_files(outbox, 3)
+        wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 3)
+    with Outbox(str(box), sinks=two(box)) as outbox:
+        wait_until((box / "sink-warehouse").exists)
+        fill_files(outbox, 2, first=30)
+        assert outbox.flush(20)
+    assert arrived(box.parent / "live.db") == ids(50)
+    assert arrived(box.parent / "warehouse.db") == ids(20, 30)
+    balanced(box)
+
+
+def test_one_that_was_added_before_begins_with_what_waits(box: Path) -> None:
+    """Of the queue of another, and what no queue has yet; the accounts of both have it."""
+    with Outbox(str(box), sinks={"live": nobody()}) as outbox:
+        fill_files(outbox, 3)
+        wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 3)
+    with Outbox(str(box)) as outbox:
+        fill_files(outbox, 2, first=30)
+    done = pillarbox(box, "sinks", "add", "warehouse")
+    assert (done.returncode, done.stdout) == (
+        0,
+        "warehouse begins with what waits, once a process delivers to it: --sink warehouse=URL\n",
+    )
+    with Outbox(str(box), sinks=two(box)) as outbox:
+        assert outbox.flush(20)
+    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(50)
+    balanced(box)
+
+
+def test_several_sinks_in_the_place_of_one_begin_with_all_that_waits(box: Path) -> None:
+    """A directory that had a single sink so far."""
+    with Outbox(str(box), sink=nobody()) as outbox:
+        fill_files(outbox, 3)
+    with Outbox(str(box), sinks=two(box)) as outbox:
+        assert outbox.flush(20)
+    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(30)
+    balanced(box)
+
+
+def test_a_single_sink_takes_nothing_from_queues_and_says_so(box: Path) -> None:
+    """Neither from them, nor what is sealed meanwhile; named among several, it goes on."""
+    with Outbox(str(box), sinks={"live": nobody(), "warehouse": nobody()}) as outbox:
+        fill_files(outbox, 2)
+        wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 2)
+    with Outbox(str(box), sink=database(box, "single")) as outbox:
+        fill_files(outbox, 1, first=20)
+        wait_until(lambda: outbox.stats().state.name == "stopped")
+        assert outbox.stats().state.reason == (
+            "the directory has queues of several sinks (live, warehouse): "
+            "name all of them as sinks, or pillarbox sinks remove NAME"
+        )
+    assert not (box.parent / "single.db").exists()
+    with Outbox(str(box), sinks=two(box)) as outbox:
+        assert outbox.flush(20)
+    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(30)
+
+
+def test_a_queue_that_is_left_out_goes_on_filling_and_is_named(box: Path) -> None:
+    """Degraded, with the command that puts an end to it; the others are delivered."""
+    with Outbox(str(box), sinks=two(box)) as outbox:
+        fill_files(outbox, 1)
+        assert outbox.flush(20)
+    with Outbox(str(box), sinks={"live": database(box, "live")}, flush_interval=0.05) as outbox:
+        fill_files(outbox, 2, first=10)
+        wait_until(lambda: outbox.stats().sinks["live"].delivered == 20)
+        wait_until(lambda: outbox.stats().state.name == "degraded")
+        assert "pillarbox sinks remove warehouse" in outbox.stats().state.reason
+        assert "pillarbox sinks remove warehouse" in outbox.stats().last_error
+    assert len(sealed(box / "sink-warehouse")) == 2
+    removed = pillarbox(box, "sinks", "remove", "warehouse", "--discard")
+    assert (removed.returncode, removed.stdout) == (0, "warehouse removed; 2 files given up\n")
+    with Outbox(str(box), sinks={"live": database(box, "live")}) as outbox:
+        fill_files(outbox, 1, first=30)
+        assert outbox.flush(20)
+        assert outbox.stats().state.name in ("idle", "draining")
+    assert arrived(box.parent / "live.db") == ids(40)
+    balanced(box)
+
+
+def test_a_renamed_queue_is_the_other_sinks(box: Path) -> None:
+    """With all that waits in it."""
+    with Outbox(str(box), sinks={"live": nobody(), "warehouse": database(box, "warehouse")}) as outbox:
+        fill_files(outbox, 3)
+        wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 30)
+    assert pillarbox(box, "sinks", "rename", "live", "fresh").stdout == "live is fresh now\n"
+    with Outbox(str(box), sinks={"fresh": database(box, "fresh"), "warehouse": database(box, "warehouse")}) as outbox:
+        assert outbox.flush(20)
+    assert arrived(box.parent / "fresh.db") == ids(30)
+    balanced(box)
+
+
+def test_the_last_queue_is_handed_back_to_a_single_sink(box: Path) -> None:
+    """Which then delivers what waited there."""
+    with Outbox(str(box), sinks={"live": nobody()}) as outbox:
+        fill_files(outbox, 3)
+        wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 3)
+    assert pillarbox(box, "sinks", "remove", "live", "--hand-back").stdout == "live removed; 3 files handed back\n"
+    assert not (box / "sink-live").exists()
+    with Outbox(str(box), sink=database(box, "single")) as outbox:
+        assert outbox.flush(20)
+    assert arrived(box.parent / "single.db") == ids(30)
+    balanced(box)
+
+
+def test_a_forked_child_stores_and_delivers_to_all_of_them(box: Path) -> None:
+    """What the parent had is the parent's; nobody gets anything twice."""
+    script = DELIVER + (
+        "import os; from tests.conftest import event\n"
+        "outbox = Outbox(sys.argv[1], sinks=json.loads(sys.argv[2]), flush_interval=0.05)\n"
+        "[outbox.enqueue(event(number)) for number in range(50)]\n"
+        "assert outbox.flush(20)\n"
+        "child = os.fork()\n"
+        "[outbox.enqueue(event(number)) for number in (range(100, 150) if child else range(50, 100))]\n"
+        "if not child:\n"
+        "    print(outbox.flush(20), flush=True); outbox.close(); os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "print(outbox.flush(20), flush=True)\n"
+        "outbox.close()\n"
+    )
+    with Server() as server:
+        sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
+        command = [sys.executable, "-c", script, str(box), json.dumps(sinks)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+        assert done.stdout.split() == ["True", "True"], done.stderr
+        assert received(server.requests) == dict.fromkeys(ids(150), 1)
+    assert arrived(box.parent / "warehouse.db") == ids(150)
+    balanced(box)
