@@ -31,7 +31,7 @@ from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
-from pillarbox.telemetry import Stats, instruments
+from pillarbox.telemetry import Stats, instruments, of_sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -380,7 +380,7 @@ class Outbox:
         telemetry.add(self)
         callbacks = Callbacks(
             self._writer.release,
-            lambda seconds: telemetry.flush_duration.record(seconds, {"outbox": self.name}),
+            lambda seconds, sink: telemetry.flush_duration.record(seconds, {"outbox": self.name, **of_sink(sink)}),
             self._hooks.dead_letter,
             self._hooks.dead_letter_failures,
             partial(self._writer.release, files=0),

@@ -344,9 +344,13 @@ def test_what_the_child_does_is_told_and_the_end_of_the_line_is_its_end(folder: 
         seal(place, stamp, msgspec.json.encode(event(stamp)))
     sizes = [entry.size for entry in place.filesystem.listing(place.path)]
     gone: list[int] = []
-    durations: list[float] = []
+    durations: list[tuple[float, str]] = []
+
+    def took(seconds: float, sink: str) -> None:
+        durations.append((seconds, sink))
+
     settings = resolve({"directory": str(folder), "sink": url, "deliver": "process"})
-    supervisor = Supervisor(settings, place, SystemClock(), Callbacks(gone.append, durations.append), {"": url})
+    supervisor = Supervisor(settings, place, SystemClock(), Callbacks(gone.append, took), {"": url})
     supervisor.start()
     wait_until(lambda: gone == sizes and len(durations) == 3)
     child = supervisor._child

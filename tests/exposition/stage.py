@@ -63,10 +63,10 @@ def deliver(*arguments: object, cwd: Path, environ: dict[str, str] | None = None
 
 
 @contextlib.contextmanager
-def delivering(cwd: Path, *arguments: object, at: str = "127.0.0.1:0") -> Iterator[str]:
+def delivering(cwd: Path, *sinks: str, at: str = "127.0.0.1:0") -> Iterator[str]:
     """The address of its metrics, while the command runs."""
-    sink = ("-d", "box", "--sink", "sqlite:///events.db")
-    process = deliver(*sink, "--metrics", at, *arguments, cwd=cwd)
+    options = [word for sink in sinks or ["sqlite:///events.db"] for word in ("--sink", sink)]
+    process = deliver("-d", "box", *options, "--metrics", at, cwd=cwd)
     try:
         assert process.stderr
         said = process.stderr.readline()

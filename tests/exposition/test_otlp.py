@@ -53,8 +53,8 @@ def test_the_last_export_has_every_metric_that_is_documented_and_no_other(tmp_pa
     assert [(entry.key, entry.value.string_value) for entry in delivered.attributes] == [("outbox", "box")]
     (duration,) = metrics["pillarbox.flush.duration"].histogram.data_points
     assert (duration.count, duration.explicit_bounds[0]) == (2, 0.001)
-    dead = [point.as_int for point in metrics["pillarbox.kept.files"].gauge.data_points]
-    assert dead == [1, 1]
+    kept = {point.attributes[1].value.string_value: point.as_int for point in metrics["pillarbox.kept.files"].gauge.data_points}
+    assert kept == {"dead": 1, "quarantine": 1, "delivered": 0}
 
 
 def test_a_collector_that_does_not_answer_costs_seconds_at_the_end(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class _Mouth(logging.Handler):
         self._line = line
         self._lines: deque[Line] = deque(maxlen=_LINES_MAX)
         self._gone: deque[int] = deque(maxlen=_FILES_MAX)
-        self._durations: deque[float] = deque(maxlen=_FILES_MAX)
+        self._durations: deque[tuple[float, str]] = deque(maxlen=_FILES_MAX)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pillarbox-reports", daemon=True)
         self._deliverer: Deliverer | None = None
@@ -104,6 +104,9 @@ class _Mouth(logging.Handler):
         log.setLevel(level)
         logging.getLogger().addHandler(self)
 
+    def _took(self, seconds: float, sink: str) -> None:
+        self._durations.append((seconds, sink))
+
     def attach(self, setup: Setup) -> Deliverer:
         """Make the delivery that is told of; raises what the settings or the directory make it raise."""
         settings = decode_settings(setup.settings)
@@ -112,7 +115,7 @@ class _Mouth(logging.Handler):
         place.open()
         place.note_stamp(place.account().newest_stamp)
         self._hooks = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter)
-        callbacks = Callbacks(self._gone.append, self._durations.append, self._hooks.dead_letter)
+        callbacks = Callbacks(self._gone.append, self._took, self._hooks.dead_letter)
         self._deliverer = make_deliverer(
             settings, place, clock, Ledger(place, clock), callbacks, lambda: False, destinations(settings, {})
         )

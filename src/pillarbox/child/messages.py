@@ -58,7 +58,7 @@ class Report(msgspec.Struct, tag="report"):
 
     sinks: dict[str, SinkStats]
     gone: list[int]  # bytes, of each file
-    durations: list[float]  # seconds
+    durations: list[tuple[float, str]]  # seconds, and the name of the sink among several
     hook_failures: int
     surplus: bool  # another process delivers, and has for a while: this one is not needed
 

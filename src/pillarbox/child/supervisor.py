@@ -192,9 +192,9 @@ class Supervisor:
         """Show a report; whether the child is not needed."""
         for size in report.gone:
             self._callbacks.on_gone(size)
-        for seconds in report.durations:
+        for seconds, sink in report.durations:
             with contextlib.suppress(Exception):  # the application's metrics are not worth the supervisor
-                self._callbacks.on_duration(seconds)
+                self._callbacks.on_duration(seconds, sink)
         self._callbacks.on_hook_failures(report.hook_failures - self._hook_failures)
         self._hook_failures = report.hook_failures
         with self._news:

@@ -76,7 +76,7 @@ class Callbacks(NamedTuple):
     """
 
     on_gone: Callable[[int], None] = lambda _bytes: None
-    on_duration: Callable[[float], None] = lambda _seconds: None
+    on_duration: Callable[[float, str], None] = lambda _seconds, _sink: None  # of several sinks, which
     on_dead: Callable[[DeadLetter], None] = lambda _record: None
     on_hook_failures: Callable[[int], None] = lambda _count: None
     on_shrunk: Callable[[int], None] = lambda _bytes: None
@@ -106,7 +106,7 @@ class Settler:
     """Lets delivered files go, in the order that the module describes; those of which something cannot be kept are parked.
 
     With a ledger, files are let go in groups: one sync of it answers for all of them. `on_gone(bytes)` is called for each file
-    that is gone, `on_duration(seconds)` likewise, `on_dead(record)` for each dead letter once it is durable.
+    that is gone, `on_duration(seconds, sink)` likewise, `on_dead(record)` for each dead letter once it is durable.
     """
 
     def __init__(
@@ -349,7 +349,7 @@ class Settler:
         ):
             self._callbacks.on_gone(job.stored)
         with contextlib.suppress(Exception):  # the application's metrics are not worth an event
-            self._callbacks.on_duration(self._clock.monotonic() - job.started)
+            self._callbacks.on_duration(self._clock.monotonic() - job.started, self._directory.sink)
 
     def _tell(self) -> None:
         """A log line for what is set aside, but not for each batch."""

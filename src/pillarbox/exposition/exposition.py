@@ -97,7 +97,7 @@ class Exposition:
         for way in self._ways:
             way.begin()
 
-    def flushed(self, seconds: float, sink: str = "") -> None:
+    def flushed(self, seconds: float, sink: str) -> None:
         """A file took so long."""
         for way in self._ways:
             way.flushed(self._outbox, sink, seconds)

@@ -12,7 +12,7 @@ from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.telemetry import PENDING, Metric, of_sink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
@@ -27,11 +27,20 @@ class Queue(NamedTuple):
     """What waits for one sink, and the process that has its lease, as it last said itself."""
 
     sink: str
-    files: int
     bytes: int
+    files: int
     oldest_age_s: float  # 0 where nothing waits
     silent_s: float | None  # None: no process has delivered yet
     held: bool  # by this process
+
+
+class Aside(NamedTuple):
+    """What was set aside of one kind: for one sink, or where there are several, for none of them."""
+
+    sink: str
+    kind: str
+    bytes: int
+    files: int
 
 
 class Ground(NamedTuple):
@@ -39,9 +48,8 @@ class Ground(NamedTuple):
 
     pending_bytes: int
     pending_files: int
-    dead: tuple[int, int]  # bytes, files
-    quarantine: tuple[int, int]
     queues: list[Queue]
+    kept: list[Aside]
     space: Space
     settings: Settings
 
@@ -73,35 +81,51 @@ class Surveyor:
     def _survey(self) -> Ground:
         place = self._place
         account = place.account()
+        queues = [(queue, queue.account()) for queue in place.queues()]
+        rest = _set_aside(account)
+        for _, of_queue in queues:  # the account of the directory has them too
+            rest = [
+                (kind, max(0, size - theirs[1]), max(0, files - theirs[2]))
+                for (kind, size, files), theirs in zip(rest, _set_aside(of_queue), strict=True)
+            ]
+        kept = [Aside("", *one) for one in rest]
+        kept += [Aside(queue.sink, *one) for queue, of_queue in queues for one in _set_aside(of_queue)]
         return Ground(
             account.pending_bytes,
             account.pending_files,
-            (account.dead_bytes, account.dead_files),
-            (account.corrupt_bytes, account.corrupt_files),
-            [self._queue("", place, account)],
+            [self._queue(queue, of_queue) for queue, of_queue in queues or [(place, account)]],
+            kept,
             place.filesystem.space(place.path),
             self._settings,
         )
 
-    def _queue(self, sink: str, place: Directory, account: Account) -> Queue:
+    def _queue(self, queue: Directory, account: Account) -> Queue:
         now = self._clock.micros()
-        beat = last_heartbeat(place)
+        beat = last_heartbeat(queue)
         return Queue(
-            sink,
-            account.sealed_files,
+            queue.sink,
             account.sealed_bytes,
+            account.sealed_files,
             0.0 if account.oldest_stamp is None else max(0.0, (now - account.oldest_stamp) / 1e6),
             None if beat is None else max(0.0, (now - beat.at_micros) / 1e6),
             beat is not None and beat.pid == getpid(),
         )
 
 
+def _set_aside(account: Account) -> list[tuple[str, int, int]]:
+    return [
+        ("dead", account.dead_bytes, account.dead_files),
+        ("quarantine", account.corrupt_bytes, account.corrupt_files),
+        ("delivered", account.delivered_bytes, account.delivered_files),
+    ]
+
+
 def _beats(ground: Ground) -> Iterator[Reading]:
     return ((queue.silent_s, of_sink(queue.sink)) for queue in ground.queues if queue.silent_s is not None)
 
 
-def _kept(ground: Ground, index: int) -> Iterator[Reading]:
-    return ((kept[index], {"kind": kind}) for kind, kept in (("dead", ground.dead), ("quarantine", ground.quarantine)))
+def _kept(ground: Ground, of: Callable[[Aside], int]) -> Iterator[Reading]:
+    return ((of(aside), {"kind": aside.kind, **of_sink(aside.sink)}) for aside in ground.kept)
 
 
 def _kept_limits(ground: Ground) -> Iterator[Reading]:
@@ -137,8 +161,8 @@ STANDING: Final = (
         "gauge",
         lambda g: ((int(q.held), of_sink(q.sink)) for q in g.queues),
     ),
-    Metric("kept.bytes", "By", "Bytes set aside in the directory", "gauge", lambda g: _kept(g, 0)),
-    Metric("kept.files", "{file}", "Files set aside in the directory", "gauge", lambda g: _kept(g, 1)),
+    Metric("kept.bytes", "By", "Bytes set aside in the directory", "gauge", lambda g: _kept(g, lambda aside: aside.bytes)),
+    Metric("kept.files", "{file}", "Files set aside in the directory", "gauge", lambda g: _kept(g, lambda aside: aside.files)),
     Metric("kept.limit", "By", "Where setting aside ends", "gauge", _kept_limits),
     Metric("volume.free", "By", "Free on the volume", "gauge", lambda g: [(g.space.free_bytes, {})]),
     Metric("volume.size", "By", "Size of the volume", "gauge", lambda g: [(g.space.total_bytes, {})]),
