@@ -316,6 +316,25 @@ def test_the_time_that_is_meant_is_the_time_of_delivery(tmp_path: Path) -> None:
     assert len(chosen("--all")) == 3
 
 
+def test_of_several_sinks_one_gets_again_what_the_others_keep_or_wait_for(tmp_path: Path) -> None:
+    """The files have a name in each queue. One sink is down all the time, of the others one is restored to nothing."""
+    sinks = [f"{name}=sqlite:///{name}.db" for name in ("one", "other")]
+    more = [part for sink in [*sinks, "down=sqlite:////nowhere/at/all.db"] for part in ("--sink", sink)]
+    environ = {"PILLARBOX_KEEP_DELIVERED": "24h"}
+    command = ("deliver", *BOX, *more, "--once", "--timeout", "1")
+    store(tmp_path, *range(10))
+    assert run(*command, cwd=tmp_path, environ=environ).returncode == 1
+    for left in tmp_path.glob("one.db*"):
+        left.unlink()
+    done = run("resend", *BOX, "--all", "--sink", "one", "--yes", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert run(*command, cwd=tmp_path, environ=environ).returncode == 1
+    assert [ids(tmp_path / f"{name}.db") for name in ("one", "other")] == [[f"e-{number:06d}" for number in range(10)]] * 2
+    account = json.loads(run("verify", *BOX, "--json", cwd=tmp_path).stdout)
+    assert account["balances"]
+    assert [len(list((tmp_path / "box" / f"sink-{name}").glob("delivered-*"))) for name in ("one", "other")] == [1, 1]
+
+
 def test_what_cannot_be_is_said_with_the_way_out(tmp_path: Path) -> None:
     """Nothing asked for, no such sink, nothing kept, and somebody else at it."""
     store(tmp_path, 1)

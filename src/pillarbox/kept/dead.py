@@ -118,7 +118,7 @@ def parse(batch: str, data: bytes, heading: Heading) -> DeadFile:
 def content(directory: Directory, name: str) -> bytes | Trouble | None:
     """A kept file's bytes; None where it has gone meanwhile."""
     try:
-        fd = directory.filesystem.open_existing(directory.at(name))
+        fd = directory.open_found(name)
     except FileNotFoundError:
         return None
     except FileUnusable as error:
