@@ -23,9 +23,16 @@ FILES. A file's name is its state, and a change of state is one rename; there is
     seal.request                 somebody asks all writers to seal what they hold; written over, never removed
     evict.lock                   held by the process that evicts; never removed
     deliver.lock                 held by the process that delivers, which writes its state into it; never removed
+    sink-<name>/                 the queue of one of several sinks: second names of sealed files, and files as above, its own
+    sink-<name>.adding/          a queue that is being made, and begins with what waits
+    sink-<name>.removing/        a queue that is being removed
+
+SEVERAL SINKS. A sealed file gets a second name in each queue; these are synced, then its first name goes, and from then on the
+second ones count. The file is gone with its last name; limits count it once. In a queue files are locked shared, for several
+sinks hold the same file; who gives one up, or compresses it, locks it alone.
 
 WHO MAY TOUCH WHAT. `writer.py` creates active files, appends and syncs them; `commit.py` answers who waits for a sync;
-`sealer.py` has files synced and renamed; `reader.py` reads
+`sealer.py` has files synced and renamed; `fanout.py` hands them over to queues; `reader.py` reads
 sealed files; only `directory.py` renames and deletes. A file or lock is taken by opening, locking and looking whether the
 name still means it; released by closing. A writer that dies leaves its lock to the kernel; the next that starts adopts its
 file.
