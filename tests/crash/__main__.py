@@ -147,13 +147,13 @@ def answered_at_random(destination: str) -> Callable[[float, int], Figures]:
 
 STAGES: Final = {
     "states": Stage(0, 1.0, states),
-    "kills": Stage(1, 0.2, killed),
+    "kills": Stage(1, 0.16, killed),
     "dropping": Stage(1, 0.1, dropped),
     "interleave": Stage(1, 0.12, interleavings),
     "machine": Stage(1, 0.07, sequences),
     "faults": Stage(1, 0.08, failing_disks),
     "kernel": Stage(1, 0.07, cut),
-    **{name: Stage(1, 0.12, answered_at_random(name)) for name in places.PLACES},
+    **{name: Stage(1, 0.1, answered_at_random(name)) for name in places.PLACES},
 }
 
 

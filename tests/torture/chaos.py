@@ -6,12 +6,14 @@ import random
 import time
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 ACCEPT, LOST, BUSY, AWAY, HANG, CLOSE, GARBAGE, SLOW = "accept", "lost", "429", "503", "hang", "close", "garbage", "slow"
 REFUSED, NAMED, KEPT, LARGE = "refused", "refused by index", "kept but for some", "413"
 WRONG = "set up wrongly"
 KILLED, RAISE, AGAIN = "killed", "raise", "known already"
+HANDING_OVER = "killed while handing over"  # by itself, no answer
 
 # Out of a hundred or so. `hang` costs the sink its whole time limit, and `set up wrongly` has it stop for a while: both are rare.
 EVERY_CALL: Final = {WRONG: 0.01, ACCEPT: 86, LOST: 3, BUSY: 2, AWAY: 2, HANG: 0.4, CLOSE: 1.5, GARBAGE: 1.5, SLOW: 2}
@@ -21,10 +23,11 @@ _AFTER: Final = (None, *[0] * 20, 1)  # seconds, in Retry-After; whole ones are 
 
 
 class Chaos:
-    """Draws answers with these weights."""
+    """Draws answers with these weights; as long as the file `down` is there, always the same."""
 
-    def __init__(self, seed: str, weights: Mapping[str, float] = EVERY_CALL) -> None:
+    def __init__(self, seed: str, down: Path, weights: Mapping[str, float] = EVERY_CALL) -> None:
         self.chance = random.Random(seed)
+        self._down = down
         self._names = list(weights)
         self._weights = list(weights.values())
         self._away_until = 0.0
@@ -34,7 +37,7 @@ class Chaos:
         now = time.monotonic()
         if self.chance.random() < _OUTAGES:
             self._away_until = now + _OUTAGE_S * self.chance.random()
-        if now < self._away_until:
+        if now < self._away_until or self._down.exists():
             return AWAY
         return self.chance.choices(self._names, self._weights)[0]
 

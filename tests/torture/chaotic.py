@@ -1,4 +1,4 @@
-"""Chaos around the real SQLite sink: `chaotic:///path.db?seed=7` is `sqlite:///path.db`, and answers at random.
+"""Chaos around the real SQLite sink: `chaotic:///path.db?seed=7&down=FILE` is `sqlite:///path.db`, and answers at random.
 
 It is found as anybody's sink is, by an entry point (`register`), so that `pillarbox deliver` delivers to it as well.
 """
@@ -47,7 +47,8 @@ class ChaoticSqliteSink:
     def __init__(self, url: str, event_type: type[msgspec.Struct]) -> None:
         parts = urlsplit(url)
         self._sink = SqliteSink(f"sqlite://{parts.path}", event_type)
-        self._chaos = Chaos(f"{parse_qs(parts.query)['seed'][0]}/{os.getpid()}", WEIGHTS)
+        (seed,), (down,) = map(parse_qs(parts.query).__getitem__, ("seed", "down"))
+        self._chaos = Chaos(f"{seed}/{os.getpid()}", Path(down), WEIGHTS)
         self.traits = self._sink.traits
 
     async def open(self) -> None:

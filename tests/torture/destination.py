@@ -12,6 +12,7 @@ import asyncio
 import gzip
 import zlib
 from collections import Counter
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -37,8 +38,8 @@ class Arrived(msgspec.Struct):
 class Destination:
     """Serves one port; `hang_s` is longer than a sink waits."""
 
-    def __init__(self, seed: str, row: Row, hang_s: float) -> None:
-        self._chaos = Chaos(seed)
+    def __init__(self, seed: str, down: Path, row: Row, hang_s: float) -> None:
+        self._chaos = Chaos(seed, down)
         self._row = row
         self._hang_s = hang_s
         self._arrived: Counter[Event] = Counter()

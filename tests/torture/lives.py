@@ -7,11 +7,12 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from pillarbox import Dropped, Outbox
 from pillarbox.cli.app import run as run_command
+from pillarbox.delivery.deliverer import ONLY
 from pillarbox.outcome import Outcome
 from pillarbox.settings import resolve
 from pillarbox.store import layout
@@ -21,23 +22,38 @@ from tests.torture import account, events
 from tests.torture.account import Notes
 from tests.torture.events import EVENTS_MAX, make_event
 
-BACKLOG_MAX: Final = 120  # files; writers pause above it, lest a round takes longer to drain than to fill
+STEADY, FICKLE = "steady", "fickle"  # of two sinks, the one that is well all the time, and the other
+BACKLOG_FILES: Final = 120  # writers pause above it, lest a round takes longer to drain than to fill
+BACKLOG_MAX: Final = {FICKLE: 600}  # the same, where it is another
 CALL_TIMEOUT_S: Final = 0.5  # of a deliverer's call
 HANG_S: Final = 0.6  # how long a destination that hangs does: a little longer
 BACKOFF_MAX_S: Final = 0.05
+_ALONE: Final = 0.1  # of the lives that deliver know of one of two sinks
+_KEEPING: Final = 0.3  # of the lives with two sinks compress what waits, and keep what is delivered
+_KEPT: Final = {"compress_after": 0.02, "keep_delivered": 2, "backoff_max": 0.5}  # only in a long pause it is compressed
+_SLOWER_S: Final = 0.1  # at most, after each call: writers that wait for the fickle sink show nothing
 _LAST_EVENTS: Final = 3  # good ones, stored when all writers are dead: what was refused until then is judged after them
 _FLUSH_S: Final = 1.0
 _SET_ASIDE: Final = (Kind.DEAD, Kind.CORRUPT)
-_SETTLING: Final = ("rename", "sync_directory", "write_all", "sync_data", "unlink", "close")
+_OPERATIONS: Final = ("rename", "link", "sync_directory", "write_all", "sync_data", "unlink", "close")
 _PENDING: Final = (Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.ASIDE)
 
 
 class Scene(NamedTuple):
-    """What the lives of a run share."""
+    """What the lives of a round share."""
 
     seed: int
     outbox: str  # the directory
-    sink: str  # the URL
+    sinks: Mapping[str, str]  # URLs, by name; `ONLY` where there is one
+
+    @property
+    def has_several(self) -> bool:
+        """Whether each sink has a queue."""
+        return ONLY not in self.sinks
+
+    def place_of(self, sink: str) -> str:
+        """The directory in which files wait for a sink."""
+        return self.outbox if sink == ONLY else f"{self.outbox}/{layout.queue_name(sink)}"
 
 
 class Life:
@@ -50,36 +66,50 @@ class Life:
         self.chance = chance
         self._events = 0
 
-    def settings(self, *, delivers: bool) -> dict[str, str]:
+    def settings(self, sinks: Mapping[str, str], **more: object) -> dict[str, str]:
         """As environment variables, the one form that a process and a command have in common."""
         chosen: dict[str, object] = {
             "directory": self.scene.outbox,
             "batch_size": self.chance.choice((4, 50, 250, 250, 500, 500)),
             "batch_bytes": self.chance.choice((8_000, 1_000_000, 1_000_000)),
-            "flush_interval": self.chance.choice((0.02, 0.05)),
+            "flush_interval": self.chance.choice((0.02, 0.3) if self.scene.has_several else (0.02, 0.05)),
             "min_free_bytes": 0,
             "backoff_max": BACKOFF_MAX_S,
             "call_timeout": CALL_TIMEOUT_S,
             "outage_after": self.chance.choice((0, 3)),
             "max_in_flight": self.chance.choice((1, 1, 3)),
         }
-        if delivers:
-            chosen["sink"] = self.scene.sink
-        return {f"PILLARBOX_{name.upper()}": str(value) for name, value in chosen.items()}
+        if self.scene.has_several and self.chance.random() < _KEEPING:
+            chosen |= _KEPT
+        if ONLY in sinks:
+            chosen["sink"] = sinks[ONLY]
+        elif sinks:
+            chosen["sinks"] = " ".join(_pairs(sinks))
+        return {f"PILLARBOX_{name.upper()}": str(value) for name, value in (chosen | more).items()}
 
-    def _outbox(self, *, delivers: bool) -> Outbox:
-        return Outbox.from_settings(resolve({}, self.settings(delivers=delivers)))
+    def _outbox(self, sinks: Mapping[str, str], **more: object) -> Outbox:
+        return Outbox.from_settings(resolve({}, self.settings(sinks, **more)))
+
+    def _named(self) -> Mapping[str, str]:
+        """The sinks that this life knows of: now and then one alone, once all of them have their queues."""
+        sinks = self.scene.sinks
+        if not self.scene.has_several or self.chance.random() > _ALONE:
+            return sinks
+        if not all(os.path.isdir(self.scene.place_of(sink)) for sink in sinks):
+            return sinks
+        name = self.chance.choice(list(sinks))
+        return {name: sinks[name]}
 
     def store(self) -> None:
         """Store events, a hundred at a time or one by one; close and open anew now and then."""
         while self._events < EVENTS_MAX:
-            with self._outbox(delivers=self.chance.random() < 0.2) as outbox:
+            with self._outbox(self._named() if self.chance.random() < 0.2 else {}) as outbox:
                 for _ in range(self.chance.choice((3, 30, 300))):
                     self._store_some(outbox)
         pause(3600.0)
 
     def _store_some(self, outbox: Outbox) -> None:
-        while len(os.listdir(self.scene.outbox)) > BACKLOG_MAX + self._kept():
+        while self._is_too_much():
             pause(0.01)
         many = self.chance.random() < 0.9
         count = min(self.chance.choice((7, 100, 100, 100)) if many else 5, EVENTS_MAX - self._events)
@@ -94,12 +124,16 @@ class Life:
             for number, event in zip(numbers, found, strict=True):
                 self.notes.begin(range(number, number + 1))
                 self._conclude(number, outbox.enqueue(event))
-        if self.chance.random() < 0.2:
+        if self.scene.has_several:
+            pause(self.chance.random() * _SLOWER_S)
+        elif self.chance.random() < 0.2:
             pause(self.chance.random() * 0.02)
 
-    def _kept(self) -> int:
-        """Files that are no backlog."""
-        return sum(layout.kind_of(name) not in _PENDING for name in os.listdir(self.scene.outbox))
+    def _is_too_much(self) -> bool:
+        """Of two sinks, the fickle one may be behind: it is to be seen that this holds nobody back."""
+        sealed = len(pending(self.scene.outbox))
+        queues = {sink: len(pending(self.scene.place_of(sink))) for sink in self.scene.sinks if sink != ONLY}
+        return any(sealed + queues.get(sink, 0) > BACKLOG_MAX.get(sink, BACKLOG_FILES) for sink in self.scene.sinks)
 
     def _conclude(self, number: int, outcome: Outcome) -> None:
         if not isinstance(outcome, Dropped):
@@ -108,20 +142,23 @@ class Life:
             self.notes.conclude(number, account.UNSURE if outcome.reason == "io_error" else account.REFUSED)
 
     def deliver(self) -> None:
-        """Deliver what others store, in an application or as the command."""
-        if self.chance.random() < 0.5:
-            with self._outbox(delivers=True):
+        """Deliver what others store: in an application, there in a thread or in a process of its own, or as the command."""
+        sinks, ways = self._named(), ("thread", "command", "process")
+        way = self.chance.choice(ways if self.scene.has_several else ways[:2])
+        if way != "command":
+            with self._outbox(sinks, deliver=way):
                 pause(3600.0)
-        os.environ |= self.settings(delivers=True)
-        sys.argv = ["pillarbox", "deliver", "--quiet"]
+        named = [] if ONLY in sinks else _pairs(sinks)
+        os.environ |= self.settings({} if named else sinks)
+        sys.argv = ["pillarbox", "deliver", "--quiet", *(word for pair in named for word in ("--sink", pair))]
         run_command()
 
     def finish(self, seconds: float) -> None:
         """Store a few good events, and deliver until nothing is pending."""
         end = time.monotonic() + seconds
         left = _LAST_EVENTS
-        while left or pending(self.scene.outbox):  # looked at when it is closed: an open outbox has files of its own
-            with self._outbox(delivers=True) as outbox:
+        while left or left_behind(self.scene):  # looked at when it is closed: an open outbox has files of its own
+            with self._outbox(self.scene.sinks) as outbox:
                 while left:
                     if not events.poisoned(self.scene.seed, self.number, self._events):
                         self.notes.begin(range(self._events, self._events + 1))
@@ -131,14 +168,28 @@ class Life:
                     self._events += 1
                 while not outbox.flush(_FLUSH_S):
                     if time.monotonic() > end:
-                        raise TimeoutError(f"not drained in {seconds:g} s: {outbox.stats()}, {pending(self.scene.outbox)[:5]}")
-            if time.monotonic() > end and pending(self.scene.outbox):
-                raise TimeoutError(f"left behind after {seconds:g} s: {pending(self.scene.outbox)[:5]}")
+                        raise TimeoutError(f"not drained in {seconds:g} s: {outbox.stats()}, {left_behind(self.scene)[:5]}")
+            if time.monotonic() > end and left_behind(self.scene):
+                raise TimeoutError(f"left behind after {seconds:g} s: {left_behind(self.scene)[:5]}")
 
 
 def pending(directory: str) -> list[str]:
-    """The files there that are not settled."""
-    return [name for name in sorted(os.listdir(directory)) if layout.kind_of(name) in _PENDING]
+    """The files there that are not settled; none where the directory is not there yet."""
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    return [name for name in names if layout.kind_of(name) in _PENDING]
+
+
+def left_behind(scene: Scene) -> list[str]:
+    """The paths of the files that are not settled for every sink."""
+    places = {scene.outbox, *map(scene.place_of, scene.sinks)}
+    return [f"{place}/{name}" for place in sorted(places) for name in pending(place)]
+
+
+def _pairs(sinks: Mapping[str, str]) -> list[str]:
+    return [f"{name}={url}" for name, url in sinks.items()]
 
 
 def pause(seconds: float) -> None:
@@ -148,7 +199,24 @@ def pause(seconds: float) -> None:
 
 def die_in_a_settlement(chance: random.Random) -> None:
     """Have this process kill itself a few operations after it has set something aside: before the file that it is from goes."""
-    left, steps = chance.choice((0, 0, 1, 3)), chance.choice((0, 1, 2, 3, 4, 6))
+
+    def has_begun(verb: str, target: str) -> bool:
+        return verb == "rename" and layout.kind_of(os.path.basename(target)) in _SET_ASIDE
+
+    _die_after(has_begun, chance.choice((0, 0, 1, 3)), chance.choice((0, 1, 2, 3, 4, 6)), lambda: None)
+
+
+def die_handing_over(chance: random.Random, note: Callable[[], None]) -> None:
+    """Have this process kill itself between the first name of a file in a queue and the end of its name in the directory.
+
+    `note` is called right before.
+    """
+    steps = chance.choice((0, 0, 1, 1, 2, 3, 4, 6, 10, 20))
+    _die_after(lambda verb, _target: verb == "link", chance.choice((0, 0, 1, 3)), steps, note)
+
+
+def _die_after(has_begun: Callable[[str, str], bool], left: int, steps: int, note: Callable[[], None]) -> None:
+    """Have this process kill itself so many operations after something `has_begun` for the time after `left` times."""
     armed = False
 
     def dying(verb: str, function: Callable[..., object]) -> Callable[..., object]:
@@ -156,16 +224,17 @@ def die_in_a_settlement(chance: random.Random) -> None:
             nonlocal left, steps, armed
             steps -= armed
             if steps < 0:
+                note()
                 os.kill(os.getpid(), signal.SIGKILL)
             result = function(*arguments)
-            if verb == "rename" and layout.kind_of(os.path.basename(str(arguments[-1]))) in _SET_ASIDE:
+            if has_begun(verb, str(arguments[-1])):
                 left -= 1
                 armed = left < 0
             return result
 
         return call
 
-    for verb in _SETTLING:
+    for verb in _OPERATIONS:
         found = RealFilesystem.__dict__[verb]
         wrapped = dying(verb, getattr(RealFilesystem, verb))
         setattr(RealFilesystem, verb, staticmethod(wrapped) if isinstance(found, staticmethod) else wrapped)

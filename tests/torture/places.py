@@ -1,4 +1,4 @@
-"""The three destinations as the referee has them: started, asked what is there, emptied for the next round, and ended."""
+"""The destinations as the referee has them: started, asked what is there, emptied for the next round, and ended."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from pillarbox.delivery.deliverer import ONLY
 from pillarbox.event import TrackingEvent
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.sqlite import SqliteSink
@@ -27,10 +28,14 @@ from tests.torture import chaotic, destination, lives
 from tests.torture.account import Event, Row
 from tests.torture.destination import Arrived, Destination
 from tests.torture.events import POISON
+from tests.torture.lives import FICKLE, STEADY
 from tests.torture.proxy import Proxy
 
 _MODULE: Final = ROOT / "src/pillarbox/sinks/spacetimedb/wasm/tracking_event_v1.wasm"
 _UP_S: Final = 10.0
+
+
+_DOWN: Final = "down"  # as long as this file is there, all but the steady one refuse everything
 
 
 class Place(Protocol):
@@ -38,6 +43,7 @@ class Place(Protocol):
 
     url: str
     pids: list[int]
+    takes_all: bool  # also what is poisoned
 
     def arrived(self) -> tuple[Counter[Event], list[str]]:
         """How often each event is there, and what should not have happened."""
@@ -49,20 +55,20 @@ class Place(Protocol):
         """End what was started."""
 
 
-class Sqlite:
-    """A table whose CHECK refuses what is poisoned; the chaos is in the deliverers, around the sink."""
+class Steady:
+    """A table that takes everything, at once."""
 
-    def __init__(self, folder: Path, seed: int, row: Row) -> None:
+    takes_all = True
+
+    def __init__(self, file: Path, check: str = "TRUE") -> None:
         self.pids: list[int] = []
-        self._file = folder / "destination.db"
-        self.url = f"chaotic:///{self._file}?seed={seed}"
-        chaotic.row, chaotic.hang_s = row, lives.HANG_S
-        chaotic.register(folder / "entry-point")
-        sink = make_sink(f"sqlite:///{self._file}", TrackingEvent)
+        self._file = file
+        self.url = f"sqlite:///{file}"
+        sink = make_sink(self.url, TrackingEvent)
         assert isinstance(sink, SqliteSink)
         columns = sink._create_table().rpartition(")")[0]
-        with contextlib.closing(sqlite3.connect(self._file)) as connection:
-            connection.execute(f"{columns}, CHECK (event_key <> '{POISON}'))")
+        with contextlib.closing(sqlite3.connect(file)) as connection:
+            connection.execute(f"{columns}, CHECK ({check}))")
 
     def _execute(self, statement: str) -> list[tuple[str]]:
         with contextlib.closing(sqlite3.connect(self._file, timeout=30.0, isolation_level=None)) as connection:
@@ -78,14 +84,28 @@ class Sqlite:
         pass
 
 
+class Sqlite(Steady):
+    """A table whose CHECK refuses what is poisoned; the chaos is in the deliverers, around the sink."""
+
+    takes_all = False
+
+    def __init__(self, folder: Path, seed: int, row: Row) -> None:
+        super().__init__(folder / "destination.db", f"event_key <> '{POISON}'")
+        self.url = f"chaotic:///{self._file}?seed={seed}&down={folder / _DOWN}"
+        chaotic.row, chaotic.hang_s = row, lives.HANG_S
+        chaotic.register(folder / "entry-point")
+
+
 class SpacetimeDb:
     """A real server, with a proxy in front of it."""
+
+    takes_all = False
 
     def __init__(self, folder: Path, seed: int, row: Row) -> None:
         self._server = Server(folder / "server")
         self._server.publish("events", _MODULE.read_bytes())
         port = free_port()
-        proxy = Proxy(f"{seed}", row, lives.HANG_S, self._server.port)
+        proxy = Proxy(f"{seed}", folder / _DOWN, row, lives.HANG_S, self._server.port)
         self.pids = [fork(folder / "failures", lambda: asyncio.run(proxy.serve(port)))]
         token = quote(self._server.token, safe="")
         self.url = f"spacetimedb://:{token}@127.0.0.1:{port}/events?timeout={lives.CALL_TIMEOUT_S}&confirm_wait=0.05"
@@ -104,9 +124,11 @@ class SpacetimeDb:
 class Http:
     """A destination of our own."""
 
+    takes_all = False
+
     def __init__(self, folder: Path, seed: int, row: Row) -> None:
         self._port = free_port()
-        served = Destination(f"{seed}", row, lives.HANG_S)
+        served = Destination(f"{seed}", folder / _DOWN, row, lives.HANG_S)
         self.pids = [fork(folder / "failures", lambda: asyncio.run(served.serve(self._port)))]
         packed = random.Random(seed).choice(("none", "gzip"))
         self.url = f"http://127.0.0.1:{self._port}/events#timeout={lives.CALL_TIMEOUT_S}&compress={packed}"
@@ -128,7 +150,49 @@ class Http:
         _end(self.pids)
 
 
-PLACES: Final[dict[str, Callable[[Path, int, Row], Place]]] = {"sqlite": Sqlite, "spacetimedb": SpacetimeDb, "http": Http}
+class Arena:
+    """What is delivered to: one destination, or a steady one beside others of which each round has another one."""
+
+    def __init__(self, folder: Path, fickle: list[Place], steady: Place | None = None) -> None:
+        self._down = folder / _DOWN
+        self._fickle = fickle
+        self._steady = steady
+        self.pids = [pid for place in fickle for pid in place.pids]
+
+    def sinks(self, number: int) -> dict[str, Place]:
+        """The destinations of a round, by the names of their sinks."""
+        fickle = self._fickle[number % len(self._fickle)]
+        return {ONLY: fickle} if self._steady is None else {STEADY: self._steady, FICKLE: fickle}
+
+    def go_down(self) -> None:
+        """Have all but the steady one refuse everything."""
+        self._down.touch()
+
+    def come_back(self) -> None:
+        """Have it end."""
+        self._down.unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """End what was started."""
+        for place in self._fickle:
+            place.end()
+
+
+def _one(make: Callable[[Path, int, Row], Place]) -> Callable[[Path, int, Row], Arena]:
+    return lambda folder, seed, row: Arena(folder, [make(folder, seed, row)])
+
+
+def _two(folder: Path, seed: int, row: Row) -> Arena:
+    return Arena(folder, [Sqlite(folder, seed, row), Http(folder, seed, row)], Steady(folder / "steady.db"))
+
+
+TWO: Final = "two-sinks"
+PLACES: Final[dict[str, Callable[[Path, int, Row], Arena]]] = {
+    "sqlite": _one(Sqlite),
+    "spacetimedb": _one(SpacetimeDb),
+    "http": _one(Http),
+    TWO: _two,
+}
 
 
 def parsed(event_id: str) -> Event:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 from tests.torture import chaos, wire
 from tests.torture.account import Row
@@ -25,8 +26,8 @@ _TIMED = {"spacetime_execution_duration_micros": "17"}
 class Proxy:
     """Serves one port and passes on to another."""
 
-    def __init__(self, seed: str, row: Row, hang_s: float, server: int) -> None:
-        self._chaos = Chaos(seed)
+    def __init__(self, seed: str, down: Path, row: Row, hang_s: float, server: int) -> None:
+        self._chaos = Chaos(seed, down)
         self._row = row
         self._hang_s = hang_s
         self._server = server

@@ -5,6 +5,10 @@ delivers until nothing is pending. Then the destination must hold every acknowle
 must be the poisoned ones, each once, nothing may be there that nobody stored, and `pillarbox verify` must find that the
 account balances, with the same counts; so it must again and again meanwhile. The next round has a directory of its own.
 
+With two sinks, all of this holds for each: the steady one takes everything at once, also what is poisoned, and a fickle one,
+SQLite in one round and HTTP in the next, is as it is alone, and down for a third of the round (`lag`). Deliverers also die while
+they hand files over, deliver as a process of their own, or know of one of the sinks alone.
+
     .venv/bin/python -m tests.torture --minutes 12                            all destinations, one after another
     .venv/bin/python -m tests.torture --destination http --minutes 4 --seed 7
 """
@@ -24,14 +28,15 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pillarbox.clock import SystemClock
+from pillarbox.delivery.deliverer import ONLY
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.store import balance, layout, ledger
-from pillarbox.store.audit import audit
+from pillarbox.store.audit import Audit, audit, audit_queues
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.layout import Kind
 from tests.crash.kills import Violation, doom, fork
-from tests.torture import chaos, chaotic, lives
+from tests.torture import chaos, chaotic, lag, lives
 from tests.torture.account import Account, Event, Found, Sums, Tally
 from tests.torture.events import EVENT
 from tests.torture.lives import Life, Scene
@@ -50,6 +55,8 @@ _DOOMED: Final = 0.15  # of the lives kill themselves around an operation on the
 _SETTLING: Final = 0.4  # of the deliverers do so in a settlement
 _WRITER_S: Final = (0.2, 1.0, 3.0)  # how long a life lasts at most
 _DELIVERER_S: Final = (0.3, 1.5, 1.5, 4.0)
+_FLEET_S: Final = (0.3, 1.5, 1.5, 6.0)  # the same with two sinks: a process of its own has to start first
+_HANDING_OVER: Final = 0.8  # of the deliverers of two sinks that would do so in a settlement do so handing over
 _ANSWERS: Final = (
     *chaotic.WEIGHTS,
     chaos.CLOSE,
@@ -59,6 +66,7 @@ _ANSWERS: Final = (
     chaos.KEPT,
     chaos.LARGE,
     chaos.AGAIN,
+    chaos.HANDING_OVER,
 )
 
 
@@ -76,6 +84,7 @@ class Report(NamedTuple):
     dead: int
     verified: int  # how often the account was looked at while they were at work; each round's end comes on top
     answers: dict[str, int]
+    lag: str  # of two sinks
 
     def __str__(self) -> str:
         answers = ", ".join(f"{name} {count:,}" for name, count in sorted(self.answers.items()))
@@ -83,7 +92,7 @@ class Report(NamedTuple):
             f"{self.destination}, seed {self.seed}: {self.seconds:.0f} s, {self.rounds} rounds, {self.kills:,} kills, "
             f"{self.events:,} events, {self.acknowledged:,} acknowledged, {self.arrived:,} arrived, {self.dead:,} dead letters, "
             f"{self.verified} times verified meanwhile; "
-            f"answers: {answers}"
+            f"answers: {answers}{self.lag}"
         )
 
 
@@ -104,32 +113,45 @@ class Torture:
         self.failures = folder / "failures"
         self.failures.mkdir(parents=True)
         self._tally = Tally(_ANSWERS, _SLOTS + 1)
-        self._place = PLACES[destination](folder, seed, self._tally.row(_SLOTS))
+        self._arena = PLACES[destination](folder, seed, self._tally.row(_SLOTS))
+        self._places = self._arena.sinks(0)
         self._account = Account(seed, _SLOTS)
         self._chance = random.Random(seed)
         self._children: dict[int, _Child] = {}
         self._begun = self._told = time.monotonic()
         self._lives = self.rounds = self.kills = self.verified = 0
         self._sums = Sums(0, 0, 0, 0)
+        self._looks = {state: lag.Looks([], []) for state in ("up", "down")}
 
     def round(self, seconds: float) -> None:
         """Let them live and die for a while, end it, finish, and compare; raises `Violation`."""
-        scene = Scene(self.seed, str(self._folder / f"outbox-{self.rounds}"), self._place.url)
+        self._places = self._arena.sinks(self.rounds)
+        urls = {name: place.url for name, place in self._places.items()}
+        scene = Scene(self.seed, str(self._folder / f"outbox-{self.rounds}"), urls)
         Path(scene.outbox).mkdir()
         self._account = Account(self.seed, _SLOTS)
-        end = time.monotonic() + seconds
+        begun = time.monotonic()
+        end = begun + seconds
+        watch = lag.Watch(place_at(scene.outbox), self._arena, begun, seconds) if scene.has_several else None
         try:
             while time.monotonic() < end:
                 for slot in range(WRITERS + DELIVERERS):
                     if slot not in self._children:
                         self._begin(slot, scene)
                 first = min(child.deadline for child in self._children.values())
-                signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(first, end) - time.monotonic()))
+                wake = min(first, end, watch.next if watch is not None else end)
+                signal.sigtimedwait([signal.SIGCHLD], max(0.0, wake - time.monotonic()))
                 self._reap(time.monotonic(), scene)
                 if self._tell_now_and_then():
                     self._verify(scene)
+                self._raise_if_wrong(watch.look(time.monotonic()) if watch is not None else [], scene)
         finally:
             self._reap(float("inf"), scene)
+        if watch is not None:
+            self._raise_if_wrong(watch.conclude(), scene)
+            for state, looks in (("up", watch.up), ("down", watch.down)):
+                self._looks[state].steady.extend(looks.steady)
+                self._looks[state].fickle.extend(looks.fickle)
         self._finish(scene)
         self._judge(scene)
         self.rounds += 1
@@ -139,8 +161,17 @@ class Torture:
         living = self._account.begun(range(_SLOTS))
         events = Sums(self._sums.begun + living, *self._sums[1:])
         seconds = time.monotonic() - self._begun
+        waited = "".join(f"; while it is {state} {looks}" for state, looks in self._looks.items() if looks.steady)
         return Report(
-            self.destination, self.seed, seconds, self.rounds, self.kills, *events, self.verified, dict(self._tally.sums())
+            self.destination,
+            self.seed,
+            seconds,
+            self.rounds,
+            self.kills,
+            *events,
+            self.verified,
+            dict(self._tally.sums()),
+            waited,
         )
 
     def end(self) -> None:
@@ -149,7 +180,7 @@ class Torture:
             os.kill(child.pid, signal.SIGKILL)
             os.waitpid(child.pid, 0)
         self._children.clear()
-        self._place.end()
+        self._arena.end()
 
     def _begin(self, slot: int, scene: Scene) -> None:
         self._lives += 1
@@ -169,10 +200,14 @@ class Torture:
             if fate < _DOOMED:
                 doom(chance)
             elif slot >= WRITERS and fate < _DOOMED + _SETTLING:
-                lives.die_in_a_settlement(chance)
+                if scene.has_several and chance.random() < _HANDING_OVER:
+                    lives.die_handing_over(chance, lambda: row.add(chaos.HANDING_OVER))
+                else:
+                    lives.die_in_a_settlement(chance)
             life.store() if slot < WRITERS else life.deliver()
 
-        span = self._chance.choice(_WRITER_S if slot < WRITERS else _DELIVERER_S) * self._chance.random()
+        lasts = _WRITER_S if slot < WRITERS else _FLEET_S if scene.has_several else _DELIVERER_S
+        span = self._chance.choice(lasts) * self._chance.random()
         deadline = float("inf") if slot == _FINISHER else time.monotonic() + span
         self._children[slot] = _Child(fork(self.failures, work), self._lives, deadline)
 
@@ -191,9 +226,8 @@ class Torture:
                 os.kill(child.pid, signal.SIGKILL)
             if (status := self._bury(slot, child, wait=due)) not in (None, -signal.SIGKILL):
                 wrong.append(f"life {child.life} ended by itself, with status {status}")
-        wrong += [f"process {pid} of the destination ended" for pid in self._place.pids if os.waitpid(pid, os.WNOHANG)[0]]
-        if wrong:
-            raise self.violation(wrong, scene)
+        wrong += [f"process {pid} of the destination ended" for pid in self._arena.pids if os.waitpid(pid, os.WNOHANG)[0]]
+        self._raise_if_wrong(wrong, scene)
 
     def _bury(self, slot: int, child: _Child, *, wait: bool) -> int | None:
         pid, status = os.waitpid(child.pid, 0 if wait else os.WNOHANG)
@@ -217,18 +251,26 @@ class Torture:
             raise self.violation([f"what is pending could not be delivered (status {code})"], scene)
 
     def _judge(self, scene: Scene) -> None:
-        arrived, wrong = self._place.arrived()
-        dead, quarantined, left = _kept(Path(scene.outbox))
-        found = Found(arrived, dead, quarantined)
-        sums = self._account.sums(found)
-        wrong += [*self._account.check(found), *left, *unbalanced(Path(scene.outbox), sums)]
+        looked = _audited(scene)
+        wrong = [f"left behind: {path}" for path in lives.left_behind(scene)]
+        total = Sums(0, 0, 0, 0)
+        for sink, place in self._places.items():
+            arrived, strange = place.arrived()
+            found = Found(arrived, *_kept(Path(scene.place_of(sink))))
+            sums = self._account.sums(found)
+            total = sums._replace(arrived=total.arrived + sums.arrived, dead=total.dead + sums.dead)
+            bad = [*strange, *self._account.check(found, takes_all=place.takes_all), *unbalanced(looked[sink], sums)]
+            wrong += [f"{sink}: {what}" if sink else what for what in bad]
+        if scene.has_several:
+            wrong += unbalanced(looked[ONLY], total._replace(arrived=0, dead=0))
+            wrong += [f"set aside: {kept}" for kept in _kept(Path(scene.outbox)) if kept]
         if any(self.failures.iterdir()):
             wrong.append("a thread of an outbox ended by a defect")
-        if wrong:
-            raise self.violation(wrong, scene)
-        self._sums = Sums(*(before + now for before, now in zip(self._sums, sums, strict=True)))
+        self._raise_if_wrong(wrong, scene)
+        self._sums = Sums(*(before + now for before, now in zip(self._sums, total, strict=True)))
         self._account = Account(self.seed, _SLOTS)
-        self._place.empty()
+        for place in self._places.values():
+            place.empty()
         shutil.rmtree(scene.outbox)
 
     def _tell_now_and_then(self) -> bool:
@@ -240,10 +282,17 @@ class Torture:
 
     def _verify(self, scene: Scene) -> None:
         """As `pillarbox verify` does, while they live and die."""
-        found = audit(place_at(scene.outbox)).account
+        wrong = []
+        for sink, looked in _audited(scene).items():
+            found = looked.account
+            if not found.balances:
+                wrong += [f"while at work, the ledger {sink} does not balance: {found.total}", *map(str, found.wrong)]
         self.verified += 1
-        if not found.balances:
-            raise self.violation([f"while at work, the ledger does not balance: {found.total}", *map(str, found.wrong)], scene)
+        self._raise_if_wrong(wrong, scene)
+
+    def _raise_if_wrong(self, wrong: list[str], scene: Scene) -> None:
+        if wrong:
+            raise self.violation(wrong, scene)
 
     def violation(self, wrong: list[str], scene: Scene) -> Violation:
         """What to raise, with what reproduces it and the traces that children left."""
@@ -254,8 +303,8 @@ class Torture:
         return Violation("\n".join([where, *wrong[:20], *traces[:3]]))
 
 
-def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event], list[str]]:
-    """Dead letters, what of quarantine can be read, and complaints about files that should not be there."""
+def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event]]:
+    """Dead letters, and what of quarantine can be read."""
     dead: Counter[Event] = Counter()
     quarantined: set[Event] = set()
     for path in sorted(outbox.iterdir()):
@@ -265,12 +314,18 @@ def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event], list[str]]:
             dead.update(parsed(msgspec.json.decode(letter.event)["event_id"]) for letter in letters)
         elif kind is Kind.CORRUPT:
             quarantined |= {(int(life), int(number)) for life, number, _ in EVENT.findall(path.read_bytes())}
-    return dead, frozenset(quarantined), [f"left behind: {name}" for name in lives.pending(str(outbox))]
+    return dead, frozenset(quarantined)
 
 
-def unbalanced(outbox: Path, sums: Sums) -> list[str]:
+def _audited(scene: Scene) -> dict[str, Audit]:
+    """What `pillarbox verify` finds of the directory, and of each queue in it by the name of its sink."""
+    place = place_at(scene.outbox)
+    whole = audit(place)
+    return {ONLY: whole} | audit_queues(place, whole)
+
+
+def unbalanced(looked: Audit, sums: Sums) -> list[str]:
     """What is wrong with the ledger: it must balance, and say of each event what the destination and the writers say."""
-    looked = audit(place_at(str(outbox)))
     found = looked.account
     total = found.total
     wrong = [f"{one.batch} does not balance by {one.events}: {one.problem}" for one in found.wrong]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,19 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import layout
-from tests.torture import account, events, places, run
+from pillarbox.store.audit import audit
+from tests.torture import account, events, lag, places, run
 from tests.torture.account import Account, Event, Found, Sums, Tally
+from tests.torture.lives import FICKLE, STEADY
 
 ROOT = Path(__file__).parents[2]
 SEED = 20261
-SECONDS = {"sqlite": 8.0, "http": 8.0, "spacetimedb": 5.0}  # what is left then takes a few more, at a slow destination the most
+SECONDS = {
+    "sqlite": 8.0,
+    "http": 8.0,
+    "spacetimedb": 5.0,
+    places.TWO: 5.0,
+}  # what is left then takes a few more, at a slow destination the most
 KILLS_MIN = 20
 EVENTS_MIN = 3_000
 LIFE = 7
@@ -104,6 +112,48 @@ def test_what_is_not_in_its_place_is_found(told: Account, change: Callable[[Foun
     assert told.check(change(as_it_should_be())) == [complaint]
 
 
+def test_where_everything_is_taken_no_event_is_a_dead_letter(told: Account) -> None:
+    """The steady one of two sinks."""
+    found = as_it_should_be()
+    everything = Found({**found.arrived, **found.dead}, Counter(), frozenset())
+    assert told.check(everything, takes_all=True) == []
+    assert told.check(spoil("dead", (LIFE, BAD), 1)(everything), takes_all=True) == [
+        f"1 good, and among the dead letters: {LIFE}-{BAD}"
+    ]
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> lag.Watch:
+    """A round of half a minute with two sinks for which nothing waits yet."""
+    outbox = tmp_path / "outbox"
+    for sink in (STEADY, FICKLE):
+        (outbox / layout.queue_name(sink)).mkdir(parents=True)
+    return lag.Watch(run.place_at(str(outbox)), places.Arena(tmp_path, []), 0.0, 30.0)
+
+
+def wait_for(watch: lag.Watch, sink: str, seconds: float, count: int) -> None:
+    name = layout.sealed_name(int((time.time() - seconds) * 1e6), "one")
+    (Path(watch.directory.queue(sink).path) / name).write_bytes(b"{}\n" * count)
+
+
+def test_a_sink_that_is_down_and_behind_is_as_it_should_be(watch: lag.Watch) -> None:
+    """And the other one, for which a few events wait."""
+    wait_for(watch, FICKLE, 30.0, 500)
+    wait_for(watch, STEADY, 1.0, 20)
+    assert [complaint for now in range(30) for complaint in watch.look(now)] + watch.conclude() == []
+    assert [behind.events for behind in (watch.down.steady[-1], watch.down.fickle[-1])] == [20, 500]
+    assert len(watch.down.steady) == 10
+
+
+def test_a_sink_that_is_held_back_by_the_one_that_is_down_is_seen(watch: lag.Watch) -> None:
+    """By the age of what waits for it, and by how much that is."""
+    for sink in (FICKLE, STEADY):
+        wait_for(watch, sink, lag.BEHIND_MAX_S + 1, 500)
+    assert watch.look(5.0) == []  # neither is down
+    assert [text.partition(":")[0] for text in watch.look(15.0)] == ["the steady sink is held back"]
+    assert [text.partition(":")[0] for text in watch.conclude()] == ["the steady sink is held back"]
+
+
 def test_an_acknowledged_event_in_quarantine_is_lost(told: Account) -> None:
     """A torn line of one that was only begun is not."""
     found = spoil("arrived", (LIFE, GOOD), -1)(as_it_should_be())
@@ -144,14 +194,14 @@ def settled(tmp_path: Path) -> Path:
 
 def test_a_ledger_that_says_what_is_there_balances(settled: Path) -> None:
     """Events that were begun and not acknowledged may be accepted or not."""
-    assert run.unbalanced(settled, Sums(begun=4, acknowledged=4, arrived=4, dead=0)) == []
-    assert run.unbalanced(settled, Sums(begun=6, acknowledged=3, arrived=4, dead=0)) == []
+    assert run.unbalanced(audit(run.place_at(str(settled))), Sums(begun=4, acknowledged=4, arrived=4, dead=0)) == []
+    assert run.unbalanced(audit(run.place_at(str(settled))), Sums(begun=6, acknowledged=3, arrived=4, dead=0)) == []
 
 
 @pytest.mark.parametrize("there", [Sums(4, 4, 3, 0), Sums(4, 4, 4, 1), Sums(5, 5, 4, 0), Sums(3, 3, 4, 0)])
 def test_a_ledger_that_says_something_else_is_found(settled: Path, there: Sums) -> None:
     """One delivered too many, one dead letter too few, one accepted too few and too many."""
-    assert run.unbalanced(settled, there)
+    assert run.unbalanced(audit(run.place_at(str(settled))), there)
 
 
 def test_a_batch_that_is_gone_without_an_entry_is_found(settled: Path) -> None:
@@ -159,5 +209,5 @@ def test_a_batch_that_is_gone_without_an_entry_is_found(settled: Path) -> None:
     ledger = settled / layout.LEDGER
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(line for line in lines if b'"settled"' not in line))
-    wrong = run.unbalanced(settled, Sums(4, 4, 4, 0))
+    wrong = run.unbalanced(audit(run.place_at(str(settled))), Sums(4, 4, 4, 0))
     assert [text.partition(" does not balance by ")[2].partition(":")[0] for text in wrong[:2]] == ["3", "1"]

@@ -1,0 +1,108 @@
+"""How far each sink is behind, and that a fickle one which is down holds back nobody but itself.
+
+In the middle third of a round with two sinks the fickle one refuses everything. Again and again it is looked what waits for each:
+how many events in sealed files, and since when the oldest of these.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from pillarbox.store import compressed, layout
+from pillarbox.store.directory import Directory
+from tests.torture.lives import FICKLE, STEADY
+from tests.torture.places import Arena
+
+BEHIND_MAX_S: Final = 8.0  # of a steady sink, while the other one is down for longer
+LOOK_EVERY_S: Final = 0.2
+_JUDGED_S: Final = 5.0  # a shorter time is no time to tell apart who is held back and who delivers
+
+
+class Behind(NamedTuple):
+    """What waits for a sink: events, and the age of the oldest file in seconds."""
+
+    events: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.events:,} for {self.seconds:.1f} s"
+
+
+class Looks(NamedTuple):
+    """What was seen of both sinks."""
+
+    steady: list[Behind]
+    fickle: list[Behind]
+
+    def __str__(self) -> str:
+        most = [Behind(*map(max, zip(*behind, strict=True))) if behind else Behind(0, 0.0) for behind in self]
+        return f"at most {most[0]} wait for the steady sink, {most[1]} for the fickle one"
+
+
+class Watch:
+    """Watches one round of `seconds`, which begins at the monotonic time `now`."""
+
+    def __init__(self, directory: Directory, arena: Arena, now: float, seconds: float) -> None:
+        self.directory = directory
+        self._arena = arena
+        self._down_at, self._back_at = now + seconds / 3, now + seconds * 2 / 3
+        self._counted: dict[str, int] = {}  # events by batch
+        self.next = now
+        self.up = Looks([], [])
+        self.down = Looks([], [])
+
+    def look(self, now: float) -> list[str]:
+        """Do what is due; what is wrong."""
+        if now < self.next:
+            return []
+        self.next = now + LOOK_EVERY_S
+        if not self._down_at <= now < self._back_at:
+            self._arena.come_back()
+            seen = self.up
+        else:
+            self._arena.go_down()
+            seen = self.down
+        steady, fickle = self.behind(STEADY), self.behind(FICKLE)
+        seen.steady.append(steady)
+        seen.fickle.append(fickle)
+        if seen is self.down and steady.seconds > BEHIND_MAX_S:
+            return [f"the steady sink is held back: {steady} wait for it while the other one is down"]
+        return []
+
+    def conclude(self) -> list[str]:
+        """What is wrong with the round as a whole."""
+        self._arena.come_back()
+        later = [looks[len(looks) // 2 :] for looks in self.down]
+        if not all(later) or self._back_at - self._down_at < _JUDGED_S:
+            return []
+        steady, fickle = (statistics.median(behind.events for behind in looks) for looks in later)
+        if 2 * steady > fickle:
+            return [
+                f"the steady sink is held back: as a rule {steady:,} events wait for it, {fickle:,} for the one that is down"
+            ]
+        return []
+
+    def behind(self, sink: str) -> Behind:
+        """What waits for a sink now, in its queue and on its way there."""
+        found: dict[str, str] = {}
+        for place in (self.directory, self.directory.queue(sink)):
+            try:
+                found |= {layout.batch_id(name): place.at(name) for name in place.sealed_names()}
+            except FileNotFoundError:
+                continue  # no queue yet
+        events = sum(self._events(batch, path) for batch, path in found.items())
+        stamps = [stamp for path in found.values() if (stamp := layout.stamp_of(os.path.basename(path))) is not None]
+        return Behind(events, max(0.0, time.time() - min(stamps) / 1e6) if stamps else 0.0)
+
+    def _events(self, batch: str, path: str) -> int:
+        if batch not in self._counted:
+            try:
+                data = Path(path).read_bytes()
+            except FileNotFoundError:
+                return 0  # settled, or handed over, just now
+            self._counted[batch] = compressed.contents(path, data).count(b"\n")
+        return self._counted[batch]
