@@ -25,7 +25,8 @@ from pillarbox.outbox import MANY_BYTES_MAX
 from pillarbox.outcome import Durability
 from pillarbox.sinks.base import Retry
 from pillarbox.store import record
-from pillarbox.store.directory import Account, Directory
+from pillarbox.store.directory import Directory
+from pillarbox.store.tally import Account
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, existing_events
 

@@ -25,7 +25,7 @@ from pillarbox.settings import EITHER, Settings, resolve
 from pillarbox.sinks.base import Sink
 from pillarbox.store.capacity import FILE_SHARE
 from pillarbox.store.commit import Committer
-from pillarbox.store.directory import Account, Directory
+from pillarbox.store.directory import Directory
 from pillarbox.store.door import Door, Enqueue
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from pillarbox.delivery.deliverer import Deliverer
     from pillarbox.delivery.settlement import DeadLetter
+    from pillarbox.store.tally import Account
 
 log = logging.getLogger("pillarbox")
 

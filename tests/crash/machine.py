@@ -30,9 +30,10 @@ from pillarbox.outcome import DROPPED
 from pillarbox.sinks.base import Answer, Batch, Delivered, Refusal, Refused, Retry
 from pillarbox.store import layout, reader, record
 from pillarbox.store.commit import Committer
-from pillarbox.store.directory import Account, Directory
+from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.sealer import Sealer
+from pillarbox.store.tally import Account
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State

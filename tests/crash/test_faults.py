@@ -213,5 +213,5 @@ def test_a_failed_sync_dooms_what_it_was_to_make_durable() -> None:
 def test_every_verb_of_a_file_system_either_fails_or_is_passed_on() -> None:
     """What cannot fail is named in the head of the table."""
     verbs = {verb for verb in dir(Filesystem) if not verb.startswith("_")}
-    assert verbs - set(VERBS) == {"close", "close_inherited", "is_linked", "is_still", "size"}
+    assert verbs - set(VERBS) == {"close", "close_inherited", "is_linked", "is_one", "is_still", "size"}
     assert verbs >= PARTIAL

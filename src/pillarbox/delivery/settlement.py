@@ -345,7 +345,7 @@ class Settler:
         counters.flushed_bytes += job.stored
         # Not while it waits for another sink. Which of several compressed copies is the last one, the next listing shows.
         if self._directory.main is None or not (
-            job.name.endswith(layout.COMPRESSED) or self._directory.filesystem.is_linked(job.file.fd)
+            job.name.endswith(layout.COMPRESSED) or self._directory.waits_elsewhere(job.file)
         ):
             self._callbacks.on_gone(job.stored)
         with contextlib.suppress(Exception):  # the application's metrics are not worth an event

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
-    from pillarbox.store.directory import Account, Directory
+    from pillarbox.store.directory import Directory
     from pillarbox.store.filesystem import Space
+    from pillarbox.store.tally import Account
     from pillarbox.telemetry import Reading
 
 _LISTING_SHARE: Final = 10  # a directory of many files is listed for a tenth of the time at most, whoever asks how often

@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusable
 from pillarbox.store import layout, reader
-from pillarbox.store.balance import OF_A_BATCH, Account, Entry, Evicted, Found, Settled, Shared, Wrong, account
-from pillarbox.store.fanout import HANDED_OVER
+from pillarbox.store.balance import (
+    HANDED_OVER,
+    OF_A_BATCH,
+    OF_A_QUEUE,
+    Account,
+    Entry,
+    Evicted,
+    Found,
+    Settled,
+    Shared,
+    Wrong,
+    account,
+)
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import entries_of
 
@@ -45,12 +56,14 @@ def audit_queues(
 ) -> dict[str, Audit]:
     """The accounts of several sinks, by name, after the one of the directory they share. Raises `OSError`.
 
-    What was handed over to a sink must be in its account: who hands over writes there first.
+    What was handed over to a sink must be in its account: who hands over writes there first. What else it has accepted, because
+    it was sent or went in again, says nothing of that.
     """
     found: dict[str, Audit] = {}
     for queue in directory.queues():
         one = audit(queue, progress)
-        missing = whole.account.shared.get(queue.sink, 0) - one.account.total.accepted_max
+        handed = sum(row.accepted_max for row in one.account.writers if row.writer in OF_A_QUEUE)
+        missing = whole.account.shared.get(queue.sink, 0) - handed
         if missing > 0:
             one.account.wrong.append(Wrong("", HANDED_OVER, missing, "handed over, and not in the account of the sink"))
         found[queue.sink] = one

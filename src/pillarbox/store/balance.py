@@ -20,6 +20,8 @@ WRITERS_MAX: Final = 64  # kept one by one when summed up; those before are one 
 EARLIER: Final = "earlier writers"
 UNKNOWN: Final = "unknown"
 RESENT: Final = "resent"  # stands for the writer of what was sent again on request
+HANDED_OVER: Final = "handed over"  # stands for the writer in the account of a queue
+OF_A_QUEUE: Final = frozenset({HANDED_OVER, UNKNOWN})  # whose what was handed over may be: an entry may be lost
 
 
 class _Entry(msgspec.Struct, frozen=True, tag_field="entry", tag=str.lower):
@@ -354,7 +356,7 @@ def condensed(entries: list[Entry], there: AbstractSet[str], now_micros: int) ->
         wrong = fold.conclude(fold.lives[batch], None)
         fold.wrong += abs(wrong.events) if wrong is not None else 0
     rows = list(fold.rows.values())
-    earlier = [row for row in rows[: max(0, len(rows) - WRITERS_MAX)] if row.writer != EARLIER]
+    earlier = [row for row in rows[: max(0, len(rows) - WRITERS_MAX)] if row.writer not in (EARLIER, *OF_A_QUEUE)]
     for row in earlier:
         fold.rows.pop(row.writer)
         row.writer = EARLIER

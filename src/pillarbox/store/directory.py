@@ -13,12 +13,14 @@ from pillarbox.errors import DirectoryUnusable, FileUnusable
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.recovery import RECOVERABLE, RECOVERY, Action, Lock, Tail, tail_of
+from pillarbox.store.tally import tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pillarbox.clock import Clock
     from pillarbox.store.filesystem import Entry, Filesystem
+    from pillarbox.store.tally import Account
 
 log = logging.getLogger("pillarbox")
 
@@ -26,36 +28,8 @@ log = logging.getLogger("pillarbox")
 _STAMP_AHEAD_MAX: Final = 366 * 86_400 * 1_000_000
 _CREATIONS_MAX: Final = 100  # in a row that who recovers was quicker to lock; nothing but locks that do not work takes so many
 OPEN_MODE: Final = 0o077
-_SHARED: Final = frozenset({Kind.SEALED, Kind.DELIVERED})  # may have a name in several queues
 VOLATILE_MEDIA: Final = frozenset({"tmpfs", "ramfs"})
 NETWORK_MEDIA: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"})
-
-
-class Account(NamedTuple):
-    """What a listing adds up to; bytes and numbers of files. What waits for several sinks counts once."""
-
-    active_files: int
-    active_bytes: int
-    sealed_files: int
-    sealed_bytes: int
-    corrupt_files: int
-    corrupt_bytes: int
-    dead_files: int
-    dead_bytes: int
-    delivered_files: int
-    delivered_bytes: int
-    oldest_stamp: int | None  # microseconds since 1970, of the oldest sealed file that has a stamp
-    newest_stamp: int | None
-
-    @property
-    def pending_bytes(self) -> int:
-        """What still waits to be delivered."""
-        return self.active_bytes + self.sealed_bytes
-
-    @property
-    def pending_files(self) -> int:
-        """How many files that is."""
-        return self.active_files + self.sealed_files
 
 
 class Taken(NamedTuple):
@@ -233,38 +207,7 @@ class Directory:
 
     def account(self) -> Account:
         """List the directory and its queues once and add up; opens no file."""
-        files = dict.fromkeys(Kind, 0)
-        sizes = dict.fromkeys(Kind, 0)
-        stamps: list[int] = []  # of the oldest sealed file that has a stamp, and of the newest
-        queues = self.queues()
-        counted: set[str] = set()
-        for place in (self, *queues):
-            for name, size in self.filesystem.listing(place.path):
-                kind = layout.kind_of(name)
-                if kind is Kind.ACTIVE and size == 0:
-                    continue  # a spare, or not yet written to
-                if queues and kind in _SHARED:
-                    if name in counted:
-                        continue
-                    counted.add(name)
-                files[kind] += 1
-                sizes[kind] += size
-                if kind is Kind.SEALED and (stamp := layout.stamp_of(name)) is not None:
-                    stamps = [min(stamp, *stamps), max(stamp, *stamps)] if stamps else [stamp, stamp]
-        return Account(
-            active_files=files[Kind.ACTIVE] + files[Kind.LEGACY_ACTIVE],
-            active_bytes=sizes[Kind.ACTIVE] + sizes[Kind.LEGACY_ACTIVE],
-            sealed_files=files[Kind.SEALED],
-            sealed_bytes=sizes[Kind.SEALED],
-            corrupt_files=files[Kind.CORRUPT],
-            corrupt_bytes=sizes[Kind.CORRUPT],
-            dead_files=files[Kind.DEAD],
-            dead_bytes=sizes[Kind.DEAD],
-            delivered_files=files[Kind.DELIVERED],
-            delivered_bytes=sizes[Kind.DELIVERED],
-            oldest_stamp=stamps[0] if stamps else None,
-            newest_stamp=stamps[1] if stamps else None,
-        )
+        return tally(self.filesystem, self.path, [queue.path for queue in self.queues()])
 
     def sealed(self) -> list[str]:
         """The names of the sealed files that wait here to be sent, oldest first; of a plain one and its copy, that."""
@@ -282,6 +225,11 @@ class Directory:
     def sealed_names(self) -> set[str]:
         """The names of sealed files here, also those that do not count yet."""
         return {name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) is Kind.SEALED}
+
+    def waits_elsewhere(self, file: Taken) -> bool:
+        """Whether a file of this queue that this process holds waits for another sink too."""
+        others = self.main.queues() if self.main is not None and self.filesystem.is_linked(file.fd) else []
+        return any(self.filesystem.is_still(file.fd, queue.at(file.name)) for queue in others if queue.sink != self.sink)
 
     def take(self, name: str, *, alone: bool = False) -> Taken | None:
         """Lock a found file; None where another holds it or it is gone. Raises `FileUnusable` for what is not ours.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pillarbox.clock import give_way
 from pillarbox.errors import FileUnusable
 from pillarbox.store import layout, reader
-from pillarbox.store.balance import Adopted, Sealed, Shared
+from pillarbox.store.balance import HANDED_OVER, Adopted, Sealed, Shared
 from pillarbox.store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 TOGETHER_MAX: Final = 64  # files handed over together: each holds a descriptor, and the syncs serve them all
 _HELD_S: Final = 1.0  # how long to wait for a file that another process has before those behind it go ahead
-HANDED_OVER: Final = "handed over"  # stands for the writer in the account of a queue
 
 
 class _Found(NamedTuple):

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pillarbox.clock import Clock
-    from pillarbox.store.directory import Account, Directory
+    from pillarbox.store.directory import Directory
+    from pillarbox.store.tally import Account
 
 _PREFIX: Final = "doctor-"
 _SYNCS: Final = 20  # of each kind; the median counts

@@ -1,6 +1,7 @@
 """Files that are kept after their delivery give way where the volume lacks room: the first delivered go first, of all sinks.
 
-Any process's sealer does that, and several at once come to the same files: what is gone is gone.
+What several sinks keep goes for all of them at once: before the last of its names does, nothing is free. Any process's sealer
+does that, and several at once come to the same files: what is gone is gone.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from pillarbox.store import layout
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pillarbox.store.directory import Directory
+    from pillarbox.store.filesystem import Entry
 
 log = logging.getLogger("pillarbox")
 
@@ -23,14 +27,20 @@ def places(directory: Directory) -> dict[str, Directory]:
 
 def give_way(directory: Directory, enough: Callable[[int], bool]) -> int:
     """Remove delivered files until it is `enough(bytes so far)` or none is left; how many. Raises `OSError`."""
-    found = [(file.name, file.size, place) for place in places(directory).values() for file in place.delivered()]
+    kept = [(file, place) for place in places(directory).values() for file in place.delivered()]
+    waiting = directory.waiting()  # for another sink, so that nothing is free once its delivered name goes: last
+    kept.sort(key=lambda one: (layout.batch_id(one[0].name) in waiting, one[0]))
+    names: dict[str, list[tuple[Entry, Directory]]] = {}  # by batch
+    for file, place in kept:
+        names.setdefault(layout.batch_id(file.name), []).append((file, place))
     removed = size = 0
-    for name, bytes_, place in sorted(found, key=lambda one: one[0]):
+    for same in names.values():
         if enough(size):
             break
-        place.remove(name)
+        for file, place in same:
+            place.remove(file.name)
         removed += 1
-        size += bytes_
+        size += max(file.size for file, _ in same)
     if removed:
         log.warning("%s: %d delivered files gave way, %d bytes: the volume lacks room", directory.path, removed, size)
     return removed

@@ -408,6 +408,12 @@ class CrashFilesystem:
         """Whether `path` names the open file."""
         return path in self._use("is_still", fd).paths
 
+    def is_one(self, path: str, other: str) -> bool:
+        """Whether two paths name one file."""
+        self._begin("is_one", path)
+        (names, name), (others, another) = self.disk.names_at(path), self.disk.names_at(other)
+        return name in names and names[name] is others.get(another)
+
     def is_linked(self, fd: int) -> bool:
         """Whether the open file has a name."""
         return bool(self._use("is_linked", fd).paths)

@@ -23,7 +23,8 @@ _OPEN: Final = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO)
 
 # Each verb that can fail, and the errors that it can fail with: what open(2), write(2) and the rest of section 2 of the Linux
 # manual name, without EINTR, after which Python goes on, and without what only a wrong call gets. `close`, `is_still`,
-# `is_linked` and `size` work on what the kernel has in memory. ENOENT is what somebody leaves who removes the directory.
+# `is_one`, `is_linked` and `size` work on what the kernel has in memory. ENOENT is what somebody leaves who removes the
+# directory.
 VERBS: Final[dict[str, tuple[int, ...]]] = {
     "make_directory": (errno.EACCES, errno.EIO, errno.EROFS, *_FULL),
     "directory_facts": (errno.EACCES, errno.EIO),
@@ -167,6 +168,10 @@ class FaultFilesystem:
     def is_still(self, fd: int, path: str) -> bool:
         """As it is."""
         return self._inner.is_still(fd, path)
+
+    def is_one(self, path: str, other: str) -> bool:
+        """As it is."""
+        return self._inner.is_one(path, other)
 
     def is_linked(self, fd: int) -> bool:
         """As it is."""
