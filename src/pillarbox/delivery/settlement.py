@@ -190,11 +190,10 @@ class Settler:
         for job in group:
             try:
                 with self.settled:  # whoever sees that the file is gone finds it counted
-                    if self._shelf is None or not self._shelf.keep(job.file):
-                        self._directory.remove(job.name)
+                    waits_on = self._remove(job)
                     if self._removed_since is None:
                         self._removed_since = self._clock.monotonic()
-                    self._count(job)
+                    self._count(job, waits_on=waits_on)
                     self.settled.notify_all()
             except Exception as error:  # noqa: BLE001 - as above
                 self._trouble(job, error)
@@ -207,6 +206,13 @@ class Settler:
             self.sync_removals()
         if self._shelf is not None:
             self._shelf.prune()
+
+    def _remove(self, job: Job) -> bool:
+        """Remove a file, or keep it as delivered; whether it waits on, for another sink."""
+        with self._directory.turn:  # or of two threads that let go of the last names each would be the last
+            if self._shelf is None or not self._shelf.keep(job.file):
+                self._directory.remove(job.name)
+            return self._directory.waits_elsewhere(job.file)
 
     def finish(self) -> None:
         """Let everything go, and have what is gone not come back with the power."""
@@ -333,7 +339,7 @@ class Settler:
                 held[layout.kind_of(name)] += size
         return held
 
-    def _count(self, job: Job) -> None:
+    def _count(self, job: Job, *, waits_on: bool) -> None:
         counters = self._counters
         counters.delivered += job.accepted
         counters.duplicates += job.duplicates
@@ -344,9 +350,7 @@ class Settler:
         counters.flushed_files += 1
         counters.flushed_bytes += job.stored
         # Not while it waits for another sink. Which of several compressed copies is the last one, the next listing shows.
-        if self._directory.main is None or not (
-            job.name.endswith(layout.COMPRESSED) or self._directory.waits_elsewhere(job.file)
-        ):
+        if self._directory.main is None or not (waits_on or job.name.endswith(layout.COMPRESSED)):
             self._callbacks.on_gone(job.stored)
         with contextlib.suppress(Exception):  # the application's metrics are not worth an event
             self._callbacks.on_duration(self._clock.monotonic() - job.started, self._directory.sink)

@@ -77,6 +77,7 @@ class Directory:
         """Become another process's: in a forked child, whose names must not meet its parent's, nor its locks."""
         self._stamp_lock = threading.Lock()
         self._recovering = threading.Lock()
+        self._turn = threading.Lock()
         self._unique = self.new_id()  # with stamps that strictly increase, one for all names is unique enough
 
     def at(self, name: str) -> str:
@@ -225,6 +226,11 @@ class Directory:
     def sealed_names(self) -> set[str]:
         """The names of sealed files here, also those that do not count yet."""
         return {name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) is Kind.SEALED}
+
+    @property
+    def turn(self) -> threading.Lock:
+        """For this process's threads, of all queues, that let go of files and look who else has them."""
+        return (self.main or self)._turn  # noqa: SLF001 - of the same class
 
     def waits_elsewhere(self, file: Taken) -> bool:
         """Whether a file of this queue that this process holds waits for another sink too."""

@@ -1,0 +1,343 @@
+"""What several sinks have delivered and keep: counted once, sent again to one of them or to all, given up together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pillarbox import Outbox
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.settlement import Callbacks
+from pillarbox.delivery.worker import Worker
+from pillarbox.kept import dead
+from pillarbox.store import layout
+from pillarbox.store.balance import RECENT, RESENT, WRITERS_MAX, Entry, Resent, Sealed, Settled, account, condensed
+from pillarbox.store.directory import Directory
+from pillarbox.store.fanout import FanOut
+from pillarbox.store.filesystem import RealFilesystem, Space
+from pillarbox.store.ledger import Ledger
+from pillarbox.store.yielding import give_way
+from pillarbox.telemetry import DeliveryCounters
+from pillarbox.testing import ManualClock, RecordingSink
+from tests.cli.test_commands import CLEAN, PILLARBOX, run
+from tests.conftest import wait_until
+from tests.delivery.fleet_stage import arrived, balanced, fill_files, ids, place_of
+from tests.delivery.stage import QUICK, drain, seal
+from tests.delivery.test_resend import BOX, KEEPING, capacity_of
+
+SINKS = ("live", "warehouse")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Directory:
+    """A directory with two queues, which begin empty."""
+    directory = place_of(tmp_path / "box")
+    directory.open()
+    for sink in SINKS:
+        directory.queue(sink).open()
+    return directory
+
+
+def hand_over(place: Directory) -> None:
+    """What is sealed goes into the queues."""
+    FanOut(place, SINKS, SystemClock(), Ledger(place, SystemClock())).step()
+
+
+def deliver_one(place: Directory, sink: str, gone: list[int] | None = None) -> RecordingSink:
+    """What waits for a sink is delivered, and kept."""
+    queue, taken, clock = place.queue(sink), RecordingSink(), SystemClock()
+    callbacks = Callbacks((gone if gone is not None else []).append)
+    drain(Worker(queue, taken, sink, clock, QUICK, DeliveryCounters(), callbacks, bool, "", KEEPING, Ledger(queue, clock)))
+    return taken
+
+
+def kept(place: Directory, sink: str) -> list[str]:
+    """The batches that a sink keeps."""
+    return [layout.batch_id(file.name) for file in place.queue(sink).delivered()]
+
+
+def urls(folder: Path) -> dict[str, str]:
+    """Two real destinations."""
+    return {sink: f"sqlite:///{folder}/{sink}.db" for sink in SINKS}
+
+
+def deliver(folder: Path) -> None:
+    """A process delivers to both what waits."""
+    sinks = [word for sink, url in urls(folder).items() for word in ("--sink", f"{sink}={url}")]
+    done = run("deliver", *BOX, *sinks, "--once", cwd=folder, environ={"PILLARBOX_KEEP_DELIVERED": "24h"})
+    assert done.returncode == 0, done.stderr
+
+
+def verified(folder: Path) -> dict[str, Any]:
+    """What `verify` says of each sink."""
+    done = run("verify", *BOX, "--json", cwd=folder)
+    answer = json.loads(done.stdout)
+    assert done.returncode == int(not answer["balances"])
+    return {sink: one["account"] | {"balances": one["balances"]} for sink, one in answer["sinks"].items()}
+
+
+@pytest.fixture
+def lost(tmp_path: Path) -> Path:
+    """Thirty events are delivered to both; the warehouse was put back from a copy of the first ten, live has lost all."""
+    with Outbox(str(tmp_path / "box"), sinks=urls(tmp_path), keep_delivered="24h", flush_interval=0.05) as outbox:
+        fill_files(outbox, 1)
+        assert outbox.flush(20)
+        shutil.copy(tmp_path / "warehouse.db", tmp_path / "copy.db")
+        fill_files(outbox, 2, first=10)
+        assert outbox.flush(20)
+        assert outbox.stats().pending_bytes == 0
+    for left in [*tmp_path.glob("warehouse.db*"), *tmp_path.glob("live.db*")]:
+        left.unlink()
+    shutil.copy(tmp_path / "copy.db", tmp_path / "warehouse.db")
+    return tmp_path
+
+
+def test_one_sink_is_sent_again_what_it_lost_and_the_others_nothing(lost: Path) -> None:
+    """Under names that are in its queue alone, by real processes; the accounts balance before, between and after."""
+    place = place_of(lost / "box")
+    before = kept(place, "live")
+    assert len(before) == 3
+    balanced(lost / "box")
+    done = run("resend", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=lost)
+    assert done.returncode == 0
+    items = json.loads(done.stdout)["items"]
+    assert [(item["batch"], item["sink"], item["events"]) for item in items] == [
+        (one, "warehouse", 10) for one in sorted(before)
+    ]
+    waiting = [layout.batch_id(name) for name in place.queue("warehouse").sealed()]
+    assert waiting == [item["resent_as"] for item in items]
+    assert not set(waiting) & set(before)
+    assert (place.sealed(), place.queue("live").sealed(), kept(place, "warehouse")) == ([], [], [])
+    balanced(lost / "box")
+    deliver(lost)
+    assert arrived(lost / "warehouse.db") == ids(30)
+    assert not (lost / "live.db").exists() or arrived(lost / "live.db") == []
+    assert (kept(place, "warehouse"), kept(place, "live")) == (waiting, before)
+    accounts = verified(lost)
+    assert {sink: one["resent_on_request"] for sink, one in accounts.items()} == {"live": 0, "warehouse": 30}
+    assert all(one["balances"] for one in accounts.values())
+
+
+def test_without_a_name_all_sinks_are_sent_again_what_they_keep(lost: Path) -> None:
+    """Each in its own queue, and kept once more."""
+    text = run("resend", *BOX, "--all", "--yes", cwd=lost).stdout.decode()
+    assert "60 events of 6 files wait to be sent again" in text
+    assert (text.count("  to live"), text.count("  to warehouse")) == (3, 3)
+    place = place_of(lost / "box")
+    assert not set(place.queue("live").sealed()) & set(place.queue("warehouse").sealed())
+    deliver(lost)
+    assert arrived(lost / "warehouse.db") == arrived(lost / "live.db") == ids(30)
+    assert (len(kept(place, "live")), len(kept(place, "warehouse"))) == (3, 3)
+    assert {sink: one["resent_on_request"] for sink, one in verified(lost).items()} == {"live": 30, "warehouse": 30}
+
+
+def test_a_sink_that_there_is_not_is_named_with_those_there_are(lost: Path) -> None:
+    """And nothing is done."""
+    done = run("resend", *BOX, "--all", "--sink", "wharehouse", "--yes", cwd=lost)
+    assert (done.returncode, b"it has live, warehouse" in done.stderr) == (2, True)
+    assert len(kept(place_of(lost / "box"), "live")) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_cut_short_each_queue_has_each_file_once_more(place: Directory, number: signal.Signals) -> None:
+    """Kept or waiting, and it goes on where it was."""
+    folder = Path(place.path).parent
+    for stamp in range(200):
+        seal(place, stamp + 1, b'{"n":%d}' % stamp)
+    hand_over(place)
+    for sink in SINKS:
+        deliver_one(place, sink)
+    contents = {sink: sorted(contents_of(place.queue(sink))) for sink in SINKS}
+    assert [len(one) for one in contents.values()] == [200, 200]
+    process = subprocess.Popen(
+        [*PILLARBOX, "resend", *BOX, "--all", "--yes"], cwd=folder, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_until(lambda: bool(place.queue("live").sealed()))
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert {sink: sorted(contents_of(place.queue(sink))) for sink in SINKS} == contents
+    balanced(Path(place.path))
+    assert run("resend", *BOX, "--all", "--yes", cwd=folder).returncode == 0
+    assert [len(place.queue(sink).sealed()) for sink in SINKS] == [200, 200]
+    assert [len(deliver_one(place, sink).payloads) for sink in SINKS] == [200, 200]
+    balanced(Path(place.path))
+
+
+def contents_of(queue: Directory) -> list[bytes]:
+    """What is in the files that wait in a queue, or are kept there."""
+    names = [*queue.sealed(), *(file.name for file in queue.delivered())]
+    return [Path(queue.at(name)).read_bytes() for name in names]
+
+
+# What is counted.
+
+
+def test_what_both_keep_waits_no_more_and_counts_once(place: Directory) -> None:
+    """As soon as the last has delivered it, and until then as waiting; each reads it, whatever names it has."""
+    batch = seal(place, 1, b'{"n":1}')
+    size = Path(place.at(f"{batch}.ndjson")).stat().st_size
+    hand_over(place)
+    gone: list[int] = []
+    deliver_one(place, "live", gone)
+    first = place.account()
+    assert (gone, first.pending_files, first.pending_bytes, first.delivered_files) == ([], 1, size, 0)
+    deliver_one(place, "warehouse", gone)
+    both = place.account()
+    assert (gone, both.pending_files, both.delivered_files, both.delivered_bytes) == ([size], 0, 1, size)
+    for sink in SINKS:
+        queue = place.queue(sink)
+        (file,) = queue.delivered()
+        assert dead.content(queue, file.name) == Path(queue.at(file.name)).read_bytes()
+        assert queue.account().delivered_files == 1
+
+
+class Meeting(RealFilesystem):
+    """Two threads that rename do it at the same time, if they can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._both = threading.Barrier(2)
+
+    def rename(self, source: str, target: str) -> None:
+        super().rename(source, target)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self._both.wait(0.3)
+
+
+def test_of_two_that_deliver_a_file_at_the_same_time_one_is_the_last(place: Directory) -> None:
+    """So that its bytes are released once."""
+    batch = seal(place, 1, b'{"n":1}')
+    size = Path(place.at(f"{batch}.ndjson")).stat().st_size
+    hand_over(place)
+    place = Directory(place.path, Meeting(), SystemClock())
+    gone: list[int] = []
+    with ThreadPoolExecutor(2) as pool:
+        assert all(sink.payloads for sink in pool.map(lambda sink: deliver_one(place, sink, gone), SINKS))
+    assert (gone, place.account().pending_files) == ([size], 0)
+
+
+def test_what_one_has_sent_again_waits_whatever_the_others_keep(place: Directory) -> None:
+    """And no more once it is delivered."""
+    batch = seal(place, 1, b'{"n":1}')
+    hand_over(place)
+    for sink in SINKS:
+        deliver_one(place, sink)
+    queue = place.queue("live")
+    anew = queue.reseal(queue.delivered()[0].name)
+    assert anew is not None
+    found = place.account()
+    assert (found.pending_files, found.delivered_files, queue.sealed(), place.queue("warehouse").sealed()) == (1, 1, [anew], [])
+    gone: list[int] = []
+    assert deliver_one(place, "live", gone).payloads == [b'{"n":1}']
+    assert (gone, place.account().pending_files, place.account().delivered_files) == ([found.pending_bytes], 0, 2)
+    assert kept(place, "warehouse") == [batch]
+
+
+def test_copies_that_queues_have_compressed_are_files_of_their_own(place: Directory) -> None:
+    """Even of one name; a compressed file that was handed over is one file."""
+    name = layout.compressed_name(layout.sealed_name(1, "u"))
+    one, other = (Path(place.queue(sink).at(name)) for sink in SINKS)
+    one.write_bytes(b"12345")
+    other.write_bytes(b"12345")
+    assert (place.account().pending_files, place.account().pending_bytes) == (2, 10)
+    other.unlink()
+    os.link(one, other)
+    assert (place.account().pending_files, place.account().pending_bytes) == (1, 5)
+
+
+# What is missing.
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_queue_was_handed_over_and_has_no_word_of_is_named(lost: Path, *, again: bool) -> None:
+    """Also where as many events were sent again since."""
+    assert run("resend", *BOX, "--all", "--sink", "live", "--yes", cwd=lost).returncode == 0 if again else True
+    ledger = lost / "box" / "sink-live" / layout.LEDGER
+    place = place_of(lost / "box")
+    batch = kept(place, "warehouse")[1]
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(line for line in lines if b'"batch":"' + batch.encode() not in line))
+    for file in place.queue("live").delivered():
+        if layout.batch_id(file.name) == batch:
+            place.queue("live").remove(file.name)
+    account = verified(lost)["live"]
+    assert not account["balances"]
+    assert [(wrong["events"], wrong["problem"]) for wrong in account["wrong"]] == [
+        (10, "handed over, and not in the account of the sink")
+    ]
+
+
+def test_what_was_handed_over_is_told_apart_however_many_writers_there_were() -> None:
+    """In a ledger that was summed up."""
+    entries: list[Entry] = [Resent(0, "r", "s", 5), Settled(0, "r", "live", 5, 0, 0, 0)]
+    for number in range(WRITERS_MAX + 10):
+        writer = "handed over" if not number else f"w{number}"
+        entries += [Sealed(0, f"b{number}", writer, 1, 9), Settled(0, f"b{number}", "live", 1, 0, 0, 0)]
+    entries += [Settled(0, f"c{number}", "live", 1, 0, 0, 0) for number in range(RECENT)]
+    summed = account(condensed(entries, set(), 1), {}, [])
+    rows = {row.writer: row.accepted for row in summed.writers}
+    assert summed.balances
+    assert (rows["handed over"], rows["unknown"], summed.resent_on_request) == (1, RECENT, 5)
+    assert RESENT not in rows or rows[RESENT] == 5
+
+
+# What gives way.
+
+
+def test_what_several_keep_gives_way_in_all_their_queues_at_once(place: Directory) -> None:
+    """The first delivered first, and its bytes count once; what still waits for one of them comes last."""
+    waits = seal(place, 1, b'"0"')
+    hand_over(place)
+    deliver_one(place, "live")
+    blocked = place.queue("warehouse").take(f"{waits}.ndjson")
+    assert blocked is not None
+    batches = [seal(place, stamp, b'"%d"' % stamp) for stamp in (2, 3)]
+    hand_over(place)
+    deliver_one(place, "live")
+    place.filesystem.close(blocked.fd)
+    os.rename(place.queue("warehouse").at(f"{waits}.ndjson"), place.at("elsewhere"))
+    deliver_one(place, "warehouse")
+    os.rename(place.at("elsewhere"), place.queue("warehouse").at(f"{waits}.ndjson"))
+    assert (kept(place, "live"), kept(place, "warehouse")) == ([waits, *batches], batches)
+    size = place.queue("live").delivered()[1].size
+    assert give_way(place, lambda gone: gone >= size) == 1
+    assert (kept(place, "live"), kept(place, "warehouse")) == ([waits, batches[1]], [batches[1]])
+    assert give_way(place, lambda _gone: False) == 2
+    assert (kept(place, "live"), kept(place, "warehouse")) == ([], [])
+    assert place.queue("warehouse").sealed() == [f"{waits}.ndjson"]
+
+
+class Small(RealFilesystem):
+    """A volume of 1,000,000 bytes; what several names have is on it once."""
+
+    def space(self, path: str) -> Space:
+        used = {os.stat(file).st_ino: os.stat(file).st_size for file in Path(path).rglob("delivered-*")}
+        return Space(max(0, 1_000_000 - sum(used.values())), 1_000_000)
+
+
+def test_what_queues_keep_gives_way_before_events_are_refused(place: Directory, clock: ManualClock) -> None:
+    """As many files as are needed, each in all queues."""
+    place = Directory(place.path, Small(), clock)
+    for number in range(20):
+        first, other = (
+            place.queue(sink).at(layout.delivered_name(layout.sealed_name(number, "u"), 2 * number + later))
+            for later, sink in enumerate(SINKS)
+        )
+        Path(first).write_bytes(b"1234567890" * 5000)
+        os.link(first, other)
+    capacity, writer = capacity_of(place, clock, evicts=True)
+    capacity.look()
+    assert (
+        kept(place, "live") == kept(place, "warehouse") == [layout.batch_id(layout.sealed_name(n, "u")) for n in range(2, 20)]
+    )
+    assert (writer.dropped["disk_low"], capacity.evicted) == (0, 0)
