@@ -202,16 +202,16 @@ def test_what_both_keep_waits_no_more_and_counts_once(place: Directory) -> None:
 
 
 class Meeting(RealFilesystem):
-    """Two threads that rename do it at the same time, if they can."""
+    """Two threads that have let go of a file look at the same time who else has it, if they can."""
 
     def __init__(self) -> None:
         super().__init__()
         self._both = threading.Barrier(2)
 
-    def rename(self, source: str, target: str) -> None:
-        super().rename(source, target)
+    def is_linked(self, fd: int) -> bool:
         with contextlib.suppress(threading.BrokenBarrierError):
             self._both.wait(0.3)
+        return super().is_linked(fd)
 
 
 def test_of_two_that_deliver_a_file_at_the_same_time_one_is_the_last(place: Directory) -> None:
