@@ -19,7 +19,7 @@ import pytest
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease
 from pillarbox.delivery.state import State
-from pillarbox.store import filesystem, layout, request
+from pillarbox.store import layout, request
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import DirectoryFacts, Filesystem, RealFilesystem
 from pillarbox.store.probe import Finding, Limits, examine
@@ -331,7 +331,7 @@ def test_hard_links_that_cannot_be_made_are_only_told(box: Path, monkeypatch: py
     def refuse(source: str, target: str) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(filesystem, "link", refuse)
+    monkeypatch.setattr(RealFilesystem, "link", staticmethod(refuse))
     found = examined(box)
     assert bad(found) == set()
     assert found["hard link"] == [(True, "cannot be made here (Operation not permitted); one destination needs none")]

@@ -189,7 +189,7 @@ def test_interrupted_it_ends_at_once(tmp_path: Path, command: str, number: signa
             [*PILLARBOX, command, "-d", "box"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CLEAN
         )
         try:
-            wait_until(request.exists)
+            wait_until(lambda: request.exists() and request.stat().st_size > 0)
             asking.send_signal(number)
             assert (asking.communicate(timeout=20), asking.returncode) == ((b"", b""), 130)
         finally:

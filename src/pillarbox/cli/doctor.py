@@ -22,7 +22,7 @@ from pillarbox.cli.app import (
     stop_on_sigterm,
 )
 from pillarbox.cli.kept import print_json, printable
-from pillarbox.cli.look import look, queues
+from pillarbox.cli.look import look
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
 from pillarbox.errors import DirectoryUnusable, PillarboxError
@@ -77,7 +77,7 @@ def doctor(
 
 def _destinations(settings: Settings) -> dict[str, str]:
     """URLs by name; "" where there are not several."""
-    return {"": settings.sink} if settings.sink else {}
+    return settings.sinks or ({"": settings.sink} if settings.sink else {})
 
 
 def _of_directory(settings: Settings, clock: Clock) -> list[Finding]:
@@ -90,22 +90,27 @@ def _of_directory(settings: Settings, clock: Clock) -> list[Finding]:
         evicts=settings.when_full == "drop_oldest",
         max_dead_bytes=settings.max_dead_bytes,
         max_quarantine_bytes=settings.max_quarantine_bytes,
-        links=len(_destinations(settings)) > 1,
+        links=bool(settings.sinks),
     )
     findings = examine(place, clock, limits)
     try:
         status = look(place, clock, settings.durability)
-        return [*findings, *_deliverers(status), *_queues(place, settings, status, clock)]
+        return [*findings, *_deliverers(status), *_heartbeats(status, clock), *_queues(place, settings, status)]
     except (OSError, DirectoryUnusable):
         return findings  # the directory cannot be used, which is among them
 
 
 def _deliverers(status: Status) -> Iterable[Finding]:
-    """Of each queue, or of the directory where there is one destination."""
-    for sink in status.sinks:
-        yield _deliverer(f"{sink.name}: ", sink.deliverer, sink.deliverer_silent_s, sink.waiting_files, sink.oldest_age_s)
-    if not status.sinks:
-        yield _deliverer("", status.deliverer, status.deliverer_silent_s, status.sealed_files, status.oldest_age_s)
+    """Of each queue and of the directory, where files are handed over to them, or have their one destination."""
+    each = [
+        _deliverer(f"{sink.name}: ", sink.deliverer, sink.deliverer_silent_s, sink.waiting_files, sink.oldest_age_s)
+        for sink in status.sinks
+    ]
+    yield from each
+    name = "all sinks: " if each else ""
+    whole = _deliverer(name, status.deliverer, status.deliverer_silent_s, status.sealed_files, status.oldest_age_s)
+    if whole.ok or all(finding.ok for finding in each):  # or it says again what one of them has said
+        yield whole
 
 
 def _deliverer(name: str, beat: Heartbeat | None, silent_s: float | None, files: int, oldest_s: float | None) -> Finding:
@@ -131,26 +136,34 @@ def _deliverer(name: str, beat: Heartbeat | None, silent_s: float | None, files:
     return good("deliverer", f"{text}; {waiting}")
 
 
-def _queues(place: Directory, settings: Settings, status: Status, clock: Clock) -> Iterable[Finding]:
-    """Heartbeats of another time, and queues that nobody is to deliver or that others can read."""
-    beats = {sink.name: sink.deliverer for sink in status.sinks} or {"": status.deliverer}
+def _heartbeats(status: Status, clock: Clock) -> Iterable[Finding]:
+    """Those of another time."""
+    beats = {"": status.deliverer} | {sink.name: sink.deliverer for sink in status.sinks}
     for name, beat in beats.items():
         if beat is not None and beat.at_micros > clock.micros() + _AHEAD_S * 1e6:
             ahead = (beat.at_micros - clock.micros()) / 1e6
             of = f" of {name}" if name else ""
             yield bad("clock", f"the heartbeat{of} is {ahead:,.0f} s in the future: set the clock, it stepped back")
+
+
+def _queues(place: Directory, settings: Settings, status: Status) -> Iterable[Finding]:
+    """Queues that nobody is to deliver, that are asked for in vain, or that others can read."""
     known = _destinations(settings)
     waiting = {sink.name: sink.waiting_files for sink in status.sinks}
-    for name, queue in queues(place, clock).items():
+    for queue in place.queues():
+        name, path = queue.sink, f"{layout.queue_name(queue.sink)}/"
         if known and name not in known:
-            left = f"{waiting.get(name, 0):,} files wait in it"
-            text = f"{layout.queue_name(name)}/ belongs to no destination of the settings, {left}"
-            yield bad("queue", f"{text}: name it among the sinks again, or have the queue removed")
+            text = f"{path} belongs to no destination of the settings, {waiting.get(name, 0):,} files wait in it"
+            yield bad("queue", f"{text}: name it among the sinks again, or pillarbox sinks remove {name}")
         facts = queue.filesystem.directory_facts(queue.path)
         if facts is not None and facts.mode & OPEN_MODE:
-            yield bad("mode", f"{layout.queue_name(name)}/: {facts.mode:03o} lets other users in: chmod 700")
+            yield bad("mode", f"{path}: {facts.mode:03o} lets other users in: chmod 700")
         if facts is not None and not facts.usable:
-            yield bad("owner", f"{layout.queue_name(name)}/ cannot be read and written by this user: change its owner or mode")
+            yield bad("owner", f"{path} cannot be read and written by this user: change its owner or mode")
+    for name in sorted(place.asked_for() if known else ()):
+        if name not in known:
+            text = f"{name} was asked for, and is no destination of the settings"
+            yield bad("queue", f"{text}: name it among the sinks, or pillarbox sinks remove {name}")
 
 
 def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[Finding]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
 from pillarbox.errors import DirectoryUnusable
-from pillarbox.store import filesystem, layout
-from pillarbox.store.directory import Directory
+from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory
 
 
 class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,41 +56,18 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     sinks: list[SinkStatus]  # empty where there is one destination
 
 
-class _Tally(NamedTuple):
-    """What a listing of a directory or of a queue shows."""
-
-    sealed: dict[str, int]  # name -> bytes
-    files: dict[Kind, int]
-    bytes: dict[Kind, int]
-
-
-def _tally(place: Directory) -> _Tally:
-    sealed: dict[str, int] = {}
-    files, sizes = dict.fromkeys(Kind, 0), dict.fromkeys(Kind, 0)
-    for name, size in place.filesystem.listing(place.path):
-        kind = layout.kind_of(name)
-        files[kind] += 1
-        sizes[kind] += size
-        if kind is Kind.SEALED:
-            sealed[name] = size
-    return _Tally(sealed, files, sizes)
-
-
-def queues(place: Directory, clock: Clock) -> dict[str, Directory]:
-    """The queues of several destinations, by the name of the destination; none where there is one."""
-    found = {layout.sink_of(name): name for name, problem in filesystem.strangers(place.path) if problem == "is a directory"}
-    return {
-        sink: Directory(place.at(name), place.filesystem, clock)
-        for sink, name in sorted(found.items(), key=str)
-        if sink is not None
-    }
+def _sealed(place: Directory) -> dict[str, int]:
+    """Bytes by batch, whose file may be compressed meanwhile."""
+    listing = place.filesystem.listing(place.path)
+    return {layout.batch_id(name): size for name, size in listing if layout.kind_of(name) is Kind.SEALED}
 
 
 def look(place: Directory, clock: Clock, durability: str) -> Status:
     """How a directory stands now; raises `DirectoryUnusable` where it cannot be listed."""
     try:
-        main = _tally(place)
-        sinks = [_sink(sink, queue, main, clock) for sink, queue in queues(place, clock).items()]
+        queues = place.queues()
+        shared = _sealed(place) if queues else {}  # before the queues: what leaves it is in each of them by then
+        sinks = [_sink(queue, shared, clock) for queue in queues]
         account = place.account()
     except OSError as error:
         raise DirectoryUnusable(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
@@ -107,8 +84,8 @@ def look(place: Directory, clock: Clock, durability: str) -> Status:
         corrupt_bytes=account.corrupt_bytes,
         dead_files=account.dead_files,
         dead_bytes=account.dead_bytes,
-        delivered_files=main.files[Kind.DELIVERED] + sum(sink.delivered_files for sink in sinks),
-        delivered_bytes=main.bytes[Kind.DELIVERED] + sum(sink.delivered_bytes for sink in sinks),
+        delivered_files=account.delivered_files,
+        delivered_bytes=account.delivered_bytes,
         durability=beat.durability if beat is not None and beat.durability else durability,
         deliverer=beat,
         deliverer_silent_s=silent_s(beat, clock),
@@ -116,22 +93,22 @@ def look(place: Directory, clock: Clock, durability: str) -> Status:
     )
 
 
-def _sink(sink: str, queue: Directory, main: _Tally, clock: Clock) -> SinkStatus:
-    own = _tally(queue)
-    waiting = own.sealed | main.sealed  # what is not yet in any queue waits for all of them
+def _sink(queue: Directory, shared: dict[str, int], clock: Clock) -> SinkStatus:
+    own = queue.account()
+    waiting = _sealed(queue) | shared  # what is not yet in any queue waits for all of them
     stamps = [stamp for stamp in map(layout.stamp_of, waiting) if stamp is not None]
     beat = last_heartbeat(queue)
     return SinkStatus(
-        name=sink,
+        name=queue.sink,
         waiting_bytes=sum(waiting.values()),
         waiting_files=len(waiting),
         oldest_age_s=_age_s(clock, min(stamps, default=None)),
-        dead_files=own.files[Kind.DEAD],
-        dead_bytes=own.bytes[Kind.DEAD],
-        corrupt_files=own.files[Kind.CORRUPT],
-        corrupt_bytes=own.bytes[Kind.CORRUPT],
-        delivered_files=own.files[Kind.DELIVERED],
-        delivered_bytes=own.bytes[Kind.DELIVERED],
+        dead_files=own.dead_files,
+        dead_bytes=own.dead_bytes,
+        corrupt_files=own.corrupt_files,
+        corrupt_bytes=own.corrupt_bytes,
+        delivered_files=own.delivered_files,
+        delivered_bytes=own.delivered_bytes,
         deliverer=beat,
         deliverer_silent_s=silent_s(beat, clock),
     )

@@ -24,7 +24,7 @@ from pillarbox.cli.app import (
     settings_from,
     stop_on_sigterm,
 )
-from pillarbox.cli.look import deliverer_text, queues, silent_s
+from pillarbox.cli.look import deliverer_text, silent_s
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.delivery.state import SILENT_AFTER_S
@@ -64,6 +64,7 @@ class Flushed(msgspec.Struct, frozen=True, kw_only=True):
     files: int  # that waited when everything was sealed
     left_files: int  # of these, what waits still
     left_active: list[str]  # active files that were not sealed
+    left_sinks: list[str]  # of several destinations, those for which files wait still
     reason: str  # why something is left; "" where nothing is
     seconds: float
 
@@ -87,15 +88,18 @@ class Site:
         """How long it has taken so far."""
         return round(self.clock.monotonic() - self.began, 3)
 
-    @property
-    def deliverer(self) -> str:
-        """Who delivers, and how that goes, at each destination."""
-        places = queues(self.place, self.clock) or {"": self.place}
-        texts = []
-        for name, place in places.items():
-            beat = last_heartbeat(place)
-            texts.append(f"{name}{': ' if name else ''}{deliverer_text(beat, silent_s(beat, self.clock))}")
-        return "; ".join(texts)
+    def left_at(self, batches: set[str]) -> dict[str, Directory]:
+        """Where any of them waits, by the name of the destination; "" is the directory, from which they go to several."""
+        with self._listing():
+            places = {place.sink: place for place in (self.place, *self.place.queues())}
+            left = {sink: place for sink, place in places.items() if _batches(place) & batches}
+        return places if "" in left else left  # what is handed over to nobody yet waits for all of them
+
+    def deliverers(self, places: dict[str, Directory]) -> str:
+        """Who delivers there, and how that goes."""
+        beats = {name: last_heartbeat(place) for name, place in places.items()}
+        each = ((f"{name}: " if name else "", beat) for name, beat in beats.items())
+        return "; ".join(f"{name}{deliverer_text(beat, silent_s(beat, self.clock))}" for name, beat in each)
 
     def is_delivered_here(self) -> bool:
         """Whether somebody delivers the directory, and so adopts what dead writers leave."""
@@ -111,10 +115,7 @@ class Site:
     def waiting(self) -> set[str]:
         """The batches that are sealed and not settled, here or at one of several destinations."""
         with self._listing():
-            found = set(self.place.sealed())  # first: what leaves it is in the queues before
-            for queue in queues(self.place, self.clock).values():
-                found.update(queue.sealed())
-            return {layout.batch_id(name) for name in found}
+            return self.place.waiting()
 
     @contextmanager
     def _listing(self) -> Iterator[None]:
@@ -252,14 +253,16 @@ def flush(
     asked = left = site.waiting()
     if not sealed.left:
         left = _wait_for_delivery(site, asked)
+    where = site.left_at(left)
     reason = sealed.reason
     if not sealed.left and left:
-        reason = f"not delivered after {timeout:g} s; deliverer: {site.deliverer}"
+        reason = f"not delivered after {timeout:g} s; deliverer: {site.deliverers(where)}"
     done = Flushed(
         directory=site.place.path,
         files=len(asked),
         left_files=len(left),
         left_active=sealed.left,
+        left_sinks=sorted(filter(None, where)),
         reason=reason,
         seconds=site.seconds,
     )
@@ -269,6 +272,10 @@ def flush(
         settled = f"{len(asked) - len(left):,} of {len(asked):,} files settled"
         out.print(f"{settled}; {reason}" if reason else "nothing of it waits any more", markup=False)
     return Exit.PARTLY if reason else Exit.DONE
+
+
+def _batches(place: Directory) -> set[str]:
+    return {layout.batch_id(name) for name in place.sealed_names()}
 
 
 def _wait_for_delivery(site: Site, asked: set[str]) -> set[str]:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.table import Table
 
 from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from
 from pillarbox.cli.kept import printable
@@ -44,12 +43,11 @@ def status(
     if json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
     else:
-        out.print(_table(found))
+        out.print("\n".join(_rows(found)), markup=False)
     return Exit.DONE
 
 
-def _table(found: Status) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+def _rows(found: Status) -> list[str]:
     rows = {
         "directory": found.directory,
         "waiting": f"{found.pending_bytes:,} bytes in {found.pending_files:,} files ({found.active_files} active)",
@@ -67,6 +65,5 @@ def _table(found: Status) -> Table:
         "delivered": f"{found.delivered_bytes:,} bytes in {found.delivered_files:,} files are kept",
         "durability": found.durability,
     }
-    for name, text in rows.items():
-        table.add_row(name, printable(text))
-    return table
+    width = max(map(len, rows))
+    return [printable(f"{name:<{width}}  {text}").replace("\n", " ") for name, text in rows.items()]

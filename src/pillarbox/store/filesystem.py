@@ -27,6 +27,7 @@ _READ_BYTES = 1 << 20
 # One that does not count them (btrfs) says 1.
 _NO_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
+IS_DIRECTORY: Final = "is a directory"  # what a stranger may be, that a queue is
 
 
 class Entry(NamedTuple):
@@ -374,8 +375,11 @@ def exists(path: str) -> bool:
     return os.path.lexists(path)
 
 
-def strangers(path: str) -> Iterator[tuple[str, str]]:
-    """Whatever in a directory is not ours to use, and why not; "." is the directory itself. Opens nothing."""
+def strangers(path: str, *, linked: bool = False) -> Iterator[tuple[str, str]]:
+    """Whatever in a directory is not ours to use, and why not; "." is the directory itself. Opens nothing.
+
+    With `linked` files may have other names, as for `open_existing`.
+    """
     me = os.geteuid()
     found = os.stat(path)
     if me not in (0, found.st_uid):
@@ -389,8 +393,8 @@ def strangers(path: str) -> Iterator[tuple[str, str]]:
             if stat.S_ISLNK(found.st_mode):
                 yield entry.name, "is a symbolic link"
             elif not stat.S_ISREG(found.st_mode):
-                yield entry.name, "is a directory" if stat.S_ISDIR(found.st_mode) else "is not a regular file"
-            elif found.st_nlink > 1:
+                yield entry.name, IS_DIRECTORY if stat.S_ISDIR(found.st_mode) else "is not a regular file"
+            elif found.st_nlink > 1 and not linked:
                 yield entry.name, "has a second hard link"
             elif me not in (0, found.st_uid):
                 yield entry.name, f"belongs to user {found.st_uid}"

@@ -23,7 +23,7 @@ from pillarbox.store.layout import Kind
 from pillarbox.store.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
@@ -36,7 +36,7 @@ _SYNCS_S: Final = 3.0  # fewer of them where the disk is slow
 _NO_SYNC_S: Final = 5e-6
 _LINE: Final = b"x" * 299 + b"\n"  # about an event
 _AHEAD_MICROS: Final = 1_000_000  # how far a newest stamp may be ahead: they strictly increase, however fast files are sealed
-_OTHER_NAMES: Final = (layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.SEAL_REQUEST)
+_OTHER_NAMES: Final = (layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.SEAL_REQUEST, layout.LEDGER, layout.LEDGER_LOCK)
 _NEEDED: Final = ("create", "lock")  # to try what comes after them
 _DESCRIPTORS_MIN: Final = (
     256  # the writer's files that wait for their sync and its spares, the deliverer's, and the application's
@@ -82,7 +82,7 @@ class Limits(NamedTuple):
     evicts: bool
     max_dead_bytes: int = 64 * 2**20
     max_quarantine_bytes: int = 64 * 2**20
-    links: bool = False  # several destinations, whose queues are made of them
+    links: bool = False  # needed for what is to be: several destinations, whose queues are made of them
 
 
 def examine(place: Directory, clock: Clock, limits: Limits) -> list[Finding]:
@@ -91,15 +91,16 @@ def examine(place: Directory, clock: Clock, limits: Limits) -> list[Finding]:
         findings = _directory(place, limits)
         if not all(finding.ok for finding in findings if finding.check in ("directory", "medium")):
             return findings
-        findings += probe(place, clock, power=limits.power, links=limits.links)
+        queues = place.queues()
+        findings += probe(place, clock, power=limits.power, links=limits.links or bool(queues))
         findings.append(_space(place, limits))
         account = place.account()  # before the clock is read: what is sealed meanwhile is not ahead of it
         findings += _room(account, limits)
-        findings += _kept(account, limits)
+        findings += _kept(account, queues, limits)
         findings.append(_descriptors())
         findings.append(_stamps(account, clock.micros()))
         findings.append(_request(place, clock.micros()))
-        findings += _strangers(place)
+        findings += _strangers(place, queues)
     except OSError as error:
         findings = [bad("directory", f"{error.strerror}: {_way_out(error)}")]
     return findings
@@ -269,11 +270,10 @@ def _link(place: Directory, name: str, *, needed: bool) -> Finding:
                 return bad("hard link", f"{text}, and several destinations need them: {_ANOTHER_DISK}, or have one destination")
             return good("hard link", f"{text}; one destination needs none")
     try:
-        taken = place.take(name)
+        fd = place.filesystem.open_existing(place.at(name))
     except FileUnusable:
         return good("hard link", "can be made, and is counted")
-    if taken is not None:
-        place.filesystem.close(taken.fd)
+    place.filesystem.close(fd)
     return good("hard link", "can be made, but is not counted: a second link to our files would not be seen")
 
 
@@ -303,19 +303,27 @@ def _room(account: Account, limits: Limits) -> list[Finding]:
     return findings
 
 
-def _kept(account: Account, limits: Limits) -> list[Finding]:
-    findings: list[Finding] = []
+def _kept(account: Account, queues: Sequence[Directory], limits: Limits) -> Iterator[Finding]:
+    """What is set aside; the limits are those of each queue, and of the directory without them."""
+    each = [(queue, queue.account()) for queue in queues]
+    dead = account.dead_bytes - sum(found.dead_bytes for _, found in each)
+    corrupt = account.corrupt_bytes - sum(found.corrupt_bytes for _, found in each)
+    yield from _set_aside("", "", max(0, dead), max(0, corrupt), limits)
+    for queue, found in each:
+        yield from _set_aside(f"{queue.sink}: ", f" -d {queue.path}", found.dead_bytes, found.corrupt_bytes, limits)
+
+
+def _set_aside(name: str, where: str, dead: int, corrupt: int, limits: Limits) -> Iterator[Finding]:
     for check, used, limit, setting, command in (
-        ("dead letters", account.dead_bytes, limits.max_dead_bytes, "max_dead_bytes", "dead"),
-        ("quarantine", account.corrupt_bytes, limits.max_quarantine_bytes, "max_quarantine_bytes", "quarantine"),
+        ("dead letters", dead, limits.max_dead_bytes, "max_dead_bytes", "dead"),
+        ("quarantine", corrupt, limits.max_quarantine_bytes, "max_quarantine_bytes", "quarantine"),
     ):
-        text = f"{used:,} of {limit:,} bytes ({setting})"
+        text = f"{name}{used:,} of {limit:,} bytes ({setting})"
         if used and used >= limit - limit // SLACK_SHARE:
-            way_out = f"look at them with pillarbox {command} list, and mend or purge them, or raise {setting}"
-            findings.append(bad(check, f"{text}, full or nearly so: {way_out}"))
+            way_out = f"look at them with pillarbox {command} list{where}, and mend or purge them, or raise {setting}"
+            yield bad(check, f"{text}, full or nearly so: {way_out}")
         else:
-            findings.append(good(check, text))
-    return findings
+            yield good(check, text)
 
 
 def _descriptors() -> Finding:
@@ -355,17 +363,29 @@ def _stamps(account: Account, now: int) -> Finding:
     return good("clock", f"the newest sealed file is {max(0.0, age_s):,.0f} s old")
 
 
-def _strangers(place: Directory) -> list[Finding]:
-    """Files under our names that the store will leave alone."""
+def _strangers(place: Directory, queues: Sequence[Directory]) -> list[Finding]:
+    """Files under our names that the store will leave alone, here and in the queues."""
     findings = []
     others = 0
-    for name, problem in filesystem.strangers(place.path):
+    linked = bool(queues or place.asked_for())  # what waits has, or may have, names in queues too
+    for within, name, problem in [
+        (f"{layout.queue_name(where.sink)}/" if where.sink else "", *found)
+        for where in (place, *queues)
+        for found in filesystem.strangers(where.path, linked=linked)
+    ]:
         if name == ".":
-            findings.append(bad("owner", f"the directory {problem}, who may remove what is in it: chown it"))
-        elif layout.kind_of(name) is not Kind.OTHER or name in _OTHER_NAMES:
+            findings.append(bad("owner", f"{within or 'the directory'} {problem}, who may remove what is in it: chown it"))
+        elif _is_ours(name, problem):
             others += 1
             if others <= _NAMED_MAX:
-                findings.append(bad("names", f"{name} {problem}, and is left alone: see what it is, and remove it"))
+                findings.append(bad("names", f"{within}{name} {problem}, and is left alone: see what it is, and remove it"))
     if others > _NAMED_MAX:
         findings.append(bad("names", f"and {others - _NAMED_MAX:,} more like these"))
     return findings or [good("names", "all files under our names are ours to use")]
+
+
+def _is_ours(name: str, problem: str) -> bool:
+    """Whether it has a name that means something to the store; a queue is a directory, and nothing else."""
+    if layout.sink_of(name) is not None:
+        return problem != filesystem.IS_DIRECTORY
+    return layout.kind_of(name) is not Kind.OTHER or name in _OTHER_NAMES
