@@ -14,8 +14,10 @@ from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusable, FileUnusable
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory, Taken
+from pillarbox.store.fanout import FanOut
 from pillarbox.store.filesystem import DirectoryFacts, RealFilesystem
 from pillarbox.store.layout import Kind
+from pillarbox.store.ledger import Ledger
 from pillarbox.store.recovery import RECOVERY, Action, Lock, Tail
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock
@@ -338,3 +340,19 @@ def test_a_file_whose_end_cannot_be_read_does_not_keep_the_others_from_being_ado
     put(place, "active-b-1.ndjson")
     assert [file.found for file in place.recover()] == ["active-b-1.ndjson"]
     assert names(place)[0] == "active-a-1.ndjson"
+
+
+def test_a_backlog_that_becomes_several_sinks_is_not_listed_once_a_file(place: Directory, clock: ManualClock) -> None:
+    """Each file has further links by then, and whether it may is asked of the directory."""
+    for number in range(200):
+        put(place, layout.sealed_name(number, "x"), record.line(b"{}"))
+    listed: list[str] = []
+
+    class Counting(RealFilesystem):
+        def subdirectories(self, path: str) -> list[str]:
+            listed.append(path)
+            return super().subdirectories(path)
+
+    watched = Directory(place.path, Counting(), clock)
+    assert FanOut(watched, ["one", "two"], clock, Ledger(watched, clock)).step() == 200
+    assert len(listed) < 20

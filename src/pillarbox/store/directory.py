@@ -71,6 +71,7 @@ class Directory:
         self._clock = clock
         self._last_stamp = 0
         self._names_unsynced = False  # the sync that follows renaming has failed
+        self._has_queues = False  # or is about to have them, as far as was looked
         self.renew()
 
     def renew(self) -> None:
@@ -267,7 +268,9 @@ class Directory:
         try:
             return self.filesystem.open_existing(path, linked=self.main is not None)
         except FileUnusable:
-            if not self.queues() and not self.asked_for():
+            # Listed once: whoever hands over a backlog comes here with each file.
+            self._has_queues = self._has_queues or bool(self.queues() or self.asked_for())
+            if not self._has_queues:
                 raise
         return self.filesystem.open_existing(path, linked=True)  # on its way into the queues
 
