@@ -25,10 +25,10 @@ from pillarbox.settings import EITHER, Settings, resolve
 from pillarbox.sinks.base import Sink
 from pillarbox.store.capacity import FILE_SHARE
 from pillarbox.store.commit import Committer
-from pillarbox.store.directory import Directory
 from pillarbox.store.door import Door, Enqueue
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
+from pillarbox.store.queues import directory_at
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.telemetry import Stats, instruments, of_sink
@@ -135,7 +135,7 @@ class Outbox:
         self._starting = threading.RLock()
         self._closed = False
         self._filesystem = RealFilesystem()
-        self._directory = Directory(settings.directory, self._filesystem, self._clock)
+        self._directory = directory_at(settings.directory, self._filesystem, self._clock)
         self._power = settings.durability == "power"
         self._power_checked = not settings.enabled
         if settings.enabled:

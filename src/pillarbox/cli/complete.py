@@ -11,12 +11,14 @@ from pillarbox.clock import SystemClock
 from pillarbox.errors import PillarboxError
 from pillarbox.kept.selection import batch_of
 from pillarbox.store import layout
-from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.layout import Kind
+from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pillarbox.store.directory import Directory
 
 _OFFERED_MAX: Final = 100  # more than anybody reads
 _KINDS: Final = {"dead": {Kind.DEAD}, "quarantine": {Kind.CORRUPT}}
@@ -28,7 +30,7 @@ def batches(ctx: typer.Context, incomplete: str) -> list[str]:
     kinds = _KINDS.get(group or "", {Kind.DEAD, Kind.CORRUPT})
     try:
         settings = settings_from(ctx.params.get("config"), directory=ctx.params.get("directory"))
-        place = Directory(settings.directory or ".", RealFilesystem(), SystemClock())
+        place = directory_at(settings.directory or ".", RealFilesystem(), SystemClock())
         return sorted({name for name in _batches(place, kinds) if name.startswith(incomplete)})[:_OFFERED_MAX]
     except (OSError, PillarboxError):
         return []

@@ -29,13 +29,14 @@ from pillarbox.delivery.deliverer import together
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.exposition import Exposition
 from pillarbox.hooks import Hooks
-from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
+from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
     from pillarbox.deliverers import Here
     from pillarbox.settings import Settings
+    from pillarbox.store.directory import Directory
 
 _LOOK_S: Final = 0.05
 _STUCK_S: Final = 0.5  # without progress, where a sink is stopped: the others may be about to begin
@@ -83,7 +84,7 @@ def deliver(
 
 def _deliver(settings: Settings, give_up_s: float | None, metrics: str | None, otlp: str | None, *, quiet: bool) -> int:
     clock = SystemClock()
-    place = Directory(settings.directory, RealFilesystem(), clock)
+    place = directory_at(settings.directory, RealFilesystem(), clock)
     place.open()
     shown = Exposition(place, settings, clock, metrics, otlp)
     on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).dead_letter

@@ -32,6 +32,7 @@ from pillarbox.store import layout
 from pillarbox.store.directory import OPEN_MODE, Directory
 from pillarbox.store.filesystem import RealFilesystem, exists
 from pillarbox.store.probe import Finding, Limits, bad, examine, good
+from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -81,7 +82,7 @@ def _destinations(settings: Settings) -> dict[str, str]:
 
 
 def _of_directory(settings: Settings, clock: Clock) -> list[Finding]:
-    place = Directory(settings.directory, RealFilesystem(), clock)
+    place = directory_at(settings.directory, RealFilesystem(), clock)
     limits = Limits(
         power=settings.durability == "power",
         max_bytes=settings.max_bytes,

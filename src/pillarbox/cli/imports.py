@@ -33,8 +33,8 @@ from pillarbox.kept.dead import Heading, Trouble
 from pillarbox.kept.mend import Gate
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped
-from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem, identity, open_to_read
+from pillarbox.store.queues import directory_at
 from pillarbox.view.filters import Faces, Wanted
 from pillarbox.view.stock import Stock, What
 
@@ -135,7 +135,7 @@ def _stock(source: str, settings: Settings, heading: Heading, gate: Gate) -> Sto
     if identity(source) == identity(settings.directory):
         raise UsageError(f"{source} is the outbox that the events would go into")
     clock = SystemClock()
-    other = Directory(source, RealFilesystem(), clock)
+    other = directory_at(source, RealFilesystem(), clock)
     return Stock(other, clock, Faces(settings.event_type), Wanted(), heading, gate)
 
 

@@ -21,9 +21,9 @@ from pillarbox.kept.dead import Heading, Trouble
 from pillarbox.kept.mend import Gate
 from pillarbox.kept.selection import Selection, batch_of, moment
 from pillarbox.outbox import Outbox
-from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
+from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,7 +76,7 @@ class Site:
         self.settings: Settings = settings_from(config, **options)
         require(self.settings, "directory", "DIR")
         self.clock = SystemClock()
-        self.place = Directory(self.settings.directory, RealFilesystem(), self.clock)
+        self.place = directory_at(self.settings.directory, RealFilesystem(), self.clock)
         self.report = Report()
         self.lines: list[str] = []  # what is to be said of single items; at the end, lest a closed pipe ends the work
         self.heading = Heading(self.settings.event_type)

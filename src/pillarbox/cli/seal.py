@@ -30,12 +30,14 @@ from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.delivery.state import SILENT_AFTER_S
 from pillarbox.errors import DirectoryUnusable, FileUnusable
 from pillarbox.store import layout, request
-from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.layout import Kind
+from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from pillarbox.store.directory import Directory
 
 _LOOK_S: Final = 0.05
 _LISTING_SHARE: Final = 10  # listing the directory takes a tenth of the time at most
@@ -77,7 +79,7 @@ class Site:
         settings = settings_from(config, directory=directory)
         require(settings, "directory", "DIR")
         self.clock = SystemClock()
-        self.place = Directory(settings.directory, RealFilesystem(), self.clock)
+        self.place = directory_at(settings.directory, RealFilesystem(), self.clock)
         self.began = self.clock.monotonic()
         self.deadline = self.began + timeout
         self.timeout = timeout

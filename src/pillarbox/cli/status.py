@@ -13,8 +13,8 @@ from pillarbox.cli.kept import printable
 from pillarbox.cli.look import Status, deliverer_text, look
 from pillarbox.cli.watch import watch_until_stopped
 from pillarbox.clock import SystemClock
-from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.queues import directory_at
 
 
 @app.command("status")
@@ -35,7 +35,7 @@ def status(
     settings = settings_from(config, directory=directory)
     require(settings, "directory", "DIR")
     clock = SystemClock()
-    place = Directory(settings.directory, RealFilesystem(), clock)
+    place = directory_at(settings.directory, RealFilesystem(), clock)
     if watch:
         watch_until_stopped(place, clock, settings.durability, interval=interval, looks=looks, json=json)
         return Exit.DONE

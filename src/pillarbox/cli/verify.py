@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import typer
@@ -16,8 +16,11 @@ from pillarbox.errors import DirectoryUnusable
 from pillarbox.store import layout
 from pillarbox.store.audit import Audit, audit, audit_queues
 from pillarbox.store.balance import Account, Row
-from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.queues import directory_at
+
+if TYPE_CHECKING:
+    from pillarbox.store.directory import Directory
 
 _FIGURES: Final = ("accepted", "handed over", "delivered", "pending", "dead", "quarantined", "evicted")
 _NAMED_MAX: Final = 20  # batches that do not balance are named one by one up to here; all are in --json
@@ -48,7 +51,7 @@ def verify(
     """
     settings = settings_from(config, directory=directory)
     require(settings, "directory", "DIR")
-    place = Directory(settings.directory, RealFilesystem(), SystemClock())
+    place = directory_at(settings.directory, RealFilesystem(), SystemClock())
     try:
         found = _audited(place)
     except OSError as error:

@@ -1,0 +1,27 @@
+"""What a path stands for: an outbox directory, or the queue of one of its several sinks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pillarbox.errors import FileUnusable
+from pillarbox.store import layout
+from pillarbox.store.directory import Directory
+
+if TYPE_CHECKING:
+    from pillarbox.clock import Clock
+    from pillarbox.store.filesystem import Filesystem
+
+
+def directory_at(path: str, filesystem: Filesystem, clock: Clock) -> Directory:
+    """The directory at a path, which may not be there yet. A queue's files have further names, and count not all at once."""
+    parent, slash, name = path.rpartition("/")
+    sink = layout.sink_of(name)
+    if sink is None:
+        return Directory(path, filesystem, clock)
+    main = Directory(parent or slash or ".", filesystem, clock)
+    try:  # whoever makes queues holds this lock
+        filesystem.close(filesystem.open_existing(main.at(layout.DELIVER_LOCK)))
+    except (OSError, FileUnusable):
+        return Directory(path, filesystem, clock)
+    return main.queue(sink)
