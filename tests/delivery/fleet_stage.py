@@ -33,10 +33,10 @@ def fill(outbox: Outbox, count: int, first: int = 0, **members: object) -> None:
     assert all(outbox.enqueue(event(number, **members)) for number in range(first, first + count))
 
 
-def fill_files(outbox: Outbox, files: int, each: int = 10, first: int = 0) -> None:
+def fill_files(outbox: Outbox, files: int, each: int = 10, first: int = 0, **members: object) -> None:
     """Sealed files of so many events each."""
     for number in range(files):
-        fill(outbox, each, first + number * each)
+        fill(outbox, each, first + number * each, **members)
         assert outbox._sealer.seal_now("manual", 10)
 
 

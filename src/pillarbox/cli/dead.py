@@ -37,6 +37,8 @@ from pillarbox.store.layout import Kind
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pillarbox.store.directory import Directory
+
 dead = typer.Typer(
     name="dead",
     help="Dead letters: events that a destination refused for good. Look, mend, send again, give up.",
@@ -75,6 +77,7 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     last_at_micros: int
     event_id: str | None
     event_key: str | None
+    queue: str = ""  # whose queue it is in, where there are several sinks
     event: msgspec.Raw | None = None  # `show`: as it stands; `replay` and `edit`: as it goes in again
 
 
@@ -88,7 +91,7 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
     troubles: list[Trouble]
 
 
-def _letter(record: Record, event: bytes | None = None) -> Letter:
+def _letter(record: Record, event: bytes | None = None, queue: str = "") -> Letter:
     found = record.letter
     return Letter(
         record=record.name,
@@ -102,16 +105,24 @@ def _letter(record: Record, event: bytes | None = None) -> Letter:
         last_at_micros=found.last_at_micros,
         event_id=record.event_id,
         event_key=record.event_key,
+        queue=queue,
         event=None if event is None else msgspec.Raw(event),
     )
 
 
-def _chosen(site: Site, selection: Selection) -> Iterator[Record]:
-    """The dead letters that are meant, file by file."""
-    found = letters.find(site.place, Kind.DEAD, selection)
-    for file in letters.files(site.place, found.batches, site.heading):
+def _chosen(site: Site, selection: Selection, place: Directory) -> Iterator[Record]:
+    """The dead letters in a directory, or in a queue, that are meant, file by file."""
+    found = letters.find(place, Kind.DEAD, selection)
+    for file in letters.files(place, found.batches, site.heading):
         site.report.add(*file.troubles)
         yield from filter(selection.takes, file.records)
+
+
+def _chosen_of_all(site: Site, selection: Selection) -> Iterator[tuple[str, Record]]:
+    """These, of the directory and of each queue in it, with the sink whose queue that is."""
+    for place in site.places:
+        for record in _chosen(site, selection, place):
+            yield "" if place is site.place else place.sink, record
 
 
 @dead.command("list")
@@ -142,22 +153,20 @@ def list_(
         records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
         since=since, until=until,
     )  # fmt: skip
-    groups, shown, count, files, last = Groups(), [], 0, 0, ""
-    for one in _chosen(site, selection):
+    groups, shown, count, batches = Groups(), [], 0, set()
+    for queue, one in _chosen_of_all(site, selection):
         count += 1
-        files += one.batch != last
-        last = one.batch
+        batches.add((queue, one.batch))
         if not each:
-            groups.add(one)
+            groups.add(one, queue)
         elif not limit or count <= limit:
-            shown.append(one)
-    found = groups.listed()
+            shown.append(_letter(one, queue=queue))
+    found, files = groups.listed(), len(batches)
     more = len(found) - limit if limit and not each else count - len(shown) if each else 0
     if limit:
         found = found[:limit]
     if json:
-        listed = Listed(records=count, files=files, groups=found, each=list(map(_letter, shown)), troubles=site.report.troubles)
-        print_json(listed)
+        print_json(Listed(records=count, files=files, groups=found, each=shown, troubles=site.report.troubles))
     else:
         if each and shown:
             _table_of_each(shown)
@@ -165,6 +174,7 @@ def list_(
             _table_of_groups(found)
         left_out = f", {more:,} of the lines are not shown (--limit)" if more > 0 else ""
         out.print(f"{counted(count, 'dead letter')} in {counted(files, 'file')}{left_out}", markup=False)
+        site.say_where(queue for queue, _ in batches)
     site.say_troubles()
     return site.exit_code()
 
@@ -172,21 +182,27 @@ def list_(
 def _table_of_groups(found: list[Group]) -> None:
     columns = [(name, "left") for name in ("code", "key", "destination", "first", "last", "reason")]
     rows = [
-        (group.count, group.code, _or_dash(group.event_key), group.sink, written(group.first_at_micros),
+        (group.count, group.code, _or_dash(group.event_key), _to(group.queue, group.sink), written(group.first_at_micros),
          written(group.last_at_micros), group.reason)
         for group in found
     ]  # fmt: skip
     print_table([("count", "right"), *columns], rows)
 
 
-def _table_of_each(shown: list[Record]) -> None:
+def _table_of_each(shown: list[Letter]) -> None:
     columns = [(name, "left") for name in ("record", "event id", "key", "last", "code", "reason")]
+    if several := any(one.queue for one in shown):
+        columns.insert(0, ("sink", "left"))
     rows = [
-        (one.name, _or_dash(one.event_id), _or_dash(one.event_key), written(one.letter.last_at_micros), one.letter.code,
-         one.letter.reason)
+        (*([one.queue or "-"] if several else []), one.record, _or_dash(one.event_id), _or_dash(one.event_key),
+         written(one.last_at_micros), one.code, one.reason)
         for one in shown
     ]  # fmt: skip
     print_table(columns, rows)
+
+
+def _to(queue: str, sink: str) -> str:
+    return f"{queue}: {sink}" if queue else sink
 
 
 def _or_dash(text: str | None) -> str:
@@ -220,15 +236,15 @@ def show(
         since=since, until=until,
     )  # fmt: skip
     shown, count = [], 0
-    for one in _chosen(site, selection):
+    for queue, one in _chosen_of_all(site, selection):
         count += 1
         if not limit or count <= limit:
-            shown.append(one)
+            shown.append(_letter(one, bytes(one.letter.event), queue))
     if json:
-        print_json([_letter(one, bytes(one.letter.event)) for one in shown])
+        print_json(shown)
     else:
-        for one in shown:
-            out.print(_in_full(one), markup=False)
+        for letter in shown:
+            out.print(_in_full(letter), markup=False)
         if count > len(shown):
             out.print(f"{count - len(shown):,} more are not shown (--limit)", markup=False)
         elif not count:
@@ -237,14 +253,13 @@ def show(
     return site.exit_code()
 
 
-def _in_full(record: Record) -> str:
-    letter = record.letter
+def _in_full(letter: Letter) -> str:
     first, last = written(letter.first_at_micros), written(letter.last_at_micros)
     times = last if first == last else f"{first} to {last}"
-    event = msgspec.json.format(bytes(letter.event), indent=2).decode().replace("\n", "\n  ")
+    event = msgspec.json.format(bytes(letter.event or b"null"), indent=2).decode().replace("\n", "\n  ")
     return printable(
-        f"{record.name}\n  {letter.code}: {letter.reason}\n"
-        f"  refused by {letter.sink}, {counted(letter.attempts, 'attempt')}, {times}\n  {event}\n"
+        f"{letter.record}\n  {letter.code}: {letter.reason}\n"
+        f"  refused by {_to(letter.queue, letter.sink)}, {counted(letter.attempts, 'attempt')}, {times}\n  {event}\n"
     )
 
 
@@ -317,6 +332,7 @@ def _send_again(
     json: bool,
     how: str = "--yes",
 ) -> int:
+    site.need_one_place(Kind.DEAD)
     changes = Again(site.place, site.heading, site.clock, selection, site.report).replays(site.gate, mend, seen)
     if not site.carry_out(changes, yes=yes, sends=True):
         return site.busy()
@@ -352,6 +368,7 @@ def purge(
         since=since, until=until,
     )  # fmt: skip
     need_choice(selection, everything=everything)
+    site.need_one_place(Kind.DEAD)
     seen = _Seen(site.lines, limit, json=json, events=False)
     changes = Again(site.place, site.heading, site.clock, selection, site.report).purges(seen)
     if not site.carry_out(changes, yes=yes, sends=False):
@@ -416,7 +433,8 @@ def edit(
 
 def _in_editor(site: Site, chosen: Selection, command: str) -> str | None:
     """Have somebody edit the chosen records; the path of the edited file, or None where there is nothing to do."""
-    lines = b"".join(map(editable, _chosen(site, chosen)))
+    site.need_one_place(Kind.DEAD)
+    lines = b"".join(map(editable, _chosen(site, chosen, site.place)))
     site.say_troubles()
     if not lines:
         out.print("no such dead letter", markup=False)

@@ -21,6 +21,7 @@ from pillarbox.kept.dead import Heading, Trouble
 from pillarbox.kept.mend import Gate
 from pillarbox.kept.selection import Selection, batch_of, moment
 from pillarbox.outbox import Outbox
+from pillarbox.store import layout
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from pillarbox.kept.changes import Change
     from pillarbox.settings import Settings
+    from pillarbox.store.directory import Directory
+    from pillarbox.store.layout import Kind
 
 NAMED_MAX: Final = 20  # troubles that are named one by one; all are counted
 
@@ -86,6 +89,23 @@ class Site:
         except OSError as error:
             problem = f"cannot be listed: {error.strerror}"
             raise DirectoryUnusable(self.settings.directory, problem, "name an outbox directory") from None
+
+    @property
+    def places(self) -> list[Directory]:
+        """Where something may be kept: the directory, and the queues of several sinks."""
+        return [self.place, *self.place.queues()]
+
+    def need_one_place(self, kind: Kind) -> None:
+        """What is kept for several sinks is changed for one at a time; raises `UsageError` where it is not said for which."""
+
+        def keeps(place: Directory) -> bool:
+            return any(layout.kind_of(name) is kind for name, _ in place.filesystem.listing(place.path))
+
+        if keeps(self.place):
+            return
+        found = " or ".join(f"-d {queue.path}" for queue in self.place.queues() if keeps(queue))
+        if found:
+            raise UsageError(f"what is kept here is that of single sinks, and changed for one at a time: {found}")
 
     def selection(
         self,
@@ -170,6 +190,11 @@ class Site:
         with Progress(*columns, console=err, disable=self.quiet or not err.is_terminal, transient=True) as display:
             task = display.add_task("mend", total=None)
             yield lambda events: display.update(task, advance=events)
+
+    def say_where(self, sinks: Iterable[str]) -> None:
+        """Of what is kept for several sinks, where a command finds it that changes it."""
+        for sink in sorted(filter(None, set(sinks))):
+            out.print(printable(f"those of {sink} are mended with -d {self.place.queue(sink).path}"), markup=False)
 
     def exit_code(self) -> int:
         """What the report amounts to."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -27,6 +27,12 @@ from pillarbox.cli.kept import (
 from pillarbox.kept.dead import Trouble
 from pillarbox.kept.quarantine import Keeper, Quarantined, Seen
 from pillarbox.kept.selection import written
+from pillarbox.store.layout import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pillarbox.kept.selection import Selection
 
 quarantine = typer.Typer(
     name="quarantine",
@@ -47,6 +53,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     reasons: dict[str, int]
     sealed_at_micros: int | None  # microseconds since 1970; None where the batch's name does not say
+    queue: str = ""  # whose queue it is in, where there are several sinks
 
 
 class Listed(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +77,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     repaired_at_micros: int | None
     repaired_events: int
     data: bytes  # base64
+    queue: str = ""  # as of `list`
 
 
 class Recovered(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +98,7 @@ class Repair(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[str]  # why other pieces of it hold none
 
 
-def _kept(found: Quarantined) -> Kept:
+def _kept(found: Quarantined, queue: str = "") -> Kept:
     reasons: dict[str, int] = {}
     for span in found.spans:
         reasons[span.reason] = reasons.get(span.reason, 0) + 1
@@ -101,7 +109,15 @@ def _kept(found: Quarantined) -> Kept:
         bytes=sum(map(len, found.pieces)),
         reasons=reasons,
         sealed_at_micros=found.sealed_at_micros,
+        queue=queue,
     )
+
+
+def _chosen_of_all(site: Site, selection: Selection) -> Iterator[tuple[str, Quarantined]]:
+    """What is meant in the directory and in each queue in it, with the sink whose queue that is."""
+    for place in site.places:
+        for found in Keeper(place, site.clock, selection, site.report).chosen():
+            yield "" if place is site.place else place.sink, found
 
 
 @quarantine.command("list")
@@ -124,8 +140,10 @@ def list_(
     selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
     found: list[Kept] = []
     files = spans = size = 0
-    for one in Keeper(site.place, site.clock, selection, site.report).chosen():
-        kept = _kept(one)
+    queues: set[str] = set()
+    for queue, one in _chosen_of_all(site, selection):
+        kept = _kept(one, queue)
+        queues.add(queue)
         files, spans, size = files + 1, spans + kept.spans, size + kept.bytes
         if not limit or files <= limit:
             found.append(kept)
@@ -134,13 +152,16 @@ def list_(
     else:
         if found:
             columns = [("batch", "left"), ("spans", "right"), ("repaired", "right"), ("bytes", "right"), ("sealed", "left")]
+            several = [("sink", "left")] if any(queues) else []
             rows = [
-                (one.batch, one.spans, one.repaired, f"{one.bytes:,}", written(one.sealed_at_micros), _reasons(one.reasons))
+                (*([one.queue or "-"] if several else []), one.batch, one.spans, one.repaired, f"{one.bytes:,}",
+                 written(one.sealed_at_micros), _reasons(one.reasons))
                 for one in found
-            ]
-            print_table([*columns, ("reasons", "left")], rows)
+            ]  # fmt: skip
+            print_table([*several, *columns, ("reasons", "left")], rows)
         more = f", {files - len(found):,} of them are not shown (--limit)" if files > len(found) else ""
         out.print(f"{counted(spans, 'span')}, {counted(size, 'byte')} in {counted(files, 'file')}{more}", markup=False)
+        site.say_where(queues)
     site.say_troubles()
     return site.exit_code()
 
@@ -169,7 +190,7 @@ def show(
     selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
     shown: list[Shown] = []
     count = 0
-    for kept in Keeper(site.place, site.clock, selection, site.report).chosen():
+    for queue, kept in _chosen_of_all(site, selection):
         for number, (span, piece) in enumerate(zip(kept.spans, kept.pieces, strict=True), 1):
             if not selection.takes_reason(span.reason):
                 continue
@@ -183,11 +204,11 @@ def show(
                 shown.append(
                     Shown(
                         batch=kept.batch, span=number, offset=span.offset, length=span.length, reason=span.reason,
-                        repaired_at_micros=at, repaired_events=events, data=piece,
+                        repaired_at_micros=at, repaired_events=events, data=piece, queue=queue,
                     )
                 )  # fmt: skip
             else:
-                out.print(_in_full(kept, number, piece), markup=False)
+                out.print(_in_full(kept, number, piece, queue), markup=False)
     if json and not raw:
         print_json(shown)
     elif not raw and limit and count > limit:
@@ -199,13 +220,13 @@ def show(
     return site.exit_code()
 
 
-def _in_full(kept: Quarantined, number: int, piece: bytes) -> str:
+def _in_full(kept: Quarantined, number: int, piece: bytes, queue: str) -> str:
     span = kept.spans[number - 1]
     text = piece.removesuffix(b"\n").decode("utf-8", "backslashreplace")
     mended = ""
     if span.repaired_at_micros is not None:
         mended = f", repaired {written(span.repaired_at_micros)}: {counted(span.repaired_events, 'event')}"
-    where = f"{counted(span.length, 'byte')} at {span.offset:,}"
+    where = f"{counted(span.length, 'byte')} at {span.offset:,}" + (f", kept for {queue}" if queue else "")
     return printable(f"{kept.batch}, span {number}\n  {span.reason}; {where}{mended}\n  {text}\n".replace("\r", "\\r"))
 
 
@@ -244,6 +265,7 @@ def repair(
         elif not quiet:
             site.lines.append(_what_is_in(seen, checked=checked))
 
+    site.need_one_place(Kind.CORRUPT)
     changes = Keeper(site.place, site.clock, selection, site.report).repairs(site.gate, see, checked=checked)
     if not site.carry_out(changes, yes=yes, sends=True):
         return site.busy()
@@ -300,6 +322,7 @@ def purge(
             kept = _kept(found)
             site.lines.append(f"{kept.batch}  {counted(kept.bytes, 'byte')}  {_reasons(kept.reasons)}")
 
+    site.need_one_place(Kind.CORRUPT)
     changes = Keeper(site.place, site.clock, selection, site.report).purges(see, repaired=repaired)
     if not site.carry_out(changes, yes=yes, sends=False):
         return site.busy()

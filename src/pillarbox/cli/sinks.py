@@ -94,6 +94,7 @@ def remove(
     Other sinks keep what waits for them. Dead letters and quarantine in it are to be replayed, repaired or purged before.
     """
     place = _place(directory, config)
+    place.finish_removing()
     if name in place.asked_for():
         place.ask_no_more_for(name)
         out.print(f"{name} is not asked for any more", markup=False)

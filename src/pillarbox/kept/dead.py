@@ -185,6 +185,7 @@ class Group(msgspec.Struct, frozen=True):
     reason: str  # without the values in it
     sink: str
     event_key: str | None
+    queue: str  # whose queue they are in, where there are several sinks
     count: int
     first_at_micros: int
     last_at_micros: int
@@ -194,12 +195,12 @@ class Groups:
     """Adds up record by record; keeps one entry a group."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str, str, str | None], tuple[int, int, int]] = {}
+        self._found: dict[tuple[str, str, str, str | None, str], tuple[int, int, int]] = {}
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record, queue: str = "") -> None:
         """Count one more."""
         letter = record.letter
-        key = (letter.code, elided(letter.reason), letter.sink, record.event_key)
+        key = (letter.code, elided(letter.reason), letter.sink, record.event_key, queue)
         count, first, last = self._found.get(key, (0, letter.first_at_micros, letter.last_at_micros))
         self._found[key] = (count + 1, min(first, letter.first_at_micros), max(last, letter.last_at_micros))
 

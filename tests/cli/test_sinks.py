@@ -1,0 +1,325 @@
+"""`pillarbox sinks`, and the other commands on a directory of several sinks: real processes, files and servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pillarbox import Outbox
+from pillarbox.store import layout
+from tests.cli.test_commands import CLEAN, PILLARBOX, bare, ids, run
+from tests.conftest import wait_until
+from tests.delivery.fleet_stage import balanced, fill_files, place_of, refusing_poison, sealed
+from tests.sinks.http_server import Say, Server, always, nobody
+
+NAMED = "a table of names and URLs, or as text name=URL name=URL; names of a-z, 0-9, _ and -, at most 32"
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    return tmp_path / "box"
+
+
+def said(folder: Path, *words: object, code: int = 0, environ: dict[str, str] | None = None) -> str:
+    """What a command prints, on standard error where it fails; lines that were wrapped are one."""
+    done = run(*words, cwd=folder, environ=environ)
+    assert done.returncode == code, (done.stdout, done.stderr)
+    text = (done.stderr if code else done.stdout).decode()
+    return " ".join(line.strip(" │╭╮╰╯─") for line in text.splitlines()) if code else text
+
+
+def waiting_for(box: Path, *sinks: str, files: int = 2) -> None:
+    """A directory in which files wait for sinks that are all down."""
+    with Outbox(str(box), sinks=dict.fromkeys(sinks, nobody())) as outbox:
+        fill_files(outbox, files)
+        wait_until(lambda: not sealed(box) and all(len(sealed(box / f"sink-{sink}")) == files for sink in sinks))
+
+
+def test_list_shows_the_queue_of_each_sink(box: Path) -> None:
+    """As a table and as JSON, also one that was asked for; a directory with one sink has none."""
+    folder = box.parent
+    run("enqueue", "-d", "plain", cwd=folder, stdin=bare(1))
+    assert said(folder, "sinks", "list", "-d", "plain") == "no queues: this directory has one sink at the most\n"
+    assert json.loads(said(folder, "sinks", "list", "-d", "plain", "--json")) == []
+    waiting_for(box, "live", "warehouse")
+    said(folder, "sinks", "add", "third", "-d", "box")
+    head, *rows = said(folder, "sinks", "list", "-d", "box").splitlines()
+    assert head.split() == ["sink", "files", "bytes", "dead", "damaged", "state"]
+    assert [row.split()[0] for row in rows] == ["live", "warehouse", "third"]
+    assert rows[2].endswith("asked for, begins with what waits")
+    assert "waiting: cannot connect to" in rows[0]
+    live, _, third = json.loads(said(folder, "sinks", "list", "-d", "box", "--json"))
+    size = sum(file.stat().st_size for file in (box / "sink-live").glob("sealed-*"))
+    counts = {"sealed_files": 2, "sealed_bytes": size, "dead_files": 0, "corrupt_files": 0, "delivered_files": 0}
+    assert live == {"sink": "live", **counts, "state": live["state"], "asked_for": False}
+    assert third == {"sink": "third", **dict.fromkeys(counts, 0), "state": "", "asked_for": True}
+
+
+def test_what_cannot_be_is_refused_and_changes_nothing(box: Path) -> None:
+    """With the way out."""
+    folder = box.parent
+    waiting_for(box, "live", "warehouse")
+    before = sorted(str(path) for path in box.rglob("*"))
+    refusals = {
+        ("add", "live"): "live has a queue already",
+        ("add", "No_Name"): "'No_Name' is no name of a sink: a-z, 0-9, _ and -, at most 32",
+        ("remove", "lvie"): "lvie has no queue here; there are: live, warehouse",
+        ("remove", "live"): "2 files wait for live: --discard gives them up, --hand-back lets a single sink have them",
+        ("remove", "live", "--hand-back"): "--hand-back is for the last queue: the other sinks have what waits, or had it",
+        ("rename", "live", "warehouse"): "warehouse has a queue already",
+        ("rename", "live", "../live"): "'../live' is no name of a sink",
+        ("rename", "gone", "new"): "gone has no queue here",
+    }
+    for words, text in refusals.items():
+        assert text in said(folder, "sinks", *words, "-d", "box", code=2)
+    assert sorted(str(path) for path in box.rglob("*")) == before
+    assert "box/nothing: cannot be listed" in said(folder, "sinks", "list", "-d", "box/nothing", code=2)
+    assert not (box / "nothing").exists()
+
+
+def test_a_queue_that_keeps_dead_letters_is_not_removed(box: Path) -> None:
+    """They are named, and where to do something about them."""
+    waiting_for(box, "live")
+    (box / "sink-live" / layout.dead_name("sealed-x")).write_bytes(b"{}\n")
+    text = said(box.parent, "sinks", "remove", "live", "--discard", "-d", "box", code=2)
+    assert "1 file of dead letters and 0 files of quarantine: pillarbox dead and pillarbox quarantine -d box/sink-live" in text
+    assert len(sealed(box / "sink-live")) == 2
+
+
+def test_one_that_was_asked_for_is_asked_for_no_more(box: Path) -> None:
+    """Done twice, the second time there is nothing; and it may be asked for again."""
+    folder = box.parent
+    waiting_for(box, "live")
+    for _ in range(2):
+        said(folder, "sinks", "add", "third", "-d", "box")
+        assert said(folder, "sinks", "remove", "third", "-d", "box") == "third is not asked for any more\n"
+        assert not (box / "sink-third.adding").exists()
+    assert "third has no queue here" in said(folder, "sinks", "remove", "third", "-d", "box", code=2)
+
+
+def test_what_a_killed_removal_left_over_is_in_nobodys_way(box: Path) -> None:
+    """It counts nowhere, the next removal finishes it, and so does whoever delivers."""
+    folder = box.parent
+    waiting_for(box, "live", "old")
+    account = place_of(box).account()
+    (box / "sink-old").rename(box / "sink-old.removing")
+    assert place_of(box).account() == account
+    assert [queue["sink"] for queue in json.loads(said(folder, "sinks", "list", "-d", "box", "--json"))] == ["live"]
+    with Outbox(str(box), sinks={"live": nobody(), "old": nobody()}) as outbox:
+        wait_until((box / "sink-old").exists)
+        wait_until(lambda: not (box / "sink-old.removing").exists())
+        fill_files(outbox, 1)
+        wait_until(lambda: len(sealed(box / "sink-old")) == 1)
+    (box / "sink-old.removing").mkdir()
+    (box / "sink-old.removing" / "sealed-y.ndjson").write_bytes(b"")
+    assert said(folder, "sinks", "remove", "old", "--discard", "-d", "box") == "old removed; 1 file given up\n"
+    assert sorted(path.name for path in box.glob("sink-*")) == ["sink-live"]
+
+
+@pytest.fixture
+def delivering(box: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`pillarbox deliver` to the sinks `live` and `warehouse`."""
+    box.mkdir(mode=0o700)
+    sinks = ["--sink", f"live={nobody()}", "--sink", "warehouse=sqlite:///w.db"]
+    command = [*PILLARBOX, "deliver", "-d", "box", *sinks]
+    process = subprocess.Popen(command, cwd=box.parent, env=CLEAN, stderr=subprocess.PIPE)
+    try:
+        wait_until((box / "sink-live" / "deliver.lock").exists)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_while_a_process_delivers_to_it_a_queue_stays_as_it_is(box: Path, delivering: subprocess.Popen[bytes]) -> None:
+    """The refusal says what to do; once that was done, it goes."""
+    folder = box.parent
+    way_out = "a process delivers box/sink-live: start it again without live among its sinks, or stop it"
+    for words in (["remove", "live", "--discard"], ["rename", "live", "new"]):
+        assert way_out in said(folder, "sinks", *words, "-d", "box", code=2)
+    assert "a process delivers box: " in said(folder, "sinks", "remove", "live", "--hand-back", "-d", "box", code=2)
+    delivering.terminate()
+    assert delivering.wait(20) == 0
+    assert said(folder, "sinks", "rename", "live", "new", "-d", "box") == "live is new now\n"
+    assert said(folder, "sinks", "remove", "new", "-d", "box") == "new removed\n"
+
+
+def test_deliver_takes_several_sinks_in_all_places_where_settings_are(tmp_path: Path) -> None:
+    """Options, environment, TOML; what is nearer wins, one sink over several and the other way round."""
+    two = {"a": "sqlite:///a.db", "b": "sqlite:///b.db"}
+    (tmp_path / "p.toml").write_text(
+        '[outbox]\ndirectory = "box"\n[outbox.sinks]\na = "sqlite:///a.db"\nb = "sqlite:///b.db"\n'
+    )
+    options = [word for name, url in two.items() for word in ("--sink", f"{name}={url}")]
+    several = {"PILLARBOX_SINKS": " ".join(f"{name}={url}" for name, url in two.items())}
+    single = {"PILLARBOX_SINK": "sqlite:///single.db"}
+    ways: list[tuple[list[str], dict[str, str]]] = [
+        (["-d", "box", *options], {}),
+        (["-d", "box"], several),
+        (["-c", "p.toml"], {}),
+        (["-d", "box", *options], single),
+    ]
+    for number, (words, environ) in enumerate(ways):
+        run("enqueue", "-d", "box", cwd=tmp_path, stdin=bare(number))
+        done = run("deliver", *words, "--once", cwd=tmp_path, environ=environ)
+        assert (done.returncode, done.stdout[:11]) == (0, b"delivered 2"), done.stderr
+        assert ids(tmp_path / "a.db") == ids(tmp_path / "b.db") == [f"e-{one:06d}" for one in range(number + 1)]
+    run("enqueue", "-d", "one", cwd=tmp_path, stdin=bare(1))
+    run("deliver", "-c", "p.toml", "-d", "one", "--once", cwd=tmp_path, environ=single)
+    assert ids(tmp_path / "single.db") == ["e-000001"]
+    assert not (tmp_path / "one" / "sink-a").exists()
+    assert "sinks" in said(tmp_path, "deliver", "-d", "box", code=2, environ=single | several)
+
+
+@pytest.mark.parametrize(
+    ("sinks", "text"),
+    [
+        (["a=sqlite:///a.db", "sqlite:///b.db"], "of several, each needs a name of its own: --sink NAME=URL"),
+        (["sqlite:///a.db", "sqlite:///b.db"], "of several, each needs a name: --sink NAME=URL"),
+        (["a=sqlite:///a.db", "a=sqlite:///b.db"], "of several, each needs a name of its own: --sink NAME=URL"),
+        (["A=sqlite:///a.db"], NAMED),
+        (["a="], f"{NAMED} (a has none)"),
+        (["a=nonsense://host/"], "nonsense"),
+    ],
+)
+def test_sinks_that_are_none_are_refused(tmp_path: Path, sinks: list[str], text: str) -> None:
+    """Before anything is made."""
+    words = [word for sink in sinks for word in ("--sink", sink)]
+    assert text in said(tmp_path, "deliver", "-d", "box", *words, "--once", code=2)
+    assert not list((tmp_path / "box").glob("sink-*"))
+
+
+def test_what_is_secret_in_urls_is_in_no_file_and_no_output(box: Path) -> None:
+    """Heartbeats, ledgers, logs, states and errors."""
+    secret = "hush-hush"  # noqa: S105 - none that is in use
+    with Server() as server:
+        url, down = server.url(user=f"user:{secret}@"), nobody().replace("//", f"//user:{secret}@")
+        run("enqueue", "-d", "box", cwd=box.parent, stdin=b"".join(map(bare, range(5))))
+        options = ["--sink", f"live={url}", "--sink", f"down={down}"]
+        done = run("deliver", "-d", "box", *options, "--once", "--timeout", "1", cwd=box.parent)
+        assert done.returncode == 1
+        assert len(server.requests) > 0
+    texts = [done.stdout, done.stderr]
+    for words in (["status"], ["status", "--json"], ["sinks", "list"], ["verify", "--json"], ["doctor", *options]):
+        done = run(*words, "-d", "box", cwd=box.parent)
+        texts += [done.stdout, done.stderr]
+    files = [path.read_bytes() for path in box.rglob("*") if path.is_file()]
+    assert b"127.0.0.1" in b"".join(files)
+    assert not [text for text in texts + files if secret.encode() in text]
+
+
+def test_what_looks_at_a_directory_shows_all_its_queues(box: Path) -> None:
+    """Status, verify, doctor, inspect; of the directory, and of a queue by itself."""
+    folder = box.parent
+    waiting_for(box, "live", "warehouse")
+    status = json.loads(said(folder, "status", "-d", "box", "--json"))
+    assert [(sink["name"], sink["waiting_files"]) for sink in status["sinks"]] == [("live", 2), ("warehouse", 2)]
+    assert status["pending_files"] == 2
+    assert "to live" in said(folder, "status", "-d", "box")
+    assert [line.partition(" = ")[0] for line in said(folder, "verify", "-d", "box").splitlines()] == [
+        "balanced: accepted 20",
+        "live: balanced: accepted 20",
+        "warehouse: balanced: accepted 20",
+    ]
+    whole: dict[str, Any] = json.loads(said(folder, "verify", "-d", "box", "--json"))
+    assert {name: one["account"]["total"]["pending"] for name, one in whole["sinks"].items()} == {"live": 20, "warehouse": 20}
+    for path in ("box/sink-live", str(box / "sink-live")):
+        assert said(folder, "verify", "-d", path).startswith("balanced: accepted 20 = delivered 0 + pending 20")
+        assert "in 2 files" in said(folder, "status", "-d", path)
+        assert said(folder, "inspect", "e-000003", "-d", path).startswith("e-000003: waits, in ")
+        assert said(folder, "export", "-d", path, "-q").count("\n") == 20
+    doctor = run("doctor", "-d", "box", "--sink", "live=sqlite:///live.db", cwd=folder).stdout.decode()
+    assert "sink-warehouse/ belongs to no destination of the settings, 2 files wait in it" in doctor
+    assert "pillarbox sinks remove warehouse" in doctor
+    assert "destination: live: " in doctor
+
+
+def test_a_queue_may_be_delivered_by_itself(box: Path) -> None:
+    """As a directory of its own: what waits there, in order, and nothing of the others."""
+    waiting_for(box, "live", "warehouse")
+    done = run("deliver", "-d", "box/sink-live", "--sink", "sqlite:///live.db", "--once", cwd=box.parent)
+    assert (done.returncode, done.stdout[:12]) == (0, b"delivered 20"), done.stderr
+    assert len(ids(box.parent / "live.db")) == 20
+    assert (len(sealed(box / "sink-live")), len(sealed(box / "sink-warehouse"))) == (0, 2)
+    balanced(box)
+
+
+@pytest.fixture
+def refused(box: Path) -> Iterator[tuple[Outbox, Server, Server]]:
+    """An outbox that goes on delivering; `live` has refused two events, both sinks had damaged bytes."""
+    with Server(refusing_poison) as live, Server() as warehouse:
+        sinks = {"live": live.url(), "warehouse": warehouse.url()}
+        with Outbox(str(box), sinks=sinks, flush_interval=0.05) as outbox:
+            fill_files(outbox, 1, 2, event_key="poison")
+            fill_files(outbox, 1, 10, first=2)
+            assert outbox.flush(20)
+            (box / "sealed-1700000000000000-x.ndjson.aside").write_bytes(b'{"bad\n')
+            os.rename(box / "sealed-1700000000000000-x.ndjson.aside", box / "sealed-1700000000000000-x.ndjson")
+            wait_until(lambda: {queue.account().corrupt_files for queue in place_of(box).queues()} == {1})
+            yield outbox, live, warehouse
+
+
+def test_dead_letters_of_all_sinks_are_listed_with_the_place_to_mend_them(
+    box: Path, refused: tuple[Outbox, Server, Server]
+) -> None:
+    """By kind, one by one, in full and as JSON; what would change them without saying whose is refused."""
+    folder = box.parent
+    listed = said(folder, "dead", "list", "-d", "box")
+    assert f"live: {refused[1].url()}" in listed
+    assert listed.splitlines()[2:] == ["2 dead letters in 1 file", "those of live are mended with -d box/sink-live"]
+    each = said(folder, "dead", "list", "--each", "-d", "box").splitlines()
+    assert (each[0].split()[0], each[1].split()[0]) == ("sink", "live")
+    answer = json.loads(said(folder, "dead", "list", "--each", "--json", "-d", "box"))
+    assert [(one["queue"], one["event_id"]) for one in answer["each"]] == [("live", "e-000000"), ("live", "e-000001")]
+    (group,) = json.loads(said(folder, "dead", "list", "--json", "-d", "box"))["groups"]
+    assert (group["queue"], group["count"]) == ("live", 2)
+    assert "refused by live: http" in said(folder, "dead", "show", "-d", "box")
+    for words in (["replay"], ["purge"], ["edit", "--set", "event_key=click"], ["edit"]):
+        text = said(folder, "dead", *words, "--all", "--yes", "-d", "box", code=2)
+        assert "that of single sinks, and changed for one at a time: -d box/sink-live" in text
+    assert "no such dead letter" in said(folder, "dead", "show", "-d", "box/sink-warehouse")
+
+
+def test_quarantine_of_all_sinks_is_listed_and_purged_for_one(box: Path, refused: tuple[Outbox, Server, Server]) -> None:
+    """The same damaged bytes are kept for each, and are each one's to give up."""
+    folder = box.parent
+    assert refused[0].stats().quarantined == 2
+    head, *rows, total, live, warehouse = said(folder, "quarantine", "list", "-d", "box").splitlines()
+    assert (head.split()[0], [row.split()[0] for row in rows]) == ("sink", ["live", "warehouse"])
+    assert total == "2 spans, 12 bytes in 2 files"
+    assert [live, warehouse] == [f"those of {sink} are mended with -d box/sink-{sink}" for sink in ("live", "warehouse")]
+    answer = json.loads(said(folder, "quarantine", "list", "--json", "-d", "box"))
+    assert [one["queue"] for one in answer["batches"]] == ["live", "warehouse"]
+    assert [one["queue"] for one in json.loads(said(folder, "quarantine", "show", "--json", "-d", "box"))] == [
+        "live",
+        "warehouse",
+    ]
+    assert ", kept for warehouse" in said(folder, "quarantine", "show", "-d", "box")
+    assert "-d box/sink-live or -d box/sink-warehouse" in said(
+        folder, "quarantine", "purge", "--all", "--yes", "-d", "box", code=2
+    )
+    assert "1 span of 1 file purged" in said(folder, "quarantine", "purge", "--all", "--yes", "-d", "box/sink-live")
+    answer = json.loads(said(folder, "quarantine", "list", "--json", "-d", "box"))
+    assert [one["queue"] for one in answer["batches"]] == ["warehouse"]
+    balanced(box)
+
+
+def test_what_one_sink_refused_is_sent_again_to_that_sink_only(box: Path, refused: tuple[Outbox, Server, Server]) -> None:
+    """While the deliverer runs; under the same event ids, and the accounts balance."""
+    outbox, live, warehouse = refused
+    live.answer, before = always(Say()), len(warehouse.requests)
+    text = said(box.parent, "dead", "replay", "--all", "--yes", "-d", "box/sink-live")
+    assert text.splitlines()[-1] == "2 events of 1 file went back into the outbox"
+    wait_until(lambda: outbox.stats().sinks["live"].delivered == 12)
+    assert sorted(one["event_id"] for one in live.requests[-1].events) == ["e-000000", "e-000001"]
+    assert len(warehouse.requests) == before
+    wait_until(lambda: not sealed(box / "sink-live"))
+    rows = balanced(box)
+    assert (rows["live"].delivered, rows["warehouse"].delivered) == (12, 12)
+    said(box.parent, "verify", "-d", "box")
