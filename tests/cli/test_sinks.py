@@ -238,6 +238,7 @@ def test_what_looks_at_a_directory_shows_all_its_queues(box: Path) -> None:
     assert "sink-warehouse/ belongs to no destination of the settings, 2 files wait in it" in doctor
     assert "pillarbox sinks remove warehouse" in doctor
     assert "destination: live: " in doctor
+    assert "hard link: can be made, and is counted" in doctor
 
 
 def test_a_queue_may_be_delivered_by_itself(box: Path) -> None:
