@@ -17,7 +17,7 @@ from pillarbox.store.directory import Directory
 from tests.torture.lives import FICKLE, STEADY
 from tests.torture.places import Arena
 
-BEHIND_MAX_S: Final = 8.0  # of a steady sink, while the other one is down for longer
+BEHIND_MAX_S: Final = 15.0  # of a steady sink, while the other one is down for longer
 LOOK_EVERY_S: Final = 0.2
 _JUDGED_S: Final = 5.0  # a shorter time is no time to tell apart who is held back and who delivers
 

@@ -40,11 +40,12 @@ from tests.torture import chaos, chaotic, lag, lives
 from tests.torture.account import Account, Event, Found, Sums, Tally
 from tests.torture.events import EVENT
 from tests.torture.lives import Life, Scene
-from tests.torture.places import PLACES, parsed
+from tests.torture.places import PLACES, TWO, parsed
 
 WRITERS: Final = 3
 DELIVERERS: Final = 2
 ROUND_S: Final = 30.0
+ROUND_OF_TWO_S: Final = 60.0  # so that the fickle sink is down for long
 DRAIN_S: Final = 90.0
 LEDGER_BYTES: Final = 50_000  # beyond it the ledger is summed up: many times a round
 LEDGER_RECENT: Final = 100  # batches that are over and kept one by one all the same
@@ -114,7 +115,7 @@ class Torture:
         self.failures.mkdir(parents=True)
         self._tally = Tally(_ANSWERS, _SLOTS + 1)
         self._arena = PLACES[destination](folder, seed, self._tally.row(_SLOTS))
-        self._places = self._arena.sinks(0)
+        self._places = self._arena.sinks(seed)
         self._account = Account(seed, _SLOTS)
         self._chance = random.Random(seed)
         self._children: dict[int, _Child] = {}
@@ -125,7 +126,7 @@ class Torture:
 
     def round(self, seconds: float) -> None:
         """Let them live and die for a while, end it, finish, and compare; raises `Violation`."""
-        self._places = self._arena.sinks(self.rounds)
+        self._places = self._arena.sinks(self.seed + self.rounds)
         urls = {name: place.url for name, place in self._places.items()}
         scene = Scene(self.seed, str(self._folder / f"outbox-{self.rounds}"), urls)
         Path(scene.outbox).mkdir()
@@ -254,9 +255,11 @@ class Torture:
         looked = _audited(scene)
         wrong = [f"left behind: {path}" for path in lives.left_behind(scene)]
         total = Sums(0, 0, 0, 0)
+        given: set[frozenset[Event]] = set()  # to each sink
         for sink, place in self._places.items():
             arrived, strange = place.arrived()
             found = Found(arrived, *_kept(Path(scene.place_of(sink))))
+            given.add(frozenset(found.arrived) | frozenset(found.dead))
             sums = self._account.sums(found)
             total = sums._replace(arrived=total.arrived + sums.arrived, dead=total.dead + sums.dead)
             bad = [*strange, *self._account.check(found, takes_all=place.takes_all), *unbalanced(looked[sink], sums)]
@@ -264,6 +267,8 @@ class Torture:
         if scene.has_several:
             wrong += unbalanced(looked[ONLY], total._replace(arrived=0, dead=0))
             wrong += [f"set aside: {kept}" for kept in _kept(Path(scene.outbox)) if kept]
+        if len(given) > 1:
+            wrong.append(f"the sinks were not given the same: {' and '.join(f'{len(events)} events' for events in given)}")
         if any(self.failures.iterdir()):
             wrong.append("a thread of an outbox ended by a defect")
         self._raise_if_wrong(wrong, scene)
@@ -352,7 +357,7 @@ def run(destination: str, seconds: float, seed: int, folder: Path, tell: Callabl
     end = time.monotonic() + seconds
     try:
         while (left := end - time.monotonic()) > 0:
-            torture.round(min(ROUND_S, left))
+            torture.round(min(ROUND_OF_TWO_S if destination == TWO else ROUND_S, left))
         return torture.report()
     finally:
         torture.end()
