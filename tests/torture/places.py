@@ -183,7 +183,7 @@ def _one(make: Callable[[Path, int, Row], Place]) -> Callable[[Path, int, Row], 
 
 
 def _two(folder: Path, seed: int, row: Row) -> Arena:
-    return Arena(folder, [Sqlite(folder, seed, row), Http(folder, seed, row)], Steady(folder / "steady.db"))
+    return Arena(folder, [Http(folder, seed, row), Sqlite(folder, seed, row)], Steady(folder / "steady.db"))
 
 
 TWO: Final = "two-sinks"

@@ -26,7 +26,7 @@ SECONDS = {
     "sqlite": 8.0,
     "http": 8.0,
     "spacetimedb": 5.0,
-    places.TWO: 5.0,
+    places.TWO: 4.0,
 }  # what is left then takes a few more, at a slow destination the most
 KILLS_MIN = 20
 EVENTS_MIN = 3_000
