@@ -34,13 +34,16 @@ FOUND, UNUSABLE = 10, 11  # exit statuses of a harness, unlike those of an inter
 HISTORIES_BY_CHANCE: Final = 100
 FAILING: Final = ("mxgrsd", "ppsprsd")  # histories of which each operation fails
 MEANWHILE: Final = ("prsd", "psppp", "pprsd", "aprsasd", "psasrsd", "pxrsd", "pasrsc")  # histories with syncs
+FOR_SEVERAL: Final = ("af", "aafxyafd", "afcafd", "afpfd", "aafxv", "okfxkd")  # histories of several sinks
+CUT_SHORT: Final = "af{}v"  # one more
+OPERATIONS: Final = 30  # that it has at most
 EXAMPLES: Final = 1200  # of the state machine
 UNIT_TESTS: Final = "tests"  # of the functions, not of crashes
 
 
 # `name [harnesses]: what it breaks`, and a patch of the module that is named above it: lines with - go, those with + come, the
 # others stay. The first and the last line may be parts of one; together they are there exactly once. The harnesses are those
-# that are run on this mutant besides those for all.
+# that are run on this mutant besides those for all; where one of them is for all, no others are.
 PATCHES: Final = Path(__file__).with_suffix(".txt").read_text()
 
 
@@ -223,6 +226,20 @@ def machine() -> str:
     return ""
 
 
+def fan_out() -> str:
+    """Several sinks: every state that a crash leaves of some histories, of one also where a process dies in the middle of it."""
+    from pillarbox.store import audit
+    from tests.crash.fanout import Looked
+
+    audit._LOOKS = 1  # type: ignore[misc]
+    looked = Looked()
+    for history in (*FOR_SEVERAL, *(CUT_SHORT.format(operation) for operation in range(OPERATIONS))):
+        looked.look(history, few=True)
+        if looked.violations:
+            break
+    return "".join(looked.violations[:1])
+
+
 HARNESSES: Final[dict[str, Callable[[], str]]] = {
     "enumeration": enumeration,
     "meanwhile": meanwhile,
@@ -230,6 +247,7 @@ HARNESSES: Final[dict[str, Callable[[], str]]] = {
     "interleave": interleavings,
     "machine": machine,
     "interrupts": interrupts,
+    "fanout": fan_out,
     UNIT_TESTS: unit_tests,
 }
 FOR_ALL: Final = ("enumeration", "meanwhile", "faults", "interleave", "machine", UNIT_TESTS)
@@ -237,7 +255,8 @@ FOR_ALL: Final = ("enumeration", "meanwhile", "faults", "interleave", "machine",
 
 def chosen_for(mutant: Mutant) -> list[str]:
     """Which harnesses are run on a mutant."""
-    return [name for name in HARNESSES if name in FOR_ALL or name in mutant.also]
+    only = not set(mutant.also).isdisjoint(FOR_ALL)
+    return [name for name in HARNESSES if name in mutant.also or (name in FOR_ALL and not only)]
 
 
 def patched(mutant: Mutant) -> str:

@@ -25,7 +25,7 @@ HISTORIES = (
     *("aafxyafd", "afxafyd", "afcafd", "afcfad", "aopfd", "afpfd", "afxpfafd", "afrafd", "afpfrad"),
     *("aafxv", "av", "afcfafvafd", "okfxkd", "kafkafxkd"),
 )
-CUT_SHORT = ("af{}fd", "aafx{}yd", "afcf{}afd", "afxpf{}fd", "afr{}afd", "aafxv{}afd")
+CUT_SHORT = ("af{}fd", "aafx{}yd", "afcf{}afd", "afxpf{}fd", "afr{}afd", "aafxv{}afd", "af{}v")
 CHECKED_MIN = 60  # states of a history
 EACH = 5  # so many-th fault of those of a history: all of them take minutes, and differ in the error only
 FAULTS_MIN = 200

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.settlement import GROUP_MAX
+from pillarbox.delivery.settlement import GROUP_MAX, KEPT, Kept
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Traits
 from pillarbox.store import layout
@@ -19,7 +21,7 @@ from tests.delivery.stage import QUICK, Poisoned, drain, left, seal
 
 
 class Watching(RealFilesystem):
-    """Looks into the ledger whenever a sealed file goes: has a sync covered the batch's entry?"""
+    """Looks into the ledger whenever a sealed file goes, or is kept: has a sync covered the batch's entry?"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,26 +46,37 @@ class Watching(RealFilesystem):
             self.syncs += 1
 
     def unlink(self, path: str) -> None:  # type: ignore[override]
-        name = Path(path).name
-        if layout.kind_of(name) is layout.Kind.SEALED:
-            self.gone[name] = b'"entry":"settled"' in self.durable and layout.batch_id(name).encode() in self.durable
+        self._goes(Path(path).name)
         super().unlink(path)
 
+    def rename(self, source: str, target: str) -> None:  # type: ignore[override]
+        self._goes(Path(source).name)
+        super().rename(source, target)
 
-def ledgered(place: Directory, sink: RecordingSink) -> tuple[Worker, Watching, Directory]:
+    def _goes(self, name: str) -> None:
+        if layout.kind_of(name) is layout.Kind.SEALED:
+            self.gone[name] = b'"entry":"settled"' in self.durable and layout.batch_id(name).encode() in self.durable
+
+
+def ledgered(place: Directory, sink: RecordingSink, kept: Kept = KEPT) -> tuple[Worker, Watching, Directory]:
     watching = Watching()
     directory = Directory(place.path, watching, SystemClock())
     sink.traits = Traits(deduplicates_by="event_id", survives="process")
     ledger = Ledger(directory, SystemClock())
-    return Worker(directory, sink, "test", SystemClock(), QUICK, DeliveryCounters(), ledger=ledger), watching, directory
+    return (
+        Worker(directory, sink, "test", SystemClock(), QUICK, DeliveryCounters(), kept=kept, ledger=ledger),
+        watching,
+        directory,
+    )
 
 
-def test_a_file_goes_once_the_ledger_has_its_batch_and_one_sync_serves_many(place: Directory) -> None:
+@pytest.mark.parametrize("kept", [KEPT, KEPT._replace(keep_delivered_s=60.0)], ids=["goes", "is kept"])
+def test_a_file_goes_once_the_ledger_has_its_batch_and_one_sync_serves_many(place: Directory, kept: Kept) -> None:
     """Also with dead letters and damaged bytes in them."""
     count = 3 * GROUP_MAX
     for stamp in range(1, count + 1):
         seal(place, stamp, b"%d" % stamp, b'"poison"', raw=b"damaged\n" if stamp % 7 == 0 else b"")
-    worker, watching, directory = ledgered(place, Poisoned())
+    worker, watching, directory = ledgered(place, Poisoned(), kept)
     drain(worker)
     assert len(watching.gone) == count
     assert all(watching.gone.values())

@@ -156,6 +156,9 @@ class Directory:
                     del names[layout.batch_id(name)]  # settled, or compressed, just now
                 except FileExistsError:
                     pass  # from another queue, or by an earlier attempt
+        for name, _ in self.filesystem.listing(adding):
+            if layout.batch_id(name) not in names:  # by an earlier attempt, and given up since
+                self.remove(f"{layout.adding_name(sink)}/{name}")
         self.filesystem.sync_directory(adding)
         self.filesystem.rename(adding, self.at(layout.queue_name(sink)))
         self.filesystem.sync_directory(self.path)
