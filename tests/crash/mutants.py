@@ -39,11 +39,15 @@ CUT_SHORT: Final = "af{}v"  # one more
 OPERATIONS: Final = 30  # that it has at most
 EXAMPLES: Final = 1200  # of the state machine
 UNIT_TESTS: Final = "tests"  # of the functions, not of crashes
+LEFT_OUT: Final = (
+    *("store/test_interrupts", "store/test_full_disks", "delivery/test_child", "delivery/test_fleet", "delivery/test_queues"),
+    *("delivery/test_flapping", "delivery/test_outage", "delivery/test_paced_drain"),
+)
 
 
 # `name [harnesses]: what it breaks`, and a patch of the module that is named above it: lines with - go, those with + come, the
 # others stay. The first and the last line may be parts of one; together they are there exactly once. The harnesses are those
-# that are run on this mutant besides those for all; where one of them is for all, no others are.
+# that are run on this mutant besides those for all, behind `only` in their place.
 PATCHES: Final = Path(__file__).with_suffix(".txt").read_text()
 
 
@@ -56,6 +60,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     also: list[str]  # harnesses
+    only: bool  # and no others
 
 
 def _mutants(text: str) -> Iterator[Mutant]:
@@ -66,7 +71,8 @@ def _mutants(text: str) -> Iterator[Mutant]:
             lines = patch.splitlines()
             old = "\n".join(line[1:] for line in lines if line[:1] != "+")
             new = "\n".join(line[1:] for line in lines if line[:1] != "-")
-            yield Mutant(name, breaks, module, old, new, (also or "").split())
+            only = (also or "").startswith("only ")
+            yield Mutant(name, breaks, module, old, new, (also or "").removeprefix("only ").split(), only)
 
 
 _MUTANT: Final = re.compile(r"^([\w-]+)(?: \[(.*)\])?: (.*)\n((?:(?:[-+ ].*)?\n)*)", re.MULTILINE)
@@ -117,9 +123,8 @@ def _tests(*chosen: str) -> str:
 
 
 def unit_tests() -> str:
-    """What the functions promise, without what the other columns are and what wants real file systems."""
-    left_out = ("tests/store/test_interrupts.py", "tests/store/test_full_disks.py")
-    return _tests("tests/store", "tests/delivery", *(f"--ignore={path}" for path in left_out))
+    """What the functions promise, without what the other columns are, and what wants real file systems, processes or time."""
+    return _tests("tests/store", "tests/delivery", *(f"--ignore=tests/{name}.py" for name in LEFT_OUT))
 
 
 def interrupts() -> str:
@@ -255,8 +260,7 @@ FOR_ALL: Final = ("enumeration", "meanwhile", "faults", "interleave", "machine",
 
 def chosen_for(mutant: Mutant) -> list[str]:
     """Which harnesses are run on a mutant."""
-    only = not set(mutant.also).isdisjoint(FOR_ALL)
-    return [name for name in HARNESSES if name in mutant.also or (name in FOR_ALL and not only)]
+    return [name for name in HARNESSES if name in mutant.also or (name in FOR_ALL and not mutant.only)]
 
 
 def patched(mutant: Mutant) -> str:

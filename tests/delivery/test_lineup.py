@@ -28,6 +28,14 @@ def test_without_a_share_the_order_is_the_one_given(looks: list[set[str]]) -> No
         assert all_of(lineup) == sorted(names)
 
 
+def test_without_a_share_what_is_sealed_meanwhile_comes_last() -> None:
+    """Should anybody look for it."""
+    lineup = Lineup()
+    lineup.fill(BACKLOG)
+    lineup.add(BACKLOG[50:] + LIVE)
+    assert all_of(lineup) == BACKLOG + LIVE
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9, 1.0])
 def test_what_is_sealed_meanwhile_has_its_share_and_both_keep_their_order(share: float) -> None:
     """Evenly spread: at no moment is it a file away from what is due."""
