@@ -224,6 +224,21 @@ def test_a_renamed_queue_is_the_other_sinks(box: Path) -> None:
     balanced(box)
 
 
+@pytest.mark.parametrize("change", [("remove", "live"), ("rename", "live", "fresh")])
+def test_a_sink_may_be_called_as_one_was_before(box: Path, change: tuple[str, ...]) -> None:
+    """What was handed over to the old one is not missing in the account of the new one."""
+    sinks = {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
+    with Outbox(str(box), sinks=sinks) as outbox:
+        fill_files(outbox, 1)
+        assert outbox.flush(20)
+    assert pillarbox(box, "sinks", *change).returncode == 0
+    with Outbox(str(box), sinks=sinks | {name: database(box, name) for name in change[2:]}) as outbox:
+        wait_until((box / "sink-live").exists)
+        fill_files(outbox, 1, first=10)
+        assert outbox.flush(20)
+    assert balanced(box)["live"].delivered == 10
+
+
 def test_the_last_queue_is_handed_back_to_a_single_sink(box: Path) -> None:
     """Which then delivers what waited there."""
     with Outbox(str(box), sinks={"live": nobody()}) as outbox:

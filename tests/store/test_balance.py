@@ -6,7 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pillarbox.store import balance
-from pillarbox.store.balance import Adopted, Entry, Evicted, Found, Purged, Repaired, Replayed, Sealed, Settled, condensed
+from pillarbox.store.balance import (
+    Adopted,
+    Entry,
+    Evicted,
+    Found,
+    Purged,
+    Renamed,
+    Repaired,
+    Replayed,
+    Sealed,
+    Settled,
+    Shared,
+    condensed,
+)
 
 COUNTS = st.integers(0, 5)
 BATCHES = st.sampled_from(["a", "b", "c"])
@@ -93,3 +106,18 @@ def test_what_is_missing_without_damage_is_wrong_and_by_how_much() -> None:
             account = balance.account(entries, found, [])
             assert [one.events for one in account.wrong] == ([] if wrong is None else [wrong]), (records, spans)
             assert account.balances == (wrong is None)
+
+
+def test_what_was_handed_over_goes_with_a_queue_that_is_renamed_or_removed() -> None:
+    """Also where some of it, or all, was summed up before or after that."""
+    before: list[Entry] = [Shared(0, str(number), ["a", "b", "c"], 1, 0) for number in range(balance.RECENT + 10)]
+    change: list[Entry] = [Renamed(1, "a", "d"), Renamed(1, "b", "")]
+    after: list[Entry] = [Shared(2, "late", ["a", "b", "d"], 5, 0)]
+    every = balance.RECENT + 10
+    for entries in (
+        before + change + after,
+        condensed(before, set(), 1) + change + after,
+        condensed(before + change, set(), 1) + after,
+        condensed(condensed(before, set(), 1) + change + after, set(), 2),
+    ):
+        assert balance.account(entries, {}, []).shared == {"a": 5, "b": 5, "c": every, "d": every + 5}

@@ -16,6 +16,7 @@ from pillarbox.errors import DirectoryUnusable, UsageError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.ledger import Ledger, Renamed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,6 +114,7 @@ def remove(
             if len(place.queues()) > 1:
                 raise UsageError("--hand-back is for the last queue: the other sinks have what waits, or had it")
             queue.hand_back()
+        _note_renamed(place, name, "")
         queue.remove_queue()
     what = "handed back" if hand_back else "given up"
     out.print(f"{name} removed" + (f"; {waits} {what}" if found.sealed_files else ""), markup=False)
@@ -133,9 +135,19 @@ def rename(
     if new in {queue.sink for queue in place.queues()}:
         raise UsageError(f"{new} has a queue already")
     with _held(place, name) as queue:
+        _note_renamed(place, name, new)
         queue.rename_queue(new)
     out.print(f"{name} is {new} now", markup=False)
     return Exit.DONE
+
+
+def _note_renamed(place: Directory, name: str, to: str) -> None:
+    """Before: otherwise what was handed over to the old queue would be missing in a later one of its name."""
+    clock = SystemClock()
+    ledger = Ledger(place, clock)
+    ledger.note(Renamed(clock.micros(), name, to))
+    if not ledger.write(sync=True):
+        raise DirectoryUnusable(place.path, "has a ledger that cannot be written now", "make room, and try it again")
 
 
 def _place(directory: str | None, config: str | None) -> Directory:

@@ -66,6 +66,13 @@ class Shared(_Entry, frozen=True):
     spans: int  # of damaged bytes
 
 
+class Renamed(_Entry, frozen=True):
+    """The queue of a sink is another's from now on; with `to` empty it is gone, and one of that name is a new one."""
+
+    sink: str
+    to: str
+
+
 class Evicted(_Entry, frozen=True):
     """A batch was given up for newer events."""
 
@@ -158,7 +165,7 @@ class Sum(_Entry, frozen=True):
 
 
 OF_A_BATCH: Final = (Sealed, Adopted, Settled, Resent, Shared, Evicted)
-Entry = Sealed | Adopted | Settled | Shared | Evicted | Replayed | Repaired | Resent | Purged | Lost | Sum
+Entry = Sealed | Adopted | Settled | Shared | Renamed | Evicted | Replayed | Repaired | Resent | Purged | Lost | Sum
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -322,6 +329,8 @@ class _Fold:
                 self.purged_quarantine += events if kind == "quarantine" else 0
             case Lost(entries=lost):
                 self.lost += lost
+            case Renamed(sink=sink, to=to):
+                self._rename(sink, to)
             case _:
                 if isinstance(entry, Resent):
                     self.resent[entry.batch] = entry.events
@@ -338,6 +347,16 @@ class _Fold:
             for sink in life.shared.sinks:
                 self._share(sink, life.shared.events)
         return wrong
+
+    def _rename(self, sink: str, to: str) -> None:
+        """What was handed over so far to the one, was to the other; or to a queue that is no more."""
+        before = self.shared.pop(sink, 0)
+        if to:
+            self._share(to, before)
+        for life in self.lives.values():
+            if life.shared is not None and sink in life.shared.sinks:
+                sinks = [to if one == sink else one for one in life.shared.sinks]
+                life.shared = msgspec.structs.replace(life.shared, sinks=list(filter(None, sinks)))
 
     def _share(self, sink: str, events: int) -> None:
         self.shared[sink] = self.shared.get(sink, 0) + events
@@ -375,7 +394,8 @@ def condensed(entries: list[Entry], there: AbstractSet[str], now_micros: int) ->
         fold.shared,
     )
     kept = [entry for entry in entries if isinstance(entry, OF_A_BATCH) and entry.batch not in summed]
-    return [first, *kept]
+    # Queues may have got other names since.
+    return [first, *(fold.lives[entry.batch].shared or entry if isinstance(entry, Shared) else entry for entry in kept)]
 
 
 def account(
