@@ -165,7 +165,7 @@ def no_name_is_synced(patch: Patch) -> None:
 
 
 def names_are_used_twice(patch: Patch) -> None:
-    patch.setattr(layout, "sealed_name", lambda _stamp, _unique: "sealed-1.ndjson")
+    patch.setattr(layout, "sealed_name", lambda _stamp, _unique, _like="": "sealed-1.ndjson")
 
 
 PLANTED = [
