@@ -1,0 +1,127 @@
+"""Several sinks where another process delivers, each at the pace of its destination, and of different kinds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pillarbox import ConfigurationError, Outbox
+from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.testing import RecordingSink
+from tests.cli.test_commands import CLEAN, PILLARBOX
+from tests.conftest import wait_until
+from tests.delivery.fleet_stage import BUSY, arrived, balanced, fill_files, ids, place_of, received, sealed
+from tests.sinks.http_server import Say, Server, always, nobody
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    return tmp_path / "box"
+
+
+def database(box: Path, name: str) -> str:
+    return f"sqlite:///{box.parent}/{name}.db"
+
+
+def test_a_child_delivers_to_all_of_them_and_tells_of_each(box: Path) -> None:
+    """One that is down holds back nobody there either; killed, the next child goes on for both."""
+    with Server(always(BUSY)) as server:
+        sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
+        with Outbox(str(box), sinks=sinks, deliver="process", flush_interval=0.05, backoff_max=0.05) as outbox:
+            fill_files(outbox, 5)
+            wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 50, 20)
+            wait_until(lambda: outbox.stats().sinks["live"].state.name == "waiting")
+            assert outbox.stats().state.reason.startswith("live: ")
+            assert len(sealed(box / "sink-live")) == outbox.stats().pending_files == 5
+            beat = last_heartbeat(place_of(box))
+            assert beat is not None
+            assert beat.pid != os.getpid()
+            os.kill(beat.pid, signal.SIGKILL)
+            server.answer = always(Say())
+            fill_files(outbox, 5, first=50)
+            assert outbox.flush(20)
+            wait_until(lambda: outbox.stats().sinks["live"].delivered >= 90)
+            assert {*received(server.requests)} == {*ids(100)}
+    assert arrived(box.parent / "warehouse.db") == ids(100)
+    balanced(box)
+
+
+def test_who_only_stores_sees_how_each_sink_stands(box: Path) -> None:
+    """`deliver="external"`, and `pillarbox deliver` beside it."""
+    with Outbox(str(box), deliver="external", flush_interval=0.05) as outbox:
+        fill_files(outbox, 2)
+        assert outbox.stats().sinks == {}
+        options = ["--sink", f"live={nobody()}", "--sink", "warehouse=sqlite:///w.db"]
+        process = subprocess.Popen([*PILLARBOX, "deliver", "-d", "box", *options, "-q"], cwd=box.parent, env=CLEAN)
+        try:
+            wait_until(lambda: not sealed(box) and not sealed(box / "sink-warehouse"), 20)
+            wait_until(lambda: outbox.stats().sinks["live"].state.name == "waiting")
+            wait_until(lambda: outbox.stats().sinks["warehouse"].state.name == "idle")
+            assert outbox.stats().state.reason.startswith("live: cannot connect to ")
+            assert not outbox.flush(0.2)
+        finally:
+            process.kill()
+            process.wait()
+    assert arrived(box.parent / "w.db") == ids(20)
+
+
+def test_another_process_makes_its_own_sinks(box: Path) -> None:
+    """It cannot be handed an object, also not as one of several."""
+    with pytest.raises(ConfigurationError, match="'thread' where the sink is an object"):
+        Outbox(str(box), sinks={"mine": RecordingSink(), "warehouse": database(box, "w")}, deliver="process")
+
+
+def test_each_sink_is_delivered_by_whoever_has_its_queue(box: Path) -> None:
+    """One process hands over, two deliver: nobody needs both locks."""
+    script = (
+        "import sys, threading; from pillarbox import Outbox\n"
+        "outbox = Outbox(sys.argv[1], sink=sys.argv[2], flush_interval=0.05); outbox.__enter__()\n"
+        "print('up', flush=True); threading.Event().wait()\n"
+    )
+    sinks = {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
+    with Outbox(str(box), sinks=sinks) as outbox:
+        fill_files(outbox, 1)
+        assert outbox.flush(20)
+    command = [sys.executable, "-c", script, str(box / "sink-live"), sinks["live"]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        wait_until(lambda: (beat := last_heartbeat(place_of(box).queue("live"))) is not None and beat.pid == process.pid)
+        with Outbox(str(box), sinks=sinks) as outbox:
+            fill_files(outbox, 3, first=10)
+            assert outbox.flush(20)
+            stats = outbox.stats()
+            assert (stats.sinks["live"].delivered, stats.sinks["warehouse"].delivered) == (0, 30)
+            assert stats.sinks["live"].state.name == "standby"
+    finally:
+        process.kill()
+        process.communicate()
+    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(40)
+    balanced(box)
+
+
+def test_the_rate_of_one_sink_is_its_own(box: Path) -> None:
+    """After an outage of one its drain is paced, and the other goes at full speed."""
+    down = threading.Event()
+    down.set()
+    with Server() as server:
+        accept = server.answer
+        server.answer = lambda request: BUSY if down.is_set() else accept(request)
+        sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
+        with Outbox(str(box), sinks=sinks, flush_interval=0.05, backoff_max=0.05, max_rate=400) as outbox:
+            fill_files(outbox, 3)
+            wait_until(lambda: outbox.stats().sinks["live"].failed_flushes > 3)
+            assert {name: sink.rate for name, sink in outbox.stats().sinks.items()}["warehouse"] == 400
+            wait_until(lambda: (outbox.stats().sinks["live"].rate or 400) < 400)
+            wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 30)
+            down.clear()
+            assert outbox.flush(20)
+    assert received(server.requests)[ids(1)[0]] == 1
+    balanced(box)
