@@ -65,6 +65,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(box: Path) -> None:
     """With the way out."""
     folder = box.parent
     waiting_for(box, "live", "warehouse")
+    place_of(box).ask_for("third")
     before = sorted(str(path) for path in box.rglob("*"))
     refusals = {
         ("add", "live"): "live has a queue already",
@@ -72,7 +73,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(box: Path) -> None:
         ("remove", "lvie"): "lvie has no queue here; there are: live, warehouse",
         ("remove", "live"): "2 files wait for live: --discard gives them up, --hand-back lets a single sink have them",
         ("remove", "live", "--hand-back"): "--hand-back is for the last queue: the other sinks have what waits, or had it",
-        ("rename", "live", "warehouse"): "warehouse has a queue already",
+        ("rename", "live", "third"): "third has a queue already, or was asked for",
         ("rename", "live", "../live"): "'../live' is no name of a sink",
         ("rename", "gone", "new"): "gone has no queue here",
     }

@@ -132,8 +132,8 @@ def rename(
     place = _place(directory, config)
     if not layout.is_sink(new):
         raise UsageError(f"{new!r} is no name of a sink: a-z, 0-9, _ and -, at most 32")
-    if new in {queue.sink for queue in place.queues()}:
-        raise UsageError(f"{new} has a queue already")
+    if new in place.asked_for() | {queue.sink for queue in place.queues()}:
+        raise UsageError(f"{new} has a queue already, or was asked for")
     with _held(place, name) as queue:
         _note_renamed(place, name, new)
         queue.rename_queue(new)
