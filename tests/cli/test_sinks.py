@@ -71,7 +71,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(box: Path) -> None:
         ("add", "live"): "live has a queue already",
         ("add", "No_Name"): "'No_Name' is no name of a sink: a-z, 0-9, _ and -, at most 32",
         ("remove", "lvie"): "lvie has no queue here; there are: live, warehouse",
-        ("remove", "live"): "2 files wait for live: --discard gives them up, --hand-back lets a single sink have them",
+        ("remove", "live"): "2 files wait for live: --discard gives that up",
         ("remove", "live", "--hand-back"): "--hand-back is for the last queue: the other sinks have what waits, or had it",
         ("rename", "live", "third"): "third has a queue already, or was asked for",
         ("rename", "live", "../live"): "'../live' is no name of a sink",
@@ -86,11 +86,13 @@ def test_what_cannot_be_is_refused_and_changes_nothing(box: Path) -> None:
 
 def test_a_queue_that_keeps_dead_letters_is_not_removed(box: Path) -> None:
     """They are named, and where to do something about them."""
-    waiting_for(box, "live")
+    waiting_for(box, "live", files=1)
+    text = said(box.parent, "sinks", "remove", "live", "-d", "box", code=2)
+    assert "1 file waits for live: --discard gives that up, --hand-back lets a single sink have that" in text
     (box / "sink-live" / layout.dead_name("sealed-x")).write_bytes(b"{}\n")
     text = said(box.parent, "sinks", "remove", "live", "--discard", "-d", "box", code=2)
     assert "1 file of dead letters and 0 files of quarantine: pillarbox dead and pillarbox quarantine -d box/sink-live" in text
-    assert len(sealed(box / "sink-live")) == 2
+    assert len(sealed(box / "sink-live")) == 1
 
 
 def test_one_that_was_asked_for_is_asked_for_no_more(box: Path) -> None:

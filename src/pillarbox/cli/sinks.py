@@ -107,9 +107,11 @@ def remove(
                 f"{counted(found.dead_files, 'file')} of dead letters and {counted(found.corrupt_files, 'file')} of quarantine"
             )
             raise UsageError(f"{queue.path} keeps {kept}: pillarbox dead and pillarbox quarantine -d {queue.path} first")
-        waits = counted(found.sealed_files, "file")
+        files = counted(found.sealed_files, "file")
         if found.sealed_files and not (discard or hand_back):
-            raise UsageError(f"{waits} wait for {name}: --discard gives them up, --hand-back lets a single sink have them")
+            waits = f"{files} {'waits' if found.sealed_files == 1 else 'wait'} for {name}"
+            last = ", --hand-back lets a single sink have that" if len(place.queues()) == 1 else ""
+            raise UsageError(f"{waits}: --discard gives that up{last}")
         if hand_back:
             if len(place.queues()) > 1:
                 raise UsageError("--hand-back is for the last queue: the other sinks have what waits, or had it")
@@ -117,7 +119,7 @@ def remove(
         _note_renamed(place, name, "")
         queue.remove_queue()
     what = "handed back" if hand_back else "given up"
-    out.print(f"{name} removed" + (f"; {waits} {what}" if found.sealed_files else ""), markup=False)
+    out.print(f"{name} removed" + (f"; {files} {what}" if found.sealed_files else ""), markup=False)
     return Exit.DONE
 
 
