@@ -130,6 +130,17 @@ def test_deliver_once_says_what_is_left_and_why(tmp_path: Path) -> None:
     assert b"stopped: " in run("status", "-d", "box", cwd=tmp_path).stdout
 
 
+def test_the_rate_is_an_option_of_deliver_too(tmp_path: Path) -> None:
+    """The first batch goes, the next would have to wait; a rate that is none is refused with what is allowed."""
+    run("enqueue", "-d", "box", cwd=tmp_path, stdin=b"".join(map(bare, range(1200))))
+    words = ("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", "-q")
+    refused = run(*words, "--max-rate", "0", cwd=tmp_path)
+    assert (refused.returncode, b"max_rate" in refused.stderr, b"events a second" in refused.stderr) == (2, True, True)
+    assert b"live_share" in run(*words, "--live-share", "2", cwd=tmp_path).stderr
+    done = run(*words, "--max-rate", "10", "--live-share", "0.5", "--timeout", "0.5", cwd=tmp_path)
+    assert (done.returncode, len(ids(tmp_path / "events.db"))) == (1, 500)
+
+
 def test_check_says_whether_a_destination_fits(tmp_path: Path) -> None:
     """As text and as JSON."""
     assert run("check", "sqlite:///events.db", cwd=tmp_path).returncode == 0

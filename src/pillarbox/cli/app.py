@@ -15,6 +15,7 @@ from rich.console import Console
 
 from pillarbox.errors import PillarboxError
 from pillarbox.settings import Settings, resolve
+from pillarbox.sinks import schemes
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -47,6 +48,12 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+def urls(incomplete: str) -> list[str]:
+    """What a shell offers for a destination, also behind a name."""
+    name, sign, begun = incomplete.rpartition("=")
+    return [f"{name}{sign}{scheme}://" for scheme in schemes() if scheme.startswith(begun)]
+
+
 DirectoryOption = Annotated[
     str | None, typer.Option("--directory", "-d", metavar="DIR", help="The outbox directory.", show_default=False)
 ]
@@ -57,6 +64,7 @@ SinkOption = Annotated[
         metavar="[NAME=]URL",
         help="Where to deliver, e.g. sqlite:///events.db; once for each of several, with names.",
         show_default=False,
+        autocompletion=urls,
     ),
 ]
 EventTypeOption = Annotated[

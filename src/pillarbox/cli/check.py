@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from pillarbox.cli.app import ConfigOption, EventTypeOption, Exit, JsonOption, app, out, require, settings_from
+from pillarbox.cli.app import ConfigOption, EventTypeOption, Exit, JsonOption, app, out, require, settings_from, urls
 from pillarbox.sinks import make_sink, redacted
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @app.command("check")
 def check(
-    sink: Annotated[str | None, typer.Argument(metavar="URL", help="The destination, e.g. sqlite:///events.db.")] = None,
+    sink: Annotated[
+        str | None, typer.Argument(metavar="URL", help="The destination, e.g. sqlite:///events.db.", autocompletion=urls)
+    ] = None,
     event_type: EventTypeOption = None,
     config: ConfigOption = None,
     json: JsonOption = False,

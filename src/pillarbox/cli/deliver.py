@@ -51,6 +51,13 @@ def deliver(
     config: ConfigOption = None,
     once: Annotated[bool, typer.Option("--once", help="Deliver what waits, then end.")] = False,
     timeout: Annotated[float, typer.Option(help="With --once: seconds without progress to give up after.", min=0.1)] = 30.0,
+    max_rate: Annotated[
+        float | None, typer.Option(metavar="EVENTS", help="A second that are sent at most, to each sink.", show_default=False)
+    ] = None,
+    live_share: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Of new events while a backlog is drained: 0 (in order) to 1.", show_default=False),
+    ] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Serve GET /metrics for Prometheus.", show_default=False)
     ] = None,
@@ -73,7 +80,9 @@ def deliver(
     log_to_terminal(quiet=quiet)
     stop_on_sigterm()
     try:
-        settings = settings_from(config, directory=directory, sink=sink, event_type=event_type)
+        settings = settings_from(
+            config, directory=directory, sink=sink, event_type=event_type, max_rate=max_rate, live_share=live_share
+        )
         require(settings, "directory", "DIR")
         if not settings.sinks:
             require(settings, "sink", "URL")
