@@ -10,6 +10,7 @@ from pillarbox.child.supervisor import Supervisor
 from pillarbox.delivery.deliverer import ONLY
 from pillarbox.delivery.elsewhere import Elsewhere
 from pillarbox.delivery.fleet import Fleet
+from pillarbox.delivery.settlement import shelf_for
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
 from pillarbox.errors import ConfigurationError
@@ -114,4 +115,5 @@ def make_deliverer(
         {name: destination.text for name, destination in sinks.items()},
         lambda queue: worker(queue, queue.sink, fan_out.ledger_of(queue)),
         durability,
+        shelf_for(directory, clock, settings.kept),
     )

@@ -123,7 +123,7 @@ def _tests(*chosen: str) -> str:
 
 
 def unit_tests() -> str:
-    """What the functions promise, without what the other columns are, and what wants real file systems, processes or time."""
+    """What the functions promise, without what the other columns are, and what wants real file systems or takes longest."""
     return _tests("tests/store", "tests/delivery", *(f"--ignore=tests/{name}.py" for name in LEFT_OUT))
 
 

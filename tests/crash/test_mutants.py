@@ -20,6 +20,7 @@ SAMPLE = [
     ("taken-without-lock", "interleave"),
     ("found-times-ignored", "machine"),
     ("lock-file-not-locked", "tests"),
+    ("link-counts-at-once", "fanout"),
 ]
 NAMED = {mutant.name: mutant for mutant in MUTANTS}
 
@@ -28,6 +29,12 @@ def test_there_are_enough_and_each_has_a_name() -> None:
     """And names harnesses that there are."""
     assert len(NAMED) == len(MUTANTS) >= MUTANTS_MIN
     assert all(mutant.breaks and set(mutant.also) <= HARNESSES.keys() for mutant in MUTANTS)
+
+
+def test_a_mutant_names_harnesses_besides_those_for_all_or_in_their_place() -> None:
+    """By the word in front of them."""
+    assert mutants.chosen_for(NAMED["retired-forgotten"]) == [*mutants.FOR_ALL[:-1], "interrupts", mutants.UNIT_TESTS]
+    assert mutants.chosen_for(NAMED["link-counts-at-once"]) == ["fanout"]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

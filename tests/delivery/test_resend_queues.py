@@ -148,6 +148,28 @@ def test_a_sink_that_there_is_not_is_named_with_those_there_are(lost: Path) -> N
     assert len(kept(place_of(lost / "box"), "live")) == 3
 
 
+def test_a_queue_is_named_by_its_sink(lost: Path) -> None:
+    """Its files have names elsewhere, and are read by who knows that."""
+    done = run("resend", "-d", "box/sink-live", "--all", cwd=lost)
+    assert done.returncode == 2
+    assert "-d box --sink live sends again from it" in " ".join(done.stderr.decode().split())
+
+
+def test_what_was_kept_while_there_was_one_sink_is_sent_again_to_all_and_goes_in_its_time(tmp_path: Path) -> None:
+    """Whoever hands over removes it."""
+    box = tmp_path / "box"
+    with Outbox(str(box), RecordingSink(), keep_delivered="24h") as outbox:
+        fill_files(outbox, 2)
+        assert outbox.flush(20)
+    one, _ = sorted(box.glob("delivered-*"))
+    assert run("resend", *BOX, "--batch", layout.batch_id(one.name), "--yes", cwd=tmp_path).returncode == 0
+    with Outbox(str(box), sinks=urls(tmp_path), keep_delivered=0.01, flush_interval=0.05) as outbox:
+        assert outbox.flush(20)
+        wait_until(lambda: not list(box.rglob("delivered-*")))
+    assert arrived(tmp_path / "live.db") == arrived(tmp_path / "warehouse.db") == ids(10)
+    balanced(box)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_cut_short_each_queue_has_each_file_once_more(place: Directory, number: signal.Signals) -> None:
     """Kept or waiting, and it goes on where it was."""

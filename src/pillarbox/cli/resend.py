@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Final
 
 import msgspec
@@ -62,6 +63,9 @@ def resend(
     site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
     selection = site.selection(batches=batch, since=since, until=until)
     need_choice(selection, everything=everything)
+    path = PurePath(site.place.path)
+    if (queue := layout.sink_of(path.name)) is not None:
+        raise UsageError(f"{path} is one of several queues: -d {path.parent} --sink {queue} sends again from it")
     chosen = places(site.place)
     if sink is not None:
         if sink not in chosen or not sink:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from pillarbox.clock import Clock
+    from pillarbox.delivery.shelf import Shelf
     from pillarbox.delivery.worker import Worker
     from pillarbox.store.directory import Directory
     from pillarbox.store.fanout import FanOut
@@ -49,6 +50,7 @@ class Fleet:
         urls: Mapping[str, str],
         make_worker: Callable[[Directory], Worker],
         durability: str = "",
+        shelf: Shelf | None = None,
     ) -> None:
         self._directory = directory
         self._ledger = ledger
@@ -57,6 +59,7 @@ class Fleet:
         self._interval_s = interval_s
         self._urls = urls  # of the sinks, without what is secret
         self._make_worker = make_worker
+        self._shelf = shelf  # of the directory itself: what was kept while there was one sink
         self._lease = Lease(directory, ", ".join(urls), clock, durability)
         self._threads: dict[str, DeliveryThread] = {}
         self._work = threading.Event()
@@ -135,6 +138,8 @@ class Fleet:
                     for thread in self._threads.values():
                         thread.notify()
                 self._handed_over = not self._directory.sealed()
+                if self._shelf is not None:
+                    self._shelf.prune()
                 trouble = self._what_is_wrong()
                 wait = _AGAIN_S if self._fan_out.has_to_wait else wait
             else:

@@ -102,6 +102,11 @@ class _Full(Exception):  # noqa: N818 - no error: the file waits
 KEPT: Final = Kept()
 
 
+def shelf_for(directory: Directory, clock: Clock, kept: Kept) -> Shelf | None:
+    """Where delivered files stay, if they do."""
+    return None if kept.keep_delivered_s is None else Shelf(directory, clock, kept.keep_delivered_s, kept.max_delivered_bytes)
+
+
 class Settler:
     """Lets delivered files go, in the order that the module describes; those of which something cannot be kept are parked.
 
@@ -130,9 +135,7 @@ class Settler:
         self._counters = counters
         self._standing = standing
         self._kept = kept
-        self._shelf: Shelf | None = None
-        if kept.keep_delivered_s is not None:
-            self._shelf = Shelf(directory, clock, kept.keep_delivered_s, kept.max_delivered_bytes)
+        self._shelf = shelf_for(directory, clock, kept)
         self._ledger = ledger
         self._groups = groups  # whether several files may be let go together
         self._callbacks = callbacks
