@@ -167,6 +167,27 @@ def test_where_nothing_is_known_of_the_destination_the_first_pause_is_the_longes
     assert sent[-1].rate is None
 
 
+def test_one_failure_before_anything_is_known_bounds_nothing() -> None:
+    """Half of an unknown rate would be no rate at all."""
+    pacer = Pacer(Pacing())
+    pacer.sent(0.0, CALL)
+    pacer.failed(0.0, 0.01, CALL)
+    assert pacer.rate is None
+
+
+def test_after_an_outage_that_a_process_began_in_the_first_answer_tells_where_to_begin() -> None:
+    """At the same share of what the destination takes as after any other outage, not at the lowest rate there is."""
+    pacer = Pacer(Pacing())
+    now = failing(pacer, 0.0, 10)
+    first, second, third = drain(pacer, now, 3)
+    assert first.rate is not None
+    assert second.rate is not None
+    assert third.rate is not None
+    usual = CALL / TAKES_S
+    assert second.rate >= Pacing().start_share * usual > first.rate
+    assert third.rate == pytest.approx(second.rate + Pacing().step_share * usual)
+
+
 def test_when_to_try_again_what_failed_is_for_the_backoff_to_say() -> None:
     """The bound counts what arrived, and what is under way."""
     pacer = known()

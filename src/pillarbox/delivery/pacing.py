@@ -131,12 +131,15 @@ class Pacer:
         """A call that began then has brought something home."""
         bounds = self._bounds
         self._failing_since = None
+        news = not self._usual_records
         seconds = max(0.0, now - began)
         slow = self._is_slow(seconds, records)
         if not slow or self._is_at_least:  # slow at the lowest rate: that is how it is by now, and not our calls' doing
             self._learn(seconds, max(1, records), bounds.gain)
         elif not self._recovers:
             self._learn(seconds, max(1, records), bounds.gain_slow)
+        if news and self._bound is not None:  # it failed before anything was known, and was bounded blindly
+            self._bound = max(self._bound, bounds.start_share * self._wanted)
         if not self._recovers or began < self._cut_at:
             return  # a call that was under way at the last cut says nothing of the rate since
         self._slow_in_row = self._slow_in_row + 1 if slow else 0
@@ -165,8 +168,8 @@ class Pacer:
         self._recovers = True
         if news:
             self._cut(now, min(self._present, self._bounds.start_share / self._bounds.cut * self._wanted))
-        elif began >= self._cut_at and now - self._cut_at >= self._bounds.cut_every_s:
-            self._cut(now, self._present)
+        elif self._present and began >= self._cut_at and now - self._cut_at >= self._bounds.cut_every_s:
+            self._cut(now, self._present)  # where nothing is known yet, the backoff's pause is enough
 
     def refused(self, records: int) -> None:
         """A call brought nothing home, and was no failure either: looking for what is bad in a batch is not held back."""
