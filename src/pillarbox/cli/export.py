@@ -27,7 +27,7 @@ from pillarbox.cli.looking import (
 )
 from pillarbox.errors import UsageError
 from pillarbox.kept.dead import Trouble
-from pillarbox.store.filesystem import FileBeside, exists
+from pillarbox.store.filesystem import exists, file_beside
 from pillarbox.view.filters import Faces
 from pillarbox.view.stock import Stock, What
 
@@ -113,8 +113,8 @@ def _destination(path: str | None, *, force: bool) -> Iterator[Callable[[bytes],
         sys.stdout.buffer.flush()
         return
     try:
-        with FileBeside(path, over=force) as file:
-            yield file.write
+        with file_beside(path, over=force) as write:
+            yield write
     except OSError as error:
         raise UsageError(f"{path} is not written: {error.strerror}") from None
 

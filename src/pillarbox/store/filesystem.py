@@ -12,7 +12,7 @@ import os
 import stat
 import sys
 import threading
-from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
 from pillarbox.errors import FileUnusable
 
@@ -407,36 +407,24 @@ def write_secret(path: str, data: bytes) -> None:
         file.write(data)
 
 
-class FileBeside:
-    """A file that a user names, written beside it and renamed when it is whole and durable; only its owner may read it.
+@contextlib.contextmanager
+def file_beside(path: str, *, over: bool) -> Iterator[Callable[[bytes], int]]:
+    """Write a file that a user names beside it, and rename it when it is whole and durable; only its owner may read it.
 
-    Without `over` an error, `FileExistsError`, where there is one by then.
+    Without `over` an error, `FileExistsError`, where there is one by then. A generator, for an interrupt anywhere in it, and
+    also before the caller's block begins, ends it: what is beside goes.
     """
-
-    def __init__(self, path: str, *, over: bool) -> None:
-        self._path = path
-        self._over = over
-        self._beside = f"{path}.{os.getpid()}.aside"
-
-    def __enter__(self) -> Self:
-        fd = os.open(self._beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
-        self._file = open(fd, "wb")
-        self.write = self._file.write
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            with self._file:
-                if kind is None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-            if kind is None and self._over:
-                os.rename(self._beside, self._path)
-            elif kind is None:
-                os.link(self._beside, self._path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._beside)
+    beside = f"{path}.{os.getpid()}.aside"
+    try:
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
+        with open(fd, "wb") as file:
+            yield file.write
+            file.flush()
+            os.fsync(fd)
+        (os.rename if over else os.link)(beside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
 
 
 def open_to_read(path: str) -> BinaryIO:
