@@ -88,6 +88,9 @@ def test_batches_are_completed_from_the_directory_that_was_typed(box: Path) -> N
     assert offered("bash", "pillarbox quarantine list -d box --batch sea", box.parent) == {BATCH}
     assert offered("fish", "pillarbox dead list -d box --batch sea", box.parent) == set()
     assert offered("fish", "pillarbox quarantine list -d missing --batch sea", box.parent) == set()
+    (box / "sink-live").mkdir()
+    (box / "sink-live" / f"dead-{BATCH}.ndjson").write_bytes(b"")
+    assert offered("fish", "pillarbox dead list -d box --batch sea", box.parent) == {BATCH}
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -308,6 +308,9 @@ def test_quarantine_of_all_sinks_is_listed_and_purged_for_one(box: Path, refused
     assert "-d box/sink-live or -d box/sink-warehouse" in said(
         folder, "quarantine", "purge", "--all", "--yes", "-d", "box", code=2
     )
+    assert said(folder, "quarantine", "repair", "--all", "--yes", "-d", "box/sink-live").splitlines()[-1] == (
+        "nothing was done; 1 span can only be kept or purged"
+    )
     assert "1 span of 1 file purged" in said(folder, "quarantine", "purge", "--all", "--yes", "-d", "box/sink-live")
     answer = json.loads(said(folder, "quarantine", "list", "--json", "-d", "box"))
     assert [one["queue"] for one in answer["batches"]] == ["warehouse"]

@@ -37,6 +37,7 @@ def batches(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def _batches(place: Directory, kinds: set[Kind]) -> Iterator[str]:
-    for name, _ in place.filesystem.listing(place.path):
-        if layout.kind_of(name) in kinds:
-            yield batch_of(name)
+    for where in (place, *place.queues()):
+        for name, _ in where.filesystem.listing(where.path):
+            if layout.kind_of(name) in kinds:
+                yield batch_of(name)
