@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,9 +20,11 @@ from pillarbox.event import new_event_id, now_micros
 from pillarbox.sinks import sqlite
 from pillarbox.sinks.base import Answer, Batch, Refused, Retry
 from pillarbox.store import compressed, layout, record
-from pillarbox.store.audit import audit
+from pillarbox.store.audit import _look, audit
 from pillarbox.store.capacity import Capacity
 from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import Entry, RealFilesystem
+from pillarbox.store.ledger import Ledger, Sealed
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import existing_events, wait_until
@@ -221,6 +224,31 @@ def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, cl
     assert place.sealed() == [damaged]
     assert capacity.evicted == 100 * (SOON + 1)
     assert writer.pending()[:2] == (1, 1)
+
+
+class Passing(RealFilesystem):
+    """Its first listing has come past the place of a copy before that is made, and comes to the plain file after it has gone."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._gone = {name}
+
+    def listing(self, path: str) -> Iterator[Entry]:
+        found = [entry for entry in super().listing(path) if entry.name.removesuffix(".zst") not in self._gone]
+        if self._gone and found:
+            self._gone.clear()
+        return iter(found)
+
+
+def test_what_is_compressed_while_it_is_looked_for_is_not_missing(place: Directory, clock: ManualClock) -> None:
+    """Neither for a flush, which would say that it is settled, nor for the account."""
+    names = fill(place, SOON + 1)
+    ledger = Ledger(place, clock)
+    ledger.note(*(Sealed(1, layout.batch_id(name), "w", 100, len(PLAIN)) for name in names))
+    assert ledger.write(sync=True)
+    work_all(compressor_for(place, clock))
+    assert Directory(place.path, Passing(names[-1]), clock).waiting() == set(map(layout.batch_id, names))
+    assert _look(Directory(place.path, Passing(names[-1]), clock), lambda _done, _total: None, {}).balances
 
 
 # An outage of real destinations.

@@ -85,8 +85,9 @@ def audit(directory: Directory, progress: Callable[[int, int], None] = lambda _d
 def _look(directory: Directory, progress: Callable[[int, int], None], known: dict[str, Found]) -> Audit:
     """One look; sealed files never change, so that those in `known`, which is added to, are not read again."""
     before, _ = _entries(directory)
-    listing = sorted(directory.filesystem.listing(directory.path))
-    total = sum(entry.size for entry in listing if layout.kind_of(entry.name) in _COUNTED)
+    # Twice, as in `Directory.waiting`: what is compressed meanwhile must not be missing.
+    listing = sorted(dict(entry for _ in range(2) for entry in directory.filesystem.listing(directory.path)).items())
+    total = sum(size for name, size in listing if layout.kind_of(name) in _COUNTED)
     found: dict[str, Found] = {}
     active: dict[str, Found] = {}
     dead: dict[str, int] = {}

@@ -224,8 +224,11 @@ class Directory:
 
     def waiting(self) -> set[str]:
         """The batches that wait, here or in a queue; the names of their files may change."""
-        # The queues behind the directory: what moves from here to there meanwhile is seen in one of them.
-        return {layout.batch_id(name) for place in (self, *self.queues()) for name in place.sealed_names()}
+        # Twice: a listing that runs while a file becomes its compressed copy may show neither, and that happens once to each.
+        names = self.sealed_names() | self.sealed_names()
+        for queue in self.queues():  # behind the directory: what moves from here to there meanwhile is seen in one of them
+            names |= queue.sealed_names() | queue.sealed_names()
+        return set(map(layout.batch_id, names))
 
     def sealed_names(self) -> set[str]:
         """The names of sealed files here, also those that do not count yet."""
