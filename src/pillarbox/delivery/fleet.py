@@ -64,6 +64,7 @@ class Fleet:
         self._threads: dict[str, DeliveryThread] = {}
         self._work = threading.Event()
         self._stopping = threading.Event()
+        self._hands_over_until = 0.0
         self._trouble = ""
         self._handed_over = False  # all that was found
         self._thread = threading.Thread(target=self._run, name="pillarbox-fan-out", daemon=True)
@@ -79,6 +80,7 @@ class Fleet:
     def stop(self, timeout: float) -> bool:
         """Hand over and deliver what can be without waiting, and end; what takes longer than `timeout` stays on disk."""
         deadline = self._clock.monotonic() + timeout
+        self._hands_over_until = deadline - timeout / 2  # what is handed over is to be delivered, too
         self._stopping.set()
         self._work.set()
         self._thread.join(timeout)
@@ -134,9 +136,7 @@ class Fleet:
         try:
             if self._lease.is_good() or self._lease.take():
                 self._adopt()
-                if self._fan_out.step():
-                    for thread in self._threads.values():
-                        thread.notify()
+                self._fan_out.step(self._between)
                 self._handed_over = not self._directory.sealed()
                 if self._shelf is not None:
                     self._shelf.prune()
@@ -151,9 +151,20 @@ class Fleet:
             log.exception("%s: a defect in Pillarbox while files were handed over", self._directory.path)
             trouble = f"not handed over: a defect in Pillarbox: {error}"
         self._report(trouble)
+        self._beat()
+        return wait
+
+    def _between(self) -> bool:
+        """A group of files was handed over: deliver it, and let others see that this process lives; whether to go on."""
+        self._begin_to_deliver()
+        for thread in self._threads.values():
+            thread.notify()
+        self._beat()
+        return not self._stopping.is_set() or self._clock.monotonic() < self._hands_over_until
+
+    def _beat(self) -> None:
         stands = together(self.sinks())
         self._lease.beat(stands.state, stands.delivered, stands.last_error)
-        return wait
 
     def _adopt(self) -> None:
         now = self._clock.micros()

@@ -71,8 +71,10 @@ class FanOut:
         """The pen for a queue's account: one a process."""
         return self._ledgers.setdefault(queue.sink, Ledger(queue, self._clock))
 
-    def step(self) -> int:
+    def step(self, goes_on: Callable[[], bool] = lambda: True) -> int:
         """Make what is missing and hand over what is there; how many files went. Raises `OSError`.
+
+        After each group it is asked whether it `goes_on()`: a backlog takes its time.
 
         Every queue that is there gets them, also one that this process was not told of: a sink that is left out by mistake must
         not miss any.
@@ -86,8 +88,8 @@ class FanOut:
         if missing:
             self._finish_adding(missing, first=not queues)
             queues = self._directory.queues()
-        handed = self._hand_over_all(queues) if queues else 0
-        for sink in missing:
+        handed, ended = self._hand_over_all(queues, goes_on) if queues else (0, True)
+        for sink in missing if ended else ():
             self._directory.queue(sink).open()  # what was sealed before is not for it
         return handed
 
@@ -109,18 +111,21 @@ class FanOut:
         ledger.note(*(Adopted(now, layout.batch_id(name), HANDED_OVER) for name in names))
         ledger.write(sync=True)
 
-    def _hand_over_all(self, queues: Sequence[Directory]) -> int:
+    def _hand_over_all(self, queues: Sequence[Directory], goes_on: Callable[[], bool]) -> tuple[int, bool]:
+        """How many files went, and whether that was all that is for these queues alone."""
         names = self._directory.sealed()
         self._held = {name: since for name, since in self._held.items() if name in names} if self._held else {}
         self.trouble = {name: why for name, why in self.trouble.items() if name in names} if self.trouble else {}
         handed = 0
         each = iter(names)
         while group := list(islice(each, TOGETHER_MAX)):
-            went, goes_on = self._hand_over(group, queues)
+            went, may_follow = self._hand_over(group, queues)
             handed += went
-            if not goes_on:
+            if not goes_on():
+                return handed, False
+            if not may_follow:
                 break
-        return handed
+        return handed, True
 
     def _hand_over(self, names: Sequence[str], queues: Sequence[Directory]) -> tuple[int, bool]:
         """Hand over a group; how many files went, and whether those behind it may follow."""

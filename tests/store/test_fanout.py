@@ -1,0 +1,52 @@
+"""Handing over takes as long as somebody wants it to; what it does when it fails or dies is tested in `tests/crash`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pillarbox.store.fanout import TOGETHER_MAX, FanOut
+from pillarbox.store.ledger import Ledger
+from pillarbox.testing import ManualClock
+from tests.delivery.fleet_stage import place_of
+
+FILES = 3 * TOGETHER_MAX + 1
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    path = tmp_path / "box"
+    path.mkdir()
+    for number in range(FILES):
+        (path / f"sealed-{number:016d}-x.ndjson").write_bytes(b'{"event":{"event_id":"e"}}\n')
+    return path
+
+
+def names_in(path: Path) -> list[str]:
+    return sorted(one.name for one in path.glob("sealed-*"))
+
+
+def test_between_two_groups_of_a_backlog_it_is_asked_whether_to_go_on(box: Path) -> None:
+    """So that a heartbeat is due in time, and an end; the oldest go first."""
+    place, clock = place_of(box), ManualClock()
+    fan_out = FanOut(place, ["live"], clock, Ledger(place, clock))
+    answers = iter([True, False])
+    assert fan_out.step(lambda: next(answers)) == 2 * TOGETHER_MAX
+    assert names_in(box) == names_in(box / "sink-live")[2 * TOGETHER_MAX :]
+    assert fan_out.step() == FILES - 2 * TOGETHER_MAX
+    assert names_in(box) == []
+    assert len(names_in(box / "sink-live")) == FILES
+
+
+def test_a_later_sink_has_no_queue_before_what_was_sealed_earlier_is_handed_over(box: Path) -> None:
+    """Also where that takes more than one step: it is not for it."""
+    place, clock = place_of(box), ManualClock()
+    ledger = Ledger(place, clock)
+    (box / "sink-warehouse").mkdir()
+    fan_out = FanOut(place, ["warehouse", "live"], clock, ledger)
+    assert fan_out.step(lambda: False) == TOGETHER_MAX
+    assert not (box / "sink-live").exists()
+    assert fan_out.step() == FILES - TOGETHER_MAX
+    assert names_in(box / "sink-live") == []
+    assert len(names_in(box / "sink-warehouse")) == FILES
