@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import typer
 
 SHELLS = ["bash", "zsh", "fish"]
-# Commands that print no table: what they are for, they write to a destination, a file or standard output, or do.
-WITHOUT_JSON = {"deliver", "enqueue", "sinks add", "sinks remove", "sinks rename", "spacetimedb scaffold"}
+# What it prints is source text.
+WITHOUT_JSON = {"spacetimedb scaffold"}
 BATCH = "sealed-1700000000000000-x"
 
 

@@ -330,3 +330,25 @@ def test_what_one_sink_refused_is_sent_again_to_that_sink_only(box: Path, refuse
     rows = balanced(box)
     assert (rows["live"].delivered, rows["warehouse"].delivered) == (12, 12)
     said(box.parent, "verify", "-d", "box")
+
+
+def test_what_changes_something_says_so_in_json_too(tmp_path: Path, box: Path) -> None:
+    """Of each command the shape that the documents give."""
+    (tmp_path / "events").write_bytes(b"".join(map(bare, range(3))))
+    assert json.loads(said(tmp_path, "enqueue", "events", "-d", "box", "--json")) == {"accepted": 3, "refused": 0}
+    sinks = ["--sink", "live=sqlite:///live.db", "--sink", f"away={nobody()}"]
+    done = json.loads(run("deliver", "-d", "box", *sinks, "--once", "--timeout", "1", "--json", "-q", cwd=tmp_path).stdout)
+    assert done["waiting_files"] == 1
+    assert {name: sink["delivered"] for name, sink in done["sinks"].items()} == {"live": 3, "away": 0}
+    assert done["total"]["state"]["name"] == "waiting"
+    # The heartbeat of the directory says how it ended, too.
+    assert json.loads(said(tmp_path, "status", "-d", "box", "--json"))["deliverer"]["delivered"] == 3
+    changes: dict[str, dict[str, object]] = {
+        "add new": {"sink": "new", "done": "asked_for"},
+        "remove new": {"sink": "new", "done": "asked_for_no_more"},
+        "rename away gone": {"sink": "away", "done": "renamed", "new": "gone"},
+        "remove gone --discard": {"sink": "gone", "done": "removed", "files": 1},
+    }
+    for words, expected in changes.items():
+        answer = json.loads(said(tmp_path, "sinks", *words.split(), "-d", "box", "--json"))
+        assert answer == {"files": 0, "handed_back": False, "new": "", **expected}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Annotated, Final
 
+import msgspec
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -13,6 +14,7 @@ from pillarbox.cli.app import (
     DirectoryOption,
     EventTypeOption,
     Exit,
+    JsonOption,
     QuietOption,
     SinkOption,
     app,
@@ -23,15 +25,17 @@ from pillarbox.cli.app import (
     settings_from,
     stop_on_sigterm,
 )
+from pillarbox.cli.kept import print_json
 from pillarbox.clock import SystemClock
 from pillarbox.deliverers import destinations, make_deliverer
-from pillarbox.delivery.deliverer import together
+from pillarbox.delivery.deliverer import ONLY, together
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.exposition import Exposition
 from pillarbox.hooks import Hooks
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
+from pillarbox.telemetry import SinkStats
 
 if TYPE_CHECKING:
     from pillarbox.deliverers import Here
@@ -41,6 +45,14 @@ if TYPE_CHECKING:
 _LOOK_S: Final = 0.05
 _STUCK_S: Final = 0.5  # without progress, where a sink is stopped: the others may be about to begin
 _STOP_S: Final = 10.0  # for the batch that is on its way when the command is interrupted
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of `pillarbox deliver --json`, at its end; counts are of this run."""
+
+    waiting_files: int
+    total: SinkStats
+    sinks: dict[str, SinkStats]  # by name, where there are several
 
 
 @app.command("deliver")
@@ -67,6 +79,7 @@ def deliver(
             metavar="URL", help="Export metrics to an OpenTelemetry collector, e.g. http://127.0.0.1:4318.", show_default=False
         ),
     ] = None,
+    json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
     """Deliver what waits in a directory, until stopped, or --once.
@@ -86,12 +99,14 @@ def deliver(
         require(settings, "directory", "DIR")
         if not settings.sinks:
             require(settings, "sink", "URL")
-        return _deliver(settings, timeout if once else None, metrics, otlp, quiet=quiet)
+        return _deliver(settings, timeout if once else None, metrics, otlp, json=json, quiet=quiet)
     except KeyboardInterrupt:  # before there was anything to end, or a second time: what is on its way is sent again
         return Exit.PARTLY if once else Exit.DONE
 
 
-def _deliver(settings: Settings, give_up_s: float | None, metrics: str | None, otlp: str | None, *, quiet: bool) -> int:
+def _deliver(
+    settings: Settings, give_up_s: float | None, metrics: str | None, otlp: str | None, *, json: bool, quiet: bool
+) -> int:
     clock = SystemClock()
     place = directory_at(settings.directory, RealFilesystem(), clock)
     place.open()
@@ -112,14 +127,22 @@ def _deliver(settings: Settings, give_up_s: float | None, metrics: str | None, o
     finally:
         deliverer.stop(_STOP_S)
         shown.close()
-    found = together(deliverer.sinks())
-    left = place.account()
+    _say(deliverer.sinks(), place.account().sealed_files, json=json)
+    return Exit.DONE if done else Exit.PARTLY
+
+
+def _say(sinks: dict[str, SinkStats], waiting_files: int, *, json: bool) -> None:
+    """What was done, at the end."""
+    found = together(sinks)
+    several = {name: sink for name, sink in sinks.items() if name != ONLY}
+    if json:
+        print_json(Outcome(waiting_files=waiting_files, total=found, sinks=several))
+        return
     out.print(
         f"delivered {found.delivered} ({found.duplicates} were there already), dead letters {found.dead}, "
-        f"damaged {found.quarantined}; {left.sealed_files} files wait" + (f"; {found.state}" if found.state.reason else ""),
+        f"damaged {found.quarantined}; {waiting_files} files wait" + (f"; {found.state}" if found.state.reason else ""),
         markup=False,
     )
-    return Exit.DONE if done else Exit.PARTLY
 
 
 def _is_stuck(deliverer: Here) -> bool:

@@ -13,6 +13,7 @@ from pillarbox.cli.app import (
     DirectoryOption,
     EventTypeOption,
     Exit,
+    JsonOption,
     QuietOption,
     SinkOption,
     app,
@@ -27,6 +28,13 @@ from pillarbox.errors import InvalidEvent
 from pillarbox.outbox import Outbox
 
 
+class Taken(msgspec.Struct, frozen=True):
+    """The shape of `pillarbox enqueue --json`; on standard error with --ack."""
+
+    accepted: int
+    refused: int
+
+
 @app.command("enqueue")
 def enqueue(
     file: Annotated[typer.FileBinaryRead, typer.Argument(metavar="[FILE|-]", help="One event as a JSON object a line.")] = "-",  # type: ignore[assignment]  # typer opens what the default names
@@ -37,6 +45,7 @@ def enqueue(
     batch_size: Annotated[int | None, typer.Option(help="Events a sealed file.", show_default=False)] = None,
     max_bytes: Annotated[str | None, typer.Option(help="Pending bytes at the most, e.g. 512Mi.", show_default=False)] = None,
     ack: Annotated[bool, typer.Option("--ack", help="Print each event's id once it is accepted.")] = False,
+    json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
     """Store events from a file or from standard input, one JSON object a line.
@@ -77,7 +86,9 @@ def enqueue(
             refused += 1
             if refused <= REPORTED_MAX:
                 err.print(f"line {number}: {problem}", markup=False)
-    if not quiet or refused:
+    if json:
+        (sys.stderr if ack else sys.stdout).write(msgspec.json.encode(Taken(accepted, refused)).decode() + "\n")
+    elif not quiet or refused:
         more = f" (the first {REPORTED_MAX} are named above)" if refused > REPORTED_MAX else ""
         (err if ack else out).print(f"accepted {accepted}, refused {refused}{more}", markup=False)
     return Exit.PARTLY if refused else Exit.DONE

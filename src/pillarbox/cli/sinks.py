@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
@@ -45,6 +45,16 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True):
     asked_for: bool  # it is made by the next deliverer that knows it, and begins with what waits
 
 
+class Changed(msgspec.Struct, frozen=True, kw_only=True):
+    """What `pillarbox sinks add`, `remove` and `rename` print with --json."""
+
+    sink: str
+    done: Literal["asked_for", "asked_for_no_more", "removed", "renamed"]
+    files: int = 0  # that waited for a sink that is removed
+    handed_back: bool = False  # these files: a single sink has them; otherwise they are given up
+    new: str = ""  # another name
+
+
 @sinks.command("list")
 def list_queues(directory: DirectoryOption = None, config: ConfigOption = None, json: JsonOption = False) -> int:
     """Show the queue of each sink. Safe at any time; with one sink there is none."""
@@ -67,7 +77,7 @@ def list_queues(directory: DirectoryOption = None, config: ConfigOption = None, 
 
 
 @sinks.command("add")
-def add(name: NameArgument, directory: DirectoryOption = None, config: ConfigOption = None) -> int:
+def add(name: NameArgument, directory: DirectoryOption = None, config: ConfigOption = None, json: JsonOption = False) -> int:
     """Have a new sink begin with what waits now. Without this, one that is named newly begins with what is sealed then.
 
     Only notes it: the next process that delivers with this name among its sinks makes the queue.
@@ -78,8 +88,8 @@ def add(name: NameArgument, directory: DirectoryOption = None, config: ConfigOpt
     if name in {queue.sink for queue in place.queues()}:
         raise UsageError(f"{name} has a queue already")
     place.ask_for(name)
-    out.print(f"{name} begins with what waits, once a process delivers to it: --sink {name}=URL", markup=False)
-    return Exit.DONE
+    text = f"{name} begins with what waits, once a process delivers to it: --sink {name}=URL"
+    return _say(Changed(sink=name, done="asked_for"), text, json=json)
 
 
 @sinks.command("remove")
@@ -89,6 +99,7 @@ def remove(
     config: ConfigOption = None,
     discard: Annotated[bool, typer.Option("--discard", help="Give up what waits for it.")] = False,
     hand_back: Annotated[bool, typer.Option("--hand-back", help="Of the last one: let a single sink have what waits.")] = False,
+    json: JsonOption = False,
 ) -> int:
     """Remove a sink's queue, once nobody delivers to it any more, and say what becomes of what waits there.
 
@@ -98,8 +109,7 @@ def remove(
     place.finish_removing()
     if name in place.asked_for():
         place.ask_no_more_for(name)
-        out.print(f"{name} is not asked for any more", markup=False)
-        return Exit.DONE
+        return _say(Changed(sink=name, done="asked_for_no_more"), f"{name} is not asked for any more", json=json)
     with _held(place, name, alone=hand_back) as queue:
         found = queue.account()
         if found.dead_files or found.corrupt_files:
@@ -119,8 +129,8 @@ def remove(
         _note_renamed(place, name, "")
         queue.remove_queue()
     what = "handed back" if hand_back else "given up"
-    out.print(f"{name} removed" + (f"; {files} {what}" if found.sealed_files else ""), markup=False)
-    return Exit.DONE
+    text = f"{name} removed" + (f"; {files} {what}" if found.sealed_files else "")
+    return _say(Changed(sink=name, done="removed", files=found.sealed_files, handed_back=hand_back), text, json=json)
 
 
 @sinks.command("rename")
@@ -129,6 +139,7 @@ def rename(
     new: Annotated[str, typer.Argument(metavar="NEW", help="What it is called from now on.")],
     directory: DirectoryOption = None,
     config: ConfigOption = None,
+    json: JsonOption = False,
 ) -> int:
     """Give a sink's queue another name, once nobody delivers to it any more."""
     place = _place(directory, config)
@@ -139,7 +150,14 @@ def rename(
     with _held(place, name) as queue:
         _note_renamed(place, name, new)
         queue.rename_queue(new)
-    out.print(f"{name} is {new} now", markup=False)
+    return _say(Changed(sink=name, done="renamed", new=new), f"{name} is {new} now", json=json)
+
+
+def _say(changed: Changed, text: str, *, json: bool) -> int:
+    if json:
+        print_json(changed)
+    else:
+        out.print(text, markup=False)
     return Exit.DONE
 
 

@@ -88,7 +88,11 @@ class Fleet:
         for thread in threads:
             thread.worker.end()
         ended = [thread.stop(max(0.0, deadline - self._clock.monotonic())) for thread in threads]
-        return all(ended) and not self._thread.is_alive()
+        if self._thread.is_alive():
+            return False
+        self._beat(now=True)  # how it ended
+        self._lease.release()
+        return all(ended)
 
     def sinks(self) -> dict[str, SinkStats]:
         """How each sink stands; trouble with handing over is every sink's."""
@@ -127,7 +131,6 @@ class Fleet:
             wait = self._round()
             self._work.wait(wait)
         self._round()
-        self._lease.release()
 
     def _round(self) -> float:
         """Adopt and hand over, if that is this process's; seconds until the next round."""
@@ -162,9 +165,9 @@ class Fleet:
         self._beat()
         return not self._stopping.is_set() or self._clock.monotonic() < self._hands_over_until
 
-    def _beat(self) -> None:
+    def _beat(self, *, now: bool = False) -> None:
         stands = together(self.sinks())
-        self._lease.beat(stands.state, stands.delivered, stands.last_error)
+        self._lease.beat(stands.state, stands.delivered, stands.last_error, now=now)
 
     def _adopt(self) -> None:
         now = self._clock.micros()
