@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import threading
 
 import pytest
@@ -78,8 +77,8 @@ def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(place: Director
     assert worker.idle.wait(10)
     assert thread.stop(5)
     said = [entry.message for entry in caplog.records if entry.message.startswith("test: ")]
-    assert [re.sub(r"[\d,]+ events/s", "N events/s", line) for line in said] == [
+    assert said == [
         "test: waiting: busy (delivered 0, dead letters 0, failed attempts 1)",
         "test: stopped: no such table (delivered 0, dead letters 0, failed attempts 3)",
-        "test: draining: paced: N events/s (delivered 0, dead letters 0, failed attempts 3)",
+        "test: draining (delivered 0, dead letters 0, failed attempts 3)",
     ]

@@ -73,12 +73,15 @@ def run_and_strike(number: int, strike: Strike, action: Callable[[], object]) ->
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         return local if seen < number else PENDING
 
-    before = sys.gettrace()
+    before, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()  # hypothesis times collections by a callback, and an interrupt that comes within it is lost
     sys.settrace(every)
     try:
         action()
     finally:
         sys.settrace(before)
+        if collects:
+            gc.enable()
     return seen
 
 
