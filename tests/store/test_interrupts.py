@@ -38,6 +38,7 @@ from pillarbox.outcome import ENQUEUED
 from pillarbox.store import directory as directory_module
 from pillarbox.store import reader
 from pillarbox.store import writer as writer_module
+from tests.conftest import wait_until
 from tests.store.stage import (
     CALLERS,
     INNER,
@@ -339,7 +340,7 @@ def test_thousands_of_signal_handlers_that_enqueue_lose_nothing(tmp_path: Path) 
 
 def test_garbage_that_enqueues_whenever_it_is_collected_loses_nothing(tmp_path: Path) -> None:
     """In whichever thread that is."""
-    stage = Stage(tmp_path / "outbox", SystemClock(), batch_size=5)
+    stage = Stage(tmp_path / "outbox", SystemClock(), batch_size=5, max_bytes=2**30)
 
     class Node:
         def __init__(self) -> None:
@@ -358,7 +359,12 @@ def test_garbage_that_enqueues_whenever_it_is_collected_loses_nothing(tmp_path: 
             stage.put(10**9 + number)
     finally:
         gc.set_threshold(*before)
-        gc.collect()
+
+    def all_is_collected() -> bool:
+        gc.collect()  # does nothing while the other thread is at it
+        return sum(number < 10**9 for number in stage.attempted) == 20_000
+
+    wait_until(all_is_collected, 20)
     assert sum(number < 10**9 for number in stage.accepted) > 10_000
     check_for_real(stage)
     stage.over = True
