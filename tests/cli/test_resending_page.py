@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 from pathlib import Path
 
+from tests.cli.pages import as_run, without_what_differs
 from tests.cli.test_commands import run
-from tests.cli.test_mending_page import without_what_differs
 from tests.kept.stage import sealed
 
 PAGE = Path(__file__).parents[2] / "docs" / "resending.md"
@@ -24,15 +23,7 @@ def session(folder: Path) -> str:
         if not first:
             shutil.copy(folder / "events.db", folder / "copy.db")
     shutil.move(folder / "copy.db", folder / "events.db")
-
-    def output(match: re.Match[str]) -> str:
-        printed = []
-        for command in re.findall(r"^\$ pillarbox (.*)$", match[0], re.MULTILINE):
-            done = run(*shlex.split(command), cwd=folder)
-            printed.append(f"$ pillarbox {command}\n{(done.stdout + done.stderr).decode()}")
-        return "```console\n" + "".join(printed) + "```"
-
-    return re.sub(r"```console\n.*?```", output, PAGE.read_text(), flags=re.DOTALL)
+    return as_run(PAGE, folder)
 
 
 def test_the_page_on_resending_says_what_the_commands_print(tmp_path: Path) -> None:

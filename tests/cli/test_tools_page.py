@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 from pillarbox import Outbox
-from tests.cli.test_commands import run
-from tests.cli.test_mending_page import without_what_differs
+from tests.cli.pages import as_run, without_what_differs
 from tests.conftest import event
 
 PAGE = Path(__file__).parents[2] / "docs" / "tools.md"
@@ -24,15 +22,7 @@ def session(folder: Path) -> str:
             outbox.enqueue(event(number, scope_id="shop", user_id=user, occurred_at_micros=TEN + number * 1_000_000))
         members = {"event_key": "buy", "scope_id": "shop", "user_id": "u-1", "metadata_json": '{"cents":1999}'}
         outbox.enqueue(event(4, occurred_at_micros=TEN + 4_000_000, **members))
-
-    def output(match: re.Match[str]) -> str:
-        printed = []
-        for command in re.findall(r"^\$ pillarbox (.*)$", match[0], re.MULTILINE):
-            done = run(*shlex.split(command), cwd=folder)
-            printed.append(f"$ pillarbox {command}\n{(done.stdout + done.stderr).decode()}")
-        return "```console\n" + "".join(printed) + "```"
-
-    return re.sub(r"```console\n.*?```", output, PAGE.read_text(), flags=re.DOTALL)
+    return as_run(PAGE, folder)
 
 
 def test_the_page_on_the_tools_says_what_the_commands_print(tmp_path: Path) -> None:
