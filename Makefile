@@ -15,7 +15,7 @@ test:
 	@tools/check
 
 bench:
-	@tools/environment test
+	@tools/environment bench
 	@.venv/bin/python -m bench
 
 MINUTES = 10
@@ -28,6 +28,7 @@ PIN = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes
 requirements:
 	$(PIN) --extra cli --extra spacetimedb requirements/run.in pyproject.toml --output-file requirements/run.txt
 	$(PIN) --all-extras requirements/test.in pyproject.toml --output-file requirements/test.txt
+	$(PIN) --all-extras --constraints requirements/test.txt requirements/bench.in pyproject.toml --output-file requirements/bench.txt
 
 clean:
 	rm -rf .venv build dist var .mypy_cache .ruff_cache .pytest_cache
