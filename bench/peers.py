@@ -1,0 +1,359 @@
+"""Accepting one event a call, beside what else keeps events in a file, and beside the SDKs that keep them in memory.
+
+A contestant opens its store in a directory, gives a call that accepts one event, and closes the store. Encoding is part of the
+call; whatever takes bytes or text gets those of the same encoder.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from bench import sample
+from bench.plan import Column, Contestant, Goal, Section
+from pillarbox import Outbox, TrackingEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from bench.plan import Figures, Place, Round
+    from pillarbox.outcome import Durability
+
+    Put = Callable[[], object]
+    Open = Callable[[Path], AbstractContextManager["Opened"]]
+
+ROUNDS = 4
+SECONDS = 0.9  # at most, for each of the two loops
+EVENTS = 100_000  # likewise
+WARM_EVENTS, WARM_SECONDS = 500, 0.1  # before anything counts
+CHUNK, CHUNK_SLOW = 100, 5  # events between two looks at the clock; 100 is also what the SDKs send in one request
+NOBODY: Final = "http://127.0.0.1:9"  # where the SDKs would send to, if they sent
+ONE: Final = sample.event()
+PROPERTIES: Final = {"path": "/a/b", "ms": 12}
+
+encode = msgspec.json.Encoder().encode
+now = time.perf_counter_ns
+
+
+class Opened(NamedTuple):
+    """A store that accepts events."""
+
+    put: Put
+    forget: Put = int  # after each CHUNK, unmeasured: what a consumer would have taken away
+
+
+# What others are measured against
+
+
+@contextmanager
+def pillarbox(place: Path, durability: Durability = "process") -> Iterator[Opened]:
+    with Outbox(str(place), durability=durability) as outbox:
+        yield Opened(partial(outbox.enqueue, ONE))
+
+
+@contextmanager
+def floor(place: Path) -> Iterator[Opened]:
+    fd, write = os.open(place / "events.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.write
+    yield Opened(lambda: write(fd, encode(ONE)))
+    os.close(fd)
+
+
+@contextmanager
+def sqlite(place: Path, synchronous: str) -> Iterator[Opened]:
+    with closing(sqlite3.connect(place / "events.db", isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute(f"PRAGMA synchronous = {synchronous}")
+        database.execute("CREATE TABLE event (id INTEGER PRIMARY KEY, body BLOB NOT NULL)")
+        execute = database.execute
+        yield Opened(lambda: execute("INSERT INTO event (body) VALUES (?)", (encode(ONE),)))
+
+
+# Queues from PyPI
+
+
+@contextmanager
+def persist_queue_file(place: Path) -> Iterator[Opened]:
+    import persistqueue
+
+    put = persistqueue.Queue(str(place), tempdir=str(place)).put
+    yield Opened(lambda: put(encode(ONE)))
+
+
+@contextmanager
+def persist_queue_sqlite(place: Path) -> Iterator[Opened]:
+    import persistqueue
+
+    with closing(persistqueue.SQLiteQueue(str(place), auto_commit=True)) as queue:
+        put = queue.put
+        yield Opened(lambda: put(encode(ONE)))
+
+
+@contextmanager
+def diskcache_deque(place: Path) -> Iterator[Opened]:
+    import diskcache
+
+    deque = diskcache.Deque(directory=str(place))
+    append = deque.append
+    yield Opened(lambda: append(encode(ONE)))
+    deque.cache.close()
+
+
+@contextmanager
+def litequeue(place: Path) -> Iterator[Opened]:
+    import litequeue
+
+    queue = litequeue.LiteQueue(str(place / "queue.db"))
+    put = queue.put
+    yield Opened(lambda: put(encode(ONE).decode()))
+    queue.conn.close()
+
+
+class _Msgspec:
+    """What localqueue is to encode with: Python's own json would cost it more."""
+
+    dumps = staticmethod(encode)
+    loads = staticmethod(msgspec.json.decode)
+
+
+@contextmanager
+def localqueue(place: Path, durability: str = "RELAXED") -> Iterator[Opened]:
+    import localqueue
+
+    mode = localqueue.DurabilityMode[durability]
+    with localqueue.SimpleQueue(str(place), durability=mode, serializer=_Msgspec()) as queue:
+        yield Opened(partial(queue.put, ONE))
+
+
+@contextmanager
+def sqloutbox(place: Path) -> Iterator[Opened]:
+    import sqloutbox
+
+    outbox = sqloutbox.Outbox(place / "outbox.db", "events")
+    enqueue = outbox.enqueue
+    yield Opened(lambda: enqueue("page_view", encode(ONE)))
+    outbox._write_conn.close()
+
+
+@contextmanager
+def logstash_async(place: Path) -> Iterator[Opened]:
+    from logstash_async.database import DatabaseCache
+
+    add = DatabaseCache(str(place / "cache.db")).add_event
+    yield Opened(lambda: add(encode(ONE).decode()))
+
+
+# SDKs, in memory. They are made not to send, so that no consumer runs; then told that they do, so that they fill their queue.
+
+
+@contextmanager
+def segment(_place: Path) -> Iterator[Opened]:
+    from segment.analytics.client import Client
+
+    client = Client("key", host=NOBODY, send=False)
+    client.send = True
+    properties = PROPERTIES | {"scope_kind": ONE.scope_kind, "scope_id": ONE.scope_id}
+    yield Opened(partial(client.track, ONE.user_id, ONE.event_key, properties), client.queue.queue.clear)
+
+
+@contextmanager
+def posthog(_place: Path) -> Iterator[Opened]:
+    from posthog import Posthog
+
+    client = Posthog("key", host=NOBODY, send=False)
+    client.send = True
+    properties = PROPERTIES | {"scope_kind": ONE.scope_kind, "scope_id": ONE.scope_id}
+    put = partial(client.capture, ONE.event_key, distinct_id=ONE.user_id, properties=properties)
+    yield Opened(put, client.queue.queue.clear)
+
+
+@contextmanager
+def made_in_the_call(place: Path) -> Iterator[Opened]:
+    with Outbox(str(place)) as outbox:
+        enqueue = outbox.enqueue
+        yield Opened(
+            lambda: enqueue(
+                TrackingEvent(
+                    event_key="page_view",
+                    scope_kind="Site",
+                    scope_id="site-1",
+                    user_id="user-12345",
+                    metadata_json=encode(PROPERTIES).decode(),
+                )
+            )
+        )
+
+
+# Measuring
+
+
+def tree_bytes(place: Path) -> int:
+    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+
+
+def mean_us(opened: Opened, chunk: int, seconds: float, events: int) -> tuple[float, int]:
+    """Microseconds an event of calls one after another, and how many there were."""
+    put, spent, count = opened.put, 0, 0
+    while spent < seconds * 1e9 and count < events:
+        began = now()
+        for _ in range(chunk):
+            put()
+        spent += now() - began
+        count += chunk
+        opened.forget()
+    return spent / count / 1e3, count
+
+
+def single_calls(opened: Opened, chunk: int, seconds: float, events: int) -> list[int]:
+    """Nanoseconds of each call, in ascending order."""
+    took: list[int] = []
+    put, until = opened.put, now() + int(seconds * 1e9)
+    while now() < until and len(took) < events:
+        for _ in range(chunk):
+            began = now()
+            put()
+            took.append(now() - began)
+        opened.forget()
+    return sorted(took)
+
+
+def accepting(opening: Open, *, on_disk: bool = True) -> Callable[[Place], Figures]:
+    """One round of a contestant."""
+
+    def run(place: Place) -> Figures:
+        seconds, events = (SECONDS / 10, EVENTS // 50) if place.quick else (SECONDS, EVENTS)
+        with opening(place.own) as opened:
+            warm, until = 0, now() + int(WARM_SECONDS * 1e9)
+            while warm < WARM_EVENTS and now() < until:
+                opened.put()
+                warm += 1
+            chunk = CHUNK if warm == WARM_EVENTS else CHUNK_SLOW
+            opened.forget()
+            mean, count = mean_us(opened, chunk, seconds, events)
+            took = single_calls(opened, chunk, seconds, events)
+        at = {"median_us": 0.5, "p99_us": 0.99, "p999_us": 0.999}
+        figures = {"mean_us": mean} | {name: took[int(len(took) * part)] / 1e3 for name, part in at.items()}
+        if on_disk:
+            stored, put = tree_bytes(place.own), warm + count + len(took)
+            if stored < put * len(encode(ONE)):
+                raise AssertionError(f"{put} events are not in {stored} bytes")
+            figures["bytes"] = stored / put
+        os.sync()  # the next contestant's syncs are not to wait for what this one leaves to be written
+        return figures
+
+    return run
+
+
+def fastest(others: tuple[Contestant, ...], ours: str, metric: str) -> Callable[[Round], float]:
+    """How many times less than the least of the others ours takes."""
+    return lambda found: min(found[other.name][metric] for other in others) / found[ours][metric]
+
+
+OURS, READY, MADE = "Pillarbox", "Pillarbox, a ready event", "Pillarbox, event made in the call"
+FROM_PYPI: Final = (
+    Contestant("persist-queue, files", accepting(persist_queue_file), ("persist-queue",)),
+    Contestant("diskcache.Deque", accepting(diskcache_deque), ("diskcache",)),
+    Contestant("litequeue", accepting(litequeue), ("litequeue",)),
+    Contestant("localqueue", accepting(localqueue), ("localqueue",)),
+    Contestant("sqloutbox", accepting(sqloutbox), ("sqloutbox",)),
+)
+SEGMENT = Contestant("Segment track(), in memory", accepting(segment, on_disk=False), ("segment-analytics-python",))
+POSTHOG = Contestant("PostHog capture(), in memory", accepting(posthog, on_disk=False), ("posthog",))
+LATENCIES: Final = (
+    Column("mean_us", "mean us", 2),
+    Column("median_us", "median us", 2),
+    Column("p99_us", "p99 us", 1),
+    Column("p999_us", "p99.9 us", 1),
+)
+BYTES = Column("bytes", "bytes an event", 0)
+
+QUEUES = Section(
+    key="queues",
+    title="Accepting one event, beside other queues in local files",
+    about=(
+        "One thread, one event a call. Each call encodes the same event (281 bytes of JSON, the same encoder on all sides) "
+        "and returns when the event survives a kill of the process at any moment. That is what all of these promise, and not "
+        "more: counted with strace, none syncs each event. persist-queue's files are flushed for each event and synced every "
+        "hundred; diskcache.Deque, litequeue, localqueue (with its default DurabilityMode.RELAXED) and sqloutbox are SQLite "
+        "in WAL mode with synchronous=NORMAL, synced at checkpoints. All have their default settings; localqueue is given "
+        "the common encoder in place of Python's json. The mean is of calls one after another, the percentiles are of "
+        "calls that are timed one by one; both loops end after 0.9 seconds or 100,000 events. Pillarbox seals its files "
+        "meanwhile. Bytes are what lies in the directory once the queue is closed."
+    ),
+    rounds=ROUNDS,
+    contestants=(
+        Contestant("encode + os.write", accepting(floor), ("msgspec",)),
+        Contestant(OURS, accepting(pillarbox)),
+        Contestant("sqlite3, WAL, NORMAL", accepting(partial(sqlite, synchronous="NORMAL"))),
+        *FROM_PYPI,
+    ),
+    columns=(*LATENCIES, BYTES),
+    goals=tuple(
+        Goal(
+            f"times faster than the fastest queue from PyPI, {name}",
+            fastest(FROM_PYPI, OURS, metric),
+            bound,
+            at_least=True,
+        )
+        for name, metric, bound in (("median", "median_us", 5), ("p99", "p99_us", 20))
+    ),
+    chart="median_us",
+)
+
+SYNCED = Section(
+    key="synced",
+    title="Accepting one event that is synced alone, beside other queues in local files",
+    about=(
+        "As above, but each call returns when its event survives a loss of power as well: counted with strace, each of these "
+        "syncs at least once an event. persist-queue's SQLite queue and the plain sqlite3 use WAL with synchronous=FULL, as "
+        "does localqueue with DurabilityMode.DURABLE; python-logstash-async's database has a rollback journal and is opened "
+        "anew for each event, by a thread that logging does not wait for. All of them wait for the disk, and nobody "
+        "is faster than that; what sharing a sync between callers gives is another section. Some hundred events are "
+        "a round: where they are fewer than 1,000, p99.9 is the slowest."
+    ),
+    rounds=ROUNDS,
+    contestants=(
+        Contestant("Pillarbox, power", accepting(partial(pillarbox, durability="power"))),
+        Contestant("sqlite3, WAL, FULL", accepting(partial(sqlite, synchronous="FULL"))),
+        Contestant("persist-queue, SQLite", accepting(persist_queue_sqlite), ("persist-queue",)),
+        Contestant("localqueue, DURABLE", accepting(partial(localqueue, durability="DURABLE")), ("localqueue",)),
+        Contestant("python-logstash-async", accepting(logstash_async), ("python-logstash-async",)),
+    ),
+    columns=(*LATENCIES, BYTES),
+    chart="median_us",
+)
+
+TRACKING = Section(
+    key="tracking",
+    title="Accepting one event, beside analytics SDKs that keep it in memory",
+    about=(
+        "One thread, one event a call: the same user, name, scope and properties. The SDKs put the event into their "
+        "queue in memory and no more: their consumers, which would encode and send in a thread of the same process, "
+        "do not run, and what they would have taken is taken away unmeasured. Pillarbox has the event in a file when "
+        "the call returns, and seals its files meanwhile. It is measured twice: with an event made in the call from "
+        "the same arguments, id and time made as well, as the SDKs do; and with an event that is ready, as in the "
+        "other sections."
+    ),
+    rounds=ROUNDS,
+    contestants=(
+        Contestant(MADE, accepting(made_in_the_call)),
+        Contestant(READY, accepting(pillarbox)),
+        SEGMENT,
+        POSTHOG,
+    ),
+    columns=LATENCIES,
+    goals=tuple(
+        Goal(f"times faster than {peer.name}, {what}, mean", fastest((peer,), ours, "mean_us"), bound, at_least=True)
+        for what, ours in (("event made in the call", MADE), ("a ready event", READY))
+        for peer, bound in ((SEGMENT, 5), (POSTHOG, 20))
+    ),
+    chart="mean_us",
+)
+SECTIONS: Final = (QUEUES, SYNCED, TRACKING)
