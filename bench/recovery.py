@@ -1,7 +1,8 @@
 """A destination that comes back after an outage, simulated: where all who have waited call at once, and where they are paced.
 
-No time passes, and nothing is random but for the seed: the same seed gives the same figures. `python -m bench recovery` prints
-them and writes them into `docs/pacing.md`, and the plot into `docs/recovery.svg`.
+No time passes, and nothing is random but for the seed: the same seed gives the same figures on any machine, so that
+`make bench` leaves it out. `python -m bench.recovery` prints them, and writes them into `docs/pacing.md` and the plot into
+`docs/recovery.svg`.
 
 The server serves one call after the other. A call that nobody waits for any more is served all the same, as servers do: that is
 what makes the collapse. The clients are Pillarbox's own decisions (`policy`, `backoff`, `pacing`), told the simulation's time.
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 DOCS: Final = Path(__file__).parents[1] / "docs"
 PAGE: Final = DOCS / "pacing.md"
 PLOT: Final = DOCS / "recovery.svg"
-BEGIN: Final = "<!-- python -m bench recovery -->\n"
+BEGIN: Final = "<!-- python -m bench.recovery -->\n"
 END: Final = "<!-- end -->\n"
 SEEDS: Final = (1, 2, 3, 4, 5)
 
@@ -347,11 +348,13 @@ def with_table(text: str, found: Mapping[str, Sequence[Figures]]) -> str:
     return before + BEGIN + table(found) + END + rest.split(END)[1]
 
 
-def measure(place: Path, quick: bool) -> None:
-    """Print the figures; without `quick`, write them and the plot into the documents."""
-    del place
-    found = results(SEEDS[:1] if quick else SEEDS)
-    print(f"\na destination that comes back, simulated\n{table(found)}", end="")
-    if not quick:
-        PAGE.write_text(with_table(PAGE.read_text(), found))
-        PLOT.write_text(plot(found))
+def main() -> None:
+    """Print the figures, and write them and the plot into the documents."""
+    found = results(SEEDS)
+    print(table(found), end="")
+    PAGE.write_text(with_table(PAGE.read_text(), found))
+    PLOT.write_text(plot(found))
+
+
+if __name__ == "__main__":
+    main()

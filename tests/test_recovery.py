@@ -61,7 +61,7 @@ def test_the_same_seed_gives_the_same_figures() -> None:
 
 
 def test_the_documents_have_the_figures_of_the_run() -> None:
-    """Mend them with `python -m bench recovery`."""
+    """Mend them with `python -m bench.recovery`."""
     page = recovery.PAGE.read_text()
     assert recovery.with_table(page, found()) == page
     plot = recovery.plot(found())
