@@ -1,44 +1,74 @@
-"""`make bench`: runs every measurement and prints it. `python -m bench accept` runs one; `--quick` with less of everything."""
+"""`make bench`: every section, printed, and with every figure of every round in `var/bench/results.json`.
+
+`python -m bench accept power` runs some. Exit code 1: something could not be measured; goals that are missed do not count.
+"""
 
 from __future__ import annotations
 
-import platform
-import shutil
-import sqlite3
+import argparse
+import random
+import signal
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import msgspec
+from bench import page, results, sections, words
+from bench.machine import ROOT
+from bench.run import Options, run
 
-from bench import accept, drain, draining, power, recovery, scale, spacetimedb
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
-MEASUREMENTS = {
-    "accept": accept.measure,
-    "power": power.measure,
-    "drain": drain.measure,
-    "draining": draining.measure,
-    "spacetimedb": spacetimedb.measure,
-    "scale": scale.measure,
-    "recovery": recovery.measure,
-}
-PLACE = Path(__file__).parents[1] / "var" / "bench"
+PLACE = ROOT / "var" / "bench"
 
 
-def main() -> None:
-    """Measure what was named, or everything."""
-    chosen = [name for name in sys.argv[1:] if not name.startswith("-")] or list(MEASUREMENTS)
-    quick = "--quick" in sys.argv
-    print(
-        f"{platform.platform()}, {platform.machine()}, CPython {platform.python_version()}, "
-        f"msgspec {msgspec.__version__}, SQLite {sqlite3.sqlite_version}"
-    )
-    for name in chosen:
-        shutil.rmtree(PLACE, ignore_errors=True)
-        PLACE.mkdir(parents=True)
-        try:
-            MEASUREMENTS[name](PLACE, quick)
-        finally:
-            shutil.rmtree(PLACE, ignore_errors=True)
+def main(arguments: Sequence[str], known: Sequence[str] = sections.MODULES, place: Path = PLACE) -> int:
+    """Measure what was named, or everything; returns the exit code."""
+    modules = {sections.load(module).key: module for module in known}
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures, side by side, in one run.")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(modules)}; all of them by default")
+    parser.add_argument("--quick", action="store_true", help="with less of everything: to see that it runs")
+    parser.add_argument("--seed", type=int, help="of the orders; at random by default")
+    parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md, its charts and docs/benchmarks.json")
+    typed = parser.parse_args(arguments)
+    for key in typed.sections:
+        if key not in modules:
+            parser.error(f"there is no section {key}; there are {', '.join(modules)}")
+    seed = random.SystemRandom().randrange(2**32) if typed.seed is None else typed.seed
+    place.mkdir(parents=True, exist_ok=True)
+    options = Options(place, seed, typed.quick, lambda text: print(text, flush=True))
+    found = run([modules[key] for key in typed.sections or modules], options)
+    (place / "results.json").write_bytes(results.encode(found))
+    show(found)
+    print(f"\nEvery figure: {place / 'results.json'}")
+    if typed.page:
+        page.write(found, ROOT / "docs")
+    return 1 if any(section.failed for section in found.sections) else 0
 
 
-main()
+def show(found: results.Results) -> None:
+    """A table of each section, and its goals."""
+    print(f"\n{found.began}, seed {found.seed}, {words.minutes(found.seconds)}{', quick' if found.quick else ''}")
+    for name, value in words.machine(found):
+        print(f"  {name}: {value}")
+    for section in found.sections:
+        print(f"\n{section.title}: {words.rounds(section)}, {words.minutes(section.seconds)}; median (least to most)")
+        rows = [["", *(column.heading for column in section.columns)]]
+        for name in section.contestants:
+            cells = [(column, section.spread(name, column.metric)) for column in section.columns]
+            rows.append([name, *("" if one is None else words.spread(one, column.digits) for column, one in cells)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print(
+                f"  {row[0]:{widths[0]}}  "
+                + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            )
+        for name, reason in section.failed.items():
+            print(f"  {name}: NOT MEASURED: {reason}")
+        for goal in section.goals:
+            print(f"  {words.verdict(goal):12} {goal.text}: {words.found(goal)}; goal: {words.bound(goal)}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no child is left behind
+    sys.exit(main(sys.argv[1:]))

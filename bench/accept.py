@@ -1,155 +1,283 @@
-"""How long `enqueue` takes: one thread, default settings, sealing included, beside loops that encode and write, or only write.
-
-The rare slow ones are held against the loop that only writes: what the disk and the machine do to it, they do to anybody.
-"""
+"""How long `enqueue` takes, sealing included: beside the floor, by threads, by processes, from an asyncio loop."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import multiprocessing
 import os
-import shutil
-import statistics
 import threading
-import time
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from itertools import repeat
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from bench import sample
-from pillarbox import Outbox
+from bench.plan import Column, Contestant, Goal, Section, figure, ratio
+from bench.timing import WARM, figures, now, timed, untimed
+from pillarbox import Outbox, TrackingEvent
+from pillarbox.event import new_event_id, now_micros
 from pillarbox.store import record
-from pillarbox.store.filesystem import RealFilesystem
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
+    from multiprocessing.connection import Connection
+    from multiprocessing.synchronize import Barrier
 
-ROUNDS = 7
-GOAL = 2.0  # of mean and median, to the loop that encodes and writes
-GOAL_P999 = 3.0  # to the loop that only writes
-now = time.perf_counter_ns
+    from bench.plan import Figures, Place
 
-
-class Timing(NamedTuple):
-    """Microseconds for one event."""
-
-    mean: float
-    median: float
-    p99: float
-    p999: float
+MANY = 100  # events of one `enqueue_many`
+THREADS = 8
+TURN_S = 60  # that callers wait for one another at most
+T = TypeVar("T")
 
 
-def timing_of(nanoseconds: list[int]) -> Timing:
-    """Mean and percentiles."""
-    ordered = sorted(nanoseconds)
-    count = len(ordered)
-    at = (ordered[count // 2], ordered[int(count * 0.99)], ordered[int(count * 0.999)])
-    return Timing(sum(ordered) / count / 1e3, *(value / 1e3 for value in at))
+def _count(place: Place) -> int:
+    """Events of each of the two loops of a round."""
+    return 20_000 if place.quick else 300_000
 
 
-def floor(place: Path, count: int) -> Timing:
-    """Only msgspec and `os.write`."""
-    one, encode, write = sample.event(), msgspec.json.Encoder().encode, os.write
-    fd = os.open(place / "floor.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+@contextlib.contextmanager
+def _opened(place: Place) -> Iterator[int]:
+    fd = os.open(place.own / "floor.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def floor(place: Place) -> Figures:
+    """Only msgspec and `os.write`, without a function around them."""
+    one, encode, write, count = sample.event(), msgspec.json.Encoder().encode, os.write, _count(place)
     took = [0] * count
-    for index in range(count):
+    with _opened(place) as fd:
+        for _ in repeat(None, WARM):
+            write(fd, encode(one))
         began = now()
-        write(fd, encode(one))
-        took[index] = now() - began
-    os.close(fd)
-    os.unlink(place / "floor.ndjson")
-    return timing_of(took)
+        for _ in repeat(None, count):
+            write(fd, encode(one))
+        mean_us = (now() - began) / count / 1e3
+        for index in range(count):
+            began = now()
+            write(fd, encode(one))
+            took[index] = now() - began
+    return figures(mean_us, took)
 
 
-def only_write(place: Path, count: int) -> Timing:
-    """Only `os.write`, of the same line."""
-    line, write = record.line(msgspec.json.encode(sample.event())), os.write
-    fd = os.open(place / "write.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    took = [0] * count
-    for index in range(count):
+def only_write(place: Place) -> Figures:
+    """Only `os.write`, of the line as it is on disk."""
+    line, count = record.line(msgspec.json.encode(sample.event())), _count(place)
+    with _opened(place) as fd:
+        write = partial(os.write, fd)
+        untimed(write, line, WARM)
+        mean_us = untimed(write, line, count)
+        return figures(mean_us, timed(write, line, count))
+
+
+@contextlib.contextmanager
+def _outbox(place: Place, events: int) -> Iterator[Outbox]:
+    """With default settings, and warm. A round in which not every event came to be on disk is none."""
+    outbox = Outbox(str(place.own / "outbox"))
+    untimed(outbox.enqueue, sample.event(), WARM)
+    yield outbox
+    outbox.close(60)
+    _all_on_disk(place, events + WARM)
+
+
+def _all_on_disk(place: Place, events: int) -> None:
+    found = sum(file.read_bytes().count(b"\n") for file in (place.own / "outbox").glob("sealed-*"))
+    if found != events:
+        raise RuntimeError(f"{found} of {events} events are on disk")
+
+
+def enqueue(place: Place) -> Figures:
+    """One thread; also how long it takes from the last event until everything is sealed."""
+    one, count = sample.event(), _count(place)
+    with _outbox(place, 2 * count) as outbox:
+        mean_us = untimed(outbox.enqueue, one, count)
+        took = timed(outbox.enqueue, one, count)
         began = now()
-        write(fd, line)
-        took[index] = now() - began
-    os.close(fd)
-    os.unlink(place / "write.ndjson")
-    return timing_of(took)
+        outbox.close(60)
+        return {**figures(mean_us, took), "sealed_ms": (now() - began) / 1e6}
 
 
-def enqueue(place: Path, count: int) -> tuple[Timing, float]:
-    """An outbox with default settings; also the seconds from the last `enqueue` until its file is sealed."""
-    one = sample.event()
-    outbox = Outbox(str(place / "outbox"), max_bytes=2**40)
-    outbox.enqueue(one)
-    put = outbox.enqueue
-    took = [0] * count
-    for index in range(count):
-        began = now()
-        put(one)
-        took[index] = now() - began
+def made(place: Place) -> Figures:
+    """One thread, which makes each event: ten members, a new id and the time among them."""
+    count = _count(place)
+    with _outbox(place, 2 * count) as outbox:
+        put = outbox.enqueue
+
+        def make(path: str) -> None:
+            put(
+                TrackingEvent(
+                    event_key="page_view", scope_kind="Site", scope_id="site-1", user_id="user-12345", metadata_json=path
+                )
+            )
+
+        mean_us = untimed(make, sample.event().metadata_json, count)
+        return figures(mean_us, timed(make, sample.event().metadata_json, count))
+
+
+def many(place: Place) -> Figures:
+    """A hundred events a call; the mean is an event's, median and tails are a call's."""
+    events, count = [sample.event()] * MANY, _count(place)
+    with _outbox(place, 2 * count) as outbox:
+        mean_us = untimed(outbox.enqueue_many, events, count // MANY) / MANY
+        return figures(mean_us, timed(outbox.enqueue_many, events, count // MANY))
+
+
+def threads(place: Place) -> Figures:
+    """Eight threads of one outbox."""
+    one, each = sample.event(), _count(place) // THREADS
+    with _outbox(place, 2 * each * THREADS) as outbox:
+        mean_us, _ = _together(lambda: untimed(outbox.enqueue, one, each), each)
+        _, took = _together(lambda: timed(outbox.enqueue, one, each), each)
+        return figures(mean_us, [ns for found in took for ns in found])
+
+
+def _together(call: Callable[[], T], each: int) -> tuple[float, list[T]]:
+    """Microseconds an event while threads call at once, and what each call gave."""
+    found: list[T] = []
+    ready = threading.Barrier(THREADS + 1, timeout=TURN_S)
+
+    def caller() -> None:
+        ready.wait()
+        found.append(call())
+
+    callers = [threading.Thread(target=caller) for _ in range(THREADS)]
+    for thread in callers:
+        thread.start()
+    ready.wait()
     began = now()
-    outbox.close(60)
-    sealed = (now() - began) / 1e9
-    shutil.rmtree(place / "outbox")
-    return timing_of(took), sealed
+    for thread in callers:
+        thread.join()
+    took = now() - began
+    assert len(found) == THREADS
+    return took / each / THREADS / 1e3, found
 
 
-def syncs(place: Path, count: int) -> tuple[int, int]:
-    """How many syncs sealing takes meanwhile, and how many of them are on the thread that calls `enqueue`."""
-    seen: list[int] = []
+def processes(number: int, place: Place) -> Figures:
+    """Processes with an outbox each, on one directory."""
+    each = _count(place) // number
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(number)
+    pipes = [context.Pipe(duplex=False) for _ in range(number)]
+    callers = [context.Process(target=_one_of_them, args=(place, each, ready, answers)) for _, answers in pipes]
+    for caller in callers:
+        caller.start()
+    spans, took = [], []
+    for answer, _ in pipes:
+        if not answer.poll(TURN_S):
+            raise RuntimeError("a process does not answer")
+        span, calls = answer.recv()
+        spans.append(span)
+        took += calls
+    for caller in callers:
+        caller.join()
+    _all_on_disk(place, number * (2 * each + WARM))
+    wall = max(ended for _, ended in spans) - min(began for began, _ in spans)
+    return figures(wall / each / number / 1e3, took)
 
-    class Watched(RealFilesystem):
-        def sync_data(self, fd: int) -> None:
-            seen.append(threading.get_ident())
-            super().sync_data(fd)
 
-        def sync_directory(self, path: str) -> None:
-            seen.append(threading.get_ident())
-            super().sync_directory(path)
-
+def _one_of_them(place: Place, each: int, ready: Barrier, answers: Connection) -> None:
+    """The clock is the same in all processes."""
     one = sample.event()
-    outbox = Outbox(str(place / "outbox"), max_bytes=2**40)
-    outbox._filesystem.__class__ = Watched
-    seen.clear()
-    for _ in range(count):
-        outbox.enqueue(one)
+    outbox = Outbox(str(place.own / "outbox"))
+    untimed(outbox.enqueue, one, WARM)
+    ready.wait(TURN_S)
+    began = now()
+    untimed(outbox.enqueue, one, each)
+    ended = now()
+    ready.wait(TURN_S)
+    took = timed(outbox.enqueue, one, each)
     outbox.close(60)
-    shutil.rmtree(place / "outbox")
-    return len(seen), seen.count(threading.get_ident())
+    answers.send(((began, ended), took))
 
 
-def measure(place: Path, quick: bool) -> None:
-    """Print all of them, and the ratios of each round."""
-    count = 50_000 if quick else 300_000
-    print(f"\naccept: {ROUNDS} rounds of {count:,} events, in turn; microseconds an event")
-    floors: list[Timing] = []
-    writes: list[Timing] = []
-    ours: list[Timing] = []
-    sealing: list[float] = []
-    for number in range(ROUNDS):
-        for step in (0, 1, 2) if number % 2 else (2, 1, 0):
-            if step == 0:
-                floors.append(floor(place, count))
-            elif step == 1:
-                timing, seconds = enqueue(place, count)
-                ours.append(timing)
-                sealing.append(seconds)
-            else:
-                writes.append(only_write(place, count))
-    for name, timings in (("os.write", writes), ("encode + os.write", floors), ("enqueue", ours)):
-        middle = Timing(*map(statistics.median, zip(*timings, strict=True)))
-        print(
-            f"  {name:18} mean {middle.mean:5.2f}  median {middle.median:5.2f}  p99 {middle.p99:6.1f}  p99.9 {middle.p999:6.1f}"
-        )
-    for field, base, label, goal in (
-        ("mean", floors, "encode + os.write", GOAL),
-        ("median", floors, "encode + os.write", GOAL),
-        ("p999", writes, "os.write", GOAL_P999),
-    ):
-        ratios = sorted(getattr(b, field) / getattr(a, field) for a, b in zip(base, ours, strict=True))
-        print(
-            f"  ratio of {field} to {label}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
-            f"goal: at most {goal:g}"
-        )
-    print(f"  from the last event until everything is sealed: {statistics.median(sealing) * 1e3:.0f} ms")
-    in_all, mine = syncs(place, count // 10)
-    print(
-        f"  syncs while {count // 10:,} events are accepted and sealed: {in_all:,}, on the thread that calls: {mine}; goal: 0"
-    )
+def loop(place: Place) -> Figures:
+    """One coroutine that awaits each event."""
+    one, count = sample.event(), _count(place)
+
+    async def run(outbox: Outbox) -> Figures:
+        put = outbox.enqueue_async
+        began = now()
+        for _ in repeat(None, count):
+            await put(one)
+        mean_us = (now() - began) / count / 1e3
+        took = [0] * count
+        for index in range(count):
+            began = now()
+            await put(one)
+            took[index] = now() - began
+        return figures(mean_us, took)
+
+    with _outbox(place, 2 * count) as outbox:
+        return asyncio.run(run(outbox))
+
+
+def ids_and_times(place: Place) -> Figures:
+    """What an event has by default: a new id, and the time."""
+    count = _count(place)
+    began = now()
+    for _ in repeat(None, count):
+        new_event_id()
+        now_micros()
+    mean_us = (now() - began) / count / 1e3
+    took = [0] * count
+    for index in range(count):
+        began = now()
+        new_event_id()
+        now_micros()
+        took[index] = now() - began
+    return figures(mean_us, took)
+
+
+FLOOR, WRITE, ENQUEUE, MANY_EACH = "encode + os.write", "os.write", "enqueue", f"enqueue_many({MANY})"
+ONE_PROCESS, PROCESSES, IDS = "enqueue, 1 process", "enqueue, 4 processes", "an id and the time"
+
+ABOUT = """
+Default settings (`durability="process"`), sealing included; the event is a ready one of 281 bytes as JSON, unless it is
+made in the call. Nothing is delivered. The floor is a loop that encodes the same event with msgspec and calls `os.write`,
+with no function around it. Each round has 300,000 events in a loop without a clock, which gives the mean and the events a
+second, and 300,000 in one that reads the clock at each call, which gives median and tails (and costs 0.05 to 0.1 us a call,
+on all sides). Of several callers the mean is the time in all by the number of events in all; of `enqueue_many` median and
+tails are those of a call with its 100 events. After each round every event is counted on disk. "Sealed" is the time from
+the last event until all files are synced and renamed and the outbox is closed.
+"""
+
+SECTION = Section(
+    key="accept",
+    title="Accepting events",
+    about=ABOUT,
+    rounds=7,
+    contestants=(
+        Contestant(WRITE, only_write),
+        Contestant(FLOOR, floor),
+        Contestant(ENQUEUE, enqueue, ours=True),
+        Contestant("event made, and enqueue", made, ours=True),
+        Contestant(MANY_EACH, many, ours=True),
+        Contestant(f"enqueue, {THREADS} threads", threads, ours=True),
+        Contestant(ONE_PROCESS, partial(processes, 1), ours=True),
+        Contestant(PROCESSES, partial(processes, 4), ours=True),
+        Contestant("await enqueue_async", loop, ours=True),
+        Contestant(IDS, ids_and_times, ours=True),
+    ),
+    columns=(
+        Column("mean_us", "mean, us an event", 2),
+        Column("median_us", "median, us a call", 2),
+        Column("p99_us", "p99, us", 1),
+        Column("p999_us", "p99.9, us", 1),
+        Column("per_s", "events/s", 0),
+        Column("sealed_ms", "sealed, ms", 0),
+    ),
+    goals=(
+        Goal("`enqueue`, one thread, mean: of the floor", ratio(ENQUEUE, FLOOR, "mean_us"), 1.5),
+        Goal(f"`{MANY_EACH}`, an event: of a single `enqueue`", ratio(MANY_EACH, ENQUEUE, "mean_us"), 0.5),
+        Goal(
+            "4 processes on one directory, events a second: of one", ratio(PROCESSES, ONE_PROCESS, "per_s"), 1.6, at_least=True
+        ),
+        Goal("an id and the time", figure(IDS, "mean_us"), 0.5, unit="us"),
+    ),
+    chart="mean_us",
+)

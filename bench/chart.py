@@ -1,8 +1,9 @@
-"""A chart of a few lines as SVG, for the documents: nothing but text, the same bytes for the same numbers."""
+"""Charts as SVG, for the documents: nothing but text, the same bytes for the same numbers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import math
+from typing import TYPE_CHECKING, Final, NamedTuple
 from xml.sax.saxutils import escape
 
 if TYPE_CHECKING:
@@ -14,16 +15,29 @@ COLOURS: Final = ("#c0392b", "#e08e0b", "#1f77b4", "#2e8b57")  # told apart by t
 DASHES: Final = ("", "7 4", "2 3", "10 3 2 3")
 TICKS: Final = 5
 
+BAR, GAP = 16, 10  # pixels
+LETTER: Final = 7.0  # pixels that a letter takes at most, on average
+BAR_RIGHT: Final = 90  # beside the longest bar, for its number
+BAR_OURS, BAR_THEIRS = "#1f77b4", "#9aa5b1"
+LOGARITHMIC_FROM: Final = 20  # so many times the smallest value: the small ones could not be told apart
+
+
+class Bar(NamedTuple):
+    """A median, and how far the rounds spread."""
+
+    name: str
+    value: float
+    least: float
+    most: float
+    text: str  # the number, as it is to be read
+    ours: bool
+
 
 def lines(title: str, curves: Mapping[str, Sequence[float]], x_max: float) -> str:
     """A chart of curves of evenly spaced numbers, from 0 to `x_max`."""
     top = _round_up(max(max(curve) for curve in curves.values()))
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="22" font-size="14">{escape(title)}</text>',
-    ]
+    parts = _begin(HEIGHT, title, LEFT)
     for tick in range(TICKS + 1):
         y = TOP + high - high * tick / TICKS
         x = LEFT + wide * tick / TICKS
@@ -46,6 +60,73 @@ def lines(title: str, curves: Mapping[str, Sequence[float]], x_max: float) -> st
         ]
         at += 60 + 7 * len(name)
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def bars(title: str, values: Sequence[Bar]) -> str:
+    """Horizontal bars, with a line from the least to the most; all values are above zero."""
+    left = 20 + math.ceil(LETTER * max(len(bar.name) for bar in values))
+    wide, high = WIDTH - left - BAR_RIGHT, len(values) * (BAR + GAP)
+    axis = _Axis(values, left, wide)
+    height = TOP + high + 34
+    parts = _begin(height, f"{title}, logarithmic" if axis.is_logarithmic else title, 12)
+    for tick in axis.ticks():
+        x = axis.at(tick)
+        parts += [
+            f'<line x1="{x:.1f}" y1="{TOP - 6}" x2="{x:.1f}" y2="{TOP + high}" stroke="#ddd"/>',
+            f'<text x="{x:.1f}" y="{TOP + high + 16}" text-anchor="middle" fill="#555">{tick:,.12g}</text>',
+        ]
+    for number, bar in enumerate(values):
+        y = TOP + number * (BAR + GAP)
+        middle = y + BAR / 2
+        least, most = axis.at(bar.least), axis.at(bar.most)
+        end = axis.at(bar.value)
+        colour = BAR_OURS if bar.ours else BAR_THEIRS
+        parts += [
+            f'<text x="{left - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(bar.name)}</text>',
+            f'<rect x="{left}" y="{y}" width="{end - left:.1f}" height="{BAR}" fill="{colour}"/>',
+            f'<path d="{_whisker(least, most, middle)}" stroke="#222" fill="none"/>',
+            f'<text x="{max(end, most) + 6:.1f}" y="{middle + 4:.1f}">{escape(bar.text)}</text>',
+        ]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+class _Axis:
+    """Where a value is, from left to right."""
+
+    def __init__(self, values: Sequence[Bar], left: float, wide: float) -> None:
+        self._left, self._wide = left, wide
+        least, self._top = min(bar.value for bar in values), max(bar.most for bar in values)
+        self.is_logarithmic = max(bar.value for bar in values) > LOGARITHMIC_FROM * least
+        lowest = min(bar.least for bar in values)
+        self._from = 10.0 ** math.floor(math.log10(lowest) - 0.1) if self.is_logarithmic else 0.0
+
+    def at(self, value: float) -> float:
+        """In pixels."""
+        if self.is_logarithmic:
+            return self._left + self._wide * math.log(value / self._from) / math.log(self._top / self._from)
+        return self._left + self._wide * value / self._top
+
+    def ticks(self) -> list[float]:
+        """Powers of ten, or a few even steps."""
+        if self.is_logarithmic:
+            first, last = round(math.log10(self._from)), math.floor(math.log10(self._top))
+            return [10.0**power for power in range(first, last + 1)]
+        rough = self._top / TICKS
+        magnitude = 10.0 ** math.floor(math.log10(rough))
+        step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough)
+        return [step * number for number in range(int(self._top / step) + 1)]
+
+
+def _whisker(least: float, most: float, y: float) -> str:
+    return f"M{least:.1f} {y:.1f}H{most:.1f}M{least:.1f} {y - 4:.1f}v8M{most:.1f} {y - 4:.1f}v8"
+
+
+def _begin(height: int, title: str, left: int) -> list[str]:
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="22" font-size="14">{escape(title)}</text>',
+    ]
 
 
 def _round_up(number: float) -> float:

@@ -1,14 +1,10 @@
-"""How long `enqueue` takes while a backlog is delivered: in the same process, in a child of it, and by another service.
-
-The control is a loop that encodes and writes, beside a thread that decodes the same lines and gives way every 50 of them: what
-sharing the interpreter with a deliverer costs anybody who writes one in Python.
-"""
+"""How long `enqueue` takes while a backlog is delivered: in the same process, in a child of it, and by another service."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -19,45 +15,90 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from bench import sample
-from bench.accept import Timing, timing_of
+from bench.plan import Column, Contestant, Goal, Section, ratio
+from bench.timing import figures, now
 from pillarbox import Outbox, TrackingEvent
+from pillarbox.store import record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-ROUNDS = 5
-SECONDS = 2.0  # of each round, at most
+    from bench.plan import Figures, Place
+
+FILES = 1500
+SLICE_NS = 50_000_000
+SLICES = 30  # at most; fewer where the backlog is gone before
+SLICES_MIN = 4
 GIVE_WAY_EVERY = 50
-GOAL = 2.0  # of the 99.9th percentile in the same process, to the control's
-now = time.perf_counter_ns
+START_S = 30  # for a deliverer to begin
 
 
 class _Line(msgspec.Struct):
     event: TrackingEvent
 
 
-def timed(put: Callable[[], object]) -> Timing:
-    """What one call after the other takes, for a while."""
+def prepare(shared: Path, quick: bool) -> None:
+    """The backlog."""
+    sample.sealed_files(shared / "backlog", 300 if quick else FILES)
+
+
+def _timed(put: Callable[[], object], place: Place, goes_on: Callable[[], bool] = lambda: True) -> Figures:
+    """What one call after the other takes, while what else is to go on does. The slice in which it ended does not count."""
     took: list[int] = []
-    end = now() + int(SECONDS * 1e9)
-    began = now()
-    while began < end:
-        put()
-        after = now()
-        took.append(after - began)
-        began = after
-    return timing_of(took)
+    wanted = SLICES_MIN if place.quick else SLICES
+    spent = slices = 0
+    while slices < wanted:
+        piece: list[int] = []
+        began = first = now()
+        end = began + SLICE_NS
+        while began < end:
+            put()
+            after = now()
+            piece.append(after - began)
+            began = after
+        if not goes_on():
+            break
+        took += piece
+        spent += began - first
+        slices += 1
+    if slices < SLICES_MIN:
+        raise RuntimeError(f"the backlog was gone after {slices} slices of {SLICE_NS / 1e9:g} s")
+    return figures(spent / len(took) / 1e3, took)
 
 
-def control(backlog: Path, place: Path) -> Timing:
+@contextlib.contextmanager
+def _file(place: Place) -> Iterator[int]:
+    fd = os.open(place.own / "lines.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def only_write(place: Place) -> Figures:
+    """`os.write`, with nothing beside it."""
+    line = record.line(msgspec.json.encode(sample.event()))
+    with _file(place) as fd:
+        return _timed(lambda: os.write(fd, line), place)
+
+
+def idle(place: Place) -> Figures:
+    """`enqueue`, with nothing to deliver."""
+    one = sample.event()
+    with Outbox(str(place.own / "outbox"), max_bytes=2**40) as outbox:
+        put = outbox.enqueue
+        return _timed(lambda: put(one), place)
+
+
+def control(place: Place) -> Figures:
     """`msgspec` and `os.write`, beside a thread that reads and decodes the backlog over and over."""
     stop = threading.Event()
     decode = msgspec.json.Decoder(_Line).decode
 
     def work() -> None:
-        while not stop.is_set():
-            for file in sorted(backlog.iterdir()):
+        while True:
+            for file in sorted((place.shared / "backlog").iterdir()):
                 for number, line in enumerate(file.read_bytes().splitlines()):
                     decode(line)
                     if number % GIVE_WAY_EVERY == 0:
@@ -66,93 +107,117 @@ def control(backlog: Path, place: Path) -> Timing:
                     return
 
     one, encode, write = sample.event(), msgspec.json.Encoder().encode, os.write
-    fd = os.open(place / "control.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     thread = threading.Thread(target=work)
-    thread.start()
+    with _file(place) as fd:
+        thread.start()
+        try:
+            return _timed(lambda: write(fd, encode(one)), place)
+        finally:
+            stop.set()
+            thread.join()
+
+
+class _Backlog:
+    """A copy to be delivered. Files go in order: while the last is there, there is more to do."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.directory = place.own / "outbox"
+        shutil.copytree(place.shared / "backlog", self.directory)
+        os.sync()  # writing the copy back is not to be measured
+        self._names = sorted(os.listdir(self.directory))
+        self._last = self.directory / self._names[-1]
+
+    def _goes_on(self) -> bool:
+        """Whether there is something left to deliver."""
+        return self._last.exists()
+
+    def _left(self) -> int:
+        """How many files."""
+        return len(set(self._names) & set(os.listdir(self.directory)))
+
+    def _wait_for_the_first(self) -> None:
+        """Until the deliverer is at work."""
+        first, until = self.directory / self._names[0], time.monotonic() + START_S
+        while first.exists():
+            if time.monotonic() > until:
+                raise RuntimeError("nothing is delivered")
+            time.sleep(0.001)
+
+    def measure(self, put: Callable[[], object]) -> Figures:
+        """Also how fast it is delivered meanwhile: otherwise the figures say nothing."""
+        self._wait_for_the_first()
+        left, began = self._left(), now()
+        found = _timed(put, self._place, self._goes_on)
+        delivered = (left - self._left()) * sample.BATCH
+        return {**found, "delivered_per_s": delivered / (now() - began) * 1e9}
+
+
+def here(deliver: Literal["thread", "process"], place: Place) -> Figures:
+    """Delivered by a thread of this process, or by its child."""
+    one, backlog = sample.event(), _Backlog(place)
+    sink = f"sqlite:///{place.own / 'events.db'}"
+    outbox = Outbox(str(backlog.directory), sink=sink, deliver=deliver, max_bytes=2**40)
+    put = outbox.enqueue
+    assert put(one)
+    found = backlog.measure(lambda: put(one))
+    outbox.close(0.1)
+    return found
+
+
+def service(place: Place) -> Figures:
+    """Delivered by `pillarbox deliver`."""
+    one, backlog = sample.event(), _Backlog(place)
+    command = [sys.executable, "-m", "pillarbox", "deliver", "-d", str(backlog.directory), "-q"]
+    outbox = Outbox(str(backlog.directory), max_bytes=2**40)
+    put = outbox.enqueue
+    assert put(one)
+    deliverer = subprocess.Popen([*command, "--sink", f"sqlite:///{place.own / 'events.db'}"], stdout=subprocess.DEVNULL)
     try:
-        return timed(lambda: write(fd, encode(one)))
+        return backlog.measure(lambda: put(one))
     finally:
-        stop.set()
-        thread.join()
-        os.close(fd)
-        os.unlink(place / "control.ndjson")
+        deliverer.kill()
+        deliverer.wait()
+        outbox.close(1)
 
 
-def here(deliver: Literal["thread", "process"], backlog: Path, place: Path) -> tuple[Timing, int]:
-    """Also how many events were delivered meanwhile: otherwise the figure says nothing."""
-    shutil.copytree(backlog, place / "outbox")
-    one = sample.event()
-    database = place / "events.db"
-    outbox = Outbox(str(place / "outbox"), sink=f"sqlite:///{database}", deliver=deliver, max_bytes=2**40)
-    outbox.enqueue(one)
-    while not database.exists():
-        time.sleep(0.001)
-    put, before = outbox.enqueue, outbox.stats().delivered
-    timing = timed(lambda: put(one))
-    delivered = outbox.stats().delivered - before
-    outbox.close(60)
-    return timing, delivered
+WRITE, CONTROL = "os.write, idle", "encode + os.write, beside a decoder"
+THREAD, CHILD, SERVICE = "enqueue, same process", 'enqueue, deliver="process"', "enqueue, pillarbox deliver"
 
+ABOUT = """
+`enqueue` in a loop for 1.5 s while files of 500 events each go into SQLite: by a thread of the same process, by its child
+(`deliver="process"`), and by a service of its own (`pillarbox deliver`). The control is a loop of encode and `os.write`
+beside a thread that decodes the same lines and gives way (`sleep(0)`) every 50 of them: what sharing the interpreter with a
+deliverer costs anybody who writes one in Python. The interpreter's switch interval is never touched. Every call is timed;
+what was measured after the backlog was gone does not count.
+"""
 
-def own_process(backlog: Path, place: Path) -> tuple[Timing, int]:
-    """The same, delivered by `pillarbox deliver`."""
-    shutil.copytree(backlog, place / "outbox")
-    command = [sys.executable, "-m", "pillarbox", "deliver", "-d", str(place / "outbox"), "-q"]
-    one = sample.event()
-    outbox = Outbox(str(place / "outbox"), max_bytes=2**40)
-    before = outbox.stats().pending_files
-    deliverer = subprocess.Popen([*command, "--sink", f"sqlite:///{place / 'events.db'}"], stdout=subprocess.DEVNULL)
-    try:
-        while not (place / "events.db").exists():
-            time.sleep(0.01)
-        outbox.enqueue(one)
-        put = outbox.enqueue
-        timing = timed(lambda: put(one))
-        left = sum(name.name in set(os.listdir(place / "outbox")) for name in backlog.iterdir())
-    finally:
-        deliverer.terminate()
-        deliverer.wait(30)
-        outbox.close(60)
-    return timing, (before - left) * sample.BATCH
-
-
-def measure(place: Path, quick: bool) -> None:
-    """Print all of them in turn, and the ratios of each round."""
-    rounds = 2 if quick else ROUNDS
-    files = 1200
-    backlog = place / "backlog"
-    sample.sealed_files(backlog, files)
-    print(f"\nenqueue while draining into SQLite: {rounds} rounds of {SECONDS:g} s, in turn; microseconds an event")
-    found: dict[str, list[Timing]] = {"control": [], "same": [], "child": [], "own": []}
-    delivered: dict[str, list[int]] = {"same": [], "child": [], "own": []}
-    ways: dict[str, Callable[[Path, Path], tuple[Timing, int]]] = {
-        "same": partial(here, "thread"),
-        "child": partial(here, "process"),
-        "own": own_process,
-    }
-    for number in range(rounds):
-        for name in found if number % 2 else reversed(found):
-            at = place / "round"
-            at.mkdir()
-            if name == "control":
-                found[name].append(control(backlog, at))
-            else:
-                timing, count = ways[name](backlog, at)
-                found[name].append(timing)
-                delivered[name].append(count)
-            shutil.rmtree(at)
-    labels = {"control": "beside a decoder", "same": "same process", "child": "its child", "own": "another service"}
-    for name, label in labels.items():
-        middle = Timing(*map(statistics.median, zip(*found[name], strict=True)))
-        also = f"; {statistics.median(delivered[name]) / SECONDS:,.0f} events/s delivered" if name in delivered else ""
-        print(
-            f"  {label:18} mean {middle.mean:6.2f}  median {middle.median:5.2f}  p99 {middle.p99:7.1f}  "
-            f"p99.9 {middle.p999:7.1f}{also}"
-        )
-    for name, label, goal in (
-        ("same", "in the same process", f"; goal: at most {GOAL:g}"),
-        ("child", 'in a child (deliver="process")', ""),
-        ("own", "by another service", ""),
-    ):
-        ratios = sorted(b.p999 / a.p999 for a, b in zip(found["control"], found[name], strict=True))
-        print(f"  ratio of p99.9 {label}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}){goal}")
+SECTION = Section(
+    key="draining",
+    title="Accepting events while a backlog is delivered",
+    about=ABOUT,
+    rounds=5,
+    contestants=(
+        Contestant(WRITE, only_write),
+        Contestant(CONTROL, control),
+        Contestant("enqueue, idle", idle, ours=True),
+        Contestant(THREAD, partial(here, "thread"), ours=True),
+        Contestant(CHILD, partial(here, "process"), ours=True),
+        Contestant(SERVICE, service, ours=True),
+    ),
+    columns=(
+        Column("mean_us", "mean, us a call", 2),
+        Column("median_us", "median, us", 2),
+        Column("p99_us", "p99, us", 1),
+        Column("p999_us", "p99.9, us", 1),
+        Column("delivered_per_s", "delivered, events/s", 0),
+    ),
+    goals=(
+        Goal("p99.9, same process: of the control", ratio(THREAD, CONTROL, "p999_us"), 2.0),
+        Goal('p99.9, `deliver="process"`: of the idle `os.write` loop', ratio(CHILD, WRITE, "p999_us"), 3.0),
+        Goal("p99.9, `pillarbox deliver`: of the idle `os.write` loop", ratio(SERVICE, WRITE, "p999_us"), 3.0),
+    ),
+    prepare=prepare,
+    chart="p999_us",
+    budget_s=120,
+)

@@ -12,6 +12,10 @@ Figures = Mapping[str, float]  # metric -> what one round of one contestant gave
 Round = Mapping[str, Figures]  # contestant -> its figures in one round
 
 
+class NotHere(Exception):  # noqa: N818 - no error: something that is needed is not to be had on this machine
+    """Raised by a contestant that cannot be measured here; the message says what is missing."""
+
+
 class Place(NamedTuple):
     """Where one round of one contestant works."""
 
@@ -26,6 +30,7 @@ class Contestant(NamedTuple):
     name: str  # in tables and charts; unique within the section
     run: Callable[[Place], Figures]
     packages: tuple[str, ...] = ()  # distributions whose versions are to be recorded
+    ours: bool = False  # drawn in another colour
 
 
 class Column(NamedTuple):
@@ -43,6 +48,7 @@ class Goal(NamedTuple):
     ratio: Callable[[Round], float]
     bound: float
     at_least: bool = False  # otherwise at most
+    unit: str = "x"  # of a figure that is no ratio: "us", "MiB"
 
 
 class Section(NamedTuple):
@@ -57,8 +63,18 @@ class Section(NamedTuple):
     goals: tuple[Goal, ...] = ()
     prepare: Callable[[Path, bool], None] | None = None  # once, into an empty directory; True: with less of everything
     chart: str = ""  # the metric that is drawn as bars; "" draws none
+    budget_s: float = 240.0  # after ROUNDS_MIN rounds, none begins that would not fit into it
+    timeout_s: float = 90.0  # of one round of one contestant, and of `prepare`
+
+
+ROUNDS_MIN = 3
 
 
 def ratio(one: str, other: str, metric: str) -> Callable[[Round], float]:
     """A contestant's figure divided by another's."""
     return lambda found: found[one][metric] / found[other][metric]
+
+
+def figure(one: str, metric: str) -> Callable[[Round], float]:
+    """A contestant's figure itself, for a goal that has a unit."""
+    return lambda found: found[one][metric]

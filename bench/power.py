@@ -8,136 +8,184 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import statistics
 import threading
-import time
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from bench import sample
+from bench.plan import Column, Contestant, Goal, Section
+from bench.timing import now, tails
 from pillarbox import Outbox
 from pillarbox.store import record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+    from bench.plan import Figures, Place, Round
     from pillarbox.outcome import Durability
 
-ROUNDS = 9
 THREADS = 64
 COROUTINES = 1000
-GOAL = 0.7
-SYNCS = 500  # of the lone loop, a round
-now = time.perf_counter
+AT_ONCE = 10  # events between two looks at whether the time is up
 
 
-class Round(NamedTuple):
-    """Events a second."""
-
-    bare: float
-    lone: float
-    threads_process: float
-    threads_power: float
-    coroutines_process: float
-    coroutines_power: float
+def _seconds(place: Place) -> float:
+    """Of each of the two loops of a round."""
+    return 0.1 if place.quick else 0.7
 
 
-def bare(place: Path, syncs: int) -> float:
-    """`os.write` and `os.fdatasync`, one line at a time."""
-    line = record.line(b'{"x":"' + b"x" * 280 + b'"}')
-    fd = os.open(place / "bare", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    began = now()
-    for _ in range(syncs):
+class _Caller:
+    """Calls until the time is up; counts, or times each call."""
+
+    def __init__(self, seconds: float, *, clocked: bool) -> None:
+        self.stop = now() + int(seconds * 1e9)
+        self.clocked = clocked
+        self.took: list[int] = []
+        self.count = 0
+
+    def call(self, put: Callable[[], object]) -> None:
+        """In a thread."""
+        while now() < self.stop:
+            for _ in range(AT_ONCE):
+                began = now() if self.clocked else 0
+                assert put()
+                if self.clocked:
+                    self.took.append(now() - began)
+            self.count += AT_ONCE
+
+    async def call_async(self, outbox: Outbox) -> None:
+        """In a coroutine."""
+        one = sample.event()
+        while now() < self.stop:
+            for _ in range(AT_ONCE):
+                began = now() if self.clocked else 0
+                assert await outbox.enqueue_async(one)
+                if self.clocked:
+                    self.took.append(now() - began)
+            self.count += AT_ONCE
+
+
+def _rate(callers: list[_Caller], began: int) -> float:
+    return sum(caller.count for caller in callers) / (now() - began) * 1e9
+
+
+def _by_threads(put: Callable[[], object], number: int, place: Place) -> Figures:
+    found: dict[bool, list[_Caller]] = {}
+    rates = {}
+    for clocked in (False, True):
+        began = now()
+        found[clocked] = [_Caller(_seconds(place), clocked=clocked) for _ in range(number)]
+        threads = [threading.Thread(target=caller.call, args=(put,)) for caller in found[clocked]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rates[clocked] = _rate(found[clocked], began)
+    return {"per_s": rates[False], **tails(ns for caller in found[True] for ns in caller.took)}
+
+
+def bare(place: Place) -> Figures:
+    """`os.write` and `os.fdatasync`, one line at a time, in one loop."""
+    line = record.line(msgspec.json.encode(sample.event()))
+    fd = os.open(place.own / "bare", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def put() -> bool:
         os.write(fd, line)
         os.fdatasync(fd)
-    took = now() - began
-    os.close(fd)
-    os.unlink(place / "bare")
-    return syncs / took
+        return True
 
-
-def _with_outbox(place: Path, durability: Durability, run: Callable[[Outbox], float]) -> float:
-    outbox = Outbox(str(place / "outbox"), durability=durability, max_bytes=2**40)
-    assert outbox.enqueue(sample.event())
     try:
-        return run(outbox)
+        return _by_threads(put, 1, place)
     finally:
-        outbox.close(60)
-        shutil.rmtree(place / "outbox")
+        os.close(fd)
 
 
-def lone(outbox: Outbox, syncs: int) -> float:
-    """One thread that waits for each of its events."""
-    one = sample.event()
-    began = now()
-    for _ in range(syncs):
-        assert outbox.enqueue(one)
-    return syncs / (now() - began)
-
-
-def threads(outbox: Outbox, seconds: float) -> float:
+def threads(number: int, durability: Durability, place: Place) -> Figures:
     """Threads that each wait for each of their events."""
-    one, counts = sample.event(), [0] * THREADS
-    stop = now() + seconds
-
-    def call(index: int) -> None:
-        while now() < stop:
-            for _ in range(10):
-                assert outbox.enqueue(one)
-                counts[index] += 1
-
-    callers = [threading.Thread(target=call, args=(index,)) for index in range(THREADS)]
-    began = now()
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    return sum(counts) / (now() - began)
-
-
-def coroutines(outbox: Outbox, each: int) -> float:
-    """Coroutines of one loop that each wait for each of their events."""
     one = sample.event()
+    with Outbox(str(place.own / "outbox"), durability=durability, max_bytes=2**40) as outbox:
+        assert outbox.enqueue(one)
+        return _by_threads(partial(outbox.enqueue, one), number, place)
 
-    async def call() -> None:
-        for _ in range(each):
-            assert await outbox.enqueue_async(one)
 
-    async def all_calls() -> float:
+def coroutines(durability: Durability, place: Place) -> Figures:
+    """Coroutines of one loop that each wait for each of their events."""
+
+    async def run(outbox: Outbox, *, clocked: bool) -> tuple[float, list[_Caller]]:
         began = now()
-        await asyncio.gather(*[call() for _ in range(COROUTINES)])
-        return COROUTINES * each / (now() - began)
+        callers = [_Caller(_seconds(place), clocked=clocked) for _ in range(COROUTINES)]
+        await asyncio.gather(*[caller.call_async(outbox) for caller in callers])
+        return _rate(callers, began), callers
 
-    return asyncio.run(all_calls())
+    with Outbox(str(place.own / "outbox"), durability=durability, max_bytes=2**40) as outbox:
+        assert outbox.enqueue(sample.event())
+        rate, _ = asyncio.run(run(outbox, clocked=False))
+        _, callers = asyncio.run(run(outbox, clocked=True))
+    return {"per_s": rate, **tails(ns for caller in callers for ns in caller.took)}
 
 
-def measure(place: Path, quick: bool) -> None:
-    """Print the rates and what part they are of what can be had."""
-    seconds, each, rounds = (0.5, 10, 3) if quick else (1.0, 30, ROUNDS)
-    print(f"\npower: {rounds} rounds, in turn; events a second, medians")
+BARE = "write + fdatasync"
+NAMES = {
+    (number, durability): f"{number:,} {kind}, {durability}"
+    for number, kind in ((THREADS, "threads"), (COROUTINES, "coroutines"))
+    for durability in ("process", "power")
+}
 
-    def once() -> Round:
-        return Round(
-            bare(place, SYNCS),
-            _with_outbox(place, "power", lambda outbox: lone(outbox, SYNCS // 2)),
-            _with_outbox(place, "process", lambda outbox: threads(outbox, seconds)),
-            _with_outbox(place, "power", lambda outbox: threads(outbox, seconds)),
-            _with_outbox(place, "process", lambda outbox: coroutines(outbox, each)),
-            _with_outbox(place, "power", lambda outbox: coroutines(outbox, each)),
-        )
 
-    done = [once() for _ in range(rounds)]
-    middle = Round(*map(statistics.median, zip(*done, strict=True)))
-    print(f"  write + fdatasync, one loop {middle.bare:9,.0f}   one thread under power {middle.lone:9,.0f}")
-    for callers, count in (("threads", THREADS), ("coroutines", COROUTINES)):
-        power, process = f"{callers}_power", f"{callers}_process"
-        ratios = sorted(getattr(one, power) / min(count / 2 * one.bare, getattr(one, process)) for one in done)
-        print(
-            f"  {count:5,} {callers:10} power {getattr(middle, power):9,.0f}   process {getattr(middle, process):9,.0f}   "
-            f"{count // 2} x the loop {count / 2 * middle.bare:11,.0f}"
-        )
-        print(
-            f"    ratio to the lesser of the two: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
-            f"goal: at least {GOAL}"
-        )
+def _of_the_possible(number: int) -> Callable[[Round], float]:
+    """The rate under power: of the lesser of N/2 loops of write and sync, and of the same callers under process."""
+
+    def found(figures: Round) -> float:
+        possible = min(number / 2 * figures[BARE]["per_s"], figures[NAMES[number, "process"]]["per_s"])
+        return figures[NAMES[number, "power"]]["per_s"] / possible
+
+    return found
+
+
+ABOUT = """
+`durability="power"`: every caller waits until its own event is durable (`fdatasync`), and callers share syncs. Beside a
+lone loop of `os.write` and `os.fdatasync`, and beside the same callers under `durability="process"`. What can be had is the
+lesser of N/2 events a sync (one half waits while the other's sync is under way) and what the same callers reach where
+nobody waits. Each round calls for 0.7 s in loops without a clock at each call, which gives the events a second, and for 0.7
+s with one, which gives median and tails of a call. A sync's time depends on the disk, and on a virtual machine on its
+neighbours.
+"""
+
+SECTION = Section(
+    key="power",
+    title="Waiting for power",
+    about=ABOUT,
+    rounds=7,
+    contestants=(
+        Contestant(BARE, bare),
+        Contestant("1 thread, power", partial(threads, 1, "power"), ours=True),
+        Contestant(NAMES[THREADS, "process"], partial(threads, THREADS, "process"), ours=True),
+        Contestant(NAMES[THREADS, "power"], partial(threads, THREADS, "power"), ours=True),
+        Contestant(NAMES[COROUTINES, "process"], partial(coroutines, "process"), ours=True),
+        Contestant(NAMES[COROUTINES, "power"], partial(coroutines, "power"), ours=True),
+    ),
+    columns=(
+        Column("per_s", "events/s", 0),
+        Column("median_us", "median, us a call", 0),
+        Column("p99_us", "p99, us", 0),
+        Column("p999_us", "p99.9, us", 0),
+    ),
+    goals=(
+        Goal(
+            "1,000 coroutines under power: of the lesser of 500 loops of write and sync, and themselves under process",
+            _of_the_possible(COROUTINES),
+            0.8,
+            at_least=True,
+        ),
+        Goal(
+            "64 threads under power: of the lesser of 32 loops of write and sync, and themselves under process",
+            _of_the_possible(THREADS),
+            0.7,
+            at_least=True,
+        ),
+    ),
+    chart="per_s",
+    budget_s=120,
+)

@@ -1,0 +1,147 @@
+"""`docs/benchmarks.md` and its charts, made of nothing but the results of one run; `python -m bench.page` makes them anew.
+
+The page is the only place of these figures.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from bench import chart, results, words
+from bench.machine import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from bench.results import Results, Section
+
+NAME = "benchmarks"
+LINE = 132  # letters
+BUSY = 0.5  # load at the start, from which on the page says that something else ran
+PAGE = """# Benchmarks
+
+{warnings}One run of `make bench`, everything side by side. Ratios are the message: what is compared takes turns in the same
+run. Absolute figures belong to the machine.
+
+- In each round everybody has one turn, in a random order, in a process of its own, with nothing else of the run beside it. The
+  next round has another order.
+- A figure is the median of the rounds, followed by the least and the most; bars show the median, and the thin line the spread.
+- A goal's ratio is taken within each round, and the median of these counts. A missed goal is in **bold**.
+- Every figure of every round, the orders and their seed are in [benchmarks.json](benchmarks.json); this page is made of it by
+  `bench/page.py`, and of nothing else. `make bench` writes such a file to `var/bench/results.json`; `python -m bench --page`
+  writes this page too.
+
+| | |
+| --- | --- |
+{machine}
+
+{goals}
+{sections}"""
+
+
+def files(found: Results) -> dict[str, str]:
+    """Name -> content of everything that is made of a run's results."""
+    texts = {f"{NAME}.json": results.encode(found).decode(), f"{NAME}.md": _page(found)}
+    for section in found.sections:
+        bars = _bars(section)
+        if bars:
+            texts[_chart_name(section)] = chart.bars(f"{section.title}: {_drawn(section).heading}", bars)
+    return texts
+
+
+def write(found: Results, folder: Path) -> None:
+    """Put them there; charts of sections that are no more go."""
+    texts = files(found)
+    for file in folder.glob(f"{NAME}-*.svg"):
+        if file.name not in texts:
+            file.unlink()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def _page(found: Results) -> str:
+    rows = [
+        *words.machine(found),
+        ("run", f"{found.began}, seed {found.seed}, {words.minutes(found.seconds)}"),
+    ]
+    return PAGE.format(
+        warnings="".join(f"**{text}**\n\n" for text in _warnings(found)),
+        machine="\n".join(f"| {name} | {value} |" for name, value in rows),
+        goals=_goals(found.sections),
+        sections="\n".join(_section(section) for section in found.sections),
+    )
+
+
+def _warnings(found: Results) -> Iterable[str]:
+    if found.quick:
+        yield "A quick run, with less of everything, to see that it works: these figures mean little."
+    if found.machine.load_before > BUSY:
+        yield f"Something else ran on this machine: its load was {found.machine.load_before:g} when the run began."
+
+
+def _goals(sections: Sequence[Section]) -> str:
+    """What was reached, at one glance."""
+    goals = [goal for section in sections for goal in section.goals]
+    missed = [goal for goal in goals if goal.met is False]
+    unmeasured = [goal for goal in goals if goal.met is None]
+    met = sum(goal.met is True for goal in goals)
+    text = f"Of {len(goals)} goals, {met} {'is' if met == 1 else 'are'} met.\n"
+    for label, which in (("Missed", missed), ("Not measured", unmeasured)):
+        text += "".join(f"- {label}: {goal.text}.\n" for goal in which)
+    return text
+
+
+def _section(section: Section) -> str:
+    parts = [
+        f"## {section.title}\n",
+        f"{textwrap.fill(section.about, LINE, break_on_hyphens=False)}\n",
+        f"{words.rounds(section)}; the section took {words.minutes(section.seconds)}.\n",
+    ]
+    if _bars(section):
+        parts.append(f"![{section.title}: {_drawn(section).heading}]({_chart_name(section)})\n")
+    parts.append(_table(section))
+    if section.failed:
+        parts.append("".join(f"- Not measured, or not in all rounds: {name}: {why}\n" for name, why in section.failed.items()))
+    if section.goals:
+        rows = ["| goal | bound | found |", "| --- | --- | --- |"]
+        for goal in section.goals:
+            text = words.found(goal)
+            rows.append(f"| {goal.text} | {words.bound(goal)} | {f'**{text}, missed**' if goal.met is False else text} |")
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _table(section: Section) -> str:
+    rows = [
+        "| | " + " | ".join(column.heading for column in section.columns) + " |",
+        "| --- |" + " --- |" * len(section.columns),
+    ]
+    for name in section.contestants:
+        cells = [(column, section.spread(name, column.metric)) for column in section.columns]
+        texts = ("" if found is None else words.spread(found, column.digits) for column, found in cells)
+        rows.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _chart_name(section: Section) -> str:
+    return f"{NAME}-{section.key}.svg"
+
+
+def _drawn(section: Section) -> results.Column:
+    return next(column for column in section.columns if column.metric == section.chart)
+
+
+def _bars(section: Section) -> list[chart.Bar]:
+    """None where nothing is drawn, or nothing was measured."""
+    found = [(name, section.spread(name, section.chart)) for name in section.contestants]
+    return [
+        chart.Bar(name, one.median, one.least, one.most, words.number(one.median, _drawn(section).digits), name in section.ours)
+        for name, one in found
+        if one is not None and one.least > 0
+    ]
+
+
+if __name__ == "__main__":
+    write(results.decode((ROOT / "docs" / f"{NAME}.json").read_bytes()), ROOT / "docs")

@@ -1,0 +1,83 @@
+"""A section for the tests of the benchmark's runner: some of its contestants fail."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from bench.plan import Column, Contestant, Figures, Goal, NotHere, Place, Section, ratio
+
+UNPREPARED = "PILLARBOX_TEST_UNPREPARED"  # where it is set, `prepare` fails
+LEFT_BEHIND = "PILLARBOX_TEST_LEFT_BEHIND"  # names the file that takes the ids of the processes that nobody ends
+
+
+def prepare(shared: Path, quick: bool) -> None:
+    if UNPREPARED in os.environ:
+        raise NotHere("nothing to measure with")
+    (shared / "what").write_text(f"{quick}")
+
+
+def two(place: Place) -> Figures:
+    """With a look at what was prepared and at the settings of whoever runs it."""
+    assert (place.shared / "what").read_text() == f"{place.quick}"
+    assert not [*place.own.iterdir(), *(name for name in os.environ if name == "PILLARBOX_BATCH_SIZE")]
+    (place.own / "file").touch()
+    sys.stdout.write("not an answer")
+    return {"mean_us": 2.0, "pid": os.getpid()}
+
+
+def one(place: Place) -> Figures:
+    return {"mean_us": 1.0, "pid": os.getpid()}
+
+
+def without_its_package(place: Place) -> Figures:
+    importlib.import_module("no_such_package")
+    raise AssertionError
+
+
+def without_a_server(place: Place) -> Figures:
+    raise NotHere("no server")
+
+
+def killed(place: Place) -> Figures:
+    os.write(2, b"on the way out")
+    os.kill(os.getpid(), 9)
+    raise AssertionError
+
+
+def hanging(place: Place) -> Figures:
+    """With a process of its own that would outlive it."""
+    started = subprocess.Popen(["sleep", "1000"])
+    with Path(os.environ[LEFT_BEHIND]).open("a") as file:
+        file.write(f"{started.pid}\n")
+    threading.Event().wait()
+    raise AssertionError
+
+
+SECTION = Section(
+    key="tiny",
+    title="Tiny",
+    about="Nothing\nis measured.",
+    rounds=3,
+    contestants=(
+        Contestant("one", one, packages=("msgspec", "no-such-package")),
+        Contestant("two", two, ours=True),
+        Contestant("without its package", without_its_package),
+        Contestant("without a server", without_a_server),
+        Contestant("killed", killed),
+        Contestant("hanging", hanging),
+    ),
+    columns=(Column("mean_us", "mean, us", 1),),
+    goals=(
+        Goal("of one", ratio("two", "one", "mean_us"), 2.0),
+        Goal("at least", ratio("two", "one", "mean_us"), 2.5, at_least=True),
+        Goal("of nobody", ratio("killed", "one", "mean_us"), 2.0),
+    ),
+    prepare=prepare,
+    chart="mean_us",
+    timeout_s=2.0,
+)
