@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
+    from queue import Queue
 
     from bench.plan import Figures, Place, Round
     from pillarbox.outcome import Durability
@@ -47,7 +48,7 @@ class Opened(NamedTuple):
     """A store that accepts events."""
 
     put: Put
-    forget: Put = int  # after each CHUNK, unmeasured: what a consumer would have taken away
+    take: Callable[[], int] = int  # after each CHUNK, unmeasured: what a consumer would take away; returns how many
 
 
 # What others are measured against
@@ -153,6 +154,15 @@ def logstash_async(place: Path) -> Iterator[Opened]:
 # SDKs, in memory. They are made not to send, so that no consumer runs; then told that they do, so that they fill their queue.
 
 
+def taking(queue: Queue[object]) -> Callable[[], int]:
+    def take() -> int:
+        count = len(queue.queue)
+        queue.queue.clear()
+        return count
+
+    return take
+
+
 @contextmanager
 def segment(_place: Path) -> Iterator[Opened]:
     from segment.analytics.client import Client
@@ -160,7 +170,7 @@ def segment(_place: Path) -> Iterator[Opened]:
     client = Client("key", host=NOBODY, send=False)
     client.send = True
     properties = PROPERTIES | {"scope_kind": ONE.scope_kind, "scope_id": ONE.scope_id}
-    yield Opened(partial(client.track, ONE.user_id, ONE.event_key, properties), client.queue.queue.clear)
+    yield Opened(partial(client.track, ONE.user_id, ONE.event_key, properties), taking(client.queue))
 
 
 @contextmanager
@@ -171,7 +181,7 @@ def posthog(_place: Path) -> Iterator[Opened]:
     client.send = True
     properties = PROPERTIES | {"scope_kind": ONE.scope_kind, "scope_id": ONE.scope_id}
     put = partial(client.capture, ONE.event_key, distinct_id=ONE.user_id, properties=properties)
-    yield Opened(put, client.queue.queue.clear)
+    yield Opened(put, taking(client.queue))
 
 
 @contextmanager
@@ -207,7 +217,7 @@ def mean_us(opened: Opened, chunk: int, seconds: float, events: int) -> tuple[fl
             put()
         spent += now() - began
         count += chunk
-        opened.forget()
+        opened.take()
     return spent / count / 1e3, count
 
 
@@ -220,7 +230,7 @@ def single_calls(opened: Opened, chunk: int, seconds: float, events: int) -> lis
             began = now()
             put()
             took.append(now() - began)
-        opened.forget()
+        opened.take()
     return sorted(took)
 
 
@@ -235,7 +245,8 @@ def accepting(opening: Open, *, on_disk: bool = True) -> Callable[[Place], Figur
                 opened.put()
                 warm += 1
             chunk = CHUNK if warm == WARM_EVENTS else CHUNK_SLOW
-            opened.forget()
+            if opened.take() != (0 if on_disk else warm):
+                raise AssertionError("not every call put its event into the queue")
             mean, count = mean_us(opened, chunk, seconds, events)
             took = single_calls(opened, chunk, seconds, events)
         at = {"median_us": 0.5, "p99_us": 0.99, "p999_us": 0.999}
