@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 PLACE = ROOT / "var" / "bench"
 
 
-def main(arguments: Sequence[str], known: Sequence[str] = sections.MODULES, place: Path = PLACE) -> int:
+def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, place: Path = PLACE) -> int:
     """Measure what was named, or everything; returns the exit code."""
-    modules = {sections.load(module).key: module for module in known}
+    found = sections.known(modules)
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measures, side by side, in one run.")
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(modules)}; all of them by default")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(found)}; all of them by default")
     parser.add_argument("--quick", action="store_true", help="with less of everything: to see that it runs")
     parser.add_argument("--seed", type=int, help="of the orders; at random by default")
     parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md, its charts and docs/benchmarks.json")
     typed = parser.parse_args(arguments)
     for key in typed.sections:
-        if key not in modules:
-            parser.error(f"there is no section {key}; there are {', '.join(modules)}")
+        if key not in found:
+            parser.error(f"there is no section {key}; there are {', '.join(found)}")
     seed = random.SystemRandom().randrange(2**32) if typed.seed is None else typed.seed
     place.mkdir(parents=True, exist_ok=True)
     options = Options(place, seed, typed.quick, lambda text: print(text, flush=True))
-    found = run([modules[key] for key in typed.sections or modules], options)
-    (place / "results.json").write_bytes(results.encode(found))
-    show(found)
+    measured = run([found[key] for key in typed.sections or found], options)
+    (place / "results.json").write_bytes(results.encode(measured))
+    show(measured)
     print(f"\nEvery figure: {place / 'results.json'}")
     if typed.page:
-        page.write(found, ROOT / "docs")
-    return 1 if any(section.failed for section in found.sections) else 0
+        page.write(measured, ROOT / "docs")
+    return 1 if any(section.failed for section in measured.sections) else 0
 
 
 def show(found: results.Results) -> None:

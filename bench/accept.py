@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import statistics
 import threading
 from functools import partial
 from itertools import repeat
@@ -15,7 +16,7 @@ import msgspec
 
 from bench import sample
 from bench.plan import Column, Contestant, Goal, Section, figure, ratio
-from bench.timing import WARM, figures, now, timed, untimed
+from bench.timing import WARM, Loop, Mean, figures, now, timed, untimed
 from pillarbox import Outbox, TrackingEvent
 from pillarbox.event import new_event_id, now_micros
 from pillarbox.store import record
@@ -54,15 +55,15 @@ def floor(place: Place) -> Figures:
     with _opened(place) as fd:
         for _ in repeat(None, WARM):
             write(fd, encode(one))
-        began = now()
+        loop = Loop()
         for _ in repeat(None, count):
             write(fd, encode(one))
-        mean_us = (now() - began) / count / 1e3
+        mean = loop.mean(count)
         for index in range(count):
             began = now()
             write(fd, encode(one))
             took[index] = now() - began
-    return figures(mean_us, took)
+    return figures(mean, took)
 
 
 def only_write(place: Place) -> Figures:
@@ -71,8 +72,8 @@ def only_write(place: Place) -> Figures:
     with _opened(place) as fd:
         write = partial(os.write, fd)
         untimed(write, line, WARM)
-        mean_us = untimed(write, line, count)
-        return figures(mean_us, timed(write, line, count))
+        mean = untimed(write, line, count)
+        return figures(mean, timed(write, line, count))
 
 
 @contextlib.contextmanager
@@ -95,11 +96,11 @@ def enqueue(place: Place) -> Figures:
     """One thread; also how long it takes from the last event until everything is sealed."""
     one, count = sample.event(), _count(place)
     with _outbox(place, 2 * count) as outbox:
-        mean_us = untimed(outbox.enqueue, one, count)
+        mean = untimed(outbox.enqueue, one, count)
         took = timed(outbox.enqueue, one, count)
         began = now()
         outbox.close(60)
-        return {**figures(mean_us, took), "sealed_ms": (now() - began) / 1e6}
+        return {**figures(mean, took), "sealed_ms": (now() - began) / 1e6}
 
 
 def made(place: Place) -> Figures:
@@ -115,29 +116,32 @@ def made(place: Place) -> Figures:
                 )
             )
 
-        mean_us = untimed(make, sample.event().metadata_json, count)
-        return figures(mean_us, timed(make, sample.event().metadata_json, count))
+        mean = untimed(make, sample.event().metadata_json, count)
+        return figures(mean, timed(make, sample.event().metadata_json, count))
 
 
 def many(place: Place) -> Figures:
     """A hundred events a call; the mean is an event's, median and tails are a call's."""
     events, count = [sample.event()] * MANY, _count(place)
     with _outbox(place, 2 * count) as outbox:
-        mean_us = untimed(outbox.enqueue_many, events, count // MANY) / MANY
-        return figures(mean_us, timed(outbox.enqueue_many, events, count // MANY))
+        loop = Loop()
+        for _ in repeat(None, count // MANY):
+            outbox.enqueue_many(events)
+        mean = loop.mean(count)
+        return figures(mean, timed(outbox.enqueue_many, events, count // MANY))
 
 
 def threads(place: Place) -> Figures:
     """Eight threads of one outbox."""
     one, each = sample.event(), _count(place) // THREADS
     with _outbox(place, 2 * each * THREADS) as outbox:
-        mean_us, _ = _together(lambda: untimed(outbox.enqueue, one, each), each)
-        _, took = _together(lambda: timed(outbox.enqueue, one, each), each)
-        return figures(mean_us, [ns for found in took for ns in found])
+        mean, _ = _together(lambda: untimed(outbox.enqueue, one, each), each * THREADS)
+        _, took = _together(lambda: timed(outbox.enqueue, one, each), each * THREADS)
+        return figures(mean, [ns for found in took for ns in found])
 
 
-def _together(call: Callable[[], T], each: int) -> tuple[float, list[T]]:
-    """Microseconds an event while threads call at once, and what each call gave."""
+def _together(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
+    """The mean of so many events while threads call at once, and what each call gave."""
     found: list[T] = []
     ready = threading.Barrier(THREADS + 1, timeout=TURN_S)
 
@@ -149,12 +153,12 @@ def _together(call: Callable[[], T], each: int) -> tuple[float, list[T]]:
     for thread in callers:
         thread.start()
     ready.wait()
-    began = now()
+    loop = Loop()
     for thread in callers:
         thread.join()
-    took = now() - began
+    mean = loop.mean(count)
     assert len(found) == THREADS
-    return took / each / THREADS / 1e3, found
+    return mean, found
 
 
 def processes(number: int, place: Place) -> Figures:
@@ -166,18 +170,19 @@ def processes(number: int, place: Place) -> Figures:
     callers = [context.Process(target=_one_of_them, args=(place, each, ready, answers)) for _, answers in pipes]
     for caller in callers:
         caller.start()
-    spans, took = [], []
+    spans, cpu, took = [], [], []
     for answer, _ in pipes:
         if not answer.poll(TURN_S):
             raise RuntimeError("a process does not answer")
-        span, calls = answer.recv()
+        span, used, calls = answer.recv()
         spans.append(span)
+        cpu.append(used)
         took += calls
     for caller in callers:
         caller.join()
     _all_on_disk(place, number * (2 * each + WARM))
     wall = max(ended for _, ended in spans) - min(began for began, _ in spans)
-    return figures(wall / each / number / 1e3, took)
+    return figures(Mean(wall / each / number / 1e3, statistics.mean(cpu)), took)
 
 
 def _one_of_them(place: Place, each: int, ready: Barrier, answers: Connection) -> None:
@@ -187,30 +192,30 @@ def _one_of_them(place: Place, each: int, ready: Barrier, answers: Connection) -
     untimed(outbox.enqueue, one, WARM)
     ready.wait(TURN_S)
     began = now()
-    untimed(outbox.enqueue, one, each)
+    mean = untimed(outbox.enqueue, one, each)
     ended = now()
     ready.wait(TURN_S)
     took = timed(outbox.enqueue, one, each)
     outbox.close(60)
-    answers.send(((began, ended), took))
+    answers.send(((began, ended), mean.cpu, took))
 
 
-def loop(place: Place) -> Figures:
+def from_a_loop(place: Place) -> Figures:
     """One coroutine that awaits each event."""
     one, count = sample.event(), _count(place)
 
     async def run(outbox: Outbox) -> Figures:
         put = outbox.enqueue_async
-        began = now()
+        loop = Loop()
         for _ in repeat(None, count):
             await put(one)
-        mean_us = (now() - began) / count / 1e3
+        mean = loop.mean(count)
         took = [0] * count
         for index in range(count):
             began = now()
             await put(one)
             took[index] = now() - began
-        return figures(mean_us, took)
+        return figures(mean, took)
 
     with _outbox(place, 2 * count) as outbox:
         return asyncio.run(run(outbox))
@@ -218,19 +223,19 @@ def loop(place: Place) -> Figures:
 
 def ids_and_times(place: Place) -> Figures:
     """What an event has by default: a new id, and the time."""
-    count = _count(place)
-    began = now()
+    new_id, micros, count = new_event_id, now_micros, _count(place)
+    loop = Loop()
     for _ in repeat(None, count):
-        new_event_id()
-        now_micros()
-    mean_us = (now() - began) / count / 1e3
+        new_id()
+        micros()
+    mean = loop.mean(count)
     took = [0] * count
     for index in range(count):
         began = now()
-        new_event_id()
-        now_micros()
+        new_id()
+        micros()
         took[index] = now() - began
-    return figures(mean_us, took)
+    return figures(mean, took)
 
 
 FLOOR, WRITE, ENQUEUE, MANY_EACH = "encode + os.write", "os.write", "enqueue", f"enqueue_many({MANY})"
@@ -242,8 +247,9 @@ made in the call. Nothing is delivered. The floor is a loop that encodes the sam
 with no function around it. Each round has 300,000 events in a loop without a clock, which gives the mean and the events a
 second, and 300,000 in one that reads the clock at each call, which gives median and tails (and costs 0.05 to 0.1 us a call,
 on all sides). Of several callers the mean is the time in all by the number of events in all; of `enqueue_many` median and
-tails are those of a call with its 100 events. After each round every event is counted on disk. "Sealed" is the time from
-the last event until all files are synced and renamed and the outbox is closed.
+tails are those of a call with its 100 events. After each round every event is counted on disk. Processor time is that of
+all threads, the sealer's too. "Sealed" is the time from the last event until all files are synced and renamed and the
+outbox is closed.
 """
 
 SECTION = Section(
@@ -260,7 +266,7 @@ SECTION = Section(
         Contestant(f"enqueue, {THREADS} threads", threads, ours=True),
         Contestant(ONE_PROCESS, partial(processes, 1), ours=True),
         Contestant(PROCESSES, partial(processes, 4), ours=True),
-        Contestant("await enqueue_async", loop, ours=True),
+        Contestant("await enqueue_async", from_a_loop, ours=True),
         Contestant(IDS, ids_and_times, ours=True),
     ),
     columns=(
@@ -269,6 +275,7 @@ SECTION = Section(
         Column("p99_us", "p99, us", 1),
         Column("p999_us", "p99.9, us", 1),
         Column("per_s", "events/s", 0),
+        Column("cpu_s", "processor, s a million", 2),
         Column("sealed_ms", "sealed, ms", 0),
     ),
     goals=(

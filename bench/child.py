@@ -17,7 +17,8 @@ from bench.plan import NotHere, Place
 class Order(NamedTuple):
     """What is to be done, as JSON on the command line."""
 
-    module: str  # of the section
+    module: str
+    key: str  # of one of its sections
     contestant: str  # "": `prepare`
     own: str
     shared: str
@@ -35,7 +36,7 @@ class Answer(msgspec.Struct):
 def carry_out(order: Order) -> Answer:
     """Every figure is a number; whatever goes wrong is an answer too."""
     try:
-        section = sections.load(order.module)
+        (section,) = (one for one in sections.load(order.module) if one.key == order.key)
         if not order.contestant:
             assert section.prepare is not None
             section.prepare(Path(order.shared), order.quick)

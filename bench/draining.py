@@ -16,7 +16,7 @@ import msgspec
 
 from bench import sample
 from bench.plan import Column, Contestant, Goal, Section, ratio
-from bench.timing import figures, now
+from bench.timing import now, tails
 from pillarbox import Outbox, TrackingEvent
 from pillarbox.store import record
 
@@ -64,7 +64,7 @@ def _timed(put: Callable[[], object], place: Place, goes_on: Callable[[], bool] 
         slices += 1
     if slices < SLICES_MIN:
         raise RuntimeError(f"the backlog was gone after {slices} slices of {SLICE_NS / 1e9:g} s")
-    return figures(spent / len(took) / 1e3, took)
+    return {"mean_us": spent / len(took) / 1e3, **tails(took)}
 
 
 @contextlib.contextmanager

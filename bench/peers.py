@@ -301,7 +301,7 @@ QUEUES = Section(
     rounds=ROUNDS,
     contestants=(
         Contestant("encode + os.write", accepting(floor), ("msgspec",)),
-        Contestant(OURS, accepting(pillarbox)),
+        Contestant(OURS, accepting(pillarbox), ours=True),
         Contestant("sqlite3, WAL, NORMAL", accepting(partial(sqlite, synchronous="NORMAL"))),
         *FROM_PYPI,
     ),
@@ -316,6 +316,7 @@ QUEUES = Section(
         for name, metric, bound in (("median", "median_us", 5), ("p99", "p99_us", 20))
     ),
     chart="median_us",
+    budget_s=110,
 )
 
 SYNCED = Section(
@@ -331,7 +332,7 @@ SYNCED = Section(
     ),
     rounds=ROUNDS,
     contestants=(
-        Contestant("Pillarbox, power", accepting(partial(pillarbox, durability="power"))),
+        Contestant("Pillarbox, power", accepting(partial(pillarbox, durability="power")), ours=True),
         Contestant("sqlite3, WAL, FULL", accepting(partial(sqlite, synchronous="FULL"))),
         Contestant("persist-queue, SQLite", accepting(persist_queue_sqlite), ("persist-queue",)),
         Contestant("localqueue, DURABLE", accepting(partial(localqueue, durability="DURABLE")), ("localqueue",)),
@@ -339,6 +340,7 @@ SYNCED = Section(
     ),
     columns=(*LATENCIES, BYTES),
     chart="median_us",
+    budget_s=80,
 )
 
 TRACKING = Section(
@@ -354,8 +356,8 @@ TRACKING = Section(
     ),
     rounds=ROUNDS,
     contestants=(
-        Contestant(MADE, accepting(made_in_the_call)),
-        Contestant(READY, accepting(pillarbox)),
+        Contestant(MADE, accepting(made_in_the_call), ours=True),
+        Contestant(READY, accepting(pillarbox), ours=True),
         SEGMENT,
         POSTHOG,
     ),
@@ -366,5 +368,6 @@ TRACKING = Section(
         for peer, bound in ((SEGMENT, 5), (POSTHOG, 20))
     ),
     chart="mean_us",
+    budget_s=50,
 )
 SECTIONS: Final = (QUEUES, SYNCED, TRACKING)

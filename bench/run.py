@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from bench import results, sections
+from bench import results
 from bench.child import Answer, Order
 from bench.machine import ROOT, Watch, versions
 from bench.plan import ROUNDS_MIN
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bench.plan import Goal, Section
 
 QUICK_SHARE = 0.1  # of a section's budget, for the estimate of the time left
+PURE_PYTHON = "PILLARBOX_PURE_PYTHON"  # no setting: it says which code runs
 REASON_MAX = 300  # characters
 now = time.monotonic
 
@@ -42,14 +43,13 @@ class Options(NamedTuple):
     say: Callable[[str], None] = print
 
 
-def run(modules: Sequence[str], options: Options) -> results.Results:
-    """Measure the sections of these modules, one after the other."""
-    chosen = [sections.load(module) for module in modules]
-    packages = [package for section in chosen for one in section.contestants for package in one.packages]
+def run(chosen: Sequence[tuple[str, Section]], options: Options) -> results.Results:
+    """Measure sections, one after the other; each comes with the module that has it."""
+    packages = [package for _, section in chosen for one in section.contestants for package in one.packages]
     watch, began, started = Watch(), datetime.now(UTC), now()
     found = []
-    for at, (module, section) in enumerate(zip(modules, chosen, strict=True)):
-        later_s = sum(other.budget_s for other in chosen[at + 1 :]) * (QUICK_SHARE if options.quick else 1)
+    for at, (module, section) in enumerate(chosen):
+        later_s = sum(other.budget_s for _, other in chosen[at + 1 :]) * (QUICK_SHARE if options.quick else 1)
         found.append(_SectionRun(module, section, options, later_s).carry_out())
     return results.Results(
         began=f"{began:%Y-%m-%d %H:%M} UTC",
@@ -159,7 +159,9 @@ class _SectionRun:
         """One turn, in a fresh directory."""
         own, answer, log = self._place / "own", self._place / "answer.json", self._place / "log"
         own.mkdir()
-        order = Order(self._module, contestant, str(own), str(self._place / "shared"), str(answer), self._options.quick)
+        order = Order(
+            self._module, self._section.key, contestant, str(own), str(self._place / "shared"), str(answer), self._options.quick
+        )
         try:
             with log.open("wb") as output:
                 ended = bounded(
@@ -204,7 +206,7 @@ def bounded(command: Sequence[str], timeout_s: float, output: IO[bytes]) -> int 
 
 def _is_a_setting(name: str) -> bool:
     """Of an outbox: what is measured has the settings that its section names."""
-    return name.startswith(("PILLARBOX_", "TRACKING_OUTBOX_")) and not name.startswith("PILLARBOX_TEST_")
+    return name.startswith(("PILLARBOX_", "TRACKING_OUTBOX_")) and not name.startswith(("PILLARBOX_TEST_", PURE_PYTHON))
 
 
 def _goal(goal: Goal, rounds: Sequence[dict[str, dict[str, float]]]) -> results.Goal:

@@ -1,16 +1,25 @@
-"""The sections in the order in which they run: a module each, which has it as `SECTION`."""
+"""The sections in the order in which they run. A module has one as `SECTION`, or several as `SECTIONS`."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bench.plan import Section
 
-MODULES = ("bench.accept", "bench.power", "bench.draining")
+MODULES = ("bench.accept", "bench.peers", "bench.power", "bench.draining")
 
 
-def load(module: str) -> Section:
-    """The section of a module."""
-    return cast("Section", import_module(module).SECTION)
+def load(module: str) -> tuple[Section, ...]:
+    """Those of a module."""
+    found = import_module(module)
+    sections: tuple[Section, ...] = found.SECTIONS if hasattr(found, "SECTIONS") else (found.SECTION,)
+    return sections
+
+
+def known(modules: Sequence[str]) -> dict[str, tuple[str, Section]]:
+    """Key -> the module and the section."""
+    return {section.key: (module, section) for module in modules for section in load(module)}

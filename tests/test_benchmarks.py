@@ -18,7 +18,7 @@ from bench.run import Options, run, shuffled
 from tests import contestants
 
 DOCS = ROOT / "docs"
-KNOWN = {section.key: (module, section) for module, section in ((name, sections.load(name)) for name in sections.MODULES)}
+KNOWN = sections.known(sections.MODULES)
 CHEAP = ("accept", "power", "draining")
 
 
@@ -42,7 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(contestants.LEFT_BEHIND, str(folder / "pids"))
         patch.setenv("PILLARBOX_BATCH_SIZE", "7")
-        found = run(["tests.contestants"], Options(folder / "place", 5, say=said.append))
+        found = run([("tests.contestants", contestants.SECTION)], Options(folder / "place", 5, say=said.append))
     assert [path.name for path in (folder / "place").iterdir()] == []
     return Tiny(found, said, [int(pid) for pid in (folder / "pids").read_text().split()])
 
@@ -134,8 +134,8 @@ def test_a_section_that_is_not_known_is_refused(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("key", CHEAP)
 def test_the_sections_of_our_own_run(key: str, tmp_path: Path) -> None:
     """Every contestant, in little, and every goal has its figures."""
-    module, section = KNOWN[key]
-    found = run([module], Options(tmp_path, 1, quick=True, say=lambda _: None)).sections[0]
+    section = KNOWN[key][1]
+    found = run([KNOWN[key]], Options(tmp_path, 1, quick=True, say=lambda _: None)).sections[0]
     assert found.failed == {}
     assert set(found.rounds[0]) == {one.name for one in section.contestants}
     assert all(goal.found for goal in found.goals)
@@ -148,7 +148,8 @@ def test_a_section_is_whole(key: str) -> None:
     names = [one.name for one in section.contestants]
     assert len(set(names)) == len(names)
     assert section.chart in {"", *(column.metric for column in section.columns)}
-    assert len(KNOWN) == len(sections.MODULES)
+    assert section.key == key
+    assert len(KNOWN) == sum(len(sections.load(module)) for module in sections.MODULES)
 
 
 def test_the_page_is_what_is_made_of_its_results() -> None:
