@@ -283,10 +283,10 @@ FROM_PYPI: Final = (
 SEGMENT = Contestant("Segment track(), in memory", accepting(segment, on_disk=False), ("segment-analytics-python",))
 POSTHOG = Contestant("PostHog capture(), in memory", accepting(posthog, on_disk=False), ("posthog",))
 LATENCIES: Final = (
-    Column("mean_us", "mean us", 2),
-    Column("median_us", "median us", 2),
-    Column("p99_us", "p99 us", 1),
-    Column("p999_us", "p99.9 us", 1),
+    Column("mean_us", "mean, us", 2),
+    Column("median_us", "median, us", 2),
+    Column("p99_us", "p99, us", 1),
+    Column("p999_us", "p99.9, us", 1),
     Column("cpu_s", "processor, s a million", 2),
 )
 BYTES = Column("bytes", "bytes an event", 0)
@@ -314,7 +314,7 @@ QUEUES = Section(
     columns=(*LATENCIES, BYTES),
     goals=tuple(
         Goal(
-            f"times faster than the fastest queue from PyPI, {name}",
+            f"faster than the fastest queue from PyPI, {name}",
             fastest(FROM_PYPI, OURS, metric),
             bound,
             at_least=True,
@@ -368,7 +368,7 @@ TRACKING = Section(
     ),
     columns=LATENCIES,
     goals=tuple(
-        Goal(f"times faster than {peer.name}, {what}, mean", fastest((peer,), ours, "mean_us"), bound, at_least=True)
+        Goal(f"faster than {peer.name}, {what}, mean", fastest((peer,), ours, "mean_us"), bound, at_least=True)
         for what, ours in (("event made in the call", MADE), ("a ready event", READY))
         for peer, bound in ((SEGMENT, 5), (POSTHOG, 20))
     ),
