@@ -36,11 +36,13 @@ def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, pl
             parser.error(f"there is no section {key}; there are {', '.join(found)}")
     seed = random.SystemRandom().randrange(2**32) if typed.seed is None else typed.seed
     place.mkdir(parents=True, exist_ok=True)
-    options = Options(place, seed, typed.quick, lambda text: print(text, flush=True))
+    file = place / "results.json"
+    options = Options(
+        place, seed, typed.quick, lambda text: print(text, flush=True), lambda so_far: file.write_bytes(results.encode(so_far))
+    )
     measured = run([found[key] for key in typed.sections or found], options)
-    (place / "results.json").write_bytes(results.encode(measured))
     show(measured)
-    print(f"\nEvery figure: {place / 'results.json'}")
+    print(f"\nEvery figure: {file}")
     if typed.page:
         page.write(measured, ROOT / "docs")
     return 1 if any(section.failed for section in measured.sections) else 0
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, pl
 
 def show(found: results.Results) -> None:
     """A table of each section, and its goals."""
-    print(f"\n{found.began}, seed {found.seed}, {words.minutes(found.seconds)}{', quick' if found.quick else ''}")
+    print(f"\n{found.began}, seed {found.seed}, {words.minutes(found.seconds)}")
+    for warning in words.warnings(found):
+        print(f"  {warning}")
     for name, value in words.machine(found):
         print(f"  {name}: {value}")
     for section in found.sections:

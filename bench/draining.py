@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from bench.plan import Figures, Place
 
-FILES = 1500
+FILES = 900
 SLICE_NS = 50_000_000
 SLICES = 30  # at most; fewer where the backlog is gone before
 SLICES_MIN = 4

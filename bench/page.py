@@ -12,14 +12,13 @@ from bench import chart, results, words
 from bench.machine import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from bench.results import Results, Section
 
 NAME = "benchmarks"
 LINE = 132  # letters
-BUSY = 0.5  # load at the start, from which on the page says that something else ran
 PAGE = """# Benchmarks
 
 {warnings}One run of `make bench`, everything side by side. Ratios are the message: what is compared takes turns in the same
@@ -67,18 +66,11 @@ def _page(found: Results) -> str:
         ("run", f"{found.began}, seed {found.seed}, {words.minutes(found.seconds)}"),
     ]
     return PAGE.format(
-        warnings="".join(f"**{text}**\n\n" for text in _warnings(found)),
+        warnings="".join(f"**{text}**\n\n" for text in words.warnings(found)),
         machine="\n".join(f"| {name} | {value} |" for name, value in rows),
         goals=_goals(found.sections),
         sections="\n".join(_section(section) for section in found.sections),
     )
-
-
-def _warnings(found: Results) -> Iterable[str]:
-    if found.quick:
-        yield "A quick run, with less of everything, to see that it works: these figures mean little."
-    if found.machine.load_before > BUSY:
-        yield f"Something else ran on this machine: its load was {found.machine.load_before:g} when the run began."
 
 
 def _goals(sections: Sequence[Section]) -> str:

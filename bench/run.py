@@ -41,25 +41,30 @@ class Options(NamedTuple):
     seed: int
     quick: bool = False
     say: Callable[[str], None] = print
+    keep: Callable[[results.Results], object] = id  # called after each section: a run that is cut short is not lost
 
 
 def run(chosen: Sequence[tuple[str, Section]], options: Options) -> results.Results:
     """Measure sections, one after the other; each comes with the module that has it."""
+    assert chosen
     packages = [package for _, section in chosen for one in section.contestants for package in one.packages]
     watch, began, started = Watch(), datetime.now(UTC), now()
-    found = []
+    ran = versions(packages)  # before: what is edited meanwhile is not what runs
+    sections: list[results.Section] = []
     for at, (module, section) in enumerate(chosen):
         later_s = sum(other.budget_s for _, other in chosen[at + 1 :]) * (QUICK_SHARE if options.quick else 1)
-        found.append(_SectionRun(module, section, options, later_s).carry_out())
-    return results.Results(
-        began=f"{began:%Y-%m-%d %H:%M} UTC",
-        seconds=round(now() - started, 1),
-        quick=options.quick,
-        seed=options.seed,
-        machine=watch.describe(options.place),
-        versions=versions(packages),
-        sections=found,
-    )
+        sections.append(_SectionRun(module, section, options, later_s).carry_out())
+        found = results.Results(
+            began=f"{began:%Y-%m-%d %H:%M} UTC",
+            seconds=round(now() - started, 1),
+            quick=options.quick,
+            seed=options.seed,
+            machine=watch.describe(options.place),
+            versions=ran,
+            sections=sections,
+        )
+        options.keep(found)
+    return found
 
 
 class _SectionRun:
@@ -88,6 +93,8 @@ class _SectionRun:
                 self._round()
         finally:
             shutil.rmtree(self._place, ignore_errors=True)
+        seconds = now() - self._began
+        self._say(f"took {seconds:.0f} s, of a budget of {section.budget_s:.0f}; rounds: {len(self._rounds)}")
         return results.Section(
             key=section.key,
             title=section.title,
@@ -101,7 +108,7 @@ class _SectionRun:
             rounds=self._rounds,
             failed=self._failed,
             goals=[_goal(goal, self._rounds) for goal in section.goals],
-            seconds=round(now() - self._began, 1),
+            seconds=round(seconds, 1),
         )
 
     def _say(self, text: str) -> None:

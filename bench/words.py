@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from bench.results import Goal, Results, Section, Spread
+
+BUSY = 0.5  # load when a run begins, from which on something else must run
 
 
 def number(value: float, digits: int) -> str:
@@ -49,6 +53,14 @@ def _with_unit(text: str, goal: Goal) -> str:
 def minutes(seconds: float) -> str:
     """A stretch of time."""
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def warnings(results: Results) -> Iterator[str]:
+    """Why the figures may say less than they seem to."""
+    if results.quick:
+        yield "A quick run, with less of everything, to see that it works: these figures mean little."
+    if results.machine.load_before > BUSY:
+        yield f"Something else ran on this machine: its load was {results.machine.load_before:g} when the run began."
 
 
 def machine(results: Results) -> list[tuple[str, str]]:

@@ -79,5 +79,5 @@ SECTION = Section(
     ),
     prepare=prepare,
     chart="mean_us",
-    timeout_s=2.0,
+    timeout_s=5.0,
 )
