@@ -440,16 +440,18 @@ class Outbox:
 
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""
+        # First the sinks: the files whose events are counted as delivered do not wait then.
+        sinks = self._delivery.sinks() if self._delivery is not None else {}
+        total = together(sinks)
         accepted, sealed = 0, dict(self._sealer.sealed)
         if self._started:
-            pending_bytes, pending_files, accepted = self._writer.pending()
+            # Whatever a listing has missed already and is then told to be gone is counted twice, until the next listing.
+            pending_bytes, pending_files, accepted = (max(0, number) for number in self._writer.pending())
         elif self.settings.enabled:
             account = self._directory.account()
             pending_bytes, pending_files = account.pending_bytes, account.pending_files
         else:
             pending_bytes = pending_files = 0
-        sinks = self._delivery.sinks() if self._delivery is not None else {}
-        total = together(sinks)
         return Stats(
             state=total.state,
             durability=self.settings.durability,

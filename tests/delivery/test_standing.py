@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
 
-from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.lease import Lease, last_heartbeat
+from pillarbox.delivery.pacing import Pacing
+from pillarbox.delivery.state import State, StateName
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.sinks.base import Answer, Batch, Misconfigured, Retry
+from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import QUICK, seal, worker_for
+from tests.delivery.stage import QUICK, MovingClock, seal, worker_for
+
+if TYPE_CHECKING:
+    from pillarbox.delivery.worker import Worker
 
 
 class Held(RecordingSink):
@@ -29,8 +38,8 @@ class Held(RecordingSink):
     async def deliver(self, batch: Batch) -> Answer:
         self.begun.set()
         if self.blocks:
-            self.go_on.wait(20)
-        await asyncio.to_thread(self.go_on.wait, 20)
+            self.go_on.wait(60)
+        await asyncio.to_thread(self.go_on.wait, 60)
         return await super().deliver(batch)
 
 
@@ -42,40 +51,72 @@ def test_a_slow_destination_is_told_from_a_deliverer_that_hangs(place: Directory
     worker = worker_for(place, sink, rules=QUICK)
     thread = DeliveryThread(worker)
     thread.start()
-    assert sink.begun.wait(10)
+    assert sink.begun.wait(60)
     first = last_heartbeat(place)
     assert first is not None
-    beats = threading.Event()
-    for _ in range(30):
-        beats.wait(0.1)
+
+    def beats() -> bool:
         last = last_heartbeat(place)
-        if last is not None and last.at_micros > first.at_micros + 1_500_000:
-            break
-    assert last is not None
-    assert (last.at_micros > first.at_micros + 1_500_000) != blocks
+        return last is not None and last.at_micros > first.at_micros + 1_500_000
+
+    if blocks:
+        threading.Event().wait(3.0)
+        assert not beats()
+    else:
+        wait_until(beats)
     sink.go_on.set()
-    assert worker.idle.wait(10)
-    assert thread.stop(5)
+    assert worker.idle.wait(60)
+    assert thread.stop(30)
+
+
+def test_a_heartbeat_is_read_while_a_shorter_one_is_written_over_it(place: Directory) -> None:
+    """Between the bytes and the end of the file."""
+    lease = Lease(place, "test", SystemClock())
+    assert lease.take()
+    lease.beat(State("waiting", "a long story about a server that is busy"), 7, "", now=True)
+    long = place.read_bytes(layout.DELIVER_LOCK)
+    lease.beat(State("idle"), 8, "", now=True)
+    short = place.read_bytes(layout.DELIVER_LOCK)
+    lease.release()
+    with open(place.at(layout.DELIVER_LOCK), "wb") as file:
+        file.write(short + long[len(short) :])
+    beat = last_heartbeat(place)
+    assert beat is not None
+    assert (beat.state, beat.delivered) == (State("idle"), 8)
+
+
+def retry_after(worker: Worker, before: int) -> int:
+    """Wait until it waits for another try than the one at `before`, and has said so in its heartbeat; for which."""
+
+    def is_told() -> bool:
+        beat = last_heartbeat(worker._directory)
+        return (worker.state.retry_at_micros or 0) > before and beat is not None and beat.state == worker.state
+
+    wait_until(is_told)
+    return worker.state.retry_at_micros or 0
 
 
 def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
     """With the reason, the time of the next try, and totals."""
     caplog.set_level(logging.INFO, "pillarbox")
-    answers: list[Answer | Exception] = [Retry("busy", 0.3), Retry("busy", 0.3), Misconfigured("no such table")]
-    sink = RecordingSink(answers)
-    worker = worker_for(place, sink, rules=QUICK._replace(recheck_s=0.3))
+    answers: list[Answer | Exception] = [Retry("busy", 300.0), Retry("busy", 300.0), Misconfigured("no such table")]
+    sink, clock = RecordingSink(answers), MovingClock()
+    rules = QUICK._replace(recheck_s=300.0, pacing=Pacing(outage_s=math.inf))
+    worker = worker_for(place, sink, rules=rules, clock=clock)
     seal(place, 1, b"1")
     thread = DeliveryThread(worker)
     thread.start()
-    for name, reason in (("waiting", "busy"), ("stopped", "no such table")):
-        wait_until(lambda name=name: worker.state.name == name)  # type: ignore[misc]
+    before = 0
+    states: list[tuple[StateName, str]] = [("waiting", "busy"), ("waiting", "busy"), ("stopped", "no such table")]
+    for name, reason in states:
+        before = retry_after(worker, before)
         beat = last_heartbeat(place)
         assert beat is not None
-        assert (beat.state.name, beat.state.reason, beat.last_error) == (name, reason, reason)
-        assert beat.state.retry_at_micros is not None
-        assert abs(beat.state.retry_at_micros - beat.at_micros - 300_000) < 50_000
-    assert worker.idle.wait(10)
-    assert thread.stop(5)
+        assert (beat.state, beat.last_error) == (State(name, reason, before), reason)
+        assert 290_000_000 < before - clock.micros() <= 300_000_000
+        clock.advance(300.0)
+    assert worker.idle.wait(60)
+    assert thread.stop(30)
     said = [entry.message for entry in caplog.records if entry.message.startswith("test: ")]
     assert said == [
         "test: waiting: busy (delivered 0, dead letters 0, failed attempts 1)",

@@ -161,9 +161,10 @@ class _Mouth(logging.Handler):
                 self._deliverer.wait_for_settlement(settled, _LOOK_S)
 
     def _report(self) -> Report:
+        # First the counts: what is counted there is gone, and told of with it.
+        sinks = self._deliverer.sinks() if self._deliverer is not None else {}
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
         durations = [self._durations.popleft() for _ in range(len(self._durations))]
-        sinks = self._deliverer.sinks() if self._deliverer is not None else {}
         failures = self._hooks.failures["on_dead_letter"] if self._hooks is not None else 0
         now = self._clock.monotonic()
         if any(sink.state.reason != ANOTHER_DELIVERS for sink in sinks.values()):

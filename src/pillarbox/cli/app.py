@@ -153,19 +153,33 @@ def load() -> typer.Typer:
 def run() -> None:
     """Run the command that was typed and end with its exit code."""
     try:
+        code = _exit_code()
+        _be_deaf()
+    except KeyboardInterrupt:
+        _be_deaf()
+        code = Exit.INTERRUPTED
+    sys.exit(code)
+
+
+def _be_deaf() -> None:
+    """The command is over: an interrupt would only have the interpreter complain of it while it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _exit_code() -> int:
+    try:
         result: Any = load()(prog_name="pillarbox", standalone_mode=False)
     except PillarboxError as error:
         err.print(f"pillarbox: {error}", style="red", markup=False)
-        sys.exit(Exit.USAGE)
-    except KeyboardInterrupt:
-        sys.exit(Exit.INTERRUPTED)
+        return Exit.USAGE
     except BrokenPipeError:
         leave_stdout()
-        sys.exit(Exit.DONE)
+        return Exit.DONE
     except Exception as error:
         show = getattr(error, "show", None)  # typer's own usage errors
         if show is None:
             raise
         show()
-        sys.exit(getattr(error, "exit_code", Exit.USAGE))
-    sys.exit(result if isinstance(result, int) else Exit.DONE)
+        return int(getattr(error, "exit_code", Exit.USAGE))
+    return result if isinstance(result, int) else Exit.DONE

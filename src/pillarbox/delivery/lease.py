@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from os import getpid
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
 
 BEAT_EVERY_S: Final = 1.0
+_READS_MAX: Final = 3  # of one that cannot be read: it may be just being written
 
 
 class Lease:
@@ -69,8 +71,11 @@ class Lease:
 
 def last_heartbeat(directory: Directory) -> Heartbeat | None:
     """What the process that delivers, or did, wrote last. Takes no lock."""
-    text = directory.read_bytes(layout.DELIVER_LOCK)
-    try:
-        return msgspec.json.decode(text, type=Heartbeat) if text else None
-    except msgspec.DecodeError:
-        return None
+    for _ in range(_READS_MAX):
+        # It is written over in place: behind its end, there may be the rest of a longer one for a moment.
+        line = directory.read_bytes(layout.DELIVER_LOCK).partition(b"\n")[0]
+        if not line:
+            break
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(line, type=Heartbeat)
+    return None
