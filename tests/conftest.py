@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pillarbox import TrackingEvent
 from pillarbox.store.directory import Directory
@@ -18,6 +19,10 @@ from pillarbox.testing import ManualClock
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the commands that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples each time, however slow the machine is at that moment. `--hypothesis-profile=default` looks for others.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 
 DATA = Path(__file__).parent / "data"
 
@@ -62,8 +67,8 @@ def event(number: int = 0, **members: object) -> TrackingEvent:
     return TrackingEvent(**chosen)  # type: ignore[arg-type]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Look again every 10 ms until something is true."""
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Look again every 10 ms until something is true; for as long as a process may take to start where others do too."""
     for _ in range(int(seconds * 100)):
         if condition():
             return

@@ -84,7 +84,7 @@ def test_what_comes_before_the_damage_is_read() -> None:
     assert len(found.spans) == 2  # the line that was cut, and the file
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=300), st.booleans())
 def test_any_bytes_are_read_or_set_aside(data: bytes, begun: bool) -> None:
     """No exception; what comes out is not more than is in it."""
