@@ -262,7 +262,7 @@ def refused(box: Path) -> Iterator[tuple[Outbox, Server, Server]]:
         with Outbox(str(box), sinks=sinks, flush_interval=0.05) as outbox:
             fill_files(outbox, 1, 2, event_key="poison")
             fill_files(outbox, 1, 10, first=2)
-            assert outbox.flush(20)
+            assert outbox.flush(60)
             (box / "sealed-1700000000000000-x.ndjson.aside").write_bytes(b'{"bad\n')
             os.rename(box / "sealed-1700000000000000-x.ndjson.aside", box / "sealed-1700000000000000-x.ndjson")
             wait_until(lambda: {queue.account().corrupt_files for queue in place_of(box).queues()} == {1})

@@ -34,10 +34,10 @@ def fill(outbox: Outbox, count: int, first: int = 0, **members: object) -> None:
 
 
 def fill_files(outbox: Outbox, files: int, each: int = 10, first: int = 0, **members: object) -> None:
-    """Sealed files of so many events each."""
-    for number in range(files):
-        fill(outbox, each, first + number * each, **members)
-        assert outbox._sealer.seal_now("manual", 10)
+    """Sealed files of so many events each; stored in one write, for a file may be sealed by age in between."""
+    for start in range(first, first + files * each, each):
+        assert all(outbox.enqueue_many([event(number, **members) for number in range(start, start + each)]))
+        assert outbox._sealer.seal_now("manual", 60)
 
 
 def ids(count: int, first: int = 0) -> list[str]:

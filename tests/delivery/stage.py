@@ -53,7 +53,7 @@ def drain(worker: Worker) -> None:
 
     async def until_idle() -> None:
         running = asyncio.create_task(worker.run())
-        assert await asyncio.to_thread(worker.idle.wait, 20), worker.state
+        assert await asyncio.to_thread(worker.idle.wait, 60), worker.state
         worker.end()
         await running
 

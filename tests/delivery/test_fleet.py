@@ -43,7 +43,7 @@ def test_each_sink_gets_everything_and_the_disk_is_free_afterwards(box: Path) ->
     """Two databases, several files; what waits is nothing, and all accounts balance."""
     with Outbox(str(box), sinks=two(box), batch_size=50) as outbox:
         fill(outbox, 1000)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
         stats = outbox.stats()
         assert (stats.pending_files, stats.pending_bytes, stats.delivered) == (0, 0, 2000)
         assert {name: sink.delivered for name, sink in stats.sinks.items()} == {"live": 1000, "warehouse": 1000}
@@ -73,12 +73,13 @@ def test_a_sink_that_is_down_holds_back_nobody_and_catches_up(box: Path, how: st
             assert stats.sinks["live"].failed_flushes > 0
             assert not outbox.flush(0.3)
             files = [box / "sink-live" / name for name in sealed(box / "sink-live")]
-            wait_until(lambda: outbox.stats().pending_files == len(files) == 20, 3)
-            assert outbox.stats().pending_bytes == sum(file.stat().st_size for file in files)
+            assert len(files) == 20
+            size = sum(file.stat().st_size for file in files)
+            wait_until(lambda: (outbox.stats().pending_files, outbox.stats().pending_bytes) == (20, size))
     assert arrived(box.parent / "warehouse.db") == ids(200)
     assert not sealed(box / "sink-warehouse")
     with Server() as server, Outbox(str(box), sinks=sinks | {"live": server.url()}) as outbox:
-        assert outbox.flush(20)
+        assert outbox.flush(60)
         assert received(server.requests) == dict.fromkeys(ids(200), 1)
         assert outbox.stats().sinks["warehouse"].delivered == 0  # none of it came a second time
     assert not sealed(box / "sink-live")
@@ -92,7 +93,7 @@ def test_each_sink_has_dead_letters_of_its_own(box: Path) -> None:
         with Outbox(str(box), sinks=sinks, batch_size=10) as outbox:
             for number in range(50):
                 fill(outbox, 1, number, event_key="poison" if number % 10 == 3 else "click")
-            assert outbox.flush(20)
+            assert outbox.flush(60)
             stats = outbox.stats()
             assert (stats.dead, stats.sinks["live"].dead, stats.sinks["warehouse"].dead) == (5, 5, 0)
             assert (stats.sinks["live"].delivered, stats.sinks["warehouse"].delivered) == (45, 50)
@@ -107,7 +108,7 @@ def test_a_sink_object_may_be_among_them(box: Path) -> None:
     sink = RecordingSink()
     with Outbox(str(box), sinks={"mine": sink, "warehouse": database(box, "warehouse")}, batch_size=10) as outbox:
         fill(outbox, 30)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert len(sink.payloads) == 30
     assert arrived(box.parent / "warehouse.db") == ids(30)
 
@@ -117,7 +118,7 @@ def test_flush_waits_for_every_sink(box: Path) -> None:
     slow = RecordingSink([Retry("not yet", after=0.3)])
     with Outbox(str(box), sinks={"slow": slow, "warehouse": database(box, "warehouse")}) as outbox:
         fill(outbox, 10)
-        assert outbox.flush(10)
+        assert outbox.flush(60)
         assert len(slow.batches) == 1
         assert outbox.stats().pending_files == 0
 
@@ -127,12 +128,12 @@ def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> Non
     sinks = {"one": nobody(), "two": nobody(), "three": nobody()}
     with Outbox(str(box), sinks=sinks, max_bytes=20_000, batch_size=20, backoff_max=0.05) as outbox:
         accepted = sum(bool(outbox.enqueue(event(number, scope_id="s" * 100))) for number in range(300))
-        assert outbox._sealer.seal_now("manual", 10)
+        assert outbox._sealer.seal_now("manual", 60)
         wait_until(lambda: not sealed(box))
-        stats = outbox.stats()
         size = sum(file.stat().st_size for file in (box / "sink-one").glob("sealed-*"))
-        assert stats.dropped["max_bytes"] == 300 - accepted > 0
-        assert stats.pending_bytes == size <= 20_000
-        assert size > 18_000
+        assert outbox.stats().dropped["max_bytes"] == 300 - accepted > 0
+        assert 18_000 < size <= 20_000
+        # A listing while they were handed over may have missed one.
+        wait_until(lambda: outbox.stats().pending_bytes == size)
         assert place_of(box).account().pending_files == len(sealed(box / "sink-two")) == len(sealed(box / "sink-three"))
     balanced(box)

@@ -19,7 +19,7 @@ from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly
 from pillarbox.store import layout
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import NO, QUICK, left, seal, worker_for
+from tests.delivery.stage import NO, QUICK, MovingClock, left, seal, worker_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,13 +39,13 @@ def delivering(worker: Worker) -> Iterator[DeliveryThread]:
     try:
         yield thread
     finally:
-        thread.stop(5)
+        thread.stop(30)
 
 
 def deliver_all(worker: Worker) -> None:
     """Deliver until nothing waits; a worker that never gets there is ended all the same."""
     with delivering(worker):
-        assert worker.idle.wait(10)
+        assert worker.idle.wait(60)
 
 
 @pytest.fixture
@@ -173,8 +173,8 @@ def test_whatever_a_sink_raises_everything_arrives(place: Directory, where: str,
     sink = Faulty(where, error)
     worker = worker_for(place, sink, rules=QUICK)
     with delivering(worker) as thread:
-        assert worker.idle.wait(10)
-        assert thread.stop(5)
+        assert worker.idle.wait(60)
+        assert thread.stop(30)
     assert sink.error is None
     assert sink.payloads == [b"%d" % stamp for stamp in stamps]
     assert (left(place), worker.counters.delivered, worker.lease.held) == ([], 5, False)
@@ -238,7 +238,7 @@ def test_a_call_that_is_given_up_does_not_overlap_the_next(place: Directory) -> 
         assert not worker.idle.wait(0.1)
         assert (sink.under_way, sink.cancelled) == (1, 1)
         sink.over = True
-        assert worker.idle.wait(10)
+        assert worker.idle.wait(60)
     assert (sink.most, left(place)) == (1, [])
 
 
@@ -291,14 +291,16 @@ def test_a_confirmation_that_cannot_be_settles_nothing(place: Directory, sure: o
 
     batch = seal(place, 1, b"1")
     sink = Unsure(confirms=True, window=2)
-    worker = worker_for(place, sink, rules=QUICK._replace(recheck_s=0.2))
+    clock = MovingClock()
+    worker = worker_for(place, sink, rules=QUICK._replace(recheck_s=60.0), clock=clock)
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
         assert worker.state.reason == f"the sink confirmed {sure!r} of 1 batches: mend the sink"
         assert not worker.idle.wait(0.1)
         assert (len(asked), left(place)) == (1, [batch + layout.SUFFIX])
         sink.is_mended = True
-        assert worker.idle.wait(10)
+        clock.advance(60.0)
+        assert worker.idle.wait(60)
     assert (sink.calls, left(place)) == ([batch, batch], [])
 
 
@@ -324,7 +326,7 @@ def test_what_is_raised_in_any_text_is_told(place: Directory, where: str, error:
     sink = Faulty(where, error)
     worker = worker_for(place, sink)
     with delivering(worker):
-        assert worker.idle.wait(10)
+        assert worker.idle.wait(60)
         beat = last_heartbeat(place)
         assert beat is not None
         assert beat.last_error.endswith("caf\\udce9")

@@ -85,9 +85,11 @@ def test_when_the_destination_asks_for_time_all_that_are_under_way_give_it(place
     sink = Busy()
     drain(worker_for(place, sink, rules=QUICK))
     assert sink.asked_at is not None
-    calls_after = [moment - sink.asked_at for moment in sink.times if moment > sink.asked_at + 0.02]
-    assert min(calls_after) >= 0.3
-    assert min(calls_after) < 0.35 + 0.3
+    after = sorted(moment - sink.asked_at for moment in sink.times if moment > sink.asked_at)
+    # Those that were to begin in the same moment may do so a little later.
+    begun = [moment for moment in after if moment < 0.3]
+    assert len(begun) < QUICK.max_in_flight
+    assert after[len(begun)] < 30.0
     assert sorted(sink.payloads, key=int) == [b"%d" % stamp for stamp in range(1, 21)]
 
 
@@ -141,14 +143,14 @@ def test_told_to_end_it_finishes_the_calls_that_are_under_way(place: Directory) 
     worker.end()
     assert thread._loop is not None
     thread._loop.call_soon_threadsafe(sink.go_on.set)
-    assert thread.stop(5)
+    assert thread.stop(30)
     assert sorted(sink.payloads) == [b"1", b"3"]
     assert len(left(place)) == 1
 
 
 @pytest.mark.parametrize("after", [0.05, 0.2])
 def test_a_time_that_is_named_is_kept_exactly(place: Directory, after: float) -> None:
-    """Never earlier, and not a backoff later."""
+    """Never earlier, and not a backoff later, which would be days."""
     times: list[float] = []
 
     class Timed(RecordingSink):
@@ -157,9 +159,9 @@ def test_a_time_that_is_named_is_kept_exactly(place: Directory, after: float) ->
             return await super().deliver(batch)
 
     seal(place, 1, b"1")
-    rules = Rules(interval_s=0.01, backoff=Backoff(base_s=100.0, max_s=100.0))
+    rules = Rules(interval_s=0.01, backoff=Backoff(base_s=1e6, max_s=1e6))
     drain(worker_for(place, Timed([Retry("busy", after)]), rules=rules))
-    assert after <= times[1] - times[0] < after + 0.15
+    assert after <= times[1] - times[0] < 50.0
 
 
 def test_a_call_that_takes_too_long_is_given_up_and_made_again(place: Directory) -> None:

@@ -55,8 +55,8 @@ def test_a_file_that_needs_more_than_may_be_set_aside_waits_and_the_good_ones_go
     for name in left(place):
         if layout.kind_of(name) in {layout.Kind.DEAD, layout.Kind.CORRUPT, layout.Kind.SPANS}:
             place.remove(name)
-    assert worker.idle.wait(10)
-    assert thread.stop(5)
+    assert worker.idle.wait(60)
+    assert thread.stop(30)
     assert (len(sink.calls), looked) == (calls + 1, 1)
     expected = [layout.dead_name(second)] if what == "dead" else [layout.corrupt_name(second), layout.spans_name(second)]
     assert left(place) == expected

@@ -84,7 +84,7 @@ def takes_over(place: Directory) -> bool:
     """Whether another deliverer in this process sends all that is left."""
     worker = worker_for(place, RecordingSink())
     with delivering(worker):
-        return worker.idle.wait(10) and left(place) == []
+        return worker.idle.wait(60) and left(place) == []
 
 
 @pytest.mark.parametrize("deaf", [False, True])
@@ -105,7 +105,8 @@ def test_an_end_that_cannot_wait_lets_go_of_everything(place: Directory, hangs_i
         )
         thread.stop(0.1)
         try:
-            assert (worker.lease.held, open_in(place)) == (False, [])
+            # On a busy machine the thread may not have come to it when `stop` gives up on it.
+            wait_until(lambda: (worker.lease.held, open_in(place)) == (False, []))
             assert takes_over(place)
         finally:
             sink.over.set()
@@ -126,7 +127,7 @@ def test_a_sink_that_cannot_close_is_let_go_of(place: Directory, error: BaseExce
     sink = Stuck()
     worker = worker_for(place, sink)
     with delivering(worker):
-        assert worker.idle.wait(10)
+        assert worker.idle.wait(60)
     assert (sink.closed, worker.lease.held, open_in(place)) == (1, False, [])
     seal(place, 2, b"2")
     assert takes_over(place)
@@ -144,7 +145,7 @@ def test_an_outbox_is_closed_during_a_call_and_opened_again(tmp_path: Path, in_f
     sink = RecordingSink()
     with Outbox(path, sink=sink, flush_interval=0.05) as outbox:
         outbox.enqueue(event(2))
-        assert outbox.flush(10)
+        assert outbox.flush(60)
     assert len(sink.payloads) == 2
 
 
@@ -250,10 +251,9 @@ def test_files_that_others_hold_stop_nobody_and_are_named(
     worker = worker_for(place, sink)
     with delivering(worker):
         wait_until(lambda: set(sink.payloads) == {b"2", b"4", b"5"})
-        wait_until(lambda: worker.state.name == "degraded")
-        assert "another process has it" in worker.state.reason
-        assert batches[0] in worker.state.reason
-        assert "1 more like it" in worker.state.reason
+        wait_until(lambda: "1 more like it" in worker.state.reason)  # it was degraded for one of them before
+        assert worker.state.name == "degraded"
+        assert f"{batches[0]}.ndjson: another process has it" in worker.state.reason
         for descriptor in held:
             os.close(descriptor)
         wait_until(lambda: worker.state.name == "idle")

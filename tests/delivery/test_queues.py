@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def put_for_a_while(outbox: Outbox, first: int, least: int, goes_on: Callable[[]
         if outbox.enqueue(event(number)):
             accepted.append(f"e-{number:06d}")
         if number % 10 == 0:
-            assert outbox._sealer.seal_now("manual", 10)
+            assert outbox._sealer.seal_now("manual", 60)
             wait_until(goes_on)
             if outbox.stats().evicted >= least:
                 return accepted
@@ -84,8 +85,9 @@ def test_a_file_that_one_sink_is_sending_is_not_given_up_for_any(box: Path) -> N
         return HANG
 
     with Server(hang) as server:
-        sinks = {"live": server.url("#timeout=30"), "slow": nobody()}
-        with Outbox(str(box), sinks=sinks, when_full="drop_oldest", max_bytes=10_000, flush_interval=0.05) as outbox:
+        sinks = {"live": server.url("#timeout=600"), "slow": nobody()}
+        common: dict[str, Any] = {"when_full": "drop_oldest", "max_bytes": 10_000, "flush_interval": 0.05}
+        with Outbox(str(box), sinks=sinks, call_timeout=600, **common) as outbox:
             fill(outbox, 1)
             wait_until(lambda: bool(asked))
             (sent,) = sealed(box / "sink-live")
@@ -114,17 +116,17 @@ def test_when_the_process_that_delivers_is_killed_another_takes_over_all_of_it(b
     wait_until(lambda: (beat := last_heartbeat(place_of(box))) is not None and beat.pid == other.pid)
     with Outbox(str(box), sinks=two(box), flush_interval=0.05, batch_size=10) as outbox:
         fill(outbox, 200)
-        assert outbox.flush(20)
-        stats = outbox.stats()
-        assert {sink.state.name for sink in stats.sinks.values()} == {"standby"}
-        assert stats.delivered == 0
+        assert outbox.flush(60)
+        wait_until(lambda: {sink.state.name for sink in outbox.stats().sinks.values()} == {"standby"})
+        assert outbox.stats().delivered == 0
         other.send_signal(signal.SIGSTOP)  # it holds its locks, and does nothing with them
+        os.waitpid(other.pid, os.WUNTRACED)
         fill(outbox, 200, 200)
         assert not outbox.flush(0.2)
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
-        wait_until(lambda: not place_of(box).waiting(), 5)
-        assert outbox.flush(5)
+        wait_until(lambda: not place_of(box).waiting())
+        assert outbox.flush(60)
         assert {name: sink.delivered for name, sink in outbox.stats().sinks.items()} == {"live": 200, "warehouse": 200}
     assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(400)
     balanced(box)
@@ -138,7 +140,7 @@ def test_a_sink_that_is_named_later_gets_what_is_sealed_from_then_on(box: Path) 
     with Outbox(str(box), sinks=two(box)) as outbox:
         wait_until((box / "sink-warehouse").exists)
         fill_files(outbox, 2, first=30)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert arrived(box.parent / "live.db") == ids(50)
     assert arrived(box.parent / "warehouse.db") == ids(20, 30)
     balanced(box)
@@ -157,7 +159,7 @@ def test_one_that_was_added_before_begins_with_what_waits(box: Path) -> None:
         "warehouse begins with what waits, once a process delivers to it: --sink warehouse=URL\n",
     )
     with Outbox(str(box), sinks=two(box)) as outbox:
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(50)
     balanced(box)
 
@@ -167,7 +169,7 @@ def test_several_sinks_in_the_place_of_one_begin_with_all_that_waits(box: Path) 
     with Outbox(str(box), sink=nobody()) as outbox:
         fill_files(outbox, 3)
     with Outbox(str(box), sinks=two(box)) as outbox:
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(30)
     balanced(box)
 
@@ -186,7 +188,7 @@ def test_a_single_sink_takes_nothing_from_queues_and_says_so(box: Path) -> None:
         )
     assert not (box.parent / "single.db").exists()
     with Outbox(str(box), sinks=two(box)) as outbox:
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(30)
 
 
@@ -194,7 +196,7 @@ def test_a_queue_that_is_left_out_goes_on_filling_and_is_named(box: Path) -> Non
     """Degraded, with the command that puts an end to it; the others are delivered."""
     with Outbox(str(box), sinks=two(box)) as outbox:
         fill_files(outbox, 1)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     with Outbox(str(box), sinks={"live": database(box, "live")}, flush_interval=0.05) as outbox:
         fill_files(outbox, 2, first=10)
         wait_until(lambda: outbox.stats().sinks["live"].delivered == 20)
@@ -207,7 +209,7 @@ def test_a_queue_that_is_left_out_goes_on_filling_and_is_named(box: Path) -> Non
     assert (removed.returncode, removed.stdout) == (0, "warehouse removed; 2 files given up\n")
     with Outbox(str(box), sinks={"live": database(box, "live")}) as outbox:
         fill_files(outbox, 1, first=30)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
         assert outbox.stats().state.name in ("idle", "draining")
     assert arrived(box.parent / "live.db") == ids(40)
     balanced(box)
@@ -220,7 +222,7 @@ def test_a_renamed_queue_is_the_other_sinks(box: Path) -> None:
         wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 30)
     assert pillarbox(box, "sinks", "rename", "live", "fresh").stdout == "live is fresh now\n"
     with Outbox(str(box), sinks={"fresh": database(box, "fresh"), "warehouse": database(box, "warehouse")}) as outbox:
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert arrived(box.parent / "fresh.db") == ids(30)
     balanced(box)
 
@@ -231,12 +233,12 @@ def test_a_sink_may_be_called_as_one_was_before(box: Path, change: tuple[str, ..
     sinks = {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
     with Outbox(str(box), sinks=sinks) as outbox:
         fill_files(outbox, 1)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert pillarbox(box, "sinks", *change).returncode == 0
     with Outbox(str(box), sinks=sinks | {name: database(box, name) for name in change[2:]}) as outbox:
         wait_until((box / "sink-live").exists)
         fill_files(outbox, 1, first=10)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert balanced(box)["live"].delivered == 10
 
 
@@ -248,7 +250,7 @@ def test_the_last_queue_is_handed_back_to_a_single_sink(box: Path) -> None:
     assert pillarbox(box, "sinks", "remove", "live", "--hand-back").stdout == "live removed; 3 files handed back\n"
     assert not (box / "sink-live").exists()
     with Outbox(str(box), sink=database(box, "single")) as outbox:
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert arrived(box.parent / "single.db") == ids(30)
     balanced(box)
 
@@ -259,13 +261,13 @@ def test_a_forked_child_stores_and_delivers_to_all_of_them(box: Path) -> None:
         "import os; from tests.conftest import event\n"
         "outbox = Outbox(sys.argv[1], sinks=json.loads(sys.argv[2]), flush_interval=0.05)\n"
         "[outbox.enqueue(event(number)) for number in range(50)]\n"
-        "assert outbox.flush(20)\n"
+        "assert outbox.flush(60)\n"
         "child = os.fork()\n"
         "[outbox.enqueue(event(number)) for number in (range(100, 150) if child else range(50, 100))]\n"
         "if not child:\n"
-        "    print(outbox.flush(20), flush=True); outbox.close(); os._exit(0)\n"
+        "    print(outbox.flush(60), flush=True); outbox.close(); os._exit(0)\n"
         "os.waitpid(child, 0)\n"
-        "print(outbox.flush(20), flush=True)\n"
+        "print(outbox.flush(60), flush=True)\n"
         "outbox.close()\n"
     )
     with Server() as server:

@@ -244,7 +244,7 @@ def test_delivered_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
         for number in range(50):
             wait_until(lambda: outbox.stats().pending_bytes < 1000)
             assert outbox.enqueue(event(number))
-        assert outbox.flush(20)
+        assert outbox.flush(60)
         assert outbox.stats().pending_bytes == 0
     assert sum(file.stat().st_size for file in (tmp_path / "box").glob("delivered-*")) > 5000
 
@@ -377,10 +377,10 @@ def test_it_works_while_a_deliverer_runs(tmp_path: Path) -> None:
     with Outbox(str(tmp_path / "box"), sink, keep_delivered=3600, flush_interval=0.05) as outbox:
         for number in range(5):
             outbox.enqueue(event(number))
-            assert outbox.flush(20)
+            assert outbox.flush(60)
         assert run("resend", *BOX, "--since", "1h", "--yes", cwd=tmp_path).returncode == 0
         wait_until(lambda: len(sink.payloads) == 10)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert sink.payloads[:5] == sink.payloads[5:]
     assert len(list((tmp_path / "box").glob("delivered-*"))) == 5
     assert verified(tmp_path)["resent_on_request"] == 5

@@ -91,10 +91,10 @@ def lost(tmp_path: Path) -> Path:
     """Thirty events are delivered to both; the warehouse was put back from a copy of the first ten, live has lost all."""
     with Outbox(str(tmp_path / "box"), sinks=urls(tmp_path), keep_delivered="24h", flush_interval=0.05) as outbox:
         fill_files(outbox, 1)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
         shutil.copy(tmp_path / "warehouse.db", tmp_path / "copy.db")
         fill_files(outbox, 2, first=10)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
         assert outbox.stats().pending_bytes == 0
     for left in [*tmp_path.glob("warehouse.db*"), *tmp_path.glob("live.db*")]:
         left.unlink()
@@ -160,11 +160,11 @@ def test_what_was_kept_while_there_was_one_sink_is_sent_again_to_all_and_goes_in
     box = tmp_path / "box"
     with Outbox(str(box), RecordingSink(), keep_delivered="24h") as outbox:
         fill_files(outbox, 2)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     one, _ = sorted(box.glob("delivered-*"))
     assert run("resend", *BOX, "--batch", layout.batch_id(one.name), "--yes", cwd=tmp_path).returncode == 0
     with Outbox(str(box), sinks=urls(tmp_path), keep_delivered=0.01, flush_interval=0.05) as outbox:
-        assert outbox.flush(20)
+        assert outbox.flush(60)
         wait_until(lambda: not list(box.rglob("delivered-*")))
     assert arrived(tmp_path / "live.db") == arrived(tmp_path / "warehouse.db") == ids(10)
     balanced(box)

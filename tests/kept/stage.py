@@ -39,7 +39,7 @@ def sealed(box: Path, *extra: bytes, good: int = 3, first: int = 0) -> Path:
 def deliver(box: Path, database: Path) -> None:
     """Deliver what waits."""
     with Outbox(str(box), sink=f"sqlite:///{database}") as outbox:
-        assert outbox.flush(20)
+        assert outbox.flush(60)
 
 
 def box_with_dead(folder: Path, payloads: Sequence[bytes], files: int = 1) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gzip
 import json
 import socket
@@ -171,11 +172,17 @@ async def _write(writer: asyncio.StreamWriter, say: Say) -> bool:
     return say.cut is None and say.raw is None
 
 
+@functools.cache
+def _taken() -> socket.socket:
+    """Bound for good, and nobody listens: nor can another have its port, or a caller by chance be connected to itself."""
+    found = socket.socket()
+    found.bind(("127.0.0.1", 0))
+    return found
+
+
 def nobody() -> str:
     """The address of a port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{found.getsockname()[1]}/events"
+    return f"http://127.0.0.1:{_taken().getsockname()[1]}/events"
 
 
 def run(work: Awaitable[_T]) -> _T:

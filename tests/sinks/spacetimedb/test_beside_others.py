@@ -16,13 +16,13 @@ def test_a_server_that_is_killed_holds_back_no_database_and_misses_nothing(own_s
     sinks = {"live": own_server.sink_url("events"), "warehouse": f"sqlite:///{tmp_path}/w.db"}
     with Outbox(str(box), sinks=sinks, flush_interval=0.05, backoff_max=0.1) as outbox:
         fill_files(outbox, 5)
-        assert outbox.flush(20)
+        assert outbox.flush(60)
         own_server.kill()
         fill_files(outbox, 5, first=50)
         wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 100)
         wait_until(lambda: outbox.stats().sinks["live"].state.name == "waiting")
         assert len(sealed(box / "sink-live")) == 5
         own_server.start()
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert sorted(own_server.ids("events")) == arrived(tmp_path / "w.db") == ids(100)
     balanced(box)
