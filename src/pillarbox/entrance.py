@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 from pillarbox.errors import InvalidEvent
 from pillarbox.event import EVENT_BYTES_MAX, Codec
 from pillarbox.outcome import Dropped
-from pillarbox.store import record
+from pillarbox.store import record, speed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pillarbox.hooks import Hooks
     from pillarbox.outcome import Durability, Outcome
     from pillarbox.settings import Settings
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 _EXPLAINED_MAX: Final = 32  # different reasons for invalid events that are logged; all are counted
+
+
+class _Nothing:
+    """The type of no event: all of them go the long way."""
 
 
 class Entrance:
@@ -80,6 +86,15 @@ class Entrance:
         """The record of what `before_send` makes of an event."""
         admitted = self.admit(event)
         return admitted if type(admitted) is Dropped else self.line(admitted)
+
+    def records(self, events: Iterable[Any]) -> tuple[bytes, list[Dropped | None]]:
+        """The records of what `before_send` makes of events, and for each None, or why it has none."""
+        simple = _Nothing if self._hooks.filters else self._event_type
+        return speed.pack(events, self.encode, simple, EVENT_BYTES_MAX, self.admitted_line)
+
+    def records_of_json(self, payloads: Iterable[Any]) -> tuple[bytes, list[Dropped | None]]:
+        """The records of events that are JSON already; `before_send` has seen them, or it was not there then."""
+        return speed.pack(payloads, self.encode, _Nothing, EVENT_BYTES_MAX, self.line_of_json)
 
     def line_of_json(self, payload: Any) -> bytes | Dropped:
         """The record of an event that is JSON already; `before_send` has seen it, or it was not there then."""

@@ -205,7 +205,7 @@ class Outbox:
 
         They stay together in one file. At most 16 MiB in one call; more is `Dropped("invalid")`.
         """
-        return self._store_together(events, self._entrance.admitted_line, durability)
+        return self._store_together(lambda: self._entrance.records(events), durability)
 
     def enqueue_json(self, payloads: Iterable[bytes], *, durability: Durability | None = None) -> list[Outcome]:
         """Store events that are JSON already, in one write, all or none of the valid ones; one outcome for each, in order.
@@ -214,26 +214,19 @@ class Outbox:
         It is stored byte for byte, unknown members included, but for white space around it and line feeds. They do not
         come past `before_send`. Limits as for `enqueue_many`.
         """
-        return self._store_together(payloads, self._entrance.line_of_json, durability)
+        return self._store_together(lambda: self._entrance.records_of_json(payloads), durability)
 
     def _store_together(
-        self, items: Iterable[Any], line_of: Callable[[Any], bytes | Dropped], durability: Durability | None
+        self, pack: Callable[[], tuple[bytes, list[Dropped | None]]], durability: Durability | None
     ) -> list[Outcome]:
         power = self._power if durability is None else self._is_power(durability)
-        outcomes: list[Outcome | None] = []
-        lines: list[bytes] = []
         try:
-            for item in items:
-                line = line_of(item)
-                if isinstance(line, bytes):
-                    lines.append(line)
-                    outcomes.append(None)
-                else:
-                    outcomes.append(line)
-            together = self._append_many(b"".join(lines), len(lines), power=power) if lines else DROPPED["invalid"]
+            lines, refused = pack()
+            count = refused.count(None)
+            together = self._append_many(lines, count, power=power) if count else DROPPED["invalid"]
         finally:
             self._report_unheard_drops()
-        return [together if outcome is None else outcome for outcome in outcomes]
+        return [together if dropped is None else dropped for dropped in refused]
 
     def _reporting(self, enqueue: Enqueue) -> Enqueue:
         def enqueue_reporting(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pillarbox.store import layout
 from pillarbox.store.directory import Taken
+from pillarbox.store.speed import Counts
 
 if TYPE_CHECKING:
     from pillarbox.store.filesystem import Filesystem
@@ -16,17 +17,13 @@ _TAIL_BYTES: Final = 64 * 1024  # how much is read at a time to find the last wh
 SealReason = Literal["batch_size", "batch_bytes", "flush_interval", "startup", "adopted", "shutdown", "manual"]
 
 
-class ActiveFile:
+class ActiveFile(Counts):
     """A file that this writer appends to, will, or did, and what is in it."""
 
     __slots__ = (
-        "attend_at",
-        "bytes",
         "counted",
         "cut",
         "entered",
-        "events",
-        "fd",
         "number",
         "reason",
         "sealed",

@@ -6,16 +6,15 @@ VALUE in eight lower-case hex digits. Lines of older writers have no `crc`. Noth
 
 from __future__ import annotations
 
-from typing import Final
 from zlib import crc32
 
 import msgspec
 
-LINE: Final = b'{"event":%b,"crc":"%08x"}\n'  # (payload, crc32(payload)); the writer's hot path formats it itself
-OVERHEAD: Final = len(LINE % (b"", 0))
-_UNENDED: Final = LINE[:-1]
-_HEAD_BYTES: Final = len(b'{"event":')
-_TAIL_BYTES: Final = len(b',"crc":"00000000"}')
+from pillarbox.store import speed
+from pillarbox.store.plain import OVERHEAD
+from pillarbox.store.speed import line
+
+__all__ = ["OVERHEAD", "Damaged", "line", "payload"]
 
 
 class Damaged(Exception):  # noqa: N818 - reads as the sentence it is
@@ -35,16 +34,11 @@ _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _check_value = msgspec.json.Decoder(msgspec.Raw).decode
 
 
-def line(payload: bytes) -> bytes:
-    """The line that stores an event whose JSON is `payload`."""
-    return LINE % (payload, crc32(payload))
-
-
 def payload(line: bytes) -> bytes:
     """The event's JSON in a line without its line feed; raises `Damaged`."""
     # The shape that we write ourselves, recognised without a JSON parser; the value inside is checked all the same.
-    value = line[_HEAD_BYTES:-_TAIL_BYTES]
-    if _UNENDED % (value, crc32(value)) == line:
+    value = speed.value(line)
+    if value is not None:
         _check_utf8(value)
         try:
             _check_value(value)

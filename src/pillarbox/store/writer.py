@@ -22,7 +22,8 @@ from zlib import crc32
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
 from pillarbox.store.active import NOWHERE, ActiveFile, end_of_lines
-from pillarbox.store.record import LINE
+from pillarbox.store.plain import LINE
+from pillarbox.store.speed import Appending, quickest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -57,11 +58,13 @@ class Mark(NamedTuple):
     released: int
 
 
-class Writer:
+class Writer(Appending):
     """Appends lines to the active file and swaps files; shared by the threads of a process.
 
     `wake()` tells the sealer that there is work; it must be re-entrant and quick: it is called under the lock.
     """
+
+    _file: ActiveFile
 
     def __init__(self, directory: Directory, limits: Limits, wake: Callable[[], None]) -> None:
         self._directory = directory
@@ -137,7 +140,7 @@ class Writer:
                     raise
             return outcome if outcome is not None else begin(line, 1)
 
-        return enqueue
+        return quickest(w, enqueue, door, write)
 
     def append(self, lines: bytes, events: int) -> Outcome | None:
         """Append whole lines that hold `events` events, all or none; None before `start`."""

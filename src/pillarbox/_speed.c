@@ -1,0 +1,791 @@
+/* The hot path of the store, compiled. Optional: `store/speed.py` has the same in Python, and the tests hold both to the same.
+
+It does the simple case only: an event that encodes, a file that takes its line, a write that takes all of it. Whatever else
+comes up is handed to the methods of the writer that the closure in Python calls too. The rules are that closure's: one lock,
+one write, and a mark (a negative limit) that stands while the file is touched. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+#include <unistd.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define CARRYLESS
+#endif
+
+static const char HEAD[] = "{\"event\":";
+static const char TAIL[] = ",\"crc\":\"";
+static const char END[] = "\"}\n";
+enum {
+    HEAD_BYTES = sizeof HEAD - 1,
+    TAIL_BYTES = sizeof TAIL - 1,
+    END_BYTES = sizeof END - 1,
+    CRC_BYTES = 8,
+    OVERHEAD = HEAD_BYTES + TAIL_BYTES + CRC_BYTES + END_BYTES,
+    ON_STACK = 4096, /* a longer line gets memory of its own */
+};
+static const long long MARK = -1;
+
+/* CRC-32 (IEEE 802.3, as in zlib), eight bytes at a time: M. Kounavis and F. Berry, "Novel Table Lookup-Based Algorithms for
+   High-Performance CRC Generation", IEEE Transactions on Computers 57 (2008). */
+static uint32_t crc_table[8][256];
+
+static void
+fill_crc_table(void)
+{
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t crc = byte;
+        for (int bit = 0; bit < 8; bit++) {
+            crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
+        }
+        crc_table[0][byte] = crc;
+    }
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        for (int slice = 1; slice < 8; slice++) {
+            uint32_t before = crc_table[slice - 1][byte];
+            crc_table[slice][byte] = before >> 8 ^ crc_table[0][before & 0xFF];
+        }
+    }
+}
+
+static uint32_t
+by_table(uint32_t crc, const unsigned char *at, Py_ssize_t size)
+{
+    for (; size >= 8; size -= 8, at += 8) {
+        uint32_t low = crc ^ ((uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24);
+        crc = crc_table[7][low & 0xFF] ^ crc_table[6][low >> 8 & 0xFF] ^ crc_table[5][low >> 16 & 0xFF]
+              ^ crc_table[4][low >> 24] ^ crc_table[3][at[4]] ^ crc_table[2][at[5]] ^ crc_table[1][at[6]]
+              ^ crc_table[0][at[7]];
+    }
+    for (; size > 0; size--, at++) {
+        crc = crc >> 8 ^ crc_table[0][(crc ^ *at) & 0xFF];
+    }
+    return crc;
+}
+
+#ifdef CARRYLESS
+/* The same by carry-less multiplication, for 64 bytes at least and whole blocks of 16: V. Gopal et al., "Fast CRC Computation
+   for Generic Polynomials Using PCLMULQDQ Instruction", Intel 2009, which has the constants for the reflected polynomial. */
+#define FOLDS __attribute__((target("pclmul,sse2")))
+
+static int has_carryless; /* this processor */
+
+static inline FOLDS __m128i
+load(const unsigned char *at)
+{
+    return _mm_loadu_si128((const __m128i *)at);
+}
+
+static inline FOLDS __m128i
+fold(__m128i sum, __m128i by, __m128i next)
+{
+    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(sum, by, 0x00), _mm_clmulepi64_si128(sum, by, 0x11)), next);
+}
+
+static FOLDS uint32_t
+by_folding(uint32_t crc, const unsigned char *at, Py_ssize_t size)
+{
+    const __m128i by_512 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4);
+    const __m128i by_128 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+    const __m128i by_64 = _mm_set_epi64x(0, 0x163cd6124);
+    const __m128i reduce = _mm_set_epi64x(0x1f7011641, 0x1db710641); /* Barrett's quotient, the polynomial */
+    const __m128i low_halves = _mm_set_epi32(0, -1, 0, -1);
+    __m128i sum[4];
+    for (int lane = 0; lane < 4; lane++) {
+        sum[lane] = load(at + 16 * lane);
+    }
+    sum[0] = _mm_xor_si128(sum[0], _mm_cvtsi32_si128((int)crc));
+    for (at += 64, size -= 64; size >= 64; at += 64, size -= 64) {
+        for (int lane = 0; lane < 4; lane++) {
+            sum[lane] = fold(sum[lane], by_512, load(at + 16 * lane));
+        }
+    }
+    __m128i all = fold(fold(fold(sum[0], by_128, sum[1]), by_128, sum[2]), by_128, sum[3]);
+    for (; size >= 16; at += 16, size -= 16) {
+        all = fold(all, by_128, load(at));
+    }
+    all = _mm_xor_si128(_mm_srli_si128(all, 8), _mm_clmulepi64_si128(all, by_128, 0x10));
+    all = _mm_xor_si128(_mm_srli_si128(all, 4), _mm_clmulepi64_si128(_mm_and_si128(all, low_halves), by_64, 0x00));
+    __m128i quotient = _mm_and_si128(_mm_clmulepi64_si128(_mm_and_si128(all, low_halves), reduce, 0x10), low_halves);
+    all = _mm_xor_si128(all, _mm_clmulepi64_si128(quotient, reduce, 0x00));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_srli_si128(all, 4));
+}
+#endif
+
+static uint32_t
+crc32_of(const unsigned char *at, Py_ssize_t size)
+{
+    uint32_t crc = 0xFFFFFFFFu;
+#ifdef CARRYLESS
+    if (has_carryless && size >= 64) {
+        Py_ssize_t blocks = size & ~(Py_ssize_t)15;
+        crc = by_folding(crc, at, blocks);
+        at += blocks;
+        size -= blocks;
+    }
+#endif
+    return ~by_table(crc, at, size);
+}
+
+/* What follows a payload in its record. */
+static void
+put_tail(char *to, uint32_t crc)
+{
+    static const char digits[] = "0123456789abcdef";
+    memcpy(to, TAIL, TAIL_BYTES);
+    to += TAIL_BYTES;
+    for (int shift = 28; shift >= 0; shift -= 4) {
+        *to++ = digits[crc >> shift & 0xF];
+    }
+    memcpy(to, END, END_BYTES);
+}
+
+/* A record of `payload` at `to`, which has room for OVERHEAD bytes more than it. */
+static void
+put_record(char *to, const char *payload, Py_ssize_t size)
+{
+    memcpy(to, HEAD, HEAD_BYTES);
+    memcpy(to + HEAD_BYTES, payload, (size_t)size);
+    put_tail(to + HEAD_BYTES + size, crc32_of((const unsigned char *)payload, size));
+}
+
+typedef struct {
+    PyTypeObject *counts;
+    PyTypeObject *appending;
+    PyTypeObject *enqueue;
+    PyObject *write; /* os.write: called directly instead */
+    PyObject *acquire, *release, *attend, *complete, *undo; /* names */
+} State;
+
+/* Counts: what the hot path keeps of a file. */
+
+typedef struct {
+    PyObject_HEAD
+    int fd;
+    long long bytes, events, attend_at;
+} Counts;
+
+static PyMemberDef counts_members[] = {
+    {"fd", T_INT, offsetof(Counts, fd), 0, NULL},
+    {"bytes", T_LONGLONG, offsetof(Counts, bytes), 0, NULL},
+    {"events", T_LONGLONG, offsetof(Counts, events), 0, NULL},
+    {"attend_at", T_LONGLONG, offsetof(Counts, attend_at), 0, NULL},
+    {NULL},
+};
+
+static void
+counts_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot counts_slots[] = {
+    {Py_tp_doc, "What the hot path keeps of a file: descriptor, bytes, events, and at how many events it is attended to."},
+    {Py_tp_members, counts_members},
+    {Py_tp_dealloc, counts_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec counts_spec = {
+    "pillarbox._speed.Counts", sizeof(Counts), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counts_slots,
+};
+
+/* Appending: what the hot path keeps of a writer. */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *lock;
+    PyObject *file; /* Counts */
+    long long limit;
+    char broken;
+} Appending;
+
+static PyMemberDef appending_members[] = {
+    {"lock", T_OBJECT_EX, offsetof(Appending, lock), 0, NULL},
+    {"_file", T_OBJECT_EX, offsetof(Appending, file), 0, NULL},
+    {"_limit", T_LONGLONG, offsetof(Appending, limit), 0, NULL},
+    {"_broken", T_BOOL, offsetof(Appending, broken), 0, NULL},
+    {NULL},
+};
+
+static int
+appending_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(((Appending *)self)->lock);
+    Py_VISIT(((Appending *)self)->file);
+    return 0;
+}
+
+static int
+appending_clear(PyObject *self)
+{
+    Py_CLEAR(((Appending *)self)->lock);
+    Py_CLEAR(((Appending *)self)->file);
+    return 0;
+}
+
+static void
+appending_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    appending_clear(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot appending_slots[] = {
+    {Py_tp_doc, "What the hot path keeps of a writer: the lock, the active file, how far it may grow, and whether it is broken."},
+    {Py_tp_members, appending_members},
+    {Py_tp_traverse, appending_traverse},
+    {Py_tp_clear, appending_clear},
+    {Py_tp_dealloc, appending_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec appending_spec = {
+    "pillarbox._speed.Appending", sizeof(Appending), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    appending_slots,
+};
+
+/* Enqueue: one event into the active file. */
+
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
+    State *state;
+    PyObject *dict;
+    PyObject *writer;    /* Appending */
+    PyObject *plain;     /* the same in Python: whatever is not the simple case */
+    PyObject *encode;    /* event -> bytes */
+    PyObject *type;      /* of the events */
+    PyObject *begin;     /* line, 1 -> outcome: where the file does not simply take the line */
+    PyObject *write;     /* NULL: the system's own */
+    PyObject *enqueued;  /* the outcome */
+    Py_ssize_t bytes_max;
+    int power; /* a call that does not say waits for the sync */
+} Enqueue;
+
+/* Write a line. How much was written; -1 with an exception set. */
+static Py_ssize_t
+write_line(Enqueue *self, int fd, const char *line, Py_ssize_t size)
+{
+    if (self->write != NULL) {
+        PyObject *bytes = PyBytes_FromStringAndSize(line, size);
+        PyObject *number = bytes == NULL ? NULL : PyLong_FromLong(fd);
+        PyObject *found = NULL;
+        if (number != NULL) {
+            found = PyObject_CallFunctionObjArgs(self->write, number, bytes, NULL);
+        }
+        Py_XDECREF(number);
+        Py_XDECREF(bytes);
+        if (found == NULL) {
+            return -1;
+        }
+        Py_ssize_t written = PyLong_AsSsize_t(found);
+        Py_DECREF(found);
+        return written;
+    }
+    for (;;) {
+        Py_ssize_t written;
+        int error;
+        Py_BEGIN_ALLOW_THREADS
+        written = write(fd, line, (size_t)size);
+        error = errno;
+        Py_END_ALLOW_THREADS
+        if (written >= 0) {
+            return written;
+        }
+        if (error != EINTR) {
+            errno = error;
+            PyErr_SetFromErrno(PyExc_OSError);
+            return -1;
+        }
+        if (PyErr_CheckSignals() < 0) {
+            return -1;
+        }
+    }
+}
+
+/* After a failed append: what the writer makes of an `OSError`; anything else leaves the mark, and the writer broken. */
+static PyObject *
+failed(Enqueue *self, Appending *writer)
+{
+    if (!PyErr_ExceptionMatches(PyExc_OSError)) {
+        writer->broken = 1;
+        return NULL;
+    }
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    PyObject *one = PyLong_FromLong(1);
+    PyObject *outcome = NULL;
+    if (error != NULL && one != NULL) {
+        outcome = PyObject_CallMethodObjArgs((PyObject *)writer, self->state->undo, error, one, NULL);
+    }
+    Py_XDECREF(one);
+    Py_XDECREF(type);
+    Py_XDECREF(error);
+    Py_XDECREF(trace);
+    return outcome;
+}
+
+/* Write again what was written in part; whether that succeeded. */
+static int
+complete(Enqueue *self, Appending *writer, Counts *file, const char *line, Py_ssize_t size, Py_ssize_t written)
+{
+    PyObject *bytes = PyBytes_FromStringAndSize(line, size);
+    PyObject *count = PyLong_FromSsize_t(written);
+    PyObject *done = NULL;
+    if (bytes != NULL && count != NULL) {
+        done = PyObject_CallMethodObjArgs((PyObject *)writer, self->state->complete, (PyObject *)file, bytes, count, NULL);
+    }
+    Py_XDECREF(bytes);
+    Py_XDECREF(count);
+    Py_XDECREF(done);
+    return done != NULL;
+}
+
+/* With the lock held and the mark set: write, and count. A new reference, or NULL with an exception set. */
+static PyObject *
+append(Enqueue *self, Appending *writer, Counts *file, long long limit, const char *line, Py_ssize_t size)
+{
+    Py_ssize_t written = write_line(self, file->fd, line, size);
+    if (written < 0 || (written != size && !complete(self, writer, file, line, size, written))) {
+        return failed(self, writer);
+    }
+    file->bytes += size;
+    file->events += 1;
+    writer->limit = limit;
+    if (file->events >= file->attend_at) {
+        PyObject *done = PyObject_CallMethodNoArgs((PyObject *)writer, self->state->attend);
+        if (done == NULL) {
+            return failed(self, writer);
+        }
+        Py_DECREF(done);
+    }
+    return Py_NewRef(self->enqueued);
+}
+
+/* Append a line: a new reference, or NULL with an exception set, or NULL without one where the file does not simply take it. */
+static PyObject *
+append_locked(Enqueue *self, const char *line, Py_ssize_t size)
+{
+    Appending *writer = (Appending *)self->writer;
+    PyObject *lock = writer->lock; /* another in a forked child */
+    if (lock == NULL) {
+        PyErr_SetString(PyExc_AttributeError, "lock");
+        return NULL;
+    }
+    Py_INCREF(lock);
+    PyObject *done = PyObject_CallMethodNoArgs(lock, self->state->acquire);
+    if (done == NULL) {
+        Py_DECREF(lock);
+        return NULL;
+    }
+    Py_DECREF(done);
+    PyObject *outcome = NULL;
+    Counts *file = (Counts *)writer->file;
+    long long limit = writer->limit;
+    if (file != NULL && PyObject_TypeCheck(file, self->state->counts) && file->bytes + size <= limit) {
+        Py_INCREF(file);
+        writer->limit = MARK;
+        outcome = append(self, writer, file, limit, line, size);
+        Py_DECREF(file);
+    }
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    done = PyObject_CallMethodNoArgs(lock, self->state->release);
+    Py_DECREF(lock);
+    if (done == NULL) { /* not ours any more: nothing that a caller could mend */
+        Py_CLEAR(outcome);
+        Py_XDECREF(type);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+        return NULL;
+    }
+    Py_DECREF(done);
+    PyErr_Restore(type, error, trace);
+    return outcome;
+}
+
+static PyObject *
+enqueue_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject *names)
+{
+    Enqueue *self = (Enqueue *)callable;
+    Py_ssize_t count = PyVectorcall_NARGS(flagged);
+    if (count != 1 || self->power || (names != NULL && PyTuple_GET_SIZE(names) > 0)) {
+        return PyObject_Vectorcall(self->plain, args, flagged, names);
+    }
+    PyObject *event = args[0];
+    if ((PyObject *)Py_TYPE(event) != self->type) {
+        return PyObject_Vectorcall(self->plain, args, flagged, names);
+    }
+    PyObject *payload = PyObject_CallOneArg(self->encode, event);
+    if (payload == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_Exception)) {
+            return NULL;
+        }
+        PyErr_Clear(); /* it is refused there, with what there is to be said */
+        return PyObject_Vectorcall(self->plain, args, flagged, names);
+    }
+    if (!PyBytes_CheckExact(payload) || PyBytes_GET_SIZE(payload) > self->bytes_max) {
+        Py_DECREF(payload);
+        return PyObject_Vectorcall(self->plain, args, flagged, names);
+    }
+    char stack[ON_STACK];
+    Py_ssize_t size = PyBytes_GET_SIZE(payload) + OVERHEAD;
+    char *line = size <= ON_STACK ? stack : PyMem_Malloc((size_t)size);
+    if (line == NULL) {
+        Py_DECREF(payload);
+        return PyErr_NoMemory();
+    }
+    put_record(line, PyBytes_AS_STRING(payload), size - OVERHEAD);
+    Py_DECREF(payload);
+    PyObject *outcome = append_locked(self, line, size);
+    if (outcome == NULL && !PyErr_Occurred()) {
+        outcome = PyObject_CallFunction(self->begin, "y#i", line, size, 1);
+    }
+    if (line != stack) {
+        PyMem_Free(line);
+    }
+    return outcome;
+}
+
+static PyObject *
+enqueue_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"writer", "plain", "encode", "event_type", "bytes_max", "begin", "write", "enqueued", "power", NULL};
+    State *state = PyType_GetModuleState(type);
+    PyObject *writer, *plain, *encode, *event_type, *begin, *write, *enqueued;
+    Py_ssize_t bytes_max;
+    int power;
+    if (state == NULL
+        || !PyArg_ParseTupleAndKeywords(args, keywords, "O!OOO!nOOOp:Enqueue", names, state->appending, &writer, &plain, &encode,
+                                        &PyType_Type, &event_type, &bytes_max, &begin, &write, &enqueued, &power)) {
+        return NULL;
+    }
+    Enqueue *self = (Enqueue *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->vectorcall = enqueue_call;
+    self->state = state;
+    self->writer = Py_NewRef(writer);
+    self->plain = Py_NewRef(plain);
+    self->encode = Py_NewRef(encode);
+    self->type = Py_NewRef(event_type);
+    self->begin = Py_NewRef(begin);
+    self->write = write == state->write ? NULL : Py_NewRef(write);
+    self->enqueued = Py_NewRef(enqueued);
+    self->bytes_max = bytes_max;
+    self->power = power;
+    return (PyObject *)self;
+}
+
+static int
+enqueue_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Enqueue *self = (Enqueue *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->dict);
+    Py_VISIT(self->writer);
+    Py_VISIT(self->plain);
+    Py_VISIT(self->encode);
+    Py_VISIT(self->type);
+    Py_VISIT(self->begin);
+    Py_VISIT(self->write);
+    Py_VISIT(self->enqueued);
+    return 0;
+}
+
+/* What is left of one that the garbage collector took apart. */
+static PyObject *
+enqueue_gone(PyObject *Py_UNUSED(self), PyObject *const *Py_UNUSED(args), size_t Py_UNUSED(flagged), PyObject *Py_UNUSED(names))
+{
+    PyErr_SetString(PyExc_RuntimeError, "the outbox is gone");
+    return NULL;
+}
+
+static int
+enqueue_clear(PyObject *object)
+{
+    Enqueue *self = (Enqueue *)object;
+    self->vectorcall = enqueue_gone;
+    Py_CLEAR(self->dict);
+    Py_CLEAR(self->writer);
+    Py_CLEAR(self->plain);
+    Py_CLEAR(self->encode);
+    Py_CLEAR(self->type);
+    Py_CLEAR(self->begin);
+    Py_CLEAR(self->write);
+    Py_CLEAR(self->enqueued);
+    return 0;
+}
+
+static void
+enqueue_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    enqueue_clear(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyMemberDef enqueue_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Enqueue, vectorcall), READONLY, NULL},
+    {"__dictoffset__", T_PYSSIZET, offsetof(Enqueue, dict), READONLY, NULL},
+    {NULL},
+};
+
+static PyGetSetDef enqueue_getset[] = {
+    {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, NULL, NULL},
+    {NULL},
+};
+
+static PyType_Slot enqueue_slots[] = {
+    {Py_tp_doc, "`Writer.build_enqueue`'s closure, compiled for the simple case; `plain` is that closure, and has all of the others."},
+    {Py_tp_new, enqueue_new},
+    {Py_tp_call, PyVectorcall_Call},
+    {Py_tp_members, enqueue_members},
+    {Py_tp_getset, enqueue_getset},
+    {Py_tp_traverse, enqueue_traverse},
+    {Py_tp_clear, enqueue_clear},
+    {Py_tp_dealloc, enqueue_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec enqueue_spec = {
+    "pillarbox._speed.Enqueue", sizeof(Enqueue), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, enqueue_slots,
+};
+
+/* Functions. */
+
+static PyObject *
+line(PyObject *Py_UNUSED(self), PyObject *payload)
+{
+    if (!PyBytes_Check(payload)) {
+        return PyErr_Format(PyExc_TypeError, "payload must be bytes, not %.200s", Py_TYPE(payload)->tp_name);
+    }
+    PyObject *found = PyBytes_FromStringAndSize(NULL, PyBytes_GET_SIZE(payload) + OVERHEAD);
+    if (found != NULL) {
+        put_record(PyBytes_AS_STRING(found), PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload));
+    }
+    return found;
+}
+
+static PyObject *
+value(PyObject *Py_UNUSED(self), PyObject *line)
+{
+    if (!PyBytes_Check(line)) {
+        return PyErr_Format(PyExc_TypeError, "line must be bytes, not %.200s", Py_TYPE(line)->tp_name);
+    }
+    Py_ssize_t size = PyBytes_GET_SIZE(line) - (OVERHEAD - 1);
+    const char *at = PyBytes_AS_STRING(line);
+    if (size < 0 || memcmp(at, HEAD, HEAD_BYTES) != 0) {
+        Py_RETURN_NONE;
+    }
+    at += HEAD_BYTES;
+    char rest[TAIL_BYTES + CRC_BYTES + END_BYTES];
+    put_tail(rest, crc32_of((const unsigned char *)at, size));
+    if (memcmp(at + size, rest, sizeof rest - 1) != 0) {
+        Py_RETURN_NONE;
+    }
+    return PyBytes_FromStringAndSize(at, size);
+}
+
+/* Records one behind another, in a bytes object that grows. */
+typedef struct {
+    PyObject *bytes;
+    Py_ssize_t size;
+} Records;
+
+/* Room for so many bytes more; NULL with an exception set. */
+static char *
+room_for(Records *records, Py_ssize_t more)
+{
+    Py_ssize_t have = PyBytes_GET_SIZE(records->bytes);
+    if (more > have - records->size) {
+        if (more > PY_SSIZE_T_MAX / 2 - have || _PyBytes_Resize(&records->bytes, 2 * have + more) < 0) {
+            if (!PyErr_Occurred()) {
+                PyErr_NoMemory();
+            }
+            return NULL;
+        }
+    }
+    char *at = PyBytes_AS_STRING(records->bytes) + records->size;
+    records->size += more;
+    return at;
+}
+
+/* The record of one event behind the others. A new reference to None, or to what refuses it; NULL with an exception set. */
+static PyObject *
+add_event(Records *records, PyObject *event, PyObject *encode, PyTypeObject *type, Py_ssize_t bytes_max, PyObject *line_of)
+{
+    if (Py_TYPE(event) == type) {
+        PyObject *payload = PyObject_CallOneArg(encode, event);
+        if (payload == NULL) {
+            if (!PyErr_ExceptionMatches(PyExc_Exception)) {
+                return NULL;
+            }
+            PyErr_Clear();
+        }
+        else if (PyBytes_CheckExact(payload) && PyBytes_GET_SIZE(payload) <= bytes_max) {
+            char *at = room_for(records, PyBytes_GET_SIZE(payload) + OVERHEAD);
+            if (at != NULL) {
+                put_record(at, PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload));
+            }
+            Py_DECREF(payload);
+            return at == NULL ? NULL : Py_NewRef(Py_None);
+        }
+        Py_XDECREF(payload);
+    }
+    PyObject *found = PyObject_CallOneArg(line_of, event);
+    if (found == NULL || !PyBytes_CheckExact(found)) {
+        return found;
+    }
+    char *at = room_for(records, PyBytes_GET_SIZE(found));
+    if (at != NULL) {
+        memcpy(at, PyBytes_AS_STRING(found), (size_t)PyBytes_GET_SIZE(found));
+    }
+    Py_DECREF(found);
+    return at == NULL ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *
+pack(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *events, *encode, *type, *line_of;
+    Py_ssize_t bytes_max;
+    if (!PyArg_ParseTuple(args, "OOO!nO:pack", &events, &encode, &PyType_Type, &type, &bytes_max, &line_of)) {
+        return NULL;
+    }
+    PyObject *iterator = PyObject_GetIter(events);
+    PyObject *refused = PyList_New(0);
+    Records records = {PyBytes_FromStringAndSize(NULL, ON_STACK), 0};
+    PyObject *event;
+    if (iterator == NULL || refused == NULL || records.bytes == NULL) {
+        goto error;
+    }
+    while ((event = PyIter_Next(iterator)) != NULL) {
+        PyObject *one = add_event(&records, event, encode, (PyTypeObject *)type, bytes_max, line_of);
+        Py_DECREF(event);
+        if (one == NULL || PyList_Append(refused, one) < 0) {
+            Py_XDECREF(one);
+            goto error;
+        }
+        Py_DECREF(one);
+    }
+    if (PyErr_Occurred() || _PyBytes_Resize(&records.bytes, records.size) < 0) {
+        goto error;
+    }
+    Py_DECREF(iterator);
+    return Py_BuildValue("NN", records.bytes, refused);
+error:
+    Py_XDECREF(iterator);
+    Py_XDECREF(refused);
+    Py_XDECREF(records.bytes);
+    return NULL;
+}
+
+static PyMethodDef functions[] = {
+    {"line", line, METH_O, "The record of a payload."},
+    {"value", value, METH_O, "The payload of a record without its line feed; None where it has not the shape that `line` gives."},
+    {"pack", pack, METH_VARARGS,
+     "pack(events, encode, event_type, bytes_max, line_of): the records of all in one, and for each None or what refuses it."},
+    {NULL, NULL, 0, NULL},
+};
+
+/* The module. */
+
+static int
+add_type(PyObject *found, PyType_Spec *spec, PyTypeObject **type)
+{
+    *type = (PyTypeObject *)PyType_FromModuleAndSpec(found, spec, NULL);
+    return *type == NULL ? -1 : PyModule_AddType(found, *type);
+}
+
+static int
+exec(PyObject *found)
+{
+    State *state = PyModule_GetState(found);
+    fill_crc_table();
+#ifdef CARRYLESS
+    has_carryless = __builtin_cpu_supports("pclmul");
+#endif
+    if (add_type(found, &counts_spec, &state->counts) < 0 || add_type(found, &appending_spec, &state->appending) < 0
+        || add_type(found, &enqueue_spec, &state->enqueue) < 0) {
+        return -1;
+    }
+    state->acquire = PyUnicode_InternFromString("acquire");
+    state->release = PyUnicode_InternFromString("release");
+    state->attend = PyUnicode_InternFromString("_attend");
+    state->complete = PyUnicode_InternFromString("_complete");
+    state->undo = PyUnicode_InternFromString("_undo");
+    PyObject *os = PyImport_ImportModule("os");
+    state->write = os == NULL ? NULL : PyObject_GetAttrString(os, "write");
+    Py_XDECREF(os);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int
+module_traverse(PyObject *found, visitproc visit, void *arg)
+{
+    State *state = PyModule_GetState(found);
+    Py_VISIT(state->counts);
+    Py_VISIT(state->appending);
+    Py_VISIT(state->enqueue);
+    Py_VISIT(state->write);
+    return 0;
+}
+
+static int
+module_clear(PyObject *found)
+{
+    State *state = PyModule_GetState(found);
+    Py_CLEAR(state->counts);
+    Py_CLEAR(state->appending);
+    Py_CLEAR(state->enqueue);
+    Py_CLEAR(state->write);
+    Py_CLEAR(state->acquire);
+    Py_CLEAR(state->release);
+    Py_CLEAR(state->attend);
+    Py_CLEAR(state->complete);
+    Py_CLEAR(state->undo);
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* what is touched is touched under the writer's lock */
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_speed",
+    .m_doc = "The hot path of the store, compiled: see `pillarbox.store.speed`.",
+    .m_size = sizeof(State),
+    .m_methods = functions,
+    .m_slots = slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__speed(void)
+{
+    return PyModuleDef_Init(&module);
+}

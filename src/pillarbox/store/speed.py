@@ -1,0 +1,40 @@
+"""Chooses between the compiled pieces of the hot path and those in Python.
+
+They are compiled where the package was installed with a C compiler; with `PILLARBOX_PURE_PYTHON=1` in the environment they are
+left alone all the same. What they do is the same, and the same tests hold both to it.
+"""
+
+from __future__ import annotations
+
+from functools import update_wrapper
+from os import environ
+from typing import TYPE_CHECKING, Final
+
+from pillarbox.outcome import ENQUEUED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pillarbox.store.door import Door, Enqueue
+
+try:
+    if environ.get("PILLARBOX_PURE_PYTHON"):
+        raise ImportError  # noqa: TRY301 - as if it were not there
+    from pillarbox import _speed
+    from pillarbox._speed import Appending, Counts, line, pack, value
+except ImportError:
+    from pillarbox.store.plain import Appending, Counts, line, pack, value
+
+COMPILED: Final = Counts.__module__ == "pillarbox._speed"
+
+__all__ = ["COMPILED", "Appending", "Counts", "line", "pack", "quickest", "value"]
+
+
+def quickest(writer: Appending, closure: Enqueue, door: Door, write: Callable[[int, bytes], int]) -> Enqueue:
+    """The closure of a writer, or one that does its simple case compiled and leaves the others to it."""
+    if not COMPILED:
+        return closure
+    found = _speed.Enqueue(
+        writer, closure, door.encode, door.event_type, door.event_bytes_max, door.begin, write, ENQUEUED, door.power
+    )
+    return update_wrapper(found, closure)
