@@ -2,4 +2,4 @@
 
 from setuptools import Extension, setup
 
-setup(ext_modules=[Extension("pillarbox._speed", ["src/pillarbox/_speed.c"], optional=True)])
+setup(ext_modules=[Extension("pillarbox.store._speed", ["src/pillarbox/store/_speed.c"], optional=True)])

@@ -34,6 +34,7 @@ STRANGERS = [("store/writer.py", "reader"), ("store/reader.py", "writer"), ("sto
 # Modules that may use more of `os` than nothing, and what; `open` and `time` are one module's each.
 OS_NAMES = {
     "store/filesystem.py": None,  # everything
+    "store/speed.py": {"environ"},  # where the compiled hot path is declined
     "event.py": {"register_at_fork", "urandom"},
     "outbox.py": {"register_at_fork"},
     "child/entry.py": {"_exit", "dup2"},

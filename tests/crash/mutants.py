@@ -282,6 +282,7 @@ def copied(mutant: Mutant | None, place: Path) -> Path:
 def judge(place: Path, harness: str) -> Verdict:
     """Run a harness on the copy of the package that is in a folder. What never ends is found too."""
     environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0", "TMPDIR": str(place)}
+    environment["PILLARBOX_PURE_PYTHON"] = "1"  # what is patched is what must run
     command = [sys.executable, "-m", "tests.crash.mutants", "--on", str(place), "--harness", harness]
     begin = time.monotonic()
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The hot path's pieces in Python: what `pillarbox._speed` has compiled. Either is chosen in `store/speed.py`."""
+"""The hot path's pieces in Python: what `pillarbox.store._speed` has compiled. Either is chosen in `store/speed.py`."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 try:
     if environ.get("PILLARBOX_PURE_PYTHON"):
         raise ImportError  # noqa: TRY301 - as if it were not there
-    from pillarbox import _speed
-    from pillarbox._speed import Appending, Counts, line, pack, value
+    from pillarbox.store import _speed
+    from pillarbox.store._speed import Appending, Counts, line, pack, value
 except ImportError:
     from pillarbox.store.plain import Appending, Counts, line, pack, value
 
-COMPILED: Final = Counts.__module__ == "pillarbox._speed"
+COMPILED: Final = Counts.__module__ == "pillarbox.store._speed"
 
 __all__ = ["COMPILED", "Appending", "Counts", "line", "pack", "quickest", "value"]
 

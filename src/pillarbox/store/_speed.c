@@ -159,7 +159,7 @@ typedef struct {
     PyTypeObject *appending;
     PyTypeObject *enqueue;
     PyObject *write; /* os.write: called directly instead */
-    PyObject *acquire, *release, *attend, *complete, *undo; /* names */
+    PyObject *acquire, *release, *append, *attend, *complete, *undo; /* names */
 } State;
 
 /* Counts: what the hot path keeps of a file. */
@@ -194,7 +194,7 @@ static PyType_Slot counts_slots[] = {
 };
 
 static PyType_Spec counts_spec = {
-    "pillarbox._speed.Counts", sizeof(Counts), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counts_slots,
+    "pillarbox.store._speed.Counts", sizeof(Counts), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counts_slots,
 };
 
 /* Appending: what the hot path keeps of a writer. */
@@ -252,7 +252,7 @@ static PyType_Slot appending_slots[] = {
 };
 
 static PyType_Spec appending_spec = {
-    "pillarbox._speed.Appending", sizeof(Appending), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    "pillarbox.store._speed.Appending", sizeof(Appending), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
     appending_slots,
 };
 
@@ -267,7 +267,7 @@ typedef struct {
     PyObject *plain;     /* the same in Python: whatever is not the simple case */
     PyObject *encode;    /* event -> bytes */
     PyObject *type;      /* of the events */
-    PyObject *begin;     /* line, 1 -> outcome: where the file does not simply take the line */
+    PyObject *begin;     /* line, 1 -> outcome: where the writer does not accept */
     PyObject *write;     /* NULL: the system's own */
     PyObject *enqueued;  /* the outcome */
     Py_ssize_t bytes_max;
@@ -417,6 +417,25 @@ append_locked(Enqueue *self, const char *line, Py_ssize_t size)
     return outcome;
 }
 
+/* Where the file does not simply take the line: the writer has the choice. */
+static PyObject *
+append_slowly(Enqueue *self, const char *line, Py_ssize_t size)
+{
+    PyObject *bytes = PyBytes_FromStringAndSize(line, size);
+    PyObject *one = PyLong_FromLong(1);
+    PyObject *outcome = NULL;
+    if (bytes != NULL && one != NULL) {
+        outcome = PyObject_CallMethodObjArgs(self->writer, self->state->append, bytes, one, NULL);
+        if (outcome == Py_None) {
+            Py_DECREF(outcome);
+            outcome = PyObject_CallFunctionObjArgs(self->begin, bytes, one, NULL);
+        }
+    }
+    Py_XDECREF(bytes);
+    Py_XDECREF(one);
+    return outcome;
+}
+
 static PyObject *
 enqueue_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject *names)
 {
@@ -452,7 +471,7 @@ enqueue_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject
     Py_DECREF(payload);
     PyObject *outcome = append_locked(self, line, size);
     if (outcome == NULL && !PyErr_Occurred()) {
-        outcome = PyObject_CallFunction(self->begin, "y#i", line, size, 1);
+        outcome = append_slowly(self, line, size);
     }
     if (line != stack) {
         PyMem_Free(line);
@@ -565,7 +584,7 @@ static PyType_Slot enqueue_slots[] = {
 };
 
 static PyType_Spec enqueue_spec = {
-    "pillarbox._speed.Enqueue", sizeof(Enqueue), 0,
+    "pillarbox.store._speed.Enqueue", sizeof(Enqueue), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, enqueue_slots,
 };
 
@@ -729,6 +748,7 @@ exec(PyObject *found)
     }
     state->acquire = PyUnicode_InternFromString("acquire");
     state->release = PyUnicode_InternFromString("release");
+    state->append = PyUnicode_InternFromString("append");
     state->attend = PyUnicode_InternFromString("_attend");
     state->complete = PyUnicode_InternFromString("_complete");
     state->undo = PyUnicode_InternFromString("_undo");
@@ -759,6 +779,7 @@ module_clear(PyObject *found)
     Py_CLEAR(state->write);
     Py_CLEAR(state->acquire);
     Py_CLEAR(state->release);
+    Py_CLEAR(state->append);
     Py_CLEAR(state->attend);
     Py_CLEAR(state->complete);
     Py_CLEAR(state->undo);
