@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sqlite3
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.results import Machine, Versions
+from pillarbox.store.speed import COMPILED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -83,7 +83,7 @@ def versions(packages: Iterable[str]) -> Versions:
         packages={name: _version(name) for name in sorted(set(packages))},
         commit=_git("rev-parse", "HEAD") or "unknown",
         dirty=bool(_git("status", "--porcelain")),
-        compiled=importlib.util.find_spec("pillarbox._speed") is not None,
+        compiled=COMPILED,
     )
 
 
