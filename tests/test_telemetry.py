@@ -20,11 +20,11 @@ def on_drop(reason, count):
     raise ValueError
 reader = InMemoryMetricReader()
 metrics.set_meter_provider(MeterProvider([reader]))
-outbox = Outbox(sys.argv[1], sink=sys.argv[2], on_drop=on_drop)
+outbox = Outbox(sys.argv[1], sink=sys.argv[2], on_drop=on_drop, flush_interval=60)
 for number in range(3):
     outbox.enqueue(TrackingEvent(event_id=str(number % 2), event_key="k", scope_kind="Site", scope_id="s"))
 outbox.enqueue("bad")
-outbox.flush(10)
+outbox.flush(50)
 while outbox.stats().state.name != "idle" or not outbox.stats().hook_failures["on_drop"]:
     threading.Event().wait(0.01)
 outbox.enqueue(TrackingEvent(event_key="k", scope_kind="Site", scope_id="s"))

@@ -25,7 +25,7 @@ ENVIRON = {
     "no_proxy": "*",
     "PILLARBOX_MAX_RATE": "100000",  # without a bound there is no rate to tell
 }
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

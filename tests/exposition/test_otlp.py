@@ -63,7 +63,7 @@ def test_a_collector_that_does_not_answer_costs_seconds_at_the_end(tmp_path: Pat
     with Server(always(HANG)) as collector:
         began = time.monotonic()
         end(*SINK, "--otlp", collector.url(""), cwd=tmp_path)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 45
     assert not list((tmp_path / "box").glob("sealed-*"))
 
 

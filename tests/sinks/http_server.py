@@ -103,13 +103,13 @@ class Server:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         self._tasks: set[asyncio.Task[None]] = set()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(60)
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(60)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
 
     def url(self, path: str = "/events", user: str = "") -> str:
@@ -186,9 +186,9 @@ def nobody() -> str:
 
 
 def run(work: Awaitable[_T]) -> _T:
-    """Run to the end, within 20 s."""
+    """Run to the end, within a minute."""
 
     async def bounded() -> _T:
-        return await asyncio.wait_for(work, 20)
+        return await asyncio.wait_for(work, 60)
 
     return asyncio.run(bounded())

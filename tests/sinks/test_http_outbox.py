@@ -104,7 +104,7 @@ def test_what_the_server_refuses_becomes_dead_letters_and_the_rest_arrives(tmp_p
         url = server.url(f"#format={form}")
         with pillarbox.Outbox(str(tmp_path / "box"), sink=url, batch_size=50, flush_interval=0.05) as box:
             fill(box, 200, poisoned)
-            assert box.flush(timeout=20)
+            assert box.flush(timeout=60)
     assert shop.kept == Counter({f"e-{number:06d}": 1 for number in range(200) if not poisoned(number)})
     dead = "".join(file.read_text() for file in sorted((tmp_path / "box").glob("dead-*")))
     assert len(dead.splitlines()) == 4
@@ -119,7 +119,7 @@ def test_a_batch_that_is_too_large_is_halved(tmp_path: Path) -> None:
             box = pillarbox.Outbox(str(tmp_path / f"box{most}"), sink=server.url(options), batch_size=100, flush_interval=0.05)
             with box:
                 fill(box, 100)
-                assert box.flush(timeout=20)
+                assert box.flush(timeout=60)
             assert shop.kept.total() == 100
             assert all(len(request.events) <= most for request in server.requests if request.key in shop.keys)
             assert all(len(request.body) <= 2010 for request in server.requests) or "bytes_max" not in options

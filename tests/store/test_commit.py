@@ -120,7 +120,7 @@ def test_threads_share_syncs(desk: Desk) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert outcomes == [ENQUEUED_POWER] * 1280
     assert desk.filesystem.syncs < 640
     assert len(set(desk.lines())) == len(desk.lines()) == 1280
@@ -139,7 +139,7 @@ def test_whoever_comes_during_a_sync_waits_for_the_next_one(desk: Desk) -> None:
 
     desk.filesystem.during = [come_late]
     assert desk.committer.commit(numbered(1), 1) == ENQUEUED_POWER
-    late.join(10)
+    late.join(60)
     assert not late.is_alive()
     assert (served[0], desk.filesystem.syncs) == (1, 2)
 
@@ -151,7 +151,7 @@ def test_nobody_holds_the_lock_while_syncing(desk: Desk) -> None:
     def append() -> None:
         other = threading.Thread(target=lambda: outcomes.append(desk.writer.append(numbered(2), 1)))
         other.start()
-        other.join(10)
+        other.join(60)
 
     desk.filesystem.during = [append]
     assert desk.committer.commit(numbered(1), 1) == ENQUEUED_POWER
@@ -279,7 +279,7 @@ def test_a_leader_that_is_interrupted_takes_nobody_with_it(desk: Desk) -> None:
     with pytest.raises(KeyboardInterrupt):
         desk.committer.commit(numbered(1), 1)
     for follower in followers:
-        follower.join(10)
+        follower.join(60)
     assert outcomes == [ENQUEUED_POWER] * 2
     assert desk.committer.commit(numbered(4), 1) == ENQUEUED_POWER
     assert sorted(desk.lines()) == [b'{"n":%d}' % n for n in (1, 2, 3, 4)]
@@ -368,10 +368,10 @@ def test_a_forked_child_commits_for_itself(outbox: Outbox) -> None:
     for number in range(10):
         child = os.fork()
         if child == 0:
-            signal.alarm(20)  # a hang is a failure
+            signal.alarm(60)  # a hang is a failure
             os._exit(0 if outbox.enqueue(event(number)) and asyncio.run(outbox.enqueue_async(event(100 + number))) else 1)
         assert os.waitpid(child, 0)[1] == 0
     stop.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert outbox.stats().accepted == sum(counts)

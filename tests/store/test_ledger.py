@@ -202,7 +202,7 @@ def test_two_processes_append_at_once_while_it_is_shortened_and_nothing_is_lost(
         for name, mode, size in (("a", "sync", "100000000"), ("b", "fast", "100000000"), ("c", "fast", "100000"))
     ]
     running = [subprocess.Popen(command, cwd=ROOT) for command in commands]
-    assert [process.wait(60) for process in running] == [0, 0, 0]
+    assert [process.wait(120) for process in running] == [0, 0, 0]
     entries, unread = entries_of((tmp_path / "box" / layout.LEDGER).read_bytes())
     account = balance.account(entries, {}, [])
     assert unread == 0

@@ -45,7 +45,7 @@ def notes(server: Server, **options: object) -> str:
 def test_events_of_the_older_system_arrive_unchanged(shared_server: Server, existing: Path, tmp_path: Path) -> None:
     """All 127, through the whole line."""
     with Outbox(str(existing), sink=shared_server.sink_url("events", confirm_wait=0.02)) as outbox:
-        assert outbox.flush(30)
+        assert outbox.flush(60)
         assert outbox.stats().delivered == 127
     names = TrackingEvent.__struct_fields__
     rows = shared_server.rows("events", f"SELECT {', '.join(names)} FROM tracking_event")
@@ -182,7 +182,7 @@ def test_a_batch_that_is_too_large_is_split_and_one_event_that_is_becomes_a_dead
     huge = msgspec.json.encode(event(1, event_id="huge", metadata_json=json.dumps("x" * CALL_BYTES_MAX)))
     sealed.write_bytes(sealed.read_bytes() + b'{"event":' + huge + b"}\n")
     with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
-        assert outbox.flush(30)
+        assert outbox.flush(60)
         assert (outbox.stats().delivered, outbox.stats().dead) == (30, 1)
     (dead,) = place.glob("dead-*")
     letter = json.loads(dead.read_bytes())
@@ -199,7 +199,7 @@ def test_an_event_that_the_function_refuses_is_set_aside_and_the_others_arrive(s
         events[9] = event(9, event_id="mixed-9", scope_kind="Planet")
         events[15] = event(15, event_id="mixed-15", scope_id="")
         assert all(outbox.enqueue_many(events))
-        assert outbox.flush(30)
+        assert outbox.flush(60)
         assert (outbox.stats().delivered, outbox.stats().dead) == (17, 3)
     (dead,) = place.glob("dead-*")
     letters = [json.loads(line) for line in dead.read_bytes().splitlines()]
@@ -223,7 +223,7 @@ def test_a_panic_or_an_error_that_names_no_event_is_narrowed_down_by_halves(
     with Outbox(str(tmp_path / "box"), sink=url, event_type=Note) as outbox:
         rows = [Note(f"{text}-{n}", text if n == 41 else "fine", n) for n in range(64)]
         assert all(outbox.enqueue_many(rows))
-        assert outbox.flush(30)
+        assert outbox.flush(60)
         assert (outbox.stats().delivered, outbox.stats().dead) == (63, 1)
     (dead,) = (tmp_path / "box").glob("dead-*")
     assert json.loads(dead.read_bytes())["event"]["event_id"] == f"{text}-41"
@@ -301,7 +301,7 @@ def test_a_token_of_another_server_stops_delivery_and_loses_nothing(
         assert outbox.stats().state.name == "stopped"
         assert "401" in outbox.stats().last_error
     with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert "foreign-token" in shared_server.ids("events")
 
 
@@ -310,7 +310,7 @@ def test_a_missing_token_warns_once(shared_server: Server, tmp_path: Path, caplo
     url = f"spacetimedb://127.0.0.1:{shared_server.port}/events?confirm_wait=0"
     with Outbox(str(tmp_path / "box"), sink=url, batch_size=1) as outbox:
         assert all(outbox.enqueue(event(n, event_id=f"no-token-{n}")) for n in range(3))
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert len([entry for entry in caplog.records if "no token is set" in entry.message]) == 1
 
 
@@ -478,7 +478,7 @@ def test_events_of_one_file_that_are_sent_in_parts_are_settled_too(shared_server
     with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0.05)) as outbox:
         rows = [event(n, event_id=f"part-{n}", event_key="" if n % 4 == 0 else "k") for n in range(500)]
         assert all(outbox.enqueue_many(rows))
-        assert outbox.flush(30)
+        assert outbox.flush(60)
         assert (outbox.stats().delivered, outbox.stats().dead, outbox.stats().failed_flushes) == (375, 125, 0)
 
 
@@ -499,7 +499,7 @@ def test_no_secret_is_in_what_is_written(shared_server: Server, tmp_path: Path, 
     place = tmp_path / "box"
     with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
         outbox.enqueue(event(1, event_key=""))
-        outbox.flush(20)
+        outbox.flush(60)
     text = b"".join(file.read_bytes() for file in place.iterdir())
     assert b"spacetimedb://127.0.0.1" in text
     assert shared_server.token.encode() not in text
@@ -514,5 +514,5 @@ def test_the_log_of_a_delivery_is_quiet(shared_server: Server, tmp_path: Path, c
     with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0), batch_size=1) as outbox:
         for number in range(30):
             outbox.enqueue(event(number, event_id=f"quiet-{number}"))
-        assert outbox.flush(20)
+        assert outbox.flush(60)
     assert len(caplog.records) < 5

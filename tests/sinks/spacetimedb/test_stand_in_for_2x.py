@@ -89,7 +89,7 @@ def test_a_whole_outbox_drains_into_it(stand_in: StandIn28, tmp_path: Path) -> N
     """Many batches, each confirmed, none called twice."""
     with Outbox(str(tmp_path / "box"), sink=stand_in.sink_url(function=COUNTED), batch_size=10) as outbox:
         assert all(outbox.enqueue(event(n)) for n in range(1000))
-        assert outbox.flush(30)
+        assert outbox.flush(60)
         assert (outbox.stats().delivered, outbox.stats().duplicates) == (1000, 0)
     assert len(stand_in.stored) == 1000
     assert stand_in.confirmed >= 1
@@ -115,7 +115,7 @@ def test_a_batch_is_sent_again_where_the_query_fails(stand_in: StandIn28, tmp_pa
         assert "the confirming query was answered with 503: not now" in outbox.stats().last_error
         assert outbox.stats().pending_files == 1
         stand_in.confirming = (200, b"[]", "application/json")
-        assert outbox.flush(30)
+        assert outbox.flush(60)
     assert stand_in.calls > 1
 
 
