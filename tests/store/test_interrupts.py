@@ -432,3 +432,17 @@ def test_a_log_handler_that_enqueues_what_is_logged_here_neither_hangs_nor_loses
         logger.removeHandler(handler)
     assert len(stage.accepted) == 1 + len(handler.messages)
     stage.check()
+
+
+def test_what_a_handler_stores_in_a_file_of_its_own_is_counted_and_synced(tmp_path: Path) -> None:
+    """The file that it interrupts ends in a part of a line."""
+    stage = Stage(tmp_path)
+    stage.put()
+    stage.disk.meanwhile = stage.put_inner
+    stage.put()
+    (own,) = stage.writer.retired
+    assert (own.events, own.bytes) == (1, stage.disk.size(own.fd))
+    stage.disk.synced.clear()
+    stage.sealer.step()
+    assert stage.disk.synced == [own.fd]
+    stage.check()

@@ -95,7 +95,7 @@ class Capacity:
 
         Delivered files give way before that, and where events were refused for want of room, `in_need`.
         """
-        now, appended = self._clock.monotonic(), self._writer.mark().appended
+        now, appended = self._clock.monotonic(), self._writer.appended
         if now < self._next_space and appended - self._appended < self._look_after:
             return self._next_space - now
         space = self._space()
@@ -129,12 +129,12 @@ class Capacity:
     def _relist(self) -> float:
         """Correct the count of what is pending."""
         now = self._clock.monotonic()
-        before = self._writer.mark()
         # Who writes much learns sooner what the others wrote meanwhile.
-        much = before.appended - self._listed_at > self._writer.limits.max_bytes // OVERSHOOT_SHARE
+        much = self._writer.appended - self._listed_at > self._writer.limits.max_bytes // OVERSHOOT_SHARE
         due = self._soonest_listing if much else self._next_listing
         if now < due:
             return due - now
+        before = self._writer.mark()
         try:
             account = self._directory.account()
         except FileNotFoundError:

@@ -16,12 +16,13 @@ import errno
 import itertools
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 from zlib import crc32
 
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
 from pillarbox.store.active import NOWHERE, ActiveFile, end_of_lines
+from pillarbox.store.limits import Limits, Mark, reason_of
 from pillarbox.store.plain import LINE
 from pillarbox.store.speed import Appending, quickest
 
@@ -34,28 +35,13 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory, Taken
     from pillarbox.store.door import Door, Enqueue
 
+__all__ = ["RETIRED_MAX", "SPARES_MAX", "Limits", "Mark", "Writer", "reason_of"]
 
 RETIRED_MAX: Final = 64  # files that wait for their sync; beyond it the active file grows instead, for each holds a descriptor
 SPARES_MAX: Final = 16  # empty files held ready, each with a descriptor
 _MARK: Final = -1  # an append or a rotation is under way, or was cut short
 _NO_FILE: Final = -2  # there is none yet, or none any more
-_DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-class Limits(NamedTuple):
-    """What bounds a writer."""
-
-    batch_size: int  # events a file
-    batch_bytes: int  # bytes a file, overshot by one append
-    max_bytes: int  # pending bytes of the directory
-    max_files: int = 200_000  # pending files of the directory: so many are listed in well under a second
-
-
-class Mark(NamedTuple):
-    """Bytes appended and released by this process, ever."""
-
-    appended: int
-    released: int
+_MARKED_LOOKS_MAX: Final = 10  # then the sealer waits for the lock, to see whose mark it is
 
 
 class Writer(Appending):
@@ -85,6 +71,7 @@ class Writer(Appending):
         self._room = 0  # how many bytes the active file may have before `max_bytes` is reached
         self._low = False  # the volume has less room than it must keep
         self._told = False  # the sealer, since it last looked
+        self._marked_looks = 0  # of the sealer, in a row, that found the mark in place and the lock taken
         self.files = 0  # pending files, the active one only where it holds something
         self.retired: deque[ActiveFile] = deque()  # oldest first
         self._retired_events = 0
@@ -256,6 +243,8 @@ class Writer(Appending):
             if written != size:
                 self._filesystem.truncate(file.fd, self._filesystem.size(file.fd) - written)
                 return self._refuse("disk_full", events)
+            if own:
+                file.bytes, file.events = size, events  # ahead of the sealer, which syncs what has bytes
         except OSError as error:
             return self._refuse(reason_of(error), events)
         finally:
@@ -399,7 +388,8 @@ class Writer(Appending):
         if self._spares and self._spares[0] is self._file:
             self._spares.popleft()
         if self._leaving is not None:
-            if self._leaving is not self._file and self._leaving not in self.retired:
+            # What has its sealed name already was there, and is no more.
+            if self._leaving is not self._file and not self._leaving.sealed and self._leaving not in self.retired:
                 self.retired.append(self._leaving)
             self._leaving = None
 
@@ -421,15 +411,23 @@ class Writer(Appending):
 
         Twice as many as were filled since it last looked, for a writer that ran out of them could not show its speed.
         """
-        with self.lock:
-            self._told = False
-            if self._limit == _MARK:
-                # The lock is free and the mark in place: nobody is coming back to take it away.
-                self._mend()
-                self._allow()
-            if self._file.taken is NOWHERE or self._closed or len(self.retired) >= RETIRED_MAX:
-                return 0
-            return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
+        self._told = False
+        if self._limit != _MARK:
+            self._marked_looks = 0
+        elif self.lock.acquire(blocking=self._marked_looks >= _MARKED_LOOKS_MAX):
+            try:
+                self._marked_looks = 0
+                if self._limit == _MARK:
+                    # The lock is free and the mark in place: nobody is coming back to take it away.
+                    self._mend()
+                    self._allow()
+            finally:
+                self.lock.release()
+        else:
+            self._marked_looks += 1
+        if self._file.taken is NOWHERE or self._closed or len(self.retired) >= RETIRED_MAX:
+            return 0
+        return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
 
     def give_spares(self, files: Iterable[Taken], *, entered: bool = False) -> list[Taken]:
         """Have more files ready; `entered` where their names are durable. Returns those that come after a higher number."""
@@ -501,15 +499,13 @@ class Writer(Appending):
                 raise error
 
     def waiting(self) -> list[ActiveFile]:
-        """The retired files, oldest first."""
-        with self.lock:
-            return list(self.retired)
+        """The retired files, oldest first; without the lock, of which they have no more need."""
+        return list(self.retired.copy())
 
     def forget_oldest(self, count: int) -> None:
         """The first `count` of the retired files have their sealed names."""
-        with self.lock:
-            for _ in range(count):
-                self.retired.popleft()
+        for _ in range(count):
+            self.retired.popleft()
 
     def release(self, size: int, files: int = 1) -> None:
         """A pending file of `size` bytes is gone, or with 0 `files` so much smaller."""
@@ -558,15 +554,19 @@ class Writer(Appending):
             return self._pending_bytes(), self.files, self._retired_events + self._file.events
 
     @property
+    def appended(self) -> int:
+        """Bytes appended by this process, ever; without the lock, so that it may be behind."""
+        return self._retired_bytes + self._file.bytes
+
+    @property
     def accepted(self) -> int:
         """Events accepted since start; without the lock, so that it may be behind."""
         return self._retired_events + self._file.events
 
     def active(self) -> tuple[str, int] | None:
-        """The name of the active file and its number of events, if it holds any."""
-        with self.lock:
-            file = self._file
-            return (file.taken.name, file.events) if file.bytes else None
+        """The name of the active file and its number of events, if it holds any; without the lock."""
+        file = self._file
+        return (file.taken.name, file.events) if file.bytes else None
 
     def forgive(self, reason: DropReason, events: int) -> None:
         """Take a refusal back, for it is tried again."""
@@ -593,8 +593,3 @@ class Writer(Appending):
             self._file = ActiveFile(NOWHERE)
             self._limit = _NO_FILE
             return empty
-
-
-def reason_of(error: OSError) -> DropReason:
-    """What an error of the disk is to a caller."""
-    return "disk_full" if error.errno in _DISK_FULL else "io_error"
