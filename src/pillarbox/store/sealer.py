@@ -32,7 +32,8 @@ log = logging.getLogger("pillarbox")
 AGE_STRETCHED_MAX_S: Final = 60.0  # while files wait anyway, new ones are made this seldom at the least
 # After sealing, how long to let more files fill up. Each system call here may cost a caller of `enqueue` a switch of threads,
 # 30 us or so on two cores: several files in one round share many of them.
-_PACE_S: Final = 0.01
+_PACE_S: Final = 0.03
+_PACE_EVICTING_S: Final = 0.01  # where a round also makes the room that callers need
 _RETRY_S: Final = 1.0  # after the disk refused a rename
 
 
@@ -72,6 +73,7 @@ class Sealer:
         self._stopping = False
         self._unnoted: list[Sealed] = []  # of files whose names are not durable yet
         self._pace = 0.0  # seconds for which the next look lets files gather
+        self._pace_s = _PACE_EVICTING_S if evicts else _PACE_S
         self._writer: Writer
         self._kept: Callable[[ActiveFile], Iterable[tuple[int, bytes]]] = lambda _: ()
         self._enters = False
@@ -269,7 +271,7 @@ class Sealer:
         finally:
             self._writer.forget_oldest(done)
         self._write_sealed()
-        self._pace = _PACE_S
+        self._pace = self._pace_s
         self._on_sealed()
 
     def _write_sealed(self) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["RETIRED_MAX", "SPARES_MAX", "Limits", "Mark", "Writer", "reason_of"]
 
 RETIRED_MAX: Final = 64  # files that wait for their sync; beyond it the active file grows instead, for each holds a descriptor
-SPARES_MAX: Final = 16  # empty files held ready, each with a descriptor
+SPARES_MAX: Final = 48  # empty files held ready, each with a descriptor
 _MARK: Final = -1  # an append or a rotation is under way, or was cut short
 _NO_FILE: Final = -2  # there is none yet, or none any more
 _MARKED_LOOKS_MAX: Final = 10  # then the sealer waits for the lock, to see whose mark it is
