@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from bench.plan import Section
 
-MODULES = ("bench.accept", "bench.peers", "bench.power", "bench.draining")
+MODULES = ("bench.accept", "bench.peers", "bench.power", "bench.draining", "bench.deliver", "bench.scale")
 
 
 def load(module: str) -> tuple[Section, ...]:

@@ -19,7 +19,7 @@ from tests import contestants
 
 DOCS = ROOT / "docs"
 KNOWN = sections.known(sections.MODULES)
-CHEAP = ("accept", "power", "draining")
+CHEAP = ("accept", "power", "draining", "deliver", "scale")
 
 
 class Tiny(NamedTuple):
