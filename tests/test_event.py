@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import re
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import forkserver
 from typing import Any
 
 import msgspec
@@ -49,28 +51,56 @@ def test_id_and_time_have_defaults() -> None:
 
 
 def test_ids_are_unique_and_sort_by_making() -> None:
-    """Within a thread they increase; across threads none is equal."""
-    ids = [new_event_id() for _ in range(20_000)]
-    assert ids == sorted(ids)
+    """Within a thread they increase, across threads none is equal; all of them look alike."""
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(some_ids, [20_000] * 8))
+    assert all(part == sorted(part) for part in parts)
+    ids = {one for part in parts for one in part}
+    assert len(ids) == 160_000
+    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", one) for one in ids)
+
+
+def some_ids(count: int) -> list[str]:
+    return [new_event_id() for _ in range(count)]
+
+
+def test_children_that_are_forked_while_threads_make_ids_make_others() -> None:
+    """Each starts anew, before any code of the application runs in it."""
+    parts: list[list[str]] = []
     with ThreadPoolExecutor(4) as pool:
-        many = [one for part in pool.map(lambda _: [new_event_id() for _ in range(20_000)], range(4)) for one in part]
-    assert len({*ids, *many}) == 100_000
-    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", one) for one in ids[:100])
+        for _ in range(10):
+            ours = [pool.submit(some_ids, 5000) for _ in range(4)]
+            parts += [ids_of_a_child() for _ in range(3)]
+            parts += [each.result() for each in ours]
+    assert len({one for part in parts for one in part}) == 10 * (4 * 5000 + 3 * 100)
 
 
-def test_a_forked_child_makes_other_ids() -> None:
-    """The generator is reseeded in the child."""
+def ids_of_a_child() -> list[str]:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(write, " ".join(new_event_id() for _ in range(50)).encode())
+        os.write(write, " ".join(some_ids(100)).encode())
         os._exit(0)
-    ours = [new_event_id() for _ in range(50)]
-    os.waitpid(child, 0)
     os.close(write)
-    theirs = os.read(read, 10_000).decode().split()
-    os.close(read)
-    assert len({*ours, *theirs}) == 100
+    with open(read) as pipe:
+        made = pipe.read().split()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(made) == 100
+    return made
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_processes_of_multiprocessing_make_different_ids(method: str) -> None:
+    """However they begin; a fork server has the module already, and each of its children a copy of what is in it."""
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["pillarbox.event"])
+    try:
+        with ProcessPoolExecutor(4, mp_context=context) as pool:
+            parts = [some_ids(1000), *pool.map(some_ids, [1000] * 8), some_ids(1000)]
+    finally:
+        if method == "forkserver":
+            forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    assert len({one for part in parts for one in part}) == 10_000
 
 
 @pytest.mark.parametrize("member", [name for name in MEMBERS if name != "occurred_at_micros"])

@@ -36,40 +36,43 @@ class ScopeKind(StrEnum):
     PROFILE = "Profile"
 
 
-class _Uuid7:
-    """Ids after RFC 9562, section 5.7: 48 bits of Unix milliseconds, then 74 bits that start at random and count up.
+def _uuid7() -> tuple[Callable[[], str], Callable[[], None]]:
+    """Makes ids after RFC 9562, section 5.7: 48 bits of Unix milliseconds, then 74 bits that start at random and count up.
 
-    Within a process the last 48 bits count up, so that no two are equal and ids sort by making; across processes the 26
-    random bits in the middle and the random start of the count keep them apart. A forked child starts anew.
+    Within a process the last 48 bits count up, so that no two are equal and a thread's sort by making; across processes the 26
+    random bits in the middle and the random start of the count keep them apart. The second function starts anew, which a forked
+    child must. Safe to share between threads without a lock: the count is one call, and what is kept of the time one object.
     """
+    count = itertools.count().__next__
+    middle = ""
+    moment = 0, 0, ""  # from this nanosecond on, and up to that, ids begin so
 
-    __slots__ = ("_count", "_head", "_middle", "_millis")
+    def reseed() -> None:
+        nonlocal count, middle, moment
+        seed = int.from_bytes(urandom(9))
+        # The first of the 48 bits is 0, for there to be room to count, and the next is 1, for all to have twelve digits.
+        count = itertools.count(0x4000_0000_0000 | seed & 0x3FFF_FFFF_FFFF).__next__
+        bits = seed >> 46
+        middle = f"-7{bits >> 14:03x}-{0x8000 | bits & 0x3FFF:04x}-"
+        moment = 0, 0, ""
 
-    def __init__(self) -> None:
-        self.reseed()
+    def make() -> str:
+        nonlocal moment
+        now = wall_ns()
+        since, until, head = moment
+        if not since <= now < until:
+            millis = now // 1_000_000
+            text = f"{millis:012x}"
+            head = f"{text[:8]}-{text[8:]}{middle}"
+            moment = millis * 1_000_000, (millis + 1) * 1_000_000, head
+        return f"{head}{count():x}"
 
-    def reseed(self) -> None:
-        """Start from fresh random bits."""
-        seed = int.from_bytes(urandom(10))
-        middle = seed >> 48 & 0x3FF_FFFF
-        self._middle = f"-7{middle >> 14:03x}-{0x8000 | middle & 0x3FFF:04x}-"
-        self._count = itertools.count(seed & 0x7FFF_FFFF_FFFF).__next__
-        self._millis = -1
-        self._head = ""
-
-    def __call__(self) -> str:
-        millis = wall_ns() // 1_000_000
-        if millis == self._millis:
-            return f"{self._head}{self._count() & 0xFFFF_FFFF_FFFF:012x}"
-        text = f"{millis:012x}"
-        head = f"{text[:8]}-{text[8:]}{self._middle}"
-        # The two are not set at once: another thread may pair the new head with the old time, which is as unique.
-        self._head, self._millis = head, millis
-        return f"{head}{self._count() & 0xFFFF_FFFF_FFFF:012x}"
+    reseed()
+    return make, reseed
 
 
-new_event_id = _Uuid7()
-register_at_fork(after_in_child=new_event_id.reseed)
+new_event_id, _reseed = _uuid7()
+register_at_fork(after_in_child=_reseed)
 
 
 def now_micros() -> int:

@@ -97,6 +97,7 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work = asyncio.Event()  # there may be something to do
         self._end = asyncio.Event()
+        self._is_told_to_end = False
         self._opened = False
         self._outages = 0
         self._looked_at = self._look_at = 0.0
@@ -120,28 +121,31 @@ class Worker:
 
     def notify(self) -> None:
         """There may be something to do; from any thread."""
-        self._set(self._work)
+        self._call(self._look)
 
     def end(self) -> None:
         """Deliver what can be delivered without waiting, then return from `run`; from any thread."""
-        self._set(self._end)
+        self._is_told_to_end = True  # before it is looked whether there is a loop: who begins one looks afterwards
+        self._call(self._finish)
 
-    def _set(self, event: asyncio.Event) -> None:
-        if self._loop is None:
-            event.set()  # `run` has not begun: nobody waits yet
-            return
-        try:
-            self._loop.call_soon_threadsafe(event.set)
-        except RuntimeError:
-            return  # the loop has ended
+    def _look(self) -> None:
+        self._work.set()
+
+    def _finish(self) -> None:
+        self._end.set()
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Have the loop call something; where there is none, one that begins finds out by itself."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(function)
 
     async def run(self) -> None:
         """Deliver until `end` is called; may be run again, on another loop."""
-        ending = self._end.is_set()
         self._work, self._end = asyncio.Event(), asyncio.Event()
-        if ending:
-            self._end.set()
         self._loop = asyncio.get_running_loop()
+        if self._is_told_to_end:
+            self._end.set()
         self._courier.begin()
         self._confirmer.begin()
         try:

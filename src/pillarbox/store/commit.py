@@ -227,7 +227,9 @@ class Committer:
         """Let somebody lead who waits: before the group is woken, so that the next sync begins at once."""
         with self._lock:
             self._leader = _NOBODY
-            waiting = [*self._appending, *(entry for chunk in self._chunks for entry in chunk.entries), *list(self._queue)[:1]]
+            waiting = [*self._appending, *(entry for chunk in self._chunks for entry in chunk.entries)]
+            if self._queue:  # others append to it at this moment; nobody takes from it without the lock
+                waiting.append(self._queue[0])
             for _, _, who in waiting:
                 if isinstance(who, _Turn) and who.outcome is None:
                     _release(who.lock)

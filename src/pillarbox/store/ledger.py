@@ -69,6 +69,7 @@ class Ledger:
         self._clock = clock
         self._waiting: deque[Entry] = deque()
         self._lost = 0
+        self._noting = threading.Lock()  # held for no longer than it takes to note something
         self._unsynced = False  # something was appended and not synced
         self._writing = threading.Lock()
         self._condense_at = CONDENSE_BYTES
@@ -76,11 +77,10 @@ class Ledger:
 
     def note(self, *entries: Entry) -> None:
         """Have something written with the next `write`."""
-        for entry in entries:
-            if len(self._waiting) < _WAITING_MAX:
-                self._waiting.append(entry)
-            else:
-                self._lost += 1
+        with self._noting:
+            room = max(0, _WAITING_MAX - len(self._waiting))
+            self._waiting.extend(entries[:room])
+            self._lost += len(entries[room:])
 
     def write(self, *, sync: bool) -> bool:
         """Append what was noted; with `sync`, all that was appended is durable then. Never raises `OSError`.
@@ -95,9 +95,10 @@ class Ledger:
             self._writing.release()
 
     def _write(self, *, sync: bool) -> bool:
-        if self._lost and len(self._waiting) < _WAITING_MAX:
-            lost, self._lost = self._lost, 0
-            self._waiting.append(Lost(self._clock.micros(), lost))
+        with self._noting:
+            if self._lost and len(self._waiting) < _WAITING_MAX:
+                lost, self._lost = self._lost, 0
+                self._waiting.append(Lost(self._clock.micros(), lost))
         # Another thread may have appended what the caller has noted, and not synced it.
         if not self._waiting and not (sync and self._unsynced):
             return True
@@ -140,7 +141,8 @@ class Ledger:
     def _append_waiting(self, fd: int) -> list[Entry]:
         """Append what waits, and let the file be shortened where it is due."""
         filesystem = self._directory.filesystem
-        entries = list(self._waiting)
+        with self._noting:
+            entries = list(self._waiting)
         size = filesystem.size(fd)
         if not size:  # new, perhaps: what is synced in it is durable only under its name
             filesystem.sync_directory(self._directory.path)
@@ -161,7 +163,8 @@ class Ledger:
             self._directory.filesystem.sync_data(fd)
         except OSError:
             # What a later sync says of these bytes could not be trusted; an entry that is there twice counts once.
-            self._waiting.extendleft(reversed(entries))
+            with self._noting:
+                self._waiting.extendleft(reversed(entries))
             raise
         self._unsynced = False
 

@@ -465,8 +465,11 @@ class Writer(Appending):
         (offset, lines). Raises the `OSError` of that. Never called with the lock held: callers append meanwhile.
         """
         with file.syncing:
-            trouble, size = "", file.bytes
-            cut, file.cut = file.cut, False
+            trouble = ""
+            size, cut = file.bytes, file.cut
+            if cut:
+                with self.lock:  # where files are cut: one that goes on would be forgotten
+                    file.cut = False
             if file.sealed or (file.synced >= size and not cut):
                 file.sealed |= final
                 return trouble
