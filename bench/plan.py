@@ -31,6 +31,7 @@ class Contestant(NamedTuple):
     run: Callable[[Place], Figures]
     packages: tuple[str, ...] = ()  # distributions whose versions are to be recorded
     ours: bool = False  # drawn in another colour
+    environment: tuple[tuple[str, str], ...] = ()  # of its process, beside what the run has
 
 
 class Column(NamedTuple):

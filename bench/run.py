@@ -22,7 +22,7 @@ from bench.machine import ROOT, Watch, versions
 from bench.plan import ROUNDS_MIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
     from typing import IO
 
@@ -162,6 +162,9 @@ class _SectionRun:
         left = min(this, budget) + self._later_s
         return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
 
+    def _environment(self, contestant: str) -> dict[str, str]:
+        return {name: value for one in self._section.contestants if one.name == contestant for name, value in one.environment}
+
     def _ask(self, contestant: str) -> Answer:
         """One turn, in a fresh directory."""
         own, answer, log = self._place / "own", self._place / "answer.json", self._place / "log"
@@ -172,7 +175,10 @@ class _SectionRun:
         try:
             with log.open("wb") as output:
                 ended = bounded(
-                    [sys.executable, "-m", "bench.child", msgspec.json.encode(order).decode()], self._section.timeout_s, output
+                    [sys.executable, "-m", "bench.child", msgspec.json.encode(order).decode()],
+                    self._section.timeout_s,
+                    output,
+                    self._environment(contestant),
                 )
             if ended is None:
                 return Answer(failed=f"not done after {self._section.timeout_s:g} s")
@@ -190,12 +196,12 @@ def shuffled(names: Sequence[str], seed: int, key: str, number: int) -> list[str
     return random.Random(f"{seed} {key} {number}").sample(names, len(names))
 
 
-def bounded(command: Sequence[str], timeout_s: float, output: IO[bytes]) -> int | None:
+def bounded(command: Sequence[str], timeout_s: float, output: IO[bytes], environment: Mapping[str, str]) -> int | None:
     """The status that a command ends with, None if it takes too long. What it has started and left behind ends with it."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if not _is_a_setting(name)},
+        env={name: value for name, value in os.environ.items() if not _is_a_setting(name)} | dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,

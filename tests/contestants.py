@@ -26,11 +26,13 @@ def two(place: Place) -> Figures:
     assert (place.shared / "what").read_text() == f"{place.quick}"
     assert not [*place.own.iterdir(), *(name for name in os.environ if name == "PILLARBOX_BATCH_SIZE")]
     (place.own / "file").touch()
+    assert os.environ["OF_TWO"] == "2"
     sys.stdout.write("not an answer")
     return {"mean_us": 2.0, "pid": os.getpid()}
 
 
 def one(place: Place) -> Figures:
+    assert "OF_TWO" not in os.environ
     return {"mean_us": 1.0, "pid": os.getpid()}
 
 
@@ -65,7 +67,7 @@ SECTION = Section(
     rounds=3,
     contestants=(
         Contestant("one", one, packages=("msgspec", "no-such-package")),
-        Contestant("two", two, ours=True),
+        Contestant("two", two, ours=True, environment=(("OF_TWO", "2"),)),
         Contestant("without its package", without_its_package),
         Contestant("without a server", without_a_server),
         Contestant("killed", killed),
