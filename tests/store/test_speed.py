@@ -25,6 +25,7 @@ from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX
 from pillarbox.outcome import DROPPED, ENQUEUED
 from pillarbox.store import plain, speed
+from pillarbox.store.limits import AGAIN_SHARE
 from tests.store.stage import Stage
 
 PLACED = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
@@ -164,6 +165,32 @@ def test_the_simple_case_is_not_the_closure_s(tmp_path: Path) -> None:
     finally:
         sys.setprofile(None)
     assert calls == 0
+    stage.check()
+
+
+def test_a_full_file_that_has_no_successor_is_not_attended_to_at_each_event(tmp_path: Path) -> None:
+    """That cost as much as the event; once there is a spare, a few events more fill the file."""
+    stage = Stage(tmp_path / "outbox", batch_size=64)
+    looks = 0
+
+    def profile(frame: Any, event: str, _arg: object) -> None:
+        nonlocal looks
+        looks += event == "call" and frame.f_code.co_name == "_attend"
+
+    for _ in range(63):
+        assert stage.put() == ENQUEUED
+    sys.setprofile(profile)
+    try:
+        for _ in range(64):
+            assert stage.put() == ENQUEUED
+    finally:
+        sys.setprofile(None)
+    assert looks == 64 // (64 // AGAIN_SHARE)
+    assert stage.writer.waiting() == []
+    stage.sealer.step()
+    for _ in range(64 // AGAIN_SHARE):
+        assert stage.put() == ENQUEUED
+    assert len(stage.writer.waiting()) == 1
     stage.check()
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from pillarbox.outcome import DropReason
 
+AGAIN_SHARE: Final = 16  # of a file's events: how many more go into a full one before another look for a spare
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 

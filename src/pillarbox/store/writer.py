@@ -22,7 +22,7 @@ from zlib import crc32
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
 from pillarbox.store.active import NOWHERE, ActiveFile, end_of_lines
-from pillarbox.store.limits import Limits, Mark, reason_of
+from pillarbox.store.limits import AGAIN_SHARE, Limits, Mark, reason_of
 from pillarbox.store.plain import LINE
 from pillarbox.store.speed import Appending, quickest
 
@@ -364,9 +364,11 @@ class Writer(Appending):
             self._count(file)
             self._tell_sealer()
         # Without a spare, the sealer being behind, the file grows to `batch_bytes`; so too where no further file may begin.
-        ready = self._spares and len(self.retired) < RETIRED_MAX and self.files < self.limits.max_files
-        if file.events >= self.limits.batch_size and ready:
-            self._retire("batch_size")
+        if file.events >= self.limits.batch_size:
+            if self._spares and len(self.retired) < RETIRED_MAX and self.files < self.limits.max_files:
+                self._retire("batch_size")
+            else:  # to look again at each event would cost more than the event
+                file.attend_at = file.events + max(1, self.limits.batch_size // AGAIN_SHARE)
         self._allow()
 
     def _retire(self, reason: SealReason) -> None:
