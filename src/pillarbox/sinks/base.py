@@ -156,11 +156,26 @@ def decode(batch: Batch, decoder: msgspec.json.Decoder[Any]) -> tuple[list[tuple
     events: list[tuple[int, Any]] = []
     refused: dict[int, Refusal] = {}
     decode_one = decoder.decode
-    for index, payload in enumerate(batch.payloads):
-        if index % GIVE_WAY_EVERY == 0:
-            batch.give_way()
+    for start in range(0, len(batch), GIVE_WAY_EVERY):
+        batch.give_way()
+        part = batch.payloads[start : start + GIVE_WAY_EVERY]
+        try:
+            decoded = list(map(decode_one, part))
+        except (msgspec.DecodeError, RecursionError):
+            _decode_singly(enumerate(part, start), decode_one, events, refused)
+        else:
+            events.extend(enumerate(decoded, start))
+    return events, refused
+
+
+def _decode_singly(
+    payloads: Iterable[tuple[int, bytes]],
+    decode_one: Callable[[bytes], Any],
+    events: list[tuple[int, Any]],
+    refused: dict[int, Refusal],
+) -> None:
+    for index, payload in payloads:
         try:
             events.append((index, decode_one(payload)))
         except (msgspec.DecodeError, RecursionError) as error:
             refused[index] = Refusal("wrong_type", str(error))
-    return events, refused

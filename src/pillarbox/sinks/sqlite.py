@@ -102,21 +102,21 @@ class SqliteSink:
         if connection is None:
             return Retry("the file is not open")
         events, refused = base.decode(batch, self._decoder)
-        rows: list[tuple[int, Sequence[Any]]] = []
-        for number, (index, event) in enumerate(events):
-            if number % GIVE_WAY_EVERY == 0:
-                batch.give_way()
-            rows.append((index, self._row(event)))
+        row, rows = self._row, []
+        for start in range(0, len(events), GIVE_WAY_EVERY):
+            batch.give_way()
+            rows += [row(event) for _, event in events[start : start + GIVE_WAY_EVERY]]
         before = connection.total_changes
         try:
             connection.execute("BEGIN IMMEDIATE")
             try:
-                connection.executemany(self._insert, (row for _, row in rows))
+                connection.executemany(self._insert, rows)
             except (OverflowError, sqlite3.IntegrityError, sqlite3.DataError):
                 connection.execute("ROLLBACK")
                 connection.execute("BEGIN IMMEDIATE")
                 before = connection.total_changes
-                refused |= self._insert_one_by_one(connection, rows)
+                indexes = (index for index, _ in events)
+                refused |= self._insert_one_by_one(connection, zip(indexes, rows, strict=True))
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             if connection.in_transaction:

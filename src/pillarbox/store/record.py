@@ -39,7 +39,8 @@ def payload(line: bytes) -> bytes:
     # The shape that we write ourselves, recognised without a JSON parser; the value inside is checked all the same.
     value = speed.value(line)
     if value is not None:
-        _check_utf8(value)
+        if not value.isascii():
+            _check_utf8(value)
         try:
             _check_value(value)
         except (msgspec.DecodeError, RecursionError):

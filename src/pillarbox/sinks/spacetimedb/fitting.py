@@ -20,10 +20,11 @@ from pillarbox.sinks.base import Refusal
 from pillarbox.sinks.spacetimedb.schema import Function, Member, Schema, Type, canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 _Members = tuple[tuple[str, Any], ...]  # (name, value) of a closed set
 _INTEGERS: Final = {f"{sign}{bits}": (sign, bits) for sign in "IU" for bits in (8, 16, 32, 64, 128, 256)}
+_TOGETHER: Final = 50  # events whose fields are converted at once: no more than between two chances for other threads
 _MICROS: Final = {"__timestamp_micros_since_unix_epoch__", "__time_duration_micros__"}
 # Texts whose values have a closed set all the same: a module that lacks one of them is set up wrongly, not the event.
 _CLOSED: Final[dict[tuple[type, str], type[enum.Enum]]] = {(TrackingEvent, "scope_kind"): ScopeKind}
@@ -58,10 +59,10 @@ class Fitting:
             takes = ", ".join(schema.words(parameter.type) for parameter in function.parameters) or "nothing"
             self.misfits.append(Misfit(function.name, f"takes {takes}; it must take one list of structs: Vec<...>"))
             return
-        self._row = self._struct(event_type, element, "")
+        self._rows = self._struct(event_type, element, "")
 
-    def _struct(self, kind: type[msgspec.Struct], of: Type, path: str) -> Callable[[Any], list[Any]]:
-        """How a struct becomes an array."""
+    def _struct(self, kind: type[msgspec.Struct], of: Type, path: str) -> Callable[[Sequence[Any]], list[tuple[Any, ...]]]:
+        """How structs become arrays: several at once, field by field, for most fields of most events need nothing done."""
         fields = {canonical(field.encode_name): field for field in msgspec.structs.fields(kind)}
         names: list[str] = []
         options: list[int] = []  # positions of what needs no more than to be told apart from none
@@ -87,17 +88,18 @@ class Fitting:
             self.misfits.append(Misfit(f"{path}{left.encode_name}", "the module has no such field; its values would be lost"))
         get = attrgetter(*names, "__class__")  # one more, so that it is a tuple for a single field too
 
-        def row(event: Any) -> list[Any]:
-            values = list(get(event))
-            values.pop()
+        def rows(events: Sequence[Any]) -> list[tuple[Any, ...]]:
+            columns: list[Sequence[Any]] = list(zip(*map(get, events), strict=True))
+            columns.pop()
             for position in options:
-                if values[position] is not None:
-                    values[position] = (0, values[position])
+                if columns[position].count(None) < len(events):
+                    columns[position] = [None if value is None else (0, value) for value in columns[position]]
             for position, convert in converts:
-                values[position] = convert(values[position])
-            return values
+                if not (isinstance(convert, _Integer) and convert.takes(columns[position])):
+                    columns[position] = list(map(convert, columns[position]))
+            return list(zip(*columns, strict=True))
 
-        return row
+        return rows
 
     def _value(self, annotation: Any, of: Type, path: str, closed: _Members = ()) -> Callable[[Any], Any] | None:
         """How a value becomes one of the type `of`; None where it goes as it is."""
@@ -126,12 +128,13 @@ class Fitting:
         if name in ("F32", "F64") and plain in (float, int):
             return None
         if name in _INTEGERS and plain is int:
-            return _integer(*_INTEGERS[name])
+            return _Integer(*_INTEGERS[name])
         fields = self._schema.product(of) or []
         if fields and fields[0].name in _MICROS and plain in (int, datetime):
             return _micros
         if "Product" in of and isinstance(plain, type) and issubclass(plain, msgspec.Struct):
-            return self._struct(plain, of, f"{path}.")
+            rows = self._struct(plain, of, f"{path}.")
+            return lambda value: rows((value,))[0]
         element = self._schema.element(of)
         if element is not None and plain in (list, tuple, set, frozenset, bytes):
             arguments = [one for one in get_args(kind) if one is not Ellipsis]
@@ -159,18 +162,34 @@ class Fitting:
 
         return _Variants(known, positions, f"{path}: ", f" is none of {names}").__getitem__
 
-    def body(self, events: Iterable[tuple[int, Any]], refused: dict[int, Refusal]) -> tuple[bytes, list[int]]:
+    def body(self, events: Sequence[tuple[int, Any]], refused: dict[int, Refusal]) -> tuple[bytes, list[int]]:
         """The function's arguments, and the index in the batch of each event in it; adds to `refused` what cannot be sent."""
-        rows, indexes = [], []
-        row = self._row
+        parts: list[bytes] = []
+        indexes: list[int] = []
+        for start in range(0, len(events), _TOGETHER):
+            part = events[start : start + _TOGETHER]
+            try:
+                rows = self._rows([event for _, event in part])
+            except Unfit:
+                rows, part = self._singly(part, refused)
+            if rows:
+                parts.append(msgspec.json.encode(rows)[1:-1])
+                indexes += [index for index, _ in part]
+        return b"[[%b]]" % b",".join(parts), indexes
+
+    def _singly(
+        self, events: Iterable[tuple[int, Any]], refused: dict[int, Refusal]
+    ) -> tuple[list[tuple[Any, ...]], list[tuple[int, Any]]]:
+        """The rows of those that can be sent, and those."""
+        rows, fit = [], []
         for index, event in events:
             try:
-                rows.append(row(event))
+                rows += self._rows((event,))
             except Unfit as unfit:
                 refused[index] = unfit.refusal
             else:
-                indexes.append(index)
-        return msgspec.json.encode([rows]), indexes
+                fit.append((index, event))
+        return rows, fit
 
 
 def _closed(kind: type[msgspec.Struct], field: str) -> _Members:
@@ -230,17 +249,24 @@ def _list(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
     return list if convert is None else lambda value: [convert(one) for one in value]
 
 
-def _integer(sign: str, bits: int) -> Callable[[Any], Any]:
-    least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if sign == "I" else (0, 2**bits - 1)
+class _Integer:
+    """A whole number, or an enum of such, within the bounds of its type."""
 
-    def convert(value: Any) -> int:
+    def __init__(self, sign: str, bits: int) -> None:
+        self._name = f"{sign.lower()}{bits}"
+        self._least: int = -(2 ** (bits - 1)) if sign == "I" else 0
+        self._most: int = 2 ** (bits - (sign == "I")) - 1
+
+    def __call__(self, value: Any) -> int:
         if type(value) is not int:
             value = int(value.value)  # an enum's
-        if not least <= value <= most:
-            raise Unfit(Refusal("out_of_range", f"{value} does not fit into {sign.lower()}{bits}"))
+        if not self._least <= value <= self._most:
+            raise Unfit(Refusal("out_of_range", f"{value} does not fit into {self._name}"))
         return value  # type: ignore[no-any-return]  # an int by now
 
-    return convert
+    def takes(self, values: Sequence[Any]) -> bool:
+        """Whether all of them go as they are."""
+        return set(map(type, values)) == {int} and self._least <= min(values) and max(values) <= self._most
 
 
 def _micros(value: int | datetime) -> list[int]:
