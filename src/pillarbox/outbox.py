@@ -290,7 +290,8 @@ class Outbox:
     def _begin(self, event: msgspec.Struct, durability: Durability | None) -> asyncio.Future[Outcome] | Outcome:
         """What a coroutine gets, or is to await."""
         if not (self._power if durability is None else self._is_power(durability)):
-            return self._enqueue_once(event, durability="process")
+            # Not named where it is the default: that is the way which is compiled.
+            return self._enqueue_once(event, durability="process") if self._power else self._enqueue_once(event)
         line = self._entrance.line(event)
         if not isinstance(line, bytes):
             return line
