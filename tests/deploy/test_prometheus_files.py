@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -16,11 +17,12 @@ from urllib.parse import urlencode
 
 import yaml
 
+from tests.conftest import wait_until
 from tests.deploy.stage import PROMETHEUS, metrics_in, promtool, queries, rules, tools
 from tests.exposition.stage import WAIT_S, delivering, documented, fetch, fill
-from tests.sinks.http_server import nobody
 
 TESTS = PROMETHEUS / "alerts_test.yml"
+_LISTENING = re.compile(r'"Listening on" address=(\S+)\s')
 
 
 def test_promtool_finds_the_rules_and_the_example_right() -> None:
@@ -58,12 +60,12 @@ def prometheus(folder: Path, target: str) -> Iterator[str]:
     config = (PROMETHEUS / "prometheus.yml").read_text().replace("15s", "1s").replace("127.0.0.1:9464", target)
     (folder / "prometheus.yml").write_text(config)
     shutil.copy(PROMETHEUS / "alerts.yml", folder)
-    address = nobody().removesuffix("/events")
     command = [str(tools() / "prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-    command.append(f"--web.listen-address={address.removeprefix('http://')}")
+    command.append("--web.listen-address=127.0.0.1:0")
     with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
-            yield address
+            wait_until(lambda: _LISTENING.search((folder / "log").read_text()) is not None)
+            yield "http://" + _LISTENING.findall((folder / "log").read_text())[0]
         finally:
             process.terminate()
 
