@@ -54,11 +54,9 @@ def test_what_is_not_exactly_a_record_is_none(payload: bytes, at: int, change: i
 
 
 @pytest.mark.parametrize("function", [speed.line, speed.value])
-@pytest.mark.parametrize("wrong", [None, "text", 1, bytearray(b"x" * 50)])
+@pytest.mark.parametrize("wrong", [None, "text", 1])
 def test_what_is_not_bytes_is_refused(function: Any, wrong: object) -> None:
     """Rather than read as if it were."""
-    if function is plain.value and wrong == bytearray(b"x" * 50):
-        return
     with pytest.raises(TypeError):
         function(wrong)
 
