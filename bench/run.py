@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+import uuid
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,7 @@ import msgspec
 
 from bench import results
 from bench.child import Answer, Order
-from bench.machine import ROOT, Watch, versions
+from bench.machine import ROOT, Watch, spread, versions
 from bench.plan import ROUNDS_MIN
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class _SectionRun:
     def _prepare(self) -> bool:
         shutil.rmtree(self._place, ignore_errors=True)
         (self._place / "shared").mkdir(parents=True)
+        spread(self._place)
         if self._section.prepare is None:
             return True
         self._say("prepares")
@@ -167,7 +169,8 @@ class _SectionRun:
 
     def _ask(self, contestant: str) -> Answer:
         """One turn, in a fresh directory."""
-        own, answer, log = self._place / "own", self._place / "answer.json", self._place / "log"
+        # Its name decides where on the disk it is: never where files of an earlier turn were removed.
+        own, answer, log = self._place / uuid.uuid4().hex, self._place / "answer.json", self._place / "log"
         own.mkdir()
         order = Order(
             self._module, self._section.key, contestant, str(own), str(self._place / "shared"), str(answer), self._options.quick

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from pillarbox import TrackingEvent
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.testing import ManualClock
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the commands that they start.
@@ -36,7 +36,7 @@ def clock() -> ManualClock:
 @pytest.fixture
 def place(tmp_path: Path, clock: ManualClock) -> Directory:
     """An empty outbox directory."""
-    directory = Directory(str(tmp_path / "outbox"), RealFilesystem(), clock)
+    directory = Directory(str(tmp_path / "outbox"), real_filesystem(), clock)
     directory.open()
     return directory
 

@@ -26,7 +26,7 @@ from pillarbox.sinks.base import Sink
 from pillarbox.store.capacity import FILE_SHARE
 from pillarbox.store.commit import Committer
 from pillarbox.store.door import Door, Enqueue
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
 from pillarbox.store.sealer import Sealer
@@ -134,7 +134,7 @@ class Outbox:
         self._clock: Clock = SystemClock()
         self._starting = threading.RLock()
         self._closed = False
-        self._filesystem = RealFilesystem()
+        self._filesystem = real_filesystem()
         self._directory = directory_at(settings.directory, self._filesystem, self._clock)
         self._power = settings.durability == "power"
         self._power_checked = not settings.enabled

@@ -29,8 +29,8 @@ from typing import Final, NamedTuple
 from pillarbox import Dropped, Outbox, TrackingEvent
 from pillarbox.outcome import Durability, Outcome
 from pillarbox.store import layout
-from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.layout import Kind
+from tests.crash.dying import SEVERAL, step_by_step, wrap
 
 WRITERS: Final = 3
 DELIVERERS: Final = 2
@@ -56,6 +56,7 @@ _VERBS: Final = (
     "rename",
     "unlink",
     "close",
+    *SEVERAL,
 )
 KEEPING: Final = frozenset({layout.DELIVER_LOCK, layout.LEDGER_LOCK, layout.LEDGER})  # what stays when all is delivered
 _PRCTL: Final = ctypes.CDLL(None).prctl
@@ -187,6 +188,8 @@ def make_event(life: int, number: int) -> TrackingEvent:
 
 def doom(chance: random.Random) -> None:
     """Have this process kill itself around the n-th operation on the disk, or in the middle of a write."""
+    if chance.random() < 0.5:
+        step_by_step()
     verbs = set(_VERBS) if chance.random() < 0.5 else {chance.choice(_VERBS)}
     left = chance.choice((0, 1, 2, 3, 5, 8, 13, 21, 34, 55))
     when = chance.choice(("before", "middle", "after"))
@@ -210,12 +213,7 @@ def doom(chance: random.Random) -> None:
 
         return call
 
-    for verb in sorted(verbs):
-        found = RealFilesystem.__dict__[verb]
-        if isinstance(found, staticmethod):
-            setattr(RealFilesystem, verb, staticmethod(dying(verb, found.__func__)))
-        else:
-            setattr(RealFilesystem, verb, dying(verb, found))
+    wrap(verbs, dying)
 
 
 class Life:

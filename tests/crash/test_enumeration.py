@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from pillarbox.delivery.settlement import Settler
 from pillarbox.store import directory, layout, reader, recovery
 from pillarbox.store.directory import Directory, Taken
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.writer import Writer
+from pillarbox.store.syncing import Syncs
 from pillarbox.testing.crash import CrashFilesystem
 from tests.crash import enumeration
 from tests.crash.enumeration import Bounds, Enumeration, Histories, key_of, reproduce, run
@@ -110,13 +110,14 @@ def damaged_bytes_are_not_kept(patch: Patch) -> None:
 def adoption_cuts_a_torn_tail(patch: Patch) -> None:
     real = Directory.seal
 
-    def seal(self: Directory, ready: Iterable[Taken], renamed: Callable[[Taken, str], None]) -> None:
-        def cut(file: Taken, name: str) -> None:
-            fd = self.filesystem.open_lock(self.at(name))
-            data = self.filesystem.read_all(fd)
-            self.filesystem.truncate(fd, data.rfind(b"\n") + 1)
-            self.filesystem.close(fd)
-            renamed(file, name)
+    def seal(self: Directory, ready: Sequence[Taken], renamed: Callable[[Sequence[Taken], Sequence[str]], None]) -> None:
+        def cut(files: Sequence[Taken], names: Sequence[str]) -> None:
+            for name in names:
+                fd = self.filesystem.open_lock(self.at(name))
+                data = self.filesystem.read_all(fd)
+                self.filesystem.truncate(fd, data.rfind(b"\n") + 1)
+                self.filesystem.close(fd)
+            renamed(files, names)
 
         real(self, ready, cut)
 
@@ -153,11 +154,11 @@ def a_damaged_line_hides_the_rest(patch: Patch) -> None:
 
 
 def power_is_promised_without_a_sync(patch: Patch) -> None:
-    def pretend(_self: Writer, file: Any, _kept: object, *, final: bool = False) -> str:
+    def pretend(_self: Syncs, file: Any, _kept: object) -> str:
         file.synced = file.bytes
         return ""
 
-    patch.setattr(Writer, "make_durable", pretend)
+    patch.setattr(Syncs, "make_durable", pretend)
 
 
 def no_name_is_synced(patch: Patch) -> None:

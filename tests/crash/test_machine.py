@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from pillarbox.outcome import ENQUEUED_POWER
 from pillarbox.store.active import ActiveFile
 from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Directory, Taken
-from pillarbox.store.writer import Writer
+from pillarbox.store.syncing import Syncs
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.survivors import Survivors
 from tests.crash.machine import Fuse, Machine, pick, torture
@@ -34,12 +34,12 @@ def test_nothing_is_lost_invented_doubled_or_left_behind() -> None:
 
 
 def sealed_without_a_sync(patch: pytest.MonkeyPatch) -> None:
-    def make_durable(self: Writer, file: ActiveFile, _kept: Any, *, final: bool = False) -> str:
-        file.sealed |= final
-        file.synced = file.bytes
-        return ""
+    def make_final(_self: Syncs, files: Sequence[ActiveFile], _kept: Any) -> list[str]:
+        for file in files:
+            file.sealed, file.synced = True, file.bytes
+        return []
 
-    patch.setattr(Writer, "make_durable", make_durable)
+    patch.setattr(Syncs, "make_final", make_final)
 
 
 def names_without_a_sync(patch: pytest.MonkeyPatch) -> None:

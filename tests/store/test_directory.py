@@ -189,10 +189,10 @@ def test_recovery_does_what_the_table_says(place: Directory, kind: Kind, lock: L
 def test_seal_times_increase_also_where_the_clock_steps_back(place: Directory, clock: ManualClock) -> None:
     """And start after the newest one found."""
     place.note_stamp(clock.micros() + 5_000_000)
-    sealed = []
+    sealed: list[str] = []
     for number in range(3):
         fd = place.filesystem.create(place.at(f"active-w-{number}.ndjson"))
-        place.seal([Taken(f"active-w-{number}.ndjson", fd)], lambda file, name: sealed.append(name))
+        place.seal([Taken(f"active-w-{number}.ndjson", fd)], lambda _, names: sealed.extend(names))
         place.filesystem.close(fd)
         clock.step(-3600)
     assert sealed == sorted(sealed)
@@ -204,7 +204,7 @@ def test_a_made_up_seal_time_does_not_push_ours_out_of_their_sixteen_digits(plac
     place.note_stamp(layout.STAMP_MAX)
     fd = place.filesystem.create(place.at("active-w-1.ndjson"))
     sealed: list[str] = []
-    place.seal([Taken("active-w-1.ndjson", fd)], lambda file, name: sealed.append(name))
+    place.seal([Taken("active-w-1.ndjson", fd)], lambda _, names: sealed.extend(names))
     place.filesystem.close(fd)
     assert layout.stamp_of(sealed[0]) == clock.micros()
 

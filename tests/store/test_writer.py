@@ -8,7 +8,7 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -485,10 +485,10 @@ def test_a_sync_of_the_directory_that_failed_after_sealing_is_done_again(tmp_pat
 def test_a_spare_that_comes_after_a_file_with_a_higher_number_is_not_used(place: Directory, clock: ManualClock) -> None:
     """A caller made that one meanwhile; adoption goes by number."""
     line = Line(place, clock, batch_bytes=3 * len(LINE))
-    late = line.writer.new_file()
+    (late,), _ = line.writer.new_files(1)
     line.append(1)
     assert line.writer.give_spares([late]) == [late]
-    later = line.writer.new_file()
+    (later,), _ = line.writer.new_files(1)
     assert line.writer.give_spares([later]) == []
     for file in (late, later):
         place.filesystem.close(file.fd)
@@ -499,11 +499,11 @@ def test_where_the_end_cannot_seal_the_next_start_in_the_same_process_does(place
     line = Line(place, clock)
     line.append(2)
 
-    def refuse(_source: str, _target: str) -> None:
-        raise OSError(errno.EDQUOT, "over quota")
+    def refuse(_sources: Sequence[str], _targets: Sequence[str]) -> tuple[int, OSError]:
+        return 0, OSError(errno.EDQUOT, "over quota")
 
-    place.filesystem.rename = refuse  # type: ignore[method-assign,assignment]
+    place.filesystem.rename_each = refuse  # type: ignore[method-assign,assignment]
     line.sealer.finish()
-    del place.filesystem.rename
+    del place.filesystem.rename_each
     assert len(place.recover()) == 1
     assert line.lines() == {"sealed": 2}

@@ -16,8 +16,8 @@ from pillarbox.delivery.deliverer import ONLY
 from pillarbox.outcome import Outcome
 from pillarbox.settings import resolve
 from pillarbox.store import layout
-from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.layout import Kind
+from tests.crash.dying import step_by_step, wrap
 from tests.torture import account, events
 from tests.torture.account import Notes
 from tests.torture.events import EVENTS_MAX, make_event
@@ -234,7 +234,5 @@ def _die_after(has_begun: Callable[[str, str], bool], left: int, steps: int, not
 
         return call
 
-    for verb in _OPERATIONS:
-        found = RealFilesystem.__dict__[verb]
-        wrapped = dying(verb, getattr(RealFilesystem, verb))
-        setattr(RealFilesystem, verb, staticmethod(wrapped) if isinstance(found, staticmethod) else wrapped)
+    step_by_step()
+    wrap(_OPERATIONS, dying)

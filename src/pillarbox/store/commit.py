@@ -16,7 +16,6 @@ import logging
 import threading
 from _thread import allocate_lock
 from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.outcome import DROPPED, ENQUEUED, ENQUEUED_POWER, Dropped
@@ -190,7 +189,7 @@ class Committer:
         files = dict.fromkeys(chunk.file for chunk in chunks)
         for file in files:
             try:
-                troubles.append(self._writer.make_durable(file, partial(self.kept, file)))
+                troubles.append(self._writer.syncs.make_durable(file, self.kept))
             except OSError as error:
                 failed[file] = error
         nameless = [file for file in files if not file.entered and file not in failed]

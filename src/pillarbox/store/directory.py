@@ -16,7 +16,7 @@ from pillarbox.store.recovery import RECOVERABLE, RECOVERY, Action, Lock, Tail, 
 from pillarbox.store.tally import tally
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from pillarbox.clock import Clock
     from pillarbox.store.filesystem import Entry, Filesystem
@@ -250,7 +250,11 @@ class Directory:
         In a queue beside others who take it in theirs, unless `alone`.
         """
         path = self.at(name)
-        lock = self.filesystem.lock if alone or self.main is None else self.filesystem.lock_shared
+        shared = not alone and self.main is not None
+        fd = self.filesystem.hold(path, linked=self.main is not None, shared=shared)
+        if fd is not None:
+            return Taken(name, fd)
+        lock = self.filesystem.lock_shared if shared else self.filesystem.lock
         while True:
             try:
                 fd = self.open_found(name)
@@ -283,6 +287,9 @@ class Directory:
     def take_lock(self, name: str) -> Taken | None:
         """Take a lock file, made where it is missing; None where another process holds it. Raises `FileUnusable`."""
         path = self.at(name)
+        held = self.filesystem.hold(path, writable=True)
+        if held is not None:
+            return Taken(name, held)
         fd = self.filesystem.open_lock(path)
         try:
             if self.filesystem.lock(fd) and self.filesystem.is_still(fd, path):
@@ -295,15 +302,15 @@ class Directory:
 
     def create(self, name: str) -> Taken | None:
         """Create and lock a file; None where somebody who recovers removed it between the two, as a dead writer's."""
-        fd = self.filesystem.create(self.at(name))
-        try:
-            if self.filesystem.lock(fd) and self.filesystem.is_linked(fd):
-                return Taken(name, fd)
-        except BaseException:
-            self.filesystem.close(fd)
-            raise
-        self.filesystem.close(fd)
-        return None
+        created, error = self.create_each([name])
+        if error is not None:
+            raise error
+        return created[0] if created else None
+
+    def create_each(self, names: Sequence[str]) -> tuple[list[Taken], OSError | None]:
+        """Create and lock files, up to the first that fails; without those that somebody who recovers was quicker to remove."""
+        fds, error = self.filesystem.create_each([self.at(name) for name in names])
+        return [Taken(name, fd) for name, fd in zip(names, fds, strict=False) if fd >= 0], error
 
     def create_anew(self, name: Callable[[], str]) -> Taken:
         """Create and lock a file under one of the names that `name` makes, each of which was never used."""
@@ -356,25 +363,32 @@ class Directory:
         self.filesystem.close(file.fd)
         return anew
 
-    def seal(self, ready: Iterable[Taken], renamed: Callable[[Taken, str], None]) -> None:
+    def seal(self, ready: Sequence[Taken], renamed: Callable[[Sequence[Taken], Sequence[str]], None]) -> None:
         """Seal files that this process holds and has made durable, in this order: rename all, sync the directory once.
 
-        `renamed(file, sealed name)` is called after each rename; the descriptors stay open, for the caller to close.
+        `renamed(files, sealed names)` is called once these have them, with all of them or up to one with which something went
+        wrong; the descriptors stay open, for the caller to close. Raises `OSError`.
         """
-        done = False
-        for file in ready:
-            name = self._next_sealed_name()
-            try:
-                self.filesystem.rename(self.at(file.name), self.at(name))
-            except FileNotFoundError:
-                # Somebody removed it; what was acknowledged is still in the open file.
-                log.error("%s was removed by somebody; written anew as %s", file.name, name)  # noqa: TRY400 - the trace says nothing
-                self.filesystem.make_directory(self.path)  # it may have been removed with everything in it
-                self.put(name, self.filesystem.read_all(file.fd))
-            renamed(file, name)
-            done = True
-        if done:
+        left = list(ready)
+        while left:
+            names = [self._next_sealed_name() for _ in left]
+            done, error = self.filesystem.rename_each([self.at(file.name) for file in left], [self.at(name) for name in names])
+            if isinstance(error, FileNotFoundError):
+                self._write_removed(left[done], names[done])
+                done, error = done + 1, None
+            if done:
+                renamed(left[:done], names[:done])
+            if error is not None:
+                raise error
+            del left[:done]
+        if ready:
             self._sync_names()
+
+    def _write_removed(self, file: Taken, name: str) -> None:
+        """Somebody removed it; what was acknowledged is still in the open file."""
+        log.error("%s was removed by somebody; written anew as %s", file.name, name)
+        self.filesystem.make_directory(self.path)  # it may have been removed with everything in it
+        self.put(name, self.filesystem.read_all(file.fd))
 
     def finish_sealing(self) -> bool:
         """Sync the directory where that has failed after sealing; whether it was due."""
@@ -434,11 +448,11 @@ class Directory:
         adopted: list[Adopted] = []
         held: set[str] = set()  # writers of which somebody has a file: that one comes before the others of the same writer
 
-        def renamed(file: Taken, name: str) -> None:
-            adopted.append(Adopted(file.name, name, self.filesystem.size(file.fd)))
-            # At once: whoever delivers and finds it held goes on with the next, and that would be out of order.
-            to_seal.remove(file)
-            self.filesystem.close(file.fd)
+        def renamed(files: Sequence[Taken], names: Sequence[str]) -> None:
+            for file, name in zip(files, names, strict=True):
+                adopted.append(Adopted(file.name, name, self.filesystem.size(file.fd)))
+                to_seal.remove(file)
+            self.filesystem.close_each([file.fd for file in files])
 
         try:
             for name in found:

@@ -15,9 +15,10 @@ import threading
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
 from pillarbox.errors import FileUnusable
+from pillarbox.store.speed import together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 _OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # what is planted under our names neither redirects nor hangs us
 _FILE_MODE = 0o600
@@ -88,8 +89,72 @@ class Filesystem(Protocol):
     def space(self, path: str) -> Space: ...
     def close_inherited(self) -> None: ...
 
+    # Several calls in one: where that is compiled, who enqueues meanwhile waits for it less often.
+    def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None: ...
+    def sync_each(self, fds: Sequence[int]) -> list[OSError | None]: ...
+    def rename_each(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]: ...
+    def create_each(self, paths: Sequence[str]) -> tuple[list[int], OSError | None]: ...
+    def close_each(self, fds: Sequence[int]) -> None: ...
 
-class RealFilesystem:
+
+class OneByOne:
+    """The verbs that are several in one, made of those."""
+
+    def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None:  # noqa: ARG002 - see below
+        """A file that is there and ours to use, opened and locked; None where that is to be seen step by step: here always."""
+        return None
+
+    def sync_each(self: Filesystem, fds: Sequence[int]) -> list[OSError | None]:
+        """Make the data of each file durable: what went wrong with it, or None."""
+        return [_trouble(self.sync_data, fd) for fd in fds]
+
+    def rename_each(self: Filesystem, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
+        """Rename each, up to the first that fails: how many were renamed, and what went wrong with the next one."""
+        for done, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            error = _trouble(self.rename, source, target)
+            if error is not None:
+                return done, error
+        return len(sources), None
+
+    def create_each(self: Filesystem, paths: Sequence[str]) -> tuple[list[int], OSError | None]:
+        """Create each and take its lock, up to the first that fails: the descriptors, and what went wrong with the next one.
+
+        A descriptor of -1 is a file that who recovers was quicker to lock, and removes or has removed.
+        """
+        found: list[int] = []
+        for path in paths:
+            try:
+                fd = self.create(path)
+            except OSError as error:
+                return found, error
+            try:
+                held = self.lock(fd) and self.is_linked(fd)
+            except OSError as error:
+                self.close(fd)
+                return found, error
+            except BaseException:
+                self.close(fd)
+                raise
+            if not held:
+                self.close(fd)
+            found.append(fd if held else -1)
+        return found, None
+
+    def close_each(self: Filesystem, fds: Sequence[int]) -> None:
+        """Close each, and release its lock if it is held."""
+        for fd in fds:
+            self.close(fd)
+
+
+def _trouble(verb: Callable[..., object], *arguments: object) -> OSError | None:
+    try:
+        verb(*arguments)
+    except OSError as error:
+        return error
+    return None
+
+
+class RealFilesystem(OneByOne):
     """The machine's own file systems."""
 
     write = staticmethod(os.write)
@@ -169,13 +234,11 @@ class RealFilesystem:
                     return self._open_new(path, flags)
 
     def _open_new(self, path: str, flags: int) -> int:
-        """What root creates belongs to the directory's owner, whose programs must be able to use it."""
         fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
-        if os.geteuid() == 0:
+        owner = _owner_beside(path)
+        if owner is not None:
             with contextlib.suppress(OSError):  # a file system without owners
-                owner = os.stat(os.path.dirname(path) or ".")
-                if owner.st_uid or owner.st_gid:
-                    os.fchown(fd, owner.st_uid, owner.st_gid)
+                os.fchown(fd, *owner)
         return fd
 
     def _checked(self, path: str, flags: int, *, linked: bool = False) -> int:
@@ -299,6 +362,76 @@ class RealFilesystem:
         return Space(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
 
 
+class CompiledFilesystem(RealFilesystem):
+    """The same, with the verbs that are several in one compiled: each is one call, without the interpreter lock."""
+
+    def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None:
+        """A file that is there and ours to use, opened and locked; None where that is to be seen step by step."""
+        with _forking:
+            fd = together.hold(path, (os.O_RDWR if writable else os.O_RDONLY) | _OURS, linked, shared)
+            if fd >= 0:
+                self._opened.add(fd)
+        return fd if fd >= 0 else None
+
+    def _checked(self, path: str, flags: int, *, linked: bool = False) -> int:
+        with _forking:
+            fd = together.open_existing(path, flags | _OURS, linked)
+            if fd >= 0:
+                self._opened.add(fd)
+                return fd
+        return super()._checked(path, flags, linked=linked)
+
+    def sync_each(self, fds: Sequence[int]) -> list[OSError | None]:
+        """As `OneByOne`, but that all are being written before the first is waited for."""
+        return [_error(number) for number in together.sync_each(fds)]
+
+    def rename_each(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
+        """As `OneByOne`."""
+        done, number = together.rename_each(sources, targets)
+        return done, _error(number, *sources[done : done + 1])
+
+    def create_each(self, paths: Sequence[str]) -> tuple[list[int], OSError | None]:
+        """As `OneByOne`."""
+        owner = _owner_beside(paths[0]) if paths else None
+        with _forking:
+            found, number = together.create_each(
+                paths, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _OURS, _FILE_MODE, *(owner or (-1, -1))
+            )
+            self._opened.update(fd for fd in found if fd >= 0)
+        return found, _error(number, *paths[len(found) : len(found) + 1])
+
+    def close_each(self, fds: Sequence[int]) -> None:
+        """As `OneByOne`."""
+        with _forking:
+            self._opened.difference_update(fds)
+            together.close_each(fds)
+
+    def sync_directory(self, path: str) -> None:
+        """Make a directory's entries durable."""
+        error = _error(together.sync_directory(path), path)
+        if error is not None:
+            raise error
+
+
+def real_filesystem() -> RealFilesystem:
+    """That of this machine, compiled where it can be."""
+    return RealFilesystem() if together is None else CompiledFilesystem()
+
+
+def _error(number: int, *path: str) -> OSError | None:
+    return OSError(number, os.strerror(number), *path) if number else None
+
+
+def _owner_beside(path: str) -> tuple[int, int] | None:
+    """Whose a new file is to be: what root creates belongs to the directory's owner, whose programs must be able to use it."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):
+            found = os.stat(os.path.dirname(path) or ".")
+            if found.st_uid or found.st_gid:
+                return found.st_uid, found.st_gid
+    return None
+
+
 def _make(path: str) -> None:
     if os.path.isdir(path):
         return
@@ -311,11 +444,10 @@ def _make(path: str) -> None:
         if not os.path.isdir(path):  # otherwise another process was quicker
             raise
         return
-    if os.geteuid() == 0:
+    owner = _owner_beside(path)
+    if owner is not None:
         with contextlib.suppress(OSError):  # a file system without owners
-            owner = os.stat(above or ".")
-            if owner.st_uid or owner.st_gid:
-                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+            os.chown(path, *owner, follow_symlinks=False)
 
 
 def medium_of(path: str) -> str:

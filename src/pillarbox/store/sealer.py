@@ -16,9 +16,10 @@ from pillarbox.store.active import SealReason
 from pillarbox.store.balance import Adopted, Sealed
 from pillarbox.store.capacity import Capacity
 from pillarbox.store.request import LOOK_EVERY_S, Requests
+from pillarbox.store.writer import RETIRED_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from pillarbox.clock import Clock
     from pillarbox.store.active import ActiveFile
@@ -77,6 +78,7 @@ class Sealer:
         self._writer: Writer
         self._kept: Callable[[ActiveFile], Iterable[tuple[int, bytes]]] = lambda _: ()
         self._enters = False
+        self._together = 1  # files synced in one call; who waits for one of them waits for all
         self._active_since: tuple[str, float] | None = None
         self._dropped: dict[str, int] = {}
         self._dropping: set[str] = set()
@@ -90,6 +92,7 @@ class Sealer:
         if committer is not None:
             self._kept = committer.kept
         self._enters = enters
+        self._together = 1 if enters else RETIRED_MAX
         self._dropped = dict(writer.dropped)
 
     def wake(self) -> None:
@@ -185,21 +188,20 @@ class Sealer:
 
     def _open_spares(self, count: int) -> str:
         """Have files ready; what goes wrong with that must not keep from sealing, which is what makes room."""
-        spares: list[Taken] = []
-        trouble = ""
-        try:
-            for _ in range(count):
-                spares.append(self._writer.new_file())  # noqa: PERF401 - what there is, is kept where the next one fails
-            entered = bool(spares) and self._enters
-            if entered:
+        if count <= 0:
+            return ""
+        spares, error = self._writer.new_files(count)
+        entered = bool(spares) and self._enters and error is None
+        if entered:
+            try:
                 self._directory.filesystem.sync_directory(self._directory.path)
-        except OSError as error:
-            trouble, entered = str(error), False
+            except OSError as failed:
+                error, entered = failed, False
         # At once, here and below: a caller of `enqueue` in its system call holds the writer's lock, and both sides pay.
         if spares:
             for file in self._writer.give_spares(spares, entered=entered):
                 self._remove_empty(file)
-        return trouble
+        return "" if error is None else str(error)
 
     def finish(self) -> None:
         """Seal what is there and remove what is empty; the writer accepts nothing more."""
@@ -251,20 +253,20 @@ class Sealer:
                 self._on_sealed()
             return
 
-        for file in retired:
-            self._make_durable(file)
+        self._make_durable(retired)
         done = 0
 
-        def renamed(file: Taken, name: str) -> None:
+        def renamed(files: Sequence[Taken], names: Sequence[str]) -> None:
             nonlocal done
-            sealed = retired[done]
-            self.sealed[sealed.reason] += 1
-            done += 1
-            # Where a refused part could not be cut off, more may be in it than was accepted: whoever reads it counts.
-            events = None if sealed.spoilt else sealed.events
-            writer = layout.writer_of(file.name)
-            self._unnoted.append(Sealed(self._clock.micros(), layout.batch_id(name), writer, events, sealed.bytes))
-            self._directory.filesystem.close(file.fd)
+            self._directory.filesystem.close_each([file.fd for file in files])
+            now = self._clock.micros()
+            for sealed, name in zip(retired[done : done + len(names)], names, strict=True):
+                self.sealed[sealed.reason] += 1
+                # Where a refused part could not be cut off, more may be in it than was accepted: whoever reads it counts.
+                events = None if sealed.spoilt else sealed.events
+                writer = layout.writer_of(sealed.taken.name)
+                self._unnoted.append(Sealed(now, layout.batch_id(name), writer, events, sealed.bytes))
+            done += len(names)
 
         try:
             self._directory.seal([file.taken for file in retired], renamed)
@@ -289,13 +291,10 @@ class Sealer:
         if self._ledger is not None:
             self._ledger.write(sync=False)
 
-    def _make_durable(self, file: ActiveFile) -> None:
-        try:
-            trouble = self._writer.make_durable(file, lambda: self._kept(file), final=True)
-        except OSError as error:
-            trouble = f"{file.taken.name}: the disk does not take it ({error}); sealed as it can be read"
-        if trouble:
-            log.error("%s", trouble)
+    def _make_durable(self, files: Sequence[ActiveFile]) -> None:
+        for at in range(0, len(files), self._together):
+            for trouble in self._writer.syncs.make_final(files[at : at + self._together], self._kept):
+                log.error("%s", trouble)
 
     def _report(self, trouble: str) -> None:
         """Log trouble with the disk when it begins, changes and ends."""

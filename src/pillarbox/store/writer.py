@@ -25,6 +25,7 @@ from pillarbox.store.active import NOWHERE, ActiveFile, end_of_lines
 from pillarbox.store.limits import AGAIN_SHARE, Limits, Mark, reason_of
 from pillarbox.store.plain import LINE
 from pillarbox.store.speed import Appending, quickest
+from pillarbox.store.syncing import Syncs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -74,6 +75,7 @@ class Writer(Appending):
         self._marked_looks = 0  # of the sealer, in a row, that found the mark in place and the lock taken
         self.files = 0  # pending files, the active one only where it holds something
         self.retired: deque[ActiveFile] = deque()  # oldest first
+        self.syncs = Syncs(directory, lambda: self.lock, self._give_up)
         self._retired_events = 0
         self._retired_bytes = 0
         self._released = 0  # bytes of files that are gone
@@ -294,7 +296,7 @@ class Writer(Appending):
         return DROPPED[reason]
 
     def _new_file(self) -> ActiveFile:
-        return ActiveFile(self.new_file())
+        return ActiveFile(self._directory.create_anew(self._new_name))
 
     def _complete(self, file: ActiveFile, lines: bytes, written: int) -> None:
         """After a short write: take the part back and write the lines again, all or none of them."""
@@ -397,9 +399,13 @@ class Writer(Appending):
 
     # What follows takes the lock itself.
 
-    def new_file(self) -> Taken:
-        """Create and lock an active file under a name that was never used."""
-        return self._directory.create_anew(lambda: layout.active_name(self._name, self._next_number()))
+    def new_files(self, count: int) -> tuple[list[Taken], OSError | None]:
+        """Create and lock so many files to be given as spares, as far as the disk allows; and what it does not."""
+        return self._directory.create_each([self._new_name() for _ in range(count)])
+
+    def _new_name(self) -> str:
+        """One that was never used."""
+        return layout.active_name(self._name, self._next_number())
 
     def start(self, pending_bytes: int, pending_files: int) -> None:
         """Begin to accept; what is pending already counts."""
@@ -458,44 +464,6 @@ class Writer(Appending):
                 self._broken = True
                 raise
             return True
-
-    def make_durable(self, file: ActiveFile, kept: Callable[[], Iterable[tuple[int, bytes]]], *, final: bool = False) -> str:
-        """Sync what is in a file; `final` where it is about to be sealed. Returns what went wrong and was mended.
-
-        A second sync of a file whose first has failed would answer that all is well while the disk holds something else.
-        So such a file is retired and written anew: what can be read, and over it what is still in memory, `kept()` as
-        (offset, lines). Raises the `OSError` of that. Never called with the lock held: callers append meanwhile.
-        """
-        with file.syncing:
-            trouble = ""
-            size, cut = file.bytes, file.cut
-            if cut:
-                with self.lock:  # where files are cut: one that goes on would be forgotten
-                    file.cut = False
-            if file.sealed or (file.synced >= size and not cut):
-                file.sealed |= final
-                return trouble
-            try:
-                if file.spoilt:
-                    raise OSError(errno.EIO, "what was refused cannot be cut off")  # noqa: TRY301 - one undoing
-                self._filesystem.sync_data(file.fd)
-                if not final and not self._filesystem.is_linked(file.fd):
-                    raise FileNotFoundError(errno.ENOENT, "was removed by somebody", file.taken.name)  # noqa: TRY301 - one undoing
-            except FileNotFoundError as error:
-                self._give_up(file, error)
-                raise
-            except OSError as error:
-                trouble = f"{file.taken.name}: the disk did not take it ({error.strerror}); written anew"
-                file.cut = True
-                self._give_up(file, error)
-                file.taken = self._directory.write_anew(file.taken, kept(), file.bytes)
-                file.fd = file.taken.fd
-                file.entered = file.cut = file.spoilt = False
-                size = file.bytes
-            finally:
-                file.sealed |= final
-            file.synced = size
-        return trouble
 
     def _give_up(self, file: ActiveFile, error: OSError) -> None:
         """Have nothing more appended to a file; raises where that cannot be."""

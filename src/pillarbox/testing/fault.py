@@ -11,6 +11,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pillarbox.store.filesystem import OneByOne
 from pillarbox.testing.crash import CrashFilesystem
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Meter:
         return None
 
 
-class FaultFilesystem:
+class FaultFilesystem(OneByOne):
     """A `Filesystem` of which operations fail."""
 
     def __init__(self, inner: Filesystem, fault: Fault | Meter | None = None) -> None:

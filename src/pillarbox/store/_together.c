@@ -1,0 +1,398 @@
+/* Several system calls in one, for many files or for one, wholly without the interpreter lock. Optional: `store/filesystem.py`
+   has the same in Python, one call after the other, and the tests hold both to the same.
+
+A thread that takes the interpreter lock back after each system call has those that run Python wait for it each time, for
+longer than most of these calls take. Nothing here decides anything; what has failed is told by its errno. */
+
+#define PY_SSIZE_T_CLEAN
+#define _GNU_SOURCE
+#include <Python.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Paths, as the system wants them. */
+typedef struct {
+    Py_ssize_t count;
+    PyObject **encoded; /* bytes */
+} Paths;
+
+static void
+let_go(Paths *paths)
+{
+    for (Py_ssize_t at = 0; at < paths->count; at++) {
+        Py_DECREF(paths->encoded[at]);
+    }
+    PyMem_Free(paths->encoded);
+    paths->count = 0;
+    paths->encoded = NULL;
+}
+
+/* Encode a sequence of paths; 0, or -1 with an exception set. */
+static int
+encode(PyObject *sequence, Paths *paths)
+{
+    paths->count = 0;
+    PyObject *found = PySequence_Tuple(sequence); /* nobody else changes it meanwhile */
+    paths->encoded = found == NULL ? NULL : PyMem_New(PyObject *, (size_t)PyTuple_GET_SIZE(found) + 1);
+    if (found != NULL && paths->encoded == NULL) {
+        PyErr_NoMemory();
+    }
+    for (Py_ssize_t at = 0; paths->encoded != NULL && at < PyTuple_GET_SIZE(found); at++) {
+        if (!PyUnicode_FSConverter(PyTuple_GET_ITEM(found, at), &paths->encoded[at])) {
+            let_go(paths);
+            break;
+        }
+        paths->count++;
+    }
+    Py_XDECREF(found);
+    return paths->encoded == NULL ? -1 : 0;
+}
+
+static const char *
+path_at(const Paths *paths, Py_ssize_t at)
+{
+    return PyBytes_AS_STRING(paths->encoded[at]);
+}
+
+/* Whole numbers of C, as many as there are in a sequence; NULL with an exception set. To be freed with PyMem_Free. */
+static int *
+numbers_of(PyObject *sequence, Py_ssize_t *count)
+{
+    PyObject *found = PySequence_Tuple(sequence);
+    if (found == NULL) {
+        return NULL;
+    }
+    *count = PyTuple_GET_SIZE(found);
+    int *numbers = PyMem_New(int, (size_t)*count + 1);
+    if (numbers == NULL) {
+        PyErr_NoMemory();
+    }
+    for (Py_ssize_t at = 0; numbers != NULL && at < *count; at++) {
+        long number = PyLong_AsLong(PyTuple_GET_ITEM(found, at));
+        if (number != (int)number && !PyErr_Occurred()) {
+            PyErr_SetString(PyExc_OverflowError, "no descriptor is so large");
+        }
+        if (PyErr_Occurred()) {
+            PyMem_Free(numbers);
+            numbers = NULL;
+        }
+        else {
+            numbers[at] = (int)number;
+        }
+    }
+    Py_DECREF(found);
+    return numbers;
+}
+
+static PyObject *
+list_of(const int *numbers, Py_ssize_t count)
+{
+    PyObject *found = PyList_New(count);
+    for (Py_ssize_t at = 0; found != NULL && at < count; at++) {
+        PyObject *number = PyLong_FromLong(numbers[at]);
+        if (number == NULL) {
+            Py_CLEAR(found);
+        }
+        else {
+            PyList_SET_ITEM(found, at, number);
+        }
+    }
+    return found;
+}
+
+/* Have a file's data written, without waiting for that. 0, or the errno: what was lost here, the sync may not know of. */
+static int
+begin_to_write(int fd)
+{
+#ifdef SYNC_FILE_RANGE_WRITE
+    if (sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE) < 0 && errno != ENOSYS && errno != EINVAL && errno != ESPIPE
+        && errno != EOPNOTSUPP) {
+        return errno;
+    }
+#else
+    (void)fd;
+#endif
+    return 0;
+}
+
+static int
+sync_data(int fd)
+{
+#ifdef F_FULLFSYNC
+    return fcntl(fd, F_FULLFSYNC); /* there fsync leaves the data in the drive's cache */
+#else
+    return fdatasync(fd);
+#endif
+}
+
+/* Sync each of many files; for each 0 or its errno. All are written before the first is waited for: one commit of the file
+   system's journal serves many of them. */
+static PyObject *
+sync_each(PyObject *Py_UNUSED(self), PyObject *sequence)
+{
+    Py_ssize_t count;
+    int *fds = numbers_of(sequence, &count);
+    int *errors = fds == NULL ? NULL : PyMem_New(int, (size_t)count + 1);
+    if (errors == NULL) {
+        PyMem_Free(fds);
+        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
+    }
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t at = 0; at < count; at++) {
+        errors[at] = count > 1 ? begin_to_write(fds[at]) : 0;
+    }
+    for (Py_ssize_t at = 0; at < count; at++) {
+        while (errors[at] == 0 && sync_data(fds[at]) < 0) {
+            if (errno != EINTR) {
+                errors[at] = errno;
+            }
+        }
+    }
+    Py_END_ALLOW_THREADS
+    PyObject *found = list_of(errors, count);
+    PyMem_Free(fds);
+    PyMem_Free(errors);
+    return found;
+}
+
+/* Rename each, up to the first that fails: how many are renamed, and the errno of the next one or 0. */
+static PyObject *
+rename_each(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *from, *to;
+    Paths sources, targets;
+    if (!PyArg_ParseTuple(args, "OO:rename_each", &from, &to) || encode(from, &sources) < 0) {
+        return NULL;
+    }
+    if (encode(to, &targets) < 0) {
+        let_go(&sources);
+        return NULL;
+    }
+    Py_ssize_t done = 0;
+    int error = 0;
+    if (sources.count == targets.count) {
+        Py_BEGIN_ALLOW_THREADS
+        for (; done < sources.count && error == 0; done += error == 0) {
+            error = rename(path_at(&sources, done), path_at(&targets, done)) < 0 ? errno : 0;
+        }
+        Py_END_ALLOW_THREADS
+    }
+    else {
+        PyErr_SetString(PyExc_ValueError, "as many sources as targets");
+    }
+    let_go(&sources);
+    let_go(&targets);
+    return PyErr_Occurred() ? NULL : Py_BuildValue("ni", done, error);
+}
+
+/* A new file that only its owner may read, its lock held: its descriptor; -1 where somebody locked or removed it before we had
+   the lock; -2 with errno set. */
+static int
+create_locked(const char *path, int flags, int mode, long uid, long gid)
+{
+    struct stat found;
+    int fd;
+    do {
+        fd = open(path, flags, mode);
+    } while (fd < 0 && errno == EINTR);
+    if (fd < 0) {
+        return -2;
+    }
+    if (uid >= 0 && fchown(fd, (uid_t)uid, (gid_t)gid) < 0) {
+        errno = 0; /* a file system without owners */
+    }
+    int locked = flock(fd, LOCK_EX | LOCK_NB);
+    if (locked == 0 && fstat(fd, &found) == 0) {
+        if (found.st_nlink > 0) {
+            return fd;
+        }
+        errno = EWOULDBLOCK;
+    }
+    int error = errno;
+    close(fd);
+    errno = error;
+    return error == EWOULDBLOCK ? -1 : -2;
+}
+
+/* Create each with its lock, up to the first that fails: their descriptors, or -1, and the errno of the next one or 0. */
+static PyObject *
+create_each(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *sequence;
+    int flags, mode;
+    long uid, gid;
+    Paths paths;
+    if (!PyArg_ParseTuple(args, "Oiill:create_each", &sequence, &flags, &mode, &uid, &gid) || encode(sequence, &paths) < 0) {
+        return NULL;
+    }
+    int *fds = PyMem_New(int, (size_t)paths.count + 1);
+    Py_ssize_t done = 0;
+    int error = 0;
+    if (fds != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        for (; done < paths.count && error == 0; done += error == 0) {
+            fds[done] = create_locked(path_at(&paths, done), flags, mode, uid, gid);
+            error = fds[done] == -2 ? errno : 0;
+        }
+        Py_END_ALLOW_THREADS
+    }
+    let_go(&paths);
+    PyObject *found = fds == NULL ? PyErr_NoMemory() : list_of(fds, done);
+    if (found == NULL) {
+        for (Py_ssize_t at = 0; at < done; at++) {
+            close(fds[at]);
+        }
+    }
+    PyMem_Free(fds);
+    return found == NULL ? NULL : Py_BuildValue("Ni", found, error);
+}
+
+/* Open a file that is there, if it is ours to use: regular, with one name (or more, where `linked`), and this user's, who may be
+   root. Its descriptor; -1 with errno set; -2 where it is not ours to use. */
+static int
+open_ours(const char *path, int flags, int linked)
+{
+    struct stat found;
+    int fd;
+    do {
+        fd = open(path, flags);
+    } while (fd < 0 && errno == EINTR);
+    if (fd < 0) {
+        return -1;
+    }
+    uid_t user = geteuid();
+    if (fstat(fd, &found) == 0 && S_ISREG(found.st_mode) && (linked || found.st_nlink <= 1)
+        && (user == 0 || found.st_uid == user)) {
+        return fd;
+    }
+    close(fd);
+    return -2;
+}
+
+/* The descriptor, or -1 for whatever is to be looked at more closely. */
+static PyObject *
+open_existing(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *path;
+    int flags, linked;
+    if (!PyArg_ParseTuple(args, "O&ip:open_existing", PyUnicode_FSConverter, &path, &flags, &linked)) {
+        return NULL;
+    }
+    int fd;
+    Py_BEGIN_ALLOW_THREADS
+    fd = open_ours(PyBytes_AS_STRING(path), flags, linked);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(path);
+    return PyLong_FromLong(fd < 0 ? -1 : fd);
+}
+
+/* The same with its lock, if the path still names it then. */
+static PyObject *
+hold(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *path;
+    int flags, linked, shared;
+    if (!PyArg_ParseTuple(args, "O&ipp:hold", PyUnicode_FSConverter, &path, &flags, &linked, &shared)) {
+        return NULL;
+    }
+    int fd, held = 0;
+    struct stat opened, named;
+    Py_BEGIN_ALLOW_THREADS
+    fd = open_ours(PyBytes_AS_STRING(path), flags, linked);
+    if (fd >= 0) {
+        held = flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) == 0 && fstat(fd, &opened) == 0
+               && lstat(PyBytes_AS_STRING(path), &named) == 0 && opened.st_ino == named.st_ino && opened.st_dev == named.st_dev;
+        if (!held) {
+            close(fd);
+        }
+    }
+    Py_END_ALLOW_THREADS
+    Py_DECREF(path);
+    return PyLong_FromLong(held ? fd : -1);
+}
+
+/* Close each. What goes wrong with that is nobody's to mend: the descriptor is gone. */
+static PyObject *
+close_each(PyObject *Py_UNUSED(self), PyObject *sequence)
+{
+    Py_ssize_t count;
+    int *fds = numbers_of(sequence, &count);
+    if (fds == NULL) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t at = 0; at < count; at++) {
+        close(fds[at]);
+    }
+    Py_END_ALLOW_THREADS
+    PyMem_Free(fds);
+    Py_RETURN_NONE;
+}
+
+/* Sync a directory: 0 or the errno. */
+static PyObject *
+sync_directory(PyObject *Py_UNUSED(self), PyObject *path)
+{
+    PyObject *encoded;
+    if (!PyUnicode_FSConverter(path, &encoded)) {
+        return NULL;
+    }
+    int error = 0;
+    Py_BEGIN_ALLOW_THREADS
+    int fd = open(PyBytes_AS_STRING(encoded), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    while (fd >= 0 && fsync(fd) < 0) {
+        if (errno != EINTR) {
+            error = errno;
+            break;
+        }
+    }
+    error = fd < 0 ? errno : error;
+    if (fd >= 0) {
+        close(fd);
+    }
+    Py_END_ALLOW_THREADS
+    Py_DECREF(encoded);
+    return PyLong_FromLong(error);
+}
+
+static PyMethodDef functions[] = {
+    {"sync_each", sync_each, METH_O, "sync_each(descriptors): for each 0 or its errno."},
+    {"rename_each", rename_each, METH_VARARGS,
+     "rename_each(sources, targets): up to the first that fails, how many are renamed, and the errno of the next one or 0."},
+    {"create_each", create_each, METH_VARARGS,
+     "create_each(paths, flags, mode, uid, gid): up to the first that fails, descriptors of new files whose locks are held, -1 "
+     "for one that somebody else was quicker to lock; and the errno of the next one or 0. A uid of -1 changes no owner."},
+    {"open_existing", open_existing, METH_VARARGS,
+     "open_existing(path, flags, linked): the descriptor of a file that is ours to use, or -1."},
+    {"hold", hold, METH_VARARGS,
+     "hold(path, flags, linked, shared): the same with its lock, and only while the path still names it."},
+    {"close_each", close_each, METH_O, "close_each(descriptors)."},
+    {"sync_directory", sync_directory, METH_O, "sync_directory(path): 0 or the errno."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot slots[] = {
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* nothing is kept here */
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_together",
+    .m_doc = "Several system calls in one: see `pillarbox.store.filesystem`.",
+    .m_methods = functions,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC
+PyInit__together(void)
+{
+    return PyModuleDef_Init(&module);
+}

@@ -1,0 +1,26 @@
+"""How a process that is to kill itself around an operation on the disk comes by it: the verbs of its file system are wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from pillarbox.store.filesystem import CompiledFilesystem, OneByOne, RealFilesystem
+
+SEVERAL = tuple(verb for verb in vars(OneByOne) if not verb.startswith("_"))  # operations in one
+
+
+def step_by_step() -> None:
+    """Have this process do one by one what it could do in one call: there are more moments to die at."""
+    for verb in [verb for verb in vars(CompiledFilesystem) if hasattr(RealFilesystem, verb) and not verb.startswith("__")]:
+        delattr(CompiledFilesystem, verb)
+
+
+def wrap(verbs: Iterable[str], wrapper: Callable[[str, Callable[..., object]], Callable[..., object]]) -> None:
+    """Have this process come by `wrapper(verb, function)` in place of each of these verbs, wherever it is."""
+    for verb in sorted(verbs):
+        for place in (RealFilesystem, CompiledFilesystem):
+            found = vars(place).get(verb)
+            if isinstance(found, staticmethod):
+                setattr(place, verb, staticmethod(wrapper(verb, found.__func__)))
+            elif found is not None:
+                setattr(place, verb, wrapper(verb, found))

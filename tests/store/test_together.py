@@ -1,0 +1,240 @@
+"""Several operations in one call do what they do one by one: in Python, step by step, and where they are compiled."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pillarbox.store import speed
+from pillarbox.store.filesystem import CompiledFilesystem, RealFilesystem, real_filesystem
+
+KINDS = [RealFilesystem, *([CompiledFilesystem] if speed.together is not None else [])]
+compiled_only = pytest.mark.skipif(speed.together is None, reason="not compiled here")
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
+def disk(request: pytest.FixtureRequest) -> Iterator[RealFilesystem]:
+    """Each of them, and nothing that it opened stays open."""
+    filesystem = request.param()
+    yield filesystem
+    filesystem.close_inherited()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock of a file, as seen by who opens it anew."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def paths(folder: Path, count: int) -> list[str]:
+    return [str(folder / f"file-{number}-\udcff") for number in range(count)]  # also what is no UTF-8
+
+
+def test_what_is_chosen_is_compiled_where_that_is_there() -> None:
+    """And not where it is to be left alone."""
+    assert type(real_filesystem()) is KINDS[-1]
+    code = "from pillarbox.store.filesystem import *; assert type(real_filesystem()) is RealFilesystem"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PILLARBOX_PURE_PYTHON": "1"})
+
+
+def test_files_are_created_for_appending_and_locked_and_only_the_owner_may_read_them(
+    disk: RealFilesystem, tmp_path: Path
+) -> None:
+    """Each as one by itself would be."""
+    names = paths(tmp_path, 3)
+    fds, error = disk.create_each(names)
+    assert (len(set(fds)), error) == (3, None)
+    for fd, name in zip(fds, names, strict=True):
+        assert os.stat(name).st_mode & 0o777 == 0o600
+        assert os.fstat(fd).st_ino == os.stat(name).st_ino
+        assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        os.write(fd, b"one")
+        os.lseek(fd, 0, os.SEEK_SET)
+        os.write(fd, b"two")
+        assert Path(name).read_bytes() == b"onetwo"
+        assert is_locked(Path(name))
+    disk.close_each(fds)
+    assert not any(is_locked(Path(name)) for name in names)
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+def test_creating_ends_with_the_first_that_fails_and_those_before_it_are_there(disk: RealFilesystem, tmp_path: Path) -> None:
+    """What there is, is used."""
+    names = paths(tmp_path, 3)
+    Path(names[1]).write_bytes(b"somebody's")
+    fds, error = disk.create_each(names)
+    assert len(fds) == 1
+    assert isinstance(error, FileExistsError)
+    assert error.filename == names[1]
+    assert not Path(names[2]).exists()
+    assert disk.create_each([]) == ([], None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forked_child_closes_what_was_created_held_and_opened_together(kind: type[RealFilesystem], tmp_path: Path) -> None:
+    """Or it would keep its parent's locks alive."""
+    filesystem = kind()
+    names = paths(tmp_path, 2)
+    fds, _ = filesystem.create_each(names)
+    filesystem.close_each(fds[1:])
+    held = filesystem.hold(names[1])
+    opened = filesystem.open_existing(names[1])
+    expected = {fds[0], opened, *([] if held is None else [held])}
+    assert filesystem._opened == expected
+    filesystem.close_inherited()
+    assert not any(is_locked(Path(name)) for name in names)
+
+
+def test_renaming_ends_with_the_first_that_fails(disk: RealFilesystem, tmp_path: Path) -> None:
+    """Those before it are renamed, and it says which one failed."""
+    sources, targets = paths(tmp_path, 4), [f"{name}.to" for name in paths(tmp_path, 4)]
+    for name in (sources[0], sources[1], sources[3]):
+        Path(name).write_bytes(b"x")
+    done, error = disk.rename_each(sources, targets)
+    assert done == 2
+    assert isinstance(error, FileNotFoundError)
+    assert error.filename == sources[2]
+    assert [Path(name).exists() for name in targets] == [True, True, False, False]
+    assert Path(sources[3]).exists()
+    assert disk.rename_each(sources[3:], targets[3:]) == (1, None)
+    assert disk.rename_each([], []) == (0, None)
+    with pytest.raises(ValueError, match=r"as many|shorter|longer"):
+        disk.rename_each(["a"], [])
+
+
+def test_each_sync_has_an_answer_of_its_own(disk: RealFilesystem, tmp_path: Path) -> None:
+    """One that fails leaves the others as good as they are."""
+    fds, _ = disk.create_each(paths(tmp_path, 2))
+    reader, writer = os.pipe()  # cannot be synced
+    try:
+        before, failed, behind = disk.sync_each([fds[0], writer, fds[1]])
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert (before, behind) == (None, None)
+    assert isinstance(failed, OSError)
+    assert failed.errno == errno.EINVAL
+    assert disk.sync_each([]) == []
+
+
+def test_a_directory_that_is_not_there_cannot_be_synced(disk: RealFilesystem, tmp_path: Path) -> None:
+    """And one that is, can."""
+    disk.sync_directory(str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        disk.sync_directory(str(tmp_path / "gone"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        disk.sync_directory(str(tmp_path / "file"))
+
+
+@compiled_only
+@pytest.mark.parametrize("planted", ["symlink", "hardlink", "fifo", "directory", "nothing", "locked"])
+def test_only_what_is_simply_there_is_held_in_one_call(tmp_path: Path, planted: str) -> None:
+    """Whatever else there is, is looked at step by step, and said."""
+    disk, path, victim = CompiledFilesystem(), tmp_path / "path", tmp_path / "victim"
+    victim.write_bytes(b"")
+    if planted == "symlink":
+        path.symlink_to(victim)
+    elif planted == "hardlink":
+        path.hardlink_to(victim)
+    elif planted == "fifo":
+        os.mkfifo(path)
+    elif planted == "directory":
+        path.mkdir()
+    elif planted == "locked":
+        disk.close_each([])
+        path.write_bytes(b"")
+        assert disk.hold(str(path)) is not None
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    assert disk.hold(str(path)) is None
+    assert (set(os.listdir("/proc/self/fd")) if before else set()) == before
+    assert (disk.hold(str(path), linked=True) is not None) == (planted == "hardlink")
+    disk.close_inherited()
+
+
+@compiled_only
+def test_a_file_is_held_beside_others_who_hold_it_so(tmp_path: Path) -> None:
+    """In the queues of several sinks."""
+    disk, path = CompiledFilesystem(), tmp_path / "path"
+    path.write_bytes(b"line\n")
+    first, second = disk.hold(str(path), shared=True), disk.hold(str(path), shared=True)
+    assert first is not None
+    assert second is not None
+    assert disk.hold(str(path)) is None
+    assert disk.read_all(first) == b"line\n"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(first, b"x")
+    disk.close_each([first, second])
+    alone = disk.hold(str(path), writable=True)
+    assert alone is not None
+    assert os.write(alone, b"x") == 1
+    disk.close(alone)
+
+
+@compiled_only
+def test_what_is_renamed_while_it_is_being_held_is_not_taken_for_what_it_was(tmp_path: Path) -> None:
+    """A thread renames one file after the other over the name; whoever is held is the one that has it."""
+    disk, path = CompiledFilesystem(), tmp_path / "path"
+    path.write_bytes(b"")
+    stop = threading.Event()
+
+    def rename() -> None:
+        while not stop.is_set():
+            (tmp_path / "other").write_bytes(b"")
+            os.rename(tmp_path / "other", path)
+
+    thread = threading.Thread(target=rename)
+    thread.start()
+    held = 0
+    try:
+        for _ in range(2000):
+            fd = disk.hold(str(path))
+            if fd is not None:
+                held += 1
+                disk.close(fd)
+    finally:
+        stop.set()
+        thread.join()
+    assert held
+    fd = disk.hold(str(path))
+    assert fd is not None
+    assert disk.is_still(fd, str(path))
+    disk.close(fd)
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("sync_each", (["1"],)),
+        ("sync_each", (1,)),
+        ("sync_each", ([2**40],)),
+        ("close_each", ([None],)),
+        ("rename_each", ([1], ["a"])),
+        ("rename_each", (["a\0b"], ["c"])),
+        ("rename_each", (["a"], None)),
+        ("create_each", (["a\0b"], 0, 0, -1, -1)),
+        ("create_each", (None, 0, 0, -1, -1)),
+        ("hold", (1, 0, False, False)),
+        ("open_existing", ("a\0b", 0, False)),
+        ("sync_directory", (None,)),
+    ],
+)
+def test_what_is_no_descriptor_or_path_is_refused(function: str, arguments: tuple[object, ...]) -> None:
+    """Rather than read as if it were."""
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        getattr(speed.together, function)(*arguments)
