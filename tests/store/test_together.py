@@ -216,6 +216,75 @@ def test_what_is_renamed_while_it_is_being_held_is_not_taken_for_what_it_was(tmp
     disk.close(fd)
 
 
+LINES = b'{"n":1}\n{"n":2}\n'
+
+
+@compiled_only
+@pytest.mark.parametrize("begins", [b"", b"old\n", b"torn", b"x" * 99 + b"\n"])
+@pytest.mark.parametrize("lock", ["free", "held", "missing", "symlink"])
+def test_lines_are_appended_under_a_lock_only_where_that_is_simple(tmp_path: Path, begins: bytes, lock: str) -> None:
+    """The file ends in a whole line, is smaller than it may be, and nobody has the lock; or nothing is done at all."""
+    disk, path, guard = CompiledFilesystem(), tmp_path / "lines", tmp_path / "lock"
+    path.write_bytes(begins)
+    if lock in {"free", "held"}:
+        guard.touch()
+    elif lock == "symlink":
+        guard.symlink_to(path)
+    holder = disk.hold(str(guard)) if lock == "held" else None
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    fd = disk.append_under(str(guard), str(path), LINES, below=100)
+    if begins == b"old\n" and lock == "free":
+        assert fd is not None
+        assert path.read_bytes() == b"old\n" + LINES
+        assert not is_locked(guard)
+        disk.sync_data(fd)
+        disk.close(fd)
+    else:
+        assert fd is None
+        assert path.read_bytes() == begins
+    assert (set(os.listdir("/proc/self/fd")) if before else set()) == before
+    if holder is not None:
+        disk.close(holder)
+
+
+@compiled_only
+def test_what_the_disk_takes_in_part_is_taken_back(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk; the process is one of its own, for the limit is too."""
+    (tmp_path / "lock").touch()
+    (tmp_path / "lines").write_bytes(b"old\n")
+    code = """
+import resource, signal, sys
+from pillarbox.store.filesystem import CompiledFilesystem
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
+assert CompiledFilesystem().append_under("lock", "lines", b"new line\\n", below=100) is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert (tmp_path / "lines").read_bytes() == b"old\n"
+
+
+@compiled_only
+def test_two_processes_that_append_under_a_lock_lose_nothing(tmp_path: Path) -> None:
+    """Who does not get the lock is told so, and comes again."""
+    (tmp_path / "lock").touch()
+    (tmp_path / "lines").write_bytes(b"first\n")
+    code = """
+import sys
+from pillarbox.store.filesystem import CompiledFilesystem
+disk = CompiledFilesystem()
+for number in range(300):
+    while (fd := disk.append_under("lock", "lines", b"%b-%d\\n" % (sys.argv[1].encode(), number), below=2**40)) is None:
+        pass
+    disk.close(fd)
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path) for name in ("a", "b")]
+    assert [process.wait(60) for process in both] == [0, 0]
+    lines = (tmp_path / "lines").read_bytes().splitlines()
+    for name in (b"a", b"b"):
+        assert [line for line in lines if line.startswith(name)] == [b"%b-%d" % (name, number) for number in range(300)]
+    assert len(lines) == 601
+
+
 @compiled_only
 @pytest.mark.parametrize(
     ("function", "arguments"),
@@ -231,6 +300,8 @@ def test_what_is_renamed_while_it_is_being_held_is_not_taken_for_what_it_was(tmp
         ("create_each", (None, 0, 0, -1, -1)),
         ("hold", (1, 0, False, False)),
         ("open_existing", ("a\0b", 0, False)),
+        ("append_under", ("a", "b", "text", 0, 1)),
+        ("append_under", ("a", None, b"", 0, 1)),
         ("sync_directory", (None,)),
     ],
 )

@@ -292,6 +292,20 @@ open_existing(PyObject *Py_UNUSED(self), PyObject *args)
 }
 
 /* The same with its lock, if the path still names it then. */
+static int
+hold_ours(const char *path, int flags, int linked, int shared)
+{
+    struct stat opened, named;
+    int fd = open_ours(path, flags, linked);
+    if (fd >= 0
+        && (flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) < 0 || fstat(fd, &opened) < 0 || lstat(path, &named) < 0
+            || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
 static PyObject *
 hold(PyObject *Py_UNUSED(self), PyObject *args)
 {
@@ -300,20 +314,64 @@ hold(PyObject *Py_UNUSED(self), PyObject *args)
     if (!PyArg_ParseTuple(args, "O&ipp:hold", PyUnicode_FSConverter, &path, &flags, &linked, &shared)) {
         return NULL;
     }
-    int fd, held = 0;
-    struct stat opened, named;
+    int fd;
     Py_BEGIN_ALLOW_THREADS
-    fd = open_ours(PyBytes_AS_STRING(path), flags, linked);
-    if (fd >= 0) {
-        held = flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) == 0 && fstat(fd, &opened) == 0
-               && lstat(PyBytes_AS_STRING(path), &named) == 0 && opened.st_ino == named.st_ino && opened.st_dev == named.st_dev;
-        if (!held) {
-            close(fd);
-        }
-    }
+    fd = hold_ours(PyBytes_AS_STRING(path), flags, linked, shared);
     Py_END_ALLOW_THREADS
     Py_DECREF(path);
-    return PyLong_FromLong(held ? fd : -1);
+    return PyLong_FromLong(fd < 0 ? -1 : fd);
+}
+
+/* Append lines to a file that ends in a whole line and is smaller than `below`; whether all of them are there. Otherwise it is as
+   it was, or what is there of them is torn. */
+static int
+append_lines(int fd, const char *lines, Py_ssize_t size, long long below)
+{
+    struct stat found;
+    char last;
+    if (fstat(fd, &found) < 0 || found.st_size == 0 || found.st_size >= below || pread(fd, &last, 1, found.st_size - 1) != 1
+        || last != '\n') {
+        return 0;
+    }
+    Py_ssize_t written;
+    do {
+        written = write(fd, lines, (size_t)size);
+    } while (written < 0 && errno == EINTR);
+    if (written > 0 && written < size && ftruncate(fd, found.st_size) < 0) {
+        return 0; /* torn: whoever appends next begins a line of its own */
+    }
+    return written == size;
+}
+
+/* Append lines to a file while the lock of another is held, both there and ours to use: the descriptor of the file; or -1, and
+   nothing of them that is whole is there. */
+static PyObject *
+append_under(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *lock, *path;
+    const char *lines;
+    Py_ssize_t size;
+    int flags;
+    long long below;
+    if (!PyArg_ParseTuple(args, "O&O&y#iL:append_under", PyUnicode_FSConverter, &lock, PyUnicode_FSConverter, &path, &lines, &size,
+                          &flags, &below)) {
+        return NULL;
+    }
+    int fd = -1;
+    Py_BEGIN_ALLOW_THREADS
+    int held = hold_ours(PyBytes_AS_STRING(lock), flags, 0, 0);
+    if (held >= 0) {
+        fd = open_ours(PyBytes_AS_STRING(path), flags | O_APPEND, 0);
+        if (fd >= 0 && !append_lines(fd, lines, size, below)) {
+            close(fd);
+            fd = -1;
+        }
+        close(held);
+    }
+    Py_END_ALLOW_THREADS
+    Py_DECREF(lock);
+    Py_DECREF(path);
+    return PyLong_FromLong(fd < 0 ? -1 : fd);
 }
 
 /* Close each. What goes wrong with that is nobody's to mend: the descriptor is gone. */
@@ -371,6 +429,8 @@ static PyMethodDef functions[] = {
      "open_existing(path, flags, linked): the descriptor of a file that is ours to use, or -1."},
     {"hold", hold, METH_VARARGS,
      "hold(path, flags, linked, shared): the same with its lock, and only while the path still names it."},
+    {"append_under", append_under, METH_VARARGS,
+     "append_under(lock, path, lines, flags, below): the descriptor of the file once the lines are there, or -1."},
     {"close_each", close_each, METH_O, "close_each(descriptors)."},
     {"sync_directory", sync_directory, METH_O, "sync_directory(path): 0 or the errno."},
     {NULL, NULL, 0, NULL},

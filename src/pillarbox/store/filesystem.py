@@ -91,6 +91,7 @@ class Filesystem(Protocol):
 
     # Several calls in one: where that is compiled, who enqueues meanwhile waits for it less often.
     def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None: ...
+    def append_under(self, lock: str, path: str, lines: bytes, *, below: int) -> int | None: ...
     def sync_each(self, fds: Sequence[int]) -> list[OSError | None]: ...
     def rename_each(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]: ...
     def create_each(self, paths: Sequence[str]) -> tuple[list[int], OSError | None]: ...
@@ -102,6 +103,14 @@ class OneByOne:
 
     def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None:  # noqa: ARG002 - see below
         """A file that is there and ours to use, opened and locked; None where that is to be seen step by step: here always."""
+        return None
+
+    def append_under(self, lock: str, path: str, lines: bytes, *, below: int) -> int | None:  # noqa: ARG002 - as above
+        """Append lines, under the lock of another file, to one that ends in a whole line and has less than `below` bytes.
+
+        Both are there and ours to use. The descriptor of the file, the lock released; None, and none of the lines is there,
+        where that is to be seen and done step by step: here always.
+        """
         return None
 
     def sync_each(self: Filesystem, fds: Sequence[int]) -> list[OSError | None]:
@@ -368,18 +377,23 @@ class CompiledFilesystem(RealFilesystem):
     def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None:
         """A file that is there and ours to use, opened and locked; None where that is to be seen step by step."""
         with _forking:
-            fd = together.hold(path, (os.O_RDWR if writable else os.O_RDONLY) | _OURS, linked, shared)
-            if fd >= 0:
-                self._opened.add(fd)
-        return fd if fd >= 0 else None
+            return self._owned(together.hold(path, (os.O_RDWR if writable else os.O_RDONLY) | _OURS, linked, shared))
+
+    def append_under(self, lock: str, path: str, lines: bytes, *, below: int) -> int | None:
+        """As `OneByOne` says, where it is simple."""
+        with _forking:  # a child that was forked meanwhile would keep the lock
+            return self._owned(together.append_under(lock, path, lines, os.O_RDWR | _OURS, below))
+
+    def _owned(self, fd: int) -> int | None:
+        if fd < 0:
+            return None
+        self._opened.add(fd)
+        return fd
 
     def _checked(self, path: str, flags: int, *, linked: bool = False) -> int:
         with _forking:
-            fd = together.open_existing(path, flags | _OURS, linked)
-            if fd >= 0:
-                self._opened.add(fd)
-                return fd
-        return super()._checked(path, flags, linked=linked)
+            fd = self._owned(together.open_existing(path, flags | _OURS, linked))
+        return super()._checked(path, flags, linked=linked) if fd is None else fd
 
     def sync_each(self, fds: Sequence[int]) -> list[OSError | None]:
         """As `OneByOne`, but that all are being written before the first is waited for."""

@@ -32,6 +32,8 @@ from pillarbox.store.balance import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
 
@@ -113,6 +115,8 @@ class Ledger:
 
     def _append(self, *, sync: bool) -> bool:
         """False where another process has the lock."""
+        if self._append_at_once(sync=sync):
+            return True
         lock = self._directory.take_lock(layout.LEDGER_LOCK)
         for _ in range(_LOCK_TRIES if sync else 0):
             if lock is not None:
@@ -138,18 +142,41 @@ class Ledger:
             filesystem.close(fd)
         return True
 
+    def _append_at_once(self, *, sync: bool) -> bool:
+        """Where nothing is the matter, it is one call; False, and nothing is done, where it is to be looked at."""
+        place, entries = self._directory, self._noted()
+        self._unsynced |= bool(entries)
+        fd = place.filesystem.append_under(
+            place.at(layout.LEDGER_LOCK), place.at(layout.LEDGER), _lines_of(entries), below=self._condense_at
+        )
+        if fd is None:
+            return False
+        try:
+            self._forget(entries)
+            if sync:
+                self._sync(fd, entries)
+        finally:
+            place.filesystem.close(fd)
+        return True
+
+    def _noted(self) -> list[Entry]:
+        with self._noting:
+            return list(self._waiting)
+
+    def _forget(self, entries: list[Entry]) -> None:
+        for _ in entries:
+            self._waiting.popleft()
+
     def _append_waiting(self, fd: int) -> list[Entry]:
         """Append what waits, and let the file be shortened where it is due."""
         filesystem = self._directory.filesystem
-        with self._noting:
-            entries = list(self._waiting)
+        entries = self._noted()
         size = filesystem.size(fd)
         if not size:  # new, perhaps: what is synced in it is durable only under its name
             filesystem.sync_directory(self._directory.path)
         self._unsynced |= bool(entries)
-        self._append_to(fd, size, b"".join(record.line(msgspec.json.encode(entry)) for entry in entries))
-        for _ in entries:
-            self._waiting.popleft()
+        self._append_to(fd, size, _lines_of(entries))
+        self._forget(entries)
         if size >= self._condense_at:
             try:
                 self._condense(filesystem.read_all(fd))
@@ -186,7 +213,7 @@ class Ledger:
             log.warning("%s: %d lines of the ledger cannot be read and are left out", self._directory.path, unread)
         self._directory.filesystem.sync_directory(self._directory.path)  # or the power brings back what is summed up
         there = {layout.batch_id(name) for name in self._directory.sealed()}
-        anew = b"".join(record.line(msgspec.json.encode(entry)) for entry in condensed(entries, there, self._clock.micros()))
+        anew = _lines_of(condensed(entries, there, self._clock.micros()))
         self._directory.put(layout.LEDGER, anew)
         self._condense_at = max(CONDENSE_BYTES, 2 * len(anew))
 
@@ -196,6 +223,10 @@ class Ledger:
         elif self._trouble and not trouble:
             log.info("%s: the ledger is written again", self._directory.path)
         self._trouble = trouble
+
+
+def _lines_of(entries: Iterable[Entry]) -> bytes:
+    return b"".join([record.line(msgspec.json.encode(entry)) for entry in entries])
 
 
 def entries_of(data: bytes) -> tuple[list[Entry], int]:
