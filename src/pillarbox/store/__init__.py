@@ -31,7 +31,8 @@ SEVERAL SINKS. A sealed file gets a second name in each queue; these are synced,
 second ones count. The file is gone with its last name; limits count it once. In a queue files are locked shared, for several
 sinks hold the same file; who gives one up, or compresses it, locks it alone.
 
-WHO MAY TOUCH WHAT. `writer.py` creates active files, appends and syncs them; `commit.py` answers who waits for a sync;
+WHO MAY TOUCH WHAT. `writer.py` creates active files and appends to them, `syncing.py` syncs them; `commit.py` answers who waits
+for a sync;
 `sealer.py` has files synced and renamed; `fanout.py` hands them over to queues; `reader.py` reads
 sealed files; only `directory.py` renames and deletes. A file or lock is taken by opening, locking and looking whether the
 name still means it; released by closing. A writer that dies leaves its lock to the kernel; the next that starts adopts its

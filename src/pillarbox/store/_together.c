@@ -105,19 +105,27 @@ list_of(const int *numbers, Py_ssize_t count)
     return found;
 }
 
-/* Have a file's data written, without waiting for that. 0, or the errno: what was lost here, the sync may not know of. */
-static int
-begin_to_write(int fd)
+#ifdef SYNC_FILE_RANGE_WRITE
+enum { BEGIN = SYNC_FILE_RANGE_WRITE, FINISH = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER };
+#endif
+
+/* Have the data of each file written, and wait for that: no file is durable then. What fails here, the sync may not know of. */
+static void
+write_each(const int *fds, int *errors, Py_ssize_t count)
 {
 #ifdef SYNC_FILE_RANGE_WRITE
-    if (sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE) < 0 && errno != ENOSYS && errno != EINVAL && errno != ESPIPE
-        && errno != EOPNOTSUPP) {
-        return errno;
+    unsigned steps[] = {BEGIN, FINISH};
+    for (int step = 0; step < 2; step++) {
+        for (Py_ssize_t at = 0; at < count; at++) {
+            if (errors[at] == 0 && sync_file_range(fds[at], 0, 0, steps[step]) < 0 && errno != ENOSYS && errno != EINVAL
+                && errno != ESPIPE && errno != EOPNOTSUPP && errno != EINTR) {
+                errors[at] = errno;
+            }
+        }
     }
 #else
-    (void)fd;
+    (void)fds, (void)errors, (void)count;
 #endif
-    return 0;
 }
 
 static int
@@ -130,21 +138,21 @@ sync_data(int fd)
 #endif
 }
 
-/* Sync each of many files; for each 0 or its errno. All are written before the first is waited for: one commit of the file
-   system's journal serves many of them. */
+/* Sync each of many files; for each 0 or its errno. All of them are written before the first is synced: one commit of the file
+   system's journal serves them all, and each commit may have who writes to another file wait. */
 static PyObject *
 sync_each(PyObject *Py_UNUSED(self), PyObject *sequence)
 {
     Py_ssize_t count;
     int *fds = numbers_of(sequence, &count);
-    int *errors = fds == NULL ? NULL : PyMem_New(int, (size_t)count + 1);
+    int *errors = fds == NULL ? NULL : PyMem_Calloc((size_t)count + 1, sizeof *errors);
     if (errors == NULL) {
         PyMem_Free(fds);
         return PyErr_Occurred() ? NULL : PyErr_NoMemory();
     }
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t at = 0; at < count; at++) {
-        errors[at] = count > 1 ? begin_to_write(fds[at]) : 0;
+    if (count > 1) {
+        write_each(fds, errors, count);
     }
     for (Py_ssize_t at = 0; at < count; at++) {
         while (errors[at] == 0 && sync_data(fds[at]) < 0) {
