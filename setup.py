@@ -1,5 +1,7 @@
-"""The one thing that pyproject.toml cannot say: the compiled hot path, which is left out where it cannot be compiled."""
+"""The one thing that pyproject.toml cannot say: what is compiled, and left out where it cannot be compiled."""
 
 from setuptools import Extension, setup
 
-setup(ext_modules=[Extension("pillarbox.store._speed", ["src/pillarbox/store/_speed.c"], optional=True)])
+COMPILED = ("_speed", "_listing")
+
+setup(ext_modules=[Extension(f"pillarbox.store.{name}", [f"src/pillarbox/store/{name}.c"], optional=True) for name in COMPILED])

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pillarbox.clock import Clock
-    from pillarbox.store.filesystem import Entry, Filesystem
+    from pillarbox.store.filesystem import Filesystem
+    from pillarbox.store.listing import Entry, First
     from pillarbox.store.tally import Account
 
 log = logging.getLogger("pillarbox")
 
 # A found stamp further ahead than this is a name that somebody made up, not a clock that was wrong for a while.
 _STAMP_AHEAD_MAX: Final = 366 * 86_400 * 1_000_000
+# What those who died may have left that is not as it should be: files of these kinds, and copies of files that are still there.
+_LEFT: Final = (*layout.patterns_of(*RECOVERABLE), *layout.COPIES)
 _CREATIONS_MAX: Final = 100  # in a row that who recovers was quicker to lock; nothing but locks that do not work takes so many
 OPEN_MODE: Final = 0o077
 VOLATILE_MEDIA: Final = frozenset({"tmpfs", "ramfs"})
@@ -232,7 +235,18 @@ class Directory:
 
     def sealed_names(self) -> set[str]:
         """The names of sealed files here, also those that do not count yet."""
-        return {name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) is Kind.SEALED}
+        return set(self.filesystem.names(self.path, layout.SEALED))
+
+    def oldest(self, most: int = 0, after: str = "", until: str = "") -> First | None:
+        """Of the names that `sealed` tells, the first `most` behind `after` and up to `until`; None where only `sealed` can.
+
+        Where it can, no more than these are held in memory.
+        """
+        found = self.filesystem.first(self.path, layout.SEALED, after, until, most)
+        if self.main is not None and found.files and self.main.filesystem.first(self.main.path, layout.SEALED).files:
+            return None  # some may be on their way here, and do not count yet
+        there = set(found.names)  # a plain file comes before its copy
+        return found._replace(names=[name for name in found.names if layout.copied_name(name) not in there])
 
     @property
     def turn(self) -> threading.Lock:
@@ -427,9 +441,10 @@ class Directory:
             return self._recover()
 
     def _recover(self) -> list[Adopted]:
-        names = [name for name, _ in self.filesystem.listing(self.path)]
-        self.remove_copies(name for name in names if layout.kind_of(name) is Kind.SEALED)
+        names = list(self.filesystem.names(self.path, _LEFT))
         found = sorted((name for name in names if layout.kind_of(name) in RECOVERABLE), key=layout.by_writer)
+        if len(found) < len(names):  # the others are compressed
+            self.remove_copies(self.sealed_names())
         to_seal: list[Taken] = []
         adopted: list[Adopted] = []
         held: set[str] = set()  # writers of which somebody has a file: that one comes before the others of the same writer

@@ -15,6 +15,17 @@ import threading
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
 from pillarbox.errors import FileUnusable
+from pillarbox.store import listing as plain
+from pillarbox.store.listing import ALL, Entry, First, Patterns, Sum, follows
+
+try:
+    if os.environ.get("PILLARBOX_PURE_PYTHON"):
+        raise ImportError  # noqa: TRY301 - as if it were not there
+    from pillarbox.store import _listing
+except ImportError:
+    _COMPILED = False
+else:
+    _COMPILED = True
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,13 +39,6 @@ _READ_BYTES = 1 << 20
 _NO_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
 IS_DIRECTORY: Final = "is a directory"  # what a stranger may be, that a queue is
-
-
-class Entry(NamedTuple):
-    """A regular file in a directory."""
-
-    name: str
-    size: int
 
 
 class DirectoryFacts(NamedTuple):
@@ -62,6 +66,9 @@ class Filesystem(Protocol):
     def make_directory(self, path: str) -> None: ...
     def directory_facts(self, path: str) -> DirectoryFacts | None: ...
     def listing(self, path: str) -> Iterator[Entry]: ...
+    def names(self, path: str, patterns: Patterns) -> Iterator[str]: ...
+    def sums(self, path: str, patterns: Patterns) -> list[Sum]: ...
+    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First: ...
     def subdirectories(self, path: str) -> list[str]: ...
     def remove_directory(self, path: str) -> None: ...
     def create(self, path: str) -> int: ...
@@ -126,6 +133,10 @@ class RealFilesystem:
 
     def listing(self, path: str) -> Iterator[Entry]:
         """The regular files in a directory with their sizes; one that goes away meanwhile is left out."""
+        if _COMPILED:
+            for part in _listing.Parts(path, ALL, sizes=True):
+                yield from map(Entry._make, part)
+            return
         with os.scandir(path) as entries:
             for entry in entries:
                 try:
@@ -133,6 +144,32 @@ class RealFilesystem:
                         yield Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
                 except FileNotFoundError:
                     continue
+
+    def names(self, path: str, patterns: Patterns) -> Iterator[str]:
+        """The names of the regular files in a directory that follow one of the patterns."""
+        if _COMPILED:
+            for part in _listing.Parts(path, patterns, sizes=False):
+                yield from part
+            return
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if any(follows(entry.name, pattern) for pattern in patterns) and entry.is_file(follow_symlinks=False):
+                    yield entry.name
+
+    def sums(self, path: str, patterns: Patterns) -> list[Sum]:
+        """What the files in a directory add up to; each counts for the first of the patterns that its name follows."""
+        if not _COMPILED:
+            return plain.sums(self.listing(path), patterns)
+        return list(map(Sum._make, _listing.sums(path, patterns)))
+
+    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First:
+        """Of the names that follow one of the patterns, the first `most` behind `after` and up to `until`.
+
+        Where `until` is empty, there is no end. They are in the order of their bytes, which is that of their characters.
+        """
+        if not _COMPILED:
+            return plain.first(self.names(path, patterns), after, until, most)
+        return First._make(_listing.first(path, patterns, after, until, most))
 
     def subdirectories(self, path: str) -> list[str]:
         """The names of the directories in a directory; links to one do not count."""

@@ -13,7 +13,8 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusable
-from pillarbox.store.filesystem import DirectoryFacts, Entry, Space
+from pillarbox.store.filesystem import DirectoryFacts, Space
+from pillarbox.store.listing import ByListing, Entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -209,7 +210,7 @@ def _checked(inode: _Inode, path: str, *, linked: bool = False) -> _Inode:
     return inode
 
 
-class CrashFilesystem:
+class CrashFilesystem(ByListing):
     """A process's view of a `Disk`: a `Filesystem`, with open files and locks as the kernel keeps them.
 
     `before(verb, path)` is called ahead of every operation and may raise: a switch point, a cut, a fault.
