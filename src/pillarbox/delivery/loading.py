@@ -8,13 +8,14 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from pillarbox.clock import give_way
+from pillarbox.delivery.backlog import Backlog
 from pillarbox.delivery.lineup import Lineup
 from pillarbox.delivery.shipment import Job, Shipment
 from pillarbox.errors import FileUnusable
 from pillarbox.store import reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pillarbox.clock import Clock
     from pillarbox.delivery.policy import Rules
@@ -55,6 +56,7 @@ class Loader:
         self._suspects = suspects
         self._settler = settler
         self._busy = busy
+        self.backlog = Backlog(directory, settler.sync_names, rules.named_at_once)
         self.lineup = Lineup(rules.live_share)
         self._ahead: Shipment | None = None  # read while the one before it is on its way
         self._spare: Job | None = None  # read, and too large for the shipment before it
@@ -81,15 +83,24 @@ class Loader:
                 with contextlib.suppress(Exception):  # it is no part of this call; what is wrong shows in the next
                     self._sink.prepare(self._ahead.batch)
 
+    @property
+    def held(self) -> Iterable[str]:
+        """The files that another process has."""
+        return self._held
+
     def forget(self) -> None:
         """Have the next look at the directory find everything in order."""
-        self.lineup.clear()
+        self._forget_names()
         if self._ahead is not None:
             self.close(self._ahead)
             self._ahead = None
         if self._spare is not None:
             self._directory.filesystem.close(self._spare.file.fd)
             self._spare = None
+
+    def _forget_names(self) -> None:
+        self.lineup.clear()
+        self.backlog.forget()
 
     def close(self, shipment: Shipment) -> None:
         """Let go of its files: they are sent again."""
@@ -162,7 +173,7 @@ class Loader:
                 raise
         except (OSError, FileUnusable) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                self.lineup.clear()  # no fault of the file's: all are tried again later
+                self._forget_names()  # no fault of the file's: all are tried again later
                 self._standing.enter("degraded", str(error))
                 return None
             if self._standing.complain(name, f"it cannot be read: {error}"):

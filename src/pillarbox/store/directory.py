@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pillarbox.clock import Clock
     from pillarbox.store.filesystem import Filesystem
-    from pillarbox.store.listing import Entry, First
+    from pillarbox.store.listing import Entry
     from pillarbox.store.tally import Account
 
 log = logging.getLogger("pillarbox")
@@ -40,6 +40,14 @@ class Taken(NamedTuple):
 
     name: str
     fd: int
+
+
+class Oldest(NamedTuple):
+    """Names of sealed files that wait, in order."""
+
+    names: list[str]
+    behind: str  # where there are others, they come behind this one; empty where there are none
+    last: str  # of all, these and the others
 
 
 class Adopted(NamedTuple):
@@ -237,16 +245,22 @@ class Directory:
         """The names of sealed files here, also those that do not count yet."""
         return set(self.filesystem.names(self.path, layout.SEALED))
 
-    def oldest(self, most: int = 0, after: str = "", until: str = "") -> First | None:
-        """Of the names that `sealed` tells, the first `most` behind `after` and up to `until`; None where only `sealed` can.
+    def oldest(self, most: int, after: str = "", until: str = "") -> Oldest | None:
+        """Of the names that `sealed` tells, the first `most` behind `after` and up to `until`, holding no others in memory.
 
-        Where it can, no more than these are held in memory.
+        None where only `sealed` can tell: what is on its way into this queue does not count yet.
         """
-        found = self.filesystem.first(self.path, layout.SEALED, after, until, most)
-        if self.main is not None and found.files and self.main.filesystem.first(self.main.path, layout.SEALED).files:
-            return None  # some may be on their way here, and do not count yet
-        there = set(found.names)  # a plain file comes before its copy
-        return found._replace(names=[name for name in found.names if layout.copied_name(name) not in there])
+        names, last, files = self.filesystem.first(self.path, layout.SEALED, after, until, most)
+        # Listed behind the queue, as in `sealed`.
+        if self.main is not None and files and self.main.filesystem.first(self.main.path, layout.SEALED).files:
+            return None
+        there = set(names)  # a plain file comes before its copy
+        behind = names[-1] if len(names) < files and names else ""
+        return Oldest([name for name in names if layout.copied_name(name) not in there], behind, last)
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return self.filesystem.is_one(self.at(name), self.at(name))
 
     @property
     def turn(self) -> threading.Lock:
