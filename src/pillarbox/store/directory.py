@@ -254,7 +254,7 @@ class Directory:
         # Listed behind the queue, as in `sealed`.
         if self.main is not None and files and self.main.filesystem.first(self.main.path, layout.SEALED).files:
             return None
-        there = set(names)  # a plain file comes before its copy
+        there = {after, *names} - {""}  # a plain file comes before its copy
         behind = names[-1] if len(names) < files and names else ""
         return Oldest([name for name in names if layout.copied_name(name) not in there], behind, last)
 
