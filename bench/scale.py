@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 ACCEPTED = 200_000  # events
 FILES_DELIVERED = 400  # at most, of each backlog
+FILES_OF_ONE_DELIVERED = 8_000  # the same where each has one event: fewer are gone before they can be timed
 _QUICK_ACCEPTED, _QUICK_FILES = 20_000, 120
-_COPIED = 2 * FILES_DELIVERED  # the others are links to the files of all rounds: they are listed, and never read
 
 
 class Backlog(NamedTuple):
@@ -35,6 +35,11 @@ class Backlog(NamedTuple):
         """As it stands in the table."""
         of = "1 event" if self.batch == 1 else f"{self.batch} events"
         return f"{self.files * self.batch:,} events: {self.files:,} files of {of}"
+
+    @property
+    def delivered(self) -> int:
+        """How many of them are delivered at most."""
+        return min(self.files, FILES_OF_ONE_DELIVERED if self.batch == 1 else FILES_DELIVERED)
 
     @property
     def folder(self) -> str:
@@ -61,20 +66,20 @@ def run(place: Place, backlog: Backlog) -> Figures:
     """Enqueue beside the backlog while nothing is delivered, then deliver of it for a while."""
     directory = place.own / "outbox"
     directory.mkdir(mode=0o700)
-    size = 0
+    size, reduced = 0, _reduced(backlog, place.quick)
+    copied = 2 * reduced.delivered  # the others are links to the files of all rounds: they are listed, and never read
     names = sorted(os.listdir(place.shared / backlog.folder))
     for number, name in enumerate(names):
         path = place.shared / backlog.folder / name
-        if number < _COPIED:
+        if number < copied:
             shutil.copyfile(path, directory / name)
             size += path.stat().st_size
         else:
             os.link(path, directory / name)
-    files = min(FILES_DELIVERED, _reduced(backlog, place.quick).files)
     accepted = _apart("accept", directory, str(len(names)), str(_QUICK_ACCEPTED if place.quick else ACCEPTED))
     del accepted["per_s"]
-    delivered = _apart("deliver", directory, str(place.own / "events.db"), str(files))
-    return accepted | delivered | {"bytes": size / min(len(names), _COPIED) / backlog.batch}
+    delivered = _apart("deliver", directory, str(place.own / "events.db"), str(reduced.delivered))
+    return accepted | delivered | {"bytes": size / min(len(names), copied) / backlog.batch}
 
 
 def _apart(what: str, directory: Path, *more: str) -> dict[str, float]:
@@ -88,9 +93,10 @@ _MOST, _MOST_FILES = LARGE[-1].name, MANY[-1].name
 ABOUT = f"""
 An outbox on a directory in which so many sealed files wait; the system has their names and sizes in its cache. First without a
 sink: once the files are counted, {ACCEPTED:,} events are enqueued, sealing included. Then with SQLite as the sink: at
-most {FILES_DELIVERED} of the oldest files are delivered, for at most {pending.DELIVER_S:g} s; fewer than {pending.FILES_TIMED}
-are not timed. Each in a process of its own: the memory is the most that the one that delivers ever had, interpreter and
-libraries included. To the first event that is accepted, and to the first that is sent, it is from opening the outbox.
+most {FILES_DELIVERED} of the oldest files are delivered, of those of one event {FILES_OF_ONE_DELIVERED:,}, for at most
+{pending.DELIVER_S:g} s; fewer than {pending.FILES_TIMED} are not timed. Each in a process of its own: the memory is the most
+that the one that delivers ever had, interpreter and libraries included. To the first event that is accepted, and to the first
+that is sent, it is from opening the outbox.
 """
 
 SECTION = Section(
@@ -116,9 +122,11 @@ SECTION = Section(
         Goal("delivering of 10^7 events, processor: of 10^5", ratio(_MOST, LARGE[1].name, "cpu_s"), 1.25),
         Goal("delivering of 200,000 files, processor: of 2,000", ratio(_MOST_FILES, MANY[0].name, "cpu_s"), 1.25),
         Goal("resident memory, 10^7 events", figure(_MOST, "rss_mib"), 60, unit="MiB"),
+        Goal("resident memory, 200,000 files", figure(_MOST_FILES, "rss_mib"), 60, unit="MiB"),
         Goal("to the first accepted, 10^7 events", figure(_MOST, "open_s"), 1, unit="s"),
         Goal("to the first accepted, 200,000 files", figure(_MOST_FILES, "open_s"), 3, unit="s"),
+        Goal("to the first sent, 200,000 files", figure(_MOST_FILES, "begin_s"), 3, unit="s"),
     ),
     prepare=prepare,
-    budget_s=180,
+    budget_s=120,
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from pillarbox.store.filesystem import CompiledFilesystem, OneByOne, RealFilesystem
+from pillarbox.store.filesystem import CompiledFilesystem, RealFilesystem
+from pillarbox.store.onebyone import OneByOne
 
 SEVERAL = tuple(verb for verb in vars(OneByOne) if not verb.startswith("_"))  # operations in one
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
-from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.settlement import KEPT, NOBODY
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Answer, Batch, Delivered
@@ -31,7 +30,7 @@ from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
 from pillarbox.testing.survivors import NAMES_MAX, Survivors
 from tests.crash.enumeration import ENDS
-from tests.crash.interleave import PLACE, Loop
+from tests.crash.interleave import PLACE, RULES, Loop
 from tests.crash.world import number_of, numbers_in, payload_of, steps_of
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.LEDGER_LOCK})
@@ -77,7 +76,7 @@ class Destination(RecordingSink):
 def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: Ledger) -> DeliveryCounters:
     """One round of the real worker on a queue."""
     counters = DeliveryCounters()
-    worker = Worker(queue, sink, queue.sink, clock, Rules(outage_after=0), counters, NOBODY, lambda: False, "", KEPT, ledger)
+    worker = Worker(queue, sink, queue.sink, clock, RULES, counters, NOBODY, lambda: False, "", KEPT, ledger)
     worker.end()
     loop = Loop()
     try:

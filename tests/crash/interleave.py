@@ -46,6 +46,7 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Killed
 PLACE: Final = "/outbox"
 PREEMPTIONS: Final = 3
 KILLS: Final = 1
+RULES: Final = Rules(outage_after=0, named_at_once=2)  # so that what waits is named in several parts
 # What no other process can notice. Where the others cannot tell before from after, one point stands for both.
 UNNOTICED: Final = frozenset({"sync_data", "sync_directory", "space", "directory_facts", "make_directory", "replace_all"})
 
@@ -80,7 +81,7 @@ class Loop(asyncio.BaseEventLoop):
 def deliver_once(directory: Directory, sink: Sink, clock: Clock, on_gone: Callable[[int], None] = lambda _bytes: None) -> None:
     """One round of the real deliverer, if it gets the lease: adopt, send, settle."""
     counters = DeliveryCounters()
-    worker = Worker(directory, sink, "test", clock, Rules(outage_after=0), counters, Callbacks(on_gone))
+    worker = Worker(directory, sink, "test", clock, RULES, counters, Callbacks(on_gone))
     worker.end()
     loop = Loop()
     try:

@@ -23,8 +23,9 @@ from pillarbox.store import compressed, layout, record
 from pillarbox.store.audit import _look, audit
 from pillarbox.store.capacity import Capacity
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import Entry, RealFilesystem
+from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger, Sealed
+from pillarbox.store.listing import ByListing, Entry
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import existing_events, wait_until
@@ -227,7 +228,7 @@ def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, cl
     assert writer.pending()[:2] == (1, 1)
 
 
-class Passing(RealFilesystem):
+class Passing(ByListing, RealFilesystem):
     """Its first listing has come past the place of a copy before that is made, and comes to the plain file after it has gone."""
 
     def __init__(self, name: str) -> None:

@@ -22,7 +22,8 @@ from pillarbox.errors import SinkUnusable
 from pillarbox.sinks.base import Answer, Batch, Misconfigured, Partly, Retry, Unconfirmed
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import Entry, RealFilesystem
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.listing import ByListing, Entry
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import wait_until
@@ -210,7 +211,7 @@ def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory,
     assert thread.stop(30)
 
 
-class _Hasty(RealFilesystem):
+class _Hasty(ByListing, RealFilesystem):
     """Its first listing of sealed files misses the first, as one may that runs while names are given."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.state import ANOTHER_DELIVERS
 from pillarbox.errors import PillarboxError
 from pillarbox.hooks import Hooks
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
 
@@ -111,7 +111,7 @@ class _Mouth(logging.Handler):
         """Make the delivery that is told of; raises what the settings or the directory make it raise."""
         settings = decode_settings(setup.settings)
         clock = self._clock
-        place = directory_at(settings.directory, RealFilesystem(), clock)
+        place = directory_at(settings.directory, real_filesystem(), clock)
         place.open()
         place.note_stamp(place.account().newest_stamp)
         self._hooks = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter)

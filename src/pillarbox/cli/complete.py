@@ -11,7 +11,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.errors import PillarboxError
 from pillarbox.kept.selection import batch_of
 from pillarbox.store import layout
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.queues import directory_at
 
@@ -30,7 +30,7 @@ def batches(ctx: typer.Context, incomplete: str) -> list[str]:
     kinds = _KINDS.get(group or "", {Kind.DEAD, Kind.CORRUPT})
     try:
         settings = settings_from(ctx.params.get("config"), directory=ctx.params.get("directory"))
-        place = directory_at(settings.directory or ".", RealFilesystem(), SystemClock())
+        place = directory_at(settings.directory or ".", real_filesystem(), SystemClock())
         return sorted({name for name in _batches(place, kinds) if name.startswith(incomplete)})[:_OFFERED_MAX]
     except (OSError, PillarboxError):
         return []

@@ -32,7 +32,7 @@ from pillarbox.delivery.deliverer import ONLY, together
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.exposition import Exposition
 from pillarbox.hooks import Hooks
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
 from pillarbox.telemetry import SinkStats
@@ -108,7 +108,7 @@ def _deliver(
     settings: Settings, give_up_s: float | None, metrics: str | None, otlp: str | None, *, json: bool, quiet: bool
 ) -> int:
     clock = SystemClock()
-    place = directory_at(settings.directory, RealFilesystem(), clock)
+    place = directory_at(settings.directory, real_filesystem(), clock)
     place.open()
     shown = Exposition(place, settings, clock, metrics, otlp)
     on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).dead_letter

@@ -30,7 +30,7 @@ from pillarbox.outcome import Durability  # noqa: TC001 - typer reads it
 from pillarbox.sinks import make_sink, redacted
 from pillarbox.store import layout
 from pillarbox.store.directory import OPEN_MODE, Directory
-from pillarbox.store.filesystem import RealFilesystem, exists
+from pillarbox.store.filesystem import exists, real_filesystem
 from pillarbox.store.probe import Finding, Limits, bad, examine, good
 from pillarbox.store.queues import directory_at
 
@@ -82,7 +82,7 @@ def _destinations(settings: Settings) -> dict[str, str]:
 
 
 def _of_directory(settings: Settings, clock: Clock) -> list[Finding]:
-    place = directory_at(settings.directory, RealFilesystem(), clock)
+    place = directory_at(settings.directory, real_filesystem(), clock)
     limits = Limits(
         power=settings.durability == "power",
         max_bytes=settings.max_bytes,

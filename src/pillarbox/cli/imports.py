@@ -33,7 +33,7 @@ from pillarbox.kept.dead import Heading, Trouble
 from pillarbox.kept.mend import Gate
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped
-from pillarbox.store.filesystem import RealFilesystem, identity, open_to_read
+from pillarbox.store.filesystem import identity, open_to_read, real_filesystem
 from pillarbox.store.queues import directory_at
 from pillarbox.view.filters import Faces, Wanted
 from pillarbox.view.stock import Stock, What
@@ -124,7 +124,7 @@ def import_(
 
 
 def _is_outbox(source: str, kind: str) -> bool:
-    facts = None if source == "-" else RealFilesystem().directory_facts(source)
+    facts = None if source == "-" else real_filesystem().directory_facts(source)
     is_directory = facts is not None and facts.is_directory
     if kind != "auto" and is_directory != (kind == "outbox"):
         raise UsageError(f"{source}: for --format {kind} name {'an outbox directory' if kind == 'outbox' else 'a file'}")
@@ -135,7 +135,7 @@ def _stock(source: str, settings: Settings, heading: Heading, gate: Gate) -> Sto
     if identity(source) == identity(settings.directory):
         raise UsageError(f"{source} is the outbox that the events would go into")
     clock = SystemClock()
-    other = directory_at(source, RealFilesystem(), clock)
+    other = directory_at(source, real_filesystem(), clock)
     return Stock(other, clock, Faces(settings.event_type), Wanted(), heading, gate)
 
 
@@ -151,7 +151,7 @@ def _rejects(path: str | None) -> Iterator[Callable[[bytes], None]]:
     if path is None:
         yield lambda _raw: None
         return
-    filesystem = RealFilesystem()
+    filesystem = real_filesystem()
     try:
         fd = filesystem.open_append(path)
     except (OSError, FileUnusable) as error:

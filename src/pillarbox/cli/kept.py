@@ -22,7 +22,7 @@ from pillarbox.kept.mend import Gate
 from pillarbox.kept.selection import Selection, batch_of, moment
 from pillarbox.outbox import Outbox
 from pillarbox.store import layout
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
 
@@ -79,7 +79,7 @@ class Site:
         self.settings: Settings = settings_from(config, **options)
         require(self.settings, "directory", "DIR")
         self.clock = SystemClock()
-        self.place = directory_at(self.settings.directory, RealFilesystem(), self.clock)
+        self.place = directory_at(self.settings.directory, real_filesystem(), self.clock)
         self.report = Report()
         self.lines: list[str] = []  # what is to be said of single items; at the end, lest a closed pipe ends the work
         self.heading = Heading(self.settings.event_type)

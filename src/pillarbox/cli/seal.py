@@ -30,7 +30,7 @@ from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.delivery.state import SILENT_AFTER_S
 from pillarbox.errors import DirectoryUnusable, FileUnusable
 from pillarbox.store import layout, request
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.queues import directory_at
 
@@ -79,7 +79,7 @@ class Site:
         settings = settings_from(config, directory=directory)
         require(settings, "directory", "DIR")
         self.clock = SystemClock()
-        self.place = directory_at(settings.directory, RealFilesystem(), self.clock)
+        self.place = directory_at(settings.directory, real_filesystem(), self.clock)
         self.began = self.clock.monotonic()
         self.deadline = self.began + timeout
         self.timeout = timeout

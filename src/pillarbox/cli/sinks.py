@@ -15,7 +15,7 @@ from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.errors import DirectoryUnusable, UsageError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.ledger import Ledger, Renamed
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _note_renamed(place: Directory, name: str, to: str) -> None:
 def _place(directory: str | None, config: str | None) -> Directory:
     settings = settings_from(config, directory=directory)
     require(settings, "directory", "DIR")
-    place = Directory(settings.directory, RealFilesystem(), SystemClock())
+    place = Directory(settings.directory, real_filesystem(), SystemClock())
     try:
         place.account()
     except OSError as error:

@@ -13,7 +13,7 @@ from pillarbox.cli.kept import printable
 from pillarbox.cli.look import Status, deliverer_text, look
 from pillarbox.cli.watch import watch_until_stopped
 from pillarbox.clock import SystemClock
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.queues import directory_at
 
 
@@ -35,7 +35,7 @@ def status(
     settings = settings_from(config, directory=directory)
     require(settings, "directory", "DIR")
     clock = SystemClock()
-    place = directory_at(settings.directory, RealFilesystem(), clock)
+    place = directory_at(settings.directory, real_filesystem(), clock)
     if watch:
         watch_until_stopped(place, clock, settings.durability, interval=interval, looks=looks, json=json)
         return Exit.DONE

@@ -16,7 +16,7 @@ from pillarbox.errors import DirectoryUnusable
 from pillarbox.store import layout
 from pillarbox.store.audit import Audit, audit, audit_queues
 from pillarbox.store.balance import Account, Row
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def verify(
     """
     settings = settings_from(config, directory=directory)
     require(settings, "directory", "DIR")
-    place = directory_at(settings.directory, RealFilesystem(), SystemClock())
+    place = directory_at(settings.directory, real_filesystem(), SystemClock())
     try:
         found = _audited(place)
     except OSError as error:

@@ -8,13 +8,15 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from pillarbox.clock import give_way
+from pillarbox.delivery.backlog import Backlog
 from pillarbox.delivery.lineup import Lineup
 from pillarbox.delivery.shipment import Job, Shipment
 from pillarbox.errors import FileUnusable
-from pillarbox.store import reader
+from pillarbox.sinks.base import GIVE_WAY_EVERY
+from pillarbox.store import layout, reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pillarbox.clock import Clock
     from pillarbox.delivery.policy import Rules
@@ -55,9 +57,11 @@ class Loader:
         self._suspects = suspects
         self._settler = settler
         self._busy = busy
+        self.backlog = Backlog(directory, settler.sync_names, rules.named_at_once)
         self.lineup = Lineup(rules.live_share)
         self._ahead: Shipment | None = None  # read while the one before it is on its way
         self._spare: Job | None = None  # read, and too large for the shipment before it
+        self._lines = 0  # of small files, since the interpreter was given away
         self._held: dict[str, float] = {}  # the files that another process has, and since when
 
     @property
@@ -81,15 +85,24 @@ class Loader:
                 with contextlib.suppress(Exception):  # it is no part of this call; what is wrong shows in the next
                     self._sink.prepare(self._ahead.batch)
 
+    @property
+    def held(self) -> Iterable[str]:
+        """The files that another process has."""
+        return self._held
+
     def forget(self) -> None:
         """Have the next look at the directory find everything in order."""
-        self.lineup.clear()
+        self._forget_names()
         if self._ahead is not None:
             self.close(self._ahead)
             self._ahead = None
         if self._spare is not None:
             self._directory.filesystem.close(self._spare.file.fd)
             self._spare = None
+
+    def _forget_names(self) -> None:
+        self.lineup.clear()
+        self.backlog.forget()
 
     def close(self, shipment: Shipment) -> None:
         """Let go of its files: they are sent again."""
@@ -136,12 +149,19 @@ class Loader:
 
     def _goes_along(self, jobs: list[Job], job: Job) -> bool:
         """Whether a file goes out together with these; one that was refused goes by itself, to be judged by itself."""
-        together = [*jobs, job]
-        if len(together) > TOGETHER_FILES or len(together) * (self._rules.max_in_flight + 1) > OPEN_FILES_MAX:
+        files = len(jobs) + 1
+        if files > TOGETHER_FILES or files * (self._rules.max_in_flight + 1) > OPEN_FILES_MAX:
             return False
-        if any(one.name in self._suspects.alone or self._suspects.is_proven(one.name) for one in together):
-            return False
-        return sum(one.records for one in together) <= TOGETHER_RECORDS and sum(one.size for one in together) <= TOGETHER_BYTES
+        if any(self._suspects.knows(one.name) and self._goes_alone(one.name) for one in (jobs[0], job)):
+            return False  # those between the two were asked about when they came
+        records, size = job.records, job.size
+        for one in jobs:
+            records += one.records
+            size += one.size
+        return records <= TOGETHER_RECORDS and size <= TOGETHER_BYTES
+
+    def _goes_alone(self, name: str) -> bool:
+        return name in self._suspects.alone or self._suspects.is_proven(name)
 
     def _load(self, name: str) -> Job | None:
         """Take and read a sealed file; None where another has it or it cannot be read (it is tried again later)."""
@@ -155,14 +175,14 @@ class Loader:
             self._held.pop(name, None)
             try:
                 data = self._directory.filesystem.read_all(file.fd)
-                contents, plain = reader.read_file(name, data, self._give_way)
+                contents, plain = reader.read_file(name, data, self._give_way_within(name, data))
                 job = Job(file, plain, contents, len(data), self._clock.monotonic())
             except BaseException:
                 self._directory.filesystem.close(file.fd)
                 raise
         except (OSError, FileUnusable) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                self.lineup.clear()  # no fault of the file's: all are tried again later
+                self._forget_names()  # no fault of the file's: all are tried again later
                 self._standing.enter("degraded", str(error))
                 return None
             if self._standing.complain(name, f"it cannot be read: {error}"):
@@ -173,7 +193,19 @@ class Loader:
             self._standing.withdraw(name)
         return job
 
+    def _give_way_within(self, name: str, data: bytes) -> Callable[[], None]:
+        """What reading a file calls every so many lines; nothing for one of several small files that together have fewer."""
+        self._lines += data.count(b"\n") + 1
+        if self._lines < GIVE_WAY_EVERY and not name.endswith(layout.COMPRESSED):
+            return _nothing
+        self._lines = 0
+        return self._give_way
+
     def _give_way(self) -> None:
         # 60 us or so each time, for the kernel rounds the shortest sleep up: not for nobody.
         if self._busy():
             give_way()
+
+
+def _nothing() -> None:
+    pass

@@ -34,6 +34,7 @@ class Rules(NamedTuple):
     max_in_flight: int = 1  # batches at once, where the sink allows several
     call_timeout_s: float = 60.0  # after which a call to a sink is given up and tried again
     pacing: Pacing = Pacing()
+    named_at_once: int = 16_384  # sealed files: 2 MiB of names; each further part of a backlog lists the directory once more
     live_share: float = 0.0  # of the files that go while a backlog waits, those sealed since the drain began
     compress_after_s: float | None = None  # that a sealed file has waited; None: never
 

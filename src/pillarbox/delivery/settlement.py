@@ -247,6 +247,11 @@ class Settler:
         """Whether this one is."""
         return name in self._parked
 
+    @property
+    def parked(self) -> Iterable[str]:
+        """These files."""
+        return self._parked
+
     def waiting(self, found: Iterable[str]) -> set[str]:
         """The files in `found` whose time to be sent again has not come; the others that are gone are forgotten."""
         if not self._parked:

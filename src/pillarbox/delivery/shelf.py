@@ -12,7 +12,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from pillarbox.store import layout
-from pillarbox.store.filesystem import Entry
+from pillarbox.store.listing import Entry
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock

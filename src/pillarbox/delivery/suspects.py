@@ -65,6 +65,10 @@ class Suspects:
         """Whether something is remembered of it, by its name."""
         return name in self._found or name in self.alone
 
+    def names(self) -> set[str]:
+        """Of which something is remembered."""
+        return self.alone | self._found.keys()
+
     def keep_only(self, names: Iterable[str]) -> None:
         """Forget those that are gone."""
         if self._found or self.alone:

@@ -215,6 +215,9 @@ class Worker:
             return True
         if await self._drain():
             return True
+        if self._loader.backlog.has_more:  # the directory could not be listed any further
+            await self._pause(self._rules.interval_s)
+            return True
         if self._confirmer.has_unconfirmed:
             await self._sends_again(1)
             return True
@@ -259,23 +262,42 @@ class Worker:
     def _choose(self, found: list[str]) -> list[str]:
         """Which of the sealed files to send now, in order."""
         there = set(found)
+        # Of a part of a long backlog: what is remembered of files that are not in it.
+        for name in (*self._loader.held, *self._settler.parked, *self._suspects.names(), *self._standing.complaints):
+            if name not in there and self._loader.backlog.is_silent_on(name) and self._directory.has(name):
+                there.add(name)
         self._loader.keep_only(there)
         for name in set(self._standing.complaints) - there if self._standing.complaints else ():
             if layout.kind_of(name) is Kind.SEALED:
                 self._standing.withdraw(name)
-        self._suspects.keep_only(found)
-        busy = self._settler.waiting(found)
+        self._suspects.keep_only(there)
+        busy = self._settler.waiting(there)
         busy |= self._confirmer.names()
         return self._suspects.choose([name for name in found if name not in busy], self._clock.monotonic())
 
     def _line_up(self) -> None:
         """Look which files wait, and have them sent."""
         self._notice_outage()
-        chosen = self._choose(self._sealed())
+        # Where the order is another than that of the names, all of them must be known.
+        self._fill(self._loader.backlog.begin(whole=self._suspects.has_some or self._rules.live_share > 0))
+
+    def _fill(self, found: list[str]) -> None:
+        chosen = self._choose(found)
         if self._suspects.has_some:
             self._loader.lineup.fill_as_given(chosen)
         else:
             self._loader.lineup.fill(chosen)
+
+    def _line_up_more(self) -> bool:
+        """Have the next part of a long backlog sent; False where nothing is left to send in this round."""
+        loader = self._loader
+        while loader.backlog.has_more and not loader.has_more and not self._suspects.has_some:
+            try:
+                self._fill(loader.backlog.next())
+            except (OSError, FileUnusable) as error:
+                self._standing.enter("degraded", str(error))
+                break
+        return loader.has_more
 
     def _notice_outage(self) -> None:
         if self._courier.outages != self._outages:
@@ -295,20 +317,9 @@ class Worker:
             return
         self._work.clear()
         with contextlib.suppress(OSError, FileUnusable):  # the next round says so
-            lineup.add(self._sealed())
+            lineup.add(self._loader.backlog.begin(whole=True))
         self._looked_at = self._clock.monotonic()
         self._look_at = self._looked_at + _LOOK_SHARE * (self._looked_at - began)
-
-    def _sealed(self) -> list[str]:
-        """The names of the files to send, in order, durable."""
-        found = self._directory.sealed()
-        if not found:
-            return found
-        self._settler.sync_names()
-        # A listing may miss a name that is given while it runs and show one that is given later. One that is made afterwards
-        # shows all that came before what the first one shows.
-        last = found[-1]
-        return [name for name in self._directory.sealed() if name <= last]
 
     async def _drain(self) -> bool:
         """Send what is queued; whether anything was sent."""
@@ -316,7 +327,7 @@ class Worker:
         self._looked_at = self._clock.monotonic()
         window = max(1, self._sink.traits.window)
         at_once = self._rules.max_in_flight if self._sink.traits.concurrent else 1
-        while self._loader.has_more:
+        while self._loader.has_more or self._line_up_more():
             if await self._sends_again(window):
                 await self._land(0)
                 return True  # the queue is empty, and what was in it is on disk

@@ -1,4 +1,4 @@
-/* Several system calls in one, for many files or for one, wholly without the interpreter lock. Optional: `store/filesystem.py`
+/* Several system calls in one, for many files or for one, wholly without the interpreter lock. Optional: `store/onebyone.py`
    has the same in Python, one call after the other, and the tests hold both to the same.
 
 A thread that takes the interpreter lock back after each system call has those that run Python wait for it each time, for

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from pillarbox.clock import Clock
-    from pillarbox.store.filesystem import Entry, Filesystem
+    from pillarbox.store.filesystem import Filesystem
+    from pillarbox.store.listing import Entry
     from pillarbox.store.tally import Account
 
 log = logging.getLogger("pillarbox")
 
 # A found stamp further ahead than this is a name that somebody made up, not a clock that was wrong for a while.
 _STAMP_AHEAD_MAX: Final = 366 * 86_400 * 1_000_000
+# What those who died may have left that is not as it should be: files of these kinds, and copies of files that are still there.
+_LEFT: Final = (*layout.patterns_of(*RECOVERABLE), *layout.COPIES)
 _CREATIONS_MAX: Final = 100  # in a row that who recovers was quicker to lock; nothing but locks that do not work takes so many
 OPEN_MODE: Final = 0o077
 VOLATILE_MEDIA: Final = frozenset({"tmpfs", "ramfs"})
@@ -37,6 +40,14 @@ class Taken(NamedTuple):
 
     name: str
     fd: int
+
+
+class Oldest(NamedTuple):
+    """Names of sealed files that wait, in order."""
+
+    names: list[str]
+    behind: str  # where there are others, they come behind this one; empty where there are none
+    last: str  # of all, these and the others
 
 
 class Adopted(NamedTuple):
@@ -232,7 +243,24 @@ class Directory:
 
     def sealed_names(self) -> set[str]:
         """The names of sealed files here, also those that do not count yet."""
-        return {name for name, _ in self.filesystem.listing(self.path) if layout.kind_of(name) is Kind.SEALED}
+        return set(self.filesystem.names(self.path, layout.SEALED))
+
+    def oldest(self, most: int, after: str = "", until: str = "") -> Oldest | None:
+        """Of the names that `sealed` tells, the first `most` behind `after` and up to `until`, holding no others in memory.
+
+        None where only `sealed` can tell: what is on its way into this queue does not count yet.
+        """
+        names, last, files = self.filesystem.first(self.path, layout.SEALED, after, until, most)
+        # Listed behind the queue, as in `sealed`.
+        if self.main is not None and files and self.main.filesystem.first(self.main.path, layout.SEALED).files:
+            return None
+        there = {after, *names} - {""}  # a plain file comes before its copy
+        behind = names[-1] if len(names) < files and names else ""
+        return Oldest([name for name in names if layout.copied_name(name) not in there], behind, last)
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return self.filesystem.is_one(self.at(name), self.at(name))
 
     @property
     def turn(self) -> threading.Lock:
@@ -441,9 +469,10 @@ class Directory:
             return self._recover()
 
     def _recover(self) -> list[Adopted]:
-        names = [name for name, _ in self.filesystem.listing(self.path)]
-        self.remove_copies(name for name in names if layout.kind_of(name) is Kind.SEALED)
+        names = list(self.filesystem.names(self.path, _LEFT))
         found = sorted((name for name in names if layout.kind_of(name) in RECOVERABLE), key=layout.by_writer)
+        if len(found) < len(names):  # the others are compressed
+            self.remove_copies(self.sealed_names())
         to_seal: list[Taken] = []
         adopted: list[Adopted] = []
         held: set[str] = set()  # writers of which somebody has a file: that one comes before the others of the same writer

@@ -15,10 +15,15 @@ import threading
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
 from pillarbox.errors import FileUnusable
+from pillarbox.store.listing import ALL, Entry, First, Sum, first, follows, sums
+from pillarbox.store.onebyone import OneByOne
+from pillarbox.store.speed import listing as directories
 from pillarbox.store.speed import together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from pillarbox.store.listing import Patterns
 
 _OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # what is planted under our names neither redirects nor hangs us
 _FILE_MODE = 0o600
@@ -29,13 +34,6 @@ _READ_BYTES = 1 << 20
 _NO_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
 IS_DIRECTORY: Final = "is a directory"  # what a stranger may be, that a queue is
-
-
-class Entry(NamedTuple):
-    """A regular file in a directory."""
-
-    name: str
-    size: int
 
 
 class DirectoryFacts(NamedTuple):
@@ -63,6 +61,9 @@ class Filesystem(Protocol):
     def make_directory(self, path: str) -> None: ...
     def directory_facts(self, path: str) -> DirectoryFacts | None: ...
     def listing(self, path: str) -> Iterator[Entry]: ...
+    def names(self, path: str, patterns: Patterns) -> Iterator[str]: ...
+    def sums(self, path: str, patterns: Patterns) -> list[Sum]: ...
+    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First: ...
     def subdirectories(self, path: str) -> list[str]: ...
     def remove_directory(self, path: str) -> None: ...
     def create(self, path: str) -> int: ...
@@ -96,71 +97,6 @@ class Filesystem(Protocol):
     def rename_each(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]: ...
     def create_each(self, paths: Sequence[str]) -> tuple[list[int], OSError | None]: ...
     def close_each(self, fds: Sequence[int]) -> None: ...
-
-
-class OneByOne:
-    """The verbs that are several in one, made of those."""
-
-    def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None:  # noqa: ARG002 - see below
-        """A file that is there and ours to use, opened and locked; None where that is to be seen step by step: here always."""
-        return None
-
-    def append_under(self, lock: str, path: str, lines: bytes, *, below: int) -> int | None:  # noqa: ARG002 - as above
-        """Append lines, under the lock of another file, to one that ends in a whole line and has less than `below` bytes.
-
-        Both are there and ours to use. The descriptor of the file, the lock released; None, and none of the lines is there,
-        where that is to be seen and done step by step: here always.
-        """
-        return None
-
-    def sync_each(self: Filesystem, fds: Sequence[int]) -> list[OSError | None]:
-        """Make the data of each file durable: what went wrong with it, or None."""
-        return [_trouble(self.sync_data, fd) for fd in fds]
-
-    def rename_each(self: Filesystem, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
-        """Rename each, up to the first that fails: how many were renamed, and what went wrong with the next one."""
-        for done, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            error = _trouble(self.rename, source, target)
-            if error is not None:
-                return done, error
-        return len(sources), None
-
-    def create_each(self: Filesystem, paths: Sequence[str]) -> tuple[list[int], OSError | None]:
-        """Create each and take its lock, up to the first that fails: the descriptors, and what went wrong with the next one.
-
-        A descriptor of -1 is a file that who recovers was quicker to lock, and removes or has removed.
-        """
-        found: list[int] = []
-        for path in paths:
-            try:
-                fd = self.create(path)
-            except OSError as error:
-                return found, error
-            try:
-                held = self.lock(fd) and self.is_linked(fd)
-            except OSError as error:
-                self.close(fd)
-                return found, error
-            except BaseException:
-                self.close(fd)
-                raise
-            if not held:
-                self.close(fd)
-            found.append(fd if held else -1)
-        return found, None
-
-    def close_each(self: Filesystem, fds: Sequence[int]) -> None:
-        """Close each, and release its lock if it is held."""
-        for fd in fds:
-            self.close(fd)
-
-
-def _trouble(verb: Callable[..., object], *arguments: object) -> OSError | None:
-    try:
-        verb(*arguments)
-    except OSError as error:
-        return error
-    return None
 
 
 class RealFilesystem(OneByOne):
@@ -207,6 +143,24 @@ class RealFilesystem(OneByOne):
                         yield Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
                 except FileNotFoundError:
                     continue
+
+    def names(self, path: str, patterns: Patterns) -> Iterator[str]:
+        """The names of the regular files in a directory that follow one of the patterns."""
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if any(follows(entry.name, pattern) for pattern in patterns) and entry.is_file(follow_symlinks=False):
+                    yield entry.name
+
+    def sums(self, path: str, patterns: Patterns) -> list[Sum]:
+        """What the files in a directory add up to; each counts for the first of the patterns that its name follows."""
+        return sums(self.listing(path), patterns)
+
+    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First:
+        """Of the names that follow one of the patterns, the first `most` behind `after` and up to `until`.
+
+        Where `until` is empty, there is no end. They are in the order of their bytes, which is that of their characters.
+        """
+        return first(self.names(path, patterns), after, until, most)
 
     def subdirectories(self, path: str) -> list[str]:
         """The names of the directories in a directory; links to one do not count."""
@@ -373,6 +327,24 @@ class RealFilesystem(OneByOne):
 
 class CompiledFilesystem(RealFilesystem):
     """The same, with the verbs that are several in one compiled: each is one call, without the interpreter lock."""
+
+    def listing(self, path: str) -> Iterator[Entry]:
+        """The regular files in a directory with their sizes; one that goes away meanwhile is left out."""
+        for part in directories.Parts(path, ALL, sizes=True):
+            yield from map(Entry._make, part)
+
+    def names(self, path: str, patterns: Patterns) -> Iterator[str]:
+        """The names of the regular files in a directory that follow one of the patterns."""
+        for part in directories.Parts(path, patterns, sizes=False):
+            yield from part
+
+    def sums(self, path: str, patterns: Patterns) -> list[Sum]:
+        """What the files in a directory add up to; each counts for the first of the patterns that its name follows."""
+        return list(map(Sum._make, directories.sums(path, patterns)))
+
+    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First:
+        """As `RealFilesystem`."""
+        return First._make(directories.first(path, patterns, after, until, most))
 
     def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None:
         """A file that is there and ours to use, opened and locked; None where that is to be seen step by step."""

@@ -6,6 +6,8 @@ import re
 from enum import Enum
 from typing import Final
 
+from pillarbox.store.listing import Pattern
+
 SUFFIX: Final = ".ndjson"
 COMPRESSED: Final = f"{SUFFIX}.zst"  # of what waits or is kept, where that is wanted
 LEGACY_ACTIVE: Final = "active.ndjson"
@@ -21,7 +23,7 @@ _ADDING: Final = ".adding"
 _REMOVING: Final = ".removing"
 _SINK = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 STAMP_MAX: Final = 10**_STAMP_DIGITS - 1
-_STAMP = re.compile(rf"(?:sealed|delivered-\d{{{_STAMP_DIGITS}}})-(\d{{{_STAMP_DIGITS}}})-")
+_STAMP = re.compile(rf"(?:sealed|delivered-\d{{{_STAMP_DIGITS}}})-(\d{{{_STAMP_DIGITS}}})-", re.ASCII)
 _DELIVERED_AT = re.compile(rf"{_DELIVERED}(?:(\d{{{_STAMP_DIGITS}}})-)?")
 
 
@@ -56,6 +58,18 @@ _KINDS: Final[tuple[tuple[str, str, Kind], ...]] = (
     ("corrupt-", ".spans.json", Kind.SPANS),
     ("dead-", SUFFIX, Kind.DEAD),
 )
+# The same as patterns, and the kind for which each of them stands.
+PATTERNS: Final = (Pattern(LEGACY_ACTIVE, None), *(Pattern(begin, end) for begin, end, _ in _KINDS))
+KINDS: Final = (Kind.LEGACY_ACTIVE, *(kind for _, _, kind in _KINDS))
+COPIES: Final = (Pattern("sealed-", COMPRESSED),)
+
+
+def patterns_of(*kinds: Kind) -> tuple[Pattern, ...]:
+    """The patterns that stand for these kinds."""
+    return tuple(pattern for pattern, kind in zip(PATTERNS, KINDS, strict=True) if kind in kinds)
+
+
+SEALED: Final = patterns_of(Kind.SEALED)
 
 
 def kind_of(name: str) -> Kind:

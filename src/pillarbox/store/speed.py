@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 try:
     if environ.get("PILLARBOX_PURE_PYTHON"):
         raise ImportError  # noqa: TRY301 - as if it were not there
+    from pillarbox.store import _listing as listing
     from pillarbox.store import _speed
     from pillarbox.store import _together as together
     from pillarbox.store._speed import Appending, Counts, line, pack, value
 except ImportError:
     from pillarbox.store.plain import Appending, Counts, line, pack, value
 
-    together = None  # type: ignore[assignment]
+    listing = together = None  # type: ignore[assignment]
 
 COMPILED: Final = Counts.__module__ == "pillarbox.store._speed"
 
-__all__ = ["COMPILED", "Appending", "Counts", "line", "pack", "quickest", "together", "value"]
+__all__ = ["COMPILED", "Appending", "Counts", "line", "listing", "pack", "quickest", "together", "value"]
 
 
 def quickest(writer: Appending, closure: Enqueue, door: Door, write: Callable[[int, bytes], int]) -> Enqueue:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
+from pillarbox.store.listing import Sum
+from pillarbox.store.listing import sums as sums_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pillarbox.store.filesystem import Filesystem
+    from pillarbox.store.listing import Entry
 
 
 class Account(NamedTuple):
@@ -46,43 +49,47 @@ class Account(NamedTuple):
 
 def tally(filesystem: Filesystem, path: str, queues: Sequence[str]) -> Account:
     """List a directory and its queues, and add up."""
-    files = dict.fromkeys(Kind, 0)
-    sizes = dict.fromkeys(Kind, 0)
-    stamps: list[int] = []  # of the oldest sealed file that has a stamp, and of the newest
-    seen = _Seen(filesystem)
-    kept: list[tuple[str, str, int]] = []
-    for place in (path, *queues):
-        for name, size in filesystem.listing(place):
-            kind = layout.kind_of(name)
-            if kind is Kind.ACTIVE and size == 0:
-                continue  # a spare, or not yet written to
-            if queues and kind is Kind.DELIVERED:
-                kept.append((place, name, size))
-                continue
-            if queues and kind is Kind.SEALED and seen.has(place, name):
-                continue
-            files[kind] += 1
-            sizes[kind] += size
-            if kind is Kind.SEALED and (stamp := layout.stamp_of(name)) is not None:
-                stamps = [min(stamp, *stamps), max(stamp, *stamps)] if stamps else [stamp, stamp]
-    for place, name, size in kept:
-        if not seen.has(place, name):
-            files[Kind.DELIVERED] += 1
-            sizes[Kind.DELIVERED] += size
+    sums = _by_kind(_once(filesystem, (path, *queues)) if queues else filesystem.sums(path, layout.PATTERNS))
+    active, legacy, sealed = sums[Kind.ACTIVE], sums[Kind.LEGACY_ACTIVE], sums[Kind.SEALED]
     return Account(
-        active_files=files[Kind.ACTIVE] + files[Kind.LEGACY_ACTIVE],
-        active_bytes=sizes[Kind.ACTIVE] + sizes[Kind.LEGACY_ACTIVE],
-        sealed_files=files[Kind.SEALED],
-        sealed_bytes=sizes[Kind.SEALED],
-        corrupt_files=files[Kind.CORRUPT],
-        corrupt_bytes=sizes[Kind.CORRUPT],
-        dead_files=files[Kind.DEAD],
-        dead_bytes=sizes[Kind.DEAD],
-        delivered_files=files[Kind.DELIVERED],
-        delivered_bytes=sizes[Kind.DELIVERED],
-        oldest_stamp=stamps[0] if stamps else None,
-        newest_stamp=stamps[1] if stamps else None,
+        active_files=active.files - active.empty + legacy.files,  # an empty one is a spare, or not yet written to
+        active_bytes=active.bytes + legacy.bytes,
+        sealed_files=sealed.files,
+        sealed_bytes=sealed.bytes,
+        corrupt_files=sums[Kind.CORRUPT].files,
+        corrupt_bytes=sums[Kind.CORRUPT].bytes,
+        dead_files=sums[Kind.DEAD].files,
+        dead_bytes=sums[Kind.DEAD].bytes,
+        delivered_files=sums[Kind.DELIVERED].files,
+        delivered_bytes=sums[Kind.DELIVERED].bytes,
+        oldest_stamp=sealed.oldest,
+        newest_stamp=sealed.newest,
     )
+
+
+def _by_kind(sums: Iterable[Sum]) -> dict[Kind, Sum]:
+    found = dict.fromkeys(Kind, Sum())
+    for kind, more in zip(layout.KINDS, sums, strict=True):
+        found[kind] = found[kind].plus(more)
+    return found
+
+
+def _once(filesystem: Filesystem, places: Sequence[str]) -> list[Sum]:
+    """What all of them add up to, where a file counts once that has names in several."""
+    seen = _Seen(filesystem)
+    kept: list[tuple[str, Entry]] = []  # judged last: what waits anywhere counts as waiting
+
+    def entries() -> Iterator[Entry]:
+        for place in places:
+            for entry in filesystem.listing(place):
+                kind = layout.kind_of(entry.name)
+                if kind is Kind.DELIVERED:
+                    kept.append((place, entry))
+                elif kind is not Kind.SEALED or not seen.has(place, entry.name):
+                    yield entry
+        yield from (entry for place, entry in kept if not seen.has(place, entry.name))
+
+    return sums_of(entries(), layout.PATTERNS)
 
 
 class _Seen:

@@ -13,7 +13,9 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusable
-from pillarbox.store.filesystem import DirectoryFacts, Entry, OneByOne, Space
+from pillarbox.store.filesystem import DirectoryFacts, Space
+from pillarbox.store.listing import ByListing, Entry
+from pillarbox.store.onebyone import OneByOne
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -209,7 +211,7 @@ def _checked(inode: _Inode, path: str, *, linked: bool = False) -> _Inode:
     return inode
 
 
-class CrashFilesystem(OneByOne):
+class CrashFilesystem(OneByOne, ByListing):
     """A process's view of a `Disk`: a `Filesystem`, with open files and locks as the kernel keeps them.
 
     `before(verb, path)` is called ahead of every operation and may raise: a switch point, a cut, a fault.

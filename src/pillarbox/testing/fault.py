@@ -11,13 +11,15 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.store.filesystem import OneByOne
+from pillarbox.store.listing import ByListing
+from pillarbox.store.onebyone import OneByOne
 from pillarbox.testing.crash import CrashFilesystem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pillarbox.store.filesystem import DirectoryFacts, Entry, Filesystem, Space
+    from pillarbox.store.filesystem import DirectoryFacts, Filesystem, Space
+    from pillarbox.store.listing import Entry
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _OPEN: Final = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO)
@@ -87,7 +89,7 @@ class Meter:
         return None
 
 
-class FaultFilesystem(OneByOne):
+class FaultFilesystem(OneByOne, ByListing):
     """A `Filesystem` of which operations fail."""
 
     def __init__(self, inner: Filesystem, fault: Fault | Meter | None = None) -> None:

@@ -1,0 +1,75 @@
+"""The verbs of a file system that are several operations in one, made of those: where they are not compiled, or simulated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pillarbox.store.filesystem import Filesystem
+
+
+class OneByOne:
+    """The verbs that are several in one, made of those."""
+
+    def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None:  # noqa: ARG002 - see below
+        """A file that is there and ours to use, opened and locked; None where that is to be seen step by step: here always."""
+        return None
+
+    def append_under(self, lock: str, path: str, lines: bytes, *, below: int) -> int | None:  # noqa: ARG002 - as above
+        """Append lines, under the lock of another file, to one that ends in a whole line and has less than `below` bytes.
+
+        Both are there and ours to use. The descriptor of the file, the lock released; None, and none of the lines is there,
+        where that is to be seen and done step by step: here always.
+        """
+        return None
+
+    def sync_each(self: Filesystem, fds: Sequence[int]) -> list[OSError | None]:
+        """Make the data of each file durable: what went wrong with it, or None."""
+        return [_trouble(self.sync_data, fd) for fd in fds]
+
+    def rename_each(self: Filesystem, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
+        """Rename each, up to the first that fails: how many were renamed, and what went wrong with the next one."""
+        for done, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            error = _trouble(self.rename, source, target)
+            if error is not None:
+                return done, error
+        return len(sources), None
+
+    def create_each(self: Filesystem, paths: Sequence[str]) -> tuple[list[int], OSError | None]:
+        """Create each and take its lock, up to the first that fails: the descriptors, and what went wrong with the next one.
+
+        A descriptor of -1 is a file that who recovers was quicker to lock, and removes or has removed.
+        """
+        found: list[int] = []
+        for path in paths:
+            try:
+                fd = self.create(path)
+            except OSError as error:
+                return found, error
+            try:
+                held = self.lock(fd) and self.is_linked(fd)
+            except OSError as error:
+                self.close(fd)
+                return found, error
+            except BaseException:
+                self.close(fd)
+                raise
+            if not held:
+                self.close(fd)
+            found.append(fd if held else -1)
+        return found, None
+
+    def close_each(self: Filesystem, fds: Sequence[int]) -> None:
+        """Close each, and release its lock if it is held."""
+        for fd in fds:
+            self.close(fd)
+
+
+def _trouble(verb: Callable[..., object], *arguments: object) -> OSError | None:
+    try:
+        verb(*arguments)
+    except OSError as error:
+        return error
+    return None

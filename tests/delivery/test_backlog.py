@@ -1,0 +1,192 @@
+"""A backlog that is named in parts is delivered as one that is named at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.backlog import Backlog
+from pillarbox.delivery.policy import Rules
+from pillarbox.store import layout
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.listing import First, Patterns
+from pillarbox.testing import RecordingSink
+from tests.conftest import wait_until
+from tests.delivery.stage import QUICK, Poisoned, drain, left, seal, worker_for
+
+PARTS = QUICK._replace(named_at_once=2)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Directory:
+    directory = Directory(str(tmp_path / "outbox"), RealFilesystem(), SystemClock())
+    directory.open()
+    return directory
+
+
+def fill(place: Directory, files: int) -> list[str]:
+    """So many sealed files of one event; their batches."""
+    return [seal(place, stamp, b"%d" % stamp) for stamp in range(1, files + 1)]
+
+
+def parts_of(backlog: Backlog) -> list[list[str]]:
+    """All of them, batches by name."""
+    found = [backlog.begin(whole=False)]
+    while backlog.has_more:
+        found.append(backlog.next())
+    return [list(map(layout.batch_id, names)) for names in found]
+
+
+@pytest.mark.parametrize("files", range(7))
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_each_part_goes_on_where_the_one_before_has_ended(place: Directory, files: int, at_once: int) -> None:
+    """All are named once, in order, each part behind a sync."""
+    batches, syncs = fill(place, files), []
+    backlog = Backlog(place, lambda: syncs.append(1), at_once)
+    parts = parts_of(backlog)
+    assert [batch for part in parts for batch in part] == batches
+    assert all(len(part) <= at_once for part in parts)
+    assert len(syncs) == (len(parts) if files else 0)
+    assert list(map(layout.batch_id, backlog.begin(whole=True))) == batches
+    assert not backlog.has_more
+
+
+def test_what_is_sealed_after_the_first_look_is_for_the_next(place: Directory) -> None:
+    """A round ends, however fast files are sealed."""
+    batches = fill(place, 3)
+    backlog = Backlog(place, lambda: None, 2)
+    first = backlog.begin(whole=False)
+    later = seal(place, 4, b"4")
+    assert list(map(layout.batch_id, [*first, *backlog.next()])) == batches
+    assert not backlog.has_more
+    assert parts_of(backlog) == [batches[:2], [batches[2], later]]
+
+
+def test_a_part_does_not_tell_of_names_that_are_not_in_it(place: Directory) -> None:
+    """Of those, nothing is forgotten because of it."""
+    fill(place, 5)
+    names = place.sealed()
+    backlog = Backlog(place, lambda: None, 2)
+    assert [name for name in names if not backlog.is_silent_on(name)] == names
+    backlog.begin(whole=False)
+    silent = [[name for name in names if backlog.is_silent_on(name)]]
+    while backlog.has_more:
+        backlog.next()
+        silent.append([name for name in names if backlog.is_silent_on(name)])
+    assert silent == [names[2:], [*names[:2], names[4]], names[:4]]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_of_a_plain_file_and_its_copy_the_plain_one_is_named(place: Directory, at_once: int) -> None:
+    """Also where they would be in two parts."""
+    batches = fill(place, 3)
+    for batch in batches:
+        Path(place.at(batch + layout.COMPRESSED)).touch()
+    backlog = Backlog(place, lambda: None, at_once)
+    names = backlog.begin(whole=False)
+    while backlog.has_more:
+        names += backlog.next()
+    assert names == [batch + layout.SUFFIX for batch in batches]
+
+
+def test_what_is_on_its_way_into_a_queue_does_not_count(place: Directory) -> None:
+    """Before the name in the directory itself is gone."""
+    batches = fill(place, 4)
+    queue = place.queue("a")
+    queue.open()
+    for batch in batches:
+        os.link(place.at(batch + layout.SUFFIX), queue.at(batch + layout.SUFFIX))
+    backlog = Backlog(queue, lambda: None, 2)
+    assert parts_of(backlog) == [[]]
+    for batch in batches[:3]:
+        place.remove(batch + layout.SUFFIX)
+    assert [batch for part in parts_of(backlog) for batch in part] == batches[:3]
+    place.remove(batches[3] + layout.SUFFIX)
+    assert parts_of(backlog) == [batches[:2], batches[2:]]
+
+
+@pytest.mark.parametrize("combines", [False, True])
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_a_backlog_in_parts_is_delivered_in_order(place: Directory, in_flight: int, combines: bool) -> None:
+    """All of it, and nothing twice."""
+    fill(place, 9)
+    sink = RecordingSink()
+    sink.traits = sink.traits._replace(combines=combines, concurrent=True)
+    drain(worker_for(place, sink, rules=PARTS._replace(max_in_flight=in_flight)))
+    assert sink.payloads == [b"%d" % stamp for stamp in range(1, 10)]
+    assert left(place) == []
+
+
+def test_files_that_cannot_be_sent_hold_up_no_later_part(place: Directory) -> None:
+    """A whole part that nobody can read, or that is another's."""
+    batches = fill(place, 7)
+    for batch in batches[:2]:
+        os.link(place.at(batch + layout.SUFFIX), f"{place.path}/{batch}.second")  # not ours: it has a second name
+    sink = RecordingSink()
+    worker = worker_for(place, sink, rules=PARTS)
+    drain(worker)
+    assert sink.calls == batches[2:]
+    assert worker.state.name == "degraded"
+    for batch in batches[:2]:
+        os.unlink(f"{place.path}/{batch}.second")
+    drain(worker_for(place, sink, rules=PARTS))
+    assert sink.calls == [*batches[2:], *batches[:2]]
+
+
+def test_a_refused_batch_is_judged_beside_all_the_others(place: Directory) -> None:
+    """Wherever it stands: it is put off, and named with the rest of the directory."""
+    batches = fill(place, 3)
+    seal(place, 4, b'"poison"')
+    batches += [seal(place, stamp, b"%d" % stamp) for stamp in range(5, 9)]
+    sink = Poisoned()
+    worker = worker_for(place, sink, rules=PARTS)
+    drain(worker)
+    assert worker.counters.dead == 1
+    assert sorted(set(sink.payloads)) == sorted(b"%d" % stamp for stamp in (1, 2, 3, 5, 6, 7, 8))
+
+
+class _Failing(RealFilesystem):
+    """Lists once, and then not beyond the first part, until it is mended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed = 0
+
+    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First:
+        if after and not self.failed:
+            self.failed += 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return super().first(path, patterns, after, until, most)
+
+
+def test_where_the_next_part_cannot_be_listed_the_next_look_begins_anew(place: Directory) -> None:
+    """Nothing is taken for delivered meanwhile."""
+    batches = fill(place, 5)
+    filesystem = _Failing()
+    sink = RecordingSink()
+    drain(worker_for(Directory(place.path, filesystem, SystemClock()), sink, rules=PARTS))
+    assert filesystem.failed == 1
+    assert sink.calls == batches
+
+
+def test_a_worker_is_not_idle_where_the_next_part_cannot_be_listed(place: Directory) -> None:
+    """Also where nothing of the first part could be sent."""
+    batches = fill(place, 3)
+    for batch in batches[:2]:
+        os.link(place.at(batch + layout.SUFFIX), f"{place.path}/{batch}.second")
+    filesystem = _Failing()
+    sink = RecordingSink()
+    worker = worker_for(Directory(place.path, filesystem, SystemClock()), sink, rules=PARTS)
+    drain(worker)
+    wait_until(lambda: filesystem.failed == 1)
+    assert sink.calls == [batches[2]]
+
+
+def test_by_default_a_part_is_thousands_of_names() -> None:
+    """So that directories are seldom listed, and the names take a few MiB."""
+    assert Rules().named_at_once == 16_384
