@@ -2,4 +2,8 @@
 
 from setuptools import Extension, setup
 
-setup(ext_modules=[Extension("pillarbox.store._speed", ["src/pillarbox/store/_speed.c"], optional=True)])
+setup(
+    ext_modules=[
+        Extension(f"pillarbox.store.{name}", [f"src/pillarbox/store/{name}.c"], optional=True) for name in ("_speed", "_waiter")
+    ]
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import logging
 import threading
@@ -30,6 +29,7 @@ from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
 from pillarbox.store.sealer import Sealer
+from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.telemetry import Stats, instruments, of_sink
 
@@ -191,6 +191,7 @@ class Outbox:
             self._when_full = Raising(self.name)
         elif settings.when_full == "block":
             self._when_full = Blocking(self._writer, self._clock, settings.block_timeout, self._hooks.is_within)
+        self._is_bare = not (self._hooks.filters or self._hooks.hears_of_drops or self._when_full)
         # Each layer is there only where it is asked for: a call more is a tenth of the time of `enqueue`.
         if self._when_full is not None:
             self.enqueue = self._build_enqueue(self._enqueue_once, self._when_full)
@@ -273,6 +274,12 @@ class Outbox:
 
         Cancelling does not withdraw the event.
         """
+        if self._is_bare:
+            answer = self._begin(event, durability)
+            return await answer if type(answer) is Waiter else answer  # type: ignore[return-value]  # mypy: `type() is`
+        return await self._enqueue_async_with_hooks(event, durability)
+
+    async def _enqueue_async_with_hooks(self, event: msgspec.Struct, durability: Durability | None) -> Outcome:
         try:
             admitted = self._entrance.admit(event) if self._hooks.filters else event
             if isinstance(admitted, Dropped):
@@ -280,14 +287,14 @@ class Outbox:
 
             async def once() -> Outcome:
                 answer = self._begin(admitted, durability)
-                return await answer if isinstance(answer, asyncio.Future) else answer
+                return await answer if isinstance(answer, Waiter) else answer
 
             outcome = await once()
             return outcome if outcome or self._when_full is None else await self._when_full.retry_async(once, outcome, 1)
         finally:
             self._report_unheard_drops()
 
-    def _begin(self, event: msgspec.Struct, durability: Durability | None) -> asyncio.Future[Outcome] | Outcome:
+    def _begin(self, event: msgspec.Struct, durability: Durability | None) -> Waiter | Outcome:
         """What a coroutine gets, or is to await."""
         if not (self._power if durability is None else self._is_power(durability)):
             # Not named where it is the default: that is the way which is compiled.

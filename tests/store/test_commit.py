@@ -20,6 +20,7 @@ from pillarbox.store.commit import QUEUED_BYTES_MAX, Committer
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.sealer import Sealer
+from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock
 from tests.conftest import event
@@ -290,7 +291,7 @@ def test_a_cancelled_coroutine_does_not_withdraw_its_event(desk: Desk) -> None:
 
     async def one(number: int) -> object:
         answer = desk.committer.commit_async(numbered(number), 1)
-        assert isinstance(answer, asyncio.Future)
+        assert isinstance(answer, Waiter)
         return await answer
 
     async def main() -> object:

@@ -25,9 +25,16 @@ try:
 except ImportError:
     from pillarbox.store.plain import Appending, Counts, line, pack, value
 
+try:
+    if environ.get("PILLARBOX_PURE_PYTHON"):
+        raise ImportError  # noqa: TRY301 - as if it were not there
+    from pillarbox.store._waiter import Waiter, wake
+except ImportError:
+    from pillarbox.store.waiter import Waiter, wake
+
 COMPILED: Final = Counts.__module__ == "pillarbox.store._speed"
 
-__all__ = ["COMPILED", "Appending", "Counts", "line", "pack", "quickest", "value"]
+__all__ = ["COMPILED", "Appending", "Counts", "Waiter", "line", "pack", "quickest", "value", "wake"]
 
 
 def quickest(writer: Appending, closure: Enqueue, door: Door, write: Callable[[int, bytes], int]) -> Enqueue:

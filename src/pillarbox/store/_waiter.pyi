@@ -1,0 +1,2 @@
+from pillarbox.store.waiter import Waiter as Waiter
+from pillarbox.store.waiter import wake as wake
