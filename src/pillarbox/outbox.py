@@ -186,6 +186,8 @@ class Outbox:
             self._power,
         )
         self._enqueue_once = self.enqueue = self._writer.build_enqueue(door)
+        self._begin_power = self._committer.build_begin(door, self._begin_slowly)
+        self._begin_default = self._begin_power if self._power else self._enqueue_once
         self._when_full: Raising | Blocking | None = None
         if settings.when_full == "raise":
             self._when_full = Raising(self.name)
@@ -275,7 +277,7 @@ class Outbox:
         Cancelling does not withdraw the event.
         """
         if self._is_bare:
-            answer = self._begin(event, durability)
+            answer = self._begin_default(event) if durability is None else self._begin(event, durability)
             return await answer if type(answer) is Waiter else answer  # type: ignore[return-value]  # mypy: `type() is`
         return await self._enqueue_async_with_hooks(event, durability)
 
@@ -296,12 +298,12 @@ class Outbox:
 
     def _begin(self, event: msgspec.Struct, durability: Durability | None) -> Waiter | Outcome:
         """What a coroutine gets, or is to await."""
-        if not (self._power if durability is None else self._is_power(durability)):
-            # Not named where it is the default: that is the way which is compiled.
-            return self._enqueue_once(event, durability="process") if self._power else self._enqueue_once(event)
-        line = self._entrance.line(event)
-        if not isinstance(line, bytes):
-            return line
+        if durability is None:
+            return self._begin_default(event)
+        return self._begin_power(event) if self._is_power(durability) else self._enqueue_once(event, durability="process")
+
+    def _begin_slowly(self, line: bytes) -> Waiter | Outcome:
+        """Commit for a coroutine; the first starts the outbox, or finds that it may not."""
         answer = self._committer.commit_async(line, 1)
         if answer is None:
             reason = self._why_not_started()

@@ -21,19 +21,22 @@ from bisect import bisect_right
 from collections import deque
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from pillarbox.outcome import DROPPED, ENQUEUED, ENQUEUED_POWER, Dropped
-from pillarbox.store.speed import Waiter, wake
+from pillarbox.store.speed import Waiter, line, wake
 from pillarbox.store.writer import reason_of
 
 if TYPE_CHECKING:
     import asyncio
     from _thread import LockType
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
     from pillarbox.outcome import Outcome
     from pillarbox.store.active import ActiveFile
     from pillarbox.store.directory import Directory
+    from pillarbox.store.door import Door
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
@@ -127,6 +130,36 @@ class Committer:
                 self._call_helper()
         return turn.outcome
 
+    def build_begin(self, door: Door, begin_slowly: Callable[[bytes], Waiter | Outcome]) -> Callable[[Any], Waiter | Outcome]:
+        """`commit_async` with all before it: event -> line -> what is to be awaited; one closure, as `Writer.build_enqueue`.
+
+        Lines that it does not simply take it hands to `begin_slowly`.
+        """
+        writer = self._writer
+        queue, limit, helper_turn = self._queue, QUEUED_BYTES_MAX, self._helper_turn
+        encode, event_type, bytes_max = door.encode, door.event_type, door.event_bytes_max
+
+        def begin(event: Any) -> Waiter | Outcome:
+            """Queue one event for a coroutine."""
+            try:
+                payload = encode(event)
+                if type(event) is not event_type or len(payload) > bytes_max:
+                    door.refuse(event, payload)
+            except Exception as error:  # noqa: BLE001 - whatever an event does when encoded, the caller goes on
+                return door.invalid(event, error)
+            lines = line(payload)
+            size = self._queued_bytes + len(lines)
+            if size > limit or not writer.accepts:
+                return begin_slowly(lines)
+            waiter = Waiter(lines, 1, get_running_loop())
+            self._queued_bytes = size
+            queue.append(waiter)
+            if self._leader == _NOBODY and helper_turn.locked():
+                self._call_helper()
+            return waiter
+
+        return begin
+
     def commit_async(self, lines: bytes, events: int) -> Waiter | Outcome | None:
         """`commit`, for a coroutine: what it is to await. Cancelled, what is queued or appended stays."""
         writer = self._writer
@@ -163,6 +196,7 @@ class Committer:
         try:
             self._take_over(woken)
             self._append_all(woken)
+            self._wake_loops()  # with what the round before has left: they go on while this one syncs
             troubles = self._sync_all(woken)
         finally:
             self._hand_on()
@@ -184,9 +218,7 @@ class Committer:
         self._queued_bytes = 0
         while left:
             with self._lock:
-                room_events, room_bytes = self._writer.room()
-                entries = self._queue[: min(left, room_events)]
-                entries = self._appending = entries[: _how_many(entries, room_events, room_bytes)]
+                entries = self._appending = _as_many_as_fit(self._queue[:left], *self._writer.room())
                 del self._queue[: len(entries)]  # after they are noted: cut short in between, they are in both
                 left -= len(entries)
                 refused = self._append(entries)
@@ -210,34 +242,41 @@ class Committer:
             return None
 
     def _sync_all(self, woken: list[_Turn]) -> list[str]:
-        """Make durable what was appended, and answer. Returns what there is to be logged."""
-        chunks = list(self._chunks)
+        """Make durable what was appended, and answer, file by file. Returns what there is to be logged."""
         troubles: list[str] = []
-        failed: dict[ActiveFile, OSError] = {}
-        files = dict.fromkeys(chunk.file for chunk in chunks)
+        files = dict.fromkeys(chunk.file for chunk in self._chunks)
+        nameless: OSError | None = None  # the sync of the directory, of which there is one, has failed
         for file in files:
+            self._wake_loops()  # of the file before: they go on while this one is synced
+            chunks = [chunk for chunk in self._chunks if chunk.file is file]
+            refused: OSError | None = None
             try:
                 troubles.append(self._writer.make_durable(file, partial(self.kept, file)))
+                if not file.entered:
+                    if nameless is None:
+                        nameless = self._enter(files)
+                    refused = nameless
             except OSError as error:
-                failed[file] = error
-        nameless = [file for file in files if not file.entered and file not in failed]
-        if nameless:
-            try:
-                self._directory.filesystem.sync_directory(self._directory.path)
-            except OSError as error:
-                failed |= dict.fromkeys(nameless, error)
-            else:
-                for file in nameless:
-                    file.entered = True
-        for chunk in chunks:
-            refused = failed.get(chunk.file)
-            durable = refused is None and chunk.end <= chunk.file.synced
-            reason = "io_error" if refused is None else reason_of(refused)
-            self._answer(chunk.entries, ENQUEUED_POWER if durable else DROPPED[reason], woken)
-        with self._lock:
-            del self._chunks[: len(chunks)]
-        troubles += [f"{file.taken.name}: not made durable: {error}" for file, error in failed.items()]
+                refused = error
+            for chunk in chunks:
+                durable = refused is None and chunk.end <= file.synced
+                reason = "io_error" if refused is None else reason_of(refused)
+                self._answer(chunk.entries, ENQUEUED_POWER if durable else DROPPED[reason], woken)
+            with self._lock:
+                del self._chunks[: len(chunks)]
+            if refused is not None:
+                troubles.append(f"{file.taken.name}: not made durable: {refused}")
         return [trouble for trouble in troubles if trouble]
+
+    def _enter(self, files: Iterable[ActiveFile]) -> OSError | None:
+        """Make the names of files durable; what that failed of, or None."""
+        try:
+            self._directory.filesystem.sync_directory(self._directory.path)
+        except OSError as error:
+            return error
+        for file in files:
+            file.entered = True
+        return None
 
     def _answer(self, entries: list[_Entry], outcome: Outcome | None, woken: list[_Turn]) -> None:
         """Note an outcome; None is none yet. Threads that are to be woken are added to `woken`."""
@@ -245,15 +284,15 @@ class Committer:
             return
         if isinstance(outcome, Dropped):
             self._writer.refuse(outcome.reason, sum([entry.events for entry in entries]))
-        for loop in {entry.loop for entry in entries}:
+        loops = {entry.loop for entry in entries}
+        for loop in loops:
+            of_loop = entries[:] if len(loops) == 1 else [entry for entry in entries if entry.loop is loop]
             if loop is not None:
-                waiters = [entry for entry in entries if isinstance(entry, Waiter) and entry.loop is loop]
-                self._answered.append(_Group(loop, waiters, outcome))
+                self._answered.append(_Group(loop, cast("list[Waiter]", of_loop), outcome))
                 continue
-            for entry in entries:
-                if isinstance(entry, _Turn):
-                    entry.outcome = outcome
-                    woken.append(entry)
+            for turn in cast("list[_Turn]", of_loop):
+                turn.outcome = outcome
+                woken.append(turn)
 
     def _hand_on(self) -> None:
         """Let somebody lead who waits: before the group is woken, so that the next sync begins at once."""
@@ -272,14 +311,19 @@ class Committer:
         """Wake those who are answered: a group of coroutines at once, threads one after another."""
         for before, who in pairwise(woken):
             before.following = who
+        if woken:
+            _release(woken[0].lock)
+        # Coroutines hold the interpreter lock from the first to the last: the next round appends before, in a moment.
+        if not (self._queue and threading.current_thread() is self._helper):
+            self._wake_loops()
+
+    def _wake_loops(self) -> None:
         while self._answered:
             with contextlib.suppress(IndexError, ValueError):  # another leader wakes it too: twice is as once
                 group = self._answered[0]
                 with contextlib.suppress(RuntimeError):  # the loop is closed
                     group.loop.call_soon_threadsafe(_settle, group)
                 self._answered.remove(group)
-        if woken:
-            _release(woken[0].lock)
 
     def _call_helper(self) -> None:
         """Have our thread lead: the first who waits is a coroutine."""
@@ -299,11 +343,16 @@ class Committer:
                 self._lead()
 
 
-def _how_many(entries: list[_Entry], room_events: int, room_bytes: int) -> int:
-    """How many of some entries there is room for; the first is always one of them."""
-    by_events = bisect_right(list(accumulate([entry.events for entry in entries])), room_events)
-    by_bytes = bisect_right(list(accumulate([len(entry.lines) for entry in entries])), room_bytes)
-    return max(1, min(by_events, by_bytes))
+def _as_many_as_fit(entries: list[_Entry], room_events: int, room_bytes: int) -> list[_Entry]:
+    """The first of some entries for which there is room; one of them at least."""
+    entries = entries[:room_events]  # each has an event at least
+    sizes = [len(entry.lines) for entry in entries]
+    events = [entry.events for entry in entries]
+    if sum(events) <= room_events and sum(sizes) <= room_bytes:
+        return entries
+    by_events = bisect_right(list(accumulate(events)), room_events)
+    by_bytes = bisect_right(list(accumulate(sizes)), room_bytes)
+    return entries[: max(1, min(by_events, by_bytes))]
 
 
 def _settle(group: _Group) -> None:
