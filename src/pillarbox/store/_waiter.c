@@ -14,6 +14,9 @@ typedef struct {
     PyObject *invalid_state_error;
     PyObject *call_soon;
     PyObject *context_name; /* ("context",) */
+    PyObject *lines;
+    PyObject *events;
+    PyObject *loop;
 } State;
 
 enum { PENDING, CANCELLED, DONE };
@@ -448,7 +451,112 @@ wake(PyObject *found, PyObject *const *args, Py_ssize_t count)
     Py_RETURN_NONE;
 }
 
+/* What `gather` looks at of an entry: new references. */
+static int
+look_at(State *state, PyObject *entry, PyObject **lines, Py_ssize_t *events, PyObject **loop)
+{
+    if (Py_IS_TYPE(entry, state->waiter)) {
+        Waiter *waiter = (Waiter *)entry;
+        *lines = Py_NewRef(waiter->lines);
+        *events = waiter->events;
+        *loop = Py_NewRef(waiter->loop);
+        return 0;
+    }
+    PyObject *number = PyObject_GetAttr(entry, state->events);
+    *events = number == NULL ? -1 : PyLong_AsSsize_t(number);
+    Py_XDECREF(number);
+    *lines = PyErr_Occurred() ? NULL : PyObject_GetAttr(entry, state->lines);
+    *loop = *lines == NULL ? NULL : PyObject_GetAttr(entry, state->loop);
+    if (*loop != NULL && !PyBytes_Check(*lines)) {
+        PyErr_SetString(PyExc_TypeError, "lines must be bytes");
+        Py_CLEAR(*loop);
+    }
+    if (*loop == NULL) {
+        Py_XDECREF(*lines);
+        return -1;
+    }
+    return 0;
+}
+
+/* The lines of all entries, one after another: `size` bytes. */
+static PyObject *
+joined(State *state, PyObject *entries, Py_ssize_t size)
+{
+    PyObject *all = NULL, *lines, *loop;
+    Py_ssize_t events, count = PyList_GET_SIZE(entries), at = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (look_at(state, PyList_GET_ITEM(entries, i), &lines, &events, &loop) < 0) {
+            Py_XDECREF(all);
+            return NULL;
+        }
+        Py_DECREF(loop);
+        if (count == 1) {
+            return lines;
+        }
+        if (all == NULL && (all = PyBytes_FromStringAndSize(NULL, size)) == NULL) {
+            Py_DECREF(lines);
+            return NULL;
+        }
+        memcpy(PyBytes_AS_STRING(all) + at, PyBytes_AS_STRING(lines), (size_t)PyBytes_GET_SIZE(lines));
+        at += PyBytes_GET_SIZE(lines);
+        Py_DECREF(lines);
+    }
+    return all != NULL ? all : PyBytes_FromStringAndSize(NULL, 0);
+}
+
+/* gather(queue, most, room_events, room_bytes) -> (entries, their lines, their events, their loop) */
+static PyObject *
+gather(PyObject *found, PyObject *args)
+{
+    State *state = PyModule_GetState(found);
+    PyObject *queue;
+    Py_ssize_t most, room_events, room_bytes;
+    if (!PyArg_ParseTuple(args, "O!nnn:gather", &PyList_Type, &queue, &most, &room_events, &room_bytes)) {
+        return NULL;
+    }
+    most = room_events < most ? room_events : most; /* each has an event at least */
+    PyObject *entries = PyList_GetSlice(queue, 0, most > 1 ? most : 1);
+    if (entries == NULL) {
+        return NULL;
+    }
+    Py_ssize_t count = 0, all_events = 0, size = 0, events;
+    PyObject *lines, *loop, *of_all = NULL;
+    for (; count < PyList_GET_SIZE(entries); count++) {
+        if (look_at(state, PyList_GET_ITEM(entries, count), &lines, &events, &loop) < 0) {
+            goto failed;
+        }
+        Py_ssize_t bytes = PyBytes_GET_SIZE(lines);
+        Py_DECREF(lines);
+        if (count > 0 && (events > room_events - all_events || bytes > room_bytes - size)) {
+            Py_DECREF(loop);
+            break;
+        }
+        all_events += events;
+        size += bytes;
+        if (of_all == NULL) {
+            of_all = Py_NewRef(loop);
+        } else if (of_all != loop) {
+            Py_SETREF(of_all, Py_NewRef(Py_Ellipsis));
+        }
+        Py_DECREF(loop);
+    }
+    if (PyList_SetSlice(entries, count, PyList_GET_SIZE(entries), NULL) < 0) {
+        goto failed;
+    }
+    lines = joined(state, entries, size);
+    if (lines == NULL) {
+        goto failed;
+    }
+    return Py_BuildValue("NNnN", entries, lines, all_events, of_all != NULL ? of_all : Py_NewRef(Py_Ellipsis));
+failed:
+    Py_XDECREF(of_all);
+    Py_DECREF(entries);
+    return NULL;
+}
+
 static PyMethodDef functions[] = {
+    {"gather", gather, METH_VARARGS,
+     "gather(queue, most, room_events, room_bytes): entries from the front, their lines, their events, their loop."},
     {"wake", (PyCFunction)(void (*)(void))wake, METH_FASTCALL,
      "wake(waiters, outcome): answer all that wait, each in its context; those who were woken leave the list."},
     {NULL, NULL, 0, NULL},
@@ -471,6 +579,9 @@ exec(PyObject *found)
     state->cancelled_error = PyObject_GetAttrString(exceptions, "CancelledError");
     state->invalid_state_error = PyObject_GetAttrString(exceptions, "InvalidStateError");
     Py_DECREF(exceptions);
+    state->lines = PyUnicode_InternFromString("lines");
+    state->events = PyUnicode_InternFromString("events");
+    state->loop = PyUnicode_InternFromString("loop");
     state->call_soon = PyUnicode_InternFromString("call_soon");
     state->context_name = Py_BuildValue("(s)", "context");
     return PyErr_Occurred() ? -1 : 0;
@@ -495,6 +606,9 @@ module_clear(PyObject *found)
     Py_CLEAR(state->invalid_state_error);
     Py_CLEAR(state->call_soon);
     Py_CLEAR(state->context_name);
+    Py_CLEAR(state->lines);
+    Py_CLEAR(state->events);
+    Py_CLEAR(state->loop);
     return 0;
 }
 

@@ -17,20 +17,20 @@ import logging
 import threading
 from _thread import allocate_lock
 from asyncio import get_running_loop
-from bisect import bisect_right
 from collections import deque
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from pillarbox.outcome import DROPPED, ENQUEUED, ENQUEUED_POWER, Dropped
-from pillarbox.store.speed import Waiter, line, wake
+from pillarbox.store.speed import Waiter, gather, line, wake
 from pillarbox.store.writer import reason_of
 
 if TYPE_CHECKING:
     import asyncio
     from _thread import LockType
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+    from types import EllipsisType
     from typing import Any
 
     from pillarbox.outcome import Outcome
@@ -64,11 +64,27 @@ class _Turn:
 _Entry = _Turn | Waiter  # who waits, with whole lines, and how many events they are
 
 
-class _Chunk(NamedTuple):
-    """Entries that were appended together."""
+class _Party(NamedTuple):
+    """Entries that are appended together."""
 
     entries: list[_Entry]
     lines: bytes
+    events: int
+    loop: asyncio.AbstractEventLoop | EllipsisType | None  # of all; None where they are threads, ... where it is not one
+
+    def of_each(self) -> Iterator[tuple[asyncio.AbstractEventLoop | None, list[_Entry]]]:
+        """The entries of each loop."""
+        if self.loop is not ...:
+            yield self.loop, self.entries[:]
+            return
+        for loop in {entry.loop for entry in self.entries}:
+            yield loop, [entry for entry in self.entries if entry.loop is loop]
+
+
+class _Chunk(NamedTuple):
+    """A party that was appended."""
+
+    party: _Party
     file: ActiveFile
     end: int  # how many bytes of the file must be durable
 
@@ -178,7 +194,7 @@ class Committer:
     def kept(self, file: ActiveFile) -> list[tuple[int, bytes]]:
         """What waits in memory for the sync of a file: offsets and lines."""
         with self._lock:
-            return [(chunk.end - len(chunk.lines), chunk.lines) for chunk in self._chunks if chunk.file is file]
+            return [(chunk.end - len(chunk.party.lines), chunk.party.lines) for chunk in self._chunks if chunk.file is file]
 
     def _may_lead(self, me: int) -> bool:
         if self._leader in self._busy and self._leader != me:
@@ -207,9 +223,10 @@ class Committer:
     def _take_over(self, woken: list[_Turn]) -> None:
         """From a leader that was cut short: answer those of whom nobody knows how far they came."""
         if self._appending:
-            known = {id(entry) for chunk in self._chunks for entry in chunk.entries}
+            known = {id(entry) for chunk in self._chunks for entry in chunk.party.entries}
             known.update(map(id, self._queue))
-            self._answer([entry for entry in self._appending if id(entry) not in known], DROPPED["io_error"], woken)
+            unknown = [entry for entry in self._appending if id(entry) not in known]
+            self._answer(_party(unknown), DROPPED["io_error"], woken)
             self._appending = []
 
     def _append_all(self, woken: list[_Turn]) -> None:
@@ -218,27 +235,27 @@ class Committer:
         self._queued_bytes = 0
         while left:
             with self._lock:
-                entries = self._appending = _as_many_as_fit(self._queue[:left], *self._writer.room())
-                del self._queue[: len(entries)]  # after they are noted: cut short in between, they are in both
-                left -= len(entries)
-                refused = self._append(entries)
-            while refused is not None and len(entries) > 1:
+                party = _Party(*gather(self._queue, left, *self._writer.room()))
+                self._appending = party.entries
+                del self._queue[: len(party.entries)]  # after they are noted: cut short in between, they are in both
+                left -= len(party.entries)
+                refused = self._append(party)
+            while refused is not None and len(party.entries) > 1:
                 # One line may fit where all of them do not.
-                first = entries[:1]
+                first, party = _party(party.entries[:1]), _party(party.entries[1:])
                 self._answer(first, self._append(first), woken)
-                entries = self._appending = entries[1:]
-                refused = self._append(entries) if len(entries) == 1 else refused
-            self._answer(entries, refused, woken)
+                self._appending = party.entries
+                refused = self._append(party) if len(party.entries) == 1 else refused
+            self._answer(party, refused, woken)
             self._appending = []
 
-    def _append(self, entries: list[_Entry]) -> Outcome | None:
-        """Append entries with one write; what they are refused for, or None."""
-        lines = b"".join([entry.lines for entry in entries])
+    def _append(self, party: _Party) -> Outcome | None:
+        """Append a party with one write; what it is refused for, or None."""
         with self._lock:
-            outcome, file = self._writer.append_kept(lines, sum([entry.events for entry in entries]))
+            outcome, file = self._writer.append_kept(party.lines, party.events)
             if outcome is not ENQUEUED:
                 return outcome
-            self._chunks.append(_Chunk(entries, lines, file, file.bytes))  # before anybody can sync it
+            self._chunks.append(_Chunk(party, file, file.bytes))  # before anybody can sync it
             return None
 
     def _sync_all(self, woken: list[_Turn]) -> list[str]:
@@ -261,7 +278,7 @@ class Committer:
             for chunk in chunks:
                 durable = refused is None and chunk.end <= file.synced
                 reason = "io_error" if refused is None else reason_of(refused)
-                self._answer(chunk.entries, ENQUEUED_POWER if durable else DROPPED[reason], woken)
+                self._answer(chunk.party, ENQUEUED_POWER if durable else DROPPED[reason], woken)
             with self._lock:
                 del self._chunks[: len(chunks)]
             if refused is not None:
@@ -278,19 +295,17 @@ class Committer:
             file.entered = True
         return None
 
-    def _answer(self, entries: list[_Entry], outcome: Outcome | None, woken: list[_Turn]) -> None:
+    def _answer(self, party: _Party, outcome: Outcome | None, woken: list[_Turn]) -> None:
         """Note an outcome; None is none yet. Threads that are to be woken are added to `woken`."""
         if outcome is None:
             return
         if isinstance(outcome, Dropped):
-            self._writer.refuse(outcome.reason, sum([entry.events for entry in entries]))
-        loops = {entry.loop for entry in entries}
-        for loop in loops:
-            of_loop = entries[:] if len(loops) == 1 else [entry for entry in entries if entry.loop is loop]
+            self._writer.refuse(outcome.reason, party.events)
+        for loop, entries in party.of_each():
             if loop is not None:
-                self._answered.append(_Group(loop, cast("list[Waiter]", of_loop), outcome))
+                self._answered.append(_Group(loop, cast("list[Waiter]", entries), outcome))
                 continue
-            for turn in cast("list[_Turn]", of_loop):
+            for turn in cast("list[_Turn]", entries):
                 turn.outcome = outcome
                 woken.append(turn)
 
@@ -298,7 +313,7 @@ class Committer:
         """Let somebody lead who waits: before the group is woken, so that the next sync begins at once."""
         with self._lock:
             self._leader = _NOBODY
-            waiting = [*self._appending, *(entry for chunk in self._chunks for entry in chunk.entries)]
+            waiting = [*self._appending, *(entry for chunk in self._chunks for entry in chunk.party.entries)]
             waiting += self._queue[:1]  # others append to it at this moment; nobody takes from it without the lock
             for who in waiting:
                 if isinstance(who, _Turn) and who.outcome is None:
@@ -343,16 +358,9 @@ class Committer:
                 self._lead()
 
 
-def _as_many_as_fit(entries: list[_Entry], room_events: int, room_bytes: int) -> list[_Entry]:
-    """The first of some entries for which there is room; one of them at least."""
-    entries = entries[:room_events]  # each has an event at least
-    sizes = [len(entry.lines) for entry in entries]
-    events = [entry.events for entry in entries]
-    if sum(events) <= room_events and sum(sizes) <= room_bytes:
-        return entries
-    by_events = bisect_right(list(accumulate(events)), room_events)
-    by_bytes = bisect_right(list(accumulate(sizes)), room_bytes)
-    return entries[: max(1, min(by_events, by_bytes))]
+def _party(entries: list[_Entry]) -> _Party:
+    lines = b"".join([entry.lines for entry in entries])
+    return _Party(entries, lines, sum(entry.events for entry in entries), ...)
 
 
 def _settle(group: _Group) -> None:

@@ -28,13 +28,13 @@ except ImportError:
 try:
     if environ.get("PILLARBOX_PURE_PYTHON"):
         raise ImportError  # noqa: TRY301 - as if it were not there
-    from pillarbox.store._waiter import Waiter, wake
+    from pillarbox.store._waiter import Waiter, gather, wake
 except ImportError:
-    from pillarbox.store.waiter import Waiter, wake
+    from pillarbox.store.waiter import Waiter, gather, wake
 
 COMPILED: Final = Counts.__module__ == "pillarbox.store._speed"
 
-__all__ = ["COMPILED", "Appending", "Counts", "Waiter", "line", "pack", "quickest", "value", "wake"]
+__all__ = ["COMPILED", "Appending", "Counts", "Waiter", "gather", "line", "pack", "quickest", "value", "wake"]
 
 
 def quickest(writer: Appending, closure: Enqueue, door: Door, write: Callable[[int, bytes], int]) -> Enqueue:

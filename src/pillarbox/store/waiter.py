@@ -8,16 +8,38 @@ its own, so that it can do with them whatever it does with a future; what change
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from contextvars import copy_context
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextvars import Context
+    from types import EllipsisType
 
     from pillarbox.outcome import Outcome
 
     Callback = Callable[["Waiter"], object]
+
+
+class Entry(Protocol):
+    """Somebody who waits for the outcome of whole lines with so many events: in a loop, or a thread, which has none."""
+
+    @property
+    def lines(self) -> bytes:
+        """They are not changed."""
+
+    @property
+    def events(self) -> int:
+        """One at least."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """None for a thread."""
+
+
+E = TypeVar("E", bound=Entry)
 
 
 class Waiter:
@@ -113,3 +135,23 @@ def wake(waiters: list[Waiter], outcome: Outcome) -> None:
             waiter._settle(outcome)  # noqa: SLF001 - the same thing
     finally:
         del waiters[:woken]
+
+
+def gather(
+    queue: list[E], most: int, room_events: int, room_bytes: int
+) -> tuple[list[E], bytes, int, asyncio.AbstractEventLoop | EllipsisType | None]:
+    """The first `most` entries of a queue, as far as there is room, one at least; their lines, how many events, their loop.
+
+    The loop is `...` where they are of several. The queue stays as it is.
+    """
+    entries = queue[: max(1, min(most, room_events))]  # each has an event at least
+    events = [entry.events for entry in entries]
+    lines = [entry.lines for entry in entries]
+    count = len(entries)
+    if sum(events) > room_events or sum(map(len, lines)) > room_bytes:
+        by_events = bisect_right(list(accumulate(events)), room_events)
+        by_bytes = bisect_right(list(accumulate(map(len, lines))), room_bytes)
+        count = max(1, min(by_events, by_bytes))
+    entries = entries[:count]
+    loops = {entry.loop for entry in entries}
+    return entries, b"".join(lines[:count]), sum(events[:count]), loops.pop() if len(loops) == 1 else ...
