@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import logging
 import threading
@@ -30,6 +29,7 @@ from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
 from pillarbox.store.sealer import Sealer
+from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.telemetry import Stats, instruments, of_sink
 
@@ -186,11 +186,14 @@ class Outbox:
             self._power,
         )
         self._enqueue_once = self.enqueue = self._writer.build_enqueue(door)
+        self._begin_power = self._committer.build_begin(door, self._begin_slowly)
+        self._begin_default = self._begin_power if self._power else self._enqueue_once
         self._when_full: Raising | Blocking | None = None
         if settings.when_full == "raise":
             self._when_full = Raising(self.name)
         elif settings.when_full == "block":
             self._when_full = Blocking(self._writer, self._clock, settings.block_timeout, self._hooks.is_within)
+        self._is_bare = not (self._hooks.filters or self._hooks.hears_of_drops or self._when_full)
         # Each layer is there only where it is asked for: a call more is a tenth of the time of `enqueue`.
         if self._when_full is not None:
             self.enqueue = self._build_enqueue(self._enqueue_once, self._when_full)
@@ -273,6 +276,12 @@ class Outbox:
 
         Cancelling does not withdraw the event.
         """
+        if self._is_bare:
+            answer = self._begin_default(event) if durability is None else self._begin(event, durability)
+            return await answer if type(answer) is Waiter else answer  # type: ignore[return-value]  # mypy: `type() is`
+        return await self._enqueue_async_with_hooks(event, durability)
+
+    async def _enqueue_async_with_hooks(self, event: msgspec.Struct, durability: Durability | None) -> Outcome:
         try:
             admitted = self._entrance.admit(event) if self._hooks.filters else event
             if isinstance(admitted, Dropped):
@@ -280,21 +289,21 @@ class Outbox:
 
             async def once() -> Outcome:
                 answer = self._begin(admitted, durability)
-                return await answer if isinstance(answer, asyncio.Future) else answer
+                return await answer if isinstance(answer, Waiter) else answer
 
             outcome = await once()
             return outcome if outcome or self._when_full is None else await self._when_full.retry_async(once, outcome, 1)
         finally:
             self._report_unheard_drops()
 
-    def _begin(self, event: msgspec.Struct, durability: Durability | None) -> asyncio.Future[Outcome] | Outcome:
+    def _begin(self, event: msgspec.Struct, durability: Durability | None) -> Waiter | Outcome:
         """What a coroutine gets, or is to await."""
-        if not (self._power if durability is None else self._is_power(durability)):
-            # Not named where it is the default: that is the way which is compiled.
-            return self._enqueue_once(event, durability="process") if self._power else self._enqueue_once(event)
-        line = self._entrance.line(event)
-        if not isinstance(line, bytes):
-            return line
+        if durability is None:
+            return self._begin_default(event)
+        return self._begin_power(event) if self._is_power(durability) else self._enqueue_once(event, durability="process")
+
+    def _begin_slowly(self, line: bytes) -> Waiter | Outcome:
+        """Commit for a coroutine; the first starts the outbox, or finds that it may not."""
         answer = self._committer.commit_async(line, 1)
         if answer is None:
             reason = self._why_not_started()

@@ -20,6 +20,7 @@ from pillarbox.store.commit import QUEUED_BYTES_MAX, Committer
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.sealer import Sealer
+from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock
 from tests.conftest import event
@@ -290,7 +291,7 @@ def test_a_cancelled_coroutine_does_not_withdraw_its_event(desk: Desk) -> None:
 
     async def one(number: int) -> object:
         answer = desk.committer.commit_async(numbered(number), 1)
-        assert isinstance(answer, asyncio.Future)
+        assert isinstance(answer, Waiter)
         return await answer
 
     async def main() -> object:
@@ -303,6 +304,55 @@ def test_a_cancelled_coroutine_does_not_withdraw_its_event(desk: Desk) -> None:
 
     assert asyncio.run(main()) == ENQUEUED_POWER
     assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}']
+
+
+def test_a_task_that_ends_the_loop_when_it_is_woken_does_not_keep_the_others_from_it(desk: Desk) -> None:
+    """They are woken as soon as the loop runs again."""
+
+    async def one(number: int, *, ends: bool = False) -> object:
+        answer = desk.committer.commit_async(numbered(number), 1)
+        assert isinstance(answer, Waiter)
+        outcome = await answer
+        if ends:
+            raise SystemExit
+        return outcome
+
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(one(number, ends=number == 1)) for number in range(3)]
+    with pytest.raises(SystemExit):
+        loop.run_until_complete(asyncio.wait(tasks))
+    assert list(loop.run_until_complete(asyncio.gather(tasks[0], tasks[2]))) == [ENQUEUED_POWER] * 2
+    assert isinstance(tasks[1].exception(), SystemExit)
+    loop.close()
+
+
+def test_loops_in_several_threads_and_threads_without_share_rounds(desk: Desk) -> None:
+    """Everybody gets an answer, and every event is there once."""
+    outcomes: list[object] = []
+
+    def with_a_loop(first: int) -> None:
+        async def one(number: int) -> None:
+            for step in range(10):
+                answer = desk.committer.commit_async(numbered(number + step), 1)
+                assert isinstance(answer, Waiter)
+                outcomes.append(await answer)
+
+        async def main() -> None:
+            await asyncio.gather(*[one(first + 10 * number) for number in range(20)])
+
+        asyncio.run(main())
+
+    def without(first: int) -> None:
+        outcomes.extend(desk.committer.commit(numbered(first + step), 1) for step in range(50))
+
+    threads = [threading.Thread(target=with_a_loop, args=(1000 * number,)) for number in range(3)]
+    threads += [threading.Thread(target=without, args=(1000 * number,)) for number in range(3, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert outcomes == [ENQUEUED_POWER] * 850
+    assert len(set(desk.lines())) == len(desk.lines()) == 850
 
 
 def test_a_loop_that_is_closed_meanwhile_harms_nobody(desk: Desk) -> None:

@@ -62,7 +62,7 @@ PENDING = ctypes.pythonapi.PyErr_SetInterrupt
 PENDING.argtypes, PENDING.restype = (ctypes.py_object,) * 3, None
 
 
-def run_and_strike(number: int, strike: Strike, action: Callable[[], object]) -> int:
+def run_and_strike(number: int, strike: Strike, action: Callable[[], object], traced: set[str] = TRACED) -> int:
     """Run `action` and call `strike` ahead of the `number`-th opcode of the traced modules; returns how many were seen."""
     seen = 0
 
@@ -75,7 +75,7 @@ def run_and_strike(number: int, strike: Strike, action: Callable[[], object]) ->
         return local
 
     def every(frame: FrameType, _event: str, _arg: object) -> Any:
-        if frame.f_code.co_filename not in TRACED:
+        if frame.f_code.co_filename not in traced:
             return None
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         return local if seen < number else PENDING

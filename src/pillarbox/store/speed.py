@@ -24,14 +24,29 @@ try:
     from pillarbox.store import _speed
     from pillarbox.store import _together as together
     from pillarbox.store._speed import Appending, Counts, line, pack, value
+    from pillarbox.store._waiter import Waiter, gather, wake
 except ImportError:
     from pillarbox.store.plain import Appending, Counts, line, pack, value
+    from pillarbox.store.waiter import Waiter, gather, wake
 
     listing = together = None  # type: ignore[assignment]
 
 COMPILED: Final = Counts.__module__ == "pillarbox.store._speed"
 
-__all__ = ["COMPILED", "Appending", "Counts", "line", "listing", "pack", "quickest", "together", "value"]
+__all__ = [
+    "COMPILED",
+    "Appending",
+    "Counts",
+    "Waiter",
+    "gather",
+    "line",
+    "listing",
+    "pack",
+    "quickest",
+    "together",
+    "value",
+    "wake",
+]
 
 
 def quickest(writer: Appending, closure: Enqueue, door: Door, write: Callable[[int, bytes], int]) -> Enqueue:

@@ -63,6 +63,7 @@ class Writer(Appending):
         self._next_number = itertools.count(1).__next__
         self._started = False
         self._closed = False
+        self.accepts = False  # it has started and is not closed
         self._file = self._appended_to = ActiveFile(NOWHERE)
         self._spares: deque[ActiveFile] = deque()  # ready to be swapped in
         self._leaving: ActiveFile | None = None  # being swapped out; what an interrupt leaves of that, `_repair` finishes
@@ -155,11 +156,6 @@ class Writer(Appending):
         events, size = limits.batch_size - file.events, limits.batch_bytes - file.bytes
         return (events, size) if min(events, size) > 0 else (limits.batch_size, limits.batch_bytes)
 
-    @property
-    def accepts(self) -> bool:
-        """Whether it has started and is not closed."""
-        return self._started and not self._closed
-
     def refuse_closed(self, events: int) -> Dropped | None:
         """What to answer while it does not accept: None before it has started."""
         return self.refuse("closed", events) if self._started else None
@@ -171,7 +167,7 @@ class Writer(Appending):
     def abandon(self) -> None:
         """In a forked child: this is the parent's. Whoever still calls it is sent to `Door.begin`."""
         self.lock = threading.RLock()
-        self._started = self._closed = self._broken = False
+        self._started = self._closed = self._broken = self.accepts = False
         self._file, self._limit = ActiveFile(NOWHERE), _NO_FILE
         self._spares.clear()
         self._appended_to = self._file
@@ -413,6 +409,7 @@ class Writer(Appending):
             self._room = self.limits.max_bytes - pending_bytes
             self.files = pending_files
             self._started = True
+            self.accepts = not self._closed
 
     def look(self) -> int:
         """The sealer's: from now on tell it of news. Returns how many files it should open for the next rotations.
@@ -554,7 +551,7 @@ class Writer(Appending):
     def close(self) -> list[Taken]:
         """Accept nothing more; retires what is there and returns the empty files, for the sealer to remove."""
         with self.lock:
-            self._closed = True
+            self._closed, self.accepts = True, False
             if self._limit == _MARK:
                 with contextlib.suppress(OSError):  # sealed as it can be read
                     self._mend()

@@ -1,0 +1,638 @@
+/* What a coroutine awaits while its event is made durable, compiled. Optional: `store/waiter.py` has the same in Python, and the
+tests hold both to the same.
+
+It follows the protocol that `asyncio.Task` has for futures which are not its own (`_asyncio_future_blocking`), and nothing else
+of asyncio that is private. Everything but the creation and the members that never change is the event loop's thread's. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+typedef struct {
+    PyTypeObject *waiter;
+    PyObject *cancelled_error;
+    PyObject *invalid_state_error;
+    PyObject *call_soon;
+    PyObject *context_name; /* ("context",) */
+    PyObject *lines;
+    PyObject *events;
+    PyObject *loop;
+} State;
+
+enum { PENDING, CANCELLED, DONE };
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *lines;
+    Py_ssize_t events;
+    PyObject *loop;
+    PyObject *outcome; /* of one that is done; of a cancelled one the message, or NULL */
+    PyObject *callback;
+    PyObject *context;
+    PyObject *more; /* NULL, or a list of (callback, context): a task adds the first and no more */
+    int state;
+    char blocking;
+} Waiter;
+
+static struct PyModuleDef module;
+
+static State *
+state_of(PyObject *object)
+{
+    return PyModule_GetState(PyType_GetModule(Py_TYPE(object)));
+}
+
+static PyObject *
+waiter_vectorcall(PyObject *type, PyObject *const *args, size_t flags, PyObject *names)
+{
+    if (PyVectorcall_NARGS(flags) != 3 || (names != NULL && PyTuple_GET_SIZE(names) > 0)) {
+        PyErr_SetString(PyExc_TypeError, "Waiter takes lines, events and a loop");
+        return NULL;
+    }
+    if (!PyBytes_Check(args[0])) {
+        return PyErr_Format(PyExc_TypeError, "lines must be bytes, not %.200s", Py_TYPE(args[0])->tp_name);
+    }
+    Py_ssize_t events = PyLong_AsSsize_t(args[1]);
+    if (events == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    Waiter *self = PyObject_GC_New(Waiter, (PyTypeObject *)type);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->lines = Py_NewRef(args[0]);
+    self->events = events;
+    self->loop = Py_NewRef(args[2]);
+    self->outcome = self->callback = self->context = self->more = NULL;
+    self->state = PENDING;
+    self->blocking = 0;
+    PyObject_GC_Track((PyObject *)self);
+    return (PyObject *)self;
+}
+
+static PyObject *
+waiter_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    if (keywords != NULL && PyDict_GET_SIZE(keywords) > 0) {
+        PyErr_SetString(PyExc_TypeError, "Waiter takes no keywords");
+        return NULL;
+    }
+    return waiter_vectorcall((PyObject *)type, ((PyTupleObject *)args)->ob_item, (size_t)PyTuple_GET_SIZE(args), NULL);
+}
+
+static int
+waiter_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Waiter *self = (Waiter *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->loop);
+    Py_VISIT(self->outcome);
+    Py_VISIT(self->callback);
+    Py_VISIT(self->context);
+    Py_VISIT(self->more);
+    return 0;
+}
+
+static int
+waiter_clear(PyObject *object)
+{
+    Waiter *self = (Waiter *)object;
+    Py_CLEAR(self->outcome);
+    Py_CLEAR(self->callback);
+    Py_CLEAR(self->context);
+    Py_CLEAR(self->more);
+    return 0;
+}
+
+static void
+waiter_dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    waiter_clear(object);
+    Py_CLEAR(((Waiter *)object)->lines);
+    Py_CLEAR(((Waiter *)object)->loop);
+    PyObject_GC_Del(object);
+    Py_DECREF(type);
+}
+
+/* A new reference to the outcome; NULL with the error set where there is none. */
+static PyObject *
+outcome_of(Waiter *self)
+{
+    if (self->state == DONE) {
+        return Py_NewRef(self->outcome);
+    }
+    State *state = state_of((PyObject *)self);
+    if (self->state == PENDING) {
+        PyErr_SetString(state->invalid_state_error, "Result is not set.");
+    } else if (self->outcome != NULL) {
+        PyErr_SetObject(state->cancelled_error, self->outcome);
+    } else {
+        PyErr_SetNone(state->cancelled_error);
+    }
+    return NULL;
+}
+
+static PySendResult
+waiter_send(PyObject *object, PyObject *Py_UNUSED(value), PyObject **result)
+{
+    Waiter *self = (Waiter *)object;
+    if (self->state == PENDING) {
+        self->blocking = 1;
+        *result = Py_NewRef(object);
+        return PYGEN_NEXT;
+    }
+    *result = outcome_of(self);
+    return *result == NULL ? PYGEN_ERROR : PYGEN_RETURN;
+}
+
+static PyObject *
+waiter_next(PyObject *object)
+{
+    PyObject *result;
+    if (waiter_send(object, Py_None, &result) == PYGEN_RETURN) {
+        PyObject *stop = PyObject_CallOneArg(PyExc_StopIteration, result);
+        Py_DECREF(result);
+        if (stop != NULL) {
+            PyErr_SetObject(PyExc_StopIteration, stop);
+            Py_DECREF(stop);
+        }
+        return NULL;
+    }
+    return result;
+}
+
+/* Have the loop call it in its next round. */
+static int
+call_soon(Waiter *self, PyObject *callback, PyObject *context)
+{
+    State *state = state_of((PyObject *)self);
+    PyObject *args[] = {self->loop, callback, (PyObject *)self, context};
+    PyObject *handle = PyObject_VectorcallMethod(state->call_soon, args, 3, state->context_name);
+    Py_XDECREF(handle);
+    return handle == NULL ? -1 : 0;
+}
+
+/* Take what is to be called: one after another, in order. 0 where there is nothing more. */
+static int
+take_callback(Waiter *self, PyObject **callback, PyObject **context)
+{
+    if (self->callback != NULL) {
+        *callback = self->callback;
+        *context = self->context;
+        self->callback = self->context = NULL;
+        return 1;
+    }
+    if (self->more == NULL || PyList_GET_SIZE(self->more) == 0) {
+        return 0;
+    }
+    PyObject *pair = PyList_GET_ITEM(self->more, 0);
+    *callback = Py_NewRef(PyTuple_GET_ITEM(pair, 0));
+    *context = Py_NewRef(PyTuple_GET_ITEM(pair, 1));
+    return PyList_SetSlice(self->more, 0, 1, NULL) < 0 ? -1 : 1;
+}
+
+static int
+schedule_callbacks(Waiter *self)
+{
+    PyObject *callback, *context;
+    int taken;
+    while ((taken = take_callback(self, &callback, &context)) == 1) {
+        int called = call_soon(self, callback, context);
+        Py_DECREF(callback);
+        Py_DECREF(context);
+        if (called < 0) {
+            return -1;
+        }
+    }
+    return taken;
+}
+
+/* Call in its context; the first error is left set. */
+static int
+call_now(Waiter *self, PyObject *callback, PyObject *context)
+{
+    if (PyContext_Enter(context) < 0) {
+        return -1;
+    }
+    PyObject *answer = PyObject_CallOneArg(callback, (PyObject *)self);
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    if (PyContext_Exit(context) < 0) {
+        PyErr_WriteUnraisable(context);
+    }
+    PyErr_Restore(type, error, trace);
+    Py_XDECREF(answer);
+    return answer == NULL ? -1 : 0;
+}
+
+static int
+settle(Waiter *self, PyObject *outcome)
+{
+    if (self->state != PENDING) {
+        return 0;
+    }
+    self->outcome = Py_NewRef(outcome);
+    self->state = DONE;
+    if (self->callback == NULL) {
+        return 0;
+    }
+    PyObject *callback = self->callback, *context = self->context;
+    self->callback = self->context = NULL;
+    int called = call_now(self, callback, context);
+    Py_DECREF(callback);
+    Py_DECREF(context);
+    if (self->more == NULL) {
+        return called;
+    }
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    if (schedule_callbacks(self) < 0) {
+        PyErr_WriteUnraisable((PyObject *)self);
+    }
+    PyErr_Restore(type, error, trace);
+    return called;
+}
+
+static PyObject *
+add_done_callback(PyObject *object, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Waiter *self = (Waiter *)object;
+    Py_ssize_t named = names == NULL ? 0 : PyTuple_GET_SIZE(names);
+    if (count != 1 || named > 1 || (named == 1 && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "context") != 0)) {
+        PyErr_SetString(PyExc_TypeError, "add_done_callback takes a function, and a context by name");
+        return NULL;
+    }
+    PyObject *callback = args[0];
+    PyObject *context = named == 1 && args[1] != Py_None ? Py_NewRef(args[1]) : PyContext_CopyCurrent();
+    if (context == NULL) {
+        return NULL;
+    }
+    int added = 0;
+    if (self->state != PENDING) {
+        added = call_soon(self, callback, context);
+    } else if (self->callback == NULL) {
+        self->callback = Py_NewRef(callback);
+        self->context = Py_NewRef(context);
+    } else {
+        PyObject *pair = PyTuple_Pack(2, callback, context);
+        if (self->more == NULL) {
+            self->more = PyList_New(0);
+        }
+        added = pair == NULL || self->more == NULL ? -1 : PyList_Append(self->more, pair);
+        Py_XDECREF(pair);
+    }
+    Py_DECREF(context);
+    if (added < 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+remove_done_callback(PyObject *object, PyObject *callback)
+{
+    Waiter *self = (Waiter *)object;
+    PyObject *kept = PyList_New(0), *found = NULL, *context = NULL;
+    Py_ssize_t removed = 0;
+    int taken = -1;
+    while (kept != NULL && (taken = take_callback(self, &found, &context)) == 1) {
+        int same = PyObject_RichCompareBool(found, callback, Py_EQ);
+        PyObject *pair = same == 0 ? PyTuple_Pack(2, found, context) : NULL;
+        Py_DECREF(found);
+        Py_DECREF(context);
+        removed += same;
+        if (same < 0 || (same == 0 && (pair == NULL || PyList_Append(kept, pair) < 0))) {
+            Py_XDECREF(pair);
+            taken = -1;
+            break;
+        }
+        Py_XDECREF(pair);
+    }
+    if (taken < 0) {
+        Py_XDECREF(kept);
+        return NULL;
+    }
+    Py_XSETREF(self->more, kept);
+    if (take_callback(self, &found, &context) == 1) {
+        self->callback = found;
+        self->context = context;
+    }
+    return PyLong_FromSsize_t(removed);
+}
+
+static PyObject *
+cancel(PyObject *object, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"msg", NULL};
+    Waiter *self = (Waiter *)object;
+    PyObject *message = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|O:cancel", names, &message)) {
+        return NULL;
+    }
+    if (self->state != PENDING) {
+        Py_RETURN_FALSE;
+    }
+    self->state = CANCELLED;
+    self->outcome = message == Py_None ? NULL : Py_NewRef(message);
+    if (schedule_callbacks(self) < 0) {
+        return NULL;
+    }
+    Py_RETURN_TRUE;
+}
+
+static PyObject *
+result(PyObject *object, PyObject *Py_UNUSED(nothing))
+{
+    return outcome_of((Waiter *)object);
+}
+
+static PyObject *
+exception(PyObject *object, PyObject *Py_UNUSED(nothing))
+{
+    PyObject *outcome = outcome_of((Waiter *)object);
+    if (outcome == NULL) {
+        return NULL;
+    }
+    Py_DECREF(outcome);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+done(PyObject *object, PyObject *Py_UNUSED(nothing))
+{
+    return PyBool_FromLong(((Waiter *)object)->state != PENDING);
+}
+
+static PyObject *
+cancelled(PyObject *object, PyObject *Py_UNUSED(nothing))
+{
+    return PyBool_FromLong(((Waiter *)object)->state == CANCELLED);
+}
+
+static PyObject *
+get_loop(PyObject *object, PyObject *Py_UNUSED(nothing))
+{
+    return Py_NewRef(((Waiter *)object)->loop);
+}
+
+static PyMethodDef waiter_methods[] = {
+    {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback, METH_FASTCALL | METH_KEYWORDS, "As a future has it."},
+    {"remove_done_callback", remove_done_callback, METH_O, "As a future has it."},
+    {"cancel", (PyCFunction)(void (*)(void))cancel, METH_VARARGS | METH_KEYWORDS, "Wait no longer; False where it is done."},
+    {"result", result, METH_NOARGS, "The outcome."},
+    {"exception", exception, METH_NOARGS, "None: an outcome is never an error."},
+    {"done", done, METH_NOARGS, "Whether it has its outcome, or is cancelled."},
+    {"cancelled", cancelled, METH_NOARGS, "Whether it is cancelled."},
+    {"get_loop", get_loop, METH_NOARGS, "The event loop on whose thread it waits."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef waiter_members[] = {
+    {"lines", T_OBJECT_EX, offsetof(Waiter, lines), READONLY, NULL},
+    {"events", T_PYSSIZET, offsetof(Waiter, events), READONLY, NULL},
+    {"loop", T_OBJECT_EX, offsetof(Waiter, loop), READONLY, NULL},
+    {"_asyncio_future_blocking", T_BOOL, offsetof(Waiter, blocking), 0, NULL},
+    {NULL},
+};
+
+static PyType_Slot waiter_slots[] = {
+    {Py_tp_doc, "Waiter(lines, events, loop): what a coroutine awaits, a future for one outcome."},
+    {Py_tp_new, waiter_new},
+    {Py_tp_traverse, waiter_traverse},
+    {Py_tp_clear, waiter_clear},
+    {Py_tp_dealloc, waiter_dealloc},
+    {Py_tp_iter, PyObject_SelfIter},
+    {Py_tp_iternext, waiter_next},
+    {Py_am_await, PyObject_SelfIter},
+    {Py_am_send, waiter_send},
+    {Py_tp_methods, waiter_methods},
+    {Py_tp_members, waiter_members},
+    {0, NULL},
+};
+
+static PyType_Spec waiter_spec = {
+    "pillarbox.store._waiter.Waiter", sizeof(Waiter), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, waiter_slots,
+};
+
+/* wake(waiters, outcome): what was woken leaves the list, also where one of them raises. */
+static PyObject *
+wake(PyObject *found, PyObject *const *args, Py_ssize_t count)
+{
+    State *state = PyModule_GetState(found);
+    if (count != 2 || !PyList_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "wake takes a list of waiters and an outcome");
+        return NULL;
+    }
+    PyObject *waiters = args[0], *outcome = args[1];
+    Py_ssize_t woken = 0;
+    int failed = 0;
+    while (!failed && woken < PyList_GET_SIZE(waiters)) {
+        PyObject *waiter = Py_NewRef(PyList_GET_ITEM(waiters, woken));
+        woken++;
+        if (Py_IS_TYPE(waiter, state->waiter)) {
+            failed = settle((Waiter *)waiter, outcome) < 0;
+        } else {
+            PyErr_SetString(PyExc_TypeError, "not a Waiter");
+            failed = 1;
+        }
+        Py_DECREF(waiter);
+    }
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    if (PyList_SetSlice(waiters, 0, woken, NULL) < 0) {
+        PyErr_WriteUnraisable(waiters);
+    }
+    PyErr_Restore(type, error, trace);
+    if (failed) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* What `gather` looks at of an entry: new references. */
+static int
+look_at(State *state, PyObject *entry, PyObject **lines, Py_ssize_t *events, PyObject **loop)
+{
+    if (Py_IS_TYPE(entry, state->waiter)) {
+        Waiter *waiter = (Waiter *)entry;
+        *lines = Py_NewRef(waiter->lines);
+        *events = waiter->events;
+        *loop = Py_NewRef(waiter->loop);
+        return 0;
+    }
+    PyObject *number = PyObject_GetAttr(entry, state->events);
+    *events = number == NULL ? -1 : PyLong_AsSsize_t(number);
+    Py_XDECREF(number);
+    *lines = PyErr_Occurred() ? NULL : PyObject_GetAttr(entry, state->lines);
+    *loop = *lines == NULL ? NULL : PyObject_GetAttr(entry, state->loop);
+    if (*loop != NULL && !PyBytes_Check(*lines)) {
+        PyErr_SetString(PyExc_TypeError, "lines must be bytes");
+        Py_CLEAR(*loop);
+    }
+    if (*loop == NULL) {
+        Py_XDECREF(*lines);
+        return -1;
+    }
+    return 0;
+}
+
+/* The lines of all entries, one after another: `size` bytes. */
+static PyObject *
+joined(State *state, PyObject *entries, Py_ssize_t size)
+{
+    PyObject *all = NULL, *lines, *loop;
+    Py_ssize_t events, count = PyList_GET_SIZE(entries), at = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (look_at(state, PyList_GET_ITEM(entries, i), &lines, &events, &loop) < 0) {
+            Py_XDECREF(all);
+            return NULL;
+        }
+        Py_DECREF(loop);
+        if (count == 1) {
+            return lines;
+        }
+        if (all == NULL && (all = PyBytes_FromStringAndSize(NULL, size)) == NULL) {
+            Py_DECREF(lines);
+            return NULL;
+        }
+        memcpy(PyBytes_AS_STRING(all) + at, PyBytes_AS_STRING(lines), (size_t)PyBytes_GET_SIZE(lines));
+        at += PyBytes_GET_SIZE(lines);
+        Py_DECREF(lines);
+    }
+    return all != NULL ? all : PyBytes_FromStringAndSize(NULL, 0);
+}
+
+/* gather(queue, most, room_events, room_bytes) -> (entries, their lines, their events, their loop) */
+static PyObject *
+gather(PyObject *found, PyObject *args)
+{
+    State *state = PyModule_GetState(found);
+    PyObject *queue;
+    Py_ssize_t most, room_events, room_bytes;
+    if (!PyArg_ParseTuple(args, "O!nnn:gather", &PyList_Type, &queue, &most, &room_events, &room_bytes)) {
+        return NULL;
+    }
+    most = room_events < most ? room_events : most; /* each has an event at least */
+    PyObject *entries = PyList_GetSlice(queue, 0, most > 1 ? most : 1);
+    if (entries == NULL) {
+        return NULL;
+    }
+    Py_ssize_t count = 0, all_events = 0, size = 0, events;
+    PyObject *lines, *loop, *of_all = NULL;
+    for (; count < PyList_GET_SIZE(entries); count++) {
+        if (look_at(state, PyList_GET_ITEM(entries, count), &lines, &events, &loop) < 0) {
+            goto failed;
+        }
+        Py_ssize_t bytes = PyBytes_GET_SIZE(lines);
+        Py_DECREF(lines);
+        if (count > 0 && (events > room_events - all_events || bytes > room_bytes - size)) {
+            Py_DECREF(loop);
+            break;
+        }
+        all_events += events;
+        size += bytes;
+        if (of_all == NULL) {
+            of_all = Py_NewRef(loop);
+        } else if (of_all != loop) {
+            Py_SETREF(of_all, Py_NewRef(Py_Ellipsis));
+        }
+        Py_DECREF(loop);
+    }
+    if (PyList_SetSlice(entries, count, PyList_GET_SIZE(entries), NULL) < 0) {
+        goto failed;
+    }
+    lines = joined(state, entries, size);
+    if (lines == NULL) {
+        goto failed;
+    }
+    return Py_BuildValue("NNnN", entries, lines, all_events, of_all != NULL ? of_all : Py_NewRef(Py_Ellipsis));
+failed:
+    Py_XDECREF(of_all);
+    Py_DECREF(entries);
+    return NULL;
+}
+
+static PyMethodDef functions[] = {
+    {"gather", gather, METH_VARARGS,
+     "gather(queue, most, room_events, room_bytes): entries from the front, their lines, their events, their loop."},
+    {"wake", (PyCFunction)(void (*)(void))wake, METH_FASTCALL,
+     "wake(waiters, outcome): answer all that wait, each in its context; those who were woken leave the list."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int
+exec(PyObject *found)
+{
+    State *state = PyModule_GetState(found);
+    state->waiter = (PyTypeObject *)PyType_FromModuleAndSpec(found, &waiter_spec, NULL);
+    if (state->waiter == NULL) {
+        return -1;
+    }
+    state->waiter->tp_vectorcall = waiter_vectorcall;
+    PyObject *exceptions = PyImport_ImportModule("asyncio.exceptions");
+    if (exceptions == NULL || PyModule_AddType(found, state->waiter) < 0) {
+        Py_XDECREF(exceptions);
+        return -1;
+    }
+    state->cancelled_error = PyObject_GetAttrString(exceptions, "CancelledError");
+    state->invalid_state_error = PyObject_GetAttrString(exceptions, "InvalidStateError");
+    Py_DECREF(exceptions);
+    state->lines = PyUnicode_InternFromString("lines");
+    state->events = PyUnicode_InternFromString("events");
+    state->loop = PyUnicode_InternFromString("loop");
+    state->call_soon = PyUnicode_InternFromString("call_soon");
+    state->context_name = Py_BuildValue("(s)", "context");
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int
+module_traverse(PyObject *found, visitproc visit, void *arg)
+{
+    State *state = PyModule_GetState(found);
+    Py_VISIT(state->waiter);
+    Py_VISIT(state->cancelled_error);
+    Py_VISIT(state->invalid_state_error);
+    return 0;
+}
+
+static int
+module_clear(PyObject *found)
+{
+    State *state = PyModule_GetState(found);
+    Py_CLEAR(state->waiter);
+    Py_CLEAR(state->cancelled_error);
+    Py_CLEAR(state->invalid_state_error);
+    Py_CLEAR(state->call_soon);
+    Py_CLEAR(state->context_name);
+    Py_CLEAR(state->lines);
+    Py_CLEAR(state->events);
+    Py_CLEAR(state->loop);
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* what changes is touched on the thread of the event loop */
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_waiter",
+    .m_doc = "What a coroutine awaits, compiled: see `pillarbox.store.waiter`.",
+    .m_size = sizeof(State),
+    .m_methods = functions,
+    .m_slots = slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__waiter(void)
+{
+    return PyModuleDef_Init(&module);
+}
