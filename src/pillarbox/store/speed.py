@@ -1,4 +1,4 @@
-"""Chooses between the compiled pieces of the hot path and those in Python.
+"""Chooses between the compiled pieces of the hot path and of the reader, and those in Python.
 
 They are compiled where the package was installed with a C compiler; with `PILLARBOX_PURE_PYTHON=1` in the environment they are
 left alone all the same. What they do is the same, and the same tests hold both to it.
@@ -24,10 +24,16 @@ try:
     from pillarbox.store._speed import Appending, Counts, line, pack, value
 except ImportError:
     from pillarbox.store.plain import Appending, Counts, line, pack, value
+try:
+    if environ.get("PILLARBOX_PURE_PYTHON"):
+        raise ImportError  # noqa: TRY301 - as above
+    from pillarbox.store._lines import records
+except ImportError:
+    from pillarbox.store.plain import records
 
 COMPILED: Final = Counts.__module__ == "pillarbox.store._speed"
 
-__all__ = ["COMPILED", "Appending", "Counts", "line", "pack", "quickest", "value"]
+__all__ = ["COMPILED", "Appending", "Counts", "line", "pack", "quickest", "records", "value"]
 
 
 def quickest(writer: Appending, closure: Enqueue, door: Door, write: Callable[[int, bytes], int]) -> Enqueue:
