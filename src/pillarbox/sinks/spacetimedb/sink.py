@@ -62,7 +62,7 @@ class _Prepared(NamedTuple):
 
     fit: _Fit
     body: bytes
-    indexes: list[int]
+    indexes: Sequence[int]
     refused: dict[int, Refusal]
 
 
@@ -174,8 +174,8 @@ class SpacetimeDbSink:
             batch.prepared = self._prepared(batch, self._fit)
 
     def _prepared(self, batch: Batch, fit: _Fit) -> _Prepared:
-        events, refused = base.decode(batch, self._decoder)
-        body, indexes = fit.fitting.body(events, refused)
+        events, indexes, refused = base.decode(batch, self._decoder)
+        body, indexes = fit.fitting.body(events, indexes, refused)
         return _Prepared(fit, body, indexes, refused)
 
     async def deliver(self, batch: Batch) -> Answer:
