@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import certifi
 import h11
@@ -114,9 +114,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It stands."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
-        transport.set_write_buffer_limits(0)  # `resume_writing` means that all is sent
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(0)  # `resume_writing` means that all is sent
 
     def resume_writing(self) -> None:
         """All of the request is sent."""
