@@ -56,8 +56,8 @@ class Lane:
         self.socket = connection
         found = dict(answer.headers)
         timed = b"spacetime-execution-duration-micros" in found
-        content_type, retry_after = (found.get(name, b"").decode("latin-1") for name in (b"content-type", b"retry-after"))
-        return Reply(answer.status, content_type, retry_after, answer.body, timed)
+        kind, after = (found.get(name, b"").decode("latin-1") for name in (b"content-type", b"retry-after"))
+        return Reply(answer.status, kind, after, answer.body, timed)
 
     async def _connected(self) -> Connection:
         if self._connection is None or self._connection.is_closed:
