@@ -2,6 +2,6 @@
 
 from setuptools import Extension, setup
 
-NAMES = ("_speed", "_together", "_listing", "_waiter")
+NAMES = ("_lines", "_listing", "_speed", "_together", "_waiter")
 
 setup(ext_modules=[Extension(f"pillarbox.store.{name}", [f"src/pillarbox/store/{name}.c"], optional=True) for name in NAMES])

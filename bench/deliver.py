@@ -37,6 +37,7 @@ SECTION = Section(
     title="Delivering a backlog",
     about=ABOUT,
     rounds=4,
+    budget_s=200.0,
     contestants=(*into_sqlite.CONTESTANTS, *into_spacetimedb.contestants(), *into_http.CONTESTANTS),
     columns=(
         Column("per_s", "events/s", 0),

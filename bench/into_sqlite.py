@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 BARE, OURS = "sqlite3, executemany", "pillarbox, sqlite"
 BACKLOG = "sqlite"
+_OPTIONAL = ("user_id", "owner_user_id", "profile_id", "module_key")
+
+
+def _column(name: str) -> str:
+    """As the sink makes it."""
+    kind = "INTEGER" if name == "occurred_at_micros" else "TEXT"
+    return f"{name} {kind}" + (" PRIMARY KEY" if name == "event_id" else "") + ("" if name in _OPTIONAL else " NOT NULL")
 
 
 def files(quick: bool) -> int:
@@ -29,7 +36,7 @@ def bare(place: Place) -> Figures:
         connection = sqlite3.connect(place.own / "events.db", isolation_level=None)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
-        connection.execute(f"CREATE TABLE t ({', '.join(backlog.FIELDS)}, PRIMARY KEY (event_id))")
+        connection.execute(f"CREATE TABLE t ({', '.join(map(_column, backlog.FIELDS))})")
         insert = f"INSERT INTO t VALUES ({', '.join('?' * len(backlog.FIELDS))}) ON CONFLICT DO NOTHING"
         decode, row = msgspec.json.Decoder(backlog.Line).decode, msgspec.structs.astuple
         for lines in backlog.lines(place.shared / BACKLOG):

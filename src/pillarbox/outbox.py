@@ -50,6 +50,7 @@ MANY_BYTES_MAX: Final = 16 * 2**20  # one call of `enqueue_many`: it becomes one
 EXIT_TIMEOUT_S: Final = 2.0  # how long the end of the program may wait for a last delivery
 _BUSY_S: Final = 10.0  # how long after an event the deliverer goes on giving the interpreter away every few records
 _POLL_S: Final = 0.05  # between two looks of `flush` where another process delivers
+_GROUPS_S: Final = 0.25  # the same where this one does: files are settled in groups, the next one within so long
 _LISTING_SHARE: Final = 10  # `flush` lists the directory for a tenth of its time at most
 
 
@@ -416,7 +417,7 @@ class Outbox:
         if not self._sealer.seal_now("manual", timeout):
             return False
         try:
-            waiting = self._directory.waiting()
+            first, waiting = self._settled_files(), self._directory.waiting()
             while waiting:
                 before, settled = clock.monotonic(), self._settled_files()
                 waiting &= self._directory.waiting()
@@ -425,7 +426,9 @@ class Outbox:
                     break
                 if now >= deadline:
                     return False
-                self._wait_for_settlement(deadline - now, _LISTING_SHARE * (now - before), settled)
+                threading.Event().wait(min(deadline - now, _LISTING_SHARE * (now - before)))
+                patience = _POLL_S if settled == first else _GROUPS_S
+                self._wait_for_settlement(deadline - clock.monotonic(), patience, settled, len(waiting))
         except OSError:
             return False
         return True
@@ -433,13 +436,22 @@ class Outbox:
     def _settled_files(self) -> int:
         return sum(sink.flushed_files for sink in self._delivery.sinks().values()) if self._delivery is not None else 0
 
-    def _wait_for_settlement(self, left: float, pause: float, settled: int) -> None:
-        """Pause, then wait until another file than the first `settled` is settled; where another process delivers, a moment."""
-        threading.Event().wait(min(left, pause))
+    def _wait_for_settlement(self, left: float, patience: float, settled: int, files: int) -> None:
+        """Wait until so many files are settled beside the first `settled`, or for `patience` seconds none is.
+
+        To list the directory any earlier would take time from the deliverer for nothing.
+        """
+        deadline = self._clock.monotonic() + left
         if self._delivery is None:
-            threading.Event().wait(min(left, _POLL_S))
+            threading.Event().wait(max(0.0, min(left, patience)))
             return
-        self._delivery.wait_for_settlement(settled, min(left, _POLL_S))
+        seen = settled
+        while left > 0 and seen - settled < files:
+            self._delivery.wait_for_settlement(seen, min(left, patience))
+            before, seen = seen, self._settled_files()
+            if seen == before:
+                return
+            left = deadline - self._clock.monotonic()
 
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""

@@ -37,6 +37,7 @@ class Confirmer:
         self._settle = settle
         self._room = asyncio.Event()
         self._unconfirmed: deque[Shipment] = deque()
+        self._files = 0  # of these
         self._asking: asyncio.Task[None] | None = None
         self._trouble: Misconfigured | Retry | None = None
         self.failures = 0  # confirmations in a row
@@ -55,6 +56,7 @@ class Confirmer:
         for shipment in self._unconfirmed:
             self._loader.close(shipment)
         self._unconfirmed.clear()
+        self._files = 0
         self._asking = self._trouble = None
 
     @property
@@ -69,6 +71,7 @@ class Confirmer:
     def add(self, shipment: Shipment) -> None:
         """This was sent, and at least a part of it accepted."""
         self._unconfirmed.append(shipment)
+        self._files += len(shipment.jobs)
         self._ask_soon()
 
     async def wait_for_room(self, window: int, meanwhile: Callable[[], None]) -> Misconfigured | Retry | None:
@@ -77,7 +80,7 @@ class Confirmer:
         `meanwhile()` is called before each wait, of a second at most.
         """
         files_max = max(window, UNCONFIRMED_FILES_MAX // self._rules.max_in_flight)
-        while len(self._unconfirmed) >= window or sum(len(one.jobs) for one in self._unconfirmed) >= files_max:
+        while len(self._unconfirmed) >= window or self._files >= files_max:
             self._ask_soon()
             self._room.clear()
             while not self._room.is_set():
@@ -101,6 +104,7 @@ class Confirmer:
                 sure, trouble = await self._ask_once(group)
                 if trouble is None:
                     for shipment in group[:sure]:
+                        self._files -= len(shipment.jobs)
                         self._settle(shipment)
                         self._unconfirmed.popleft()
                     if sure:
@@ -111,6 +115,7 @@ class Confirmer:
                     continue
                 for shipment in group:
                     self._unconfirmed.popleft()
+                    self._files -= len(shipment.jobs)
                     self._loader.close(shipment)
                 self._loader.forget()
                 self.failures += 1

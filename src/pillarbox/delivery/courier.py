@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _SANE_MICROS: Final = 1_577_836_800_000_000  # 2020: a clock that says less had not been set when the file was sealed
 _GIVEN_UP_S: Final = 1.0  # how long a call that is given up may take to end, before that is worth a word
-_AHEAD_AFTER_S: Final = 0.001  # a call that takes longer waits for the destination: time to read the next file
+_TURNS: Final = 2  # of the event loop, to send all of a call: one that takes more waits for the destination, time to read ahead
 
 
 class Courier:
@@ -219,8 +219,11 @@ class Courier:
         """One call, bounded in time; while it waits for the destination, the next file is read and the heart beats."""
         call = asyncio.ensure_future(self._sink.deliver(part))
         try:
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
+                if call.done():
+                    return self._answer_of(call, len(part))
             async with asyncio.timeout(self._rules.call_timeout_s):
-                await asyncio.wait({call}, timeout=_AHEAD_AFTER_S)
                 while not call.done():
                     self._meanwhile()
                     await asyncio.wait({call}, timeout=BEAT_EVERY_S)

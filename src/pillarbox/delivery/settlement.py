@@ -149,7 +149,7 @@ class Settler:
         self._told_at = -_TELL_EVERY_S
         self._told = (0, 0)
         self.failures_in_row = 0  # to settle: not the files are at fault then, but the disk
-        self.settled = threading.Condition()  # notified after each settled file
+        self.settled = threading.Condition()  # notified after each group of settled files
 
     def settle(self, job: Job) -> None:
         """Make durable what is kept of a file, then let it go, at the latest with the next `finish`."""
@@ -197,7 +197,6 @@ class Settler:
                     if self._removed_since is None:
                         self._removed_since = self._clock.monotonic()
                     self._count(job, waits_on=waits_on)
-                    self.settled.notify_all()
             except Exception as error:  # noqa: BLE001 - as above
                 self._trouble(job, error)
                 continue
@@ -205,6 +204,9 @@ class Settler:
             self.failures_in_row = 0
             if self._parked.pop(job.name, None) is not None:
                 self._standing.withdraw(job.name)
+        if group:
+            with self.settled:  # once for all: each time, who waits takes the interpreter
+                self.settled.notify_all()
         if self._removed_since is not None and self._clock.monotonic() - self._removed_since >= _REMOVED_S:
             self.sync_removals()
         if self._shelf is not None:

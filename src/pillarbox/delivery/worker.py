@@ -116,7 +116,7 @@ class Worker:
 
     @property
     def settled(self) -> threading.Condition:
-        """Notified after each settled file."""
+        """Notified after each group of settled files."""
         return self._settler.settled
 
     def notify(self) -> None:

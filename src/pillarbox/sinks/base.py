@@ -151,31 +151,35 @@ class Sink(Protocol):
         """Let go of everything."""
 
 
-def decode(batch: Batch, decoder: msgspec.json.Decoder[Any]) -> tuple[list[tuple[int, Any]], dict[int, Refusal]]:
-    """Decode records on demand: (index, event) of each that is of the event type, and the refusals of the others."""
-    events: list[tuple[int, Any]] = []
+class Decoded(NamedTuple):
+    """The events of a batch that are of the event type, in order, the index of each, and the refusals of the others."""
+
+    events: list[Any]
+    indexes: Sequence[int]
+    refused: dict[int, Refusal]
+
+
+def decode(batch: Batch, decoder: msgspec.json.Decoder[Any]) -> Decoded:
+    """Decode records on demand."""
+    events: list[Any] = []
     refused: dict[int, Refusal] = {}
     decode_one = decoder.decode
     for start in range(0, len(batch), GIVE_WAY_EVERY):
         batch.give_way()
         part = batch.payloads[start : start + GIVE_WAY_EVERY]
         try:
-            decoded = list(map(decode_one, part))
+            events += list(map(decode_one, part))
         except (msgspec.DecodeError, RecursionError):
             _decode_singly(enumerate(part, start), decode_one, events, refused)
-        else:
-            events.extend(enumerate(decoded, start))
-    return events, refused
+    indexes = range(len(batch))
+    return Decoded(events, [index for index in indexes if index not in refused] if refused else indexes, refused)
 
 
 def _decode_singly(
-    payloads: Iterable[tuple[int, bytes]],
-    decode_one: Callable[[bytes], Any],
-    events: list[tuple[int, Any]],
-    refused: dict[int, Refusal],
+    payloads: Iterable[tuple[int, bytes]], decode_one: Callable[[bytes], Any], events: list[Any], refused: dict[int, Refusal]
 ) -> None:
     for index, payload in payloads:
         try:
-            events.append((index, decode_one(payload)))
+            events.append(decode_one(payload))
         except (msgspec.DecodeError, RecursionError) as error:
             refused[index] = Refusal("wrong_type", str(error))

@@ -101,11 +101,11 @@ class SqliteSink:
         connection = self._connection
         if connection is None:
             return Retry("the file is not open")
-        events, refused = base.decode(batch, self._decoder)
-        row, rows = self._row, []
+        events, indexes, refused = base.decode(batch, self._decoder)
+        rows: list[Sequence[Any]] = []
         for start in range(0, len(events), GIVE_WAY_EVERY):
             batch.give_way()
-            rows += [row(event) for _, event in events[start : start + GIVE_WAY_EVERY]]
+            rows += map(self._row, events[start : start + GIVE_WAY_EVERY])
         before = connection.total_changes
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -115,7 +115,6 @@ class SqliteSink:
                 connection.execute("ROLLBACK")
                 connection.execute("BEGIN IMMEDIATE")
                 before = connection.total_changes
-                indexes = (index for index, _ in events)
                 refused |= self._insert_one_by_one(connection, zip(indexes, rows, strict=True))
             connection.execute("COMMIT")
         except sqlite3.Error as error:

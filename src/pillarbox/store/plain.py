@@ -1,4 +1,4 @@
-"""The hot path's pieces in Python: what `pillarbox.store._speed` has compiled. Either is chosen in `store/speed.py`."""
+"""The hot path's and the reader's pieces in Python: what `_speed.c` and `_lines.c` have compiled. `store/speed.py` chooses."""
 
 from __future__ import annotations
 
@@ -48,6 +48,32 @@ def value(line: bytes) -> bytes | None:
     """The payload of a record without its line feed; None where it has not the shape that `line` gives."""
     found = line[_HEAD_BYTES:-_TAIL_BYTES]
     return found if _UNENDED % (found, crc32(found)) == line else None
+
+
+def records(
+    data: bytes, offset: int, most: int, value: Callable[[bytes], bytes | None], check: Callable[[bytes], object]
+) -> tuple[list[bytes], int]:
+    """The payloads of up to `most` lines from an offset on, and where they end.
+
+    At the latest where the first line begins that has no line feed, of which `value` is None, whose payload is not UTF-8, or
+    for which `check` raises.
+    """
+    payloads: list[bytes] = []
+    if not 0 <= offset <= len(data):
+        raise ValueError(f"offset {offset} is not within the {len(data)} bytes")
+    while len(payloads) < most and (end := data.find(b"\n", offset)) >= 0:
+        found = value(data[offset:end])
+        if found is None:
+            break
+        try:
+            if not found.isascii():
+                found.decode()
+            check(found)
+        except Exception:  # noqa: BLE001 - what is wrong, if anything is, the reader finds again
+            break
+        payloads.append(found)
+        offset = end + 1
+    return payloads, offset
 
 
 def pack(

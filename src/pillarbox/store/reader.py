@@ -66,20 +66,33 @@ def read(data: bytes, give_way: Callable[[], None]) -> Contents:
     """Tell the good lines of a file from the damaged ones."""
     payloads: list[bytes] = []
     spans: list[Span] = []
-    offset = 0
-    for number, line in enumerate(data.split(b"\n")):
-        if number % GIVE_WAY_EVERY == 0:
+    offset = number = 0  # of the line
+    while offset <= len(data):
+        ahead = GIVE_WAY_EVERY - number % GIVE_WAY_EVERY
+        if ahead == GIVE_WAY_EVERY:
             give_way()
-        if line and not line.isspace():
-            try:
-                payloads.append(record.payload(line))
-            except Damaged as damage:
-                length = min(len(line) + 1, len(data) - offset)
-                behind = _behind_nul(line)
-                if behind is not None:
-                    payloads.append(behind[1])
-                    length = behind[0]
-                torn = offset + len(line) == len(data)
-                spans.append(Span(offset, length, f"torn: {damage.reason}" if torn else damage.reason))
-        offset += len(line) + 1
+        good, offset = record.payloads(data, offset, ahead)
+        payloads += good
+        number += len(good)
+        if len(good) < ahead:
+            offset = _read_line(data, offset, payloads, spans)
+            number += 1
     return Contents(payloads, spans)
+
+
+def _read_line(data: bytes, offset: int, payloads: list[bytes], spans: list[Span]) -> int:
+    """Tell whether one line is good or damaged; where the next one begins."""
+    end = data.find(b"\n", offset)
+    line = data[offset : end if end >= 0 else len(data)]
+    if line and not line.isspace():
+        try:
+            payloads.append(record.payload(line))
+        except Damaged as damage:
+            length = min(len(line) + 1, len(data) - offset)
+            behind = _behind_nul(line)
+            if behind is not None:
+                payloads.append(behind[1])
+                length = behind[0]
+            torn = offset + len(line) == len(data)
+            spans.append(Span(offset, length, f"torn: {damage.reason}" if torn else damage.reason))
+    return offset + len(line) + 1

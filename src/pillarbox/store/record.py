@@ -14,7 +14,7 @@ from pillarbox.store import speed
 from pillarbox.store.plain import OVERHEAD
 from pillarbox.store.speed import line
 
-__all__ = ["OVERHEAD", "Damaged", "line", "payload"]
+__all__ = ["OVERHEAD", "Damaged", "line", "payload", "payloads"]
 
 
 class Damaged(Exception):  # noqa: N818 - reads as the sentence it is
@@ -47,6 +47,14 @@ def payload(line: bytes) -> bytes:
             raise Damaged("bad_json") from None
         return value
     return _payload_by_parser(line)
+
+
+def payloads(data: bytes, offset: int, most: int) -> tuple[list[bytes], int]:
+    """The payloads of up to `most` lines from an offset on, as `payload` gives them, and where they end.
+
+    At the latest where the first line begins that has not the shape that we write, or is damaged, or has no line feed.
+    """
+    return speed.records(data, offset, most, speed.value, _check_value)
 
 
 def _payload_by_parser(line: bytes) -> bytes:

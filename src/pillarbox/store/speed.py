@@ -1,4 +1,4 @@
-"""Chooses between the compiled pieces of the hot path and those in Python.
+"""Chooses between the compiled pieces of the hot path and of the reader, and those in Python.
 
 They are compiled where the package was installed with a C compiler; with `PILLARBOX_PURE_PYTHON=1` in the environment they are
 left alone all the same. What they do is the same, and the same tests hold both to it.
@@ -23,10 +23,11 @@ try:
     from pillarbox.store import _listing as listing
     from pillarbox.store import _speed
     from pillarbox.store import _together as together
+    from pillarbox.store._lines import records
     from pillarbox.store._speed import Appending, Counts, line, pack, value
     from pillarbox.store._waiter import Waiter, gather, wake
 except ImportError:
-    from pillarbox.store.plain import Appending, Counts, line, pack, value
+    from pillarbox.store.plain import Appending, Counts, line, pack, records, value
     from pillarbox.store.waiter import Waiter, gather, wake
 
     listing = together = None  # type: ignore[assignment]
@@ -43,6 +44,7 @@ __all__ = [
     "listing",
     "pack",
     "quickest",
+    "records",
     "together",
     "value",
     "wake",

@@ -139,7 +139,7 @@ def test_columns_in_another_order_and_case_are_filled_by_name() -> None:
     kind = msgspec.defstruct("Event", [("event_id", str), ("user_name", str), ("n", int)])
     fitting = fit(kind, n={"I64": []}, eventId=STRING, maybe=option(STRING), UserName=STRING)
     refused: dict[int, Refusal] = {}
-    body, indexes = fitting.body([(4, kind("a", "b", 1))], refused)
+    body, indexes = fitting.body([kind("a", "b", 1)], [4], refused)
     assert (json.loads(body), indexes, refused) == ([[[1, "a", None, "b"]]], [4], {})
 
 
@@ -151,7 +151,7 @@ def test_an_integer_out_of_range_refuses_its_event_only(column: Kind, good: int,
     """With the column's range in the reason."""
     kind = msgspec.defstruct("Event", [("event_id", str), ("n", int)])
     refused: dict[int, Refusal] = {}
-    _, indexes = fit(kind, event_id=STRING, n=column).body([(0, kind("a", good)), (1, kind("b", bad))], refused)
+    _, indexes = fit(kind, event_id=STRING, n=column).body([kind("a", good), kind("b", bad)], range(2), refused)
     assert indexes == [0]
     assert refused[1].code == "out_of_range"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 from datetime import UTC, datetime
-from operator import attrgetter
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -20,7 +19,7 @@ from pillarbox.sinks.base import Refusal
 from pillarbox.sinks.spacetimedb.schema import Function, Member, Schema, Type, canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
 _Members = tuple[tuple[str, Any], ...]  # (name, value) of a closed set
 _INTEGERS: Final = {f"{sign}{bits}": (sign, bits) for sign in "IU" for bits in (8, 16, 32, 64, 128, 256)}
@@ -61,45 +60,32 @@ class Fitting:
             return
         self._rows = self._struct(event_type, element, "")
 
-    def _struct(self, kind: type[msgspec.Struct], of: Type, path: str) -> Callable[[Sequence[Any]], list[tuple[Any, ...]]]:
-        """How structs become arrays: several at once, field by field, for most fields of most events need nothing done."""
+    def _struct(self, kind: type[msgspec.Struct], of: Type, path: str) -> _Rows:
+        """How structs become arrays."""
         fields = {canonical(field.encode_name): field for field in msgspec.structs.fields(kind)}
-        names: list[str] = []
-        options: list[int] = []  # positions of what needs no more than to be told apart from none
+        places = {name: at for at, name in enumerate(kind.__struct_fields__)}
+        order: list[int | None] = []
+        options: list[int] = []
         converts: list[tuple[int, Callable[[Any], Any]]] = []
         for column in self._schema.product(of) or []:
             field = fields.pop(canonical(column.name), None)
             name = f"{path}{column.name}"
             if field is None:
-                # An option that the event type does not know is none; a place-holder keeps the positions.
+                # An option that the event type does not know is none.
                 if self._schema.option(column.type) is None:
                     wanted = f"the module wants {self._schema.words(column.type)}, the event type has no such field"
                     self.misfits.append(Misfit(name, wanted))
-                names.append("__class__")
-                converts.append((len(names) - 1, _nothing))
+                order.append(None)
                 continue
-            names.append(field.name)
+            order.append(places[field.name])
             convert = self._value(field.type, column.type, name, _closed(kind, field.name))
             if convert is _some:
-                options.append(len(names) - 1)
+                options.append(len(order) - 1)
             elif convert is not None:
-                converts.append((len(names) - 1, convert))
+                converts.append((len(order) - 1, convert))
         for left in fields.values():
             self.misfits.append(Misfit(f"{path}{left.encode_name}", "the module has no such field; its values would be lost"))
-        get = attrgetter(*names, "__class__")  # one more, so that it is a tuple for a single field too
-
-        def rows(events: Sequence[Any]) -> list[tuple[Any, ...]]:
-            columns: list[Sequence[Any]] = list(zip(*map(get, events), strict=True))
-            columns.pop()
-            for position in options:
-                if columns[position].count(None) < len(events):
-                    columns[position] = [None if value is None else (0, value) for value in columns[position]]
-            for position, convert in converts:
-                if not (isinstance(convert, _Integer) and convert.takes(columns[position])):
-                    columns[position] = list(map(convert, columns[position]))
-            return list(zip(*columns, strict=True))
-
-        return rows
+        return _Rows(order, options, converts)
 
     def _value(self, annotation: Any, of: Type, path: str, closed: _Members = ()) -> Callable[[Any], Any] | None:
         """How a value becomes one of the type `of`; None where it goes as it is."""
@@ -162,34 +148,55 @@ class Fitting:
 
         return _Variants(known, positions, f"{path}: ", f" is none of {names}").__getitem__
 
-    def body(self, events: Sequence[tuple[int, Any]], refused: dict[int, Refusal]) -> tuple[bytes, list[int]]:
+    def body(self, events: Sequence[Any], indexes: Sequence[int], refused: dict[int, Refusal]) -> tuple[bytes, Sequence[int]]:
         """The function's arguments, and the index in the batch of each event in it; adds to `refused` what cannot be sent."""
         parts: list[bytes] = []
-        indexes: list[int] = []
+        unfit: set[int] = set()
         for start in range(0, len(events), _TOGETHER):
             part = events[start : start + _TOGETHER]
             try:
-                rows = self._rows([event for _, event in part])
+                rows = self._rows(part)
             except Unfit:
-                rows, part = self._singly(part, refused)
+                rows = self._singly(part, indexes[start : start + _TOGETHER], refused, unfit)
             if rows:
                 parts.append(msgspec.json.encode(rows)[1:-1])
-                indexes += [index for index, _ in part]
-        return b"[[%b]]" % b",".join(parts), indexes
+        return b"[[%b]]" % b",".join(parts), [index for index in indexes if index not in unfit] if unfit else indexes
 
     def _singly(
-        self, events: Iterable[tuple[int, Any]], refused: dict[int, Refusal]
-    ) -> tuple[list[tuple[Any, ...]], list[tuple[int, Any]]]:
-        """The rows of those that can be sent, and those."""
-        rows, fit = [], []
-        for index, event in events:
+        self, events: Sequence[Any], indexes: Sequence[int], refused: dict[int, Refusal], unfit: set[int]
+    ) -> list[tuple[Any, ...]]:
+        """The rows of those that can be sent."""
+        rows: list[tuple[Any, ...]] = []
+        for event, index in zip(events, indexes, strict=True):
             try:
                 rows += self._rows((event,))
-            except Unfit as unfit:
-                refused[index] = unfit.refusal
-            else:
-                fit.append((index, event))
-        return rows, fit
+            except Unfit as error:
+                refused[index] = error.refusal
+                unfit.add(index)
+        return rows
+
+
+class _Rows:
+    """Structs -> arrays: several at once, column by column, for most columns of most events need nothing done."""
+
+    def __init__(
+        self, order: Sequence[int | None], options: Sequence[int], converts: Sequence[tuple[int, Callable[[Any], Any]]]
+    ) -> None:
+        self._order = order  # which field each column has, by its position; None: none
+        self._options = options  # columns of what needs no more than to be told apart from none
+        self._converts = converts
+
+    def __call__(self, events: Sequence[Any]) -> list[tuple[Any, ...]]:
+        fields = list(zip(*map(msgspec.structs.astuple, events), strict=True))
+        nothing = (None,) * len(events)
+        columns: list[Sequence[Any]] = [nothing if at is None else fields[at] for at in self._order]
+        for position in self._options:
+            if columns[position].count(None) < len(events):
+                columns[position] = [None if value is None else (0, value) for value in columns[position]]
+        for position, convert in self._converts:
+            if not (isinstance(convert, _Integer) and convert.takes(columns[position])):
+                columns[position] = list(map(convert, columns[position]))
+        return list(zip(*columns, strict=True)) if columns else [()] * len(events)
 
 
 def _closed(kind: type[msgspec.Struct], field: str) -> _Members:
@@ -229,10 +236,6 @@ class _Variants(dict[Any, msgspec.Raw]):
             raise Unfit(Refusal("unknown_variant", f"{self._words[0]}{text!r}{self._words[1]}"))
         self[value] = found  # no more than there are spellings of the variants
         return found
-
-
-def _nothing(_value: Any) -> None:
-    return None
 
 
 def _some(value: Any) -> Any:

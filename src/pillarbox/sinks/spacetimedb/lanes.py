@@ -1,35 +1,24 @@
 """Connections that know themselves: a server that is another one by now must not confirm what its predecessor has answered.
 
-Each lane is one HTTP connection. Its `socket` is the very connection that the last answer came over; a client that reconnects
-silently gets another one.
+Each lane is one HTTP connection, which `wire.py` speaks. Its `socket` is the very connection that the last answer came over; a
+lane whose connection was closed makes another one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from typing import TYPE_CHECKING, Any
-
-import httpcore
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from pillarbox.sinks.spacetimedb.answers import Reply
+from pillarbox.sinks.spacetimedb.wire import Connection, WireError, connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pillarbox.sinks.spacetimedb.target import Target
 
-_BROKEN = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
-
-
-class _NoTokens(logging.Filter):
-    """Keeps out of the log what the HTTP library writes at DEBUG: the server's answers repeat the caller's token."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "spacetime-identity-token" not in record.getMessage()
-
-
-logging.getLogger("httpcore.http11").addFilter(_NoTokens())
+_PORTS: Final = {"http": 80, "https": 443}
 
 
 class TransportError(Exception):
@@ -43,29 +32,48 @@ class Lane:
         self.lock = asyncio.Lock()
         self.socket: Any = None
         self._server = target.server
-        self._headers: dict[bytes | str, bytes | str] = target.token.header() if target.token else {}
-        self._timeouts = dict.fromkeys(("connect", "read", "write", "pool"), target.timeout_s)
-        self._pool = httpcore.AsyncConnectionPool(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None)
+        self._timeout_s = target.timeout_s
+        parts = urlsplit(target.server)
+        self._secure = parts.scheme == "https"
+        self._host, self._port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
+        self._headers = [("Host", parts.netloc)]
+        if target.token:
+            self._headers += target.token.header().items()
+        self._connection: Connection | None = None
 
     async def call(self, method: str, path: str, content: bytes | None = None, content_type: str = "application/json") -> Reply:
         """One request; raises `TransportError`."""
-        headers = dict(self._headers)
+        headers = self._headers
         if content is not None:
-            headers["Content-Type"] = content_type
+            headers = [*headers, ("Content-Type", content_type), ("Content-Length", str(len(content)))]
+        connection = await self._connected()
         try:
-            response = await self._pool.request(
-                method, f"{self._server}{path}", headers=headers, content=content, extensions={"timeout": self._timeouts}
-            )
-        except _BROKEN as error:
-            raise TransportError(_in_words(error, self._server)) from error
-        self.socket = response.extensions.get("network_stream")
-        found = {name.lower(): value.decode("latin-1") for name, value in response.headers}
+            answer = await connection.ask(method, path, headers, content or b"", self._timeout_s)
+        except TimeoutError:
+            raise TransportError(f"{self._server} did not answer in time; timeout= in the sink's URL allows it more") from None
+        except WireError as error:
+            raise TransportError(f"the connection to {self._server} broke ({error})") from None
+        self.socket = connection
+        found = dict(answer.headers)
         timed = b"spacetime-execution-duration-micros" in found
-        return Reply(response.status, found.get(b"content-type", ""), found.get(b"retry-after", ""), response.content, timed)
+        kind, after = (found.get(name, b"").decode("latin-1") for name in (b"content-type", b"retry-after"))
+        return Reply(answer.status, kind, after, answer.body, timed)
+
+    async def _connected(self) -> Connection:
+        if self._connection is None or self._connection.is_closed:
+            try:
+                self._connection = await connect(self._host, self._port, self._timeout_s, secure=self._secure)
+            except OSError as error:
+                text = str(error) or type(error).__name__
+                advice = "is the server running, and are host and port right?"
+                raise TransportError(f"{self._server} cannot be reached ({text}): {advice}") from error
+        return self._connection
 
     async def close(self) -> None:
         """Hang up."""
-        await self._pool.aclose()
+        if self._connection is not None:
+            self._connection.close()
+            await self._connection.closed()
 
 
 class Lanes:
@@ -98,13 +106,3 @@ def used(marks: Iterable[tuple[Lane, Any]]) -> dict[Lane, set[Any]]:
     for lane, socket in marks:
         found.setdefault(lane, set()).add(socket)
     return found
-
-
-def _in_words(error: Exception, server: str) -> str:
-    """What went wrong on the way, and what to look at."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, httpcore.ConnectTimeout | httpcore.ConnectError):
-        return f"{server} cannot be reached ({text}): is the server running, and are host and port right?"
-    if isinstance(error, httpcore.TimeoutException):
-        return f"{server} did not answer in time ({text}); timeout= in the sink's URL allows it more"
-    return f"the connection to {server} broke ({text})"

@@ -62,7 +62,7 @@ class _Prepared(NamedTuple):
 
     fit: _Fit
     body: bytes
-    indexes: list[int]
+    indexes: Sequence[int]
     refused: dict[int, Refusal]
 
 
@@ -174,8 +174,8 @@ class SpacetimeDbSink:
             batch.prepared = self._prepared(batch, self._fit)
 
     def _prepared(self, batch: Batch, fit: _Fit) -> _Prepared:
-        events, refused = base.decode(batch, self._decoder)
-        body, indexes = fit.fitting.body(events, refused)
+        events, indexes, refused = base.decode(batch, self._decoder)
+        body, indexes = fit.fitting.body(events, indexes, refused)
         return _Prepared(fit, body, indexes, refused)
 
     async def deliver(self, batch: Batch) -> Answer:
@@ -252,7 +252,9 @@ class SpacetimeDbSink:
         """Wait for the first batch's time, or a part of it; those whose time has come."""
         wait = self._target.confirm_wait_s
         gather = min(_GATHER_MAX_S, wait / 10)  # a little longer, so that several batches are confirmed by one ping
-        due = max((one.at for one in self._sent.get(ids[0], ())), default=-wait) + wait + gather
+        first = max((one.at for one in self._sent.get(ids[0], ())), default=-wait)
+        last = max((one.at for batch_id in ids for one in self._sent.get(batch_id, ())), default=first)
+        due = min(first + gather, last) + wait
         await asyncio.sleep(min(max(0.0, due - self._clock.monotonic()), _WAIT_SLICE_S))
         now = self._clock.monotonic()
         return list(itertools.takewhile(lambda one: all(sent.at + wait <= now for sent in self._sent.get(one, ())), ids))

@@ -48,7 +48,7 @@ class Token:
         except (IndexError, ValueError, msgspec.DecodeError, KeyError, TypeError):
             return None
 
-    def header(self) -> dict[bytes | str, bytes | str]:
+    def header(self) -> dict[str, str]:
         """What proves to the server who calls."""
         return {"Authorization": f"Bearer {self._text}"}
 

@@ -1,0 +1,178 @@
+"""HTTP/1.1 over one connection: h11 speaks it, asyncio carries it. One request at a time, and nothing is tried again here.
+
+Not a client that pools, for a lane must know its connection, and because such a client takes longer for a call than the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+
+import certifi
+import h11
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_NEXT_ADDRESS_S: Final = 0.25  # before another address of the host is tried beside one that does not answer (RFC 8305)
+
+
+class WireError(Exception):
+    """There is no connection any more, or none that can be used; the message says why."""
+
+
+class Answered(NamedTuple):
+    """What came back; names of headers are in small letters."""
+
+    status: int
+    headers: Sequence[tuple[bytes, bytes]]
+    body: bytes
+
+
+async def connect(host: str, port: int, timeout_s: float, *, secure: bool) -> Connection:
+    """A new connection; raises `OSError`, of which `TimeoutError` is one."""
+    loop = asyncio.get_running_loop()
+    context = _trust() if secure else None
+    async with asyncio.timeout(timeout_s):
+        _, connection = await loop.create_connection(Connection, host, port, ssl=context, happy_eyeballs_delay=_NEXT_ADDRESS_S)
+    return connection
+
+
+def _trust() -> ssl.SSLContext:
+    """Whom to believe that the server is who it says: the system's authorities, and those of certifi."""
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class Connection(asyncio.Protocol):
+    """One connection; once something has gone wrong with it, it is closed."""
+
+    def __init__(self) -> None:
+        self._http = h11.Connection(h11.CLIENT)
+        self._loop = asyncio.get_running_loop()
+        self._gone = self._loop.create_future()
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[Answered] | None = None  # of the request that is under way
+        self._head: h11.Response | None = None
+        self._body: list[bytes] = []
+        self._timeout_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be asked over it any more."""
+        return self._transport is None or self._transport.is_closing()
+
+    async def ask(self, method: str, target: str, headers: list[tuple[str, str]], content: bytes, timeout_s: float) -> Answered:
+        """Send a request and wait for what comes back; raises `WireError`, and `TimeoutError` once nothing moves for so long.
+
+        `headers` have the content's length where there is any. Given up, the connection is closed: nobody knows what comes.
+        """
+        if self._transport is None or self._transport.is_closing():
+            raise WireError("closed before anything was sent")
+        self._head = None
+        self._body.clear()
+        self._answer = self._loop.create_future()
+        self._timeout_s = timeout_s
+        self._wait_anew()
+        try:
+            self._transport.write(self._request(method, target, headers, content))
+            return await self._answer
+        except h11.LocalProtocolError as error:
+            self.close()
+            raise WireError(str(error)) from None
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._answer = None
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _request(self, method: str, target: str, headers: list[tuple[str, str]], content: bytes) -> bytes:
+        send = self._http.send
+        parts = [send(h11.Request(method=method, target=target, headers=headers))]
+        if content:
+            parts.append(send(h11.Data(data=content)))
+        parts.append(send(h11.EndOfMessage()))
+        return b"".join(filter(None, parts))
+
+    def close(self) -> None:
+        """Hang up at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def closed(self) -> None:
+        """Wait until it is, after `close`."""
+        if self._transport is not None:
+            await self._gone
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It stands."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(0)  # `resume_writing` means that all is sent
+
+    def resume_writing(self) -> None:
+        """All of the request is sent."""
+        self._wait_anew()
+
+    def data_received(self, data: bytes) -> None:
+        """A part of an answer, or all of it."""
+        self._receive(data)
+
+    def eof_received(self) -> None:
+        """The server has hung up: an answer whose length it has not named ends with that."""
+        self._receive(b"")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It is no more."""
+        self._fail(WireError(str(error) if error else "the server hung up without an answer"))
+        self._gone.set_result(None)
+
+    def _receive(self, data: bytes) -> None:
+        try:
+            self._http.receive_data(data)
+            while True:
+                event = self._http.next_event()
+                if isinstance(event, h11.Response):
+                    self._head = event
+                elif isinstance(event, h11.Data):
+                    self._body.append(bytes(event.data))
+                elif not isinstance(event, h11.InformationalResponse):
+                    break
+        except h11.RemoteProtocolError as error:
+            self._fail(WireError(str(error)))
+            self.close()
+            return
+        if isinstance(event, h11.EndOfMessage):
+            self._complete()
+        else:
+            self._wait_anew()
+
+    def _complete(self) -> None:
+        if self._http.our_state is self._http.their_state is h11.DONE and not self._unsent():
+            self._http.start_next_cycle()
+        else:
+            self.close()
+        if self._answer is not None and not self._answer.done() and self._head is not None:
+            self._answer.set_result(Answered(self._head.status_code, self._head.headers, b"".join(self._body)))
+
+    def _unsent(self) -> int:
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    # How long nothing may move.
+
+    def _wait_anew(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._answer is not None and not self._answer.done():
+            self._timer = self._loop.call_later(self._timeout_s, self._fail, TimeoutError())
+
+    def _fail(self, error: Exception) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)

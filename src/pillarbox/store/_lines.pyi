@@ -1,0 +1,1 @@
+from pillarbox.store.plain import records as records
