@@ -10,12 +10,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pillarbox import Dropped, Enqueued, Outbox
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER
-from pillarbox.store import layout, reader, record
+from pillarbox.store import commit, layout, reader, record
 from pillarbox.store.commit import QUEUED_BYTES_MAX, Committer
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
@@ -89,6 +90,42 @@ def test_a_lone_caller_gets_one_sync_of_the_file_and_the_first_one_of_the_direct
     assert [desk.committer.commit(LINE, 1) for _ in range(3)] == [ENQUEUED_POWER] * 3
     assert desk.filesystem.syncs == 3
     assert desk.filesystem.directory_syncs == before + 1
+
+
+def test_a_thread_that_sees_its_outcome_before_it_is_woken_wakes_the_next_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or those behind it would wait until they lose patience: the first file of a round is answered while the second is synced."""
+    monkeypatch.setattr(commit, "_PATIENCE_S", 600.0)
+    desk = Desk(tmp_path / "outbox", batch_size=4)
+    threads = [threading.Thread(target=desk.committer.commit, args=(numbered(number), 1), daemon=True) for number in range(8)]
+    answered: list[Any] = []
+
+    def others_come() -> None:
+        desk.sealer.step()  # opens a spare file
+        for thread in threads[1:]:
+            thread.start()
+        while len(desk.committer._queue) < len(threads) - 1:
+            threading.Event().wait(0.001)
+
+    def note_the_first_file() -> None:
+        assert len({chunk.file for chunk in desk.committer._chunks}) == 2
+        answered.extend(desk.committer._chunks[0].party.entries)
+
+    def one_of_them_looks() -> None:
+        waiting = sum(thread.is_alive() for thread in threads)
+        answered[1].lock.release()  # as patience does, or a lead that somebody else took meanwhile
+        while sum(thread.is_alive() for thread in threads) == waiting:
+            threading.Event().wait(0.001)
+
+    desk.filesystem.during = [one_of_them_looks, note_the_first_file, others_come]
+    threads[0].start()
+    for thread in threads:
+        while thread.ident is None:
+            threading.Event().wait(0.001)
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(desk.lines()) == len(threads)
 
 
 def test_the_sealer_enters_the_names_of_spare_files_so_that_callers_need_not(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ class Committer:
         return None
 
     def _answer(self, party: _Party, outcome: Outcome | None, woken: list[_Turn]) -> None:
-        """Note an outcome; None is none yet. Threads that are to be woken are added to `woken`."""
+        """Note an outcome; None is none yet. Of threads the first goes to `woken`: it wakes the next, and so on."""
         if outcome is None:
             return
         if isinstance(outcome, Dropped):
@@ -304,9 +304,12 @@ class Committer:
             if loop is not None:
                 self._answered.append(_Group(loop, cast("list[Waiter]", entries), outcome))
                 continue
-            for turn in cast("list[_Turn]", entries):
+            turns = cast("list[_Turn]", entries)
+            for before, turn in pairwise(turns):  # first: who happens to look sees its outcome, leaves, and wakes the next
+                before.following = turn
+            for turn in turns:
                 turn.outcome = outcome
-                woken.append(turn)
+            woken += turns[:1]
 
     def _hand_on(self) -> None:
         """Let somebody lead who waits: before the group is woken, so that the next sync begins at once."""
@@ -322,11 +325,9 @@ class Committer:
                 self._call_helper()
 
     def _wake(self, woken: list[_Turn]) -> None:
-        """Wake those who are answered: a group of coroutines at once, threads one after another."""
-        for before, who in pairwise(woken):
-            before.following = who
-        if woken:
-            _release(woken[0].lock)
+        """Wake those who are answered: a group of coroutines at once; threads one after another, of each party the first."""
+        for turn in woken:
+            _release(turn.lock)
         # Coroutines hold the interpreter lock from the first to the last: the next round appends before, in a moment.
         if not (self._queue and threading.current_thread() is self._helper):
             self._wake_loops()
