@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 from unittest import mock
@@ -71,9 +72,10 @@ class Report(NamedTuple):
     lost_something: int  # cuts after which something was missing
 
 
-def need(*, root: bool = True, devices: tuple[str, ...] = (), commands: tuple[str, ...] = ()) -> None:
+def need(*, root: bool = True, devices: tuple[str, ...] = (), commands: tuple[str, ...] = (), fuse: bool = False) -> None:
     """Skip where the machine lacks something, and fail in CI, where nothing may be lacking."""
-    lacking = [device for device in devices if not os.access(device, os.R_OK | os.W_OK)]
+    lacking = ["libfuse"] if fuse and not (find_library("fuse") or find_library("fuse3")) else []
+    lacking += [device for device in devices if not os.access(device, os.R_OK | os.W_OK)]
     lacking += [command for command in commands if shutil.which(command) is None]
     if root and os.geteuid() != 0:
         lacking.append("root")

@@ -196,18 +196,18 @@ def doom(chance: random.Random) -> None:
     share = chance.random()
 
     def dying(verb: str, function: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object) -> object:
+        def call(*arguments: object, **named: object) -> object:
             nonlocal left
             left -= 1
             if left >= 0:
-                return function(*arguments)
+                return function(*arguments, **named)
             if when == "middle" and verb == "write":
                 fd, data = arguments
                 assert isinstance(fd, int)
                 assert isinstance(data, bytes)
                 os.write(fd, data[: int(share * len(data))])
             elif when != "before":
-                function(*arguments)
+                function(*arguments, **named)
             os.kill(os.getpid(), signal.SIGKILL)
             return None
 

@@ -24,7 +24,7 @@ SECONDS = 5.0
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Path]:
     """The file system, mounted, with nothing in it."""
-    need(devices=("/dev/fuse",))
+    need(devices=("/dev/fuse",), fuse=True)
     with dropping.mounted(tmp_path / "mount", seed=1):
         yield tmp_path / "mount"
 
@@ -145,7 +145,7 @@ def test_a_directory_whose_maker_died_before_its_sync_is_made_durable_by_the_nex
 @pytest.mark.parametrize("failing", [0.0, 0.05])
 def test_what_was_acknowledged_under_power_survives_kills_and_cuts(tmp_path: Path, failing: float) -> None:
     """Where syncs fail, too; in a process of its own, for a parent with threads must not fork."""
-    need(devices=("/dev/fuse",))
+    need(devices=("/dev/fuse",), fuse=True)
     command = [sys.executable, "-m", "tests.crash.dropping", "--minutes", str(SECONDS / 60), "--failing", str(failing)]
     command += ["--seed", "20261", "--directory", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -220,13 +220,13 @@ def _die_after(has_begun: Callable[[str, str], bool], left: int, steps: int, not
     armed = False
 
     def dying(verb: str, function: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object) -> object:
+        def call(*arguments: object, **named: object) -> object:
             nonlocal left, steps, armed
             steps -= armed
             if steps < 0:
                 note()
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*arguments)
+            result = function(*arguments, **named)
             if has_begun(verb, str(arguments[-1])):
                 left -= 1
                 armed = left < 0
