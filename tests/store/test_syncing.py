@@ -1,0 +1,97 @@
+"""What becomes of several files that are made durable in one go, on a real directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pillarbox.store import reader
+from pillarbox.store.active import ActiveFile
+from pillarbox.store.directory import Directory
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.record import line
+from pillarbox.store.syncing import Syncs
+from pillarbox.testing import ManualClock
+
+
+class Failing(RealFilesystem):
+    """Fails the sync of some files, for good, and counts those of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failing: set[int] = set()
+        self.synced: list[int] = []
+
+    def sync_data(self, fd: int) -> None:
+        if fd in self.failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self.synced.append(fd)
+
+
+class Desk:
+    """Some files of a writer, each with two lines, and what is asked of that when one is given up."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.filesystem = Failing()
+        self.place = Directory(str(path), self.filesystem, ManualClock())
+        self.place.open()
+        self.given_up: list[ActiveFile] = []
+        taken, _ = self.place.create_each([f"active-w-{number}.ndjson" for number in range(count)])
+        self.files = [ActiveFile(one) for one in taken]
+        for number, file in enumerate(self.files):
+            data = b"".join(line(b'{"n":%d}' % (10 * number + at)) for at in range(2))
+            file.bytes, file.events = os.write(file.fd, data), 2
+        self.syncs = Syncs(self.place, lambda: file.syncing, lambda file, _error: self.given_up.append(file))
+
+    def payloads(self, file: ActiveFile) -> list[bytes]:
+        return reader.read(self.filesystem.read_all(file.fd), lambda: None).payloads
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_the_file_whose_sync_has_failed_is_written_anew_and_no_other(tmp_path: Path, failing: int) -> None:
+    """What a sync says is of its own file, whichever of several it is."""
+    desk = Desk(tmp_path / "outbox", 3)
+    before = [file.fd for file in desk.files]
+    identities = [os.stat(desk.place.at(file.taken.name)).st_ino for file in desk.files]
+    desk.filesystem.failing = {before[failing]}
+    (trouble,) = desk.syncs.make_final(desk.files, lambda _: ())
+    assert desk.files[failing].taken.name in trouble
+    assert desk.given_up == [desk.files[failing]]
+    for number, file in enumerate(desk.files):
+        assert (os.stat(desk.place.at(file.taken.name)).st_ino == identities[number]) == (number != failing)
+        assert desk.payloads(file) == [b'{"n":%d}' % (10 * number + at) for at in range(2)]
+        assert (file.synced, file.sealed) == (file.bytes, True)
+
+
+def test_what_cannot_be_cut_off_is_not_synced_with_the_others_but_written_anew(tmp_path: Path) -> None:
+    """Without it: what was refused would be sealed with what was accepted."""
+    desk = Desk(tmp_path / "outbox", 3)
+    os.write(desk.files[1].fd, line(b'{"n":"refused"}'))
+    desk.files[1].spoilt = True
+    others = [desk.files[0].fd, desk.files[2].fd]
+    assert len(desk.syncs.make_final(desk.files, lambda _: ())) == 1
+    assert desk.filesystem.synced[:2] == others
+    assert desk.payloads(desk.files[1]) == [b'{"n":10}', b'{"n":11}']
+    assert not desk.files[1].spoilt
+
+
+def test_what_the_disk_does_not_take_anew_either_is_said_and_the_others_are_synced(tmp_path: Path) -> None:
+    """It is sealed as it can be read."""
+    desk = Desk(tmp_path / "outbox", 3)
+    desk.filesystem.failing = {desk.files[0].fd, *range(desk.files[2].fd + 1, desk.files[2].fd + 20)}  # and new files
+    (trouble,) = desk.syncs.make_final(desk.files, lambda _: ())
+    assert "the disk does not take it" in trouble
+    assert [file.synced == file.bytes for file in desk.files] == [False, True, True]
+    assert all(file.sealed for file in desk.files)
+
+
+def test_what_is_durable_is_not_synced_again(tmp_path: Path) -> None:
+    """Neither what was, nor what has its sealed name."""
+    desk = Desk(tmp_path / "outbox", 2)
+    assert desk.syncs.make_durable(desk.files[0], lambda _: ()) == ""
+    assert desk.syncs.make_final(desk.files, lambda _: ()) == []
+    assert desk.syncs.make_final(desk.files, lambda _: ()) == []
+    assert desk.filesystem.synced == [file.fd for file in desk.files]
