@@ -12,6 +12,8 @@ import pytest
 from pillarbox.outcome import ENQUEUED
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
+from pillarbox.store.listing import ByListing
+from pillarbox.store.onebyone import OneByOne
 from pillarbox.store.writer import Writer
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem
@@ -213,5 +215,8 @@ def test_a_failed_sync_dooms_what_it_was_to_make_durable() -> None:
 def test_every_verb_of_a_file_system_either_fails_or_is_passed_on() -> None:
     """What cannot fail is named in the head of the table."""
     verbs = {verb for verb in dir(Filesystem) if not verb.startswith("_")}
-    assert verbs - set(VERBS) == {"close", "close_inherited", "is_linked", "is_one", "is_still", "size"}
+    several = {verb for made in (OneByOne, ByListing) for verb in vars(made) if not verb.startswith("_")}
+    assert verbs - set(VERBS) - several == {"close", "close_inherited", "is_linked", "is_one", "is_still", "size"}
     assert verbs >= PARTIAL
+    assert verbs >= several
+    assert not several & (vars(FaultFilesystem).keys() | vars(CrashFilesystem).keys())  # made of those that fail
