@@ -22,6 +22,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.speed import Waiter
+from pillarbox.store.syncing import Syncs
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock
 from tests.conftest import event
@@ -321,6 +322,113 @@ def test_a_leader_that_is_interrupted_takes_nobody_with_it(desk: Desk) -> None:
     assert outcomes == [ENQUEUED_POWER] * 2
     assert desk.committer.commit(numbered(4), 1) == ENQUEUED_POWER
     assert sorted(desk.lines()) == [b'{"n":%d}' % n for n in (1, 2, 3, 4)]
+
+
+def test_a_leader_that_is_interrupted_leaves_no_coroutine_that_waits_for_another_caller(desk: Desk) -> None:
+    """None may come: our thread leads for them."""
+    answered: list[object] = []
+    queued = threading.Event()
+
+    async def one() -> None:
+        answer = desk.committer.commit_async(numbered(2), 1)
+        queued.set()
+        assert isinstance(answer, Waiter)
+        answered.append(await answer)
+
+    coroutine = threading.Thread(target=lambda: asyncio.run(one()), daemon=True)
+
+    def interrupt() -> None:
+        coroutine.start()
+        queued.wait(60)
+        raise KeyboardInterrupt
+
+    desk.filesystem.during = [interrupt]
+    with pytest.raises(KeyboardInterrupt):
+        desk.committer.commit(numbered(1), 1)
+    coroutine.join(60)
+    assert answered == [ENQUEUED_POWER]
+
+
+def test_a_follower_that_is_interrupted_is_handed_no_lead(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who queues behind it would wait for ever."""
+    answered: list[object] = []
+    taken = commit._taken_lock
+
+    async def one() -> None:
+        answer = desk.committer.commit_async(numbered(3), 1)
+        assert isinstance(answer, Waiter)
+        answered.append(await answer)
+
+    class Interrupting:
+        """The lock of a turn, to wait for which is interrupted."""
+
+        def acquire(self, timeout: float) -> bool:
+            raise KeyboardInterrupt
+
+        def release(self) -> None:
+            pass
+
+    def is_interrupted() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            desk.committer.commit(numbered(2), 1)
+
+    coroutine = threading.Thread(target=lambda: asyncio.run(one()), daemon=True)
+
+    def others_come() -> None:
+        monkeypatch.setattr(commit, "_taken_lock", Interrupting)
+        follower = threading.Thread(target=is_interrupted)
+        follower.start()
+        follower.join(60)
+        monkeypatch.setattr(commit, "_taken_lock", taken)
+        coroutine.start()
+        while len(desk.committer._queue) < 2:
+            threading.Event().wait(0.001)
+
+    desk.filesystem.during = [others_come]
+    assert desk.committer.commit(numbered(1), 1) == ENQUEUED_POWER
+    coroutine.join(60)
+    assert answered == [ENQUEUED_POWER]
+
+
+def test_a_sync_that_has_failed_is_not_trusted_after_an_interrupt_either(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next leader would sync the same file, and be told that all is well: it is written anew."""
+    conclude = Syncs._conclude
+
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    desk.committer.commit(numbered(1), 1)
+    before = os.stat(desk.place.at(desk.writer._file.taken.name)).st_ino
+    desk.filesystem.failures = [OSError(errno.EIO, "broken")]
+    monkeypatch.setattr(Syncs, "_conclude", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        desk.committer.commit(numbered(2), 1)
+    monkeypatch.setattr(Syncs, "_conclude", conclude)
+    name = desk.writer._file.taken.name
+    assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
+    assert os.stat(desk.place.at(name)).st_ino != before
+    assert sorted(desk.lines()) == [b'{"n":%d}' % n for n in (1, 2, 3)]
+
+
+def test_many_that_are_refused_together_are_refused_one_by_one_in_time(tmp_path: Path) -> None:
+    """The lines of those that are left are not joined again for each."""
+    desk = Desk(tmp_path / "outbox", batch_size=10**5, max_bytes=2000)
+    joined: list[int] = []
+    party = commit._party
+
+    def counting(entries: list[commit._Entry]) -> commit._Party:
+        joined.append(len(entries))
+        return party(entries)
+
+    async def all_of_them() -> list[object]:
+        waiters = [desk.committer.commit_async(numbered(number), 1) for number in range(500)]
+        return [await waiter if isinstance(waiter, Waiter) else waiter for waiter in waiters]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "_party", counting)
+        outcomes = asyncio.run(all_of_them())
+    assert {type(outcome) for outcome in outcomes} == {Enqueued, Dropped}
+    assert sum(joined) <= 2 * len(outcomes)
 
 
 def test_a_cancelled_coroutine_does_not_withdraw_its_event(desk: Desk) -> None:

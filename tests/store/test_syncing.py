@@ -10,7 +10,7 @@ import pytest
 
 from pillarbox.store import reader
 from pillarbox.store.active import ActiveFile
-from pillarbox.store.directory import Directory
+from pillarbox.store.directory import Directory, Taken
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.record import line
 from pillarbox.store.syncing import Syncs
@@ -95,3 +95,34 @@ def test_what_is_durable_is_not_synced_again(tmp_path: Path) -> None:
     assert desk.syncs.make_final(desk.files, lambda _: ()) == []
     assert desk.syncs.make_final(desk.files, lambda _: ()) == []
     assert desk.filesystem.synced == [file.fd for file in desk.files]
+
+
+def test_where_one_of_several_was_removed_and_cannot_be_written_anew_the_others_are_sealed_once(tmp_path: Path) -> None:
+    """Those before it have their names: forgotten, they would be taken for removed as well, and be there twice."""
+    desk = Desk(tmp_path / "outbox", 3)
+    os.unlink(desk.place.at(desk.files[1].taken.name))
+    told: list[Taken] = []
+
+    def full(name: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    put = desk.place.put
+    desk.place.put = full  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="full"):
+        desk.place.seal([file.taken for file in desk.files], lambda files, _names: told.extend(files))
+    desk.place.put = put  # type: ignore[method-assign]
+    assert told == [desk.files[0].taken]
+    desk.place.seal([file.taken for file in desk.files[1:]], lambda files, _names: told.extend(files))
+    assert told == [file.taken for file in desk.files]
+    assert len(desk.place.sealed()) == 3
+
+
+def test_a_close_that_fails_keeps_no_other_file_open(tmp_path: Path) -> None:
+    """And is nobody's to mend: the descriptor is gone."""
+    desk = Desk(tmp_path / "outbox", 3)
+    fds = [file.fd for file in desk.files]
+    os.close(fds[1])
+    desk.filesystem.close_each(fds)
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 _SANE_MICROS: Final = 1_577_836_800_000_000  # 2020: a clock that says less had not been set when the file was sealed
 _GIVEN_UP_S: Final = 1.0  # how long a call that is given up may take to end, before that is worth a word
-_TURNS: Final = 2  # of the event loop, to send all of a call: one that takes more waits for the destination, time to read ahead
+# Of the event loop, to send all of a call: one that takes more waits for the destination, time to read ahead. httpx takes four.
+_TURNS: Final = 8
 
 
 class Courier:

@@ -21,7 +21,7 @@ enum {
     AT_ONCE = 4096, /* entries between two looks for signals */
     PART_BYTES = 1 << 15, /* of the names that become objects in one go */
     STAMP_DIGITS = 16,
-    NAME_BYTES = sizeof(((struct dirent *)NULL)->d_name),
+    NAME_BYTES = 4096, /* more than any system gives, and it may be more than `struct dirent` says */
 };
 
 typedef struct {
@@ -262,6 +262,10 @@ parts_next(PyObject *object)
     File file;
     for (int left = AT_ONCE; left > 0 && step <= FOUND && used + NAME_BYTES < PART_BYTES; left--) {
         step = next_entry(directory, parts->patterns, parts->sizes, &file);
+        if (step == FOUND && file.length >= NAME_BYTES) {
+            errno = ENAMETOOLONG;
+            step = FAILED;
+        }
         if (step == FOUND) {
             memcpy(parts->names + used, file.name, file.length + 1);
             parts->each[files++] = file.size;

@@ -105,23 +105,27 @@ list_of(const int *numbers, Py_ssize_t count)
     return found;
 }
 
-#ifdef SYNC_FILE_RANGE_WRITE
-enum { BEGIN = SYNC_FILE_RANGE_WRITE, FINISH = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER };
-#endif
-
-/* Have the data of each file written, and wait for that: no file is durable then. What fails here, the sync may not know of. */
+/* Have the data of each file written, and wait for that: no file is durable then. What fails here, the sync does not know of any
+   more; only what never began is left to it. */
 static void
 write_each(const int *fds, int *errors, Py_ssize_t count)
 {
 #ifdef SYNC_FILE_RANGE_WRITE
-    unsigned steps[] = {BEGIN, FINISH};
-    for (int step = 0; step < 2; step++) {
-        for (Py_ssize_t at = 0; at < count; at++) {
-            if (errors[at] == 0 && sync_file_range(fds[at], 0, 0, steps[step]) < 0 && errno != ENOSYS && errno != EINVAL
-                && errno != ESPIPE && errno != EOPNOTSUPP && errno != EINTR) {
-                errors[at] = errno;
-            }
+    const unsigned both = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+    enum { NOT_BEGUN = -1 };
+    for (Py_ssize_t at = 0; at < count; at++) {
+        if (sync_file_range(fds[at], 0, 0, SYNC_FILE_RANGE_WRITE) < 0) {
+            int unknown = errno == ENOSYS || errno == EINVAL || errno == ESPIPE || errno == EOPNOTSUPP;
+            errors[at] = unknown ? NOT_BEGUN : errno;
         }
+    }
+    for (Py_ssize_t at = 0; at < count; at++) {
+        if (errors[at] == 0 && sync_file_range(fds[at], 0, 0, both) < 0) {
+            errors[at] = errno;
+        }
+    }
+    for (Py_ssize_t at = 0; at < count; at++) {
+        errors[at] = errors[at] == NOT_BEGUN ? 0 : errors[at];
     }
 #else
     (void)fds, (void)errors, (void)count;
@@ -352,7 +356,7 @@ append_lines(int fd, const char *lines, Py_ssize_t size, long long below)
 }
 
 /* Append lines to a file while the lock of another is held, both there and ours to use: the descriptor of the file; or -1, and
-   nothing of them that is whole is there. */
+   nothing of them is there but a part that cannot be cut off. */
 static PyObject *
 append_under(PyObject *Py_UNUSED(self), PyObject *args)
 {

@@ -23,6 +23,7 @@ class ActiveFile(Counts):
     __slots__ = (
         "counted",
         "cut",
+        "doubtful",
         "entered",
         "number",
         "reason",
@@ -41,6 +42,7 @@ class ActiveFile(Counts):
         self.synced = 0  # bytes that are known to be durable
         self.cut = False  # something behind them was cut off since: without a sync it may be there again
         self.entered = entered  # its name is durable
+        self.doubtful = False  # a sync of it has begun, and nobody knows yet that it was good
         self.spoilt = False  # behind its bytes there are more, of a call that was refused
         self.sealed = False  # its name is another, its descriptor closed
         self.bytes = 0

@@ -139,9 +139,12 @@ class Committer:
                     turn.lock.acquire(timeout=_PATIENCE_S)
         finally:
             self._busy.discard(me)
+            cut_short = turn.outcome is None
+            if cut_short:
+                turn.outcome = DROPPED["io_error"]  # nobody waits for it: the lead is not to be handed to it
             if turn.following is not None:
                 _release(turn.following.lock)
-            if self._leader == me or self._answered:  # cut short while handing on or waking
+            if cut_short or self._leader == me or self._answered:  # while leading, handing on or waking, or handed the lead
                 self._call_helper()
         return turn.outcome
 
@@ -239,13 +242,14 @@ class Committer:
                 del self._queue[: len(party.entries)]  # after they are noted: cut short in between, they are in both
                 left -= len(party.entries)
                 refused = self._append(party)
-            while refused is not None and len(party.entries) > 1:
+            if refused is not None and len(party.entries) > 1:
                 # One line may fit where all of them do not.
-                first, party = _party(party.entries[:1]), _party(party.entries[1:])
-                self._answer(first, self._append(first), woken)
-                self._appending = party.entries
-                refused = self._append(party) if len(party.entries) == 1 else refused
-            self._answer(party, refused, woken)
+                for at, entry in enumerate(party.entries, 1):
+                    one = _party([entry])
+                    self._answer(one, self._append(one), woken)
+                    self._appending = party.entries[at:]
+            else:
+                self._answer(party, refused, woken)
             self._appending = []
 
     def _append(self, party: _Party) -> Outcome | None:
@@ -286,12 +290,14 @@ class Committer:
 
     def _enter(self, files: Iterable[ActiveFile]) -> OSError | None:
         """Make the names of files durable; what that failed of, or None."""
+        before = [(file, file.taken) for file in files]
         try:
             self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
             return error
-        for file in files:
-            file.entered = True
+        for file, taken in before:
+            if file.taken is taken:  # or the sealer has written it anew meanwhile
+                file.entered = True
         return None
 
     def _answer(self, party: _Party, outcome: Outcome | None, woken: list[_Turn]) -> None:
@@ -345,8 +351,9 @@ class Committer:
         if self._helper is None:
             with self._lock:
                 if self._helper is None:
-                    self._helper = threading.Thread(target=self._help, name="pillarbox-committer", daemon=True)
-                    self._helper.start()
+                    helper = threading.Thread(target=self._help, name="pillarbox-committer", daemon=True)
+                    helper.start()
+                    self._helper = helper  # once it is: where none can be had, the next caller tries again
         _release(self._helper_turn)
 
     def _help(self) -> None:

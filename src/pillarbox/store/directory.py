@@ -401,14 +401,15 @@ class Directory:
         while left:
             names = [self._next_sealed_name() for _ in left]
             done, error = self.filesystem.rename_each([self.at(file.name) for file in left], [self.at(name) for name in names])
-            if isinstance(error, FileNotFoundError):
-                self._write_removed(left[done], names[done])
-                done, error = done + 1, None
             if done:
                 renamed(left[:done], names[:done])
-            if error is not None:
-                raise error
             del left[:done]
+            if isinstance(error, FileNotFoundError):
+                self._write_removed(left[0], names[done])
+                renamed(left[:1], names[done : done + 1])
+                del left[0]
+            elif error is not None:
+                raise error
         if ready:
             self._sync_names()
 

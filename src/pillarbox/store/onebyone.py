@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ class OneByOne:
     def append_under(self, lock: str, path: str, lines: bytes, *, below: int) -> int | None:  # noqa: ARG002 - as above
         """Append lines, under the lock of another file, to one that ends in a whole line and has less than `below` bytes.
 
-        Both are there and ours to use. The descriptor of the file, the lock released; None, and none of the lines is there,
-        where that is to be seen and done step by step: here always.
+        Both are there and ours to use. The descriptor of the file, the lock released; None where that is to be seen and done
+        step by step: here always. Of several lines a part may be there then, if the disk is full and lets nothing be cut off.
         """
         return None
 
@@ -62,9 +63,10 @@ class OneByOne:
         return found, None
 
     def close_each(self: Filesystem, fds: Sequence[int]) -> None:
-        """Close each, and release its lock if it is held."""
+        """Close each, and release its lock if it is held. What goes wrong with that is nobody's to mend: it is closed."""
         for fd in fds:
-            self.close(fd)
+            with contextlib.suppress(OSError):
+                self.close(fd)
 
 
 def _trouble(verb: Callable[..., object], *arguments: object) -> OSError | None:

@@ -258,7 +258,6 @@ class Sealer:
 
         def renamed(files: Sequence[Taken], names: Sequence[str]) -> None:
             nonlocal done
-            self._directory.filesystem.close_each([file.fd for file in files])
             now = self._clock.micros()
             for sealed, name in zip(retired[done : done + len(names)], names, strict=True):
                 self.sealed[sealed.reason] += 1
@@ -267,6 +266,7 @@ class Sealer:
                 writer = layout.writer_of(sealed.taken.name)
                 self._unnoted.append(Sealed(now, layout.batch_id(name), writer, events, sealed.bytes))
             done += len(names)
+            self._directory.filesystem.close_each([file.fd for file in files])
 
         try:
             self._directory.seal([file.taken for file in retired], renamed)

@@ -42,6 +42,7 @@ class Syncs:
                 return ""
             (error,) = self._sync([file])
             if error is None and not self._filesystem.is_linked(file.fd):
+                file.doubtful = False
                 error = FileNotFoundError(errno.ENOENT, "was removed by somebody", file.taken.name)
                 self._give_up(file, error)
                 raise error
@@ -72,20 +73,36 @@ class Syncs:
         return None if file.sealed or (file.synced >= size and not cut) else size
 
     def _sync(self, files: Sequence[ActiveFile]) -> list[OSError | None]:
-        """Of each, what went wrong. One behind whose bytes there are more, which cannot be cut off, is not worth a sync."""
-        synced = iter(self._filesystem.sync_each([file.fd for file in files if not file.spoilt]))
-        return [OSError(errno.EIO, "what was refused cannot be cut off") if file.spoilt else next(synced) for file in files]
+        """Of each, what went wrong.
+
+        Not worth a sync are those behind whose bytes there are more, which cannot be cut off, and those whose last one was cut
+        short by an interrupt: it may have failed, and the next one would not say so.
+        """
+        unfit = [
+            OSError(errno.EIO, "what was refused cannot be cut off")
+            if file.spoilt
+            else OSError(errno.EIO, "nobody knows how its last sync ended")
+            if file.doubtful
+            else None
+            for file in files
+        ]
+        fit = [file for file, error in zip(files, unfit, strict=True) if error is None]
+        for file in fit:
+            file.doubtful = True
+        synced = iter(self._filesystem.sync_each([file.fd for file in fit]))
+        return [next(synced) if error is None else error for error in unfit]
 
     def _conclude(self, file: ActiveFile, size: int, error: OSError | None, kept: Kept) -> str:
         """After the sync of so many bytes: write the file anew where it has failed."""
         if error is None:
             file.synced = size
+            file.doubtful = False
             return ""
         trouble = f"{file.taken.name}: the disk did not take it ({error.strerror}); written anew"
         file.cut = True
         self._give_up(file, error)
         file.taken = self._directory.write_anew(file.taken, kept(file), file.bytes)
         file.fd = file.taken.fd
-        file.entered = file.cut = file.spoilt = False
+        file.entered = file.cut = file.spoilt = file.doubtful = False
         file.synced = file.bytes
         return trouble

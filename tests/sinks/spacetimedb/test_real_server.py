@@ -20,7 +20,7 @@ import pytest
 
 from pillarbox import Outbox, ScopeKind, TrackingEvent
 from pillarbox.sinks import make_sink
-from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refused, Retry
+from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refused, Retry, Unconfirmed
 from pillarbox.sinks.spacetimedb.answers import classify
 from pillarbox.sinks.spacetimedb.scaffold import scaffold
 from pillarbox.sinks.spacetimedb.sink import CALL_BYTES_MAX
@@ -491,6 +491,26 @@ def test_a_batch_of_refused_events_only_makes_no_call(shared_server: Server) -> 
     (answer,) = deliver(shared_server.sink_url("events", confirm_wait=0), junk)[0]
     assert isinstance(answer, Partly)
     assert {refusal.code for refusal in answer.refused.values()} == {"wrong_type"}
+
+
+def test_what_was_answered_over_connections_that_were_closed_is_not_confirmed(shared_server: Server) -> None:
+    """As happens where the token has changed: there is nothing left to ask over, and no word that it is durable."""
+
+    async def run() -> None:
+        sink = make_sink(shared_server.sink_url("events"), TrackingEvent)
+        sent, later = batch(event(1, event_id="closed-1")), batch(event(2, event_id="closed-2"), batch_id="sealed-b")
+        assert isinstance(await sink.deliver(sent), Delivered)
+        await sink.close()
+        with pytest.raises(Unconfirmed):
+            await sink.confirm([sent])
+        assert isinstance(await sink.deliver(sent), Delivered)
+        assert isinstance(await sink.deliver(later), Delivered)
+        left = [sent, later]
+        while left:
+            left = left[await sink.confirm(left) :]
+        await sink.close()
+
+    asyncio.run(run())
 
 
 def test_no_secret_is_in_what_is_written(shared_server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

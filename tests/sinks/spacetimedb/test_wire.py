@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pillarbox.sinks.spacetimedb import wire
 from pillarbox.sinks.spacetimedb.lanes import Lane, TransportError
 from pillarbox.sinks.spacetimedb.target import parse
 from pillarbox.sinks.spacetimedb.wire import Answered, Connection, WireError, connect
@@ -80,6 +81,34 @@ def test_call_after_call_goes_over_the_same_connection(server: Server) -> None:
     found, _ = talk(server, b"x", b"", b"y")
     assert [(one.status, one.body) for one in found if isinstance(one, Answered)] == [(200, b"1"), (404, b"2"), (200, b"3")]
     assert ([request.method for request in server.requests], server.connections) == (["POST", "GET", "POST"], 1)
+
+
+def test_what_comes_behind_an_answer_is_none_to_the_next_call(server: Server) -> None:
+    """The connection is done with: every later answer would be that of the call before."""
+    whole = Say(200, b"first").bytes()
+    server.answer = in_turn(Say(raw=whole + Say(200, b"unasked").bytes()), Say(200, b"second"))
+    found, was_closed = talk(server, b"x", b"y")
+    assert isinstance(found[0], Answered)
+    assert found[0].body == b"first"
+    assert type(found[1]) is WireError
+    assert was_closed
+
+
+def test_an_answer_that_has_no_end_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fill the memory."""
+    monkeypatch.setattr(wire, "ANSWER_BYTES_MAX", 1000)
+    server.answer = in_turn(Say(200, b"x" * 1000), Say(200, b"x" * 1001))
+    found, was_closed = talk(server, b"x", b"y")
+    assert [type(one) for one in found] == [Answered, WireError]
+    assert "1000 bytes" in str(found[1])
+    assert was_closed
+
+
+def test_a_server_that_hangs_up_is_said_to_have(server: Server) -> None:
+    """Not in the words of the library below."""
+    server.answer = always(Say(raw=b""))
+    found, _ = talk(server, b"x")
+    assert str(found[0]) == "the server hung up without an answer"
 
 
 @pytest.mark.parametrize("say", [Say(raw=b""), Say(raw=UNENDED), Say(raw=b"nonsense\r\n\r\n"), Say(200, b"abcde", cut=20)])

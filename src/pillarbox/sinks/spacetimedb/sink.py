@@ -94,6 +94,7 @@ class SpacetimeDbSink:
         self._lanes: Lanes | None = None
         self._fit: _Fit | None = None
         self._sent: dict[str, list[_Sent]] = {}  # by batch id, of what is not confirmed yet
+        self._lost: set[str] = set()  # batches that can be confirmed no more, for their connections were closed
         self._bad_values = 0  # calls in a row that a value was blamed for
         self._warned = False
 
@@ -192,6 +193,7 @@ class SpacetimeDbSink:
             return Refused(Refusal("too_large", f"{len(ready.body)} bytes in one call, the server takes {CALL_BYTES_MAX}"))
         if ":" not in batch.id:
             self._sent.pop(batch.id, None)  # sent afresh: what was sent before does not count
+            self._lost.discard(batch.id)
         try:
             reply, sent = await self._call(ready)
         except TransportError as error:
@@ -236,6 +238,9 @@ class SpacetimeDbSink:
         ids = [batch.id for batch in batches]
         if not by_query:
             ids = await self._wait_until_due(ids)
+        if self._lost.intersection(ids):
+            self._lost.difference_update(batch.id for batch in batches)
+            raise Unconfirmed("the connections were closed, for the token has changed")
         marks = [(one.lane, one.socket) for batch_id in ids for one in self._sent.get(batch_id, ())]
         try:
             for lane, sockets in used(marks).items():
@@ -312,6 +317,7 @@ class SpacetimeDbSink:
     async def close(self) -> None:
         """Hang up."""
         lanes, self._lanes = self._lanes, None
+        self._lost.update(self._sent)
         self._sent.clear()
         if lanes is not None:
             await lanes.close()

@@ -15,6 +15,8 @@ import h11
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_HUNG_UP: Final = "the server hung up without an answer"
+ANSWER_BYTES_MAX: Final = 16 * 2**20  # of one answer; more is none of SpacetimeDB's
 _NEXT_ADDRESS_S: Final = 0.25  # before another address of the host is tried beside one that does not answer (RFC 8305)
 
 
@@ -58,6 +60,7 @@ class Connection(asyncio.Protocol):
         self._answer: asyncio.Future[Answered] | None = None  # of the request that is under way
         self._head: h11.Response | None = None
         self._body: list[bytes] = []
+        self._room = 0  # for more of it, in bytes
         self._timeout_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -67,14 +70,16 @@ class Connection(asyncio.Protocol):
         return self._transport is None or self._transport.is_closing()
 
     async def ask(self, method: str, target: str, headers: list[tuple[str, str]], content: bytes, timeout_s: float) -> Answered:
-        """Send a request and wait for what comes back; raises `WireError`, and `TimeoutError` once nothing moves for so long.
+        """Send a request and wait for what comes back; raises `WireError`, and `TimeoutError`.
 
-        `headers` have the content's length where there is any. Given up, the connection is closed: nobody knows what comes.
+        The latter where the request is not sent in so long, and where so long nothing of the answer comes. `headers` have the
+        content's length where there is any. Given up, the connection is closed: nobody knows what comes.
         """
         if self._transport is None or self._transport.is_closing():
             raise WireError("closed before anything was sent")
         self._head = None
         self._body.clear()
+        self._room = ANSWER_BYTES_MAX
         self._answer = self._loop.create_future()
         self._timeout_s = timeout_s
         self._wait_anew()
@@ -108,7 +113,7 @@ class Connection(asyncio.Protocol):
     async def closed(self) -> None:
         """Wait until it is, after `close`."""
         if self._transport is not None:
-            await self._gone
+            await asyncio.shield(self._gone)
 
     # What asyncio calls.
 
@@ -127,11 +132,13 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The server has hung up: an answer whose length it has not named ends with that."""
+        if self._head is None:
+            self._fail(WireError(_HUNG_UP))
         self._receive(b"")
 
     def connection_lost(self, error: Exception | None) -> None:
         """It is no more."""
-        self._fail(WireError(str(error) if error else "the server hung up without an answer"))
+        self._fail(WireError(str(error) if error else _HUNG_UP))
         self._gone.set_result(None)
 
     def _receive(self, data: bytes) -> None:
@@ -143,6 +150,9 @@ class Connection(asyncio.Protocol):
                     self._head = event
                 elif isinstance(event, h11.Data):
                     self._body.append(bytes(event.data))
+                    self._room -= len(event.data)
+                    if self._room < 0:
+                        raise h11.RemoteProtocolError(f"the answer has more than {ANSWER_BYTES_MAX} bytes")  # noqa: TRY301 - one ending
                 elif not isinstance(event, h11.InformationalResponse):
                     break
         except h11.RemoteProtocolError as error:
@@ -155,7 +165,12 @@ class Connection(asyncio.Protocol):
             self._wait_anew()
 
     def _complete(self) -> None:
-        if self._http.our_state is self._http.their_state is h11.DONE and not self._unsent():
+        # What came behind the answer is none to the next request.
+        if (
+            self._http.our_state is self._http.their_state is h11.DONE
+            and not self._unsent()
+            and not self._http.trailing_data[0]
+        ):
             self._http.start_next_cycle()
         else:
             self.close()
