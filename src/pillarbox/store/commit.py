@@ -144,7 +144,8 @@ class Committer:
                 turn.outcome = DROPPED["io_error"]  # nobody waits for it: the lead is not to be handed to it
             if turn.following is not None:
                 _release(turn.following.lock)
-            if cut_short or self._leader == me or self._answered:  # while leading, handing on or waking, or handed the lead
+            # Cut short while leading, handing on or waking, or handed the lead: threads that wait see to that themselves.
+            if self._answered or ((cut_short or self._leader == me) and self._has_coroutines()):
                 self._call_helper()
         return turn.outcome
 
@@ -197,6 +198,12 @@ class Committer:
         """What waits in memory for the sync of a file: offsets and lines."""
         with self._lock:
             return [(chunk.end - len(chunk.party.lines), chunk.party.lines) for chunk in self._chunks if chunk.file is file]
+
+    def _has_coroutines(self) -> bool:
+        """Whether any waits that is not answered."""
+        with self._lock:
+            entries = [*self._queue, *self._appending, *(entry for chunk in self._chunks for entry in chunk.party.entries)]
+        return any(entry.loop is not None for entry in entries)
 
     def _may_lead(self, me: int) -> bool:
         if self._leader in self._busy and self._leader != me:
