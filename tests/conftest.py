@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -52,6 +53,21 @@ def existing_events() -> list[dict[str, object]]:
     folder = DATA / "existing-outbox"
     files = [*sorted(folder.glob("sealed-*")), folder / "active.ndjson"]
     return [json.loads(line)["event"] for file in files for line in file.read_bytes().split(b"\n") if line]
+
+
+PLANTED = ("symlink", "hardlink", "fifo", "directory")
+
+
+def plant(what: str, path: Path, victim: Path) -> None:
+    """Put something of `PLANTED` under a name of ours; the links lead to the victim."""
+    if what == "symlink":
+        path.symlink_to(victim)
+    elif what == "hardlink":
+        path.hardlink_to(victim)
+    elif what == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
 
 
 def event(number: int = 0, **members: object) -> TrackingEvent:

@@ -8,7 +8,6 @@ import json
 import logging
 import shutil
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
@@ -172,16 +171,6 @@ def test_refusals_by_index_come_over_the_wire(server: Server) -> None:
     assert answer_of(server.url()) == Partly({1: answer_of(server.url()).refused[1]}, 2)
     server.answer = always(Say(422, b'{"refused":[2]}', OK))
     assert answer_of(server.url()).accepted is None
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for localhost, with its key in the same file."""
-    file = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    extensions = ["-addext", "subjectAltName=DNS:localhost", "-keyout", f"{file}.key", "-out", str(file)]
-    subprocess.run([*command.split(), *extensions], check=True, capture_output=True, timeout=30)
-    return file
 
 
 @pytest.fixture

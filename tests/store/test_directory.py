@@ -21,6 +21,7 @@ from pillarbox.store.ledger import Ledger
 from pillarbox.store.recovery import RECOVERY, Action, Lock, Tail
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock
+from tests.conftest import PLANTED, plant
 
 
 def put(place: Directory, name: str, data: bytes = b"x\n") -> Path:
@@ -116,20 +117,13 @@ def test_a_file_that_is_replaced_between_open_and_lock_is_looked_at_again(tmp_pa
     place.filesystem.close(taken.fd)
 
 
-@pytest.mark.parametrize("planted", ["symlink", "hardlink", "fifo", "directory"])
+@pytest.mark.parametrize("planted", PLANTED)
 def test_what_is_planted_under_our_names_is_left_alone(place: Directory, tmp_path: Path, planted: str) -> None:
     """It neither redirects nor hangs nor stops us."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious\n")
     path = Path(place.path) / "active-x-1.ndjson"
-    if planted == "symlink":
-        path.symlink_to(victim)
-    elif planted == "hardlink":
-        path.hardlink_to(victim)
-    elif planted == "fifo":
-        os.mkfifo(path)
-    else:
-        path.mkdir()
+    plant(planted, path, victim)
     with pytest.raises(FileUnusable):
         place.take(path.name)
     assert place.recover() == []

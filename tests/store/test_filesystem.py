@@ -16,9 +16,10 @@ from pillarbox.errors import FileUnusable
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem, medium_of
+from tests.conftest import PLANTED, plant
 
 
-@pytest.mark.parametrize("planted", ["symlink", "hardlink", "fifo", "directory"])
+@pytest.mark.parametrize("planted", PLANTED)
 def test_a_lock_file_that_is_planted_is_refused_and_its_victim_unchanged(
     place: Directory, tmp_path: Path, planted: str
 ) -> None:
@@ -26,14 +27,7 @@ def test_a_lock_file_that_is_planted_is_refused_and_its_victim_unchanged(
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious\n")
     path = Path(place.at(layout.DELIVER_LOCK))
-    if planted == "symlink":
-        path.symlink_to(victim)
-    elif planted == "hardlink":
-        path.hardlink_to(victim)
-    elif planted == "fifo":
-        os.mkfifo(path)
-    else:
-        path.mkdir()
+    plant(planted, path, victim)
     lease = Lease(place, "sink", SystemClock())
     with pytest.raises(FileUnusable):
         lease.take()

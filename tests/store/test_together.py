@@ -15,6 +15,7 @@ import pytest
 
 from pillarbox.store import speed
 from pillarbox.store.filesystem import CompiledFilesystem, RealFilesystem, real_filesystem
+from tests.conftest import PLANTED, plant
 
 KINDS = [RealFilesystem, *([CompiledFilesystem] if speed.together is not None else [])]
 compiled_only = pytest.mark.skipif(speed.together is None, reason="not compiled here")
@@ -142,21 +143,14 @@ def test_a_directory_that_is_not_there_cannot_be_synced(disk: RealFilesystem, tm
 
 
 @compiled_only
-@pytest.mark.parametrize("planted", ["symlink", "hardlink", "fifo", "directory", "nothing", "locked"])
+@pytest.mark.parametrize("planted", [*PLANTED, "nothing", "locked"])
 def test_only_what_is_simply_there_is_held_in_one_call(tmp_path: Path, planted: str) -> None:
     """Whatever else there is, is looked at step by step, and said."""
     disk, path, victim = CompiledFilesystem(), tmp_path / "path", tmp_path / "victim"
     victim.write_bytes(b"")
-    if planted == "symlink":
-        path.symlink_to(victim)
-    elif planted == "hardlink":
-        path.hardlink_to(victim)
-    elif planted == "fifo":
-        os.mkfifo(path)
-    elif planted == "directory":
-        path.mkdir()
+    if planted in PLANTED:
+        plant(planted, path, victim)
     elif planted == "locked":
-        disk.close_each([])
         path.write_bytes(b"")
         assert disk.hold(str(path)) is not None
     before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()

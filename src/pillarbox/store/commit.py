@@ -202,8 +202,12 @@ class Committer:
     def _has_coroutines(self) -> bool:
         """Whether any waits that is not answered."""
         with self._lock:
-            entries = [*self._queue, *self._appending, *(entry for chunk in self._chunks for entry in chunk.party.entries)]
+            entries = [*self._begun(), *self._queue]
         return any(entry.loop is not None for entry in entries)
+
+    def _begun(self) -> list[_Entry]:
+        """Those whose lines a leader has begun to append, and has not answered. With the lock."""
+        return [*self._appending, *(entry for chunk in self._chunks for entry in chunk.party.entries)]
 
     def _may_lead(self, me: int) -> bool:
         if self._leader in self._busy and self._leader != me:
@@ -328,8 +332,8 @@ class Committer:
         """Let somebody lead who waits: before the group is woken, so that the next sync begins at once."""
         with self._lock:
             self._leader = _NOBODY
-            waiting = [*self._appending, *(entry for chunk in self._chunks for entry in chunk.party.entries)]
-            waiting += self._queue[:1]  # others append to it at this moment; nobody takes from it without the lock
+            # Others append to the queue at this moment; nobody takes from it without the lock.
+            waiting = [*self._begun(), *self._queue[:1]]
             for who in waiting:
                 if isinstance(who, _Turn) and who.outcome is None:
                     _release(who.lock)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,16 +210,6 @@ def test_what_cannot_be_sent_is_an_error_and_not_half_sent(server: Server) -> No
     assert said
     assert closed
     assert len(server.requests) == 1
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for localhost."""
-    file = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    extensions = ["-addext", "subjectAltName=DNS:localhost", "-keyout", f"{file}.key", "-out", str(file)]
-    subprocess.run([*command.split(), *extensions], check=True, capture_output=True, timeout=30)
-    return file
 
 
 def test_over_tls_the_certificate_must_be_vouched_for(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
