@@ -42,6 +42,7 @@ from pillarbox.store import writer as writer_module
 from pillarbox.store.speed import COMPILED
 from pillarbox.store.writer import RETIRED_MAX
 from tests.conftest import wait_until
+from tests.store import collector
 from tests.store.stage import (
     CALLERS,
     INNER,
@@ -229,22 +230,6 @@ def collect_at_next_allocation(stage: Stage) -> Strike:
     return strike
 
 
-@contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Disabled, with nothing to look through but what comes; once enabled, it collects at the next allocation."""
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    gc.set_threshold(1, 10**6, 10**6)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
-        gc.enable()
-
-
 @both_ways
 @pytest.mark.parametrize("scenario", CALLERS + THREADS, ids=name_of)
 def test_garbage_that_enqueues_when_it_is_collected_at_any_opcode_loses_nothing(
@@ -253,7 +238,7 @@ def test_garbage_that_enqueues_when_it_is_collected_at_any_opcode_loses_nothing(
     """A `__del__`, wherever something is allocated."""
     trouble: list[str] = []
     collected = 0
-    with collector_at_rest():
+    with collector.at_rest():
         for number, stage, action in stages(tmp_path, scenario, compiled=compiled):
             run_and_strike(number, collect_at_next_allocation(stage), action)
             gc.disable()
@@ -317,17 +302,6 @@ def long_enough(count: list[int]) -> Callable[[], bool]:
     return lambda: (now := time.monotonic()) < least or (count[0] <= 1000 and now < least + 60.0)
 
 
-@contextmanager
-def unheard_collections() -> Iterator[None]:
-    """Nobody's function is called about them: hypothesis has one, and an interrupt that comes within it is lost."""
-    before = gc.callbacks[:]
-    gc.callbacks.clear()
-    try:
-        yield
-    finally:
-        gc.callbacks[:] = before
-
-
 def test_thousands_of_keyboard_interrupts_lose_nothing_and_tear_nothing(tmp_path: Path) -> None:
     """From a timer, while the sealer works in its thread."""
     stage = Stage(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
@@ -338,7 +312,7 @@ def test_thousands_of_keyboard_interrupts_lose_nothing_and_tear_nothing(tmp_path
         if armed:
             raise KeyboardInterrupt
 
-    with unheard_collections(), alarms(interrupt) as count:
+    with collector.only_own_garbage(), alarms(interrupt) as count:
         going_on = long_enough(count)
         while going_on():
             try:
