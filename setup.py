@@ -2,6 +2,8 @@
 
 from setuptools import Extension, setup
 
-NAMES = ("_lines", "_listing", "_speed", "_together", "_waiter")
+NAMES = ("_event", "store/_lines", "store/_listing", "store/_speed", "store/_together", "store/_waiter")
 
-setup(ext_modules=[Extension(f"pillarbox.store.{name}", [f"src/pillarbox/store/{name}.c"], optional=True) for name in NAMES])
+setup(
+    ext_modules=[Extension(f"pillarbox.{name.replace('/', '.')}", [f"src/pillarbox/{name}.c"], optional=True) for name in NAMES]
+)

@@ -9,11 +9,15 @@ import re
 import uuid
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import forkserver
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import pillarbox.event
 from pillarbox import InvalidEvent, ScopeKind, TrackingEvent
 from pillarbox.errors import UsageError
 from pillarbox.event import Codec, new_event_id
@@ -148,6 +152,122 @@ def test_an_event_is_frozen() -> None:
 def test_any_text_is_a_scope_kind_here() -> None:
     """Only a destination knows which it takes."""
     assert event(1, scope_kind="Galaxy").scope_kind == "Galaxy"
+
+
+def refusal(make: Any) -> str | None:
+    try:
+        make()
+    except InvalidEvent as error:
+        return str(error)
+    return None
+
+
+TEXT = st.text(st.characters(codec=None), max_size=5) | st.sampled_from(["", "{}", "[1]", "é", "\u2028", "\U0001f600", "{"])
+VALUES = (
+    TEXT
+    | st.none()
+    | st.integers(-(2**64), 2**64)
+    | st.booleans()
+    | st.floats()
+    | st.binary(max_size=3)
+    | st.sampled_from(ScopeKind)
+)
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(MEMBERS[:4], TEXT | VALUES), optional=dict.fromkeys(MEMBERS[4:], TEXT | VALUES)))
+def test_the_check_says_the_same_compiled_and_in_python(members: dict[str, Any]) -> None:
+    """Of whatever an application puts into an event."""
+    whole: dict[str, Any] = dict.fromkeys(MEMBERS[4:8]) | {"metadata_json": "{}", "occurred_at_micros": 0} | members
+    plain = refusal(lambda: pillarbox.event._check(SimpleNamespace(**whole)))  # type: ignore[arg-type]
+    assert refusal(lambda: TrackingEvent(**whole)) == plain
+
+
+class Visit(TrackingEvent, frozen=True, kw_only=True):
+    """An application's own, made of ours."""
+
+    page: str = "/"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.page.startswith("/"):
+            raise InvalidEvent("page", "must begin with /")
+
+
+def test_a_type_made_of_ours_is_checked_too() -> None:
+    """With its own check behind ours."""
+    members: dict[str, Any] = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
+    assert Visit(**members).page == "/"
+    for member, value in (("page", "x"), ("user_id", 5), ("metadata_json", "{")):
+        with pytest.raises(InvalidEvent) as caught:
+            Visit(**members | {member: value})
+        assert caught.value.field == member
+
+
+compiled_only = pytest.mark.skipif(pillarbox.event._post_init is pillarbox.event._check, reason="nothing is compiled here")
+
+
+class Pair(msgspec.Struct):
+    """The least that can be checked."""
+
+    json: Any
+    micros: Any
+
+    @property
+    def no_member(self) -> None:
+        """Of the kind that stands somewhere in the event."""
+
+
+@compiled_only
+def test_the_compiled_check_leaves_what_it_does_not_know() -> None:
+    """To the one in Python: other types, other ways to be called, before it is bound, and what is wrong."""
+    from pillarbox._event import Check
+
+    asked: list[object] = []
+    check = Check(asked.append, msgspec.json.decode)
+    good, bad, other = Pair("[1]", 1), Pair("[", 1), event(1)
+    check(good)
+    check.bind(Pair, (), (), "json", "micros")
+    for one in (good, bad, other):
+        check(one)
+    assert asked == [good, bad, other]
+    for wrong in ((), (good, good)):
+        with pytest.raises(TypeError):
+            check(*wrong)
+
+
+@compiled_only
+def test_an_interrupt_in_the_middle_of_a_check_is_an_interrupt() -> None:
+    """Not a wrong member."""
+    from pillarbox._event import Check
+
+    def interrupted(_text: str) -> None:
+        raise KeyboardInterrupt
+
+    check = Check(lambda _event: pytest.fail("asked"), interrupted)
+    check.bind(Pair, ("json",), (), "json", "micros")
+    with pytest.raises(KeyboardInterrupt):
+        check(Pair("[1]", 1))
+
+
+@compiled_only
+def test_what_is_no_member_is_refused_before_anything_is_read() -> None:
+    """A check that is bound wrongly would read beside the event."""
+    from pillarbox import _event
+
+    wrong: list[Any] = [
+        (Pair, ("no_member",), (), "json", "micros"),
+        (Pair, (), (), "json", "none"),
+        (Pair, (5,), (), "json", "micros"),
+    ]
+    for arguments in wrong:
+        check = _event.Check(pytest.fail, repr)
+        with pytest.raises((TypeError, AttributeError)):
+            check.bind(*arguments)
+    check.bind(Pair, (), (), "json", "micros")
+    with pytest.raises(ValueError, match="bound already"):
+        check.bind(Pair, (), (), "json", "micros")
+    with pytest.raises(ValueError, match="11 characters"):
+        _event.reseed("-7", 1)
 
 
 class Sample(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""The only reader of time. Everything that waits or stamps takes a `Clock`, so that a test can hand it another."""
+"""The only reader of time, but for `_event.c`. What waits or stamps takes a `Clock`, so that a test can hand it another."""
 
 from __future__ import annotations
 

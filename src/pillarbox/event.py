@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from pillarbox import compiled
 from pillarbox.clock import wall_ns
 from pillarbox.errors import InvalidEvent, UsageError
 
@@ -36,7 +37,15 @@ class ScopeKind(StrEnum):
     PROFILE = "Profile"
 
 
-def _uuid7() -> tuple[Callable[[], str], Callable[[], None]]:
+def _seed() -> tuple[str, int]:
+    """What is random in the ids to come: what stands in their middle, and the first number of the count behind it."""
+    seed = int.from_bytes(urandom(9))
+    bits = seed >> 46
+    # The first of the 48 bits of the count is 0, for there to be room, and the next is 1, for all to have twelve digits.
+    return f"-7{bits >> 14:03x}-{0x8000 | bits & 0x3FFF:04x}-", 0x4000_0000_0000 | seed & 0x3FFF_FFFF_FFFF
+
+
+def _uuid7() -> tuple[Callable[[], str], Callable[[str, int], None]]:
     """Makes ids after RFC 9562, section 5.7: 48 bits of Unix milliseconds, then 74 bits that start at random and count up.
 
     Within a process the last 48 bits count up, so that no two are equal and a thread's sort by making; across processes the 26
@@ -47,14 +56,9 @@ def _uuid7() -> tuple[Callable[[], str], Callable[[], None]]:
     middle = ""
     moment = 0, 0, ""  # from this nanosecond on, and up to that, ids begin so
 
-    def reseed() -> None:
+    def reseed(new_middle: str, first: int) -> None:
         nonlocal count, middle, moment
-        seed = int.from_bytes(urandom(9))
-        # The first of the 48 bits is 0, for there to be room to count, and the next is 1, for all to have twelve digits.
-        count = itertools.count(0x4000_0000_0000 | seed & 0x3FFF_FFFF_FFFF).__next__
-        bits = seed >> 46
-        middle = f"-7{bits >> 14:03x}-{0x8000 | bits & 0x3FFF:04x}-"
-        moment = 0, 0, ""
+        count, middle, moment = itertools.count(first).__next__, new_middle, (0, 0, "")
 
     def make() -> str:
         nonlocal moment
@@ -67,20 +71,16 @@ def _uuid7() -> tuple[Callable[[], str], Callable[[], None]]:
             moment = millis * 1_000_000, (millis + 1) * 1_000_000, head
         return f"{head}{count():x}"
 
-    reseed()
     return make, reseed
 
 
-new_event_id, _reseed = _uuid7()
-register_at_fork(after_in_child=_reseed)
-
-
-def now_micros() -> int:
-    """Wall time in microseconds since 1970, the unit of `occurred_at_micros`."""
+def _now_micros() -> int:
     return wall_ns() // 1000
 
 
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
+_TEXTS: Final = ("event_id", "event_key", "scope_kind", "scope_id", "metadata_json")
+_TEXTS_OR_NONE: Final = ("user_id", "owner_user_id", "profile_id", "module_key")
 
 
 def _check_text(field: str, value: object) -> None:
@@ -91,6 +91,40 @@ def _check_text(field: str, value: object) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise InvalidEvent(field, f"has a lone surrogate at position {error.start}, which UTF-8 cannot hold") from None
+
+
+def _check(event: TrackingEvent) -> None:
+    for field in _TEXTS:
+        _check_text(field, getattr(event, field))
+    for field in _TEXTS_OR_NONE:
+        value = getattr(event, field)
+        if value is not None:
+            _check_text(field, value)
+    if event.metadata_json != "{}":
+        try:
+            _check_json(event.metadata_json)
+        except msgspec.DecodeError as error:
+            raise InvalidEvent("metadata_json", f"is not JSON text: {error}") from None
+    micros = event.occurred_at_micros
+    if type(micros) is not int:
+        raise InvalidEvent("occurred_at_micros", f"must be a whole number, not {type(micros).__name__}")
+    if not _INT64_MIN <= micros <= _INT64_MAX:
+        raise InvalidEvent("occurred_at_micros", "does not fit into 64 bits")
+
+
+_post_init: Any = _check
+try:
+    if not compiled.WANTED:
+        raise ImportError  # noqa: TRY301 - as if it were not there
+    from pillarbox import _event
+
+    new_event_id, now_micros, _reseed = _event.new_event_id, _event.now_micros, _event.reseed
+    _post_init = _event.Check(_check, _check_json)
+except ImportError:
+    new_event_id, _reseed = _uuid7()
+    now_micros = _now_micros
+_reseed(*_seed())
+register_at_fork(after_in_child=lambda: _reseed(*_seed()))
 
 
 class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -112,23 +146,11 @@ class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     metadata_json: str = "{}"
     occurred_at_micros: int = msgspec.field(default_factory=now_micros)
 
-    def __post_init__(self) -> None:
-        for field in ("event_id", "event_key", "scope_kind", "scope_id", "metadata_json"):
-            _check_text(field, getattr(self, field))
-        for field in ("user_id", "owner_user_id", "profile_id", "module_key"):
-            value = getattr(self, field)
-            if value is not None:
-                _check_text(field, value)
-        if self.metadata_json != "{}":
-            try:
-                _check_json(self.metadata_json)
-            except msgspec.DecodeError as error:
-                raise InvalidEvent("metadata_json", f"is not JSON text: {error}") from None
-        micros = self.occurred_at_micros
-        if type(micros) is not int:
-            raise InvalidEvent("occurred_at_micros", f"must be a whole number, not {type(micros).__name__}")
-        if not _INT64_MIN <= micros <= _INT64_MAX:
-            raise InvalidEvent("occurred_at_micros", "does not fit into 64 bits")
+    __post_init__ = _post_init  # type: ignore[misc] # compiled, it is no function
+
+
+if _post_init is not _check:
+    _post_init.bind(TrackingEvent, _TEXTS, _TEXTS_OR_NONE, "metadata_json", "occurred_at_micros")
 
 
 def plain(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:

@@ -1,15 +1,15 @@
 """Chooses between the compiled pieces of the hot path and of the reader, and those in Python.
 
-They are compiled where the package was installed with a C compiler; with `PILLARBOX_PURE_PYTHON=1` in the environment they are
-left alone all the same. What they do is the same, and the same tests hold both to it.
+They are compiled where the package was installed with a C compiler, and left alone where they are not wanted (`compiled.py`).
+What they do is the same, and the same tests hold both to it.
 """
 
 from __future__ import annotations
 
 from functools import update_wrapper
-from os import environ
 from typing import TYPE_CHECKING, Final
 
+from pillarbox import compiled
 from pillarbox.outcome import ENQUEUED
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pillarbox.store.door import Door, Enqueue
 
 try:
-    if environ.get("PILLARBOX_PURE_PYTHON"):
+    if not compiled.WANTED:
         raise ImportError  # noqa: TRY301 - as if it were not there
     from pillarbox.store import _listing as listing
     from pillarbox.store import _speed

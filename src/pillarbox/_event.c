@@ -1,0 +1,378 @@
+/* What every event has made and checked for it, compiled: its id, its time, the types of its members. Optional: `event.py` has
+the same in Python, and the tests hold both to the same. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+enum {
+    MIDDLE_BYTES = 11, /* "-7xxx-8xxx-" */
+    MILLIS_DIGITS = 12,
+    COUNT_DIGITS = 12,
+    ID_BYTES = MILLIS_DIGITS + 1 + MIDDLE_BYTES + COUNT_DIGITS,
+};
+
+typedef struct {
+    PyTypeObject *check;
+    uint64_t count; /* of the ids: its last 48 bits */
+    char middle[MIDDLE_BYTES]; /* begins with NUL before the first `reseed` */
+} State;
+
+/* Ids and times. */
+
+static char *
+put_digits(char *to, uint64_t value, int count)
+{
+    static const char digits[] = "0123456789abcdef";
+    for (int shift = 4 * (count - 1); shift >= 0; shift -= 4) {
+        *to++ = digits[value >> shift & 0xF];
+    }
+    return to;
+}
+
+static PyObject *
+new_event_id(PyObject *module, PyObject *unused)
+{
+    State *state = PyModule_GetState(module);
+    if (state->middle[0] == '\0') {
+        PyErr_SetString(PyExc_RuntimeError, "reseed() comes first");
+        return NULL;
+    }
+    PyObject *made = PyUnicode_New(ID_BYTES, 127);
+    if (made == NULL) {
+        return NULL;
+    }
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t millis = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+#ifdef Py_GIL_DISABLED
+    uint64_t count = __atomic_fetch_add(&state->count, 1, __ATOMIC_RELAXED);
+#else
+    uint64_t count = state->count++;
+#endif
+    char *to = (char *)PyUnicode_1BYTE_DATA(made);
+    to = put_digits(to, millis >> 16, 8);
+    *to++ = '-';
+    to = put_digits(to, millis, 4);
+    memcpy(to, state->middle, MIDDLE_BYTES);
+    put_digits(to + MIDDLE_BYTES, count, COUNT_DIGITS);
+    return made;
+}
+
+static PyObject *
+now_micros(PyObject *module, PyObject *unused)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return PyLong_FromLongLong((long long)now.tv_sec * 1000000 + now.tv_nsec / 1000);
+}
+
+static PyObject *
+reseed(PyObject *module, PyObject *args)
+{
+    State *state = PyModule_GetState(module);
+    const char *middle;
+    Py_ssize_t size;
+    unsigned long long first;
+    if (!PyArg_ParseTuple(args, "s#K:reseed", &middle, &size, &first)) {
+        return NULL;
+    }
+    if (size != MIDDLE_BYTES || middle[0] == '\0') {
+        PyErr_SetString(PyExc_ValueError, "what stands in the middle of an id has 11 characters");
+        return NULL;
+    }
+    memcpy(state->middle, middle, MIDDLE_BYTES);
+    state->count = first;
+    Py_RETURN_NONE;
+}
+
+/* Check: whether the members of an event have the right types. */
+
+typedef struct {
+    Py_ssize_t at; /* where in the event the member is */
+    char optional; /* None will do */
+} Text;
+
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc call;
+    PyObject *plain; /* the same check in Python, which can say what is wrong */
+    PyObject *is_json;
+    PyObject *type; /* whose members stand where these say; NULL before `bind` */
+    Text *texts;
+    Py_ssize_t count;
+    Py_ssize_t json, micros; /* where these members are */
+} Check;
+
+/* Whether it is text that UTF-8 has bytes for. */
+static int
+is_text(PyObject *value)
+{
+    if (value == NULL || !PyUnicode_Check(value)) {
+        return 0;
+    }
+#if PY_VERSION_HEX < 0x030C0000
+    if (PyUnicode_READY(value) < 0) {
+        PyErr_Clear();
+        return 0;
+    }
+#endif
+    if (PyUnicode_KIND(value) == PyUnicode_1BYTE_KIND) {
+        return 1;
+    }
+    for (Py_ssize_t at = 0; at < PyUnicode_GET_LENGTH(value); at++) {
+        if (Py_UNICODE_IS_SURROGATE(PyUnicode_READ_CHAR(value, at))) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static inline PyObject *
+member_at(PyObject *event, Py_ssize_t at)
+{
+    return *(PyObject **)((char *)event + at);
+}
+
+static int
+is_json_text(Check *self, PyObject *value)
+{
+    if (!is_text(value)) {
+        return 0;
+    }
+    if (PyUnicode_GET_LENGTH(value) == 2 && PyUnicode_READ_CHAR(value, 0) == '{' && PyUnicode_READ_CHAR(value, 1) == '}') {
+        return 1;
+    }
+    PyObject *found = PyObject_CallOneArg(self->is_json, value);
+    if (found == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
+        PyErr_Clear(); /* to be found again by who says what it is */
+    }
+    Py_XDECREF(found);
+    return found != NULL;
+}
+
+static int
+is_right(Check *self, PyObject *event)
+{
+    for (Py_ssize_t each = 0; each < self->count; each++) {
+        PyObject *value = member_at(event, self->texts[each].at);
+        if (!(value == Py_None && self->texts[each].optional) && !is_text(value)) {
+            return 0;
+        }
+    }
+    PyObject *micros = member_at(event, self->micros);
+    int overflow = 1;
+    if (micros != NULL && PyLong_CheckExact(micros)) {
+        PyLong_AsLongLongAndOverflow(micros, &overflow);
+    }
+    return !overflow && is_json_text(self, member_at(event, self->json));
+}
+
+static PyObject *
+check_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *names)
+{
+    Check *self = (Check *)callable;
+    if (names == NULL && PyVectorcall_NARGS(nargsf) == 1 && (PyObject *)Py_TYPE(args[0]) == self->type) {
+        if (is_right(self, args[0])) {
+            Py_RETURN_NONE;
+        }
+        if (PyErr_Occurred()) { /* an interrupt */
+            return NULL;
+        }
+    }
+    return PyObject_Vectorcall(self->plain, args, nargsf, names);
+}
+
+/* Where a member of `type` is; -1 with an exception where it is no plain member. */
+static Py_ssize_t
+place_of(PyObject *type, PyObject *name)
+{
+    PyObject *found = PyObject_GetAttr(type, name);
+    if (found == NULL) {
+        return -1;
+    }
+    Py_ssize_t at = -1;
+    if (Py_IS_TYPE(found, &PyMemberDescr_Type) && ((PyMemberDescrObject *)found)->d_member->type == T_OBJECT_EX) {
+        at = ((PyMemberDescrObject *)found)->d_member->offset;
+    } else {
+        PyErr_Format(PyExc_TypeError, "%R is no plain member", name);
+    }
+    Py_DECREF(found);
+    return at;
+}
+
+static PyObject *
+check_bind(PyObject *callable, PyObject *args)
+{
+    Check *self = (Check *)callable;
+    PyObject *type, *needed, *optional, *json, *micros;
+    if (!PyArg_ParseTuple(args, "O!O!O!UU:bind", &PyType_Type, &type, &PyTuple_Type, &needed, &PyTuple_Type, &optional, &json,
+                          &micros)) {
+        return NULL;
+    }
+    if (self->type != NULL) {
+        PyErr_SetString(PyExc_ValueError, "it is bound already");
+        return NULL;
+    }
+    Py_ssize_t first = PyTuple_GET_SIZE(needed), count = first + PyTuple_GET_SIZE(optional);
+    PyMem_Free(self->texts);
+    self->texts = PyMem_New(Text, count);
+    if (self->texts == NULL) {
+        return PyErr_NoMemory();
+    }
+    for (Py_ssize_t each = 0; each < count; each++) {
+        PyObject *name = each < first ? PyTuple_GET_ITEM(needed, each) : PyTuple_GET_ITEM(optional, each - first);
+        self->texts[each] = (Text){place_of(type, name), each >= first};
+        if (self->texts[each].at < 0) {
+            return NULL;
+        }
+    }
+    self->count = count;
+    if ((self->json = place_of(type, json)) < 0 || (self->micros = place_of(type, micros)) < 0) {
+        return NULL;
+    }
+    self->type = Py_NewRef(type);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+check_new(PyTypeObject *type, PyObject *args, PyObject *names)
+{
+    PyObject *plain, *is_json;
+    if (!PyArg_ParseTuple(args, "OO:Check", &plain, &is_json)) {
+        return NULL;
+    }
+    Check *self = (Check *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->call = check_call;
+        self->plain = Py_NewRef(plain);
+        self->is_json = Py_NewRef(is_json);
+    }
+    return (PyObject *)self;
+}
+
+/* As a function in a class does: the event's method. */
+static PyObject *
+check_get(PyObject *self, PyObject *event, PyObject *type)
+{
+    return event == NULL ? Py_NewRef(self) : PyMethod_New(self, event);
+}
+
+static int
+check_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(((Check *)self)->plain);
+    Py_VISIT(((Check *)self)->is_json);
+    Py_VISIT(((Check *)self)->type);
+    return 0;
+}
+
+static int
+check_clear(PyObject *self)
+{
+    Py_CLEAR(((Check *)self)->plain);
+    Py_CLEAR(((Check *)self)->is_json);
+    Py_CLEAR(((Check *)self)->type);
+    return 0;
+}
+
+static void
+check_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    check_clear(self);
+    PyMem_Free(((Check *)self)->texts);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef check_methods[] = {
+    {"bind", check_bind, METH_VARARGS, "Look into events of this type without asking them; the names of their members."},
+    {NULL},
+};
+
+static PyMemberDef check_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Check, call), READONLY, NULL},
+    {"__wrapped__", T_OBJECT_EX, offsetof(Check, plain), READONLY, NULL},
+    {NULL},
+};
+
+static PyType_Slot check_slots[] = {
+    {Py_tp_doc, "Passes an event whose members have the right types; leaves others, and other types, to the check in Python."},
+    {Py_tp_new, check_new},
+    {Py_tp_call, PyVectorcall_Call},
+    {Py_tp_descr_get, check_get},
+    {Py_tp_methods, check_methods},
+    {Py_tp_members, check_members},
+    {Py_tp_traverse, check_traverse},
+    {Py_tp_clear, check_clear},
+    {Py_tp_dealloc, check_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec check_spec = {
+    "pillarbox._event.Check", sizeof(Check), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
+    check_slots,
+};
+
+/* The module. */
+
+static PyMethodDef functions[] = {
+    {"new_event_id", new_event_id, METH_NOARGS, "A new id: a UUID of version 7, as text."},
+    {"now_micros", now_micros, METH_NOARGS, "Wall time in microseconds since 1970, the unit of `occurred_at_micros`."},
+    {"reseed", reseed, METH_VARARGS, "Begin anew: what stands in the middle of ids, and the first number of the count behind it."},
+    {NULL},
+};
+
+static int
+exec(PyObject *module)
+{
+    State *state = PyModule_GetState(module);
+    state->check = (PyTypeObject *)PyType_FromModuleAndSpec(module, &check_spec, NULL);
+    return state->check == NULL ? -1 : PyModule_AddType(module, state->check);
+}
+
+static int
+module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    Py_VISIT(((State *)PyModule_GetState(module))->check);
+    return 0;
+}
+
+static int
+module_clear(PyObject *module)
+{
+    Py_CLEAR(((State *)PyModule_GetState(module))->check);
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* the count is atomic; events do not change */
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_event",
+    .m_doc = "What every event has made and checked for it, compiled: see `pillarbox.event`.",
+    .m_size = sizeof(State),
+    .m_methods = functions,
+    .m_slots = slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__event(void)
+{
+    return PyModuleDef_Init(&definition);
+}
