@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
 import re
+import subprocess
+import sys
+import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import forkserver
@@ -14,14 +18,21 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pillarbox.event
 from pillarbox import InvalidEvent, ScopeKind, TrackingEvent
 from pillarbox.errors import UsageError
-from pillarbox.event import Codec, new_event_id
+from pillarbox.event import Codec, new_event_id, now_micros
 from tests.conftest import event
+
+
+class Text(str):
+    """As templates and translations have them."""
+
+    __slots__ = ()
+
 
 MEMBERS = [
     "event_id",
@@ -52,6 +63,30 @@ def test_id_and_time_have_defaults() -> None:
     assert parsed.variant == uuid.RFC_4122
     assert abs((parsed.int >> 80) - made.occurred_at_micros // 1000) < 1000
     assert b'"scope_kind":"User"' in Codec(TrackingEvent).encode(made)
+
+
+def test_the_time_of_both_is_that_of_the_wall() -> None:
+    """To the millisecond and to the microsecond."""
+    for _ in range(100):
+        before = time.time_ns()
+        made, micros = uuid.UUID(new_event_id()), now_micros()
+        after = time.time_ns()
+        assert before // 10**6 <= made.int >> 80 <= after // 10**6
+        assert before // 10**3 <= micros <= after // 10**3
+
+
+def test_the_same_is_random_in_ids_that_are_compiled_and_in_python() -> None:
+    """What stands in the middle, and a count that begins anywhere."""
+    plain, reseed = pillarbox.event._uuid7()
+    try:
+        for seed in (pillarbox.event._seed(), pillarbox.event._seed()):
+            reseed(*seed)
+            pillarbox.event._reseed(*seed)
+            tails = [new_event_id()[13:] for _ in range(3)]
+            assert tails == [plain()[13:] for _ in range(3)]
+            assert tails[0] == f"{seed[0]}{seed[1]:x}"
+    finally:
+        pillarbox.event._reseed(*pillarbox.event._seed())
 
 
 def test_ids_are_unique_and_sort_by_making() -> None:
@@ -129,18 +164,25 @@ def test_metadata_that_is_not_json_text_is_invalid(text: str) -> None:
         event(1, metadata_json=text)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"a":[1,2.5,null]}', "[]", '"é\u2028"', " {} "])
+@pytest.mark.parametrize("text", ["{}", '{"a":[1,2.5,null]}', "[]", '"é\u2028"', " {} ", Text('{"a":1}')])
 def test_metadata_may_be_any_json_text(text: str) -> None:
     """Any JSON value, as it was written."""
     assert event(1, metadata_json=text).metadata_json == text
 
 
-@pytest.mark.parametrize("member", ["event_key", "scope_id", "user_id"])
-def test_a_lone_surrogate_is_invalid(member: str) -> None:
-    """UTF-8 has no bytes for it."""
-    with pytest.raises(InvalidEvent) as caught:
-        event(1, **{member: "a\ud800"})
-    assert caught.value.field == member
+@pytest.mark.parametrize("member", MEMBERS[:8])
+def test_a_subclass_of_text_is_text(member: str) -> None:
+    """Though msgspec has no word for it."""
+    encode = Codec(TrackingEvent).encode
+    assert encode(event(1, **{member: Text("x")})) == encode(event(1, **{member: "x"}))
+
+
+def test_an_own_type_may_have_a_subclass_of_text_too() -> None:
+    """Anywhere."""
+    own = Sample(Text("a"), extra={"t": [Text("b")]})
+    assert Codec(Sample).encode(own) == b'{"event_id":"a","value":null,"count":0,"extra":{"t":["b"]}}'
+    with pytest.raises(TypeError, match="object is unsupported"):
+        Codec(Sample).encode(Sample("a", extra={"t": object()}))
 
 
 def test_an_event_is_frozen() -> None:
@@ -162,24 +204,27 @@ def refusal(make: Any) -> str | None:
     return None
 
 
-TEXT = st.text(st.characters(codec=None), max_size=5) | st.sampled_from(["", "{}", "[1]", "é", "\u2028", "\U0001f600", "{"])
-VALUES = (
-    TEXT
-    | st.none()
-    | st.integers(-(2**64), 2**64)
-    | st.booleans()
-    | st.floats()
-    | st.binary(max_size=3)
-    | st.sampled_from(ScopeKind)
-)
+SURROGATES = ["\ud800", "\udc00", "\ud800a", "\U0001f600\udfff", "aé\udbff"]
+GOOD = ["", "a", "é", "\u2028", "\U0001f600", "{}", "{", '{"a":1}', '"\u2028"', *ScopeKind]
+VALUES = st.sampled_from([*GOOD, *SURROGATES, None, 5, 0, -(2**63), 2**63, True, 1.5, b"{}"]) | st.text(max_size=3)
 
 
-@given(st.fixed_dictionaries(dict.fromkeys(MEMBERS[:4], TEXT | VALUES), optional=dict.fromkeys(MEMBERS[4:], TEXT | VALUES)))
+@settings(max_examples=400)
+@given(st.dictionaries(st.sampled_from(MEMBERS), VALUES, max_size=2))
 def test_the_check_says_the_same_compiled_and_in_python(members: dict[str, Any]) -> None:
-    """Of whatever an application puts into an event."""
-    whole: dict[str, Any] = dict.fromkeys(MEMBERS[4:8]) | {"metadata_json": "{}", "occurred_at_micros": 0} | members
+    """Of one or two members that may be wrong, whatever an application puts there."""
+    whole = msgspec.structs.asdict(event(1)) | members
     plain = refusal(lambda: pillarbox.event._check(SimpleNamespace(**whole)))  # type: ignore[arg-type]
     assert refusal(lambda: TrackingEvent(**whole)) == plain
+
+
+@pytest.mark.parametrize("member", MEMBERS[:9])
+@pytest.mark.parametrize("text", SURROGATES)
+def test_no_member_may_have_a_lone_surrogate(member: str, text: str) -> None:
+    """UTF-8 has no bytes for it."""
+    with pytest.raises(InvalidEvent) as caught:
+        event(1, **{member: text})
+    assert caught.value.field == member
 
 
 class Visit(TrackingEvent, frozen=True, kw_only=True):
@@ -203,7 +248,7 @@ def test_a_type_made_of_ours_is_checked_too() -> None:
         assert caught.value.field == member
 
 
-compiled_only = pytest.mark.skipif(pillarbox.event._post_init is pillarbox.event._check, reason="nothing is compiled here")
+compiled_only = pytest.mark.skipif(not pillarbox.event.COMPILED, reason="nothing is compiled here")
 
 
 class Pair(msgspec.Struct):
@@ -249,13 +294,23 @@ def test_an_interrupt_in_the_middle_of_a_check_is_an_interrupt() -> None:
         check(Pair("[1]", 1))
 
 
+class Wide(msgspec.Struct):
+    """Its last member stands beyond the end of a `Pair`."""
+
+    a: Any
+    b: Any
+    c: Any
+
+
 @compiled_only
-def test_what_is_no_member_is_refused_before_anything_is_read() -> None:
+def test_what_is_no_member_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that is bound wrongly would read beside the event."""
     from pillarbox import _event
 
+    monkeypatch.setattr(Pair, "beyond", Wide.__dict__["c"], raising=False)
     wrong: list[Any] = [
         (Pair, ("no_member",), (), "json", "micros"),
+        (Pair, ("beyond",), (), "json", "micros"),
         (Pair, (), (), "json", "none"),
         (Pair, (5,), (), "json", "micros"),
     ]
@@ -264,10 +319,38 @@ def test_what_is_no_member_is_refused_before_anything_is_read() -> None:
         with pytest.raises((TypeError, AttributeError)):
             check.bind(*arguments)
     check.bind(Pair, (), (), "json", "micros")
-    with pytest.raises(ValueError, match="bound already"):
-        check.bind(Pair, (), (), "json", "micros")
-    with pytest.raises(ValueError, match="11 characters"):
-        _event.reseed("-7", 1)
+    for bound in (check, pillarbox.event._post_init):
+        with pytest.raises(ValueError, match="bound already"):
+            bound.bind(Pair, (), (), "json", "micros")
+    for middle in ("-7", "-7000-800\0-", "-7éééé-"):
+        with pytest.raises(ValueError, match="11 characters"):
+            _event.reseed(middle, 1)
+
+
+@compiled_only
+def test_making_and_checking_leaks_nothing() -> None:
+    """What is kept would show in the number of references, or in memory."""
+    text, metadata = "a text of its own", '{"a": 1}'
+
+    def all_ways(count: int) -> None:
+        for number in range(count):
+            event(number, event_key=text, metadata_json=metadata)
+            refusal(lambda: event(1, event_key=text, metadata_json="{"))
+            refusal(lambda: event(1, scope_id=5, event_key=text))
+            Visit(event_key=text, scope_kind="Site", scope_id=text)
+
+    all_ways(1000)
+    gc.collect()
+    references = [sys.getrefcount(each) for each in (text, metadata, None.__class__, pillarbox.event._post_init)]
+    all_ways(5000)
+    gc.collect()
+    assert references == [sys.getrefcount(each) for each in (text, metadata, None.__class__, pillarbox.event._post_init)]
+
+
+def test_what_is_compiled_can_be_declined() -> None:
+    """By the environment."""
+    code = "from pillarbox import event; assert not event.COMPILED and event.TrackingEvent.__post_init__ is event._check"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PILLARBOX_PURE_PYTHON": "1"}, timeout=60)
 
 
 class Sample(msgspec.Struct):

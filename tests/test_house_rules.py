@@ -137,3 +137,9 @@ def test_no_test_sleeps() -> None:
     for module in (ROOT / "tests").rglob("*.py"):
         if module != Path(__file__):
             assert "time.sleep(" not in module.read_text(), module
+
+
+@pytest.mark.parametrize("source", sorted(PACKAGE.rglob("*.c")), ids=relative)
+def test_only_one_compiled_module_reads_the_time(source: Path) -> None:
+    """Ids and times are made in it."""
+    assert ("clock_gettime" in source.read_text()) == (source.name == "_event.c")

@@ -17,7 +17,6 @@ enum {
 };
 
 typedef struct {
-    PyTypeObject *check;
     uint64_t count; /* of the ids: its last 48 bits */
     char middle[MIDDLE_BYTES]; /* begins with NUL before the first `reseed` */
 } State;
@@ -81,8 +80,12 @@ reseed(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "s#K:reseed", &middle, &size, &first)) {
         return NULL;
     }
-    if (size != MIDDLE_BYTES || middle[0] == '\0') {
-        PyErr_SetString(PyExc_ValueError, "what stands in the middle of an id has 11 characters");
+    int is_ascii = 1;
+    for (Py_ssize_t at = 0; at < size; at++) {
+        is_ascii &= middle[at] != '\0' && !(middle[at] & 0x80);
+    }
+    if (size != MIDDLE_BYTES || !is_ascii) {
+        PyErr_SetString(PyExc_ValueError, "what stands in the middle of an id has 11 characters of ASCII");
         return NULL;
     }
     memcpy(state->middle, middle, MIDDLE_BYTES);
@@ -184,6 +187,10 @@ check_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *n
             return NULL;
         }
     }
+    if (self->plain == NULL) { /* it is being collected */
+        PyErr_SetString(PyExc_RuntimeError, "the check is gone");
+        return NULL;
+    }
     return PyObject_Vectorcall(self->plain, args, nargsf, names);
 }
 
@@ -196,10 +203,11 @@ place_of(PyObject *type, PyObject *name)
         return -1;
     }
     Py_ssize_t at = -1;
-    if (Py_IS_TYPE(found, &PyMemberDescr_Type) && ((PyMemberDescrObject *)found)->d_member->type == T_OBJECT_EX) {
+    if (Py_IS_TYPE(found, &PyMemberDescr_Type) && PyType_IsSubtype((PyTypeObject *)type, PyDescr_TYPE(found))
+        && ((PyMemberDescrObject *)found)->d_member->type == T_OBJECT_EX) {
         at = ((PyMemberDescrObject *)found)->d_member->offset;
     } else {
-        PyErr_Format(PyExc_TypeError, "%R is no plain member", name);
+        PyErr_Format(PyExc_TypeError, "%R is no plain member of %R", name, type);
     }
     Py_DECREF(found);
     return at;
@@ -242,8 +250,9 @@ check_bind(PyObject *callable, PyObject *args)
 static PyObject *
 check_new(PyTypeObject *type, PyObject *args, PyObject *names)
 {
+    static char *words[] = {"", "", NULL};
     PyObject *plain, *is_json;
-    if (!PyArg_ParseTuple(args, "OO:Check", &plain, &is_json)) {
+    if (!PyArg_ParseTupleAndKeywords(args, names, "OO:Check", words, &plain, &is_json)) {
         return NULL;
     }
     Check *self = (Check *)type->tp_alloc(type, 0);
@@ -324,32 +333,22 @@ static PyType_Spec check_spec = {
 /* The module. */
 
 static PyMethodDef functions[] = {
-    {"new_event_id", new_event_id, METH_NOARGS, "A new id: a UUID of version 7, as text."},
-    {"now_micros", now_micros, METH_NOARGS, "Wall time in microseconds since 1970, the unit of `occurred_at_micros`."},
-    {"reseed", reseed, METH_VARARGS, "Begin anew: what stands in the middle of ids, and the first number of the count behind it."},
+    {"new_event_id", new_event_id, METH_NOARGS, "new_event_id($module, /)\n--\n\nA new id: a UUID of version 7, as text."},
+    {"now_micros", now_micros, METH_NOARGS,
+     "now_micros($module, /)\n--\n\nWall time in microseconds since 1970, the unit of `occurred_at_micros`."},
+    {"reseed", reseed, METH_VARARGS,
+     "reseed($module, middle, first, /)\n--\n\n"
+     "Begin anew: what stands in the middle of the ids, and the first number of the count behind it."},
     {NULL},
 };
 
 static int
 exec(PyObject *module)
 {
-    State *state = PyModule_GetState(module);
-    state->check = (PyTypeObject *)PyType_FromModuleAndSpec(module, &check_spec, NULL);
-    return state->check == NULL ? -1 : PyModule_AddType(module, state->check);
-}
-
-static int
-module_traverse(PyObject *module, visitproc visit, void *arg)
-{
-    Py_VISIT(((State *)PyModule_GetState(module))->check);
-    return 0;
-}
-
-static int
-module_clear(PyObject *module)
-{
-    Py_CLEAR(((State *)PyModule_GetState(module))->check);
-    return 0;
+    PyObject *check = PyType_FromModuleAndSpec(module, &check_spec, NULL);
+    int added = check == NULL ? -1 : PyModule_AddType(module, (PyTypeObject *)check);
+    Py_XDECREF(check);
+    return added;
 }
 
 static PyModuleDef_Slot slots[] = {
@@ -367,8 +366,6 @@ static struct PyModuleDef definition = {
     .m_size = sizeof(State),
     .m_methods = functions,
     .m_slots = slots,
-    .m_traverse = module_traverse,
-    .m_clear = module_clear,
 };
 
 PyMODINIT_FUNC

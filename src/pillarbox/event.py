@@ -6,6 +6,7 @@ Other types are encoded and decoded again at the door: `Codec` is that door.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -75,6 +76,7 @@ def _uuid7() -> tuple[Callable[[], str], Callable[[str, int], None]]:
 
 
 def _now_micros() -> int:
+    """Wall time in microseconds since 1970, the unit of `occurred_at_micros`."""
     return wall_ns() // 1000
 
 
@@ -102,7 +104,7 @@ def _check(event: TrackingEvent) -> None:
             _check_text(field, value)
     if event.metadata_json != "{}":
         try:
-            _check_json(event.metadata_json)
+            _check_json(str.encode(event.metadata_json))  # msgspec takes no subclass of str
         except msgspec.DecodeError as error:
             raise InvalidEvent("metadata_json", f"is not JSON text: {error}") from None
     micros = event.occurred_at_micros
@@ -124,7 +126,8 @@ except ImportError:
     new_event_id, _reseed = _uuid7()
     now_micros = _now_micros
 _reseed(*_seed())
-register_at_fork(after_in_child=lambda: _reseed(*_seed()))
+register_at_fork(after_in_child=lambda reseed=_reseed: reseed(*_seed()))
+COMPILED: Final = _post_init is not _check
 
 
 class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -133,6 +136,9 @@ class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     `event_id`: text, unique (default: a UUIDv7). `event_key`: what happened. `scope_kind` and `scope_id`: to what.
     `metadata_json`: JSON text. `occurred_at_micros`: int64, microseconds since 1970 (default: now).
     Raises `InvalidEvent` where a member has the wrong type.
+
+    What freezes Python's time in a test does not freeze that of the defaults where they are compiled: it has to set
+    `occurred_at_micros`, or `PILLARBOX_PURE_PYTHON=1` in the environment.
     """
 
     event_id: str = msgspec.field(default_factory=new_event_id)
@@ -149,8 +155,9 @@ class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     __post_init__ = _post_init  # type: ignore[misc] # compiled, it is no function
 
 
-if _post_init is not _check:
-    _post_init.bind(TrackingEvent, _TEXTS, _TEXTS_OR_NONE, "metadata_json", "occurred_at_micros")
+if COMPILED:
+    with contextlib.suppress(TypeError):  # a msgspec that keeps members elsewhere: unbound, it leaves all to `_check`
+        _post_init.bind(TrackingEvent, _TEXTS, _TEXTS_OR_NONE, "metadata_json", "occurred_at_micros")
 
 
 def plain(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:
@@ -182,6 +189,14 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
+def _plain_text(value: object) -> str:
+    """A subclass of `str`, as templates and translations have, which msgspec does not take as it is."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
+
+
+_encode: Final = msgspec.json.Encoder(enc_hook=_plain_text).encode
 _WHITE_SPACE: Final = b" \t\r\n"  # of JSON
 # Numbers that JSON cannot carry as they are show in the encoded bytes: NaN as null, large integers by their length.
 _SUSPECT = re.compile(rb"null|\d{19}")
@@ -203,10 +218,9 @@ class Codec:
             raise UsageError(f"event_type {event_type.__name__} must have a field event_id: it is what makes repeats harmless")
         self.event_type = event_type
         self.self_checked = trusted or event_type is TrackingEvent
-        encode = msgspec.json.Encoder().encode
-        self.encode: Callable[[Any], bytes] = encode
+        self.encode: Callable[[Any], bytes] = _encode
         if event_type is not TrackingEvent:
-            self.encode = _one_line(encode if trusted else _checked(encode, event_type))
+            self.encode = _one_line(_encode if trusted else _checked(event_type))
         self._decode = msgspec.json.Decoder(event_type).decode
         self._made_up = _made_up(event_type)
 
@@ -239,7 +253,7 @@ class Codec:
         if isinstance(event, msgspec.Struct):
             for field in event.__struct_fields__:
                 try:
-                    msgspec.json.encode(getattr(event, field))
+                    _encode(getattr(event, field))
                 except Exception as cause:  # noqa: BLE001 - whatever a value does when encoded is its answer
                     return f"{field}: {cause}"
         return str(error)
@@ -263,11 +277,11 @@ def _one_line(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
     return encode_line
 
 
-def _checked(encode: Callable[[Any], bytes], event_type: type[msgspec.Struct]) -> Callable[[Any], bytes]:
+def _checked(event_type: type[msgspec.Struct]) -> Callable[[Any], bytes]:
     decode = msgspec.json.Decoder(event_type).decode
 
     def encode_checked(event: Any) -> bytes:
-        payload = encode(event)
+        payload = _encode(event)
         decode(payload)
         if _SUSPECT.search(payload):
             _check_numbers(event, "event")

@@ -518,8 +518,10 @@ def test_no_secret_is_in_what_is_written(shared_server: Server, tmp_path: Path, 
     caplog.set_level(logging.DEBUG)
     place = tmp_path / "box"
     with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
-        outbox.enqueue(event(1, event_key=""))
-        outbox.flush(60)
+        outbox.enqueue(event(1, event_id="secret-1", event_key=""))
+        outbox.enqueue(event(2, event_id="secret-2"))  # refused alone, it would wait for another to be accepted
+        assert outbox.flush(60)
+        assert outbox.stats().dead == 1
     text = b"".join(file.read_bytes() for file in place.iterdir())
     assert b"spacetimedb://127.0.0.1" in text
     assert shared_server.token.encode() not in text
