@@ -14,6 +14,7 @@ from pillarbox.store.balance import Adopted, Sealed
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import Ledger
 from pillarbox.testing import ManualClock
+from pillarbox.view import finding, follow
 from pillarbox.view.filters import Faces, Wanted
 from pillarbox.view.follow import Follower
 
@@ -176,6 +177,30 @@ def test_what_came_and_went_between_two_looks_is_a_gap(follower: Follower, place
         clock.advance(50)
         assert news(follower) == []
     assert len(follower.missed.gaps) == 2
+
+
+def test_what_went_between_the_look_and_the_reading_is_a_gap(
+    follower: Follower, place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was listed, but not seen."""
+    assert backlog(follower) == []
+    first, second = Path(place.path) / sealed(1), Path(place.path) / sealed(2)
+
+    def look_while_it_is_delivered(directory: Directory) -> list[finding.Sight]:
+        sights = finding.look(directory)
+        first.unlink(missing_ok=True)
+        return sights
+
+    monkeypatch.setattr(follow, "look", look_while_it_is_delivered)
+    append(first, 1)
+    append(second, 2)
+    pen = Ledger(place, clock)
+    for number, file in enumerate((first, second), 1):
+        pen.note(Sealed(clock.micros(), file.name.removesuffix(".ndjson"), "w", 1, len(lines(number))))
+    pen.write(sync=False)
+    assert [news(follower) for _ in range(LOOKS)] == [["e-2"]] + [[]] * (LOOKS - 1)
+    assert [(gap.batch, gap.events) for gap in follower.missed.gaps] == [(first.name.removesuffix(".ndjson"), 1)]
+    assert follower.went == 1
 
 
 def test_a_file_that_went_under_its_active_name_is_no_gap(follower: Follower, place: Directory, clock: ManualClock) -> None:

@@ -19,7 +19,7 @@ from pillarbox.view.finding import batches, content, lines, look, places_of
 from pillarbox.view.missed import Missed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
@@ -66,7 +66,7 @@ class Follower:
         self.troubles: list[Trouble] = []  # for the caller to take
         self.listing_s = 0.0  # how long the last listing took
         self.read: set[str] = set()  # batches of the backlog that were read
-        self.went: set[str] = set()  # those that were gone before they were read
+        self.went = 0  # batches that were gone before they were read
         self.damaged = 0  # lines
         self.missed = Missed(directory, clock)
         self._kinds = kinds
@@ -101,8 +101,8 @@ class Follower:
         fresh = self._of_active()
         if count is None:
             for batch, sights_of_one in found.items():
-                yield from self._of_batch(sights_of_one)
-                self.read.add(batch)
+                if (yield from self._of_batch(sights_of_one)):
+                    self.read.add(batch)
             yield from fresh
             return
         chunks = [list(fresh)]
@@ -131,8 +131,8 @@ class Follower:
         for batch, sights_of_one in found.items():
             if batch in turned_up:
                 yield from self._of_stream(turned_up[batch], batch)
-            elif batch not in self._known:
-                yield from self._of_batch(sights_of_one)
+            elif batch not in self._known and not (yield from self._of_batch(sights_of_one)):
+                continue  # not seen, and so not known: a gap, once the ledger tells of it
             self._known[batch] = now
         self._open(sights)
         yield from self._of_active()
@@ -230,14 +230,16 @@ class Follower:
         begin, stream.offset = stream.offset, stream.offset + len(data)
         yield from self._events(data, begin, batch, stream.sight.shown, stream.writer)
 
-    def _of_batch(self, sights: list[Sight]) -> Iterator[Accepted]:
+    def _of_batch(self, sights: list[Sight]) -> Generator[Accepted, None, bool]:
+        """Its events; whether it was there."""
         data = content(sights, self._tell)
         if data is None:  # moved, perhaps
             data = content(places_of(self._directory, sights[0].batch, self._kinds), self._tell)
         if data is None:
-            self.went.add(sights[0].batch)
-        else:
-            yield from self._events(data, 0, sights[0].batch, sights[0].shown, "")
+            self.went += 1
+            return False
+        yield from self._events(data, 0, sights[0].batch, sights[0].shown, "")
+        return True
 
     def _events(self, data: bytes, begin: int, batch: str, file: str, writer: str) -> Iterator[Accepted]:
         stamp = layout.stamp_of(batch)

@@ -62,14 +62,14 @@ class Stock:
             for event in follower.backlog(None):
                 yield Kept(event.payload, event.file, event.offset)
             if what in ("dead", "all"):
-                yield from self._dead(follower.read - follower.went)
+                yield from self._dead(follower.read)
             if what in ("quarantine", "all"):
                 yield from self._quarantine()
             for event in follower.news():
                 self.came += 1
                 yield Kept(event.payload, event.file, event.offset)
         finally:
-            self.went = len(follower.went)
+            self.went = follower.went
             self.troubles += follower.troubles
             follower.close()
 
