@@ -34,7 +34,7 @@ class Tail:
         self._err = err
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._out.read_bytes().splitlines()]
+        return [json.loads(line) for line in self._out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
     def ids(self) -> list[str]:
         return [line["event"]["event_id"] for line in self.lines() if line["file"] != FIRST]
