@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
 import sqlite3
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,15 @@ def ids(path: Path) -> list[str]:
 
 def bare(number: int) -> bytes:
     return b'{"event_id":"e-%06d","event_key":"k","scope_kind":"Site","scope_id":"s"}\n' % number
+
+
+def test_the_version_says_whether_what_can_be_compiled_is(tmp_path: Path) -> None:
+    """It is what speed depends on."""
+    is_there = find_spec("pillarbox._event") is not None and find_spec("pillarbox.store._speed") is not None
+    for declined, how in (("1", "in Python"), ("", "compiled" if is_there else "in Python")):
+        done = run("--version", cwd=tmp_path, environ={"PILLARBOX_PURE_PYTHON": declined})
+        expected = f"pillarbox {version('pillarbox')} ({how}), Python {platform.python_version()}\n"
+        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected, b"")
 
 
 def test_enqueue_then_deliver_then_status(tmp_path: Path) -> None:

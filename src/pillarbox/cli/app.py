@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import signal
 import sys
 from enum import IntEnum
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
 
+from pillarbox import event
 from pillarbox.errors import PillarboxError
 from pillarbox.settings import Settings, resolve
 from pillarbox.sinks import schemes
+from pillarbox.store import speed
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -78,6 +82,22 @@ ConfigOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log lines below errors.")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        compiled = "compiled" if event.COMPILED and speed.COMPILED else "in Python"
+        typer.echo(f"pillarbox {version('pillarbox')} ({compiled}), Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version, and whether what can be compiled is.", callback=_say_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def settings_from(config: str | None, **options: object) -> Settings:
