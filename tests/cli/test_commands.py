@@ -172,7 +172,7 @@ def test_deliver_runs_until_it_is_stopped(tmp_path: Path, number: signal.Signals
         while json.loads(run("status", "-d", "box", "--json", cwd=tmp_path).stdout)["pending_files"]:
             assert process.poll() is None
         process.send_signal(number)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert (process.returncode, out[:11]) == (0, b"delivered 1")

@@ -216,7 +216,7 @@ def test_interrupted_it_ends_after_the_step_under_way(tmp_path: Path) -> None:
         while process.stdout.readline() != b"there\n":
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(b"\n\n\n\n", timeout=30)
+        out, err = process.communicate(b"\n\n\n\n", timeout=60)
     assert process.returncode == 130, err
     assert b"6 events of 1 file went back" in out
     assert b"Traceback" not in err
@@ -359,6 +359,6 @@ def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CLEAN) as process:
         assert process.stdout is not None
         process.stdout.close()
-        assert process.wait(30) in (0, 1)
+        assert process.wait(60) in (0, 1)
     assert not list(box.glob("dead-*"))
     assert len(mended_and_arrived(tmp_path)) == 6

@@ -370,7 +370,7 @@ def test_sigint_leaves_no_file_behind(box: Path) -> None:
             while not list(box.iterdir()) and process.poll() is None:
                 pass
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=60)
         finally:
             process.kill()
         assert (list(box.iterdir()), err) == ([], b"")

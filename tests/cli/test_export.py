@@ -56,7 +56,7 @@ def test_each_kind_is_written_as_it_stands(tmp_path: Path) -> None:
 def test_every_event_that_waits_all_the_while_is_written_once(tmp_path: Path) -> None:
     """Beside two writers, and a deliverer that comes later: what came and went is counted."""
     with at_work(*writer("a", 300), folder=tmp_path) as first:
-        assert first.wait(30) == 0
+        assert first.wait(60) == 0
     before = ids(exported(tmp_path))
     assert before == [f"a-{number:06d}" for number in range(300)]
     with at_work(*writer("b", 3000, 0.005), folder=tmp_path), at_work(*writer("c", 3000, 0.005), folder=tmp_path):

@@ -73,7 +73,7 @@ def test_an_event_that_is_not_sealed_and_one_that_is_kept_are_found(folder: Path
     """Each in its file."""
     (folder / "box" / "delivered-0000000000000001-u.ndjson").write_bytes(record.line(payload(4)))
     assert [seen["what"] for seen in inspected(folder, "w-000004")["events"]] == ["kept"]
-    with Outbox(str(folder / "box"), flush_interval=60) as outbox:
+    with Outbox(str(folder / "box"), flush_interval=3600.0) as outbox:
         outbox.enqueue(event(20))
         (seen,) = inspected(folder, "e-000020")["events"]
         assert (seen["what"], seen["batch"]) == ("active", "")

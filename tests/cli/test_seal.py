@@ -191,7 +191,7 @@ def test_interrupted_it_ends_at_once(tmp_path: Path, command: str, number: signa
         try:
             wait_until(lambda: request.exists() and request.stat().st_size > 0)
             asking.send_signal(number)
-            assert (asking.communicate(timeout=20), asking.returncode) == ((b"", b""), 130)
+            assert (asking.communicate(timeout=60), asking.returncode) == ((b"", b""), 130)
         finally:
             asking.kill()
             writer.process.send_signal(signal.SIGCONT)

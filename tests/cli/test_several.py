@@ -57,11 +57,11 @@ def delivering(box: Path, down: str) -> Iterator[None]:
     command = [*PILLARBOX, "deliver", "-q", "-d", "box", "--sink", f"live={down}", "--sink", WAREHOUSE]
     process = subprocess.Popen(command, cwd=box.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CLEAN)
     try:
-        wait_until(lambda: standing(box) == {"live": ("waiting", 0), "warehouse": ("idle", EVENTS)}, 20)
+        wait_until(lambda: standing(box) == {"live": ("waiting", 0), "warehouse": ("idle", EVENTS)})
         yield
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
 
 
 def standing(box: Path) -> dict[str, tuple[str, int]]:

@@ -148,7 +148,7 @@ def test_while_a_process_delivers_to_it_a_queue_stays_as_it_is(box: Path, delive
         assert way_out in said(folder, "sinks", *words, "-d", "box", code=2)
     assert "a process delivers box: " in said(folder, "sinks", "remove", "live", "--hand-back", "-d", "box", code=2)
     delivering.terminate()
-    assert delivering.wait(20) == 0
+    assert delivering.wait(60) == 0
     assert said(folder, "sinks", "rename", "live", "new", "-d", "box") == "live is new now\n"
     assert said(folder, "sinks", "remove", "new", "-d", "box") == "new removed\n"
 

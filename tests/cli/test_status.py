@@ -73,7 +73,7 @@ def on_terminal(folder: Path, *arguments: str, columns: int = 80, environ: dict[
                 if b"none so far" in seen and not interrupted:
                     interrupted = True
                     process.send_signal(signal.SIGINT)
-        return process.wait(timeout=20), seen.decode()
+        return process.wait(timeout=60), seen.decode()
     finally:
         process.kill()
         os.close(ours)

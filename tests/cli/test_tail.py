@@ -53,11 +53,11 @@ def tailing(folder: Path, *arguments: str) -> Iterator[Tail]:
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = subprocess.Popen(command, cwd=folder, env=CLEAN, stdout=stdout, stderr=stderr)
     try:
-        wait_until(lambda: bool(out.read_bytes()), 30)
+        wait_until(lambda: bool(out.read_bytes()))
         yield Tail(process, out, err)
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
 
 
 def test_it_shows_each_accepted_event_once_while_files_are_sealed_delivered_and_removed(tmp_path: Path) -> None:
@@ -81,11 +81,11 @@ def test_it_shows_each_accepted_event_once_while_files_are_sealed_delivered_and_
 
 def test_without_follow_it_shows_the_newest_in_order(tmp_path: Path) -> None:
     """Of sealed files and an active one."""
-    with Outbox(str(tmp_path / "box"), flush_interval=60) as outbox:
+    with Outbox(str(tmp_path / "box"), flush_interval=3600.0) as outbox:
         for number in range(25):
             outbox.enqueue(event(number))
             if number % 10 == 9:
-                assert outbox._sealer.seal_now("manual", 10)
+                assert outbox._sealer.seal_now("manual", 60)
         shown = [json.loads(line) for line in run("tail", "-d", "box", "--json", "-n", "12", cwd=tmp_path).stdout.splitlines()]
         assert [line["event"]["event_id"] for line in shown] == [f"e-{number:06d}" for number in range(13, 25)]
         assert [line["batch"] is None for line in shown] == [False] * 7 + [True] * 5
@@ -164,7 +164,7 @@ def test_ctrl_c_ends_it_without_a_word(tmp_path: Path) -> None:
     """And nothing is left behind."""
     with tailing(tmp_path) as tail:
         tail.process.send_signal(signal.SIGINT)
-        assert tail.process.wait(10) == 130
+        assert tail.process.wait(60) == 130
         assert (tmp_path / "err").read_bytes() == b""
     assert names(tmp_path / "box").keys() == {FIRST}
 
@@ -176,15 +176,15 @@ def test_it_ends_when_nobody_reads_any_more(tmp_path: Path) -> None:
     process = subprocess.Popen([*PILLARBOX, "tail", "-d", "box", "-f"], cwd=tmp_path, env=CLEAN, stdout=writing)
     os.close(writing)
     os.close(reading)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_it_only_looks(tmp_path: Path) -> None:
     """While a writer has its files open: nothing is opened to write, locked, made or removed."""
-    with Outbox(str(tmp_path / "box"), flush_interval=60) as outbox:
+    with Outbox(str(tmp_path / "box"), flush_interval=3600.0) as outbox:
         for number in range(30):
             outbox.enqueue(event(number))
-        assert outbox._sealer.seal_now("manual", 10)
+        assert outbox._sealer.seal_now("manual", 60)
         outbox.enqueue(event(30))
         before = names(tmp_path / "box")
         assert len(only_looks("tail", "-d", "box", "-n", "31", folder=tmp_path).stdout.splitlines()) == 31

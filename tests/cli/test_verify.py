@@ -55,7 +55,7 @@ def start(*command: str, folder: Path) -> subprocess.Popen[bytes]:
 def kill(process: subprocess.Popen[bytes]) -> None:
     """As the kernel does when memory is out."""
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
 
 
 def sealed_files(folder: Path) -> list[Path]:
@@ -66,11 +66,11 @@ def sealed_files(folder: Path) -> list[Path]:
 @pytest.fixture
 def filled(tmp_path: Path) -> Path:
     """A folder whose `box` has five sealed files of ten events, of one writer that has ended."""
-    with Outbox(str(tmp_path / "box"), flush_interval=60) as outbox:
+    with Outbox(str(tmp_path / "box"), flush_interval=3600.0) as outbox:
         for number in range(50):
             assert outbox.enqueue(event(number))
             if number % 10 == 9:
-                assert outbox._sealer.seal_now("manual", 10)
+                assert outbox._sealer.seal_now("manual", 60)
     assert len(sealed_files(tmp_path)) == 5
     return tmp_path
 
@@ -204,7 +204,7 @@ def test_each_sealed_file_has_its_writers_count(filled: Path) -> None:
     """And an adopted one has none."""
     (filled / "box" / layout.active_name("w", 1)).write_bytes(record.line(bare(1)[:-1]))
     with Outbox(str(filled / "box"), RecordingSink()) as outbox:
-        assert outbox.flush(10)
+        assert outbox.flush(60)
     entries, unread = entries_of((filled / "box" / layout.LEDGER).read_bytes())
     assert unread == 0
     assert [entry.events for entry in entries if isinstance(entry, Sealed)] == [10] * 5

@@ -41,7 +41,7 @@ def at_work(*command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
 
 
 def writer(name: str, count: int, pause: float = 0.0) -> tuple[str, ...]:

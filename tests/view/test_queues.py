@@ -58,7 +58,7 @@ def test_tail_shows_each_event_once_on_its_way_through_the_queues(tmp_path: Path
     deliverer = ("deliver", "-d", "box", "-q", *SINKS)
     with tailing(tmp_path) as tail, at_work(*PILLARBOX, *deliverer, folder=tmp_path):
         with at_work(*writer("a", 1000, 0.01), folder=tmp_path) as process:
-            assert process.wait(30) == 0
-        wait_until(lambda: len(tail.ids()) + tail.missed() >= 1000, 20)
+            assert process.wait(60) == 0
+        wait_until(lambda: len(tail.ids()) + tail.missed() >= 1000)
         assert max(Counter(tail.ids()).values()) == 1
         assert len(tail.ids()) == 1000
