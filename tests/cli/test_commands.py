@@ -19,6 +19,7 @@ import pytest
 from tests.conftest import existing_events
 
 PILLARBOX = [sys.executable, "-m", "pillarbox"]
+UNHURRIED = {"PILLARBOX_FLUSH_INTERVAL": "3600"}  # for who stores one by one: no file is sealed by age in between
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("PILLARBOX_", "TRACKING_OUTBOX_"))}
 
 
@@ -144,7 +145,7 @@ def test_deliver_once_says_what_is_left_and_why(tmp_path: Path) -> None:
 
 def test_the_rate_is_an_option_of_deliver_too(tmp_path: Path) -> None:
     """The first batch goes, the next would have to wait; a rate that is none is refused with what is allowed."""
-    run("enqueue", "-d", "box", cwd=tmp_path, stdin=b"".join(map(bare, range(1200))))
+    run("enqueue", "-d", "box", cwd=tmp_path, stdin=b"".join(map(bare, range(1200))), environ=UNHURRIED)
     words = ("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", "-q")
     refused = run(*words, "--max-rate", "0", cwd=tmp_path)
     assert (refused.returncode, b"max_rate" in refused.stderr, b"events a second" in refused.stderr) == (2, True, True)

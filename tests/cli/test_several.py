@@ -19,7 +19,7 @@ from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.testing import ManualClock
-from tests.cli.test_commands import CLEAN, PILLARBOX, bare, ids, run
+from tests.cli.test_commands import CLEAN, PILLARBOX, UNHURRIED, bare, ids, run
 from tests.cli.test_doctor import LIMITS, Found, bad, doctor, examined
 from tests.cli.test_status import on_terminal, plain
 from tests.conftest import wait_until
@@ -41,8 +41,8 @@ app.run()
 
 @pytest.fixture
 def box(tmp_path: Path) -> Path:
-    """An outbox directory with events that wait."""
-    made = run("enqueue", "-d", "box", cwd=tmp_path, stdin=b"".join(map(bare, range(EVENTS))))
+    """An outbox directory with events that wait, in one file."""
+    made = run("enqueue", "-d", "box", cwd=tmp_path, stdin=b"".join(map(bare, range(EVENTS))), environ=UNHURRIED)
     assert made.returncode == 0
     return tmp_path / "box"
 

@@ -13,7 +13,7 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import layout
-from tests.cli.test_commands import CLEAN, PILLARBOX, bare, ids, run
+from tests.cli.test_commands import CLEAN, PILLARBOX, UNHURRIED, bare, ids, run
 from tests.conftest import wait_until
 from tests.delivery.fleet_stage import balanced, fill_files, place_of, refusing_poison, sealed
 from tests.sinks.http_server import Say, Server, always, nobody
@@ -335,7 +335,8 @@ def test_what_one_sink_refused_is_sent_again_to_that_sink_only(box: Path, refuse
 def test_what_changes_something_says_so_in_json_too(tmp_path: Path, box: Path) -> None:
     """Of each command the shape that the documents give."""
     (tmp_path / "events").write_bytes(b"".join(map(bare, range(3))))
-    assert json.loads(said(tmp_path, "enqueue", "events", "-d", "box", "--json")) == {"accepted": 3, "refused": 0}
+    stored = json.loads(said(tmp_path, "enqueue", "events", "-d", "box", "--json", environ=UNHURRIED))
+    assert stored == {"accepted": 3, "refused": 0}
     sinks = ["--sink", "live=sqlite:///live.db", "--sink", f"away={nobody()}"]
     done = json.loads(run("deliver", "-d", "box", *sinks, "--once", "--timeout", "1", "--json", "-q", cwd=tmp_path).stdout)
     assert done["waiting_files"] == 1

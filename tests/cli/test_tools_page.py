@@ -16,7 +16,7 @@ TEN = 1_795_600_800_000_000  # 2026-11-25T10:00:00Z
 
 def session(folder: Path) -> str:
     """The page, with what its commands print now."""
-    with Outbox(str(folder / "box")) as outbox:
+    with Outbox(str(folder / "box"), flush_interval=3600.0) as outbox:
         for number in range(4):
             user = f"u-{number}" if number % 2 == 0 else None
             outbox.enqueue(event(number, scope_id="shop", user_id=user, occurred_at_micros=TEN + number * 1_000_000))

@@ -47,10 +47,10 @@ def documented() -> list[Row]:
 
 
 def fill(box: Path) -> None:
-    """Four events, two of which have one id, a record that is no event, and a line that is no record."""
+    """Two files: four events, two of which have one id, in one write; a record that is no event, and a line that is no record."""
+    events = [TrackingEvent(event_id=str(number % 3), event_key="k", scope_kind="Site", scope_id="s") for number in range(4)]
     with Outbox(str(box)) as outbox:
-        for number in range(4):
-            outbox.enqueue(TrackingEvent(event_id=str(number % 3), event_key="k", scope_kind="Site", scope_id="s"))
+        assert all(outbox.enqueue_many(events))
     (box / "sealed-0000000000000001-x.ndjson").write_bytes(b'{"event":{"colour":"red"}}\nno record\n')
 
 

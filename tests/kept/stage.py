@@ -25,11 +25,14 @@ def payload(number: int, scope_id: object = "s", key: str = "buy") -> bytes:
 
 
 def sealed(box: Path, *extra: bytes, good: int = 3, first: int = 0) -> Path:
-    """Seal a batch of good events; what is `extra` stands behind them, as somebody else may have written it."""
+    """Seal a batch of good events; what is `extra` stands behind them, as somebody else may have written it.
+
+    Stored in one write, for a file may be sealed by age in between.
+    """
     before = set(box.glob("sealed-*"))
     with Outbox(str(box)) as outbox:
-        for number in range(first, first + good):
-            assert outbox.enqueue(event(number))
+        assert all(outbox.enqueue_many([event(number) for number in range(first, first + good)]))
+        assert outbox._sealer.seal_now("manual", 60)
     (file,) = set(box.glob("sealed-*")) - before
     with file.open("ab") as out:
         out.write(b"".join(extra))
