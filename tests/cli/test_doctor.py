@@ -31,6 +31,14 @@ from tests.crash.kernel import mounted, need
 LIMITS = Limits(power=False, max_bytes=10**9, max_files=1000, min_free_bytes=0, evicts=False)
 LINE = b"a line\n"
 Found = dict[str, list[tuple[bool, str]]]
+# The command with a clock that says always the same: after ten seconds, which it may take to start, a deliverer is missed.
+AT = """
+import sys
+from pillarbox.cli import app, doctor
+now = int(sys.argv.pop(1))
+doctor.SystemClock.micros = lambda _: now
+app.run()
+"""
 
 
 def by_check(findings: Iterable[Finding]) -> Found:
@@ -41,8 +49,14 @@ def by_check(findings: Iterable[Finding]) -> Found:
     return found
 
 
-def doctor(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> tuple[int, Found]:
-    done = run("doctor", *arguments, "--json", cwd=cwd, environ=environ)
+def doctor(
+    *arguments: object, cwd: Path, environ: dict[str, str] | None = None, now_micros: int | None = None
+) -> tuple[int, Found]:
+    words = PILLARBOX if now_micros is None else [PILLARBOX[0], "-c", AT, str(now_micros)]
+    done = subprocess.run(
+        [*words, "doctor", *map(str, arguments), "--json"],
+        cwd=cwd, env=CLEAN | (environ or {}), capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
     assert done.stderr == b""
     return done.returncode, by_check(Finding(**finding) for finding in json.loads(done.stdout))
 
@@ -71,7 +85,8 @@ def test_a_good_directory_has_only_good_findings_and_stays_as_it_was(tmp_path: P
     (tmp_path / "box" / "active.ndjson").write_bytes(b"")
     (tmp_path / "box" / "active-dead-1.ndjson").write_bytes(b"torn")
     before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "box").iterdir()}
-    code, found = doctor("-d", "box", cwd=tmp_path)
+    newest = max(filter(None, map(layout.stamp_of, before)))
+    code, found = doctor("-d", "box", cwd=tmp_path, now_micros=newest)
     assert (code, bad(found)) == (0, set())
     assert {file.name: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "box").iterdir()} == before
     for check in ("create", "append", "lock", "rename", "sync", "directory sync", "hard link", "remove", "space", "clock"):
@@ -237,7 +252,7 @@ def test_who_delivers_is_told(box: Path, state: State | None, age_s: int, stamp_
         assert lease.take()
         lease.beat(state, 0, "", now=True)
         lease.release()
-    code, found = doctor("-d", box, cwd=box.parent)
+    code, found = doctor("-d", box, cwd=box.parent, now_micros=now)
     assert (code, bad(found)) == ((0, set()) if well else (1, {"deliverer"}))
     ((_, text),) = found["deliverer"]
     assert f"{int(stamp_age_s is not None)} sealed files wait" in text
@@ -416,7 +431,7 @@ def test_the_request_file_is_looked_at(box: Path) -> None:
 
 def test_a_destination_is_asked_and_gets_no_event(box: Path) -> None:
     """What it says of itself is among the findings."""
-    code, found = doctor("-d", "box", "--sink", "sqlite:///events.db", cwd=box.parent)
+    code, found = doctor("-d", "box", "--sink", "sqlite:///events.db", "--timeout", "60", cwd=box.parent)
     assert (code, bad(found)) == (0, set())
     assert all(text.startswith("sqlite:///events.db: ") for _, text in found["destination"])
     code, found = doctor("-d", "box", "--sink", "sqlite:///missing/events.db", cwd=box.parent)
