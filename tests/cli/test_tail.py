@@ -42,6 +42,10 @@ class Tail:
     def missed(self) -> int:
         return sum(int(number) for number in re.findall(r"not seen: (\d+) event", self._err.read_text()))
 
+    def wait_for(self, count: int) -> None:
+        """Until so many events were shown, or counted as not seen."""
+        wait_until(lambda: len(self.ids()) + self.missed() >= count)
+
 
 @contextmanager
 def tailing(folder: Path, *arguments: str) -> Iterator[Tail]:
@@ -61,20 +65,29 @@ def tailing(folder: Path, *arguments: str) -> Iterator[Tail]:
 
 
 def test_it_shows_each_accepted_event_once_while_files_are_sealed_delivered_and_removed(tmp_path: Path) -> None:
-    """Three writers, one of which comes later, and a deliverer; what came and went between two looks is counted."""
+    """Three writers, one of which comes later, and a deliverer; what came and went between two looks is counted.
+
+    Where so much did that little was seen, more is written.
+    """
+    whose, count = "abc", 5000
     with tailing(tmp_path) as tail, at_work(*DELIVER, folder=tmp_path) as deliverer:
         with at_work(*writer("a", 2000, 0.01), folder=tmp_path) as first, at_work(*writer("b", 2000, 0.01), folder=tmp_path):
-            wait_until(lambda: len(tail.ids()) > 500)
+            tail.wait_for(500)
             with at_work(*writer("c", 1000, 0.005), folder=tmp_path) as third:
-                assert third.wait(30) == 0
-            assert first.wait(30) == 0
-            wait_until(lambda: len(tail.ids()) + tail.missed() >= 5000, 30)
+                assert third.wait(60) == 0
+            assert first.wait(60) == 0
+            tail.wait_for(count)
+        while len(tail.ids()) <= 2000:
+            whose, count = whose + chr(ord(whose[-1]) + 1), count + 1000
+            assert whose[-1] <= "z", "it sees next to nothing"
+            with at_work(*writer(whose[-1], 1000, 0.005), folder=tmp_path) as further:
+                assert further.wait(60) == 0
+            tail.wait_for(count)
         assert deliverer.poll() is None
         seen = Counter(tail.ids())
         assert max(seen.values()) == 1
-        assert len(seen) + tail.missed() == 5000
-        assert len(seen) > 2000
-        for name in "abc":
+        assert len(seen) + tail.missed() == count
+        for name in whose:
             own = [one for one in tail.ids() if one.startswith(name)]
             assert own == sorted(own)
 

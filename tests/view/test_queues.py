@@ -13,7 +13,7 @@ from pillarbox import Outbox
 from tests.cli.test_commands import PILLARBOX, run
 from tests.cli.test_tail import tailing
 from tests.cli.watching import at_work, names, only_looks, writer
-from tests.conftest import event, wait_until
+from tests.conftest import event
 
 SINKS = ("--sink", "live=sqlite:///live.db", "--sink", "warehouse=sqlite:///no/such/folder.db")
 
@@ -59,6 +59,6 @@ def test_tail_shows_each_event_once_on_its_way_through_the_queues(tmp_path: Path
     with tailing(tmp_path) as tail, at_work(*PILLARBOX, *deliverer, folder=tmp_path):
         with at_work(*writer("a", 1000, 0.01), folder=tmp_path) as process:
             assert process.wait(60) == 0
-        wait_until(lambda: len(tail.ids()) + tail.missed() >= 1000)
+        tail.wait_for(1000)
         assert max(Counter(tail.ids()).values()) == 1
         assert len(tail.ids()) == 1000
