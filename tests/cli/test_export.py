@@ -119,14 +119,33 @@ def test_it_only_looks(tmp_path: Path) -> None:
     assert names(tmp_path / "box") == before
 
 
+# Waits for ever once it has read half of the events, so that Ctrl-C finds it there.
+HALFWAY = """
+import sys, threading
+from itertools import islice
+from pillarbox.cli import main
+from pillarbox.view.stock import Stock
+whole = Stock.events
+def half(self, what):
+    yield from islice(whole(self, what), 50_000)
+    print("there", flush=True)
+    threading.Event().wait()
+Stock.events = half
+main()
+"""
+
+
 def test_ctrl_c_leaves_no_half_of_a_file(tmp_path: Path) -> None:
     """Nor anything else."""
     with Outbox(str(tmp_path / "box"), min_free_bytes=0) as outbox:
         for start in range(0, 100_000, 5000):
             outbox.enqueue_many([event(number) for number in range(start, start + 5000)])
-    process = subprocess.Popen([*PILLARBOX, "export", "-d", "box", "-o", "out"], cwd=tmp_path, env=CLEAN)
-    while not list(tmp_path.glob("out*")):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
+    command = [PILLARBOX[0], "-c", HALFWAY, "export", "-d", "box", "-o", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, env=CLEAN, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"there\n"
+        (aside,) = tmp_path.glob("out*")
+        assert aside.stat().st_size > 0
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["box"]
