@@ -35,10 +35,11 @@ def said(folder: Path, *words: object, code: int = 0, environ: dict[str, str] | 
 
 
 def waiting_for(box: Path, *sinks: str, files: int = 2) -> None:
-    """A directory in which files wait for sinks that are all down."""
+    """A directory in which files wait for sinks that are all down, and have been tried."""
     with Outbox(str(box), sinks=dict.fromkeys(sinks, nobody())) as outbox:
         fill_files(outbox, files)
         wait_until(lambda: not sealed(box) and all(len(sealed(box / f"sink-{sink}")) == files for sink in sinks))
+        wait_until(lambda: {sink.state.name for sink in outbox.stats().sinks.values()} == {"waiting"})
 
 
 def test_list_shows_the_queue_of_each_sink(box: Path) -> None:
@@ -132,8 +133,9 @@ def delivering(box: Path) -> Iterator[subprocess.Popen[bytes]]:
     sinks = ["--sink", f"live={nobody()}", "--sink", "warehouse=sqlite:///w.db"]
     command = [*PILLARBOX, "deliver", "-d", "box", *sinks]
     process = subprocess.Popen(command, cwd=box.parent, env=CLEAN, stderr=subprocess.PIPE)
+    lock = box / "sink-live" / "deliver.lock"
     try:
-        wait_until((box / "sink-live" / "deliver.lock").exists)
+        wait_until(lambda: lock.exists() and lock.stat().st_size > 0)  # by whoever holds it
         yield process
     finally:
         process.kill()
@@ -205,7 +207,7 @@ def test_what_is_secret_in_urls_is_in_no_file_and_no_output(box: Path) -> None:
         url, down = server.url(user=f"user:{secret}@"), nobody().replace("//", f"//user:{secret}@")
         run("enqueue", "-d", "box", cwd=box.parent, stdin=b"".join(map(bare, range(5))))
         options = ["--sink", f"live={url}", "--sink", f"down={down}"]
-        done = run("deliver", "-d", "box", *options, "--once", "--timeout", "1", cwd=box.parent)
+        done = run("deliver", "-d", "box", *options, "--once", "--timeout", "5", cwd=box.parent)
         assert done.returncode == 1
         assert len(server.requests) > 0
     texts = [done.stdout, done.stderr]
@@ -265,7 +267,9 @@ def refused(box: Path) -> Iterator[tuple[Outbox, Server, Server]]:
             assert outbox.flush(60)
             (box / "sealed-1700000000000000-x.ndjson.aside").write_bytes(b'{"bad\n')
             os.rename(box / "sealed-1700000000000000-x.ndjson.aside", box / "sealed-1700000000000000-x.ndjson")
-            wait_until(lambda: {queue.account().corrupt_files for queue in place_of(box).queues()} == {1})
+            wait_until(lambda: outbox.stats().quarantined == 2)
+            wait_until(lambda: not place_of(box).waiting())  # of what waits still, nothing is changed
+            assert {queue.account().corrupt_files for queue in place_of(box).queues()} == {1}
             yield outbox, live, warehouse
 
 
@@ -338,7 +342,7 @@ def test_what_changes_something_says_so_in_json_too(tmp_path: Path, box: Path) -
     stored = json.loads(said(tmp_path, "enqueue", "events", "-d", "box", "--json", environ=UNHURRIED))
     assert stored == {"accepted": 3, "refused": 0}
     sinks = ["--sink", "live=sqlite:///live.db", "--sink", f"away={nobody()}"]
-    done = json.loads(run("deliver", "-d", "box", *sinks, "--once", "--timeout", "1", "--json", "-q", cwd=tmp_path).stdout)
+    done = json.loads(run("deliver", "-d", "box", *sinks, "--once", "--timeout", "5", "--json", "-q", cwd=tmp_path).stdout)
     assert done["waiting_files"] == 1
     assert {name: sink["delivered"] for name, sink in done["sinks"].items()} == {"live": 3, "away": 0}
     assert done["total"]["state"]["name"] == "waiting"
