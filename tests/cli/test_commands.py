@@ -24,11 +24,11 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 
 
 def run(
-    *arguments: object, cwd: Path, stdin: bytes = b"", environ: dict[str, str] | None = None
+    *arguments: object, cwd: Path, stdin: bytes = b"", environ: dict[str, str] | None = None, seconds: float = 60
 ) -> subprocess.CompletedProcess[bytes]:
     command = [*PILLARBOX, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, input=stdin, capture_output=True, timeout=60, env=CLEAN | (environ or {}), check=False
+        command, cwd=cwd, input=stdin, capture_output=True, timeout=seconds, env=CLEAN | (environ or {}), check=False
     )
 
 
@@ -190,7 +190,8 @@ def test_killed_in_the_middle_of_enqueue_every_acknowledged_event_arrives_once(t
     acknowledged += [line for line in process.stdout.read().splitlines(keepends=True) if line.endswith(b"\n")]
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
-    assert run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=tmp_path).returncode == 0
+    words = ("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once")
+    assert run(*words, cwd=tmp_path, seconds=300).returncode == 0  # of some sixty files, each of which is synced
     arrived = ids(tmp_path / "events.db")
     assert len(arrived) == len(set(arrived)) < 200_000
     assert {line.decode().strip() for line in acknowledged} <= set(arrived)

@@ -121,7 +121,7 @@ def test_it_only_looks(tmp_path: Path) -> None:
 
 # Waits for ever once it has read half of the events, so that Ctrl-C finds it there.
 HALFWAY = """
-import sys, threading
+import threading
 from itertools import islice
 from pillarbox.cli import main
 from pillarbox.view.stock import Stock
