@@ -54,7 +54,7 @@ def test_a_mutant_of_text_that_is_not_there_is_an_error() -> None:
 @pytest.mark.parametrize(("name", "harness"), SAMPLE)
 def test_a_mutant_is_found(name: str, harness: str) -> None:
     """The harness that is best at it fails."""
-    assert mutants.look(NAMED[name], [harness])[harness].found
+    assert mutants.look(NAMED[name], {harness: mutants.SECONDS_AS_IT_IS})[harness].found
 
 
 def test_what_is_appended_while_a_file_is_synced_is_not_taken_for_durable() -> None:
@@ -66,7 +66,7 @@ def test_a_mutant_that_does_not_run_is_no_find() -> None:
     """It says nothing of a harness."""
     broken = NAMED["sealed-unsynced"]._replace(new="no_such_name")
     with pytest.raises(RuntimeError, match="does not run"):
-        mutants.look(broken, ["machine"])
+        mutants.look(broken, {"machine": mutants.SECONDS_AS_IT_IS})
 
 
 def test_a_harness_runs_on_the_copy(tmp_path: Path) -> None:
