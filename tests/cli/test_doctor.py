@@ -375,6 +375,25 @@ def test_interrupted_it_removes_its_files_all_the_same(box: Path) -> None:
     assert (list(box.iterdir()), disk._opened) == ([], set())
 
 
+def test_interrupted_while_it_removes_its_files_it_removes_the_others_too(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often."""
+    disk, left = RealFilesystem(), [3, 5, 1]
+    really = disk.unlink
+
+    def unlink(path: str) -> None:
+        if left:
+            left[0] -= 1
+            if left[0] == 0:
+                left.pop(0)
+                raise KeyboardInterrupt
+        really(path)
+
+    monkeypatch.setattr(disk, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        examined(box, disk)
+    assert (list(box.iterdir()), left) == ([], [])
+
+
 def test_sigint_leaves_no_file_behind(box: Path) -> None:
     """Ctrl-C whenever it comes; exit code 130."""
     for _ in range(3):

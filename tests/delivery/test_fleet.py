@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from pillarbox import Outbox
-from pillarbox.sinks.base import Retry
+from pillarbox.clock import SystemClock
+from pillarbox.deliverers import destinations, make_deliverer
+from pillarbox.delivery.fleet import Fleet
+from pillarbox.delivery.settlement import Callbacks
+from pillarbox.settings import resolve
+from pillarbox.sinks.base import Misconfigured, Retry
+from pillarbox.store.ledger import Ledger
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
 from tests.delivery.fleet_stage import (
@@ -137,3 +144,48 @@ def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> Non
         wait_until(lambda: outbox.stats().pending_bytes == size)
         assert place_of(box).account().pending_files == len(sealed(box / "sink-two")) == len(sealed(box / "sink-three"))
     balanced(box)
+
+
+class SlowToOpen(RecordingSink):
+    """Opens when it is allowed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed = asyncio.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def open(self) -> None:
+        """Wait."""
+        self.loop = asyncio.get_running_loop()
+        await self.allowed.wait()
+
+    def allow(self) -> None:
+        """From any thread."""
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self.allowed.set)
+
+
+def test_it_is_stuck_once_one_is_stopped_and_the_others_have_nothing_to_do(box: Path) -> None:
+    """Not while another has yet to begin, however long that takes."""
+    slow, broken = SlowToOpen(), RecordingSink([Misconfigured("no such table")])
+    with Outbox(str(box), sinks={"slow": slow, "broken": broken}) as outbox:
+        fill_files(outbox, 2)
+        fleet = outbox._delivery
+        assert isinstance(fleet, Fleet)
+        wait_until(lambda: outbox.stats().sinks["broken"].state.name == "stopped" and slow.loop is not None)
+        assert not fleet.is_stuck()
+        slow.allow()
+        wait_until(fleet.is_stuck)
+        assert (len(slow.payloads), len(broken.payloads)) == (20, 0)
+
+
+def test_what_has_not_begun_can_be_stopped(box: Path) -> None:
+    """As a command is that is interrupted so early."""
+    one_and_several: list[dict[str, object]] = [{"sink": "sqlite:///a.db"}, {"sinks": two(box)}]
+    for sinks in one_and_several:
+        settings = resolve({"directory": str(box)} | sinks, {}, None)
+        place = place_of(box)
+        place.open()
+        ledger = Ledger(place, SystemClock())
+        found = make_deliverer(settings, place, SystemClock(), ledger, Callbacks(), lambda: False, destinations(settings, {}))
+        assert found.stop(60)

@@ -118,9 +118,9 @@ def _deliver(
         settings, place, clock, Ledger(place, clock), callbacks, lambda: False, sinks, only_delivers=True
     )
     place.note_stamp(place.account().newest_stamp)
-    shown.begin(deliverer.sinks)
-    deliverer.start()
     try:
+        shown.begin(deliverer.sinks)
+        deliverer.start()
         done = _watch(deliverer, place, give_up_s, quiet=quiet)
     except KeyboardInterrupt:
         done = give_up_s is None
@@ -143,12 +143,6 @@ def _say(sinks: dict[str, SinkStats], waiting_files: int, *, json: bool) -> None
         f"damaged {found.quarantined}; {waiting_files} files wait" + (f"; {found.state}" if found.state.reason else ""),
         markup=False,
     )
-
-
-def _is_stuck(deliverer: Here) -> bool:
-    """Whether nobody delivers any more: each sink has nothing to do, or waits for somebody to mend it."""
-    states = {sink.state.name for sink in deliverer.sinks().values()}
-    return "stopped" in states and states <= {"stopped", "idle"}
 
 
 def _watch(deliverer: Here, place: Directory, give_up_s: float | None, *, quiet: bool) -> bool:
@@ -176,7 +170,7 @@ def _watch(deliverer: Here, place: Directory, give_up_s: float | None, *, quiet:
                 continue
             if found.flushed_files != last_count:
                 last_count, last_moment = found.flushed_files, clock.monotonic()
-            stuck = _is_stuck(deliverer) and clock.monotonic() - last_moment > _STUCK_S
+            stuck = deliverer.is_stuck() and clock.monotonic() - last_moment > _STUCK_S
             if stuck or clock.monotonic() - last_moment > give_up_s:
                 return False
     return not place.waiting()

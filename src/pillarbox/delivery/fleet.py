@@ -6,6 +6,7 @@ lease of the directory itself hands over; as long as it does, nobody else takes 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING, Final
@@ -83,7 +84,8 @@ class Fleet:
         self._hands_over_until = deadline - timeout / 2  # what is handed over is to be delivered, too
         self._stopping.set()
         self._work.set()
-        self._thread.join(timeout)
+        with contextlib.suppress(RuntimeError):  # it has not begun
+            self._thread.join(timeout)
         threads = list(self._threads.values())
         for thread in threads:
             thread.worker.end()
@@ -117,6 +119,16 @@ class Fleet:
             return not any(self._directory.queue(sink).sealed() for sink in self._urls)
         except OSError:
             return False
+
+    def is_stuck(self) -> bool:
+        """Whether nothing more is delivered until somebody mends the set-up: the other sinks have nothing to do."""
+        threads = [self._threads.get(sink) for sink in self._urls]
+        stuck = [thread is not None and thread.is_stuck() for thread in threads]
+        return (
+            self._handed_over
+            and any(stuck)
+            and all(each or (thread is not None and thread.is_idle()) for each, thread in zip(stuck, threads, strict=True))
+        )
 
     def wait_for_settlement(self, seen: int, timeout: float) -> None:
         """Wait until other than `seen` files are settled, at most `timeout` seconds."""

@@ -38,7 +38,8 @@ class DeliveryThread:
         """Deliver what can be delivered without waiting and end; what takes longer than `timeout` seconds stays on disk."""
         self._stop.set()
         self.worker.end()
-        self._thread.join(timeout)
+        with contextlib.suppress(RuntimeError):  # it has not begun
+            self._thread.join(timeout)
         if self._thread.is_alive() and self._loop is not None and self._task is not None:
             with contextlib.suppress(RuntimeError):  # it ended just now
                 self._loop.call_soon_threadsafe(self._task.cancel)
@@ -58,6 +59,10 @@ class DeliveryThread:
     def is_idle(self) -> bool:
         """Whether the last look has found nothing left to do."""
         return self.worker.idle.is_set()
+
+    def is_stuck(self) -> bool:
+        """Whether nothing more is delivered until somebody mends the set-up."""
+        return self.worker.state.name == "stopped"
 
     def wait_for_settlement(self, seen: int, timeout: float) -> None:
         """Wait until other than `seen` files are settled, at most `timeout` seconds."""

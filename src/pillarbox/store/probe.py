@@ -162,13 +162,23 @@ def probe(place: Directory, clock: Clock, *, power: bool, links: bool = False) -
 
 
 def _remove(place: Directory, mine: str) -> Finding:
-    """Remove what the steps made, as far as they came."""
-    try:
-        for name in [entry.name for entry in place.filesystem.listing(place.path) if entry.name.startswith(mine)]:
-            place.remove(name)
-    except OSError as error:
-        return bad("remove", f"{error.strerror}: {_way_out(error)}; then remove {mine}-*")
-    return good("remove", "deletes")
+    """Remove what the steps made, as far as they came; an interrupt waits until that is done."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            for name in [entry.name for entry in place.filesystem.listing(place.path) if entry.name.startswith(mine)]:
+                place.remove(name)
+        except KeyboardInterrupt as error:
+            interrupt = error
+            continue
+        except OSError as error:
+            found = bad("remove", f"{error.strerror}: {_way_out(error)}; then remove {mine}-*")
+        else:
+            found = good("remove", "deletes")
+        break
+    if interrupt is not None:
+        raise interrupt
+    return found
 
 
 @contextlib.contextmanager
