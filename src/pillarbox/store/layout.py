@@ -83,7 +83,7 @@ def kind_of(name: str) -> Kind:
 
 
 def active_name(writer: str, number: int) -> str:
-    """The name of a writer's n-th active file; used once."""
+    """The name of an active file of a writer, which fills them in the order of their numbers; used once."""
     return f"active-{writer}-{number}{SUFFIX}"
 
 

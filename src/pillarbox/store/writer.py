@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Final
@@ -40,6 +39,8 @@ __all__ = ["RETIRED_MAX", "SPARES_MAX", "Limits", "Mark", "Writer", "reason_of"]
 
 RETIRED_MAX: Final = 64  # files that wait for their sync; beyond it the active file grows instead, for each holds a descriptor
 SPARES_MAX: Final = 48  # empty files held ready, each with a descriptor
+_SPACING: Final = 1000  # of the numbers of spares: between them are those of files that are made while they are
+_WAITING: Final = 8  # files that wait for their sync: for each so many, the next may hold `batch_size` events more
 _MARK: Final = -1  # an append or a rotation is under way, or was cut short
 _NO_FILE: Final = -2  # there is none yet, or none any more
 _MARKED_LOOKS_MAX: Final = 10  # then the sealer waits for the lock, to see whose mark it is
@@ -60,7 +61,7 @@ class Writer(Appending):
         self._wake = wake
         self.lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
         self._name = directory.new_id()
-        self._next_number = itertools.count(1).__next__
+        self._own = self._spare = 0  # the highest numbers so far, of a file that a caller made itself and of a spare
         self._started = False
         self._closed = False
         self.accepts = False  # it has started and is not closed
@@ -292,7 +293,21 @@ class Writer(Appending):
         return DROPPED[reason]
 
     def _new_file(self) -> ActiveFile:
-        return ActiveFile(self._directory.create_anew(self._new_name))
+        """For a caller that finds no spare."""
+        return ActiveFile(self._directory.create_anew(self._own_name))
+
+    def _own_name(self) -> str:
+        """One that was never used, behind those that were, and ahead of the spares that are being made."""
+        newest = self._newest()
+        # No call: a signal handler has another number.
+        if newest > self._own:  # noqa: PLR1730 - `max` is one
+            self._own = newest
+        self._own += 2 if self._own % _SPACING == _SPACING - 1 else 1  # multiples are the spares'
+        number = self._own
+        return layout.active_name(self._name, number)
+
+    def _newest(self) -> int:
+        return max(file.number for file in (self._file, *self.retired))
 
     def _complete(self, file: ActiveFile, lines: bytes, written: int) -> None:
         """After a short write: take the part back and write the lines again, all or none of them."""
@@ -361,9 +376,13 @@ class Writer(Appending):
         if file.events and not file.counted:
             self._count(file)
             self._tell_sealer()
-        # Without a spare, the sealer being behind, the file grows to `batch_bytes`; so too where no further file may begin.
+        # The sealer being behind, the file grows: a file more costs it more than events. Without a spare it grows to
+        # `batch_bytes`; so too where no further file may begin.
+        due = self.limits.batch_size * (1 + len(self.retired) // _WAITING)
         if file.events >= self.limits.batch_size:
-            if self._spares and len(self.retired) < RETIRED_MAX and self.files < self.limits.max_files:
+            if file.events < due:
+                file.attend_at = due
+            elif self._spares and len(self.retired) < RETIRED_MAX and self.files < self.limits.max_files:
                 self._retire("batch_size")
             else:  # to look again at each event would cost more than the event
                 file.attend_at = file.events + max(1, self.limits.batch_size // AGAIN_SHARE)
@@ -396,12 +415,11 @@ class Writer(Appending):
     # What follows takes the lock itself.
 
     def new_files(self, count: int) -> tuple[list[Taken], OSError | None]:
-        """Create and lock so many files to be given as spares, as far as the disk allows; and what it does not."""
-        return self._directory.create_each([self._new_name() for _ in range(count)])
-
-    def _new_name(self) -> str:
-        """One that was never used."""
-        return layout.active_name(self._name, self._next_number())
+        """The sealer's: create and lock so many files to be spares, as far as the disk allows; and what it does not."""
+        first = max(self._spare, self._own) // _SPACING + 1
+        numbers = [_SPACING * number for number in range(first, first + count)]
+        self._spare = numbers[-1]
+        return self._directory.create_each([layout.active_name(self._name, number) for number in numbers])
 
     def start(self, pending_bytes: int, pending_files: int) -> None:
         """Begin to accept; what is pending already counts."""
@@ -438,8 +456,8 @@ class Writer(Appending):
         """Have more files ready; `entered` where their names are durable. Returns those that come after a higher number."""
         spares = [ActiveFile(taken, entered=entered) for taken in files]
         with self.lock:
-            # A caller that found none has made one since: adoption, by number, would turn their order around.
-            newest = max(file.number for file in (self._file, *self.retired))
+            # Callers may have made very many since: adoption, by number, would turn their order around.
+            newest = self._newest()
             self._spares.extend(file for file in spares if file.number > newest)
             return [file.taken for file in spares if file.number < newest]
 
