@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ACCEPTED = 200_000  # events
 FILES_DELIVERED = 400  # at most, of each backlog
-FILES_OF_ONE_DELIVERED = 12_000  # the same where each has one event: fewer are gone before they can be timed
+FILES_OF_ONE_DELIVERED = 8_000  # the same where each has one event: fewer are gone before they can be timed
 _QUICK_ACCEPTED, _QUICK_FILES = 20_000, 120
 
 
@@ -78,7 +78,7 @@ def run(place: Place, backlog: Backlog) -> Figures:
             os.link(path, directory / name)
     accepted = _apart("accept", directory, str(len(names)), str(_QUICK_ACCEPTED if place.quick else ACCEPTED))
     del accepted["per_s"]
-    delivered = _apart("deliver", directory, str(place.own / "events.db"), str(reduced.delivered), str(len(names)))
+    delivered = _apart("deliver", directory, str(place.own / "events.db"), str(reduced.delivered))
     return accepted | delivered | {"bytes": size / min(len(names), copied) / backlog.batch}
 
 
@@ -94,9 +94,9 @@ ABOUT = f"""
 An outbox on a directory in which so many sealed files wait; the system has their names and sizes in its cache. First without a
 sink: once the files are counted, {ACCEPTED:,} events are enqueued, sealing included. Then with SQLite as the sink: at
 most {FILES_DELIVERED} of the oldest files are delivered, of those of one event {FILES_OF_ONE_DELIVERED:,}, for at most
-{pending.DELIVER_S:g} s; fewer than {pending.FILES_TIMED} are not timed, and the others from the moment on at which all files
-are counted. Each in a process of its own: the memory is the most that the one that delivers ever had, interpreter and libraries
-included. To the first event that is accepted, and to the first that is sent, it is from opening the outbox.
+{pending.DELIVER_S:g} s; fewer than {pending.FILES_TIMED} are not timed. Each in a process of its own: the memory is the most
+that the one that delivers ever had, interpreter and libraries included. To the first event that is accepted, and to the first
+that is sent, it is from opening the outbox.
 """
 
 SECTION = Section(

@@ -11,11 +11,10 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from pillarbox.outcome import DROPPED, ENQUEUED
-from pillarbox.store import layout, record, writer
+from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem, Space
 from pillarbox.store.sealer import Sealer, stretched
@@ -481,66 +480,6 @@ def test_a_sync_of_the_directory_that_failed_after_sealing_is_done_again(tmp_pat
     assert (line.sealed, filesystem.synced) == ([None], 1)
     line.sealer.step()
     assert filesystem.synced == 1
-
-
-def filled(place: Directory) -> list[tuple[int, list[int]]]:
-    """The files that hold something and are not sealed, by number: which events."""
-    active = [name for name in os.listdir(place.path) if layout.kind_of(name) is layout.Kind.ACTIVE]
-    files = [(layout.by_writer(name)[1], Path(place.at(name)).read_bytes().splitlines()) for name in active]
-    return sorted(
-        (number, [msgspec.json.decode(record.payload(line))["n"] for line in lines]) for number, lines in files if lines
-    )
-
-
-def numbered(*numbers: int) -> list[bytes]:
-    return [record.line(b'{"n":%d}' % number) for number in numbers]
-
-
-def test_a_file_that_a_caller_makes_while_spares_are_made_comes_ahead_of_them(place: Directory, clock: ManualClock) -> None:
-    """Adoption goes by number, and spares that were made in vain would have to be removed again."""
-    lines = numbered(*range(9))
-    line = Line(place, clock, batch_size=2, batch_bytes=3 * len(lines[0]))
-    line.append(3, lines[0])  # a file of its own, full
-    spares, _ = line.writer.new_files(2)
-    for each in lines[1:4]:  # another
-        line.append(1, each)
-    assert line.writer.give_spares(spares) == []
-    for each in lines[4:]:
-        line.append(1, each)
-    found = filled(place)
-    assert [events for _, events in found] == [[0, 0, 0], [1, 2, 3], [4, 5], [6, 7, 8]]
-    assert [number for number, _ in found][2:] == [layout.by_writer(spare.name)[1] for spare in spares]
-
-
-def test_a_spare_that_comes_after_a_file_with_a_higher_number_is_not_used(
-    place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Callers have made more of them meanwhile than there is room for between the numbers of spares."""
-    monkeypatch.setattr(writer, "_SPACING", 3)
-    line = Line(place, clock, batch_bytes=len(LINE))
-    (late,), _ = line.writer.new_files(1)
-    line.append(3)
-    assert line.writer.give_spares([late]) == [late]
-    (later,), _ = line.writer.new_files(1)
-    assert line.writer.give_spares([later]) == []
-    line.append(3)
-    assert [number for number, _ in filled(place)] == [1, 2, 4, 6, 7, 8]
-    for file in (late, later):
-        place.filesystem.close(file.fd)
-
-
-def test_a_file_holds_more_while_many_wait_for_their_sync(place: Directory, clock: ManualClock) -> None:
-    """Twice `batch_size` events where eight do, thrice where sixteen do; as many as ever once they are sealed."""
-    line = Line(place, clock, batch_size=2)
-    spares, _ = line.writer.new_files(40)
-    line.append()
-    assert line.writer.give_spares(spares) == []
-    for number in range(1, 60):
-        line.append(1, numbered(number)[0])
-    assert [len(lines) for _, lines in filled(place)] == [2] * 8 + [4] * 8 + [6, 6]
-    line.sealer.step()
-    line.append(4)
-    assert [len(lines) for _, lines in filled(place)] == [2, 2]
 
 
 def test_where_the_end_cannot_seal_the_next_start_in_the_same_process_does(place: Directory, clock: ManualClock) -> None:

@@ -46,7 +46,7 @@ LIMITS. Pending bytes are active and sealed files, no others; above `max_bytes` 
 eviction, the oldest sealed files that nobody holds go first. Delivered files go before that, and before an event is refused
 for want of room. An active file is retired at `batch_size` events, at `batch_bytes`, or `flush_interval` after its first event
 (later while files wait); where the disk does not keep up it grows: by `batch_size` events for every eight files that wait for
-their sync, and without a spare file to `batch_bytes`. A call of `enqueue_many` is never cut in two.
+their sync, and without a spare file to `batch_bytes` first. A call of `enqueue_many` is never cut in two.
 
 MEDIA. `write` appends whole or reports how much; `rename` is atomic; `fdatasync` makes a file's data durable, `fsync` of the
 directory its names. A file may end in a torn line or in NUL bytes after a crash: the reader sets those aside.

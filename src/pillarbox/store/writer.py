@@ -61,7 +61,7 @@ class Writer(Appending):
         self._wake = wake
         self.lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
         self._name = directory.new_id()
-        self._own = self._spare = 0  # the highest numbers so far, of a file that a caller made itself and of a spare
+        self._newest = self._spare = 0  # the highest numbers so far, of a file in use and of a spare
         self._started = False
         self._closed = False
         self.accepts = False  # it has started and is not closed
@@ -152,7 +152,7 @@ class Writer(Appending):
             return outcome if outcome is not None else DROPPED["closed"], self._appended_to
 
     def room(self) -> tuple[int, int]:
-        """How many events and bytes the active file takes until it is full."""
+        """How many events and bytes the active file takes until it has `batch_size`, or the next one, where it has."""
         limits, file = self.limits, self._file
         events, size = limits.batch_size - file.events, limits.batch_bytes - file.bytes
         return (events, size) if min(events, size) > 0 else (limits.batch_size, limits.batch_bytes)
@@ -298,16 +298,10 @@ class Writer(Appending):
 
     def _own_name(self) -> str:
         """One that was never used, behind those that were, and ahead of the spares that are being made."""
-        newest = self._newest()
-        # No call: a signal handler has another number.
-        if newest > self._own:  # noqa: PLR1730 - `max` is one
-            self._own = newest
-        self._own += 2 if self._own % _SPACING == _SPACING - 1 else 1  # multiples are the spares'
-        number = self._own
+        # No call: a signal handler has another number. Multiples are the spares'.
+        self._newest += 2 if self._newest % _SPACING == _SPACING - 1 else 1
+        number = self._newest
         return layout.active_name(self._name, number)
-
-    def _newest(self) -> int:
-        return max(file.number for file in (self._file, *self.retired))
 
     def _complete(self, file: ActiveFile, lines: bytes, written: int) -> None:
         """After a short write: take the part back and write the lines again, all or none of them."""
@@ -381,7 +375,7 @@ class Writer(Appending):
         due = self.limits.batch_size * (1 + len(self.retired) // _WAITING)
         if file.events >= self.limits.batch_size:
             if file.events < due:
-                file.attend_at = due
+                file.attend_at = min(due, file.events + self.limits.batch_size)  # they may be sealed by then
             elif self._spares and len(self.retired) < RETIRED_MAX and self.files < self.limits.max_files:
                 self._retire("batch_size")
             else:  # to look again at each event would cost more than the event
@@ -396,6 +390,8 @@ class Writer(Appending):
         old = self._leaving = self._file
         old.reason = reason
         self._file = spare
+        if spare.number > self._newest:  # noqa: PLR1730 - `max` is a call
+            self._newest = spare.number
         self._room -= old.bytes
         self._retired_events += old.events
         self._retired_bytes += old.bytes
@@ -416,7 +412,7 @@ class Writer(Appending):
 
     def new_files(self, count: int) -> tuple[list[Taken], OSError | None]:
         """The sealer's: create and lock so many files to be spares, as far as the disk allows; and what it does not."""
-        first = max(self._spare, self._own) // _SPACING + 1
+        first = max(self._spare, self._newest) // _SPACING + 1
         numbers = [_SPACING * number for number in range(first, first + count)]
         self._spare = numbers[-1]
         return self._directory.create_each([layout.active_name(self._name, number) for number in numbers])
@@ -457,7 +453,7 @@ class Writer(Appending):
         spares = [ActiveFile(taken, entered=entered) for taken in files]
         with self.lock:
             # Callers may have made very many since: adoption, by number, would turn their order around.
-            newest = self._newest()
+            newest = self._newest
             self._spares.extend(file for file in spares if file.number > newest)
             return [file.taken for file in spares if file.number < newest]
 
