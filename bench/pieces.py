@@ -21,6 +21,7 @@ import msgspec
 from bench import sample
 from bench.machine import ROOT
 from pillarbox import Outbox
+from pillarbox.compiled import COMPILED
 from pillarbox.event import new_event_id, now_micros
 from pillarbox.store import plain, speed
 
@@ -68,7 +69,7 @@ def pieces(outbox: Outbox, fd: int) -> dict[str, Callable[[], None]]:
         "os.write of the record": each(lambda: os.write(fd, record)),
         "the floor: encode and os.write": each(lambda: os.write(fd, encode(one))),
         "enqueue in Python": each(lambda: in_python(one)),
-        "enqueue" + ", compiled" * speed.COMPILED: each(lambda: enqueue(one)),
+        "enqueue" + ", compiled" * COMPILED: each(lambda: enqueue(one)),
         "enqueue_many(100), an event": many,
         "new_event_id()": each(new_event_id),
         "now_micros()": each(now_micros),

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import pillarbox.event
 from pillarbox import InvalidEvent, ScopeKind, TrackingEvent
+from pillarbox.compiled import COMPILED
 from pillarbox.errors import UsageError
 from pillarbox.event import Codec, new_event_id, now_micros
 from tests.conftest import event
@@ -248,7 +249,7 @@ def test_a_type_made_of_ours_is_checked_too() -> None:
         assert caught.value.field == member
 
 
-compiled_only = pytest.mark.skipif(not pillarbox.event.COMPILED, reason="nothing is compiled here")
+compiled_only = pytest.mark.skipif(not COMPILED, reason="nothing is compiled here")
 
 
 class Pair(msgspec.Struct):
@@ -329,7 +330,7 @@ def test_what_is_no_member_is_refused_before_anything_is_read(monkeypatch: pytes
 
 @compiled_only
 def test_making_and_checking_leaks_nothing() -> None:
-    """What is kept would show in the number of references, or in memory."""
+    """What is kept would show in the number of references."""
     text, metadata = "a text of its own", '{"a": 1}'
 
     def all_ways(count: int) -> None:

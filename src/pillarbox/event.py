@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from pillarbox import compiled
 from pillarbox.clock import wall_ns
+from pillarbox.compiled import COMPILED
 from pillarbox.errors import InvalidEvent, UsageError
 
 if TYPE_CHECKING:
@@ -115,19 +115,16 @@ def _check(event: TrackingEvent) -> None:
 
 
 _post_init: Any = _check
-try:
-    if not compiled.WANTED:
-        raise ImportError  # noqa: TRY301 - as if it were not there
+if COMPILED:
     from pillarbox import _event
 
     new_event_id, now_micros, _reseed = _event.new_event_id, _event.now_micros, _event.reseed
     _post_init = _event.Check(_check, _check_json)
-except ImportError:
+else:
     new_event_id, _reseed = _uuid7()
     now_micros = _now_micros
 _reseed(*_seed())
 register_at_fork(after_in_child=lambda reseed=_reseed: reseed(*_seed()))
-COMPILED: Final = _post_init is not _check
 
 
 class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):

@@ -29,13 +29,11 @@ def only_own_garbage() -> Iterator[None]:
 def at_rest() -> Iterator[None]:
     """Disabled, with nothing to look through but what comes; once enabled, it collects at the next allocation."""
     before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    gc.set_threshold(1, 10**6, 10**6)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
-        gc.enable()
+    with only_own_garbage():
+        gc.disable()
+        gc.set_threshold(1, 10**6, 10**6)
+        try:
+            yield
+        finally:
+            gc.set_threshold(*before)
+            gc.enable()

@@ -35,11 +35,11 @@ import msgspec
 import pytest
 
 from pillarbox.clock import SystemClock
+from pillarbox.compiled import COMPILED
 from pillarbox.outcome import ENQUEUED
 from pillarbox.store import directory as directory_module
 from pillarbox.store import reader
 from pillarbox.store import writer as writer_module
-from pillarbox.store.speed import COMPILED
 from pillarbox.store.writer import RETIRED_MAX
 from tests.conftest import wait_until
 from tests.store import collector

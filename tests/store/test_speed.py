@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pillarbox import Dropped, Enqueued, Outbox, TrackingEvent
+from pillarbox.compiled import COMPILED
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX
 from pillarbox.outcome import DROPPED, ENQUEUED
@@ -30,7 +31,7 @@ from tests.store.stage import Stage
 
 PLACED = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
 EVENT = TrackingEvent(event_id="e", occurred_at_micros=1, **PLACED)
-compiled_only = pytest.mark.skipif(not speed.COMPILED, reason="the hot path is not compiled here")
+compiled_only = pytest.mark.skipif(not COMPILED, reason="the hot path is not compiled here")
 
 
 @pytest.mark.parametrize("size", [*range(200), 255, 256, 257, 4095, 4096, 4097, EVENT_BYTES_MAX])
@@ -234,12 +235,12 @@ def test_no_way_through_leaks(tmp_path: Path) -> None:
 _PURE = """
 import sys
 from pillarbox import Outbox, TrackingEvent
-from pillarbox.store import speed
+from pillarbox.compiled import COMPILED
 event = TrackingEvent(event_key="k", scope_kind="Site", scope_id="s")
 with Outbox(sys.argv[1]) as outbox:
     assert outbox.enqueue(event) and all(outbox.enqueue_many([event, event]))
     assert type(outbox.enqueue).__name__ == "function"
-print(speed.COMPILED)
+print(COMPILED)
 """
 
 

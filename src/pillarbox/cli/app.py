@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.console import Console
 
-from pillarbox import event
+from pillarbox.compiled import COMPILED
 from pillarbox.errors import PillarboxError
 from pillarbox.settings import Settings, resolve
 from pillarbox.sinks import schemes
-from pillarbox.store import speed
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -86,8 +85,8 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, n
 
 def _say_version(asked: bool) -> None:
     if asked:
-        compiled = "compiled" if event.COMPILED and speed.COMPILED else "in Python"
-        typer.echo(f"pillarbox {version('pillarbox')} ({compiled}), Python {platform.python_version()}")
+        how = "compiled" if COMPILED else "in Python"
+        typer.echo(f"pillarbox {version('pillarbox')} ({how}), Python {platform.python_version()}")
         raise typer.Exit
 
 

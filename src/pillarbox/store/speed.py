@@ -1,15 +1,15 @@
 """Chooses between the compiled pieces of the hot path and of the reader, and those in Python.
 
-They are compiled where the package was installed with a C compiler, and left alone where they are not wanted (`compiled.py`).
-What they do is the same, and the same tests hold both to it.
+They are compiled where the package was installed with a C compiler (`compiled.py`). What they do is the same, and the same
+tests hold both to it.
 """
 
 from __future__ import annotations
 
 from functools import update_wrapper
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from pillarbox import compiled
+from pillarbox.compiled import COMPILED
 from pillarbox.outcome import ENQUEUED
 
 if TYPE_CHECKING:
@@ -17,25 +17,20 @@ if TYPE_CHECKING:
 
     from pillarbox.store.door import Door, Enqueue
 
-try:
-    if not compiled.WANTED:
-        raise ImportError  # noqa: TRY301 - as if it were not there
+if COMPILED:
     from pillarbox.store import _listing as listing
     from pillarbox.store import _speed
     from pillarbox.store import _together as together
     from pillarbox.store._lines import records
     from pillarbox.store._speed import Appending, Counts, line, pack, value
     from pillarbox.store._waiter import Waiter, gather, wake
-except ImportError:
+else:
     from pillarbox.store.plain import Appending, Counts, line, pack, records, value
     from pillarbox.store.waiter import Waiter, gather, wake
 
     listing = together = None  # type: ignore[assignment]
 
-COMPILED: Final = Counts.__module__ == "pillarbox.store._speed"
-
 __all__ = [
-    "COMPILED",
     "Appending",
     "Counts",
     "Waiter",
