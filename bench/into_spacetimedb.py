@@ -17,7 +17,7 @@ import msgspec
 
 from bench import backlog, sample
 from bench.plan import Contestant, NotHere
-from pillarbox.sinks.spacetimedb import module
+from pillarbox.sinks.spacetimedb import publish
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -68,7 +68,7 @@ class Server:
         self.port = port
         self.token = json.loads(self.ask("POST", "/v1/identity"))["token"]
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/wasm"}
-        self.ask("PUT", "/v1/database/bench", module.wasm("tracking_event_v1.wasm"), headers)
+        self.ask("PUT", "/v1/database/bench", publish.wasm("tracking_event_v1.wasm"), headers)
 
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> bytes:
         """The body of an answer."""

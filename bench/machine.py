@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.results import Machine, Versions
-from pillarbox.compiled import COMPILED
+from pillarbox._native import COMPILED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

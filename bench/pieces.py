@@ -21,7 +21,7 @@ import msgspec
 from bench import sample
 from bench.machine import ROOT
 from pillarbox import Outbox
-from pillarbox.compiled import COMPILED
+from pillarbox._native import COMPILED
 from pillarbox.event import new_event_id, now_micros
 from pillarbox.store import plain, speed
 

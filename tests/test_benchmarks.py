@@ -15,7 +15,7 @@ from bench.chart import Bar
 from bench.machine import ROOT
 from bench.run import Options, run, shuffled
 
-from tests import contestants
+from tests import fake_bench_section
 
 DOCS = ROOT / "docs"
 KNOWN = sections.known(sections.MODULES)
@@ -40,9 +40,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(contestants.LEFT_BEHIND, str(folder / "pids"))
+        patch.setenv(fake_bench_section.LEFT_BEHIND, str(folder / "pids"))
         patch.setenv("PILLARBOX_BATCH_SIZE", "7")
-        found = run([("tests.contestants", contestants.SECTION)], Options(folder / "place", 5, say=said.append))
+        found = run([("tests.fake_bench_section", fake_bench_section.SECTION)], Options(folder / "place", 5, say=said.append))
     assert [path.name for path in (folder / "place").iterdir()] == []
     return Tiny(found, said, [int(pid) for pid in (folder / "pids").read_text().split()])
 
@@ -116,8 +116,8 @@ def test_the_page_says_who_was_not_measured_and_which_goals_are_missed(tiny: Tin
 
 def test_a_section_that_cannot_be_prepared_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the exit code says so, and the table, and a file."""
-    monkeypatch.setenv(contestants.UNPREPARED, "1")
-    assert main(["tiny", "--quick", "--seed", "3"], ["tests.contestants"], tmp_path) == 1
+    monkeypatch.setenv(fake_bench_section.UNPREPARED, "1")
+    assert main(["tiny", "--quick", "--seed", "3"], ["tests.fake_bench_section"], tmp_path) == 1
     found = results.decode((tmp_path / "results.json").read_bytes())
     assert (found.seed, found.quick, found.sections[0].rounds) == (3, True, [])
     assert set(found.sections[0].failed.values()) == {"nothing to measure with"}

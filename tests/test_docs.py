@@ -14,8 +14,8 @@ import pytest
 
 from pillarbox import errors, telemetry
 from pillarbox.delivery.state import StateName
-from pillarbox.exposition.prometheus import prometheus_name
-from pillarbox.exposition.readings import STANDING
+from pillarbox.exporters.collector import STANDING
+from pillarbox.exporters.prometheus import prometheus_name
 from pillarbox.outcome import DROP_REASONS
 from pillarbox.settings import _ALIASES, Settings
 from pillarbox.sinks import schemes

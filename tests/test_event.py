@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import pillarbox.event
 from pillarbox import InvalidEvent, ScopeKind, TrackingEvent
-from pillarbox.compiled import COMPILED
+from pillarbox._native import COMPILED
 from pillarbox.errors import UsageError
 from pillarbox.event import Codec, new_event_id, now_micros
 from tests.conftest import event

@@ -16,17 +16,16 @@ FUNCTION_LINES_MAX = 70
 
 # What each part may import from the package, beside itself. The edges may import everything.
 ALLOWED_IMPORTS = {
-    "store": {"compiled", "errors", "clock", "outcome"},
+    "store": {"_native", "errors", "clock", "outcome"},
     "sinks": {"errors", "clock", "event", "store"},  # of the store, its one function that reads a file: see below
-    "delivery": {"errors", "clock", "store", "sinks", "telemetry"},
-    "kept": {"errors", "clock", "delivery", "event", "outcome", "store"},
-    "view": {"errors", "clock", "event", "kept", "store"},  # looks; what acts is not its business
+    "delivery": {"errors", "clock", "hooks", "settings", "store", "sinks", "telemetry"},
+    "admin": {"errors", "clock", "delivery", "event", "outcome", "sinks", "store"},
     "telemetry": {"delivery"},
-    "event": {"_event", "compiled", "errors", "clock"},
+    "event": {"_event", "_native", "errors", "clock"},
     "outcome": set(),
     "errors": set(),
     "clock": set(),
-    "compiled": set(),
+    "_native": set(),
     "settings": {"delivery", "errors", "event", "outcome", "store"},
 }
 # Within the store, writing and reading never meet.
@@ -35,16 +34,16 @@ STRANGERS = [("store/writer.py", "reader"), ("store/reader.py", "writer"), ("sto
 # Modules that may use more of `os` than nothing, and what; `open` and `time` are one module's each.
 OS_NAMES = {
     "store/filesystem.py": None,  # everything
-    "compiled.py": {"environ"},  # where what is compiled is declined
+    "_native.py": {"environ"},  # where what is compiled is declined
     "event.py": {"register_at_fork", "urandom"},
     "outbox.py": {"register_at_fork"},
-    "child/entry.py": {"_exit", "dup2"},
-    "child/supervisor.py": {"register_at_fork"},
-    "sinks/spacetimedb/target.py": {"environ"},  # where a token may be
+    "delivery/process/child.py": {"_exit", "dup2"},
+    "delivery/process/supervisor.py": {"register_at_fork"},
+    "sinks/spacetimedb/url.py": {"environ"},  # where a token may be
     "sinks/http/sink.py": {"environ"},  # what the variables that the URL names hold
     "delivery/lease.py": {"getpid"},
-    "exposition/exposition.py": {"environ"},  # where OpenTelemetry's own variables ask for an export
-    "exposition/readings.py": {"getpid"},
+    "exporters/exposition.py": {"environ"},  # where OpenTelemetry's own variables ask for an export
+    "exporters/collector.py": {"getpid"},
     "testing/crash.py": {"strerror"},
     "testing/fault.py": {"strerror"},
     "cli/app.py": {"environ", "dup2", "open", "devnull", "O_WRONLY"},  # the environment, and a closed pipe

@@ -26,7 +26,7 @@ from pillarbox.outcome import Durability
 from pillarbox.sinks.base import Retry
 from pillarbox.store import record
 from pillarbox.store.directory import Directory
-from pillarbox.store.tally import Account
+from pillarbox.store.usage import Account
 from pillarbox.store.writer import Writer
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, existing_events, wait_until

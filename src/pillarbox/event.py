@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from pillarbox._native import COMPILED
 from pillarbox.clock import wall_ns
-from pillarbox.compiled import COMPILED
 from pillarbox.errors import InvalidEvent, UsageError
 
 if TYPE_CHECKING:

@@ -10,24 +10,24 @@ from os import register_at_fork
 from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
 
+from pillarbox.backpressure import FULL, Blocking, Raising
 from pillarbox.clock import Clock, SystemClock
-from pillarbox.deliverers import check_delivery, deliverer_for, destinations
+from pillarbox.codec import Entrance
 from pillarbox.delivery.deliverer import ONLY, together
+from pillarbox.delivery.runner import check_delivery, deliverer_for, destinations
 from pillarbox.delivery.settlement import Callbacks
-from pillarbox.entrance import Entrance
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
-from pillarbox.full import FULL, Blocking, Raising
 from pillarbox.hooks import Hooks
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
 from pillarbox.settings import EITHER, Settings, resolve
 from pillarbox.sinks.base import Sink
-from pillarbox.store.capacity import FILE_SHARE
-from pillarbox.store.commit import Committer
 from pillarbox.store.door import Door, Enqueue
 from pillarbox.store.filesystem import real_filesystem
+from pillarbox.store.group_commit import Committer
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
+from pillarbox.store.quota import FILE_SHARE
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Limits, Writer
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from pillarbox.delivery.deliverer import Deliverer
     from pillarbox.delivery.settlement import DeadLetter
-    from pillarbox.store.tally import Account
+    from pillarbox.store.usage import Account
 
 log = logging.getLogger("pillarbox")
 

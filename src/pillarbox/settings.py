@@ -22,7 +22,7 @@ from pillarbox.delivery.settlement import Kept
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES
-from pillarbox.store import compressed
+from pillarbox.store import compression
 from pillarbox.store.filesystem import read_file
 from pillarbox.store.layout import is_sink
 
@@ -180,8 +180,8 @@ def _seconds(most: float) -> Callable[[object], float]:
 
 
 def _compress_after(value: object) -> float:
-    if not compressed.is_available():
-        raise _Refusal(f"left out, for it needs zstd: {compressed.REMEDY}")
+    if not compression.is_available():
+        raise _Refusal(f"left out, for it needs zstd: {compression.REMEDY}")
     return _seconds(AGE_MAX_S)(value)
 
 

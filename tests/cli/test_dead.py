@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from pillarbox.admin.changes import take_turn
 from pillarbox.clock import SystemClock
-from pillarbox.kept.changes import take_turn
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
+from tests.admin.stage import arrived, box_with_dead, deliver, lines, payload, sealed
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.conftest import existing_events
-from tests.kept.stage import arrived, box_with_dead, deliver, lines, payload, sealed
 
 SIX = [*(payload(number, 5) for number in range(5)), payload(5, 5, key="sell")]
 
@@ -170,7 +170,7 @@ main()
 POINTS = [
     ("pillarbox.outbox", "Outbox.enqueue_json"),
     ("pillarbox.store.ledger", "Ledger.write"),
-    ("pillarbox.kept.again", "Again._rewrite"),
+    ("pillarbox.admin.again", "Again._rewrite"),
     ("pillarbox.store.directory", "Directory._write_aside"),
     ("pillarbox.outbox", "Outbox.close"),
 ]

@@ -16,17 +16,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pillarbox.admin.doctor import Finding, Limits, examine
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease
 from pillarbox.delivery.state import State
 from pillarbox.store import layout, request
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import DirectoryFacts, Filesystem, RealFilesystem
-from pillarbox.store.probe import Finding, Limits, examine
 from pillarbox.testing import ManualClock
 from pillarbox.testing.fault import Fault, FaultFilesystem
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
-from tests.crash.kernel import mounted, need
+from tests.crash.block_device import mounted, need
 
 LIMITS = Limits(power=False, max_bytes=10**9, max_files=1000, min_free_bytes=0, evicts=False)
 LINE = b"a line\n"

@@ -14,10 +14,10 @@ from typing import Any
 
 from pillarbox import Outbox
 from pillarbox.store import record
+from tests.admin.stage import payload, sealed
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.cli.watching import DELIVER, at_work, names, only_looks, writer
 from tests.conftest import event
-from tests.kept.stage import payload, sealed
 
 
 def exported(folder: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ HALFWAY = """
 import threading
 from itertools import islice
 from pillarbox.cli import main
-from pillarbox.view.stock import Stock
+from pillarbox.admin.export import Stock
 whole = Stock.events
 def half(self, what):
     yield from islice(whole(self, what), 50_000)

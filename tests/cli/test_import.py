@@ -10,10 +10,10 @@ from typing import Any
 
 from pillarbox import Outbox
 from pillarbox.store import record
+from tests.admin.stage import box_with_dead, payload
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
 from tests.cli.watching import names
 from tests.conftest import event, existing_events
-from tests.kept.stage import box_with_dead, payload
 
 
 def stored(folder: Path, box: str = "box") -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import record
+from tests.admin.stage import payload, sealed
 from tests.cli.test_commands import run
 from tests.cli.watching import names, only_looks
 from tests.conftest import event
-from tests.kept.stage import payload, sealed
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pillarbox.store import record
+from tests.admin.stage import payload, sealed
 from tests.cli.pages import as_run, without_what_differs
 from tests.cli.test_commands import run
-from tests.kept.stage import payload, sealed
 
 PAGE = Path(__file__).parents[2] / "docs" / "mending.md"
 

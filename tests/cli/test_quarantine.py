@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pillarbox.store import record
+from tests.admin.stage import arrived, deliver, lines, payload, sealed
 from tests.cli.test_commands import CLEAN, run
 from tests.cli.test_dead import HALT
-from tests.kept.stage import arrived, deliver, lines, payload, sealed
 
 WHOLE = record.line(payload(1))
 DAMAGE = {
@@ -107,7 +107,7 @@ def test_only_what_a_checksum_vouches_for_where_that_is_asked(tmp_path: Path) ->
     [
         ("pillarbox.outbox", "Outbox.enqueue_json"),
         ("pillarbox.store.ledger", "Ledger.write"),
-        ("pillarbox.kept.quarantine", "Keeper._mark"),
+        ("pillarbox.admin.quarantine", "Keeper._mark"),
         ("pillarbox.store.directory", "Directory._write_aside"),
     ],
 )

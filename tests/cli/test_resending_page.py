@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
+from tests.admin.stage import sealed
 from tests.cli.pages import as_run, without_what_differs
 from tests.cli.test_commands import run
-from tests.kept.stage import sealed
 
 PAGE = Path(__file__).parents[2] / "docs" / "resending.md"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pillarbox.cli.look import look
+from pillarbox.admin.status import look
 from pillarbox.clock import SystemClock
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory

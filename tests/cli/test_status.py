@@ -21,10 +21,10 @@ from pillarbox.cli.watch import Watcher, line
 from pillarbox.delivery.lease import Lease
 from pillarbox.delivery.state import State
 from pillarbox.store import layout, record
-from pillarbox.store.balance import Sealed
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger, entries_of
+from pillarbox.store.reconciliation import Sealed
 from pillarbox.testing import ManualClock
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
 from tests.conftest import event, wait_until

@@ -14,8 +14,8 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import layout, record
-from pillarbox.store.balance import Adopted, Sealed
 from pillarbox.store.ledger import entries_of
+from pillarbox.store.reconciliation import Adopted, Sealed
 from pillarbox.testing import RecordingSink
 from tests.cli.test_commands import bare, run
 from tests.conftest import event, wait_until

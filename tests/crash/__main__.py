@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tests.crash import dropping, enumeration, faults, interleave, kernel, kills, machine, mutants
+from tests.crash import block_device, enumeration, faults, interleave, kills, lossy_fs, mutants, state_machine
 from tests.torture import places
 from tests.torture import run as torture
 
@@ -99,7 +99,7 @@ def interleavings(seconds: float, seed: int) -> Figures:
 
 def sequences(seconds: float, seed: int) -> Figures:
     """The state machine; raises with the shortest sequence that fails."""
-    return {"sequences": 500 * machine.run(seconds, seed), FOUND: 0}
+    return {"sequences": 500 * state_machine.run(seconds, seed), FOUND: 0}
 
 
 def killed(seconds: float, seed: int) -> Figures:
@@ -111,7 +111,7 @@ def killed(seconds: float, seed: int) -> Figures:
 
 def dropped(seconds: float, seed: int) -> Figures:
     """The same on a file system that forgets what was not synced."""
-    report = dropping.run(seconds, seed, place("dropping"), now_and_then())
+    report = lossy_fs.run(seconds, seed, place("dropping"), now_and_then())
     say(report)
     return {"kills": report.kills, "cuts": report.rounds, "events": report.events, FOUND: 0}
 
@@ -121,7 +121,7 @@ def cut(seconds: float, seed: int) -> Figures:
     logging.disable(logging.CRITICAL)
     figures: Counter[str] = Counter()
     for filesystem in ("ext4", "xfs"):
-        report = kernel.run(filesystem, seconds / 2, seed, place(filesystem), now_and_then())
+        report = block_device.run(filesystem, seconds / 2, seed, place(filesystem), now_and_then())
         say(report)
         figures[f"cuts of {filesystem}"] = report.cuts
     return {**figures, FOUND: 0}

@@ -27,8 +27,8 @@ from typing import Final, NamedTuple
 
 from pillarbox.store import layout
 from pillarbox.testing.crash import Disk, Op, State
-from pillarbox.testing.survivors import NAMES_MAX, Survivors, Tears
-from tests.crash.world import LOCKS, PLACE, STEPS, Account, Outcome, World, problem_of, recover, steps_of
+from pillarbox.testing.durability_model import NAMES_MAX, Survivors, Tears
+from tests.crash.simulation import LOCKS, PLACE, STEPS, Account, Outcome, World, problem_of, recover, steps_of
 
 ENDS: Final[Tears] = (1, -1)  # of a write that is torn, with one byte of it there or missing
 STATES_MAX: Final = 200_000  # of a moment; above, so many are chosen

@@ -28,10 +28,10 @@ from pillarbox.store.writer import Limits, Writer
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
-from pillarbox.testing.survivors import NAMES_MAX, Survivors
+from pillarbox.testing.durability_model import NAMES_MAX, Survivors
 from tests.crash.enumeration import ENDS
 from tests.crash.interleave import PLACE, RULES, Loop
-from tests.crash.world import number_of, numbers_in, payload_of, steps_of
+from tests.crash.simulation import number_of, numbers_in, payload_of, steps_of
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.LEDGER_LOCK})
 LIMITS: Final = Limits(batch_size=2, batch_bytes=10**6, max_bytes=2**29)

@@ -13,11 +13,11 @@ from typing import Final
 from pillarbox.errors import DirectoryUnusable
 from pillarbox.store.layout import Kind
 from pillarbox.testing.crash import Op
+from pillarbox.testing.durability_model import Survivors
 from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem, Meter
-from pillarbox.testing.survivors import Survivors
 from tests.crash.fanout import LOCKS, Owed, World
 from tests.crash.interleave import PLACE
-from tests.crash.world import kind_at, steps_of
+from tests.crash.simulation import kind_at, steps_of
 
 # Handing over, a later sink, one that was asked for, one that goes, eviction, adoption after a death.
 HISTORIES: Final = ("aafxfd", "afcfafd", "afxpf", "afrafd", "afav", "afokfd")

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from pillarbox.store.layout import Kind
+from pillarbox.testing.durability_model import Survivors
 from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem, Meter
-from pillarbox.testing.survivors import Survivors
 from tests.crash.enumeration import VIOLATIONS_MAX, Bounds, Enumeration, Origin
 from tests.crash.enumeration import reproduce as reproduce_crash
-from tests.crash.world import LOCKS, Account, World, kind_at, numbers_in
+from tests.crash.simulation import LOCKS, Account, World, kind_at, numbers_in
 
 # Chosen so that each has something that the others have not: rotation, both durabilities, dead letters and quarantine,
 # adoption after a death, a second process, eviction, a close.

@@ -30,7 +30,7 @@ from pillarbox import Dropped, Outbox, TrackingEvent
 from pillarbox.outcome import Durability, Outcome
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from tests.crash.dying import SEVERAL, step_by_step, wrap
+from tests.crash.kill_points import SEVERAL, step_by_step, wrap
 
 WRITERS: Final = 3
 DELIVERERS: Final = 2

@@ -168,7 +168,7 @@ def meanwhile() -> str:
     """Another thread appends while a file is synced; then all that a crash leaves, of each beginning of some histories."""
     from pillarbox.testing.crash import CrashFilesystem
     from tests.crash.enumeration import ENDS, Bounds, Enumeration
-    from tests.crash.world import World
+    from tests.crash.simulation import World
 
     def appending(plain: CrashFilesystem) -> CrashFilesystem:
         def sync_data(fd: int) -> None:
@@ -198,7 +198,7 @@ def failing_disks() -> str:
     from pillarbox.testing.fault import Meter
     from tests.crash import faults
     from tests.crash.enumeration import ENDS, Bounds, Enumeration
-    from tests.crash.world import kind_at
+    from tests.crash.simulation import kind_at
 
     for history in faults.HISTORIES:
         for pair in faults.pairs_of(history):
@@ -236,7 +236,7 @@ def interleavings() -> str:
 
 def machine() -> str:
     """The state machine, from a fixed seed."""
-    from tests.crash.machine import torture
+    from tests.crash.state_machine import torture
 
     torture(EXAMPLES, 1, shrink=False)
     return ""

@@ -14,8 +14,8 @@ import pytest
 
 from pillarbox import Enqueued, Outbox
 from pillarbox.store.filesystem import RealFilesystem
-from tests.crash import dropping, kills
-from tests.crash.kernel import need
+from tests.crash import kills, lossy_fs
+from tests.crash.block_device import need
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 5.0
@@ -25,7 +25,7 @@ SECONDS = 5.0
 def mount(tmp_path: Path) -> Iterator[Path]:
     """The file system, mounted, with nothing in it."""
     need(devices=("/dev/fuse",), fuse=True)
-    with dropping.mounted(tmp_path / "mount", seed=1):
+    with lossy_fs.mounted(tmp_path / "mount", seed=1):
         yield tmp_path / "mount"
 
 
@@ -46,7 +46,7 @@ def test_only_what_was_synced_survives(mount: Path) -> None:
     filesystem.sync_directory(str(mount))
     os.unlink(mount / "renamed")
     assert sorted(os.listdir(mount)) == ["data", "name"]
-    assert dropping.cut(mount, "all") == []
+    assert lossy_fs.cut(mount, "all") == []
     assert {name: (mount / name).read_bytes() for name in os.listdir(mount)} == {
         "renamed": b"first,",
         "data": b"first,",
@@ -79,8 +79,8 @@ def test_locks_and_identities_are_as_on_any_other_file_system(mount: Path) -> No
 def test_a_name_before_its_data_is_reported(mount: Path) -> None:
     """Whether or not this cut shows it: a sealed name says that the file is complete."""
     (mount / "sealed-a.ndjson").write_bytes(b"data")
-    assert dropping.cut(mount) == ["sealed-a.ndjson has its name before the disk has its data"]
-    assert dropping.cut(mount) == []
+    assert lossy_fs.cut(mount) == ["sealed-a.ndjson has its name before the disk has its data"]
+    assert lossy_fs.cut(mount) == []
 
 
 def test_a_replacement_is_whole_or_not_at_all(mount: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_replacement_is_whole_or_not_at_all(mount: Path) -> None:
         filesystem.write(aside, b"%d" % number)
         filesystem.sync_data(aside)
         filesystem.rename(str(mount / "aside"), str(mount / "name"))
-        dropping.cut(mount)
+        lossy_fs.cut(mount)
         before, found = found, (mount / "name").read_bytes()
         assert found in (before, b"%d" % number)
         kept += found == before
@@ -113,7 +113,7 @@ def test_unsynced_writes_are_lost_applied_torn_or_sized() -> None:
     """Each for itself; what was synced before stays, and so does what is synced after a sync in vain."""
     seen = set()
     for seed in range(200):
-        file = dropping.File(1)
+        file = lossy_fs.File(1)
         file.change((0, b"A"))
         file.sync()
         file.change((1, b"BB"))
@@ -121,7 +121,7 @@ def test_unsynced_writes_are_lost_applied_torn_or_sized() -> None:
         file.cut(random.Random(seed))
         seen.add(bytes(file.data))
     assert {b"A", b"ABB", b"ABBCC", b"A\0\0", b"A\0\0CC", b"AB", b"ABB\0\0", b"ABBC"} <= seen
-    file = dropping.File(1)
+    file = lossy_fs.File(1)
     file.change((0, b"A"))
     file.sync_in_vain(random.Random(4))
     file.change((1, b"B"))
@@ -137,7 +137,7 @@ def test_a_directory_whose_maker_died_before_its_sync_is_made_durable_by_the_nex
     path = mount / "outbox" if made == "outbox" else mount / made / "outbox"
     with Outbox(str(path), min_free_bytes=0, durability="power") as outbox:
         assert outbox.enqueue(kills.make_event(1, 0)) == Enqueued("power")
-    dropping.cut(mount, "all")
+    lossy_fs.cut(mount, "all")
     assert path.is_dir()
     assert any(b'"1-0"' in found.read_bytes() for found in path.iterdir())
 
@@ -146,7 +146,7 @@ def test_a_directory_whose_maker_died_before_its_sync_is_made_durable_by_the_nex
 def test_what_was_acknowledged_under_power_survives_kills_and_cuts(tmp_path: Path, failing: float) -> None:
     """Where syncs fail, too; in a process of its own, for a parent with threads must not fork."""
     need(devices=("/dev/fuse",), fuse=True)
-    command = [sys.executable, "-m", "tests.crash.dropping", "--minutes", str(SECONDS / 60), "--failing", str(failing)]
+    command = [sys.executable, "-m", "tests.crash.lossy_fs", "--minutes", str(SECONDS / 60), "--failing", str(failing)]
     command += ["--seed", "20261", "--directory", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from pillarbox.store.syncing import Syncs
 from pillarbox.testing.crash import CrashFilesystem
 from tests.crash import enumeration
 from tests.crash.enumeration import Bounds, Enumeration, Histories, key_of, reproduce, run
-from tests.crash.world import PLACE
+from tests.crash.simulation import PLACE
 
 STEPS = 3
 DISTINCT_MIN = 100_000  # states that the exhaustive part is to have seen; fewer, and it has lost its grip

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from pillarbox.store import audit
-from pillarbox.store.capacity import Capacity
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
+from pillarbox.store.quota import Capacity
 from pillarbox.testing.crash import CrashFilesystem, Op
 from pillarbox.testing.fault import Fault, FaultFilesystem, Meter
 from tests.crash import fanout, fanout_faults

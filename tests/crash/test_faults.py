@@ -11,13 +11,13 @@ import pytest
 
 from pillarbox.outcome import ENQUEUED
 from pillarbox.store.directory import Directory
+from pillarbox.store.dirscan import ByListing
 from pillarbox.store.filesystem import Filesystem
-from pillarbox.store.listing import ByListing
 from pillarbox.store.onebyone import OneByOne
 from pillarbox.store.writer import Writer
 from pillarbox.testing.crash import CrashFilesystem, Disk
+from pillarbox.testing.durability_model import Survivors
 from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem
-from pillarbox.testing.survivors import Survivors
 from tests.crash.enumeration import ENDS, Bounds
 from tests.crash.faults import HISTORIES, all_cases, faults_of, pairs_of, reproduce, run
 

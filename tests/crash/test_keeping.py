@@ -6,20 +6,20 @@ import itertools
 
 import pytest
 
-from pillarbox.delivery.shelf import Shelf
-from pillarbox.kept.changes import Report
-from pillarbox.kept.resend import Limits, Resend
-from pillarbox.kept.selection import Selection
+from pillarbox.admin.changes import Report
+from pillarbox.admin.filters import Selection
+from pillarbox.admin.redelivery import Limits, Resend
 from pillarbox.store import layout, record
 from pillarbox.store.audit import audit
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import Ledger, Sealed, Settled
+from pillarbox.store.retention import Shelf
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, State
+from pillarbox.testing.durability_model import Survivors
 from pillarbox.testing.fault import VERBS, Fault, FaultFilesystem, Meter
-from pillarbox.testing.survivors import Survivors
 from tests.crash.enumeration import ENDS
 
 PLACE = "/outbox"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.testing import survivors
+from pillarbox.testing import durability_model
 from pillarbox.testing.crash import Op
-from tests.crash import kernel
-from tests.crash.world import PLACE
+from tests.crash import block_device
+from tests.crash.simulation import PLACE
 
 SECONDS = 13.0
 CUTS_MIN = 50
@@ -21,14 +21,14 @@ CUTS_MIN = 50
 @pytest.fixture(autouse=True)
 def machine(caplog: pytest.LogCaptureFixture) -> None:
     """What it takes; the store's log messages are many."""
-    kernel.need(devices=("/dev/loop-control",), commands=("mkfs.ext4", "mkfs.xfs", "losetup", "mount"))
+    block_device.need(devices=("/dev/loop-control",), commands=("mkfs.ext4", "mkfs.xfs", "losetup", "mount"))
     caplog.set_level(logging.CRITICAL, logger="pillarbox")
 
 
-@pytest.mark.parametrize("filesystem", kernel.MAKERS)
+@pytest.mark.parametrize("filesystem", block_device.MAKERS)
 def test_what_survives_a_cut_is_what_the_model_admits_and_the_store_keeps_its_word(filesystem: str, tmp_path: Path) -> None:
     """After any operation of histories of the real code, and of operations by chance."""
-    report = kernel.run(filesystem, SECONDS, 20262, tmp_path)
+    report = block_device.run(filesystem, SECONDS, 20262, tmp_path)
     print(report)  # noqa: T201 - shown where it fails
     assert report.cuts >= CUTS_MIN
     assert 0 < report.raw < report.cuts
@@ -37,31 +37,31 @@ def test_what_survives_a_cut_is_what_the_model_admits_and_the_store_keeps_its_wo
 
 def test_a_sync_that_does_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel is never told of the syncs that the model knows of."""
-    do = kernel.Replay.do
-    monkeypatch.setattr(kernel.Replay, "do", lambda replay, op: None if op.verb.startswith("sync") else do(replay, op))
-    with pytest.raises(kernel.Violation, match="does not admit"):
-        kernel.run("ext4", SECONDS, 1, tmp_path)
+    do = block_device.Replay.do
+    monkeypatch.setattr(block_device.Replay, "do", lambda replay, op: None if op.verb.startswith("sync") else do(replay, op))
+    with pytest.raises(block_device.Violation, match="does not admit"):
+        block_device.run("ext4", SECONDS, 1, tmp_path)
 
 
 def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ext4 writes a file's new size ahead of its data."""
-    after = survivors._after
+    after = durability_model._after
 
     def without(*arguments: object) -> tuple[set[bytes], set[bytes]]:
         made, torn = after(*arguments)  # type: ignore[arg-type]
         return {one for one in made if b"\0" not in one}, {one for one in torn if b"\0" not in one}
 
-    monkeypatch.setattr(survivors, "_after", without)
-    with pytest.raises(kernel.Violation, match="does not admit"):
-        kernel.run("ext4", SECONDS, 2, tmp_path)
+    monkeypatch.setattr(durability_model, "_after", without)
+    with pytest.raises(block_device.Violation, match="does not admit"):
+        block_device.run("ext4", SECONDS, 2, tmp_path)
 
 
-@pytest.mark.parametrize("filesystem", kernel.MAKERS)
+@pytest.mark.parametrize("filesystem", block_device.MAKERS)
 def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tmp_path: Path) -> None:
     """The kernel wipes the rest of the page; where that is written back and the journal is not, it is all that is left."""
     path = f"{PLACE}/a"
     trace = [Op("found", path, 1, data=b"x" * 100), Op("truncate", path, 1, 40)]
-    with kernel.Medium(filesystem, tmp_path) as medium:
+    with block_device.Medium(filesystem, tmp_path) as medium:
         file = medium.place / "a"
         file.write_bytes(b"x" * 100)
         medium.write_back()
@@ -72,26 +72,26 @@ def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tm
         os.close(fd)
         medium.come_back()
         assert file.read_bytes() == b"x" * 40 + bytes(60)
-    assert survivors.Survivors(trace).admits({path: b"x" * 40 + bytes(60)})
+    assert durability_model.Survivors(trace).admits({path: b"x" * 40 + bytes(60)})
 
 
 def test_a_machine_that_lacks_something_is_a_reason_to_skip_but_not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the reason names it."""
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match=r"needs /dev/missing, mkfs\.missing"):
-        kernel.need(devices=("/dev/missing",), commands=("mkfs.missing",))
+        block_device.need(devices=("/dev/missing",), commands=("mkfs.missing",))
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="CI must have /dev/missing"):
-        kernel.need(devices=("/dev/missing",))
+        block_device.need(devices=("/dev/missing",))
 
 
 def test_a_replay_that_comes_off_its_trace_is_found(tmp_path: Path) -> None:
     """Or the comparison would be with another history."""
-    with kernel.Medium("ext4", tmp_path) as medium:
+    with block_device.Medium("ext4", tmp_path) as medium:
         root = medium.place / "root"
         root.mkdir()
-        replay = kernel.Replay(medium, root, random.Random(1))
+        replay = block_device.Replay(medium, root, random.Random(1))
         replay.do(Op("create", f"{PLACE}/a", 1))
-        with pytest.raises(kernel.Violation, match="come off"):
+        with pytest.raises(block_device.Violation, match="come off"):
             replay.do(Op("write", f"{PLACE}/a", 1, 7, b"x"))
         replay.close()

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 
-from pillarbox.store import balance, layout, ledger
-from pillarbox.store.balance import Found, Sealed, Settled
+from pillarbox.store import layout, ledger, reconciliation
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import Ledger, entries_of
+from pillarbox.store.reconciliation import Found, Sealed, Settled
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
-from pillarbox.testing.survivors import Survivors
+from pillarbox.testing.durability_model import Survivors
 from tests.crash.enumeration import ENDS
 
 PLACE = "/outbox"
@@ -30,7 +30,7 @@ def batch(number: int) -> str:
 def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
     """Batches are sealed, settled and marked as that, one after the other; the ledger is shortened on the way."""
     monkeypatch.setattr(ledger, "CONDENSE_BYTES", 1000)
-    monkeypatch.setattr(balance, "RECENT", 1)
+    monkeypatch.setattr(reconciliation, "RECENT", 1)
     disk, clock = Disk(), ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
     place = Directory(PLACE, CrashFilesystem(disk), clock, new_id)
@@ -48,7 +48,7 @@ def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
 def problem_of(state: State, settled: int) -> str:
     """What is wrong with the account that a crash has left once `settled` batches were; the files of the others are there."""
     entries, _ = entries_of(state.get(LEDGER, b""))
-    account = balance.account(entries, {batch(number): Found(EVENTS, 0) for number in range(settled, BATCHES)}, [])
+    account = reconciliation.account(entries, {batch(number): Found(EVENTS, 0) for number in range(settled, BATCHES)}, [])
     total = account.total
     if not account.balances or total.resent or total.accepted != BATCHES * EVENTS:
         return f"{settled} settled: {account}"

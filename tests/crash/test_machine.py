@@ -1,6 +1,6 @@
 """The state machine for some seconds, always the same; that it finds what is planted; and that its losses of power are the model's.
 
-`python -m tests.crash.machine` runs it for longer.
+`python -m tests.crash.state_machine` runs it for longer.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import pytest
 
 from pillarbox.delivery import settlement
 from pillarbox.outcome import ENQUEUED_POWER
-from pillarbox.store.active import ActiveFile
-from pillarbox.store.commit import Committer
 from pillarbox.store.directory import Directory, Taken
+from pillarbox.store.group_commit import Committer
+from pillarbox.store.segment import ActiveFile
 from pillarbox.store.syncing import Syncs
 from pillarbox.testing.crash import CrashFilesystem, Disk
-from pillarbox.testing.survivors import Survivors
-from tests.crash.machine import Fuse, Machine, pick, torture
+from pillarbox.testing.durability_model import Survivors
+from tests.crash.state_machine import Fuse, Machine, pick, torture
 
 EXAMPLES = 1500  # some ten seconds
 ENOUGH = 3000  # to find what is planted; most are found in the first hundreds

@@ -9,7 +9,7 @@ import pytest
 from pillarbox.errors import FileUnusable
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Misuse, Op, State
-from pillarbox.testing.survivors import NAMES_MAX, Survivors
+from pillarbox.testing.durability_model import NAMES_MAX, Survivors
 
 A, B, C = "/d/a", "/d/b", "/d/c"
 

@@ -20,7 +20,7 @@ from tests.conftest import event
 from tests.sinks.http_server import Request, Say
 
 if TYPE_CHECKING:
-    from pillarbox.store.balance import Row
+    from pillarbox.store.reconciliation import Row
 
 BUSY = Say(503, headers={"Retry-After": "0"})
 

@@ -13,8 +13,8 @@ from pillarbox.delivery.backlog import Backlog
 from pillarbox.delivery.policy import Rules
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
+from pillarbox.store.dirscan import First, Patterns
 from pillarbox.store.filesystem import RealFilesystem
-from pillarbox.store.listing import First, Patterns
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
 from tests.delivery.stage import QUICK, Poisoned, drain, left, seal, worker_for

@@ -18,11 +18,11 @@ import msgspec
 import pytest
 
 from pillarbox import ConfigurationError, Outbox, TrackingEvent, resolve
-from pillarbox.child.messages import decode_settings, encode_settings
-from pillarbox.child.supervisor import Supervisor
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.elsewhere import Elsewhere
 from pillarbox.delivery.lease import Lease, last_heartbeat
+from pillarbox.delivery.process.protocol import decode_settings, encode_settings
+from pillarbox.delivery.process.supervisor import Supervisor
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.state import SILENT_AFTER_S, State
 from pillarbox.store.directory import Directory

@@ -13,19 +13,19 @@ import pytest
 
 from pillarbox import Outbox, TrackingEvent
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.compressing import SOON, Compressor
+from pillarbox.delivery.compactor import SOON, Compressor
 from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.event import new_event_id, now_micros
 from pillarbox.sinks import sqlite
 from pillarbox.sinks.base import Answer, Batch, Refused, Retry
-from pillarbox.store import compressed, layout, record
+from pillarbox.store import compression, layout, record
 from pillarbox.store.audit import _look, audit
-from pillarbox.store.capacity import Capacity
 from pillarbox.store.directory import Directory
+from pillarbox.store.dirscan import ByListing, Entry
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger, Sealed
-from pillarbox.store.listing import ByListing, Entry
+from pillarbox.store.quota import Capacity
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import existing_events, wait_until
@@ -116,7 +116,7 @@ def test_what_gets_no_smaller_stays_and_is_not_tried_again(place: Directory, clo
     names = fill(place, SOON + 2)
     Path(place.at(names[-1])).write_bytes(os.urandom(1000))
     with Path(place.at(names[-2])).open("wb") as file:
-        file.truncate(compressed.PLAIN_MAX + 1)
+        file.truncate(compression.PLAIN_MAX + 1)
     compressor = compressor_for(place, clock)
     for _ in range(3):
         assert work_all(compressor) == 0
@@ -178,7 +178,7 @@ def test_a_damaged_compressed_file_is_delivered_as_far_as_it_goes(place: Directo
     """The file itself is set aside, unchanged; nothing blocks."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
     lines = b"".join(record.line(b'{"n":%d,"x":"%s"}' % (number, os.urandom(30).hex().encode())) for number in range(9000))
-    data = compressed.compress(name, lines)
+    data = compression.compress(name, lines)
     data = data[: len(data) // 2]
     Path(place.at(name)).write_bytes(data)
     seal(place, 2, b'{"n":-1}')
@@ -197,11 +197,11 @@ def test_without_the_library_a_compressed_file_is_stepped_over_and_says_what_to_
 ) -> None:
     """The others are delivered; with the library it is too, and nothing of it went to the quarantine."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
-    Path(place.at(name)).write_bytes(compressed.compress(name, PLAIN))
+    Path(place.at(name)).write_bytes(compression.compress(name, PLAIN))
     seal(place, 2, b"{}")
     sink = RecordingSink()
     with monkeypatch.context() as patch:
-        patch.setattr(compressed, "_library", lambda: None)
+        patch.setattr(compression, "_library", lambda: None)
         worker = worker_for(place, sink)
         drain(worker)
         assert (worker.state.name, sink.payloads, left(place)) == ("degraded", [b"{}"], [name])
@@ -267,7 +267,7 @@ def wait_for_compression(outbox: Outbox) -> float:
     wait_until(lambda: len(place.sealed()) - len(packed(place)) <= SOON)
     files = {name: Path(place.at(name)).read_bytes() for name in packed(place)}
     assert len(files) > SOON
-    return sum(len(compressed.contents(name, data)) for name, data in files.items()) / sum(map(len, files.values()))
+    return sum(len(compression.contents(name, data)) for name, data in files.items()) / sum(map(len, files.values()))
 
 
 def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_path: Path) -> None:

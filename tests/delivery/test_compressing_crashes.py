@@ -10,17 +10,17 @@ from typing import Final
 
 import pytest
 
-from pillarbox.delivery import compressing
-from pillarbox.delivery.compressing import Compressor
+from pillarbox.delivery import compactor
+from pillarbox.delivery.compactor import Compressor
 from pillarbox.store import layout, record
-from pillarbox.store.capacity import Capacity
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
+from pillarbox.store.quota import Capacity
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
+from pillarbox.testing.durability_model import Survivors
 from pillarbox.testing.fault import VERBS, Fault, FaultFilesystem, Meter
-from pillarbox.testing.survivors import Survivors
 from tests.crash.interleave import LOCKS, PLACE, deliver_once
 
 FILES: Final = 2
@@ -45,7 +45,7 @@ Before = Callable[[str, str], None]
 @pytest.fixture(autouse=True)
 def _set_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every file may be compressed; a disk that fails a thousand times fills the log."""
-    monkeypatch.setattr(compressing, "SOON", 0)
+    monkeypatch.setattr(compactor, "SOON", 0)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

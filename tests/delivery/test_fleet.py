@@ -9,8 +9,8 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.clock import SystemClock
-from pillarbox.deliverers import destinations, make_deliverer
-from pillarbox.delivery.fleet import Fleet
+from pillarbox.delivery.fanout import Fleet
+from pillarbox.delivery.runner import destinations, make_deliverer
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.settings import resolve
 from pillarbox.sinks.base import Misconfigured, Retry

@@ -243,7 +243,7 @@ def test_files_that_others_hold_stop_nobody_and_are_named(
     place: Directory, monkeypatch: pytest.MonkeyPatch, *, combines: bool
 ) -> None:
     """Two at once: the others go past them, the state says which they are, and they go once they are free."""
-    monkeypatch.setattr("pillarbox.delivery.loading._HELD_S", 0.2)
+    monkeypatch.setattr("pillarbox.delivery.fetcher._HELD_S", 0.2)
     batches = [seal(place, stamp, b"%d" % stamp) for stamp in range(1, 6)]
     held = [hold(place, batch) for batch in batches[:3:2]]
     sink = RecordingSink()

@@ -13,16 +13,15 @@ from pathlib import Path
 import pytest
 
 from pillarbox import Outbox
+from pillarbox.admin.changes import take_turn
 from pillarbox.clock import SystemClock
-from pillarbox.delivery import shelf
 from pillarbox.delivery.settlement import Kept
-from pillarbox.kept.changes import take_turn
 from pillarbox.sinks.base import Traits
-from pillarbox.store import layout
-from pillarbox.store.capacity import Capacity
+from pillarbox.store import layout, retention
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem, Space
 from pillarbox.store.ledger import Ledger
+from pillarbox.store.quota import Capacity
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX, ids, run
@@ -124,7 +123,7 @@ def test_delivered_files_go_when_they_are_too_much_the_first_delivered_first(pla
 
 def test_delivered_files_are_bounded_in_number(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the directory comes past each of them."""
-    monkeypatch.setattr(shelf, "FILES_MAX", 2)
+    monkeypatch.setattr(retention, "FILES_MAX", 2)
     for stamp in range(1, 6):
         seal(place, stamp, b"1")
     drain(worker_for(place, RecordingSink(), kept=KEEPING))

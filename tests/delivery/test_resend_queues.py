@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 
 from pillarbox import Outbox
+from pillarbox.admin import dead_letters
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.worker import Worker
-from pillarbox.kept import dead
 from pillarbox.store import layout
-from pillarbox.store.balance import RECENT, RESENT, WRITERS_MAX, Entry, Resent, Sealed, Settled, account, condensed
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
 from pillarbox.store.filesystem import RealFilesystem, Space
 from pillarbox.store.ledger import Ledger
+from pillarbox.store.reconciliation import RECENT, RESENT, WRITERS_MAX, Entry, Resent, Sealed, Settled, account, condensed
 from pillarbox.store.yielding import give_way
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
@@ -219,7 +219,7 @@ def test_what_both_keep_waits_no_more_and_counts_once(place: Directory) -> None:
     for sink in SINKS:
         queue = place.queue(sink)
         (file,) = queue.delivered()
-        assert dead.content(queue, file.name) == Path(queue.at(file.name)).read_bytes()
+        assert dead_letters.content(queue, file.name) == Path(queue.at(file.name)).read_bytes()
         assert queue.account().delivered_files == 1
 
 

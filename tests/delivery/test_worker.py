@@ -22,8 +22,8 @@ from pillarbox.errors import SinkUnusable
 from pillarbox.sinks.base import Answer, Batch, Misconfigured, Partly, Retry, Unconfirmed
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
+from pillarbox.store.dirscan import ByListing, Entry
 from pillarbox.store.filesystem import RealFilesystem
-from pillarbox.store.listing import ByListing, Entry
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import wait_until
@@ -195,7 +195,7 @@ def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> No
 
 def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies, or has just sealed it, has it a little longer than its name shows."""
-    monkeypatch.setattr("pillarbox.delivery.loading._HELD_S", 60.0)  # a moment, here
+    monkeypatch.setattr("pillarbox.delivery.fetcher._HELD_S", 60.0)  # a moment, here
     batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     held = place.take(f"{batches[0]}.ndjson")
     assert held is not None

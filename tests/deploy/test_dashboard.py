@@ -12,7 +12,7 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.deploy.stage import DEPLOY, ROOT, dashboard, metrics_in, queries, rules
-from tests.exposition.stage import documented
+from tests.exporters.stage import documented
 
 KNOWN = {row.at_prometheus for row in documented()}
 

@@ -18,8 +18,8 @@ import yaml
 
 from tests.conftest import wait_until
 from tests.deploy.stage import PROMETHEUS, metrics_in, promtool, queries, rules, tools
-from tests.exposition.stage import WAIT_S, delivering, documented, fetch, fill, scrape
-from tests.exposition.test_prometheus import is_idle
+from tests.exporters.stage import WAIT_S, delivering, documented, fetch, fill, scrape
+from tests.exporters.test_prometheus import is_idle
 
 TESTS = PROMETHEUS / "alerts_test.yml"
 _LISTENING = re.compile(r'"Listening on" address=(\S+)\s')

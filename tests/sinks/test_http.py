@@ -19,7 +19,7 @@ from pillarbox import TrackingEvent
 from pillarbox.event import Codec
 from pillarbox.sinks.base import Answer, Batch, Delivered
 from pillarbox.sinks.http import HttpSink
-from pillarbox.sinks.http.bodies import compressed, moment
+from pillarbox.sinks.http.encoding import compressed, moment
 from pillarbox.testing import ManualClock
 from tests.conftest import event
 from tests.sinks.http_server import Say, Server, always, in_turn, run

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused, Retry
-from pillarbox.sinks.http.answers import RETRY_AFTER_MAX_S, Reply, classify, retry_after
+from pillarbox.sinks.http.responses import RETRY_AFTER_MAX_S, Reply, classify, retry_after
 
 NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
 INDEXES = [3, 5, 8]

@@ -13,8 +13,8 @@ from pillarbox import TrackingEvent
 from pillarbox.errors import ConfigurationError, SinkUnusable
 from pillarbox.sinks import make_sink, redacted, schemes
 from pillarbox.sinks.base import Sink
-from pillarbox.sinks.http.answers import REMEDIES
-from pillarbox.sinks.http.target import _OPTIONS, Target, parse, read_credentials
+from pillarbox.sinks.http.responses import REMEDIES
+from pillarbox.sinks.http.url import _OPTIONS, Target, parse, read_credentials
 
 FIELDS = {field.name: field.encode_name for field in msgspec.structs.fields(TrackingEvent)}
 SECRET = "s3cret-do-not-show"  # noqa: S105 - what the tests look for

@@ -13,9 +13,9 @@ from pillarbox import Dropped, Enqueued, Outbox, OutboxFull
 from pillarbox.clock import SystemClock
 from pillarbox.sinks.base import Retry
 from pillarbox.store import layout
-from pillarbox.store.capacity import Capacity
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.quota import Capacity
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event, wait_until

@@ -16,10 +16,10 @@ import pytest
 
 from pillarbox import Dropped, Enqueued, Outbox
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER
-from pillarbox.store import commit, layout, reader, record
-from pillarbox.store.commit import QUEUED_BYTES_MAX, Committer
+from pillarbox.store import group_commit, layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.group_commit import QUEUED_BYTES_MAX, Committer
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.speed import Waiter
 from pillarbox.store.syncing import Syncs
@@ -97,7 +97,7 @@ def test_a_thread_that_sees_its_outcome_before_it_is_woken_wakes_the_next_all_th
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or those behind it would wait until they lose patience: the first file of a round is answered while the second is synced."""
-    monkeypatch.setattr(commit, "_PATIENCE_S", 600.0)
+    monkeypatch.setattr(group_commit, "_PATIENCE_S", 600.0)
     desk = Desk(tmp_path / "outbox", batch_size=4)
     threads = [threading.Thread(target=desk.committer.commit, args=(numbered(number), 1), daemon=True) for number in range(8)]
     answered: list[Any] = []
@@ -352,7 +352,7 @@ def test_a_leader_that_is_interrupted_leaves_no_coroutine_that_waits_for_another
 def test_a_follower_that_is_interrupted_is_handed_no_lead(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who queues behind it would wait for ever."""
     answered: list[object] = []
-    taken = commit._taken_lock
+    taken = group_commit._taken_lock
 
     async def one() -> None:
         answer = desk.committer.commit_async(numbered(3), 1)
@@ -375,11 +375,11 @@ def test_a_follower_that_is_interrupted_is_handed_no_lead(desk: Desk, monkeypatc
     coroutine = threading.Thread(target=lambda: asyncio.run(one()), daemon=True)
 
     def others_come() -> None:
-        monkeypatch.setattr(commit, "_taken_lock", Interrupting)
+        monkeypatch.setattr(group_commit, "_taken_lock", Interrupting)
         follower = threading.Thread(target=is_interrupted)
         follower.start()
         follower.join(60)
-        monkeypatch.setattr(commit, "_taken_lock", taken)
+        monkeypatch.setattr(group_commit, "_taken_lock", taken)
         coroutine.start()
         while len(desk.committer._queue) < 2:
             threading.Event().wait(0.001)
@@ -414,9 +414,9 @@ def test_many_that_are_refused_together_are_refused_one_by_one_in_time(tmp_path:
     """The lines of those that are left are not joined again for each."""
     desk = Desk(tmp_path / "outbox", batch_size=10**5, max_bytes=2000)
     joined: list[int] = []
-    party = commit._party
+    party = group_commit._party
 
-    def counting(entries: list[commit._Entry]) -> commit._Party:
+    def counting(entries: list[group_commit._Entry]) -> group_commit._Party:
         joined.append(len(entries))
         return party(entries)
 
@@ -425,7 +425,7 @@ def test_many_that_are_refused_together_are_refused_one_by_one_in_time(tmp_path:
         return [await waiter if isinstance(waiter, Waiter) else waiter for waiter in waiters]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commit, "_party", counting)
+        patch.setattr(group_commit, "_party", counting)
         outcomes = asyncio.run(all_of_them())
     assert {type(outcome) for outcome in outcomes} == {Enqueued, Dropped}
     assert sum(joined) <= 2 * len(outcomes)

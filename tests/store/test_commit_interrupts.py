@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER, Dropped, Outcome
-from pillarbox.store import commit, reader, record
-from pillarbox.store.commit import Committer
+from pillarbox.store import group_commit, reader, record
 from pillarbox.store.directory import Directory
+from pillarbox.store.group_commit import Committer
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Limits, Writer
@@ -22,7 +22,7 @@ from tests.conftest import wait_until
 from tests.store.stage import Disk
 from tests.store.test_interrupts import Struck, interrupt_at_next, run_and_strike
 
-TRACED = {commit.__file__}
+TRACED = {group_commit.__file__}
 ROOM = 3  # events of a file
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pillarbox.store import compressed, reader, record
+from pillarbox.store import compression, reader, record
 from pillarbox.store.reader import Contents
 
 NAME = "sealed-0000000000000001-x.ndjson"
@@ -30,22 +30,22 @@ def read(data: bytes, name: str = PACKED) -> tuple[Contents, bytes]:
 @given(st.binary(max_size=5000))
 def test_what_was_compressed_comes_out_as_it_was(data: bytes) -> None:
     """Any bytes; and a file with another ending is what it is."""
-    packed = compressed.compress(PACKED, data)
-    assert compressed.unpack(PACKED, packed) == (data, "")
-    assert compressed.contents(PACKED, packed) == data
-    assert compressed.unpack(NAME, packed) == (packed, "")
+    packed = compression.compress(PACKED, data)
+    assert compression.unpack(PACKED, packed) == (data, "")
+    assert compression.contents(PACKED, packed) == data
+    assert compression.unpack(NAME, packed) == (packed, "")
 
 
 def test_several_frames_are_one_file() -> None:
     """As other tools make them, one appended to another."""
-    packed = compressed.compress(PACKED, b"one\n") + compressed.compress(PACKED, b"two\n")
-    assert compressed.unpack(PACKED, packed) == (b"one\ntwo\n", "")
+    packed = compression.compress(PACKED, b"one\n") + compression.compress(PACKED, b"two\n")
+    assert compression.unpack(PACKED, packed) == (b"one\ntwo\n", "")
 
 
 def test_a_truncated_file_gives_the_lines_before_and_keeps_all_of_its_bytes() -> None:
     """At every byte: no exception, a good line only as it was, and the file itself in the last span."""
     events = lines(40)
-    packed = compressed.compress(PACKED, b"".join(events))
+    packed = compression.compress(PACKED, b"".join(events))
     for end in range(len(packed)):
         found, data = read(packed[:end])
         assert found.payloads == [record.payload(line[:-1]) for line in events[: len(found.payloads)]]
@@ -59,7 +59,7 @@ def test_a_flipped_bit_alters_no_event(bit: int) -> None:
     """Wherever it is: what is read are events that were written, in order, and the rest is set aside."""
     events = lines(40)
     payloads = [record.payload(line[:-1]) for line in events]
-    packed = compressed.compress(PACKED, b"".join(events))
+    packed = compression.compress(PACKED, b"".join(events))
     for place in range(len(packed)):
         flipped = bytearray(packed)
         flipped[place] ^= 1 << bit
@@ -75,7 +75,7 @@ def test_what_comes_before_the_damage_is_read() -> None:
     """Not only what a call of the library has returned before it fails: a frame has blocks of 128 KiB."""
     events = lines(20_000)
     plain = b"".join(events)
-    packed = bytearray(compressed.compress(PACKED, plain))
+    packed = bytearray(compression.compress(PACKED, plain))
     packed[len(packed) // 2 :] = b"\xff" * (len(packed) - len(packed) // 2)
     found, data = read(bytes(packed))
     assert len(found.payloads) > 0.4 * len(events)
@@ -96,12 +96,12 @@ def test_any_bytes_are_read_or_set_aside(data: bytes, begun: bool) -> None:
 
 def test_a_bomb_is_not_unpacked() -> None:
     """64 MiB are enough for all that is ours; the file is set aside, small as it is."""
-    packed = compressed.compress(PACKED, bytes(compressed.PLAIN_MAX + 1))
+    packed = compression.compress(PACKED, bytes(compression.PLAIN_MAX + 1))
     assert len(packed) < 10_000
-    assert compressed.unpack(PACKED, packed)[0] == b""
-    many = compressed.compress(PACKED, bytes(compressed.PLAIN_MAX // 2)) * 3
-    plain, problem = compressed.unpack(PACKED, many)
-    assert (len(plain), problem) == (compressed.PLAIN_MAX, f"unpacks to more than {compressed.PLAIN_MAX} bytes")
+    assert compression.unpack(PACKED, packed)[0] == b""
+    many = compression.compress(PACKED, bytes(compression.PLAIN_MAX // 2)) * 3
+    plain, problem = compression.unpack(PACKED, many)
+    assert (len(plain), problem) == (compression.PLAIN_MAX, f"unpacks to more than {compression.PLAIN_MAX} bytes")
 
 
 def test_without_the_library_a_compressed_file_is_left_alone() -> None:

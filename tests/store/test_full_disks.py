@@ -21,7 +21,7 @@ from pillarbox import Dropped, Outbox, TrackingEvent
 from pillarbox.outcome import DROPPED, DropReason, Outcome
 from pillarbox.store import layout, reader
 from tests.conftest import event
-from tests.crash.kernel import mounted, need
+from tests.crash.block_device import mounted, need
 
 PADDING = '{"text":"' + "x" * 700 + '"}'
 TRIES_MAX = 20_000

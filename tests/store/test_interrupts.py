@@ -34,8 +34,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from pillarbox._native import COMPILED
 from pillarbox.clock import SystemClock
-from pillarbox.compiled import COMPILED
 from pillarbox.outcome import ENQUEUED
 from pillarbox.store import directory as directory_module
 from pillarbox.store import reader

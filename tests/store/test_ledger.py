@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.store import balance, layout, ledger
-from pillarbox.store.balance import Adopted, Entry, Evicted, Lost, Purged, Repaired, Replayed, Sealed, Settled, Sum
+from pillarbox.store import layout, ledger, reconciliation
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger, entries_of
+from pillarbox.store.reconciliation import Adopted, Entry, Evicted, Lost, Purged, Repaired, Replayed, Sealed, Settled, Sum
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import FaultFilesystem, ManualClock
@@ -25,7 +25,7 @@ APPEND = """
 import sys
 from pillarbox.clock import SystemClock
 from pillarbox.store import ledger
-from pillarbox.store.balance import Sealed, Settled
+from pillarbox.store.reconciliation import Sealed, Settled
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 place, name, sync, bytes_max = sys.argv[1], sys.argv[2], sys.argv[3] == "sync", int(sys.argv[4])
@@ -104,7 +104,7 @@ def test_what_a_full_disk_refuses_waits_in_memory_and_counts_once(place: Directo
     filesystem.meter.heal()
     pen.note(settled(2))
     assert pen.write(sync=True)
-    account = balance.account(entries_of(content(place))[0], {}, [])
+    account = reconciliation.account(entries_of(content(place))[0], {}, [])
     assert (account.total.delivered, account.total.resent, account.replayed, account.purged_dead) == (20, 0, 6, 8)
 
 
@@ -159,7 +159,7 @@ def test_what_another_thread_appended_is_synced_by_who_needs_it(place: Directory
 def test_it_is_summed_up_and_the_account_stays(place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its size stays bounded; what is pending stays named."""
     monkeypatch.setattr(ledger, "CONDENSE_BYTES", 50_000)
-    monkeypatch.setattr(balance, "RECENT", 20)
+    monkeypatch.setattr(reconciliation, "RECENT", 20)
     pen = Ledger(place, clock)
     Path(place.at(layout.sealed_name(0, "x"))).write_bytes(b"")
     largest = 0
@@ -175,7 +175,7 @@ def test_it_is_summed_up_and_the_account_stays(place: Directory, clock: ManualCl
     entries, unread = entries_of(content(place))
     assert unread == 0
     assert sum(isinstance(entry, Sum) for entry in entries) == 1
-    account = balance.account(entries, {layout.batch_id(layout.sealed_name(0, "x")): balance.Found(10, 0)}, [])
+    account = reconciliation.account(entries, {layout.batch_id(layout.sealed_name(0, "x")): reconciliation.Found(10, 0)}, [])
     assert account.balances
     assert (account.total.accepted, account.total.delivered, account.replayed) == (20_000, 19_990, 200)
 
@@ -204,7 +204,7 @@ def test_two_processes_append_at_once_while_it_is_shortened_and_nothing_is_lost(
     running = [subprocess.Popen(command, cwd=ROOT) for command in commands]
     assert [process.wait(120) for process in running] == [0, 0, 0]
     entries, unread = entries_of((tmp_path / "box" / layout.LEDGER).read_bytes())
-    account = balance.account(entries, {}, [])
+    account = reconciliation.account(entries, {}, [])
     assert unread == 0
     assert any(isinstance(entry, Sum) for entry in entries)
     assert account.balances

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pillarbox.store import layout, speed
+from pillarbox.store.dirscan import ALL, ByListing, Entry, First, Pattern, Sum
 from pillarbox.store.filesystem import CompiledFilesystem, RealFilesystem
 from pillarbox.store.layout import Kind
-from pillarbox.store.listing import ALL, ByListing, Entry, First, Pattern, Sum
 from tests.store import collector
 
 STAMP = 1_700_000_000_000_000

@@ -19,8 +19,8 @@ from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk
+from pillarbox.testing.durability_model import Survivors
 from pillarbox.testing.fault import Fault, FaultFilesystem
-from pillarbox.testing.survivors import Survivors
 from tests.store.stage import Stage
 
 LINE = b'{"event":{"n":1}}\n'

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pillarbox import Dropped, Enqueued, Outbox, TrackingEvent
-from pillarbox.compiled import COMPILED
+from pillarbox._native import COMPILED
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX
 from pillarbox.outcome import DROPPED, ENQUEUED
@@ -235,7 +235,7 @@ def test_no_way_through_leaks(tmp_path: Path) -> None:
 _PURE = """
 import sys
 from pillarbox import Outbox, TrackingEvent
-from pillarbox.compiled import COMPILED
+from pillarbox._native import COMPILED
 event = TrackingEvent(event_key="k", scope_kind="Site", scope_id="s")
 with Outbox(sys.argv[1]) as outbox:
     assert outbox.enqueue(event) and all(outbox.enqueue_many([event, event]))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pillarbox.store import reader
-from pillarbox.store.active import ActiveFile
 from pillarbox.store.directory import Directory, Taken
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.record import line
+from pillarbox.store.segment import ActiveFile
 from pillarbox.store.syncing import Syncs
 from pillarbox.testing import ManualClock
 

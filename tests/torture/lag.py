@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from pillarbox.store import compressed, layout
+from pillarbox.store import compression, layout
 from pillarbox.store.directory import Directory
 from tests.torture.lives import FICKLE, STEADY
 from tests.torture.places import Arena
@@ -104,5 +104,5 @@ class Watch:
                 data = Path(path).read_bytes()
             except FileNotFoundError:
                 return 0  # settled, or handed over, just now
-            self._counted[batch] = compressed.contents(path, data).count(b"\n")
+            self._counted[batch] = compression.contents(path, data).count(b"\n")
         return self._counted[batch]

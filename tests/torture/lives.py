@@ -17,7 +17,7 @@ from pillarbox.outcome import Outcome
 from pillarbox.settings import resolve
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from tests.crash.dying import step_by_step, wrap
+from tests.crash.kill_points import step_by_step, wrap
 from tests.torture import account, events
 from tests.torture.account import Notes
 from tests.torture.events import EVENTS_MAX, make_event

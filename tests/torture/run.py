@@ -30,7 +30,7 @@ import msgspec
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.deliverer import ONLY
 from pillarbox.delivery.settlement import DeadLetter
-from pillarbox.store import balance, layout, ledger
+from pillarbox.store import layout, ledger, reconciliation
 from pillarbox.store.audit import Audit, audit, audit_queues
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
@@ -191,7 +191,7 @@ class Torture:
 
         def work() -> None:
             chaotic.row = row
-            for module, name, least in ((ledger, "CONDENSE_BYTES", LEDGER_BYTES), (balance, "RECENT", LEDGER_RECENT)):
+            for module, name, least in ((ledger, "CONDENSE_BYTES", LEDGER_BYTES), (reconciliation, "RECENT", LEDGER_RECENT)):
                 setattr(module, name, least)
             self._be_quiet(slot)
             if slot == _FINISHER:

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from pillarbox import TrackingEvent
+from pillarbox.admin.event_filters import Face, Faces, Wanted, paths
 from pillarbox.errors import UsageError
-from pillarbox.view.filters import Face, Faces, Wanted, paths
 
 
 class Purchase(msgspec.Struct, rename="camel"):

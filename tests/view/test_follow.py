@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from pillarbox import TrackingEvent
-from pillarbox.store import compressed, record
-from pillarbox.store.balance import Adopted, Sealed
+from pillarbox.admin import scan, tail
+from pillarbox.admin.event_filters import Faces, Wanted
+from pillarbox.admin.tail import Follower
+from pillarbox.store import compression, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import Ledger
+from pillarbox.store.reconciliation import Adopted, Sealed
 from pillarbox.testing import ManualClock
-from pillarbox.view import finding, follow
-from pillarbox.view.filters import Faces, Wanted
-from pillarbox.view.follow import Follower
 
 LOOKS = 8  # more than anything takes to be noticed
 
@@ -84,11 +84,11 @@ def test_a_batch_that_is_compressed_is_read_once(follower: Follower, folder: Pat
     """Before, meanwhile, when both files are there, and after."""
     append(folder / sealed(1), 1, 2)
     assert backlog(follower) == ["e-1", "e-2"]
-    (folder / f"{sealed(1)}.zst").write_bytes(compressed.compress("x", lines(1, 2)))
+    (folder / f"{sealed(1)}.zst").write_bytes(compression.compress("x", lines(1, 2)))
     assert news(follower) == []
     (folder / sealed(1)).unlink()
     assert news(follower) == []
-    (folder / f"{sealed(2)}.zst").write_bytes(compressed.compress("x", lines(3, 4)))
+    (folder / f"{sealed(2)}.zst").write_bytes(compression.compress("x", lines(3, 4)))
     assert [(event.face.event_id, event.offset) for event in follower.news()] == [("e-3", 0), ("e-4", len(lines(3)))]
 
 
@@ -186,12 +186,12 @@ def test_what_went_between_the_look_and_the_reading_is_a_gap(
     assert backlog(follower) == []
     first, second = Path(place.path) / sealed(1), Path(place.path) / sealed(2)
 
-    def look_while_it_is_delivered(directory: Directory) -> list[finding.Sight]:
-        sights = finding.look(directory)
+    def look_while_it_is_delivered(directory: Directory) -> list[scan.Sight]:
+        sights = scan.look(directory)
         first.unlink(missing_ok=True)
         return sights
 
-    monkeypatch.setattr(follow, "look", look_while_it_is_delivered)
+    monkeypatch.setattr(tail, "look", look_while_it_is_delivered)
     append(first, 1)
     append(second, 2)
     pen = Ledger(place, clock)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.console import Console
 
-from pillarbox.compiled import COMPILED
+from pillarbox._native import COMPILED
 from pillarbox.errors import PillarboxError
 from pillarbox.settings import Settings, resolve
 from pillarbox.sinks import schemes
@@ -154,8 +154,8 @@ def load() -> typer.Typer:
         doctor,  # noqa: F401
         enqueue,  # noqa: F401
         export,  # noqa: F401
-        imports,  # noqa: F401
-        inspecting,  # noqa: F401
+        import_,  # noqa: F401
+        inspect_,  # noqa: F401
         quarantine,  # noqa: F401
         resend,  # noqa: F401
         seal,  # noqa: F401

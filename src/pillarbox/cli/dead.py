@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+from pillarbox.admin import dead_letters as letters
+from pillarbox.admin.again import Again, as_it_is
+from pillarbox.admin.dead_letters import Group, Groups, Record, Trouble
+from pillarbox.admin.filters import Selection, written
+from pillarbox.admin.mend import assignments, editable, edited, with_members
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app, err, out
-from pillarbox.cli.kept import (
+from pillarbox.cli.context import (
     AllOption,
     BatchOption,
     LimitOption,
@@ -26,11 +31,6 @@ from pillarbox.cli.kept import (
     printable,
 )
 from pillarbox.errors import UsageError
-from pillarbox.kept import dead as letters
-from pillarbox.kept.again import Again, as_it_is
-from pillarbox.kept.dead import Group, Groups, Record, Trouble
-from pillarbox.kept.mend import assignments, editable, edited, with_members
-from pillarbox.kept.selection import Selection, written
 from pillarbox.store.filesystem import read_file, write_secret
 from pillarbox.store.layout import Kind
 

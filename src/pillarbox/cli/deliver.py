@@ -25,12 +25,12 @@ from pillarbox.cli.app import (
     settings_from,
     stop_on_sigterm,
 )
-from pillarbox.cli.kept import print_json
+from pillarbox.cli.context import print_json
 from pillarbox.clock import SystemClock
-from pillarbox.deliverers import destinations, make_deliverer
 from pillarbox.delivery.deliverer import ONLY, together
+from pillarbox.delivery.runner import destinations, make_deliverer
 from pillarbox.delivery.settlement import Callbacks
-from pillarbox.exposition import Exposition
+from pillarbox.exporters import Exposition
 from pillarbox.hooks import Hooks
 from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.ledger import Ledger
@@ -38,7 +38,7 @@ from pillarbox.store.queues import directory_at
 from pillarbox.telemetry import SinkStats
 
 if TYPE_CHECKING:
-    from pillarbox.deliverers import Here
+    from pillarbox.delivery.runner import Here
     from pillarbox.settings import Settings
     from pillarbox.store.directory import Directory
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from pillarbox.admin.doctor import Finding, Limits, bad, examine, good
+from pillarbox.admin.status import look
 from pillarbox.cli.app import (
     ConfigOption,
     DirectoryOption,
@@ -21,8 +23,7 @@ from pillarbox.cli.app import (
     settings_from,
     stop_on_sigterm,
 )
-from pillarbox.cli.kept import print_json, printable
-from pillarbox.cli.look import look
+from pillarbox.cli.context import print_json, printable
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
 from pillarbox.errors import DirectoryUnusable, PillarboxError
@@ -31,13 +32,12 @@ from pillarbox.sinks import make_sink, redacted
 from pillarbox.store import layout
 from pillarbox.store.directory import OPEN_MODE, Directory
 from pillarbox.store.filesystem import exists, real_filesystem
-from pillarbox.store.probe import Finding, Limits, bad, examine, good
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pillarbox.cli.look import Status
+    from pillarbox.admin.status import Status
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
     from pillarbox.sinks.base import Finding as SinkFinding

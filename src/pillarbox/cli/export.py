@@ -12,9 +12,12 @@ import msgspec
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from pillarbox.admin.dead_letters import Trouble
+from pillarbox.admin.event_filters import Faces
+from pillarbox.admin.export import Stock, What
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app, err, out
-from pillarbox.cli.kept import NAMED_MAX, Site, counted, printable
-from pillarbox.cli.looking import (
+from pillarbox.cli.context import NAMED_MAX, Site, counted, printable
+from pillarbox.cli.options import (
     ContainsOption,
     IdOption,
     KeyOption,
@@ -26,10 +29,7 @@ from pillarbox.cli.looking import (
     wanted,
 )
 from pillarbox.errors import UsageError
-from pillarbox.kept.dead import Trouble
 from pillarbox.store.filesystem import exists, file_beside
-from pillarbox.view.filters import Faces
-from pillarbox.view.stock import Stock, What
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

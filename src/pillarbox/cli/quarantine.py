@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+from pillarbox.admin.dead_letters import Trouble
+from pillarbox.admin.filters import written
+from pillarbox.admin.quarantine import Keeper, Quarantined, Seen
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, JsonOption, QuietOption, app, out
-from pillarbox.cli.kept import (
+from pillarbox.cli.context import (
     AllOption,
     BatchOption,
     LimitOption,
@@ -24,15 +27,12 @@ from pillarbox.cli.kept import (
     print_table,
     printable,
 )
-from pillarbox.kept.dead import Trouble
-from pillarbox.kept.quarantine import Keeper, Quarantined, Seen
-from pillarbox.kept.selection import written
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pillarbox.kept.selection import Selection
+    from pillarbox.admin.filters import Selection
 
 quarantine = typer.Typer(
     name="quarantine",

@@ -8,11 +8,11 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
+from pillarbox.admin.filters import written
+from pillarbox.admin.redelivery import Delivered, Limits, Resend
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app
-from pillarbox.cli.kept import AllOption, BatchOption, LimitOption, Site, YesOption, counted, need_choice
+from pillarbox.cli.context import AllOption, BatchOption, LimitOption, Site, YesOption, counted, need_choice
 from pillarbox.errors import UsageError
-from pillarbox.kept.resend import Delivered, Limits, Resend
-from pillarbox.kept.selection import written
 from pillarbox.store import layout
 from pillarbox.store.yielding import places
 

@@ -11,6 +11,7 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from pillarbox.admin.status import deliverer_text, silent_s
 from pillarbox.cli.app import (
     ConfigOption,
     DirectoryOption,
@@ -24,7 +25,6 @@ from pillarbox.cli.app import (
     settings_from,
     stop_on_sigterm,
 )
-from pillarbox.cli.look import deliverer_text, silent_s
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.delivery.state import SILENT_AFTER_S

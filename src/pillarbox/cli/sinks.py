@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from
-from pillarbox.cli.kept import counted, print_json, print_table
+from pillarbox.cli.context import counted, print_json, print_table
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.errors import DirectoryUnusable, UsageError

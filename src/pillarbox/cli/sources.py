@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
+from pillarbox.admin.mend import Gate, Unfit
 from pillarbox.cli.intake import strict_decoder
 from pillarbox.errors import InvalidEvent, UsageError
 from pillarbox.event import EVENT_BYTES_MAX, Codec
-from pillarbox.kept.mend import Gate, Unfit
 from pillarbox.store import record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from pillarbox.view.stock import Kept
+    from pillarbox.admin.export import Kept
 
 _RECORDS: Final = ({"event"}, {"event", "crc"})  # the members of a line of ours
 _MARK: Final = "\ufeff"  # at the beginning of a file, as spreadsheets write it

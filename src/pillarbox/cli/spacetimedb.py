@@ -17,7 +17,7 @@ from pillarbox.errors import ConfigurationError, SinkUnusable
 from pillarbox.store.filesystem import exists, write_secret
 
 if TYPE_CHECKING:
-    from pillarbox.sinks.spacetimedb.module import Published
+    from pillarbox.sinks.spacetimedb.publish import Published
 
 spacetimedb = typer.Typer(
     name="spacetimedb",
@@ -48,8 +48,8 @@ def publish(
     that holds another module is left alone. Whoever has the token owns the database: keep the file.
     """
     try:
-        from pillarbox.sinks.spacetimedb import module  # noqa: PLC0415 - needs its extra
-        from pillarbox.sinks.spacetimedb.target import TOKEN_VARIABLE, find_token  # noqa: PLC0415
+        from pillarbox.sinks.spacetimedb import publish  # noqa: PLC0415 - needs its extra
+        from pillarbox.sinks.spacetimedb.url import TOKEN_VARIABLE, find_token  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise SinkUnusable(f"spacetimedb: needs {error.name}; pip install 'pillarbox[spacetimedb]'") from None
     if not server.startswith(("http://", "https://")):
@@ -59,9 +59,9 @@ def publish(
     token = find_token("", token_file if exists(token_file) else None)
     made = token is None
     if token is None:
-        _, token = asyncio.run(module.new_identity(server.rstrip("/")))
+        _, token = asyncio.run(publish.new_identity(server.rstrip("/")))
         write_secret(token_file, token.line())
-    done = asyncio.run(module.publish(server.rstrip("/"), database, token, replace=replace))
+    done = asyncio.run(publish.publish(server.rstrip("/"), database, token, replace=replace))
     if json:
         sys.stdout.write(msgspec.json.encode(done._asdict()).decode() + "\n")
         return Exit.DONE

@@ -8,9 +8,9 @@ from typing import Annotated
 import msgspec
 import typer
 
+from pillarbox.admin.status import Status, deliverer_text, look
 from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from
-from pillarbox.cli.kept import printable
-from pillarbox.cli.look import Status, deliverer_text, look
+from pillarbox.cli.context import printable
 from pillarbox.cli.watch import watch_until_stopped
 from pillarbox.clock import SystemClock
 from pillarbox.store.filesystem import real_filesystem

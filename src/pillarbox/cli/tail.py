@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 import typer
 
+from pillarbox.admin.event_filters import Faces
+from pillarbox.admin.filters import written
+from pillarbox.admin.tail import Accepted, Follower
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, app, err
-from pillarbox.cli.kept import Site, counted, printable
-from pillarbox.cli.looking import (
+from pillarbox.cli.context import Site, counted, printable
+from pillarbox.cli.options import (
     ContainsOption,
     IdOption,
     KeyOption,
@@ -22,9 +25,6 @@ from pillarbox.cli.looking import (
     WhereOption,
     wanted,
 )
-from pillarbox.kept.selection import written
-from pillarbox.view.filters import Faces
-from pillarbox.view.follow import Accepted, Follower
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

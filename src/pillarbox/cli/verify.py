@@ -10,14 +10,14 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, err, out, require, settings_from
-from pillarbox.cli.kept import print_table
+from pillarbox.cli.context import print_table
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusable
 from pillarbox.store import layout
 from pillarbox.store.audit import Audit, audit, audit_queues
-from pillarbox.store.balance import Account, Row
 from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.queues import directory_at
+from pillarbox.store.reconciliation import Account, Row
 
 if TYPE_CHECKING:
     from pillarbox.store.directory import Directory

@@ -14,11 +14,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pillarbox.admin.filters import written
+from pillarbox.admin.status import Status, look, state_text
 from pillarbox.cli.app import leave_stdout, stop_on_sigterm
-from pillarbox.cli.kept import printable
-from pillarbox.cli.look import Status, look, state_text
+from pillarbox.cli.context import printable
 from pillarbox.errors import FileUnusable
-from pillarbox.kept.selection import written
 from pillarbox.store import layout
 from pillarbox.store.ledger import Sealed, entries_of
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from pillarbox.delivery.backoff import jitter
-from pillarbox.delivery.shelf import Shelf
 from pillarbox.store import layout
-from pillarbox.store.balance import PurgedKind, Settled
 from pillarbox.store.layout import Kind
+from pillarbox.store.reconciliation import PurgedKind, Settled
+from pillarbox.store.retention import Shelf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.delivery.policy import Rules
     from pillarbox.delivery.shipment import Job
-    from pillarbox.delivery.standing import Standing
+    from pillarbox.delivery.status import Standing
     from pillarbox.store.directory import Directory
     from pillarbox.store.ledger import Ledger
     from pillarbox.store.reader import Span

@@ -15,21 +15,21 @@ import threading
 from typing import TYPE_CHECKING, Final, Literal
 
 from pillarbox.delivery.backoff import jitter
-from pillarbox.delivery.compressing import Compressor
-from pillarbox.delivery.confirming import NOT_YET_S, Confirmer
-from pillarbox.delivery.courier import Courier, is_being_cancelled, words
+from pillarbox.delivery.compactor import Compressor
+from pillarbox.delivery.confirms import NOT_YET_S, Confirmer
+from pillarbox.delivery.fetcher import Loader
 from pillarbox.delivery.lease import BEAT_EVERY_S, Lease
-from pillarbox.delivery.loading import Loader
 from pillarbox.delivery.policy import Rules, Verdict
+from pillarbox.delivery.retry import Suspects
+from pillarbox.delivery.sender import Courier, is_being_cancelled, words
 from pillarbox.delivery.settlement import GROUP_S, KEPT, NOBODY, Callbacks, Kept, Settler
-from pillarbox.delivery.standing import Standing
 from pillarbox.delivery.state import ANOTHER_DELIVERS
-from pillarbox.delivery.suspects import Suspects
+from pillarbox.delivery.status import Standing
 from pillarbox.errors import FileUnusable, SinkUnusable
 from pillarbox.sinks.base import Misconfigured, Sink
 from pillarbox.store import layout
-from pillarbox.store.balance import Adopted
 from pillarbox.store.layout import Kind
+from pillarbox.store.reconciliation import Adopted
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-/* Reads directories without the interpreter lock, compiled. Optional: `store/listing.py` says the same in Python, and the tests
+/* Reads directories without the interpreter lock, compiled. Optional: `store/dirscan.py` says the same in Python, and the tests
 hold both to it.
 
 Each system call of a thread that gives the lock up for it and takes it again costs whoever accepts events 15 to 60 us; a
@@ -592,7 +592,7 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_listing",
-    .m_doc = "Reads directories, compiled: see `pillarbox.store.listing`.",
+    .m_doc = "Reads directories, compiled: see `pillarbox.store.dirscan`.",
     .m_methods = functions,
     .m_slots = slots,
 };

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pillarbox.store.listing import Patterns
+from pillarbox.store.dirscan import Patterns
 
 class Parts:
     def __init__(self, path: str, patterns: Patterns, sizes: bool) -> None: ...

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusable
 from pillarbox.store import layout, reader
-from pillarbox.store.balance import (
+from pillarbox.store.layout import Kind
+from pillarbox.store.ledger import entries_of
+from pillarbox.store.reconciliation import (
     HANDED_OVER,
     OF_A_BATCH,
     OF_A_QUEUE,
@@ -24,8 +26,6 @@ from pillarbox.store.balance import (
     Wrong,
     account,
 )
-from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import entries_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

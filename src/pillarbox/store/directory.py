@@ -13,15 +13,15 @@ from pillarbox.errors import DirectoryUnusable, FileUnusable
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.recovery import RECOVERABLE, RECOVERY, Action, Lock, Tail, tail_of
-from pillarbox.store.tally import tally
+from pillarbox.store.usage import tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from pillarbox.clock import Clock
+    from pillarbox.store.dirscan import Entry
     from pillarbox.store.filesystem import Filesystem
-    from pillarbox.store.listing import Entry
-    from pillarbox.store.tally import Account
+    from pillarbox.store.usage import Account
 
 log = logging.getLogger("pillarbox")
 

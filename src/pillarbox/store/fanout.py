@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pillarbox.clock import give_way
 from pillarbox.errors import FileUnusable
 from pillarbox.store import layout, reader
-from pillarbox.store.balance import HANDED_OVER, Adopted, Sealed, Shared
 from pillarbox.store.ledger import Ledger
+from pillarbox.store.reconciliation import HANDED_OVER, Adopted, Sealed, Shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ import threading
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
 from pillarbox.errors import FileUnusable
-from pillarbox.store.listing import ALL, Entry, First, Sum, first, follows, sums
+from pillarbox.store.dirscan import ALL, Entry, First, Sum, first, follows, sums
 from pillarbox.store.onebyone import OneByOne
 from pillarbox.store.speed import listing as directories
 from pillarbox.store.speed import together
@@ -23,7 +23,7 @@ from pillarbox.store.speed import together
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from pillarbox.store.listing import Patterns
+    from pillarbox.store.dirscan import Patterns
 
 _OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # what is planted under our names neither redirects nor hangs us
 _FILE_MODE = 0o600

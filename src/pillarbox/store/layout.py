@@ -6,7 +6,7 @@ import re
 from enum import Enum
 from typing import Final
 
-from pillarbox.store.listing import Pattern
+from pillarbox.store.dirscan import Pattern
 
 SUFFIX: Final = ".ndjson"
 COMPRESSED: Final = f"{SUFFIX}.zst"  # of what waits or is kept, where that is wanted

@@ -16,7 +16,7 @@ import msgspec
 
 from pillarbox.errors import FileUnusable
 from pillarbox.store import layout, record
-from pillarbox.store.balance import (
+from pillarbox.store.reconciliation import (
     Adopted,
     Entry,
     Evicted,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from pillarbox.store import compressed, record
+from pillarbox.store import compression, record
 from pillarbox.store.record import Damaged
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def read_file(name: str, data: bytes, give_way: Callable[[], None]) -> tuple[Con
     Of a compressed file that is damaged, what comes before the damage is read like any other, and a last span is the whole
     file as it was: nobody can tell what is in the rest. Raises `FileUnusable` where it is compressed and zstd is missing.
     """
-    plain, problem = compressed.unpack(name, data)
+    plain, problem = compression.unpack(name, data)
     contents = read(plain, give_way)
     if not problem:
         return contents, plain

@@ -12,20 +12,20 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, get_args
 
 from pillarbox.store import layout
-from pillarbox.store.active import SealReason
-from pillarbox.store.balance import Adopted, Sealed
-from pillarbox.store.capacity import Capacity
+from pillarbox.store.quota import Capacity
+from pillarbox.store.reconciliation import Adopted, Sealed
 from pillarbox.store.request import LOOK_EVERY_S, Requests
+from pillarbox.store.segment import SealReason
 from pillarbox.store.writer import RETIRED_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from pillarbox.clock import Clock
-    from pillarbox.store.active import ActiveFile
-    from pillarbox.store.commit import Committer
     from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.group_commit import Committer
     from pillarbox.store.ledger import Ledger
+    from pillarbox.store.segment import ActiveFile
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")

@@ -1,6 +1,6 @@
 """Chooses between the compiled pieces of the hot path and of the reader, and those in Python.
 
-They are compiled where the package was installed with a C compiler (`compiled.py`). What they do is the same, and the same
+They are compiled where the package was installed with a C compiler (`_native.py`). What they do is the same, and the same
 tests hold both to it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import update_wrapper
 from typing import TYPE_CHECKING
 
-from pillarbox.compiled import COMPILED
+from pillarbox._native import COMPILED
 from pillarbox.outcome import ENQUEUED
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from pillarbox.store.active import ActiveFile
     from pillarbox.store.directory import Directory
+    from pillarbox.store.segment import ActiveFile
 
     Kept = Callable[[ActiveFile], Iterable[tuple[int, bytes]]]  # what is in memory of a file: offsets and lines
 

@@ -20,9 +20,9 @@ from zlib import crc32
 
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
-from pillarbox.store.active import NOWHERE, ActiveFile, end_of_lines
 from pillarbox.store.limits import AGAIN_SHARE, Limits, Mark, reason_of
 from pillarbox.store.plain import LINE
+from pillarbox.store.segment import NOWHERE, ActiveFile, end_of_lines
 from pillarbox.store.speed import Appending, quickest
 from pillarbox.store.syncing import Syncs
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     import msgspec
 
-    from pillarbox.store.active import SealReason
     from pillarbox.store.directory import Directory, Taken
     from pillarbox.store.door import Door, Enqueue
+    from pillarbox.store.segment import SealReason
 
 __all__ = ["RETIRED_MAX", "SPARES_MAX", "Limits", "Mark", "Writer", "reason_of"]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pillarbox.store.directory import Directory
-    from pillarbox.store.listing import Entry
+    from pillarbox.store.dirscan import Entry
 
 log = logging.getLogger("pillarbox")
 

@@ -8,7 +8,7 @@ fault.py     a file system that fails where it is told to
 
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.doubles import ManualClock, RecordingSink
+from pillarbox.testing.durability_model import Survivors
 from pillarbox.testing.fault import Fault, FaultFilesystem
-from pillarbox.testing.survivors import Survivors
 
 __all__ = ["CrashFilesystem", "Disk", "Fault", "FaultFilesystem", "ManualClock", "RecordingSink", "Survivors"]

@@ -13,8 +13,8 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusable
+from pillarbox.store.dirscan import ByListing, Entry
 from pillarbox.store.filesystem import DirectoryFacts, Space
-from pillarbox.store.listing import ByListing, Entry
 from pillarbox.store.onebyone import OneByOne
 
 if TYPE_CHECKING:

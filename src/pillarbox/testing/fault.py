@@ -11,15 +11,15 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.store.listing import ByListing
+from pillarbox.store.dirscan import ByListing
 from pillarbox.store.onebyone import OneByOne
 from pillarbox.testing.crash import CrashFilesystem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pillarbox.store.dirscan import Entry
     from pillarbox.store.filesystem import DirectoryFacts, Filesystem, Space
-    from pillarbox.store.listing import Entry
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _OPEN: Final = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO)

@@ -22,7 +22,7 @@ from pillarbox import TrackingEvent
 from pillarbox.event import Codec
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.base import Answer, Batch, Finding, Unconfirmed
-from pillarbox.sinks.spacetimedb.answers import Reply
+from pillarbox.sinks.spacetimedb.responses import Reply
 
 ROOT = Path(__file__).parents[3]
 START_MAX_S = 60  # a server that has not answered by then will not

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused, Retry
-from pillarbox.sinks.spacetimedb.answers import Reply, classify
+from pillarbox.sinks.spacetimedb.responses import Reply, classify
 from pillarbox.sinks.spacetimedb.schema import Returns
 
 HTML = b"<html><head><title>Bad\n Gateway</title></head></html>"

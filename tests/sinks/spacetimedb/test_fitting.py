@@ -11,7 +11,7 @@ import pytest
 
 from pillarbox import ScopeKind, TrackingEvent
 from pillarbox.sinks.base import Refusal
-from pillarbox.sinks.spacetimedb.fitting import Fitting, Misfit
+from pillarbox.sinks.spacetimedb.encoding import Fitting, Misfit
 from pillarbox.sinks.spacetimedb.schema import Schema, SchemaUnreadable
 
 Kind = dict[str, Any]

@@ -14,11 +14,11 @@ import pytest
 import wasmtime
 
 from pillarbox import TrackingEvent
-from pillarbox.sinks.spacetimedb import module
+from pillarbox.sinks.spacetimedb import publish
 from tests.conftest import event
 from tests.sinks.spacetimedb.server import Server, batch, check, deliver
 
-SHIPPED = Path(module.__file__).parent / "wasm"
+SHIPPED = Path(publish.__file__).parent / "wasm"
 NAMES = ["tracking_event_v1.wasm", "tracking_event_v2.wasm"]
 
 
@@ -84,7 +84,7 @@ def texts(described_bytes: bytes) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_built_from_source_is_what_ships(modules: Path, name: str) -> None:
     """The same exports and the same description; the bytes depend on versions that cargo may choose."""
-    built, shipped = (modules / name).read_bytes(), module.wasm(name)
+    built, shipped = (modules / name).read_bytes(), publish.wasm(name)
     assert exports_of(built) == exports_of(shipped)
     assert described(built) == described(shipped)
     assert len(shipped) < 120_000
@@ -105,7 +105,7 @@ def test_the_description_names_table_fields_and_functions(modules: Path, name: s
 @pytest.mark.parametrize("name", NAMES)
 def test_no_path_and_no_registry_is_in_a_module(modules: Path, name: str) -> None:
     """Neither in what ships nor in what is built."""
-    for data in (module.wasm(name), (modules / name).read_bytes()):
+    for data in (publish.wasm(name), (modules / name).read_bytes()):
         assert not re.search(rb"/root|/home|/tmp|index\.crates|registry/src", data)
 
 
@@ -114,10 +114,10 @@ def test_a_file_that_is_not_what_was_shipped_is_not_published(tmp_path: Path, mo
     folder = tmp_path / "wasm"
     folder.mkdir()
     (folder / "SHA256SUMS").write_bytes((SHIPPED / "SHA256SUMS").read_bytes())
-    (folder / NAMES[0]).write_bytes(module.wasm(NAMES[0]) + b"\0")
-    monkeypatch.setattr(module, "files", lambda _package: tmp_path)
-    with pytest.raises(module.NotPublished, match="checksum"):
-        module.wasm(NAMES[0])
+    (folder / NAMES[0]).write_bytes(publish.wasm(NAMES[0]) + b"\0")
+    monkeypatch.setattr(publish, "files", lambda _package: tmp_path)
+    with pytest.raises(publish.NotPublished, match="checksum"):
+        publish.wasm(NAMES[0])
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -141,7 +141,7 @@ def test_publish_makes_a_database_that_takes_events(shared_server: Server, tmp_p
         again = run("publish", "--server", shared_server.url, "--database", "by-command", "--json", *options, cwd=tmp_path)
         assert (again.returncode, json.loads(again.stdout)["done"]) == (0, word)
     assert deliver(url, batch(event(1)))[1]
-    query = f"SELECT COUNT(*) AS n FROM {module.TABLE}"
+    query = f"SELECT COUNT(*) AS n FROM {publish.TABLE}"
     headers = {"Authorization": f"Bearer {token.read_text().strip()}"}
     assert json.loads(shared_server.ask("POST", "/v1/database/by-command/sql", query.encode(), **headers)[1])[0]["rows"] == [
         [1]

@@ -21,7 +21,7 @@ import pytest
 from pillarbox import Outbox, ScopeKind, TrackingEvent
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refused, Retry, Unconfirmed
-from pillarbox.sinks.spacetimedb.answers import classify
+from pillarbox.sinks.spacetimedb.responses import classify
 from pillarbox.sinks.spacetimedb.scaffold import scaffold
 from pillarbox.sinks.spacetimedb.sink import CALL_BYTES_MAX
 from tests.conftest import event, existing_events

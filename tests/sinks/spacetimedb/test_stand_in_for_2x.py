@@ -11,7 +11,7 @@ import pytest
 
 from pillarbox import Outbox, ScopeKind
 from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused
-from pillarbox.sinks.spacetimedb import module
+from pillarbox.sinks.spacetimedb import publish
 from tests.conftest import event
 from tests.sinks.spacetimedb.server import Server, batch, check, deliver
 from tests.sinks.spacetimedb.stand_in import FUNCTION, StandIn28
@@ -98,12 +98,12 @@ def test_a_whole_outbox_drains_into_it(stand_in: StandIn28, tmp_path: Path) -> N
 def test_publish_takes_the_module_for_2x(stand_in: StandIn28) -> None:
     """By the version that the server says."""
 
-    async def run() -> module.Published:
-        _, token = await module.new_identity(f"http://127.0.0.1:{stand_in.port}")
-        return await module.publish(f"http://127.0.0.1:{stand_in.port}", "fresh", token)
+    async def run() -> publish.Published:
+        _, token = await publish.new_identity(f"http://127.0.0.1:{stand_in.port}")
+        return await publish.publish(f"http://127.0.0.1:{stand_in.port}", "fresh", token)
 
     assert asyncio.run(run()).done == "made"
-    assert stand_in.published == {"fresh": module.wasm("tracking_event_v2.wasm")}
+    assert stand_in.published == {"fresh": publish.wasm("tracking_event_v2.wasm")}
 
 
 def test_a_batch_is_sent_again_where_the_query_fails(stand_in: StandIn28, tmp_path: Path) -> None:

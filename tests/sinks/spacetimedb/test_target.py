@@ -8,7 +8,7 @@ import pytest
 
 from pillarbox import ConfigurationError, TrackingEvent
 from pillarbox.sinks import make_sink, redacted
-from pillarbox.sinks.spacetimedb.target import TOKEN_VARIABLE, parse
+from pillarbox.sinks.spacetimedb.url import TOKEN_VARIABLE, parse
 
 SECRET = "eyJ0.secret.part"  # noqa: S105 - proves nothing
 

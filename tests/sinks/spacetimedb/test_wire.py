@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.sinks.spacetimedb import wire
-from pillarbox.sinks.spacetimedb.lanes import Lane, TransportError
-from pillarbox.sinks.spacetimedb.target import parse
-from pillarbox.sinks.spacetimedb.wire import Answered, Connection, WireError, connect
+from pillarbox.sinks.spacetimedb import http1
+from pillarbox.sinks.spacetimedb.http1 import Answered, Connection, WireError, connect
+from pillarbox.sinks.spacetimedb.pool import Lane, TransportError
+from pillarbox.sinks.spacetimedb.url import parse
 from tests.sinks.http_server import HANG, Say, Server, always, in_turn, run
 
 HEADERS = [("Host", "localhost")]
@@ -95,7 +95,7 @@ def test_what_comes_behind_an_answer_is_none_to_the_next_call(server: Server) ->
 
 def test_an_answer_that_has_no_end_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fill the memory."""
-    monkeypatch.setattr(wire, "ANSWER_BYTES_MAX", 1000)
+    monkeypatch.setattr(http1, "ANSWER_BYTES_MAX", 1000)
     server.answer = in_turn(Say(200, b"x" * 1000), Say(200, b"x" * 1001))
     found, was_closed = talk(server, b"x", b"y")
     assert [type(one) for one in found] == [Answered, WireError]

@@ -31,9 +31,9 @@ from pillarbox.sinks.base import (
     Retry,
     Traits,
 )
-from pillarbox.sinks.http.answers import ANSWER_BYTES_MAX, REMEDIES, Reply, classify, needs_body
-from pillarbox.sinks.http.bodies import Bodies, Body
-from pillarbox.sinks.http.target import FORMATS, Credentials, Target, parse, read_credentials
+from pillarbox.sinks.http.encoding import Bodies, Body
+from pillarbox.sinks.http.responses import ANSWER_BYTES_MAX, REMEDIES, Reply, classify, needs_body
+from pillarbox.sinks.http.url import FORMATS, Credentials, Target, parse, read_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -26,11 +26,11 @@ from pillarbox.sinks.base import (
     Traits,
     Unconfirmed,
 )
-from pillarbox.sinks.spacetimedb.answers import Reply, classify, version_of
-from pillarbox.sinks.spacetimedb.fitting import Fitting
-from pillarbox.sinks.spacetimedb.lanes import Lane, Lanes, TransportError, used
+from pillarbox.sinks.spacetimedb.encoding import Fitting
+from pillarbox.sinks.spacetimedb.pool import Lane, Lanes, TransportError, used
+from pillarbox.sinks.spacetimedb.responses import Reply, classify, version_of
 from pillarbox.sinks.spacetimedb.schema import Schema, SchemaUnreadable
-from pillarbox.sinks.spacetimedb.target import TOKEN_VARIABLE, parse
+from pillarbox.sinks.spacetimedb.url import TOKEN_VARIABLE, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -1,0 +1,210 @@
+"""Dead letters: a file of them -> its records, and what many of them have in common."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import msgspec
+
+from pillarbox.delivery.settlement import DeadLetter
+from pillarbox.errors import FileUnusable
+from pillarbox.store import layout
+from pillarbox.store.layout import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from pillarbox.admin.filters import Selection
+    from pillarbox.store.directory import Directory
+
+# In a reason: quoted text, ids, and numbers that are no part of a name. What is between ` are types and members.
+_VALUES: Final = re.compile(
+    r"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+    r"""|(?P<id>\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b)"""
+    r"""|(?P<number>(?<![\w`$])[-+]?\d[\d.,_]*(?:e[-+]?\d+)?\b)"""
+)
+
+_decode_letter = msgspec.json.Decoder(DeadLetter).decode
+
+
+class Trouble(msgspec.Struct, frozen=True):
+    """What could not be read or done, and was left as it is; `line` counts from 1."""
+
+    file: str
+    problem: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}{'' if self.line is None else f', line {self.line}'}: {self.problem}"
+
+
+class Record(NamedTuple):
+    """A dead letter, and where it is kept."""
+
+    batch: str
+    line: int  # of the file, from 0
+    letter: DeadLetter
+    event_id: str | None  # None where the event has none that is text or a number
+    event_key: str | None
+
+    @property
+    def name(self) -> str:
+        """What tells this record from all others, also once some of them are gone: `<batch>#<index>`."""
+        return f"{self.batch}#{self.letter.index}"
+
+
+class DeadFile(NamedTuple):
+    """What a file of dead letters holds."""
+
+    batch: str
+    lines: list[bytes]  # all of them, each with its line feed
+    records: list[Record]
+    troubles: list[Trouble]
+
+    def without(self, gone: set[int]) -> bytes:
+        """The file's content when the lines in `gone` are taken out; what is no dead letter stays as it is."""
+        return b"".join(line for number, line in enumerate(self.lines) if number not in gone)
+
+
+def some_members(event_type: type[msgspec.Struct], fields: Sequence[str]) -> Callable[[bytes], Any]:
+    """An event's JSON -> an object with these fields, whatever their types; None for those that it does not have."""
+    names = {field.name: field.encode_name for field in msgspec.structs.fields(event_type)}
+    members = [(field, Any, msgspec.field(default=None, name=names.get(field, field))) for field in fields]
+    return msgspec.json.Decoder(msgspec.defstruct("_Some", members)).decode
+
+
+class Heading:
+    """What of an event every table shows: its id, and its key where the type has one."""
+
+    def __init__(self, event_type: type[msgspec.Struct]) -> None:
+        names = {field.name: field.encode_name for field in msgspec.structs.fields(event_type)}
+        self.id_member = names.get("event_id", "event_id")
+        self._decode = some_members(event_type, ("event_id", "event_key"))
+
+    def of(self, payload: bytes) -> tuple[str | None, str | None]:
+        """(id, key) of an event's JSON; None for what it does not have as text or a whole number."""
+        try:
+            found = self._decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None, None
+        return shown(found.event_id), shown(found.event_key)
+
+
+def shown(value: object) -> str | None:
+    """A member as a line shows it: text, or a whole number; None for all else."""
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+
+
+def parse(batch: str, data: bytes, heading: Heading) -> DeadFile:
+    """A file's bytes -> its dead letters; lines that are none are named."""
+    parts = data.split(b"\n")
+    lines = [part + b"\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
+    records: list[Record] = []
+    troubles: list[Trouble] = []
+    for number, line in enumerate(lines):
+        if line.isspace():
+            continue
+        try:
+            line.decode()  # msgspec does not look into the strings of a raw value
+            letter = _decode_letter(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            troubles.append(Trouble(layout.dead_name(batch), f"is no dead letter ({error}); left as it is", number + 1))
+            continue
+        records.append(Record(batch, number, letter, *heading.of(bytes(letter.event))))
+    return DeadFile(batch, lines, records, troubles)
+
+
+def content(directory: Directory, name: str) -> bytes | Trouble | None:
+    """A kept file's bytes; None where it has gone meanwhile."""
+    try:
+        fd = directory.open_found(name)
+    except FileNotFoundError:
+        return None
+    except FileUnusable as error:
+        return Trouble(name, error.problem)
+    except OSError as error:
+        return Trouble(name, f"cannot be read: {error.strerror}")
+    try:
+        return directory.filesystem.read_all(fd)
+    except OSError as error:
+        return Trouble(name, f"cannot be read: {error.strerror}")
+    finally:
+        directory.filesystem.close(fd)
+
+
+class Found(NamedTuple):
+    """The batches of which something is kept, in order of age, and those that the deliverer is not done with."""
+
+    batches: list[str]
+    held: frozenset[str]
+
+
+def find(directory: Directory, kind: Kind, selection: Selection) -> Found:
+    """List once: a sealed file that is there all the while is in the listing, so none of the `held` is missed."""
+    prefix, suffix = ("dead-", layout.SUFFIX) if kind is Kind.DEAD else ("corrupt-", ".spans.json")
+    suffixes = (suffix, layout.SUFFIX)
+    batches: set[str] = set()
+    sealed: set[str] = set()
+    for name, _ in directory.filesystem.listing(directory.path):
+        found = layout.kind_of(name)
+        if found is Kind.SEALED:
+            sealed.add(layout.batch_id(name))
+        elif found is kind or (kind is Kind.CORRUPT and found is Kind.SPANS):
+            batch = name.removeprefix(prefix)
+            for ending in suffixes:
+                batch = batch.removesuffix(ending)
+            if selection.takes_batch(batch):
+                batches.add(batch)
+    return Found(sorted(batches), frozenset(batches & sealed))
+
+
+def files(directory: Directory, batches: Iterable[str], heading: Heading) -> Iterator[DeadFile]:
+    """The files of dead letters of these batches, one in memory at a time; one that cannot be read holds a trouble only."""
+    for batch in batches:
+        data = content(directory, layout.dead_name(batch))
+        if isinstance(data, Trouble):
+            yield DeadFile(batch, [], [], [data])
+        elif data is not None:
+            yield parse(batch, data, heading)
+
+
+def elided(reason: str) -> str:
+    """A reason without the values in it: `occurred_at: 17 is too small` and the same with 18 are one kind of trouble."""
+
+    def kind(match: re.Match[str]) -> str:
+        return {"quoted": '"..."', "id": "...", "number": "N"}[match.lastgroup or "id"]
+
+    return _VALUES.sub(kind, reason)
+
+
+class Group(msgspec.Struct, frozen=True):
+    """Dead letters that have everything in common but their values; times in microseconds since 1970."""
+
+    code: str
+    reason: str  # without the values in it
+    sink: str
+    event_key: str | None
+    queue: str  # whose queue they are in, where there are several sinks
+    count: int
+    first_at_micros: int
+    last_at_micros: int
+
+
+class Groups:
+    """Adds up record by record; keeps one entry a group."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str, str, str | None, str], tuple[int, int, int]] = {}
+
+    def add(self, record: Record, queue: str = "") -> None:
+        """Count one more."""
+        letter = record.letter
+        key = (letter.code, elided(letter.reason), letter.sink, record.event_key, queue)
+        count, first, last = self._found.get(key, (0, letter.first_at_micros, letter.last_at_micros))
+        self._found[key] = (count + 1, min(first, letter.first_at_micros), max(last, letter.last_at_micros))
+
+    def listed(self) -> list[Group]:
+        """The largest first."""
+        found = [Group(*key, *numbers) for key, numbers in self._found.items()]
+        return sorted(found, key=lambda group: (-group.count, -group.last_at_micros, group.code, group.reason))

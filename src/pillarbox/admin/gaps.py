@@ -1,0 +1,105 @@
+"""What a follower never saw, for it came and went between two looks: the ledger tells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pillarbox.errors import FileUnusable
+from pillarbox.store import layout
+from pillarbox.store.filesystem import identity_of
+from pillarbox.store.ledger import entries_of
+from pillarbox.store.reconciliation import Adopted, Sealed
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+    from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory
+
+_LOOKS: Final = 5  # in which a batch of which the ledger has heard must turn up
+_LATE_MICROS: Final = 60_000_000  # an entry that is written later than this is taken for one of a batch that was seen
+_READ_MAX: Final = 1000  # files that were read without their batch's name; the ledger tells it within moments
+
+
+class Gap(NamedTuple):
+    """A batch that was in no file any more when it was looked for."""
+
+    batch: str
+    writer: str
+    events: int | None  # None where nobody counted
+
+
+class _Entered:
+    """An entry whose batch was not seen."""
+
+    def __init__(self, entry: Sealed | Adopted) -> None:
+        self.entry = entry
+        self.looks = 0
+
+
+class Missed:
+    """Reads the ledger along, from `start` on."""
+
+    def __init__(self, directory: Directory, clock: Clock) -> None:
+        self.gaps: list[Gap] = []  # for the caller to take
+        self._directory = directory
+        self._clock = clock
+        self._file: tuple[int, int] | None = None
+        self._offset = 0
+        self._since_micros = 0
+        self._entered: dict[str, _Entered] = {}  # batches that were not known so far
+        self._judged: dict[str, int] = {}  # gaps that were told, and when their entries were written
+        self._read: list[tuple[str, int]] = []  # (writer, bytes) of files that were read under their active name only
+
+    def start(self) -> None:
+        """From now on."""
+        self._since_micros = self._clock.micros()
+        self._entries()
+
+    def was_read(self, writer: str, size: int) -> None:
+        """An active file was read to its end, and is gone; its batch is not known."""
+        self._read = [*self._read[-_READ_MAX:], (writer, size)]
+
+    def look(self, known: Container[str]) -> None:
+        """Which batches of the ledger are not `known`, and stay away for some looks. Never raises `OSError`."""
+        for entry in self._entries():
+            if entry.at_micros >= self._since_micros and entry.batch not in known and entry.batch not in self._judged:
+                self._entered.setdefault(entry.batch, _Entered(entry))
+        for batch, entered in list(self._entered.items()):
+            entered.looks += 1
+            entry = entered.entry
+            size = entry.bytes if isinstance(entry, Sealed) else None
+            read = next((one for one in self._read if one[0] == entry.writer and size in (one[1], None)), None)
+            if batch in known:
+                del self._entered[batch]
+            elif read is not None:
+                del self._entered[batch]
+                self._read.remove(read)
+                self._judged[batch] = entry.at_micros
+            elif entered.looks >= _LOOKS:
+                del self._entered[batch]
+                self._judged[batch] = entry.at_micros
+                self.gaps.append(Gap(batch, entry.writer, entry.events if isinstance(entry, Sealed) else None))
+        # What is older than that is known no more to the follower either.
+        self._since_micros = max(self._since_micros, self._clock.micros() - _LATE_MICROS)
+        self._judged = {batch: at for batch, at in self._judged.items() if at >= self._since_micros}
+
+    def _entries(self) -> list[Sealed | Adopted]:
+        """What was appended since the last time; all of it where the ledger was written anew, shorter."""
+        filesystem = self._directory.filesystem
+        try:
+            fd = filesystem.open_existing(self._directory.at(layout.LEDGER))
+        except (OSError, FileUnusable):
+            return []
+        try:
+            file, size = identity_of(fd), filesystem.size(fd)
+            if file != self._file or size < self._offset:
+                self._file, self._offset = file, 0
+            data = filesystem.read_at(fd, self._offset, size - self._offset) if size > self._offset else b""
+        except OSError:
+            return []
+        finally:
+            filesystem.close(fd)
+        data = data[: data.rfind(b"\n") + 1]
+        self._offset += len(data)
+        return [entry for entry in entries_of(data)[0] if isinstance(entry, (Sealed, Adopted))]

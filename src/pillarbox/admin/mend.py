@@ -1,0 +1,152 @@
+"""Events put right: by setting members, or by hand in an editor; and what an event needs to go in again. Pure."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from pillarbox.errors import InvalidEvent, UsageError
+from pillarbox.event import Codec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from pillarbox.admin.dead_letters import Record
+
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Unfit(Exception):  # noqa: N818 - reads as the sentence it is
+    """The event cannot go in again as it is; the message says why, and what would help."""
+
+
+class Gate:
+    """What an event's JSON must be to go in again: what the front door takes, with its id.
+
+    `id_member` is the name of the member that holds the id.
+    """
+
+    def __init__(self, event_type: type[msgspec.Struct], id_member: str) -> None:
+        self.event_type = event_type
+        self.id_member = id_member
+        self._id_type: Any = next(field.type for field in msgspec.structs.fields(event_type) if field.name == "event_id")
+        self._check = Codec(event_type).check_json
+
+    def check(self, payload: bytes) -> None:
+        """Raise `Unfit` for what the front door would refuse."""
+        self.members(payload)
+        try:
+            self._check(payload)
+        except (msgspec.DecodeError, InvalidEvent, UnicodeDecodeError, RecursionError) as error:
+            raise Unfit(f"is no {self.event_type.__name__}: {error}") from None
+
+    def members(self, payload: bytes) -> dict[str, msgspec.Raw]:
+        """The members of an event's JSON, each as it stands; raises `Unfit` where it is no JSON object."""
+        try:
+            return _decode_members(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise Unfit("is no JSON object") from None
+
+    def same_id(self, old: bytes, new: bytes) -> None:
+        """Raise `Unfit` where an event has lost its id or got another; one that had none that counts may get one."""
+        try:
+            before = self._id_in(old)
+        except Unfit:
+            return
+        after = None
+        with contextlib.suppress(Unfit):
+            after = self._id_in(new)
+        if before != after:
+            raise Unfit(f"must keep its {self.id_member} {before}: under another it may be delivered twice")
+
+    def _id_in(self, payload: bytes) -> Any:
+        """Raises `Unfit` where there is none of the type that it must have."""
+        try:
+            return msgspec.json.decode(self.members(payload).get(self.id_member, b""), type=self._id_type)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise Unfit(f"has no {self.id_member}") from None
+
+
+def assignments(texts: Iterable[str], event_type: type[msgspec.Struct]) -> dict[str, msgspec.Raw]:
+    """`member=value` as typed -> member -> JSON. The value is JSON where the member takes that, and text otherwise.
+
+    Raises `UsageError` for what is no assignment, no member, or no value of it.
+    """
+    fields = {field.encode_name: field for field in msgspec.structs.fields(event_type)}
+    by_name = {field.name: field for field in fields.values()} | fields
+    found: dict[str, msgspec.Raw] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        field = by_name.get(name)
+        if not equals or field is None:
+            raise UsageError(f"--set {text}: write member=value; the members of {event_type.__name__} are {', '.join(fields)}")
+        found[field.encode_name] = msgspec.Raw(_as_json(text, value, field.type))
+    return found
+
+
+def _as_json(text: str, value: str, kind: Any) -> bytes:
+    try:
+        msgspec.json.decode(value, type=kind)
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        pass
+    else:
+        return value.encode()
+    try:
+        quoted = msgspec.json.encode(value)
+        msgspec.json.decode(quoted, type=kind)
+    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        raise UsageError(f"--set {text}: {error}") from None
+    return quoted
+
+
+def with_members(gate: Gate, payload: bytes, values: Mapping[str, msgspec.Raw]) -> bytes:
+    """An event's JSON with some members set, the others as they stood, byte for byte; raises `Unfit`."""
+    new = msgspec.json.encode({**gate.members(payload), **values}).replace(b"\n", b" ")
+    gate.same_id(payload, new)
+    return new
+
+
+class _Line(msgspec.Struct):
+    """What a line in the editor looks like."""
+
+    letter: str  # which dead letter it is: see `Record.name`
+    why: str
+    event: msgspec.Raw
+
+
+_decode_line = msgspec.json.Decoder(_Line).decode
+
+
+def editable(record: Record) -> bytes:
+    """A dead letter as a line to edit; what stands in `event` goes in again."""
+    letter = record.letter
+    return msgspec.json.encode(_Line(record.name, f"{letter.code}: {letter.reason}", letter.event)) + b"\n"
+
+
+class Edited(NamedTuple):
+    """What came back from the editor: events by their dead letters, and (line from 1, problem) of what is no such line."""
+
+    events: dict[str, bytes]
+    problems: list[tuple[int, str]]
+
+
+def edited(text: bytes) -> Edited:
+    """The lines of an edited file."""
+    events: dict[str, bytes] = {}
+    problems: list[tuple[int, str]] = []
+    for number, line in enumerate(text.split(b"\n"), 1):
+        if not line or line.isspace():
+            continue
+        try:
+            line.decode()
+            found = _decode_line(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            problems.append((number, f"is no dead letter to send again: {error}"))
+            continue
+        if found.letter in events:
+            problems.append((number, f"{found.letter} is there twice; the first one counts"))
+        else:
+            events[found.letter] = bytes(found.event)
+    return Edited(events, problems)

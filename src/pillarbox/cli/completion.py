@@ -1,0 +1,43 @@
+"""What a shell offers behind options whose values are in the directory. Never fails, never says anything, takes no lock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import typer  # noqa: TC002 - typer reads it
+
+from pillarbox.admin.filters import batch_of
+from pillarbox.cli.app import settings_from
+from pillarbox.clock import SystemClock
+from pillarbox.errors import PillarboxError
+from pillarbox.store import layout
+from pillarbox.store.filesystem import real_filesystem
+from pillarbox.store.layout import Kind
+from pillarbox.store.queues import directory_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pillarbox.store.directory import Directory
+
+_OFFERED_MAX: Final = 100  # more than anybody reads
+_KINDS: Final = {"dead": {Kind.DEAD}, "quarantine": {Kind.CORRUPT}}
+
+
+def batches(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The batches of which something is set aside."""
+    group = ctx.parent.info_name if ctx.parent is not None else None
+    kinds = _KINDS.get(group or "", {Kind.DEAD, Kind.CORRUPT})
+    try:
+        settings = settings_from(ctx.params.get("config"), directory=ctx.params.get("directory"))
+        place = directory_at(settings.directory or ".", real_filesystem(), SystemClock())
+        return sorted({name for name in _batches(place, kinds) if name.startswith(incomplete)})[:_OFFERED_MAX]
+    except (OSError, PillarboxError):
+        return []
+
+
+def _batches(place: Directory, kinds: set[Kind]) -> Iterator[str]:
+    for where in (place, *place.queues()):
+        for name, _ in where.filesystem.listing(where.path):
+            if layout.kind_of(name) in kinds:
+                yield batch_of(name)

@@ -1,0 +1,129 @@
+"""`pillarbox inspect`: where a file, a batch or an event is now. Takes no lock, creates and adopts nothing."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pillarbox.admin.dead_letters import Trouble
+from pillarbox.admin.event_filters import Faces
+from pillarbox.admin.filters import batch_of, written
+from pillarbox.admin.locate import Contents, Sighting, Story, Whereabouts
+from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app, err, out
+from pillarbox.cli.context import Site, counted, print_json, printable
+from pillarbox.store.layout import batch_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_GONE = (
+    "in no file that is here, and no batch's name. The ledger remembers batches, not events: one that was delivered is gone "
+    "from here, and only its destination can tell"
+)
+
+
+class Inspected(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of `pillarbox inspect --json`; times in microseconds since 1970."""
+
+    name: str
+    is_a: Literal["file", "batch", "event", "unknown"]
+    files: list[Contents]  # of this name, with what is in them
+    events: list[Sighting]  # places where the event is
+    batches: list[Story]  # what is known of the batches concerned
+    troubles: list[Trouble]  # what could not be read
+
+
+@app.command("inspect")
+def inspect(
+    name: Annotated[str, typer.Argument(metavar="FILE|BATCH|EVENT_ID", help="What to look for.")],
+    directory: DirectoryOption = None,
+    event_type: EventTypeOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Say where an event, a batch or a file is now, and what became of it: in files, queues, dead letters, and the ledger.
+
+    An event is searched by reading all files. What is in no file any more only the ledger can tell of, and that knows batches.
+    The exit code is 1 where nothing is found. Safe at any time: takes no lock and changes nothing.
+    """
+    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
+    known = Whereabouts(site.place, Faces(site.settings.event_type), site.heading)
+    files = [known.contents(sight) for sight in known.files(name)]
+    batch = batch_id(batch_of(name.partition("#")[0]))
+    events: list[Sighting] = []
+    if files:
+        is_a, batches = "file", [file.batch for file in files]
+    elif known.knows(batch):
+        is_a, batches = "batch", [batch]
+    else:
+        with _progress(known.size, hidden=quiet) as progress:
+            events = list(known.of_event(name, progress))
+        is_a, batches = "event" if events else "unknown", [event.batch for event in events]
+    found = Inspected(
+        name=name,
+        is_a=is_a,  # type: ignore[arg-type]  # one of those
+        files=files,
+        events=events,
+        batches=[known.story(one) for one in dict.fromkeys(batches) if one],
+        troubles=known.troubles,
+    )
+    if json:
+        print_json(found)
+    else:
+        _say(found)
+    return Exit.PARTLY if found.is_a == "unknown" or found.troubles else Exit.DONE
+
+
+@contextmanager
+def _progress(size: int, *, hidden: bool) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("search"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=hidden or not err.is_terminal, transient=True) as display:
+        task = display.add_task("search", total=size)
+        yield lambda done: display.update(task, advance=done)
+
+
+def _say(found: Inspected) -> None:
+    lines: list[str] = []
+    for file in found.files:
+        lines += _of_file(file)
+    for event in found.events:
+        lines += _of_event(found.name, event)
+    for story in found.batches:
+        lines.append(story.batch)
+        for fact in story.facts:
+            where = f"  ({fact.file})" if fact.file else f"  (ledger of {fact.sink})" if fact.sink else ""
+            lines.append(f"  {written(fact.at_micros):20}  {fact.text}{where}")
+    if found.is_a == "unknown":
+        lines.append(f"{found.name}: {_GONE}")
+    for line in lines:
+        out.print(printable(line), markup=False)
+    for trouble in found.troubles:
+        err.print(printable(str(trouble)), markup=False)
+
+
+def _of_file(file: Contents) -> list[str]:
+    lines = [f"{file.file}: {file.what}, {file.bytes:,} bytes, {counted(file.events, 'event')}"]
+    if file.writer:
+        lines.append(f"  of writer {file.writer}")
+    if file.first_micros is not None:
+        lines.append(f"  events of {written(file.first_micros)} to {written(file.last_micros)}")
+    if file.unfinished_bytes:
+        lines.append(f"  {file.unfinished_bytes:,} bytes of a line that is not whole yet")
+    lines += [f"  damaged: {span.length:,} bytes at {span.offset}: {span.reason}" for span in file.damaged]
+    return lines
+
+
+def _of_event(name: str, event: Sighting) -> list[str]:
+    if event.event is None:
+        return [f"{name}: perhaps in damaged bytes of {event.file}, at {event.offset} of the sealed file: {event.reason}"]
+    if event.record is not None:
+        lines = [f"{name}: refused, {event.code}: {event.reason}", f"  pillarbox dead show {event.record}"]
+    else:
+        state = {"active": "accepted, not sealed yet", "waiting": "waits", "kept": "kept after delivery"}[event.what]
+        lines = [f"{name}: {state}, in {event.file} at {event.offset}"]
+    return [*lines, f"  {bytes(event.event).decode(errors='replace')}"]

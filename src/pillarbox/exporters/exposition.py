@@ -1,0 +1,112 @@
+"""What `pillarbox deliver` shows of itself, as it was asked to: at an endpoint, by export, both or neither."""
+
+from __future__ import annotations
+
+import logging
+from os import environ
+from typing import TYPE_CHECKING, Final, Protocol
+from urllib.parse import urlsplit
+
+from pillarbox.errors import UsageError
+from pillarbox.exporters.collector import Surveyor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pillarbox.clock import Clock
+    from pillarbox.settings import Settings
+    from pillarbox.store.directory import Directory
+    from pillarbox.telemetry import SinkStats
+
+log = logging.getLogger("pillarbox")
+
+# OpenTelemetry's own: where one of them is set, its programs export, unless they are told by the third not to.
+_OTLP_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_EXPORTER: Final = "OTEL_METRICS_EXPORTER"
+
+
+class _Way(Protocol):
+    """One way in which the numbers leave the process."""
+
+    def begin(self) -> None:
+        """Let them out."""
+
+    def flushed(self, outbox: str, sink: str, seconds: float) -> None:
+        """A file took so long."""
+
+    def close(self) -> None:
+        """End what has begun, within seconds."""
+
+
+class Exposition:
+    """Each way is opened or refused (`UsageError`) now, and goes from `begin` to `close`.
+
+    `metrics` is where to listen, HOST:PORT, for Prometheus; port 0 is any that is free. `otlp` is the address of an
+    OpenTelemetry collector, without `/v1/metrics`; None leaves that to OpenTelemetry's environment variables.
+    """
+
+    def __init__(self, place: Directory, settings: Settings, clock: Clock, metrics: str | None, otlp: str | None) -> None:
+        self._outbox = settings.directory
+        self._told: Callable[[], Mapping[str, SinkStats]] = dict
+        self._ways: list[_Way] = []
+        surveyor = Surveyor(place, settings, clock)
+        if metrics is not None:
+            self._ways.append(self._endpoint(metrics, surveyor))
+        if otlp is not None or _environment_asks():
+            self._export(otlp, surveyor)
+
+    def _sinks(self) -> list[tuple[str, Mapping[str, SinkStats]]]:
+        return [(self._outbox, self._told())]
+
+    def _endpoint(self, where: str, surveyor: Surveyor) -> _Way:
+        try:
+            from pillarbox.exporters.prometheus import Endpoint  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError as error:
+            raise UsageError(f"--metrics: needs {error.name}; pip install 'pillarbox[metrics]'") from None
+        host, _, port = where.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+            raise UsageError(f"--metrics {where}: must be HOST:PORT, 127.0.0.1:9464 for example")
+        try:
+            endpoint = Endpoint(host, int(port), self._sinks, surveyor.look)
+        except OSError as error:
+            raise UsageError(f"--metrics {where}: cannot listen there: {error.strerror or error}") from None
+        log.info("metrics at %s", endpoint.url)
+        return endpoint
+
+    def _export(self, url: str | None, surveyor: Surveyor) -> None:
+        if url is not None:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise UsageError("--otlp: must be an address like http://127.0.0.1:4318")
+            if "@" in parts.netloc:
+                raise UsageError("--otlp: must have no password in it; OTEL_EXPORTER_OTLP_HEADERS is for that")
+        try:
+            from pillarbox.exporters.otlp import Export  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError as error:
+            missing = f"needs {error.name}; pip install 'pillarbox[otlp]'"
+            if url is not None:
+                raise UsageError(f"--otlp: {missing}") from None
+            log.warning("nothing is exported over OTLP, although the environment asks for it: %s", missing)
+            return
+        self._ways.append(Export(url, self._sinks, surveyor.look))
+
+    def begin(self, told: Callable[[], Mapping[str, SinkStats]]) -> None:
+        """Tell from now on, also how the sinks stand, each by its name."""
+        self._told = told
+        for way in self._ways:
+            way.begin()
+
+    def flushed(self, seconds: float, sink: str) -> None:
+        """A file took so long."""
+        for way in self._ways:
+            way.flushed(self._outbox, sink, seconds)
+
+    def close(self) -> None:
+        """Export what is not yet, and hang up."""
+        for way in self._ways:
+            way.close()
+
+
+def _environment_asks() -> bool:
+    return environ.get(_EXPORTER, "otlp") == "otlp" and any(environ.get(name) for name in _OTLP_ENDPOINTS)

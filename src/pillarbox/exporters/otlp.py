@@ -1,0 +1,57 @@
+"""Export over OTLP and HTTP, by OpenTelemetry's own SDK, set up by its own environment variables. Needs the extra `otlp`."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Final
+
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+
+from pillarbox.exporters.collector import STANDING
+from pillarbox.telemetry import DELIVERING, make_flush_duration, observe, of_sink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+log = logging.getLogger("pillarbox")
+
+_LAST_EXPORT_S: Final = 5.0  # at the end of the command, for a collector that may not answer
+
+
+class Export:
+    """Exports from `begin` to `close`, which exports once more; how often is OpenTelemetry's OTEL_METRIC_EXPORT_INTERVAL."""
+
+    def __init__(
+        self,
+        url: str | None,
+        sinks: Callable[[], Iterable[tuple[str, object]]],
+        ground: Callable[[], Iterable[tuple[str, object]]],
+    ) -> None:
+        self._sinks = sinks
+        self._ground = ground
+        self._exporter = OTLPMetricExporter(endpoint=None if url is None else f"{url.rstrip('/')}/v1/metrics")
+
+    def begin(self) -> None:
+        """Export."""
+        ours = Resource({"service.name": "pillarbox", "service.version": version("pillarbox")})
+        resource = Resource.create(ours.merge(OTELResourceDetector().detect()).attributes)
+        self._provider = MeterProvider([PeriodicExportingMetricReader(self._exporter)], resource)
+        meter = self._provider.get_meter("pillarbox", version("pillarbox"))
+        observe(meter, DELIVERING, self._sinks)
+        observe(meter, STANDING, self._ground)
+        self._duration = make_flush_duration(meter)
+
+    def flushed(self, outbox: str, sink: str, seconds: float) -> None:
+        """A file took so long."""
+        self._duration.record(seconds, {"outbox": outbox, **of_sink(sink)})
+
+    def close(self) -> None:
+        """Export what is not yet."""
+        try:
+            self._provider.shutdown(_LAST_EXPORT_S * 1000)
+        except Exception as error:  # noqa: BLE001 - whatever a reader raises, the events are delivered
+            log.warning("OTLP: the last export did not end: %s", error)

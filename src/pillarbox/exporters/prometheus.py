@@ -1,0 +1,135 @@
+"""`GET /metrics`: the text format of Prometheus, or OpenMetrics for who asks for it. Needs the extra `metrics`."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from http.server import ThreadingHTTPServer
+from socketserver import TCPServer
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from prometheus_client import CollectorRegistry, Histogram, MetricsHandler
+from prometheus_client import Metric as Family
+from prometheus_client.registry import Collector
+
+from pillarbox.exporters.collector import STANDING
+from pillarbox.telemetry import DELIVERING, FLUSH_BUCKETS_S, FLUSH_DURATION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from pillarbox.telemetry import Metric
+
+_CLIENT_S: Final = 5.0  # how long a client may keep quiet before it is hung up on
+# How OpenTelemetry's units are spelt out where a name goes to Prometheus; those in braces are left out.
+_UNITS: Final = {"By": "bytes", "s": "seconds", "{event}/s": "per_second"}
+
+
+def prometheus_name(name: str, unit: str, kind: str) -> str:
+    """What Prometheus calls a metric: the unit at the end, and `_total` behind what only grows, as its rules have it."""
+    words = ["pillarbox", *name.split(".")]
+    if (spelt := _UNITS.get(unit)) and words[-1] != spelt:
+        words.append(spelt)
+    return "_".join([*words, "total"] if kind == "counter" else words)
+
+
+class _Families(Collector):
+    """Reads everything anew at each scrape."""
+
+    def __init__(self, sources: Iterable[tuple[Iterable[Metric], Callable[[], Iterable[tuple[str, object]]]]]) -> None:
+        self._sources = list(sources)
+        name, unit, description = FLUSH_DURATION
+        self.duration = Histogram(
+            prometheus_name(name, unit, "histogram"),
+            description,
+            ["outbox", "sink"],
+            registry=None,
+            buckets=FLUSH_BUCKETS_S,
+        )
+
+    def collect(self) -> Iterator[Family]:
+        """All families; one without a sample is left out."""
+        for metrics, snapshots in self._sources:
+            found = list(snapshots())
+            for metric in metrics:
+                name = prometheus_name(metric.name, metric.unit, metric.kind)
+                family = Family(name.removesuffix("_total"), metric.description, metric.kind)
+                for outbox, snapshot in found:
+                    for number, attributes in metric.read(snapshot):
+                        family.add_sample(name, {"outbox": outbox, **attributes}, number)
+                if family.samples:
+                    yield family
+        yield from self._durations()
+
+    def _durations(self) -> Iterator[Family]:
+        for made in self.duration.collect():
+            family = Family(made.name, made.documentation, made.type)
+            for sample in made.samples:
+                if not sample.name.endswith("_created"):
+                    labels = {label: value for label, value in sample.labels.items() if value}
+                    family.add_sample(sample.name, labels, sample.value)
+            yield family
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # a client that hangs does not hold up the end
+
+    def server_bind(self) -> None:
+        """Without the look-up of our own name that `HTTPServer` makes, which may take its time."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+
+class _Handler(MetricsHandler):
+    timeout = _CLIENT_S
+
+    def do_GET(self) -> None:  # noqa: N802 - http.server's own
+        """Answer a scrape."""
+        try:
+            if urlsplit(self.path).path == "/metrics":
+                super().do_GET()
+            else:
+                self.send_error(404, "the metrics are at /metrics")
+        except ConnectionError:
+            self.close_connection = True  # the client has gone
+
+    def version_string(self) -> str:
+        """No more than needed."""
+        return "pillarbox"
+
+
+class Endpoint:
+    """Listens from now, and serves from `begin` to `close`. Raises `OSError` where it cannot listen."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        sinks: Callable[[], Iterable[tuple[str, object]]],
+        ground: Callable[[], Iterable[tuple[str, object]]],
+    ) -> None:
+        self._families = _Families([(DELIVERING, sinks), (STANDING, ground)])
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self._families)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = type("_Server", (_Server,), {"address_family": family})
+        self._server: ThreadingHTTPServer = listening(address, _Handler.factory(registry))
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.server_port}/metrics"
+        self._thread = threading.Thread(target=self._server.serve_forever, name="pillarbox-metrics", daemon=True)
+
+    def begin(self) -> None:
+        """Serve."""
+        self._thread.start()
+
+    def flushed(self, outbox: str, sink: str, seconds: float) -> None:
+        """A file took so long."""
+        self._families.duration.labels(outbox, sink).observe(seconds)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,279 @@
+"""What bounds a directory: counts what is pending anew, watches the room on the volume, and evicts where that is wanted.
+
+Of one process's sealer, and on its thread. Other processes fill and empty the directory too: only a listing tells.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from pillarbox.errors import FileUnusable
+from pillarbox.store import compression, layout
+from pillarbox.store.ledger import Ledger
+from pillarbox.store.reconciliation import Evicted
+from pillarbox.store.yielding import give_way
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.filesystem import Space
+    from pillarbox.store.writer import Writer
+
+log = logging.getLogger("pillarbox")
+
+_RELIST_S: Final = 1.0  # how stale the count of what other processes added or delivered may be
+_RELIST_FULL_S: Final = 0.1  # the same when more than half of a limit is used
+_RELIST_SHARE: Final = 10  # listing may take a tenth of the time
+_SPACE_S: Final = 1.0  # between two looks at the room on the volume, while there is little
+_SPACE_ENOUGH_S: Final = 5.0  # the same while there is enough
+OVERSHOOT_SHARE: Final = 16  # of `max_bytes`: what a process may append without looking what the others did
+MIN_FREE_MAX: Final = 256 * 2**20  # bytes of the volume that are left to others, unless told otherwise: these or
+MIN_FREE_SHARE: Final = 20  # this part of it, whichever is less
+AHEAD_SHARE: Final = 4  # of that: so much more is kept free as long as delivered files can give way for it
+# Room that is made ahead of need, as a part of the limit: what arrives while files are evicted must not be refused.
+SLACK_SHARE: Final = 8
+# Of a limit with eviction, the largest part that one file may be: what is evicted is whole files.
+FILE_SHARE: Final = 16
+_TOGETHER_MAX: Final = 32  # files given up together: each holds a descriptor, and one sync of the ledger serves them all
+
+
+class _Going:
+    """A file that is given up: held, and under which names it goes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.taken: list[Taken] = []
+        self.places: list[Directory] = []  # in this order its names go
+        self.size = 0
+        self.events = 0
+
+
+class Capacity:
+    """Keeps a `Writer` within the limits of its directory."""
+
+    def __init__(
+        self, directory: Directory, clock: Clock, min_free_bytes: int | None, ledger: Ledger | None = None, *, evicts: bool
+    ) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._min_free_bytes = min_free_bytes
+        self._evicts = evicts
+        self._ledger = ledger
+        self._next_space = 0.0
+        self._next_listing = 0.0
+        self._soonest_listing = 0.0
+        self._listed_at = 0  # bytes that this process had appended when it last listed
+        self._refused_for_space = 0
+        self._appended = 0  # bytes by this process when it last looked at the room
+        self._evicting = False
+        self._look_after = 1  # bytes by this process
+        self._gave_way = False  # delivered files, at the last look at the room
+        self.evicted = 0  # events
+        self._writer: Writer
+
+    def attach(self, writer: Writer) -> None:
+        """Keep this writer within its limits."""
+        self._writer = writer
+
+    def look(self) -> float:
+        """Count, watch and evict as far as that is due; seconds until the next time."""
+        refused = self._writer.dropped["disk_full"] + self._writer.dropped["disk_low"]
+        in_need, self._refused_for_space = refused > self._refused_for_space, refused
+        self._gave_way = False
+        if in_need:
+            self._next_space = 0.0
+        wait = min(self.look_at_space(in_need=in_need), self._relist())
+        if self._evicts:
+            self._evict(int(in_need and not self._gave_way))
+        return wait
+
+    def look_at_space(self, *, in_need: bool = False) -> float:
+        """Have nothing more accepted while the volume has less room than it must keep; seconds until the next look.
+
+        Delivered files give way before that, and where events were refused for want of room, `in_need`.
+        """
+        now, appended = self._clock.monotonic(), self._writer.appended
+        if now < self._next_space and appended - self._appended < self._look_after:
+            return self._next_space - now
+        space = self._space()
+        usual = min(MIN_FREE_MAX, space.total_bytes // MIN_FREE_SHARE)
+        least = usual if self._min_free_bytes is None else self._min_free_bytes
+        ahead = usual // AHEAD_SHARE
+        self._appended, self._look_after = appended, max(1, ahead // 2)
+        if space.free_bytes < least + ahead or in_need:
+            space = self._give_way(space, least + ahead, max(1, ahead) if in_need else 0)
+        low = space.free_bytes < least
+        self._writer.keep_free(low=low)
+        rest = _SPACE_S if low else _SPACE_ENOUGH_S  # while there is room, a file that fills up is reason enough to look
+        self._next_space = now + rest
+        return rest
+
+    def _space(self) -> Space:
+        return self._directory.filesystem.space(self._directory.path)
+
+    def _give_way(self, space: Space, free: int, size: int) -> Space:
+        """Have delivered files go until the volume has so much free and so many bytes went; what it has then."""
+
+        def enough(gone: int) -> bool:
+            return gone >= size and self._space().free_bytes >= free
+
+        try:
+            self._gave_way = give_way(self._directory, enough) > 0
+        except OSError as error:
+            log.warning("%s: delivered files cannot give way: %s", self._directory.path, error)
+        return self._space() if self._gave_way else space
+
+    def _relist(self) -> float:
+        """Correct the count of what is pending."""
+        now = self._clock.monotonic()
+        # Who writes much learns sooner what the others wrote meanwhile.
+        much = self._writer.appended - self._listed_at > self._writer.limits.max_bytes // OVERSHOOT_SHARE
+        due = self._soonest_listing if much else self._next_listing
+        if now < due:
+            return due - now
+        before = self._writer.mark()
+        try:
+            account = self._directory.account()
+        except FileNotFoundError:
+            log.error("%s was removed by somebody; made anew", self._directory.path)  # noqa: TRY400 - the trace says nothing
+            self._directory.filesystem.make_directory(self._directory.path)
+            account = self._directory.account()
+        self._writer.correct(before, account.pending_bytes, account.pending_files)
+        took = self._clock.monotonic() - now
+        limits = self._writer.limits
+        full = 2 * account.pending_bytes > limits.max_bytes or 2 * account.pending_files > limits.max_files
+        rest = max(_RELIST_FULL_S if full else _RELIST_S, _RELIST_SHARE * took)
+        self._listed_at = before.appended
+        self._soonest_listing = now + took + _RELIST_SHARE * took
+        self._next_listing = now + took + rest
+        return rest
+
+    def _evict(self, least: int) -> None:
+        """Give up the oldest sealed files until there is some room again; never one that is being sent.
+
+        `least` is 1 where somebody else has filled the volume: one file at a time, for as long as events come.
+        """
+        excess_bytes, excess_files = self._excess(least)
+        if excess_bytes <= 0 and excess_files <= 0:
+            self._report()
+            return
+        # One process at a time, and from a listing of that moment: two that count on their own would evict twice as much.
+        lock = self._directory.take_lock(layout.EVICT_LOCK)
+        if lock is None:
+            return
+        going: list[_Going] = []
+        try:
+            self._next_listing = self._soonest_listing = 0.0
+            self._relist()
+            excess_bytes, excess_files = self._excess(least)
+            # The directory itself last: a name in a queue counts once it is not there any more.
+            places = [*self._directory.queues(), self._directory]
+            for name in self._oldest_first(places) if excess_bytes > 0 or excess_files > 0 else ():
+                if excess_bytes <= 0 and excess_files <= 0:
+                    break
+                found = self._take(name, places)
+                if found is None:
+                    continue
+                going.append(found)
+                excess_bytes -= max(1, found.size)
+                excess_files -= 1
+                if len(going) >= _TOGETHER_MAX:
+                    self._give_up(going, places)
+            self._give_up(going, places)
+            for place in places:
+                place.filesystem.sync_directory(place.path)  # or the loss of power brings them back
+        finally:
+            for found in going:  # where something has failed
+                self._close(found)
+            self._directory.filesystem.close(lock.fd)
+
+    def _excess(self, least: int) -> tuple[int, int]:
+        """Bytes, but so many at `least`, and files to be given up."""
+        limits, writer = self._writer.limits, self._writer
+        pending_bytes, pending_files, _ = writer.pending()
+        excess_bytes = pending_bytes - limits.max_bytes + limits.max_bytes // SLACK_SHARE
+        excess_files = pending_files - limits.max_files + max(1, limits.max_files // SLACK_SHARE)
+        return max(least, excess_bytes), excess_files
+
+    @staticmethod
+    def _oldest_first(places: Sequence[Directory]) -> list[str]:
+        """The names of all that may be given up; of a plain file and its copy, that of the plain one."""
+        found = [place.sealed_names() for place in places]
+        return sorted({name for names in found for name in names if layout.copied_name(name) not in names})
+
+    def _take(self, name: str, places: Sequence[Directory]) -> _Going | None:
+        """A file under all its names, and how much is in it; None where it is in use, not ours, or cannot be read."""
+        going = _Going(name)
+        try:
+            for place in places:
+                if any(place.filesystem.is_still(taken.fd, place.at(name)) for taken in going.taken):
+                    going.places.append(place)  # another name of the same file
+                else:
+                    self._take_one(name, place, going)
+        except BaseException:
+            self._close(going)
+            raise
+        return going if going.taken else None
+
+    @staticmethod
+    def _take_one(name: str, place: Directory, going: _Going) -> None:
+        found = None
+        try:
+            taken = place.take(name, alone=True)
+            if taken is None:
+                return
+            try:
+                data = place.filesystem.read_all(taken.fd)
+                plain, problem = compression.unpack(name, data)
+                if not problem:  # or nobody knows how many events would go; the deliverer sets aside what is left of them
+                    found = taken
+            finally:
+                if found is None:
+                    place.filesystem.close(taken.fd)
+        except FileUnusable:
+            return
+        if found is not None:
+            going.taken.append(found)
+            going.places.append(place)
+            going.size += len(data)
+            going.events = _events_in(plain)
+
+    def _close(self, going: _Going) -> None:
+        for taken in going.taken:
+            self._directory.filesystem.close(taken.fd)
+
+    def _give_up(self, going: list[_Going], places: Sequence[Directory]) -> None:
+        """Remove these files, once the ledgers have them; without room for that they go all the same."""
+        now = self._clock.micros()
+        for place in places if going and self._ledger is not None else ():
+            ledger = self._ledger_of(place)
+            ledger.note(*(Evicted(now, layout.batch_id(one.name), one.events) for one in going if place in one.places))
+            ledger.write(sync=True)
+        while going:
+            one = going.pop(0)
+            try:
+                for place in one.places:
+                    place.remove(layout.compressed_name(one.name))  # a copy by who died then would be all of it again
+                    place.remove(one.name)
+            finally:
+                self._close(one)
+            self.evicted += one.events
+            self._writer.release(one.size)
+            if not self._evicting:
+                self._evicting = True
+                log.warning("%s: full; the oldest events are given up for new ones", self._directory.path)
+
+    def _ledger_of(self, place: Directory) -> Ledger:
+        return self._ledger if place is self._directory and self._ledger is not None else Ledger(place, self._clock)
+
+    def _report(self) -> None:
+        if self._evicting:
+            self._evicting = False
+            log.info("%s: room again; %d events given up so far", self._directory.path, self.evicted)
+
+
+def _events_in(lines: bytes) -> int:
+    return lines.count(b"\n") + (bool(lines) and not lines.endswith(b"\n"))

@@ -1,0 +1,89 @@
+"""Files that stay for a while after their delivery, under the names that say when that was: the first delivered go first.
+
+Nothing but the names says how old they are, so that whoever delivers next goes on with them. Other processes remove some too,
+where the volume has no room, or send them again: before any goes for being too much, the directory is listed anew, if it was
+not a moment ago.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pillarbox.store import layout
+from pillarbox.store.dirscan import Entry
+
+if TYPE_CHECKING:
+    from pillarbox.clock import Clock
+    from pillarbox.store.directory import Directory, Taken
+
+log = logging.getLogger("pillarbox")
+
+FILES_MAX: Final = 100_000  # every look at the directory comes past each of them
+_RELIST_S: Final = 1.0  # between two listings, at least
+_RELIST_SHARE: Final = 10  # and listing may take a tenth of the time
+_NOT_KEPT: Final = "what was delivered cannot be kept"
+_NOT_REMOVED: Final = "what was kept cannot be removed"
+_AT_ONCE: Final = 1000  # removed in one go: deliveries wait for it
+
+
+class Shelf:
+    """Keeps what one deliverer has delivered, for `keep_s` seconds and up to `max_bytes`."""
+
+    def __init__(self, directory: Directory, clock: Clock, keep_s: float, max_bytes: int) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._keep_micros = int(keep_s * 1e6)
+        self._max_bytes = max_bytes
+        self._files: deque[Entry] = deque()
+        self._bytes = 0
+        self._list_at: float | None = None  # monotonic, the soonest; None: nothing was listed so far
+        self._told: set[str] = set()  # of what trouble
+
+    def keep(self, file: Taken) -> bool:
+        """Have a delivered file that this process holds stay; False where it cannot, and has to go then."""
+        try:
+            size = self._directory.filesystem.size(file.fd)
+            name = self._directory.keep(file.name)
+        except OSError as error:
+            self._tell(_NOT_KEPT, error)
+            return False
+        self._told.discard(_NOT_KEPT)
+        self._files.append(Entry(name, size))
+        self._bytes += size
+        return True
+
+    def prune(self) -> None:
+        """Remove what is too old or too much; what cannot be removed is tried again."""
+        try:
+            if self._list_at is None or (self._is_too_much() and self._clock.monotonic() >= self._list_at):
+                self._list()
+            oldest = self._clock.micros() - self._keep_micros
+            for _ in range(_AT_ONCE):
+                if not self._files:
+                    break
+                at = layout.delivered_at(self._files[0].name)
+                if not self._is_too_much() and (at is None or at > oldest):
+                    break
+                self._directory.remove(self._files[0].name)
+                self._bytes -= self._files.popleft().size
+        except OSError as error:
+            self._tell(_NOT_REMOVED, error)
+        else:
+            self._told.discard(_NOT_REMOVED)
+
+    def _is_too_much(self) -> bool:
+        return self._bytes > self._max_bytes or len(self._files) > FILES_MAX
+
+    def _list(self) -> None:
+        began = self._clock.monotonic()
+        self._files = deque(self._directory.delivered())
+        self._bytes = sum(file.size for file in self._files)
+        now = self._clock.monotonic()
+        self._list_at = now + max(_RELIST_S, _RELIST_SHARE * (now - began))
+
+    def _tell(self, trouble: str, error: OSError) -> None:
+        if trouble not in self._told:
+            self._told.add(trouble)
+            log.warning("%s: %s: %s", self._directory.path, trouble, error)

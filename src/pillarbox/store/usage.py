@@ -1,0 +1,110 @@
+"""What a listing of a directory adds up to, in bytes and numbers of files. Opens no file.
+
+Of several sinks, each queue may have a name of the same file: waiting, or delivered and kept. It counts once, and as waiting
+as long as it does for one of them. A compressed copy that a queue has made is a file of its own, even of the same name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from pillarbox.store import layout
+from pillarbox.store.dirscan import Sum
+from pillarbox.store.dirscan import sums as sums_of
+from pillarbox.store.layout import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from pillarbox.store.dirscan import Entry
+    from pillarbox.store.filesystem import Filesystem
+
+
+class Account(NamedTuple):
+    """What a listing adds up to; bytes and numbers of files. What waits for several sinks counts once."""
+
+    active_files: int
+    active_bytes: int
+    sealed_files: int
+    sealed_bytes: int
+    corrupt_files: int
+    corrupt_bytes: int
+    dead_files: int
+    dead_bytes: int
+    delivered_files: int
+    delivered_bytes: int
+    oldest_stamp: int | None  # microseconds since 1970, of the oldest sealed file that has a stamp
+    newest_stamp: int | None
+
+    @property
+    def pending_bytes(self) -> int:
+        """What still waits to be delivered."""
+        return self.active_bytes + self.sealed_bytes
+
+    @property
+    def pending_files(self) -> int:
+        """How many files that is."""
+        return self.active_files + self.sealed_files
+
+
+def tally(filesystem: Filesystem, path: str, queues: Sequence[str]) -> Account:
+    """List a directory and its queues, and add up."""
+    sums = _by_kind(_once(filesystem, (path, *queues)) if queues else filesystem.sums(path, layout.PATTERNS))
+    active, legacy, sealed = sums[Kind.ACTIVE], sums[Kind.LEGACY_ACTIVE], sums[Kind.SEALED]
+    return Account(
+        active_files=active.files - active.empty + legacy.files,  # an empty one is a spare, or not yet written to
+        active_bytes=active.bytes + legacy.bytes,
+        sealed_files=sealed.files,
+        sealed_bytes=sealed.bytes,
+        corrupt_files=sums[Kind.CORRUPT].files,
+        corrupt_bytes=sums[Kind.CORRUPT].bytes,
+        dead_files=sums[Kind.DEAD].files,
+        dead_bytes=sums[Kind.DEAD].bytes,
+        delivered_files=sums[Kind.DELIVERED].files,
+        delivered_bytes=sums[Kind.DELIVERED].bytes,
+        oldest_stamp=sealed.oldest,
+        newest_stamp=sealed.newest,
+    )
+
+
+def _by_kind(sums: Iterable[Sum]) -> dict[Kind, Sum]:
+    found = dict.fromkeys(Kind, Sum())
+    for kind, more in zip(layout.KINDS, sums, strict=True):
+        found[kind] = found[kind].plus(more)
+    return found
+
+
+def _once(filesystem: Filesystem, places: Sequence[str]) -> list[Sum]:
+    """What all of them add up to, where a file counts once that has names in several."""
+    seen = _Seen(filesystem)
+    kept: list[tuple[str, Entry]] = []  # judged last: what waits anywhere counts as waiting
+
+    def entries() -> Iterator[Entry]:
+        for place in places:
+            for entry in filesystem.listing(place):
+                kind = layout.kind_of(entry.name)
+                if kind is Kind.DELIVERED:
+                    kept.append((place, entry))
+                elif kind is not Kind.SEALED or not seen.has(place, entry.name):
+                    yield entry
+        yield from (entry for place, entry in kept if not seen.has(place, entry.name))
+
+    return sums_of(entries(), layout.PATTERNS)
+
+
+class _Seen:
+    """The files that were come by, each under one of its names."""
+
+    def __init__(self, filesystem: Filesystem) -> None:
+        self._filesystem = filesystem
+        self._paths: dict[str, list[str]] = {}  # by what they were called when they were sealed
+
+    def has(self, place: str, name: str) -> bool:
+        """Whether a file was come by under another name; from now on it was."""
+        packed = name.endswith(layout.COMPRESSED)
+        path, batch = f"{place}/{name}", layout.batch_id(name)
+        known = self._paths.setdefault(batch + layout.COMPRESSED if packed else batch, [])
+        if known and not (packed and not any(self._filesystem.is_one(path, other) for other in known)):
+            return True
+        known.append(path)
+        return False

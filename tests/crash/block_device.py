@@ -1,0 +1,475 @@
+"""The model against the kernel: a real ext4 or XFS loses its power after the k-th operation of a history.
+
+A history is the trace of the real code in the simulated world, or of operations by chance. The same operations are done on a
+file system on a loop device; the shutdown ioctl leaves there what a loss of power would leave, within milliseconds, and
+mounting again replays the journal. In between, the kernel is made to write back what nobody asked it to, for it may at any
+time. What survives must be among the states that the model admits; and the real code opens it and delivers what was promised.
+`need` is how a test says what it wants of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import itertools
+import logging
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from ctypes.util import find_library
+from pathlib import Path
+from typing import Final, NamedTuple, Self
+from unittest import mock
+
+import pytest
+
+from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.layout import Kind
+from pillarbox.testing import ManualClock
+from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
+from pillarbox.testing.durability_model import Survivors
+from tests.crash import simulation
+from tests.crash.enumeration import LETTERS
+from tests.crash.simulation import LOCKS, PLACE, Account, Outcome, World, kind_at
+
+MAKERS: Final = {
+    "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard"],
+    "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
+}
+IMAGE_BYTES: Final = 320 * 2**20  # XFS takes no less than 300 MiB; the file is sparse
+STEPS_MAX: Final = 14
+RAW_MAX: Final = 40  # operations of a history that is chosen by chance
+UNSYNCED_MAX: Final = 4  # changes of a file, a large one counting for two: of more there are too many states to compare with
+UNSURE_MAX: Final = 12  # changes of names without a sync: so many can be told apart quickly
+_SHUTDOWN: Final = 0x8004587D
+_DROP_LOG, _FLUSH_LOG = 2, 1  # what becomes of the part of the journal that is not written yet
+_WAIT_WRITE_WAIT: Final = 7  # for `sync_file_range`: from one end of the file to the other
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+
+class Violation(AssertionError):  # noqa: N818 - reads as the sentence it is
+    """The kernel does what the model does not know, or the store broke its word."""
+
+
+class Report(NamedTuple):
+    """What a run did."""
+
+    filesystem: str
+    seed: int
+    cuts: int
+    raw: int  # of histories that are operations by chance
+    distinct: int  # different histories
+    lost_something: int  # cuts after which something was missing
+
+
+def need(*, root: bool = True, devices: tuple[str, ...] = (), commands: tuple[str, ...] = (), fuse: bool = False) -> None:
+    """Skip where the machine lacks something, and fail in CI, where nothing may be lacking."""
+    lacking = ["libfuse"] if fuse and not (find_library("fuse") or find_library("fuse3")) else []
+    lacking += [device for device in devices if not os.access(device, os.R_OK | os.W_OK)]
+    lacking += [command for command in commands if shutil.which(command) is None]
+    if root and os.geteuid() != 0:
+        lacking.append("root")
+    if lacking and os.environ.get("CI"):
+        pytest.fail(f"CI must have {', '.join(lacking)}")
+    if lacking:
+        pytest.skip(f"needs {', '.join(lacking)}")
+
+
+@contextlib.contextmanager
+def mounted(place: Path, *arguments: str | Path) -> Iterator[Path]:
+    """Something mounted at `place`, with the arguments that `mount` wants before it."""
+    place.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", *arguments, place], check=True)
+    try:
+        yield place
+    finally:
+        if subprocess.run(["umount", place], check=False).returncode:  # a test that failed holds files open there
+            subprocess.run(["umount", "--lazy", place], check=True)
+
+
+class Medium:
+    """A small file system on a loop device that loses its power when told to."""
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        self.kind = kind
+        self.place = directory / kind
+        self._image = directory / f"{kind}.img"
+        self._device = ""
+
+    def __enter__(self) -> Self:
+        with self._image.open("wb") as file:
+            file.truncate(IMAGE_BYTES)
+        subprocess.run([*MAKERS[self.kind], self._image], check=True, stdout=subprocess.DEVNULL)
+        losetup = subprocess.run(["losetup", "--find", "--show", self._image], check=True, capture_output=True, text=True)
+        self._device = losetup.stdout.strip()
+        self.place.mkdir()
+        try:
+            self._mount()
+        except BaseException:
+            subprocess.run(["losetup", "--detach", self._device], check=True)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if subprocess.run(["umount", self.place], check=False).returncode:
+            subprocess.run(["umount", "--lazy", self.place], check=True)
+        subprocess.run(["losetup", "--detach", self._device], check=True)
+        self._image.unlink()
+
+    def _mount(self) -> None:
+        subprocess.run(["mount", "-t", self.kind, self._device, self.place], check=True)
+
+    def shut_down(self, *, flush_log: bool) -> None:
+        """From now on nothing reaches the device."""
+        fd = os.open(self.place, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, _SHUTDOWN, struct.pack("I", _FLUSH_LOG if flush_log else _DROP_LOG))
+        finally:
+            os.close(fd)
+
+    def come_back(self) -> None:
+        """The power is there again. Nothing may be open any more."""
+        subprocess.run(["umount", self.place], check=True)
+        self._mount()
+
+    def write_back(self) -> None:
+        """The kernel finds the time for everything."""
+        fd = os.open(self.place, os.O_RDONLY)
+        try:
+            _check(_LIBC.syncfs(fd))
+        finally:
+            os.close(fd)
+
+    def write_back_data(self, fd: int) -> None:
+        """The kernel finds the time for a file's data, and not for the journal."""
+        _check(_LIBC.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _WAIT_WRITE_WAIT))
+
+
+def _check(answer: int) -> None:
+    if answer:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+class Replay:
+    """Does the operations of a trace on a real file system, in a directory that stands for `PLACE`."""
+
+    def __init__(self, medium: Medium, root: Path, chance: random.Random) -> None:
+        self._medium = medium
+        self._root = root
+        self._chance = chance
+        self._filesystem = RealFilesystem()
+        self._open: dict[int, int] = {}  # inode -> descriptor
+        self._names: dict[str, int] = {}  # path -> inode
+
+    def at(self, path: str) -> str:
+        """The real path."""
+        return path.replace(PLACE, str(self._root), 1)
+
+    def do(self, op: Op) -> None:
+        """One operation, and, now and then, something that only the kernel does."""
+        filesystem, verb = self._filesystem, op.verb
+        if verb == "create":
+            make = filesystem.open_lock if op.path.rpartition("/")[2] in LOCKS else filesystem.create
+            self._open[op.inode] = make(self.at(op.path))
+            self._names[op.path] = op.inode
+        elif verb == "write":
+            self._write(op)
+        elif verb == "truncate":
+            filesystem.truncate(self._descriptor(op.inode), op.offset)
+        elif verb == "sync_data":
+            filesystem.sync_data(self._descriptor(op.inode))
+        elif verb == "rename":
+            filesystem.rename(self.at(op.path), self.at(op.target))
+            moved = [path for path in self._names if path == op.path or path.startswith(op.path + "/")]
+            self._names |= {op.target + path[len(op.path) :]: self._names.pop(path) for path in moved}
+        elif verb == "link":
+            os.link(self.at(op.path), self.at(op.target))
+            self._names[op.target] = op.inode
+        elif verb == "unlink":
+            filesystem.unlink(self.at(op.path))
+            self._names.pop(op.path, None)
+        elif verb in ("make_directory", "remove_directory"):
+            (os.mkdir if verb == "make_directory" else os.rmdir)(self.at(op.path))
+        elif verb == "sync_directory":
+            filesystem.sync_directory(self.at(op.path))
+        elif verb != "mark":
+            raise Violation(f"cannot be replayed: {verb}")
+        if self._chance.random() < 0.15:
+            self._liberty(op)
+
+    def _descriptor(self, inode: int) -> int:
+        if inode not in self._open:
+            path = next(path for path, number in self._names.items() if number == inode)
+            self._open[inode] = os.open(self.at(path), os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        return self._open[inode]
+
+    def _write(self, op: Op) -> None:
+        fd = self._descriptor(op.inode)
+        if op.path.rpartition("/")[2] in LOCKS:
+            return  # the model leaves them out
+        if os.fstat(fd).st_size != op.offset:
+            raise Violation(f"the replay has come off the trace at {op.path}")
+        self._filesystem.write_all(fd, op.data)
+
+    def _liberty(self, op: Op) -> None:
+        match self._chance.randrange(4):
+            case 0:
+                self._medium.write_back()
+            case 1:  # the journal is written, and with it every name and size; not the data
+                with (self._root.parent / "bystander").open("ab") as file:
+                    file.write(b"x")
+                    file.flush()
+                    os.fsync(file.fileno())
+            case 2:  # data without journal
+                if op.inode in self._open:
+                    self._medium.write_back_data(self._open[op.inode])
+            case 3:
+                if op.inode in self._open and os.fstat(self._open[op.inode]).st_nlink:
+                    self._filesystem.close(self._open.pop(op.inode))
+
+    def close(self) -> None:
+        """Let go of everything, as the kernel does for the dead."""
+        for fd in self._open.values():
+            self._filesystem.close(fd)
+        self._open.clear()
+
+
+_SIZES: Final = (1, 9, 40, 40, 300, 1500, 4096, 4500)
+
+
+class _RawFiles:
+    """A few files, and directories in which they have names, on a simulated disk."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.disk = Disk()
+        self._chance = chance
+        self._filesystem = CrashFilesystem(self.disk)
+        self._filesystem.make_directory(PLACE)
+        self._numbers = itertools.count(1).__next__
+        self._letters = itertools.cycle(b"abcdefghijklmnopqrstuvwxyz")
+        self._places = [PLACE]
+        self._opened: dict[str, int] = {}  # path -> descriptor
+        self._unsynced: Counter[int] = Counter()
+
+    def _new_path(self) -> str:
+        return f"{self._chance.choice(self._places)}/f{self._numbers()}"
+
+    def step(self) -> None:
+        """One operation."""
+        chance, filesystem, opened = self._chance, self._filesystem, self._opened
+        verb = chance.choice(
+            ("create", "write", "write", "write", "truncate", "sync_data", "rename", "link", "unlink", "sync", "directory")
+        )
+        if verb == "sync":
+            filesystem.sync_directory(chance.choice(self._places))
+        elif verb == "directory":
+            self._change_directory()
+        elif not opened or (verb == "create" and len(opened) < 4):
+            path = self._new_path()
+            opened[path] = filesystem.create(path)
+        elif verb in ("rename", "link", "unlink"):
+            self._change_name(verb, chance.choice(sorted(opened)))
+        else:
+            self._change_data(verb, opened[chance.choice(sorted(opened))])
+
+    def _change_directory(self) -> None:
+        """Make one, without the sync that follows, or rename or remove one."""
+        chance, others = self._chance, self._places[1:]
+        if len(others) < 2 and chance.random() < 0.5:
+            self._places.append(path := f"{chance.choice(self._places)}/d{self._numbers()}")
+            self.disk.make_directory(path)
+        elif others:
+            path = chance.choice(others)
+            target = f"{path.rpartition('/')[0]}/d{self._numbers()}"
+            within = [one for one in (*self._places, *self._opened) if one.startswith(path + "/")]
+            if not within and chance.random() < 0.5:
+                self._filesystem.remove_directory(path)
+                self._places.remove(path)
+                return
+            self._filesystem.rename(path, target)
+            self._places = [target + one[len(path) :] if one in (path, *within) else one for one in self._places]
+            self._opened = {target + one[len(path) :] if one in within else one: fd for one, fd in self._opened.items()}
+
+    def _change_name(self, verb: str, path: str) -> None:
+        filesystem, opened, above = self._filesystem, self._opened, path.rpartition("/")[0]
+        if verb == "unlink":
+            filesystem.unlink(path)
+            del opened[path]
+        elif verb == "link":
+            target = self._new_path()
+            filesystem.link(path, target)
+            opened[target] = opened[path]
+        else:
+            beside = sorted(one for one in opened if one.rpartition("/")[0] == above)
+            target = f"{above}/f{self._numbers()}" if self._chance.random() < 0.7 else self._chance.choice(beside)
+            filesystem.rename(path, target)
+            if opened.get(target) != opened[path]:
+                opened[target] = opened.pop(path)
+
+    def _change_data(self, verb: str, fd: int) -> None:
+        filesystem = self._filesystem
+        if verb == "sync_data" or self._unsynced[fd] >= UNSYNCED_MAX:
+            filesystem.sync_data(fd)
+            self._unsynced[fd] = 0
+        elif verb == "truncate":
+            filesystem.truncate(fd, self._chance.randrange(filesystem.size(fd) + 1))
+            self._unsynced[fd] += 1
+        else:
+            size = self._chance.choice(_SIZES)
+            filesystem.write(fd, bytes([next(self._letters)]) * size)
+            self._unsynced[fd] += 1 if size < 1000 else UNSYNCED_MAX // 2
+
+
+def raw_history(chance: random.Random) -> list[Op]:
+    """Operations by chance on a few files with one name or several, and on directories."""
+    files = _RawFiles(chance)
+    for _ in range(chance.randrange(3, RAW_MAX)):
+        files.step()
+    return files.disk.trace
+
+
+def world_history(chance: random.Random) -> tuple[str, list[Op]]:
+    """The real code in the simulated world: the history, and its trace."""
+    history = "".join(
+        chance.choice(LETTERS) + (str(chance.randrange(12)) if chance.random() < 0.1 else "")
+        for _ in range(chance.randrange(1, STEPS_MAX))
+    )
+    simulated = World()
+    simulated.run(history)
+    return history, simulated.disk.trace
+
+
+class Cuts:
+    """Cuts one history after another on a medium."""
+
+    def __init__(self, medium: Medium, seed: int) -> None:
+        self._medium = medium
+        self._seed = seed
+        self._chance = random.Random(seed)
+        self._cuts: Counter[str] = Counter()
+        self._histories: set[str] = set()
+
+    def report(self) -> Report:
+        """The figures so far."""
+        cuts = self._cuts
+        return Report(self._medium.kind, self._seed, cuts["all"], cuts["raw"], len(self._histories), cuts["lost"])
+
+    def once(self) -> None:
+        """One history, one cut."""
+        chance = random.Random(self._chance.randrange(2**64))
+        raw = chance.random() < 0.4
+        history, trace = ("", raw_history(chance)) if raw else world_history(chance)
+        survivors, account = Survivors(ignoring=LOCKS), Account()
+        end = chance.randrange(len(trace) + 1)
+        for at, op in enumerate(trace[:end]):
+            if survivors.unsure > UNSURE_MAX:
+                end = at
+                break
+            account.apply(op, lambda path: survivors.whole().get(path, b""))
+            survivors.apply(op)
+        root = self._root()
+        self._replay(trace[:end], root, chance)
+        state = self._state(root)
+        self._cuts["all"] += 1
+        self._cuts["raw"] += raw
+        self._cuts["lost"] += state != survivors.whole()
+        self._histories.add(history or repr(trace))
+        where = f"{self._medium.kind}, seed {self._seed}, cut {self._cuts['all']}, after operation {end} of {history or trace}"
+        if not survivors.admits(state):
+            raise Violation(f"{where}\nthe model does not admit {state}\nafter\n" + "\n".join(map(str, trace[:end])))
+        if not raw:
+            problem = simulation.problem_of(state, self._open(root), account, power=True)
+            if problem:
+                raise Violation(f"{where}\n{problem}\nleft was {state}")
+        shutil.rmtree(root)
+
+    def _root(self) -> Path:
+        root = self._medium.place / str(self._cuts["all"])
+        root.mkdir(mode=0o700)
+        self._medium.write_back()
+        return root
+
+    def _replay(self, trace: list[Op], root: Path, chance: random.Random) -> None:
+        replay = Replay(self._medium, root, chance)
+        try:
+            for op in trace:
+                replay.do(op)
+            self._medium.shut_down(flush_log=chance.random() < 0.3)
+        finally:
+            replay.close()
+        self._medium.come_back()
+
+    def _state(self, root: Path) -> State:
+        found = [path for path in sorted(root.rglob("*")) if path.name not in LOCKS]
+        at = {path: f"{PLACE}/{path.relative_to(root)}" for path in found}
+        return {at[path] + "/" if path.is_dir() else at[path]: b"" if path.is_dir() else path.read_bytes() for path in found}
+
+    def _open(self, root: Path) -> Outcome:
+        """The real code on the real file system: opens, delivers, leaves nothing behind."""
+        destination = simulation.Destination(Disk())
+        filesystem = RealFilesystem()
+        with mock.patch.object(simulation, "PLACE", str(root)):
+            process = simulation.Process(
+                filesystem, map("after-{}".format, itertools.count(1)).__next__, ManualClock(), lambda _: None
+            )
+            try:
+                process.start()
+                simulation.deliver(process.directory, destination)
+                process.sealer.finish()
+            except OSError as error:
+                return Outcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
+            finally:
+                filesystem.close_inherited()
+        kept: set[int] = set()
+        problem = ""
+        for path, data in self._state(root).items():
+            if kind_at(path) in (Kind.DEAD, Kind.CORRUPT):
+                kept |= simulation.numbers_in(data)
+            elif kind_at(path) is not Kind.SPANS:
+                problem = f"left behind: {path}"
+        return Outcome(tuple(destination.arrived), frozenset(kept), problem)
+
+
+def run(
+    filesystem: str,
+    seconds: float,
+    seed: int,
+    directory: Path,
+    progress: Callable[[Report], None] = lambda _: None,
+) -> Report:
+    """Cut for about `seconds`; raises `Violation` with what led to it."""
+    with Medium(filesystem, directory) as medium:
+        cuts = Cuts(medium, seed)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            cuts.once()
+            progress(cuts.report())
+        return cuts.report()
+
+
+def main() -> None:
+    """The long run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("filesystem", choices=MAKERS)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    chosen = parser.parse_args()
+    print(f"seed {chosen.seed}", flush=True)  # noqa: T201 - it is for people
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which unmounts
+    logging.getLogger("pillarbox").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="pillarbox-kernel-") as directory:
+        print(run(chosen.filesystem, chosen.minutes * 60, chosen.seed, Path(directory)))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

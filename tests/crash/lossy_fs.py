@@ -1,0 +1,382 @@
+"""A file system in memory that loses what was not synced, and the torture by `kill -9` on it, with the power failing as well.
+
+`Dropping` is mounted through FUSE by a process of its own. It keeps what a disk would hold beside what programs see; "cut"
+makes the former the latter. What was not synced is lost, or each write and each change of a name for itself: applied, lost,
+torn, or applied in size only. Syncs may be told to fail, and what they then could not write is lost whatever later ones say.
+Locks are the kernel's own. Real file systems hide a missing sync of a directory; this one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import importlib
+import itertools
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from tests.crash import kills
+
+ROUND_S: Final = 0.25
+CUT: Final = "user.cut"
+_HIDDEN: Final = ".fuse_hidden"  # what libfuse renames a file to that is removed while it is open
+_ROOT = Path(__file__).parents[2]
+_Pending = tuple[int, bytes | None]  # a write, or a truncation to that size
+
+
+class File:
+    """A file: what programs see, what the disk holds, and what was done in between."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.data = bytearray()
+        self.durable = bytearray()
+        self.pending: list[_Pending] = []
+
+    def change(self, pending: _Pending) -> None:
+        """Write or truncate."""
+        _apply(self.data, *pending)
+        self.pending.append(pending)
+
+    def sync(self) -> None:
+        """Everything since the last sync reaches the disk."""
+        for pending in self.pending:
+            _apply(self.durable, *pending)
+        self.pending.clear()
+
+    def sync_in_vain(self, chance: random.Random) -> None:
+        """The disk does not take it, and nobody will try again; programs go on seeing it, or see what the disk holds."""
+        self._land(chance)
+        if chance.random() < 0.5:
+            self.data[:] = self.durable[: len(self.data)].ljust(len(self.data), b"\0")
+
+    def cut(self, chance: random.Random | None) -> None:
+        """The power fails; without `chance` everything is lost that may be."""
+        self._land(chance)
+        self.data = bytearray(self.durable)
+
+    def _land(self, chance: random.Random | None) -> None:
+        torn = chance.randrange(2 * len(self.pending)) if chance is not None and self.pending else -1
+        for index, (offset, data) in enumerate(self.pending):
+            fate = chance.choice(("lost", "applied", "sized")) if chance is not None else "lost"
+            if chance is not None and data is not None and index == torn:
+                _apply(self.durable, offset, data[: chance.randrange(len(data) + 1)])
+            elif data is not None and fate == "sized":
+                self.durable.extend(bytes(max(0, offset + len(data) - len(self.durable))))
+            elif fate == "applied":
+                _apply(self.durable, offset, data)
+        self.pending.clear()
+
+
+def _apply(content: bytearray, offset: int, data: bytes | None) -> None:
+    content.extend(bytes(max(0, offset - len(content))))
+    if data is None:
+        del content[offset:]
+    else:
+        content[offset : offset + len(data)] = data
+
+
+class Folder:
+    """A directory: the names that programs see, those that the disk holds, and the changes in between."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.names: dict[str, File | Folder] = {}
+        self.durable: dict[str, File | Folder] = {}
+        self.pending: list[tuple[str, str, File | Folder]] = []  # (old name, new name, what): none is ""
+
+    def change(self, old: str, new: str, node: File | Folder) -> None:
+        """Create (no old name), remove (no new name), or rename.
+
+        libfuse renames what is removed or replaced while it is open: that is the removal, and part of what replaces it.
+        """
+        replaced = self.pending[-1][:2] if self.pending else ("", "")
+        self._apply(self.names, old, new, node)
+        if new and replaced == (new, ""):
+            self.pending.pop()
+        if not old.startswith(_HIDDEN):
+            self.pending.append((old, "" if new.startswith(_HIDDEN) else new, node))
+
+    @staticmethod
+    def _apply(names: dict[str, File | Folder], old: str, new: str, node: File | Folder) -> None:
+        for name in [name for name, named in names.items() if named is node and (new or name == old)]:
+            del names[name]  # a file has one name, however the changes before this one ended
+        if new:
+            names[new] = node
+
+    def sync(self) -> None:
+        """Every change of a name since the last sync reaches the disk."""
+        for change in self.pending:
+            self._apply(self.durable, *change)
+        self.pending.clear()
+
+    def cut(self, chance: random.Random | None) -> None:
+        """The power fails here and in everything below."""
+        for change in self.pending:
+            if chance is not None and chance.random() < 0.5:
+                self._apply(self.durable, *change)
+        self.pending.clear()
+        self.names = dict(self.durable)
+        for node in self.names.values():
+            node.cut(chance)
+
+
+class Dropping:
+    """The operations of the file system, as mfusepy calls them, and `cut`."""
+
+    use_ns = True  # mfusepy asks for it
+
+    def __init__(self, seed: int, failing: float, ready: Callable[[], None]) -> None:
+        self._chance = random.Random(seed)
+        self._failing = failing
+        self._ready = ready
+        self._numbers = itertools.count(1).__next__
+        self._root = Folder(self._numbers())
+        self._open: dict[int, File] = {}
+        self._handles = itertools.count(1).__next__
+        self._wrong: list[str] = []
+
+    def setxattr(self, _path: str, name: str, value: bytes, _options: int, *_: int) -> None:
+        """The way to give orders: by the attribute `CUT`, whose value says whether all is lost or some."""
+        if name != CUT:
+            raise OSError(errno.ENOTSUP, "")
+        self._wrong = [] if self._failing else list(self._unsynced(self._root))
+        self._root.cut(None if value == b"all" else self._chance)
+
+    def getxattr(self, _path: str, name: str, *_: int) -> bytes:
+        """What was wrong before the last cut, in lines."""
+        if name != CUT:
+            raise OSError(errno.ENODATA, "")
+        return "\n".join(self._wrong).encode()
+
+    def _unsynced(self, folder: Folder) -> Iterator[str]:
+        """Files that have a name which says that they are complete while the disk does not hold all of them."""
+        for name, node in folder.names.items():
+            if isinstance(node, Folder):
+                yield from self._unsynced(node)
+            elif node.pending and name.startswith(("sealed-", "corrupt-", "dead-")) and not name.endswith(".aside"):
+                yield f"{name} has its name before the disk has its data"
+
+    def _find(self, path: str) -> File | Folder:
+        node: File | Folder = self._root
+        for name in path.split("/")[1:] if path != "/" else []:
+            if not isinstance(node, Folder) or name not in node.names:
+                raise OSError(errno.ENOENT, "")
+            node = node.names[name]
+        return node
+
+    def _folder(self, path: str) -> tuple[Folder, str]:
+        above, _, name = path.rpartition("/")
+        node = self._find(above or "/")
+        assert isinstance(node, Folder)
+        return node, name
+
+    def _make(self, path: str, node: File | Folder) -> None:
+        folder, name = self._folder(path)
+        if name in folder.names:
+            raise OSError(errno.EEXIST, "")
+        folder.change("", name, node)
+
+    def _handle(self, file: File) -> int:
+        handle = self._handles()
+        self._open[handle] = file
+        return handle
+
+    def init(self, _path: str) -> None:
+        self._ready()
+
+    def getattr(self, path: str | None, handle: int | None = None) -> dict[str, float]:
+        found = self._attributes(self._open[handle] if handle else self._find(path or ""))
+        if path is not None and path.rpartition("/")[2].startswith(_HIDDEN):
+            found["st_nlink"] = 0
+        return found
+
+    @staticmethod
+    def _attributes(node: File | Folder) -> dict[str, float]:
+        if isinstance(node, Folder):
+            return {"st_ino": node.number, "st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2}
+        return {"st_ino": node.number, "st_mode": stat.S_IFREG | 0o600, "st_nlink": 1, "st_size": len(node.data)}
+
+    def readdir(self, path: str, _handle: int) -> list[tuple[str, dict[str, float], int]]:
+        node = self._find(path)
+        assert isinstance(node, Folder)
+        found = {".": node, "..": self._root} | node.names
+        return [(name, self._attributes(here), 0) for name, here in found.items() if not name.startswith(_HIDDEN)]
+
+    def mkdir(self, path: str, _mode: int) -> None:
+        self._make(path, Folder(self._numbers()))
+
+    def create(self, path: str, _mode: int, _flags: int) -> int:
+        file = File(self._numbers())
+        self._make(path, file)
+        return self._handle(file)
+
+    def open(self, path: str, _flags: int) -> int:
+        node = self._find(path)
+        assert isinstance(node, File)
+        return self._handle(node)
+
+    def release(self, _path: str, handle: int) -> None:
+        del self._open[handle]
+
+    def read(self, _path: str, size: int, offset: int, handle: int) -> bytes:
+        return bytes(self._open[handle].data[offset : offset + size])
+
+    def write(self, _path: str, data: bytes, offset: int, handle: int) -> int:
+        self._open[handle].change((offset, data))
+        return len(data)
+
+    def truncate(self, path: str, size: int, handle: int | None = None) -> None:
+        node = self._open[handle] if handle else self._find(path)
+        assert isinstance(node, File)
+        node.change((size, None))
+
+    def rename(self, old: str, new: str, _flags: int = 0) -> None:
+        folder, name = self._folder(old)
+        other, target = self._folder(new)
+        if folder is not other:
+            raise OSError(errno.EXDEV, "")
+        if name not in folder.names:
+            raise OSError(errno.ENOENT, "")
+        folder.change(name, target, folder.names[name])
+
+    def unlink(self, path: str) -> None:
+        folder, name = self._folder(path)
+        if name not in folder.names:
+            raise OSError(errno.ENOENT, "")
+        folder.change(name, "", folder.names[name])
+
+    def fsync(self, _path: str, _datasync: int, handle: int) -> None:
+        file = self._open[handle]
+        if file.pending and self._fails():
+            file.sync_in_vain(self._chance)
+            raise OSError(errno.EIO, "")
+        file.sync()
+
+    def fsyncdir(self, path: str, _datasync: int, _handle: int) -> None:
+        node = self._find(path)
+        assert isinstance(node, Folder)
+        holds_folders = any(isinstance(below, Folder) for below in node.names.values())
+        if node.pending and not holds_folders and self._fails():  # an outbox whose making fails is rightly refused
+            raise OSError(errno.EIO, "")
+        node.sync()
+
+    def _fails(self) -> bool:
+        return self._chance.random() < self._failing
+
+    def statfs(self, _path: str) -> dict[str, int]:
+        return {"f_bsize": 4096, "f_frsize": 4096, "f_blocks": 2**20, "f_bfree": 2**20, "f_bavail": 2**20, "f_namemax": 255}
+
+
+def serve(mount: str, seed: int, failing: float) -> None:
+    """Be the file system until it is unmounted."""
+    mfusepy: Any = importlib.import_module("mfusepy")  # which has no types
+    dropping = Dropping(seed, failing, lambda: print("ready", flush=True))  # noqa: T201 - the parent waits for it
+    options: dict[str, Any] = {"attr_timeout": 0, "entry_timeout": 0, "direct_io": True, "use_ino": True}
+    mfusepy.FUSE(dropping, mount, foreground=True, nothreads=True, fsname="dropping", **options)
+
+
+@contextlib.contextmanager
+def mounted(mount: Path, seed: int, failing: float = 0.0) -> Iterator[None]:
+    """The file system at `mount`; `failing` is the share of syncs that fail."""
+    mount.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.crash.lossy_fs",
+        "--serve",
+        str(mount),
+        "--seed",
+        str(seed),
+        "--failing",
+        str(failing),
+    ]
+    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            if server.stdout.readline() != "ready\n":
+                raise kills.Violation("the file system could not be mounted")
+            yield
+        finally:
+            subprocess.run(["umount", "--lazy", mount], check=False)
+            server.wait(10.0)
+
+
+def cut(mount: Path, mode: str = "some") -> list[str]:
+    """Have the power fail on a mounted file system, and come back; returns what was wrong before that."""
+    os.setxattr(mount, CUT, mode.encode())
+    return os.getxattr(mount, CUT).decode().splitlines()
+
+
+def run(
+    seconds: float,
+    seed: int,
+    directory: Path,
+    progress: Callable[[kills.Report], None] = lambda _: None,
+    failing: float = 0.0,
+) -> kills.Report:
+    """Torture for about `seconds`, a cut in each round; raises `Violation` and leaves the destination for a look."""
+    mount = directory / "mount"
+    chance = random.Random(f"{seed}/cuts")
+
+    def fail() -> None:
+        wrong = cut(mount, chance.choice(("all", "some", "some")))
+        if chance.random() < 0.3:
+            _die_recovering(torture, chance)
+            wrong += cut(mount)
+        if wrong:
+            raise torture.violation(wrong)
+
+    with mounted(mount, seed, failing):
+        torture = kills.Torture(directory, mount / "outboxes", seed, power=0.7, kept=(kills.POWER,), cut=fail)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            torture.round(ROUND_S)
+            progress(torture.report())
+    return torture.report()
+
+
+def _die_recovering(torture: kills.Torture, chance: random.Random) -> None:
+    """Open what the power left, and be killed in the middle of it."""
+
+    def work() -> None:
+        kills.doom(chance)
+        torture.make_life(chance).deliver()
+
+    pid = kills.fork(torture.failures, work)
+    signal.sigtimedwait([signal.SIGCHLD], 0.1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def main() -> None:
+    """The long run, or the file system's own process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    parser.add_argument("--directory", type=Path)
+    parser.add_argument("--failing", type=float, default=0.0)
+    parser.add_argument("--serve")
+    chosen = parser.parse_args()
+    if chosen.serve:
+        serve(chosen.serve, chosen.seed, chosen.failing)
+        return
+    directory = chosen.directory or Path(tempfile.mkdtemp(prefix="pillarbox-dropping-"))
+    print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - it is for people
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which unmounts
+    report = run(chosen.minutes * 60, chosen.seed, directory, lambda report: print(report, flush=True), chosen.failing)  # noqa: T201
+    print(report, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

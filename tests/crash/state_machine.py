@@ -1,0 +1,430 @@
+"""Any sequence of what an application, its deliverer, other processes, death and the power company do, against a plain model.
+
+A Hypothesis state machine on a disk in memory. Each step is a call of the real code, and may carry a fuse: the process dies, or
+the power fails, ahead of the k-th file-system operation in it. After a loss of power the disk is one of the states that
+`pillarbox.testing.crash` says may be left, all choices being Hypothesis's. The model is five sets of events: attempted,
+accepted and not yet lost with the power, promised to survive it, delivered (with the batch), and evicted.
+
+    .venv/bin/python -m tests.crash.state_machine --seconds 600 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import logging
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from pillarbox.outcome import DROPPED
+from pillarbox.sinks.base import Answer, Batch, Delivered, Refusal, Refused, Retry
+from pillarbox.store import layout, reader, record
+from pillarbox.store.directory import Directory
+from pillarbox.store.group_commit import Committer
+from pillarbox.store.layout import Kind
+from pillarbox.store.sealer import Sealer
+from pillarbox.store.usage import Account
+from pillarbox.store.writer import Limits, Writer
+from pillarbox.testing import ManualClock, RecordingSink
+from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
+from pillarbox.testing.durability_model import Survivors, _after, _renamed
+from tests.crash.interleave import LOCKS, PLACE, deliver_once
+
+STEPS: Final = 25
+OPERATIONS_MAX: Final = 40  # of one call, ahead of which it may end
+LIMITS: Final = Limits(batch_size=3, batch_bytes=400, max_bytes=2**20)
+EVICT_ABOVE: Final = 500  # bytes: a dozen events
+
+
+class Fuse(NamedTuple):
+    """How a call ends before its end."""
+
+    operations: int  # that still happen
+    how: Literal["kill", "cut"]
+
+
+def pick(disk: Disk, chance: random.Random) -> State:
+    """One of the states that the loss of power may leave: `Survivors.states` has them all, which may be very many.
+
+    Without the locks, whose content differs from run to run.
+    """
+    survivors = Survivors(disk.trace, ignoring=LOCKS)
+    names = survivors._durable
+    for renaming in survivors._unsure:
+        if chance.random() < 0.5:
+            names = _renamed(names, renaming)
+    left: State = {}
+    may_tear = True
+    for path, inode in survivors._paths(names).items():
+        file = survivors._files[inode]
+        contents, torn = {file.base}, False
+        for change in file.changes:
+            whole, broken = _after(change, contents, set(), ()) if not torn else (_after(change, set(), contents, ())[1], set())
+            if broken and may_tear and chance.random() < 0.2:
+                may_tear, torn, whole = False, True, broken
+            contents = {chance.choice(sorted(whole))}
+        (left[path],) = contents
+    return left
+
+
+class Process:
+    """A process on the disk: a file system that may end it, a directory, and a clock."""
+
+    def __init__(self, disk: Disk, clock: ManualClock, new_id: Callable[[], str]) -> None:
+        self.left: int | None = None  # operations until it dies
+        self.dead = False
+        self.filesystem = CrashFilesystem(disk, before=self._before)
+        self.directory = Directory(PLACE, self.filesystem, clock, new_id)
+        self.clock = clock
+
+    def _before(self, _verb: str, _path: str) -> None:
+        if self.dead:
+            raise Killed
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                self.dead = True
+                raise Killed
+
+    def account(self) -> Account:
+        """What a process does first: count, and seal after what is sealed."""
+        account = self.directory.account()
+        self.directory.note_stamp(account.newest_stamp)
+        return account
+
+    def die(self) -> None:
+        """Lose descriptors and locks."""
+        self.dead = True
+        self.filesystem.kill()
+
+
+class Application(Process):
+    """One that stores."""
+
+    def start(self, on_sealed: Callable[[], None], *, evicts: bool) -> None:
+        """What `Outbox` does at its first event, without threads."""
+        limits = LIMITS._replace(max_bytes=EVICT_ABOVE) if evicts else LIMITS
+        self.sealer = Sealer(self.directory, self.clock, 1.0, on_sealed, min_free_bytes=0, evicts=evicts)
+        self.writer = Writer(self.directory, limits, self.sealer.wake)
+        self.committer = Committer(self.directory, self.writer)
+        self.sealer.attach(self.writer, self.committer)
+        account = self.account()
+        self.writer.start(account.pending_bytes, account.pending_files)
+        self.sealer.adopt()
+
+
+class Destination(RecordingSink):
+    """Does as it is told: takes a batch, fails before or after it has taken it, or refuses it."""
+
+    def __init__(self, machine: Machine, orders: list[str]) -> None:
+        super().__init__()
+        self._machine = machine
+        self._orders = deque(orders)
+
+    async def deliver(self, batch: Batch) -> Answer:
+        order = self._orders.popleft() if self._orders else "take"
+        if order != "take":
+            self._machine.may_repeat = True
+        if order == "fail":
+            return Retry("not now")
+        if order == "refuse":
+            self._machine.may_reorder = True  # the others of the batch are sent without it, and perhaps again with it
+            return Refused(Refusal("no", "it says so"))
+        self._machine.delivered += [(bytes(payload), batch.id.partition(":")[0]) for payload in batch.payloads]
+        if order == "take and fail":
+            raise OSError("cut off")
+        return Delivered(len(batch))
+
+
+FUSES = st.none() | st.builds(Fuse, st.integers(0, 12) | st.integers(0, OPERATIONS_MAX), st.sampled_from(["kill", "cut"]))
+ORDERS = st.lists(st.sampled_from(["take", "fail", "take and fail", "refuse"]), max_size=4)
+
+
+class Machine(RuleBasedStateMachine):
+    """The steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disk = Disk()
+        self.clock = ManualClock()
+        self.new_id = map("id-{:04d}".format, itertools.count(1)).__next__
+        self._number = itertools.count(1).__next__
+        self.application: Application | None = None
+        self.evicts = False
+        self.attempted: set[bytes] = set()
+        self.accepted: set[bytes] = set()  # what the loss of power has taken, it has taken from here too
+        self.promised: set[bytes] = set()
+        self.evicted: set[bytes] = set()
+        self.delivered: list[tuple[bytes, str]] = []
+        self.may_repeat = False
+        self.may_reorder = False
+        self.was_cut = False
+        CrashFilesystem(self.disk).make_directory(PLACE)
+
+    @initialize(evicts=st.booleans())
+    def begin(self, *, evicts: bool) -> None:
+        """Whether the oldest events give way."""
+        self.evicts = evicts
+
+    # How a call ends.
+
+    def _within(self, process: Process, fuse: Fuse | None, chance: random.Random, call: Callable[[], None]) -> bool:
+        """Run a call of a process; whether it came to its end."""
+        if fuse is not None:
+            process.left = fuse.operations
+        try:
+            call()
+        except Killed:
+            self._end_of(process)
+            if fuse is not None and fuse.how == "cut":
+                self._cut(chance)
+            return False
+        process.left = None
+        return True
+
+    def _end_of(self, process: Process) -> None:
+        process.die()
+        self.may_repeat = True
+        if process is self.application:
+            self.application = None
+
+    def _cut(self, chance: random.Random) -> None:
+        if self.application is not None:
+            self._end_of(self.application)
+        self.disk = Disk(pick(self.disk, chance))
+        CrashFilesystem(self.disk).make_directory(PLACE)
+        self.may_repeat = self.was_cut = True
+        self.accepted &= self.promised
+
+    def _sealed(self) -> None:
+        """Sealed names are durable: what is in those files is promised to survive the loss of power."""
+        for path, data in self.disk.files.items():
+            if layout.kind_of(path.removeprefix(f"{PLACE}/")) is Kind.SEALED:
+                self.promised.update(reader.read(data, lambda: None).payloads)
+
+    def _note_what_is_evicted(self, process: Process) -> None:
+        remove = process.directory.remove
+
+        def noting(name: str) -> None:
+            data = self.disk.files.get(f"{PLACE}/{name}", b"") if layout.kind_of(name) is Kind.SEALED else b""
+            remove(name)
+            self.evicted.update(reader.read(data, lambda: None).payloads)
+
+        process.directory.remove = noting  # type: ignore[method-assign]
+
+    # The application.
+
+    @precondition(lambda self: self.application is None)
+    @rule(fuse=FUSES, chance=st.randoms())
+    def start(self, fuse: Fuse | None, chance: random.Random) -> None:
+        """A process that stores begins, and adopts what another has left."""
+        application = self.application = Application(self.disk, self.clock, self.new_id)
+        self._note_what_is_evicted(application)
+        self._within(application, fuse, chance, lambda: application.start(self._sealed, evicts=self.evicts))
+
+    @precondition(lambda self: self.application is not None)
+    @rule(count=st.integers(1, 4), durability=st.sampled_from(["process", "power"]), fuse=FUSES, chance=st.randoms())
+    def enqueue(self, count: int, durability: str, fuse: Fuse | None, chance: random.Random) -> None:
+        """One event, or several in one call."""
+        application = self._running()
+        events = [b'{"n":%d}' % self._number() for _ in range(count)]
+        self.attempted.update(events)
+        lines = b"".join(map(record.line, events))
+
+        def call() -> None:
+            store = application.committer.commit if durability == "power" else application.writer.append
+            outcome = store(lines, count)
+            assert outcome is not None
+            if outcome:
+                self.accepted.update(events)
+                if durability == "power":
+                    self.promised.update(events)
+            else:
+                assert self.evicts
+                assert outcome == DROPPED["max_bytes"]
+                self.attempted.difference_update(events)
+
+        self._within(application, fuse, chance, call)
+
+    @precondition(lambda self: self.application is not None)
+    @rule(seconds=st.sampled_from([0.0, 0.5, 2.0, 100.0]), fuse=FUSES, chance=st.randoms())
+    def let_the_sealer_work(self, seconds: float, fuse: Fuse | None, chance: random.Random) -> None:
+        """A round of it, after a while."""
+        self.clock.advance(seconds)
+        application = self._running()
+
+        def call() -> None:
+            application.sealer.step()
+
+        self._within(application, fuse, chance, call)
+
+    @precondition(lambda self: self.application is not None)
+    @rule(fuse=FUSES, chance=st.randoms())
+    def flush(self, fuse: Fuse | None, chance: random.Random) -> None:
+        """Seal what is there."""
+        application = self._running()
+
+        def call() -> None:
+            assert application.writer.rotate("manual")
+            application.sealer.step()
+
+        self._within(application, fuse, chance, call)
+
+    @precondition(lambda self: self.application is not None)
+    @rule(fuse=FUSES, chance=st.randoms())
+    def close(self, fuse: Fuse | None, chance: random.Random) -> None:
+        """The application ends as it should."""
+        application = self._running()
+        if self._within(application, fuse, chance, application.sealer.finish):
+            application.die()
+            self.application = None
+
+    def _running(self) -> Application:
+        assert self.application is not None
+        return self.application
+
+    # Others.
+
+    @rule(orders=ORDERS, fuse=FUSES, chance=st.randoms())
+    def deliver(self, orders: list[str], fuse: Fuse | None, chance: random.Random) -> None:
+        """A round of the real deliverer, in a process of its own."""
+        process = Process(self.disk, self.clock, self.new_id)
+        self._within(process, fuse, chance, lambda: self._deliver(process, orders))
+        process.die()
+
+    def _deliver(self, process: Process, orders: list[str]) -> None:
+        process.account()
+        deliver_once(process.directory, Destination(self, orders), self.clock)
+
+    @rule(fuse=FUSES, chance=st.randoms())
+    def adopt(self, fuse: Fuse | None, chance: random.Random) -> None:
+        """Another process starts, and does no more than that."""
+        process = Process(self.disk, self.clock, self.new_id)
+
+        def call() -> None:
+            process.account()
+            if process.directory.recover():
+                self._sealed()
+
+        self._within(process, fuse, chance, call)
+        process.die()
+
+    @precondition(lambda self: self.application is not None)
+    @rule()
+    def kill(self) -> None:
+        """Between two calls."""
+        self._end_of(self._running())
+
+    @rule(chance=st.randoms())
+    def cut(self, chance: random.Random) -> None:
+        """The power fails between two calls."""
+        self._cut(chance)
+
+    @rule(seconds=st.sampled_from([-3600.0, 3600.0]))
+    def set_the_clock(self, seconds: float) -> None:
+        """Wall time only."""
+        self.clock.step(seconds)
+
+    # What must be.
+
+    def teardown(self) -> None:
+        """Recover, deliver all that is left, and compare."""
+        if self.application is not None:
+            self.application.die()
+            self.may_repeat = True
+        last = Process(self.disk, self.clock, self.new_id)
+        self._deliver(last, [])
+        last.die()
+        batches: dict[bytes, list[str]] = {}
+        for payload, batch in self.delivered:
+            batches.setdefault(payload, []).append(batch)
+        dead, kept = self._dead_letters(), self._left()
+        assert not self.accepted - batches.keys() - dead - self.evicted, "lost"
+        assert batches.keys() | dead <= self.attempted, "invented"
+        assert kept <= {Kind.DEAD} | ({Kind.CORRUPT, Kind.SPANS} if self.was_cut else set()), "left behind"
+        for payload, found in batches.items():
+            assert len(found) == 1 or self.may_repeat, f"{payload!r} is delivered {len(found)} times"
+            assert len(set(found)) == 1, f"{payload!r} is a part of {set(found)}"
+        if not self.was_cut and not self.may_reorder:
+            numbers = [msgspec.json.decode(payload)["n"] for payload in batches]
+            assert numbers == sorted(numbers), "out of order"
+
+    def _dead_letters(self) -> set[bytes]:
+        found = set()
+        for path, data in self.disk.files.items():
+            if layout.kind_of(path.removeprefix(f"{PLACE}/")) is Kind.DEAD:
+                found |= {bytes(msgspec.json.decode(line, type=DeadLine).event) for line in data.splitlines()}
+        return found
+
+    def _left(self) -> set[Kind]:
+        names = {path.removeprefix(f"{PLACE}/") for path in self.disk.files}
+        return {layout.kind_of(name) for name in names - LOCKS}
+
+
+class DeadLine(msgspec.Struct):
+    """What is looked at of a dead letter."""
+
+    event: msgspec.Raw
+
+
+def torture(examples: int, number: int | None = None, *, shrink: bool = True) -> None:
+    """Run so many sequences of steps; without a number, always the same. Raises with the shortest one that fails."""
+    chosen = settings(
+        max_examples=examples,
+        stateful_step_count=STEPS,
+        derandomize=number is None,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+        report_multiple_bugs=False,
+    )
+    machine = type(Machine.__name__, (Machine,), {})  # for the seed is written into it
+    with _quiet():
+        run_state_machine_as_test(seed(number)(machine) if number is not None else machine, settings=chosen)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("pillarbox")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def run(seconds: float, number: int, examples: int = 500) -> int:
+    """Sequences of steps from one seed after another; returns how many seeds. Raises as `torture` does."""
+    deadline = time.monotonic() + seconds
+    for count in itertools.count():
+        if time.monotonic() >= deadline:
+            return count
+        print(f"seed {number + count}", flush=True)  # noqa: T201 - what reproduces it
+        torture(examples, number + count)
+    return 0
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=1)
+    chosen = parser.parse_args()
+    sys.exit(run(chosen.seconds, chosen.seed) == 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The export of a real `pillarbox deliver`, received by a real HTTP server and decoded as OpenTelemetry defines it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.metrics.v1.metrics_pb2 import ResourceMetrics
+
+from tests.exporters.stage import WAIT_S, deliver, documented, fill
+from tests.sinks.http_server import HANG, Server, always
+
+SINK = ("-d", "box", "--sink", "sqlite:///events.db", "--once")
+
+
+def last_export(server: Server) -> ResourceMetrics:
+    request = server.requests[-1]
+    assert (request.method, request.target) == ("POST", "/v1/metrics")
+    export = ExportMetricsServiceRequest()
+    export.ParseFromString(request.body)
+    found: ResourceMetrics = export.resource_metrics[0]
+    return found
+
+
+def end(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> str:
+    process = deliver(*arguments, cwd=cwd, environ=environ)
+    said = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.parametrize("by_option", [True, False], ids=["option", "environment"])
+def test_the_last_export_has_every_metric_that_is_documented_and_no_other(tmp_path: Path, by_option: bool) -> None:
+    """With unit and numbers, under the name of the service."""
+    fill(tmp_path / "box")
+    with Server() as collector:
+        address = collector.url("")
+        if by_option:
+            end(*SINK, "--otlp", address, cwd=tmp_path)
+        else:
+            end(*SINK, cwd=tmp_path, environ={"OTEL_EXPORTER_OTLP_ENDPOINT": address, "OTEL_SERVICE_NAME": "events"})
+    found = last_export(collector)
+    service = {entry.key: entry.value.string_value for entry in found.resource.attributes}["service.name"]
+    assert service == ("pillarbox" if by_option else "events")
+    metrics = {metric.name: metric for scope in found.scope_metrics for metric in scope.metrics}
+    assert {name: metric.unit for name, metric in metrics.items()} == {
+        row.name: row.unit for row in documented() if "deliver" in row.source
+    }
+    (delivered,) = metrics["pillarbox.delivered"].sum.data_points
+    assert (delivered.as_int, metrics["pillarbox.delivered"].sum.is_monotonic) == (4, True)
+    assert [(entry.key, entry.value.string_value) for entry in delivered.attributes] == [("outbox", "box")]
+    (duration,) = metrics["pillarbox.flush.duration"].histogram.data_points
+    assert (duration.count, duration.explicit_bounds[0]) == (2, 0.001)
+    kept = {point.attributes[1].value.string_value: point.as_int for point in metrics["pillarbox.kept.files"].gauge.data_points}
+    assert kept == {"dead": 1, "quarantine": 1, "delivered": 0}
+
+
+def test_a_collector_that_does_not_answer_costs_seconds_at_the_end(tmp_path: Path) -> None:
+    """And no event."""
+    fill(tmp_path / "box")
+    with Server(always(HANG)) as collector:
+        began = time.monotonic()
+        end(*SINK, "--otlp", collector.url(""), cwd=tmp_path)
+        assert time.monotonic() - began < 45
+    assert not list((tmp_path / "box").glob("sealed-*"))
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"OTEL_METRICS_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "="},
+        {"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "="},
+    ],
+    ids=["nothing", "none", "disabled"],
+)
+def test_nothing_is_exported_where_the_environment_does_not_ask_for_it(tmp_path: Path, environ: dict[str, str]) -> None:
+    """Or asks for none."""
+    fill(tmp_path / "box")
+    with Server() as collector:
+        there = {name: collector.url("") if value == "=" else value for name, value in environ.items()}
+        end(*SINK, cwd=tmp_path, environ=there)
+    assert collector.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("127.0.0.1:4318", "--otlp: must be an address like http://127.0.0.1:4318"),
+        ("http://user:secret@127.0.0.1:4318", "--otlp: must have no password in it; OTEL_EXPORTER_OTLP_HEADERS is for that"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_a_usage_error(tmp_path: Path, url: str, said: str) -> None:
+    """Which does not repeat a password."""
+    process = deliver(*SINK, "--otlp", url, cwd=tmp_path)
+    told = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode == 2
+    assert said in told
+    assert "secret" not in told
