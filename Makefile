@@ -1,6 +1,6 @@
 # make run    take sample data through an outbox into SQLite, and show what arrived
 # make test   everything that must hold: linters, types, tests
-# make bench  what docs/benchmarks.md has, measured on this machine: printed, and in var/bench/results.json
+# make bench  what docs/dev/benchmarks.md has, measured on this machine: printed, and in var/bench/results.json
 # make torture MINUTES=10  crash states, faults, kills, cuts, interleavings, answers at random for so long, then every mutant
 # Each sets up what it needs in .venv. `pip install .` is enough to use the library.
 

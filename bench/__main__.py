@@ -29,7 +29,7 @@ def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, pl
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(found)}; all of them by default")
     parser.add_argument("--quick", action="store_true", help="with less of everything: to see that it runs")
     parser.add_argument("--seed", type=int, help="of the orders; at random by default")
-    parser.add_argument("--page", action="store_true", help="write docs/benchmarks.md, its charts and docs/benchmarks.json")
+    parser.add_argument("--page", action="store_true", help="write the page, charts and JSON in docs/dev")
     typed = parser.parse_args(arguments)
     for key in typed.sections:
         if key not in found:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, pl
     show(measured)
     print(f"\nEvery figure: {file}")
     if typed.page:
-        page.write(measured, ROOT / "docs")
+        page.write(measured, ROOT / "docs" / "dev")
     return 1 if any(section.failed for section in measured.sections) else 0
 
 

@@ -1,4 +1,4 @@
-"""`docs/benchmarks.md` and its charts, made of nothing but the results of one run; `python -m bench.page` makes them anew.
+"""`docs/dev/benchmarks.md` and its charts, made of nothing but the results of one run; `python -m bench.page` makes them anew.
 
 The page is the only place of these figures.
 """
@@ -136,4 +136,4 @@ def _bars(section: Section) -> list[chart.Bar]:
 
 
 if __name__ == "__main__":
-    write(results.decode((ROOT / "docs" / f"{NAME}.json").read_bytes()), ROOT / "docs")
+    write(results.decode((ROOT / "docs" / "dev" / f"{NAME}.json").read_bytes()), ROOT / "docs" / "dev")

@@ -1,8 +1,8 @@
 """A destination that comes back after an outage, simulated: where all who have waited call at once, and where they are paced.
 
 No time passes, and nothing is random but for the seed: the same seed gives the same figures on any machine, so that
-`make bench` leaves it out. `python -m bench.recovery` prints them, and writes them into `docs/pacing.md` and the plot into
-`docs/recovery.svg`.
+`make bench` leaves it out. `python -m bench.recovery` prints them, and writes them into `docs/how-to/drain.md` and the plot
+into `docs/dev/recovery.svg`.
 
 The server serves one call after the other. A call that nobody waits for any more is served all the same, as servers do: that is
 what makes the collapse. The clients are Pillarbox's own decisions (`policy`, `backoff`, `pacing`), told the simulation's time.
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
-PAGE: Final = DOCS / "pacing.md"
-PLOT: Final = DOCS / "recovery.svg"
+PAGE: Final = DOCS / "how-to" / "drain.md"
+PLOT: Final = DOCS / "dev" / "recovery.svg"
 BEGIN: Final = "<!-- python -m bench.recovery -->\n"
 END: Final = "<!-- end -->\n"
 SEEDS: Final = (1, 2, 3, 4, 5)

@@ -17,7 +17,7 @@ from bench.run import Options, run, shuffled
 
 from tests import fake_bench_section
 
-DOCS = ROOT / "docs"
+DOCS = ROOT / "docs" / "dev"
 KNOWN = sections.known(sections.MODULES)
 CHEAP = ("accept", "power", "draining", "deliver", "scale")
 

@@ -23,8 +23,8 @@ from pillarbox.sinks import schemes
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
-REFERENCE = (DOCS / "reference.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "deploy" / "README.md", *sorted(DOCS.glob("*.md"))]
+REFERENCE = (DOCS / "reference" / "settings.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "deploy" / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -32,8 +32,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def metric_rows() -> list[str]:
-    """The lines of the table in docs/metrics.md."""
-    return re.findall(r"^\| `pillarbox.*$", (DOCS / "metrics.md").read_text(), re.MULTILINE)
+    """The lines of the table in docs/reference/metrics.md."""
+    return re.findall(r"^\| `pillarbox.*$", (DOCS / "reference" / "metrics.md").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"))
@@ -101,7 +101,7 @@ def test_every_metric_is_documented_with_its_unit_and_where_it_comes_from() -> N
 
 def test_every_destination_has_a_row_in_the_guarantees() -> None:
     """What it tells repeats by, and what its acceptance survives."""
-    text = (DOCS / "guarantees.md").read_text().lower()
+    text = (DOCS / "explanation" / "guarantees.md").read_text().lower()
     for scheme in schemes():
         assert f"\n| {scheme.partition('+')[0]} |" in text
 
@@ -109,7 +109,7 @@ def test_every_destination_has_a_row_in_the_guarantees() -> None:
 def test_the_command_line_reference_is_up_to_date() -> None:
     """Mend it with tools/cli-reference."""
     reference = runpy.run_path(str(ROOT / "tools" / "cli-reference"))["reference"]
-    assert (DOCS / "cli.md").read_text() == reference()
+    assert (DOCS / "reference" / "cli.md").read_text() == reference()
 
 
 def test_no_document_names_a_path_of_the_machine_it_was_written_on() -> None:

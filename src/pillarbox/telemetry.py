@@ -1,7 +1,7 @@
 """What is counted: plain counters inside, OpenTelemetry instruments outside.
 
 The hot path touches no instrument: the instruments are observable, and read the counters when the application's metric reader
-asks. Without an OpenTelemetry SDK all of it is a no-op. Names, units and meaning are in `docs/metrics.md`.
+asks. Without an OpenTelemetry SDK all of it is a no-op. Names, units and meaning are in `docs/reference/metrics.md`.
 """
 
 from __future__ import annotations

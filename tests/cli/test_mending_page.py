@@ -1,4 +1,4 @@
-"""docs/mending.md: its commands run, and print what it says."""
+"""docs/how-to/dead-letters.md: its commands run, and print what it says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.admin.stage import payload, sealed
 from tests.cli.pages import as_run, without_what_differs
 from tests.cli.test_commands import run
 
-PAGE = Path(__file__).parents[2] / "docs" / "mending.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "dead-letters.md"
 
 
 def session(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""docs/resending.md: its commands run, and print what it says."""
+"""docs/how-to/redeliver.md: its commands run, and print what it says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.admin.stage import sealed
 from tests.cli.pages import as_run, without_what_differs
 from tests.cli.test_commands import run
 
-PAGE = Path(__file__).parents[2] / "docs" / "resending.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "redeliver.md"
 
 
 def session(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""docs/sessions.md: what the tools print, beside writers and a deliverer."""
+"""docs/reference/sessions.md: what the tools print, beside writers and a deliverer."""
 
 from __future__ import annotations
 
@@ -10,4 +10,5 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_recorded_sessions_are_what_the_tools_print_now() -> None:
     """Mend the page with tools/sessions."""
-    assert (ROOT / "docs" / "sessions.md").read_text() == runpy.run_path(str(ROOT / "tools" / "sessions"))["sessions"]()
+    page = (ROOT / "docs" / "reference" / "sessions.md").read_text()
+    assert page == runpy.run_path(str(ROOT / "tools" / "sessions"))["sessions"]()

@@ -1,4 +1,4 @@
-"""docs/tools.md: its commands run, and print what it says."""
+"""docs/how-to/inspect.md: its commands run, and print what it says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pillarbox import Outbox
 from tests.cli.pages import as_run, without_what_differs
 from tests.conftest import event
 
-PAGE = Path(__file__).parents[2] / "docs" / "tools.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "inspect.md"
 WRITER = r"(?<=writer )[0-9a-f-]{36}"
 TEN = 1_795_600_800_000_000  # 2026-11-25T10:00:00Z
 

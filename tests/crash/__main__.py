@@ -1,7 +1,7 @@
 """`make torture MINUTES=n`: every harness for its share of the time, two at once, and then every mutant.
 
 Prints the seeds and what was looked at, and ends with what a harness has found and what reproduces it. What a harness is
-about, its module says; `docs/guarantees.md` has what came of long runs.
+about, its module says; `docs/explanation/guarantees.md` has what came of long runs.
 
     .venv/bin/python -m tests.crash --minutes 10
     .venv/bin/python -m tests.crash --stage kills --seconds 60 --seed 7    one of them, as it is run from here

@@ -4,7 +4,7 @@ A mutant is a patch of the text of one module. It is applied to a copy of the pa
 process of its own, within bounds that take seconds, until the first violation. A mutant that no harness finds is either no
 defect, and then not in the list, or shows where the harnesses are blind.
 
-    .venv/bin/python -m tests.crash.mutants            all of them, and the table of `docs/mutants.md`
+    .venv/bin/python -m tests.crash.mutants            all of them, and the table of `docs/dev/mutants.md`
     .venv/bin/python -m tests.crash.mutants NAME ...   some of them
 """
 

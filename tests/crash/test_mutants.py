@@ -10,7 +10,7 @@ from tests.crash import mutants
 from tests.crash.mutants import HARNESSES, MUTANTS, Mutant
 
 MUTANTS_MIN = 30
-DOCS = mutants.ROOT / "docs" / "mutants.md"
+DOCS = mutants.ROOT / "docs" / "dev" / "mutants.md"
 # Each by a harness that finds it within seconds.
 SAMPLE = [
     ("sealed-unsynced", "enumeration"),

@@ -71,7 +71,7 @@ def test_every_alert_reads_what_is_documented_and_says_what_to_do(rule: dict[str
     assert metrics_in(rule["expr"]) <= KNOWN
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert set(rule["annotations"]) == {"summary", "description"}
-    commands = set(re.findall(r"^#+ (pillarbox .+)$", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE))
+    commands = set(re.findall(r"^#+ (pillarbox .+)$", (ROOT / "docs" / "reference" / "cli.md").read_text(), re.MULTILINE))
     groups = {command.rpartition(" ")[0] for command in commands if command.count(" ") == 2}
     for command in re.findall(r"pillarbox [a-z]+(?: [a-z]+)?", rule["annotations"]["description"]):
         words = command.split()

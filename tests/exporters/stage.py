@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pillarbox import Outbox, TrackingEvent
 
-DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
 ENVIRON = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("PILLARBOX_", "OTEL_"))},
     "no_proxy": "*",
@@ -31,7 +31,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 class Row(NamedTuple):
-    """One of the table in docs/metrics.md."""
+    """One of the table in docs/reference/metrics.md."""
 
     name: str
     unit: str
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 def documented() -> list[Row]:
-    """The table in docs/metrics.md."""
+    """The table in docs/reference/metrics.md."""
     lines = re.findall(r"^\| `pillarbox.*$", DOCS.read_text(), re.MULTILINE)
     cells = [[cell.strip(" `") for cell in line.split("|")] for line in lines]
     return [Row(name, unit, there, source) for _, name, unit, there, _, _, source, _ in cells]

@@ -86,7 +86,7 @@ def test_what_is_not_allowed_is_named_with_what_is(options: str, at_fault: str) 
 
 def test_every_option_and_every_remedy_is_in_the_guide() -> None:
     """With a row of its own; and no status that stops delivery is left out."""
-    guide = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    guide = (Path(__file__).parents[2] / "docs" / "how-to" / "http.md").read_text()
     table = guide[guide.index("| option |") : guide.index("User and password")]
     for name in _OPTIONS:
         assert f"`{name}`" in table, name

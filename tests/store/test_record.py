@@ -103,7 +103,7 @@ def test_a_right_checksum_does_not_make_bad_json_good() -> None:
 
 
 def test_the_golden_lines_are_what_we_write_and_read() -> None:
-    """`docs/format.md` shows this file; a change of format shows here."""
+    """`docs/reference/file-format.md` shows this file; a change of format shows here."""
     golden = (DATA / "golden" / "records.ndjson").read_bytes()
     payloads = [record.payload(line) for line in golden.split(b"\n")[:-1]]
     assert b"".join(record.line(payload) for payload in payloads) == golden

@@ -8,7 +8,7 @@ that a compressed copy may take its place. Bytes that are not a record are never
 delivered is gone, or kept where that is wanted.
 
 FILES. A file's name is its state, and a change of state is one rename; there is no other state. `layout.py` knows the names,
-`record.py` the lines; `docs/format.md` shows both.
+`record.py` the lines; `docs/reference/file-format.md` shows both.
 
     active-<writer>-<n>.ndjson   appended to by one writer, which holds its lock; a name is used once
     active.ndjson                left by an older writer that takes no lock; adopted, never written

@@ -1,4 +1,4 @@
-"""HTTP: `https://host/path`, one POST for each batch. `docs/http.md` is for its users.
+"""HTTP: `https://host/path`, one POST for each batch. `docs/how-to/http.md` is for its users.
 
 target.py    what the URL says, and what the environment adds
 bodies.py    how events become a body

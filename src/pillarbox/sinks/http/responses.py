@@ -111,7 +111,7 @@ def _accepted(reply: Reply, indexes: Sequence[int], hide: Callable[[str], str]) 
         if reply.status == 207:
             return Misconfigured(
                 "207: the server speaks of each event on its own, in a form that is not known: "
-                f"let it answer as docs/http.md says{_WAY_OUT}"
+                f"let it answer as docs/how-to/http.md says{_WAY_OUT}"
             )
         return Delivered(len(indexes))
     taken = len(indexes) - len(said.refused)
@@ -133,7 +133,7 @@ def _refused(reply: Reply, indexes: Sequence[int], hide: Callable[[str], str]) -
             if said.problem or (said.accepted or 0) + said.duplicates < taken:
                 problem = said.problem or "does not say what became of each event"
                 return Misconfigured(
-                    f"{reply.status}: the answer kept events, but {problem}: let it answer as docs/http.md says"
+                    f"{reply.status}: the answer kept events, but {problem}: let it answer as docs/how-to/http.md says"
                 )
             return Partly(said.refused, taken, min(said.duplicates, taken))
         if said.refused and not said.problem:

@@ -1,4 +1,4 @@
-"""SpacetimeDB: `spacetimedb://host:port/database`, over the server's HTTP interface. `docs/spacetimedb.md` is for its users.
+"""SpacetimeDB: `spacetimedb://host:port/database`, over the server's HTTP interface. Its manual: `docs/how-to/spacetimedb.md`.
 
 target.py    what the URL says
 schema.py    what the database says of itself

@@ -134,7 +134,7 @@ async def _is_there(lane: Lane, database: str) -> bool:
         tables, functions = ", ".join(schema.tables) or "none", ", ".join([*schema.functions, *schema.lifecycle]) or "none"
         raise NotPublished(
             f"{database} has another module (tables {tables}; functions {functions}), which is not overwritten: "
-            "choose another name, or take table and function into that module (docs/spacetimedb.md)"
+            "choose another name, or take table and function into that module (docs/how-to/spacetimedb.md)"
         )
     return True
 

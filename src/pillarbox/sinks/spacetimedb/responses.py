@@ -1,6 +1,6 @@
 """What a server's answer to a call means: a total function from (status, headers, text) to an `Answer`. Pure.
 
-Tried on standalone servers 1.2.0 and 2.8.3; the table is in docs/spacetimedb.md.
+Tried on standalone servers 1.2.0 and 2.8.3; the table is in docs/how-to/spacetimedb.md.
 """
 
 from __future__ import annotations

@@ -299,7 +299,7 @@ class SpacetimeDbSink:
         if fit.confirms:
             findings += await self._check_query()
         if target.server.startswith("https"):
-            text = "what ends TLS must end with the server: a proxy that outlives it would confirm for it (docs/spacetimedb.md)"
+            text = "what ends TLS must end with the server: a proxy that outlives it would confirm for it (see docs/how-to)"
             findings.append(Finding(ok=True, text=text))
         kind = fit.fitting.function.kind
         findings.append(Finding(ok=True, text=f"{target.database}: {kind} {target.function} takes {self._event_type.__name__}"))
