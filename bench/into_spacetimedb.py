@@ -68,7 +68,7 @@ class Server:
         self.port = port
         self.token = json.loads(self.ask("POST", "/v1/identity"))["token"]
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/wasm"}
-        self.ask("PUT", "/v1/database/bench", publish.wasm("tracking_event_v1.wasm"), headers)
+        self.ask("PUT", "/v1/database/bench", publish.read_wasm("tracking_event_v1.wasm"), headers)
 
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> bytes:
         """The body of an answer."""

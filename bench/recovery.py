@@ -24,7 +24,7 @@ from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.lineup import Lineup
 from pillarbox.delivery.pacing import Pacer, Pacing
 from pillarbox.delivery.policy import Lately, Rules, Settle, Stop, Wait
-from pillarbox.sinks.base import Answer, Delivered, Retry
+from pillarbox.sinks.base import Delivered, DeliveryResult, Retry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -245,7 +245,7 @@ class Client:
             call.given_up = True
             self.hear(call, Retry("no answer"))
 
-    def hear(self, call: Call, answer: Answer) -> None:
+    def hear(self, call: Call, answer: DeliveryResult) -> None:
         """What became of a call."""
         simulation, file = self._simulation, call.file
         call.answered = True

@@ -14,7 +14,7 @@ import pytest
 
 from pillarbox import errors, telemetry
 from pillarbox.delivery.state import StateName
-from pillarbox.exporters.collector import STANDING
+from pillarbox.exporters.collector import DIRECTORY_METRICS
 from pillarbox.exporters.prometheus import prometheus_name
 from pillarbox.outcome import DROP_REASONS
 from pillarbox.settings import _ALIASES, Settings
@@ -88,7 +88,7 @@ def test_every_metric_is_documented_with_its_unit_and_where_it_comes_from() -> N
     duration = telemetry.Metric(*telemetry.FLUSH_DURATION, "gauge", list)  # a histogram's name is made as a gauge's
     sources = {
         "application": [*telemetry.PENDING, *telemetry.WRITING, *telemetry.DELIVERING, duration],
-        "deliver": [*telemetry.DELIVERING, *STANDING, duration],
+        "deliver": [*telemetry.DELIVERING, *DIRECTORY_METRICS, duration],
     }
     ours: dict[tuple[str, str, str], str] = {}
     for source, metrics in sources.items():

@@ -18,7 +18,7 @@ from pillarbox import Dropped, Enqueued, InvalidEvent, Outbox, OutboxFull, Outco
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.hooks import Hooks
 from pillarbox.outcome import Durability
-from pillarbox.sinks.base import Partly, Refusal
+from pillarbox.sinks.base import PartialFailure, Rejection
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
 
@@ -368,8 +368,8 @@ def test_a_dead_letter_is_reported_once_it_is_on_disk(tmp_path: Path, caplog: py
         told.append((json.loads(bytes(letter.event))["event_id"], letter.reason, on_disk))
         raise SystemExit
 
-    refusals = {0: Refusal("bad", "too blue"), 2: Refusal("bad", "too red")}
-    sink = RecordingSink([Partly(refusals, accepted=1, duplicates=0)])
+    refusals = {0: Rejection("bad", "too blue"), 2: Rejection("bad", "too red")}
+    sink = RecordingSink([PartialFailure(refusals, accepted=1, duplicates=0)])
     with Outbox(str(tmp_path / "outbox"), sink=sink, on_dead_letter=on_dead_letter, flush_interval=60) as outbox:
         outbox.enqueue_many([event(number) for number in range(3)])
         assert outbox.flush(60)

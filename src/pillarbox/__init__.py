@@ -11,7 +11,7 @@ sinks/         one destination, one module or package
 cli/           an edge: delete it, and a working library is left
 """
 
-from pillarbox.errors import ConfigurationError, DirectoryUnusable, InvalidEvent, OutboxFull, PillarboxError, SinkUnusable
+from pillarbox.errors import ConfigurationError, DirectoryUnusable, InvalidEvent, OutboxFull, PillarboxError, SinkUnusableError
 from pillarbox.event import ScopeKind, TrackingEvent
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped, Enqueued, Outcome
@@ -30,7 +30,7 @@ __all__ = [
     "PillarboxError",
     "ScopeKind",
     "Settings",
-    "SinkUnusable",
+    "SinkUnusableError",
     "Stats",
     "TrackingEvent",
     "resolve",

@@ -1,6 +1,6 @@
 """Every way in which Pillarbox says no, on one screen.
 
-An error's base class says whose fault it is: `UsageError` is the caller's (mend the call or the setting), `WorldError` is
+An error's base class says whose fault it is: `UsageError` is the caller's (mend the call or the setting), `OperationalError` is
 the machine's or the destination's (mend the disk, the directory, the server). Anything else that escapes is a defect of ours.
 `enqueue` raises none of these unless it was asked to: it answers `Dropped(reason)`.
 """
@@ -14,7 +14,7 @@ class UsageError(PillarboxError, ValueError):
     """The call or the setting is wrong; nothing was done."""
 
 
-class WorldError(PillarboxError):
+class OperationalError(PillarboxError):
     """The disk or the destination is not as it must be."""
 
 
@@ -37,7 +37,7 @@ class InvalidEvent(UsageError):  # noqa: N818 - the name is part of the public c
         self.problem = problem
 
 
-class OutboxFull(WorldError):  # noqa: N818 - reads as the sentence it is
+class OutboxFull(OperationalError):  # noqa: N818 - reads as the sentence it is
     """With `when_full="raise"`: there is no room for the event, which is nowhere; `reason` is that of `Dropped`."""
 
     def __init__(self, path: str, reason: str) -> None:
@@ -46,7 +46,7 @@ class OutboxFull(WorldError):  # noqa: N818 - reads as the sentence it is
         self.reason = reason
 
 
-class DirectoryUnusable(WorldError):  # noqa: N818 - reads as the sentence it is
+class DirectoryUnusable(OperationalError):  # noqa: N818 - reads as the sentence it is
     """The outbox directory cannot be used; `remedy` says what would put it right."""
 
     def __init__(self, path: str, problem: str, remedy: str) -> None:
@@ -55,11 +55,11 @@ class DirectoryUnusable(WorldError):  # noqa: N818 - reads as the sentence it is
         self.remedy = remedy
 
 
-class SinkUnusable(WorldError):  # noqa: N818 - reads as the sentence it is
+class SinkUnusableError(OperationalError):
     """The destination cannot take events as it is set up; the message names the way out."""
 
 
-class FileUnusable(WorldError):  # noqa: N818 - reads as the sentence it is
+class FileUnusable(OperationalError):  # noqa: N818 - reads as the sentence it is
     """A file under one of our names is not ours to use (a link, a device, another owner); it is left alone."""
 
     def __init__(self, path: str, problem: str) -> None:

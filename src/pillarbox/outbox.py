@@ -326,7 +326,7 @@ class Outbox:
         if self.settings.keep_delivered is not None:
             way_out = "`pillarbox resend` sends again what that loses, from what keep_delivered keeps"
         for sink, text in self._sinks.values():
-            if sink.traits.survives != "power":
+            if sink.capabilities.survives != "power":
                 log.warning(
                     '%s: with durability "power" an event survives here what it does not survive at %s once delivered; %s',
                     self.name,

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from pillarbox.delivery.settlement import KEPT, NOBODY
 from pillarbox.delivery.worker import Worker
-from pillarbox.sinks.base import Answer, Batch, Delivered
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
 from pillarbox.store import layout, record
 from pillarbox.store.audit import audit, audit_queues
 from pillarbox.store.directory import Directory
@@ -66,7 +66,7 @@ class Destination(RecordingSink):
         self._disk = disk
         self._name = name
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         """Take it."""
         arrivals = [(self._name, batch.id, number_of(bytes(payload))) for payload in batch.payloads]
         self._disk.mark(("arrived", arrivals))

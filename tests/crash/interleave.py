@@ -33,7 +33,7 @@ from pillarbox.clock import Clock
 from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.worker import Worker
-from pillarbox.sinks.base import Answer, Batch, Delivered, Sink
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Sink
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
@@ -183,7 +183,7 @@ class Destination(RecordingSink):
         super().__init__()
         self.process = process
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         process = self.process
         process.point("deliver", batch.id)
         process.world.delivered += [(bytes(payload), batch.id) for payload in batch.payloads]

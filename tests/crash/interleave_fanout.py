@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from pillarbox.sinks.base import Answer, Batch, Delivered
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
@@ -36,7 +36,7 @@ class Destination(RecordingSink):
         self._process = process
         self._sink = sink
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         self._process.point("deliver", f"{self._sink} {batch.id}")
         self._process.world.delivered += [(bytes(payload), f"{self._sink} {batch.id}") for payload in batch.payloads]
         return Delivered(len(batch))

@@ -18,7 +18,7 @@ from pillarbox.delivery import settlement
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.errors import DirectoryUnusable
 from pillarbox.outcome import Enqueued
-from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Partly, Refusal, Traits
+from pillarbox.sinks.base import Batch, CheckResult, Delivered, DeliveryResult, PartialFailure, Rejection, SinkCapabilities
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
@@ -50,7 +50,7 @@ STEPS: Final = {
     "S": "a round of the second process's sealer",
     "K": "kill the second process",
 }
-NO: Final = Refusal("no", "negative")
+NO: Final = Rejection("no", "negative")
 _NUMBER: Final = re.compile(rb'\{"n":(-?\d+)\}')
 _RECORD: Final = re.compile(
     rb'^\{"event":\{"n":(-?\d+)\},"crc":"[0-9a-f]{8}"\}\n', re.MULTILINE
@@ -165,7 +165,7 @@ class Account:
 class Destination:
     """Takes everything but what is negative."""
 
-    traits = Traits(deduplicates_by="nothing", survives="power")
+    capabilities = SinkCapabilities(deduplicates_by="nothing", survives="power")
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -177,22 +177,22 @@ class Destination:
     def prepare(self, batch: Batch) -> None:
         pass
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         return self.answer(batch.payloads)
 
-    def answer(self, payloads: Sequence[bytes]) -> Answer:
+    def answer(self, payloads: Sequence[bytes]) -> DeliveryResult:
         """Take, and note it in the trace."""
         numbers = list(map(number_of, payloads))
         self.arrived += numbers
         taken = {number for number in numbers if number >= 0}
         self._disk.mark(("delivered", taken))
         refused = {index: NO for index, number in enumerate(numbers) if number < 0}
-        return Partly(refused, len(taken)) if refused else Delivered(len(taken))
+        return PartialFailure(refused, len(taken)) if refused else Delivered(len(taken))
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
         raise AssertionError
 
-    async def check(self) -> Iterable[Finding]:
+    async def check(self) -> Iterable[CheckResult]:
         raise AssertionError
 
     async def close(self) -> None:
@@ -456,9 +456,9 @@ def deliver(directory: Directory, destination: Destination) -> None:
         batch = layout.batch_id(name)
         if contents.spans:
             settlement.keep_damaged(directory, batch, data, contents.spans)
-        if isinstance(answer, Partly):
+        if isinstance(answer, PartialFailure):
             settlement.keep_dead(
-                directory, batch, {index: _letter(contents.payloads[index], index) for index in answer.refused}
+                directory, batch, {index: _letter(contents.payloads[index], index) for index in answer.rejected}
             )
         directory.remove(name)
         filesystem.close(taken.fd)

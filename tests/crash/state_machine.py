@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from pillarbox.outcome import DROPPED
-from pillarbox.sinks.base import Answer, Batch, Delivered, Refusal, Refused, Retry
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Rejected, Rejection, Retry
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.group_commit import Committer
@@ -131,7 +131,7 @@ class Destination(RecordingSink):
         self._machine = machine
         self._orders = deque(orders)
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         order = self._orders.popleft() if self._orders else "take"
         if order != "take":
             self._machine.may_repeat = True
@@ -139,7 +139,7 @@ class Destination(RecordingSink):
             return Retry("not now")
         if order == "refuse":
             self._machine.may_reorder = True  # the others of the batch are sent without it, and perhaps again with it
-            return Refused(Refusal("no", "it says so"))
+            return Rejected(Rejection("no", "it says so"))
         self._machine.delivered += [(bytes(payload), batch.id.partition(":")[0]) for payload in batch.payloads]
         if order == "take and fail":
             raise OSError("cut off")

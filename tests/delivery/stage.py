@@ -12,7 +12,7 @@ from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.settlement import KEPT, Callbacks, Kept
 from pillarbox.delivery.worker import Worker
-from pillarbox.sinks.base import Answer, Batch, Refusal, Refused
+from pillarbox.sinks.base import Batch, DeliveryResult, Rejected, Rejection
 from pillarbox.store import layout, record
 from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import RecordingSink
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
 
 QUICK = Rules(interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
-NO = Refusal("no", "it says so")
+NO = Rejection("no", "it says so")
 
 
 def seal(place: Directory, stamp: int, *payloads: bytes, raw: bytes = b"") -> str:
@@ -67,10 +67,10 @@ def left(place: Directory) -> list[str]:
 class Poisoned(RecordingSink):
     """Refuses every call that holds the poison, and does not say why."""
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         if any(b"poison" in payload for payload in batch.payloads):
             self.calls.append(batch.id)
-            return Refused(NO)
+            return Rejected(NO)
         return await super().deliver(batch)
 
 

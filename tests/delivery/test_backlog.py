@@ -116,7 +116,7 @@ def test_a_backlog_in_parts_is_delivered_in_order(place: Directory, in_flight: i
     """All of it, and nothing twice."""
     fill(place, 9)
     sink = RecordingSink()
-    sink.traits = sink.traits._replace(combines=combines, concurrent=True)
+    sink.capabilities = sink.capabilities._replace(combines_files=combines, concurrent=True)
     drain(worker_for(place, sink, rules=PARTS._replace(max_in_flight=in_flight)))
     assert sink.payloads == [b"%d" % stamp for stamp in range(1, 10)]
     assert left(place) == []

@@ -18,7 +18,7 @@ from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.event import new_event_id, now_micros
 from pillarbox.sinks import sqlite
-from pillarbox.sinks.base import Answer, Batch, Refused, Retry
+from pillarbox.sinks.base import Batch, DeliveryResult, Rejected, Retry
 from pillarbox.store import compression, layout, record
 from pillarbox.store.audit import _look, audit
 from pillarbox.store.directory import Directory
@@ -138,16 +138,16 @@ def test_it_rests_as_long_as_it_works_and_lists_seldom(place: Directory, clock: 
 class Away(RecordingSink):
     """Answers the same to every call until it is back."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: DeliveryResult) -> None:
         super().__init__()
-        self.answer: Answer | None = answer
+        self.answer: DeliveryResult | None = answer
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         return await super().deliver(batch) if self.answer is None else self.answer
 
 
-@pytest.mark.parametrize("answer", [Retry("not now"), Refused(NO)], ids=["waiting", "stopped"])
-def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Directory, answer: Retry | Refused) -> None:
+@pytest.mark.parametrize("answer", [Retry("not now"), Rejected(NO)], ids=["waiting", "stopped"])
+def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Directory, answer: Retry | Rejected) -> None:
     """Each batch arrives once, in order, under its id; what is refused keeps its history; the limits hear what is saved."""
     names = fill(place, 30)
     before = place.account().pending_bytes
@@ -166,7 +166,7 @@ def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Direct
         wait_until(lambda: not place.sealed())
     finally:
         thread.stop(60.0)
-    assert list(sink.batches) == [layout.batch_id(name) for name in names] or isinstance(answer, Refused)
+    assert list(sink.batches) == [layout.batch_id(name) for name in names] or isinstance(answer, Rejected)
     assert sorted(sink.batches) == [layout.batch_id(name) for name in names]
     assert worker.counters.delivered == 3000
     assert worker.counters.dead == 0

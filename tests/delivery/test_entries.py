@@ -8,7 +8,7 @@ import pytest
 
 from pillarbox.delivery.settlement import GROUP_MAX, KEPT, Kept
 from pillarbox.delivery.worker import Worker
-from pillarbox.sinks.base import Traits
+from pillarbox.sinks.base import SinkCapabilities
 from pillarbox.store import layout
 from pillarbox.store.audit import audit
 from pillarbox.store.directory import Directory
@@ -60,7 +60,7 @@ class Watching(RealFilesystem):
 def ledgered(place: Directory, sink: RecordingSink, kept: Kept = KEPT) -> tuple[Worker, Watching, Directory]:
     watching, clock = Watching(), ManualClock()  # no time passes: only their number has files go
     directory = Directory(place.path, watching, clock)
-    sink.traits = Traits(deduplicates_by="event_id", survives="process")
+    sink.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
     ledger = Ledger(directory, clock)
     return (
         Worker(directory, sink, "test", clock, QUICK, DeliveryCounters(), kept=kept, ledger=ledger),

@@ -11,7 +11,7 @@ from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.policy import AGE_PROOF_S, Rules
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
-from pillarbox.sinks.base import Answer, Batch, Delivered, Partly, Refused, Retry, Traits
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, PartialFailure, Rejected, Retry, SinkCapabilities
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
@@ -31,15 +31,15 @@ class Flapping(RecordingSink):
 
     def __init__(self) -> None:
         super().__init__()
-        self.traits = Traits("event_id", "power")
+        self.capabilities = SinkCapabilities("event_id", "power")
         self.accepts = 0.0
         self.calls_since = 0  # the last success
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         if not self.accepts:
             self.calls_since += 1
             self.calls.append(batch.id)
-            return Refused(NO)
+            return Rejected(NO)
         self.accepts -= 1
         self.calls_since = 0
         return await super().deliver(batch)
@@ -126,9 +126,9 @@ def test_records_that_are_named_one_a_call_cost_a_bounded_number_of_calls(place:
     """A destination that names only the first it refuses, of records that are all refused, is halved no further either."""
 
     class Naming(RecordingSink):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             self.calls.append(batch.id)
-            return Partly({0 if first_only else len(batch) - 1: NO}, None)
+            return PartialFailure({0 if first_only else len(batch) - 1: NO}, None)
 
     batch = seal(place, 1, *[b'"%d"' % number for number in range(500)])
     sink = Naming()
@@ -146,7 +146,7 @@ def test_a_deploy_that_goes_bad_in_the_middle_of_a_batch_gives_up_none_of_it(pla
     class Halfway(Flapping):
         mended = False
 
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             if len(self.calls) == 1:
                 self.accepts = max(self.accepts, 1)
             if self.mended and ":" not in batch.id:  # not in the middle of a try: what was refused of it would be final
@@ -173,17 +173,17 @@ def test_a_stop_that_a_call_under_way_has_ended_is_not_told(place: Directory) ->
     """Three are refused while a fourth is on its way, and is accepted: no outage, and no wait."""
 
     class Mixed(RecordingSink):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             self.calls.append(batch.id)
             if int(batch.payloads[0]) <= RULES.outage_after:
-                return Refused(NO)
+                return Rejected(NO)
             await asyncio.sleep(0.05)
             return Delivered(len(batch))
 
     for stamp in range(1, 9):
         seal(place, stamp, b"%d" % stamp)
     sink = Mixed()
-    sink.traits = sink.traits._replace(concurrent=True)
+    sink.capabilities = sink.capabilities._replace(concurrent=True)
     worker = worker_for(place, sink, rules=RULES._replace(max_in_flight=4, recheck_s=60.0))
     thread = DeliveryThread(worker)
     thread.start()
@@ -194,14 +194,16 @@ def test_a_stop_that_a_call_under_way_has_ended_is_not_told(place: Directory) ->
     assert worker.counters.failed_flushes == 0
 
 
-@pytest.mark.parametrize("answer", [Refused(NO), Partly({0: NO}, None), Retry("not now")], ids=["refused", "named", "not now"])
-def test_an_age_limit_comes_whatever_the_destination_says(place: Directory, answer: Answer) -> None:
+@pytest.mark.parametrize(
+    "answer", [Rejected(NO), PartialFailure({0: NO}, None), Retry("not now")], ids=["refused", "named", "not now"]
+)
+def test_an_age_limit_comes_whatever_the_destination_says(place: Directory, answer: DeliveryResult) -> None:
     """Also where it refuses instead of asking for time: not before the limit has had time to prove itself."""
     clock = MovingClock()
     begun = clock.monotonic()
 
     class Refusing(RecordingSink):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             self.calls.append(batch.id)
             clock.advance(20.0)
             return answer

@@ -122,7 +122,7 @@ def test_a_sink_object_may_be_among_them(box: Path) -> None:
 
 def test_flush_waits_for_every_sink(box: Path) -> None:
     """One that is slow to accept makes it wait, although the other had it all at once."""
-    slow = RecordingSink([Retry("not yet", after=0.3)])
+    slow = RecordingSink([Retry("not yet", after_s=0.3)])
     with Outbox(str(box), sinks={"slow": slow, "warehouse": database(box, "warehouse")}) as outbox:
         fill(outbox, 10)
         assert outbox.flush(60)

@@ -14,8 +14,18 @@ from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.errors import SinkUnusable
-from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refusal, Refused, Retry, Unconfirmed
+from pillarbox.errors import SinkUnusableError
+from pillarbox.sinks.base import (
+    Batch,
+    Delivered,
+    DeliveryResult,
+    Misconfigured,
+    PartialFailure,
+    Rejected,
+    Rejection,
+    Retry,
+    UnconfirmedError,
+)
 from pillarbox.store import layout
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
@@ -58,12 +68,12 @@ class Answering(RecordingSink):
     """Gives one answer to every call."""
 
     def __init__(self, answer: object, *, confirms: bool = False) -> None:
-        super().__init__(confirms=confirms, window=4)
+        super().__init__(needs_confirmation=confirms, unconfirmed_max=4)
         self.answer = answer
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         self.calls.append(batch.id)
-        return cast("Answer", self.answer)
+        return cast("DeliveryResult", self.answer)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +81,12 @@ class Answering(RecordingSink):
     [
         None,
         "accepted",
-        Partly({}, None),
-        Partly({}, 2),
-        Partly({7: NO}, None),
-        Partly({-1: NO}, 1),
-        Partly({0: NO}, 2),
-        Partly({0: NO}, 0),
+        PartialFailure({}, None),
+        PartialFailure({}, 2),
+        PartialFailure({7: NO}, None),
+        PartialFailure({-1: NO}, 1),
+        PartialFailure({0: NO}, 2),
+        PartialFailure({0: NO}, 0),
         Delivered(1),
         Delivered(3),
         Delivered(-1),
@@ -113,11 +123,11 @@ def test_an_index_before_the_part_condemns_no_record_that_was_accepted(place: Di
     """The second half of a batch cannot be refused by what stands in the first."""
 
     class Wrong(RecordingSink):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             self.calls.append(batch.id)
             if ":" not in batch.id:
-                return Refused(NO)
-            return Partly({-1: NO}, 2) if batch.first else Delivered(len(batch))
+                return Rejected(NO)
+            return PartialFailure({-1: NO}, 2) if batch.first_index else Delivered(len(batch))
 
     seal(place, 1, b'"a"', b'"b"', b'"c"', b'"d"')
     worker = worker_for(place, Wrong(), rules=ONCE)
@@ -130,7 +140,7 @@ class Faulty(RecordingSink):
     """Raises once in one of its methods, and is well afterwards."""
 
     def __init__(self, where: str, error: BaseException) -> None:
-        super().__init__(confirms=True, window=2)
+        super().__init__(needs_confirmation=True, unconfirmed_max=2)
         self.where = where
         self.error: BaseException | None = error
 
@@ -147,7 +157,7 @@ class Faulty(RecordingSink):
     def prepare(self, batch: Batch) -> None:
         self._act("prepare")
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         await asyncio.sleep(0.01)
         self._act("deliver")
         return await super().deliver(batch)
@@ -186,7 +196,7 @@ def test_a_call_that_the_sink_cancels_itself_is_made_again(place: Directory) -> 
     sink = Faulty("deliver", asyncio.CancelledError())
     worker = worker_for(place, sink)
     deliver_all(worker)
-    assert (worker.last_error, sink.opened, sink.payloads) == ("the sink cancelled its own call", 1, [b"1"])
+    assert (worker.last_error, sink.open_count, sink.payloads) == ("the sink cancelled its own call", 1, [b"1"])
 
 
 def test_a_prepare_that_raises_repeats_no_call_that_is_under_way(place: Directory) -> None:
@@ -196,7 +206,7 @@ def test_a_prepare_that_raises_repeats_no_call_that_is_under_way(place: Director
     begun: list[str] = []
 
     class Unprepared(Faulty):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             begun.append(batch.id)
             return await super().deliver(batch)
 
@@ -214,7 +224,7 @@ class Deaf(RecordingSink):
         self.cancelled = self.under_way = self.most = 0
         self.over = False
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         while not self.over:
@@ -270,7 +280,7 @@ def test_what_hangs_is_given_up_and_tried_again(place: Directory, where: str) ->
             return await super().confirm(batches)
 
     seal(place, 1, b"1")
-    sink = Hanging(confirms=True)
+    sink = Hanging(needs_confirmation=True)
     worker = worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.1))
     deliver_all(worker)
     assert (sink.hung, sink.payloads, left(place)) == (1, [b"1"], [])
@@ -290,7 +300,7 @@ def test_a_confirmation_that_cannot_be_settles_nothing(place: Directory, sure: o
             return await super().confirm(batches) if self.is_mended else cast("int", sure)
 
     batch = seal(place, 1, b"1")
-    sink = Unsure(confirms=True, window=2)
+    sink = Unsure(needs_confirmation=True, unconfirmed_max=2)
     clock = MovingClock()
     worker = worker_for(place, sink, rules=QUICK._replace(recheck_s=60.0), clock=clock)
     with delivering(worker):
@@ -308,7 +318,7 @@ def test_a_confirmation_that_cannot_be_settles_nothing(place: Directory, sure: o
 def test_a_refusal_in_any_text_becomes_a_dead_letter(place: Directory, *, confirms: bool) -> None:
     """Also one that no file could hold as it is."""
     batch = seal(place, 1, b'"good"', b'"bad"')
-    worker = worker_for(place, Answering(Partly({1: Refusal(LONE, LONE)}, 1), confirms=confirms))
+    worker = worker_for(place, Answering(PartialFailure({1: Rejection(LONE, LONE)}, 1), confirms=confirms))
     deliver_all(worker)
     assert left(place) == [layout.dead_name(batch)]
     letter = json.loads(Path(place.at(layout.dead_name(batch))).read_bytes())
@@ -318,7 +328,7 @@ def test_a_refusal_in_any_text_becomes_a_dead_letter(place: Directory, *, confir
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("where", ["open", "deliver", "confirm"])
 @pytest.mark.parametrize(
-    "error", [OSError(LONE), SinkUnusable(LONE), Unconfirmed(LONE)], ids=["error", "unusable", "unconfirmed"]
+    "error", [OSError(LONE), SinkUnusableError(LONE), UnconfirmedError(LONE)], ids=["error", "unusable", "unconfirmed"]
 )
 def test_what_is_raised_in_any_text_is_told(place: Directory, where: str, error: Exception) -> None:
     """In the state and in the heartbeat; then everything arrives."""
@@ -334,7 +344,7 @@ def test_what_is_raised_in_any_text_is_told(place: Directory, where: str, error:
 
 
 @pytest.mark.parametrize("answer", [Retry(LONE), Misconfigured(LONE)], ids=["retry", "misconfigured"])
-def test_an_answer_in_any_text_is_told(place: Directory, answer: Answer) -> None:
+def test_an_answer_in_any_text_is_told(place: Directory, answer: DeliveryResult) -> None:
     """It delays the batch, and nothing else."""
     seal(place, 1, b"1")
     sink = RecordingSink([answer])

@@ -11,7 +11,7 @@ import pytest
 from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.sinks.base import Answer, Batch, Delivered, Refusal, Refused, Retry, Traits
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Rejected, Rejection, Retry, SinkCapabilities
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
@@ -24,13 +24,13 @@ class Slow(RecordingSink):
     """Takes its time, longer for the earlier batches; counts how many calls are under way at once."""
 
     def __init__(self, *, concurrent: bool = True, confirms: bool = False) -> None:
-        super().__init__(confirms=confirms, window=16)
-        self.traits = self.traits._replace(concurrent=concurrent)
+        super().__init__(needs_confirmation=confirms, unconfirmed_max=16)
+        self.capabilities = self.capabilities._replace(concurrent=concurrent)
         self.under_way = 0
         self.most = 0
         self.chance = random.Random(1)
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         try:
@@ -72,7 +72,7 @@ def test_when_the_destination_asks_for_time_all_that_are_under_way_give_it(place
             self.times: list[float] = []
             self.asked_at: float | None = None
 
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             now = asyncio.get_running_loop().time()
             self.times.append(now)
             if len(self.times) == 3:
@@ -97,14 +97,14 @@ def test_one_that_fails_does_not_keep_the_others_from_being_settled(place: Direc
     """Whatever each of them is answered, every record arrives once or is a dead letter."""
 
     class Random(Slow):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             match self.chance.randrange(5):
                 case 0:
                     return Retry("not now")
                 case 1:
                     raise OSError("cut")
                 case 2 if len(batch) > 1:
-                    return Refused(Refusal("too_large", "half of it would do"))
+                    return Rejected(Rejection("too_large", "half of it would do"))
             return await super().deliver(batch)
 
     for stamp in range(1, 61):
@@ -122,11 +122,11 @@ def test_told_to_end_it_finishes_the_calls_that_are_under_way(place: Directory) 
     class Held(RecordingSink):
         def __init__(self) -> None:
             super().__init__()
-            self.traits = Traits(deduplicates_by="nothing", survives="process", concurrent=True)
+            self.capabilities = SinkCapabilities(deduplicates_by="nothing", survives="process", concurrent=True)
             self.waiting = 0
             self.go_on = asyncio.Event()
 
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             self.waiting += 1
             await self.go_on.wait()
             if batch.payloads == [b"2"]:
@@ -154,7 +154,7 @@ def test_a_time_that_is_named_is_kept_exactly(place: Directory, after: float) ->
     times: list[float] = []
 
     class Timed(RecordingSink):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             times.append(asyncio.get_running_loop().time())
             return await super().deliver(batch)
 
@@ -169,7 +169,7 @@ def test_a_call_that_takes_too_long_is_given_up_and_made_again(place: Directory)
     hung: list[str] = []
 
     class Hanging(RecordingSink):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             if not hung:
                 hung.append(batch.id)
                 await asyncio.sleep(60)

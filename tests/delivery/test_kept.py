@@ -11,7 +11,7 @@ import pytest
 from pillarbox.delivery.policy import AGE_PROOF_S
 from pillarbox.delivery.settlement import Kept
 from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.sinks.base import Answer, Batch, Partly, Retry
+from pillarbox.sinks.base import Batch, DeliveryResult, PartialFailure, Retry
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
@@ -22,10 +22,10 @@ from tests.delivery.stage import NO, QUICK, MovingClock, drain, left, seal, work
 class Picky(RecordingSink):
     """Names the poisoned records and keeps the others."""
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         refused = {index: NO for index, payload in enumerate(batch.payloads) if b"poison" in payload}
         answer = await super().deliver(batch)
-        return Partly(refused, len(batch) - len(refused)) if refused else answer
+        return PartialFailure(refused, len(batch) - len(refused)) if refused else answer
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ class Down(RecordingSink):
         super().__init__()
         self.clock, self.seconds, self.left = clock, seconds, calls
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         self.clock.advance(self.seconds)
         self.left -= 1
         return Retry("down") if self.left >= 0 else await super().deliver(batch)
@@ -139,7 +139,7 @@ def test_a_clock_that_jumps_makes_nothing_old(place: Directory, jump: float) -> 
     seal(place, clock.micros(), b"1")
 
     class Jumping(Down):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             clock.step(jump)
             return await super().deliver(batch)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pillarbox import Outbox
-from pillarbox.sinks.base import Answer, Batch, Delivered, Partly, Refusal, Traits
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, PartialFailure, Rejection, SinkCapabilities
 from pillarbox.store import layout, reader
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
@@ -47,8 +47,8 @@ class Hanging(RecordingSink):
     """Answers no call; deaf to being cancelled, too, where that is asked for."""
 
     def __init__(self, *, deaf: bool = False, confirms: bool = False, hangs_in: str = "deliver") -> None:
-        super().__init__(confirms=confirms, window=4)
-        self.traits = self.traits._replace(concurrent=True)
+        super().__init__(needs_confirmation=confirms, unconfirmed_max=4)
+        self.capabilities = self.capabilities._replace(concurrent=True)
         self.deaf = deaf
         self.hangs_in = hangs_in
         self.under_way = 0
@@ -68,7 +68,7 @@ class Hanging(RecordingSink):
     async def open(self) -> None:
         await self._hang("open")
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         await self._hang("deliver")
         return await super().deliver(batch)
 
@@ -176,7 +176,7 @@ def test_a_file_whose_reading_fails_is_let_go_of(
     for stamp in range(1, 5):
         seal(place, stamp, b"%d" % stamp)
     sink = RecordingSink()
-    sink.traits = sink.traits._replace(concurrent=True, combines=combines)
+    sink.capabilities = sink.capabilities._replace(concurrent=True, combines_files=combines)
     worker = worker_for(place, sink, rules=QUICK._replace(max_in_flight=in_flight))
     with delivering(worker):
         wait_until(lambda: left(place) == [])
@@ -198,15 +198,15 @@ def test_a_file_whose_settling_fails_is_let_go_of(
     calls = fails_at(monkeypatch, settlement, name, error, 1)
 
     class Naming(RecordingSink):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             bad = [index for index, payload in enumerate(batch.payloads) if payload == b'"bad"']
-            answer = Partly(dict.fromkeys(bad, NO), len(batch) - len(bad)) if bad else Delivered(len(batch))
-            self.answers.append(answer)
+            answer = PartialFailure(dict.fromkeys(bad, NO), len(batch) - len(bad)) if bad else Delivered(len(batch))
+            self.results.append(answer)
             return await super().deliver(batch)
 
     first = seal(place, 1, b'"good"', b'"bad"', raw=b"torn\n")
     second = seal(place, 2, b'"next"')
-    sink = Naming(confirms=confirms, window=4)
+    sink = Naming(needs_confirmation=confirms, unconfirmed_max=4)
     worker = worker_for(place, sink)
     with delivering(worker):
         wait_until(
@@ -221,9 +221,9 @@ def test_a_file_whose_settling_fails_is_let_go_of(
 def test_a_refusal_that_is_none_leaves_no_descriptor(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sink that names records by text instead of by a refusal: the file stays, and is anybody's."""
     monkeypatch.setattr("pillarbox.delivery.thread._RESTART_S", 0.01)
-    wrong: dict[int, Refusal] = {1: "no such scope"}  # type: ignore[dict-item]
+    wrong: dict[int, Rejection] = {1: "no such scope"}  # type: ignore[dict-item]
     batch = seal(place, 1, b'"good"', b'"bad"')
-    sink = RecordingSink([Partly(wrong, 1)] * 3)
+    sink = RecordingSink([PartialFailure(wrong, 1)] * 3)
     worker = worker_for(place, sink)
     with delivering(worker):
         wait_until(lambda: left(place) == [])
@@ -247,7 +247,7 @@ def test_files_that_others_hold_stop_nobody_and_are_named(
     batches = [seal(place, stamp, b"%d" % stamp) for stamp in range(1, 6)]
     held = [hold(place, batch) for batch in batches[:3:2]]
     sink = RecordingSink()
-    sink.traits = sink.traits._replace(combines=combines)
+    sink.capabilities = sink.capabilities._replace(combines_files=combines)
     worker = worker_for(place, sink)
     with delivering(worker):
         wait_until(lambda: set(sink.payloads) == {b"2", b"4", b"5"})
@@ -279,11 +279,13 @@ class Counting(RecordingSink):
 
     def __init__(self, *, confirms: bool, combines: bool) -> None:
         super().__init__()
-        self.traits = Traits("event_id", "power", confirms, 64 if confirms else 1, concurrent=True, combines=combines)
+        self.capabilities = SinkCapabilities(
+            "event_id", "power", confirms, 64 if confirms else 1, concurrent=True, combines_files=combines
+        )
         self.most = 0
         self.taken = 0
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         await asyncio.sleep(0.002)
         self.most = max(self.most, len(os.listdir(DESCRIPTORS)))
         self.taken += len(batch)

@@ -12,7 +12,7 @@ import pytest
 from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.sinks.base import Answer, Batch, Delivered, Partly, Refused, Traits
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, PartialFailure, Rejected, SinkCapabilities
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
@@ -29,21 +29,21 @@ class Deployed(RecordingSink):
         super().__init__()
         self.is_bad = True
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         if self.is_bad or any(b"poison" in payload for payload in batch.payloads):
             self.calls.append(batch.id)
-            return Refused(NO)
+            return Rejected(NO)
         return await super().deliver(batch)
 
 
 class Picky(RecordingSink):
     """Names each record that it refuses, and keeps the others."""
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         self.calls.append(batch.id)
         refused = {index: NO for index, payload in enumerate(batch.payloads) if b"poison" in payload}
         self.batches[batch.id] = [payload for payload in batch.payloads if b"poison" not in payload]
-        return Partly(refused, len(batch) - len(refused)) if refused else Delivered(len(batch))
+        return PartialFailure(refused, len(batch) - len(refused)) if refused else Delivered(len(batch))
 
 
 def calls_a_try(sink: RecordingSink) -> list[int]:
@@ -158,7 +158,7 @@ class Together(Poisoned):
 
     def __init__(self) -> None:
         super().__init__()
-        self.traits = Traits(deduplicates_by="event_id", survives="process", combines=True)
+        self.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process", combines_files=True)
 
 
 def test_small_files_that_are_refused_together_are_judged_one_by_one(place: Directory) -> None:

@@ -15,7 +15,7 @@ from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.worker import Worker
 from pillarbox.event import Codec
 from pillarbox.sinks import make_sink
-from pillarbox.sinks.base import Answer, Batch
+from pillarbox.sinks.base import Batch, DeliveryResult
 from pillarbox.store.directory import Directory
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event
@@ -118,7 +118,7 @@ class Meanwhile(RecordingSink):
         self.stamps = stamps
         self.worker: Worker | None = None
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         assert self.worker is not None
         for stamp in self.stamps if not self.batches else ():
             seal(self.place, stamp, b"%d" % stamp)
@@ -162,7 +162,7 @@ def test_a_long_drain_spends_a_tenth_of_its_time_on_looking(
         return really()
 
     class Timed(Meanwhile):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             clock.advance(0.005)
             shares.append(looks[0] * LISTING_S / clock.monotonic())
             return await super().deliver(batch)

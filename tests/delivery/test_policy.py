@@ -24,7 +24,7 @@ from pillarbox.delivery.policy import (
     is_too_old,
     judge,
 )
-from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refusal, Refused, Retry
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Rejection, Retry
 
 BACKOFF = Backoff(base_s=0.5, max_s=30.0)
 RULES = [
@@ -34,7 +34,7 @@ RULES = [
     Rules(backoff=BACKOFF, max_age_s=3600.0),
     Rules(backoff=BACKOFF, max_age_s=60.0),
 ]
-NO = Refusal("no", "it says so")
+NO = Rejection("no", "it says so")
 ANSWERS = [
     Delivered(3),
     Delivered(3, 1),
@@ -42,9 +42,9 @@ ANSWERS = [
     Retry("busy", 0.0),
     Retry("busy", 7.0),
     Retry("busy", 86_400.0),
-    Refused(NO),
-    Partly({0: NO}, 2),
-    Partly({0: NO}),
+    Rejected(NO),
+    PartialFailure({0: NO}, 2),
+    PartialFailure({0: NO}),
     Misconfigured("no such table"),
 ]
 LATELY = [
@@ -73,7 +73,7 @@ def hopeless(lately: Lately, rules: Rules) -> bool:
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.outage_after}-{rules.max_age_s}")
-def test_every_answer_has_an_action(answer: Answer, rules: Rules) -> None:
+def test_every_answer_has_an_action(answer: DeliveryResult, rules: Rules) -> None:
     """The whole table: nothing gives up but by an age limit, and no record is dropped without a dead letter."""
     for lately, size, attempt, share in product(LATELY, [0, 1, 2, 500], [1, 10, 10**6], [0.0, 0.999]):
         action = decide(answer, size, attempt, share, lately, rules)
@@ -81,11 +81,11 @@ def test_every_answer_has_an_action(answer: Answer, rules: Rules) -> None:
         match answer:
             case Delivered(accepted, duplicates):
                 assert action == Settle(accepted, duplicates, {})
-            case Partly(refused, None):
+            case PartialFailure(refused, None):
                 assert isinstance(action, (GiveUp if too_old else PutOff) if hopeless(lately, rules) else Resend)
-            case Partly(refused, _, _):
+            case PartialFailure(refused, _, _):
                 assert action == Settle(2, 0, refused)
-            case Refused(refusal) if size <= 1:
+            case Rejected(refusal) if size <= 1:
                 assert action == Settle(0, 0, {0: refusal})
             case Retry() | Misconfigured() if too_old:
                 assert isinstance(action, GiveUp)
@@ -97,7 +97,7 @@ def test_every_answer_has_an_action(answer: Answer, rules: Rules) -> None:
                 assert action.seconds == share * min(BACKOFF.max_s, BACKOFF.base_s * 2.0 ** min(attempt, 32))
             case Misconfigured(reason):
                 assert action == Stop(rules.recheck_s, reason)
-            case Refused():
+            case Rejected():
                 assert isinstance(action, (GiveUp if too_old else PutOff) if hopeless(lately, rules) else Split)
 
 
@@ -141,7 +141,7 @@ def test_the_search_for_one_poisoned_record_is_never_hopeless(records: int) -> N
                 accepted = True
                 continue
             lately = Lately(accepted=accepted, records=records, refused_calls=refused_calls)
-            action = decide(Refused(NO), last - first, 1, 0.0, lately, Rules())
+            action = decide(Rejected(NO), last - first, 1, 0.0, lately, Rules())
             refused_calls += 1
             if last - first == 1:
                 assert action == Settle(0, 0, {0: NO})
@@ -172,10 +172,10 @@ def test_halves_are_fixed_and_say_which_records_they_hold() -> None:
 def test_what_is_between_refused_records_keeps_its_place() -> None:
     """Runs, by the records' places in the whole file."""
     batch = Batch("sealed-a", [b"%d" % number for number in range(6)])
-    assert [part.id for part in batch.between([0, 3])] == ["sealed-a:1-2", "sealed-a:4-5"]
-    assert batch.between(range(6)) == []
+    assert [part.id for part in batch.split_around([0, 3])] == ["sealed-a:1-2", "sealed-a:4-5"]
+    assert batch.split_around(range(6)) == []
     (_, tail) = batch.halves()
-    assert [part.id for part in tail.between([1])] == ["sealed-a:3-3", "sealed-a:5-5"]
+    assert [part.id for part in tail.split_around([1])] == ["sealed-a:3-3", "sealed-a:5-5"]
 
 
 NOT_TEXT: Any = None
@@ -188,9 +188,9 @@ NOT_TEXT: Any = None
         "ok",
         Retry(NOT_TEXT),
         Misconfigured(NOT_TEXT),
-        Refused(NOT_TEXT),
-        Partly({0: NOT_TEXT}, 1),
-        Partly({2: NO}, 1),
+        Rejected(NOT_TEXT),
+        PartialFailure({0: NOT_TEXT}, 1),
+        PartialFailure({2: NO}, 1),
         Delivered(1),
     ],
     ids=str,

@@ -16,7 +16,7 @@ from pillarbox import Outbox
 from pillarbox.admin.changes import take_turn
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.settlement import Kept
-from pillarbox.sinks.base import Traits
+from pillarbox.sinks.base import SinkCapabilities
 from pillarbox.store import layout, retention
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem, Space
@@ -416,7 +416,7 @@ def test_cut_short_it_has_neither_lost_nor_doubled_anything(tmp_path: Path, numb
 class Forgetful(RecordingSink):
     """What it has taken does not survive the loss of power."""
 
-    traits = Traits(deduplicates_by="event_id", survives="process")
+    capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
 
 
 @pytest.mark.parametrize("keep", [None, "24h"])

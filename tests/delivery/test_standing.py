@@ -15,7 +15,7 @@ from pillarbox.delivery.lease import Lease, last_heartbeat
 from pillarbox.delivery.pacing import Pacing
 from pillarbox.delivery.state import State, StateName
 from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.sinks.base import Answer, Batch, Misconfigured, Retry
+from pillarbox.sinks.base import Batch, DeliveryResult, Misconfigured, Retry
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
@@ -35,7 +35,7 @@ class Held(RecordingSink):
         self.begun = threading.Event()
         self.go_on = threading.Event()
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         self.begun.set()
         if self.blocks:
             self.go_on.wait(60)
@@ -99,7 +99,7 @@ def retry_after(worker: Worker, before: int) -> int:
 def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
     """With the reason, the time of the next try, and totals."""
     caplog.set_level(logging.INFO, "pillarbox")
-    answers: list[Answer | Exception] = [Retry("busy", 300.0), Retry("busy", 300.0), Misconfigured("no such table")]
+    answers: list[DeliveryResult | Exception] = [Retry("busy", 300.0), Retry("busy", 300.0), Misconfigured("no such table")]
     sink, clock = RecordingSink(answers), MovingClock()
     rules = QUICK._replace(recheck_s=300.0, pacing=Pacing(outage_s=math.inf))
     worker = worker_for(place, sink, rules=rules, clock=clock)

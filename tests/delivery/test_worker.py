@@ -18,8 +18,8 @@ from pillarbox.delivery.lease import Lease, last_heartbeat
 from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
-from pillarbox.errors import SinkUnusable
-from pillarbox.sinks.base import Answer, Batch, Misconfigured, Partly, Retry, Unconfirmed
+from pillarbox.errors import SinkUnusableError
+from pillarbox.sinks.base import Batch, DeliveryResult, Misconfigured, PartialFailure, Retry, UnconfirmedError
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import ByListing, Entry
@@ -94,7 +94,7 @@ def test_a_file_of_nothing_but_damage_goes_to_quarantine(place: Directory) -> No
 def test_refused_records_become_dead_letters_with_their_reason(place: Directory) -> None:
     """The others were taken."""
     batch = seal(place, 1, b'"a"', b'"b"', b'"c"')
-    worker = worker_for(place, RecordingSink([Retry("busy"), Partly({1: NO}, accepted=2)]))
+    worker = worker_for(place, RecordingSink([Retry("busy"), PartialFailure({1: NO}, accepted=2)]))
     drain(worker)
     (dead,) = Path(place.at(layout.dead_name(batch))).read_bytes().splitlines()
     letter = json.loads(dead)
@@ -107,7 +107,7 @@ def test_refused_records_become_dead_letters_with_their_reason(place: Directory)
 def test_a_call_that_was_rolled_back_for_one_record_is_sent_again_around_it(place: Directory) -> None:
     """The runs between, under ids that say which records they hold."""
     batch = seal(place, 1, *(b"%d" % number for number in range(5)))
-    sink = RecordingSink([Partly({1: NO})])
+    sink = RecordingSink([PartialFailure({1: NO})])
     drain(worker_for(place, sink))
     assert sink.calls == [batch, f"{batch}:0-0", f"{batch}:2-4"]
     assert sink.payloads == [b"0", b"2", b"3", b"4"]
@@ -258,12 +258,12 @@ class _Slow(RecordingSink):
     """Confirms when it is told to."""
 
     def __init__(self, window: int) -> None:
-        super().__init__(confirms=True, window=window)
+        super().__init__(needs_confirmation=True, unconfirmed_max=window)
         self.sure = asyncio.Event()
         self.all_sent = asyncio.Event()
         self.groups: list[int] = []
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         answer = await super().deliver(batch)
         if len(self.calls) == 5:
             self.all_sent.set()
@@ -278,7 +278,7 @@ class _Slow(RecordingSink):
 def test_a_part_of_what_is_sent_may_be_confirmed(place: Directory) -> None:
     """The rest is asked for again, and not sent again."""
     batches = [seal(place, stamp, b"%d" % stamp) for stamp in range(1, 8)]
-    sink = RecordingSink(confirms=True, window=7)
+    sink = RecordingSink(needs_confirmation=True, unconfirmed_max=7)
     sink.confirmations.extend([1, 2, 1])
     drain(worker_for(place, sink))
     assert left(place) == []
@@ -288,8 +288,8 @@ def test_a_part_of_what_is_sent_may_be_confirmed(place: Directory) -> None:
 def test_one_batch_at_a_time_is_confirmed_too(place: Directory) -> None:
     """A window of one does not turn confirming off."""
     batches = [seal(place, stamp, b"%d" % stamp) for stamp in range(1, 4)]
-    sink = RecordingSink(confirms=True, window=1)
-    sink.confirmations.extend([0, Unconfirmed("the server is another one")])
+    sink = RecordingSink(needs_confirmation=True, unconfirmed_max=1)
+    sink.confirmations.extend([0, UnconfirmedError("the server is another one")])
     drain(worker_for(place, sink))
     assert left(place) == []
     assert sink.calls == [batches[0], *batches]
@@ -298,8 +298,8 @@ def test_one_batch_at_a_time_is_confirmed_too(place: Directory) -> None:
 def test_a_confirmation_that_the_set_up_prevents_stops_delivery(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
     """With its reason; nothing is removed until it is mended."""
     batch = seal(place, 1, b"1")
-    sink = RecordingSink(confirms=True, window=4)
-    sink.confirmations.append(SinkUnusable("the query is not allowed"))
+    sink = RecordingSink(needs_confirmation=True, unconfirmed_max=4)
+    sink.confirmations.append(SinkUnusableError("the query is not allowed"))
     drain(worker_for(place, sink))
     assert "stopped: the query is not allowed" in caplog.text
     assert (sink.calls, left(place)) == ([batch] * 2, [])
@@ -308,8 +308,8 @@ def test_a_confirmation_that_the_set_up_prevents_stops_delivery(place: Directory
 def test_what_is_not_confirmed_is_sent_again_in_order(place: Directory) -> None:
     """Under the same ids."""
     batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
-    sink = RecordingSink(confirms=True, window=3)
-    sink.confirmations.extend([Unconfirmed("gone"), OSError("cut"), 0])
+    sink = RecordingSink(needs_confirmation=True, unconfirmed_max=3)
+    sink.confirmations.extend([UnconfirmedError("gone"), OSError("cut"), 0])
     drain(worker_for(place, sink))
     assert left(place) == []
     assert set(sink.calls) == set(batches)
@@ -321,10 +321,10 @@ def test_killed_between_dead_letters_and_removal_nothing_is_kept_twice(place: Di
     """The same names are written over with the same content."""
     payloads = [b'"a"', b'"b"']
     batch = seal(place, 1, *payloads, raw=b"rubbish\n")
-    drain(worker_for(place, RecordingSink([Partly({1: NO}, accepted=1)])))
+    drain(worker_for(place, RecordingSink([PartialFailure({1: NO}, accepted=1)])))
     before = {name: Path(place.at(name)).read_bytes() for name in left(place) if "dead" not in name}
     seal(place, 1, *payloads, raw=b"rubbish\n")
-    drain(worker_for(place, RecordingSink([Partly({1: NO}, accepted=1)])))
+    drain(worker_for(place, RecordingSink([PartialFailure({1: NO}, accepted=1)])))
     assert {name: Path(place.at(name)).read_bytes() for name in left(place) if "dead" not in name} == before
     dead = msgspec.json.decode(Path(place.at(layout.dead_name(batch))).read_bytes())
     assert dead["event"] == "b"
@@ -349,7 +349,7 @@ class _Hanging(RecordingSink):
         super().__init__()
         self.entered = threading.Event()
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         self.entered.set()
         await asyncio.Event().wait()
         return await super().deliver(batch)
@@ -409,7 +409,7 @@ def test_a_worker_that_is_run_again_begins_whole(place: Directory) -> None:
         worker.idle.clear()
         drain(worker)
         assert sink.calls[-1] == batch
-    assert (sink.opened, left(place)) == (2, [])
+    assert (sink.open_count, left(place)) == (2, [])
 
 
 def test_what_is_sealed_just_before_the_end_is_delivered(place: Directory) -> None:
@@ -497,7 +497,7 @@ def test_while_files_are_delivered_their_removals_are_synced_once_a_second(place
     """And where the sync fails, delivery goes on."""
 
     class Passing(RecordingSink):
-        async def deliver(self, batch: Batch) -> Answer:
+        async def deliver(self, batch: Batch) -> DeliveryResult:
             clock.advance(0.6)
             return await super().deliver(batch)
 

@@ -14,7 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from pillarbox.delivery.state import StateName
-from pillarbox.exporters.collector import Surveyor
+from pillarbox.exporters.collector import DirectoryCollector
 from pillarbox.settings import Settings
 from pillarbox.store.directory import Directory
 from pillarbox.testing import ManualClock
@@ -195,9 +195,9 @@ def test_without_its_extra_an_option_is_refused_with_the_way_to_get_it(
 
 def test_a_directory_that_cannot_be_listed_is_left_out(place: Directory, clock: ManualClock) -> None:
     """And is there again afterwards."""
-    surveyor = Surveyor(place, Settings(directory="box"), clock)
+    surveyor = DirectoryCollector(place, Settings(directory="box"), clock)
     aside = Path(place.path).rename(f"{place.path}.aside")
-    assert surveyor.look() == []
+    assert surveyor.collect() == []
     aside.rename(place.path)
-    ((name, ground),) = surveyor.look()
+    ((name, ground),) = surveyor.collect()
     assert (name, ground.pending_files) == ("box", 0)

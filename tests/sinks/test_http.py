@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from pillarbox import TrackingEvent
 from pillarbox.event import Codec
-from pillarbox.sinks.base import Answer, Batch, Delivered
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
 from pillarbox.sinks.http import HttpSink
-from pillarbox.sinks.http.encoding import compressed, moment
+from pillarbox.sinks.http.encoding import compress, format_rfc3339
 from pillarbox.testing import ManualClock
 from tests.conftest import event
 from tests.sinks.http_server import Say, Server, always, in_turn, run
@@ -39,10 +39,10 @@ def batch(count: int = 3, batch_id: str = "sealed-1-a", **members: object) -> Ba
     return Batch(batch_id, [encode(event(number, **members)) for number in range(count)])
 
 
-def deliver(url: str, *batches: Batch, clock: ManualClock | None = None) -> list[Answer]:
+def deliver(url: str, *batches: Batch, clock: ManualClock | None = None) -> list[DeliveryResult]:
     """Deliver one after the other with one sink."""
 
-    async def work() -> list[Answer]:
+    async def work() -> list[DeliveryResult]:
         sink = HttpSink(url, TrackingEvent, clock)
         await sink.open()
         answers = [await sink.deliver(one) for one in batches]
@@ -98,7 +98,7 @@ def test_a_batch_is_the_same_bytes_under_the_same_key_at_every_attempt(server: S
 
 def test_a_compressed_body_does_not_hold_the_time() -> None:
     """Or the same batch would be other bytes a second later."""
-    assert compressed("gzip", b"x")[4:8] == bytes(4)
+    assert compress("gzip", b"x")[4:8] == bytes(4)
 
 
 def test_a_cloud_event_has_what_the_specification_asks_for(server: Server) -> None:
@@ -140,14 +140,14 @@ def test_a_cloud_event_has_what_the_specification_asks_for(server: Server) -> No
 )
 def test_a_moment_is_written_as_rfc_3339_does(micros: bytes, text: bytes | None) -> None:
     """Or left out, where it cannot be."""
-    assert moment(micros) == text
+    assert format_rfc3339(micros) == text
 
 
 @given(st.datetimes(min_value=datetime(1, 1, 1), max_value=datetime(9999, 12, 31)))  # noqa: DTZ001 - all of it is UTC
 def test_a_moment_is_what_the_standard_library_makes_of_it(time: datetime) -> None:
     """For every year that it knows."""
     micros = (time - datetime(1970, 1, 1)) // timedelta(microseconds=1)  # noqa: DTZ001
-    assert moment(b"%d" % micros) == time.isoformat(timespec="microseconds").encode() + b"Z"
+    assert format_rfc3339(b"%d" % micros) == time.isoformat(timespec="microseconds").encode() + b"Z"
 
 
 class Order(msgspec.Struct, rename="camel"):
@@ -217,19 +217,19 @@ def test_a_body_is_signed_as_standard_webhooks_says(
 
 def test_a_signature_of_a_known_example_is_the_known_one(server: Server) -> None:
     """The example of the specification's own test suite."""
-    from pillarbox.sinks.http.sink import _signature
+    from pillarbox.sinks.http.sink import signature_headers
 
     key = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
-    headers = dict(_signature("msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}', [key]))
+    headers = dict(signature_headers("msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}', [key]))
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
 def test_a_missing_variable_stops_delivery_and_names_the_way_out(server: Server) -> None:
     """From `open` on; nothing is sent without what it should carry."""
-    from pillarbox.errors import SinkUnusable
+    from pillarbox.errors import SinkUnusableError
 
     sink = HttpSink(server.url("#token_env=NOT_SET_ANYWHERE"), TrackingEvent)
     for work in (sink.open, lambda: sink.deliver(batch())):
-        with pytest.raises(SinkUnusable, match="NOT_SET_ANYWHERE"):
+        with pytest.raises(SinkUnusableError, match="NOT_SET_ANYWHERE"):
             run(work())
     assert server.requests == []

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused, Retry
-from pillarbox.sinks.http.responses import RETRY_AFTER_MAX_S, Reply, classify, retry_after
+from pillarbox.sinks.base import Delivered, Misconfigured, PartialFailure, Rejected, Retry
+from pillarbox.sinks.http.responses import RETRY_AFTER_MAX_S, HttpResponse, classify_response, parse_retry_after
 
 NOW = 1_800_000_000.0  # Fri, 15 Jan 2027 08:00:00 GMT
 INDEXES = [3, 5, 8]
@@ -23,7 +23,7 @@ def answer(status: int, body: object = b"", *, counts: bool = True, **more: Any)
     if not isinstance(body, bytes):
         body = json.dumps(body).encode()
         more.setdefault("kind", "application/json")
-    return classify(Reply(status, body=body, **more), INDEXES, NOW, counts=counts)
+    return classify_response(HttpResponse(status, body=body, **more), INDEXES, NOW, reads_body=counts)
 
 
 EXPECTED: Mapping[int, type] = (
@@ -32,7 +32,7 @@ EXPECTED: Mapping[int, type] = (
     | dict.fromkeys(range(300, 500), Misconfigured)
     | dict.fromkeys(range(500, 600), Retry)
     | dict.fromkeys(range(600, 1000), Misconfigured)
-    | {207: Misconfigured, 400: Refused, 422: Refused, 413: Refused}
+    | {207: Misconfigured, 400: Rejected, 422: Rejected, 413: Rejected}
     | dict.fromkeys([408, 409, 425, 429], Retry)
     | dict.fromkeys([501, 505, 511], Misconfigured)
 )
@@ -97,7 +97,7 @@ def test_a_redirect_is_named_and_not_followed() -> None:
 )
 def test_retry_after_is_read_in_each_of_its_forms(text: str, date: str, seconds: float | None) -> None:
     """And never shortened."""
-    assert retry_after(text, date, NOW) == seconds
+    assert parse_retry_after(text, date, NOW) == seconds
 
 
 def test_a_date_without_a_zone_is_not_taken_for_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_a_date_without_a_zone_is_not_taken_for_local_time(monkeypatch: pytest.M
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     try:
-        assert retry_after("Fri Jan 15 08:01:00 2027", "", NOW) == 60.0
+        assert parse_retry_after("Fri Jan 15 08:01:00 2027", "", NOW) == 60.0
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -114,7 +114,7 @@ def test_a_date_without_a_zone_is_not_taken_for_local_time(monkeypatch: pytest.M
 @given(st.text(), st.text())
 def test_no_retry_after_is_too_odd(text: str, date: str) -> None:
     """It is a time that a clock can hold, or none."""
-    found = retry_after(text, date, NOW)
+    found = parse_retry_after(text, date, NOW)
     assert found is None or 0 <= found <= RETRY_AFTER_MAX_S < sys.float_info.max
 
 
@@ -130,7 +130,7 @@ def test_a_time_that_is_named_is_kept(status: int) -> None:
 def test_an_acceptance_may_name_what_it_refuses(status: int, word: str) -> None:
     """By the index in the call; it comes back by the index in the batch."""
     found = answer(status, {"accepted": 2, "duplicates": 1, word: [{"index": 1, "code": "no_user", "reason": "nobody"}]})
-    assert found == Partly({5: found.refused[5]}, 2, 1)
+    assert found == PartialFailure({5: found.refused[5]}, 2, 1)
     assert found.refused[5] == ("no_user", "nobody")
 
 
@@ -152,7 +152,7 @@ def test_an_acceptance_may_name_what_it_refuses(status: int, word: str) -> None:
 def test_counts_in_an_acceptance(body: object, expected: object) -> None:
     """Those of our form count; another form's do not hurt."""
     found = answer(200, body)
-    assert (found.accepted if isinstance(found, Partly) else found) == expected
+    assert (found.accepted if isinstance(found, PartialFailure) else found) == expected
 
 
 @pytest.mark.parametrize(
@@ -194,10 +194,10 @@ def test_a_refusal_may_name_the_events(status: int) -> None:
     """Nothing of the call was kept, unless the answer says so."""
     named = [{"index": 0, "message": "bad"}, {"index": 2, "code": 17}]
     found = answer(status, {"rejected": named})
-    assert found == Partly(found.refused)
+    assert found == PartialFailure(found.refused)
     assert found.refused == {3: ("refused_by_destination", "bad"), 8: ("17", "the server gave no reason")}
     assert answer(status, {"rejected": named, "accepted": 0}) == found
-    assert answer(status, {"rejected": named, "accepted": 1}) == Partly(found.refused, 1)
+    assert answer(status, {"rejected": named, "accepted": 1}) == PartialFailure(found.refused, 1)
 
 
 def test_a_refusal_that_kept_some_and_does_not_say_which_stops() -> None:
@@ -209,7 +209,7 @@ def test_a_refusal_that_kept_some_and_does_not_say_which_stops() -> None:
 @pytest.mark.parametrize("body", [{"rejected": 1}, {"refused": [{"index": 9}]}, {"detail": "no"}, {"refused": []}])
 def test_a_refusal_that_names_none_refuses_all(body: object) -> None:
     """The engine finds out which by halves."""
-    assert isinstance(answer(422, body), Refused)
+    assert isinstance(answer(422, body), Rejected)
 
 
 def test_what_an_answer_says_is_shown_short_and_without_secrets() -> None:
@@ -220,12 +220,12 @@ def test_what_an_answer_says_is_shown_short_and_without_secrets() -> None:
         return text.replace("s3cret-token", "...")
 
     for status in (400, 401, 413, 503):
-        found: Any = classify(Reply(status, body=body), INDEXES, NOW, hide)
-        reason = found.refusal.reason if isinstance(found, Refused) else found.reason
+        found: Any = classify_response(HttpResponse(status, body=body), INDEXES, NOW, hide)
+        reason = found.rejection.reason if isinstance(found, Rejected) else found.reason
         assert "s3" not in reason
         assert "\n" not in reason
         assert len(reason) < 500
     named = json.dumps({"refused": [{"index": 0, "code": "s3cret-token" * 9, "reason": "s3cret-token" * 50}]}).encode()
-    found = classify(Reply(400, "application/json", body=named), INDEXES, NOW, hide)
+    found = classify_response(HttpResponse(400, "application/json", body=named), INDEXES, NOW, hide)
     assert "s3" not in str(found)
     assert len(found.refused[3].code) <= 64

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from pillarbox import TrackingEvent
-from pillarbox.sinks.base import Delivered, Finding, Misconfigured, Partly, Refused, Retry
+from pillarbox.sinks.base import CheckResult, Delivered, Misconfigured, PartialFailure, Rejected, Retry
 from pillarbox.sinks.http import HttpSink
 from tests.conftest import wait_until
 from tests.sinks.http_server import HANG, Request, Say, Server, always, nobody, run
@@ -60,7 +60,7 @@ def test_what_is_no_whole_answer_is_tried_again(server: Server, say: Say, said: 
 
 def test_a_status_that_speaks_for_itself_counts_though_its_text_is_cut_off(server: Server) -> None:
     """So that `Retry-After` is not lost, and a wrong set-up is seen."""
-    for status, kind in ((503, Retry), (429, Retry), (401, Misconfigured), (413, Refused)):
+    for status, kind in ((503, Retry), (429, Retry), (401, Misconfigured), (413, Rejected)):
         server.answer = always(Say(status, b"x" * 100, {"Retry-After": "7"} if kind is Retry else {}, cut=90))
         found = answer_of(server.url())
         assert isinstance(found, kind)
@@ -106,7 +106,7 @@ def test_connections_are_kept_and_bounded(server: Server) -> None:
 
     async def work() -> None:
         sink = HttpSink(server.url("#connections=3"), TrackingEvent)
-        assert sink.traits.concurrent
+        assert sink.capabilities.concurrent
         for _ in range(3):
             await asyncio.gather(*[sink.deliver(batch()) for _ in range(12)])
         await sink.close()
@@ -147,8 +147,8 @@ def test_a_server_that_refuses_by_size_before_it_has_read_is_understood() -> Non
     with Server(body_max=1000) as server:
         for _ in range(5):
             found = answer_of(server.url("#compress=none"), batch(20_000))
-            assert isinstance(found, Refused), found
-            assert found.refusal.code == "too_large"
+            assert isinstance(found, Rejected), found
+            assert found.rejection.code == "too_large"
 
 
 def test_no_more_of_an_answer_is_read_than_its_bound(server: Server) -> None:
@@ -161,14 +161,14 @@ def test_no_more_of_an_answer_is_read_than_its_bound(server: Server) -> None:
     server.answer = always(Say(200, b"\x1f\x8b", OK | {"Content-Encoding": "gzip"}))
     assert isinstance(answer_of(server.url()), Misconfigured)
     server.answer = always(Say(400, b'{"refused":[' + b"0," * 1_500_000 + b"0]}", OK))
-    assert isinstance(answer_of(server.url()), Refused)
+    assert isinstance(answer_of(server.url()), Rejected)
 
 
 def test_refusals_by_index_come_over_the_wire(server: Server) -> None:
     """With and without an acceptance of the others."""
     named = json.dumps({"accepted": 2, "refused": [{"index": 1, "code": "c", "reason": "r"}]}).encode()
     server.answer = always(Say(202, named, OK))
-    assert answer_of(server.url()) == Partly({1: answer_of(server.url()).refused[1]}, 2)
+    assert answer_of(server.url()) == PartialFailure({1: answer_of(server.url()).refused[1]}, 2)
     server.answer = always(Say(422, b'{"refused":[2]}', OK))
     assert answer_of(server.url()).accepted is None
 
@@ -248,16 +248,16 @@ def test_tls_that_meets_none_is_tried_again() -> None:
 
 def test_a_ca_file_that_is_none_is_named_with_the_way_out(tmp_path: Path) -> None:
     """Missing, or without a certificate in it."""
-    from pillarbox.errors import SinkUnusable
+    from pillarbox.errors import SinkUnusableError
 
     (tmp_path / "empty.pem").write_text("")
     for name in ("missing.pem", "empty.pem"):
-        with pytest.raises(SinkUnusable, match=f"{name}.*PEM"):
+        with pytest.raises(SinkUnusableError, match=f"{name}.*PEM"):
             answer_of(f"https://localhost/#ca_file={tmp_path / name}")
 
 
-def check(url: str) -> list[Finding]:
-    async def work() -> list[Finding]:
+def check(url: str) -> list[CheckResult]:
+    async def work() -> list[CheckResult]:
         sink = HttpSink(url, TrackingEvent)
         found = list(await sink.check())
         await sink.close()
@@ -289,15 +289,15 @@ def test_check_says_whether_the_destination_answers(server: Server, say: Say, fi
 def test_check_says_what_proves_who_calls(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """And that it can be read on the way; and which variable is missing."""
     monkeypatch.setenv("EVENTS_TOKEN", SECRET)
-    assert "nothing that proves" in check(server.url())[0].text
+    assert "nothing that proves" in check(server.url())[0].message
     found = check(server.url("#token_env=EVENTS_TOKEN&secret_env=EVENTS_TOKEN&header_env=X-Key:EVENTS_TOKEN"))
     assert [one.ok for one in found] == [True, True, True]
-    assert "token in EVENTS_TOKEN, X-Key from EVENTS_TOKEN, a signature with the secret in EVENTS_TOKEN" in found[0].text
-    assert "use https" in found[1].text
+    assert "token in EVENTS_TOKEN, X-Key from EVENTS_TOKEN, a signature with the secret in EVENTS_TOKEN" in found[0].message
+    assert "use https" in found[1].message
     assert server.requests[-1].headers["authorization"] == f"Bearer {SECRET}"
     (missing,) = check(server.url("#token_env=NOT_SET_ANYWHERE"))
     assert not missing.ok
-    assert "NOT_SET_ANYWHERE" in missing.text
+    assert "NOT_SET_ANYWHERE" in missing.message
     assert not check(nobody())[-1].ok
 
 

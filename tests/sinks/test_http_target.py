@@ -10,25 +10,25 @@ import msgspec
 import pytest
 
 from pillarbox import TrackingEvent
-from pillarbox.errors import ConfigurationError, SinkUnusable
-from pillarbox.sinks import make_sink, redacted, schemes
+from pillarbox.errors import ConfigurationError, SinkUnusableError
+from pillarbox.sinks import make_sink, redact_url, schemes
 from pillarbox.sinks.base import Sink
 from pillarbox.sinks.http.responses import REMEDIES
-from pillarbox.sinks.http.url import _OPTIONS, Target, parse, read_credentials
+from pillarbox.sinks.http.url import OPTION_NAMES, HttpSettings, parse_url, read_credentials
 
 FIELDS = {field.name: field.encode_name for field in msgspec.structs.fields(TrackingEvent)}
 SECRET = "s3cret-do-not-show"  # noqa: S105 - what the tests look for
 
 
-def target(url: str) -> Target:
-    return parse(url, FIELDS)
+def target(url: str) -> HttpSettings:
+    return parse_url(url, FIELDS)
 
 
 def test_what_stands_before_the_hash_is_the_destinations() -> None:
     """Path and query go as they are; user and options do not go."""
     found = target("https://me:pw@Example.com:8443/a/%2Fb?x=1&y=%20z#format=json&timeout=5")
     assert found.url == "https://example.com:8443/a/%2Fb?x=1&y=%20z"
-    assert (found.host, found.user, found.format, found.timeout_s) == ("https://example.com:8443", "me:pw", "json", 5.0)
+    assert (found.origin, found.userinfo, found.format, found.timeout_s) == ("https://example.com:8443", "me:pw", "json", 5.0)
     assert target("http://[::1]:80").url == "http://[::1]:80/"
 
 
@@ -88,7 +88,7 @@ def test_every_option_and_every_remedy_is_in_the_guide() -> None:
     """With a row of its own; and no status that stops delivery is left out."""
     guide = (Path(__file__).parents[2] / "docs" / "how-to" / "http.md").read_text()
     table = guide[guide.index("| option |") : guide.index("User and password")]
-    for name in _OPTIONS:
+    for name in OPTION_NAMES:
         assert f"`{name}`" in table, name
     answers = guide[guide.index("| status | what") : guide.index("*Waits* means")]
     for status in (*REMEDIES.keys() - {101}, 207, 400, 408, 409, 413, 422, 425, 429, 500):
@@ -146,14 +146,14 @@ def test_a_url_that_is_none_is_refused_without_showing_it(url: str) -> None:
 )
 def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
     """Where it leads, and nothing that opens a door."""
-    assert redacted(url) == shown
+    assert redact_url(url) == shown
 
 
 def test_nothing_that_is_held_shows_itself() -> None:
     """In `repr`, f-strings and logs."""
     sink: Any = make_sink(f"https://me:{SECRET}@example.com/?key={SECRET}", TrackingEvent)
-    held = read_credentials(sink._target, {})
-    for thing in (sink, sink._target, held):
+    held = read_credentials(sink._settings, {})
+    for thing in (sink, sink._settings, held):
         for text in (repr(thing), str(thing), f"{thing}", "%s" % (thing,)):  # noqa: UP031 - the logging module does it so
             assert SECRET not in text
     assert isinstance(sink, Sink)
@@ -172,7 +172,7 @@ def test_what_the_variables_hold_is_sent() -> None:
         {"T": f" {SECRET}\n", "K": "v a l u e", "S": f"{whsec} plain-secret"},
     )
     assert held.headers == (("Authorization", f"Bearer {SECRET}"), ("X-Key", "v a l u e"))
-    assert held.keys == (b"k" * 32, b"plain-secret")
+    assert held.signing_keys == (b"k" * 32, b"plain-secret")
 
 
 def test_user_and_password_are_sent_as_they_were_meant() -> None:
@@ -180,15 +180,15 @@ def test_user_and_password_are_sent_as_they_were_meant() -> None:
     held = read_credentials(target("https://us%2Fer:p%40ss:w%C3%B6rd@example.com/"), {})
     ((name, value),) = held.headers
     assert (name, base64.b64decode(value.removeprefix("Basic ")).decode()) == ("Authorization", "us/er:p@ss:wörd")
-    assert held.hide("wrong: p@ss:wörd") == "wrong: ..."
-    assert read_credentials(target("https://writekey@example.com/"), {}).hide("not writekey") == "not ..."
+    assert held.redact("wrong: p@ss:wörd") == "wrong: ..."
+    assert read_credentials(target("https://writekey@example.com/"), {}).redact("not writekey") == "not ..."
 
 
 @pytest.mark.parametrize("option", ["token_env=V", "header_env=X-Key:V", "secret_env=V", "proxy_env=V"])
 @pytest.mark.parametrize("value", [None, "", " ", f"{SECRET}\nX: y", f"{SECRET}ö"])
 def test_a_variable_that_is_missing_or_odd_is_named_with_the_way_out(option: str, value: str | None) -> None:
     """Its name, never what it holds: a line feed would begin another header."""
-    with pytest.raises(SinkUnusable) as caught:
+    with pytest.raises(SinkUnusableError) as caught:
         read_credentials(target(f"https://example.com/#{option}"), {} if value is None else {"V": value})
     assert " V" in str(caught.value)
     assert "set it" in str(caught.value) or "mend it" in str(caught.value)
@@ -200,7 +200,7 @@ def test_a_variable_that_is_missing_or_odd_is_named_with_the_way_out(option: str
 )
 def test_a_value_of_the_wrong_form_is_not_shown(option: str, value: str) -> None:
     """Only that it is wrong."""
-    with pytest.raises(SinkUnusable) as caught:
+    with pytest.raises(SinkUnusableError) as caught:
         read_credentials(target(f"https://example.com/#{option}=V"), {"V": value})
     assert SECRET not in str(caught.value)
 
@@ -210,14 +210,14 @@ def test_the_longest_secret_is_hidden_first() -> None:
     held = read_credentials(
         target("https://me:p%2Fss%2Fword@example.com/#header_env=A:A&header_env=B:B"), {"A": "begin", "B": "begin-and-end"}
     )
-    assert held.hide("begin-and-end, begin, p/ss/word, p%2Fss%2Fword") == "..., ..., ..., ..."
+    assert held.redact("begin-and-end, begin, p/ss/word, p%2Fss%2Fword") == "..., ..., ..., ..."
 
 
 def test_what_is_hidden_is_hidden_in_all_its_forms() -> None:
     """As it is, percent-encoded, in Base64; also what the query and a secret path hold."""
     held = read_credentials(target(f"https://me:{SECRET}%25@example.com/T024BE7LD1234567/x?key={SECRET}%2B"), {})
     basic = base64.b64encode(f"me:{SECRET}%".encode()).decode()
-    said = held.hide(f"{SECRET} {SECRET}% {SECRET}%25 {SECRET}+ {basic} T024BE7LD1234567 x")
+    said = held.redact(f"{SECRET} {SECRET}% {SECRET}%25 {SECRET}+ {basic} T024BE7LD1234567 x")
     assert SECRET not in said.replace(f"{SECRET} ", "", 1)
     assert basic not in said
     assert "T024BE7LD1234567" not in said

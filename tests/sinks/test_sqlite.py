@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pillarbox import ConfigurationError, SinkUnusable, TrackingEvent
+from pillarbox import ConfigurationError, SinkUnusableError, TrackingEvent
 from pillarbox.event import Codec
-from pillarbox.sinks import make_sink, redacted, schemes
-from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Misconfigured, Partly, Retry
+from pillarbox.sinks import make_sink, redact_url, schemes
+from pillarbox.sinks.base import Batch, CheckResult, Delivered, DeliveryResult, Misconfigured, PartialFailure, Retry
 from pillarbox.sinks.sqlite import SqliteSink
 from tests.conftest import event
 
@@ -24,8 +24,10 @@ def batch(*events: msgspec.Struct) -> Batch:
     return Batch("sealed-a", [Codec(type(one)).encode(one) for one in events])
 
 
-def deliver(path: Path, *batches: Batch, event_type: type[msgspec.Struct] = TrackingEvent, query: str = "") -> list[Answer]:
-    async def run() -> list[Answer]:
+def deliver(
+    path: Path, *batches: Batch, event_type: type[msgspec.Struct] = TrackingEvent, query: str = ""
+) -> list[DeliveryResult]:
+    async def run() -> list[DeliveryResult]:
         sink = make_sink(f"sqlite:///{path}{query}", event_type)
         try:
             await sink.open()
@@ -36,8 +38,8 @@ def deliver(path: Path, *batches: Batch, event_type: type[msgspec.Struct] = Trac
     return asyncio.run(run())
 
 
-def check(path: Path, event_type: type[msgspec.Struct] = TrackingEvent) -> list[Finding]:
-    async def run() -> Iterable[Finding]:
+def check(path: Path, event_type: type[msgspec.Struct] = TrackingEvent) -> list[CheckResult]:
+    async def run() -> Iterable[CheckResult]:
         sink = make_sink(f"sqlite:///{path}", event_type)
         try:
             return await sink.check()
@@ -134,9 +136,9 @@ def test_a_record_of_the_wrong_type_is_refused_alone(tmp_path: Path) -> None:
     """Valid JSON, but no event; the others are inserted."""
     good = Codec(TrackingEvent).encode(event(1))
     (answer,) = deliver(tmp_path / "events.db", Batch("sealed-a", [b"5", good, b'{"event_id":"x"}']))
-    assert isinstance(answer, Partly)
-    assert (sorted(answer.refused), answer.accepted, answer.duplicates) == ([0, 2], 1, 0)
-    assert {refusal.code for refusal in answer.refused.values()} == {"wrong_type"}
+    assert isinstance(answer, PartialFailure)
+    assert (sorted(answer.rejected), answer.accepted, answer.duplicates) == ([0, 2], 1, 0)
+    assert {refusal.code for refusal in answer.rejected.values()} == {"wrong_type"}
     assert query(tmp_path / "events.db", "SELECT count(*) FROM tracking_event") == [(1,)]
 
 
@@ -155,10 +157,10 @@ def test_a_record_that_the_table_refuses_is_refused_alone(tmp_path: Path) -> Non
     connection.close()
     events = [Big("a", 1), Big("b", 2**63), Big("c", 13), Big("d", 2)]
     (first, second) = deliver(path, batch(*events), batch(*events), event_type=Big)
-    assert isinstance(first, Partly)
-    assert {index: refusal.code for index, refusal in first.refused.items()} == {1: "out_of_range", 2: "refused_by_table"}
+    assert isinstance(first, PartialFailure)
+    assert {index: refusal.code for index, refusal in first.rejected.items()} == {1: "out_of_range", 2: "refused_by_table"}
     assert (first.accepted, first.duplicates) == (2, 0)
-    assert isinstance(second, Partly)
+    assert isinstance(second, PartialFailure)
     assert (second.accepted, second.duplicates) == (2, 2)
     assert query(path, "SELECT event_id FROM big ORDER BY 1") == [("a",), ("d",)]
 
@@ -171,7 +173,7 @@ def test_a_table_that_lacks_a_column_is_a_wrong_set_up(tmp_path: Path) -> None:
     connection.close()
     (answer,) = deliver(path, batch(Big("a", 1)), event_type=Big)
     assert isinstance(answer, Misconfigured)
-    bad = [finding.text for finding in check(path, Big) if not finding.ok]
+    bad = [finding.message for finding in check(path, Big) if not finding.ok]
     assert bad == ['the table has no column number; ALTER TABLE "big" ADD COLUMN "number" INTEGER NOT NULL']
 
 
@@ -211,7 +213,7 @@ def test_what_cannot_be_opened_is_a_wrong_set_up_with_advice(tmp_path: Path, con
     if content is not None:
         path.parent.mkdir()
         path.write_bytes(content)
-    with pytest.raises(SinkUnusable, match=advice):
+    with pytest.raises(SinkUnusableError, match=advice):
         deliver(path)
     assert [finding.ok for finding in check(path)] == [False]
 
@@ -225,8 +227,8 @@ def test_a_url_that_cannot_be_meant_is_refused(url: str) -> None:
 
 def test_what_may_be_secret_is_cut_out_of_urls() -> None:
     """User, password and query values."""
-    assert redacted("postgresql://me:pw@host:1/db?sslkey=pw&x=1") == "postgresql://host:1/db?sslkey=...&x=..."
-    assert redacted("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
+    assert redact_url("postgresql://me:pw@host:1/db?sslkey=pw&x=1") == "postgresql://host:1/db?sslkey=...&x=..."
+    assert redact_url("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
     assert "sqlite" in schemes()
 
 
@@ -234,7 +236,7 @@ def test_a_database_that_is_removed_while_it_is_open_is_noticed(tmp_path: Path) 
     """What went into the file without a name is sent again."""
     path = tmp_path / "events.db"
 
-    async def run() -> list[Answer]:
+    async def run() -> list[DeliveryResult]:
         sink = make_sink(f"sqlite:///{path}", TrackingEvent)
         await sink.open()
         answers = [await sink.deliver(batch(event(1)))]

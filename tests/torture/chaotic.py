@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
-from pillarbox.sinks.base import Answer, Batch, Finding, Misconfigured, Refusal, Refused, Retry
+from pillarbox.sinks.base import Batch, CheckResult, DeliveryResult, Misconfigured, Rejected, Rejection, Retry
 from pillarbox.sinks.sqlite import SqliteSink
 from tests.torture import chaos
 from tests.torture.account import Row
@@ -49,7 +49,7 @@ class ChaoticSqliteSink:
         self._sink = SqliteSink(f"sqlite://{parts.path}", event_type)
         (seed,), (down,) = map(parse_qs(parts.query).__getitem__, ("seed", "down"))
         self._chaos = Chaos(f"{seed}/{os.getpid()}", Path(down), WEIGHTS)
-        self.traits = self._sink.traits
+        self.capabilities = self._sink.capabilities
 
     async def open(self) -> None:
         await self._sink.open()
@@ -57,7 +57,7 @@ class ChaoticSqliteSink:
     def prepare(self, batch: Batch) -> None:
         self._sink.prepare(batch)
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         """As drawn."""
         drawn, chance = self._chaos.draw(), self._chaos.chance
         poisoned = any(MARK in payload for payload in batch.payloads)
@@ -72,7 +72,7 @@ class ChaoticSqliteSink:
             case chaos.WRONG:
                 return Misconfigured("somebody has renamed the table, for a moment")
             case chaos.REFUSED:
-                return Refused(Refusal("poisoned", "there is a record in it that is never taken"))
+                return Rejected(Rejection("poisoned", "there is a record in it that is never taken"))
             case chaos.RAISE if chance.random() < 0.5:
                 raise ConnectionResetError("cut before the call")
             case chaos.HANG if chance.random() < 0.5:
@@ -94,7 +94,7 @@ class ChaoticSqliteSink:
     async def confirm(self, batches: Sequence[Batch]) -> int:
         return await self._sink.confirm(batches)
 
-    async def check(self) -> Iterable[Finding]:
+    async def check(self) -> Iterable[CheckResult]:
         return await self._sink.check()
 
     async def close(self) -> None:

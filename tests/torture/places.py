@@ -66,7 +66,7 @@ class Steady:
         self.url = f"sqlite:///{file}"
         sink = make_sink(self.url, TrackingEvent)
         assert isinstance(sink, SqliteSink)
-        columns = sink._create_table().rpartition(")")[0]
+        columns = sink._create_table_sql().rpartition(")")[0]
         with contextlib.closing(sqlite3.connect(file)) as connection:
             connection.execute(f"{columns}, CHECK ({check}))")
 

@@ -10,10 +10,10 @@ import msgspec
 import typer
 
 from pillarbox.cli.app import ConfigOption, EventTypeOption, Exit, JsonOption, app, out, require, settings_from, urls
-from pillarbox.sinks import make_sink, redacted
+from pillarbox.sinks import make_sink, redact_url
 
 if TYPE_CHECKING:
-    from pillarbox.sinks.base import Finding, Sink
+    from pillarbox.sinks.base import CheckResult, Sink
 
 
 @app.command("check")
@@ -32,13 +32,15 @@ def check(
     if json:
         sys.stdout.write(msgspec.json.encode([finding._asdict() for finding in findings]).decode() + "\n")
     else:
-        out.print(redacted(settings.sink or ""), markup=False)
+        out.print(redact_url(settings.sink or ""), markup=False)
         for finding in findings:
-            out.print(f"  {'ok ' if finding.ok else 'BAD'}  {finding.text}", markup=False, style=None if finding.ok else "red")
+            out.print(
+                f"  {'ok ' if finding.ok else 'BAD'}  {finding.message}", markup=False, style=None if finding.ok else "red"
+            )
     return Exit.DONE if all(finding.ok for finding in findings) else Exit.PARTLY
 
 
-async def _findings(sink: Sink) -> list[Finding]:
+async def _findings(sink: Sink) -> list[CheckResult]:
     try:
         return list(await sink.check())
     finally:

@@ -30,7 +30,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.delivery.deliverer import ONLY, together
 from pillarbox.delivery.runner import destinations, make_deliverer
 from pillarbox.delivery.settlement import Callbacks
-from pillarbox.exporters import Exposition
+from pillarbox.exporters import MetricsExporters
 from pillarbox.hooks import Hooks
 from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.ledger import Ledger
@@ -110,16 +110,16 @@ def _deliver(
     clock = SystemClock()
     place = directory_at(settings.directory, real_filesystem(), clock)
     place.open()
-    shown = Exposition(place, settings, clock, metrics, otlp)
+    shown = MetricsExporters(place, settings, clock, metrics, otlp)
     on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).dead_letter
-    callbacks = Callbacks(on_duration=shown.flushed, on_dead=on_dead)
+    callbacks = Callbacks(on_duration=shown.record_flush, on_dead=on_dead)
     sinks = destinations(settings, {})
     deliverer = make_deliverer(
         settings, place, clock, Ledger(place, clock), callbacks, lambda: False, sinks, only_delivers=True
     )
     place.note_stamp(place.account().newest_stamp)
     try:
-        shown.begin(deliverer.sinks)
+        shown.start(deliverer.sinks)
         deliverer.start()
         done = _watch(deliverer, place, give_up_s, quiet=quiet)
     except KeyboardInterrupt:

@@ -28,7 +28,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
 from pillarbox.errors import DirectoryUnusable, PillarboxError
 from pillarbox.outcome import Durability  # noqa: TC001 - typer reads it
-from pillarbox.sinks import make_sink, redacted
+from pillarbox.sinks import make_sink, redact_url
 from pillarbox.store import layout
 from pillarbox.store.directory import OPEN_MODE, Directory
 from pillarbox.store.filesystem import exists, real_filesystem
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pillarbox.admin.status import Status
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
-    from pillarbox.sinks.base import Finding as SinkFinding
+    from pillarbox.sinks.base import CheckResult as SinkFinding
 
 _AHEAD_S: Final = 1.0  # by which clocks of one machine may differ
 
@@ -172,7 +172,7 @@ def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[F
     answers: dict[str, list[Finding]] = {}
 
     def ask(name: str, url: str) -> None:
-        label = f"{name}: " if name else f"{redacted(url)}: "
+        label = f"{name}: " if name else f"{redact_url(url)}: "
         try:
             found = asyncio.run(_check(url, settings))
             answers[name] = [Finding(ok, "destination", f"{label}{text}") for ok, text in found]
@@ -191,7 +191,7 @@ def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[F
     findings: list[Finding] = []
     for name, url in _destinations(settings).items():
         threads[name].join(max(0.0, deadline - clock.monotonic()))
-        late = f"{name or redacted(url)}: no answer within {timeout:g} s: is it up, and is there a way to it?"
+        late = f"{name or redact_url(url)}: no answer within {timeout:g} s: is it up, and is there a way to it?"
         findings += answers.get(name, [bad("destination", late)])
     return findings
 

@@ -13,11 +13,11 @@ import msgspec
 import typer
 
 from pillarbox.cli.app import EventTypeOption, Exit, JsonOption, app, out, settings_from
-from pillarbox.errors import ConfigurationError, SinkUnusable
+from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.store.filesystem import exists, write_secret
 
 if TYPE_CHECKING:
-    from pillarbox.sinks.spacetimedb.publish import Published
+    from pillarbox.sinks.spacetimedb.publish import PublishResult
 
 spacetimedb = typer.Typer(
     name="spacetimedb",
@@ -51,7 +51,7 @@ def publish(
         from pillarbox.sinks.spacetimedb import publish  # noqa: PLC0415 - needs its extra
         from pillarbox.sinks.spacetimedb.url import TOKEN_VARIABLE, find_token  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise SinkUnusable(f"spacetimedb: needs {error.name}; pip install 'pillarbox[spacetimedb]'") from None
+        raise SinkUnusableError(f"spacetimedb: needs {error.name}; pip install 'pillarbox[spacetimedb]'") from None
     if not server.startswith(("http://", "https://")):
         raise ConfigurationError("server", server, "the command line", "a URL, e.g. http://127.0.0.1:3000")
     if not _NAME.fullmatch(database):
@@ -60,7 +60,7 @@ def publish(
     made = token is None
     if token is None:
         _, token = asyncio.run(publish.new_identity(server.rstrip("/")))
-        write_secret(token_file, token.line())
+        write_secret(token_file, token.file_content())
     done = asyncio.run(publish.publish(server.rstrip("/"), database, token, replace=replace))
     if json:
         sys.stdout.write(msgspec.json.encode(done._asdict()).decode() + "\n")
@@ -71,7 +71,7 @@ def publish(
     return Exit.DONE
 
 
-def _screen(done: Published, file: str, origin: str) -> str:
+def _screen(done: PublishResult, file: str, origin: str) -> str:
     """All that its owner needs to know."""
     scheme, _, place = done.server.partition("://")
     option = f"?token_file={quote(file, safe='/')}" if file else ""
@@ -82,11 +82,11 @@ def _screen(done: Published, file: str, origin: str) -> str:
         "made": f"Made {done.database} on",
         "replaced": f"Replaced the module of {done.database} on",
         "was there": f"Nothing changed (--replace would): {done.database} has the module already, on",
-    }[done.done]
+    }[done.action]
     return f"""{head} {done.server}, SpacetimeDB {done.version}
   database   {done.database_identity}
   owner      {done.owner}
-  module     {done.module}: table tracking_event (private), function record_tracking_events
+  module     {done.wasm_file}: table tracking_event (private), function record_tracking_events
   token      {origin}
              Whoever has it owns the database: keep it, and keep it out of logs.
 

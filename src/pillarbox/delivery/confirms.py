@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from pillarbox.delivery.lease import BEAT_EVERY_S
 from pillarbox.delivery.sender import is_being_cancelled, words
-from pillarbox.errors import SinkUnusable
-from pillarbox.sinks.base import Misconfigured, Retry, Sink, Unconfirmed
+from pillarbox.errors import SinkUnusableError
+from pillarbox.sinks.base import Misconfigured, Retry, Sink, UnconfirmedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,9 +132,9 @@ class Confirmer:
             if is_being_cancelled():
                 raise
             return 0, Retry("the sink cancelled its own call")
-        except SinkUnusable as error:
+        except SinkUnusableError as error:
             return 0, Misconfigured(str(error))
-        except Unconfirmed as error:
+        except UnconfirmedError as error:
             return 0, Retry(str(error))
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
             return 0, Retry(words(error))

@@ -12,7 +12,7 @@ from pillarbox.delivery.backlog import Backlog
 from pillarbox.delivery.lineup import Lineup
 from pillarbox.delivery.shipment import Job, Shipment
 from pillarbox.errors import FileUnusable
-from pillarbox.sinks.base import GIVE_WAY_EVERY
+from pillarbox.sinks.base import YIELD_EVERY_RECORDS
 from pillarbox.store import layout, reader
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Loader:
                 self._spare = job
                 return
             jobs.append(job)
-            if not self._sink.traits.combines:
+            if not self._sink.capabilities.combines_files:
                 return
 
     def _goes_along(self, jobs: list[Job], job: Job) -> bool:
@@ -196,7 +196,7 @@ class Loader:
     def _give_way_within(self, name: str, data: bytes) -> Callable[[], None]:
         """What reading a file calls every so many lines; nothing for one of several small files that together have fewer."""
         self._lines += data.count(b"\n") + 1
-        if self._lines < GIVE_WAY_EVERY and not name.endswith(layout.COMPRESSED):
+        if self._lines < YIELD_EVERY_RECORDS and not name.endswith(layout.COMPRESSED):
             return _nothing
         self._lines = 0
         return self._give_way

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.pacing import Pacing
-from pillarbox.sinks.base import Answer, Delivered, Misconfigured, Partly, Refusal, Refused, Retry
+from pillarbox.sinks.base import Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Rejection, Retry
 
 TOO_OLD: Final = "too_old"  # the code of dead letters that an age limit made
 # How long a batch must have failed here before its age counts, in seconds: a clock that was wrong when the machine came up is
@@ -58,13 +58,13 @@ class Settle(NamedTuple):
 
     accepted: int
     duplicates: int
-    dead: dict[int, Refusal]
+    dead: dict[int, Rejection]
 
 
 class Resend(NamedTuple):
     """The records in `dead` are refused; send what stands between them, for nothing of the call was kept."""
 
-    dead: dict[int, Refusal]
+    dead: dict[int, Rejection]
 
 
 class Split(NamedTuple):
@@ -88,13 +88,13 @@ class Stop(NamedTuple):
 class PutOff(NamedTuple):
     """The batch is refused as a whole, as far as one can tell: send others before it is judged."""
 
-    refusal: Refusal
+    refusal: Rejection
 
 
 class GiveUp(NamedTuple):
     """The part is older than the operator wants: its records are dead letters."""
 
-    refusal: Refusal
+    refusal: Rejection
 
 
 Action = Settle | Resend | Split | Wait | Stop | PutOff | GiveUp
@@ -108,7 +108,7 @@ class Verdict(Enum):
     OUTAGE = "outage"  # put off, and delivery stops
 
 
-def decide(answer: Answer, size: int, attempt: int, share: float, lately: Lately, rules: Rules) -> Action:
+def decide(answer: DeliveryResult, size: int, attempt: int, share: float, lately: Lately, rules: Rules) -> Action:
     """The action that follows from the answer to one call.
 
     `size` is the number of records in the call, `attempt` counts the calls in a row with this part that were to be tried
@@ -117,17 +117,17 @@ def decide(answer: Answer, size: int, attempt: int, share: float, lately: Lately
     match answer:
         case Delivered(accepted, duplicates):
             return Settle(accepted, duplicates, {})
-        case Partly(refused, None) if _is_hopeless(lately, rules):
+        case PartialFailure(refused, None) if _is_hopeless(lately, rules):
             return _too_old(lately, rules) or PutOff(next(iter(refused.values())))
-        case Partly(refused, None):
+        case PartialFailure(refused, None):
             return Resend(refused)
-        case Partly(refused, accepted, duplicates):
+        case PartialFailure(refused, accepted, duplicates):
             return Settle(accepted or 0, duplicates, refused)
-        case Refused(refusal) if size <= 1:
+        case Rejected(refusal) if size <= 1:
             return Settle(0, 0, {0: refusal})
-        case Refused(refusal) if _is_hopeless(lately, rules):
+        case Rejected(refusal) if _is_hopeless(lately, rules):
             return _too_old(lately, rules) or PutOff(refusal)
-        case Refused():
+        case Rejected():
             return Split()
         case Retry(reason, after):
             # Never earlier than asked for, and not later either; a destination that names no time gets ours.
@@ -147,18 +147,18 @@ def judge(accepted: int, lately: Lately, rules: Rules) -> Verdict:
     return Verdict.OUTAGE if is_outage(lately.refused_batches + lately.condemned + 1, rules) else Verdict.PUT_OFF
 
 
-def checked(answer: object, size: int) -> Answer:
+def checked(answer: object, size: int) -> DeliveryResult:
     """A sink's answer to a call of `size` records, or what to make of one that cannot be: a sink may be anybody's code."""
     match answer:
         case Delivered(accepted, duplicates) if accepted == size and duplicates >= 0:
             return answer
         case Retry(str(reason), after) if after is not None and not 0 <= after < math.inf:
             return Retry(reason, None)
-        case Retry(str()) | Refused(Refusal()) | Misconfigured(str()):
+        case Retry(str()) | Rejected(Rejection()) | Misconfigured(str()):
             return answer
-        case Partly(dict(refused), accepted) if refused and refused.keys() <= set(range(size)):
-            if not all(isinstance(refusal, Refusal) for refusal in refused.values()):
-                return Misconfigured("the sink refuses records with something that is no Refusal: mend the sink")
+        case PartialFailure(dict(refused), accepted) if refused and refused.keys() <= set(range(size)):
+            if not all(isinstance(refusal, Rejection) for refusal in refused.values()):
+                return Misconfigured("the sink refuses records with something that is no Rejection: mend the sink")
             if accepted is None or accepted == size - len(refused):
                 return answer
     return Misconfigured(f"the sink answered a call of {size} records with {answer!r:.200}, which cannot be: mend the sink")
@@ -178,7 +178,7 @@ def is_too_old(lately: Lately, rules: Rules) -> bool:
 def _too_old(lately: Lately, rules: Rules) -> GiveUp | None:
     if not is_too_old(lately, rules):
         return None
-    return GiveUp(Refusal(TOO_OLD, f"not delivered within {rules.max_age_s:g} s of being sealed"))
+    return GiveUp(Rejection(TOO_OLD, f"not delivered within {rules.max_age_s:g} s of being sealed"))
 
 
 def _is_hopeless(lately: Lately, rules: Rules) -> bool:

@@ -14,7 +14,7 @@ from pillarbox.delivery.settlement import shelf_for
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
 from pillarbox.errors import ConfigurationError
-from pillarbox.sinks import make_sink, redacted
+from pillarbox.sinks import make_sink, redact_url
 from pillarbox.store.fanout import FanOut
 from pillarbox.telemetry import DeliveryCounters
 
@@ -48,7 +48,7 @@ def destinations(settings: Settings, given: Mapping[str, Sink]) -> dict[str, Des
     named: dict[str, object] = {ONLY: settings.sink} if settings.sink else settings.sinks
     urls = {name: url for name, url in named.items() if isinstance(url, str)}
     found = {name: Destination(sink, type(sink).__name__) for name, sink in given.items()}
-    return found | {name: Destination(make_sink(url, settings.event_type), redacted(url)) for name, url in urls.items()}
+    return found | {name: Destination(make_sink(url, settings.event_type), redact_url(url)) for name, url in urls.items()}
 
 
 def check_delivery(settings: Settings, given: Mapping[str, Sink]) -> None:

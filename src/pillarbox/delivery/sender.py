@@ -15,8 +15,8 @@ from pillarbox.delivery.backoff import jitter
 from pillarbox.delivery.lease import BEAT_EVERY_S
 from pillarbox.delivery.pacing import Pacer
 from pillarbox.delivery.policy import Lately, Verdict
-from pillarbox.errors import SinkUnusable
-from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refused, Retry, Sink
+from pillarbox.errors import SinkUnusableError
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Retry, Sink
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pillarbox.delivery.shipment import Shipment
     from pillarbox.delivery.state import StateName
     from pillarbox.delivery.status import Standing
-    from pillarbox.sinks.base import Refusal
+    from pillarbox.sinks.base import Rejection
     from pillarbox.telemetry import DeliveryCounters
 
 _SANE_MICROS: Final = 1_577_836_800_000_000  # 2020: a clock that says less had not been set when the file was sealed
@@ -63,11 +63,11 @@ class Courier:
         self._pause = pause
         self._meanwhile = meanwhile
         self._not_before = 0.0  # monotonic: the destination asked for time, or has to be mended
-        self._pacer = Pacer(rules.pacing, rules.max_in_flight if sink.traits.concurrent else 1)
+        self._pacer = Pacer(rules.pacing, rules.max_in_flight if sink.capabilities.concurrent else 1)
         self._turn = asyncio.Lock()  # calls begin in the order in which they came
         self._show_pace()
         self._began = (clock.micros(), clock.monotonic())
-        self._given_up: set[asyncio.Future[Answer]] = set()  # calls that have not ended yet
+        self._given_up: set[asyncio.Future[DeliveryResult]] = set()  # calls that have not ended yet
 
     async def send(self, shipment: Shipment) -> Verdict:
         """Whether what was refused of it is final; where it is not, nothing of it was accepted."""
@@ -94,7 +94,7 @@ class Courier:
                 case policy.Resend(dead):
                     shipment.refuse(part, dead)
                     parts.popleft()
-                    parts.extendleft(reversed(part.between(dead)))
+                    parts.extendleft(reversed(part.split_around(dead)))
                 case policy.Split():
                     parts.popleft()
                     parts.extendleft(reversed(part.halves()))
@@ -111,9 +111,9 @@ class Courier:
             return Verdict.FINAL
         return policy.judge(shipment.accepted, self._lately(shipment), self._rules)
 
-    def _remember(self, shipment: Shipment, answer: Answer) -> None:
+    def _remember(self, shipment: Shipment, answer: DeliveryResult) -> None:
         """How many calls in a row were refused, and since when the batch fails; policy asks for both."""
-        if isinstance(answer, (Delivered, Partly)) and answer.accepted:
+        if isinstance(answer, (Delivered, PartialFailure)) and answer.accepted:
             shipment.refused_calls = 0
             return
         shipment.refused_calls += not isinstance(answer, (Retry, Misconfigured))
@@ -141,10 +141,10 @@ class Courier:
         self._pacer.caught_up()
         self._show_pace()
 
-    def _pace(self, began: float, answer: Answer, records: int) -> None:
+    def _pace(self, began: float, answer: DeliveryResult, records: int) -> None:
         if isinstance(answer, (Retry, Misconfigured)):
             self._pacer.failed(began, self._clock.monotonic(), records)
-        elif not isinstance(answer, Refused) and answer.accepted:
+        elif not isinstance(answer, Rejected) and answer.accepted:
             self._pacer.arrived(began, self._clock.monotonic(), records)
         else:
             self._pacer.refused(records)
@@ -158,7 +158,7 @@ class Courier:
         """Send nothing for so long."""
         self._not_before = max(self._not_before, self._clock.monotonic() + seconds)
 
-    def _settle(self, shipment: Shipment, part: Batch, accepted: int, duplicates: int, dead: dict[int, Refusal]) -> None:
+    def _settle(self, shipment: Shipment, part: Batch, accepted: int, duplicates: int, dead: dict[int, Rejection]) -> None:
         shipment.accept(accepted, duplicates)
         shipment.refuse(part, dead)
         if accepted:
@@ -176,7 +176,7 @@ class Courier:
         return Lately(
             shipment.proven,
             shipment.accepted > 0,
-            self._sink.traits.deduplicates_by != "nothing",
+            self._sink.capabilities.deduplicates_by != "nothing",
             shipment.records,
             shipment.refused_calls,
             self._suspects.in_row(besides=shipment.jobs[0].name),
@@ -194,19 +194,19 @@ class Courier:
         return min(self._clock.micros() - stamp, wall - stamp + (now - monotonic) * 1e6) / 1e6
 
     def _is_too_large(self, part: Batch) -> bool:
-        traits = self._sink.traits
+        capabilities = self._sink.capabilities
         if len(part) <= 1:
             return False
-        if traits.records_max is not None and len(part) > traits.records_max:
+        if capabilities.records_max is not None and len(part) > capabilities.records_max:
             return True
-        return traits.bytes_max is not None and sum(map(len, part.payloads)) > traits.bytes_max
+        return capabilities.bytes_max is not None and sum(map(len, part.payloads)) > capabilities.bytes_max
 
     async def _until_due(self, records: int) -> None:
         async with self._turn:
             while (left := self._seconds_left()) > 0:
                 await self._pause(min(left, BEAT_EVERY_S))  # the rate may have risen meanwhile
             # A sink that takes one call at a time gets no second one beside a call that was given up and goes on.
-            while self._given_up and not self._sink.traits.concurrent:
+            while self._given_up and not self._sink.capabilities.concurrent:
                 self._standing.enter("waiting", "the sink goes on with a call that was given up")
                 await asyncio.wait(self._given_up, timeout=BEAT_EVERY_S)
                 await self._pause(0)
@@ -216,7 +216,7 @@ class Courier:
         now = self._clock.monotonic()
         return max(self._not_before - now, self._pacer.wait(now))
 
-    async def _call(self, part: Batch) -> Answer:
+    async def _call(self, part: Batch) -> DeliveryResult:
         """One call, bounded in time; while it waits for the destination, the next file is read and the heart beats."""
         call = asyncio.ensure_future(self._sink.deliver(part))
         try:
@@ -237,24 +237,24 @@ class Courier:
             raise
         return self._answer_of(call, len(part))
 
-    async def _give_up(self, call: asyncio.Future[Answer]) -> None:
+    async def _give_up(self, call: asyncio.Future[DeliveryResult]) -> None:
         call.cancel()
         await asyncio.wait({call}, timeout=_GIVEN_UP_S)
         if not call.done():
             self._given_up.add(call)
         call.add_done_callback(self._ended)
 
-    def _ended(self, call: asyncio.Future[Answer]) -> None:
+    def _ended(self, call: asyncio.Future[DeliveryResult]) -> None:
         self._given_up.discard(call)
         if not call.cancelled():
             call.exception()  # what it was is of no interest any more
 
-    def _answer_of(self, call: asyncio.Future[Answer], size: int) -> Answer:
+    def _answer_of(self, call: asyncio.Future[DeliveryResult], size: int) -> DeliveryResult:
         try:
             return policy.checked(call.result(), size)
         except asyncio.CancelledError:
             return Retry("the sink cancelled its own call")
-        except SinkUnusable as error:
+        except SinkUnusableError as error:
             return Misconfigured(str(error))
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
             return Retry(words(error))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from pillarbox.delivery.settlement import DeadLetter
-from pillarbox.sinks.base import Batch, Refusal
+from pillarbox.sinks.base import Batch, Rejection
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Shipment:
         first = jobs[0]
         more = f"+{len(jobs) - 1}" if len(jobs) > 1 else ""
         payloads = first.payloads if not more else [payload for job in jobs for payload in job.payloads]
-        self.batch = Batch(first.id + more, payloads, give_way=give_way)
+        self.batch = Batch(first.id + more, payloads, yield_gil=give_way)
         self.records = len(payloads)
         self.proven = proven  # the destination has accepted something since it refused this as a whole
         self.attempts = history.attempts
@@ -63,7 +63,7 @@ class Shipment:
         self.failing_since = history.failing_since
         self.accepted = 0
         self.duplicates = 0
-        self.refused: dict[int, tuple[Refusal, int]] = {}  # by index among all records: why, and after how many attempts
+        self.refused: dict[int, tuple[Rejection, int]] = {}  # by index among all records: why, and after how many attempts
         self.refused_calls = 0  # in a row
 
     def history(self) -> History:
@@ -75,10 +75,10 @@ class Shipment:
         self.accepted += accepted
         self.duplicates += duplicates
 
-    def refuse(self, part: Batch, dead: dict[int, Refusal]) -> None:
+    def refuse(self, part: Batch, dead: dict[int, Rejection]) -> None:
         """The records at these indexes of a part did not, and will not."""
         for index, refusal in dead.items():
-            self.refused[part.first + index] = (Refusal(_clean(refusal.code), _clean(refusal.reason)), self.attempts)
+            self.refused[part.first_index + index] = (Rejection(_clean(refusal.code), _clean(refusal.reason)), self.attempts)
 
     def hand_out(self, sink_name: str) -> None:
         """Give each file its share of what became of the records; those that are refused become dead letters."""

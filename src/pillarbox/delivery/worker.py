@@ -1,8 +1,8 @@
 """The loop that delivers: takes sealed files in order, sends them, and has them settled once the destination is sure.
 
 Decisions are `policy`'s, files are read by `loading`, calls are the `courier`'s, what becomes of a delivered file is the
-`settlement`'s. With a sink whose acceptance needs `confirming`, up to `traits.window` shipments are sent and not yet settled.
-With `max_in_flight` several are on their way at once, where the sink takes them; each is settled by itself.
+`settlement`'s. With a sink whose acceptance needs `confirming`, up to `capabilities.unconfirmed_max` shipments are sent and not
+yet settled. With `max_in_flight` several are on their way at once, where the sink takes them; each is settled by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pillarbox.delivery.sender import Courier, is_being_cancelled, words
 from pillarbox.delivery.settlement import GROUP_S, KEPT, NOBODY, Callbacks, Kept, Settler
 from pillarbox.delivery.state import ANOTHER_DELIVERS
 from pillarbox.delivery.status import Standing
-from pillarbox.errors import FileUnusable, SinkUnusable
+from pillarbox.errors import FileUnusable, SinkUnusableError
 from pillarbox.sinks.base import Misconfigured, Sink
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
@@ -85,7 +85,7 @@ class Worker:
         self._standing = Standing(sink_name, clock, counters, self.lease)
         self._suspects = Suspects(rules)
         self._courier = Courier(sink, clock, rules, counters, self._standing, self._suspects, self._pause, self._meanwhile)
-        groups = ledger is not None and sink.traits.deduplicates_by != "nothing"
+        groups = ledger is not None and sink.capabilities.deduplicates_by != "nothing"
         self._settler = Settler(
             directory, clock, sink_name, rules, counters, self._standing, kept, ledger, callbacks, groups=groups
         )
@@ -325,8 +325,8 @@ class Worker:
         """Send what is queued; whether anything was sent."""
         progress = False
         self._looked_at = self._clock.monotonic()
-        window = max(1, self._sink.traits.window)
-        at_once = self._rules.max_in_flight if self._sink.traits.concurrent else 1
+        window = max(1, self._sink.capabilities.unconfirmed_max)
+        at_once = self._rules.max_in_flight if self._sink.capabilities.concurrent else 1
         while self._loader.has_more or self._line_up_more():
             if await self._sends_again(window):
                 await self._land(0)
@@ -413,7 +413,7 @@ class Worker:
             return
         if shipment.refused and not shipment.accepted:
             self._suspects.condemn()
-        if self._sink.traits.confirms and shipment.accepted:
+        if self._sink.capabilities.needs_confirmation and shipment.accepted:
             self._confirmer.add(shipment)
         else:
             self._settle(shipment)
@@ -446,7 +446,7 @@ class Worker:
     # Waiting.
 
     async def _sends_again(self, window: int) -> bool:
-        """Wait until fewer shipments than `window` are unconfirmed; whether some must be sent again."""
+        """Wait until fewer shipments than `unconfirmed_max` are unconfirmed; whether some must be sent again."""
         trouble = await self._confirmer.wait_for_room(window, self._while_waiting)
         if isinstance(trouble, Misconfigured):
             await self._hold("stopped", trouble.reason, self._rules.recheck_s)
@@ -479,7 +479,7 @@ class Worker:
                     await asyncio.wait({opening}, timeout=BEAT_EVERY_S)
                     self._standing.beat()
                 await opening
-        except SinkUnusable as error:
+        except SinkUnusableError as error:
             await self._hold("stopped", str(error), self._rules.recheck_s)
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
             await self._hold("waiting", words(error), self._rules.backoff.max_s)

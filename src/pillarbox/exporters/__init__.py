@@ -7,6 +7,6 @@ threads of their own, and what they read of the directory costs a tenth of the t
 
 from __future__ import annotations
 
-from pillarbox.exporters.exposition import Exposition
+from pillarbox.exporters.exposition import MetricsExporters
 
-__all__ = ["Exposition"]
+__all__ = ["MetricsExporters"]

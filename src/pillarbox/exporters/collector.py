@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from pillarbox.store.usage import Account
     from pillarbox.telemetry import Reading
 
-_LISTING_SHARE: Final = 10  # a directory of many files is listed for a tenth of the time at most, whoever asks how often
+_PAUSE_FACTOR: Final = 10  # a directory of many files is listed for a tenth of the time at most, whoever asks how often
 
 
-class Queue(NamedTuple):
+class QueueMetrics(NamedTuple):
     """What waits for one sink, and the process that has its lease, as it last said itself."""
 
     sink: str
     bytes: int
     files: int
     oldest_age_s: float  # 0 where nothing waits
-    silent_s: float | None  # None: no process has delivered yet
-    held: bool  # by this process
+    heartbeat_age_s: float | None  # None: no process has delivered yet
+    holds_lease: bool  # by this process
 
 
-class Aside(NamedTuple):
+class FileKindMetrics(NamedTuple):
     """What was set aside of one kind: for one sink, or where there are several, for none of them."""
 
     sink: str
@@ -44,66 +44,66 @@ class Aside(NamedTuple):
     files: int
 
 
-class Ground(NamedTuple):
+class DirectoryMetrics(NamedTuple):
     """A directory at one moment."""
 
     pending_bytes: int
     pending_files: int
-    queues: list[Queue]
-    kept: list[Aside]
+    queues: list[QueueMetrics]
+    file_kinds: list[FileKindMetrics]
     space: Space
     settings: Settings
 
 
-class Surveyor:
+class DirectoryCollector:
     """Looks at a directory for whoever asks; takes no lock, and creates and adopts nothing."""
 
-    def __init__(self, place: Directory, settings: Settings, clock: Clock) -> None:
-        self._place = place
+    def __init__(self, directory: Directory, settings: Settings, clock: Clock) -> None:
+        self._directory = directory
         self._settings = settings
         self._clock = clock
-        self._looking = threading.Lock()
-        self._found: Ground | None = None
-        self._next = 0.0
+        self._lock = threading.Lock()
+        self._metrics: DirectoryMetrics | None = None
+        self._next_read_s = 0.0
 
-    def look(self) -> list[tuple[str, Ground]]:
+    def collect(self) -> list[tuple[str, DirectoryMetrics]]:
         """The directory by its name; nothing where it cannot be listed: the deliverer's state says why."""
-        with self._looking:
+        with self._lock:
             began = self._clock.monotonic()
-            if self._found is None or began >= self._next:
+            if self._metrics is None or began >= self._next_read_s:
                 try:
-                    self._found = self._survey()
+                    self._metrics = self._read_directory()
                 except OSError:
-                    self._found = None
+                    self._metrics = None
                 now = self._clock.monotonic()
-                self._next = now + _LISTING_SHARE * (now - began)
-            return [] if self._found is None else [(self._settings.directory, self._found)]
+                self._next_read_s = now + _PAUSE_FACTOR * (now - began)
+            return [] if self._metrics is None else [(self._settings.directory, self._metrics)]
 
-    def _survey(self) -> Ground:
-        place = self._place
-        account = place.account()
-        queues = [(queue, queue.account()) for queue in place.queues()]
-        rest = _set_aside(account)
+    def _read_directory(self) -> DirectoryMetrics:
+        directory = self._directory
+        account = directory.account()
+        queues = [(queue, queue.account()) for queue in directory.queues()]
+        rest = _usage_by_kind(account)
         for _, of_queue in queues:  # the account of the directory has them too
             rest = [
                 (kind, max(0, size - theirs[1]), max(0, files - theirs[2]))
-                for (kind, size, files), theirs in zip(rest, _set_aside(of_queue), strict=True)
+                for (kind, size, files), theirs in zip(rest, _usage_by_kind(of_queue), strict=True)
             ]
-        kept = [Aside("", *one) for one in rest]
-        kept += [Aside(queue.sink, *one) for queue, of_queue in queues for one in _set_aside(of_queue)]
-        return Ground(
+        file_kinds = [FileKindMetrics("", *one) for one in rest]
+        file_kinds += [FileKindMetrics(queue.sink, *one) for queue, of_queue in queues for one in _usage_by_kind(of_queue)]
+        return DirectoryMetrics(
             account.pending_bytes,
             account.pending_files,
-            [self._queue(queue, of_queue) for queue, of_queue in queues or [(place, account)]],
-            kept,
-            place.filesystem.space(place.path),
+            [self._read_queue(queue, of_queue) for queue, of_queue in queues or [(directory, account)]],
+            file_kinds,
+            directory.filesystem.space(directory.path),
             self._settings,
         )
 
-    def _queue(self, queue: Directory, account: Account) -> Queue:
+    def _read_queue(self, queue: Directory, account: Account) -> QueueMetrics:
         now = self._clock.micros()
         beat = last_heartbeat(queue)
-        return Queue(
+        return QueueMetrics(
             queue.sink,
             account.sealed_bytes,
             account.sealed_files,
@@ -113,7 +113,7 @@ class Surveyor:
         )
 
 
-def _set_aside(account: Account) -> list[tuple[str, int, int]]:
+def _usage_by_kind(account: Account) -> list[tuple[str, int, int]]:
     return [
         ("dead", account.dead_bytes, account.dead_files),
         ("quarantine", account.corrupt_bytes, account.corrupt_files),
@@ -121,27 +121,27 @@ def _set_aside(account: Account) -> list[tuple[str, int, int]]:
     ]
 
 
-def _beats(ground: Ground) -> Iterator[Reading]:
-    return ((queue.silent_s, of_sink(queue.sink)) for queue in ground.queues if queue.silent_s is not None)
+def _heartbeat_ages(directory: DirectoryMetrics) -> Iterator[Reading]:
+    return ((queue.heartbeat_age_s, of_sink(queue.sink)) for queue in directory.queues if queue.heartbeat_age_s is not None)
 
 
-def _kept(ground: Ground, of: Callable[[Aside], int]) -> Iterator[Reading]:
-    return ((of(aside), {"kind": aside.kind, **of_sink(aside.sink)}) for aside in ground.kept)
+def _by_kind(directory: DirectoryMetrics, of: Callable[[FileKindMetrics], int]) -> Iterator[Reading]:
+    return ((of(aside), {"kind": aside.kind, **of_sink(aside.sink)}) for aside in directory.file_kinds)
 
 
-def _kept_limits(ground: Ground) -> Iterator[Reading]:
-    kept = ground.settings.kept
+def _kind_limits(directory: DirectoryMetrics) -> Iterator[Reading]:
+    kept = directory.settings.kept
     return (
         (limit, {"kind": kind}) for kind, limit in (("dead", kept.max_dead_bytes), ("quarantine", kept.max_quarantine_bytes))
     )
 
 
-def _build(_ground: Ground) -> Iterator[Reading]:
+def _build_info(_directory: DirectoryMetrics) -> Iterator[Reading]:
     yield 1, {"version": version("pillarbox"), "python": python_version()}
 
 
-# Of a `Ground`.
-STANDING: Final = (
+# Of a `DirectoryMetrics`.
+DIRECTORY_METRICS: Final = (
     *PENDING,
     Metric("limit.bytes", "By", "max_bytes as set here", "gauge", lambda g: [(g.settings.max_bytes, {})]),
     Metric("limit.files", "{file}", "max_files as set here", "gauge", lambda g: [(g.settings.max_files, {})]),
@@ -154,7 +154,7 @@ STANDING: Final = (
         "gauge",
         lambda g: ((q.oldest_age_s, of_sink(q.sink)) for q in g.queues),
     ),
-    Metric("heartbeat.age", "s", "Since the process that delivers last said so", "gauge", _beats),
+    Metric("heartbeat.age", "s", "Since the process that delivers last said so", "gauge", _heartbeat_ages),
     Metric(
         "lease.held",
         "{lease}",
@@ -162,10 +162,12 @@ STANDING: Final = (
         "gauge",
         lambda g: ((int(q.held), of_sink(q.sink)) for q in g.queues),
     ),
-    Metric("kept.bytes", "By", "Bytes set aside in the directory", "gauge", lambda g: _kept(g, lambda aside: aside.bytes)),
-    Metric("kept.files", "{file}", "Files set aside in the directory", "gauge", lambda g: _kept(g, lambda aside: aside.files)),
-    Metric("kept.limit", "By", "Where setting aside ends", "gauge", _kept_limits),
+    Metric("kept.bytes", "By", "Bytes set aside in the directory", "gauge", lambda g: _by_kind(g, lambda aside: aside.bytes)),
+    Metric(
+        "kept.files", "{file}", "Files set aside in the directory", "gauge", lambda g: _by_kind(g, lambda aside: aside.files)
+    ),
+    Metric("kept.limit", "By", "Where setting aside ends", "gauge", _kind_limits),
     Metric("volume.free", "By", "Free on the volume", "gauge", lambda g: [(g.space.free_bytes, {})]),
     Metric("volume.size", "By", "Size of the volume", "gauge", lambda g: [(g.space.total_bytes, {})]),
-    Metric("build.info", "{build}", "1, with the versions", "gauge", _build),
+    Metric("build.info", "{build}", "1, with the versions", "gauge", _build_info),
 )

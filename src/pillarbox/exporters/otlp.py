@@ -11,7 +11,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
-from pillarbox.exporters.collector import STANDING
+from pillarbox.exporters.collector import DIRECTORY_METRICS
 from pillarbox.telemetry import DELIVERING, make_flush_duration, observe, of_sink
 
 if TYPE_CHECKING:
@@ -19,39 +19,39 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-_LAST_EXPORT_S: Final = 5.0  # at the end of the command, for a collector that may not answer
+_LAST_EXPORT_TIMEOUT_S: Final = 5.0  # at the end of the command, for a collector that may not answer
 
 
-class Export:
-    """Exports from `begin` to `close`, which exports once more; how often is OpenTelemetry's OTEL_METRIC_EXPORT_INTERVAL."""
+class OtlpExporter:
+    """Exports from `start` to `close`, which exports once more; how often is OpenTelemetry's OTEL_METRIC_EXPORT_INTERVAL."""
 
     def __init__(
         self,
         url: str | None,
         sinks: Callable[[], Iterable[tuple[str, object]]],
-        ground: Callable[[], Iterable[tuple[str, object]]],
+        directories: Callable[[], Iterable[tuple[str, object]]],
     ) -> None:
         self._sinks = sinks
-        self._ground = ground
+        self._directories = directories
         self._exporter = OTLPMetricExporter(endpoint=None if url is None else f"{url.rstrip('/')}/v1/metrics")
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Export."""
         ours = Resource({"service.name": "pillarbox", "service.version": version("pillarbox")})
         resource = Resource.create(ours.merge(OTELResourceDetector().detect()).attributes)
         self._provider = MeterProvider([PeriodicExportingMetricReader(self._exporter)], resource)
         meter = self._provider.get_meter("pillarbox", version("pillarbox"))
         observe(meter, DELIVERING, self._sinks)
-        observe(meter, STANDING, self._ground)
+        observe(meter, DIRECTORY_METRICS, self._directories)
         self._duration = make_flush_duration(meter)
 
-    def flushed(self, outbox: str, sink: str, seconds: float) -> None:
+    def record_flush(self, outbox: str, sink: str, seconds: float) -> None:
         """A file took so long."""
         self._duration.record(seconds, {"outbox": outbox, **of_sink(sink)})
 
     def close(self) -> None:
         """Export what is not yet."""
         try:
-            self._provider.shutdown(_LAST_EXPORT_S * 1000)
+            self._provider.shutdown(_LAST_EXPORT_TIMEOUT_S * 1000)
         except Exception as error:  # noqa: BLE001 - whatever a reader raises, the events are delivered
             log.warning("OTLP: the last export did not end: %s", error)

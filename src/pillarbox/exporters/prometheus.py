@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Histogram, MetricsHandler
 from prometheus_client import Metric as Family
 from prometheus_client.registry import Collector
 
-from pillarbox.exporters.collector import STANDING
+from pillarbox.exporters.collector import DIRECTORY_METRICS
 from pillarbox.telemetry import DELIVERING, FLUSH_BUCKETS_S, FLUSH_DURATION
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pillarbox.telemetry import Metric
 
-_CLIENT_S: Final = 5.0  # how long a client may keep quiet before it is hung up on
+_CLIENT_TIMEOUT_S: Final = 5.0  # how long a client may keep quiet before it is hung up on
 # How OpenTelemetry's units are spelt out where a name goes to Prometheus; those in braces are left out.
 _UNITS: Final = {"By": "bytes", "s": "seconds", "{event}/s": "per_second"}
 
@@ -34,7 +34,7 @@ def prometheus_name(name: str, unit: str, kind: str) -> str:
     return "_".join([*words, "total"] if kind == "counter" else words)
 
 
-class _Families(Collector):
+class _FamilyCollector(Collector):
     """Reads everything anew at each scrape."""
 
     def __init__(self, sources: Iterable[tuple[Iterable[Metric], Callable[[], Iterable[tuple[str, object]]]]]) -> None:
@@ -60,9 +60,9 @@ class _Families(Collector):
                         family.add_sample(name, {"outbox": outbox, **attributes}, number)
                 if family.samples:
                     yield family
-        yield from self._durations()
+        yield from self._flush_durations()
 
-    def _durations(self) -> Iterator[Family]:
+    def _flush_durations(self) -> Iterator[Family]:
         for made in self.duration.collect():
             family = Family(made.name, made.documentation, made.type)
             for sample in made.samples:
@@ -72,7 +72,7 @@ class _Families(Collector):
             yield family
 
 
-class _Server(ThreadingHTTPServer):
+class _MetricsServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a client that hangs does not hold up the end
 
@@ -82,8 +82,8 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
 
-class _Handler(MetricsHandler):
-    timeout = _CLIENT_S
+class _MetricsHandler(MetricsHandler):
+    timeout = _CLIENT_TIMEOUT_S
 
     def do_GET(self) -> None:  # noqa: N802 - http.server's own
         """Answer a scrape."""
@@ -100,31 +100,31 @@ class _Handler(MetricsHandler):
         return "pillarbox"
 
 
-class Endpoint:
-    """Listens from now, and serves from `begin` to `close`. Raises `OSError` where it cannot listen."""
+class PrometheusExporter:
+    """Listens from now, and serves from `start` to `close`. Raises `OSError` where it cannot listen."""
 
     def __init__(
         self,
         host: str,
         port: int,
         sinks: Callable[[], Iterable[tuple[str, object]]],
-        ground: Callable[[], Iterable[tuple[str, object]]],
+        directories: Callable[[], Iterable[tuple[str, object]]],
     ) -> None:
-        self._families = _Families([(DELIVERING, sinks), (STANDING, ground)])
+        self._families = _FamilyCollector([(DELIVERING, sinks), (DIRECTORY_METRICS, directories)])
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self._families)
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = type("_Server", (_Server,), {"address_family": family})
-        self._server: ThreadingHTTPServer = listening(address, _Handler.factory(registry))
+        listening = type("_Server", (_MetricsServer,), {"address_family": family})
+        self._server: ThreadingHTTPServer = listening(address, _MetricsHandler.factory(registry))
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}/metrics"
         self._thread = threading.Thread(target=self._server.serve_forever, name="pillarbox-metrics", daemon=True)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Serve."""
         self._thread.start()
 
-    def flushed(self, outbox: str, sink: str, seconds: float) -> None:
+    def record_flush(self, outbox: str, sink: str, seconds: float) -> None:
         """A file took so long."""
         self._families.duration.labels(outbox, sink).observe(seconds)
 

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final, cast
 from urllib.parse import urlsplit
 
-from pillarbox.errors import ConfigurationError, SinkUnusable
+from pillarbox.errors import ConfigurationError, SinkUnusableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from pillarbox.sinks.base import Sink
 
-_GROUP: Final = "pillarbox.sinks"
-_WITH_KEYS: Final = ("http", "https")  # many a web hook's path is its password
-_KEY_MIN: Final = 16  # characters of a part of a path, with a digit among them
+_ENTRY_POINT_GROUP: Final = "pillarbox.sinks"
+_SCHEMES_WITH_KEYS: Final = ("http", "https")  # many a web hook's path is its password
+_KEY_CHARS_MIN: Final = 16  # characters of a part of a path, with a digit among them
 _BUILT_IN: Final = {
     "http": "pillarbox.sinks.http:HttpSink",
     "https": "pillarbox.sinks.http:HttpSink",
@@ -34,30 +34,35 @@ _BUILT_IN: Final = {
 
 def schemes() -> list[str]:
     """Every scheme that can be delivered to."""
-    return sorted({*_BUILT_IN, *(entry.name for entry in entry_points(group=_GROUP))})
+    return sorted({*_BUILT_IN, *(entry.name for entry in entry_points(group=_ENTRY_POINT_GROUP))})
 
 
 def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
-    """The sink for a URL; raises `ConfigurationError` for one that names none, `SinkUnusable` where its extra is missing."""
+    """Make the sink for a URL.
+
+    Raises:
+        ConfigurationError: no sink has the URL's scheme, or the sink rejects the URL.
+        SinkUnusableError: the extra that the sink needs is not installed.
+    """
     scheme = url.partition(":")[0].lower()
-    target = _BUILT_IN.get(scheme)
-    if target is not None:
-        module, _, name = target.partition(":")
+    import_path = _BUILT_IN.get(scheme)
+    if import_path is not None:
+        module, _, name = import_path.partition(":")
         try:
-            made = getattr(import_module(module), name)
+            factory = getattr(import_module(module), name)
         except ModuleNotFoundError as error:
             extra = module.rpartition(".")[2]
-            raise SinkUnusable(f"{scheme}: needs {error.name}; pip install 'pillarbox[{extra}]'") from None
+            raise SinkUnusableError(f"{scheme}: needs {error.name}; pip install 'pillarbox[{extra}]'") from None
     else:
-        found = list(entry_points(group=_GROUP, name=scheme))
-        if not found:
+        matches = list(entry_points(group=_ENTRY_POINT_GROUP, name=scheme))
+        if not matches:
             allowed = f"a URL that begins with one of {', '.join(f'{name}://' for name in schemes())}"
-            raise ConfigurationError("sink", redacted(url), "the call", allowed)
-        made = found[0].load()
-    return cast("Callable[[str, type[msgspec.Struct]], Sink]", made)(url, event_type)
+            raise ConfigurationError("sink", redact_url(url), "the call", allowed)
+        factory = matches[0].load()
+    return cast("Callable[[str, type[msgspec.Struct]], Sink]", factory)(url, event_type)
 
 
-def redacted(url: str) -> str:
+def redact_url(url: str) -> str:
     """The URL without what may be secret: it stays out of logs, errors and files.
 
     Left out are user and password, the values of query and fragment, parts of a web address's path that look like a key, and
@@ -70,15 +75,15 @@ def redacted(url: str) -> str:
     host = parts.netloc.rpartition("@")[2]
     if parts.netloc and "@" not in parts.netloc and "@" in url:
         return f"{parts.scheme}://..."
-    path = "/".join(map(without_key, parts.path.split("/"))) if parts.scheme in _WITH_KEYS else parts.path
-    query, fragment = _names(parts.query), _names(parts.fragment)
+    path = "/".join(map(redact_path_part, parts.path.split("/"))) if parts.scheme in _SCHEMES_WITH_KEYS else parts.path
+    query, fragment = _redact_values(parts.query), _redact_values(parts.fragment)
     return f"{parts.scheme}://{host}{path}" + (f"?{query}" if query else "") + (f"#{fragment}" if fragment else "")
 
 
-def _names(query: str) -> str:
+def _redact_values(query: str) -> str:
     return "&".join(f"{pair.partition('=')[0]}=..." if "=" in pair else "..." for pair in query.split("&") if pair)
 
 
-def without_key(part: str) -> str:
+def redact_path_part(part: str) -> str:
     """A part of a web address's path, or dots where it looks like a key: long, with digits in it."""
-    return "..." if len(part) >= _KEY_MIN and any(letter.isdigit() for letter in part) else part
+    return "..." if len(part) >= _KEY_CHARS_MIN and any(letter.isdigit() for letter in part) else part

@@ -10,46 +10,46 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-GIVE_WAY_EVERY: Final = 50  # records; see `Batch`
+YIELD_EVERY_RECORDS: Final = 50  # records; see `Batch`
 Survives = Literal["process", "power"]
 
 
-class Unconfirmed(Exception):  # noqa: N818 - reads as the sentence it is
+class UnconfirmedError(Exception):
     """What was accepted may be lost: it must be sent again. The message says why."""
 
 
-class Traits(NamedTuple):
+class SinkCapabilities(NamedTuple):
     """What a sink says of itself."""
 
     deduplicates_by: Literal["event_id", "batch_id", "nothing"]
     survives: Survives  # what an event that it has accepted (and confirmed) lives through at the destination
-    confirms: bool = False  # whether what it has accepted must be confirmed before the file may go
-    window: int = 1  # how many batches may be delivered and not yet confirmed
+    needs_confirmation: bool = False  # whether what it has accepted must be confirmed before the file may go
+    unconfirmed_max: int = 1  # how many batches may be delivered and not yet confirmed
     concurrent: bool = False  # whether several calls of `deliver` may be under way at once
-    combines: bool = False  # whether a batch may hold several files' records; only where it deduplicates by event
+    combines_files: bool = False  # whether a batch may hold several files' records; only where it deduplicates by event
     records_max: int | None = None  # of one batch; a larger one is halved before it is sent
     bytes_max: int | None = None  # the same, of the records' JSON
 
 
-def _nobody_waits() -> None:
+def _no_yield() -> None:
     pass
 
 
 class Batch:
     """Records of one sealed file, or of a part of one, as raw JSON; `id` is stable across attempts.
 
-    A sink that works through them calls `give_way` every `GIVE_WAY_EVERY` records: callers of `enqueue` may be waiting.
+    A sink that works through them calls `yield_gil` every `YIELD_EVERY_RECORDS` records: callers of `enqueue` may be waiting.
     """
 
-    __slots__ = ("first", "give_way", "id", "payloads", "prepared")
+    __slots__ = ("first_index", "id", "payloads", "prepared", "yield_gil")
 
     def __init__(
-        self, batch_id: str, payloads: Sequence[bytes], first: int = 0, give_way: Callable[[], None] = _nobody_waits
+        self, batch_id: str, payloads: Sequence[bytes], first_index: int = 0, yield_gil: Callable[[], None] = _no_yield
     ) -> None:
         self.id = batch_id
         self.payloads = payloads
-        self.first = first
-        self.give_way = give_way
+        self.first_index = first_index
+        self.yield_gil = yield_gil
         self.prepared: Any = None  # what the sink's `prepare` leaves for its `deliver`
 
     def __len__(self) -> int:
@@ -60,18 +60,18 @@ class Batch:
         middle = (len(self) + 1) // 2
         return self._part(0, middle), self._part(middle, len(self))
 
-    def between(self, refused: Iterable[int]) -> list[Batch]:
-        """The runs of records that are left when those at the indexes in `refused` are taken out."""
-        cuts = [-1, *sorted(refused), len(self)]
+    def split_around(self, rejected: Iterable[int]) -> list[Batch]:
+        """The runs of records that are left when those at the indexes in `rejected` are taken out."""
+        cuts = [-1, *sorted(rejected), len(self)]
         return [self._part(a + 1, b) for a, b in itertools.pairwise(cuts) if a + 1 < b]
 
     def _part(self, start: int, stop: int) -> Batch:
         base = self.id.partition(":")[0]
-        first = self.first + start
-        return Batch(f"{base}:{first}-{self.first + stop - 1}", self.payloads[start:stop], first, self.give_way)
+        first = self.first_index + start
+        return Batch(f"{base}:{first}-{self.first_index + stop - 1}", self.payloads[start:stop], first, self.yield_gil)
 
 
-class Refusal(NamedTuple):
+class Rejection(NamedTuple):
     """Why a destination refuses a record or batch for good; `code` is short and stable, `reason` is for people."""
 
     code: str
@@ -86,22 +86,22 @@ class Delivered(msgspec.Struct, frozen=True):
 
 
 class Retry(msgspec.Struct, frozen=True):
-    """Not now; try again, not before `after` seconds where the destination names them."""
+    """Not now; try again, not before `after_s` seconds where the destination names them."""
 
     reason: str
-    after: float | None = None
+    after_s: float | None = None
 
 
-class Refused(msgspec.Struct, frozen=True):
+class Rejected(msgspec.Struct, frozen=True):
     """The batch as a whole is refused for good; nothing of it was accepted."""
 
-    refusal: Refusal
+    rejection: Rejection
 
 
-class Partly(msgspec.Struct, frozen=True):
+class PartialFailure(msgspec.Struct, frozen=True):
     """The records at these indexes of the batch are refused for good; the others were taken, or must be sent again."""
 
-    refused: dict[int, Refusal]
+    rejected: dict[int, Rejection]
     accepted: int | None = None  # None: nothing of the call was kept
     duplicates: int = 0
 
@@ -112,74 +112,77 @@ class Misconfigured(msgspec.Struct, frozen=True):
     reason: str
 
 
-Answer = Delivered | Retry | Refused | Partly | Misconfigured
+DeliveryResult = Delivered | Retry | Rejected | PartialFailure | Misconfigured
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """One line of `pillarbox check`; `ok` is False where it must be mended first."""
 
     ok: bool
-    text: str
+    message: str
 
 
 @runtime_checkable
 class Sink(Protocol):
     """One destination. All methods run on the deliverer's event loop, one `open` before all others."""
 
-    traits: Traits
+    capabilities: SinkCapabilities
 
     async def open(self) -> None:
-        """Connect as far as is cheap; raises `SinkUnusable` for what only a person can mend."""
+        """Connect as far as is cheap; raises `SinkUnusableError` for what only a person can mend."""
 
     def prepare(self, batch: Batch) -> None:
         """Do what can be done for a batch while the one before it is on its way; may do nothing."""
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         """Send one batch. An exception counts as `Retry`."""
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
         """How many of these delivered batches, from the first, are sure to survive; the others are asked for again.
 
-        May wait for a while. Raises `Unconfirmed` where they must be sent again, `SinkUnusable` where the set-up is at fault.
-        Called only where `traits.confirms`.
+        May wait for a while. Raises `UnconfirmedError` where they must be sent again, `SinkUnusableError` where the set-up is
+        at fault. Called only where `capabilities.needs_confirmation`.
         """
 
-    async def check(self) -> Iterable[Finding]:
+    async def check(self) -> Iterable[CheckResult]:
         """Look whether the destination fits, without sending an event."""
 
     async def close(self) -> None:
         """Let go of everything."""
 
 
-class Decoded(NamedTuple):
+class DecodedRecords(NamedTuple):
     """The events of a batch that are of the event type, in order, the index of each, and the refusals of the others."""
 
     events: list[Any]
     indexes: Sequence[int]
-    refused: dict[int, Refusal]
+    rejected: dict[int, Rejection]
 
 
-def decode(batch: Batch, decoder: msgspec.json.Decoder[Any]) -> Decoded:
+def decode_records(batch: Batch, decoder: msgspec.json.Decoder[Any]) -> DecodedRecords:
     """Decode records on demand."""
     events: list[Any] = []
-    refused: dict[int, Refusal] = {}
-    decode_one = decoder.decode
-    for start in range(0, len(batch), GIVE_WAY_EVERY):
-        batch.give_way()
-        part = batch.payloads[start : start + GIVE_WAY_EVERY]
+    rejected: dict[int, Rejection] = {}
+    decode_event = decoder.decode
+    for start in range(0, len(batch), YIELD_EVERY_RECORDS):
+        batch.yield_gil()
+        part = batch.payloads[start : start + YIELD_EVERY_RECORDS]
         try:
-            events += list(map(decode_one, part))
+            events += list(map(decode_event, part))
         except (msgspec.DecodeError, RecursionError):
-            _decode_singly(enumerate(part, start), decode_one, events, refused)
+            _decode_singly(enumerate(part, start), decode_event, events, rejected)
     indexes = range(len(batch))
-    return Decoded(events, [index for index in indexes if index not in refused] if refused else indexes, refused)
+    return DecodedRecords(events, [index for index in indexes if index not in rejected] if rejected else indexes, rejected)
 
 
 def _decode_singly(
-    payloads: Iterable[tuple[int, bytes]], decode_one: Callable[[bytes], Any], events: list[Any], refused: dict[int, Refusal]
+    payloads: Iterable[tuple[int, bytes]],
+    decode_event: Callable[[bytes], Any],
+    events: list[Any],
+    rejected: dict[int, Rejection],
 ) -> None:
     for index, payload in payloads:
         try:
-            events.append(decode_one(payload))
+            events.append(decode_event(payload))
         except (msgspec.DecodeError, RecursionError) as error:
-            refused[index] = Refusal("wrong_type", str(error))
+            rejected[index] = Rejection("wrong_type", str(error))

@@ -14,20 +14,20 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 
-from pillarbox.errors import ConfigurationError, SinkUnusable
+from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.event import plain, snake_case
 from pillarbox.sinks import base
 from pillarbox.sinks.base import (
-    GIVE_WAY_EVERY,
-    Answer,
+    YIELD_EVERY_RECORDS,
     Batch,
+    CheckResult,
     Delivered,
-    Finding,
+    DeliveryResult,
     Misconfigured,
-    Partly,
-    Refusal,
+    PartialFailure,
+    Rejection,
     Retry,
-    Traits,
+    SinkCapabilities,
 )
 from pillarbox.store.filesystem import identity
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 BUSY_TIMEOUT_S: Final = 5.0  # how long a batch waits for another program that writes to the same file
 _COLUMN_TYPES: Final = {str: "TEXT", int: "INTEGER", bool: "INTEGER", float: "REAL", bytes: "BLOB"}
 # Primary result codes (https://www.sqlite.org/rescode.html) that pass by themselves; all others want a person.
-_PASSING: Final = frozenset(
+_TRANSIENT_CODES: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
         sqlite3.SQLITE_LOCKED,
@@ -54,7 +54,7 @@ _PASSING: Final = frozenset(
 class SqliteSink:
     """Writes batches into one table of an SQLite file."""
 
-    traits = Traits(deduplicates_by="event_id", survives="power", combines=True)
+    capabilities = SinkCapabilities(deduplicates_by="event_id", survives="power", combines_files=True)
 
     def __init__(self, url: str, event_type: type[msgspec.Struct]) -> None:
         parts = urlsplit(url)
@@ -66,12 +66,14 @@ class SqliteSink:
         self._table = options.get("table", [snake_case(event_type.__name__)])[0]
         self._fields = msgspec.structs.fields(event_type)
         self._decoder = msgspec.json.Decoder(plain(event_type))
-        self._row = _row_maker(event_type)
+        self._encode_row = _row_encoder(event_type)
         self._connection: sqlite3.Connection | None = None
-        self._opened: tuple[int, int] | None = None  # the file that the connection writes to
-        columns = ", ".join(_quoted(field.encode_name) for field in self._fields)
+        self._opened_file: tuple[int, int] | None = None  # the file that the connection writes to
+        columns = ", ".join(_quote_identifier(field.encode_name) for field in self._fields)
         marks = ", ".join("?" for _ in self._fields)
-        self._insert = f"INSERT INTO {_quoted(self._table)} ({columns}) VALUES ({marks}) ON CONFLICT (event_id) DO NOTHING"  # noqa: S608 - names are quoted, values are parameters
+        self._insert_sql = (
+            f"INSERT INTO {_quote_identifier(self._table)} ({columns}) VALUES ({marks}) ON CONFLICT (event_id) DO NOTHING"  # noqa: S608 - names are quoted, values are parameters
+        )
 
     async def open(self) -> None:
         """Open the file and make the table where it is missing."""
@@ -80,93 +82,91 @@ class SqliteSink:
         try:
             connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         except sqlite3.Error as error:
-            raise SinkUnusable(self._advice(error)) from None
+            raise SinkUnusableError(self._explain(error)) from None
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
-            connection.execute(self._create_table())
+            connection.execute(self._create_table_sql())
         except sqlite3.Error as error:
             connection.close()
-            if _passing(error):
+            if _is_transient(error):
                 raise
-            raise SinkUnusable(self._advice(error)) from None
+            raise SinkUnusableError(self._explain(error)) from None
         self._connection = connection
-        self._opened = identity(self._path)
+        self._opened_file = identity(self._path)
 
     def prepare(self, batch: Batch) -> None:
         """Nothing: while a transaction runs, this thread has no time."""
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         """Insert what is not there yet, in one transaction."""
         connection = self._connection
         if connection is None:
             return Retry("the file is not open")
-        events, indexes, refused = base.decode(batch, self._decoder)
+        events, indexes, rejected = base.decode_records(batch, self._decoder)
         rows: list[Sequence[Any]] = []
-        for start in range(0, len(events), GIVE_WAY_EVERY):
-            batch.give_way()
-            rows += map(self._row, events[start : start + GIVE_WAY_EVERY])
-        before = connection.total_changes
+        for start in range(0, len(events), YIELD_EVERY_RECORDS):
+            batch.yield_gil()
+            rows += map(self._encode_row, events[start : start + YIELD_EVERY_RECORDS])
+        changes_before = connection.total_changes
         try:
             connection.execute("BEGIN IMMEDIATE")
             try:
-                connection.executemany(self._insert, rows)
+                connection.executemany(self._insert_sql, rows)
             except (OverflowError, sqlite3.IntegrityError, sqlite3.DataError):
                 connection.execute("ROLLBACK")
                 connection.execute("BEGIN IMMEDIATE")
-                before = connection.total_changes
-                refused |= self._insert_one_by_one(connection, zip(indexes, rows, strict=True))
+                changes_before = connection.total_changes
+                rejected |= self._insert_singly(connection, zip(indexes, rows, strict=True))
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            return Retry(f"SQLite: {error}") if _passing(error) else Misconfigured(self._advice(error))
-        if identity(self._path) != self._opened:
+            return Retry(f"SQLite: {error}") if _is_transient(error) else Misconfigured(self._explain(error))
+        if identity(self._path) != self._opened_file:
             await self.close()
             await self.open()
             return Retry(f"{self._path} was moved or removed, or is another file by now; opened anew")
-        accepted = len(batch) - len(refused)
-        duplicates = accepted - (connection.total_changes - before)
-        return Partly(refused, accepted, duplicates) if refused else Delivered(accepted, duplicates)
+        accepted = len(batch) - len(rejected)
+        duplicates = accepted - (connection.total_changes - changes_before)
+        return PartialFailure(rejected, accepted, duplicates) if rejected else Delivered(accepted, duplicates)
 
-    def _insert_one_by_one(
-        self, connection: sqlite3.Connection, rows: Iterable[tuple[int, Sequence[Any]]]
-    ) -> dict[int, Refusal]:
+    def _insert_singly(self, connection: sqlite3.Connection, rows: Iterable[tuple[int, Sequence[Any]]]) -> dict[int, Rejection]:
         """Find the rows that the table does not take; the others are inserted."""
-        refused = {}
+        rejected = {}
         for index, row in rows:
             try:
-                connection.execute(self._insert, row)
+                connection.execute(self._insert_sql, row)
             except OverflowError:
-                refused[index] = Refusal("out_of_range", "an integer that SQLite's 64 signed bits do not hold")
+                rejected[index] = Rejection("out_of_range", "an integer that SQLite's 64 signed bits do not hold")
             except (sqlite3.IntegrityError, sqlite3.DataError) as error:
-                refused[index] = Refusal("refused_by_table", str(error))
-        return refused
+                rejected[index] = Rejection("refused_by_table", str(error))
+        return rejected
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
         """A committed transaction needs no confirming."""
         return len(batches)
 
-    async def check(self) -> Iterable[Finding]:
+    async def check(self) -> Iterable[CheckResult]:
         """Open the file, compare the table's columns with the event type's fields, and try the insert without data."""
         try:
             await self.open()
-        except (SinkUnusable, sqlite3.Error) as error:
-            return [Finding(ok=False, text=str(error))]
+        except (SinkUnusableError, sqlite3.Error) as error:
+            return [CheckResult(ok=False, message=str(error))]
         connection = self._connection
         if connection is None:
-            return [Finding(ok=False, text="the file is not open")]
-        findings = [Finding(ok=True, text=f"{self._path}: SQLite {sqlite3.sqlite_version}, table {self._table}")]
-        there = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({_quoted(self._table)})")}
+            return [CheckResult(ok=False, message="the file is not open")]
+        findings = [CheckResult(ok=True, message=f"{self._path}: SQLite {sqlite3.sqlite_version}, table {self._table}")]
+        existing = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({_quote_identifier(self._table)})")}
         for field in self._fields:
-            if field.encode_name not in there:
-                mend = f"ALTER TABLE {_quoted(self._table)} ADD COLUMN {_column(field)}"
-                findings.append(Finding(ok=False, text=f"the table has no column {field.encode_name}; {mend}"))
+            if field.encode_name not in existing:
+                statement = f"ALTER TABLE {_quote_identifier(self._table)} ADD COLUMN {_column_sql(field)}"
+                findings.append(CheckResult(ok=False, message=f"the table has no column {field.encode_name}; {statement}"))
         if all(finding.ok for finding in findings):
             try:
-                connection.execute(f"EXPLAIN {self._insert}", [None] * len(self._fields))
+                connection.execute(f"EXPLAIN {self._insert_sql}", [None] * len(self._fields))
             except sqlite3.Error as error:
-                findings.append(Finding(ok=False, text=self._advice(error)))
+                findings.append(CheckResult(ok=False, message=self._explain(error)))
         return findings
 
     async def close(self) -> None:
@@ -175,11 +175,11 @@ class SqliteSink:
             self._connection.close()
             self._connection = None
 
-    def _create_table(self) -> str:
-        columns = ",\n  ".join(_column(field) for field in self._fields)
-        return f"CREATE TABLE IF NOT EXISTS {_quoted(self._table)} (\n  {columns}\n)"
+    def _create_table_sql(self) -> str:
+        columns = ",\n  ".join(_column_sql(field) for field in self._fields)
+        return f"CREATE TABLE IF NOT EXISTS {_quote_identifier(self._table)} (\n  {columns}\n)"
 
-    def _advice(self, error: sqlite3.Error) -> str:
+    def _explain(self, error: sqlite3.Error) -> str:
         advice = {
             sqlite3.SQLITE_CANTOPEN: "the folder must exist and be writable",
             sqlite3.SQLITE_READONLY: "the file and its folder must be writable",
@@ -194,15 +194,15 @@ def _primary_code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
-def _passing(error: sqlite3.Error) -> bool:
-    return _primary_code(error) in _PASSING
+def _is_transient(error: sqlite3.Error) -> bool:
+    return _primary_code(error) in _TRANSIENT_CODES
 
 
-def _quoted(name: str) -> str:
+def _quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _scalar(annotation: Any) -> tuple[type | None, bool]:
+def _scalar_type(annotation: Any) -> tuple[type | None, bool]:
     """(the scalar type that a field holds, whether it may be None); (None, ...) where it holds something else."""
     options = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
     nullable = type(None) in options
@@ -211,27 +211,27 @@ def _scalar(annotation: Any) -> tuple[type | None, bool]:
     return (kind, nullable) if kind in _COLUMN_TYPES else (None, nullable)
 
 
-def _column(field: msgspec.structs.FieldInfo) -> str:
-    kind, nullable = _scalar(field.type)
-    text = f"{_quoted(field.encode_name)} {_COLUMN_TYPES[kind] if kind else 'TEXT'}"
+def _column_sql(field: msgspec.structs.FieldInfo) -> str:
+    kind, nullable = _scalar_type(field.type)
+    text = f"{_quote_identifier(field.encode_name)} {_COLUMN_TYPES[kind] if kind else 'TEXT'}"
     if field.encode_name == "event_id":
         return f"{text} PRIMARY KEY NOT NULL"
     return text if nullable else f"{text} NOT NULL"
 
 
-def _row_maker(event_type: type[msgspec.Struct]) -> Callable[[Any], Sequence[Any]]:
+def _row_encoder(event_type: type[msgspec.Struct]) -> Callable[[Any], Sequence[Any]]:
     """How an event becomes a row: scalars as they are, anything else as JSON text."""
     fields = msgspec.structs.fields(event_type)
-    if all(_scalar(field.type)[0] for field in fields):
+    if all(_scalar_type(field.type)[0] for field in fields):
         return msgspec.structs.astuple
 
     def row(event: Any) -> list[Any]:
-        return [_cell(getattr(event, field.name)) for field in fields]
+        return [_encode_cell(getattr(event, field.name)) for field in fields]
 
     return row
 
 
-def _cell(value: Any) -> Any:
+def _encode_cell(value: Any) -> Any:
     if isinstance(value, enum.Enum):
-        return _cell(value.value)
+        return _encode_cell(value.value)
     return value if value is None or isinstance(value, (*_COLUMN_TYPES,)) else msgspec.json.encode(value).decode()

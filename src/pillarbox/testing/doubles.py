@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from pillarbox.sinks.base import Answer, Batch, Delivered, Finding, Traits
+from pillarbox.sinks.base import Batch, CheckResult, Delivered, DeliveryResult, SinkCapabilities
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -37,18 +37,25 @@ class ManualClock:
 
 
 class RecordingSink:
-    """A `Sink` in memory: `batches` holds what it accepted; `answers` are given first, then everything is accepted.
+    """A `Sink` in memory: `batches` holds what it accepted; `results` are given first, then everything is accepted.
 
-    An answer that is an exception is raised. `confirmations` answers `confirm` likewise, where it `confirms`.
+    An answer that is an exception is raised. `confirmations` answers `confirm` likewise, where it `needs_confirmation`.
     """
 
-    def __init__(self, answers: Iterable[Answer | Exception] = (), *, confirms: bool = False, window: int = 1) -> None:
-        self.traits = Traits(deduplicates_by="nothing", survives="process", confirms=confirms, window=window)
-        self.answers: deque[Answer | Exception] = deque(answers)
+    def __init__(
+        self, results: Iterable[DeliveryResult | Exception] = (), *, needs_confirmation: bool = False, unconfirmed_max: int = 1
+    ) -> None:
+        self.capabilities = SinkCapabilities(
+            deduplicates_by="nothing",
+            survives="process",
+            needs_confirmation=needs_confirmation,
+            unconfirmed_max=unconfirmed_max,
+        )
+        self.results: deque[DeliveryResult | Exception] = deque(results)
         self.confirmations: deque[int | Exception] = deque()
         self.calls: list[str] = []  # batch ids, in the order in which they came
         self.batches: dict[str, list[bytes]] = {}
-        self.opened = 0
+        self.open_count = 0
 
     @property
     def payloads(self) -> list[bytes]:
@@ -57,15 +64,15 @@ class RecordingSink:
 
     async def open(self) -> None:
         """Count."""
-        self.opened += 1
+        self.open_count += 1
 
     def prepare(self, batch: Batch) -> None:
         """Nothing."""
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         """Give the next answer, or accept."""
         self.calls.append(batch.id)
-        answer = self.answers.popleft() if self.answers else Delivered(len(batch))
+        answer = self.results.popleft() if self.results else Delivered(len(batch))
         if isinstance(answer, Exception):
             raise answer
         if isinstance(answer, Delivered):
@@ -79,9 +86,9 @@ class RecordingSink:
             raise confirmation
         return min(len(batches), confirmation)
 
-    async def check(self) -> Iterable[Finding]:
+    async def check(self) -> Iterable[CheckResult]:
         """Nothing to find."""
-        return [Finding(ok=True, text="records in memory")]
+        return [CheckResult(ok=True, message="records in memory")]
 
     async def close(self) -> None:
         """Nothing to let go."""

@@ -21,8 +21,8 @@ import msgspec
 from pillarbox import TrackingEvent
 from pillarbox.event import Codec
 from pillarbox.sinks import make_sink
-from pillarbox.sinks.base import Answer, Batch, Finding, Unconfirmed
-from pillarbox.sinks.spacetimedb.responses import Reply
+from pillarbox.sinks.base import Batch, CheckResult, DeliveryResult, UnconfirmedError
+from pillarbox.sinks.spacetimedb.responses import SpacetimeDbResponse
 
 ROOT = Path(__file__).parents[3]
 START_MAX_S = 60  # a server that has not answered by then will not
@@ -85,14 +85,14 @@ class Server:
         reply = self.reply(method, path, body, **headers)
         return reply.status, reply.body
 
-    def reply(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Reply:
+    def reply(self, method: str, path: str, body: bytes | None = None, **headers: str) -> SpacetimeDbResponse:
         """The answer to a request, as the sink sees it."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             response = connection.getresponse()
             timed = response.getheader("spacetime-execution-duration-micros") is not None
-            return Reply(response.status, response.getheader("content-type", ""), "", response.read(), timed)
+            return SpacetimeDbResponse(response.status, response.getheader("content-type", ""), "", response.read(), timed)
         finally:
             connection.close()
 
@@ -103,7 +103,7 @@ class Server:
         )
         assert status == 200, body
 
-    def call(self, database: str, function: str, body: bytes, **headers: str) -> Reply:
+    def call(self, database: str, function: str, body: bytes, **headers: str) -> SpacetimeDbResponse:
         """Call a function with a body as it is; a header that is empty is left out."""
         given = {"Content_Type": "application/json", "Authorization": f"Bearer {self.token}"} | headers
         given = {name: value for name, value in given.items() if value}
@@ -135,10 +135,10 @@ def deliver(
     *batches: Batch,
     event_type: type[msgspec.Struct] = TrackingEvent,
     between: Callable[[], None] = lambda: None,
-) -> tuple[list[Answer], bool]:
+) -> tuple[list[DeliveryResult], bool]:
     """The answers to some batches, and whether they were confirmed after `between()`."""
 
-    async def run() -> tuple[list[Answer], bool]:
+    async def run() -> tuple[list[DeliveryResult], bool]:
         sink = make_sink(url, event_type)
         try:
             answers = [await sink.deliver(one) for one in batches]
@@ -147,7 +147,7 @@ def deliver(
             try:
                 while left:
                     left = left[await sink.confirm(left) :]
-            except Unconfirmed:
+            except UnconfirmedError:
                 return answers, False
             return answers, True
         finally:
@@ -156,10 +156,10 @@ def deliver(
     return asyncio.run(run())
 
 
-def check(url: str, event_type: type[msgspec.Struct] = TrackingEvent) -> list[Finding]:
+def check(url: str, event_type: type[msgspec.Struct] = TrackingEvent) -> list[CheckResult]:
     """What `pillarbox check` finds."""
 
-    async def run() -> Iterable[Finding]:
+    async def run() -> Iterable[CheckResult]:
         sink = make_sink(url, event_type)
         try:
             return await sink.check()

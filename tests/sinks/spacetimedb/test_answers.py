@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused, Retry
-from pillarbox.sinks.spacetimedb.responses import Reply, classify
-from pillarbox.sinks.spacetimedb.schema import Returns
+from pillarbox.sinks.base import Delivered, Misconfigured, PartialFailure, Rejected, Retry
+from pillarbox.sinks.spacetimedb.responses import SpacetimeDbResponse, classify_response
+from pillarbox.sinks.spacetimedb.schema import ReturnKind
 
 HTML = b"<html><head><title>Bad\n Gateway</title></head></html>"
 
@@ -18,11 +18,11 @@ def answer(
     body: bytes = b"",
     kind: str = "text/plain",
     after: str = "",
-    returns: Returns = "nothing",
+    returns: ReturnKind = "nothing",
     *,
     timed: bool = True,
 ) -> Any:
-    return classify(Reply(status, kind, after, body, timed), "f", [3, 5, 8], returns)
+    return classify_response(SpacetimeDbResponse(status, kind, after, body, timed), "f", [3, 5, 8], returns)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def answer(
         (b"[1,5]", "value", Delivered(3, 0)),
     ],
 )
-def test_accepted(body: bytes, returns: Returns, expected: Delivered) -> None:
+def test_accepted(body: bytes, returns: ReturnKind, expected: Delivered) -> None:
     """With the number that were there already, where the answer tells it."""
     assert answer(200, body, returns=returns) == expected
 
@@ -44,11 +44,11 @@ def test_accepted(body: bytes, returns: Returns, expected: Delivered) -> None:
 @pytest.mark.parametrize("body", [b'[1,"no"]', b'[1,{"Invalid":[]}]', b"[1,[]]", b'{"err":{"code":5}}'])
 def test_an_error_of_any_type_in_a_result_is_a_refusal(body: bytes) -> None:
     """The call was rolled back."""
-    assert isinstance(answer(200, body, returns="result"), Refused)
+    assert isinstance(answer(200, body, returns="result"), Rejected)
 
 
 @pytest.mark.parametrize(("body", "returns"), [(b"[2,1]", "result"), (b'"x"', "count"), (b"{", "value")])
-def test_an_answer_of_another_shape_than_the_schemas_is_not_taken_for_acceptance(body: bytes, returns: Returns) -> None:
+def test_an_answer_of_another_shape_than_the_schemas_is_not_taken_for_acceptance(body: bytes, returns: ReturnKind) -> None:
     """Nothing may be deleted for it."""
     assert isinstance(answer(200, body, returns=returns), Misconfigured)
 
@@ -102,8 +102,8 @@ def test_html_is_a_proxys(status: int) -> None:
 def test_the_function_may_name_several_events() -> None:
     """By their index in the call; they come back by their index in the batch."""
     found = answer(530, b"event[0].event_id: must not be empty; event[2]: too; loud")
-    assert isinstance(found, Partly)
-    assert {index: refusal.reason for index, refusal in found.refused.items()} == {
+    assert isinstance(found, PartialFailure)
+    assert {index: refusal.reason for index, refusal in found.rejected.items()} == {
         3: "event_id: must not be empty",
         8: "too; loud",
     }
@@ -119,18 +119,18 @@ def test_all_of_a_long_error_is_read() -> None:
 @pytest.mark.parametrize("text", [b"no reason", b"", b"event[7].x: out of this call", b"he said event[0].x: no"])
 def test_an_error_that_names_none_refuses_all(text: bytes) -> None:
     """The engine narrows it down."""
-    assert isinstance(answer(530, text), Refused)
+    assert isinstance(answer(530, text), Rejected)
 
 
 def test_a_path_in_a_400_names_the_event() -> None:
     """As both versions write it."""
     found = answer(400, b"invalid arguments for reducer f: [0][1].user_id: [0][1].user_id: invalid type")
-    assert isinstance(found, Partly)
-    assert found.refused.keys() == {5}
+    assert isinstance(found, PartialFailure)
+    assert found.rejected.keys() == {5}
 
 
 def test_413_refuses_the_call_for_its_size() -> None:
     """So that it is split."""
     found = answer(413, b"Failed to buffer the request body: length limit exceeded")
-    assert isinstance(found, Refused)
-    assert found.refusal.code == "too_large"
+    assert isinstance(found, Rejected)
+    assert found.rejection.code == "too_large"

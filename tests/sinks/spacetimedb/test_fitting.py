@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from pillarbox import ScopeKind, TrackingEvent
-from pillarbox.sinks.base import Refusal
-from pillarbox.sinks.spacetimedb.encoding import Fitting, Misfit
-from pillarbox.sinks.spacetimedb.schema import Schema, SchemaUnreadable
+from pillarbox.sinks.base import Rejection
+from pillarbox.sinks.spacetimedb.encoding import FieldMismatch, RowEncoder
+from pillarbox.sinks.spacetimedb.schema import DatabaseSchema, SchemaError
 
 Kind = dict[str, Any]
 STRING: Kind = {"String": []}
@@ -31,7 +31,7 @@ def variants(*names: str, data: Kind = UNIT) -> Kind:
     return {"Sum": {"variants": [named(name, data) for name in names]}}
 
 
-def fit(event_type: type[msgspec.Struct], **columns: Kind) -> Fitting:
+def fit(event_type: type[msgspec.Struct], **columns: Kind) -> RowEncoder:
     """An event type against a reducer that takes a list of structs with these columns."""
     text = {
         "typespace": {"types": [{"Product": {"elements": [named(name, kind) for name, kind in columns.items()]}}]},
@@ -40,14 +40,14 @@ def fit(event_type: type[msgspec.Struct], **columns: Kind) -> Fitting:
             {"name": "f", "params": {"elements": [named("events", {"Array": {"Ref": 0}})]}, "lifecycle": {"none": []}}
         ],
     }
-    schema = Schema(json.dumps(text).encode())
-    return Fitting(schema, schema.functions["f"], event_type)
+    schema = DatabaseSchema(json.dumps(text).encode())
+    return RowEncoder(schema, schema.functions["f"], event_type)
 
 
-def one(annotation: Any, column: Kind) -> list[Misfit]:
+def one(annotation: Any, column: Kind) -> list[FieldMismatch]:
     """The misfits of an event type with one field of this type."""
     kind = msgspec.defstruct("Event", [("event_id", str), ("value", annotation)])
-    return fit(kind, event_id=STRING, value=column).misfits
+    return fit(kind, event_id=STRING, value=column).mismatches
 
 
 class Number(enum.IntEnum):
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_named_with_both_sides(annotation: Any, column: Kin
 def test_missing_and_superfluous_fields_are_misfits_but_an_option_may_be_missing() -> None:
     """In the event type, and in the module."""
     kind = msgspec.defstruct("Event", [("event_id", str), ("mine", str)])
-    misfits = fit(kind, event_id=STRING, theirs=STRING, maybe=option(STRING)).misfits
+    misfits = fit(kind, event_id=STRING, theirs=STRING, maybe=option(STRING)).mismatches
     assert [misfit.field for misfit in misfits] == ["theirs", "mine"]
 
 
@@ -131,15 +131,15 @@ def test_a_module_must_know_every_scope_kind(kind: type[msgspec.Struct]) -> None
         for name in TrackingEvent.__struct_fields__
     }
     columns |= {"occurred_at_micros": {"I64": []}, "scope_kind": variants(*list(ScopeKind)[:3])}
-    assert [misfit.field for misfit in fit(kind, **columns).misfits] == ["scope_kind"]
+    assert [misfit.field for misfit in fit(kind, **columns).mismatches] == ["scope_kind"]
 
 
 def test_columns_in_another_order_and_case_are_filled_by_name() -> None:
     """Names are compared without case and underscores."""
     kind = msgspec.defstruct("Event", [("event_id", str), ("user_name", str), ("n", int)])
     fitting = fit(kind, n={"I64": []}, eventId=STRING, maybe=option(STRING), UserName=STRING)
-    refused: dict[int, Refusal] = {}
-    body, indexes = fitting.body([kind("a", "b", 1)], [4], refused)
+    refused: dict[int, Rejection] = {}
+    body, indexes = fitting.encode_arguments([kind("a", "b", 1)], [4], refused)
     assert (json.loads(body), indexes, refused) == ([[[1, "a", None, "b"]]], [4], {})
 
 
@@ -150,8 +150,8 @@ def test_columns_in_another_order_and_case_are_filled_by_name() -> None:
 def test_an_integer_out_of_range_refuses_its_event_only(column: Kind, good: int, bad: int) -> None:
     """With the column's range in the reason."""
     kind = msgspec.defstruct("Event", [("event_id", str), ("n", int)])
-    refused: dict[int, Refusal] = {}
-    _, indexes = fit(kind, event_id=STRING, n=column).body([kind("a", good), kind("b", bad)], range(2), refused)
+    refused: dict[int, Rejection] = {}
+    _, indexes = fit(kind, event_id=STRING, n=column).encode_arguments([kind("a", good), kind("b", bad)], range(2), refused)
     assert indexes == [0]
     assert refused[1].code == "out_of_range"
 
@@ -159,5 +159,5 @@ def test_an_integer_out_of_range_refuses_its_event_only(column: Kind, good: int,
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"typespace":{"types":[]}}', b"<html>"])
 def test_what_is_no_schema_is_said_to_be_none(text: bytes) -> None:
     """Not a traceback."""
-    with pytest.raises(SchemaUnreadable):
-        Schema(text)
+    with pytest.raises(SchemaError):
+        DatabaseSchema(text)

@@ -84,7 +84,7 @@ def texts(described_bytes: bytes) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_built_from_source_is_what_ships(modules: Path, name: str) -> None:
     """The same exports and the same description; the bytes depend on versions that cargo may choose."""
-    built, shipped = (modules / name).read_bytes(), publish.wasm(name)
+    built, shipped = (modules / name).read_bytes(), publish.read_wasm(name)
     assert exports_of(built) == exports_of(shipped)
     assert described(built) == described(shipped)
     assert len(shipped) < 120_000
@@ -105,7 +105,7 @@ def test_the_description_names_table_fields_and_functions(modules: Path, name: s
 @pytest.mark.parametrize("name", NAMES)
 def test_no_path_and_no_registry_is_in_a_module(modules: Path, name: str) -> None:
     """Neither in what ships nor in what is built."""
-    for data in (publish.wasm(name), (modules / name).read_bytes()):
+    for data in (publish.read_wasm(name), (modules / name).read_bytes()):
         assert not re.search(rb"/root|/home|/tmp|index\.crates|registry/src", data)
 
 
@@ -114,10 +114,10 @@ def test_a_file_that_is_not_what_was_shipped_is_not_published(tmp_path: Path, mo
     folder = tmp_path / "wasm"
     folder.mkdir()
     (folder / "SHA256SUMS").write_bytes((SHIPPED / "SHA256SUMS").read_bytes())
-    (folder / NAMES[0]).write_bytes(publish.wasm(NAMES[0]) + b"\0")
+    (folder / NAMES[0]).write_bytes(publish.read_wasm(NAMES[0]) + b"\0")
     monkeypatch.setattr(publish, "files", lambda _package: tmp_path)
-    with pytest.raises(publish.NotPublished, match="checksum"):
-        publish.wasm(NAMES[0])
+    with pytest.raises(publish.PublishError, match="checksum"):
+        publish.read_wasm(NAMES[0])
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:

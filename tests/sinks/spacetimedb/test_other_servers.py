@@ -78,7 +78,7 @@ def test_it_is_said_in_check_state_and_log_and_no_event_is_lost(
     url = f"spacetimedb://:t@127.0.0.1:{serve(answers)}/events"
     (*_, finding) = check(url)
     assert not finding.ok
-    assert said in finding.text
+    assert said in finding.message
     with Outbox(str(tmp_path / "box"), sink=url) as outbox:
         assert outbox.enqueue(event(1))
         assert not outbox.flush(0.4)

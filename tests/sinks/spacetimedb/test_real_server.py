@@ -20,8 +20,17 @@ import pytest
 
 from pillarbox import Outbox, ScopeKind, TrackingEvent
 from pillarbox.sinks import make_sink
-from pillarbox.sinks.base import Answer, Batch, Delivered, Misconfigured, Partly, Refused, Retry, Unconfirmed
-from pillarbox.sinks.spacetimedb.responses import classify
+from pillarbox.sinks.base import (
+    Batch,
+    Delivered,
+    DeliveryResult,
+    Misconfigured,
+    PartialFailure,
+    Rejected,
+    Retry,
+    UnconfirmedError,
+)
+from pillarbox.sinks.spacetimedb.responses import classify_response
 from pillarbox.sinks.spacetimedb.scaffold import scaffold
 from pillarbox.sinks.spacetimedb.sink import CALL_BYTES_MAX
 from tests.conftest import event, existing_events
@@ -106,17 +115,17 @@ ROWS: list[tuple[str, bytes, int, type[Any]]] = [
     ("good", b"[[" + GOOD % b"row" + b"]]", 200, Delivered),
     ("options by name", b'[[["r2","k",{"Site":{}},"s",{"none":[]},{"some":"x"},[0,"y"],[1,[]],"{}",5]]]', 200, Delivered),
     ("variant by position", b'[[["r3","k",{"0":[]},"s",null,null,null,null,"{}",5]]]', 200, Delivered),
-    ("missing field", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}"]]]', 400, Partly),
-    ("extra field", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}",5,6]]]', 400, Partly),
-    ("wrong type", b'[[["a",7,{"Site":[]},"s",null,null,null,null,"{}",5]]]', 400, Partly),
-    ("integer as text", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}","5"]]]', 400, Partly),
-    ("integer as float", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}",5.5]]]', 400, Partly),
-    ("bare option", b'[[["a","k",{"Site":[]},"s","x",null,null,null,"{}",5]]]', 400, Partly),
-    ("bare variant", b'[[["a","k","Site","s",null,null,null,null,"{}",5]]]', 400, Partly),
-    ("unknown variant", b'[[["a","k",{"Nope":[]},"s",null,null,null,null,"{}",5]]]', 400, Partly),
+    ("missing field", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}"]]]', 400, PartialFailure),
+    ("extra field", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}",5,6]]]', 400, PartialFailure),
+    ("wrong type", b'[[["a",7,{"Site":[]},"s",null,null,null,null,"{}",5]]]', 400, PartialFailure),
+    ("integer as text", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}","5"]]]', 400, PartialFailure),
+    ("integer as float", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}",5.5]]]', 400, PartialFailure),
+    ("bare option", b'[[["a","k",{"Site":[]},"s","x",null,null,null,"{}",5]]]', 400, PartialFailure),
+    ("bare variant", b'[[["a","k","Site","s",null,null,null,null,"{}",5]]]', 400, PartialFailure),
+    ("unknown variant", b'[[["a","k",{"Nope":[]},"s",null,null,null,null,"{}",5]]]', 400, PartialFailure),
     ("not the list", b"[5]", 400, Misconfigured),
     ("broken JSON", b"[[", 400, Misconfigured),
-    ("refused by the function", b"[[" + GOOD % b"" + b"]]", 530, Partly),
+    ("refused by the function", b"[[" + GOOD % b"" + b"]]", 530, PartialFailure),
 ]
 
 
@@ -124,11 +133,11 @@ ROWS: list[tuple[str, bytes, int, type[Any]]] = [
 def test_what_the_server_answers_to_a_body(shared_server: Server, body: bytes, status: int, kind: type[Any]) -> None:
     """Status and meaning, row by row."""
     reply = shared_server.call("events", "record_tracking_events", body)
-    assert reply.status == status, reply.text
-    answer = classify(reply, "record_tracking_events", [7], "nothing")
+    assert reply.status == status, reply.excerpt
+    answer = classify_response(reply, "record_tracking_events", [7], "nothing")
     assert type(answer) is kind
-    if isinstance(answer, Partly):
-        assert answer.refused.keys() == {7}
+    if isinstance(answer, PartialFailure):
+        assert answer.rejected.keys() == {7}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +156,7 @@ def test_what_the_server_answers_to_headers(shared_server: Server, headers: dict
     body = gzip.compress(b"[[]]") if "Content_Encoding" in headers else b"[[]]"
     reply = shared_server.call("events", "record_tracking_events", body, **headers)
     assert reply.status == status
-    assert isinstance(classify(reply, "f", [0], "nothing"), Misconfigured)
+    assert isinstance(classify_response(reply, "f", [0], "nothing"), Misconfigured)
 
 
 def test_calls_of_2_mib_pass_and_one_byte_more_does_not(shared_server: Server) -> None:
@@ -158,7 +167,7 @@ def test_calls_of_2_mib_pass_and_one_byte_more_does_not(shared_server: Server) -
     assert shared_server.call("events", "record_tracking_events", body).status == 200
     reply = shared_server.call("events", "record_tracking_events", body + b" ")
     assert reply.status == 413
-    assert isinstance(classify(reply, "f", [0, 1], "nothing"), Refused)
+    assert isinstance(classify_response(reply, "f", [0, 1], "nothing"), Rejected)
 
 
 def test_far_larger_calls_are_cut_off_or_refused(shared_server: Server) -> None:
@@ -235,8 +244,8 @@ def test_a_number_out_of_the_columns_range_refuses_that_event(shared_server: Ser
         notes(shared_server, confirm_wait=0), batch(Note("u8-255", "t", 255), Note("u8-256", "t", 256)), event_type=Note
     )
     (answer,) = answers
-    assert isinstance(answer, Partly)
-    assert (answer.refused[1].code, answer.accepted) == ("out_of_range", 1)
+    assert isinstance(answer, PartialFailure)
+    assert (answer.rejected[1].code, answer.accepted) == ("out_of_range", 1)
 
 
 def wrong(change: Callable[[Server], str], *said: str, state: str = "stopped") -> Any:
@@ -283,10 +292,10 @@ def test_a_wrong_set_up_is_one_clear_sentence_and_no_event_is_lost(
         stats = outbox.stats()
     assert stats.state.name == state
     for word in said:
-        assert word in finding.text
+        assert word in finding.message
         assert word in stats.state.reason
         assert word in caplog.text
-    assert shared_server.token not in caplog.text + finding.text + repr(outbox) + str(stats)
+    assert shared_server.token not in caplog.text + finding.message + repr(outbox) + str(stats)
     assert (stats.dead, stats.pending_files) == (0, 1)
 
 
@@ -346,7 +355,7 @@ def test_a_module_that_changes_underneath_is_fitted_to_anew(own_server: Server, 
     """The database goes, and comes back with a text for the enum: one sink, nothing refused for good."""
     module = scaffolded(TrackingEvent, tmp_path)
 
-    async def run() -> list[Answer]:
+    async def run() -> list[DeliveryResult]:
         sink = make_sink(own_server.sink_url("events", confirm_wait=0), TrackingEvent)
         answers = [await sink.deliver(batch(event(1)))]
         assert own_server.ask("DELETE", "/v1/database/events", Authorization=f"Bearer {own_server.token}")[0] == 200
@@ -366,7 +375,7 @@ def test_a_module_that_is_replaced_is_noticed_at_the_first_refusal(own_server: S
     """What was prepared for the old one is prepared anew."""
     module = scaffolded(TrackingEvent, tmp_path)
 
-    async def run() -> list[Answer]:
+    async def run() -> list[DeliveryResult]:
         sink = make_sink(own_server.sink_url("events", confirm_wait=0), TrackingEvent)
         answers = [await sink.deliver(batch(event(1)))]
         assert own_server.ask("DELETE", "/v1/database/events", Authorization=f"Bearer {own_server.token}")[0] == 200
@@ -485,12 +494,12 @@ def test_events_of_one_file_that_are_sent_in_parts_are_settled_too(shared_server
 def test_a_batch_of_refused_events_only_makes_no_call(shared_server: Server) -> None:
     """Nothing to send."""
     answers, sure = deliver(shared_server.sink_url("events", confirm_wait=0), batch(event(1, scope_kind="Planet")))
-    assert isinstance(answers[0], Partly)
+    assert isinstance(answers[0], PartialFailure)
     assert (answers[0].accepted, sure) == (0, True)
     junk = Batch("sealed-j", [b"5", b'{"event_id":1}'])
     (answer,) = deliver(shared_server.sink_url("events", confirm_wait=0), junk)[0]
-    assert isinstance(answer, Partly)
-    assert {refusal.code for refusal in answer.refused.values()} == {"wrong_type"}
+    assert isinstance(answer, PartialFailure)
+    assert {refusal.code for refusal in answer.rejected.values()} == {"wrong_type"}
 
 
 def test_what_was_answered_over_connections_that_were_closed_is_not_confirmed(shared_server: Server) -> None:
@@ -501,7 +510,7 @@ def test_what_was_answered_over_connections_that_were_closed_is_not_confirmed(sh
         sent, later = batch(event(1, event_id="closed-1")), batch(event(2, event_id="closed-2"), batch_id="sealed-b")
         assert isinstance(await sink.deliver(sent), Delivered)
         await sink.close()
-        with pytest.raises(Unconfirmed):
+        with pytest.raises(UnconfirmedError):
             await sink.confirm([sent])
         assert isinstance(await sink.deliver(sent), Delivered)
         assert isinstance(await sink.deliver(later), Delivered)

@@ -10,7 +10,7 @@ import pytest
 
 from pillarbox import Outbox, TrackingEvent
 from pillarbox.sinks import make_sink
-from pillarbox.sinks.base import Answer, Batch, Finding
+from pillarbox.sinks.base import Batch, CheckResult, DeliveryResult
 from tests.cli.test_commands import run
 from tests.conftest import event
 from tests.sinks.spacetimedb.server import Server
@@ -25,7 +25,7 @@ class Credulous:
     def __init__(self, server: Server) -> None:
         self._sink = make_sink(server.sink_url("events"), TrackingEvent)
         self._server = server
-        self.traits = self._sink.traits._replace(confirms=False, combines=False, concurrent=False)
+        self.capabilities = self._sink.capabilities._replace(needs_confirmation=False, combines_files=False, concurrent=False)
 
     async def open(self) -> None:
         await self._sink.open()
@@ -33,7 +33,7 @@ class Credulous:
     def prepare(self, batch: Batch) -> None:
         self._sink.prepare(batch)
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         answer = await self._sink.deliver(batch)
         self._server.kill()
         return answer
@@ -41,7 +41,7 @@ class Credulous:
     async def confirm(self, batches: Sequence[Batch]) -> int:
         return len(batches)
 
-    async def check(self) -> Iterable[Finding]:
+    async def check(self) -> Iterable[CheckResult]:
         return await self._sink.check()
 
     async def close(self) -> None:

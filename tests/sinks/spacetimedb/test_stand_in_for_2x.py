@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox import Outbox, ScopeKind
-from pillarbox.sinks.base import Delivered, Misconfigured, Partly, Refused
+from pillarbox.sinks.base import Delivered, Misconfigured, PartialFailure, Rejected
 from pillarbox.sinks.spacetimedb import publish
 from tests.conftest import event
 from tests.sinks.spacetimedb.server import Server, batch, check, deliver
@@ -59,15 +59,15 @@ def test_a_procedures_count_tells_the_duplicates(stand_in: StandIn28, function: 
 def test_an_error_in_a_procedures_result_is_a_refusal_although_the_status_is_200(stand_in: StandIn28) -> None:
     """And names the event."""
     (answer,) = deliver(stand_in.sink_url(function=COUNTED), batch(event(1), event(2, event_id="")))[0]
-    assert isinstance(answer, Partly)
-    assert {index: refusal.reason for index, refusal in answer.refused.items()} == {1: "event_id: must not be empty"}
+    assert isinstance(answer, PartialFailure)
+    assert {index: refusal.reason for index, refusal in answer.rejected.items()} == {1: "event_id: must not be empty"}
 
 
 @pytest.mark.parametrize("function", [FUNCTION, COUNTED])
 def test_a_panic_refuses_the_call(stand_in: StandIn28, function: str) -> None:
     """530 from a reducer, 500 from a procedure."""
     (answer,) = deliver(stand_in.sink_url(function=function), batch(event(1, event_key="panic")))[0]
-    assert isinstance(answer, Refused)
+    assert isinstance(answer, Rejected)
 
 
 def test_an_unknown_function_or_token_is_the_set_ups_fault(stand_in: StandIn28) -> None:
@@ -79,7 +79,7 @@ def test_an_unknown_function_or_token_is_the_set_ups_fault(stand_in: StandIn28) 
 
 def test_the_version_is_shown_by_check(stand_in: StandIn28) -> None:
     """And how it confirms."""
-    text = " ".join(finding.text for finding in check(stand_in.sink_url(function=COUNTED)))
+    text = " ".join(finding.message for finding in check(stand_in.sink_url(function=COUNTED)))
     assert "SpacetimeDB 2.8.3" in text
     assert "a query confirms" in text
     assert f"procedure {COUNTED}" in text
@@ -98,12 +98,12 @@ def test_a_whole_outbox_drains_into_it(stand_in: StandIn28, tmp_path: Path) -> N
 def test_publish_takes_the_module_for_2x(stand_in: StandIn28) -> None:
     """By the version that the server says."""
 
-    async def run() -> publish.Published:
+    async def run() -> publish.PublishResult:
         _, token = await publish.new_identity(f"http://127.0.0.1:{stand_in.port}")
         return await publish.publish(f"http://127.0.0.1:{stand_in.port}", "fresh", token)
 
-    assert asyncio.run(run()).done == "made"
-    assert stand_in.published == {"fresh": publish.wasm("tracking_event_v2.wasm")}
+    assert asyncio.run(run()).action == "made"
+    assert stand_in.published == {"fresh": publish.read_wasm("tracking_event_v2.wasm")}
 
 
 def test_a_batch_is_sent_again_where_the_query_fails(stand_in: StandIn28, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_batch_is_sent_again_where_the_query_fails(stand_in: StandIn28, tmp_pa
 def test_a_query_that_is_not_allowed_stops_delivery_and_is_found_by_check(stand_in: StandIn28, tmp_path: Path) -> None:
     """Nothing is removed for a batch that cannot be confirmed."""
     stand_in.confirming = (403, b"no queries here", "text/plain")
-    assert [finding.text for finding in check(stand_in.sink_url()) if not finding.ok] == [
+    assert [finding.message for finding in check(stand_in.sink_url()) if not finding.ok] == [
         "the confirming query was answered with 403: no queries here; let it pass"
     ]
     with Outbox(str(tmp_path / "box"), sink=stand_in.sink_url()) as outbox:

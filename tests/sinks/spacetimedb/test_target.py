@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pillarbox import ConfigurationError, TrackingEvent
-from pillarbox.sinks import make_sink, redacted
-from pillarbox.sinks.spacetimedb.url import TOKEN_VARIABLE, parse
+from pillarbox.sinks import make_sink, redact_url
+from pillarbox.sinks.spacetimedb.url import TOKEN_VARIABLE, parse_url
 
 SECRET = "eyJ0.secret.part"  # noqa: S105 - proves nothing
 
@@ -24,16 +24,16 @@ SECRET = "eyJ0.secret.part"  # noqa: S105 - proves nothing
 )
 def test_server_database_and_function(url: str, server: str, path: str) -> None:
     """With the field's default ports."""
-    target = parse(url)
-    assert (target.server, target.path("call", target.function)) == (server, path)
+    target = parse_url(url)
+    assert (target.server, target.database_path("call", target.function)) == (server, path)
 
 
 def test_pool_timeout_window_and_wait_are_settings() -> None:
     """With defaults."""
-    plain = parse("spacetimedb://h/d")
-    assert (plain.connections, plain.timeout_s, plain.window, plain.confirm_wait_s) == (2, 30.0, 256, 1.0)
-    target = parse("spacetimedb://h/d?connections=5&timeout=2.5&window=7&confirm_wait=0.02")
-    assert (target.connections, target.timeout_s, target.window, target.confirm_wait_s) == (5, 2.5, 7, 0.02)
+    plain = parse_url("spacetimedb://h/d")
+    assert (plain.connections, plain.timeout_s, plain.unconfirmed_max, plain.confirm_wait_s) == (2, 30.0, 256, 1.0)
+    target = parse_url("spacetimedb://h/d?connections=5&timeout=2.5&window=7&confirm_wait=0.02")
+    assert (target.connections, target.timeout_s, target.unconfirmed_max, target.confirm_wait_s) == (5, 2.5, 7, 0.02)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_pool_timeout_window_and_wait_are_settings() -> None:
 def test_a_wrong_url_is_one_sentence_that_names_the_part(url: str, said: str) -> None:
     """And shows nothing of what may be secret."""
     with pytest.raises(ConfigurationError) as caught:
-        parse(url)
+        parse_url(url)
     assert said in str(caught.value)
     assert "words" not in str(caught.value)
 
@@ -71,9 +71,9 @@ def test_a_token_comes_from_the_url_a_file_or_the_environment_and_never_shows(
         "file": f"spacetimedb://h/d?token_file={file}",
         "environment": "spacetimedb://h/d",
     }[way]
-    target = parse(url)
+    target = parse_url(url)
     assert target.token is not None
-    assert target.token.header() == {"Authorization": f"Bearer {SECRET}"}
+    assert target.token.auth_header() == {"Authorization": f"Bearer {SECRET}"}
     assert SECRET not in f"{target} {target!r} {target.token}"
-    assert SECRET not in redacted(url)
+    assert SECRET not in redact_url(url)
     assert SECRET not in repr(make_sink(url, TrackingEvent))

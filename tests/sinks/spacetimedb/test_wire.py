@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pillarbox.sinks.spacetimedb import http1
-from pillarbox.sinks.spacetimedb.http1 import Answered, Connection, WireError, connect
-from pillarbox.sinks.spacetimedb.pool import Lane, TransportError
-from pillarbox.sinks.spacetimedb.url import parse
+from pillarbox.sinks.spacetimedb.http1 import ConnectionBrokenError, Http1Connection, Http1Response, connect
+from pillarbox.sinks.spacetimedb.pool import PooledConnection, TransportError
+from pillarbox.sinks.spacetimedb.url import parse_url
 from tests.sinks.http_server import HANG, Say, Server, always, in_turn, run
 
 HEADERS = [("Host", "localhost")]
@@ -26,25 +26,25 @@ def server() -> Iterator[Server]:
         yield running
 
 
-async def ask(connection: Connection, content: bytes = b"", timeout_s: float = 30.0) -> Answered:
+async def ask(connection: Http1Connection, content: bytes = b"", timeout_s: float = 30.0) -> Http1Response:
     headers = [*HEADERS, ("Content-Length", str(len(content)))] if content else HEADERS
-    return await connection.ask("POST" if content else "GET", "/v1/ping", headers, content, timeout_s)
+    return await connection.request("POST" if content else "GET", "/v1/ping", headers, content, timeout_s)
 
 
-def talk(server: Server, *contents: bytes, timeout_s: float = 30.0) -> tuple[list[Answered | Exception], bool]:
+def talk(server: Server, *contents: bytes, timeout_s: float = 30.0) -> tuple[list[Http1Response | Exception], bool]:
     """What comes of so many calls over one connection, and whether that is closed by then."""
 
-    async def all_of_it() -> tuple[list[Answered | Exception], bool]:
+    async def all_of_it() -> tuple[list[Http1Response | Exception], bool]:
         connection = await connect("127.0.0.1", server.port, 10, secure=False)
-        found: list[Answered | Exception] = []
+        found: list[Http1Response | Exception] = []
         for content in contents:
             try:
                 found.append(await ask(connection, content, timeout_s))
-            except (WireError, TimeoutError) as error:
+            except (ConnectionBrokenError, TimeoutError) as error:
                 found.append(error)
         is_closed = connection.is_closed
         connection.close()
-        await connection.closed()
+        await connection.wait_closed()
         return found, is_closed
 
     return run(all_of_it())
@@ -67,7 +67,7 @@ def test_an_answer_is_read_however_it_comes(server: Server, say: Say, body: byte
     """In pieces, in chunks, up to the end of the connection; where that ends with it, nothing more is asked."""
     server.answer = always(say)
     (found,), was_closed = talk(server, b"x" * 100_000)
-    assert isinstance(found, Answered)
+    assert isinstance(found, Http1Response)
     assert (found.status, found.body) == (500 if not body else 200, body)
     assert server.requests[0].sent == b"x" * 100_000
     if say.raw is None:  # the server hangs up by itself after an answer that it was given byte for byte
@@ -78,7 +78,11 @@ def test_call_after_call_goes_over_the_same_connection(server: Server) -> None:
     """With a content and without."""
     server.answer = in_turn(Say(200, b"1"), Say(404, b"2"), Say(200, b"3"))
     found, _ = talk(server, b"x", b"", b"y")
-    assert [(one.status, one.body) for one in found if isinstance(one, Answered)] == [(200, b"1"), (404, b"2"), (200, b"3")]
+    assert [(one.status, one.body) for one in found if isinstance(one, Http1Response)] == [
+        (200, b"1"),
+        (404, b"2"),
+        (200, b"3"),
+    ]
     assert ([request.method for request in server.requests], server.connections) == (["POST", "GET", "POST"], 1)
 
 
@@ -87,18 +91,18 @@ def test_what_comes_behind_an_answer_is_none_to_the_next_call(server: Server) ->
     whole = Say(200, b"first").bytes()
     server.answer = in_turn(Say(raw=whole + Say(200, b"unasked").bytes()), Say(200, b"second"))
     found, was_closed = talk(server, b"x", b"y")
-    assert isinstance(found[0], Answered)
+    assert isinstance(found[0], Http1Response)
     assert found[0].body == b"first"
-    assert type(found[1]) is WireError
+    assert type(found[1]) is ConnectionBrokenError
     assert was_closed
 
 
 def test_an_answer_that_has_no_end_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fill the memory."""
-    monkeypatch.setattr(http1, "ANSWER_BYTES_MAX", 1000)
+    monkeypatch.setattr(http1, "RESPONSE_BYTES_MAX", 1000)
     server.answer = in_turn(Say(200, b"x" * 1000), Say(200, b"x" * 1001))
     found, was_closed = talk(server, b"x", b"y")
-    assert [type(one) for one in found] == [Answered, WireError]
+    assert [type(one) for one in found] == [Http1Response, ConnectionBrokenError]
     assert "1000 bytes" in str(found[1])
     assert was_closed
 
@@ -115,7 +119,7 @@ def test_what_is_no_whole_answer_is_an_error_and_the_connection_is_done_with(ser
     """Cut anywhere, or not HTTP: nobody knows whether the call was carried out."""
     server.answer = always(say)
     found, was_closed = talk(server, b"x", b"x")
-    assert [type(one) for one in found] == [WireError, WireError]
+    assert [type(one) for one in found] == [ConnectionBrokenError, ConnectionBrokenError]
     assert all(str(one) for one in found)
     assert was_closed
 
@@ -128,14 +132,14 @@ def test_an_answer_that_does_not_come_is_given_up_and_a_slow_one_is_not(server: 
     assert was_closed
     server.answer = always(Say(200, b"x" * 30, gap_s=0.02))
     (found,), _ = talk(server, b"x", timeout_s=1.0)
-    assert isinstance(found, Answered)
+    assert isinstance(found, Http1Response)
 
 
 def test_an_answer_before_all_was_sent_counts_and_the_connection_is_closed(server: Server) -> None:
     """A 413, say: the rest of the body would be taken for the next call."""
     server.body_max = 1000
     (found,), was_closed = talk(server, b"x" * 50_000_000)
-    assert isinstance(found, Answered)
+    assert isinstance(found, Http1Response)
     assert found.status == 413
     assert was_closed
 
@@ -145,14 +149,14 @@ def test_a_call_that_is_cancelled_takes_its_connection_with_it(server: Server) -
     server.answer = in_turn(HANG, Say(200, b"second"))
 
     async def cancelled() -> tuple[bool, bytes]:
-        lane = Lane(parse(f"spacetimedb://127.0.0.1:{server.port}/db"))
-        call = asyncio.create_task(lane.call("POST", "/", b"first"))
+        lane = PooledConnection(parse_url(f"spacetimedb://127.0.0.1:{server.port}/db"))
+        call = asyncio.create_task(lane.request("POST", "/", b"first"))
         while not server.requests:  # noqa: ASYNC110 - it runs in another thread
             await asyncio.sleep(0.001)
         connection = lane._connection
         call.cancel()
         await asyncio.wait({call})
-        reply = await lane.call("POST", "/", b"second")
+        reply = await lane.request("POST", "/", b"second")
         await lane.close()
         assert connection is not None
         return connection.is_closed, reply.body
@@ -168,23 +172,23 @@ def test_what_is_said_unasked_is_no_answer(server: Server, unasked: bytes) -> No
 
     async def greeted() -> bool:
         connection = await connect("127.0.0.1", server.port, 10, secure=False)
-        await connection.closed()
+        await connection.wait_closed()
         return connection.is_closed
 
     assert run(greeted())
 
 
 def test_a_lane_whose_connection_was_closed_makes_another_and_says_so(server: Server) -> None:
-    """By the `socket` that its last answer came over, which is what a confirmation looks at."""
+    """By the `last_used` that its last answer came over, which is what a confirmation looks at."""
 
     async def sockets() -> list[object]:
-        lane = Lane(parse(f"spacetimedb://127.0.0.1:{server.port}/db"))
+        lane = PooledConnection(parse_url(f"spacetimedb://127.0.0.1:{server.port}/db"))
         found = []
         for _ in range(3):
-            await lane.call("GET", "/")
-            found.append(lane.socket)
+            await lane.request("GET", "/")
+            found.append(lane.last_used)
             if len(found) == 2:
-                lane.socket.close()
+                lane.last_used.close()
         await lane.close()
         await lane.close()
         return found
@@ -201,8 +205,8 @@ def test_what_cannot_be_sent_is_an_error_and_not_half_sent(server: Server) -> No
         connection = await connect("127.0.0.1", server.port, 10, secure=False)
         assert (await ask(connection)).status == 200
         try:
-            await connection.ask("GET", "/", [*HEADERS, ("X", "a\r\nb")], b"", 10)
-        except WireError as error:
+            await connection.request("GET", "/", [*HEADERS, ("X", "a\r\nb")], b"", 10)
+        except ConnectionBrokenError as error:
             return str(error), connection.is_closed
         return "", False
 
@@ -218,9 +222,9 @@ def test_over_tls_the_certificate_must_be_vouched_for(certificate: Path, monkeyp
     context.load_cert_chain(certificate, f"{certificate}.key")
 
     async def call(host: str, port: int) -> bytes:
-        lane = Lane(parse(f"spacetimedb+https://{host}:{port}/db"))
+        lane = PooledConnection(parse_url(f"spacetimedb+https://{host}:{port}/db"))
         try:
-            return (await lane.call("POST", "/", b"x" * 300_000)).body
+            return (await lane.request("POST", "/", b"x" * 300_000)).body
         finally:
             await lane.close()
 

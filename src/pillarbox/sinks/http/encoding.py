@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from pillarbox.sinks.base import GIVE_WAY_EVERY, Refusal
+from pillarbox.sinks.base import YIELD_EVERY_RECORDS, Rejection
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -20,93 +20,93 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pillarbox.sinks.base import Batch
-    from pillarbox.sinks.http.url import Target
+    from pillarbox.sinks.http.url import HttpSettings
 
 GZIP_LEVEL: Final = 1  # to a tenth in 0.2 ms for 500 events; level 6 takes three times as long and saves a fiftieth more
 ZSTD_LEVEL: Final = 1  # smaller than gzip, in a third of the time; level 3 was no smaller
 _DAY_S: Final = 86_400
-_DIGITS_MAX: Final = 20  # of 64 bits, and a sign
+_MICROS_DIGITS_MAX: Final = 20  # of 64 bits, and a sign
 _YEARS: Final = range(1, 10_000)  # that RFC 3339 can write, but for the first
 
 
-class Body(NamedTuple):
+class EncodedBody(NamedTuple):
     """A call's content, and which of the batch's records are in it."""
 
     content: bytes
     indexes: Sequence[int]
-    refused: dict[int, Refusal]
+    rejected: dict[int, Rejection]
 
 
-class Bodies:
+class BodyEncoder:
     """Makes bodies for one target; the same batch always becomes the same bytes."""
 
-    def __init__(self, target: Target, event_type: type[msgspec.Struct]) -> None:
-        self._target = target
-        self._cloud = CloudEvents(target, event_type) if target.format == "cloudevents" else None
+    def __init__(self, settings: HttpSettings, event_type: type[msgspec.Struct]) -> None:
+        self._settings = settings
+        self._cloudevents = CloudEventsEncoder(settings, event_type) if settings.format == "cloudevents" else None
 
-    def make(self, batch: Batch) -> Body:
+    def encode(self, batch: Batch) -> EncodedBody:
         """The body of a batch, compressed."""
         indexes: Sequence[int] = range(len(batch))
-        refused: dict[int, Refusal] = {}
-        if self._cloud is not None:
-            items, indexes, refused = self._cloud.wrapped(batch)
+        rejected: dict[int, Rejection] = {}
+        if self._cloudevents is not None:
+            items, indexes, rejected = self._cloudevents.encode(batch)
             plain = b"[" + b",".join(items) + b"]"
-        elif self._target.format == "json":
+        elif self._settings.format == "json":
             plain = b"[" + b",".join(batch.payloads) + b"]"
         else:
             plain = b"\n".join(batch.payloads) + b"\n"
-        return Body(compressed(self._target.compress, plain), indexes, refused)
+        return EncodedBody(compress(self._settings.compress, plain), indexes, rejected)
 
 
-def compressed(how: str, plain: bytes) -> bytes:
+def compress(encoding: str, data: bytes) -> bytes:
     """The bytes as `Content-Encoding` names them; without the interpreter lock, and without the time in gzip's head."""
-    if how == "gzip":
-        return gzip.compress(plain, GZIP_LEVEL, mtime=0)
-    if how == "zstd":
-        return bytes(zstd.compress(plain, ZSTD_LEVEL))
-    return plain
+    if encoding == "gzip":
+        return gzip.compress(data, GZIP_LEVEL, mtime=0)
+    if encoding == "zstd":
+        return bytes(zstd.compress(data, ZSTD_LEVEL))
+    return data
 
 
-class CloudEvents:
+class CloudEventsEncoder:
     """CloudEvents 1.0, JSON format: the event is `data`, byte for byte."""
 
-    def __init__(self, target: Target, event_type: type[msgspec.Struct]) -> None:
+    def __init__(self, settings: HttpSettings, event_type: type[msgspec.Struct]) -> None:
         names = {field.name: field.encode_name for field in msgspec.structs.fields(event_type)}
-        wanted = {
+        names_by_attribute = {
             "id": names["event_id"],
             "micros": names.get("occurred_at_micros"),
-            "type": names.get(target.type_field or ""),
+            "type": names.get(settings.cloudevent_type_field or ""),
         }
-        fields = [(member, msgspec.Raw, _or_empty(name)) for member, name in wanted.items() if name]
+        fields = [(member, msgspec.Raw, _optional_raw_field(name)) for member, name in names_by_attribute.items() if name]
         head: Any = msgspec.defstruct("Head", fields, frozen=True)
         self._decode = msgspec.json.Decoder(head).decode
-        self._source = msgspec.json.encode(target.source)
-        self._type = msgspec.json.encode(target.type or event_type.__name__)
+        self._source = msgspec.json.encode(settings.cloudevent_source)
+        self._type = msgspec.json.encode(settings.cloudevent_type or event_type.__name__)
 
-    def wrapped(self, batch: Batch) -> tuple[list[bytes], list[int], dict[int, Refusal]]:
+    def encode(self, batch: Batch) -> tuple[list[bytes], list[int], dict[int, Rejection]]:
         """One CloudEvent for each record that can be one, their indexes, and the refusals of the others."""
         items: list[bytes] = []
         indexes: list[int] = []
-        refused: dict[int, Refusal] = {}
+        rejected: dict[int, Rejection] = {}
         for index, payload in enumerate(batch.payloads):
-            if index % GIVE_WAY_EVERY == 0:
-                batch.give_way()
+            if index % YIELD_EVERY_RECORDS == 0:
+                batch.yield_gil()
             try:
                 head = self._decode(payload)
             except (msgspec.DecodeError, RecursionError) as error:
-                refused[index] = Refusal("wrong_type", str(error))
+                rejected[index] = Rejection("wrong_type", str(error))
                 continue
-            event_id = _text(bytes(head.id))
+            event_id = _as_json_string(bytes(head.id))
             if event_id is None:
-                refused[index] = Refusal("wrong_type", "its event_id is neither text nor number, and a CloudEvent needs one")
+                rejected[index] = Rejection("wrong_type", "its event_id is neither text nor number, and a CloudEvent needs one")
                 continue
-            items.append(self._wrapped(payload, event_id, head))
+            items.append(self._encode_event(payload, event_id, head))
             indexes.append(index)
-        return items, indexes, refused
+        return items, indexes, rejected
 
-    def _wrapped(self, payload: bytes, event_id: bytes, head: Any) -> bytes:
-        kind = _text(bytes(getattr(head, "type", b""))) or self._type
-        time = moment(bytes(getattr(head, "micros", b"")))
+    def _encode_event(self, payload: bytes, event_id: bytes, head: Any) -> bytes:
+        kind = _as_json_string(bytes(getattr(head, "type", b""))) or self._type
+        time = format_rfc3339(bytes(getattr(head, "micros", b"")))
         return b'{"specversion":"1.0","id":%b,"source":%b,"type":%b%b,"datacontenttype":"application/json","data":%b}' % (
             event_id,
             self._source,
@@ -116,32 +116,32 @@ class CloudEvents:
         )
 
 
-def _or_empty(name: str) -> Any:
+def _optional_raw_field(name: str) -> Any:
     """A member of that name, as it stands; a record that lacks it has an empty one."""
     return msgspec.field(default_factory=msgspec.Raw, name=name)
 
 
-def _text(raw: bytes) -> bytes | None:
+def _as_json_string(raw: bytes) -> bytes | None:
     """A JSON text or number as a JSON text that is not empty; None for anything else."""
     if raw[:1] == b'"':
         return raw if raw != b'""' else None
     return b'"%b"' % raw if raw[:1].isdigit() or raw[:1] == b"-" else None
 
 
-def moment(raw: bytes) -> bytes | None:
+def format_rfc3339(raw: bytes) -> bytes | None:
     """Microseconds since 1970, as JSON, as RFC 3339 writes them; None where it cannot."""
-    if len(raw) > _DIGITS_MAX or not raw.removeprefix(b"-").isdigit():
+    if len(raw) > _MICROS_DIGITS_MAX or not raw.removeprefix(b"-").isdigit():
         return None
     seconds, micros = divmod(int(raw), 10**6)
     day, second = divmod(seconds, _DAY_S)
-    date = _date(day)
+    date = _civil_date(day)
     if date is None:
         return None
     return b"%bT%02d:%02d:%02d.%06dZ" % (date, second // 3600, second // 60 % 60, second % 60, micros)
 
 
 @lru_cache(maxsize=64)
-def _date(day: int) -> bytes | None:
+def _civil_date(day: int) -> bytes | None:
     """The civil date of a day counted from 1970-01-01; after Howard Hinnant's `civil_from_days`."""
     era, of_era = divmod(day + 719_468, 146_097)  # days of 400 years, counted from the first of March of the year 0
     year_of_era = (of_era - of_era // 1460 + of_era // 36_524 - of_era // 146_096) // 365

@@ -21,127 +21,137 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pillarbox.sinks.base import Answer, Delivered, Misconfigured, Partly, Refusal, Refused, Retry
+from pillarbox.sinks.base import Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Rejection, Retry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ANSWER_BYTES_MAX: Final = 2**20  # read of one answer: enough to name and explain 5,000 refused records
+RESPONSE_BYTES_MAX: Final = 2**20  # read of one answer: enough to name and explain 5,000 refused records
 RETRY_AFTER_MAX_S: Final = 1e11  # three thousand years: longer than any process lives, and still a date
-_TEXT_MAX: Final = 200  # characters of an answer that are shown
-_CODE_MAX: Final = 64
-_NOT_NOW: Final = frozenset({408, 409, 425, 429})
-_NEVER: Final = frozenset({501, 505, 511})  # of the 5xx, those that waiting does not mend
-_SPEAKING: Final = frozenset({400, 422})
-_WAY_OUT: Final = "; where the status alone is to count, add answer=status to the sink's options"
-_SECONDS = re.compile(r"[+-]?\d+(\.\d*)?")
+_EXCERPT_CHARS_MAX: Final = 200  # characters of an answer that are shown
+_CODE_CHARS_MAX: Final = 64
+_RETRYABLE: Final = frozenset({408, 409, 425, 429})
+_PERMANENT_5XX: Final = frozenset({501, 505, 511})  # of the 5xx, those that waiting does not mend
+_REJECTING: Final = frozenset({400, 422})
+_STATUS_ONLY_HINT: Final = "; where the status alone is to count, add answer=status to the sink's options"
+_SECONDS_FORM = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
-class Reply(NamedTuple):
+class HttpResponse(NamedTuple):
     """The parts of an answer that matter."""
 
     status: int
-    kind: str = ""  # content type
+    content_type: str = ""  # content type
     retry_after: str = ""
     date: str = ""
     location: str = ""
     allow: str = ""
     body: bytes = b""
-    whole: bool = True  # whether all of the body was read and can be
+    is_complete: bool = True  # whether all of the body was read and can be
 
     @property
     def is_json(self) -> bool:
         """Whether it says of itself that it is JSON."""
-        kind = self.kind.partition(";")[0].strip().lower()
+        kind = self.content_type.partition(";")[0].strip().lower()
         return kind == "application/json" or kind.endswith("+json")
 
 
-class _Said(NamedTuple):
+class _BatchReport(NamedTuple):
     """What a body says of the events, or why that cannot be understood."""
 
-    refused: dict[int, Refusal]
+    rejected: dict[int, Rejection]
     accepted: int | None
     duplicates: int
     problem: str = ""
 
 
-def _as_it_is(text: str) -> str:
+def _unredacted(text: str) -> str:
     return text
 
 
-def classify(
-    reply: Reply, indexes: Sequence[int], now_s: float, hide: Callable[[str], str] = _as_it_is, *, counts: bool = True
-) -> Answer:
+def classify_response(
+    response: HttpResponse,
+    indexes: Sequence[int],
+    now_s: float,
+    redact: Callable[[str], str] = _unredacted,
+    *,
+    reads_body: bool = True,
+) -> DeliveryResult:
     """The answer that a reply amounts to.
 
-    `indexes` are the batch's records in the order of the call, `now_s` is Unix time, `hide` takes our secrets out of a text;
-    without `counts` the body is not looked at.
+    `indexes` are the batch's records in the order of the call, `now_s` is Unix time, `redact` takes our secrets out of a text;
+    without `reads_body` the body is not looked at.
     """
-    status = reply.status
+    status = response.status
     if 200 <= status < 300:
-        return _accepted(reply, indexes, hide) if counts else Delivered(len(indexes))
-    if status in _SPEAKING:
-        return _refused(reply, indexes, hide)
-    after = retry_after(reply.retry_after, reply.date, now_s)
+        return _classify_success(response, indexes, redact) if reads_body else Delivered(len(indexes))
+    if status in _REJECTING:
+        return _classify_rejection(response, indexes, redact)
+    after = parse_retry_after(response.retry_after, response.date, now_s)
     if status == 413 and after is None:
-        return Refused(Refusal("too_large", _words(f"the server takes no call of {len(indexes)} such events", reply, hide)))
-    if status == 413 or status in _NOT_NOW or (500 <= status < 600 and status not in _NEVER):
-        return Retry(_words(f"the server answered {status}", reply, hide), after)
-    return Misconfigured(_advice(reply, hide))
+        return Rejected(
+            Rejection("too_large", _with_excerpt(f"the server takes no call of {len(indexes)} such events", response, redact))
+        )
+    if status == 413 or status in _RETRYABLE or (500 <= status < 600 and status not in _PERMANENT_5XX):
+        return Retry(_with_excerpt(f"the server answered {status}", response, redact), after)
+    return Misconfigured(_explain_misconfiguration(response, redact))
 
 
 def needs_body(status: int) -> bool:
     """Whether an answer with this status means nothing before its body was read."""
-    return 200 <= status < 300 or status in _SPEAKING
+    return 200 <= status < 300 or status in _REJECTING
 
 
-def _accepted(reply: Reply, indexes: Sequence[int], hide: Callable[[str], str]) -> Answer:
-    if not reply.whole and reply.is_json:
+def _classify_success(response: HttpResponse, indexes: Sequence[int], redact: Callable[[str], str]) -> DeliveryResult:
+    if not response.is_complete and response.is_json:
         return Misconfigured(
-            f"{reply.status}: the answer is compressed, or longer than {ANSWER_BYTES_MAX} bytes: one cannot see whether "
-            f"it refuses events: have it answer less, or lower records_max{_WAY_OUT}"
+            f"{response.status}: the answer is compressed, or longer than {RESPONSE_BYTES_MAX} bytes: one cannot see whether "
+            f"it refuses events: have it answer less, or lower records_max{_STATUS_ONLY_HINT}"
         )
-    value = _decoded(reply.body)
-    if value is msgspec.UNSET and reply.is_json and reply.body.strip():
+    value = _decode_json(response.body)
+    if value is msgspec.UNSET and response.is_json and response.body.strip():
         return Retry(
-            _words(f"{reply.status}, but the answer is no whole JSON, and may have refused events", reply, hide) + _WAY_OUT
+            _with_excerpt(f"{response.status}, but the answer is no whole JSON, and may have refused events", response, redact)
+            + _STATUS_ONLY_HINT
         )
-    said = _said(value, indexes, hide)
-    if said is None:
-        if reply.status == 207:
+    report = _parse_report(value, indexes, redact)
+    if report is None:
+        if response.status == 207:
             return Misconfigured(
                 "207: the server speaks of each event on its own, in a form that is not known: "
-                f"let it answer as docs/how-to/http.md says{_WAY_OUT}"
+                f"let it answer as docs/how-to/http.md says{_STATUS_ONLY_HINT}"
             )
         return Delivered(len(indexes))
-    taken = len(indexes) - len(said.refused)
-    problem = said.problem
-    if not problem and said.accepted is not None and said.accepted + said.duplicates < taken:
-        problem = f"counts {said.accepted} accepted of {len(indexes)}, and does not say what became of the others"
+    accepted = len(indexes) - len(report.rejected)
+    problem = report.problem
+    if not problem and report.accepted is not None and report.accepted + report.duplicates < accepted:
+        problem = f"counts {report.accepted} accepted of {len(indexes)}, and does not say what became of the others"
     if problem:
-        return Misconfigured(f"{reply.status}: the answer {problem}{_WAY_OUT}")
-    duplicates = min(said.duplicates, taken)
-    return Partly(said.refused, taken, duplicates) if said.refused else Delivered(taken, duplicates)
+        return Misconfigured(f"{response.status}: the answer {problem}{_STATUS_ONLY_HINT}")
+    duplicates = min(report.duplicates, accepted)
+    return PartialFailure(report.rejected, accepted, duplicates) if report.rejected else Delivered(accepted, duplicates)
 
 
-def _refused(reply: Reply, indexes: Sequence[int], hide: Callable[[str], str]) -> Answer:
-    said = _said(_decoded(reply.body), indexes, hide)
-    if said is not None:
-        taken = len(indexes) - len(said.refused)
-        if said.accepted or said.duplicates:
+def _classify_rejection(response: HttpResponse, indexes: Sequence[int], redact: Callable[[str], str]) -> DeliveryResult:
+    report = _parse_report(_decode_json(response.body), indexes, redact)
+    if report is not None:
+        accepted = len(indexes) - len(report.rejected)
+        if report.accepted or report.duplicates:
             # Kept in part although it refuses: to send anew what it kept would show it twice.
-            if said.problem or (said.accepted or 0) + said.duplicates < taken:
-                problem = said.problem or "does not say what became of each event"
+            if report.problem or (report.accepted or 0) + report.duplicates < accepted:
+                problem = report.problem or "does not say what became of each event"
                 return Misconfigured(
-                    f"{reply.status}: the answer kept events, but {problem}: let it answer as docs/how-to/http.md says"
+                    f"{response.status}: the answer kept events, but {problem}: let it answer as docs/how-to/http.md says"
                 )
-            return Partly(said.refused, taken, min(said.duplicates, taken))
-        if said.refused and not said.problem:
-            return Partly(said.refused)
-    return Refused(Refusal("refused_by_destination", _words(f"the server answered {reply.status}", reply, hide)))
+            return PartialFailure(report.rejected, accepted, min(report.duplicates, accepted))
+        if report.rejected and not report.problem:
+            return PartialFailure(report.rejected)
+    return Rejected(
+        Rejection("refused_by_destination", _with_excerpt(f"the server answered {response.status}", response, redact))
+    )
 
 
-def _decoded(body: bytes) -> Any:
+def _decode_json(body: bytes) -> Any:
     """The value of a body in JSON, `UNSET` for any other."""
     try:
         return msgspec.json.decode(body)
@@ -149,54 +159,54 @@ def _decoded(body: bytes) -> Any:
         return msgspec.UNSET
 
 
-def _said(value: Any, indexes: Sequence[int], hide: Callable[[str], str]) -> _Said | None:
+def _parse_report(value: Any, indexes: Sequence[int], redact: Callable[[str], str]) -> _BatchReport | None:
     """What the body says of the events; None where it is about something else."""
     if not isinstance(value, dict):
         return None
-    accepted, duplicates = _count(value.get("accepted")), _count(value.get("duplicates"))
-    named = value.get("refused") or value.get("rejected")
-    if not named:
-        return None if accepted is None else _Said({}, accepted, duplicates or 0)
-    if not isinstance(named, list):
-        return _Said({}, accepted, duplicates or 0, "refuses events without naming them")
-    refused: dict[int, Refusal] = {}
-    for entry in named:
-        index = _count(entry.get("index") if isinstance(entry, dict) else entry)
+    accepted, duplicates = _as_count(value.get("accepted")), _as_count(value.get("duplicates"))
+    entries = value.get("refused") or value.get("rejected")
+    if not entries:
+        return None if accepted is None else _BatchReport({}, accepted, duplicates or 0)
+    if not isinstance(entries, list):
+        return _BatchReport({}, accepted, duplicates or 0, "refuses events without naming them")
+    rejected: dict[int, Rejection] = {}
+    for entry in entries:
+        index = _as_count(entry.get("index") if isinstance(entry, dict) else entry)
         if index is None or index >= len(indexes):
-            return _Said({}, accepted, duplicates or 0, f"refuses an event that is none of the {len(indexes)}")
-        refused[indexes[index]] = _refusal(entry if isinstance(entry, dict) else {}, hide)
-    return _Said(refused, accepted, duplicates or 0)
+            return _BatchReport({}, accepted, duplicates or 0, f"refuses an event that is none of the {len(indexes)}")
+        rejected[indexes[index]] = _parse_rejection(entry if isinstance(entry, dict) else {}, redact)
+    return _BatchReport(rejected, accepted, duplicates or 0)
 
 
-def _count(value: object) -> int | None:
+def _as_count(value: object) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _refusal(entry: dict[str, Any], hide: Callable[[str], str]) -> Refusal:
+def _parse_rejection(entry: dict[str, Any], redact: Callable[[str], str]) -> Rejection:
     code, reason = entry.get("code"), entry.get("reason") or entry.get("message") or entry.get("error")
-    return Refusal(
-        _line(hide(str(code)), _CODE_MAX) if isinstance(code, (str, int)) and code else "refused_by_destination",
-        _line(hide(reason), _TEXT_MAX) if isinstance(reason, str) else "the server gave no reason",
+    return Rejection(
+        _one_line(redact(str(code)), _CODE_CHARS_MAX) if isinstance(code, (str, int)) and code else "refused_by_destination",
+        _one_line(redact(reason), _EXCERPT_CHARS_MAX) if isinstance(reason, str) else "the server gave no reason",
     )
 
 
-def retry_after(text: str, date: str, now_s: float) -> float | None:
+def parse_retry_after(text: str, date: str, now_s: float) -> float | None:
     """Seconds until the moment that `Retry-After` names, never less; None where it names none.
 
     A date counts from the answer's own `Date`, where it has one: the two clocks may differ.
     """
     text = text.strip()
-    if _SECONDS.fullmatch(text):
+    if _SECONDS_FORM.fullmatch(text):
         seconds = float(text)
     else:
-        then, now = _unix(text), _unix(date)
+        then, now = _parse_http_date(text), _parse_http_date(date)
         if then is None:
             return None
         seconds = then - (now_s if now is None else now)
     return min(max(0.0, seconds), RETRY_AFTER_MAX_S)
 
 
-def _unix(text: str) -> float | None:
+def _parse_http_date(text: str) -> float | None:
     """A date as HTTP writes it, in its three forms, as Unix time."""
     try:
         parts = parsedate_tz(text)
@@ -205,28 +215,28 @@ def _unix(text: str) -> float | None:
         return None
 
 
-def _line(text: str, most: int) -> str:
+def _one_line(text: str, most: int) -> str:
     return " ".join(text.split())[:most]
 
 
-def _words(said: str, reply: Reply, hide: Callable[[str], str]) -> str:
+def _with_excerpt(sentence: str, response: HttpResponse, redact: Callable[[str], str]) -> str:
     """A sentence, and what the answer's body says."""
-    title = re.search(rb"<title[^>]*>([^<]*)</title>", reply.body, re.IGNORECASE)
-    text = _line(hide((title[1] if title else reply.body).decode(errors="replace")), _TEXT_MAX)
-    return f"{said}: {text}" if text else said
+    title = re.search(rb"<title[^>]*>([^<]*)</title>", response.body, re.IGNORECASE)
+    text = _one_line(redact((title[1] if title else response.body).decode(errors="replace")), _EXCERPT_CHARS_MAX)
+    return f"{sentence}: {text}" if text else sentence
 
 
-def _advice(reply: Reply, hide: Callable[[str], str]) -> str:
-    status = reply.status
+def _explain_misconfiguration(response: HttpResponse, redact: Callable[[str], str]) -> str:
+    status = response.status
     if 300 <= status < 400:
-        return f"{status}: {_redirect(reply.location)}"
+        return f"{status}: {_explain_redirect(response.location)}"
     remedy = REMEDIES.get(
         status, "Pillarbox does not know this answer, and gives no event up for it: mend the URL, or the server"
     )
-    return _words(str(status), reply, hide) + f": {remedy}"
+    return _with_excerpt(str(status), response, redact) + f": {remedy}"
 
 
-def _redirect(location: str) -> str:
+def _explain_redirect(location: str) -> str:
     try:
         host = urlsplit(location).hostname
     except ValueError:

@@ -19,31 +19,31 @@ import httpx
 import msgspec
 
 from pillarbox.clock import SystemClock
-from pillarbox.errors import SinkUnusable
+from pillarbox.errors import SinkUnusableError
 from pillarbox.sinks.base import (
-    Answer,
     Batch,
+    CheckResult,
     Delivered,
-    Finding,
+    DeliveryResult,
     Misconfigured,
-    Partly,
-    Refused,
+    PartialFailure,
+    Rejected,
     Retry,
-    Traits,
+    SinkCapabilities,
 )
-from pillarbox.sinks.http.encoding import Bodies, Body
-from pillarbox.sinks.http.responses import ANSWER_BYTES_MAX, REMEDIES, Reply, classify, needs_body
-from pillarbox.sinks.http.url import FORMATS, Credentials, Target, parse, read_credentials
+from pillarbox.sinks.http.encoding import BodyEncoder, EncodedBody
+from pillarbox.sinks.http.responses import REMEDIES, RESPONSE_BYTES_MAX, HttpResponse, classify_response, needs_body
+from pillarbox.sinks.http.url import FORMATS, Credentials, HttpSettings, parse_url, read_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from pillarbox.clock import Clock
 
-_CONNECT_MAX_S: Final = 10.0  # of a call's time, for a server that does not even take the connection
-_IDLE_MAX_S: Final = 4.0  # after which an unused connection is closed: many servers do so themselves after five
-_TEXT_MAX: Final = 200
-_UNTOLD: Final = frozenset({400, 404, 405, 422, 501})  # answers to OPTIONS that say nothing of POST
+_CONNECT_TIMEOUT_MAX_S: Final = 10.0  # of a call's time, for a server that does not even take the connection
+_KEEPALIVE_S: Final = 4.0  # after which an unused connection is closed: many servers do so themselves after five
+_EXCERPT_CHARS_MAX: Final = 200
+_INCONCLUSIVE: Final = frozenset({400, 404, 405, 422, 501})  # answers to OPTIONS that say nothing of POST
 
 
 class HttpSink:
@@ -51,43 +51,43 @@ class HttpSink:
 
     def __init__(self, url: str, event_type: type[msgspec.Struct], clock: Clock | None = None) -> None:
         names = {field.name: field.encode_name for field in msgspec.structs.fields(event_type)}
-        self._target = parse(url, names)
-        self._bodies = Bodies(self._target, event_type)
+        self._settings = parse_url(url, names)
+        self._encoder = BodyEncoder(self._settings, event_type)
         self._clock = clock or SystemClock()
-        self._url = httpx.URL(self._target.url)
+        self._url = httpx.URL(self._settings.url)
         self._credentials = Credentials()
         self._transport: httpx.AsyncHTTPTransport | None = None
-        self._places = asyncio.Semaphore()
+        self._connection_slots = asyncio.Semaphore()
         self._headers = (
             ("User-Agent", f"pillarbox/{version('pillarbox')}"),
             ("Accept", "application/json"),
             ("Accept-Encoding", "identity"),
         )
-        self.traits = Traits(
+        self.capabilities = SinkCapabilities(
             deduplicates_by="batch_id",
-            survives=self._target.survives,
+            survives=self._settings.survives,
             concurrent=True,
-            records_max=self._target.records_max,
-            bytes_max=self._target.bytes_max,
+            records_max=self._settings.records_max,
+            bytes_max=self._settings.bytes_max,
         )
 
     def __repr__(self) -> str:
-        return f"HttpSink({self._target.host})"
+        return f"HttpSink({self._settings.origin})"
 
     async def open(self) -> None:
-        """Read the variables that the URL names and make ready to connect; raises `SinkUnusable` where one is missing."""
-        self._ready()
+        """Read the variables that the URL names and make ready to connect; raises `SinkUnusableError` where one is missing."""
+        self._ensure_transport()
 
-    def _ready(self) -> httpx.AsyncHTTPTransport:
+    def _ensure_transport(self) -> httpx.AsyncHTTPTransport:
         if self._transport is None:
-            self._credentials = read_credentials(self._target, os.environ)
-            proxy = self._credentials.proxy
+            self._credentials = read_credentials(self._settings, os.environ)
+            proxy = self._credentials.proxy_url
             # The pool has no limit of its own: who waits in it and is cancelled takes a place for good (encode/httpcore#1093).
-            self._places = asyncio.Semaphore(self._target.connections)
+            self._connection_slots = asyncio.Semaphore(self._settings.connections)
             self._transport = httpx.AsyncHTTPTransport(
-                verify=_trust(self._target),
+                verify=_ssl_context(self._settings),
                 limits=httpx.Limits(
-                    max_connections=None, max_keepalive_connections=self._target.connections, keepalive_expiry=_IDLE_MAX_S
+                    max_connections=None, max_keepalive_connections=self._settings.connections, keepalive_expiry=_KEEPALIVE_S
                 ),
                 proxy=httpx.Proxy(proxy) if proxy else None,
             )
@@ -95,139 +95,150 @@ class HttpSink:
 
     def prepare(self, batch: Batch) -> None:
         """Make the body ahead of its turn."""
-        batch.prepared = self._bodies.make(batch)
+        batch.prepared = self._encoder.encode(batch)
 
-    async def deliver(self, batch: Batch) -> Answer:
+    async def deliver(self, batch: Batch) -> DeliveryResult:
         """Post the batch, once."""
         body = batch.prepared
-        if not isinstance(body, Body):
+        if not isinstance(body, EncodedBody):
             self.prepare(batch)
             body = batch.prepared
         if not body.indexes:
-            return Partly(body.refused, 0)
-        answer = await self._call("POST", self._headers_for(batch, body.content), body)
-        if not body.refused:
+            return PartialFailure(body.rejected, 0)
+        answer = await self._post("POST", self._request_headers(batch, body.content), body)
+        if not body.rejected:
             return answer
         match answer:
             case Delivered(accepted, duplicates):
-                return Partly(body.refused, accepted, duplicates)
-            case Partly(refused, accepted, duplicates):
-                return Partly(body.refused | refused, accepted, duplicates)
-            case Refused():
-                return Partly(body.refused)  # the others are sent by themselves, and judged then
+                return PartialFailure(body.rejected, accepted, duplicates)
+            case PartialFailure(refused, accepted, duplicates):
+                return PartialFailure(body.rejected | refused, accepted, duplicates)
+            case Rejected():
+                return PartialFailure(body.rejected)  # the others are sent by themselves, and judged then
         return answer
 
-    def _headers_for(self, batch: Batch, content: bytes) -> list[tuple[str, str]]:
-        self._ready()
-        target = self._target
+    def _request_headers(self, batch: Batch, content: bytes) -> list[tuple[str, str]]:
+        self._ensure_transport()
+        settings = self._settings
         # Ids of ours are letters, digits, `-` and `:`; a file that somebody else named may have any.
         key = quote(batch.id, safe=":", errors="surrogateescape")
         headers = [
             *self._headers,
             *self._credentials.headers,
-            ("Content-Type", FORMATS[target.format]),
+            ("Content-Type", FORMATS[settings.format]),
             ("Idempotency-Key", key),
         ]
-        if target.compress != "none":
-            headers.append(("Content-Encoding", target.compress))
-        if self._credentials.keys:
-            headers += _signature(key, self._clock.micros() // 10**6, content, self._credentials.keys)
+        if settings.compress != "none":
+            headers.append(("Content-Encoding", settings.compress))
+        if self._credentials.signing_keys:
+            headers += signature_headers(key, self._clock.micros() // 10**6, content, self._credentials.signing_keys)
         return headers
 
-    async def _call(self, method: str, headers: list[tuple[str, str]], body: Body) -> Answer:
-        reply = await self._reply(method, headers, body.content)
-        if not isinstance(reply, Reply):
-            return reply
+    async def _post(self, method: str, headers: list[tuple[str, str]], body: EncodedBody) -> DeliveryResult:
+        response = await self._exchange(method, headers, body.content)
+        if not isinstance(response, HttpResponse):
+            return response
         now_s = self._clock.micros() / 1e6
-        return classify(reply, body.indexes, now_s, self._credentials.hide, counts=self._target.counts)
+        return classify_response(
+            response, body.indexes, now_s, self._credentials.redact, reads_body=self._settings.reads_response_body
+        )
 
-    async def _reply(self, method: str, headers: list[tuple[str, str]], content: bytes) -> Reply | Retry | Misconfigured:
+    async def _exchange(
+        self, method: str, headers: list[tuple[str, str]], content: bytes
+    ) -> HttpResponse | Retry | Misconfigured:
         """What the server answers, within `timeout` in all, or why nothing can be made of it."""
-        head: Reply | None = None
+        head: HttpResponse | None = None
         try:
-            transport = self._ready()
-            async with asyncio.timeout(self._target.timeout_s), self._places:
-                response = await transport.handle_async_request(self._request(method, headers, content))
+            transport = self._ensure_transport()
+            async with asyncio.timeout(self._settings.timeout_s), self._connection_slots:
+                response = await transport.handle_async_request(self._build_request(method, headers, content))
                 try:
-                    head = _head(response)
-                    body, whole = await _read(response)
+                    head = _response_head(response)
+                    body, is_complete = await _read_body(response)
                 finally:
                     await response.aclose()
         except TimeoutError:
-            problem: Retry | Misconfigured = Retry(
-                f"{self._target.host} gave no whole answer within {self._target.timeout_s:g} s"
+            failure: Retry | Misconfigured = Retry(
+                f"{self._settings.origin} gave no whole answer within {self._settings.timeout_s:g} s"
             )
         except httpx.HTTPError as error:
-            problem = self._fault(error)
-            if isinstance(problem, Misconfigured):
+            failure = self._classify_error(error)
+            if isinstance(failure, Misconfigured):
                 await self.close()  # so that a ca_file that is mended is read again
         else:
-            return head._replace(body=body, whole=whole and not response.headers.get("content-encoding"))
+            return head._replace(body=body, is_complete=is_complete and not response.headers.get("content-encoding"))
         # A status that speaks for itself counts, also where the text behind it was cut off.
-        return problem if head is None or needs_body(head.status) else head
+        return failure if head is None or needs_body(head.status) else head
 
-    def _request(self, method: str, headers: list[tuple[str, str]], content: bytes) -> httpx.Request:
-        limits = {"connect": min(_CONNECT_MAX_S, self._target.timeout_s), "read": None, "write": None, "pool": None}
+    def _build_request(self, method: str, headers: list[tuple[str, str]], content: bytes) -> httpx.Request:
+        limits = {"connect": min(_CONNECT_TIMEOUT_MAX_S, self._settings.timeout_s), "read": None, "write": None, "pool": None}
         return httpx.Request(method, self._url, headers=headers, content=content, extensions={"timeout": limits})
 
-    def _fault(self, error: httpx.HTTPError) -> Retry | Misconfigured:
+    def _classify_error(self, error: httpx.HTTPError) -> Retry | Misconfigured:
         """What a call that got no answer means. Only what the system said is repeated, never what we were about to send."""
-        host, causes = self._target.host, list(_causes(error))
+        host, causes = self._settings.origin, list(_cause_chain(error))
         for cause in causes:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return Misconfigured(
                     f"the certificate of {host} is not accepted ({cause.verify_message}): mend it, or name the authority that "
                     "gave it with ca_file= in the sink's options"
                 )
-        said = next((str(cause) for cause in reversed(causes) if isinstance(cause, OSError) and str(cause)), "")
+        reason = next((str(cause) for cause in reversed(causes) if isinstance(cause, OSError) and str(cause)), "")
         match error:
             case httpx.ConnectTimeout():
                 return Retry(f"{host} takes no connection")
             case httpx.ConnectError():
-                return Retry(f"cannot connect to {host}: {said[:_TEXT_MAX] or 'no reason is known'}")
+                return Retry(f"cannot connect to {host}: {reason[:_EXCERPT_CHARS_MAX] or 'no reason is known'}")
             case httpx.ProxyError() if str(error).startswith("407"):
                 return Misconfigured(f"407: {REMEDIES[407]}")
             case httpx.ProxyError():
-                return Retry(f"the proxy does not lead to {host}: {self._credentials.hide(str(error))[:_TEXT_MAX]}")
+                return Retry(f"the proxy does not lead to {host}: {self._credentials.redact(str(error))[:_EXCERPT_CHARS_MAX]}")
             case httpx.RemoteProtocolError():
                 return Retry(f"{host} cut the connection, or answered what is not HTTP")
-        return Retry(f"the connection to {host} broke: {said[:_TEXT_MAX] or type(error).__name__}")
+        return Retry(f"the connection to {host} broke: {reason[:_EXCERPT_CHARS_MAX] or type(error).__name__}")
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
         """An answer with a status of 2xx is the confirmation."""
         return len(batches)
 
-    async def check(self) -> Iterable[Finding]:
+    async def check(self) -> Iterable[CheckResult]:
         """Connect, and ask for the options of the URL: that sends no event, and a server that knows no OPTIONS says so."""
         try:
-            self._ready()
-        except SinkUnusable as error:
-            return [Finding(ok=False, text=str(error))]
-        findings = [Finding(ok=True, text=self._proof())]
-        if self._target.host.startswith("http:") and (self._credentials.headers or self._credentials.proxy):
+            self._ensure_transport()
+        except SinkUnusableError as error:
+            return [CheckResult(ok=False, message=str(error))]
+        findings = [CheckResult(ok=True, message=self._describe_credentials())]
+        if self._settings.origin.startswith("http:") and (self._credentials.headers or self._credentials.proxy_url):
             findings.append(
-                Finding(ok=True, text="what proves who calls goes over http, for everybody in between to read: use https")
+                CheckResult(
+                    ok=True, message="what proves who calls goes over http, for everybody in between to read: use https"
+                )
             )
-        reply = await self._reply("OPTIONS", [*self._headers, *self._credentials.headers], b"")
-        if not isinstance(reply, Reply):
-            return [*findings, Finding(ok=False, text=reply.reason)]
-        host, status = self._target.host, reply.status
-        if reply.allow and "POST" not in reply.allow.upper():
-            return [*findings, Finding(ok=False, text=f"{host} takes {reply.allow} at this path, and no POST: mend the URL")]
+        response = await self._exchange("OPTIONS", [*self._headers, *self._credentials.headers], b"")
+        if not isinstance(response, HttpResponse):
+            return [*findings, CheckResult(ok=False, message=response.reason)]
+        host, status = self._settings.origin, response.status
+        if response.allow and "POST" not in response.allow.upper():
+            return [
+                *findings,
+                CheckResult(ok=False, message=f"{host} takes {response.allow} at this path, and no POST: mend the URL"),
+            ]
         if 200 <= status < 300:
-            return [*findings, Finding(ok=True, text=f"{host} answers {status}")]
-        if status in _UNTOLD:
+            return [*findings, CheckResult(ok=True, message=f"{host} answers {status}")]
+        if status in _INCONCLUSIVE:
             text = f"{host} answers {status} to OPTIONS: many servers do at a path that takes POST; the first batch will tell"
-            return [*findings, Finding(ok=True, text=text)]
-        answer = classify(reply, (), self._clock.micros() / 1e6, self._credentials.hide)
+            return [*findings, CheckResult(ok=True, message=text)]
+        answer = classify_response(response, (), self._clock.micros() / 1e6, self._credentials.redact)
         text = answer.reason if isinstance(answer, (Retry, Misconfigured)) else f"{host} answers {status}"
-        return [*findings, Finding(ok=False, text=text)]
+        return [*findings, CheckResult(ok=False, message=text)]
 
-    def _proof(self) -> str:
-        target = self._target
-        sent = [f"the token in {target.token_env}"] if target.token_env else ["user and password"] if target.user else []
-        sent += [f"{header} from {variable}" for header, variable in target.header_env]
-        sent += [f"a signature with the secret in {target.secret_env}"] if target.secret_env else []
+    def _describe_credentials(self) -> str:
+        settings = self._settings
+        sent = (
+            [f"the token in {settings.token_env}"] if settings.token_env else ["user and password"] if settings.userinfo else []
+        )
+        sent += [f"{header} from {variable}" for header, variable in settings.header_env]
+        sent += [f"a signature with the secret in {settings.secret_env}"] if settings.secret_env else []
         return (
             "sends " + ", ".join(sent)
             if sent
@@ -241,19 +252,21 @@ class HttpSink:
             await transport.aclose()
 
 
-def _trust(target: Target) -> ssl.SSLContext:
-    """Whom to believe that the server is who it says; raises `SinkUnusable` for a file that holds no certificates."""
-    if target.host.startswith("http:"):
+def _ssl_context(settings: HttpSettings) -> ssl.SSLContext:
+    """Whom to believe that the server is who it says; raises `SinkUnusableError` for a file that holds no certificates."""
+    if settings.origin.startswith("http:"):
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # not asked
-    if target.ca_file is None:
+    if settings.ca_file is None:
         return httpx.create_ssl_context()
     try:
-        return ssl.create_default_context(cafile=target.ca_file)
+        return ssl.create_default_context(cafile=settings.ca_file)
     except OSError as error:
-        raise SinkUnusable(f"ca_file {target.ca_file} cannot be used ({error}): name a file with certificates in PEM") from None
+        raise SinkUnusableError(
+            f"ca_file {settings.ca_file} cannot be used ({error}): name a file with certificates in PEM"
+        ) from None
 
 
-def _signature(key: str, seconds: int, content: bytes, secrets: Sequence[bytes]) -> list[tuple[str, str]]:
+def signature_headers(key: str, seconds: int, content: bytes, secrets: Sequence[bytes]) -> list[tuple[str, str]]:
     """The three headers of Standard Webhooks 1.0, over the body as it is sent; one signature for each secret."""
     signed = f"{key}.{seconds}.".encode() + content
     signatures = (b64encode(hmac.digest(secret, signed, "sha256")).decode() for secret in secrets)
@@ -264,9 +277,9 @@ def _signature(key: str, seconds: int, content: bytes, secrets: Sequence[bytes])
     ]
 
 
-def _head(response: httpx.Response) -> Reply:
+def _response_head(response: httpx.Response) -> HttpResponse:
     headers = response.headers
-    return Reply(
+    return HttpResponse(
         response.status_code,
         headers.get("content-type", ""),
         headers.get("retry-after", ""),
@@ -276,17 +289,17 @@ def _head(response: httpx.Response) -> Reply:
     )
 
 
-async def _read(response: httpx.Response) -> tuple[bytes, bool]:
-    """The answer's body, at most `ANSWER_BYTES_MAX`, and whether that is all of it."""
+async def _read_body(response: httpx.Response) -> tuple[bytes, bool]:
+    """The answer's body, at most `RESPONSE_BYTES_MAX`, and whether that is all of it."""
     body = bytearray()
     async for chunk in response.aiter_raw():
         body += chunk
-        if len(body) > ANSWER_BYTES_MAX:
-            return bytes(body[:ANSWER_BYTES_MAX]), False
+        if len(body) > RESPONSE_BYTES_MAX:
+            return bytes(body[:RESPONSE_BYTES_MAX]), False
     return bytes(body), True
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _cause_chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what is behind it, the deepest last."""
     while error is not None:
         yield error

@@ -15,168 +15,178 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Union, get_ar
 import msgspec
 
 from pillarbox.event import ScopeKind, TrackingEvent
-from pillarbox.sinks.base import Refusal
-from pillarbox.sinks.spacetimedb.schema import Function, Member, Schema, Type, canonical
+from pillarbox.sinks.base import Rejection
+from pillarbox.sinks.spacetimedb.schema import AlgebraicType, DatabaseSchema, ModuleFunction, NamedType, canonical_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_Members = tuple[tuple[str, Any], ...]  # (name, value) of a closed set
+_ClosedSet = tuple[tuple[str, Any], ...]  # (name, value) of a closed set
 _INTEGERS: Final = {f"{sign}{bits}": (sign, bits) for sign in "IU" for bits in (8, 16, 32, 64, 128, 256)}
-_TOGETHER: Final = 50  # events whose fields are converted at once: no more than between two chances for other threads
-_MICROS: Final = {"__timestamp_micros_since_unix_epoch__", "__time_duration_micros__"}
+_CHUNK_EVENTS: Final = 50  # events whose fields are converted at once: no more than between two chances for other threads
+_MICROS_FIELDS: Final = {"__timestamp_micros_since_unix_epoch__", "__time_duration_micros__"}
 # Texts whose values have a closed set all the same: a module that lacks one of them is set up wrongly, not the event.
-_CLOSED: Final[dict[tuple[type, str], type[enum.Enum]]] = {(TrackingEvent, "scope_kind"): ScopeKind}
+_CLOSED_SETS: Final[dict[tuple[type, str], type[enum.Enum]]] = {(TrackingEvent, "scope_kind"): ScopeKind}
 
 
-class Unfit(Exception):  # noqa: N818 - reads as the sentence it is
+class UnencodableValueError(Exception):
     """A value that the function's type does not take; refuses one event."""
 
-    def __init__(self, refusal: Refusal) -> None:
+    def __init__(self, refusal: Rejection) -> None:
         super().__init__(refusal.reason)
-        self.refusal = refusal
+        self.rejection = refusal
 
 
-class Misfit(NamedTuple):
+class FieldMismatch(NamedTuple):
     """A field that does not fit, and what would put it right."""
 
     field: str
     problem: str
 
 
-class Fitting:
-    """Events of one type, fitted to one function. `misfits` is empty where they can be sent."""
+class RowEncoder:
+    """Events of one type, fitted to one function. `mismatches` is empty where they can be sent."""
 
-    def __init__(self, schema: Schema, function: Function, event_type: type[msgspec.Struct]) -> None:
+    def __init__(self, schema: DatabaseSchema, function: ModuleFunction, event_type: type[msgspec.Struct]) -> None:
         self.function = function
-        self.misfits: list[Misfit] = []
-        self.returns = schema.answer(function)
+        self.mismatches: list[FieldMismatch] = []
+        self.returns = schema.return_kind(function)
         self._schema = schema
-        element = schema.element(function.parameters[0].type) if len(function.parameters) == 1 else None
-        columns = schema.product(element) if element is not None else None
+        element = schema.array_element(function.parameters[0].type) if len(function.parameters) == 1 else None
+        columns = schema.product_fields(element) if element is not None else None
         if columns is None or element is None:
-            takes = ", ".join(schema.words(parameter.type) for parameter in function.parameters) or "nothing"
-            self.misfits.append(Misfit(function.name, f"takes {takes}; it must take one list of structs: Vec<...>"))
+            takes = ", ".join(schema.rust_type(parameter.type) for parameter in function.parameters) or "nothing"
+            self.mismatches.append(FieldMismatch(function.name, f"takes {takes}; it must take one list of structs: Vec<...>"))
             return
-        self._rows = self._struct(event_type, element, "")
+        self._encode_rows = self._struct_encoder(event_type, element, "")
 
-    def _struct(self, kind: type[msgspec.Struct], of: Type, path: str) -> _Rows:
+    def _struct_encoder(self, kind: type[msgspec.Struct], of: AlgebraicType, path: str) -> _StructEncoder:
         """How structs become arrays."""
-        fields = {canonical(field.encode_name): field for field in msgspec.structs.fields(kind)}
+        fields = {canonical_name(field.encode_name): field for field in msgspec.structs.fields(kind)}
         places = {name: at for at, name in enumerate(kind.__struct_fields__)}
         order: list[int | None] = []
         options: list[int] = []
         converts: list[tuple[int, Callable[[Any], Any]]] = []
-        for column in self._schema.product(of) or []:
-            field = fields.pop(canonical(column.name), None)
+        for column in self._schema.product_fields(of) or []:
+            field = fields.pop(canonical_name(column.name), None)
             name = f"{path}{column.name}"
             if field is None:
                 # An option that the event type does not know is none.
-                if self._schema.option(column.type) is None:
-                    wanted = f"the module wants {self._schema.words(column.type)}, the event type has no such field"
-                    self.misfits.append(Misfit(name, wanted))
+                if self._schema.option_inner(column.type) is None:
+                    wanted = f"the module wants {self._schema.rust_type(column.type)}, the event type has no such field"
+                    self.mismatches.append(FieldMismatch(name, wanted))
                 order.append(None)
                 continue
             order.append(places[field.name])
-            convert = self._value(field.type, column.type, name, _closed(kind, field.name))
-            if convert is _some:
+            convert = self._value_encoder(field.type, column.type, name, _closed_set(kind, field.name))
+            if convert is _encode_some:
                 options.append(len(order) - 1)
             elif convert is not None:
                 converts.append((len(order) - 1, convert))
         for left in fields.values():
-            self.misfits.append(Misfit(f"{path}{left.encode_name}", "the module has no such field; its values would be lost"))
-        return _Rows(order, options, converts)
+            self.mismatches.append(
+                FieldMismatch(f"{path}{left.encode_name}", "the module has no such field; its values would be lost")
+            )
+        return _StructEncoder(order, options, converts)
 
-    def _value(self, annotation: Any, of: Type, path: str, closed: _Members = ()) -> Callable[[Any], Any] | None:
+    def _value_encoder(
+        self, annotation: Any, of: AlgebraicType, path: str, closed: _ClosedSet = ()
+    ) -> Callable[[Any], Any] | None:
         """How a value becomes one of the type `of`; None where it goes as it is."""
         kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
         nullable = NoneType in kinds
         kinds.discard(NoneType)
         kind = kinds.pop() if len(kinds) == 1 else Any
-        inner = self._schema.option(of)
+        inner = self._schema.option_inner(of)
         if inner is not None:
-            return _option(self._value(kind, inner, path, closed))
+            return _option_encoder(self._value_encoder(kind, inner, path, closed))
         if nullable:
-            words = self._schema.words(of)
-            self.misfits.append(Misfit(path, f"may be None, the module's is {words}: make it Option<{words}>"))
-        return self._present(kind, self._schema.resolve(of), path, closed)
+            words = self._schema.rust_type(of)
+            self.mismatches.append(FieldMismatch(path, f"may be None, the module's is {words}: make it Option<{words}>"))
+        return self._plain_value_encoder(kind, self._schema.resolve(of), path, closed)
 
-    def _present(self, kind: Any, of: Type, path: str, closed: _Members) -> Callable[[Any], Any] | None:
-        plain, closed = _scalar(kind, closed)
+    def _plain_value_encoder(self, kind: Any, of: AlgebraicType, path: str, closed: _ClosedSet) -> Callable[[Any], Any] | None:
+        plain, closed = _scalar_kind(kind, closed)
         name = next(iter(of))
-        variants = self._schema.variants(of)
+        variants = self._schema.sum_variants(of)
         if variants is not None and plain is str:
-            return self._variant(variants, closed, path)
+            return self._variant_encoder(variants, closed, path)
         if name == "String" and plain is not int:
-            return None if plain is str else _json_text
+            return None if plain is str else _encode_json_text
         if name == "Bool" and plain is bool:
             return None
         if name in ("F32", "F64") and plain in (float, int):
             return None
         if name in _INTEGERS and plain is int:
-            return _Integer(*_INTEGERS[name])
-        fields = self._schema.product(of) or []
-        if fields and fields[0].name in _MICROS and plain in (int, datetime):
-            return _micros
+            return _IntegerEncoder(*_INTEGERS[name])
+        fields = self._schema.product_fields(of) or []
+        if fields and fields[0].name in _MICROS_FIELDS and plain in (int, datetime):
+            return _encode_micros
         if "Product" in of and isinstance(plain, type) and issubclass(plain, msgspec.Struct):
-            rows = self._struct(plain, of, f"{path}.")
+            rows = self._struct_encoder(plain, of, f"{path}.")
             return lambda value: rows((value,))[0]
-        element = self._schema.element(of)
+        element = self._schema.array_element(of)
         if element is not None and plain in (list, tuple, set, frozenset, bytes):
             arguments = [one for one in get_args(kind) if one is not Ellipsis]
-            return _list(self._value(int if plain is bytes else arguments[0] if arguments else Any, element, f"{path}[]"))
+            return _list_encoder(
+                self._value_encoder(int if plain is bytes else arguments[0] if arguments else Any, element, f"{path}[]")
+            )
         shown = getattr(kind, "__name__", str(kind))
-        self.misfits.append(Misfit(path, f"is {shown}, the module's is {self._schema.words(of)}"))
+        self.mismatches.append(FieldMismatch(path, f"is {shown}, the module's is {self._schema.rust_type(of)}"))
         return None
 
-    def _variant(self, variants: list[Member], closed: _Members, path: str) -> Callable[[Any], Any]:
+    def _variant_encoder(self, variants: list[NamedType], closed: _ClosedSet, path: str) -> Callable[[Any], Any]:
         """How a text becomes a variant; every member of a closed set must have one."""
         names = ", ".join(variant.name for variant in variants)
         for variant in variants:
-            if self._schema.product(variant.type) != []:
-                self.misfits.append(
-                    Misfit(path, f"the module's variant {variant.name} carries data, which no text can give it")
+            if self._schema.product_fields(variant.type) != []:
+                self.mismatches.append(
+                    FieldMismatch(path, f"the module's variant {variant.name} carries data, which no text can give it")
                 )
-        positions = {canonical(one.name): msgspec.Raw(b'{"%d":[]}' % at) for at, one in enumerate(variants)}
+        positions = {canonical_name(one.name): msgspec.Raw(b'{"%d":[]}' % at) for at, one in enumerate(variants)}
         known: dict[Any, msgspec.Raw] = {}
         for name, value in closed:
-            position = positions.get(canonical(str(value)), positions.get(canonical(name)))
+            position = positions.get(canonical_name(str(value)), positions.get(canonical_name(name)))
             if position is None:
-                self.misfits.append(Misfit(path, f"the module's enum lacks {name}; it has {names}"))
+                self.mismatches.append(FieldMismatch(path, f"the module's enum lacks {name}; it has {names}"))
             else:
                 known[value] = position
 
-        return _Variants(known, positions, f"{path}: ", f" is none of {names}").__getitem__
+        return _VariantTable(known, positions, f"{path}: ", f" is none of {names}").__getitem__
 
-    def body(self, events: Sequence[Any], indexes: Sequence[int], refused: dict[int, Refusal]) -> tuple[bytes, Sequence[int]]:
-        """The function's arguments, and the index in the batch of each event in it; adds to `refused` what cannot be sent."""
+    def encode_arguments(
+        self, events: Sequence[Any], indexes: Sequence[int], rejected: dict[int, Rejection]
+    ) -> tuple[bytes, Sequence[int]]:
+        """The function's arguments, and the index in the batch of each event in it; adds to `rejected` what cannot be sent."""
         parts: list[bytes] = []
-        unfit: set[int] = set()
-        for start in range(0, len(events), _TOGETHER):
-            part = events[start : start + _TOGETHER]
+        unencodable: set[int] = set()
+        for start in range(0, len(events), _CHUNK_EVENTS):
+            part = events[start : start + _CHUNK_EVENTS]
             try:
-                rows = self._rows(part)
-            except Unfit:
-                rows = self._singly(part, indexes[start : start + _TOGETHER], refused, unfit)
+                rows = self._encode_rows(part)
+            except UnencodableValueError:
+                rows = self._encode_singly(part, indexes[start : start + _CHUNK_EVENTS], rejected, unencodable)
             if rows:
                 parts.append(msgspec.json.encode(rows)[1:-1])
-        return b"[[%b]]" % b",".join(parts), [index for index in indexes if index not in unfit] if unfit else indexes
+        return b"[[%b]]" % b",".join(parts), [
+            index for index in indexes if index not in unencodable
+        ] if unencodable else indexes
 
-    def _singly(
-        self, events: Sequence[Any], indexes: Sequence[int], refused: dict[int, Refusal], unfit: set[int]
+    def _encode_singly(
+        self, events: Sequence[Any], indexes: Sequence[int], rejected: dict[int, Rejection], unencodable: set[int]
     ) -> list[tuple[Any, ...]]:
         """The rows of those that can be sent."""
         rows: list[tuple[Any, ...]] = []
         for event, index in zip(events, indexes, strict=True):
             try:
-                rows += self._rows((event,))
-            except Unfit as error:
-                refused[index] = error.refusal
-                unfit.add(index)
+                rows += self._encode_rows((event,))
+            except UnencodableValueError as error:
+                rejected[index] = error.rejection
+                unencodable.add(index)
         return rows
 
 
-class _Rows:
+class _StructEncoder:
     """Structs -> arrays: several at once, column by column, for most columns of most events need nothing done."""
 
     def __init__(
@@ -194,19 +204,19 @@ class _Rows:
             if columns[position].count(None) < len(events):
                 columns[position] = [None if value is None else (0, value) for value in columns[position]]
         for position, convert in self._converts:
-            if not (isinstance(convert, _Integer) and convert.takes(columns[position])):
+            if not (isinstance(convert, _IntegerEncoder) and convert.accepts_all(columns[position])):
                 columns[position] = list(map(convert, columns[position]))
         return list(zip(*columns, strict=True)) if columns else [()] * len(events)
 
 
-def _closed(kind: type[msgspec.Struct], field: str) -> _Members:
-    for (owner, name), members in _CLOSED.items():
+def _closed_set(kind: type[msgspec.Struct], field: str) -> _ClosedSet:
+    for (owner, name), members in _CLOSED_SETS.items():
         if issubclass(kind, owner) and name == field:
             return tuple((member.name, member.value) for member in members)
     return ()
 
 
-def _scalar(kind: Any, closed: _Members) -> tuple[Any, _Members]:
+def _scalar_kind(kind: Any, closed: _ClosedSet) -> tuple[Any, _ClosedSet]:
     """(str or int for an enum or a Literal of such, its members); any other type as it is."""
     plain = get_origin(kind) or kind
     if plain is Literal:
@@ -221,7 +231,7 @@ def _scalar(kind: Any, closed: _Members) -> tuple[Any, _Members]:
     return plain, closed
 
 
-class _Variants(dict[Any, msgspec.Raw]):
+class _VariantTable(dict[Any, msgspec.Raw]):
     """Text or enum member -> variant; a dictionary, for it is asked once an event."""
 
     def __init__(self, known: dict[Any, msgspec.Raw], positions: dict[str, msgspec.Raw], before: str, after: str) -> None:
@@ -231,28 +241,28 @@ class _Variants(dict[Any, msgspec.Raw]):
 
     def __missing__(self, value: Any) -> msgspec.Raw:
         text = value.value if isinstance(value, enum.Enum) else value
-        found = self._positions.get(canonical(str(text)))
+        found = self._positions.get(canonical_name(str(text)))
         if found is None:
-            raise Unfit(Refusal("unknown_variant", f"{self._words[0]}{text!r}{self._words[1]}"))
+            raise UnencodableValueError(Rejection("unknown_variant", f"{self._words[0]}{text!r}{self._words[1]}"))
         self[value] = found  # no more than there are spellings of the variants
         return found
 
 
-def _some(value: Any) -> Any:
+def _encode_some(value: Any) -> Any:
     return None if value is None else (0, value)
 
 
-def _option(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+def _option_encoder(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
     if convert is None:
-        return _some
+        return _encode_some
     return lambda value: None if value is None else (0, convert(value))
 
 
-def _list(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+def _list_encoder(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
     return list if convert is None else lambda value: [convert(one) for one in value]
 
 
-class _Integer:
+class _IntegerEncoder:
     """A whole number, or an enum of such, within the bounds of its type."""
 
     def __init__(self, sign: str, bits: int) -> None:
@@ -264,20 +274,20 @@ class _Integer:
         if type(value) is not int:
             value = int(value.value)  # an enum's
         if not self._least <= value <= self._most:
-            raise Unfit(Refusal("out_of_range", f"{value} does not fit into {self._name}"))
+            raise UnencodableValueError(Rejection("out_of_range", f"{value} does not fit into {self._name}"))
         return value  # type: ignore[no-any-return]  # an int by now
 
-    def takes(self, values: Sequence[Any]) -> bool:
+    def accepts_all(self, values: Sequence[Any]) -> bool:
         """Whether all of them go as they are."""
         return set(map(type, values)) == {int} and self._least <= min(values) and max(values) <= self._most
 
 
-def _micros(value: int | datetime) -> list[int]:
+def _encode_micros(value: int | datetime) -> list[int]:
     if isinstance(value, datetime):
         since = (value if value.tzinfo else value.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
         return [(since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds]
     return [value]
 
 
-def _json_text(value: Any) -> str:
+def _encode_json_text(value: Any) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()

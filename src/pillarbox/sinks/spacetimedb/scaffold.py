@@ -32,52 +32,52 @@ _KEYWORDS: Final = frozenset(
 )
 
 
-class _Rust:
+class _RustTypes:
     """Types on their way out, each once."""
 
     def __init__(self) -> None:
         self.items: dict[str, str] = {}
 
-    def of(self, annotation: Any) -> str:
+    def rust_type(self, annotation: Any) -> str:
         """The Rust type for an annotation; what has none is JSON text."""
         kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
         if NoneType in kinds:
             rest = kinds - {NoneType}
-            return f"Option<{self.of(rest.pop()) if len(rest) == 1 else 'String'}>"
+            return f"Option<{self.rust_type(rest.pop()) if len(rest) == 1 else 'String'}>"
         plain = get_origin(annotation) or annotation
         if plain is Literal:
             return "i64" if all(type(one) is int for one in get_args(annotation)) else "String"
         if plain in (list, tuple, set, frozenset):
             inner = [one for one in get_args(annotation) if one is not Ellipsis]
-            return f"Vec<{self.of(inner[0]) if inner else 'String'}>"
+            return f"Vec<{self.rust_type(inner[0]) if inner else 'String'}>"
         if isinstance(plain, type) and issubclass(plain, enum.Enum):
-            return self._enum(plain)
+            return self._add_enum(plain)
         if isinstance(plain, type) and issubclass(plain, msgspec.Struct):
-            self.items[plain.__name__] = self._struct(plain, "#[derive(SpacetimeType, Clone, Debug)]")
+            self.items[plain.__name__] = self._struct_source(plain, "#[derive(SpacetimeType, Clone, Debug)]")
             return plain.__name__
         return _SCALARS.get(plain, "String")
 
-    def _enum(self, kind: type[enum.Enum]) -> str:
+    def _add_enum(self, kind: type[enum.Enum]) -> str:
         if any(not isinstance(member.value, str) for member in kind):
             return "i64"
-        variants = "".join(f"    {_camel(member.value)},\n" for member in kind)
+        variants = "".join(f"    {_camel_case(member.value)},\n" for member in kind)
         head = "#[derive(SpacetimeType, Clone, Copy, Debug, PartialEq, Eq)]"
         self.items[kind.__name__] = f"{head}\npub enum {kind.__name__} {{\n{variants}}}\n"
         return kind.__name__
 
-    def _struct(self, kind: type[msgspec.Struct], head: str, key: str = "") -> str:
+    def _struct_source(self, kind: type[msgspec.Struct], head: str, key: str = "") -> str:
         lines = []
         for field in msgspec.structs.fields(kind):
             if field.encode_name == key:
                 lines.append("    #[primary_key]\n")
             name = snake_case(field.encode_name)
             # An underscore more keeps Rust's words apart; names are compared without them.
-            lines.append(f"    pub {name}{'_' if name in _KEYWORDS else ''}: {self.of(field.type)},\n")
+            lines.append(f"    pub {name}{'_' if name in _KEYWORDS else ''}: {self.rust_type(field.type)},\n")
         return f"{head}\npub struct {kind.__name__} {{\n{''.join(lines)}}}\n"
 
-    def table(self, kind: type[msgspec.Struct], attribute: str) -> str:
+    def table_source(self, kind: type[msgspec.Struct], attribute: str) -> str:
         """The struct that is the table's row."""
-        return self._struct(kind, f"{attribute}\n#[derive(Clone, Debug)]", key="event_id")
+        return self._struct_source(kind, f"{attribute}\n#[derive(Clone, Debug)]", key="event_id")
 
 
 def scaffold(event_type: type[msgspec.Struct], major: int) -> str:
@@ -86,17 +86,17 @@ def scaffold(event_type: type[msgspec.Struct], major: int) -> str:
         raise UsageError(f"{event_type.__name__} has no field event_id: it is what makes repeats harmless")
     table = snake_case(event_type.__name__)
     name = "name" if major == 1 else "accessor"
-    rust = _Rust()
-    row = rust.table(event_type, f"#[spacetimedb::table({name} = {table})]")
+    rust = _RustTypes()
+    row = rust.table_source(event_type, f"#[spacetimedb::table({name} = {table})]")
     used = ["reducer", "ReducerContext", "Table"]
     used += ["SpacetimeType"] if rust.items else []
     used += ["Timestamp"] if "Timestamp" in row + "".join(rust.items.values()) else []
     return "\n".join(
-        [f"use spacetimedb::{{{', '.join(sorted(used))}}};\n", *rust.items.values(), row, _function(event_type, table)]
+        [f"use spacetimedb::{{{', '.join(sorted(used))}}};\n", *rust.items.values(), row, _reducer_source(event_type, table)]
     )
 
 
-def _function(event_type: type[msgspec.Struct], table: str) -> str:
+def _reducer_source(event_type: type[msgspec.Struct], table: str) -> str:
     text = [f.encode_name for f in msgspec.structs.fields(event_type) if f.encode_name == "event_id" and f.type is str]
     check = (
         """    for (index, event) in events.iter().enumerate() {
@@ -122,7 +122,7 @@ pub fn record_{table}s(ctx: &ReducerContext, events: Vec<{event_type.__name__}>)
 """
 
 
-def _camel(name: str) -> str:
+def _camel_case(name: str) -> str:
     words: Sequence[str] = re.split(r"[^A-Za-z0-9]+", name)
     text = "".join(word[:1].upper() + word[1:] for word in words)
     return text if text[:1].isalpha() else f"V{text}"

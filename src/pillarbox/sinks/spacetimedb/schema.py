@@ -10,122 +10,122 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-Type = dict[str, Any]
-Returns = Literal["nothing", "count", "result", "value"]
+AlgebraicType = dict[str, Any]
+ReturnKind = Literal["nothing", "count", "result", "value"]
 
 
-class SchemaUnreadable(Exception):  # noqa: N818 - reads as the sentence it is
+class SchemaError(Exception):
     """The text is no schema of a database in version 9."""
 
 
-class Member(NamedTuple):
+class NamedType(NamedTuple):
     """A field of a product or a variant of a sum."""
 
     name: str
-    type: Type
+    type: AlgebraicType
 
 
-class Function(NamedTuple):
+class ModuleFunction(NamedTuple):
     """Something that can be called."""
 
     name: str
     kind: Literal["reducer", "procedure"]
-    parameters: list[Member]
-    returns: Type | None  # of a procedure
+    parameters: list[NamedType]
+    returns: AlgebraicType | None  # of a procedure
 
 
-class Schema:
+class DatabaseSchema:
     """What a database says of itself."""
 
     def __init__(self, text: bytes) -> None:
         try:
             raw = msgspec.json.decode(text)
-            self._types: list[Type] = raw["typespace"]["types"]
+            self._types: list[AlgebraicType] = raw["typespace"]["types"]
             self.tables = [str(table["name"]) for table in raw["tables"]]
             self._raw_tables = raw["tables"]
             self.lifecycle = [str(reducer["name"]) for reducer in raw["reducers"] if "some" in reducer.get("lifecycle", {})]
             self.functions = {
-                reducer["name"]: Function(reducer["name"], "reducer", _members(reducer["params"]["elements"]), None)
+                reducer["name"]: ModuleFunction(reducer["name"], "reducer", _named_types(reducer["params"]["elements"]), None)
                 for reducer in raw["reducers"]
                 if "some" not in reducer.get("lifecycle", {})
             }
             for export in raw.get("misc_exports", []):
                 procedure = export.get("Procedure")
                 if procedure is not None and procedure["name"] not in self.functions:
-                    parameters = _members(procedure["params"]["elements"])
-                    self.functions[procedure["name"]] = Function(
+                    parameters = _named_types(procedure["params"]["elements"])
+                    self.functions[procedure["name"]] = ModuleFunction(
                         procedure["name"], "procedure", parameters, procedure["return_type"]
                     )
         except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
-            raise SchemaUnreadable(f"{type(error).__name__}: {error}") from None
+            raise SchemaError(f"{type(error).__name__}: {error}") from None
 
-    def resolve(self, of: Type) -> Type:
+    def resolve(self, algebraic_type: AlgebraicType) -> AlgebraicType:
         """The type that a reference stands for."""
         for _ in range(len(self._types) + 1):
-            if "Ref" not in of:
-                return of
-            of = self._types[of["Ref"]]
-        raise SchemaUnreadable("a type that refers to itself only")
+            if "Ref" not in algebraic_type:
+                return algebraic_type
+            algebraic_type = self._types[algebraic_type["Ref"]]
+        raise SchemaError("a type that refers to itself only")
 
-    def product(self, of: Type) -> list[Member] | None:
+    def product_fields(self, algebraic_type: AlgebraicType) -> list[NamedType] | None:
         """The fields of a product type."""
-        of = self.resolve(of)
-        return _members(of["Product"]["elements"]) if "Product" in of else None
+        algebraic_type = self.resolve(algebraic_type)
+        return _named_types(algebraic_type["Product"]["elements"]) if "Product" in algebraic_type else None
 
-    def variants(self, of: Type) -> list[Member] | None:
+    def sum_variants(self, algebraic_type: AlgebraicType) -> list[NamedType] | None:
         """The variants of a sum type."""
-        of = self.resolve(of)
-        return _members(of["Sum"]["variants"]) if "Sum" in of else None
+        algebraic_type = self.resolve(algebraic_type)
+        return _named_types(algebraic_type["Sum"]["variants"]) if "Sum" in algebraic_type else None
 
-    def option(self, of: Type) -> Type | None:
+    def option_inner(self, algebraic_type: AlgebraicType) -> AlgebraicType | None:
         """What an option type holds."""
-        variants = self.variants(of)
+        variants = self.sum_variants(algebraic_type)
         if variants is not None and [variant.name for variant in variants] == ["some", "none"]:
             return variants[0].type
         return None
 
-    def table(self, name: str) -> tuple[list[Member], bool]:
+    def table_columns(self, name: str) -> tuple[list[NamedType], bool]:
         """The columns of a table, and whether it is private."""
         for table in self._raw_tables:
             if table["name"] == name:
-                return self.product({"Ref": table["product_type_ref"]}) or [], "Private" in table["table_access"]
+                return self.product_fields({"Ref": table["product_type_ref"]}) or [], "Private" in table["table_access"]
         return [], False
 
-    def answer(self, function: Function) -> Returns:
+    def return_kind(self, function: ModuleFunction) -> ReturnKind:
         """What a successful call answers with."""
         if function.returns is None:
             return "nothing"
         of = self.resolve(function.returns)
-        if [variant.name for variant in self.variants(of) or []] == ["ok", "err"]:
+        if [variant.name for variant in self.sum_variants(of) or []] == ["ok", "err"]:
             return "result"
         return "count" if next(iter(of))[:1] in "IU" and next(iter(of))[1:].isdigit() else "value"
 
-    def element(self, of: Type) -> Type | None:
+    def array_element(self, algebraic_type: AlgebraicType) -> AlgebraicType | None:
         """What an array type holds."""
-        return self.resolve(of).get("Array")
+        return self.resolve(algebraic_type).get("Array")
 
-    def words(self, of: Type) -> str:
+    def rust_type(self, algebraic_type: AlgebraicType) -> str:
         """The type as Rust writes it."""
-        of = self.resolve(of)
-        inner = self.option(of)
+        algebraic_type = self.resolve(algebraic_type)
+        inner = self.option_inner(algebraic_type)
         if inner is not None:
-            return f"Option<{self.words(inner)}>"
-        if "Array" in of:
-            return f"Vec<{self.words(of['Array'])}>"
-        variants = self.variants(of)
+            return f"Option<{self.rust_type(inner)}>"
+        if "Array" in algebraic_type:
+            return f"Vec<{self.rust_type(algebraic_type['Array'])}>"
+        variants = self.sum_variants(algebraic_type)
         if variants is not None:
             return f"enum {{{', '.join(variant.name for variant in variants)}}}"
-        fields = self.product(of)
+        fields = self.product_fields(algebraic_type)
         if fields is not None:
             return f"struct {{{', '.join(field.name for field in fields)}}}"
-        name = next(iter(of))
+        name = next(iter(algebraic_type))
         return name.lower() if name[-1].isdigit() or name == "Bool" else name
 
 
-def _members(raw: list[dict[str, Any]]) -> list[Member]:
-    return [Member(member["name"].get("some", ""), member["algebraic_type"]) for member in raw]
+def _named_types(raw: list[dict[str, Any]]) -> list[NamedType]:
+    return [NamedType(member["name"].get("some", ""), member["algebraic_type"]) for member in raw]
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """A name without what servers 2.x change about it: `UserProfile`, `userProfile` and `user_profile` are one."""
     return "".join(letter for letter in name.lower() if letter.isalnum())

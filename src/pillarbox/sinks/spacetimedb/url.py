@@ -19,7 +19,7 @@ TOKEN_VARIABLE: Final = "PILLARBOX_SPACETIMEDB_TOKEN"  # noqa: S105 - its name, 
 TIMEOUT_MAX_S: Final = 110.0  # below the deliverer's own limit for a call, whose words would be less clear
 DEFAULT_FUNCTION: Final = "record_tracking_events"
 _N = TypeVar("_N", int, float)
-_FORM: Final = "spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
+_URL_FORM: Final = "spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
 
 
 class Token:
@@ -35,7 +35,7 @@ class Token:
 
     __str__ = __repr__
 
-    def line(self) -> bytes:
+    def file_content(self) -> bytes:
         """What a token file holds."""
         return f"{self._text}\n".encode()
 
@@ -48,12 +48,12 @@ class Token:
         except (IndexError, ValueError, msgspec.DecodeError, KeyError, TypeError):
             return None
 
-    def header(self) -> dict[str, str]:
+    def auth_header(self) -> dict[str, str]:
         """What proves to the server who calls."""
         return {"Authorization": f"Bearer {self._text}"}
 
 
-class Target(NamedTuple):
+class SpacetimeDbSettings(NamedTuple):
     """Where to deliver, and how."""
 
     server: str  # http://host:port
@@ -62,15 +62,15 @@ class Target(NamedTuple):
     token: Token | None
     connections: int
     timeout_s: float  # of one call
-    window: int  # batches sent and not yet confirmed
+    unconfirmed_max: int  # batches sent and not yet confirmed
     confirm_wait_s: float  # how long a 1.x server gets to make durable what it has answered
 
-    def path(self, *parts: str) -> str:
+    def database_path(self, *parts: str) -> str:
         """The path of something that belongs to the database."""
         return "/".join(["/v1/database", *(quote(part, safe="") for part in (self.database, *parts))])
 
 
-def parse(url: str) -> Target:
+def parse_url(url: str) -> SpacetimeDbSettings:
     """The target that a URL means; raises `ConfigurationError` that names the part at fault."""
     parts = urlsplit(url)
     options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
@@ -80,26 +80,26 @@ def parse(url: str) -> Target:
         host, port = None, None
     database = unquote(parts.path.strip("/"))
     if not host or not database or "/" in database or parts.fragment:
-        raise ConfigurationError("sink", f"{parts.scheme}://...", "the call", _FORM)
+        raise ConfigurationError("sink", f"{parts.scheme}://...", "the call", _URL_FORM)
     unknown = options.keys() - {"function", "token_file", "connections", "timeout", "window", "confirm_wait"}
     if unknown:
         allowed = "one of function, token_file, connections, timeout, window, confirm_wait"
         raise ConfigurationError(f"sink option {min(unknown)}", "...", "the sink's URL", allowed)
-    secure = parts.scheme.endswith("+https")
-    shown = f"[{host}]" if ":" in host else host
-    return Target(
-        server=f"{'https' if secure else 'http'}://{shown}:{port or (443 if secure else 3000)}",
+    uses_tls = parts.scheme.endswith("+https")
+    shown_host = f"[{host}]" if ":" in host else host
+    return SpacetimeDbSettings(
+        server=f"{'https' if uses_tls else 'http'}://{shown_host}:{port or (443 if uses_tls else 3000)}",
         database=database,
         function=options.get("function") or DEFAULT_FUNCTION,
         token=find_token(unquote(parts.password or parts.username or ""), options.get("token_file")),
-        connections=_number(options, "connections", int, 2, 1, 64),
-        timeout_s=_number(options, "timeout", float, 30.0, 0.01, TIMEOUT_MAX_S),
-        window=_number(options, "window", int, 256, 1, 4096),
-        confirm_wait_s=_number(options, "confirm_wait", float, 1.0, 0.0, 3600.0),
+        connections=_parse_number(options, "connections", int, 2, 1, 64),
+        timeout_s=_parse_number(options, "timeout", float, 30.0, 0.01, TIMEOUT_MAX_S),
+        unconfirmed_max=_parse_number(options, "window", int, 256, 1, 4096),
+        confirm_wait_s=_parse_number(options, "confirm_wait", float, 1.0, 0.0, 3600.0),
     )
 
 
-def _number(options: dict[str, str], name: str, kind: Callable[[str], _N], default: _N, least: _N, most: _N) -> _N:
+def _parse_number(options: dict[str, str], name: str, kind: Callable[[str], _N], default: _N, least: _N, most: _N) -> _N:
     text = options.get(name)
     if text is None:
         return default
@@ -113,16 +113,16 @@ def _number(options: dict[str, str], name: str, kind: Callable[[str], _N], defau
     return value
 
 
-def find_token(given: str, file: str | None) -> Token | None:
+def find_token(inline_token: str, token_file: str | None) -> Token | None:
     """The token: as given, or from the file, or from the environment; None where there is none."""
-    source = "the sink's URL" if given else f"environment {TOKEN_VARIABLE}"
-    text = given
-    if not given and file:
-        source = file
+    source = "the sink's URL" if inline_token else f"environment {TOKEN_VARIABLE}"
+    text = inline_token
+    if not inline_token and token_file:
+        source = token_file
         try:
-            text = read_file(file).decode()
+            text = read_file(token_file).decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError("token_file", file, "the sink's URL", f"a readable file ({error})") from None
+            raise ConfigurationError("token_file", token_file, "the sink's URL", f"a readable file ({error})") from None
     text = (text or os.environ.get(TOKEN_VARIABLE, "")).strip()
     if not text:
         return None
