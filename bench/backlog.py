@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pillarbox import Outbox, TrackingEvent
-from pillarbox.event import plain
+from pillarbox.event import without_post_init
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ FIELDS = TrackingEvent.__struct_fields__
 class Line(msgspec.Struct, gc=False):
     """A line, decoded as a client would that trusts what it has stored: no checksum, no checks but msgspec's of the types."""
 
-    event: plain(TrackingEvent)  # type: ignore[valid-type]  # made when this is imported
+    event: without_post_init(TrackingEvent)  # type: ignore[valid-type]  # made when this is imported
 
 
 class Envelope(msgspec.Struct, gc=False):

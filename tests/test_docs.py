@@ -87,8 +87,8 @@ def test_every_metric_is_documented_with_its_unit_and_where_it_comes_from() -> N
     """And no other; the name that it has at Prometheus follows from name and unit."""
     duration = telemetry.Metric(*telemetry.FLUSH_DURATION, "gauge", list)  # a histogram's name is made as a gauge's
     sources = {
-        "application": [*telemetry.PENDING, *telemetry.WRITING, *telemetry.DELIVERING, duration],
-        "deliver": [*telemetry.DELIVERING, *DIRECTORY_METRICS, duration],
+        "application": [*telemetry.PENDING_METRICS, *telemetry.WRITER_METRICS, *telemetry.DELIVERY_METRICS, duration],
+        "deliver": [*telemetry.DELIVERY_METRICS, *DIRECTORY_METRICS, duration],
     }
     ours: dict[tuple[str, str, str], str] = {}
     for source, metrics in sources.items():

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pillarbox.event
-from pillarbox import InvalidEvent, ScopeKind, TrackingEvent
+from pillarbox import InvalidEventError, ScopeKind, TrackingEvent
 from pillarbox._native import COMPILED
 from pillarbox.errors import UsageError
 from pillarbox.event import Codec, new_event_id, now_micros
@@ -78,16 +78,16 @@ def test_the_time_of_both_is_that_of_the_wall() -> None:
 
 def test_the_same_is_random_in_ids_that_are_compiled_and_in_python() -> None:
     """What stands in the middle, and a count that begins anywhere."""
-    plain, reseed = pillarbox.event._uuid7()
+    plain, reseed = pillarbox.event._uuid7_generator()
     try:
-        for seed in (pillarbox.event._seed(), pillarbox.event._seed()):
+        for seed in (pillarbox.event._random_seed(), pillarbox.event._random_seed()):
             reseed(*seed)
             pillarbox.event._reseed(*seed)
             tails = [new_event_id()[13:] for _ in range(3)]
             assert tails == [plain()[13:] for _ in range(3)]
             assert tails[0] == f"{seed[0]}{seed[1]:x}"
     finally:
-        pillarbox.event._reseed(*pillarbox.event._seed())
+        pillarbox.event._reseed(*pillarbox.event._random_seed())
 
 
 def test_ids_are_unique_and_sort_by_making() -> None:
@@ -146,7 +146,7 @@ def test_processes_of_multiprocessing_make_different_ids(method: str) -> None:
 @pytest.mark.parametrize("member", [name for name in MEMBERS if name != "occurred_at_micros"])
 def test_a_member_of_the_wrong_type_is_named(member: str) -> None:
     """Where the event is built."""
-    with pytest.raises(InvalidEvent) as caught:
+    with pytest.raises(InvalidEventError) as caught:
         event(1, **{member: 5})
     assert caught.value.field == member
 
@@ -154,14 +154,14 @@ def test_a_member_of_the_wrong_type_is_named(member: str) -> None:
 @pytest.mark.parametrize("value", [1.5, "1", None, True, 2**63, -(2**63) - 1])
 def test_a_time_that_is_no_64_bit_integer_is_invalid(value: object) -> None:
     """Booleans are no numbers here."""
-    with pytest.raises(InvalidEvent, match="occurred_at_micros"):
+    with pytest.raises(InvalidEventError, match="occurred_at_micros"):
         event(1, occurred_at_micros=value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{'a': 1}", '{"a": NaN}', "\x00", '"\\ud800"', "{} {}"])
 def test_metadata_that_is_not_json_text_is_invalid(text: str) -> None:
     """It would be refused, or worse accepted, far from here."""
-    with pytest.raises(InvalidEvent, match="metadata_json"):
+    with pytest.raises(InvalidEventError, match="metadata_json"):
         event(1, metadata_json=text)
 
 
@@ -200,7 +200,7 @@ def test_any_text_is_a_scope_kind_here() -> None:
 def refusal(make: Any) -> str | None:
     try:
         make()
-    except InvalidEvent as error:
+    except InvalidEventError as error:
         return str(error)
     return None
 
@@ -215,7 +215,7 @@ VALUES = st.sampled_from([*GOOD, *SURROGATES, None, 5, 0, -(2**63), 2**63, True,
 def test_the_check_says_the_same_compiled_and_in_python(members: dict[str, Any]) -> None:
     """Of one or two members that may be wrong, whatever an application puts there."""
     whole = msgspec.structs.asdict(event(1)) | members
-    plain = refusal(lambda: pillarbox.event._check(SimpleNamespace(**whole)))  # type: ignore[arg-type]
+    plain = refusal(lambda: pillarbox.event._check_event(SimpleNamespace(**whole)))  # type: ignore[arg-type]
     assert refusal(lambda: TrackingEvent(**whole)) == plain
 
 
@@ -223,7 +223,7 @@ def test_the_check_says_the_same_compiled_and_in_python(members: dict[str, Any])
 @pytest.mark.parametrize("text", SURROGATES)
 def test_no_member_may_have_a_lone_surrogate(member: str, text: str) -> None:
     """UTF-8 has no bytes for it."""
-    with pytest.raises(InvalidEvent) as caught:
+    with pytest.raises(InvalidEventError) as caught:
         event(1, **{member: text})
     assert caught.value.field == member
 
@@ -236,7 +236,7 @@ class Visit(TrackingEvent, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.page.startswith("/"):
-            raise InvalidEvent("page", "must begin with /")
+            raise InvalidEventError("page", "must begin with /")
 
 
 def test_a_type_made_of_ours_is_checked_too() -> None:
@@ -244,7 +244,7 @@ def test_a_type_made_of_ours_is_checked_too() -> None:
     members: dict[str, Any] = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
     assert Visit(**members).page == "/"
     for member, value in (("page", "x"), ("user_id", 5), ("metadata_json", "{")):
-        with pytest.raises(InvalidEvent) as caught:
+        with pytest.raises(InvalidEventError) as caught:
             Visit(**members | {member: value})
         assert caught.value.field == member
 
@@ -378,7 +378,7 @@ class Sample(msgspec.Struct):
 )
 def test_an_own_event_type_is_checked_at_the_door(bad: Sample) -> None:
     """Msgspec would write null for NaN, and checks no types when it encodes."""
-    with pytest.raises((InvalidEvent, msgspec.ValidationError, UnicodeEncodeError)):
+    with pytest.raises((InvalidEventError, msgspec.ValidationError, UnicodeEncodeError)):
         Codec(Sample).encode(bad)
 
 
@@ -394,7 +394,7 @@ def test_the_reason_names_the_field() -> None:
     bad = Sample("\ud800")
     with pytest.raises(UnicodeEncodeError) as caught:
         codec.encode(bad)
-    assert codec.explain(bad, caught.value).startswith("event_id: ")
+    assert codec.describe_error(bad, caught.value).startswith("event_id: ")
 
 
 @pytest.mark.parametrize("kind", [int, dict, msgspec.defstruct("NoId", ["name"])])

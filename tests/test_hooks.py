@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pillarbox import Dropped, Enqueued, InvalidEvent, Outbox, OutboxFull, Outcome, TrackingEvent
+from pillarbox import Dropped, Enqueued, InvalidEventError, Outbox, OutboxFullError, Outcome, TrackingEvent
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.hooks import Hooks
 from pillarbox.outcome import Durability
@@ -93,7 +93,7 @@ def test_an_event_for_which_there_is_no_room_is_asked_about_once(tmp_path: Path,
     with Outbox(str(tmp_path / "a"), when_full="block", block_timeout=0.1, **common) as outbox:
         # On an event loop's thread only the way for coroutines waits.
         assert enqueue_one(outbox, event(1), way, durability) == Dropped("timeout")
-    with Outbox(str(tmp_path / "b"), when_full="raise", **common) as outbox, pytest.raises(OutboxFull):
+    with Outbox(str(tmp_path / "b"), when_full="raise", **common) as outbox, pytest.raises(OutboxFullError):
         enqueue_one(outbox, event(2), way, durability)
     assert asked == ["e-000001", "e-000002"]
 
@@ -147,7 +147,7 @@ def test_what_before_send_returns_of_the_wrong_type_is_invalid(
     assert "before_send: must return a TrackingEvent or None, not " in caplog.text
     with (
         Outbox(str(tmp_path / "strict"), before_send=lambda _: wrong, on_invalid="raise") as outbox,
-        pytest.raises(InvalidEvent, match=r"^before_send: must return"),
+        pytest.raises(InvalidEventError, match=r"^before_send: must return"),
     ):
         enqueue_one(outbox, event(1), way, durability)
 
@@ -261,7 +261,7 @@ def test_every_drop_is_reported_and_the_sum_is_that_of_the_counts(tmp_path: Path
                 outbox.enqueue("no event" if number % 7 == 0 else given)  # type: ignore[arg-type]
                 outbox.enqueue_many([given, given])
                 outbox.enqueue_json([b"{", msgspec.json.encode(given)])
-            except OutboxFull:
+            except OutboxFullError:
                 continue
 
     threads = [threading.Thread(target=store, args=(start,)) for start in range(0, 8000, 1000)]
@@ -386,7 +386,7 @@ def test_an_older_count_reports_nothing_anew() -> None:
     told: list[tuple[str, int]] = []
     hooks = Hooks("outbox", on_drop=lambda reason, count: told.append((reason, count)))
     for totals in ({"closed": 5}, {"closed": 3, "invalid": 1}, {"closed": 6, "invalid": 1}):
-        hooks.drops(totals)
+        hooks.report_drops(totals)
     assert told == [("closed", 5), ("invalid", 1), ("closed", 1)]
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from pillarbox import DirectoryUnusable, Dropped, Enqueued, InvalidEvent, Outbox, Outcome, TrackingEvent
+from pillarbox import DirectoryUnusableError, Dropped, Enqueued, InvalidEventError, Outbox, Outcome, TrackingEvent
 from pillarbox.errors import ConfigurationError
-from pillarbox.outbox import MANY_BYTES_MAX
+from pillarbox.outbox import CALL_BYTES_MAX
 from pillarbox.outcome import Durability
 from pillarbox.sinks.base import Retry
 from pillarbox.store import record
@@ -83,7 +83,7 @@ def test_pending_bytes_of_the_older_systems_example(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_used_is_an_error_at_open(tmp_path: Path) -> None:
     """Not at the first event."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(DirectoryUnusable, match="is a file"):
+    with pytest.raises(DirectoryUnusableError, match="is a file"):
         Outbox(str(tmp_path / "file"))
 
 
@@ -156,7 +156,7 @@ def test_an_invalid_event_is_dropped_with_the_field_in_the_log(
 def test_an_invalid_event_is_raised_if_so_set(tmp_path: Path, named: str, bad: object) -> None:
     """As an application's tests want it."""
     outbox = Outbox(str(tmp_path / "outbox"), event_type=Sample, on_invalid="raise")
-    with outbox, pytest.raises(InvalidEvent, match=named):
+    with outbox, pytest.raises(InvalidEventError, match=named):
         outbox.enqueue(bad)  # type: ignore[arg-type]
 
 
@@ -182,7 +182,7 @@ def test_many_events_are_one_write_and_stay_together(tmp_path: Path) -> None:
 
 def test_too_much_in_one_call_is_refused_whole(tmp_path: Path) -> None:
     """The bound is named in the log."""
-    big = [event(number, metadata_json=json.dumps("x" * 200_000)) for number in range(MANY_BYTES_MAX // 200_000 + 1)]
+    big = [event(number, metadata_json=json.dumps("x" * 200_000)) for number in range(CALL_BYTES_MAX // 200_000 + 1)]
     with Outbox(str(tmp_path / "outbox")) as outbox:
         assert set(outbox.enqueue_many(big)) == {Dropped("invalid")}
         assert outbox.stats().accepted == 0
@@ -471,14 +471,14 @@ def test_json_that_is_no_event_is_invalid_and_the_others_are_stored(
     assert (stats.accepted, stats.dropped["invalid"]) == (2, 2)
     (line,) = [line.message for line in caplog.records if "invalid event" in line.message]
     assert named in line
-    with Outbox(str(tmp_path / "strict"), on_invalid="raise") as outbox, pytest.raises(InvalidEvent):
+    with Outbox(str(tmp_path / "strict"), on_invalid="raise") as outbox, pytest.raises(InvalidEventError):
         outbox.enqueue_json([good, bad])
 
 
 def test_events_json_is_refused_whole_where_there_is_no_room_or_it_is_too_much(tmp_path: Path) -> None:
     """As a call of `enqueue_many` is; and a closed outbox says so."""
     payloads = [of(event(number), metadata_json='"' + "x" * 200_000 + '"') for number in range(90)]
-    assert sum(map(len, payloads)) > MANY_BYTES_MAX
+    assert sum(map(len, payloads)) > CALL_BYTES_MAX
     with Outbox(str(tmp_path / "outbox"), max_bytes=10_000_000) as outbox:
         assert outbox.enqueue_json(payloads) == [Dropped("invalid")] * 90
         assert outbox.enqueue_json([*payloads[:60], b"{"]) == [*[Dropped("max_bytes")] * 60, Dropped("invalid")]

@@ -76,7 +76,7 @@ class Several:
     def stats(self):
         live, warehouse = DeliveryCounters(), DeliveryCounters()
         live.delivered, warehouse.delivered = 3, 5
-        sinks = {"live": live.snapshot(State("idle"), ""), "warehouse": warehouse.snapshot(State("stopped"), "")}
+        sinks = {"live": live.to_stats(State("idle"), ""), "warehouse": warehouse.to_stats(State("stopped"), "")}
         return replace(Outbox(sys.argv[1]).stats(), delivered=8, sinks=sinks)
 reader = InMemoryMetricReader()
 metrics.set_meter_provider(MeterProvider([reader]))

@@ -11,7 +11,14 @@ sinks/         one destination, one module or package
 cli/           an edge: delete it, and a working library is left
 """
 
-from pillarbox.errors import ConfigurationError, DirectoryUnusable, InvalidEvent, OutboxFull, PillarboxError, SinkUnusableError
+from pillarbox.errors import (
+    ConfigurationError,
+    DirectoryUnusableError,
+    InvalidEventError,
+    OutboxFullError,
+    PillarboxError,
+    SinkUnusableError,
+)
 from pillarbox.event import ScopeKind, TrackingEvent
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped, Enqueued, Outcome
@@ -20,12 +27,12 @@ from pillarbox.telemetry import Stats
 
 __all__ = [
     "ConfigurationError",
-    "DirectoryUnusable",
+    "DirectoryUnusableError",
     "Dropped",
     "Enqueued",
-    "InvalidEvent",
+    "InvalidEventError",
     "Outbox",
-    "OutboxFull",
+    "OutboxFullError",
     "Outcome",
     "PillarboxError",
     "ScopeKind",

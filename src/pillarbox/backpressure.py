@@ -6,7 +6,7 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.errors import OutboxFull
+from pillarbox.errors import OutboxFullError
 from pillarbox.outcome import Dropped, Outcome
 
 if TYPE_CHECKING:
@@ -15,63 +15,63 @@ if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.store.writer import Writer
 
-FULL: Final = frozenset({"max_bytes", "max_files", "disk_full", "disk_low"})
-_LOOK_S: Final = 0.01  # between two attempts: a deliverer in another process makes room too, and tells nobody
+FULL_REASONS: Final = frozenset({"max_bytes", "max_files", "disk_full", "disk_low"})
+_RETRY_INTERVAL_S: Final = 0.01  # between two attempts: a deliverer in another process makes room too, and tells nobody
 
 
-class Raising:
-    """Raises `OutboxFull`."""
+class RaiseWhenFull:
+    """Raises `OutboxFullError`."""
 
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def retry(self, _attempt: Callable[[], Outcome], refused: Outcome, _events: int) -> Outcome:
+    def on_full(self, _attempt: Callable[[], Outcome], refused: Outcome, _events: int) -> Outcome:
         """What becomes of an event, or events, that were refused."""
-        if isinstance(refused, Dropped) and refused.reason in FULL:
-            raise OutboxFull(self._path, refused.reason)
+        if isinstance(refused, Dropped) and refused.reason in FULL_REASONS:
+            raise OutboxFullError(self._path, refused.reason)
         return refused
 
-    async def retry_async(self, _attempt: Callable[[], Awaitable[Outcome]], refused: Outcome, events: int) -> Outcome:
+    async def on_full_async(self, _attempt: Callable[[], Awaitable[Outcome]], refused: Outcome, events: int) -> Outcome:
         """The same, for a coroutine."""
-        return self.retry(lambda: refused, refused, events)
+        return self.on_full(lambda: refused, refused, events)
 
 
-class Blocking:
+class BlockWhenFull:
     """Waits until there is room, up to `timeout_s` seconds; never on an event loop's thread. Attempts are not counted."""
 
-    def __init__(self, writer: Writer, clock: Clock, timeout_s: float, is_within: Callable[[], bool]) -> None:
+    def __init__(self, writer: Writer, clock: Clock, timeout_s: float, is_in_hook: Callable[[], bool]) -> None:
         self._writer = writer
         self._clock = clock
         self._timeout_s = timeout_s
-        self._is_within = is_within  # a hook: on a thread of ours, it would wait for what that thread is to do
+        self._is_in_hook = is_in_hook  # a hook: on a thread of ours, it would wait for what that thread is to do
 
-    def retry(self, attempt: Callable[[], Outcome], refused: Outcome, events: int) -> Outcome:
+    def on_full(self, attempt: Callable[[], Outcome], refused: Outcome, events: int) -> Outcome:
         """Try again until it is no longer refused for want of room."""
         outcome, deadline = refused, self._clock.monotonic() + self._timeout_s
-        while isinstance(outcome, Dropped) and outcome.reason in FULL:
+        while isinstance(outcome, Dropped) and outcome.reason in FULL_REASONS:
             self._writer.forgive(outcome.reason, events)
             # A signal handler may have interrupted the one who would make room; a loop would stand still.
-            if self._writer.is_entered() or self._is_within() or _on_a_loop():
+            if self._writer.is_entered() or self._is_in_hook() or _is_on_event_loop():
                 return self._writer.refuse("would_block", events)
             if self._clock.monotonic() >= deadline:
                 return self._writer.refuse("timeout", events)
-            threading.Event().wait(_LOOK_S)
+            threading.Event().wait(_RETRY_INTERVAL_S)
             outcome = attempt()
         return outcome
 
-    async def retry_async(self, attempt: Callable[[], Awaitable[Outcome]], refused: Outcome, events: int) -> Outcome:
+    async def on_full_async(self, attempt: Callable[[], Awaitable[Outcome]], refused: Outcome, events: int) -> Outcome:
         """The same, for a coroutine: others go on meanwhile."""
         outcome, deadline = refused, self._clock.monotonic() + self._timeout_s
-        while isinstance(outcome, Dropped) and outcome.reason in FULL:
+        while isinstance(outcome, Dropped) and outcome.reason in FULL_REASONS:
             self._writer.forgive(outcome.reason, events)
             if self._clock.monotonic() >= deadline:
                 return self._writer.refuse("timeout", events)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_RETRY_INTERVAL_S)
             outcome = await attempt()
         return outcome
 
 
-def _on_a_loop() -> bool:
+def _is_on_event_loop() -> bool:
     try:
         asyncio.get_running_loop()
     except RuntimeError:

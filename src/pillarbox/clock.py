@@ -31,6 +31,6 @@ class SystemClock:
 wall_ns = time.time_ns
 
 
-def give_way() -> None:
+def yield_gil() -> None:
     """Let another thread of this process have the interpreter, if one waits for it."""
     time.sleep(0)

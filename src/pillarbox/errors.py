@@ -28,7 +28,7 @@ class ConfigurationError(UsageError):
         self.allowed = allowed
 
 
-class InvalidEvent(UsageError):  # noqa: N818 - the name is part of the public contract
+class InvalidEventError(UsageError):
     """The event cannot be stored; `field` names the member at fault, `problem` says why."""
 
     def __init__(self, field: str, problem: str) -> None:
@@ -37,7 +37,7 @@ class InvalidEvent(UsageError):  # noqa: N818 - the name is part of the public c
         self.problem = problem
 
 
-class OutboxFull(OperationalError):  # noqa: N818 - reads as the sentence it is
+class OutboxFullError(OperationalError):
     """With `when_full="raise"`: there is no room for the event, which is nowhere; `reason` is that of `Dropped`."""
 
     def __init__(self, path: str, reason: str) -> None:
@@ -46,7 +46,7 @@ class OutboxFull(OperationalError):  # noqa: N818 - reads as the sentence it is
         self.reason = reason
 
 
-class DirectoryUnusable(OperationalError):  # noqa: N818 - reads as the sentence it is
+class DirectoryUnusableError(OperationalError):
     """The outbox directory cannot be used; `remedy` says what would put it right."""
 
     def __init__(self, path: str, problem: str, remedy: str) -> None:
@@ -59,7 +59,7 @@ class SinkUnusableError(OperationalError):
     """The destination cannot take events as it is set up; the message names the way out."""
 
 
-class FileUnusable(OperationalError):  # noqa: N818 - reads as the sentence it is
+class FileUnusableError(OperationalError):
     """A file under one of our names is not ours to use (a link, a device, another owner); it is left alone."""
 
     def __init__(self, path: str, problem: str) -> None:

@@ -18,7 +18,7 @@ import msgspec
 
 from pillarbox._native import COMPILED
 from pillarbox.clock import wall_ns
-from pillarbox.errors import InvalidEvent, UsageError
+from pillarbox.errors import InvalidEventError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class ScopeKind(StrEnum):
     PROFILE = "Profile"
 
 
-def _seed() -> tuple[str, int]:
+def _random_seed() -> tuple[str, int]:
     """What is random in the ids to come: what stands in their middle, and the first number of the count behind it."""
     seed = int.from_bytes(urandom(9))
     bits = seed >> 46
@@ -46,7 +46,7 @@ def _seed() -> tuple[str, int]:
     return f"-7{bits >> 14:03x}-{0x8000 | bits & 0x3FFF:04x}-", 0x4000_0000_0000 | seed & 0x3FFF_FFFF_FFFF
 
 
-def _uuid7() -> tuple[Callable[[], str], Callable[[str, int], None]]:
+def _uuid7_generator() -> tuple[Callable[[], str], Callable[[str, int], None]]:
     """Makes ids after RFC 9562, section 5.7: 48 bits of Unix milliseconds, then 74 bits that start at random and count up.
 
     Within a process the last 48 bits count up, so that no two are equal and a thread's sort by making; across processes the 26
@@ -81,24 +81,24 @@ def _now_micros() -> int:
 
 
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
-_TEXTS: Final = ("event_id", "event_key", "scope_kind", "scope_id", "metadata_json")
-_TEXTS_OR_NONE: Final = ("user_id", "owner_user_id", "profile_id", "module_key")
+_TEXT_FIELDS: Final = ("event_id", "event_key", "scope_kind", "scope_id", "metadata_json")
+_OPTIONAL_TEXT_FIELDS: Final = ("user_id", "owner_user_id", "profile_id", "module_key")
 
 
 def _check_text(field: str, value: object) -> None:
     if not isinstance(value, str):
-        raise InvalidEvent(field, f"must be text, not {type(value).__name__}")
+        raise InvalidEventError(field, f"must be text, not {type(value).__name__}")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InvalidEvent(field, f"has a lone surrogate at position {error.start}, which UTF-8 cannot hold") from None
+            raise InvalidEventError(field, f"has a lone surrogate at position {error.start}, which UTF-8 cannot hold") from None
 
 
-def _check(event: TrackingEvent) -> None:
-    for field in _TEXTS:
+def _check_event(event: TrackingEvent) -> None:
+    for field in _TEXT_FIELDS:
         _check_text(field, getattr(event, field))
-    for field in _TEXTS_OR_NONE:
+    for field in _OPTIONAL_TEXT_FIELDS:
         value = getattr(event, field)
         if value is not None:
             _check_text(field, value)
@@ -106,25 +106,25 @@ def _check(event: TrackingEvent) -> None:
         try:
             _check_json(str.encode(event.metadata_json))  # msgspec takes no subclass of str
         except msgspec.DecodeError as error:
-            raise InvalidEvent("metadata_json", f"is not JSON text: {error}") from None
+            raise InvalidEventError("metadata_json", f"is not JSON text: {error}") from None
     micros = event.occurred_at_micros
     if type(micros) is not int:
-        raise InvalidEvent("occurred_at_micros", f"must be a whole number, not {type(micros).__name__}")
+        raise InvalidEventError("occurred_at_micros", f"must be a whole number, not {type(micros).__name__}")
     if not _INT64_MIN <= micros <= _INT64_MAX:
-        raise InvalidEvent("occurred_at_micros", "does not fit into 64 bits")
+        raise InvalidEventError("occurred_at_micros", "does not fit into 64 bits")
 
 
-_post_init: Any = _check
+_post_init: Any = _check_event
 if COMPILED:
     from pillarbox import _event
 
     new_event_id, now_micros, _reseed = _event.new_event_id, _event.now_micros, _event.reseed
-    _post_init = _event.Check(_check, _check_json)
+    _post_init = _event.Check(_check_event, _check_json)
 else:
-    new_event_id, _reseed = _uuid7()
+    new_event_id, _reseed = _uuid7_generator()
     now_micros = _now_micros
-_reseed(*_seed())
-register_at_fork(after_in_child=lambda reseed=_reseed: reseed(*_seed()))
+_reseed(*_random_seed())
+register_at_fork(after_in_child=lambda reseed=_reseed: reseed(*_random_seed()))
 
 
 class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -132,7 +132,7 @@ class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     `event_id`: text, unique (default: a UUIDv7). `event_key`: what happened. `scope_kind` and `scope_id`: to what.
     `metadata_json`: JSON text. `occurred_at_micros`: int64, microseconds since 1970 (default: now).
-    Raises `InvalidEvent` where a member has the wrong type.
+    Raises `InvalidEventError` where a member has the wrong type.
 
     What freezes Python's time in a test does not freeze that of the defaults where they are compiled: it has to set
     `occurred_at_micros`, or `PILLARBOX_PURE_PYTHON=1` in the environment.
@@ -153,11 +153,11 @@ class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 if COMPILED:
-    with contextlib.suppress(TypeError):  # a msgspec that keeps members elsewhere: unbound, it leaves all to `_check`
-        _post_init.bind(TrackingEvent, _TEXTS, _TEXTS_OR_NONE, "metadata_json", "occurred_at_micros")
+    with contextlib.suppress(TypeError):  # a msgspec that keeps members elsewhere: unbound, it leaves all to `_check_event`
+        _post_init.bind(TrackingEvent, _TEXT_FIELDS, _OPTIONAL_TEXT_FIELDS, "metadata_json", "occurred_at_micros")
 
 
-def plain(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:
+def without_post_init(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:
     """The type to decode stored events as: the same fields, without `__post_init__`, which ran before they were stored."""
     if not hasattr(event_type, "__post_init__"):
         return event_type
@@ -186,27 +186,27 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-def _plain_text(value: object) -> str:
+def _encode_str_subclass(value: object) -> str:
     """A subclass of `str`, as templates and translations have, which msgspec does not take as it is."""
     if isinstance(value, str):
         return str.__str__(value)
     raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
 
 
-_encode: Final = msgspec.json.Encoder(enc_hook=_plain_text).encode
+_encode: Final = msgspec.json.Encoder(enc_hook=_encode_str_subclass).encode
 _WHITE_SPACE: Final = b" \t\r\n"  # of JSON
 # Numbers that JSON cannot carry as they are show in the encoded bytes: NaN as null, large integers by their length.
-_SUSPECT = re.compile(rb"null|\d{19}")
+_MAY_HOLD_BAD_NUMBER = re.compile(rb"null|\d{19}")
 
 
 class Codec:
-    """One event type at the door: event -> JSON bytes, or `InvalidEvent`.
+    """One event type at the door: event -> JSON bytes, or `InvalidEventError`.
 
     `encode(event)` is bound once: msgspec's own encoder where the type checks itself or is trusted, otherwise the checking
     way through it. `event_type` must be a `msgspec.Struct` with an `event_id`; raises `UsageError` if not.
     """
 
-    __slots__ = ("_decode", "_made_up", "encode", "event_type", "self_checked")
+    __slots__ = ("_decode", "_generated_fields", "checks_itself", "encode", "event_type")
 
     def __init__(self, event_type: type[msgspec.Struct], *, trusted: bool = False) -> None:
         if not (isinstance(event_type, type) and issubclass(event_type, msgspec.Struct)):
@@ -214,38 +214,38 @@ class Codec:
         if "event_id" not in event_type.__struct_fields__:
             raise UsageError(f"event_type {event_type.__name__} must have a field event_id: it is what makes repeats harmless")
         self.event_type = event_type
-        self.self_checked = trusted or event_type is TrackingEvent
+        self.checks_itself = trusted or event_type is TrackingEvent
         self.encode: Callable[[Any], bytes] = _encode
         if event_type is not TrackingEvent:
-            self.encode = _one_line(_encode if trusted else _checked(event_type))
+            self.encode = _single_line_encoder(_encode if trusted else _checking_encoder(event_type))
         self._decode = msgspec.json.Decoder(event_type).decode
-        self._made_up = _made_up(event_type)
+        self._generated_fields = _generated_fields(event_type)
 
     def check_json(self, payload: object) -> bytes:
         """An event that is JSON already, as it is stored: byte for byte but for white space around it and line feeds.
 
-        Raises `InvalidEvent` or what msgspec does where it is not JSON of the event type. Unknown members are looked into
+        Raises `InvalidEventError` or what msgspec does where it is not JSON of the event type. Unknown members are looked into
         too: a destination may want to read them.
         """
         if not isinstance(payload, bytes):
-            raise InvalidEvent("event", f"must be bytes of JSON, not {type(payload).__name__}")
+            raise InvalidEventError("event", f"must be bytes of JSON, not {type(payload).__name__}")
         value = payload.strip(_WHITE_SPACE)
         if len(value) > EVENT_BYTES_MAX:
-            raise InvalidEvent("event", f"has {len(value)} bytes as JSON, more than {EVENT_BYTES_MAX}")
+            raise InvalidEventError("event", f"has {len(value)} bytes as JSON, more than {EVENT_BYTES_MAX}")
         self._decode(value)
         members = msgspec.json.decode(value)
-        if _SUSPECT.search(value):
+        if _MAY_HOLD_BAD_NUMBER.search(value):
             _check_numbers(members, "event")
         if isinstance(members, dict):
-            for name in self._made_up:
+            for name in self._generated_fields:
                 if name not in members:
-                    raise InvalidEvent(name, "is missing: it would be another one each time the event is read")
+                    raise InvalidEventError(name, "is missing: it would be another one each time the event is read")
         # Within a text there is none, for that is no JSON; between two values it means nothing.
         return value.replace(b"\n", b"")
 
-    def explain(self, event: object, error: Exception) -> str:
+    def describe_error(self, event: object, error: Exception) -> str:
         """Why `encode` refused: the field at fault where one can be named."""
-        if isinstance(error, (InvalidEvent, msgspec.ValidationError)):
+        if isinstance(error, (InvalidEventError, msgspec.ValidationError)):
             return str(error)
         if isinstance(event, msgspec.Struct):
             for field in event.__struct_fields__:
@@ -256,31 +256,31 @@ class Codec:
         return str(error)
 
 
-def _made_up(event_type: type[msgspec.Struct]) -> list[str]:
+def _generated_fields(event_type: type[msgspec.Struct]) -> list[str]:
     """The members that get a new value where they are left out: ids and times. An empty list is no such thing."""
     constant = (msgspec.NODEFAULT, list, dict, set, frozenset, tuple, bytearray)
     return [field.encode_name for field in msgspec.structs.fields(event_type) if field.default_factory not in constant]
 
 
-def _one_line(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+def _single_line_encoder(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
     """A `msgspec.Raw` member goes as it is, line feeds and all; a record is a line."""
 
     def encode_line(event: Any) -> bytes:
         payload = encode(event)
         if b"\n" in payload:
-            raise InvalidEvent("event", "has a line feed outside of a text, in a msgspec.Raw: write that JSON on one line")
+            raise InvalidEventError("event", "has a line feed outside of a text, in a msgspec.Raw: write that JSON on one line")
         return payload
 
     return encode_line
 
 
-def _checked(event_type: type[msgspec.Struct]) -> Callable[[Any], bytes]:
+def _checking_encoder(event_type: type[msgspec.Struct]) -> Callable[[Any], bytes]:
     decode = msgspec.json.Decoder(event_type).decode
 
     def encode_checked(event: Any) -> bytes:
         payload = _encode(event)
         decode(payload)
-        if _SUSPECT.search(payload):
+        if _MAY_HOLD_BAD_NUMBER.search(payload):
             _check_numbers(event, "event")
         return payload
 
@@ -290,16 +290,16 @@ def _checked(event_type: type[msgspec.Struct]) -> Callable[[Any], bytes]:
 def _check_numbers(value: object, path: str) -> None:
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise InvalidEvent(path, f"is {value}, which JSON cannot carry")
+            raise InvalidEventError(path, f"is {value}, which JSON cannot carry")
     elif isinstance(value, int):
         if not _INT64_MIN <= value <= _UINT64_MAX:
-            raise InvalidEvent(path, "is an integer beyond 64 bits")
+            raise InvalidEventError(path, "is an integer beyond 64 bits")
     else:
-        for name, inner in _members(value):
+        for name, inner in _child_values(value):
             _check_numbers(inner, f"{path}.{name}")
 
 
-def _members(value: object) -> Iterator[tuple[object, object]]:
+def _child_values(value: object) -> Iterator[tuple[object, object]]:
     if isinstance(value, msgspec.Struct):
         return ((name, getattr(value, name)) for name in value.__struct_fields__)
     if isinstance(value, dict):

@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 # What each may be called, and what becomes of its event, or its news, where it raises.
-HOOKS: Final = {
+HOOK_FAILURE_EFFECTS: Final = {
     "before_send": "events for which it raises are stored as they were given",
     "on_drop": "what it was told of is counted all the same",
     "on_dead_letter": "the dead letter is kept all the same",
 }
 # A program may end itself from a function on its own thread; a thread of ours must not be ended.
-_CAUGHT: Final[dict[str, tuple[type[BaseException], ...]]] = {
+_CAUGHT_EXCEPTIONS: Final[dict[str, tuple[type[BaseException], ...]]] = {
     "before_send": (Exception,),
     "on_drop": (Exception, SystemExit),
     "on_dead_letter": (Exception, SystemExit),
 }
 
 
-class _Here(threading.local):
-    within = False
+class _ThreadState(threading.local):
+    in_hook = False
 
 
 class Hooks:
@@ -51,72 +51,74 @@ class Hooks:
         self._before_send = before_send
         self._on_drop = on_drop
         self._on_dead_letter = on_dead_letter
-        self._here = _Here()
+        self._thread_state = _ThreadState()
         self._lock = threading.RLock()  # a signal handler may enqueue, and so come here, anywhere
-        self._reported: dict[str, int] = {}  # drops by reason
-        self.failures: dict[str, int] = dict.fromkeys(HOOKS, 0)
+        self._reported_drops: dict[str, int] = {}  # drops by reason
+        self.failures: dict[str, int] = dict.fromkeys(HOOK_FAILURE_EFFECTS, 0)
 
     @property
-    def filters(self) -> bool:
+    def has_before_send(self) -> bool:
         """Whether events are to be shown to `before_send`."""
         return self._before_send is not None
 
     @property
-    def hears_of_drops(self) -> bool:
+    def has_on_drop(self) -> bool:
         """Whether there is an `on_drop`."""
         return self._on_drop is not None
 
-    def is_within(self) -> bool:
+    def is_in_hook(self) -> bool:
         """Whether this thread is in one of the functions."""
-        return self._here.within
+        return self._thread_state.in_hook
 
     def before_send(self, event: Any) -> Any:
         """What is to be stored instead of an event; None: nothing. Where the function raises, the event itself."""
-        if self._before_send is None or self._here.within:
+        if self._before_send is None or self._thread_state.in_hook:
             return event
-        return self._call("before_send", self._before_send, event, otherwise=event)
+        return self._call_hook("before_send", self._before_send, event, otherwise=event)
 
-    def drops(self, totals: Mapping[str, int]) -> None:
+    def report_drops(self, totals: Mapping[str, int]) -> None:
         """Report what has been refused since the last time: `totals` by reason, of this process since it began."""
-        if self._on_drop is None or self._here.within:
+        if self._on_drop is None or self._thread_state.in_hook:
             return
-        for reason, count in self._not_reported(totals):
-            self._call("on_drop", self._on_drop, reason, count)
+        for reason, count in self._take_unreported_drops(totals):
+            self._call_hook("on_drop", self._on_drop, reason, count)
 
-    def _not_reported(self, totals: Mapping[str, int]) -> list[tuple[str, int]]:
+    def _take_unreported_drops(self, totals: Mapping[str, int]) -> list[tuple[str, int]]:
         try:
-            self._here.within = True  # a signal handler that is refused something in here would find the same again
+            self._thread_state.in_hook = True  # a signal handler that is refused something in here would find the same again
             with self._lock:
-                new = [(reason, total - self._reported.get(reason, 0)) for reason, total in totals.items()]
+                new = [(reason, total - self._reported_drops.get(reason, 0)) for reason, total in totals.items()]
                 new = [(reason, count) for reason, count in new if count > 0]
                 # An older copy of the totals may come later, from another thread; it has nothing new.
-                self._reported |= {reason: totals[reason] for reason, _ in new}
+                self._reported_drops |= {reason: totals[reason] for reason, _ in new}
                 return new
         finally:
-            self._here.within = False
+            self._thread_state.in_hook = False
 
-    def dead_letter(self, record: Any) -> None:
+    def report_dead_letter(self, record: Any) -> None:
         """Report a dead letter, once it is durable."""
         if self._on_dead_letter is not None:
-            self._call("on_dead_letter", self._on_dead_letter, record)
+            self._call_hook("on_dead_letter", self._on_dead_letter, record)
 
-    def dead_letter_failures(self, count: int) -> None:
+    def add_dead_letter_failures(self, count: int) -> None:
         """`on_dead_letter` has raised so often in another process, which has logged it."""
         with self._lock:
             self.failures["on_dead_letter"] += count
 
-    def _call(self, name: str, hook: Callable[..., Any], *arguments: Any, otherwise: Any = None) -> Any:
-        here = self._here
+    def _call_hook(self, name: str, hook: Callable[..., Any], *arguments: Any, otherwise: Any = None) -> Any:
+        here = self._thread_state
         try:
-            here.within = True
+            here.in_hook = True
             return hook(*arguments)
-        except _CAUGHT[name]:
+        except _CAUGHT_EXCEPTIONS[name]:
             if self._is_first_failure(name):
                 # Still marked as within: a log handler that stores events must not come back to the hook that fails.
-                log.exception("%s: %s raised, and is counted silently from now on; %s", self._name, name, HOOKS[name])
+                log.exception(
+                    "%s: %s raised, and is counted silently from now on; %s", self._name, name, HOOK_FAILURE_EFFECTS[name]
+                )
             return otherwise
         finally:
-            here.within = False
+            here.in_hook = False
 
     def _is_first_failure(self, name: str) -> bool:
         with self._lock:

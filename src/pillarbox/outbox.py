@@ -10,9 +10,9 @@ from os import register_at_fork
 from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
 
-from pillarbox.backpressure import FULL, Blocking, Raising
+from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull
 from pillarbox.clock import Clock, SystemClock
-from pillarbox.codec import Entrance
+from pillarbox.codec import EventEncoder
 from pillarbox.delivery.deliverer import ONLY, together
 from pillarbox.delivery.runner import check_delivery, deliverer_for, destinations
 from pillarbox.delivery.settlement import Callbacks
@@ -31,7 +31,7 @@ from pillarbox.store.quota import FILE_SHARE
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Limits, Writer
-from pillarbox.telemetry import Stats, instruments, of_sink
+from pillarbox.telemetry import Stats, instruments, sink_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -46,18 +46,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-MANY_BYTES_MAX: Final = 16 * 2**20  # one call of `enqueue_many`: it becomes one write, and is read as one batch
+CALL_BYTES_MAX: Final = 16 * 2**20  # one call of `enqueue_many`: it becomes one write, and is read as one batch
 EXIT_TIMEOUT_S: Final = 2.0  # how long the end of the program may wait for a last delivery
-_BUSY_S: Final = 10.0  # how long after an event the deliverer goes on giving the interpreter away every few records
+_BUSY_PERIOD_S: Final = 10.0  # how long after an event the deliverer goes on giving the interpreter away every few records
 _POLL_S: Final = 0.05  # between two looks of `flush` where another process delivers
-_GROUPS_S: Final = 0.25  # the same where this one does: files are settled in groups, the next one within so long
-_LISTING_SHARE: Final = 10  # `flush` lists the directory for a tenth of its time at most
+_GROUP_WAIT_S: Final = 0.25  # the same where this one does: files are settled in groups, the next one within so long
+_LISTING_TIME_SHARE: Final = 10  # `flush` lists the directory for a tenth of its time at most
 
 
 class Outbox:
     """A durable outbox in a directory.
 
-    The directory is checked and made now (`DirectoryUnusable` if it cannot be); threads start, and what an earlier writer left
+    The directory is checked and made now (or `DirectoryUnusableError`); threads start, and what an earlier writer left
     is adopted, at first use: `enqueue`, `flush`, or entering it as a context manager. `sink` is a URL, a `Sink`, or None: only
     store, and another process delivers. Instead of it, `sinks` names several. Raises `ConfigurationError` for a setting that is
     not allowed.
@@ -90,14 +90,14 @@ class Outbox:
         max_in_flight: int = 1,
         backoff_max: float = 30.0,
         call_timeout: float = 60.0,
-        outage_after: int = 3,
+        stop_after_rejected_batches: int = 3,
         max_rate: float | None = None,
         live_share: float = 0.0,
         max_age: float | None = None,
         compress_after: float | None = None,
         max_dead_bytes: int = 64 * 2**20,
         max_quarantine_bytes: int = 64 * 2**20,
-        when_kept_full: Literal["park", "discard"] = "park",
+        on_quarantine_full: Literal["hold", "discard"] = "hold",
         keep_delivered: float | str | None = None,
         max_delivered_bytes: int = 2**30,
         before_send: Callable[[Any], msgspec.Struct | None] | None = None,
@@ -113,47 +113,47 @@ class Outbox:
         given = {ONLY: sink} if isinstance(sink, Sink) else {}
         if given and sinks is not None:
             raise ConfigurationError("sinks", "...", "the call", EITHER)
-        self._set_up(resolve(keywords), given)
+        self._initialize(resolve(keywords), given)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         """An outbox with settings that `resolve` has checked, from the environment or a TOML file for example."""
         outbox = cls.__new__(cls)
-        outbox._set_up(settings, {})
+        outbox._initialize(settings, {})
         return outbox
 
-    def _set_up(self, settings: Settings, given: dict[str, Sink]) -> None:
+    def _initialize(self, settings: Settings, given: dict[str, Sink]) -> None:
         if settings.enabled and not settings.directory:
             raise ConfigurationError("directory", "", "the default", "the path of a directory")
-        self._given = given | {name: sink for name, sink in settings.sinks.items() if not isinstance(sink, str)}
-        check_delivery(settings, self._given)
+        self._sink_objects = given | {name: sink for name, sink in settings.sinks.items() if not isinstance(sink, str)}
+        check_delivery(settings, self._sink_objects)
         self.settings = settings
         self.name = settings.directory
         self._delivers = settings.deliver != "external"
-        self._entrance = Entrance(settings)
+        self._encoder = EventEncoder(settings)
         self._event_type = settings.event_type
         self._clock: Clock = SystemClock()
-        self._starting = threading.RLock()
+        self._start_lock = threading.RLock()
         self._closed = False
         self._filesystem = real_filesystem()
         self._directory = directory_at(settings.directory, self._filesystem, self._clock)
-        self._power = settings.durability == "power"
+        self._is_power_default = settings.durability == "power"
         self._power_checked = not settings.enabled
         if settings.enabled:
             self._directory.open()
-        self._arm()
-        if self._power and settings.enabled:
+        self._create_process_state()
+        if self._is_power_default and settings.enabled:
             self._check_power()
         _outboxes.add(self)
 
-    def _arm(self) -> None:
+    def _create_process_state(self) -> None:
         """Make what belongs to one process: again in a forked child, where nothing of the parent's may be used."""
         settings = self.settings
         self._started = False
-        self._start_under_way = False
-        self._busy_count = 0
-        self._busy_at = -_BUSY_S
-        self._delivery: Deliverer | None = None
+        self._is_starting = False
+        self._busy_accepted = 0
+        self._busy_since = -_BUSY_PERIOD_S
+        self._runner: Deliverer | None = None
         self._hooks = Hooks(self.name, settings.before_send, settings.on_drop, settings.on_dead_letter)
         self._ledger = Ledger(self._directory, self._clock)
         evicts = settings.when_full == "drop_oldest"
@@ -161,10 +161,10 @@ class Outbox:
             self._directory,
             self._clock,
             settings.flush_interval,
-            self._notify_deliverer,
+            self._notify_runner,
             settings.min_free_bytes,
             evicts=evicts,
-            on_drops=self._report_drops if self._hooks.hears_of_drops else None,
+            on_drops=self._report_drops if self._hooks.has_on_drop else None,
             ledger=self._ledger,
         )
         batch_bytes = settings.batch_bytes
@@ -173,43 +173,43 @@ class Outbox:
         limits = Limits(settings.batch_size, batch_bytes, settings.max_bytes, settings.max_files)
         self._writer = Writer(self._directory, limits, self._sealer.wake)
         self._committer = Committer(self._directory, self._writer)
-        self._sealer.attach(self._writer, self._committer, enters=self._power)
-        self._entrance.attach(self._writer, self._hooks)
+        self._sealer.attach(self._writer, self._committer, enters=self._is_power_default)
+        self._encoder.attach(self._writer, self._hooks)
         door = Door(
-            self._entrance.encode,
+            self._encoder.encode,
             self._event_type,
             EVENT_BYTES_MAX,
-            self._is_power,
-            self._entrance.refuse,
-            self._entrance.invalid,
-            partial(self._append, power=False),
-            partial(self._append, events=1, power=True),
-            self._power,
+            self._resolve_power,
+            self._encoder.raise_invalid,
+            self._encoder.drop_invalid,
+            partial(self._append_or_start, power=False),
+            partial(self._append_or_start, events=1, power=True),
+            self._is_power_default,
         )
-        self._enqueue_once = self.enqueue = self._writer.build_enqueue(door)
-        self._begin_power = self._committer.build_begin(door, self._begin_slowly)
-        self._begin_default = self._begin_power if self._power else self._enqueue_once
-        self._when_full: Raising | Blocking | None = None
+        self._append_event = self.enqueue = self._writer.build_enqueue(door)
+        self._start_power_append = self._committer.build_begin(door, self._start_power_append_slowly)
+        self._start_default_append = self._start_power_append if self._is_power_default else self._append_event
+        self._when_full: RaiseWhenFull | BlockWhenFull | None = None
         if settings.when_full == "raise":
-            self._when_full = Raising(self.name)
+            self._when_full = RaiseWhenFull(self.name)
         elif settings.when_full == "block":
-            self._when_full = Blocking(self._writer, self._clock, settings.block_timeout, self._hooks.is_within)
-        self._is_bare = not (self._hooks.filters or self._hooks.hears_of_drops or self._when_full)
+            self._when_full = BlockWhenFull(self._writer, self._clock, settings.block_timeout, self._hooks.is_in_hook)
+        self._has_no_layers = not (self._hooks.has_before_send or self._hooks.has_on_drop or self._when_full)
         # Each layer is there only where it is asked for: a call more is a tenth of the time of `enqueue`.
         if self._when_full is not None:
-            self.enqueue = self._build_enqueue(self._enqueue_once, self._when_full)
-        if self._hooks.filters:
-            self.enqueue = self._entrance.filtering(self.enqueue)
-        if self._hooks.hears_of_drops:
+            self.enqueue = self._build_enqueue(self._append_event, self._when_full)
+        if self._hooks.has_before_send:
+            self.enqueue = self._encoder.filter_enqueue(self.enqueue)
+        if self._hooks.has_on_drop:
             self.enqueue = self._reporting(self.enqueue)
-        self._sinks = destinations(settings, self._given) if settings.enabled and self._delivers else {}
+        self._sinks = destinations(settings, self._sink_objects) if settings.enabled and self._delivers else {}
 
     def enqueue_many(self, events: Iterable[msgspec.Struct], *, durability: Durability | None = None) -> list[Outcome]:
         """Store events in one write, all or none of the valid ones; one outcome for each, in order.
 
         They stay together in one file. At most 16 MiB in one call; more is `Dropped("invalid")`.
         """
-        return self._store_together(lambda: self._entrance.records(events), durability)
+        return self._append_encoded(lambda: self._encoder.encode_records(events), durability)
 
     def enqueue_json(self, payloads: Iterable[bytes], *, durability: Durability | None = None) -> list[Outcome]:
         """Store events that are JSON already, in one write, all or none of the valid ones; one outcome for each, in order.
@@ -218,18 +218,18 @@ class Outbox:
         It is stored byte for byte, unknown members included, but for white space around it and line feeds. They do not
         come past `before_send`. Limits as for `enqueue_many`.
         """
-        return self._store_together(lambda: self._entrance.records_of_json(payloads), durability)
+        return self._append_encoded(lambda: self._encoder.encode_json_records(payloads), durability)
 
-    def _store_together(
+    def _append_encoded(
         self, pack: Callable[[], tuple[bytes, list[Dropped | None]]], durability: Durability | None
     ) -> list[Outcome]:
-        power = self._power if durability is None else self._is_power(durability)
+        power = self._is_power_default if durability is None else self._resolve_power(durability)
         try:
             lines, refused = pack()
             count = refused.count(None)
-            together = self._append_many(lines, count, power=power) if count else DROPPED["invalid"]
+            together = self._append_records(lines, count, power=power) if count else DROPPED["invalid"]
         finally:
-            self._report_unheard_drops()
+            self._report_drops_without_sealer()
         return [together if dropped is None else dropped for dropped in refused]
 
     def _reporting(self, enqueue: Enqueue) -> Enqueue:
@@ -238,13 +238,13 @@ class Outbox:
             try:
                 return enqueue(event, durability=durability)
             finally:
-                self._report_unheard_drops()
+                self._report_drops_without_sealer()
 
         return enqueue_reporting
 
-    def _report_unheard_drops(self) -> None:
+    def _report_drops_without_sealer(self) -> None:
         """Report what no thread of ours will: before the start, and after the end. Never in the middle of an append."""
-        if self._hooks.hears_of_drops and (self._closed or not self._started) and not self._writer.is_entered():
+        if self._hooks.has_on_drop and (self._closed or not self._started) and not self._writer.is_entered():
             with self._writer.lock:
                 totals = dict(self._writer.dropped)
             self._report_drops(totals)
@@ -252,66 +252,70 @@ class Outbox:
     def _report_drops(self, totals: dict[str, int]) -> None:
         if self.settings.when_full == "block" and not self._closed:
             # These are taken back and tried again; only of who was cancelled meanwhile they stay.
-            totals = {reason: total for reason, total in totals.items() if reason not in FULL}
-        self._hooks.drops(totals)
+            totals = {reason: total for reason, total in totals.items() if reason not in FULL_REASONS}
+        self._hooks.report_drops(totals)
 
-    def _build_enqueue(self, once: Enqueue, when_full: Raising | Blocking) -> Enqueue:
+    def _build_enqueue(self, once: Enqueue, when_full: RaiseWhenFull | BlockWhenFull) -> Enqueue:
         def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
             """`Writer.build_enqueue`'s, and what `when_full` makes of a refusal."""
             outcome = once(event, durability=durability)
-            return outcome or when_full.retry(lambda: once(event, durability=durability), outcome, 1)
+            return outcome or when_full.on_full(lambda: once(event, durability=durability), outcome, 1)
 
         return enqueue
 
-    def _append_many(self, lines: bytes, events: int, *, power: bool) -> Outcome:
-        if len(lines) > MANY_BYTES_MAX:
-            self._entrance.explain(f"{len(lines)} bytes in one call, more than {MANY_BYTES_MAX}")
+    def _append_records(self, lines: bytes, events: int, *, power: bool) -> Outcome:
+        if len(lines) > CALL_BYTES_MAX:
+            self._encoder.log_invalid(f"{len(lines)} bytes in one call, more than {CALL_BYTES_MAX}")
             return self._writer.refuse("invalid", events)
 
-        append = partial(self._append, lines, events, power=power)
+        append = partial(self._append_or_start, lines, events, power=power)
         outcome = append()
-        return outcome if outcome or self._when_full is None else self._when_full.retry(append, outcome, events)
+        return outcome if outcome or self._when_full is None else self._when_full.on_full(append, outcome, events)
 
     async def enqueue_async(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
         """`enqueue`, from a coroutine. "process" is too quick to be worth a thread; under "power" many share one sync.
 
         Cancelling does not withdraw the event.
         """
-        if self._is_bare:
-            answer = self._begin_default(event) if durability is None else self._begin(event, durability)
+        if self._has_no_layers:
+            answer = self._start_default_append(event) if durability is None else self._start_append(event, durability)
             return await answer if type(answer) is Waiter else answer  # type: ignore[return-value]  # mypy: `type() is`
         return await self._enqueue_async_with_hooks(event, durability)
 
     async def _enqueue_async_with_hooks(self, event: msgspec.Struct, durability: Durability | None) -> Outcome:
         try:
-            admitted = self._entrance.admit(event) if self._hooks.filters else event
+            admitted = self._encoder.apply_before_send(event) if self._hooks.has_before_send else event
             if isinstance(admitted, Dropped):
                 return admitted
 
             async def once() -> Outcome:
-                answer = self._begin(admitted, durability)
+                answer = self._start_append(admitted, durability)
                 return await answer if isinstance(answer, Waiter) else answer
 
             outcome = await once()
-            return outcome if outcome or self._when_full is None else await self._when_full.retry_async(once, outcome, 1)
+            return outcome if outcome or self._when_full is None else await self._when_full.on_full_async(once, outcome, 1)
         finally:
-            self._report_unheard_drops()
+            self._report_drops_without_sealer()
 
-    def _begin(self, event: msgspec.Struct, durability: Durability | None) -> Waiter | Outcome:
+    def _start_append(self, event: msgspec.Struct, durability: Durability | None) -> Waiter | Outcome:
         """What a coroutine gets, or is to await."""
         if durability is None:
-            return self._begin_default(event)
-        return self._begin_power(event) if self._is_power(durability) else self._enqueue_once(event, durability="process")
+            return self._start_default_append(event)
+        return (
+            self._start_power_append(event)
+            if self._resolve_power(durability)
+            else self._append_event(event, durability="process")
+        )
 
-    def _begin_slowly(self, line: bytes) -> Waiter | Outcome:
+    def _start_power_append_slowly(self, line: bytes) -> Waiter | Outcome:
         """Commit for a coroutine; the first starts the outbox, or finds that it may not."""
         answer = self._committer.commit_async(line, 1)
         if answer is None:
-            reason = self._why_not_started()
+            reason = self._start_or_reason()
             answer = self._committer.commit_async(line, 1) if reason is None else self._writer.refuse(reason)
         return answer if answer is not None else self._writer.refuse("closed")
 
-    def _is_power(self, durability: str) -> bool:
+    def _resolve_power(self, durability: str) -> bool:
         if durability not in DURABILITIES:
             resolve({"durability": durability})  # raises, and says what is allowed
         if durability == "power" and not self._power_checked:
@@ -319,7 +323,7 @@ class Outbox:
         return durability == "power"
 
     def _check_power(self) -> None:
-        """Once, before the first promise; raises `DirectoryUnusable`."""
+        """Once, before the first promise; raises `DirectoryUnusableError`."""
         self._directory.check_power()
         self._power_checked = True
         way_out = "set keep_delivered, and `pillarbox resend` can send again what that loses"
@@ -334,16 +338,16 @@ class Outbox:
                     way_out,
                 )
 
-    def _append(self, lines: bytes, events: int, *, power: bool) -> Outcome:
+    def _append_or_start(self, lines: bytes, events: int, *, power: bool) -> Outcome:
         """Append; the first starts the outbox, or finds that it may not. With `power` that waits for the sync too."""
         append = self._committer.commit if power else self._writer.append
         outcome = append(lines, events)
         if outcome is None:
-            reason = self._why_not_started()
+            reason = self._start_or_reason()
             outcome = append(lines, events) if reason is None else self._writer.refuse(reason, events)
         return outcome if outcome is not None else self._writer.refuse("closed", events)
 
-    def _why_not_started(self) -> DropReason | None:
+    def _start_or_reason(self) -> DropReason | None:
         """Start; None where that has succeeded, otherwise what an event is refused for."""
         if not self.settings.enabled:
             return "disabled"
@@ -352,14 +356,14 @@ class Outbox:
         if self._start():
             return None
         # A signal handler in the middle of the start, or the disk.
-        return "would_block" if self._start_under_way else "io_error"
+        return "would_block" if self._is_starting else "io_error"
 
     def _start(self) -> bool:
         """Count what is pending and start the threads; False where the directory cannot be listed."""
-        with self._starting:
-            if self._started or not self.settings.enabled or self._closed or self._start_under_way:
+        with self._start_lock:
+            if self._started or not self.settings.enabled or self._closed or self._is_starting:
                 return self._started
-            self._start_under_way = True
+            self._is_starting = True
             try:
                 account = self._directory.account()
                 trouble = ""
@@ -368,10 +372,10 @@ class Outbox:
             except OSError as error:
                 trouble = f"the directory cannot be listed: {error}"
             finally:
-                self._start_under_way = False
+                self._is_starting = False
         # Logged without the lock: a log handler may itself enqueue.
         if trouble:
-            self._entrance.explain(trouble)
+            self._encoder.log_invalid(trouble)
         elif account.pending_files:
             log.info("%s: %d files, %d bytes wait", self.name, account.pending_files, account.pending_bytes)
         return self._started
@@ -382,31 +386,31 @@ class Outbox:
         self._sealer.capacity.look_at_space()
         self._sealer.start()
         telemetry = instruments()
-        telemetry.add(self)
+        telemetry.observe_outbox(self)
         callbacks = Callbacks(
             self._writer.release,
-            lambda seconds, sink: telemetry.flush_duration.record(seconds, {"outbox": self.name, **of_sink(sink)}),
-            self._hooks.dead_letter,
-            self._hooks.dead_letter_failures,
+            lambda seconds, sink: telemetry.flush_duration.record(seconds, {"outbox": self.name, **sink_attributes(sink)}),
+            self._hooks.report_dead_letter,
+            self._hooks.add_dead_letter_failures,
             partial(self._writer.release, files=0),
         )
-        self._delivery = deliverer_for(
-            self.settings, self._directory, self._clock, self._ledger, callbacks, self._busy, self._sinks
+        self._runner = deliverer_for(
+            self.settings, self._directory, self._clock, self._ledger, callbacks, self._is_busy, self._sinks
         )
-        if self._delivery is not None:
-            self._delivery.start()
+        if self._runner is not None:
+            self._runner.start()
         self._started = True
 
-    def _busy(self) -> bool:
+    def _is_busy(self) -> bool:
         """Whether this process has stored events of late; asked by the deliverer only."""
         now, count = self._clock.monotonic(), self._writer.accepted
-        if count != self._busy_count:
-            self._busy_count, self._busy_at = count, now
-        return now - self._busy_at < _BUSY_S
+        if count != self._busy_accepted:
+            self._busy_accepted, self._busy_since = count, now
+        return now - self._busy_since < _BUSY_PERIOD_S
 
-    def _notify_deliverer(self) -> None:
-        if self._delivery is not None:
-            self._delivery.notify()
+    def _notify_runner(self) -> None:
+        if self._runner is not None:
+            self._runner.notify()
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Seal now, and wait until everything accepted so far is settled; False when that took too long."""
@@ -417,38 +421,38 @@ class Outbox:
         if not self._sealer.seal_now("manual", timeout):
             return False
         try:
-            first, waiting = self._settled_files(), self._directory.waiting()
+            first, waiting = self._delivered_files(), self._directory.waiting()
             while waiting:
-                before, settled = clock.monotonic(), self._settled_files()
+                before, settled = clock.monotonic(), self._delivered_files()
                 waiting &= self._directory.waiting()
                 now = clock.monotonic()
                 if not waiting:
                     break
                 if now >= deadline:
                     return False
-                threading.Event().wait(min(deadline - now, _LISTING_SHARE * (now - before)))
-                patience = _POLL_S if settled == first else _GROUPS_S
-                self._wait_for_settlement(deadline - clock.monotonic(), patience, settled, len(waiting))
+                threading.Event().wait(min(deadline - now, _LISTING_TIME_SHARE * (now - before)))
+                patience = _POLL_S if settled == first else _GROUP_WAIT_S
+                self._wait_for_deliveries(deadline - clock.monotonic(), patience, settled, len(waiting))
         except OSError:
             return False
         return True
 
-    def _settled_files(self) -> int:
-        return sum(sink.flushed_files for sink in self._delivery.sinks().values()) if self._delivery is not None else 0
+    def _delivered_files(self) -> int:
+        return sum(sink.flushed_files for sink in self._runner.sinks().values()) if self._runner is not None else 0
 
-    def _wait_for_settlement(self, left: float, patience: float, settled: int, files: int) -> None:
+    def _wait_for_deliveries(self, left: float, patience: float, settled: int, files: int) -> None:
         """Wait until so many files are settled beside the first `settled`, or for `patience` seconds none is.
 
         To list the directory any earlier would take time from the deliverer for nothing.
         """
         deadline = self._clock.monotonic() + left
-        if self._delivery is None:
+        if self._runner is None:
             threading.Event().wait(max(0.0, min(left, patience)))
             return
         seen = settled
         while left > 0 and seen - settled < files:
-            self._delivery.wait_for_settlement(seen, min(left, patience))
-            before, seen = seen, self._settled_files()
+            self._runner.wait_for_settlement(seen, min(left, patience))
+            before, seen = seen, self._delivered_files()
             if seen == before:
                 return
             left = deadline - self._clock.monotonic()
@@ -456,7 +460,7 @@ class Outbox:
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""
         # First the sinks: the files whose events are counted as delivered do not wait then.
-        sinks = self._delivery.sinks() if self._delivery is not None else {}
+        sinks = self._runner.sinks() if self._runner is not None else {}
         total = together(sinks)
         accepted, sealed = 0, dict(self._sealer.sealed)
         if self._started:
@@ -495,7 +499,7 @@ class Outbox:
 
         Takes little more than `timeout` seconds in the worst case. Done twice, it is as done once.
         """
-        with self._starting:
+        with self._start_lock:
             if self._closed:
                 return
             self._closed = True
@@ -504,9 +508,9 @@ class Outbox:
         deadline = self._clock.monotonic() + timeout
         if not self._sealer.stop(timeout):
             log.warning("%s: the disk is slow; the active file is adopted at the next start", self.name)
-        if self._delivery is not None:
-            self._delivery.notify()
-            self._delivery.stop(max(0.0, deadline - self._clock.monotonic()))
+        if self._runner is not None:
+            self._runner.notify()
+            self._runner.stop(max(0.0, deadline - self._clock.monotonic()))
         self._ledger.write(sync=False)  # what found its lock held before
 
     def __enter__(self) -> Self:
@@ -523,23 +527,23 @@ class Outbox:
 
     def _after_fork(self) -> None:
         """In the child: let go of the parent's files, locks and threads without touching what they stand for."""
-        _abandoned.append((self._delivery, self._sinks))  # an SQLite connection must not even be closed here
-        if self._given:
+        _kept_from_parent.append((self._runner, self._sinks))  # an SQLite connection must not even be closed here
+        if self._sink_objects:
             # Its connections are the parent's. With a URL the child would have made a sink of its own.
-            self._given, self._delivers = {}, False
-            self._entrance.explain(
+            self._sink_objects, self._delivers = {}, False
+            self._encoder.log_invalid(
                 "a Sink object does not outlive a fork: this process only stores; give URLs to deliver from here too"
             )
-        self._starting = threading.RLock()
+        self._start_lock = threading.RLock()
         self._writer.abandon()
         self._directory.renew()
         self._filesystem.close_inherited()
         if not self._closed:
-            self._arm()
+            self._create_process_state()
 
 
 _outboxes: WeakSet[Outbox] = WeakSet()
-_abandoned: list[Any] = []
+_kept_from_parent: list[Any] = []
 
 
 def _after_fork() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import Histogram, Meter
 
 
-COUNTED: Final = (
+COUNTER_FIELDS: Final = (
     "dead",
     "delivered",
     "discarded",
@@ -38,7 +38,7 @@ COUNTED: Final = (
 class DeliveryCounters:
     """Written by the deliverer's thread only; read by anyone."""
 
-    __slots__ = (*COUNTED, "rate")
+    __slots__ = (*COUNTER_FIELDS, "rate")
 
     def __init__(self) -> None:
         self.delivered = 0  # events that a destination has, `duplicates` of which it had before
@@ -51,9 +51,9 @@ class DeliveryCounters:
         self.failed_flushes = 0  # answers that were not an acceptance
         self.rate: float | None = None  # events a second that are sent at most; None: as many as the destination takes
 
-    def snapshot(self, state: State, last_error: str) -> SinkStats:
+    def to_stats(self, state: State, last_error: str) -> SinkStats:
         """What `stats()` shows of them."""
-        counts = {name: getattr(self, name) for name in COUNTED}
+        counts = {name: getattr(self, name) for name in COUNTER_FIELDS}
         return SinkStats(state=state, last_error=last_error, rate=self.rate, **counts)
 
 
@@ -72,7 +72,7 @@ class SinkStats(msgspec.Struct, frozen=True, kw_only=True):
     rate: float | None  # events a second that are sent at most, while that is bounded
     last_error: str
 
-    def degraded(self, reason: str) -> SinkStats:
+    def as_degraded(self, reason: str) -> SinkStats:
         """The same, where something is wrong that is not the sink's."""
         return msgspec.structs.replace(self, state=State("degraded", reason), last_error=reason)
 
@@ -102,7 +102,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     sinks: dict[str, SinkStats]  # by name, where there are several; what is counted above is the sum of them
 
 
-class Observed(Protocol):
+class HasStats(Protocol):
     """What the instruments read."""
 
     name: str
@@ -111,7 +111,7 @@ class Observed(Protocol):
         """A snapshot."""
 
 
-Reading = tuple[float, dict[str, str]]  # a number, and the attributes that it has beside `outbox`
+Measurement = tuple[float, dict[str, str]]  # a number, and the attributes that it has beside `outbox`
 FLUSH_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -122,76 +122,78 @@ class Metric(NamedTuple):
     unit: str
     description: str
     kind: Literal["counter", "gauge"]
-    read: Callable[[Any], Iterable[Reading]]
+    read: Callable[[Any], Iterable[Measurement]]
 
 
 FLUSH_DURATION: Final = ("flush.duration", "s", "From reading a sealed file to its removal")
 
 # Of `Stats`, or of anything else with these two.
-PENDING: Final = (
+PENDING_METRICS: Final = (
     Metric("pending.bytes", "By", "Bytes that wait for delivery", "gauge", lambda s: [(s.pending_bytes, {})]),
     Metric("pending.files", "{file}", "Files that wait for delivery", "gauge", lambda s: [(s.pending_files, {})]),
 )
 
 # Of `Stats`: what only the process of a writer knows.
-WRITING: Final = (
+WRITER_METRICS: Final = (
     Metric("enqueued", "{event}", "Events accepted", "counter", lambda s: [(s.accepted, {})]),
-    Metric("dropped", "{event}", "Events refused at the door", "counter", lambda s: _by("reason", s.dropped)),
-    Metric("sealed", "{file}", "Files sealed", "counter", lambda s: _by("reason", s.sealed)),
+    Metric("dropped", "{event}", "Events refused at the door", "counter", lambda s: _measure_by("reason", s.dropped)),
+    Metric("sealed", "{file}", "Files sealed", "counter", lambda s: _measure_by("reason", s.sealed)),
     Metric("evicted", "{event}", "Events given up for newer ones", "counter", lambda s: [(s.evicted, {})]),
-    Metric("hook.failures", "{call}", "Calls of hooks that raised", "counter", lambda s: _by("hook", s.hook_failures)),
+    Metric("hook.failures", "{call}", "Calls of hooks that raised", "counter", lambda s: _measure_by("hook", s.hook_failures)),
 )
 
 
-def _by(attribute: str, counts: dict[str, int]) -> Iterator[Reading]:
+def _measure_by(attribute: str, counts: dict[str, int]) -> Iterator[Measurement]:
     return ((count, {attribute: value}) for value, count in counts.items())
 
 
-def of_sink(name: str) -> dict[str, str]:
+def sink_attributes(name: str) -> dict[str, str]:
     """The attribute that tells one of several sinks from the others; where there is only one, none is needed."""
     return {"sink": name} if name else {}
 
 
-def _each(name: str) -> Callable[[Mapping[str, SinkStats | Stats]], Iterator[Reading]]:
+def _measure_each_sink(name: str) -> Callable[[Mapping[str, SinkStats | Stats]], Iterator[Measurement]]:
     count = attrgetter(name)
-    return lambda sinks: ((count(sink), of_sink(name)) for name, sink in sinks.items())
+    return lambda sinks: ((count(sink), sink_attributes(name)) for name, sink in sinks.items())
 
 
-def _states(sinks: Mapping[str, SinkStats | Stats]) -> Iterator[Reading]:
+def _measure_states(sinks: Mapping[str, SinkStats | Stats]) -> Iterator[Measurement]:
     for name, sink in sinks.items():
         for state in get_args(StateName):
-            yield int(state == sink.state.name), {"state": state, **of_sink(name)}
+            yield int(state == sink.state.name), {"state": state, **sink_attributes(name)}
 
 
-def _rates(sinks: Mapping[str, SinkStats | Stats]) -> Iterator[Reading]:
-    return ((sink.rate, of_sink(name)) for name, sink in sinks.items() if sink.rate is not None)
+def _measure_rates(sinks: Mapping[str, SinkStats | Stats]) -> Iterator[Measurement]:
+    return ((sink.rate, sink_attributes(name)) for name, sink in sinks.items() if sink.rate is not None)
 
 
 # Of a `SinkStats` for each sink.
-DELIVERING: Final = (
-    Metric("corrupt", "{span}", "Damaged spans set aside", "counter", _each("quarantined")),
-    Metric("dead", "{event}", "Events kept as dead letters", "counter", _each("dead")),
-    Metric("discarded", "{record}", "Of these two, what was not kept for want of room", "counter", _each("discarded")),
-    Metric("delivered", "{event}", "Events that the destination has", "counter", _each("delivered")),
-    Metric("duplicates", "{event}", "Of these, events that it had before", "counter", _each("duplicates")),
-    Metric("flushed.files", "{file}", "Files delivered and removed", "counter", _each("flushed_files")),
-    Metric("flushed.bytes", "By", "Bytes of these files", "counter", _each("flushed_bytes")),
-    Metric("flush.failures", "{attempt}", "Attempts that were not accepted", "counter", _each("failed_flushes")),
-    Metric("rate.limit", "{event}/s", "Events that are sent at most, while that is bounded", "gauge", _rates),
-    Metric("state", "{state}", "1 for the state the deliverer is in, 0 for the others", "gauge", _states),
+DELIVERY_METRICS: Final = (
+    Metric("corrupt", "{span}", "Damaged spans set aside", "counter", _measure_each_sink("quarantined")),
+    Metric("dead", "{event}", "Events kept as dead letters", "counter", _measure_each_sink("dead")),
+    Metric(
+        "discarded", "{record}", "Of these two, what was not kept for want of room", "counter", _measure_each_sink("discarded")
+    ),
+    Metric("delivered", "{event}", "Events that the destination has", "counter", _measure_each_sink("delivered")),
+    Metric("duplicates", "{event}", "Of these, events that it had before", "counter", _measure_each_sink("duplicates")),
+    Metric("flushed.files", "{file}", "Files delivered and removed", "counter", _measure_each_sink("flushed_files")),
+    Metric("flushed.bytes", "By", "Bytes of these files", "counter", _measure_each_sink("flushed_bytes")),
+    Metric("flush.failures", "{attempt}", "Attempts that were not accepted", "counter", _measure_each_sink("failed_flushes")),
+    Metric("rate.limit", "{event}/s", "Events that are sent at most, while that is bounded", "gauge", _measure_rates),
+    Metric("state", "{state}", "1 for the state the deliverer is in, 0 for the others", "gauge", _measure_states),
 )
 
 
-def observe(meter: Meter, metrics: Iterable[Metric], snapshots: Callable[[], Iterable[tuple[str, Any]]]) -> None:
+def create_instruments(meter: Meter, metrics: Iterable[Metric], snapshots: Callable[[], Iterable[tuple[str, Any]]]) -> None:
     """Make an observable instrument of each, which reads what `snapshots` tells of each outbox, by its name."""
     for metric in metrics:
         make = meter.create_observable_gauge if metric.kind == "gauge" else meter.create_observable_counter
-        callback = _observer(metric.read, snapshots)
+        callback = _observable_callback(metric.read, snapshots)
         make(f"pillarbox.{metric.name}", callbacks=[callback], unit=metric.unit, description=metric.description)
 
 
-def _observer(
-    read: Callable[[Any], Iterable[Reading]], snapshots: Callable[[], Iterable[tuple[str, Any]]]
+def _observable_callback(
+    read: Callable[[Any], Iterable[Measurement]], snapshots: Callable[[], Iterable[tuple[str, Any]]]
 ) -> Callable[[CallbackOptions], Iterable[Observation]]:
     def observations(_options: CallbackOptions) -> Iterator[Observation]:
         for outbox, snapshot in snapshots():
@@ -201,7 +203,7 @@ def _observer(
     return observations
 
 
-def make_flush_duration(meter: Meter) -> Histogram:
+def create_flush_duration(meter: Meter) -> Histogram:
     """The one instrument that is called: once for each file."""
     name, unit, description = FLUSH_DURATION
     return meter.create_histogram(
@@ -209,32 +211,34 @@ def make_flush_duration(meter: Meter) -> Histogram:
     )
 
 
-class _Instruments:
+class Instruments:
     """One set of instruments a process, reading every open outbox."""
 
     def __init__(self) -> None:
         self._outboxes: WeakSet[Any] = WeakSet()
         meter = metrics.get_meter("pillarbox")
-        observe(meter, (*PENDING, *WRITING), self._stats)
-        observe(meter, DELIVERING, lambda: ((name, stats.sinks or {"": stats}) for name, stats in self._stats()))
-        self.flush_duration = make_flush_duration(meter)
+        create_instruments(meter, (*PENDING_METRICS, *WRITER_METRICS), self._read_stats)
+        create_instruments(
+            meter, DELIVERY_METRICS, lambda: ((name, stats.sinks or {"": stats}) for name, stats in self._read_stats())
+        )
+        self.flush_duration = create_flush_duration(meter)
 
-    def _stats(self) -> Iterator[tuple[str, Stats]]:
+    def _read_stats(self) -> Iterator[tuple[str, Stats]]:
         return ((outbox.name, outbox.stats()) for outbox in list(self._outboxes))
 
-    def add(self, outbox: Observed) -> None:
+    def observe_outbox(self, outbox: HasStats) -> None:
         """Read this outbox too, as long as it lives."""
         self._outboxes.add(outbox)
 
 
-_instruments: _Instruments | None = None
-_making = threading.Lock()
+_instruments: Instruments | None = None
+_instruments_lock = threading.Lock()
 
 
-def instruments() -> _Instruments:
+def instruments() -> Instruments:
     """The instruments of this process, made at first use so that the application's SDK can be there before."""
     global _instruments  # noqa: PLW0603 - OpenTelemetry has one meter provider a process as well
-    with _making:
+    with _instruments_lock:
         if _instruments is None:
-            _instruments = _Instruments()
+            _instruments = Instruments()
         return _instruments

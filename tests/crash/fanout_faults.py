@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Final
 
-from pillarbox.errors import DirectoryUnusable
+from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store.layout import Kind
 from pillarbox.testing.crash import Op
 from pillarbox.testing.durability_model import Survivors
@@ -42,7 +42,7 @@ def check(history: str, fault: Fault) -> tuple[list[Op], str]:
     for letter, _ in steps_of(history):
         try:
             world.run(letter)
-        except DirectoryUnusable:
+        except DirectoryUnusableError:
             world.kill()
         except OSError:
             pass  # whoever calls says so, and tries it again

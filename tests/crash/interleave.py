@@ -46,7 +46,7 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Killed
 PLACE: Final = "/outbox"
 PREEMPTIONS: Final = 3
 KILLS: Final = 1
-RULES: Final = Rules(outage_after=0, named_at_once=2)  # so that what waits is named in several parts
+RULES: Final = Rules(stop_after_rejected_batches=0, named_at_once=2)  # so that what waits is named in several parts
 # What no other process can notice. Where the others cannot tell before from after, one point stands for both.
 UNNOTICED: Final = frozenset({"sync_data", "sync_directory", "space", "directory_facts", "make_directory", "replace_all"})
 

@@ -16,7 +16,7 @@ import msgspec
 
 from pillarbox.delivery import settlement
 from pillarbox.delivery.settlement import DeadLetter
-from pillarbox.errors import DirectoryUnusable
+from pillarbox.errors import DirectoryUnusableError
 from pillarbox.outcome import Enqueued
 from pillarbox.sinks.base import Batch, CheckResult, Delivered, DeliveryResult, PartialFailure, Rejection, SinkCapabilities
 from pillarbox.store import layout, reader, record
@@ -286,7 +286,7 @@ class World:
             self._processes[which] = plain, process
             try:
                 process.start()
-            except (OSError, DirectoryUnusable):
+            except (OSError, DirectoryUnusableError):
                 self.kill(which)
                 return None
         return self._processes[which][1]

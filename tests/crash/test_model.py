@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Misuse, Op, State
 from pillarbox.testing.durability_model import NAMES_MAX, Survivors
@@ -360,7 +360,7 @@ def test_a_file_with_several_names_is_opened_by_who_expects_it_only() -> None:
     _disk, filesystem = queue(a=b"")
     filesystem.link(A, QA)
     for verb in (filesystem.open_existing, filesystem.open_lock, filesystem.open_append):
-        with pytest.raises(FileUnusable):
+        with pytest.raises(FileUnusableError):
             verb(A)
     assert filesystem.open_existing(QA, linked=True)
 

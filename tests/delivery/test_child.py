@@ -24,7 +24,7 @@ from pillarbox.delivery.lease import Lease, last_heartbeat
 from pillarbox.delivery.process.protocol import decode_settings, encode_settings
 from pillarbox.delivery.process.supervisor import Supervisor
 from pillarbox.delivery.settlement import Callbacks
-from pillarbox.delivery.state import SILENT_AFTER_S, State
+from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, State
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.testing import ManualClock, RecordingSink
@@ -421,10 +421,10 @@ def test_where_nobody_delivers_for_long_the_state_says_so(place: Directory, capl
     elsewhere.start()
     assert elsewhere.sinks()[""].state == State("idle")
     with caplog.at_level(logging.INFO, "pillarbox"):
-        clock.advance(SILENT_AFTER_S + 1)
+        clock.advance(HEARTBEAT_STALE_AFTER_S + 1)
         for _ in range(3):
             elsewhere.notify()
-            clock.advance(SILENT_AFTER_S + 1)
+            clock.advance(HEARTBEAT_STALE_AFTER_S + 1)
         state = elsewhere.sinks()[""].state
         assert (state.name, state.reason[:36]) == ("degraded", "nobody delivers this directory (is `")
         lease = Lease(place, "sqlite:///x", clock)

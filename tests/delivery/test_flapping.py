@@ -23,7 +23,7 @@ from tests.delivery.test_outage import calls_a_try, dead_in
 RULES = Rules(interval_s=0.01, recheck_s=0.03, backoff=Backoff(base_s=0.001, max_s=0.002))
 CALLS_MAX = 2 * 9 + 2 + 2  # for 500 records of which none is accepted: twice their halvings, and a few
 CALLS_MAX_WITH_GOOD_ONES = 4 * (2 * 9 + 2) + 3  # likewise where a half was accepted
-PER_SUCCESS_MAX = RULES.outage_after  # batches that one success may have given up
+PER_SUCCESS_MAX = RULES.stop_after_rejected_batches  # batches that one success may have given up
 
 
 class Flapping(RecordingSink):
@@ -175,7 +175,7 @@ def test_a_stop_that_a_call_under_way_has_ended_is_not_told(place: Directory) ->
     class Mixed(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             self.calls.append(batch.id)
-            if int(batch.payloads[0]) <= RULES.outage_after:
+            if int(batch.payloads[0]) <= RULES.stop_after_rejected_batches:
                 return Rejected(NO)
             await asyncio.sleep(0.05)
             return Delivered(len(batch))
@@ -189,7 +189,7 @@ def test_a_stop_that_a_call_under_way_has_ended_is_not_told(place: Directory) ->
     thread.start()
     assert worker.idle.wait(60)
     assert thread.stop(30)
-    assert len(dead_in(place)) == RULES.outage_after
+    assert len(dead_in(place)) == RULES.stop_after_rejected_batches
     assert "0 batches" not in worker.last_error
     assert worker.counters.failed_flushes == 0
 

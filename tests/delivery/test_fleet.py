@@ -170,7 +170,7 @@ def test_it_is_stuck_once_one_is_stopped_and_the_others_have_nothing_to_do(box: 
     slow, broken = SlowToOpen(), RecordingSink([Misconfigured("no such table")])
     with Outbox(str(box), sinks={"slow": slow, "broken": broken}) as outbox:
         fill_files(outbox, 2)
-        fleet = outbox._delivery
+        fleet = outbox._runner
         assert isinstance(fleet, Fleet)
         wait_until(lambda: outbox.stats().sinks["broken"].state.name == "stopped" and slow.loop is not None)
         assert not fleet.is_stuck()

@@ -145,10 +145,10 @@ def test_a_batch_that_is_bad_from_the_first_record_on_is_set_aside_and_the_rest_
 
 
 def test_what_is_refused_as_a_whole_is_final_where_the_operator_says_so(place: Directory) -> None:
-    """`outage_after = 0`."""
+    """`stop_after_rejected_batches = 0`."""
     for stamp in range(1, 6):
         seal(place, stamp, b'"poison %d"' % stamp)
-    worker = worker_for(place, Poisoned(), rules=SLOW._replace(outage_after=0))
+    worker = worker_for(place, Poisoned(), rules=SLOW._replace(stop_after_rejected_batches=0))
     drain(worker)
     assert worker.counters.dead == 5
 

@@ -29,8 +29,8 @@ from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Misconfigured
 BACKOFF = Backoff(base_s=0.5, max_s=30.0)
 RULES = [
     Rules(backoff=BACKOFF),
-    Rules(backoff=BACKOFF, outage_after=0),
-    Rules(backoff=BACKOFF, outage_after=1),
+    Rules(backoff=BACKOFF, stop_after_rejected_batches=0),
+    Rules(backoff=BACKOFF, stop_after_rejected_batches=1),
     Rules(backoff=BACKOFF, max_age_s=3600.0),
     Rules(backoff=BACKOFF, max_age_s=60.0),
 ]
@@ -64,7 +64,7 @@ LATELY = [
 
 def hopeless(lately: Lately, rules: Rules) -> bool:
     """Whether the search for bad records in this batch has lasted too long to be one."""
-    if rules.outage_after == 0 or (lately.proven and lately.condemned < rules.outage_after):
+    if rules.stop_after_rejected_batches == 0 or (lately.proven and lately.condemned < rules.stop_after_rejected_batches):
         return False
     if lately.accepted:
         return lately.repeatable and lately.refused_calls >= 80
@@ -72,7 +72,7 @@ def hopeless(lately: Lately, rules: Rules) -> bool:
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
-@pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.outage_after}-{rules.max_age_s}")
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.stop_after_rejected_batches}-{rules.max_age_s}")
 def test_every_answer_has_an_action(answer: DeliveryResult, rules: Rules) -> None:
     """The whole table: nothing gives up but by an age limit, and no record is dropped without a dead letter."""
     for lately, size, attempt, share in product(LATELY, [0, 1, 2, 500], [1, 10, 10**6], [0.0, 0.999]):
@@ -101,19 +101,19 @@ def test_every_answer_has_an_action(answer: DeliveryResult, rules: Rules) -> Non
                 assert isinstance(action, (GiveUp if too_old else PutOff) if hopeless(lately, rules) else Split)
 
 
-@pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.outage_after}-{rules.max_age_s}")
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.stop_after_rejected_batches}-{rules.max_age_s}")
 def test_what_is_refused_as_a_whole_is_judged_by_what_else_is_accepted(rules: Rules) -> None:
     """A refusal is final where the destination takes something, and where the operator says so."""
     for lately, accepted in product(LATELY, [0, 1]):
         verdict = judge(accepted, lately, rules)
         if (
             accepted
-            or rules.outage_after == 0
+            or rules.stop_after_rejected_batches == 0
             or is_too_old(lately, rules)
-            or (lately.proven and lately.condemned < rules.outage_after)
+            or (lately.proven and lately.condemned < rules.stop_after_rejected_batches)
         ):
             assert verdict is Verdict.FINAL
-        elif lately.refused_batches + lately.condemned + 1 >= rules.outage_after:
+        elif lately.refused_batches + lately.condemned + 1 >= rules.stop_after_rejected_batches:
             assert verdict is Verdict.OUTAGE
         else:
             assert verdict is Verdict.PUT_OFF

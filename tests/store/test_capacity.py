@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox import Dropped, Enqueued, Outbox, OutboxFull
+from pillarbox import Dropped, Enqueued, Outbox, OutboxFullError
 from pillarbox.clock import SystemClock
 from pillarbox.sinks.base import Retry
 from pillarbox.store import layout
@@ -121,13 +121,13 @@ def test_without_drop_oldest_nothing_is_given_up(tmp_path: Path) -> None:
 def test_raise_raises_and_says_why(tmp_path: Path) -> None:
     """For one, for many, and from a coroutine; an event of the wrong kind is still only dropped."""
     with Outbox(str(tmp_path / "outbox"), max_bytes=0, when_full="raise") as outbox:
-        with pytest.raises(OutboxFull, match="max_bytes"):
+        with pytest.raises(OutboxFullError, match="max_bytes"):
             outbox.enqueue(event(1))
-        with pytest.raises(OutboxFull):
+        with pytest.raises(OutboxFullError):
             outbox.enqueue_many([event(1)])
-        with pytest.raises(OutboxFull):
+        with pytest.raises(OutboxFullError):
             asyncio.run(outbox.enqueue_async(event(1)))
-        with pytest.raises(OutboxFull):
+        with pytest.raises(OutboxFullError):
             asyncio.run(outbox.enqueue_async(event(1), durability="power"))
         assert outbox.enqueue("no event") == Dropped("invalid")  # type: ignore[arg-type]
         assert outbox.stats().dropped["max_bytes"] == 4

@@ -108,7 +108,7 @@ def test_without_the_library_a_compressed_file_is_left_alone() -> None:
     """It says what is missing, and so does the setting; a plain one is read, and nothing is imported for it."""
     script = f"""if True:
         import sys
-        from pillarbox.errors import ConfigurationError, FileUnusable
+        from pillarbox.errors import ConfigurationError, FileUnusableError
         from pillarbox.settings import resolve
         from pillarbox.store import reader
         assert reader.read_file({NAME!r}, b"", lambda: None)[0].payloads == []
@@ -116,7 +116,7 @@ def test_without_the_library_a_compressed_file_is_left_alone() -> None:
         sys.modules["backports"] = sys.modules["backports.zstd"] = sys.modules["compression"] = None
         try:
             reader.read_file({PACKED!r}, b"x", lambda: None)
-        except FileUnusable as error:
+        except FileUnusableError as error:
             print(error)
         try:
             resolve({{"compress_after": 60}})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox.clock import SystemClock
-from pillarbox.errors import DirectoryUnusable, FileUnusable
+from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory, Taken
 from pillarbox.store.fanout import FanOut
@@ -52,7 +52,7 @@ def test_an_open_directory_is_used_with_a_warning(tmp_path: Path, clock: ManualC
 def test_a_directory_that_cannot_be_is_an_error_at_once(tmp_path: Path, clock: ManualClock, path: str) -> None:
     """Not at the first event."""
     (tmp_path / "file").write_text("")
-    with pytest.raises((DirectoryUnusable, ValueError)):
+    with pytest.raises((DirectoryUnusableError, ValueError)):
         Directory(str(tmp_path / path), RealFilesystem(), clock).open()
 
 
@@ -124,7 +124,7 @@ def test_what_is_planted_under_our_names_is_left_alone(place: Directory, tmp_pat
     victim.write_bytes(b"precious\n")
     path = Path(place.path) / "active-x-1.ndjson"
     plant(planted, path, victim)
-    with pytest.raises(FileUnusable):
+    with pytest.raises(FileUnusableError):
         place.take(path.name)
     assert place.recover() == []
     assert victim.read_bytes() == b"precious\n"
@@ -312,7 +312,7 @@ class _Mounted(RealFilesystem):
 
 def test_a_directory_on_a_network_is_refused_with_the_reason(tmp_path: Path, clock: ManualClock) -> None:
     """Its locks and syncs do not hold what is promised."""
-    with pytest.raises(DirectoryUnusable, match=r"nfs4.*local file system"):
+    with pytest.raises(DirectoryUnusableError, match=r"nfs4.*local file system"):
         Directory(str(tmp_path), _Mounted(), clock).open()
 
 

@@ -12,7 +12,7 @@ import pytest
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease
 from pillarbox.delivery.state import State
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem, medium_of
@@ -29,7 +29,7 @@ def test_a_lock_file_that_is_planted_is_refused_and_its_victim_unchanged(
     path = Path(place.at(layout.DELIVER_LOCK))
     plant(planted, path, victim)
     lease = Lease(place, "sink", SystemClock())
-    with pytest.raises(FileUnusable):
+    with pytest.raises(FileUnusableError):
         lease.take()
     lease.beat(State("idle"), 0, "", now=True)
     assert victim.read_bytes() == b"precious\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, request
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem, RealFilesystem
@@ -148,7 +148,7 @@ def test_what_is_planted_under_the_name_hurts_no_writer(stage: Stage, planted: s
     stage.put()
     if planted in ("link", "directory", "pipe"):
         assert active_and_sealed(stage) == (1, 0)
-        with pytest.raises((FileUnusable, IsADirectoryError)):
+        with pytest.raises((FileUnusableError, IsADirectoryError)):
             request.ask(stage.place, stage.clock)
     else:
         request.ask(stage.place, stage.clock)

@@ -76,7 +76,7 @@ class Life:
             "min_free_bytes": 0,
             "backoff_max": BACKOFF_MAX_S,
             "call_timeout": CALL_TIMEOUT_S,
-            "outage_after": self.chance.choice((0, 3)),
+            "stop_after_rejected_batches": self.chance.choice((0, 3)),
             "max_in_flight": self.chance.choice((1, 1, 3)),
         }
         if self.scene.has_several and self.chance.random() < _KEEPING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from pillarbox.delivery.settlement import DeadLetter
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 
@@ -121,7 +121,7 @@ def content(directory: Directory, name: str) -> bytes | Trouble | None:
         fd = directory.open_found(name)
     except FileNotFoundError:
         return None
-    except FileUnusable as error:
+    except FileUnusableError as error:
         return Trouble(name, error.problem)
     except OSError as error:
         return Trouble(name, f"cannot be read: {error.strerror}")

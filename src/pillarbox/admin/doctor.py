@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import filesystem, layout
 from pillarbox.store.directory import NETWORK_MEDIA, OPEN_MODE, VOLATILE_MEDIA
 from pillarbox.store.layout import Kind
@@ -152,7 +152,7 @@ def probe(place: Directory, clock: Clock, *, power: bool, links: bool = False) -
                 findings.append(step(place, f"{mine}-{number}.probe"))
             except OSError as error:
                 findings.append(bad(check, f"{error.strerror}: {_way_out(error)}"))
-            except FileUnusable as error:  # where users are mapped to others, as network file systems do
+            except FileUnusableError as error:  # where users are mapped to others, as network file systems do
                 findings.append(bad(check, f"a file made just now {error.problem}: {_ANOTHER_DISK}"))
             if check in _NEEDED and not findings[-1].ok:
                 break
@@ -281,7 +281,7 @@ def _link(place: Directory, name: str, *, needed: bool) -> Finding:
             return good("hard link", f"{text}; one destination needs none")
     try:
         fd = place.filesystem.open_existing(place.at(name))
-    except FileUnusable:
+    except FileUnusableError:
         return good("hard link", "can be made, and is counted")
     place.filesystem.close(fd)
     return good("hard link", "can be made, but is not counted: a second link to our files would not be seen")

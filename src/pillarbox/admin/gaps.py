@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.filesystem import identity_of
 from pillarbox.store.ledger import entries_of
@@ -89,7 +89,7 @@ class Missed:
         filesystem = self._directory.filesystem
         try:
             fd = filesystem.open_existing(self._directory.at(layout.LEDGER))
-        except (OSError, FileUnusable):
+        except (OSError, FileUnusableError):
             return []
         try:
             file, size = identity_of(fd), filesystem.size(fd)

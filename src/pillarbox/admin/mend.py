@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from pillarbox.errors import InvalidEvent, UsageError
+from pillarbox.errors import InvalidEventError, UsageError
 from pillarbox.event import Codec
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Gate:
         self.members(payload)
         try:
             self._check(payload)
-        except (msgspec.DecodeError, InvalidEvent, UnicodeDecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, InvalidEventError, UnicodeDecodeError, RecursionError) as error:
             raise Unfit(f"is no {self.event_type.__name__}: {error}") from None
 
     def members(self, payload: bytes) -> dict[str, msgspec.Raw]:

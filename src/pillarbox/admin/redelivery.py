@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.admin import dead_letters
 from pillarbox.admin.dead_letters import Trouble
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, reader
 from pillarbox.store.ledger import Ledger, Resent
 from pillarbox.store.quota import SLACK_SHARE
@@ -156,7 +156,7 @@ class Resend:
             return None
         try:
             contents, _ = reader.read_file(file.name, data, lambda: None)
-        except FileUnusable as error:
+        except FileUnusableError as error:
             self._report.trouble(file.name, error.problem)
             return None
         return len(contents.payloads)

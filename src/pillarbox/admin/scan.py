@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec.structs import replace
 
 from pillarbox.admin.dead_letters import Trouble
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout, reader
 from pillarbox.store.layout import Kind
 
@@ -89,7 +89,7 @@ def content(sights: list[Sight], tell: Callable[[Trouble], None]) -> bytes | Non
             data, problem = compression.unpack(sight.name, _bytes(sight.place, sight.name))
         except FileNotFoundError:
             continue
-        except FileUnusable as error:
+        except FileUnusableError as error:
             troubles.append(Trouble(sight.shown, error.problem))
         except OSError as error:
             troubles.append(Trouble(sight.shown, f"cannot be read: {error.strerror}"))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pillarbox.delivery.lease import last_heartbeat
-from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
-from pillarbox.errors import DirectoryUnusable
+from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, Heartbeat
+from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 
@@ -63,14 +63,14 @@ def _sealed(place: Directory) -> dict[str, int]:
 
 
 def look(place: Directory, clock: Clock, durability: str) -> Status:
-    """How a directory stands now; raises `DirectoryUnusable` where it cannot be listed."""
+    """How a directory stands now; raises `DirectoryUnusableError` where it cannot be listed."""
     try:
         queues = place.queues()
         shared = _sealed(place) if queues else {}  # before the queues: what leaves it is in each of them by then
         sinks = [_sink(queue, shared, clock) for queue in queues]
         account = place.account()
     except OSError as error:
-        raise DirectoryUnusable(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
+        raise DirectoryUnusableError(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
     beat = last_heartbeat(place)
     return Status(
         directory=place.path,
@@ -131,7 +131,7 @@ def state_text(beat: Heartbeat | None, silent: float | None) -> str:
     if beat.state.retry_at_micros is not None:
         left = (beat.state.retry_at_micros - beat.at_micros) / 1e6 - silent
         again = f", next try in {max(0.0, left):,.0f} s"
-    gone = f"silent for {silent:,.0f} s (gone, or it hangs); it was " if silent > SILENT_AFTER_S else ""
+    gone = f"silent for {silent:,.0f} s (gone, or it hangs); it was " if silent > HEARTBEAT_STALE_AFTER_S else ""
     return f"{gone}{beat.state}{again}"
 
 

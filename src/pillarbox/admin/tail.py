@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pillarbox.admin.dead_letters import Trouble
 from pillarbox.admin.gaps import Missed
 from pillarbox.admin.scan import batches, content, lines, look, places_of
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.filesystem import identity, identity_of
 from pillarbox.store.layout import Kind
@@ -147,7 +147,7 @@ class Follower:
                     fd = sight.place.open_found(sight.name)
                 except FileNotFoundError:
                     continue  # sealed meanwhile
-                except (OSError, FileUnusable) as error:
+                except (OSError, FileUnusableError) as error:
                     self._tell(Trouble(sight.shown, f"cannot be read: {error}"))
                     continue
                 self._active[sight.name] = _Stream(sight, fd)

@@ -19,7 +19,7 @@ from pillarbox.admin.mend import Gate
 from pillarbox.cli.app import Exit, err, log_to_terminal, out, require, settings_from
 from pillarbox.cli.completion import batches
 from pillarbox.clock import SystemClock
-from pillarbox.errors import DirectoryUnusable, UsageError
+from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.outbox import Outbox
 from pillarbox.store import layout
 from pillarbox.store.filesystem import real_filesystem
@@ -88,7 +88,7 @@ class Site:
             self.place.account()
         except OSError as error:
             problem = f"cannot be listed: {error.strerror}"
-            raise DirectoryUnusable(self.settings.directory, problem, "name an outbox directory") from None
+            raise DirectoryUnusableError(self.settings.directory, problem, "name an outbox directory") from None
 
     @property
     def places(self) -> list[Directory]:
@@ -166,7 +166,7 @@ class Site:
         try:
             taken = take_turn(self.place)
         except OSError as error:
-            raise DirectoryUnusable(self.place.path, f"cannot be locked: {error.strerror}", "look at the disk") from None
+            raise DirectoryUnusableError(self.place.path, f"cannot be locked: {error.strerror}", "look at the disk") from None
         if taken is None:
             return False
         try:
@@ -179,7 +179,7 @@ class Site:
     def _durability(self) -> Any:
         try:
             self.place.check_power()
-        except DirectoryUnusable:
+        except DirectoryUnusableError:
             return "process"  # in memory: what it is taken from would not survive either
         return "power"
 

@@ -111,7 +111,7 @@ def _deliver(
     place = directory_at(settings.directory, real_filesystem(), clock)
     place.open()
     shown = MetricsExporters(place, settings, clock, metrics, otlp)
-    on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).dead_letter
+    on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).report_dead_letter
     callbacks = Callbacks(on_duration=shown.record_flush, on_dead=on_dead)
     sinks = destinations(settings, {})
     deliverer = make_deliverer(

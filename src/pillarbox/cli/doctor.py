@@ -25,8 +25,8 @@ from pillarbox.cli.app import (
 )
 from pillarbox.cli.context import print_json, printable
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.state import SILENT_AFTER_S, Heartbeat
-from pillarbox.errors import DirectoryUnusable, PillarboxError
+from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, Heartbeat
+from pillarbox.errors import DirectoryUnusableError, PillarboxError
 from pillarbox.outcome import Durability  # noqa: TC001 - typer reads it
 from pillarbox.sinks import make_sink, redact_url
 from pillarbox.store import layout
@@ -97,7 +97,7 @@ def _of_directory(settings: Settings, clock: Clock) -> list[Finding]:
     try:
         status = look(place, clock, settings.durability)
         return [*findings, *_deliverers(status), *_heartbeats(status, clock), *_queues(place, settings, status)]
-    except (OSError, DirectoryUnusable):
+    except (OSError, DirectoryUnusableError):
         return findings  # the directory cannot be used, which is among them
 
 
@@ -116,7 +116,7 @@ def _deliverers(status: Status) -> Iterable[Finding]:
 
 def _deliverer(name: str, beat: Heartbeat | None, silent_s: float | None, files: int, oldest_s: float | None) -> Finding:
     waiting = f"{files:,} sealed files wait"
-    waits = oldest_s is not None and oldest_s > SILENT_AFTER_S
+    waits = oldest_s is not None and oldest_s > HEARTBEAT_STALE_AFTER_S
     if beat is None or silent_s is None:
         text = f"{name}none so far; {waiting}"
         return (
@@ -124,7 +124,7 @@ def _deliverer(name: str, beat: Heartbeat | None, silent_s: float | None, files:
             if waits
             else good("deliverer", text)
         )
-    if silent_s > SILENT_AFTER_S:
+    if silent_s > HEARTBEAT_STALE_AFTER_S:
         text = f"{name}process {beat.pid}, silent for {silent_s:,.0f} s; {waiting}"
         if not waits:
             return good("deliverer", text)

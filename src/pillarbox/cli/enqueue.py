@@ -24,7 +24,7 @@ from pillarbox.cli.app import (
     settings_from,
 )
 from pillarbox.cli.intake import REPORTED_MAX, Display, strict_decoder
-from pillarbox.errors import InvalidEvent
+from pillarbox.errors import InvalidEventError
 from pillarbox.outbox import Outbox
 
 
@@ -71,7 +71,7 @@ def enqueue(
             problem = None
             try:
                 event = decode(line)
-            except (InvalidEvent, msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (InvalidEventError, msgspec.DecodeError, UnicodeDecodeError) as error:
                 problem = str(error)
             else:
                 outcome = outbox.enqueue(event)

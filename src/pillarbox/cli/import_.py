@@ -32,7 +32,7 @@ from pillarbox.cli.context import print_json, printable
 from pillarbox.cli.intake import REPORTED_MAX, Display
 from pillarbox.cli.sources import Item, Reader
 from pillarbox.clock import SystemClock
-from pillarbox.errors import FileUnusable, UsageError
+from pillarbox.errors import FileUnusableError, UsageError
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped
 from pillarbox.store.filesystem import identity, open_to_read, real_filesystem
@@ -154,7 +154,7 @@ def _rejects(path: str | None) -> Iterator[Callable[[bytes], None]]:
     filesystem = real_filesystem()
     try:
         fd = filesystem.open_append(path)
-    except (OSError, FileUnusable) as error:
+    except (OSError, FileUnusableError) as error:
         raise UsageError(f"--rejects {path}: {error}") from None
     try:
         yield lambda raw: filesystem.write_all(fd, raw)

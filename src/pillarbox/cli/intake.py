@@ -8,7 +8,7 @@ import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pillarbox.cli.app import err
-from pillarbox.errors import InvalidEvent
+from pillarbox.errors import InvalidEventError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def strict_decoder(event_type: type[msgspec.Struct]) -> Callable[[bytes], Any]:
         line.decode()  # msgspec does not look into strings that it skips
         unknown = decode_members(line).keys() - members
         if unknown:
-            raise InvalidEvent(min(unknown), f"is no member of {event_type.__name__}")
+            raise InvalidEventError(min(unknown), f"is no member of {event_type.__name__}")
         return decode(line)
 
     return strict

@@ -27,8 +27,8 @@ from pillarbox.cli.app import (
 )
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
-from pillarbox.delivery.state import SILENT_AFTER_S
-from pillarbox.errors import DirectoryUnusable, FileUnusable
+from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
+from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout, request
 from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.layout import Kind
@@ -106,7 +106,7 @@ class Site:
     def is_delivered_here(self) -> bool:
         """Whether somebody delivers the directory, and so adopts what dead writers leave."""
         beat = last_heartbeat(self.place)
-        return beat is not None and self.clock.micros() - beat.at_micros <= SILENT_AFTER_S * 1e6
+        return beat is not None and self.clock.micros() - beat.at_micros <= HEARTBEAT_STALE_AFTER_S * 1e6
 
     def active(self) -> set[str]:
         """The active files that hold something."""
@@ -125,7 +125,7 @@ class Site:
             yield
         except OSError as error:
             problem = f"cannot be listed: {error.strerror}"
-            raise DirectoryUnusable(self.place.path, problem, "name an outbox directory") from None
+            raise DirectoryUnusableError(self.place.path, problem, "name an outbox directory") from None
 
     def looks(self) -> Iterator[bool]:
         """Pause between looks; ends with the time. Listing a large directory is done as seldom as it takes long."""
@@ -182,7 +182,7 @@ def _ask(site: Site) -> None:
         request.ask(site.place, site.clock)
     except OSError as error:
         path = site.place.at(layout.SEAL_REQUEST)
-        raise DirectoryUnusable(
+        raise DirectoryUnusableError(
             path, f"cannot be written: {error.strerror}", "run as the directory's owner, make room"
         ) from None
 
@@ -191,7 +191,7 @@ def _is_nobodys(place: Directory, name: str) -> bool:
     """Whether the writer of an active file is dead. A lock for a moment tells, as it does whoever adopts."""
     try:
         taken = place.take(name)
-    except (OSError, FileUnusable):
+    except (OSError, FileUnusableError):
         return False
     if taken is None:
         return False

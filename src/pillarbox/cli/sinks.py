@@ -12,7 +12,7 @@ from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, a
 from pillarbox.cli.context import counted, print_json, print_table
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
-from pillarbox.errors import DirectoryUnusable, UsageError
+from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import real_filesystem
@@ -167,7 +167,7 @@ def _note_renamed(place: Directory, name: str, to: str) -> None:
     ledger = Ledger(place, clock)
     ledger.note(Renamed(clock.micros(), name, to))
     if not ledger.write(sync=True):
-        raise DirectoryUnusable(place.path, "has a ledger that cannot be written now", "make room, and try it again")
+        raise DirectoryUnusableError(place.path, "has a ledger that cannot be written now", "make room, and try it again")
 
 
 def _place(directory: str | None, config: str | None) -> Directory:
@@ -177,7 +177,7 @@ def _place(directory: str | None, config: str | None) -> Directory:
     try:
         place.account()
     except OSError as error:
-        raise DirectoryUnusable(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
+        raise DirectoryUnusableError(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
     return place
 
 

@@ -10,7 +10,7 @@ import msgspec
 
 from pillarbox.admin.mend import Gate, Unfit
 from pillarbox.cli.intake import strict_decoder
-from pillarbox.errors import InvalidEvent, UsageError
+from pillarbox.errors import InvalidEventError, UsageError
 from pillarbox.event import EVENT_BYTES_MAX, Codec
 from pillarbox.store import record
 
@@ -111,7 +111,7 @@ class Reader:
         """All members of the event type; further ones are refused, for they may be meant for others."""
         try:
             event = self._encode(self._strict(value))
-        except (InvalidEvent, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (InvalidEventError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Unfit(str(error)) from None
         self._gate.check(event)
         return event

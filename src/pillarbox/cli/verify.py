@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, err, out, require, settings_from
 from pillarbox.cli.context import print_table
 from pillarbox.clock import SystemClock
-from pillarbox.errors import DirectoryUnusable
+from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store import layout
 from pillarbox.store.audit import Audit, audit, audit_queues
 from pillarbox.store.filesystem import real_filesystem
@@ -55,7 +55,9 @@ def verify(
     try:
         found = _audited(place)
     except OSError as error:
-        raise DirectoryUnusable(settings.directory, f"cannot be read: {error.strerror}", "name an outbox directory") from None
+        raise DirectoryUnusableError(
+            settings.directory, f"cannot be read: {error.strerror}", "name an outbox directory"
+        ) from None
     balances = all(one.balances for one in found.values())
     if json:
         answer = _answer(settings.directory, found[""], {sink: one for sink, one in found.items() if sink})

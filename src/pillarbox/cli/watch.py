@@ -18,7 +18,7 @@ from pillarbox.admin.filters import written
 from pillarbox.admin.status import Status, look, state_text
 from pillarbox.cli.app import leave_stdout, stop_on_sigterm
 from pillarbox.cli.context import printable
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.ledger import Sealed, entries_of
 
@@ -90,7 +90,7 @@ class Watcher:
         self._sealed_events = self._sealed_bytes = 0
 
     def look(self) -> Look:
-        """How it stands and goes; raises `DirectoryUnusable` where the directory cannot be listed."""
+        """How it stands and goes; raises `DirectoryUnusableError` where the directory cannot be listed."""
         status = look(self._place, self._clock, self._durability)
         has_ledger = self._read_ledger()
         self._moments.append(_Moment(self._clock.monotonic(), status, self._sealed_events, self._sealed_bytes, has_ledger))
@@ -104,7 +104,7 @@ class Watcher:
         except FileNotFoundError:
             self._read_to = 0
             return True
-        except (OSError, FileUnusable):
+        except (OSError, FileUnusableError):
             return False
         try:
             size = filesystem.size(fd)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Compressor:
         try:
             done = self._next(began)
             self._report("")
-        except (OSError, FileUnusable) as error:
+        except (OSError, FileUnusableError) as error:
             self._report(str(error))
             self._not_before = began + _AGAIN_S
             return False, _AGAIN_S

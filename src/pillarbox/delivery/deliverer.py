@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pillarbox.delivery.state import State
-from pillarbox.telemetry import COUNTED, DeliveryCounters
+from pillarbox.telemetry import COUNTER_FIELDS, DeliveryCounters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,14 +40,14 @@ def together(sinks: Mapping[str, SinkStats]) -> SinkStats:
     """All sinks as one: the sums, and the worst state with the name of the sink that is in it."""
     total = DeliveryCounters()
     for sink in sinks.values():
-        for name in COUNTED:
+        for name in COUNTER_FIELDS:
             setattr(total, name, getattr(total, name) + getattr(sink, name))
     rates = [sink.rate for sink in sinks.values()]
     total.rate = None if None in rates else sum(filter(None, rates)) or None
     by_state = sorted(sinks.items(), key=lambda item: _WORST_FIRST.index(item[1].state.name))
-    name, worst = by_state[0] if by_state else (ONLY, total.snapshot(State("idle"), ""))
+    name, worst = by_state[0] if by_state else (ONLY, total.to_stats(State("idle"), ""))
     state = worst.state
     if name != ONLY and state.reason:
         state = State(state.name, f"{name}: {state.reason}", state.retry_at_micros)
     error = next((f"{name}: {sink.last_error}" if name else sink.last_error for name, sink in by_state if sink.last_error), "")
-    return total.snapshot(state, error)
+    return total.to_stats(state, error)

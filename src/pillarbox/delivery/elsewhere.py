@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from pillarbox.delivery.deliverer import ONLY
 from pillarbox.delivery.lease import last_heartbeat
-from pillarbox.delivery.state import SILENT_AFTER_S, State
+from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, State
 from pillarbox.telemetry import DeliveryCounters
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Elsewhere:
     def notify(self) -> None:
         """Whoever delivers looks by itself; a time to see now and then whether anybody does, and to log where that changes."""
         now = self._clock.monotonic()
-        if now - self._looked < SILENT_AFTER_S:
+        if now - self._looked < HEARTBEAT_STALE_AFTER_S:
             return
         self._looked = now
         silent = self._silence(last_heartbeat(self._directory)) is not None
@@ -64,7 +64,7 @@ class Elsewhere:
             state, last_error = beat.state, beat.last_error
         else:
             state, last_error = State("idle"), ""
-        return DeliveryCounters().snapshot(state, last_error)
+        return DeliveryCounters().to_stats(state, last_error)
 
     def wait_for_settlement(self, seen: int, timeout: float) -> None:  # noqa: ARG002 - the protocol's
         """Wait `timeout` seconds: nobody tells."""
@@ -75,4 +75,4 @@ class Elsewhere:
         here = self._clock.monotonic() - self._began
         silent = here if beat is None else (self._clock.micros() - beat.at_micros) / 1e6
         # Where both begin at once, whoever delivers has as long to say so.
-        return silent if min(silent, here) > SILENT_AFTER_S else None
+        return silent if min(silent, here) > HEARTBEAT_STALE_AFTER_S else None

@@ -15,7 +15,7 @@ from pillarbox.delivery.deliverer import together
 from pillarbox.delivery.lease import BEAT_EVERY_S, Lease
 from pillarbox.delivery.state import State
 from pillarbox.delivery.thread import DeliveryThread
-from pillarbox.errors import DirectoryUnusable, FileUnusable
+from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.reconciliation import Adopted
 from pillarbox.telemetry import DeliveryCounters
@@ -104,10 +104,10 @@ class Fleet:
             if thread is not None:
                 (found[sink],) = thread.sinks().values()
             else:
-                found[sink] = DeliveryCounters().snapshot(State("standby", "its queue is not there yet"), "")
+                found[sink] = DeliveryCounters().to_stats(State("standby", "its queue is not there yet"), "")
             trouble = self._trouble
             if trouble and found[sink].state.name in ("idle", "draining"):
-                found[sink] = found[sink].degraded(trouble)
+                found[sink] = found[sink].as_degraded(trouble)
         return found
 
     def is_idle(self) -> bool:
@@ -160,7 +160,7 @@ class Fleet:
             else:
                 wait = min(wait, _TAKE_OVER_S)
             self._begin_to_deliver()
-        except (OSError, FileUnusable, DirectoryUnusable) as error:
+        except (OSError, FileUnusableError, DirectoryUnusableError) as error:
             trouble = f"not handed over: {error}"
         except Exception as error:  # a defect must not end this thread: nothing would be delivered any more
             log.exception("%s: a defect in Pillarbox while files were handed over", self._directory.path)

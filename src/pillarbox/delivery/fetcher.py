@@ -7,11 +7,11 @@ import errno
 import logging
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.clock import give_way
+from pillarbox.clock import yield_gil
 from pillarbox.delivery.backlog import Backlog
 from pillarbox.delivery.lineup import Lineup
 from pillarbox.delivery.shipment import Job, Shipment
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.sinks.base import YIELD_EVERY_RECORDS
 from pillarbox.store import layout, reader
 
@@ -180,7 +180,7 @@ class Loader:
             except BaseException:
                 self._directory.filesystem.close(file.fd)
                 raise
-        except (OSError, FileUnusable) as error:
+        except (OSError, FileUnusableError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 self._forget_names()  # no fault of the file's: all are tried again later
                 self._standing.enter("degraded", str(error))
@@ -204,7 +204,7 @@ class Loader:
     def _give_way(self) -> None:
         # 60 us or so each time, for the kernel rounds the shortest sleep up: not for nobody.
         if self._busy():
-            give_way()
+            yield_gil()
 
 
 def _nothing() -> None:

@@ -29,7 +29,9 @@ class Rules(NamedTuple):
     interval_s: float = 1.0  # between two looks at an idle directory
     recheck_s: float = 15.0  # between two looks at a destination that is set up wrongly
     backoff: Backoff = Backoff()
-    outage_after: int = 3  # batches refused as a whole, in a row, that stop delivery; 0: none do, and each refusal is final
+    stop_after_rejected_batches: int = (
+        3  # batches refused as a whole, in a row, that stop delivery; 0: none do, and each refusal is final
+    )
     max_age_s: float | None = None  # after which a batch that still fails is given up as dead letters; None: never
     max_in_flight: int = 1  # batches at once, where the sink allows several
     call_timeout_s: float = 60.0  # after which a call to a sink is given up and tried again
@@ -139,10 +141,10 @@ def decide(answer: DeliveryResult, size: int, attempt: int, share: float, lately
 
 def judge(accepted: int, lately: Lately, rules: Rules) -> Verdict:
     """What becomes of the refusals of a batch of which `accepted` records arrived."""
-    if accepted or not rules.outage_after or is_too_old(lately, rules):
+    if accepted or not rules.stop_after_rejected_batches or is_too_old(lately, rules):
         return Verdict.FINAL
     # One success proves a few batches bad, not all that wait: the destination may have been well for a moment only.
-    if lately.proven and lately.condemned < rules.outage_after:
+    if lately.proven and lately.condemned < rules.stop_after_rejected_batches:
         return Verdict.FINAL
     return Verdict.OUTAGE if is_outage(lately.refused_batches + lately.condemned + 1, rules) else Verdict.PUT_OFF
 
@@ -166,7 +168,7 @@ def checked(answer: object, size: int) -> DeliveryResult:
 
 def is_outage(refused_batches: int, rules: Rules) -> bool:
     """Whether so many batches in a row were refused as a whole that it is not they that are bad."""
-    return 0 < rules.outage_after <= refused_batches
+    return 0 < rules.stop_after_rejected_batches <= refused_batches
 
 
 def is_too_old(lately: Lately, rules: Rules) -> bool:
@@ -183,7 +185,7 @@ def _too_old(lately: Lately, rules: Rules) -> GiveUp | None:
 
 def _is_hopeless(lately: Lately, rules: Rules) -> bool:
     """Whether halving goes on no further: one poisoned record is found by half as many refusals without a success."""
-    if not rules.outage_after or (lately.proven and lately.condemned < rules.outage_after):
+    if not rules.stop_after_rejected_batches or (lately.proven and lately.condemned < rules.stop_after_rejected_batches):
         return False
     if lately.accepted and not lately.repeatable:
         return False

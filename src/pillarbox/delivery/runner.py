@@ -101,7 +101,19 @@ def make_deliverer(
     def worker(place: Directory, name: str, pen: Ledger) -> Worker:
         sink, text = sinks[name]
         counters = DeliveryCounters()
-        return Worker(place, sink, text, clock, settings.rules, counters, callbacks, busy, durability, settings.kept, pen)
+        return Worker(
+            place,
+            sink,
+            text,
+            clock,
+            settings.delivery_config,
+            counters,
+            callbacks,
+            busy,
+            durability,
+            settings.settlement_limits,
+            pen,
+        )
 
     if ONLY in sinks:
         return DeliveryThread(worker(directory, ONLY, ledger))
@@ -115,5 +127,5 @@ def make_deliverer(
         {name: destination.text for name, destination in sinks.items()},
         lambda queue: worker(queue, queue.sink, fan_out.ledger_of(queue)),
         durability,
-        shelf_for(directory, clock, settings.kept),
+        shelf_for(directory, clock, settings.settlement_limits),
     )

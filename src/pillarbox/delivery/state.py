@@ -6,8 +6,8 @@ from typing import Final, Literal
 
 import msgspec
 
-ANOTHER_DELIVERS: Final = "another process delivers this directory"  # the reason of `standby`
-SILENT_AFTER_S: Final = 10.0  # a deliverer that has not said anything for so long is gone, or hangs
+STANDBY_REASON: Final = "another process delivers this directory"  # the reason of `standby`
+HEARTBEAT_STALE_AFTER_S: Final = 10.0  # a deliverer that has not said anything for so long is gone, or hangs
 StateName = Literal["idle", "draining", "waiting", "degraded", "stopped", "standby"]
 
 
@@ -23,7 +23,7 @@ class State(msgspec.Struct, frozen=True):
     reason: str = ""
     retry_at_micros: int | None = None  # when the destination is asked again
 
-    def same_as(self, other: State) -> bool:
+    def is_same_state(self, other: State) -> bool:
         """Whether nobody need be told of the change; another time of retry is none."""
         return (self.name, self.reason) == (other.name, other.reason)
 

@@ -38,7 +38,7 @@ class Standing:
         before, self.state = self.state, State(name, reason, retry_at)
         if reason and name not in _AT_WORK:
             self.last_error = reason
-        if before.same_as(self.state):
+        if before.is_same_state(self.state):
             self.beat()
             return
         at_work = {before.name, name} <= _AT_WORK

@@ -54,7 +54,7 @@ class DeliveryThread:
         """How the one sink stands."""
         worker = self.worker
         with worker.settled:  # a file that is gone is counted
-            return {ONLY: worker.counters.snapshot(worker.state, worker.last_error)}
+            return {ONLY: worker.counters.to_stats(worker.state, worker.last_error)}
 
     def is_idle(self) -> bool:
         """Whether the last look has found nothing left to do."""

@@ -23,9 +23,9 @@ from pillarbox.delivery.policy import Rules, Verdict
 from pillarbox.delivery.retry import Suspects
 from pillarbox.delivery.sender import Courier, is_being_cancelled, words
 from pillarbox.delivery.settlement import GROUP_S, KEPT, NOBODY, Callbacks, Kept, Settler
-from pillarbox.delivery.state import ANOTHER_DELIVERS
+from pillarbox.delivery.state import STANDBY_REASON
 from pillarbox.delivery.status import Standing
-from pillarbox.errors import FileUnusable, SinkUnusableError
+from pillarbox.errors import FileUnusableError, SinkUnusableError
 from pillarbox.sinks.base import Misconfigured, Sink
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
@@ -202,14 +202,14 @@ class Worker:
         self._work.clear()
         try:
             if not self.lease.is_good() and not self.lease.take():
-                self._standing.enter("standby", ANOTHER_DELIVERS)
+                self._standing.enter("standby", STANDBY_REASON)
                 await self._pause(min(self._rules.interval_s, _TAKE_OVER_S))
                 return True
             if await self._is_for_several() or (not self._opened and not await self._open()):
                 return True
             self._adopt()
             self._line_up()
-        except (OSError, FileUnusable) as error:
+        except (OSError, FileUnusableError) as error:
             self._standing.enter("degraded", str(error))
             await self._pause(self._rules.interval_s)
             return True
@@ -294,7 +294,7 @@ class Worker:
         while loader.backlog.has_more and not loader.has_more and not self._suspects.has_some:
             try:
                 self._fill(loader.backlog.next())
-            except (OSError, FileUnusable) as error:
+            except (OSError, FileUnusableError) as error:
                 self._standing.enter("degraded", str(error))
                 break
         return loader.has_more
@@ -316,7 +316,7 @@ class Worker:
         if lineup.is_settled:
             return
         self._work.clear()
-        with contextlib.suppress(OSError, FileUnusable):  # the next round says so
+        with contextlib.suppress(OSError, FileUnusableError):  # the next round says so
             lineup.add(self._loader.backlog.begin(whole=True))
         self._looked_at = self._clock.monotonic()
         self._look_at = self._looked_at + _LOOK_SHARE * (self._looked_at - began)

@@ -9,7 +9,7 @@ from platform import python_version
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.delivery.lease import last_heartbeat
-from pillarbox.telemetry import PENDING, Metric, of_sink
+from pillarbox.telemetry import PENDING_METRICS, Metric, sink_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
     from pillarbox.store.filesystem import Space
     from pillarbox.store.usage import Account
-    from pillarbox.telemetry import Reading
+    from pillarbox.telemetry import Measurement
 
 _PAUSE_FACTOR: Final = 10  # a directory of many files is listed for a tenth of the time at most, whoever asks how often
 
@@ -121,38 +121,42 @@ def _usage_by_kind(account: Account) -> list[tuple[str, int, int]]:
     ]
 
 
-def _heartbeat_ages(directory: DirectoryMetrics) -> Iterator[Reading]:
-    return ((queue.heartbeat_age_s, of_sink(queue.sink)) for queue in directory.queues if queue.heartbeat_age_s is not None)
+def _heartbeat_ages(directory: DirectoryMetrics) -> Iterator[Measurement]:
+    return (
+        (queue.heartbeat_age_s, sink_attributes(queue.sink)) for queue in directory.queues if queue.heartbeat_age_s is not None
+    )
 
 
-def _by_kind(directory: DirectoryMetrics, of: Callable[[FileKindMetrics], int]) -> Iterator[Reading]:
-    return ((of(aside), {"kind": aside.kind, **of_sink(aside.sink)}) for aside in directory.file_kinds)
+def _by_kind(directory: DirectoryMetrics, of: Callable[[FileKindMetrics], int]) -> Iterator[Measurement]:
+    return ((of(aside), {"kind": aside.kind, **sink_attributes(aside.sink)}) for aside in directory.file_kinds)
 
 
-def _kind_limits(directory: DirectoryMetrics) -> Iterator[Reading]:
-    kept = directory.settings.kept
+def _kind_limits(directory: DirectoryMetrics) -> Iterator[Measurement]:
+    kept = directory.settings.settlement_limits
     return (
         (limit, {"kind": kind}) for kind, limit in (("dead", kept.max_dead_bytes), ("quarantine", kept.max_quarantine_bytes))
     )
 
 
-def _build_info(_directory: DirectoryMetrics) -> Iterator[Reading]:
+def _build_info(_directory: DirectoryMetrics) -> Iterator[Measurement]:
     yield 1, {"version": version("pillarbox"), "python": python_version()}
 
 
 # Of a `DirectoryMetrics`.
 DIRECTORY_METRICS: Final = (
-    *PENDING,
+    *PENDING_METRICS,
     Metric("limit.bytes", "By", "max_bytes as set here", "gauge", lambda g: [(g.settings.max_bytes, {})]),
     Metric("limit.files", "{file}", "max_files as set here", "gauge", lambda g: [(g.settings.max_files, {})]),
-    Metric("queue.bytes", "By", "Bytes of sealed files", "gauge", lambda g: ((q.bytes, of_sink(q.sink)) for q in g.queues)),
-    Metric("queue.files", "{file}", "Sealed files", "gauge", lambda g: ((q.files, of_sink(q.sink)) for q in g.queues)),
+    Metric(
+        "queue.bytes", "By", "Bytes of sealed files", "gauge", lambda g: ((q.bytes, sink_attributes(q.sink)) for q in g.queues)
+    ),
+    Metric("queue.files", "{file}", "Sealed files", "gauge", lambda g: ((q.files, sink_attributes(q.sink)) for q in g.queues)),
     Metric(
         "oldest.age",
         "s",
         "Since the oldest file that waits was sealed; 0 where none does",
         "gauge",
-        lambda g: ((q.oldest_age_s, of_sink(q.sink)) for q in g.queues),
+        lambda g: ((q.oldest_age_s, sink_attributes(q.sink)) for q in g.queues),
     ),
     Metric("heartbeat.age", "s", "Since the process that delivers last said so", "gauge", _heartbeat_ages),
     Metric(
@@ -160,7 +164,7 @@ DIRECTORY_METRICS: Final = (
         "{lease}",
         "1 where this process is the one that delivers",
         "gauge",
-        lambda g: ((int(q.held), of_sink(q.sink)) for q in g.queues),
+        lambda g: ((int(q.held), sink_attributes(q.sink)) for q in g.queues),
     ),
     Metric("kept.bytes", "By", "Bytes set aside in the directory", "gauge", lambda g: _by_kind(g, lambda aside: aside.bytes)),
     Metric(

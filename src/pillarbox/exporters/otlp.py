@@ -12,7 +12,7 @@ from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
 from pillarbox.exporters.collector import DIRECTORY_METRICS
-from pillarbox.telemetry import DELIVERING, make_flush_duration, observe, of_sink
+from pillarbox.telemetry import DELIVERY_METRICS, create_flush_duration, create_instruments, sink_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -41,13 +41,13 @@ class OtlpExporter:
         resource = Resource.create(ours.merge(OTELResourceDetector().detect()).attributes)
         self._provider = MeterProvider([PeriodicExportingMetricReader(self._exporter)], resource)
         meter = self._provider.get_meter("pillarbox", version("pillarbox"))
-        observe(meter, DELIVERING, self._sinks)
-        observe(meter, DIRECTORY_METRICS, self._directories)
-        self._duration = make_flush_duration(meter)
+        create_instruments(meter, DELIVERY_METRICS, self._sinks)
+        create_instruments(meter, DIRECTORY_METRICS, self._directories)
+        self._duration = create_flush_duration(meter)
 
     def record_flush(self, outbox: str, sink: str, seconds: float) -> None:
         """A file took so long."""
-        self._duration.record(seconds, {"outbox": outbox, **of_sink(sink)})
+        self._duration.record(seconds, {"outbox": outbox, **sink_attributes(sink)})
 
     def close(self) -> None:
         """Export what is not yet."""

@@ -14,7 +14,7 @@ from prometheus_client import Metric as Family
 from prometheus_client.registry import Collector
 
 from pillarbox.exporters.collector import DIRECTORY_METRICS
-from pillarbox.telemetry import DELIVERING, FLUSH_BUCKETS_S, FLUSH_DURATION
+from pillarbox.telemetry import DELIVERY_METRICS, FLUSH_BUCKETS_S, FLUSH_DURATION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -110,7 +110,7 @@ class PrometheusExporter:
         sinks: Callable[[], Iterable[tuple[str, object]]],
         directories: Callable[[], Iterable[tuple[str, object]]],
     ) -> None:
-        self._families = _FamilyCollector([(DELIVERING, sinks), (DIRECTORY_METRICS, directories)])
+        self._families = _FamilyCollector([(DELIVERY_METRICS, sinks), (DIRECTORY_METRICS, directories)])
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self._families)
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

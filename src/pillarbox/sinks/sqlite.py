@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from pillarbox.errors import ConfigurationError, SinkUnusableError
-from pillarbox.event import plain, snake_case
+from pillarbox.event import snake_case, without_post_init
 from pillarbox.sinks import base
 from pillarbox.sinks.base import (
     YIELD_EVERY_RECORDS,
@@ -65,7 +65,7 @@ class SqliteSink:
             raise ConfigurationError("sink", url, "the call", allowed)
         self._table = options.get("table", [snake_case(event_type.__name__)])[0]
         self._fields = msgspec.structs.fields(event_type)
-        self._decoder = msgspec.json.Decoder(plain(event_type))
+        self._decoder = msgspec.json.Decoder(without_post_init(event_type))
         self._encode_row = _row_encoder(event_type)
         self._connection: sqlite3.Connection | None = None
         self._opened_file: tuple[int, int] | None = None  # the file that the connection writes to

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, reader
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import entries_of
@@ -109,7 +109,7 @@ def _look(directory: Directory, progress: Callable[[int, int], None], known: dic
             data = _read(directory, name)
         except FileNotFoundError:
             continue
-        except (OSError, FileUnusable):
+        except (OSError, FileUnusableError):
             unreadable.append(name)
             data = None
             if kind is Kind.SEALED:

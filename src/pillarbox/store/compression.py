@@ -9,7 +9,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def is_available() -> bool:
 
 
 def compress(name: str, data: bytes) -> bytes:
-    """The frame that is to be a file's content; the interpreter is free meanwhile. Raises `FileUnusable` without zstd."""
+    """The frame that is to be a file's content; the interpreter is free meanwhile. Raises `FileUnusableError` without zstd."""
     zstd = _needed(name)
     options = {zstd.CompressionParameter.compression_level: LEVEL, zstd.CompressionParameter.checksum_flag: 1}
     return bytes(zstd.compress(data, options=options))
@@ -57,13 +57,13 @@ def compress(name: str, data: bytes) -> bytes:
 def contents(name: str, data: bytes) -> bytes:
     """The lines in a file whose bytes are `data`, whatever its ending, as far as they can be had; see `reader.read_file`.
 
-    Raises `FileUnusable` where zstd is missing.
+    Raises `FileUnusableError` where zstd is missing.
     """
     return unpack(name, data).data
 
 
 def unpack(name: str, data: bytes) -> Unpacked:
-    """What is in a file whose bytes are `data`, whatever its ending. Raises `FileUnusable` where zstd is missing."""
+    """What is in a file whose bytes are `data`, whatever its ending. Raises `FileUnusableError` where zstd is missing."""
     if not name.endswith(layout.COMPRESSED):
         return Unpacked(data)
     zstd = _needed(name)
@@ -81,7 +81,7 @@ def unpack(name: str, data: bytes) -> Unpacked:
 def _needed(name: str) -> ModuleType:
     zstd = _library()
     if zstd is None:
-        raise FileUnusable(name, f"needs zstd: {REMEDY}")
+        raise FileUnusableError(name, f"needs zstd: {REMEDY}")
     return zstd
 
 

@@ -9,7 +9,7 @@ import threading
 import uuid
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.errors import DirectoryUnusable, FileUnusable
+from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.recovery import RECOVERABLE, RECOVERY, Action, Lock, Tail, tail_of
@@ -97,22 +97,22 @@ class Directory:
         return f"{self.path}/{name}"
 
     def open(self) -> None:
-        """Make sure that the directory is there and can be used; raises `DirectoryUnusable`."""
+        """Make sure that the directory is there and can be used; raises `DirectoryUnusableError`."""
         try:
             self.filesystem.make_directory(self.path)
             facts = self.filesystem.directory_facts(self.path)
         except FileExistsError:
-            raise DirectoryUnusable(self.path, "is a file", "name a directory") from None
+            raise DirectoryUnusableError(self.path, "is a file", "name a directory") from None
         except OSError as error:
-            raise DirectoryUnusable(self.path, f"cannot be made: {error.strerror}", "make it, or name another") from None
+            raise DirectoryUnusableError(self.path, f"cannot be made: {error.strerror}", "make it, or name another") from None
         if facts is None or not facts.is_directory:
-            raise DirectoryUnusable(self.path, "is not a directory", "name a directory")
+            raise DirectoryUnusableError(self.path, "is not a directory", "name a directory")
         if not facts.usable:
-            raise DirectoryUnusable(
+            raise DirectoryUnusableError(
                 self.path, "cannot be read and written by this process", "change its owner or mode, or name another"
             )
         if facts.medium in NETWORK_MEDIA:
-            raise DirectoryUnusable(
+            raise DirectoryUnusableError(
                 self.path,
                 f"is on {facts.medium}, over a network, where locks and syncs do not hold what is promised here",
                 "name a directory on a local file system",
@@ -121,10 +121,10 @@ class Directory:
             log.warning("%s is open to other users (mode %03o); events may be personal: chmod 700", self.path, facts.mode)
 
     def check_power(self) -> None:
-        """Make sure that a sync here means something; raises `DirectoryUnusable`."""
+        """Make sure that a sync here means something; raises `DirectoryUnusableError`."""
         facts = self.filesystem.directory_facts(self.path)
         if facts is not None and facts.medium in VOLATILE_MEDIA:
-            raise DirectoryUnusable(
+            raise DirectoryUnusableError(
                 self.path,
                 f'is on {facts.medium}, in memory, where durability "power" cannot be kept',
                 'name a directory on a disk, or ask for durability "process"',
@@ -273,7 +273,7 @@ class Directory:
         return any(self.filesystem.is_still(file.fd, queue.at(file.name)) for queue in others if queue.sink != self.sink)
 
     def take(self, name: str, *, alone: bool = False) -> Taken | None:
-        """Lock a found file; None where another holds it or it is gone. Raises `FileUnusable` for what is not ours.
+        """Lock a found file; None where another holds it or it is gone. Raises `FileUnusableError` for what is not ours.
 
         In a queue beside others who take it in theirs, unless `alone`.
         """
@@ -301,11 +301,11 @@ class Directory:
         return None
 
     def open_found(self, name: str) -> int:
-        """Open a found file to read, without its lock. Raises `FileUnusable` for what is not ours."""
+        """Open a found file to read, without its lock. Raises `FileUnusableError` for what is not ours."""
         path = self.at(name)
         try:
             return self.filesystem.open_existing(path, linked=self.main is not None)
-        except FileUnusable:
+        except FileUnusableError:
             # Listed once: whoever hands over a backlog comes here with each file.
             self._has_queues = self._has_queues or bool(self.queues() or self.asked_for())
             if not self._has_queues:
@@ -313,7 +313,7 @@ class Directory:
         return self.filesystem.open_existing(path, linked=True)  # on its way into the queues
 
     def take_lock(self, name: str) -> Taken | None:
-        """Take a lock file, made where it is missing; None where another process holds it. Raises `FileUnusable`."""
+        """Take a lock file, made where it is missing; None where another process holds it. Raises `FileUnusableError`."""
         path = self.at(name)
         held = self.filesystem.hold(path, writable=True)
         if held is not None:
@@ -453,7 +453,7 @@ class Directory:
         for name in [name for name in found if layout.copied_name(name) in found]:
             try:
                 plain = self.take(layout.copied_name(name))
-            except FileUnusable:
+            except FileUnusableError:
                 continue
             if plain is not None:  # or whoever holds it makes the copy, or is done with both
                 try:
@@ -517,7 +517,7 @@ class Directory:
         """Do with a file what the table says, or have it among those to be sealed; False where another has it."""
         try:
             taken = self.take(name)
-        except FileUnusable as error:
+        except FileUnusableError as error:
             log.warning("left alone: %s", error)
             return True
         lock = Lock.ANOTHER if taken is None else Lock.NOBODY
@@ -547,7 +547,7 @@ class Directory:
         """A small file's content, empty where there is none; takes no lock."""
         try:
             fd = self.filesystem.open_existing(self.at(name))
-        except (FileNotFoundError, FileUnusable):
+        except (FileNotFoundError, FileUnusableError):
             return b""
         try:
             return self.filesystem.read_all(fd)
@@ -566,7 +566,7 @@ class Directory:
             self.filesystem.link(self.at(file.name), path)
         except FileExistsError:
             if not self.filesystem.is_still(file.fd, path):
-                raise FileUnusable(path, "is another file than the one that is to wait there") from None
+                raise FileUnusableError(path, "is another file than the one that is to wait there") from None
 
     def _write_aside(self, name: str, data: bytes) -> Taken:
         """Write a file aside, sync it, and rename it to, or over, `name`; held from the beginning."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.clock import give_way
-from pillarbox.errors import FileUnusable
+from pillarbox.clock import yield_gil
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, reader
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.reconciliation import HANDED_OVER, Adopted, Sealed, Shared
@@ -155,7 +155,7 @@ class FanOut:
         """Take, read and link one file; False where its turn comes before the others' and another process has it."""
         try:
             taken = self._directory.take(name)
-        except FileUnusable as error:
+        except FileUnusableError as error:
             self.trouble[name] = error.problem
             return True
         if taken is None:
@@ -171,7 +171,7 @@ class FanOut:
             contents, _ = reader.read_file(name, data, self._give_way)
             for queue in queues:
                 self._directory.link_into(queue, taken)
-        except (OSError, FileUnusable) as error:
+        except (OSError, FileUnusableError) as error:
             self._directory.filesystem.close(taken.fd)
             self.trouble[name] = str(error)
             return True
@@ -184,7 +184,7 @@ class FanOut:
 
     def _give_way(self) -> None:
         if self._busy():
-            give_way()
+            yield_gil()
 
     def _write_down(self, going: Sequence[_Found], queues: Sequence[Directory]) -> None:
         """Each queue's account begins with what was found; without room for the entries the files go ahead."""

@@ -14,7 +14,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store.dirscan import ALL, Entry, First, Sum, first, follows, sums
 from pillarbox.store.onebyone import OneByOne
 from pillarbox.store.speed import listing as directories
@@ -174,18 +174,18 @@ class RealFilesystem(OneByOne):
         return self._open_new(path, os.O_APPEND)
 
     def open_existing(self, path: str, *, linked: bool = False) -> int:
-        """A file under one of our names to read, sync and lock, if it is ours to use; raises `FileUnusable` if it is not.
+        """A file under one of our names to read, sync and lock, if it is ours to use; raises `FileUnusableError` if it is not.
 
         With `linked` it may have other names: it waits for several sinks.
         """
         return self._checked(path, os.O_RDONLY, linked=linked)
 
     def open_lock(self, path: str) -> int:
-        """A lock file, made where it is missing; never removed. Raises `FileUnusable` as `open_existing` does."""
+        """A lock file, made where it is missing; never removed. Raises `FileUnusableError` as `open_existing` does."""
         return self._open_or_make(path, 0)
 
     def open_append(self, path: str) -> int:
-        """A file to append to, made where it is missing. Raises `FileUnusable` as `open_existing` does."""
+        """A file to append to, made where it is missing. Raises `FileUnusableError` as `open_existing` does."""
         return self._open_or_make(path, os.O_APPEND)
 
     def _open_or_make(self, path: str, flags: int) -> int:
@@ -209,7 +209,7 @@ class RealFilesystem(OneByOne):
             fd = self._open(path, flags)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-                raise FileUnusable(path, "is a link, a pipe, a device or a directory") from None
+                raise FileUnusableError(path, "is a link, a pipe, a device or a directory") from None
             raise
         found = os.fstat(fd)
         problem = None
@@ -221,7 +221,7 @@ class RealFilesystem(OneByOne):
             problem = f"belongs to user {found.st_uid}"
         if problem:
             self.close(fd)
-            raise FileUnusable(path, problem)
+            raise FileUnusableError(path, problem)
         return fd
 
     def _open(self, path: str, flags: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, record
 from pillarbox.store.reconciliation import (
     Adopted,
@@ -106,7 +106,7 @@ class Ledger:
             return True
         try:
             written = self._append(sync=sync)
-        except (OSError, FileUnusable) as error:
+        except (OSError, FileUnusableError) as error:
             self._report(str(error))
             return False
         if written:
@@ -180,7 +180,7 @@ class Ledger:
         if size >= self._condense_at:
             try:
                 self._condense(filesystem.read_all(fd))
-            except (OSError, FileUnusable) as error:
+            except (OSError, FileUnusableError) as error:
                 log.warning("%s: the ledger grows on, it cannot be shortened: %s", self._directory.path, error)
                 self._condense_at = size + CONDENSE_BYTES
         return entries

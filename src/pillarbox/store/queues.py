@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 
@@ -22,6 +22,6 @@ def directory_at(path: str, filesystem: Filesystem, clock: Clock) -> Directory:
     main = Directory(parent or slash or ".", filesystem, clock)
     try:  # whoever makes queues holds this lock
         filesystem.close(filesystem.open_existing(main.at(layout.DELIVER_LOCK)))
-    except (OSError, FileUnusable):
+    except (OSError, FileUnusableError):
         return Directory(path, filesystem, clock)
     return main.queue(sink)

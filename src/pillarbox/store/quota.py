@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.reconciliation import Evicted
@@ -233,7 +233,7 @@ class Capacity:
             finally:
                 if found is None:
                     place.filesystem.close(taken.fd)
-        except FileUnusable:
+        except FileUnusableError:
             return
         if found is not None:
             going.taken.append(found)

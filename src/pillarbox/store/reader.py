@@ -52,7 +52,7 @@ def read_file(name: str, data: bytes, give_way: Callable[[], None]) -> tuple[Con
     """What a file holds whose bytes are `data`, whatever its ending, and the bytes that the spans are of.
 
     Of a compressed file that is damaged, what comes before the damage is read like any other, and a last span is the whole
-    file as it was: nobody can tell what is in the rest. Raises `FileUnusable` where it is compressed and zstd is missing.
+    file as it was: nobody can tell what is in the rest. Raises `FileUnusableError` where it is compressed and zstd is missing.
     """
     plain, problem = compression.unpack(name, data)
     contents = read(plain, give_way)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Requests:
             fd = filesystem.open_existing(self._directory.at(layout.SEAL_REQUEST))
         except FileNotFoundError:
             self._found = b""
-        except (OSError, FileUnusable):
+        except (OSError, FileUnusableError):
             return  # whoever asks is told so
         else:
             try:
@@ -70,7 +70,7 @@ class Requests:
 
 
 def ask(directory: Directory, clock: Clock) -> None:
-    """Have all writers of the directory seal what they hold. Raises `FileUnusable`, or the `OSError` of the disk."""
+    """Have all writers of the directory seal what they hold. Raises `FileUnusableError`, or the `OSError` of the disk."""
     filesystem = directory.filesystem
     request = Request(directory.new_id(), clock.micros())
     fd = filesystem.open_lock(directory.at(layout.SEAL_REQUEST))

@@ -91,7 +91,7 @@ class Writer(Appending):
         def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
             """Store one event; `Enqueued` once it is as durable as asked for, `Dropped(reason)` where it is refused.
 
-            Never raises for trouble of the destination, the disk or the event (but `InvalidEvent` with `on_invalid="raise"`).
+            Never raises for trouble of destination, disk or event (except `InvalidEventError` with `on_invalid="raise"`).
             """
             synced = power if durability is None else is_power(durability)
             try:

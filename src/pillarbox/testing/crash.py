@@ -12,7 +12,7 @@ import itertools
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.errors import FileUnusable
+from pillarbox.errors import FileUnusableError
 from pillarbox.store.dirscan import ByListing, Entry
 from pillarbox.store.filesystem import DirectoryFacts, Space
 from pillarbox.store.onebyone import OneByOne
@@ -207,7 +207,7 @@ def _missing(path: str) -> FileNotFoundError:
 def _checked(inode: _Inode, path: str, *, linked: bool = False) -> _Inode:
     """What may be opened: no other name may lead to it, unless that is said."""
     if len(inode.paths) > 1 and not linked:
-        raise FileUnusable(path, "has a second hard link")
+        raise FileUnusableError(path, "has a second hard link")
     return inode
 
 

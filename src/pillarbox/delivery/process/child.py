@@ -32,7 +32,7 @@ from pillarbox.delivery.process.protocol import (
 )
 from pillarbox.delivery.runner import destinations, make_deliverer
 from pillarbox.delivery.settlement import Callbacks
-from pillarbox.delivery.state import ANOTHER_DELIVERS
+from pillarbox.delivery.state import STANDBY_REASON
 from pillarbox.errors import PillarboxError
 from pillarbox.hooks import Hooks
 from pillarbox.store.filesystem import real_filesystem
@@ -127,7 +127,7 @@ class _Mouth(logging.Handler):
         place.open()
         place.note_stamp(place.account().newest_stamp)
         self._hooks = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter)
-        callbacks = Callbacks(self._gone.append, self._took, self._hooks.dead_letter)
+        callbacks = Callbacks(self._gone.append, self._took, self._hooks.report_dead_letter)
         self._deliverer = make_deliverer(
             settings, place, clock, Ledger(place, clock), callbacks, lambda: False, destinations(settings, {})
         )
@@ -179,6 +179,6 @@ class _Mouth(logging.Handler):
         durations = [self._durations.popleft() for _ in range(len(self._durations))]
         failures = self._hooks.failures["on_dead_letter"] if self._hooks is not None else 0
         now = self._clock.monotonic()
-        if any(sink.state.reason != ANOTHER_DELIVERS for sink in sinks.values()):
+        if any(sink.state.reason != STANDBY_REASON for sink in sinks.values()):
             self._needed_at = now
         return Report(sinks, gone, durations, failures, now - self._needed_at > _SURPLUS_S)

@@ -31,9 +31,9 @@ from pillarbox.delivery.process.protocol import (
     encode_settings,
     lines,
 )
-from pillarbox.delivery.state import ANOTHER_DELIVERS, State, StateName
-from pillarbox.errors import FileUnusable
-from pillarbox.telemetry import COUNTED, DeliveryCounters, SinkStats
+from pillarbox.delivery.state import STANDBY_REASON, State, StateName
+from pillarbox.errors import FileUnusableError
+from pillarbox.telemetry import COUNTER_FIELDS, DeliveryCounters, SinkStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,7 +78,7 @@ class Supervisor:
         self._child: _Child | None = None
         self._at_work = False  # the child delivers
         self._news = threading.Condition()
-        self._shown = dict.fromkeys(sinks, DeliveryCounters().snapshot(State("idle"), ""))
+        self._shown = dict.fromkeys(sinks, DeliveryCounters().to_stats(State("idle"), ""))
         self._before: dict[str, SinkStats] = {}  # what was shown when the child began
         self._trouble = ""  # what was last logged
         self._failures = 0  # in a row
@@ -133,11 +133,11 @@ class Supervisor:
         """Have a child deliver for as long as it lives, if nobody else delivers; seconds until the next look."""
         try:
             taken = self._lease.take()
-        except (OSError, FileUnusable) as error:
+        except (OSError, FileUnusableError) as error:
             self._enter("degraded", str(error))
             return self._settings.flush_interval
         if not taken:
-            self._enter("standby", ANOTHER_DELIVERS)
+            self._enter("standby", STANDBY_REASON)
             return _LOOK_S
         born = self._clock.monotonic()
         try:
@@ -289,7 +289,7 @@ def _added(before: SinkStats | None, now: SinkStats) -> SinkStats:
     """The counts of both, the state of the second, and what was last complained of."""
     if before is None:
         return now
-    sums = {name: getattr(before, name) + getattr(now, name) for name in COUNTED}
+    sums = {name: getattr(before, name) + getattr(now, name) for name in COUNTER_FIELDS}
     return msgspec.structs.replace(now, last_error=now.last_error or before.last_error, **sums)
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from pillarbox.clock import SystemClock
 from pillarbox.errors import ConfigurationError, SinkUnusableError
-from pillarbox.event import plain
+from pillarbox.event import without_post_init
 from pillarbox.sinks import base
 from pillarbox.sinks.base import (
     Batch,
@@ -83,7 +83,7 @@ class SpacetimeDbSink:
         self._url = url
         self._settings = parse_url(url)
         self._event_type = event_type
-        self._decoder = msgspec.json.Decoder(plain(event_type))
+        self._decoder = msgspec.json.Decoder(without_post_init(event_type))
         self._clock = clock or SystemClock()
         self.capabilities = SinkCapabilities(
             deduplicates_by="event_id",
