@@ -23,7 +23,7 @@ from tests.cli.test_commands import CLEAN, PILLARBOX, UNHURRIED, bare, ids, run
 from tests.cli.test_doctor import LIMITS, Found, bad, doctor, examined
 from tests.cli.test_status import on_terminal, plain
 from tests.conftest import wait_until
-from tests.sinks.http_server import nobody
+from tests.sinks.http_server import closed_port_url
 
 EVENTS = 20
 WAREHOUSE = "warehouse=sqlite:///warehouse.db"
@@ -81,7 +81,7 @@ def by_name(status: dict[str, Any]) -> dict[str, Any]:
 
 def test_each_sink_has_its_row_and_the_one_that_is_down_is_the_one_that_flush_names(box: Path) -> None:
     """As text, as JSON, as a line, and on a terminal of 80 columns; exit code 1 of flush."""
-    down = nobody()
+    down = closed_port_url()
     with delivering(box, down):
         status = json.loads(run("status", "-d", "box", "--json", cwd=box.parent).stdout)
         sinks = by_name(status)
@@ -112,7 +112,7 @@ def test_each_sink_has_its_row_and_the_one_that_is_down_is_the_one_that_flush_na
 
 def test_doctor_asks_every_sink_and_takes_no_queue_for_a_stranger(box: Path) -> None:
     """The one that is down is named; one that the settings leave out is told with the command that removes its queue."""
-    down = nobody()
+    down = closed_port_url()
     with delivering(box, down):
         sinks = ("--sink", f"live={down}", "--sink", WAREHOUSE)
         code, found = doctor("-d", "box", *sinks, "--timeout", "60", cwd=box.parent)

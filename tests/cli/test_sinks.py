@@ -16,7 +16,7 @@ from pillarbox.store import layout
 from tests.cli.test_commands import CLEAN, PILLARBOX, UNHURRIED, bare, ids, run
 from tests.conftest import wait_until
 from tests.delivery.fleet_stage import balanced, fill_files, place_of, refusing_poison, sealed
-from tests.sinks.http_server import Say, Server, always, nobody
+from tests.sinks.http_server import CannedResponse, Server, always, closed_port_url
 
 NAMED = "a table of names and URLs, or as text name=URL name=URL; names of a-z, 0-9, _ and -, at most 32"
 
@@ -36,7 +36,7 @@ def said(folder: Path, *words: object, code: int = 0, environ: dict[str, str] | 
 
 def waiting_for(box: Path, *sinks: str, files: int = 2) -> None:
     """A directory in which files wait for sinks that are all down, and have been tried."""
-    with Outbox(str(box), sinks=dict.fromkeys(sinks, nobody())) as outbox:
+    with Outbox(str(box), sinks=dict.fromkeys(sinks, closed_port_url())) as outbox:
         fill_files(outbox, files)
         wait_until(lambda: not sealed(box) and all(len(sealed(box / f"sink-{sink}")) == files for sink in sinks))
         wait_until(lambda: {sink.state.name for sink in outbox.stats().sinks.values()} == {"waiting"})
@@ -115,7 +115,7 @@ def test_what_a_killed_removal_left_over_is_in_nobodys_way(box: Path) -> None:
     (box / "sink-old").rename(box / "sink-old.removing")
     assert place_of(box).account() == account
     assert [queue["sink"] for queue in json.loads(said(folder, "sinks", "list", "-d", "box", "--json"))] == ["live"]
-    with Outbox(str(box), sinks={"live": nobody(), "old": nobody()}) as outbox:
+    with Outbox(str(box), sinks={"live": closed_port_url(), "old": closed_port_url()}) as outbox:
         wait_until((box / "sink-old").exists)
         wait_until(lambda: not (box / "sink-old.removing").exists())
         fill_files(outbox, 1)
@@ -130,7 +130,7 @@ def test_what_a_killed_removal_left_over_is_in_nobodys_way(box: Path) -> None:
 def delivering(box: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`pillarbox deliver` to the sinks `live` and `warehouse`."""
     box.mkdir(mode=0o700)
-    sinks = ["--sink", f"live={nobody()}", "--sink", "warehouse=sqlite:///w.db"]
+    sinks = ["--sink", f"live={closed_port_url()}", "--sink", "warehouse=sqlite:///w.db"]
     command = [*PILLARBOX, "deliver", "-d", "box", *sinks]
     process = subprocess.Popen(command, cwd=box.parent, env=CLEAN, stderr=subprocess.PIPE)
     lock = box / "sink-live" / "deliver.lock"
@@ -204,7 +204,7 @@ def test_what_is_secret_in_urls_is_in_no_file_and_no_output(box: Path) -> None:
     """Heartbeats, ledgers, logs, states and errors."""
     secret = "hush-hush"  # noqa: S105 - none that is in use
     with Server() as server:
-        url, down = server.url(user=f"user:{secret}@"), nobody().replace("//", f"//user:{secret}@")
+        url, down = server.url(user=f"user:{secret}@"), closed_port_url().replace("//", f"//user:{secret}@")
         run("enqueue", "-d", "box", cwd=box.parent, stdin=b"".join(map(bare, range(5))))
         options = ["--sink", f"live={url}", "--sink", f"down={down}"]
         done = run("deliver", "-d", "box", *options, "--once", "--timeout", "5", cwd=box.parent)
@@ -324,7 +324,7 @@ def test_quarantine_of_all_sinks_is_listed_and_purged_for_one(box: Path, refused
 def test_what_one_sink_refused_is_sent_again_to_that_sink_only(box: Path, refused: tuple[Outbox, Server, Server]) -> None:
     """While the deliverer runs; under the same event ids, and the accounts balance."""
     outbox, live, warehouse = refused
-    live.answer, before = always(Say()), len(warehouse.requests)
+    live.respond, before = always(CannedResponse()), len(warehouse.requests)
     text = said(box.parent, "dead", "replay", "--all", "--yes", "-d", "box/sink-live")
     assert text.splitlines()[-1] == "2 events of 1 file went back into the outbox"
     wait_until(lambda: outbox.stats().sinks["live"].delivered == 12)
@@ -341,7 +341,7 @@ def test_what_changes_something_says_so_in_json_too(tmp_path: Path, box: Path) -
     (tmp_path / "events").write_bytes(b"".join(map(bare, range(3))))
     stored = json.loads(said(tmp_path, "enqueue", "events", "-d", "box", "--json", environ=UNHURRIED))
     assert stored == {"accepted": 3, "refused": 0}
-    sinks = ["--sink", "live=sqlite:///live.db", "--sink", f"away={nobody()}"]
+    sinks = ["--sink", "live=sqlite:///live.db", "--sink", f"away={closed_port_url()}"]
     done = json.loads(run("deliver", "-d", "box", *sinks, "--once", "--timeout", "5", "--json", "-q", cwd=tmp_path).stdout)
     assert done["waiting_files"] == 1
     assert {name: sink["delivered"] for name, sink in done["sinks"].items()} == {"live": 3, "away": 0}

@@ -17,12 +17,12 @@ from pillarbox.store.audit import audit, audit_queues
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from tests.conftest import event
-from tests.sinks.http_server import Request, Say
+from tests.sinks.http_server import CannedResponse, Request
 
 if TYPE_CHECKING:
     from pillarbox.store.reconciliation import Row
 
-BUSY = Say(503, headers={"Retry-After": "0"})
+BUSY = CannedResponse(503, headers={"Retry-After": "0"})
 
 
 def place_of(box: Path) -> Directory:
@@ -55,21 +55,21 @@ def received(requests: list[Request], keys: set[str] | None = None) -> Counter[s
     seen: set[str] = set() if keys is None else keys
     found: Counter[str] = Counter()
     for request in requests:
-        if request.method == "POST" and request.key not in seen:
-            seen.add(request.key)
+        if request.method == "POST" and request.idempotency_key not in seen:
+            seen.add(request.idempotency_key)
             found.update(one["event_id"] for one in request.events)
     return found
 
 
-def refusing_poison(request: Request) -> Say:
+def refusing_poison(request: Request) -> CannedResponse:
     """Accepts all but the events whose key is poison, and names these."""
     if request.method != "POST":
-        return Say(405)
+        return CannedResponse(405)
     bad = [index for index, one in enumerate(request.events) if one["event_key"] == "poison"]
     if not bad:
-        return Say(202)
+        return CannedResponse(202)
     refused = {"refused": [{"index": index, "reason": "poison"} for index in bad]}
-    return Say(422, json.dumps(refused).encode(), {"Content-Type": "application/json"})
+    return CannedResponse(422, json.dumps(refused).encode(), {"Content-Type": "application/json"})
 
 
 def sealed(box: Path) -> list[str]:

@@ -31,7 +31,7 @@ from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event, wait_until
 from tests.delivery import named
 from tests.delivery.stage import seal
-from tests.sinks.http_server import nobody
+from tests.sinks.http_server import closed_port_url
 
 ROOT = Path(__file__).parents[2]
 
@@ -296,7 +296,7 @@ def test_secrets_are_seen_neither_in_the_command_line_nor_in_the_environment(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And the child's log lines arrive here, as if they had been logged here."""
-    port = urlsplit(nobody()).port
+    port = urlsplit(closed_port_url()).port
     with caplog.at_level(logging.INFO, "pillarbox"):
         outbox = Outbox(str(folder), sink=f"http://someone:s3cret-word@127.0.0.1:{port}/", deliver="process")
         put(outbox, 1)

@@ -30,7 +30,7 @@ from pillarbox.store.writer import Limits, Writer
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import existing_events, wait_until
 from tests.delivery.stage import NO, drain, left, seal, worker_for
-from tests.sinks.http_server import Say, Server, always
+from tests.sinks.http_server import CannedResponse, Server, always
 
 RULES = Rules(interval_s=0.05, recheck_s=0.3, backoff=Backoff(base_s=0.3, max_s=0.3), compress_after_s=0.001)
 REAL = [msgspec.convert(found, TrackingEvent) for found in existing_events()]
@@ -283,7 +283,7 @@ def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_pat
             compress_after=0.01,
         ) as outbox,
     ):
-        server.answer = always(Say(503))
+        server.respond = always(CannedResponse(503))
         events = [real(number) for number in range(6000)]
         plain = sum(len(record.line(msgspec.json.encode(one))) for one in events)
         for number, one in enumerate(events, 1):
@@ -293,11 +293,11 @@ def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_pat
         assert wait_for_compression(outbox) > 8
         wait_until(lambda: outbox.stats().pending_bytes < plain / 2)
         assert audit(outbox._directory).balances
-        server.answer = always(Say())
+        server.respond = always(CannedResponse())
         assert outbox.flush(60)
         wait_until(lambda: outbox.stats().pending_bytes == 0)
         assert audit(outbox._directory).balances
-    accepted = {request.key: request.events for request in server.requests}
+    accepted = {request.idempotency_key: request.events for request in server.requests}
     assert [one["event_id"] for batch in accepted.values() for one in batch] == [one.event_id for one in events]
 
 
@@ -305,8 +305,8 @@ def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_onc
     """Both are away; a file that one of them is about to send stays as it is for both."""
     events = [real(number) for number in range(600)]
     with (
-        Server(always(Say(503))) as first,
-        Server(always(Say(503))) as second,
+        Server(always(CannedResponse(503))) as first,
+        Server(always(CannedResponse(503))) as second,
         Outbox(
             str(tmp_path / "outbox"),
             sinks={"first": first.url("/in"), "second": second.url("/in")},
@@ -323,13 +323,13 @@ def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_onc
         queues = outbox._directory.queues()
         wait_until(lambda: all(len(queue.sealed()) - SOON == len(packed(queue)) >= 20 - SOON for queue in queues))
         assert outbox.stats().pending_bytes >= 0
-        first.answer = second.answer = always(Say())
+        first.respond = second.respond = always(CannedResponse())
         assert outbox.flush(60)
         assert outbox.stats().pending_bytes >= 0
         wait_until(lambda: outbox.stats().pending_bytes == 0)
         assert audit(outbox._directory).balances
     for server in (first, second):
-        accepted = {request.key: request.events for request in server.requests}
+        accepted = {request.idempotency_key: request.events for request in server.requests}
         assert [one["event_id"] for batch in accepted.values() for one in batch] == [one.event_id for one in events]
 
 

@@ -29,7 +29,7 @@ from tests.delivery.fleet_stage import (
     refusing_poison,
     sealed,
 )
-from tests.sinks.http_server import HANG, Server, always, nobody
+from tests.sinks.http_server import HANG, Server, always, closed_port_url
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_each_sink_gets_everything_and_the_disk_is_free_afterwards(box: Path) ->
 def test_a_sink_that_is_down_holds_back_nobody_and_catches_up(box: Path, how: str) -> None:
     """Its state names it, the other's is well; what waits counts once; once it is back it gets all of it once."""
     with Server(always(BUSY if how == "answers 503" else HANG)) as server:
-        url = nobody() if how == "refuses connections" else server.url("#timeout=0.5")
+        url = closed_port_url() if how == "refuses connections" else server.url("#timeout=0.5")
         sinks = {"live": url, "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, batch_size=10, backoff_max=0.05) as outbox:
             fill_files(outbox, 20)
@@ -132,7 +132,7 @@ def test_flush_waits_for_every_sink(box: Path) -> None:
 
 def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> None:
     """So `max_bytes` is reached at the bytes that are on disk, and the events beyond it are refused."""
-    sinks = {"one": nobody(), "two": nobody(), "three": nobody()}
+    sinks = {"one": closed_port_url(), "two": closed_port_url(), "three": closed_port_url()}
     with Outbox(str(box), sinks=sinks, max_bytes=20_000, batch_size=20, backoff_max=0.05) as outbox:
         accepted = sum(bool(outbox.enqueue(event(number, scope_id="s" * 100))) for number in range(300))
         assert outbox._sealer.seal_now("manual", 60)

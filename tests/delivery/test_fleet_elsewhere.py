@@ -17,7 +17,7 @@ from pillarbox.testing import RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX
 from tests.conftest import wait_until
 from tests.delivery.fleet_stage import BUSY, arrived, balanced, fill_files, ids, place_of, received, sealed
-from tests.sinks.http_server import Say, Server, always, nobody
+from tests.sinks.http_server import CannedResponse, Server, always, closed_port_url
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_child_delivers_to_all_of_them_and_tells_of_each(box: Path) -> None:
             assert beat is not None
             assert beat.pid != os.getpid()
             os.kill(beat.pid, signal.SIGKILL)
-            server.answer = always(Say())
+            server.respond = always(CannedResponse())
             fill_files(outbox, 5, first=50)
             assert outbox.flush(60)
             wait_until(lambda: outbox.stats().sinks["live"].delivered >= 90)
@@ -58,7 +58,7 @@ def test_who_only_stores_sees_how_each_sink_stands(box: Path) -> None:
     with Outbox(str(box), deliver="external", flush_interval=0.05) as outbox:
         fill_files(outbox, 2)
         assert outbox.stats().sinks == {}
-        options = ["--sink", f"live={nobody()}", "--sink", "warehouse=sqlite:///w.db"]
+        options = ["--sink", f"live={closed_port_url()}", "--sink", "warehouse=sqlite:///w.db"]
         process = subprocess.Popen([*PILLARBOX, "deliver", "-d", "box", *options, "-q"], cwd=box.parent, env=CLEAN)
         try:
             wait_until(lambda: not sealed(box) and not sealed(box / "sink-warehouse"))
@@ -113,8 +113,8 @@ def test_the_rate_of_one_sink_is_its_own(box: Path) -> None:
     down = threading.Event()
     down.set()
     with Server() as server:
-        accept = server.answer
-        server.answer = lambda request: BUSY if down.is_set() else accept(request)
+        accept = server.respond
+        server.respond = lambda request: BUSY if down.is_set() else accept(request)
         sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, flush_interval=0.05, backoff_max=0.05, max_rate=400) as outbox:
             fill_files(outbox, 3)

@@ -20,9 +20,9 @@ from pillarbox.store.directory import Directory
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event
 from tests.delivery.stage import QUICK, drain, left, seal, worker_for
-from tests.sinks.http_server import Request, Say, Server
+from tests.sinks.http_server import CannedResponse, Request, Server
 
-BUSY = Say(503, b"<html>", {"Retry-After": "0"})
+BUSY = CannedResponse(503, b"<html>", {"Retry-After": "0"})
 # What takes minutes in life: the rate begins at a hundredth of what this server takes, and calls are milliseconds.
 BOUNDS = Pacing(start_share=0.01, step_share=0.05, slow_least_s=5.0, outage_s=0.001, pause_max_s=0.2)
 RULES = Rules(interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), pacing=BOUNDS)
@@ -46,7 +46,7 @@ class Recovering:
         self.seen: list[Seen] = []
         self.worker: Worker | None = None
 
-    def __call__(self, request: Request) -> Say:
+    def __call__(self, request: Request) -> CannedResponse:
         assert self.worker is not None
         if self.left[0] > 0:
             self.left[0] -= 1
@@ -55,7 +55,7 @@ class Recovering:
             return BUSY
         else:
             self.seen.append(Seen(len(request.events), self.worker.counters.rate, str(self.worker.state)))
-        return Say()
+        return CannedResponse()
 
 
 def fill(place: Directory, files: int, events: int = 10) -> None:

@@ -17,7 +17,7 @@ from pillarbox import Outbox
 from pillarbox.delivery.lease import last_heartbeat
 from tests.conftest import event, wait_until
 from tests.delivery.fleet_stage import arrived, balanced, fill, fill_files, ids, place_of, received, sealed
-from tests.sinks.http_server import HANG, Request, Say, Server, nobody
+from tests.sinks.http_server import HANG, CannedResponse, Request, Server, closed_port_url
 
 ROOT = Path(__file__).parents[2]
 DELIVER = "import sys, threading, json; from pillarbox import Outbox\n"
@@ -63,7 +63,7 @@ def put_for_a_while(outbox: Outbox, first: int, least: int, goes_on: Callable[[]
 
 def test_eviction_gives_a_file_up_for_all_sinks_that_wait_for_it(box: Path) -> None:
     """The disk stays within its limit, the sink that is well misses nothing, and every account says what went."""
-    sinks = {"live": nobody(), "slow": nobody(), "warehouse": database(box, "warehouse")}
+    sinks = {"live": closed_port_url(), "slow": closed_port_url(), "warehouse": database(box, "warehouse")}
     with Outbox(str(box), sinks=sinks, when_full="drop_oldest", max_bytes=30_000, flush_interval=0.05) as outbox:
         accepted = put_for_a_while(outbox, 0, 200, lambda: not sealed(box) and not sealed(box / "sink-warehouse"))
         wait_until(lambda: arrived(box.parent / "warehouse.db") == accepted)
@@ -80,12 +80,12 @@ def test_a_file_that_one_sink_is_sending_is_not_given_up_for_any(box: Path) -> N
     """However much comes after it."""
     asked: list[Request] = []
 
-    def hang(request: Request) -> Say:
+    def hang(request: Request) -> CannedResponse:
         asked.append(request)
         return HANG
 
     with Server(hang) as server:
-        sinks = {"live": server.url("#timeout=600"), "slow": nobody()}
+        sinks = {"live": server.url("#timeout=600"), "slow": closed_port_url()}
         common: dict[str, Any] = {"when_full": "drop_oldest", "max_bytes": 10_000, "flush_interval": 0.05}
         with Outbox(str(box), sinks=sinks, call_timeout=600, **common) as outbox:
             fill(outbox, 1)
@@ -134,7 +134,7 @@ def test_when_the_process_that_delivers_is_killed_another_takes_over_all_of_it(b
 
 def test_a_sink_that_is_named_later_gets_what_is_sealed_from_then_on(box: Path) -> None:
     """What waits for another one is not for it."""
-    with Outbox(str(box), sinks={"live": nobody()}) as outbox:
+    with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         fill_files(outbox, 3)
         wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 3)
     with Outbox(str(box), sinks=two(box)) as outbox:
@@ -148,7 +148,7 @@ def test_a_sink_that_is_named_later_gets_what_is_sealed_from_then_on(box: Path) 
 
 def test_one_that_was_added_before_begins_with_what_waits(box: Path) -> None:
     """Of the queue of another, and what no queue has yet; the accounts of both have it."""
-    with Outbox(str(box), sinks={"live": nobody()}) as outbox:
+    with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         fill_files(outbox, 3)
         wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 3)
     with Outbox(str(box)) as outbox:
@@ -166,7 +166,7 @@ def test_one_that_was_added_before_begins_with_what_waits(box: Path) -> None:
 
 def test_several_sinks_in_the_place_of_one_begin_with_all_that_waits(box: Path) -> None:
     """A directory that had a single sink so far."""
-    with Outbox(str(box), sink=nobody()) as outbox:
+    with Outbox(str(box), sink=closed_port_url()) as outbox:
         fill_files(outbox, 3)
     with Outbox(str(box), sinks=two(box)) as outbox:
         assert outbox.flush(60)
@@ -176,7 +176,7 @@ def test_several_sinks_in_the_place_of_one_begin_with_all_that_waits(box: Path) 
 
 def test_a_single_sink_takes_nothing_from_queues_and_says_so(box: Path) -> None:
     """Neither from them, nor what is sealed meanwhile; named among several, it goes on."""
-    with Outbox(str(box), sinks={"live": nobody(), "warehouse": nobody()}) as outbox:
+    with Outbox(str(box), sinks={"live": closed_port_url(), "warehouse": closed_port_url()}) as outbox:
         fill_files(outbox, 2)
         wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 2)
     with Outbox(str(box), sink=database(box, "single")) as outbox:
@@ -217,7 +217,7 @@ def test_a_queue_that_is_left_out_goes_on_filling_and_is_named(box: Path) -> Non
 
 def test_a_renamed_queue_is_the_other_sinks(box: Path) -> None:
     """With all that waits in it."""
-    with Outbox(str(box), sinks={"live": nobody(), "warehouse": database(box, "warehouse")}) as outbox:
+    with Outbox(str(box), sinks={"live": closed_port_url(), "warehouse": database(box, "warehouse")}) as outbox:
         fill_files(outbox, 3)
         wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 30)
     assert pillarbox(box, "sinks", "rename", "live", "fresh").stdout == "live is fresh now\n"
@@ -244,7 +244,7 @@ def test_a_sink_may_be_called_as_one_was_before(box: Path, change: tuple[str, ..
 
 def test_the_last_queue_is_handed_back_to_a_single_sink(box: Path) -> None:
     """Which then delivers what waited there."""
-    with Outbox(str(box), sinks={"live": nobody()}) as outbox:
+    with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         fill_files(outbox, 3)
         wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 3)
     assert pillarbox(box, "sinks", "remove", "live", "--hand-back").stdout == "live removed; 3 files handed back\n"

@@ -11,10 +11,10 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from tests.deploy.stage import DEPLOY, ROOT, dashboard, metrics_in, queries, rules
-from tests.exporters.stage import documented
+from tests.deploy.deploy_files import DEPLOY, ROOT, dashboard_queries, load_alert_rules, load_dashboard, metric_names
+from tests.exporters.scraping import documented_metrics
 
-KNOWN = {row.at_prometheus for row in documented()}
+KNOWN = {row.prometheus_name for row in documented_metrics()}
 
 
 def missing(ours: Any, theirs: Any, where: str = "") -> list[str]:
@@ -33,16 +33,16 @@ def missing(ours: Any, theirs: Any, where: str = "") -> list[str]:
 def test_grafanas_own_types_know_every_part_of_the_dashboard() -> None:
     """Decoded and encoded again by Grafana's SDK, nothing is lost: a slip of the pen is no field of theirs."""
     register_default_plugins()
-    read = Dashboard.from_json(dashboard())
-    assert missing(dashboard(), json.loads(JSONEncoder().encode(read))) == []
-    wrong = dashboard()
+    read = Dashboard.from_json(load_dashboard())
+    assert missing(load_dashboard(), json.loads(JSONEncoder().encode(read))) == []
+    wrong = load_dashboard()
     wrong["panels"][1]["targets"][0]["expression"] = wrong["panels"][1]["targets"][0].pop("expr")
     assert missing(wrong, json.loads(JSONEncoder().encode(Dashboard.from_json(wrong)))) == [".panels[1].targets[0].expression"]
 
 
 def test_every_panel_has_a_place_of_its_own_and_says_what_it_shows() -> None:
     """24 columns, none used twice; of the data source that is chosen."""
-    panels = dashboard()["panels"]
+    panels = load_dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
     for panel in panels:
@@ -61,14 +61,14 @@ def test_every_panel_has_a_place_of_its_own_and_says_what_it_shows() -> None:
 
 def test_the_dashboard_shows_every_metric_that_is_documented_and_no_other() -> None:
     """Also in its variables."""
-    assert {name for query in queries().values() for name in metrics_in(query)} == KNOWN
-    assert metrics_in(json.dumps(dashboard()["templating"])) <= KNOWN
+    assert {name for query in dashboard_queries().values() for name in metric_names(query)} == KNOWN
+    assert metric_names(json.dumps(load_dashboard()["templating"])) <= KNOWN
 
 
-@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
+@pytest.mark.parametrize("rule", load_alert_rules(), ids=lambda rule: rule["alert"])
 def test_every_alert_reads_what_is_documented_and_says_what_to_do(rule: dict[str, Any]) -> None:
     """With commands that there are."""
-    assert metrics_in(rule["expr"]) <= KNOWN
+    assert metric_names(rule["expr"]) <= KNOWN
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert set(rule["annotations"]) == {"summary", "description"}
     commands = set(re.findall(r"^#+ (pillarbox .+)$", (ROOT / "docs" / "reference" / "cli.md").read_text(), re.MULTILINE))

@@ -9,7 +9,7 @@ import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ResourceMetrics
 
-from tests.exporters.stage import WAIT_S, deliver, documented, fill
+from tests.exporters.scraping import WAIT_S, documented_metrics, fill_outbox, start_deliver
 from tests.sinks.http_server import HANG, Server, always
 
 SINK = ("-d", "box", "--sink", "sqlite:///events.db", "--once")
@@ -25,7 +25,7 @@ def last_export(server: Server) -> ResourceMetrics:
 
 
 def end(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> str:
-    process = deliver(*arguments, cwd=cwd, environ=environ)
+    process = start_deliver(*arguments, cwd=cwd, environ=environ)
     said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == 0, said
     return said
@@ -34,7 +34,7 @@ def end(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) ->
 @pytest.mark.parametrize("by_option", [True, False], ids=["option", "environment"])
 def test_the_last_export_has_every_metric_that_is_documented_and_no_other(tmp_path: Path, by_option: bool) -> None:
     """With unit and numbers, under the name of the service."""
-    fill(tmp_path / "box")
+    fill_outbox(tmp_path / "box")
     with Server() as collector:
         address = collector.url("")
         if by_option:
@@ -46,7 +46,7 @@ def test_the_last_export_has_every_metric_that_is_documented_and_no_other(tmp_pa
     assert service == ("pillarbox" if by_option else "events")
     metrics = {metric.name: metric for scope in found.scope_metrics for metric in scope.metrics}
     assert {name: metric.unit for name, metric in metrics.items()} == {
-        row.name: row.unit for row in documented() if "deliver" in row.source
+        row.name: row.unit for row in documented_metrics() if "deliver" in row.source
     }
     (delivered,) = metrics["pillarbox.delivered"].sum.data_points
     assert (delivered.as_int, metrics["pillarbox.delivered"].sum.is_monotonic) == (4, True)
@@ -59,7 +59,7 @@ def test_the_last_export_has_every_metric_that_is_documented_and_no_other(tmp_pa
 
 def test_a_collector_that_does_not_answer_costs_seconds_at_the_end(tmp_path: Path) -> None:
     """And no event."""
-    fill(tmp_path / "box")
+    fill_outbox(tmp_path / "box")
     with Server(always(HANG)) as collector:
         began = time.monotonic()
         end(*SINK, "--otlp", collector.url(""), cwd=tmp_path)
@@ -78,7 +78,7 @@ def test_a_collector_that_does_not_answer_costs_seconds_at_the_end(tmp_path: Pat
 )
 def test_nothing_is_exported_where_the_environment_does_not_ask_for_it(tmp_path: Path, environ: dict[str, str]) -> None:
     """Or asks for none."""
-    fill(tmp_path / "box")
+    fill_outbox(tmp_path / "box")
     with Server() as collector:
         there = {name: collector.url("") if value == "=" else value for name, value in environ.items()}
         end(*SINK, cwd=tmp_path, environ=there)
@@ -94,7 +94,7 @@ def test_nothing_is_exported_where_the_environment_does_not_ask_for_it(tmp_path:
 )
 def test_an_address_that_cannot_be_used_is_a_usage_error(tmp_path: Path, url: str, said: str) -> None:
     """Which does not repeat a password."""
-    process = deliver(*SINK, "--otlp", url, cwd=tmp_path)
+    process = start_deliver(*SINK, "--otlp", url, cwd=tmp_path)
     told = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == 2
     assert said in told

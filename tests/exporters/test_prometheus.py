@@ -18,8 +18,18 @@ from pillarbox.exporters.collector import DirectoryCollector
 from pillarbox.settings import Settings
 from pillarbox.store.directory import Directory
 from pillarbox.testing import ManualClock
-from tests.exporters.stage import ENVIRON, WAIT_S, Samples, delivering, documented, fetch, fill, sample, scrape
-from tests.sinks.http_server import nobody
+from tests.exporters.scraping import (
+    ENVIRONMENT,
+    WAIT_S,
+    Samples,
+    documented_metrics,
+    fetch,
+    fill_outbox,
+    running_deliver,
+    sample_value,
+    scrape_until,
+)
+from tests.sinks.http_server import closed_port_url
 
 
 def labels(**of: str) -> frozenset[tuple[str, str]]:
@@ -35,20 +45,22 @@ def is_idle(found: Samples) -> bool:
         ("pillarbox_lease_held", 1),
     )
     whole = {(name, labels()): count for name, count in moment}
-    return bool(sample(found, "pillarbox_state", state="idle")) and whole.items() <= found.items()
+    return bool(sample_value(found, "pillarbox_state", state="idle")) and whole.items() <= found.items()
 
 
 def test_the_endpoint_has_every_metric_that_is_documented_and_no_other(tmp_path: Path) -> None:
     """By name, type and unit; in both formats."""
-    fill(tmp_path / "box")
-    with delivering(tmp_path) as url:
-        scrape(url, is_idle)
+    fill_outbox(tmp_path / "box")
+    with running_deliver(tmp_path) as url:
+        scrape_until(url, is_idle)
         plain = list(text_string_to_metric_families(fetch(url)))
         text = fetch(url, "application/openmetrics-text; version=1.0.0")
     newer = list(openmetrics_families(text))  # type: ignore[no-untyped-call]  # the library does not say
-    types = {row.at_prometheus: "counter" if row.at_prometheus.endswith("_total") else "gauge" for row in documented()}
+    types = {
+        row.prometheus_name: "counter" if row.prometheus_name.endswith("_total") else "gauge" for row in documented_metrics()
+    }
     types["pillarbox_flush_duration_seconds"] = "histogram"
-    expected = {row.at_prometheus: types[row.at_prometheus] for row in documented() if "deliver" in row.source}
+    expected = {row.prometheus_name: types[row.prometheus_name] for row in documented_metrics() if "deliver" in row.source}
     for families in (plain, newer):
         names = {family.name + "_total" * (family.type == "counter"): family.type for family in families}
         assert names == expected
@@ -58,9 +70,9 @@ def test_the_endpoint_has_every_metric_that_is_documented_and_no_other(tmp_path:
 def test_the_numbers_are_what_was_delivered_and_what_is_in_the_directory(tmp_path: Path) -> None:
     """Counts of the process, sizes of the files."""
     box = tmp_path / "box"
-    fill(box)
-    with delivering(tmp_path) as url:
-        found = scrape(url, is_idle)
+    fill_outbox(box)
+    with running_deliver(tmp_path) as url:
+        found = scrape_until(url, is_idle)
     counts = {
         "pillarbox_delivered_total": 4,
         "pillarbox_duplicates_total": 1,
@@ -77,20 +89,20 @@ def test_the_numbers_are_what_was_delivered_and_what_is_in_the_directory(tmp_pat
         "pillarbox_limit_files": 200_000,
         "pillarbox_rate_limit_per_second": 100_000,
     }
-    assert {name: sample(found, name) for name in counts} == counts
+    assert {name: sample_value(found, name) for name in counts} == counts
     for kind, prefix in (("dead", "dead-"), ("quarantine", "corrupt-")):
         (kept,) = box.glob(f"{prefix}*.ndjson")
-        assert sample(found, "pillarbox_kept_bytes", kind=kind) == kept.stat().st_size
-        assert sample(found, "pillarbox_kept_files", kind=kind) == 1
-    states = {state: sample(found, "pillarbox_state", state=state) for state in get_args(StateName)}
+        assert sample_value(found, "pillarbox_kept_bytes", kind=kind) == kept.stat().st_size
+        assert sample_value(found, "pillarbox_kept_files", kind=kind) == 1
+    states = {state: sample_value(found, "pillarbox_state", state=state) for state in get_args(StateName)}
     assert states == {state: int(state == "idle") for state in states}
-    assert 0 <= sample(found, "pillarbox_heartbeat_age_seconds") < WAIT_S
-    assert 0 < sample(found, "pillarbox_volume_free_bytes") < sample(found, "pillarbox_volume_size_bytes")
+    assert 0 <= sample_value(found, "pillarbox_heartbeat_age_seconds") < WAIT_S
+    assert 0 < sample_value(found, "pillarbox_volume_free_bytes") < sample_value(found, "pillarbox_volume_size_bytes")
 
 
 def test_of_several_sinks_each_is_told_of(tmp_path: Path) -> None:
     """What waits for the one that is down, and what the other one has; the directory as a whole has no sink."""
-    fill(tmp_path / "box")
+    fill_outbox(tmp_path / "box")
     counts = {
         "pillarbox_delivered_total": (4, 0),
         "pillarbox_queue_files": (0, 2),
@@ -107,39 +119,39 @@ def test_of_several_sinks_each_is_told_of(tmp_path: Path) -> None:
     def of_both(found: Samples, name: str) -> tuple[float | None, ...]:
         return tuple(found.get((name, frozenset({("outbox", "box"), ("sink", sink)}))) for sink in ("live", "warehouse"))
 
-    with delivering(tmp_path, "live=sqlite:///events.db", f"warehouse={nobody()}") as url:
+    with running_deliver(tmp_path, "live=sqlite:///events.db", f"warehouse={closed_port_url()}") as url:
         # Each is as new as its last look, or heartbeat.
-        found = scrape(
+        found = scrape_until(
             url,
             lambda found: (
                 all(of_both(found, name) == both for name, both in counts.items())
-                and bool(sample(found, "pillarbox_state", state="waiting", sink="warehouse"))
+                and bool(sample_value(found, "pillarbox_state", state="waiting", sink="warehouse"))
                 and others.items() <= found.items()
             ),
         )
-    assert sample(found, "pillarbox_kept_files", kind="dead") == 0
+    assert sample_value(found, "pillarbox_kept_files", kind="dead") == 0
 
 
 def test_a_process_that_stands_by_says_so(tmp_path: Path) -> None:
     """The heartbeat is the other one's."""
-    fill(tmp_path / "box")
-    with delivering(tmp_path) as first:
-        scrape(first, is_idle)  # it is this one that delivers
-        with delivering(tmp_path) as second:
-            found = scrape(second, lambda found: bool(sample(found, "pillarbox_state", state="standby")))
-        assert sample(found, "pillarbox_lease_held") == 0
-        assert sample(found, "pillarbox_heartbeat_age_seconds") < WAIT_S
-        assert sample(found, "pillarbox_delivered_total") == 0
+    fill_outbox(tmp_path / "box")
+    with running_deliver(tmp_path) as first:
+        scrape_until(first, is_idle)  # it is this one that delivers
+        with running_deliver(tmp_path) as second:
+            found = scrape_until(second, lambda found: bool(sample_value(found, "pillarbox_state", state="standby")))
+        assert sample_value(found, "pillarbox_lease_held") == 0
+        assert sample_value(found, "pillarbox_heartbeat_age_seconds") < WAIT_S
+        assert sample_value(found, "pillarbox_delivered_total") == 0
 
 
 def test_a_client_that_keeps_quiet_holds_nobody_up(tmp_path: Path) -> None:
     """Neither delivery, nor another scrape, nor the end."""
-    fill(tmp_path / "box")
-    with delivering(tmp_path) as url:
+    fill_outbox(tmp_path / "box")
+    with running_deliver(tmp_path) as url:
         port = int(url.split(":")[2].partition("/")[0])
         with socket.create_connection(("127.0.0.1", port)) as quiet:
             quiet.sendall(b"GET /metr")
-            assert sample(scrape(url, is_idle), "pillarbox_delivered_total") == 4
+            assert sample_value(scrape_until(url, is_idle), "pillarbox_delivered_total") == 4
             with pytest.raises(HTTPError, match="the metrics are at /metrics"):
                 fetch(url.removesuffix("/metrics"))
     with pytest.raises(URLError):
@@ -148,16 +160,16 @@ def test_a_client_that_keeps_quiet_holds_nobody_up(tmp_path: Path) -> None:
 
 def test_it_listens_on_an_address_of_the_newer_kind_too(tmp_path: Path) -> None:
     """In brackets, as in a URL."""
-    fill(tmp_path / "box")
-    with delivering(tmp_path, at="[::1]:0") as url:
+    fill_outbox(tmp_path / "box")
+    with running_deliver(tmp_path, metrics_address="[::1]:0") as url:
         assert url.startswith("http://[::1]:")
-        scrape(url, is_idle)
+        scrape_until(url, is_idle)
 
 
 def refused(*arguments: str, cwd: Path, without: str = "nothing") -> str:
     program = f"import sys; sys.modules[{without!r}] = None; from pillarbox.cli import main; main()"
     command = [sys.executable, "-c", program, "deliver", "-d", "box", "--sink", "sqlite:///e.db", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=ENVIRON, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     return done.stderr

@@ -31,15 +31,15 @@ class Request:
     method: str
     target: str
     headers: dict[str, str]
-    sent: bytes  # the body as it came over the wire
+    raw_body: bytes  # the body as it came over the wire
 
     @property
-    def key(self) -> str:
+    def idempotency_key(self) -> str:
         return self.headers["idempotency-key"]
 
     @property
     def body(self) -> bytes:
-        return _UNPACK[self.headers.get("content-encoding", "")](self.sent)
+        return _UNPACK[self.headers.get("content-encoding", "")](self.raw_body)
 
     @property
     def events(self) -> list[Any]:
@@ -51,17 +51,17 @@ class Request:
         return [one["data"] for one in found] if "cloudevents" in self.headers["content-type"] else found
 
 
-class Say(NamedTuple):
+class CannedResponse(NamedTuple):
     """An answer, and what goes wrong with it."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = {}  # noqa: RUF012 - never changed
     raw: bytes | None = None  # instead of all the above
-    cut: int | None = None  # bytes of the answer after which the connection is cut
-    gap_s: float = 0.0  # after each byte
+    cut_after_bytes: int | None = None  # bytes of the answer after which the connection is cut
+    byte_delay_s: float = 0.0  # after each byte
 
-    def bytes(self) -> bytes:
+    def to_bytes(self) -> bytes:
         if self.raw is not None:
             return self.raw
         heads = {"Content-Length": str(len(self.body))} | self.headers
@@ -69,33 +69,33 @@ class Say(NamedTuple):
         return f"HTTP/1.1 {self.status} Said\r\n{lines}\r\n".encode() + self.body
 
 
-HANG = Say(raw=b"", cut=0)  # takes the call and never answers
+HANG = CannedResponse(raw=b"", cut_after_bytes=0)  # takes the call and never answers
 
-Answering = Callable[[Request], Say]
-
-
-def always(say: Say) -> Answering:
-    return lambda _: say
+Responder = Callable[[Request], CannedResponse]
 
 
-def in_turn(*says: Say) -> Answering:
+def always(response: CannedResponse) -> Responder:
+    return lambda _: response
+
+
+def in_sequence(*responses: CannedResponse) -> Responder:
     """One after the other; the last one for ever."""
-    left = list(says)
-    return lambda _: left.pop(0) if len(left) > 1 else left[0]
+    remaining = list(responses)
+    return lambda _: remaining.pop(0) if len(remaining) > 1 else remaining[0]
 
 
 @dataclass
 class Server:
     """Runs in a thread with a loop of its own, from `with` to its end."""
 
-    answer: Answering = field(default_factory=lambda: always(Say()))
+    respond: Responder = field(default_factory=lambda: always(CannedResponse()))
     tls: ssl.SSLContext | None = None
     body_max: int = 2**26  # bytes; a larger one is answered with 413 before it was read, and the connection closed
     greeting: bytes = b""  # said before anything is asked
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
-    open: int = 0
-    most_open: int = 0
+    open_connections: int = 0
+    open_connections_max: int = 0
     port: int = 0
 
     def __enter__(self) -> Self:
@@ -107,7 +107,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(60)
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(60)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(60)
         self._loop.close()
@@ -119,7 +119,7 @@ class Server:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.tls, limit=2**26)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    async def _end(self) -> None:
+    async def _stop(self) -> None:
         self._server.close()
         for task in list(self._tasks):
             task.cancel()
@@ -130,65 +130,65 @@ class Server:
         assert task
         self._tasks.add(task)
         self.connections += 1
-        self.open += 1
-        self.most_open = max(self.most_open, self.open)
+        self.open_connections += 1
+        self.open_connections_max = max(self.open_connections_max, self.open_connections)
         writer.write(self.greeting)
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError, ssl.SSLError):
-                while await self._one(reader, writer):
+                while await self._serve_request(reader, writer):
                     pass
         finally:
-            self.open -= 1
+            self.open_connections -= 1
             self._tasks.discard(task)
             writer.transport.abort()
 
-    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _serve_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, target, _ = head[0].split(" ")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
         size = int(headers.get("content-length", "0"))
         if size > self.body_max:
             self.requests.append(Request(method, target, headers, b""))
-            await _write(writer, Say(413, headers={"Connection": "close"}))
+            await _write_response(writer, CannedResponse(413, headers={"Connection": "close"}))
             writer.write_eof()
             while await reader.read(2**16):  # as proxies do: to close at once would take the answer away with the connection
                 pass
             return False
         request = Request(method, target, headers, await reader.readexactly(size))
         self.requests.append(request)
-        say = self.answer(request)
+        say = self.respond(request)
         if say == HANG:
             await reader.read()  # until the caller has had enough
             return False
-        return await _write(writer, say)
+        return await _write_response(writer, say)
 
 
-async def _write(writer: asyncio.StreamWriter, say: Say) -> bool:
-    data = say.bytes() if say.cut is None else say.bytes()[: say.cut]
-    for part in [data[at : at + 1] for at in range(len(data))] if say.gap_s else [data]:
+async def _write_response(writer: asyncio.StreamWriter, response: CannedResponse) -> bool:
+    data = response.to_bytes() if response.cut_after_bytes is None else response.to_bytes()[: response.cut_after_bytes]
+    for part in [data[at : at + 1] for at in range(len(data))] if response.byte_delay_s else [data]:
         writer.write(part)
         await writer.drain()
-        await asyncio.sleep(say.gap_s)
-    return say.cut is None and say.raw is None
+        await asyncio.sleep(response.byte_delay_s)
+    return response.cut_after_bytes is None and response.raw is None
 
 
 @functools.cache
-def _taken() -> socket.socket:
+def _reserved_socket() -> socket.socket:
     """Bound for good, and nobody listens: nor can another have its port, or a caller by chance be connected to itself."""
     found = socket.socket()
     found.bind(("127.0.0.1", 0))
     return found
 
 
-def nobody() -> str:
+def closed_port_url() -> str:
     """The address of a port that nobody listens on."""
-    return f"http://127.0.0.1:{_taken().getsockname()[1]}/events"
+    return f"http://127.0.0.1:{_reserved_socket().getsockname()[1]}/events"
 
 
-def run(work: Awaitable[_T]) -> _T:
+def run_async(awaitable: Awaitable[_T]) -> _T:
     """Run to the end, within a minute."""
 
     async def bounded() -> _T:
-        return await asyncio.wait_for(work, 60)
+        return await asyncio.wait_for(awaitable, 60)
 
     return asyncio.run(bounded())

@@ -22,7 +22,7 @@ from pillarbox.sinks.http import HttpSink
 from pillarbox.sinks.http.encoding import compress, format_rfc3339
 from pillarbox.testing import ManualClock
 from tests.conftest import event
-from tests.sinks.http_server import Say, Server, always, in_turn, run
+from tests.sinks.http_server import CannedResponse, Server, always, in_sequence, run_async
 
 SECRET = "s3cret-do-not-show"  # noqa: S105 - what the tests look for
 
@@ -49,7 +49,7 @@ def deliver(url: str, *batches: Batch, clock: ManualClock | None = None) -> list
         await sink.close()
         return answers
 
-    return run(work())
+    return run_async(work())
 
 
 def answer_of(url: str, one: Batch | None = None) -> Any:
@@ -76,7 +76,7 @@ def test_the_head_of_a_call_says_who_calls_and_which_batch_it_is(server: Server)
     """Ids are sent as they are; other characters, which only a file that somebody else named has, are percent-encoded."""
     ids = ["sealed-1795436302841870-12491cba-455d-49a5-9918-9b68e35471d2:0-249", "sealed-ö ~\udcff%", "sealed-bad"]
     deliver(server.url(), *(batch(1, one) for one in ids))
-    assert [request.key for request in server.requests] == [ids[0], "sealed-%C3%B6%20~%FF%25", "sealed-bad"]
+    assert [request.idempotency_key for request in server.requests] == [ids[0], "sealed-%C3%B6%20~%FF%25", "sealed-bad"]
     for request in server.requests:
         assert request.headers["user-agent"].startswith("pillarbox/")
         assert request.headers["accept-encoding"] == "identity"
@@ -86,13 +86,18 @@ def test_the_head_of_a_call_says_who_calls_and_which_batch_it_is(server: Server)
 
 def test_a_batch_is_the_same_bytes_under_the_same_key_at_every_attempt(server: Server) -> None:
     """Also by another process, whose sink is another."""
-    server.answer = in_turn(Say(503), Say(200, b"{", {"Content-Type": "application/json"}), Say(429), Say())
+    server.respond = in_sequence(
+        CannedResponse(503),
+        CannedResponse(200, b"{", {"Content-Type": "application/json"}),
+        CannedResponse(429),
+        CannedResponse(),
+    )
     for form in ("ndjson", "cloudevents"):
         server.requests.clear()
         one = batch()
         deliver(server.url(f"#format={form}"), one, one)
         deliver(server.url(f"#format={form}"), batch(), batch())
-        assert len({(request.key, request.sent) for request in server.requests}) == 1
+        assert len({(request.idempotency_key, request.raw_body) for request in server.requests}) == 1
         assert len(server.requests) == 4
 
 
@@ -164,15 +169,15 @@ def test_only_an_event_without_an_id_cannot_be_a_cloud_event(server: Server) -> 
     async def work() -> list[Any]:
         sink = HttpSink(server.url("#format=cloudevents&type_field=shop_name"), Order)
         answers: list[Any] = [await sink.deliver(Batch("b", lines))]
-        server.answer = always(Say(400, b'{"refused":[1]}'))
+        server.respond = always(CannedResponse(400, b'{"refused":[1]}'))
         answers.append(await sink.deliver(Batch("b", lines)))
-        server.answer = always(Say(400))
+        server.respond = always(CannedResponse(400))
         answers.append(await sink.deliver(Batch("b", lines)))
         answers.append(await sink.deliver(Batch("b", lines[1:4])))
         await sink.close()
         return answers
 
-    first, named, unnamed, none = run(work())
+    first, named, unnamed, none = run_async(work())
     assert (set(first.refused), first.accepted) == ({1, 2, 3, 5}, 2)
     assert (set(named.refused), named.accepted) == ({1, 2, 3, 4, 5}, None)
     assert (set(unnamed.refused), unnamed.accepted) == ({1, 2, 3, 5}, None)
@@ -206,12 +211,12 @@ def test_a_body_is_signed_as_standard_webhooks_says(
     for request in server.requests:
         name, moment_sent = request.headers["webhook-id"], request.headers["webhook-timestamp"]
         times.append(int(moment_sent))
-        signed = name.encode() + b"." + moment_sent.encode() + b"." + request.sent
+        signed = name.encode() + b"." + moment_sent.encode() + b"." + request.raw_body
         wanted = [
             base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode() for key in (b"k" * 32, b"the-older-one")
         ]
         assert request.headers["webhook-signature"] == f"v1,{wanted[0]} v1,{wanted[1]}"
-        assert name == request.key == one.id
+        assert name == request.idempotency_key == one.id
     assert times[1] - times[0] == 90
 
 
@@ -231,5 +236,5 @@ def test_a_missing_variable_stops_delivery_and_names_the_way_out(server: Server)
     sink = HttpSink(server.url("#token_env=NOT_SET_ANYWHERE"), TrackingEvent)
     for work in (sink.open, lambda: sink.deliver(batch())):
         with pytest.raises(SinkUnusableError, match="NOT_SET_ANYWHERE"):
-            run(work())
+            run_async(work())
     assert server.requests == []

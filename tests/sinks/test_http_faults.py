@@ -20,7 +20,7 @@ from pillarbox import TrackingEvent
 from pillarbox.sinks.base import CheckResult, Delivered, Misconfigured, PartialFailure, Rejected, Retry
 from pillarbox.sinks.http import HttpSink
 from tests.conftest import wait_until
-from tests.sinks.http_server import HANG, Request, Say, Server, always, nobody, run
+from tests.sinks.http_server import HANG, CannedResponse, Request, Server, always, closed_port_url, run_async
 from tests.sinks.test_http import SECRET, answer_of, batch
 
 OK = {"Content-Type": "application/json"}
@@ -36,23 +36,23 @@ def server() -> Iterator[Server]:
 @pytest.mark.parametrize(
     ("say", "said"),
     [
-        (Say(raw=b""), "cut the connection"),
-        (Say(raw=b"SSH-2.0-OpenSSH_9.6\r\n"), "not HTTP"),
-        (Say(raw=b"\x00\xff" * 500), "not HTTP"),
-        (Say(raw=b"HTTP/1.1 abc\r\n\r\n"), "not HTTP"),
-        (Say(raw=b"HTTP/1.1 200 OK\r\nX: " + b"x" * 300_000), "not HTTP"),
-        (Say(raw=b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"), "not HTTP"),
-        (Say(raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "not HTTP"),
-        (Say(raw=b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"refus'), "cut the connection"),
-        (Say(200, b'{"refused":[{"index":0}]}', OK, cut=60), "cut the connection"),
-        (Say(200, b'{"refused":[{"index":0}]}', OK, cut=5), "cut the connection"),
-        (Say(400, b'{"refused":[{"index":0}]}', OK, cut=70), "cut the connection"),
-        (Say(raw=b'HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{"refused":[{"ind'), "no whole JSON"),
+        (CannedResponse(raw=b""), "cut the connection"),
+        (CannedResponse(raw=b"SSH-2.0-OpenSSH_9.6\r\n"), "not HTTP"),
+        (CannedResponse(raw=b"\x00\xff" * 500), "not HTTP"),
+        (CannedResponse(raw=b"HTTP/1.1 abc\r\n\r\n"), "not HTTP"),
+        (CannedResponse(raw=b"HTTP/1.1 200 OK\r\nX: " + b"x" * 300_000), "not HTTP"),
+        (CannedResponse(raw=b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"), "not HTTP"),
+        (CannedResponse(raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "not HTTP"),
+        (CannedResponse(raw=b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"refus'), "cut the connection"),
+        (CannedResponse(200, b'{"refused":[{"index":0}]}', OK, cut_after_bytes=60), "cut the connection"),
+        (CannedResponse(200, b'{"refused":[{"index":0}]}', OK, cut_after_bytes=5), "cut the connection"),
+        (CannedResponse(400, b'{"refused":[{"index":0}]}', OK, cut_after_bytes=70), "cut the connection"),
+        (CannedResponse(raw=b'HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{"refused":[{"ind'), "no whole JSON"),
     ],
 )
-def test_what_is_no_whole_answer_is_tried_again(server: Server, say: Say, said: str) -> None:
+def test_what_is_no_whole_answer_is_tried_again(server: Server, say: CannedResponse, said: str) -> None:
     """It may have been accepted or not: the key makes it harmless."""
-    server.answer = always(say)
+    server.respond = always(say)
     found = answer_of(server.url())
     assert isinstance(found, Retry), found
     assert said in found.reason
@@ -61,7 +61,9 @@ def test_what_is_no_whole_answer_is_tried_again(server: Server, say: Say, said: 
 def test_a_status_that_speaks_for_itself_counts_though_its_text_is_cut_off(server: Server) -> None:
     """So that `Retry-After` is not lost, and a wrong set-up is seen."""
     for status, kind in ((503, Retry), (429, Retry), (401, Misconfigured), (413, Rejected)):
-        server.answer = always(Say(status, b"x" * 100, {"Retry-After": "7"} if kind is Retry else {}, cut=90))
+        server.respond = always(
+            CannedResponse(status, b"x" * 100, {"Retry-After": "7"} if kind is Retry else {}, cut_after_bytes=90)
+        )
         found = answer_of(server.url())
         assert isinstance(found, kind)
         assert getattr(found, "after", 7.0) == 7.0
@@ -69,11 +71,16 @@ def test_a_status_that_speaks_for_itself_counts_though_its_text_is_cut_off(serve
 
 @pytest.mark.parametrize(
     "say",
-    [HANG, Say(gap_s=0.5), Say(200, b"x" * 5000, gap_s=0.02), Say(raw=b"HTTP/1.1 100 Continue\r\n\r\n" * 500, gap_s=0.02)],
+    [
+        HANG,
+        CannedResponse(byte_delay_s=0.5),
+        CannedResponse(200, b"x" * 5000, byte_delay_s=0.02),
+        CannedResponse(raw=b"HTTP/1.1 100 Continue\r\n\r\n" * 500, byte_delay_s=0.02),
+    ],
 )
-def test_no_call_takes_longer_than_its_timeout(server: Server, say: Say) -> None:
+def test_no_call_takes_longer_than_its_timeout(server: Server, say: CannedResponse) -> None:
     """Nor where bytes keep coming, one by one."""
-    server.answer = always(say)
+    server.respond = always(say)
     began = monotonic()
     found = answer_of(server.url("#timeout=0.3"))
     assert isinstance(found, Retry)
@@ -83,7 +90,7 @@ def test_no_call_takes_longer_than_its_timeout(server: Server, say: Say) -> None
 
 def test_calls_that_time_out_or_are_cancelled_take_no_connection_away(server: Server) -> None:
     """However many, also while others wait for their turn: the next one goes through."""
-    server.answer = always(HANG)
+    server.respond = always(HANG)
 
     async def work() -> Any:
         sink = HttpSink(server.url("#timeout=3&connections=2"), TrackingEvent)
@@ -93,12 +100,12 @@ def test_calls_that_time_out_or_are_cancelled_take_no_connection_away(server: Se
             task.cancel()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(one) for one in found} == {Retry, asyncio.CancelledError}
-        server.answer = always(Say())
+        server.respond = always(CannedResponse())
         assert await asyncio.gather(*[sink.deliver(batch()) for _ in range(10)]) == [Delivered(3)] * 10
         await sink.close()
 
-    run(work())
-    wait_until(lambda: server.open == 0)
+    run_async(work())
+    wait_until(lambda: server.open_connections == 0)
 
 
 def test_connections_are_kept_and_bounded(server: Server) -> None:
@@ -111,14 +118,14 @@ def test_connections_are_kept_and_bounded(server: Server) -> None:
             await asyncio.gather(*[sink.deliver(batch()) for _ in range(12)])
         await sink.close()
 
-    run(work())
+    run_async(work())
     assert server.connections <= 3
     assert len(server.requests) == 36
 
 
 def test_a_connection_that_the_server_closed_meanwhile_is_not_used(server: Server) -> None:
     """The next call opens another."""
-    server.answer = always(Say(headers={"Connection": "close"}))
+    server.respond = always(CannedResponse(headers={"Connection": "close"}))
 
     async def work() -> Any:
         sink = HttpSink(server.url(), TrackingEvent)
@@ -128,12 +135,12 @@ def test_a_connection_that_the_server_closed_meanwhile_is_not_used(server: Serve
         await sink.close()
         return found
 
-    assert run(work()) == [Delivered(3)] * 3
+    assert run_async(work()) == [Delivered(3)] * 3
 
 
 def test_where_nobody_listens_the_address_and_the_cause_are_named() -> None:
     """The system's own words."""
-    found = answer_of(nobody())
+    found = answer_of(closed_port_url())
     assert isinstance(found, Retry)
     assert "127.0.0.1" in found.reason
     assert "Connect" in found.reason or "refused" in found.reason
@@ -153,23 +160,23 @@ def test_a_server_that_refuses_by_size_before_it_has_read_is_understood() -> Non
 
 def test_no_more_of_an_answer_is_read_than_its_bound(server: Server) -> None:
     """A long text does not hurt; JSON that cannot be read to its end does, for it may refuse something."""
-    server.answer = always(Say(200, b"x" * 3_000_000))
+    server.respond = always(CannedResponse(200, b"x" * 3_000_000))
     assert answer_of(server.url()) == Delivered(3)
-    server.answer = always(Say(200, b'{"refused":[' + b"0," * 1_500_000 + b"0]}", OK))
+    server.respond = always(CannedResponse(200, b'{"refused":[' + b"0," * 1_500_000 + b"0]}", OK))
     assert isinstance(answer_of(server.url()), Misconfigured)
     assert answer_of(server.url("#answer=status")) == Delivered(3)
-    server.answer = always(Say(200, b"\x1f\x8b", OK | {"Content-Encoding": "gzip"}))
+    server.respond = always(CannedResponse(200, b"\x1f\x8b", OK | {"Content-Encoding": "gzip"}))
     assert isinstance(answer_of(server.url()), Misconfigured)
-    server.answer = always(Say(400, b'{"refused":[' + b"0," * 1_500_000 + b"0]}", OK))
+    server.respond = always(CannedResponse(400, b'{"refused":[' + b"0," * 1_500_000 + b"0]}", OK))
     assert isinstance(answer_of(server.url()), Rejected)
 
 
 def test_refusals_by_index_come_over_the_wire(server: Server) -> None:
     """With and without an acceptance of the others."""
     named = json.dumps({"accepted": 2, "refused": [{"index": 1, "code": "c", "reason": "r"}]}).encode()
-    server.answer = always(Say(202, named, OK))
+    server.respond = always(CannedResponse(202, named, OK))
     assert answer_of(server.url()) == PartialFailure({1: answer_of(server.url()).refused[1]}, 2)
-    server.answer = always(Say(422, b'{"refused":[2]}', OK))
+    server.respond = always(CannedResponse(422, b'{"refused":[2]}', OK))
     assert answer_of(server.url()).accepted is None
 
 
@@ -207,12 +214,12 @@ def test_a_ca_file_that_is_mended_counts_without_a_restart(safe_server: Server, 
         assert await sink.deliver(batch()) == Delivered(3)
         await sink.close()
 
-    run(work())
+    run_async(work())
 
 
 def test_a_proxy_is_used_where_one_is_named_and_only_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what the environment says to everybody."""
-    with Server(always(Say(407))) as proxy:
+    with Server(always(CannedResponse(407))) as proxy:
         for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(variable, proxy.url())
         assert answer_of(server.url()) == Delivered(3)
@@ -224,9 +231,9 @@ def test_a_proxy_is_used_where_one_is_named_and_only_there(server: Server, monke
             assert "proxy_env" in found.reason
         assert [request.target for request in proxy.requests] == ["http://shop.invalid/in", "shop.invalid:443"]
         assert all(request.headers["proxy-authorization"].startswith("Basic ") for request in proxy.requests)
-        proxy.answer = always(Say(502))
+        proxy.respond = always(CannedResponse(502))
         assert isinstance(answer_of("https://shop.invalid/in#proxy_env=EVENTS_PROXY"), Retry)
-        proxy.answer = always(Say(200))
+        proxy.respond = always(CannedResponse(200))
         assert answer_of("http://shop.invalid/in#proxy_env=EVENTS_PROXY") == Delivered(3)
 
 
@@ -263,27 +270,27 @@ def check(url: str) -> list[CheckResult]:
         await sink.close()
         return found
 
-    return run(work())
+    return run_async(work())
 
 
 @pytest.mark.parametrize(
     ("say", "fine"),
     [
-        *[(Say(status), True) for status in (200, 204, 400, 404, 405, 422, 501)],
-        *[(Say(status), False) for status in (301, 401, 403, 407, 410, 421, 426, 429, 500, 503)],
-        (Say(200, headers={"Allow": "OPTIONS, post"}), True),
-        (Say(200, headers={"Allow": "GET, HEAD"}), False),
-        (Say(405, headers={"Allow": "GET, HEAD"}), False),
+        *[(CannedResponse(status), True) for status in (200, 204, 400, 404, 405, 422, 501)],
+        *[(CannedResponse(status), False) for status in (301, 401, 403, 407, 410, 421, 426, 429, 500, 503)],
+        (CannedResponse(200, headers={"Allow": "OPTIONS, post"}), True),
+        (CannedResponse(200, headers={"Allow": "GET, HEAD"}), False),
+        (CannedResponse(405, headers={"Allow": "GET, HEAD"}), False),
         (HANG, False),
-        (Say(raw=b"nonsense"), False),
+        (CannedResponse(raw=b"nonsense"), False),
     ],
 )
-def test_check_says_whether_the_destination_answers(server: Server, say: Say, fine: bool) -> None:
+def test_check_says_whether_the_destination_answers(server: Server, say: CannedResponse, fine: bool) -> None:
     """Without sending an event."""
-    server.answer = always(say)
+    server.respond = always(say)
     assert check(server.url("#timeout=0.5" if say == HANG else ""))[-1].ok is fine
     assert [request.method for request in server.requests] == ["OPTIONS"]
-    assert server.requests[0].sent == b""
+    assert server.requests[0].raw_body == b""
 
 
 def test_check_says_what_proves_who_calls(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +305,7 @@ def test_check_says_what_proves_who_calls(server: Server, monkeypatch: pytest.Mo
     (missing,) = check(server.url("#token_env=NOT_SET_ANYWHERE"))
     assert not missing.ok
     assert "NOT_SET_ANYWHERE" in missing.message
-    assert not check(nobody())[-1].ok
+    assert not check(closed_port_url())[-1].ok
 
 
 def test_no_secret_shows_whatever_happens(
@@ -308,20 +315,24 @@ def test_no_secret_shows_whatever_happens(
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("EVENTS_TOKEN", SECRET)
 
-    def echo(status: int, request: Request) -> Say:
+    def echo(status: int, request: Request) -> CannedResponse:
         text = f"{request.method} {request.target} {request.headers}".encode()
-        return Say(status, text)
+        return CannedResponse(status, text)
 
     answers: list[Any] = []
     for status in (200, 302, 400, 401, 413, 418, 429, 500):
-        server.answer = lambda request, status=status: echo(status, request)  # type: ignore[misc]
+        server.respond = lambda request, status=status: echo(status, request)  # type: ignore[misc]
         answers += [answer_of(server.url(f"?key={SECRET}x#token_env=EVENTS_TOKEN&secret_env=EVENTS_TOKEN"))]
         answers += [answer_of(server.url(f"?key={SECRET}x#header_env=X-Key:EVENTS_TOKEN", user=f"me:{SECRET}@"))]
         answers += check(server.url(f"?key={SECRET}x#token_env=EVENTS_TOKEN"))
     assert SECRET not in caplog.text
     caplog.set_level(logging.INFO)  # below it, the library shows the headers that the server sends, and this one sends ours
-    for say in (Say(raw=b"nonsense"), HANG, Say(302, headers={"Location": f"http://u:{SECRET}@other.example/{SECRET}"})):
-        server.answer = always(say)
+    for say in (
+        CannedResponse(raw=b"nonsense"),
+        HANG,
+        CannedResponse(302, headers={"Location": f"http://u:{SECRET}@other.example/{SECRET}"}),
+    ):
+        server.respond = always(say)
         answers.append(answer_of(server.url("#token_env=EVENTS_TOKEN&timeout=0.1")))
     answers.append(answer_of(f"http://me:{SECRET}@127.0.0.1:1/?key={SECRET}"))
     assert SECRET not in repr(answers)

@@ -20,7 +20,7 @@ from pillarbox.sinks import make_sink
 from pillarbox.store.directory import Directory
 from tests.conftest import event, wait_until
 from tests.delivery.stage import QUICK, drain, left, seal, worker_for
-from tests.sinks.http_server import HANG, Request, Say, Server
+from tests.sinks.http_server import HANG, CannedResponse, Request, Server
 from tests.sinks.test_http import SECRET
 
 OK = {"Content-Type": "application/json"}
@@ -39,32 +39,39 @@ class Shop:
         self._trouble = trouble
         self._names = names
 
-    def __call__(self, request: Request) -> Say:
+    def __call__(self, request: Request) -> CannedResponse:
         if request.method != "POST":
-            return Say(405)
-        self.attempts[request.key] += 1
+            return CannedResponse(405)
+        self.attempts[request.idempotency_key] += 1
         if self._random.random() < self._trouble:
             return self._bad(request)
         return self._judge(request)
 
-    def _judge(self, request: Request) -> Say:
-        if request.key in self.keys:
-            return Say(200)
+    def _judge(self, request: Request) -> CannedResponse:
+        if request.idempotency_key in self.keys:
+            return CannedResponse(200)
         ids = [one["event_id"] for one in request.events]
         if len(ids) > self.records_max:
-            return Say(413)
+            return CannedResponse(413)
         poisoned = [index for index, one in enumerate(request.events) if one["event_key"] == "poison"]
         if poisoned and self._names:
-            return Say(422, json.dumps({"refused": [{"index": index, "reason": "poison"} for index in poisoned]}).encode(), OK)
+            return CannedResponse(
+                422, json.dumps({"refused": [{"index": index, "reason": "poison"} for index in poisoned]}).encode(), OK
+            )
         if poisoned:
-            return Say(400, b"there is poison in it")
-        self.keys.add(request.key)
+            return CannedResponse(400, b"there is poison in it")
+        self.keys.add(request.idempotency_key)
         self.kept.update(ids)
-        return Say(202, json.dumps({"accepted": len(ids)}).encode(), OK)
+        return CannedResponse(202, json.dumps({"accepted": len(ids)}).encode(), OK)
 
-    def _bad(self, request: Request) -> Say:
-        busy = [Say(status, b"<html>", {"Retry-After": "0"}) for status in (408, 409, 425, 429, 500, 502, 503, 504)]
-        kept = [self._judge(request)._replace(cut=20), Say(raw=b"\x00garbage\r\n\r\n"), Say(raw=b""), HANG]
+    def _bad(self, request: Request) -> CannedResponse:
+        busy = [CannedResponse(status, b"<html>", {"Retry-After": "0"}) for status in (408, 409, 425, 429, 500, 502, 503, 504)]
+        kept = [
+            self._judge(request)._replace(cut_after_bytes=20),
+            CannedResponse(raw=b"\x00garbage\r\n\r\n"),
+            CannedResponse(raw=b""),
+            HANG,
+        ]
         return self._random.choice([*busy, *kept])
 
 
@@ -121,14 +128,14 @@ def test_a_batch_that_is_too_large_is_halved(tmp_path: Path) -> None:
                 fill(box, 100)
                 assert box.flush(timeout=60)
             assert shop.kept.total() == 100
-            assert all(len(request.events) <= most for request in server.requests if request.key in shop.keys)
+            assert all(len(request.events) <= most for request in server.requests if request.idempotency_key in shop.keys)
             assert all(len(request.body) <= 2010 for request in server.requests) or "bytes_max" not in options
 
 
 def test_a_wrong_set_up_stops_delivery_and_no_secret_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state says what to mend; nothing is lost or given up."""
     monkeypatch.setenv("EVENTS_TOKEN", SECRET)
-    with Server(lambda request: Say(401, str(request.headers).encode())) as server:
+    with Server(lambda request: CannedResponse(401, str(request.headers).encode())) as server:
         url = server.url(f"/?key={SECRET}#token_env=EVENTS_TOKEN", user="")
         with pillarbox.Outbox(str(tmp_path / "box"), sink=url, flush_interval=0.05) as box:
             fill(box, 10)

@@ -23,7 +23,7 @@ from pillarbox.event import TrackingEvent
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.sqlite import SqliteSink
 from tests.crash.kills import Violation, fork
-from tests.sinks.spacetimedb.server import ROOT, Server, free_port
+from tests.sinks.spacetimedb.server import ROOT, SpacetimeDbServer, free_port
 from tests.torture import chaotic, destination, lives
 from tests.torture.account import Event, Row
 from tests.torture.destination import Arrived, Destination
@@ -102,7 +102,7 @@ class SpacetimeDb:
     takes_all = False
 
     def __init__(self, folder: Path, seed: int, row: Row) -> None:
-        self._server = Server(folder / "server")
+        self._server = SpacetimeDbServer(folder / "server")
         self._server.publish("events", _MODULE.read_bytes())
         port = free_port()
         proxy = Proxy(f"{seed}", folder / _DOWN, row, lives.HANG_S, self._server.port)
@@ -111,7 +111,7 @@ class SpacetimeDb:
         self.url = f"spacetimedb://:{token}@127.0.0.1:{port}/events?timeout={lives.CALL_TIMEOUT_S}&confirm_wait=0.05"
 
     def arrived(self) -> tuple[Counter[Event], list[str]]:
-        return Counter(map(parsed, self._server.ids("events"))), []
+        return Counter(map(parsed, self._server.stored_event_ids("events"))), []
 
     def empty(self) -> None:
         self._server.rows("events", "DELETE FROM tracking_event")

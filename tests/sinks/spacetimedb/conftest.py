@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sinks.spacetimedb.server import ROOT, Server
+from tests.sinks.spacetimedb.server import ROOT, SpacetimeDbServer
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +25,9 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_server(tmp_path_factory: pytest.TempPathFactory, modules: Path) -> Iterator[Server]:
+def shared_server(tmp_path_factory: pytest.TempPathFactory, modules: Path) -> Iterator[SpacetimeDbServer]:
     """A server that nobody kills, with the databases `events` and `other`."""
-    server = Server(tmp_path_factory.mktemp("spacetimedb"))
+    server = SpacetimeDbServer(tmp_path_factory.mktemp("spacetimedb"))
     try:
         server.publish("events", (modules / "tracking_event_v1.wasm").read_bytes())
         server.publish("other", (modules / "module.wasm").read_bytes())
@@ -37,9 +37,9 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory, modules: Path) -> It
 
 
 @pytest.fixture
-def own_server(tmp_path: Path, modules: Path) -> Iterator[Server]:
+def own_server(tmp_path: Path, modules: Path) -> Iterator[SpacetimeDbServer]:
     """A server of the test's own, to kill."""
-    server = Server(tmp_path / "server")
+    server = SpacetimeDbServer(tmp_path / "server")
     try:
         server.publish("events", (modules / "tracking_event_v1.wasm").read_bytes())
         yield server

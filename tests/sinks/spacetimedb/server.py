@@ -35,7 +35,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def binary() -> str:
+def server_binary() -> str:
     """The server, built by the project's own script where it is not there yet."""
     built = os.environ.get("PILLARBOX_TEST_SPACETIMEDB")
     return (
@@ -44,7 +44,7 @@ def binary() -> str:
     )
 
 
-class Server:
+class SpacetimeDbServer:
     """One server on a free port, with its data in a folder."""
 
     def __init__(self, folder: Path, port: int = 0) -> None:
@@ -53,12 +53,12 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
-        self.token: str = json.loads(self.ask("POST", "/v1/identity")[1])["token"]
+        self.token: str = json.loads(self.request("POST", "/v1/identity")[1])["token"]
 
     def start(self) -> None:
         """Start, and wait until it answers."""
         self.folder.mkdir(exist_ok=True)
-        command = [binary(), "start", "--listen-addr", f"127.0.0.1:{self.port}", "--data-dir", str(self.folder / "data")]
+        command = [server_binary(), "start", "--listen-addr", f"127.0.0.1:{self.port}", "--data-dir", str(self.folder / "data")]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*command, "--jwt-key-dir", str(self.folder / "keys")], stdout=log, stderr=log, cwd=self.folder
@@ -66,7 +66,7 @@ class Server:
         pause = threading.Event()
         for _ in range(START_MAX_S * 50):
             with contextlib.suppress(OSError):
-                if self.ask("GET", "/v1/ping")[0] == 200:
+                if self.request("GET", "/v1/ping")[0] == 200:
                     return
             if self._process.poll() is not None:
                 break
@@ -80,12 +80,12 @@ class Server:
             self._process.wait()
             self._process = None
 
-    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
         """(status, body) of a request by a plain HTTP client."""
-        reply = self.reply(method, path, body, **headers)
+        reply = self.request_response(method, path, body, **headers)
         return reply.status, reply.body
 
-    def reply(self, method: str, path: str, body: bytes | None = None, **headers: str) -> SpacetimeDbResponse:
+    def request_response(self, method: str, path: str, body: bytes | None = None, **headers: str) -> SpacetimeDbResponse:
         """The answer to a request, as the sink sees it."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
@@ -98,7 +98,7 @@ class Server:
 
     def publish(self, database: str, wasm: bytes) -> None:
         """Put a module on the server, as the identity of `token`."""
-        status, body = self.ask(
+        status, body = self.request(
             "PUT", f"/v1/database/{database}", wasm, Authorization=f"Bearer {self.token}", Content_Type="application/wasm"
         )
         assert status == 200, body
@@ -107,15 +107,17 @@ class Server:
         """Call a function with a body as it is; a header that is empty is left out."""
         given = {"Content_Type": "application/json", "Authorization": f"Bearer {self.token}"} | headers
         given = {name: value for name, value in given.items() if value}
-        return self.reply("POST", f"/v1/database/{database}/call/{function}", body, **given)
+        return self.request_response("POST", f"/v1/database/{database}/call/{function}", body, **given)
 
     def rows(self, database: str, query: str) -> list[list[Any]]:
         """What a query finds, as the owner."""
-        status, body = self.ask("POST", f"/v1/database/{database}/sql", query.encode(), Authorization=f"Bearer {self.token}")
+        status, body = self.request(
+            "POST", f"/v1/database/{database}/sql", query.encode(), Authorization=f"Bearer {self.token}"
+        )
         assert status == 200, body
         return list(json.loads(body)[0]["rows"])
 
-    def ids(self, database: str) -> list[str]:
+    def stored_event_ids(self, database: str) -> list[str]:
         """The events in the table."""
         return [row[0] for row in self.rows(database, "SELECT event_id FROM tracking_event")]
 
@@ -125,24 +127,24 @@ class Server:
         return f"spacetimedb://:{self.token}@127.0.0.1:{self.port}/{database}?{query}"
 
 
-def batch(*events: msgspec.Struct, batch_id: str = "sealed-a") -> Batch:
+def make_batch(*events: msgspec.Struct, batch_id: str = "sealed-a") -> Batch:
     """A batch of events."""
     return Batch(batch_id, [Codec(type(one)).encode(one) for one in events])
 
 
-def deliver(
+def deliver_batches(
     url: str,
     *batches: Batch,
     event_type: type[msgspec.Struct] = TrackingEvent,
-    between: Callable[[], None] = lambda: None,
+    before_confirm: Callable[[], None] = lambda: None,
 ) -> tuple[list[DeliveryResult], bool]:
-    """The answers to some batches, and whether they were confirmed after `between()`."""
+    """The answers to some batches, and whether they were confirmed after `before_confirm()`."""
 
     async def run() -> tuple[list[DeliveryResult], bool]:
         sink = make_sink(url, event_type)
         try:
             answers = [await sink.deliver(one) for one in batches]
-            await asyncio.to_thread(between)
+            await asyncio.to_thread(before_confirm)
             left = list(batches)
             try:
                 while left:
@@ -156,7 +158,7 @@ def deliver(
     return asyncio.run(run())
 
 
-def check(url: str, event_type: type[msgspec.Struct] = TrackingEvent) -> list[CheckResult]:
+def run_check(url: str, event_type: type[msgspec.Struct] = TrackingEvent) -> list[CheckResult]:
     """What `pillarbox check` finds."""
 
     async def run() -> Iterable[CheckResult]:

@@ -11,7 +11,7 @@ import pytest
 
 from pillarbox import Outbox
 from tests.conftest import event
-from tests.sinks.spacetimedb.server import check
+from tests.sinks.spacetimedb.server import run_check
 
 Answers = Callable[[str], tuple[int, str, bytes]]  # path -> status, content type, body
 HTML = b"<!doctype html><html><head><title>Welcome to nginx</title></head></html>"
@@ -76,7 +76,7 @@ def test_it_is_said_in_check_state_and_log_and_no_event_is_lost(
 ) -> None:
     """One sentence; the events stay as they are."""
     url = f"spacetimedb://:t@127.0.0.1:{serve(answers)}/events"
-    (*_, finding) = check(url)
+    (*_, finding) = run_check(url)
     assert not finding.ok
     assert said in finding.message
     with Outbox(str(tmp_path / "box"), sink=url) as outbox:

@@ -34,7 +34,7 @@ from pillarbox.sinks.spacetimedb.responses import classify_response
 from pillarbox.sinks.spacetimedb.scaffold import scaffold
 from pillarbox.sinks.spacetimedb.sink import CALL_BYTES_MAX
 from tests.conftest import event, existing_events
-from tests.sinks.spacetimedb.server import ROOT, Server, batch, check, deliver
+from tests.sinks.spacetimedb.server import ROOT, SpacetimeDbServer, deliver_batches, make_batch, run_check
 
 GOOD = b'["%b","k",{"Site":[]},"s",null,null,null,null,"{}",5]'
 
@@ -47,11 +47,11 @@ class Note(msgspec.Struct, frozen=True):
     level: int
 
 
-def notes(server: Server, **options: object) -> str:
+def notes(server: SpacetimeDbServer, **options: object) -> str:
     return server.sink_url("other", function="record_notes", **options)
 
 
-def test_events_of_the_older_system_arrive_unchanged(shared_server: Server, existing: Path, tmp_path: Path) -> None:
+def test_events_of_the_older_system_arrive_unchanged(shared_server: SpacetimeDbServer, existing: Path, tmp_path: Path) -> None:
     """All 127, through the whole line."""
     with Outbox(str(existing), sink=shared_server.sink_url("events", confirm_wait=0.02)) as outbox:
         assert outbox.flush(60)
@@ -76,18 +76,18 @@ def plain_value(value: Any) -> Any:
             return value
 
 
-def test_a_variant_without_data_at_position_1_is_not_an_empty_option(shared_server: Server) -> None:
+def test_a_variant_without_data_at_position_1_is_not_an_empty_option(shared_server: SpacetimeDbServer) -> None:
     """What `plain_value` cannot tell apart: `Module` is stored as such."""
     url = shared_server.sink_url("events", confirm_wait=0)
     events = [event(index, event_id=f"kind-{kind}", scope_kind=kind) for index, kind in enumerate(ScopeKind)]
-    answers, sure = deliver(url, batch(*events))
+    answers, sure = deliver_batches(url, make_batch(*events))
     assert (answers, sure) == ([Delivered(4)], True)
     rows = shared_server.rows("events", "SELECT event_id, scope_kind FROM tracking_event")
     kinds = {row[0]: row[1] for row in rows if row[0].startswith("kind-")}
     assert kinds == {f"kind-{kind}": [index, []] for index, kind in enumerate(ScopeKind)}
 
 
-def test_64_bit_integers_and_any_text_are_stored_exactly(shared_server: Server) -> None:
+def test_64_bit_integers_and_any_text_are_stored_exactly(shared_server: SpacetimeDbServer) -> None:
     """The ends of the range, and text that JSON escapes."""
     url = shared_server.sink_url("events", confirm_wait=0)
     events = [
@@ -96,18 +96,18 @@ def test_64_bit_integers_and_any_text_are_stored_exactly(shared_server: Server) 
             1, event_id="int-most", occurred_at_micros=2**63 - 1, metadata_json='{"a":"\\u2028\\"\\n"}', user_id="\x00\u2028🎮"
         ),
     ]
-    assert deliver(url, batch(*events))[0] == [Delivered(2)]
+    assert deliver_batches(url, make_batch(*events))[0] == [Delivered(2)]
     query = "SELECT event_id, occurred_at_micros, metadata_json, user_id FROM tracking_event"
     found = {row[0]: row[1:] for row in shared_server.rows("events", query)}
     assert found["int-least"][0] == -(2**63)
     assert found["int-most"] == [2**63 - 1, '{"a":"\\u2028\\"\\n"}', [0, "\x00\u2028🎮"]]
 
 
-def test_a_batch_that_is_sent_twice_is_stored_once(shared_server: Server) -> None:
+def test_a_batch_that_is_sent_twice_is_stored_once(shared_server: SpacetimeDbServer) -> None:
     """The function skips what it has."""
-    one = batch(event(1, event_id="twice"))
-    assert deliver(shared_server.sink_url("events", confirm_wait=0), one, one)[0] == [Delivered(1)] * 2
-    assert shared_server.ids("events").count("twice") == 1
+    one = make_batch(event(1, event_id="twice"))
+    assert deliver_batches(shared_server.sink_url("events", confirm_wait=0), one, one)[0] == [Delivered(1)] * 2
+    assert shared_server.stored_event_ids("events").count("twice") == 1
 
 
 # What is sent, as the arguments of the function, and the status that a real server gives it.
@@ -130,7 +130,7 @@ ROWS: list[tuple[str, bytes, int, type[Any]]] = [
 
 
 @pytest.mark.parametrize(("body", "status", "kind"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
-def test_what_the_server_answers_to_a_body(shared_server: Server, body: bytes, status: int, kind: type[Any]) -> None:
+def test_what_the_server_answers_to_a_body(shared_server: SpacetimeDbServer, body: bytes, status: int, kind: type[Any]) -> None:
     """Status and meaning, row by row."""
     reply = shared_server.call("events", "record_tracking_events", body)
     assert reply.status == status, reply.excerpt
@@ -151,7 +151,7 @@ def test_what_the_server_answers_to_a_body(shared_server: Server, body: bytes, s
         ({"Content_Encoding": "gzip"}, 400),
     ],
 )
-def test_what_the_server_answers_to_headers(shared_server: Server, headers: dict[str, str], status: int) -> None:
+def test_what_the_server_answers_to_headers(shared_server: SpacetimeDbServer, headers: dict[str, str], status: int) -> None:
     """All of it is the set-up's fault."""
     body = gzip.compress(b"[[]]") if "Content_Encoding" in headers else b"[[]]"
     reply = shared_server.call("events", "record_tracking_events", body, **headers)
@@ -159,7 +159,7 @@ def test_what_the_server_answers_to_headers(shared_server: Server, headers: dict
     assert isinstance(classify_response(reply, "f", [0], "nothing"), Misconfigured)
 
 
-def test_calls_of_2_mib_pass_and_one_byte_more_does_not(shared_server: Server) -> None:
+def test_calls_of_2_mib_pass_and_one_byte_more_does_not(shared_server: SpacetimeDbServer) -> None:
     """So that is where the sink splits, before it sends."""
     empty = b'[[["big","k",{"Site":[]},"s",null,null,null,null,"%b",5]]]'
     body = empty % (b"x" * (CALL_BYTES_MAX - len(empty) + 2))
@@ -170,7 +170,7 @@ def test_calls_of_2_mib_pass_and_one_byte_more_does_not(shared_server: Server) -
     assert isinstance(classify_response(reply, "f", [0, 1], "nothing"), Rejected)
 
 
-def test_far_larger_calls_are_cut_off_or_refused(shared_server: Server) -> None:
+def test_far_larger_calls_are_cut_off_or_refused(shared_server: SpacetimeDbServer) -> None:
     """10 MiB: the server hangs up while it is sent, or its 413 can still be read; the sink never sends such a one."""
     try:
         status = shared_server.call("events", "record_tracking_events", b"[" * (10 * 2**20)).status
@@ -180,7 +180,7 @@ def test_far_larger_calls_are_cut_off_or_refused(shared_server: Server) -> None:
 
 
 def test_a_batch_that_is_too_large_is_split_and_one_event_that_is_becomes_a_dead_letter(
-    shared_server: Server, tmp_path: Path
+    shared_server: SpacetimeDbServer, tmp_path: Path
 ) -> None:
     """The others arrive."""
     place = tmp_path / "box"
@@ -196,10 +196,12 @@ def test_a_batch_that_is_too_large_is_split_and_one_event_that_is_becomes_a_dead
     (dead,) = place.glob("dead-*")
     letter = json.loads(dead.read_bytes())
     assert (letter["code"], letter["event"]["event_id"]) == ("too_large", "huge")
-    assert {f"large-{n}" for n in range(30)} <= set(shared_server.ids("events"))
+    assert {f"large-{n}" for n in range(30)} <= set(shared_server.stored_event_ids("events"))
 
 
-def test_an_event_that_the_function_refuses_is_set_aside_and_the_others_arrive(shared_server: Server, tmp_path: Path) -> None:
+def test_an_event_that_the_function_refuses_is_set_aside_and_the_others_arrive(
+    shared_server: SpacetimeDbServer, tmp_path: Path
+) -> None:
     """By the index in the error; also a text that is no member of the enum, which is not even sent."""
     place = tmp_path / "box"
     with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
@@ -218,14 +220,14 @@ def test_an_event_that_the_function_refuses_is_set_aside_and_the_others_arrive(s
         ("mixed-15", "refused_by_function"),
     ]
     assert letters[0]["reason"] == "event_key: must not be empty"
-    assert {f"mixed-{n}" for n in range(20)} & set(shared_server.ids("events")) == {
+    assert {f"mixed-{n}" for n in range(20)} & set(shared_server.stored_event_ids("events")) == {
         f"mixed-{n}" for n in set(range(20)) - {3, 9, 15}
     }
 
 
 @pytest.mark.parametrize("text", ["panic", "refuse"])
 def test_a_panic_or_an_error_that_names_no_event_is_narrowed_down_by_halves(
-    shared_server: Server, tmp_path: Path, text: str
+    shared_server: SpacetimeDbServer, tmp_path: Path, text: str
 ) -> None:
     """One poisoned event of 64: it alone is a dead letter."""
     url = notes(shared_server, confirm_wait=0)
@@ -238,17 +240,17 @@ def test_a_panic_or_an_error_that_names_no_event_is_narrowed_down_by_halves(
     assert json.loads(dead.read_bytes())["event"]["event_id"] == f"{text}-41"
 
 
-def test_a_number_out_of_the_columns_range_refuses_that_event(shared_server: Server) -> None:
+def test_a_number_out_of_the_columns_range_refuses_that_event(shared_server: SpacetimeDbServer) -> None:
     """u8, with 255 and 256."""
-    answers, _ = deliver(
-        notes(shared_server, confirm_wait=0), batch(Note("u8-255", "t", 255), Note("u8-256", "t", 256)), event_type=Note
+    answers, _ = deliver_batches(
+        notes(shared_server, confirm_wait=0), make_batch(Note("u8-255", "t", 255), Note("u8-256", "t", 256)), event_type=Note
     )
     (answer,) = answers
     assert isinstance(answer, PartialFailure)
     assert (answer.rejected[1].code, answer.accepted) == ("out_of_range", 1)
 
 
-def wrong(change: Callable[[Server], str], *said: str, state: str = "stopped") -> Any:
+def wrong(change: Callable[[SpacetimeDbServer], str], *said: str, state: str = "stopped") -> Any:
     return pytest.param(change, said, state, id=" ".join(said[0].split()[:4]))
 
 
@@ -275,16 +277,16 @@ def wrong(change: Callable[[Server], str], *said: str, state: str = "stopped") -
     ],
 )
 def test_a_wrong_set_up_is_one_clear_sentence_and_no_event_is_lost(
-    shared_server: Server,
+    shared_server: SpacetimeDbServer,
     tmp_path: Path,
-    url_of: Callable[[Server], str],
+    url_of: Callable[[SpacetimeDbServer], str],
     said: tuple[str, ...],
     state: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In `check`, in the state and in the log; nothing becomes a dead letter, and no secret shows."""
+    """In `run_check`, in the state and in the log; nothing becomes a dead letter, and no secret shows."""
     url = url_of(shared_server)
-    (*_, finding) = check(url)
+    (*_, finding) = run_check(url)
     assert not finding.ok
     with Outbox(str(tmp_path / "box"), sink=url) as outbox:
         assert outbox.enqueue(event(1))
@@ -300,7 +302,7 @@ def test_a_wrong_set_up_is_one_clear_sentence_and_no_event_is_lost(
 
 
 def test_a_token_of_another_server_stops_delivery_and_loses_nothing(
-    shared_server: Server, own_server: Server, tmp_path: Path
+    shared_server: SpacetimeDbServer, own_server: SpacetimeDbServer, tmp_path: Path
 ) -> None:
     """Until somebody mends it."""
     url = shared_server.sink_url("events").replace(shared_server.token, own_server.token)
@@ -311,10 +313,10 @@ def test_a_token_of_another_server_stops_delivery_and_loses_nothing(
         assert "401" in outbox.stats().last_error
     with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
         assert outbox.flush(60)
-    assert "foreign-token" in shared_server.ids("events")
+    assert "foreign-token" in shared_server.stored_event_ids("events")
 
 
-def test_a_missing_token_warns_once(shared_server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_token_warns_once(shared_server: SpacetimeDbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And works: each call has an identity of its own."""
     url = f"spacetimedb://127.0.0.1:{shared_server.port}/events?confirm_wait=0"
     with Outbox(str(tmp_path / "box"), sink=url, batch_size=1) as outbox:
@@ -323,7 +325,7 @@ def test_a_missing_token_warns_once(shared_server: Server, tmp_path: Path, caplo
     assert len([entry for entry in caplog.records if "no token is set" in entry.message]) == 1
 
 
-def test_200_is_not_durable_so_a_killed_server_confirms_nothing(own_server: Server) -> None:
+def test_200_is_not_durable_so_a_killed_server_confirms_nothing(own_server: SpacetimeDbServer) -> None:
     """Killed between the answer and the ping, and running again: the connection is another one."""
 
     def crash() -> None:
@@ -331,11 +333,11 @@ def test_200_is_not_durable_so_a_killed_server_confirms_nothing(own_server: Serv
         own_server.start()
 
     url = own_server.sink_url("events", confirm_wait=0)
-    answers, sure = deliver(url, batch(event(1)), between=crash)
+    answers, sure = deliver_batches(url, make_batch(event(1)), before_confirm=crash)
     assert (answers, sure) == ([Delivered(1)], False)
 
 
-def test_batches_that_a_dying_server_had_answered_are_sent_again(own_server: Server, tmp_path: Path) -> None:
+def test_batches_that_a_dying_server_had_answered_are_sent_again(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
     """Killed in the middle of a backlog, three times: all there, once."""
     with Outbox(str(tmp_path / "box"), batch_size=100) as outbox:
         assert all(outbox.enqueue(event(n)) for n in range(20_000))
@@ -347,21 +349,21 @@ def test_batches_that_a_dying_server_had_answered_are_sent_again(own_server: Ser
             outbox.flush(0.3)
         assert outbox.flush(60)
         assert outbox.stats().dead == 0
-    found = own_server.ids("events")
+    found = own_server.stored_event_ids("events")
     assert len(found) == len(set(found)) == 20_000
 
 
-def test_a_module_that_changes_underneath_is_fitted_to_anew(own_server: Server, tmp_path: Path) -> None:
+def test_a_module_that_changes_underneath_is_fitted_to_anew(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
     """The database goes, and comes back with a text for the enum: one sink, nothing refused for good."""
     module = scaffolded(TrackingEvent, tmp_path)
 
     async def run() -> list[DeliveryResult]:
         sink = make_sink(own_server.sink_url("events", confirm_wait=0), TrackingEvent)
-        answers = [await sink.deliver(batch(event(1)))]
-        assert own_server.ask("DELETE", "/v1/database/events", Authorization=f"Bearer {own_server.token}")[0] == 200
-        answers.append(await sink.deliver(batch(event(2))))
+        answers = [await sink.deliver(make_batch(event(1)))]
+        assert own_server.request("DELETE", "/v1/database/events", Authorization=f"Bearer {own_server.token}")[0] == 200
+        answers.append(await sink.deliver(make_batch(event(2))))
         own_server.publish("events", module)
-        answers.append(await sink.deliver(batch(event(2))))
+        answers.append(await sink.deliver(make_batch(event(2))))
         await sink.close()
         return answers
 
@@ -371,16 +373,16 @@ def test_a_module_that_changes_underneath_is_fitted_to_anew(own_server: Server, 
     assert own_server.rows("events", "SELECT event_id, scope_kind FROM tracking_event") == [["e-000002", "Site"]]
 
 
-def test_a_module_that_is_replaced_is_noticed_at_the_first_refusal(own_server: Server, tmp_path: Path) -> None:
+def test_a_module_that_is_replaced_is_noticed_at_the_first_refusal(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
     """What was prepared for the old one is prepared anew."""
     module = scaffolded(TrackingEvent, tmp_path)
 
     async def run() -> list[DeliveryResult]:
         sink = make_sink(own_server.sink_url("events", confirm_wait=0), TrackingEvent)
-        answers = [await sink.deliver(batch(event(1)))]
-        assert own_server.ask("DELETE", "/v1/database/events", Authorization=f"Bearer {own_server.token}")[0] == 200
+        answers = [await sink.deliver(make_batch(event(1)))]
+        assert own_server.request("DELETE", "/v1/database/events", Authorization=f"Bearer {own_server.token}")[0] == 200
         own_server.publish("events", module)
-        one = batch(event(2))
+        one = make_batch(event(2))
         sink.prepare(one)
         answers += [await sink.deliver(one), await sink.deliver(one)]
         await sink.close()
@@ -400,10 +402,10 @@ def scaffolded(event_type: type[msgspec.Struct], folder: Path) -> bytes:
     return (folder / "module.wasm").read_bytes()
 
 
-def test_a_retry_says_what_to_look_at(own_server: Server) -> None:
+def test_a_retry_says_what_to_look_at(own_server: SpacetimeDbServer) -> None:
     """The server is gone."""
     own_server.kill()
-    answers, _ = deliver(own_server.sink_url("events"), batch(event(1)))
+    answers, _ = deliver_batches(own_server.sink_url("events"), make_batch(event(1)))
     (answer,) = answers
     assert isinstance(answer, Retry)
     assert "is the server running" in answer.reason
@@ -448,11 +450,11 @@ class PageView(msgspec.Struct, frozen=True):
     raw: bytes = b""
 
 
-def test_a_scaffolded_module_compiles_and_takes_the_events(own_server: Server, tmp_path: Path) -> None:
+def test_a_scaffolded_module_compiles_and_takes_the_events(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
     """Enums, lists, structs, options, words that Rust keeps for itself, and JSON text for what has no type of its own."""
     own_server.publish("views", scaffolded(PageView, tmp_path))
     url = own_server.sink_url("views", function="record_page_views", confirm_wait=0)
-    assert all(finding.ok for finding in check(url, PageView))
+    assert all(finding.ok for finding in run_check(url, PageView))
     noon = datetime(2026, 11, 24, 12, 0, 0, 5, tzinfo=UTC)
     spots = [Spot(1, 2.5), Spot(-1, 0.0)]
     views = [
@@ -473,7 +475,7 @@ def test_a_scaffolded_module_compiles_and_takes_the_events(own_server: Server, t
         ),
         PageView("v-2", Colour.DARK_BLUE, [], "", noon),
     ]
-    assert deliver(url, batch(*views), event_type=PageView)[0] == [Delivered(2)]
+    assert deliver_batches(url, make_batch(*views), event_type=PageView)[0] == [Delivered(2)]
     micros = int(noon.timestamp()) * 1_000_000 + 5
     rows = sorted(own_server.rows("views", "SELECT * FROM page_view"))
     assert [[cell if cell != [micros] else "noon" for cell in row] for row in rows] == [
@@ -482,7 +484,7 @@ def test_a_scaffolded_module_compiles_and_takes_the_events(own_server: Server, t
     ]
 
 
-def test_events_of_one_file_that_are_sent_in_parts_are_settled_too(shared_server: Server, tmp_path: Path) -> None:
+def test_events_of_one_file_that_are_sent_in_parts_are_settled_too(shared_server: SpacetimeDbServer, tmp_path: Path) -> None:
     """Each part at another time, and a wait in which not all of them are due at once."""
     with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0.05)) as outbox:
         rows = [event(n, event_id=f"part-{n}", event_key="" if n % 4 == 0 else "k") for n in range(500)]
@@ -491,23 +493,23 @@ def test_events_of_one_file_that_are_sent_in_parts_are_settled_too(shared_server
         assert (outbox.stats().delivered, outbox.stats().dead, outbox.stats().failed_flushes) == (375, 125, 0)
 
 
-def test_a_batch_of_refused_events_only_makes_no_call(shared_server: Server) -> None:
+def test_a_batch_of_refused_events_only_makes_no_call(shared_server: SpacetimeDbServer) -> None:
     """Nothing to send."""
-    answers, sure = deliver(shared_server.sink_url("events", confirm_wait=0), batch(event(1, scope_kind="Planet")))
+    answers, sure = deliver_batches(shared_server.sink_url("events", confirm_wait=0), make_batch(event(1, scope_kind="Planet")))
     assert isinstance(answers[0], PartialFailure)
     assert (answers[0].accepted, sure) == (0, True)
     junk = Batch("sealed-j", [b"5", b'{"event_id":1}'])
-    (answer,) = deliver(shared_server.sink_url("events", confirm_wait=0), junk)[0]
+    (answer,) = deliver_batches(shared_server.sink_url("events", confirm_wait=0), junk)[0]
     assert isinstance(answer, PartialFailure)
     assert {refusal.code for refusal in answer.rejected.values()} == {"wrong_type"}
 
 
-def test_what_was_answered_over_connections_that_were_closed_is_not_confirmed(shared_server: Server) -> None:
+def test_what_was_answered_over_connections_that_were_closed_is_not_confirmed(shared_server: SpacetimeDbServer) -> None:
     """As happens where the token has changed: there is nothing left to ask over, and no word that it is durable."""
 
     async def run() -> None:
         sink = make_sink(shared_server.sink_url("events"), TrackingEvent)
-        sent, later = batch(event(1, event_id="closed-1")), batch(event(2, event_id="closed-2"), batch_id="sealed-b")
+        sent, later = make_batch(event(1, event_id="closed-1")), make_batch(event(2, event_id="closed-2"), batch_id="sealed-b")
         assert isinstance(await sink.deliver(sent), Delivered)
         await sink.close()
         with pytest.raises(UnconfirmedError):
@@ -522,7 +524,9 @@ def test_what_was_answered_over_connections_that_were_closed_is_not_confirmed(sh
     asyncio.run(run())
 
 
-def test_no_secret_is_in_what_is_written(shared_server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_secret_is_in_what_is_written(
+    shared_server: SpacetimeDbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Not in the heartbeat, not in dead letters, not in the log at its most talkative."""
     caplog.set_level(logging.DEBUG)
     place = tmp_path / "box"
@@ -539,7 +543,9 @@ def test_no_secret_is_in_what_is_written(shared_server: Server, tmp_path: Path, 
     assert shared_server.token not in caplog.text
 
 
-def test_the_log_of_a_delivery_is_quiet(shared_server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_of_a_delivery_is_quiet(
+    shared_server: SpacetimeDbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Not a line for each call, nor anybody else's."""
     caplog.set_level(logging.INFO)
     with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0), batch_size=1) as outbox:

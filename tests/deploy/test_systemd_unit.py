@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.deploy.stage import DEPLOY
+from tests.deploy.deploy_files import DEPLOY
 
 UNIT = DEPLOY / "systemd" / "pillarbox-deliver.service"
 COMMAND = "/opt/pillarbox/bin/pillarbox"

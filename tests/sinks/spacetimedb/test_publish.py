@@ -16,7 +16,7 @@ import wasmtime
 from pillarbox import TrackingEvent
 from pillarbox.sinks.spacetimedb import publish
 from tests.conftest import event
-from tests.sinks.spacetimedb.server import Server, batch, check, deliver
+from tests.sinks.spacetimedb.server import SpacetimeDbServer, deliver_batches, make_batch, run_check
 
 SHIPPED = Path(publish.__file__).parent / "wasm"
 NAMES = ["tracking_event_v1.wasm", "tracking_event_v2.wasm"]
@@ -126,7 +126,7 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_publish_makes_a_database_that_takes_events(shared_server: Server, tmp_path: Path) -> None:
+def test_publish_makes_a_database_that_takes_events(shared_server: SpacetimeDbServer, tmp_path: Path) -> None:
     """Without Rust, with an identity of its own, whose token nobody sees."""
     done = run("publish", "--server", shared_server.url, "--database", "by-command", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -135,17 +135,17 @@ def test_publish_makes_a_database_that_takes_events(shared_server: Server, tmp_p
     assert token.read_text().strip() not in done.stdout + done.stderr
     assert len(done.stdout.splitlines()) <= 24
     url = f"spacetimedb://127.0.0.1:{shared_server.port}/by-command?confirm_wait=0&token_file={token}"
-    assert all(finding.ok for finding in check(url))
-    assert deliver(url, batch(event(1)))[1]
+    assert all(finding.ok for finding in run_check(url))
+    assert deliver_batches(url, make_batch(event(1)))[1]
     for options, word in (([], "was there"), (["--replace"], "replaced")):
         again = run("publish", "--server", shared_server.url, "--database", "by-command", "--json", *options, cwd=tmp_path)
         assert (again.returncode, json.loads(again.stdout)["done"]) == (0, word)
-    assert deliver(url, batch(event(1)))[1]
+    assert deliver_batches(url, make_batch(event(1)))[1]
     query = f"SELECT COUNT(*) AS n FROM {publish.TABLE}"
     headers = {"Authorization": f"Bearer {token.read_text().strip()}"}
-    assert json.loads(shared_server.ask("POST", "/v1/database/by-command/sql", query.encode(), **headers)[1])[0]["rows"] == [
-        [1]
-    ]
+    assert json.loads(shared_server.request("POST", "/v1/database/by-command/sql", query.encode(), **headers)[1])[0][
+        "rows"
+    ] == [[1]]
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,15 @@ def test_publish_makes_a_database_that_takes_events(shared_server: Server, tmp_p
         ("Not A Name", "lower-case letters"),
     ],
 )
-def test_publish_leaves_what_is_not_ours_alone(shared_server: Server, tmp_path: Path, database: str, said: str) -> None:
+def test_publish_leaves_what_is_not_ours_alone(
+    shared_server: SpacetimeDbServer, tmp_path: Path, database: str, said: str
+) -> None:
     """And says what to do."""
-    before = shared_server.ask("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9")
+    before = shared_server.request("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9")
     done = run("publish", "--server", shared_server.url, "--database", database, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
-    assert shared_server.ask("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9") == before
+    assert shared_server.request("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9") == before
 
 
 def test_publish_says_when_there_is_no_server(tmp_path: Path) -> None:

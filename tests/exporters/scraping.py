@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pillarbox import Outbox, TrackingEvent
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
-ENVIRON = {
+ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("PILLARBOX_", "OTEL_"))},
     "no_proxy": "*",
     "PILLARBOX_MAX_RATE": "100000",  # without a bound there is no rate to tell
@@ -30,23 +30,23 @@ WAIT_S = 60.0
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-class Row(NamedTuple):
+class DocumentedMetric(NamedTuple):
     """One of the table in docs/reference/metrics.md."""
 
     name: str
     unit: str
-    at_prometheus: str
+    prometheus_name: str
     source: str
 
 
-def documented() -> list[Row]:
+def documented_metrics() -> list[DocumentedMetric]:
     """The table in docs/reference/metrics.md."""
     lines = re.findall(r"^\| `pillarbox.*$", DOCS.read_text(), re.MULTILINE)
     cells = [[cell.strip(" `") for cell in line.split("|")] for line in lines]
-    return [Row(name, unit, there, source) for _, name, unit, there, _, _, source, _ in cells]
+    return [DocumentedMetric(name, unit, there, source) for _, name, unit, there, _, _, source, _ in cells]
 
 
-def fill(box: Path) -> None:
+def fill_outbox(box: Path) -> None:
     """Two files: four events, two of which have one id, in one write; a record that is no event, and a line that is no record."""
     events = [TrackingEvent(event_id=str(number % 3), event_key="k", scope_kind="Site", scope_id="s") for number in range(4)]
     with Outbox(str(box)) as outbox:
@@ -54,19 +54,19 @@ def fill(box: Path) -> None:
     (box / "sealed-0000000000000001-x.ndjson").write_bytes(b'{"event":{"colour":"red"}}\nno record\n')
 
 
-def deliver(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start_deliver(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """The command, begun."""
     command = [sys.executable, "-m", "pillarbox", "deliver", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=cwd, env=ENVIRON | (environ or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=cwd, env=ENVIRONMENT | (environ or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 @contextlib.contextmanager
-def delivering(cwd: Path, *sinks: str, at: str = "127.0.0.1:0") -> Iterator[str]:
+def running_deliver(cwd: Path, *sinks: str, metrics_address: str = "127.0.0.1:0") -> Iterator[str]:
     """The address of its metrics, while the command runs."""
     options = [word for sink in sinks or ["sqlite:///events.db"] for word in ("--sink", sink)]
-    process = deliver("-d", "box", *options, "--metrics", at, cwd=cwd)
+    process = start_deliver("-d", "box", *options, "--metrics", metrics_address, cwd=cwd)
     try:
         assert process.stderr
         said = process.stderr.readline()
@@ -85,21 +85,21 @@ def fetch(url: str, accept: str = "") -> str:
         return str(answer.read().decode())
 
 
-def samples(text: str) -> Samples:
+def parse_samples(text: str) -> Samples:
     """Each sample with its labels, by Prometheus's own parser."""
     families = text_string_to_metric_families(text)
     return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families for sample in family.samples}
 
 
-def sample(found: Samples, name: str, **labels: str) -> float:
+def sample_value(samples: Samples, name: str, **labels: str) -> float:
     """One of them; every sample of this outbox has its name."""
-    return found[name, frozenset({"outbox": "box", **labels}.items())]
+    return samples[name, frozenset({"outbox": "box", **labels}.items())]
 
 
-def scrape(url: str, until: Callable[[Samples], bool]) -> Samples:
+def scrape_until(url: str, condition: Callable[[Samples], bool]) -> Samples:
     """Scrape until it shows what is waited for."""
     deadline = time.monotonic() + WAIT_S
-    while not until(found := samples(fetch(url))):
+    while not condition(found := parse_samples(fetch(url))):
         assert time.monotonic() < deadline, found
         threading.Event().wait(0.02)
     return found

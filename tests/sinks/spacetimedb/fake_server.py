@@ -19,16 +19,20 @@ FUNCTION = "record_tracking_events"
 BODY_MAX = 2_097_152
 
 
-class StandIn28:
-    """Serves on a free port until `stop`; `stored` is what was called and `confirmed` how often it was asked to confirm."""
+class FakeServer28:
+    """Serves on a free port until `stop`; `stored_rows` is what was called and `confirm_count` how often it was asked to confirm."""
 
     def __init__(self, schema: dict[str, Any]) -> None:
         self.schema = _as_2x(schema)
-        self.stored: dict[str, list[Any]] = {}
-        self.published: dict[str, bytes] = {}
-        self.confirmed = 0
-        self.confirming = (200, b'[{"schema":{"elements":[]},"rows":[[1]]}]', "application/json")  # what the query is answered
-        self.calls = 0
+        self.stored_rows: dict[str, list[Any]] = {}
+        self.published_modules: dict[str, bytes] = {}
+        self.confirm_count = 0
+        self.confirm_response = (
+            200,
+            b'[{"schema":{"elements":[]},"rows":[[1]]}]',
+            "application/json",
+        )  # what the query is answered
+        self.call_count = 0
         self.start(0)
 
     def start(self, port: int) -> None:
@@ -80,7 +84,7 @@ def _named(name: str, kind: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    stand_in: StandIn28
+    stand_in: FakeServer28
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -111,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         """A module."""
         database = self.path.rpartition("/")[2]
-        self.stand_in.published[database] = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.stand_in.published_modules[database] = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         success = {"domain": database, "database_identity": "c200aa", "op": "created"}
         self._answer(200, json.dumps({"Success": success}).encode(), "application/json")
 
@@ -124,8 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
             self._answer(401, b"TokenError(Error(InvalidToken))")
         elif self.path == "/v1/database/events/sql":
-            self.stand_in.confirmed += 1
-            self._answer(*self.stand_in.confirming)
+            self.stand_in.confirm_count += 1
+            self._answer(*self.stand_in.confirm_response)
         elif self.path.startswith("/v1/database/events/call/"):
             self._call(self.path.rpartition("/")[2], body)
         elif self.path == "/v1/identity":
@@ -134,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, b"No such database.")
 
     def _call(self, function: str, body: bytes) -> None:
-        self.stand_in.calls += 1
+        self.stand_in.call_count += 1
         if self.headers.get("Content-Type") != "application/json":
             self._answer(415, b"Expected request with `Content-Type: application/json`")
             return
@@ -154,8 +158,8 @@ class _Handler(BaseHTTPRequestHandler):
             if row[1] == "panic":
                 self._answer(530 if function == FUNCTION else 500, b"The instance encountered a fatal error.", **times)
                 return
-        fresh = [row for row in events if row[0] not in self.stand_in.stored]
-        self.stand_in.stored |= {row[0]: row for row in events}
+        fresh = [row for row in events if row[0] not in self.stand_in.stored_rows]
+        self.stand_in.stored_rows |= {row[0]: row for row in events}
         if function == FUNCTION:
             self._answer(200, spacetime_energy_used="1", **times)
         else:

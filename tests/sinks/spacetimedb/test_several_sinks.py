@@ -7,10 +7,12 @@ from pathlib import Path
 from pillarbox import Outbox
 from tests.conftest import wait_until
 from tests.delivery.fleet_stage import arrived, balanced, fill_files, ids, sealed
-from tests.sinks.spacetimedb.server import Server
+from tests.sinks.spacetimedb.server import SpacetimeDbServer
 
 
-def test_a_server_that_is_killed_holds_back_no_database_and_misses_nothing(own_server: Server, tmp_path: Path) -> None:
+def test_a_server_that_is_killed_holds_back_no_database_and_misses_nothing(
+    own_server: SpacetimeDbServer, tmp_path: Path
+) -> None:
     """Both have every event once; the server confirms late, and the database is not made to wait for that."""
     box = tmp_path / "box"
     sinks = {"live": own_server.sink_url("events"), "warehouse": f"sqlite:///{tmp_path}/w.db"}
@@ -24,5 +26,5 @@ def test_a_server_that_is_killed_holds_back_no_database_and_misses_nothing(own_s
         assert len(sealed(box / "sink-live")) == 5
         own_server.start()
         assert outbox.flush(60)
-    assert sorted(own_server.ids("events")) == arrived(tmp_path / "w.db") == ids(100)
+    assert sorted(own_server.stored_event_ids("events")) == arrived(tmp_path / "w.db") == ids(100)
     balanced(box)
