@@ -1,19 +1,30 @@
-# make run    take sample data through an outbox into SQLite, and show what arrived
-# make test   everything that must hold: linters, types, tests
-# make bench  what docs/dev/benchmarks.md has, measured on this machine: printed, and in var/bench/results.json
-# make docs   builds the documents as a site in var/site, and checks that nothing in it comes from the network
-# make torture MINUTES=10  crash states, faults, kills, cuts, interleavings, answers at random for so long, then every mutant
+# make run      take sample data through an outbox into SQLite, and show what arrived
+# make check    linters, types and unit tests: no server, nothing to build; a minute and a half
+# make test     everything that must hold, the real servers included
+# make proof    what is exhaustive: crash states, interleavings, torture, mutants, sanitizers, packages
+# make docs     the documentation as a site, in var/site
+# make bench    what docs/dev/benchmarks.md has, measured on this machine: printed, and in var/bench/results.json
+# make torture MINUTES=10   crash states, faults, kills, cuts, interleavings and random answers for so long, then every mutant
+# make pythons  the unit tests on every Python from 3.11 on that is installed here
 # Each sets up what it needs in .venv. `pip install .` is enough to use the library.
 
-.PHONY: run test bench docs torture requirements clean
+.PHONY: run check test proof docs bench torture pythons requirements clean
 
 run:
 	@tools/environment run
 	@.venv/bin/python examples/first_steps.py
 
-test:
+check:
 	@tools/environment test
 	@tools/check
+
+test:
+	@tools/environment test
+	@tools/test
+
+proof:
+	@tools/environment test
+	@tools/proof
 
 bench:
 	@tools/environment bench
@@ -27,6 +38,9 @@ MINUTES = 10
 torture:
 	@tools/environment test
 	@.venv/bin/python -m tests.crash --minutes $(MINUTES)
+
+pythons:
+	@tools/pythons
 
 # Pins anew what the .in files and pyproject.toml ask for. Wants uv.
 PIN = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade

@@ -1,0 +1,58 @@
+# Shared by tools/check, tools/test and tools/proof: how a step is announced, and how many tests run at once. Sourced, not run.
+# shellcheck shell=bash
+
+step() { # COMMAND...: print it, run it, print how long it took
+    local began=$SECONDS
+    printf '== %s\n' "$*"
+    "$@"
+    printf '   %d s\n' "$((SECONDS - began))"
+}
+
+workers=${PILLARBOX_TEST_WORKERS:-$(getconf _NPROCESSORS_ONLN)}
+
+lint() {
+    step .venv/bin/ruff check
+    step .venv/bin/ruff format --check
+    step .venv/bin/mypy
+}
+
+# Finds what the tests need beside Python packages. What cannot be had is left out, and named at the end by `say_unchecked`.
+# Sets: ignored (pytest options), unchecked (sentences), and exports what tells the tests where the servers are.
+ignored=()
+unchecked=()
+
+find_filesystems() {
+    printf '== file systems for the crash tests\n'
+    tools/filesystems
+}
+
+find_servers() {
+    printf '== promtool and prometheus, for deploy/prometheus\n'
+    if ! tools/prometheus >/dev/null; then
+        ignored+=(--ignore=tests/deploy/test_prometheus_files.py)
+        unchecked+=("the alert rules and queries: promtool is missing")
+    fi
+    if ! command -v systemd-analyze >/dev/null; then
+        ignored+=(--ignore=tests/deploy/test_unit.py)
+        unchecked+=("the systemd unit: systemd-analyze is missing")
+    fi
+    printf '== the SpacetimeDB server that the tests talk to (built once: 10 to 20 minutes on two cores)\n'
+    if PILLARBOX_TEST_SPACETIMEDB=$(tools/spacetimedb-server); then
+        export PILLARBOX_TEST_SPACETIMEDB
+        printf '== the SpacetimeDB module, from source (2 minutes the first time)\n'
+        PILLARBOX_TEST_MODULES=$(mktemp -d)
+        export PILLARBOX_TEST_MODULES
+        trap 'rm -rf "$PILLARBOX_TEST_MODULES"' EXIT
+        modules/spacetimedb/build "$PILLARBOX_TEST_MODULES"
+    else
+        ignored+=(--ignore=tests/sinks/spacetimedb)
+        unchecked+=("everything about SpacetimeDB: its server is missing, see above")
+    fi
+}
+
+say_unchecked() {
+    local what
+    for what in ${unchecked[@]+"${unchecked[@]}"}; do
+        printf 'Not checked: %s\n' "$what" >&2
+    done
+}
