@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from pillarbox.admin.salvage import salvage
 from pillarbox.store import reader, record
-from tests.admin.stage import GATE, payload
+from tests.admin.prepared_outboxes import VALIDATOR, event_json
 
-EVENT = payload(1)
+EVENT = event_json(1)
 LINE = record.line(EVENT)
 
 
 def had(data: bytes) -> list[tuple[bytes, bool]]:
-    return [(one.payload, one.sure) for one in salvage(data, GATE).events]
+    return [(one.payload, one.verified) for one in salvage(data, VALIDATOR).events]
 
 
 def test_a_torn_line_gives_its_event_as_soon_as_that_is_whole() -> None:
@@ -32,9 +32,9 @@ def test_a_torn_line_gives_its_event_as_soon_as_that_is_whole() -> None:
 
 def test_a_cut_checksum_that_does_not_fit_so_far_is_told_from_one_that_does() -> None:
     """The one means little, the other that the event was changed."""
-    right = salvage(LINE[:-6], GATE).events[0].how
-    wrong = salvage(LINE[:-8] + b"g", GATE).events[0].how
-    none = salvage(LINE[:-15], GATE).events[0].how
+    right = salvage(LINE[:-6], VALIDATOR).events[0].how
+    wrong = salvage(LINE[:-8] + b"g", VALIDATOR).events[0].how
+    none = salvage(LINE[:-15], VALIDATOR).events[0].how
     assert "are left fit" in right
     assert "does not fit" in wrong
     assert none == "it has no checksum"
@@ -51,22 +51,22 @@ def test_a_flipped_bit_gives_the_event_where_it_is_one_still() -> None:
             found = had(bytes(damaged))
             assert len(found) <= 1
             for event, sure in found:
-                GATE.check(event)
+                VALIDATOR.validate(event)
                 assert not sure or event == EVENT
 
 
 def test_a_line_whose_line_feed_is_lost_is_found_with_the_next() -> None:
     """The torn part before, the whole one behind it; NUL bytes or not between."""
-    other = record.line(payload(2))
+    other = record.line(event_json(2))
     for between in (b"", b"\0" * 7):
-        assert had(LINE[:-1] + between + other) == [(EVENT, True), (payload(2), True)]
-        assert had(LINE[:40] + between + other) == [(payload(2), True)]
-        assert had(LINE[:-6] + between + other) == [(EVENT, False), (payload(2), True)]
+        assert had(LINE[:-1] + between + other) == [(EVENT, True), (event_json(2), True)]
+        assert had(LINE[:40] + between + other) == [(event_json(2), True)]
+        assert had(LINE[:-6] + between + other) == [(EVENT, False), (event_json(2), True)]
 
 
 def test_what_an_event_holds_is_no_event_by_itself() -> None:
     """In the middle of a line only a checksum makes one."""
-    inner = b'{"event":' + payload(2) + b"}"
+    inner = b'{"event":' + event_json(2) + b"}"
     outer = b'{"event":{"scope_id":' + inner + b',"event_key":"'
     assert had(outer) == []
 
@@ -95,14 +95,14 @@ def test_an_event_in_another_envelope_or_in_none_is_had_but_not_sure(data: bytes
         (b"", "empty"),
         (b"no json\n", "no JSON object"),
         (LINE[:50], "no whole JSON"),
-        (record.line(payload(1, 5)), "no TrackingEvent"),
+        (record.line(event_json(1, 5)), "no TrackingEvent"),
         (record.line(EVENT.replace(b'"event_id":"w-000001",', b"")), "event_id: is missing"),
         (b'{"event":' + b'{"a":' * 100_000, "no JSON that can be read"),
     ],
 )
 def test_where_there_is_no_event_it_says_why(data: bytes, problem: str) -> None:
     """In a few words."""
-    found = salvage(data, GATE)
+    found = salvage(data, VALIDATOR)
     assert not found.events
     assert problem in found.problems[0]
 
@@ -113,4 +113,4 @@ def test_where_there_is_no_event_it_says_why(data: bytes, problem: str) -> None:
 def test_no_bytes_are_too_strange(parts: list[bytes]) -> None:
     """Whatever comes out may go in."""
     for event, _ in had(b"".join(parts)):
-        GATE.check(event)
+        VALIDATOR.validate(event)

@@ -10,26 +10,33 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.admin.changes import take_turn
+from pillarbox.admin.changes import acquire_lock
 from pillarbox.clock import SystemClock
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
-from tests.admin.stage import arrived, box_with_dead, deliver, lines, payload, sealed
+from tests.admin.prepared_outboxes import (
+    deliver_pending,
+    delivered_rows,
+    event_json,
+    file_lines,
+    outbox_with_dead_letters,
+    seal_batch,
+)
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.conftest import existing_events
 
-SIX = [*(payload(number, 5) for number in range(5)), payload(5, 5, key="sell")]
+SIX = [*(event_json(number, 5) for number in range(5)), event_json(5, 5, key="sell")]
 
 
 def mended_and_arrived(folder: Path) -> list[str]:
     """The events that were dead letters and have arrived, after what waits is delivered."""
-    deliver(folder / "box", folder / "events.db")
-    return sorted(one for one, _ in arrived(folder / "events.db") if one.startswith("w-"))
+    deliver_pending(folder / "box", folder / "events.db")
+    return sorted(one for one, _ in delivered_rows(folder / "events.db") if one.startswith("w-"))
 
 
 def test_list_adds_up_what_is_of_one_kind(tmp_path: Path) -> None:
     """As text and as JSON; it changes nothing."""
-    box = box_with_dead(tmp_path, SIX, files=2)
+    box = outbox_with_dead_letters(tmp_path, SIX, files=2)
     before = sorted(box.iterdir())
     text = run("dead", "list", "-d", "box", cwd=tmp_path)
     assert text.returncode == 0
@@ -45,7 +52,7 @@ def test_list_adds_up_what_is_of_one_kind(tmp_path: Path) -> None:
 
 def test_each_record_has_a_name_by_which_it_can_be_shown(tmp_path: Path) -> None:
     """In full, with the event as it stands."""
-    box_with_dead(tmp_path, SIX)
+    outbox_with_dead_letters(tmp_path, SIX)
     listed = json.loads(run("dead", "list", "-d", "box", "--each", "--json", "--limit", 2, cwd=tmp_path).stdout)
     assert (listed["records"], len(listed["each"])) == (6, 2)
     name = listed["each"][1]["record"]
@@ -59,7 +66,7 @@ def test_each_record_has_a_name_by_which_it_can_be_shown(tmp_path: Path) -> None
 
 def test_what_could_move_the_cursor_is_escaped(tmp_path: Path) -> None:
     """An event may hold anything; C1 controls and overrides of direction too."""
-    box_with_dead(tmp_path, [payload(1, 5, key="a\\u001b[31m\u009b31m\u202e[/red]")])
+    outbox_with_dead_letters(tmp_path, [event_json(1, 5, key="a\\u001b[31m\u009b31m\u202e[/red]")])
     for command in (["list"], ["list", "--each"], ["show"], ["purge", "--all"]):
         out = run("dead", *command, "-d", "box", cwd=tmp_path).stdout.decode()
         assert "[31m" in out
@@ -69,7 +76,7 @@ def test_what_could_move_the_cursor_is_escaped(tmp_path: Path) -> None:
 
 def test_without_yes_nothing_is_done(tmp_path: Path) -> None:
     """It says what would be, and how to have it done."""
-    box = box_with_dead(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX)
     before = {file.name: file.read_bytes() for file in box.iterdir()}
     for words in (["edit", "--all", "--set", "scope_id=s"], ["replay", "--all"], ["purge", "--event-key", "sell"]):
         done = run("dead", *words, "-d", "box", cwd=tmp_path)
@@ -80,7 +87,7 @@ def test_without_yes_nothing_is_done(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["replay"], ["edit", "--set", "scope_id=s"], ["purge"]])
 def test_what_changes_something_must_be_told_what(tmp_path: Path, words: list[str]) -> None:
     """--all means everything."""
-    box_with_dead(tmp_path, SIX)
+    outbox_with_dead_letters(tmp_path, SIX)
     done = run("dead", *words, "-d", "box", "--yes", cwd=tmp_path)
     assert done.returncode == 2
     assert b"--all" in done.stderr
@@ -88,13 +95,13 @@ def test_what_changes_something_must_be_told_what(tmp_path: Path, words: list[st
 
 def test_edited_events_are_delivered_under_their_own_ids(tmp_path: Path) -> None:
     """Chosen by key; the others stay."""
-    box = box_with_dead(tmp_path, SIX, files=2)
+    box = outbox_with_dead_letters(tmp_path, SIX, files=2)
     done = run("dead", "edit", "-d", "box", "--event-key", "buy", "--set", "scope_id=7", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode().splitlines()[-1] == "5 events of 2 files went back into the outbox"
     assert mended_and_arrived(tmp_path) == [f"w-{number:06d}" for number in range(5)]
-    assert all(scope == "7" for one, scope in arrived(tmp_path / "events.db") if one.startswith("w-"))
-    (left,) = lines(box, "dead-*")
+    assert all(scope == "7" for one, scope in delivered_rows(tmp_path / "events.db") if one.startswith("w-"))
+    (left,) = file_lines(box, "dead-*")
     assert b"sell" in left
 
 
@@ -135,20 +142,20 @@ def test_what_the_destination_can_take_by_now_is_replayed_as_it_is(tmp_path: Pat
 
 def test_what_the_event_type_does_not_take_is_named_and_stays(tmp_path: Path) -> None:
     """Replaying it as it is would only make a dead letter of it again."""
-    box = box_with_dead(tmp_path, [payload(1, 5), b"5", payload(2, 5).replace(b'"event_id":"w-000002",', b"")])
+    box = outbox_with_dead_letters(tmp_path, [event_json(1, 5), b"5", event_json(2, 5).replace(b'"event_id":"w-000002",', b"")])
     done = run("dead", "replay", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, b"nothing was done\n")
     said = done.stderr.decode()
     assert said.count("stays: the event is no") == 3
-    assert len(lines(box, "dead-*")) == 3
+    assert len(file_lines(box, "dead-*")) == 3
 
 
 def test_purged_is_gone_and_in_the_ledger(tmp_path: Path) -> None:
     """Only what was chosen."""
-    box = box_with_dead(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX)
     assert run("dead", "purge", "-d", "box", "--event-id", "w-000003", "--yes", cwd=tmp_path).returncode == 0
-    assert [b"w-000003" in line for line in lines(box, "dead-*")] == [False] * 5
-    assert [b'"events":1' in line for line in lines(box, "ledger.ndjson") if b'"entry":"purged"' in line] == [True]
+    assert [b"w-000003" in line for line in file_lines(box, "dead-*")] == [False] * 5
+    assert [b'"events":1' in line for line in file_lines(box, "ledger.ndjson") if b'"entry":"purged"' in line] == [True]
     done = run("dead", "purge", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path)
     answer = json.loads(done.stdout)
     assert (answer["acted"], answer["events"], len(answer["items"])) == (True, 5, 5)
@@ -170,7 +177,7 @@ main()
 POINTS = [
     ("pillarbox.outbox", "Outbox.enqueue_json"),
     ("pillarbox.store.ledger", "Ledger.write"),
-    ("pillarbox.admin.again", "Again._rewrite"),
+    ("pillarbox.admin.replay", "DeadLetterReplayer._rewrite"),
     ("pillarbox.store.directory", "Directory._write_aside"),
     ("pillarbox.outbox", "Outbox.close"),
 ]
@@ -179,7 +186,7 @@ POINTS = [
 @pytest.mark.parametrize(("module", "name"), POINTS)
 def test_killed_anywhere_in_a_replay_everything_is_there_once_in_the_end(tmp_path: Path, module: str, name: str) -> None:
     """Kill -9, then the same command again."""
-    box = box_with_dead(tmp_path, SIX, files=2)
+    box = outbox_with_dead_letters(tmp_path, SIX, files=2)
     arguments = ["dead", "edit", "-d", "box", "--event-key", "buy", "--set", "scope_id=s", "--yes"]
     program = HALT.format(module=module, name=name, arguments=arguments)
     with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, env=CLEAN) as process:
@@ -189,18 +196,18 @@ def test_killed_anywhere_in_a_replay_everything_is_there_once_in_the_end(tmp_pat
         process.kill()
     accounted = {
         json.loads(line)["event"]["event_id"]
-        for line in lines(box, "*ed-*.ndjson") + lines(box, "active-*") + lines(box, "dead-*")
+        for line in file_lines(box, "*ed-*.ndjson") + file_lines(box, "active-*") + file_lines(box, "dead-*")
     }
     assert accounted >= {f"w-{number:06d}" for number in range(6)}
     again = run(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert mended_and_arrived(tmp_path) == [f"w-{number:06d}" for number in range(5)]
-    assert [b"sell" in line for line in lines(box, "dead-*")] == [True]
+    assert [b"sell" in line for line in file_lines(box, "dead-*")] == [True]
 
 
 def test_interrupted_it_ends_after_the_step_under_way(tmp_path: Path) -> None:
     """Ctrl-C: exit code 130, and what went in has left the dead letters."""
-    box = box_with_dead(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX)
     program = HALT.format(
         module="pillarbox.store.ledger",
         name="Nothing",
@@ -226,9 +233,9 @@ def test_interrupted_it_ends_after_the_step_under_way(tmp_path: Path) -> None:
 
 def test_a_second_command_does_not_wait_and_says_why(tmp_path: Path) -> None:
     """Looking is free, and so is a dry run."""
-    box = box_with_dead(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX)
     place = Directory(str(box), RealFilesystem(), SystemClock())
-    taken = take_turn(place)
+    taken = acquire_lock(place)
     assert taken is not None
     refused = run("dead", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert (refused.returncode, refused.stdout) == (1, b"")
@@ -236,19 +243,19 @@ def test_a_second_command_does_not_wait_and_says_why(tmp_path: Path) -> None:
     assert run("dead", "list", "-d", "box", cwd=tmp_path).returncode == 0
     assert run("dead", "purge", "-d", "box", "--all", cwd=tmp_path).returncode == 0
     place.filesystem.close(taken.fd)
-    assert len(lines(box, "dead-*")) == 6
+    assert len(file_lines(box, "dead-*")) == 6
 
 
 def test_a_batch_that_the_deliverer_is_not_done_with_is_left_alone(tmp_path: Path) -> None:
     """It would write the dead letters again, and they would come twice."""
-    box = box_with_dead(tmp_path, SIX)
-    waiting = sealed(box, good=1)
+    box = outbox_with_dead_letters(tmp_path, SIX)
+    waiting = seal_batch(box, good=1)
     (file,) = box.glob("dead-*")
     file.rename(box / f"dead-{waiting.name}")
     done = run("dead", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, b"nothing was done\n")
     assert b"6 dead letters stay: its sealed file is still there" in done.stderr
-    assert len(lines(box, "dead-*")) == 6
+    assert len(file_lines(box, "dead-*")) == 6
     assert run("dead", "list", "-d", "box", cwd=tmp_path).returncode == 0
 
 
@@ -264,7 +271,7 @@ def test_a_batch_that_the_deliverer_is_not_done_with_is_left_alone(tmp_path: Pat
 )
 def test_a_damaged_file_is_named_and_kept(tmp_path: Path, command: list[str]) -> None:
     """Exit code 1, and no traceback; a directory under the name too."""
-    box = box_with_dead(tmp_path, [*SIX, payload(6)[:-1] + b',"scope_id":5}'])
+    box = outbox_with_dead_letters(tmp_path, [*SIX, event_json(6)[:-1] + b',"scope_id":5}'])
     (file,) = box.glob("dead-*")
     torn = file.read_bytes()[:-20]
     file.write_bytes(torn)
@@ -281,13 +288,13 @@ def test_dead_letters_of_the_older_systems_directory_come_back(existing: Path, t
     """What it had written wrongly is mended and delivered with all else."""
     oldest = min(existing.glob("sealed-*"))
     with oldest.open("ab") as out:
-        out.write(b'{"event":%b}\n' % payload(1, 5))
+        out.write(b'{"event":%b}\n' % event_json(1, 5))
     sink = ["--sink", "sqlite:///events.db", "--once"]
     assert run("deliver", "-d", existing, *sink, cwd=tmp_path).returncode == 0
     mended = run("dead", "edit", "-d", existing, "--since", "1h", "--set", "scope_id=s", "--yes", cwd=tmp_path)
     assert mended.returncode == 0, mended.stderr
     assert run("deliver", "-d", existing, *sink, cwd=tmp_path).returncode == 0
-    came = [one for one, _ in arrived(tmp_path / "events.db")]
+    came = [one for one, _ in delivered_rows(tmp_path / "events.db")]
     assert came == [*(event["event_id"] for event in existing_events()), "w-000001"]
 
 
@@ -300,7 +307,7 @@ def editor(folder: Path, code: str) -> dict[str, str]:
 
 def test_what_was_changed_in_the_editor_goes_in_and_the_rest_stays(tmp_path: Path) -> None:
     """What is not valid is named, and the text is kept until all of it went in."""
-    box = box_with_dead(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX)
     code = "lines = text.replace(':5,', ':\"5\",', 2).splitlines(True)\nlines[3] = lines[3].replace('w-000003', 'w-9').replace(':5,', ':\"5\",')\nlines[4] = 'oops\\n'\ntext = ''.join(lines)"
     done = run("dead", "edit", "-d", "box", "--all", "--yes", cwd=tmp_path, environ=editor(tmp_path, code))
     said = done.stderr.decode()
@@ -312,12 +319,12 @@ def test_what_was_changed_in_the_editor_goes_in_and_the_rest_stays(tmp_path: Pat
     assert f"--from box/{kept.name}" in said
     assert kept.stat().st_mode & 0o777 == 0o600
     assert mended_and_arrived(tmp_path) == ["w-000000", "w-000001"]
-    assert len(lines(box, "dead-*")) == 4
+    assert len(file_lines(box, "dead-*")) == 4
 
 
 def test_a_dry_run_in_the_editor_is_carried_out_from_its_text(tmp_path: Path) -> None:
     """And the text goes once all of it went in."""
-    box = box_with_dead(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX)
     environ = editor(tmp_path, "text = text.replace(':5,', ':\"5\",')")
     dry = run("dead", "edit", "-d", "box", "--all", cwd=tmp_path, environ=environ)
     (kept,) = box.glob("mend-*.ndjson")
@@ -325,7 +332,7 @@ def test_a_dry_run_in_the_editor_is_carried_out_from_its_text(tmp_path: Path) ->
         f"6 events of 1 file would go back into the outbox; dead edit --from box/{kept.name} --yes does it"
         in dry.stdout.decode()
     )
-    assert len(lines(box, "dead-*")) == 6
+    assert len(file_lines(box, "dead-*")) == 6
     assert run("dead", "edit", "-d", "box", "--from", kept, "--yes", cwd=tmp_path).returncode == 0
     assert not kept.exists()
     assert not list(box.glob("dead-*"))
@@ -342,19 +349,19 @@ def test_a_dry_run_in_the_editor_is_carried_out_from_its_text(tmp_path: Path) ->
 )
 def test_an_editor_that_changes_nothing_or_fails_does_nothing(tmp_path: Path, code: str, exit_code: int, said: str) -> None:
     """What it leaves is kept where it differs."""
-    box = box_with_dead(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX)
     done = run("dead", "edit", "-d", "box", "--all", "--yes", cwd=tmp_path, environ=editor(tmp_path, code))
     assert done.returncode == exit_code
     assert said in (done.stdout + done.stderr).decode()
     assert len(list(box.glob("mend-*.ndjson"))) == (exit_code == 2)
-    assert len(lines(box, "dead-*")) == 6
+    assert len(file_lines(box, "dead-*")) == 6
     lost = run("dead", "edit", "-d", "box", "--all", "--editor", "/no/such/editor", cwd=tmp_path)
     assert (lost.returncode, b"cannot be started" in lost.stderr) == (2, True)
 
 
 def test_a_reader_that_goes_away_does_not_end_the_work(tmp_path: Path) -> None:
     """`pillarbox dead replay --yes | head -1` sends all."""
-    box = box_with_dead(tmp_path, SIX, files=3)
+    box = outbox_with_dead_letters(tmp_path, SIX, files=3)
     command = [*PILLARBOX, "dead", "edit", "-d", "box", "--all", "--set", "scope_id=s", "--yes"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CLEAN) as process:
         assert process.stdout is not None

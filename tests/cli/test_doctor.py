@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pillarbox.admin.doctor import Finding, Limits, examine
+from pillarbox.admin.doctor import DoctorFinding, DoctorLimits, run_checks
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease
 from pillarbox.delivery.state import State
@@ -28,7 +28,7 @@ from pillarbox.testing.fault import Fault, FaultFilesystem
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
 from tests.crash.block_device import mounted, need
 
-LIMITS = Limits(power=False, max_bytes=10**9, max_files=1000, min_free_bytes=0, evicts=False)
+LIMITS = DoctorLimits(power=False, max_bytes=10**9, max_files=1000, min_free_bytes=0, evicts=False)
 LINE = b"a line\n"
 Found = dict[str, list[tuple[bool, str]]]
 # The command with a clock that says always the same: after ten seconds, which it may take to start, a deliverer is missed.
@@ -41,7 +41,7 @@ app.run()
 """
 
 
-def by_check(findings: Iterable[Finding]) -> Found:
+def by_check(findings: Iterable[DoctorFinding]) -> Found:
     """(ok, text) of each finding, by what was checked."""
     found: Found = {}
     for ok, check, text in findings:
@@ -58,18 +58,20 @@ def doctor(
         cwd=cwd, env=CLEAN | (environ or {}), capture_output=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.stderr == b""
-    return done.returncode, by_check(Finding(**finding) for finding in json.loads(done.stdout))
+    return done.returncode, by_check(DoctorFinding(**finding) for finding in json.loads(done.stdout))
 
 
 def bad(found: Found) -> set[str]:
     return {check for check, lines in found.items() for ok, _ in lines if not ok}
 
 
-def examined(path: Path, disk: Filesystem | None = None, limits: Limits = LIMITS, clock: ManualClock | None = None) -> Found:
+def examined(
+    path: Path, disk: Filesystem | None = None, limits: DoctorLimits = LIMITS, clock: ManualClock | None = None
+) -> Found:
     """What is found in a directory on a file system of the test's."""
     made = clock or ManualClock()
     numbers = itertools.count()
-    return by_check(examine(Directory(str(path), disk or RealFilesystem(), made, lambda: f"{next(numbers)}"), made, limits))
+    return by_check(run_checks(Directory(str(path), disk or RealFilesystem(), made, lambda: f"{next(numbers)}"), made, limits))
 
 
 @pytest.fixture
@@ -350,7 +352,7 @@ def test_hard_links_that_cannot_be_made_are_only_told(box: Path, monkeypatch: py
     found = examined(box)
     assert bad(found) == set()
     assert found["hard link"] == [(True, "cannot be made here (Operation not permitted); one destination needs none")]
-    found = examined(box, limits=LIMITS._replace(links=True))
+    found = examined(box, limits=LIMITS._replace(needs_hard_links=True))
     assert bad(found) == {"hard link"}
 
 
@@ -429,7 +431,7 @@ def test_too_few_open_files_are_told(box: Path) -> None:
         ["bash", "-c", f"ulimit -n 100; {' '.join(PILLARBOX)} doctor -d box --json"],
         cwd=box.parent, env=CLEAN, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
-    found = by_check(Finding(**finding) for finding in json.loads(done.stdout))
+    found = by_check(DoctorFinding(**finding) for finding in json.loads(done.stdout))
     assert (done.returncode, bad(found)) == (1, {"open files"})
     assert "ulimit -n 1024" in found["open files"][0][1]
 
@@ -464,7 +466,7 @@ def test_a_destination_that_does_not_answer_is_not_waited_for(box: Path) -> None
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://user:secret@127.0.0.1:{server.getsockname()[1]}/events"
         done = run("doctor", "-d", "box", "--sink", url, "--timeout", "0.5", "--json", cwd=box.parent)
-    found = by_check(Finding(**finding) for finding in json.loads(done.stdout))
+    found = by_check(DoctorFinding(**finding) for finding in json.loads(done.stdout))
     assert done.returncode == 1
     assert "no answer within" in found["destination"][0][1] or "timed out" in found["destination"][0][1]
     assert b"secret" not in done.stdout + done.stderr

@@ -14,7 +14,7 @@ from typing import Any
 
 from pillarbox import Outbox
 from pillarbox.store import record
-from tests.admin.stage import payload, sealed
+from tests.admin.prepared_outboxes import event_json, seal_batch
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.cli.watching import DELIVER, at_work, names, only_looks, writer
 from tests.conftest import event
@@ -32,25 +32,25 @@ def ids(events: list[dict[str, Any]]) -> list[str]:
 def filled(folder: Path) -> None:
     """One of each kind: a dead letter, damaged bytes, a delivered file, and what waits."""
     box = folder / "box"
-    whole = record.line(payload(3))
-    sealed(box, record.line(payload(1)), record.line(payload(2, 17)), whole[:-4] + b'0"}\n', good=1)
+    whole = record.line(event_json(3))
+    seal_batch(box, record.line(event_json(1)), record.line(event_json(2, 17)), whole[:-4] + b'0"}\n', good=1)
     run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=folder)
-    (box / "delivered-0000000000000002-0000000000000001-u.ndjson").write_bytes(record.line(payload(4)))
-    sealed(box, record.line(payload(5)), good=1, first=9)
+    (box / "delivered-0000000000000002-0000000000000001-u.ndjson").write_bytes(record.line(event_json(4)))
+    seal_batch(box, record.line(event_json(5)), good=1, first=9)
 
 
 def test_each_kind_is_written_as_it_stands(tmp_path: Path) -> None:
     """Byte for byte; what waits where nothing else is asked for."""
     filled(tmp_path)
     waiting = run("export", "-d", "box", cwd=tmp_path).stdout.splitlines()
-    assert (waiting[0][:24], waiting[1:]) == (b'{"event_id":"e-000009","', [payload(5)])
-    assert run("export", "-d", "box", "--what", "delivered", cwd=tmp_path).stdout == payload(4) + b"\n"
-    assert run("export", "-d", "box", "--what", "dead", cwd=tmp_path).stdout == payload(2, 17) + b"\n"
-    assert run("export", "-d", "box", "--what", "quarantine", cwd=tmp_path).stdout == payload(3) + b"\n"
+    assert (waiting[0][:24], waiting[1:]) == (b'{"event_id":"e-000009","', [event_json(5)])
+    assert run("export", "-d", "box", "--what", "delivered", cwd=tmp_path).stdout == event_json(4) + b"\n"
+    assert run("export", "-d", "box", "--what", "dead", cwd=tmp_path).stdout == event_json(2, 17) + b"\n"
+    assert run("export", "-d", "box", "--what", "quarantine", cwd=tmp_path).stdout == event_json(3) + b"\n"
     everything = run("export", "-d", "box", "--what", "all", cwd=tmp_path).stdout.splitlines()
-    assert sorted(everything) == sorted([payload(2, 17), payload(3), payload(4), *waiting])
+    assert sorted(everything) == sorted([event_json(2, 17), event_json(3), event_json(4), *waiting])
     chosen = run("export", "-d", "box", "--what", "all", "--event-id", "w-000004", "--event-id", "w-000002", cwd=tmp_path)
-    assert chosen.stdout.splitlines() == [payload(4), payload(2, 17)]
+    assert chosen.stdout.splitlines() == [event_json(4), event_json(2, 17)]
 
 
 def test_every_event_that_waits_all_the_while_is_written_once(tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_csv_has_a_column_for_each_member(tmp_path: Path) -> None:
 
 def test_what_cannot_be_had_is_said(tmp_path: Path) -> None:
     """With exit code 1, and the rest is written."""
-    sealed(tmp_path / "box", record.line(payload(1)), b"nonsense\n", record.line(payload(2)), good=1)
+    seal_batch(tmp_path / "box", record.line(event_json(1)), b"nonsense\n", record.line(event_json(2)), good=1)
     done = run("export", "-d", "box", "--event-key", "buy", cwd=tmp_path)
-    assert done.stdout == payload(1) + b"\n" + payload(2) + b"\n"
+    assert done.stdout == event_json(1) + b"\n" + event_json(2) + b"\n"
     assert done.returncode == 1
     assert b"damaged at" in done.stderr
 
@@ -124,13 +124,13 @@ HALFWAY = """
 import threading
 from itertools import islice
 from pillarbox.cli import main
-from pillarbox.admin.export import Stock
-whole = Stock.events
+from pillarbox.admin.export import EventExporter
+whole = EventExporter.events
 def half(self, what):
     yield from islice(whole(self, what), 50_000)
     print("there", flush=True)
     threading.Event().wait()
-Stock.events = half
+EventExporter.events = half
 main()
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pillarbox import Outbox
 from pillarbox.store import record
-from tests.admin.stage import box_with_dead, payload
+from tests.admin.prepared_outboxes import event_json, outbox_with_dead_letters
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
 from tests.cli.watching import names
 from tests.conftest import event, existing_events
@@ -27,20 +27,20 @@ def ids(folder: Path, box: str = "box") -> list[str]:
 
 def test_events_and_records_are_stored_as_they_stand(tmp_path: Path) -> None:
     """Under the ids they have, further members included; what has no id or time gets one."""
-    further = payload(1).replace(b'"event_key"', b'"more":{"b":1,"a":2},"event_key"')
-    lines = [further, record.line(payload(2)).rstrip(b"\n"), b'{"event": ' + payload(3) + b"}", b"", bare(4).rstrip()]
+    further = event_json(1).replace(b'"event_key"', b'"more":{"b":1,"a":2},"event_key"')
+    lines = [further, record.line(event_json(2)).rstrip(b"\n"), b'{"event": ' + event_json(3) + b"}", b"", bare(4).rstrip()]
     (tmp_path / "in.ndjson").write_bytes(b"\n".join(lines))
     done = run("import", "in.ndjson", "-d", "box", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, b"accepted 4, refused 0\n")
     written = run("export", "-d", "box", cwd=tmp_path).stdout.splitlines()
-    assert written[:3] == [further, payload(2), payload(3)]
+    assert written[:3] == [further, event_json(2), event_json(3)]
     assert json.loads(written[3])["occurred_at_micros"] > 0
     assert run("verify", "-d", "box", cwd=tmp_path).returncode == 0
 
 
 def test_what_is_no_event_is_named_counted_and_put_aside(tmp_path: Path) -> None:
     """And the rest is in."""
-    changed = record.line(payload(2)).replace(b"buy", b"bye")
+    changed = record.line(event_json(2)).replace(b"buy", b"bye")
     lines = [bare(1), b"nonsense\n", changed, b'{"event_key":"k","scope_kind":"Site","scope_id":"s","colour":1}\n', bare(3)]
     done = run("import", "-", "-d", "box", "--rejects", "bad", "--json", cwd=tmp_path, stdin=b"".join(lines))
     answer = json.loads(done.stdout)
@@ -94,7 +94,7 @@ def test_another_outbox_is_read_and_left_as_it_is(tmp_path: Path, existing: Path
     assert run("import", existing, "-d", "box", cwd=tmp_path).stdout == b"accepted 127, refused 0\n"
     assert ids(tmp_path) == [event["event_id"] for event in existing_events()]
     assert names(existing) == before
-    box_with_dead(tmp_path / "other", [payload(1), payload(2, 17)])
+    outbox_with_dead_letters(tmp_path / "other", [event_json(1), event_json(2, 17)])
     done = run("import", "other/box", "-d", "third", "--what", "dead", cwd=tmp_path)
     assert done.returncode == 1
     assert b"scope_id" in done.stderr

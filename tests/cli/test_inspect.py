@@ -10,7 +10,7 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import record
-from tests.admin.stage import payload, sealed
+from tests.admin.prepared_outboxes import event_json, seal_batch
 from tests.cli.test_commands import run
 from tests.cli.watching import names, only_looks
 from tests.conftest import event
@@ -20,9 +20,9 @@ from tests.conftest import event
 def folder(tmp_path: Path) -> Path:
     """A folder whose `box` has had one batch delivered, with a dead letter and damaged bytes; another one waits."""
     box = tmp_path / "box"
-    sealed(box, record.line(payload(2, 17)), record.line(payload(3))[:-4] + b'0"}\n', good=2)
+    seal_batch(box, record.line(event_json(2, 17)), record.line(event_json(3))[:-4] + b'0"}\n', good=2)
     run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=tmp_path)
-    sealed(box, good=1, first=9)
+    seal_batch(box, good=1, first=9)
     return tmp_path
 
 
@@ -71,7 +71,7 @@ def test_an_event_in_damaged_bytes_is_told_of(folder: Path) -> None:
 
 def test_an_event_that_is_not_sealed_and_one_that_is_kept_are_found(folder: Path) -> None:
     """Each in its file."""
-    (folder / "box" / "delivered-0000000000000001-u.ndjson").write_bytes(record.line(payload(4)))
+    (folder / "box" / "delivered-0000000000000001-u.ndjson").write_bytes(record.line(event_json(4)))
     assert [seen["what"] for seen in inspected(folder, "w-000004")["events"]] == ["kept"]
     with Outbox(str(folder / "box"), flush_interval=3600.0) as outbox:
         outbox.enqueue(event(20))

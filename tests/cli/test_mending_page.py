@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pillarbox.store import record
-from tests.admin.stage import payload, sealed
+from tests.admin.prepared_outboxes import event_json, seal_batch
 from tests.cli.pages import as_run, without_what_differs
 from tests.cli.test_commands import run
 
@@ -15,10 +15,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "dead-letters.md"
 def session(folder: Path) -> str:
     """The page, with what its commands print now."""
     box = folder / "box"
-    dead = [payload(1, 17), payload(2, 17), payload(3, 5, key="refund")]
-    torn = record.line(payload(5))[:-9]
-    changed = record.line(payload(4)).replace(b'"scope_id":"s"', b'"scope_id":"z"')
-    sealed(box, *map(record.line, dead), changed, b"\0" * 20 + record.line(payload(6))[30:], torn)
+    dead = [event_json(1, 17), event_json(2, 17), event_json(3, 5, key="refund")]
+    torn = record.line(event_json(5))[:-9]
+    changed = record.line(event_json(4)).replace(b'"scope_id":"s"', b'"scope_id":"z"')
+    seal_batch(box, *map(record.line, dead), changed, b"\0" * 20 + record.line(event_json(6))[30:], torn)
     run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=folder)
     return as_run(PAGE, folder)
 

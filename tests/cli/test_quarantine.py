@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from pillarbox.store import record
-from tests.admin.stage import arrived, deliver, lines, payload, sealed
+from tests.admin.prepared_outboxes import deliver_pending, delivered_rows, event_json, file_lines, seal_batch
 from tests.cli.test_commands import CLEAN, run
 from tests.cli.test_dead import HALT
 
-WHOLE = record.line(payload(1))
+WHOLE = record.line(event_json(1))
 DAMAGE = {
-    "bad_checksum": record.line(payload(2)).replace(b'"buy"', b'"bay"'),
-    "nul_bytes": b"\0" * 40 + record.line(payload(3))[40:],
-    "not_a_record": payload(4) + b"\n",
-    "torn: bad_json": record.line(payload(5))[:-9],
+    "bad_checksum": record.line(event_json(2)).replace(b'"buy"', b'"bay"'),
+    "nul_bytes": b"\0" * 40 + record.line(event_json(3))[40:],
+    "not_a_record": event_json(4) + b"\n",
+    "torn: bad_json": record.line(event_json(5))[:-9],
 }
 REPAIRABLE = ["w-000002", "w-000004", "w-000005"]
 
@@ -28,17 +28,17 @@ REPAIRABLE = ["w-000002", "w-000004", "w-000005"]
 def box(tmp_path: Path) -> Path:
     """Two batches with damage, of which the good lines have arrived."""
     box = tmp_path / "box"
-    sealed(box, WHOLE, *DAMAGE.values())
-    sealed(box, b"no json\n", first=10)
-    deliver(box, tmp_path / "events.db")
+    seal_batch(box, WHOLE, *DAMAGE.values())
+    seal_batch(box, b"no json\n", first=10)
+    deliver_pending(box, tmp_path / "events.db")
     assert len(list(box.glob("corrupt-*.ndjson"))) == 2
     return box
 
 
 def came(folder: Path) -> list[str]:
     """What was damaged and has arrived, after what waits is delivered."""
-    deliver(folder / "box", folder / "events.db")
-    return sorted(one for one, _ in arrived(folder / "events.db") if one.startswith("w-") and one != "w-000001")
+    deliver_pending(folder / "box", folder / "events.db")
+    return sorted(one for one, _ in delivered_rows(folder / "events.db") if one.startswith("w-") and one != "w-000001")
 
 
 def kept_bytes(box: Path) -> dict[str, bytes]:
@@ -89,14 +89,14 @@ def test_repaired_once_it_is_marked_and_the_bytes_are_kept(box: Path, tmp_path: 
     listed = json.loads(run("quarantine", "list", "-d", "box", "--json", cwd=tmp_path).stdout)
     assert [(batch["spans"], batch["repaired"]) for batch in listed["batches"]] == [(4, 3), (1, 0)]
     assert b", repaired 2" in run("quarantine", "show", "-d", "box", cwd=tmp_path).stdout
-    assert [b'"events":3' in line for line in lines(box, "ledger.ndjson") if b'"entry":"repaired"' in line] == [True]
+    assert [b'"events":3' in line for line in file_lines(box, "ledger.ndjson") if b'"entry":"repaired"' in line] == [True]
 
 
 def test_only_what_a_checksum_vouches_for_where_that_is_asked(tmp_path: Path) -> None:
     """A whole record before NUL bytes is; the rest stays as it is."""
     box = tmp_path / "box"
-    sealed(box, *DAMAGE.values(), b"\n", record.line(payload(6))[:-1] + b"\0" * 9)
-    deliver(box, tmp_path / "events.db")
+    seal_batch(box, *DAMAGE.values(), b"\n", record.line(event_json(6))[:-1] + b"\0" * 9)
+    deliver_pending(box, tmp_path / "events.db")
     done = run("quarantine", "repair", "-d", "box", "--all", "--checked", "--yes", cwd=tmp_path)
     assert b"left out: its checksum does not fit" in done.stdout
     assert came(tmp_path) == ["w-000006"]
@@ -107,7 +107,7 @@ def test_only_what_a_checksum_vouches_for_where_that_is_asked(tmp_path: Path) ->
     [
         ("pillarbox.outbox", "Outbox.enqueue_json"),
         ("pillarbox.store.ledger", "Ledger.write"),
-        ("pillarbox.admin.quarantine", "Keeper._mark"),
+        ("pillarbox.admin.quarantine", "QuarantineRepairer._mark_repaired"),
         ("pillarbox.store.directory", "Directory._write_aside"),
     ],
 )
@@ -139,7 +139,7 @@ def test_purge_takes_whole_batches_and_tells_the_ledger(box: Path, tmp_path: Pat
     assert len(list(box.glob("corrupt-*"))) == 4
     assert run("quarantine", "purge", "-d", "box", "--batch", batch, "--yes", cwd=tmp_path).returncode == 0
     assert len(list(box.glob("corrupt-*"))) == 2
-    (entry,) = [line for line in lines(box, "ledger.ndjson") if b"purged" in line]
+    (entry,) = [line for line in file_lines(box, "ledger.ndjson") if b"purged" in line]
     assert b'"quarantine"' in entry
     assert b'"events":1' in entry
     assert run("quarantine", "purge", "-d", "box", cwd=tmp_path).returncode == 2
@@ -148,8 +148,8 @@ def test_purge_takes_whole_batches_and_tells_the_ledger(box: Path, tmp_path: Pat
 def test_where_every_span_is_repaired_the_batch_can_go(tmp_path: Path) -> None:
     """With --repaired alone."""
     box = tmp_path / "box"
-    sealed(box, DAMAGE["bad_checksum"])
-    deliver(box, tmp_path / "events.db")
+    seal_batch(box, DAMAGE["bad_checksum"])
+    deliver_pending(box, tmp_path / "events.db")
     run("quarantine", "repair", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert run("quarantine", "purge", "-d", "box", "--repaired", "--yes", cwd=tmp_path).returncode == 0
     assert not list(box.glob("corrupt-*"))
@@ -199,7 +199,7 @@ def test_what_does_not_fit_together_can_be_purged_unless_it_is_not_ours(box: Pat
 
 def test_a_batch_that_the_deliverer_is_not_done_with_is_left_alone(box: Path, tmp_path: Path) -> None:
     """It would write the same bytes again, as not yet repaired."""
-    waiting = sealed(box, good=1)
+    waiting = seal_batch(box, good=1)
     old = min(box.glob("corrupt-*.ndjson")).stem.removeprefix("corrupt-")
     for suffix in (".ndjson", ".spans.json"):
         (box / f"corrupt-{old}{suffix}").rename(box / f"corrupt-{waiting.stem}{suffix}")

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from tests.admin.stage import sealed
+from tests.admin.prepared_outboxes import seal_batch
 from tests.cli.pages import as_run, without_what_differs
 from tests.cli.test_commands import run
 
@@ -18,7 +18,7 @@ def session(folder: Path) -> str:
     box = folder / "box"
     (folder / "keep.toml").write_text(re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)[0])
     for first in (0, 3, 6):
-        sealed(box, first=first)
+        seal_batch(box, first=first)
         run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", "-c", "keep.toml", cwd=folder)
         if not first:
             shutil.copy(folder / "events.db", folder / "copy.db")

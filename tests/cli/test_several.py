@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pillarbox.admin.status import look
+from pillarbox.admin.status import read_status
 from pillarbox.clock import SystemClock
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
@@ -66,7 +66,7 @@ def delivering(box: Path, down: str) -> Iterator[None]:
 
 def standing(box: Path) -> dict[str, tuple[str, int]]:
     """What each deliverer wrote down last."""
-    sinks = look(place_of(box), SystemClock(), "process").sinks
+    sinks = read_status(place_of(box), SystemClock(), "process").sinks
     beats = {sink.name: sink.deliverer for sink in sinks}
     return {name: (beat.state.name, beat.delivered) for name, beat in beats.items() if beat is not None}
 
@@ -159,7 +159,7 @@ def test_what_is_set_aside_in_queues_is_in_the_account_and_held_against_the_limi
     (box / "dead-b.ndjson").write_bytes(b"x" * 7)
     account = place_of(box).account()
     assert (account.dead_files, account.dead_bytes, account.corrupt_files, account.corrupt_bytes) == (3, 137, 2, 65)
-    status = look(place_of(box), SystemClock(), "process")
+    status = read_status(place_of(box), SystemClock(), "process")
     assert (status.dead_bytes, [sink.dead_bytes for sink in status.sinks]) == (137, [90, 40])
     limits = LIMITS._replace(max_dead_bytes=100, max_quarantine_bytes=100)
     found: Found = examined(box, limits=limits, clock=ManualClock(SystemClock().micros()))

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from pillarbox.admin.changes import Report
-from pillarbox.admin.filters import Selection
-from pillarbox.admin.redelivery import Limits, Resend
+from pillarbox.admin.changes import ChangeReport
+from pillarbox.admin.filters import RecordFilter
+from pillarbox.admin.redelivery import PendingLimits, Redelivery
 from pillarbox.store import layout, record
 from pillarbox.store.audit import audit
 from pillarbox.store.directory import Directory
@@ -61,8 +61,8 @@ def keep_and_send_again(filesystem: Filesystem) -> None:
         clock.advance(3.0)
     filesystem.sync_directory(PLACE)
     shelf.prune()
-    again = Resend(place, {"": place}, clock, Selection(), Report(), lambda *_: None)
-    again.carry_out(Limits(10**6, 1000), lambda: False, lambda _: None)
+    again = Redelivery(place, {"": place}, clock, RecordFilter(), ChangeReport(), lambda *_: None)
+    again.execute(PendingLimits(10**6, 1000), lambda: False, lambda _: None)
 
 
 def problem_of(state: State) -> str:

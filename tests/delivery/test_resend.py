@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox import Outbox
-from pillarbox.admin.changes import take_turn
+from pillarbox.admin.changes import acquire_lock
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.settlement import Kept
 from pillarbox.sinks.base import SinkCapabilities
@@ -346,7 +346,7 @@ def test_what_cannot_be_is_said_with_the_way_out(tmp_path: Path) -> None:
     none = run("resend", *BOX, "--until", "2h", "--yes", cwd=tmp_path)
     assert (none.returncode, none.stdout[:16]) == (0, b"nothing was done")
     place = Directory(str(tmp_path / "box"), RealFilesystem(), SystemClock())
-    turn = take_turn(place)
+    turn = acquire_lock(place)
     assert turn is not None
     busy = run("resend", *BOX, "--all", "--yes", cwd=tmp_path)
     assert (busy.returncode, b"another command is mending it" in busy.stderr) == (1, True)

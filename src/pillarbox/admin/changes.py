@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from pillarbox.admin.dead_letters import Trouble
+from pillarbox.admin.dead_letters import FileProblem
 from pillarbox.outcome import Dropped
 
 if TYPE_CHECKING:
@@ -14,178 +14,178 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory, Taken
     from pillarbox.store.ledger import Ledger, Purged, Repaired, Replayed
 
-MEND_LOCK: Final = "mend.lock"
-_FILES_MAX: Final = 100  # changed together: what a kill has gone in twice is bounded, and one sync serves them all
-_TROUBLES_MAX: Final = 1000  # kept to be named; all are counted
-_ONES_OWN: Final = frozenset({"invalid", "filtered"})  # an event is refused for itself: others may still go in
+ADMIN_LOCK: Final = "mend.lock"
+_GROUP_FILES_MAX: Final = 100  # changed together: what a kill has gone in twice is bounded, and one sync serves them all
+_PROBLEMS_MAX: Final = 1000  # kept to be named; all are counted
+_PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # an event is refused for itself: others may still go in
 
 
-class Door(Protocol):
+class Enqueuer(Protocol):
     """The part of an `Outbox` through which events come back."""
 
     def enqueue_json(self, payloads: Iterable[bytes], *, durability: Durability | None = None) -> list[Outcome]:
         """Store events that are JSON already, byte for byte; one outcome for each, in order."""
 
 
-class Change(NamedTuple):
+class BatchChange(NamedTuple):
     """What is to happen to the files of one batch."""
 
     file: str
-    sends: list[bytes]  # events that go in before
-    events: int  # how many are concerned where none are sent
-    entry: Callable[[int], Purged | Repaired | Replayed]  # the ledger's, for so many
-    finish: Callable[[set[int]], None]  # change the file, for the `sends` at these indexes went in; may raise `OSError`
+    payloads: list[bytes]  # events that go in before
+    event_count: int  # how many are concerned where none are sent
+    make_ledger_entry: Callable[[int], Purged | Repaired | Replayed]  # the ledger's, for so many
+    apply: Callable[[set[int]], None]  # change the file, for the `payloads` at these indexes went in; may raise `OSError`
 
 
-class Report:
+class ChangeReport:
     """What was done, or would be, and what was not."""
 
     def __init__(self) -> None:
         self.events = 0
         self.files = 0
-        self.troubles: list[Trouble] = []
-        self.troubles_count = 0
-        self.refused = ""  # why the front door takes nothing more
+        self.problems: list[FileProblem] = []
+        self.problems_count = 0
+        self.drop_reason = ""  # why the front door takes nothing more
         self.interrupted = False
         self.ledger_behind = False  # it could not be written: what was done is not in it
 
-    def trouble(self, file: str, problem: str, line: int | None = None) -> None:
+    def add_problem(self, file: str, problem: str, line: int | None = None) -> None:
         """Something is left as it is."""
-        self.add(Trouble(file, problem, line))
+        self.add_problems(FileProblem(file, problem, line))
 
-    def add(self, *troubles: Trouble) -> None:
+    def add_problems(self, *problems: FileProblem) -> None:
         """Some things are left as they are."""
-        self.troubles_count += len(troubles)
-        self.troubles += troubles[: _TROUBLES_MAX - len(self.troubles)]
+        self.problems_count += len(problems)
+        self.problems += problems[: _PROBLEMS_MAX - len(self.problems)]
 
     @property
     def complete(self) -> bool:
         """Whether everything that was asked for was done."""
-        return not (self.troubles_count or self.refused or self.interrupted or self.ledger_behind)
+        return not (self.problems_count or self.drop_reason or self.interrupted or self.ledger_behind)
 
 
-class Bounds(NamedTuple):
+class WriteLimits(NamedTuple):
     """How much goes in with one write: what makes a batch of the usual size."""
 
-    events: int
-    bytes: int
+    max_events: int
+    max_bytes: int
 
 
-def take_turn(directory: Directory) -> Taken | None:
+def acquire_lock(directory: Directory) -> Taken | None:
     """The lock of whoever changes what is kept, until its `fd` is closed; None where another command has it."""
-    return directory.take_lock(MEND_LOCK)
+    return directory.take_lock(ADMIN_LOCK)
 
 
-class Carrier:
+class ChangeExecutor:
     """Carries changes out, whole files at a time, and never begins the next ones once it is told to stop."""
 
     def __init__(
         self,
         directory: Directory,
         ledger: Ledger,
-        report: Report,
-        stop: Callable[[], bool],
-        progress: Callable[[int], None],
-        door: Door | None = None,
+        report: ChangeReport,
+        should_stop: Callable[[], bool],
+        on_progress: Callable[[int], None],
+        enqueuer: Enqueuer | None = None,
         durability: Durability = "power",
-        bounds: Bounds = Bounds(500, 1_000_000),  # noqa: B008 - immutable
+        limits: WriteLimits = WriteLimits(500, 1_000_000),  # noqa: B008 - immutable
     ) -> None:
         self._directory = directory
         self._ledger = ledger
         self._report = report
-        self._stop = stop
-        self._progress = progress
-        self._door = door
+        self._should_stop = should_stop
+        self._on_progress = on_progress
+        self._enqueuer = enqueuer
         self._durability = durability
-        self._bounds = bounds
-        self._begun = False
+        self._limits = limits
+        self._started = False
 
-    def carry_out(self, changes: Iterable[Change]) -> None:
+    def execute(self, changes: Iterable[BatchChange]) -> None:
         """Do them, in order."""
-        together: list[Change] = []
+        group: list[BatchChange] = []
         events = size = 0
         for change in changes:
-            together.append(change)
-            events += len(change.sends)
-            size += sum(map(len, change.sends))
-            if events >= self._bounds.events or size >= self._bounds.bytes or len(together) >= _FILES_MAX:
-                self._do(together)
-                together, events, size = [], 0, 0
-            if self._stop():
+            group.append(change)
+            events += len(change.payloads)
+            size += sum(map(len, change.payloads))
+            if events >= self._limits.max_events or size >= self._limits.max_bytes or len(group) >= _GROUP_FILES_MAX:
+                self._execute_group(group)
+                group, events, size = [], 0, 0
+            if self._should_stop():
                 self._report.interrupted = True
-            if self._report.interrupted or self._report.refused:
+            if self._report.interrupted or self._report.drop_reason:
                 break
-        if together and not self._report.interrupted:
-            self._do(together)
+        if group and not self._report.interrupted:
+            self._execute_group(group)
 
-    def _do(self, changes: list[Change]) -> None:
-        if not self._begun and not self._sync("nothing was done"):
+    def _execute_group(self, group: list[BatchChange]) -> None:
+        if not self._started and not self._sync_directory("nothing was done"):
             # A removal of the deliverer's that is not durable could bring a batch back, and with it what is taken out here.
-            self._report.refused = "io_error"
+            self._report.drop_reason = "io_error"
             return
-        self._begun = True
-        accepted = self._send(changes)
-        done: list[tuple[Change, set[int], int]] = []
-        for change, indexes in zip(changes, accepted, strict=True):
-            events = len(indexes) if change.sends else change.events
-            if indexes or not change.sends:
-                done.append((change, indexes, events))
-                self._ledger.note(change.entry(events))
+        self._started = True
+        accepted_of_each = self._enqueue_events(group)
+        done: list[tuple[BatchChange, set[int], int]] = []
+        for change, accepted in zip(group, accepted_of_each, strict=True):
+            event_count = len(accepted) if change.payloads else change.event_count
+            if accepted or not change.payloads:
+                done.append((change, accepted, event_count))
+                self._ledger.note(change.make_ledger_entry(event_count))
         if not done:
             return
         # Where there is no room for it the files are changed all the same: that makes room.
         if not self._ledger.write(sync=True):
             self._report.ledger_behind = True
-        for change, indexes, events in done:
+        for change, accepted, event_count in done:
             try:
-                change.finish(indexes)
+                change.apply(accepted)
             except OSError as error:
-                again = "; what went in goes in a second time with the next try, under the same ids" if indexes else ""
-                self._report.trouble(change.file, f"cannot be changed: {error.strerror}{again}")
+                again = "; what went in goes in a second time with the next try, under the same ids" if accepted else ""
+                self._report.add_problem(change.file, f"cannot be changed: {error.strerror}{again}")
             else:
-                self._report.events += events
+                self._report.events += event_count
                 self._report.files += 1
-                self._progress(events)
-        self._sync("power loss may undo what was done")
+                self._on_progress(event_count)
+        self._sync_directory("power loss may undo what was done")
         if self._report.ledger_behind:
             self._report.ledger_behind = not self._ledger.write(sync=True)
 
-    def _sync(self, otherwise: str) -> bool:
+    def _sync_directory(self, consequence: str) -> bool:
         try:
             self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
-            self._report.trouble(".", f"the directory cannot be synced ({error.strerror}): {otherwise}")
+            self._report.add_problem(".", f"the directory cannot be synced ({error.strerror}): {consequence}")
             return False
         return True
 
-    def _send(self, changes: list[Change]) -> list[set[int]]:
+    def _enqueue_events(self, changes: list[BatchChange]) -> list[set[int]]:
         """Put the events in; which of each change's are durable now."""
         accepted: list[set[int]] = [set() for _ in changes]
-        if self._door is None:
+        if self._enqueuer is None:
             return accepted
-        for part in self._parts(changes):
-            if self._report.refused:
+        for chunk in self._write_chunks(changes):
+            if self._report.drop_reason:
                 break
-            outcomes = self._door.enqueue_json([payload for _, _, payload in part], durability=self._durability)
-            for (number, index, _), outcome in zip(part, outcomes, strict=True):
+            outcomes = self._enqueuer.enqueue_json([payload for _, _, payload in chunk], durability=self._durability)
+            for (number, index, _), outcome in zip(chunk, outcomes, strict=True):
                 if not isinstance(outcome, Dropped):
                     accepted[number].add(index)
-                elif outcome.reason in _ONES_OWN:
-                    self._report.trouble(changes[number].file, f"an event was refused at the door: {outcome.reason}")
+                elif outcome.reason in _PER_EVENT_REASONS:
+                    self._report.add_problem(changes[number].file, f"an event was refused at the door: {outcome.reason}")
                 else:
-                    self._report.refused = outcome.reason
+                    self._report.drop_reason = outcome.reason
         return accepted
 
-    def _parts(self, changes: list[Change]) -> Iterator[list[tuple[int, int, bytes]]]:
-        """(change, index in its `sends`, event) of all, as much at a time as goes in with one write."""
-        part: list[tuple[int, int, bytes]] = []
+    def _write_chunks(self, changes: list[BatchChange]) -> Iterator[list[tuple[int, int, bytes]]]:
+        """(change, index in its `payloads`, event) of all, as much at a time as goes in with one write."""
+        chunk: list[tuple[int, int, bytes]] = []
         size = 0
         for number, change in enumerate(changes):
-            for index, payload in enumerate(change.sends):
-                if part and (len(part) >= self._bounds.events or size + len(payload) > self._bounds.bytes):
-                    yield part
-                    part, size = [], 0
-                part.append((number, index, payload))
+            for index, payload in enumerate(change.payloads):
+                if chunk and (len(chunk) >= self._limits.max_events or size + len(payload) > self._limits.max_bytes):
+                    yield chunk
+                    chunk, size = [], 0
+                chunk.append((number, index, payload))
                 size += len(payload)
-        if part:
-            yield part
+        if chunk:
+            yield chunk

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
 
-_LOOKS: Final = 5  # in which a batch of which the ledger has heard must turn up
+_SCANS_MAX: Final = 5  # in which a batch of which the ledger has heard must turn up
 _LATE_MICROS: Final = 60_000_000  # an entry that is written later than this is taken for one of a batch that was seen
-_READ_MAX: Final = 1000  # files that were read without their batch's name; the ledger tells it within moments
+_FILES_READ_MAX: Final = 1000  # files that were read without their batch's name; the ledger tells it within moments
 
 
 class Gap(NamedTuple):
@@ -29,15 +29,15 @@ class Gap(NamedTuple):
     events: int | None  # None where nobody counted
 
 
-class _Entered:
+class _UnseenBatch:
     """An entry whose batch was not seen."""
 
     def __init__(self, entry: Sealed | Adopted) -> None:
         self.entry = entry
-        self.looks = 0
+        self.scans = 0
 
 
-class Missed:
+class GapDetector:
     """Reads the ledger along, from `start` on."""
 
     def __init__(self, directory: Directory, clock: Clock) -> None:
@@ -47,44 +47,44 @@ class Missed:
         self._file: tuple[int, int] | None = None
         self._offset = 0
         self._since_micros = 0
-        self._entered: dict[str, _Entered] = {}  # batches that were not known so far
-        self._judged: dict[str, int] = {}  # gaps that were told, and when their entries were written
-        self._read: list[tuple[str, int]] = []  # (writer, bytes) of files that were read under their active name only
+        self._unseen: dict[str, _UnseenBatch] = {}  # batches that were not known so far
+        self._decided: dict[str, int] = {}  # gaps that were told, and when their entries were written
+        self._files_read: list[tuple[str, int]] = []  # (writer, bytes) of files that were read under their active name only
 
     def start(self) -> None:
         """From now on."""
         self._since_micros = self._clock.micros()
-        self._entries()
+        self._read_new_entries()
 
-    def was_read(self, writer: str, size: int) -> None:
+    def note_file_read(self, writer: str, size: int) -> None:
         """An active file was read to its end, and is gone; its batch is not known."""
-        self._read = [*self._read[-_READ_MAX:], (writer, size)]
+        self._files_read = [*self._files_read[-_FILES_READ_MAX:], (writer, size)]
 
-    def look(self, known: Container[str]) -> None:
+    def update(self, known: Container[str]) -> None:
         """Which batches of the ledger are not `known`, and stay away for some looks. Never raises `OSError`."""
-        for entry in self._entries():
-            if entry.at_micros >= self._since_micros and entry.batch not in known and entry.batch not in self._judged:
-                self._entered.setdefault(entry.batch, _Entered(entry))
-        for batch, entered in list(self._entered.items()):
-            entered.looks += 1
+        for entry in self._read_new_entries():
+            if entry.at_micros >= self._since_micros and entry.batch not in known and entry.batch not in self._decided:
+                self._unseen.setdefault(entry.batch, _UnseenBatch(entry))
+        for batch, entered in list(self._unseen.items()):
+            entered.scans += 1
             entry = entered.entry
             size = entry.bytes if isinstance(entry, Sealed) else None
-            read = next((one for one in self._read if one[0] == entry.writer and size in (one[1], None)), None)
+            read = next((one for one in self._files_read if one[0] == entry.writer and size in (one[1], None)), None)
             if batch in known:
-                del self._entered[batch]
+                del self._unseen[batch]
             elif read is not None:
-                del self._entered[batch]
-                self._read.remove(read)
-                self._judged[batch] = entry.at_micros
-            elif entered.looks >= _LOOKS:
-                del self._entered[batch]
-                self._judged[batch] = entry.at_micros
+                del self._unseen[batch]
+                self._files_read.remove(read)
+                self._decided[batch] = entry.at_micros
+            elif entered.scans >= _SCANS_MAX:
+                del self._unseen[batch]
+                self._decided[batch] = entry.at_micros
                 self.gaps.append(Gap(batch, entry.writer, entry.events if isinstance(entry, Sealed) else None))
         # What is older than that is known no more to the follower either.
         self._since_micros = max(self._since_micros, self._clock.micros() - _LATE_MICROS)
-        self._judged = {batch: at for batch, at in self._judged.items() if at >= self._since_micros}
+        self._decided = {batch: at for batch, at in self._decided.items() if at >= self._since_micros}
 
-    def _entries(self) -> list[Sealed | Adopted]:
+    def _read_new_entries(self) -> list[Sealed | Adopted]:
         """What was appended since the last time; all of it where the ledger was written anew, shorter."""
         filesystem = self._directory.filesystem
         try:

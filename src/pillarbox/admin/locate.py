@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from pillarbox.admin import dead_letters, quarantine
-from pillarbox.admin.scan import Line, batches, content, lines, look, places
+from pillarbox.admin.scan import ScannedLine, all_directories, files_by_batch, read_first_available, scan_files, split_lines
 from pillarbox.admin.tail import ACCEPTED, ACTIVE
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
@@ -18,9 +18,9 @@ from pillarbox.store.reconciliation import Adopted, Entry, Evicted, Purged, Seal
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pillarbox.admin.dead_letters import Heading, Trouble
-    from pillarbox.admin.event_filters import Faces
-    from pillarbox.admin.scan import Sight
+    from pillarbox.admin.dead_letters import FileProblem, IdentityDecoder
+    from pillarbox.admin.event_filters import EventHeaderDecoder
+    from pillarbox.admin.scan import FileRef
     from pillarbox.store.directory import Directory
 
 _STATES = {
@@ -34,7 +34,7 @@ _STATES = {
 }
 
 
-class Fact(msgspec.Struct, frozen=True, kw_only=True):
+class HistoryEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Something that is known of a batch."""
 
     what: str  # active, waiting, kept, dead, quarantined; or an entry of the ledger: sealed, adopted, settled, evicted, ...
@@ -44,14 +44,14 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
-class Story(msgspec.Struct, frozen=True):
+class BatchHistory(msgspec.Struct, frozen=True):
     """All that is known of a batch, in order of time; what the files show comes last."""
 
     batch: str
-    facts: list[Fact]
+    facts: list[HistoryEntry]
 
 
-class Sighting(msgspec.Struct, frozen=True, kw_only=True):
+class EventLocation(msgspec.Struct, frozen=True, kw_only=True):
     """A place where an event is."""
 
     what: str  # as of a fact
@@ -64,7 +64,7 @@ class Sighting(msgspec.Struct, frozen=True, kw_only=True):
     event: msgspec.Raw | None = None  # None in damaged bytes
 
 
-class Damage(msgspec.Struct, frozen=True):
+class DamagedRange(msgspec.Struct, frozen=True):
     """Damaged bytes in a file."""
 
     offset: int
@@ -72,7 +72,7 @@ class Damage(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Contents(msgspec.Struct, frozen=True, kw_only=True):
+class FileContents(msgspec.Struct, frozen=True, kw_only=True):
     """What is in a file."""
 
     file: str
@@ -81,174 +81,186 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     writer: str | None  # where the name tells
     bytes: int
     events: int
-    damaged: list[Damage]
+    damaged: list[DamagedRange]
     unfinished_bytes: int  # of an active file: behind its last whole line
     first_micros: int | None  # of the events' own times
     last_micros: int | None
 
 
-class _Memory(NamedTuple):
+class _QueueLedger(NamedTuple):
     """A ledger."""
 
     sink: str
     entries: list[Entry]
 
 
-class Whereabouts:
+class Locator:
     """One look at the directory, its queues and their ledgers; raises `OSError` where they cannot be listed."""
 
-    def __init__(self, directory: Directory, faces: Faces, heading: Heading) -> None:
-        self.troubles: list[Trouble] = []
-        self._faces = faces
-        self._heading = heading
+    def __init__(self, directory: Directory, header_decoder: EventHeaderDecoder, identity_decoder: IdentityDecoder) -> None:
+        self.problems: list[FileProblem] = []
+        self._header_decoder = header_decoder
+        self._identity_decoder = identity_decoder
         # The ledgers last: what settles meanwhile is in one, if its file is gone from the other.
-        self._sights = look(directory)
-        self._ledgers = [_Memory(place.sink, entries_of(place.read_bytes(layout.LEDGER))[0]) for place in places(directory)]
+        self._files = scan_files(directory)
+        self._ledgers = [
+            _QueueLedger(place.sink, entries_of(place.read_bytes(layout.LEDGER))[0]) for place in all_directories(directory)
+        ]
 
     @property
-    def size(self) -> int:
+    def total_bytes(self) -> int:
         """How many bytes there are to search."""
-        return sum(sight.size for sight in self._sights)
+        return sum(sight.size for sight in self._files)
 
-    def files(self, name: str) -> list[Sight]:
+    def find_files(self, name: str) -> list[FileRef]:
         """The files of this name, from the outbox directory on or by itself."""
         base = name.rpartition("/")[2]
-        exact = [sight for sight in self._sights if sight.shown == name]
-        return exact or [sight for sight in self._sights if sight.name == base]
+        exact = [sight for sight in self._files if sight.display_name == name]
+        return exact or [sight for sight in self._files if sight.name == base]
 
-    def knows(self, batch: str) -> bool:
+    def knows_batch(self, batch: str) -> bool:
         """Whether a file or a ledger has the batch."""
-        return bool(self.story(batch).facts)
+        return bool(self.batch_history(batch).facts)
 
-    def story(self, batch: str) -> Story:
+    def batch_history(self, batch: str) -> BatchHistory:
         """What is known of a batch."""
         remembered = [
-            Fact(what=type(entry).__name__.lower(), at_micros=entry.at_micros, sink=memory.sink, file="", text=_said(entry))
+            HistoryEntry(
+                what=type(entry).__name__.lower(),
+                at_micros=entry.at_micros,
+                sink=memory.sink,
+                file="",
+                text=_describe_entry(entry),
+            )
             for memory in self._ledgers
             for entry in memory.entries
             if getattr(entry, "batch", None) == batch
         ]
-        found = [self._fact(sight) for sight in self._sights if batch and sight.batch == batch]
-        return Story(batch, sorted(remembered, key=lambda fact: fact.at_micros or 0) + found)
+        found = [self._file_entry(sight) for sight in self._files if batch and sight.batch == batch]
+        return BatchHistory(batch, sorted(remembered, key=lambda fact: fact.at_micros or 0) + found)
 
-    def _fact(self, sight: Sight) -> Fact:
-        stamp = layout.stamp_of(sight.batch) if sight.kind is Kind.SEALED else None
-        match sight.kind:
+    def _file_entry(self, file: FileRef) -> HistoryEntry:
+        stamp = layout.stamp_of(file.batch) if file.kind is Kind.SEALED else None
+        match file.kind:
             case Kind.SEALED:
-                text = f"waits for {sight.sink}" if sight.sink else "waits"
+                text = f"waits for {file.sink}" if file.sink else "waits"
             case Kind.DELIVERED:
                 text = "is kept after delivery"
             case Kind.DEAD:
-                text = self._letters(sight)
+                text = self._describe_dead_letters(file)
             case Kind.CORRUPT:
-                text = f"{sight.size} damaged bytes: pillarbox quarantine show {sight.batch}"
+                text = f"{file.size} damaged bytes: pillarbox quarantine show {file.batch}"
             case _:
                 text = "where the damaged bytes stood"
-        return Fact(what=_STATES[sight.kind], at_micros=stamp, sink=sight.sink, file=sight.shown, text=text)
+        return HistoryEntry(what=_STATES[file.kind], at_micros=stamp, sink=file.sink, file=file.display_name, text=text)
 
-    def _letters(self, sight: Sight) -> str:
-        codes = Counter(record.letter.code for record in self._dead(sight))
+    def _describe_dead_letters(self, file: FileRef) -> str:
+        codes = Counter(record.letter.code for record in self._read_dead_letters(file))
         counts = ", ".join(f"{count} {code}" for code, count in codes.most_common())
-        return f"dead letters, {counts or 'none'}: pillarbox dead show --batch {sight.batch}"
+        return f"dead letters, {counts or 'none'}: pillarbox dead show --batch {file.batch}"
 
-    def _dead(self, sight: Sight) -> list[dead_letters.Record]:
-        data = content([sight], self.troubles.append)
-        file = dead_letters.parse(sight.batch, data or b"", self._heading)
-        self.troubles += file.troubles
-        return file.records
+    def _read_dead_letters(self, file: FileRef) -> list[dead_letters.DeadLetterRecord]:
+        data = read_first_available([file], self.problems.append)
+        letters = dead_letters.parse(file.batch, data or b"", self._identity_decoder)
+        self.problems += letters.problems
+        return letters.records
 
-    def of_event(self, event_id: str, progress: Callable[[int], None]) -> Iterator[Sighting]:
+    def find_event(self, event_id: str, on_progress: Callable[[int], None]) -> Iterator[EventLocation]:
         """Everywhere an event is, by reading everything; `progress(bytes)` is called with what was read."""
         encoded = msgspec.json.encode(event_id)[1:-1]
         seen = encoded if encoded.isascii() else b""  # what is not may be written in several ways
-        read = batches(self._sights, ACCEPTED - ACTIVE)
-        active = [[sight] for sight in self._sights if sight.kind in ACTIVE]
+        read = files_by_batch(self._files, ACCEPTED - ACTIVE)
+        active = [[sight] for sight in self._files if sight.kind in ACTIVE]
         for sights in [*read.values(), *active]:
-            data = content(sights, self.troubles.append) or b""
+            data = read_first_available(sights, self.problems.append) or b""
             if seen in data:
                 yield from self._in_lines(sights[0], data, event_id)
-            progress(sum(sight.size for sight in sights))
-        for sight in self._sights:
+            on_progress(sum(sight.size for sight in sights))
+        for sight in self._files:
             if sight.kind is Kind.DEAD:
-                yield from self._in_dead(sight, event_id)
-                progress(sight.size)
+                yield from self._in_dead_letters(sight, event_id)
+                on_progress(sight.size)
             elif sight.kind is Kind.CORRUPT:
                 yield from self._in_quarantine(sight, encoded)
-                progress(sight.size)
+                on_progress(sight.size)
 
-    def _in_lines(self, sight: Sight, data: bytes, event_id: str) -> Iterator[Sighting]:
-        for line in _whole(sight, data):
-            if line.payload is not None and self._faces.of(line.payload).event_id == event_id:
-                yield Sighting(
-                    what=_STATES[sight.kind],
-                    file=sight.shown,
+    def _in_lines(self, file: FileRef, data: bytes, event_id: str) -> Iterator[EventLocation]:
+        for line in _complete_lines(file, data):
+            if line.payload is not None and self._header_decoder.decode(line.payload).event_id == event_id:
+                yield EventLocation(
+                    what=_STATES[file.kind],
+                    file=file.display_name,
                     offset=line.offset,
-                    batch=sight.batch,
+                    batch=file.batch,
                     event=msgspec.Raw(line.payload),
                 )
 
-    def _in_dead(self, sight: Sight, event_id: str) -> Iterator[Sighting]:
-        for record in self._dead(sight):
+    def _in_dead_letters(self, file: FileRef, event_id: str) -> Iterator[EventLocation]:
+        for record in self._read_dead_letters(file):
             if record.event_id == event_id:
-                yield Sighting(
+                yield EventLocation(
                     what="dead",
-                    file=sight.shown,
+                    file=file.display_name,
                     offset=None,
-                    batch=sight.batch,
+                    batch=file.batch,
                     record=record.name,
                     code=record.letter.code,
                     reason=record.letter.reason,
                     event=record.letter.event,
                 )
 
-    def _in_quarantine(self, sight: Sight, encoded: bytes) -> Iterator[Sighting]:
-        kept = quarantine.read(sight.place, sight.batch)
+    def _in_quarantine(self, file: FileRef, encoded: bytes) -> Iterator[EventLocation]:
+        kept = quarantine.read_batch(file.directory, file.batch)
         if kept is None:
             return
-        for span, piece in zip(kept.spans, kept.pieces, strict=False):
+        for span, piece in zip(kept.ranges, kept.pieces, strict=False):
             if encoded in piece:
-                yield Sighting(what="quarantined", file=sight.shown, offset=span.offset, batch=sight.batch, reason=span.reason)
+                yield EventLocation(
+                    what="quarantined", file=file.display_name, offset=span.offset, batch=file.batch, reason=span.reason
+                )
 
-    def contents(self, sight: Sight) -> Contents:
+    def read_contents(self, file: FileRef) -> FileContents:
         """What is in a file, by reading it."""
         times: list[int] = []
         events = 0
-        damaged: list[Damage] = []
-        data = content([sight], self.troubles.append) or b""
-        if sight.kind in ACCEPTED:
-            for line in _whole(sight, data):
+        damaged: list[DamagedRange] = []
+        data = read_first_available([file], self.problems.append) or b""
+        if file.kind in ACCEPTED:
+            for line in _complete_lines(file, data):
                 if line.damage is not None:
-                    damaged.append(Damage(line.damage.offset, line.damage.length, line.damage.reason))
+                    damaged.append(DamagedRange(line.damage.offset, line.damage.length, line.damage.reason))
                 if line.payload is not None:
                     events += 1
-                    at = self._faces.of(line.payload).occurred_at_micros
+                    at = self._header_decoder.decode(line.payload).occurred_at_micros
                     times += [] if at is None else [at]
                     times = [min(times), max(times)] if times else []
-        elif sight.kind is Kind.DEAD:
-            events = len(self._dead(sight))
+        elif file.kind is Kind.DEAD:
+            events = len(self._read_dead_letters(file))
         else:
-            kept = quarantine.read(sight.place, sight.batch)
-            damaged = [Damage(span.offset, span.length, span.reason) for span in (kept.spans if kept is not None else [])]
-        return Contents(
-            file=sight.shown,
-            what=_STATES[sight.kind],
-            batch=sight.batch,
-            writer=layout.writer_of(sight.name) or None,
-            bytes=sight.size,
+            kept = quarantine.read_batch(file.directory, file.batch)
+            damaged = [
+                DamagedRange(span.offset, span.length, span.reason) for span in (kept.ranges if kept is not None else [])
+            ]
+        return FileContents(
+            file=file.display_name,
+            what=_STATES[file.kind],
+            batch=file.batch,
+            writer=layout.writer_of(file.name) or None,
+            bytes=file.size,
             events=events,
             damaged=damaged,
-            unfinished_bytes=len(data) - data.rfind(b"\n") - 1 if sight.kind in ACTIVE else 0,
+            unfinished_bytes=len(data) - data.rfind(b"\n") - 1 if file.kind in ACTIVE else 0,
             first_micros=times[0] if times else None,
             last_micros=times[-1] if times else None,
         )
 
 
-def _whole(sight: Sight, data: bytes) -> Iterator[Line]:
+def _complete_lines(file: FileRef, data: bytes) -> Iterator[ScannedLine]:
     """The lines; of an active file those that are whole."""
-    return lines(data[: data.rfind(b"\n") + 1] if sight.kind in ACTIVE else data)
+    return split_lines(data[: data.rfind(b"\n") + 1] if file.kind in ACTIVE else data)
 
 
-def _said(entry: Entry) -> str:
+def _describe_entry(entry: Entry) -> str:
     """An entry of the ledger as a sentence."""
     match entry:
         case Sealed(writer=writer, events=events, bytes=size):

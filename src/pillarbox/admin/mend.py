@@ -13,77 +13,77 @@ from pillarbox.event import Codec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from pillarbox.admin.dead_letters import Record
+    from pillarbox.admin.dead_letters import DeadLetterRecord
 
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class Unfit(Exception):  # noqa: N818 - reads as the sentence it is
+class InvalidReplayError(Exception):
     """The event cannot go in again as it is; the message says why, and what would help."""
 
 
-class Gate:
+class ReplayValidator:
     """What an event's JSON must be to go in again: what the front door takes, with its id.
 
-    `id_member` is the name of the member that holds the id.
+    `id_field` is the name of the member that holds the id.
     """
 
-    def __init__(self, event_type: type[msgspec.Struct], id_member: str) -> None:
+    def __init__(self, event_type: type[msgspec.Struct], id_field: str) -> None:
         self.event_type = event_type
-        self.id_member = id_member
+        self.id_field = id_field
         self._id_type: Any = next(field.type for field in msgspec.structs.fields(event_type) if field.name == "event_id")
-        self._check = Codec(event_type).check_json
+        self._check_json = Codec(event_type).check_json
 
-    def check(self, payload: bytes) -> None:
-        """Raise `Unfit` for what the front door would refuse."""
-        self.members(payload)
+    def validate(self, payload: bytes) -> None:
+        """Raise `InvalidReplayError` for what the front door would refuse."""
+        self.parse_fields(payload)
         try:
-            self._check(payload)
+            self._check_json(payload)
         except (msgspec.DecodeError, InvalidEventError, UnicodeDecodeError, RecursionError) as error:
-            raise Unfit(f"is no {self.event_type.__name__}: {error}") from None
+            raise InvalidReplayError(f"is no {self.event_type.__name__}: {error}") from None
 
-    def members(self, payload: bytes) -> dict[str, msgspec.Raw]:
-        """The members of an event's JSON, each as it stands; raises `Unfit` where it is no JSON object."""
+    def parse_fields(self, payload: bytes) -> dict[str, msgspec.Raw]:
+        """The members of an event's JSON, each as it stands; raises `InvalidReplayError` where it is no JSON object."""
         try:
-            return _decode_members(payload)
+            return _decode_fields(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise Unfit("is no JSON object") from None
+            raise InvalidReplayError("is no JSON object") from None
 
-    def same_id(self, old: bytes, new: bytes) -> None:
-        """Raise `Unfit` where an event has lost its id or got another; one that had none that counts may get one."""
+    def check_same_id(self, old: bytes, new: bytes) -> None:
+        """Raise `InvalidReplayError` where an event lost its valid id or has another one; without a valid id it may get one."""
         try:
-            before = self._id_in(old)
-        except Unfit:
+            before = self._read_id(old)
+        except InvalidReplayError:
             return
         after = None
-        with contextlib.suppress(Unfit):
-            after = self._id_in(new)
+        with contextlib.suppress(InvalidReplayError):
+            after = self._read_id(new)
         if before != after:
-            raise Unfit(f"must keep its {self.id_member} {before}: under another it may be delivered twice")
+            raise InvalidReplayError(f"must keep its {self.id_field} {before}: under another it may be delivered twice")
 
-    def _id_in(self, payload: bytes) -> Any:
-        """Raises `Unfit` where there is none of the type that it must have."""
+    def _read_id(self, payload: bytes) -> Any:
+        """Raises `InvalidReplayError` where there is none of the type that it must have."""
         try:
-            return msgspec.json.decode(self.members(payload).get(self.id_member, b""), type=self._id_type)
+            return msgspec.json.decode(self.parse_fields(payload).get(self.id_field, b""), type=self._id_type)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise Unfit(f"has no {self.id_member}") from None
+            raise InvalidReplayError(f"has no {self.id_field}") from None
 
 
-def assignments(texts: Iterable[str], event_type: type[msgspec.Struct]) -> dict[str, msgspec.Raw]:
+def parse_assignments(texts: Iterable[str], event_type: type[msgspec.Struct]) -> dict[str, msgspec.Raw]:
     """`member=value` as typed -> member -> JSON. The value is JSON where the member takes that, and text otherwise.
 
     Raises `UsageError` for what is no assignment, no member, or no value of it.
     """
     fields = {field.encode_name: field for field in msgspec.structs.fields(event_type)}
     by_name = {field.name: field for field in fields.values()} | fields
-    found: dict[str, msgspec.Raw] = {}
+    values: dict[str, msgspec.Raw] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         field = by_name.get(name)
         if not equals or field is None:
             raise UsageError(f"--set {text}: write member=value; the members of {event_type.__name__} are {', '.join(fields)}")
-        found[field.encode_name] = msgspec.Raw(_as_json(text, value, field.type))
-    return found
+        values[field.encode_name] = msgspec.Raw(_as_json(text, value, field.type))
+    return values
 
 
 def _as_json(text: str, value: str, kind: Any) -> bytes:
@@ -101,38 +101,38 @@ def _as_json(text: str, value: str, kind: Any) -> bytes:
     return quoted
 
 
-def with_members(gate: Gate, payload: bytes, values: Mapping[str, msgspec.Raw]) -> bytes:
-    """An event's JSON with some members set, the others as they stood, byte for byte; raises `Unfit`."""
-    new = msgspec.json.encode({**gate.members(payload), **values}).replace(b"\n", b" ")
-    gate.same_id(payload, new)
+def with_fields(validator: ReplayValidator, payload: bytes, values: Mapping[str, msgspec.Raw]) -> bytes:
+    """An event's JSON with some members set, the others as they stood, byte for byte; raises `InvalidReplayError`."""
+    new = msgspec.json.encode({**validator.parse_fields(payload), **values}).replace(b"\n", b" ")
+    validator.check_same_id(payload, new)
     return new
 
 
-class _Line(msgspec.Struct):
+class _EditableLine(msgspec.Struct):
     """What a line in the editor looks like."""
 
-    letter: str  # which dead letter it is: see `Record.name`
+    letter: str  # which dead letter it is: see `DeadLetterRecord.name`
     why: str
     event: msgspec.Raw
 
 
-_decode_line = msgspec.json.Decoder(_Line).decode
+_decode_line = msgspec.json.Decoder(_EditableLine).decode
 
 
-def editable(record: Record) -> bytes:
+def to_editable_line(record: DeadLetterRecord) -> bytes:
     """A dead letter as a line to edit; what stands in `event` goes in again."""
     letter = record.letter
-    return msgspec.json.encode(_Line(record.name, f"{letter.code}: {letter.reason}", letter.event)) + b"\n"
+    return msgspec.json.encode(_EditableLine(record.name, f"{letter.code}: {letter.reason}", letter.event)) + b"\n"
 
 
-class Edited(NamedTuple):
+class EditedFile(NamedTuple):
     """What came back from the editor: events by their dead letters, and (line from 1, problem) of what is no such line."""
 
     events: dict[str, bytes]
     problems: list[tuple[int, str]]
 
 
-def edited(text: bytes) -> Edited:
+def parse_edited_file(text: bytes) -> EditedFile:
     """The lines of an edited file."""
     events: dict[str, bytes] = {}
     problems: list[tuple[int, str]] = []
@@ -149,4 +149,4 @@ def edited(text: bytes) -> Edited:
             problems.append((number, f"{found.letter} is there twice; the first one counts"))
         else:
             events[found.letter] = bytes(found.event)
-    return Edited(events, problems)
+    return EditedFile(events, problems)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.admin import dead_letters
-from pillarbox.admin.dead_letters import Trouble
+from pillarbox.admin.dead_letters import FileProblem
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, reader
 from pillarbox.store.ledger import Ledger, Resent
@@ -19,15 +19,15 @@ from pillarbox.store.quota import SLACK_SHARE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from pillarbox.admin.changes import Report
-    from pillarbox.admin.filters import Selection
+    from pillarbox.admin.changes import ChangeReport
+    from pillarbox.admin.filters import RecordFilter
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
 
-_TOGETHER_MAX: Final = 100  # files that one sync and one entry of the ledger serve
+_GROUP_FILES_MAX: Final = 100  # files that one sync and one entry of the ledger serve
 
 
-class Delivered(NamedTuple):
+class RetainedFile(NamedTuple):
     """A file that is kept after its delivery."""
 
     sink: str  # "" where there are not several
@@ -40,128 +40,130 @@ class Delivered(NamedTuple):
         return layout.batch_id(self.name)
 
 
-class Limits(NamedTuple):
+class PendingLimits(NamedTuple):
     """How much may wait in the directory."""
 
-    bytes: int
-    files: int
+    max_bytes: int
+    max_files: int
 
 
-class Resend:
-    """What a command is to send again; what cannot be is reported, and each file that is, or would be, is passed to `see`."""
+class Redelivery:
+    """Makes retained files wait again; reports those that cannot, and passes each other one to `on_file`."""
 
     def __init__(
         self,
         directory: Directory,
-        places: Mapping[str, Directory],
+        queues: Mapping[str, Directory],
         clock: Clock,
-        selection: Selection,
-        report: Report,
-        see: Callable[[Delivered, int, str | None], None],  # with the number of its events, and the batch that it becomes
+        record_filter: RecordFilter,
+        report: ChangeReport,
+        on_file: Callable[
+            [RetainedFile, int, str | None], None
+        ],  # with the number of its events, and the batch that it becomes
     ) -> None:
         self._directory = directory
-        self._places = places
+        self._queues = queues
         self._clock = clock
-        self._selection = selection
+        self._filter = record_filter
         self._report = report
-        self._see = see
-        every = [Delivered(sink, file.name, file.size) for sink, place in places.items() for file in place.delivered()]
+        self._on_file = on_file
+        every = [RetainedFile(sink, file.name, file.size) for sink, place in queues.items() for file in place.delivered()]
         stamps = [stamp for file in every if (stamp := layout.delivered_at(file.name)) is not None]
-        self.kept = len(every)
-        self.kept_since_micros = min(stamps, default=None)  # when the first of all that is kept was delivered
-        chosen = (file for file in every if self._is_meant(file))
+        self.retained_count = len(every)
+        self.oldest_delivered_at_micros = min(stamps, default=None)  # when the first of all that is kept was delivered
+        chosen = (file for file in every if self._is_selected(file))
         # In the order in which the events came in the first place.
-        self.chosen = sorted(chosen, key=lambda file: (file.sink, layout.stamp_of(file.name) or 0, file.name))
+        self.selected = sorted(chosen, key=lambda file: (file.sink, layout.stamp_of(file.name) or 0, file.name))
 
-    def _is_meant(self, file: Delivered) -> bool:
-        return self._selection.takes_batch(file.batch) and self._selection.takes_moment(layout.delivered_at(file.name))
+    def _is_selected(self, file: RetainedFile) -> bool:
+        return self._filter.matches_batch(file.batch) and self._filter.matches_time(layout.delivered_at(file.name))
 
-    def preview(self, progress: Callable[[int], None]) -> None:
+    def preview(self, on_progress: Callable[[int], None]) -> None:
         """Count what would be sent again."""
-        for file in self.chosen:
-            events = self._events(file)
+        for file in self.selected:
+            events = self._event_count(file)
             if events is not None:
-                self._count(file, events, None)
-                progress(events)
+                self._add_to_report(file, events, None)
+                on_progress(events)
 
-    def carry_out(self, limits: Limits, stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
+    def execute(self, limits: PendingLimits, should_stop: Callable[[], bool], on_progress: Callable[[int], None]) -> None:
         """Have them wait again, as far as the limits of what may wait allow."""
-        for place in self._places.values():
+        for place in self._queues.values():
             place.note_stamp(place.account().newest_stamp)
         for group in self._groups():
-            self._report.interrupted = self._report.interrupted or stop()
+            self._report.interrupted = self._report.interrupted or should_stop()
             if self._report.interrupted:
                 return
-            self._do(self._fitting(group, limits), progress)
-            if self._report.refused:
+            self._redeliver(self._that_fit(group, limits), on_progress)
+            if self._report.drop_reason:
                 return
 
-    def _groups(self) -> Iterator[list[Delivered]]:
-        for sink in self._places:
-            files = [file for file in self.chosen if file.sink == sink]
-            for begin in range(0, len(files), _TOGETHER_MAX):
-                yield files[begin : begin + _TOGETHER_MAX]
+    def _groups(self) -> Iterator[list[RetainedFile]]:
+        for sink in self._queues:
+            files = [file for file in self.selected if file.sink == sink]
+            for begin in range(0, len(files), _GROUP_FILES_MAX):
+                yield files[begin : begin + _GROUP_FILES_MAX]
 
-    def _fitting(self, group: list[Delivered], limits: Limits) -> list[Delivered]:
+    def _that_fit(self, group: list[RetainedFile], limits: PendingLimits) -> list[RetainedFile]:
         """Those for which there is room, beside some for new events: none of these is to be refused or evicted for them."""
         account = self._directory.account()
-        room = limits.bytes - limits.bytes // SLACK_SHARE - account.pending_bytes
-        files = limits.files - limits.files // SLACK_SHARE - account.pending_files
+        room = limits.max_bytes - limits.max_bytes // SLACK_SHARE - account.pending_bytes
+        files = limits.max_files - limits.max_files // SLACK_SHARE - account.pending_files
         for number, file in enumerate(group):
             room -= file.size
             if room < 0 or number >= files:
-                self._report.refused = "max_bytes" if room < 0 else "max_files"
+                self._report.drop_reason = "max_bytes" if room < 0 else "max_files"
                 return group[:number]
         return group
 
-    def _do(self, group: Iterable[Delivered], progress: Callable[[int], None]) -> None:
+    def _redeliver(self, group: Iterable[RetainedFile], on_progress: Callable[[int], None]) -> None:
         entries: list[Resent] = []
         for file in group:
-            events = self._events(file)
+            events = self._event_count(file)
             if events is None:
                 continue
-            place = self._places[file.sink]
+            place = self._queues[file.sink]
             try:
-                anew = place.reseal(file.name)
+                new_name = place.reseal(file.name)
             except OSError as error:
-                self._report.trouble(file.name, f"stays: it cannot be renamed: {error.strerror}")
+                self._report.add_problem(file.name, f"stays: it cannot be renamed: {error.strerror}")
                 continue
-            if anew is None:
+            if new_name is None:
                 continue  # it was too old meanwhile, or in the way
-            entries.append(Resent(self._clock.micros(), layout.batch_id(anew), file.batch, events))
-            self._count(file, events, layout.batch_id(anew))
-            progress(events)
+            entries.append(Resent(self._clock.micros(), layout.batch_id(new_name), file.batch, events))
+            self._add_to_report(file, events, layout.batch_id(new_name))
+            on_progress(events)
         if entries:
-            self._enter(place, entries)
+            self._record_in_ledger(place, entries)
 
-    def _enter(self, place: Directory, entries: list[Resent]) -> None:
+    def _record_in_ledger(self, directory: Directory, entries: list[Resent]) -> None:
         try:
-            place.filesystem.sync_directory(place.path)
+            directory.filesystem.sync_directory(directory.path)
         except OSError as error:
             # What the ledger names must be there.
             problem = f"cannot be synced ({error.strerror}): the ledger has no word of what waits, power loss may undo it"
-            self._report.trouble(".", f"the directory {problem}")
+            self._report.add_problem(".", f"the directory {problem}")
             return
-        ledger = Ledger(place, self._clock)
+        ledger = Ledger(directory, self._clock)
         ledger.note(*entries)
         self._report.ledger_behind |= not ledger.write(sync=True)
 
-    def _events(self, file: Delivered) -> int | None:
+    def _event_count(self, file: RetainedFile) -> int | None:
         """How many records it holds; None where it has gone, or cannot be read and stays."""
-        data = dead_letters.content(self._places[file.sink], file.name)
+        data = dead_letters.try_read_file(self._queues[file.sink], file.name)
         if data is None:
             return None
-        if isinstance(data, Trouble):
-            self._report.add(data)
+        if isinstance(data, FileProblem):
+            self._report.add_problems(data)
             return None
         try:
             contents, _ = reader.read_file(file.name, data, lambda: None)
         except FileUnusableError as error:
-            self._report.trouble(file.name, error.problem)
+            self._report.add_problem(file.name, error.problem)
             return None
         return len(contents.payloads)
 
-    def _count(self, file: Delivered, events: int, anew: str | None) -> None:
+    def _add_to_report(self, file: RetainedFile, events: int, anew: str | None) -> None:
         self._report.files += 1
         self._report.events += events
-        self._see(file, events, anew)
+        self._on_file(file, events, anew)

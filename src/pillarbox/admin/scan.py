@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
-from pillarbox.admin.dead_letters import Trouble
+from pillarbox.admin.dead_letters import FileProblem
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout, reader
 from pillarbox.store.layout import Kind
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from pillarbox.store.reader import Span
 
 
-class Sight(NamedTuple):
+class FileRef(NamedTuple):
     """A file of ours that was seen."""
 
-    place: Directory  # the outbox directory, or a sink's queue in it
+    directory: Directory  # the outbox directory, or a sink's queue in it
     name: str
     kind: Kind
     size: int  # bytes
 
     @property
-    def shown(self) -> str:
+    def display_name(self) -> str:
         """Its name as an operator finds it, from the outbox directory on."""
         return f"{layout.queue_name(self.sink)}/{self.name}" if self.sink else self.name
 
     @property
     def sink(self) -> str:
         """Whose queue it is in; "" for the outbox directory itself."""
-        return self.place.sink
+        return self.directory.sink
 
     @property
     def batch(self) -> str:
@@ -48,69 +48,69 @@ class Sight(NamedTuple):
         return "" if self.kind in (Kind.ACTIVE, Kind.LEGACY_ACTIVE) else layout.batch_id(name)
 
 
-def places(directory: Directory) -> list[Directory]:
+def all_directories(directory: Directory) -> list[Directory]:
     """The outbox directory, and the queues of its sinks."""
     return [directory, *directory.queues()]
 
 
-def look(directory: Directory) -> list[Sight]:
+def scan_files(directory: Directory) -> list[FileRef]:
     """The files in the directory, then those in its queues: what moves there meanwhile is seen twice rather than never."""
-    found: list[Sight] = []
-    for place in places(directory):
-        for name, size in place.filesystem.listing(place.path):
+    files: list[FileRef] = []
+    for found_in in all_directories(directory):
+        for name, size in found_in.filesystem.listing(found_in.path):
             kind = layout.kind_of(name)
             if kind not in (Kind.ASIDE, Kind.OTHER):
-                found.append(Sight(place, name, kind, size))
-    return found
+                files.append(FileRef(found_in, name, kind, size))
+    return files
 
 
-def batches(sights: list[Sight], kinds: AbstractSet[Kind]) -> dict[str, list[Sight]]:
+def files_by_batch(files: list[FileRef], kinds: AbstractSet[Kind]) -> dict[str, list[FileRef]]:
     """The sealed or delivered files by batch, the oldest batch first; several files of a batch have the same content."""
-    found: dict[str, list[Sight]] = {}
-    for sight in sorted(sights, key=lambda one: (one.batch, one.kind is not Kind.SEALED, one.place.path)):
+    by_batch: dict[str, list[FileRef]] = {}
+    for sight in sorted(files, key=lambda one: (one.batch, one.kind is not Kind.SEALED, one.directory.path)):
         if sight.kind in kinds:
-            found.setdefault(sight.batch, []).append(sight)
-    return found
+            by_batch.setdefault(sight.batch, []).append(sight)
+    return by_batch
 
 
-def places_of(directory: Directory, batch: str, kinds: AbstractSet[Kind]) -> list[Sight]:
+def find_batch_files(directory: Directory, batch: str, kinds: AbstractSet[Kind]) -> list[FileRef]:
     """Wherever a batch is now, in whatever state of these."""
-    return [sight for sight in look(directory) if sight.batch == batch and sight.kind in kinds]
+    return [sight for sight in scan_files(directory) if sight.batch == batch and sight.kind in kinds]
 
 
-def content(sights: list[Sight], tell: Callable[[Trouble], None]) -> bytes | None:
+def read_first_available(files: list[FileRef], report_problem: Callable[[FileProblem], None]) -> bytes | None:
     """The lines of the first of some files with the same content that is there; None where all have gone.
 
     What cannot be read is told, and has no lines.
     """
-    troubles: list[Trouble] = []
-    for sight in sights:
+    problems: list[FileProblem] = []
+    for sight in files:
         try:
-            data, problem = compression.unpack(sight.name, _bytes(sight.place, sight.name))
+            data, problem = compression.unpack(sight.name, _read_bytes(sight.directory, sight.name))
         except FileNotFoundError:
             continue
         except FileUnusableError as error:
-            troubles.append(Trouble(sight.shown, error.problem))
+            problems.append(FileProblem(sight.display_name, error.problem))
         except OSError as error:
-            troubles.append(Trouble(sight.shown, f"cannot be read: {error.strerror}"))
+            problems.append(FileProblem(sight.display_name, f"cannot be read: {error.strerror}"))
         else:
             if problem:
-                tell(Trouble(sight.shown, f"cannot be read behind the first {len(data)} bytes: {problem}"))
+                report_problem(FileProblem(sight.display_name, f"cannot be read behind the first {len(data)} bytes: {problem}"))
             return data
-    for trouble in troubles[:1]:
-        tell(trouble)
-    return b"" if troubles else None
+    for trouble in problems[:1]:
+        report_problem(trouble)
+    return b"" if problems else None
 
 
-def _bytes(place: Directory, name: str) -> bytes:
-    fd = place.open_found(name)
+def _read_bytes(directory: Directory, name: str) -> bytes:
+    fd = directory.open_found(name)
     try:
-        return place.filesystem.read_all(fd)
+        return directory.filesystem.read_all(fd)
     finally:
-        place.filesystem.close(fd)
+        directory.filesystem.close(fd)
 
 
-class Line(NamedTuple):
+class ScannedLine(NamedTuple):
     """A line of a file: a record, or damaged bytes, or both, where a record stands behind NUL bytes."""
 
     offset: int  # of the line, in the file as it was written
@@ -118,14 +118,14 @@ class Line(NamedTuple):
     damage: Span | None
 
 
-def lines(data: bytes, offset: int = 0) -> Iterator[Line]:
+def split_lines(data: bytes, offset: int = 0) -> Iterator[ScannedLine]:
     """The lines of a file, or of a part of it that begins at `offset`; blank ones are left out."""
-    begin = 0
-    while begin < len(data):
-        end = data.find(b"\n", begin) + 1 or len(data)
-        contents = reader.read(data[begin:end], lambda: None)
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start) + 1 or len(data)
+        contents = reader.read(data[start:end], lambda: None)
         if contents.payloads or contents.spans:
             payload = contents.payloads[0] if contents.payloads else None
-            spans = [replace(span, offset=offset + begin + span.offset) for span in contents.spans]
-            yield Line(offset + begin, payload, spans[0] if spans else None)
-        begin = end
+            spans = [replace(span, offset=offset + start + span.offset) for span in contents.spans]
+            yield ScannedLine(offset + start, payload, spans[0] if spans else None)
+        start = end

@@ -34,7 +34,7 @@ class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     deliverer_silent_s: float | None
 
 
-class Status(msgspec.Struct, frozen=True, kw_only=True):
+class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox status --json`; bytes, numbers of files, seconds."""
 
     directory: str
@@ -56,24 +56,26 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     sinks: list[SinkStatus]  # empty where there is one destination
 
 
-def _sealed(place: Directory) -> dict[str, int]:
+def _sealed_batches(directory: Directory) -> dict[str, int]:
     """Bytes by batch, whose file may be compressed meanwhile."""
-    listing = place.filesystem.listing(place.path)
+    listing = directory.filesystem.listing(directory.path)
     return {layout.batch_id(name): size for name, size in listing if layout.kind_of(name) is Kind.SEALED}
 
 
-def look(place: Directory, clock: Clock, durability: str) -> Status:
+def read_status(directory: Directory, clock: Clock, durability: str) -> OutboxStatus:
     """How a directory stands now; raises `DirectoryUnusableError` where it cannot be listed."""
     try:
-        queues = place.queues()
-        shared = _sealed(place) if queues else {}  # before the queues: what leaves it is in each of them by then
-        sinks = [_sink(queue, shared, clock) for queue in queues]
-        account = place.account()
+        queues = directory.queues()
+        shared = _sealed_batches(directory) if queues else {}  # before the queues: what leaves it is in each of them by then
+        sinks = [_sink_status(queue, shared, clock) for queue in queues]
+        account = directory.account()
     except OSError as error:
-        raise DirectoryUnusableError(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
-    beat = last_heartbeat(place)
-    return Status(
-        directory=place.path,
+        raise DirectoryUnusableError(
+            directory.path, f"cannot be listed: {error.strerror}", "name an outbox directory"
+        ) from None
+    beat = last_heartbeat(directory)
+    return OutboxStatus(
+        directory=directory.path,
         pending_bytes=account.pending_bytes,
         pending_files=account.pending_files,
         active_files=account.active_files,
@@ -88,14 +90,14 @@ def look(place: Directory, clock: Clock, durability: str) -> Status:
         delivered_bytes=account.delivered_bytes,
         durability=beat.durability if beat is not None and beat.durability else durability,
         deliverer=beat,
-        deliverer_silent_s=silent_s(beat, clock),
+        deliverer_silent_s=heartbeat_age_s(beat, clock),
         sinks=sinks,
     )
 
 
-def _sink(queue: Directory, shared: dict[str, int], clock: Clock) -> SinkStatus:
+def _sink_status(queue: Directory, shared: dict[str, int], clock: Clock) -> SinkStatus:
     own = queue.account()
-    waiting = _sealed(queue) | shared  # what is not yet in any queue waits for all of them
+    waiting = _sealed_batches(queue) | shared  # what is not yet in any queue waits for all of them
     stamps = [stamp for stamp in map(layout.stamp_of, waiting) if stamp is not None]
     beat = last_heartbeat(queue)
     return SinkStatus(
@@ -110,7 +112,7 @@ def _sink(queue: Directory, shared: dict[str, int], clock: Clock) -> SinkStatus:
         delivered_files=own.delivered_files,
         delivered_bytes=own.delivered_bytes,
         deliverer=beat,
-        deliverer_silent_s=silent_s(beat, clock),
+        deliverer_silent_s=heartbeat_age_s(beat, clock),
     )
 
 
@@ -118,12 +120,12 @@ def _age_s(clock: Clock, stamp: int | None) -> float | None:
     return None if stamp is None else max(0.0, (clock.micros() - stamp) / 1e6)
 
 
-def silent_s(beat: Heartbeat | None, clock: Clock) -> float | None:
+def heartbeat_age_s(beat: Heartbeat | None, clock: Clock) -> float | None:
     """How long a deliverer has said nothing; None where there never was one."""
     return None if beat is None else max(0.0, (clock.micros() - beat.at_micros) / 1e6)
 
 
-def state_text(beat: Heartbeat | None, silent: float | None) -> str:
+def describe_state(beat: Heartbeat | None, silent: float | None) -> str:
     """The state of a delivery, and when the destination is asked again."""
     if beat is None or silent is None:
         return "none so far"
@@ -135,8 +137,8 @@ def state_text(beat: Heartbeat | None, silent: float | None) -> str:
     return f"{gone}{beat.state}{again}"
 
 
-def deliverer_text(beat: Heartbeat | None, silent: float | None) -> str:
+def describe_worker(beat: Heartbeat | None, silent: float | None) -> str:
     """Who delivers, or did, and how that goes, in a line."""
     if beat is None or silent is None:
         return "none so far"
-    return f"process {beat.pid} to {beat.sink}, {state_text(beat, silent)}; {beat.delivered:,} delivered"
+    return f"process {beat.pid} to {beat.sink}, {describe_state(beat, silent)}; {beat.delivered:,} delivered"

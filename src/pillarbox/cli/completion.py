@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer  # noqa: TC002 - typer reads it
 
-from pillarbox.admin.filters import batch_of
+from pillarbox.admin.filters import parse_batch_id
 from pillarbox.cli.app import settings_from
 from pillarbox.clock import SystemClock
 from pillarbox.errors import PillarboxError
@@ -40,4 +40,4 @@ def _batches(place: Directory, kinds: set[Kind]) -> Iterator[str]:
     for where in (place, *place.queues()):
         for name, _ in where.filesystem.listing(where.path):
             if layout.kind_of(name) in kinds:
-                yield batch_of(name)
+                yield parse_batch_id(name)

@@ -12,10 +12,10 @@ import msgspec
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pillarbox.admin.changes import Bounds, Carrier, Report, take_turn
-from pillarbox.admin.dead_letters import Heading, Trouble
-from pillarbox.admin.filters import Selection, batch_of, moment
-from pillarbox.admin.mend import Gate
+from pillarbox.admin.changes import ChangeExecutor, ChangeReport, WriteLimits, acquire_lock
+from pillarbox.admin.dead_letters import FileProblem, IdentityDecoder
+from pillarbox.admin.filters import RecordFilter, parse_batch_id, parse_time
+from pillarbox.admin.mend import ReplayValidator
 from pillarbox.cli.app import Exit, err, log_to_terminal, out, require, settings_from
 from pillarbox.cli.completion import batches
 from pillarbox.clock import SystemClock
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import FrameType
 
-    from pillarbox.admin.changes import Change
+    from pillarbox.admin.changes import BatchChange
     from pillarbox.settings import Settings
     from pillarbox.store.directory import Directory
     from pillarbox.store.layout import Kind
@@ -62,7 +62,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     events: int  # for quarantine's purge: damaged spans
     files: int
     items: list[Any]  # what is concerned; its shape is that of `list --each --json`, `quarantine repair` has its own
-    troubles: list[Trouble]  # what stays, and why; the first 1,000
+    troubles: list[FileProblem]  # what stays, and why; the first 1,000
     troubles_count: int
     refused: str  # why the outbox took nothing more; "" where it took all
     interrupted: bool
@@ -80,10 +80,10 @@ class Site:
         require(self.settings, "directory", "DIR")
         self.clock = SystemClock()
         self.place = directory_at(self.settings.directory, real_filesystem(), self.clock)
-        self.report = Report()
+        self.report = ChangeReport()
         self.lines: list[str] = []  # what is to be said of single items; at the end, lest a closed pipe ends the work
-        self.heading = Heading(self.settings.event_type)
-        self.gate = Gate(self.settings.event_type, self.heading.id_member)
+        self.heading = IdentityDecoder(self.settings.event_type)
+        self.gate = ReplayValidator(self.settings.event_type, self.heading.id_field)
         try:
             self.place.account()
         except OSError as error:
@@ -119,30 +119,30 @@ class Site:
         event_ids: Sequence[str] | None = None,
         since: str | None = None,
         until: str | None = None,
-    ) -> Selection:
+    ) -> RecordFilter:
         """What the options amount to."""
         now = self.clock.micros()
         for name in records or ():
             if "#" not in name:
                 raise UsageError(f"{name} is no dead letter's name, which is <batch>#<index> as `dead list --each` shows it")
-        return Selection(
+        return RecordFilter(
             records=tuple(records or ()),
-            batches=tuple(map(batch_of, batches or ())),
+            batches=tuple(map(parse_batch_id, batches or ())),
             reasons=tuple(reasons or ()),
             codes=tuple(codes or ()),
             sinks=tuple(sinks or ()),
             event_keys=tuple(event_keys or ()),
             event_ids=tuple(event_ids or ()),
-            since_micros=None if since is None else moment(since, now),
-            until_micros=None if until is None else moment(until, now),
+            since_micros=None if since is None else parse_time(since, now),
+            until_micros=None if until is None else parse_time(until, now),
         )
 
-    def carry_out(self, changes: Iterable[Change], *, yes: bool, sends: bool) -> bool:
+    def carry_out(self, changes: Iterable[BatchChange], *, yes: bool, sends: bool) -> bool:
         """Do it, or with `yes` False count what would be done; False where another command is at it."""
         if not yes:
             for change in changes:
                 self.report.files += 1
-                self.report.events += len(change.sends) or change.events
+                self.report.events += len(change.payloads) or change.event_count
             return True
         outbox: Outbox | None = None
         if sends:
@@ -155,16 +155,16 @@ class Site:
         def act(stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
             with outbox or nullcontext():
                 ledger = Ledger(self.place, self.clock)
-                bounds = Bounds(self.settings.batch_size, self.settings.batch_bytes)
+                bounds = WriteLimits(self.settings.batch_size, self.settings.batch_bytes)
                 durability = self._durability()
-                Carrier(self.place, ledger, self.report, stop, progress, outbox, durability, bounds).carry_out(changes)
+                ChangeExecutor(self.place, ledger, self.report, stop, progress, outbox, durability, bounds).execute(changes)
 
         return self.work(act)
 
     def work(self, act: Callable[[Callable[[], bool], Callable[[int], None]], None]) -> bool:
         """Have `act(stop, progress)` change what is kept; False where another command is at it."""
         try:
-            taken = take_turn(self.place)
+            taken = acquire_lock(self.place)
         except OSError as error:
             raise DirectoryUnusableError(self.place.path, f"cannot be locked: {error.strerror}", "look at the disk") from None
         if taken is None:
@@ -212,9 +212,9 @@ class Site:
                     events=report.events,
                     files=report.files,
                     items=items,
-                    troubles=report.troubles,
-                    troubles_count=report.troubles_count,
-                    refused=report.refused,
+                    troubles=report.problems,
+                    troubles_count=report.problems_count,
+                    refused=report.drop_reason,
                     interrupted=report.interrupted,
                     ledger_behind=report.ledger_behind,
                 )
@@ -229,12 +229,12 @@ class Site:
     def say_troubles(self) -> None:
         """Name what stays as it is, on standard error."""
         report = self.report
-        for trouble in report.troubles[:NAMED_MAX]:
+        for trouble in report.problems[:NAMED_MAX]:
             err.print(printable(str(trouble)), markup=False)
-        if report.troubles_count > NAMED_MAX:
-            err.print(f"and {report.troubles_count - NAMED_MAX} more like these; --json names them", markup=False)
-        if report.refused:
-            err.print(f"the outbox takes nothing more ({report.refused}); what had not gone in stays", markup=False)
+        if report.problems_count > NAMED_MAX:
+            err.print(f"and {report.problems_count - NAMED_MAX} more like these; --json names them", markup=False)
+        if report.drop_reason:
+            err.print(f"the outbox takes nothing more ({report.drop_reason}); what had not gone in stays", markup=False)
         if report.ledger_behind:
             err.print("the ledger could not be written: what was done is not in it", markup=False)
         if report.interrupted:
@@ -253,7 +253,7 @@ class Site:
 
 
 @contextmanager
-def _patiently(report: Report) -> Iterator[Callable[[], bool]]:
+def _patiently(report: ChangeReport) -> Iterator[Callable[[], bool]]:
     """While it lasts, Ctrl-C and SIGTERM end the work after the step that is under way."""
 
     def note(_number: int, _frame: FrameType | None) -> None:
@@ -267,9 +267,9 @@ def _patiently(report: Report) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def need_choice(selection: Selection, *, everything: bool) -> None:
+def need_choice(selection: RecordFilter, *, everything: bool) -> None:
     """What changes something must be told what."""
-    if selection.everything and not everything:
+    if selection.matches_all and not everything:
         raise typer.BadParameter("choose with the options, or give --all", param_hint="what is meant")
 
 

@@ -10,10 +10,10 @@ import msgspec
 import typer
 
 from pillarbox.admin import dead_letters as letters
-from pillarbox.admin.again import Again, as_it_is
-from pillarbox.admin.dead_letters import Group, Groups, Record, Trouble
-from pillarbox.admin.filters import Selection, written
-from pillarbox.admin.mend import assignments, editable, edited, with_members
+from pillarbox.admin.dead_letters import DeadLetterGroup, DeadLetterGrouper, DeadLetterRecord, FileProblem
+from pillarbox.admin.filters import RecordFilter, format_time
+from pillarbox.admin.mend import parse_assignments, parse_edited_file, to_editable_line, with_fields
+from pillarbox.admin.replay import DeadLetterReplayer, unchanged_event
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app, err, out
 from pillarbox.cli.context import (
     AllOption,
@@ -86,12 +86,12 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
 
     records: int
     files: int
-    groups: list[Group]
+    groups: list[DeadLetterGroup]
     each: list[Letter]
-    troubles: list[Trouble]
+    troubles: list[FileProblem]
 
 
-def _letter(record: Record, event: bytes | None = None, queue: str = "") -> Letter:
+def _letter(record: DeadLetterRecord, event: bytes | None = None, queue: str = "") -> Letter:
     found = record.letter
     return Letter(
         record=record.name,
@@ -110,15 +110,15 @@ def _letter(record: Record, event: bytes | None = None, queue: str = "") -> Lett
     )
 
 
-def _chosen(site: Site, selection: Selection, place: Directory) -> Iterator[Record]:
+def _chosen(site: Site, selection: RecordFilter, place: Directory) -> Iterator[DeadLetterRecord]:
     """The dead letters in a directory, or in a queue, that are meant, file by file."""
-    found = letters.find(place, Kind.DEAD, selection)
-    for file in letters.files(place, found.batches, site.heading):
-        site.report.add(*file.troubles)
-        yield from filter(selection.takes, file.records)
+    found = letters.list_batches(place, Kind.DEAD, selection)
+    for file in letters.read_files(place, found.batches, site.heading):
+        site.report.add_problems(*file.problems)
+        yield from filter(selection.matches, file.records)
 
 
-def _chosen_of_all(site: Site, selection: Selection) -> Iterator[tuple[str, Record]]:
+def _chosen_of_all(site: Site, selection: RecordFilter) -> Iterator[tuple[str, DeadLetterRecord]]:
     """These, of the directory and of each queue in it, with the sink whose queue that is."""
     for place in site.places:
         for record in _chosen(site, selection, place):
@@ -153,7 +153,7 @@ def list_(
         records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
         since=since, until=until,
     )  # fmt: skip
-    groups, shown, count, batches = Groups(), [], 0, set()
+    groups, shown, count, batches = DeadLetterGrouper(), [], 0, set()
     for queue, one in _chosen_of_all(site, selection):
         count += 1
         batches.add((queue, one.batch))
@@ -161,12 +161,12 @@ def list_(
             groups.add(one, queue)
         elif not limit or count <= limit:
             shown.append(_letter(one, queue=queue))
-    found, files = groups.listed(), len(batches)
+    found, files = groups.largest_first(), len(batches)
     more = len(found) - limit if limit and not each else count - len(shown) if each else 0
     if limit:
         found = found[:limit]
     if json:
-        print_json(Listed(records=count, files=files, groups=found, each=shown, troubles=site.report.troubles))
+        print_json(Listed(records=count, files=files, groups=found, each=shown, troubles=site.report.problems))
     else:
         if each and shown:
             _table_of_each(shown)
@@ -179,11 +179,11 @@ def list_(
     return site.exit_code()
 
 
-def _table_of_groups(found: list[Group]) -> None:
+def _table_of_groups(found: list[DeadLetterGroup]) -> None:
     columns = [(name, "left") for name in ("code", "key", "destination", "first", "last", "reason")]
     rows = [
-        (group.count, group.code, _or_dash(group.event_key), _to(group.queue, group.sink), written(group.first_at_micros),
-         written(group.last_at_micros), group.reason)
+        (group.count, group.code, _or_dash(group.event_key), _to(group.queue, group.sink), format_time(group.first_at_micros),
+         format_time(group.last_at_micros), group.reason)
         for group in found
     ]  # fmt: skip
     print_table([("count", "right"), *columns], rows)
@@ -195,7 +195,7 @@ def _table_of_each(shown: list[Letter]) -> None:
         columns.insert(0, ("sink", "left"))
     rows = [
         (*([one.queue or "-"] if several else []), one.record, _or_dash(one.event_id), _or_dash(one.event_key),
-         written(one.last_at_micros), one.code, one.reason)
+         format_time(one.last_at_micros), one.code, one.reason)
         for one in shown
     ]  # fmt: skip
     print_table(columns, rows)
@@ -254,7 +254,7 @@ def show(
 
 
 def _in_full(letter: Letter) -> str:
-    first, last = written(letter.first_at_micros), written(letter.last_at_micros)
+    first, last = format_time(letter.first_at_micros), format_time(letter.last_at_micros)
     times = last if first == last else f"{first} to {last}"
     event = msgspec.json.format(bytes(letter.event or b"null"), indent=2).decode().replace("\n", "\n  ")
     return printable(
@@ -274,7 +274,7 @@ class _Seen:
         self._events = events
         self._count = 0
 
-    def __call__(self, record: Record, payload: bytes) -> None:
+    def __call__(self, record: DeadLetterRecord, payload: bytes) -> None:
         """One more."""
         self._count += 1
         if self._json:
@@ -319,13 +319,13 @@ def replay(
         since=since, until=until,
     )  # fmt: skip
     need_choice(selection, everything=everything)
-    return _send_again(site, selection, as_it_is, _Seen(site.lines, limit, json=json, events=False), yes=yes, json=json)
+    return _send_again(site, selection, unchanged_event, _Seen(site.lines, limit, json=json, events=False), yes=yes, json=json)
 
 
 def _send_again(
     site: Site,
-    selection: Selection,
-    mend: Callable[[Record], bytes | None],
+    selection: RecordFilter,
+    mend: Callable[[DeadLetterRecord], bytes | None],
     seen: _Seen,
     *,
     yes: bool,
@@ -333,7 +333,9 @@ def _send_again(
     how: str = "--yes",
 ) -> int:
     site.need_one_place(Kind.DEAD)
-    changes = Again(site.place, site.heading, site.clock, selection, site.report).replays(site.gate, mend, seen)
+    changes = DeadLetterReplayer(site.place, site.heading, site.clock, selection, site.report).replay_changes(
+        site.gate, mend, seen
+    )
     if not site.carry_out(changes, yes=yes, sends=True):
         return site.busy()
     done = f"{counted(site.report.events, 'event')} of {counted(site.report.files, 'file')}"
@@ -370,7 +372,7 @@ def purge(
     need_choice(selection, everything=everything)
     site.need_one_place(Kind.DEAD)
     seen = _Seen(site.lines, limit, json=json, events=False)
-    changes = Again(site.place, site.heading, site.clock, selection, site.report).purges(seen)
+    changes = DeadLetterReplayer(site.place, site.heading, site.clock, selection, site.report).purge_changes(seen)
     if not site.carry_out(changes, yes=yes, sends=False):
         return site.busy()
     done = f"{counted(site.report.events, 'dead letter')} of {counted(site.report.files, 'file')}"
@@ -421,20 +423,22 @@ def edit(
     seen = _Seen(site.lines, limit, json=json, events=True)
     if values:
         need_choice(chosen, everything=everything)
-        members = assignments(values, site.settings.event_type)
-        return _send_again(site, chosen, lambda one: with_members(site.gate, as_it_is(one), members), seen, yes=yes, json=json)
+        members = parse_assignments(values, site.settings.event_type)
+        return _send_again(
+            site, chosen, lambda one: with_fields(site.gate, unchanged_event(one), members), seen, yes=yes, json=json
+        )
     if from_file is None:
         need_choice(chosen, everything=everything)
         from_file = _in_editor(site, chosen, editor)
         if from_file is None:
-            return site.exit_code() if site.report.troubles_count else Exit.DONE
+            return site.exit_code() if site.report.problems_count else Exit.DONE
     return _send_edited(site, from_file, seen, yes=yes, json=json)
 
 
-def _in_editor(site: Site, chosen: Selection, command: str) -> str | None:
+def _in_editor(site: Site, chosen: RecordFilter, command: str) -> str | None:
     """Have somebody edit the chosen records; the path of the edited file, or None where there is nothing to do."""
     site.need_one_place(Kind.DEAD)
-    lines = b"".join(map(editable, _chosen(site, chosen, site.place)))
+    lines = b"".join(map(to_editable_line, _chosen(site, chosen, site.place)))
     site.say_troubles()
     if not lines:
         out.print("no such dead letter", markup=False)
@@ -462,22 +466,22 @@ def _send_edited(site: Site, path: str, seen: _Seen, *, yes: bool, json: bool) -
         text = read_file(path)
     except OSError as error:
         raise UsageError(f"--from {path}: {error.strerror}") from None
-    back = edited(text)
+    back = parse_edited_file(text)
     for number, problem in back.problems:
-        site.report.trouble(path, problem, number)
+        site.report.add_problem(path, problem, number)
     left = dict(back.events)
 
-    def mend(one: Record) -> bytes | None:
-        new, old = left.pop(one.name, None), as_it_is(one)
+    def mend(one: DeadLetterRecord) -> bytes | None:
+        new, old = left.pop(one.name, None), unchanged_event(one)
         if new is None or new == old:
             return None
-        site.gate.same_id(old, new)
+        site.gate.check_same_id(old, new)
         return new
 
     if left:
         batches = tuple({name.rpartition("#")[0] for name in left})
         how = f"dead edit --from {shlex.quote(path)} --yes"
-        code = _send_again(site, Selection(batches=batches), mend, seen, yes=yes, json=json, how=how)
+        code = _send_again(site, RecordFilter(batches=batches), mend, seen, yes=yes, json=json, how=how)
     else:
         code = site.end([], "nothing to send again", yes=yes, json=json)
     for name in left:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from pillarbox.admin.doctor import Finding, Limits, bad, examine, good
-from pillarbox.admin.status import look
+from pillarbox.admin.doctor import DoctorFinding, DoctorLimits, failed, passed, run_checks
+from pillarbox.admin.status import read_status
 from pillarbox.cli.app import (
     ConfigOption,
     DirectoryOption,
@@ -37,7 +37,7 @@ from pillarbox.store.queues import directory_at
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pillarbox.admin.status import Status
+    from pillarbox.admin.status import OutboxStatus
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
     from pillarbox.sinks.base import CheckResult as SinkFinding
@@ -81,9 +81,9 @@ def _destinations(settings: Settings) -> dict[str, str]:
     return settings.sinks or ({"": settings.sink} if settings.sink else {})
 
 
-def _of_directory(settings: Settings, clock: Clock) -> list[Finding]:
+def _of_directory(settings: Settings, clock: Clock) -> list[DoctorFinding]:
     place = directory_at(settings.directory, real_filesystem(), clock)
-    limits = Limits(
+    limits = DoctorLimits(
         power=settings.durability == "power",
         max_bytes=settings.max_bytes,
         max_files=settings.max_files,
@@ -91,17 +91,17 @@ def _of_directory(settings: Settings, clock: Clock) -> list[Finding]:
         evicts=settings.when_full == "drop_oldest",
         max_dead_bytes=settings.max_dead_bytes,
         max_quarantine_bytes=settings.max_quarantine_bytes,
-        links=bool(settings.sinks),
+        needs_hard_links=bool(settings.sinks),
     )
-    findings = examine(place, clock, limits)
+    findings = run_checks(place, clock, limits)
     try:
-        status = look(place, clock, settings.durability)
+        status = read_status(place, clock, settings.durability)
         return [*findings, *_deliverers(status), *_heartbeats(status, clock), *_queues(place, settings, status)]
     except (OSError, DirectoryUnusableError):
         return findings  # the directory cannot be used, which is among them
 
 
-def _deliverers(status: Status) -> Iterable[Finding]:
+def _deliverers(status: OutboxStatus) -> Iterable[DoctorFinding]:
     """Of each queue and of the directory, where files are handed over to them, or have their one destination."""
     each = [
         _deliverer(f"{sink.name}: ", sink.deliverer, sink.deliverer_silent_s, sink.waiting_files, sink.oldest_age_s)
@@ -114,40 +114,40 @@ def _deliverers(status: Status) -> Iterable[Finding]:
         yield whole
 
 
-def _deliverer(name: str, beat: Heartbeat | None, silent_s: float | None, files: int, oldest_s: float | None) -> Finding:
+def _deliverer(name: str, beat: Heartbeat | None, silent_s: float | None, files: int, oldest_s: float | None) -> DoctorFinding:
     waiting = f"{files:,} sealed files wait"
     waits = oldest_s is not None and oldest_s > HEARTBEAT_STALE_AFTER_S
     if beat is None or silent_s is None:
         text = f"{name}none so far; {waiting}"
         return (
-            bad("deliverer", f"{text}: run pillarbox deliver, or an application with a sink")
+            failed("deliverer", f"{text}: run pillarbox deliver, or an application with a sink")
             if waits
-            else good("deliverer", text)
+            else passed("deliverer", text)
         )
     if silent_s > HEARTBEAT_STALE_AFTER_S:
         text = f"{name}process {beat.pid}, silent for {silent_s:,.0f} s; {waiting}"
         if not waits:
-            return good("deliverer", text)
+            return passed("deliverer", text)
         if exists(f"/proc/{beat.pid}"):
-            return bad("deliverer", f"{text}, and a process of that number is there: if it is the one, it hangs; restart it")
-        return bad("deliverer", f"{text}, and it is gone: run pillarbox deliver, or an application with a sink")
+            return failed("deliverer", f"{text}, and a process of that number is there: if it is the one, it hangs; restart it")
+        return failed("deliverer", f"{text}, and it is gone: run pillarbox deliver, or an application with a sink")
     text = f"{name}process {beat.pid} to {beat.sink}, {beat.state}"
     if beat.state.name in ("stopped", "degraded"):
-        return bad("deliverer", f"{text}: mend that; {waiting}")
-    return good("deliverer", f"{text}; {waiting}")
+        return failed("deliverer", f"{text}: mend that; {waiting}")
+    return passed("deliverer", f"{text}; {waiting}")
 
 
-def _heartbeats(status: Status, clock: Clock) -> Iterable[Finding]:
+def _heartbeats(status: OutboxStatus, clock: Clock) -> Iterable[DoctorFinding]:
     """Those of another time."""
     beats = {"": status.deliverer} | {sink.name: sink.deliverer for sink in status.sinks}
     for name, beat in beats.items():
         if beat is not None and beat.at_micros > clock.micros() + _AHEAD_S * 1e6:
             ahead = (beat.at_micros - clock.micros()) / 1e6
             of = f" of {name}" if name else ""
-            yield bad("clock", f"the heartbeat{of} is {ahead:,.0f} s in the future: set the clock, it stepped back")
+            yield failed("clock", f"the heartbeat{of} is {ahead:,.0f} s in the future: set the clock, it stepped back")
 
 
-def _queues(place: Directory, settings: Settings, status: Status) -> Iterable[Finding]:
+def _queues(place: Directory, settings: Settings, status: OutboxStatus) -> Iterable[DoctorFinding]:
     """Queues that nobody is to deliver, that are asked for in vain, or that others can read."""
     known = _destinations(settings)
     waiting = {sink.name: sink.waiting_files for sink in status.sinks}
@@ -155,31 +155,33 @@ def _queues(place: Directory, settings: Settings, status: Status) -> Iterable[Fi
         name, path = queue.sink, f"{layout.queue_name(queue.sink)}/"
         if known and name not in known:
             text = f"{path} belongs to no destination of the settings, {waiting.get(name, 0):,} files wait in it"
-            yield bad("queue", f"{text}: name it among the sinks again, or pillarbox sinks remove {name}")
+            yield failed("queue", f"{text}: name it among the sinks again, or pillarbox sinks remove {name}")
         facts = queue.filesystem.directory_facts(queue.path)
         if facts is not None and facts.mode & OPEN_MODE:
-            yield bad("mode", f"{path}: {facts.mode:03o} lets other users in: chmod 700")
+            yield failed("mode", f"{path}: {facts.mode:03o} lets other users in: chmod 700")
         if facts is not None and not facts.usable:
-            yield bad("owner", f"{path} cannot be read and written by this user: change its owner or mode")
+            yield failed("owner", f"{path} cannot be read and written by this user: change its owner or mode")
     for name in sorted(place.asked_for() if known else ()):
         if name not in known:
             text = f"{name} was asked for, and is no destination of the settings"
-            yield bad("queue", f"{text}: name it among the sinks, or pillarbox sinks remove {name}")
+            yield failed("queue", f"{text}: name it among the sinks, or pillarbox sinks remove {name}")
 
 
-def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[Finding]:
+def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[DoctorFinding]:
     """What each destination says of itself; all are asked at once, and none is waited for longer than `timeout` seconds."""
-    answers: dict[str, list[Finding]] = {}
+    answers: dict[str, list[DoctorFinding]] = {}
 
     def ask(name: str, url: str) -> None:
         label = f"{name}: " if name else f"{redact_url(url)}: "
         try:
             found = asyncio.run(_check(url, settings))
-            answers[name] = [Finding(ok, "destination", f"{label}{text}") for ok, text in found]
+            answers[name] = [DoctorFinding(ok, "destination", f"{label}{text}") for ok, text in found]
         except PillarboxError as error:
-            answers[name] = [bad("destination", f"{label}{error}")]
+            answers[name] = [failed("destination", f"{label}{error}")]
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding; its text may hold what is secret
-            answers[name] = [bad("destination", f"{label}cannot be asked ({type(error).__name__}); pillarbox check shows more")]
+            answers[name] = [
+                failed("destination", f"{label}cannot be asked ({type(error).__name__}); pillarbox check shows more")
+            ]
 
     # A daemon: one that blocks must not keep the command from ending.
     threads = {
@@ -188,11 +190,11 @@ def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[F
     for thread in threads.values():
         thread.start()
     deadline = clock.monotonic() + timeout
-    findings: list[Finding] = []
+    findings: list[DoctorFinding] = []
     for name, url in _destinations(settings).items():
         threads[name].join(max(0.0, deadline - clock.monotonic()))
         late = f"{name or redact_url(url)}: no answer within {timeout:g} s: is it up, and is there a way to it?"
-        findings += answers.get(name, [bad("destination", late)])
+        findings += answers.get(name, [failed("destination", late)])
     return findings
 
 

@@ -12,9 +12,9 @@ import msgspec
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pillarbox.admin.dead_letters import Trouble
-from pillarbox.admin.event_filters import Faces
-from pillarbox.admin.export import Stock, What
+from pillarbox.admin.dead_letters import FileProblem
+from pillarbox.admin.event_filters import EventHeaderDecoder
+from pillarbox.admin.export import EventExporter, ExportScope
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app, err, out
 from pillarbox.cli.context import NAMED_MAX, Site, counted, printable
 from pillarbox.cli.options import (
@@ -47,13 +47,13 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     went_batches: int  # delivered or given up before they were read, and so not exported
     hopeless_spans: int  # damaged bytes from which no event can be had
     left_out_members: int  # events that have members which are no columns, or are no objects
-    troubles: list[Trouble]  # files that cannot be read, lines that are no events
+    troubles: list[FileProblem]  # files that cannot be read, lines that are no events
 
 
 @app.command("export")
 def export(
     directory: DirectoryOption = None,
-    what: Annotated[What, typer.Option("--what", help="Which events.")] = "pending",
+    what: Annotated[ExportScope, typer.Option("--what", help="Which events.")] = "pending",
     kind: Annotated[Literal["ndjson", "csv"], typer.Option("--format", help="What to write.")] = "ndjson",
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="Write there, whole or not at all.", show_default=False)
@@ -82,7 +82,7 @@ def export(
     chosen = wanted(site, event_key, event_id, scope, user, contains, where, since, until)
     if output is not None and exists(output) and not force:
         raise UsageError(f"{output} is there already; --force writes over it")
-    stock = Stock(site.place, site.clock, Faces(site.settings.event_type), chosen, site.heading, site.gate)
+    stock = EventExporter(site.place, site.clock, EventHeaderDecoder(site.settings.event_type), chosen, site.heading, site.gate)
     table = _Table(site.settings.event_type) if kind == "csv" else None
     count = 0
     with _destination(output, force=force) as write, _progress(site, output) as progress:
@@ -96,14 +96,14 @@ def export(
     summary = Exported(
         events=count,
         file=output,
-        came_events=stock.came,
-        went_batches=stock.went,
-        hopeless_spans=stock.hopeless,
+        came_events=stock.arrived_events,
+        went_batches=stock.vanished_batches,
+        hopeless_spans=stock.unrecoverable_ranges,
         left_out_members=0 if table is None else table.left_out,
-        troubles=stock.troubles,
+        troubles=stock.problems,
     )
     _say(summary, json=json, quiet=quiet)
-    return Exit.PARTLY if stock.troubles or stock.hopeless or summary.left_out_members else Exit.DONE
+    return Exit.PARTLY if stock.problems or stock.unrecoverable_ranges or summary.left_out_members else Exit.DONE
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import msgspec
 import typer
 
-from pillarbox.admin.dead_letters import Heading, Trouble
-from pillarbox.admin.event_filters import Faces, Wanted
-from pillarbox.admin.export import Stock, What
-from pillarbox.admin.mend import Gate
+from pillarbox.admin.dead_letters import FileProblem, IdentityDecoder
+from pillarbox.admin.event_filters import EventFilter, EventHeaderDecoder
+from pillarbox.admin.export import EventExporter, ExportScope
+from pillarbox.admin.mend import ReplayValidator
 from pillarbox.cli.app import (
     ConfigOption,
     DirectoryOption,
@@ -59,7 +59,7 @@ class Imported(msgspec.Struct, kw_only=True):
     complete: bool = False  # that was the last one
     full: str = ""  # why the outbox took nothing more
     interrupted: bool = False
-    troubles: list[Trouble]  # why lines were refused; the first 1,000
+    troubles: list[FileProblem]  # why lines were refused; the first 1,000
 
 
 @app.command("import")
@@ -69,7 +69,7 @@ def import_(
     kind: Annotated[
         Literal["auto", "ndjson", "csv", "outbox"], typer.Option("--format", help="auto: by what is named, and its ending.")
     ] = "auto",
-    what: Annotated[What, typer.Option("--what", help="Of another outbox: which events.")] = "pending",
+    what: Annotated[ExportScope, typer.Option("--what", help="Of another outbox: which events.")] = "pending",
     skip: Annotated[
         int, typer.Option("--skip", metavar="N", min=0, help="Begin behind the first N lines, rows or events.")
     ] = 0,
@@ -95,8 +95,8 @@ def import_(
     require(settings, "directory", "DIR")
     full: dict[str, Any] = {"when_full": "block", "block_timeout": wait} if wait else {"when_full": "drop_newest"}
     settings = msgspec.structs.replace(settings, sink=None, on_invalid="drop", **full)
-    heading = Heading(settings.event_type)
-    gate = Gate(settings.event_type, heading.id_member)
+    heading = IdentityDecoder(settings.event_type)
+    gate = ReplayValidator(settings.event_type, heading.id_field)
     reader = Reader(settings.event_type, gate)
     report = Imported(dry_run=dry_run, troubles=[])
     with ExitStack() as stack:
@@ -115,7 +115,7 @@ def import_(
         carrier = _Carrier(outbox, report, settings, put_aside)
         _carry(carrier, items, skip, display, by_events=stock is not None, quiet=quiet)
     if stock is not None:
-        for trouble in stock.troubles:
+        for trouble in stock.problems:
             carrier.refuse(trouble)
     _say(report, json=json, quiet=quiet)
     if report.interrupted:
@@ -131,12 +131,12 @@ def _is_outbox(source: str, kind: str) -> bool:
     return is_directory
 
 
-def _stock(source: str, settings: Settings, heading: Heading, gate: Gate) -> Stock:
+def _stock(source: str, settings: Settings, heading: IdentityDecoder, gate: ReplayValidator) -> EventExporter:
     if identity(source) == identity(settings.directory):
         raise UsageError(f"{source} is the outbox that the events would go into")
     clock = SystemClock()
     other = directory_at(source, real_filesystem(), clock)
-    return Stock(other, clock, Faces(settings.event_type), Wanted(), heading, gate)
+    return EventExporter(other, clock, EventHeaderDecoder(settings.event_type), EventFilter(), heading, gate)
 
 
 def _opened(source: str) -> Any:
@@ -199,12 +199,12 @@ class _Carrier:
         for item in self._items:
             if item.number in refused:
                 self._put_aside(item.raw)
-                self.refuse(Trouble("", refused[item.number], item.number))
+                self.refuse(FileProblem("", refused[item.number], item.number))
             self.report.done = item.number
         self._items, self._bytes = [], 0
         self.storing = False
 
-    def refuse(self, trouble: Trouble) -> None:
+    def refuse(self, trouble: FileProblem) -> None:
         """Something is not in."""
         self.report.refused += 1
         if len(self.report.troubles) < _TROUBLES_MAX:

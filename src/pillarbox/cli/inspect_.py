@@ -9,10 +9,10 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pillarbox.admin.dead_letters import Trouble
-from pillarbox.admin.event_filters import Faces
-from pillarbox.admin.filters import batch_of, written
-from pillarbox.admin.locate import Contents, Sighting, Story, Whereabouts
+from pillarbox.admin.dead_letters import FileProblem
+from pillarbox.admin.event_filters import EventHeaderDecoder
+from pillarbox.admin.filters import format_time, parse_batch_id
+from pillarbox.admin.locate import BatchHistory, EventLocation, FileContents, Locator
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app, err, out
 from pillarbox.cli.context import Site, counted, print_json, printable
 from pillarbox.store.layout import batch_id
@@ -31,10 +31,10 @@ class Inspected(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     is_a: Literal["file", "batch", "event", "unknown"]
-    files: list[Contents]  # of this name, with what is in them
-    events: list[Sighting]  # places where the event is
-    batches: list[Story]  # what is known of the batches concerned
-    troubles: list[Trouble]  # what could not be read
+    files: list[FileContents]  # of this name, with what is in them
+    events: list[EventLocation]  # places where the event is
+    batches: list[BatchHistory]  # what is known of the batches concerned
+    troubles: list[FileProblem]  # what could not be read
 
 
 @app.command("inspect")
@@ -52,25 +52,25 @@ def inspect(
     The exit code is 1 where nothing is found. Safe at any time: takes no lock and changes nothing.
     """
     site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
-    known = Whereabouts(site.place, Faces(site.settings.event_type), site.heading)
-    files = [known.contents(sight) for sight in known.files(name)]
-    batch = batch_id(batch_of(name.partition("#")[0]))
-    events: list[Sighting] = []
+    known = Locator(site.place, EventHeaderDecoder(site.settings.event_type), site.heading)
+    files = [known.read_contents(sight) for sight in known.find_files(name)]
+    batch = batch_id(parse_batch_id(name.partition("#")[0]))
+    events: list[EventLocation] = []
     if files:
         is_a, batches = "file", [file.batch for file in files]
-    elif known.knows(batch):
+    elif known.knows_batch(batch):
         is_a, batches = "batch", [batch]
     else:
-        with _progress(known.size, hidden=quiet) as progress:
-            events = list(known.of_event(name, progress))
+        with _progress(known.total_bytes, hidden=quiet) as progress:
+            events = list(known.find_event(name, progress))
         is_a, batches = "event" if events else "unknown", [event.batch for event in events]
     found = Inspected(
         name=name,
         is_a=is_a,  # type: ignore[arg-type]  # one of those
         files=files,
         events=events,
-        batches=[known.story(one) for one in dict.fromkeys(batches) if one],
-        troubles=known.troubles,
+        batches=[known.batch_history(one) for one in dict.fromkeys(batches) if one],
+        troubles=known.problems,
     )
     if json:
         print_json(found)
@@ -97,7 +97,7 @@ def _say(found: Inspected) -> None:
         lines.append(story.batch)
         for fact in story.facts:
             where = f"  ({fact.file})" if fact.file else f"  (ledger of {fact.sink})" if fact.sink else ""
-            lines.append(f"  {written(fact.at_micros):20}  {fact.text}{where}")
+            lines.append(f"  {format_time(fact.at_micros):20}  {fact.text}{where}")
     if found.is_a == "unknown":
         lines.append(f"{found.name}: {_GONE}")
     for line in lines:
@@ -106,19 +106,19 @@ def _say(found: Inspected) -> None:
         err.print(printable(str(trouble)), markup=False)
 
 
-def _of_file(file: Contents) -> list[str]:
+def _of_file(file: FileContents) -> list[str]:
     lines = [f"{file.file}: {file.what}, {file.bytes:,} bytes, {counted(file.events, 'event')}"]
     if file.writer:
         lines.append(f"  of writer {file.writer}")
     if file.first_micros is not None:
-        lines.append(f"  events of {written(file.first_micros)} to {written(file.last_micros)}")
+        lines.append(f"  events of {format_time(file.first_micros)} to {format_time(file.last_micros)}")
     if file.unfinished_bytes:
         lines.append(f"  {file.unfinished_bytes:,} bytes of a line that is not whole yet")
     lines += [f"  damaged: {span.length:,} bytes at {span.offset}: {span.reason}" for span in file.damaged]
     return lines
 
 
-def _of_event(name: str, event: Sighting) -> list[str]:
+def _of_event(name: str, event: EventLocation) -> list[str]:
     if event.event is None:
         return [f"{name}: perhaps in damaged bytes of {event.file}, at {event.offset} of the sealed file: {event.reason}"]
     if event.record is not None:

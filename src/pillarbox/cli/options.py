@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pillarbox.admin.event_filters import Wanted, paths
-from pillarbox.admin.filters import moment
+from pillarbox.admin.event_filters import EventFilter, parse_conditions
+from pillarbox.admin.filters import parse_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,16 +46,16 @@ def wanted(
     members: Sequence[str] | None,
     since: str | None,
     until: str | None,
-) -> Wanted:
+) -> EventFilter:
     """What the options amount to."""
     now = site.clock.micros()
-    return Wanted(
+    return EventFilter(
         event_keys=tuple(event_keys or ()),
         event_ids=tuple(event_ids or ()),
         scopes=tuple(scopes or ()),
         users=tuple(users or ()),
         texts=tuple(texts or ()),
-        members=paths(members or ()),
-        since_micros=None if since is None else moment(since, now),
-        until_micros=None if until is None else moment(until, now),
+        conditions=parse_conditions(members or ()),
+        since_micros=None if since is None else parse_time(since, now),
+        until_micros=None if until is None else parse_time(until, now),
     )

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from pillarbox.admin.dead_letters import Trouble
-from pillarbox.admin.filters import written
-from pillarbox.admin.quarantine import Keeper, Quarantined, Seen
+from pillarbox.admin.dead_letters import FileProblem
+from pillarbox.admin.filters import format_time
+from pillarbox.admin.quarantine import QuarantinedBatch, QuarantineRepairer, RangeRepair
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, JsonOption, QuietOption, app, out
 from pillarbox.cli.context import (
     AllOption,
@@ -32,7 +32,7 @@ from pillarbox.store.layout import Kind
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pillarbox.admin.filters import Selection
+    from pillarbox.admin.filters import RecordFilter
 
 quarantine = typer.Typer(
     name="quarantine",
@@ -63,7 +63,7 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
     spans: int
     bytes: int
     batches: list[Kept]
-    troubles: list[Trouble]
+    troubles: list[FileProblem]
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,14 +98,14 @@ class Repair(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[str]  # why other pieces of it hold none
 
 
-def _kept(found: Quarantined, queue: str = "") -> Kept:
+def _kept(found: QuarantinedBatch, queue: str = "") -> Kept:
     reasons: dict[str, int] = {}
-    for span in found.spans:
+    for span in found.ranges:
         reasons[span.reason] = reasons.get(span.reason, 0) + 1
     return Kept(
         batch=found.batch,
-        spans=len(found.spans),
-        repaired=len(found.spans) - found.unrepaired,
+        spans=len(found.ranges),
+        repaired=len(found.ranges) - found.unrepaired_count,
         bytes=sum(map(len, found.pieces)),
         reasons=reasons,
         sealed_at_micros=found.sealed_at_micros,
@@ -113,10 +113,10 @@ def _kept(found: Quarantined, queue: str = "") -> Kept:
     )
 
 
-def _chosen_of_all(site: Site, selection: Selection) -> Iterator[tuple[str, Quarantined]]:
+def _chosen_of_all(site: Site, selection: RecordFilter) -> Iterator[tuple[str, QuarantinedBatch]]:
     """What is meant in the directory and in each queue in it, with the sink whose queue that is."""
     for place in site.places:
-        for found in Keeper(place, site.clock, selection, site.report).chosen():
+        for found in QuarantineRepairer(place, site.clock, selection, site.report).selected_batches():
             yield "" if place is site.place else place.sink, found
 
 
@@ -148,14 +148,14 @@ def list_(
         if not limit or files <= limit:
             found.append(kept)
     if json:
-        print_json(Listed(files=files, spans=spans, bytes=size, batches=found, troubles=site.report.troubles))
+        print_json(Listed(files=files, spans=spans, bytes=size, batches=found, troubles=site.report.problems))
     else:
         if found:
             columns = [("batch", "left"), ("spans", "right"), ("repaired", "right"), ("bytes", "right"), ("sealed", "left")]
             several = [("sink", "left")] if any(queues) else []
             rows = [
                 (*([one.queue or "-"] if several else []), one.batch, one.spans, one.repaired, f"{one.bytes:,}",
-                 written(one.sealed_at_micros), _reasons(one.reasons))
+                 format_time(one.sealed_at_micros), _reasons(one.reasons))
                 for one in found
             ]  # fmt: skip
             print_table([*several, *columns, ("reasons", "left")], rows)
@@ -191,8 +191,8 @@ def show(
     shown: list[Shown] = []
     count = 0
     for queue, kept in _chosen_of_all(site, selection):
-        for number, (span, piece) in enumerate(zip(kept.spans, kept.pieces, strict=True), 1):
-            if not selection.takes_reason(span.reason):
+        for number, (span, piece) in enumerate(zip(kept.ranges, kept.pieces, strict=True), 1):
+            if not selection.matches_reason(span.reason):
                 continue
             count += 1
             if limit and count > limit and not raw:
@@ -220,12 +220,12 @@ def show(
     return site.exit_code()
 
 
-def _in_full(kept: Quarantined, number: int, piece: bytes, queue: str) -> str:
-    span = kept.spans[number - 1]
+def _in_full(kept: QuarantinedBatch, number: int, piece: bytes, queue: str) -> str:
+    span = kept.ranges[number - 1]
     text = piece.removesuffix(b"\n").decode("utf-8", "backslashreplace")
     mended = ""
     if span.repaired_at_micros is not None:
-        mended = f", repaired {written(span.repaired_at_micros)}: {counted(span.repaired_events, 'event')}"
+        mended = f", repaired {format_time(span.repaired_at_micros)}: {counted(span.repaired_events, 'event')}"
     where = f"{counted(span.length, 'byte')} at {span.offset:,}" + (f", kept for {queue}" if queue else "")
     return printable(f"{kept.batch}, span {number}\n  {span.reason}; {where}{mended}\n  {text}\n".replace("\r", "\\r"))
 
@@ -257,7 +257,7 @@ def repair(
     items: list[Repair] = []
     hopeless = 0
 
-    def see(seen: Seen) -> None:
+    def see(seen: RangeRepair) -> None:
         nonlocal hopeless
         hopeless += not seen.salvage.events
         if json:
@@ -266,7 +266,9 @@ def repair(
             site.lines.append(_what_is_in(seen, checked=checked))
 
     site.need_one_place(Kind.CORRUPT)
-    changes = Keeper(site.place, site.clock, selection, site.report).repairs(site.gate, see, checked=checked)
+    changes = QuarantineRepairer(site.place, site.clock, selection, site.report).repair_changes(
+        site.gate, see, only_verified=checked
+    )
     if not site.carry_out(changes, yes=yes, sends=True):
         return site.busy()
     done = f"{counted(site.report.events, 'event')} of {counted(site.report.files, 'file')}"
@@ -276,17 +278,17 @@ def repair(
     return site.end(items, text, yes=yes, json=json)
 
 
-def _repair(seen: Seen) -> Repair:
-    events = [Recovered(event=msgspec.Raw(one.payload), sure=one.sure, how=one.how) for one in seen.salvage.events]
+def _repair(seen: RangeRepair) -> Repair:
+    events = [Recovered(event=msgspec.Raw(one.payload), sure=one.verified, how=one.how) for one in seen.salvage.events]
     return Repair(
-        batch=seen.batch, span=seen.number, reason=seen.span.reason, events=events, problems=list(seen.salvage.problems)
+        batch=seen.batch, span=seen.number, reason=seen.range.reason, events=events, problems=list(seen.salvage.problems)
     )
 
 
-def _what_is_in(seen: Seen, *, checked: bool) -> str:
-    lines = [f"{seen.batch}, span {seen.number}: {seen.span.reason}"]
+def _what_is_in(seen: RangeRepair, *, checked: bool) -> str:
+    lines = [f"{seen.batch}, span {seen.number}: {seen.range.reason}"]
     for event in seen.salvage.events:
-        left = "left out: " if checked and not event.sure else ""
+        left = "left out: " if checked and not event.verified else ""
         lines += [f"  event: {left}{event.how}", f"    {event.payload.decode()}"]
     lines += [f"  no event: it {problem}" for problem in seen.salvage.problems]
     return "\n".join(lines)
@@ -313,9 +315,9 @@ def purge(
     items: list[Kept] = []
     spans = 0
 
-    def see(found: Quarantined) -> None:
+    def see(found: QuarantinedBatch) -> None:
         nonlocal spans
-        spans += len(found.spans)
+        spans += len(found.ranges)
         if json:
             items.append(_kept(found))
         elif not quiet:
@@ -323,7 +325,7 @@ def purge(
             site.lines.append(f"{kept.batch}  {counted(kept.bytes, 'byte')}  {_reasons(kept.reasons)}")
 
     site.need_one_place(Kind.CORRUPT)
-    changes = Keeper(site.place, site.clock, selection, site.report).purges(see, repaired=repaired)
+    changes = QuarantineRepairer(site.place, site.clock, selection, site.report).purge_changes(see, only_repaired=repaired)
     if not site.carry_out(changes, yes=yes, sends=False):
         return site.busy()
     done = f"{counted(spans, 'span')} of {counted(site.report.files, 'file')}"

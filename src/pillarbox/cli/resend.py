@@ -8,8 +8,8 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
-from pillarbox.admin.filters import written
-from pillarbox.admin.redelivery import Delivered, Limits, Resend
+from pillarbox.admin.filters import format_time
+from pillarbox.admin.redelivery import PendingLimits, Redelivery, RetainedFile
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app
 from pillarbox.cli.context import AllOption, BatchOption, LimitOption, Site, YesOption, counted, need_choice
 from pillarbox.errors import UsageError
@@ -74,25 +74,25 @@ def resend(
         chosen = {sink: chosen[sink]}
     items: list[Resending] = []
     now = site.clock.micros()
-    again = Resend(site.place, chosen, site.clock, selection, site.report, _Seen(site.lines, items, limit, json=json))
+    again = Redelivery(site.place, chosen, site.clock, selection, site.report, _Seen(site.lines, items, limit, json=json))
     if not yes:
         with site.progress() as progress:
             again.preview(progress)
     else:
-        limits = Limits(site.settings.max_bytes, site.settings.max_files)
-        if not site.work(lambda stop, progress: again.carry_out(limits, stop, progress)):
+        limits = PendingLimits(site.settings.max_bytes, site.settings.max_files)
+        if not site.work(lambda stop, progress: again.execute(limits, stop, progress)):
             return site.busy()
-    if not again.kept:
+    if not again.retained_count:
         text = f"nothing is kept in {site.place.path}: set keep_delivered, and what is delivered from then on can be sent again"
         site.end([], text, yes=yes, json=json)
         return Exit.PARTLY
     done = f"{counted(site.report.events, 'event')} of {counted(site.report.files, 'file')}"
     text = site.last_line(done, "wait to be sent again", "would be sent again", yes=yes)
-    if again.kept_since_micros is not None:
-        text += f" (what is kept was delivered from {written(again.kept_since_micros)} on)"
-    if site.report.refused or site.report.interrupted:
+    if again.oldest_delivered_at_micros is not None:
+        text += f" (what is kept was delivered from {format_time(again.oldest_delivered_at_micros)} on)"
+    if site.report.drop_reason or site.report.interrupted:
         # What is sent again is delivered again, and would be meant once more.
-        rest = written(min(now + _SECOND, selection.until_micros or now + _SECOND))
+        rest = format_time(min(now + _SECOND, selection.until_micros or now + _SECOND))
         text += f"\nonce these are delivered, the same with --until {rest} sends the rest"
     return site.end(items, text, yes=yes, json=json)
 
@@ -107,7 +107,7 @@ class _Seen:
         self._json = json
         self._count = 0
 
-    def __call__(self, file: Delivered, events: int, anew: str | None) -> None:
+    def __call__(self, file: RetainedFile, events: int, anew: str | None) -> None:
         """One more."""
         self._count += 1
         at = layout.delivered_at(file.name)
@@ -126,6 +126,6 @@ class _Seen:
         elif not self._limit or self._count <= self._limit:
             to = f"  to {file.sink}" if file.sink else ""
             new = f"  as {anew}" if anew else ""
-            self._lines.append(f"{file.batch}  {counted(events, 'event')}  delivered {written(at)}{to}{new}")
+            self._lines.append(f"{file.batch}  {counted(events, 'event')}  delivered {format_time(at)}{to}{new}")
         elif self._count == self._limit + 1:
             self._lines.append("...")

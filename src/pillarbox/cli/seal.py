@@ -11,7 +11,7 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pillarbox.admin.status import deliverer_text, silent_s
+from pillarbox.admin.status import describe_worker, heartbeat_age_s
 from pillarbox.cli.app import (
     ConfigOption,
     DirectoryOption,
@@ -101,7 +101,7 @@ class Site:
         """Who delivers there, and how that goes."""
         beats = {name: last_heartbeat(place) for name, place in places.items()}
         each = ((f"{name}: " if name else "", beat) for name, beat in beats.items())
-        return "; ".join(f"{name}{deliverer_text(beat, silent_s(beat, self.clock))}" for name, beat in each)
+        return "; ".join(f"{name}{describe_worker(beat, heartbeat_age_s(beat, self.clock))}" for name, beat in each)
 
     def is_delivered_here(self) -> bool:
         """Whether somebody delivers the directory, and so adopts what dead writers leave."""

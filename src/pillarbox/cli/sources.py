@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from pillarbox.admin.mend import Gate, Unfit
+from pillarbox.admin.mend import InvalidReplayError, ReplayValidator
 from pillarbox.cli.intake import strict_decoder
 from pillarbox.errors import InvalidEventError, UsageError
 from pillarbox.event import EVENT_BYTES_MAX, Codec
@@ -17,7 +17,7 @@ from pillarbox.store import record
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from pillarbox.admin.export import Kept
+    from pillarbox.admin.export import ExportedEvent
 
 _RECORDS: Final = ({"event"}, {"event", "crc"})  # the members of a line of ours
 _MARK: Final = "\ufeff"  # at the beginning of a file, as spreadsheets write it
@@ -36,7 +36,7 @@ class Item(NamedTuple):
 class Reader:
     """Makes items of what stands in a source, for one event type."""
 
-    def __init__(self, event_type: type[msgspec.Struct], gate: Gate) -> None:
+    def __init__(self, event_type: type[msgspec.Struct], gate: ReplayValidator) -> None:
         self._gate = gate
         self._strict = strict_decoder(event_type)
         self._encode = Codec(event_type).encode
@@ -49,7 +49,7 @@ class Reader:
             raw = line if line.endswith(b"\n") else line + b"\n"
             yield self._item(number, raw, line)
 
-    def of_stock(self, events: Iterable[Kept]) -> Iterator[Item]:
+    def of_stock(self, events: Iterable[ExportedEvent]) -> Iterator[Item]:
         """What another outbox holds."""
         for number, event in enumerate(events, 1):
             yield self._item(number, event.payload + b"\n", event.payload)
@@ -93,7 +93,7 @@ class Reader:
     def _item(self, number: int, raw: bytes, line: bytes, event: Callable[[bytes], bytes] | None = None) -> Item:
         try:
             return Item(number, raw, (event or self._event)(line), "")
-        except (Unfit, record.Damaged) as error:
+        except (InvalidReplayError, record.Damaged) as error:
             return Item(number, raw, b"", str(error))
 
     def _event(self, line: bytes) -> bytes:
@@ -102,8 +102,8 @@ class Reader:
         if self._is_record(value):
             value = record.payload(value)
         try:
-            self._gate.check(value)
-        except Unfit:
+            self._gate.validate(value)
+        except InvalidReplayError:
             return self._with_defaults(value)
         return value
 
@@ -112,8 +112,8 @@ class Reader:
         try:
             event = self._encode(self._strict(value))
         except (InvalidEventError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Unfit(str(error)) from None
-        self._gate.check(event)
+            raise InvalidReplayError(str(error)) from None
+        self._gate.validate(event)
         return event
 
     def _is_record(self, value: bytes) -> bool:

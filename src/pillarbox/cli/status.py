@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from pillarbox.admin.status import Status, deliverer_text, look
+from pillarbox.admin.status import OutboxStatus, describe_worker, read_status
 from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from
 from pillarbox.cli.context import printable
 from pillarbox.cli.watch import watch_until_stopped
@@ -39,7 +39,7 @@ def status(
     if watch:
         watch_until_stopped(place, clock, settings.durability, interval=interval, looks=looks, json=json)
         return Exit.DONE
-    found = look(place, clock, settings.durability)
+    found = read_status(place, clock, settings.durability)
     if json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
     else:
@@ -47,17 +47,17 @@ def status(
     return Exit.DONE
 
 
-def _rows(found: Status) -> list[str]:
+def _rows(found: OutboxStatus) -> list[str]:
     rows = {
         "directory": found.directory,
         "waiting": f"{found.pending_bytes:,} bytes in {found.pending_files:,} files ({found.active_files} active)",
         "oldest": "-" if found.oldest_age_s is None else f"sealed {found.oldest_age_s:,.0f} s ago",
-        "deliverer": deliverer_text(found.deliverer, found.deliverer_silent_s),
+        "deliverer": describe_worker(found.deliverer, found.deliverer_silent_s),
     }
     for sink in found.sinks:
         rows[f"to {sink.name}"] = (
             f"{sink.waiting_bytes:,} bytes in {sink.waiting_files:,} files wait; "
-            f"{deliverer_text(sink.deliverer, sink.deliverer_silent_s)}"
+            f"{describe_worker(sink.deliverer, sink.deliverer_silent_s)}"
         )
     rows |= {
         "dead letters": f"{found.dead_bytes:,} bytes in {found.dead_files:,} files",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 import typer
 
-from pillarbox.admin.event_filters import Faces
-from pillarbox.admin.filters import written
-from pillarbox.admin.tail import Accepted, Follower
+from pillarbox.admin.event_filters import EventHeaderDecoder
+from pillarbox.admin.filters import format_time
+from pillarbox.admin.tail import AcceptedEvent, Tailer
 from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, app, err
 from pillarbox.cli.context import Site, counted, printable
 from pillarbox.cli.options import (
@@ -77,12 +77,12 @@ def tail(
     """
     site = Site(config, directory=directory, event_type=event_type)
     chosen = wanted(site, event_key, event_id, scope, user, contains, where, since, until)
-    follower = Follower(site.place, site.clock, Faces(site.settings.event_type), chosen)
+    follower = Tailer(site.place, site.clock, EventHeaderDecoder(site.settings.event_type), chosen)
     printer = _Printer(follower, json=json)
     try:
-        printer.show(follower.backlog(_NEWEST if newest is None and since is None else newest))
+        printer.show(follower.read_backlog(_NEWEST if newest is None and since is None else newest))
         while follow:
-            busy = printer.show(follower.news())
+            busy = printer.show(follower.read_new())
             _pause(max(_BUSY_S if busy else interval, follower.listing_s * _LISTING_SHARE))
     finally:
         follower.close()
@@ -92,23 +92,23 @@ def tail(
 class _Printer:
     """Events -> lines on standard output, what is to be said beside them -> standard error."""
 
-    def __init__(self, follower: Follower, *, json: bool) -> None:
+    def __init__(self, follower: Tailer, *, json: bool) -> None:
         self.troubles = False
         self._follower = follower
         self._line = _json if json else _text
 
-    def show(self, events: Iterable[Accepted]) -> bool:
+    def show(self, events: Iterable[AcceptedEvent]) -> bool:
         """Print them; whether there were any."""
         some = False
         for event in events:
             sys.stdout.write(self._line(event))
             some = True
         sys.stdout.flush()
-        for trouble in self._follower.troubles:
+        for trouble in self._follower.problems:
             err.print(printable(str(trouble)), markup=False)
             self.troubles = True
-        self._follower.troubles.clear()
-        gaps = self._follower.missed.gaps
+        self._follower.problems.clear()
+        gaps = self._follower.gap_detector.gaps
         for gap in gaps:
             what = "an unknown number of events" if gap.events is None else counted(gap.events, "event")
             err.print(f"not seen: {what} of {gap.batch}, which came and went between two looks", markup=False)
@@ -116,7 +116,7 @@ class _Printer:
         return some
 
 
-def _json(event: Accepted) -> str:
+def _json(event: AcceptedEvent) -> str:
     line = Shown(
         batch=event.batch or None,
         file=event.file,
@@ -127,12 +127,12 @@ def _json(event: Accepted) -> str:
     return msgspec.json.encode(line).decode() + "\n"
 
 
-def _text(event: Accepted) -> str:
-    face = event.face
+def _text(event: AcceptedEvent) -> str:
+    face = event.header
     if face.event_key is None:  # of a type that has no key
-        return printable(f"{written(face.occurred_at_micros)}  {event.payload.decode()}").replace("\n", " ") + "\n"
+        return printable(f"{format_time(face.occurred_at_micros)}  {event.payload.decode()}").replace("\n", " ") + "\n"
     scope = "-" if face.scope_kind is None else f"{face.scope_kind}:{face.scope_id}"
-    cells = (written(face.occurred_at_micros), face.event_key, scope, face.user_id or "-", face.event_id or "-")
+    cells = (format_time(face.occurred_at_micros), face.event_key, scope, face.user_id or "-", face.event_id or "-")
     return printable("  ".join(cells)).replace("\n", " ") + "\n"
 
 

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pillarbox.admin.filters import written
-from pillarbox.admin.status import Status, look, state_text
+from pillarbox.admin.filters import format_time
+from pillarbox.admin.status import OutboxStatus, describe_state, read_status
 from pillarbox.cli.app import leave_stdout, stop_on_sigterm
 from pillarbox.cli.context import printable
 from pillarbox.errors import FileUnusableError
@@ -52,7 +52,7 @@ class Look(msgspec.Struct, frozen=True):
     """The shape of a line of `pillarbox status --watch --json`."""
 
     at_micros: int
-    status: Status
+    status: OutboxStatus
     rates: Rates
 
 
@@ -72,7 +72,7 @@ class _Moment(NamedTuple):
     """What the rates are computed from."""
 
     at_s: float
-    status: Status
+    status: OutboxStatus
     sealed_events: int  # as the ledger says, since the first look
     sealed_bytes: int
     has_ledger: bool
@@ -91,7 +91,7 @@ class Watcher:
 
     def look(self) -> Look:
         """How it stands and goes; raises `DirectoryUnusableError` where the directory cannot be listed."""
-        status = look(self._place, self._clock, self._durability)
+        status = read_status(self._place, self._clock, self._durability)
         has_ledger = self._read_ledger()
         self._moments.append(_Moment(self._clock.monotonic(), status, self._sealed_events, self._sealed_bytes, has_ledger))
         return Look(self._clock.micros(), status, rates_of(self._moments[0], self._moments[-1]))
@@ -156,7 +156,7 @@ def _sink_rates(then: _Line | None, now: _Line, seconds: float) -> SinkRates:
     return SinkRates(out, empty)
 
 
-def _lines(status: Status) -> list[_Line]:
+def _lines(status: OutboxStatus) -> list[_Line]:
     if not status.sinks:
         return [
             _Line(
@@ -211,7 +211,7 @@ def line(found: Look) -> str:
         own = f"{sink.waiting_files:,} files wait, " if sink.name else ""
         parts.append(
             f"{name}{own}oldest {_seconds(sink.oldest_age_s)}, out {_rate(went.out_events_per_s, 'events')}, "
-            f"empty in {_seconds(went.empty_in_s)}, {state_text(sink.beat, sink.silent_s)}"
+            f"empty in {_seconds(went.empty_in_s)}, {describe_state(sink.beat, sink.silent_s)}"
         )
     kept = (
         (status.dead_files, "of dead letters"),
@@ -219,7 +219,7 @@ def line(found: Look) -> str:
         (status.delivered_files, "delivered"),
     )
     parts.append(", ".join(f"{count:,} files {what}" for count, what in kept))
-    return printable(f"{written(found.at_micros)} {'; '.join(parts)}".replace("\n", " "))
+    return printable(f"{format_time(found.at_micros)} {'; '.join(parts)}".replace("\n", " "))
 
 
 def screen(found: Look) -> Group:
@@ -228,7 +228,7 @@ def screen(found: Look) -> Group:
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in (
         ("directory", status.directory),
-        ("at", written(found.at_micros)),
+        ("at", format_time(found.at_micros)),
         ("in", f"{_rate(rates.in_events_per_s, 'events')}, {_rate(rates.in_bytes_per_s, 'bytes')}"),
         ("waiting", f"{status.pending_bytes:,} bytes in {status.pending_files:,} files ({status.active_files} active)"),
         ("dead letters", f"{status.dead_bytes:,} bytes in {status.dead_files:,} files"),
@@ -261,7 +261,7 @@ def _state(name: str, sink: _Line) -> Text:
     text = Text(f"{name}  ", style="bold")
     beat = sink.beat
     colour = _COLOURS.get(beat.state.name, "") if beat is not None else ""
-    text.append(printable(state_text(beat, sink.silent_s)), style=f"not bold {colour}")
+    text.append(printable(describe_state(beat, sink.silent_s)), style=f"not bold {colour}")
     if beat is not None and beat.last_error and beat.last_error != beat.state.reason:
         text.append(f"\n  last error: {printable(beat.last_error)}", style="not bold")
     return text

@@ -8,23 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pillarbox import Outbox, TrackingEvent
-from pillarbox.admin.dead_letters import Heading
-from pillarbox.admin.mend import Gate
+from pillarbox.admin.dead_letters import IdentityDecoder
+from pillarbox.admin.mend import ReplayValidator
 from pillarbox.store import record
 from tests.conftest import event
 
-HEADING = Heading(TrackingEvent)
-GATE = Gate(TrackingEvent, "event_id")
+IDENTITY_DECODER = IdentityDecoder(TrackingEvent)
+VALIDATOR = ReplayValidator(TrackingEvent, "event_id")
 
 
-def payload(number: int, scope_id: object = "s", key: str = "buy") -> bytes:
+def event_json(number: int, scope_id: object = "s", key: str = "buy") -> bytes:
     """An event's JSON; one with a `scope_id` that is no text is of the wrong type."""
     scope = f'"{scope_id}"' if isinstance(scope_id, str) else str(scope_id)
     text = f'{{"event_id":"w-{number:06d}","event_key":"{key}","scope_kind":"Site","scope_id":{scope},"occurred_at_micros":1}}'
     return text.encode()
 
 
-def sealed(box: Path, *extra: bytes, good: int = 3, first: int = 0) -> Path:
+def seal_batch(box: Path, *extra: bytes, good: int = 3, first: int = 0) -> Path:
     """Seal a batch of good events; what is `extra` stands behind them, as somebody else may have written it.
 
     Stored in one write, for a file may be sealed by age in between.
@@ -39,30 +39,30 @@ def sealed(box: Path, *extra: bytes, good: int = 3, first: int = 0) -> Path:
     return file
 
 
-def deliver(box: Path, database: Path) -> None:
+def deliver_pending(box: Path, database: Path) -> None:
     """Deliver what waits."""
     with Outbox(str(box), sink=f"sqlite:///{database}") as outbox:
         assert outbox.flush(60)
 
 
-def box_with_dead(folder: Path, payloads: Sequence[bytes], files: int = 1) -> Path:
+def outbox_with_dead_letters(folder: Path, payloads: Sequence[bytes], files: int = 1) -> Path:
     """A directory with dead letters, of one file or of several, of which the good events have arrived."""
     box = folder / "box"
     share = -(-len(payloads) // files)
     for number in range(files):
         part = payloads[number * share : (number + 1) * share]
-        sealed(box, *map(record.line, part), first=3 * number)
-    deliver(box, folder / "events.db")
+        seal_batch(box, *map(record.line, part), first=3 * number)
+    deliver_pending(box, folder / "events.db")
     assert len(list(box.glob("dead-*"))) == files
     return box
 
 
-def arrived(database: Path) -> list[tuple[str, str]]:
+def delivered_rows(database: Path) -> list[tuple[str, str]]:
     """(event id, scope id) of what the destination has, in the order in which it came; each once, for the id is the key."""
     with contextlib.closing(sqlite3.connect(database)) as connection:
         return connection.execute("SELECT event_id, scope_id FROM tracking_event ORDER BY rowid").fetchall()
 
 
-def lines(box: Path, pattern: str) -> list[bytes]:
+def file_lines(box: Path, pattern: str) -> list[bytes]:
     """All lines of the files that match."""
     return [line for file in sorted(box.glob(pattern)) for line in file.read_bytes().split(b"\n") if line]

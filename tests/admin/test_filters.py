@@ -5,14 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from pillarbox.admin.dead_letters import Record
-from pillarbox.admin.filters import Selection, batch_of, moment, written
+from pillarbox.admin.dead_letters import DeadLetterRecord
+from pillarbox.admin.filters import RecordFilter, format_time, parse_batch_id, parse_time
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.errors import UsageError
 
 NOW = 1_700_000_000_000_000
 LETTER = DeadLetter(msgspec.Raw(b"{}"), "wrong_type", "Expected `str` for 7", "sqlite:///e.db", 4, 1, 100, 200)
-RECORD = Record("sealed-0000000000000001-a", 0, LETTER, "e-1", "click")
+RECORD = DeadLetterRecord("sealed-0000000000000001-a", 0, LETTER, "e-1", "click")
 
 
 @pytest.mark.parametrize(
@@ -30,21 +30,21 @@ RECORD = Record("sealed-0000000000000001-a", 0, LETTER, "e-1", "click")
 )
 def test_a_moment_is_so_long_ago_or_iso_8601(text: str, micros: int) -> None:
     """UTC where it names no offset."""
-    assert moment(text, NOW) == micros
+    assert parse_time(text, NOW) == micros
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "3", "-3d", "2026-13-01"])
 def test_what_is_no_moment_is_refused_with_examples(text: str) -> None:
     """In one sentence."""
     with pytest.raises(UsageError, match="2h"):
-        moment(text, NOW)
+        parse_time(text, NOW)
 
 
 def test_moments_are_written_in_utc() -> None:
     """One that no calendar has is a number."""
-    assert written(1_700_000_000_999_999) == "2023-11-14T22:13:20Z"
-    assert written(None) == "-"
-    assert written(2**63) == f"{2**63} us"
+    assert format_time(1_700_000_000_999_999) == "2023-11-14T22:13:20Z"
+    assert format_time(None) == "-"
+    assert format_time(2**63) == f"{2**63} us"
 
 
 @pytest.mark.parametrize(
@@ -65,17 +65,17 @@ def test_moments_are_written_in_utc() -> None:
 def test_all_kinds_of_options_must_fit_and_any_of_a_kind(fits: dict[str, object], does_not: dict[str, object]) -> None:
     """Each by itself, and together."""
     everything = {"codes": ("wrong_type",), "event_keys": ("click",)}
-    assert Selection(**fits).takes(RECORD)  # type: ignore[arg-type]
-    assert not Selection(**does_not).takes(RECORD)  # type: ignore[arg-type]
-    assert Selection(**everything | fits).takes(RECORD)  # type: ignore[arg-type]
-    assert not Selection(**everything | does_not).takes(RECORD)  # type: ignore[arg-type]
+    assert RecordFilter(**fits).matches(RECORD)  # type: ignore[arg-type]
+    assert not RecordFilter(**does_not).matches(RECORD)  # type: ignore[arg-type]
+    assert RecordFilter(**everything | fits).matches(RECORD)  # type: ignore[arg-type]
+    assert not RecordFilter(**everything | does_not).matches(RECORD)  # type: ignore[arg-type]
 
 
 def test_what_has_no_known_time_is_not_meant_where_a_time_is() -> None:
     """Whichever end is open."""
-    assert Selection().takes_moment(None)
-    assert not Selection(since_micros=1).takes_moment(None)
-    assert not Selection(until_micros=1).takes_moment(None)
+    assert RecordFilter().matches_time(None)
+    assert not RecordFilter(since_micros=1).matches_time(None)
+    assert not RecordFilter(until_micros=1).matches_time(None)
 
 
 @pytest.mark.parametrize(
@@ -83,4 +83,4 @@ def test_what_has_no_known_time_is_not_meant_where_a_time_is() -> None:
 )
 def test_a_batch_may_be_named_by_any_of_its_files(typed: str) -> None:
     """Paths and all."""
-    assert batch_of(typed) == "sealed-1-a"
+    assert parse_batch_id(typed) == "sealed-1-a"

@@ -10,8 +10,8 @@ import pytest
 
 from pillarbox import TrackingEvent
 from pillarbox.admin import scan, tail
-from pillarbox.admin.event_filters import Faces, Wanted
-from pillarbox.admin.tail import Follower
+from pillarbox.admin.event_filters import EventFilter, EventHeaderDecoder
+from pillarbox.admin.tail import Tailer
 from pillarbox.store import compression, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import Ledger
@@ -28,9 +28,9 @@ def folder(place: Directory) -> Path:
 
 
 @pytest.fixture
-def follower(place: Directory, clock: ManualClock) -> Iterator[Follower]:
+def follower(place: Directory, clock: ManualClock) -> Iterator[Tailer]:
     """One that has not looked yet."""
-    found = Follower(place, clock, Faces(TrackingEvent), Wanted())
+    found = Tailer(place, clock, EventHeaderDecoder(TrackingEvent), EventFilter())
     yield found
     found.close()
 
@@ -44,19 +44,19 @@ def append(path: Path, *numbers: int) -> None:
         file.write(lines(*numbers))
 
 
-def backlog(follower: Follower, count: int | None = None) -> list[str | None]:
-    return [event.face.event_id for event in follower.backlog(count)]
+def backlog(follower: Tailer, count: int | None = None) -> list[str | None]:
+    return [event.header.event_id for event in follower.read_backlog(count)]
 
 
-def news(follower: Follower) -> list[str | None]:
-    return [event.face.event_id for event in follower.news()]
+def news(follower: Tailer) -> list[str | None]:
+    return [event.header.event_id for event in follower.read_new()]
 
 
 def sealed(number: int) -> str:
     return f"sealed-{number:016d}-u.ndjson"
 
 
-def test_what_is_sealed_and_removed_between_two_looks_is_read_to_its_end(follower: Follower, folder: Path) -> None:
+def test_what_is_sealed_and_removed_between_two_looks_is_read_to_its_end(follower: Tailer, folder: Path) -> None:
     """For it is held open; and the ledger's entry of it is no gap."""
     active = folder / "active-w-1.ndjson"
     append(active, 1)
@@ -67,7 +67,7 @@ def test_what_is_sealed_and_removed_between_two_looks_is_read_to_its_end(followe
     assert [news(follower) for _ in range(LOOKS)] == [["e-2"]] + [[]] * (LOOKS - 1)
 
 
-def test_a_batch_is_shown_once_wherever_it_goes(follower: Follower, folder: Path) -> None:
+def test_a_batch_is_shown_once_wherever_it_goes(follower: Tailer, folder: Path) -> None:
     """Sealed, and kept as delivered."""
     active = folder / "active-w-1.ndjson"
     append(active, 1)
@@ -80,7 +80,7 @@ def test_a_batch_is_shown_once_wherever_it_goes(follower: Follower, folder: Path
     assert news(follower) == ["e-2"]
 
 
-def test_a_batch_that_is_compressed_is_read_once(follower: Follower, folder: Path) -> None:
+def test_a_batch_that_is_compressed_is_read_once(follower: Tailer, folder: Path) -> None:
     """Before, meanwhile, when both files are there, and after."""
     append(folder / sealed(1), 1, 2)
     assert backlog(follower) == ["e-1", "e-2"]
@@ -89,10 +89,10 @@ def test_a_batch_that_is_compressed_is_read_once(follower: Follower, folder: Pat
     (folder / sealed(1)).unlink()
     assert news(follower) == []
     (folder / f"{sealed(2)}.zst").write_bytes(compression.compress("x", lines(3, 4)))
-    assert [(event.face.event_id, event.offset) for event in follower.news()] == [("e-3", 0), ("e-4", len(lines(3)))]
+    assert [(event.header.event_id, event.offset) for event in follower.read_new()] == [("e-3", 0), ("e-4", len(lines(3)))]
 
 
-def test_a_writers_events_keep_their_order_over_its_files(follower: Follower, folder: Path) -> None:
+def test_a_writers_events_keep_their_order_over_its_files(follower: Tailer, folder: Path) -> None:
     """What was retired comes before what came later, sealed or not."""
     append(folder / "active-w-9.ndjson", 1)
     assert backlog(follower) == ["e-1"]
@@ -106,7 +106,7 @@ def test_a_writers_events_keep_their_order_over_its_files(follower: Follower, fo
     assert news(follower) == ["e-4", "e-5", "e-6"]
 
 
-def test_the_inode_of_a_removed_file_means_nothing_to_the_next(follower: Follower, folder: Path) -> None:
+def test_the_inode_of_a_removed_file_means_nothing_to_the_next(follower: Tailer, folder: Path) -> None:
     """Numbers come again at once."""
     append(folder / sealed(1), 1)
     assert backlog(follower) == ["e-1"]
@@ -116,7 +116,7 @@ def test_the_inode_of_a_removed_file_means_nothing_to_the_next(follower: Followe
         assert news(follower) == [f"e-{number}"]
 
 
-def test_a_file_that_is_written_anew_under_its_name_is_read_on(follower: Follower, folder: Path) -> None:
+def test_a_file_that_is_written_anew_under_its_name_is_read_on(follower: Tailer, folder: Path) -> None:
     """As after a sync that failed."""
     active = folder / "active-w-1.ndjson"
     append(active, 1)
@@ -128,7 +128,7 @@ def test_a_file_that_is_written_anew_under_its_name_is_read_on(follower: Followe
     assert news(follower) == ["e-3"]
 
 
-def test_an_older_writers_file_that_begins_anew_is_read_from_its_beginning(follower: Follower, folder: Path) -> None:
+def test_an_older_writers_file_that_begins_anew_is_read_from_its_beginning(follower: Tailer, folder: Path) -> None:
     """Its name is used again and again."""
     active = folder / "active.ndjson"
     append(active, 1)
@@ -139,7 +139,7 @@ def test_an_older_writers_file_that_begins_anew_is_read_from_its_beginning(follo
     assert news(follower) == ["e-2", "e-3"]
 
 
-def test_an_append_that_was_cut_off_again_is_shown_when_it_is_done(follower: Follower, folder: Path) -> None:
+def test_an_append_that_was_cut_off_again_is_shown_when_it_is_done(follower: Tailer, folder: Path) -> None:
     """From where the file was cut."""
     active = folder / "active-w-1.ndjson"
     append(active, 1, 2)
@@ -150,7 +150,7 @@ def test_an_append_that_was_cut_off_again_is_shown_when_it_is_done(follower: Fol
     assert news(follower) == ["e-3"]
 
 
-def test_the_newest_are_taken_from_the_end(follower: Follower, folder: Path) -> None:
+def test_the_newest_are_taken_from_the_end(follower: Tailer, folder: Path) -> None:
     """Over as many files as it takes."""
     append(folder / sealed(1), 1, 2)
     append(folder / sealed(2), 3, 4)
@@ -159,7 +159,7 @@ def test_the_newest_are_taken_from_the_end(follower: Follower, folder: Path) -> 
     assert news(follower) == []
 
 
-def test_what_came_and_went_between_two_looks_is_a_gap(follower: Follower, place: Directory, clock: ManualClock) -> None:
+def test_what_came_and_went_between_two_looks_is_a_gap(follower: Tailer, place: Directory, clock: ManualClock) -> None:
     """The ledger has the number; it is told once, and a batch that was seen is none."""
     pen = Ledger(place, clock)
     pen.note(Sealed(clock.micros() - 1, "sealed-before", "w", 7, 70))
@@ -171,27 +171,30 @@ def test_what_came_and_went_between_two_looks_is_a_gap(follower: Follower, place
     pen.write(sync=False)
     append(Path(place.path) / sealed(4), 4)
     assert [news(follower) for _ in range(LOOKS)] == [["e-4"]] + [[]] * (LOOKS - 1)
-    assert [(gap.batch, gap.events) for gap in follower.missed.gaps] == [("sealed-0000000000000002-u", 7), ("sealed-3", None)]
+    assert [(gap.batch, gap.events) for gap in follower.gap_detector.gaps] == [
+        ("sealed-0000000000000002-u", 7),
+        ("sealed-3", None),
+    ]
     (Path(place.path) / sealed(4)).unlink()
     for _ in range(3):
         clock.advance(50)
         assert news(follower) == []
-    assert len(follower.missed.gaps) == 2
+    assert len(follower.gap_detector.gaps) == 2
 
 
 def test_what_went_between_the_look_and_the_reading_is_a_gap(
-    follower: Follower, place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    follower: Tailer, place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was listed, but not seen."""
     assert backlog(follower) == []
     first, second = Path(place.path) / sealed(1), Path(place.path) / sealed(2)
 
-    def look_while_it_is_delivered(directory: Directory) -> list[scan.Sight]:
-        sights = scan.look(directory)
+    def look_while_it_is_delivered(directory: Directory) -> list[scan.FileRef]:
+        sights = scan.scan_files(directory)
         first.unlink(missing_ok=True)
         return sights
 
-    monkeypatch.setattr(tail, "look", look_while_it_is_delivered)
+    monkeypatch.setattr(tail, "scan_files", look_while_it_is_delivered)
     append(first, 1)
     append(second, 2)
     pen = Ledger(place, clock)
@@ -199,11 +202,11 @@ def test_what_went_between_the_look_and_the_reading_is_a_gap(
         pen.note(Sealed(clock.micros(), file.name.removesuffix(".ndjson"), "w", 1, len(lines(number))))
     pen.write(sync=False)
     assert [news(follower) for _ in range(LOOKS)] == [["e-2"]] + [[]] * (LOOKS - 1)
-    assert [(gap.batch, gap.events) for gap in follower.missed.gaps] == [(first.name.removesuffix(".ndjson"), 1)]
-    assert follower.went == 1
+    assert [(gap.batch, gap.events) for gap in follower.gap_detector.gaps] == [(first.name.removesuffix(".ndjson"), 1)]
+    assert follower.vanished_batches == 1
 
 
-def test_a_file_that_went_under_its_active_name_is_no_gap(follower: Follower, place: Directory, clock: ManualClock) -> None:
+def test_a_file_that_went_under_its_active_name_is_no_gap(follower: Tailer, place: Directory, clock: ManualClock) -> None:
     """Its writer and size tell which entry is its own."""
     active = Path(place.path) / "active-w-1.ndjson"
     append(active, 1)
@@ -213,10 +216,10 @@ def test_a_file_that_went_under_its_active_name_is_no_gap(follower: Follower, pl
     pen.note(Sealed(clock.micros(), "sealed-1", "w", 1, len(lines(1))))
     pen.write(sync=False)
     assert [news(follower) for _ in range(LOOKS)] == [[]] * LOOKS
-    assert follower.missed.gaps == []
+    assert follower.gap_detector.gaps == []
 
 
-def test_a_directory_that_is_removed_and_made_again_is_followed_on(follower: Follower, folder: Path) -> None:
+def test_a_directory_that_is_removed_and_made_again_is_followed_on(follower: Tailer, folder: Path) -> None:
     """A writer makes it anew."""
     assert backlog(follower) == []
     folder.rmdir()

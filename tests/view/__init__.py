@@ -1,1 +1,0 @@
-"""Looking at an outbox from outside, step by step."""
