@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 from pillarbox import errors, telemetry
-from pillarbox.delivery.state import StateName
 from pillarbox.exporters.collector import DIRECTORY_METRICS
 from pillarbox.exporters.prometheus import prometheus_name
 from pillarbox.outcome import DROP_REASONS
 from pillarbox.settings import _ALIASES, Settings
 from pillarbox.sinks import schemes
+from pillarbox.stats import StateName
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

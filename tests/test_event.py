@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 import pillarbox.event
 from pillarbox import InvalidEventError, ScopeKind, TrackingEvent
 from pillarbox._native import COMPILED
+from pillarbox.codec import Codec
 from pillarbox.errors import UsageError
-from pillarbox.event import Codec, new_event_id, now_micros
+from pillarbox.event import new_event_id, now_micros
 from tests.conftest import event
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from pillarbox.delivery.state import StateName
+from pillarbox.stats import StateName
 
 PROGRAM = """
 import json, sys, threading
@@ -69,8 +69,9 @@ from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from pillarbox import Outbox
-from pillarbox.delivery.state import State
-from pillarbox.telemetry import DeliveryCounters, instruments
+from pillarbox.stats import State
+from pillarbox.telemetry import instruments
+from pillarbox.stats import DeliveryCounters
 class Several:
     name = "box"
     def stats(self):
@@ -81,7 +82,7 @@ class Several:
 reader = InMemoryMetricReader()
 metrics.set_meter_provider(MeterProvider([reader]))
 several = Several()
-instruments().add(several)
+instruments().observe_outbox(several)
 found = {}
 for metric in reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics:
     found[metric.name] = [[dict(point.attributes), point.value] for point in metric.data.data_points if point.value]

@@ -23,7 +23,7 @@ from pillarbox.event import ScopeKind, TrackingEvent
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped, Enqueued, Outcome
 from pillarbox.settings import Settings, resolve
-from pillarbox.telemetry import Stats
+from pillarbox.stats import Stats
 
 __all__ = [
     "ConfigurationError",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import re
 from enum import StrEnum
 from os import register_at_fork, urandom
@@ -18,15 +17,25 @@ import msgspec
 
 from pillarbox._native import COMPILED
 from pillarbox.clock import wall_ns
-from pillarbox.errors import InvalidEventError, UsageError
+from pillarbox.errors import InvalidEventError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+__all__ = [
+    "EVENT_BYTES_MAX",
+    "INT64_MIN",
+    "ScopeKind",
+    "TrackingEvent",
+    "new_event_id",
+    "now_micros",
+    "snake_case",
+    "without_post_init",
+]
 
 EVENT_BYTES_MAX: Final = 256 * 1024  # one event as JSON; a larger one is a document, not an event
-_INT64_MIN: Final = -(2**63)
-_INT64_MAX: Final = 2**63 - 1
-_UINT64_MAX: Final = 2**64 - 1
+INT64_MIN: Final = -(2**63)
+INT64_MAX: Final = 2**63 - 1
 
 
 class ScopeKind(StrEnum):
@@ -110,16 +119,16 @@ def _check_event(event: TrackingEvent) -> None:
     micros = event.occurred_at_micros
     if type(micros) is not int:
         raise InvalidEventError("occurred_at_micros", f"must be a whole number, not {type(micros).__name__}")
-    if not _INT64_MIN <= micros <= _INT64_MAX:
+    if not INT64_MIN <= micros <= INT64_MAX:
         raise InvalidEventError("occurred_at_micros", "does not fit into 64 bits")
 
 
 _post_init: Any = _check_event
 if COMPILED:
-    from pillarbox import _event
+    from pillarbox._event import Check, new_event_id, now_micros, reseed
 
-    new_event_id, now_micros, _reseed = _event.new_event_id, _event.now_micros, _event.reseed
-    _post_init = _event.Check(_check_event, _check_json)
+    _reseed = reseed
+    _post_init = Check(_check_event, _check_json)
 else:
     new_event_id, _reseed = _uuid7_generator()
     now_micros = _now_micros
@@ -184,127 +193,3 @@ def without_post_init(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:
 def snake_case(name: str) -> str:
     """`PageView` and `pageView` as `page_view`: how tables are named after event types."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
-def _encode_str_subclass(value: object) -> str:
-    """A subclass of `str`, as templates and translations have, which msgspec does not take as it is."""
-    if isinstance(value, str):
-        return str.__str__(value)
-    raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
-
-
-_encode: Final = msgspec.json.Encoder(enc_hook=_encode_str_subclass).encode
-_WHITE_SPACE: Final = b" \t\r\n"  # of JSON
-# Numbers that JSON cannot carry as they are show in the encoded bytes: NaN as null, large integers by their length.
-_MAY_HOLD_BAD_NUMBER = re.compile(rb"null|\d{19}")
-
-
-class Codec:
-    """One event type at the door: event -> JSON bytes, or `InvalidEventError`.
-
-    `encode(event)` is bound once: msgspec's own encoder where the type checks itself or is trusted, otherwise the checking
-    way through it. `event_type` must be a `msgspec.Struct` with an `event_id`; raises `UsageError` if not.
-    """
-
-    __slots__ = ("_decode", "_generated_fields", "checks_itself", "encode", "event_type")
-
-    def __init__(self, event_type: type[msgspec.Struct], *, trusted: bool = False) -> None:
-        if not (isinstance(event_type, type) and issubclass(event_type, msgspec.Struct)):
-            raise UsageError(f"event_type must be a msgspec.Struct, not {event_type!r}")
-        if "event_id" not in event_type.__struct_fields__:
-            raise UsageError(f"event_type {event_type.__name__} must have a field event_id: it is what makes repeats harmless")
-        self.event_type = event_type
-        self.checks_itself = trusted or event_type is TrackingEvent
-        self.encode: Callable[[Any], bytes] = _encode
-        if event_type is not TrackingEvent:
-            self.encode = _single_line_encoder(_encode if trusted else _checking_encoder(event_type))
-        self._decode = msgspec.json.Decoder(event_type).decode
-        self._generated_fields = _generated_fields(event_type)
-
-    def check_json(self, payload: object) -> bytes:
-        """An event that is JSON already, as it is stored: byte for byte but for white space around it and line feeds.
-
-        Raises `InvalidEventError` or what msgspec does where it is not JSON of the event type. Unknown members are looked into
-        too: a destination may want to read them.
-        """
-        if not isinstance(payload, bytes):
-            raise InvalidEventError("event", f"must be bytes of JSON, not {type(payload).__name__}")
-        value = payload.strip(_WHITE_SPACE)
-        if len(value) > EVENT_BYTES_MAX:
-            raise InvalidEventError("event", f"has {len(value)} bytes as JSON, more than {EVENT_BYTES_MAX}")
-        self._decode(value)
-        members = msgspec.json.decode(value)
-        if _MAY_HOLD_BAD_NUMBER.search(value):
-            _check_numbers(members, "event")
-        if isinstance(members, dict):
-            for name in self._generated_fields:
-                if name not in members:
-                    raise InvalidEventError(name, "is missing: it would be another one each time the event is read")
-        # Within a text there is none, for that is no JSON; between two values it means nothing.
-        return value.replace(b"\n", b"")
-
-    def describe_error(self, event: object, error: Exception) -> str:
-        """Why `encode` refused: the field at fault where one can be named."""
-        if isinstance(error, (InvalidEventError, msgspec.ValidationError)):
-            return str(error)
-        if isinstance(event, msgspec.Struct):
-            for field in event.__struct_fields__:
-                try:
-                    _encode(getattr(event, field))
-                except Exception as cause:  # noqa: BLE001 - whatever a value does when encoded is its answer
-                    return f"{field}: {cause}"
-        return str(error)
-
-
-def _generated_fields(event_type: type[msgspec.Struct]) -> list[str]:
-    """The members that get a new value where they are left out: ids and times. An empty list is no such thing."""
-    constant = (msgspec.NODEFAULT, list, dict, set, frozenset, tuple, bytearray)
-    return [field.encode_name for field in msgspec.structs.fields(event_type) if field.default_factory not in constant]
-
-
-def _single_line_encoder(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
-    """A `msgspec.Raw` member goes as it is, line feeds and all; a record is a line."""
-
-    def encode_line(event: Any) -> bytes:
-        payload = encode(event)
-        if b"\n" in payload:
-            raise InvalidEventError("event", "has a line feed outside of a text, in a msgspec.Raw: write that JSON on one line")
-        return payload
-
-    return encode_line
-
-
-def _checking_encoder(event_type: type[msgspec.Struct]) -> Callable[[Any], bytes]:
-    decode = msgspec.json.Decoder(event_type).decode
-
-    def encode_checked(event: Any) -> bytes:
-        payload = _encode(event)
-        decode(payload)
-        if _MAY_HOLD_BAD_NUMBER.search(payload):
-            _check_numbers(event, "event")
-        return payload
-
-    return encode_checked
-
-
-def _check_numbers(value: object, path: str) -> None:
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise InvalidEventError(path, f"is {value}, which JSON cannot carry")
-    elif isinstance(value, int):
-        if not _INT64_MIN <= value <= _UINT64_MAX:
-            raise InvalidEventError(path, "is an integer beyond 64 bits")
-    else:
-        for name, inner in _child_values(value):
-            _check_numbers(inner, f"{path}.{name}")
-
-
-def _child_values(value: object) -> Iterator[tuple[object, object]]:
-    if isinstance(value, msgspec.Struct):
-        return ((name, getattr(value, name)) for name in value.__struct_fields__)
-    if isinstance(value, dict):
-        return iter([*value.items(), *((f"{key!r} (key)", key) for key in value)])
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return iter(enumerate(value))
-    fields = getattr(value, "__dataclass_fields__", None)
-    return iter(()) if fields is None else ((name, getattr(value, name)) for name in fields)

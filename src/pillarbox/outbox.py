@@ -22,6 +22,7 @@ from pillarbox.hooks import Hooks
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
 from pillarbox.settings import EITHER, Settings, resolve
 from pillarbox.sinks.base import Sink
+from pillarbox.stats import Stats
 from pillarbox.store.door import Door, Enqueue
 from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.group_commit import Committer
@@ -31,7 +32,7 @@ from pillarbox.store.quota import FILE_SHARE
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Limits, Writer
-from pillarbox.telemetry import Stats, instruments, sink_attributes
+from pillarbox.telemetry import instruments, sink_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -19,7 +19,7 @@ import pytest
 from pillarbox.admin.doctor import DoctorFinding, DoctorLimits, run_checks
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease
-from pillarbox.delivery.state import State
+from pillarbox.stats import State
 from pillarbox.store import layout, request
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import DirectoryFacts, Filesystem, RealFilesystem

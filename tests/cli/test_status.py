@@ -19,7 +19,7 @@ import pytest
 from pillarbox import Outbox
 from pillarbox.cli.watch import Watcher, line
 from pillarbox.delivery.lease import Lease
-from pillarbox.delivery.state import State
+from pillarbox.stats import State
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem

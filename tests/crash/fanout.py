@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 from pillarbox.delivery.settlement import KEPT, NOBODY
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
+from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
 from pillarbox.store.audit import audit, audit_queues
 from pillarbox.store.directory import Directory
@@ -25,7 +26,6 @@ from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
-from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
 from pillarbox.testing.durability_model import NAMES_MAX, Survivors

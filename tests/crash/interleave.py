@@ -34,12 +34,12 @@ from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Sink
+from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.writer import Limits, Writer
-from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed
 

@@ -13,8 +13,8 @@ from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.settlement import KEPT, Callbacks, Kept
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, DeliveryResult, Rejected, Rejection
+from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
-from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import RecordingSink
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from pillarbox.delivery.lease import Lease, last_heartbeat
 from pillarbox.delivery.process.protocol import decode_settings, encode_settings
 from pillarbox.delivery.process.supervisor import Supervisor
 from pillarbox.delivery.settlement import Callbacks
-from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, State
+from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
+from pillarbox.stats import State
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.testing import ManualClock, RecordingSink

@@ -9,12 +9,12 @@ import pytest
 from pillarbox.delivery.settlement import GROUP_MAX, KEPT, Kept
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import SinkCapabilities
+from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
 from pillarbox.store.audit import audit
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem
 from pillarbox.store.ledger import Ledger
-from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.delivery.stage import QUICK, Poisoned, drain, left, seal
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import pytest
 
 from pillarbox import TrackingEvent
+from pillarbox.codec import Codec
 from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.pacing import Pacer, Pacing
 from pillarbox.delivery.policy import Rules
 from pillarbox.delivery.worker import Worker
-from pillarbox.event import Codec
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.base import Batch, DeliveryResult
 from pillarbox.store.directory import Directory

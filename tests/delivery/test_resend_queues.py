@@ -20,6 +20,7 @@ from pillarbox.admin import dead_letters
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.worker import Worker
+from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
@@ -27,7 +28,6 @@ from pillarbox.store.filesystem import RealFilesystem, Space
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.reconciliation import RECENT, RESENT, WRITERS_MAX, Entry, Resent, Sealed, Settled, account, condensed
 from pillarbox.store.yielding import give_way
-from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.conftest import wait_until

@@ -13,9 +13,9 @@ import pytest
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease, last_heartbeat
 from pillarbox.delivery.pacing import Pacing
-from pillarbox.delivery.state import State, StateName
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.sinks.base import Batch, DeliveryResult, Misconfigured, Retry
+from pillarbox.stats import State, StateName
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink

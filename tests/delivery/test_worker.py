@@ -20,11 +20,11 @@ from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
 from pillarbox.errors import SinkUnusableError
 from pillarbox.sinks.base import Batch, DeliveryResult, Misconfigured, PartialFailure, Retry, UnconfirmedError
+from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import ByListing, Entry
 from pillarbox.store.filesystem import RealFilesystem
-from pillarbox.telemetry import DeliveryCounters
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import wait_until
 from tests.delivery.stage import NO, QUICK, Poisoned, drain, left, seal, worker_for

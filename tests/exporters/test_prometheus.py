@@ -13,9 +13,9 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
-from pillarbox.delivery.state import StateName
 from pillarbox.exporters.collector import DirectoryCollector
 from pillarbox.settings import Settings
+from pillarbox.stats import StateName
 from pillarbox.store.directory import Directory
 from pillarbox.testing import ManualClock
 from tests.exporters.scraping import (

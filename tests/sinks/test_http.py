@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pillarbox import TrackingEvent
-from pillarbox.event import Codec
+from pillarbox.codec import Codec
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
 from pillarbox.sinks.http import HttpSink
 from pillarbox.sinks.http.encoding import compress, format_rfc3339

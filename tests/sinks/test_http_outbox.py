@@ -14,7 +14,7 @@ import pytest
 
 import pillarbox
 from pillarbox import TrackingEvent
-from pillarbox.event import Codec
+from pillarbox.codec import Codec
 from pillarbox.outcome import Enqueued
 from pillarbox.sinks import make_sink
 from pillarbox.store.directory import Directory

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from pillarbox import ConfigurationError, SinkUnusableError, TrackingEvent
-from pillarbox.event import Codec
+from pillarbox.codec import Codec
 from pillarbox.sinks import make_sink, redact_url, schemes
 from pillarbox.sinks.base import Batch, CheckResult, Delivered, DeliveryResult, Misconfigured, PartialFailure, Retry
 from pillarbox.sinks.sqlite import SqliteSink

@@ -11,8 +11,8 @@ import pytest
 
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease
-from pillarbox.delivery.state import State
 from pillarbox.errors import FileUnusableError
+from pillarbox.stats import State
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import RealFilesystem, medium_of

@@ -163,7 +163,8 @@ def test_an_acknowledged_event_in_quarantine_is_lost(told: Account) -> None:
 
 def test_a_poisoned_event_carries_its_mark_wherever_it_goes() -> None:
     """The destinations look for it, in JSON and in the arguments of a function."""
-    from pillarbox.event import Codec, TrackingEvent
+    from pillarbox.codec import Codec
+    from pillarbox.event import TrackingEvent
 
     encode = Codec(TrackingEvent).encode
     for number in (GOOD, BAD):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from pillarbox.codec import Codec
 from pillarbox.errors import InvalidEventError, UsageError
-from pillarbox.event import Codec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

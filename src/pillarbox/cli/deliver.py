@@ -32,10 +32,10 @@ from pillarbox.delivery.runner import destinations, make_deliverer
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.exporters import MetricsExporters
 from pillarbox.hooks import Hooks
+from pillarbox.stats import SinkStats
 from pillarbox.store.filesystem import real_filesystem
 from pillarbox.store.ledger import Ledger
 from pillarbox.store.queues import directory_at
-from pillarbox.telemetry import SinkStats
 
 if TYPE_CHECKING:
     from pillarbox.delivery.runner import Here

@@ -10,8 +10,9 @@ import msgspec
 
 from pillarbox.admin.mend import InvalidReplayError, ReplayValidator
 from pillarbox.cli.intake import strict_decoder
+from pillarbox.codec import Codec
 from pillarbox.errors import InvalidEventError, UsageError
-from pillarbox.event import EVENT_BYTES_MAX, Codec
+from pillarbox.event import EVENT_BYTES_MAX
 from pillarbox.store import record
 
 if TYPE_CHECKING:

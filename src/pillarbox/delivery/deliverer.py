@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from pillarbox.delivery.state import State
-from pillarbox.telemetry import COUNTER_FIELDS, DeliveryCounters
+from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pillarbox.telemetry import SinkStats
+    from pillarbox.stats import SinkStats
 
 ONLY: Final = ""  # the name of the sink where there are not several
 # From bad to good: of several sinks, the first one of these is what is said of all.

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Final
 
 from pillarbox.delivery.deliverer import ONLY
 from pillarbox.delivery.lease import last_heartbeat
-from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, State
-from pillarbox.telemetry import DeliveryCounters
+from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
+from pillarbox.stats import DeliveryCounters, State
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.delivery.state import Heartbeat
+    from pillarbox.stats import SinkStats
     from pillarbox.store.directory import Directory
-    from pillarbox.telemetry import SinkStats
 
 log = logging.getLogger("pillarbox")
 

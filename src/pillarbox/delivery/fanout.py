@@ -13,23 +13,22 @@ from typing import TYPE_CHECKING, Final
 
 from pillarbox.delivery.deliverer import together
 from pillarbox.delivery.lease import BEAT_EVERY_S, Lease
-from pillarbox.delivery.state import State
 from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
+from pillarbox.stats import DeliveryCounters, State
 from pillarbox.store import layout
 from pillarbox.store.reconciliation import Adopted
-from pillarbox.telemetry import DeliveryCounters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from pillarbox.clock import Clock
     from pillarbox.delivery.worker import Worker
+    from pillarbox.stats import SinkStats
     from pillarbox.store.directory import Directory
     from pillarbox.store.fanout import FanOut
     from pillarbox.store.ledger import Ledger
     from pillarbox.store.retention import Shelf
-    from pillarbox.telemetry import SinkStats
 
 log = logging.getLogger("pillarbox")
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from pillarbox.delivery.state import Heartbeat, State
+from pillarbox.delivery.state import Heartbeat
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
+    from pillarbox.stats import State
     from pillarbox.store.directory import Directory
 
 BEAT_EVERY_S: Final = 1.0

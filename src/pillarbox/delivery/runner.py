@@ -15,8 +15,8 @@ from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.delivery.worker import Worker
 from pillarbox.errors import ConfigurationError
 from pillarbox.sinks import make_sink, redact_url
+from pillarbox.stats import DeliveryCounters
 from pillarbox.store.fanout import FanOut
-from pillarbox.telemetry import DeliveryCounters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from pillarbox.delivery.policy import Rules
     from pillarbox.delivery.retry import Suspects
     from pillarbox.delivery.shipment import Shipment
-    from pillarbox.delivery.state import StateName
     from pillarbox.delivery.status import Standing
     from pillarbox.sinks.base import Rejection
-    from pillarbox.telemetry import DeliveryCounters
+    from pillarbox.stats import DeliveryCounters, StateName
 
 _SANE_MICROS: Final = 1_577_836_800_000_000  # 2020: a clock that says less had not been set when the file was sealed
 _GIVEN_UP_S: Final = 1.0  # how long a call that is given up may take to end, before that is worth a word

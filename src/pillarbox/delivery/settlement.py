@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from pillarbox.delivery.policy import Rules
     from pillarbox.delivery.shipment import Job
     from pillarbox.delivery.status import Standing
+    from pillarbox.stats import DeliveryCounters
     from pillarbox.store.directory import Directory
     from pillarbox.store.ledger import Ledger
     from pillarbox.store.reader import Span
-    from pillarbox.telemetry import DeliveryCounters
 
 log = logging.getLogger("pillarbox")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.delivery.state import State, StateName
+from pillarbox.stats import State, StateName
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.delivery.lease import Lease
-    from pillarbox.telemetry import DeliveryCounters
+    from pillarbox.stats import DeliveryCounters
 
 log = logging.getLogger("pillarbox")
 

@@ -12,7 +12,7 @@ from pillarbox.delivery.deliverer import ONLY
 
 if TYPE_CHECKING:
     from pillarbox.delivery.worker import Worker
-    from pillarbox.telemetry import SinkStats
+    from pillarbox.stats import SinkStats
 
 log = logging.getLogger("pillarbox")
 

@@ -36,10 +36,9 @@ if TYPE_CHECKING:
 
     from pillarbox.clock import Clock
     from pillarbox.delivery.shipment import Shipment
-    from pillarbox.delivery.state import State
+    from pillarbox.stats import DeliveryCounters, State
     from pillarbox.store.directory import Directory
     from pillarbox.store.ledger import Ledger
-    from pillarbox.telemetry import DeliveryCounters
 
 log = logging.getLogger("pillarbox")
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
+    from pillarbox.stats import SinkStats
     from pillarbox.store.directory import Directory
-    from pillarbox.telemetry import SinkStats
 
 log = logging.getLogger("pillarbox")
 

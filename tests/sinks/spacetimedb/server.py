@@ -19,7 +19,7 @@ from urllib.parse import quote
 import msgspec
 
 from pillarbox import TrackingEvent
-from pillarbox.event import Codec
+from pillarbox.codec import Codec
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.base import Batch, CheckResult, DeliveryResult, UnconfirmedError
 from pillarbox.sinks.spacetimedb.responses import SpacetimeDbResponse

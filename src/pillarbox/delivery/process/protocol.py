@@ -10,7 +10,7 @@ import msgspec
 
 from pillarbox.errors import ConfigurationError
 from pillarbox.settings import Settings
-from pillarbox.telemetry import SinkStats
+from pillarbox.stats import SinkStats
 
 if TYPE_CHECKING:
     import socket

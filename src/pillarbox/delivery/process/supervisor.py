@@ -31,9 +31,9 @@ from pillarbox.delivery.process.protocol import (
     encode_settings,
     lines,
 )
-from pillarbox.delivery.state import STANDBY_REASON, State, StateName
+from pillarbox.delivery.state import STANDBY_REASON
 from pillarbox.errors import FileUnusableError
-from pillarbox.telemetry import COUNTER_FIELDS, DeliveryCounters, SinkStats
+from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, SinkStats, State, StateName
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
