@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from pillarbox import TrackingEvent
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import real_filesystem
+from pillarbox.store.filesystem import os_filesystem
 from pillarbox.testing import ManualClock
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the commands that they start.
@@ -37,8 +37,8 @@ def clock() -> ManualClock:
 @pytest.fixture
 def place(tmp_path: Path, clock: ManualClock) -> Directory:
     """An empty outbox directory."""
-    directory = Directory(str(tmp_path / "outbox"), real_filesystem(), clock)
-    directory.open()
+    directory = Directory(str(tmp_path / "outbox"), os_filesystem(), clock)
+    directory.ensure_usable()
     return directory
 
 

@@ -328,9 +328,9 @@ def test_what_is_tried_again_for_want_of_room_is_not_reported(tmp_path: Path) ->
         on_drop=lambda reason, count: told.update({reason: count}),
     ) as outbox:
         assert outbox.enqueue(event(1)) == Dropped("timeout")
-        outbox._writer.refuse("max_bytes")
+        outbox._writer.drop("max_bytes")
         outbox.flush(5)
-        outbox._writer.forgive("max_bytes", 1)
+        outbox._writer.uncount_drop("max_bytes", 1)
     assert told == {"timeout": 1}
 
 
@@ -350,7 +350,7 @@ def test_an_on_drop_that_raises_or_enqueues_stops_nothing(tmp_path: Path, caplog
     assert outbox.enqueue(event(2))
     assert not outbox.flush(0.2)  # nobody delivers, but all is sealed
     wait_until(lambda: sum(outbox.stats().sealed.values()) >= 2)
-    wait_until(lambda: outbox._directory.account().active_files == 0)
+    wait_until(lambda: outbox._directory.disk_usage().active_files == 0)
     outbox.close()
     outbox.enqueue(event(3))
     assert outbox.stats().dropped["closed"] == 2

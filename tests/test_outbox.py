@@ -26,7 +26,7 @@ from pillarbox.outcome import Durability
 from pillarbox.sinks.base import Retry
 from pillarbox.store import record
 from pillarbox.store.directory import Directory
-from pillarbox.store.usage import Account
+from pillarbox.store.usage import DiskUsage
 from pillarbox.store.writer import Writer
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, existing_events, wait_until
@@ -203,14 +203,14 @@ def test_a_durability_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> 
 def test_what_is_counted_as_delivered_waits_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for whoever asks in the moment between the end of a file and its being counted."""
     gone, asked, found = threading.Event(), threading.Event(), []
-    really = Writer.release
+    really = Writer.release_bytes
 
     def release(writer: Writer, size: int, files: int = 1) -> None:
         gone.set()
         asked.wait(60)
         really(writer, size, files)
 
-    monkeypatch.setattr(Writer, "release", release)
+    monkeypatch.setattr(Writer, "release_bytes", release)
     with Outbox(str(tmp_path / "a"), sink=RecordingSink(), flush_interval=0.02) as outbox:
         outbox.enqueue(event(1))
         assert gone.wait(60)
@@ -357,15 +357,15 @@ def test_a_handler_in_the_middle_of_the_start_starts_nothing_twice(tmp_path: Pat
     """Its event is refused rather than that two sealers have one writer."""
     outbox = Outbox(str(tmp_path / "a"))
     inner: list[Outcome] = []
-    listing = Directory.account
+    listing = Directory.disk_usage
 
-    def account(self: Directory) -> Account:
+    def account(self: Directory) -> DiskUsage:
         if not inner:
             inner.append(Dropped("io_error"))
             inner[0] = outbox.enqueue(event(1))
         return listing(self)
 
-    monkeypatch.setattr(Directory, "account", account)
+    monkeypatch.setattr(Directory, "disk_usage", account)
     before = set(threading.enumerate())
     assert outbox.enqueue(event(2))
     assert inner == [Dropped("would_block")]

@@ -21,7 +21,7 @@ import pytest
 
 from pillarbox import Outbox, Outcome
 from pillarbox.event import TrackingEvent
-from pillarbox.store.audit import audit
+from pillarbox.store.audit import reconcile
 from tests.conftest import event
 
 BUSY_S = 2.0
@@ -131,7 +131,7 @@ def test_whatever_threads_do_with_one_outbox_each_event_arrives_once_and_the_acc
     with Outbox(str(tmp_path / "outbox"), sink=url) as again:
         assert again.flush(30)
         assert again.stats().duplicates == 0
-        assert audit(again._directory).balances
+        assert reconcile(again._directory).balances
     with closing(sqlite3.connect(tmp_path / "events.db")) as database:
         arrived = Counter(event_id for (event_id,) in database.execute("SELECT event_id FROM tracking_event"))
     assert arrived == Counter(accepted)

@@ -49,12 +49,12 @@ class BlockWhenFull:
         """Try again until it is no longer refused for want of room."""
         outcome, deadline = refused, self._clock.monotonic() + self._timeout_s
         while isinstance(outcome, Dropped) and outcome.reason in FULL_REASONS:
-            self._writer.forgive(outcome.reason, events)
+            self._writer.uncount_drop(outcome.reason, events)
             # A signal handler may have interrupted the one who would make room; a loop would stand still.
-            if self._writer.is_entered() or self._is_in_hook() or _is_on_event_loop():
-                return self._writer.refuse("would_block", events)
+            if self._writer.is_locked_by_this_thread() or self._is_in_hook() or _is_on_event_loop():
+                return self._writer.drop("would_block", events)
             if self._clock.monotonic() >= deadline:
-                return self._writer.refuse("timeout", events)
+                return self._writer.drop("timeout", events)
             threading.Event().wait(_RETRY_INTERVAL_S)
             outcome = attempt()
         return outcome
@@ -63,9 +63,9 @@ class BlockWhenFull:
         """The same, for a coroutine: others go on meanwhile."""
         outcome, deadline = refused, self._clock.monotonic() + self._timeout_s
         while isinstance(outcome, Dropped) and outcome.reason in FULL_REASONS:
-            self._writer.forgive(outcome.reason, events)
+            self._writer.uncount_drop(outcome.reason, events)
             if self._clock.monotonic() >= deadline:
-                return self._writer.refuse("timeout", events)
+                return self._writer.drop("timeout", events)
             await asyncio.sleep(_RETRY_INTERVAL_S)
             outcome = await attempt()
         return outcome

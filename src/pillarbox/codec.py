@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pillarbox.hooks import Hooks
     from pillarbox.outcome import Durability, Outcome
     from pillarbox.settings import Settings
-    from pillarbox.store.door import Enqueue
+    from pillarbox.store.door import EnqueueFunction
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
@@ -185,13 +185,13 @@ class EventEncoder:
             return event
         kept = self._hooks.before_send(event)
         if kept is None:
-            return self._writer.refuse("filtered")
+            return self._writer.drop("filtered")
         if type(kept) is not self._event_type:
             wanted, found = self._event_type.__name__, type(kept).__name__
             return self.drop_invalid(kept, InvalidEventError("before_send", f"must return a {wanted} or None, not {found}"))
         return kept
 
-    def filter_enqueue(self, enqueue: Enqueue) -> Enqueue:
+    def filter_enqueue(self, enqueue: EnqueueFunction) -> EnqueueFunction:
         """`enqueue`, for what `before_send` lets through."""
 
         def enqueue_admitted(event: Any, *, durability: Durability | None = None) -> Outcome:
@@ -241,12 +241,12 @@ class EventEncoder:
     def drop_invalid(self, event: object, error: Exception) -> Dropped:
         """What becomes of an event that is not one."""
         if not self._enabled:
-            return self._writer.refuse("disabled")
+            return self._writer.drop("disabled")
         text = self._codec.describe_error(event, error)
         if self._raises_on_invalid:
             raise error if isinstance(error, InvalidEventError) else InvalidEventError("event", text) from None
         self.log_invalid(text)
-        return self._writer.refuse("invalid")
+        return self._writer.drop("invalid")
 
     def log_invalid(self, text: str) -> None:
         """Log why an event is dropped, once."""

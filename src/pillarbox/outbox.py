@@ -23,15 +23,15 @@ from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durabi
 from pillarbox.settings import EITHER, Settings, resolve
 from pillarbox.sinks.base import Sink
 from pillarbox.stats import Stats
-from pillarbox.store.door import Door, Enqueue
-from pillarbox.store.filesystem import real_filesystem
-from pillarbox.store.group_commit import Committer
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.door import AppendHooks, EnqueueFunction
+from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store.group_commit import GroupCommitter
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.queues import directory_at
 from pillarbox.store.quota import FILE_SHARE
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.speed import Waiter
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.telemetry import instruments, sink_attributes
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from pillarbox.delivery.deliverer import Deliverer
     from pillarbox.delivery.settlement import DeadLetter
-    from pillarbox.store.usage import Account
+    from pillarbox.store.usage import DiskUsage
 
 log = logging.getLogger("pillarbox")
 
@@ -66,7 +66,7 @@ class Outbox:
 
     # `enqueue(event, *, durability=None)` -> `Enqueued` once the operating system has the event, `Dropped(reason)` where it is
     # refused. It is no method, for one call less is a twentieth of its time: `Writer.build_enqueue` has it.
-    enqueue: Enqueue
+    enqueue: EnqueueFunction
 
     def __init__(
         self,
@@ -136,12 +136,12 @@ class Outbox:
         self._clock: Clock = SystemClock()
         self._start_lock = threading.RLock()
         self._closed = False
-        self._filesystem = real_filesystem()
+        self._filesystem = os_filesystem()
         self._directory = directory_at(settings.directory, self._filesystem, self._clock)
         self._is_power_default = settings.durability == "power"
         self._power_checked = not settings.enabled
         if settings.enabled:
-            self._directory.open()
+            self._directory.ensure_usable()
         self._create_process_state()
         if self._is_power_default and settings.enabled:
             self._check_power()
@@ -156,7 +156,7 @@ class Outbox:
         self._busy_since = -_BUSY_PERIOD_S
         self._runner: Deliverer | None = None
         self._hooks = Hooks(self.name, settings.before_send, settings.on_drop, settings.on_dead_letter)
-        self._ledger = Ledger(self._directory, self._clock)
+        self._ledger = LedgerWriter(self._directory, self._clock)
         evicts = settings.when_full == "drop_oldest"
         self._sealer = Sealer(
             self._directory,
@@ -171,12 +171,12 @@ class Outbox:
         batch_bytes = settings.batch_bytes
         if evicts:
             batch_bytes = max(1, min(batch_bytes, settings.max_bytes // FILE_SHARE))
-        limits = Limits(settings.batch_size, batch_bytes, settings.max_bytes, settings.max_files)
+        limits = WriterLimits(settings.batch_size, batch_bytes, settings.max_bytes, settings.max_files)
         self._writer = Writer(self._directory, limits, self._sealer.wake)
-        self._committer = Committer(self._directory, self._writer)
-        self._sealer.attach(self._writer, self._committer, enters=self._is_power_default)
+        self._committer = GroupCommitter(self._directory, self._writer)
+        self._sealer.attach(self._writer, self._committer, syncs_spare_names=self._is_power_default)
         self._encoder.attach(self._writer, self._hooks)
-        door = Door(
+        door = AppendHooks(
             self._encoder.encode,
             self._event_type,
             EVENT_BYTES_MAX,
@@ -188,7 +188,7 @@ class Outbox:
             self._is_power_default,
         )
         self._append_event = self.enqueue = self._writer.build_enqueue(door)
-        self._start_power_append = self._committer.build_begin(door, self._start_power_append_slowly)
+        self._start_power_append = self._committer.build_start_commit(door, self._start_power_append_slowly)
         self._start_default_append = self._start_power_append if self._is_power_default else self._append_event
         self._when_full: RaiseWhenFull | BlockWhenFull | None = None
         if settings.when_full == "raise":
@@ -233,7 +233,7 @@ class Outbox:
             self._report_drops_without_sealer()
         return [together if dropped is None else dropped for dropped in refused]
 
-    def _reporting(self, enqueue: Enqueue) -> Enqueue:
+    def _reporting(self, enqueue: EnqueueFunction) -> EnqueueFunction:
         def enqueue_reporting(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
             """Store one event, and see to it that `on_drop` hears where it is refused."""
             try:
@@ -245,7 +245,7 @@ class Outbox:
 
     def _report_drops_without_sealer(self) -> None:
         """Report what no thread of ours will: before the start, and after the end. Never in the middle of an append."""
-        if self._hooks.has_on_drop and (self._closed or not self._started) and not self._writer.is_entered():
+        if self._hooks.has_on_drop and (self._closed or not self._started) and not self._writer.is_locked_by_this_thread():
             with self._writer.lock:
                 totals = dict(self._writer.dropped)
             self._report_drops(totals)
@@ -256,7 +256,7 @@ class Outbox:
             totals = {reason: total for reason, total in totals.items() if reason not in FULL_REASONS}
         self._hooks.report_drops(totals)
 
-    def _build_enqueue(self, once: Enqueue, when_full: RaiseWhenFull | BlockWhenFull) -> Enqueue:
+    def _build_enqueue(self, once: EnqueueFunction, when_full: RaiseWhenFull | BlockWhenFull) -> EnqueueFunction:
         def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
             """`Writer.build_enqueue`'s, and what `when_full` makes of a refusal."""
             outcome = once(event, durability=durability)
@@ -267,7 +267,7 @@ class Outbox:
     def _append_records(self, lines: bytes, events: int, *, power: bool) -> Outcome:
         if len(lines) > CALL_BYTES_MAX:
             self._encoder.log_invalid(f"{len(lines)} bytes in one call, more than {CALL_BYTES_MAX}")
-            return self._writer.refuse("invalid", events)
+            return self._writer.drop("invalid", events)
 
         append = partial(self._append_or_start, lines, events, power=power)
         outcome = append()
@@ -310,11 +310,11 @@ class Outbox:
 
     def _start_power_append_slowly(self, line: bytes) -> Waiter | Outcome:
         """Commit for a coroutine; the first starts the outbox, or finds that it may not."""
-        answer = self._committer.commit_async(line, 1)
+        answer = self._committer.start_commit(line, 1)
         if answer is None:
             reason = self._start_or_reason()
-            answer = self._committer.commit_async(line, 1) if reason is None else self._writer.refuse(reason)
-        return answer if answer is not None else self._writer.refuse("closed")
+            answer = self._committer.start_commit(line, 1) if reason is None else self._writer.drop(reason)
+        return answer if answer is not None else self._writer.drop("closed")
 
     def _resolve_power(self, durability: str) -> bool:
         if durability not in DURABILITIES:
@@ -325,7 +325,7 @@ class Outbox:
 
     def _check_power(self) -> None:
         """Once, before the first promise; raises `DirectoryUnusableError`."""
-        self._directory.check_power()
+        self._directory.check_power_durability()
         self._power_checked = True
         way_out = "set keep_delivered, and `pillarbox resend` can send again what that loses"
         if self.settings.keep_delivered is not None:
@@ -345,8 +345,8 @@ class Outbox:
         outcome = append(lines, events)
         if outcome is None:
             reason = self._start_or_reason()
-            outcome = append(lines, events) if reason is None else self._writer.refuse(reason, events)
-        return outcome if outcome is not None else self._writer.refuse("closed", events)
+            outcome = append(lines, events) if reason is None else self._writer.drop(reason, events)
+        return outcome if outcome is not None else self._writer.drop("closed", events)
 
     def _start_or_reason(self) -> DropReason | None:
         """Start; None where that has succeeded, otherwise what an event is refused for."""
@@ -366,7 +366,7 @@ class Outbox:
                 return self._started
             self._is_starting = True
             try:
-                account = self._directory.account()
+                account = self._directory.disk_usage()
                 trouble = ""
                 if not self._closed:
                     self._start_with(account)
@@ -381,19 +381,19 @@ class Outbox:
             log.info("%s: %d files, %d bytes wait", self.name, account.pending_files, account.pending_bytes)
         return self._started
 
-    def _start_with(self, account: Account) -> None:
-        self._directory.note_stamp(account.newest_stamp)
+    def _start_with(self, account: DiskUsage) -> None:
+        self._directory.seal_after(account.newest_sealed_at)
         self._writer.start(account.pending_bytes, account.pending_files)
-        self._sealer.capacity.look_at_space()
+        self._sealer.quota.check_free_space()
         self._sealer.start()
         telemetry = instruments()
         telemetry.observe_outbox(self)
         callbacks = Callbacks(
-            self._writer.release,
+            self._writer.release_bytes,
             lambda seconds, sink: telemetry.flush_duration.record(seconds, {"outbox": self.name, **sink_attributes(sink)}),
             self._hooks.report_dead_letter,
             self._hooks.add_dead_letter_failures,
-            partial(self._writer.release, files=0),
+            partial(self._writer.release_bytes, files=0),
         )
         self._runner = deliverer_for(
             self.settings, self._directory, self._clock, self._ledger, callbacks, self._is_busy, self._sinks
@@ -404,7 +404,7 @@ class Outbox:
 
     def _is_busy(self) -> bool:
         """Whether this process has stored events of late; asked by the deliverer only."""
-        now, count = self._clock.monotonic(), self._writer.accepted
+        now, count = self._clock.monotonic(), self._writer.accepted_events
         if count != self._busy_accepted:
             self._busy_accepted, self._busy_since = count, now
         return now - self._busy_since < _BUSY_PERIOD_S
@@ -422,10 +422,10 @@ class Outbox:
         if not self._sealer.seal_now("manual", timeout):
             return False
         try:
-            first, waiting = self._delivered_files(), self._directory.waiting()
+            first, waiting = self._delivered_files(), self._directory.waiting_batch_ids()
             while waiting:
                 before, settled = clock.monotonic(), self._delivered_files()
-                waiting &= self._directory.waiting()
+                waiting &= self._directory.waiting_batch_ids()
                 now = clock.monotonic()
                 if not waiting:
                     break
@@ -466,9 +466,9 @@ class Outbox:
         accepted, sealed = 0, dict(self._sealer.sealed)
         if self._started:
             # Whatever a listing has missed already and is then told to be gone is counted twice, until the next listing.
-            pending_bytes, pending_files, accepted = (max(0, number) for number in self._writer.pending())
+            pending_bytes, pending_files, accepted = (max(0, number) for number in self._writer.pending_counts())
         elif self.settings.enabled:
-            account = self._directory.account()
+            account = self._directory.disk_usage()
             pending_bytes, pending_files = account.pending_bytes, account.pending_files
         else:
             pending_bytes = pending_files = 0
@@ -480,7 +480,7 @@ class Outbox:
             accepted=accepted,
             dropped=dict(self._writer.dropped),
             sealed=sealed,
-            evicted=self._sealer.capacity.evicted,
+            evicted=self._sealer.quota.evicted_events,
             delivered=total.delivered,
             duplicates=total.duplicates,
             dead=total.dead,
@@ -536,8 +536,8 @@ class Outbox:
                 "a Sink object does not outlive a fork: this process only stores; give URLs to deliver from here too"
             )
         self._start_lock = threading.RLock()
-        self._writer.abandon()
-        self._directory.renew()
+        self._writer.abandon_after_fork()
+        self._directory.reset_after_fork()
         self._filesystem.close_inherited()
         if not self._closed:
             self._create_process_state()

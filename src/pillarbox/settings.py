@@ -24,7 +24,7 @@ from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES
 from pillarbox.store import compression
 from pillarbox.store.filesystem import read_file
-from pillarbox.store.layout import is_sink
+from pillarbox.store.layout import is_sink_name
 
 _ENVIRONMENT_PREFIX: Final = "PILLARBOX_"
 _ALIASES: Final = {
@@ -181,7 +181,7 @@ def _seconds_parser(most: float) -> Callable[[object], float]:
 
 def _parse_compress_after(value: object) -> float:
     if not compression.is_available():
-        raise _InvalidValueError(f"left out, for it needs zstd: {compression.REMEDY}")
+        raise _InvalidValueError(f"left out, for it needs zstd: {compression.INSTALL_COMMAND}")
     return _seconds_parser(AGE_MAX_S)(value)
 
 
@@ -195,7 +195,7 @@ def _parse_sinks(value: object) -> dict[str, object]:
     if not isinstance(value, Mapping) or not value:
         raise _InvalidValueError(allowed)
     for name, sink in value.items():
-        if not isinstance(name, str) or not is_sink(name):
+        if not isinstance(name, str) or not is_sink_name(name):
             raise _InvalidValueError(allowed)
         if not sink or not (isinstance(sink, str) or callable(getattr(sink, "deliver", None))):
             raise _InvalidValueError(f"{allowed} ({name} has none)")

@@ -15,8 +15,8 @@ from pillarbox.admin.replay import DeadLetterReplayer, unchanged_event
 from pillarbox.clock import SystemClock
 from pillarbox.outcome import Dropped, Durability, Outcome
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing.fault import Fault, FaultFilesystem
 from tests.admin.prepared_outboxes import (
     IDENTITY_DECODER,
@@ -42,7 +42,7 @@ class Carried:
     """A replay of everything that `mend` has an event for."""
 
     def __init__(self, box: Path, door: Enqueuer, fault: Fault | None = None, bounds: WriteLimits = USUAL) -> None:
-        self.place = Directory(str(box), FaultFilesystem(RealFilesystem(), fault), SystemClock())
+        self.place = Directory(str(box), FaultFilesystem(OsFilesystem(), fault), SystemClock())
         self.report = ChangeReport()
         self.stopped: Callable[[], bool] = lambda: False
         self.done: list[int] = []
@@ -50,7 +50,7 @@ class Carried:
         self._bounds = bounds
 
     def run(self, mend: Callable[[object], bytes | None] = good, selection: RecordFilter = EVERYTHING) -> ChangeReport:
-        ledger = Ledger(Directory(self.place.path, RealFilesystem(), SystemClock()), SystemClock())
+        ledger = LedgerWriter(Directory(self.place.path, OsFilesystem(), SystemClock()), SystemClock())
         again = DeadLetterReplayer(self.place, IDENTITY_DECODER, SystemClock(), selection, self.report)
         carrier = ChangeExecutor(
             self.place, ledger, self.report, self.stopped, self.done.append, self._door, "process", self._bounds
@@ -128,7 +128,7 @@ def test_where_the_file_cannot_be_written_anew_it_stays_as_it_was(tmp_path: Path
     database = tmp_path / "events.db"
     with Outbox(str(box)) as outbox:
         chosen = RecordFilter(event_ids=("w-000000", "w-000005"))
-        report = Carried(box, outbox, Fault(verb, 1, errno.ENOSPC, for_good=True)).run(selection=chosen)
+        report = Carried(box, outbox, Fault(verb, 1, errno.ENOSPC, permanent=True)).run(selection=chosen)
         assert (report.events, report.problems_count, report.complete) == (0, files, False)
         assert "second time" in report.problems[0].problem
         assert ids(box, "dead-*") == before
@@ -195,7 +195,7 @@ def test_what_is_mended_wrongly_is_named_and_stays(tmp_path: Path) -> None:
 def test_one_command_at_a_time_changes_what_is_kept(tmp_path: Path) -> None:
     """The lock ends with its holder."""
     box = outbox_with_dead_letters(tmp_path, SIX)
-    place = Directory(str(box), RealFilesystem(), SystemClock())
+    place = Directory(str(box), OsFilesystem(), SystemClock())
     first = acquire_lock(place)
     assert first is not None
     assert acquire_lock(place) is None
@@ -211,7 +211,7 @@ def test_the_ledger_says_what_went_in_before_the_file_changes(tmp_path: Path) ->
     box = outbox_with_dead_letters(tmp_path, SIX, files=2)
     batches = sorted(file.stem.removeprefix("dead-") for file in box.glob("dead-*"))
     with Outbox(str(box)) as outbox:
-        Carried(box, outbox, Fault("unlink", 1, errno.EIO, for_good=True)).run()
+        Carried(box, outbox, Fault("unlink", 1, errno.EIO, permanent=True)).run()
     entries = [line for line in file_lines(box, "ledger.ndjson") if b"replayed" in line]
     assert len(entries) == 2
     for batch, entry in zip(batches, entries, strict=True):

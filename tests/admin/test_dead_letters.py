@@ -9,7 +9,7 @@ import pytest
 from pillarbox.admin import dead_letters
 from pillarbox.admin.filters import RecordFilter
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.layout import Kind
 from pillarbox.testing import ManualClock
 from tests.admin.prepared_outboxes import IDENTITY_DECODER, event_json, outbox_with_dead_letters, seal_batch
@@ -89,7 +89,7 @@ def test_a_batch_whose_sealed_file_is_there_is_held(tmp_path: Path) -> None:
     box = outbox_with_dead_letters(tmp_path, [event_json(1, 5)])
     other = seal_batch(box, good=1)
     (file,) = box.glob("dead-*")
-    place = Directory(str(box), RealFilesystem(), ManualClock())
+    place = Directory(str(box), OsFilesystem(), ManualClock())
     assert dead_letters.list_batches(place, Kind.DEAD, RecordFilter()) == ([file.stem.removeprefix("dead-")], frozenset())
     file.rename(box / f"dead-{other.name}")
     assert dead_letters.list_batches(place, Kind.DEAD, RecordFilter()) == ([other.stem], frozenset({other.stem}))
@@ -101,7 +101,7 @@ def test_a_link_under_the_name_of_dead_letters_is_named_and_not_followed(tmp_pat
     (file,) = box.glob("dead-*")
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
-    place = Directory(str(box), RealFilesystem(), ManualClock())
+    place = Directory(str(box), OsFilesystem(), ManualClock())
     (found,) = dead_letters.read_files(place, [file.stem.removeprefix("dead-")], IDENTITY_DECODER)
     assert not found.records
     assert "link" in found.problems[0].problem

@@ -14,8 +14,8 @@ from pillarbox.admin.event_filters import EventFilter, EventHeaderDecoder
 from pillarbox.admin.tail import Tailer
 from pillarbox.store import compression, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.ledger import Ledger
-from pillarbox.store.reconciliation import Adopted, Sealed
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.reconciliation import AdoptedEntry, SealedEntry
 from pillarbox.testing import ManualClock
 
 LOOKS = 8  # more than anything takes to be noticed
@@ -161,13 +161,16 @@ def test_the_newest_are_taken_from_the_end(follower: Tailer, folder: Path) -> No
 
 def test_what_came_and_went_between_two_looks_is_a_gap(follower: Tailer, place: Directory, clock: ManualClock) -> None:
     """The ledger has the number; it is told once, and a batch that was seen is none."""
-    pen = Ledger(place, clock)
-    pen.note(Sealed(clock.micros() - 1, "sealed-before", "w", 7, 70))
+    pen = LedgerWriter(place, clock)
+    pen.add(SealedEntry(clock.micros() - 1, "sealed-before", "w", 7, 70))
     pen.write(sync=False)
     clock.advance(1)
     assert backlog(follower) == []
-    pen.note(Sealed(clock.micros(), sealed(2).removesuffix(".ndjson"), "w", 7, 70), Adopted(clock.micros(), "sealed-3", "v"))
-    pen.note(Sealed(clock.micros(), sealed(4).removesuffix(".ndjson"), "w", 1, len(lines(4))))
+    pen.add(
+        SealedEntry(clock.micros(), sealed(2).removesuffix(".ndjson"), "w", 7, 70),
+        AdoptedEntry(clock.micros(), "sealed-3", "v"),
+    )
+    pen.add(SealedEntry(clock.micros(), sealed(4).removesuffix(".ndjson"), "w", 1, len(lines(4))))
     pen.write(sync=False)
     append(Path(place.path) / sealed(4), 4)
     assert [news(follower) for _ in range(LOOKS)] == [["e-4"]] + [[]] * (LOOKS - 1)
@@ -197,9 +200,9 @@ def test_what_went_between_the_look_and_the_reading_is_a_gap(
     monkeypatch.setattr(tail, "scan_files", look_while_it_is_delivered)
     append(first, 1)
     append(second, 2)
-    pen = Ledger(place, clock)
+    pen = LedgerWriter(place, clock)
     for number, file in enumerate((first, second), 1):
-        pen.note(Sealed(clock.micros(), file.name.removesuffix(".ndjson"), "w", 1, len(lines(number))))
+        pen.add(SealedEntry(clock.micros(), file.name.removesuffix(".ndjson"), "w", 1, len(lines(number))))
     pen.write(sync=False)
     assert [news(follower) for _ in range(LOOKS)] == [["e-2"]] + [[]] * (LOOKS - 1)
     assert [(gap.batch, gap.events) for gap in follower.gap_detector.gaps] == [(first.name.removesuffix(".ndjson"), 1)]
@@ -212,8 +215,8 @@ def test_a_file_that_went_under_its_active_name_is_no_gap(follower: Tailer, plac
     append(active, 1)
     assert backlog(follower) == ["e-1"]
     active.unlink()
-    pen = Ledger(place, clock)
-    pen.note(Sealed(clock.micros(), "sealed-1", "w", 1, len(lines(1))))
+    pen = LedgerWriter(place, clock)
+    pen.add(SealedEntry(clock.micros(), "sealed-1", "w", 1, len(lines(1))))
     pen.write(sync=False)
     assert [news(follower) for _ in range(LOOKS)] == [[]] * LOOKS
     assert follower.gap_detector.gaps == []

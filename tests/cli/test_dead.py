@@ -13,7 +13,7 @@ import pytest
 from pillarbox.admin.changes import acquire_lock
 from pillarbox.clock import SystemClock
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 from tests.admin.prepared_outboxes import (
     deliver_pending,
     delivered_rows,
@@ -176,9 +176,9 @@ main()
 """
 POINTS = [
     ("pillarbox.outbox", "Outbox.enqueue_json"),
-    ("pillarbox.store.ledger", "Ledger.write"),
+    ("pillarbox.store.ledger", "LedgerWriter.write"),
     ("pillarbox.admin.replay", "DeadLetterReplayer._rewrite"),
-    ("pillarbox.store.directory", "Directory._write_aside"),
+    ("pillarbox.store.directory", "Directory._write_and_rename"),
     ("pillarbox.outbox", "Outbox.close"),
 ]
 
@@ -214,7 +214,7 @@ def test_interrupted_it_ends_after_the_step_under_way(tmp_path: Path) -> None:
         arguments=["dead", "edit", "-d", "box", "--all", "--set", "scope_id=s", "--yes"],
     )
     program = program.replace("threading.Event().wait()", "sys.stdin.readline(); return write(*_, **__)")
-    program = program.replace("module.Nothing = halt", "write = module.Ledger.write; module.Ledger.write = halt")
+    program = program.replace("module.Nothing = halt", "write = module.LedgerWriter.write; module.LedgerWriter.write = halt")
     command = [sys.executable, "-c", program]
     with subprocess.Popen(
         command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CLEAN
@@ -234,7 +234,7 @@ def test_interrupted_it_ends_after_the_step_under_way(tmp_path: Path) -> None:
 def test_a_second_command_does_not_wait_and_says_why(tmp_path: Path) -> None:
     """Looking is free, and so is a dry run."""
     box = outbox_with_dead_letters(tmp_path, SIX)
-    place = Directory(str(box), RealFilesystem(), SystemClock())
+    place = Directory(str(box), OsFilesystem(), SystemClock())
     taken = acquire_lock(place)
     assert taken is not None
     refused = run("dead", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)

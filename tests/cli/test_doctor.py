@@ -22,7 +22,7 @@ from pillarbox.delivery.lease import Lease
 from pillarbox.stats import State
 from pillarbox.store import layout, request
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import DirectoryFacts, Filesystem, RealFilesystem
+from pillarbox.store.filesystem import DirectoryInfo, Filesystem, OsFilesystem
 from pillarbox.testing import ManualClock
 from pillarbox.testing.fault import Fault, FaultFilesystem
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
@@ -71,7 +71,7 @@ def examined(
     """What is found in a directory on a file system of the test's."""
     made = clock or ManualClock()
     numbers = itertools.count()
-    return by_check(run_checks(Directory(str(path), disk or RealFilesystem(), made, lambda: f"{next(numbers)}"), made, limits))
+    return by_check(run_checks(Directory(str(path), disk or OsFilesystem(), made, lambda: f"{next(numbers)}"), made, limits))
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_good_directory_has_only_good_findings_and_stays_as_it_was(tmp_path: P
     (tmp_path / "box" / "active.ndjson").write_bytes(b"")
     (tmp_path / "box" / "active-dead-1.ndjson").write_bytes(b"torn")
     before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "box").iterdir()}
-    newest = max(filter(None, map(layout.stamp_of, before)))
+    newest = max(filter(None, map(layout.sealed_at, before)))
     code, found = doctor("-d", "box", cwd=tmp_path, now_micros=newest)
     assert (code, bad(found)) == (0, set())
     assert {file.name: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "box").iterdir()} == before
@@ -250,7 +250,7 @@ def test_who_delivers_is_told(box: Path, state: State | None, age_s: int, stamp_
         (box / layout.sealed_name(now - stamp_age_s * 1_000_000, "x")).write_bytes(LINE)
     if state is not None:
         clock = ManualClock(now - age_s * 1_000_000)
-        lease = Lease(Directory(str(box), RealFilesystem(), clock), "sqlite:///x.db", clock)
+        lease = Lease(Directory(str(box), OsFilesystem(), clock), "sqlite:///x.db", clock)
         assert lease.take()
         lease.beat(state, 0, "", now=True)
         lease.release()
@@ -262,20 +262,20 @@ def test_who_delivers_is_told(box: Path, state: State | None, age_s: int, stamp_
         assert state.reason in text or age_s > 10
 
 
-class Lying(RealFilesystem):
+class Lying(OsFilesystem):
     """A file system that does not do what it says, by verb."""
 
     def __init__(self, lie: str) -> None:
         super().__init__()
         self._lie = lie
 
-    def directory_facts(self, path: str) -> DirectoryFacts | None:
-        facts = super().directory_facts(path)
-        return facts if facts is None or self._lie != "medium" else facts._replace(medium="nfs4")
+    def inspect_directory(self, path: str) -> DirectoryInfo | None:
+        facts = super().inspect_directory(path)
+        return facts if facts is None or self._lie != "medium" else facts._replace(filesystem_type="nfs4")
 
     def create(self, path: str) -> int:
         if self._lie == "create" and os.path.exists(path):
-            return self.open_lock(path)
+            return self.open_lock_file(path)
         fd = super().create(path)
         if self._lie == "append":
             self.close(fd)
@@ -313,7 +313,7 @@ def test_a_file_system_that_does_not_do_what_it_says_is_found(box: Path, lie: st
 @pytest.mark.parametrize(
     ("verb", "check"),
     [
-        ("directory_facts", "directory"),
+        ("inspect_directory", "directory"),
         ("create", "create"),
         ("lock", "lock"),
         ("write_all", "append"),
@@ -321,18 +321,18 @@ def test_a_file_system_that_does_not_do_what_it_says_is_found(box: Path, lie: st
         ("sync_data", "sync"),
         ("sync_directory", "directory sync"),
         ("unlink", "remove"),
-        ("space", "directory"),
-        ("listing", "remove"),
+        ("disk_space", "directory"),
+        ("list_files", "remove"),
     ],
 )
 def test_a_verb_that_fails_is_told_with_the_way_out(box: Path, verb: str, check: str) -> None:
     """And what was made is removed where that is possible."""
-    disk = FaultFilesystem(RealFilesystem(), Fault(verb, 1, errno.EIO, for_good=True))
+    disk = FaultFilesystem(OsFilesystem(), Fault(verb, 1, errno.EIO, permanent=True))
     found = examined(box, disk)
     assert check in bad(found) or "directory" in bad(found)
     texts = [text for lines in found.values() for ok, text in lines if not ok]
     assert any("look at the kernel's log" in text for text in texts), texts
-    assert verb in ("unlink", "listing") or list(box.iterdir()) == []
+    assert verb in ("unlink", "list_files") or list(box.iterdir()) == []
 
 
 def test_a_sync_that_cannot_have_reached_a_disk_is_bad_for_power_only(box: Path) -> None:
@@ -348,7 +348,7 @@ def test_hard_links_that_cannot_be_made_are_only_told(box: Path, monkeypatch: py
     def refuse(source: str, target: str) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(RealFilesystem, "link", staticmethod(refuse))
+    monkeypatch.setattr(OsFilesystem, "link", staticmethod(refuse))
     found = examined(box)
     assert bad(found) == set()
     assert found["hard link"] == [(True, "cannot be made here (Operation not permitted); one destination needs none")]
@@ -358,9 +358,9 @@ def test_hard_links_that_cannot_be_made_are_only_told(box: Path, monkeypatch: py
 
 def test_no_descriptor_is_left_open(box: Path) -> None:
     """Nor a lock."""
-    disk = RealFilesystem()
+    disk = OsFilesystem()
     examined(box, disk)
-    assert disk._opened == set()
+    assert disk._open_fds == set()
 
 
 def test_interrupted_it_removes_its_files_all_the_same(box: Path) -> None:
@@ -371,15 +371,15 @@ def test_interrupted_it_removes_its_files_all_the_same(box: Path) -> None:
             assert list(box.iterdir()) != []
             raise KeyboardInterrupt
 
-    disk = RealFilesystem()
+    disk = OsFilesystem()
     with pytest.raises(KeyboardInterrupt):
         examined(box, disk, clock=Interrupted())
-    assert (list(box.iterdir()), disk._opened) == ([], set())
+    assert (list(box.iterdir()), disk._open_fds) == ([], set())
 
 
 def test_interrupted_while_it_removes_its_files_it_removes_the_others_too(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often."""
-    disk, left = RealFilesystem(), [3, 5, 1]
+    disk, left = OsFilesystem(), [3, 5, 1]
     really = disk.unlink
 
     def unlink(path: str) -> None:
@@ -440,7 +440,7 @@ def test_the_request_file_is_looked_at(box: Path) -> None:
     """Whose content is a request, and when it came."""
     clock = ManualClock()
     assert examined(box, clock=clock)["request"] == [(True, "nobody has asked the writers to seal")]
-    request.ask(Directory(str(box), RealFilesystem(), clock), clock)
+    request.request_seal(Directory(str(box), OsFilesystem(), clock), clock)
     clock.advance(90)
     assert examined(box, clock=clock)["request"] == [(True, "the writers were asked to seal 90 s ago")]
     (box / layout.SEAL_REQUEST).write_bytes(b"rubbish")
@@ -477,7 +477,7 @@ def test_a_deliverer_that_hangs_is_told_from_one_that_is_gone(box: Path) -> None
     now = SystemClock().micros()
     (box / layout.sealed_name(now - 60_000_000, "x")).write_bytes(LINE)
     clock = ManualClock(now - 3_600_000_000)
-    lease = Lease(Directory(str(box), RealFilesystem(), clock), "sqlite:///x.db", clock)
+    lease = Lease(Directory(str(box), OsFilesystem(), clock), "sqlite:///x.db", clock)
     assert lease.take()
     lease.beat(State("draining"), 0, "", now=True)  # of this process, which is there
     lease.release()
@@ -490,7 +490,7 @@ def test_a_deliverer_that_hangs_is_told_from_one_that_is_gone(box: Path) -> None
 def test_a_heartbeat_in_the_future_means_that_the_clock_stepped_back(box: Path) -> None:
     """Else it would never be silent."""
     clock = ManualClock(SystemClock().micros() + 3_600_000_000)
-    lease = Lease(Directory(str(box), RealFilesystem(), clock), "sqlite:///x.db", clock)
+    lease = Lease(Directory(str(box), OsFilesystem(), clock), "sqlite:///x.db", clock)
     assert lease.take()
     lease.beat(State("idle"), 0, "", now=True)
     lease.release()

@@ -106,9 +106,9 @@ def test_only_what_a_checksum_vouches_for_where_that_is_asked(tmp_path: Path) ->
     ("module", "name"),
     [
         ("pillarbox.outbox", "Outbox.enqueue_json"),
-        ("pillarbox.store.ledger", "Ledger.write"),
+        ("pillarbox.store.ledger", "LedgerWriter.write"),
         ("pillarbox.admin.quarantine", "QuarantineRepairer._mark_repaired"),
-        ("pillarbox.store.directory", "Directory._write_aside"),
+        ("pillarbox.store.directory", "Directory._write_and_rename"),
     ],
 )
 def test_killed_anywhere_in_a_repair_everything_is_there_once_in_the_end(

@@ -17,7 +17,7 @@ from pillarbox.admin.status import read_status
 from pillarbox.clock import SystemClock
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.testing import ManualClock
 from tests.cli.test_commands import CLEAN, PILLARBOX, UNHURRIED, bare, ids, run
 from tests.cli.test_doctor import LIMITS, Found, bad, doctor, examined
@@ -31,10 +31,10 @@ WAREHOUSE = "warehouse=sqlite:///warehouse.db"
 WITHOUT_LINKS = """
 import errno
 from pillarbox.cli import app
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 def refuse(source, target):
     raise OSError(errno.EPERM, "Operation not permitted")
-RealFilesystem.link = staticmethod(refuse)
+OsFilesystem.link = staticmethod(refuse)
 app.run()
 """
 
@@ -48,7 +48,7 @@ def box(tmp_path: Path) -> Path:
 
 
 def place_of(box: Path) -> Directory:
-    return Directory(str(box), RealFilesystem(), SystemClock())
+    return Directory(str(box), OsFilesystem(), SystemClock())
 
 
 @contextlib.contextmanager
@@ -157,7 +157,7 @@ def test_what_is_set_aside_in_queues_is_in_the_account_and_held_against_the_limi
         (queue / "dead-a.ndjson").write_bytes(b"x" * kept)
         (queue / "corrupt-a.ndjson").write_bytes(b"x" * (kept // 2))
     (box / "dead-b.ndjson").write_bytes(b"x" * 7)
-    account = place_of(box).account()
+    account = place_of(box).disk_usage()
     assert (account.dead_files, account.dead_bytes, account.corrupt_files, account.corrupt_bytes) == (3, 137, 2, 65)
     status = read_status(place_of(box), SystemClock(), "process")
     assert (status.dead_bytes, [sink.dead_bytes for sink in status.sinks]) == (137, [90, 40])

@@ -66,7 +66,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(box: Path) -> None:
     """With the way out."""
     folder = box.parent
     waiting_for(box, "live", "warehouse")
-    place_of(box).ask_for("third")
+    place_of(box).request_queue("third")
     before = sorted(str(path) for path in box.rglob("*"))
     refusals = {
         ("add", "live"): "live has a queue already",
@@ -111,9 +111,9 @@ def test_what_a_killed_removal_left_over_is_in_nobodys_way(box: Path) -> None:
     """It counts nowhere, the next removal finishes it, and so does whoever delivers."""
     folder = box.parent
     waiting_for(box, "live", "old")
-    account = place_of(box).account()
+    account = place_of(box).disk_usage()
     (box / "sink-old").rename(box / "sink-old.removing")
-    assert place_of(box).account() == account
+    assert place_of(box).disk_usage() == account
     assert [queue["sink"] for queue in json.loads(said(folder, "sinks", "list", "-d", "box", "--json"))] == ["live"]
     with Outbox(str(box), sinks={"live": closed_port_url(), "old": closed_port_url()}) as outbox:
         wait_until((box / "sink-old").exists)
@@ -268,8 +268,8 @@ def refused(box: Path) -> Iterator[tuple[Outbox, Server, Server]]:
             (box / "sealed-1700000000000000-x.ndjson.aside").write_bytes(b'{"bad\n')
             os.rename(box / "sealed-1700000000000000-x.ndjson.aside", box / "sealed-1700000000000000-x.ndjson")
             wait_until(lambda: outbox.stats().quarantined == 2)
-            wait_until(lambda: not place_of(box).waiting())  # of what waits still, nothing is changed
-            assert {queue.account().corrupt_files for queue in place_of(box).queues()} == {1}
+            wait_until(lambda: not place_of(box).waiting_batch_ids())  # of what waits still, nothing is changed
+            assert {queue.disk_usage().corrupt_files for queue in place_of(box).queues()} == {1}
             yield outbox, live, warehouse
 
 

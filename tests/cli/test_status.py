@@ -22,9 +22,9 @@ from pillarbox.delivery.lease import Lease
 from pillarbox.stats import State
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
-from pillarbox.store.ledger import Ledger, entries_of
-from pillarbox.store.reconciliation import Sealed
+from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.ledger import LedgerWriter, parse_ledger
+from pillarbox.store.reconciliation import SealedEntry
 from pillarbox.testing import ManualClock
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
 from tests.conftest import event, wait_until
@@ -41,7 +41,7 @@ def box(tmp_path: Path) -> Path:
 
 def beat(folder: Path, clock: ManualClock, state: State, delivered: int, error: str = "", sink: str = "sqlite:///x.db") -> None:
     """What a deliverer writes down."""
-    lease = Lease(Directory(str(folder), RealFilesystem(), clock), sink, clock)
+    lease = Lease(Directory(str(folder), OsFilesystem(), clock), sink, clock)
     assert lease.take()
     lease.beat(state, delivered, error, now=True)
     lease.release()
@@ -58,8 +58,8 @@ def queue(box: Path, name: str, files: int, clock: ManualClock) -> Path:
 
 def sealed_events(place: Directory) -> int:
     """How many the ledger has."""
-    entries, _ = entries_of(place.read_bytes(layout.LEDGER))
-    return sum(entry.events or 0 for entry in entries if isinstance(entry, Sealed))
+    entries, _ = parse_ledger(place.read_small_file(layout.LEDGER))
+    return sum(entry.events or 0 for entry in entries if isinstance(entry, SealedEntry))
 
 
 def on_terminal(folder: Path, *arguments: str, columns: int = 80, environ: dict[str, str] | None = None) -> tuple[int, str]:
@@ -139,8 +139,8 @@ def test_as_json_each_look_is_an_object_on_a_line(box: Path) -> None:
 def test_rates_are_those_of_what_happened_between_two_looks(box: Path) -> None:
     """In from the ledger and the active files, out from the heartbeats, and how long the rest takes."""
     clock = ManualClock()
-    place = Directory(str(box), RealFilesystem(), clock)
-    ledger = Ledger(place, clock)
+    place = Directory(str(box), OsFilesystem(), clock)
+    ledger = LedgerWriter(place, clock)
     old = [box / layout.sealed_name(clock.micros() + number, "x") for number in range(5)]
     for file in old:
         file.write_bytes(b"x" * 1000)
@@ -150,7 +150,7 @@ def test_rates_are_those_of_what_happened_between_two_looks(box: Path) -> None:
     watcher = Watcher(place, clock, "process")
     assert watcher.look().rates.in_bytes_per_s is None
     clock.advance(10)
-    ledger.note(Sealed(clock.micros(), "sealed-a", "w", 20, 2000))  # sealed and delivered between the two looks
+    ledger.add(SealedEntry(clock.micros(), "sealed-a", "w", 20, 2000))  # sealed and delivered between the two looks
     assert ledger.write(sync=False)
     active.write_bytes(b"x" * 1100)
     old[0].unlink()
@@ -166,7 +166,7 @@ def test_rates_are_those_of_what_happened_between_two_looks(box: Path) -> None:
 def test_another_deliverer_and_a_ledger_that_was_summed_up_give_no_false_rate(box: Path) -> None:
     """It is not known, rather than negative or enormous."""
     clock = ManualClock()
-    place = Directory(str(box), RealFilesystem(), clock)
+    place = Directory(str(box), OsFilesystem(), clock)
     (box / layout.LEDGER).write_bytes(b"x" * 5000)
     beat(box, clock, State("draining"), 1000)
     watcher = Watcher(place, clock, "process")
@@ -190,7 +190,7 @@ def test_of_several_destinations_each_has_a_row(box: Path) -> None:
     (live / "dead-x.ndjson").write_bytes(LINE)
     beat(live, clock, State("waiting", "503", clock.micros() + 7_000_000), 5, "503", "https://live/")
     beat(warehouse, clock, State("idle"), 9, "it was gone", "sqlite:///warehouse.db")
-    found = Watcher(Directory(str(box), RealFilesystem(), clock), clock, "process").look()
+    found = Watcher(Directory(str(box), OsFilesystem(), clock), clock, "process").look()
     assert [(sink.name, sink.waiting_files, sink.dead_files) for sink in found.status.sinks] == [
         ("live", 4, 1),
         ("warehouse", 1, 0),
@@ -217,7 +217,7 @@ def test_status_changes_nothing(box: Path) -> None:
 def test_a_watch_beside_a_writer_counts_what_comes_in(tmp_path: Path) -> None:
     """As the ledger has it, once all is sealed."""
     with Outbox(str(tmp_path / "box"), flush_interval=0.05) as outbox:
-        place = Directory(str(tmp_path / "box"), RealFilesystem(), clock := ManualClock())
+        place = Directory(str(tmp_path / "box"), OsFilesystem(), clock := ManualClock())
         watcher = Watcher(place, clock, "process")
         watcher.look()
         for number in range(50):

@@ -14,8 +14,8 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import layout, record
-from pillarbox.store.ledger import entries_of
-from pillarbox.store.reconciliation import Adopted, Sealed
+from pillarbox.store.ledger import parse_ledger
+from pillarbox.store.reconciliation import AdoptedEntry, SealedEntry
 from pillarbox.testing import RecordingSink
 from tests.cli.test_commands import bare, run
 from tests.conftest import event, wait_until
@@ -124,8 +124,8 @@ def test_a_sealed_file_that_is_gone_is_named(filled: Path) -> None:
     victim = sealed_files(filled)[2]
     victim.unlink()
     answer = verified(filled)
-    assert [(one["batch"], one["events"]) for one in answer["wrong"]] == [(victim.stem, 10)]
-    assert answer["wrong"][0]["writer"] == answer["writers"][0]["writer"]
+    assert [(one["batch"], one["events"]) for one in answer["discrepancies"]] == [(victim.stem, 10)]
+    assert answer["discrepancies"][0]["writer"] == answer["writers"][0]["writer"]
     text = said(filled)
     assert text.startswith("does not balance: accepted 50 <> delivered 0 + pending 40 + dead 0")
     assert f"{victim.stem} of writer {answer['writers'][0]['writer']}: 10 missing" in text
@@ -137,9 +137,9 @@ def test_a_line_that_is_cut_out_or_doubled_is_named(filled: Path, events: int, *
     victim = sealed_files(filled)[1]
     lines = victim.read_bytes().splitlines(keepends=True)
     victim.write_bytes(b"".join([*lines, lines[0]] if doubled else lines[1:]))
-    assert [(one["batch"], one["events"]) for one in verified(filled)["wrong"]] == [(victim.stem, events)]
+    assert [(one["batch"], one["events"]) for one in verified(filled)["discrepancies"]] == [(victim.stem, events)]
     assert run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=filled).returncode == 0
-    assert [(one["batch"], one["events"]) for one in verified(filled)["wrong"]] == [(victim.stem, events)]
+    assert [(one["batch"], one["events"]) for one in verified(filled)["discrepancies"]] == [(victim.stem, events)]
 
 
 def test_a_damaged_line_is_what_is_missing_and_it_balances(filled: Path) -> None:
@@ -188,7 +188,7 @@ def test_dead_letters_that_are_gone_are_missed_unless_they_were_purged(tmp_path:
     (tmp_path / "box" / layout.sealed_name(1, "x")).write_bytes(lines)
     assert run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=tmp_path).returncode in (0, 1)
     answer = verified(tmp_path)
-    assert (answer["balances"], answer["total"]["dead"], answer["dead_kept"]) == (True, 2, 2)
+    assert (answer["balances"], answer["total"]["dead"], answer["dead_on_disk"]) == (True, 2, 2)
     dead = tmp_path / "box" / layout.dead_name(layout.batch_id(layout.sealed_name(1, "x")))
     kept = dead.read_bytes()
     dead.unlink()
@@ -196,7 +196,7 @@ def test_dead_letters_that_are_gone_are_missed_unless_they_were_purged(tmp_path:
     dead.write_bytes(kept)
     assert run("dead", "purge", "-d", "box", "--event-id", "odd", "--yes", cwd=tmp_path).returncode == 0
     answer = verified(tmp_path)
-    assert (answer["balances"], answer["dead_kept"], answer["purged_dead"]) == (True, 1, 1)
+    assert (answer["balances"], answer["dead_on_disk"], answer["purged_dead"]) == (True, 1, 1)
     assert said(tmp_path).endswith("(purged 1)\n")
 
 
@@ -205,8 +205,8 @@ def test_each_sealed_file_has_its_writers_count(filled: Path) -> None:
     (filled / "box" / layout.active_name("w", 1)).write_bytes(record.line(bare(1)[:-1]))
     with Outbox(str(filled / "box"), RecordingSink()) as outbox:
         assert outbox.flush(60)
-    entries, unread = entries_of((filled / "box" / layout.LEDGER).read_bytes())
+    entries, unread = parse_ledger((filled / "box" / layout.LEDGER).read_bytes())
     assert unread == 0
-    assert [entry.events for entry in entries if isinstance(entry, Sealed)] == [10] * 5
-    assert [entry.writer for entry in entries if isinstance(entry, Adopted)] == ["w"]
+    assert [entry.events for entry in entries if isinstance(entry, SealedEntry)] == [10] * 5
+    assert [entry.writer for entry in entries if isinstance(entry, AdoptedEntry)] == ["w"]
     assert verified(filled)["total"]["delivered"] == 51

@@ -33,11 +33,11 @@ from unittest import mock
 
 import pytest
 
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.layout import Kind
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
-from pillarbox.testing.durability_model import Survivors
+from pillarbox.testing.durability_model import DurabilityModel
 from tests.crash import simulation
 from tests.crash.enumeration import LETTERS
 from tests.crash.simulation import LOCKS, PLACE, Account, Outcome, World, kind_at
@@ -167,7 +167,7 @@ class Replay:
         self._medium = medium
         self._root = root
         self._chance = chance
-        self._filesystem = RealFilesystem()
+        self._filesystem = OsFilesystem()
         self._open: dict[int, int] = {}  # inode -> descriptor
         self._names: dict[str, int] = {}  # path -> inode
 
@@ -179,7 +179,7 @@ class Replay:
         """One operation, and, now and then, something that only the kernel does."""
         filesystem, verb = self._filesystem, op.verb
         if verb == "create":
-            make = filesystem.open_lock if op.path.rpartition("/")[2] in LOCKS else filesystem.create
+            make = filesystem.open_lock_file if op.path.rpartition("/")[2] in LOCKS else filesystem.create
             self._open[op.inode] = make(self.at(op.path))
             self._names[op.path] = op.inode
         elif verb == "write":
@@ -369,20 +369,20 @@ class Cuts:
         chance = random.Random(self._chance.randrange(2**64))
         raw = chance.random() < 0.4
         history, trace = ("", raw_history(chance)) if raw else world_history(chance)
-        survivors, account = Survivors(ignoring=LOCKS), Account()
+        survivors, account = DurabilityModel(ignoring=LOCKS), Account()
         end = chance.randrange(len(trace) + 1)
         for at, op in enumerate(trace[:end]):
-            if survivors.unsure > UNSURE_MAX:
+            if survivors.unsynced_names > UNSURE_MAX:
                 end = at
                 break
-            account.apply(op, lambda path: survivors.whole().get(path, b""))
+            account.apply(op, lambda path: survivors.complete_state().get(path, b""))
             survivors.apply(op)
         root = self._root()
         self._replay(trace[:end], root, chance)
         state = self._state(root)
         self._cuts["all"] += 1
         self._cuts["raw"] += raw
-        self._cuts["lost"] += state != survivors.whole()
+        self._cuts["lost"] += state != survivors.complete_state()
         self._histories.add(history or repr(trace))
         where = f"{self._medium.kind}, seed {self._seed}, cut {self._cuts['all']}, after operation {end} of {history or trace}"
         if not survivors.admits(state):
@@ -417,7 +417,7 @@ class Cuts:
     def _open(self, root: Path) -> Outcome:
         """The real code on the real file system: opens, delivers, leaves nothing behind."""
         destination = simulation.Destination(Disk())
-        filesystem = RealFilesystem()
+        filesystem = OsFilesystem()
         with mock.patch.object(simulation, "PLACE", str(root)):
             process = simulation.Process(
                 filesystem, map("after-{}".format, itertools.count(1)).__next__, ManualClock(), lambda _: None
@@ -425,7 +425,7 @@ class Cuts:
             try:
                 process.start()
                 simulation.deliver(process.directory, destination)
-                process.sealer.finish()
+                process.sealer.seal_remaining()
             except OSError as error:
                 return Outcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
             finally:
@@ -435,7 +435,7 @@ class Cuts:
         for path, data in self._state(root).items():
             if kind_at(path) in (Kind.DEAD, Kind.CORRUPT):
                 kept |= simulation.numbers_in(data)
-            elif kind_at(path) is not Kind.SPANS:
+            elif kind_at(path) is not Kind.RANGES:
                 problem = f"left behind: {path}"
         return Outcome(tuple(destination.arrived), frozenset(kept), problem)
 

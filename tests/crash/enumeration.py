@@ -27,7 +27,7 @@ from typing import Final, NamedTuple
 
 from pillarbox.store import layout
 from pillarbox.testing.crash import Disk, Op, State
-from pillarbox.testing.durability_model import NAMES_MAX, Survivors, Tears
+from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel, Tears
 from tests.crash.simulation import LOCKS, PLACE, STEPS, Account, Outcome, World, problem_of, recover, steps_of
 
 ENDS: Final[Tears] = (1, -1)  # of a write that is torn, with one byte of it there or missing
@@ -49,7 +49,7 @@ class Moment(NamedTuple):
     """A place in a trace at which the world may end."""
 
     at: int  # so many operations are done
-    survivors: Survivors
+    survivors: DurabilityModel
     account: Account
     power: bool  # lost; otherwise all processes die
     same: bool = False  # no operation since the last moment that power was lost at: only what is owed is another
@@ -84,7 +84,7 @@ class Report(NamedTuple):
         return "\n".join([f"{extent}; {states}; {pace}; {len(self.violations)} violations", *self.violations])
 
 
-def moments(trace: list[Op], start: int, account: Account, survivors: Survivors) -> Iterator[Moment]:
+def moments(trace: list[Op], start: int, account: Account, survivors: DurabilityModel) -> Iterator[Moment]:
     """The moments of a trace from an operation on. What is yielded moves on with the iteration."""
     news, same = True, False
     for at, op in enumerate(trace):
@@ -92,7 +92,7 @@ def moments(trace: list[Op], start: int, account: Account, survivors: Survivors)
         if at >= start and decisive and news:
             yield Moment(at, survivors, account, power=True, same=same)
             news, same = False, True
-        account.apply(op, lambda path: survivors.whole().get(path, b""))
+        account.apply(op, lambda path: survivors.complete_state().get(path, b""))
         survivors.apply(op)
         news, same = True, same and op.verb == "mark"
         if at >= start and op.verb not in ("sync_data", "sync_failed", "sync_directory"):
@@ -145,9 +145,9 @@ class Enumeration:
     def look(self, origin: Origin, trace: list[Op], start: int, chance: random.Random | None, steps: int) -> None:
         """Check the moments of a trace from an operation on."""
         deep = chance is None and steps <= self.bounds.in_recovery
-        for moment in moments(trace, start, Account(), Survivors(ignoring=LOCKS)):
+        for moment in moments(trace, start, Account(), DurabilityModel(ignoring=LOCKS)):
             self.moments += 1
-            states: Iterable[State] = [moment.survivors.whole()] if not moment.power else self._some(moment, chance)
+            states: Iterable[State] = [moment.survivors.complete_state()] if not moment.power else self._some(moment, chance)
             self._check_all(origin, moment, states, deep=deep)
 
     def _some(self, moment: Moment, chance: random.Random | None) -> Iterable[State]:
@@ -156,15 +156,15 @@ class Enumeration:
         survivors, bounds = moment.survivors, self.bounds
         if chance:
             # To count them all would take longer than what is looked at of them.
-            most, few = SAMPLE, survivors.unsure <= NAMES_FEW and survivors.count(ENDS) <= SAMPLE
+            most, few = SAMPLE, survivors.unsynced_names <= NAMES_FEW and survivors.count(ENDS) <= SAMPLE
         else:
             most = bounds.states_max
-            few = survivors.unsure <= NAMES_MAX and survivors.count(bounds.tears) <= most
+            few = survivors.unsynced_names <= NAMES_MAX and survivors.count(bounds.tears) <= most
         if few:
             return survivors.states(bounds.tears)
         self.sampled += 1
         chosen = chance or random.Random(moment.at)
-        return (survivors.one(chosen) for _ in range(most))
+        return (survivors.random_state(chosen) for _ in range(most))
 
     def _check_all(self, origin: Origin, moment: Moment, states: Iterable[State], *, deep: bool, depth: int = 0) -> None:
         account, known = moment.account, self.known
@@ -200,11 +200,11 @@ class Enumeration:
         before = self.checked
         deeper = _crashed(origin, moment, state)
         account = moment.account.after_crash(power=moment.power)
-        survivors = Survivors(ignoring=LOCKS)
+        survivors = DurabilityModel(ignoring=LOCKS)
         found = sum(op.verb == "found" for op in disk.trace)
         for later in moments(disk.trace, found, account, survivors):
             self.moments += 1
-            states = [later.survivors.whole()] if not later.power else later.survivors.states(ENDS)
+            states = [later.survivors.complete_state()] if not later.power else later.survivors.states(ENDS)
             self._check_all(deeper, later, states, deep=False, depth=1)
         self.in_recovery += self.checked - before
 
@@ -225,7 +225,7 @@ def reproduce(text: str, world_of: Callable[[Origin], World] = lambda _origin: W
     world.run(history)
     trace, account, problem = world.disk.trace, Account(), "no crash is named"
     for depth, (at, power, state) in enumerate(crashes):
-        for moment in moments(trace, 0, account, Survivors(ignoring=LOCKS)):
+        for moment in moments(trace, 0, account, DurabilityModel(ignoring=LOCKS)):
             if (moment.at, moment.power) == (at, power):
                 break
         if not moment.survivors.admits(state):

@@ -18,23 +18,23 @@ from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
 from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
-from pillarbox.store.audit import audit, audit_queues
+from pillarbox.store.audit import reconcile, reconcile_queues
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
-from pillarbox.testing.durability_model import NAMES_MAX, Survivors
+from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel
 from tests.crash.enumeration import ENDS
 from tests.crash.interleave import PLACE, RULES, Loop
 from tests.crash.simulation import number_of, numbers_in, payload_of, steps_of
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.LEDGER_LOCK})
-LIMITS: Final = Limits(batch_size=2, batch_bytes=10**6, max_bytes=2**29)
+LIMITS: Final = WriterLimits(batch_size=2, batch_bytes=10**6, max_bytes=2**29)
 STEPS: Final = {
     "a": "append an event and have its file sealed",
     "o": "append an event that stays in the active file",
@@ -73,7 +73,7 @@ class Destination(RecordingSink):
         return Delivered(len(batch))
 
 
-def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: Ledger) -> DeliveryCounters:
+def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: LedgerWriter) -> DeliveryCounters:
     """One round of the real worker on a queue."""
     counters = DeliveryCounters()
     worker = Worker(queue, sink, queue.sink, clock, RULES, counters, NOBODY, lambda: False, "", KEPT, ledger)
@@ -93,7 +93,7 @@ class Process:
         self._disk = disk
         self._clock = clock
         self.directory = Directory(PLACE, filesystem, clock, new_id)
-        self._ledger = Ledger(self.directory, clock)
+        self._ledger = LedgerWriter(self.directory, clock)
         self._sealer = Sealer(self.directory, clock, 1.0, lambda: disk.mark(("sealed", ())), 0, ledger=self._ledger)
         self._writer = Writer(self.directory, LIMITS, self._sealer.wake)
         self._sealer.attach(self._writer)
@@ -102,11 +102,11 @@ class Process:
 
     def start(self) -> None:
         """As an `Outbox` does, first when it is made and then when it is used."""
-        self.directory.open()
-        account = self.directory.account()
-        self.directory.note_stamp(account.newest_stamp)
+        self.directory.ensure_usable()
+        account = self.directory.disk_usage()
+        self.directory.seal_after(account.newest_sealed_at)
         self._writer.start(account.pending_bytes, account.pending_files)
-        self._sealer.adopt()
+        self._sealer.adopt_segments()
         self._disk.mark(("sealed", ()))
 
     def append(self, number: int, *, seal: bool = True) -> None:
@@ -128,7 +128,7 @@ class Process:
         """One round, as the `Fleet` has it; what it complains of is the trouble of the process."""
         fan_out = self.fan_out(sinks)
         self.trouble = "raised"
-        self._sealer.adopt()
+        self._sealer.adopt_segments()
         fan_out.step()
         self.trouble = "; ".join(fan_out.trouble.values())
         self._disk.mark(("handed over", tuple(sinks)))
@@ -145,16 +145,16 @@ class Process:
         for queue in self.directory.queues():
             if queue.sink == sink:
                 queue.remove_queue()
-        if sink in self.directory.asked_for():
-            self.directory.ask_no_more_for(sink)
+        if sink in self.directory.requested_queues():
+            self.directory.cancel_queue_request(sink)
 
     def evict(self) -> None:
         """Have everything given up that is sealed."""
-        capacity, writer = self._sealer.capacity, self._writer
+        capacity, writer = self._sealer.quota, self._writer
         self._disk.mark(("evicting", True))
         capacity._evicts, writer.limits = True, LIMITS._replace(max_bytes=0)
         try:
-            capacity.look()
+            capacity.enforce()
         finally:
             capacity._evicts, writer.limits = False, LIMITS
             self._disk.mark(("evicting", False))
@@ -220,7 +220,7 @@ class World:
                 self.process.deliver(which)
             case "c" | "p":
                 if letter == "p":
-                    self.process.directory.ask_for(LATER)
+                    self.process.directory.request_queue(LATER)
                 self._name((*self.sinks, LATER), asked=letter == "p")
             case "r":
                 gone = self.sinks[1]
@@ -264,7 +264,7 @@ class Owed:
         """One more operation; `content(path)` is the running system's, before it."""
         in_place = op.path.rpartition("/")[0] == PLACE
         if op.verb == "mark":
-            self._mark(op.what)
+            self._mark(op.note)
         elif op.verb == "rename" and in_place and layout.kind_of(op.target.rpartition("/")[2]) is Kind.SEALED:
             self._sealed |= numbers_in(content(op.path))
         elif op.verb == "unlink" and layout.kind_of(op.path.rpartition("/")[2]) is Kind.SEALED:
@@ -348,7 +348,7 @@ def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> Out
     process.append(AFTER)
     process.hand_over(sinks)
     process.deliver(sinks)
-    arrived = [arrival for op in disk.trace if op.verb == "mark" for arrival in _arrivals(op.what)]
+    arrived = [arrival for op in disk.trace if op.verb == "mark" for arrival in _arrivals(op.note)]
     return Outcome(tuple(arrived), _left_over(disk, sinks) or _out_of_balance(process.directory))
 
 
@@ -361,18 +361,18 @@ def _left_over(disk: Disk, sinks: tuple[str, ...]) -> str:
     """What is there that must not be any more."""
     for path in disk.files:
         name = path.removesuffix("/").rpartition("/")[2]
-        if layout.sink_of(name) not in (None, *sinks) or layout.sink_asked_for(name) in sinks:
+        if layout.sink_of_queue(name) not in (None, *sinks) or layout.sink_of_adding(name) in sinks:
             return f"left behind: {path}"
-        if layout.kind_of(name) in (Kind.SEALED, Kind.ASIDE, Kind.DEAD):
+        if layout.kind_of(name) in (Kind.SEALED, Kind.TEMPORARY, Kind.DEAD):
             return f"left behind: {path}"
     return ""
 
 
 def _out_of_balance(directory: Directory) -> str:
-    found = audit(directory)
-    for name, one in {"the directory": found, **audit_queues(directory, found)}.items():
+    found = reconcile(directory)
+    for name, one in {"the directory": found, **reconcile_queues(directory, found)}.items():
         if not one.balances:
-            return f"the account of {name} does not balance: {one.account.wrong} {one.unreadable}"
+            return f"the account of {name} does not balance: {one.reconciliation.discrepancies} {one.unreadable}"
     return ""
 
 
@@ -417,24 +417,24 @@ class Moment(NamedTuple):
 
 def moments(trace: list[Op], most: int = STATES_MAX) -> Iterator[Moment]:
     """All of them, with so many states at the most. What is yielded moves on with the iteration."""
-    owed, survivors, news = Owed(), Survivors(ignoring=LOCKS), True
+    owed, survivors, news = Owed(), DurabilityModel(ignoring=LOCKS), True
     for at, op in enumerate(trace):
         if news and op.verb in ("mark", "sync_data", "sync_failed", "sync_directory"):
             yield Moment(at, _some(survivors, at, most), owed, power=True)
             news = False
-        owed.apply(op, lambda path: survivors.whole().get(path, b""))
+        owed.apply(op, lambda path: survivors.complete_state().get(path, b""))
         survivors.apply(op)
         news = True
         if op.verb not in ("sync_data", "sync_failed", "sync_directory"):
-            yield Moment(at + 1, [survivors.whole()], owed, power=False)
+            yield Moment(at + 1, [survivors.complete_state()], owed, power=False)
     yield Moment(len(trace), _some(survivors, len(trace), most), owed, power=True)
 
 
-def _some(survivors: Survivors, at: int, most: int) -> Iterable[State]:
-    if survivors.unsure <= NAMES_MAX and survivors.count(ENDS) <= most:
+def _some(survivors: DurabilityModel, at: int, most: int) -> Iterable[State]:
+    if survivors.unsynced_names <= NAMES_MAX and survivors.count(ENDS) <= most:
         return survivors.states(ENDS)
     chance = random.Random(at)
-    return [survivors.one(chance) for _ in range(most)]
+    return [survivors.random_state(chance) for _ in range(most)]
 
 
 class Looked:

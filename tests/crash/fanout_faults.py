@@ -13,8 +13,8 @@ from typing import Final
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store.layout import Kind
 from pillarbox.testing.crash import Op
-from pillarbox.testing.durability_model import Survivors
-from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem, Meter
+from pillarbox.testing.durability_model import DurabilityModel
+from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultCounter, FaultFilesystem
 from tests.crash.fanout import LOCKS, Owed, World
 from tests.crash.interleave import PLACE
 from tests.crash.simulation import kind_at, steps_of
@@ -25,18 +25,18 @@ HISTORIES: Final = ("aafxfd", "afcfafd", "afxpf", "afrafd", "afav", "afokfd")
 
 def faults_of(history: str) -> Iterator[Fault]:
     """Each operation of a history failing, in each way."""
-    meter = Meter()
+    meter = FaultCounter()
     World(lambda plain: FaultFilesystem(plain, meter)).run(history)
     for verb, errnos in VERBS.items():
         for nth, code, for_good in itertools.product(range(1, meter.counts[verb] + 1), errnos, (False, True)):
             yield Fault(verb, nth, code, for_good)
-            if verb in PARTIAL:
-                yield Fault(verb, nth, code, for_good, part=True)
+            if verb in PARTIAL_VERBS:
+                yield Fault(verb, nth, code, for_good, partial=True)
 
 
 def check(history: str, fault: Fault) -> tuple[list[Op], str]:
     """What happens with a fault, and what is wrong with it, during it or once the disk works again."""
-    meter = Meter(fault)
+    meter = FaultCounter(fault)
     world = World(lambda plain: FaultFilesystem(plain, meter))
     problem = ""
     for letter, _ in steps_of(history):
@@ -48,7 +48,7 @@ def check(history: str, fault: Fault) -> tuple[list[Op], str]:
             pass  # whoever calls says so, and tries it again
         problem = problem or _silence(world, letter)
     trace = list(world.disk.trace)
-    meter.heal()
+    meter.clear_faults()
     if "r" in history:
         world.process.remove("b")
     for letter in "fdafdfd":
@@ -67,13 +67,13 @@ def _silence(world: World, letter: str) -> str:
 
 def afterwards(world: World) -> str:
     """What is wrong with what arrived at last."""
-    owed, survivors = Owed(), Survivors(ignoring=LOCKS)
+    owed, survivors = Owed(), DurabilityModel(ignoring=LOCKS)
     for op in world.disk.trace:
-        owed.apply(op, lambda path: survivors.whole().get(path, b""))
+        owed.apply(op, lambda path: survivors.complete_state().get(path, b""))
         survivors.apply(op)
     for sink in owed.sinks:
         had = {number for one, _, number in owed.arrived if one == sink}
         if lost := owed.owed[sink] - had - owed.evicted:
             return f"{sink} misses {sorted(lost)} though the disk works again"
-    left = [path for path in world.disk.files if kind_at(path) in (Kind.SEALED, Kind.ASIDE, Kind.DEAD, Kind.CORRUPT)]
+    left = [path for path in world.disk.files if kind_at(path) in (Kind.SEALED, Kind.TEMPORARY, Kind.DEAD, Kind.CORRUPT)]
     return f"left behind though the disk works again: {left}" if left else ""

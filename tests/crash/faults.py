@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from pillarbox.store.layout import Kind
-from pillarbox.testing.durability_model import Survivors
-from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem, Meter
+from pillarbox.testing.durability_model import DurabilityModel
+from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultCounter, FaultFilesystem
 from tests.crash.enumeration import VIOLATIONS_MAX, Bounds, Enumeration, Origin
 from tests.crash.enumeration import reproduce as reproduce_crash
 from tests.crash.simulation import LOCKS, Account, World, kind_at, numbers_in
@@ -40,10 +40,10 @@ class Report(NamedTuple):
         return "\n".join([text, *self.violations])
 
 
-def world_with(meter: Meter) -> World:
+def world_with(meter: FaultCounter) -> World:
     """One whose disk fails as a meter says."""
     world = World(lambda plain: FaultFilesystem(plain, meter))
-    world.troubled = lambda: meter.hits > 0
+    world.troubled = lambda: meter.failures > 0
     # A refused call of which a part is on the disk and cannot be cut off: whoever adopts the file cannot know.
     world.cuts = all(fault.verb != "truncate" for fault in meter.faults)
     return world
@@ -51,31 +51,31 @@ def world_with(meter: Meter) -> World:
 
 def faults_of(history: str) -> Iterator[tuple[Fault, ...]]:
     """Each operation of a history failing, in each way."""
-    meter = Meter()
+    meter = FaultCounter()
     world_with(meter).run(history)
     for verb, errnos in VERBS.items():
         for nth, code, for_good in itertools.product(range(1, meter.counts[verb] + 1), errnos, (False, True)):
             yield (Fault(verb, nth, code, for_good),)
-            if verb in PARTIAL:
-                yield (Fault(verb, nth, code, for_good, part=True),)
+            if verb in PARTIAL_VERBS:
+                yield (Fault(verb, nth, code, for_good, partial=True),)
 
 
 def pairs_of(history: str) -> Iterator[tuple[Fault, ...]]:
     """Each write of a history taking a part only, and then failing, and so does cutting that part off."""
-    meter = Meter()
+    meter = FaultCounter()
     world_with(meter).run(history)
     for nth, code, for_good in itertools.product(range(1, meter.counts["write"] + 1), VERBS["truncate"], (False, True)):
-        yield Fault("write", nth, errno.ENOSPC, for_good=True, part=True), Fault("truncate", 1, code, for_good)
+        yield Fault("write", nth, errno.ENOSPC, permanent=True, partial=True), Fault("truncate", 1, code, for_good)
 
 
 def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> bool:
     """Run a history with faults, look at all its moments, and then at what the living make of it; whether it failed at all."""
-    meter = Meter(*faults)
+    meter = FaultCounter(*faults)
     world = world_with(meter)
     origin: Origin = {"history": history, "faults": tuple(map(tuple, faults))}
     try:
         world.run(history)
-        if not meter.hits:
+        if not meter.failures:
             return False
         enumeration.look(origin, list(world.disk.trace), 0, None, len(history))
         problem = afterwards(world, meter)
@@ -86,18 +86,18 @@ def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> 
     return True
 
 
-def afterwards(world: World, meter: Meter) -> str:
+def afterwards(world: World, meter: FaultCounter) -> str:
     """What is wrong once the disk works again and the processes that live had their time."""
-    meter.heal()
+    meter.clear_faults()
     for _ in range(2):
         world.clock.advance(WAIT_S)  # for what was parked
         start = len(world.disk.trace)
         world.run("asrSsd")
-    if not any(op.what and op.what[0] == "acknowledged" for op in world.disk.trace[start:]):  # type: ignore[index]
+    if not any(op.note and op.note[0] == "acknowledged" for op in world.disk.trace[start:]):  # type: ignore[index]
         return "nothing is accepted though the disk works again"
-    account, survivors = Account(), Survivors(ignoring=LOCKS)
+    account, survivors = Account(), DurabilityModel(ignoring=LOCKS)
     for op in world.disk.trace:
-        account.apply(op, lambda path: survivors.whole()[path])
+        account.apply(op, lambda path: survivors.complete_state()[path])
         survivors.apply(op)
     left = world.disk.files
     kept = {number for path, data in left.items() if kind_at(path) in (Kind.DEAD, Kind.CORRUPT) for number in numbers_in(data)}
@@ -105,7 +105,7 @@ def afterwards(world: World, meter: Meter) -> str:
         return f"not delivered though the disk works again: {sorted(lost)}"
     if wrong := account.refused & set(world.destination.arrived):
         return f"the caller was told that it is refused, and it arrives: {sorted(wrong)}"
-    waiting = [path for path, data in left.items() if kind_at(path) in (Kind.SEALED, Kind.ASIDE)]
+    waiting = [path for path, data in left.items() if kind_at(path) in (Kind.SEALED, Kind.TEMPORARY)]
     return f"left behind though the disk works again: {waiting}" if waiting else ""
 
 
@@ -115,7 +115,7 @@ def reproduce(text: str) -> str:
     history, faults = origin["history"], origin["faults"]
     assert isinstance(history, str)
     assert isinstance(faults, tuple)
-    meter = Meter(*(Fault(*fault) for fault in faults))
+    meter = FaultCounter(*(Fault(*fault) for fault in faults))
     if "crashes" in origin:
         return reproduce_crash(text, lambda _origin: world_with(meter))
     try:

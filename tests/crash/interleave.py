@@ -39,7 +39,7 @@ from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed
 
@@ -48,7 +48,7 @@ PREEMPTIONS: Final = 3
 KILLS: Final = 1
 RULES: Final = Rules(stop_after_rejected_batches=0, named_at_once=2)  # so that what waits is named in several parts
 # What no other process can notice. Where the others cannot tell before from after, one point stands for both.
-UNNOTICED: Final = frozenset({"sync_data", "sync_directory", "space", "directory_facts", "make_directory", "replace_all"})
+UNNOTICED: Final = frozenset({"sync_data", "sync_directory", "disk_space", "inspect_directory", "make_directory", "overwrite"})
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK})
 
@@ -127,14 +127,14 @@ class Process:
         """What an application does: start, append so many events at a time, a round of the sealer after each, end."""
         directory = self.directory
         sealer = Sealer(directory, self.clock, 1.0, lambda: None, min_free_bytes=0, evicts=evict_above is not None)
-        writer = Writer(directory, Limits(2, 10**6, evict_above or 2**30), sealer.wake)
+        writer = Writer(directory, WriterLimits(2, 10**6, evict_above or 2**30), sealer.wake)
         if evict_above is not None:
             self._note_what_is_evicted()
         sealer.attach(writer)
-        account = directory.account()
-        directory.note_stamp(account.newest_stamp)
+        account = directory.disk_usage()
+        directory.seal_after(account.newest_sealed_at)
         writer.start(account.pending_bytes, account.pending_files)
-        sealer.adopt()
+        sealer.adopt_segments()
         for count in appends:
             if evict_above is not None:
                 sealer.step()
@@ -144,7 +144,7 @@ class Process:
             elif evict_above is None:
                 raise AssertionError(writer.dropped)
             sealer.step()
-        sealer.finish()
+        sealer.seal_remaining()
 
     def _note_what_is_evicted(self) -> None:
         remove = self.directory.remove
@@ -153,13 +153,13 @@ class Process:
             sealed = layout.kind_of(name) is Kind.SEALED
             data = self.world.content(name) if sealed and name in self.world.names() else b""
             remove(name)
-            self.world.evicted.update(reader.read(data, lambda: None).payloads)
+            self.world.evicted.update(reader.read_lines(data, lambda: None).payloads)
 
         self.directory.remove = noting  # type: ignore[method-assign]
 
     def die_with(self, count: int) -> None:
         """Append events, and never end."""
-        writer = Writer(self.directory, Limits(2, 10**6, 2**30), lambda: None)
+        writer = Writer(self.directory, WriterLimits(2, 10**6, 2**30), lambda: None)
         writer.start(0, 0)
         for _ in range(count):
             event = self.world.new_event()
@@ -232,12 +232,12 @@ class World:
 
     def names(self) -> list[str]:
         """What is in the directory."""
-        return sorted(entry.name for entry in self.another().filesystem.listing(PLACE))
+        return sorted(entry.name for entry in self.another().filesystem.list_files(PLACE))
 
     def content(self, name: str) -> bytes:
         """What is in a file."""
         filesystem = self.another().filesystem
-        return filesystem.read_all(filesystem.open_existing(f"{PLACE}/{name}", linked=True))
+        return filesystem.read_all(filesystem.open_existing(f"{PLACE}/{name}", allow_links=True))
 
 
 Program = Callable[[Process], None]
@@ -348,7 +348,7 @@ def violations(world: World, *, killed: bool) -> list[str]:
         elif len(batches) > 1:
             found.append(f"{payload!r} was delivered as a part of {sorted(batches)}")
     kinds = {name: layout.kind_of(name) for name in world.names() if name not in LOCKS}
-    if left := [name for name, kind in kinds.items() if kind not in (Kind.CORRUPT, Kind.SPANS)]:
+    if left := [name for name, kind in kinds.items() if kind not in (Kind.CORRUPT, Kind.RANGES)]:
         found.append(f"left behind: {left}")
     if (kept := [world.content(name) for name, kind in kinds.items() if kind is Kind.CORRUPT]) != [world.damaged] * bool(
         world.damaged

@@ -10,7 +10,7 @@ from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import RecordingSink
 from tests.crash.interleave import Process, Program, World, deliver_once
 
@@ -44,7 +44,7 @@ class Destination(RecordingSink):
 
 def hand_over(process: Process, sinks: Sequence[str] = SINKS) -> None:
     """A round of handing over."""
-    FanOutWithoutAccount(process.directory, sinks, process.clock, Ledger(process.directory, process.clock)).step()
+    FanOutWithoutAccount(process.directory, sinks, process.clock, LedgerWriter(process.directory, process.clock)).step()
 
 
 def deliver(process: Process, sink: str) -> None:
@@ -80,14 +80,14 @@ def violations(world: World, *, killed: bool) -> list[str]:
 
 def _left(directory: Directory) -> list[str]:
     places = [directory, *directory.queues()]
-    kinds = (Kind.SEALED, Kind.ACTIVE, Kind.ASIDE)
+    kinds = (Kind.SEALED, Kind.ACTIVE, Kind.TEMPORARY)
     files = [
-        place.at(name)
+        place.path_of(name)
         for place in places
-        for name, _ in directory.filesystem.listing(place.path)
+        for name, _ in directory.filesystem.list_files(place.path)
         if layout.kind_of(name) in kinds
     ]
-    return files + sorted(directory.asked_for())
+    return files + sorted(directory.requested_queues())
 
 
 def _prepare(world: World, *, queues: bool) -> None:
@@ -114,7 +114,7 @@ def a_sink_is_added_while_others_are_delivered(world: World) -> list[Program]:
     world.put(layout.sealed_name(1, "x"), 1)
     hand_over(world.another())
     world.put(layout.sealed_name(2, "x"), 1)
-    world.another().directory.ask_for("c")
+    world.another().directory.request_queue("c")
     world.more_sinks = ("c",)
     return [lambda one: hand_over(one, (*SINKS, "c")), lambda two: deliver(two, "a"), lambda three: deliver(three, "b")]
 

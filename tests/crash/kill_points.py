@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from pillarbox.store.filesystem import CompiledFilesystem, RealFilesystem
-from pillarbox.store.onebyone import OneByOne
+from pillarbox.store.filesystem import CompiledOsFilesystem, OsFilesystem
+from pillarbox.store.onebyone import SequentialBatchOps
 
-SEVERAL = tuple(verb for verb in vars(OneByOne) if not verb.startswith("_"))  # operations in one
+SEVERAL = tuple(verb for verb in vars(SequentialBatchOps) if not verb.startswith("_"))  # operations in one
 
 
 def step_by_step() -> None:
     """Have this process do one by one what it could do in one call: there are more moments to die at."""
-    for verb in [verb for verb in vars(CompiledFilesystem) if hasattr(RealFilesystem, verb) and not verb.startswith("__")]:
-        delattr(CompiledFilesystem, verb)
+    for verb in [verb for verb in vars(CompiledOsFilesystem) if hasattr(OsFilesystem, verb) and not verb.startswith("__")]:
+        delattr(CompiledOsFilesystem, verb)
 
 
 def wrap(verbs: Iterable[str], wrapper: Callable[[str, Callable[..., object]], Callable[..., object]]) -> None:
     """Have this process come by `wrapper(verb, function)` in place of each of these verbs, wherever it is."""
     for verb in sorted(verbs):
-        for place in (RealFilesystem, CompiledFilesystem):
+        for place in (OsFilesystem, CompiledOsFilesystem):
             found = vars(place).get(verb)
             if isinstance(found, staticmethod):
                 setattr(place, verb, staticmethod(wrapper(verb, found.__func__)))

@@ -49,7 +49,7 @@ _VERBS: Final = (
     "link",
     "write",
     "write_all",
-    "replace_all",
+    "overwrite",
     "truncate",
     "sync_data",
     "sync_directory",
@@ -141,7 +141,7 @@ class Oracle:
                     if self._state(int(life), int(number)) in kept:
                         wrong.append(f"in quarantine though acknowledged: {int(life)}-{int(number)}")
                 self.torn += 1
-            elif kind is not Kind.SPANS and name not in KEEPING:
+            elif kind is not Kind.RANGES and name not in KEEPING:
                 wrong.append(f"left behind: {name}")
                 continue
             if name not in KEEPING:

@@ -184,7 +184,7 @@ def meanwhile() -> str:
     for history in MEANWHILE:
         world = World(appending)
         world._process(1)
-        world._processes[1][1].sealer._enters = True  # as with durability "power"
+        world._processes[1][1].sealer._syncs_spare_names = True  # as with durability "power"
         for letter in history:
             done: list[int] = []  # one append for each step
             world.step(letter)
@@ -195,14 +195,14 @@ def meanwhile() -> str:
 def failing_disks() -> str:
     """Each operation of some histories fails; and of the living, nothing arrives that was refused, not even uncut."""
     from pillarbox.store.layout import Kind
-    from pillarbox.testing.fault import Meter
+    from pillarbox.testing.fault import FaultCounter
     from tests.crash import faults
     from tests.crash.enumeration import ENDS, Bounds, Enumeration
     from tests.crash.simulation import kind_at
 
     for history in faults.HISTORIES:
         for pair in faults.pairs_of(history):
-            meter = Meter(*pair)
+            meter = FaultCounter(*pair)
             world = faults.world_with(meter)
             world.cuts = True
             world.run(history)
@@ -247,7 +247,7 @@ def fan_out() -> str:
     from pillarbox.store import audit
     from tests.crash.fanout import Looked
 
-    audit._LOOKS = 1  # type: ignore[misc]
+    audit._ATTEMPTS = 1  # type: ignore[misc]
     looked = Looked()
     for history in (*FOR_SEVERAL, *(CUT_SHORT.format(operation) for operation in range(OPERATIONS))):
         looked.look(history, few=True)

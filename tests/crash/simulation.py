@@ -22,17 +22,17 @@ from pillarbox.sinks.base import Batch, CheckResult, Delivered, DeliveryResult, 
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
-from pillarbox.store.group_commit import Committer
+from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.layout import Kind
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
 from tests.crash.interleave import deliver_once
 
 PLACE: Final = "/outbox"
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK})
-LIMITS: Final = Limits(batch_size=2, batch_bytes=10**6, max_bytes=2**29)  # so that two steps fill a file
+LIMITS: Final = WriterLimits(batch_size=2, batch_bytes=10**6, max_bytes=2**29)  # so that two steps fill a file
 STEPS: Final = {
     "a": "append an event",
     "p": 'append an event with durability "power"',
@@ -124,7 +124,7 @@ class Account:
     def apply(self, op: Op, content: Callable[[str], bytes]) -> None:
         """One more operation; `content(path)` is the running system's, before it."""
         if op.verb == "mark":
-            self._mark(op.what)
+            self._mark(op.note)
         elif op.verb == "sync_failed":
             self._doomed.add(op.inode)
         elif op.verb == "rename" and kind_at(op.target) is Kind.SEALED and op.inode not in self._doomed:
@@ -221,28 +221,28 @@ class Process:
         self.directory = Directory(PLACE, filesystem, clock, new_id)
         self.sealer = Sealer(self.directory, clock, 1.0, lambda: say("sealed"), 0)
         self.writer = Writer(self.directory, LIMITS, self.sealer.wake)
-        self.committer = Committer(self.directory, self.writer)
+        self.committer = GroupCommitter(self.directory, self.writer)
         self.sealer.attach(self.writer, self.committer)
         self._clock = clock
 
     def start(self) -> None:
         """As an `Outbox` does, first when it is made and then when it is used."""
-        self.directory.open()
-        account = self.directory.account()
-        self.directory.note_stamp(account.newest_stamp)
+        self.directory.ensure_usable()
+        account = self.directory.disk_usage()
+        self.directory.seal_after(account.newest_sealed_at)
         self.writer.start(account.pending_bytes, account.pending_files)
-        self.sealer.adopt()
+        self.sealer.adopt_segments()
 
     def deliver(self, sink: Destination) -> None:
         """Deliver everything, with the worker's own loop."""
-        deliver_once(self.directory, sink, self._clock, self.writer.release)
+        deliver_once(self.directory, sink, self._clock, self.writer.release_bytes)
 
     def evict(self) -> None:
         """Have everything that is sealed given up, as if there were no room at all."""
-        capacity, writer = self.sealer.capacity, self.writer
+        capacity, writer = self.sealer.quota, self.writer
         capacity._evicts, writer.limits = True, LIMITS._replace(max_bytes=0)
         try:
-            capacity.look()
+            capacity.enforce()
         finally:
             capacity._evicts, writer.limits = False, LIMITS
 
@@ -341,7 +341,7 @@ class World:
             case "v":
                 self._evict(process)
             case "c":
-                process.sealer.finish()
+                process.sealer.seal_remaining()
 
     def _append(self, process: Process, letter: str) -> None:
         sign = -1 if letter == "x" else 1
@@ -404,7 +404,7 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
         process.start()
         done = len(disk.trace)
         again = Directory(PLACE, CrashFilesystem(disk), clock, new_id)
-        again.open()
+        again.ensure_usable()
         again.recover()
         if len(disk.trace) != done:
             problem = f"opened once more, something is done: {disk.trace[done:]}"
@@ -416,7 +416,7 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
             disk.mark(("acknowledged", {after}))
         else:
             problem = "nothing is accepted after the recovery"
-        process.sealer.finish()
+        process.sealer.seal_remaining()
         deliver(process.directory, destination)
     except OSError as error:
         return Outcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
@@ -429,7 +429,7 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
             kept |= numbers_in(data)
         elif kind_at(path) is Kind.CORRUPT:
             kept |= rubbish_in(data)  # an event whose line is damaged is lost
-        elif kind_at(path) is not Kind.SPANS:
+        elif kind_at(path) is not Kind.RANGES:
             problem = f"left behind: {path}"
     return Outcome(arrived, frozenset(kept), problem or _changed(disk.trace))
 
@@ -446,16 +446,16 @@ def deliver(directory: Directory, destination: Destination) -> None:
     """What the worker does with each sealed file, in its order, but without an event loop."""
     filesystem = directory.filesystem
     directory.recover()
-    for name in directory.sealed():
-        taken = directory.take(name)
+    for name in directory.batch_names():
+        taken = directory.lock_existing(name)
         if taken is None:
             raise Violation(f"{name} cannot be taken, and nobody else lives")
         data = filesystem.read_all(taken.fd)
-        contents = reader.read(data, lambda: None)
+        contents = reader.read_lines(data, lambda: None)
         answer = destination.answer(contents.payloads) if contents.payloads else Delivered(0)
         batch = layout.batch_id(name)
-        if contents.spans:
-            settlement.keep_damaged(directory, batch, data, contents.spans)
+        if contents.damaged:
+            settlement.keep_damaged(directory, batch, data, contents.damaged)
         if isinstance(answer, PartialFailure):
             settlement.keep_dead(
                 directory, batch, {index: _letter(contents.payloads[index], index) for index in answer.rejected}

@@ -30,19 +30,19 @@ from pillarbox.outcome import DROPPED
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Rejected, Rejection, Retry
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.group_commit import Committer
+from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.layout import Kind
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.usage import Account
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.usage import DiskUsage
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
-from pillarbox.testing.durability_model import Survivors, _after, _renamed
+from pillarbox.testing.durability_model import DurabilityModel, _contents_after, _with_name_change
 from tests.crash.interleave import LOCKS, PLACE, deliver_once
 
 STEPS: Final = 25
 OPERATIONS_MAX: Final = 40  # of one call, ahead of which it may end
-LIMITS: Final = Limits(batch_size=3, batch_bytes=400, max_bytes=2**20)
+LIMITS: Final = WriterLimits(batch_size=3, batch_bytes=400, max_bytes=2**20)
 EVICT_ABOVE: Final = 500  # bytes: a dozen events
 
 
@@ -54,22 +54,26 @@ class Fuse(NamedTuple):
 
 
 def pick(disk: Disk, chance: random.Random) -> State:
-    """One of the states that the loss of power may leave: `Survivors.states` has them all, which may be very many.
+    """One of the states that the loss of power may leave: `DurabilityModel.states` has them all, which may be very many.
 
     Without the locks, whose content differs from run to run.
     """
-    survivors = Survivors(disk.trace, ignoring=LOCKS)
+    survivors = DurabilityModel(disk.trace, ignoring=LOCKS)
     names = survivors._durable
-    for renaming in survivors._unsure:
+    for renaming in survivors._unsynced:
         if chance.random() < 0.5:
-            names = _renamed(names, renaming)
+            names = _with_name_change(names, renaming)
     left: State = {}
     may_tear = True
     for path, inode in survivors._paths(names).items():
         file = survivors._files[inode]
         contents, torn = {file.base}, False
         for change in file.changes:
-            whole, broken = _after(change, contents, set(), ()) if not torn else (_after(change, set(), contents, ())[1], set())
+            whole, broken = (
+                _contents_after(change, contents, set(), ())
+                if not torn
+                else (_contents_after(change, set(), contents, ())[1], set())
+            )
             if broken and may_tear and chance.random() < 0.2:
                 may_tear, torn, whole = False, True, broken
             contents = {chance.choice(sorted(whole))}
@@ -96,10 +100,10 @@ class Process:
                 self.dead = True
                 raise Killed
 
-    def account(self) -> Account:
+    def account(self) -> DiskUsage:
         """What a process does first: count, and seal after what is sealed."""
-        account = self.directory.account()
-        self.directory.note_stamp(account.newest_stamp)
+        account = self.directory.disk_usage()
+        self.directory.seal_after(account.newest_sealed_at)
         return account
 
     def die(self) -> None:
@@ -116,11 +120,11 @@ class Application(Process):
         limits = LIMITS._replace(max_bytes=EVICT_ABOVE) if evicts else LIMITS
         self.sealer = Sealer(self.directory, self.clock, 1.0, on_sealed, min_free_bytes=0, evicts=evicts)
         self.writer = Writer(self.directory, limits, self.sealer.wake)
-        self.committer = Committer(self.directory, self.writer)
+        self.committer = GroupCommitter(self.directory, self.writer)
         self.sealer.attach(self.writer, self.committer)
         account = self.account()
         self.writer.start(account.pending_bytes, account.pending_files)
-        self.sealer.adopt()
+        self.sealer.adopt_segments()
 
 
 class Destination(RecordingSink):
@@ -210,7 +214,7 @@ class Machine(RuleBasedStateMachine):
         """Sealed names are durable: what is in those files is promised to survive the loss of power."""
         for path, data in self.disk.files.items():
             if layout.kind_of(path.removeprefix(f"{PLACE}/")) is Kind.SEALED:
-                self.promised.update(reader.read(data, lambda: None).payloads)
+                self.promised.update(reader.read_lines(data, lambda: None).payloads)
 
     def _note_what_is_evicted(self, process: Process) -> None:
         remove = process.directory.remove
@@ -218,7 +222,7 @@ class Machine(RuleBasedStateMachine):
         def noting(name: str) -> None:
             data = self.disk.files.get(f"{PLACE}/{name}", b"") if layout.kind_of(name) is Kind.SEALED else b""
             remove(name)
-            self.evicted.update(reader.read(data, lambda: None).payloads)
+            self.evicted.update(reader.read_lines(data, lambda: None).payloads)
 
         process.directory.remove = noting  # type: ignore[method-assign]
 
@@ -285,7 +289,7 @@ class Machine(RuleBasedStateMachine):
     def close(self, fuse: Fuse | None, chance: random.Random) -> None:
         """The application ends as it should."""
         application = self._running()
-        if self._within(application, fuse, chance, application.sealer.finish):
+        if self._within(application, fuse, chance, application.sealer.seal_remaining):
             application.die()
             self.application = None
 
@@ -351,7 +355,7 @@ class Machine(RuleBasedStateMachine):
         dead, kept = self._dead_letters(), self._left()
         assert not self.accepted - batches.keys() - dead - self.evicted, "lost"
         assert batches.keys() | dead <= self.attempted, "invented"
-        assert kept <= {Kind.DEAD} | ({Kind.CORRUPT, Kind.SPANS} if self.was_cut else set()), "left behind"
+        assert kept <= {Kind.DEAD} | ({Kind.CORRUPT, Kind.RANGES} if self.was_cut else set()), "left behind"
         for payload, found in batches.items():
             assert len(found) == 1 or self.may_repeat, f"{payload!r} is delivered {len(found)} times"
             assert len(set(found)) == 1, f"{payload!r} is a part of {set(found)}"

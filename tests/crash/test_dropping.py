@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox import Enqueued, Outbox
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 from tests.crash import kills, lossy_fs
 from tests.crash.block_device import need
 
@@ -31,7 +31,7 @@ def mount(tmp_path: Path) -> Iterator[Path]:
 
 def test_only_what_was_synced_survives(mount: Path) -> None:
     """Data by the sync of the file, the name by that of the directory."""
-    filesystem = RealFilesystem()
+    filesystem = OsFilesystem()
     for name in ("both", "data", "name"):
         fd = filesystem.create(f"{mount}/{name}")
         filesystem.write(fd, b"first,")
@@ -56,7 +56,7 @@ def test_only_what_was_synced_survives(mount: Path) -> None:
 
 def test_locks_and_identities_are_as_on_any_other_file_system(mount: Path) -> None:
     """Also those of a file that was renamed, replaced or removed while it is open."""
-    filesystem = RealFilesystem()
+    filesystem = OsFilesystem()
     old, new = str(mount / "old"), str(mount / "new")
     fd = filesystem.create(old)
     other = filesystem.open_existing(old)
@@ -64,13 +64,13 @@ def test_locks_and_identities_are_as_on_any_other_file_system(mount: Path) -> No
     with pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     filesystem.rename(old, new)
-    assert filesystem.is_still(fd, new)
+    assert filesystem.is_file_at(fd, new)
     third = filesystem.create(old)
     filesystem.rename(old, new)
-    assert not filesystem.is_still(fd, new)
-    assert filesystem.is_still(third, new)
+    assert not filesystem.is_file_at(fd, new)
+    assert filesystem.is_file_at(third, new)
     filesystem.unlink(new)
-    assert not filesystem.is_linked(third)
+    assert not filesystem.has_name(third)
     assert os.listdir(mount) == []
     for opened in (fd, other, third):
         filesystem.close(opened)
@@ -85,7 +85,7 @@ def test_a_name_before_its_data_is_reported(mount: Path) -> None:
 
 def test_a_replacement_is_whole_or_not_at_all(mount: Path) -> None:
     """Though libfuse makes two renames of it where the replaced file is open."""
-    filesystem = RealFilesystem()
+    filesystem = OsFilesystem()
     fd = filesystem.create(str(mount / "name"))
     filesystem.write(fd, b"0")
     filesystem.sync_data(fd)

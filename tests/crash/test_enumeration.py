@@ -11,9 +11,9 @@ import pytest
 from pillarbox.delivery import settlement
 from pillarbox.delivery.settlement import Settler
 from pillarbox.store import directory, layout, reader, recovery
-from pillarbox.store.directory import Directory, Taken
+from pillarbox.store.directory import Directory, LockedFile
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.syncing import Syncs
+from pillarbox.store.syncing import SegmentSyncer
 from pillarbox.testing.crash import CrashFilesystem
 from tests.crash import enumeration
 from tests.crash.enumeration import Bounds, Enumeration, Histories, key_of, reproduce, run
@@ -67,26 +67,28 @@ def sealing_syncs_no_names(patch: Patch) -> None:
 
 
 def adoption_syncs_no_data(patch: Patch) -> None:
-    patch.setattr(Directory, "_made_durable", lambda _self, file: file)
+    patch.setattr(Directory, "_sync_or_rewrite", lambda _self, file: file)
 
 
 def sealing_syncs_no_data(patch: Patch) -> None:
-    patch.setattr(Sealer, "_make_durable", nothing)
+    patch.setattr(Sealer, "_sync_segments", nothing)
 
 
 def what_is_put_has_no_durable_name(patch: Patch) -> None:
-    patch.setattr(Directory, "put", lambda self, name, data: self.filesystem.close(self._write_aside(name, data).fd))
+    patch.setattr(
+        Directory, "write_atomically", lambda self, name, data: self.filesystem.close(self._write_and_rename(name, data).fd)
+    )
 
 
 def what_is_put_is_not_synced(patch: Patch) -> None:
-    real = Directory._write_aside
+    real = Directory._write_and_rename
 
-    def write_aside(self: Directory, name: str, data: bytes) -> Taken:
+    def write_aside(self: Directory, name: str, data: bytes) -> LockedFile:
         with pytest.MonkeyPatch.context() as within:
             within.setattr(CrashFilesystem, "sync_data", nothing)
             return real(self, name, data)
 
-    patch.setattr(Directory, "_write_aside", write_aside)
+    patch.setattr(Directory, "_write_and_rename", write_aside)
 
 
 def removals_are_not_synced(patch: Patch) -> None:
@@ -110,10 +112,12 @@ def damaged_bytes_are_not_kept(patch: Patch) -> None:
 def adoption_cuts_a_torn_tail(patch: Patch) -> None:
     real = Directory.seal
 
-    def seal(self: Directory, ready: Sequence[Taken], renamed: Callable[[Sequence[Taken], Sequence[str]], None]) -> None:
-        def cut(files: Sequence[Taken], names: Sequence[str]) -> None:
+    def seal(
+        self: Directory, ready: Sequence[LockedFile], renamed: Callable[[Sequence[LockedFile], Sequence[str]], None]
+    ) -> None:
+        def cut(files: Sequence[LockedFile], names: Sequence[str]) -> None:
             for name in names:
-                fd = self.filesystem.open_lock(self.at(name))
+                fd = self.filesystem.open_lock_file(self.path_of(name))
                 data = self.filesystem.read_all(fd)
                 self.filesystem.truncate(fd, data.rfind(b"\n") + 1)
                 self.filesystem.close(fd)
@@ -126,39 +130,39 @@ def adoption_cuts_a_torn_tail(patch: Patch) -> None:
 
 def recovery_passes_over_what_ends_in_nul_bytes(patch: Patch) -> None:
     changed = dict(recovery.RECOVERY)
-    changed[layout.Kind.ACTIVE, recovery.Lock.NOBODY, recovery.Tail.NUL] = recovery.Action.LEAVE
+    changed[layout.Kind.ACTIVE, recovery.LockState.NOBODY, recovery.FileTail.NUL] = recovery.RecoveryAction.LEAVE
     patch.setattr(directory, "RECOVERY", changed)
 
 
 def recovery_removes_what_is_torn(patch: Patch) -> None:
     changed = dict(recovery.RECOVERY)
-    changed[layout.Kind.ACTIVE, recovery.Lock.NOBODY, recovery.Tail.TORN] = recovery.Action.REMOVE
+    changed[layout.Kind.ACTIVE, recovery.LockState.NOBODY, recovery.FileTail.TORN] = recovery.RecoveryAction.REMOVE
     patch.setattr(directory, "RECOVERY", changed)
 
 
 def what_was_written_aside_stays(patch: Patch) -> None:
     changed = dict(recovery.RECOVERY)
-    for tail in recovery.Tail:
-        changed[layout.Kind.ASIDE, recovery.Lock.NOBODY, tail] = recovery.Action.LEAVE
+    for tail in recovery.FileTail:
+        changed[layout.Kind.TEMPORARY, recovery.LockState.NOBODY, tail] = recovery.RecoveryAction.LEAVE
     patch.setattr(directory, "RECOVERY", changed)
 
 
 def a_damaged_line_hides_the_rest(patch: Patch) -> None:
-    real = reader.read
+    real = reader.read_lines
 
-    def read(data: bytes, give_way: Callable[[], None]) -> reader.Contents:
+    def read(data: bytes, give_way: Callable[[], None]) -> reader.FileContents:
         contents = real(data, give_way)
-        return reader.Contents([], contents.spans) if contents.spans else contents
+        return reader.FileContents([], contents.damaged) if contents.damaged else contents
 
-    patch.setattr(reader, "read", read)
+    patch.setattr(reader, "read_lines", read)
 
 
 def power_is_promised_without_a_sync(patch: Patch) -> None:
-    def pretend(_self: Syncs, file: Any, _kept: object) -> str:
-        file.synced = file.bytes
+    def pretend(_self: SegmentSyncer, file: Any, _kept: object) -> str:
+        file.synced_bytes = file.bytes
         return ""
 
-    patch.setattr(Syncs, "make_durable", pretend)
+    patch.setattr(SegmentSyncer, "sync", pretend)
 
 
 def no_name_is_synced(patch: Patch) -> None:

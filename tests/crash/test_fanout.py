@@ -13,9 +13,9 @@ import pytest
 from pillarbox.store import audit
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
-from pillarbox.store.quota import Capacity
+from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.testing.crash import CrashFilesystem, Op
-from pillarbox.testing.fault import Fault, FaultFilesystem, Meter
+from pillarbox.testing.fault import Fault, FaultCounter, FaultFilesystem
 from tests.crash import fanout, fanout_faults
 from tests.crash.fanout import Looked, World, moments
 
@@ -36,7 +36,7 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: Patch) -> Iterator[None]:
     """Without log messages, which are many, and without looking again at accounts that do not balance."""
-    monkeypatch.setattr(audit, "_LOOKS", 1)
+    monkeypatch.setattr(audit, "_ATTEMPTS", 1)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -91,7 +91,7 @@ def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) 
 def test_what_a_crash_leaves_after_a_fault_is_recovered(verb: str) -> None:
     """No name goes before the sync that it waits for, when that sync has failed."""
     history, looked = "aafxfd", Looked()
-    meter = Meter()
+    meter = FaultCounter()
     World(lambda plain: FaultFilesystem(plain, meter)).run(history)
     for nth in range(1, meter.counts[verb] + 1):
         trace, _ = fanout_faults.check(history, Fault(verb, nth, errno.EIO))
@@ -113,22 +113,22 @@ def queues_are_not_synced(patch: Patch) -> None:
 
 
 def a_link_counts_at_once(patch: Patch) -> None:
-    patch.setattr(Directory, "sealed", lambda self: sorted(self.sealed_names()))
+    patch.setattr(Directory, "batch_names", lambda self: sorted(self.all_sealed_names()))
 
 
 def the_first_queues_are_made_one_by_one(patch: Patch) -> None:
     def finish_adding(self: FanOut, missing: Sequence[str], *, first: bool) -> None:
         for sink in missing if first else ():
-            self._directory.ask_for(sink)
-            self._directory.add_queue(sink)
+            self._directory.request_queue(sink)
+            self._directory.create_requested_queue(sink)
             break
 
     patch.setattr(FanOut, "_finish_adding", finish_adding)
 
 
 def eviction_ignores_queues(patch: Patch) -> None:
-    real = Capacity._take
-    patch.setattr(Capacity, "_take", lambda self, name, places: real(self, name, places[-1:]))
+    real = QuotaEnforcer._lock_candidate
+    patch.setattr(QuotaEnforcer, "_lock_candidate", lambda self, name, places: real(self, name, places[-1:]))
 
 
 def the_name_goes_first(patch: Patch) -> None:

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 from pillarbox import Outbox
-from pillarbox.store.audit import audit, audit_queues
+from pillarbox.store.audit import reconcile, reconcile_queues
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.testing import ManualClock
 from tests.crash import kills
 
@@ -90,8 +90,8 @@ def test_processes_that_are_killed_leave_every_event_in_both_databases_once(tmp_
         assert not accepted - rows.keys(), f"{name} misses events"
         assert set(rows.values()) == {1}, f"{name} has events twice"
     assert found["a"] == found["b"]
-    place = Directory(str(tmp_path / "outbox"), RealFilesystem(), ManualClock())
-    assert place.account().pending_files == 0
-    whole = audit(place)
+    place = Directory(str(tmp_path / "outbox"), OsFilesystem(), ManualClock())
+    assert place.disk_usage().pending_files == 0
+    whole = reconcile(place)
     assert whole.balances, whole
-    assert all(one.balances for one in audit_queues(place, whole).values())
+    assert all(one.balances for one in reconcile_queues(place, whole).values())

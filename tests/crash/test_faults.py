@@ -11,13 +11,13 @@ import pytest
 
 from pillarbox.outcome import ENQUEUED
 from pillarbox.store.directory import Directory
-from pillarbox.store.dirscan import ByListing
+from pillarbox.store.dirscan import PortableScanOps
 from pillarbox.store.filesystem import Filesystem
-from pillarbox.store.onebyone import OneByOne
+from pillarbox.store.onebyone import SequentialBatchOps
 from pillarbox.store.writer import Writer
 from pillarbox.testing.crash import CrashFilesystem, Disk
-from pillarbox.testing.durability_model import Survivors
-from pillarbox.testing.fault import PARTIAL, VERBS, Fault, FaultFilesystem
+from pillarbox.testing.durability_model import DurabilityModel
+from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultFilesystem
 from tests.crash.enumeration import ENDS, Bounds
 from tests.crash.faults import HISTORIES, all_cases, faults_of, pairs_of, reproduce, run
 
@@ -79,7 +79,7 @@ def a_failed_sync_of_the_directory_is_forgotten(patch: Patch) -> None:
 
 
 def what_cannot_be_put_is_forgotten(patch: Patch) -> None:
-    patch.setattr(Directory, "put", swallowing(Directory.put))
+    patch.setattr(Directory, "write_atomically", swallowing(Directory.write_atomically))
 
 
 def a_refusal_is_an_acceptance(patch: Patch) -> None:
@@ -103,8 +103,8 @@ def a_listing_that_ends_early_is_a_crash(patch: Patch) -> None:
         except OSError:
             raise ValueError("planted") from None
 
-    real = Directory.account
-    patch.setattr(Directory, "account", account)
+    real = Directory.disk_usage
+    patch.setattr(Directory, "disk_usage", account)
 
 
 def swallowing(real: Callable[..., object]) -> Callable[..., object]:
@@ -161,17 +161,17 @@ def test_the_nth_operation_of_a_verb_fails_and_no_other() -> None:
     with pytest.raises(OSError, match="Too many open files"):
         filesystem.create("/d/c")
     filesystem.create("/d/c")
-    _disk, filesystem = place(Fault("create", 1, errno.EMFILE, for_good=True))
+    _disk, filesystem = place(Fault("create", 1, errno.EMFILE, permanent=True))
     for _ in range(3):
         with pytest.raises(OSError, match="Too many open files"):
             filesystem.create("/d/b")
-    filesystem.meter.heal()
+    filesystem.counter.clear_faults()
     filesystem.create("/d/b")
 
 
 def test_a_short_write_answers_how_much_and_fails_when_it_is_called_again() -> None:
     """A half is there; with once only, the next one is whole."""
-    disk, filesystem = place(Fault("write", 1, errno.ENOSPC, for_good=True, part=True))
+    disk, filesystem = place(Fault("write", 1, errno.ENOSPC, permanent=True, partial=True))
     fd = filesystem.create("/d/b")
     assert filesystem.write(fd, b"1234") == 2
     with pytest.raises(OSError, match="No space left"):
@@ -179,10 +179,10 @@ def test_a_short_write_answers_how_much_and_fails_when_it_is_called_again() -> N
     assert disk.files["/d/b"] == b"12"
 
 
-@pytest.mark.parametrize("verb", ["write_all", "replace_all"])
+@pytest.mark.parametrize("verb", ["write_all", "overwrite"])
 def test_what_is_written_as_a_whole_may_be_there_in_part(verb: str) -> None:
     """And fails."""
-    disk, filesystem = place(Fault(verb, 1, errno.EIO, part=True))
+    disk, filesystem = place(Fault(verb, 1, errno.EIO, partial=True))
     fd = filesystem.create("/d/b")
     with pytest.raises(OSError, match="Input/output"):
         getattr(filesystem, verb)(fd, b"1234")
@@ -191,9 +191,9 @@ def test_what_is_written_as_a_whole_may_be_there_in_part(verb: str) -> None:
 
 def test_a_listing_may_fail_half_way() -> None:
     """After it has named something."""
-    disk, filesystem = place(Fault("listing", 1, errno.EIO, part=True))
+    disk, filesystem = place(Fault("list_files", 1, errno.EIO, partial=True))
     filesystem.create("/d/b")
-    names = filesystem.listing("/d")
+    names = filesystem.list_files("/d")
     assert next(names).name == "a"
     with pytest.raises(OSError, match="Input/output"):
         next(names)
@@ -209,14 +209,14 @@ def test_a_failed_sync_dooms_what_it_was_to_make_durable() -> None:
     with pytest.raises(OSError, match="Input/output"):
         filesystem.sync_data(fd)
     filesystem.sync_data(fd)
-    assert {state["/d/b"] for state in Survivors(disk.trace).states()} == {b"", b"2", b"\0"}
+    assert {state["/d/b"] for state in DurabilityModel(disk.trace).states()} == {b"", b"2", b"\0"}
 
 
 def test_every_verb_of_a_file_system_either_fails_or_is_passed_on() -> None:
     """What cannot fail is named in the head of the table."""
     verbs = {verb for verb in dir(Filesystem) if not verb.startswith("_")}
-    several = {verb for made in (OneByOne, ByListing) for verb in vars(made) if not verb.startswith("_")}
-    assert verbs - set(VERBS) - several == {"close", "close_inherited", "is_linked", "is_one", "is_still", "size"}
-    assert verbs >= PARTIAL
+    several = {verb for made in (SequentialBatchOps, PortableScanOps) for verb in vars(made) if not verb.startswith("_")}
+    assert verbs - set(VERBS) - several == {"close", "close_inherited", "has_name", "is_same_file", "is_file_at", "size"}
+    assert verbs >= PARTIAL_VERBS
     assert verbs >= several
     assert not several & (vars(FaultFilesystem).keys() | vars(CrashFilesystem).keys())  # made of those that fail

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pillarbox.delivery.lease import Lease
-from pillarbox.store.directory import Directory, Taken
+from pillarbox.store.directory import Directory, LockedFile
 from pillarbox.testing.crash import CrashFilesystem
 from tests.crash import interleave, interleave_fanout
 from tests.crash.interleave import SCENARIOS, Scenario, explore
@@ -65,9 +65,9 @@ def test_a_part_of_the_schedules_is_a_part() -> None:
     assert not explore(interleave.two_evict, seconds=0.2, seed=1).complete
 
 
-def take_without_claim(self: Directory, name: str) -> Taken | None:
+def take_without_claim(self: Directory, name: str) -> LockedFile | None:
     try:
-        return Taken(name, self.filesystem.open_existing(self.at(name)))
+        return LockedFile(name, self.filesystem.open_existing(self.path_of(name)))
     except FileNotFoundError:
         return None
 
@@ -77,7 +77,7 @@ def always(*_args: Any) -> bool:
 
 
 def lease_for_all(self: Lease) -> bool:
-    self._fd = self._directory.filesystem.open_lock(self._directory.at("deliver.lock"))
+    self._fd = self._directory.filesystem.open_lock_file(self._directory.path_of("deliver.lock"))
     return True
 
 
@@ -87,7 +87,7 @@ def found(scenario: Scenario, preemptions: int = 2, kills: int = 0) -> str:
 
 def test_a_take_without_a_claim_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two adopt the same file."""
-    monkeypatch.setattr(Directory, "take", take_without_claim)
+    monkeypatch.setattr(Directory, "lock_existing", take_without_claim)
     assert "was delivered" in found(interleave.two_start_and_adopt_the_same_file, 1)
 
 
@@ -95,20 +95,20 @@ def test_two_deliverers_without_any_claim_are_found(monkeypatch: pytest.MonkeyPa
     """Either claim alone would do."""
     monkeypatch.setattr(Lease, "take", lease_for_all)
     assert not explore(interleave.two_deliver, 1, 0).violations
-    monkeypatch.setattr(Directory, "take", take_without_claim)
+    monkeypatch.setattr(Directory, "lock_existing", take_without_claim)
     assert "was delivered 2 times" in found(interleave.two_deliver, 1)
 
 
 def test_a_file_taken_without_looking_at_its_name_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was sealed or delivered between open and lock."""
-    monkeypatch.setattr(CrashFilesystem, "is_still", always)
+    monkeypatch.setattr(CrashFilesystem, "is_file_at", always)
     monkeypatch.setattr(Lease, "take", lease_for_all)
     assert "was delivered" in found(interleave.two_deliver)
 
 
 def test_a_file_that_is_removed_between_create_and_lock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its writer has to look whether it is still there: killed, it would take with it what it appended."""
-    monkeypatch.setattr(CrashFilesystem, "is_linked", always)
+    monkeypatch.setattr(CrashFilesystem, "has_name", always)
     assert "lost" in found(interleave.one_begins_files_while_another_recovers, 1, 1)
 
 

@@ -10,16 +10,16 @@ from pillarbox.admin.changes import ChangeReport
 from pillarbox.admin.filters import RecordFilter
 from pillarbox.admin.redelivery import PendingLimits, Redelivery
 from pillarbox.store import layout, record
-from pillarbox.store.audit import audit
+from pillarbox.store.audit import reconcile
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import Ledger, Sealed, Settled
-from pillarbox.store.retention import Shelf
+from pillarbox.store.ledger import LedgerWriter, SealedEntry, SettledEntry
+from pillarbox.store.retention import Retention
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, State
-from pillarbox.testing.durability_model import Survivors
-from pillarbox.testing.fault import VERBS, Fault, FaultFilesystem, Meter
+from pillarbox.testing.durability_model import DurabilityModel
+from pillarbox.testing.fault import VERBS, Fault, FaultCounter, FaultFilesystem
 from tests.crash.enumeration import ENDS
 
 PLACE = "/outbox"
@@ -38,8 +38,8 @@ def disk_with_sealed() -> Disk:
     """All batches wait, durably, and the ledger knows of them."""
     disk = Disk({f"{PLACE}/{layout.sealed_name(number + 1, 'u')}": content(number) for number in range(BATCHES)})
     place = Directory(PLACE, CrashFilesystem(disk), ManualClock())
-    pen = Ledger(place, ManualClock())
-    pen.note(*(Sealed(0, layout.batch_id(name), "w", 2, 100) for name in place.sealed()))
+    pen = LedgerWriter(place, ManualClock())
+    pen.add(*(SealedEntry(0, layout.batch_id(name), "w", 2, 100) for name in place.batch_names()))
     assert pen.write(sync=True)
     return Disk(disk.files)
 
@@ -49,13 +49,13 @@ def keep_and_send_again(filesystem: Filesystem) -> None:
     clock = ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
     place = Directory(PLACE, filesystem, clock, new_id)
-    pen, shelf = Ledger(place, clock), Shelf(place, clock, 10.0, 10**6)
-    for name in place.sealed():
-        taken = place.take(name)
+    pen, shelf = LedgerWriter(place, clock), Retention(place, clock, 10.0, 10**6)
+    for name in place.batch_names():
+        taken = place.lock_existing(name)
         assert taken is not None
-        pen.note(Settled(clock.micros(), layout.batch_id(name), "sink", 2, 0, 0, 0))
+        pen.add(SettledEntry(clock.micros(), layout.batch_id(name), "sink", 2, 0, 0, 0))
         pen.write(sync=True)
-        if not shelf.keep(taken):
+        if not shelf.retain(taken):
             place.remove(name)
         filesystem.close(taken.fd)
         clock.advance(3.0)
@@ -72,7 +72,7 @@ def problem_of(state: State) -> str:
         times = found.count(content(number))
         if times > 1 or (number and not times):
             return f"batch {number} is there {times} times: {sorted(state)}"
-    account = audit(Directory(PLACE, CrashFilesystem(Disk(state)), ManualClock()))
+    account = reconcile(Directory(PLACE, CrashFilesystem(Disk(state)), ManualClock()))
     return "" if account.balances else f"it does not add up: {account} in {sorted(state)}"
 
 
@@ -81,10 +81,10 @@ def test_killed_or_without_power_at_any_moment_each_batch_is_kept_or_waits_once(
     disk = disk_with_sealed()
     keep_and_send_again(CrashFilesystem(disk))
     assert sum(op.verb == "unlink" for op in disk.trace) == 1
-    survivors, states = Survivors(ignoring=LOCKS), 0
+    survivors, states = DurabilityModel(ignoring=LOCKS), 0
     for op in disk.trace:
         survivors.apply(op)
-        for state in [survivors.whole(), *survivors.states(ENDS)] if op.verb != "found" else ():
+        for state in [survivors.complete_state(), *survivors.states(ENDS)] if op.verb != "found" else ():
             states += 1
             assert not problem_of(state), op
     assert states > STATES_MIN
@@ -95,12 +95,12 @@ def test_whatever_fails_each_batch_that_is_there_is_there_once(verb: str) -> Non
     """A rename that fails lets a file go, which is delivered; one that stays is named. The account balances."""
     met = 0
     for nth, code in itertools.product(range(1, 40), VERBS.get(verb, ())):
-        disk, meter = disk_with_sealed(), Meter(Fault(verb, nth, code))
+        disk, meter = disk_with_sealed(), FaultCounter(Fault(verb, nth, code))
         try:
             keep_and_send_again(FaultFilesystem(CrashFilesystem(disk), meter))
         except OSError:
             assert verb in ("sync_directory", "open_existing"), verb  # raised to the caller, who tries again
-        if not meter.hits:
+        if not meter.failures:
             break
         met += 1
         found = [data for path, data in disk.files.items() if b'"n"' in data and "/ledger" not in path]

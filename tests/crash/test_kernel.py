@@ -45,13 +45,13 @@ def test_a_sync_that_does_nothing_is_found(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ext4 writes a file's new size ahead of its data."""
-    after = durability_model._after
+    after = durability_model._contents_after
 
     def without(*arguments: object) -> tuple[set[bytes], set[bytes]]:
         made, torn = after(*arguments)  # type: ignore[arg-type]
         return {one for one in made if b"\0" not in one}, {one for one in torn if b"\0" not in one}
 
-    monkeypatch.setattr(durability_model, "_after", without)
+    monkeypatch.setattr(durability_model, "_contents_after", without)
     with pytest.raises(block_device.Violation, match="does not admit"):
         block_device.run("ext4", SECONDS, 2, tmp_path)
 
@@ -72,7 +72,7 @@ def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tm
         os.close(fd)
         medium.come_back()
         assert file.read_bytes() == b"x" * 40 + bytes(60)
-    assert durability_model.Survivors(trace).admits({path: b"x" * 40 + bytes(60)})
+    assert durability_model.DurabilityModel(trace).admits({path: b"x" * 40 + bytes(60)})
 
 
 def test_a_machine_that_lacks_something_is_a_reason_to_skip_but_not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from pillarbox.store import layout, ledger, reconciliation
 from pillarbox.store.directory import Directory
-from pillarbox.store.ledger import Ledger, entries_of
-from pillarbox.store.reconciliation import Found, Sealed, Settled
+from pillarbox.store.ledger import LedgerWriter, parse_ledger
+from pillarbox.store.reconciliation import FileCounts, SealedEntry, SettledEntry
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
-from pillarbox.testing.durability_model import Survivors
+from pillarbox.testing.durability_model import DurabilityModel
 from tests.crash.enumeration import ENDS
 
 PLACE = "/outbox"
@@ -29,17 +29,17 @@ def batch(number: int) -> str:
 
 def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
     """Batches are sealed, settled and marked as that, one after the other; the ledger is shortened on the way."""
-    monkeypatch.setattr(ledger, "CONDENSE_BYTES", 1000)
-    monkeypatch.setattr(reconciliation, "RECENT", 1)
+    monkeypatch.setattr(ledger, "COMPACT_BYTES", 1000)
+    monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 1)
     disk, clock = Disk(), ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
     place = Directory(PLACE, CrashFilesystem(disk), clock, new_id)
-    place.open()
-    pen = Ledger(place, clock)
+    place.ensure_usable()
+    pen = LedgerWriter(place, clock)
     for number in range(BATCHES):
-        pen.note(Sealed(number, batch(number), "w", EVENTS, 100))
+        pen.add(SealedEntry(number, batch(number), "w", EVENTS, 100))
         assert pen.write(sync=False)
-        pen.note(Settled(number, batch(number), "sink", EVENTS, 0, 0, 0))
+        pen.add(SettledEntry(number, batch(number), "sink", EVENTS, 0, 0, 0))
         assert pen.write(sync=True)
         disk.mark(("settled", number))
     return list(disk.trace)
@@ -47,8 +47,10 @@ def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
 
 def problem_of(state: State, settled: int) -> str:
     """What is wrong with the account that a crash has left once `settled` batches were; the files of the others are there."""
-    entries, _ = entries_of(state.get(LEDGER, b""))
-    account = reconciliation.account(entries, {batch(number): Found(EVENTS, 0) for number in range(settled, BATCHES)}, [])
+    entries, _ = parse_ledger(state.get(LEDGER, b""))
+    account = reconciliation.reconcile_entries(
+        entries, {batch(number): FileCounts(EVENTS, 0) for number in range(settled, BATCHES)}, []
+    )
     total = account.total
     if not account.balances or total.resent or total.accepted != BATCHES * EVENTS:
         return f"{settled} settled: {account}"
@@ -59,11 +61,11 @@ def problem_of(state: State, settled: int) -> str:
 
 def look(trace: list[Op]) -> tuple[int, str]:
     """How many states were looked at, and what is wrong with one of them."""
-    survivors, settled, states = Survivors(ignoring={layout.LEDGER_LOCK}), 0, 0
+    survivors, settled, states = DurabilityModel(ignoring={layout.LEDGER_LOCK}), 0, 0
     for op in trace:
         survivors.apply(op)
         settled += op.verb == "mark"
-        for state in [survivors.whole(), *survivors.states(ENDS)]:
+        for state in [survivors.complete_state(), *survivors.states(ENDS)]:
             states += 1
             if problem := problem_of(state, settled):
                 return states, f"after {op.verb} {op.path}: {problem}"

@@ -14,12 +14,12 @@ import pytest
 
 from pillarbox.delivery import settlement
 from pillarbox.outcome import ENQUEUED_POWER
-from pillarbox.store.directory import Directory, Taken
-from pillarbox.store.group_commit import Committer
-from pillarbox.store.segment import ActiveFile
-from pillarbox.store.syncing import Syncs
+from pillarbox.store.directory import Directory, LockedFile
+from pillarbox.store.group_commit import GroupCommitter
+from pillarbox.store.segment import Segment
+from pillarbox.store.syncing import SegmentSyncer
 from pillarbox.testing.crash import CrashFilesystem, Disk
-from pillarbox.testing.durability_model import Survivors
+from pillarbox.testing.durability_model import DurabilityModel
 from tests.crash.state_machine import Fuse, Machine, pick, torture
 
 EXAMPLES = 1500  # some ten seconds
@@ -34,12 +34,12 @@ def test_nothing_is_lost_invented_doubled_or_left_behind() -> None:
 
 
 def sealed_without_a_sync(patch: pytest.MonkeyPatch) -> None:
-    def make_final(_self: Syncs, files: Sequence[ActiveFile], _kept: Any) -> list[str]:
+    def make_final(_self: SegmentSyncer, files: Sequence[Segment], _kept: Any) -> list[str]:
         for file in files:
-            file.sealed, file.synced = True, file.bytes
+            file.is_sealed, file.synced_bytes = True, file.bytes
         return []
 
-    patch.setattr(Syncs, "make_final", make_final)
+    patch.setattr(SegmentSyncer, "sync_for_seal", make_final)
 
 
 def names_without_a_sync(patch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def names_without_a_sync(patch: pytest.MonkeyPatch) -> None:
 
 
 def adopted_without_a_sync(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Directory, "_made_durable", lambda _self, file: file)
+    patch.setattr(Directory, "_sync_or_rewrite", lambda _self, file: file)
 
 
 def dead_letters_not_kept(patch: pytest.MonkeyPatch) -> None:
@@ -55,30 +55,30 @@ def dead_letters_not_kept(patch: pytest.MonkeyPatch) -> None:
 
 
 def durable_once_it_is_written(patch: pytest.MonkeyPatch) -> None:
-    def commit(self: Committer, lines: bytes, events: int) -> Any:
+    def commit(self: GroupCommitter, lines: bytes, events: int) -> Any:
         outcome = self._writer.append(lines, events)
         return ENQUEUED_POWER if outcome else outcome
 
-    patch.setattr(Committer, "commit", commit)
+    patch.setattr(GroupCommitter, "commit", commit)
 
 
 def taken_without_a_lock(patch: pytest.MonkeyPatch) -> None:
-    def take(self: Directory, name: str) -> Taken | None:
+    def take(self: Directory, name: str) -> LockedFile | None:
         try:
-            return Taken(name, self.filesystem.open_existing(self.at(name)))
+            return LockedFile(name, self.filesystem.open_existing(self.path_of(name)))
         except FileNotFoundError:
             return None
 
-    patch.setattr(Directory, "take", take)
+    patch.setattr(Directory, "lock_existing", take)
 
 
 def adopted_by_nobody(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Directory, "_recover_one", lambda *_: True)
+    patch.setattr(Directory, "_recover_file", lambda *_: True)
 
 
 def put_under_other_names(patch: pytest.MonkeyPatch) -> None:
-    put = Directory.put
-    patch.setattr(Directory, "put", lambda self, name, data: put(self, f"{name}-{self.new_id()}", data))
+    put = Directory.write_atomically
+    patch.setattr(Directory, "write_atomically", lambda self, name, data: put(self, f"{name}-{self.new_id()}", data))
 
 
 PLANTS: list[Plant] = [
@@ -123,6 +123,6 @@ def test_what_a_loss_of_power_leaves_is_one_of_the_models_states() -> None:
     filesystem.write(fd, b"34")
     filesystem.rename("/d/b", "/d/c")
     filesystem.unlink("/d/a")
-    states = [tuple(sorted(state.items())) for state in Survivors(disk.trace).states()]
+    states = [tuple(sorted(state.items())) for state in DurabilityModel(disk.trace).states()]
     chance = random.Random(1)
     assert {tuple(sorted(pick(disk, chance).items())) for _ in range(3000)} == set(states)

@@ -8,8 +8,8 @@ import pytest
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store.filesystem import Filesystem
-from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Misuse, Op, State
-from pillarbox.testing.durability_model import NAMES_MAX, Survivors
+from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, MisuseError, Op, State
+from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel
 
 A, B, C = "/d/a", "/d/b", "/d/c"
 
@@ -30,7 +30,7 @@ def named(disk: Disk, filesystem: CrashFilesystem, path: str = A) -> int:
 
 def left(disk: Disk) -> list[State]:
     """Everything that may be left, with any number of torn files; what can be listed is what is admitted."""
-    survivors = Survivors(disk.trace)
+    survivors = DurabilityModel(disk.trace)
     states = list(survivors.states(torn=9))
     assert all(survivors.admits(state) for state in states)
     assert len(states) == survivors.count(torn=9)
@@ -82,10 +82,10 @@ def test_a_state_by_chance_is_one_of_them_and_each_may_come() -> None:
     filesystem.write(fd, b"ab")
     filesystem.truncate(fd, 1)
     filesystem.rename(B, C)
-    survivors = Survivors(disk.trace)
+    survivors = DurabilityModel(disk.trace)
     states = {tuple(sorted(state.items())) for state in survivors.states()}
     chance = random.Random(1)
-    assert {tuple(sorted(survivors.one(chance).items())) for _ in range(2000)} == states
+    assert {tuple(sorted(survivors.random_state(chance).items())) for _ in range(2000)} == states
 
 
 def test_more_unsynced_names_than_can_be_told_apart_are_not_enumerated() -> None:
@@ -93,11 +93,11 @@ def test_more_unsynced_names_than_can_be_told_apart_are_not_enumerated() -> None
     disk, filesystem = machine()
     for number in range(NAMES_MAX + 1):
         filesystem.create(f"/d/{number}")
-    survivors = Survivors(disk.trace)
-    assert survivors.unsure == NAMES_MAX + 1
+    survivors = DurabilityModel(disk.trace)
+    assert survivors.unsynced_names == NAMES_MAX + 1
     with pytest.raises(OverflowError):
         next(survivors.states())
-    assert len(survivors.one(random.Random(1))) < NAMES_MAX
+    assert len(survivors.random_state(random.Random(1))) < NAMES_MAX
 
 
 def test_a_torn_file_does_not_tear_another_unless_asked_for() -> None:
@@ -107,7 +107,7 @@ def test_a_torn_file_does_not_tear_another_unless_asked_for() -> None:
     filesystem.write(one, b"ab")
     filesystem.write(two, b"cd")
     both = {A: b"a", B: b"c"}
-    survivors = Survivors(disk.trace)
+    survivors = DurabilityModel(disk.trace)
     assert both not in list(survivors.states())
     assert both in list(survivors.states(torn=2))
     assert survivors.admits(both)
@@ -117,14 +117,14 @@ def test_a_write_is_torn_at_chosen_bytes_only_where_that_is_asked_for() -> None:
     """From either end."""
     disk, filesystem = machine()
     filesystem.write(named(disk, filesystem), b"abcdef")
-    states = {state[A].strip(b"\0") for state in Survivors(disk.trace).states(tears=(1, -1, 9))}
+    states = {state[A].strip(b"\0") for state in DurabilityModel(disk.trace).states(tears=(1, -1, 9))}
     assert states == {b"", b"a", b"abcde", b"abcdef"}
 
 
 def test_a_truncation_may_be_undone() -> None:
     """And what was written after it may be there all the same."""
     disk, filesystem = machine(a=b"abc")
-    fd = filesystem.open_lock(A)
+    fd = filesystem.open_lock_file(A)
     filesystem.truncate(fd, 1)
     filesystem.write(fd, b"X")
     wiped = {b"a\0\0", b"aX\0"}  # the old size, with the rest of the page wiped
@@ -134,7 +134,7 @@ def test_a_truncation_may_be_undone() -> None:
 def test_a_file_that_is_replaced_may_be_old_new_or_between() -> None:
     """It is for what may be lost."""
     disk, filesystem = machine(a=b"old.")
-    filesystem.replace_all(filesystem.open_lock(A), b"new")
+    filesystem.overwrite(filesystem.open_lock_file(A), b"new")
     assert {b"old.", b"new", b"new.", b"old", b"ned."} <= contents(disk) | {b"ned."}
     assert not {b"", b"xyz"} & contents(disk)
 
@@ -232,7 +232,7 @@ def test_a_link_is_unsure_until_its_own_directory_is_synced() -> None:
     filesystem.link(A, QA)
     assert names(disk) == [[A], [A, QA]]
     filesystem.sync_directory("/d")
-    filesystem.sync_data(filesystem.open_existing(A, linked=True))
+    filesystem.sync_data(filesystem.open_existing(A, allow_links=True))
     assert names(disk) == [[A], [A, QA]]
     filesystem.sync_directory(Q)
     assert names(disk) == [[A, QA]]
@@ -248,8 +248,8 @@ def test_a_link_may_be_there_without_the_name_that_it_was_made_of_and_the_other_
     assert {tuple(sorted(state.items())) for state in left(disk) if len(state) == 3} == {
         ((A, data), ("/d/q/", b""), (QA, data)) for data in (b"", b"1", b"\0")
     }
-    assert Survivors(disk.trace).admits({A: b"1", "/d/q/": b"", QA: b"1"})
-    assert not Survivors(disk.trace).admits({A: b"1", "/d/q/": b"", QA: b""})
+    assert DurabilityModel(disk.trace).admits({A: b"1", "/d/q/": b"", QA: b"1"})
+    assert not DurabilityModel(disk.trace).admits({A: b"1", "/d/q/": b"", QA: b""})
 
 
 def test_an_unlink_of_one_name_leaves_the_others() -> None:
@@ -322,7 +322,7 @@ def test_a_directory_keeps_what_is_in_it_when_it_is_renamed() -> None:
     filesystem.sync_directory("/d/r")
     assert sorted(map(sorted, left(disk))) == [["/d/q/", QA, QB], ["/d/r/", "/d/r/a", "/d/r/b"]]
     assert filesystem.subdirectories("/d") == ["r"]
-    assert (filesystem.directory_facts(Q), [name for name, _ in filesystem.listing("/d/r")]) == (None, ["a", "b"])
+    assert (filesystem.inspect_directory(Q), [name for name, _ in filesystem.list_files("/d/r")]) == (None, ["a", "b"])
 
 
 def test_a_directory_that_is_removed_may_come_back_with_what_was_in_it() -> None:
@@ -342,7 +342,7 @@ def test_a_lock_is_the_files_whatever_name_it_was_opened_under() -> None:
     disk, one = queue(a=b"")
     two = CrashFilesystem(disk)
     one.link(A, QA)
-    here, there = one.open_existing(A, linked=True), two.open_existing(QA, linked=True)
+    here, there = one.open_existing(A, allow_links=True), two.open_existing(QA, allow_links=True)
     assert one.lock_shared(here)
     assert two.lock_shared(there)
     assert not one.lock(here)  # which costs the shared one, as flock(2) says
@@ -350,19 +350,19 @@ def test_a_lock_is_the_files_whatever_name_it_was_opened_under() -> None:
     assert not one.lock_shared(here)
     two.kill()
     assert one.lock_shared(here)
-    assert (one.is_still(here, A), one.is_still(here, QA)) == (True, True)
+    assert (one.is_file_at(here, A), one.is_file_at(here, QA)) == (True, True)
     one.unlink(A)
-    assert (one.is_still(here, A), one.is_linked(here)) == (False, True)
+    assert (one.is_file_at(here, A), one.has_name(here)) == (False, True)
 
 
 def test_a_file_with_several_names_is_opened_by_who_expects_it_only() -> None:
     """As the real one is; a stranger may have made the other name."""
     _disk, filesystem = queue(a=b"")
     filesystem.link(A, QA)
-    for verb in (filesystem.open_existing, filesystem.open_lock, filesystem.open_append):
+    for verb in (filesystem.open_existing, filesystem.open_lock_file, filesystem.open_append):
         with pytest.raises(FileUnusableError):
             verb(A)
-    assert filesystem.open_existing(QA, linked=True)
+    assert filesystem.open_existing(QA, allow_links=True)
 
 
 def test_directories_answer_as_the_kernel_does() -> None:
@@ -395,9 +395,9 @@ def test_directories_answer_as_the_kernel_does() -> None:
 def test_a_state_that_no_loss_of_power_leaves_is_not_admitted() -> None:
     """Foreign names, foreign bytes, a synced byte missing."""
     disk, filesystem = machine(a=b"1")
-    fd = filesystem.open_lock(A)
+    fd = filesystem.open_lock_file(A)
     filesystem.write(fd, b"23")
-    survivors = Survivors(disk.trace)
+    survivors = DurabilityModel(disk.trace)
     for data in (b"1", b"12", b"1\0\0", b"1\0", b"123"):
         assert survivors.admits({A: data})
     for state in ({}, {A: b""}, {A: b"13"}, {A: b"1234"}, {A: b"\0"}, {A: b"1", B: b""}, {A: b"x23"}):
@@ -407,9 +407,9 @@ def test_a_state_that_no_loss_of_power_leaves_is_not_admitted() -> None:
 def test_files_that_are_ignored_are_as_if_they_were_never_made() -> None:
     """Locks."""
     disk, filesystem = machine()
-    filesystem.write(filesystem.open_lock(B), b"beat")
+    filesystem.write(filesystem.open_lock_file(B), b"beat")
     filesystem.sync_data(named(disk, filesystem))
-    survivors = Survivors(disk.trace, ignoring={"b"})
+    survivors = DurabilityModel(disk.trace, ignoring={"b"})
     assert list(survivors.states()) == [{A: b""}]
     assert survivors.admits({A: b"", B: b"anything"})
 
@@ -429,7 +429,7 @@ def test_the_death_of_a_process_loses_its_descriptors_and_locks_and_nothing_else
         one.write(fd, b"2")
     with pytest.raises(Killed):
         one.close(fd)
-    assert disk.files == Survivors(disk.trace).whole() == {A: b"1"}
+    assert disk.files == DurabilityModel(disk.trace).complete_state() == {A: b"1"}
 
 
 def test_locks_are_of_open_file_descriptions_and_follow_the_file() -> None:
@@ -441,9 +441,9 @@ def test_locks_are_of_open_file_descriptions_and_follow_the_file() -> None:
     assert not filesystem.lock(two)
     filesystem.rename(A, B)
     assert not filesystem.lock(filesystem.open_existing(B))
-    assert (filesystem.is_still(one, A), filesystem.is_still(one, B), filesystem.is_linked(one)) == (False, True, True)
+    assert (filesystem.is_file_at(one, A), filesystem.is_file_at(one, B), filesystem.has_name(one)) == (False, True, True)
     filesystem.unlink(B)
-    assert not filesystem.is_linked(one)
+    assert not filesystem.has_name(one)
     filesystem.close(one)
     assert filesystem.lock(two)
 
@@ -452,10 +452,10 @@ def test_a_descriptor_that_is_closed_or_to_read_is_not_used() -> None:
     """The kernel would answer something that the code may take for trouble with the disk."""
     _disk, filesystem = machine(a=b"")
     fd = filesystem.open_existing(A)
-    with pytest.raises(Misuse):
+    with pytest.raises(MisuseError):
         filesystem.write(fd, b"1")
     filesystem.close(fd)
-    with pytest.raises(Misuse):
+    with pytest.raises(MisuseError):
         filesystem.close(fd)
 
 
@@ -470,6 +470,6 @@ def test_what_is_missing_or_there_already_is_said_as_the_kernel_says_it() -> Non
         with pytest.raises(FileNotFoundError):
             verb(B)
     with pytest.raises(FileNotFoundError):
-        filesystem.listing("/e")
+        filesystem.list_files("/e")
     with pytest.raises(FileNotFoundError):
         filesystem.create("/e/a")

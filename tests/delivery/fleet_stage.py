@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING
 from pillarbox import Outbox
 from pillarbox.clock import SystemClock
 from pillarbox.store import layout
-from pillarbox.store.audit import audit, audit_queues
+from pillarbox.store.audit import reconcile, reconcile_queues
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 from tests.conftest import event
 from tests.sinks.http_server import CannedResponse, Request
 
 if TYPE_CHECKING:
-    from pillarbox.store.reconciliation import Row
+    from pillarbox.store.reconciliation import LedgerRow
 
 BUSY = CannedResponse(503, headers={"Retry-After": "0"})
 
 
 def place_of(box: Path) -> Directory:
-    return Directory(str(box), RealFilesystem(), SystemClock())
+    return Directory(str(box), OsFilesystem(), SystemClock())
 
 
 def fill(outbox: Outbox, count: int, first: int = 0, **members: object) -> None:
@@ -78,10 +78,10 @@ def sealed(box: Path) -> list[str]:
     return sorted(name for name in names if layout.kind_of(name) is layout.Kind.SEALED)
 
 
-def balanced(box: Path) -> dict[str, Row]:
+def balanced(box: Path) -> dict[str, LedgerRow]:
     """The accounts of the directory and of each sink, which balance."""
     place = place_of(box)
-    whole = audit(place)
-    found = {"": whole, **audit_queues(place, whole)}
+    whole = reconcile(place)
+    found = {"": whole, **reconcile_queues(place, whole)}
     assert all(one.balances for one in found.values()), found
-    return {name: one.account.total for name, one in found.items()}
+    return {name: one.reconciliation.total for name, one in found.items()}

@@ -30,7 +30,7 @@ NO = Rejection("no", "it says so")
 
 def seal(place: Directory, stamp: int, *payloads: bytes, raw: bytes = b"") -> str:
     name = layout.sealed_name(stamp, "u")
-    Path(place.at(name)).write_bytes(b"".join(map(record.line, payloads)) + raw)
+    Path(place.path_of(name)).write_bytes(b"".join(map(record.line, payloads)) + raw)
     return layout.batch_id(name)
 
 

@@ -13,8 +13,8 @@ from pillarbox.delivery.backlog import Backlog
 from pillarbox.delivery.policy import Rules
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.dirscan import First, Patterns
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.dirscan import NamePage, NamePatterns
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
 from tests.delivery.stage import QUICK, Poisoned, drain, left, seal, worker_for
@@ -24,8 +24,8 @@ PARTS = QUICK._replace(named_at_once=2)
 
 @pytest.fixture
 def place(tmp_path: Path) -> Directory:
-    directory = Directory(str(tmp_path / "outbox"), RealFilesystem(), SystemClock())
-    directory.open()
+    directory = Directory(str(tmp_path / "outbox"), OsFilesystem(), SystemClock())
+    directory.ensure_usable()
     return directory
 
 
@@ -70,7 +70,7 @@ def test_what_is_sealed_after_the_first_look_is_for_the_next(place: Directory) -
 def test_a_part_does_not_tell_of_names_that_are_not_in_it(place: Directory) -> None:
     """Of those, nothing is forgotten because of it."""
     fill(place, 5)
-    names = place.sealed()
+    names = place.batch_names()
     backlog = Backlog(place, lambda: None, 2)
     assert [name for name in names if not backlog.is_silent_on(name)] == names
     backlog.begin(whole=False)
@@ -86,7 +86,7 @@ def test_of_a_plain_file_and_its_copy_the_plain_one_is_named(place: Directory, a
     """Also where they would be in two parts."""
     batches = fill(place, 3)
     for batch in batches:
-        Path(place.at(batch + layout.COMPRESSED)).touch()
+        Path(place.path_of(batch + layout.COMPRESSED_SUFFIX)).touch()
     backlog = Backlog(place, lambda: None, at_once)
     names = backlog.begin(whole=False)
     while backlog.has_more:
@@ -98,9 +98,9 @@ def test_what_is_on_its_way_into_a_queue_does_not_count(place: Directory) -> Non
     """Before the name in the directory itself is gone."""
     batches = fill(place, 4)
     queue = place.queue("a")
-    queue.open()
+    queue.ensure_usable()
     for batch in batches:
-        os.link(place.at(batch + layout.SUFFIX), queue.at(batch + layout.SUFFIX))
+        os.link(place.path_of(batch + layout.SUFFIX), queue.path_of(batch + layout.SUFFIX))
     backlog = Backlog(queue, lambda: None, 2)
     assert parts_of(backlog) == [[]]
     for batch in batches[:3]:
@@ -126,7 +126,7 @@ def test_files_that_cannot_be_sent_hold_up_no_later_part(place: Directory) -> No
     """A whole part that nobody can read, or that is another's."""
     batches = fill(place, 7)
     for batch in batches[:2]:
-        os.link(place.at(batch + layout.SUFFIX), f"{place.path}/{batch}.second")  # not ours: it has a second name
+        os.link(place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second")  # not ours: it has a second name
     sink = RecordingSink()
     worker = worker_for(place, sink, rules=PARTS)
     drain(worker)
@@ -150,18 +150,18 @@ def test_a_refused_batch_is_judged_beside_all_the_others(place: Directory) -> No
     assert sorted(set(sink.payloads)) == sorted(b"%d" % stamp for stamp in (1, 2, 3, 5, 6, 7, 8))
 
 
-class _Failing(RealFilesystem):
+class _Failing(OsFilesystem):
     """Lists once, and then not beyond the first part, until it is mended."""
 
     def __init__(self) -> None:
         super().__init__()
         self.failed = 0
 
-    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First:
+    def first(self, path: str, patterns: NamePatterns, after: str = "", until: str = "", most: int = 0) -> NamePage:
         if after and not self.failed:
             self.failed += 1
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-        return super().first(path, patterns, after, until, most)
+        return super().first_names(path, patterns, after, until, most)
 
 
 def test_where_the_next_part_cannot_be_listed_the_next_look_begins_anew(place: Directory) -> None:
@@ -178,7 +178,7 @@ def test_a_worker_is_not_idle_where_the_next_part_cannot_be_listed(place: Direct
     """Also where nothing of the first part could be sent."""
     batches = fill(place, 3)
     for batch in batches[:2]:
-        os.link(place.at(batch + layout.SUFFIX), f"{place.path}/{batch}.second")
+        os.link(place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second")
     filesystem = _Failing()
     sink = RecordingSink()
     worker = worker_for(Directory(place.path, filesystem, SystemClock()), sink, rules=PARTS)

@@ -27,7 +27,7 @@ from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
 from pillarbox.stats import State
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event, wait_until
 from tests.delivery import named
@@ -48,7 +48,7 @@ def url(tmp_path: Path) -> str:
 
 
 def place_of(folder: Path) -> Directory:
-    return Directory(str(folder), RealFilesystem(), SystemClock())
+    return Directory(str(folder), OsFilesystem(), SystemClock())
 
 
 def deliverer_of(folder: Path) -> int:
@@ -344,10 +344,10 @@ def test_every_setting_reaches_the_child(folder: Path, url: str) -> None:
 def test_what_the_child_does_is_told_and_the_end_of_the_line_is_its_end(folder: Path, url: str) -> None:
     """Bytes that no longer wait, and durations; and while its parent lives: not the kernel alone has it end."""
     place = place_of(folder)
-    place.open()
+    place.ensure_usable()
     for stamp in range(1, 4):
         seal(place, stamp, msgspec.json.encode(event(stamp)))
-    sizes = [entry.size for entry in place.filesystem.listing(place.path)]
+    sizes = [entry.size for entry in place.filesystem.list_files(place.path)]
     gone: list[int] = []
     durations: list[tuple[float, str]] = []
 

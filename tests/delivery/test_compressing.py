@@ -20,13 +20,13 @@ from pillarbox.event import new_event_id, now_micros
 from pillarbox.sinks import sqlite
 from pillarbox.sinks.base import Batch, DeliveryResult, Rejected, Retry
 from pillarbox.store import compression, layout, record
-from pillarbox.store.audit import _look, audit
+from pillarbox.store.audit import _reconcile_once, reconcile
 from pillarbox.store.directory import Directory
-from pillarbox.store.dirscan import ByListing, Entry
-from pillarbox.store.filesystem import RealFilesystem
-from pillarbox.store.ledger import Ledger, Sealed
-from pillarbox.store.quota import Capacity
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.dirscan import FileEntry, PortableScanOps
+from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.ledger import LedgerWriter, SealedEntry
+from pillarbox.store.quota import QuotaEnforcer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import existing_events, wait_until
 from tests.delivery.stage import NO, drain, left, seal, worker_for
@@ -41,7 +41,7 @@ def fill(place: Directory, files: int) -> list[str]:
     """Sealed files of a hundred events each."""
     names = [layout.sealed_name(number, "x") for number in range(1, files + 1)]
     for name in names:
-        Path(place.at(name)).write_bytes(PLAIN)
+        Path(place.path_of(name)).write_bytes(PLAIN)
     return names
 
 
@@ -54,7 +54,7 @@ def work_all(compressor: Compressor) -> int:
 
 
 def packed(place: Directory) -> list[str]:
-    return [name for name in place.sealed() if name.endswith(layout.COMPRESSED)]
+    return [name for name in place.batch_names() if name.endswith(layout.COMPRESSED_SUFFIX)]
 
 
 # Which, and when.
@@ -75,7 +75,7 @@ def test_what_has_not_waited_long_enough_stays(place: Directory, clock: ManualCl
     fill(place, SOON)
     young = layout.sealed_name(clock.micros() - 59_000_000, "x")
     for name in (young, "sealed-by-hand.ndjson"):
-        Path(place.at(name)).write_bytes(PLAIN)
+        Path(place.path_of(name)).write_bytes(PLAIN)
     compressor = compressor_for(place, clock)
     assert work_all(compressor) == 0
     clock.advance(2.0)
@@ -86,7 +86,7 @@ def test_what_has_not_waited_long_enough_stays(place: Directory, clock: ManualCl
 def test_what_is_in_use_stays(place: Directory, clock: ManualClock) -> None:
     """Held by whoever sends it, or remembered by its name."""
     *_, sent, remembered = fill(place, SOON + 2)
-    held = place.take(sent)
+    held = place.lock_existing(sent)
     assert held is not None
     assert work_all(compressor_for(place, clock, remembered)) == 0
     place.filesystem.close(held.fd)
@@ -97,32 +97,32 @@ def test_what_one_of_several_sinks_is_sending_stays_for_all(place: Directory, cl
     *_, name = fill(place, SOON + 1)
     queues = []
     for sink in ("a", "b"):
-        place.ask_for(sink)
-        place.add_queue(sink)
+        place.request_queue(sink)
+        place.create_requested_queue(sink)
         queues.append(place.queue(sink))
-    for sealed in place.sealed():
+    for sealed in place.batch_names():
         place.remove(sealed)
-    held = queues[0].take(name)
+    held = queues[0].lock_existing(name)
     assert held is not None
     assert [work_all(compressor_for(queue, clock)) for queue in queues] == [0, 0]
     place.filesystem.close(held.fd)
     assert work_all(compressor_for(queues[1], clock)) == 1
-    assert [name in queue.sealed() for queue in queues] == [True, False]
+    assert [name in queue.batch_names() for queue in queues] == [True, False]
     assert packed(queues[1]) == [layout.compressed_name(name)]
 
 
 def test_what_gets_no_smaller_stays_and_is_not_tried_again(place: Directory, clock: ManualClock) -> None:
     """Nor is what is too large for any reader."""
     names = fill(place, SOON + 2)
-    Path(place.at(names[-1])).write_bytes(os.urandom(1000))
-    with Path(place.at(names[-2])).open("wb") as file:
-        file.truncate(compression.PLAIN_MAX + 1)
+    Path(place.path_of(names[-1])).write_bytes(os.urandom(1000))
+    with Path(place.path_of(names[-2])).open("wb") as file:
+        file.truncate(compression.PLAIN_BYTES_MAX + 1)
     compressor = compressor_for(place, clock)
     for _ in range(3):
         assert work_all(compressor) == 0
         clock.advance(2.0)
     assert compressor._left == set(names[-2:])
-    os.remove(place.at(names[-1]))
+    os.remove(place.path_of(names[-1]))
     compressor.work()
     assert compressor._left == {names[-2]}
 
@@ -150,7 +150,7 @@ class Away(RecordingSink):
 def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Directory, answer: Retry | Rejected) -> None:
     """Each batch arrives once, in order, under its id; what is refused keeps its history; the limits hear what is saved."""
     names = fill(place, 30)
-    before = place.account().pending_bytes
+    before = place.disk_usage().pending_bytes
     sink = Away(answer)
     shrunk: list[int] = []
     gone: list[int] = []
@@ -160,10 +160,10 @@ def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Direct
     try:
         wait_until(lambda: len(packed(place)) >= 30 - SOON - 4)
         # Its thread may be about to compress another, or to say by how much.
-        wait_until(lambda: before - sum(shrunk) == place.account().pending_bytes)
-        assert audit(place).account.total.pending == 3000
+        wait_until(lambda: before - sum(shrunk) == place.disk_usage().pending_bytes)
+        assert reconcile(place).reconciliation.total.pending == 3000
         sink.answer = None
-        wait_until(lambda: not place.sealed())
+        wait_until(lambda: not place.batch_names())
     finally:
         thread.stop(60.0)
     assert list(sink.batches) == [layout.batch_id(name) for name in names] or isinstance(answer, Rejected)
@@ -180,14 +180,14 @@ def test_a_damaged_compressed_file_is_delivered_as_far_as_it_goes(place: Directo
     lines = b"".join(record.line(b'{"n":%d,"x":"%s"}' % (number, os.urandom(30).hex().encode())) for number in range(9000))
     data = compression.compress(name, lines)
     data = data[: len(data) // 2]
-    Path(place.at(name)).write_bytes(data)
+    Path(place.path_of(name)).write_bytes(data)
     seal(place, 2, b'{"n":-1}')
     sink = RecordingSink()
     worker = worker_for(place, sink)
     drain(worker)
     assert len(sink.payloads) > 3000
     assert sink.payloads[-1] == b'{"n":-1}'
-    corrupt = Path(place.at(layout.corrupt_name(layout.batch_id(name)))).read_bytes()
+    corrupt = Path(place.path_of(layout.corrupt_name(layout.batch_id(name)))).read_bytes()
     assert corrupt.endswith(data)
     assert lines.startswith(b"".join(map(record.line, sink.payloads[:-1])) + corrupt.removesuffix(data))
 
@@ -197,16 +197,16 @@ def test_without_the_library_a_compressed_file_is_stepped_over_and_says_what_to_
 ) -> None:
     """The others are delivered; with the library it is too, and nothing of it went to the quarantine."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
-    Path(place.at(name)).write_bytes(compression.compress(name, PLAIN))
+    Path(place.path_of(name)).write_bytes(compression.compress(name, PLAIN))
     seal(place, 2, b"{}")
     sink = RecordingSink()
     with monkeypatch.context() as patch:
-        patch.setattr(compression, "_library", lambda: None)
+        patch.setattr(compression, "_zstd_module", lambda: None)
         worker = worker_for(place, sink)
         drain(worker)
         assert (worker.state.name, sink.payloads, left(place)) == ("degraded", [b"{}"], [name])
         assert "pip install 'pillarbox[zstd]'" in worker.state.reason
-        assert audit(place).unreadable == [name]
+        assert reconcile(place).unreadable == [name]
     drain(worker_for(place, sink))
     assert (len(sink.payloads), left(place)) == (101, [])
 
@@ -216,27 +216,27 @@ def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, cl
     names = fill(place, SOON + 2)
     work_all(compressor_for(place, clock))
     damaged = layout.compressed_name(names[-1])
-    Path(place.at(damaged)).write_bytes(b"x")
-    account = place.account()
-    writer = Writer(place, Limits(500, 10**6, 1), lambda: None)
+    Path(place.path_of(damaged)).write_bytes(b"x")
+    account = place.disk_usage()
+    writer = Writer(place, WriterLimits(500, 10**6, 1), lambda: None)
     writer.start(account.pending_bytes, account.pending_files)
-    capacity = Capacity(place, clock, 0, evicts=True)
+    capacity = QuotaEnforcer(place, clock, 0, evicts=True)
     capacity.attach(writer)
-    capacity.look()
-    assert place.sealed() == [damaged]
-    assert capacity.evicted == 100 * (SOON + 1)
-    assert writer.pending()[:2] == (1, 1)
+    capacity.enforce()
+    assert place.batch_names() == [damaged]
+    assert capacity.evicted_events == 100 * (SOON + 1)
+    assert writer.pending_counts()[:2] == (1, 1)
 
 
-class Passing(ByListing, RealFilesystem):
+class Passing(PortableScanOps, OsFilesystem):
     """Its first listing has come past the place of a copy before that is made, and comes to the plain file after it has gone."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self._gone = {name}
 
-    def listing(self, path: str) -> Iterator[Entry]:
-        found = [entry for entry in super().listing(path) if entry.name.removesuffix(".zst") not in self._gone]
+    def listing(self, path: str) -> Iterator[FileEntry]:
+        found = [entry for entry in super().list_files(path) if entry.name.removesuffix(".zst") not in self._gone]
         if self._gone and found:
             self._gone.clear()
         return iter(found)
@@ -245,12 +245,12 @@ class Passing(ByListing, RealFilesystem):
 def test_what_is_compressed_while_it_is_looked_for_is_not_missing(place: Directory, clock: ManualClock) -> None:
     """Neither for a flush, which would say that it is settled, nor for the account."""
     names = fill(place, SOON + 1)
-    ledger = Ledger(place, clock)
-    ledger.note(*(Sealed(1, layout.batch_id(name), "w", 100, len(PLAIN)) for name in names))
+    ledger = LedgerWriter(place, clock)
+    ledger.add(*(SealedEntry(1, layout.batch_id(name), "w", 100, len(PLAIN)) for name in names))
     assert ledger.write(sync=True)
     work_all(compressor_for(place, clock))
-    assert Directory(place.path, Passing(names[-1]), clock).waiting() == set(map(layout.batch_id, names))
-    assert _look(Directory(place.path, Passing(names[-1]), clock), lambda _done, _total: None, {}).balances
+    assert Directory(place.path, Passing(names[-1]), clock).waiting_batch_ids() == set(map(layout.batch_id, names))
+    assert _reconcile_once(Directory(place.path, Passing(names[-1]), clock), lambda _done, _total: None, {}).balances
 
 
 # An outage of real destinations.
@@ -264,10 +264,10 @@ def real(number: int) -> TrackingEvent:
 def wait_for_compression(outbox: Outbox) -> float:
     """Until all is compressed that may be; how many times smaller that is then."""
     place = outbox._directory
-    wait_until(lambda: len(place.sealed()) - len(packed(place)) <= SOON)
-    files = {name: Path(place.at(name)).read_bytes() for name in packed(place)}
+    wait_until(lambda: len(place.batch_names()) - len(packed(place)) <= SOON)
+    files = {name: Path(place.path_of(name)).read_bytes() for name in packed(place)}
     assert len(files) > SOON
-    return sum(len(compression.contents(name, data)) for name, data in files.items()) / sum(map(len, files.values()))
+    return sum(len(compression.decompressed_lines(name, data)) for name, data in files.items()) / sum(map(len, files.values()))
 
 
 def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_path: Path) -> None:
@@ -292,11 +292,11 @@ def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_pat
                 assert outbox._sealer.seal_now("manual", 60.0)
         assert wait_for_compression(outbox) > 8
         wait_until(lambda: outbox.stats().pending_bytes < plain / 2)
-        assert audit(outbox._directory).balances
+        assert reconcile(outbox._directory).balances
         server.respond = always(CannedResponse())
         assert outbox.flush(60)
         wait_until(lambda: outbox.stats().pending_bytes == 0)
-        assert audit(outbox._directory).balances
+        assert reconcile(outbox._directory).balances
     accepted = {request.idempotency_key: request.events for request in server.requests}
     assert [one["event_id"] for batch in accepted.values() for one in batch] == [one.event_id for one in events]
 
@@ -321,13 +321,13 @@ def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_onc
                 assert outbox._sealer.seal_now("manual", 60.0)
         # Twenty, or more where some were sealed by age.
         queues = outbox._directory.queues()
-        wait_until(lambda: all(len(queue.sealed()) - SOON == len(packed(queue)) >= 20 - SOON for queue in queues))
+        wait_until(lambda: all(len(queue.batch_names()) - SOON == len(packed(queue)) >= 20 - SOON for queue in queues))
         assert outbox.stats().pending_bytes >= 0
         first.respond = second.respond = always(CannedResponse())
         assert outbox.flush(60)
         assert outbox.stats().pending_bytes >= 0
         wait_until(lambda: outbox.stats().pending_bytes == 0)
-        assert audit(outbox._directory).balances
+        assert reconcile(outbox._directory).balances
     for server in (first, second):
         accepted = {request.idempotency_key: request.events for request in server.requests}
         assert [one["event_id"] for batch in accepted.values() for one in batch] == [one.event_id for one in events]

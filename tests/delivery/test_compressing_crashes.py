@@ -15,18 +15,18 @@ from pillarbox.delivery.compactor import Compressor
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
-from pillarbox.store.quota import Capacity
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.quota import QuotaEnforcer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
-from pillarbox.testing.durability_model import Survivors
-from pillarbox.testing.fault import VERBS, Fault, FaultFilesystem, Meter
+from pillarbox.testing.durability_model import DurabilityModel
+from pillarbox.testing.fault import VERBS, Fault, FaultCounter, FaultFilesystem
 from tests.crash.interleave import LOCKS, PLACE, deliver_once
 
 FILES: Final = 2
 EVENTS: Final = 12  # of a file
 USED: Final = {
-    "listing",
+    "list_files",
     "create",
     "open_existing",
     "lock",
@@ -66,7 +66,7 @@ FOUND: Final = {
 class Process:
     """One of those on a disk."""
 
-    def __init__(self, disk: Disk, before: Before = lambda _verb, _path: None, faults: Meter | None = None) -> None:
+    def __init__(self, disk: Disk, before: Before = lambda _verb, _path: None, faults: FaultCounter | None = None) -> None:
         self.filesystem = CrashFilesystem(disk, before)
         self.clock = ManualClock()
         self.directory = Directory(
@@ -89,13 +89,13 @@ class Process:
 
     def evict(self) -> int:
         """Everything, but what is in use; the number of events."""
-        writer = Writer(self.directory, Limits(1, 1, 1, 10**6), lambda: None)
-        account = self.directory.account()
+        writer = Writer(self.directory, WriterLimits(1, 1, 1, 10**6), lambda: None)
+        account = self.directory.disk_usage()
         writer.start(account.pending_bytes, account.pending_files)
-        capacity = Capacity(self.directory, self.clock, 0, evicts=True)
+        capacity = QuotaEnforcer(self.directory, self.clock, 0, evicts=True)
         capacity.attach(writer)
-        capacity.look()
-        return capacity.evicted
+        capacity.enforce()
+        return capacity.evicted_events
 
 
 def kinds(state: State) -> list[Kind]:
@@ -108,7 +108,7 @@ def check_all_arrives(disk: Disk) -> None:
     Process(disk).deliver(sink)
     assert sink.calls == list(BATCHES)
     assert sink.batches == BATCHES
-    assert not {Kind.SEALED, Kind.ASIDE, Kind.CORRUPT} & set(kinds(disk.files))
+    assert not {Kind.SEALED, Kind.TEMPORARY, Kind.CORRUPT} & set(kinds(disk.files))
 
 
 class Fuse:
@@ -144,7 +144,7 @@ def test_killed_at_any_operation() -> None:
         except Killed:
             process.filesystem.kill()
             names = {path.rpartition("/")[2] for path in disk.files}
-            seen.add((len(names), any(layout.copied_name(name) in names for name in names)))
+            seen.add((len(names), any(layout.plain_name(name) in names for name in names)))
             check_all_arrives(disk)
         else:
             break
@@ -158,7 +158,7 @@ def test_the_power_fails_at_any_operation() -> None:
     Process(disk).compress()
     states = set()
     for end in range(FILES, len(disk.trace) + 1):
-        for state in Survivors(disk.trace[:end], ignoring=LOCKS).states():
+        for state in DurabilityModel(disk.trace[:end], ignoring=LOCKS).states():
             key = tuple(sorted(state.items()))
             if key not in states:
                 states.add(key)
@@ -173,7 +173,7 @@ def test_the_power_fails_while_what_is_compressed_is_delivered() -> None:
     process.compress()
     process.deliver(sink)
     for end in range(FILES, len(disk.trace) + 1):
-        for state in Survivors(disk.trace[:end], ignoring=LOCKS).states():
+        for state in DurabilityModel(disk.trace[:end], ignoring=LOCKS).states():
             again = RecordingSink()
             Process(Disk(state)).deliver(again)
             assert again.batches == {batch: BATCHES[batch] for batch in again.calls}
@@ -186,7 +186,7 @@ def test_what_was_settled_before_a_file_was_compressed_does_not_come_back_with_i
     disk = Disk({**FOUND, f"{PLACE}/{next(iter(BATCHES))}.ndjson.zst": b""})
     Process(disk).deliver(RecordingSink())
     disk.mark("done")
-    for state in Survivors(disk.trace, ignoring=LOCKS).states():
+    for state in DurabilityModel(disk.trace, ignoring=LOCKS).states():
         assert Kind.SEALED not in kinds(state)
 
 
@@ -194,16 +194,16 @@ def test_what_was_settled_before_a_file_was_compressed_does_not_come_back_with_i
 def test_each_operation_may_fail(verb: str) -> None:
     """With each error, once or for good: nothing is raised but by the listing of the recovery before, and nothing is lost."""
     for nth in itertools.count(1):
-        faults = [Fault(verb, nth, code, for_good=for_good) for code in VERBS[verb] for for_good in (False, True)]
+        faults = [Fault(verb, nth, code, permanent=for_good) for code in VERBS[verb] for for_good in (False, True)]
         hits = 0
         for fault in faults:
-            disk, meter = Disk(FOUND), Meter(fault)
+            disk, meter = Disk(FOUND), FaultCounter(fault)
             process = Process(disk, faults=meter)
             compressor = Compressor(process.directory, process.clock, 60.0, lambda _name: False, lambda _size: None)
             for _ in range(FILES * 2):
                 compressor.work()
                 process.clock.advance(60.0)
-            hits += meter.hits
+            hits += meter.failures
             process.filesystem.close_inherited()
             check_all_arrives(disk)
         if not hits:
@@ -256,6 +256,6 @@ def test_others_are_at_work_in_between(first: str, second: str, *, begun: bool) 
         assert len(sink.calls) == len(set(sink.calls)), operations
         assert len(sink.payloads) + sum(evicted) == FILES * EVENTS, operations
         assert sink.batches == {batch: BATCHES[batch] for batch in sink.calls}
-        assert not {Kind.SEALED, Kind.ASIDE} & set(kinds(disk.files)), operations
+        assert not {Kind.SEALED, Kind.TEMPORARY} & set(kinds(disk.files)), operations
         if left >= 0:
             break

@@ -11,15 +11,15 @@ from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import SinkCapabilities
 from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
-from pillarbox.store.audit import audit
+from pillarbox.store.audit import reconcile
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.delivery.stage import QUICK, Poisoned, drain, left, seal
 
 
-class Watching(RealFilesystem):
+class Watching(OsFilesystem):
     """Looks into the ledger whenever a sealed file goes, or is kept: has a sync covered the batch's entry?"""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def ledgered(place: Directory, sink: RecordingSink, kept: Kept = KEPT) -> tuple[
     watching, clock = Watching(), ManualClock()  # no time passes: only their number has files go
     directory = Directory(place.path, watching, clock)
     sink.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
-    ledger = Ledger(directory, clock)
+    ledger = LedgerWriter(directory, clock)
     return (
         Worker(directory, sink, "test", clock, QUICK, DeliveryCounters(), kept=kept, ledger=ledger),
         watching,
@@ -80,9 +80,9 @@ def test_a_file_goes_once_the_ledger_has_its_batch_and_one_sync_serves_many(plac
     assert len(watching.gone) == count
     assert all(watching.gone.values())
     assert watching.syncs <= 3 + 1
-    found = audit(directory)
+    found = reconcile(directory)
     assert found.balances
-    assert (found.account.total.delivered, found.account.total.dead) == (count, count)
+    assert (found.reconciliation.total.delivered, found.reconciliation.total.dead) == (count, count)
 
 
 def test_without_room_for_the_ledger_files_go_all_the_same_and_the_entries_follow(place: Directory) -> None:
@@ -90,7 +90,7 @@ def test_without_room_for_the_ledger_files_go_all_the_same_and_the_entries_follo
     for stamp in range(1, 6):
         seal(place, stamp, b"%d" % stamp)
     worker, watching, directory = ledgered(place, RecordingSink())
-    in_the_way = Path(place.at(layout.LEDGER))
+    in_the_way = Path(place.path_of(layout.LEDGER))
     in_the_way.mkdir()
     drain(worker)
     assert not any(layout.kind_of(name) is layout.Kind.SEALED for name in left(place))
@@ -98,4 +98,4 @@ def test_without_room_for_the_ledger_files_go_all_the_same_and_the_entries_follo
     in_the_way.rmdir()
     seal(place, 6, b"6")
     drain(worker)
-    assert audit(directory).account.total.delivered == 6
+    assert reconcile(directory).reconciliation.total.delivered == 6

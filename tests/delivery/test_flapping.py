@@ -70,7 +70,7 @@ def test_one_success_gives_up_few_of_the_batches_that_wait(place: Directory, bat
         sink.accepts = 1
         stopped_again(worker, sink, 1)
         assert len(dead_in(place)) <= PER_SUCCESS_MAX * records
-        assert len(sink.payloads) + len(dead_in(place)) + len(place.sealed()) * records == batches * records
+        assert len(sink.payloads) + len(dead_in(place)) + len(place.batch_names()) * records == batches * records
 
 
 def test_a_deploy_that_flaps_gives_up_few_batches_a_flap_and_the_others_arrive(place: Directory) -> None:
@@ -214,6 +214,6 @@ def test_an_age_limit_comes_whatever_the_destination_says(place: Directory, answ
     sink = Refusing()
     worker = worker_for(place, sink, rules=RULES._replace(max_age_s=3600.0), clock=clock)
     with delivering(worker):
-        wait_until(lambda: place.sealed() == [])
+        wait_until(lambda: place.batch_names() == [])
     assert clock.monotonic() - begun >= AGE_PROOF_S
     assert dead_in(place) == [b'"old %d"' % number for number in range(4)]

@@ -14,7 +14,7 @@ from pillarbox.delivery.runner import destinations, make_deliverer
 from pillarbox.delivery.settlement import Callbacks
 from pillarbox.settings import resolve
 from pillarbox.sinks.base import Misconfigured, Retry
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
 from tests.delivery.fleet_stage import (
@@ -142,7 +142,7 @@ def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> Non
         assert 18_000 < size <= 20_000
         # A listing while they were handed over may have missed one.
         wait_until(lambda: outbox.stats().pending_bytes == size)
-        assert place_of(box).account().pending_files == len(sealed(box / "sink-two")) == len(sealed(box / "sink-three"))
+        assert place_of(box).disk_usage().pending_files == len(sealed(box / "sink-two")) == len(sealed(box / "sink-three"))
     balanced(box)
 
 
@@ -185,7 +185,7 @@ def test_what_has_not_begun_can_be_stopped(box: Path) -> None:
     for sinks in one_and_several:
         settings = resolve({"directory": str(box)} | sinks, {}, None)
         place = place_of(box)
-        place.open()
-        ledger = Ledger(place, SystemClock())
+        place.ensure_usable()
+        ledger = LedgerWriter(place, SystemClock())
         found = make_deliverer(settings, place, SystemClock(), ledger, Callbacks(), lambda: False, destinations(settings, {}))
         assert found.stop(60)

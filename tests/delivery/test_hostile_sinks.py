@@ -321,7 +321,7 @@ def test_a_refusal_in_any_text_becomes_a_dead_letter(place: Directory, *, confir
     worker = worker_for(place, Answering(PartialFailure({1: Rejection(LONE, LONE)}, 1), confirms=confirms))
     deliver_all(worker)
     assert left(place) == [layout.dead_name(batch)]
-    letter = json.loads(Path(place.at(layout.dead_name(batch))).read_bytes())
+    letter = json.loads(Path(place.path_of(layout.dead_name(batch))).read_bytes())
     assert (letter["event"], letter["code"], letter["reason"]) == ("bad", "caf\\udce9", "caf\\udce9")
 
 

@@ -53,12 +53,12 @@ def test_a_file_that_needs_more_than_may_be_set_aside_waits_and_the_good_ones_go
     assert f"pillarbox {what} list" in worker.state.reason
     looked = worker.counters.failed_flushes
     for name in left(place):
-        if layout.kind_of(name) in {layout.Kind.DEAD, layout.Kind.CORRUPT, layout.Kind.SPANS}:
+        if layout.kind_of(name) in {layout.Kind.DEAD, layout.Kind.CORRUPT, layout.Kind.RANGES}:
             place.remove(name)
     assert worker.idle.wait(60)
     assert thread.stop(30)
     assert (len(sink.calls), looked) == (calls + 1, 1)
-    expected = [layout.dead_name(second)] if what == "dead" else [layout.corrupt_name(second), layout.spans_name(second)]
+    expected = [layout.dead_name(second)] if what == "dead" else [layout.corrupt_name(second), layout.ranges_name(second)]
     assert left(place) == expected
     assert worker.state.name == "idle"
 
@@ -83,10 +83,10 @@ def test_a_batch_that_is_sent_again_does_not_count_what_it_has_set_aside_before(
     """Killed between dead letters and removal: the same bytes are written over."""
     seal(place, 1, b'"poison"', b'"good"')
     name = left(place)[0]
-    data = Path(place.at(name)).read_bytes()
+    data = Path(place.path_of(name)).read_bytes()
     kept = Kept(max_dead_bytes=250)
     drain(worker_for(place, Picky(), kept=kept))
-    Path(place.at(name)).write_bytes(data)
+    Path(place.path_of(name)).write_bytes(data)
     drain(worker_for(place, Picky(), kept=kept))
     assert [layout.kind_of(found) for found in left(place)] == [layout.Kind.DEAD]
 
@@ -123,7 +123,7 @@ def test_past_an_age_limit_records_become_dead_letters(place: Directory) -> None
     worker = worker_for(young, sink, rules=QUICK._replace(max_age_s=7000.0), clock=clock)
     seal(place, clock.micros() + int(7200e6), b"3")
     drain(worker)
-    letters = [json.loads(line) for line in Path(place.at(layout.dead_name(old))).read_bytes().splitlines()]
+    letters = [json.loads(line) for line in Path(place.path_of(layout.dead_name(old))).read_bytes().splitlines()]
     assert [(letter["event"], letter["code"], letter["attempts"]) for letter in letters] == [
         (1, "too_old", 2),
         (2, "too_old", 2),

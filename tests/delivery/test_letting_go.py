@@ -210,7 +210,7 @@ def test_a_file_whose_settling_fails_is_let_go_of(
     worker = worker_for(place, sink)
     with delivering(worker):
         wait_until(
-            lambda: left(place) == sorted([layout.dead_name(first), layout.corrupt_name(first), layout.spans_name(first)])
+            lambda: left(place) == sorted([layout.dead_name(first), layout.corrupt_name(first), layout.ranges_name(first)])
         )
         wait_until(lambda: open_in(place) == [layout.DELIVER_LOCK])
     assert len(calls) == 2
@@ -233,7 +233,7 @@ def test_a_refusal_that_is_none_leaves_no_descriptor(place: Directory, monkeypat
 
 def hold(place: Directory, batch: str) -> int:
     """Lock a file as another process would; its descriptor."""
-    descriptor = os.open(place.at(batch + layout.SUFFIX), os.O_RDWR)
+    descriptor = os.open(place.path_of(batch + layout.SUFFIX), os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
 
@@ -265,8 +265,8 @@ def test_whoever_finds_its_lease_removed_lets_go_of_it(place: Directory) -> None
     first, second = worker_for(place, RecordingSink()), worker_for(place, RecordingSink())
     with delivering(first), delivering(second):
         wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
-        os.unlink(place.at(layout.DELIVER_LOCK))
-        wait_until(lambda: os.path.exists(place.at(layout.DELIVER_LOCK)))
+        os.unlink(place.path_of(layout.DELIVER_LOCK))
+        wait_until(lambda: os.path.exists(place.path_of(layout.DELIVER_LOCK)))
         wait_until(lambda: first.lease.held != second.lease.held)
         wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
         seal(place, 1, b"1")

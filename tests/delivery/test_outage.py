@@ -61,7 +61,7 @@ def dead_in(place: Directory) -> list[bytes]:
         json.dumps(json.loads(line)["event"]).encode()
         for name in left(place)
         if layout.kind_of(name) is layout.Kind.DEAD
-        for line in Path(place.at(name)).read_bytes().splitlines()
+        for line in Path(place.path_of(name)).read_bytes().splitlines()
     )
 
 
@@ -186,12 +186,12 @@ def test_of_small_files_in_one_call_each_keeps_its_own_dead_letters(place: Direc
     worker = worker_for(place, sink, rules=SLOW)
     drain(worker)
     assert sorted(sink.payloads) == [b"1", b"2", b"3", b"4", b"5"]
-    found = {name: Path(place.at(name)).read_bytes() for name in left(place)}
+    found = {name: Path(place.path_of(name)).read_bytes() for name in left(place)}
     assert set(found) == {
         layout.dead_name(first),
         layout.dead_name(third),
         layout.corrupt_name(second),
-        layout.spans_name(second),
+        layout.ranges_name(second),
     }
     assert json.loads(found[layout.dead_name(first)])["index"] == 1
     assert json.loads(found[layout.dead_name(third)])["index"] == 2

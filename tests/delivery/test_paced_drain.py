@@ -154,7 +154,7 @@ def test_a_long_drain_spends_a_tenth_of_its_time_on_looking(
     """However often it is told that there is something new."""
     for stamp in range(1, 201):
         seal(place, stamp, b"%d" % stamp)
-    really, looks, shares = place.sealed, [0], []
+    really, looks, shares = place.batch_names, [0], []
 
     def sealed() -> list[str]:
         looks[0] += 1

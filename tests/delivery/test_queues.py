@@ -67,7 +67,9 @@ def test_eviction_gives_a_file_up_for_all_sinks_that_wait_for_it(box: Path) -> N
     with Outbox(str(box), sinks=sinks, when_full="drop_oldest", max_bytes=30_000, flush_interval=0.05) as outbox:
         accepted = put_for_a_while(outbox, 0, 200, lambda: not sealed(box) and not sealed(box / "sink-warehouse"))
         wait_until(lambda: arrived(box.parent / "warehouse.db") == accepted)
-        wait_until(lambda: not sealed(box) and outbox.stats().pending_bytes == place_of(box).account().pending_bytes < 30_000)
+        wait_until(
+            lambda: not sealed(box) and outbox.stats().pending_bytes == place_of(box).disk_usage().pending_bytes < 30_000
+        )
     evicted = outbox.stats().evicted
     assert sealed(box / "sink-live") == sealed(box / "sink-slow")
     rows = balanced(box)
@@ -125,7 +127,7 @@ def test_when_the_process_that_delivers_is_killed_another_takes_over_all_of_it(b
         assert not outbox.flush(0.2)
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
-        wait_until(lambda: not place_of(box).waiting())
+        wait_until(lambda: not place_of(box).waiting_batch_ids())
         assert outbox.flush(60)
         assert {name: sink.delivered for name, sink in outbox.stats().sinks.items()} == {"live": 200, "warehouse": 200}
     assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(400)

@@ -19,10 +19,10 @@ from pillarbox.delivery.settlement import Kept
 from pillarbox.sinks.base import SinkCapabilities
 from pillarbox.store import layout, retention
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem, Space
-from pillarbox.store.ledger import Ledger
-from pillarbox.store.quota import Capacity
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.filesystem import DiskSpace, OsFilesystem
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.quota import QuotaEnforcer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX, ids, run
 from tests.conftest import event, wait_until
@@ -36,8 +36,8 @@ BOX = ("-d", "box")
 @pytest.fixture
 def place(tmp_path: Path) -> Directory:
     """An empty outbox directory, with the machine's clock."""
-    directory = Directory(str(tmp_path / "outbox"), RealFilesystem(), SystemClock())
-    directory.open()
+    directory = Directory(str(tmp_path / "outbox"), OsFilesystem(), SystemClock())
+    directory.ensure_usable()
     return directory
 
 
@@ -79,16 +79,16 @@ def three_delivered(folder: Path) -> None:
 def test_what_was_delivered_is_kept_by_a_rename_and_no_longer_pending(place: Directory) -> None:
     """Byte for byte, under a name that says when it was delivered."""
     kept = [seal(place, stamp, b'"%d"' % stamp) for stamp in range(1, 4)]
-    before = {name: Path(place.at(name)).read_bytes() for name in place.sealed()}
+    before = {name: Path(place.path_of(name)).read_bytes() for name in place.batch_names()}
     gone: list[int] = []
     drain(worker_for(place, RecordingSink(), gone, kept=KEEPING))
-    assert place.sealed() == []
+    assert place.batch_names() == []
     assert batches(place) == kept
     assert {
-        layout.batch_id(file.name) + ".ndjson": Path(place.at(file.name)).read_bytes() for file in place.delivered()
+        layout.batch_id(file.name) + ".ndjson": Path(place.path_of(file.name)).read_bytes() for file in place.delivered_files()
     } == before
     assert sum(gone) == sum(map(len, before.values()))
-    assert place.account().pending_bytes == 0
+    assert place.disk_usage().pending_bytes == 0
 
 
 def test_without_keep_delivered_nothing_is_kept_and_what_others_keep_stays(place: Directory) -> None:
@@ -108,7 +108,7 @@ def test_delivered_files_go_when_they_are_too_old(place: Directory) -> None:
         seal(place, stamp, b"1")
         drain(worker_for(place, RecordingSink(), kept=KEEPING, clock=clock))
         clock.advance(2000)
-    Path(place.at("delivered-by-hand.ndjson")).write_bytes(b"")
+    Path(place.path_of("delivered-by-hand.ndjson")).write_bytes(b"")
     drain(worker_for(place, RecordingSink(), kept=KEEPING, clock=clock))
     assert batches(place) == ["sealed-0000000000000002-u", "sealed-by-hand"]
 
@@ -135,7 +135,7 @@ def test_a_file_with_dead_letters_and_damaged_lines_is_kept_as_it_is(place: Dire
     batch = seal(place, 1, b'"good"', b'"poison"', raw=b"damaged\n")
     sink = Picky()
     drain(worker_for(place, sink, kept=KEEPING))
-    (kept,) = place.delivered()
+    (kept,) = place.delivered_files()
     assert batches(place) == [batch]
     anew = place.reseal(kept.name)
     assert anew is not None
@@ -146,7 +146,7 @@ def test_a_file_with_dead_letters_and_damaged_lines_is_kept_as_it_is(place: Dire
     assert batches(place, layout.Kind.CORRUPT) == [f"corrupt-{one}" for one in both]
 
 
-class NoRoomForNames(RealFilesystem):
+class NoRoomForNames(OsFilesystem):
     """A disk on which a directory cannot grow."""
 
     def rename(self, source: str, target: str) -> None:  # type: ignore[override]
@@ -162,21 +162,21 @@ def test_what_cannot_be_kept_goes(place: Directory, clock: ManualClock, caplog: 
         seal(place, stamp, b"1")
     with caplog.at_level(logging.WARNING, "pillarbox"):
         drain(worker_for(place, RecordingSink(), kept=KEEPING))
-    assert (place.sealed(), place.delivered()) == ([], [])
+    assert (place.batch_names(), place.delivered_files()) == ([], [])
     assert len([one for one in caplog.records if "cannot be kept" in one.message]) == 1
 
 
 # Giving way.
 
 
-class Volume(RealFilesystem):
+class Volume(OsFilesystem):
     """A volume of 1,000,000 bytes of which others use so many, and the directory the rest."""
 
     others = 0
 
-    def space(self, path: str) -> Space:
-        used = sum(size for _, size in self.listing(path))
-        return Space(max(0, 1_000_000 - self.others - used), 1_000_000)
+    def space(self, path: str) -> DiskSpace:
+        used = sum(size for _, size in self.list_files(path))
+        return DiskSpace(max(0, 1_000_000 - self.others - used), 1_000_000)
 
 
 def full_place(place: Directory, clock: ManualClock) -> tuple[Directory, Volume]:
@@ -184,18 +184,20 @@ def full_place(place: Directory, clock: ManualClock) -> tuple[Directory, Volume]
     volume = Volume()
     place = Directory(place.path, volume, clock)
     for stamp in range(10):
-        Path(place.at(layout.delivered_name(layout.sealed_name(stamp, "d"), 100 - stamp))).write_bytes(b"1234567890" * 5000)
+        Path(place.path_of(layout.delivered_name(layout.sealed_name(stamp, "d"), 100 - stamp))).write_bytes(
+            b"1234567890" * 5000
+        )
     for stamp in range(3):
-        Path(place.at(layout.sealed_name(stamp, "w"))).write_bytes(b"123456789\n" * 5000)
+        Path(place.path_of(layout.sealed_name(stamp, "w"))).write_bytes(b"123456789\n" * 5000)
     return place, volume
 
 
-def capacity_of(place: Directory, clock: ManualClock, *, evicts: bool) -> tuple[Capacity, Writer]:
+def capacity_of(place: Directory, clock: ManualClock, *, evicts: bool) -> tuple[QuotaEnforcer, Writer]:
     """The limits of a process that has not begun to write."""
-    writer = Writer(place, Limits(500, 10**6, 10**9), lambda: None)
-    account = place.account()
+    writer = Writer(place, WriterLimits(500, 10**6, 10**9), lambda: None)
+    account = place.disk_usage()
     writer.start(account.pending_bytes, account.pending_files)
-    capacity = Capacity(place, clock, None, evicts=evicts)
+    capacity = QuotaEnforcer(place, clock, None, evicts=evicts)
     capacity.attach(writer)
     return capacity, writer
 
@@ -208,18 +210,18 @@ def test_delivered_files_give_way_before_events_are_refused_or_given_up(
     place, volume = full_place(place, clock)
     capacity, writer = capacity_of(place, clock, evicts=evicts)
     volume.others = 250_000
-    capacity.look()
-    assert len(place.delivered()) == 10
+    capacity.enforce()
+    assert len(place.delivered_files()) == 10
     clock.advance(10)
     volume.others = 350_000  # which leaves nothing
-    capacity.look()
+    capacity.enforce()
     # 5 % of the volume, and a quarter of that ahead of need: two files.
-    assert [layout.delivered_at(file.name) for file in place.delivered()] == list(range(93, 101))
-    assert (writer.dropped["disk_low"], capacity.evicted, len(place.sealed())) == (0, 0, 3)
+    assert [layout.delivered_at(file.name) for file in place.delivered_files()] == list(range(93, 101))
+    assert (writer.dropped["disk_low"], capacity.evicted_events, len(place.batch_names())) == (0, 0, 3)
     clock.advance(10)
     volume.others = 1_000_000
-    capacity.look()
-    assert (place.delivered(), len(place.sealed())) == ([], 3)
+    capacity.enforce()
+    assert (place.delivered_files(), len(place.batch_names())) == ([], 3)
 
 
 def test_where_events_were_refused_delivered_files_go_before_waiting_ones(place: Directory, clock: ManualClock) -> None:
@@ -228,13 +230,13 @@ def test_where_events_were_refused_delivered_files_go_before_waiting_ones(place:
     capacity, writer = capacity_of(place, clock, evicts=True)
     for left in (9, 8):
         writer.dropped["disk_full"] += 1
-        capacity.look()
-        assert (len(place.delivered()), len(place.sealed())) == (left, 3)
-    for file in place.delivered():
+        capacity.enforce()
+        assert (len(place.delivered_files()), len(place.batch_names())) == (left, 3)
+    for file in place.delivered_files():
         place.remove(file.name)
     writer.dropped["disk_full"] += 1
-    capacity.look()
-    assert len(place.sealed()) == 2
+    capacity.enforce()
+    assert len(place.batch_names()) == 2
 
 
 def test_delivered_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
@@ -292,7 +294,7 @@ def test_without_yes_it_only_says_what_would_be_sent_again(tmp_path: Path) -> No
     anew = [item["resent_as"] for item in done["items"]]
     assert (done["acted"], sorted(anew)) == (True, anew)
     assert [item["batch"] for item in done["items"]] == sorted(item["batch"] for item in plan["items"])
-    waiting = Directory(str(tmp_path / "box"), RealFilesystem(), SystemClock()).sealed()
+    waiting = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock()).batch_names()
     assert [layout.batch_id(name) for name in waiting] == anew
 
 
@@ -345,7 +347,7 @@ def test_what_cannot_be_is_said_with_the_way_out(tmp_path: Path) -> None:
     deliver(tmp_path)
     none = run("resend", *BOX, "--until", "2h", "--yes", cwd=tmp_path)
     assert (none.returncode, none.stdout[:16]) == (0, b"nothing was done")
-    place = Directory(str(tmp_path / "box"), RealFilesystem(), SystemClock())
+    place = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
     turn = acquire_lock(place)
     assert turn is not None
     busy = run("resend", *BOX, "--all", "--yes", cwd=tmp_path)
@@ -388,28 +390,28 @@ def test_it_works_while_a_deliverer_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_cut_short_it_has_neither_lost_nor_doubled_anything(tmp_path: Path, number: signal.Signals) -> None:
     """By Ctrl-C and by a kill, in the middle of 500 files: each of them is kept, or waits."""
-    place = Directory(str(tmp_path / "box"), RealFilesystem(), SystemClock())
-    place.open()
+    place = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
+    place.ensure_usable()
     for stamp in range(500):
         seal(place, stamp + 1, b'{"n":%d}' % stamp)
-    ledger = Ledger(place, SystemClock())
+    ledger = LedgerWriter(place, SystemClock())
     drain(worker_for(place, RecordingSink(), kept=KEEPING))
     ledger.write(sync=True)
-    contents = sorted(Path(place.at(file.name)).read_bytes() for file in place.delivered())
+    contents = sorted(Path(place.path_of(file.name)).read_bytes() for file in place.delivered_files())
     assert len(contents) == 500
     process = subprocess.Popen(
         [*PILLARBOX, "resend", *BOX, "--all", "--yes"], cwd=tmp_path, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    wait_until(lambda: bool(place.sealed()))
+    wait_until(lambda: bool(place.batch_names()))
     process.send_signal(number)
     process.communicate(timeout=60)
-    files = [*place.delivered(), *((name, 0) for name in place.sealed())]
-    assert sorted(Path(place.at(name)).read_bytes() for name, _ in files) == contents
+    files = [*place.delivered_files(), *((name, 0) for name in place.batch_names())]
+    assert sorted(Path(place.path_of(name)).read_bytes() for name, _ in files) == contents
     if number == signal.SIGINT:
         assert process.returncode in (0, 130)
     verified(tmp_path)
     assert run("resend", *BOX, "--all", "--yes", cwd=tmp_path).returncode == 0
-    assert place.delivered() == []
+    assert place.delivered_files() == []
     verified(tmp_path)
 
 
@@ -424,7 +426,7 @@ def test_a_sink_that_may_forget_under_power_points_to_the_way_out(
     tmp_path: Path, keep: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the setting where it is not set, and to the command."""
-    monkeypatch.setattr(Directory, "check_power", lambda _self: None)  # the tests may run in memory
+    monkeypatch.setattr(Directory, "check_power_durability", lambda _self: None)  # the tests may run in memory
     with caplog.at_level(logging.WARNING, "pillarbox"):
         Outbox(str(tmp_path / "box"), Forgetful(), durability="power", keep_delivered=keep)
     (said,) = (one.message for one in caplog.records if "does not survive" in one.message)

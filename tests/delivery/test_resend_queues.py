@@ -24,10 +24,20 @@ from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
-from pillarbox.store.filesystem import RealFilesystem, Space
-from pillarbox.store.ledger import Ledger
-from pillarbox.store.reconciliation import RECENT, RESENT, WRITERS_MAX, Entry, Resent, Sealed, Settled, account, condensed
-from pillarbox.store.yielding import give_way
+from pillarbox.store.filesystem import DiskSpace, OsFilesystem
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.reconciliation import (
+    RECENT_BATCHES_MAX,
+    REDELIVERY_WRITER,
+    WRITERS_MAX,
+    LedgerEntry,
+    RedeliveredEntry,
+    SealedEntry,
+    SettledEntry,
+    compact_entries,
+    reconcile_entries,
+)
+from pillarbox.store.yielding import evict_delivered
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.conftest import wait_until
@@ -42,28 +52,30 @@ SINKS = ("live", "warehouse")
 def place(tmp_path: Path) -> Directory:
     """A directory with two queues, which begin empty."""
     directory = place_of(tmp_path / "box")
-    directory.open()
+    directory.ensure_usable()
     for sink in SINKS:
-        directory.queue(sink).open()
+        directory.queue(sink).ensure_usable()
     return directory
 
 
 def hand_over(place: Directory) -> None:
     """What is sealed goes into the queues."""
-    FanOut(place, SINKS, SystemClock(), Ledger(place, SystemClock())).step()
+    FanOut(place, SINKS, SystemClock(), LedgerWriter(place, SystemClock())).step()
 
 
 def deliver_one(place: Directory, sink: str, gone: list[int] | None = None) -> RecordingSink:
     """What waits for a sink is delivered, and kept."""
     queue, taken, clock = place.queue(sink), RecordingSink(), SystemClock()
     callbacks = Callbacks((gone if gone is not None else []).append)
-    drain(Worker(queue, taken, sink, clock, QUICK, DeliveryCounters(), callbacks, bool, "", KEEPING, Ledger(queue, clock)))
+    drain(
+        Worker(queue, taken, sink, clock, QUICK, DeliveryCounters(), callbacks, bool, "", KEEPING, LedgerWriter(queue, clock))
+    )
     return taken
 
 
 def kept(place: Directory, sink: str) -> list[str]:
     """The batches that a sink keeps."""
-    return [layout.batch_id(file.name) for file in place.queue(sink).delivered()]
+    return [layout.batch_id(file.name) for file in place.queue(sink).delivered_files()]
 
 
 def urls(folder: Path) -> dict[str, str]:
@@ -114,10 +126,10 @@ def test_one_sink_is_sent_again_what_it_lost_and_the_others_nothing(lost: Path) 
     assert [(item["batch"], item["sink"], item["events"]) for item in items] == [
         (one, "warehouse", 10) for one in sorted(before)
     ]
-    waiting = [layout.batch_id(name) for name in place.queue("warehouse").sealed()]
+    waiting = [layout.batch_id(name) for name in place.queue("warehouse").batch_names()]
     assert waiting == [item["resent_as"] for item in items]
     assert not set(waiting) & set(before)
-    assert (place.sealed(), place.queue("live").sealed(), kept(place, "warehouse")) == ([], [], [])
+    assert (place.batch_names(), place.queue("live").batch_names(), kept(place, "warehouse")) == ([], [], [])
     balanced(lost / "box")
     deliver(lost)
     assert arrived(lost / "warehouse.db") == ids(30)
@@ -134,7 +146,7 @@ def test_without_a_name_all_sinks_are_sent_again_what_they_keep(lost: Path) -> N
     assert "60 events of 6 files wait to be sent again" in text
     assert (text.count("  to live"), text.count("  to warehouse")) == (3, 3)
     place = place_of(lost / "box")
-    assert not set(place.queue("live").sealed()) & set(place.queue("warehouse").sealed())
+    assert not set(place.queue("live").batch_names()) & set(place.queue("warehouse").batch_names())
     deliver(lost)
     assert arrived(lost / "warehouse.db") == arrived(lost / "live.db") == ids(30)
     assert (len(kept(place, "live")), len(kept(place, "warehouse"))) == (3, 3)
@@ -184,21 +196,21 @@ def test_cut_short_each_queue_has_each_file_once_more(place: Directory, number: 
     process = subprocess.Popen(
         [*PILLARBOX, "resend", *BOX, "--all", "--yes"], cwd=folder, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    wait_until(lambda: bool(place.queue("live").sealed()))
+    wait_until(lambda: bool(place.queue("live").batch_names()))
     process.send_signal(number)
     process.communicate(timeout=60)
     assert {sink: sorted(contents_of(place.queue(sink))) for sink in SINKS} == contents
     balanced(Path(place.path))
     assert run("resend", *BOX, "--all", "--yes", cwd=folder).returncode == 0
-    assert [len(place.queue(sink).sealed()) for sink in SINKS] == [200, 200]
+    assert [len(place.queue(sink).batch_names()) for sink in SINKS] == [200, 200]
     assert [len(deliver_one(place, sink).payloads) for sink in SINKS] == [200, 200]
     balanced(Path(place.path))
 
 
 def contents_of(queue: Directory) -> list[bytes]:
     """What is in the files that wait in a queue, or are kept there."""
-    names = [*queue.sealed(), *(file.name for file in queue.delivered())]
-    return [Path(queue.at(name)).read_bytes() for name in names]
+    names = [*queue.batch_names(), *(file.name for file in queue.delivered_files())]
+    return [Path(queue.path_of(name)).read_bytes() for name in names]
 
 
 # What is counted.
@@ -207,45 +219,45 @@ def contents_of(queue: Directory) -> list[bytes]:
 def test_what_both_keep_waits_no_more_and_counts_once(place: Directory) -> None:
     """As soon as the last has delivered it, and until then as waiting; each reads it, whatever names it has."""
     batch = seal(place, 1, b'{"n":1}')
-    size = Path(place.at(f"{batch}.ndjson")).stat().st_size
+    size = Path(place.path_of(f"{batch}.ndjson")).stat().st_size
     hand_over(place)
     gone: list[int] = []
     deliver_one(place, "live", gone)
-    first = place.account()
+    first = place.disk_usage()
     assert (gone, first.pending_files, first.pending_bytes, first.delivered_files) == ([], 1, size, 0)
     deliver_one(place, "warehouse", gone)
-    both = place.account()
+    both = place.disk_usage()
     assert (gone, both.pending_files, both.delivered_files, both.delivered_bytes) == ([size], 0, 1, size)
     for sink in SINKS:
         queue = place.queue(sink)
-        (file,) = queue.delivered()
-        assert dead_letters.try_read_file(queue, file.name) == Path(queue.at(file.name)).read_bytes()
-        assert queue.account().delivered_files == 1
+        (file,) = queue.delivered_files()
+        assert dead_letters.try_read_file(queue, file.name) == Path(queue.path_of(file.name)).read_bytes()
+        assert queue.disk_usage().delivered_files == 1
 
 
-class Meeting(RealFilesystem):
+class Meeting(OsFilesystem):
     """Two threads that have let go of a file look at the same time who else has it, if they can."""
 
     def __init__(self) -> None:
         super().__init__()
         self._both = threading.Barrier(2)
 
-    def is_linked(self, fd: int) -> bool:
+    def has_name(self, fd: int) -> bool:
         with contextlib.suppress(threading.BrokenBarrierError):
             self._both.wait(0.3)
-        return super().is_linked(fd)
+        return super().has_name(fd)
 
 
 def test_of_two_that_deliver_a_file_at_the_same_time_one_is_the_last(place: Directory) -> None:
     """So that its bytes are released once."""
     batch = seal(place, 1, b'{"n":1}')
-    size = Path(place.at(f"{batch}.ndjson")).stat().st_size
+    size = Path(place.path_of(f"{batch}.ndjson")).stat().st_size
     hand_over(place)
     place = Directory(place.path, Meeting(), SystemClock())
     gone: list[int] = []
     with ThreadPoolExecutor(2) as pool:
         assert all(sink.payloads for sink in pool.map(lambda sink: deliver_one(place, sink, gone), SINKS))
-    assert (gone, place.account().pending_files) == ([size], 0)
+    assert (gone, place.disk_usage().pending_files) == ([size], 0)
 
 
 def test_what_one_has_sent_again_waits_whatever_the_others_keep(place: Directory) -> None:
@@ -255,26 +267,31 @@ def test_what_one_has_sent_again_waits_whatever_the_others_keep(place: Directory
     for sink in SINKS:
         deliver_one(place, sink)
     queue = place.queue("live")
-    anew = queue.reseal(queue.delivered()[0].name)
+    anew = queue.reseal(queue.delivered_files()[0].name)
     assert anew is not None
-    found = place.account()
-    assert (found.pending_files, found.delivered_files, queue.sealed(), place.queue("warehouse").sealed()) == (1, 1, [anew], [])
+    found = place.disk_usage()
+    assert (found.pending_files, found.delivered_files, queue.batch_names(), place.queue("warehouse").batch_names()) == (
+        1,
+        1,
+        [anew],
+        [],
+    )
     gone: list[int] = []
     assert deliver_one(place, "live", gone).payloads == [b'{"n":1}']
-    assert (gone, place.account().pending_files, place.account().delivered_files) == ([found.pending_bytes], 0, 2)
+    assert (gone, place.disk_usage().pending_files, place.disk_usage().delivered_files) == ([found.pending_bytes], 0, 2)
     assert kept(place, "warehouse") == [batch]
 
 
 def test_copies_that_queues_have_compressed_are_files_of_their_own(place: Directory) -> None:
     """Even of one name; a compressed file that was handed over is one file."""
     name = layout.compressed_name(layout.sealed_name(1, "u"))
-    one, other = (Path(place.queue(sink).at(name)) for sink in SINKS)
+    one, other = (Path(place.queue(sink).path_of(name)) for sink in SINKS)
     one.write_bytes(b"12345")
     other.write_bytes(b"12345")
-    assert (place.account().pending_files, place.account().pending_bytes) == (2, 10)
+    assert (place.disk_usage().pending_files, place.disk_usage().pending_bytes) == (2, 10)
     other.unlink()
     os.link(one, other)
-    assert (place.account().pending_files, place.account().pending_bytes) == (1, 5)
+    assert (place.disk_usage().pending_files, place.disk_usage().pending_bytes) == (1, 5)
 
 
 # What is missing.
@@ -289,28 +306,28 @@ def test_what_a_queue_was_handed_over_and_has_no_word_of_is_named(lost: Path, *,
     batch = kept(place, "warehouse")[1]
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(line for line in lines if b'"batch":"' + batch.encode() not in line))
-    for file in place.queue("live").delivered():
+    for file in place.queue("live").delivered_files():
         if layout.batch_id(file.name) == batch:
             place.queue("live").remove(file.name)
     account = verified(lost)["live"]
     assert not account["balances"]
-    assert [(wrong["events"], wrong["problem"]) for wrong in account["wrong"]] == [
+    assert [(wrong["events"], wrong["problem"]) for wrong in account["discrepancies"]] == [
         (10, "handed over, and not in the account of the sink")
     ]
 
 
 def test_what_was_handed_over_is_told_apart_however_many_writers_there_were() -> None:
     """In a ledger that was summed up."""
-    entries: list[Entry] = [Resent(0, "r", "s", 5), Settled(0, "r", "live", 5, 0, 0, 0)]
+    entries: list[LedgerEntry] = [RedeliveredEntry(0, "r", "s", 5), SettledEntry(0, "r", "live", 5, 0, 0, 0)]
     for number in range(WRITERS_MAX + 10):
         writer = "handed over" if not number else f"w{number}"
-        entries += [Sealed(0, f"b{number}", writer, 1, 9), Settled(0, f"b{number}", "live", 1, 0, 0, 0)]
-    entries += [Settled(0, f"c{number}", "live", 1, 0, 0, 0) for number in range(RECENT)]
-    summed = account(condensed(entries, set(), 1), {}, [])
+        entries += [SealedEntry(0, f"b{number}", writer, 1, 9), SettledEntry(0, f"b{number}", "live", 1, 0, 0, 0)]
+    entries += [SettledEntry(0, f"c{number}", "live", 1, 0, 0, 0) for number in range(RECENT_BATCHES_MAX)]
+    summed = reconcile_entries(compact_entries(entries, set(), 1), {}, [])
     rows = {row.writer: row.accepted for row in summed.writers}
     assert summed.balances
-    assert (rows["handed over"], rows["unknown"], summed.resent_on_request) == (1, RECENT, 5)
-    assert RESENT not in rows or rows[RESENT] == 5
+    assert (rows["handed over"], rows["unknown"], summed.resent_on_request) == (1, RECENT_BATCHES_MAX, 5)
+    assert REDELIVERY_WRITER not in rows or rows[REDELIVERY_WRITER] == 5
 
 
 # What gives way.
@@ -321,30 +338,30 @@ def test_what_several_keep_gives_way_in_all_their_queues_at_once(place: Director
     waits = seal(place, 1, b'"0"')
     hand_over(place)
     deliver_one(place, "live")
-    blocked = place.queue("warehouse").take(f"{waits}.ndjson")
+    blocked = place.queue("warehouse").lock_existing(f"{waits}.ndjson")
     assert blocked is not None
     batches = [seal(place, stamp, b'"%d"' % stamp) for stamp in (2, 3)]
     hand_over(place)
     deliver_one(place, "live")
     place.filesystem.close(blocked.fd)
-    os.rename(place.queue("warehouse").at(f"{waits}.ndjson"), place.at("elsewhere"))
+    os.rename(place.queue("warehouse").path_of(f"{waits}.ndjson"), place.path_of("elsewhere"))
     deliver_one(place, "warehouse")
-    os.rename(place.at("elsewhere"), place.queue("warehouse").at(f"{waits}.ndjson"))
+    os.rename(place.path_of("elsewhere"), place.queue("warehouse").path_of(f"{waits}.ndjson"))
     assert (kept(place, "live"), kept(place, "warehouse")) == ([waits, *batches], batches)
-    size = place.queue("live").delivered()[1].size
-    assert give_way(place, lambda gone: gone >= size) == 1
+    size = place.queue("live").delivered_files()[1].size
+    assert evict_delivered(place, lambda gone: gone >= size) == 1
     assert (kept(place, "live"), kept(place, "warehouse")) == ([waits, batches[1]], [batches[1]])
-    assert give_way(place, lambda _gone: False) == 2
+    assert evict_delivered(place, lambda _gone: False) == 2
     assert (kept(place, "live"), kept(place, "warehouse")) == ([], [])
-    assert place.queue("warehouse").sealed() == [f"{waits}.ndjson"]
+    assert place.queue("warehouse").batch_names() == [f"{waits}.ndjson"]
 
 
-class Small(RealFilesystem):
+class Small(OsFilesystem):
     """A volume of 1,000,000 bytes; what several names have is on it once."""
 
-    def space(self, path: str) -> Space:
+    def space(self, path: str) -> DiskSpace:
         used = {os.stat(file).st_ino: os.stat(file).st_size for file in Path(path).rglob("delivered-*")}
-        return Space(max(0, 1_000_000 - sum(used.values())), 1_000_000)
+        return DiskSpace(max(0, 1_000_000 - sum(used.values())), 1_000_000)
 
 
 def test_what_queues_keep_gives_way_before_events_are_refused(place: Directory, clock: ManualClock) -> None:
@@ -352,14 +369,14 @@ def test_what_queues_keep_gives_way_before_events_are_refused(place: Directory, 
     place = Directory(place.path, Small(), clock)
     for number in range(20):
         first, other = (
-            place.queue(sink).at(layout.delivered_name(layout.sealed_name(number, "u"), 2 * number + later))
+            place.queue(sink).path_of(layout.delivered_name(layout.sealed_name(number, "u"), 2 * number + later))
             for later, sink in enumerate(SINKS)
         )
         Path(first).write_bytes(b"1234567890" * 5000)
         os.link(first, other)
     capacity, writer = capacity_of(place, clock, evicts=True)
-    capacity.look()
+    capacity.enforce()
     assert (
         kept(place, "live") == kept(place, "warehouse") == [layout.batch_id(layout.sealed_name(n, "u")) for n in range(2, 20)]
     )
-    assert (writer.dropped["disk_low"], capacity.evicted) == (0, 0)
+    assert (writer.dropped["disk_low"], capacity.evicted_events) == (0, 0)

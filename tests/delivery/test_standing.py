@@ -74,11 +74,11 @@ def test_a_heartbeat_is_read_while_a_shorter_one_is_written_over_it(place: Direc
     lease = Lease(place, "test", SystemClock())
     assert lease.take()
     lease.beat(State("waiting", "a long story about a server that is busy"), 7, "", now=True)
-    long = place.read_bytes(layout.DELIVER_LOCK)
+    long = place.read_small_file(layout.DELIVER_LOCK)
     lease.beat(State("idle"), 8, "", now=True)
-    short = place.read_bytes(layout.DELIVER_LOCK)
+    short = place.read_small_file(layout.DELIVER_LOCK)
     lease.release()
-    with open(place.at(layout.DELIVER_LOCK), "wb") as file:
+    with open(place.path_of(layout.DELIVER_LOCK), "wb") as file:
         file.write(short + long[len(short) :])
     beat = last_heartbeat(place)
     assert beat is not None

@@ -23,8 +23,8 @@ from pillarbox.sinks.base import Batch, DeliveryResult, Misconfigured, PartialFa
 from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.dirscan import ByListing, Entry
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.dirscan import FileEntry, PortableScanOps
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import wait_until
 from tests.delivery.stage import NO, QUICK, Poisoned, drain, left, seal, worker_for
@@ -33,7 +33,7 @@ from tests.delivery.stage import NO, QUICK, Poisoned, drain, left, seal, worker_
 def test_sealed_files_are_delivered_in_order_and_removed(place: Directory) -> None:
     """One file, one batch; the bytes are given back."""
     batches = [seal(place, stamp, b"%d" % stamp, b"0") for stamp in (3, 1, 2)]
-    size = sum(entry.size for entry in place.filesystem.listing(place.path))
+    size = sum(entry.size for entry in place.filesystem.list_files(place.path))
     gone: list[int] = []
     sink = RecordingSink()
     worker = worker_for(place, sink, gone)
@@ -62,16 +62,16 @@ def test_a_damaged_line_is_set_aside_and_the_good_ones_and_later_files_are_deliv
     worker = worker_for(place, sink)
     drain(worker)
     assert sink.payloads == [b"1", b"3", b"4"]
-    assert left(place) == [layout.corrupt_name(batch), layout.spans_name(batch)]
-    assert Path(place.at(layout.corrupt_name(batch))).read_bytes() == b'rubbish\n{"event":2,"crc":"00000000"}\ntorn'
-    spans = json.loads(Path(place.at(layout.spans_name(batch))).read_bytes())
+    assert left(place) == [layout.corrupt_name(batch), layout.ranges_name(batch)]
+    assert Path(place.path_of(layout.corrupt_name(batch))).read_bytes() == b'rubbish\n{"event":2,"crc":"00000000"}\ntorn'
+    spans = json.loads(Path(place.path_of(layout.ranges_name(batch))).read_bytes())
     assert [(span["offset"], span["length"], span["reason"]) for span in spans] == [
         (len(record.line(b"1")), 8, "bad_json"),
         (len(record.line(b"1")) + 8, 29, "bad_checksum"),
         (len(record.line(b"1")) + 37 + len(record.line(b"3")), 4, "torn: bad_json"),
     ]
     assert (worker.counters.quarantined, worker.counters.delivered) == (3, 3)
-    assert place.account().pending_bytes == 0
+    assert place.disk_usage().pending_bytes == 0
 
 
 def test_a_file_without_records_goes_without_a_call(place: Directory) -> None:
@@ -88,7 +88,7 @@ def test_a_file_of_nothing_but_damage_goes_to_quarantine(place: Directory) -> No
     batch = seal(place, 1, raw=b"active\n")
     sink = RecordingSink()
     drain(worker_for(place, sink))
-    assert (sink.calls, left(place)) == ([], [layout.corrupt_name(batch), layout.spans_name(batch)])
+    assert (sink.calls, left(place)) == ([], [layout.corrupt_name(batch), layout.ranges_name(batch)])
 
 
 def test_refused_records_become_dead_letters_with_their_reason(place: Directory) -> None:
@@ -96,7 +96,7 @@ def test_refused_records_become_dead_letters_with_their_reason(place: Directory)
     batch = seal(place, 1, b'"a"', b'"b"', b'"c"')
     worker = worker_for(place, RecordingSink([Retry("busy"), PartialFailure({1: NO}, accepted=2)]))
     drain(worker)
-    (dead,) = Path(place.at(layout.dead_name(batch))).read_bytes().splitlines()
+    (dead,) = Path(place.path_of(layout.dead_name(batch))).read_bytes().splitlines()
     letter = json.loads(dead)
     assert (letter["event"], letter["code"], letter["reason"], letter["sink"]) == ("b", "no", "it says so", "test")
     assert (letter["index"], letter["attempts"]) == (1, 2)
@@ -124,7 +124,7 @@ def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(place: Director
     drain(worker)
     assert len(sink.calls) <= 1 + 18
     assert sink.payloads == [payload for payload in payloads if payload != b'"poison"']
-    (dead,) = Path(place.at(layout.dead_name(batch))).read_bytes().splitlines()
+    (dead,) = Path(place.path_of(layout.dead_name(batch))).read_bytes().splitlines()
     assert json.loads(dead)["index"] == place_of_poison
 
 
@@ -143,7 +143,7 @@ def test_a_wrong_set_up_stops_everything_loudly_and_resumes_alone(place: Directo
 def test_a_file_that_cannot_be_read_is_stepped_over(place: Directory, tmp_path: Path) -> None:
     """It is reported; those after it are delivered."""
     (tmp_path / "elsewhere").write_bytes(record.line(b"1"))
-    Path(place.at(layout.sealed_name(1, "u"))).hardlink_to(tmp_path / "elsewhere")
+    Path(place.path_of(layout.sealed_name(1, "u"))).hardlink_to(tmp_path / "elsewhere")
     seal(place, 2, b"2")
     sink = RecordingSink()
     worker = worker_for(place, sink)
@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_read_is_stepped_over(place: Directory, tmp_path: 
 
 def test_what_a_dead_writer_left_is_adopted_while_delivering(place: Directory) -> None:
     """Also by a process that writes nothing itself."""
-    Path(place.at("active-w-1.ndjson")).write_bytes(record.line(b"1"))
+    Path(place.path_of("active-w-1.ndjson")).write_bytes(record.line(b"1"))
     sink = RecordingSink()
     drain(worker_for(place, sink))
     assert sink.payloads == [b"1"]
@@ -185,7 +185,7 @@ def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
 def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> None:
     """Who evicts takes it first."""
     batch = seal(place, 1, b"1")
-    taken = place.take(f"{batch}.ndjson")
+    taken = place.lock_existing(f"{batch}.ndjson")
     assert taken is not None
     sink = RecordingSink()
     drain(worker_for(place, sink))
@@ -197,7 +197,7 @@ def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory,
     """A process that dies, or has just sealed it, has it a little longer than its name shows."""
     monkeypatch.setattr("pillarbox.delivery.fetcher._HELD_S", 60.0)  # a moment, here
     batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
-    held = place.take(f"{batches[0]}.ndjson")
+    held = place.lock_existing(f"{batches[0]}.ndjson")
     assert held is not None
     sink = RecordingSink()
     worker = worker_for(place, sink)
@@ -211,15 +211,15 @@ def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory,
     assert thread.stop(30)
 
 
-class _Hasty(ByListing, RealFilesystem):
+class _Hasty(PortableScanOps, OsFilesystem):
     """Its first listing of sealed files misses the first, as one may that runs while names are given."""
 
     def __init__(self) -> None:
         super().__init__()
         self.listings = 0
 
-    def listing(self, path: str) -> Iterator[Entry]:
-        found = sorted(super().listing(path))
+    def listing(self, path: str) -> Iterator[FileEntry]:
+        found = sorted(super().list_files(path))
         self.listings += any(entry.name.startswith("sealed-") for entry in found)
         return (entry for entry in found if self.listings != 2 or not entry.name.startswith("sealed-0000000000000001"))
 
@@ -242,7 +242,7 @@ def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> Non
     async def scenario() -> None:
         running = asyncio.create_task(worker.run())
         await asyncio.wait_for(sink.all_sent.wait(), 60)
-        assert len(place.sealed()) == 5
+        assert len(place.batch_names()) == 5
         sink.sure.set()
         await asyncio.wait_for(asyncio.to_thread(worker.idle.wait), 60)
         worker.end()
@@ -322,11 +322,11 @@ def test_killed_between_dead_letters_and_removal_nothing_is_kept_twice(place: Di
     payloads = [b'"a"', b'"b"']
     batch = seal(place, 1, *payloads, raw=b"rubbish\n")
     drain(worker_for(place, RecordingSink([PartialFailure({1: NO}, accepted=1)])))
-    before = {name: Path(place.at(name)).read_bytes() for name in left(place) if "dead" not in name}
+    before = {name: Path(place.path_of(name)).read_bytes() for name in left(place) if "dead" not in name}
     seal(place, 1, *payloads, raw=b"rubbish\n")
     drain(worker_for(place, RecordingSink([PartialFailure({1: NO}, accepted=1)])))
-    assert {name: Path(place.at(name)).read_bytes() for name in left(place) if "dead" not in name} == before
-    dead = msgspec.json.decode(Path(place.at(layout.dead_name(batch))).read_bytes())
+    assert {name: Path(place.path_of(name)).read_bytes() for name in left(place) if "dead" not in name} == before
+    dead = msgspec.json.decode(Path(place.path_of(layout.dead_name(batch))).read_bytes())
     assert dead["event"] == "b"
 
 
@@ -355,7 +355,7 @@ class _Hanging(RecordingSink):
         return await super().deliver(batch)
 
 
-class _Clinging(RealFilesystem):
+class _Clinging(OsFilesystem):
     """Lets no sealed file go, a few times."""
 
     refusals = 3
@@ -384,20 +384,20 @@ def test_what_cannot_be_settled_holds_up_no_other(place: Directory) -> None:
     stuck = seal(place, 1, b"1", raw=b"damage\n")
     for number in range(2, 12):
         seal(place, number, b'{"event":{"n":%d}}' % number)
-    os.makedirs(place.at(f"corrupt-{stuck}.ndjson/x"))
+    os.makedirs(place.path_of(f"corrupt-{stuck}.ndjson/x"))
     sink = RecordingSink()
     worker = worker_for(place, sink)
     thread = DeliveryThread(worker)
     thread.start()
-    wait_until(lambda: place.sealed() == [f"{stuck}.ndjson"] and worker.state.name == "degraded")
+    wait_until(lambda: place.batch_names() == [f"{stuck}.ndjson"] and worker.state.name == "degraded")
     assert "cannot be written" in worker.state.reason
     assert not worker.idle.is_set()
-    os.rmdir(place.at(f"corrupt-{stuck}.ndjson/x"))
-    os.rmdir(place.at(f"corrupt-{stuck}.ndjson"))
+    os.rmdir(place.path_of(f"corrupt-{stuck}.ndjson/x"))
+    os.rmdir(place.path_of(f"corrupt-{stuck}.ndjson"))
     assert worker.idle.wait(60)
-    assert (place.sealed(), worker.state.name) == ([], "idle")
+    assert (place.batch_names(), worker.state.name) == ([], "idle")
     assert thread.stop(30)
-    assert Path(place.at(f"corrupt-{stuck}.ndjson")).read_bytes() == b"damage\n"
+    assert Path(place.path_of(f"corrupt-{stuck}.ndjson")).read_bytes() == b"damage\n"
 
 
 def test_a_worker_that_is_run_again_begins_whole(place: Directory) -> None:
@@ -450,7 +450,7 @@ def test_delivery_is_taken_over_within_a_second_however_seldom_an_idle_directory
 def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(place: Directory, tmp_path: Path) -> None:
     """The state names it; nothing is written into what it leads to."""
     (tmp_path / "victim").write_bytes(b"precious")
-    planted = Path(place.at(layout.DELIVER_LOCK))
+    planted = Path(place.path_of(layout.DELIVER_LOCK))
     planted.hardlink_to(tmp_path / "victim")
     seal(place, 1, b"1")
     sink = RecordingSink()
@@ -467,7 +467,7 @@ def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(pl
     assert thread.stop(30)
 
 
-class _Tracing(RealFilesystem):
+class _Tracing(OsFilesystem):
     """Writes down removals and syncs of the directory."""
 
     def __init__(self) -> None:

@@ -17,10 +17,10 @@ from pillarbox.clock import Clock
 from pillarbox.outcome import DROPPED, ENQUEUED, Outcome
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.door import Door
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.door import AppendHooks
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 
 INNER = 1000  # numbers of events that a handler stores begin here
@@ -33,7 +33,7 @@ class Numbered(msgspec.Struct):
     n: int
 
 
-class Disk(RealFilesystem):
+class Disk(OsFilesystem):
     """A real one that syncs nothing, and whose next write may be short, fail, or be interrupted after some bytes."""
 
     short: int | None = None
@@ -77,8 +77,8 @@ class Stage:
         self.disk = Disk()
         self.clock = ManualClock()
         self.place = Directory(str(folder), self.disk, clock or self.clock)
-        self.place.open()
-        chosen = Limits(**(LIMITS | limits))
+        self.place.ensure_usable()
+        chosen = WriterLimits(**(LIMITS | limits))
         self.sealer = Sealer(self.place, clock or self.clock, 1.0, lambda: None, min_free_bytes=0)
         self.writer = Writer(self.place, chosen, self.sealer.wake)
         self.sealer.attach(self.writer)
@@ -94,7 +94,9 @@ class Stage:
         self.make_room: Callable[[], object] = lambda: None
         encode = msgspec.json.Encoder().encode
         self.enqueue = self.writer.build_enqueue(
-            Door(encode, Numbered, 1000, self._never, self._never, self._never, self._begin, self._never, power=False)
+            AppendHooks(
+                encode, Numbered, 1000, self._never, self._never, self._never, self._begin, self._never, power_by_default=False
+            )
         )
         if not compiled:
             self.enqueue = getattr(self.enqueue, "__wrapped__", self.enqueue)
@@ -129,13 +131,13 @@ class Stage:
 
     def files(self) -> dict[str, bytes]:
         """Everything that is in the directory."""
-        return {name: Path(self.place.at(name)).read_bytes() for name in sorted(os.listdir(self.place.path))}
+        return {name: Path(self.place.path_of(name)).read_bytes() for name in sorted(os.listdir(self.place.path))}
 
     def check_balance(self) -> None:
         """What the writer counts is what is on disk."""
         found = [data for data in self.files().values() if data]
         lines = sum(data.count(b"\n") for data in found)
-        counted = self.writer.pending()
+        counted = self.writer.pending_counts()
         assert counted == (sum(map(len, found)), len(found), lines), f"{counted} != {found}"
 
     def check(self) -> None:
@@ -147,12 +149,12 @@ class Stage:
         self.sealer.step()
         assert self.put() == ENQUEUED
         self.check_balance()
-        self.sealer.finish()
+        self.sealer.seal_remaining()
         files = self.files()
         payloads: list[int] = []
         for name, data in files.items():
-            contents = reader.read(data, lambda: None)
-            assert (name, contents.spans) == (name, [])
+            contents = reader.read_lines(data, lambda: None)
+            assert (name, contents.damaged) == (name, [])
             assert data == b"" or (layout.kind_of(name) is layout.Kind.SEALED and data.endswith(b"\n"))
             payloads += [msgspec.json.decode(payload)["n"] for payload in contents.payloads]
         counts = Counter(payloads)
@@ -238,7 +240,7 @@ def append_after_an_interrupt_that_came_late(stage: Stage) -> Callable[[], objec
 def append_above_max_bytes(stage: Stage) -> Callable[[], object]:
     stage.writer.start(LIMITS["max_bytes"] - 50, 1)
     stage.put()
-    stage.make_room = lambda: stage.writer.release(LIMITS["max_bytes"] - 50)
+    stage.make_room = lambda: stage.writer.release_bytes(LIMITS["max_bytes"] - 50)
     return stage.put
 
 
@@ -279,7 +281,7 @@ def round_of_the_sealer_that_adds_spares_to_others(stage: Stage) -> Callable[[],
     for count in (3, 7):
         for _ in range(count):
             stage.put()
-        last = stage.writer.active()
+        last = stage.writer.active_segment()
         if count == 3:
             stage.sealer.step()
     assert (last is not None and last[1], len(stage.writer._spares)) == (2, 1)  # the next one takes the last spare
@@ -289,8 +291,8 @@ def round_of_the_sealer_that_adds_spares_to_others(stage: Stage) -> Callable[[],
 def delivery_of_a_file(stage: Stage) -> Callable[[], object]:
     stage.put()
     stage.writer.start(100, 1)
-    stage.writer.files += 1
-    return lambda: stage.writer.release(100)
+    stage.writer.pending_files += 1
+    return lambda: stage.writer.release_bytes(100)
 
 
 CALLERS: list[Scenario] = [

@@ -14,9 +14,9 @@ from pillarbox.clock import SystemClock
 from pillarbox.sinks.base import Retry
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
-from pillarbox.store.quota import Capacity
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.quota import QuotaEnforcer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event, wait_until
 
@@ -36,7 +36,7 @@ def ids_on_disk(path: Path) -> list[str]:
 
 def pending_bytes(path: str) -> int:
     """What two outboxes that only store have in a directory."""
-    return Directory(path, RealFilesystem(), SystemClock()).account().pending_bytes
+    return Directory(path, OsFilesystem(), SystemClock()).disk_usage().pending_bytes
 
 
 def test_drop_oldest_gives_up_whole_sealed_files_and_counts_events(tmp_path: Path) -> None:
@@ -61,52 +61,52 @@ def test_drop_oldest_gives_up_whole_sealed_files_and_counts_events(tmp_path: Pat
 def test_a_file_that_is_being_sent_is_not_evicted(place: Directory, clock: ManualClock) -> None:
     """Whoever sends it has taken it; the next one goes."""
     for number in range(3):
-        Path(place.at(layout.sealed_name(number, "x"))).write_bytes(b"12345678\n" * 10)
-    held = place.take(layout.sealed_name(0, "x"))
+        Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"12345678\n" * 10)
+    held = place.lock_existing(layout.sealed_name(0, "x"))
     assert held is not None
-    writer = Writer(place, Limits(500, 10**6, 200), lambda: None)
+    writer = Writer(place, WriterLimits(500, 10**6, 200), lambda: None)
     writer.start(270, 3)
-    capacity = Capacity(place, clock, 0, evicts=True)
+    capacity = QuotaEnforcer(place, clock, 0, evicts=True)
     capacity.attach(writer)
-    capacity.look()
-    assert place.sealed() == [layout.sealed_name(0, "x")]
-    assert capacity.evicted == 20
-    assert writer.pending()[:2] == (90, 1)
+    capacity.enforce()
+    assert place.batch_names() == [layout.sealed_name(0, "x")]
+    assert capacity.evicted_events == 20
+    assert writer.pending_counts()[:2] == (90, 1)
     place.filesystem.close(held.fd)
 
 
 def test_max_files_are_evicted_too(place: Directory, clock: ManualClock) -> None:
     """The limit is on files as well as on bytes."""
     for number in range(20):
-        Path(place.at(layout.sealed_name(number, "x"))).write_bytes(b"1\n")
-    writer = Writer(place, Limits(500, 10**6, 10**6, 16), lambda: None)
+        Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"1\n")
+    writer = Writer(place, WriterLimits(500, 10**6, 10**6, 16), lambda: None)
     writer.start(40, 20)
-    capacity = Capacity(place, clock, 0, evicts=True)
+    capacity = QuotaEnforcer(place, clock, 0, evicts=True)
     capacity.attach(writer)
-    capacity.look()
-    assert len(place.sealed()) == 14
-    assert place.sealed()[0] == layout.sealed_name(6, "x")
+    capacity.enforce()
+    assert len(place.batch_names()) == 14
+    assert place.batch_names()[0] == layout.sealed_name(6, "x")
 
 
 def test_two_that_evict_at_once_do_not_give_up_twice_as_much(place: Directory, clock: ManualClock) -> None:
     """One holds the lock; the other counts anew first."""
     for number in range(10):
-        Path(place.at(layout.sealed_name(number, "x"))).write_bytes(b"x" * 99 + b"\n")
+        Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"x" * 99 + b"\n")
     capacities = []
     for _ in range(2):
-        writer = Writer(place, Limits(500, 10**6, 800), lambda: None)
+        writer = Writer(place, WriterLimits(500, 10**6, 800), lambda: None)
         writer.start(1000, 10)
-        capacities.append(Capacity(place, clock, 0, evicts=True))
+        capacities.append(QuotaEnforcer(place, clock, 0, evicts=True))
         capacities[-1].attach(writer)
-    lock = place.take_lock(layout.EVICT_LOCK)
+    lock = place.acquire_lock_file(layout.EVICT_LOCK)
     assert lock is not None
-    capacities[0].look()
-    assert len(place.sealed()) == 10
+    capacities[0].enforce()
+    assert len(place.batch_names()) == 10
     place.filesystem.close(lock.fd)
     for capacity in capacities:
-        capacity.look()
-    assert len(place.sealed()) == 7
-    assert [capacity.evicted for capacity in capacities] == [3, 0]
+        capacity.enforce()
+    assert len(place.batch_names()) == 7
+    assert [capacity.evicted_events for capacity in capacities] == [3, 0]
 
 
 def test_without_drop_oldest_nothing_is_given_up(tmp_path: Path) -> None:

@@ -18,19 +18,19 @@ from pillarbox import Dropped, Enqueued, Outbox
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER
 from pillarbox.store import group_commit, layout, reader, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
-from pillarbox.store.group_commit import QUEUED_BYTES_MAX, Committer
+from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.group_commit import QUEUED_BYTES_MAX, GroupCommitter
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.speed import Waiter
-from pillarbox.store.syncing import Syncs
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.syncing import SegmentSyncer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from tests.conftest import event
 
 LINE = record.line(b'{"n":1}')
 
 
-class Watched(RealFilesystem):
+class Watched(OsFilesystem):
     """Counts syncs, fails as many of them as it is told to, and calls back in the middle of one."""
 
     def __init__(self) -> None:
@@ -59,19 +59,19 @@ class Desk:
     def __init__(self, path: Path, *, batch_size: int = 500, max_bytes: int = 2**29) -> None:
         self.filesystem = Watched()
         self.place = Directory(str(path), self.filesystem, ManualClock())
-        self.place.open()
+        self.place.ensure_usable()
         self.sealer = Sealer(self.place, ManualClock(), 1.0, lambda: None)
-        self.writer = Writer(self.place, Limits(batch_size, 10**6, max_bytes), self.sealer.wake)
-        self.committer = Committer(self.place, self.writer)
-        self.sealer.attach(self.writer, self.committer, enters=True)
+        self.writer = Writer(self.place, WriterLimits(batch_size, 10**6, max_bytes), self.sealer.wake)
+        self.committer = GroupCommitter(self.place, self.writer)
+        self.sealer.attach(self.writer, self.committer, syncs_spare_names=True)
         self.writer.start(0, 0)
 
     def lines(self) -> list[bytes]:
         """All payloads on disk; there is nothing else in the files."""
         found: list[bytes] = []
         for name in sorted(os.listdir(self.place.path)):
-            contents = reader.read(Path(self.place.at(name)).read_bytes(), lambda: None)
-            assert not contents.spans
+            contents = reader.read_lines(Path(self.place.path_of(name)).read_bytes(), lambda: None)
+            assert not contents.damaged
             found += contents.payloads
         return found
 
@@ -97,7 +97,7 @@ def test_a_thread_that_sees_its_outcome_before_it_is_woken_wakes_the_next_all_th
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or those behind it would wait until they lose patience: the first file of a round is answered while the second is synced."""
-    monkeypatch.setattr(group_commit, "_PATIENCE_S", 600.0)
+    monkeypatch.setattr(group_commit, "_LEADER_CHECK_S", 600.0)
     desk = Desk(tmp_path / "outbox", batch_size=4)
     threads = [threading.Thread(target=desk.committer.commit, args=(numbered(number), 1), daemon=True) for number in range(8)]
     answered: list[Any] = []
@@ -110,8 +110,8 @@ def test_a_thread_that_sees_its_outcome_before_it_is_woken_wakes_the_next_all_th
             threading.Event().wait(0.001)
 
     def note_the_first_file() -> None:
-        assert len({chunk.file for chunk in desk.committer._chunks}) == 2
-        answered.extend(desk.committer._chunks[0].party.entries)
+        assert len({chunk.segment for chunk in desk.committer._appended}) == 2
+        answered.extend(desk.committer._appended[0].group.entries)
 
     def one_of_them_looks() -> None:
         waiting = sum(thread.is_alive() for thread in threads)
@@ -142,9 +142,9 @@ def test_the_sealer_enters_the_names_of_spare_files_so_that_callers_need_not(tmp
 
 def test_before_the_start_there_is_no_answer_and_after_the_end_it_is_closed(desk: Desk) -> None:
     """As with `Writer.append`."""
-    fresh = Writer(desk.place, Limits(1, 1, 1), lambda: None)
-    assert Committer(desk.place, fresh).commit(LINE, 1) is None
-    desk.sealer.finish()
+    fresh = Writer(desk.place, WriterLimits(1, 1, 1), lambda: None)
+    assert GroupCommitter(desk.place, fresh).commit(LINE, 1) is None
+    desk.sealer.seal_remaining()
     assert desk.committer.commit(LINE, 1) == DROPPED["closed"]
 
 
@@ -205,12 +205,12 @@ def test_a_group_is_cut_where_a_file_is_full(tmp_path: Path) -> None:
     desk.sealer.step()
 
     async def main() -> list[object]:
-        answers = [desk.committer.commit_async(numbered(number), 1) for number in range(25)]
+        answers = [desk.committer.start_commit(numbered(number), 1) for number in range(25)]
         return list(await asyncio.gather(*answers))  # type: ignore[arg-type]
 
     assert asyncio.run(main()) == [ENQUEUED_POWER] * 25
     desk.sealer.step()
-    sizes = [Path(desk.place.at(name)).read_bytes().count(b"\n") for name in desk.place.sealed()]
+    sizes = [Path(desk.place.path_of(name)).read_bytes().count(b"\n") for name in desk.place.batch_names()]
     assert sizes[0] == 10
     assert len(desk.lines()) == 26
 
@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused_line_by_line(tmp_path: Path) -> None:
     long = record.line(b'{"n":"%s"}' % (b"x" * 500))
 
     async def main() -> list[object]:
-        answers = [desk.committer.commit_async(lines, 1) for lines in (LINE, long, LINE)]
+        answers = [desk.committer.start_commit(lines, 1) for lines in (LINE, long, LINE)]
         return list(await asyncio.gather(*answers))  # type: ignore[arg-type]
 
     assert asyncio.run(main()) == [ENQUEUED_POWER, DROPPED["max_bytes"], ENQUEUED_POWER]
@@ -232,18 +232,18 @@ def test_what_does_not_fit_is_refused_line_by_line(tmp_path: Path) -> None:
 def test_a_sync_that_fails_is_not_tried_again_on_that_file(desk: Desk, code: int, caplog: pytest.LogCaptureFixture) -> None:
     """The lines are written anew from memory, and nothing more is appended to the file."""
     desk.committer.commit(numbered(1), 1)
-    name, before = desk.writer._file.taken.name, desk.writer._file.fd
+    name, before = desk.writer._file.locked_file.name, desk.writer._file.fd
     inode = os.fstat(before).st_ino
     desk.filesystem.failures = [OSError(code, os.strerror(code))]
     with caplog.at_level(logging.ERROR):
         assert desk.committer.commit(numbered(2), 1) == ENQUEUED_POWER
     assert "written anew" in caplog.text
-    assert os.stat(desk.place.at(name)).st_ino != inode
+    assert os.stat(desk.place.path_of(name)).st_ino != inode
     assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
-    assert desk.writer._file.taken.name != name
+    assert desk.writer._file.locked_file.name != name
     desk.sealer.step()
     assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
-    assert [layout.kind_of(found) for found in sorted(os.listdir(desk.place.path))].count(layout.Kind.ASIDE) == 0
+    assert [layout.kind_of(found) for found in sorted(os.listdir(desk.place.path))].count(layout.Kind.TEMPORARY) == 0
 
 
 def test_lines_in_memory_replace_what_the_disk_made_of_them(desk: Desk) -> None:
@@ -257,7 +257,7 @@ def test_lines_in_memory_replace_what_the_disk_made_of_them(desk: Desk) -> None:
         if synced != fd:
             original(synced)
             return
-        with open(desk.place.at(desk.writer._file.taken.name), "r+b") as file:
+        with open(desk.place.path_of(desk.writer._file.locked_file.name), "r+b") as file:
             file.seek(len(numbered(1)))
             file.write(b"\0" * len(numbered(2)))
         raise OSError(errno.EIO, "lost")
@@ -281,7 +281,7 @@ def test_where_the_disk_takes_nothing_the_caller_is_told(desk: Desk, caplog: pyt
 def test_a_file_that_somebody_removed_promises_nothing(desk: Desk) -> None:
     """A sync of a file without a name would answer that all is well."""
     desk.committer.commit(numbered(1), 1)
-    os.unlink(desk.place.at(desk.writer._file.taken.name))
+    os.unlink(desk.place.path_of(desk.writer._file.locked_file.name))
     assert desk.committer.commit(numbered(2), 1) == DROPPED["io_error"]
     assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
     desk.sealer.step()
@@ -330,7 +330,7 @@ def test_a_leader_that_is_interrupted_leaves_no_coroutine_that_waits_for_another
     queued = threading.Event()
 
     async def one() -> None:
-        answer = desk.committer.commit_async(numbered(2), 1)
+        answer = desk.committer.start_commit(numbered(2), 1)
         queued.set()
         assert isinstance(answer, Waiter)
         answered.append(await answer)
@@ -352,10 +352,10 @@ def test_a_leader_that_is_interrupted_leaves_no_coroutine_that_waits_for_another
 def test_a_follower_that_is_interrupted_is_handed_no_lead(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who queues behind it would wait for ever."""
     answered: list[object] = []
-    taken = group_commit._taken_lock
+    taken = group_commit._acquired_lock
 
     async def one() -> None:
-        answer = desk.committer.commit_async(numbered(3), 1)
+        answer = desk.committer.start_commit(numbered(3), 1)
         assert isinstance(answer, Waiter)
         answered.append(await answer)
 
@@ -375,11 +375,11 @@ def test_a_follower_that_is_interrupted_is_handed_no_lead(desk: Desk, monkeypatc
     coroutine = threading.Thread(target=lambda: asyncio.run(one()), daemon=True)
 
     def others_come() -> None:
-        monkeypatch.setattr(group_commit, "_taken_lock", Interrupting)
+        monkeypatch.setattr(group_commit, "_acquired_lock", Interrupting)
         follower = threading.Thread(target=is_interrupted)
         follower.start()
         follower.join(60)
-        monkeypatch.setattr(group_commit, "_taken_lock", taken)
+        monkeypatch.setattr(group_commit, "_acquired_lock", taken)
         coroutine.start()
         while len(desk.committer._queue) < 2:
             threading.Event().wait(0.001)
@@ -392,21 +392,21 @@ def test_a_follower_that_is_interrupted_is_handed_no_lead(desk: Desk, monkeypatc
 
 def test_a_sync_that_has_failed_is_not_trusted_after_an_interrupt_either(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next leader would sync the same file, and be told that all is well: it is written anew."""
-    conclude = Syncs._conclude
+    conclude = SegmentSyncer._finish_sync
 
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
     desk.committer.commit(numbered(1), 1)
-    before = os.stat(desk.place.at(desk.writer._file.taken.name)).st_ino
+    before = os.stat(desk.place.path_of(desk.writer._file.locked_file.name)).st_ino
     desk.filesystem.failures = [OSError(errno.EIO, "broken")]
-    monkeypatch.setattr(Syncs, "_conclude", interrupted)
+    monkeypatch.setattr(SegmentSyncer, "_finish_sync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         desk.committer.commit(numbered(2), 1)
-    monkeypatch.setattr(Syncs, "_conclude", conclude)
-    name = desk.writer._file.taken.name
+    monkeypatch.setattr(SegmentSyncer, "_finish_sync", conclude)
+    name = desk.writer._file.locked_file.name
     assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
-    assert os.stat(desk.place.at(name)).st_ino != before
+    assert os.stat(desk.place.path_of(name)).st_ino != before
     assert sorted(desk.lines()) == [b'{"n":%d}' % n for n in (1, 2, 3)]
 
 
@@ -414,18 +414,18 @@ def test_many_that_are_refused_together_are_refused_one_by_one_in_time(tmp_path:
     """The lines of those that are left are not joined again for each."""
     desk = Desk(tmp_path / "outbox", batch_size=10**5, max_bytes=2000)
     joined: list[int] = []
-    party = group_commit._party
+    party = group_commit._append_group_of
 
-    def counting(entries: list[group_commit._Entry]) -> group_commit._Party:
+    def counting(entries: list[group_commit._PendingCommit]) -> group_commit._AppendGroup:
         joined.append(len(entries))
         return party(entries)
 
     async def all_of_them() -> list[object]:
-        waiters = [desk.committer.commit_async(numbered(number), 1) for number in range(500)]
+        waiters = [desk.committer.start_commit(numbered(number), 1) for number in range(500)]
         return [await waiter if isinstance(waiter, Waiter) else waiter for waiter in waiters]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(group_commit, "_party", counting)
+        patch.setattr(group_commit, "_append_group_of", counting)
         outcomes = asyncio.run(all_of_them())
     assert {type(outcome) for outcome in outcomes} == {Enqueued, Dropped}
     assert sum(joined) <= 2 * len(outcomes)
@@ -435,7 +435,7 @@ def test_a_cancelled_coroutine_does_not_withdraw_its_event(desk: Desk) -> None:
     """Nor does it cancel the others of its round."""
 
     async def one(number: int) -> object:
-        answer = desk.committer.commit_async(numbered(number), 1)
+        answer = desk.committer.start_commit(numbered(number), 1)
         assert isinstance(answer, Waiter)
         return await answer
 
@@ -455,7 +455,7 @@ def test_a_task_that_ends_the_loop_when_it_is_woken_does_not_keep_the_others_fro
     """They are woken as soon as the loop runs again."""
 
     async def one(number: int, *, ends: bool = False) -> object:
-        answer = desk.committer.commit_async(numbered(number), 1)
+        answer = desk.committer.start_commit(numbered(number), 1)
         assert isinstance(answer, Waiter)
         outcome = await answer
         if ends:
@@ -478,7 +478,7 @@ def test_loops_in_several_threads_and_threads_without_share_rounds(desk: Desk) -
     def with_a_loop(first: int) -> None:
         async def one(number: int) -> None:
             for step in range(10):
-                answer = desk.committer.commit_async(numbered(number + step), 1)
+                answer = desk.committer.start_commit(numbered(number + step), 1)
                 assert isinstance(answer, Waiter)
                 outcomes.append(await answer)
 
@@ -504,7 +504,7 @@ def test_a_loop_that_is_closed_meanwhile_harms_nobody(desk: Desk) -> None:
     """Its events are stored; the next caller finds everything in order."""
 
     async def leave() -> None:
-        desk.committer.commit_async(numbered(1), 1)
+        desk.committer.start_commit(numbered(1), 1)
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(leave())
@@ -517,7 +517,7 @@ def test_memory_for_those_who_wait_is_bounded(desk: Desk) -> None:
     """Above the bound an event is refused."""
     desk.committer._queued_bytes = QUEUED_BYTES_MAX
     assert desk.committer.commit(LINE, 1) == DROPPED["would_block"]
-    assert desk.committer.commit_async(LINE, 1) == DROPPED["would_block"]
+    assert desk.committer.start_commit(LINE, 1) == DROPPED["would_block"]
 
 
 @pytest.fixture

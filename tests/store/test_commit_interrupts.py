@@ -13,10 +13,10 @@ import pytest
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER, Dropped, Outcome
 from pillarbox.store import group_commit, reader, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.group_commit import Committer
+from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.speed import Waiter
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from tests.conftest import wait_until
 from tests.store.stage import Disk
@@ -51,12 +51,12 @@ class Crowd:
 
     def __init__(self, folder: Path, max_bytes: int = 2**20) -> None:
         place = Directory(str(folder), Disk(), ManualClock())
-        place.open()
+        place.ensure_usable()
         self.folder = folder
         self.sealer = Sealer(place, ManualClock(), 1.0, lambda: None, min_free_bytes=0)
-        self.writer = Writer(place, Limits(ROOM, 10**6, max_bytes), self.sealer.wake)
-        self.committer = Committer(place, self.writer)
-        self.sealer.attach(self.writer, self.committer, enters=True)
+        self.writer = Writer(place, WriterLimits(ROOM, 10**6, max_bytes), self.sealer.wake)
+        self.committer = GroupCommitter(place, self.writer)
+        self.sealer.attach(self.writer, self.committer, syncs_spare_names=True)
         self.writer.start(0, 0)
         self.loops = [Round(), Round()]
         self.waiters: list[Waiter] = []
@@ -89,8 +89,8 @@ class Crowd:
         counts = Counter(
             payload
             for path in self.folder.iterdir()
-            for contents in [reader.read(path.read_bytes(), lambda: None)]
-            for payload in [*contents.payloads, *[b"damaged"] * len(contents.spans)]
+            for contents in [reader.read_lines(path.read_bytes(), lambda: None)]
+            for payload in [*contents.payloads, *[b"damaged"] * len(contents.damaged)]
         )
         promised = {b'{"n":%d}' % number for number, outcome in enumerate(outcomes) if outcome == ENQUEUED_POWER}
         refused = {b'{"n":%d}' % number for number, outcome in enumerate(outcomes) if outcome == DROPPED["max_bytes"]}
@@ -98,7 +98,7 @@ class Crowd:
         assert not refused & set(counts)
         assert set(counts.values()) == {1}
         assert b"damaged" not in counts
-        assert self.writer.pending()[2] == len(counts)
+        assert self.writer.pending_counts()[2] == len(counts)
         return outcomes.count(DROPPED["io_error"])
 
 
@@ -122,7 +122,7 @@ def round_after_one_that_was_cut_short(crowd: Crowd) -> Callable[[], object]:
     crowd.wait(0, 1)
     crowd.writer._filesystem.interrupted = 7  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
-        crowd.committer._lead()
+        crowd.committer._run_round()
     crowd.wait(0)
     return crowd.lead
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pillarbox.store import compression, reader, record
-from pillarbox.store.reader import Contents
+from pillarbox.store.reader import FileContents
 
 NAME = "sealed-0000000000000001-x.ndjson"
 PACKED = f"{NAME}.zst"
@@ -23,7 +23,7 @@ def lines(count: int) -> list[bytes]:
     return [record.line(b'{"n":%d,"x":"%x"}' % (number, rng.getrandbits(200))) for number in range(count)]
 
 
-def read(data: bytes, name: str = PACKED) -> tuple[Contents, bytes]:
+def read(data: bytes, name: str = PACKED) -> tuple[FileContents, bytes]:
     return reader.read_file(name, data, lambda: None)
 
 
@@ -31,15 +31,15 @@ def read(data: bytes, name: str = PACKED) -> tuple[Contents, bytes]:
 def test_what_was_compressed_comes_out_as_it_was(data: bytes) -> None:
     """Any bytes; and a file with another ending is what it is."""
     packed = compression.compress(PACKED, data)
-    assert compression.unpack(PACKED, packed) == (data, "")
-    assert compression.contents(PACKED, packed) == data
-    assert compression.unpack(NAME, packed) == (packed, "")
+    assert compression.decompress(PACKED, packed) == (data, "")
+    assert compression.decompressed_lines(PACKED, packed) == data
+    assert compression.decompress(NAME, packed) == (packed, "")
 
 
 def test_several_frames_are_one_file() -> None:
     """As other tools make them, one appended to another."""
     packed = compression.compress(PACKED, b"one\n") + compression.compress(PACKED, b"two\n")
-    assert compression.unpack(PACKED, packed) == (b"one\ntwo\n", "")
+    assert compression.decompress(PACKED, packed) == (b"one\ntwo\n", "")
 
 
 def test_a_truncated_file_gives_the_lines_before_and_keeps_all_of_its_bytes() -> None:
@@ -49,7 +49,7 @@ def test_a_truncated_file_gives_the_lines_before_and_keeps_all_of_its_bytes() ->
     for end in range(len(packed)):
         found, data = read(packed[:end])
         assert found.payloads == [record.payload(line[:-1]) for line in events[: len(found.payloads)]]
-        last = found.spans[-1]
+        last = found.damaged[-1]
         assert last.reason.startswith("bad_compression: ")
         assert data[last.offset : last.offset + last.length] == packed[:end]
 
@@ -66,8 +66,8 @@ def test_a_flipped_bit_alters_no_event(bit: int) -> None:
         found, data = read(bytes(flipped))
         left = iter(payloads)
         assert all(payload in left for payload in found.payloads)
-        if found.payloads != payloads or found.spans:
-            last = found.spans[-1]
+        if found.payloads != payloads or found.damaged:
+            last = found.damaged[-1]
             assert data[last.offset : last.offset + last.length] == flipped
 
 
@@ -81,7 +81,7 @@ def test_what_comes_before_the_damage_is_read() -> None:
     assert len(found.payloads) > 0.4 * len(events)
     assert found.payloads == [record.payload(line[:-1]) for line in events[: len(found.payloads)]]
     assert data.endswith(packed)
-    assert len(found.spans) == 2  # the line that was cut, and the file
+    assert len(found.damaged) == 2  # the line that was cut, and the file
 
 
 @settings(max_examples=300)
@@ -90,18 +90,18 @@ def test_any_bytes_are_read_or_set_aside(data: bytes, begun: bool) -> None:
     """No exception; what comes out is not more than is in it."""
     data = b"\x28\xb5\x2f\xfd" + data if begun else data
     found, whole = read(data)
-    assert found.spans or not found.payloads
-    assert whole.endswith(data) or not found.spans
+    assert found.damaged or not found.payloads
+    assert whole.endswith(data) or not found.damaged
 
 
 def test_a_bomb_is_not_unpacked() -> None:
     """64 MiB are enough for all that is ours; the file is set aside, small as it is."""
-    packed = compression.compress(PACKED, bytes(compression.PLAIN_MAX + 1))
+    packed = compression.compress(PACKED, bytes(compression.PLAIN_BYTES_MAX + 1))
     assert len(packed) < 10_000
-    assert compression.unpack(PACKED, packed)[0] == b""
-    many = compression.compress(PACKED, bytes(compression.PLAIN_MAX // 2)) * 3
-    plain, problem = compression.unpack(PACKED, many)
-    assert (len(plain), problem) == (compression.PLAIN_MAX, f"unpacks to more than {compression.PLAIN_MAX} bytes")
+    assert compression.decompress(PACKED, packed)[0] == b""
+    many = compression.compress(PACKED, bytes(compression.PLAIN_BYTES_MAX // 2)) * 3
+    plain, problem = compression.decompress(PACKED, many)
+    assert (len(plain), problem) == (compression.PLAIN_BYTES_MAX, f"unpacks to more than {compression.PLAIN_BYTES_MAX} bytes")
 
 
 def test_without_the_library_a_compressed_file_is_left_alone() -> None:

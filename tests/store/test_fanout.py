@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox.store.fanout import TOGETHER_MAX, FanOut
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import ManualClock
 from tests.delivery.fleet_stage import place_of
 
@@ -30,7 +30,7 @@ def names_in(path: Path) -> list[str]:
 def test_between_two_groups_of_a_backlog_it_is_asked_whether_to_go_on(box: Path) -> None:
     """So that a heartbeat is due in time, and an end; the oldest go first."""
     place, clock = place_of(box), ManualClock()
-    fan_out = FanOut(place, ["live"], clock, Ledger(place, clock))
+    fan_out = FanOut(place, ["live"], clock, LedgerWriter(place, clock))
     answers = iter([True, False])
     assert fan_out.step(lambda: next(answers)) == 2 * TOGETHER_MAX
     assert names_in(box) == names_in(box / "sink-live")[2 * TOGETHER_MAX :]
@@ -42,7 +42,7 @@ def test_between_two_groups_of_a_backlog_it_is_asked_whether_to_go_on(box: Path)
 def test_a_later_sink_has_no_queue_before_what_was_sealed_earlier_is_handed_over(box: Path) -> None:
     """Also where that takes more than one step: it is not for it."""
     place, clock = place_of(box), ManualClock()
-    ledger = Ledger(place, clock)
+    ledger = LedgerWriter(place, clock)
     (box / "sink-warehouse").mkdir()
     fan_out = FanOut(place, ["warehouse", "live"], clock, ledger)
     assert fan_out.step(lambda: False) == TOGETHER_MAX

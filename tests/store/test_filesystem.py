@@ -15,7 +15,7 @@ from pillarbox.errors import FileUnusableError
 from pillarbox.stats import State
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem, medium_of
+from pillarbox.store.filesystem import OsFilesystem, filesystem_type_of
 from tests.conftest import PLANTED, plant
 
 
@@ -26,7 +26,7 @@ def test_a_lock_file_that_is_planted_is_refused_and_its_victim_unchanged(
     """The heartbeat would be written over it."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious\n")
-    path = Path(place.at(layout.DELIVER_LOCK))
+    path = Path(place.path_of(layout.DELIVER_LOCK))
     plant(planted, path, victim)
     lease = Lease(place, "sink", SystemClock())
     with pytest.raises(FileUnusableError):
@@ -35,7 +35,7 @@ def test_a_lock_file_that_is_planted_is_refused_and_its_victim_unchanged(
     assert victim.read_bytes() == b"precious\n"
 
 
-class _Syncing(RealFilesystem):
+class _Syncing(OsFilesystem):
     """Writes down which directories are synced."""
 
     def __init__(self) -> None:
@@ -62,21 +62,21 @@ def test_a_link_to_a_directory_is_used(tmp_path: Path) -> None:
     """An operator may put it elsewhere."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    RealFilesystem().make_directory(str(tmp_path / "link"))
+    OsFilesystem().make_directory(str(tmp_path / "link"))
 
 
 def test_the_medium_and_what_is_free_on_it_can_be_told(tmp_path: Path) -> None:
     """`/proc` is one that every Linux has."""
     if os.path.exists("/proc/self/mountinfo"):
-        assert medium_of("/proc/self") == "proc"
-        assert medium_of(str(tmp_path))
-    space = RealFilesystem().space(str(tmp_path))
+        assert filesystem_type_of("/proc/self") == "proc"
+        assert filesystem_type_of(str(tmp_path))
+    space = OsFilesystem().disk_space(str(tmp_path))
     assert 0 <= space.free_bytes <= space.total_bytes
 
 
 def test_a_fork_while_files_come_and_go_leaves_the_child_no_lock(tmp_path: Path) -> None:
     """Each descriptor that a child inherits is known to it, also one that another thread is just opening."""
-    filesystem, done = RealFilesystem(), threading.Event()
+    filesystem, done = OsFilesystem(), threading.Event()
 
     def churn() -> None:
         number = 0
@@ -121,7 +121,7 @@ def test_many_processes_may_make_the_directory_at_once(tmp_path: Path) -> None:
                 while not start.exists():
                     pass
                 try:
-                    RealFilesystem().make_directory(path)
+                    OsFilesystem().make_directory(path)
                 except OSError:
                     os._exit(1)
                 os._exit(0)
@@ -134,7 +134,7 @@ def test_a_name_that_is_taken_is_not_created_over(tmp_path: Path) -> None:
     """What is in a file under one of our names is somebody's."""
     (tmp_path / "taken").write_bytes(b"x")
     with pytest.raises(FileExistsError):
-        RealFilesystem().create(str(tmp_path / "taken"))
+        OsFilesystem().create(str(tmp_path / "taken"))
     assert (tmp_path / "taken").read_bytes() == b"x"
 
 
@@ -142,15 +142,15 @@ def test_where_no_lock_can_be_had_creating_ends_with_an_error(place: Directory) 
     """Rather than to try for ever."""
     place.filesystem.create_each = lambda paths: ([-1] * len(paths), None)  # type: ignore[method-assign]
     with pytest.raises(OSError, match="locks do not hold"):
-        place.put("dead-a.ndjson", b"1\n")
+        place.write_atomically("dead-a.ndjson", b"1\n")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
 def test_what_root_creates_belongs_to_the_directorys_owner(tmp_path: Path) -> None:
     """Otherwise the application could not use what an operator's command leaves."""
     os.chown(tmp_path, 65534, 65534)
-    filesystem = RealFilesystem()
-    for name, make in (("a", filesystem.create), ("b", filesystem.open_lock), ("c", filesystem.open_append)):
+    filesystem = OsFilesystem()
+    for name, make in (("a", filesystem.create), ("b", filesystem.open_lock_file), ("c", filesystem.open_append)):
         filesystem.close(make(str(tmp_path / name)))
         found = (tmp_path / name).stat()
         assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65534, 0o600)

@@ -75,8 +75,8 @@ class Filler:
                 return sorted(event_id for ids in found for event_id in ids)
 
     def _read(self, name: str, *, whole: bool) -> list[str]:
-        contents = reader.read((self.folder / name).read_bytes(), lambda: None)
-        assert not (whole and contents.spans), name
+        contents = reader.read_lines((self.folder / name).read_bytes(), lambda: None)
+        assert not (whole and contents.damaged), name
         return [json.loads(payload)["event_id"] for payload in contents.payloads]
 
     def deliver(self, commit: Path | None = None) -> list[str]:

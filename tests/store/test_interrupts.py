@@ -256,12 +256,12 @@ def check_for_real(stage: Stage) -> None:
     assert stage.sealer.stop(30)
     counts: Counter[int] = Counter()
     for name, data in stage.files().items():
-        contents = reader.read(data, lambda: None)
-        assert (name, contents.spans) == (name, [])
+        contents = reader.read_lines(data, lambda: None)
+        assert (name, contents.damaged) == (name, [])
         counts.update(msgspec.json.decode(payload)["n"] for payload in contents.payloads)
     assert set(stage.accepted) <= set(counts) <= set(stage.attempted)
     assert not [number for number, count in counts.items() if count != 1]
-    assert stage.writer.pending()[2] == len(counts)
+    assert stage.writer.pending_counts()[2] == len(counts)
 
 
 @contextmanager
@@ -403,7 +403,7 @@ def test_a_log_handler_that_enqueues_what_is_logged_here_neither_hangs_nor_loses
         assert "events are being dropped: disk_full" in handler.messages[-1]
         stage.sealer.step()
         stage.writer.rotate("manual")
-        os.unlink(stage.place.at(stage.writer.retired[0].taken.name))
+        os.unlink(stage.place.path_of(stage.writer.retired[0].locked_file.name))
         stage.sealer.step()
         assert any("was removed by somebody; written anew" in message for message in handler.messages)
     finally:

@@ -20,11 +20,11 @@ from pillarbox.store.layout import Kind
         ("sealed-x.ndjson.gz", Kind.OTHER),
         ("delivered-1795436302841870-12491cba.ndjson", Kind.DELIVERED),
         ("delivered-x.ndjson.zst", Kind.DELIVERED),
-        ("delivered-x.ndjson.1.aside", Kind.ASIDE),
+        ("delivered-x.ndjson.1.aside", Kind.TEMPORARY),
         ("corrupt-sealed-x.ndjson", Kind.CORRUPT),
-        ("corrupt-sealed-x.spans.json", Kind.SPANS),
+        ("corrupt-sealed-x.spans.json", Kind.RANGES),
         ("dead-sealed-x.ndjson", Kind.DEAD),
-        ("dead-sealed-x.ndjson.aside", Kind.ASIDE),
+        ("dead-sealed-x.ndjson.aside", Kind.TEMPORARY),
         ("deliver.lock", Kind.OTHER),
         ("Active.ndjson", Kind.OTHER),
         ("notes.txt", Kind.OTHER),
@@ -42,41 +42,41 @@ def test_what_we_name_we_recognise() -> None:
     batch = layout.batch_id(sealed)
     assert layout.kind_of(layout.active_name("w", 3)) is Kind.ACTIVE
     assert layout.kind_of(sealed) is Kind.SEALED
-    assert layout.stamp_of(sealed) == 1_795_436_302_841_870
+    assert layout.sealed_at(sealed) == 1_795_436_302_841_870
     kept = layout.delivered_name(sealed, 1_795_436_302_999_999)
     assert layout.kind_of(kept) is Kind.DELIVERED
-    assert (layout.stamp_of(kept), layout.batch_id(kept)) == (1_795_436_302_841_870, batch)
+    assert (layout.sealed_at(kept), layout.batch_id(kept)) == (1_795_436_302_841_870, batch)
     assert layout.delivered_at(kept) == 1_795_436_302_999_999
     assert layout.batch_id(f"{kept}.zst") == batch
     assert layout.sealed_name(7, "v", f"{kept}.zst") == f"{layout.sealed_name(7, 'v')}.zst"
     by_hand = layout.delivered_name("sealed-bad.ndjson", 5)
-    assert (layout.batch_id(by_hand), layout.stamp_of(by_hand), layout.delivered_at(by_hand)) == ("sealed-bad", None, 5)
+    assert (layout.batch_id(by_hand), layout.sealed_at(by_hand), layout.delivered_at(by_hand)) == ("sealed-bad", None, 5)
     assert (layout.batch_id("delivered-bad.ndjson"), layout.delivered_at("delivered-bad.ndjson")) == ("sealed-bad", None)
     assert layout.kind_of(layout.corrupt_name(batch)) is Kind.CORRUPT
-    assert layout.kind_of(layout.spans_name(batch)) is Kind.SPANS
+    assert layout.kind_of(layout.ranges_name(batch)) is Kind.RANGES
     assert layout.kind_of(layout.dead_name(batch)) is Kind.DEAD
-    for name in (layout.corrupt_name(batch), layout.spans_name(batch), layout.dead_name(batch)):
-        assert layout.kind_of(layout.aside_name(name, "x")) is Kind.ASIDE
+    for name in (layout.corrupt_name(batch), layout.ranges_name(batch), layout.dead_name(batch)):
+        assert layout.kind_of(layout.temporary_name(name, "x")) is Kind.TEMPORARY
 
 
 def test_sealed_names_sort_by_time_for_as_long_as_they_have_sixteen_digits() -> None:
     """Also early ones, which are filled up with zeros."""
-    assert layout.sealed_name(5, "z") < layout.sealed_name(40, "a") < layout.sealed_name(layout.STAMP_MAX, "a")
+    assert layout.sealed_name(5, "z") < layout.sealed_name(40, "a") < layout.sealed_name(layout.MICROS_MAX, "a")
 
 
 def test_a_sealed_file_that_somebody_named_has_no_stamp() -> None:
     """It is delivered all the same."""
-    assert layout.stamp_of("sealed-bad.ndjson") is None
+    assert layout.sealed_at("sealed-bad.ndjson") is None
 
 
 @pytest.mark.parametrize("sink", ["live", "0", "a_b-c", "x" * 32])
 def test_a_sink_has_a_queue(sink: str) -> None:
     """The directory's name says whose it is."""
-    assert layout.is_sink(sink)
-    assert layout.sink_of(layout.queue_name(sink)) == sink
+    assert layout.is_sink_name(sink)
+    assert layout.sink_of_queue(layout.queue_name(sink)) == sink
 
 
 @pytest.mark.parametrize("name", ["sink-", "sink-Live", "sink-live.adding", "sink-a/b", "sink-..", "live", "sink-" + "x" * 33])
 def test_other_directories_are_no_queues(name: str) -> None:
     """Nor are those that are being made."""
-    assert layout.sink_of(name) is None
+    assert layout.sink_of_queue(name) is None

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pillarbox.store import layout, speed
-from pillarbox.store.dirscan import ALL, ByListing, Entry, First, Pattern, Sum
-from pillarbox.store.filesystem import CompiledFilesystem, RealFilesystem
+from pillarbox.store.dirscan import ALL_NAMES, FileEntry, FileTotals, NamePage, NamePattern, PortableScanOps
+from pillarbox.store.filesystem import CompiledOsFilesystem, OsFilesystem
 from pillarbox.store.layout import Kind
 from tests.store import collector
 
@@ -58,54 +58,58 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(params=["compiled", "plain"])
-def files(request: pytest.FixtureRequest) -> RealFilesystem:
+def files(request: pytest.FixtureRequest) -> OsFilesystem:
     if request.param == "plain":
-        return RealFilesystem()
+        return OsFilesystem()
     if speed.listing is None:
         pytest.skip("the listing is not compiled here")
-    return CompiledFilesystem()
+    return CompiledOsFilesystem()
 
 
-class Expected(ByListing):
+class Expected(PortableScanOps):
     """Answers from what the operating system says."""
 
-    def listing(self, path: str) -> Iterator[Entry]:
+    def list_files(self, path: str) -> Iterator[FileEntry]:
         found = [Path(path, name) for name in os.listdir(path)]
-        return iter([Entry(one.name, one.stat().st_size) for one in found if one.is_file() and not one.is_symlink()])
+        return iter([FileEntry(one.name, one.stat().st_size) for one in found if one.is_file() and not one.is_symlink()])
 
 
-def test_regular_files_are_listed_and_nothing_else(files: RealFilesystem, place: str) -> None:
+def test_regular_files_are_listed_and_nothing_else(files: OsFilesystem, place: str) -> None:
     """With their sizes; no directory, pipe or link."""
-    assert sorted(files.listing(place)) == sorted(Expected().listing(place))
-    assert all(isinstance(entry, Entry) for entry in files.listing(place))
+    assert sorted(files.list_files(place)) == sorted(Expected().list_files(place))
+    assert all(isinstance(entry, FileEntry) for entry in files.list_files(place))
 
 
-@pytest.mark.parametrize("patterns", [ALL, layout.SEALED, layout.COPIES, layout.PATTERNS, (), (Pattern("n", None),)])
-def test_names_are_those_that_follow_a_pattern(files: RealFilesystem, place: str, patterns: Any) -> None:
+@pytest.mark.parametrize(
+    "patterns", [ALL_NAMES, layout.SEALED_PATTERNS, layout.COMPRESSED_PATTERNS, layout.PATTERNS, (), (NamePattern("n", None),)]
+)
+def test_names_are_those_that_follow_a_pattern(files: OsFilesystem, place: str, patterns: Any) -> None:
     """Each once."""
-    assert sorted(files.names(place, patterns)) == sorted(Expected().names(place, patterns))
+    assert sorted(files.list_names(place, patterns)) == sorted(Expected().list_names(place, patterns))
 
 
 def test_patterns_say_what_the_kind_of_a_name_is(place: str) -> None:
     """And nothing is counted under another."""
     for kind, pattern in zip(layout.KINDS, layout.PATTERNS, strict=True):
-        assert all(layout.kind_of(name) is kind for name in Expected().names(place, (pattern,)))
+        assert all(layout.kind_of(name) is kind for name in Expected().list_names(place, (pattern,)))
     assert set(layout.KINDS) == set(Kind) - {Kind.OTHER}
 
 
-def test_sums_are_by_pattern(files: RealFilesystem, place: str) -> None:
+def test_sums_are_by_pattern(files: OsFilesystem, place: str) -> None:
     """The first that a name follows; stamps are sixteen digits, as layout reads them."""
-    sums = files.sums(place, layout.PATTERNS)
-    assert sums == Expected().sums(place, layout.PATTERNS)
-    assert all(isinstance(one, Sum) for one in sums)
-    sealed = [name for name, _ in Expected().listing(place) if layout.kind_of(name) is Kind.SEALED]
-    stamps = [stamp for stamp in map(layout.stamp_of, sealed) if stamp is not None]
+    sums = files.file_totals(place, layout.PATTERNS)
+    assert sums == Expected().file_totals(place, layout.PATTERNS)
+    assert all(isinstance(one, FileTotals) for one in sums)
+    sealed = [name for name, _ in Expected().list_files(place) if layout.kind_of(name) is Kind.SEALED]
+    stamps = [stamp for stamp in map(layout.sealed_at, sealed) if stamp is not None]
     both = [one for one, kind in zip(sums, layout.KINDS, strict=True) if kind is Kind.SEALED]
-    total = both[0].plus(both[1])
+    total = both[0].combined_with(both[1])
     assert (
-        (total.files, total.oldest, total.newest) == (len(sealed), min(stamps), max(stamps)) == (len(sealed), STAMP, STAMP + 30)
+        (total.files, total.oldest_micros, total.newest_micros)
+        == (len(sealed), min(stamps), max(stamps))
+        == (len(sealed), STAMP, STAMP + 30)
     )
-    assert files.sums(place, ()) == []
+    assert files.file_totals(place, ()) == []
 
 
 _names = st.one_of(st.just(""), st.sampled_from([*OTHERS, *(layout.sealed_name(STAMP + n, "u") for n in range(-1, 21))]))
@@ -115,35 +119,37 @@ _names = st.one_of(st.just(""), st.sampled_from([*OTHERS, *(layout.sealed_name(S
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_first_in_order_are_named(place: str, after: str, until: str, most: int) -> None:
     """Behind one name and up to another, and how many there are in all."""
-    expected = Expected().first(place, layout.SEALED, after, until, most)
-    wanted = sorted(map(os.fsencode, Expected().names(place, layout.SEALED)))
+    expected = Expected().first_names(place, layout.SEALED_PATTERNS, after, until, most)
+    wanted = sorted(map(os.fsencode, Expected().list_names(place, layout.SEALED_PATTERNS)))
     wanted = [name for name in wanted if name > os.fsencode(after) and (not until or name <= os.fsencode(until))]
-    assert expected == First([os.fsdecode(name) for name in wanted[:most]], os.fsdecode(max(wanted, default=b"")), len(wanted))
-    assert RealFilesystem().first(place, layout.SEALED, after, until, most) == expected
+    assert expected == NamePage(
+        [os.fsdecode(name) for name in wanted[:most]], os.fsdecode(max(wanted, default=b"")), len(wanted)
+    )
+    assert OsFilesystem().first_names(place, layout.SEALED_PATTERNS, after, until, most) == expected
 
 
-def test_a_directory_of_any_size_is_read_whole(files: RealFilesystem, tmp_path: Path) -> None:
+def test_a_directory_of_any_size_is_read_whole(files: OsFilesystem, tmp_path: Path) -> None:
     """Though it is read in parts."""
     names = [f"{number:0{1 + number % 200}d}.ndjson" for number in range(9000)]
-    names = sorted({layout.SEALED[0].begin + name for name in names})
+    names = sorted({layout.SEALED_PATTERNS[0].begin + name for name in names})
     for name in names:
         (tmp_path / name).touch()
     path = str(tmp_path)
-    assert sorted(files.names(path, ALL)) == names
-    assert sorted(name for name, _ in files.listing(path)) == names
-    assert files.first(path, ALL, most=5000) == First(names[:5000], names[-1], len(names))
-    assert files.sums(path, ALL)[0].files == len(names)
+    assert sorted(files.list_names(path, ALL_NAMES)) == names
+    assert sorted(name for name, _ in files.list_files(path)) == names
+    assert files.first_names(path, ALL_NAMES, limit=5000) == NamePage(names[:5000], names[-1], len(names))
+    assert files.file_totals(path, ALL_NAMES)[0].files == len(names)
 
 
-def test_what_cannot_be_listed_is_an_error_that_names_it(files: RealFilesystem, tmp_path: Path) -> None:
+def test_what_cannot_be_listed_is_an_error_that_names_it(files: OsFilesystem, tmp_path: Path) -> None:
     """A directory that is not there, and a file."""
     (tmp_path / "file").touch()
     for path, error in ((str(tmp_path / "missing"), FileNotFoundError), (str(tmp_path / "file"), NotADirectoryError)):
         for ask in (
-            lambda path: list(files.listing(path)),
-            lambda path: list(files.names(path, ALL)),
-            lambda path: files.sums(path, ALL),
-            lambda path: files.first(path, ALL),
+            lambda path: list(files.list_files(path)),
+            lambda path: list(files.list_names(path, ALL_NAMES)),
+            lambda path: files.file_totals(path, ALL_NAMES),
+            lambda path: files.first_names(path, ALL_NAMES),
         ):
             with pytest.raises(error) as raised:
                 ask(path)
@@ -151,7 +157,9 @@ def test_what_cannot_be_listed_is_an_error_that_names_it(files: RealFilesystem, 
 
 
 @compiled_only
-@pytest.mark.parametrize("wrong", [(), ("path",), (1, ALL), ("path", [("", "")]), ("path", ("text",)), ("path", ((1, 2),))])
+@pytest.mark.parametrize(
+    "wrong", [(), ("path",), (1, ALL_NAMES), ("path", [("", "")]), ("path", ("text",)), ("path", ((1, 2),))]
+)
 def test_what_makes_no_sense_is_refused(wrong: Any) -> None:
     """Rather than read as if it did."""
     from pillarbox.store import _listing
@@ -164,7 +172,7 @@ class StruckError(Exception):
     """By a signal."""
 
 
-def test_an_interrupt_ends_a_listing_and_leaves_nothing_open(files: RealFilesystem, tmp_path: Path) -> None:
+def test_an_interrupt_ends_a_listing_and_leaves_nothing_open(files: OsFilesystem, tmp_path: Path) -> None:
     """A directory may be large and its disk slow."""
     for number in range(6000):
         (tmp_path / str(number)).touch()
@@ -175,8 +183,8 @@ def test_an_interrupt_ends_a_listing_and_leaves_nothing_open(files: RealFilesyst
     def ask_for_ever() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.003)
         while True:
-            files.sums(str(tmp_path), ALL)
-            files.first(str(tmp_path), ALL, most=10)
+            files.file_totals(str(tmp_path), ALL_NAMES)
+            files.first_names(str(tmp_path), ALL_NAMES, limit=10)
 
     before = signal.signal(signal.SIGALRM, interrupt)
     open_before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0

@@ -15,8 +15,8 @@ BLANK = st.sampled_from([b"\n", b"   \n", b"\r\n", b"\t\n"])
 BAD = st.sampled_from([b"active\n", b'{"event":{"n":1},"crc":"00000000"}\n', b'{"event":\n', b"\x00\x00\n", b"\xff\xfe\n"])
 
 
-def read(data: bytes) -> reader.Contents:
-    return reader.read(data, lambda: None)
+def read(data: bytes) -> reader.FileContents:
+    return reader.read_lines(data, lambda: None)
 
 
 @given(st.lists(st.one_of(GOOD, BLANK, BAD)))
@@ -27,7 +27,7 @@ def test_good_lines_are_read_in_order_and_every_damaged_byte_is_accounted_for(li
     good = [line for line in lines if line.startswith(b'{"event":{"n":') and b"00000000" not in line]
     assert contents.payloads == [record.payload(line[:-1]) for line in good]
     bad = [line for line in lines if line.strip(b" \r\n\t") and line not in good]
-    assert [data[span.offset : span.offset + span.length] for span in contents.spans] == bad
+    assert [data[span.offset : span.offset + span.length] for span in contents.damaged] == bad
 
 
 @given(st.lists(GOOD, min_size=1), st.data())
@@ -37,10 +37,10 @@ def test_a_torn_tail_is_a_span_and_the_lines_before_it_are_good(lines: list[byte
     cut = data.draw(st.integers(len(whole) - len(lines[-1]) + 1, len(whole) - 1))
     contents = read(whole[:cut])
     if cut == len(whole) - 1:
-        assert (len(contents.payloads), contents.spans) == (len(lines), [])
+        assert (len(contents.payloads), contents.damaged) == (len(lines), [])
     else:
         assert len(contents.payloads) == len(lines) - 1
-        (span,) = contents.spans
+        (span,) = contents.damaged
         assert (span.offset, span.offset + span.length) == (len(whole) - len(lines[-1]), cut)
         assert span.reason.startswith("torn: ")
 
@@ -50,7 +50,7 @@ def test_a_nul_tail_is_one_span() -> None:
     good = record.line(b"{}")
     contents = read(good + good[:7] + b"\0" * 4089)
     assert contents.payloads == [b"{}"]
-    assert [(span.offset, span.length, span.reason) for span in contents.spans] == [(len(good), 4096, "torn: nul_bytes")]
+    assert [(span.offset, span.length, span.reason) for span in contents.damaged] == [(len(good), 4096, "torn: nul_bytes")]
 
 
 def test_lines_end_at_line_feeds_only() -> None:
@@ -65,25 +65,25 @@ def test_the_older_systems_files_are_read_unchanged() -> None:
     files = [*sorted(folder.glob("sealed-*")), folder / "active.ndjson"]
     contents = [read(file.read_bytes()) for file in files]
     assert [json.loads(payload) for part in contents for payload in part.payloads] == existing_events()
-    assert not [span for part in contents for span in part.spans]
+    assert not [span for part in contents for span in part.damaged]
 
 
 def test_the_reader_gives_way_every_fifty_lines() -> None:
     """So that whoever calls `enqueue` meanwhile is not held up for long."""
     calls: list[None] = []
-    reader.read(record.line(b"{}") * 500, lambda: calls.append(None))
-    assert len(calls) == 500 // reader.GIVE_WAY_EVERY + 1
+    reader.read_lines(record.line(b"{}") * 500, lambda: calls.append(None))
+    assert len(calls) == 500 // reader.YIELD_EVERY_LINES + 1
 
 
 def test_an_empty_file_holds_nothing() -> None:
     """And is no damage."""
-    assert read(b"") == reader.Contents([], [])
+    assert read(b"") == reader.FileContents([], [])
 
 
 def test_a_record_behind_nul_bytes_is_one() -> None:
     """NUL bytes may stand where whole lines stood, their line feeds included; they alone are set aside."""
     good, other = record.line(b"1"), record.line(b"2")
-    contents = reader.read(good + b"\0" * 20 + other, lambda: None)
+    contents = reader.read_lines(good + b"\0" * 20 + other, lambda: None)
     assert contents.payloads == [b"1", b"2"]
-    assert [(span.offset, span.length) for span in contents.spans] == [(len(good), 20)]
-    assert reader.read(b"\0" * 20 + other[:-3], lambda: None).payloads == []
+    assert [(span.offset, span.length) for span in contents.damaged] == [(len(good), 20)]
+    assert reader.read_lines(b"\0" * 20 + other[:-3], lambda: None).payloads == []

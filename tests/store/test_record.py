@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pillarbox.store import record
-from pillarbox.store.record import Damaged
+from pillarbox.store.record import DamagedRecordError
 from tests.conftest import DATA
 
 JSON = st.recursive(
@@ -23,7 +23,7 @@ JSON = st.recursive(
 
 
 def damage(line: bytes) -> str:
-    with pytest.raises(Damaged) as caught:
+    with pytest.raises(DamagedRecordError) as caught:
         record.payload(line)
     return caught.value.reason
 
@@ -45,7 +45,7 @@ def test_a_flipped_byte_is_never_taken_for_a_good_record(value: object, data: st
     payload = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     line = bytearray(record.line(payload)[:-1])
     line[data.draw(st.integers(0, len(line) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    with contextlib.suppress(Damaged):
+    with contextlib.suppress(DamagedRecordError):
         assert record.payload(bytes(line)) == payload  # a flip that JSON does not care for
 
 

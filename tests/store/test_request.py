@@ -12,14 +12,14 @@ import pytest
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, request
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import Filesystem, RealFilesystem
+from pillarbox.store.filesystem import Filesystem, OsFilesystem
 from pillarbox.store.layout import Kind
-from pillarbox.store.request import LOOK_EVERY_S
+from pillarbox.store.request import REQUEST_POLL_S
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.writer import Limits, Writer
+from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk
-from pillarbox.testing.durability_model import Survivors
+from pillarbox.testing.durability_model import DurabilityModel
 from pillarbox.testing.fault import Fault, FaultFilesystem
 from tests.store.stage import Stage
 
@@ -37,27 +37,27 @@ def stage(tmp_path: Path) -> Stage:
 
 def later(stage: Stage) -> None:
     """The next time that the sealer looks."""
-    stage.clock.advance(LOOK_EVERY_S)
+    stage.clock.advance(REQUEST_POLL_S)
     stage.sealer.step()
 
 
 def active_and_sealed(stage: Stage) -> tuple[int, int]:
     """How many files of these kinds hold something."""
-    account = stage.place.account()
+    account = stage.place.disk_usage()
     return account.active_files, account.sealed_files
 
 
 def check(stage: Stage) -> None:
     """Every event is where it belongs."""
-    Path(stage.place.at(layout.SEAL_REQUEST)).unlink()
+    Path(stage.place.path_of(layout.SEAL_REQUEST)).unlink()
     stage.check()
 
 
 def test_a_request_has_the_active_file_sealed_within_a_quarter_of_a_second(stage: Stage) -> None:
     """With the reason "manual", once, and its events are where they belong."""
     stage.put()
-    assert stage.sealer.step() <= LOOK_EVERY_S
-    request.ask(stage.place, stage.clock)
+    assert stage.sealer.step() <= REQUEST_POLL_S
+    request.request_seal(stage.place, stage.clock)
     later(stage)
     assert active_and_sealed(stage) == (0, 1)
     assert stage.sealer.sealed["manual"] == 1
@@ -72,7 +72,7 @@ def test_each_request_counts_however_soon_it_follows(stage: Stage) -> None:
     """Within one tick of the clock too."""
     for number in range(1, 4):
         stage.put()
-        request.ask(stage.place, stage.clock)
+        request.request_seal(stage.place, stage.clock)
         later(stage)
         assert active_and_sealed(stage) == (0, number)
     assert len((Path(stage.place.path) / layout.SEAL_REQUEST).read_bytes().splitlines()) == 1
@@ -81,14 +81,14 @@ def test_each_request_counts_however_soon_it_follows(stage: Stage) -> None:
 def test_a_request_from_before_a_writer_started_is_not_meant_for_it(tmp_path: Path) -> None:
     """Nor is an idle writer's next file sealed early for one that came while it held nothing."""
     stage = Stage(tmp_path / "box", batch_size=1000)
-    request.ask(stage.place, stage.clock)
+    request.request_seal(stage.place, stage.clock)
     stage.sealer.step()
     stage.put()
     later(stage)
     assert active_and_sealed(stage) == (1, 0)
-    request.ask(stage.place, stage.clock)
+    request.request_seal(stage.place, stage.clock)
     later(stage)
-    request.ask(stage.place, stage.clock)
+    request.request_seal(stage.place, stage.clock)
     later(stage)
     stage.put()
     later(stage)
@@ -97,7 +97,7 @@ def test_a_request_from_before_a_writer_started_is_not_meant_for_it(tmp_path: Pa
 
 def test_while_there_is_nothing_to_seal_the_sealer_does_not_wake_for_it(stage: Stage) -> None:
     """An idle process sleeps as long as it did."""
-    assert stage.sealer.step() > LOOK_EVERY_S
+    assert stage.sealer.step() > REQUEST_POLL_S
 
 
 def test_rounds_that_follow_closely_look_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,14 +113,14 @@ def test_rounds_that_follow_closely_look_once(stage: Stage, monkeypatch: pytest.
     for _ in range(100):
         stage.put()
         stage.sealer.step()
-        stage.clock.advance(LOOK_EVERY_S / 50)
+        stage.clock.advance(REQUEST_POLL_S / 50)
     assert len([path for path in opened if path.endswith(layout.SEAL_REQUEST)]) <= 3
 
 
 def test_a_request_in_the_middle_of_an_append_is_answered_after_it(stage: Stage) -> None:
     """The sealer tries again in its next round."""
     stage.put()
-    request.ask(stage.place, stage.clock)
+    request.request_seal(stage.place, stage.clock)
     with stage.writer.lock:
         limit, stage.writer._limit = stage.writer._limit, -1  # as an append that is under way leaves it
         stage.writer._broken = False
@@ -134,7 +134,7 @@ def test_a_request_in_the_middle_of_an_append_is_answered_after_it(stage: Stage)
 @pytest.mark.parametrize("planted", ["link", "directory", "pipe", "large", "rubbish"])
 def test_what_is_planted_under_the_name_hurts_no_writer(stage: Stage, planted: str) -> None:
     """It neither hangs, nor follows, nor reads without a bound; whoever asks is told."""
-    path = Path(stage.place.at(layout.SEAL_REQUEST))
+    path = Path(stage.place.path_of(layout.SEAL_REQUEST))
     stage.put()
     if planted == "link":
         path.symlink_to("/dev/zero")
@@ -149,9 +149,9 @@ def test_what_is_planted_under_the_name_hurts_no_writer(stage: Stage, planted: s
     if planted in ("link", "directory", "pipe"):
         assert active_and_sealed(stage) == (1, 0)
         with pytest.raises((FileUnusableError, IsADirectoryError)):
-            request.ask(stage.place, stage.clock)
+            request.request_seal(stage.place, stage.clock)
     else:
-        request.ask(stage.place, stage.clock)
+        request.request_seal(stage.place, stage.clock)
         assert path.stat().st_size < 200
         later(stage)
         assert active_and_sealed(stage)[0] == 0
@@ -168,16 +168,16 @@ class Process:
         numbers = itertools.count()
         self.clock = clock
         self.place = Directory(PLACE, disk, clock, lambda: f"{id(self)}-{next(numbers)}")
-        self.place.open()
+        self.place.ensure_usable()
         self.place.recover()
         self.sealer = Sealer(self.place, clock, 60.0, lambda: None, min_free_bytes=0)
-        self.writer = Writer(self.place, Limits(1000, 10**6, 2**20), self.sealer.wake)
+        self.writer = Writer(self.place, WriterLimits(1000, 10**6, 2**20), self.sealer.wake)
         self.sealer.attach(self.writer)
         self.writer.start(0, 0)
         self.sealer.step()
 
     def later(self) -> None:
-        self.clock.advance(LOOK_EVERY_S)
+        self.clock.advance(REQUEST_POLL_S)
         self.sealer.step()
 
 
@@ -192,10 +192,10 @@ def test_whatever_a_loss_of_power_leaves_of_a_request_the_next_one_is_answered()
     """Torn, of NUL bytes, of an older time, or none: what was sealed is there, and a file is sealed when asked."""
     disk, clock = Disk(), ManualClock()
     first = Process(CrashFilesystem(disk), clock)
-    survivors, looked = Survivors(), 0
+    survivors, looked = DurabilityModel(), 0
     for sealed in range(1, 4):
         first.writer.append(LINE, 1)
-        request.ask(first.place, clock)
+        request.request_seal(first.place, clock)
         first.later()
         for op in disk.trace[looked:]:
             survivors.apply(op)
@@ -205,9 +205,9 @@ def test_whatever_a_loss_of_power_leaves_of_a_request_the_next_one_is_answered()
             again = Process(CrashFilesystem(left), ManualClock())
             assert held(left) == sealed
             again.writer.append(LINE, 1)
-            request.ask(again.place, again.clock)
+            request.request_seal(again.place, again.clock)
             again.later()
-            assert (held(left), again.writer.active()) == (sealed + 1, None)
+            assert (held(left), again.writer.active_segment()) == (sealed + 1, None)
 
 
 @pytest.mark.parametrize("verb", ["open_existing", "read_at"])
@@ -215,37 +215,37 @@ def test_whatever_a_loss_of_power_leaves_of_a_request_the_next_one_is_answered()
 def test_a_disk_that_refuses_to_show_it_keeps_nothing_from_being_sealed(tmp_path: Path, verb: str, code: int) -> None:
     """By age as before, and nobody is told of trouble that is none of the store's."""
     clock = ManualClock()
-    disk = FaultFilesystem(RealFilesystem())
+    disk = FaultFilesystem(OsFilesystem())
     place = Directory(str(tmp_path / "box"), disk, clock)
-    place.open()
+    place.ensure_usable()
     sealer = Sealer(place, clock, 1.0, lambda: None, min_free_bytes=0)
-    writer = Writer(place, Limits(1000, 10**6, 2**20), sealer.wake)
+    writer = Writer(place, WriterLimits(1000, 10**6, 2**20), sealer.wake)
     sealer.attach(writer)
     writer.start(0, 0)
     sealer.step()
     writer.append(LINE, 1)
-    request.ask(place, clock)
-    disk.meter.faults = (Fault(verb, 1, code, for_good=True),)
-    disk.meter.counts[verb] = 0
-    clock.advance(LOOK_EVERY_S)
+    request.request_seal(place, clock)
+    disk.counter.faults = (Fault(verb, 1, code, permanent=True),)
+    disk.counter.counts[verb] = 0
+    clock.advance(REQUEST_POLL_S)
     sealer.step()
-    assert writer.active() is not None
+    assert writer.active_segment() is not None
     clock.advance(2.0)
     sealer.step()
-    assert place.account().sealed_files == 1
+    assert place.disk_usage().sealed_files == 1
     writer.append(LINE, 1)
-    disk.meter.heal()
-    clock.advance(LOOK_EVERY_S)
+    disk.counter.clear_faults()
+    clock.advance(REQUEST_POLL_S)
     sealer.step()
-    assert place.account().sealed_files == 2  # the request of before, which it could not see
+    assert place.disk_usage().sealed_files == 2  # the request of before, which it could not see
 
 
-@pytest.mark.parametrize("verb", ["open_lock", "replace_all"])
+@pytest.mark.parametrize("verb", ["open_lock_file", "overwrite"])
 def test_whoever_asks_is_told_of_a_disk_that_takes_no_request(tmp_path: Path, verb: str) -> None:
     """And no descriptor stays open."""
-    real = RealFilesystem()
-    place = Directory(str(tmp_path / "box"), FaultFilesystem(real, Fault(verb, 1, errno.ENOSPC, for_good=True)), ManualClock())
-    place.open()
+    real = OsFilesystem()
+    place = Directory(str(tmp_path / "box"), FaultFilesystem(real, Fault(verb, 1, errno.ENOSPC, permanent=True)), ManualClock())
+    place.ensure_usable()
     with pytest.raises(OSError, match="No space"):
-        request.ask(place, ManualClock())
-    assert real._opened == set()
+        request.request_seal(place, ManualClock())
+    assert real._open_fds == set()

@@ -18,7 +18,7 @@ from tests.store.test_writer import LINE, Line
 def filled(place: Directory) -> list[tuple[int, list[int]]]:
     """The files that hold something and are not sealed, by number: which events."""
     active = [name for name in os.listdir(place.path) if layout.kind_of(name) is layout.Kind.ACTIVE]
-    files = [(layout.by_writer(name)[1], Path(place.at(name)).read_bytes().splitlines()) for name in active]
+    files = [(layout.active_sort_key(name)[1], Path(place.path_of(name)).read_bytes().splitlines()) for name in active]
     return sorted(
         (number, [msgspec.json.decode(record.payload(line))["n"] for line in lines]) for number, lines in files if lines
     )
@@ -33,28 +33,28 @@ def test_a_file_that_a_caller_makes_while_spares_are_made_comes_ahead_of_them(pl
     lines = numbered(*range(9))
     line = Line(place, clock, batch_size=2, batch_bytes=3 * len(lines[0]))
     line.append(3, lines[0])  # a file of its own, full
-    spares, _ = line.writer.new_files(2)
+    spares, _ = line.writer.create_spares(2)
     for each in lines[1:4]:  # another
         line.append(1, each)
-    assert line.writer.give_spares(spares) == []
+    assert line.writer.add_spares(spares) == []
     for each in lines[4:]:
         line.append(1, each)
     found = filled(place)
     assert [events for _, events in found] == [[0, 0, 0], [1, 2, 3], [4, 5], [6, 7, 8]]
-    assert [number for number, _ in found][2:] == [layout.by_writer(spare.name)[1] for spare in spares]
+    assert [number for number, _ in found][2:] == [layout.active_sort_key(spare.name)[1] for spare in spares]
 
 
 def test_a_spare_that_comes_after_a_file_with_a_higher_number_is_not_used(
     place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Callers have made more of them meanwhile than there is room for between the numbers of spares."""
-    monkeypatch.setattr(writer, "_SPACING", 3)
+    monkeypatch.setattr(writer, "_SPARE_NUMBER_STEP", 3)
     line = Line(place, clock, batch_bytes=len(LINE))
-    (late,), _ = line.writer.new_files(1)
+    (late,), _ = line.writer.create_spares(1)
     line.append(3)
-    assert line.writer.give_spares([late]) == [late]
-    (later,), _ = line.writer.new_files(1)
-    assert line.writer.give_spares([later]) == []
+    assert line.writer.add_spares([late]) == [late]
+    (later,), _ = line.writer.create_spares(1)
+    assert line.writer.add_spares([later]) == []
     line.append(3)
     assert [number for number, _ in filled(place)] == [1, 2, 4, 6, 7, 8]
     for file in (late, later):
@@ -64,9 +64,9 @@ def test_a_spare_that_comes_after_a_file_with_a_higher_number_is_not_used(
 def test_a_file_holds_more_while_many_wait_for_their_sync(place: Directory, clock: ManualClock) -> None:
     """Twice `batch_size` events where eight do, thrice where sixteen do; as many as ever once they are sealed."""
     line = Line(place, clock, batch_size=2)
-    spares, _ = line.writer.new_files(40)
+    spares, _ = line.writer.create_spares(40)
     line.append()
-    assert line.writer.give_spares(spares) == []
+    assert line.writer.add_spares(spares) == []
     for number in range(1, 60):
         line.append(1, numbered(number)[0])
     assert [len(lines) for _, lines in filled(place)] == [2] * 8 + [4] * 8 + [6, 6]
@@ -80,9 +80,9 @@ def test_a_file_that_was_to_hold_more_is_looked_at_again_once_the_others_are_sea
 ) -> None:
     """A burst is over, and the next events may be long in coming."""
     line = Line(place, clock, batch_size=2)
-    spares, _ = line.writer.new_files(30)
+    spares, _ = line.writer.create_spares(30)
     line.append()
-    assert line.writer.give_spares(spares) == []
+    assert line.writer.add_spares(spares) == []
     line.append(2 * 8 + 4 * 8 + 2 - 1)
     assert [len(lines) for _, lines in filled(place)][-1] == 2  # of six
     assert line.writer._file.attend_at == 4
@@ -113,7 +113,7 @@ def test_a_handler_between_a_full_file_and_none_comes_behind_it(
     """The file that leaves is neither the active one any more nor among those that wait."""
     line = Line(place, clock)
     line.append()
-    line.writer._newest = 4999
+    line.writer._highest_used = 4999
     line.writer.rotate("manual")
     line.append()
     finish = line.writer._finish_retiring

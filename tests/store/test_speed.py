@@ -26,7 +26,7 @@ from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX
 from pillarbox.outcome import DROPPED, ENQUEUED
 from pillarbox.store import plain, speed
-from pillarbox.store.limits import AGAIN_SHARE
+from pillarbox.store.limits import SPARE_RECHECK_SHARE
 from tests.store.stage import Stage
 
 PLACED = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
@@ -184,12 +184,12 @@ def test_a_full_file_that_has_no_successor_is_not_attended_to_at_each_event(tmp_
             assert stage.put() == ENQUEUED
     finally:
         sys.setprofile(None)
-    assert looks == 64 // (64 // AGAIN_SHARE)
-    assert stage.writer.waiting() == []
+    assert looks == 64 // (64 // SPARE_RECHECK_SHARE)
+    assert stage.writer.retired_segments() == []
     stage.sealer.step()
-    for _ in range(64 // AGAIN_SHARE):
+    for _ in range(64 // SPARE_RECHECK_SHARE):
         assert stage.put() == ENQUEUED
-    assert len(stage.writer.waiting()) == 1
+    assert len(stage.writer.retired_segments()) == 1
     stage.check()
 
 

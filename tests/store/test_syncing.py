@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from pillarbox.store import reader
-from pillarbox.store.directory import Directory, Taken
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.directory import Directory, LockedFile
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.record import line
-from pillarbox.store.segment import ActiveFile
-from pillarbox.store.syncing import Syncs
+from pillarbox.store.segment import Segment
+from pillarbox.store.syncing import SegmentSyncer
 from pillarbox.testing import ManualClock
 
 
-class Failing(RealFilesystem):
+class Failing(OsFilesystem):
     """Fails the sync of some files, for good, and counts those of the others."""
 
     def __init__(self) -> None:
@@ -37,17 +37,17 @@ class Desk:
     def __init__(self, path: Path, count: int) -> None:
         self.filesystem = Failing()
         self.place = Directory(str(path), self.filesystem, ManualClock())
-        self.place.open()
-        self.given_up: list[ActiveFile] = []
+        self.place.ensure_usable()
+        self.given_up: list[Segment] = []
         taken, _ = self.place.create_each([f"active-w-{number}.ndjson" for number in range(count)])
-        self.files = [ActiveFile(one) for one in taken]
+        self.files = [Segment(one) for one in taken]
         for number, file in enumerate(self.files):
             data = b"".join(line(b'{"n":%d}' % (10 * number + at)) for at in range(2))
             file.bytes, file.events = os.write(file.fd, data), 2
-        self.syncs = Syncs(self.place, lambda: file.syncing, lambda file, _error: self.given_up.append(file))
+        self.syncs = SegmentSyncer(self.place, lambda: file.sync_lock, lambda file, _error: self.given_up.append(file))
 
-    def payloads(self, file: ActiveFile) -> list[bytes]:
-        return reader.read(self.filesystem.read_all(file.fd), lambda: None).payloads
+    def payloads(self, file: Segment) -> list[bytes]:
+        return reader.read_lines(self.filesystem.read_all(file.fd), lambda: None).payloads
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
@@ -55,66 +55,66 @@ def test_the_file_whose_sync_has_failed_is_written_anew_and_no_other(tmp_path: P
     """What a sync says is of its own file, whichever of several it is."""
     desk = Desk(tmp_path / "outbox", 3)
     before = [file.fd for file in desk.files]
-    identities = [os.stat(desk.place.at(file.taken.name)).st_ino for file in desk.files]
+    identities = [os.stat(desk.place.path_of(file.locked_file.name)).st_ino for file in desk.files]
     desk.filesystem.failing = {before[failing]}
-    (trouble,) = desk.syncs.make_final(desk.files, lambda _: ())
-    assert desk.files[failing].taken.name in trouble
+    (trouble,) = desk.syncs.sync_for_seal(desk.files, lambda _: ())
+    assert desk.files[failing].locked_file.name in trouble
     assert desk.given_up == [desk.files[failing]]
     for number, file in enumerate(desk.files):
-        assert (os.stat(desk.place.at(file.taken.name)).st_ino == identities[number]) == (number != failing)
+        assert (os.stat(desk.place.path_of(file.locked_file.name)).st_ino == identities[number]) == (number != failing)
         assert desk.payloads(file) == [b'{"n":%d}' % (10 * number + at) for at in range(2)]
-        assert (file.synced, file.sealed) == (file.bytes, True)
+        assert (file.synced_bytes, file.is_sealed) == (file.bytes, True)
 
 
 def test_what_cannot_be_cut_off_is_not_synced_with_the_others_but_written_anew(tmp_path: Path) -> None:
     """Without it: what was refused would be sealed with what was accepted."""
     desk = Desk(tmp_path / "outbox", 3)
     os.write(desk.files[1].fd, line(b'{"n":"refused"}'))
-    desk.files[1].spoilt = True
+    desk.files[1].has_leftover = True
     others = [desk.files[0].fd, desk.files[2].fd]
-    assert len(desk.syncs.make_final(desk.files, lambda _: ())) == 1
+    assert len(desk.syncs.sync_for_seal(desk.files, lambda _: ())) == 1
     assert desk.filesystem.synced[:2] == others
     assert desk.payloads(desk.files[1]) == [b'{"n":10}', b'{"n":11}']
-    assert not desk.files[1].spoilt
+    assert not desk.files[1].has_leftover
 
 
 def test_what_the_disk_does_not_take_anew_either_is_said_and_the_others_are_synced(tmp_path: Path) -> None:
     """It is sealed as it can be read."""
     desk = Desk(tmp_path / "outbox", 3)
     desk.filesystem.failing = {desk.files[0].fd, *range(desk.files[2].fd + 1, desk.files[2].fd + 20)}  # and new files
-    (trouble,) = desk.syncs.make_final(desk.files, lambda _: ())
+    (trouble,) = desk.syncs.sync_for_seal(desk.files, lambda _: ())
     assert "the disk does not take it" in trouble
-    assert [file.synced == file.bytes for file in desk.files] == [False, True, True]
-    assert all(file.sealed for file in desk.files)
+    assert [file.synced_bytes == file.bytes for file in desk.files] == [False, True, True]
+    assert all(file.is_sealed for file in desk.files)
 
 
 def test_what_is_durable_is_not_synced_again(tmp_path: Path) -> None:
     """Neither what was, nor what has its sealed name."""
     desk = Desk(tmp_path / "outbox", 2)
-    assert desk.syncs.make_durable(desk.files[0], lambda _: ()) == ""
-    assert desk.syncs.make_final(desk.files, lambda _: ()) == []
-    assert desk.syncs.make_final(desk.files, lambda _: ()) == []
+    assert desk.syncs.sync(desk.files[0], lambda _: ()) == ""
+    assert desk.syncs.sync_for_seal(desk.files, lambda _: ()) == []
+    assert desk.syncs.sync_for_seal(desk.files, lambda _: ()) == []
     assert desk.filesystem.synced == [file.fd for file in desk.files]
 
 
 def test_where_one_of_several_was_removed_and_cannot_be_written_anew_the_others_are_sealed_once(tmp_path: Path) -> None:
     """Those before it have their names: forgotten, they would be taken for removed as well, and be there twice."""
     desk = Desk(tmp_path / "outbox", 3)
-    os.unlink(desk.place.at(desk.files[1].taken.name))
-    told: list[Taken] = []
+    os.unlink(desk.place.path_of(desk.files[1].locked_file.name))
+    told: list[LockedFile] = []
 
     def full(name: str, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    put = desk.place.put
-    desk.place.put = full  # type: ignore[method-assign]
+    put = desk.place.write_atomically
+    desk.place.write_atomically = full  # type: ignore[method-assign]
     with pytest.raises(OSError, match="full"):
-        desk.place.seal([file.taken for file in desk.files], lambda files, _names: told.extend(files))
-    desk.place.put = put  # type: ignore[method-assign]
-    assert told == [desk.files[0].taken]
-    desk.place.seal([file.taken for file in desk.files[1:]], lambda files, _names: told.extend(files))
-    assert told == [file.taken for file in desk.files]
-    assert len(desk.place.sealed()) == 3
+        desk.place.seal([file.locked_file for file in desk.files], lambda files, _names: told.extend(files))
+    desk.place.write_atomically = put  # type: ignore[method-assign]
+    assert told == [desk.files[0].locked_file]
+    desk.place.seal([file.locked_file for file in desk.files[1:]], lambda files, _names: told.extend(files))
+    assert told == [file.locked_file for file in desk.files]
+    assert len(desk.place.batch_names()) == 3
 
 
 def test_a_close_that_fails_keeps_no_other_file_open(tmp_path: Path) -> None:

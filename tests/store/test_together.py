@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from pillarbox.store import speed
-from pillarbox.store.filesystem import CompiledFilesystem, RealFilesystem, real_filesystem
+from pillarbox.store.filesystem import CompiledOsFilesystem, OsFilesystem, os_filesystem
 from tests.conftest import PLANTED, plant
 
-KINDS = [RealFilesystem, *([CompiledFilesystem] if speed.together is not None else [])]
+KINDS = [OsFilesystem, *([CompiledOsFilesystem] if speed.together is not None else [])]
 compiled_only = pytest.mark.skipif(speed.together is None, reason="not compiled here")
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
-def disk(request: pytest.FixtureRequest) -> Iterator[RealFilesystem]:
+def disk(request: pytest.FixtureRequest) -> Iterator[OsFilesystem]:
     """Each of them, and nothing that it opened stays open."""
     filesystem = request.param()
     yield filesystem
@@ -45,13 +45,13 @@ def paths(folder: Path, count: int) -> list[str]:
 
 def test_what_is_chosen_is_compiled_where_that_is_there() -> None:
     """And not where it is to be left alone."""
-    assert type(real_filesystem()) is KINDS[-1]
-    code = "from pillarbox.store.filesystem import *; assert type(real_filesystem()) is RealFilesystem"
+    assert type(os_filesystem()) is KINDS[-1]
+    code = "from pillarbox.store.filesystem import *; assert type(os_filesystem()) is OsFilesystem"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PILLARBOX_PURE_PYTHON": "1"})
 
 
 def test_files_are_created_for_appending_and_locked_and_only_the_owner_may_read_them(
-    disk: RealFilesystem, tmp_path: Path
+    disk: OsFilesystem, tmp_path: Path
 ) -> None:
     """Each as one by itself would be."""
     names = paths(tmp_path, 3)
@@ -73,7 +73,7 @@ def test_files_are_created_for_appending_and_locked_and_only_the_owner_may_read_
             os.fstat(fd)
 
 
-def test_creating_ends_with_the_first_that_fails_and_those_before_it_are_there(disk: RealFilesystem, tmp_path: Path) -> None:
+def test_creating_ends_with_the_first_that_fails_and_those_before_it_are_there(disk: OsFilesystem, tmp_path: Path) -> None:
     """What there is, is used."""
     names = paths(tmp_path, 3)
     Path(names[1]).write_bytes(b"somebody's")
@@ -86,21 +86,21 @@ def test_creating_ends_with_the_first_that_fails_and_those_before_it_are_there(d
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_forked_child_closes_what_was_created_held_and_opened_together(kind: type[RealFilesystem], tmp_path: Path) -> None:
+def test_a_forked_child_closes_what_was_created_held_and_opened_together(kind: type[OsFilesystem], tmp_path: Path) -> None:
     """Or it would keep its parent's locks alive."""
     filesystem = kind()
     names = paths(tmp_path, 2)
     fds, _ = filesystem.create_each(names)
     filesystem.close_each(fds[1:])
-    held = filesystem.hold(names[1])
+    held = filesystem.open_locked(names[1])
     opened = filesystem.open_existing(names[1])
     expected = {fds[0], opened, *([] if held is None else [held])}
-    assert filesystem._opened == expected
+    assert filesystem._open_fds == expected
     filesystem.close_inherited()
     assert not any(is_locked(Path(name)) for name in names)
 
 
-def test_renaming_ends_with_the_first_that_fails(disk: RealFilesystem, tmp_path: Path) -> None:
+def test_renaming_ends_with_the_first_that_fails(disk: OsFilesystem, tmp_path: Path) -> None:
     """Those before it are renamed, and it says which one failed."""
     sources, targets = paths(tmp_path, 4), [f"{name}.to" for name in paths(tmp_path, 4)]
     for name in (sources[0], sources[1], sources[3]):
@@ -117,7 +117,7 @@ def test_renaming_ends_with_the_first_that_fails(disk: RealFilesystem, tmp_path:
         disk.rename_each(["a"], [])
 
 
-def test_each_sync_has_an_answer_of_its_own(disk: RealFilesystem, tmp_path: Path) -> None:
+def test_each_sync_has_an_answer_of_its_own(disk: OsFilesystem, tmp_path: Path) -> None:
     """One that fails leaves the others as good as they are."""
     fds, _ = disk.create_each(paths(tmp_path, 2))
     reader, writer = os.pipe()  # cannot be synced
@@ -132,7 +132,7 @@ def test_each_sync_has_an_answer_of_its_own(disk: RealFilesystem, tmp_path: Path
     assert disk.sync_each([]) == []
 
 
-def test_a_directory_that_is_not_there_cannot_be_synced(disk: RealFilesystem, tmp_path: Path) -> None:
+def test_a_directory_that_is_not_there_cannot_be_synced(disk: OsFilesystem, tmp_path: Path) -> None:
     """And one that is, can."""
     disk.sync_directory(str(tmp_path))
     with pytest.raises(FileNotFoundError):
@@ -146,34 +146,34 @@ def test_a_directory_that_is_not_there_cannot_be_synced(disk: RealFilesystem, tm
 @pytest.mark.parametrize("planted", [*PLANTED, "nothing", "locked"])
 def test_only_what_is_simply_there_is_held_in_one_call(tmp_path: Path, planted: str) -> None:
     """Whatever else there is, is looked at step by step, and said."""
-    disk, path, victim = CompiledFilesystem(), tmp_path / "path", tmp_path / "victim"
+    disk, path, victim = CompiledOsFilesystem(), tmp_path / "path", tmp_path / "victim"
     victim.write_bytes(b"")
     if planted in PLANTED:
         plant(planted, path, victim)
     elif planted == "locked":
         path.write_bytes(b"")
-        assert disk.hold(str(path)) is not None
+        assert disk.open_locked(str(path)) is not None
     before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
-    assert disk.hold(str(path)) is None
+    assert disk.open_locked(str(path)) is None
     assert (set(os.listdir("/proc/self/fd")) if before else set()) == before
-    assert (disk.hold(str(path), linked=True) is not None) == (planted == "hardlink")
+    assert (disk.open_locked(str(path), allow_links=True) is not None) == (planted == "hardlink")
     disk.close_inherited()
 
 
 @compiled_only
 def test_a_file_is_held_beside_others_who_hold_it_so(tmp_path: Path) -> None:
     """In the queues of several sinks."""
-    disk, path = CompiledFilesystem(), tmp_path / "path"
+    disk, path = CompiledOsFilesystem(), tmp_path / "path"
     path.write_bytes(b"line\n")
-    first, second = disk.hold(str(path), shared=True), disk.hold(str(path), shared=True)
+    first, second = disk.open_locked(str(path), shared=True), disk.open_locked(str(path), shared=True)
     assert first is not None
     assert second is not None
-    assert disk.hold(str(path)) is None
+    assert disk.open_locked(str(path)) is None
     assert disk.read_all(first) == b"line\n"
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.write(first, b"x")
     disk.close_each([first, second])
-    alone = disk.hold(str(path), writable=True)
+    alone = disk.open_locked(str(path), writable=True)
     assert alone is not None
     assert os.write(alone, b"x") == 1
     disk.close(alone)
@@ -182,7 +182,7 @@ def test_a_file_is_held_beside_others_who_hold_it_so(tmp_path: Path) -> None:
 @compiled_only
 def test_what_is_renamed_while_it_is_being_held_is_not_taken_for_what_it_was(tmp_path: Path) -> None:
     """A thread renames one file after the other over the name; whoever is held is the one that has it."""
-    disk, path = CompiledFilesystem(), tmp_path / "path"
+    disk, path = CompiledOsFilesystem(), tmp_path / "path"
     path.write_bytes(b"")
     stop = threading.Event()
 
@@ -196,7 +196,7 @@ def test_what_is_renamed_while_it_is_being_held_is_not_taken_for_what_it_was(tmp
     held = 0
     try:
         for _ in range(2000):
-            fd = disk.hold(str(path))
+            fd = disk.open_locked(str(path))
             if fd is not None:
                 held += 1
                 disk.close(fd)
@@ -204,9 +204,9 @@ def test_what_is_renamed_while_it_is_being_held_is_not_taken_for_what_it_was(tmp
         stop.set()
         thread.join()
     assert held
-    fd = disk.hold(str(path))
+    fd = disk.open_locked(str(path))
     assert fd is not None
-    assert disk.is_still(fd, str(path))
+    assert disk.is_file_at(fd, str(path))
     disk.close(fd)
 
 
@@ -218,15 +218,15 @@ LINES = b'{"n":1}\n{"n":2}\n'
 @pytest.mark.parametrize("lock", ["free", "held", "missing", "symlink"])
 def test_lines_are_appended_under_a_lock_only_where_that_is_simple(tmp_path: Path, begins: bytes, lock: str) -> None:
     """The file ends in a whole line, is smaller than it may be, and nobody has the lock; or nothing is done at all."""
-    disk, path, guard = CompiledFilesystem(), tmp_path / "lines", tmp_path / "lock"
+    disk, path, guard = CompiledOsFilesystem(), tmp_path / "lines", tmp_path / "lock"
     path.write_bytes(begins)
     if lock in {"free", "held"}:
         guard.touch()
     elif lock == "symlink":
         guard.symlink_to(path)
-    holder = disk.hold(str(guard)) if lock == "held" else None
+    holder = disk.open_locked(str(guard)) if lock == "held" else None
     before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
-    fd = disk.append_under(str(guard), str(path), LINES, below=100)
+    fd = disk.append_locked(str(guard), str(path), LINES, max_size=100)
     if begins == b"old\n" and lock == "free":
         assert fd is not None
         assert path.read_bytes() == b"old\n" + LINES
@@ -248,10 +248,10 @@ def test_what_the_disk_takes_in_part_is_taken_back(tmp_path: Path) -> None:
     (tmp_path / "lines").write_bytes(b"old\n")
     code = """
 import resource, signal, sys
-from pillarbox.store.filesystem import CompiledFilesystem
+from pillarbox.store.filesystem import CompiledOsFilesystem
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
-assert CompiledFilesystem().append_under("lock", "lines", b"new line\\n", below=100) is None
+assert CompiledOsFilesystem().append_locked("lock", "lines", b"new line\\n", max_size=100) is None
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert (tmp_path / "lines").read_bytes() == b"old\n"
@@ -264,10 +264,10 @@ def test_two_processes_that_append_under_a_lock_lose_nothing(tmp_path: Path) -> 
     (tmp_path / "lines").write_bytes(b"first\n")
     code = """
 import sys
-from pillarbox.store.filesystem import CompiledFilesystem
-disk = CompiledFilesystem()
+from pillarbox.store.filesystem import CompiledOsFilesystem
+disk = CompiledOsFilesystem()
 for number in range(300):
-    while (fd := disk.append_under("lock", "lines", b"%b-%d\\n" % (sys.argv[1].encode(), number), below=2**40)) is None:
+    while (fd := disk.append_locked("lock", "lines", b"%b-%d\\n" % (sys.argv[1].encode(), number), max_size=2**40)) is None:
         pass
     disk.close(fd)
 """

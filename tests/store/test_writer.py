@@ -16,9 +16,9 @@ import pytest
 from pillarbox.outcome import DROPPED, ENQUEUED
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem, Space
-from pillarbox.store.sealer import Sealer, stretched
-from pillarbox.store.writer import RETIRED_MAX, Limits, Writer
+from pillarbox.store.filesystem import DiskSpace, OsFilesystem
+from pillarbox.store.sealer import Sealer, stretched_flush_interval
+from pillarbox.store.writer import RETIRED_MAX, Writer, WriterLimits
 from pillarbox.testing import ManualClock
 
 LINE = record.line(b'{"n":1}')
@@ -32,9 +32,9 @@ class Line:
         self.place = place
         self.sealed: list[None] = []
         self.sealer = Sealer(place, clock, 1.0, lambda: self.sealed.append(None))
-        self.writer = Writer(place, Limits(**chosen), self.sealer.wake)
+        self.writer = Writer(place, WriterLimits(**chosen), self.sealer.wake)
         self.sealer.attach(self.writer)
-        account = place.account()
+        account = place.disk_usage()
         self.writer.start(account.pending_bytes, account.pending_files)
 
     def append(self, count: int = 1, line: bytes = LINE) -> list[object]:
@@ -44,7 +44,7 @@ class Line:
         """Number of lines by kind of file, spares left out."""
         found: dict[str, int] = {}
         for name in sorted(os.listdir(self.place.path)):
-            data = Path(self.place.at(name)).read_bytes()
+            data = Path(self.place.path_of(name)).read_bytes()
             if data:
                 assert data.endswith(b"\n")
                 kind = layout.kind_of(name).value
@@ -60,9 +60,9 @@ def line(place: Directory, clock: ManualClock) -> Line:
 def test_nothing_is_accepted_before_start_and_after_close(place: Directory, clock: ManualClock) -> None:
     """Before: None, so that the outbox starts; after: closed."""
     line = Line(place, clock)
-    fresh = Writer(place, Limits(1, 1, 1), lambda: None)
+    fresh = Writer(place, WriterLimits(1, 1, 1), lambda: None)
     assert fresh.append(LINE, 1) is None
-    line.sealer.finish()
+    line.sealer.seal_remaining()
     assert line.append() == [DROPPED["closed"]]
     assert os.listdir(place.path) == []
 
@@ -117,26 +117,26 @@ def test_a_line_larger_than_a_file_should_be_has_one_of_its_own(place: Directory
 
 def test_above_max_bytes_events_are_dropped_and_no_active_file_appears(place: Directory, clock: ManualClock) -> None:
     """And there is room again when a file is gone."""
-    Path(place.at("sealed-a.ndjson")).write_bytes(LINE * 10)
+    Path(place.path_of("sealed-a.ndjson")).write_bytes(LINE * 10)
     line = Line(place, clock, max_bytes=10 * len(LINE) + 5)
     assert line.append(2) == [DROPPED["max_bytes"]] * 2
     assert os.listdir(place.path) == ["sealed-a.ndjson"]
     assert line.writer.dropped["max_bytes"] == 2
-    line.writer.release(10 * len(LINE))
+    line.writer.release_bytes(10 * len(LINE))
     assert line.append(11)[9:] == [ENQUEUED, DROPPED["max_bytes"]]
 
 
 def test_the_sealer_learns_what_other_processes_delivered(place: Directory, clock: ManualClock) -> None:
     """By listing anew; the count of this process alone would never fall."""
-    Path(place.at("sealed-a.ndjson")).write_bytes(LINE * 10)
+    Path(place.path_of("sealed-a.ndjson")).write_bytes(LINE * 10)
     line = Line(place, clock, max_bytes=10 * len(LINE))
     line.sealer.step()
     assert line.append() == [DROPPED["max_bytes"]]
-    os.unlink(place.at("sealed-a.ndjson"))
+    os.unlink(place.path_of("sealed-a.ndjson"))
     clock.advance(10)
     line.sealer.step()
     assert line.append() == [ENQUEUED]
-    assert line.writer.pending() == (len(LINE), 1, 1)
+    assert line.writer.pending_counts() == (len(LINE), 1, 1)
 
 
 def test_an_active_file_is_sealed_by_age(line: Line, clock: ManualClock) -> None:
@@ -155,14 +155,14 @@ def test_an_active_file_is_sealed_by_age(line: Line, clock: ManualClock) -> None
 @pytest.mark.parametrize(("interval", "waiting", "seconds"), [(1, 0, 1), (1, 1, 2), (1, 3, 8), (1, 10**6, 60), (90, 5, 90)])
 def test_sealing_by_age_stretches_while_files_wait(interval: float, waiting: int, seconds: float) -> None:
     """An outage must not leave millions of tiny files."""
-    assert stretched(interval, waiting) == seconds
+    assert stretched_flush_interval(interval, waiting) == seconds
 
 
 def test_closing_seals_and_removes_empty_files(line: Line) -> None:
     """Nothing of ours is left but what waits."""
     line.append()
     line.sealer.step()
-    line.sealer.finish()
+    line.sealer.seal_remaining()
     assert line.lines() == {"sealed": 1}
     assert len(os.listdir(line.place.path)) == 1
     assert line.sealer.sealed["shutdown"] == 1
@@ -170,9 +170,9 @@ def test_closing_seals_and_removes_empty_files(line: Line) -> None:
 
 def test_what_dead_writers_left_is_adopted_by_kind(line: Line) -> None:
     """`startup` for the older system's file, `adopted` for another writer's."""
-    Path(line.place.at("active.ndjson")).write_bytes(LINE)
-    Path(line.place.at("active-w-1.ndjson")).write_bytes(LINE)
-    line.sealer.adopt()
+    Path(line.place.path_of("active.ndjson")).write_bytes(LINE)
+    Path(line.place.path_of("active-w-1.ndjson")).write_bytes(LINE)
+    line.sealer.adopt_segments()
     assert (line.sealer.sealed["startup"], line.sealer.sealed["adopted"]) == (1, 1)
     assert line.lines() == {"sealed": 2}
 
@@ -184,7 +184,7 @@ def test_a_living_writers_file_is_not_adopted(line: Line) -> None:
     assert line.lines() == {"active": 1}
 
 
-class _Failing(RealFilesystem):
+class _Failing(OsFilesystem):
     """A disk that takes `budget` bytes, a part of the last write included, and then says it is full."""
 
     def __init__(self, budget: int) -> None:
@@ -233,7 +233,7 @@ def test_a_file_size_limit_is_a_full_disk(line: Line) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-class _Interrupted(RealFilesystem):
+class _Interrupted(OsFilesystem):
     """Raises KeyboardInterrupt in the middle of the next write, after `taken` bytes."""
 
     taken: int | None = None
@@ -259,7 +259,7 @@ def test_what_an_interrupt_left_is_repaired_by_the_next_append(tmp_path: Path, c
     assert line.lines() == {"active": 3 if taken == len(LINE) else 2}
 
 
-class _Reentrant(RealFilesystem):
+class _Reentrant(OsFilesystem):
     """Calls the writer again in the middle of a write, as a signal handler may."""
 
     handler: Callable[[], None] | None = None
@@ -285,7 +285,7 @@ def test_an_append_within_an_append_appends_and_nothing_more(tmp_path: Path, clo
     assert line.lines() == {"sealed": 3}
 
 
-class _TornAndReentrant(RealFilesystem):
+class _TornAndReentrant(OsFilesystem):
     """Takes a part of the next write only, and calls the writer again before the caller hears of it."""
 
     handler: Callable[[], None] | None = None
@@ -309,7 +309,7 @@ def test_an_append_within_a_torn_append_has_a_file_of_its_own(tmp_path: Path, cl
     assert line.append() == [ENQUEUED]
     line.sealer.step()
     assert line.lines() == {"active": 2, "sealed": 2}
-    assert line.writer.pending() == (4 * len(LINE), 3, 4)
+    assert line.writer.pending_counts() == (4 * len(LINE), 3, 4)
 
 
 def test_threads_lose_nothing_and_tear_nothing(place: Directory, clock: ManualClock) -> None:
@@ -327,17 +327,17 @@ def test_threads_lose_nothing_and_tear_nothing(place: Directory, clock: ManualCl
         thread.start()
     for thread in threads:
         thread.join()
-    line.sealer.finish()
+    line.sealer.seal_remaining()
     assert line.lines() == {"sealed": 2000}
     order: dict[bytes, list[int]] = {}
-    for name in place.sealed():
-        for text in Path(place.at(name)).read_bytes().splitlines():
+    for name in place.batch_names():
+        for text in Path(place.path_of(name)).read_bytes().splitlines():
             thread_number, _, count = record.payload(text).strip(b"{}").partition(b',"n":')
             order.setdefault(thread_number, []).append(int(count))
     assert all(counts == list(range(500)) for counts in order.values())
 
 
-class _NoMoreFiles(RealFilesystem):
+class _NoMoreFiles(OsFilesystem):
     """Creates so many files and no more."""
 
     left = 100
@@ -368,10 +368,10 @@ def test_an_active_file_that_somebody_removed_is_written_anew(place: Directory, 
     """What was acknowledged is still in the open file; the files behind it are sealed too."""
     line = Line(place, clock, batch_size=1, batch_bytes=1)
     line.append(3)
-    (name, *_) = sorted(entry.name for entry in place.filesystem.listing(place.path) if entry.size)
-    os.unlink(place.at(name))
+    (name, *_) = sorted(entry.name for entry in place.filesystem.list_files(place.path) if entry.size)
+    os.unlink(place.path_of(name))
     line.sealer.step()
-    line.sealer.finish()
+    line.sealer.seal_remaining()
     assert line.lines() == {"sealed": 3}
 
 
@@ -391,32 +391,32 @@ def test_what_an_interrupt_left_can_be_rotated_at_once(tmp_path: Path, clock: Ma
 def test_at_max_files_no_further_file_begins_and_the_one_that_is_open_fills_up(place: Directory, clock: ManualClock) -> None:
     """It grows to its bytes; when a file is gone, the next begins."""
     for number in range(2):
-        Path(place.at(f"sealed-{number}.ndjson")).write_bytes(LINE)
+        Path(place.path_of(f"sealed-{number}.ndjson")).write_bytes(LINE)
     line = Line(place, clock, batch_size=2, batch_bytes=4 * len(LINE), max_files=3)
     line.append()
     line.sealer.step()
     assert line.append(5) == [ENQUEUED] * 3 + [DROPPED["max_files"]] * 2
     assert line.lines() == {"active": 4, "sealed": 2}
     assert line.writer.dropped["max_files"] == 2
-    line.writer.release(len(LINE))
+    line.writer.release_bytes(len(LINE))
     assert line.append() == [ENQUEUED]
 
 
 def test_at_max_files_not_even_a_first_file_begins(place: Directory, clock: ManualClock) -> None:
     """And none appears."""
-    Path(place.at("sealed-a.ndjson")).write_bytes(LINE)
+    Path(place.path_of("sealed-a.ndjson")).write_bytes(LINE)
     line = Line(place, clock, max_files=1)
     assert line.append() == [DROPPED["max_files"]]
     assert os.listdir(place.path) == ["sealed-a.ndjson"]
 
 
-class _Filling(RealFilesystem):
+class _Filling(OsFilesystem):
     """A volume of 1,000 bytes of which `free` are left."""
 
     free = 1000
 
-    def space(self, path: str) -> Space:
-        return Space(self.free, 1000)
+    def space(self, path: str) -> DiskSpace:
+        return DiskSpace(self.free, 1000)
 
 
 @pytest.mark.parametrize(("least", "free"), [(None, 49), (300, 299)])
@@ -426,7 +426,7 @@ def test_with_less_room_on_the_volume_than_is_to_be_kept_nothing_is_accepted(
     """5 % of it unless told otherwise; without a restart it goes on when there is room."""
     filesystem = _Filling()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock)
-    line.sealer.capacity._min_free_bytes = least
+    line.sealer.quota._min_free_bytes = least
     line.sealer.step()
     assert line.append() == [ENQUEUED]
     for free_bytes, outcome in ((free, DROPPED["disk_low"]), (free + 1, ENQUEUED)):
@@ -447,11 +447,11 @@ def test_a_directory_that_somebody_removed_is_made_anew_with_what_was_acknowledg
     line.sealer.step()
     assert line.lines() == {"sealed": 3}
     assert line.append() == [ENQUEUED]
-    line.sealer.finish()
+    line.sealer.seal_remaining()
     assert sum(line.lines().values()) == 4
 
 
-class _FailingDirectorySync(RealFilesystem):
+class _FailingDirectorySync(OsFilesystem):
     """Syncs no directory, so many times."""
 
     failures = 0
@@ -491,7 +491,7 @@ def test_where_the_end_cannot_seal_the_next_start_in_the_same_process_does(place
         return 0, OSError(errno.EDQUOT, "over quota")
 
     place.filesystem.rename_each = refuse  # type: ignore[method-assign,assignment]
-    line.sealer.finish()
+    line.sealer.seal_remaining()
     del place.filesystem.rename_each
     assert len(place.recover()) == 1
     assert line.lines() == {"sealed": 2}

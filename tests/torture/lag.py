@@ -91,11 +91,11 @@ class Watch:
         found: dict[str, str] = {}
         for place in (self.directory, self.directory.queue(sink)):
             try:
-                found |= {layout.batch_id(name): place.at(name) for name in place.sealed_names()}
+                found |= {layout.batch_id(name): place.path_of(name) for name in place.all_sealed_names()}
             except FileNotFoundError:
                 continue  # no queue yet
         events = sum(self._events(batch, path) for batch, path in found.items())
-        stamps = [stamp for path in found.values() if (stamp := layout.stamp_of(os.path.basename(path))) is not None]
+        stamps = [stamp for path in found.values() if (stamp := layout.sealed_at(os.path.basename(path))) is not None]
         return Behind(events, max(0.0, time.time() - min(stamps) / 1e6) if stamps else 0.0)
 
     def _events(self, batch: str, path: str) -> int:
@@ -104,5 +104,5 @@ class Watch:
                 data = Path(path).read_bytes()
             except FileNotFoundError:
                 return 0  # settled, or handed over, just now
-            self._counted[batch] = compression.contents(path, data).count(b"\n")
+            self._counted[batch] = compression.decompressed_lines(path, data).count(b"\n")
         return self._counted[batch]

@@ -36,7 +36,7 @@ _LAST_EVENTS: Final = 3  # good ones, stored when all writers are dead: what was
 _FLUSH_S: Final = 1.0
 _SET_ASIDE: Final = (Kind.DEAD, Kind.CORRUPT)
 _OPERATIONS: Final = ("rename", "link", "sync_directory", "write_all", "sync_data", "unlink", "close")
-_PENDING: Final = (Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.ASIDE)
+_PENDING: Final = (Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.TEMPORARY)
 
 
 class Scene(NamedTuple):

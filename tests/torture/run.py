@@ -31,9 +31,9 @@ from pillarbox.clock import SystemClock
 from pillarbox.delivery.deliverer import ONLY
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.store import layout, ledger, reconciliation
-from pillarbox.store.audit import Audit, audit, audit_queues
+from pillarbox.store.audit import ReconciliationReport, reconcile, reconcile_queues
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import RealFilesystem
+from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.layout import Kind
 from tests.crash.kills import Violation, doom, fork
 from tests.torture import chaos, chaotic, lag, lives
@@ -191,7 +191,10 @@ class Torture:
 
         def work() -> None:
             chaotic.row = row
-            for module, name, least in ((ledger, "CONDENSE_BYTES", LEDGER_BYTES), (reconciliation, "RECENT", LEDGER_RECENT)):
+            for module, name, least in (
+                (ledger, "COMPACT_BYTES", LEDGER_BYTES),
+                (reconciliation, "RECENT_BATCHES_MAX", LEDGER_RECENT),
+            ):
                 setattr(module, name, least)
             self._be_quiet(slot)
             if slot == _FINISHER:
@@ -289,9 +292,9 @@ class Torture:
         """As `pillarbox verify` does, while they live and die."""
         wrong = []
         for sink, looked in _audited(scene).items():
-            found = looked.account
+            found = looked.reconciliation
             if not found.balances:
-                wrong += [f"while at work, the ledger {sink} does not balance: {found.total}", *map(str, found.wrong)]
+                wrong += [f"while at work, the ledger {sink} does not balance: {found.total}", *map(str, found.discrepancies)]
         self.verified += 1
         self._raise_if_wrong(wrong, scene)
 
@@ -322,18 +325,18 @@ def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event]]:
     return dead, frozenset(quarantined)
 
 
-def _audited(scene: Scene) -> dict[str, Audit]:
+def _audited(scene: Scene) -> dict[str, ReconciliationReport]:
     """What `pillarbox verify` finds of the directory, and of each queue in it by the name of its sink."""
     place = place_at(scene.outbox)
-    whole = audit(place)
-    return {ONLY: whole} | audit_queues(place, whole)
+    whole = reconcile(place)
+    return {ONLY: whole} | reconcile_queues(place, whole)
 
 
-def unbalanced(looked: Audit, sums: Sums) -> list[str]:
+def unbalanced(looked: ReconciliationReport, sums: Sums) -> list[str]:
     """What is wrong with the ledger: it must balance, and say of each event what the destination and the writers say."""
-    found = looked.account
+    found = looked.reconciliation
     total = found.total
-    wrong = [f"{one.batch} does not balance by {one.events}: {one.problem}" for one in found.wrong]
+    wrong = [f"{one.batch} does not balance by {one.events}: {one.problem}" for one in found.discrepancies]
     if not found.balances and not wrong:
         wrong.append(f"the ledger does not balance: {found.total}")
     if (total.delivered, total.dead) != (sums.arrived, sums.dead):
@@ -347,7 +350,7 @@ def unbalanced(looked: Audit, sums: Sums) -> list[str]:
 
 def place_at(outbox: str) -> Directory:
     """The directory, to look at."""
-    return Directory(outbox, RealFilesystem(), SystemClock())
+    return Directory(outbox, OsFilesystem(), SystemClock())
 
 
 def run(destination: str, seconds: float, seed: int, folder: Path, tell: Callable[[object], None] = lambda _: None) -> Report:

@@ -15,7 +15,7 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import layout
-from pillarbox.store.audit import audit
+from pillarbox.store.audit import reconcile
 from tests.torture import account, events, lag, places, run
 from tests.torture.account import Account, Event, Found, Sums, Tally
 from tests.torture.lives import FICKLE, STEADY
@@ -195,14 +195,14 @@ def settled(tmp_path: Path) -> Path:
 
 def test_a_ledger_that_says_what_is_there_balances(settled: Path) -> None:
     """Events that were begun and not acknowledged may be accepted or not."""
-    assert run.unbalanced(audit(run.place_at(str(settled))), Sums(begun=4, acknowledged=4, arrived=4, dead=0)) == []
-    assert run.unbalanced(audit(run.place_at(str(settled))), Sums(begun=6, acknowledged=3, arrived=4, dead=0)) == []
+    assert run.unbalanced(reconcile(run.place_at(str(settled))), Sums(begun=4, acknowledged=4, arrived=4, dead=0)) == []
+    assert run.unbalanced(reconcile(run.place_at(str(settled))), Sums(begun=6, acknowledged=3, arrived=4, dead=0)) == []
 
 
 @pytest.mark.parametrize("there", [Sums(4, 4, 3, 0), Sums(4, 4, 4, 1), Sums(5, 5, 4, 0), Sums(3, 3, 4, 0)])
 def test_a_ledger_that_says_something_else_is_found(settled: Path, there: Sums) -> None:
     """One delivered too many, one dead letter too few, one accepted too few and too many."""
-    assert run.unbalanced(audit(run.place_at(str(settled))), there)
+    assert run.unbalanced(reconcile(run.place_at(str(settled))), there)
 
 
 def test_a_batch_that_is_gone_without_an_entry_is_found(settled: Path) -> None:
@@ -210,5 +210,5 @@ def test_a_batch_that_is_gone_without_an_entry_is_found(settled: Path) -> None:
     ledger = settled / layout.LEDGER
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(line for line in lines if b'"settled"' not in line))
-    wrong = run.unbalanced(audit(run.place_at(str(settled))), Sums(4, 4, 4, 0))
+    wrong = run.unbalanced(reconcile(run.place_at(str(settled))), Sums(4, 4, 4, 0))
     assert [text.partition(" does not balance by ")[2].partition(":")[0] for text in wrong[:2]] == ["3", "1"]

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from pillarbox.outcome import Durability, Outcome
-    from pillarbox.store.directory import Directory, Taken
-    from pillarbox.store.ledger import Ledger, Purged, Repaired, Replayed
+    from pillarbox.store.directory import Directory, LockedFile
+    from pillarbox.store.ledger import LedgerWriter, PurgedEntry, RepairedEntry, ReplayedEntry
 
 ADMIN_LOCK: Final = "mend.lock"
 _GROUP_FILES_MAX: Final = 100  # changed together: what a kill has gone in twice is bounded, and one sync serves them all
@@ -33,7 +33,7 @@ class BatchChange(NamedTuple):
     file: str
     payloads: list[bytes]  # events that go in before
     event_count: int  # how many are concerned where none are sent
-    make_ledger_entry: Callable[[int], Purged | Repaired | Replayed]  # the ledger's, for so many
+    make_ledger_entry: Callable[[int], PurgedEntry | RepairedEntry | ReplayedEntry]  # the ledger's, for so many
     apply: Callable[[set[int]], None]  # change the file, for the `payloads` at these indexes went in; may raise `OSError`
 
 
@@ -71,9 +71,9 @@ class WriteLimits(NamedTuple):
     max_bytes: int
 
 
-def acquire_lock(directory: Directory) -> Taken | None:
+def acquire_lock(directory: Directory) -> LockedFile | None:
     """The lock of whoever changes what is kept, until its `fd` is closed; None where another command has it."""
-    return directory.take_lock(ADMIN_LOCK)
+    return directory.acquire_lock_file(ADMIN_LOCK)
 
 
 class ChangeExecutor:
@@ -82,7 +82,7 @@ class ChangeExecutor:
     def __init__(
         self,
         directory: Directory,
-        ledger: Ledger,
+        ledger: LedgerWriter,
         report: ChangeReport,
         should_stop: Callable[[], bool],
         on_progress: Callable[[int], None],
@@ -130,7 +130,7 @@ class ChangeExecutor:
             event_count = len(accepted) if change.payloads else change.event_count
             if accepted or not change.payloads:
                 done.append((change, accepted, event_count))
-                self._ledger.note(change.make_ledger_entry(event_count))
+                self._ledger.add(change.make_ledger_entry(event_count))
         if not done:
             return
         # Where there is no room for it the files are changed all the same: that makes room.

@@ -118,7 +118,7 @@ def parse(batch: str, data: bytes, identity_decoder: IdentityDecoder) -> DeadLet
 def try_read_file(directory: Directory, name: str) -> bytes | FileProblem | None:
     """A kept file's bytes; None where it has gone meanwhile."""
     try:
-        fd = directory.open_found(name)
+        fd = directory.open_existing(name)
     except FileNotFoundError:
         return None
     except FileUnusableError as error:
@@ -146,11 +146,11 @@ def list_batches(directory: Directory, kind: Kind, record_filter: RecordFilter) 
     suffixes = (suffix, layout.SUFFIX)
     batches: set[str] = set()
     sealed: set[str] = set()
-    for name, _ in directory.filesystem.listing(directory.path):
+    for name, _ in directory.filesystem.list_files(directory.path):
         found = layout.kind_of(name)
         if found is Kind.SEALED:
             sealed.add(layout.batch_id(name))
-        elif found is kind or (kind is Kind.CORRUPT and found is Kind.SPANS):
+        elif found is kind or (kind is Kind.CORRUPT and found is Kind.RANGES):
             batch = name.removeprefix(prefix)
             for ending in suffixes:
                 batch = batch.removesuffix(ending)

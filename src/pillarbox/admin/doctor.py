@@ -17,17 +17,17 @@ import msgspec
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import filesystem, layout
-from pillarbox.store.directory import NETWORK_MEDIA, OPEN_MODE, VOLATILE_MEDIA
+from pillarbox.store.directory import NETWORK_FILESYSTEMS, OTHERS_MASK, VOLATILE_FILESYSTEMS
 from pillarbox.store.layout import Kind
-from pillarbox.store.quota import MIN_FREE_MAX, MIN_FREE_SHARE, SLACK_SHARE
-from pillarbox.store.request import Request
+from pillarbox.store.quota import MIN_FREE_BYTES_MAX, MIN_FREE_SHARE, SLACK_SHARE
+from pillarbox.store.request import SealRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
-    from pillarbox.store.usage import Account
+    from pillarbox.store.usage import DiskUsage
 
 _PREFIX: Final = "doctor-"
 _SYNCS_MAX: Final = 20  # of each kind; the median counts
@@ -98,7 +98,7 @@ def run_checks(directory: Directory, clock: Clock, limits: DoctorLimits) -> list
             directory, clock, power=limits.power, needs_hard_links=limits.needs_hard_links or bool(queues)
         )
         findings.append(_check_free_space(directory, limits))
-        account = directory.account()  # before the clock is read: what is sealed meanwhile is not ahead of it
+        account = directory.disk_usage()  # before the clock is read: what is sealed meanwhile is not ahead of it
         findings += _check_pending(account, limits)
         findings += _check_dead_and_quarantine(account, queues, limits)
         findings.append(_check_open_files())
@@ -115,22 +115,22 @@ def _remedy(error: OSError) -> str:
 
 
 def _check_directory(directory: Directory, limits: DoctorLimits) -> list[DoctorFinding]:
-    facts = directory.filesystem.directory_facts(directory.path)
+    facts = directory.filesystem.inspect_directory(directory.path)
     if facts is None:
         return [failed("directory", "is not there: make it (mkdir -m 700), or have the application make it first")]
     if not facts.is_directory:
         return [failed("directory", "is not a directory: name a directory")]
-    if not facts.usable:
+    if not facts.is_usable:
         return [failed("directory", "cannot be read and written by this user: change its owner or mode")]
     findings = [passed("directory", "is there, and can be read and written")]
-    if facts.mode & OPEN_MODE:
+    if facts.mode & OTHERS_MASK:
         findings.append(failed("mode", f"{facts.mode:03o} lets other users in, and events may be personal: chmod 700"))
     else:
         findings.append(passed("mode", f"{facts.mode:03o}, for its owner only"))
-    medium = facts.medium or "unknown: this system does not tell"
-    if facts.medium in NETWORK_MEDIA:
+    medium = facts.filesystem_type or "unknown: this system does not tell"
+    if facts.filesystem_type in NETWORK_FILESYSTEMS:
         text = f"{medium}, over a network, where locks and syncs do not hold what is promised: {_USE_LOCAL_FILESYSTEM}"
-    elif limits.power and facts.medium in VOLATILE_MEDIA:
+    elif limits.power and facts.filesystem_type in VOLATILE_FILESYSTEMS:
         text = f'{medium}, in memory, where durability "power" cannot be kept: name a directory on a disk'
     else:
         return [*findings, passed("medium", medium)]
@@ -170,7 +170,9 @@ def _remove_probe_files(directory: Directory, prefix: str) -> DoctorFinding:
     interrupt: KeyboardInterrupt | None = None
     while True:
         try:
-            for name in [entry.name for entry in directory.filesystem.listing(directory.path) if entry.name.startswith(prefix)]:
+            for name in [
+                entry.name for entry in directory.filesystem.list_files(directory.path) if entry.name.startswith(prefix)
+            ]:
                 directory.remove(name)
         except KeyboardInterrupt as error:
             interrupt = error
@@ -188,7 +190,7 @@ def _remove_probe_files(directory: Directory, prefix: str) -> DoctorFinding:
 @contextlib.contextmanager
 def _new_file(directory: Directory, name: str) -> Iterator[int]:
     """A new file, open."""
-    fd = directory.filesystem.create(directory.at(name))
+    fd = directory.filesystem.create(directory.path_of(name))
     try:
         yield fd
     finally:
@@ -198,7 +200,7 @@ def _new_file(directory: Directory, name: str) -> Iterator[int]:
 def _probe_create(directory: Directory, name: str) -> DoctorFinding:
     with _new_file(directory, name):
         try:
-            again = directory.filesystem.create(directory.at(name))
+            again = directory.filesystem.create(directory.path_of(name))
         except FileExistsError:
             return passed("create", "refuses a name that is taken")
         directory.filesystem.close(again)
@@ -219,11 +221,11 @@ def _probe_lock(directory: Directory, name: str) -> DoctorFinding:
     with _new_file(directory, name) as fd:
         if not directory.filesystem.lock(fd):
             return failed("lock", f"flock does not give out a lock that nobody holds: {_USE_LOCAL_FILESYSTEM}")
-        second = directory.take(name)
+        second = directory.lock_existing(name)
     if second is not None:
         directory.filesystem.close(second.fd)
         return failed("lock", f"flock gave the same lock out twice: {_USE_LOCAL_FILESYSTEM}")
-    freed = directory.take(name)
+    freed = directory.lock_existing(name)
     if freed is None:
         return failed("lock", f"flock still holds a lock whose file was closed: {_USE_LOCAL_FILESYSTEM}")
     directory.filesystem.close(freed.fd)
@@ -232,9 +234,9 @@ def _probe_lock(directory: Directory, name: str) -> DoctorFinding:
 
 def _probe_rename(directory: Directory, name: str) -> DoctorFinding:
     with _new_file(directory, name) as fd:
-        directory.put(name, _LINE)
-        whole = directory.read_bytes(name) == _LINE and directory.filesystem.size(fd) == 0
-        if whole and not directory.filesystem.is_linked(fd) and not directory.filesystem.is_still(fd, directory.at(name)):
+        directory.write_atomically(name, _LINE)
+        whole = directory.read_small_file(name) == _LINE and directory.filesystem.size(fd) == 0
+        if whole and not directory.filesystem.has_name(fd) and not directory.filesystem.is_file_at(fd, directory.path_of(name)):
             return passed("rename", "puts one file in another's place, whole")
     return failed("rename", f"does not put one file in another's place as a whole: {_USE_LOCAL_FILESYSTEM}")
 
@@ -277,7 +279,7 @@ def _probe_hard_link(directory: Directory, name: str, *, needed: bool) -> Doctor
     """Only reported, but where several destinations need them."""
     with _new_file(directory, name):
         try:
-            directory.filesystem.link(directory.at(name), directory.at(f"{name}-2"))
+            directory.filesystem.link(directory.path_of(name), directory.path_of(f"{name}-2"))
         except OSError as error:
             text = f"cannot be made here ({error.strerror})"
             if needed:
@@ -286,7 +288,7 @@ def _probe_hard_link(directory: Directory, name: str, *, needed: bool) -> Doctor
                 )
             return passed("hard link", f"{text}; one destination needs none")
     try:
-        fd = directory.filesystem.open_existing(directory.at(name))
+        fd = directory.filesystem.open_existing(directory.path_of(name))
     except FileUnusableError:
         return passed("hard link", "can be made, and is counted")
     directory.filesystem.close(fd)
@@ -294,17 +296,17 @@ def _probe_hard_link(directory: Directory, name: str, *, needed: bool) -> Doctor
 
 
 def _check_free_space(directory: Directory, limits: DoctorLimits) -> DoctorFinding:
-    space = directory.filesystem.space(directory.path)
+    space = directory.filesystem.disk_space(directory.path)
     least = limits.min_free_bytes
     if least is None:
-        least = min(MIN_FREE_MAX, space.total_bytes // MIN_FREE_SHARE)
+        least = min(MIN_FREE_BYTES_MAX, space.total_bytes // MIN_FREE_SHARE)
     text = f"{space.free_bytes:,} bytes are free, of which min_free_bytes keeps {least:,}"
     if space.free_bytes < least:
         return failed("space", f"{text}: nothing is accepted; make room on the volume, or lower min_free_bytes")
     return passed("space", text)
 
 
-def _check_pending(account: Account, limits: DoctorLimits) -> list[DoctorFinding]:
+def _check_pending(account: DiskUsage, limits: DoctorLimits) -> list[DoctorFinding]:
     findings: list[DoctorFinding] = []
     for check, used, limit, setting in (
         ("pending bytes", account.pending_bytes, limits.max_bytes, "max_bytes"),
@@ -319,9 +321,11 @@ def _check_pending(account: Account, limits: DoctorLimits) -> list[DoctorFinding
     return findings
 
 
-def _check_dead_and_quarantine(account: Account, queues: Sequence[Directory], limits: DoctorLimits) -> Iterator[DoctorFinding]:
+def _check_dead_and_quarantine(
+    account: DiskUsage, queues: Sequence[Directory], limits: DoctorLimits
+) -> Iterator[DoctorFinding]:
     """What is set aside; the limits are those of each queue, and of the directory without them."""
-    each = [(queue, queue.account()) for queue in queues]
+    each = [(queue, queue.disk_usage()) for queue in queues]
     dead = account.dead_bytes - sum(found.dead_bytes for _, found in each)
     corrupt = account.corrupt_bytes - sum(found.corrupt_bytes for _, found in each)
     yield from _check_dead_and_quarantine_of("", "", max(0, dead), max(0, corrupt), limits)
@@ -362,23 +366,23 @@ def _check_open_files() -> DoctorFinding:
 def _check_seal_request(directory: Directory, now: int) -> DoctorFinding:
     """Of `seal.request`; that it is a file of ours is looked at with all others."""
     try:
-        data = directory.read_bytes(layout.SEAL_REQUEST)
+        data = directory.read_small_file(layout.SEAL_REQUEST)
     except OSError as error:
         return failed("request", f"{layout.SEAL_REQUEST} cannot be read, so that seal and flush do nothing: {_remedy(error)}")
     if not data:
         return passed("request", "nobody has asked the writers to seal")
     try:
-        asked = msgspec.json.decode(data, type=Request)
+        asked = msgspec.json.decode(data, type=SealRequest)
     except msgspec.DecodeError:
         return failed("request", f"{layout.SEAL_REQUEST} does not hold what pillarbox seal writes: run that, it writes it anew")
     return passed("request", f"the writers were asked to seal {max(0.0, (now - asked.at_micros) / 1e6):,.0f} s ago")
 
 
-def _check_clock(account: Account, now: int) -> DoctorFinding:
-    if account.newest_stamp is None:
+def _check_clock(account: DiskUsage, now: int) -> DoctorFinding:
+    if account.newest_sealed_at is None:
         return passed("clock", "no sealed file to hold it against")
-    age_s = (now - account.newest_stamp) / 1e6
-    if account.newest_stamp > now + _STAMP_AHEAD_MAX_MICROS:
+    age_s = (now - account.newest_sealed_at) / 1e6
+    if account.newest_sealed_at > now + _STAMP_AHEAD_MAX_MICROS:
         return failed("clock", f"the newest sealed file is {-age_s:,.0f} s in the future: set the clock, it stepped back")
     return passed("clock", f"the newest sealed file is {max(0.0, age_s):,.0f} s old")
 
@@ -387,11 +391,11 @@ def _check_foreign_files(directory: Directory, queues: Sequence[Directory]) -> l
     """Files under our names that the store will leave alone, here and in the queues."""
     findings = []
     others = 0
-    linked = bool(queues or directory.asked_for())  # what waits has, or may have, names in queues too
+    linked = bool(queues or directory.requested_queues())  # what waits has, or may have, names in queues too
     for within, name, problem in [
         (f"{layout.queue_name(where.sink)}/" if where.sink else "", *found)
         for where in (directory, *queues)
-        for found in filesystem.strangers(where.path, linked=linked)
+        for found in filesystem.foreign_entries(where.path, allow_links=linked)
     ]:
         if name == ".":
             findings.append(failed("owner", f"{within or 'the directory'} {problem}, who may remove what is in it: chown it"))
@@ -406,6 +410,6 @@ def _check_foreign_files(directory: Directory, queues: Sequence[Directory]) -> l
 
 def _has_store_name(name: str, problem: str) -> bool:
     """Whether it has a name that means something to the store; a queue is a directory, and nothing else."""
-    if layout.sink_of(name) is not None:
+    if layout.sink_of_queue(name) is not None:
         return problem != filesystem.IS_DIRECTORY
     return layout.kind_of(name) is not Kind.OTHER or name in _CONTROL_FILES

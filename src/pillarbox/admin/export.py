@@ -119,4 +119,4 @@ class EventExporter:
                 yield ExportedEvent(event.payload, layout.corrupt_name(batch), offset)
 
     def _matches(self, payload: bytes, batch: str) -> bool:
-        return self._filter.matches(payload, self._header_decoder.decode(payload), layout.stamp_of(batch))
+        return self._filter.matches(payload, self._header_decoder.decode(payload), layout.sealed_at(batch))

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
-from pillarbox.store.filesystem import identity_of
-from pillarbox.store.ledger import entries_of
-from pillarbox.store.reconciliation import Adopted, Sealed
+from pillarbox.store.filesystem import open_file_identity
+from pillarbox.store.ledger import parse_ledger
+from pillarbox.store.reconciliation import AdoptedEntry, SealedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -32,7 +32,7 @@ class Gap(NamedTuple):
 class _UnseenBatch:
     """An entry whose batch was not seen."""
 
-    def __init__(self, entry: Sealed | Adopted) -> None:
+    def __init__(self, entry: SealedEntry | AdoptedEntry) -> None:
         self.entry = entry
         self.scans = 0
 
@@ -68,7 +68,7 @@ class GapDetector:
         for batch, entered in list(self._unseen.items()):
             entered.scans += 1
             entry = entered.entry
-            size = entry.bytes if isinstance(entry, Sealed) else None
+            size = entry.bytes if isinstance(entry, SealedEntry) else None
             read = next((one for one in self._files_read if one[0] == entry.writer and size in (one[1], None)), None)
             if batch in known:
                 del self._unseen[batch]
@@ -79,20 +79,20 @@ class GapDetector:
             elif entered.scans >= _SCANS_MAX:
                 del self._unseen[batch]
                 self._decided[batch] = entry.at_micros
-                self.gaps.append(Gap(batch, entry.writer, entry.events if isinstance(entry, Sealed) else None))
+                self.gaps.append(Gap(batch, entry.writer, entry.events if isinstance(entry, SealedEntry) else None))
         # What is older than that is known no more to the follower either.
         self._since_micros = max(self._since_micros, self._clock.micros() - _LATE_MICROS)
         self._decided = {batch: at for batch, at in self._decided.items() if at >= self._since_micros}
 
-    def _read_new_entries(self) -> list[Sealed | Adopted]:
+    def _read_new_entries(self) -> list[SealedEntry | AdoptedEntry]:
         """What was appended since the last time; all of it where the ledger was written anew, shorter."""
         filesystem = self._directory.filesystem
         try:
-            fd = filesystem.open_existing(self._directory.at(layout.LEDGER))
+            fd = filesystem.open_existing(self._directory.path_of(layout.LEDGER))
         except (OSError, FileUnusableError):
             return []
         try:
-            file, size = identity_of(fd), filesystem.size(fd)
+            file, size = open_file_identity(fd), filesystem.size(fd)
             if file != self._file or size < self._offset:
                 self._file, self._offset = file, 0
             data = filesystem.read_at(fd, self._offset, size - self._offset) if size > self._offset else b""
@@ -102,4 +102,4 @@ class GapDetector:
             filesystem.close(fd)
         data = data[: data.rfind(b"\n") + 1]
         self._offset += len(data)
-        return [entry for entry in entries_of(data)[0] if isinstance(entry, (Sealed, Adopted))]
+        return [entry for entry in parse_ledger(data)[0] if isinstance(entry, (SealedEntry, AdoptedEntry))]

@@ -12,8 +12,8 @@ from pillarbox.admin.scan import ScannedLine, all_directories, files_by_batch, r
 from pillarbox.admin.tail import ACCEPTED, ACTIVE
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import entries_of
-from pillarbox.store.reconciliation import Adopted, Entry, Evicted, Purged, Sealed, Settled
+from pillarbox.store.ledger import parse_ledger
+from pillarbox.store.reconciliation import AdoptedEntry, EvictedEntry, LedgerEntry, PurgedEntry, SealedEntry, SettledEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ _STATES = {
     Kind.DELIVERED: "kept",
     Kind.DEAD: "dead",
     Kind.CORRUPT: "quarantined",
-    Kind.SPANS: "quarantined",
+    Kind.RANGES: "quarantined",
 }
 
 
@@ -91,7 +91,7 @@ class _QueueLedger(NamedTuple):
     """A ledger."""
 
     sink: str
-    entries: list[Entry]
+    entries: list[LedgerEntry]
 
 
 class Locator:
@@ -104,7 +104,8 @@ class Locator:
         # The ledgers last: what settles meanwhile is in one, if its file is gone from the other.
         self._files = scan_files(directory)
         self._ledgers = [
-            _QueueLedger(place.sink, entries_of(place.read_bytes(layout.LEDGER))[0]) for place in all_directories(directory)
+            _QueueLedger(place.sink, parse_ledger(place.read_small_file(layout.LEDGER))[0])
+            for place in all_directories(directory)
         ]
 
     @property
@@ -140,7 +141,7 @@ class Locator:
         return BatchHistory(batch, sorted(remembered, key=lambda fact: fact.at_micros or 0) + found)
 
     def _file_entry(self, file: FileRef) -> HistoryEntry:
-        stamp = layout.stamp_of(file.batch) if file.kind is Kind.SEALED else None
+        stamp = layout.sealed_at(file.batch) if file.kind is Kind.SEALED else None
         match file.kind:
             case Kind.SEALED:
                 text = f"waits for {file.sink}" if file.sink else "waits"
@@ -260,22 +261,22 @@ def _complete_lines(file: FileRef, data: bytes) -> Iterator[ScannedLine]:
     return split_lines(data[: data.rfind(b"\n") + 1] if file.kind in ACTIVE else data)
 
 
-def _describe_entry(entry: Entry) -> str:
+def _describe_entry(entry: LedgerEntry) -> str:
     """An entry of the ledger as a sentence."""
     match entry:
-        case Sealed(writer=writer, events=events, bytes=size):
+        case SealedEntry(writer=writer, events=events, bytes=size):
             count = "events that nobody counted" if events is None else f"{events} events"
             return f"sealed by writer {writer}: {count}, {size} bytes"
-        case Adopted(writer=writer):
+        case AdoptedEntry(writer=writer):
             return f"sealed by another process: its writer {writer or 'of an older system'} had died"
-        case Settled():
+        case SettledEntry():
             parts = [f"delivered to {entry.sink}: {entry.delivered} events"]
             parts += [f"{entry.duplicates} of them it had before"] if entry.duplicates else []
             parts += [f"refused: {entry.dead}"] if entry.dead else []
             parts += [f"damaged spans: {entry.quarantined}"] if entry.quarantined else []
             return ", ".join(parts)
-        case Evicted(events=events):
+        case EvictedEntry(events=events):
             return f"given up for newer events: {events} events"
-        case Purged(kind=kind, events=events):
+        case PurgedEntry(kind=kind, events=events):
             return f"purged from {kind}: {events}"
     return f"{type(entry).__name__.lower()}: {getattr(entry, 'events', '')} events"

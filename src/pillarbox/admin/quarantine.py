@@ -47,7 +47,7 @@ class QuarantinedBatch(NamedTuple):
     @property
     def sealed_at_micros(self) -> int | None:
         """When the batch was sealed, where its name says so."""
-        return layout.stamp_of(self.batch)
+        return layout.sealed_at(self.batch)
 
     @property
     def unrepaired_count(self) -> int:
@@ -65,7 +65,7 @@ def encode_ranges(ranges: Iterable[QuarantinedRange]) -> bytes:
 
 def parse(batch: str, ranges_json: bytes | None, data: bytes | None) -> QuarantinedBatch:
     """The contents of a batch's two files -> its spans; `trouble` where they do not fit together."""
-    name, spans_name = layout.corrupt_name(batch), layout.spans_name(batch)
+    name, spans_name = layout.corrupt_name(batch), layout.ranges_name(batch)
     if data is None:
         return QuarantinedBatch(batch, [], [], FileProblem(spans_name, f"{name}, the bytes that it speaks of, is gone"))
     whole = QuarantinedRange(0, len(data), "unknown")
@@ -91,7 +91,7 @@ def parse(batch: str, ranges_json: bytes | None, data: bytes | None) -> Quaranti
 def read_batch(directory: Directory, batch: str) -> QuarantinedBatch | None:
     """What is kept of a batch; None where it has gone meanwhile."""
     data = dead_letters.try_read_file(directory, layout.corrupt_name(batch))
-    spans = dead_letters.try_read_file(directory, layout.spans_name(batch))
+    spans = dead_letters.try_read_file(directory, layout.ranges_name(batch))
     for answer in (data, spans):
         if isinstance(answer, FileProblem):
             return QuarantinedBatch(batch, [], [], answer, readable=False)
@@ -122,7 +122,7 @@ class QuarantineRepairer:
         """The batches that are meant, oldest first; only those that may be changed, or purged, where that is asked for."""
         found = dead_letters.list_batches(self._directory, Kind.CORRUPT, self._filter)
         for batch in found.batches:
-            if not self._filter.matches_time(layout.stamp_of(batch)):
+            if not self._filter.matches_time(layout.sealed_at(batch)):
                 continue
             held = batch in found.pending
             kept = read_batch(self._directory, batch)
@@ -180,15 +180,15 @@ class QuarantineRepairer:
             else span
             for number, span in enumerate(kept.ranges)
         ]
-        self._directory.put(layout.spans_name(kept.batch), encode_ranges(spans))
+        self._directory.write_atomically(layout.ranges_name(kept.batch), encode_ranges(spans))
 
     def _remove_files(self, batch: str, _accepted: set[int]) -> None:
         # The bytes first: without them what the other file says is of no use, and the other way round it would be.
         self._directory.remove(layout.corrupt_name(batch))
-        self._directory.remove(layout.spans_name(batch))
+        self._directory.remove(layout.ranges_name(batch))
 
-    def _repaired_entry(self, batch: str, events: int) -> ledger.Repaired:
-        return ledger.Repaired(at_micros=self._clock.micros(), batch=batch, events=events)
+    def _repaired_entry(self, batch: str, events: int) -> ledger.RepairedEntry:
+        return ledger.RepairedEntry(at_micros=self._clock.micros(), batch=batch, events=events)
 
-    def _purged_entry(self, batch: str, spans: int) -> ledger.Purged:
-        return ledger.Purged(at_micros=self._clock.micros(), batch=batch, kind="quarantine", events=spans)
+    def _purged_entry(self, batch: str, spans: int) -> ledger.PurgedEntry:
+        return ledger.PurgedEntry(at_micros=self._clock.micros(), batch=batch, kind="quarantine", events=spans)

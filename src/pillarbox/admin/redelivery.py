@@ -13,7 +13,7 @@ from pillarbox.admin import dead_letters
 from pillarbox.admin.dead_letters import FileProblem
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, reader
-from pillarbox.store.ledger import Ledger, Resent
+from pillarbox.store.ledger import LedgerWriter, RedeliveredEntry
 from pillarbox.store.quota import SLACK_SHARE
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ class Redelivery:
         self._filter = record_filter
         self._report = report
         self._on_file = on_file
-        every = [RetainedFile(sink, file.name, file.size) for sink, place in queues.items() for file in place.delivered()]
+        every = [RetainedFile(sink, file.name, file.size) for sink, place in queues.items() for file in place.delivered_files()]
         stamps = [stamp for file in every if (stamp := layout.delivered_at(file.name)) is not None]
         self.retained_count = len(every)
         self.oldest_delivered_at_micros = min(stamps, default=None)  # when the first of all that is kept was delivered
         chosen = (file for file in every if self._is_selected(file))
         # In the order in which the events came in the first place.
-        self.selected = sorted(chosen, key=lambda file: (file.sink, layout.stamp_of(file.name) or 0, file.name))
+        self.selected = sorted(chosen, key=lambda file: (file.sink, layout.sealed_at(file.name) or 0, file.name))
 
     def _is_selected(self, file: RetainedFile) -> bool:
         return self._filter.matches_batch(file.batch) and self._filter.matches_time(layout.delivered_at(file.name))
@@ -89,7 +89,7 @@ class Redelivery:
     def execute(self, limits: PendingLimits, should_stop: Callable[[], bool], on_progress: Callable[[int], None]) -> None:
         """Have them wait again, as far as the limits of what may wait allow."""
         for place in self._queues.values():
-            place.note_stamp(place.account().newest_stamp)
+            place.seal_after(place.disk_usage().newest_sealed_at)
         for group in self._groups():
             self._report.interrupted = self._report.interrupted or should_stop()
             if self._report.interrupted:
@@ -106,7 +106,7 @@ class Redelivery:
 
     def _that_fit(self, group: list[RetainedFile], limits: PendingLimits) -> list[RetainedFile]:
         """Those for which there is room, beside some for new events: none of these is to be refused or evicted for them."""
-        account = self._directory.account()
+        account = self._directory.disk_usage()
         room = limits.max_bytes - limits.max_bytes // SLACK_SHARE - account.pending_bytes
         files = limits.max_files - limits.max_files // SLACK_SHARE - account.pending_files
         for number, file in enumerate(group):
@@ -117,7 +117,7 @@ class Redelivery:
         return group
 
     def _redeliver(self, group: Iterable[RetainedFile], on_progress: Callable[[int], None]) -> None:
-        entries: list[Resent] = []
+        entries: list[RedeliveredEntry] = []
         for file in group:
             events = self._event_count(file)
             if events is None:
@@ -130,13 +130,13 @@ class Redelivery:
                 continue
             if new_name is None:
                 continue  # it was too old meanwhile, or in the way
-            entries.append(Resent(self._clock.micros(), layout.batch_id(new_name), file.batch, events))
+            entries.append(RedeliveredEntry(self._clock.micros(), layout.batch_id(new_name), file.batch, events))
             self._add_to_report(file, events, layout.batch_id(new_name))
             on_progress(events)
         if entries:
             self._record_in_ledger(place, entries)
 
-    def _record_in_ledger(self, directory: Directory, entries: list[Resent]) -> None:
+    def _record_in_ledger(self, directory: Directory, entries: list[RedeliveredEntry]) -> None:
         try:
             directory.filesystem.sync_directory(directory.path)
         except OSError as error:
@@ -144,8 +144,8 @@ class Redelivery:
             problem = f"cannot be synced ({error.strerror}): the ledger has no word of what waits, power loss may undo it"
             self._report.add_problem(".", f"the directory {problem}")
             return
-        ledger = Ledger(directory, self._clock)
-        ledger.note(*entries)
+        ledger = LedgerWriter(directory, self._clock)
+        ledger.add(*entries)
         self._report.ledger_behind |= not ledger.write(sync=True)
 
     def _event_count(self, file: RetainedFile) -> int | None:

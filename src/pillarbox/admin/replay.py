@@ -103,12 +103,12 @@ class DeadLetterReplayer:
     def _rewrite(self, file: DeadLetterFile, removed: set[int]) -> None:
         rest, name = file.without_lines(removed), layout.dead_name(file.batch)
         if rest and not rest.isspace():
-            self._directory.put(name, rest)
+            self._directory.write_atomically(name, rest)
         else:
             self._directory.remove(name)
 
-    def _replayed_entry(self, batch: str, events: int) -> ledger.Replayed:
-        return ledger.Replayed(at_micros=self._clock.micros(), batch=batch, events=events)
+    def _replayed_entry(self, batch: str, events: int) -> ledger.ReplayedEntry:
+        return ledger.ReplayedEntry(at_micros=self._clock.micros(), batch=batch, events=events)
 
-    def _purged_entry(self, batch: str, events: int) -> ledger.Purged:
-        return ledger.Purged(at_micros=self._clock.micros(), batch=batch, kind="dead", events=events)
+    def _purged_entry(self, batch: str, events: int) -> ledger.PurgedEntry:
+        return ledger.PurgedEntry(at_micros=self._clock.micros(), batch=batch, kind="dead", events=events)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from pillarbox.store.directory import Directory
-    from pillarbox.store.reader import Span
+    from pillarbox.store.reader import DamagedRange
 
 
 class FileRef(NamedTuple):
@@ -43,7 +43,7 @@ class FileRef(NamedTuple):
         name = self.name.removesuffix(".spans.json")
         if self.kind is Kind.DEAD:
             name = name.removeprefix("dead-")
-        elif self.kind in (Kind.CORRUPT, Kind.SPANS):
+        elif self.kind in (Kind.CORRUPT, Kind.RANGES):
             name = name.removeprefix("corrupt-")
         return "" if self.kind in (Kind.ACTIVE, Kind.LEGACY_ACTIVE) else layout.batch_id(name)
 
@@ -57,9 +57,9 @@ def scan_files(directory: Directory) -> list[FileRef]:
     """The files in the directory, then those in its queues: what moves there meanwhile is seen twice rather than never."""
     files: list[FileRef] = []
     for found_in in all_directories(directory):
-        for name, size in found_in.filesystem.listing(found_in.path):
+        for name, size in found_in.filesystem.list_files(found_in.path):
             kind = layout.kind_of(name)
-            if kind not in (Kind.ASIDE, Kind.OTHER):
+            if kind not in (Kind.TEMPORARY, Kind.OTHER):
                 files.append(FileRef(found_in, name, kind, size))
     return files
 
@@ -86,7 +86,7 @@ def read_first_available(files: list[FileRef], report_problem: Callable[[FilePro
     problems: list[FileProblem] = []
     for sight in files:
         try:
-            data, problem = compression.unpack(sight.name, _read_bytes(sight.directory, sight.name))
+            data, problem = compression.decompress(sight.name, _read_bytes(sight.directory, sight.name))
         except FileNotFoundError:
             continue
         except FileUnusableError as error:
@@ -103,7 +103,7 @@ def read_first_available(files: list[FileRef], report_problem: Callable[[FilePro
 
 
 def _read_bytes(directory: Directory, name: str) -> bytes:
-    fd = directory.open_found(name)
+    fd = directory.open_existing(name)
     try:
         return directory.filesystem.read_all(fd)
     finally:
@@ -115,7 +115,7 @@ class ScannedLine(NamedTuple):
 
     offset: int  # of the line, in the file as it was written
     payload: bytes | None  # the event's JSON
-    damage: Span | None
+    damage: DamagedRange | None
 
 
 def split_lines(data: bytes, offset: int = 0) -> Iterator[ScannedLine]:
@@ -123,9 +123,9 @@ def split_lines(data: bytes, offset: int = 0) -> Iterator[ScannedLine]:
     start = 0
     while start < len(data):
         end = data.find(b"\n", start) + 1 or len(data)
-        contents = reader.read(data[start:end], lambda: None)
-        if contents.payloads or contents.spans:
+        contents = reader.read_lines(data[start:end], lambda: None)
+        if contents.payloads or contents.damaged:
             payload = contents.payloads[0] if contents.payloads else None
-            spans = [replace(span, offset=offset + start + span.offset) for span in contents.spans]
+            spans = [replace(span, offset=offset + start + span.offset) for span in contents.damaged]
             yield ScannedLine(offset + start, payload, spans[0] if spans else None)
         start = end

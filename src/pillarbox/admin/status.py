@@ -58,7 +58,7 @@ class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 def _sealed_batches(directory: Directory) -> dict[str, int]:
     """Bytes by batch, whose file may be compressed meanwhile."""
-    listing = directory.filesystem.listing(directory.path)
+    listing = directory.filesystem.list_files(directory.path)
     return {layout.batch_id(name): size for name, size in listing if layout.kind_of(name) is Kind.SEALED}
 
 
@@ -68,7 +68,7 @@ def read_status(directory: Directory, clock: Clock, durability: str) -> OutboxSt
         queues = directory.queues()
         shared = _sealed_batches(directory) if queues else {}  # before the queues: what leaves it is in each of them by then
         sinks = [_sink_status(queue, shared, clock) for queue in queues]
-        account = directory.account()
+        account = directory.disk_usage()
     except OSError as error:
         raise DirectoryUnusableError(
             directory.path, f"cannot be listed: {error.strerror}", "name an outbox directory"
@@ -81,7 +81,7 @@ def read_status(directory: Directory, clock: Clock, durability: str) -> OutboxSt
         active_files=account.active_files,
         active_bytes=account.active_bytes,
         sealed_files=account.sealed_files,
-        oldest_age_s=_age_s(clock, account.oldest_stamp),
+        oldest_age_s=_age_s(clock, account.oldest_sealed_at),
         corrupt_files=account.corrupt_files,
         corrupt_bytes=account.corrupt_bytes,
         dead_files=account.dead_files,
@@ -96,9 +96,9 @@ def read_status(directory: Directory, clock: Clock, durability: str) -> OutboxSt
 
 
 def _sink_status(queue: Directory, shared: dict[str, int], clock: Clock) -> SinkStatus:
-    own = queue.account()
+    own = queue.disk_usage()
     waiting = _sealed_batches(queue) | shared  # what is not yet in any queue waits for all of them
-    stamps = [stamp for stamp in map(layout.stamp_of, waiting) if stamp is not None]
+    stamps = [stamp for stamp in map(layout.sealed_at, waiting) if stamp is not None]
     beat = last_heartbeat(queue)
     return SinkStatus(
         name=queue.sink,

@@ -15,7 +15,7 @@ from pillarbox.admin.gaps import GapDetector
 from pillarbox.admin.scan import files_by_batch, find_batch_files, read_first_available, scan_files, split_lines
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
-from pillarbox.store.filesystem import identity, identity_of
+from pillarbox.store.filesystem import file_identity, open_file_identity
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class _OpenSegment:
         self.file = file
         self.fd = fd
         self.writer = layout.writer_of(file.name)
-        self.path = file.directory.at(file.name)
-        self.identity = identity_of(fd)
+        self.path = file.directory.path_of(file.name)
+        self.identity = open_file_identity(fd)
         self.offset = 0  # up to where it was read
         self.scans_missing = 0  # in which its name was gone
 
@@ -101,7 +101,7 @@ class Tailer:
             self.close()
             sights = scan_files(self._directory)
             self._open_segments(sights)
-            if not any(sight.kind in ACTIVE and identity(sight.directory.at(sight.name)) is None for sight in sights):
+            if not any(sight.kind in ACTIVE and file_identity(sight.directory.path_of(sight.name)) is None for sight in sights):
                 break  # otherwise one was sealed meanwhile: its batch is not among those that are there already
         found = files_by_batch(sights, self._kinds - ACTIVE)
         self._known = dict.fromkeys(found, self._clock.monotonic())
@@ -151,7 +151,7 @@ class Tailer:
         for sight in files:
             if sight.kind in ACTIVE & self._kinds and sight.name not in self._segments:
                 try:
-                    fd = sight.directory.open_found(sight.name)
+                    fd = sight.directory.open_existing(sight.name)
                 except FileNotFoundError:
                     continue  # sealed meanwhile
                 except (OSError, FileUnusableError) as error:
@@ -162,10 +162,10 @@ class Tailer:
     def _set_unlinked_aside(self, names: set[str]) -> None:
         """Put aside the active files whose name is gone; one that was written anew under its name is read on there."""
         for name, stream in list(self._segments.items()):
-            if name in names and self._filesystem.is_still(stream.fd, stream.path):
+            if name in names and self._filesystem.is_file_at(stream.fd, stream.path):
                 continue
             del self._segments[name]
-            anew = identity(stream.path) if stream.file.kind is Kind.ACTIVE else None
+            anew = file_identity(stream.path) if stream.file.kind is Kind.ACTIVE else None
             if anew is None:
                 self._unlinked.append(stream)
                 continue
@@ -181,7 +181,7 @@ class Tailer:
             if batch in self._known or not self._unlinked:
                 continue
             for sight in sights:
-                seen = identity(sight.directory.at(sight.name))
+                seen = file_identity(sight.directory.path_of(sight.name))
                 stream = next((stream for stream in self._unlinked if seen is not None and stream.identity == seen), None)
                 if stream is not None:
                     self._unlinked.remove(stream)
@@ -191,7 +191,7 @@ class Tailer:
 
     def _from_unlinked(self) -> Iterator[AcceptedEvent]:
         """What was sealed and removed before its sealed name was seen is read as long as it is held."""
-        for stream in sorted(self._unlinked, key=lambda one: layout.by_writer(one.file.name)):
+        for stream in sorted(self._unlinked, key=lambda one: layout.active_sort_key(one.file.name)):
             stream.scans_missing += 1
             if stream.scans_missing < _SCANS_MAX:
                 yield from self._read_appended(stream, self._filesystem.size(stream.fd))
@@ -210,7 +210,7 @@ class Tailer:
 
     def _from_segments(self) -> Iterator[AcceptedEvent]:
         """What was appended: the size of a writer's later file first, lest it is read further than the one before it."""
-        streams = sorted(self._segments.values(), key=lambda one: layout.by_writer(one.file.name))
+        streams = sorted(self._segments.values(), key=lambda one: layout.active_sort_key(one.file.name))
         sizes = {stream.file.name: self._filesystem.size(stream.fd) for stream in reversed(streams)}
         writers = [list(group) for _, group in groupby(streams, key=lambda one: one.writer)]
         timed = [self._with_times(group, sizes) for group in writers]
@@ -251,7 +251,7 @@ class Tailer:
         return True
 
     def _events(self, data: bytes, begin: int, batch: str, file: str, writer: str) -> Iterator[AcceptedEvent]:
-        stamp = layout.stamp_of(batch)
+        stamp = layout.sealed_at(batch)
         for line in split_lines(data, begin):
             if line.damage is not None:
                 self.damaged_lines += 1

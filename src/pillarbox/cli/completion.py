@@ -11,7 +11,7 @@ from pillarbox.cli.app import settings_from
 from pillarbox.clock import SystemClock
 from pillarbox.errors import PillarboxError
 from pillarbox.store import layout
-from pillarbox.store.filesystem import real_filesystem
+from pillarbox.store.filesystem import os_filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.queues import directory_at
 
@@ -30,7 +30,7 @@ def batches(ctx: typer.Context, incomplete: str) -> list[str]:
     kinds = _KINDS.get(group or "", {Kind.DEAD, Kind.CORRUPT})
     try:
         settings = settings_from(ctx.params.get("config"), directory=ctx.params.get("directory"))
-        place = directory_at(settings.directory or ".", real_filesystem(), SystemClock())
+        place = directory_at(settings.directory or ".", os_filesystem(), SystemClock())
         return sorted({name for name in _batches(place, kinds) if name.startswith(incomplete)})[:_OFFERED_MAX]
     except (OSError, PillarboxError):
         return []
@@ -38,6 +38,6 @@ def batches(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def _batches(place: Directory, kinds: set[Kind]) -> Iterator[str]:
     for where in (place, *place.queues()):
-        for name, _ in where.filesystem.listing(where.path):
+        for name, _ in where.filesystem.list_files(where.path):
             if layout.kind_of(name) in kinds:
                 yield parse_batch_id(name)

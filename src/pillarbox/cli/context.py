@@ -22,8 +22,8 @@ from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.outbox import Outbox
 from pillarbox.store import layout
-from pillarbox.store.filesystem import real_filesystem
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ class Site:
         self.settings: Settings = settings_from(config, **options)
         require(self.settings, "directory", "DIR")
         self.clock = SystemClock()
-        self.place = directory_at(self.settings.directory, real_filesystem(), self.clock)
+        self.place = directory_at(self.settings.directory, os_filesystem(), self.clock)
         self.report = ChangeReport()
         self.lines: list[str] = []  # what is to be said of single items; at the end, lest a closed pipe ends the work
         self.heading = IdentityDecoder(self.settings.event_type)
         self.gate = ReplayValidator(self.settings.event_type, self.heading.id_field)
         try:
-            self.place.account()
+            self.place.disk_usage()
         except OSError as error:
             problem = f"cannot be listed: {error.strerror}"
             raise DirectoryUnusableError(self.settings.directory, problem, "name an outbox directory") from None
@@ -99,7 +99,7 @@ class Site:
         """What is kept for several sinks is changed for one at a time; raises `UsageError` where it is not said for which."""
 
         def keeps(place: Directory) -> bool:
-            return any(layout.kind_of(name) is kind for name, _ in place.filesystem.listing(place.path))
+            return any(layout.kind_of(name) is kind for name, _ in place.filesystem.list_files(place.path))
 
         if keeps(self.place):
             return
@@ -150,11 +150,11 @@ class Site:
             settings = msgspec.structs.replace(self.settings, sink=None, when_full="drop_newest", on_invalid="drop")
             outbox = Outbox.from_settings(settings)  # looks at the directory, and starts nothing before the first event
         else:
-            self.place.open()
+            self.place.ensure_usable()
 
         def act(stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
             with outbox or nullcontext():
-                ledger = Ledger(self.place, self.clock)
+                ledger = LedgerWriter(self.place, self.clock)
                 bounds = WriteLimits(self.settings.batch_size, self.settings.batch_bytes)
                 durability = self._durability()
                 ChangeExecutor(self.place, ledger, self.report, stop, progress, outbox, durability, bounds).execute(changes)
@@ -178,7 +178,7 @@ class Site:
 
     def _durability(self) -> Any:
         try:
-            self.place.check_power()
+            self.place.check_power_durability()
         except DirectoryUnusableError:
             return "process"  # in memory: what it is taken from would not survive either
         return "power"

@@ -31,7 +31,7 @@ from pillarbox.cli.context import (
     printable,
 )
 from pillarbox.errors import UsageError
-from pillarbox.store.filesystem import read_file, write_secret
+from pillarbox.store.filesystem import create_private_file, read_file
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
@@ -444,8 +444,8 @@ def _in_editor(site: Site, chosen: RecordFilter, command: str) -> str | None:
         out.print("no such dead letter", markup=False)
         return None
     name = f"{_EDITED}{site.place.new_id()}.ndjson"
-    path = site.place.at(name)
-    write_secret(path, lines)
+    path = site.place.path_of(name)
+    create_private_file(path, lines)
     try:
         code = subprocess.run([*shlex.split(command), path], check=False).returncode  # noqa: S603 - the user's own editor
     except (OSError, ValueError) as error:
@@ -488,7 +488,7 @@ def _send_edited(site: Site, path: str, seen: _Seen, *, yes: bool, json: bool) -
         err.print(printable(f"{path}: {name} is no dead letter, or none any more"), markup=False)
     if yes and code == Exit.DONE and not left:
         name = path.rpartition("/")[2]
-        if name.startswith(_EDITED) and site.place.read_bytes(name) == text:
+        if name.startswith(_EDITED) and site.place.read_small_file(name) == text:
             site.place.remove(name)
     elif yes:
         err.print(f"the edited text is kept: --from {shlex.quote(path)} takes it again", markup=False)

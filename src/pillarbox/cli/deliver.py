@@ -33,8 +33,8 @@ from pillarbox.delivery.settlement import Callbacks
 from pillarbox.exporters import MetricsExporters
 from pillarbox.hooks import Hooks
 from pillarbox.stats import SinkStats
-from pillarbox.store.filesystem import real_filesystem
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -108,16 +108,16 @@ def _deliver(
     settings: Settings, give_up_s: float | None, metrics: str | None, otlp: str | None, *, json: bool, quiet: bool
 ) -> int:
     clock = SystemClock()
-    place = directory_at(settings.directory, real_filesystem(), clock)
-    place.open()
+    place = directory_at(settings.directory, os_filesystem(), clock)
+    place.ensure_usable()
     shown = MetricsExporters(place, settings, clock, metrics, otlp)
     on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).report_dead_letter
     callbacks = Callbacks(on_duration=shown.record_flush, on_dead=on_dead)
     sinks = destinations(settings, {})
     deliverer = make_deliverer(
-        settings, place, clock, Ledger(place, clock), callbacks, lambda: False, sinks, only_delivers=True
+        settings, place, clock, LedgerWriter(place, clock), callbacks, lambda: False, sinks, only_delivers=True
     )
-    place.note_stamp(place.account().newest_stamp)
+    place.seal_after(place.disk_usage().newest_sealed_at)
     try:
         shown.start(deliverer.sinks)
         deliverer.start()
@@ -127,7 +127,7 @@ def _deliver(
     finally:
         deliverer.stop(_STOP_S)
         shown.close()
-    _say(deliverer.sinks(), place.account().sealed_files, json=json)
+    _say(deliverer.sinks(), place.disk_usage().sealed_files, json=json)
     return Exit.DONE if done else Exit.PARTLY
 
 
@@ -147,7 +147,7 @@ def _say(sinks: dict[str, SinkStats], waiting_files: int, *, json: bool) -> None
 
 def _watch(deliverer: Here, place: Directory, give_up_s: float | None, *, quiet: bool) -> bool:
     """Show progress until nothing waits (with `give_up_s`) or for ever; whether nothing is left."""
-    total = place.account().pending_bytes
+    total = place.disk_usage().pending_bytes
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -173,4 +173,4 @@ def _watch(deliverer: Here, place: Directory, give_up_s: float | None, *, quiet:
             stuck = deliverer.is_stuck() and clock.monotonic() - last_moment > _STUCK_S
             if stuck or clock.monotonic() - last_moment > give_up_s:
                 return False
-    return not place.waiting()
+    return not place.waiting_batch_ids()

@@ -30,8 +30,8 @@ from pillarbox.errors import DirectoryUnusableError, PillarboxError
 from pillarbox.outcome import Durability  # noqa: TC001 - typer reads it
 from pillarbox.sinks import make_sink, redact_url
 from pillarbox.store import layout
-from pillarbox.store.directory import OPEN_MODE, Directory
-from pillarbox.store.filesystem import exists, real_filesystem
+from pillarbox.store.directory import OTHERS_MASK, Directory
+from pillarbox.store.filesystem import exists, os_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _destinations(settings: Settings) -> dict[str, str]:
 
 
 def _of_directory(settings: Settings, clock: Clock) -> list[DoctorFinding]:
-    place = directory_at(settings.directory, real_filesystem(), clock)
+    place = directory_at(settings.directory, os_filesystem(), clock)
     limits = DoctorLimits(
         power=settings.durability == "power",
         max_bytes=settings.max_bytes,
@@ -156,12 +156,12 @@ def _queues(place: Directory, settings: Settings, status: OutboxStatus) -> Itera
         if known and name not in known:
             text = f"{path} belongs to no destination of the settings, {waiting.get(name, 0):,} files wait in it"
             yield failed("queue", f"{text}: name it among the sinks again, or pillarbox sinks remove {name}")
-        facts = queue.filesystem.directory_facts(queue.path)
-        if facts is not None and facts.mode & OPEN_MODE:
+        facts = queue.filesystem.inspect_directory(queue.path)
+        if facts is not None and facts.mode & OTHERS_MASK:
             yield failed("mode", f"{path}: {facts.mode:03o} lets other users in: chmod 700")
-        if facts is not None and not facts.usable:
+        if facts is not None and not facts.is_usable:
             yield failed("owner", f"{path} cannot be read and written by this user: change its owner or mode")
-    for name in sorted(place.asked_for() if known else ()):
+    for name in sorted(place.requested_queues() if known else ()):
         if name not in known:
             text = f"{name} was asked for, and is no destination of the settings"
             yield failed("queue", f"{text}: name it among the sinks, or pillarbox sinks remove {name}")

@@ -29,7 +29,7 @@ from pillarbox.cli.options import (
     wanted,
 )
 from pillarbox.errors import UsageError
-from pillarbox.store.filesystem import exists, file_beside
+from pillarbox.store.filesystem import atomic_output, exists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -113,7 +113,7 @@ def _destination(path: str | None, *, force: bool) -> Iterator[Callable[[bytes],
         sys.stdout.buffer.flush()
         return
     try:
-        with file_beside(path, over=force) as write:
+        with atomic_output(path, overwrite=force) as write:
             yield write
     except OSError as error:
         raise UsageError(f"{path} is not written: {error.strerror}") from None

@@ -35,7 +35,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.errors import FileUnusableError, UsageError
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped
-from pillarbox.store.filesystem import identity, open_to_read, real_filesystem
+from pillarbox.store.filesystem import file_identity, open_for_reading, os_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def import_(
 
 
 def _is_outbox(source: str, kind: str) -> bool:
-    facts = None if source == "-" else real_filesystem().directory_facts(source)
+    facts = None if source == "-" else os_filesystem().inspect_directory(source)
     is_directory = facts is not None and facts.is_directory
     if kind != "auto" and is_directory != (kind == "outbox"):
         raise UsageError(f"{source}: for --format {kind} name {'an outbox directory' if kind == 'outbox' else 'a file'}")
@@ -132,16 +132,16 @@ def _is_outbox(source: str, kind: str) -> bool:
 
 
 def _stock(source: str, settings: Settings, heading: IdentityDecoder, gate: ReplayValidator) -> EventExporter:
-    if identity(source) == identity(settings.directory):
+    if file_identity(source) == file_identity(settings.directory):
         raise UsageError(f"{source} is the outbox that the events would go into")
     clock = SystemClock()
-    other = directory_at(source, real_filesystem(), clock)
+    other = directory_at(source, os_filesystem(), clock)
     return EventExporter(other, clock, EventHeaderDecoder(settings.event_type), EventFilter(), heading, gate)
 
 
 def _opened(source: str) -> Any:
     try:
-        return open_to_read(source)
+        return open_for_reading(source)
     except OSError as error:
         raise UsageError(f"{source}: {error.strerror}") from None
 
@@ -151,7 +151,7 @@ def _rejects(path: str | None) -> Iterator[Callable[[bytes], None]]:
     if path is None:
         yield lambda _raw: None
         return
-    filesystem = real_filesystem()
+    filesystem = os_filesystem()
     try:
         fd = filesystem.open_append(path)
     except (OSError, FileUnusableError) as error:

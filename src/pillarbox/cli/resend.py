@@ -14,7 +14,7 @@ from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Ex
 from pillarbox.cli.context import AllOption, BatchOption, LimitOption, Site, YesOption, counted, need_choice
 from pillarbox.errors import UsageError
 from pillarbox.store import layout
-from pillarbox.store.yielding import places
+from pillarbox.store.yielding import retention_directories
 
 _SECOND: Final = 1_000_000
 
@@ -64,9 +64,9 @@ def resend(
     selection = site.selection(batches=batch, since=since, until=until)
     need_choice(selection, everything=everything)
     path = PurePath(site.place.path)
-    if (queue := layout.sink_of(path.name)) is not None:
+    if (queue := layout.sink_of_queue(path.name)) is not None:
         raise UsageError(f"{path} is one of several queues: -d {path.parent} --sink {queue} sends again from it")
-    chosen = places(site.place)
+    chosen = retention_directories(site.place)
     if sink is not None:
         if sink not in chosen or not sink:
             names = ", ".join(filter(None, chosen)) or "none: leave --sink out"
@@ -119,7 +119,7 @@ class _Seen:
                     sink=file.sink,
                     events=events,
                     bytes=file.size,
-                    sealed_at_micros=layout.stamp_of(file.name),
+                    sealed_at_micros=layout.sealed_at(file.name),
                     delivered_at_micros=at,
                 )
             )

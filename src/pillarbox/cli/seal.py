@@ -30,7 +30,7 @@ from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout, request
-from pillarbox.store.filesystem import real_filesystem
+from pillarbox.store.filesystem import os_filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.queues import directory_at
 
@@ -79,7 +79,7 @@ class Site:
         settings = settings_from(config, directory=directory)
         require(settings, "directory", "DIR")
         self.clock = SystemClock()
-        self.place = directory_at(settings.directory, real_filesystem(), self.clock)
+        self.place = directory_at(settings.directory, os_filesystem(), self.clock)
         self.began = self.clock.monotonic()
         self.deadline = self.began + timeout
         self.timeout = timeout
@@ -111,13 +111,13 @@ class Site:
     def active(self) -> set[str]:
         """The active files that hold something."""
         with self._listing():
-            listing = self.place.filesystem.listing(self.place.path)
+            listing = self.place.filesystem.list_files(self.place.path)
             return {name for name, size in listing if size and layout.kind_of(name) in _ACTIVE}
 
     def waiting(self) -> set[str]:
         """The batches that are sealed and not settled, here or at one of several destinations."""
         with self._listing():
-            return self.place.waiting()
+            return self.place.waiting_batch_ids()
 
     @contextmanager
     def _listing(self) -> Iterator[None]:
@@ -179,9 +179,9 @@ def _seal(site: Site) -> Sealed:
 
 def _ask(site: Site) -> None:
     try:
-        request.ask(site.place, site.clock)
+        request.request_seal(site.place, site.clock)
     except OSError as error:
-        path = site.place.at(layout.SEAL_REQUEST)
+        path = site.place.path_of(layout.SEAL_REQUEST)
         raise DirectoryUnusableError(
             path, f"cannot be written: {error.strerror}", "run as the directory's owner, make room"
         ) from None
@@ -190,7 +190,7 @@ def _ask(site: Site) -> None:
 def _is_nobodys(place: Directory, name: str) -> bool:
     """Whether the writer of an active file is dead. A lock for a moment tells, as it does whoever adopts."""
     try:
-        taken = place.take(name)
+        taken = place.lock_existing(name)
     except (OSError, FileUnusableError):
         return False
     if taken is None:
@@ -277,7 +277,7 @@ def flush(
 
 
 def _batches(place: Directory) -> set[str]:
-    return {layout.batch_id(name) for name in place.sealed_names()}
+    return {layout.batch_id(name) for name in place.all_sealed_names()}
 
 
 def _wait_for_delivery(site: Site, asked: set[str]) -> set[str]:

@@ -15,8 +15,8 @@ from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import real_filesystem
-from pillarbox.store.ledger import Ledger, Renamed
+from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store.ledger import LedgerWriter, QueueRenamedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,7 @@ def list_queues(directory: DirectoryOption = None, config: ConfigOption = None, 
     place = _place(directory, config)
     found = [_queue(queue) for queue in place.queues()]
     empty = {"sealed_files": 0, "sealed_bytes": 0, "dead_files": 0, "corrupt_files": 0, "delivered_files": 0}
-    found += [Queue(sink=sink, state="", asked_for=True, **empty) for sink in sorted(place.asked_for())]
+    found += [Queue(sink=sink, state="", asked_for=True, **empty) for sink in sorted(place.requested_queues())]
     if json:
         print_json(found)
     elif found:
@@ -83,11 +83,11 @@ def add(name: NameArgument, directory: DirectoryOption = None, config: ConfigOpt
     Only notes it: the next process that delivers with this name among its sinks makes the queue.
     """
     place = _place(directory, config)
-    if not layout.is_sink(name):
+    if not layout.is_sink_name(name):
         raise UsageError(f"{name!r} is no name of a sink: a-z, 0-9, _ and -, at most 32")
     if name in {queue.sink for queue in place.queues()}:
         raise UsageError(f"{name} has a queue already")
-    place.ask_for(name)
+    place.request_queue(name)
     text = f"{name} begins with what waits, once a process delivers to it: --sink {name}=URL"
     return _say(Changed(sink=name, done="asked_for"), text, json=json)
 
@@ -106,12 +106,12 @@ def remove(
     Other sinks keep what waits for them. Dead letters and quarantine in it are to be replayed, repaired or purged before.
     """
     place = _place(directory, config)
-    place.finish_removing()
-    if name in place.asked_for():
-        place.ask_no_more_for(name)
+    place.finish_queue_removals()
+    if name in place.requested_queues():
+        place.cancel_queue_request(name)
         return _say(Changed(sink=name, done="asked_for_no_more"), f"{name} is not asked for any more", json=json)
     with _held(place, name, alone=hand_back) as queue:
-        found = queue.account()
+        found = queue.disk_usage()
         if found.dead_files or found.corrupt_files:
             kept = (
                 f"{counted(found.dead_files, 'file')} of dead letters and {counted(found.corrupt_files, 'file')} of quarantine"
@@ -125,7 +125,7 @@ def remove(
         if hand_back:
             if len(place.queues()) > 1:
                 raise UsageError("--hand-back is for the last queue: the other sinks have what waits, or had it")
-            queue.hand_back()
+            queue.return_batches()
         _note_renamed(place, name, "")
         queue.remove_queue()
     what = "handed back" if hand_back else "given up"
@@ -143,9 +143,9 @@ def rename(
 ) -> int:
     """Give a sink's queue another name, once nobody delivers to it any more."""
     place = _place(directory, config)
-    if not layout.is_sink(new):
+    if not layout.is_sink_name(new):
         raise UsageError(f"{new!r} is no name of a sink: a-z, 0-9, _ and -, at most 32")
-    if new in place.asked_for() | {queue.sink for queue in place.queues()}:
+    if new in place.requested_queues() | {queue.sink for queue in place.queues()}:
         raise UsageError(f"{new} has a queue already, or was asked for")
     with _held(place, name) as queue:
         _note_renamed(place, name, new)
@@ -164,8 +164,8 @@ def _say(changed: Changed, text: str, *, json: bool) -> int:
 def _note_renamed(place: Directory, name: str, to: str) -> None:
     """Before: otherwise what was handed over to the old queue would be missing in a later one of its name."""
     clock = SystemClock()
-    ledger = Ledger(place, clock)
-    ledger.note(Renamed(clock.micros(), name, to))
+    ledger = LedgerWriter(place, clock)
+    ledger.add(QueueRenamedEntry(clock.micros(), name, to))
     if not ledger.write(sync=True):
         raise DirectoryUnusableError(place.path, "has a ledger that cannot be written now", "make room, and try it again")
 
@@ -173,16 +173,16 @@ def _note_renamed(place: Directory, name: str, to: str) -> None:
 def _place(directory: str | None, config: str | None) -> Directory:
     settings = settings_from(config, directory=directory)
     require(settings, "directory", "DIR")
-    place = Directory(settings.directory, real_filesystem(), SystemClock())
+    place = Directory(settings.directory, os_filesystem(), SystemClock())
     try:
-        place.account()
+        place.disk_usage()
     except OSError as error:
         raise DirectoryUnusableError(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
     return place
 
 
 def _queue(queue: Directory) -> Queue:
-    found, beat = queue.account(), last_heartbeat(queue)
+    found, beat = queue.disk_usage(), last_heartbeat(queue)
     return Queue(
         sink=queue.sink,
         sealed_files=found.sealed_files,
@@ -209,7 +209,7 @@ def _held(place: Directory, name: str, *, alone: bool = False) -> Iterator[Direc
     held = []
     try:
         for where in (place, queue) if alone else (queue,):
-            taken = where.take_lock(layout.DELIVER_LOCK)
+            taken = where.acquire_lock_file(layout.DELIVER_LOCK)
             if taken is None:
                 raise UsageError(f"a process delivers {where.path}: start it again without {name} among its sinks, or stop it")
             held.append(taken)

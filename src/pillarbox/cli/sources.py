@@ -94,7 +94,7 @@ class Reader:
     def _item(self, number: int, raw: bytes, line: bytes, event: Callable[[bytes], bytes] | None = None) -> Item:
         try:
             return Item(number, raw, (event or self._event)(line), "")
-        except (InvalidReplayError, record.Damaged) as error:
+        except (InvalidReplayError, record.DamagedRecordError) as error:
             return Item(number, raw, b"", str(error))
 
     def _event(self, line: bytes) -> bytes:

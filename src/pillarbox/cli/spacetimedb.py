@@ -14,7 +14,7 @@ import typer
 
 from pillarbox.cli.app import EventTypeOption, Exit, JsonOption, app, out, settings_from
 from pillarbox.errors import ConfigurationError, SinkUnusableError
-from pillarbox.store.filesystem import exists, write_secret
+from pillarbox.store.filesystem import create_private_file, exists
 
 if TYPE_CHECKING:
     from pillarbox.sinks.spacetimedb.publish import PublishResult
@@ -60,7 +60,7 @@ def publish(
     made = token is None
     if token is None:
         _, token = asyncio.run(publish.new_identity(server.rstrip("/")))
-        write_secret(token_file, token.file_content())
+        create_private_file(token_file, token.file_content())
     done = asyncio.run(publish.publish(server.rstrip("/"), database, token, replace=replace))
     if json:
         sys.stdout.write(msgspec.json.encode(done._asdict()).decode() + "\n")

@@ -13,7 +13,7 @@ from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, a
 from pillarbox.cli.context import printable
 from pillarbox.cli.watch import watch_until_stopped
 from pillarbox.clock import SystemClock
-from pillarbox.store.filesystem import real_filesystem
+from pillarbox.store.filesystem import os_filesystem
 from pillarbox.store.queues import directory_at
 
 
@@ -35,7 +35,7 @@ def status(
     settings = settings_from(config, directory=directory)
     require(settings, "directory", "DIR")
     clock = SystemClock()
-    place = directory_at(settings.directory, real_filesystem(), clock)
+    place = directory_at(settings.directory, os_filesystem(), clock)
     if watch:
         watch_until_stopped(place, clock, settings.durability, interval=interval, looks=looks, json=json)
         return Exit.DONE

@@ -14,10 +14,10 @@ from pillarbox.cli.context import print_table
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store import layout
-from pillarbox.store.audit import Audit, audit, audit_queues
-from pillarbox.store.filesystem import real_filesystem
+from pillarbox.store.audit import ReconciliationReport, reconcile, reconcile_queues
+from pillarbox.store.filesystem import os_filesystem
 from pillarbox.store.queues import directory_at
-from pillarbox.store.reconciliation import Account, Row
+from pillarbox.store.reconciliation import LedgerRow, Reconciliation
 
 if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
@@ -31,7 +31,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
 
     directory: str
     balances: bool
-    account: Account
+    account: Reconciliation
     unread_entries: int  # lines of the ledger that are damaged, or of a later version
     unreadable_files: list[str]
     sinks: dict[str, Verification]  # of several, each one's account of what was handed over to it
@@ -51,7 +51,7 @@ def verify(
     """
     settings = settings_from(config, directory=directory)
     require(settings, "directory", "DIR")
-    place = directory_at(settings.directory, real_filesystem(), SystemClock())
+    place = directory_at(settings.directory, os_filesystem(), SystemClock())
     try:
         found = _audited(place)
     except OSError as error:
@@ -67,25 +67,25 @@ def verify(
         named = f"{sink}: " if sink else ""
         out.print(named + in_one_line(one), markup=False)
         if writers:
-            rows = [*one.account.writers, msgspec.structs.replace(one.account.total, writer="all")]
+            rows = [*one.reconciliation.writers, msgspec.structs.replace(one.reconciliation.total, writer="all")]
             print_table([("writer", "left"), *((name, "right") for name in _FIGURES)], map(_cells, rows))
         for line in _notes(one):
             out.print(named + line, markup=False)
     return Exit.DONE if balances else Exit.PARTLY
 
 
-def _answer(path: str, found: Audit, sinks: dict[str, Audit]) -> Verification:
+def _answer(path: str, found: ReconciliationReport, sinks: dict[str, ReconciliationReport]) -> Verification:
     return Verification(
         directory=path,
         balances=found.balances and all(one.balances for one in sinks.values()),
-        account=found.account,
+        account=found.reconciliation,
         unread_entries=found.unread_entries,
         unreadable_files=found.unreadable,
         sinks={sink: _answer(f"{path}/{layout.queue_name(sink)}", one, {}) for sink, one in sinks.items()},
     )
 
 
-def _audited(place: Directory) -> dict[str, Audit]:
+def _audited(place: Directory) -> dict[str, ReconciliationReport]:
     """The account of the directory under "", and those of several sinks under their names."""
     with Progress(
         TextColumn("verify"), BarColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True
@@ -95,13 +95,13 @@ def _audited(place: Directory) -> dict[str, Audit]:
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        whole = audit(place, show)
-        return {"": whole, **audit_queues(place, whole, show)}
+        whole = reconcile(place, show)
+        return {"": whole, **reconcile_queues(place, whole, show)}
 
 
-def in_one_line(found: Audit) -> str:
+def in_one_line(found: ReconciliationReport) -> str:
     """The account as an equation."""
-    account = found.account
+    account = found.reconciliation
     row = account.total
     parts = [
         f"delivered {row.delivered:,}",
@@ -133,16 +133,16 @@ def _range(low: int, high: int) -> str:
     return f"{low:,}" if low == high else f"{low:,}..{high:,}"
 
 
-def _notes(found: Audit) -> list[str]:
-    account = found.account
+def _notes(found: ReconciliationReport) -> list[str]:
+    account = found.reconciliation
     notes = []
-    for wrong in account.wrong[:_NAMED_MAX]:
+    for wrong in account.discrepancies[:_NAMED_MAX]:
         how = f"{wrong.events} missing" if wrong.events >= 0 else f"{-wrong.events} too many"
         notes.append(f"{wrong.batch} of writer {wrong.writer}: {how}: {wrong.problem}")
-    if len(account.wrong) > _NAMED_MAX:
-        notes.append(f"and {len(account.wrong) - _NAMED_MAX} more; --json has them all")
-    if account.earlier_wrong:
-        notes.append(f"batches that are summed up by now were wrong by {account.earlier_wrong} events")
+    if len(account.discrepancies) > _NAMED_MAX:
+        notes.append(f"and {len(account.discrepancies) - _NAMED_MAX} more; --json has them all")
+    if account.earlier_discrepancy:
+        notes.append(f"batches that are summed up by now were wrong by {account.earlier_discrepancy} events")
     if account.dead_missing:
         notes.append(f"{account.dead_missing} dead letters are neither on disk nor replayed or purged")
     if account.lost_entries:
@@ -153,7 +153,7 @@ def _notes(found: Audit) -> list[str]:
     return notes
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: LedgerRow) -> list[str]:
     return [
         row.writer or "unknown",
         _range(row.accepted, row.accepted_max),

@@ -20,7 +20,7 @@ from pillarbox.cli.app import leave_stdout, stop_on_sigterm
 from pillarbox.cli.context import printable
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
-from pillarbox.store.ledger import Sealed, entries_of
+from pillarbox.store.ledger import SealedEntry, parse_ledger
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
@@ -100,7 +100,7 @@ class Watcher:
         """Add up what was sealed since the last look; False where that cannot be told."""
         filesystem = self._place.filesystem
         try:
-            fd = filesystem.open_existing(self._place.at(layout.LEDGER))
+            fd = filesystem.open_existing(self._place.path_of(layout.LEDGER))
         except FileNotFoundError:
             self._read_to = 0
             return True
@@ -119,8 +119,8 @@ class Watcher:
             filesystem.close(fd)
         whole = data[: data.rfind(b"\n") + 1]
         self._read_to += len(whole)
-        for entry in entries_of(whole)[0]:
-            if isinstance(entry, Sealed) and entry.events is not None:
+        for entry in parse_ledger(whole)[0]:
+            if isinstance(entry, SealedEntry) and entry.events is not None:
                 self._sealed_events += entry.events
                 self._sealed_bytes += entry.bytes
         return True

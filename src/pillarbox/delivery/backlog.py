@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pillarbox.store.directory import Oldest
+from pillarbox.store.directory import BatchPage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,7 @@ class Backlog:
         """The next part. Raises `OSError`; it is still the next then."""
         self._sync_names()
         found = self._list(self._at_once, self._behind)
-        self._after, self._behind = self._behind, found.behind
+        self._after, self._behind = self._behind, found.next_after
         return found.names
 
     def forget(self) -> None:
@@ -55,9 +55,11 @@ class Backlog:
         """Whether a name is beyond the part that was named last, which does not tell then whether the file is there."""
         return name <= self._after or bool(self._behind and name > self._behind)
 
-    def _list(self, most: int, after: str = "") -> Oldest:
-        found = None if self._whole else self._directory.oldest(most, after, self._until)
+    def _list(self, most: int, after: str = "") -> BatchPage:
+        found = None if self._whole else self._directory.oldest_batches(most, after, self._until)
         if found is None:
-            names = [name for name in self._directory.sealed() if name > after and (not self._until or name <= self._until)]
-            found = Oldest(names, "", names[-1] if names else "")
+            names = [
+                name for name in self._directory.batch_names() if name > after and (not self._until or name <= self._until)
+            ]
+            found = BatchPage(names, "", names[-1] if names else "")
         return found

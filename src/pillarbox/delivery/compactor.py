@@ -1,7 +1,7 @@
 """Compresses sealed files that have waited, while there is nothing better to do: then more of an outage fits into the limits.
 
 One file at a time, and no longer than the pauses between them. The newest first, and never the next few: these go out once the
-destination is back. `Directory.replace` has the order in which a file becomes another.
+destination is back. `Directory.replace_with_compressed` has the order in which a file becomes another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pillarbox.clock import Clock
-    from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.directory import Directory, LockedFile
 
 log = logging.getLogger("pillarbox")
 
@@ -74,7 +74,7 @@ class Compressor:
                 self._not_before = now + max(_LOOK_S, _LOOK_SHARE * took)
         while self._due:
             name = self._due.pop()
-            taken = None if self._in_use(name) else self._directory.take(name, alone=True)
+            taken = None if self._in_use(name) else self._directory.lock_existing(name, exclusive=True)
             if taken is None:
                 continue
             try:
@@ -86,28 +86,28 @@ class Compressor:
 
     def _look(self) -> None:
         """List what is due."""
-        found = self._directory.sealed()
+        found = self._directory.batch_names()
         self._left &= set(found)
         before = self._clock.micros() - int(self._after_s * 1e6)
         for name in found[SOON:]:
-            stamp = layout.stamp_of(name)
+            stamp = layout.sealed_at(name)
             if stamp is not None and stamp <= before and name.endswith(layout.SUFFIX) and name not in self._left:
                 self._due.append(name)
 
-    def _compress(self, file: Taken) -> bool:
+    def _compress(self, file: LockedFile) -> bool:
         """Whether it was worth it."""
         filesystem = self._directory.filesystem
-        if filesystem.size(file.fd) > compression.PLAIN_MAX:
+        if filesystem.size(file.fd) > compression.PLAIN_BYTES_MAX:
             self._left.add(file.name)
             return False
         plain = filesystem.read_all(file.fd)
         name = layout.compressed_name(file.name)
         packed = compression.compress(name, plain)
-        if len(packed) > WORTH_IT * len(plain) or compression.contents(name, packed) != plain:
+        if len(packed) > WORTH_IT * len(plain) or compression.decompressed_lines(name, packed) != plain:
             self._left.add(file.name)
             return False
-        self._directory.replace(file, name, packed)
-        if not filesystem.is_linked(file.fd):  # otherwise the plain file waits on, for another sink
+        self._directory.replace_with_compressed(file, name, packed)
+        if not filesystem.has_name(file.fd):  # otherwise the plain file waits on, for another sink
             self._on_shrunk(len(plain) - len(packed))
         return True
 

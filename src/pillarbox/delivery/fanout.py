@@ -17,7 +17,7 @@ from pillarbox.delivery.thread import DeliveryThread
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.stats import DeliveryCounters, State
 from pillarbox.store import layout
-from pillarbox.store.reconciliation import Adopted
+from pillarbox.store.reconciliation import AdoptedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from pillarbox.stats import SinkStats
     from pillarbox.store.directory import Directory
     from pillarbox.store.fanout import FanOut
-    from pillarbox.store.ledger import Ledger
-    from pillarbox.store.retention import Shelf
+    from pillarbox.store.ledger import LedgerWriter
+    from pillarbox.store.retention import Retention
 
 log = logging.getLogger("pillarbox")
 
@@ -44,13 +44,13 @@ class Fleet:
         self,
         directory: Directory,
         clock: Clock,
-        ledger: Ledger,
+        ledger: LedgerWriter,
         fan_out: FanOut,
         interval_s: float,
         urls: Mapping[str, str],
         make_worker: Callable[[Directory], Worker],
         durability: str = "",
-        shelf: Shelf | None = None,
+        shelf: Retention | None = None,
     ) -> None:
         self._directory = directory
         self._ledger = ledger
@@ -115,7 +115,7 @@ class Fleet:
         if not self._handed_over or not all(thread is not None and thread.is_idle() for thread in threads):
             return False
         try:
-            return not any(self._directory.queue(sink).sealed() for sink in self._urls)
+            return not any(self._directory.queue(sink).batch_names() for sink in self._urls)
         except OSError:
             return False
 
@@ -151,7 +151,7 @@ class Fleet:
             if self._lease.is_good() or self._lease.take():
                 self._adopt()
                 self._fan_out.step(self._between)
-                self._handed_over = not self._directory.sealed()
+                self._handed_over = not self._directory.batch_names()
                 if self._shelf is not None:
                     self._shelf.prune()
                 trouble = self._what_is_wrong()
@@ -183,7 +183,9 @@ class Fleet:
     def _adopt(self) -> None:
         now = self._clock.micros()
         adopted = self._directory.recover()
-        self._ledger.note(*(Adopted(now, layout.batch_id(file.sealed), layout.writer_of(file.found)) for file in adopted))
+        self._ledger.add(
+            *(AdoptedEntry(now, layout.batch_id(file.sealed_name), layout.writer_of(file.active_name)) for file in adopted)
+        )
 
     def _begin_to_deliver(self) -> None:
         """A thread for each sink whose queue is there, whoever has made it."""
@@ -198,7 +200,7 @@ class Fleet:
         for name, why in self._fan_out.trouble.items():
             return f"not handed over: {name}: {why}"
         for queue in self._directory.queues():
-            if queue.sink not in self._urls and queue.sealed():
+            if queue.sink not in self._urls and queue.batch_names():
                 return (
                     f"{queue.path} fills: {queue.sink} is not among the sinks; name it, or pillarbox sinks remove {queue.sink}"
                 )

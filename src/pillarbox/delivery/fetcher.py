@@ -166,7 +166,7 @@ class Loader:
     def _load(self, name: str) -> Job | None:
         """Take and read a sealed file; None where another has it or it cannot be read (it is tried again later)."""
         try:
-            file = self._directory.take(name)
+            file = self._directory.lock_existing(name)
             if file is None:
                 since = self._held.setdefault(name, self._clock.monotonic())
                 if self._clock.monotonic() - since >= _HELD_S:
@@ -196,7 +196,7 @@ class Loader:
     def _give_way_within(self, name: str, data: bytes) -> Callable[[], None]:
         """What reading a file calls every so many lines; nothing for one of several small files that together have fewer."""
         self._lines += data.count(b"\n") + 1
-        if self._lines < YIELD_EVERY_RECORDS and not name.endswith(layout.COMPRESSED):
+        if self._lines < YIELD_EVERY_RECORDS and not name.endswith(layout.COMPRESSED_SUFFIX):
             return _nothing
         self._lines = 0
         return self._give_way

@@ -38,13 +38,13 @@ class Lease:
 
     def is_good(self) -> bool:
         """Whether it is still the lock that others see; one that somebody removed is let go."""
-        if self.held and not self._directory.filesystem.is_still(self._fd, self._directory.at(layout.DELIVER_LOCK)):
+        if self.held and not self._directory.filesystem.is_file_at(self._fd, self._directory.path_of(layout.DELIVER_LOCK)):
             self.release()
         return self.held
 
     def take(self) -> bool:
         """Become the one that delivers; False where another process is."""
-        taken = self._directory.take_lock(layout.DELIVER_LOCK)
+        taken = self._directory.acquire_lock_file(layout.DELIVER_LOCK)
         if taken is not None:
             self._fd = taken.fd
         return self.held
@@ -59,7 +59,7 @@ class Lease:
             return
         beat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error, self._durability)
         try:
-            self._directory.filesystem.replace_all(self._fd, msgspec.json.encode(beat) + b"\n")
+            self._directory.filesystem.overwrite(self._fd, msgspec.json.encode(beat) + b"\n")
         except (OSError, ValueError):
             return  # a full disk: whoever asks sees that the heartbeat is old
 
@@ -74,7 +74,7 @@ def last_heartbeat(directory: Directory) -> Heartbeat | None:
     """What the process that delivers, or did, wrote last. Takes no lock."""
     for _ in range(_READS_MAX):
         # It is written over in place: behind its end, there may be the rest of a longer one for a moment.
-        line = directory.read_bytes(layout.DELIVER_LOCK).partition(b"\n")[0]
+        line = directory.read_small_file(layout.DELIVER_LOCK).partition(b"\n")[0]
         if not line:
             break
         with contextlib.suppress(msgspec.DecodeError):

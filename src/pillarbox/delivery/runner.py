@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pillarbox.settings import Settings
     from pillarbox.sinks.base import Sink
     from pillarbox.store.directory import Directory
-    from pillarbox.store.ledger import Ledger
+    from pillarbox.store.ledger import LedgerWriter
 
 
 Here = DeliveryThread | Fleet  # what delivers in this process
@@ -69,7 +69,7 @@ def deliverer_for(
     settings: Settings,
     directory: Directory,
     clock: Clock,
-    ledger: Ledger,
+    ledger: LedgerWriter,
     callbacks: Callbacks,
     busy: Callable[[], bool],
     sinks: Mapping[str, Destination],
@@ -88,7 +88,7 @@ def make_deliverer(
     settings: Settings,
     directory: Directory,
     clock: Clock,
-    ledger: Ledger,
+    ledger: LedgerWriter,
     callbacks: Callbacks,
     busy: Callable[[], bool],
     sinks: Mapping[str, Destination],
@@ -98,7 +98,7 @@ def make_deliverer(
     """The delivery of a directory as the settings want it, not begun yet; `only_delivers` where nothing is stored here."""
     durability = "" if only_delivers else settings.durability
 
-    def worker(place: Directory, name: str, pen: Ledger) -> Worker:
+    def worker(place: Directory, name: str, pen: LedgerWriter) -> Worker:
         sink, text = sinks[name]
         counters = DeliveryCounters()
         return Worker(

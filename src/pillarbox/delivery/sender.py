@@ -186,7 +186,7 @@ class Courier:
 
     def _age(self, shipment: Shipment, now: float) -> float:
         """Seconds since the youngest file was sealed, by whichever clock makes it younger: one of them may have jumped."""
-        stamp = layout.stamp_of(shipment.jobs[-1].name)
+        stamp = layout.sealed_at(shipment.jobs[-1].name)
         if stamp is None or stamp < _SANE_MICROS:
             return 0.0
         wall, monotonic = self._began

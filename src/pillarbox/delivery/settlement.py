@@ -17,8 +17,8 @@ import msgspec
 from pillarbox.delivery.backoff import jitter
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from pillarbox.store.reconciliation import PurgedKind, Settled
-from pillarbox.store.retention import Shelf
+from pillarbox.store.reconciliation import PurgedKind, SettledEntry
+from pillarbox.store.retention import Retention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from pillarbox.delivery.status import Standing
     from pillarbox.stats import DeliveryCounters
     from pillarbox.store.directory import Directory
-    from pillarbox.store.ledger import Ledger
-    from pillarbox.store.reader import Span
+    from pillarbox.store.ledger import LedgerWriter
+    from pillarbox.store.reader import DamagedRange
 
 log = logging.getLogger("pillarbox")
 
@@ -56,16 +56,20 @@ class DeadLetter(msgspec.Struct, frozen=True):
     last_at_micros: int
 
 
-def keep_damaged(directory: Directory, batch: str, data: bytes, spans: Sequence[Span]) -> None:
+def keep_damaged(directory: Directory, batch: str, data: bytes, spans: Sequence[DamagedRange]) -> None:
     """Set damaged bytes aside, unchanged, with where they stood and why they are there."""
     index = b"[\n" + b",\n".join(msgspec.json.encode(span) for span in spans) + b"\n]\n"
-    directory.put(layout.spans_name(batch), index)
-    directory.put(layout.corrupt_name(batch), b"".join(data[span.offset : span.offset + span.length] for span in spans))
+    directory.write_atomically(layout.ranges_name(batch), index)
+    directory.write_atomically(
+        layout.corrupt_name(batch), b"".join(data[span.offset : span.offset + span.length] for span in spans)
+    )
 
 
 def keep_dead(directory: Directory, batch: str, dead: Mapping[int, DeadLetter]) -> None:
     """Set refused records aside, in the order in which they stood."""
-    directory.put(layout.dead_name(batch), b"".join(msgspec.json.encode(dead[index]) + b"\n" for index in sorted(dead)))
+    directory.write_atomically(
+        layout.dead_name(batch), b"".join(msgspec.json.encode(dead[index]) + b"\n" for index in sorted(dead))
+    )
 
 
 class Callbacks(NamedTuple):
@@ -102,9 +106,11 @@ class _Full(Exception):  # noqa: N818 - no error: the file waits
 KEPT: Final = Kept()
 
 
-def shelf_for(directory: Directory, clock: Clock, kept: Kept) -> Shelf | None:
+def shelf_for(directory: Directory, clock: Clock, kept: Kept) -> Retention | None:
     """Where delivered files stay, if they do."""
-    return None if kept.keep_delivered_s is None else Shelf(directory, clock, kept.keep_delivered_s, kept.max_delivered_bytes)
+    return (
+        None if kept.keep_delivered_s is None else Retention(directory, clock, kept.keep_delivered_s, kept.max_delivered_bytes)
+    )
 
 
 class Settler:
@@ -123,7 +129,7 @@ class Settler:
         counters: DeliveryCounters,
         standing: Standing,
         kept: Kept,
-        ledger: Ledger | None,
+        ledger: LedgerWriter | None,
         callbacks: Callbacks,
         *,
         groups: bool,
@@ -162,8 +168,8 @@ class Settler:
             self._trouble(job, error)
             return
         if self._ledger is not None:
-            self._ledger.note(
-                Settled(
+            self._ledger.add(
+                SettledEntry(
                     self._clock.micros(),
                     job.id,
                     self._sink_name,
@@ -214,10 +220,10 @@ class Settler:
 
     def _remove(self, job: Job) -> bool:
         """Remove a file, or keep it as delivered; whether it waits on, for another sink."""
-        with self._directory.turn:  # or of two threads that let go of the last names each would be the last
-            if self._shelf is None or not self._shelf.keep(job.file):
+        with self._directory.release_lock:  # or of two threads that let go of the last names each would be the last
+            if self._shelf is None or not self._shelf.retain(job.file):
                 self._directory.remove(job.name)
-            return self._directory.waits_elsewhere(job.file)
+            return self._directory.is_queued_elsewhere(job.file)
 
     def finish(self) -> None:
         """Let everything go, and have what is gone not come back with the power."""
@@ -338,13 +344,13 @@ class Settler:
         }
 
     def _has_left_something(self, batch: str) -> bool:
-        return any(self._directory.read_bytes(name) for name in (layout.dead_name(batch), layout.corrupt_name(batch)))
+        return any(self._directory.read_small_file(name) for name in (layout.dead_name(batch), layout.corrupt_name(batch)))
 
     def _set_aside_bytes(self, batch: str) -> dict[Kind, int]:
         """What is kept, but for what an earlier try with this batch has left: that is written over."""
         own = {layout.dead_name(batch), layout.corrupt_name(batch)}
         held = dict.fromkeys(Kind, 0)
-        for name, size in self._directory.filesystem.listing(self._directory.path):
+        for name, size in self._directory.filesystem.list_files(self._directory.path):
             if name not in own:
                 held[layout.kind_of(name)] += size
         return held
@@ -360,7 +366,7 @@ class Settler:
         counters.flushed_files += 1
         counters.flushed_bytes += job.stored
         # Not while it waits for another sink. Which of several compressed copies is the last one, the next listing shows.
-        if self._directory.main is None or not (waits_on or job.name.endswith(layout.COMPRESSED)):
+        if self._directory.parent is None or not (waits_on or job.name.endswith(layout.COMPRESSED_SUFFIX)):
             self._callbacks.on_gone(job.stored)
         with contextlib.suppress(Exception):  # the application's metrics are not worth an event
             self._callbacks.on_duration(self._clock.monotonic() - job.started, self._directory.sink)

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
     from pillarbox.clock import Clock
     from pillarbox.store import reader
-    from pillarbox.store.directory import Taken
+    from pillarbox.store.directory import LockedFile
 
 
 class Job:
     """A sealed file on its way: taken, read, and not settled yet."""
 
-    def __init__(self, file: Taken, data: bytes, contents: reader.Contents, stored: int, started: float) -> None:
+    def __init__(self, file: LockedFile, data: bytes, contents: reader.FileContents, stored: int, started: float) -> None:
         self.file = file
         self.name = file.name
         self.id = layout.batch_id(file.name)
         self.payloads: Sequence[bytes] = contents.payloads
         self.records = len(contents.payloads)
-        self.spans = contents.spans
-        self.data = data if contents.spans else b""
+        self.spans = contents.damaged
+        self.data = data if contents.damaged else b""
         self.size = len(data)
         self.stored = stored  # bytes on disk, where it may be compressed
         self.started = started

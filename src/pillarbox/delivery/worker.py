@@ -29,7 +29,7 @@ from pillarbox.errors import FileUnusableError, SinkUnusableError
 from pillarbox.sinks.base import Misconfigured, Sink
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from pillarbox.store.reconciliation import Adopted
+from pillarbox.store.reconciliation import AdoptedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pillarbox.delivery.shipment import Shipment
     from pillarbox.stats import DeliveryCounters, State
     from pillarbox.store.directory import Directory
-    from pillarbox.store.ledger import Ledger
+    from pillarbox.store.ledger import LedgerWriter
 
 log = logging.getLogger("pillarbox")
 
@@ -71,7 +71,7 @@ class Worker:
         busy: Callable[[], bool] = lambda: False,
         durability: str = "",
         kept: Kept = KEPT,
-        ledger: Ledger | None = None,
+        ledger: LedgerWriter | None = None,
     ) -> None:
         self._directory = directory
         self._sink = sink
@@ -256,14 +256,16 @@ class Worker:
             log.info("%s: adopted what a writer left that is gone", self._directory.path)
         if adopted and self._ledger is not None:
             now = self._clock.micros()
-            self._ledger.note(*(Adopted(now, layout.batch_id(file.sealed), layout.writer_of(file.found)) for file in adopted))
+            self._ledger.add(
+                *(AdoptedEntry(now, layout.batch_id(file.sealed_name), layout.writer_of(file.active_name)) for file in adopted)
+            )
 
     def _choose(self, found: list[str]) -> list[str]:
         """Which of the sealed files to send now, in order."""
         there = set(found)
         # Of a part of a long backlog: what is remembered of files that are not in it.
         for name in (*self._loader.held, *self._settler.parked, *self._suspects.names(), *self._standing.complaints):
-            if name not in there and self._loader.backlog.is_silent_on(name) and self._directory.has(name):
+            if name not in there and self._loader.backlog.is_silent_on(name) and self._directory.contains(name):
                 there.add(name)
         self._loader.keep_only(there)
         for name in set(self._standing.complaints) - there if self._standing.complaints else ():

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
     from pillarbox.store.directory import Directory
-    from pillarbox.store.filesystem import Space
-    from pillarbox.store.usage import Account
+    from pillarbox.store.filesystem import DiskSpace
+    from pillarbox.store.usage import DiskUsage
     from pillarbox.telemetry import Measurement
 
 _PAUSE_FACTOR: Final = 10  # a directory of many files is listed for a tenth of the time at most, whoever asks how often
@@ -51,7 +51,7 @@ class DirectoryMetrics(NamedTuple):
     pending_files: int
     queues: list[QueueMetrics]
     file_kinds: list[FileKindMetrics]
-    space: Space
+    space: DiskSpace
     settings: Settings
 
 
@@ -81,8 +81,8 @@ class DirectoryCollector:
 
     def _read_directory(self) -> DirectoryMetrics:
         directory = self._directory
-        account = directory.account()
-        queues = [(queue, queue.account()) for queue in directory.queues()]
+        account = directory.disk_usage()
+        queues = [(queue, queue.disk_usage()) for queue in directory.queues()]
         rest = _usage_by_kind(account)
         for _, of_queue in queues:  # the account of the directory has them too
             rest = [
@@ -96,24 +96,24 @@ class DirectoryCollector:
             account.pending_files,
             [self._read_queue(queue, of_queue) for queue, of_queue in queues or [(directory, account)]],
             file_kinds,
-            directory.filesystem.space(directory.path),
+            directory.filesystem.disk_space(directory.path),
             self._settings,
         )
 
-    def _read_queue(self, queue: Directory, account: Account) -> QueueMetrics:
+    def _read_queue(self, queue: Directory, account: DiskUsage) -> QueueMetrics:
         now = self._clock.micros()
         beat = last_heartbeat(queue)
         return QueueMetrics(
             queue.sink,
             account.sealed_bytes,
             account.sealed_files,
-            0.0 if account.oldest_stamp is None else max(0.0, (now - account.oldest_stamp) / 1e6),
+            0.0 if account.oldest_sealed_at is None else max(0.0, (now - account.oldest_sealed_at) / 1e6),
             None if beat is None else max(0.0, (now - beat.at_micros) / 1e6),
             beat is not None and beat.pid == getpid(),
         )
 
 
-def _usage_by_kind(account: Account) -> list[tuple[str, int, int]]:
+def _usage_by_kind(account: DiskUsage) -> list[tuple[str, int, int]]:
     return [
         ("dead", account.dead_bytes, account.dead_files),
         ("quarantine", account.corrupt_bytes, account.corrupt_files),

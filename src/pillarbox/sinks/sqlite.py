@@ -29,7 +29,7 @@ from pillarbox.sinks.base import (
     Retry,
     SinkCapabilities,
 )
-from pillarbox.store.filesystem import identity
+from pillarbox.store.filesystem import file_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -93,7 +93,7 @@ class SqliteSink:
                 raise
             raise SinkUnusableError(self._explain(error)) from None
         self._connection = connection
-        self._opened_file = identity(self._path)
+        self._opened_file = file_identity(self._path)
 
     def prepare(self, batch: Batch) -> None:
         """Nothing: while a transaction runs, this thread has no time."""
@@ -123,7 +123,7 @@ class SqliteSink:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             return Retry(f"SQLite: {error}") if _is_transient(error) else Misconfigured(self._explain(error))
-        if identity(self._path) != self._opened_file:
+        if file_identity(self._path) != self._opened_file:
             await self.close()
             await self.open()
             return Retry(f"{self._path} was moved or removed, or is another file by now; opened anew")

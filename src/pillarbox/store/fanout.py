@@ -1,11 +1,12 @@
 """Hands sealed files over to the queues of several sinks, and makes these queues.
 
 Order: a second name in each queue; the queues synced; the ledgers; then the name in the directory itself goes, and that is
-what makes the others count (`Directory.sealed`). Killed anywhere before, all of it is done again and finds the same names;
+what makes the others count (`Directory.batch_names`). Killed anywhere before, all of it is done again and finds the same names;
 afterwards there is nothing left to do. So no sink misses a file, and none that has settled one is given it again.
 
 A queue that is being made is called `sink-<name>.adding` until it holds all that it is to begin with. The first queues of a
-directory begin with all that waits, later ones with what is sealed from then on, unless somebody asks for more (`ask_for`).
+directory begin with all that waits, later ones with what is sealed from then on, unless somebody asks for more
+(`request_queue`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pillarbox.clock import yield_gil
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, reader
-from pillarbox.store.ledger import Ledger
-from pillarbox.store.reconciliation import HANDED_OVER, Adopted, Sealed, Shared
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.reconciliation import FAN_OUT_WRITER, AdoptedEntry, FannedOutEntry, SealedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pillarbox.clock import Clock
-    from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.directory import Directory, LockedFile
 
 TOGETHER_MAX: Final = 64  # files handed over together: each holds a descriptor, and the syncs serve them all
 _HELD_S: Final = 1.0  # how long to wait for a file that another process has before those behind it go ahead
@@ -32,7 +33,7 @@ _HELD_S: Final = 1.0  # how long to wait for a file that another process has bef
 class _Found(NamedTuple):
     """A file on its way, and what is in it."""
 
-    taken: Taken
+    taken: LockedFile
     records: int
     spans: int
     size: int
@@ -49,14 +50,14 @@ class FanOut:
         directory: Directory,
         sinks: Sequence[str],
         clock: Clock,
-        ledger: Ledger,
+        ledger: LedgerWriter,
         busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._directory = directory
         self._sinks = sinks
         self._clock = clock
         self._ledger = ledger
-        self._ledgers: dict[str, Ledger] = {}
+        self._ledgers: dict[str, LedgerWriter] = {}
         self._busy = busy
         self._found = False
         self._held: dict[str, float] = {}  # files that another process has, and since when
@@ -67,9 +68,9 @@ class FanOut:
         """Whether a file is to be waited for that another process has."""
         return any(name not in self.trouble for name in self._held)
 
-    def ledger_of(self, queue: Directory) -> Ledger:
+    def ledger_of(self, queue: Directory) -> LedgerWriter:
         """The pen for a queue's account: one a process."""
-        return self._ledgers.setdefault(queue.sink, Ledger(queue, self._clock))
+        return self._ledgers.setdefault(queue.sink, LedgerWriter(queue, self._clock))
 
     def step(self, goes_on: Callable[[], bool] = lambda: True) -> int:
         """Make what is missing and hand over what is there; how many files went. Raises `OSError`.
@@ -81,7 +82,7 @@ class FanOut:
         """
         if not self._found:  # whoever made or removed queues may have died before that was durable, or done
             self._directory.filesystem.sync_directory(self._directory.path)
-            self._directory.finish_removing()
+            self._directory.finish_queue_removals()
             self._found = True
         queues = self._directory.queues()
         missing = [sink for sink in self._sinks if sink not in {queue.sink for queue in queues}]
@@ -90,30 +91,30 @@ class FanOut:
             queues = self._directory.queues()
         handed, ended = self._hand_over_all(queues, goes_on) if queues else (0, True)
         for sink in missing if ended else ():
-            self._directory.queue(sink).open()  # what was sealed before is not for it
+            self._directory.queue(sink).ensure_usable()  # what was sealed before is not for it
         return handed
 
     def _finish_adding(self, missing: Sequence[str], *, first: bool) -> None:
         """Make the queues that are to begin with what waits: all the first ones, and those that somebody asked for."""
         if first:
             for sink in missing:  # all of them before the first is done: what is cut short here is no later queue
-                self._directory.ask_for(sink)
-        asked = self._directory.asked_for()
+                self._directory.request_queue(sink)
+        asked = self._directory.requested_queues()
         for sink in missing:
             if sink in asked:
-                added = self._directory.add_queue(sink)
+                added = self._directory.create_requested_queue(sink)
                 if not first:  # of the first ones, the files are handed over next, and noted then
                     self._note_adopted(sink, added)
 
     def _note_adopted(self, sink: str, names: Sequence[str]) -> None:
         now = self._clock.micros()
         ledger = self.ledger_of(self._directory.queue(sink))
-        ledger.note(*(Adopted(now, layout.batch_id(name), HANDED_OVER) for name in names))
+        ledger.add(*(AdoptedEntry(now, layout.batch_id(name), FAN_OUT_WRITER) for name in names))
         ledger.write(sync=True)
 
     def _hand_over_all(self, queues: Sequence[Directory], goes_on: Callable[[], bool]) -> tuple[int, bool]:
         """How many files went, and whether that was all that is for these queues alone."""
-        names = self._directory.sealed()
+        names = self._directory.batch_names()
         self._held = {name: since for name, since in self._held.items() if name in names} if self._held else {}
         self.trouble = {name: why for name, why in self.trouble.items() if name in names} if self.trouble else {}
         handed = 0
@@ -154,7 +155,7 @@ class FanOut:
     def _take(self, name: str, queues: Sequence[Directory], going: list[_Found]) -> bool:
         """Take, read and link one file; False where its turn comes before the others' and another process has it."""
         try:
-            taken = self._directory.take(name)
+            taken = self._directory.lock_existing(name)
         except FileUnusableError as error:
             self.trouble[name] = error.problem
             return True
@@ -179,7 +180,7 @@ class FanOut:
             self._directory.filesystem.close(taken.fd)
             raise
         self.trouble.pop(name, None)
-        going.append(_Found(taken, len(contents.payloads), len(contents.spans), len(data)))
+        going.append(_Found(taken, len(contents.payloads), len(contents.damaged), len(data)))
         return True
 
     def _give_way(self) -> None:
@@ -191,15 +192,15 @@ class FanOut:
         now = self._clock.micros()
         for queue in queues:
             ledger = self.ledger_of(queue)
-            ledger.note(*(_begins(found, now) for found in going))
+            ledger.add(*(_begins(found, now) for found in going))
             ledger.write(sync=True)
         sinks = [queue.sink for queue in queues]
-        shared = (Shared(now, layout.batch_id(found.taken.name), sinks, found.records, found.spans) for found in going)
-        self._ledger.note(*shared)
+        shared = (FannedOutEntry(now, layout.batch_id(found.taken.name), sinks, found.records, found.spans) for found in going)
+        self._ledger.add(*shared)
         self._ledger.write(sync=True)
 
 
-def _begins(found: _Found, now: int) -> Sealed:
+def _begins(found: _Found, now: int) -> SealedEntry:
     """The first entry of a file in a queue's ledger. How many events a damaged span was, nobody knows."""
     counted = None if found.spans else found.records
-    return Sealed(now, layout.batch_id(found.taken.name), HANDED_OVER, counted, found.size)
+    return SealedEntry(now, layout.batch_id(found.taken.name), FAN_OUT_WRITER, counted, found.size)

@@ -15,37 +15,37 @@ import threading
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
 from pillarbox.errors import FileUnusableError
-from pillarbox.store.dirscan import ALL, Entry, First, Sum, first, follows, sums
-from pillarbox.store.onebyone import OneByOne
+from pillarbox.store.dirscan import ALL_NAMES, FileEntry, FileTotals, NamePage, first_names, matches, totals_by_pattern
+from pillarbox.store.onebyone import SequentialBatchOps
 from pillarbox.store.speed import listing as directories
 from pillarbox.store.speed import together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from pillarbox.store.dirscan import Patterns
+    from pillarbox.store.dirscan import NamePatterns
 
-_OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # what is planted under our names neither redirects nor hangs us
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # what is planted under our names neither redirects nor hangs us
 _FILE_MODE = 0o600
 _DIRECTORY_MODE = 0o700
-_READ_BYTES = 1 << 20
+_READ_CHUNK_BYTES = 1 << 20
 # The links of a directory, where the file system counts the "." and ".." that name it (ext4, XFS): its name and its own ".".
 # One that does not count them (btrfs) says 1.
-_NO_SUBDIRECTORY: Final = 2
+_LINKS_WITHOUT_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
 IS_DIRECTORY: Final = "is a directory"  # what a stranger may be, that a queue is
 
 
-class DirectoryFacts(NamedTuple):
+class DirectoryInfo(NamedTuple):
     """What `Directory` needs to know of a path before it uses it."""
 
     is_directory: bool
     mode: int
-    usable: bool  # by this process, to list, create and remove in
-    medium: str  # the type of the file system, e.g. "ext4"; empty where it cannot be told
+    is_usable: bool  # by this process, to list, create and remove in
+    filesystem_type: str  # the type of the file system, e.g. "ext4"; empty where it cannot be told
 
 
-class Space(NamedTuple):
+class DiskSpace(NamedTuple):
     """What is left on a volume for this process."""
 
     free_bytes: int
@@ -59,27 +59,27 @@ class Filesystem(Protocol):
     def write(self) -> Callable[[int, bytes], int]: ...  # a function, not a method: the hot path calls it
 
     def make_directory(self, path: str) -> None: ...
-    def directory_facts(self, path: str) -> DirectoryFacts | None: ...
-    def listing(self, path: str) -> Iterator[Entry]: ...
-    def names(self, path: str, patterns: Patterns) -> Iterator[str]: ...
-    def sums(self, path: str, patterns: Patterns) -> list[Sum]: ...
-    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First: ...
+    def inspect_directory(self, path: str) -> DirectoryInfo | None: ...
+    def list_files(self, path: str) -> Iterator[FileEntry]: ...
+    def list_names(self, path: str, patterns: NamePatterns) -> Iterator[str]: ...
+    def file_totals(self, path: str, patterns: NamePatterns) -> list[FileTotals]: ...
+    def first_names(self, path: str, patterns: NamePatterns, after: str = "", until: str = "", limit: int = 0) -> NamePage: ...
     def subdirectories(self, path: str) -> list[str]: ...
     def remove_directory(self, path: str) -> None: ...
     def create(self, path: str) -> int: ...
-    def open_existing(self, path: str, *, linked: bool = False) -> int: ...
-    def open_lock(self, path: str) -> int: ...
+    def open_existing(self, path: str, *, allow_links: bool = False) -> int: ...
+    def open_lock_file(self, path: str) -> int: ...
     def open_append(self, path: str) -> int: ...
     def lock(self, fd: int) -> bool: ...
     def lock_shared(self, fd: int) -> bool: ...
-    def is_still(self, fd: int, path: str) -> bool: ...
-    def is_one(self, path: str, other: str) -> bool: ...
-    def is_linked(self, fd: int) -> bool: ...
+    def is_file_at(self, fd: int, path: str) -> bool: ...
+    def is_same_file(self, path: str, other: str) -> bool: ...
+    def has_name(self, fd: int) -> bool: ...
     def size(self, fd: int) -> int: ...
     def read_all(self, fd: int) -> bytes: ...
     def read_at(self, fd: int, offset: int, count: int) -> bytes: ...
     def write_all(self, fd: int, data: bytes) -> None: ...
-    def replace_all(self, fd: int, data: bytes) -> None: ...
+    def overwrite(self, fd: int, data: bytes) -> None: ...
     def truncate(self, fd: int, size: int) -> None: ...
     def sync_data(self, fd: int) -> None: ...
     def sync_directory(self, path: str) -> None: ...
@@ -87,19 +87,21 @@ class Filesystem(Protocol):
     def link(self, source: str, target: str) -> None: ...
     def unlink(self, path: str) -> None: ...
     def close(self, fd: int) -> None: ...
-    def space(self, path: str) -> Space: ...
+    def disk_space(self, path: str) -> DiskSpace: ...
     def close_inherited(self) -> None: ...
 
     # Several calls in one: where that is compiled, who enqueues meanwhile waits for it less often.
-    def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None: ...
-    def append_under(self, lock: str, path: str, lines: bytes, *, below: int) -> int | None: ...
+    def open_locked(
+        self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False
+    ) -> int | None: ...
+    def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None: ...
     def sync_each(self, fds: Sequence[int]) -> list[OSError | None]: ...
     def rename_each(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]: ...
     def create_each(self, paths: Sequence[str]) -> tuple[list[int], OSError | None]: ...
     def close_each(self, fds: Sequence[int]) -> None: ...
 
 
-class RealFilesystem(OneByOne):
+class OsFilesystem(SequentialBatchOps):
     """The machine's own file systems."""
 
     write = staticmethod(os.write)
@@ -110,7 +112,7 @@ class RealFilesystem(OneByOne):
     remove_directory = staticmethod(os.rmdir)
 
     def __init__(self) -> None:
-        self._opened: set[int] = set()  # what a forked child must close, lest it keeps its parent's locks alive
+        self._open_fds: set[int] = set()  # what a forked child must close, lest it keeps its parent's locks alive
 
     def make_directory(self, path: str) -> None:
         """Have the directory and what is missing above it, durably and for the owner only.
@@ -119,52 +121,52 @@ class RealFilesystem(OneByOne):
         and what is kept in the directory would be lost with its name.
         """
         place = os.path.abspath(path)
-        _make(place)
+        _make_directories(place)
         while not os.path.ismount(place):
             place = os.path.dirname(place)
             with contextlib.suppress(PermissionError):  # not ours to make durable
                 self.sync_directory(place)
 
-    def directory_facts(self, path: str) -> DirectoryFacts | None:
+    def inspect_directory(self, path: str) -> DirectoryInfo | None:
         """What is at `path`, or None; follows links, for an operator may put the directory elsewhere."""
         try:
             found = os.stat(path)
         except FileNotFoundError:
             return None
         usable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
-        return DirectoryFacts(os.path.isdir(path), found.st_mode & 0o777, usable, medium_of(path))
+        return DirectoryInfo(os.path.isdir(path), found.st_mode & 0o777, usable, filesystem_type_of(path))
 
-    def listing(self, path: str) -> Iterator[Entry]:
+    def list_files(self, path: str) -> Iterator[FileEntry]:
         """The regular files in a directory with their sizes; one that goes away meanwhile is left out."""
         with os.scandir(path) as entries:
             for entry in entries:
                 try:
                     if entry.is_file(follow_symlinks=False):
-                        yield Entry(entry.name, entry.stat(follow_symlinks=False).st_size)
+                        yield FileEntry(entry.name, entry.stat(follow_symlinks=False).st_size)
                 except FileNotFoundError:
                     continue
 
-    def names(self, path: str, patterns: Patterns) -> Iterator[str]:
+    def list_names(self, path: str, patterns: NamePatterns) -> Iterator[str]:
         """The names of the regular files in a directory that follow one of the patterns."""
         with os.scandir(path) as entries:
             for entry in entries:
-                if any(follows(entry.name, pattern) for pattern in patterns) and entry.is_file(follow_symlinks=False):
+                if any(matches(entry.name, pattern) for pattern in patterns) and entry.is_file(follow_symlinks=False):
                     yield entry.name
 
-    def sums(self, path: str, patterns: Patterns) -> list[Sum]:
+    def file_totals(self, path: str, patterns: NamePatterns) -> list[FileTotals]:
         """What the files in a directory add up to; each counts for the first of the patterns that its name follows."""
-        return sums(self.listing(path), patterns)
+        return totals_by_pattern(self.list_files(path), patterns)
 
-    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First:
-        """Of the names that follow one of the patterns, the first `most` behind `after` and up to `until`.
+    def first_names(self, path: str, patterns: NamePatterns, after: str = "", until: str = "", limit: int = 0) -> NamePage:
+        """Of the names that follow one of the patterns, the first `limit` behind `after` and up to `until`.
 
         Where `until` is empty, there is no end. They are in the order of their bytes, which is that of their characters.
         """
-        return first(self.names(path, patterns), after, until, most)
+        return first_names(self.list_names(path, patterns), after, until, limit)
 
     def subdirectories(self, path: str) -> list[str]:
         """The names of the directories in a directory; links to one do not count."""
-        if os.stat(path).st_nlink == _NO_SUBDIRECTORY:
+        if os.stat(path).st_nlink == _LINKS_WITHOUT_SUBDIRECTORY:
             return []  # it is asked of directories with very many files, at every look
         with os.scandir(path) as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -173,38 +175,38 @@ class RealFilesystem(OneByOne):
         """A new file to append to; the name must be free."""
         return self._open_new(path, os.O_APPEND)
 
-    def open_existing(self, path: str, *, linked: bool = False) -> int:
+    def open_existing(self, path: str, *, allow_links: bool = False) -> int:
         """A file under one of our names to read, sync and lock, if it is ours to use; raises `FileUnusableError` if it is not.
 
-        With `linked` it may have other names: it waits for several sinks.
+        With `allow_links` it may have other names: it waits for several sinks.
         """
-        return self._checked(path, os.O_RDONLY, linked=linked)
+        return self._open_checked(path, os.O_RDONLY, allow_links=allow_links)
 
-    def open_lock(self, path: str) -> int:
+    def open_lock_file(self, path: str) -> int:
         """A lock file, made where it is missing; never removed. Raises `FileUnusableError` as `open_existing` does."""
-        return self._open_or_make(path, 0)
+        return self._open_or_create(path, 0)
 
     def open_append(self, path: str) -> int:
         """A file to append to, made where it is missing. Raises `FileUnusableError` as `open_existing` does."""
-        return self._open_or_make(path, os.O_APPEND)
+        return self._open_or_create(path, os.O_APPEND)
 
-    def _open_or_make(self, path: str, flags: int) -> int:
+    def _open_or_create(self, path: str, flags: int) -> int:
         while True:
             try:
-                return self._checked(path, os.O_RDWR | flags)
+                return self._open_checked(path, os.O_RDWR | flags)
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another process was quicker
                     return self._open_new(path, flags)
 
     def _open_new(self, path: str, flags: int) -> int:
         fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
-        owner = _owner_beside(path)
+        owner = _owner_of_directory(path)
         if owner is not None:
             with contextlib.suppress(OSError):  # a file system without owners
                 os.fchown(fd, *owner)
         return fd
 
-    def _checked(self, path: str, flags: int, *, linked: bool = False) -> int:
+    def _open_checked(self, path: str, flags: int, *, allow_links: bool = False) -> int:
         try:
             fd = self._open(path, flags)
         except OSError as error:
@@ -215,7 +217,7 @@ class RealFilesystem(OneByOne):
         problem = None
         if not stat.S_ISREG(found.st_mode):
             problem = "is not a regular file"
-        elif found.st_nlink > 1 and not linked:
+        elif found.st_nlink > 1 and not allow_links:
             problem = "has a second hard link"
         elif found.st_uid != os.geteuid() and os.geteuid() != 0:
             problem = f"belongs to user {found.st_uid}"
@@ -225,22 +227,22 @@ class RealFilesystem(OneByOne):
         return fd
 
     def _open(self, path: str, flags: int) -> int:
-        with _forking:
-            fd = os.open(path, flags | _OURS, _FILE_MODE)
-            self._opened.add(fd)
+        with _fork_lock:
+            fd = os.open(path, flags | _OPEN_FLAGS, _FILE_MODE)
+            self._open_fds.add(fd)
         return fd
 
     def close(self, fd: int) -> None:
         """Close, and release the lock if it is held."""
-        with _forking:
-            self._opened.discard(fd)  # before: afterwards the number may be somebody else's
+        with _fork_lock:
+            self._open_fds.discard(fd)  # before: afterwards the number may be somebody else's
             os.close(fd)
 
     def close_inherited(self) -> None:
         """In a forked child: close the parent's files and locks."""
-        while self._opened:
+        while self._open_fds:
             with contextlib.suppress(OSError):  # one that is closed already must not keep the others open
-                os.close(self._opened.pop())
+                os.close(self._open_fds.pop())
 
     def lock(self, fd: int) -> bool:
         """Take the exclusive lock of an open file; False where another holds it. It is released by closing only."""
@@ -257,7 +259,7 @@ class RealFilesystem(OneByOne):
             return False
         return True
 
-    def is_still(self, fd: int, path: str) -> bool:
+    def is_file_at(self, fd: int, path: str) -> bool:
         """Whether `path` still names the open file."""
         try:
             named = os.stat(path, follow_symlinks=False)
@@ -265,14 +267,14 @@ class RealFilesystem(OneByOne):
             return False
         return os.path.samestat(os.fstat(fd), named)
 
-    def is_one(self, path: str, other: str) -> bool:
+    def is_same_file(self, path: str, other: str) -> bool:
         """Whether two paths name one file; not where one of them names none."""
         try:
             return os.path.samestat(os.stat(path, follow_symlinks=False), os.stat(other, follow_symlinks=False))
         except FileNotFoundError:
             return False
 
-    def is_linked(self, fd: int) -> bool:
+    def has_name(self, fd: int) -> bool:
         """Whether the open file has a name at all."""
         return os.fstat(fd).st_nlink > 0
 
@@ -284,7 +286,7 @@ class RealFilesystem(OneByOne):
         """The whole file, whatever the descriptor's position."""
         parts: list[bytes] = []
         offset = 0
-        while part := os.pread(fd, _READ_BYTES, offset):
+        while part := os.pread(fd, _READ_CHUNK_BYTES, offset):
             parts.append(part)
             offset += len(part)
         return b"".join(parts)
@@ -299,7 +301,7 @@ class RealFilesystem(OneByOne):
         while view:
             view = view[os.write(fd, view) :]
 
-    def replace_all(self, fd: int, data: bytes) -> None:
+    def overwrite(self, fd: int, data: bytes) -> None:
         """Make `data` the whole content of a small file."""
         os.pwrite(fd, data, 0)
         os.ftruncate(fd, len(data))
@@ -319,96 +321,98 @@ class RealFilesystem(OneByOne):
         finally:
             os.close(fd)
 
-    def space(self, path: str) -> Space:
+    def disk_space(self, path: str) -> DiskSpace:
         """What is left on the volume that `path` is on."""
         found = os.statvfs(path)
-        return Space(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
+        return DiskSpace(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
 
 
-class CompiledFilesystem(RealFilesystem):
+class CompiledOsFilesystem(OsFilesystem):
     """The same, with the verbs that are several in one compiled: each is one call, without the interpreter lock."""
 
-    def listing(self, path: str) -> Iterator[Entry]:
+    def list_files(self, path: str) -> Iterator[FileEntry]:
         """The regular files in a directory with their sizes; one that goes away meanwhile is left out."""
-        for part in directories.Parts(path, ALL, sizes=True):
-            yield from map(Entry._make, part)
+        for part in directories.Parts(path, ALL_NAMES, sizes=True):
+            yield from map(FileEntry._make, part)
 
-    def names(self, path: str, patterns: Patterns) -> Iterator[str]:
+    def list_names(self, path: str, patterns: NamePatterns) -> Iterator[str]:
         """The names of the regular files in a directory that follow one of the patterns."""
         for part in directories.Parts(path, patterns, sizes=False):
             yield from part
 
-    def sums(self, path: str, patterns: Patterns) -> list[Sum]:
+    def file_totals(self, path: str, patterns: NamePatterns) -> list[FileTotals]:
         """What the files in a directory add up to; each counts for the first of the patterns that its name follows."""
-        return list(map(Sum._make, directories.sums(path, patterns)))
+        return list(map(FileTotals._make, directories.sums(path, patterns)))
 
-    def first(self, path: str, patterns: Patterns, after: str = "", until: str = "", most: int = 0) -> First:
-        """As `RealFilesystem`."""
-        return First._make(directories.first(path, patterns, after, until, most))
+    def first_names(self, path: str, patterns: NamePatterns, after: str = "", until: str = "", limit: int = 0) -> NamePage:
+        """As `OsFilesystem`."""
+        return NamePage._make(directories.first(path, patterns, after, until, limit))
 
-    def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None:
+    def open_locked(self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False) -> int | None:
         """A file that is there and ours to use, opened and locked; None where that is to be seen step by step."""
-        with _forking:
-            return self._owned(together.hold(path, (os.O_RDWR if writable else os.O_RDONLY) | _OURS, linked, shared))
+        with _fork_lock:
+            return self._track_fd(
+                together.hold(path, (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS, allow_links, shared)
+            )
 
-    def append_under(self, lock: str, path: str, lines: bytes, *, below: int) -> int | None:
-        """As `OneByOne` says, where it is simple."""
-        with _forking:  # a child that was forked meanwhile would keep the lock
-            return self._owned(together.append_under(lock, path, lines, os.O_RDWR | _OURS, below))
+    def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:
+        """As `SequentialBatchOps` says, where it is simple."""
+        with _fork_lock:  # a child that was forked meanwhile would keep the lock
+            return self._track_fd(together.append_under(lock_path, path, lines, os.O_RDWR | _OPEN_FLAGS, max_size))
 
-    def _owned(self, fd: int) -> int | None:
+    def _track_fd(self, fd: int) -> int | None:
         if fd < 0:
             return None
-        self._opened.add(fd)
+        self._open_fds.add(fd)
         return fd
 
-    def _checked(self, path: str, flags: int, *, linked: bool = False) -> int:
-        with _forking:
-            fd = self._owned(together.open_existing(path, flags | _OURS, linked))
-        return super()._checked(path, flags, linked=linked) if fd is None else fd
+    def _open_checked(self, path: str, flags: int, *, allow_links: bool = False) -> int:
+        with _fork_lock:
+            fd = self._track_fd(together.open_existing(path, flags | _OPEN_FLAGS, allow_links))
+        return super()._open_checked(path, flags, allow_links=allow_links) if fd is None else fd
 
     def sync_each(self, fds: Sequence[int]) -> list[OSError | None]:
-        """As `OneByOne`, but that all are being written before the first is waited for."""
-        return [_error(number) for number in together.sync_each(fds)]
+        """As `SequentialBatchOps`, but that all are being written before the first is waited for."""
+        return [_os_error(number) for number in together.sync_each(fds)]
 
     def rename_each(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
-        """As `OneByOne`."""
+        """As `SequentialBatchOps`."""
         done, number = together.rename_each(sources, targets)
-        return done, _error(number, *sources[done : done + 1])
+        return done, _os_error(number, *sources[done : done + 1])
 
     def create_each(self, paths: Sequence[str]) -> tuple[list[int], OSError | None]:
-        """As `OneByOne`."""
-        owner = _owner_beside(paths[0]) if paths else None
-        with _forking:
+        """As `SequentialBatchOps`."""
+        owner = _owner_of_directory(paths[0]) if paths else None
+        with _fork_lock:
             found, number = together.create_each(
-                paths, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _OURS, _FILE_MODE, *(owner or (-1, -1))
+                paths, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _OPEN_FLAGS, _FILE_MODE, *(owner or (-1, -1))
             )
-            self._opened.update(fd for fd in found if fd >= 0)
-        return found, _error(number, *paths[len(found) : len(found) + 1])
+            self._open_fds.update(fd for fd in found if fd >= 0)
+        return found, _os_error(number, *paths[len(found) : len(found) + 1])
 
     def close_each(self, fds: Sequence[int]) -> None:
-        """As `OneByOne`."""
-        with _forking:
-            self._opened.difference_update(fds)
+        """As `SequentialBatchOps`."""
+        with _fork_lock:
+            self._open_fds.difference_update(fds)
             together.close_each(fds)
 
     def sync_directory(self, path: str) -> None:
         """Make a directory's entries durable."""
-        error = _error(together.sync_directory(path), path)
+        error = _os_error(together.sync_directory(path), path)
         if error is not None:
             raise error
 
 
-def real_filesystem() -> RealFilesystem:
+def os_filesystem() -> OsFilesystem:
     """That of this machine, compiled where it can be."""
-    return RealFilesystem() if together is None else CompiledFilesystem()
+    return OsFilesystem() if together is None else CompiledOsFilesystem()
 
 
-def _error(number: int, *path: str) -> OSError | None:
+def _os_error(number: int, *path: str) -> OSError | None:
     return OSError(number, os.strerror(number), *path) if number else None
 
 
-def _owner_beside(path: str) -> tuple[int, int] | None:
+def _owner_of_directory(path: str) -> tuple[int, int] | None:
     """Whose a new file is to be: what root creates belongs to the directory's owner, whose programs must be able to use it."""
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
@@ -418,25 +422,25 @@ def _owner_beside(path: str) -> tuple[int, int] | None:
     return None
 
 
-def _make(path: str) -> None:
+def _make_directories(path: str) -> None:
     if os.path.isdir(path):
         return
     above = os.path.dirname(path)
     if not os.path.lexists(above):
-        _make(above)
+        _make_directories(above)
     try:
         os.mkdir(path, _DIRECTORY_MODE)
     except FileExistsError:
         if not os.path.isdir(path):  # otherwise another process was quicker
             raise
         return
-    owner = _owner_beside(path)
+    owner = _owner_of_directory(path)
     if owner is not None:
         with contextlib.suppress(OSError):  # a file system without owners
             os.chown(path, *owner, follow_symlinks=False)
 
 
-def medium_of(path: str) -> str:
+def filesystem_type_of(path: str) -> str:
     """The type of the file system that `path` is on, e.g. "ext4"; empty where the system does not tell."""
     try:
         with open(_MOUNTS, "rb") as file:
@@ -454,26 +458,26 @@ def medium_of(path: str) -> str:
 
 
 # Held while a descriptor comes or goes and while a process forks: a child must know of each one that it inherits.
-_forking = threading.RLock()
+_fork_lock = threading.RLock()
 
 
-def _fork_begins() -> None:
-    _forking.acquire()
+def _before_fork() -> None:
+    _fork_lock.acquire()
 
 
-def _fork_is_over() -> None:
-    _forking.release()
+def _after_fork_in_parent() -> None:
+    _fork_lock.release()
 
 
-def _in_child() -> None:
-    global _forking  # noqa: PLW0603 - the parent's is held by a thread that does not exist here
-    _forking = threading.RLock()
+def _after_fork_in_child() -> None:
+    global _fork_lock  # noqa: PLW0603 - the parent's is held by a thread that does not exist here
+    _fork_lock = threading.RLock()
 
 
-os.register_at_fork(before=_fork_begins, after_in_parent=_fork_is_over, after_in_child=_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
-def identity(path: str) -> tuple[int, int] | None:
+def file_identity(path: str) -> tuple[int, int] | None:
     """Which file a path names at the moment: its device and number; None where it names none."""
     try:
         found = os.stat(path)
@@ -482,7 +486,7 @@ def identity(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def identity_of(fd: int) -> tuple[int, int]:
+def open_file_identity(fd: int) -> tuple[int, int]:
     """Which file is open: its device and number."""
     found = os.fstat(fd)
     return found.st_dev, found.st_ino
@@ -493,10 +497,10 @@ def exists(path: str) -> bool:
     return os.path.lexists(path)
 
 
-def strangers(path: str, *, linked: bool = False) -> Iterator[tuple[str, str]]:
+def foreign_entries(path: str, *, allow_links: bool = False) -> Iterator[tuple[str, str]]:
     """Whatever in a directory is not ours to use, and why not; "." is the directory itself. Opens nothing.
 
-    With `linked` files may have other names, as for `open_existing`.
+    With `allow_links` files may have other names, as for `open_existing`.
     """
     me = os.geteuid()
     found = os.stat(path)
@@ -512,13 +516,13 @@ def strangers(path: str, *, linked: bool = False) -> Iterator[tuple[str, str]]:
                 yield entry.name, "is a symbolic link"
             elif not stat.S_ISREG(found.st_mode):
                 yield entry.name, IS_DIRECTORY if stat.S_ISDIR(found.st_mode) else "is not a regular file"
-            elif found.st_nlink > 1 and not linked:
+            elif found.st_nlink > 1 and not allow_links:
                 yield entry.name, "has a second hard link"
             elif me not in (0, found.st_uid):
                 yield entry.name, f"belongs to user {found.st_uid}"
 
 
-def write_secret(path: str, data: bytes) -> None:
+def create_private_file(path: str, data: bytes) -> None:
     """A new file that only its owner may read; raises `FileExistsError` where there is one."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
     with open(fd, "wb") as file:
@@ -526,11 +530,11 @@ def write_secret(path: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def file_beside(path: str, *, over: bool) -> Iterator[Callable[[bytes], int]]:
+def atomic_output(path: str, *, overwrite: bool) -> Iterator[Callable[[bytes], int]]:
     """Write a file that a user names beside it, and rename it when it is whole and durable; only its owner may read it.
 
-    Without `over` an error, `FileExistsError`, where there is one by then. A generator, for an interrupt anywhere in it, and
-    also before the caller's block begins, ends it: what is beside goes.
+    Without `overwrite` an error, `FileExistsError`, where there is one by then. A generator, for an interrupt anywhere in it,
+    and also before the caller's block begins, ends it: what is beside goes.
     """
     beside = f"{path}.{os.getpid()}.aside"
     try:
@@ -539,13 +543,13 @@ def file_beside(path: str, *, over: bool) -> Iterator[Callable[[bytes], int]]:
             yield file.write
             file.flush()
             os.fsync(fd)
-        (os.rename if over else os.link)(beside, path)
+        (os.rename if overwrite else os.link)(beside, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(beside)
 
 
-def open_to_read(path: str) -> BinaryIO:
+def open_for_reading(path: str) -> BinaryIO:
     """A file that a user names, to be read line by line."""
     return open(path, "rb")
 

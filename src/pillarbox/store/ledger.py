@@ -17,18 +17,18 @@ import msgspec
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, record
 from pillarbox.store.reconciliation import (
-    Adopted,
-    Entry,
-    Evicted,
-    Lost,
-    Purged,
-    Renamed,
-    Repaired,
-    Replayed,
-    Resent,
-    Sealed,
-    Settled,
-    condensed,
+    AdoptedEntry,
+    EvictedEntry,
+    LedgerEntry,
+    LostEntry,
+    PurgedEntry,
+    QueueRenamedEntry,
+    RedeliveredEntry,
+    RepairedEntry,
+    ReplayedEntry,
+    SealedEntry,
+    SettledEntry,
+    compact_entries,
 )
 
 if TYPE_CHECKING:
@@ -38,50 +38,50 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
 
 __all__ = [
-    "Adopted",
-    "Entry",
-    "Evicted",
-    "Ledger",
-    "Lost",
-    "Purged",
-    "Renamed",
-    "Repaired",
-    "Replayed",
-    "Resent",
-    "Sealed",
-    "Settled",
-    "entries_of",
+    "AdoptedEntry",
+    "EvictedEntry",
+    "LedgerEntry",
+    "LedgerWriter",
+    "LostEntry",
+    "PurgedEntry",
+    "QueueRenamedEntry",
+    "RedeliveredEntry",
+    "RepairedEntry",
+    "ReplayedEntry",
+    "SealedEntry",
+    "SettledEntry",
+    "parse_ledger",
 ]
 
 log = logging.getLogger("pillarbox")
 
-CONDENSE_BYTES: Final = 4 * 2**20  # beyond it what is over is summed up
-_WAITING_MAX: Final = 10_000  # entries in memory; more are lost, and counted as that
+COMPACT_BYTES: Final = 4 * 2**20  # beyond it what is over is summed up
+_BUFFER_ENTRIES_MAX: Final = 10_000  # entries in memory; more are lost, and counted as that
 _LOCK_TRIES: Final = 1000  # others hold the lock for microseconds, but while they condense
 _LOCK_PAUSE_S: Final = 0.001
 
-_decode = msgspec.json.Decoder(Entry).decode
+_decode = msgspec.json.Decoder(LedgerEntry).decode
 
 
-class Ledger:
+class LedgerWriter:
     """One process's pen. Safe to share between threads; after a fork the child makes another."""
 
     def __init__(self, directory: Directory, clock: Clock) -> None:
         self._directory = directory
         self._clock = clock
-        self._waiting: deque[Entry] = deque()
+        self._buffer: deque[LedgerEntry] = deque()
         self._lost = 0
-        self._noting = threading.Lock()  # held for no longer than it takes to note something
+        self._buffer_lock = threading.Lock()  # held for no longer than it takes to note something
         self._unsynced = False  # something was appended and not synced
-        self._writing = threading.Lock()
-        self._condense_at = CONDENSE_BYTES
-        self._trouble = ""
+        self._write_lock = threading.Lock()
+        self._compact_at_bytes = COMPACT_BYTES
+        self._logged_problem = ""
 
-    def note(self, *entries: Entry) -> None:
+    def add(self, *entries: LedgerEntry) -> None:
         """Have something written with the next `write`."""
-        with self._noting:
-            room = max(0, _WAITING_MAX - len(self._waiting))
-            self._waiting.extend(entries[:room])
+        with self._buffer_lock:
+            room = max(0, _BUFFER_ENTRIES_MAX - len(self._buffer))
+            self._buffer.extend(entries[:room])
             self._lost += len(entries[room:])
 
     def write(self, *, sync: bool) -> bool:
@@ -89,51 +89,51 @@ class Ledger:
 
         False where something is left for the next time. Without `sync` it waits for nobody.
         """
-        if not self._writing.acquire(blocking=sync):
+        if not self._write_lock.acquire(blocking=sync):
             return False
         try:
             return self._write(sync=sync)
         finally:
-            self._writing.release()
+            self._write_lock.release()
 
     def _write(self, *, sync: bool) -> bool:
-        with self._noting:
-            if self._lost and len(self._waiting) < _WAITING_MAX:
+        with self._buffer_lock:
+            if self._lost and len(self._buffer) < _BUFFER_ENTRIES_MAX:
                 lost, self._lost = self._lost, 0
-                self._waiting.append(Lost(self._clock.micros(), lost))
+                self._buffer.append(LostEntry(self._clock.micros(), lost))
         # Another thread may have appended what the caller has noted, and not synced it.
-        if not self._waiting and not (sync and self._unsynced):
+        if not self._buffer and not (sync and self._unsynced):
             return True
         try:
             written = self._append(sync=sync)
         except (OSError, FileUnusableError) as error:
-            self._report(str(error))
+            self._log_state_change(str(error))
             return False
         if written:
-            self._report("")
-        return written and not self._waiting
+            self._log_state_change("")
+        return written and not self._buffer
 
     def _append(self, *, sync: bool) -> bool:
         """False where another process has the lock."""
-        if self._append_at_once(sync=sync):
+        if self._append_fast(sync=sync):
             return True
-        lock = self._directory.take_lock(layout.LEDGER_LOCK)
+        lock = self._directory.acquire_lock_file(layout.LEDGER_LOCK)
         for _ in range(_LOCK_TRIES if sync else 0):
             if lock is not None:
                 break
             threading.Event().wait(_LOCK_PAUSE_S)
-            lock = self._directory.take_lock(layout.LEDGER_LOCK)
+            lock = self._directory.acquire_lock_file(layout.LEDGER_LOCK)
         if lock is None:
             return False
         filesystem = self._directory.filesystem
         try:
-            fd = filesystem.open_append(self._directory.at(layout.LEDGER))
+            fd = filesystem.open_append(self._directory.path_of(layout.LEDGER))
         except BaseException:
             filesystem.close(lock.fd)
             raise
         try:
             try:
-                entries = self._append_waiting(fd)
+                entries = self._append_buffer(fd)
             finally:
                 filesystem.close(lock.fd)
             if sync:
@@ -142,56 +142,59 @@ class Ledger:
             filesystem.close(fd)
         return True
 
-    def _append_at_once(self, *, sync: bool) -> bool:
+    def _append_fast(self, *, sync: bool) -> bool:
         """Where nothing is the matter, it is one call; False, and nothing is done, where it is to be looked at."""
-        place, entries = self._directory, self._noted()
+        place, entries = self._directory, self._buffered_entries()
         self._unsynced |= bool(entries)
-        fd = place.filesystem.append_under(
-            place.at(layout.LEDGER_LOCK), place.at(layout.LEDGER), _lines_of(entries), below=self._condense_at
+        fd = place.filesystem.append_locked(
+            place.path_of(layout.LEDGER_LOCK),
+            place.path_of(layout.LEDGER),
+            _encode_entries(entries),
+            max_size=self._compact_at_bytes,
         )
         if fd is None:
             return False
         try:
-            self._forget(entries)
+            self._drop_from_buffer(entries)
             if sync:
                 self._sync(fd, entries)
         finally:
             place.filesystem.close(fd)
         return True
 
-    def _noted(self) -> list[Entry]:
-        with self._noting:
-            return list(self._waiting)
+    def _buffered_entries(self) -> list[LedgerEntry]:
+        with self._buffer_lock:
+            return list(self._buffer)
 
-    def _forget(self, entries: list[Entry]) -> None:
+    def _drop_from_buffer(self, entries: list[LedgerEntry]) -> None:
         for _ in entries:
-            self._waiting.popleft()
+            self._buffer.popleft()
 
-    def _append_waiting(self, fd: int) -> list[Entry]:
+    def _append_buffer(self, fd: int) -> list[LedgerEntry]:
         """Append what waits, and let the file be shortened where it is due."""
         filesystem = self._directory.filesystem
-        entries = self._noted()
+        entries = self._buffered_entries()
         size = filesystem.size(fd)
         if not size:  # new, perhaps: what is synced in it is durable only under its name
             filesystem.sync_directory(self._directory.path)
         self._unsynced |= bool(entries)
-        self._append_to(fd, size, _lines_of(entries))
-        self._forget(entries)
-        if size >= self._condense_at:
+        self._append_to(fd, size, _encode_entries(entries))
+        self._drop_from_buffer(entries)
+        if size >= self._compact_at_bytes:
             try:
-                self._condense(filesystem.read_all(fd))
+                self._compact(filesystem.read_all(fd))
             except (OSError, FileUnusableError) as error:
                 log.warning("%s: the ledger grows on, it cannot be shortened: %s", self._directory.path, error)
-                self._condense_at = size + CONDENSE_BYTES
+                self._compact_at_bytes = size + COMPACT_BYTES
         return entries
 
-    def _sync(self, fd: int, entries: list[Entry]) -> None:
+    def _sync(self, fd: int, entries: list[LedgerEntry]) -> None:
         try:
             self._directory.filesystem.sync_data(fd)
         except OSError:
             # What a later sync says of these bytes could not be trusted; an entry that is there twice counts once.
-            with self._noting:
-                self._waiting.extendleft(reversed(entries))
+            with self._buffer_lock:
+                self._buffer.extendleft(reversed(entries))
             raise
         self._unsynced = False
 
@@ -206,38 +209,38 @@ class Ledger:
             filesystem.truncate(fd, size)
             raise
 
-    def _condense(self, data: bytes) -> None:
+    def _compact(self, data: bytes) -> None:
         """Sum up what is over, so that the file does not grow for ever. Under the lock."""
-        entries, unread = entries_of(data)
+        entries, unread = parse_ledger(data)
         if unread:
             log.warning("%s: %d lines of the ledger cannot be read and are left out", self._directory.path, unread)
         self._directory.filesystem.sync_directory(self._directory.path)  # or the power brings back what is summed up
-        there = {layout.batch_id(name) for name in self._directory.sealed()}
-        anew = _lines_of(condensed(entries, there, self._clock.micros()))
-        self._directory.put(layout.LEDGER, anew)
-        self._condense_at = max(CONDENSE_BYTES, 2 * len(anew))
+        there = {layout.batch_id(name) for name in self._directory.batch_names()}
+        anew = _encode_entries(compact_entries(entries, there, self._clock.micros()))
+        self._directory.write_atomically(layout.LEDGER, anew)
+        self._compact_at_bytes = max(COMPACT_BYTES, 2 * len(anew))
 
-    def _report(self, trouble: str) -> None:
-        if trouble and not self._trouble:
+    def _log_state_change(self, trouble: str) -> None:
+        if trouble and not self._logged_problem:
             log.error("%s: the ledger cannot be written, its entries wait in memory: %s", self._directory.path, trouble)
-        elif self._trouble and not trouble:
+        elif self._logged_problem and not trouble:
             log.info("%s: the ledger is written again", self._directory.path)
-        self._trouble = trouble
+        self._logged_problem = trouble
 
 
-def _lines_of(entries: Iterable[Entry]) -> bytes:
+def _encode_entries(entries: Iterable[LedgerEntry]) -> bytes:
     return b"".join([record.line(msgspec.json.encode(entry)) for entry in entries])
 
 
-def entries_of(data: bytes) -> tuple[list[Entry], int]:
+def parse_ledger(data: bytes) -> tuple[list[LedgerEntry], int]:
     """What a ledger holds, and how many of its lines are none that this version knows."""
-    entries: list[Entry] = []
+    entries: list[LedgerEntry] = []
     unread = 0
     for line in data.split(b"\n"):
         if not line or line.isspace():
             continue
         try:
             entries.append(_decode(record.payload(line)))
-        except (record.Damaged, msgspec.DecodeError):
+        except (record.DamagedRecordError, msgspec.DecodeError):
             unread += 1
     return entries, unread

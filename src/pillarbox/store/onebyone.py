@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from pillarbox.store.filesystem import Filesystem
 
 
-class OneByOne:
+class SequentialBatchOps:
     """The verbs that are several in one, made of those."""
 
-    def hold(self, path: str, *, writable: bool = False, linked: bool = False, shared: bool = False) -> int | None:  # noqa: ARG002 - see below
+    def open_locked(self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False) -> int | None:  # noqa: ARG002 - see below
         """A file that is there and ours to use, opened and locked; None where that is to be seen step by step: here always."""
         return None
 
-    def append_under(self, lock: str, path: str, lines: bytes, *, below: int) -> int | None:  # noqa: ARG002 - as above
-        """Append lines, under the lock of another file, to one that ends in a whole line and has less than `below` bytes.
+    def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:  # noqa: ARG002 - as above
+        """Append lines, under the lock of another file, to one that ends in a whole line and has less than `max_size` bytes.
 
         Both are there and ours to use. The descriptor of the file, the lock released; None where that is to be seen and done
         step by step: here always. Of several lines a part may be there then, if the disk is full and lets nothing be cut off.
@@ -28,12 +28,12 @@ class OneByOne:
 
     def sync_each(self: Filesystem, fds: Sequence[int]) -> list[OSError | None]:
         """Make the data of each file durable: what went wrong with it, or None."""
-        return [_trouble(self.sync_data, fd) for fd in fds]
+        return [_error_of(self.sync_data, fd) for fd in fds]
 
     def rename_each(self: Filesystem, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
         """Rename each, up to the first that fails: how many were renamed, and what went wrong with the next one."""
         for done, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            error = _trouble(self.rename, source, target)
+            error = _error_of(self.rename, source, target)
             if error is not None:
                 return done, error
         return len(sources), None
@@ -50,7 +50,7 @@ class OneByOne:
             except OSError as error:
                 return found, error
             try:
-                held = self.lock(fd) and self.is_linked(fd)
+                held = self.lock(fd) and self.has_name(fd)
             except OSError as error:
                 self.close(fd)
                 return found, error
@@ -69,7 +69,7 @@ class OneByOne:
                 self.close(fd)
 
 
-def _trouble(verb: Callable[..., object], *arguments: object) -> OSError | None:
+def _error_of(verb: Callable[..., object], *arguments: object) -> OSError | None:
     try:
         verb(*arguments)
     except OSError as error:

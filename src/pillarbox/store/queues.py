@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 def directory_at(path: str, filesystem: Filesystem, clock: Clock) -> Directory:
     """The directory at a path, which may not be there yet. A queue's files have further names, and count not all at once."""
     parent, slash, name = path.rpartition("/")
-    sink = layout.sink_of(name)
+    sink = layout.sink_of_queue(name)
     if sink is None:
         return Directory(path, filesystem, clock)
     main = Directory(parent or slash or ".", filesystem, clock)
     try:  # whoever makes queues holds this lock
-        filesystem.close(filesystem.open_existing(main.at(layout.DELIVER_LOCK)))
+        filesystem.close(filesystem.open_existing(main.path_of(layout.DELIVER_LOCK)))
     except (OSError, FileUnusableError):
         return Directory(path, filesystem, clock)
     return main.queue(sink)

@@ -10,145 +10,153 @@ from typing import TYPE_CHECKING, Final
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout
-from pillarbox.store.ledger import Ledger
-from pillarbox.store.reconciliation import Evicted
-from pillarbox.store.yielding import give_way
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.reconciliation import EvictedEntry
+from pillarbox.store.yielding import evict_delivered
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pillarbox.clock import Clock
-    from pillarbox.store.directory import Directory, Taken
-    from pillarbox.store.filesystem import Space
+    from pillarbox.store.directory import Directory, LockedFile
+    from pillarbox.store.filesystem import DiskSpace
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
 
-_RELIST_S: Final = 1.0  # how stale the count of what other processes added or delivered may be
-_RELIST_FULL_S: Final = 0.1  # the same when more than half of a limit is used
-_RELIST_SHARE: Final = 10  # listing may take a tenth of the time
-_SPACE_S: Final = 1.0  # between two looks at the room on the volume, while there is little
-_SPACE_ENOUGH_S: Final = 5.0  # the same while there is enough
+_RECOUNT_S: Final = 1.0  # how stale the count of what other processes added or delivered may be
+_RECOUNT_FULL_S: Final = 0.1  # the same when more than half of a limit is used
+_RECOUNT_SHARE: Final = 10  # listing may take a tenth of the time
+_SPACE_LOW_CHECK_S: Final = 1.0  # between two looks at the room on the volume, while there is little
+_SPACE_CHECK_S: Final = 5.0  # the same while there is enough
 OVERSHOOT_SHARE: Final = 16  # of `max_bytes`: what a process may append without looking what the others did
-MIN_FREE_MAX: Final = 256 * 2**20  # bytes of the volume that are left to others, unless told otherwise: these or
+MIN_FREE_BYTES_MAX: Final = 256 * 2**20  # bytes of the volume that are left to others, unless told otherwise: these or
 MIN_FREE_SHARE: Final = 20  # this part of it, whichever is less
 AHEAD_SHARE: Final = 4  # of that: so much more is kept free as long as delivered files can give way for it
 # Room that is made ahead of need, as a part of the limit: what arrives while files are evicted must not be refused.
 SLACK_SHARE: Final = 8
 # Of a limit with eviction, the largest part that one file may be: what is evicted is whole files.
 FILE_SHARE: Final = 16
-_TOGETHER_MAX: Final = 32  # files given up together: each holds a descriptor, and one sync of the ledger serves them all
+_EVICT_AT_ONCE_MAX: Final = 32  # files given up together: each holds a descriptor, and one sync of the ledger serves them all
 
 
-class _Going:
+class _EvictionCandidate:
     """A file that is given up: held, and under which names it goes."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.taken: list[Taken] = []
-        self.places: list[Directory] = []  # in this order its names go
+        self.locked_files: list[LockedFile] = []
+        self.directories: list[Directory] = []  # in this order its names go
         self.size = 0
         self.events = 0
 
 
-class Capacity:
+class QuotaEnforcer:
     """Keeps a `Writer` within the limits of its directory."""
 
     def __init__(
-        self, directory: Directory, clock: Clock, min_free_bytes: int | None, ledger: Ledger | None = None, *, evicts: bool
+        self,
+        directory: Directory,
+        clock: Clock,
+        min_free_bytes: int | None,
+        ledger: LedgerWriter | None = None,
+        *,
+        evicts: bool,
     ) -> None:
         self._directory = directory
         self._clock = clock
         self._min_free_bytes = min_free_bytes
         self._evicts = evicts
         self._ledger = ledger
-        self._next_space = 0.0
-        self._next_listing = 0.0
-        self._soonest_listing = 0.0
-        self._listed_at = 0  # bytes that this process had appended when it last listed
-        self._refused_for_space = 0
-        self._appended = 0  # bytes by this process when it last looked at the room
+        self._next_space_check = 0.0
+        self._next_recount = 0.0
+        self._earliest_recount = 0.0
+        self._appended_at_recount = 0  # bytes that this process had appended when it last listed
+        self._drops_for_space = 0
+        self._appended_at_check = 0  # bytes by this process when it last looked at the room
         self._evicting = False
-        self._look_after = 1  # bytes by this process
-        self._gave_way = False  # delivered files, at the last look at the room
-        self.evicted = 0  # events
+        self._recheck_after_bytes = 1  # bytes by this process
+        self._evicted_delivered = False  # delivered files, at the last look at the room
+        self.evicted_events = 0  # events
         self._writer: Writer
 
     def attach(self, writer: Writer) -> None:
         """Keep this writer within its limits."""
         self._writer = writer
 
-    def look(self) -> float:
+    def enforce(self) -> float:
         """Count, watch and evict as far as that is due; seconds until the next time."""
         refused = self._writer.dropped["disk_full"] + self._writer.dropped["disk_low"]
-        in_need, self._refused_for_space = refused > self._refused_for_space, refused
-        self._gave_way = False
+        in_need, self._drops_for_space = refused > self._drops_for_space, refused
+        self._evicted_delivered = False
         if in_need:
-            self._next_space = 0.0
-        wait = min(self.look_at_space(in_need=in_need), self._relist())
+            self._next_space_check = 0.0
+        wait = min(self.check_free_space(in_need=in_need), self._recount())
         if self._evicts:
-            self._evict(int(in_need and not self._gave_way))
+            self._evict(int(in_need and not self._evicted_delivered))
         return wait
 
-    def look_at_space(self, *, in_need: bool = False) -> float:
+    def check_free_space(self, *, in_need: bool = False) -> float:
         """Have nothing more accepted while the volume has less room than it must keep; seconds until the next look.
 
         Delivered files give way before that, and where events were refused for want of room, `in_need`.
         """
-        now, appended = self._clock.monotonic(), self._writer.appended
-        if now < self._next_space and appended - self._appended < self._look_after:
-            return self._next_space - now
+        now, appended = self._clock.monotonic(), self._writer.appended_bytes
+        if now < self._next_space_check and appended - self._appended_at_check < self._recheck_after_bytes:
+            return self._next_space_check - now
         space = self._space()
-        usual = min(MIN_FREE_MAX, space.total_bytes // MIN_FREE_SHARE)
+        usual = min(MIN_FREE_BYTES_MAX, space.total_bytes // MIN_FREE_SHARE)
         least = usual if self._min_free_bytes is None else self._min_free_bytes
         ahead = usual // AHEAD_SHARE
-        self._appended, self._look_after = appended, max(1, ahead // 2)
+        self._appended_at_check, self._recheck_after_bytes = appended, max(1, ahead // 2)
         if space.free_bytes < least + ahead or in_need:
-            space = self._give_way(space, least + ahead, max(1, ahead) if in_need else 0)
+            space = self._evict_delivered(space, least + ahead, max(1, ahead) if in_need else 0)
         low = space.free_bytes < least
-        self._writer.keep_free(low=low)
-        rest = _SPACE_S if low else _SPACE_ENOUGH_S  # while there is room, a file that fills up is reason enough to look
-        self._next_space = now + rest
+        self._writer.set_disk_low(low=low)
+        rest = (
+            _SPACE_LOW_CHECK_S if low else _SPACE_CHECK_S
+        )  # while there is room, a file that fills up is reason enough to look
+        self._next_space_check = now + rest
         return rest
 
-    def _space(self) -> Space:
-        return self._directory.filesystem.space(self._directory.path)
+    def _space(self) -> DiskSpace:
+        return self._directory.filesystem.disk_space(self._directory.path)
 
-    def _give_way(self, space: Space, free: int, size: int) -> Space:
+    def _evict_delivered(self, space: DiskSpace, free: int, size: int) -> DiskSpace:
         """Have delivered files go until the volume has so much free and so many bytes went; what it has then."""
 
         def enough(gone: int) -> bool:
             return gone >= size and self._space().free_bytes >= free
 
         try:
-            self._gave_way = give_way(self._directory, enough) > 0
+            self._evicted_delivered = evict_delivered(self._directory, enough) > 0
         except OSError as error:
             log.warning("%s: delivered files cannot give way: %s", self._directory.path, error)
-        return self._space() if self._gave_way else space
+        return self._space() if self._evicted_delivered else space
 
-    def _relist(self) -> float:
+    def _recount(self) -> float:
         """Correct the count of what is pending."""
         now = self._clock.monotonic()
         # Who writes much learns sooner what the others wrote meanwhile.
-        much = self._writer.appended - self._listed_at > self._writer.limits.max_bytes // OVERSHOOT_SHARE
-        due = self._soonest_listing if much else self._next_listing
+        much = self._writer.appended_bytes - self._appended_at_recount > self._writer.limits.max_bytes // OVERSHOOT_SHARE
+        due = self._earliest_recount if much else self._next_recount
         if now < due:
             return due - now
-        before = self._writer.mark()
+        before = self._writer.progress()
         try:
-            account = self._directory.account()
+            account = self._directory.disk_usage()
         except FileNotFoundError:
             log.error("%s was removed by somebody; made anew", self._directory.path)  # noqa: TRY400 - the trace says nothing
             self._directory.filesystem.make_directory(self._directory.path)
-            account = self._directory.account()
-        self._writer.correct(before, account.pending_bytes, account.pending_files)
+            account = self._directory.disk_usage()
+        self._writer.correct_pending(before, account.pending_bytes, account.pending_files)
         took = self._clock.monotonic() - now
         limits = self._writer.limits
         full = 2 * account.pending_bytes > limits.max_bytes or 2 * account.pending_files > limits.max_files
-        rest = max(_RELIST_FULL_S if full else _RELIST_S, _RELIST_SHARE * took)
-        self._listed_at = before.appended
-        self._soonest_listing = now + took + _RELIST_SHARE * took
-        self._next_listing = now + took + rest
+        rest = max(_RECOUNT_FULL_S if full else _RECOUNT_S, _RECOUNT_SHARE * took)
+        self._appended_at_recount = before.appended
+        self._earliest_recount = now + took + _RECOUNT_SHARE * took
+        self._next_recount = now + took + rest
         return rest
 
     def _evict(self, least: int) -> None:
@@ -158,42 +166,42 @@ class Capacity:
         """
         excess_bytes, excess_files = self._excess(least)
         if excess_bytes <= 0 and excess_files <= 0:
-            self._report()
+            self._log_eviction_end()
             return
         # One process at a time, and from a listing of that moment: two that count on their own would evict twice as much.
-        lock = self._directory.take_lock(layout.EVICT_LOCK)
+        lock = self._directory.acquire_lock_file(layout.EVICT_LOCK)
         if lock is None:
             return
-        going: list[_Going] = []
+        going: list[_EvictionCandidate] = []
         try:
-            self._next_listing = self._soonest_listing = 0.0
-            self._relist()
+            self._next_recount = self._earliest_recount = 0.0
+            self._recount()
             excess_bytes, excess_files = self._excess(least)
             # The directory itself last: a name in a queue counts once it is not there any more.
             places = [*self._directory.queues(), self._directory]
             for name in self._oldest_first(places) if excess_bytes > 0 or excess_files > 0 else ():
                 if excess_bytes <= 0 and excess_files <= 0:
                     break
-                found = self._take(name, places)
+                found = self._lock_candidate(name, places)
                 if found is None:
                     continue
                 going.append(found)
                 excess_bytes -= max(1, found.size)
                 excess_files -= 1
-                if len(going) >= _TOGETHER_MAX:
-                    self._give_up(going, places)
-            self._give_up(going, places)
+                if len(going) >= _EVICT_AT_ONCE_MAX:
+                    self._remove_candidates(going, places)
+            self._remove_candidates(going, places)
             for place in places:
                 place.filesystem.sync_directory(place.path)  # or the loss of power brings them back
         finally:
             for found in going:  # where something has failed
-                self._close(found)
+                self._close_candidate(found)
             self._directory.filesystem.close(lock.fd)
 
     def _excess(self, least: int) -> tuple[int, int]:
         """Bytes, but so many at `least`, and files to be given up."""
         limits, writer = self._writer.limits, self._writer
-        pending_bytes, pending_files, _ = writer.pending()
+        pending_bytes, pending_files, _ = writer.pending_counts()
         excess_bytes = pending_bytes - limits.max_bytes + limits.max_bytes // SLACK_SHARE
         excess_files = pending_files - limits.max_files + max(1, limits.max_files // SLACK_SHARE)
         return max(least, excess_bytes), excess_files
@@ -201,33 +209,33 @@ class Capacity:
     @staticmethod
     def _oldest_first(places: Sequence[Directory]) -> list[str]:
         """The names of all that may be given up; of a plain file and its copy, that of the plain one."""
-        found = [place.sealed_names() for place in places]
-        return sorted({name for names in found for name in names if layout.copied_name(name) not in names})
+        found = [place.all_sealed_names() for place in places]
+        return sorted({name for names in found for name in names if layout.plain_name(name) not in names})
 
-    def _take(self, name: str, places: Sequence[Directory]) -> _Going | None:
+    def _lock_candidate(self, name: str, places: Sequence[Directory]) -> _EvictionCandidate | None:
         """A file under all its names, and how much is in it; None where it is in use, not ours, or cannot be read."""
-        going = _Going(name)
+        going = _EvictionCandidate(name)
         try:
             for place in places:
-                if any(place.filesystem.is_still(taken.fd, place.at(name)) for taken in going.taken):
-                    going.places.append(place)  # another name of the same file
+                if any(place.filesystem.is_file_at(taken.fd, place.path_of(name)) for taken in going.locked_files):
+                    going.directories.append(place)  # another name of the same file
                 else:
-                    self._take_one(name, place, going)
+                    self._lock_name(name, place, going)
         except BaseException:
-            self._close(going)
+            self._close_candidate(going)
             raise
-        return going if going.taken else None
+        return going if going.locked_files else None
 
     @staticmethod
-    def _take_one(name: str, place: Directory, going: _Going) -> None:
+    def _lock_name(name: str, place: Directory, going: _EvictionCandidate) -> None:
         found = None
         try:
-            taken = place.take(name, alone=True)
+            taken = place.lock_existing(name, exclusive=True)
             if taken is None:
                 return
             try:
                 data = place.filesystem.read_all(taken.fd)
-                plain, problem = compression.unpack(name, data)
+                plain, problem = compression.decompress(name, data)
                 if not problem:  # or nobody knows how many events would go; the deliverer sets aside what is left of them
                     found = taken
             finally:
@@ -236,43 +244,43 @@ class Capacity:
         except FileUnusableError:
             return
         if found is not None:
-            going.taken.append(found)
-            going.places.append(place)
+            going.locked_files.append(found)
+            going.directories.append(place)
             going.size += len(data)
             going.events = _events_in(plain)
 
-    def _close(self, going: _Going) -> None:
-        for taken in going.taken:
+    def _close_candidate(self, going: _EvictionCandidate) -> None:
+        for taken in going.locked_files:
             self._directory.filesystem.close(taken.fd)
 
-    def _give_up(self, going: list[_Going], places: Sequence[Directory]) -> None:
+    def _remove_candidates(self, going: list[_EvictionCandidate], places: Sequence[Directory]) -> None:
         """Remove these files, once the ledgers have them; without room for that they go all the same."""
         now = self._clock.micros()
         for place in places if going and self._ledger is not None else ():
             ledger = self._ledger_of(place)
-            ledger.note(*(Evicted(now, layout.batch_id(one.name), one.events) for one in going if place in one.places))
+            ledger.add(*(EvictedEntry(now, layout.batch_id(one.name), one.events) for one in going if place in one.directories))
             ledger.write(sync=True)
         while going:
             one = going.pop(0)
             try:
-                for place in one.places:
+                for place in one.directories:
                     place.remove(layout.compressed_name(one.name))  # a copy by who died then would be all of it again
                     place.remove(one.name)
             finally:
-                self._close(one)
-            self.evicted += one.events
-            self._writer.release(one.size)
+                self._close_candidate(one)
+            self.evicted_events += one.events
+            self._writer.release_bytes(one.size)
             if not self._evicting:
                 self._evicting = True
                 log.warning("%s: full; the oldest events are given up for new ones", self._directory.path)
 
-    def _ledger_of(self, place: Directory) -> Ledger:
-        return self._ledger if place is self._directory and self._ledger is not None else Ledger(place, self._clock)
+    def _ledger_of(self, place: Directory) -> LedgerWriter:
+        return self._ledger if place is self._directory and self._ledger is not None else LedgerWriter(place, self._clock)
 
-    def _report(self) -> None:
+    def _log_eviction_end(self) -> None:
         if self._evicting:
             self._evicting = False
-            log.info("%s: room again; %d events given up so far", self._directory.path, self.evicted)
+            log.info("%s: room again; %d events given up so far", self._directory.path, self.evicted_events)
 
 
 def _events_in(lines: bytes) -> int:

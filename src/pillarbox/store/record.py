@@ -14,10 +14,10 @@ from pillarbox.store import speed
 from pillarbox.store.plain import OVERHEAD
 from pillarbox.store.speed import line
 
-__all__ = ["OVERHEAD", "Damaged", "line", "payload", "payloads"]
+__all__ = ["OVERHEAD", "DamagedRecordError", "line", "payload", "payloads"]
 
 
-class Damaged(Exception):  # noqa: N818 - reads as the sentence it is
+class DamagedRecordError(Exception):
     """The bytes are not a record; `reason` says which rule they break."""
 
     def __init__(self, reason: str) -> None:
@@ -35,7 +35,7 @@ _check_value = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def payload(line: bytes) -> bytes:
-    """The event's JSON in a line without its line feed; raises `Damaged`."""
+    """The event's JSON in a line without its line feed; raises `DamagedRecordError`."""
     # The shape that we write ourselves, recognised without a JSON parser; the value inside is checked all the same.
     value = speed.value(line)
     if value is not None:
@@ -44,7 +44,7 @@ def payload(line: bytes) -> bytes:
         try:
             _check_value(value)
         except (msgspec.DecodeError, RecursionError):
-            raise Damaged("bad_json") from None
+            raise DamagedRecordError("bad_json") from None
         return value
     return _payload_by_parser(line)
 
@@ -62,12 +62,12 @@ def _payload_by_parser(line: bytes) -> bytes:
     try:
         envelope = _decode_envelope(line)
     except msgspec.ValidationError:
-        raise Damaged("not_a_record") from None
+        raise DamagedRecordError("not_a_record") from None
     except (msgspec.DecodeError, RecursionError):
-        raise Damaged("nul_bytes" if b"\0" in line else "bad_json") from None
+        raise DamagedRecordError("nul_bytes" if b"\0" in line else "bad_json") from None
     value = bytes(envelope.event)
     if envelope.crc is not msgspec.UNSET and envelope.crc != f"{crc32(value):08x}":
-        raise Damaged("bad_checksum")
+        raise DamagedRecordError("bad_checksum")
     return value
 
 
@@ -77,4 +77,4 @@ def _check_utf8(text: bytes) -> None:
         try:
             text.decode()
         except UnicodeDecodeError:
-            raise Damaged("bad_utf8") from None
+            raise DamagedRecordError("bad_utf8") from None

@@ -17,64 +17,64 @@ if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
 
-LOOK_EVERY_S: Final = 0.25  # how long a request may lie unseen while a writer has something to seal
-_BYTES_MAX: Final = 4096  # of the file are looked at
+REQUEST_POLL_S: Final = 0.25  # how long a request may lie unseen while a writer has something to seal
+_REQUEST_BYTES_MAX: Final = 4096  # of the file are looked at
 
 
-class Request(msgspec.Struct, frozen=True):
+class SealRequest(msgspec.Struct, frozen=True):
     """What `seal.request` holds: who asked, and when."""
 
     id: str
     at_micros: int
 
 
-class Requests:
+class SealRequestReader:
     """What a writer's sealer knows of the requests of others."""
 
     def __init__(self, directory: Directory, clock: Clock) -> None:
         self._directory = directory
         self._clock = clock
-        self._next_look = 0.0
-        self._found: bytes | None = None
-        self._answered: bytes | None = None
+        self._next_poll = 0.0
+        self._latest: bytes | None = None
+        self._handled: bytes | None = None
 
     def has_new(self) -> bool:
         """Whether somebody has asked since the last one was answered; looks seldom, and the first look tells what is old."""
         now = self._clock.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + LOOK_EVERY_S
-            self._look()
-        return self._found != self._answered
+        if now >= self._next_poll:
+            self._next_poll = now + REQUEST_POLL_S
+            self._read_request()
+        return self._latest != self._handled
 
-    def _look(self) -> None:
+    def _read_request(self) -> None:
         filesystem = self._directory.filesystem
         try:
-            fd = filesystem.open_existing(self._directory.at(layout.SEAL_REQUEST))
+            fd = filesystem.open_existing(self._directory.path_of(layout.SEAL_REQUEST))
         except FileNotFoundError:
-            self._found = b""
+            self._latest = b""
         except (OSError, FileUnusableError):
             return  # whoever asks is told so
         else:
             try:
-                self._found = filesystem.read_at(fd, 0, _BYTES_MAX)
+                self._latest = filesystem.read_at(fd, 0, _REQUEST_BYTES_MAX)
             except OSError:
                 return
             finally:
                 filesystem.close(fd)
-        if self._answered is None:
-            self._answered = self._found
+        if self._handled is None:
+            self._handled = self._latest
 
-    def answer(self) -> None:
+    def mark_handled(self) -> None:
         """What was asked for is under way."""
-        self._answered = self._found
+        self._handled = self._latest
 
 
-def ask(directory: Directory, clock: Clock) -> None:
+def request_seal(directory: Directory, clock: Clock) -> None:
     """Have all writers of the directory seal what they hold. Raises `FileUnusableError`, or the `OSError` of the disk."""
     filesystem = directory.filesystem
-    request = Request(directory.new_id(), clock.micros())
-    fd = filesystem.open_lock(directory.at(layout.SEAL_REQUEST))
+    request = SealRequest(directory.new_id(), clock.micros())
+    fd = filesystem.open_lock_file(directory.path_of(layout.SEAL_REQUEST))
     try:
-        filesystem.replace_all(fd, msgspec.json.encode(request) + b"\n")
+        filesystem.overwrite(fd, msgspec.json.encode(request) + b"\n")
     finally:
         filesystem.close(fd)

@@ -12,23 +12,23 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from pillarbox.store import layout
-from pillarbox.store.dirscan import Entry
+from pillarbox.store.dirscan import FileEntry
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
-    from pillarbox.store.directory import Directory, Taken
+    from pillarbox.store.directory import Directory, LockedFile
 
 log = logging.getLogger("pillarbox")
 
 FILES_MAX: Final = 100_000  # every look at the directory comes past each of them
 _RELIST_S: Final = 1.0  # between two listings, at least
 _RELIST_SHARE: Final = 10  # and listing may take a tenth of the time
-_NOT_KEPT: Final = "what was delivered cannot be kept"
+_NOT_RETAINED: Final = "what was delivered cannot be kept"
 _NOT_REMOVED: Final = "what was kept cannot be removed"
-_AT_ONCE: Final = 1000  # removed in one go: deliveries wait for it
+_REMOVE_AT_ONCE_MAX: Final = 1000  # removed in one go: deliveries wait for it
 
 
-class Shelf:
+class Retention:
     """Keeps what one deliverer has delivered, for `keep_s` seconds and up to `max_bytes`."""
 
     def __init__(self, directory: Directory, clock: Clock, keep_s: float, max_bytes: int) -> None:
@@ -36,54 +36,54 @@ class Shelf:
         self._clock = clock
         self._keep_micros = int(keep_s * 1e6)
         self._max_bytes = max_bytes
-        self._files: deque[Entry] = deque()
+        self._files: deque[FileEntry] = deque()
         self._bytes = 0
         self._list_at: float | None = None  # monotonic, the soonest; None: nothing was listed so far
-        self._told: set[str] = set()  # of what trouble
+        self._logged_problems: set[str] = set()  # of what trouble
 
-    def keep(self, file: Taken) -> bool:
+    def retain(self, file: LockedFile) -> bool:
         """Have a delivered file that this process holds stay; False where it cannot, and has to go then."""
         try:
             size = self._directory.filesystem.size(file.fd)
-            name = self._directory.keep(file.name)
+            name = self._directory.retain(file.name)
         except OSError as error:
-            self._tell(_NOT_KEPT, error)
+            self._log_once(_NOT_RETAINED, error)
             return False
-        self._told.discard(_NOT_KEPT)
-        self._files.append(Entry(name, size))
+        self._logged_problems.discard(_NOT_RETAINED)
+        self._files.append(FileEntry(name, size))
         self._bytes += size
         return True
 
     def prune(self) -> None:
         """Remove what is too old or too much; what cannot be removed is tried again."""
         try:
-            if self._list_at is None or (self._is_too_much() and self._clock.monotonic() >= self._list_at):
-                self._list()
+            if self._list_at is None or (self._is_over_limit() and self._clock.monotonic() >= self._list_at):
+                self._relist()
             oldest = self._clock.micros() - self._keep_micros
-            for _ in range(_AT_ONCE):
+            for _ in range(_REMOVE_AT_ONCE_MAX):
                 if not self._files:
                     break
                 at = layout.delivered_at(self._files[0].name)
-                if not self._is_too_much() and (at is None or at > oldest):
+                if not self._is_over_limit() and (at is None or at > oldest):
                     break
                 self._directory.remove(self._files[0].name)
                 self._bytes -= self._files.popleft().size
         except OSError as error:
-            self._tell(_NOT_REMOVED, error)
+            self._log_once(_NOT_REMOVED, error)
         else:
-            self._told.discard(_NOT_REMOVED)
+            self._logged_problems.discard(_NOT_REMOVED)
 
-    def _is_too_much(self) -> bool:
+    def _is_over_limit(self) -> bool:
         return self._bytes > self._max_bytes or len(self._files) > FILES_MAX
 
-    def _list(self) -> None:
+    def _relist(self) -> None:
         began = self._clock.monotonic()
-        self._files = deque(self._directory.delivered())
+        self._files = deque(self._directory.delivered_files())
         self._bytes = sum(file.size for file in self._files)
         now = self._clock.monotonic()
         self._list_at = now + max(_RELIST_S, _RELIST_SHARE * (now - began))
 
-    def _tell(self, trouble: str, error: OSError) -> None:
-        if trouble not in self._told:
-            self._told.add(trouble)
+    def _log_once(self, trouble: str, error: OSError) -> None:
+        if trouble not in self._logged_problems:
+            self._logged_problems.add(trouble)
             log.warning("%s: %s: %s", self._directory.path, trouble, error)

@@ -12,9 +12,9 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, get_args
 
 from pillarbox.store import layout
-from pillarbox.store.quota import Capacity
-from pillarbox.store.reconciliation import Adopted, Sealed
-from pillarbox.store.request import LOOK_EVERY_S, Requests
+from pillarbox.store.quota import QuotaEnforcer
+from pillarbox.store.reconciliation import AdoptedEntry, SealedEntry
+from pillarbox.store.request import REQUEST_POLL_S, SealRequestReader
 from pillarbox.store.segment import SealReason
 from pillarbox.store.writer import RETIRED_MAX
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from pillarbox.clock import Clock
-    from pillarbox.store.directory import Directory, Taken
-    from pillarbox.store.group_commit import Committer
-    from pillarbox.store.ledger import Ledger
-    from pillarbox.store.segment import ActiveFile
+    from pillarbox.store.directory import Directory, LockedFile
+    from pillarbox.store.group_commit import GroupCommitter
+    from pillarbox.store.ledger import LedgerWriter
+    from pillarbox.store.segment import Segment
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
@@ -38,8 +38,8 @@ _PACE_EVICTING_S: Final = 0.01  # where a round also makes the room that callers
 _RETRY_S: Final = 1.0  # after the disk refused a rename
 
 
-def stretched(flush_interval: float, waiting: int) -> float:
-    """Seconds after which the active file is sealed by age while `waiting` sealed files are not yet delivered."""
+def stretched_flush_interval(flush_interval: float, waiting: int) -> float:
+    """Seconds after which the active file is sealed by age while `retired_segments` sealed files are not yet delivered."""
     return min(max(AGE_STRETCHED_MAX_S, flush_interval), flush_interval * 2.0 ** min(waiting, 16))
 
 
@@ -59,7 +59,7 @@ class Sealer:
         *,
         evicts: bool = False,
         on_drops: Callable[[dict[str, int]], None] | None = None,
-        ledger: Ledger | None = None,
+        ledger: LedgerWriter | None = None,
     ) -> None:
         self._directory = directory
         self._clock = clock
@@ -67,33 +67,33 @@ class Sealer:
         self._on_sealed = on_sealed
         self._on_drops = on_drops
         self._ledger = ledger
-        self.capacity = Capacity(directory, clock, min_free_bytes, ledger, evicts=evicts)
-        self._requests = Requests(directory, clock)
+        self.quota = QuotaEnforcer(directory, clock, min_free_bytes, ledger, evicts=evicts)
+        self._seal_requests = SealRequestReader(directory, clock)
         self._inbox: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._unnoted: list[Sealed] = []  # of files whose names are not durable yet
+        self._unrecorded: list[SealedEntry] = []  # of files whose names are not durable yet
         self._pace = 0.0  # seconds for which the next look lets files gather
         self._pace_s = _PACE_EVICTING_S if evicts else _PACE_S
         self._writer: Writer
-        self._kept: Callable[[ActiveFile], Iterable[tuple[int, bytes]]] = lambda _: ()
-        self._enters = False
-        self._together = 1  # files synced in one call; who waits for one of them waits for all
+        self._unsynced_lines: Callable[[Segment], Iterable[tuple[int, bytes]]] = lambda _: ()
+        self._syncs_spare_names = False
+        self._sync_at_once = 1  # files synced in one call; who waits for one of them waits for all
         self._active_since: tuple[str, float] | None = None
-        self._dropped: dict[str, int] = {}
-        self._dropping: set[str] = set()
-        self._trouble = ""
+        self._logged_drops: dict[str, int] = {}
+        self._reasons_dropping: set[str] = set()
+        self._logged_problem = ""
         self.sealed: dict[str, int] = dict.fromkeys(get_args(SealReason), 0)
 
-    def attach(self, writer: Writer, committer: Committer | None = None, *, enters: bool = False) -> None:
-        """Seal for this writer; `enters` where the names of its spare files are to be durable before they are used."""
+    def attach(self, writer: Writer, committer: GroupCommitter | None = None, *, syncs_spare_names: bool = False) -> None:
+        """Seal for this writer; `syncs_spare_names`: the names of spares are durable before they are used."""
         self._writer = writer
-        self.capacity.attach(writer)
+        self.quota.attach(writer)
         if committer is not None:
-            self._kept = committer.kept
-        self._enters = enters
-        self._together = 1 if enters else RETIRED_MAX
-        self._dropped = dict(writer.dropped)
+            self._unsynced_lines = committer.unsynced_lines
+        self._syncs_spare_names = syncs_spare_names
+        self._sync_at_once = 1 if syncs_spare_names else RETIRED_MAX
+        self._logged_drops = dict(writer.dropped)
 
     def wake(self) -> None:
         """There is work; quick and re-entrant."""
@@ -101,7 +101,7 @@ class Sealer:
 
     def start(self) -> None:
         """Begin to work, in a thread."""
-        self._requests.has_new()  # what was asked for before is not meant for this writer
+        self._seal_requests.has_new()  # what was asked for before is not meant for this writer
         self._thread = threading.Thread(target=self._run, name="pillarbox-sealer", daemon=True)
         self._thread.start()
 
@@ -109,10 +109,10 @@ class Sealer:
         """Retire the active file and wait until everything retired so far is sealed; False when that took too long."""
         if not self._writer.rotate(reason):
             return False
-        last = self._writer.waiting()[-1:]
+        last = self._writer.retired_segments()[-1:]
         done = threading.Event()
         self._inbox.put(done)
-        return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.waiting())
+        return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.retired_segments())
 
     def stop(self, timeout: float) -> bool:
         """Seal what is there and end; False when that took too long."""
@@ -124,14 +124,14 @@ class Sealer:
         return True
 
     def _run(self) -> None:
-        self.adopt()
+        self.adopt_segments()
         wait = 0.0
         while not self._stopping:
             tickets = self._wait_for_work(wait)
             wait = self.step()
             for ticket in tickets:
                 ticket.set()
-        self.finish()
+        self.seal_remaining()
 
     def _wait_for_work(self, timeout: float) -> list[threading.Event]:
         """Wait for news, but let files gather for a while after some were sealed; a ticket waits for nothing."""
@@ -152,17 +152,19 @@ class Sealer:
                 tickets.append(ticket)
         return tickets
 
-    def adopt(self) -> None:
+    def adopt_segments(self) -> None:
         """Seal what dead writers left, before anything of ours is."""
         try:
             adopted = self._directory.recover()
         except OSError as error:
-            self._report(f"cannot adopt what is in the directory: {error}")
+            self._log_disk_state(f"cannot adopt what is in the directory: {error}")
             return
         for file in adopted:
-            reason: SealReason = "startup" if file.found == layout.LEGACY_ACTIVE else "adopted"
+            reason: SealReason = "startup" if file.active_name == layout.LEGACY_ACTIVE else "adopted"
             self.sealed[reason] += 1
-            self._note(Adopted(self._clock.micros(), layout.batch_id(file.sealed), layout.writer_of(file.found)))
+            self._add_ledger_entry(
+                AdoptedEntry(self._clock.micros(), layout.batch_id(file.sealed_name), layout.writer_of(file.active_name))
+            )
         if adopted:
             self._write_ledger()
             log.info("%s: adopted %d files that an earlier writer left", self._directory.path, len(adopted))
@@ -172,26 +174,26 @@ class Sealer:
         """One round: spare, age, sync and rename, count. Returns seconds until the next is due, if nothing happens before."""
         trouble = ""
         try:
-            trouble = self._open_spares(self._writer.look())
-            if self._requests.has_new() and self._writer.rotate("manual"):
-                self._requests.answer()
+            trouble = self._create_spares(self._writer.poll_for_sealer())
+            if self._seal_requests.has_new() and self._writer.rotate("manual"):
+                self._seal_requests.mark_handled()
             wait = self._seal_by_age()
             self._seal_retired()
-            wait = min(wait, self.capacity.look())
+            wait = min(wait, self.quota.enforce())
         except OSError as error:
             trouble = str(error)
             wait = _RETRY_S
-        self._report(trouble)
-        self._report_drops()
-        self._tell_of_drops()
+        self._log_disk_state(trouble)
+        self._log_drops()
+        self._call_on_drops()
         return wait
 
-    def _open_spares(self, count: int) -> str:
+    def _create_spares(self, count: int) -> str:
         """Have files ready; what goes wrong with that must not keep from sealing, which is what makes room."""
         if count <= 0:
             return ""
-        spares, error = self._writer.new_files(count)
-        entered = bool(spares) and self._enters and error is None
+        spares, error = self._writer.create_spares(count)
+        entered = bool(spares) and self._syncs_spare_names and error is None
         if entered:
             try:
                 self._directory.filesystem.sync_directory(self._directory.path)
@@ -199,24 +201,24 @@ class Sealer:
                 error, entered = failed, False
         # At once, here and below: a caller of `enqueue` in its system call holds the writer's lock, and both sides pay.
         if spares:
-            for file in self._writer.give_spares(spares, entered=entered):
+            for file in self._writer.add_spares(spares, names_durable=entered):
                 self._remove_empty(file)
         return "" if error is None else str(error)
 
-    def finish(self) -> None:
+    def seal_remaining(self) -> None:
         """Seal what is there and remove what is empty; the writer accepts nothing more."""
         empty = self._writer.close()
         try:
             self._seal_retired()
         except OSError as error:
             log.error("%s: not sealed at the end, the next start adopts it: %s", self._directory.path, error)  # noqa: TRY400 - the trace says nothing
-            for left in self._writer.waiting():  # whoever adopts it may be in this process
-                self._directory.filesystem.close(left.taken.fd)
+            for left in self._writer.retired_segments():  # whoever adopts it may be in this process
+                self._directory.filesystem.close(left.locked_file.fd)
         for file in empty:
             self._remove_empty(file)
-        self._tell_of_drops()
+        self._call_on_drops()
 
-    def _remove_empty(self, file: Taken) -> None:
+    def _remove_empty(self, file: LockedFile) -> None:
         filesystem = self._directory.filesystem
         try:
             if filesystem.size(file.fd) == 0:
@@ -226,7 +228,7 @@ class Sealer:
         filesystem.close(file.fd)
 
     def _seal_by_age(self) -> float:
-        active = self._writer.active()
+        active = self._writer.active_segment()
         if active is None:
             self._active_since = None
             return AGE_STRETCHED_MAX_S
@@ -234,92 +236,92 @@ class Sealer:
         now = self._clock.monotonic()
         if self._active_since is None or self._active_since[0] != name:
             self._active_since = (name, now)
-        waiting = self._writer.files - 1 - len(self._writer.retired)
-        left = self._active_since[1] + stretched(self._flush_interval, waiting) - now
+        waiting = self._writer.pending_files - 1 - len(self._writer.retired)
+        left = self._active_since[1] + stretched_flush_interval(self._flush_interval, waiting) - now
         if left > 0:
             # While the interval is stretched, look again after the plain one: the files may be gone by then. And while there is
             # something to seal, somebody may ask for it.
-            return min(left, self._flush_interval, LOOK_EVERY_S)
+            return min(left, self._flush_interval, REQUEST_POLL_S)
         self._writer.rotate("flush_interval")
         return self._flush_interval
 
     def _seal_retired(self) -> None:
-        retired = self._writer.waiting()
+        retired = self._writer.retired_segments()
         if not retired:
-            due = self._directory.finish_sealing()
-            if due or self._unnoted:  # whoever adopts may have synced the names
-                self._write_sealed()
+            due = self._directory.retry_name_sync()
+            if due or self._unrecorded:  # whoever adopts may have synced the names
+                self._record_sealed()
             if due:
                 self._on_sealed()
             return
 
-        self._make_durable(retired)
+        self._sync_segments(retired)
         done = 0
 
-        def renamed(files: Sequence[Taken], names: Sequence[str]) -> None:
+        def renamed(files: Sequence[LockedFile], names: Sequence[str]) -> None:
             nonlocal done
             now = self._clock.micros()
             for sealed, name in zip(retired[done : done + len(names)], names, strict=True):
-                self.sealed[sealed.reason] += 1
+                self.sealed[sealed.seal_reason] += 1
                 # Where a refused part could not be cut off, more may be in it than was accepted: whoever reads it counts.
-                events = None if sealed.spoilt else sealed.events
-                writer = layout.writer_of(sealed.taken.name)
-                self._unnoted.append(Sealed(now, layout.batch_id(name), writer, events, sealed.bytes))
+                events = None if sealed.has_leftover else sealed.events
+                writer = layout.writer_of(sealed.locked_file.name)
+                self._unrecorded.append(SealedEntry(now, layout.batch_id(name), writer, events, sealed.bytes))
             done += len(names)
             self._directory.filesystem.close_each([file.fd for file in files])
 
         try:
-            self._directory.seal([file.taken for file in retired], renamed)
+            self._directory.seal([file.locked_file for file in retired], renamed)
         finally:
-            self._writer.forget_oldest(done)
-        self._write_sealed()
+            self._writer.remove_oldest_retired(done)
+        self._record_sealed()
         self._pace = self._pace_s
         self._on_sealed()
 
-    def _write_sealed(self) -> None:
+    def _record_sealed(self) -> None:
         """Behind the sync of the names: what the ledger says was sealed must not be another batch when the power comes back."""
-        for entry in self._unnoted:
-            self._note(entry)
-        self._unnoted.clear()
+        for entry in self._unrecorded:
+            self._add_ledger_entry(entry)
+        self._unrecorded.clear()
         self._write_ledger()
 
-    def _note(self, entry: Sealed | Adopted) -> None:
+    def _add_ledger_entry(self, entry: SealedEntry | AdoptedEntry) -> None:
         if self._ledger is not None:
-            self._ledger.note(entry)
+            self._ledger.add(entry)
 
     def _write_ledger(self) -> None:
         if self._ledger is not None:
             self._ledger.write(sync=False)
 
-    def _make_durable(self, files: Sequence[ActiveFile]) -> None:
-        for at in range(0, len(files), self._together):
-            for trouble in self._writer.syncs.make_final(files[at : at + self._together], self._kept):
+    def _sync_segments(self, files: Sequence[Segment]) -> None:
+        for at in range(0, len(files), self._sync_at_once):
+            for trouble in self._writer.syncer.sync_for_seal(files[at : at + self._sync_at_once], self._unsynced_lines):
                 log.error("%s", trouble)
 
-    def _report(self, trouble: str) -> None:
+    def _log_disk_state(self, trouble: str) -> None:
         """Log trouble with the disk when it begins, changes and ends."""
-        if trouble == self._trouble:
+        if trouble == self._logged_problem:
             return
         if trouble:
             log.error("%s: %s", self._directory.path, trouble)
         else:
             log.info("%s: the disk works again", self._directory.path)
-        self._trouble = trouble
+        self._logged_problem = trouble
 
-    def _report_drops(self) -> None:
+    def _log_drops(self) -> None:
         """Log when events begin to be refused for a reason, and how many it were when that ends."""
         now = dict(self._writer.dropped)
         for reason, total in now.items():
-            if total > self._dropped[reason]:
-                if reason not in self._dropping:
-                    self._dropping.add(reason)
+            if total > self._logged_drops[reason]:
+                if reason not in self._reasons_dropping:
+                    self._reasons_dropping.add(reason)
                     log.warning("%s: events are being dropped: %s", self._directory.path, reason)
-            elif reason in self._dropping:
-                self._dropping.discard(reason)
+            elif reason in self._reasons_dropping:
+                self._reasons_dropping.discard(reason)
                 log.info("%s: no longer dropping for %s; %d dropped so far", self._directory.path, reason, total)
-        self._dropped = now
+        self._logged_drops = now
 
-    def _tell_of_drops(self) -> None:
+    def _call_on_drops(self) -> None:
         if self._on_drops is not None:
             with self._writer.lock:  # within it, a refusal may be counted and taken back
                 totals = dict(self._writer.dropped)

@@ -15,7 +15,7 @@ from pillarbox.outcome import ENQUEUED
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pillarbox.store.door import Door, Enqueue
+    from pillarbox.store.door import AppendHooks, EnqueueFunction
 
 if COMPILED:
     from pillarbox.store import _listing as listing
@@ -46,11 +46,21 @@ __all__ = [
 ]
 
 
-def quickest(writer: Appending, closure: Enqueue, door: Door, write: Callable[[int, bytes], int]) -> Enqueue:
+def quickest(
+    writer: Appending, closure: EnqueueFunction, door: AppendHooks, write: Callable[[int, bytes], int]
+) -> EnqueueFunction:
     """The closure of a writer, or one that does its simple case compiled and leaves the others to it."""
     if not COMPILED:
         return closure
     found = _speed.Enqueue(
-        writer, closure, door.encode, door.event_type, door.event_bytes_max, door.begin, write, ENQUEUED, door.power
+        writer,
+        closure,
+        door.encode,
+        door.event_type,
+        door.event_bytes_max,
+        door.append_unstarted,
+        write,
+        ENQUEUED,
+        door.power_by_default,
     )
     return update_wrapper(found, closure)

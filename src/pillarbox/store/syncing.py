@@ -15,64 +15,64 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from pillarbox.store.directory import Directory
-    from pillarbox.store.segment import ActiveFile
+    from pillarbox.store.segment import Segment
 
-    Kept = Callable[[ActiveFile], Iterable[tuple[int, bytes]]]  # what is in memory of a file: offsets and lines
+    UnsyncedLines = Callable[[Segment], Iterable[tuple[int, bytes]]]  # what is in memory of a file: offsets and lines
 
 
-class Syncs:
+class SegmentSyncer:
     """Of one writer's files. Never called with the writer's lock held: callers append meanwhile."""
 
     def __init__(
         self,
         directory: Directory,
-        cutting: Callable[[], AbstractContextManager[object]],
-        give_up: Callable[[ActiveFile, OSError], None],
+        truncate_lock: Callable[[], AbstractContextManager[object]],
+        stop_appending: Callable[[Segment, OSError], None],
     ) -> None:
         self._directory = directory
         self._filesystem = directory.filesystem
-        self._cutting = cutting  # the lock under which files are cut
-        self._give_up = give_up  # has nothing more appended to a file; raises where that cannot be
+        self._truncate_lock = truncate_lock  # the lock under which files are cut
+        self._stop_appending = stop_appending  # has nothing more appended to a file; raises where that cannot be
 
-    def make_durable(self, file: ActiveFile, kept: Kept) -> str:
+    def sync(self, file: Segment, unsynced_lines: UnsyncedLines) -> str:
         """Sync what is in a file, as far as it is not. Returns what went wrong and was mended; raises the `OSError` of that."""
-        with file.syncing:
-            size = self._due(file)
+        with file.sync_lock:
+            size = self._unsynced_size(file)
             if size is None:
                 return ""
-            (error,) = self._sync([file])
-            if error is None and not self._filesystem.is_linked(file.fd):
-                file.doubtful = False
-                error = FileNotFoundError(errno.ENOENT, "was removed by somebody", file.taken.name)
-                self._give_up(file, error)
+            (error,) = self._sync_data([file])
+            if error is None and not self._filesystem.has_name(file.fd):
+                file.sync_unknown = False
+                error = FileNotFoundError(errno.ENOENT, "was removed by somebody", file.locked_file.name)
+                self._stop_appending(file, error)
                 raise error
-            return self._conclude(file, size, error, kept)
+            return self._finish_sync(file, size, error, unsynced_lines)
 
-    def make_final(self, files: Sequence[ActiveFile], kept: Kept) -> list[str]:
+    def sync_for_seal(self, files: Sequence[Segment], unsynced_lines: UnsyncedLines) -> list[str]:
         """The same of files that get their sealed names next, in one go. Returns also what could not be mended."""
         troubles: list[str] = []
         with contextlib.ExitStack() as held:
             for file in files:
-                held.enter_context(file.syncing)
-            due = [(file, size) for file in files if (size := self._due(file)) is not None]
-            for (file, size), error in zip(due, self._sync([file for file, _ in due]), strict=True):
+                held.enter_context(file.sync_lock)
+            due = [(file, size) for file in files if (size := self._unsynced_size(file)) is not None]
+            for (file, size), error in zip(due, self._sync_data([file for file, _ in due]), strict=True):
                 try:
-                    troubles.append(self._conclude(file, size, error, kept))
+                    troubles.append(self._finish_sync(file, size, error, unsynced_lines))
                 except OSError as failed:
-                    troubles.append(f"{file.taken.name}: the disk does not take it ({failed}); sealed as it can be read")
+                    troubles.append(f"{file.locked_file.name}: the disk does not take it ({failed}); sealed as it can be read")
             for file in files:
-                file.sealed = True
+                file.is_sealed = True
         return [trouble for trouble in troubles if trouble]
 
-    def _due(self, file: ActiveFile) -> int | None:
+    def _unsynced_size(self, file: Segment) -> int | None:
         """How many bytes of a file are to be synced: all that it has by now; None where they are."""
-        size, cut = file.bytes, file.cut
+        size, cut = file.bytes, file.truncated
         if cut:
-            with self._cutting():  # or a cut that goes on would be forgotten
-                file.cut = False
-        return None if file.sealed or (file.synced >= size and not cut) else size
+            with self._truncate_lock():  # or a cut that goes on would be forgotten
+                file.truncated = False
+        return None if file.is_sealed or (file.synced_bytes >= size and not cut) else size
 
-    def _sync(self, files: Sequence[ActiveFile]) -> list[OSError | None]:
+    def _sync_data(self, files: Sequence[Segment]) -> list[OSError | None]:
         """Of each, what went wrong.
 
         Not worth a sync are those behind whose bytes there are more, which cannot be cut off, and those whose last one was cut
@@ -80,29 +80,29 @@ class Syncs:
         """
         unfit = [
             OSError(errno.EIO, "what was refused cannot be cut off")
-            if file.spoilt
+            if file.has_leftover
             else OSError(errno.EIO, "nobody knows how its last sync ended")
-            if file.doubtful
+            if file.sync_unknown
             else None
             for file in files
         ]
         fit = [file for file, error in zip(files, unfit, strict=True) if error is None]
         for file in fit:
-            file.doubtful = True
+            file.sync_unknown = True
         synced = iter(self._filesystem.sync_each([file.fd for file in fit]))
         return [next(synced) if error is None else error for error in unfit]
 
-    def _conclude(self, file: ActiveFile, size: int, error: OSError | None, kept: Kept) -> str:
+    def _finish_sync(self, file: Segment, size: int, error: OSError | None, unsynced_lines: UnsyncedLines) -> str:
         """After the sync of so many bytes: write the file anew where it has failed."""
         if error is None:
-            file.synced = size
-            file.doubtful = False
+            file.synced_bytes = size
+            file.sync_unknown = False
             return ""
-        trouble = f"{file.taken.name}: the disk did not take it ({error.strerror}); written anew"
-        file.cut = True
-        self._give_up(file, error)
-        file.taken = self._directory.write_anew(file.taken, kept(file), file.bytes)
-        file.fd = file.taken.fd
-        file.entered = file.cut = file.spoilt = file.doubtful = False
-        file.synced = file.bytes
+        trouble = f"{file.locked_file.name}: the disk did not take it ({error.strerror}); written anew"
+        file.truncated = True
+        self._stop_appending(file, error)
+        file.locked_file = self._directory.rewrite(file.locked_file, unsynced_lines(file), file.bytes)
+        file.fd = file.locked_file.fd
+        file.name_durable = file.truncated = file.has_leftover = file.sync_unknown = False
+        file.synced_bytes = file.bytes
         return trouble

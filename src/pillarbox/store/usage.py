@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from pillarbox.store import layout
-from pillarbox.store.dirscan import Sum
-from pillarbox.store.dirscan import sums as sums_of
+from pillarbox.store.dirscan import FileTotals
+from pillarbox.store.dirscan import totals_by_pattern as sums_of
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from pillarbox.store.dirscan import Entry
+    from pillarbox.store.dirscan import FileEntry
     from pillarbox.store.filesystem import Filesystem
 
 
-class Account(NamedTuple):
+class DiskUsage(NamedTuple):
     """What a listing adds up to; bytes and numbers of files. What waits for several sinks counts once."""
 
     active_files: int
@@ -33,8 +33,8 @@ class Account(NamedTuple):
     dead_bytes: int
     delivered_files: int
     delivered_bytes: int
-    oldest_stamp: int | None  # microseconds since 1970, of the oldest sealed file that has a stamp
-    newest_stamp: int | None
+    oldest_sealed_at: int | None  # microseconds since 1970, of the oldest sealed file that has a stamp
+    newest_sealed_at: int | None
 
     @property
     def pending_bytes(self) -> int:
@@ -47,11 +47,13 @@ class Account(NamedTuple):
         return self.active_files + self.sealed_files
 
 
-def tally(filesystem: Filesystem, path: str, queues: Sequence[str]) -> Account:
+def measure_usage(filesystem: Filesystem, path: str, queues: Sequence[str]) -> DiskUsage:
     """List a directory and its queues, and add up."""
-    sums = _by_kind(_once(filesystem, (path, *queues)) if queues else filesystem.sums(path, layout.PATTERNS))
+    sums = _by_kind(
+        _totals_without_duplicates(filesystem, (path, *queues)) if queues else filesystem.file_totals(path, layout.PATTERNS)
+    )
     active, legacy, sealed = sums[Kind.ACTIVE], sums[Kind.LEGACY_ACTIVE], sums[Kind.SEALED]
-    return Account(
+    return DiskUsage(
         active_files=active.files - active.empty + legacy.files,  # an empty one is a spare, or not yet written to
         active_bytes=active.bytes + legacy.bytes,
         sealed_files=sealed.files,
@@ -62,49 +64,49 @@ def tally(filesystem: Filesystem, path: str, queues: Sequence[str]) -> Account:
         dead_bytes=sums[Kind.DEAD].bytes,
         delivered_files=sums[Kind.DELIVERED].files,
         delivered_bytes=sums[Kind.DELIVERED].bytes,
-        oldest_stamp=sealed.oldest,
-        newest_stamp=sealed.newest,
+        oldest_sealed_at=sealed.oldest_micros,
+        newest_sealed_at=sealed.newest_micros,
     )
 
 
-def _by_kind(sums: Iterable[Sum]) -> dict[Kind, Sum]:
-    found = dict.fromkeys(Kind, Sum())
+def _by_kind(sums: Iterable[FileTotals]) -> dict[Kind, FileTotals]:
+    found = dict.fromkeys(Kind, FileTotals())
     for kind, more in zip(layout.KINDS, sums, strict=True):
-        found[kind] = found[kind].plus(more)
+        found[kind] = found[kind].combined_with(more)
     return found
 
 
-def _once(filesystem: Filesystem, places: Sequence[str]) -> list[Sum]:
+def _totals_without_duplicates(filesystem: Filesystem, places: Sequence[str]) -> list[FileTotals]:
     """What all of them add up to, where a file counts once that has names in several."""
-    seen = _Seen(filesystem)
-    kept: list[tuple[str, Entry]] = []  # judged last: what waits anywhere counts as waiting
+    seen = _CountedFiles(filesystem)
+    kept: list[tuple[str, FileEntry]] = []  # judged last: what waits anywhere counts as waiting
 
-    def entries() -> Iterator[Entry]:
+    def entries() -> Iterator[FileEntry]:
         for place in places:
-            for entry in filesystem.listing(place):
+            for entry in filesystem.list_files(place):
                 kind = layout.kind_of(entry.name)
                 if kind is Kind.DELIVERED:
                     kept.append((place, entry))
-                elif kind is not Kind.SEALED or not seen.has(place, entry.name):
+                elif kind is not Kind.SEALED or not seen.is_counted(place, entry.name):
                     yield entry
-        yield from (entry for place, entry in kept if not seen.has(place, entry.name))
+        yield from (entry for place, entry in kept if not seen.is_counted(place, entry.name))
 
     return sums_of(entries(), layout.PATTERNS)
 
 
-class _Seen:
+class _CountedFiles:
     """The files that were come by, each under one of its names."""
 
     def __init__(self, filesystem: Filesystem) -> None:
         self._filesystem = filesystem
         self._paths: dict[str, list[str]] = {}  # by what they were called when they were sealed
 
-    def has(self, place: str, name: str) -> bool:
+    def is_counted(self, place: str, name: str) -> bool:
         """Whether a file was come by under another name; from now on it was."""
-        packed = name.endswith(layout.COMPRESSED)
+        packed = name.endswith(layout.COMPRESSED_SUFFIX)
         path, batch = f"{place}/{name}", layout.batch_id(name)
-        known = self._paths.setdefault(batch + layout.COMPRESSED if packed else batch, [])
-        if known and not (packed and not any(self._filesystem.is_one(path, other) for other in known)):
+        known = self._paths.setdefault(batch + layout.COMPRESSED_SUFFIX if packed else batch, [])
+        if known and not (packed and not any(self._filesystem.is_same_file(path, other) for other in known)):
             return True
         known.append(path)
         return False

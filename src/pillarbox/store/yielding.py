@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pillarbox.store.directory import Directory
-    from pillarbox.store.dirscan import Entry
+    from pillarbox.store.dirscan import FileEntry
 
 log = logging.getLogger("pillarbox")
 
 
-def places(directory: Directory) -> dict[str, Directory]:
+def retention_directories(directory: Directory) -> dict[str, Directory]:
     """Where delivered files are kept, by the names of the sinks; "" where there are not several."""
     return {place.sink: place for place in (directory, *directory.queues())}
 
 
-def give_way(directory: Directory, enough: Callable[[int], bool]) -> int:
+def evict_delivered(directory: Directory, enough: Callable[[int], bool]) -> int:
     """Remove delivered files until it is `enough(bytes so far)` or none is left; how many. Raises `OSError`."""
-    kept = [(file, place) for place in places(directory).values() for file in place.delivered()]
-    waiting = directory.waiting()  # for another sink, so that nothing is free once its delivered name goes: last
+    kept = [(file, place) for place in retention_directories(directory).values() for file in place.delivered_files()]
+    waiting = directory.waiting_batch_ids()  # for another sink, so that nothing is free once its delivered name goes: last
     kept.sort(key=lambda one: (layout.batch_id(one[0].name) in waiting, one[0]))
-    names: dict[str, list[tuple[Entry, Directory]]] = {}  # by batch
+    names: dict[str, list[tuple[FileEntry, Directory]]] = {}  # by batch
     for file, place in kept:
         names.setdefault(layout.batch_id(file.name), []).append((file, place))
     removed = size = 0

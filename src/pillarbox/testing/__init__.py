@@ -8,7 +8,7 @@ fault.py     a file system that fails where it is told to
 
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.doubles import ManualClock, RecordingSink
-from pillarbox.testing.durability_model import Survivors
+from pillarbox.testing.durability_model import DurabilityModel
 from pillarbox.testing.fault import Fault, FaultFilesystem
 
-__all__ = ["CrashFilesystem", "Disk", "Fault", "FaultFilesystem", "ManualClock", "RecordingSink", "Survivors"]
+__all__ = ["CrashFilesystem", "Disk", "DurabilityModel", "Fault", "FaultFilesystem", "ManualClock", "RecordingSink"]

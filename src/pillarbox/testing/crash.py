@@ -13,15 +13,15 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusableError
-from pillarbox.store.dirscan import ByListing, Entry
-from pillarbox.store.filesystem import DirectoryFacts, Space
-from pillarbox.store.onebyone import OneByOne
+from pillarbox.store.dirscan import FileEntry, PortableScanOps
+from pillarbox.store.filesystem import DirectoryInfo, DiskSpace
+from pillarbox.store.onebyone import SequentialBatchOps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-_SPACE: Final = Space(2**40, 2**41)
-_FACTS: Final = DirectoryFacts(is_directory=True, mode=0o700, usable=True, medium="memory")
+_SPACE: Final = DiskSpace(2**40, 2**41)
+_FACTS: Final = DirectoryInfo(is_directory=True, mode=0o700, is_usable=True, filesystem_type="memory")
 
 State = dict[str, bytes]  # path -> content; of a directory in another, whose path ends with a slash, nothing
 
@@ -30,7 +30,7 @@ class Killed(BaseException):
     """The process is dead: nothing that it still tries reaches the disk, nor does any handler of its own stop it."""
 
 
-class Misuse(Exception):  # noqa: N818 - reads as the sentence it is
+class MisuseError(Exception):
     """A descriptor was used that is not open, or that was opened to read only."""
 
 
@@ -47,7 +47,7 @@ class Op(NamedTuple):
     offset: int = 0  # of a write; the size where that is what is set
     data: bytes = b""
     target: str = ""  # of a rename or link
-    what: object = None  # of a mark
+    note: object = None  # of a mark
 
 
 class _Inode:
@@ -59,7 +59,7 @@ class _Inode:
         self.number = number
         self.paths = [path]  # its names, oldest first; without one it is gone
         self.data = bytearray(data)
-        self.holders: set[_Opened] = set()  # of its lock
+        self.holders: set[_OpenFile] = set()  # of its lock
         self.exclusive = False  # whether the lock is
 
     @property
@@ -67,7 +67,7 @@ class _Inode:
         return self.paths[0] if self.paths else ""
 
 
-class _Opened:
+class _OpenFile:
     """An open file description."""
 
     __slots__ = ("inode", "writable")
@@ -90,7 +90,7 @@ class Disk:
         self._new_number = itertools.count(1).__next__
         links = links or {}
         for path, data in (files or {}).items():
-            self._find_directory(path.rpartition("/")[0])
+            self._add_directory(path.rpartition("/")[0])
             if path not in links and not path.endswith("/"):
                 names, name = self.names_at(path)
                 inode = names[name] = _Inode(self._new_number(), path, data)
@@ -99,14 +99,14 @@ class Disk:
             self.link(source, path)
             self.trace.append(Op("sync_directory", path.rpartition("/")[0]))
 
-    def _find_directory(self, path: str) -> None:
+    def _add_directory(self, path: str) -> None:
         """Have a directory that was there before everything, and what is above it."""
         above, _, name = path.rpartition("/")
         if path in self.directories:
             return
         self.directories[path] = {}
         if above and name:
-            self._find_directory(above)
+            self._add_directory(above)
             self.numbers[path] = number = self._new_number()
             self.trace.append(Op("found", path + "/", number))
 
@@ -124,11 +124,11 @@ class Disk:
         inodes = {inode for names in self.directories.values() for inode in names.values()}
         return {path: inode.path for inode in inodes for path in inode.paths[1:]}
 
-    def mark(self, what: object) -> None:
+    def mark(self, note: object) -> None:
         """Note something in the trace, between the operations."""
-        self.trace.append(Op("mark", what=what))
+        self.trace.append(Op("mark", note=note))
 
-    def add(self, path: str) -> _Inode:
+    def add_file(self, path: str) -> _Inode:
         """A new, empty file."""
         names, name = self.names_at(path)
         inode = names[name] = _Inode(self._new_number(), path)
@@ -140,7 +140,7 @@ class Disk:
         names, name = self.names_at(source)
         into, new = self.names_at(target)
         if name not in names:
-            raise _missing(source)
+            raise _not_found(source)
         self.must_be_free(target)
         inode = into[new] = names[name]
         inode.paths.append(target)
@@ -174,14 +174,14 @@ class Disk:
     def remove_directory(self, path: str, because: Op | None = None) -> None:
         """An empty one."""
         if path not in self.numbers:
-            raise _missing(path)
-        if self.directories[path] or self.within(path):
+            raise _not_found(path)
+        if self.directories[path] or self.subdirectories(path):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
         del self.directories[path]
         self.trace.append(because or Op("remove_directory", path, self.numbers[path]))
         del self.numbers[path]
 
-    def within(self, path: str) -> list[str]:
+    def subdirectories(self, path: str) -> list[str]:
         """The names of the directories in a directory."""
         return [one.rpartition("/")[2] for one in self.directories if one.rpartition("/")[0] == path]
 
@@ -196,22 +196,22 @@ class Disk:
         above, _, name = path.rpartition("/")
         names = self.directories.get(above)
         if names is None:
-            raise _missing(path)
+            raise _not_found(path)
         return names, name
 
 
-def _missing(path: str) -> FileNotFoundError:
+def _not_found(path: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
-def _checked(inode: _Inode, path: str, *, linked: bool = False) -> _Inode:
+def _openable(inode: _Inode, path: str, *, allow_links: bool = False) -> _Inode:
     """What may be opened: no other name may lead to it, unless that is said."""
-    if len(inode.paths) > 1 and not linked:
+    if len(inode.paths) > 1 and not allow_links:
         raise FileUnusableError(path, "has a second hard link")
     return inode
 
 
-class CrashFilesystem(OneByOne, ByListing):
+class CrashFilesystem(SequentialBatchOps, PortableScanOps):
     """A process's view of a `Disk`: a `Filesystem`, with open files and locks as the kernel keeps them.
 
     `before(verb, path)` is called ahead of every operation and may raise: a switch point, a cut, a fault.
@@ -220,13 +220,13 @@ class CrashFilesystem(OneByOne, ByListing):
     def __init__(self, disk: Disk, before: Callable[[str, str], None] = lambda _verb, _path: None) -> None:
         self.disk = disk
         self._before = before
-        self._open: dict[int, _Opened] = {}
+        self._open: dict[int, _OpenFile] = {}
         self._next_fd = itertools.count(3).__next__
-        self._dead = False
+        self._is_dead = False
 
     def kill(self) -> None:
         """The process dies: its descriptors and locks go, the disk keeps everything."""
-        self._dead = True
+        self._is_dead = True
         self.close_inherited()
 
     def close_inherited(self) -> None:
@@ -235,37 +235,37 @@ class CrashFilesystem(OneByOne, ByListing):
             opened.inode.holders.discard(opened)
         self._open.clear()
 
-    def _begin(self, verb: str, path: str) -> None:
-        if self._dead:
+    def _before_path_op(self, verb: str, path: str) -> None:
+        if self._is_dead:
             raise Killed
         self._before(verb, path)
 
-    def _use(self, verb: str, fd: int) -> _Inode:
+    def _before_fd_op(self, verb: str, fd: int) -> _Inode:
         """The open file that an operation is about to touch."""
-        if self._dead:
+        if self._is_dead:
             raise Killed
         opened = self._open.get(fd)
         if opened is None:
-            raise Misuse(f"{verb}: descriptor {fd} is not open")
+            raise MisuseError(f"{verb}: descriptor {fd} is not open")
         self._before(verb, opened.inode.path)
         return opened.inode
 
-    def _change(self, verb: str, fd: int) -> _Inode:
-        inode = self._use(verb, fd)
+    def _before_change(self, verb: str, fd: int) -> _Inode:
+        inode = self._before_fd_op(verb, fd)
         if not self._open[fd].writable:
-            raise Misuse(f"{verb}: {inode.path} is open to read only")
+            raise MisuseError(f"{verb}: {inode.path} is open to read only")
         return inode
 
-    def _admit(self, inode: _Inode, *, writable: bool) -> int:
+    def _add_descriptor(self, inode: _Inode, *, writable: bool) -> int:
         fd = self._next_fd()
-        self._open[fd] = _Opened(inode, writable=writable)
+        self._open[fd] = _OpenFile(inode, writable=writable)
         return fd
 
     # Directories.
 
     def make_directory(self, path: str) -> None:
         """Have it and what is missing above it, and sync what is above."""
-        self._begin("make_directory", path)
+        self._before_path_op("make_directory", path)
         if path not in self.disk.directories:
             if path.rpartition("/")[0] in self.disk.directories:
                 self.disk.must_be_free(path)
@@ -273,76 +273,76 @@ class CrashFilesystem(OneByOne, ByListing):
         while path := path.rpartition("/")[0]:
             self.sync_directory(path)
 
-    def directory_facts(self, path: str) -> DirectoryFacts | None:
+    def inspect_directory(self, path: str) -> DirectoryInfo | None:
         """A directory is ours and private."""
-        self._begin("directory_facts", path)
+        self._before_path_op("inspect_directory", path)
         return _FACTS if path in self.disk.directories else None
 
-    def listing(self, path: str) -> Iterator[Entry]:
+    def list_files(self, path: str) -> Iterator[FileEntry]:
         """The files of a directory, as they are at this moment."""
-        self._begin("listing", path)
+        self._before_path_op("list_files", path)
         names = self.disk.directories.get(path)
         if names is None:
-            raise _missing(path)
-        return iter([Entry(name, len(inode.data)) for name, inode in names.items()])
+            raise _not_found(path)
+        return iter([FileEntry(name, len(inode.data)) for name, inode in names.items()])
 
     def subdirectories(self, path: str) -> list[str]:
         """The directories of a directory, as they are at this moment."""
-        self._begin("subdirectories", path)
+        self._before_path_op("subdirectories", path)
         if path not in self.disk.directories:
-            raise _missing(path)
-        return self.disk.within(path)
+            raise _not_found(path)
+        return self.disk.subdirectories(path)
 
     def remove_directory(self, path: str) -> None:
         """An empty one."""
-        self._begin("remove_directory", path)
+        self._before_path_op("remove_directory", path)
         self.disk.remove_directory(path)
 
     def sync_directory(self, path: str) -> None:
         """Make names durable."""
-        self._begin("sync_directory", path)
+        self._before_path_op("sync_directory", path)
         if path not in self.disk.directories:
-            raise _missing(path)
+            raise _not_found(path)
         self.disk.trace.append(Op("sync_directory", path))
 
-    def space(self, path: str) -> Space:
+    def disk_space(self, path: str) -> DiskSpace:
         """Plenty."""
-        self._begin("space", path)
+        self._before_path_op("disk_space", path)
         return _SPACE
 
     # Names.
 
     def create(self, path: str) -> int:
         """A new file to append to; the name must be free."""
-        self._begin("create", path)
+        self._before_path_op("create", path)
         self.disk.must_be_free(path)
-        return self._admit(self.disk.add(path), writable=True)
+        return self._add_descriptor(self.disk.add_file(path), writable=True)
 
-    def open_existing(self, path: str, *, linked: bool = False) -> int:
-        """To read, sync and lock; `linked`: although it has further names."""
-        self._begin("open_existing", path)
+    def open_existing(self, path: str, *, allow_links: bool = False) -> int:
+        """To read, sync and lock; `allow_links`: although it has further names."""
+        self._before_path_op("open_existing", path)
         names, name = self.disk.names_at(path)
         if name not in names:
-            raise _missing(path)
-        return self._admit(_checked(names[name], path, linked=linked), writable=False)
+            raise _not_found(path)
+        return self._add_descriptor(_openable(names[name], path, allow_links=allow_links), writable=False)
 
-    def open_lock(self, path: str) -> int:
+    def open_lock_file(self, path: str) -> int:
         """A file made where it is missing."""
-        return self._open_or_make("open_lock", path)
+        return self._open_or_create("open_lock_file", path)
 
     def open_append(self, path: str) -> int:
         """The same: every `write` appends here."""
-        return self._open_or_make("open_append", path)
+        return self._open_or_create("open_append", path)
 
-    def _open_or_make(self, verb: str, path: str) -> int:
-        self._begin(verb, path)
+    def _open_or_create(self, verb: str, path: str) -> int:
+        self._before_path_op(verb, path)
         names, name = self.disk.names_at(path)
-        inode = _checked(names[name], path) if name in names else self.disk.add(path)
-        return self._admit(inode, writable=True)
+        inode = _openable(names[name], path) if name in names else self.disk.add_file(path)
+        return self._add_descriptor(inode, writable=True)
 
     def link(self, source: str, target: str) -> None:
         """A further name, which must be free."""
-        self._begin("link", target)
+        self._before_path_op("link", target)
         self.disk.link(source, target)
 
     def rename(self, source: str, target: str) -> None:
@@ -350,16 +350,16 @@ class CrashFilesystem(OneByOne, ByListing):
 
         Where both are names of one file nothing happens, as rename(2) says.
         """
-        self._begin("rename", source)
+        self._before_path_op("rename", source)
         names, name = self.disk.names_at(source)
         into, new = self.disk.names_at(target)
         if names is not into:
-            raise Misuse(f"rename: {source} to another directory: {target}")
+            raise MisuseError(f"rename: {source} to another directory: {target}")
         if source in self.disk.numbers:
             self.disk.rename_directory(source, target)
             return
         if name not in names:
-            raise _missing(source)
+            raise _not_found(source)
         inode = names[name]
         if into.get(new) is inode:
             return
@@ -371,11 +371,11 @@ class CrashFilesystem(OneByOne, ByListing):
 
     def unlink(self, path: str) -> None:
         """Take the name away; who has it open keeps the file."""
-        self._begin("unlink", path)
+        self._before_path_op("unlink", path)
         names, name = self.disk.names_at(path)
         inode = names.pop(name, None)
         if inode is None:
-            raise _missing(path)
+            raise _not_found(path)
         inode.paths.remove(path)
         self.disk.trace.append(Op("unlink", path, inode.number))
 
@@ -383,7 +383,7 @@ class CrashFilesystem(OneByOne, ByListing):
 
     def close(self, fd: int) -> None:
         """And release its lock."""
-        self._use("close", fd)
+        self._before_fd_op("close", fd)
         opened = self._open.pop(fd)
         opened.inode.holders.discard(opened)
 
@@ -396,7 +396,7 @@ class CrashFilesystem(OneByOne, ByListing):
         return self._lock("lock_shared", fd, exclusive=False)
 
     def _lock(self, verb: str, fd: int, *, exclusive: bool) -> bool:
-        inode, opened = self._use(verb, fd), self._open[fd]
+        inode, opened = self._before_fd_op(verb, fd), self._open[fd]
         if opened in inode.holders and inode.exclusive == exclusive:
             return True
         inode.holders.discard(opened)  # first, says flock(2): where the other lock is not to be had this one is gone too
@@ -406,35 +406,35 @@ class CrashFilesystem(OneByOne, ByListing):
         inode.exclusive = exclusive
         return True
 
-    def is_still(self, fd: int, path: str) -> bool:
+    def is_file_at(self, fd: int, path: str) -> bool:
         """Whether `path` names the open file."""
-        return path in self._use("is_still", fd).paths
+        return path in self._before_fd_op("is_file_at", fd).paths
 
-    def is_one(self, path: str, other: str) -> bool:
+    def is_same_file(self, path: str, other: str) -> bool:
         """Whether two paths name one file."""
-        self._begin("is_one", path)
+        self._before_path_op("is_same_file", path)
         (names, name), (others, another) = self.disk.names_at(path), self.disk.names_at(other)
         return name in names and names[name] is others.get(another)
 
-    def is_linked(self, fd: int) -> bool:
+    def has_name(self, fd: int) -> bool:
         """Whether the open file has a name."""
-        return bool(self._use("is_linked", fd).paths)
+        return bool(self._before_fd_op("has_name", fd).paths)
 
     def size(self, fd: int) -> int:
         """In bytes."""
-        return len(self._use("size", fd).data)
+        return len(self._before_fd_op("size", fd).data)
 
     def read_all(self, fd: int) -> bytes:
         """The whole file."""
-        return bytes(self._use("read_all", fd).data)
+        return bytes(self._before_fd_op("read_all", fd).data)
 
     def read_at(self, fd: int, offset: int, count: int) -> bytes:
         """Up to `count` bytes from `offset`."""
-        return bytes(self._use("read_at", fd).data[offset : offset + count])
+        return bytes(self._before_fd_op("read_at", fd).data[offset : offset + count])
 
     def write(self, fd: int, data: bytes) -> int:
         """Append."""
-        inode = self._change("write", fd)
+        inode = self._before_change("write", fd)
         self.disk.trace.append(Op("write", inode.path, inode.number, len(inode.data), bytes(data)))
         inode.data += data
         return len(data)
@@ -443,24 +443,24 @@ class CrashFilesystem(OneByOne, ByListing):
         """Append everything; one write."""
         self.write(fd, data)
 
-    def replace_all(self, fd: int, data: bytes) -> None:
+    def overwrite(self, fd: int, data: bytes) -> None:
         """Write from the beginning, then cut."""
-        inode = self._change("replace_all", fd)
+        inode = self._before_change("overwrite", fd)
         self.disk.trace.append(Op("write", inode.path, inode.number, 0, data))
         inode.data[: len(data)] = data
-        self._cut(inode, len(data))
+        self._truncate(inode, len(data))
 
     def truncate(self, fd: int, size: int) -> None:
         """Cut."""
-        self._cut(self._change("truncate", fd), size)
+        self._truncate(self._before_change("truncate", fd), size)
 
-    def _cut(self, inode: _Inode, size: int) -> None:
+    def _truncate(self, inode: _Inode, size: int) -> None:
         self.disk.trace.append(Op("truncate", inode.path, inode.number, size))
         del inode.data[size:]
 
     def sync_data(self, fd: int) -> None:
         """Make a file's data durable."""
-        inode = self._use("sync_data", fd)
+        inode = self._before_fd_op("sync_data", fd)
         self.disk.trace.append(Op("sync_data", inode.path, inode.number))
 
     def sync_failed(self, fd: int) -> None:

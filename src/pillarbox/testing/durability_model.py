@@ -1,6 +1,6 @@
 """THE written weak model of what is left of a disk when the power fails.
 
-`Survivors` reads the trace of a `Disk`, or its beginning, and knows each state that a loss of power at that moment may leave.
+`DurabilityModel` reads the trace of a `Disk`, or its beginning, and knows each state that a loss of power may leave then.
 
 DATA. Each write since the file's last `sync_data` is lost, applied, or sized only (the file is as long as if it had been
 written, with NUL bytes there), each for itself, in whatever order. At most one write of a file is torn, at any byte: of the
@@ -42,10 +42,10 @@ _NUL: Final = b"\0"
 _PAGE: Final = 4096
 
 
-class _Change(NamedTuple):
+class _DataChange(NamedTuple):
     """A write or truncation of which it is not known whether it is there."""
 
-    cuts: bool
+    is_truncation: bool
     offset: int
     data: bytes
     certain: bool = False  # a doomed one before it is all that keeps it from being part of the durable content
@@ -54,40 +54,40 @@ class _Change(NamedTuple):
 class _File:
     """What may be left of a file's data."""
 
-    __slots__ = ("base", "changes", "doomed", "variants")
+    __slots__ = ("base", "changes", "unsyncable", "variants")
 
     def __init__(self, data: bytes = b"") -> None:
         self.base = data  # durable
-        self.changes: list[_Change] = []  # since then, in order
-        self.doomed = 0  # so many of them, from the first on, no sync makes certain
+        self.changes: list[_DataChange] = []  # since then, in order
+        self.unsyncable = 0  # so many of them, from the first on, no sync makes certain
         self.variants: dict[Tears, tuple[list[bytes], list[bytes]]] = {}
 
-    def add(self, change: _Change) -> None:
+    def add(self, change: _DataChange) -> None:
         self.changes.append(change)
         self.variants.clear()
 
     def sync(self) -> None:
         self.variants.clear()
-        if self.doomed:
-            self.changes[self.doomed :] = [change._replace(certain=True) for change in self.changes[self.doomed :]]
+        if self.unsyncable:
+            self.changes[self.unsyncable :] = [change._replace(certain=True) for change in self.changes[self.unsyncable :]]
             return
-        self.base = self.whole()
+        self.base = self.complete()
         self.changes.clear()
 
-    def fail(self) -> None:
+    def fail_sync(self) -> None:
         # What a later sync had made certain behind a doomed write stays so: the flag is its own.
-        self.doomed = len(self.changes)
+        self.unsyncable = len(self.changes)
 
-    def whole(self) -> bytes:
+    def complete(self) -> bytes:
         """Its content if everything is there."""
         data = self.base
         for change in self.changes:
-            data = data[: change.offset] if change.cuts else _put(data, change.offset, change.data)
+            data = data[: change.offset] if change.is_truncation else _overwritten(data, change.offset, change.data)
         return data
 
 
 Tears = tuple[int, ...]  # at which bytes a write may be torn; negative ones count from its end, empty means at any
-NAMES_MAX: Final = 16  # unsynced changes of names; of more, which may leave 65,536 directories, only `one` tells
+NAMES_MAX: Final = 16  # unsynced changes of names; of more, which may leave 65,536 directories, only `random_state` tells
 
 
 class _Name(NamedTuple):
@@ -101,15 +101,15 @@ _Key = tuple[int, str]  # the number of a directory, and a name in it
 _Names = dict[_Key, _Name]
 
 
-class _Renaming(NamedTuple):
+class _NameChange(NamedTuple):
     """A change of a name of which it is not known whether it is there."""
 
     name: _Name
-    place: int  # the directory that makes it durable
+    directory: int  # the directory that makes it durable
     key: _Key | None  # where the name is afterwards
 
 
-class Survivors:
+class DurabilityModel:
     """What may be left on the disk after a trace, or a beginning of one; moves on with it.
 
     Files whose name is in `ignoring` are left out, as if they were never made.
@@ -119,11 +119,11 @@ class Survivors:
         self._ignoring = ignoring
         self._files: dict[int, _File] = {}
         self._roots: dict[int, str] = {}  # directories that are there whatever happens; their numbers are negative
-        self._places: dict[str, int] = {}  # directories as the running system sees them
+        self._directories_by_path: dict[str, int] = {}  # directories as the running system sees them
         self._lineages = itertools.count().__next__
         self._running: _Names = {}
         self._durable: _Names = {}
-        self._unsure: list[_Renaming] = []  # what leads from the one to the other
+        self._unsynced: list[_NameChange] = []  # what leads from the one to the other
         for op in trace:
             self.apply(op)
 
@@ -131,80 +131,80 @@ class Survivors:
         """One more operation has come to its end."""
         verb, inode = op.verb, op.inode
         if verb in ("found", "create", "make_directory"):
-            self._begin(op)
+            self._apply_creation(op)
         elif verb == "sync_directory":
-            self._sync_names(self._place(op.path))
+            self._sync_names(self._directory_number(op.path))
         elif verb in ("rename", "unlink", "remove_directory"):
-            self._go_on(op)
+            self._apply_rename_or_removal(op)
         elif (file := self._files.get(inode)) is None:
             return  # a mark, or a file that is ignored
         elif verb in ("write", "truncate"):
-            file.add(_Change(verb == "truncate", op.offset, op.data))
+            file.add(_DataChange(verb == "truncate", op.offset, op.data))
         elif verb == "sync_data":
             file.sync()
         elif verb == "sync_failed":
-            file.fail()
+            file.fail_sync()
         else:
             key = self._key(op.target)
-            self._change(_Renaming(_Name(self._lineages(), inode), key[0], key))
+            self._apply_name_change(_NameChange(_Name(self._lineages(), inode), key[0], key))
 
-    def _begin(self, op: Op) -> None:
+    def _apply_creation(self, op: Op) -> None:
         path = op.path.removesuffix("/")
         key = self._key(path)
         if key[1] in self._ignoring:
             return
         if op.verb == "make_directory" or path != op.path:
-            self._places[path] = op.inode
+            self._directories_by_path[path] = op.inode
         else:
             self._files[op.inode] = _File(op.data)
         name = _Name(self._lineages(), op.inode)
         if op.verb == "found":
             self._durable[key] = self._running[key] = name
         else:
-            self._change(_Renaming(name, key[0], key))
+            self._apply_name_change(_NameChange(name, key[0], key))
 
-    def _go_on(self, op: Op) -> None:
+    def _apply_rename_or_removal(self, op: Op) -> None:
         """A name becomes another, or ends."""
         key = self._key(op.path)
         if key not in self._running:
             return  # it is ignored
         target = self._key(op.target) if op.verb == "rename" else None
-        self._change(_Renaming(self._running[key], key[0], target))
+        self._apply_name_change(_NameChange(self._running[key], key[0], target))
         if op.inode in self._files:
             return
         within = op.path + "/"
-        for path in [path for path in self._places if (path + "/").startswith(within)]:
-            place = self._places.pop(path)
+        for path in [path for path in self._directories_by_path if (path + "/").startswith(within)]:
+            place = self._directories_by_path.pop(path)
             if target:
-                self._places[op.target + path[len(op.path) :]] = place
+                self._directories_by_path[op.target + path[len(op.path) :]] = place
 
-    def _change(self, renaming: _Renaming) -> None:
-        self._running = _renamed(self._running, renaming)
-        self._unsure.append(renaming)
+    def _apply_name_change(self, renaming: _NameChange) -> None:
+        self._running = _with_name_change(self._running, renaming)
+        self._unsynced.append(renaming)
 
-    def _place(self, path: str) -> int:
+    def _directory_number(self, path: str) -> int:
         """The number of a directory; one that nobody made was there."""
-        if path not in self._places:
-            self._places[path] = number = -1 - len(self._roots)
+        if path not in self._directories_by_path:
+            self._directories_by_path[path] = number = -1 - len(self._roots)
             self._roots[number] = path
-        return self._places[path]
+        return self._directories_by_path[path]
 
     def _key(self, path: str) -> _Key:
         above, _, name = path.rpartition("/")
-        return self._place(above), name
+        return self._directory_number(above), name
 
     def _sync_names(self, place: int) -> None:
-        left: list[_Renaming] = []
-        for renaming in self._unsure:
-            if renaming.place == place:
-                self._durable = _renamed(self._durable, renaming)
+        left: list[_NameChange] = []
+        for renaming in self._unsynced:
+            if renaming.directory == place:
+                self._durable = _with_name_change(self._durable, renaming)
             else:
                 left.append(renaming)
-        self._unsure = left
+        self._unsynced = left
 
-    def whole(self) -> State:
+    def complete_state(self) -> State:
         """What is there if everything is: what the death of every process leaves."""
-        contents = {number: file.whole() for number, file in self._files.items()}
+        contents = {number: file.complete() for number, file in self._files.items()}
         return {path: contents.get(number, b"") for path, number in self._paths(self._running).items()}
 
     def states(self, tears: Tears = (), torn: int = 1) -> Iterator[State]:
@@ -212,9 +212,9 @@ class Survivors:
 
         States that differ in which file has which name, but not in names and contents, may come twice.
         """
-        for names in self._directories():
-            numbers = self._numbers(names)
-            variants = [self._variants(self._files[number], tears) for number in numbers]
+        for names in self._possible_names():
+            numbers = self._file_numbers(names)
+            variants = [self._contents(self._files[number], tears) for number in numbers]
             for broken in range(min(torn, len(variants)) + 1):
                 for chosen in itertools.combinations(range(len(variants)), broken):
                     contents = [variants[index][index in chosen] for index in range(len(variants))]
@@ -228,28 +228,28 @@ class Survivors:
     def count(self, tears: Tears = (), torn: int = 1) -> int:
         """How many `states` there are, without making them."""
         total = 0
-        for names in self._directories():
-            sizes = [tuple(map(len, self._variants(self._files[number], tears))) for number in self._numbers(names)]
+        for names in self._possible_names():
+            sizes = [tuple(map(len, self._contents(self._files[number], tears))) for number in self._file_numbers(names)]
             for broken in range(min(torn, len(sizes)) + 1):
                 for chosen in itertools.combinations(range(len(sizes)), broken):
                     total += math.prod(size[index in chosen] for index, size in enumerate(sizes))
         return total
 
-    def one(self, chance: Random) -> State:
+    def random_state(self, chance: Random) -> State:
         """One of the states, by chance: for those that are too many to look at."""
         kept = self._durable
-        for renaming in self._unsure:
+        for renaming in self._unsynced:
             if chance.random() < 1 / 2:
-                kept = _renamed(kept, renaming)
+                kept = _with_name_change(kept, renaming)
         names = self._paths(kept)
         held: dict[int, bytes] = {}
         whole = chance.random() < 1 / 2
-        for number in self._numbers(names):
+        for number in self._file_numbers(names):
             file = self._files[number]
             torn = -1 if whole or not file.changes else chance.randrange(len(file.changes))
             contents = {file.base}
             for index, change in enumerate(file.changes):
-                made, made_torn = _after(change, contents, set(), ())
+                made, made_torn = _contents_after(change, contents, set(), ())
                 contents = {chance.choice(sorted(made_torn if index == torn and made_torn else made))}
             whole |= torn >= 0
             held[number] = contents.pop()
@@ -258,7 +258,7 @@ class Survivors:
     def admits(self, state: Mapping[str, bytes]) -> bool:
         """Whether a disk that looks like this is what the model says may be left; in any number of files a write is torn."""
         seen = {path: data for path, data in state.items() if path.rpartition("/")[2] not in self._ignoring}
-        return any(names.keys() == seen.keys() and self._may_be(names, seen) for names in self._directories())
+        return any(names.keys() == seen.keys() and self._may_be(names, seen) for names in self._possible_names())
 
     def _may_be(self, names: dict[str, int], seen: State) -> bool:
         held = {number: seen[path] for path, number in names.items()}
@@ -268,18 +268,18 @@ class Survivors:
         )
 
     @property
-    def unsure(self) -> int:
+    def unsynced_names(self) -> int:
         """How many changes of names are not durable; each doubles the directories that may be left."""
-        return len(self._unsure)
+        return len(self._unsynced)
 
-    def _directories(self) -> Iterable[dict[str, int]]:
+    def _possible_names(self) -> Iterable[dict[str, int]]:
         """The names that may be there, each with what it names; each different directory once."""
-        if len(self._unsure) > NAMES_MAX:
-            raise OverflowError(f"{len(self._unsure)} changes of names without a sync of their directory")
+        if len(self._unsynced) > NAMES_MAX:
+            raise OverflowError(f"{len(self._unsynced)} changes of names without a sync of their directory")
         found = {frozenset(self._durable.items()): self._durable}
-        for renaming in self._unsure:
+        for renaming in self._unsynced:
             for names in list(found.values()):
-                changed = _renamed(names, renaming)
+                changed = _with_name_change(names, renaming)
                 found.setdefault(frozenset(changed.items()), changed)
         told_apart = {frozenset(paths.items()): paths for paths in map(self._paths, found.values())}
         return told_apart.values()
@@ -302,17 +302,17 @@ class Survivors:
                 paths[f"{holder}/{last}" if name.number in self._files else f"{holder}/{last}/"] = name.number
         return paths
 
-    def _numbers(self, names: dict[str, int]) -> list[int]:
+    def _file_numbers(self, names: dict[str, int]) -> list[int]:
         """The files among what is named, each once."""
         return [number for number in dict.fromkeys(names.values()) if number in self._files]
 
-    def _variants(self, file: _File, tears: Tears) -> tuple[list[bytes], list[bytes]]:
+    def _contents(self, file: _File, tears: Tears) -> tuple[list[bytes], list[bytes]]:
         """The contents a file may have: with each write whole, and with one torn."""
         known = file.variants.get(tears)
         if known is None:
             whole, torn = {file.base}, set[bytes]()
             for change in file.changes:
-                whole, torn = _after(change, whole, torn, tears)
+                whole, torn = _contents_after(change, whole, torn, tears)
             known = file.variants[tears] = (sorted(whole), sorted(torn - whole))
         return known
 
@@ -320,15 +320,15 @@ class Survivors:
         """Whether a content is among a file's variants, which are too many to list: none is kept that cannot become it."""
         whole, torn = {file.base}, set[bytes]()
         for index, change in enumerate(file.changes):
-            whole, torn = _after(change, whole, torn, ())
+            whole, torn = _contents_after(change, whole, torn, ())
             # Nothing that follows changes what is ahead of this byte, but by filling gaps with NUL bytes.
             final = min((later.offset for later in file.changes[index + 1 :]), default=len(data) + 1)
-            whole = {content for content in whole if _leads_to(content, data, final)}
-            torn = {content for content in torn if _leads_to(content, data, final)}
+            whole = {content for content in whole if _can_become(content, data, final)}
+            torn = {content for content in torn if _can_become(content, data, final)}
         return data in whole or data in torn
 
 
-def _renamed(names: _Names, renaming: _Renaming) -> _Names:
+def _with_name_change(names: _Names, renaming: _NameChange) -> _Names:
     """Names with one change applied, whatever else is."""
     lineage = renaming.name.lineage
     changed = {key: name for key, name in names.items() if name.lineage != lineage}
@@ -337,49 +337,49 @@ def _renamed(names: _Names, renaming: _Renaming) -> _Names:
     return changed
 
 
-def _put(content: bytes, offset: int, data: bytes) -> bytes:
+def _overwritten(content: bytes, offset: int, data: bytes) -> bytes:
     return content[:offset].ljust(offset, _NUL) + data + content[offset + len(data) :]
 
 
-def _after(change: _Change, whole: set[bytes], torn: set[bytes], tears: Tears) -> tuple[set[bytes], set[bytes]]:
+def _contents_after(change: _DataChange, whole: set[bytes], torn: set[bytes], tears: Tears) -> tuple[set[bytes], set[bytes]]:
     """The contents that may be there after one more change; `torn` are those in which a write is torn already."""
     offset, data = change.offset, change.data
-    if change.cuts:
+    if change.is_truncation:
         made, made_torn = ({content[:offset] for content in group} for group in (whole, torn))
     else:
-        made, made_torn = ({_put(content, offset, data) for content in group} for group in (whole, torn))
+        made, made_torn = ({_overwritten(content, offset, data) for content in group} for group in (whole, torn))
     if change.certain:
         return made, made_torn
     made |= whole
     made_torn |= torn
-    if change.cuts:
-        made |= {_wiped(content, offset) for content in whole}
-        made_torn |= {_wiped(content, offset) for content in torn}
+    if change.is_truncation:
+        made |= {_zeroed_to_page_end(content, offset) for content in whole}
+        made_torn |= {_zeroed_to_page_end(content, offset) for content in torn}
     else:
         end = offset + len(data)
         made |= {content.ljust(end, _NUL) for content in whole}
         made_torn |= {content.ljust(end, _NUL) for content in torn}
-        for at in _tears(len(data), tears):
+        for at in _tear_offsets(len(data), tears):
             for content in whole:
-                part = _put(content, offset, data[:at])
+                part = _overwritten(content, offset, data[:at])
                 made_torn |= {part, part.ljust(end, _NUL), content.ljust(offset + at, _NUL)}
     return made, made_torn
 
 
-def _wiped(content: bytes, offset: int) -> bytes:
+def _zeroed_to_page_end(content: bytes, offset: int) -> bytes:
     """What a truncation leaves that wiped the rest of its page in memory, and of which only that page reached the disk."""
     end = min(len(content), -(-offset // _PAGE) * _PAGE)
     return content[:offset] + bytes(max(0, end - offset)) + content[max(offset, end) :]
 
 
-def _tears(size: int, tears: Tears) -> Sequence[int]:
+def _tear_offsets(size: int, tears: Tears) -> Sequence[int]:
     """The bytes at which a write of so many may be torn."""
     if not tears:
         return range(1, size)
     return sorted({at % size for at in tears if -size < at < size and at})
 
 
-def _leads_to(content: bytes, data: bytes, final: int) -> bool:
+def _can_become(content: bytes, data: bytes, final: int) -> bool:
     """Whether a content can still become `data` when no byte ahead of `final` is written any more."""
     ready = min(len(content), final)
     return data[:ready] == content[:ready] and (len(content) >= final or not data[ready:final].strip(_NUL))

@@ -1,6 +1,6 @@
 """A file system that fails where it is told to, around any other.
 
-A `Fault` names an operation, the n-th of its kind, and the error; it comes once, or from there on for good. With `part`, an
+A `Fault` names an operation, the n-th of its kind, and the error; it comes once, or from there on for good. With `partial`, an
 operation that can take effect in part does so first: of what is written a half is there. (A plain `write` then answers how
 much it took, as the kernel does, and fails, if it is for good, when it is called again.) A listing fails half way.
 """
@@ -11,30 +11,30 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.store.dirscan import ByListing
-from pillarbox.store.onebyone import OneByOne
+from pillarbox.store.dirscan import PortableScanOps
+from pillarbox.store.onebyone import SequentialBatchOps
 from pillarbox.testing.crash import CrashFilesystem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pillarbox.store.dirscan import Entry
-    from pillarbox.store.filesystem import DirectoryFacts, Filesystem, Space
+    from pillarbox.store.dirscan import FileEntry
+    from pillarbox.store.filesystem import DirectoryInfo, DiskSpace, Filesystem
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _OPEN: Final = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO)
 
 # Each verb that can fail, and the errors that it can fail with: what open(2), write(2) and the rest of section 2 of the Linux
-# manual name, without EINTR, after which Python goes on, and without what only a wrong call gets. `close`, `is_still`,
-# `is_one`, `is_linked` and `size` work on what the kernel has in memory. ENOENT is what somebody leaves who removes the
+# manual name, without EINTR, after which Python goes on, and without what only a wrong call gets. `close`, `is_file_at`,
+# `is_same_file`, `has_name` and `size` work on what the kernel has in memory. ENOENT is what somebody leaves who removes the
 # directory.
 VERBS: Final[dict[str, tuple[int, ...]]] = {
     "make_directory": (errno.EACCES, errno.EIO, errno.EROFS, *_FULL),
-    "directory_facts": (errno.EACCES, errno.EIO),
-    "listing": (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO),
+    "inspect_directory": (errno.EACCES, errno.EIO),
+    "list_files": (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO),
     "create": (*_OPEN, errno.EROFS, *_FULL, errno.ENOENT),
     "open_existing": _OPEN,
-    "open_lock": (*_OPEN, errno.EROFS, *_FULL),
+    "open_lock_file": (*_OPEN, errno.EROFS, *_FULL),
     "open_append": (*_OPEN, errno.EROFS, *_FULL),
     "lock": (errno.ENOLCK,),
     "lock_shared": (errno.ENOLCK,),
@@ -45,15 +45,15 @@ VERBS: Final[dict[str, tuple[int, ...]]] = {
     "read_at": (errno.EIO,),
     "write": (errno.EIO, errno.EFBIG, errno.EROFS, *_FULL),
     "write_all": (errno.EIO, errno.EFBIG, errno.EROFS, *_FULL),
-    "replace_all": (errno.EIO, errno.EFBIG, errno.EROFS, *_FULL),
+    "overwrite": (errno.EIO, errno.EFBIG, errno.EROFS, *_FULL),
     "truncate": (errno.EIO, errno.EROFS),
     "sync_data": (errno.EIO, *_FULL, errno.EROFS),
     "sync_directory": (errno.EIO, errno.EMFILE, errno.ENFILE, *_FULL, errno.EROFS),
     "rename": (errno.EACCES, errno.EIO, errno.EROFS, *_FULL),
     "unlink": (errno.EACCES, errno.EIO, errno.EROFS),
-    "space": (errno.EIO, errno.EACCES),
+    "disk_space": (errno.EIO, errno.EACCES),
 }
-PARTIAL: Final = frozenset({"write", "write_all", "replace_all", "listing"})  # may take effect in part
+PARTIAL_VERBS: Final = frozenset({"write", "write_all", "overwrite", "list_files"})  # may take effect in part
 
 
 class Fault(NamedTuple):
@@ -62,19 +62,19 @@ class Fault(NamedTuple):
     verb: str
     nth: int  # from 1; of operations of this verb
     errno: int
-    for_good: bool = False  # this one and all later ones of the verb; otherwise this one only
-    part: bool = False
+    permanent: bool = False  # this one and all later ones of the verb; otherwise this one only
+    partial: bool = False
 
 
-class Meter:
+class FaultCounter:
     """Counts operations, and knows when one is to fail: of a disk that several processes use."""
 
     def __init__(self, *faults: Fault) -> None:
         self.faults = faults
         self.counts: dict[str, int] = dict.fromkeys(VERBS, 0)
-        self.hits = 0  # so many have failed
+        self.failures = 0  # so many have failed
 
-    def heal(self) -> None:
+    def clear_faults(self) -> None:
         """Nothing fails any more."""
         self.faults = ()
 
@@ -83,22 +83,22 @@ class Meter:
         self.counts[verb] += 1
         count = self.counts[verb]
         for fault in self.faults:
-            if fault.verb == verb and (count == fault.nth or (count > fault.nth and fault.for_good)):
-                self.hits += 1
+            if fault.verb == verb and (count == fault.nth or (count > fault.nth and fault.permanent)):
+                self.failures += 1
                 return fault
         return None
 
 
-class FaultFilesystem(OneByOne, ByListing):
+class FaultFilesystem(SequentialBatchOps, PortableScanOps):
     """A `Filesystem` of which operations fail."""
 
-    def __init__(self, inner: Filesystem, fault: Fault | Meter | None = None) -> None:
+    def __init__(self, inner: Filesystem, fault: Fault | FaultCounter | None = None) -> None:
         self._inner = inner
-        self.meter = fault if isinstance(fault, Meter) else Meter(*([fault] if fault else []))
+        self.counter = fault if isinstance(fault, FaultCounter) else FaultCounter(*([fault] if fault else []))
 
-    def _meet(self, verb: str, path: str = "") -> None:
+    def _fail_if_due(self, verb: str, path: str = "") -> None:
         """Fail where that is due and nothing takes effect in part."""
-        fault = self.meter.count(verb)
+        fault = self.counter.count(verb)
         if fault is not None:
             raise _error(fault, path)
 
@@ -106,79 +106,79 @@ class FaultFilesystem(OneByOne, ByListing):
 
     def make_directory(self, path: str) -> None:
         """Or fail."""
-        self._meet("make_directory", path)
+        self._fail_if_due("make_directory", path)
         self._inner.make_directory(path)
 
-    def directory_facts(self, path: str) -> DirectoryFacts | None:
+    def inspect_directory(self, path: str) -> DirectoryInfo | None:
         """Or fail."""
-        self._meet("directory_facts", path)
-        return self._inner.directory_facts(path)
+        self._fail_if_due("inspect_directory", path)
+        return self._inner.inspect_directory(path)
 
-    def listing(self, path: str) -> Iterator[Entry]:
+    def list_files(self, path: str) -> Iterator[FileEntry]:
         """Or fail, at once or half way."""
-        fault = self.meter.count("listing")
+        fault = self.counter.count("list_files")
         if fault is None:
-            return self._inner.listing(path)
-        if not fault.part:
+            return self._inner.list_files(path)
+        if not fault.partial:
             raise _error(fault, path)
-        return self._half_a_listing(fault, path)
+        return self._half_listing(fault, path)
 
-    def _half_a_listing(self, fault: Fault, path: str) -> Iterator[Entry]:
-        entries = list(self._inner.listing(path))
+    def _half_listing(self, fault: Fault, path: str) -> Iterator[FileEntry]:
+        entries = list(self._inner.list_files(path))
         yield from entries[: len(entries) // 2]
         raise _error(fault, path)
 
     def create(self, path: str) -> int:
         """Or fail."""
-        self._meet("create", path)
+        self._fail_if_due("create", path)
         return self._inner.create(path)
 
     def subdirectories(self, path: str) -> list[str]:
         """Or fail."""
-        self._meet("subdirectories", path)
+        self._fail_if_due("subdirectories", path)
         return self._inner.subdirectories(path)
 
     def remove_directory(self, path: str) -> None:
         """Or fail."""
-        self._meet("remove_directory", path)
+        self._fail_if_due("remove_directory", path)
         self._inner.remove_directory(path)
 
-    def open_existing(self, path: str, *, linked: bool = False) -> int:
+    def open_existing(self, path: str, *, allow_links: bool = False) -> int:
         """Or fail."""
-        self._meet("open_existing", path)
-        return self._inner.open_existing(path, linked=linked)
+        self._fail_if_due("open_existing", path)
+        return self._inner.open_existing(path, allow_links=allow_links)
 
-    def open_lock(self, path: str) -> int:
+    def open_lock_file(self, path: str) -> int:
         """Or fail."""
-        self._meet("open_lock", path)
-        return self._inner.open_lock(path)
+        self._fail_if_due("open_lock_file", path)
+        return self._inner.open_lock_file(path)
 
     def open_append(self, path: str) -> int:
         """Or fail."""
-        self._meet("open_append", path)
+        self._fail_if_due("open_append", path)
         return self._inner.open_append(path)
 
     def lock(self, fd: int) -> bool:
         """Or fail."""
-        self._meet("lock")
+        self._fail_if_due("lock")
         return self._inner.lock(fd)
 
     def lock_shared(self, fd: int) -> bool:
         """Or fail."""
-        self._meet("lock_shared")
+        self._fail_if_due("lock_shared")
         return self._inner.lock_shared(fd)
 
-    def is_still(self, fd: int, path: str) -> bool:
+    def is_file_at(self, fd: int, path: str) -> bool:
         """As it is."""
-        return self._inner.is_still(fd, path)
+        return self._inner.is_file_at(fd, path)
 
-    def is_one(self, path: str, other: str) -> bool:
+    def is_same_file(self, path: str, other: str) -> bool:
         """As it is."""
-        return self._inner.is_one(path, other)
+        return self._inner.is_same_file(path, other)
 
-    def is_linked(self, fd: int) -> bool:
+    def has_name(self, fd: int) -> bool:
         """As it is."""
-        return self._inner.is_linked(fd)
+        return self._inner.has_name(fd)
 
     def size(self, fd: int) -> int:
         """As it is."""
@@ -186,51 +186,51 @@ class FaultFilesystem(OneByOne, ByListing):
 
     def read_all(self, fd: int) -> bytes:
         """Or fail."""
-        self._meet("read_all")
+        self._fail_if_due("read_all")
         return self._inner.read_all(fd)
 
     def read_at(self, fd: int, offset: int, count: int) -> bytes:
         """Or fail."""
-        self._meet("read_at")
+        self._fail_if_due("read_at")
         return self._inner.read_at(fd, offset, count)
 
     def write(self, fd: int, data: bytes) -> int:
         """Or fail, or take a half."""
-        fault = self.meter.count("write")
+        fault = self.counter.count("write")
         if fault is None:
             return self._inner.write(fd, data)
-        if not fault.part or len(data) < 2 or self.meter.counts["write"] > fault.nth:
+        if not fault.partial or len(data) < 2 or self.counter.counts["write"] > fault.nth:
             raise _error(fault)
         return self._inner.write(fd, data[: len(data) // 2])
 
     def write_all(self, fd: int, data: bytes) -> None:
         """Or fail, at once or half way."""
-        fault = self.meter.count("write_all")
+        fault = self.counter.count("write_all")
         if fault is None:
             self._inner.write_all(fd, data)
             return
-        if fault.part:
+        if fault.partial:
             self._inner.write_all(fd, data[: len(data) // 2])
         raise _error(fault)
 
-    def replace_all(self, fd: int, data: bytes) -> None:
+    def overwrite(self, fd: int, data: bytes) -> None:
         """Or fail, at once or half way."""
-        fault = self.meter.count("replace_all")
+        fault = self.counter.count("overwrite")
         if fault is None:
-            self._inner.replace_all(fd, data)
+            self._inner.overwrite(fd, data)
             return
-        if fault.part:
-            self._inner.replace_all(fd, data[: len(data) // 2])
+        if fault.partial:
+            self._inner.overwrite(fd, data[: len(data) // 2])
         raise _error(fault)
 
     def truncate(self, fd: int, size: int) -> None:
         """Or fail."""
-        self._meet("truncate")
+        self._fail_if_due("truncate")
         self._inner.truncate(fd, size)
 
     def sync_data(self, fd: int) -> None:
         """Or fail; a simulated disk is told."""
-        fault = self.meter.count("sync_data")
+        fault = self.counter.count("sync_data")
         if fault is None:
             self._inner.sync_data(fd)
             return
@@ -240,32 +240,32 @@ class FaultFilesystem(OneByOne, ByListing):
 
     def sync_directory(self, path: str) -> None:
         """Or fail."""
-        self._meet("sync_directory", path)
+        self._fail_if_due("sync_directory", path)
         self._inner.sync_directory(path)
 
     def rename(self, source: str, target: str) -> None:
         """Or fail."""
-        self._meet("rename", source)
+        self._fail_if_due("rename", source)
         self._inner.rename(source, target)
 
     def link(self, source: str, target: str) -> None:
         """Or fail."""
-        self._meet("link", source)
+        self._fail_if_due("link", source)
         self._inner.link(source, target)
 
     def unlink(self, path: str) -> None:
         """Or fail."""
-        self._meet("unlink", path)
+        self._fail_if_due("unlink", path)
         self._inner.unlink(path)
 
     def close(self, fd: int) -> None:
         """As it is."""
         self._inner.close(fd)
 
-    def space(self, path: str) -> Space:
+    def disk_space(self, path: str) -> DiskSpace:
         """Or fail."""
-        self._meet("space", path)
-        return self._inner.space(path)
+        self._fail_if_due("disk_space", path)
+        return self._inner.disk_space(path)
 
     def close_inherited(self) -> None:
         """As it is."""

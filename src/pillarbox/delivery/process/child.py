@@ -35,8 +35,8 @@ from pillarbox.delivery.settlement import Callbacks
 from pillarbox.delivery.state import STANDBY_REASON
 from pillarbox.errors import PillarboxError
 from pillarbox.hooks import Hooks
-from pillarbox.store.filesystem import real_filesystem
-from pillarbox.store.ledger import Ledger
+from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -123,13 +123,13 @@ class _Mouth(logging.Handler):
         """Make the delivery that is told of; raises what the settings or the directory make it raise."""
         settings = decode_settings(setup.settings)
         clock = self._clock
-        place = directory_at(settings.directory, real_filesystem(), clock)
-        place.open()
-        place.note_stamp(place.account().newest_stamp)
+        place = directory_at(settings.directory, os_filesystem(), clock)
+        place.ensure_usable()
+        place.seal_after(place.disk_usage().newest_sealed_at)
         self._hooks = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter)
         callbacks = Callbacks(self._gone.append, self._took, self._hooks.report_dead_letter)
         self._deliverer = make_deliverer(
-            settings, place, clock, Ledger(place, clock), callbacks, lambda: False, destinations(settings, {})
+            settings, place, clock, LedgerWriter(place, clock), callbacks, lambda: False, destinations(settings, {})
         )
         return self._deliverer
 
