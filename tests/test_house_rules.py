@@ -48,7 +48,7 @@ OS_NAMES = {
     "exporters/collector.py": {"getpid"},
     "testing/crash.py": {"strerror"},
     "testing/fault.py": {"strerror"},
-    "cli/app.py": {"environ", "dup2", "open", "devnull", "O_WRONLY"},  # the environment, and a closed pipe
+    "cli/main.py": {"environ", "dup2", "open", "devnull", "O_WRONLY"},  # the environment, and a closed pipe
 }
 
 

@@ -46,7 +46,7 @@ def test_list_adds_up_what_is_of_one_kind(tmp_path: Path) -> None:
     assert last == "6 dead letters in 2 files"
     found = json.loads(run("dead", "list", "-d", "box", "--json", cwd=tmp_path).stdout)
     assert [(group["count"], group["event_key"]) for group in found["groups"]] == [(5, "buy"), (1, "sell")]
-    assert (found["records"], found["files"], found["each"], found["troubles"]) == (6, 2, [], [])
+    assert (found["records"], found["files"], found["items"], found["problems"]) == (6, 2, [], [])
     assert sorted(box.iterdir()) == before
 
 
@@ -54,8 +54,8 @@ def test_each_record_has_a_name_by_which_it_can_be_shown(tmp_path: Path) -> None
     """In full, with the event as it stands."""
     outbox_with_dead_letters(tmp_path, SIX)
     listed = json.loads(run("dead", "list", "-d", "box", "--each", "--json", "--limit", 2, cwd=tmp_path).stdout)
-    assert (listed["records"], len(listed["each"])) == (6, 2)
-    name = listed["each"][1]["record"]
+    assert (listed["records"], len(listed["items"])) == (6, 2)
+    name = listed["items"][1]["record"]
     (shown,) = json.loads(run("dead", "show", "-d", "box", name, "--json", cwd=tmp_path).stdout)
     assert (shown["event_id"], shown["event"]["scope_id"], shown["code"]) == ("w-000001", 5, "wrong_type")
     text = run("dead", "show", "-d", "box", name, cwd=tmp_path).stdout.decode()
@@ -137,7 +137,7 @@ def test_what_the_destination_can_take_by_now_is_replayed_as_it_is(tmp_path: Pat
     )
     assert found.stdout.decode().strip() == "['a', 'd']"
     listed = json.loads(run("dead", "list", *options, "--each", "--json", cwd=tmp_path).stdout)
-    assert [(one["event_id"], one["code"]) for one in listed["each"]] == [("b", "out_of_range")]
+    assert [(one["event_id"], one["code"]) for one in listed["items"]] == [("b", "out_of_range")]
 
 
 def test_what_the_event_type_does_not_take_is_named_and_stays(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_purged_is_gone_and_in_the_ledger(tmp_path: Path) -> None:
     assert [b'"events":1' in line for line in file_lines(box, "ledger.ndjson") if b'"entry":"purged"' in line] == [True]
     done = run("dead", "purge", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path)
     answer = json.loads(done.stdout)
-    assert (answer["acted"], answer["events"], len(answer["items"])) == (True, 5, 5)
+    assert (answer["applied"], answer["events"], len(answer["items"])) == (True, 5, 5)
     assert not list(box.glob("dead-*"))
 
 

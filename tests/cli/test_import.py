@@ -45,8 +45,8 @@ def test_what_is_no_event_is_named_counted_and_put_aside(tmp_path: Path) -> None
     done = run("import", "-", "-d", "box", "--rejects", "bad", "--json", cwd=tmp_path, stdin=b"".join(lines))
     answer = json.loads(done.stdout)
     assert done.returncode == 1
-    assert (answer["accepted"], answer["refused"], answer["done"], answer["complete"]) == (2, 3, 5, True)
-    assert [trouble["line"] for trouble in answer["troubles"]] == [2, 3, 4]
+    assert (answer["accepted"], answer["dropped"], answer["processed"], answer["complete"]) == (2, 3, 5, True)
+    assert [trouble["line"] for trouble in answer["problems"]] == [2, 3, 4]
     said = done.stderr.decode()
     assert "line 3: bad_checksum" in said
     assert "line 4: colour: is no member" in said
@@ -109,9 +109,9 @@ def test_a_full_outbox_says_what_is_in_and_skip_goes_on_from_there(tmp_path: Pat
     full = run("import", "in.ndjson", "-d", "box", "--json", cwd=tmp_path, environ=environ)
     answer = json.loads(full.stdout)
     assert full.returncode == 1
-    assert (answer["full"], answer["complete"]) == ("max_bytes", False)
-    assert 0 < answer["accepted"] == answer["done"] < 3000
-    again = run("import", "in.ndjson", "-d", "box", "--skip", answer["done"], cwd=tmp_path)
+    assert (answer["outbox_dropped"], answer["complete"]) == ("max_bytes", False)
+    assert 0 < answer["accepted"] == answer["processed"] < 3000
+    again = run("import", "in.ndjson", "-d", "box", "--skip", answer["processed"], cwd=tmp_path)
     assert again.returncode == 0
     assert ids(tmp_path) == [f"e-{number:06d}" for number in range(3000)]
 

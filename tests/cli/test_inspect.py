@@ -30,7 +30,7 @@ def inspected(folder: Path, name: object) -> dict[str, Any]:
     """What it answers; its exit code fits."""
     done = run("inspect", name, "-d", "box", "--json", cwd=folder)
     answer: dict[str, Any] = json.loads(done.stdout)
-    assert done.returncode == int(answer["is_a"] == "unknown" or bool(answer["troubles"])), done
+    assert done.returncode == int(answer["kind"] == "unknown" or bool(answer["problems"])), done
     return answer
 
 
@@ -45,7 +45,7 @@ def test_an_event_that_waits_is_found_with_its_batch(folder: Path) -> None:
     data = (folder / "box" / seen["file"]).read_bytes()
     assert (seen["what"], data[seen["offset"] :].count(b"\n"), seen["event"]["event_id"]) == ("waiting", 1, "e-000009")
     assert facts(answer) == ["sealed", "waiting"]
-    assert answer["troubles"] == []
+    assert answer["problems"] == []
     said = run("inspect", "e-000009", "-d", "box", cwd=folder).stdout.decode()
     assert "e-000009: waits, in sealed-" in said
     assert "sealed by writer " in said
@@ -89,7 +89,7 @@ def test_what_was_delivered_is_known_by_its_batch_only(folder: Path) -> None:
     batch = next((folder / "box").glob("dead-*")).name.removeprefix("dead-").removesuffix(".ndjson")
     for name in (batch, f"{batch}#0", f"{batch}.ndjson"):
         answer = inspected(folder, name)
-        assert answer["is_a"] == "batch"
+        assert answer["kind"] == "batch"
         assert sorted(facts(answer)) == ["dead", "quarantined", "quarantined", "sealed", "settled"]
 
 

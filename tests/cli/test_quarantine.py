@@ -49,7 +49,7 @@ def test_list_and_show_tell_what_is_kept_and_change_nothing(box: Path, tmp_path:
     """As text, as JSON, and the bytes alone."""
     before = {file.name: file.read_bytes() for file in box.iterdir()}
     listed = json.loads(run("quarantine", "list", "-d", "box", "--json", cwd=tmp_path).stdout)
-    assert [batch["spans"] for batch in listed["batches"]] == [4, 1]
+    assert [batch["ranges"] for batch in listed["batches"]] == [4, 1]
     assert listed["batches"][0]["reasons"] == dict.fromkeys(DAMAGE, 1)
     assert listed["bytes"] == sum(map(len, kept_bytes(box).values()))
     text = run("quarantine", "list", "-d", "box", cwd=tmp_path).stdout.decode()
@@ -87,7 +87,7 @@ def test_repaired_once_it_is_marked_and_the_bytes_are_kept(box: Path, tmp_path: 
     again = json.loads(run("quarantine", "repair", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path).stdout)
     assert (again["events"], [item["reason"] for item in again["items"]]) == (0, ["nul_bytes", "bad_json"])
     listed = json.loads(run("quarantine", "list", "-d", "box", "--json", cwd=tmp_path).stdout)
-    assert [(batch["spans"], batch["repaired"]) for batch in listed["batches"]] == [(4, 3), (1, 0)]
+    assert [(batch["ranges"], batch["repaired"]) for batch in listed["batches"]] == [(4, 3), (1, 0)]
     assert b", repaired 2" in run("quarantine", "show", "-d", "box", cwd=tmp_path).stdout
     assert [b'"events":3' in line for line in file_lines(box, "ledger.ndjson") if b'"entry":"repaired"' in line] == [True]
 

@@ -104,7 +104,7 @@ def test_each_sink_has_its_row_and_the_one_that_is_down_is_the_one_that_flush_na
         assert {"live", "warehouse"} <= {line.split()[0] for line in screen if line.strip()}
         done = run("flush", "-d", "box", "--timeout", "0.3", "--json", cwd=box.parent)
         flushed = json.loads(done.stdout)
-        assert (done.returncode, flushed["left_files"], flushed["left_sinks"]) == (1, 1, ["live"])
+        assert (done.returncode, flushed["pending_batches"], flushed["pending_sinks"]) == (1, 1, ["live"])
         assert "deliverer: live: process" in flushed["reason"]
         assert "warehouse" not in flushed["reason"]
     assert ids(box.parent / "warehouse.db") == [f"e-{number:06d}" for number in range(EVENTS)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pillarbox.cli.app import load
+from pillarbox.cli.main import build_app
 from pillarbox.store import record
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
 
@@ -37,7 +37,7 @@ def commands(app: typer.Typer, words: tuple[str, ...] = ()) -> dict[str, set[str
     return found
 
 
-COMMANDS = commands(load())
+COMMANDS = commands(build_app())
 
 
 @pytest.fixture

@@ -58,8 +58,8 @@ def test_list_shows_the_queue_of_each_sink(box: Path) -> None:
     live, _, third = json.loads(said(folder, "sinks", "list", "-d", "box", "--json"))
     size = sum(file.stat().st_size for file in (box / "sink-live").glob("sealed-*"))
     counts = {"sealed_files": 2, "sealed_bytes": size, "dead_files": 0, "corrupt_files": 0, "delivered_files": 0}
-    assert live == {"sink": "live", **counts, "state": live["state"], "asked_for": False}
-    assert third == {"sink": "third", **dict.fromkeys(counts, 0), "state": "", "asked_for": True}
+    assert live == {"sink": "live", **counts, "state": live["state"], "requested": False}
+    assert third == {"sink": "third", **dict.fromkeys(counts, 0), "state": "", "requested": True}
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing(box: Path) -> None:
@@ -284,7 +284,7 @@ def test_dead_letters_of_all_sinks_are_listed_with_the_place_to_mend_them(
     each = said(folder, "dead", "list", "--each", "-d", "box").splitlines()
     assert (each[0].split()[0], each[1].split()[0]) == ("sink", "live")
     answer = json.loads(said(folder, "dead", "list", "--each", "--json", "-d", "box"))
-    assert [(one["queue"], one["event_id"]) for one in answer["each"]] == [("live", "e-000000"), ("live", "e-000001")]
+    assert [(one["queue"], one["event_id"]) for one in answer["items"]] == [("live", "e-000000"), ("live", "e-000001")]
     (group,) = json.loads(said(folder, "dead", "list", "--json", "-d", "box"))["groups"]
     assert (group["queue"], group["count"]) == ("live", 2)
     assert "refused by live: http" in said(folder, "dead", "show", "-d", "box")
@@ -340,20 +340,20 @@ def test_what_changes_something_says_so_in_json_too(tmp_path: Path, box: Path) -
     """Of each command the shape that the documents give."""
     (tmp_path / "events").write_bytes(b"".join(map(bare, range(3))))
     stored = json.loads(said(tmp_path, "enqueue", "events", "-d", "box", "--json", environ=UNHURRIED))
-    assert stored == {"accepted": 3, "refused": 0}
+    assert stored == {"accepted": 3, "dropped": 0}
     sinks = ["--sink", "live=sqlite:///live.db", "--sink", f"away={closed_port_url()}"]
     done = json.loads(run("deliver", "-d", "box", *sinks, "--once", "--timeout", "5", "--json", "-q", cwd=tmp_path).stdout)
-    assert done["waiting_files"] == 1
+    assert done["pending_batches"] == 1
     assert {name: sink["delivered"] for name, sink in done["sinks"].items()} == {"live": 3, "away": 0}
     assert done["total"]["state"]["name"] == "waiting"
     # The heartbeat of the directory says how it ended, too.
     assert json.loads(said(tmp_path, "status", "-d", "box", "--json"))["deliverer"]["delivered"] == 3
     changes: dict[str, dict[str, object]] = {
-        "add new": {"sink": "new", "done": "asked_for"},
-        "remove new": {"sink": "new", "done": "asked_for_no_more"},
+        "add new": {"sink": "new", "done": "requested"},
+        "remove new": {"sink": "new", "done": "request_cancelled"},
         "rename away gone": {"sink": "away", "done": "renamed", "new": "gone"},
         "remove gone --discard": {"sink": "gone", "done": "removed", "files": 1},
     }
     for words, expected in changes.items():
         answer = json.loads(said(tmp_path, "sinks", *words.split(), "-d", "box", "--json"))
-        assert answer == {"files": 0, "handed_back": False, "new": "", **expected}
+        assert answer == {"files": 0, "returned": False, "new": "", **expected}

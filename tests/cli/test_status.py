@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox import Outbox
-from pillarbox.cli.watch import Watcher, line
+from pillarbox.cli.watch import StatusWatcher, sample_line
 from pillarbox.delivery.lease import Lease
 from pillarbox.stats import State
 from pillarbox.store import layout, record
@@ -147,8 +147,8 @@ def test_rates_are_those_of_what_happened_between_two_looks(box: Path) -> None:
     active = box / "active-w-1.ndjson"
     active.write_bytes(b"x" * 100)
     beat(box, clock, State("draining"), 1000)
-    watcher = Watcher(place, clock, "process")
-    assert watcher.look().rates.in_bytes_per_s is None
+    watcher = StatusWatcher(place, clock, "process")
+    assert watcher.sample().rates.in_bytes_per_s is None
     clock.advance(10)
     ledger.add(SealedEntry(clock.micros(), "sealed-a", "w", 20, 2000))  # sealed and delivered between the two looks
     assert ledger.write(sync=False)
@@ -156,7 +156,7 @@ def test_rates_are_those_of_what_happened_between_two_looks(box: Path) -> None:
     old[0].unlink()
     old[1].unlink()
     beat(box, clock, State("draining"), 1500)
-    rates = watcher.look().rates
+    rates = watcher.sample().rates
     assert rates.in_bytes_per_s == pytest.approx(300)
     assert rates.in_events_per_s == pytest.approx(3)
     assert rates.sinks[""].out_events_per_s == pytest.approx(50)
@@ -169,12 +169,12 @@ def test_another_deliverer_and_a_ledger_that_was_summed_up_give_no_false_rate(bo
     place = Directory(str(box), OsFilesystem(), clock)
     (box / layout.LEDGER).write_bytes(b"x" * 5000)
     beat(box, clock, State("draining"), 1000)
-    watcher = Watcher(place, clock, "process")
-    watcher.look()
+    watcher = StatusWatcher(place, clock, "process")
+    watcher.sample()
     clock.advance(1)
     (box / layout.LEDGER).write_bytes(b"x" * 50)
     beat(box, clock, State("draining"), 10)
-    rates = watcher.look().rates
+    rates = watcher.sample().rates
     assert (rates.in_bytes_per_s, rates.sinks[""].out_events_per_s) == (None, None)
 
 
@@ -190,13 +190,13 @@ def test_of_several_destinations_each_has_a_row(box: Path) -> None:
     (live / "dead-x.ndjson").write_bytes(LINE)
     beat(live, clock, State("waiting", "503", clock.micros() + 7_000_000), 5, "503", "https://live/")
     beat(warehouse, clock, State("idle"), 9, "it was gone", "sqlite:///warehouse.db")
-    found = Watcher(Directory(str(box), OsFilesystem(), clock), clock, "process").look()
+    found = StatusWatcher(Directory(str(box), OsFilesystem(), clock), clock, "process").sample()
     assert [(sink.name, sink.waiting_files, sink.dead_files) for sink in found.status.sinks] == [
         ("live", 4, 1),
         ("warehouse", 1, 0),
     ]
-    assert "live: 4 files wait, oldest 5 s" in line(found)
-    assert "waiting: 503, next try in 7 s" in line(found)
+    assert "live: 4 files wait, oldest 5 s" in sample_line(found)
+    assert "waiting: 503, next try in 7 s" in sample_line(found)
     text = run("status", "-d", "box", cwd=box.parent).stdout.decode()
     assert re.search(r"to live +[\d,]+ bytes in 4 files wait; process \d+ to https://live/", text)
     assert "\x1b" not in text
@@ -218,13 +218,13 @@ def test_a_watch_beside_a_writer_counts_what_comes_in(tmp_path: Path) -> None:
     """As the ledger has it, once all is sealed."""
     with Outbox(str(tmp_path / "box"), flush_interval=0.05) as outbox:
         place = Directory(str(tmp_path / "box"), OsFilesystem(), clock := ManualClock())
-        watcher = Watcher(place, clock, "process")
-        watcher.look()
+        watcher = StatusWatcher(place, clock, "process")
+        watcher.sample()
         for number in range(50):
             assert outbox.enqueue(event(number))
         wait_until(lambda: sealed_events(place) == 50)
         clock.advance(10)
-        assert watcher.look().rates.in_events_per_s == pytest.approx(5, rel=0.01)
+        assert watcher.sample().rates.in_events_per_s == pytest.approx(5, rel=0.01)
 
 
 def test_a_reader_that_has_seen_enough_ends_it(box: Path) -> None:

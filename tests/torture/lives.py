@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from pillarbox import Dropped, Outbox
-from pillarbox.cli.app import run as run_command
+from pillarbox.cli.main import run as run_command
 from pillarbox.delivery.deliverer import ONLY
 from pillarbox.outcome import Outcome
 from pillarbox.settings import resolve

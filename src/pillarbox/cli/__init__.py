@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """The entry point; says what is missing where the `cli` extra is not installed."""
     try:
-        from pillarbox.cli.app import run  # noqa: PLC0415 - after the check that the extra is there
+        from pillarbox.cli.main import run  # noqa: PLC0415 - after the check that the extra is there
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

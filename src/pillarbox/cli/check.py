@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from pillarbox.cli.app import ConfigOption, EventTypeOption, Exit, JsonOption, app, out, require, settings_from, urls
+from pillarbox.cli.main import (
+    ConfigOption,
+    EventTypeOption,
+    ExitCode,
+    JsonOption,
+    app,
+    complete_url,
+    load_settings,
+    out,
+    require_setting,
+)
 from pillarbox.sinks import make_sink, redact_url
 
 if TYPE_CHECKING:
@@ -19,15 +29,16 @@ if TYPE_CHECKING:
 @app.command("check")
 def check(
     sink: Annotated[
-        str | None, typer.Argument(metavar="URL", help="The destination, e.g. sqlite:///events.db.", autocompletion=urls)
+        str | None,
+        typer.Argument(metavar="URL", help="The destination, e.g. sqlite:///events.db.", autocompletion=complete_url),
     ] = None,
     event_type: EventTypeOption = None,
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> int:
     """Look whether a destination is there and fits the event type. Sends no event. Exit code 1 where something does not fit."""
-    settings = settings_from(config, sink=sink, event_type=event_type)
-    require(settings, "sink", "URL")
+    settings = load_settings(config, sink=sink, event_type=event_type)
+    require_setting(settings, "sink", "URL")
     findings = asyncio.run(_findings(make_sink(settings.sink or "", settings.event_type)))
     if json:
         sys.stdout.write(msgspec.json.encode([finding._asdict() for finding in findings]).decode() + "\n")
@@ -37,7 +48,7 @@ def check(
             out.print(
                 f"  {'ok ' if finding.ok else 'BAD'}  {finding.message}", markup=False, style=None if finding.ok else "red"
             )
-    return Exit.DONE if all(finding.ok for finding in findings) else Exit.PARTLY
+    return ExitCode.DONE if all(finding.ok for finding in findings) else ExitCode.PARTIAL
 
 
 async def _findings(sink: Sink) -> list[CheckResult]:

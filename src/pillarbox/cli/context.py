@@ -16,8 +16,8 @@ from pillarbox.admin.changes import ChangeExecutor, ChangeReport, WriteLimits, a
 from pillarbox.admin.dead_letters import FileProblem, IdentityDecoder
 from pillarbox.admin.filters import RecordFilter, parse_batch_id, parse_time
 from pillarbox.admin.mend import ReplayValidator
-from pillarbox.cli.app import Exit, err, log_to_terminal, out, require, settings_from
-from pillarbox.cli.completion import batches
+from pillarbox.cli.completion import complete_batch
+from pillarbox.cli.main import ExitCode, err, load_settings, log_to_terminal, out, require_setting
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.outbox import Outbox
@@ -35,12 +35,16 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
     from pillarbox.store.layout import Kind
 
-NAMED_MAX: Final = 20  # troubles that are named one by one; all are counted
+PROBLEMS_SHOWN_MAX: Final = 20  # troubles that are named one by one; all are counted
 
 BatchOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--batch", metavar="ID", help="Of this batch: its id, or how that begins.", show_default=False, autocompletion=batches
+        "--batch",
+        metavar="ID",
+        help="Of this batch: its id, or how that begins.",
+        show_default=False,
+        autocompletion=complete_batch,
     ),
 ]
 ReasonOption = Annotated[
@@ -55,59 +59,59 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do it; without, on
 LimitOption = Annotated[int, typer.Option("--limit", "-n", metavar="N", help="Show so many at the most; 0: all.", min=0)]
 
 
-class Done(msgspec.Struct, frozen=True, kw_only=True):
+class ChangeResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `--json` of the commands that change something."""
 
-    acted: bool  # False: what would be done
+    applied: bool  # False: what would be done
     events: int  # for quarantine's purge: damaged spans
     files: int
     items: list[Any]  # what is concerned; its shape is that of `list --each --json`, `quarantine repair` has its own
-    troubles: list[FileProblem]  # what stays, and why; the first 1,000
-    troubles_count: int
-    refused: str  # why the outbox took nothing more; "" where it took all
+    problems: list[FileProblem]  # what stays, and why; the first 1,000
+    problem_count: int
+    dropped_reason: str  # why the outbox took nothing more; "" where it took all
     interrupted: bool
-    ledger_behind: bool  # the ledger could not be written
+    ledger_write_failed: bool  # the ledger could not be written
 
 
-class Site:
+class CommandContext:
     """The directory that a command works on; looking at it creates nothing."""
 
     def __init__(self, config: str | None, *, quiet: bool = False, **options: object) -> None:
         log_to_terminal(quiet=quiet)
         logging.getLogger("pillarbox").setLevel(logging.WARNING)  # what the outbox does is not what was asked for
         self.quiet = quiet
-        self.settings: Settings = settings_from(config, **options)
-        require(self.settings, "directory", "DIR")
+        self.settings: Settings = load_settings(config, **options)
+        require_setting(self.settings, "directory", "DIR")
         self.clock = SystemClock()
-        self.place = directory_at(self.settings.directory, os_filesystem(), self.clock)
+        self.directory = directory_at(self.settings.directory, os_filesystem(), self.clock)
         self.report = ChangeReport()
-        self.lines: list[str] = []  # what is to be said of single items; at the end, lest a closed pipe ends the work
+        self.item_lines: list[str] = []  # what is to be said of single items; at the end, lest a closed pipe ends the work
         self.heading = IdentityDecoder(self.settings.event_type)
         self.gate = ReplayValidator(self.settings.event_type, self.heading.id_field)
         try:
-            self.place.disk_usage()
+            self.directory.disk_usage()
         except OSError as error:
             problem = f"cannot be listed: {error.strerror}"
             raise DirectoryUnusableError(self.settings.directory, problem, "name an outbox directory") from None
 
     @property
-    def places(self) -> list[Directory]:
+    def directories(self) -> list[Directory]:
         """Where something may be kept: the directory, and the queues of several sinks."""
-        return [self.place, *self.place.queues()]
+        return [self.directory, *self.directory.queues()]
 
-    def need_one_place(self, kind: Kind) -> None:
+    def require_single_directory(self, kind: Kind) -> None:
         """What is kept for several sinks is changed for one at a time; raises `UsageError` where it is not said for which."""
 
         def keeps(place: Directory) -> bool:
             return any(layout.kind_of(name) is kind for name, _ in place.filesystem.list_files(place.path))
 
-        if keeps(self.place):
+        if keeps(self.directory):
             return
-        found = " or ".join(f"-d {queue.path}" for queue in self.place.queues() if keeps(queue))
+        found = " or ".join(f"-d {queue.path}" for queue in self.directory.queues() if keeps(queue))
         if found:
             raise UsageError(f"what is kept here is that of single sinks, and changed for one at a time: {found}")
 
-    def selection(
+    def parse_filter(
         self,
         *,
         records: Sequence[str] | None = None,
@@ -137,7 +141,7 @@ class Site:
             until_micros=None if until is None else parse_time(until, now),
         )
 
-    def carry_out(self, changes: Iterable[BatchChange], *, yes: bool, sends: bool) -> bool:
+    def apply_changes(self, changes: Iterable[BatchChange], *, yes: bool, sends: bool) -> bool:
         """Do it, or with `yes` False count what would be done; False where another command is at it."""
         if not yes:
             for change in changes:
@@ -150,35 +154,35 @@ class Site:
             settings = msgspec.structs.replace(self.settings, sink=None, when_full="drop_newest", on_invalid="drop")
             outbox = Outbox.from_settings(settings)  # looks at the directory, and starts nothing before the first event
         else:
-            self.place.ensure_usable()
+            self.directory.ensure_usable()
 
         def act(stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
             with outbox or nullcontext():
-                ledger = LedgerWriter(self.place, self.clock)
+                ledger = LedgerWriter(self.directory, self.clock)
                 bounds = WriteLimits(self.settings.batch_size, self.settings.batch_bytes)
                 durability = self._durability()
-                ChangeExecutor(self.place, ledger, self.report, stop, progress, outbox, durability, bounds).execute(changes)
+                ChangeExecutor(self.directory, ledger, self.report, stop, progress, outbox, durability, bounds).execute(changes)
 
-        return self.work(act)
+        return self.run_locked(act)
 
-    def work(self, act: Callable[[Callable[[], bool], Callable[[int], None]], None]) -> bool:
+    def run_locked(self, act: Callable[[Callable[[], bool], Callable[[int], None]], None]) -> bool:
         """Have `act(stop, progress)` change what is kept; False where another command is at it."""
         try:
-            taken = acquire_lock(self.place)
+            taken = acquire_lock(self.directory)
         except OSError as error:
-            raise DirectoryUnusableError(self.place.path, f"cannot be locked: {error.strerror}", "look at the disk") from None
+            raise DirectoryUnusableError(self.directory.path, f"cannot be locked: {error.strerror}", "check the disk") from None
         if taken is None:
             return False
         try:
-            with _patiently(self.report) as stop, self.progress() as progress:
+            with _defer_signals(self.report) as stop, self.progress() as progress:
                 act(stop, progress)
         finally:
-            self.place.filesystem.close(taken.fd)
+            self.directory.filesystem.close(taken.fd)
         return True
 
     def _durability(self) -> Any:
         try:
-            self.place.check_power_durability()
+            self.directory.check_power_durability()
         except DirectoryUnusableError:
             return "process"  # in memory: what it is taken from would not survive either
         return "power"
@@ -191,48 +195,48 @@ class Site:
             task = display.add_task("mend", total=None)
             yield lambda events: display.update(task, advance=events)
 
-    def say_where(self, sinks: Iterable[str]) -> None:
+    def print_queue_hints(self, sinks: Iterable[str]) -> None:
         """Of what is kept for several sinks, where a command finds it that changes it."""
         for sink in sorted(filter(None, set(sinks))):
-            out.print(printable(f"those of {sink} are mended with -d {self.place.queue(sink).path}"), markup=False)
+            out.print(printable(f"those of {sink} are mended with -d {self.directory.queue(sink).path}"), markup=False)
 
     def exit_code(self) -> int:
         """What the report amounts to."""
         if self.report.interrupted:
-            return Exit.INTERRUPTED
-        return Exit.DONE if self.report.complete else Exit.PARTLY
+            return ExitCode.INTERRUPTED
+        return ExitCode.DONE if self.report.complete else ExitCode.PARTIAL
 
-    def end(self, items: list[Any], text: str, *, yes: bool, json: bool) -> int:
+    def print_result(self, items: list[Any], text: str, *, yes: bool, json: bool) -> int:
         """Say what was done, or would be, and what was not."""
         report = self.report
         if json:
             print_json(
-                Done(
-                    acted=yes,
+                ChangeResult(
+                    applied=yes,
                     events=report.events,
                     files=report.files,
                     items=items,
-                    troubles=report.problems,
-                    troubles_count=report.problems_count,
-                    refused=report.drop_reason,
+                    problems=report.problems,
+                    problem_count=report.problems_count,
+                    dropped_reason=report.drop_reason,
                     interrupted=report.interrupted,
-                    ledger_behind=report.ledger_behind,
+                    ledger_write_failed=report.ledger_behind,
                 )
             )
         else:
-            for line in self.lines:
+            for line in self.item_lines:
                 out.print(printable(line), markup=False)
             out.print(text, markup=False)
-        self.say_troubles()
+        self.print_problems()
         return self.exit_code()
 
-    def say_troubles(self) -> None:
+    def print_problems(self) -> None:
         """Name what stays as it is, on standard error."""
         report = self.report
-        for trouble in report.problems[:NAMED_MAX]:
+        for trouble in report.problems[:PROBLEMS_SHOWN_MAX]:
             err.print(printable(str(trouble)), markup=False)
-        if report.problems_count > NAMED_MAX:
-            err.print(f"and {report.problems_count - NAMED_MAX} more like these; --json names them", markup=False)
+        if report.problems_count > PROBLEMS_SHOWN_MAX:
+            err.print(f"and {report.problems_count - PROBLEMS_SHOWN_MAX} more like these; --json names them", markup=False)
         if report.drop_reason:
             err.print(f"the outbox takes nothing more ({report.drop_reason}); what had not gone in stays", markup=False)
         if report.ledger_behind:
@@ -240,20 +244,20 @@ class Site:
         if report.interrupted:
             err.print("interrupted: what was done is done, the rest stays", markup=False)
 
-    def last_line(self, done: str, did: str, does: str, *, yes: bool, how: str = "--yes") -> str:
+    def summary(self, done: str, did: str, does: str, *, yes: bool, how: str = "--yes") -> str:
         """What was done, or would be and how to have it done."""
         if not self.report.files:
             return "nothing was done" if yes else "nothing to do"
         return f"{done} {did}" if yes else f"{done} {does}; {how} does it"
 
-    def busy(self) -> int:
+    def print_locked(self) -> int:
         """Another command changes what is kept."""
         err.print(f"{self.settings.directory}: another command is mending it; try again once that has ended", markup=False)
-        return Exit.PARTLY
+        return ExitCode.PARTIAL
 
 
 @contextmanager
-def _patiently(report: ChangeReport) -> Iterator[Callable[[], bool]]:
+def _defer_signals(report: ChangeReport) -> Iterator[Callable[[], bool]]:
     """While it lasts, Ctrl-C and SIGTERM end the work after the step that is under way."""
 
     def note(_number: int, _frame: FrameType | None) -> None:
@@ -267,7 +271,7 @@ def _patiently(report: ChangeReport) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def need_choice(selection: RecordFilter, *, everything: bool) -> None:
+def require_filter(selection: RecordFilter, *, everything: bool) -> None:
     """What changes something must be told what."""
     if selection.matches_all and not everything:
         raise typer.BadParameter("choose with the options, or give --all", param_hint="what is meant")
@@ -295,6 +299,6 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[obje
         out.print("  ".join(padded).rstrip(), markup=False, style=None if number else "bold")
 
 
-def counted(number: int, one: str, many: str = "") -> str:
+def plural(number: int, one: str, many: str = "") -> str:
     """`1 event`, `2 events`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

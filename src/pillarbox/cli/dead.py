@@ -14,22 +14,22 @@ from pillarbox.admin.dead_letters import DeadLetterGroup, DeadLetterGrouper, Dea
 from pillarbox.admin.filters import RecordFilter, format_time
 from pillarbox.admin.mend import parse_assignments, parse_edited_file, to_editable_line, with_fields
 from pillarbox.admin.replay import DeadLetterReplayer, unchanged_event
-from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app, err, out
 from pillarbox.cli.context import (
     AllOption,
     BatchOption,
+    CommandContext,
     LimitOption,
     ReasonOption,
     SinceOption,
-    Site,
     UntilOption,
     YesOption,
-    counted,
-    need_choice,
+    plural,
     print_json,
     print_table,
     printable,
+    require_filter,
 )
+from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app, err, out
 from pillarbox.errors import UsageError
 from pillarbox.store.filesystem import create_private_file, read_file
 from pillarbox.store.layout import Kind
@@ -48,7 +48,7 @@ dead = typer.Typer(
 )
 app.add_typer(dead)
 
-_EDITED = "mend-"  # how the names of files begin that an editor works on
+_EDIT_PREFIX = "mend-"  # how the names of files begin that an editor works on
 
 RecordArgument = Annotated[
     list[str] | None, typer.Argument(metavar="RECORD", help="By name, as `dead list --each` shows it.", show_default=False)
@@ -63,7 +63,7 @@ DeadSinkOption = Annotated[
 ]
 
 
-class Letter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class DeadLetterItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One dead letter, in the `--json` of all these commands; times in microseconds since 1970."""
 
     record: str  # its name, <batch>#<index>
@@ -81,19 +81,19 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     event: msgspec.Raw | None = None  # `show`: as it stands; `replay` and `edit`: as it goes in again
 
 
-class Listed(msgspec.Struct, frozen=True, kw_only=True):
+class DeadLetterListing(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox dead list --json`: groups, or with --each records."""
 
     records: int
     files: int
     groups: list[DeadLetterGroup]
-    each: list[Letter]
-    troubles: list[FileProblem]
+    items: list[DeadLetterItem]
+    problems: list[FileProblem]
 
 
-def _letter(record: DeadLetterRecord, event: bytes | None = None, queue: str = "") -> Letter:
+def _to_item(record: DeadLetterRecord, event: bytes | None = None, queue: str = "") -> DeadLetterItem:
     found = record.letter
-    return Letter(
+    return DeadLetterItem(
         record=record.name,
         batch=record.batch,
         index=found.index,
@@ -110,7 +110,7 @@ def _letter(record: DeadLetterRecord, event: bytes | None = None, queue: str = "
     )
 
 
-def _chosen(site: Site, selection: RecordFilter, place: Directory) -> Iterator[DeadLetterRecord]:
+def _find_records(site: CommandContext, selection: RecordFilter, place: Directory) -> Iterator[DeadLetterRecord]:
     """The dead letters in a directory, or in a queue, that are meant, file by file."""
     found = letters.list_batches(place, Kind.DEAD, selection)
     for file in letters.read_files(place, found.batches, site.heading):
@@ -118,11 +118,11 @@ def _chosen(site: Site, selection: RecordFilter, place: Directory) -> Iterator[D
         yield from filter(selection.matches, file.records)
 
 
-def _chosen_of_all(site: Site, selection: RecordFilter) -> Iterator[tuple[str, DeadLetterRecord]]:
+def _find_all(site: CommandContext, selection: RecordFilter) -> Iterator[tuple[str, DeadLetterRecord]]:
     """These, of the directory and of each queue in it, with the sink whose queue that is."""
-    for place in site.places:
-        for record in _chosen(site, selection, place):
-            yield "" if place is site.place else place.sink, record
+    for place in site.directories:
+        for record in _find_records(site, selection, place):
+            yield "" if place is site.directory else place.sink, record
 
 
 @dead.command("list")
@@ -148,48 +148,48 @@ def list_(
     An option that is given several times means any of them; different options must all fit. Times are those of the last
     attempt. Safe at any time: takes no lock and changes nothing.
     """
-    site = Site(config, directory=directory, event_type=event_type)
-    selection = site.selection(
+    site = CommandContext(config, directory=directory, event_type=event_type)
+    selection = site.parse_filter(
         records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
         since=since, until=until,
     )  # fmt: skip
     groups, shown, count, batches = DeadLetterGrouper(), [], 0, set()
-    for queue, one in _chosen_of_all(site, selection):
+    for queue, one in _find_all(site, selection):
         count += 1
         batches.add((queue, one.batch))
         if not each:
             groups.add(one, queue)
         elif not limit or count <= limit:
-            shown.append(_letter(one, queue=queue))
+            shown.append(_to_item(one, queue=queue))
     found, files = groups.largest_first(), len(batches)
     more = len(found) - limit if limit and not each else count - len(shown) if each else 0
     if limit:
         found = found[:limit]
     if json:
-        print_json(Listed(records=count, files=files, groups=found, each=shown, troubles=site.report.problems))
+        print_json(DeadLetterListing(records=count, files=files, groups=found, items=shown, problems=site.report.problems))
     else:
         if each and shown:
-            _table_of_each(shown)
+            _print_records(shown)
         elif found:
-            _table_of_groups(found)
+            _print_groups(found)
         left_out = f", {more:,} of the lines are not shown (--limit)" if more > 0 else ""
-        out.print(f"{counted(count, 'dead letter')} in {counted(files, 'file')}{left_out}", markup=False)
-        site.say_where(queue for queue, _ in batches)
-    site.say_troubles()
+        out.print(f"{plural(count, 'dead letter')} in {plural(files, 'file')}{left_out}", markup=False)
+        site.print_queue_hints(queue for queue, _ in batches)
+    site.print_problems()
     return site.exit_code()
 
 
-def _table_of_groups(found: list[DeadLetterGroup]) -> None:
+def _print_groups(found: list[DeadLetterGroup]) -> None:
     columns = [(name, "left") for name in ("code", "key", "destination", "first", "last", "reason")]
     rows = [
-        (group.count, group.code, _or_dash(group.event_key), _to(group.queue, group.sink), format_time(group.first_at_micros),
-         format_time(group.last_at_micros), group.reason)
+        (group.count, group.code, _or_dash(group.event_key), _destination(group.queue, group.sink),
+         format_time(group.first_at_micros), format_time(group.last_at_micros), group.reason)
         for group in found
     ]  # fmt: skip
     print_table([("count", "right"), *columns], rows)
 
 
-def _table_of_each(shown: list[Letter]) -> None:
+def _print_records(shown: list[DeadLetterItem]) -> None:
     columns = [(name, "left") for name in ("record", "event id", "key", "last", "code", "reason")]
     if several := any(one.queue for one in shown):
         columns.insert(0, ("sink", "left"))
@@ -201,7 +201,7 @@ def _table_of_each(shown: list[Letter]) -> None:
     print_table(columns, rows)
 
 
-def _to(queue: str, sink: str) -> str:
+def _destination(queue: str, sink: str) -> str:
     return f"{queue}: {sink}" if queue else sink
 
 
@@ -230,44 +230,44 @@ def show(
 
     Safe at any time: takes no lock and changes nothing.
     """
-    site = Site(config, directory=directory, event_type=event_type)
-    selection = site.selection(
+    site = CommandContext(config, directory=directory, event_type=event_type)
+    selection = site.parse_filter(
         records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
         since=since, until=until,
     )  # fmt: skip
     shown, count = [], 0
-    for queue, one in _chosen_of_all(site, selection):
+    for queue, one in _find_all(site, selection):
         count += 1
         if not limit or count <= limit:
-            shown.append(_letter(one, bytes(one.letter.event), queue))
+            shown.append(_to_item(one, bytes(one.letter.event), queue))
     if json:
         print_json(shown)
     else:
         for letter in shown:
-            out.print(_in_full(letter), markup=False)
+            out.print(_describe_item(letter), markup=False)
         if count > len(shown):
             out.print(f"{count - len(shown):,} more are not shown (--limit)", markup=False)
         elif not count:
             out.print("no such dead letter", markup=False)
-    site.say_troubles()
+    site.print_problems()
     return site.exit_code()
 
 
-def _in_full(letter: Letter) -> str:
+def _describe_item(letter: DeadLetterItem) -> str:
     first, last = format_time(letter.first_at_micros), format_time(letter.last_at_micros)
     times = last if first == last else f"{first} to {last}"
     event = msgspec.json.format(bytes(letter.event or b"null"), indent=2).decode().replace("\n", "\n  ")
     return printable(
         f"{letter.record}\n  {letter.code}: {letter.reason}\n"
-        f"  refused by {_to(letter.queue, letter.sink)}, {counted(letter.attempts, 'attempt')}, {times}\n  {event}\n"
+        f"  refused by {_destination(letter.queue, letter.sink)}, {plural(letter.attempts, 'attempt')}, {times}\n  {event}\n"
     )
 
 
-class _Seen:
+class _DeadLetterPreview:
     """What a command that changes something is about to do; the first ones are said, one by one."""
 
     def __init__(self, lines: list[str], limit: int, *, json: bool, events: bool) -> None:
-        self.items: list[Letter] = []
+        self.items: list[DeadLetterItem] = []
         self._lines = lines
         self._limit = limit
         self._json = json
@@ -278,7 +278,7 @@ class _Seen:
         """One more."""
         self._count += 1
         if self._json:
-            self.items.append(_letter(record, payload if self._events else None))
+            self.items.append(_to_item(record, payload if self._events else None))
         elif not self._limit or self._count <= self._limit:
             letter = record.letter
             what = f"{record.name}  {_or_dash(record.event_id)}  {_or_dash(record.event_key)}  {letter.code}: {letter.reason}"
@@ -313,34 +313,41 @@ def replay(
     is durable there. Killed in between, an event may go in twice, under one id. What the event type does not take stays, and
     is named: see `dead edit`. Without --yes nothing is done.
     """
-    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
-    selection = site.selection(
+    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
+    selection = site.parse_filter(
         records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
         since=since, until=until,
     )  # fmt: skip
-    need_choice(selection, everything=everything)
-    return _send_again(site, selection, unchanged_event, _Seen(site.lines, limit, json=json, events=False), yes=yes, json=json)
+    require_filter(selection, everything=everything)
+    return _replay_records(
+        site,
+        selection,
+        unchanged_event,
+        _DeadLetterPreview(site.item_lines, limit, json=json, events=False),
+        yes=yes,
+        json=json,
+    )
 
 
-def _send_again(
-    site: Site,
+def _replay_records(
+    site: CommandContext,
     selection: RecordFilter,
     mend: Callable[[DeadLetterRecord], bytes | None],
-    seen: _Seen,
+    seen: _DeadLetterPreview,
     *,
     yes: bool,
     json: bool,
     how: str = "--yes",
 ) -> int:
-    site.need_one_place(Kind.DEAD)
-    changes = DeadLetterReplayer(site.place, site.heading, site.clock, selection, site.report).replay_changes(
+    site.require_single_directory(Kind.DEAD)
+    changes = DeadLetterReplayer(site.directory, site.heading, site.clock, selection, site.report).replay_changes(
         site.gate, mend, seen
     )
-    if not site.carry_out(changes, yes=yes, sends=True):
-        return site.busy()
-    done = f"{counted(site.report.events, 'event')} of {counted(site.report.files, 'file')}"
-    text = site.last_line(done, "went back into the outbox", "would go back into the outbox", yes=yes, how=how)
-    return site.end(seen.items, text, yes=yes, json=json)
+    if not site.apply_changes(changes, yes=yes, sends=True):
+        return site.print_locked()
+    done = f"{plural(site.report.events, 'event')} of {plural(site.report.files, 'file')}"
+    text = site.summary(done, "went back into the outbox", "would go back into the outbox", yes=yes, how=how)
+    return site.print_result(seen.items, text, yes=yes, json=json)
 
 
 @dead.command("purge")
@@ -364,20 +371,20 @@ def purge(
     quiet: QuietOption = False,
 ) -> int:
     """Give dead letters up for good. The ledger counts them as purged. Without --yes nothing is done."""
-    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
-    selection = site.selection(
+    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
+    selection = site.parse_filter(
         records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
         since=since, until=until,
     )  # fmt: skip
-    need_choice(selection, everything=everything)
-    site.need_one_place(Kind.DEAD)
-    seen = _Seen(site.lines, limit, json=json, events=False)
-    changes = DeadLetterReplayer(site.place, site.heading, site.clock, selection, site.report).purge_changes(seen)
-    if not site.carry_out(changes, yes=yes, sends=False):
-        return site.busy()
-    done = f"{counted(site.report.events, 'dead letter')} of {counted(site.report.files, 'file')}"
-    text = site.last_line(done, "purged", "would be gone for good", yes=yes)
-    return site.end(seen.items, text, yes=yes, json=json)
+    require_filter(selection, everything=everything)
+    site.require_single_directory(Kind.DEAD)
+    seen = _DeadLetterPreview(site.item_lines, limit, json=json, events=False)
+    changes = DeadLetterReplayer(site.directory, site.heading, site.clock, selection, site.report).purge_changes(seen)
+    if not site.apply_changes(changes, yes=yes, sends=False):
+        return site.print_locked()
+    done = f"{plural(site.report.events, 'dead letter')} of {plural(site.report.files, 'file')}"
+    text = site.summary(done, "purged", "would be gone for good", yes=yes)
+    return site.print_result(seen.items, text, yes=yes, json=json)
 
 
 @dead.command("edit")
@@ -413,46 +420,46 @@ def edit(
     Only what was changed, is valid and has kept its id goes in; all else stays a dead letter, and is named. The file that was
     edited is kept until all of it went in: `--from FILE` takes it again. Without --yes nothing is done.
     """
-    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
+    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
     if values and from_file is not None:
         raise UsageError("--set and --from: give one of them")
-    chosen = site.selection(
+    chosen = site.parse_filter(
         records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
         since=since, until=until,
     )  # fmt: skip
-    seen = _Seen(site.lines, limit, json=json, events=True)
+    seen = _DeadLetterPreview(site.item_lines, limit, json=json, events=True)
     if values:
-        need_choice(chosen, everything=everything)
+        require_filter(chosen, everything=everything)
         members = parse_assignments(values, site.settings.event_type)
-        return _send_again(
+        return _replay_records(
             site, chosen, lambda one: with_fields(site.gate, unchanged_event(one), members), seen, yes=yes, json=json
         )
     if from_file is None:
-        need_choice(chosen, everything=everything)
-        from_file = _in_editor(site, chosen, editor)
+        require_filter(chosen, everything=everything)
+        from_file = _edit_records(site, chosen, editor)
         if from_file is None:
-            return site.exit_code() if site.report.problems_count else Exit.DONE
-    return _send_edited(site, from_file, seen, yes=yes, json=json)
+            return site.exit_code() if site.report.problems_count else ExitCode.DONE
+    return _replay_edited(site, from_file, seen, yes=yes, json=json)
 
 
-def _in_editor(site: Site, chosen: RecordFilter, command: str) -> str | None:
+def _edit_records(site: CommandContext, chosen: RecordFilter, command: str) -> str | None:
     """Have somebody edit the chosen records; the path of the edited file, or None where there is nothing to do."""
-    site.need_one_place(Kind.DEAD)
-    lines = b"".join(map(to_editable_line, _chosen(site, chosen, site.place)))
-    site.say_troubles()
+    site.require_single_directory(Kind.DEAD)
+    lines = b"".join(map(to_editable_line, _find_records(site, chosen, site.directory)))
+    site.print_problems()
     if not lines:
         out.print("no such dead letter", markup=False)
         return None
-    name = f"{_EDITED}{site.place.new_id()}.ndjson"
-    path = site.place.path_of(name)
+    name = f"{_EDIT_PREFIX}{site.directory.new_id()}.ndjson"
+    path = site.directory.path_of(name)
     create_private_file(path, lines)
     try:
         code = subprocess.run([*shlex.split(command), path], check=False).returncode  # noqa: S603 - the user's own editor
     except (OSError, ValueError) as error:
-        site.place.remove(name)
+        site.directory.remove(name)
         raise UsageError(f"the editor {command!r} cannot be started: {error}") from None
     if read_file(path) == lines:
-        site.place.remove(name)
+        site.directory.remove(name)
         out.print("nothing was changed", markup=False)
         return None
     if code:
@@ -460,7 +467,7 @@ def _in_editor(site: Site, chosen: RecordFilter, command: str) -> str | None:
     return path
 
 
-def _send_edited(site: Site, path: str, seen: _Seen, *, yes: bool, json: bool) -> int:
+def _replay_edited(site: CommandContext, path: str, seen: _DeadLetterPreview, *, yes: bool, json: bool) -> int:
     """Send again what was changed in an edited file."""
     try:
         text = read_file(path)
@@ -481,15 +488,15 @@ def _send_edited(site: Site, path: str, seen: _Seen, *, yes: bool, json: bool) -
     if left:
         batches = tuple({name.rpartition("#")[0] for name in left})
         how = f"dead edit --from {shlex.quote(path)} --yes"
-        code = _send_again(site, RecordFilter(batches=batches), mend, seen, yes=yes, json=json, how=how)
+        code = _replay_records(site, RecordFilter(batches=batches), mend, seen, yes=yes, json=json, how=how)
     else:
-        code = site.end([], "nothing to send again", yes=yes, json=json)
+        code = site.print_result([], "nothing to send again", yes=yes, json=json)
     for name in left:
         err.print(printable(f"{path}: {name} is no dead letter, or none any more"), markup=False)
-    if yes and code == Exit.DONE and not left:
+    if yes and code == ExitCode.DONE and not left:
         name = path.rpartition("/")[2]
-        if name.startswith(_EDITED) and site.place.read_small_file(name) == text:
-            site.place.remove(name)
+        if name.startswith(_EDIT_PREFIX) and site.directory.read_small_file(name) == text:
+            site.directory.remove(name)
     elif yes:
         err.print(f"the edited text is kept: --from {shlex.quote(path)} takes it again", markup=False)
-    return code if not left else code or Exit.PARTLY
+    return code if not left else code or ExitCode.PARTIAL

@@ -9,23 +9,23 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pillarbox.cli.app import (
+from pillarbox.cli.context import print_json
+from pillarbox.cli.main import (
     ConfigOption,
     DirectoryOption,
     EventTypeOption,
-    Exit,
+    ExitCode,
     JsonOption,
     QuietOption,
     SinkOption,
     app,
     err,
+    interrupt_on_sigterm,
+    load_settings,
     log_to_terminal,
     out,
-    require,
-    settings_from,
-    stop_on_sigterm,
+    require_setting,
 )
-from pillarbox.cli.context import print_json
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.deliverer import ONLY, together
 from pillarbox.delivery.runner import destinations, make_deliverer
@@ -42,15 +42,15 @@ if TYPE_CHECKING:
     from pillarbox.settings import Settings
     from pillarbox.store.directory import Directory
 
-_LOOK_S: Final = 0.05
+_POLL_S: Final = 0.05
 _STUCK_S: Final = 0.5  # without progress, where a sink is stopped: the others may be about to begin
 _STOP_S: Final = 10.0  # for the batch that is on its way when the command is interrupted
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class DeliverResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox deliver --json`, at its end; counts are of this run."""
 
-    waiting_files: int
+    pending_batches: int
     total: SinkStats
     sinks: dict[str, SinkStats]  # by name, where there are several
 
@@ -91,17 +91,17 @@ def deliver(
     Metrics are exported without --otlp too where OTEL_EXPORTER_OTLP_ENDPOINT is set.
     """
     log_to_terminal(quiet=quiet)
-    stop_on_sigterm()
+    interrupt_on_sigterm()
     try:
-        settings = settings_from(
+        settings = load_settings(
             config, directory=directory, sink=sink, event_type=event_type, max_rate=max_rate, live_share=live_share
         )
-        require(settings, "directory", "DIR")
+        require_setting(settings, "directory", "DIR")
         if not settings.sinks:
-            require(settings, "sink", "URL")
+            require_setting(settings, "sink", "URL")
         return _deliver(settings, timeout if once else None, metrics, otlp, json=json, quiet=quiet)
     except KeyboardInterrupt:  # before there was anything to end, or a second time: what is on its way is sent again
-        return Exit.PARTLY if once else Exit.DONE
+        return ExitCode.PARTIAL if once else ExitCode.DONE
 
 
 def _deliver(
@@ -121,22 +121,22 @@ def _deliver(
     try:
         shown.start(deliverer.sinks)
         deliverer.start()
-        done = _watch(deliverer, place, give_up_s, quiet=quiet)
+        done = _wait_until_done(deliverer, place, give_up_s, quiet=quiet)
     except KeyboardInterrupt:
         done = give_up_s is None
     finally:
         deliverer.stop(_STOP_S)
         shown.close()
-    _say(deliverer.sinks(), place.disk_usage().sealed_files, json=json)
-    return Exit.DONE if done else Exit.PARTLY
+    _print_result(deliverer.sinks(), place.disk_usage().sealed_files, json=json)
+    return ExitCode.DONE if done else ExitCode.PARTIAL
 
 
-def _say(sinks: dict[str, SinkStats], waiting_files: int, *, json: bool) -> None:
+def _print_result(sinks: dict[str, SinkStats], waiting_files: int, *, json: bool) -> None:
     """What was done, at the end."""
     found = together(sinks)
     several = {name: sink for name, sink in sinks.items() if name != ONLY}
     if json:
-        print_json(Outcome(waiting_files=waiting_files, total=found, sinks=several))
+        print_json(DeliverResult(pending_batches=waiting_files, total=found, sinks=several))
         return
     out.print(
         f"delivered {found.delivered} ({found.duplicates} were there already), dead letters {found.dead}, "
@@ -145,7 +145,7 @@ def _say(sinks: dict[str, SinkStats], waiting_files: int, *, json: bool) -> None
     )
 
 
-def _watch(deliverer: Here, place: Directory, give_up_s: float | None, *, quiet: bool) -> bool:
+def _wait_until_done(deliverer: Here, place: Directory, give_up_s: float | None, *, quiet: bool) -> bool:
     """Show progress until nothing waits (with `give_up_s`) or for ever; whether nothing is left."""
     total = place.disk_usage().pending_bytes
     with Progress(
@@ -163,7 +163,7 @@ def _watch(deliverer: Here, place: Directory, give_up_s: float | None, *, quiet:
         clock = SystemClock()
         last_count, last_moment = 0, clock.monotonic()
         while give_up_s is None or not deliverer.is_idle():
-            threading.Event().wait(_LOOK_S)
+            threading.Event().wait(_POLL_S)
             found = together(deliverer.sinks())
             progress.update(task, completed=found.flushed_bytes, events=found.delivered)
             if give_up_s is None:

@@ -10,20 +10,20 @@ import typer
 
 from pillarbox.admin.doctor import DoctorFinding, DoctorLimits, failed, passed, run_checks
 from pillarbox.admin.status import read_status
-from pillarbox.cli.app import (
+from pillarbox.cli.context import print_json, printable
+from pillarbox.cli.main import (
     ConfigOption,
     DirectoryOption,
     EventTypeOption,
-    Exit,
+    ExitCode,
     JsonOption,
     SinkOption,
     app,
+    interrupt_on_sigterm,
+    load_settings,
     out,
-    require,
-    settings_from,
-    stop_on_sigterm,
+    require_setting,
 )
-from pillarbox.cli.context import print_json, printable
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, Heartbeat
 from pillarbox.errors import DirectoryUnusableError, PillarboxError
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pillarbox.settings import Settings
     from pillarbox.sinks.base import CheckResult as SinkFinding
 
-_AHEAD_S: Final = 1.0  # by which clocks of one machine may differ
+_CLOCK_SKEW_S: Final = 1.0  # by which clocks of one machine may differ
 
 
 @app.command("doctor")
@@ -62,18 +62,18 @@ def doctor(
     Safe at any time: it tries locks, renames and syncs on files of its own, doctor-*.probe, which it removes, and locks,
     creates and adopts nothing else. Where it knows the destinations it asks them too, and sends them no event.
     """
-    stop_on_sigterm()  # or the probe files would stay
-    settings = settings_from(config, directory=directory, durability=durability, sink=sink, event_type=event_type)
-    require(settings, "directory", "DIR")
+    interrupt_on_sigterm()  # or the probe files would stay
+    settings = load_settings(config, directory=directory, durability=durability, sink=sink, event_type=event_type)
+    require_setting(settings, "directory", "DIR")
     clock = SystemClock()
-    findings = [*_of_directory(settings, clock), *_of_destinations(settings, timeout, clock)]
+    findings = [*_directory_findings(settings, clock), *_destination_findings(settings, timeout, clock)]
     if json:
         print_json([finding._asdict() for finding in findings])
     else:
         out.print(printable(f'{settings.directory}, durability "{settings.durability}"'), markup=False)
         for ok, check, text in findings:
             out.print(printable(f"  {'ok ' if ok else 'BAD'}  {check}: {text}"), markup=False, style=None if ok else "red")
-    return Exit.DONE if all(finding.ok for finding in findings) else Exit.PARTLY
+    return ExitCode.DONE if all(finding.ok for finding in findings) else ExitCode.PARTIAL
 
 
 def _destinations(settings: Settings) -> dict[str, str]:
@@ -81,7 +81,7 @@ def _destinations(settings: Settings) -> dict[str, str]:
     return settings.sinks or ({"": settings.sink} if settings.sink else {})
 
 
-def _of_directory(settings: Settings, clock: Clock) -> list[DoctorFinding]:
+def _directory_findings(settings: Settings, clock: Clock) -> list[DoctorFinding]:
     place = directory_at(settings.directory, os_filesystem(), clock)
     limits = DoctorLimits(
         power=settings.durability == "power",
@@ -96,25 +96,32 @@ def _of_directory(settings: Settings, clock: Clock) -> list[DoctorFinding]:
     findings = run_checks(place, clock, limits)
     try:
         status = read_status(place, clock, settings.durability)
-        return [*findings, *_deliverers(status), *_heartbeats(status, clock), *_queues(place, settings, status)]
+        return [
+            *findings,
+            *_worker_findings(status),
+            *_clock_findings(status, clock),
+            *_queue_findings(place, settings, status),
+        ]
     except (OSError, DirectoryUnusableError):
         return findings  # the directory cannot be used, which is among them
 
 
-def _deliverers(status: OutboxStatus) -> Iterable[DoctorFinding]:
+def _worker_findings(status: OutboxStatus) -> Iterable[DoctorFinding]:
     """Of each queue and of the directory, where files are handed over to them, or have their one destination."""
     each = [
-        _deliverer(f"{sink.name}: ", sink.deliverer, sink.deliverer_silent_s, sink.waiting_files, sink.oldest_age_s)
+        _worker_finding(f"{sink.name}: ", sink.deliverer, sink.deliverer_silent_s, sink.waiting_files, sink.oldest_age_s)
         for sink in status.sinks
     ]
     yield from each
     name = "all sinks: " if each else ""
-    whole = _deliverer(name, status.deliverer, status.deliverer_silent_s, status.sealed_files, status.oldest_age_s)
+    whole = _worker_finding(name, status.deliverer, status.deliverer_silent_s, status.sealed_files, status.oldest_age_s)
     if whole.ok or all(finding.ok for finding in each):  # or it says again what one of them has said
         yield whole
 
 
-def _deliverer(name: str, beat: Heartbeat | None, silent_s: float | None, files: int, oldest_s: float | None) -> DoctorFinding:
+def _worker_finding(
+    name: str, beat: Heartbeat | None, silent_s: float | None, files: int, oldest_s: float | None
+) -> DoctorFinding:
     waiting = f"{files:,} sealed files wait"
     waits = oldest_s is not None and oldest_s > HEARTBEAT_STALE_AFTER_S
     if beat is None or silent_s is None:
@@ -137,17 +144,17 @@ def _deliverer(name: str, beat: Heartbeat | None, silent_s: float | None, files:
     return passed("deliverer", f"{text}; {waiting}")
 
 
-def _heartbeats(status: OutboxStatus, clock: Clock) -> Iterable[DoctorFinding]:
+def _clock_findings(status: OutboxStatus, clock: Clock) -> Iterable[DoctorFinding]:
     """Those of another time."""
     beats = {"": status.deliverer} | {sink.name: sink.deliverer for sink in status.sinks}
     for name, beat in beats.items():
-        if beat is not None and beat.at_micros > clock.micros() + _AHEAD_S * 1e6:
+        if beat is not None and beat.at_micros > clock.micros() + _CLOCK_SKEW_S * 1e6:
             ahead = (beat.at_micros - clock.micros()) / 1e6
             of = f" of {name}" if name else ""
             yield failed("clock", f"the heartbeat{of} is {ahead:,.0f} s in the future: set the clock, it stepped back")
 
 
-def _queues(place: Directory, settings: Settings, status: OutboxStatus) -> Iterable[DoctorFinding]:
+def _queue_findings(place: Directory, settings: Settings, status: OutboxStatus) -> Iterable[DoctorFinding]:
     """Queues that nobody is to deliver, that are asked for in vain, or that others can read."""
     known = _destinations(settings)
     waiting = {sink.name: sink.waiting_files for sink in status.sinks}
@@ -167,14 +174,14 @@ def _queues(place: Directory, settings: Settings, status: OutboxStatus) -> Itera
             yield failed("queue", f"{text}: name it among the sinks, or pillarbox sinks remove {name}")
 
 
-def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[DoctorFinding]:
+def _destination_findings(settings: Settings, timeout: float, clock: Clock) -> list[DoctorFinding]:
     """What each destination says of itself; all are asked at once, and none is waited for longer than `timeout` seconds."""
     answers: dict[str, list[DoctorFinding]] = {}
 
     def ask(name: str, url: str) -> None:
         label = f"{name}: " if name else f"{redact_url(url)}: "
         try:
-            found = asyncio.run(_check(url, settings))
+            found = asyncio.run(_ask_destination(url, settings))
             answers[name] = [DoctorFinding(ok, "destination", f"{label}{text}") for ok, text in found]
         except PillarboxError as error:
             answers[name] = [failed("destination", f"{label}{error}")]
@@ -198,7 +205,7 @@ def _of_destinations(settings: Settings, timeout: float, clock: Clock) -> list[D
     return findings
 
 
-async def _check(url: str, settings: Settings) -> list[SinkFinding]:
+async def _ask_destination(url: str, settings: Settings) -> list[SinkFinding]:
     sink = make_sink(url, settings.event_type)
     try:
         return list(await sink.check())

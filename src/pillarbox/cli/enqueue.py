@@ -8,31 +8,31 @@ from typing import Annotated
 import msgspec
 import typer
 
-from pillarbox.cli.app import (
+from pillarbox.cli.input import LINES_REPORTED_MAX, InputProgress, strict_decoder
+from pillarbox.cli.main import (
     ConfigOption,
     DirectoryOption,
     EventTypeOption,
-    Exit,
+    ExitCode,
     JsonOption,
     QuietOption,
     SinkOption,
     app,
     err,
+    load_settings,
     log_to_terminal,
     out,
-    require,
-    settings_from,
+    require_setting,
 )
-from pillarbox.cli.intake import REPORTED_MAX, Display, strict_decoder
 from pillarbox.errors import InvalidEventError
 from pillarbox.outbox import Outbox
 
 
-class Taken(msgspec.Struct, frozen=True):
+class EnqueueResult(msgspec.Struct, frozen=True):
     """The shape of `pillarbox enqueue --json`; on standard error with --ack."""
 
     accepted: int
-    refused: int
+    dropped: int
 
 
 @app.command("enqueue")
@@ -55,7 +55,7 @@ def enqueue(
     command runs; without, by `pillarbox deliver` or by whatever process delivers the directory.
     """
     log_to_terminal(quiet=quiet)
-    settings = settings_from(
+    settings = load_settings(
         config,
         directory=directory,
         sink=sink,
@@ -63,10 +63,13 @@ def enqueue(
         batch_size=batch_size,
         max_bytes=max_bytes,
     )
-    require(settings, "directory", "DIR")
+    require_setting(settings, "directory", "DIR")
     accepted = refused = 0
     decode = strict_decoder(settings.event_type)
-    with Outbox.from_settings(settings) as outbox, Display(sys.stdin.buffer if file is None else file, quiet=quiet) as display:
+    with (
+        Outbox.from_settings(settings) as outbox,
+        InputProgress(sys.stdin.buffer if file is None else file, quiet=quiet) as display,
+    ):
         for number, line in display.lines():
             problem = None
             try:
@@ -84,11 +87,11 @@ def enqueue(
                     sys.stdout.flush()  # whoever reads may act on it: it must not wait in a buffer
                 continue
             refused += 1
-            if refused <= REPORTED_MAX:
+            if refused <= LINES_REPORTED_MAX:
                 err.print(f"line {number}: {problem}", markup=False)
     if json:
-        (sys.stderr if ack else sys.stdout).write(msgspec.json.encode(Taken(accepted, refused)).decode() + "\n")
+        (sys.stderr if ack else sys.stdout).write(msgspec.json.encode(EnqueueResult(accepted, refused)).decode() + "\n")
     elif not quiet or refused:
-        more = f" (the first {REPORTED_MAX} are named above)" if refused > REPORTED_MAX else ""
+        more = f" (the first {LINES_REPORTED_MAX} are named above)" if refused > LINES_REPORTED_MAX else ""
         (err if ack else out).print(f"accepted {accepted}, refused {refused}{more}", markup=False)
-    return Exit.PARTLY if refused else Exit.DONE
+    return ExitCode.PARTIAL if refused else ExitCode.DONE

@@ -14,23 +14,23 @@ from pillarbox.admin.dead_letters import FileProblem, IdentityDecoder
 from pillarbox.admin.event_filters import EventFilter, EventHeaderDecoder
 from pillarbox.admin.export import EventExporter, ExportScope
 from pillarbox.admin.mend import ReplayValidator
-from pillarbox.cli.app import (
+from pillarbox.cli.context import print_json, printable
+from pillarbox.cli.import_source import ImportItem, ImportReader
+from pillarbox.cli.input import LINES_REPORTED_MAX, InputProgress
+from pillarbox.cli.main import (
     ConfigOption,
     DirectoryOption,
     EventTypeOption,
-    Exit,
+    ExitCode,
     JsonOption,
     QuietOption,
     app,
     err,
+    load_settings,
     log_to_terminal,
     out,
-    require,
-    settings_from,
+    require_setting,
 )
-from pillarbox.cli.context import print_json, printable
-from pillarbox.cli.intake import REPORTED_MAX, Display
-from pillarbox.cli.sources import Item, Reader
 from pillarbox.clock import SystemClock
 from pillarbox.errors import FileUnusableError, UsageError
 from pillarbox.outbox import Outbox
@@ -44,22 +44,22 @@ if TYPE_CHECKING:
 
     from pillarbox.settings import Settings
 
-_TROUBLES_MAX: Final = 1000  # kept to be named; all are counted
-_SAY_EVERY: Final = 100_000  # lines between two words on how far it came, where no terminal shows it
-_ONES_OWN: Final = frozenset({"invalid", "filtered"})  # an event is refused for itself: others may still go in
+_PROBLEMS_MAX: Final = 1000  # kept to be named; all are counted
+_PROGRESS_EVERY_LINES: Final = 100_000  # lines between two words on how far it came, where no terminal shows it
+_PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # an event is refused for itself: others may still go in
 
 
-class Imported(msgspec.Struct, kw_only=True):
+class ImportResult(msgspec.Struct, kw_only=True):
     """The shape of `pillarbox import --json`."""
 
     dry_run: bool
     accepted: int = 0  # with --dry-run: that would be
-    refused: int = 0  # lines that are no events
-    done: int = 0  # up to this line, or row, everything is accepted or refused: --skip goes on behind it
+    dropped: int = 0  # lines that are no events
+    processed: int = 0  # up to this line, or row, everything is accepted or refused: --skip goes on behind it
     complete: bool = False  # that was the last one
-    full: str = ""  # why the outbox took nothing more
+    outbox_dropped: str = ""  # why the outbox took nothing more
     interrupted: bool = False
-    troubles: list[FileProblem]  # why lines were refused; the first 1,000
+    problems: list[FileProblem]  # why lines were refused; the first 1,000
 
 
 @app.command("import")
@@ -91,36 +91,36 @@ def import_(
     code 1. Where it ends early it says how far it came: --skip goes on from there. Whoever delivers the directory delivers it.
     """
     log_to_terminal(quiet=quiet)
-    settings = settings_from(config, directory=directory, event_type=event_type)
-    require(settings, "directory", "DIR")
+    settings = load_settings(config, directory=directory, event_type=event_type)
+    require_setting(settings, "directory", "DIR")
     full: dict[str, Any] = {"when_full": "block", "block_timeout": wait} if wait else {"when_full": "drop_newest"}
     settings = msgspec.structs.replace(settings, sink=None, on_invalid="drop", **full)
     heading = IdentityDecoder(settings.event_type)
     gate = ReplayValidator(settings.event_type, heading.id_field)
-    reader = Reader(settings.event_type, gate)
-    report = Imported(dry_run=dry_run, troubles=[])
+    reader = ImportReader(settings.event_type, gate)
+    report = ImportResult(dry_run=dry_run, problems=[])
     with ExitStack() as stack:
         if _is_outbox(source, kind):
-            display = stack.enter_context(Display(None, quiet=quiet))
-            stock = _stock(source, settings, heading, gate)
-            items = reader.of_stock(stock.events(what))
+            display = stack.enter_context(InputProgress(None, quiet=quiet))
+            stock = _open_source_outbox(source, settings, heading, gate)
+            items = reader.read_outbox(stock.events(what))
         else:
             stock = None
-            file = stack.enter_context(nullcontext(sys.stdin.buffer) if source == "-" else _opened(source))
-            display = stack.enter_context(Display(file, quiet=quiet))
+            file = stack.enter_context(nullcontext(sys.stdin.buffer) if source == "-" else _open_source_file(source))
+            display = stack.enter_context(InputProgress(file, quiet=quiet))
             is_csv = kind == "csv" or (kind == "auto" and source.endswith(".csv"))
-            items = reader.of_rows(display.raw()) if is_csv else reader.of_lines(display.lines())
+            items = reader.read_rows(display.raw_lines()) if is_csv else reader.read_lines(display.lines())
         outbox = None if dry_run else stack.enter_context(Outbox.from_settings(settings))
-        put_aside = stack.enter_context(_rejects(rejects))
-        carrier = _Carrier(outbox, report, settings, put_aside)
-        _carry(carrier, items, skip, display, by_events=stock is not None, quiet=quiet)
+        put_aside = stack.enter_context(_open_rejects(rejects))
+        carrier = _ImportBatch(outbox, report, settings, put_aside)
+        _import_items(carrier, items, skip, display, by_events=stock is not None, quiet=quiet)
     if stock is not None:
         for trouble in stock.problems:
-            carrier.refuse(trouble)
-    _say(report, json=json, quiet=quiet)
+            carrier.add_problem(trouble)
+    _print_result(report, json=json, quiet=quiet)
     if report.interrupted:
-        return Exit.INTERRUPTED
-    return Exit.DONE if report.complete and not report.refused else Exit.PARTLY
+        return ExitCode.INTERRUPTED
+    return ExitCode.DONE if report.complete and not report.dropped else ExitCode.PARTIAL
 
 
 def _is_outbox(source: str, kind: str) -> bool:
@@ -131,7 +131,7 @@ def _is_outbox(source: str, kind: str) -> bool:
     return is_directory
 
 
-def _stock(source: str, settings: Settings, heading: IdentityDecoder, gate: ReplayValidator) -> EventExporter:
+def _open_source_outbox(source: str, settings: Settings, heading: IdentityDecoder, gate: ReplayValidator) -> EventExporter:
     if file_identity(source) == file_identity(settings.directory):
         raise UsageError(f"{source} is the outbox that the events would go into")
     clock = SystemClock()
@@ -139,7 +139,7 @@ def _stock(source: str, settings: Settings, heading: IdentityDecoder, gate: Repl
     return EventExporter(other, clock, EventHeaderDecoder(settings.event_type), EventFilter(), heading, gate)
 
 
-def _opened(source: str) -> Any:
+def _open_source_file(source: str) -> Any:
     try:
         return open_for_reading(source)
     except OSError as error:
@@ -147,7 +147,7 @@ def _opened(source: str) -> Any:
 
 
 @contextmanager
-def _rejects(path: str | None) -> Iterator[Callable[[bytes], None]]:
+def _open_rejects(path: str | None) -> Iterator[Callable[[bytes], None]]:
     if path is None:
         yield lambda _raw: None
         return
@@ -162,27 +162,29 @@ def _rejects(path: str | None) -> Iterator[Callable[[bytes], None]]:
         filesystem.close(fd)
 
 
-class _Carrier:
+class _ImportBatch:
     """Puts items into the outbox, as many at a time as make a batch, and keeps the report."""
 
-    def __init__(self, outbox: Outbox | None, report: Imported, settings: Settings, put_aside: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, outbox: Outbox | None, report: ImportResult, settings: Settings, put_aside: Callable[[bytes], None]
+    ) -> None:
         self._outbox = outbox
-        self.report = report
-        self._put_aside = put_aside
+        self.result = report
+        self._write_reject = put_aside
         self._events_max = settings.batch_size
         self._bytes_max = settings.batch_bytes
-        self._items: list[Item] = []
+        self._items: list[ImportItem] = []
         self._bytes = 0
         self.storing = False  # an interrupt waits until that is over
 
-    def add(self, item: Item) -> None:
+    def add(self, item: ImportItem) -> None:
         """One more."""
         self._items.append(item)
         self._bytes += len(item.payload)
         if len(self._items) >= self._events_max or self._bytes >= self._bytes_max:
-            self.store()
+            self.enqueue_items()
 
-    def store(self) -> None:
+    def enqueue_items(self) -> None:
         """Put in what was added; what the outbox has no room for is left where it was."""
         self.storing = True
         good = [item for item in self._items if not item.problem]
@@ -190,53 +192,55 @@ class _Carrier:
         outcomes = self._outbox.enqueue_json([item.payload for item in good]) if self._outbox is not None and good else []
         for item, outcome in zip(good, outcomes, strict=False):
             if isinstance(outcome, Dropped):
-                if outcome.reason not in _ONES_OWN:
-                    self.report.full = outcome.reason
+                if outcome.reason not in _PER_EVENT_REASONS:
+                    self.result.outbox_dropped = outcome.reason
                     self.storing = False
                     return
                 refused[item.number] = f"refused at the door: {outcome.reason}"
-        self.report.accepted += len(self._items) - len(refused)
+        self.result.accepted += len(self._items) - len(refused)
         for item in self._items:
             if item.number in refused:
-                self._put_aside(item.raw)
-                self.refuse(FileProblem("", refused[item.number], item.number))
-            self.report.done = item.number
+                self._write_reject(item.raw)
+                self.add_problem(FileProblem("", refused[item.number], item.number))
+            self.result.processed = item.number
         self._items, self._bytes = [], 0
         self.storing = False
 
-    def refuse(self, trouble: FileProblem) -> None:
+    def add_problem(self, trouble: FileProblem) -> None:
         """Something is not in."""
-        self.report.refused += 1
-        if len(self.report.troubles) < _TROUBLES_MAX:
-            self.report.troubles.append(trouble)
+        self.result.dropped += 1
+        if len(self.result.problems) < _PROBLEMS_MAX:
+            self.result.problems.append(trouble)
 
 
-def _carry(carrier: _Carrier, items: Iterable[Item], skip: int, display: Display, *, by_events: bool, quiet: bool) -> None:
-    report = carrier.report
-    report.done = skip
-    with _patiently(carrier):
+def _import_items(
+    carrier: _ImportBatch, items: Iterable[ImportItem], skip: int, display: InputProgress, *, by_events: bool, quiet: bool
+) -> None:
+    report = carrier.result
+    report.processed = skip
+    with _defer_signals(carrier):
         try:
             for item in items:
                 if by_events:
-                    display.show(item.number, 0)
+                    display.update(item.number, 0)
                 if item.number > skip:
                     carrier.add(item)
-                if not (quiet or err.is_terminal) and item.number % _SAY_EVERY == 0 and not report.full:
-                    err.print(f"line {item.number}: what came up to line {report.done} is in", markup=False)
-                if report.full or report.interrupted:
+                if not (quiet or err.is_terminal) and item.number % _PROGRESS_EVERY_LINES == 0 and not report.outbox_dropped:
+                    err.print(f"line {item.number}: what came up to line {report.processed} is in", markup=False)
+                if report.outbox_dropped or report.interrupted:
                     return
-            carrier.store()
-            report.complete = not report.full
+            carrier.enqueue_items()
+            report.complete = not report.outbox_dropped
         except KeyboardInterrupt:
             report.interrupted = True
 
 
 @contextmanager
-def _patiently(carrier: _Carrier) -> Iterator[None]:
+def _defer_signals(carrier: _ImportBatch) -> Iterator[None]:
     """While it lasts, Ctrl-C and SIGTERM end the reading at once, and the storing after what is under way."""
 
     def note(_number: int, _frame: FrameType | None) -> None:
-        carrier.report.interrupted = True
+        carrier.result.interrupted = True
         if not carrier.storing:
             raise KeyboardInterrupt
 
@@ -248,18 +252,21 @@ def _patiently(carrier: _Carrier) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say(report: Imported, *, json: bool, quiet: bool) -> None:
-    for trouble in report.troubles[:REPORTED_MAX]:
+def _print_result(report: ImportResult, *, json: bool, quiet: bool) -> None:
+    for trouble in report.problems[:LINES_REPORTED_MAX]:
         where = trouble.file if trouble.line is None else f"line {trouble.line}"
         err.print(printable(f"{where}: {trouble.problem}"), markup=False)
     if json:
         print_json(report)
         return
-    if quiet and report.complete and not report.refused:
+    if quiet and report.complete and not report.dropped:
         return
-    more = f" (the first {REPORTED_MAX} are named above)" if report.refused > REPORTED_MAX else ""
+    more = f" (the first {LINES_REPORTED_MAX} are named above)" if report.dropped > LINES_REPORTED_MAX else ""
     would = "would be accepted" if report.dry_run else "accepted"
-    out.print(f"{would} {report.accepted}, refused {report.refused}{more}", markup=False)
+    out.print(f"{would} {report.accepted}, refused {report.dropped}{more}", markup=False)
     if not report.complete:
-        why = "interrupted" if report.interrupted else f"the outbox takes nothing more ({report.full})"
-        out.print(f"{why}; what came up to line {report.done} is done: --skip {report.done} goes on from there", markup=False)
+        why = "interrupted" if report.interrupted else f"the outbox takes nothing more ({report.outbox_dropped})"
+        out.print(
+            f"{why}; what came up to line {report.processed} is done: --skip {report.processed} goes on from there",
+            markup=False,
+        )

@@ -13,28 +13,28 @@ from pillarbox.admin.dead_letters import FileProblem
 from pillarbox.admin.event_filters import EventHeaderDecoder
 from pillarbox.admin.filters import format_time, parse_batch_id
 from pillarbox.admin.locate import BatchHistory, EventLocation, FileContents, Locator
-from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app, err, out
-from pillarbox.cli.context import Site, counted, print_json, printable
+from pillarbox.cli.context import CommandContext, plural, print_json, printable
+from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app, err, out
 from pillarbox.store.layout import batch_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_GONE = (
+_NOT_FOUND = (
     "in no file that is here, and no batch's name. The ledger remembers batches, not events: one that was delivered is gone "
     "from here, and only its destination can tell"
 )
 
 
-class Inspected(msgspec.Struct, frozen=True, kw_only=True):
+class InspectResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox inspect --json`; times in microseconds since 1970."""
 
     name: str
-    is_a: Literal["file", "batch", "event", "unknown"]
+    kind: Literal["file", "batch", "event", "unknown"]
     files: list[FileContents]  # of this name, with what is in them
     events: list[EventLocation]  # places where the event is
     batches: list[BatchHistory]  # what is known of the batches concerned
-    troubles: list[FileProblem]  # what could not be read
+    problems: list[FileProblem]  # what could not be read
 
 
 @app.command("inspect")
@@ -51,8 +51,8 @@ def inspect(
     An event is searched by reading all files. What is in no file any more only the ledger can tell of, and that knows batches.
     The exit code is 1 where nothing is found. Safe at any time: takes no lock and changes nothing.
     """
-    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
-    known = Locator(site.place, EventHeaderDecoder(site.settings.event_type), site.heading)
+    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
+    known = Locator(site.directory, EventHeaderDecoder(site.settings.event_type), site.heading)
     files = [known.read_contents(sight) for sight in known.find_files(name)]
     batch = batch_id(parse_batch_id(name.partition("#")[0]))
     events: list[EventLocation] = []
@@ -64,19 +64,19 @@ def inspect(
         with _progress(known.total_bytes, hidden=quiet) as progress:
             events = list(known.find_event(name, progress))
         is_a, batches = "event" if events else "unknown", [event.batch for event in events]
-    found = Inspected(
+    found = InspectResult(
         name=name,
-        is_a=is_a,  # type: ignore[arg-type]  # one of those
+        kind=is_a,  # type: ignore[arg-type]  # one of those
         files=files,
         events=events,
         batches=[known.batch_history(one) for one in dict.fromkeys(batches) if one],
-        troubles=known.problems,
+        problems=known.problems,
     )
     if json:
         print_json(found)
     else:
-        _say(found)
-    return Exit.PARTLY if found.is_a == "unknown" or found.troubles else Exit.DONE
+        _print_result(found)
+    return ExitCode.PARTIAL if found.kind == "unknown" or found.problems else ExitCode.DONE
 
 
 @contextmanager
@@ -87,27 +87,27 @@ def _progress(size: int, *, hidden: bool) -> Iterator[Callable[[int], None]]:
         yield lambda done: display.update(task, advance=done)
 
 
-def _say(found: Inspected) -> None:
+def _print_result(found: InspectResult) -> None:
     lines: list[str] = []
     for file in found.files:
-        lines += _of_file(file)
+        lines += _file_lines(file)
     for event in found.events:
-        lines += _of_event(found.name, event)
+        lines += _event_lines(found.name, event)
     for story in found.batches:
         lines.append(story.batch)
         for fact in story.facts:
             where = f"  ({fact.file})" if fact.file else f"  (ledger of {fact.sink})" if fact.sink else ""
             lines.append(f"  {format_time(fact.at_micros):20}  {fact.text}{where}")
-    if found.is_a == "unknown":
-        lines.append(f"{found.name}: {_GONE}")
+    if found.kind == "unknown":
+        lines.append(f"{found.name}: {_NOT_FOUND}")
     for line in lines:
         out.print(printable(line), markup=False)
-    for trouble in found.troubles:
+    for trouble in found.problems:
         err.print(printable(str(trouble)), markup=False)
 
 
-def _of_file(file: FileContents) -> list[str]:
-    lines = [f"{file.file}: {file.what}, {file.bytes:,} bytes, {counted(file.events, 'event')}"]
+def _file_lines(file: FileContents) -> list[str]:
+    lines = [f"{file.file}: {file.what}, {file.bytes:,} bytes, {plural(file.events, 'event')}"]
     if file.writer:
         lines.append(f"  of writer {file.writer}")
     if file.first_micros is not None:
@@ -118,7 +118,7 @@ def _of_file(file: FileContents) -> list[str]:
     return lines
 
 
-def _of_event(name: str, event: EventLocation) -> list[str]:
+def _event_lines(name: str, event: EventLocation) -> list[str]:
     if event.event is None:
         return [f"{name}: perhaps in damaged bytes of {event.file}, at {event.offset} of the sealed file: {event.reason}"]
     if event.record is not None:

@@ -12,7 +12,7 @@ from pillarbox.admin.filters import parse_time
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pillarbox.cli.context import Site
+    from pillarbox.cli.context import CommandContext
 
 KeyOption = Annotated[list[str] | None, typer.Option("--event-key", metavar="KEY", help="With this key.", show_default=False)]
 IdOption = Annotated[list[str] | None, typer.Option("--event-id", metavar="ID", help="With this id.", show_default=False)]
@@ -36,8 +36,8 @@ UntilOption = Annotated[
 ]
 
 
-def wanted(
-    site: Site,
+def parse_event_filter(
+    site: CommandContext,
     event_keys: Sequence[str] | None,
     event_ids: Sequence[str] | None,
     scopes: Sequence[str] | None,

@@ -11,22 +11,22 @@ import typer
 from pillarbox.admin.dead_letters import FileProblem
 from pillarbox.admin.filters import format_time
 from pillarbox.admin.quarantine import QuarantinedBatch, QuarantineRepairer, RangeRepair
-from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, JsonOption, QuietOption, app, out
 from pillarbox.cli.context import (
     AllOption,
     BatchOption,
+    CommandContext,
     LimitOption,
     ReasonOption,
     SinceOption,
-    Site,
     UntilOption,
     YesOption,
-    counted,
-    need_choice,
+    plural,
     print_json,
     print_table,
     printable,
+    require_filter,
 )
+from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, JsonOption, QuietOption, app, out
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ quarantine = typer.Typer(
 app.add_typer(quarantine)
 
 
-class Kept(msgspec.Struct, frozen=True, kw_only=True):
+class QuarantineListItem(msgspec.Struct, frozen=True, kw_only=True):
     """What is kept of one batch, in `pillarbox quarantine list --json`."""
 
     batch: str
-    spans: int
+    ranges: int
     repaired: int  # of them
     bytes: int
     reasons: dict[str, int]
@@ -56,21 +56,21 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     queue: str = ""  # whose queue it is in, where there are several sinks
 
 
-class Listed(msgspec.Struct, frozen=True, kw_only=True):
+class QuarantineListing(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox quarantine list --json`."""
 
     files: int
-    spans: int
+    ranges: int
     bytes: int
-    batches: list[Kept]
-    troubles: list[FileProblem]
+    batches: list[QuarantineListItem]
+    problems: list[FileProblem]
 
 
-class Shown(msgspec.Struct, frozen=True, kw_only=True):
+class DamagedRange(msgspec.Struct, frozen=True, kw_only=True):
     """A damaged span, in `pillarbox quarantine show --json`."""
 
     batch: str
-    span: int  # from 1
+    number: int  # from 1
     offset: int  # in the sealed file, bytes
     length: int
     reason: str
@@ -80,31 +80,31 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     queue: str = ""  # as of `list`
 
 
-class Recovered(msgspec.Struct, frozen=True, kw_only=True):
+class RecoveredEvent(msgspec.Struct, frozen=True, kw_only=True):
     """An event that was found in a span."""
 
     event: msgspec.Raw
-    sure: bool  # its checksum fits
+    checksum_ok: bool  # its checksum fits
     how: str
 
 
-class Repair(msgspec.Struct, frozen=True, kw_only=True):
+class RepairedRange(msgspec.Struct, frozen=True, kw_only=True):
     """What was found in a span, in `pillarbox quarantine repair --json`."""
 
     batch: str
-    span: int  # from 1
+    number: int  # from 1
     reason: str
-    events: list[Recovered]
+    events: list[RecoveredEvent]
     problems: list[str]  # why other pieces of it hold none
 
 
-def _kept(found: QuarantinedBatch, queue: str = "") -> Kept:
+def _summarize_batch(found: QuarantinedBatch, queue: str = "") -> QuarantineListItem:
     reasons: dict[str, int] = {}
     for span in found.ranges:
         reasons[span.reason] = reasons.get(span.reason, 0) + 1
-    return Kept(
+    return QuarantineListItem(
         batch=found.batch,
-        spans=len(found.ranges),
+        ranges=len(found.ranges),
         repaired=len(found.ranges) - found.unrepaired_count,
         bytes=sum(map(len, found.pieces)),
         reasons=reasons,
@@ -113,11 +113,11 @@ def _kept(found: QuarantinedBatch, queue: str = "") -> Kept:
     )
 
 
-def _chosen_of_all(site: Site, selection: RecordFilter) -> Iterator[tuple[str, QuarantinedBatch]]:
+def _find_all(site: CommandContext, selection: RecordFilter) -> Iterator[tuple[str, QuarantinedBatch]]:
     """What is meant in the directory and in each queue in it, with the sink whose queue that is."""
-    for place in site.places:
+    for place in site.directories:
         for found in QuarantineRepairer(place, site.clock, selection, site.report).selected_batches():
-            yield "" if place is site.place else place.sink, found
+            yield "" if place is site.directory else place.sink, found
 
 
 @quarantine.command("list")
@@ -136,37 +136,37 @@ def list_(
     An option that is given several times means any of them; different options must all fit. Safe at any time: takes no lock
     and changes nothing.
     """
-    site = Site(config, directory=directory)
-    selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
-    found: list[Kept] = []
+    site = CommandContext(config, directory=directory)
+    selection = site.parse_filter(batches=batch, reasons=reason, since=since, until=until)
+    found: list[QuarantineListItem] = []
     files = spans = size = 0
     queues: set[str] = set()
-    for queue, one in _chosen_of_all(site, selection):
-        kept = _kept(one, queue)
+    for queue, one in _find_all(site, selection):
+        kept = _summarize_batch(one, queue)
         queues.add(queue)
-        files, spans, size = files + 1, spans + kept.spans, size + kept.bytes
+        files, spans, size = files + 1, spans + kept.ranges, size + kept.bytes
         if not limit or files <= limit:
             found.append(kept)
     if json:
-        print_json(Listed(files=files, spans=spans, bytes=size, batches=found, troubles=site.report.problems))
+        print_json(QuarantineListing(files=files, ranges=spans, bytes=size, batches=found, problems=site.report.problems))
     else:
         if found:
             columns = [("batch", "left"), ("spans", "right"), ("repaired", "right"), ("bytes", "right"), ("sealed", "left")]
             several = [("sink", "left")] if any(queues) else []
             rows = [
-                (*([one.queue or "-"] if several else []), one.batch, one.spans, one.repaired, f"{one.bytes:,}",
-                 format_time(one.sealed_at_micros), _reasons(one.reasons))
+                (*([one.queue or "-"] if several else []), one.batch, one.ranges, one.repaired, f"{one.bytes:,}",
+                 format_time(one.sealed_at_micros), _describe_reasons(one.reasons))
                 for one in found
             ]  # fmt: skip
             print_table([*several, *columns, ("reasons", "left")], rows)
         more = f", {files - len(found):,} of them are not shown (--limit)" if files > len(found) else ""
-        out.print(f"{counted(spans, 'span')}, {counted(size, 'byte')} in {counted(files, 'file')}{more}", markup=False)
-        site.say_where(queues)
-    site.say_troubles()
+        out.print(f"{plural(spans, 'span')}, {plural(size, 'byte')} in {plural(files, 'file')}{more}", markup=False)
+        site.print_queue_hints(queues)
+    site.print_problems()
     return site.exit_code()
 
 
-def _reasons(found: dict[str, int]) -> str:
+def _describe_reasons(found: dict[str, int]) -> str:
     return ", ".join(reason if count == 1 else f"{count} {reason}" for reason, count in sorted(found.items()))
 
 
@@ -186,11 +186,11 @@ def show(
 
     Safe at any time: takes no lock and changes nothing.
     """
-    site = Site(config, directory=directory)
-    selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
-    shown: list[Shown] = []
+    site = CommandContext(config, directory=directory)
+    selection = site.parse_filter(batches=batch, reasons=reason, since=since, until=until)
+    shown: list[DamagedRange] = []
     count = 0
-    for queue, kept in _chosen_of_all(site, selection):
+    for queue, kept in _find_all(site, selection):
         for number, (span, piece) in enumerate(zip(kept.ranges, kept.pieces, strict=True), 1):
             if not selection.matches_reason(span.reason):
                 continue
@@ -202,13 +202,13 @@ def show(
             elif json:
                 at, events = span.repaired_at_micros, span.repaired_events
                 shown.append(
-                    Shown(
-                        batch=kept.batch, span=number, offset=span.offset, length=span.length, reason=span.reason,
+                    DamagedRange(
+                        batch=kept.batch, number=number, offset=span.offset, length=span.length, reason=span.reason,
                         repaired_at_micros=at, repaired_events=events, data=piece, queue=queue,
                     )
                 )  # fmt: skip
             else:
-                out.print(_in_full(kept, number, piece, queue), markup=False)
+                out.print(_describe_range(kept, number, piece, queue), markup=False)
     if json and not raw:
         print_json(shown)
     elif not raw and limit and count > limit:
@@ -216,17 +216,17 @@ def show(
     elif not raw and not count:
         out.print("no such damage", markup=False)
     sys.stdout.flush()
-    site.say_troubles()
+    site.print_problems()
     return site.exit_code()
 
 
-def _in_full(kept: QuarantinedBatch, number: int, piece: bytes, queue: str) -> str:
+def _describe_range(kept: QuarantinedBatch, number: int, piece: bytes, queue: str) -> str:
     span = kept.ranges[number - 1]
     text = piece.removesuffix(b"\n").decode("utf-8", "backslashreplace")
     mended = ""
     if span.repaired_at_micros is not None:
-        mended = f", repaired {format_time(span.repaired_at_micros)}: {counted(span.repaired_events, 'event')}"
-    where = f"{counted(span.length, 'byte')} at {span.offset:,}" + (f", kept for {queue}" if queue else "")
+        mended = f", repaired {format_time(span.repaired_at_micros)}: {plural(span.repaired_events, 'event')}"
+    where = f"{plural(span.length, 'byte')} at {span.offset:,}" + (f", kept for {queue}" if queue else "")
     return printable(f"{kept.batch}, span {number}\n  {span.reason}; {where}{mended}\n  {text}\n".replace("\r", "\\r"))
 
 
@@ -251,41 +251,43 @@ def repair(
     nobody sent; look at it first. The events go into the outbox under their own ids. The bytes are kept, and marked as
     repaired, so that nothing is repaired twice. Without --yes nothing is done.
     """
-    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
-    selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
-    need_choice(selection, everything=everything)
-    items: list[Repair] = []
+    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
+    selection = site.parse_filter(batches=batch, reasons=reason, since=since, until=until)
+    require_filter(selection, everything=everything)
+    items: list[RepairedRange] = []
     hopeless = 0
 
     def see(seen: RangeRepair) -> None:
         nonlocal hopeless
         hopeless += not seen.salvage.events
         if json:
-            items.append(_repair(seen))
+            items.append(_repaired_range(seen))
         elif not quiet:
-            site.lines.append(_what_is_in(seen, checked=checked))
+            site.item_lines.append(_describe_repair(seen, checked=checked))
 
-    site.need_one_place(Kind.CORRUPT)
-    changes = QuarantineRepairer(site.place, site.clock, selection, site.report).repair_changes(
+    site.require_single_directory(Kind.CORRUPT)
+    changes = QuarantineRepairer(site.directory, site.clock, selection, site.report).repair_changes(
         site.gate, see, only_verified=checked
     )
-    if not site.carry_out(changes, yes=yes, sends=True):
-        return site.busy()
-    done = f"{counted(site.report.events, 'event')} of {counted(site.report.files, 'file')}"
-    text = site.last_line(done, "went into the outbox", "would go into the outbox", yes=yes)
+    if not site.apply_changes(changes, yes=yes, sends=True):
+        return site.print_locked()
+    done = f"{plural(site.report.events, 'event')} of {plural(site.report.files, 'file')}"
+    text = site.summary(done, "went into the outbox", "would go into the outbox", yes=yes)
     if hopeless:
-        text += f"; {counted(hopeless, 'span')} can only be kept or purged"
-    return site.end(items, text, yes=yes, json=json)
+        text += f"; {plural(hopeless, 'span')} can only be kept or purged"
+    return site.print_result(items, text, yes=yes, json=json)
 
 
-def _repair(seen: RangeRepair) -> Repair:
-    events = [Recovered(event=msgspec.Raw(one.payload), sure=one.verified, how=one.how) for one in seen.salvage.events]
-    return Repair(
-        batch=seen.batch, span=seen.number, reason=seen.range.reason, events=events, problems=list(seen.salvage.problems)
+def _repaired_range(seen: RangeRepair) -> RepairedRange:
+    events = [
+        RecoveredEvent(event=msgspec.Raw(one.payload), checksum_ok=one.verified, how=one.how) for one in seen.salvage.events
+    ]
+    return RepairedRange(
+        batch=seen.batch, number=seen.number, reason=seen.range.reason, events=events, problems=list(seen.salvage.problems)
     )
 
 
-def _what_is_in(seen: RangeRepair, *, checked: bool) -> str:
+def _describe_repair(seen: RangeRepair, *, checked: bool) -> str:
     lines = [f"{seen.batch}, span {seen.number}: {seen.range.reason}"]
     for event in seen.salvage.events:
         left = "left out: " if checked and not event.verified else ""
@@ -309,25 +311,25 @@ def purge(
     quiet: QuietOption = False,
 ) -> int:
     """Give damaged bytes up for good, by whole batches. The ledger counts them as purged. Without --yes nothing is done."""
-    site = Site(config, quiet=quiet, directory=directory)
-    selection = site.selection(batches=batch, reasons=reason, since=since, until=until)
-    need_choice(selection, everything=everything or repaired)
-    items: list[Kept] = []
+    site = CommandContext(config, quiet=quiet, directory=directory)
+    selection = site.parse_filter(batches=batch, reasons=reason, since=since, until=until)
+    require_filter(selection, everything=everything or repaired)
+    items: list[QuarantineListItem] = []
     spans = 0
 
     def see(found: QuarantinedBatch) -> None:
         nonlocal spans
         spans += len(found.ranges)
         if json:
-            items.append(_kept(found))
+            items.append(_summarize_batch(found))
         elif not quiet:
-            kept = _kept(found)
-            site.lines.append(f"{kept.batch}  {counted(kept.bytes, 'byte')}  {_reasons(kept.reasons)}")
+            kept = _summarize_batch(found)
+            site.item_lines.append(f"{kept.batch}  {plural(kept.bytes, 'byte')}  {_describe_reasons(kept.reasons)}")
 
-    site.need_one_place(Kind.CORRUPT)
-    changes = QuarantineRepairer(site.place, site.clock, selection, site.report).purge_changes(see, only_repaired=repaired)
-    if not site.carry_out(changes, yes=yes, sends=False):
-        return site.busy()
-    done = f"{counted(spans, 'span')} of {counted(site.report.files, 'file')}"
-    text = site.last_line(done, "purged", "would be gone for good", yes=yes)
-    return site.end(items, text, yes=yes, json=json)
+    site.require_single_directory(Kind.CORRUPT)
+    changes = QuarantineRepairer(site.directory, site.clock, selection, site.report).purge_changes(see, only_repaired=repaired)
+    if not site.apply_changes(changes, yes=yes, sends=False):
+        return site.print_locked()
+    done = f"{plural(spans, 'span')} of {plural(site.report.files, 'file')}"
+    text = site.summary(done, "purged", "would be gone for good", yes=yes)
+    return site.print_result(items, text, yes=yes, json=json)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import typer
 
-from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from
-from pillarbox.cli.context import counted, print_json, print_table
+from pillarbox.cli.context import plural, print_json, print_table
+from pillarbox.cli.main import ConfigOption, DirectoryOption, ExitCode, JsonOption, app, load_settings, out, require_setting
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import last_heartbeat
 from pillarbox.errors import DirectoryUnusableError, UsageError
@@ -32,7 +32,7 @@ app.add_typer(sinks)
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What the sink is called.")]
 
 
-class Queue(msgspec.Struct, frozen=True, kw_only=True):
+class SinkQueue(msgspec.Struct, frozen=True, kw_only=True):
     """One of `pillarbox sinks list --json`; bytes and numbers of files."""
 
     sink: str
@@ -42,38 +42,38 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True):
     corrupt_files: int
     delivered_files: int
     state: str  # as its deliverer said last; empty where there was none
-    asked_for: bool  # it is made by the next deliverer that knows it, and begins with what waits
+    requested: bool  # it is made by the next deliverer that knows it, and begins with what waits
 
 
-class Changed(msgspec.Struct, frozen=True, kw_only=True):
+class SinkChange(msgspec.Struct, frozen=True, kw_only=True):
     """What `pillarbox sinks add`, `remove` and `rename` print with --json."""
 
     sink: str
-    done: Literal["asked_for", "asked_for_no_more", "removed", "renamed"]
+    done: Literal["requested", "request_cancelled", "removed", "renamed"]
     files: int = 0  # that waited for a sink that is removed
-    handed_back: bool = False  # these files: a single sink has them; otherwise they are given up
+    returned: bool = False  # these files: a single sink has them; otherwise they are given up
     new: str = ""  # another name
 
 
 @sinks.command("list")
 def list_queues(directory: DirectoryOption = None, config: ConfigOption = None, json: JsonOption = False) -> int:
     """Show the queue of each sink. Safe at any time; with one sink there is none."""
-    place = _place(directory, config)
-    found = [_queue(queue) for queue in place.queues()]
+    place = _open_directory(directory, config)
+    found = [_describe_queue(queue) for queue in place.queues()]
     empty = {"sealed_files": 0, "sealed_bytes": 0, "dead_files": 0, "corrupt_files": 0, "delivered_files": 0}
-    found += [Queue(sink=sink, state="", asked_for=True, **empty) for sink in sorted(place.requested_queues())]
+    found += [SinkQueue(sink=sink, state="", requested=True, **empty) for sink in sorted(place.requested_queues())]
     if json:
         print_json(found)
     elif found:
         figures = [(name, "right") for name in ("files", "bytes", "dead", "damaged")]
         rows = [
-            (one.sink, one.sealed_files, f"{one.sealed_bytes:,}", one.dead_files, one.corrupt_files, _state_of(one))
+            (one.sink, one.sealed_files, f"{one.sealed_bytes:,}", one.dead_files, one.corrupt_files, _queue_state(one))
             for one in found
         ]
         print_table([("sink", "left"), *figures, ("state", "left")], rows)
     else:
         out.print("no queues: this directory has one sink at the most", markup=False)
-    return Exit.DONE
+    return ExitCode.DONE
 
 
 @sinks.command("add")
@@ -82,14 +82,14 @@ def add(name: NameArgument, directory: DirectoryOption = None, config: ConfigOpt
 
     Only notes it: the next process that delivers with this name among its sinks makes the queue.
     """
-    place = _place(directory, config)
+    place = _open_directory(directory, config)
     if not layout.is_sink_name(name):
         raise UsageError(f"{name!r} is no name of a sink: a-z, 0-9, _ and -, at most 32")
     if name in {queue.sink for queue in place.queues()}:
         raise UsageError(f"{name} has a queue already")
     place.request_queue(name)
     text = f"{name} begins with what waits, once a process delivers to it: --sink {name}=URL"
-    return _say(Changed(sink=name, done="asked_for"), text, json=json)
+    return _print_change(SinkChange(sink=name, done="requested"), text, json=json)
 
 
 @sinks.command("remove")
@@ -105,19 +105,17 @@ def remove(
 
     Other sinks keep what waits for them. Dead letters and quarantine in it are to be replayed, repaired or purged before.
     """
-    place = _place(directory, config)
+    place = _open_directory(directory, config)
     place.finish_queue_removals()
     if name in place.requested_queues():
         place.cancel_queue_request(name)
-        return _say(Changed(sink=name, done="asked_for_no_more"), f"{name} is not asked for any more", json=json)
-    with _held(place, name, alone=hand_back) as queue:
+        return _print_change(SinkChange(sink=name, done="request_cancelled"), f"{name} is not asked for any more", json=json)
+    with _lock_queue(place, name, alone=hand_back) as queue:
         found = queue.disk_usage()
         if found.dead_files or found.corrupt_files:
-            kept = (
-                f"{counted(found.dead_files, 'file')} of dead letters and {counted(found.corrupt_files, 'file')} of quarantine"
-            )
+            kept = f"{plural(found.dead_files, 'file')} of dead letters and {plural(found.corrupt_files, 'file')} of quarantine"
             raise UsageError(f"{queue.path} keeps {kept}: pillarbox dead and pillarbox quarantine -d {queue.path} first")
-        files = counted(found.sealed_files, "file")
+        files = plural(found.sealed_files, "file")
         if found.sealed_files and not (discard or hand_back):
             waits = f"{files} {'waits' if found.sealed_files == 1 else 'wait'} for {name}"
             last = ", --hand-back lets a single sink have that" if len(place.queues()) == 1 else ""
@@ -126,11 +124,11 @@ def remove(
             if len(place.queues()) > 1:
                 raise UsageError("--hand-back is for the last queue: the other sinks have what waits, or had it")
             queue.return_batches()
-        _note_renamed(place, name, "")
+        _log_rename(place, name, "")
         queue.remove_queue()
     what = "handed back" if hand_back else "given up"
     text = f"{name} removed" + (f"; {files} {what}" if found.sealed_files else "")
-    return _say(Changed(sink=name, done="removed", files=found.sealed_files, handed_back=hand_back), text, json=json)
+    return _print_change(SinkChange(sink=name, done="removed", files=found.sealed_files, returned=hand_back), text, json=json)
 
 
 @sinks.command("rename")
@@ -142,26 +140,26 @@ def rename(
     json: JsonOption = False,
 ) -> int:
     """Give a sink's queue another name, once nobody delivers to it any more."""
-    place = _place(directory, config)
+    place = _open_directory(directory, config)
     if not layout.is_sink_name(new):
         raise UsageError(f"{new!r} is no name of a sink: a-z, 0-9, _ and -, at most 32")
     if new in place.requested_queues() | {queue.sink for queue in place.queues()}:
         raise UsageError(f"{new} has a queue already, or was asked for")
-    with _held(place, name) as queue:
-        _note_renamed(place, name, new)
+    with _lock_queue(place, name) as queue:
+        _log_rename(place, name, new)
         queue.rename_queue(new)
-    return _say(Changed(sink=name, done="renamed", new=new), f"{name} is {new} now", json=json)
+    return _print_change(SinkChange(sink=name, done="renamed", new=new), f"{name} is {new} now", json=json)
 
 
-def _say(changed: Changed, text: str, *, json: bool) -> int:
+def _print_change(changed: SinkChange, text: str, *, json: bool) -> int:
     if json:
         print_json(changed)
     else:
         out.print(text, markup=False)
-    return Exit.DONE
+    return ExitCode.DONE
 
 
-def _note_renamed(place: Directory, name: str, to: str) -> None:
+def _log_rename(place: Directory, name: str, to: str) -> None:
     """Before: otherwise what was handed over to the old queue would be missing in a later one of its name."""
     clock = SystemClock()
     ledger = LedgerWriter(place, clock)
@@ -170,9 +168,9 @@ def _note_renamed(place: Directory, name: str, to: str) -> None:
         raise DirectoryUnusableError(place.path, "has a ledger that cannot be written now", "make room, and try it again")
 
 
-def _place(directory: str | None, config: str | None) -> Directory:
-    settings = settings_from(config, directory=directory)
-    require(settings, "directory", "DIR")
+def _open_directory(directory: str | None, config: str | None) -> Directory:
+    settings = load_settings(config, directory=directory)
+    require_setting(settings, "directory", "DIR")
     place = Directory(settings.directory, os_filesystem(), SystemClock())
     try:
         place.disk_usage()
@@ -181,9 +179,9 @@ def _place(directory: str | None, config: str | None) -> Directory:
     return place
 
 
-def _queue(queue: Directory) -> Queue:
+def _describe_queue(queue: Directory) -> SinkQueue:
     found, beat = queue.disk_usage(), last_heartbeat(queue)
-    return Queue(
+    return SinkQueue(
         sink=queue.sink,
         sealed_files=found.sealed_files,
         sealed_bytes=found.sealed_bytes,
@@ -191,16 +189,16 @@ def _queue(queue: Directory) -> Queue:
         corrupt_files=found.corrupt_files,
         delivered_files=found.delivered_files,
         state=str(beat.state) if beat is not None else "",
-        asked_for=False,
+        requested=False,
     )
 
 
-def _state_of(queue: Queue) -> str:
-    return "asked for, begins with what waits" if queue.asked_for else queue.state or "nobody has delivered to it so far"
+def _queue_state(queue: SinkQueue) -> str:
+    return "asked for, begins with what waits" if queue.requested else queue.state or "nobody has delivered to it so far"
 
 
 @contextmanager
-def _held(place: Directory, name: str, *, alone: bool = False) -> Iterator[Directory]:
+def _lock_queue(place: Directory, name: str, *, alone: bool = False) -> Iterator[Directory]:
     """A queue that nobody delivers as long as this lasts, and `alone` nobody hands files over either."""
     queue = next((one for one in place.queues() if one.sink == name), None)
     if queue is None:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import msgspec
 import typer
 
-from pillarbox.cli.app import EventTypeOption, Exit, JsonOption, app, out, settings_from
+from pillarbox.cli.main import EventTypeOption, ExitCode, JsonOption, app, load_settings, out
 from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.store.filesystem import create_private_file, exists
 
@@ -64,14 +64,14 @@ def publish(
     done = asyncio.run(publish.publish(server.rstrip("/"), database, token, replace=replace))
     if json:
         sys.stdout.write(msgspec.json.encode(done._asdict()).decode() + "\n")
-        return Exit.DONE
+        return ExitCode.DONE
     file = token_file if exists(token_file) else ""
     origin = f"{file}, made just now with a new identity" if made else file or f"environment {TOKEN_VARIABLE}"
-    out.print(_screen(done, file, origin), markup=False)
-    return Exit.DONE
+    out.print(_describe_published(done, file, origin), markup=False)
+    return ExitCode.DONE
 
 
-def _screen(done: PublishResult, file: str, origin: str) -> str:
+def _describe_published(done: PublishResult, file: str, origin: str) -> str:
     """All that its owner needs to know."""
     scheme, _, place = done.server.partition("://")
     option = f"?token_file={quote(file, safe='/')}" if file else ""
@@ -105,6 +105,6 @@ def scaffold(
     """Print the Rust of a module with a table and a function for an event type: the start of a module of your own."""
     from pillarbox.sinks.spacetimedb.scaffold import scaffold as rust  # noqa: PLC0415 - the package needs its extra
 
-    settings = settings_from(None, event_type=event_type)
+    settings = load_settings(None, event_type=event_type)
     sys.stdout.write(rust(settings.event_type, major))
-    return Exit.DONE
+    return ExitCode.DONE

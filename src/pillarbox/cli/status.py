@@ -9,8 +9,8 @@ import msgspec
 import typer
 
 from pillarbox.admin.status import OutboxStatus, describe_worker, read_status
-from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, out, require, settings_from
 from pillarbox.cli.context import printable
+from pillarbox.cli.main import ConfigOption, DirectoryOption, ExitCode, JsonOption, app, load_settings, out, require_setting
 from pillarbox.cli.watch import watch_until_stopped
 from pillarbox.clock import SystemClock
 from pillarbox.store.filesystem import os_filesystem
@@ -32,22 +32,22 @@ def status(
     terminal shows it live, with rates; elsewhere each look is a line, or with --json an object on a line. Ctrl-C is how
     that ends, with exit code 0.
     """
-    settings = settings_from(config, directory=directory)
-    require(settings, "directory", "DIR")
+    settings = load_settings(config, directory=directory)
+    require_setting(settings, "directory", "DIR")
     clock = SystemClock()
     place = directory_at(settings.directory, os_filesystem(), clock)
     if watch:
         watch_until_stopped(place, clock, settings.durability, interval=interval, looks=looks, json=json)
-        return Exit.DONE
+        return ExitCode.DONE
     found = read_status(place, clock, settings.durability)
     if json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
     else:
-        out.print("\n".join(_rows(found)), markup=False)
-    return Exit.DONE
+        out.print("\n".join(_status_lines(found)), markup=False)
+    return ExitCode.DONE
 
 
-def _rows(found: OutboxStatus) -> list[str]:
+def _status_lines(found: OutboxStatus) -> list[str]:
     rows = {
         "directory": found.directory,
         "waiting": f"{found.pending_bytes:,} bytes in {found.pending_files:,} files ({found.active_files} active)",

@@ -12,8 +12,8 @@ import typer
 from pillarbox.admin.event_filters import EventHeaderDecoder
 from pillarbox.admin.filters import format_time
 from pillarbox.admin.tail import AcceptedEvent, Tailer
-from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, app, err
-from pillarbox.cli.context import Site, counted, printable
+from pillarbox.cli.context import CommandContext, plural, printable
+from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, app, err
 from pillarbox.cli.options import (
     ContainsOption,
     IdOption,
@@ -23,18 +23,18 @@ from pillarbox.cli.options import (
     UntilOption,
     UserOption,
     WhereOption,
-    wanted,
+    parse_event_filter,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_NEWEST: Final = 10  # events that are shown where nothing else is asked for
+_DEFAULT_LINES: Final = 10  # events that are shown where nothing else is asked for
 _BUSY_S: Final = 0.02  # between two looks while events come, unless listing takes more than a tenth of that
 _LISTING_SHARE: Final = 10
 
 
-class Shown(msgspec.Struct, frozen=True, kw_only=True):
+class TailLine(msgspec.Struct, frozen=True, kw_only=True):
     """A line of `pillarbox tail --json`."""
 
     batch: str | None  # None while the event is in an active file
@@ -75,29 +75,29 @@ def tail(
     whole, in the order of its writer. Events that were delivered and removed between two looks are counted, on standard error.
     Safe at any time: takes no lock and changes nothing. With --json, a line an event.
     """
-    site = Site(config, directory=directory, event_type=event_type)
-    chosen = wanted(site, event_key, event_id, scope, user, contains, where, since, until)
-    follower = Tailer(site.place, site.clock, EventHeaderDecoder(site.settings.event_type), chosen)
-    printer = _Printer(follower, json=json)
+    site = CommandContext(config, directory=directory, event_type=event_type)
+    chosen = parse_event_filter(site, event_key, event_id, scope, user, contains, where, since, until)
+    follower = Tailer(site.directory, site.clock, EventHeaderDecoder(site.settings.event_type), chosen)
+    printer = _TailPrinter(follower, json=json)
     try:
-        printer.show(follower.read_backlog(_NEWEST if newest is None and since is None else newest))
+        printer.print_events(follower.read_backlog(_DEFAULT_LINES if newest is None and since is None else newest))
         while follow:
-            busy = printer.show(follower.read_new())
+            busy = printer.print_events(follower.read_new())
             _pause(max(_BUSY_S if busy else interval, follower.listing_s * _LISTING_SHARE))
     finally:
         follower.close()
-    return Exit.PARTLY if printer.troubles else Exit.DONE
+    return ExitCode.PARTIAL if printer.has_problems else ExitCode.DONE
 
 
-class _Printer:
+class _TailPrinter:
     """Events -> lines on standard output, what is to be said beside them -> standard error."""
 
     def __init__(self, follower: Tailer, *, json: bool) -> None:
-        self.troubles = False
+        self.has_problems = False
         self._follower = follower
-        self._line = _json if json else _text
+        self._line = _json_line if json else _text_line
 
-    def show(self, events: Iterable[AcceptedEvent]) -> bool:
+    def print_events(self, events: Iterable[AcceptedEvent]) -> bool:
         """Print them; whether there were any."""
         some = False
         for event in events:
@@ -106,18 +106,18 @@ class _Printer:
         sys.stdout.flush()
         for trouble in self._follower.problems:
             err.print(printable(str(trouble)), markup=False)
-            self.troubles = True
+            self.has_problems = True
         self._follower.problems.clear()
         gaps = self._follower.gap_detector.gaps
         for gap in gaps:
-            what = "an unknown number of events" if gap.events is None else counted(gap.events, "event")
+            what = "an unknown number of events" if gap.events is None else plural(gap.events, "event")
             err.print(f"not seen: {what} of {gap.batch}, which came and went between two looks", markup=False)
         gaps.clear()
         return some
 
 
-def _json(event: AcceptedEvent) -> str:
-    line = Shown(
+def _json_line(event: AcceptedEvent) -> str:
+    line = TailLine(
         batch=event.batch or None,
         file=event.file,
         offset=event.offset,
@@ -127,7 +127,7 @@ def _json(event: AcceptedEvent) -> str:
     return msgspec.json.encode(line).decode() + "\n"
 
 
-def _text(event: AcceptedEvent) -> str:
+def _text_line(event: AcceptedEvent) -> str:
     face = event.header
     if face.event_key is None:  # of a type that has no key
         return printable(f"{format_time(face.occurred_at_micros)}  {event.payload.decode()}").replace("\n", " ") + "\n"

@@ -9,8 +9,18 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pillarbox.cli.app import ConfigOption, DirectoryOption, Exit, JsonOption, app, err, out, require, settings_from
 from pillarbox.cli.context import print_table
+from pillarbox.cli.main import (
+    ConfigOption,
+    DirectoryOption,
+    ExitCode,
+    JsonOption,
+    app,
+    err,
+    load_settings,
+    out,
+    require_setting,
+)
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store import layout
@@ -26,7 +36,7 @@ _FIGURES: Final = ("accepted", "handed over", "delivered", "pending", "dead", "q
 _NAMED_MAX: Final = 20  # batches that do not balance are named one by one up to here; all are in --json
 
 
-class Verification(msgspec.Struct, frozen=True, kw_only=True):
+class VerifyResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox verify --json`; numbers of events unless they say otherwise."""
 
     directory: str
@@ -34,7 +44,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     account: Reconciliation
     unread_entries: int  # lines of the ledger that are damaged, or of a later version
     unreadable_files: list[str]
-    sinks: dict[str, Verification]  # of several, each one's account of what was handed over to it
+    sinks: dict[str, VerifyResult]  # of several, each one's account of what was handed over to it
 
 
 @app.command("verify")
@@ -49,43 +59,43 @@ def verify(
     Safe at any time, also while writers and a deliverer run. Where a crash has made a count unknowable, it is a range. The exit
     code is 1 where it does not balance: what is missing, or too much, is named.
     """
-    settings = settings_from(config, directory=directory)
-    require(settings, "directory", "DIR")
+    settings = load_settings(config, directory=directory)
+    require_setting(settings, "directory", "DIR")
     place = directory_at(settings.directory, os_filesystem(), SystemClock())
     try:
-        found = _audited(place)
+        found = _audit_all(place)
     except OSError as error:
         raise DirectoryUnusableError(
             settings.directory, f"cannot be read: {error.strerror}", "name an outbox directory"
         ) from None
     balances = all(one.balances for one in found.values())
     if json:
-        answer = _answer(settings.directory, found[""], {sink: one for sink, one in found.items() if sink})
+        answer = _to_result(settings.directory, found[""], {sink: one for sink, one in found.items() if sink})
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
-        return Exit.DONE if balances else Exit.PARTLY
+        return ExitCode.DONE if balances else ExitCode.PARTIAL
     for sink, one in found.items():
         named = f"{sink}: " if sink else ""
-        out.print(named + in_one_line(one), markup=False)
+        out.print(named + reconciliation_line(one), markup=False)
         if writers:
             rows = [*one.reconciliation.writers, msgspec.structs.replace(one.reconciliation.total, writer="all")]
-            print_table([("writer", "left"), *((name, "right") for name in _FIGURES)], map(_cells, rows))
+            print_table([("writer", "left"), *((name, "right") for name in _FIGURES)], map(_row_cells, rows))
         for line in _notes(one):
             out.print(named + line, markup=False)
-    return Exit.DONE if balances else Exit.PARTLY
+    return ExitCode.DONE if balances else ExitCode.PARTIAL
 
 
-def _answer(path: str, found: ReconciliationReport, sinks: dict[str, ReconciliationReport]) -> Verification:
-    return Verification(
+def _to_result(path: str, found: ReconciliationReport, sinks: dict[str, ReconciliationReport]) -> VerifyResult:
+    return VerifyResult(
         directory=path,
         balances=found.balances and all(one.balances for one in sinks.values()),
         account=found.reconciliation,
         unread_entries=found.unread_entries,
         unreadable_files=found.unreadable,
-        sinks={sink: _answer(f"{path}/{layout.queue_name(sink)}", one, {}) for sink, one in sinks.items()},
+        sinks={sink: _to_result(f"{path}/{layout.queue_name(sink)}", one, {}) for sink, one in sinks.items()},
     )
 
 
-def _audited(place: Directory) -> dict[str, ReconciliationReport]:
+def _audit_all(place: Directory) -> dict[str, ReconciliationReport]:
     """The account of the directory under "", and those of several sinks under their names."""
     with Progress(
         TextColumn("verify"), BarColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True
@@ -99,7 +109,7 @@ def _audited(place: Directory) -> dict[str, ReconciliationReport]:
         return {"": whole, **reconcile_queues(place, whole, show)}
 
 
-def in_one_line(found: ReconciliationReport) -> str:
+def reconciliation_line(found: ReconciliationReport) -> str:
     """The account as an equation."""
     account = found.reconciliation
     row = account.total
@@ -153,7 +163,7 @@ def _notes(found: ReconciliationReport) -> list[str]:
     return notes
 
 
-def _cells(row: LedgerRow) -> list[str]:
+def _row_cells(row: LedgerRow) -> list[str]:
     return [
         row.writer or "unknown",
         _range(row.accepted, row.accepted_max),

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from pillarbox.admin.filters import format_time
 from pillarbox.admin.status import OutboxStatus, describe_state, read_status
-from pillarbox.cli.app import leave_stdout, stop_on_sigterm
 from pillarbox.cli.context import printable
+from pillarbox.cli.main import discard_stdout, interrupt_on_sigterm
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.ledger import SealedEntry, parse_ledger
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pillarbox.delivery.state import Heartbeat
     from pillarbox.store.directory import Directory
 
-_WINDOW: Final = 10  # looks that a rate is the mean of
+_RATE_SAMPLES: Final = 10  # looks that a rate is the mean of
 _LEDGER_BYTES_MAX: Final = 8 * 2**20  # that are read at one look
 _COLOURS: Final = {"stopped": "red", "waiting": "yellow", "degraded": "yellow", "draining": "green"}
 ONLY: Final = ""  # the name of the destination where there are not several
@@ -48,7 +48,7 @@ class Rates(msgspec.Struct, frozen=True):
     sinks: dict[str, SinkRates]  # by name; "" where there is one destination
 
 
-class Look(msgspec.Struct, frozen=True):
+class StatusSample(msgspec.Struct, frozen=True):
     """The shape of a line of `pillarbox status --watch --json`."""
 
     at_micros: int
@@ -56,7 +56,7 @@ class Look(msgspec.Struct, frozen=True):
     rates: Rates
 
 
-class _Line(NamedTuple):
+class _SinkRow(NamedTuple):
     """One destination as it is shown."""
 
     name: str
@@ -68,7 +68,7 @@ class _Line(NamedTuple):
     dead_files: int
 
 
-class _Moment(NamedTuple):
+class _RateInput(NamedTuple):
     """What the rates are computed from."""
 
     at_s: float
@@ -78,23 +78,25 @@ class _Moment(NamedTuple):
     has_ledger: bool
 
 
-class Watcher:
+class StatusWatcher:
     """Looks, and compares with the looks before."""
 
     def __init__(self, place: Directory, clock: Clock, durability: str) -> None:
         self._place = place
         self._clock = clock
         self._durability = durability
-        self._moments: deque[_Moment] = deque(maxlen=_WINDOW + 1)
+        self._rate_inputs: deque[_RateInput] = deque(maxlen=_RATE_SAMPLES + 1)
         self._read_to: int | None = None  # of the ledger
         self._sealed_events = self._sealed_bytes = 0
 
-    def look(self) -> Look:
+    def sample(self) -> StatusSample:
         """How it stands and goes; raises `DirectoryUnusableError` where the directory cannot be listed."""
         status = read_status(self._place, self._clock, self._durability)
         has_ledger = self._read_ledger()
-        self._moments.append(_Moment(self._clock.monotonic(), status, self._sealed_events, self._sealed_bytes, has_ledger))
-        return Look(self._clock.micros(), status, rates_of(self._moments[0], self._moments[-1]))
+        self._rate_inputs.append(
+            _RateInput(self._clock.monotonic(), status, self._sealed_events, self._sealed_bytes, has_ledger)
+        )
+        return StatusSample(self._clock.micros(), status, rates_of(self._rate_inputs[0], self._rate_inputs[-1]))
 
     def _read_ledger(self) -> bool:
         """Add up what was sealed since the last look; False where that cannot be told."""
@@ -110,7 +112,7 @@ class Watcher:
             size = filesystem.size(fd)
             if self._read_to is None or not 0 <= size - self._read_to <= _LEDGER_BYTES_MAX:
                 self._read_to = size  # the first look; or it was summed up since
-                self._moments.clear()
+                self._rate_inputs.clear()
                 return True
             data = filesystem.read_at(fd, self._read_to, size - self._read_to)
         except OSError:
@@ -126,7 +128,7 @@ class Watcher:
         return True
 
 
-def rates_of(then: _Moment, now: _Moment) -> Rates:
+def rates_of(then: _RateInput, now: _RateInput) -> Rates:
     """What happened between two looks, in a second."""
     seconds = now.at_s - then.at_s
     in_bytes = in_events = None
@@ -137,13 +139,13 @@ def rates_of(then: _Moment, now: _Moment) -> Rates:
             in_events = in_bytes * now.sealed_events / now.sealed_bytes
         elif not in_bytes:
             in_events = 0.0
-    before = {line.name: line for line in _lines(then.status)}
+    before = {line.name: line for line in _sink_rows(then.status)}
     return Rates(
-        in_events, in_bytes, {line.name: _sink_rates(before.get(line.name), line, seconds) for line in _lines(now.status)}
+        in_events, in_bytes, {line.name: _sink_rates(before.get(line.name), line, seconds) for line in _sink_rows(now.status)}
     )
 
 
-def _sink_rates(then: _Line | None, now: _Line, seconds: float) -> SinkRates:
+def _sink_rates(then: _SinkRow | None, now: _SinkRow, seconds: float) -> SinkRates:
     out = None
     if then is not None and then.beat is not None and now.beat is not None and then.beat.pid == now.beat.pid:
         beats_s = (now.beat.at_micros - then.beat.at_micros) / 1e6
@@ -156,16 +158,16 @@ def _sink_rates(then: _Line | None, now: _Line, seconds: float) -> SinkRates:
     return SinkRates(out, empty)
 
 
-def _lines(status: OutboxStatus) -> list[_Line]:
+def _sink_rows(status: OutboxStatus) -> list[_SinkRow]:
     if not status.sinks:
         return [
-            _Line(
+            _SinkRow(
                 ONLY, status.pending_bytes, status.pending_files, status.oldest_age_s, status.deliverer,
                 status.deliverer_silent_s, status.dead_files,
             )
         ]  # fmt: skip
     return [
-        _Line(
+        _SinkRow(
             sink.name, sink.waiting_bytes, sink.waiting_files, sink.oldest_age_s, sink.deliverer, sink.deliverer_silent_s,
             sink.dead_files,
         )
@@ -175,8 +177,8 @@ def _lines(status: OutboxStatus) -> list[_Line]:
 
 def watch_until_stopped(place: Directory, clock: Clock, durability: str, *, interval: float, looks: int, json: bool) -> None:
     """Show look after look until interrupted, or so many `looks` are done (0: without end)."""
-    stop_on_sigterm()
-    watcher = Watcher(place, clock, durability)
+    interrupt_on_sigterm()
+    watcher = StatusWatcher(place, clock, durability)
     console = Console(highlight=False)
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not json else None
     pause = threading.Event()
@@ -184,28 +186,28 @@ def watch_until_stopped(place: Directory, clock: Clock, durability: str, *, inte
         with suppress(KeyboardInterrupt), live or nullcontext():
             done = 0
             while True:
-                found = watcher.look()
+                found = watcher.sample()
                 if live is not None:
-                    live.update(screen(found), refresh=True)
+                    live.update(sample_screen(found), refresh=True)
                 else:
-                    sys.stdout.write((msgspec.json.encode(found).decode() if json else line(found)) + "\n")
+                    sys.stdout.write((msgspec.json.encode(found).decode() if json else sample_line(found)) + "\n")
                     sys.stdout.flush()
                 done += 1
                 if done == looks:
                     return
                 pause.wait(interval)
     except BrokenPipeError:
-        leave_stdout()
+        discard_stdout()
 
 
-def line(found: Look) -> str:
+def sample_line(found: StatusSample) -> str:
     """A look in a line, for logs and pipes."""
     status, rates = found.status, found.rates
     parts = [
         f"in {_rate(rates.in_events_per_s, 'events')}, {_rate(rates.in_bytes_per_s, 'bytes')}",
         f"{status.pending_bytes:,} bytes in {status.pending_files:,} files wait",
     ]
-    for sink in _lines(status):
+    for sink in _sink_rows(status):
         went = rates.sinks[sink.name]
         name = f"{sink.name}: " if sink.name else ""
         own = f"{sink.waiting_files:,} files wait, " if sink.name else ""
@@ -222,7 +224,7 @@ def line(found: Look) -> str:
     return printable(f"{format_time(found.at_micros)} {'; '.join(parts)}".replace("\n", " "))
 
 
-def screen(found: Look) -> Group:
+def sample_screen(found: StatusSample) -> Group:
     """A look as a terminal shows it, of 80 columns and more."""
     status, rates = found.status, found.rates
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -241,7 +243,7 @@ def screen(found: Look) -> Group:
     for name in ("waiting", "oldest", "out/s", "empty in", "dead"):
         table.add_column(name, justify="right", no_wrap=True)
     states = []
-    for sink in _lines(status):
+    for sink in _sink_rows(status):
         went = rates.sinks[sink.name]
         name = printable(sink.name or (sink.beat.sink if sink.beat is not None else "-"))
         out = "-" if went.out_events_per_s is None else f"{went.out_events_per_s:,.0f}"
@@ -253,11 +255,11 @@ def screen(found: Look) -> Group:
             _seconds(went.empty_in_s),
             f"{sink.dead_files:,}",
         )
-        states.append(_state(name, sink))
+        states.append(_state_text(name, sink))
     return Group(facts, Text(), table, Text(), *states)
 
 
-def _state(name: str, sink: _Line) -> Text:
+def _state_text(name: str, sink: _SinkRow) -> Text:
     text = Text(f"{name}  ", style="bold")
     beat = sink.beat
     colour = _COLOURS.get(beat.state.name, "") if beat is not None else ""

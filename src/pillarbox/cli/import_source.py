@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from pillarbox.admin.mend import InvalidReplayError, ReplayValidator
-from pillarbox.cli.intake import strict_decoder
+from pillarbox.cli.input import strict_decoder
 from pillarbox.codec import Codec
 from pillarbox.errors import InvalidEventError, UsageError
 from pillarbox.event import EVENT_BYTES_MAX
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
     from pillarbox.admin.export import ExportedEvent
 
-_RECORDS: Final = ({"event"}, {"event", "crc"})  # the members of a line of ours
-_MARK: Final = "\ufeff"  # at the beginning of a file, as spreadsheets write it
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_RECORD_FIELDS: Final = ({"event"}, {"event", "crc"})  # the members of a line of ours
+_BYTE_ORDER_MARK: Final = "\ufeff"  # at the beginning of a file, as spreadsheets write it
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-class Item(NamedTuple):
+class ImportItem(NamedTuple):
     """One event to be, or what is none."""
 
     number: int  # of its line or row, from 1
@@ -34,7 +34,7 @@ class Item(NamedTuple):
     problem: str  # why it is none; "" where it is one
 
 
-class Reader:
+class ImportReader:
     """Makes items of what stands in a source, for one event type."""
 
     def __init__(self, event_type: type[msgspec.Struct], gate: ReplayValidator) -> None:
@@ -44,22 +44,22 @@ class Reader:
         self._type = event_type
         self._fields = {field.encode_name: field for field in msgspec.structs.fields(event_type)}
 
-    def of_lines(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[Item]:
+    def read_lines(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[ImportItem]:
         """(number, line): an event by itself, or a record with its checksum."""
         for number, line in lines:
             raw = line if line.endswith(b"\n") else line + b"\n"
             yield self._item(number, raw, line)
 
-    def of_stock(self, events: Iterable[ExportedEvent]) -> Iterator[Item]:
+    def read_outbox(self, events: Iterable[ExportedEvent]) -> Iterator[ImportItem]:
         """What another outbox holds."""
         for number, event in enumerate(events, 1):
             yield self._item(number, event.payload + b"\n", event.payload)
 
-    def of_rows(self, lines: Iterable[bytes]) -> Iterator[Item]:
+    def read_rows(self, lines: Iterable[bytes]) -> Iterator[ImportItem]:
         """CSV whose first row names members; raises `UsageError` where it does not."""
         csv.field_size_limit(EVENT_BYTES_MAX)
         rows = csv.reader(line.decode("utf-8", "surrogateescape") for line in lines)
-        header = [name.removeprefix(_MARK) for name in next(rows, [])]
+        header = [name.removeprefix(_BYTE_ORDER_MARK) for name in next(rows, [])]
         unknown = [name for name in header if name not in self._fields]
         if not header or unknown or len(set(header)) < len(header):
             what = f"has {unknown[0]!r}, which is none" if unknown else "is missing, or names one twice"
@@ -74,28 +74,28 @@ class Reader:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Item(number, b"", b"", str(error))
+                yield ImportItem(number, b"", b"", str(error))
                 continue
             if not row:
                 continue
-            raw = as_row(row)
+            raw = encode_row(row)
             if len(row) != len(header):
-                yield Item(number, raw, b"", f"has {len(row)} cells, and the first row {len(header)}")
+                yield ImportItem(number, raw, b"", f"has {len(row)} cells, and the first row {len(header)}")
                 continue
             cells = dict(zip(header, row, strict=True))
             try:
                 members = {name: self._value(name, cell) for name, cell in cells.items() if cell or self._is_needed(name)}
                 payload = msgspec.json.encode(members)
             except (UnicodeEncodeError, msgspec.DecodeError) as error:
-                yield Item(number, raw, b"", str(error))
+                yield ImportItem(number, raw, b"", str(error))
                 continue
             yield self._item(number, raw, payload, self._with_defaults)
 
-    def _item(self, number: int, raw: bytes, line: bytes, event: Callable[[bytes], bytes] | None = None) -> Item:
+    def _item(self, number: int, raw: bytes, line: bytes, event: Callable[[bytes], bytes] | None = None) -> ImportItem:
         try:
-            return Item(number, raw, (event or self._event)(line), "")
+            return ImportItem(number, raw, (event or self._event)(line), "")
         except (InvalidReplayError, record.DamagedRecordError) as error:
-            return Item(number, raw, b"", str(error))
+            return ImportItem(number, raw, b"", str(error))
 
     def _event(self, line: bytes) -> bytes:
         """The event's JSON as it is stored: as it stands, or with an id and a time where it has none."""
@@ -121,7 +121,7 @@ class Reader:
         if not value.startswith(b'{"event"'):
             return False
         try:
-            return _decode_members(value).keys() in _RECORDS
+            return _decode_fields(value).keys() in _RECORD_FIELDS
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
 
@@ -144,7 +144,7 @@ class Reader:
         return msgspec.Raw(text)
 
 
-def as_row(cells: Iterable[str]) -> bytes:
+def encode_row(cells: Iterable[str]) -> bytes:
     """A row of CSV with its line feed."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)

@@ -42,16 +42,16 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-class Exit(IntEnum):
+class ExitCode(IntEnum):
     """What a command's exit code means."""
 
     DONE = 0
-    PARTLY = 1
+    PARTIAL = 1
     USAGE = 2
     INTERRUPTED = 130
 
 
-def urls(incomplete: str) -> list[str]:
+def complete_url(incomplete: str) -> list[str]:
     """What a shell offers for a destination, also behind a name."""
     name, sign, begun = incomplete.rpartition("=")
     return [f"{name}{sign}{scheme}://" for scheme in schemes() if scheme.startswith(begun)]
@@ -67,7 +67,7 @@ SinkOption = Annotated[
         metavar="[NAME=]URL",
         help="Where to deliver, e.g. sqlite:///events.db; once for each of several, with names.",
         show_default=False,
-        autocompletion=urls,
+        autocompletion=complete_url,
     ),
 ]
 EventTypeOption = Annotated[
@@ -83,7 +83,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log lines below errors.")]
 
 
-def _say_version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         how = "compiled" if COMPILED else "in Python"
         typer.echo(f"pillarbox {version('pillarbox')} ({how}), Python {platform.python_version()}")
@@ -91,23 +91,23 @@ def _say_version(asked: bool) -> None:
 
 
 @app.callback()
-def _main(
+def _root_command(
     _version: Annotated[
-        bool, typer.Option("--version", help="Show the version, and whether what can be compiled is.", callback=_say_version)
+        bool, typer.Option("--version", help="Show the version, and whether what can be compiled is.", callback=_print_version)
     ] = False,
 ) -> None:
     pass
 
 
-def settings_from(config: str | None, **options: object) -> Settings:
+def load_settings(config: str | None, **options: object) -> Settings:
     """The settings that the options, the environment and the TOML file amount to."""
     sys.path.insert(0, "")  # an --event-type module is looked for where the user stands, as `python -m` does
     if isinstance(options.get("sink"), list):
-        options |= _one_or_several(options["sink"])
+        options |= _parse_sinks(options["sink"])
     return resolve(options, os.environ, config, keyword_source="the command line")
 
 
-def _one_or_several(sinks: Any) -> dict[str, object]:
+def _parse_sinks(sinks: Any) -> dict[str, object]:
     """What `--sink` means, given once or several times."""
     named = [_NAMED_SINK.fullmatch(sink) for sink in sinks]
     if not any(named):
@@ -119,7 +119,7 @@ def _one_or_several(sinks: Any) -> dict[str, object]:
     return {"sink": None, "sinks": {match[1]: match[2] for match in named if match}}
 
 
-def require(settings: Settings, name: str, example: str) -> None:
+def require_setting(settings: Settings, name: str, example: str) -> None:
     """End with a usage error where a setting that this command needs is missing."""
     if not getattr(settings, name):
         raise typer.BadParameter(f"missing; give --{name} {example}, or set PILLARBOX_{name.upper()}", param_hint=f"--{name}")
@@ -130,7 +130,7 @@ def log_to_terminal(*, quiet: bool) -> None:
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
 
 
-def stop_on_sigterm() -> None:
+def interrupt_on_sigterm() -> None:
     """Have SIGTERM end a command as Ctrl-C does."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -139,33 +139,35 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def leave_stdout() -> None:
+def discard_stdout() -> None:
     """Write nothing more to whoever has read enough, not even what is buffered."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def load() -> typer.Typer:
+def build_app() -> typer.Typer:
     """`app` with all commands in it."""
-    # Imported here, for each registers its command with `app`.
+    # Imported here, for each registers its command with `app`; in the order of the help.
     from pillarbox.cli import (  # noqa: PLC0415
-        check,  # noqa: F401
-        dead,  # noqa: F401
-        deliver,  # noqa: F401
-        doctor,  # noqa: F401
-        enqueue,  # noqa: F401
-        export,  # noqa: F401
-        import_,  # noqa: F401
-        inspect_,  # noqa: F401
-        quarantine,  # noqa: F401
-        resend,  # noqa: F401
-        seal,  # noqa: F401
-        sinks,  # noqa: F401
-        spacetimedb,  # noqa: F401
-        status,  # noqa: F401
-        tail,  # noqa: F401
-        verify,  # noqa: F401
+        check,
+        dead,
+        deliver,
+        doctor,
+        enqueue,
+        export,
+        import_,
+        inspect_,
+        quarantine,
+        redeliver,
+        seal,
+        sinks,
+        spacetimedb,
+        status,
+        tail,
+        verify,
     )
 
+    _ = (check, dead, deliver, doctor, enqueue, export, import_, inspect_, quarantine, redeliver, seal, sinks, spacetimedb)
+    _ = (status, tail, verify)
     return app
 
 
@@ -173,14 +175,14 @@ def run() -> None:
     """Run the command that was typed and end with its exit code."""
     try:
         code = _exit_code()
-        _be_deaf()
+        _ignore_signals()
     except KeyboardInterrupt:
-        _be_deaf()
-        code = Exit.INTERRUPTED
+        _ignore_signals()
+        code = ExitCode.INTERRUPTED
     sys.exit(code)
 
 
-def _be_deaf() -> None:
+def _ignore_signals() -> None:
     """The command is over: an interrupt would only have the interpreter complain of it while it ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -188,17 +190,17 @@ def _be_deaf() -> None:
 
 def _exit_code() -> int:
     try:
-        result: Any = load()(prog_name="pillarbox", standalone_mode=False)
+        result: Any = build_app()(prog_name="pillarbox", standalone_mode=False)
     except PillarboxError as error:
         err.print(f"pillarbox: {error}", style="red", markup=False)
-        return Exit.USAGE
+        return ExitCode.USAGE
     except BrokenPipeError:
-        leave_stdout()
-        return Exit.DONE
+        discard_stdout()
+        return ExitCode.DONE
     except Exception as error:
         show = getattr(error, "show", None)  # typer's own usage errors
         if show is None:
             raise
         show()
-        return int(getattr(error, "exit_code", Exit.USAGE))
-    return result if isinstance(result, int) else Exit.DONE
+        return int(getattr(error, "exit_code", ExitCode.USAGE))
+    return result if isinstance(result, int) else ExitCode.DONE

@@ -93,7 +93,7 @@ def test_seal_reaches_every_writer_and_waits_for_them(tmp_path: Path) -> None:
         first.store("a", "b")
         second.store("c")
         code, done = call("seal", tmp_path)
-        assert (code, len(done["sealed"]), done["left"], done["reason"]) == (0, 2, [], "")
+        assert (code, len(done["sealed"]), done["unsealed"], done["reason"]) == (0, 2, [], "")
         assert done["seconds"] < 60  # of the time that `call` gives it
         assert len(sealed(tmp_path)) == 2
         second.store("d")
@@ -124,8 +124,8 @@ def test_what_a_killed_writer_left_is_named(tmp_path: Path) -> None:
         living.store("b")
         dead.end()
         code, done = call("seal", tmp_path)
-        assert (code, len(done["sealed"]), len(done["left"])) == (1, 1, 1)
-        assert done["left"] == done["held_by_nobody"]
+        assert (code, len(done["sealed"]), len(done["unsealed"])) == (1, 1, 1)
+        assert done["unsealed"] == done["orphaned"]
         assert done["reason"] == "1 active file held by nobody: the next start adopts it, or pillarbox deliver"
         assert done["seconds"] < 60
         flushed = run("flush", "-d", "box", cwd=tmp_path)
@@ -142,7 +142,7 @@ def test_a_writer_that_hangs_is_told_from_one_that_is_dead(tmp_path: Path) -> No
         writer.process.send_signal(signal.SIGSTOP)
         code, done = call("seal", tmp_path, "--timeout", "1.5")
         writer.process.send_signal(signal.SIGCONT)
-        assert (code, len(done["left"]), done["held_by_nobody"]) == (1, 1, [])
+        assert (code, len(done["unsealed"]), done["orphaned"]) == (1, 1, [])
         assert "the writer hangs" in done["reason"]
         assert call("seal", tmp_path)[0] == 0
 
@@ -153,7 +153,7 @@ def test_flush_waits_until_it_is_delivered(tmp_path: Path) -> None:
         for number in range(20):
             (first, second)[number % 2].store(f"e-{number:02d}")
         code, done = call("flush", tmp_path)
-        assert (code, done["left_files"], done["left_active"], done["reason"]) == (0, 0, [], "")
+        assert (code, done["pending_batches"], done["unsealed"], done["reason"]) == (0, 0, [], "")
         assert sorted(ids(tmp_path / "events.db")) == [f"e-{number:02d}" for number in range(20)]
         assert run("flush", "-d", "box", cwd=tmp_path).stdout == b"nothing of it waits any more\n"
 
@@ -168,7 +168,7 @@ def test_flush_says_why_it_does_not_get_there(tmp_path: Path) -> None:
         lock = tmp_path / "box" / "deliver.lock"
         wait_until(lambda: b"stopped" in lock.read_bytes() or b"waiting" in lock.read_bytes())  # it begins as idle
         code, found = call("flush", tmp_path, "--timeout", "1")
-        assert (code, found["files"], found["left_files"]) == (1, 1, 1)
+        assert (code, found["batches"], found["pending_batches"]) == (1, 1, 1)
         assert "stopped: " in found["reason"] or "waiting: " in found["reason"]
 
 

@@ -10,20 +10,20 @@ import typer
 
 from pillarbox.admin.filters import format_time
 from pillarbox.admin.redelivery import PendingLimits, Redelivery, RetainedFile
-from pillarbox.cli.app import ConfigOption, DirectoryOption, EventTypeOption, Exit, JsonOption, QuietOption, app
-from pillarbox.cli.context import AllOption, BatchOption, LimitOption, Site, YesOption, counted, need_choice
+from pillarbox.cli.context import AllOption, BatchOption, CommandContext, LimitOption, YesOption, plural, require_filter
+from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app
 from pillarbox.errors import UsageError
 from pillarbox.store import layout
 from pillarbox.store.yielding import retention_directories
 
-_SECOND: Final = 1_000_000
+_SECOND_MICROS: Final = 1_000_000
 
 
-class Resending(msgspec.Struct, frozen=True, kw_only=True):
+class RedeliveredBatch(msgspec.Struct, frozen=True, kw_only=True):
     """One delivered file, in the `items` of `pillarbox resend --json`; times in microseconds since 1970."""
 
     batch: str
-    resent_as: str | None  # the batch that it is now; None where nothing was done
+    redelivered_as: str | None  # the batch that it is now; None where nothing was done
     sink: str  # of several; "" where there is one
     events: int
     bytes: int
@@ -32,7 +32,7 @@ class Resending(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @app.command("resend")
-def resend(
+def redeliver(
     directory: DirectoryOption = None,
     since: Annotated[
         str | None,
@@ -60,47 +60,49 @@ def resend(
     which they came. What was a dead letter or damaged the first time is again. Killed anywhere, nothing is lost and nothing
     goes twice. Without --yes nothing is done.
     """
-    site = Site(config, quiet=quiet, directory=directory, event_type=event_type)
-    selection = site.selection(batches=batch, since=since, until=until)
-    need_choice(selection, everything=everything)
-    path = PurePath(site.place.path)
+    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
+    selection = site.parse_filter(batches=batch, since=since, until=until)
+    require_filter(selection, everything=everything)
+    path = PurePath(site.directory.path)
     if (queue := layout.sink_of_queue(path.name)) is not None:
         raise UsageError(f"{path} is one of several queues: -d {path.parent} --sink {queue} sends again from it")
-    chosen = retention_directories(site.place)
+    chosen = retention_directories(site.directory)
     if sink is not None:
         if sink not in chosen or not sink:
             names = ", ".join(filter(None, chosen)) or "none: leave --sink out"
             raise UsageError(f"--sink {sink}: no sink of this directory has that name; it has {names}")
         chosen = {sink: chosen[sink]}
-    items: list[Resending] = []
+    items: list[RedeliveredBatch] = []
     now = site.clock.micros()
-    again = Redelivery(site.place, chosen, site.clock, selection, site.report, _Seen(site.lines, items, limit, json=json))
+    again = Redelivery(
+        site.directory, chosen, site.clock, selection, site.report, _RedeliveryPreview(site.item_lines, items, limit, json=json)
+    )
     if not yes:
         with site.progress() as progress:
             again.preview(progress)
     else:
         limits = PendingLimits(site.settings.max_bytes, site.settings.max_files)
-        if not site.work(lambda stop, progress: again.execute(limits, stop, progress)):
-            return site.busy()
+        if not site.run_locked(lambda stop, progress: again.execute(limits, stop, progress)):
+            return site.print_locked()
     if not again.retained_count:
-        text = f"nothing is kept in {site.place.path}: set keep_delivered, and what is delivered from then on can be sent again"
-        site.end([], text, yes=yes, json=json)
-        return Exit.PARTLY
-    done = f"{counted(site.report.events, 'event')} of {counted(site.report.files, 'file')}"
-    text = site.last_line(done, "wait to be sent again", "would be sent again", yes=yes)
+        text = f"no delivered batches in {site.directory.path}; set keep_delivered to retain batches delivered from now on"
+        site.print_result([], text, yes=yes, json=json)
+        return ExitCode.PARTIAL
+    done = f"{plural(site.report.events, 'event')} of {plural(site.report.files, 'file')}"
+    text = site.summary(done, "wait to be sent again", "would be sent again", yes=yes)
     if again.oldest_delivered_at_micros is not None:
         text += f" (what is kept was delivered from {format_time(again.oldest_delivered_at_micros)} on)"
     if site.report.drop_reason or site.report.interrupted:
         # What is sent again is delivered again, and would be meant once more.
-        rest = format_time(min(now + _SECOND, selection.until_micros or now + _SECOND))
+        rest = format_time(min(now + _SECOND_MICROS, selection.until_micros or now + _SECOND_MICROS))
         text += f"\nonce these are delivered, the same with --until {rest} sends the rest"
-    return site.end(items, text, yes=yes, json=json)
+    return site.print_result(items, text, yes=yes, json=json)
 
 
-class _Seen:
+class _RedeliveryPreview:
     """The files that are concerned; the first ones are said, one by one."""
 
-    def __init__(self, lines: list[str], items: list[Resending], limit: int, *, json: bool) -> None:
+    def __init__(self, lines: list[str], items: list[RedeliveredBatch], limit: int, *, json: bool) -> None:
         self._lines = lines
         self._items = items
         self._limit = limit
@@ -113,9 +115,9 @@ class _Seen:
         at = layout.delivered_at(file.name)
         if self._json:
             self._items.append(
-                Resending(
+                RedeliveredBatch(
                     batch=file.batch,
-                    resent_as=anew,
+                    redelivered_as=anew,
                     sink=file.sink,
                     events=events,
                     bytes=file.size,
@@ -126,6 +128,6 @@ class _Seen:
         elif not self._limit or self._count <= self._limit:
             to = f"  to {file.sink}" if file.sink else ""
             new = f"  as {anew}" if anew else ""
-            self._lines.append(f"{file.batch}  {counted(events, 'event')}  delivered {format_time(at)}{to}{new}")
+            self._lines.append(f"{file.batch}  {plural(events, 'event')}  delivered {format_time(at)}{to}{new}")
         elif self._count == self._limit + 1:
             self._lines.append("...")

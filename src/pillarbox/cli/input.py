@@ -7,14 +7,14 @@ from typing import IO, TYPE_CHECKING, Any, Final, Self
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pillarbox.cli.app import err
+from pillarbox.cli.main import err
 from pillarbox.errors import InvalidEventError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-REPORTED_MAX: Final = 20  # lines that are no event are named one by one up to here; all are counted
-_SHOW_EVERY: Final = 1000  # lines between two looks at the progress display
+LINES_REPORTED_MAX: Final = 20  # lines that are no event are named one by one up to here; all are counted
+_UPDATE_EVERY: Final = 1000  # lines between two looks at the progress display
 
 
 def strict_decoder(event_type: type[msgspec.Struct]) -> Callable[[bytes], Any]:
@@ -33,12 +33,12 @@ def strict_decoder(event_type: type[msgspec.Struct]) -> Callable[[bytes], Any]:
     return strict
 
 
-class Display:
+class InputProgress:
     """Progress on standard error, where that is a terminal, over the lines of the input; over events where it has none."""
 
     def __init__(self, file: IO[bytes] | None, *, quiet: bool) -> None:
         self._file = file
-        size = None if file is None else _size_of(file)
+        size = None if file is None else _file_size(file)
         self._progress = Progress(
             SpinnerColumn(),
             BarColumn(),
@@ -59,25 +59,25 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def show(self, number: int, done: int) -> None:
+    def update(self, number: int, done: int) -> None:
         """Line `number` is read, and `done` bytes."""
-        if number % _SHOW_EVERY == 0:
+        if number % _UPDATE_EVERY == 0:
             self._progress.update(self._task, completed=done if self._by_bytes else number, events=number)
 
-    def raw(self) -> Iterator[bytes]:
+    def raw_lines(self) -> Iterator[bytes]:
         """Every line."""
         done = 0
         for number, line in enumerate(self._file or (), 1):
             done += len(line)
-            self.show(number, done)
+            self.update(number, done)
             yield line
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """(line number from 1, line) of every line that is not blank."""
-        return ((number, line) for number, line in enumerate(self.raw(), 1) if not line.isspace())
+        return ((number, line) for number, line in enumerate(self.raw_lines(), 1) if not line.isspace())
 
 
-def _size_of(file: IO[bytes]) -> int | None:
+def _file_size(file: IO[bytes]) -> int | None:
     try:
         size = file.seek(0, 2)
         file.seek(0)
