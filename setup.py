@@ -1,9 +1,17 @@
-"""The one thing that pyproject.toml cannot say: what is compiled, and left out where it cannot be."""
+"""Declares the C extension, which pyproject.toml cannot do. Without a compiler the package is installed without it."""
+
+from pathlib import Path
 
 from setuptools import Extension, setup
 
-NAMES = ("_event", "store/_lines", "store/_listing", "store/_speed", "store/_together", "store/_waiter")
-
 setup(
-    ext_modules=[Extension(f"pillarbox.{name.replace('/', '.')}", [f"src/pillarbox/{name}.c"], optional=True) for name in NAMES]
+    ext_modules=[
+        Extension(
+            "pillarbox._speedups",
+            sorted(map(str, Path("src/speedups").glob("*.c"))),
+            depends=["src/speedups/speedups.h"],
+            extra_compile_args=["-fvisibility=hidden"],
+            optional=True,
+        )
+    ]
 )

@@ -21,9 +21,8 @@ import msgspec
 from bench import sample
 from bench.machine import ROOT
 from pillarbox import Outbox
-from pillarbox._native import COMPILED
+from pillarbox._native import COMPILED, encode_record, py_encode_record
 from pillarbox.event import new_event_id, now_micros
-from pillarbox.store import plain, speed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +45,7 @@ def pieces(outbox: Outbox, fd: int) -> dict[str, Callable[[], None]]:
     """What is measured: all of it with a call of a `lambda` around, but for the first."""
     one, encode, lock = sample.event(), msgspec.json.Encoder().encode, threading.RLock()
     payload = encode(one)
-    record = plain.line(payload)
+    record = py_encode_record(payload)
     outbox.enqueue(one)
     enqueue, hundred = outbox.enqueue, [one] * 100
     in_python = getattr(enqueue, "__wrapped__", enqueue)
@@ -63,8 +62,8 @@ def pieces(outbox: Outbox, fd: int) -> dict[str, Callable[[], None]]:
         "a call, to be subtracted from the others": each(lambda: None),
         "msgspec encode": each(lambda: encode(one)),
         "zlib.crc32": each(lambda: crc32(payload)),
-        "the record in Python: checksum and %": each(lambda: plain.line(payload)),
-        "the record compiled": each(lambda: speed.line(payload)),
+        "the record in Python: checksum and %": each(lambda: py_encode_record(payload)),
+        "the record compiled": each(lambda: encode_record(payload)),
         "an RLock, taken and released": each(locked),
         "os.write of the record": each(lambda: os.write(fd, record)),
         "the floor: encode and os.write": each(lambda: os.write(fd, encode(one))),

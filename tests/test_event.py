@@ -267,10 +267,10 @@ class Pair(msgspec.Struct):
 @compiled_only
 def test_the_compiled_check_leaves_what_it_does_not_know() -> None:
     """To the one in Python: other types, other ways to be called, before it is bound, and what is wrong."""
-    from pillarbox._event import Check
+    from pillarbox._speedups import EventCheck
 
     asked: list[object] = []
-    check = Check(asked.append, msgspec.json.decode)
+    check = EventCheck(asked.append, msgspec.json.decode)
     good, bad, other = Pair("[1]", 1), Pair("[", 1), event(1)
     check(good)
     check.bind(Pair, (), (), "json", "micros")
@@ -285,12 +285,12 @@ def test_the_compiled_check_leaves_what_it_does_not_know() -> None:
 @compiled_only
 def test_an_interrupt_in_the_middle_of_a_check_is_an_interrupt() -> None:
     """Not a wrong member."""
-    from pillarbox._event import Check
+    from pillarbox._speedups import EventCheck
 
     def interrupted(_text: str) -> None:
         raise KeyboardInterrupt
 
-    check = Check(lambda _event: pytest.fail("asked"), interrupted)
+    check = EventCheck(lambda _event: pytest.fail("asked"), interrupted)
     check.bind(Pair, ("json",), (), "json", "micros")
     with pytest.raises(KeyboardInterrupt):
         check(Pair("[1]", 1))
@@ -307,7 +307,7 @@ class Wide(msgspec.Struct):
 @compiled_only
 def test_what_is_no_member_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that is bound wrongly would read beside the event."""
-    from pillarbox import _event
+    from pillarbox import _speedups
 
     monkeypatch.setattr(Pair, "beyond", Wide.__dict__["c"], raising=False)
     wrong: list[Any] = [
@@ -317,7 +317,7 @@ def test_what_is_no_member_is_refused_before_anything_is_read(monkeypatch: pytes
         (Pair, (5,), (), "json", "micros"),
     ]
     for arguments in wrong:
-        check = _event.Check(pytest.fail, repr)
+        check = _speedups.EventCheck(pytest.fail, repr)
         with pytest.raises((TypeError, AttributeError)):
             check.bind(*arguments)
     check.bind(Pair, (), (), "json", "micros")
@@ -326,7 +326,7 @@ def test_what_is_no_member_is_refused_before_anything_is_read(monkeypatch: pytes
             bound.bind(Pair, (), (), "json", "micros")
     for middle in ("-7", "-7000-800\0-", "-7éééé-"):
         with pytest.raises(ValueError, match="11 characters"):
-            _event.reseed(middle, 1)
+            _speedups.reseed(middle, 1)
 
 
 @compiled_only
@@ -351,7 +351,7 @@ def test_making_and_checking_leaks_nothing() -> None:
 
 def test_what_is_compiled_can_be_declined() -> None:
     """By the environment."""
-    code = "from pillarbox import event; assert not event.COMPILED and event.TrackingEvent.__post_init__ is event._check"
+    code = "from pillarbox import event; assert not event.COMPILED and event.TrackingEvent.__post_init__ is event._check_event"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PILLARBOX_PURE_PYTHON": "1"}, timeout=60)
 
 

@@ -1,4 +1,7 @@
-"""The only reader of time, but for `_event.c`. What waits or stamps takes a `Clock`, so that a test can hand it another."""
+"""The only reader of time besides `src/speedups/event.c`.
+
+Code that waits or writes a time takes a `Clock`, so that a test can pass another one.
+"""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from pillarbox._native import encode_records
 from pillarbox.errors import InvalidEventError, UsageError
 from pillarbox.event import EVENT_BYTES_MAX, INT64_MIN, TrackingEvent
 from pillarbox.outcome import Dropped
-from pillarbox.store import record, speed
+from pillarbox.store import record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -219,11 +220,11 @@ class EventEncoder:
     def encode_records(self, events: Iterable[Any]) -> tuple[bytes, list[Dropped | None]]:
         """The records of what `before_send` makes of events, and for each None, or why it has none."""
         simple = _NoEventType if self._hooks.has_before_send else self._event_type
-        return speed.pack(events, self.encode, simple, EVENT_BYTES_MAX, self.filter_and_encode)
+        return encode_records(events, self.encode, simple, EVENT_BYTES_MAX, self.filter_and_encode)
 
     def encode_json_records(self, payloads: Iterable[Any]) -> tuple[bytes, list[Dropped | None]]:
         """The records of events that are JSON already; `before_send` has seen them, or it was not there then."""
-        return speed.pack(payloads, self.encode, _NoEventType, EVENT_BYTES_MAX, self.encode_json_record)
+        return encode_records(payloads, self.encode, _NoEventType, EVENT_BYTES_MAX, self.encode_json_record)
 
     def encode_json_record(self, payload: Any) -> bytes | Dropped:
         """The record of an event that is JSON already; `before_send` has seen it, or it was not there then."""

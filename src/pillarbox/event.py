@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from pillarbox._native import COMPILED
+from pillarbox._native import COMPILED, speedups
 from pillarbox.clock import wall_ns
 from pillarbox.errors import InvalidEventError
 
@@ -125,10 +125,10 @@ def _check_event(event: TrackingEvent) -> None:
 
 _post_init: Any = _check_event
 if COMPILED:
-    from pillarbox._event import Check, new_event_id, now_micros, reseed
-
-    _reseed = reseed
-    _post_init = Check(_check_event, _check_json)
+    new_event_id = speedups.new_event_id
+    now_micros = speedups.now_micros
+    _reseed = speedups.reseed
+    _post_init = speedups.EventCheck(_check_event, _check_json)
 else:
     new_event_id, _reseed = _uuid7_generator()
     now_micros = _now_micros

@@ -10,6 +10,7 @@ from os import register_at_fork
 from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
 
+from pillarbox._native import CommitFuture
 from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull
 from pillarbox.clock import Clock, SystemClock
 from pillarbox.codec import EventEncoder
@@ -30,7 +31,6 @@ from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.queues import directory_at
 from pillarbox.store.quota import FILE_SHARE
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.telemetry import instruments, sink_attributes
 
@@ -280,7 +280,7 @@ class Outbox:
         """
         if self._has_no_layers:
             answer = self._start_default_append(event) if durability is None else self._start_append(event, durability)
-            return await answer if type(answer) is Waiter else answer  # type: ignore[return-value]  # mypy: `type() is`
+            return await answer if type(answer) is CommitFuture else answer  # type: ignore[return-value]  # mypy: `type() is`
         return await self._enqueue_async_with_hooks(event, durability)
 
     async def _enqueue_async_with_hooks(self, event: msgspec.Struct, durability: Durability | None) -> Outcome:
@@ -291,14 +291,14 @@ class Outbox:
 
             async def once() -> Outcome:
                 answer = self._start_append(admitted, durability)
-                return await answer if isinstance(answer, Waiter) else answer
+                return await answer if isinstance(answer, CommitFuture) else answer
 
             outcome = await once()
             return outcome if outcome or self._when_full is None else await self._when_full.on_full_async(once, outcome, 1)
         finally:
             self._report_drops_without_sealer()
 
-    def _start_append(self, event: msgspec.Struct, durability: Durability | None) -> Waiter | Outcome:
+    def _start_append(self, event: msgspec.Struct, durability: Durability | None) -> CommitFuture | Outcome:
         """What a coroutine gets, or is to await."""
         if durability is None:
             return self._start_default_append(event)
@@ -308,7 +308,7 @@ class Outbox:
             else self._append_event(event, durability="process")
         )
 
-    def _start_power_append_slowly(self, line: bytes) -> Waiter | Outcome:
+    def _start_power_append_slowly(self, line: bytes) -> CommitFuture | Outcome:
         """Commit for a coroutine; the first starts the outbox, or finds that it may not."""
         answer = self._committer.start_commit(line, 1)
         if answer is None:

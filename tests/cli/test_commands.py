@@ -43,7 +43,7 @@ def bare(number: int) -> bytes:
 
 def test_the_version_says_whether_what_can_be_compiled_is(tmp_path: Path) -> None:
     """It is what speed depends on."""
-    is_there = find_spec("pillarbox._event") is not None and find_spec("pillarbox.store._speed") is not None
+    is_there = find_spec("pillarbox._speedups") is not None
     for declined, how in (("1", "in Python"), ("", "compiled" if is_there else "in Python")):
         done = run("--version", cwd=tmp_path, environ={"PILLARBOX_PURE_PYTHON": declined})
         expected = f"pillarbox {version('pillarbox')} ({how}), Python {platform.python_version()}\n"

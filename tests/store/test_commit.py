@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from pillarbox import Dropped, Enqueued, Outbox
+from pillarbox._native import CommitFuture
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER
 from pillarbox.store import group_commit, layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.group_commit import QUEUED_BYTES_MAX, GroupCommitter
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.speed import Waiter
 from pillarbox.store.syncing import SegmentSyncer
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
@@ -332,7 +332,7 @@ def test_a_leader_that_is_interrupted_leaves_no_coroutine_that_waits_for_another
     async def one() -> None:
         answer = desk.committer.start_commit(numbered(2), 1)
         queued.set()
-        assert isinstance(answer, Waiter)
+        assert isinstance(answer, CommitFuture)
         answered.append(await answer)
 
     coroutine = threading.Thread(target=lambda: asyncio.run(one()), daemon=True)
@@ -356,7 +356,7 @@ def test_a_follower_that_is_interrupted_is_handed_no_lead(desk: Desk, monkeypatc
 
     async def one() -> None:
         answer = desk.committer.start_commit(numbered(3), 1)
-        assert isinstance(answer, Waiter)
+        assert isinstance(answer, CommitFuture)
         answered.append(await answer)
 
     class Interrupting:
@@ -422,7 +422,7 @@ def test_many_that_are_refused_together_are_refused_one_by_one_in_time(tmp_path:
 
     async def all_of_them() -> list[object]:
         waiters = [desk.committer.start_commit(numbered(number), 1) for number in range(500)]
-        return [await waiter if isinstance(waiter, Waiter) else waiter for waiter in waiters]
+        return [await waiter if isinstance(waiter, CommitFuture) else waiter for waiter in waiters]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(group_commit, "_append_group_of", counting)
@@ -436,7 +436,7 @@ def test_a_cancelled_coroutine_does_not_withdraw_its_event(desk: Desk) -> None:
 
     async def one(number: int) -> object:
         answer = desk.committer.start_commit(numbered(number), 1)
-        assert isinstance(answer, Waiter)
+        assert isinstance(answer, CommitFuture)
         return await answer
 
     async def main() -> object:
@@ -456,7 +456,7 @@ def test_a_task_that_ends_the_loop_when_it_is_woken_does_not_keep_the_others_fro
 
     async def one(number: int, *, ends: bool = False) -> object:
         answer = desk.committer.start_commit(numbered(number), 1)
-        assert isinstance(answer, Waiter)
+        assert isinstance(answer, CommitFuture)
         outcome = await answer
         if ends:
             raise SystemExit
@@ -479,7 +479,7 @@ def test_loops_in_several_threads_and_threads_without_share_rounds(desk: Desk) -
         async def one(number: int) -> None:
             for step in range(10):
                 answer = desk.committer.start_commit(numbered(number + step), 1)
-                assert isinstance(answer, Waiter)
+                assert isinstance(answer, CommitFuture)
                 outcomes.append(await answer)
 
         async def main() -> None:

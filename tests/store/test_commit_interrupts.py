@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from pillarbox._native import CommitFuture
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER, Dropped, Outcome
 from pillarbox.store import group_commit, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.speed import Waiter
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from tests.conftest import wait_until
@@ -59,13 +59,13 @@ class Crowd:
         self.sealer.attach(self.writer, self.committer, syncs_spare_names=True)
         self.writer.start(0, 0)
         self.loops = [Round(), Round()]
-        self.waiters: list[Waiter] = []
+        self.waiters: list[CommitFuture] = []
         self.answers: list[Outcome | None] = []
 
     def wait(self, *loops: int) -> None:
         """Have a coroutine of each of these loops wait for an event of its own."""
         for loop in loops:
-            waiter = Waiter(numbered(len(self.waiters)), 1, self.loops[loop])  # type: ignore[arg-type]
+            waiter = CommitFuture(numbered(len(self.waiters)), 1, self.loops[loop])  # type: ignore[arg-type]
             self.waiters.append(waiter)
             self.committer._queued_bytes += len(waiter.lines)
             self.committer._queue.append(waiter)

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pillarbox.store import plain, speed
+from pillarbox._native import decode_record, decode_records, py_decode_record, py_decode_records, py_encode_record
 
 check = msgspec.json.Decoder(msgspec.Raw).decode
 JSON = st.sampled_from([b"{}", b'{"n":1}', b'{"t":"\xc3\xa9"}', b"[1, 2]", b'""', b'{"deep":%b}' % (b"[" * 90 + b"]" * 90)])
 NO_JSON = st.sampled_from([b"", b"{", b"1,2", b'{"t":"\xff"}', b'"\xc3"', b"{}\0", b"[" * 10_000, b'{"t":"\r"}'])
 LINES = st.one_of(
-    JSON.map(plain.line),
-    JSON.map(plain.line),
-    NO_JSON.map(plain.line),
+    JSON.map(py_encode_record),
+    JSON.map(py_encode_record),
+    NO_JSON.map(py_encode_record),
     JSON.map(lambda value: b'{"event":%b}\n' % value),
     st.sampled_from([b"\n", b"  \n", b"\r\n", b'{"event":{},"crc":"00000000"}\n', b"\0\0\0\n", b'{"event"']),
 )
@@ -33,36 +33,36 @@ def test_lines_are_read_the_same_compiled_and_in_python(lines: list[bytes], most
     data = data[: len(data) - min(cut, len(data))] if cut % 3 == 0 else data
     offset = 0
     while offset <= len(data):
-        found = speed.records(data, offset, most, speed.value, check)
-        assert found == plain.records(data, offset, most, plain.value, check)
+        found = decode_records(data, offset, most, decode_record, check)
+        assert found == py_decode_records(data, offset, most, py_decode_record, check)
         payloads, end = found
-        assert data[offset:end] == b"".join(map(plain.line, payloads))
+        assert data[offset:end] == b"".join(map(py_encode_record, payloads))
         assert len(payloads) <= most
         offset = (data.find(b"\n", end) if b"\n" in data[end:] else len(data)) + 1
 
 
-@pytest.mark.parametrize("records", [speed.records, plain.records])
-def test_no_more_lines_are_read_than_are_asked_for(records: Any) -> None:
+@pytest.mark.parametrize("decode", [decode_records, py_decode_records])
+def test_no_more_lines_are_read_than_are_asked_for(decode: Any) -> None:
     """The rest is for the next call, after others had the interpreter."""
-    line = plain.line(b"{}")
-    assert records(line * 7, 0, 3, speed.value, check) == ([b"{}"] * 3, 3 * len(line))
-    assert records(line * 7, 5 * len(line), 3, speed.value, check) == ([b"{}"] * 2, 7 * len(line))
-    assert records(line * 7, 0, 0, speed.value, check) == ([], 0)
-    assert records(line * 7, 7 * len(line), 3, speed.value, check) == ([], 7 * len(line))
+    line = py_encode_record(b"{}")
+    assert decode(line * 7, 0, 3, decode_record, check) == ([b"{}"] * 3, 3 * len(line))
+    assert decode(line * 7, 5 * len(line), 3, decode_record, check) == ([b"{}"] * 2, 7 * len(line))
+    assert decode(line * 7, 0, 0, decode_record, check) == ([], 0)
+    assert decode(line * 7, 7 * len(line), 3, decode_record, check) == ([], 7 * len(line))
 
 
-@pytest.mark.parametrize("records", [speed.records, plain.records])
-def test_where_nothing_is_to_be_read_is_an_error(records: Any) -> None:
+@pytest.mark.parametrize("decode", [decode_records, py_decode_records])
+def test_where_nothing_is_to_be_read_is_an_error(decode: Any) -> None:
     """Rather than read as if it were."""
     for offset in (-1, 2):
         with pytest.raises(ValueError, match="offset"):
-            records(b"x", offset, 1, speed.value, check)
+            decode(b"x", offset, 1, decode_record, check)
 
 
-@pytest.mark.parametrize("records", [speed.records, plain.records])
-def test_an_interrupt_is_not_taken_for_a_damaged_line(records: Any) -> None:
+@pytest.mark.parametrize("decode", [decode_records, py_decode_records])
+def test_an_interrupt_is_not_taken_for_a_damaged_line(decode: Any) -> None:
     """It comes through; what else is raised is the line's, for the reader to judge."""
-    data = plain.line(b"{}") * 3
+    data = py_encode_record(b"{}") * 3
 
     def raises(error: type[BaseException]) -> Any:
         def look(_payload: bytes) -> None:
@@ -71,13 +71,13 @@ def test_an_interrupt_is_not_taken_for_a_damaged_line(records: Any) -> None:
         return look
 
     with pytest.raises(KeyboardInterrupt):
-        records(data, 0, 3, speed.value, raises(KeyboardInterrupt))
-    assert records(data, 0, 3, speed.value, raises(RecursionError)) == ([], 0)
+        decode(data, 0, 3, decode_record, raises(KeyboardInterrupt))
+    assert decode(data, 0, 3, decode_record, raises(RecursionError)) == ([], 0)
 
 
 def test_the_reader_in_python_is_used_where_that_is_asked_for() -> None:
     """With `PILLARBOX_PURE_PYTHON=1`, as where there was no compiler."""
-    code = "from pillarbox.store import plain, speed; print(speed.records is plain.records)"
+    code = "from pillarbox._native import decode_records, py_decode_records; print(decode_records is py_decode_records)"
     environment = os.environ | {"PILLARBOX_PURE_PYTHON": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     assert found.stdout == "True\n"

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pillarbox.store import layout, speed
+from pillarbox._native import COMPILED, speedups
+from pillarbox.store import layout
 from pillarbox.store.dirscan import ALL_NAMES, FileEntry, FileTotals, NamePage, NamePattern, PortableScanOps
 from pillarbox.store.filesystem import CompiledOsFilesystem, OsFilesystem
 from pillarbox.store.layout import Kind
@@ -39,7 +40,7 @@ OTHERS = [
     ".ndjson",
     "n",
 ]
-compiled_only = pytest.mark.skipif(speed.listing is None, reason="the listing is not compiled here")
+compiled_only = pytest.mark.skipif(not COMPILED, reason="the listing is not compiled here")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> str:
 def files(request: pytest.FixtureRequest) -> OsFilesystem:
     if request.param == "plain":
         return OsFilesystem()
-    if speed.listing is None:
+    if not COMPILED:
         pytest.skip("the listing is not compiled here")
     return CompiledOsFilesystem()
 
@@ -162,10 +163,8 @@ def test_what_cannot_be_listed_is_an_error_that_names_it(files: OsFilesystem, tm
 )
 def test_what_makes_no_sense_is_refused(wrong: Any) -> None:
     """Rather than read as if it did."""
-    from pillarbox.store import _listing
-
     with pytest.raises(TypeError):
-        _listing.sums(*wrong)
+        speedups.scan_sums(*wrong)
 
 
 class StruckError(Exception):

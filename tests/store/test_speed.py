@@ -21,11 +21,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pillarbox import Dropped, Enqueued, Outbox, TrackingEvent
-from pillarbox._native import COMPILED
+from pillarbox._native import (
+    COMPILED,
+    decode_record,
+    encode_record,
+    encode_records,
+    py_decode_record,
+    py_encode_record,
+    py_encode_records,
+)
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX
 from pillarbox.outcome import DROPPED, ENQUEUED
-from pillarbox.store import plain, speed
 from pillarbox.store.limits import SPARE_RECHECK_SHARE
 from tests.store.stage import Stage
 
@@ -39,22 +46,22 @@ def test_a_record_is_the_same_and_is_read_back(size: int) -> None:
     """Of any length: the checksum is reckoned in blocks."""
     payload = os.urandom(size)
     record = b'{"event":%b,"crc":"%08x"}\n' % (payload, crc32(payload))
-    assert speed.line(payload) == plain.line(payload) == record
-    assert speed.value(record[:-1]) == plain.value(record[:-1]) == payload
+    assert encode_record(payload) == py_encode_record(payload) == record
+    assert decode_record(record[:-1]) == py_decode_record(record[:-1]) == payload
 
 
 @given(st.binary(max_size=200), st.integers(0, 10**6), st.integers(1, 255))
 def test_what_is_not_exactly_a_record_is_none(payload: bytes, at: int, change: int) -> None:
     """One byte off, anywhere, or one too many or too few."""
-    record = plain.line(payload)[:-1]
+    record = py_encode_record(payload)[:-1]
     at %= len(record)
     changed = record[:at] + bytes([record[at] ^ change]) + record[at + 1 :]
     for line in (changed, record[:at], record + b"\n", record[1:], payload):
-        assert speed.value(line) == plain.value(line)
-    assert speed.value(changed) is None
+        assert decode_record(line) == py_decode_record(line)
+    assert decode_record(changed) is None
 
 
-@pytest.mark.parametrize("function", [speed.line, speed.value])
+@pytest.mark.parametrize("function", [encode_record, decode_record])
 @pytest.mark.parametrize("wrong", [None, "text", 1])
 def test_what_is_not_bytes_is_refused(function: Any, wrong: object) -> None:
     """Rather than read as if it were."""
@@ -85,20 +92,20 @@ def _events() -> list[Any]:
     return [EVENT, b"line", None, *keyed, object(), *[EVENT] * 40]
 
 
-@pytest.mark.parametrize("pack", [speed.pack, plain.pack])
-def test_events_are_packed_into_one_and_each_refusal_stays_where_it_was(pack: Any) -> None:
+@pytest.mark.parametrize("encode_all", [encode_records, py_encode_records])
+def test_events_are_packed_into_one_and_each_refusal_stays_where_it_was(encode_all: Any) -> None:
     """Those of another type, too large, or that do not encode, are asked about."""
-    lines, refused = pack(iter(_events()), _encode, TrackingEvent, 400, _line_of)
+    lines, refused = encode_all(iter(_events()), _encode, TrackingEvent, 400, _line_of)
     refusals = [False, False, True, True, True, False, True, *[False] * 40]
     assert refused == [DROPPED["invalid"] if refusal else None for refusal in refusals]
-    good = plain.line(msgspec.json.encode(EVENT))
-    last = plain.line(msgspec.json.encode(msgspec.structs.replace(EVENT, event_key="y")))
+    good = py_encode_record(msgspec.json.encode(EVENT))
+    last = py_encode_record(msgspec.json.encode(msgspec.structs.replace(EVENT, event_key="y")))
     assert lines == good + b"<line>" + last + 40 * good
-    assert pack([], _encode, TrackingEvent, 400, _line_of) == (b"", [])
+    assert encode_all([], _encode, TrackingEvent, 400, _line_of) == (b"", [])
 
 
-@pytest.mark.parametrize("pack", [speed.pack, plain.pack])
-def test_what_is_raised_while_events_are_packed_comes_through(pack: Any) -> None:
+@pytest.mark.parametrize("encode_all", [encode_records, py_encode_records])
+def test_what_is_raised_while_events_are_packed_comes_through(encode_all: Any) -> None:
     """By the iterable, by whoever is asked, and an interrupt by the encoder."""
 
     def broken() -> Any:
@@ -107,9 +114,9 @@ def test_what_is_raised_while_events_are_packed_comes_through(pack: Any) -> None
 
     for events, error in ((broken(), OddError), (["raises"], OddError), (None, TypeError)):
         with pytest.raises(error):
-            pack(events, _encode, TrackingEvent, 400, _line_of)
+            encode_all(events, _encode, TrackingEvent, 400, _line_of)
     with pytest.raises(KeyboardInterrupt):
-        pack([msgspec.structs.replace(EVENT, event_key="interrupts")], _encode, TrackingEvent, 400, _line_of)
+        encode_all([msgspec.structs.replace(EVENT, event_key="interrupts")], _encode, TrackingEvent, 400, _line_of)
 
 
 @pytest.fixture
@@ -235,7 +242,15 @@ def test_no_way_through_leaks(tmp_path: Path) -> None:
 _PURE = """
 import sys
 from pillarbox import Outbox, TrackingEvent
-from pillarbox._native import COMPILED
+from pillarbox._native import (
+    COMPILED,
+    decode_record,
+    encode_record,
+    encode_records,
+    py_decode_record,
+    py_encode_record,
+    py_encode_records,
+)
 event = TrackingEvent(event_key="k", scope_kind="Site", scope_id="s")
 with Outbox(sys.argv[1]) as outbox:
     assert outbox.enqueue(event) and all(outbox.enqueue_many([event, event]))

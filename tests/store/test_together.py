@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.store import speed
+from pillarbox._native import COMPILED, speedups
 from pillarbox.store.filesystem import CompiledOsFilesystem, OsFilesystem, os_filesystem
 from tests.conftest import PLANTED, plant
 
-KINDS = [OsFilesystem, *([CompiledOsFilesystem] if speed.together is not None else [])]
-compiled_only = pytest.mark.skipif(speed.together is None, reason="not compiled here")
+KINDS = [OsFilesystem, *([CompiledOsFilesystem] if COMPILED else [])]
+compiled_only = pytest.mark.skipif(not COMPILED, reason="not compiled here")
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -302,4 +302,4 @@ for number in range(300):
 def test_what_is_no_descriptor_or_path_is_refused(function: str, arguments: tuple[object, ...]) -> None:
     """Rather than read as if it were."""
     with pytest.raises((TypeError, ValueError, OverflowError)):
-        getattr(speed.together, function)(*arguments)
+        getattr(speedups, function)(*arguments)

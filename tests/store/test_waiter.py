@@ -12,11 +12,18 @@ from typing import Any
 
 import pytest
 
+from pillarbox._native import (
+    COMPILED,
+    CommitFuture,
+    PyCommitFuture,
+    gather_group,
+    py_gather_group,
+    py_resolve_futures,
+    resolve_futures,
+)
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER
-from pillarbox.store import speed, waiter
 
-COMPILED = speed.Waiter is not waiter.Waiter
-WAYS = [(waiter.Waiter, waiter.wake, waiter.gather)] + [(speed.Waiter, speed.wake, speed.gather)] * COMPILED
+WAYS = [(PyCommitFuture, py_resolve_futures, py_gather_group)] + [(CommitFuture, resolve_futures, gather_group)] * COMPILED
 
 
 @pytest.fixture(params=WAYS, ids=["Python", "C"][: len(WAYS)])
@@ -314,8 +321,8 @@ def test_what_is_no_waiter_is_refused(arguments: tuple[Any, ...]) -> None:
     if not COMPILED:
         pytest.skip("not compiled here")
     with pytest.raises(TypeError):
-        speed.Waiter(*arguments)
+        CommitFuture(*arguments)
     with pytest.raises(TypeError):
-        speed.wake([None], ENQUEUED_POWER)  # type: ignore[list-item]
+        resolve_futures([None], ENQUEUED_POWER)  # type: ignore[list-item]
     with pytest.raises((TypeError, AttributeError)):
-        speed.gather([Thread("text", 1)], 1, 1, 1)  # type: ignore[arg-type]
+        gather_group([Thread("text", 1)], 1, 1, 1)  # type: ignore[arg-type]

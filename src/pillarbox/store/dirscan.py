@@ -1,7 +1,7 @@
 """What is asked of the files of a directory but each by itself: names, sums, and the first in order. Pure.
 
-`_listing.c` does the same while it reads a directory, without the interpreter lock; here it is said in Python, for where that
-is not compiled, and for file systems that are simulated.
+`src/speedups/dirscan.c` does the same while it reads a directory, without the interpreter lock. This is the version in Python,
+for where that is not compiled, and for simulated file systems.
 """
 
 from __future__ import annotations

@@ -14,11 +14,10 @@ import sys
 import threading
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
+from pillarbox._native import COMPILED, speedups
 from pillarbox.errors import FileUnusableError
 from pillarbox.store.dirscan import ALL_NAMES, FileEntry, FileTotals, NamePage, first_names, matches, totals_by_pattern
 from pillarbox.store.onebyone import SequentialBatchOps
-from pillarbox.store.speed import listing as directories
-from pillarbox.store.speed import together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -332,33 +331,33 @@ class CompiledOsFilesystem(OsFilesystem):
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
         """The regular files in a directory with their sizes; one that goes away meanwhile is left out."""
-        for part in directories.Parts(path, ALL_NAMES, sizes=True):
-            yield from map(FileEntry._make, part)
+        for chunk in speedups.DirectoryChunks(path, ALL_NAMES, sizes=True):
+            yield from map(FileEntry._make, chunk)
 
     def list_names(self, path: str, patterns: NamePatterns) -> Iterator[str]:
         """The names of the regular files in a directory that follow one of the patterns."""
-        for part in directories.Parts(path, patterns, sizes=False):
-            yield from part
+        for chunk in speedups.DirectoryChunks(path, patterns, sizes=False):
+            yield from chunk
 
     def file_totals(self, path: str, patterns: NamePatterns) -> list[FileTotals]:
         """What the files in a directory add up to; each counts for the first of the patterns that its name follows."""
-        return list(map(FileTotals._make, directories.sums(path, patterns)))
+        return list(map(FileTotals._make, speedups.scan_sums(path, patterns)))
 
     def first_names(self, path: str, patterns: NamePatterns, after: str = "", until: str = "", limit: int = 0) -> NamePage:
         """As `OsFilesystem`."""
-        return NamePage._make(directories.first(path, patterns, after, until, limit))
+        return NamePage._make(speedups.scan_first(path, patterns, after, until, limit))
 
     def open_locked(self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False) -> int | None:
         """A file that is there and ours to use, opened and locked; None where that is to be seen step by step."""
         with _fork_lock:
             return self._track_fd(
-                together.hold(path, (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS, allow_links, shared)
+                speedups.hold(path, (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS, allow_links, shared)
             )
 
     def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:
         """As `SequentialBatchOps` says, where it is simple."""
         with _fork_lock:  # a child that was forked meanwhile would keep the lock
-            return self._track_fd(together.append_under(lock_path, path, lines, os.O_RDWR | _OPEN_FLAGS, max_size))
+            return self._track_fd(speedups.append_under(lock_path, path, lines, os.O_RDWR | _OPEN_FLAGS, max_size))
 
     def _track_fd(self, fd: int) -> int | None:
         if fd < 0:
@@ -368,23 +367,23 @@ class CompiledOsFilesystem(OsFilesystem):
 
     def _open_checked(self, path: str, flags: int, *, allow_links: bool = False) -> int:
         with _fork_lock:
-            fd = self._track_fd(together.open_existing(path, flags | _OPEN_FLAGS, allow_links))
+            fd = self._track_fd(speedups.open_existing(path, flags | _OPEN_FLAGS, allow_links))
         return super()._open_checked(path, flags, allow_links=allow_links) if fd is None else fd
 
     def sync_each(self, fds: Sequence[int]) -> list[OSError | None]:
         """As `SequentialBatchOps`, but that all are being written before the first is waited for."""
-        return [_os_error(number) for number in together.sync_each(fds)]
+        return [_os_error(number) for number in speedups.sync_each(fds)]
 
     def rename_each(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
         """As `SequentialBatchOps`."""
-        done, number = together.rename_each(sources, targets)
+        done, number = speedups.rename_each(sources, targets)
         return done, _os_error(number, *sources[done : done + 1])
 
     def create_each(self, paths: Sequence[str]) -> tuple[list[int], OSError | None]:
         """As `SequentialBatchOps`."""
         owner = _owner_of_directory(paths[0]) if paths else None
         with _fork_lock:
-            found, number = together.create_each(
+            found, number = speedups.create_each(
                 paths, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _OPEN_FLAGS, _FILE_MODE, *(owner or (-1, -1))
             )
             self._open_fds.update(fd for fd in found if fd >= 0)
@@ -394,18 +393,18 @@ class CompiledOsFilesystem(OsFilesystem):
         """As `SequentialBatchOps`."""
         with _fork_lock:
             self._open_fds.difference_update(fds)
-            together.close_each(fds)
+            speedups.close_each(fds)
 
     def sync_directory(self, path: str) -> None:
         """Make a directory's entries durable."""
-        error = _os_error(together.sync_directory(path), path)
+        error = _os_error(speedups.sync_directory(path), path)
         if error is not None:
             raise error
 
 
 def os_filesystem() -> OsFilesystem:
     """That of this machine, compiled where it can be."""
-    return OsFilesystem() if together is None else CompiledOsFilesystem()
+    return CompiledOsFilesystem() if COMPILED else OsFilesystem()
 
 
 def _os_error(number: int, *path: str) -> OSError | None:

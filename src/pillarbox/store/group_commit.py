@@ -21,8 +21,8 @@ from collections import deque
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
+from pillarbox._native import CommitFuture, encode_record, gather_group, resolve_futures
 from pillarbox.outcome import DROPPED, ENQUEUED, ENQUEUED_POWER, Dropped
-from pillarbox.store.speed import Waiter, gather, line, wake
 from pillarbox.store.writer import drop_reason_of
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class _WaitingThread:
         )
 
 
-_PendingCommit = _WaitingThread | Waiter  # who waits, with whole lines, and how many events they are
+_PendingCommit = _WaitingThread | CommitFuture  # who waits, with whole lines, and how many events they are
 
 
 class _AppendGroup(NamedTuple):
@@ -95,7 +95,7 @@ class _LoopResults:
 
     __slots__ = ("loop", "outcome", "waiters")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, waiters: list[Waiter], outcome: Outcome) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, waiters: list[CommitFuture], outcome: Outcome) -> None:
         self.loop = loop
         self.waiters = waiters
         self.outcome = outcome
@@ -156,8 +156,8 @@ class GroupCommitter:
         return turn.outcome
 
     def build_start_commit(
-        self, door: AppendHooks, start_commit_slowly: Callable[[bytes], Waiter | Outcome]
-    ) -> Callable[[Any], Waiter | Outcome]:
+        self, door: AppendHooks, start_commit_slowly: Callable[[bytes], CommitFuture | Outcome]
+    ) -> Callable[[Any], CommitFuture | Outcome]:
         """`start_commit` with all before it: event -> line -> what is to be awaited; one closure, as `Writer.build_enqueue`.
 
         Lines that it does not simply take it hands to `start_commit_slowly`.
@@ -166,7 +166,7 @@ class GroupCommitter:
         queue, limit, helper_turn = self._queue, QUEUED_BYTES_MAX, self._helper_lock
         encode, event_type, bytes_max = door.encode, door.event_type, door.event_bytes_max
 
-        def begin(event: Any) -> Waiter | Outcome:
+        def begin(event: Any) -> CommitFuture | Outcome:
             """Queue one event for a coroutine."""
             try:
                 payload = encode(event)
@@ -174,11 +174,11 @@ class GroupCommitter:
                     door.raise_invalid(event, payload)
             except Exception as error:  # noqa: BLE001 - whatever an event does when encoded, the caller goes on
                 return door.drop_invalid(event, error)
-            lines = line(payload)
+            lines = encode_record(payload)
             size = self._queued_bytes + len(lines)
             if size > limit or not writer.accepts:
                 return start_commit_slowly(lines)
-            waiter = Waiter(lines, 1, get_running_loop())
+            waiter = CommitFuture(lines, 1, get_running_loop())
             self._queued_bytes = size
             queue.append(waiter)
             if self._leader == _NO_LEADER and helper_turn.locked():
@@ -187,7 +187,7 @@ class GroupCommitter:
 
         return begin
 
-    def start_commit(self, lines: bytes, events: int) -> Waiter | Outcome | None:
+    def start_commit(self, lines: bytes, events: int) -> CommitFuture | Outcome | None:
         """`commit`, for a coroutine: what it is to await. Cancelled, what is queued or appended stays."""
         writer = self._writer
         size = self._queued_bytes + len(lines)
@@ -195,7 +195,7 @@ class GroupCommitter:
             return writer.drop("would_block", events)
         if not writer.accepts:
             return writer.drop_when_closed(events)
-        waiter = Waiter(lines, events, get_running_loop())
+        waiter = CommitFuture(lines, events, get_running_loop())
         self._queued_bytes = size
         self._queue.append(waiter)
         if self._leader == _NO_LEADER and self._helper_lock.locked():
@@ -258,7 +258,7 @@ class GroupCommitter:
         self._queued_bytes = 0
         while left:
             with self._lock:
-                party = _AppendGroup(*gather(self._queue, left, *self._writer.batch_room()))
+                party = _AppendGroup(*gather_group(self._queue, left, *self._writer.batch_room()))
                 self._appending = party.entries
                 del self._queue[: len(party.entries)]  # after they are noted: cut short in between, they are in both
                 left -= len(party.entries)
@@ -329,7 +329,7 @@ class GroupCommitter:
             self._writer.drop(outcome.reason, party.events)
         for loop, entries in party.by_loop():
             if loop is not None:
-                self._unwoken.append(_LoopResults(loop, cast("list[Waiter]", entries), outcome))
+                self._unwoken.append(_LoopResults(loop, cast("list[CommitFuture]", entries), outcome))
                 continue
             turns = cast("list[_WaitingThread]", entries)
             for before, turn in pairwise(turns):  # first: who happens to look sees its outcome, leaves, and wakes the next
@@ -394,7 +394,7 @@ def _append_group_of(entries: list[_PendingCommit]) -> _AppendGroup:
 def _wake_group(group: _LoopResults) -> None:
     """Wake a group, on the thread of its loop."""
     try:
-        wake(group.waiters, group.outcome)
+        resolve_futures(group.waiters, group.outcome)
     finally:
         if group.waiters:  # one of the tasks raised what ends the loop, or this round of it
             group.loop.call_soon(_wake_group, group)

@@ -10,9 +10,9 @@ from zlib import crc32
 
 import msgspec
 
-from pillarbox.store import speed
-from pillarbox.store.plain import OVERHEAD
-from pillarbox.store.speed import line
+from pillarbox._native import RECORD_OVERHEAD_BYTES as OVERHEAD
+from pillarbox._native import decode_record, decode_records
+from pillarbox._native import encode_record as line
 
 __all__ = ["OVERHEAD", "DamagedRecordError", "line", "payload", "payloads"]
 
@@ -37,7 +37,7 @@ _check_value = msgspec.json.Decoder(msgspec.Raw).decode
 def payload(line: bytes) -> bytes:
     """The event's JSON in a line without its line feed; raises `DamagedRecordError`."""
     # The shape that we write ourselves, recognised without a JSON parser; the value inside is checked all the same.
-    value = speed.value(line)
+    value = decode_record(line)
     if value is not None:
         if not value.isascii():
             _check_utf8(value)
@@ -54,7 +54,7 @@ def payloads(data: bytes, offset: int, most: int) -> tuple[list[bytes], int]:
 
     At the latest where the first line begins that has not the shape that we write, or is damaged, or has no line feed.
     """
-    return speed.records(data, offset, most, speed.value, _check_value)
+    return decode_records(data, offset, most, decode_record, _check_value)
 
 
 def _payload_by_parser(line: bytes) -> bytes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Final, Literal
 
+from pillarbox._native import SegmentCounters
 from pillarbox.store import layout
 from pillarbox.store.directory import LockedFile
-from pillarbox.store.speed import Counts
 
 if TYPE_CHECKING:
     from pillarbox.store.filesystem import Filesystem
@@ -17,7 +17,7 @@ _TAIL_READ_BYTES: Final = 64 * 1024  # how much is read at a time to find the la
 SealReason = Literal["batch_size", "batch_bytes", "flush_interval", "startup", "adopted", "shutdown", "manual"]
 
 
-class Segment(Counts):
+class Segment(SegmentCounters):
     """A file that this writer appends to, will, or did, and what is in it."""
 
     __slots__ = (

@@ -18,12 +18,11 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 from zlib import crc32
 
+from pillarbox._native import RECORD_TEMPLATE, WriterState, compile_enqueue
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
 from pillarbox.store.limits import SPARE_RECHECK_SHARE, WriterLimits, WriterProgress, drop_reason_of
-from pillarbox.store.plain import LINE
 from pillarbox.store.segment import NO_FILE, Segment, end_of_last_line
-from pillarbox.store.speed import Appending, quickest
 from pillarbox.store.syncing import SegmentSyncer
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ _NO_SEGMENT: Final = -2  # there is none yet, or none any more
 _MARKED_POLLS_MAX: Final = 10  # then the sealer waits for the lock, to see whose mark it is
 
 
-class Writer(Appending):
+class Writer(WriterState):
     """Appends lines to the active file and swaps files; shared by the threads of a process.
 
     `wake_sealer()` tells the sealer that there is work; it must be re-entrant and quick: it is called under the lock.
@@ -87,7 +86,7 @@ class Writer(Appending):
 
     def build_enqueue(self, door: AppendHooks) -> EnqueueFunction:
         """The hot path: event -> line -> active file."""
-        w, write, checksum, template = self, self._filesystem.write, crc32, LINE
+        w, write, checksum, template = self, self._filesystem.write, crc32, RECORD_TEMPLATE
         encode, event_type, bytes_max, is_power, refuse, invalid, begin, durably, power = door
 
         def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
@@ -133,7 +132,7 @@ class Writer(Appending):
                     raise
             return outcome if outcome is not None else begin(line, 1)
 
-        return quickest(w, enqueue, door, write)
+        return compile_enqueue(w, enqueue, encode, event_type, bytes_max, begin, write, power=power)
 
     def append(self, lines: bytes, events: int) -> Outcome | None:
         """Append whole lines that hold `events` events, all or none; None before `start`."""

@@ -1,25 +1,15 @@
-/* What every event has made and checked for it, compiled: its id, its time, the types of its members. Optional: `event.py` has
-the same in Python, and the tests hold both to the same. */
+/* Makes the id and the time of an event, and checks the types of its fields; `pillarbox/event.py` has the same in Python. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <structmember.h>
+#include "speedups.h"
 
-#include <stdint.h>
 #include <string.h>
 #include <time.h>
 
 enum {
-    MIDDLE_BYTES = 11, /* "-7xxx-8xxx-" */
     MILLIS_DIGITS = 12,
     COUNT_DIGITS = 12,
-    ID_BYTES = MILLIS_DIGITS + 1 + MIDDLE_BYTES + COUNT_DIGITS,
+    ID_BYTES = MILLIS_DIGITS + 1 + ID_MIDDLE_BYTES + COUNT_DIGITS,
 };
-
-typedef struct {
-    uint64_t count; /* of the ids: its last 48 bits */
-    char middle[MIDDLE_BYTES]; /* begins with NUL before the first `reseed` */
-} State;
 
 /* Ids and times. */
 
@@ -34,9 +24,9 @@ put_digits(char *to, uint64_t value, int count)
 }
 
 static PyObject *
-new_event_id(PyObject *module, PyObject *unused)
+new_event_id(PyObject *module, PyObject *Py_UNUSED(nothing))
 {
-    State *state = PyModule_GetState(module);
+    EventState *state = &state_of_module(module)->event;
     if (state->middle[0] == '\0') {
         PyErr_SetString(PyExc_RuntimeError, "reseed() comes first");
         return NULL;
@@ -57,13 +47,13 @@ new_event_id(PyObject *module, PyObject *unused)
     to = put_digits(to, millis >> 16, 8);
     *to++ = '-';
     to = put_digits(to, millis, 4);
-    memcpy(to, state->middle, MIDDLE_BYTES);
-    put_digits(to + MIDDLE_BYTES, count, COUNT_DIGITS);
+    memcpy(to, state->middle, ID_MIDDLE_BYTES);
+    put_digits(to + ID_MIDDLE_BYTES, count, COUNT_DIGITS);
     return made;
 }
 
 static PyObject *
-now_micros(PyObject *module, PyObject *unused)
+now_micros(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(nothing))
 {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
@@ -73,7 +63,7 @@ now_micros(PyObject *module, PyObject *unused)
 static PyObject *
 reseed(PyObject *module, PyObject *args)
 {
-    State *state = PyModule_GetState(module);
+    EventState *state = &state_of_module(module)->event;
     const char *middle;
     Py_ssize_t size;
     unsigned long long first;
@@ -84,16 +74,16 @@ reseed(PyObject *module, PyObject *args)
     for (Py_ssize_t at = 0; at < size; at++) {
         is_ascii &= middle[at] != '\0' && !(middle[at] & 0x80);
     }
-    if (size != MIDDLE_BYTES || !is_ascii) {
+    if (size != ID_MIDDLE_BYTES || !is_ascii) {
         PyErr_SetString(PyExc_ValueError, "what stands in the middle of an id has 11 characters of ASCII");
         return NULL;
     }
-    memcpy(state->middle, middle, MIDDLE_BYTES);
+    memcpy(state->middle, middle, ID_MIDDLE_BYTES);
     state->count = first;
     Py_RETURN_NONE;
 }
 
-/* Check: whether the members of an event have the right types. */
+/* EventCheck: whether the fields of an event have the right types. */
 
 typedef struct {
     Py_ssize_t at; /* where in the event the member is */
@@ -109,7 +99,7 @@ typedef struct {
     Text *texts;
     Py_ssize_t count;
     Py_ssize_t json, micros; /* where these members are */
-} Check;
+} EventCheck;
 
 /* Whether it is text that UTF-8 has bytes for. */
 static int
@@ -142,7 +132,7 @@ member_at(PyObject *event, Py_ssize_t at)
 }
 
 static int
-is_json_text(Check *self, PyObject *value)
+is_json_text(EventCheck *self, PyObject *value)
 {
     if (!is_text(value)) {
         return 0;
@@ -150,16 +140,18 @@ is_json_text(Check *self, PyObject *value)
     if (PyUnicode_GET_LENGTH(value) == 2 && PyUnicode_READ_CHAR(value, 0) == '{' && PyUnicode_READ_CHAR(value, 1) == '}') {
         return 1;
     }
-    PyObject *found = PyObject_CallOneArg(self->is_json, value);
-    if (found == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
-        PyErr_Clear(); /* to be found again by who says what it is */
+    Py_INCREF(value); /* or what is called could free it, by setting the field anew */
+    PyObject *answer = PyObject_CallOneArg(self->is_json, value);
+    Py_DECREF(value);
+    if (answer == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
+        PyErr_Clear(); /* the check in Python finds it again, and says what it is */
     }
-    Py_XDECREF(found);
-    return found != NULL;
+    Py_XDECREF(answer);
+    return answer != NULL;
 }
 
 static int
-is_right(Check *self, PyObject *event)
+is_right(EventCheck *self, PyObject *event)
 {
     for (Py_ssize_t each = 0; each < self->count; each++) {
         PyObject *value = member_at(event, self->texts[each].at);
@@ -178,7 +170,7 @@ is_right(Check *self, PyObject *event)
 static PyObject *
 check_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *names)
 {
-    Check *self = (Check *)callable;
+    EventCheck *self = (EventCheck *)callable;
     if (names == NULL && PyVectorcall_NARGS(nargsf) == 1 && (PyObject *)Py_TYPE(args[0]) == self->type) {
         if (is_right(self, args[0])) {
             Py_RETURN_NONE;
@@ -216,7 +208,7 @@ place_of(PyObject *type, PyObject *name)
 static PyObject *
 check_bind(PyObject *callable, PyObject *args)
 {
-    Check *self = (Check *)callable;
+    EventCheck *self = (EventCheck *)callable;
     PyObject *type, *needed, *optional, *json, *micros;
     if (!PyArg_ParseTuple(args, "O!O!O!UU:bind", &PyType_Type, &type, &PyTuple_Type, &needed, &PyTuple_Type, &optional, &json,
                           &micros)) {
@@ -252,10 +244,10 @@ check_new(PyTypeObject *type, PyObject *args, PyObject *names)
 {
     static char *words[] = {"", "", NULL};
     PyObject *plain, *is_json;
-    if (!PyArg_ParseTupleAndKeywords(args, names, "OO:Check", words, &plain, &is_json)) {
+    if (!PyArg_ParseTupleAndKeywords(args, names, "OO:EventCheck", words, &plain, &is_json)) {
         return NULL;
     }
-    Check *self = (Check *)type->tp_alloc(type, 0);
+    EventCheck *self = (EventCheck *)type->tp_alloc(type, 0);
     if (self != NULL) {
         self->call = check_call;
         self->plain = Py_NewRef(plain);
@@ -266,7 +258,7 @@ check_new(PyTypeObject *type, PyObject *args, PyObject *names)
 
 /* As a function in a class does: the event's method. */
 static PyObject *
-check_get(PyObject *self, PyObject *event, PyObject *type)
+check_get(PyObject *self, PyObject *event, PyObject *Py_UNUSED(type))
 {
     return event == NULL ? Py_NewRef(self) : PyMethod_New(self, event);
 }
@@ -275,18 +267,18 @@ static int
 check_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(((Check *)self)->plain);
-    Py_VISIT(((Check *)self)->is_json);
-    Py_VISIT(((Check *)self)->type);
+    Py_VISIT(((EventCheck *)self)->plain);
+    Py_VISIT(((EventCheck *)self)->is_json);
+    Py_VISIT(((EventCheck *)self)->type);
     return 0;
 }
 
 static int
 check_clear(PyObject *self)
 {
-    Py_CLEAR(((Check *)self)->plain);
-    Py_CLEAR(((Check *)self)->is_json);
-    Py_CLEAR(((Check *)self)->type);
+    Py_CLEAR(((EventCheck *)self)->plain);
+    Py_CLEAR(((EventCheck *)self)->is_json);
+    Py_CLEAR(((EventCheck *)self)->type);
     return 0;
 }
 
@@ -296,7 +288,7 @@ check_dealloc(PyObject *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     check_clear(self);
-    PyMem_Free(((Check *)self)->texts);
+    PyMem_Free(((EventCheck *)self)->texts);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -307,8 +299,8 @@ static PyMethodDef check_methods[] = {
 };
 
 static PyMemberDef check_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Check, call), READONLY, NULL},
-    {"__wrapped__", T_OBJECT_EX, offsetof(Check, plain), READONLY, NULL},
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(EventCheck, call), READONLY, NULL},
+    {"__wrapped__", T_OBJECT_EX, offsetof(EventCheck, plain), READONLY, NULL},
     {NULL},
 };
 
@@ -326,50 +318,22 @@ static PyType_Slot check_slots[] = {
 };
 
 static PyType_Spec check_spec = {
-    "pillarbox._event.Check", sizeof(Check), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
+    "pillarbox._speedups.EventCheck", sizeof(EventCheck), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
     check_slots,
 };
 
-/* The module. */
-
-static PyMethodDef functions[] = {
+static PyMethodDef event_functions[] = {
     {"new_event_id", new_event_id, METH_NOARGS, "new_event_id($module, /)\n--\n\nA new id: a UUID of version 7, as text."},
     {"now_micros", now_micros, METH_NOARGS,
      "now_micros($module, /)\n--\n\nWall time in microseconds since 1970, the unit of `occurred_at_micros`."},
     {"reseed", reseed, METH_VARARGS,
-     "reseed($module, middle, first, /)\n--\n\n"
-     "Begin anew: what stands in the middle of the ids, and the first number of the count behind it."},
-    {NULL},
+     "reseed($module, middle, first, /)\n--\n\nStart anew: the middle part of the ids, and the first number of the count behind "
+     "it."},
+    {NULL, NULL, 0, NULL},
 };
 
-static int
-exec(PyObject *module)
+int
+event_exec(PyObject *module)
 {
-    PyObject *check = PyType_FromModuleAndSpec(module, &check_spec, NULL);
-    int added = check == NULL ? -1 : PyModule_AddType(module, (PyTypeObject *)check);
-    Py_XDECREF(check);
-    return added;
-}
-
-static PyModuleDef_Slot slots[] = {
-    {Py_mod_exec, exec},
-#ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* the count is atomic; events do not change */
-#endif
-    {0, NULL},
-};
-
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_event",
-    .m_doc = "What every event has made and checked for it, compiled: see `pillarbox.event`.",
-    .m_size = sizeof(State),
-    .m_methods = functions,
-    .m_slots = slots,
-};
-
-PyMODINIT_FUNC
-PyInit__event(void)
-{
-    return PyModuleDef_Init(&definition);
+    return add_type(module, &check_spec, NULL) < 0 ? -1 : PyModule_AddFunctions(module, event_functions);
 }

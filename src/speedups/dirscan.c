@@ -1,12 +1,10 @@
-/* Reads directories without the interpreter lock, compiled. Optional: `store/dirscan.py` says the same in Python, and the tests
-hold both to it.
+/* Reads directories without the interpreter lock; `store/dirscan.py` has the same in Python.
 
 Each system call of a thread that gives the lock up for it and takes it again costs whoever accepts events 15 to 60 us; a
-directory with 200,000 files takes as many. Here the lock comes back once for some thousands of files, to look for signals, and
-objects are made of those names only that are asked for. */
+directory with 200,000 files takes as many. Here the lock comes back once in some thousands of files, to check for signals, and
+only the names that the caller asks for become objects. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "speedups.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -19,7 +17,7 @@ objects are made of those names only that are asked for. */
 
 enum {
     AT_ONCE = 4096, /* entries between two looks for signals */
-    PART_BYTES = 1 << 15, /* of the names that become objects in one go */
+    CHUNK_BYTES = 1 << 15, /* of the names that become objects in one go */
     STAMP_DIGITS = 16,
     NAME_BYTES = 4096, /* more than any system gives, and it may be more than `struct dirent` says */
 };
@@ -179,7 +177,7 @@ read_all(PyObject *path, Patterns patterns, bool sizes, int (*each)(void *, cons
     return 0;
 }
 
-/* The names, or names and sizes, in parts. */
+/* The names, or names and sizes, in chunks. */
 
 typedef struct {
     PyObject_HEAD
@@ -190,67 +188,67 @@ typedef struct {
     bool sizes;
     char *names; /* of one part, each with its zero behind it */
     long long *each;
-} Parts;
+} DirectoryChunks;
 
 static int
-parts_init(PyObject *object, PyObject *args, PyObject *named)
+chunks_init(PyObject *object, PyObject *args, PyObject *named)
 {
     static char *names[] = {"path", "patterns", "sizes", NULL};
-    Parts *parts = (Parts *)object;
+    DirectoryChunks *chunks = (DirectoryChunks *)object;
     PyObject *path, *tuple;
     int sizes;
-    if (parts->path != NULL || !PyArg_ParseTupleAndKeywords(args, named, "UO!p:Parts", names, &path, &PyTuple_Type, &tuple, &sizes)) {
+    if (chunks->path != NULL || !PyArg_ParseTupleAndKeywords(args, named, "UO!p:DirectoryChunks", names, &path, &PyTuple_Type, &tuple, &sizes)) {
         return PyErr_Occurred() ? -1 : (PyErr_SetString(PyExc_TypeError, "made already"), -1);
     }
-    parts->sizes = sizes;
-    parts->path = Py_NewRef(path);
-    parts->tuple = Py_NewRef(tuple);
-    parts->names = malloc(PART_BYTES);
-    parts->each = malloc(PART_BYTES / 2 * sizeof(long long)); /* the shortest name has one byte */
+    chunks->sizes = sizes;
+    chunks->path = Py_NewRef(path);
+    chunks->tuple = Py_NewRef(tuple);
+    chunks->names = malloc(CHUNK_BYTES);
+    chunks->each = malloc(CHUNK_BYTES / 2 * sizeof(long long)); /* the shortest name has one byte */
     PyObject *encoded = NULL;
-    if (parts->names == NULL || parts->each == NULL) {
+    if (chunks->names == NULL || chunks->each == NULL) {
         PyErr_NoMemory();
         return -1;
     }
-    if (read_patterns(tuple, &parts->patterns) < 0 || !PyUnicode_FSConverter(path, &encoded)) {
+    if (read_patterns(tuple, &chunks->patterns) < 0 || !PyUnicode_FSConverter(path, &encoded)) {
         return -1;
     }
     Py_BEGIN_ALLOW_THREADS
-    parts->directory = opendir(PyBytes_AS_STRING(encoded));
+    chunks->directory = opendir(PyBytes_AS_STRING(encoded));
     Py_END_ALLOW_THREADS
     Py_DECREF(encoded);
-    return parts->directory == NULL ? (failed(path), -1) : 0;
+    return chunks->directory == NULL ? (failed(path), -1) : 0;
 }
 
 static void
-parts_dealloc(PyObject *object)
+chunks_dealloc(PyObject *object)
 {
-    Parts *parts = (Parts *)object;
+    DirectoryChunks *chunks = (DirectoryChunks *)object;
     PyTypeObject *type = Py_TYPE(object);
-    if (parts->directory != NULL) {
-        closedir(parts->directory);
+    if (chunks->directory != NULL) {
+        closedir(chunks->directory);
     }
-    free(parts->names);
-    free(parts->each);
-    Py_XDECREF(parts->path);
-    PyMem_Free(parts->patterns.each);
-    Py_XDECREF(parts->tuple);
+    free(chunks->names);
+    free(chunks->each);
+    Py_XDECREF(chunks->path);
+    PyMem_Free(chunks->patterns.each);
+    Py_XDECREF(chunks->tuple);
     type->tp_free(object);
     Py_DECREF(type);
 }
 
 static PyObject *
-object_of(const Parts *parts, const char *name, size_t length, long long size)
+object_of(const DirectoryChunks *chunks, const char *name, size_t length, long long size)
 {
     PyObject *text = PyUnicode_DecodeFSDefaultAndSize(name, (Py_ssize_t)length);
-    return text == NULL || !parts->sizes ? text : Py_BuildValue("NL", text, size);
+    return text == NULL || !chunks->sizes ? text : Py_BuildValue("NL", text, size);
 }
 
 static PyObject *
-parts_next(PyObject *object)
+chunks_next(PyObject *object)
 {
-    Parts *parts = (Parts *)object;
-    DIR *directory = __atomic_exchange_n(&parts->directory, NULL, __ATOMIC_ACQ_REL);
+    DirectoryChunks *chunks = (DirectoryChunks *)object;
+    DIR *directory = __atomic_exchange_n(&chunks->directory, NULL, __ATOMIC_ACQ_REL);
     if (directory == NULL) {
         return NULL;
     }
@@ -260,15 +258,15 @@ parts_next(PyObject *object)
     int error;
     Py_BEGIN_ALLOW_THREADS
     File file;
-    for (int left = AT_ONCE; left > 0 && step <= FOUND && used + NAME_BYTES < PART_BYTES; left--) {
-        step = next_entry(directory, parts->patterns, parts->sizes, &file);
+    for (int left = AT_ONCE; left > 0 && step <= FOUND && used + NAME_BYTES < CHUNK_BYTES; left--) {
+        step = next_entry(directory, chunks->patterns, chunks->sizes, &file);
         if (step == FOUND && file.length >= NAME_BYTES) {
             errno = ENAMETOOLONG;
             step = FAILED;
         }
         if (step == FOUND) {
-            memcpy(parts->names + used, file.name, file.length + 1);
-            parts->each[files++] = file.size;
+            memcpy(chunks->names + used, file.name, file.length + 1);
+            chunks->each[files++] = file.size;
             used += file.length + 1;
         }
     }
@@ -278,20 +276,20 @@ parts_next(PyObject *object)
     }
     Py_END_ALLOW_THREADS
     if (step <= FOUND) {
-        __atomic_store_n(&parts->directory, directory, __ATOMIC_RELEASE);
+        __atomic_store_n(&chunks->directory, directory, __ATOMIC_RELEASE);
     }
     if (step == FAILED) {
         errno = error;
-        return failed(parts->path);
+        return failed(chunks->path);
     }
     if (step == END && files == 0) {
         return NULL;
     }
     PyObject *list = PyList_New(files);
-    const char *name = parts->names;
+    const char *name = chunks->names;
     for (Py_ssize_t index = 0; list != NULL && index < files; index++) {
         size_t length = strlen(name);
-        PyObject *one = object_of(parts, name, length, parts->each[index]);
+        PyObject *one = object_of(chunks, name, length, chunks->each[index]);
         if (one == NULL) {
             Py_CLEAR(list);
             break;
@@ -302,21 +300,21 @@ parts_next(PyObject *object)
     return list;
 }
 
-static PyType_Slot parts_slots[] = {
-    {Py_tp_doc, "Parts(path, patterns, sizes): lists of the names that follow one of them, or of names and sizes."},
-    {Py_tp_init, parts_init},
+static PyType_Slot chunks_slots[] = {
+    {Py_tp_doc, "DirectoryChunks(path, patterns, sizes): lists of the names that follow a pattern, or of names and sizes."},
+    {Py_tp_init, chunks_init},
     {Py_tp_new, PyType_GenericNew},
-    {Py_tp_dealloc, parts_dealloc},
+    {Py_tp_dealloc, chunks_dealloc},
     {Py_tp_iter, PyObject_SelfIter},
-    {Py_tp_iternext, parts_next},
+    {Py_tp_iternext, chunks_next},
     {0, NULL},
 };
 
-static PyType_Spec parts_spec = {
-    .name = "pillarbox.store._listing.Parts",
-    .basicsize = sizeof(Parts),
+static PyType_Spec chunks_spec = {
+    .name = "pillarbox._speedups.DirectoryChunks",
+    .basicsize = sizeof(DirectoryChunks),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = parts_slots,
+    .slots = chunks_slots,
 };
 
 /* What a directory adds up to. */
@@ -353,7 +351,7 @@ add_up(void *context, const File *file)
     Sums *sums = context;
     Sum *sum = &sums->each[file->pattern];
     sum->files++;
-    sum->bytes += file->size;
+    sum->bytes = add_saturated(sum->bytes, file->size); /* of sparse files there may be more than fits */
     sum->empty += file->size == 0;
     long long stamp = stamp_in(file, sums->patterns.each[file->pattern].begin.length);
     if (stamp >= 0) {
@@ -370,10 +368,10 @@ stamp_object(long long stamp)
 }
 
 static PyObject *
-sums(PyObject *Py_UNUSED(self), PyObject *args)
+scan_sums(PyObject *Py_UNUSED(self), PyObject *args)
 {
     PyObject *path, *tuple, *result = NULL;
-    if (!PyArg_ParseTuple(args, "UO!:sums", &path, &PyTuple_Type, &tuple)) {
+    if (!PyArg_ParseTuple(args, "UO!:scan_sums", &path, &PyTuple_Type, &tuple)) {
         return NULL;
     }
     Sums all = {NULL, {NULL, 0}};
@@ -518,11 +516,11 @@ names_of(const First *first)
 }
 
 static PyObject *
-first(PyObject *Py_UNUSED(self), PyObject *args)
+scan_first(PyObject *Py_UNUSED(self), PyObject *args)
 {
     PyObject *path, *tuple, *after, *until, *result = NULL, *low = NULL, *high = NULL;
     Py_ssize_t most;
-    if (!PyArg_ParseTuple(args, "UO!UUn:first", &path, &PyTuple_Type, &tuple, &after, &until, &most)) {
+    if (!PyArg_ParseTuple(args, "UO!UUn:scan_first", &path, &PyTuple_Type, &tuple, &after, &until, &most)) {
         return NULL;
     }
     First found = {.most = most < 0 ? 0 : (size_t)most};
@@ -562,43 +560,16 @@ done:
     return result;
 }
 
-/* The module. */
-
-static PyMethodDef functions[] = {
-    {"sums", sums, METH_VARARGS,
-     "sums(path, patterns): of each, files, bytes, empty files, and the least and the greatest stamp."},
-    {"first", first, METH_VARARGS,
-     "first(path, patterns, after, until, most): the first names in order, the last of all, and how many there are."},
+static PyMethodDef dirscan_functions[] = {
+    {"scan_sums", scan_sums, METH_VARARGS,
+     "scan_sums(path, patterns): of each, files, bytes, empty files, and the least and the greatest stamp."},
+    {"scan_first", scan_first, METH_VARARGS,
+     "scan_first(path, patterns, after, until, most): the first names in order, the last of all, and how many there are."},
     {NULL, NULL, 0, NULL},
 };
 
-static int
-exec(PyObject *module)
+int
+dirscan_exec(PyObject *module)
 {
-    PyObject *parts = PyType_FromModuleAndSpec(module, &parts_spec, NULL);
-    int added = parts == NULL ? -1 : PyModule_AddType(module, (PyTypeObject *)parts);
-    Py_XDECREF(parts);
-    return added;
-}
-
-static PyModuleDef_Slot slots[] = {
-    {Py_mod_exec, exec},
-#ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* nothing is shared but the parts, of which one thread at a time reads */
-#endif
-    {0, NULL},
-};
-
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_listing",
-    .m_doc = "Reads directories, compiled: see `pillarbox.store.dirscan`.",
-    .m_methods = functions,
-    .m_slots = slots,
-};
-
-PyMODINIT_FUNC
-PyInit__listing(void)
-{
-    return PyModuleDef_Init(&definition);
+    return add_type(module, &chunks_spec, NULL) < 0 ? -1 : PyModule_AddFunctions(module, dirscan_functions);
 }

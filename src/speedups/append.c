@@ -1,12 +1,10 @@
-/* The hot path of the store, compiled. Optional: `store/speed.py` has the same in Python, and the tests hold both to the same.
+/* The hot path of the store: one event into the active segment; `Writer.build_enqueue` has the same in Python.
 
-It does the simple case only: an event that encodes, a file that takes its line, a write that takes all of it. Whatever else
-comes up is handed to the methods of the writer that the closure in Python calls too. The rules are that closure's: one lock,
-one write, and a mark (a negative limit) that stands while the file is touched. */
+It does the simple case only: an event that encodes, a segment that has room for its line, a write that takes all of it.
+Everything else is left to the methods of the writer that the closure in Python calls too. The rules are that closure's: one
+lock, one write, and a mark (a negative limit) that stands while the segment is touched. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <structmember.h>
+#include "speedups.h"
 
 #include <errno.h>
 #include <stdint.h>
@@ -154,106 +152,98 @@ put_record(char *to, const char *payload, Py_ssize_t size)
     put_tail(to + HEAD_BYTES + size, crc32_of((const unsigned char *)payload, size));
 }
 
-typedef struct {
-    PyTypeObject *counts;
-    PyTypeObject *appending;
-    PyTypeObject *enqueue;
-    PyObject *write; /* os.write: called directly instead */
-    PyObject *acquire, *release, *append, *attend, *complete, *undo; /* names */
-} State;
-
-/* Counts: what the hot path keeps of a file. */
+/* SegmentCounters: what the hot path keeps of a file. */
 
 typedef struct {
     PyObject_HEAD
     int fd;
     long long bytes, events, attend_at;
-} Counts;
+} SegmentCounters;
 
-static PyMemberDef counts_members[] = {
-    {"fd", T_INT, offsetof(Counts, fd), 0, NULL},
-    {"bytes", T_LONGLONG, offsetof(Counts, bytes), 0, NULL},
-    {"events", T_LONGLONG, offsetof(Counts, events), 0, NULL},
-    {"attend_at", T_LONGLONG, offsetof(Counts, attend_at), 0, NULL},
+static PyMemberDef counters_members[] = {
+    {"fd", T_INT, offsetof(SegmentCounters, fd), 0, NULL},
+    {"bytes", T_LONGLONG, offsetof(SegmentCounters, bytes), 0, NULL},
+    {"events", T_LONGLONG, offsetof(SegmentCounters, events), 0, NULL},
+    {"attend_at", T_LONGLONG, offsetof(SegmentCounters, attend_at), 0, NULL},
     {NULL},
 };
 
 static void
-counts_dealloc(PyObject *self)
+counters_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     type->tp_free(self);
     Py_DECREF(type);
 }
 
-static PyType_Slot counts_slots[] = {
+static PyType_Slot counters_slots[] = {
     {Py_tp_doc, "What the hot path keeps of a file: descriptor, bytes, events, and at how many events it is attended to."},
-    {Py_tp_members, counts_members},
-    {Py_tp_dealloc, counts_dealloc},
+    {Py_tp_members, counters_members},
+    {Py_tp_dealloc, counters_dealloc},
     {0, NULL},
 };
 
-static PyType_Spec counts_spec = {
-    "pillarbox.store._speed.Counts", sizeof(Counts), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counts_slots,
+static PyType_Spec counters_spec = {
+    "pillarbox._speedups.SegmentCounters", sizeof(SegmentCounters), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counters_slots,
 };
 
-/* Appending: what the hot path keeps of a writer. */
+/* WriterState: what the hot path keeps of a writer. */
 
 typedef struct {
     PyObject_HEAD
     PyObject *lock;
-    PyObject *file; /* Counts */
+    PyObject *file; /* SegmentCounters */
     long long limit;
     char broken;
-} Appending;
+} WriterState;
 
-static PyMemberDef appending_members[] = {
-    {"lock", T_OBJECT_EX, offsetof(Appending, lock), 0, NULL},
-    {"_file", T_OBJECT_EX, offsetof(Appending, file), 0, NULL},
-    {"_limit", T_LONGLONG, offsetof(Appending, limit), 0, NULL},
-    {"_broken", T_BOOL, offsetof(Appending, broken), 0, NULL},
+static PyMemberDef writer_members[] = {
+    {"lock", T_OBJECT_EX, offsetof(WriterState, lock), 0, NULL},
+    {"_file", T_OBJECT_EX, offsetof(WriterState, file), 0, NULL},
+    {"_limit", T_LONGLONG, offsetof(WriterState, limit), 0, NULL},
+    {"_broken", T_BOOL, offsetof(WriterState, broken), 0, NULL},
     {NULL},
 };
 
 static int
-appending_traverse(PyObject *self, visitproc visit, void *arg)
+writer_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(((Appending *)self)->lock);
-    Py_VISIT(((Appending *)self)->file);
+    Py_VISIT(((WriterState *)self)->lock);
+    Py_VISIT(((WriterState *)self)->file);
     return 0;
 }
 
 static int
-appending_clear(PyObject *self)
+writer_clear(PyObject *self)
 {
-    Py_CLEAR(((Appending *)self)->lock);
-    Py_CLEAR(((Appending *)self)->file);
+    Py_CLEAR(((WriterState *)self)->lock);
+    Py_CLEAR(((WriterState *)self)->file);
     return 0;
 }
 
 static void
-appending_dealloc(PyObject *self)
+writer_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    appending_clear(self);
+    writer_clear(self);
     type->tp_free(self);
     Py_DECREF(type);
 }
 
-static PyType_Slot appending_slots[] = {
+static PyType_Slot writer_slots[] = {
     {Py_tp_doc, "What the hot path keeps of a writer: the lock, the active file, how far it may grow, and whether it is broken."},
-    {Py_tp_members, appending_members},
-    {Py_tp_traverse, appending_traverse},
-    {Py_tp_clear, appending_clear},
-    {Py_tp_dealloc, appending_dealloc},
+    {Py_tp_members, writer_members},
+    {Py_tp_traverse, writer_traverse},
+    {Py_tp_clear, writer_clear},
+    {Py_tp_dealloc, writer_dealloc},
     {0, NULL},
 };
 
-static PyType_Spec appending_spec = {
-    "pillarbox.store._speed.Appending", sizeof(Appending), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-    appending_slots,
+static PyType_Spec writer_spec = {
+    "pillarbox._speedups.WriterState", sizeof(WriterState), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    writer_slots,
 };
 
 /* Enqueue: one event into the active file. */
@@ -261,9 +251,9 @@ static PyType_Spec appending_spec = {
 typedef struct {
     PyObject_HEAD
     vectorcallfunc vectorcall;
-    State *state;
+    AppendState *state;
     PyObject *dict;
-    PyObject *writer;    /* Appending */
+    PyObject *writer;    /* WriterState */
     PyObject *plain;     /* the same in Python: whatever is not the simple case */
     PyObject *encode;    /* event -> bytes */
     PyObject *type;      /* of the events */
@@ -317,7 +307,7 @@ write_line(Enqueue *self, int fd, const char *line, Py_ssize_t size)
 
 /* After a failed append: what the writer makes of an `OSError`; anything else leaves the mark, and the writer broken. */
 static PyObject *
-failed(Enqueue *self, Appending *writer)
+failed(Enqueue *self, WriterState *writer)
 {
     if (!PyErr_ExceptionMatches(PyExc_OSError)) {
         writer->broken = 1;
@@ -340,7 +330,7 @@ failed(Enqueue *self, Appending *writer)
 
 /* Write again what was written in part; whether that succeeded. */
 static int
-complete(Enqueue *self, Appending *writer, Counts *file, const char *line, Py_ssize_t size, Py_ssize_t written)
+complete(Enqueue *self, WriterState *writer, SegmentCounters *file, const char *line, Py_ssize_t size, Py_ssize_t written)
 {
     PyObject *bytes = PyBytes_FromStringAndSize(line, size);
     PyObject *count = PyLong_FromSsize_t(written);
@@ -356,14 +346,14 @@ complete(Enqueue *self, Appending *writer, Counts *file, const char *line, Py_ss
 
 /* With the lock held and the mark set: write, and count. A new reference, or NULL with an exception set. */
 static PyObject *
-append(Enqueue *self, Appending *writer, Counts *file, long long limit, const char *line, Py_ssize_t size)
+append(Enqueue *self, WriterState *writer, SegmentCounters *file, long long limit, const char *line, Py_ssize_t size)
 {
     Py_ssize_t written = write_line(self, file->fd, line, size);
     if (written < 0 || (written != size && !complete(self, writer, file, line, size, written))) {
         return failed(self, writer);
     }
-    file->bytes += size;
-    file->events += 1;
+    file->bytes = add_saturated(file->bytes, size);
+    file->events = add_saturated(file->events, 1);
     writer->limit = limit;
     if (file->events >= file->attend_at) {
         PyObject *done = PyObject_CallMethodNoArgs((PyObject *)writer, self->state->attend);
@@ -379,7 +369,7 @@ append(Enqueue *self, Appending *writer, Counts *file, long long limit, const ch
 static PyObject *
 append_locked(Enqueue *self, const char *line, Py_ssize_t size)
 {
-    Appending *writer = (Appending *)self->writer;
+    WriterState *writer = (WriterState *)self->writer;
     PyObject *lock = writer->lock; /* another in a forked child */
     if (lock == NULL) {
         PyErr_SetString(PyExc_AttributeError, "lock");
@@ -393,9 +383,9 @@ append_locked(Enqueue *self, const char *line, Py_ssize_t size)
     }
     Py_DECREF(done);
     PyObject *outcome = NULL;
-    Counts *file = (Counts *)writer->file;
+    SegmentCounters *file = (SegmentCounters *)writer->file;
     long long limit = writer->limit;
-    if (file != NULL && PyObject_TypeCheck(file, self->state->counts) && file->bytes + size <= limit) {
+    if (file != NULL && PyObject_TypeCheck(file, self->state->segment_counters) && add_saturated(file->bytes, size) <= limit) {
         Py_INCREF(file);
         writer->limit = MARK;
         outcome = append(self, writer, file, limit, line, size);
@@ -483,12 +473,13 @@ static PyObject *
 enqueue_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"writer", "plain", "encode", "event_type", "bytes_max", "begin", "write", "enqueued", "power", NULL};
-    State *state = PyType_GetModuleState(type);
+    SpeedupsState *module_state = PyType_GetModuleState(type);
+    AppendState *state = module_state == NULL ? NULL : &module_state->append;
     PyObject *writer, *plain, *encode, *event_type, *begin, *write, *enqueued;
     Py_ssize_t bytes_max;
     int power;
     if (state == NULL
-        || !PyArg_ParseTupleAndKeywords(args, keywords, "O!OOO!nOOOp:Enqueue", names, state->appending, &writer, &plain, &encode,
+        || !PyArg_ParseTupleAndKeywords(args, keywords, "O!OOO!nOOOp:Enqueue", names, state->writer_state, &writer, &plain, &encode,
                                         &PyType_Type, &event_type, &bytes_max, &begin, &write, &enqueued, &power)) {
         return NULL;
     }
@@ -503,7 +494,7 @@ enqueue_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     self->encode = Py_NewRef(encode);
     self->type = Py_NewRef(event_type);
     self->begin = Py_NewRef(begin);
-    self->write = write == state->write ? NULL : Py_NewRef(write);
+    self->write = write == state->os_write ? NULL : Py_NewRef(write);
     self->enqueued = Py_NewRef(enqueued);
     self->bytes_max = bytes_max;
     self->power = power;
@@ -584,14 +575,14 @@ static PyType_Slot enqueue_slots[] = {
 };
 
 static PyType_Spec enqueue_spec = {
-    "pillarbox.store._speed.Enqueue", sizeof(Enqueue), 0,
+    "pillarbox._speedups.Enqueue", sizeof(Enqueue), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, enqueue_slots,
 };
 
 /* Functions. */
 
 static PyObject *
-line(PyObject *Py_UNUSED(self), PyObject *payload)
+encode_record(PyObject *Py_UNUSED(self), PyObject *payload)
 {
     if (!PyBytes_Check(payload)) {
         return PyErr_Format(PyExc_TypeError, "payload must be bytes, not %.200s", Py_TYPE(payload)->tp_name);
@@ -604,7 +595,7 @@ line(PyObject *Py_UNUSED(self), PyObject *payload)
 }
 
 static PyObject *
-value(PyObject *Py_UNUSED(self), PyObject *line)
+decode_record(PyObject *Py_UNUSED(self), PyObject *line)
 {
     if (!PyBytes_Check(line)) {
         return PyErr_Format(PyExc_TypeError, "line must be bytes, not %.200s", Py_TYPE(line)->tp_name);
@@ -682,11 +673,11 @@ add_event(Records *records, PyObject *event, PyObject *encode, PyTypeObject *typ
 }
 
 static PyObject *
-pack(PyObject *Py_UNUSED(self), PyObject *args)
+encode_records(PyObject *Py_UNUSED(self), PyObject *args)
 {
     PyObject *events, *encode, *type, *line_of;
     Py_ssize_t bytes_max;
-    if (!PyArg_ParseTuple(args, "OOO!nO:pack", &events, &encode, &PyType_Type, &type, &bytes_max, &line_of)) {
+    if (!PyArg_ParseTuple(args, "OOO!nO:encode_records", &events, &encode, &PyType_Type, &type, &bytes_max, &line_of)) {
         return NULL;
     }
     PyObject *iterator = PyObject_GetIter(events);
@@ -717,33 +708,27 @@ error:
     return NULL;
 }
 
-static PyMethodDef functions[] = {
-    {"line", line, METH_O, "The record of a payload."},
-    {"value", value, METH_O, "The payload of a record without its line feed; None where it has not the shape that `line` gives."},
-    {"pack", pack, METH_VARARGS,
-     "pack(events, encode, event_type, bytes_max, line_of): the records of all in one, and for each None or what refuses it."},
+static PyMethodDef append_functions[] = {
+    {"encode_record", encode_record, METH_O, "The record of a payload."},
+    {"decode_record", decode_record, METH_O,
+     "The payload of a record without its line feed; None where it has not the shape that `encode_record` gives."},
+    {"encode_records", encode_records, METH_VARARGS,
+     "encode_records(events, encode, event_type, bytes_max, encode_other): the records of all events joined, and for each None "
+     "or why it has no record."},
     {NULL, NULL, 0, NULL},
 };
 
-/* The module. */
-
-static int
-add_type(PyObject *found, PyType_Spec *spec, PyTypeObject **type)
+int
+append_exec(PyObject *module)
 {
-    *type = (PyTypeObject *)PyType_FromModuleAndSpec(found, spec, NULL);
-    return *type == NULL ? -1 : PyModule_AddType(found, *type);
-}
-
-static int
-exec(PyObject *found)
-{
-    State *state = PyModule_GetState(found);
+    AppendState *state = &state_of_module(module)->append;
     fill_crc_table();
 #ifdef CARRYLESS
     has_carryless = __builtin_cpu_supports("pclmul");
 #endif
-    if (add_type(found, &counts_spec, &state->counts) < 0 || add_type(found, &appending_spec, &state->appending) < 0
-        || add_type(found, &enqueue_spec, &state->enqueue) < 0) {
+    if (PyModule_AddFunctions(module, append_functions) < 0
+        || add_type(module, &counters_spec, &state->segment_counters) < 0
+        || add_type(module, &writer_spec, &state->writer_state) < 0 || add_type(module, &enqueue_spec, &state->enqueue) < 0) {
         return -1;
     }
     state->acquire = PyUnicode_InternFromString("acquire");
@@ -753,60 +738,32 @@ exec(PyObject *found)
     state->complete = PyUnicode_InternFromString("_complete");
     state->undo = PyUnicode_InternFromString("_undo");
     PyObject *os = PyImport_ImportModule("os");
-    state->write = os == NULL ? NULL : PyObject_GetAttrString(os, "write");
+    state->os_write = os == NULL ? NULL : PyObject_GetAttrString(os, "write");
     Py_XDECREF(os);
     return PyErr_Occurred() ? -1 : 0;
 }
 
-static int
-module_traverse(PyObject *found, visitproc visit, void *arg)
+int
+append_traverse(AppendState *state, visitproc visit, void *arg)
 {
-    State *state = PyModule_GetState(found);
-    Py_VISIT(state->counts);
-    Py_VISIT(state->appending);
+    Py_VISIT(state->segment_counters);
+    Py_VISIT(state->writer_state);
     Py_VISIT(state->enqueue);
-    Py_VISIT(state->write);
+    Py_VISIT(state->os_write);
     return 0;
 }
 
-static int
-module_clear(PyObject *found)
+void
+append_clear(AppendState *state)
 {
-    State *state = PyModule_GetState(found);
-    Py_CLEAR(state->counts);
-    Py_CLEAR(state->appending);
+    Py_CLEAR(state->segment_counters);
+    Py_CLEAR(state->writer_state);
     Py_CLEAR(state->enqueue);
-    Py_CLEAR(state->write);
+    Py_CLEAR(state->os_write);
     Py_CLEAR(state->acquire);
     Py_CLEAR(state->release);
     Py_CLEAR(state->append);
     Py_CLEAR(state->attend);
     Py_CLEAR(state->complete);
     Py_CLEAR(state->undo);
-    return 0;
-}
-
-static PyModuleDef_Slot slots[] = {
-    {Py_mod_exec, exec},
-#ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* what is touched is touched under the writer's lock */
-#endif
-    {0, NULL},
-};
-
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_speed",
-    .m_doc = "The hot path of the store, compiled: see `pillarbox.store.speed`.",
-    .m_size = sizeof(State),
-    .m_methods = functions,
-    .m_slots = slots,
-    .m_traverse = module_traverse,
-    .m_clear = module_clear,
-};
-
-PyMODINIT_FUNC
-PyInit__speed(void)
-{
-    return PyModuleDef_Init(&module);
 }

@@ -1,12 +1,10 @@
-/* Several system calls in one, for many files or for one, wholly without the interpreter lock. Optional: `store/onebyone.py`
-   has the same in Python, one call after the other, and the tests hold both to the same.
+/* Several system calls in one call, without the interpreter lock; `store/filesystem.py` has the same in Python, one by one.
 
-A thread that takes the interpreter lock back after each system call has those that run Python wait for it each time, for
-longer than most of these calls take. Nothing here decides anything; what has failed is told by its errno. */
+A thread that takes the interpreter lock back after each system call makes those that run Python wait for it each time, for
+longer than most of these calls take. Nothing here decides anything; an error is returned as its errno. */
 
-#define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
-#include <Python.h>
+#include "speedups.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -22,7 +20,7 @@ typedef struct {
 } Paths;
 
 static void
-let_go(Paths *paths)
+free_paths(Paths *paths)
 {
     for (Py_ssize_t at = 0; at < paths->count; at++) {
         Py_DECREF(paths->encoded[at]);
@@ -44,7 +42,7 @@ encode(PyObject *sequence, Paths *paths)
     }
     for (Py_ssize_t at = 0; paths->encoded != NULL && at < PyTuple_GET_SIZE(found); at++) {
         if (!PyUnicode_FSConverter(PyTuple_GET_ITEM(found, at), &paths->encoded[at])) {
-            let_go(paths);
+            free_paths(paths);
             break;
         }
         paths->count++;
@@ -182,7 +180,7 @@ rename_each(PyObject *Py_UNUSED(self), PyObject *args)
         return NULL;
     }
     if (encode(to, &targets) < 0) {
-        let_go(&sources);
+        free_paths(&sources);
         return NULL;
     }
     Py_ssize_t done = 0;
@@ -197,8 +195,8 @@ rename_each(PyObject *Py_UNUSED(self), PyObject *args)
     else {
         PyErr_SetString(PyExc_ValueError, "as many sources as targets");
     }
-    let_go(&sources);
-    let_go(&targets);
+    free_paths(&sources);
+    free_paths(&targets);
     return PyErr_Occurred() ? NULL : Py_BuildValue("ni", done, error);
 }
 
@@ -253,7 +251,7 @@ create_each(PyObject *Py_UNUSED(self), PyObject *args)
         }
         Py_END_ALLOW_THREADS
     }
-    let_go(&paths);
+    free_paths(&paths);
     PyObject *found = fds == NULL ? PyErr_NoMemory() : list_of(fds, done);
     if (found == NULL) {
         for (Py_ssize_t at = 0; at < done; at++) {
@@ -430,7 +428,7 @@ sync_directory(PyObject *Py_UNUSED(self), PyObject *path)
     return PyLong_FromLong(error);
 }
 
-static PyMethodDef functions[] = {
+static PyMethodDef batch_io_functions[] = {
     {"sync_each", sync_each, METH_O, "sync_each(descriptors): for each 0 or its errno."},
     {"rename_each", rename_each, METH_VARARGS,
      "rename_each(sources, targets): up to the first that fails, how many are renamed, and the errno of the next one or 0."},
@@ -448,23 +446,8 @@ static PyMethodDef functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyModuleDef_Slot slots[] = {
-#ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* nothing is kept here */
-#endif
-    {0, NULL},
-};
-
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_together",
-    .m_doc = "Several system calls in one: see `pillarbox.store.filesystem`.",
-    .m_methods = functions,
-    .m_slots = slots,
-};
-
-PyMODINIT_FUNC
-PyInit__together(void)
+int
+batch_io_exec(PyObject *module)
 {
-    return PyModuleDef_Init(&module);
+    return PyModule_AddFunctions(module, batch_io_functions);
 }

@@ -1,23 +1,10 @@
-/* What a coroutine awaits while its event is made durable, compiled. Optional: `store/waiter.py` has the same in Python, and the
-tests hold both to the same.
+/* What a coroutine awaits while its event is made durable; `_native.py` has the same in Python.
 
-It follows the protocol that `asyncio.Task` has for futures which are not its own (`_asyncio_future_blocking`), and nothing else
-of asyncio that is private. Everything but the creation and the members that never change is the event loop's thread's. */
+It follows the protocol that `asyncio.Task` has for futures which are not its own (`_asyncio_future_blocking`), and uses nothing
+else of asyncio that is private. Only the creation, and reading what never changes, are safe on another thread than the event
+loop's. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <structmember.h>
-
-typedef struct {
-    PyTypeObject *waiter;
-    PyObject *cancelled_error;
-    PyObject *invalid_state_error;
-    PyObject *call_soon;
-    PyObject *context_name; /* ("context",) */
-    PyObject *lines;
-    PyObject *events;
-    PyObject *loop;
-} State;
+#include "speedups.h"
 
 enum { PENDING, CANCELLED, DONE };
 
@@ -32,21 +19,19 @@ typedef struct {
     PyObject *more; /* NULL, or a list of (callback, context): a task adds the first and no more */
     int state;
     char blocking;
-} Waiter;
+} CommitFuture;
 
-static struct PyModuleDef module;
-
-static State *
-state_of(PyObject *object)
+static FutureState *
+state_of(PyObject *future)
 {
-    return PyModule_GetState(PyType_GetModule(Py_TYPE(object)));
+    return &state_of_module(PyType_GetModule(Py_TYPE(future)))->future;
 }
 
 static PyObject *
-waiter_vectorcall(PyObject *type, PyObject *const *args, size_t flags, PyObject *names)
+future_vectorcall(PyObject *type, PyObject *const *args, size_t flags, PyObject *names)
 {
     if (PyVectorcall_NARGS(flags) != 3 || (names != NULL && PyTuple_GET_SIZE(names) > 0)) {
-        PyErr_SetString(PyExc_TypeError, "Waiter takes lines, events and a loop");
+        PyErr_SetString(PyExc_TypeError, "CommitFuture takes lines, events and a loop");
         return NULL;
     }
     if (!PyBytes_Check(args[0])) {
@@ -56,7 +41,7 @@ waiter_vectorcall(PyObject *type, PyObject *const *args, size_t flags, PyObject 
     if (events == -1 && PyErr_Occurred()) {
         return NULL;
     }
-    Waiter *self = PyObject_GC_New(Waiter, (PyTypeObject *)type);
+    CommitFuture *self = PyObject_GC_New(CommitFuture, (PyTypeObject *)type);
     if (self == NULL) {
         return NULL;
     }
@@ -71,19 +56,19 @@ waiter_vectorcall(PyObject *type, PyObject *const *args, size_t flags, PyObject 
 }
 
 static PyObject *
-waiter_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+future_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     if (keywords != NULL && PyDict_GET_SIZE(keywords) > 0) {
-        PyErr_SetString(PyExc_TypeError, "Waiter takes no keywords");
+        PyErr_SetString(PyExc_TypeError, "CommitFuture takes no keywords");
         return NULL;
     }
-    return waiter_vectorcall((PyObject *)type, ((PyTupleObject *)args)->ob_item, (size_t)PyTuple_GET_SIZE(args), NULL);
+    return future_vectorcall((PyObject *)type, ((PyTupleObject *)args)->ob_item, (size_t)PyTuple_GET_SIZE(args), NULL);
 }
 
 static int
-waiter_traverse(PyObject *object, visitproc visit, void *arg)
+object_traverse(PyObject *object, visitproc visit, void *arg)
 {
-    Waiter *self = (Waiter *)object;
+    CommitFuture *self = (CommitFuture *)object;
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->loop);
     Py_VISIT(self->outcome);
@@ -94,9 +79,9 @@ waiter_traverse(PyObject *object, visitproc visit, void *arg)
 }
 
 static int
-waiter_clear(PyObject *object)
+object_clear(PyObject *object)
 {
-    Waiter *self = (Waiter *)object;
+    CommitFuture *self = (CommitFuture *)object;
     Py_CLEAR(self->outcome);
     Py_CLEAR(self->callback);
     Py_CLEAR(self->context);
@@ -105,25 +90,25 @@ waiter_clear(PyObject *object)
 }
 
 static void
-waiter_dealloc(PyObject *object)
+future_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
-    waiter_clear(object);
-    Py_CLEAR(((Waiter *)object)->lines);
-    Py_CLEAR(((Waiter *)object)->loop);
+    object_clear(object);
+    Py_CLEAR(((CommitFuture *)object)->lines);
+    Py_CLEAR(((CommitFuture *)object)->loop);
     PyObject_GC_Del(object);
     Py_DECREF(type);
 }
 
 /* A new reference to the outcome; NULL with the error set where there is none. */
 static PyObject *
-outcome_of(Waiter *self)
+outcome_of(CommitFuture *self)
 {
     if (self->state == DONE) {
         return Py_NewRef(self->outcome);
     }
-    State *state = state_of((PyObject *)self);
+    FutureState *state = state_of((PyObject *)self);
     if (self->state == PENDING) {
         PyErr_SetString(state->invalid_state_error, "Result is not set.");
     } else if (self->outcome != NULL) {
@@ -135,9 +120,9 @@ outcome_of(Waiter *self)
 }
 
 static PySendResult
-waiter_send(PyObject *object, PyObject *Py_UNUSED(value), PyObject **result)
+future_send(PyObject *object, PyObject *Py_UNUSED(value), PyObject **result)
 {
-    Waiter *self = (Waiter *)object;
+    CommitFuture *self = (CommitFuture *)object;
     if (self->state == PENDING) {
         self->blocking = 1;
         *result = Py_NewRef(object);
@@ -148,10 +133,10 @@ waiter_send(PyObject *object, PyObject *Py_UNUSED(value), PyObject **result)
 }
 
 static PyObject *
-waiter_next(PyObject *object)
+future_next(PyObject *object)
 {
     PyObject *result;
-    if (waiter_send(object, Py_None, &result) == PYGEN_RETURN) {
+    if (future_send(object, Py_None, &result) == PYGEN_RETURN) {
         PyObject *stop = PyObject_CallOneArg(PyExc_StopIteration, result);
         Py_DECREF(result);
         if (stop != NULL) {
@@ -165,9 +150,9 @@ waiter_next(PyObject *object)
 
 /* Have the loop call it in its next round. */
 static int
-call_soon(Waiter *self, PyObject *callback, PyObject *context)
+call_soon(CommitFuture *self, PyObject *callback, PyObject *context)
 {
-    State *state = state_of((PyObject *)self);
+    FutureState *state = state_of((PyObject *)self);
     PyObject *args[] = {self->loop, callback, (PyObject *)self, context};
     PyObject *handle = PyObject_VectorcallMethod(state->call_soon, args, 3, state->context_name);
     Py_XDECREF(handle);
@@ -176,7 +161,7 @@ call_soon(Waiter *self, PyObject *callback, PyObject *context)
 
 /* Take what is to be called: one after another, in order. 0 where there is nothing more. */
 static int
-take_callback(Waiter *self, PyObject **callback, PyObject **context)
+take_callback(CommitFuture *self, PyObject **callback, PyObject **context)
 {
     if (self->callback != NULL) {
         *callback = self->callback;
@@ -194,7 +179,7 @@ take_callback(Waiter *self, PyObject **callback, PyObject **context)
 }
 
 static int
-schedule_callbacks(Waiter *self)
+schedule_callbacks(CommitFuture *self)
 {
     PyObject *callback, *context;
     int taken;
@@ -211,7 +196,7 @@ schedule_callbacks(Waiter *self)
 
 /* Call in its context; the first error is left set. */
 static int
-call_now(Waiter *self, PyObject *callback, PyObject *context)
+call_now(CommitFuture *self, PyObject *callback, PyObject *context)
 {
     if (PyContext_Enter(context) < 0) {
         return -1;
@@ -228,7 +213,7 @@ call_now(Waiter *self, PyObject *callback, PyObject *context)
 }
 
 static int
-settle(Waiter *self, PyObject *outcome)
+settle(CommitFuture *self, PyObject *outcome)
 {
     if (self->state != PENDING) {
         return 0;
@@ -258,7 +243,7 @@ settle(Waiter *self, PyObject *outcome)
 static PyObject *
 add_done_callback(PyObject *object, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    Waiter *self = (Waiter *)object;
+    CommitFuture *self = (CommitFuture *)object;
     Py_ssize_t named = names == NULL ? 0 : PyTuple_GET_SIZE(names);
     if (count != 1 || named > 1 || (named == 1 && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "context") != 0)) {
         PyErr_SetString(PyExc_TypeError, "add_done_callback takes a function, and a context by name");
@@ -293,7 +278,7 @@ add_done_callback(PyObject *object, PyObject *const *args, Py_ssize_t count, PyO
 static PyObject *
 remove_done_callback(PyObject *object, PyObject *callback)
 {
-    Waiter *self = (Waiter *)object;
+    CommitFuture *self = (CommitFuture *)object;
     PyObject *kept = PyList_New(0), *found = NULL, *context = NULL;
     Py_ssize_t removed = 0;
     int taken = -1;
@@ -326,7 +311,7 @@ static PyObject *
 cancel(PyObject *object, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"msg", NULL};
-    Waiter *self = (Waiter *)object;
+    CommitFuture *self = (CommitFuture *)object;
     PyObject *message = Py_None;
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "|O:cancel", names, &message)) {
         return NULL;
@@ -345,13 +330,13 @@ cancel(PyObject *object, PyObject *args, PyObject *keywords)
 static PyObject *
 result(PyObject *object, PyObject *Py_UNUSED(nothing))
 {
-    return outcome_of((Waiter *)object);
+    return outcome_of((CommitFuture *)object);
 }
 
 static PyObject *
 exception(PyObject *object, PyObject *Py_UNUSED(nothing))
 {
-    PyObject *outcome = outcome_of((Waiter *)object);
+    PyObject *outcome = outcome_of((CommitFuture *)object);
     if (outcome == NULL) {
         return NULL;
     }
@@ -362,22 +347,22 @@ exception(PyObject *object, PyObject *Py_UNUSED(nothing))
 static PyObject *
 done(PyObject *object, PyObject *Py_UNUSED(nothing))
 {
-    return PyBool_FromLong(((Waiter *)object)->state != PENDING);
+    return PyBool_FromLong(((CommitFuture *)object)->state != PENDING);
 }
 
 static PyObject *
 cancelled(PyObject *object, PyObject *Py_UNUSED(nothing))
 {
-    return PyBool_FromLong(((Waiter *)object)->state == CANCELLED);
+    return PyBool_FromLong(((CommitFuture *)object)->state == CANCELLED);
 }
 
 static PyObject *
 get_loop(PyObject *object, PyObject *Py_UNUSED(nothing))
 {
-    return Py_NewRef(((Waiter *)object)->loop);
+    return Py_NewRef(((CommitFuture *)object)->loop);
 }
 
-static PyMethodDef waiter_methods[] = {
+static PyMethodDef future_methods[] = {
     {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback, METH_FASTCALL | METH_KEYWORDS, "As a future has it."},
     {"remove_done_callback", remove_done_callback, METH_O, "As a future has it."},
     {"cancel", (PyCFunction)(void (*)(void))cancel, METH_VARARGS | METH_KEYWORDS, "Wait no longer; False where it is done."},
@@ -389,38 +374,38 @@ static PyMethodDef waiter_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyMemberDef waiter_members[] = {
-    {"lines", T_OBJECT_EX, offsetof(Waiter, lines), READONLY, NULL},
-    {"events", T_PYSSIZET, offsetof(Waiter, events), READONLY, NULL},
-    {"loop", T_OBJECT_EX, offsetof(Waiter, loop), READONLY, NULL},
-    {"_asyncio_future_blocking", T_BOOL, offsetof(Waiter, blocking), 0, NULL},
+static PyMemberDef future_members[] = {
+    {"lines", T_OBJECT_EX, offsetof(CommitFuture, lines), READONLY, NULL},
+    {"events", T_PYSSIZET, offsetof(CommitFuture, events), READONLY, NULL},
+    {"loop", T_OBJECT_EX, offsetof(CommitFuture, loop), READONLY, NULL},
+    {"_asyncio_future_blocking", T_BOOL, offsetof(CommitFuture, blocking), 0, NULL},
     {NULL},
 };
 
-static PyType_Slot waiter_slots[] = {
-    {Py_tp_doc, "Waiter(lines, events, loop): what a coroutine awaits, a future for one outcome."},
-    {Py_tp_new, waiter_new},
-    {Py_tp_traverse, waiter_traverse},
-    {Py_tp_clear, waiter_clear},
-    {Py_tp_dealloc, waiter_dealloc},
+static PyType_Slot future_slots[] = {
+    {Py_tp_doc, "CommitFuture(lines, events, loop): what a coroutine awaits, a future for one outcome."},
+    {Py_tp_new, future_new},
+    {Py_tp_traverse, object_traverse},
+    {Py_tp_clear, object_clear},
+    {Py_tp_dealloc, future_dealloc},
     {Py_tp_iter, PyObject_SelfIter},
-    {Py_tp_iternext, waiter_next},
+    {Py_tp_iternext, future_next},
     {Py_am_await, PyObject_SelfIter},
-    {Py_am_send, waiter_send},
-    {Py_tp_methods, waiter_methods},
-    {Py_tp_members, waiter_members},
+    {Py_am_send, future_send},
+    {Py_tp_methods, future_methods},
+    {Py_tp_members, future_members},
     {0, NULL},
 };
 
-static PyType_Spec waiter_spec = {
-    "pillarbox.store._waiter.Waiter", sizeof(Waiter), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, waiter_slots,
+static PyType_Spec future_spec = {
+    "pillarbox._speedups.CommitFuture", sizeof(CommitFuture), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, future_slots,
 };
 
 /* wake(waiters, outcome): what was woken leaves the list, also where one of them raises. */
 static PyObject *
-wake(PyObject *found, PyObject *const *args, Py_ssize_t count)
+resolve_futures(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    State *state = PyModule_GetState(found);
+    FutureState *state = &state_of_module(module)->future;
     if (count != 2 || !PyList_Check(args[0])) {
         PyErr_SetString(PyExc_TypeError, "wake takes a list of waiters and an outcome");
         return NULL;
@@ -431,10 +416,10 @@ wake(PyObject *found, PyObject *const *args, Py_ssize_t count)
     while (!failed && woken < PyList_GET_SIZE(waiters)) {
         PyObject *waiter = Py_NewRef(PyList_GET_ITEM(waiters, woken));
         woken++;
-        if (Py_IS_TYPE(waiter, state->waiter)) {
-            failed = settle((Waiter *)waiter, outcome) < 0;
+        if (Py_IS_TYPE(waiter, state->commit_future)) {
+            failed = settle((CommitFuture *)waiter, outcome) < 0;
         } else {
-            PyErr_SetString(PyExc_TypeError, "not a Waiter");
+            PyErr_SetString(PyExc_TypeError, "not a CommitFuture");
             failed = 1;
         }
         Py_DECREF(waiter);
@@ -453,10 +438,10 @@ wake(PyObject *found, PyObject *const *args, Py_ssize_t count)
 
 /* What `gather` looks at of an entry: new references. */
 static int
-look_at(State *state, PyObject *entry, PyObject **lines, Py_ssize_t *events, PyObject **loop)
+look_at(FutureState *state, PyObject *entry, PyObject **lines, Py_ssize_t *events, PyObject **loop)
 {
-    if (Py_IS_TYPE(entry, state->waiter)) {
-        Waiter *waiter = (Waiter *)entry;
+    if (Py_IS_TYPE(entry, state->commit_future)) {
+        CommitFuture *waiter = (CommitFuture *)entry;
         *lines = Py_NewRef(waiter->lines);
         *events = waiter->events;
         *loop = Py_NewRef(waiter->loop);
@@ -480,7 +465,7 @@ look_at(State *state, PyObject *entry, PyObject **lines, Py_ssize_t *events, PyO
 
 /* The lines of all entries, one after another: `size` bytes. */
 static PyObject *
-joined(State *state, PyObject *entries, Py_ssize_t size)
+joined(FutureState *state, PyObject *entries, Py_ssize_t size)
 {
     PyObject *all = NULL, *lines, *loop;
     Py_ssize_t events, count = PyList_GET_SIZE(entries), at = 0;
@@ -506,12 +491,12 @@ joined(State *state, PyObject *entries, Py_ssize_t size)
 
 /* gather(queue, most, room_events, room_bytes) -> (entries, their lines, their events, their loop) */
 static PyObject *
-gather(PyObject *found, PyObject *args)
+gather_group(PyObject *module, PyObject *args)
 {
-    State *state = PyModule_GetState(found);
+    FutureState *state = &state_of_module(module)->future;
     PyObject *queue;
     Py_ssize_t most, room_events, room_bytes;
-    if (!PyArg_ParseTuple(args, "O!nnn:gather", &PyList_Type, &queue, &most, &room_events, &room_bytes)) {
+    if (!PyArg_ParseTuple(args, "O!nnn:gather_group", &PyList_Type, &queue, &most, &room_events, &room_bytes)) {
         return NULL;
     }
     most = room_events < most ? room_events : most; /* each has an event at least */
@@ -554,26 +539,24 @@ failed:
     return NULL;
 }
 
-static PyMethodDef functions[] = {
-    {"gather", gather, METH_VARARGS,
-     "gather(queue, most, room_events, room_bytes): entries from the front, their lines, their events, their loop."},
-    {"wake", (PyCFunction)(void (*)(void))wake, METH_FASTCALL,
-     "wake(waiters, outcome): answer all that wait, each in its context; those who were woken leave the list."},
+static PyMethodDef future_functions[] = {
+    {"gather_group", gather_group, METH_VARARGS,
+     "gather_group(queue, most, room_events, room_bytes): entries from the front, their lines, their events, their loop."},
+    {"resolve_futures", (PyCFunction)(void (*)(void))resolve_futures, METH_FASTCALL,
+     "resolve_futures(futures, outcome): give all the outcome, each in its context; those that have it leave the list."},
     {NULL, NULL, 0, NULL},
 };
 
-static int
-exec(PyObject *found)
+int
+future_exec(PyObject *module)
 {
-    State *state = PyModule_GetState(found);
-    state->waiter = (PyTypeObject *)PyType_FromModuleAndSpec(found, &waiter_spec, NULL);
-    if (state->waiter == NULL) {
+    FutureState *state = &state_of_module(module)->future;
+    if (PyModule_AddFunctions(module, future_functions) < 0 || add_type(module, &future_spec, &state->commit_future) < 0) {
         return -1;
     }
-    state->waiter->tp_vectorcall = waiter_vectorcall;
+    state->commit_future->tp_vectorcall = future_vectorcall;
     PyObject *exceptions = PyImport_ImportModule("asyncio.exceptions");
-    if (exceptions == NULL || PyModule_AddType(found, state->waiter) < 0) {
-        Py_XDECREF(exceptions);
+    if (exceptions == NULL) {
         return -1;
     }
     state->cancelled_error = PyObject_GetAttrString(exceptions, "CancelledError");
@@ -587,21 +570,19 @@ exec(PyObject *found)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-static int
-module_traverse(PyObject *found, visitproc visit, void *arg)
+int
+future_traverse(FutureState *state, visitproc visit, void *arg)
 {
-    State *state = PyModule_GetState(found);
-    Py_VISIT(state->waiter);
+    Py_VISIT(state->commit_future);
     Py_VISIT(state->cancelled_error);
     Py_VISIT(state->invalid_state_error);
     return 0;
 }
 
-static int
-module_clear(PyObject *found)
+void
+future_clear(FutureState *state)
 {
-    State *state = PyModule_GetState(found);
-    Py_CLEAR(state->waiter);
+    Py_CLEAR(state->commit_future);
     Py_CLEAR(state->cancelled_error);
     Py_CLEAR(state->invalid_state_error);
     Py_CLEAR(state->call_soon);
@@ -609,30 +590,4 @@ module_clear(PyObject *found)
     Py_CLEAR(state->lines);
     Py_CLEAR(state->events);
     Py_CLEAR(state->loop);
-    return 0;
-}
-
-static PyModuleDef_Slot slots[] = {
-    {Py_mod_exec, exec},
-#ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* what changes is touched on the thread of the event loop */
-#endif
-    {0, NULL},
-};
-
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "_waiter",
-    .m_doc = "What a coroutine awaits, compiled: see `pillarbox.store.waiter`.",
-    .m_size = sizeof(State),
-    .m_methods = functions,
-    .m_slots = slots,
-    .m_traverse = module_traverse,
-    .m_clear = module_clear,
-};
-
-PyMODINIT_FUNC
-PyInit__waiter(void)
-{
-    return PyModuleDef_Init(&module);
 }

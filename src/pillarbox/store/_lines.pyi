@@ -1,1 +1,0 @@
-from pillarbox.store.plain import records as records

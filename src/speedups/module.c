@@ -1,0 +1,63 @@
+/* `pillarbox._speedups`: the parts of the package that are worth compiling, as one module.
+
+All of it is optional. `pillarbox/_native.py` and `pillarbox/event.py` have the same in Python, and the tests hold both to the
+same behaviour. What each part is for, and what it gains, is in docs/dev/performance-native.md.
+
+Nothing here relies on the interpreter lock for its own state: `append` works under the writer's lock, `future` on the thread of
+the event loop, `dirscan` gives each directory to one thread at a time, and the count of `event` is atomic. */
+
+#include "speedups.h"
+
+static int
+speedups_exec(PyObject *module)
+{
+    static int (*const parts[])(PyObject *)
+        = {append_exec, decode_exec, dirscan_exec, batch_io_exec, future_exec, event_exec};
+    for (size_t part = 0; part < sizeof parts / sizeof *parts; part++) {
+        if (parts[part](module) < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static int
+speedups_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    SpeedupsState *state = state_of_module(module);
+    int found = append_traverse(&state->append, visit, arg);
+    return found ? found : future_traverse(&state->future, visit, arg);
+}
+
+static int
+speedups_clear(PyObject *module)
+{
+    SpeedupsState *state = state_of_module(module);
+    append_clear(&state->append);
+    future_clear(&state->future);
+    return 0;
+}
+
+static PyModuleDef_Slot speedups_slots[] = {
+    {Py_mod_exec, speedups_exec},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef speedups_module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_speedups",
+    .m_doc = "The compiled parts of Pillarbox: see `pillarbox._native`, which chooses between these and Python.",
+    .m_size = sizeof(SpeedupsState),
+    .m_slots = speedups_slots,
+    .m_traverse = speedups_traverse,
+    .m_clear = speedups_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__speedups(void)
+{
+    return PyModuleDef_Init(&speedups_module);
+}
