@@ -30,7 +30,7 @@ from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.queues import directory_at
 from pillarbox.store.quota import FILE_SHARE
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.telemetry import instruments, sink_attributes
 
@@ -158,23 +158,27 @@ class Outbox:
         self._hooks = Hooks(self.name, settings.before_send, settings.on_drop, settings.on_dead_letter)
         self._ledger = LedgerWriter(self._directory, self._clock)
         evicts = settings.when_full == "drop_oldest"
-        self._sealer = Sealer(
-            self._directory,
-            self._clock,
-            settings.flush_interval,
-            self._notify_runner,
-            settings.min_free_bytes,
-            evicts=evicts,
-            on_drops=self._report_drops if self._hooks.has_on_drop else None,
-            ledger=self._ledger,
-        )
         batch_bytes = settings.batch_bytes
         if evicts:
             batch_bytes = max(1, min(batch_bytes, settings.max_bytes // FILE_SHARE))
         limits = WriterLimits(settings.batch_size, batch_bytes, settings.max_bytes, settings.max_files)
-        self._writer = Writer(self._directory, limits, self._sealer.wake)
+        inbox = SealerInbox()
+        self._writer = Writer(self._directory, limits, inbox.wake)
         self._committer = GroupCommitter(self._directory, self._writer)
-        self._sealer.attach(self._writer, self._committer, syncs_spare_names=self._is_power_default)
+        self._sealer = Sealer(
+            self._directory,
+            self._writer,
+            inbox,
+            self._clock,
+            settings.flush_interval,
+            self._notify_runner,
+            settings.min_free_bytes,
+            committer=self._committer,
+            syncs_spare_names=self._is_power_default,
+            evicts=evicts,
+            on_drops=self._report_drops if self._hooks.has_on_drop else None,
+            ledger=self._ledger,
+        )
         self._encoder.attach(self._writer, self._hooks)
         door = AppendHooks(
             self._encoder.encode,

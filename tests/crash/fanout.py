@@ -24,7 +24,7 @@ from pillarbox.store.fanout import FanOut
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
@@ -94,9 +94,11 @@ class Process:
         self._clock = clock
         self.directory = Directory(PLACE, filesystem, clock, new_id)
         self._ledger = LedgerWriter(self.directory, clock)
-        self._sealer = Sealer(self.directory, clock, 1.0, lambda: disk.mark(("sealed", ())), 0, ledger=self._ledger)
-        self._writer = Writer(self.directory, LIMITS, self._sealer.wake)
-        self._sealer.attach(self._writer)
+        inbox = SealerInbox()
+        self._writer = Writer(self.directory, LIMITS, inbox.wake)
+        self._sealer = Sealer(
+            self.directory, self._writer, inbox, clock, 1.0, lambda: disk.mark(("sealed", ())), 0, ledger=self._ledger
+        )
         self._fan_outs: dict[tuple[str, ...], FanOut] = {}
         self.trouble = ""
 

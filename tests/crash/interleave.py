@@ -38,7 +38,7 @@ from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed
@@ -126,11 +126,13 @@ class Process:
     def write(self, *appends: int, evict_above: int | None = None) -> None:
         """What an application does: start, append so many events at a time, a round of the sealer after each, end."""
         directory = self.directory
-        sealer = Sealer(directory, self.clock, 1.0, lambda: None, min_free_bytes=0, evicts=evict_above is not None)
-        writer = Writer(directory, WriterLimits(2, 10**6, evict_above or 2**30), sealer.wake)
+        inbox = SealerInbox()
+        writer = Writer(directory, WriterLimits(2, 10**6, evict_above or 2**30), inbox.wake)
         if evict_above is not None:
             self._note_what_is_evicted()
-        sealer.attach(writer)
+        sealer = Sealer(
+            directory, writer, inbox, self.clock, 1.0, lambda: None, min_free_bytes=0, evicts=evict_above is not None
+        )
         account = directory.disk_usage()
         directory.seal_after(account.newest_sealed_at)
         writer.start(account.pending_bytes, account.pending_files)

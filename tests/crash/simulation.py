@@ -24,7 +24,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.layout import Kind
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
@@ -219,10 +219,10 @@ class Process:
     ) -> None:
         self.filesystem = filesystem
         self.directory = Directory(PLACE, filesystem, clock, new_id)
-        self.sealer = Sealer(self.directory, clock, 1.0, lambda: say("sealed"), 0)
-        self.writer = Writer(self.directory, LIMITS, self.sealer.wake)
+        inbox = SealerInbox()
+        self.writer = Writer(self.directory, LIMITS, inbox.wake)
         self.committer = GroupCommitter(self.directory, self.writer)
-        self.sealer.attach(self.writer, self.committer)
+        self.sealer = Sealer(self.directory, self.writer, inbox, clock, 1.0, lambda: say("sealed"), 0, committer=self.committer)
         self._clock = clock
 
     def start(self) -> None:

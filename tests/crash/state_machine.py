@@ -32,7 +32,7 @@ from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.layout import Kind
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.usage import DiskUsage
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
@@ -118,10 +118,20 @@ class Application(Process):
     def start(self, on_sealed: Callable[[], None], *, evicts: bool) -> None:
         """What `Outbox` does at its first event, without threads."""
         limits = LIMITS._replace(max_bytes=EVICT_ABOVE) if evicts else LIMITS
-        self.sealer = Sealer(self.directory, self.clock, 1.0, on_sealed, min_free_bytes=0, evicts=evicts)
-        self.writer = Writer(self.directory, limits, self.sealer.wake)
+        inbox = SealerInbox()
+        self.writer = Writer(self.directory, limits, inbox.wake)
         self.committer = GroupCommitter(self.directory, self.writer)
-        self.sealer.attach(self.writer, self.committer)
+        self.sealer = Sealer(
+            self.directory,
+            self.writer,
+            inbox,
+            self.clock,
+            1.0,
+            on_sealed,
+            min_free_bytes=0,
+            evicts=evicts,
+            committer=self.committer,
+        )
         account = self.account()
         self.writer.start(account.pending_bytes, account.pending_files)
         self.sealer.adopt_segments()

@@ -220,8 +220,7 @@ def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, cl
     account = place.disk_usage()
     writer = Writer(place, WriterLimits(500, 10**6, 1), lambda: None)
     writer.start(account.pending_bytes, account.pending_files)
-    capacity = QuotaEnforcer(place, clock, 0, evicts=True)
-    capacity.attach(writer)
+    capacity = QuotaEnforcer(place, writer, clock, 0, evicts=True)
     capacity.enforce()
     assert place.batch_names() == [damaged]
     assert capacity.evicted_events == 100 * (SOON + 1)

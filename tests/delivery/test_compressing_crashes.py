@@ -92,8 +92,7 @@ class Process:
         writer = Writer(self.directory, WriterLimits(1, 1, 1, 10**6), lambda: None)
         account = self.directory.disk_usage()
         writer.start(account.pending_bytes, account.pending_files)
-        capacity = QuotaEnforcer(self.directory, self.clock, 0, evicts=True)
-        capacity.attach(writer)
+        capacity = QuotaEnforcer(self.directory, writer, self.clock, 0, evicts=True)
         capacity.enforce()
         return capacity.evicted_events
 

@@ -197,8 +197,7 @@ def capacity_of(place: Directory, clock: ManualClock, *, evicts: bool) -> tuple[
     writer = Writer(place, WriterLimits(500, 10**6, 10**9), lambda: None)
     account = place.disk_usage()
     writer.start(account.pending_bytes, account.pending_files)
-    capacity = QuotaEnforcer(place, clock, None, evicts=evicts)
-    capacity.attach(writer)
+    capacity = QuotaEnforcer(place, writer, clock, None, evicts=evicts)
     return capacity, writer
 
 

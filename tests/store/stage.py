@@ -19,7 +19,7 @@ from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.door import AppendHooks
 from pillarbox.store.filesystem import OsFilesystem
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 
@@ -79,9 +79,9 @@ class Stage:
         self.place = Directory(str(folder), self.disk, clock or self.clock)
         self.place.ensure_usable()
         chosen = WriterLimits(**(LIMITS | limits))
-        self.sealer = Sealer(self.place, clock or self.clock, 1.0, lambda: None, min_free_bytes=0)
-        self.writer = Writer(self.place, chosen, self.sealer.wake)
-        self.sealer.attach(self.writer)
+        inbox = SealerInbox()
+        self.writer = Writer(self.place, chosen, inbox.wake)
+        self.sealer = Sealer(self.place, self.writer, inbox, clock or self.clock, 1.0, lambda: None, min_free_bytes=0)
         self.writer.start(0, 0)
         self.next_number = itertools.count().__next__
         self.next_inner = itertools.count(INNER).__next__

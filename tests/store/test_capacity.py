@@ -66,8 +66,7 @@ def test_a_file_that_is_being_sent_is_not_evicted(place: Directory, clock: Manua
     assert held is not None
     writer = Writer(place, WriterLimits(500, 10**6, 200), lambda: None)
     writer.start(270, 3)
-    capacity = QuotaEnforcer(place, clock, 0, evicts=True)
-    capacity.attach(writer)
+    capacity = QuotaEnforcer(place, writer, clock, 0, evicts=True)
     capacity.enforce()
     assert place.batch_names() == [layout.sealed_name(0, "x")]
     assert capacity.evicted_events == 20
@@ -81,8 +80,7 @@ def test_max_files_are_evicted_too(place: Directory, clock: ManualClock) -> None
         Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"1\n")
     writer = Writer(place, WriterLimits(500, 10**6, 10**6, 16), lambda: None)
     writer.start(40, 20)
-    capacity = QuotaEnforcer(place, clock, 0, evicts=True)
-    capacity.attach(writer)
+    capacity = QuotaEnforcer(place, writer, clock, 0, evicts=True)
     capacity.enforce()
     assert len(place.batch_names()) == 14
     assert place.batch_names()[0] == layout.sealed_name(6, "x")
@@ -96,8 +94,7 @@ def test_two_that_evict_at_once_do_not_give_up_twice_as_much(place: Directory, c
     for _ in range(2):
         writer = Writer(place, WriterLimits(500, 10**6, 800), lambda: None)
         writer.start(1000, 10)
-        capacities.append(QuotaEnforcer(place, clock, 0, evicts=True))
-        capacities[-1].attach(writer)
+        capacities.append(QuotaEnforcer(place, writer, clock, 0, evicts=True))
     lock = place.acquire_lock_file(layout.EVICT_LOCK)
     assert lock is not None
     capacities[0].enforce()

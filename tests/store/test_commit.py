@@ -21,7 +21,7 @@ from pillarbox.store import group_commit, layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.group_commit import QUEUED_BYTES_MAX, GroupCommitter
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.syncing import SegmentSyncer
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
@@ -60,10 +60,12 @@ class Desk:
         self.filesystem = Watched()
         self.place = Directory(str(path), self.filesystem, ManualClock())
         self.place.ensure_usable()
-        self.sealer = Sealer(self.place, ManualClock(), 1.0, lambda: None)
-        self.writer = Writer(self.place, WriterLimits(batch_size, 10**6, max_bytes), self.sealer.wake)
+        inbox = SealerInbox()
+        self.writer = Writer(self.place, WriterLimits(batch_size, 10**6, max_bytes), inbox.wake)
         self.committer = GroupCommitter(self.place, self.writer)
-        self.sealer.attach(self.writer, self.committer, syncs_spare_names=True)
+        self.sealer = Sealer(
+            self.place, self.writer, inbox, ManualClock(), 1.0, lambda: None, committer=self.committer, syncs_spare_names=True
+        )
         self.writer.start(0, 0)
 
     def lines(self) -> list[bytes]:

@@ -15,7 +15,7 @@ from pillarbox.outcome import DROPPED, ENQUEUED_POWER, Dropped, Outcome
 from pillarbox.store import group_commit, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.group_commit import GroupCommitter
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from tests.conftest import wait_until
@@ -53,10 +53,20 @@ class Crowd:
         place = Directory(str(folder), Disk(), ManualClock())
         place.ensure_usable()
         self.folder = folder
-        self.sealer = Sealer(place, ManualClock(), 1.0, lambda: None, min_free_bytes=0)
-        self.writer = Writer(place, WriterLimits(ROOM, 10**6, max_bytes), self.sealer.wake)
+        inbox = SealerInbox()
+        self.writer = Writer(place, WriterLimits(ROOM, 10**6, max_bytes), inbox.wake)
         self.committer = GroupCommitter(place, self.writer)
-        self.sealer.attach(self.writer, self.committer, syncs_spare_names=True)
+        self.sealer = Sealer(
+            place,
+            self.writer,
+            inbox,
+            ManualClock(),
+            1.0,
+            lambda: None,
+            min_free_bytes=0,
+            committer=self.committer,
+            syncs_spare_names=True,
+        )
         self.writer.start(0, 0)
         self.loops = [Round(), Round()]
         self.waiters: list[CommitFuture] = []

@@ -26,7 +26,7 @@ from pillarbox.store.reconciliation import (
     SettledEntry,
     SummaryEntry,
 )
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import FaultFilesystem, ManualClock
 from pillarbox.testing.fault import Fault
@@ -240,9 +240,9 @@ def test_a_file_is_noted_as_sealed_only_once_its_name_is_durable(place: Director
     """Otherwise the power could take the name away, and the ledger would miss a batch that never was."""
     pen, filesystem = faulty(place, clock, Fault("sync_directory", 1, errno.EIO))
     directory = Directory(place.path, filesystem, clock)
-    sealer = Sealer(directory, clock, 1.0, lambda: None, 0, ledger=pen)
-    writer = Writer(directory, WriterLimits(500, 10**6, 10**9), sealer.wake)
-    sealer.attach(writer)
+    inbox = SealerInbox()
+    writer = Writer(directory, WriterLimits(500, 10**6, 10**9), inbox.wake)
+    sealer = Sealer(directory, writer, inbox, clock, 1.0, lambda: None, 0, ledger=pen)
     writer.start(0, 0)
     writer.append(b"1\n2\n", 2)
     writer.rotate("manual")

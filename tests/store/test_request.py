@@ -15,7 +15,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem, OsFilesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.request import REQUEST_POLL_S
-from pillarbox.store.sealer import Sealer
+from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk
@@ -170,9 +170,9 @@ class Process:
         self.place = Directory(PLACE, disk, clock, lambda: f"{id(self)}-{next(numbers)}")
         self.place.ensure_usable()
         self.place.recover()
-        self.sealer = Sealer(self.place, clock, 60.0, lambda: None, min_free_bytes=0)
-        self.writer = Writer(self.place, WriterLimits(1000, 10**6, 2**20), self.sealer.wake)
-        self.sealer.attach(self.writer)
+        inbox = SealerInbox()
+        self.writer = Writer(self.place, WriterLimits(1000, 10**6, 2**20), inbox.wake)
+        self.sealer = Sealer(self.place, self.writer, inbox, clock, 60.0, lambda: None, min_free_bytes=0)
         self.writer.start(0, 0)
         self.sealer.step()
 
@@ -218,9 +218,9 @@ def test_a_disk_that_refuses_to_show_it_keeps_nothing_from_being_sealed(tmp_path
     disk = FaultFilesystem(OsFilesystem())
     place = Directory(str(tmp_path / "box"), disk, clock)
     place.ensure_usable()
-    sealer = Sealer(place, clock, 1.0, lambda: None, min_free_bytes=0)
-    writer = Writer(place, WriterLimits(1000, 10**6, 2**20), sealer.wake)
-    sealer.attach(writer)
+    inbox = SealerInbox()
+    writer = Writer(place, WriterLimits(1000, 10**6, 2**20), inbox.wake)
+    sealer = Sealer(place, writer, inbox, clock, 1.0, lambda: None, min_free_bytes=0)
     writer.start(0, 0)
     sealer.step()
     writer.append(LINE, 1)

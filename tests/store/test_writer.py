@@ -17,7 +17,7 @@ from pillarbox.outcome import DROPPED, ENQUEUED
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import DiskSpace, OsFilesystem
-from pillarbox.store.sealer import Sealer, stretched_flush_interval
+from pillarbox.store.sealer import Sealer, SealerInbox, stretched_flush_interval
 from pillarbox.store.writer import RETIRED_MAX, Writer, WriterLimits
 from pillarbox.testing import ManualClock
 
@@ -31,9 +31,9 @@ class Line:
         chosen = {"batch_size": 500, "batch_bytes": 10**6, "max_bytes": 2**29} | limits
         self.place = place
         self.sealed: list[None] = []
-        self.sealer = Sealer(place, clock, 1.0, lambda: self.sealed.append(None))
-        self.writer = Writer(place, WriterLimits(**chosen), self.sealer.wake)
-        self.sealer.attach(self.writer)
+        inbox = SealerInbox()
+        self.writer = Writer(place, WriterLimits(**chosen), inbox.wake)
+        self.sealer = Sealer(place, self.writer, inbox, clock, 1.0, lambda: self.sealed.append(None))
         account = place.disk_usage()
         self.writer.start(account.pending_bytes, account.pending_files)
 

@@ -57,6 +57,7 @@ class QuotaEnforcer:
     def __init__(
         self,
         directory: Directory,
+        writer: Writer,
         clock: Clock,
         min_free_bytes: int | None,
         ledger: LedgerWriter | None = None,
@@ -64,6 +65,7 @@ class QuotaEnforcer:
         evicts: bool,
     ) -> None:
         self._directory = directory
+        self._writer = writer
         self._clock = clock
         self._min_free_bytes = min_free_bytes
         self._evicts = evicts
@@ -78,11 +80,6 @@ class QuotaEnforcer:
         self._recheck_after_bytes = 1  # bytes by this process
         self._evicted_delivered = False  # delivered files, at the last look at the room
         self.evicted_events = 0  # events
-        self._writer: Writer
-
-    def attach(self, writer: Writer) -> None:
-        """Keep this writer within its limits."""
-        self._writer = writer
 
     def enforce(self) -> float:
         """Count, watch and evict as far as that is due; seconds until the next time."""

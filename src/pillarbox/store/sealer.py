@@ -19,13 +19,14 @@ from pillarbox.store.segment import SealReason
 from pillarbox.store.writer import RETIRED_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory, LockedFile
     from pillarbox.store.group_commit import GroupCommitter
     from pillarbox.store.ledger import LedgerWriter
     from pillarbox.store.segment import Segment
+    from pillarbox.store.syncing import UnsyncedLines
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
@@ -43,6 +44,39 @@ def stretched_flush_interval(flush_interval: float, waiting: int) -> float:
     return min(max(AGE_STRETCHED_MAX_S, flush_interval), flush_interval * 2.0 ** min(waiting, 16))
 
 
+class SealerInbox:
+    """What wakes the thread of a `Sealer`: a writer that has work for it, or a caller who waits for a round."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
+
+    def wake(self) -> None:
+        """There is work. Quick and re-entrant."""
+        self._queue.put(None)
+
+    def add_ticket(self, ticket: threading.Event) -> None:
+        """Wake the sealer, which sets `ticket` after the round that begins then."""
+        self._queue.put(ticket)
+
+    def wait(self, timeout_s: float, gather_s: float) -> list[threading.Event]:
+        """Wait for work, then for more of it to gather; the tickets that came. A ticket ends both waits."""
+        tickets: list[threading.Event] = []
+        for wait in (timeout_s, gather_s):
+            if not wait or tickets:
+                continue
+            try:
+                ticket = self._queue.get(timeout=wait)
+            except Empty:
+                continue
+            if ticket is not None:
+                tickets.append(ticket)
+        while not self._queue.empty():
+            ticket = self._queue.get_nowait()  # only this thread takes from it
+            if ticket is not None:
+                tickets.append(ticket)
+        return tickets
+
+
 class Sealer:
     """Seals what a `Writer` retires. `on_sealed()` is called from its thread after files got their sealed names.
 
@@ -52,52 +86,44 @@ class Sealer:
     def __init__(
         self,
         directory: Directory,
+        writer: Writer,
+        inbox: SealerInbox,
         clock: Clock,
         flush_interval: float,
         on_sealed: Callable[[], None],
         min_free_bytes: int | None = None,
         *,
+        committer: GroupCommitter | None = None,
+        syncs_spare_names: bool = False,
         evicts: bool = False,
         on_drops: Callable[[dict[str, int]], None] | None = None,
         ledger: LedgerWriter | None = None,
     ) -> None:
         self._directory = directory
+        self._writer = writer
+        self._inbox = inbox
         self._clock = clock
         self._flush_interval = flush_interval
         self._on_sealed = on_sealed
         self._on_drops = on_drops
         self._ledger = ledger
-        self.quota = QuotaEnforcer(directory, clock, min_free_bytes, ledger, evicts=evicts)
+        self.quota = QuotaEnforcer(directory, writer, clock, min_free_bytes, ledger, evicts=evicts)
         self._seal_requests = SealRequestReader(directory, clock)
-        self._inbox: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._unrecorded: list[SealedEntry] = []  # of files whose names are not durable yet
         self._pace = 0.0  # seconds for which the next look lets files gather
         self._pace_s = _PACE_EVICTING_S if evicts else _PACE_S
-        self._writer: Writer
-        self._unsynced_lines: Callable[[Segment], Iterable[tuple[int, bytes]]] = lambda _: ()
-        self._syncs_spare_names = False
-        self._sync_at_once = 1  # files synced in one call; who waits for one of them waits for all
+        self._unsynced_lines: UnsyncedLines = (lambda _: ()) if committer is None else committer.unsynced_lines
+        self._syncs_spare_names = syncs_spare_names  # before they are used, for `durability="power"`
+        self._sync_at_once = (
+            1 if syncs_spare_names else RETIRED_MAX
+        )  # files synced in one call; who waits for one of them waits for all
         self._active_since: tuple[str, float] | None = None
-        self._logged_drops: dict[str, int] = {}
+        self._logged_drops = dict(writer.dropped)
         self._reasons_dropping: set[str] = set()
         self._logged_problem = ""
         self.sealed: dict[str, int] = dict.fromkeys(get_args(SealReason), 0)
-
-    def attach(self, writer: Writer, committer: GroupCommitter | None = None, *, syncs_spare_names: bool = False) -> None:
-        """Seal for this writer; `syncs_spare_names`: the names of spares are durable before they are used."""
-        self._writer = writer
-        self.quota.attach(writer)
-        if committer is not None:
-            self._unsynced_lines = committer.unsynced_lines
-        self._syncs_spare_names = syncs_spare_names
-        self._sync_at_once = 1 if syncs_spare_names else RETIRED_MAX
-        self._logged_drops = dict(writer.dropped)
-
-    def wake(self) -> None:
-        """There is work; quick and re-entrant."""
-        self._inbox.put(None)
 
     def start(self) -> None:
         """Begin to work, in a thread."""
@@ -111,13 +137,13 @@ class Sealer:
             return False
         last = self._writer.retired_segments()[-1:]
         done = threading.Event()
-        self._inbox.put(done)
+        self._inbox.add_ticket(done)
         return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.retired_segments())
 
     def stop(self, timeout: float) -> bool:
         """Seal what is there and end; False when that took too long."""
         self._stopping = True
-        self._inbox.put(None)
+        self._inbox.wake()
         if self._thread is not None:
             self._thread.join(timeout)
             return not self._thread.is_alive()
@@ -127,30 +153,12 @@ class Sealer:
         self.adopt_segments()
         wait = 0.0
         while not self._stopping:
-            tickets = self._wait_for_work(wait)
+            pace, self._pace = self._pace, 0.0
+            tickets = self._inbox.wait(wait, pace)
             wait = self.step()
             for ticket in tickets:
                 ticket.set()
         self.seal_remaining()
-
-    def _wait_for_work(self, timeout: float) -> list[threading.Event]:
-        """Wait for news, but let files gather for a while after some were sealed; a ticket waits for nothing."""
-        tickets: list[threading.Event] = []
-        pace, self._pace = self._pace, 0.0
-        for wait in (timeout, pace):
-            if not wait or tickets:
-                continue
-            try:
-                ticket = self._inbox.get(timeout=wait)
-            except Empty:
-                continue
-            if ticket is not None:
-                tickets.append(ticket)
-        while not self._inbox.empty():
-            ticket = self._inbox.get_nowait()  # nobody else takes
-            if ticket is not None:
-                tickets.append(ticket)
-        return tickets
 
     def adopt_segments(self) -> None:
         """Seal what dead writers left, before anything of ours is."""
