@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from bench import chart
 from pillarbox.delivery import policy
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.lineup import Lineup
-from pillarbox.delivery.pacing import Pacer, Pacing
-from pillarbox.delivery.policy import Lately, Rules, Settle, Stop, Wait
+from pillarbox.delivery.pacing import Pacer, PacingConfig
+from pillarbox.delivery.policy import AttemptContext, DeliveryConfig, PartDone, Stop, Wait
+from pillarbox.delivery.scheduler import Scheduler
 from pillarbox.sinks.base import Delivered, DeliveryResult, Retry
 
 if TYPE_CHECKING:
@@ -188,9 +188,9 @@ class Client:
     def __init__(self, simulation: Simulation, drain: Drain) -> None:
         self._simulation = simulation
         world = simulation.world
-        self._rules = Rules(backoff=drain.backoff, max_in_flight=world.in_flight)
-        self._pacer = drain.pacer(Pacing(), world.in_flight)
-        self._lineup = Lineup(drain.live_share)
+        self._rules = DeliveryConfig(backoff=drain.backoff, max_in_flight=world.in_flight)
+        self._pacer = drain.pacer(PacingConfig(), world.in_flight)
+        self._lineup = Scheduler(drain.live_share)
         self._outages = 0
         self.files: dict[str, File] = {}  # that are not acknowledged yet, by name
         self._again: list[File] = []
@@ -207,7 +207,7 @@ class Client:
         if records >= (world.batch if self.files else 1):
             file = File(simulation.now, records)
             self.files[file.name] = file
-            self._lineup.add([file.name])
+            self._lineup.add_live([file.name])
             self._open_since = simulation.now
         simulation.at(simulation.now + 1.0, self._seal)
         self._go_on()
@@ -215,13 +215,13 @@ class Client:
     def _go_on(self) -> None:
         simulation = self._simulation
         while self._under_way < self._rules.max_in_flight and (self._again or self._lineup):
-            due = max(self._not_before, simulation.now + self._pacer.wait(simulation.now))
+            due = max(self._not_before, simulation.now + self._pacer.seconds_until_next(simulation.now))
             if due > simulation.now:
                 self._wake(due)
                 return
-            self._send(self._again.pop(0) if self._again else self.files[self._lineup.take()])
+            self._send(self._again.pop(0) if self._again else self.files[self._lineup.pop_next()])
         if not self.files:
-            self._pacer.caught_up()
+            self._pacer.note_drained()
 
     def _wake(self, due: float) -> None:
         if self._wakes_at > self._simulation.now and self._wakes_at <= due:
@@ -233,7 +233,7 @@ class Client:
         simulation, world = self._simulation, self._simulation.world
         call = Call(self, file, simulation.now)
         self._under_way += 1
-        self._pacer.sent(simulation.now, file.records)
+        self._pacer.note_sent(simulation.now, file.records)
         if simulation.is_down:
             simulation.at(simulation.now + world.refused_s, lambda: self.hear(call, Retry("connection refused")))
             return
@@ -251,18 +251,18 @@ class Client:
         call.answered = True
         self._under_way -= 1
         file.attempts += 1
-        action = policy.decide(answer, file.records, file.attempts, simulation.chance.random(), Lately(), self._rules)
+        action = policy.decide(answer, file.records, file.attempts, simulation.chance.random(), AttemptContext(), self._rules)
         match action:
-            case Settle():
-                self._pacer.arrived(call.began, simulation.now, file.records)
+            case PartDone():
+                self._pacer.note_accepted(call.began, simulation.now, file.records)
                 if self._pacer.outages != self._outages:
                     self._outages = self._pacer.outages
-                    self._lineup.begin()
-                    self._lineup.add([])
+                    self._lineup.start_backlog()
+                    self._lineup.add_live([])
                 del self.files[file.name]
                 simulation.acknowledged.append((simulation.now, file))
             case Wait(seconds) | Stop(seconds):
-                self._pacer.failed(call.began, simulation.now, file.records)
+                self._pacer.note_failure(call.began, simulation.now, file.records)
                 self._not_before = max(self._not_before, simulation.now + seconds)
                 self._again.append(file)
         self._go_on()

@@ -14,9 +14,9 @@ from pillarbox._native import CommitFuture
 from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull
 from pillarbox.clock import Clock, SystemClock
 from pillarbox.codec import EventEncoder
-from pillarbox.delivery.deliverer import ONLY, together
-from pillarbox.delivery.runner import check_delivery, deliverer_for, destinations
-from pillarbox.delivery.settlement import Callbacks
+from pillarbox.delivery.deliverer import ONLY_SINK, combine_stats
+from pillarbox.delivery.runner import build_runner, build_sinks, check_delivery_settings
+from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
 from pillarbox.hooks import Hooks
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     import msgspec
 
-    from pillarbox.delivery.deliverer import Deliverer
+    from pillarbox.delivery.deliverer import Runner
     from pillarbox.delivery.settlement import DeadLetter
     from pillarbox.store.usage import DiskUsage
 
@@ -111,7 +111,7 @@ class Outbox:
         if sink is not None and not isinstance(sink, (str, Sink)):
             raise ConfigurationError("sink", sink, "the call", "a URL, a Sink, or None")
         keywords["sink"] = sink if isinstance(sink, str) else None
-        given = {ONLY: sink} if isinstance(sink, Sink) else {}
+        given = {ONLY_SINK: sink} if isinstance(sink, Sink) else {}
         if given and sinks is not None:
             raise ConfigurationError("sinks", "...", "the call", EITHER)
         self._initialize(resolve(keywords), given)
@@ -127,7 +127,7 @@ class Outbox:
         if settings.enabled and not settings.directory:
             raise ConfigurationError("directory", "", "the default", "the path of a directory")
         self._sink_objects = given | {name: sink for name, sink in settings.sinks.items() if not isinstance(sink, str)}
-        check_delivery(settings, self._sink_objects)
+        check_delivery_settings(settings, self._sink_objects)
         self.settings = settings
         self.name = settings.directory
         self._delivers = settings.deliver != "external"
@@ -154,7 +154,7 @@ class Outbox:
         self._is_starting = False
         self._busy_accepted = 0
         self._busy_since = -_BUSY_PERIOD_S
-        self._runner: Deliverer | None = None
+        self._runner: Runner | None = None
         self._hooks = Hooks(self.name, settings.before_send, settings.on_drop, settings.on_dead_letter)
         self._ledger = LedgerWriter(self._directory, self._clock)
         evicts = settings.when_full == "drop_oldest"
@@ -207,7 +207,7 @@ class Outbox:
             self.enqueue = self._encoder.filter_enqueue(self.enqueue)
         if self._hooks.has_on_drop:
             self.enqueue = self._reporting(self.enqueue)
-        self._sinks = destinations(settings, self._sink_objects) if settings.enabled and self._delivers else {}
+        self._sinks = build_sinks(settings, self._sink_objects) if settings.enabled and self._delivers else {}
 
     def enqueue_many(self, events: Iterable[msgspec.Struct], *, durability: Durability | None = None) -> list[Outcome]:
         """Store events in one write, all or none of the valid ones; one outcome for each, in order.
@@ -392,14 +392,14 @@ class Outbox:
         self._sealer.start()
         telemetry = instruments()
         telemetry.observe_outbox(self)
-        callbacks = Callbacks(
+        callbacks = DeliveryCallbacks(
             self._writer.release_bytes,
             lambda seconds, sink: telemetry.flush_duration.record(seconds, {"outbox": self.name, **sink_attributes(sink)}),
             self._hooks.report_dead_letter,
             self._hooks.add_dead_letter_failures,
             partial(self._writer.release_bytes, files=0),
         )
-        self._runner = deliverer_for(
+        self._runner = build_runner(
             self.settings, self._directory, self._clock, self._ledger, callbacks, self._is_busy, self._sinks
         )
         if self._runner is not None:
@@ -466,7 +466,7 @@ class Outbox:
         """A snapshot; cheap. Before first use it lists the directory."""
         # First the sinks: the files whose events are counted as delivered do not wait then.
         sinks = self._runner.sinks() if self._runner is not None else {}
-        total = together(sinks)
+        total = combine_stats(sinks)
         accepted, sealed = 0, dict(self._sealer.sealed)
         if self._started:
             # Whatever a listing has missed already and is then told to be gone is counted twice, until the next listing.
@@ -496,7 +496,7 @@ class Outbox:
             rate=total.rate,
             last_error=total.last_error,
             hook_failures=dict(self._hooks.failures),
-            sinks={name: sink for name, sink in sinks.items() if name != ONLY},
+            sinks={name: sink for name, sink in sinks.items() if name != ONLY_SINK},
         )
 
     def close(self, timeout: float = 5.0) -> None:
@@ -527,7 +527,7 @@ class Outbox:
 
     def __repr__(self) -> str:
         sinks = {name: text for name, (_, text) in self._sinks.items()}
-        named = f"sinks={sinks!r}" if sinks and ONLY not in sinks else f"sink={sinks.get(ONLY)!r}"
+        named = f"sinks={sinks!r}" if sinks and ONLY_SINK not in sinks else f"sink={sinks.get(ONLY_SINK)!r}"
         return f"Outbox({self.name!r}, {named}, event_type={self._event_type.__name__})"
 
     def _after_fork(self) -> None:

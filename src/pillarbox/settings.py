@@ -16,9 +16,9 @@ from typing import Any, Final
 import msgspec
 
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.pacing import Pacing
-from pillarbox.delivery.policy import Rules
-from pillarbox.delivery.settlement import Kept
+from pillarbox.delivery.pacing import PacingConfig
+from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.settlement import SettlementLimits
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES
@@ -83,24 +83,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     on_dead_letter: Callable[[Any], object] | None = None
 
     @property
-    def delivery_config(self) -> Rules:
+    def delivery_config(self) -> DeliveryConfig:
         """How a destination's answers are taken."""
-        return Rules(
-            interval_s=self.flush_interval,
+        return DeliveryConfig(
+            poll_interval_s=self.flush_interval,
             backoff=Backoff(max_s=self.backoff_max),
             stop_after_rejected_batches=self.stop_after_rejected_batches,
             max_age_s=self.max_age,
             max_in_flight=self.max_in_flight,
             call_timeout_s=self.call_timeout,
-            pacing=Pacing(max_rate=self.max_rate),
+            pacing=PacingConfig(max_rate=self.max_rate),
             live_share=self.live_share,
             compress_after_s=self.compress_after,
         )
 
     @property
-    def settlement_limits(self) -> Kept:
+    def settlement_limits(self) -> SettlementLimits:
         """How much is set aside, and what stays of what was delivered."""
-        return Kept(
+        return SettlementLimits(
             self.max_dead_bytes,
             self.max_quarantine_bytes,
             self.on_quarantine_full == "discard",

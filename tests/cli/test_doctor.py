@@ -251,8 +251,8 @@ def test_who_delivers_is_told(box: Path, state: State | None, age_s: int, stamp_
     if state is not None:
         clock = ManualClock(now - age_s * 1_000_000)
         lease = Lease(Directory(str(box), OsFilesystem(), clock), "sqlite:///x.db", clock)
-        assert lease.take()
-        lease.beat(state, 0, "", now=True)
+        assert lease.acquire()
+        lease.write_heartbeat(state, 0, "", now=True)
         lease.release()
     code, found = doctor("-d", box, cwd=box.parent, now_micros=now)
     assert (code, bad(found)) == ((0, set()) if well else (1, {"deliverer"}))
@@ -478,8 +478,8 @@ def test_a_deliverer_that_hangs_is_told_from_one_that_is_gone(box: Path) -> None
     (box / layout.sealed_name(now - 60_000_000, "x")).write_bytes(LINE)
     clock = ManualClock(now - 3_600_000_000)
     lease = Lease(Directory(str(box), OsFilesystem(), clock), "sqlite:///x.db", clock)
-    assert lease.take()
-    lease.beat(State("draining"), 0, "", now=True)  # of this process, which is there
+    assert lease.acquire()
+    lease.write_heartbeat(State("draining"), 0, "", now=True)  # of this process, which is there
     lease.release()
     assert "it hangs; restart it" in doctor("-d", box, cwd=box.parent)[1]["deliverer"][0][1]
     beat = msgspec.json.decode((box / layout.DELIVER_LOCK).read_bytes())
@@ -491,8 +491,8 @@ def test_a_heartbeat_in_the_future_means_that_the_clock_stepped_back(box: Path) 
     """Else it would never be silent."""
     clock = ManualClock(SystemClock().micros() + 3_600_000_000)
     lease = Lease(Directory(str(box), OsFilesystem(), clock), "sqlite:///x.db", clock)
-    assert lease.take()
-    lease.beat(State("idle"), 0, "", now=True)
+    assert lease.acquire()
+    lease.write_heartbeat(State("idle"), 0, "", now=True)
     lease.release()
     code, found = doctor("-d", box, cwd=box.parent)
     assert (code, bad(found)) == (1, {"clock"})

@@ -15,7 +15,7 @@ from pillarbox import Outbox
 from pillarbox.store import layout
 from tests.cli.test_commands import CLEAN, PILLARBOX, UNHURRIED, bare, ids, run
 from tests.conftest import wait_until
-from tests.delivery.fleet_stage import balanced, fill_files, place_of, refusing_poison, sealed
+from tests.delivery.fanout_setup import balanced_totals, batch_files, enqueue_files, open_directory, reject_poison
 from tests.sinks.http_server import CannedResponse, Server, always, closed_port_url
 
 NAMED = "a table of names and URLs, or as text name=URL name=URL; names of a-z, 0-9, _ and -, at most 32"
@@ -37,8 +37,8 @@ def said(folder: Path, *words: object, code: int = 0, environ: dict[str, str] | 
 def waiting_for(box: Path, *sinks: str, files: int = 2) -> None:
     """A directory in which files wait for sinks that are all down, and have been tried."""
     with Outbox(str(box), sinks=dict.fromkeys(sinks, closed_port_url())) as outbox:
-        fill_files(outbox, files)
-        wait_until(lambda: not sealed(box) and all(len(sealed(box / f"sink-{sink}")) == files for sink in sinks))
+        enqueue_files(outbox, files)
+        wait_until(lambda: not batch_files(box) and all(len(batch_files(box / f"sink-{sink}")) == files for sink in sinks))
         wait_until(lambda: {sink.state.name for sink in outbox.stats().sinks.values()} == {"waiting"})
 
 
@@ -66,7 +66,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(box: Path) -> None:
     """With the way out."""
     folder = box.parent
     waiting_for(box, "live", "warehouse")
-    place_of(box).request_queue("third")
+    open_directory(box).request_queue("third")
     before = sorted(str(path) for path in box.rglob("*"))
     refusals = {
         ("add", "live"): "live has a queue already",
@@ -93,7 +93,7 @@ def test_a_queue_that_keeps_dead_letters_is_not_removed(box: Path) -> None:
     (box / "sink-live" / layout.dead_name("sealed-x")).write_bytes(b"{}\n")
     text = said(box.parent, "sinks", "remove", "live", "--discard", "-d", "box", code=2)
     assert "1 file of dead letters and 0 files of quarantine: pillarbox dead and pillarbox quarantine -d box/sink-live" in text
-    assert len(sealed(box / "sink-live")) == 1
+    assert len(batch_files(box / "sink-live")) == 1
 
 
 def test_one_that_was_asked_for_is_asked_for_no_more(box: Path) -> None:
@@ -111,15 +111,15 @@ def test_what_a_killed_removal_left_over_is_in_nobodys_way(box: Path) -> None:
     """It counts nowhere, the next removal finishes it, and so does whoever delivers."""
     folder = box.parent
     waiting_for(box, "live", "old")
-    account = place_of(box).disk_usage()
+    account = open_directory(box).disk_usage()
     (box / "sink-old").rename(box / "sink-old.removing")
-    assert place_of(box).disk_usage() == account
+    assert open_directory(box).disk_usage() == account
     assert [queue["sink"] for queue in json.loads(said(folder, "sinks", "list", "-d", "box", "--json"))] == ["live"]
     with Outbox(str(box), sinks={"live": closed_port_url(), "old": closed_port_url()}) as outbox:
         wait_until((box / "sink-old").exists)
         wait_until(lambda: not (box / "sink-old.removing").exists())
-        fill_files(outbox, 1)
-        wait_until(lambda: len(sealed(box / "sink-old")) == 1)
+        enqueue_files(outbox, 1)
+        wait_until(lambda: len(batch_files(box / "sink-old")) == 1)
     (box / "sink-old.removing").mkdir()
     (box / "sink-old.removing" / "sealed-y.ndjson").write_bytes(b"")
     assert said(folder, "sinks", "remove", "old", "--discard", "-d", "box") == "old removed; 1 file given up\n"
@@ -252,24 +252,24 @@ def test_a_queue_may_be_delivered_by_itself(box: Path) -> None:
     done = run("deliver", "-d", "box/sink-live", "--sink", "sqlite:///live.db", "--once", cwd=box.parent)
     assert (done.returncode, done.stdout[:12]) == (0, b"delivered 20"), done.stderr
     assert len(ids(box.parent / "live.db")) == 20
-    assert (len(sealed(box / "sink-live")), len(sealed(box / "sink-warehouse"))) == (0, 2)
-    balanced(box)
+    assert (len(batch_files(box / "sink-live")), len(batch_files(box / "sink-warehouse"))) == (0, 2)
+    balanced_totals(box)
 
 
 @pytest.fixture
 def refused(box: Path) -> Iterator[tuple[Outbox, Server, Server]]:
     """An outbox that goes on delivering; `live` has refused two events, both sinks had damaged bytes."""
-    with Server(refusing_poison) as live, Server() as warehouse:
+    with Server(reject_poison) as live, Server() as warehouse:
         sinks = {"live": live.url(), "warehouse": warehouse.url()}
         with Outbox(str(box), sinks=sinks, flush_interval=0.05) as outbox:
-            fill_files(outbox, 1, 2, event_key="poison")
-            fill_files(outbox, 1, 10, first=2)
+            enqueue_files(outbox, 1, 2, event_key="poison")
+            enqueue_files(outbox, 1, 10, first=2)
             assert outbox.flush(60)
             (box / "sealed-1700000000000000-x.ndjson.aside").write_bytes(b'{"bad\n')
             os.rename(box / "sealed-1700000000000000-x.ndjson.aside", box / "sealed-1700000000000000-x.ndjson")
             wait_until(lambda: outbox.stats().quarantined == 2)
-            wait_until(lambda: not place_of(box).waiting_batch_ids())  # of what waits still, nothing is changed
-            assert {queue.disk_usage().corrupt_files for queue in place_of(box).queues()} == {1}
+            wait_until(lambda: not open_directory(box).waiting_batch_ids())  # of what waits still, nothing is changed
+            assert {queue.disk_usage().corrupt_files for queue in open_directory(box).queues()} == {1}
             yield outbox, live, warehouse
 
 
@@ -318,7 +318,7 @@ def test_quarantine_of_all_sinks_is_listed_and_purged_for_one(box: Path, refused
     assert "1 span of 1 file purged" in said(folder, "quarantine", "purge", "--all", "--yes", "-d", "box/sink-live")
     answer = json.loads(said(folder, "quarantine", "list", "--json", "-d", "box"))
     assert [one["queue"] for one in answer["batches"]] == ["warehouse"]
-    balanced(box)
+    balanced_totals(box)
 
 
 def test_what_one_sink_refused_is_sent_again_to_that_sink_only(box: Path, refused: tuple[Outbox, Server, Server]) -> None:
@@ -330,8 +330,8 @@ def test_what_one_sink_refused_is_sent_again_to_that_sink_only(box: Path, refuse
     wait_until(lambda: outbox.stats().sinks["live"].delivered == 12)
     assert sorted(one["event_id"] for one in live.requests[-1].events) == ["e-000000", "e-000001"]
     assert len(warehouse.requests) == before
-    wait_until(lambda: not sealed(box / "sink-live"))
-    rows = balanced(box)
+    wait_until(lambda: not batch_files(box / "sink-live"))
+    rows = balanced_totals(box)
     assert (rows["live"].delivered, rows["warehouse"].delivered) == (12, 12)
     said(box.parent, "verify", "-d", "box")
 

@@ -42,8 +42,8 @@ def box(tmp_path: Path) -> Path:
 def beat(folder: Path, clock: ManualClock, state: State, delivered: int, error: str = "", sink: str = "sqlite:///x.db") -> None:
     """What a deliverer writes down."""
     lease = Lease(Directory(str(folder), OsFilesystem(), clock), sink, clock)
-    assert lease.take()
-    lease.beat(state, delivered, error, now=True)
+    assert lease.acquire()
+    lease.write_heartbeat(state, delivered, error, now=True)
     lease.release()
 
 

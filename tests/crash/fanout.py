@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
-from pillarbox.delivery.settlement import KEPT, NOBODY
+from pillarbox.delivery.settlement import DEFAULT_LIMITS, NO_CALLBACKS
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
 from pillarbox.stats import DeliveryCounters
@@ -76,7 +76,7 @@ class Destination(RecordingSink):
 def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: LedgerWriter) -> DeliveryCounters:
     """One round of the real worker on a queue."""
     counters = DeliveryCounters()
-    worker = Worker(queue, sink, queue.sink, clock, RULES, counters, NOBODY, lambda: False, "", KEPT, ledger)
+    worker = Worker(queue, sink, queue.sink, clock, RULES, counters, NO_CALLBACKS, lambda: False, "", DEFAULT_LIMITS, ledger)
     worker.end()
     loop = Loop()
     try:
@@ -131,15 +131,15 @@ class Process:
         fan_out = self.fan_out(sinks)
         self.trouble = "raised"
         self._sealer.adopt_segments()
-        fan_out.step()
-        self.trouble = "; ".join(fan_out.trouble.values())
+        fan_out.distribute()
+        self.trouble = "; ".join(fan_out.problems.values())
         self._disk.mark(("handed over", tuple(sinks)))
 
     def deliver(self, sinks: Iterable[str]) -> None:
         """What the threads of these sinks do."""
         for queue in self.directory.queues():
             if queue.sink in sinks:
-                ledger = self.fan_out(sinks).ledger_of(queue)
+                ledger = self.fan_out(sinks).ledger_for(queue)
                 deliver(queue, Destination(self._disk, queue.sink), self._clock, ledger)
 
     def remove(self, sink: str) -> None:

@@ -30,8 +30,8 @@ from typing import Final, Literal, NamedTuple
 from greenlet import getcurrent, greenlet
 
 from pillarbox.clock import Clock
-from pillarbox.delivery.policy import Rules
-from pillarbox.delivery.settlement import Callbacks
+from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Sink
 from pillarbox.stats import DeliveryCounters
@@ -46,7 +46,7 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Killed
 PLACE: Final = "/outbox"
 PREEMPTIONS: Final = 3
 KILLS: Final = 1
-RULES: Final = Rules(stop_after_rejected_batches=0, named_at_once=2)  # so that what waits is named in several parts
+RULES: Final = DeliveryConfig(stop_after_rejected_batches=0, page_files=2)  # so that what waits is named in several parts
 # What no other process can notice. Where the others cannot tell before from after, one point stands for both.
 UNNOTICED: Final = frozenset({"sync_data", "sync_directory", "disk_space", "inspect_directory", "make_directory", "overwrite"})
 
@@ -81,7 +81,7 @@ class Loop(asyncio.BaseEventLoop):
 def deliver_once(directory: Directory, sink: Sink, clock: Clock, on_gone: Callable[[int], None] = lambda _bytes: None) -> None:
     """One round of the real deliverer, if it gets the lease: adopt, send, settle."""
     counters = DeliveryCounters()
-    worker = Worker(directory, sink, "test", clock, RULES, counters, Callbacks(on_gone))
+    worker = Worker(directory, sink, "test", clock, RULES, counters, DeliveryCallbacks(on_gone))
     worker.end()
     loop = Loop()
     try:

@@ -44,7 +44,7 @@ class Destination(RecordingSink):
 
 def hand_over(process: Process, sinks: Sequence[str] = SINKS) -> None:
     """A round of handing over."""
-    FanOutWithoutAccount(process.directory, sinks, process.clock, LedgerWriter(process.directory, process.clock)).step()
+    FanOutWithoutAccount(process.directory, sinks, process.clock, LedgerWriter(process.directory, process.clock)).distribute()
 
 
 def deliver(process: Process, sink: str) -> None:

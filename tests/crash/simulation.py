@@ -455,9 +455,9 @@ def deliver(directory: Directory, destination: Destination) -> None:
         answer = destination.answer(contents.payloads) if contents.payloads else Delivered(0)
         batch = layout.batch_id(name)
         if contents.damaged:
-            settlement.keep_damaged(directory, batch, data, contents.damaged)
+            settlement.write_quarantine(directory, batch, data, contents.damaged)
         if isinstance(answer, PartialFailure):
-            settlement.keep_dead(
+            settlement.write_dead_letters(
                 directory, batch, {index: _letter(contents.payloads[index], index) for index in answer.rejected}
             )
         directory.remove(name)

@@ -96,7 +96,7 @@ def removals_are_not_synced(patch: Patch) -> None:
 
 
 def the_file_goes_before_its_dead_letters(patch: Patch) -> None:
-    keep = settlement.keep_dead
+    keep = settlement.write_dead_letters
 
     def remove_first(place: Directory, batch: str, dead: object) -> None:
         place.remove(batch + layout.SUFFIX)

@@ -132,7 +132,7 @@ def eviction_ignores_queues(patch: Patch) -> None:
 
 
 def the_name_goes_first(patch: Patch) -> None:
-    real = FanOut._write_down
+    real = FanOut._write_ledgers
 
     def write_down(self: FanOut, going: Sequence[object], queues: Sequence[Directory]) -> None:
         for found in going:

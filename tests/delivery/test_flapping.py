@@ -8,19 +8,19 @@ from collections import Counter
 import pytest
 
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import AGE_PROOF_S, Rules
-from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.policy import EXPIRY_MIN_FAILING_S, DeliveryConfig
+from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, PartialFailure, Rejected, Retry, SinkCapabilities
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import NO, MovingClock, left, seal, worker_for
 from tests.delivery.test_hostile_sinks import delivering
-from tests.delivery.test_outage import calls_a_try, dead_in
+from tests.delivery.test_rejected_batches import calls_a_try, dead_in
+from tests.delivery.worker_setup import REJECTION, MovingClock, make_worker, remaining_files, seal_batch
 
-RULES = Rules(interval_s=0.01, recheck_s=0.03, backoff=Backoff(base_s=0.001, max_s=0.002))
+RULES = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.03, backoff=Backoff(base_s=0.001, max_s=0.002))
 CALLS_MAX = 2 * 9 + 2 + 2  # for 500 records of which none is accepted: twice their halvings, and a few
 CALLS_MAX_WITH_GOOD_ONES = 4 * (2 * 9 + 2) + 3  # likewise where a half was accepted
 PER_SUCCESS_MAX = RULES.stop_after_rejected_batches  # batches that one success may have given up
@@ -39,7 +39,7 @@ class Flapping(RecordingSink):
         if not self.accepts:
             self.calls_since += 1
             self.calls.append(batch.id)
-            return Rejected(NO)
+            return Rejected(REJECTION)
         self.accepts -= 1
         self.calls_since = 0
         return await super().deliver(batch)
@@ -47,7 +47,7 @@ class Flapping(RecordingSink):
 
 def put_off(worker: Worker) -> int:
     """How many batches are; its thread goes on putting them off."""
-    return len(worker._suspects._found)
+    return len(worker._poison_tracker._deferred)
 
 
 def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
@@ -62,9 +62,9 @@ def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
 def test_one_success_gives_up_few_of_the_batches_that_wait(place: Directory, batches: int, records: int) -> None:
     """However many were put off before it, with others behind them or not: then delivery stops again, and says so."""
     for stamp in range(1, batches + 1):
-        seal(place, stamp, *[b'"good %d %d"' % (stamp, number) for number in range(records)])
+        seal_batch(place, stamp, *[b'"good %d %d"' % (stamp, number) for number in range(records)])
     sink = Flapping()
-    worker = worker_for(place, sink, rules=RULES)
+    worker = make_worker(place, sink, config=RULES)
     with delivering(worker):
         wait_until(lambda: put_off(worker) >= 30)
         sink.accepts = 1
@@ -77,9 +77,9 @@ def test_a_deploy_that_flaps_gives_up_few_batches_a_flap_and_the_others_arrive(p
     """Once it is over, all that was not given up is delivered, and all is well."""
     flaps = 4
     for stamp in range(1, 41):
-        seal(place, stamp, b'"%d"' % stamp)
+        seal_batch(place, stamp, b'"%d"' % stamp)
     sink = Flapping()
-    worker = worker_for(place, sink, rules=RULES)
+    worker = make_worker(place, sink, config=RULES)
     with delivering(worker):
         for flap in range(flaps):
             stopped_again(worker, sink, flap)
@@ -96,29 +96,29 @@ def test_a_deploy_that_flaps_gives_up_few_batches_a_flap_and_the_others_arrive(p
 def test_a_flap_costs_few_calls_a_batch(place: Directory) -> None:
     """What is proven may be halved to the end, so long as it is judged; the others are put off early, each time."""
     for stamp in range(1, 13):
-        seal(place, stamp, *[b'"%d %d"' % (stamp, number) for number in range(500)])
+        seal_batch(place, stamp, *[b'"%d %d"' % (stamp, number) for number in range(500)])
     sink = Flapping()
-    worker = worker_for(place, sink, rules=RULES)
+    worker = make_worker(place, sink, config=RULES)
     with delivering(worker):
         wait_until(lambda: put_off(worker) == 12)
         assert max(calls_a_try(sink)) <= CALLS_MAX
         sink.accepts = 1
         stopped_again(worker, sink, 1)
-        given_up = len([name for name in left(place) if layout.kind_of(name) is layout.Kind.DEAD])
+        given_up = len([name for name in remaining_files(place) if layout.kind_of(name) is layout.Kind.DEAD])
         assert given_up <= PER_SUCCESS_MAX
         assert len([calls for calls in calls_a_try(sink) if calls > CALLS_MAX]) == given_up
 
 
 def test_a_batch_that_is_refused_again_and_again_costs_a_bounded_number_of_calls(place: Directory) -> None:
     """Each time that the destination is asked."""
-    batch = seal(place, 1, *[b'"%d"' % number for number in range(500)])
+    batch = seal_batch(place, 1, *[b'"%d"' % number for number in range(500)])
     sink = Flapping()
-    worker = worker_for(place, sink, rules=RULES._replace(recheck_s=60.0))
+    worker = make_worker(place, sink, config=RULES._replace(recheck_s=60.0))
     with delivering(worker):
         wait_until(lambda: worker.state.name == "degraded")
         assert calls_a_try(sink) == [len(sink.calls)]
         assert len(sink.calls) <= CALLS_MAX
-    assert left(place) == [batch + layout.SUFFIX]
+    assert remaining_files(place) == [batch + layout.SUFFIX]
 
 
 @pytest.mark.parametrize("first_only", [False, True])
@@ -128,16 +128,16 @@ def test_records_that_are_named_one_a_call_cost_a_bounded_number_of_calls(place:
     class Naming(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             self.calls.append(batch.id)
-            return PartialFailure({0 if first_only else len(batch) - 1: NO}, None)
+            return PartialFailure({0 if first_only else len(batch) - 1: REJECTION}, None)
 
-    batch = seal(place, 1, *[b'"%d"' % number for number in range(500)])
+    batch = seal_batch(place, 1, *[b'"%d"' % number for number in range(500)])
     sink = Naming()
-    worker = worker_for(place, sink, rules=RULES._replace(recheck_s=60.0))
+    worker = make_worker(place, sink, config=RULES._replace(recheck_s=60.0))
     with delivering(worker):
         wait_until(lambda: worker.state.name == "degraded")
         assert calls_a_try(sink) == [len(sink.calls)]
         assert len(sink.calls) <= CALLS_MAX
-    assert left(place) == [batch + layout.SUFFIX]
+    assert remaining_files(place) == [batch + layout.SUFFIX]
 
 
 def test_a_deploy_that_goes_bad_in_the_middle_of_a_batch_gives_up_none_of_it(place: Directory) -> None:
@@ -155,9 +155,9 @@ def test_a_deploy_that_goes_bad_in_the_middle_of_a_batch_gives_up_none_of_it(pla
 
     everything = [b'"%d %d"' % (stamp, number) for stamp in range(1, 6) for number in range(500)]
     for stamp in range(1, 6):
-        seal(place, stamp, *everything[(stamp - 1) * 500 : stamp * 500])
+        seal_batch(place, stamp, *everything[(stamp - 1) * 500 : stamp * 500])
     sink = Halfway()
-    worker = worker_for(place, sink, rules=RULES)
+    worker = make_worker(place, sink, config=RULES)
     with delivering(worker):
         stopped_again(worker, sink, 1)
         tries = calls_a_try(sink)
@@ -176,16 +176,16 @@ def test_a_stop_that_a_call_under_way_has_ended_is_not_told(place: Directory) ->
         async def deliver(self, batch: Batch) -> DeliveryResult:
             self.calls.append(batch.id)
             if int(batch.payloads[0]) <= RULES.stop_after_rejected_batches:
-                return Rejected(NO)
+                return Rejected(REJECTION)
             await asyncio.sleep(0.05)
             return Delivered(len(batch))
 
     for stamp in range(1, 9):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = Mixed()
     sink.capabilities = sink.capabilities._replace(concurrent=True)
-    worker = worker_for(place, sink, rules=RULES._replace(max_in_flight=4, recheck_s=60.0))
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink, config=RULES._replace(max_in_flight=4, recheck_s=60.0))
+    thread = ThreadRunner(worker)
     thread.start()
     assert worker.idle.wait(60)
     assert thread.stop(30)
@@ -195,7 +195,7 @@ def test_a_stop_that_a_call_under_way_has_ended_is_not_told(place: Directory) ->
 
 
 @pytest.mark.parametrize(
-    "answer", [Rejected(NO), PartialFailure({0: NO}, None), Retry("not now")], ids=["refused", "named", "not now"]
+    "answer", [Rejected(REJECTION), PartialFailure({0: REJECTION}, None), Retry("not now")], ids=["refused", "named", "not now"]
 )
 def test_an_age_limit_comes_whatever_the_destination_says(place: Directory, answer: DeliveryResult) -> None:
     """Also where it refuses instead of asking for time: not before the limit has had time to prove itself."""
@@ -210,10 +210,10 @@ def test_an_age_limit_comes_whatever_the_destination_says(place: Directory, answ
 
     now = clock.micros()
     for number in range(4):
-        seal(place, now - 3_700_000_000 + number, b'"old %d"' % number)
+        seal_batch(place, now - 3_700_000_000 + number, b'"old %d"' % number)
     sink = Refusing()
-    worker = worker_for(place, sink, rules=RULES._replace(max_age_s=3600.0), clock=clock)
+    worker = make_worker(place, sink, config=RULES._replace(max_age_s=3600.0), clock=clock)
     with delivering(worker):
         wait_until(lambda: place.batch_names() == [])
-    assert clock.monotonic() - begun >= AGE_PROOF_S
+    assert clock.monotonic() - begun >= EXPIRY_MIN_FAILING_S
     assert dead_in(place) == [b'"old %d"' % number for number in range(4)]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.lease import last_heartbeat
-from pillarbox.delivery.policy import Rules
-from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.lease import read_heartbeat
+from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.errors import SinkUnusableError
 from pillarbox.sinks.base import (
     Batch,
@@ -29,7 +29,7 @@ from pillarbox.sinks.base import (
 from pillarbox.store import layout
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import NO, QUICK, MovingClock, left, seal, worker_for
+from tests.delivery.worker_setup import QUICK_CONFIG, REJECTION, MovingClock, make_worker, remaining_files, seal_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,14 +37,16 @@ if TYPE_CHECKING:
     from pillarbox.delivery.worker import Worker
     from pillarbox.store.directory import Directory
 
-ONCE = Rules(interval_s=0.01, recheck_s=60.0, backoff=Backoff(base_s=60.0, max_s=60.0))  # no second look within a test
+ONCE = DeliveryConfig(
+    poll_interval_s=0.01, recheck_s=60.0, backoff=Backoff(base_s=60.0, max_s=60.0)
+)  # no second look within a test
 LONE = "caf\udce9"  # what `surrogateescape` makes of bytes that are no UTF-8
 
 
 @contextlib.contextmanager
-def delivering(worker: Worker) -> Iterator[DeliveryThread]:
+def delivering(worker: Worker) -> Iterator[ThreadRunner]:
     """Have it deliver in its thread."""
-    thread = DeliveryThread(worker)
+    thread = ThreadRunner(worker)
     thread.start()
     try:
         yield thread
@@ -83,10 +85,10 @@ class Answering(RecordingSink):
         "accepted",
         PartialFailure({}, None),
         PartialFailure({}, 2),
-        PartialFailure({7: NO}, None),
-        PartialFailure({-1: NO}, 1),
-        PartialFailure({0: NO}, 2),
-        PartialFailure({0: NO}, 0),
+        PartialFailure({7: REJECTION}, None),
+        PartialFailure({-1: REJECTION}, 1),
+        PartialFailure({0: REJECTION}, 2),
+        PartialFailure({0: REJECTION}, 0),
         Delivered(1),
         Delivered(3),
         Delivered(-1),
@@ -96,22 +98,22 @@ class Answering(RecordingSink):
 )
 def test_an_answer_that_cannot_be_stops_delivery_after_one_call(place: Directory, answer: object) -> None:
     """Nothing is settled on it, and the destination is not asked without a pause."""
-    batch = seal(place, 1, b"1", b"2")
+    batch = seal_batch(place, 1, b"1", b"2")
     sink = Answering(answer)
-    worker = worker_for(place, sink, rules=ONCE)
+    worker = make_worker(place, sink, config=ONCE)
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
         assert not worker.idle.wait(0.1)
         assert worker.state.reason == f"the sink answered a call of 2 records with {answer!r}, which cannot be: mend the sink"
-    assert (sink.calls, left(place)) == ([batch], [batch + layout.SUFFIX])
+    assert (sink.calls, remaining_files(place)) == ([batch], [batch + layout.SUFFIX])
 
 
 @pytest.mark.parametrize("after", [-5.0, float("nan"), float("inf")])
 def test_a_time_that_cannot_be_waited_for_is_ours(place: Directory, after: float) -> None:
     """Neither without a pause nor for ever."""
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = Answering(Retry("not now", after))
-    worker = worker_for(place, sink, rules=ONCE._replace(backoff=Backoff(base_s=9_000.0, max_s=9_000.0)))
+    worker = make_worker(place, sink, config=ONCE._replace(backoff=Backoff(base_s=9_000.0, max_s=9_000.0)))
     with delivering(worker):
         wait_until(lambda: worker.state.name == "waiting")
         assert not worker.idle.wait(0.1)
@@ -126,14 +128,14 @@ def test_an_index_before_the_part_condemns_no_record_that_was_accepted(place: Di
         async def deliver(self, batch: Batch) -> DeliveryResult:
             self.calls.append(batch.id)
             if ":" not in batch.id:
-                return Rejected(NO)
-            return PartialFailure({-1: NO}, 2) if batch.first_index else Delivered(len(batch))
+                return Rejected(REJECTION)
+            return PartialFailure({-1: REJECTION}, 2) if batch.first_index else Delivered(len(batch))
 
-    seal(place, 1, b'"a"', b'"b"', b'"c"', b'"d"')
-    worker = worker_for(place, Wrong(), rules=ONCE)
+    seal_batch(place, 1, b'"a"', b'"b"', b'"c"', b'"d"')
+    worker = make_worker(place, Wrong(), config=ONCE)
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
-    assert [layout.kind_of(name) for name in left(place)] == [layout.Kind.SEALED]
+    assert [layout.kind_of(name) for name in remaining_files(place)] == [layout.Kind.SEALED]
 
 
 class Faulty(RecordingSink):
@@ -179,22 +181,22 @@ def test_whatever_a_sink_raises_everything_arrives(place: Directory, where: str,
     """The thread lives on, and each record is taken once."""
     stamps = range(1, 6)
     for stamp in stamps:
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = Faulty(where, error)
-    worker = worker_for(place, sink, rules=QUICK)
+    worker = make_worker(place, sink, config=QUICK_CONFIG)
     with delivering(worker) as thread:
         assert worker.idle.wait(60)
         assert thread.stop(30)
     assert sink.error is None
     assert sink.payloads == [b"%d" % stamp for stamp in stamps]
-    assert (left(place), worker.counters.delivered, worker.lease.held) == ([], 5, False)
+    assert (remaining_files(place), worker.counters.delivered, worker.lease.is_held) == ([], 5, False)
 
 
 def test_a_call_that_the_sink_cancels_itself_is_made_again(place: Directory) -> None:
     """It is an answer like others, and no end of the loop."""
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = Faulty("deliver", asyncio.CancelledError())
-    worker = worker_for(place, sink)
+    worker = make_worker(place, sink)
     deliver_all(worker)
     assert (worker.last_error, sink.open_count, sink.payloads) == ("the sink cancelled its own call", 1, [b"1"])
 
@@ -202,7 +204,7 @@ def test_a_call_that_the_sink_cancels_itself_is_made_again(place: Directory) -> 
 def test_a_prepare_that_raises_repeats_no_call_that_is_under_way(place: Directory) -> None:
     """What is prepared is the next batch; this one is not to suffer."""
     for stamp in range(1, 4):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     begun: list[str] = []
 
     class Unprepared(Faulty):
@@ -211,7 +213,7 @@ def test_a_prepare_that_raises_repeats_no_call_that_is_under_way(place: Director
             return await super().deliver(batch)
 
     sink = Unprepared("prepare", ValueError("cannot be encoded"))
-    deliver_all(worker_for(place, sink))
+    deliver_all(make_worker(place, sink))
     assert (sink.error, begun) == (None, sink.calls)
 
 
@@ -240,24 +242,24 @@ class Deaf(RecordingSink):
 
 def test_a_call_that_is_given_up_does_not_overlap_the_next(place: Directory) -> None:
     """A sink that takes one call at a time gets the next once the former has ended."""
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = Deaf(accepts=False)
-    worker = worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.05))
+    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05))
     with delivering(worker):
         wait_until(lambda: worker.state.reason == "the sink goes on with a call that was given up")
         assert not worker.idle.wait(0.1)
         assert (sink.under_way, sink.cancelled) == (1, 1)
         sink.over = True
         assert worker.idle.wait(60)
-    assert (sink.most, left(place)) == (1, [])
+    assert (sink.most, remaining_files(place)) == (1, [])
 
 
 def test_an_answer_that_comes_while_the_call_is_given_up_counts(place: Directory) -> None:
     """What has arrived is not sent again."""
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = Deaf(accepts=True)
-    deliver_all(worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.05)))
-    assert (sink.cancelled, len(sink.calls), left(place)) == (1, 1, [])
+    deliver_all(make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05)))
+    assert (sink.cancelled, len(sink.calls), remaining_files(place)) == (1, 1, [])
 
 
 @pytest.mark.parametrize("where", ["open", "confirm"])
@@ -279,11 +281,11 @@ def test_what_hangs_is_given_up_and_tried_again(place: Directory, where: str) ->
             await self._hang("confirm")
             return await super().confirm(batches)
 
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = Hanging(needs_confirmation=True)
-    worker = worker_for(place, sink, rules=QUICK._replace(call_timeout_s=0.1))
+    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.1))
     deliver_all(worker)
-    assert (sink.hung, sink.payloads, left(place)) == (1, [b"1"], [])
+    assert (sink.hung, sink.payloads, remaining_files(place)) == (1, [b"1"], [])
     assert worker.last_error
 
 
@@ -299,28 +301,28 @@ def test_a_confirmation_that_cannot_be_settles_nothing(place: Directory, sure: o
             asked.append(len(batches))
             return await super().confirm(batches) if self.is_mended else cast("int", sure)
 
-    batch = seal(place, 1, b"1")
+    batch = seal_batch(place, 1, b"1")
     sink = Unsure(needs_confirmation=True, unconfirmed_max=2)
     clock = MovingClock()
-    worker = worker_for(place, sink, rules=QUICK._replace(recheck_s=60.0), clock=clock)
+    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(recheck_s=60.0), clock=clock)
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
         assert worker.state.reason == f"the sink confirmed {sure!r} of 1 batches: mend the sink"
         assert not worker.idle.wait(0.1)
-        assert (len(asked), left(place)) == (1, [batch + layout.SUFFIX])
+        assert (len(asked), remaining_files(place)) == (1, [batch + layout.SUFFIX])
         sink.is_mended = True
         clock.advance(60.0)
         assert worker.idle.wait(60)
-    assert (sink.calls, left(place)) == ([batch, batch], [])
+    assert (sink.calls, remaining_files(place)) == ([batch, batch], [])
 
 
 @pytest.mark.parametrize("confirms", [False, True])
 def test_a_refusal_in_any_text_becomes_a_dead_letter(place: Directory, *, confirms: bool) -> None:
     """Also one that no file could hold as it is."""
-    batch = seal(place, 1, b'"good"', b'"bad"')
-    worker = worker_for(place, Answering(PartialFailure({1: Rejection(LONE, LONE)}, 1), confirms=confirms))
+    batch = seal_batch(place, 1, b'"good"', b'"bad"')
+    worker = make_worker(place, Answering(PartialFailure({1: Rejection(LONE, LONE)}, 1), confirms=confirms))
     deliver_all(worker)
-    assert left(place) == [layout.dead_name(batch)]
+    assert remaining_files(place) == [layout.dead_name(batch)]
     letter = json.loads(Path(place.path_of(layout.dead_name(batch))).read_bytes())
     assert (letter["event"], letter["code"], letter["reason"]) == ("bad", "caf\\udce9", "caf\\udce9")
 
@@ -332,22 +334,22 @@ def test_a_refusal_in_any_text_becomes_a_dead_letter(place: Directory, *, confir
 )
 def test_what_is_raised_in_any_text_is_told(place: Directory, where: str, error: Exception) -> None:
     """In the state and in the heartbeat; then everything arrives."""
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = Faulty(where, error)
-    worker = worker_for(place, sink)
+    worker = make_worker(place, sink)
     with delivering(worker):
         assert worker.idle.wait(60)
-        beat = last_heartbeat(place)
+        beat = read_heartbeat(place)
         assert beat is not None
         assert beat.last_error.endswith("caf\\udce9")
-    assert (sink.payloads, left(place)) == ([b"1"], [])
+    assert (sink.payloads, remaining_files(place)) == ([b"1"], [])
 
 
 @pytest.mark.parametrize("answer", [Retry(LONE), Misconfigured(LONE)], ids=["retry", "misconfigured"])
 def test_an_answer_in_any_text_is_told(place: Directory, answer: DeliveryResult) -> None:
     """It delays the batch, and nothing else."""
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = RecordingSink([answer])
-    worker = worker_for(place, sink)
+    worker = make_worker(place, sink)
     deliver_all(worker)
-    assert (worker.last_error, sink.payloads, left(place)) == ("caf\\udce9", [b"1"], [])
+    assert (worker.last_error, sink.payloads, remaining_files(place)) == ("caf\\udce9", [b"1"], [])

@@ -9,15 +9,15 @@ from collections import Counter
 import pytest
 
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import Rules
-from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Rejected, Rejection, Retry, SinkCapabilities
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import NO, drain, left, seal, worker_for
+from tests.delivery.worker_setup import REJECTION, drain_worker, make_worker, remaining_files, seal_batch
 
-QUICK = Rules(interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), max_in_flight=4)
+QUICK = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), max_in_flight=4)
 
 
 class Slow(RecordingSink):
@@ -44,22 +44,22 @@ class Slow(RecordingSink):
 def test_several_batches_are_sent_at_once_and_each_is_settled_by_itself(place: Directory, *, confirms: bool) -> None:
     """Never more than asked for; out of order, and none is missing."""
     for stamp in range(1, 41):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = Slow(confirms=confirms)
-    worker = worker_for(place, sink, rules=QUICK)
-    drain(worker)
+    worker = make_worker(place, sink, config=QUICK)
+    drain_worker(worker)
     assert sink.most == 4
     assert sorted(sink.payloads, key=int) == [b"%d" % stamp for stamp in range(1, 41)]
     assert sink.payloads != sorted(sink.payloads, key=int)
-    assert (left(place), worker.counters.delivered, worker.counters.flushed_files) == ([], 40, 40)
+    assert (remaining_files(place), worker.counters.delivered, worker.counters.flushed_files) == ([], 40, 40)
 
 
 def test_a_sink_that_takes_one_batch_at_a_time_gets_one(place: Directory) -> None:
     """Whatever was asked for; then they arrive in order."""
     for stamp in range(1, 11):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = Slow(concurrent=False)
-    drain(worker_for(place, sink, rules=QUICK))
+    drain_worker(make_worker(place, sink, config=QUICK))
     assert (sink.most, sink.payloads) == (1, [b"%d" % stamp for stamp in range(1, 11)])
 
 
@@ -81,9 +81,9 @@ def test_when_the_destination_asks_for_time_all_that_are_under_way_give_it(place
             return await super().deliver(batch)
 
     for stamp in range(1, 21):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = Busy()
-    drain(worker_for(place, sink, rules=QUICK))
+    drain_worker(make_worker(place, sink, config=QUICK))
     assert sink.asked_at is not None
     after = sorted(moment - sink.asked_at for moment in sink.times if moment > sink.asked_at)
     # Those that were to begin in the same moment may do so a little later.
@@ -108,12 +108,12 @@ def test_one_that_fails_does_not_keep_the_others_from_being_settled(place: Direc
             return await super().deliver(batch)
 
     for stamp in range(1, 61):
-        seal(place, stamp, b"%d" % stamp, b"-%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp, b"-%d" % stamp)
     sink = Random()
-    worker = worker_for(place, sink, rules=QUICK)
-    drain(worker)
+    worker = make_worker(place, sink, config=QUICK)
+    drain_worker(worker)
     assert Counter(sink.payloads) == Counter([b"%d" % stamp for stamp in (*range(1, 61), *range(-60, 0))])
-    assert (left(place), worker.counters.dead) == ([], 0)
+    assert (remaining_files(place), worker.counters.dead) == ([], 0)
 
 
 def test_told_to_end_it_finishes_the_calls_that_are_under_way(place: Directory) -> None:
@@ -134,10 +134,10 @@ def test_told_to_end_it_finishes_the_calls_that_are_under_way(place: Directory) 
             return await super().deliver(batch)
 
     for stamp in range(1, 4):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = Held()
-    worker = worker_for(place, sink, rules=QUICK)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink, config=QUICK)
+    thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: sink.waiting == 3)
     worker.end()
@@ -145,7 +145,7 @@ def test_told_to_end_it_finishes_the_calls_that_are_under_way(place: Directory) 
     thread._loop.call_soon_threadsafe(sink.go_on.set)
     assert thread.stop(30)
     assert sorted(sink.payloads) == [b"1", b"3"]
-    assert len(left(place)) == 1
+    assert len(remaining_files(place)) == 1
 
 
 @pytest.mark.parametrize("after", [0.05, 0.2])
@@ -158,9 +158,9 @@ def test_a_time_that_is_named_is_kept_exactly(place: Directory, after: float) ->
             times.append(asyncio.get_running_loop().time())
             return await super().deliver(batch)
 
-    seal(place, 1, b"1")
-    rules = Rules(interval_s=0.01, backoff=Backoff(base_s=1e6, max_s=1e6))
-    drain(worker_for(place, Timed([Retry("busy", after)]), rules=rules))
+    seal_batch(place, 1, b"1")
+    rules = DeliveryConfig(poll_interval_s=0.01, backoff=Backoff(base_s=1e6, max_s=1e6))
+    drain_worker(make_worker(place, Timed([Retry("busy", after)]), config=rules))
     assert after <= times[1] - times[0] < 50.0
 
 
@@ -175,8 +175,8 @@ def test_a_call_that_takes_too_long_is_given_up_and_made_again(place: Directory)
                 await asyncio.sleep(60)
             return Delivered(len(batch))
 
-    seal(place, 1, b"1")
-    worker = worker_for(place, Hanging(), rules=QUICK._replace(call_timeout_s=0.05))
-    drain(worker)
+    seal_batch(place, 1, b"1")
+    worker = make_worker(place, Hanging(), config=QUICK._replace(call_timeout_s=0.05))
+    drain_worker(worker)
     assert worker.last_error == "no answer within 0.05 s"
-    assert (left(place), NO.code) == ([], "no")
+    assert (remaining_files(place), REJECTION.code) == ([], "no")

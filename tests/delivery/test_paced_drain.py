@@ -11,21 +11,21 @@ import pytest
 from pillarbox import TrackingEvent
 from pillarbox.codec import Codec
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.pacing import Pacer, Pacing
-from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.pacing import Pacer, PacingConfig
+from pillarbox.delivery.policy import DeliveryConfig
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.base import Batch, DeliveryResult
 from pillarbox.store.directory import Directory
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event
-from tests.delivery.stage import QUICK, drain, left, seal, worker_for
+from tests.delivery.worker_setup import QUICK_CONFIG, drain_worker, make_worker, remaining_files, seal_batch
 from tests.sinks.http_server import CannedResponse, Request, Server
 
 BUSY = CannedResponse(503, b"<html>", {"Retry-After": "0"})
 # What takes minutes in life: the rate begins at a hundredth of what this server takes, and calls are milliseconds.
-BOUNDS = Pacing(start_share=0.01, step_share=0.05, slow_least_s=5.0, outage_s=0.001, pause_max_s=0.2)
-RULES = Rules(interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), pacing=BOUNDS)
+BOUNDS = PacingConfig(start_share=0.01, step_share=0.05, slow_least_s=5.0, outage_s=0.001, pause_max_s=0.2)
+RULES = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), pacing=BOUNDS)
 LISTING_S = 0.002
 encode = Codec(TrackingEvent).encode
 
@@ -60,7 +60,7 @@ class Recovering:
 
 def fill(place: Directory, files: int, events: int = 10) -> None:
     for stamp in range(1, files + 1):
-        seal(place, stamp, *[encode(event(stamp * 1000 + number)) for number in range(events)])
+        seal_batch(place, stamp, *[encode(event(stamp * 1000 + number)) for number in range(events)])
 
 
 @pytest.mark.parametrize("in_flight", [1, 4])
@@ -69,10 +69,10 @@ def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(pla
     fill(place, 120)
     server = Recovering(5, 10)
     with Server(server) as running:
-        worker = worker_for(place, make_sink(running.url(), TrackingEvent), rules=RULES._replace(max_in_flight=in_flight))
+        worker = make_worker(place, make_sink(running.url(), TrackingEvent), config=RULES._replace(max_in_flight=in_flight))
         server.worker = worker
-        drain(worker)
-    assert left(place) == []
+        drain_worker(worker)
+    assert remaining_files(place) == []
     rates = [one.rate for one in server.seen if one.rate is not None]
     assert len(rates) >= 10
     assert rates[0] < max(rates) / 4
@@ -90,7 +90,7 @@ def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int, monkey
     server = Recovering(0, 3)
     rules = RULES._replace(max_in_flight=in_flight, pacing=BOUNDS._replace(max_rate=400.0))
     sent: list[tuple[float, int]] = []
-    really = Pacer.sent
+    really = Pacer.note_sent
 
     def note(pacer: Pacer, now: float, records: int) -> None:
         sent.append((now, records))
@@ -98,10 +98,10 @@ def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int, monkey
 
     monkeypatch.setattr(Pacer, "sent", note)
     with Server(server) as running:
-        worker = worker_for(place, make_sink(running.url(), TrackingEvent), rules=rules)
+        worker = make_worker(place, make_sink(running.url(), TrackingEvent), config=rules)
         assert worker.counters.rate == 400
         server.worker = worker
-        drain(worker)
+        drain_worker(worker)
     assert all(one.rate is not None and one.rate <= 400 for one in server.seen)
     assert sum(one.events for one in server.seen) == 300
     # What arrives was sent a moment before, and how long that was differs: the calls, not the arrivals, keep the distance.
@@ -121,7 +121,7 @@ class Meanwhile(RecordingSink):
     async def deliver(self, batch: Batch) -> DeliveryResult:
         assert self.worker is not None
         for stamp in self.stamps if not self.batches else ():
-            seal(self.place, stamp, b"%d" % stamp)
+            seal_batch(self.place, stamp, b"%d" % stamp)
         self.worker.notify()
         await asyncio.sleep(0.005)  # long enough for the next file to be read ahead
         return await super().deliver(batch)
@@ -141,11 +141,11 @@ def test_what_is_sealed_during_a_drain_has_its_share_in_it(
 ) -> None:
     """None by default: strictly in order. The file that is read ahead goes first in any case. Looking takes no time."""
     for stamp in range(1, 13):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = Meanwhile(place, range(21, 25))
-    sink.worker = worker = worker_for(place, sink, rules=QUICK._replace(live_share=share), clock=clock)
-    drain(worker)
-    assert (list(map(int, sink.payloads)), left(place)) == (expected, [])
+    sink.worker = worker = make_worker(place, sink, config=QUICK_CONFIG._replace(live_share=share), clock=clock)
+    drain_worker(worker)
+    assert (list(map(int, sink.payloads)), remaining_files(place)) == (expected, [])
 
 
 def test_a_long_drain_spends_a_tenth_of_its_time_on_looking(
@@ -153,7 +153,7 @@ def test_a_long_drain_spends_a_tenth_of_its_time_on_looking(
 ) -> None:
     """However often it is told that there is something new."""
     for stamp in range(1, 201):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     really, looks, shares = place.batch_names, [0], []
 
     def sealed() -> list[str]:
@@ -168,9 +168,9 @@ def test_a_long_drain_spends_a_tenth_of_its_time_on_looking(
             return await super().deliver(batch)
 
     sink = Timed(place, range(0))
-    sink.worker = worker = worker_for(place, sink, rules=QUICK._replace(live_share=0.5), clock=clock)
+    sink.worker = worker = make_worker(place, sink, config=QUICK_CONFIG._replace(live_share=0.5), clock=clock)
     monkeypatch.setattr(place, "sealed", sealed)
-    drain(worker)
+    drain_worker(worker)
     assert len(shares) == 200
     assert looks[0] > 10
     assert shares[-1] < 1 / 5

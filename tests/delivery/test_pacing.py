@@ -9,19 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pillarbox.delivery.pacing import Pacer, Pacing
+from pillarbox.delivery.pacing import Pacer, PacingConfig
 
 CALL = 500  # records
 TAKES_S = 0.25  # that a call of them usually takes: 2,000 events/s
 STEP = 2000 / 128
 
 
-def known(bounds: Pacing = Pacing(), at_once: int = 1) -> Pacer:  # noqa: B008 - immutable
+def known(bounds: PacingConfig = PacingConfig(), at_once: int = 1) -> Pacer:  # noqa: B008 - immutable
     """A pacer that knows its destination."""
     pacer = Pacer(bounds, at_once)
     for number in range(50):
-        pacer.sent(number, CALL)
-        pacer.arrived(number, number + TAKES_S, CALL)
+        pacer.note_sent(number, CALL)
+        pacer.note_accepted(number, number + TAKES_S, CALL)
     return pacer
 
 
@@ -36,10 +36,10 @@ def drain(pacer: Pacer, now: float, calls: int, takes_s: float = TAKES_S) -> lis
     """So many calls, one after the other, each as soon as it may go and answered after so long."""
     sent = []
     for _ in range(calls):
-        now += pacer.wait(now)
+        now += pacer.seconds_until_next(now)
         sent.append(Sent(now, pacer.rate))
-        pacer.sent(now, CALL)
-        pacer.arrived(now, now + takes_s, CALL)
+        pacer.note_sent(now, CALL)
+        pacer.note_accepted(now, now + takes_s, CALL)
         now += takes_s
     return sent
 
@@ -47,8 +47,8 @@ def drain(pacer: Pacer, now: float, calls: int, takes_s: float = TAKES_S) -> lis
 def failing(pacer: Pacer, now: float, seconds: float) -> float:
     """Tried again every second, in vain; the time when that ends."""
     for _ in range(int(seconds)):
-        pacer.sent(now, CALL)
-        pacer.failed(now, now + 0.01, CALL)
+        pacer.note_sent(now, CALL)
+        pacer.note_failure(now, now + 0.01, CALL)
         now += 1
     return now
 
@@ -56,11 +56,11 @@ def failing(pacer: Pacer, now: float, seconds: float) -> float:
 @given(st.lists(st.tuples(st.integers(1, 5000), st.floats(0, 100), st.floats(0, 100)), max_size=50))
 def test_nothing_is_held_back_while_no_call_fails(calls: list[tuple[int, float, float]]) -> None:
     """However long answers take and however large the calls are."""
-    pacer, now = Pacer(Pacing()), 0.0
+    pacer, now = Pacer(PacingConfig()), 0.0
     for records, takes_s, gap_s in calls:
-        assert (pacer.wait(now), pacer.rate, pacer.is_paced) == (0.0, None, False)
-        pacer.sent(now, records)
-        pacer.arrived(now, now + takes_s, records)
+        assert (pacer.seconds_until_next(now), pacer.rate, pacer.is_paced) == (0.0, None, False)
+        pacer.note_sent(now, records)
+        pacer.note_accepted(now, now + takes_s, records)
         now += takes_s + gap_s
 
 
@@ -77,11 +77,11 @@ def test_after_an_outage_the_rate_begins_low_and_rises_by_the_same_step_each_tim
 
 def test_one_failure_halves_the_rate_and_is_no_outage() -> None:
     """Another one halves it again, down to a call in thirty seconds."""
-    pacer = known(Pacing(outage_s=60))
+    pacer = known(PacingConfig(outage_s=60))
     rates = []
     for number in range(16):
         began = 100 + number / 2  # no more than once a second
-        pacer.failed(began, began + 0.01, CALL)
+        pacer.note_failure(began, began + 0.01, CALL)
         rates.append(pacer.rate)
     assert rates[::2] == rates[1::2] == pytest.approx([1000, 500, 250, 125, 62.5, 31.25, CALL / 30, CALL / 30])
     assert pacer.outages == 0
@@ -91,14 +91,14 @@ def test_calls_that_were_under_way_together_cut_the_rate_once() -> None:
     """What they say is of the rate before."""
     pacer = known(at_once=4)
     for number in range(4):
-        pacer.failed(100 + number / 100, 101 + number / 100, CALL)
+        pacer.note_failure(100 + number / 100, 101 + number / 100, CALL)
     assert pacer.rate == pytest.approx(4 * 2000 / 2)
 
 
 def test_a_timeout_is_an_outage() -> None:
     """It has lasted as long as one by then; the rate begins at a 32nd."""
     pacer = known()
-    pacer.failed(100, 110, CALL)
+    pacer.note_failure(100, 110, CALL)
     assert pacer.rate == pytest.approx(2000 / 32)
     assert pacer.outages == 1
 
@@ -106,12 +106,12 @@ def test_a_timeout_is_an_outage() -> None:
 def test_two_slow_answers_halve_the_rate_and_one_in_time_raises_it() -> None:
     """Slow is three times as long as such a call usually takes; a single one changes nothing."""
     pacer = known()
-    pacer.failed(100, 100.01, CALL)
+    pacer.note_failure(100, 100.01, CALL)
     rates: list[float] = []
     for number, takes in enumerate([3.1, 1.0, 3.1, 3.1, 3.1, 0.9]):
         began = 110 + 10 * number
-        pacer.sent(began, CALL)
-        pacer.arrived(began, began + takes * TAKES_S, CALL)
+        pacer.note_sent(began, CALL)
+        pacer.note_accepted(began, began + takes * TAKES_S, CALL)
         rates.append(pacer.rate or 0)
     raised = 1000 + STEP
     assert rates[:5] == pytest.approx([1000, raised, raised, raised / 2, raised / 2])
@@ -121,11 +121,11 @@ def test_two_slow_answers_halve_the_rate_and_one_in_time_raises_it() -> None:
 def test_slow_answers_bound_the_rate_anew_until_nothing_waits_any_more() -> None:
     """A destination that falls back in the middle of the drain; while all is well they do not."""
     pacer = known()
-    pacer.failed(100, 100.01, CALL)
+    pacer.note_failure(100, 100.01, CALL)
     assert drain(pacer, 110, 300)[-1].rate is None
     drain(pacer, 1000, 2, takes_s=10 * TAKES_S)
     assert pacer.rate is not None
-    pacer.caught_up()
+    pacer.note_drained()
     drain(pacer, 2000, 2, takes_s=10 * TAKES_S)
     assert pacer.rate is None
 
@@ -139,26 +139,26 @@ def test_a_destination_that_is_slower_for_good_is_slow_no_more_after_a_while() -
 
 def test_a_large_call_may_take_longer_and_a_quick_answer_is_never_slow() -> None:
     """Ten times the records in ten times the time; a millisecond is nothing to cut a rate for."""
-    quick = Pacer(Pacing())
+    quick = Pacer(PacingConfig())
     for number in range(20):
-        quick.arrived(number, number + 0.001, 10)
-    quick.failed(100, 100.001, 10)
+        quick.note_accepted(number, number + 0.001, 10)
+    quick.note_failure(100, 100.001, 10)
     before = quick.rate
     assert before is not None
     for began in (101, 102, 103):
-        quick.arrived(began, began + 0.09, 10)
+        quick.note_accepted(began, began + 0.09, 10)
     assert quick.rate is None or quick.rate > before
     pacer = known()
-    pacer.failed(100, 100.01, CALL)
+    pacer.note_failure(100, 100.01, CALL)
     for began in (101, 111, 121):
-        pacer.arrived(began, began + 10 * TAKES_S, 10 * CALL)
+        pacer.note_accepted(began, began + 10 * TAKES_S, 10 * CALL)
     assert pacer.rate is not None
     assert pacer.rate > 1000
 
 
 def test_where_nothing_is_known_of_the_destination_the_first_pause_is_the_longest() -> None:
     """A process that starts in an outage; once calls arrive it knows."""
-    pacer = Pacer(Pacing())
+    pacer = Pacer(PacingConfig())
     now = failing(pacer, 0, 60)
     assert pacer.rate == pytest.approx(CALL / 30)
     sent = drain(pacer, now, 300)
@@ -169,42 +169,42 @@ def test_where_nothing_is_known_of_the_destination_the_first_pause_is_the_longes
 
 def test_one_failure_before_anything_is_known_bounds_nothing() -> None:
     """Half of an unknown rate would be no rate at all."""
-    pacer = Pacer(Pacing())
-    pacer.sent(0.0, CALL)
-    pacer.failed(0.0, 0.01, CALL)
+    pacer = Pacer(PacingConfig())
+    pacer.note_sent(0.0, CALL)
+    pacer.note_failure(0.0, 0.01, CALL)
     assert pacer.rate is None
 
 
 def test_after_an_outage_that_a_process_began_in_the_first_answer_tells_where_to_begin() -> None:
     """At the same share of what the destination takes as after any other outage, not at the lowest rate there is."""
-    pacer = Pacer(Pacing())
+    pacer = Pacer(PacingConfig())
     now = failing(pacer, 0.0, 10)
     first, second, third = drain(pacer, now, 3)
     assert first.rate is not None
     assert second.rate is not None
     assert third.rate is not None
     usual = CALL / TAKES_S
-    assert second.rate >= Pacing().start_share * usual > first.rate
-    assert third.rate == pytest.approx(second.rate + Pacing().step_share * usual)
+    assert second.rate >= PacingConfig().start_share * usual > first.rate
+    assert third.rate == pytest.approx(second.rate + PacingConfig().step_share * usual)
 
 
 def test_when_to_try_again_what_failed_is_for_the_backoff_to_say() -> None:
     """The bound counts what arrived, and what is under way."""
     pacer = known()
     failing(pacer, 100, 60)
-    assert pacer.wait(161) == 0
-    pacer.sent(161, CALL)
-    assert pacer.wait(161) > 0
-    pacer.refused(CALL)
-    assert pacer.wait(161) == 0
+    assert pacer.seconds_until_next(161) == 0
+    pacer.note_sent(161, CALL)
+    assert pacer.seconds_until_next(161) > 0
+    pacer.note_rejection(CALL)
+    assert pacer.seconds_until_next(161) == 0
 
 
 def test_once_nothing_waits_there_is_no_bound() -> None:
     """The ceiling stays."""
-    pacer = known(Pacing(max_rate=700))
+    pacer = known(PacingConfig(max_rate=700))
     failing(pacer, 100, 60)
     assert pacer.is_paced
-    pacer.caught_up()
+    pacer.note_drained()
     assert (pacer.is_paced, pacer.rate) == (False, 700)
 
 
@@ -214,19 +214,19 @@ def test_once_nothing_waits_there_is_no_bound() -> None:
 )
 def test_never_more_than_the_ceiling(max_rate: float, calls: list[tuple[int, float, str]]) -> None:
     """Over any stretch of time: at most one call more, and what a late timer may make up for."""
-    pacer, now = Pacer(Pacing(max_rate=max_rate)), 0.0
+    pacer, now = Pacer(PacingConfig(max_rate=max_rate)), 0.0
     sent: list[tuple[float, int]] = []
     for records, takes_s, end in calls:
-        while (left := pacer.wait(now)) > 0:
+        while (left := pacer.seconds_until_next(now)) > 0:
             now = max(now + left, now * (1 + 1e-15))
-        pacer.sent(now, records)
+        pacer.note_sent(now, records)
         sent.append((now, records))
         if end == "arrived":
-            pacer.arrived(now, now + takes_s, records)
+            pacer.note_accepted(now, now + takes_s, records)
         elif end == "failed":
-            pacer.failed(now, now + takes_s, records)
+            pacer.note_failure(now, now + takes_s, records)
         else:
-            pacer.refused(records)
+            pacer.note_rejection(records)
         now += takes_s
         assert pacer.rate is not None
         assert pacer.rate <= max_rate
@@ -240,12 +240,12 @@ def test_never_more_than_the_ceiling(max_rate: float, calls: list[tuple[int, flo
 @given(st.lists(st.tuples(st.integers(1, 2000), st.floats(0, 20), st.booleans()), max_size=60))
 def test_a_pause_is_bounded_whatever_happens(calls: list[tuple[int, float, bool]]) -> None:
     """Thirty seconds; and the destination is asked again."""
-    pacer, now = Pacer(Pacing()), 0.0
+    pacer, now = Pacer(PacingConfig()), 0.0
     for records, takes_s, well in calls:
-        assert pacer.wait(now) <= 30 * (1 + 1e-9)
-        pacer.sent(now, records)
+        assert pacer.seconds_until_next(now) <= 30 * (1 + 1e-9)
+        pacer.note_sent(now, records)
         if well:
-            pacer.arrived(now, now + takes_s, records)
+            pacer.note_accepted(now, now + takes_s, records)
         else:
-            pacer.failed(now, now + takes_s, records)
+            pacer.note_failure(now, now + takes_s, records)
         now += takes_s

@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.lease import Lease, last_heartbeat
-from pillarbox.delivery.policy import Rules
-from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.lease import Lease, read_heartbeat
+from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.delivery.worker import Worker
 from pillarbox.errors import SinkUnusableError
 from pillarbox.sinks.base import Batch, DeliveryResult, Misconfigured, PartialFailure, Retry, UnconfirmedError
@@ -27,42 +27,50 @@ from pillarbox.store.dirscan import FileEntry, PortableScanOps
 from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import NO, QUICK, Poisoned, drain, left, seal, worker_for
+from tests.delivery.worker_setup import (
+    QUICK_CONFIG,
+    REJECTION,
+    PoisonedSink,
+    drain_worker,
+    make_worker,
+    remaining_files,
+    seal_batch,
+)
 
 
 def test_sealed_files_are_delivered_in_order_and_removed(place: Directory) -> None:
     """One file, one batch; the bytes are given back."""
-    batches = [seal(place, stamp, b"%d" % stamp, b"0") for stamp in (3, 1, 2)]
+    batches = [seal_batch(place, stamp, b"%d" % stamp, b"0") for stamp in (3, 1, 2)]
     size = sum(entry.size for entry in place.filesystem.list_files(place.path))
     gone: list[int] = []
     sink = RecordingSink()
-    worker = worker_for(place, sink, gone)
-    drain(worker)
+    worker = make_worker(place, sink, gone)
+    drain_worker(worker)
     assert sink.calls == sorted(batches)
     assert sink.payloads == [b"1", b"0", b"2", b"0", b"3", b"0"]
-    assert (left(place), sum(gone), worker.counters.delivered) == ([], size, 6)
+    assert (remaining_files(place), sum(gone), worker.counters.delivered) == ([], size, 6)
 
 
 def test_on_failure_the_file_stays_and_is_tried_again_without_end(place: Directory) -> None:
     """An exception of the sink counts as one."""
-    batch = seal(place, 1, b"1")
+    batch = seal_batch(place, 1, b"1")
     sink = RecordingSink([Retry("busy"), OSError("cut"), *[Retry("busy")] * 20])
-    worker = worker_for(place, sink)
-    drain(worker)
+    worker = make_worker(place, sink)
+    drain_worker(worker)
     assert sink.calls == [batch] * 23
     assert worker.counters.failed_flushes == 22
-    assert (worker.counters.delivered, left(place)) == (1, [])
+    assert (worker.counters.delivered, remaining_files(place)) == (1, [])
 
 
 def test_a_damaged_line_is_set_aside_and_the_good_ones_and_later_files_are_delivered(place: Directory) -> None:
     """The bytes as they stood, with where and why."""
-    batch = seal(place, 1, b"1", raw=b'rubbish\n{"event":2,"crc":"00000000"}\n' + record.line(b"3") + b"torn")
-    seal(place, 2, b"4")
+    batch = seal_batch(place, 1, b"1", raw=b'rubbish\n{"event":2,"crc":"00000000"}\n' + record.line(b"3") + b"torn")
+    seal_batch(place, 2, b"4")
     sink = RecordingSink()
-    worker = worker_for(place, sink)
-    drain(worker)
+    worker = make_worker(place, sink)
+    drain_worker(worker)
     assert sink.payloads == [b"1", b"3", b"4"]
-    assert left(place) == [layout.corrupt_name(batch), layout.ranges_name(batch)]
+    assert remaining_files(place) == [layout.corrupt_name(batch), layout.ranges_name(batch)]
     assert Path(place.path_of(layout.corrupt_name(batch))).read_bytes() == b'rubbish\n{"event":2,"crc":"00000000"}\ntorn'
     spans = json.loads(Path(place.path_of(layout.ranges_name(batch))).read_bytes())
     assert [(span["offset"], span["length"], span["reason"]) for span in spans] == [
@@ -76,39 +84,39 @@ def test_a_damaged_line_is_set_aside_and_the_good_ones_and_later_files_are_deliv
 
 def test_a_file_without_records_goes_without_a_call(place: Directory) -> None:
     """Empty, or blank lines only."""
-    seal(place, 1)
-    seal(place, 2, raw=b"\n  \n\n")
+    seal_batch(place, 1)
+    seal_batch(place, 2, raw=b"\n  \n\n")
     sink = RecordingSink()
-    drain(worker_for(place, sink))
-    assert (sink.calls, left(place)) == ([], [])
+    drain_worker(make_worker(place, sink))
+    assert (sink.calls, remaining_files(place)) == ([], [])
 
 
 def test_a_file_of_nothing_but_damage_goes_to_quarantine(place: Directory) -> None:
     """Without a call."""
-    batch = seal(place, 1, raw=b"active\n")
+    batch = seal_batch(place, 1, raw=b"active\n")
     sink = RecordingSink()
-    drain(worker_for(place, sink))
-    assert (sink.calls, left(place)) == ([], [layout.corrupt_name(batch), layout.ranges_name(batch)])
+    drain_worker(make_worker(place, sink))
+    assert (sink.calls, remaining_files(place)) == ([], [layout.corrupt_name(batch), layout.ranges_name(batch)])
 
 
 def test_refused_records_become_dead_letters_with_their_reason(place: Directory) -> None:
     """The others were taken."""
-    batch = seal(place, 1, b'"a"', b'"b"', b'"c"')
-    worker = worker_for(place, RecordingSink([Retry("busy"), PartialFailure({1: NO}, accepted=2)]))
-    drain(worker)
+    batch = seal_batch(place, 1, b'"a"', b'"b"', b'"c"')
+    worker = make_worker(place, RecordingSink([Retry("busy"), PartialFailure({1: REJECTION}, accepted=2)]))
+    drain_worker(worker)
     (dead,) = Path(place.path_of(layout.dead_name(batch))).read_bytes().splitlines()
     letter = json.loads(dead)
     assert (letter["event"], letter["code"], letter["reason"], letter["sink"]) == ("b", "no", "it says so", "test")
     assert (letter["index"], letter["attempts"]) == (1, 2)
     assert letter["first_at_micros"] <= letter["last_at_micros"]
-    assert (worker.counters.delivered, worker.counters.dead, left(place)) == (2, 1, [layout.dead_name(batch)])
+    assert (worker.counters.delivered, worker.counters.dead, remaining_files(place)) == (2, 1, [layout.dead_name(batch)])
 
 
 def test_a_call_that_was_rolled_back_for_one_record_is_sent_again_around_it(place: Directory) -> None:
     """The runs between, under ids that say which records they hold."""
-    batch = seal(place, 1, *(b"%d" % number for number in range(5)))
-    sink = RecordingSink([PartialFailure({1: NO})])
-    drain(worker_for(place, sink))
+    batch = seal_batch(place, 1, *(b"%d" % number for number in range(5)))
+    sink = RecordingSink([PartialFailure({1: REJECTION})])
+    drain_worker(make_worker(place, sink))
     assert sink.calls == [batch, f"{batch}:0-0", f"{batch}:2-4"]
     assert sink.payloads == [b"0", b"2", b"3", b"4"]
 
@@ -118,10 +126,10 @@ def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(place: Director
     """Twice the logarithm of 500, rounded up."""
     payloads = [b"%d" % number for number in range(500)]
     payloads[place_of_poison] = b'"poison"'
-    batch = seal(place, 1, *payloads)
-    sink = Poisoned()
-    worker = worker_for(place, sink)
-    drain(worker)
+    batch = seal_batch(place, 1, *payloads)
+    sink = PoisonedSink()
+    worker = make_worker(place, sink)
+    drain_worker(worker)
     assert len(sink.calls) <= 1 + 18
     assert sink.payloads == [payload for payload in payloads if payload != b'"poison"']
     (dead,) = Path(place.path_of(layout.dead_name(batch))).read_bytes().splitlines()
@@ -131,10 +139,10 @@ def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(place: Director
 def test_a_wrong_set_up_stops_everything_loudly_and_resumes_alone(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing becomes a dead letter, and one line is logged, not one per look."""
     caplog.set_level(logging.INFO, "pillarbox")
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = RecordingSink([Misconfigured("no such table")] * 30)
-    drain(worker_for(place, sink))
-    assert (sink.payloads, left(place)) == ([b"1"], [])
+    drain_worker(make_worker(place, sink))
+    assert (sink.payloads, remaining_files(place)) == ([b"1"], [])
     said = [entry.message for entry in caplog.records if "no such table" in entry.message]
     assert len(said) == 1
     assert said[0].startswith("test: stopped: no such table")
@@ -144,10 +152,10 @@ def test_a_file_that_cannot_be_read_is_stepped_over(place: Directory, tmp_path: 
     """It is reported; those after it are delivered."""
     (tmp_path / "elsewhere").write_bytes(record.line(b"1"))
     Path(place.path_of(layout.sealed_name(1, "u"))).hardlink_to(tmp_path / "elsewhere")
-    seal(place, 2, b"2")
+    seal_batch(place, 2, b"2")
     sink = RecordingSink()
-    worker = worker_for(place, sink)
-    drain(worker)
+    worker = make_worker(place, sink)
+    drain_worker(worker)
     assert sink.payloads == [b"2"]
     assert worker.state.name == "degraded"
     assert "hard link" in worker.state.reason
@@ -157,18 +165,18 @@ def test_what_a_dead_writer_left_is_adopted_while_delivering(place: Directory) -
     """Also by a process that writes nothing itself."""
     Path(place.path_of("active-w-1.ndjson")).write_bytes(record.line(b"1"))
     sink = RecordingSink()
-    drain(worker_for(place, sink))
+    drain_worker(make_worker(place, sink))
     assert sink.payloads == [b"1"]
 
 
 def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
     """The lock decides; its holder's heartbeat can be read."""
     lease = Lease(place, "other", SystemClock())
-    assert lease.take()
-    seal(place, 1, b"1")
+    assert lease.acquire()
+    seal_batch(place, 1, b"1")
     sink = RecordingSink()
-    worker = worker_for(place, sink)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink)
+    thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "standby")
     assert not worker.idle.wait(0.1)
@@ -176,7 +184,7 @@ def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
     lease.release()
     assert worker.idle.wait(60)
     assert sink.payloads == [b"1"]
-    beat = last_heartbeat(place)
+    beat = read_heartbeat(place)
     assert beat is not None
     assert (beat.pid, beat.sink) == (os.getpid(), "test")
     assert thread.stop(30)
@@ -184,24 +192,24 @@ def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
 
 def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> None:
     """Who evicts takes it first."""
-    batch = seal(place, 1, b"1")
+    batch = seal_batch(place, 1, b"1")
     taken = place.lock_existing(f"{batch}.ndjson")
     assert taken is not None
     sink = RecordingSink()
-    drain(worker_for(place, sink))
-    assert (sink.calls, left(place)) == ([], [f"{batch}.ndjson"])
+    drain_worker(make_worker(place, sink))
+    assert (sink.calls, remaining_files(place)) == ([], [f"{batch}.ndjson"])
     place.filesystem.close(taken.fd)
 
 
 def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies, or has just sealed it, has it a little longer than its name shows."""
     monkeypatch.setattr("pillarbox.delivery.fetcher._HELD_S", 60.0)  # a moment, here
-    batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
+    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     held = place.lock_existing(f"{batches[0]}.ndjson")
     assert held is not None
     sink = RecordingSink()
-    worker = worker_for(place, sink)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink)
+    thread = ThreadRunner(worker)
     thread.start()
     assert not worker.idle.wait(0.1)
     assert sink.calls == []
@@ -226,18 +234,18 @@ class _Hasty(PortableScanOps, OsFilesystem):
 
 def test_what_a_listing_misses_is_not_overtaken(place: Directory) -> None:
     """The listing of the recovery is the first, that of the sealed files the second; a third sees them all."""
-    batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
+    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     sink = RecordingSink()
-    drain(worker_for(Directory(place.path, _Hasty(), SystemClock()), sink))
+    drain_worker(make_worker(Directory(place.path, _Hasty(), SystemClock()), sink))
     assert sink.calls == batches
 
 
 def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> None:
     """None is removed before; one confirmation answers for all of them."""
     for stamp in range(1, 6):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = _Slow(window=8)
-    worker = worker_for(place, sink)
+    worker = make_worker(place, sink)
 
     async def scenario() -> None:
         running = asyncio.create_task(worker.run())
@@ -249,7 +257,7 @@ def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> Non
         await running
 
     asyncio.run(scenario())
-    assert (left(place), worker.counters.delivered) == ([], 5)
+    assert (remaining_files(place), worker.counters.delivered) == ([], 5)
     assert sum(sink.groups) == 5
     assert len(sink.groups) <= 3  # the first, those that came meanwhile, and one that was on its way
 
@@ -277,41 +285,41 @@ class _Slow(RecordingSink):
 
 def test_a_part_of_what_is_sent_may_be_confirmed(place: Directory) -> None:
     """The rest is asked for again, and not sent again."""
-    batches = [seal(place, stamp, b"%d" % stamp) for stamp in range(1, 8)]
+    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 8)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=7)
     sink.confirmations.extend([1, 2, 1])
-    drain(worker_for(place, sink))
-    assert left(place) == []
+    drain_worker(make_worker(place, sink))
+    assert remaining_files(place) == []
     assert sink.calls == batches
 
 
 def test_one_batch_at_a_time_is_confirmed_too(place: Directory) -> None:
     """A window of one does not turn confirming off."""
-    batches = [seal(place, stamp, b"%d" % stamp) for stamp in range(1, 4)]
+    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 4)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=1)
     sink.confirmations.extend([0, UnconfirmedError("the server is another one")])
-    drain(worker_for(place, sink))
-    assert left(place) == []
+    drain_worker(make_worker(place, sink))
+    assert remaining_files(place) == []
     assert sink.calls == [batches[0], *batches]
 
 
 def test_a_confirmation_that_the_set_up_prevents_stops_delivery(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
     """With its reason; nothing is removed until it is mended."""
-    batch = seal(place, 1, b"1")
+    batch = seal_batch(place, 1, b"1")
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=4)
     sink.confirmations.append(SinkUnusableError("the query is not allowed"))
-    drain(worker_for(place, sink))
+    drain_worker(make_worker(place, sink))
     assert "stopped: the query is not allowed" in caplog.text
-    assert (sink.calls, left(place)) == ([batch] * 2, [])
+    assert (sink.calls, remaining_files(place)) == ([batch] * 2, [])
 
 
 def test_what_is_not_confirmed_is_sent_again_in_order(place: Directory) -> None:
     """Under the same ids."""
-    batches = [seal(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
+    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=3)
     sink.confirmations.extend([UnconfirmedError("gone"), OSError("cut"), 0])
-    drain(worker_for(place, sink))
-    assert left(place) == []
+    drain_worker(make_worker(place, sink))
+    assert remaining_files(place) == []
     assert set(sink.calls) == set(batches)
     assert sink.calls.count(batches[0]) >= 2
     assert list(sink.batches) == batches
@@ -320,12 +328,12 @@ def test_what_is_not_confirmed_is_sent_again_in_order(place: Directory) -> None:
 def test_killed_between_dead_letters_and_removal_nothing_is_kept_twice(place: Directory) -> None:
     """The same names are written over with the same content."""
     payloads = [b'"a"', b'"b"']
-    batch = seal(place, 1, *payloads, raw=b"rubbish\n")
-    drain(worker_for(place, RecordingSink([PartialFailure({1: NO}, accepted=1)])))
-    before = {name: Path(place.path_of(name)).read_bytes() for name in left(place) if "dead" not in name}
-    seal(place, 1, *payloads, raw=b"rubbish\n")
-    drain(worker_for(place, RecordingSink([PartialFailure({1: NO}, accepted=1)])))
-    assert {name: Path(place.path_of(name)).read_bytes() for name in left(place) if "dead" not in name} == before
+    batch = seal_batch(place, 1, *payloads, raw=b"rubbish\n")
+    drain_worker(make_worker(place, RecordingSink([PartialFailure({1: REJECTION}, accepted=1)])))
+    before = {name: Path(place.path_of(name)).read_bytes() for name in remaining_files(place) if "dead" not in name}
+    seal_batch(place, 1, *payloads, raw=b"rubbish\n")
+    drain_worker(make_worker(place, RecordingSink([PartialFailure({1: REJECTION}, accepted=1)])))
+    assert {name: Path(place.path_of(name)).read_bytes() for name in remaining_files(place) if "dead" not in name} == before
     dead = msgspec.json.decode(Path(place.path_of(layout.dead_name(batch))).read_bytes())
     assert dead["event"] == "b"
 
@@ -333,13 +341,13 @@ def test_killed_between_dead_letters_and_removal_nothing_is_kept_twice(place: Di
 def test_a_sink_that_hangs_does_not_hold_up_the_end(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is cancelled, the file stays."""
     monkeypatch.setattr("pillarbox.delivery.thread._CANCEL_GRACE_S", 60.0)  # a busy machine needs some of it
-    batch = seal(place, 1, b"1")
+    batch = seal_batch(place, 1, b"1")
     sink = _Hanging()
-    thread = DeliveryThread(worker_for(place, sink))
+    thread = ThreadRunner(make_worker(place, sink))
     thread.start()
     assert sink.entered.wait(60)
     assert thread.stop(0.05)
-    assert left(place) == [f"{batch}.ndjson"]
+    assert remaining_files(place) == [f"{batch}.ndjson"]
 
 
 class _Hanging(RecordingSink):
@@ -369,25 +377,25 @@ class _Clinging(OsFilesystem):
 
 def test_a_settlement_that_fails_is_tried_again_without_end(place: Directory) -> None:
     """It is counted, and its reason told."""
-    batch = seal(place, 1, b"1")
+    batch = seal_batch(place, 1, b"1")
     clinging = Directory(place.path, _Clinging(), SystemClock())
     sink = RecordingSink()
-    worker = worker_for(clinging, sink)
-    drain(worker)
-    assert (sink.calls, left(place)) == ([batch] * 4, [])
+    worker = make_worker(clinging, sink)
+    drain_worker(worker)
+    assert (sink.calls, remaining_files(place)) == ([batch] * 4, [])
     assert worker.counters.failed_flushes == 3
     assert "cannot be removed" in worker.last_error
 
 
 def test_what_cannot_be_settled_holds_up_no_other(place: Directory) -> None:
     """A directory stands where quarantine would go: that file waits, the others are delivered, and the state says why."""
-    stuck = seal(place, 1, b"1", raw=b"damage\n")
+    stuck = seal_batch(place, 1, b"1", raw=b"damage\n")
     for number in range(2, 12):
-        seal(place, number, b'{"event":{"n":%d}}' % number)
+        seal_batch(place, number, b'{"event":{"n":%d}}' % number)
     os.makedirs(place.path_of(f"corrupt-{stuck}.ndjson/x"))
     sink = RecordingSink()
-    worker = worker_for(place, sink)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink)
+    thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: place.batch_names() == [f"{stuck}.ndjson"] and worker.state.name == "degraded")
     assert "cannot be written" in worker.state.reason
@@ -403,23 +411,23 @@ def test_what_cannot_be_settled_holds_up_no_other(place: Directory) -> None:
 def test_a_worker_that_is_run_again_begins_whole(place: Directory) -> None:
     """On another loop, with the destination opened anew."""
     sink = RecordingSink()
-    worker = worker_for(place, sink)
+    worker = make_worker(place, sink)
     for stamp in (1, 2):
-        batch = seal(place, stamp, b"%d" % stamp)
+        batch = seal_batch(place, stamp, b"%d" % stamp)
         worker.idle.clear()
-        drain(worker)
+        drain_worker(worker)
         assert sink.calls[-1] == batch
-    assert (sink.open_count, left(place)) == (2, [])
+    assert (sink.open_count, remaining_files(place)) == (2, [])
 
 
 def test_what_is_sealed_just_before_the_end_is_delivered(place: Directory) -> None:
     """Found by the first run of a child's tests: the news of the file and the order to end came in the same moment."""
     sink = RecordingSink()
-    worker = worker_for(place, sink, rules=QUICK._replace(interval_s=60.0))
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(poll_interval_s=60.0))
+    thread = ThreadRunner(worker)
     thread.start()
     assert worker.idle.wait(60)
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     thread.notify()
     assert thread.stop(60)
     assert sink.payloads == [b"1"]
@@ -430,10 +438,10 @@ def test_delivery_is_taken_over_within_a_second_however_seldom_an_idle_directory
 
     def taken_over_after() -> float:
         lease, sink, clock = Lease(place, "other", SystemClock()), RecordingSink(), SystemClock()
-        assert lease.take()
-        seal(place, 1, b"1")
-        worker = Worker(place, sink, "test", clock, Rules(interval_s=86_400.0), DeliveryCounters())
-        thread = DeliveryThread(worker)
+        assert lease.acquire()
+        seal_batch(place, 1, b"1")
+        worker = Worker(place, sink, "test", clock, DeliveryConfig(poll_interval_s=86_400.0), DeliveryCounters())
+        thread = ThreadRunner(worker)
         thread.start()
         wait_until(lambda: worker.state.name == "standby")
         lease.release()
@@ -452,10 +460,10 @@ def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(pl
     (tmp_path / "victim").write_bytes(b"precious")
     planted = Path(place.path_of(layout.DELIVER_LOCK))
     planted.hardlink_to(tmp_path / "victim")
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = RecordingSink()
-    worker = worker_for(place, sink)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink)
+    thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "degraded")
     assert not worker.idle.wait(0.1)
@@ -487,9 +495,9 @@ class _Tracing(OsFilesystem):
 def test_removals_are_synced_together_before_the_deliverer_rests(place: Directory, clock: ManualClock) -> None:
     """What is settled does not come back with the power; nor is anything sent whose name the power may take away."""
     for stamp in (1, 2, 3):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     tracing = _Tracing()
-    drain(worker_for(Directory(place.path, tracing, clock), RecordingSink(), clock=clock))
+    drain_worker(make_worker(Directory(place.path, tracing, clock), RecordingSink(), clock=clock))
     assert tracing.verbs == ["sync", "remove", "remove", "remove", "sync"]
 
 
@@ -502,15 +510,15 @@ def test_while_files_are_delivered_their_removals_are_synced_once_a_second(place
             return await super().deliver(batch)
 
     for stamp in range(1, 6):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     tracing = _Tracing()
     worker = Worker(
         Directory(place.path, tracing, clock),
         Passing(),
         "test",
         clock,
-        QUICK,
+        QUICK_CONFIG,
         DeliveryCounters(),
     )
-    drain(worker)
+    drain_worker(worker)
     assert tracing.verbs == ["sync", "remove", "remove", "remove", "sync", "remove", "remove", "sync"]

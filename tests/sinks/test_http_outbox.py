@@ -19,7 +19,7 @@ from pillarbox.outcome import Enqueued
 from pillarbox.sinks import make_sink
 from pillarbox.store.directory import Directory
 from tests.conftest import event, wait_until
-from tests.delivery.stage import QUICK, drain, left, seal, worker_for
+from tests.delivery.worker_setup import QUICK_CONFIG, drain_worker, make_worker, remaining_files, seal_batch
 from tests.sinks.http_server import HANG, CannedResponse, Request, Server
 from tests.sinks.test_http import SECRET
 
@@ -87,13 +87,13 @@ def test_each_event_arrives_once_whatever_the_server_answers(place: Directory, i
     shop = Shop(7, trouble=0.4)
     payloads = [Codec(TrackingEvent).encode(event(number)) for number in range(2000)]
     for stamp in range(40):
-        seal(place, 10**15 + stamp, *payloads[stamp * 50 : stamp * 50 + 50])
+        seal_batch(place, 10**15 + stamp, *payloads[stamp * 50 : stamp * 50 + 50])
     with Server(shop) as server:
         sink = make_sink(server.url("#timeout=0.2&compress=gzip"), TrackingEvent)
-        worker = worker_for(place, sink, rules=QUICK._replace(max_in_flight=in_flight))
-        drain(worker)
+        worker = make_worker(place, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
+        drain_worker(worker)
     assert shop.kept == Counter({f"e-{number:06d}": 1 for number in range(2000)})
-    assert not [name for name in left(place) if name.startswith(("sealed-", "dead-", "corrupt-"))]
+    assert not [name for name in remaining_files(place) if name.startswith(("sealed-", "dead-", "corrupt-"))]
     assert max(shop.attempts.values()) > 1
     assert len(shop.attempts) == 40  # no batch was cut up: none was refused
 

@@ -354,5 +354,5 @@ def test_a_backlog_that_becomes_several_sinks_is_not_listed_once_a_file(place: D
             return super().subdirectories(path)
 
     watched = Directory(place.path, Counting(), clock)
-    assert FanOut(watched, ["one", "two"], clock, LedgerWriter(watched, clock)).step() == 200
+    assert FanOut(watched, ["one", "two"], clock, LedgerWriter(watched, clock)).distribute() == 200
     assert len(listed) < 20

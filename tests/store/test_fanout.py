@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.store.fanout import TOGETHER_MAX, FanOut
+from pillarbox.store.fanout import GROUP_MAX_FILES, FanOut
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import ManualClock
-from tests.delivery.fleet_stage import place_of
+from tests.delivery.fanout_setup import open_directory
 
-FILES = 3 * TOGETHER_MAX + 1
+FILES = 3 * GROUP_MAX_FILES + 1
 
 
 @pytest.fixture
@@ -29,24 +29,24 @@ def names_in(path: Path) -> list[str]:
 
 def test_between_two_groups_of_a_backlog_it_is_asked_whether_to_go_on(box: Path) -> None:
     """So that a heartbeat is due in time, and an end; the oldest go first."""
-    place, clock = place_of(box), ManualClock()
+    place, clock = open_directory(box), ManualClock()
     fan_out = FanOut(place, ["live"], clock, LedgerWriter(place, clock))
     answers = iter([True, False])
-    assert fan_out.step(lambda: next(answers)) == 2 * TOGETHER_MAX
-    assert names_in(box) == names_in(box / "sink-live")[2 * TOGETHER_MAX :]
-    assert fan_out.step() == FILES - 2 * TOGETHER_MAX
+    assert fan_out.distribute(lambda: next(answers)) == 2 * GROUP_MAX_FILES
+    assert names_in(box) == names_in(box / "sink-live")[2 * GROUP_MAX_FILES :]
+    assert fan_out.distribute() == FILES - 2 * GROUP_MAX_FILES
     assert names_in(box) == []
     assert len(names_in(box / "sink-live")) == FILES
 
 
 def test_a_later_sink_has_no_queue_before_what_was_sealed_earlier_is_handed_over(box: Path) -> None:
     """Also where that takes more than one step: it is not for it."""
-    place, clock = place_of(box), ManualClock()
+    place, clock = open_directory(box), ManualClock()
     ledger = LedgerWriter(place, clock)
     (box / "sink-warehouse").mkdir()
     fan_out = FanOut(place, ["warehouse", "live"], clock, ledger)
-    assert fan_out.step(lambda: False) == TOGETHER_MAX
+    assert fan_out.distribute(lambda: False) == GROUP_MAX_FILES
     assert not (box / "sink-live").exists()
-    assert fan_out.step() == FILES - TOGETHER_MAX
+    assert fan_out.distribute() == FILES - GROUP_MAX_FILES
     assert names_in(box / "sink-live") == []
     assert len(names_in(box / "sink-warehouse")) == FILES

@@ -30,8 +30,8 @@ def test_a_lock_file_that_is_planted_is_refused_and_its_victim_unchanged(
     plant(planted, path, victim)
     lease = Lease(place, "sink", SystemClock())
     with pytest.raises(FileUnusableError):
-        lease.take()
-    lease.beat(State("idle"), 0, "", now=True)
+        lease.acquire()
+    lease.write_heartbeat(State("idle"), 0, "", now=True)
     assert victim.read_bytes() == b"precious\n"
 
 

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from pillarbox import Dropped, Outbox
 from pillarbox.cli.main import run as run_command
-from pillarbox.delivery.deliverer import ONLY
+from pillarbox.delivery.deliverer import ONLY_SINK
 from pillarbox.outcome import Outcome
 from pillarbox.settings import resolve
 from pillarbox.store import layout
@@ -44,16 +44,16 @@ class Scene(NamedTuple):
 
     seed: int
     outbox: str  # the directory
-    sinks: Mapping[str, str]  # URLs, by name; `ONLY` where there is one
+    sinks: Mapping[str, str]  # URLs, by name; `ONLY_SINK` where there is one
 
     @property
     def has_several(self) -> bool:
         """Whether each sink has a queue."""
-        return ONLY not in self.sinks
+        return ONLY_SINK not in self.sinks
 
     def place_of(self, sink: str) -> str:
         """The directory in which files wait for a sink."""
-        return self.outbox if sink == ONLY else f"{self.outbox}/{layout.queue_name(sink)}"
+        return self.outbox if sink == ONLY_SINK else f"{self.outbox}/{layout.queue_name(sink)}"
 
 
 class Life:
@@ -81,8 +81,8 @@ class Life:
         }
         if self.scene.has_several and self.chance.random() < _KEEPING:
             chosen |= _KEPT
-        if ONLY in sinks:
-            chosen["sink"] = sinks[ONLY]
+        if ONLY_SINK in sinks:
+            chosen["sink"] = sinks[ONLY_SINK]
         elif sinks:
             chosen["sinks"] = " ".join(_pairs(sinks))
         return {f"PILLARBOX_{name.upper()}": str(value) for name, value in (chosen | more).items()}
@@ -132,7 +132,7 @@ class Life:
     def _is_too_much(self) -> bool:
         """Of two sinks, the fickle one may be behind: it is to be seen that this holds nobody back."""
         sealed = len(pending(self.scene.outbox))
-        queues = {sink: len(pending(self.scene.place_of(sink))) for sink in self.scene.sinks if sink != ONLY}
+        queues = {sink: len(pending(self.scene.place_of(sink))) for sink in self.scene.sinks if sink != ONLY_SINK}
         return any(sealed + queues.get(sink, 0) > BACKLOG_MAX.get(sink, BACKLOG_FILES) for sink in self.scene.sinks)
 
     def _conclude(self, number: int, outcome: Outcome) -> None:
@@ -148,7 +148,7 @@ class Life:
         if way != "command":
             with self._outbox(sinks, deliver=way):
                 pause(3600.0)
-        named = [] if ONLY in sinks else _pairs(sinks)
+        named = [] if ONLY_SINK in sinks else _pairs(sinks)
         os.environ |= self.settings({} if named else sinks)
         sys.argv = ["pillarbox", "deliver", "--quiet", *(word for pair in named for word in ("--sink", pair))]
         run_command()

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from pillarbox.delivery.deliverer import ONLY
+from pillarbox.delivery.deliverer import ONLY_SINK
 from pillarbox.event import TrackingEvent
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.sqlite import SqliteSink
@@ -162,7 +162,7 @@ class Arena:
     def sinks(self, number: int) -> dict[str, Place]:
         """The destinations of a round, by the names of their sinks."""
         fickle = self._fickle[number % len(self._fickle)]
-        return {ONLY: fickle} if self._steady is None else {STEADY: self._steady, FICKLE: fickle}
+        return {ONLY_SINK: fickle} if self._steady is None else {STEADY: self._steady, FICKLE: fickle}
 
     def go_down(self) -> None:
         """Have all but the steady one refuse everything."""

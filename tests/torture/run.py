@@ -28,7 +28,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.deliverer import ONLY
+from pillarbox.delivery.deliverer import ONLY_SINK
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.store import layout, ledger, reconciliation
 from pillarbox.store.audit import ReconciliationReport, reconcile, reconcile_queues
@@ -268,7 +268,7 @@ class Torture:
             bad = [*strange, *self._account.check(found, takes_all=place.takes_all), *unbalanced(looked[sink], sums)]
             wrong += [f"{sink}: {what}" if sink else what for what in bad]
         if scene.has_several:
-            wrong += unbalanced(looked[ONLY], total._replace(arrived=0, dead=0))
+            wrong += unbalanced(looked[ONLY_SINK], total._replace(arrived=0, dead=0))
             wrong += [f"set aside: {kept}" for kept in _kept(Path(scene.outbox)) if kept]
         if len(given) > 1:
             wrong.append(f"the sinks were not given the same: {' and '.join(f'{len(events)} events' for events in given)}")
@@ -329,7 +329,7 @@ def _audited(scene: Scene) -> dict[str, ReconciliationReport]:
     """What `pillarbox verify` finds of the directory, and of each queue in it by the name of its sink."""
     place = place_at(scene.outbox)
     whole = reconcile(place)
-    return {ONLY: whole} | reconcile_queues(place, whole)
+    return {ONLY_SINK: whole} | reconcile_queues(place, whole)
 
 
 def unbalanced(looked: ReconciliationReport, sums: Sums) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, Heartbeat
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store import layout
@@ -73,7 +73,7 @@ def read_status(directory: Directory, clock: Clock, durability: str) -> OutboxSt
         raise DirectoryUnusableError(
             directory.path, f"cannot be listed: {error.strerror}", "name an outbox directory"
         ) from None
-    beat = last_heartbeat(directory)
+    beat = read_heartbeat(directory)
     return OutboxStatus(
         directory=directory.path,
         pending_bytes=account.pending_bytes,
@@ -99,7 +99,7 @@ def _sink_status(queue: Directory, shared: dict[str, int], clock: Clock) -> Sink
     own = queue.disk_usage()
     waiting = _sealed_batches(queue) | shared  # what is not yet in any queue waits for all of them
     stamps = [stamp for stamp in map(layout.sealed_at, waiting) if stamp is not None]
-    beat = last_heartbeat(queue)
+    beat = read_heartbeat(queue)
     return SinkStatus(
         name=queue.sink,
         waiting_bytes=sum(waiting.values()),

@@ -27,9 +27,9 @@ from pillarbox.cli.main import (
     require_setting,
 )
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.deliverer import ONLY, together
-from pillarbox.delivery.runner import destinations, make_deliverer
-from pillarbox.delivery.settlement import Callbacks
+from pillarbox.delivery.deliverer import ONLY_SINK, combine_stats
+from pillarbox.delivery.runner import build_local_runner, build_sinks
+from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.exporters import MetricsExporters
 from pillarbox.hooks import Hooks
 from pillarbox.stats import SinkStats
@@ -38,7 +38,7 @@ from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
-    from pillarbox.delivery.runner import Here
+    from pillarbox.delivery.runner import LocalRunner
     from pillarbox.settings import Settings
     from pillarbox.store.directory import Directory
 
@@ -112,9 +112,9 @@ def _deliver(
     place.ensure_usable()
     shown = MetricsExporters(place, settings, clock, metrics, otlp)
     on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).report_dead_letter
-    callbacks = Callbacks(on_duration=shown.record_flush, on_dead=on_dead)
-    sinks = destinations(settings, {})
-    deliverer = make_deliverer(
+    callbacks = DeliveryCallbacks(on_duration=shown.record_flush, on_dead_letter=on_dead)
+    sinks = build_sinks(settings, {})
+    deliverer = build_local_runner(
         settings, place, clock, LedgerWriter(place, clock), callbacks, lambda: False, sinks, only_delivers=True
     )
     place.seal_after(place.disk_usage().newest_sealed_at)
@@ -133,8 +133,8 @@ def _deliver(
 
 def _print_result(sinks: dict[str, SinkStats], waiting_files: int, *, json: bool) -> None:
     """What was done, at the end."""
-    found = together(sinks)
-    several = {name: sink for name, sink in sinks.items() if name != ONLY}
+    found = combine_stats(sinks)
+    several = {name: sink for name, sink in sinks.items() if name != ONLY_SINK}
     if json:
         print_json(DeliverResult(pending_batches=waiting_files, total=found, sinks=several))
         return
@@ -145,7 +145,7 @@ def _print_result(sinks: dict[str, SinkStats], waiting_files: int, *, json: bool
     )
 
 
-def _wait_until_done(deliverer: Here, place: Directory, give_up_s: float | None, *, quiet: bool) -> bool:
+def _wait_until_done(deliverer: LocalRunner, place: Directory, give_up_s: float | None, *, quiet: bool) -> bool:
     """Show progress until nothing waits (with `give_up_s`) or for ever; whether nothing is left."""
     total = place.disk_usage().pending_bytes
     with Progress(
@@ -164,13 +164,13 @@ def _wait_until_done(deliverer: Here, place: Directory, give_up_s: float | None,
         last_count, last_moment = 0, clock.monotonic()
         while give_up_s is None or not deliverer.is_idle():
             threading.Event().wait(_POLL_S)
-            found = together(deliverer.sinks())
+            found = combine_stats(deliverer.sinks())
             progress.update(task, completed=found.flushed_bytes, events=found.delivered)
             if give_up_s is None:
                 continue
             if found.flushed_files != last_count:
                 last_count, last_moment = found.flushed_files, clock.monotonic()
-            stuck = deliverer.is_stuck() and clock.monotonic() - last_moment > _STUCK_S
+            stuck = deliverer.is_stopped() and clock.monotonic() - last_moment > _STUCK_S
             if stuck or clock.monotonic() - last_moment > give_up_s:
                 return False
     return not place.waiting_batch_ids()

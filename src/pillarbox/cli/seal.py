@@ -26,7 +26,7 @@ from pillarbox.cli.main import (
     require_setting,
 )
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout, request
@@ -99,13 +99,13 @@ class SealContext:
 
     def describe_workers(self, places: dict[str, Directory]) -> str:
         """Who delivers there, and how that goes."""
-        beats = {name: last_heartbeat(place) for name, place in places.items()}
+        beats = {name: read_heartbeat(place) for name, place in places.items()}
         each = ((f"{name}: " if name else "", beat) for name, beat in beats.items())
         return "; ".join(f"{name}{describe_worker(beat, heartbeat_age_s(beat, self.clock))}" for name, beat in each)
 
     def has_live_worker(self) -> bool:
         """Whether somebody delivers the directory, and so adopts what dead writers leave."""
-        beat = last_heartbeat(self.directory)
+        beat = read_heartbeat(self.directory)
         return beat is not None and self.clock.micros() - beat.at_micros <= HEARTBEAT_STALE_AFTER_S * 1e6
 
     def active_segments(self) -> set[str]:

@@ -11,7 +11,7 @@ import typer
 from pillarbox.cli.context import plural, print_json, print_table
 from pillarbox.cli.main import ConfigOption, DirectoryOption, ExitCode, JsonOption, app, load_settings, out, require_setting
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
@@ -180,7 +180,7 @@ def _open_directory(directory: str | None, config: str | None) -> Directory:
 
 
 def _describe_queue(queue: Directory) -> SinkQueue:
-    found, beat = queue.disk_usage(), last_heartbeat(queue)
+    found, beat = queue.disk_usage(), read_heartbeat(queue)
     return SinkQueue(
         sink=queue.sink,
         sealed_files=found.sealed_files,

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-SOON: Final = 8  # files at the head of the queue that stay as they are
-WORTH_IT: Final = 0.9  # of its size: what stays larger is left as it is
-_LOOK_S: Final = 1.0  # between two listings at least
-_LOOK_SHARE: Final = 20  # listing may take a twentieth of the time
-_AGAIN_S: Final = 30.0  # after the disk has refused
+PLAIN_FILES_AT_HEAD: Final = 8  # files at the head of the queue that stay as they are
+COMPRESSED_RATIO_MAX: Final = 0.9  # of its size: what stays larger is left as it is
+_LIST_INTERVAL_S: Final = 1.0  # between two listings at least
+_LIST_TIME_FACTOR: Final = 20  # listing may take a twentieth of the time
+_RETRY_AFTER_ERROR_S: Final = 30.0  # after the disk has refused
 
 
-class Compressor:
+class Compactor:
     """Compresses the files of a directory that were sealed `after_s` seconds ago, but those that are `in_use`.
 
     `on_shrunk(bytes)` hears how much less waits.
@@ -39,79 +39,79 @@ class Compressor:
         clock: Clock,
         after_s: float,
         in_use: Callable[[str], bool],
-        on_shrunk: Callable[[int], None],
+        on_bytes_saved: Callable[[int], None],
     ) -> None:
         self._directory = directory
         self._clock = clock
         self._after_s = after_s
         self._in_use = in_use
-        self._on_shrunk = on_shrunk
-        self._due: list[str] = []  # the next one last
-        self._left: set[str] = set()  # looked at, and better left as they are
+        self._on_bytes_saved = on_bytes_saved
+        self._due_names: list[str] = []  # the next one last
+        self._incompressible: set[str] = set()  # looked at, and better left as they are
         self._not_before = 0.0
-        self._trouble = ""
+        self._problem = ""
 
-    def work(self) -> tuple[bool, float]:
+    def compress_next(self) -> tuple[bool, float]:
         """Compress the next file, where one is due: whether one was, and the seconds until the next. Raises no `OSError`."""
         began = self._clock.monotonic()
         if began < self._not_before:
             return False, self._not_before - began
         try:
-            done = self._next(began)
-            self._report("")
+            done = self._compress_due(began)
+            self._log_problem("")
         except (OSError, FileUnusableError) as error:
-            self._report(str(error))
-            self._not_before = began + _AGAIN_S
-            return False, _AGAIN_S
+            self._log_problem(str(error))
+            self._not_before = began + _RETRY_AFTER_ERROR_S
+            return False, _RETRY_AFTER_ERROR_S
         rest = max(self._not_before - self._clock.monotonic(), self._clock.monotonic() - began if done else 0.0)
         return done, rest
 
-    def _next(self, now: float) -> bool:
-        if not self._due:
-            self._look()
+    def _compress_due(self, now: float) -> bool:
+        if not self._due_names:
+            self._list_due()
             took = self._clock.monotonic() - now
-            if not self._due:
-                self._not_before = now + max(_LOOK_S, _LOOK_SHARE * took)
-        while self._due:
-            name = self._due.pop()
+            if not self._due_names:
+                self._not_before = now + max(_LIST_INTERVAL_S, _LIST_TIME_FACTOR * took)
+        while self._due_names:
+            name = self._due_names.pop()
             taken = None if self._in_use(name) else self._directory.lock_existing(name, exclusive=True)
             if taken is None:
                 continue
             try:
-                if self._compress(taken):
+                if self._compress_file(taken):
                     return True
             finally:
                 self._directory.filesystem.close(taken.fd)
         return False
 
-    def _look(self) -> None:
+    def _list_due(self) -> None:
         """List what is due."""
-        found = self._directory.batch_names()
-        self._left &= set(found)
+        names = self._directory.batch_names()
+        self._incompressible &= set(names)
         before = self._clock.micros() - int(self._after_s * 1e6)
-        for name in found[SOON:]:
+        for name in names[PLAIN_FILES_AT_HEAD:]:
             stamp = layout.sealed_at(name)
-            if stamp is not None and stamp <= before and name.endswith(layout.SUFFIX) and name not in self._left:
-                self._due.append(name)
+            if stamp is not None and stamp <= before and name.endswith(layout.SUFFIX) and name not in self._incompressible:
+                self._due_names.append(name)
 
-    def _compress(self, file: LockedFile) -> bool:
+    def _compress_file(self, file: LockedFile) -> bool:
         """Whether it was worth it."""
         filesystem = self._directory.filesystem
         if filesystem.size(file.fd) > compression.PLAIN_BYTES_MAX:
-            self._left.add(file.name)
+            self._incompressible.add(file.name)
             return False
         plain = filesystem.read_all(file.fd)
         name = layout.compressed_name(file.name)
         packed = compression.compress(name, plain)
-        if len(packed) > WORTH_IT * len(plain) or compression.decompressed_lines(name, packed) != plain:
-            self._left.add(file.name)
+        if len(packed) > COMPRESSED_RATIO_MAX * len(plain) or compression.decompressed_lines(name, packed) != plain:
+            self._incompressible.add(file.name)
             return False
         self._directory.replace_with_compressed(file, name, packed)
         if not filesystem.has_name(file.fd):  # otherwise the plain file waits on, for another sink
-            self._on_shrunk(len(plain) - len(packed))
+            self._on_bytes_saved(len(plain) - len(packed))
         return True
 
-    def _report(self, trouble: str) -> None:
-        if trouble and trouble != self._trouble:
-            log.warning("%s: what waits is not compressed: %s", self._directory.path, trouble)
-        self._trouble = trouble
+    def _log_problem(self, problem: str) -> None:
+        if problem and problem != self._problem:
+            log.warning("%s: what waits is not compressed: %s", self._directory.path, problem)
+        self._problem = problem

@@ -6,8 +6,8 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.delivery.deliverer import ONLY
-from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.deliverer import ONLY_SINK
+from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
 from pillarbox.stats import DeliveryCounters, State
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-_NOBODY: Final = "nobody delivers this directory (is `pillarbox deliver` running?)"
+_NO_DELIVERY: Final = "nobody delivers this directory (is `pillarbox deliver` running?)"
 
 
-class Elsewhere:
+class ExternalRunner:
     """The `Deliverer` of a process that only stores. Counts nothing, for nothing is delivered here."""
 
     def __init__(self, directory: Directory, clock: Clock) -> None:
         self._directory = directory
         self._clock = clock
-        self._began = clock.monotonic()
-        self._looked = self._began
-        self._silent = False
+        self._started_s = clock.monotonic()
+        self._checked_s = self._started_s
+        self._is_silent = False
 
     def start(self) -> None:
         """There is nothing to begin."""
@@ -42,37 +42,37 @@ class Elsewhere:
     def notify(self) -> None:
         """Whoever delivers looks by itself; a time to see now and then whether anybody does, and to log where that changes."""
         now = self._clock.monotonic()
-        if now - self._looked < HEARTBEAT_STALE_AFTER_S:
+        if now - self._checked_s < HEARTBEAT_STALE_AFTER_S:
             return
-        self._looked = now
-        silent = self._silence(last_heartbeat(self._directory)) is not None
-        if silent != self._silent:
-            self._silent = silent
-            level, what = (logging.WARNING, _NOBODY) if silent else (logging.INFO, "delivered again")
+        self._checked_s = now
+        silent = self._silent_seconds(read_heartbeat(self._directory)) is not None
+        if silent != self._is_silent:
+            self._is_silent = silent
+            level, what = (logging.WARNING, _NO_DELIVERY) if silent else (logging.INFO, "delivered again")
             log.log(level, "%s: %s", self._directory.path, what)
 
     def sinks(self) -> dict[str, SinkStats]:
         """What the heartbeat says; of several sinks, each one's."""
-        places = self._directory.queues() or [self._directory]
-        return {place.sink or ONLY: self._stands(last_heartbeat(place)) for place in places}
+        directories = self._directory.queues() or [self._directory]
+        return {place.sink or ONLY_SINK: self._stats_from(read_heartbeat(place)) for place in directories}
 
-    def _stands(self, beat: Heartbeat | None) -> SinkStats:
-        silent = self._silence(beat)
+    def _stats_from(self, heartbeat: Heartbeat | None) -> SinkStats:
+        silent = self._silent_seconds(heartbeat)
         if silent is not None:
-            state, last_error = State("degraded", f"{_NOBODY}: silent for {silent:.0f} s"), _NOBODY
-        elif beat is not None:
-            state, last_error = beat.state, beat.last_error
+            state, last_error = State("degraded", f"{_NO_DELIVERY}: silent for {silent:.0f} s"), _NO_DELIVERY
+        elif heartbeat is not None:
+            state, last_error = heartbeat.state, heartbeat.last_error
         else:
             state, last_error = State("idle"), ""
         return DeliveryCounters().to_stats(state, last_error)
 
-    def wait_for_settlement(self, seen: int, timeout: float) -> None:  # noqa: ARG002 - the protocol's
+    def wait_for_settlement(self, known_files: int, timeout: float) -> None:  # noqa: ARG002 - the protocol's
         """Wait `timeout` seconds: nobody tells."""
         threading.Event().wait(timeout)
 
-    def _silence(self, beat: Heartbeat | None) -> float | None:
+    def _silent_seconds(self, heartbeat: Heartbeat | None) -> float | None:
         """For how many seconds nobody has said anything; None where that is not long."""
-        here = self._clock.monotonic() - self._began
-        silent = here if beat is None else (self._clock.micros() - beat.at_micros) / 1e6
+        here = self._clock.monotonic() - self._started_s
+        silent = here if heartbeat is None else (self._clock.micros() - heartbeat.at_micros) / 1e6
         # Where both begin at once, whoever delivers has as long to say so.
         return silent if min(silent, here) > HEARTBEAT_STALE_AFTER_S else None

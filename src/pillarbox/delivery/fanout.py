@@ -11,9 +11,9 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.delivery.deliverer import together
-from pillarbox.delivery.lease import BEAT_EVERY_S, Lease
-from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.deliverer import combine_stats
+from pillarbox.delivery.lease import HEARTBEAT_INTERVAL_S, Lease
+from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.stats import DeliveryCounters, State
 from pillarbox.store import layout
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-_TAKE_OVER_S: Final = 0.5  # between two looks whether the process that hands over is gone
-_LOOK_S: Final = 0.01  # between two looks whether a file was settled
-_AGAIN_S: Final = 0.05  # before a file that another process has is tried again
+_TAKEOVER_POLL_S: Final = 0.5  # between two looks whether the process that hands over is gone
+_SETTLEMENT_POLL_S: Final = 0.01  # between two looks whether a file was settled
+_LOCKED_RETRY_S: Final = 0.05  # before a file that another process has is tried again
 
 
-class Fleet:
+class FanOutRunner:
     """Delivers a directory to several sinks. `make_worker(queue)` is called once a sink, when its queue is there."""
 
     def __init__(
@@ -46,27 +46,27 @@ class Fleet:
         clock: Clock,
         ledger: LedgerWriter,
         fan_out: FanOut,
-        interval_s: float,
+        poll_interval_s: float,
         urls: Mapping[str, str],
         make_worker: Callable[[Directory], Worker],
         durability: str = "",
-        shelf: Retention | None = None,
+        retention: Retention | None = None,
     ) -> None:
         self._directory = directory
         self._ledger = ledger
         self._clock = clock
         self._fan_out = fan_out
-        self._interval_s = interval_s
+        self._poll_interval_s = poll_interval_s
         self._urls = urls  # of the sinks, without what is secret
         self._make_worker = make_worker
-        self._shelf = shelf  # of the directory itself: what was kept while there was one sink
+        self._retention = retention  # of the directory itself: what was kept while there was one sink
         self._lease = Lease(directory, ", ".join(urls), clock, durability)
-        self._threads: dict[str, DeliveryThread] = {}
+        self._runners: dict[str, ThreadRunner] = {}
         self._work = threading.Event()
         self._stopping = threading.Event()
-        self._hands_over_until = 0.0
-        self._trouble = ""
-        self._handed_over = False  # all that was found
+        self._fan_out_until = 0.0
+        self._problem = ""
+        self._all_fanned_out = False  # all that was found
         self._thread = threading.Thread(target=self._run, name="pillarbox-fan-out", daemon=True)
 
     def start(self) -> None:
@@ -80,60 +80,60 @@ class Fleet:
     def stop(self, timeout: float) -> bool:
         """Hand over and deliver what can be without waiting, and end; what takes longer than `timeout` stays on disk."""
         deadline = self._clock.monotonic() + timeout
-        self._hands_over_until = deadline - timeout / 2  # what is handed over is to be delivered, too
+        self._fan_out_until = deadline - timeout / 2  # what is handed over is to be delivered, too
         self._stopping.set()
         self._work.set()
         with contextlib.suppress(RuntimeError):  # it has not begun
             self._thread.join(timeout)
-        threads = list(self._threads.values())
+        threads = list(self._runners.values())
         for thread in threads:
             thread.worker.end()
         ended = [thread.stop(max(0.0, deadline - self._clock.monotonic())) for thread in threads]
         if self._thread.is_alive():
             return False
-        self._beat(now=True)  # how it ended
+        self._write_heartbeat(now=True)  # how it ended
         self._lease.release()
         return all(ended)
 
     def sinks(self) -> dict[str, SinkStats]:
         """How each sink stands; trouble with handing over is every sink's."""
-        found: dict[str, SinkStats] = {}
+        stats: dict[str, SinkStats] = {}
         for sink in self._urls:
-            thread = self._threads.get(sink)
+            thread = self._runners.get(sink)
             if thread is not None:
-                (found[sink],) = thread.sinks().values()
+                (stats[sink],) = thread.sinks().values()
             else:
-                found[sink] = DeliveryCounters().to_stats(State("standby", "its queue is not there yet"), "")
-            trouble = self._trouble
-            if trouble and found[sink].state.name in ("idle", "draining"):
-                found[sink] = found[sink].as_degraded(trouble)
-        return found
+                stats[sink] = DeliveryCounters().to_stats(State("standby", "its queue is not there yet"), "")
+            problem = self._problem
+            if problem and stats[sink].state.name in ("idle", "draining"):
+                stats[sink] = stats[sink].as_degraded(problem)
+        return stats
 
     def is_idle(self) -> bool:
         """Whether the last looks have found nothing left to hand over, nor to deliver to any of the sinks."""
-        threads = [self._threads.get(sink) for sink in self._urls]
-        if not self._handed_over or not all(thread is not None and thread.is_idle() for thread in threads):
+        threads = [self._runners.get(sink) for sink in self._urls]
+        if not self._all_fanned_out or not all(thread is not None and thread.is_idle() for thread in threads):
             return False
         try:
             return not any(self._directory.queue(sink).batch_names() for sink in self._urls)
         except OSError:
             return False
 
-    def is_stuck(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether nothing more is delivered until somebody mends the set-up: the other sinks have nothing to do."""
-        threads = [self._threads.get(sink) for sink in self._urls]
-        stuck = [thread is not None and thread.is_stuck() for thread in threads]
+        threads = [self._runners.get(sink) for sink in self._urls]
+        stuck = [thread is not None and thread.is_stopped() for thread in threads]
         return (
-            self._handed_over
+            self._all_fanned_out
             and any(stuck)
             and all(each or (thread is not None and thread.is_idle()) for each, thread in zip(stuck, threads, strict=True))
         )
 
-    def wait_for_settlement(self, seen: int, timeout: float) -> None:
-        """Wait until other than `seen` files are settled, at most `timeout` seconds."""
+    def wait_for_settlement(self, known_files: int, timeout: float) -> None:
+        """Wait until other than `known_files` files are settled, at most `timeout` seconds."""
         deadline = self._clock.monotonic() + timeout
-        while (left := deadline - self._clock.monotonic()) > 0 and not self._stopping.wait(min(left, _LOOK_S)):
-            if sum(sink.flushed_files for sink in self.sinks().values()) != seen:
+        while (left := deadline - self._clock.monotonic()) > 0 and not self._stopping.wait(min(left, _SETTLEMENT_POLL_S)):
+            if sum(sink.flushed_files for sink in self.sinks().values()) != known_files:
                 return
 
     def _run(self) -> None:
@@ -145,59 +145,59 @@ class Fleet:
 
     def _round(self) -> float:
         """Adopt and hand over, if that is this process's; seconds until the next round."""
-        trouble = ""
-        wait = min(self._interval_s, BEAT_EVERY_S)
+        problem = ""
+        wait_s = min(self._poll_interval_s, HEARTBEAT_INTERVAL_S)
         try:
-            if self._lease.is_good() or self._lease.take():
-                self._adopt()
-                self._fan_out.step(self._between)
-                self._handed_over = not self._directory.batch_names()
-                if self._shelf is not None:
-                    self._shelf.prune()
-                trouble = self._what_is_wrong()
-                wait = _AGAIN_S if self._fan_out.has_to_wait else wait
+            if self._lease.is_valid() or self._lease.acquire():
+                self._recover_segments()
+                self._fan_out.distribute(self._after_group)
+                self._all_fanned_out = not self._directory.batch_names()
+                if self._retention is not None:
+                    self._retention.prune()
+                problem = self._find_problem()
+                wait_s = _LOCKED_RETRY_S if self._fan_out.waits_for_lock else wait_s
             else:
-                wait = min(wait, _TAKE_OVER_S)
-            self._begin_to_deliver()
+                wait_s = min(wait_s, _TAKEOVER_POLL_S)
+            self._start_runners()
         except (OSError, FileUnusableError, DirectoryUnusableError) as error:
-            trouble = f"not handed over: {error}"
+            problem = f"not handed over: {error}"
         except Exception as error:  # a defect must not end this thread: nothing would be delivered any more
             log.exception("%s: a defect in Pillarbox while files were handed over", self._directory.path)
-            trouble = f"not handed over: a defect in Pillarbox: {error}"
-        self._report(trouble)
-        self._beat()
-        return wait
+            problem = f"not handed over: a defect in Pillarbox: {error}"
+        self._log_problem(problem)
+        self._write_heartbeat()
+        return wait_s
 
-    def _between(self) -> bool:
+    def _after_group(self) -> bool:
         """A group of files was handed over: deliver it, and let others see that this process lives; whether to go on."""
-        self._begin_to_deliver()
-        for thread in self._threads.values():
+        self._start_runners()
+        for thread in self._runners.values():
             thread.notify()
-        self._beat()
-        return not self._stopping.is_set() or self._clock.monotonic() < self._hands_over_until
+        self._write_heartbeat()
+        return not self._stopping.is_set() or self._clock.monotonic() < self._fan_out_until
 
-    def _beat(self, *, now: bool = False) -> None:
-        stands = together(self.sinks())
-        self._lease.beat(stands.state, stands.delivered, stands.last_error, now=now)
+    def _write_heartbeat(self, *, now: bool = False) -> None:
+        stands = combine_stats(self.sinks())
+        self._lease.write_heartbeat(stands.state, stands.delivered, stands.last_error, now=now)
 
-    def _adopt(self) -> None:
+    def _recover_segments(self) -> None:
         now = self._clock.micros()
         adopted = self._directory.recover()
         self._ledger.add(
             *(AdoptedEntry(now, layout.batch_id(file.sealed_name), layout.writer_of(file.active_name)) for file in adopted)
         )
 
-    def _begin_to_deliver(self) -> None:
+    def _start_runners(self) -> None:
         """A thread for each sink whose queue is there, whoever has made it."""
-        for queue in self._directory.queues() if len(self._threads) < len(self._urls) else ():
-            if queue.sink in self._urls and queue.sink not in self._threads:
-                thread = DeliveryThread(self._make_worker(queue))
-                self._threads[queue.sink] = thread
+        for queue in self._directory.queues() if len(self._runners) < len(self._urls) else ():
+            if queue.sink in self._urls and queue.sink not in self._runners:
+                thread = ThreadRunner(self._make_worker(queue))
+                self._runners[queue.sink] = thread
                 thread.start()
 
-    def _what_is_wrong(self) -> str:
+    def _find_problem(self) -> str:
         """With single files, or with queues that nobody delivers."""
-        for name, why in self._fan_out.trouble.items():
+        for name, why in self._fan_out.problems.items():
             return f"not handed over: {name}: {why}"
         for queue in self._directory.queues():
             if queue.sink not in self._urls and queue.batch_names():
@@ -206,11 +206,11 @@ class Fleet:
                 )
         return ""
 
-    def _report(self, trouble: str) -> None:
-        if trouble == self._trouble:
+    def _log_problem(self, problem: str) -> None:
+        if problem == self._problem:
             return
-        if trouble:
-            log.error("%s: %s", self._directory.path, trouble)
+        if problem:
+            log.error("%s: %s", self._directory.path, problem)
         else:
             log.info("%s: everything is handed over again", self._directory.path)
-        self._trouble = trouble
+        self._problem = problem

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pillarbox.stats import State
     from pillarbox.store.directory import Directory
 
-BEAT_EVERY_S: Final = 1.0
-_READS_MAX: Final = 3  # of one that cannot be read: it may be just being written
+HEARTBEAT_INTERVAL_S: Final = 1.0
+_READ_ATTEMPTS: Final = 3  # of one that cannot be read: it may be just being written
 
 
 class Lease:
@@ -29,33 +29,33 @@ class Lease:
         self._clock = clock
         self._durability = durability
         self._fd = -1
-        self._next_beat = 0.0
+        self._next_heartbeat = 0.0
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether this process delivers."""
         return self._fd >= 0
 
-    def is_good(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether it is still the lock that others see; one that somebody removed is let go."""
-        if self.held and not self._directory.filesystem.is_file_at(self._fd, self._directory.path_of(layout.DELIVER_LOCK)):
+        if self.is_held and not self._directory.filesystem.is_file_at(self._fd, self._directory.path_of(layout.DELIVER_LOCK)):
             self.release()
-        return self.held
+        return self.is_held
 
-    def take(self) -> bool:
+    def acquire(self) -> bool:
         """Become the one that delivers; False where another process is."""
-        taken = self._directory.acquire_lock_file(layout.DELIVER_LOCK)
-        if taken is not None:
-            self._fd = taken.fd
-        return self.held
+        locked_file = self._directory.acquire_lock_file(layout.DELIVER_LOCK)
+        if locked_file is not None:
+            self._fd = locked_file.fd
+        return self.is_held
 
-    def beat(self, state: State, delivered: int, last_error: str, *, now: bool = False) -> None:
+    def write_heartbeat(self, state: State, delivered: int, last_error: str, *, now: bool = False) -> None:
         """Write down how it goes, at most once a second unless it must be `now`."""
-        moment = self._clock.monotonic()
-        if not self.held or (moment < self._next_beat and not now):
+        now_s = self._clock.monotonic()
+        if not self.is_held or (now_s < self._next_heartbeat and not now):
             return
-        self._next_beat = moment + BEAT_EVERY_S
-        if not self.is_good():
+        self._next_heartbeat = now_s + HEARTBEAT_INTERVAL_S
+        if not self.is_valid():
             return
         beat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error, self._durability)
         try:
@@ -70,9 +70,9 @@ class Lease:
             self._directory.filesystem.close(fd)
 
 
-def last_heartbeat(directory: Directory) -> Heartbeat | None:
+def read_heartbeat(directory: Directory) -> Heartbeat | None:
     """What the process that delivers, or did, wrote last. Takes no lock."""
-    for _ in range(_READS_MAX):
+    for _ in range(_READ_ATTEMPTS):
         # It is written over in place: behind its end, there may be the rest of a longer one for a moment.
         line = directory.read_small_file(layout.DELIVER_LOCK).partition(b"\n")[0]
         if not line:

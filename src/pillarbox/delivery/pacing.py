@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
-_LATE_S: Final = 0.02  # a timer that fires late may be made up for by so much, and no more
+_TIMER_SLACK_S: Final = 0.02  # a timer that fires late may be made up for by so much, and no more
 
 
-class Pacing(NamedTuple):
+class PacingConfig(NamedTuple):
     """Bounds. Shares are of the rate that the destination usually takes, as far as it is known."""
 
     max_rate: float | None = None  # events/s, at all times; None: no ceiling
@@ -39,28 +39,28 @@ class Pacing(NamedTuple):
     gain_slow: float = 1 / 64  # the same for slow answers, while all is well
 
 
-class _Bucket:
+class _TokenBucket:
     """What was sent and is not paid off yet, at so many events a second."""
 
     def __init__(self) -> None:
         self._owed = 0.0
-        self._at = -math.inf
+        self._advanced_at = -math.inf
 
-    def pay(self, now: float, rate: float) -> None:
+    def advance(self, now: float, rate: float) -> None:
         """Let time pass at this rate."""
-        if now > self._at:
-            self._owed = max(self._owed - (now - self._at) * rate, -_LATE_S * rate)
-            self._at = now
+        if now > self._advanced_at:
+            self._owed = max(self._owed - (now - self._advanced_at) * rate, -_TIMER_SLACK_S * rate)
+            self._advanced_at = now
 
-    def owe(self, records: float, most: float = math.inf) -> None:
-        """So many are sent; not more than `most` are owed."""
-        self._owed = min(self._owed + records, most)
+    def charge(self, records: float, limit: float = math.inf) -> None:
+        """So many are sent; not more than `limit` are owed."""
+        self._owed = min(self._owed + records, limit)
 
-    def forgive(self, records: float) -> None:
+    def refund(self, records: float) -> None:
         """So many were sent and are not counted."""
         self._owed = max(min(self._owed, 0.0), self._owed - records)
 
-    def wait(self, rate: float) -> float:
+    def seconds_until_free(self, rate: float) -> float:
         """Seconds until nothing is owed."""
         return max(0.0, self._owed) / rate
 
@@ -68,16 +68,16 @@ class _Bucket:
 class Pacer:
     """When the next call may begin. Told of each call that begins, and of each that ends."""
 
-    def __init__(self, bounds: Pacing, at_once: int = 1) -> None:
-        self._bounds = bounds
-        self._at_once = at_once  # calls under way at the same time
+    def __init__(self, config: PacingConfig, max_in_flight: int = 1) -> None:
+        self._config = config
+        self._max_in_flight = max_in_flight  # calls under way at the same time
         self._bound: float | None = None
-        self._paced, self._ceiling = _Bucket(), _Bucket()
+        self._paced_bucket, self._ceiling_bucket = _TokenBucket(), _TokenBucket()
         self._usual_s = 0.0  # of a call, and
         self._usual_records = 0.0  # how many records it has; 0: not known yet
         self._last_records = 1
         self._slow_in_row = 0
-        self._recovers = False  # from a failure, until nothing waits any more
+        self._is_recovering = False  # from a failure, until nothing waits any more
         self._failing_since: float | None = None
         self._is_outage = False
         self._cut_at = -math.inf
@@ -91,124 +91,124 @@ class Pacer:
     @property
     def rate(self) -> float | None:
         """Events a second that are sent at most; None: as many as the destination takes."""
-        bounds = [bound for bound in (self._bound, self._bounds.max_rate) if bound is not None]
+        bounds = [bound for bound in (self._bound, self._config.max_rate) if bound is not None]
         return min(bounds, default=None)
 
     @property
     def _usual_rate(self) -> float:
         """What the destination takes unhindered; 0 where that is not known yet."""
-        return self._at_once * self._usual_records / max(self._usual_s, 1e-6)
+        return self._max_in_flight * self._usual_records / max(self._usual_s, 1e-6)
 
     @property
     def _ceiling_rate(self) -> float:
-        return math.inf if self._bounds.max_rate is None else self._bounds.max_rate
+        return math.inf if self._config.max_rate is None else self._config.max_rate
 
     @property
-    def _wanted(self) -> float:
+    def _unhindered_rate(self) -> float:
         """The rate of a drain that nothing is wrong with."""
         return min(self._usual_rate, self._ceiling_rate)
 
-    def wait(self, now: float) -> float:
+    def seconds_until_next(self, now: float) -> float:
         """Seconds until the next call may begin."""
         wait = 0.0
-        if self._bounds.max_rate is not None:
-            self._ceiling.pay(now, self._bounds.max_rate)
-            wait = self._ceiling.wait(self._bounds.max_rate)
+        if self._config.max_rate is not None:
+            self._ceiling_bucket.advance(now, self._config.max_rate)
+            wait = self._ceiling_bucket.seconds_until_free(self._config.max_rate)
         if self._bound is not None:
-            self._paced.pay(now, self._bound)
-            wait = max(wait, self._paced.wait(self._bound))
+            self._paced_bucket.advance(now, self._bound)
+            wait = max(wait, self._paced_bucket.seconds_until_free(self._bound))
         return wait
 
-    def sent(self, now: float, records: int) -> None:
+    def note_sent(self, now: float, records: int) -> None:
         """A call begins."""
-        self.wait(now)
+        self.seconds_until_next(now)
         self._last_records = max(1, records)
-        self._ceiling.owe(records)
+        self._ceiling_bucket.charge(records)
         if self._bound is not None:
-            self._paced.owe(records, self._bound * self._bounds.pause_max_s)
+            self._paced_bucket.charge(records, self._bound * self._config.pause_max_s)
 
-    def arrived(self, began: float, now: float, records: int) -> None:
+    def note_accepted(self, began: float, now: float, records: int) -> None:
         """A call that began then has brought something home."""
-        bounds = self._bounds
+        config = self._config
         self._failing_since = None
-        news = not self._usual_records
+        is_first = not self._usual_records
         seconds = max(0.0, now - began)
         slow = self._is_slow(seconds, records)
-        if not slow or self._is_at_least:  # slow at the lowest rate: that is how it is by now, and not our calls' doing
-            self._learn(seconds, max(1, records), bounds.gain)
-        elif not self._recovers:
-            self._learn(seconds, max(1, records), bounds.gain_slow)
-        if news and self._bound is not None:  # it failed before anything was known, and was bounded blindly
-            self._bound = max(self._bound, bounds.start_share * self._wanted)
-        if not self._recovers or began < self._cut_at:
+        if not slow or self._is_at_lowest:  # slow at the lowest rate: that is how it is by now, and not our calls' doing
+            self._update_averages(seconds, max(1, records), config.gain)
+        elif not self._is_recovering:
+            self._update_averages(seconds, max(1, records), config.gain_slow)
+        if is_first and self._bound is not None:  # it failed before anything was known, and was bounded blindly
+            self._bound = max(self._bound, config.start_share * self._unhindered_rate)
+        if not self._is_recovering or began < self._cut_at:
             return  # a call that was under way at the last cut says nothing of the rate since
         self._slow_in_row = self._slow_in_row + 1 if slow else 0
-        if self._slow_in_row >= bounds.slow_in_row and now - self._cut_at >= bounds.cut_every_s:
-            self._cut(now, self._present)
+        if self._slow_in_row >= config.slow_in_row and now - self._cut_at >= config.cut_every_s:
+            self._cut_rate(now, self._current_rate)
         if slow or self._bound is None:
             return
-        self._paced.pay(now, self._bound)
-        self._bound += bounds.step_share * self._wanted
-        if self._bound >= min(bounds.lift * self._usual_rate, self._ceiling_rate):
+        self._paced_bucket.advance(now, self._bound)
+        self._bound += config.step_share * self._unhindered_rate
+        if self._bound >= min(config.lift * self._usual_rate, self._ceiling_rate):
             self._bound = None
 
-    def failed(self, began: float, now: float, records: float = math.inf) -> None:
+    def note_failure(self, began: float, now: float, records: float = math.inf) -> None:
         """A call of so many records that began then is to be tried again: when, is the backoff's to say.
 
         Without a number of records nothing can be sent at all.
         """
-        self._paced.forgive(records)
-        news = False
+        self._paced_bucket.refund(records)
+        outage_begins = False
         if self._failing_since is None:
             self._failing_since = began
             self._is_outage = False
-        if now - self._failing_since >= self._bounds.outage_s and not self._is_outage:
-            self._is_outage = news = True
+        if now - self._failing_since >= self._config.outage_s and not self._is_outage:
+            self._is_outage = outage_begins = True
             self.outages += 1
-        self._recovers = True
-        if news:
-            self._cut(now, min(self._present, self._bounds.start_share / self._bounds.cut * self._wanted))
-        elif self._present and began >= self._cut_at and now - self._cut_at >= self._bounds.cut_every_s:
-            self._cut(now, self._present)  # where nothing is known yet, the backoff's pause is enough
+        self._is_recovering = True
+        if outage_begins:
+            self._cut_rate(now, min(self._current_rate, self._config.start_share / self._config.cut * self._unhindered_rate))
+        elif self._current_rate and began >= self._cut_at and now - self._cut_at >= self._config.cut_every_s:
+            self._cut_rate(now, self._current_rate)  # where nothing is known yet, the backoff's pause is enough
 
-    def refused(self, records: int) -> None:
+    def note_rejection(self, records: int) -> None:
         """A call brought nothing home, and was no failure either: looking for what is bad in a batch is not held back."""
-        self._paced.forgive(records)
+        self._paced_bucket.refund(records)
 
-    def caught_up(self) -> None:
+    def note_drained(self) -> None:
         """Nothing waits any more."""
         self._bound = None
-        self._recovers = False
+        self._is_recovering = False
 
     @property
-    def _present(self) -> float:
-        return self._wanted if self._bound is None else self._bound
+    def _current_rate(self) -> float:
+        return self._unhindered_rate if self._bound is None else self._bound
 
     @property
-    def _least(self) -> float:
+    def _lowest_rate(self) -> float:
         """The lowest rate that there is."""
-        return self._last_records / self._bounds.pause_max_s
+        return self._last_records / self._config.pause_max_s
 
     @property
-    def _is_at_least(self) -> bool:
-        return self._bound is not None and self._bound <= self._least
+    def _is_at_lowest(self) -> bool:
+        return self._bound is not None and self._bound <= self._lowest_rate
 
-    def _cut(self, now: float, rate: float) -> None:
+    def _cut_rate(self, now: float, rate: float) -> None:
         if self._bound is not None:
-            self._paced.pay(now, self._bound)
+            self._paced_bucket.advance(now, self._bound)
         else:
-            self._paced = _Bucket()
-        self._bound = max(self._bounds.cut * rate, self._least)
-        self._paced.owe(0, self._bound * self._bounds.pause_max_s)
+            self._paced_bucket = _TokenBucket()
+        self._bound = max(self._config.cut * rate, self._lowest_rate)
+        self._paced_bucket.charge(0, self._bound * self._config.pause_max_s)
         self._cut_at = now
         self._slow_in_row = 0
 
     def _is_slow(self, seconds: float, records: int) -> bool:
-        if not self._usual_records or seconds <= self._bounds.slow_least_s:
+        if not self._usual_records or seconds <= self._config.slow_least_s:
             return False
-        return seconds > self._bounds.slow * self._usual_s * max(1.0, records / self._usual_records)
+        return seconds > self._config.slow * self._usual_s * max(1.0, records / self._usual_records)
 
-    def _learn(self, seconds: float, records: int, gain: float) -> None:
+    def _update_averages(self, seconds: float, records: int, gain: float) -> None:
         if not self._usual_records:
             gain = 1.0
         self._usual_s += gain * (seconds - self._usual_s)

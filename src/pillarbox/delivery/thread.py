@@ -8,7 +8,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.delivery.deliverer import ONLY
+from pillarbox.delivery.deliverer import ONLY_SINK
 
 if TYPE_CHECKING:
     from pillarbox.delivery.worker import Worker
@@ -20,12 +20,12 @@ _RESTART_S: Final = 5.0  # after a defect of ours ended the worker
 _CANCEL_GRACE_S: Final = 0.5  # for a call to the sink that `stop` has cancelled
 
 
-class DeliveryThread:
+class ThreadRunner:
     """Runs a worker until `stop`."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self._stop = threading.Event()
+        self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="pillarbox-deliverer", daemon=True)
@@ -36,7 +36,7 @@ class DeliveryThread:
 
     def stop(self, timeout: float) -> bool:
         """Deliver what can be delivered without waiting and end; what takes longer than `timeout` seconds stays on disk."""
-        self._stop.set()
+        self._stopping.set()
         self.worker.end()
         with contextlib.suppress(RuntimeError):  # it has not begun
             self._thread.join(timeout)
@@ -53,36 +53,36 @@ class DeliveryThread:
     def sinks(self) -> dict[str, SinkStats]:
         """How the one sink stands."""
         worker = self.worker
-        with worker.settled:  # a file that is gone is counted
-            return {ONLY: worker.counters.to_stats(worker.state, worker.last_error)}
+        with worker.settlement_done:  # a file that is gone is counted
+            return {ONLY_SINK: worker.counters.to_stats(worker.state, worker.last_error)}
 
     def is_idle(self) -> bool:
         """Whether the last look has found nothing left to do."""
         return self.worker.idle.is_set()
 
-    def is_stuck(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether nothing more is delivered until somebody mends the set-up."""
         return self.worker.state.name == "stopped"
 
-    def wait_for_settlement(self, seen: int, timeout: float) -> None:
-        """Wait until other than `seen` files are settled, at most `timeout` seconds."""
-        with self.worker.settled:
-            self.worker.settled.wait_for(lambda: self.worker.counters.flushed_files != seen, timeout)
+    def wait_for_settlement(self, known_files: int, timeout: float) -> None:
+        """Wait until other than `known_files` files are settled, at most `timeout` seconds."""
+        with self.worker.settlement_done:
+            self.worker.settlement_done.wait_for(lambda: self.worker.counters.flushed_files != known_files, timeout)
 
     def _run(self) -> None:
         while True:
             try:
-                asyncio.run(self._main())
+                asyncio.run(self._run_worker())
             except (asyncio.CancelledError, Exception, SystemExit) as error:
-                if isinstance(error, asyncio.CancelledError) and self._stop.is_set():
+                if isinstance(error, asyncio.CancelledError) and self._stopping.is_set():
                     return
                 log.exception("delivery ended by a defect in Pillarbox or in a sink; it begins again in %g s", _RESTART_S)
             else:
                 return
-            if self._stop.wait(_RESTART_S):
+            if self._stopping.wait(_RESTART_S):
                 return
 
-    async def _main(self) -> None:
+    async def _run_worker(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         await self.worker.run()

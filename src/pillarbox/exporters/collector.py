@@ -8,7 +8,7 @@ from os import getpid
 from platform import python_version
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.telemetry import PENDING_METRICS, Metric, sink_attributes
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class DirectoryCollector:
 
     def _read_queue(self, queue: Directory, account: DiskUsage) -> QueueMetrics:
         now = self._clock.micros()
-        beat = last_heartbeat(queue)
+        beat = read_heartbeat(queue)
         return QueueMetrics(
             queue.sink,
             account.sealed_bytes,

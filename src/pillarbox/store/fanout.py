@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory, LockedFile
 
-TOGETHER_MAX: Final = 64  # files handed over together: each holds a descriptor, and the syncs serve them all
-_HELD_S: Final = 1.0  # how long to wait for a file that another process has before those behind it go ahead
+GROUP_MAX_FILES: Final = 64  # files handed over together: each holds a descriptor, and the syncs serve them all
+_LOCK_WAIT_S: Final = 1.0  # how long to wait for a file that another process has before those behind it go ahead
 
 
-class _Found(NamedTuple):
+class _LinkedFile(NamedTuple):
     """A file on its way, and what is in it."""
 
-    taken: LockedFile
+    locked_file: LockedFile
     records: int
-    spans: int
-    size: int
+    damaged_ranges: int
+    plain_bytes: int
 
 
 class FanOut:
     """Does so for one directory, in the process that holds its `deliver.lock`; one thread's.
 
-    While `busy()`, the interpreter is given away often.
+    While `is_busy()`, the interpreter is given away often.
     """
 
     def __init__(
@@ -51,48 +51,48 @@ class FanOut:
         sinks: Sequence[str],
         clock: Clock,
         ledger: LedgerWriter,
-        busy: Callable[[], bool] = lambda: False,
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._directory = directory
         self._sinks = sinks
         self._clock = clock
         self._ledger = ledger
         self._ledgers: dict[str, LedgerWriter] = {}
-        self._busy = busy
-        self._found = False
-        self._held: dict[str, float] = {}  # files that another process has, and since when
-        self.trouble: dict[str, str] = {}  # files that cannot be handed over, and why
+        self._is_busy = is_busy
+        self._is_prepared = False
+        self._locked_since: dict[str, float] = {}  # files that another process has, and since when
+        self.problems: dict[str, str] = {}  # files that cannot be handed over, and why
 
     @property
-    def has_to_wait(self) -> bool:
+    def waits_for_lock(self) -> bool:
         """Whether a file is to be waited for that another process has."""
-        return any(name not in self.trouble for name in self._held)
+        return any(name not in self.problems for name in self._locked_since)
 
-    def ledger_of(self, queue: Directory) -> LedgerWriter:
+    def ledger_for(self, queue: Directory) -> LedgerWriter:
         """The pen for a queue's account: one a process."""
         return self._ledgers.setdefault(queue.sink, LedgerWriter(queue, self._clock))
 
-    def step(self, goes_on: Callable[[], bool] = lambda: True) -> int:
+    def distribute(self, should_continue: Callable[[], bool] = lambda: True) -> int:
         """Make what is missing and hand over what is there; how many files went. Raises `OSError`.
 
-        After each group it is asked whether it `goes_on()`: a backlog takes its time.
+        After each group it is asked whether it `should_continue()`: a backlog takes its time.
 
         Every queue that is there gets them, also one that this process was not told of: a sink that is left out by mistake must
         not miss any.
         """
-        if not self._found:  # whoever made or removed queues may have died before that was durable, or done
+        if not self._is_prepared:  # whoever made or removed queues may have died before that was durable, or done
             self._directory.filesystem.sync_directory(self._directory.path)
             self._directory.finish_queue_removals()
-            self._found = True
+            self._is_prepared = True
         queues = self._directory.queues()
         missing = [sink for sink in self._sinks if sink not in {queue.sink for queue in queues}]
         if missing:
             self._finish_adding(missing, first=not queues)
             queues = self._directory.queues()
-        handed, ended = self._hand_over_all(queues, goes_on) if queues else (0, True)
+        count, ended = self._distribute_all(queues, should_continue) if queues else (0, True)
         for sink in missing if ended else ():
             self._directory.queue(sink).ensure_usable()  # what was sealed before is not for it
-        return handed
+        return count
 
     def _finish_adding(self, missing: Sequence[str], *, first: bool) -> None:
         """Make the queues that are to begin with what waits: all the first ones, and those that somebody asked for."""
@@ -108,99 +108,104 @@ class FanOut:
 
     def _note_adopted(self, sink: str, names: Sequence[str]) -> None:
         now = self._clock.micros()
-        ledger = self.ledger_of(self._directory.queue(sink))
+        ledger = self.ledger_for(self._directory.queue(sink))
         ledger.add(*(AdoptedEntry(now, layout.batch_id(name), FAN_OUT_WRITER) for name in names))
         ledger.write(sync=True)
 
-    def _hand_over_all(self, queues: Sequence[Directory], goes_on: Callable[[], bool]) -> tuple[int, bool]:
+    def _distribute_all(self, queues: Sequence[Directory], should_continue: Callable[[], bool]) -> tuple[int, bool]:
         """How many files went, and whether that was all that is for these queues alone."""
         names = self._directory.batch_names()
-        self._held = {name: since for name, since in self._held.items() if name in names} if self._held else {}
-        self.trouble = {name: why for name, why in self.trouble.items() if name in names} if self.trouble else {}
-        handed = 0
+        self._locked_since = (
+            {name: since for name, since in self._locked_since.items() if name in names} if self._locked_since else {}
+        )
+        self.problems = {name: why for name, why in self.problems.items() if name in names} if self.problems else {}
+        count = 0
         each = iter(names)
-        while group := list(islice(each, TOGETHER_MAX)):
-            went, may_follow = self._hand_over(group, queues)
-            handed += went
-            if not goes_on():
-                return handed, False
+        while group := list(islice(each, GROUP_MAX_FILES)):
+            went, may_follow = self._distribute_group(group, queues)
+            count += went
+            if not should_continue():
+                return count, False
             if not may_follow:
                 break
-        return handed, True
+        return count, True
 
-    def _hand_over(self, names: Sequence[str], queues: Sequence[Directory]) -> tuple[int, bool]:
+    def _distribute_group(self, names: Sequence[str], queues: Sequence[Directory]) -> tuple[int, bool]:
         """Hand over a group; how many files went, and whether those behind it may follow."""
-        going: list[_Found] = []
+        linked: list[_LinkedFile] = []
         goes_on = True
         # First, lest the loss of power undo a sealing whose file was handed over: it would be adopted, as another batch.
         self._directory.filesystem.sync_directory(self._directory.path)
         try:
             for name in names:
-                goes_on = self._take(name, queues, going)
+                goes_on = self._link_file(name, queues, linked)
                 if not goes_on:
                     break
-            if not going:
+            if not linked:
                 return 0, goes_on
             for queue in queues:
                 queue.filesystem.sync_directory(queue.path)
-            self._write_down(going, queues)
-            for found in going:
-                self._directory.remove(found.taken.name)
+            self._write_ledgers(linked, queues)
+            for file in linked:
+                self._directory.remove(file.locked_file.name)
             self._directory.filesystem.sync_directory(self._directory.path)
         finally:
-            for found in going:
-                self._directory.filesystem.close(found.taken.fd)
-        return len(going), goes_on
+            for file in linked:
+                self._directory.filesystem.close(file.locked_file.fd)
+        return len(linked), goes_on
 
-    def _take(self, name: str, queues: Sequence[Directory], going: list[_Found]) -> bool:
+    def _link_file(self, name: str, queues: Sequence[Directory], linked: list[_LinkedFile]) -> bool:
         """Take, read and link one file; False where its turn comes before the others' and another process has it."""
         try:
-            taken = self._directory.lock_existing(name)
+            locked_file = self._directory.lock_existing(name)
         except FileUnusableError as error:
-            self.trouble[name] = error.problem
+            self.problems[name] = error.problem
             return True
-        if taken is None:
+        if locked_file is None:
             now = self._clock.monotonic()
-            since = self._held.setdefault(name, now)
-            if now - since >= _HELD_S:
-                self.trouble[name] = "another process has it, and does not let go of it"
+            since = self._locked_since.setdefault(name, now)
+            if now - since >= _LOCK_WAIT_S:
+                self.problems[name] = "another process has it, and does not let go of it"
                 return True
             return False
-        self._held.pop(name, None)
+        self._locked_since.pop(name, None)
         try:
-            data = self._directory.filesystem.read_all(taken.fd)
-            contents, _ = reader.read_file(name, data, self._give_way)
+            data = self._directory.filesystem.read_all(locked_file.fd)
+            contents, _ = reader.read_file(name, data, self._yield_gil_if_busy)
             for queue in queues:
-                self._directory.link_into(queue, taken)
+                self._directory.link_into(queue, locked_file)
         except (OSError, FileUnusableError) as error:
-            self._directory.filesystem.close(taken.fd)
-            self.trouble[name] = str(error)
+            self._directory.filesystem.close(locked_file.fd)
+            self.problems[name] = str(error)
             return True
         except BaseException:
-            self._directory.filesystem.close(taken.fd)
+            self._directory.filesystem.close(locked_file.fd)
             raise
-        self.trouble.pop(name, None)
-        going.append(_Found(taken, len(contents.payloads), len(contents.damaged), len(data)))
+        self.problems.pop(name, None)
+        linked.append(_LinkedFile(locked_file, len(contents.payloads), len(contents.damaged), len(data)))
         return True
 
-    def _give_way(self) -> None:
-        if self._busy():
+    def _yield_gil_if_busy(self) -> None:
+        if self._is_busy():
             yield_gil()
 
-    def _write_down(self, going: Sequence[_Found], queues: Sequence[Directory]) -> None:
+    def _write_ledgers(self, linked: Sequence[_LinkedFile], queues: Sequence[Directory]) -> None:
         """Each queue's account begins with what was found; without room for the entries the files go ahead."""
         now = self._clock.micros()
         for queue in queues:
-            ledger = self.ledger_of(queue)
-            ledger.add(*(_begins(found, now) for found in going))
+            ledger = self.ledger_for(queue)
+            ledger.add(*(_sealed_entry(found, now) for found in linked))
             ledger.write(sync=True)
         sinks = [queue.sink for queue in queues]
-        shared = (FannedOutEntry(now, layout.batch_id(found.taken.name), sinks, found.records, found.spans) for found in going)
+        shared = (
+            FannedOutEntry(now, layout.batch_id(file.locked_file.name), sinks, file.records, file.damaged_ranges)
+            for file in linked
+        )
         self._ledger.add(*shared)
         self._ledger.write(sync=True)
 
 
-def _begins(found: _Found, now: int) -> SealedEntry:
+def _sealed_entry(file: _LinkedFile, now: int) -> SealedEntry:
     """The first entry of a file in a queue's ledger. How many events a damaged span was, nobody knows."""
-    counted = None if found.spans else found.records
-    return SealedEntry(now, layout.batch_id(found.taken.name), FAN_OUT_WRITER, counted, found.size)
+    counted = None if file.damaged_ranges else file.records
+    return SealedEntry(now, layout.batch_id(file.locked_file.name), FAN_OUT_WRITER, counted, file.plain_bytes)

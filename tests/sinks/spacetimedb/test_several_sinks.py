@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pillarbox import Outbox
 from tests.conftest import wait_until
-from tests.delivery.fleet_stage import arrived, balanced, fill_files, ids, sealed
+from tests.delivery.fanout_setup import balanced_totals, batch_files, enqueue_files, event_ids, stored_event_ids
 from tests.sinks.spacetimedb.server import SpacetimeDbServer
 
 
@@ -17,14 +17,14 @@ def test_a_server_that_is_killed_holds_back_no_database_and_misses_nothing(
     box = tmp_path / "box"
     sinks = {"live": own_server.sink_url("events"), "warehouse": f"sqlite:///{tmp_path}/w.db"}
     with Outbox(str(box), sinks=sinks, flush_interval=0.05, backoff_max=0.1) as outbox:
-        fill_files(outbox, 5)
+        enqueue_files(outbox, 5)
         assert outbox.flush(60)
         own_server.kill()
-        fill_files(outbox, 5, first=50)
+        enqueue_files(outbox, 5, first=50)
         wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 100)
         wait_until(lambda: outbox.stats().sinks["live"].state.name == "waiting")
-        assert len(sealed(box / "sink-live")) == 5
+        assert len(batch_files(box / "sink-live")) == 5
         own_server.start()
         assert outbox.flush(60)
-    assert sorted(own_server.stored_event_ids("events")) == arrived(tmp_path / "w.db") == ids(100)
-    balanced(box)
+    assert sorted(own_server.stored_event_ids("events")) == stored_event_ids(tmp_path / "w.db") == event_ids(100)
+    balanced_totals(box)

@@ -1,4 +1,4 @@
-"""What the two processes say to each other: a line each, JSON from the child, and after the `Setup` plain words to it."""
+"""What the two processes say to each other: a line each, JSON from the child, and after the `ChildSetup` plain words to it."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ GO: Final = b"go"  # the lock is free: deliver
 NOTIFY: Final = b"notify"  # there may be something to do
 STOP: Final = b"stop "  # and the seconds that it may take
 
-_BY_NAME: Final = {"event_type": "class", "on_dead_letter": "function"}  # settings that the child imports
+_SENT_BY_NAME: Final = {"event_type": "class", "on_dead_letter": "function"}  # settings that the child imports
 
 _READ_BYTES: Final = 1 << 16
 
 
-class Setup(msgspec.Struct):
+class ChildSetup(msgspec.Struct):
     """The first line to the child."""
 
-    path: list[str]  # sys.path, for what the settings name
+    sys_path: list[str]  # sys.path, for what the settings name
     log_level: int  # below it the parent's logger would throw the child's lines away
     settings: msgspec.Raw
 
 
-class Ready(msgspec.Struct, tag="ready"):
+class ChildReady(msgspec.Struct, tag="ready"):
     """The child could take the lock now."""
 
 
-class Trouble(msgspec.Struct, tag="trouble"):
+class ChildFailed(msgspec.Struct, tag="trouble"):
     """Why the child cannot begin."""
 
     text: str
 
 
-class Line(msgspec.Struct, tag="line"):
+class LogLine(msgspec.Struct, tag="line"):
     """A log record."""
 
     logger: str
@@ -53,37 +53,37 @@ class Line(msgspec.Struct, tag="line"):
     trace: str | None = None
 
 
-class Report(msgspec.Struct, tag="report"):
+class StatsReport(msgspec.Struct, tag="report"):
     """How it goes; lists are of what happened since the last one, numbers since the child began."""
 
     sinks: dict[str, SinkStats]
-    gone: list[int]  # bytes, of each file
-    durations: list[tuple[float, str]]  # seconds, and the name of the sink among several
+    released_bytes: list[int]  # bytes, of each file
+    delivery_seconds: list[tuple[float, str]]  # seconds, and the name of the sink among several
     hook_failures: int
-    surplus: bool  # another process delivers, and has for a while: this one is not needed
+    is_surplus: bool  # another process delivers, and has for a while: this one is not needed
 
 
-Message = Ready | Trouble | Line | Report
-decode_message: Final = msgspec.json.Decoder(Message).decode
+ChildMessage = ChildReady | ChildFailed | LogLine | StatsReport
+decode_message: Final = msgspec.json.Decoder(ChildMessage).decode
 
 
-def name_of(value: Any) -> str:
+def qualified_name(value: Any) -> str:
     """`module:name` of a class or function; empty where it has none."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     return f"{module}:{name}" if module and name else ""
 
 
-def named(text: str) -> Any:
+def import_named(name: str) -> Any:
     """What `module:name` names; raises `ImportError` or `AttributeError`."""
-    module, _, name = text.partition(":")
+    module, _, name = name.partition(":")
     return attrgetter(name)(import_module(module))
 
 
-def check(settings: Settings) -> None:
+def check_importable(settings: Settings) -> None:
     """Make sure that another process can import what the settings name; raises `ConfigurationError`."""
-    for setting, kind in _BY_NAME.items():
+    for setting, kind in _SENT_BY_NAME.items():
         value = getattr(settings, setting)
-        if value is not None and not _can_be_imported(value):
+        if value is not None and not _is_importable(value):
             allowed = (
                 f'a {kind} that can be imported as module:name, for with deliver="process" another process does so: '
                 f'move it out of the script, or out of the function, into a module, or take deliver="thread"'
@@ -91,12 +91,12 @@ def check(settings: Settings) -> None:
             raise ConfigurationError(setting, value, "the call", allowed)
 
 
-def _can_be_imported(value: Any) -> bool:
-    text = name_of(value)
+def _is_importable(value: Any) -> bool:
+    text = qualified_name(value)
     if not text or text.startswith("__main__:"):  # there, the script is not run
         return False
     try:
-        return named(text) is value
+        return import_named(text) is value
     except (ImportError, AttributeError):
         return False
 
@@ -104,16 +104,16 @@ def _can_be_imported(value: Any) -> bool:
 def encode_settings(settings: Settings) -> msgspec.Raw:
     """Settings as JSON, with classes and functions by name; without the hooks that only the parent calls."""
     sent = msgspec.structs.replace(settings, deliver="thread", before_send=None, on_drop=None)
-    return msgspec.Raw(msgspec.json.encode(sent, enc_hook=name_of))
+    return msgspec.Raw(msgspec.json.encode(sent, enc_hook=qualified_name))
 
 
 def decode_settings(data: msgspec.Raw) -> Settings:
     """The same, in the child; raises what an import raises."""
-    find: Callable[[type, str], Any] = lambda _kind, text: named(text)  # noqa: E731 - msgspec names the kind first
+    find: Callable[[type, str], Any] = lambda _kind, text: import_named(text)  # noqa: E731 - msgspec names the kind first
     return msgspec.json.decode(data, type=Settings, dec_hook=find)
 
 
-def lines(line: socket.socket) -> Iterator[bytes]:
+def read_lines(line: socket.socket) -> Iterator[bytes]:
     """What the other process says, line by line, until it is gone."""
     rest = b""
     while True:

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.backlog import Backlog
-from pillarbox.delivery.policy import Rules
+from pillarbox.delivery.lister import BatchLister
+from pillarbox.delivery.policy import DeliveryConfig
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import NamePage, NamePatterns
 from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import QUICK, Poisoned, drain, left, seal, worker_for
+from tests.delivery.worker_setup import QUICK_CONFIG, PoisonedSink, drain_worker, make_worker, remaining_files, seal_batch
 
-PARTS = QUICK._replace(named_at_once=2)
+PARTS = QUICK_CONFIG._replace(page_files=2)
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def place(tmp_path: Path) -> Directory:
 
 def fill(place: Directory, files: int) -> list[str]:
     """So many sealed files of one event; their batches."""
-    return [seal(place, stamp, b"%d" % stamp) for stamp in range(1, files + 1)]
+    return [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, files + 1)]
 
 
-def parts_of(backlog: Backlog) -> list[list[str]]:
+def parts_of(backlog: BatchLister) -> list[list[str]]:
     """All of them, batches by name."""
-    found = [backlog.begin(whole=False)]
+    found = [backlog.list_first_page(everything=False)]
     while backlog.has_more:
-        found.append(backlog.next())
+        found.append(backlog.list_next_page())
     return [list(map(layout.batch_id, names)) for names in found]
 
 
@@ -47,22 +47,22 @@ def parts_of(backlog: Backlog) -> list[list[str]]:
 def test_each_part_goes_on_where_the_one_before_has_ended(place: Directory, files: int, at_once: int) -> None:
     """All are named once, in order, each part behind a sync."""
     batches, syncs = fill(place, files), []
-    backlog = Backlog(place, lambda: syncs.append(1), at_once)
+    backlog = BatchLister(place, lambda: syncs.append(1), at_once)
     parts = parts_of(backlog)
     assert [batch for part in parts for batch in part] == batches
     assert all(len(part) <= at_once for part in parts)
     assert len(syncs) == (len(parts) if files else 0)
-    assert list(map(layout.batch_id, backlog.begin(whole=True))) == batches
+    assert list(map(layout.batch_id, backlog.list_first_page(everything=True))) == batches
     assert not backlog.has_more
 
 
 def test_what_is_sealed_after_the_first_look_is_for_the_next(place: Directory) -> None:
     """A round ends, however fast files are sealed."""
     batches = fill(place, 3)
-    backlog = Backlog(place, lambda: None, 2)
-    first = backlog.begin(whole=False)
-    later = seal(place, 4, b"4")
-    assert list(map(layout.batch_id, [*first, *backlog.next()])) == batches
+    backlog = BatchLister(place, lambda: None, 2)
+    first = backlog.list_first_page(everything=False)
+    later = seal_batch(place, 4, b"4")
+    assert list(map(layout.batch_id, [*first, *backlog.list_next_page()])) == batches
     assert not backlog.has_more
     assert parts_of(backlog) == [batches[:2], [batches[2], later]]
 
@@ -71,13 +71,13 @@ def test_a_part_does_not_tell_of_names_that_are_not_in_it(place: Directory) -> N
     """Of those, nothing is forgotten because of it."""
     fill(place, 5)
     names = place.batch_names()
-    backlog = Backlog(place, lambda: None, 2)
-    assert [name for name in names if not backlog.is_silent_on(name)] == names
-    backlog.begin(whole=False)
-    silent = [[name for name in names if backlog.is_silent_on(name)]]
+    backlog = BatchLister(place, lambda: None, 2)
+    assert [name for name in names if not backlog.is_outside_page(name)] == names
+    backlog.list_first_page(everything=False)
+    silent = [[name for name in names if backlog.is_outside_page(name)]]
     while backlog.has_more:
-        backlog.next()
-        silent.append([name for name in names if backlog.is_silent_on(name)])
+        backlog.list_next_page()
+        silent.append([name for name in names if backlog.is_outside_page(name)])
     assert silent == [names[2:], [*names[:2], names[4]], names[:4]]
 
 
@@ -87,10 +87,10 @@ def test_of_a_plain_file_and_its_copy_the_plain_one_is_named(place: Directory, a
     batches = fill(place, 3)
     for batch in batches:
         Path(place.path_of(batch + layout.COMPRESSED_SUFFIX)).touch()
-    backlog = Backlog(place, lambda: None, at_once)
-    names = backlog.begin(whole=False)
+    backlog = BatchLister(place, lambda: None, at_once)
+    names = backlog.list_first_page(everything=False)
     while backlog.has_more:
-        names += backlog.next()
+        names += backlog.list_next_page()
     assert names == [batch + layout.SUFFIX for batch in batches]
 
 
@@ -101,7 +101,7 @@ def test_what_is_on_its_way_into_a_queue_does_not_count(place: Directory) -> Non
     queue.ensure_usable()
     for batch in batches:
         os.link(place.path_of(batch + layout.SUFFIX), queue.path_of(batch + layout.SUFFIX))
-    backlog = Backlog(queue, lambda: None, 2)
+    backlog = BatchLister(queue, lambda: None, 2)
     assert parts_of(backlog) == [[]]
     for batch in batches[:3]:
         place.remove(batch + layout.SUFFIX)
@@ -117,9 +117,9 @@ def test_a_backlog_in_parts_is_delivered_in_order(place: Directory, in_flight: i
     fill(place, 9)
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(combines_files=combines, concurrent=True)
-    drain(worker_for(place, sink, rules=PARTS._replace(max_in_flight=in_flight)))
+    drain_worker(make_worker(place, sink, config=PARTS._replace(max_in_flight=in_flight)))
     assert sink.payloads == [b"%d" % stamp for stamp in range(1, 10)]
-    assert left(place) == []
+    assert remaining_files(place) == []
 
 
 def test_files_that_cannot_be_sent_hold_up_no_later_part(place: Directory) -> None:
@@ -128,24 +128,24 @@ def test_files_that_cannot_be_sent_hold_up_no_later_part(place: Directory) -> No
     for batch in batches[:2]:
         os.link(place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second")  # not ours: it has a second name
     sink = RecordingSink()
-    worker = worker_for(place, sink, rules=PARTS)
-    drain(worker)
+    worker = make_worker(place, sink, config=PARTS)
+    drain_worker(worker)
     assert sink.calls == batches[2:]
     assert worker.state.name == "degraded"
     for batch in batches[:2]:
         os.unlink(f"{place.path}/{batch}.second")
-    drain(worker_for(place, sink, rules=PARTS))
+    drain_worker(make_worker(place, sink, config=PARTS))
     assert sink.calls == [*batches[2:], *batches[:2]]
 
 
 def test_a_refused_batch_is_judged_beside_all_the_others(place: Directory) -> None:
     """Wherever it stands: it is put off, and named with the rest of the directory."""
     batches = fill(place, 3)
-    seal(place, 4, b'"poison"')
-    batches += [seal(place, stamp, b"%d" % stamp) for stamp in range(5, 9)]
-    sink = Poisoned()
-    worker = worker_for(place, sink, rules=PARTS)
-    drain(worker)
+    seal_batch(place, 4, b'"poison"')
+    batches += [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(5, 9)]
+    sink = PoisonedSink()
+    worker = make_worker(place, sink, config=PARTS)
+    drain_worker(worker)
     assert worker.counters.dead == 1
     assert sorted(set(sink.payloads)) == sorted(b"%d" % stamp for stamp in (1, 2, 3, 5, 6, 7, 8))
 
@@ -169,7 +169,7 @@ def test_where_the_next_part_cannot_be_listed_the_next_look_begins_anew(place: D
     batches = fill(place, 5)
     filesystem = _Failing()
     sink = RecordingSink()
-    drain(worker_for(Directory(place.path, filesystem, SystemClock()), sink, rules=PARTS))
+    drain_worker(make_worker(Directory(place.path, filesystem, SystemClock()), sink, config=PARTS))
     assert filesystem.failed == 1
     assert sink.calls == batches
 
@@ -181,12 +181,12 @@ def test_a_worker_is_not_idle_where_the_next_part_cannot_be_listed(place: Direct
         os.link(place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second")
     filesystem = _Failing()
     sink = RecordingSink()
-    worker = worker_for(Directory(place.path, filesystem, SystemClock()), sink, rules=PARTS)
-    drain(worker)
+    worker = make_worker(Directory(place.path, filesystem, SystemClock()), sink, config=PARTS)
+    drain_worker(worker)
     wait_until(lambda: filesystem.failed == 1)
     assert sink.calls == [batches[2]]
 
 
 def test_by_default_a_part_is_thousands_of_names() -> None:
     """So that directories are seldom listed, and the names take a few MiB."""
-    assert Rules().named_at_once == 16_384
+    assert DeliveryConfig().page_files == 16_384

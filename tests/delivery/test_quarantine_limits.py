@@ -8,22 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.delivery.policy import AGE_PROOF_S
-from pillarbox.delivery.settlement import Kept
-from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.policy import EXPIRY_MIN_FAILING_S
+from pillarbox.delivery.settlement import SettlementLimits
+from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.sinks.base import Batch, DeliveryResult, PartialFailure, Retry
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import NO, QUICK, MovingClock, drain, left, seal, worker_for
+from tests.delivery.worker_setup import (
+    QUICK_CONFIG,
+    REJECTION,
+    MovingClock,
+    drain_worker,
+    make_worker,
+    remaining_files,
+    seal_batch,
+)
 
 
 class Picky(RecordingSink):
     """Names the poisoned records and keeps the others."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        refused = {index: NO for index, payload in enumerate(batch.payloads) if b"poison" in payload}
+        refused = {index: REJECTION for index, payload in enumerate(batch.payloads) if b"poison" in payload}
         answer = await super().deliver(batch)
         return PartialFailure(refused, len(batch) - len(refused)) if refused else answer
 
@@ -31,35 +39,35 @@ class Picky(RecordingSink):
 @pytest.mark.parametrize(
     ("what", "kept", "lines", "raw"),
     [
-        ("dead", Kept(max_dead_bytes=250), [b'"good"', b'"poison"'], b""),
-        ("quarantine", Kept(max_quarantine_bytes=10), [b'"good"'], b"damaged\n"),
+        ("dead", SettlementLimits(max_dead_bytes=250), [b'"good"', b'"poison"'], b""),
+        ("quarantine", SettlementLimits(max_quarantine_bytes=10), [b'"good"'], b"damaged\n"),
     ],
 )
 def test_a_file_that_needs_more_than_may_be_set_aside_waits_and_the_good_ones_go_on(
-    place: Directory, what: str, kept: Kept, lines: list[bytes], raw: bytes
+    place: Directory, what: str, kept: SettlementLimits, lines: list[bytes], raw: bytes
 ) -> None:
     """The state says which limit and what to do; room is made, and it is settled."""
-    seal(place, 1, *lines, raw=raw)
-    second = seal(place, 2, *lines, raw=raw)
-    seal(place, 3, b'"next"')
+    seal_batch(place, 1, *lines, raw=raw)
+    second = seal_batch(place, 2, *lines, raw=raw)
+    seal_batch(place, 3, b'"next"')
     sink = Picky()
-    worker = worker_for(place, sink, kept=kept)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink, limits=kept)
+    thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: b'"next"' in sink.payloads and worker.state.name == "degraded")
     calls = len(sink.calls)
-    assert second + layout.SUFFIX in left(place)
+    assert second + layout.SUFFIX in remaining_files(place)
     assert f"max_{what}_bytes = " in worker.state.reason
     assert f"pillarbox {what} list" in worker.state.reason
     looked = worker.counters.failed_flushes
-    for name in left(place):
+    for name in remaining_files(place):
         if layout.kind_of(name) in {layout.Kind.DEAD, layout.Kind.CORRUPT, layout.Kind.RANGES}:
             place.remove(name)
     assert worker.idle.wait(60)
     assert thread.stop(30)
     assert (len(sink.calls), looked) == (calls + 1, 1)
     expected = [layout.dead_name(second)] if what == "dead" else [layout.corrupt_name(second), layout.ranges_name(second)]
-    assert left(place) == expected
+    assert remaining_files(place) == expected
     assert worker.state.name == "idle"
 
 
@@ -67,13 +75,13 @@ def test_where_the_operator_says_so_what_has_no_room_is_discarded_and_counted(
     place: Directory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Loudly, and once."""
-    first = seal(place, 1, b'"poison"', b'"good"')
+    first = seal_batch(place, 1, b'"poison"', b'"good"')
     for stamp in range(2, 6):
-        seal(place, stamp, b'"poison"', b'"good"')
-    worker = worker_for(place, Picky(), kept=Kept(max_dead_bytes=250, discards=True))
+        seal_batch(place, stamp, b'"poison"', b'"good"')
+    worker = make_worker(place, Picky(), limits=SettlementLimits(max_dead_bytes=250, discard_when_full=True))
     with caplog.at_level(logging.ERROR, "pillarbox"):
-        drain(worker)
-    assert left(place) == [layout.dead_name(first)]
+        drain_worker(worker)
+    assert remaining_files(place) == [layout.dead_name(first)]
     counters = worker.counters
     assert (counters.dead, counters.discarded, counters.delivered) == (5, 4, 5)
     assert len([entry for entry in caplog.records if "is discarded" in entry.message]) == 1
@@ -81,14 +89,14 @@ def test_where_the_operator_says_so_what_has_no_room_is_discarded_and_counted(
 
 def test_a_batch_that_is_sent_again_does_not_count_what_it_has_set_aside_before(place: Directory) -> None:
     """Killed between dead letters and removal: the same bytes are written over."""
-    seal(place, 1, b'"poison"', b'"good"')
-    name = left(place)[0]
+    seal_batch(place, 1, b'"poison"', b'"good"')
+    name = remaining_files(place)[0]
     data = Path(place.path_of(name)).read_bytes()
-    kept = Kept(max_dead_bytes=250)
-    drain(worker_for(place, Picky(), kept=kept))
+    kept = SettlementLimits(max_dead_bytes=250)
+    drain_worker(make_worker(place, Picky(), limits=kept))
     Path(place.path_of(name)).write_bytes(data)
-    drain(worker_for(place, Picky(), kept=kept))
-    assert [layout.kind_of(found) for found in left(place)] == [layout.Kind.DEAD]
+    drain_worker(make_worker(place, Picky(), limits=kept))
+    assert [layout.kind_of(found) for found in remaining_files(place)] == [layout.Kind.DEAD]
 
 
 class Down(RecordingSink):
@@ -107,22 +115,22 @@ class Down(RecordingSink):
 def test_without_an_age_limit_no_age_gives_up(place: Directory) -> None:
     """Ten years."""
     clock = MovingClock()
-    seal(place, clock.micros(), b"1")
+    seal_batch(place, clock.micros(), b"1")
     sink = Down(clock, 86_400.0 * 365, 10)
-    worker = worker_for(Directory(place.path, place.filesystem, clock), sink, clock=clock)
-    drain(worker)
+    worker = make_worker(Directory(place.path, place.filesystem, clock), sink, clock=clock)
+    drain_worker(worker)
     assert (sink.payloads, worker.counters.dead) == ([b"1"], 0)
 
 
 def test_past_an_age_limit_records_become_dead_letters(place: Directory) -> None:
     """With that for a reason; younger ones are tried on."""
     clock = MovingClock()
-    old = seal(place, clock.micros(), b"1", b"2")
+    old = seal_batch(place, clock.micros(), b"1", b"2")
     young = Directory(place.path, place.filesystem, clock)
     sink = Down(clock, 3600.0, 3)
-    worker = worker_for(young, sink, rules=QUICK._replace(max_age_s=7000.0), clock=clock)
-    seal(place, clock.micros() + int(7200e6), b"3")
-    drain(worker)
+    worker = make_worker(young, sink, config=QUICK_CONFIG._replace(max_age_s=7000.0), clock=clock)
+    seal_batch(place, clock.micros() + int(7200e6), b"3")
+    drain_worker(worker)
     letters = [json.loads(line) for line in Path(place.path_of(layout.dead_name(old))).read_bytes().splitlines()]
     assert [(letter["event"], letter["code"], letter["attempts"]) for letter in letters] == [
         (1, "too_old", 2),
@@ -136,16 +144,16 @@ def test_past_an_age_limit_records_become_dead_letters(place: Directory) -> None
 def test_a_clock_that_jumps_makes_nothing_old(place: Directory, jump: float) -> None:
     """In the deliverer's life, in either direction."""
     clock = MovingClock()
-    seal(place, clock.micros(), b"1")
+    seal_batch(place, clock.micros(), b"1")
 
     class Jumping(Down):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             clock.step(jump)
             return await super().deliver(batch)
 
-    sink = Jumping(clock, AGE_PROOF_S, 3)
-    worker = worker_for(
-        Directory(place.path, place.filesystem, clock), sink, rules=QUICK._replace(max_age_s=86_400.0), clock=clock
+    sink = Jumping(clock, EXPIRY_MIN_FAILING_S, 3)
+    worker = make_worker(
+        Directory(place.path, place.filesystem, clock), sink, config=QUICK_CONFIG._replace(max_age_s=86_400.0), clock=clock
     )
-    drain(worker)
+    drain_worker(worker)
     assert (sink.payloads, worker.counters.dead) == ([b"1"], 0)

@@ -15,7 +15,7 @@ import pytest
 from pillarbox import Outbox
 from pillarbox.admin.changes import acquire_lock
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.settlement import Kept
+from pillarbox.delivery.settlement import SettlementLimits
 from pillarbox.sinks.base import SinkCapabilities
 from pillarbox.store import layout, retention
 from pillarbox.store.directory import Directory
@@ -26,10 +26,10 @@ from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX, ids, run
 from tests.conftest import event, wait_until
-from tests.delivery.stage import MovingClock, drain, seal, worker_for
-from tests.delivery.test_kept import Picky
+from tests.delivery.test_quarantine_limits import Picky
+from tests.delivery.worker_setup import MovingClock, drain_worker, make_worker, seal_batch
 
-KEEPING = Kept(keep_delivered_s=3600.0)
+KEEPING = SettlementLimits(keep_delivered_s=3600.0)
 BOX = ("-d", "box")
 
 
@@ -78,10 +78,10 @@ def three_delivered(folder: Path) -> None:
 
 def test_what_was_delivered_is_kept_by_a_rename_and_no_longer_pending(place: Directory) -> None:
     """Byte for byte, under a name that says when it was delivered."""
-    kept = [seal(place, stamp, b'"%d"' % stamp) for stamp in range(1, 4)]
+    kept = [seal_batch(place, stamp, b'"%d"' % stamp) for stamp in range(1, 4)]
     before = {name: Path(place.path_of(name)).read_bytes() for name in place.batch_names()}
     gone: list[int] = []
-    drain(worker_for(place, RecordingSink(), gone, kept=KEEPING))
+    drain_worker(make_worker(place, RecordingSink(), gone, limits=KEEPING))
     assert place.batch_names() == []
     assert batches(place) == kept
     assert {
@@ -93,10 +93,10 @@ def test_what_was_delivered_is_kept_by_a_rename_and_no_longer_pending(place: Dir
 
 def test_without_keep_delivered_nothing_is_kept_and_what_others_keep_stays(place: Directory) -> None:
     """Somebody who delivers once without the setting must not undo what the setting is for."""
-    first = seal(place, 1, b"1")
-    drain(worker_for(place, RecordingSink(), kept=KEEPING))
-    seal(place, 2, b"2")
-    drain(worker_for(place, RecordingSink()))
+    first = seal_batch(place, 1, b"1")
+    drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
+    seal_batch(place, 2, b"2")
+    drain_worker(make_worker(place, RecordingSink()))
     assert batches(place) == [first]
 
 
@@ -105,19 +105,19 @@ def test_delivered_files_go_when_they_are_too_old(place: Directory) -> None:
     clock = MovingClock()
     place = Directory(place.path, place.filesystem, clock)
     for stamp in (1, 2):
-        seal(place, stamp, b"1")
-        drain(worker_for(place, RecordingSink(), kept=KEEPING, clock=clock))
+        seal_batch(place, stamp, b"1")
+        drain_worker(make_worker(place, RecordingSink(), limits=KEEPING, clock=clock))
         clock.advance(2000)
     Path(place.path_of("delivered-by-hand.ndjson")).write_bytes(b"")
-    drain(worker_for(place, RecordingSink(), kept=KEEPING, clock=clock))
+    drain_worker(make_worker(place, RecordingSink(), limits=KEEPING, clock=clock))
     assert batches(place) == ["sealed-0000000000000002-u", "sealed-by-hand"]
 
 
 def test_delivered_files_go_when_they_are_too_much_the_first_delivered_first(place: Directory) -> None:
     """Whatever their own age is."""
     for stamp in (9, 3, 5):
-        seal(place, stamp, b'"%s"' % (b"x" * 100))
-        drain(worker_for(place, RecordingSink(), kept=KEEPING._replace(max_delivered_bytes=300)))
+        seal_batch(place, stamp, b'"%s"' % (b"x" * 100))
+        drain_worker(make_worker(place, RecordingSink(), limits=KEEPING._replace(max_delivered_bytes=300)))
     assert batches(place) == ["sealed-0000000000000003-u", "sealed-0000000000000005-u"]
 
 
@@ -125,21 +125,21 @@ def test_delivered_files_are_bounded_in_number(place: Directory, monkeypatch: py
     """Every look at the directory comes past each of them."""
     monkeypatch.setattr(retention, "FILES_MAX", 2)
     for stamp in range(1, 6):
-        seal(place, stamp, b"1")
-    drain(worker_for(place, RecordingSink(), kept=KEEPING))
+        seal_batch(place, stamp, b"1")
+    drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
     assert batches(place) == ["sealed-0000000000000004-u", "sealed-0000000000000005-u"]
 
 
 def test_a_file_with_dead_letters_and_damaged_lines_is_kept_as_it_is(place: Directory) -> None:
     """Sent again, the good ones arrive, and the others are set aside again."""
-    batch = seal(place, 1, b'"good"', b'"poison"', raw=b"damaged\n")
+    batch = seal_batch(place, 1, b'"good"', b'"poison"', raw=b"damaged\n")
     sink = Picky()
-    drain(worker_for(place, sink, kept=KEEPING))
+    drain_worker(make_worker(place, sink, limits=KEEPING))
     (kept,) = place.delivered_files()
     assert batches(place) == [batch]
     anew = place.reseal(kept.name)
     assert anew is not None
-    drain(worker_for(place, sink, kept=KEEPING))
+    drain_worker(make_worker(place, sink, limits=KEEPING))
     assert sink.payloads == [b'"good"', b'"poison"'] * 2
     both = sorted([batch, layout.batch_id(anew)])
     assert batches(place, layout.Kind.DEAD) == [f"dead-{one}" for one in both]
@@ -159,9 +159,9 @@ def test_what_cannot_be_kept_goes(place: Directory, clock: ManualClock, caplog: 
     """It is delivered, and takes the room that is missing."""
     place = Directory(place.path, NoRoomForNames(), clock)
     for stamp in (1, 2):
-        seal(place, stamp, b"1")
+        seal_batch(place, stamp, b"1")
     with caplog.at_level(logging.WARNING, "pillarbox"):
-        drain(worker_for(place, RecordingSink(), kept=KEEPING))
+        drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
     assert (place.batch_names(), place.delivered_files()) == ([], [])
     assert len([one for one in caplog.records if "cannot be kept" in one.message]) == 1
 
@@ -392,9 +392,9 @@ def test_cut_short_it_has_neither_lost_nor_doubled_anything(tmp_path: Path, numb
     place = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
     place.ensure_usable()
     for stamp in range(500):
-        seal(place, stamp + 1, b'{"n":%d}' % stamp)
+        seal_batch(place, stamp + 1, b'{"n":%d}' % stamp)
     ledger = LedgerWriter(place, SystemClock())
-    drain(worker_for(place, RecordingSink(), kept=KEEPING))
+    drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
     ledger.write(sync=True)
     contents = sorted(Path(place.path_of(file.name)).read_bytes() for file in place.delivered_files())
     assert len(contents) == 500

@@ -9,25 +9,25 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.fanout import Fleet
-from pillarbox.delivery.runner import destinations, make_deliverer
-from pillarbox.delivery.settlement import Callbacks
+from pillarbox.delivery.fanout import FanOutRunner
+from pillarbox.delivery.runner import build_local_runner, build_sinks
+from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.settings import resolve
 from pillarbox.sinks.base import Misconfigured, Retry
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
-from tests.delivery.fleet_stage import (
-    BUSY,
-    arrived,
-    balanced,
-    fill,
-    fill_files,
-    ids,
-    place_of,
-    received,
-    refusing_poison,
-    sealed,
+from tests.delivery.fanout_setup import (
+    BUSY_RESPONSE,
+    balanced_totals,
+    batch_files,
+    enqueue_events,
+    enqueue_files,
+    event_ids,
+    open_directory,
+    received_counts,
+    reject_poison,
+    stored_event_ids,
 )
 from tests.sinks.http_server import HANG, Server, always, closed_port_url
 
@@ -49,14 +49,14 @@ def two(box: Path) -> dict[str, str]:
 def test_each_sink_gets_everything_and_the_disk_is_free_afterwards(box: Path) -> None:
     """Two databases, several files; what waits is nothing, and all accounts balance."""
     with Outbox(str(box), sinks=two(box), batch_size=50) as outbox:
-        fill(outbox, 1000)
+        enqueue_events(outbox, 1000)
         assert outbox.flush(60)
         stats = outbox.stats()
         assert (stats.pending_files, stats.pending_bytes, stats.delivered) == (0, 0, 2000)
         assert {name: sink.delivered for name, sink in stats.sinks.items()} == {"live": 1000, "warehouse": 1000}
-    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(1000)
-    assert not [name for folder in (box, box / "sink-live", box / "sink-warehouse") for name in sealed(folder)]
-    rows = balanced(box)
+    assert stored_event_ids(box.parent / "live.db") == stored_event_ids(box.parent / "warehouse.db") == event_ids(1000)
+    assert not [name for folder in (box, box / "sink-live", box / "sink-warehouse") for name in batch_files(folder)]
+    rows = balanced_totals(box)
     assert (rows[""].accepted, rows[""].shared, rows[""].pending_max) == (1000, 1000, 0)
     assert {name: rows[name].delivered for name in ("live", "warehouse")} == {"live": 1000, "warehouse": 1000}
 
@@ -64,11 +64,11 @@ def test_each_sink_gets_everything_and_the_disk_is_free_afterwards(box: Path) ->
 @pytest.mark.parametrize("how", ["refuses connections", "answers 503", "never answers"])
 def test_a_sink_that_is_down_holds_back_nobody_and_catches_up(box: Path, how: str) -> None:
     """Its state names it, the other's is well; what waits counts once; once it is back it gets all of it once."""
-    with Server(always(BUSY if how == "answers 503" else HANG)) as server:
+    with Server(always(BUSY_RESPONSE if how == "answers 503" else HANG)) as server:
         url = closed_port_url() if how == "refuses connections" else server.url("#timeout=0.5")
         sinks = {"live": url, "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, batch_size=10, backoff_max=0.05) as outbox:
-            fill_files(outbox, 20)
+            enqueue_files(outbox, 20)
             wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 200)
             wait_until(lambda: outbox.stats().sinks["live"].state.name == "waiting")
             stats = outbox.stats()
@@ -79,34 +79,34 @@ def test_a_sink_that_is_down_holds_back_nobody_and_catches_up(box: Path, how: st
             assert (stats.sinks["live"].delivered, stats.sinks["warehouse"].failed_flushes) == (0, 0)
             assert stats.sinks["live"].failed_flushes > 0
             assert not outbox.flush(0.3)
-            files = [box / "sink-live" / name for name in sealed(box / "sink-live")]
+            files = [box / "sink-live" / name for name in batch_files(box / "sink-live")]
             assert len(files) == 20
             size = sum(file.stat().st_size for file in files)
             wait_until(lambda: (outbox.stats().pending_files, outbox.stats().pending_bytes) == (20, size))
-    assert arrived(box.parent / "warehouse.db") == ids(200)
-    assert not sealed(box / "sink-warehouse")
+    assert stored_event_ids(box.parent / "warehouse.db") == event_ids(200)
+    assert not batch_files(box / "sink-warehouse")
     with Server() as server, Outbox(str(box), sinks=sinks | {"live": server.url()}) as outbox:
         assert outbox.flush(60)
-        assert received(server.requests) == dict.fromkeys(ids(200), 1)
+        assert received_counts(server.requests) == dict.fromkeys(event_ids(200), 1)
         assert outbox.stats().sinks["warehouse"].delivered == 0  # none of it came a second time
-    assert not sealed(box / "sink-live")
-    balanced(box)
+    assert not batch_files(box / "sink-live")
+    balanced_totals(box)
 
 
 def test_each_sink_has_dead_letters_of_its_own(box: Path) -> None:
     """What one refuses the other has; the dead letters are in the queue of who refused, and its account has them."""
-    with Server(refusing_poison) as server:
+    with Server(reject_poison) as server:
         sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, batch_size=10) as outbox:
             for number in range(50):
-                fill(outbox, 1, number, event_key="poison" if number % 10 == 3 else "click")
+                enqueue_events(outbox, 1, number, event_key="poison" if number % 10 == 3 else "click")
             assert outbox.flush(60)
             stats = outbox.stats()
             assert (stats.dead, stats.sinks["live"].dead, stats.sinks["warehouse"].dead) == (5, 5, 0)
             assert (stats.sinks["live"].delivered, stats.sinks["warehouse"].delivered) == (45, 50)
-    assert arrived(box.parent / "warehouse.db") == ids(50)
+    assert stored_event_ids(box.parent / "warehouse.db") == event_ids(50)
     assert {file.parent.name for file in box.rglob("dead-*")} == {"sink-live"}
-    rows = balanced(box)
+    rows = balanced_totals(box)
     assert (rows["live"].dead, rows["live"].delivered, rows["warehouse"].dead) == (5, 45, 0)
 
 
@@ -114,17 +114,17 @@ def test_a_sink_object_may_be_among_them(box: Path) -> None:
     """An application's own beside a URL."""
     sink = RecordingSink()
     with Outbox(str(box), sinks={"mine": sink, "warehouse": database(box, "warehouse")}, batch_size=10) as outbox:
-        fill(outbox, 30)
+        enqueue_events(outbox, 30)
         assert outbox.flush(60)
     assert len(sink.payloads) == 30
-    assert arrived(box.parent / "warehouse.db") == ids(30)
+    assert stored_event_ids(box.parent / "warehouse.db") == event_ids(30)
 
 
 def test_flush_waits_for_every_sink(box: Path) -> None:
     """One that is slow to accept makes it wait, although the other had it all at once."""
     slow = RecordingSink([Retry("not yet", after_s=0.3)])
     with Outbox(str(box), sinks={"slow": slow, "warehouse": database(box, "warehouse")}) as outbox:
-        fill(outbox, 10)
+        enqueue_events(outbox, 10)
         assert outbox.flush(60)
         assert len(slow.batches) == 1
         assert outbox.stats().pending_files == 0
@@ -136,14 +136,18 @@ def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> Non
     with Outbox(str(box), sinks=sinks, max_bytes=20_000, batch_size=20, backoff_max=0.05) as outbox:
         accepted = sum(bool(outbox.enqueue(event(number, scope_id="s" * 100))) for number in range(300))
         assert outbox._sealer.seal_now("manual", 60)
-        wait_until(lambda: not sealed(box))
+        wait_until(lambda: not batch_files(box))
         size = sum(file.stat().st_size for file in (box / "sink-one").glob("sealed-*"))
         assert outbox.stats().dropped["max_bytes"] == 300 - accepted > 0
         assert 18_000 < size <= 20_000
         # A listing while they were handed over may have missed one.
         wait_until(lambda: outbox.stats().pending_bytes == size)
-        assert place_of(box).disk_usage().pending_files == len(sealed(box / "sink-two")) == len(sealed(box / "sink-three"))
-    balanced(box)
+        assert (
+            open_directory(box).disk_usage().pending_files
+            == len(batch_files(box / "sink-two"))
+            == len(batch_files(box / "sink-three"))
+        )
+    balanced_totals(box)
 
 
 class SlowToOpen(RecordingSink):
@@ -169,13 +173,13 @@ def test_it_is_stuck_once_one_is_stopped_and_the_others_have_nothing_to_do(box: 
     """Not while another has yet to begin, however long that takes."""
     slow, broken = SlowToOpen(), RecordingSink([Misconfigured("no such table")])
     with Outbox(str(box), sinks={"slow": slow, "broken": broken}) as outbox:
-        fill_files(outbox, 2)
+        enqueue_files(outbox, 2)
         fleet = outbox._runner
-        assert isinstance(fleet, Fleet)
+        assert isinstance(fleet, FanOutRunner)
         wait_until(lambda: outbox.stats().sinks["broken"].state.name == "stopped" and slow.loop is not None)
-        assert not fleet.is_stuck()
+        assert not fleet.is_stopped()
         slow.allow()
-        wait_until(fleet.is_stuck)
+        wait_until(fleet.is_stopped)
         assert (len(slow.payloads), len(broken.payloads)) == (20, 0)
 
 
@@ -184,8 +188,10 @@ def test_what_has_not_begun_can_be_stopped(box: Path) -> None:
     one_and_several: list[dict[str, object]] = [{"sink": "sqlite:///a.db"}, {"sinks": two(box)}]
     for sinks in one_and_several:
         settings = resolve({"directory": str(box)} | sinks, {}, None)
-        place = place_of(box)
+        place = open_directory(box)
         place.ensure_usable()
         ledger = LedgerWriter(place, SystemClock())
-        found = make_deliverer(settings, place, SystemClock(), ledger, Callbacks(), lambda: False, destinations(settings, {}))
+        found = build_local_runner(
+            settings, place, SystemClock(), ledger, DeliveryCallbacks(), lambda: False, build_sinks(settings, {})
+        )
         assert found.stop(60)

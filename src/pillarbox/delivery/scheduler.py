@@ -12,71 +12,71 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_NOTHING: Final = ""  # sorts before each name
+_NO_NAME: Final = ""  # sorts before each name
 
 
-class Lineup:
+class Scheduler:
     """The names of files to send. With a share of 0 they go in the order in which they are given."""
 
     def __init__(self, live_share: float = 0.0) -> None:
-        self._share = live_share
+        self._live_share = live_share
         self._backlog: deque[str] = deque()
         self._live: deque[str] = deque()
-        self._owed = 0.0  # files, to the live ones
-        self._newest = _NOTHING  # of those that were given
-        self._border = _NOTHING  # the newest of the backlog
+        self._live_credit = 0.0  # files, to the live ones
+        self._newest = _NO_NAME  # of those that were given
+        self._newest_backlog = _NO_NAME  # the newest of the backlog
 
     def __bool__(self) -> bool:
         return bool(self._backlog or self._live)
 
     @property
-    def is_settled(self) -> bool:
+    def is_backlog_done(self) -> bool:
         """Whether what is sealed from now on changes nothing: no backlog is left for it to go beside."""
-        return not self._backlog and self._border != _NOTHING
+        return not self._backlog and self._newest_backlog != _NO_NAME
 
-    def begin(self) -> None:
+    def start_backlog(self) -> None:
         """All that waits at the next look is the backlog."""
-        self._border = _NOTHING
+        self._newest_backlog = _NO_NAME
 
-    def fill(self, names: Sequence[str]) -> None:
+    def schedule(self, names: Sequence[str]) -> None:
         """These wait, sorted by age, and no others."""
         self.clear()
         self._newest = names[-1] if names else self._newest
-        if not names or min(names) > self._border:
-            self._border = self._newest  # nothing of the backlog is left: this is the next one
+        if not names or min(names) > self._newest_backlog:
+            self._newest_backlog = self._newest  # nothing of the backlog is left: this is the next one
         self._add(names)
 
-    def fill_as_given(self, names: Sequence[str]) -> None:
+    def schedule_in_order(self, names: Sequence[str]) -> None:
         """These wait, and go in this order, whatever the share."""
         self.clear()
         self._newest = max(names, default=self._newest)
         self._backlog.extend(names)
 
-    def add(self, names: Sequence[str]) -> None:
+    def add_live(self, names: Sequence[str]) -> None:
         """All that waits by now: of these, what was sealed since the last look goes as well."""
-        fresh = [name for name in names if name > self._newest]
-        self._newest = fresh[-1] if fresh else self._newest
-        if self._border == _NOTHING:
-            self._border = self._newest
-            fresh = sorted([*self._backlog, *self._live, *fresh])
+        new_names = [name for name in names if name > self._newest]
+        self._newest = new_names[-1] if new_names else self._newest
+        if self._newest_backlog == _NO_NAME:
+            self._newest_backlog = self._newest
+            new_names = sorted([*self._backlog, *self._live, *new_names])
             self.clear()
-        self._add(fresh)
+        self._add(new_names)
 
     def _add(self, names: Sequence[str]) -> None:
-        if not self._share:
+        if not self._live_share:
             self._backlog.extend(names)
             return
-        self._backlog.extend(name for name in names if name <= self._border)
-        self._live.extend(name for name in names if name > self._border)
+        self._backlog.extend(name for name in names if name <= self._newest_backlog)
+        self._live.extend(name for name in names if name > self._newest_backlog)
 
-    def take(self) -> str:
+    def pop_next(self) -> str:
         """The next one; `IndexError` where there is none."""
         if not self._backlog or not self._live:
             return (self._backlog or self._live).popleft()
-        self._owed += self._share
-        if self._owed < 1:
+        self._live_credit += self._live_share
+        if self._live_credit < 1:
             return self._backlog.popleft()
-        self._owed -= 1
+        self._live_credit -= 1
         return self._live.popleft()
 
     def clear(self) -> None:

@@ -18,7 +18,7 @@ import pytest
 from pillarbox import Outbox
 from pillarbox.admin import dead_letters
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.settlement import Callbacks
+from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.delivery.worker import Worker
 from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
@@ -41,9 +41,9 @@ from pillarbox.store.yielding import evict_delivered
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.conftest import wait_until
-from tests.delivery.fleet_stage import arrived, balanced, fill_files, ids, place_of
-from tests.delivery.stage import QUICK, drain, seal
-from tests.delivery.test_resend import BOX, KEEPING, capacity_of
+from tests.delivery.fanout_setup import balanced_totals, enqueue_files, event_ids, open_directory, stored_event_ids
+from tests.delivery.test_redelivery import BOX, KEEPING, capacity_of
+from tests.delivery.worker_setup import QUICK_CONFIG, drain_worker, seal_batch
 
 SINKS = ("live", "warehouse")
 
@@ -51,7 +51,7 @@ SINKS = ("live", "warehouse")
 @pytest.fixture
 def place(tmp_path: Path) -> Directory:
     """A directory with two queues, which begin empty."""
-    directory = place_of(tmp_path / "box")
+    directory = open_directory(tmp_path / "box")
     directory.ensure_usable()
     for sink in SINKS:
         directory.queue(sink).ensure_usable()
@@ -60,15 +60,27 @@ def place(tmp_path: Path) -> Directory:
 
 def hand_over(place: Directory) -> None:
     """What is sealed goes into the queues."""
-    FanOut(place, SINKS, SystemClock(), LedgerWriter(place, SystemClock())).step()
+    FanOut(place, SINKS, SystemClock(), LedgerWriter(place, SystemClock())).distribute()
 
 
 def deliver_one(place: Directory, sink: str, gone: list[int] | None = None) -> RecordingSink:
     """What waits for a sink is delivered, and kept."""
     queue, taken, clock = place.queue(sink), RecordingSink(), SystemClock()
-    callbacks = Callbacks((gone if gone is not None else []).append)
-    drain(
-        Worker(queue, taken, sink, clock, QUICK, DeliveryCounters(), callbacks, bool, "", KEEPING, LedgerWriter(queue, clock))
+    callbacks = DeliveryCallbacks((gone if gone is not None else []).append)
+    drain_worker(
+        Worker(
+            queue,
+            taken,
+            sink,
+            clock,
+            QUICK_CONFIG,
+            DeliveryCounters(),
+            callbacks,
+            bool,
+            "",
+            KEEPING,
+            LedgerWriter(queue, clock),
+        )
     )
     return taken
 
@@ -102,10 +114,10 @@ def verified(folder: Path) -> dict[str, Any]:
 def lost(tmp_path: Path) -> Path:
     """Thirty events are delivered to both; the warehouse was put back from a copy of the first ten, live has lost all."""
     with Outbox(str(tmp_path / "box"), sinks=urls(tmp_path), keep_delivered="24h", flush_interval=0.05) as outbox:
-        fill_files(outbox, 1)
+        enqueue_files(outbox, 1)
         assert outbox.flush(60)
         shutil.copy(tmp_path / "warehouse.db", tmp_path / "copy.db")
-        fill_files(outbox, 2, first=10)
+        enqueue_files(outbox, 2, first=10)
         assert outbox.flush(60)
         assert outbox.stats().pending_bytes == 0
     for left in [*tmp_path.glob("warehouse.db*"), *tmp_path.glob("live.db*")]:
@@ -116,10 +128,10 @@ def lost(tmp_path: Path) -> Path:
 
 def test_one_sink_is_sent_again_what_it_lost_and_the_others_nothing(lost: Path) -> None:
     """Under names that are in its queue alone, by real processes; the accounts balance before, between and after."""
-    place = place_of(lost / "box")
+    place = open_directory(lost / "box")
     before = kept(place, "live")
     assert len(before) == 3
-    balanced(lost / "box")
+    balanced_totals(lost / "box")
     done = run("resend", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=lost)
     assert done.returncode == 0
     items = json.loads(done.stdout)["items"]
@@ -130,10 +142,10 @@ def test_one_sink_is_sent_again_what_it_lost_and_the_others_nothing(lost: Path) 
     assert waiting == [item["resent_as"] for item in items]
     assert not set(waiting) & set(before)
     assert (place.batch_names(), place.queue("live").batch_names(), kept(place, "warehouse")) == ([], [], [])
-    balanced(lost / "box")
+    balanced_totals(lost / "box")
     deliver(lost)
-    assert arrived(lost / "warehouse.db") == ids(30)
-    assert not (lost / "live.db").exists() or arrived(lost / "live.db") == []
+    assert stored_event_ids(lost / "warehouse.db") == event_ids(30)
+    assert not (lost / "live.db").exists() or stored_event_ids(lost / "live.db") == []
     assert (kept(place, "warehouse"), kept(place, "live")) == (waiting, before)
     accounts = verified(lost)
     assert {sink: one["resent_on_request"] for sink, one in accounts.items()} == {"live": 0, "warehouse": 30}
@@ -145,10 +157,10 @@ def test_without_a_name_all_sinks_are_sent_again_what_they_keep(lost: Path) -> N
     text = run("resend", *BOX, "--all", "--yes", cwd=lost).stdout.decode()
     assert "60 events of 6 files wait to be sent again" in text
     assert (text.count("  to live"), text.count("  to warehouse")) == (3, 3)
-    place = place_of(lost / "box")
+    place = open_directory(lost / "box")
     assert not set(place.queue("live").batch_names()) & set(place.queue("warehouse").batch_names())
     deliver(lost)
-    assert arrived(lost / "warehouse.db") == arrived(lost / "live.db") == ids(30)
+    assert stored_event_ids(lost / "warehouse.db") == stored_event_ids(lost / "live.db") == event_ids(30)
     assert (len(kept(place, "live")), len(kept(place, "warehouse"))) == (3, 3)
     assert {sink: one["resent_on_request"] for sink, one in verified(lost).items()} == {"live": 30, "warehouse": 30}
 
@@ -157,7 +169,7 @@ def test_a_sink_that_there_is_not_is_named_with_those_there_are(lost: Path) -> N
     """And nothing is done."""
     done = run("resend", *BOX, "--all", "--sink", "wharehouse", "--yes", cwd=lost)
     assert (done.returncode, b"it has live, warehouse" in done.stderr) == (2, True)
-    assert len(kept(place_of(lost / "box"), "live")) == 3
+    assert len(kept(open_directory(lost / "box"), "live")) == 3
 
 
 def test_a_queue_is_named_by_its_sink(lost: Path) -> None:
@@ -171,15 +183,15 @@ def test_what_was_kept_while_there_was_one_sink_is_sent_again_to_all_and_goes_in
     """Whoever hands over removes it."""
     box = tmp_path / "box"
     with Outbox(str(box), RecordingSink(), keep_delivered="24h") as outbox:
-        fill_files(outbox, 2)
+        enqueue_files(outbox, 2)
         assert outbox.flush(60)
     one, _ = sorted(box.glob("delivered-*"))
     assert run("resend", *BOX, "--batch", layout.batch_id(one.name), "--yes", cwd=tmp_path).returncode == 0
     with Outbox(str(box), sinks=urls(tmp_path), keep_delivered=0.01, flush_interval=0.05) as outbox:
         assert outbox.flush(60)
         wait_until(lambda: not list(box.rglob("delivered-*")))
-    assert arrived(tmp_path / "live.db") == arrived(tmp_path / "warehouse.db") == ids(10)
-    balanced(box)
+    assert stored_event_ids(tmp_path / "live.db") == stored_event_ids(tmp_path / "warehouse.db") == event_ids(10)
+    balanced_totals(box)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -187,7 +199,7 @@ def test_cut_short_each_queue_has_each_file_once_more(place: Directory, number: 
     """Kept or waiting, and it goes on where it was."""
     folder = Path(place.path).parent
     for stamp in range(200):
-        seal(place, stamp + 1, b'{"n":%d}' % stamp)
+        seal_batch(place, stamp + 1, b'{"n":%d}' % stamp)
     hand_over(place)
     for sink in SINKS:
         deliver_one(place, sink)
@@ -200,11 +212,11 @@ def test_cut_short_each_queue_has_each_file_once_more(place: Directory, number: 
     process.send_signal(number)
     process.communicate(timeout=60)
     assert {sink: sorted(contents_of(place.queue(sink))) for sink in SINKS} == contents
-    balanced(Path(place.path))
+    balanced_totals(Path(place.path))
     assert run("resend", *BOX, "--all", "--yes", cwd=folder).returncode == 0
     assert [len(place.queue(sink).batch_names()) for sink in SINKS] == [200, 200]
     assert [len(deliver_one(place, sink).payloads) for sink in SINKS] == [200, 200]
-    balanced(Path(place.path))
+    balanced_totals(Path(place.path))
 
 
 def contents_of(queue: Directory) -> list[bytes]:
@@ -218,7 +230,7 @@ def contents_of(queue: Directory) -> list[bytes]:
 
 def test_what_both_keep_waits_no_more_and_counts_once(place: Directory) -> None:
     """As soon as the last has delivered it, and until then as waiting; each reads it, whatever names it has."""
-    batch = seal(place, 1, b'{"n":1}')
+    batch = seal_batch(place, 1, b'{"n":1}')
     size = Path(place.path_of(f"{batch}.ndjson")).stat().st_size
     hand_over(place)
     gone: list[int] = []
@@ -250,7 +262,7 @@ class Meeting(OsFilesystem):
 
 def test_of_two_that_deliver_a_file_at_the_same_time_one_is_the_last(place: Directory) -> None:
     """So that its bytes are released once."""
-    batch = seal(place, 1, b'{"n":1}')
+    batch = seal_batch(place, 1, b'{"n":1}')
     size = Path(place.path_of(f"{batch}.ndjson")).stat().st_size
     hand_over(place)
     place = Directory(place.path, Meeting(), SystemClock())
@@ -262,7 +274,7 @@ def test_of_two_that_deliver_a_file_at_the_same_time_one_is_the_last(place: Dire
 
 def test_what_one_has_sent_again_waits_whatever_the_others_keep(place: Directory) -> None:
     """And no more once it is delivered."""
-    batch = seal(place, 1, b'{"n":1}')
+    batch = seal_batch(place, 1, b'{"n":1}')
     hand_over(place)
     for sink in SINKS:
         deliver_one(place, sink)
@@ -302,7 +314,7 @@ def test_what_a_queue_was_handed_over_and_has_no_word_of_is_named(lost: Path, *,
     """Also where as many events were sent again since."""
     assert run("resend", *BOX, "--all", "--sink", "live", "--yes", cwd=lost).returncode == 0 if again else True
     ledger = lost / "box" / "sink-live" / layout.LEDGER
-    place = place_of(lost / "box")
+    place = open_directory(lost / "box")
     batch = kept(place, "warehouse")[1]
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(line for line in lines if b'"batch":"' + batch.encode() not in line))
@@ -335,12 +347,12 @@ def test_what_was_handed_over_is_told_apart_however_many_writers_there_were() ->
 
 def test_what_several_keep_gives_way_in_all_their_queues_at_once(place: Directory) -> None:
     """The first delivered first, and its bytes count once; what still waits for one of them comes last."""
-    waits = seal(place, 1, b'"0"')
+    waits = seal_batch(place, 1, b'"0"')
     hand_over(place)
     deliver_one(place, "live")
     blocked = place.queue("warehouse").lock_existing(f"{waits}.ndjson")
     assert blocked is not None
-    batches = [seal(place, stamp, b'"%d"' % stamp) for stamp in (2, 3)]
+    batches = [seal_batch(place, stamp, b'"%d"' % stamp) for stamp in (2, 3)]
     hand_over(place)
     deliver_one(place, "live")
     place.filesystem.close(blocked.fd)

@@ -16,8 +16,8 @@ from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, PartialFailur
 from pillarbox.store import layout, reader
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
-from tests.delivery.stage import NO, QUICK, left, seal, worker_for
 from tests.delivery.test_hostile_sinks import deliver_all, delivering
+from tests.delivery.worker_setup import QUICK_CONFIG, REJECTION, make_worker, remaining_files, seal_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,9 +82,9 @@ class Hanging(RecordingSink):
 
 def takes_over(place: Directory) -> bool:
     """Whether another deliverer in this process sends all that is left."""
-    worker = worker_for(place, RecordingSink())
+    worker = make_worker(place, RecordingSink())
     with delivering(worker):
-        return worker.idle.wait(60) and left(place) == []
+        return worker.idle.wait(60) and remaining_files(place) == []
 
 
 @pytest.mark.parametrize("deaf", [False, True])
@@ -94,9 +94,9 @@ def takes_over(place: Directory) -> bool:
 def test_an_end_that_cannot_wait_lets_go_of_everything(place: Directory, hangs_in: str, in_flight: int, *, deaf: bool) -> None:
     """Wherever the sink hangs: another deliverer begins at once, and has every file."""
     for stamp in range(1, 8):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = Hanging(deaf=deaf, confirms=True, hangs_in=hangs_in)
-    worker = worker_for(place, sink, rules=QUICK._replace(max_in_flight=in_flight))
+    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
     with delivering(worker) as thread:
         wait_until(
             lambda: (
@@ -106,7 +106,7 @@ def test_an_end_that_cannot_wait_lets_go_of_everything(place: Directory, hangs_i
         thread.stop(0.1)
         try:
             # On a busy machine the thread may not have come to it when `stop` gives up on it.
-            wait_until(lambda: (worker.lease.held, open_in(place)) == (False, []))
+            wait_until(lambda: (worker.lease.is_held, open_in(place)) == (False, []))
             assert takes_over(place)
         finally:
             sink.over.set()
@@ -123,13 +123,13 @@ def test_a_sink_that_cannot_close_is_let_go_of(place: Directory, error: BaseExce
             self.closed += 1
             raise error
 
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = Stuck()
-    worker = worker_for(place, sink)
+    worker = make_worker(place, sink)
     with delivering(worker):
         assert worker.idle.wait(60)
-    assert (sink.closed, worker.lease.held, open_in(place)) == (1, False, [])
-    seal(place, 2, b"2")
+    assert (sink.closed, worker.lease.is_held, open_in(place)) == (1, False, [])
+    seal_batch(place, 2, b"2")
     assert takes_over(place)
 
 
@@ -174,12 +174,12 @@ def test_a_file_whose_reading_fails_is_let_go_of(
     monkeypatch.setattr("pillarbox.delivery.thread._RESTART_S", 0.01)
     calls = fails_at(monkeypatch, reader, "read", error, call)
     for stamp in range(1, 5):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(concurrent=True, combines_files=combines)
-    worker = worker_for(place, sink, rules=QUICK._replace(max_in_flight=in_flight))
+    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
     with delivering(worker):
-        wait_until(lambda: left(place) == [])
+        wait_until(lambda: remaining_files(place) == [])
         wait_until(lambda: open_in(place) == [layout.DELIVER_LOCK])
     assert len(calls) > 4
     assert sorted(set(sink.payloads)) == [b"1", b"2", b"3", b"4"]
@@ -200,17 +200,20 @@ def test_a_file_whose_settling_fails_is_let_go_of(
     class Naming(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             bad = [index for index, payload in enumerate(batch.payloads) if payload == b'"bad"']
-            answer = PartialFailure(dict.fromkeys(bad, NO), len(batch) - len(bad)) if bad else Delivered(len(batch))
+            answer = PartialFailure(dict.fromkeys(bad, REJECTION), len(batch) - len(bad)) if bad else Delivered(len(batch))
             self.results.append(answer)
             return await super().deliver(batch)
 
-    first = seal(place, 1, b'"good"', b'"bad"', raw=b"torn\n")
-    second = seal(place, 2, b'"next"')
+    first = seal_batch(place, 1, b'"good"', b'"bad"', raw=b"torn\n")
+    second = seal_batch(place, 2, b'"next"')
     sink = Naming(needs_confirmation=confirms, unconfirmed_max=4)
-    worker = worker_for(place, sink)
+    worker = make_worker(place, sink)
     with delivering(worker):
         wait_until(
-            lambda: left(place) == sorted([layout.dead_name(first), layout.corrupt_name(first), layout.ranges_name(first)])
+            lambda: (
+                remaining_files(place)
+                == sorted([layout.dead_name(first), layout.corrupt_name(first), layout.ranges_name(first)])
+            )
         )
         wait_until(lambda: open_in(place) == [layout.DELIVER_LOCK])
     assert len(calls) == 2
@@ -222,11 +225,11 @@ def test_a_refusal_that_is_none_leaves_no_descriptor(place: Directory, monkeypat
     """A sink that names records by text instead of by a refusal: the file stays, and is anybody's."""
     monkeypatch.setattr("pillarbox.delivery.thread._RESTART_S", 0.01)
     wrong: dict[int, Rejection] = {1: "no such scope"}  # type: ignore[dict-item]
-    batch = seal(place, 1, b'"good"', b'"bad"')
+    batch = seal_batch(place, 1, b'"good"', b'"bad"')
     sink = RecordingSink([PartialFailure(wrong, 1)] * 3)
-    worker = worker_for(place, sink)
+    worker = make_worker(place, sink)
     with delivering(worker):
-        wait_until(lambda: left(place) == [])
+        wait_until(lambda: remaining_files(place) == [])
     assert set(sink.calls) == {batch}
     assert open_in(place) == []
 
@@ -244,11 +247,11 @@ def test_files_that_others_hold_stop_nobody_and_are_named(
 ) -> None:
     """Two at once: the others go past them, the state says which they are, and they go once they are free."""
     monkeypatch.setattr("pillarbox.delivery.fetcher._HELD_S", 0.2)
-    batches = [seal(place, stamp, b"%d" % stamp) for stamp in range(1, 6)]
+    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 6)]
     held = [hold(place, batch) for batch in batches[:3:2]]
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(combines_files=combines)
-    worker = worker_for(place, sink)
+    worker = make_worker(place, sink)
     with delivering(worker):
         wait_until(lambda: set(sink.payloads) == {b"2", b"4", b"5"})
         wait_until(lambda: "1 more like it" in worker.state.reason)  # it was degraded for one of them before
@@ -257,20 +260,20 @@ def test_files_that_others_hold_stop_nobody_and_are_named(
         for descriptor in held:
             os.close(descriptor)
         wait_until(lambda: worker.state.name == "idle")
-    assert (sorted(sink.payloads), left(place)) == ([b"1", b"2", b"3", b"4", b"5"], [])
+    assert (sorted(sink.payloads), remaining_files(place)) == ([b"1", b"2", b"3", b"4", b"5"], [])
 
 
 def test_whoever_finds_its_lease_removed_lets_go_of_it(place: Directory) -> None:
     """Somebody removed `deliver.lock`: of two deliverers one goes on."""
-    first, second = worker_for(place, RecordingSink()), worker_for(place, RecordingSink())
+    first, second = make_worker(place, RecordingSink()), make_worker(place, RecordingSink())
     with delivering(first), delivering(second):
         wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
         os.unlink(place.path_of(layout.DELIVER_LOCK))
         wait_until(lambda: os.path.exists(place.path_of(layout.DELIVER_LOCK)))
-        wait_until(lambda: first.lease.held != second.lease.held)
+        wait_until(lambda: first.lease.is_held != second.lease.is_held)
         wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
-        seal(place, 1, b"1")
-        wait_until(lambda: left(place) == [])
+        seal_batch(place, 1, b"1")
+        wait_until(lambda: remaining_files(place) == [])
     assert first.counters.delivered + second.counters.delivered == 1
 
 
@@ -306,10 +309,10 @@ def test_however_many_small_files_wait_few_are_open(
     """The application needs its descriptors for itself."""
     files = 2000 if combines else 300
     for stamp in range(1, files + 1):
-        seal(place, stamp, b"1")
+        seal_batch(place, stamp, b"1")
     sink = Counting(confirms=confirms, combines=combines)
     before = len(os.listdir(DESCRIPTORS))
-    deliver_all(worker_for(place, sink, rules=QUICK._replace(max_in_flight=in_flight)))
-    assert (sink.taken, left(place)) == (files, [])
+    deliver_all(make_worker(place, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight)))
+    assert (sink.taken, remaining_files(place)) == (files, [])
     assert sink.most - before <= OPEN_MAX
     assert open_in(place) == []

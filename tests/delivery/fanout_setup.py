@@ -22,35 +22,35 @@ from tests.sinks.http_server import CannedResponse, Request
 if TYPE_CHECKING:
     from pillarbox.store.reconciliation import LedgerRow
 
-BUSY = CannedResponse(503, headers={"Retry-After": "0"})
+BUSY_RESPONSE = CannedResponse(503, headers={"Retry-After": "0"})
 
 
-def place_of(box: Path) -> Directory:
+def open_directory(box: Path) -> Directory:
     return Directory(str(box), OsFilesystem(), SystemClock())
 
 
-def fill(outbox: Outbox, count: int, first: int = 0, **members: object) -> None:
+def enqueue_events(outbox: Outbox, count: int, first: int = 0, **members: object) -> None:
     assert all(outbox.enqueue(event(number, **members)) for number in range(first, first + count))
 
 
-def fill_files(outbox: Outbox, files: int, each: int = 10, first: int = 0, **members: object) -> None:
+def enqueue_files(outbox: Outbox, files: int, each: int = 10, first: int = 0, **members: object) -> None:
     """Sealed files of so many events each; stored in one write, for a file may be sealed by age in between."""
     for start in range(first, first + files * each, each):
         assert all(outbox.enqueue_many([event(number, **members) for number in range(start, start + each)]))
         assert outbox._sealer.seal_now("manual", 60)
 
 
-def ids(count: int, first: int = 0) -> list[str]:
+def event_ids(count: int, first: int = 0) -> list[str]:
     return [f"e-{number:06d}" for number in range(first, first + count)]
 
 
-def arrived(database: Path) -> list[str]:
+def stored_event_ids(database: Path) -> list[str]:
     """The events in a database, each once, for the id is the key."""
     with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection:
         return [found for (found,) in connection.execute("SELECT event_id FROM tracking_event ORDER BY event_id")]
 
 
-def received(requests: list[Request], keys: set[str] | None = None) -> Counter[str]:
+def received_counts(requests: list[Request], keys: set[str] | None = None) -> Counter[str]:
     """How often each event came to an HTTP server in a batch of its own key."""
     seen: set[str] = set() if keys is None else keys
     found: Counter[str] = Counter()
@@ -61,7 +61,7 @@ def received(requests: list[Request], keys: set[str] | None = None) -> Counter[s
     return found
 
 
-def refusing_poison(request: Request) -> CannedResponse:
+def reject_poison(request: Request) -> CannedResponse:
     """Accepts all but the events whose key is poison, and names these."""
     if request.method != "POST":
         return CannedResponse(405)
@@ -72,15 +72,15 @@ def refusing_poison(request: Request) -> CannedResponse:
     return CannedResponse(422, json.dumps(refused).encode(), {"Content-Type": "application/json"})
 
 
-def sealed(box: Path) -> list[str]:
+def batch_files(box: Path) -> list[str]:
     """Sealed files in a directory, or in a queue that may not be there yet."""
     names = os.listdir(box) if box.exists() else []
     return sorted(name for name in names if layout.kind_of(name) is layout.Kind.SEALED)
 
 
-def balanced(box: Path) -> dict[str, LedgerRow]:
+def balanced_totals(box: Path) -> dict[str, LedgerRow]:
     """The accounts of the directory and of each sink, which balance."""
-    place = place_of(box)
+    place = open_directory(box)
     whole = reconcile(place)
     found = {"": whole, **reconcile_queues(place, whole)}
     assert all(one.balances for one in found.values()), found

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import Rules
-from pillarbox.delivery.settlement import KEPT, Callbacks, Kept
+from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.settlement import DEFAULT_LIMITS, DeliveryCallbacks, SettlementLimits
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, DeliveryResult, Rejected, Rejection
 from pillarbox.stats import DeliveryCounters
@@ -24,31 +24,33 @@ if TYPE_CHECKING:
     from pillarbox.sinks.base import Sink
     from pillarbox.store.directory import Directory
 
-QUICK = Rules(interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
-NO = Rejection("no", "it says so")
+QUICK_CONFIG = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.01, backoff=Backoff(base_s=0.001, max_s=0.002))
+REJECTION = Rejection("no", "it says so")
 
 
-def seal(place: Directory, stamp: int, *payloads: bytes, raw: bytes = b"") -> str:
+def seal_batch(directory: Directory, stamp: int, *payloads: bytes, raw: bytes = b"") -> str:
     name = layout.sealed_name(stamp, "u")
-    Path(place.path_of(name)).write_bytes(b"".join(map(record.line, payloads)) + raw)
+    Path(directory.path_of(name)).write_bytes(b"".join(map(record.line, payloads)) + raw)
     return layout.batch_id(name)
 
 
-def worker_for(
-    place: Directory,
+def make_worker(
+    directory: Directory,
     sink: Sink,
-    gone: list[int] | None = None,
-    rules: Rules = QUICK,
-    kept: Kept = KEPT,
+    released_bytes: list[int] | None = None,
+    config: DeliveryConfig = QUICK_CONFIG,
+    limits: SettlementLimits = DEFAULT_LIMITS,
     clock: Clock | None = None,
-    on_shrunk: Callable[[int], None] = lambda _bytes: None,
+    on_bytes_saved: Callable[[int], None] = lambda _bytes: None,
 ) -> Worker:
-    heard = gone if gone is not None else []
-    callbacks = Callbacks(heard.append, on_shrunk=on_shrunk)
-    return Worker(place, sink, "test", clock or SystemClock(), rules, DeliveryCounters(), callbacks, lambda: True, kept=kept)
+    heard = released_bytes if released_bytes is not None else []
+    callbacks = DeliveryCallbacks(heard.append, on_bytes_saved=on_bytes_saved)
+    return Worker(
+        directory, sink, "test", clock or SystemClock(), config, DeliveryCounters(), callbacks, lambda: True, limits=limits
+    )
 
 
-def drain(worker: Worker) -> None:
+def drain_worker(worker: Worker) -> None:
     """Deliver until nothing waits."""
 
     async def until_idle() -> None:
@@ -60,17 +62,17 @@ def drain(worker: Worker) -> None:
     asyncio.run(until_idle())
 
 
-def left(place: Directory) -> list[str]:
-    return sorted(set(os.listdir(place.path)) - {layout.DELIVER_LOCK})
+def remaining_files(directory: Directory) -> list[str]:
+    return sorted(set(os.listdir(directory.path)) - {layout.DELIVER_LOCK})
 
 
-class Poisoned(RecordingSink):
+class PoisonedSink(RecordingSink):
     """Refuses every call that holds the poison, and does not say why."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         if any(b"poison" in payload for payload in batch.payloads):
             self.calls.append(batch.id)
-            return Rejected(NO)
+            return Rejected(REJECTION)
         return await super().deliver(batch)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.delivery.settlement import GROUP_MAX, KEPT, Kept
+from pillarbox.delivery.settlement import DEFAULT_LIMITS, GROUP_FILES_MAX, SettlementLimits
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import SinkCapabilities
 from pillarbox.stats import DeliveryCounters
@@ -16,7 +16,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import ManualClock, RecordingSink
-from tests.delivery.stage import QUICK, Poisoned, drain, left, seal
+from tests.delivery.worker_setup import QUICK_CONFIG, PoisonedSink, drain_worker, remaining_files, seal_batch
 
 
 class Watching(OsFilesystem):
@@ -57,26 +57,28 @@ class Watching(OsFilesystem):
             self.gone[name] = b'"entry":"settled"' in self.durable and layout.batch_id(name).encode() in self.durable
 
 
-def ledgered(place: Directory, sink: RecordingSink, kept: Kept = KEPT) -> tuple[Worker, Watching, Directory]:
+def ledgered(
+    place: Directory, sink: RecordingSink, kept: SettlementLimits = DEFAULT_LIMITS
+) -> tuple[Worker, Watching, Directory]:
     watching, clock = Watching(), ManualClock()  # no time passes: only their number has files go
     directory = Directory(place.path, watching, clock)
     sink.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
     ledger = LedgerWriter(directory, clock)
     return (
-        Worker(directory, sink, "test", clock, QUICK, DeliveryCounters(), kept=kept, ledger=ledger),
+        Worker(directory, sink, "test", clock, QUICK_CONFIG, DeliveryCounters(), limits=kept, ledger=ledger),
         watching,
         directory,
     )
 
 
-@pytest.mark.parametrize("kept", [KEPT, KEPT._replace(keep_delivered_s=60.0)], ids=["goes", "is kept"])
-def test_a_file_goes_once_the_ledger_has_its_batch_and_one_sync_serves_many(place: Directory, kept: Kept) -> None:
+@pytest.mark.parametrize("kept", [DEFAULT_LIMITS, DEFAULT_LIMITS._replace(keep_delivered_s=60.0)], ids=["goes", "is kept"])
+def test_a_file_goes_once_the_ledger_has_its_batch_and_one_sync_serves_many(place: Directory, kept: SettlementLimits) -> None:
     """Also with dead letters and damaged bytes in them."""
-    count = 3 * GROUP_MAX
+    count = 3 * GROUP_FILES_MAX
     for stamp in range(1, count + 1):
-        seal(place, stamp, b"%d" % stamp, b'"poison"', raw=b"damaged\n" if stamp % 7 == 0 else b"")
-    worker, watching, directory = ledgered(place, Poisoned(), kept)
-    drain(worker)
+        seal_batch(place, stamp, b"%d" % stamp, b'"poison"', raw=b"damaged\n" if stamp % 7 == 0 else b"")
+    worker, watching, directory = ledgered(place, PoisonedSink(), kept)
+    drain_worker(worker)
     assert len(watching.gone) == count
     assert all(watching.gone.values())
     assert watching.syncs <= 3 + 1
@@ -88,14 +90,14 @@ def test_a_file_goes_once_the_ledger_has_its_batch_and_one_sync_serves_many(plac
 def test_without_room_for_the_ledger_files_go_all_the_same_and_the_entries_follow(place: Directory) -> None:
     """What makes room must not need room."""
     for stamp in range(1, 6):
-        seal(place, stamp, b"%d" % stamp)
+        seal_batch(place, stamp, b"%d" % stamp)
     worker, watching, directory = ledgered(place, RecordingSink())
     in_the_way = Path(place.path_of(layout.LEDGER))
     in_the_way.mkdir()
-    drain(worker)
-    assert not any(layout.kind_of(name) is layout.Kind.SEALED for name in left(place))
+    drain_worker(worker)
+    assert not any(layout.kind_of(name) is layout.Kind.SEALED for name in remaining_files(place))
     assert not any(watching.gone.values())
     in_the_way.rmdir()
-    seal(place, 6, b"6")
-    drain(worker)
+    seal_batch(place, 6, b"6")
+    drain_worker(worker)
     assert reconcile(directory).reconciliation.total.delivered == 6

@@ -6,42 +6,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pillarbox.delivery.lineup import Lineup
+from pillarbox.delivery.scheduler import Scheduler
 
 BACKLOG = [f"{number:03}" for number in range(100)]
 LIVE = [f"{number:03}" for number in range(100, 160)]
 
 
-def all_of(lineup: Lineup) -> list[str]:
+def all_of(lineup: Scheduler) -> list[str]:
     taken = []
     while lineup:
-        taken.append(lineup.take())
+        taken.append(lineup.pop_next())
     return taken
 
 
 @given(st.lists(st.sets(st.sampled_from(BACKLOG + LIVE), min_size=1), max_size=5))
 def test_without_a_share_the_order_is_the_one_given(looks: list[set[str]]) -> None:
     """Whatever was there before."""
-    lineup = Lineup()
+    lineup = Scheduler()
     for names in looks:
-        lineup.fill(sorted(names))
+        lineup.schedule(sorted(names))
         assert all_of(lineup) == sorted(names)
 
 
 def test_without_a_share_what_is_sealed_meanwhile_comes_last() -> None:
     """Should anybody look for it."""
-    lineup = Lineup()
-    lineup.fill(BACKLOG)
-    lineup.add(BACKLOG[50:] + LIVE)
+    lineup = Scheduler()
+    lineup.schedule(BACKLOG)
+    lineup.add_live(BACKLOG[50:] + LIVE)
     assert all_of(lineup) == BACKLOG + LIVE
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9, 1.0])
 def test_what_is_sealed_meanwhile_has_its_share_and_both_keep_their_order(share: float) -> None:
     """Evenly spread: at no moment is it a file away from what is due."""
-    lineup = Lineup(share)
-    lineup.fill(BACKLOG)
-    lineup.add(BACKLOG[50:] + LIVE)
+    lineup = Scheduler(share)
+    lineup.schedule(BACKLOG)
+    lineup.add_live(BACKLOG[50:] + LIVE)
     order = all_of(lineup)
     assert [name for name in order if name in BACKLOG] == BACKLOG
     assert [name for name in order if name in LIVE] == LIVE
@@ -52,44 +52,44 @@ def test_what_is_sealed_meanwhile_has_its_share_and_both_keep_their_order(share:
 
 def test_what_was_live_stays_so_until_the_backlog_is_gone() -> None:
     """Though all of it is looked for anew after a failure; then what waits is the next backlog."""
-    lineup = Lineup(0.5)
-    lineup.fill(["1", "2", "3"])
-    lineup.add(["1", "2", "3", "4", "5"])
+    lineup = Scheduler(0.5)
+    lineup.schedule(["1", "2", "3"])
+    lineup.add_live(["1", "2", "3", "4", "5"])
     lineup.clear()
-    lineup.fill(["2", "3", "4", "5"])
+    lineup.schedule(["2", "3", "4", "5"])
     assert all_of(lineup) == ["2", "4", "3", "5"]
-    lineup.fill(["5", "6"])
+    lineup.schedule(["5", "6"])
     assert all_of(lineup) == ["5", "6"]
 
 
 def test_after_an_outage_all_that_waits_by_then_is_the_backlog() -> None:
     """What was sealed during the outage is not live, in the middle of a drain or at its beginning."""
-    lineup = Lineup(0.5)
-    lineup.fill(["1", "2", "3"])
-    lineup.add(["3", "4"])
-    lineup.begin()
-    lineup.add(["3", "4", "5", "6"])
-    lineup.add(["7", "8"])
+    lineup = Scheduler(0.5)
+    lineup.schedule(["1", "2", "3"])
+    lineup.add_live(["3", "4"])
+    lineup.start_backlog()
+    lineup.add_live(["3", "4", "5", "6"])
+    lineup.add_live(["7", "8"])
     assert all_of(lineup) == ["1", "7", "2", "8", "3", "4", "5", "6"]
 
 
 def test_an_order_that_is_given_is_kept_whatever_the_share() -> None:
     """Batches that are judged go beside others."""
-    lineup = Lineup(1.0)
-    lineup.fill(["1"])
-    lineup.fill_as_given(["3", "1", "4", "2"])
+    lineup = Scheduler(1.0)
+    lineup.schedule(["1"])
+    lineup.schedule_in_order(["3", "1", "4", "2"])
     assert all_of(lineup) == ["3", "1", "4", "2"]
 
 
 def test_looking_goes_on_only_while_there_is_a_backlog() -> None:
     """Or where everything is to be looked at anew: what is live ends by itself."""
-    lineup = Lineup(1.0)
-    lineup.fill(["1", "2"])
-    seen = [lineup.is_settled]
-    lineup.add(["3"])
+    lineup = Scheduler(1.0)
+    lineup.schedule(["1", "2"])
+    seen = [lineup.is_backlog_done]
+    lineup.add_live(["3"])
     assert all_of(lineup) == ["3", "1", "2"]
-    lineup.add(["4"])
-    seen.append(lineup.is_settled)
-    lineup.begin()
-    seen.append(lineup.is_settled)
+    lineup.add_live(["4"])
+    seen.append(lineup.is_backlog_done)
+    lineup.start_backlog()
+    seen.append(lineup.is_backlog_done)
     assert seen == [False, True, False]

@@ -14,9 +14,18 @@ from typing import Any
 import pytest
 
 from pillarbox import Outbox
-from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.lease import read_heartbeat
 from tests.conftest import event, wait_until
-from tests.delivery.fleet_stage import arrived, balanced, fill, fill_files, ids, place_of, received, sealed
+from tests.delivery.fanout_setup import (
+    balanced_totals,
+    batch_files,
+    enqueue_events,
+    enqueue_files,
+    event_ids,
+    open_directory,
+    received_counts,
+    stored_event_ids,
+)
 from tests.sinks.http_server import HANG, CannedResponse, Request, Server, closed_port_url
 
 ROOT = Path(__file__).parents[2]
@@ -65,14 +74,16 @@ def test_eviction_gives_a_file_up_for_all_sinks_that_wait_for_it(box: Path) -> N
     """The disk stays within its limit, the sink that is well misses nothing, and every account says what went."""
     sinks = {"live": closed_port_url(), "slow": closed_port_url(), "warehouse": database(box, "warehouse")}
     with Outbox(str(box), sinks=sinks, when_full="drop_oldest", max_bytes=30_000, flush_interval=0.05) as outbox:
-        accepted = put_for_a_while(outbox, 0, 200, lambda: not sealed(box) and not sealed(box / "sink-warehouse"))
-        wait_until(lambda: arrived(box.parent / "warehouse.db") == accepted)
+        accepted = put_for_a_while(outbox, 0, 200, lambda: not batch_files(box) and not batch_files(box / "sink-warehouse"))
+        wait_until(lambda: stored_event_ids(box.parent / "warehouse.db") == accepted)
         wait_until(
-            lambda: not sealed(box) and outbox.stats().pending_bytes == place_of(box).disk_usage().pending_bytes < 30_000
+            lambda: (
+                not batch_files(box) and outbox.stats().pending_bytes == open_directory(box).disk_usage().pending_bytes < 30_000
+            )
         )
     evicted = outbox.stats().evicted
-    assert sealed(box / "sink-live") == sealed(box / "sink-slow")
-    rows = balanced(box)
+    assert batch_files(box / "sink-live") == batch_files(box / "sink-slow")
+    rows = balanced_totals(box)
     found = {name: (rows[name].evicted, rows[name].pending) for name in sinks}
     left = len(accepted) - evicted
     assert found == {"live": (evicted, left), "slow": (evicted, left), "warehouse": (0, 0)}
@@ -90,14 +101,14 @@ def test_a_file_that_one_sink_is_sending_is_not_given_up_for_any(box: Path) -> N
         sinks = {"live": server.url("#timeout=600"), "slow": closed_port_url()}
         common: dict[str, Any] = {"when_full": "drop_oldest", "max_bytes": 10_000, "flush_interval": 0.05}
         with Outbox(str(box), sinks=sinks, call_timeout=600, **common) as outbox:
-            fill(outbox, 1)
+            enqueue_events(outbox, 1)
             wait_until(lambda: bool(asked))
-            (sent,) = sealed(box / "sink-live")
+            (sent,) = batch_files(box / "sink-live")
             put_for_a_while(outbox, 1, 50)
-            assert sent in sealed(box / "sink-live")
-            assert sent in sealed(box / "sink-slow")
+            assert sent in batch_files(box / "sink-live")
+            assert sent in batch_files(box / "sink-slow")
             outbox.close(0.1)
-    rows = balanced(box)
+    rows = balanced_totals(box)
     assert rows["live"].evicted == rows["slow"].evicted == outbox.stats().evicted
 
 
@@ -115,46 +126,46 @@ def other(box: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_when_the_process_that_delivers_is_killed_another_takes_over_all_of_it(box: Path, other: subprocess.Popen[str]) -> None:
     """What it had handed over, and what it had not; within about a second, and without being asked."""
-    wait_until(lambda: (beat := last_heartbeat(place_of(box))) is not None and beat.pid == other.pid)
+    wait_until(lambda: (beat := read_heartbeat(open_directory(box))) is not None and beat.pid == other.pid)
     with Outbox(str(box), sinks=two(box), flush_interval=0.05, batch_size=10) as outbox:
-        fill(outbox, 200)
+        enqueue_events(outbox, 200)
         assert outbox.flush(60)
         wait_until(lambda: {sink.state.name for sink in outbox.stats().sinks.values()} == {"standby"})
         assert outbox.stats().delivered == 0
         other.send_signal(signal.SIGSTOP)  # it holds its locks, and does nothing with them
         os.waitpid(other.pid, os.WUNTRACED)
-        fill(outbox, 200, 200)
+        enqueue_events(outbox, 200, 200)
         assert not outbox.flush(0.2)
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
-        wait_until(lambda: not place_of(box).waiting_batch_ids())
+        wait_until(lambda: not open_directory(box).waiting_batch_ids())
         assert outbox.flush(60)
         assert {name: sink.delivered for name, sink in outbox.stats().sinks.items()} == {"live": 200, "warehouse": 200}
-    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(400)
-    balanced(box)
+    assert stored_event_ids(box.parent / "live.db") == stored_event_ids(box.parent / "warehouse.db") == event_ids(400)
+    balanced_totals(box)
 
 
 def test_a_sink_that_is_named_later_gets_what_is_sealed_from_then_on(box: Path) -> None:
     """What waits for another one is not for it."""
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
-        fill_files(outbox, 3)
-        wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 3)
+        enqueue_files(outbox, 3)
+        wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
     with Outbox(str(box), sinks=two(box)) as outbox:
         wait_until((box / "sink-warehouse").exists)
-        fill_files(outbox, 2, first=30)
+        enqueue_files(outbox, 2, first=30)
         assert outbox.flush(60)
-    assert arrived(box.parent / "live.db") == ids(50)
-    assert arrived(box.parent / "warehouse.db") == ids(20, 30)
-    balanced(box)
+    assert stored_event_ids(box.parent / "live.db") == event_ids(50)
+    assert stored_event_ids(box.parent / "warehouse.db") == event_ids(20, 30)
+    balanced_totals(box)
 
 
 def test_one_that_was_added_before_begins_with_what_waits(box: Path) -> None:
     """Of the queue of another, and what no queue has yet; the accounts of both have it."""
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
-        fill_files(outbox, 3)
-        wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 3)
+        enqueue_files(outbox, 3)
+        wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
     with Outbox(str(box)) as outbox:
-        fill_files(outbox, 2, first=30)
+        enqueue_files(outbox, 2, first=30)
     done = pillarbox(box, "sinks", "add", "warehouse")
     assert (done.returncode, done.stdout) == (
         0,
@@ -162,27 +173,27 @@ def test_one_that_was_added_before_begins_with_what_waits(box: Path) -> None:
     )
     with Outbox(str(box), sinks=two(box)) as outbox:
         assert outbox.flush(60)
-    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(50)
-    balanced(box)
+    assert stored_event_ids(box.parent / "live.db") == stored_event_ids(box.parent / "warehouse.db") == event_ids(50)
+    balanced_totals(box)
 
 
 def test_several_sinks_in_the_place_of_one_begin_with_all_that_waits(box: Path) -> None:
     """A directory that had a single sink so far."""
     with Outbox(str(box), sink=closed_port_url()) as outbox:
-        fill_files(outbox, 3)
+        enqueue_files(outbox, 3)
     with Outbox(str(box), sinks=two(box)) as outbox:
         assert outbox.flush(60)
-    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(30)
-    balanced(box)
+    assert stored_event_ids(box.parent / "live.db") == stored_event_ids(box.parent / "warehouse.db") == event_ids(30)
+    balanced_totals(box)
 
 
 def test_a_single_sink_takes_nothing_from_queues_and_says_so(box: Path) -> None:
     """Neither from them, nor what is sealed meanwhile; named among several, it goes on."""
     with Outbox(str(box), sinks={"live": closed_port_url(), "warehouse": closed_port_url()}) as outbox:
-        fill_files(outbox, 2)
-        wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 2)
+        enqueue_files(outbox, 2)
+        wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 2)
     with Outbox(str(box), sink=database(box, "single")) as outbox:
-        fill_files(outbox, 1, first=20)
+        enqueue_files(outbox, 1, first=20)
         wait_until(lambda: outbox.stats().state.name == "stopped")
         assert outbox.stats().state.reason == (
             "the directory has queues of several sinks (live, warehouse): "
@@ -191,42 +202,42 @@ def test_a_single_sink_takes_nothing_from_queues_and_says_so(box: Path) -> None:
     assert not (box.parent / "single.db").exists()
     with Outbox(str(box), sinks=two(box)) as outbox:
         assert outbox.flush(60)
-    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(30)
+    assert stored_event_ids(box.parent / "live.db") == stored_event_ids(box.parent / "warehouse.db") == event_ids(30)
 
 
 def test_a_queue_that_is_left_out_goes_on_filling_and_is_named(box: Path) -> None:
     """Degraded, with the command that puts an end to it; the others are delivered."""
     with Outbox(str(box), sinks=two(box)) as outbox:
-        fill_files(outbox, 1)
+        enqueue_files(outbox, 1)
         assert outbox.flush(60)
     with Outbox(str(box), sinks={"live": database(box, "live")}, flush_interval=0.05) as outbox:
-        fill_files(outbox, 2, first=10)
+        enqueue_files(outbox, 2, first=10)
         wait_until(lambda: outbox.stats().sinks["live"].delivered == 20)
         wait_until(lambda: outbox.stats().state.name == "degraded")
         assert "pillarbox sinks remove warehouse" in outbox.stats().state.reason
         assert "pillarbox sinks remove warehouse" in outbox.stats().last_error
         assert not outbox.flush(0.2)  # what it is to get is not delivered
-    assert len(sealed(box / "sink-warehouse")) == 2
+    assert len(batch_files(box / "sink-warehouse")) == 2
     removed = pillarbox(box, "sinks", "remove", "warehouse", "--discard")
     assert (removed.returncode, removed.stdout) == (0, "warehouse removed; 2 files given up\n")
     with Outbox(str(box), sinks={"live": database(box, "live")}) as outbox:
-        fill_files(outbox, 1, first=30)
+        enqueue_files(outbox, 1, first=30)
         assert outbox.flush(60)
         assert outbox.stats().state.name in ("idle", "draining")
-    assert arrived(box.parent / "live.db") == ids(40)
-    balanced(box)
+    assert stored_event_ids(box.parent / "live.db") == event_ids(40)
+    balanced_totals(box)
 
 
 def test_a_renamed_queue_is_the_other_sinks(box: Path) -> None:
     """With all that waits in it."""
     with Outbox(str(box), sinks={"live": closed_port_url(), "warehouse": database(box, "warehouse")}) as outbox:
-        fill_files(outbox, 3)
+        enqueue_files(outbox, 3)
         wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 30)
     assert pillarbox(box, "sinks", "rename", "live", "fresh").stdout == "live is fresh now\n"
     with Outbox(str(box), sinks={"fresh": database(box, "fresh"), "warehouse": database(box, "warehouse")}) as outbox:
         assert outbox.flush(60)
-    assert arrived(box.parent / "fresh.db") == ids(30)
-    balanced(box)
+    assert stored_event_ids(box.parent / "fresh.db") == event_ids(30)
+    balanced_totals(box)
 
 
 @pytest.mark.parametrize("change", [("remove", "live"), ("rename", "live", "fresh")])
@@ -234,27 +245,27 @@ def test_a_sink_may_be_called_as_one_was_before(box: Path, change: tuple[str, ..
     """What was handed over to the old one is not missing in the account of the new one."""
     sinks = {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
     with Outbox(str(box), sinks=sinks) as outbox:
-        fill_files(outbox, 1)
+        enqueue_files(outbox, 1)
         assert outbox.flush(60)
     assert pillarbox(box, "sinks", *change).returncode == 0
     with Outbox(str(box), sinks=sinks | {name: database(box, name) for name in change[2:]}) as outbox:
         wait_until((box / "sink-live").exists)
-        fill_files(outbox, 1, first=10)
+        enqueue_files(outbox, 1, first=10)
         assert outbox.flush(60)
-    assert balanced(box)["live"].delivered == 10
+    assert balanced_totals(box)["live"].delivered == 10
 
 
 def test_the_last_queue_is_handed_back_to_a_single_sink(box: Path) -> None:
     """Which then delivers what waited there."""
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
-        fill_files(outbox, 3)
-        wait_until(lambda: not sealed(box) and len(sealed(box / "sink-live")) == 3)
+        enqueue_files(outbox, 3)
+        wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
     assert pillarbox(box, "sinks", "remove", "live", "--hand-back").stdout == "live removed; 3 files handed back\n"
     assert not (box / "sink-live").exists()
     with Outbox(str(box), sink=database(box, "single")) as outbox:
         assert outbox.flush(60)
-    assert arrived(box.parent / "single.db") == ids(30)
-    balanced(box)
+    assert stored_event_ids(box.parent / "single.db") == event_ids(30)
+    balanced_totals(box)
 
 
 def test_a_forked_child_stores_and_delivers_to_all_of_them(box: Path) -> None:
@@ -277,6 +288,6 @@ def test_a_forked_child_stores_and_delivers_to_all_of_them(box: Path) -> None:
         command = [sys.executable, "-c", script, str(box), json.dumps(sinks)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
         assert done.stdout.split() == ["True", "True"], done.stderr
-        assert received(server.requests) == dict.fromkeys(ids(150), 1)
-    assert arrived(box.parent / "warehouse.db") == ids(150)
-    balanced(box)
+        assert received_counts(server.requests) == dict.fromkeys(event_ids(150), 1)
+    assert stored_event_ids(box.parent / "warehouse.db") == event_ids(150)
+    balanced_totals(box)

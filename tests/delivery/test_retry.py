@@ -9,30 +9,30 @@ import pytest
 
 from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.policy import (
-    GiveUp,
-    Lately,
-    PutOff,
-    Resend,
-    Rules,
-    Settle,
+    AttemptContext,
+    Defer,
+    DeliveryConfig,
+    Expire,
+    PartDone,
+    SendRest,
     Split,
     Stop,
     Verdict,
     Wait,
-    checked,
     decide,
-    is_too_old,
-    judge,
+    is_expired,
+    judge_rejections,
+    validate_answer,
 )
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Rejection, Retry
 
 BACKOFF = Backoff(base_s=0.5, max_s=30.0)
 RULES = [
-    Rules(backoff=BACKOFF),
-    Rules(backoff=BACKOFF, stop_after_rejected_batches=0),
-    Rules(backoff=BACKOFF, stop_after_rejected_batches=1),
-    Rules(backoff=BACKOFF, max_age_s=3600.0),
-    Rules(backoff=BACKOFF, max_age_s=60.0),
+    DeliveryConfig(backoff=BACKOFF),
+    DeliveryConfig(backoff=BACKOFF, stop_after_rejected_batches=0),
+    DeliveryConfig(backoff=BACKOFF, stop_after_rejected_batches=1),
+    DeliveryConfig(backoff=BACKOFF, max_age_s=3600.0),
+    DeliveryConfig(backoff=BACKOFF, max_age_s=60.0),
 ]
 NO = Rejection("no", "it says so")
 ANSWERS = [
@@ -48,7 +48,7 @@ ANSWERS = [
     Misconfigured("no such table"),
 ]
 LATELY = [
-    Lately(proven, accepted, repeatable, 500, refused_calls, refused_batches, condemned, age_s, failing_s)
+    AttemptContext(proven, accepted, repeatable, 500, refused_calls, refused_batches, condemned, age_s, failing_s)
     for proven, accepted, repeatable, refused_calls, refused_batches, condemned, age_s, failing_s in product(
         [False, True],
         [False, True],
@@ -62,33 +62,35 @@ LATELY = [
 ]
 
 
-def hopeless(lately: Lately, rules: Rules) -> bool:
+def hopeless(lately: AttemptContext, rules: DeliveryConfig) -> bool:
     """Whether the search for bad records in this batch has lasted too long to be one."""
-    if rules.stop_after_rejected_batches == 0 or (lately.proven and lately.condemned < rules.stop_after_rejected_batches):
+    if rules.stop_after_rejected_batches == 0 or (
+        lately.accepted_since_rejection and lately.dead_lettered_batches < rules.stop_after_rejected_batches
+    ):
         return False
-    if lately.accepted:
-        return lately.repeatable and lately.refused_calls >= 80
-    return lately.refused_calls >= 20
+    if lately.partly_accepted:
+        return lately.deduplicates and lately.rejected_calls_in_row >= 80
+    return lately.rejected_calls_in_row >= 20
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.stop_after_rejected_batches}-{rules.max_age_s}")
-def test_every_answer_has_an_action(answer: DeliveryResult, rules: Rules) -> None:
+def test_every_answer_has_an_action(answer: DeliveryResult, rules: DeliveryConfig) -> None:
     """The whole table: nothing gives up but by an age limit, and no record is dropped without a dead letter."""
     for lately, size, attempt, share in product(LATELY, [0, 1, 2, 500], [1, 10, 10**6], [0.0, 0.999]):
         action = decide(answer, size, attempt, share, lately, rules)
-        too_old = is_too_old(lately, rules)
+        too_old = is_expired(lately, rules)
         match answer:
             case Delivered(accepted, duplicates):
-                assert action == Settle(accepted, duplicates, {})
+                assert action == PartDone(accepted, duplicates, {})
             case PartialFailure(refused, None):
-                assert isinstance(action, (GiveUp if too_old else PutOff) if hopeless(lately, rules) else Resend)
+                assert isinstance(action, (Expire if too_old else Defer) if hopeless(lately, rules) else SendRest)
             case PartialFailure(refused, _, _):
-                assert action == Settle(2, 0, refused)
+                assert action == PartDone(2, 0, refused)
             case Rejected(refusal) if size <= 1:
-                assert action == Settle(0, 0, {0: refusal})
+                assert action == PartDone(0, 0, {0: refusal})
             case Retry() | Misconfigured() if too_old:
-                assert isinstance(action, GiveUp)
+                assert isinstance(action, Expire)
                 assert action.refusal.code == "too_old"
             case Retry(_, after) if after:
                 assert action == Wait(after, "busy")
@@ -98,35 +100,35 @@ def test_every_answer_has_an_action(answer: DeliveryResult, rules: Rules) -> Non
             case Misconfigured(reason):
                 assert action == Stop(rules.recheck_s, reason)
             case Rejected():
-                assert isinstance(action, (GiveUp if too_old else PutOff) if hopeless(lately, rules) else Split)
+                assert isinstance(action, (Expire if too_old else Defer) if hopeless(lately, rules) else Split)
 
 
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.stop_after_rejected_batches}-{rules.max_age_s}")
-def test_what_is_refused_as_a_whole_is_judged_by_what_else_is_accepted(rules: Rules) -> None:
+def test_what_is_refused_as_a_whole_is_judged_by_what_else_is_accepted(rules: DeliveryConfig) -> None:
     """A refusal is final where the destination takes something, and where the operator says so."""
     for lately, accepted in product(LATELY, [0, 1]):
-        verdict = judge(accepted, lately, rules)
+        verdict = judge_rejections(accepted, lately, rules)
         if (
             accepted
             or rules.stop_after_rejected_batches == 0
-            or is_too_old(lately, rules)
-            or (lately.proven and lately.condemned < rules.stop_after_rejected_batches)
+            or is_expired(lately, rules)
+            or (lately.accepted_since_rejection and lately.dead_lettered_batches < rules.stop_after_rejected_batches)
         ):
             assert verdict is Verdict.FINAL
-        elif lately.refused_batches + lately.condemned + 1 >= rules.stop_after_rejected_batches:
-            assert verdict is Verdict.OUTAGE
+        elif lately.other_rejected_batches + lately.dead_lettered_batches + 1 >= rules.stop_after_rejected_batches:
+            assert verdict is Verdict.STOPPED
         else:
-            assert verdict is Verdict.PUT_OFF
+            assert verdict is Verdict.DEFERRED
 
 
 def test_an_age_counts_only_after_the_batch_has_failed_here_for_a_while() -> None:
     """A clock that is years ahead when the machine comes up makes no dead letters."""
-    rules = Rules(max_age_s=86_400.0)
-    assert not is_too_old(Lately(age_s=1e9, failing_s=599.0), rules)
-    assert is_too_old(Lately(age_s=1e9, failing_s=600.0), rules)
-    assert not is_too_old(Lately(age_s=86_400.0, failing_s=1e9), rules)
-    assert is_too_old(Lately(age_s=11.0, failing_s=10.0), Rules(max_age_s=10.0))
-    assert not is_too_old(Lately(age_s=1e9, failing_s=1e9), Rules())
+    rules = DeliveryConfig(max_age_s=86_400.0)
+    assert not is_expired(AttemptContext(age_s=1e9, failing_s=599.0), rules)
+    assert is_expired(AttemptContext(age_s=1e9, failing_s=600.0), rules)
+    assert not is_expired(AttemptContext(age_s=86_400.0, failing_s=1e9), rules)
+    assert is_expired(AttemptContext(age_s=11.0, failing_s=10.0), DeliveryConfig(max_age_s=10.0))
+    assert not is_expired(AttemptContext(age_s=1e9, failing_s=1e9), DeliveryConfig())
 
 
 @pytest.mark.parametrize("records", [2, 3, 7, 500, 513, 10_000])
@@ -140,11 +142,11 @@ def test_the_search_for_one_poisoned_record_is_never_hopeless(records: int) -> N
             if not first <= poison < last:
                 accepted = True
                 continue
-            lately = Lately(accepted=accepted, records=records, refused_calls=refused_calls)
-            action = decide(Rejected(NO), last - first, 1, 0.0, lately, Rules())
+            lately = AttemptContext(partly_accepted=accepted, batch_records=records, rejected_calls_in_row=refused_calls)
+            action = decide(Rejected(NO), last - first, 1, 0.0, lately, DeliveryConfig())
             refused_calls += 1
             if last - first == 1:
-                assert action == Settle(0, 0, {0: NO})
+                assert action == PartDone(0, 0, {0: NO})
                 continue
             assert action == Split()
             middle = first + (last - first + 1) // 2
@@ -197,4 +199,4 @@ NOT_TEXT: Any = None
 )
 def test_an_answer_that_cannot_be_is_a_sink_that_must_be_mended(answer: object) -> None:
     """Rather than an error of ours."""
-    assert isinstance(checked(answer, 2), Misconfigured)
+    assert isinstance(validate_answer(answer, 2), Misconfigured)

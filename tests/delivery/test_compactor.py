@@ -13,9 +13,9 @@ import pytest
 
 from pillarbox import Outbox, TrackingEvent
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.compactor import SOON, Compressor
-from pillarbox.delivery.policy import Rules
-from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.compactor import PLAIN_FILES_AT_HEAD, Compactor
+from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.event import new_event_id, now_micros
 from pillarbox.sinks import sqlite
 from pillarbox.sinks.base import Batch, DeliveryResult, Rejected, Retry
@@ -29,10 +29,10 @@ from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import existing_events, wait_until
-from tests.delivery.stage import NO, drain, left, seal, worker_for
+from tests.delivery.worker_setup import REJECTION, drain_worker, make_worker, remaining_files, seal_batch
 from tests.sinks.http_server import CannedResponse, Server, always
 
-RULES = Rules(interval_s=0.05, recheck_s=0.3, backoff=Backoff(base_s=0.3, max_s=0.3), compress_after_s=0.001)
+RULES = DeliveryConfig(poll_interval_s=0.05, recheck_s=0.3, backoff=Backoff(base_s=0.3, max_s=0.3), compress_after_s=0.001)
 REAL = [msgspec.convert(found, TrackingEvent) for found in existing_events()]
 PLAIN = b"".join(record.line(b'{"n":%d,"what":"some event or other"}' % number) for number in range(100))
 
@@ -45,12 +45,12 @@ def fill(place: Directory, files: int) -> list[str]:
     return names
 
 
-def compressor_for(place: Directory, clock: ManualClock, in_use: str = "", after_s: float = 60.0) -> Compressor:
-    return Compressor(place, clock, after_s, lambda name: name == in_use, lambda _size: None)
+def compressor_for(place: Directory, clock: ManualClock, in_use: str = "", after_s: float = 60.0) -> Compactor:
+    return Compactor(place, clock, after_s, lambda name: name == in_use, lambda _size: None)
 
 
-def work_all(compressor: Compressor) -> int:
-    return sum(1 for _ in itertools.takewhile(bool, (compressor.work()[0] for _ in itertools.count())))
+def work_all(compressor: Compactor) -> int:
+    return sum(1 for _ in itertools.takewhile(bool, (compressor.compress_next()[0] for _ in itertools.count())))
 
 
 def packed(place: Directory) -> list[str]:
@@ -62,17 +62,17 @@ def packed(place: Directory) -> list[str]:
 
 def test_the_newest_go_first_and_the_next_few_stay(place: Directory, clock: ManualClock) -> None:
     """Those go out as soon as the destination is back."""
-    names = fill(place, SOON + 3)
+    names = fill(place, PLAIN_FILES_AT_HEAD + 3)
     compressor = compressor_for(place, clock)
     order = []
-    while compressor.work()[0]:
+    while compressor.compress_next()[0]:
         order += [name for name in packed(place) if name not in order]
-    assert order == [f"{name}.zst" for name in reversed(names[SOON:])]
+    assert order == [f"{name}.zst" for name in reversed(names[PLAIN_FILES_AT_HEAD:])]
 
 
 def test_what_has_not_waited_long_enough_stays(place: Directory, clock: ManualClock) -> None:
     """By its seal time; one without a seal time stays for good."""
-    fill(place, SOON)
+    fill(place, PLAIN_FILES_AT_HEAD)
     young = layout.sealed_name(clock.micros() - 59_000_000, "x")
     for name in (young, "sealed-by-hand.ndjson"):
         Path(place.path_of(name)).write_bytes(PLAIN)
@@ -85,7 +85,7 @@ def test_what_has_not_waited_long_enough_stays(place: Directory, clock: ManualCl
 
 def test_what_is_in_use_stays(place: Directory, clock: ManualClock) -> None:
     """Held by whoever sends it, or remembered by its name."""
-    *_, sent, remembered = fill(place, SOON + 2)
+    *_, sent, remembered = fill(place, PLAIN_FILES_AT_HEAD + 2)
     held = place.lock_existing(sent)
     assert held is not None
     assert work_all(compressor_for(place, clock, remembered)) == 0
@@ -94,7 +94,7 @@ def test_what_is_in_use_stays(place: Directory, clock: ManualClock) -> None:
 
 def test_what_one_of_several_sinks_is_sending_stays_for_all(place: Directory, clock: ManualClock) -> None:
     """Their locks are shared; a link that is let go of is compressed, and the others stay as they are."""
-    *_, name = fill(place, SOON + 1)
+    *_, name = fill(place, PLAIN_FILES_AT_HEAD + 1)
     queues = []
     for sink in ("a", "b"):
         place.request_queue(sink)
@@ -113,7 +113,7 @@ def test_what_one_of_several_sinks_is_sending_stays_for_all(place: Directory, cl
 
 def test_what_gets_no_smaller_stays_and_is_not_tried_again(place: Directory, clock: ManualClock) -> None:
     """Nor is what is too large for any reader."""
-    names = fill(place, SOON + 2)
+    names = fill(place, PLAIN_FILES_AT_HEAD + 2)
     Path(place.path_of(names[-1])).write_bytes(os.urandom(1000))
     with Path(place.path_of(names[-2])).open("wb") as file:
         file.truncate(compression.PLAIN_BYTES_MAX + 1)
@@ -121,15 +121,15 @@ def test_what_gets_no_smaller_stays_and_is_not_tried_again(place: Directory, clo
     for _ in range(3):
         assert work_all(compressor) == 0
         clock.advance(2.0)
-    assert compressor._left == set(names[-2:])
+    assert compressor._incompressible == set(names[-2:])
     os.remove(place.path_of(names[-1]))
-    compressor.work()
-    assert compressor._left == {names[-2]}
+    compressor.compress_next()
+    assert compressor._incompressible == {names[-2]}
 
 
 def test_it_rests_as_long_as_it_works_and_lists_seldom(place: Directory, clock: ManualClock) -> None:
     """With nothing to do it says when to come again."""
-    assert compressor_for(place, clock).work() == (False, 1.0)
+    assert compressor_for(place, clock).compress_next() == (False, 1.0)
 
 
 # In a delivery.
@@ -146,7 +146,7 @@ class Away(RecordingSink):
         return await super().deliver(batch) if self.answer is None else self.answer
 
 
-@pytest.mark.parametrize("answer", [Retry("not now"), Rejected(NO)], ids=["waiting", "stopped"])
+@pytest.mark.parametrize("answer", [Retry("not now"), Rejected(REJECTION)], ids=["waiting", "stopped"])
 def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Directory, answer: Retry | Rejected) -> None:
     """Each batch arrives once, in order, under its id; what is refused keeps its history; the limits hear what is saved."""
     names = fill(place, 30)
@@ -154,11 +154,11 @@ def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Direct
     sink = Away(answer)
     shrunk: list[int] = []
     gone: list[int] = []
-    worker = worker_for(place, sink, gone, RULES, on_shrunk=shrunk.append)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink, gone, RULES, on_bytes_saved=shrunk.append)
+    thread = ThreadRunner(worker)
     thread.start()
     try:
-        wait_until(lambda: len(packed(place)) >= 30 - SOON - 4)
+        wait_until(lambda: len(packed(place)) >= 30 - PLAIN_FILES_AT_HEAD - 4)
         # Its thread may be about to compress another, or to say by how much.
         wait_until(lambda: before - sum(shrunk) == place.disk_usage().pending_bytes)
         assert reconcile(place).reconciliation.total.pending == 3000
@@ -171,7 +171,7 @@ def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Direct
     assert worker.counters.delivered == 3000
     assert worker.counters.dead == 0
     assert sum(gone) + sum(shrunk) == before
-    assert left(place) == []
+    assert remaining_files(place) == []
 
 
 def test_a_damaged_compressed_file_is_delivered_as_far_as_it_goes(place: Directory) -> None:
@@ -181,10 +181,10 @@ def test_a_damaged_compressed_file_is_delivered_as_far_as_it_goes(place: Directo
     data = compression.compress(name, lines)
     data = data[: len(data) // 2]
     Path(place.path_of(name)).write_bytes(data)
-    seal(place, 2, b'{"n":-1}')
+    seal_batch(place, 2, b'{"n":-1}')
     sink = RecordingSink()
-    worker = worker_for(place, sink)
-    drain(worker)
+    worker = make_worker(place, sink)
+    drain_worker(worker)
     assert len(sink.payloads) > 3000
     assert sink.payloads[-1] == b'{"n":-1}'
     corrupt = Path(place.path_of(layout.corrupt_name(layout.batch_id(name)))).read_bytes()
@@ -198,22 +198,22 @@ def test_without_the_library_a_compressed_file_is_stepped_over_and_says_what_to_
     """The others are delivered; with the library it is too, and nothing of it went to the quarantine."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
     Path(place.path_of(name)).write_bytes(compression.compress(name, PLAIN))
-    seal(place, 2, b"{}")
+    seal_batch(place, 2, b"{}")
     sink = RecordingSink()
     with monkeypatch.context() as patch:
         patch.setattr(compression, "_zstd_module", lambda: None)
-        worker = worker_for(place, sink)
-        drain(worker)
-        assert (worker.state.name, sink.payloads, left(place)) == ("degraded", [b"{}"], [name])
+        worker = make_worker(place, sink)
+        drain_worker(worker)
+        assert (worker.state.name, sink.payloads, remaining_files(place)) == ("degraded", [b"{}"], [name])
         assert "pip install 'pillarbox[zstd]'" in worker.state.reason
         assert reconcile(place).unreadable == [name]
-    drain(worker_for(place, sink))
-    assert (len(sink.payloads), left(place)) == (101, [])
+    drain_worker(make_worker(place, sink))
+    assert (len(sink.payloads), remaining_files(place)) == (101, [])
 
 
 def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, clock: ManualClock) -> None:
     """And a damaged one is left to the deliverer, for nobody knows how many events would go."""
-    names = fill(place, SOON + 2)
+    names = fill(place, PLAIN_FILES_AT_HEAD + 2)
     work_all(compressor_for(place, clock))
     damaged = layout.compressed_name(names[-1])
     Path(place.path_of(damaged)).write_bytes(b"x")
@@ -223,7 +223,7 @@ def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, cl
     capacity = QuotaEnforcer(place, writer, clock, 0, evicts=True)
     capacity.enforce()
     assert place.batch_names() == [damaged]
-    assert capacity.evicted_events == 100 * (SOON + 1)
+    assert capacity.evicted_events == 100 * (PLAIN_FILES_AT_HEAD + 1)
     assert writer.pending_counts()[:2] == (1, 1)
 
 
@@ -243,7 +243,7 @@ class Passing(PortableScanOps, OsFilesystem):
 
 def test_what_is_compressed_while_it_is_looked_for_is_not_missing(place: Directory, clock: ManualClock) -> None:
     """Neither for a flush, which would say that it is settled, nor for the account."""
-    names = fill(place, SOON + 1)
+    names = fill(place, PLAIN_FILES_AT_HEAD + 1)
     ledger = LedgerWriter(place, clock)
     ledger.add(*(SealedEntry(1, layout.batch_id(name), "w", 100, len(PLAIN)) for name in names))
     assert ledger.write(sync=True)
@@ -263,9 +263,9 @@ def real(number: int) -> TrackingEvent:
 def wait_for_compression(outbox: Outbox) -> float:
     """Until all is compressed that may be; how many times smaller that is then."""
     place = outbox._directory
-    wait_until(lambda: len(place.batch_names()) - len(packed(place)) <= SOON)
+    wait_until(lambda: len(place.batch_names()) - len(packed(place)) <= PLAIN_FILES_AT_HEAD)
     files = {name: Path(place.path_of(name)).read_bytes() for name in packed(place)}
-    assert len(files) > SOON
+    assert len(files) > PLAIN_FILES_AT_HEAD
     return sum(len(compression.decompressed_lines(name, data)) for name, data in files.items()) / sum(map(len, files.values()))
 
 
@@ -320,7 +320,12 @@ def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_onc
                 assert outbox._sealer.seal_now("manual", 60.0)
         # Twenty, or more where some were sealed by age.
         queues = outbox._directory.queues()
-        wait_until(lambda: all(len(queue.batch_names()) - SOON == len(packed(queue)) >= 20 - SOON for queue in queues))
+        wait_until(
+            lambda: all(
+                len(queue.batch_names()) - PLAIN_FILES_AT_HEAD == len(packed(queue)) >= 20 - PLAIN_FILES_AT_HEAD
+                for queue in queues
+            )
+        )
         assert outbox.stats().pending_bytes >= 0
         first.respond = second.respond = always(CannedResponse())
         assert outbox.flush(60)

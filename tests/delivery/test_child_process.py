@@ -19,19 +19,19 @@ import pytest
 
 from pillarbox import ConfigurationError, Outbox, TrackingEvent, resolve
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.elsewhere import Elsewhere
-from pillarbox.delivery.lease import Lease, last_heartbeat
+from pillarbox.delivery.elsewhere import ExternalRunner
+from pillarbox.delivery.lease import Lease, read_heartbeat
 from pillarbox.delivery.process.protocol import decode_settings, encode_settings
 from pillarbox.delivery.process.supervisor import Supervisor
-from pillarbox.delivery.settlement import Callbacks
+from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
 from pillarbox.stats import State
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event, wait_until
-from tests.delivery import named
-from tests.delivery.stage import seal
+from tests.delivery import child_hooks
+from tests.delivery.worker_setup import seal_batch
 from tests.sinks.http_server import closed_port_url
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def place_of(folder: Path) -> Directory:
 
 def deliverer_of(folder: Path) -> int:
     """The process that delivers, as it says itself."""
-    beat = last_heartbeat(place_of(folder))
+    beat = read_heartbeat(place_of(folder))
     return 0 if beat is None else beat.pid
 
 
@@ -238,12 +238,12 @@ def test_a_child_that_finds_another_process_at_work_is_not_kept(
 
     def release_and_lose(lease: Lease) -> None:
         release(lease)
-        another.take()
+        another.acquire()
 
     monkeypatch.setattr(Lease, "release", release_and_lose)
     with Outbox(str(folder), sink=url, deliver="process") as outbox:
         put(outbox, 1)
-        wait_until(lambda: another.held and not children() and outbox.stats().state.name == "standby")
+        wait_until(lambda: another.is_held and not children() and outbox.stats().state.name == "standby")
         monkeypatch.undo()
         another.release()
         assert outbox.flush(60)
@@ -314,15 +314,15 @@ def test_secrets_are_seen_neither_in_the_command_line_nor_in_the_environment(
 
 def test_a_child_that_cannot_begin_says_why(folder: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
     """It is started again and again; logged once."""
-    outbox = Outbox(str(folder), sink=url, deliver="process", event_type=named.OnlyHere)
+    outbox = Outbox(str(folder), sink=url, deliver="process", event_type=child_hooks.ParentOnlyEvent)
     with outbox:
         put_raw = outbox.enqueue_json([b'{"event_id":"e-000000"}'])
         assert all(put_raw)
-        wait_until(lambda: "OnlyHere" in outbox.stats().state.reason)
+        wait_until(lambda: "ParentOnlyEvent" in outbox.stats().state.reason)
         first = outbox.stats().state
         wait_until(lambda: outbox.stats().state.retry_at_micros != first.retry_at_micros)
         assert first.name == "degraded"
-    assert len([record for record in caplog.records if "OnlyHere" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "ParentOnlyEvent" in record.getMessage()]) == 1
 
 
 def test_every_setting_reaches_the_child(folder: Path, url: str) -> None:
@@ -330,12 +330,12 @@ def test_every_setting_reaches_the_child(folder: Path, url: str) -> None:
     chosen = {
         "directory": str(folder),
         "sink": url,
-        "event_type": named.OnlyHere,
+        "event_type": child_hooks.ParentOnlyEvent,
         "max_age": "3600",
         "max_dead_bytes": "1Mi",
         "durability": "power",
         "backoff_max": 1.5,
-        "on_dead_letter": named.hear,
+        "on_dead_letter": child_hooks.record_dead_letter,
     }
     settings = resolve(chosen | {"deliver": "process", "before_send": lambda one: one, "on_drop": print})
     assert decode_settings(encode_settings(settings)) == resolve(chosen)
@@ -346,7 +346,7 @@ def test_what_the_child_does_is_told_and_the_end_of_the_line_is_its_end(folder: 
     place = place_of(folder)
     place.ensure_usable()
     for stamp in range(1, 4):
-        seal(place, stamp, msgspec.json.encode(event(stamp)))
+        seal_batch(place, stamp, msgspec.json.encode(event(stamp)))
     sizes = [entry.size for entry in place.filesystem.list_files(place.path)]
     gone: list[int] = []
     durations: list[tuple[float, str]] = []
@@ -355,12 +355,12 @@ def test_what_the_child_does_is_told_and_the_end_of_the_line_is_its_end(folder: 
         durations.append((seconds, sink))
 
     settings = resolve({"directory": str(folder), "sink": url, "deliver": "process"})
-    supervisor = Supervisor(settings, place, SystemClock(), Callbacks(gone.append, took), {"": url})
+    supervisor = Supervisor(settings, place, SystemClock(), DeliveryCallbacks(gone.append, took), {"": url})
     supervisor.start()
     wait_until(lambda: gone == sizes and len(durations) == 3)
     child = supervisor._child
     assert child is not None
-    child._line.shutdown(socket.SHUT_WR)
+    child._socket.shutdown(socket.SHUT_WR)
     wait_until(lambda: not is_alive(child.pid))
     assert supervisor.stop(60)
     assert arrived(url) == ids(3, 1)
@@ -390,9 +390,9 @@ def test_the_hook_for_dead_letters_runs_in_the_child(
     folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by its name; where it raises, that is counted here."""
-    monkeypatch.setenv(named.HEARD, str(tmp_path / "heard"))
-    outbox = Outbox(str(folder), sink=url, deliver="process", on_dead_letter=named.hear)
-    seal(place_of(folder), 1, b'"no event"', msgspec.json.encode(event(0)))
+    monkeypatch.setenv(child_hooks.RECORD_FILE_VARIABLE, str(tmp_path / "heard"))
+    outbox = Outbox(str(folder), sink=url, deliver="process", on_dead_letter=child_hooks.record_dead_letter)
+    seal_batch(place_of(folder), 1, b'"no event"', msgspec.json.encode(event(0)))
     with outbox:
         assert outbox.flush(60)
         wait_until(lambda: outbox.stats().hook_failures["on_dead_letter"] == outbox.stats().dead == 1)
@@ -418,7 +418,7 @@ def test_an_outbox_whose_files_another_service_delivers(folder: Path, url: str) 
 def test_where_nobody_delivers_for_long_the_state_says_so(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
     """Ten seconds after the start at the earliest; logged once, and when it is over."""
     clock = ManualClock()
-    elsewhere = Elsewhere(place, clock)
+    elsewhere = ExternalRunner(place, clock)
     elsewhere.start()
     assert elsewhere.sinks()[""].state == State("idle")
     with caplog.at_level(logging.INFO, "pillarbox"):
@@ -429,8 +429,8 @@ def test_where_nobody_delivers_for_long_the_state_says_so(place: Directory, capl
         state = elsewhere.sinks()[""].state
         assert (state.name, state.reason[:36]) == ("degraded", "nobody delivers this directory (is `")
         lease = Lease(place, "sqlite:///x", clock)
-        assert lease.take()
-        lease.beat(State("waiting", "busy"), 7, "busy", now=True)
+        assert lease.acquire()
+        lease.write_heartbeat(State("waiting", "busy"), 7, "busy", now=True)
         elsewhere.notify()
         assert elsewhere.sinks()[""].state == State("waiting", "busy")
         lease.release()

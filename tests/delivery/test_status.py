@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.lease import Lease, last_heartbeat
-from pillarbox.delivery.pacing import Pacing
-from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.lease import Lease, read_heartbeat
+from pillarbox.delivery.pacing import PacingConfig
+from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.sinks.base import Batch, DeliveryResult, Misconfigured, Retry
 from pillarbox.stats import State, StateName
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import QUICK, MovingClock, seal, worker_for
+from tests.delivery.worker_setup import QUICK_CONFIG, MovingClock, make_worker, seal_batch
 
 if TYPE_CHECKING:
     from pillarbox.delivery.worker import Worker
@@ -46,17 +46,17 @@ class Held(RecordingSink):
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_slow_destination_is_told_from_a_deliverer_that_hangs(place: Directory, *, blocks: bool) -> None:
     """Only the former's heart goes on beating."""
-    seal(place, 1, b"1")
+    seal_batch(place, 1, b"1")
     sink = Held(blocks=blocks)
-    worker = worker_for(place, sink, rules=QUICK)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink, config=QUICK_CONFIG)
+    thread = ThreadRunner(worker)
     thread.start()
     assert sink.begun.wait(60)
-    first = last_heartbeat(place)
+    first = read_heartbeat(place)
     assert first is not None
 
     def beats() -> bool:
-        last = last_heartbeat(place)
+        last = read_heartbeat(place)
         return last is not None and last.at_micros > first.at_micros + 1_500_000
 
     if blocks:
@@ -72,15 +72,15 @@ def test_a_slow_destination_is_told_from_a_deliverer_that_hangs(place: Directory
 def test_a_heartbeat_is_read_while_a_shorter_one_is_written_over_it(place: Directory) -> None:
     """Between the bytes and the end of the file."""
     lease = Lease(place, "test", SystemClock())
-    assert lease.take()
-    lease.beat(State("waiting", "a long story about a server that is busy"), 7, "", now=True)
+    assert lease.acquire()
+    lease.write_heartbeat(State("waiting", "a long story about a server that is busy"), 7, "", now=True)
     long = place.read_small_file(layout.DELIVER_LOCK)
-    lease.beat(State("idle"), 8, "", now=True)
+    lease.write_heartbeat(State("idle"), 8, "", now=True)
     short = place.read_small_file(layout.DELIVER_LOCK)
     lease.release()
     with open(place.path_of(layout.DELIVER_LOCK), "wb") as file:
         file.write(short + long[len(short) :])
-    beat = last_heartbeat(place)
+    beat = read_heartbeat(place)
     assert beat is not None
     assert (beat.state, beat.delivered) == (State("idle"), 8)
 
@@ -89,7 +89,7 @@ def retry_after(worker: Worker, before: int) -> int:
     """Wait until it waits for another try than the one at `before`, and has said so in its heartbeat; for which."""
 
     def is_told() -> bool:
-        beat = last_heartbeat(worker._directory)
+        beat = read_heartbeat(worker._directory)
         return (worker.state.retry_at_micros or 0) > before and beat is not None and beat.state == worker.state
 
     wait_until(is_told)
@@ -101,16 +101,16 @@ def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(place: Director
     caplog.set_level(logging.INFO, "pillarbox")
     answers: list[DeliveryResult | Exception] = [Retry("busy", 300.0), Retry("busy", 300.0), Misconfigured("no such table")]
     sink, clock = RecordingSink(answers), MovingClock()
-    rules = QUICK._replace(recheck_s=300.0, pacing=Pacing(outage_s=math.inf))
-    worker = worker_for(place, sink, rules=rules, clock=clock)
-    seal(place, 1, b"1")
-    thread = DeliveryThread(worker)
+    rules = QUICK_CONFIG._replace(recheck_s=300.0, pacing=PacingConfig(outage_s=math.inf))
+    worker = make_worker(place, sink, config=rules, clock=clock)
+    seal_batch(place, 1, b"1")
+    thread = ThreadRunner(worker)
     thread.start()
     before = 0
     states: list[tuple[StateName, str]] = [("waiting", "busy"), ("waiting", "busy"), ("stopped", "no such table")]
     for name, reason in states:
         before = retry_after(worker, before)
-        beat = last_heartbeat(place)
+        beat = read_heartbeat(place)
         assert beat is not None
         assert (beat.state, beat.last_error) == (State(name, reason, before), reason)
         assert 290_000_000 < before - clock.micros() <= 300_000_000

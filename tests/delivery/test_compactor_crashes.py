@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from pillarbox.delivery import compactor
-from pillarbox.delivery.compactor import Compressor
+from pillarbox.delivery.compactor import Compactor
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
@@ -76,9 +76,9 @@ class Process:
 
     def compress(self) -> None:
         """Everything, as far as it goes."""
-        compressor = Compressor(self.directory, self.clock, 60.0, lambda _name: False, self._shrunk)
+        compressor = Compactor(self.directory, self.clock, 60.0, lambda _name: False, self._shrunk)
         self.directory.recover()
-        while compressor.work()[0]:
+        while compressor.compress_next()[0]:
             self.clock.advance(60.0)
 
     def _shrunk(self, saved: int) -> None:
@@ -198,9 +198,9 @@ def test_each_operation_may_fail(verb: str) -> None:
         for fault in faults:
             disk, meter = Disk(FOUND), FaultCounter(fault)
             process = Process(disk, faults=meter)
-            compressor = Compressor(process.directory, process.clock, 60.0, lambda _name: False, lambda _size: None)
+            compressor = Compactor(process.directory, process.clock, 60.0, lambda _name: False, lambda _size: None)
             for _ in range(FILES * 2):
-                compressor.work()
+                compressor.compress_next()
                 process.clock.advance(60.0)
             hits += meter.failures
             process.filesystem.close_inherited()

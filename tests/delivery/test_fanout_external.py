@@ -12,11 +12,20 @@ from pathlib import Path
 import pytest
 
 from pillarbox import ConfigurationError, Outbox
-from pillarbox.delivery.lease import last_heartbeat
+from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.testing import RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX
 from tests.conftest import wait_until
-from tests.delivery.fleet_stage import BUSY, arrived, balanced, fill_files, ids, place_of, received, sealed
+from tests.delivery.fanout_setup import (
+    BUSY_RESPONSE,
+    balanced_totals,
+    batch_files,
+    enqueue_files,
+    event_ids,
+    open_directory,
+    received_counts,
+    stored_event_ids,
+)
 from tests.sinks.http_server import CannedResponse, Server, always, closed_port_url
 
 
@@ -31,37 +40,37 @@ def database(box: Path, name: str) -> str:
 
 def test_a_child_delivers_to_all_of_them_and_tells_of_each(box: Path) -> None:
     """One that is down holds back nobody there either; killed, the next child goes on for both."""
-    with Server(always(BUSY)) as server:
+    with Server(always(BUSY_RESPONSE)) as server:
         sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, deliver="process", flush_interval=0.05, backoff_max=0.05) as outbox:
-            fill_files(outbox, 5)
+            enqueue_files(outbox, 5)
             wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 50)
             wait_until(lambda: outbox.stats().sinks["live"].state.name == "waiting")
             assert outbox.stats().state.reason.startswith("live: ")
-            assert len(sealed(box / "sink-live")) == 5
+            assert len(batch_files(box / "sink-live")) == 5
             wait_until(lambda: outbox.stats().pending_files == 5)
-            beat = last_heartbeat(place_of(box))
+            beat = read_heartbeat(open_directory(box))
             assert beat is not None
             assert beat.pid != os.getpid()
             os.kill(beat.pid, signal.SIGKILL)
             server.respond = always(CannedResponse())
-            fill_files(outbox, 5, first=50)
+            enqueue_files(outbox, 5, first=50)
             assert outbox.flush(60)
             wait_until(lambda: outbox.stats().sinks["live"].delivered >= 90)
-            assert {*received(server.requests)} == {*ids(100)}
-    assert arrived(box.parent / "warehouse.db") == ids(100)
-    balanced(box)
+            assert {*received_counts(server.requests)} == {*event_ids(100)}
+    assert stored_event_ids(box.parent / "warehouse.db") == event_ids(100)
+    balanced_totals(box)
 
 
 def test_who_only_stores_sees_how_each_sink_stands(box: Path) -> None:
     """`deliver="external"`, and `pillarbox deliver` beside it."""
     with Outbox(str(box), deliver="external", flush_interval=0.05) as outbox:
-        fill_files(outbox, 2)
+        enqueue_files(outbox, 2)
         assert outbox.stats().sinks == {}
         options = ["--sink", f"live={closed_port_url()}", "--sink", "warehouse=sqlite:///w.db"]
         process = subprocess.Popen([*PILLARBOX, "deliver", "-d", "box", *options, "-q"], cwd=box.parent, env=CLEAN)
         try:
-            wait_until(lambda: not sealed(box) and not sealed(box / "sink-warehouse"))
+            wait_until(lambda: not batch_files(box) and not batch_files(box / "sink-warehouse"))
             wait_until(lambda: outbox.stats().sinks["live"].state.name == "waiting")
             wait_until(lambda: outbox.stats().sinks["warehouse"].state.name == "idle")
             assert outbox.stats().state.reason.startswith("live: cannot connect to ")
@@ -69,7 +78,7 @@ def test_who_only_stores_sees_how_each_sink_stands(box: Path) -> None:
         finally:
             process.kill()
             process.wait()
-    assert arrived(box.parent / "w.db") == ids(20)
+    assert stored_event_ids(box.parent / "w.db") == event_ids(20)
 
 
 def test_another_process_makes_its_own_sinks(box: Path) -> None:
@@ -87,16 +96,16 @@ def test_each_sink_is_delivered_by_whoever_has_its_queue(box: Path) -> None:
     )
     sinks = {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
     with Outbox(str(box), sinks=sinks) as outbox:
-        fill_files(outbox, 1)
+        enqueue_files(outbox, 1)
         assert outbox.flush(60)
     command = [sys.executable, "-c", script, str(box / "sink-live"), sinks["live"]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
-        wait_until(lambda: (beat := last_heartbeat(place_of(box).queue("live"))) is not None and beat.pid == process.pid)
+        wait_until(lambda: (beat := read_heartbeat(open_directory(box).queue("live"))) is not None and beat.pid == process.pid)
         with Outbox(str(box), sinks=sinks) as outbox:
-            fill_files(outbox, 3, first=10)
+            enqueue_files(outbox, 3, first=10)
             assert outbox.flush(60)
             stats = outbox.stats()
             assert (stats.sinks["live"].delivered, stats.sinks["warehouse"].delivered) == (0, 30)
@@ -104,8 +113,8 @@ def test_each_sink_is_delivered_by_whoever_has_its_queue(box: Path) -> None:
     finally:
         process.kill()
         process.communicate()
-    assert arrived(box.parent / "live.db") == arrived(box.parent / "warehouse.db") == ids(40)
-    balanced(box)
+    assert stored_event_ids(box.parent / "live.db") == stored_event_ids(box.parent / "warehouse.db") == event_ids(40)
+    balanced_totals(box)
 
 
 def test_the_rate_of_one_sink_is_its_own(box: Path) -> None:
@@ -114,15 +123,15 @@ def test_the_rate_of_one_sink_is_its_own(box: Path) -> None:
     down.set()
     with Server() as server:
         accept = server.respond
-        server.respond = lambda request: BUSY if down.is_set() else accept(request)
+        server.respond = lambda request: BUSY_RESPONSE if down.is_set() else accept(request)
         sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, flush_interval=0.05, backoff_max=0.05, max_rate=400) as outbox:
-            fill_files(outbox, 3)
+            enqueue_files(outbox, 3)
             wait_until(lambda: outbox.stats().sinks["live"].failed_flushes > 3)
             assert {name: sink.rate for name, sink in outbox.stats().sinks.items()}["warehouse"] == 400
             wait_until(lambda: (outbox.stats().sinks["live"].rate or 400) < 400)
             wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 30)
             down.clear()
             assert outbox.flush(120)  # a slow answer makes for long pauses at first
-    assert received(server.requests)[ids(1)[0]] == 1
-    balanced(box)
+    assert received_counts(server.requests)[event_ids(1)[0]] == 1
+    balanced_totals(box)

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import Rules
-from pillarbox.delivery.thread import DeliveryThread
+from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, PartialFailure, Rejected, SinkCapabilities
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.stage import NO, Poisoned, drain, left, seal, worker_for
+from tests.delivery.worker_setup import REJECTION, PoisonedSink, drain_worker, make_worker, remaining_files, seal_batch
 
-SLOW = Rules(interval_s=0.01, recheck_s=0.05, backoff=Backoff(base_s=0.001, max_s=0.002))
+SLOW = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.05, backoff=Backoff(base_s=0.001, max_s=0.002))
 
 
 class Deployed(RecordingSink):
@@ -32,7 +32,7 @@ class Deployed(RecordingSink):
     async def deliver(self, batch: Batch) -> DeliveryResult:
         if self.is_bad or any(b"poison" in payload for payload in batch.payloads):
             self.calls.append(batch.id)
-            return Rejected(NO)
+            return Rejected(REJECTION)
         return await super().deliver(batch)
 
 
@@ -41,7 +41,7 @@ class Picky(RecordingSink):
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         self.calls.append(batch.id)
-        refused = {index: NO for index, payload in enumerate(batch.payloads) if b"poison" in payload}
+        refused = {index: REJECTION for index, payload in enumerate(batch.payloads) if b"poison" in payload}
         self.batches[batch.id] = [payload for payload in batch.payloads if b"poison" not in payload]
         return PartialFailure(refused, len(batch) - len(refused)) if refused else Delivered(len(batch))
 
@@ -59,29 +59,29 @@ def calls_a_try(sink: RecordingSink) -> list[int]:
 def dead_in(place: Directory) -> list[bytes]:
     return sorted(
         json.dumps(json.loads(line)["event"]).encode()
-        for name in left(place)
+        for name in remaining_files(place)
         if layout.kind_of(name) is layout.Kind.DEAD
         for line in Path(place.path_of(name)).read_bytes().splitlines()
     )
 
 
-@pytest.mark.parametrize("sink", [Poisoned, Picky])
+@pytest.mark.parametrize("sink", [PoisonedSink, Picky])
 def test_a_batch_of_one_record_is_judged_after_the_next_that_is_accepted(place: Directory, sink: type[RecordingSink]) -> None:
     """Alone it proves nothing; then it is asked for once more."""
-    batch = seal(place, 1, b'"poison"')
+    batch = seal_batch(place, 1, b'"poison"')
     chosen = sink()
-    worker = worker_for(place, chosen, rules=SLOW)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, chosen, config=SLOW)
+    thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: len(chosen.calls) >= 3)
-    assert left(place) == [batch + layout.SUFFIX]
+    assert remaining_files(place) == [batch + layout.SUFFIX]
     assert (worker.state.name, worker.idle.is_set()) == ("degraded", False)
     assert "judged once another batch is accepted: 1 so far; no: it says so" in worker.state.reason
-    seal(place, 2, b'"good"')
+    seal_batch(place, 2, b'"good"')
     assert worker.idle.wait(60)
     assert thread.stop(30)
     assert dead_in(place) == [b'"poison"']
-    assert (chosen.payloads, left(place)) == ([b'"good"'], [layout.dead_name(batch)])
+    assert (chosen.payloads, remaining_files(place)) == ([b'"good"'], [layout.dead_name(batch)])
 
 
 @pytest.mark.parametrize("records", [1, 2, 500])
@@ -92,10 +92,10 @@ def test_several_batches_refused_as_a_whole_stop_delivery_and_kill_no_record(
     caplog.set_level(logging.INFO, "pillarbox")
     payloads = [[b"%d" % (stamp * 1000 + number) for number in range(records)] for stamp in range(1, 9)]
     for stamp, lines in enumerate(payloads, 1):
-        seal(place, stamp, *lines)
+        seal_batch(place, stamp, *lines)
     sink = Deployed()
-    worker = worker_for(place, sink, rules=SLOW)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink, config=SLOW)
+    thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "stopped")
     calls = len(sink.calls)
@@ -104,11 +104,11 @@ def test_several_batches_refused_as_a_whole_stop_delivery_and_kill_no_record(
     assert re.fullmatch(r"\d batches in a row were refused as a whole, and are kept: no: it says so", worker.state.reason)
     assert worker.state.retry_at_micros is not None
     wait_until(lambda: len(sink.calls) > calls)
-    assert len(left(place)) == 8
+    assert len(remaining_files(place)) == 8
     sink.is_bad = False
     assert worker.idle.wait(60)
     assert thread.stop(30)
-    assert (left(place), worker.counters.dead, worker.counters.delivered) == ([], 0, 8 * records)
+    assert (remaining_files(place), worker.counters.dead, worker.counters.delivered) == ([], 0, 8 * records)
     assert sorted(sink.payloads) == sorted(payload for lines in payloads for payload in lines)
     stops = [entry for entry in caplog.records if "stopped: 3 batches in a row" in entry.message]
     assert [entry.levelno for entry in stops] == [logging.ERROR]
@@ -117,12 +117,12 @@ def test_several_batches_refused_as_a_whole_stop_delivery_and_kill_no_record(
 def test_after_an_outage_what_is_bad_is_found_among_what_is_good(place: Directory) -> None:
     """Also where the oldest batches are bad altogether, as many as stop delivery and more."""
     for stamp in range(1, 6):
-        seal(place, stamp, b'"poison %d"' % stamp)
+        seal_batch(place, stamp, b'"poison %d"' % stamp)
     for stamp in range(6, 9):
-        seal(place, stamp, b'"good %d"' % stamp)
+        seal_batch(place, stamp, b'"good %d"' % stamp)
     sink = Deployed()
-    worker = worker_for(place, sink, rules=SLOW)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink, config=SLOW)
+    thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "stopped")
     assert dead_in(place) == []
@@ -135,25 +135,25 @@ def test_after_an_outage_what_is_bad_is_found_among_what_is_good(place: Director
 
 def test_a_batch_that_is_bad_from_the_first_record_on_is_set_aside_and_the_rest_of_it_delivered(place: Directory) -> None:
     """So many bad ones in front look like an outage at first; the next batch says otherwise."""
-    batch = seal(place, 1, *([b'"poison"'] * 100 + [b'"good"'] * 100))
-    seal(place, 2, b'"next"')
-    sink = Poisoned()
-    worker = worker_for(place, sink, rules=SLOW)
-    drain(worker)
+    batch = seal_batch(place, 1, *([b'"poison"'] * 100 + [b'"good"'] * 100))
+    seal_batch(place, 2, b'"next"')
+    sink = PoisonedSink()
+    worker = make_worker(place, sink, config=SLOW)
+    drain_worker(worker)
     assert (worker.counters.dead, worker.counters.delivered) == (100, 101)
-    assert left(place) == [layout.dead_name(batch)]
+    assert remaining_files(place) == [layout.dead_name(batch)]
 
 
 def test_what_is_refused_as_a_whole_is_final_where_the_operator_says_so(place: Directory) -> None:
     """`stop_after_rejected_batches = 0`."""
     for stamp in range(1, 6):
-        seal(place, stamp, b'"poison %d"' % stamp)
-    worker = worker_for(place, Poisoned(), rules=SLOW._replace(stop_after_rejected_batches=0))
-    drain(worker)
+        seal_batch(place, stamp, b'"poison %d"' % stamp)
+    worker = make_worker(place, PoisonedSink(), config=SLOW._replace(stop_after_rejected_batches=0))
+    drain_worker(worker)
     assert worker.counters.dead == 5
 
 
-class Together(Poisoned):
+class Together(PoisonedSink):
     """Takes several files in one call."""
 
     def __init__(self) -> None:
@@ -164,13 +164,13 @@ class Together(Poisoned):
 def test_small_files_that_are_refused_together_are_judged_one_by_one(place: Directory) -> None:
     """Each is a batch of its own; one bad one costs the others nothing."""
     for stamp in range(1, 4):
-        seal(place, stamp, b'"poison %d"' % stamp)
+        seal_batch(place, stamp, b'"poison %d"' % stamp)
     sink = Together()
-    worker = worker_for(place, sink, rules=SLOW)
-    thread = DeliveryThread(worker)
+    worker = make_worker(place, sink, config=SLOW)
+    thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "stopped")
-    seal(place, 4, b'"good"')
+    seal_batch(place, 4, b'"good"')
     assert worker.idle.wait(60)
     assert thread.stop(30)
     assert dead_in(place) == [b'"poison %d"' % stamp for stamp in range(1, 4)]
@@ -179,14 +179,14 @@ def test_small_files_that_are_refused_together_are_judged_one_by_one(place: Dire
 
 def test_of_small_files_in_one_call_each_keeps_its_own_dead_letters(place: Directory) -> None:
     """By the records' places in their own files."""
-    first = seal(place, 1, b"1", b'"poison"', b"2")
-    second = seal(place, 2, b"3", raw=b"damaged\n")
-    third = seal(place, 3, b"4", b"5", b'"poison"')
+    first = seal_batch(place, 1, b"1", b'"poison"', b"2")
+    second = seal_batch(place, 2, b"3", raw=b"damaged\n")
+    third = seal_batch(place, 3, b"4", b"5", b'"poison"')
     sink = Together()
-    worker = worker_for(place, sink, rules=SLOW)
-    drain(worker)
+    worker = make_worker(place, sink, config=SLOW)
+    drain_worker(worker)
     assert sorted(sink.payloads) == [b"1", b"2", b"3", b"4", b"5"]
-    found = {name: Path(place.path_of(name)).read_bytes() for name in left(place)}
+    found = {name: Path(place.path_of(name)).read_bytes() for name in remaining_files(place)}
     assert set(found) == {
         layout.dead_name(first),
         layout.dead_name(third),
@@ -201,12 +201,12 @@ def test_of_small_files_in_one_call_each_keeps_its_own_dead_letters(place: Direc
 def test_many_small_files_take_few_calls_where_the_sink_takes_them_together(place: Directory) -> None:
     """Never more than a full file's worth, and a full one goes by itself."""
     for stamp in range(1, 101):
-        seal(place, stamp, *[b"%d" % stamp] * 10)
-    seal(place, 101, *[b"101"] * 500)
+        seal_batch(place, stamp, *[b"%d" % stamp] * 10)
+    seal_batch(place, 101, *[b"101"] * 500)
     sink = Together()
-    worker = worker_for(place, sink)
-    drain(worker)
+    worker = make_worker(place, sink)
+    drain_worker(worker)
     assert len(sink.calls) == 3
     assert [len(payloads) for payloads in sink.batches.values()] == [500, 500, 500]
     assert sink.payloads == sorted(sink.payloads, key=int)
-    assert (worker.counters.flushed_files, left(place)) == (101, [])
+    assert (worker.counters.flushed_files, remaining_files(place)) == (101, [])

@@ -9,19 +9,19 @@ from typing import Any
 
 import msgspec
 
-HEARD = "PILLARBOX_TEST_HEARD"  # the variable that names the file
+RECORD_FILE_VARIABLE = "PILLARBOX_TEST_HEARD"  # the variable that names the file
 
 
-def hear(letter: Any) -> None:
+def record_dead_letter(letter: Any) -> None:
     """Write down who was told of a dead letter."""
-    with Path(os.environ[HEARD]).open("a") as file:
+    with Path(os.environ[RECORD_FILE_VARIABLE]).open("a") as file:
         file.write(f"{os.getpid()} {letter.code}\n")
     raise ValueError("and it fails")
 
 
 if "pytest" in sys.modules:
 
-    class OnlyHere(msgspec.Struct):
+    class ParentOnlyEvent(msgspec.Struct):
         """An event type that the child does not find."""
 
         event_id: str
