@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from pillarbox import ConfigurationError, Outbox, Settings, TrackingEvent, resolve
+from pillarbox.testing import RecordingSink
 
 
 def test_the_defaults_are_those_of_the_contract() -> None:
@@ -163,22 +164,57 @@ def test_a_bad_setting_is_one_line_that_says_what_where_and_what_is_allowed(name
     with pytest.raises(ConfigurationError) as caught:
         resolve({name: value})
     assert caught.value.setting == name
-    assert str(caught.value).startswith(f"{name} = ")
-    assert "(from the call): must be " in str(caught.value)
+    assert str(caught.value) == f"{name} = {value!r} (from the call): {caught.value.advice}"
+    assert caught.value.advice.startswith("use ")
     assert "\n" not in str(caught.value)
     if isinstance(value, str) and value and "\0" not in value:
         with pytest.raises(ConfigurationError, match=f"environment PILLARBOX_{name.upper()}"):
             resolve({}, {f"PILLARBOX_{name.upper()}": value})
 
 
-def test_an_unknown_setting_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    """A slip of the pen is found."""
-    with pytest.raises(ConfigurationError, match=r"batch_sise.*batch_size"):
-        Outbox(str(tmp_path), batch_sise=5)
+def test_the_error_for_an_unknown_setting_suggests_a_similar_one(tmp_path: Path) -> None:
+    """And says in which file it is."""
+    with pytest.raises(ConfigurationError, match=r"^unknown setting 'batch_siz'; did you mean 'batch_size'\?$"):
+        Outbox(str(tmp_path), batch_siz=5)
+    with pytest.raises(ConfigurationError, match=r"^unknown setting 'colour'; help\(pillarbox\.Outbox\) lists the settings$"):
+        Outbox(str(tmp_path), colour="red")
     config = tmp_path / "pillarbox.toml"
-    config.write_text("[outbox]\nbatch_sise = 5\n")
-    with pytest.raises(ConfigurationError, match=r"batch_sise.*pillarbox\.toml, \[outbox\]"):
+    config.write_text("[outbox]\nbatch_siz = 5\n")
+    with pytest.raises(ConfigurationError, match=r"pillarbox\.toml, \[outbox\]: unknown setting 'batch_siz'; did you mean"):
         resolve({}, config=str(config))
+
+
+def test_sink_and_sinks_exclude_each_other_within_one_source(tmp_path: Path) -> None:
+    """A nearer source replaces one by the other."""
+    url = "sqlite:///a.db"
+    for sink in (url, RecordingSink()):
+        with pytest.raises(ConfigurationError, match=r"^pass either sink or sinks, not both$"):
+            Outbox(str(tmp_path), sink=sink, sinks={"a": url})
+    with pytest.raises(ConfigurationError, match=r"^environment PILLARBOX_SINKS: pass either sink or sinks, not both$"):
+        resolve({}, {"PILLARBOX_SINK": url, "PILLARBOX_SINKS": f"a={url}"})
+    assert resolve({"sink": url}, {"PILLARBOX_SINKS": f"a={url}"}).sinks == {}
+    assert resolve({"sinks": {"a": url}}, {"PILLARBOX_SINK": url}).sink is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sink", b"https://me:s3cret@host/", "sink: use a URL, a Sink or None, not bytes"),
+        ("sinks", "a=https://me:s3cret@host/ a=x", "sinks: two sinks have one name; give each a name of its own"),
+        (
+            "sinks",
+            {"A": "https://me:s3cret@host/"},
+            "sinks: 'A' is not a name; use 1 to 32 of the characters a-z, 0-9, _ and -",
+        ),
+        ("sinks", {"a": "https://me:s3cret@host/", "b": ""}, "sinks: give 'b' a URL, as in b=URL"),
+        ("sinks", ["https://me:s3cret@host/"], "sinks: use a table of names and URLs, or text: name=URL name=URL"),
+    ],
+)
+def test_an_error_about_sinks_shows_no_url(name: str, value: object, message: str) -> None:
+    """A URL may hold a password."""
+    with pytest.raises(ConfigurationError) as caught:
+        resolve({name: value})
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("text", ["[outbox", "outbox = 5", "\xff"])

@@ -1,35 +1,56 @@
-"""Every way in which Pillarbox says no, on one screen.
+"""The errors that Pillarbox raises on purpose.
 
-An error's base class says whose fault it is: `UsageError` is the caller's (mend the call or the setting), `OperationalError` is
-the machine's or the destination's (mend the disk, the directory, the server). Anything else that escapes is a defect of ours.
-`enqueue` raises none of these unless it was asked to: it answers `Dropped(reason)`.
+The base class says whose fault an error is. `UsageError`: the call or the setting is wrong; change it. `OperationalError`: the
+disk, the directory or the destination does not work; fix that. Any other exception that escapes is a bug in Pillarbox.
+`enqueue` raises none of these unless a setting asks for it: it returns `Dropped(reason)`.
 """
 
 
 class PillarboxError(Exception):
-    """Base of all errors that Pillarbox raises on purpose."""
+    """Base class of all errors that Pillarbox raises on purpose."""
 
 
 class UsageError(PillarboxError, ValueError):
-    """The call or the setting is wrong; nothing was done."""
+    """The call or a setting is wrong; nothing was done."""
 
 
 class OperationalError(PillarboxError):
-    """The disk or the destination is not as it must be."""
+    """The disk, the directory or the destination cannot be used as it is."""
 
 
 class ConfigurationError(UsageError):
-    """A setting has a value that is not allowed; `setting`, `source` and `allowed` say which, from where, and what is."""
+    """A setting is wrong. The message says which one, where it came from and what to use instead.
 
-    def __init__(self, setting: str, value: object, source: str, allowed: str) -> None:
-        super().__init__(f"{setting} = {value!r} (from {source}): must be {allowed}")
+    Args:
+        setting: Name of the setting.
+        value: Its value, which the message shows. None: the message shows none, because there is none or it may be secret.
+        source: Where the value came from: "the call", "the command line", "environment PILLARBOX_...", a file.
+        advice: What is wrong or what to use instead, as a clause: "use a number from 1 to 64".
+
+    Attributes:
+        setting: Name of the setting.
+        source: Where the value came from.
+        advice: What is wrong or what to use instead.
+    """
+
+    def __init__(self, setting: str, value: object, source: str, advice: str) -> None:
+        if value is not None:
+            message = f"{setting} = {value!r} (from {source}): {advice}"
+        else:
+            message = advice if source == "the call" else f"{source}: {advice}"
+        super().__init__(message)
         self.setting = setting
         self.source = source
-        self.allowed = allowed
+        self.advice = advice
 
 
 class InvalidEventError(UsageError):
-    """The event cannot be stored; `field` names the member at fault, `problem` says why."""
+    """The event cannot be stored.
+
+    Attributes:
+        field: The field that is wrong, or "event" for the event as a whole.
+        problem: What is wrong with it.
+    """
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -38,16 +59,26 @@ class InvalidEventError(UsageError):
 
 
 class OutboxFullError(OperationalError):
-    """With `when_full="raise"`: there is no room for the event, which is nowhere; `reason` is that of `Dropped`."""
+    """There is no room for the event, and it was not stored. Raised only with `when_full="raise"`.
+
+    Attributes:
+        path: The outbox directory.
+        reason: Which limit was reached; the same word as in `Dropped.reason`.
+    """
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: the event was not stored: {reason}")
+        super().__init__(f"{path}: the outbox is full ({reason}); the event was not stored")
         self.path = path
         self.reason = reason
 
 
 class DirectoryUnusableError(OperationalError):
-    """The outbox directory cannot be used; `remedy` says what would put it right."""
+    """The outbox directory cannot be used.
+
+    Attributes:
+        path: The directory.
+        remedy: What would make it usable.
+    """
 
     def __init__(self, path: str, problem: str, remedy: str) -> None:
         super().__init__(f"{path}: {problem}; {remedy}")
@@ -56,11 +87,16 @@ class DirectoryUnusableError(OperationalError):
 
 
 class SinkUnusableError(OperationalError):
-    """The destination cannot take events as it is set up; the message names the way out."""
+    """A sink cannot work with its present settings or environment. The message says what to change."""
 
 
 class FileUnusableError(OperationalError):
-    """A file under one of our names is not ours to use (a link, a device, another owner); it is left alone."""
+    """A file with one of Pillarbox's names is a link, a device or another user's. It is skipped and never changed.
+
+    Attributes:
+        path: The file.
+        problem: What it is.
+    """
 
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")

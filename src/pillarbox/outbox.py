@@ -21,7 +21,7 @@ from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
 from pillarbox.hooks import Hooks
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
-from pillarbox.settings import EITHER, Settings, resolve
+from pillarbox.settings import Settings, resolve, sink_and_sinks_error
 from pillarbox.sinks.base import Sink
 from pillarbox.stats import Stats
 from pillarbox.store.door import AppendHooks, EnqueueFunction
@@ -109,11 +109,11 @@ class Outbox:
         keywords: dict[str, object] = locals() | others  # before anything else has a name here
         del keywords["self"], keywords["others"]
         if sink is not None and not isinstance(sink, (str, Sink)):
-            raise ConfigurationError("sink", sink, "the call", "a URL, a Sink, or None")
+            raise ConfigurationError("sink", None, "the call", f"sink: use a URL, a Sink or None, not {type(sink).__name__}")
         keywords["sink"] = sink if isinstance(sink, str) else None
         given = {ONLY_SINK: sink} if isinstance(sink, Sink) else {}
         if given and sinks is not None:
-            raise ConfigurationError("sinks", "...", "the call", EITHER)
+            raise sink_and_sinks_error("the call")
         self._initialize(resolve(keywords), given)
 
     @classmethod
@@ -125,7 +125,7 @@ class Outbox:
 
     def _initialize(self, settings: Settings, given: dict[str, Sink]) -> None:
         if settings.enabled and not settings.directory:
-            raise ConfigurationError("directory", "", "the default", "the path of a directory")
+            raise ConfigurationError("directory", None, "the call", "no directory; pass the path of one")
         self._sink_objects = given | {name: sink for name, sink in settings.sinks.items() if not isinstance(sink, str)}
         check_delivery_settings(settings, self._sink_objects)
         self.settings = settings

@@ -1,14 +1,15 @@
-"""What was typed (keywords, options, environment, TOML) -> what it means, checked.
+"""The settings of an outbox: read from keywords, options, the environment and a TOML file, and checked.
 
-A setting has one name everywhere: keyword and option `batch_size`, TOML `[outbox] batch_size`, environment
-`PILLARBOX_BATCH_SIZE`. The names of the system before (`tracking_outbox_batch_size`, in capitals in the environment) mean the
-same. What is nearer wins: keyword or option, then environment, then TOML, then the default.
+A setting has one name everywhere: keyword `batch_size`, option `--batch-size`, `batch_size` in the TOML table `[outbox]`, and
+`PILLARBOX_BATCH_SIZE` in the environment. The older names (`tracking_outbox_batch_size`, in capitals in the environment) are
+aliases. A keyword or option wins over the environment, the environment over TOML, and that over the default.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from inspect import iscoroutinefunction
 from typing import Any, Final
@@ -34,24 +35,26 @@ _ALIASES: Final = {
     "tracking_outbox_flush_interval": "flush_interval",
     "tracking_outbox_max_bytes": "max_bytes",
 }
-EITHER: Final = "left out where sink is given: name that one among the sinks"
-INTERVAL_MAX_S: Final = 86_400.0  # longer than a day is a slip of the pen
-AGE_MAX_S: Final = 100 * 365 * 86_400.0  # what still fits beside the present in microseconds, and to spare
-RATE_MIN: Final = 0.001  # events/s; so that a pause stays a number that a clock can add
-RATE_MAX: Final = 1e9
-IN_FLIGHT_MAX: Final = 64  # each batch on its way is in memory
+INTERVAL_MAX_S: Final = 86_400.0  # an interval longer than a day is probably a mistake
+AGE_MAX_S: Final = 100 * 365 * 86_400.0  # added to the present in microseconds, it still fits into 64 bits
+RATE_MIN: Final = 0.001  # events/s; keeps the pause between two sends finite
+RATE_MAX: Final = 1e9  # events/s
+IN_FLIGHT_MAX: Final = 64  # batches; each batch in flight is in memory
 _BOOLEANS: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _TIME_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _SIZE_UNITS: Final = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of an outbox, checked. Sizes in bytes, times in seconds."""
+    """The checked settings of an outbox. Sizes are in bytes, times in seconds.
+
+    `resolve` makes one; `docs/reference/settings.md` describes each setting.
+    """
 
     enabled: bool = True
     directory: str = ""
     sink: str | None = None
-    sinks: dict[str, Any] = {}  # where there are several: URLs, or a `Sink` each where the application has made it
+    sinks: dict[str, Any] = {}  # by name: a URL or a `Sink` each; empty with one sink or none
     event_type: type[msgspec.Struct] = TrackingEvent
     deliver: str = "thread"
     trusted: bool = False
@@ -84,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def delivery_config(self) -> DeliveryConfig:
-        """How a destination's answers are taken."""
+        """What the delivery worker needs of them."""
         return DeliveryConfig(
             poll_interval_s=self.flush_interval,
             backoff=Backoff(max_s=self.backoff_max),
@@ -99,7 +102,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def settlement_limits(self) -> SettlementLimits:
-        """How much is set aside, and what stays of what was delivered."""
+        """Limits of dead letters, quarantine and retained batches."""
         return SettlementLimits(
             self.max_dead_bytes,
             self.max_quarantine_bytes,
@@ -110,56 +113,61 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _InvalidValueError(Exception):
-    """The value is not one; the text says what is."""
+    """A parser rejects a value; `advice` says what to use instead. `_parse_setting` adds the setting and the source."""
+
+    def __init__(self, advice: str, *, shows_value: bool = True) -> None:
+        super().__init__(advice)
+        self.advice = advice
+        self.shows_value = shows_value  # False: it may hold a secret, or is not what is wrong
 
 
 def _parse_bool(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    found = _BOOLEANS.get(str(value).strip().lower())
-    if found is None:
-        raise _InvalidValueError("true or false")
-    return found
+    parsed = _BOOLEANS.get(str(value).strip().lower())
+    if parsed is None:
+        raise _InvalidValueError("use true or false")
+    return parsed
 
 
-def _parse_text(value: object) -> str:
+def _parse_sink(value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise _InvalidValueError("text")
+        raise _InvalidValueError(f"sink: use a URL, a Sink or None, not {type(value).__name__}", shows_value=False)
     return value
 
 
 def _parse_path(value: object) -> str:
     text = str(value) if hasattr(value, "__fspath__") else value
     if not isinstance(text, str) or not text or "\0" in text:
-        raise _InvalidValueError("the path of a directory")
+        raise _InvalidValueError("use the path of a directory")
     return text.rstrip("/") or "/"
 
 
-def _integer_parser(allowed: str, least: int, most: float = float("inf")) -> Callable[[object], int]:
+def _integer_parser(advice: str, least: int, most: float = float("inf")) -> Callable[[object], int]:
     def parse(value: object) -> int:
         if isinstance(value, str):
-            digits = value.strip().lower().replace("_", "").removesuffix("b")
-            number = digits.rstrip("kmgi")
+            text = value.strip().lower().replace("_", "").removesuffix("b")
+            digits = text.rstrip("kmgi")
             try:
-                value = int(number) * _SIZE_UNITS.get(digits[len(number) :], 0 if digits != number else 1)
+                value = int(digits) * _SIZE_UNITS.get(text[len(digits) :], 0 if text != digits else 1)
             except ValueError:
-                raise _InvalidValueError(allowed) from None
+                raise _InvalidValueError(advice) from None
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise _InvalidValueError(allowed)
+            raise _InvalidValueError(advice)
         return value
 
     return parse
 
 
 def _parse_batch_size(value: object) -> int:
-    # Below 1 means 1: so did the system before.
-    return max(1, _integer_parser("a whole number of events", -(2**63))(value))
+    # Less than 1 means 1: `tracking_outbox_batch_size` has always been read so.
+    return max(1, _integer_parser("use a whole number of events, 1 or more", -(2**63))(value))
 
 
-def _number_parser(allowed: str, fits: Callable[[float], bool]) -> Callable[[object], float]:
+def _number_parser(advice: str, is_allowed: Callable[[float], bool]) -> Callable[[object], float]:
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise _InvalidValueError(allowed)
+            raise _InvalidValueError(advice)
         unit = 1
         if isinstance(value, str) and value.strip()[-1:] in _TIME_UNITS:
             value = value.strip()
@@ -167,105 +175,109 @@ def _number_parser(allowed: str, fits: Callable[[float], bool]) -> Callable[[obj
         try:
             number = float(value) * unit
         except (ValueError, OverflowError):
-            raise _InvalidValueError(allowed) from None
-        if not fits(number):
-            raise _InvalidValueError(allowed)
+            raise _InvalidValueError(advice) from None
+        if not is_allowed(number):
+            raise _InvalidValueError(advice)
         return number
 
     return parse
 
 
 def _seconds_parser(most: float) -> Callable[[object], float]:
-    return _number_parser(f"a number of seconds above 0, at most {most:.0f}", lambda number: 0 < number <= most)
+    advice = f"use a number of seconds above 0 and at most {most:.0f}, for example 0.5 or 10m"
+    return _number_parser(advice, lambda number: 0 < number <= most)
 
 
 def _parse_compress_after(value: object) -> float:
     if not compression.is_available():
-        raise _InvalidValueError(f"left out, for it needs zstd: {compression.INSTALL_COMMAND}")
+        raise _InvalidValueError(f"compress_after needs zstd: {compression.INSTALL_COMMAND}", shows_value=False)
     return _seconds_parser(AGE_MAX_S)(value)
 
 
 def _parse_sinks(value: object) -> dict[str, object]:
-    allowed = "a table of names and URLs, or as text name=URL name=URL; names of a-z, 0-9, _ and -, at most 32"
     if isinstance(value, str):
         pairs = [pair.partition("=") for pair in value.split()]
         value = {name: url for name, _, url in pairs}
         if len(value) < len(pairs):
-            raise _InvalidValueError(f"{allowed}; each name once")
+            raise _InvalidValueError("sinks: two sinks have one name; give each a name of its own", shows_value=False)
     if not isinstance(value, Mapping) or not value:
-        raise _InvalidValueError(allowed)
+        raise _InvalidValueError("sinks: use a table of names and URLs, or text: name=URL name=URL", shows_value=False)
     for name, sink in value.items():
         if not isinstance(name, str) or not is_sink_name(name):
-            raise _InvalidValueError(allowed)
+            advice = f"sinks: {name!r} is not a name; use 1 to 32 of the characters a-z, 0-9, _ and -"
+            raise _InvalidValueError(advice, shows_value=False)
         if not sink or not (isinstance(sink, str) or callable(getattr(sink, "deliver", None))):
-            raise _InvalidValueError(f"{allowed} ({name} has none)")
+            raise _InvalidValueError(f"sinks: give {name!r} a URL, as in {name}=URL", shows_value=False)
     return dict(value)
 
 
-def _choice_parser(*allowed: str) -> Callable[[object], str]:
+def _choice_parser(*choices: str) -> Callable[[object], str]:
+    quoted = [repr(choice) for choice in choices]
+    advice = f"use {', '.join(quoted[:-1])} or {quoted[-1]}"
+
     def parse(value: object) -> str:
-        if value in allowed:
+        if value in choices:
             return str(value)
-        raise _InvalidValueError(" or ".join(repr(one) for one in allowed))
+        raise _InvalidValueError(advice)
 
     return parse
 
 
-def _import_object(text: object, allowed: str) -> object:
-    """What `module:name` names."""
+def _import_object(text: object, advice: str) -> object:
+    """The object that `module:name` stands for."""
     module, _, name = text.partition(":") if isinstance(text, str) else ("", "", "")
     if not module or not name:
-        raise _InvalidValueError(allowed)
+        raise _InvalidValueError(advice)
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise _InvalidValueError(f"{allowed} ({error})") from None
+        raise _InvalidValueError(f"{advice} ({error})") from None
 
 
 def _parse_event_type(value: object) -> type[msgspec.Struct]:
-    allowed = "a msgspec.Struct class, or module:Class where text is asked for"
-    found = value if isinstance(value, type) else _import_object(value, allowed)
-    if isinstance(found, type) and issubclass(found, msgspec.Struct):
-        return found
-    raise _InvalidValueError(allowed)
+    advice = "use a subclass of msgspec.Struct, or its name as text: module:Class"
+    parsed = value if isinstance(value, type) else _import_object(value, advice)
+    if isinstance(parsed, type) and issubclass(parsed, msgspec.Struct):
+        return parsed
+    raise _InvalidValueError(advice)
 
 
 def _parse_hook(value: object) -> Callable[..., Any]:
-    allowed = "a function that is no coroutine, or module:function where text is asked for"
-    found = value if callable(value) else _import_object(value, allowed)
-    if not callable(found) or iscoroutinefunction(found):
-        raise _InvalidValueError(allowed)
-    return found
+    advice = "use a function that is not a coroutine function, or its name as text: module:function"
+    parsed = value if callable(value) else _import_object(value, advice)
+    if not callable(parsed) or iscoroutinefunction(parsed):
+        raise _InvalidValueError(advice)
+    return parsed
 
 
-_PARSE_BYTES: Final = _integer_parser("a whole number of bytes, at least 0", 0)
+_PARSE_BYTES: Final = _integer_parser("use a whole number of bytes, 0 or more, for example 64Mi", 0)
 _PARSE_INTERVAL: Final = _seconds_parser(INTERVAL_MAX_S)
 _PARSERS: Final[dict[str, Callable[[object], Any]]] = {
     "enabled": _parse_bool,
     "directory": _parse_path,
-    "sink": _parse_text,
+    "sink": _parse_sink,
     "sinks": _parse_sinks,
     "event_type": _parse_event_type,
     "deliver": _choice_parser("thread", "process", "external"),
     "trusted": _parse_bool,
     "batch_size": _parse_batch_size,
-    "batch_bytes": _integer_parser("a whole number of bytes, at least 1", 1),
+    "batch_bytes": _integer_parser("use a whole number of bytes, 1 or more, for example 1Mi", 1),
     "flush_interval": _PARSE_INTERVAL,
     "max_bytes": _PARSE_BYTES,
-    "max_files": _integer_parser("a whole number of files, at least 1", 1),
+    "max_files": _integer_parser("use a whole number of files, 1 or more", 1),
     "when_full": _choice_parser("drop_newest", "drop_oldest", "block", "raise"),
     "block_timeout": _PARSE_INTERVAL,
     "min_free_bytes": _PARSE_BYTES,
     "durability": _choice_parser(*DURABILITIES),
     "on_invalid": _choice_parser("drop", "raise"),
-    "max_in_flight": _integer_parser(f"a whole number of batches from 1 to {IN_FLIGHT_MAX}", 1, IN_FLIGHT_MAX),
+    "max_in_flight": _integer_parser(f"use a whole number of batches from 1 to {IN_FLIGHT_MAX}", 1, IN_FLIGHT_MAX),
     "backoff_max": _PARSE_INTERVAL,
     "call_timeout": _PARSE_INTERVAL,
-    "stop_after_rejected_batches": _integer_parser("a whole number of batches, at least 0", 0),
+    "stop_after_rejected_batches": _integer_parser("use a whole number of batches, 0 or more", 0),
     "max_rate": _number_parser(
-        f"a number of events a second, from {RATE_MIN:g} to {RATE_MAX:g}", lambda number: RATE_MIN <= number <= RATE_MAX
+        f"use a number of events per second from {RATE_MIN:g} to {RATE_MAX:g}", lambda number: RATE_MIN <= number <= RATE_MAX
     ),
-    "live_share": _number_parser("a share from 0 to 1", lambda number: 0 <= number <= 1),
+    "live_share": _number_parser("use a number from 0 to 1", lambda number: 0 <= number <= 1),
     "max_age": _seconds_parser(AGE_MAX_S),
     "compress_after": _parse_compress_after,
     "max_dead_bytes": _PARSE_BYTES,
@@ -286,63 +298,76 @@ def resolve(
     *,
     keyword_source: str = "the call",
 ) -> Settings:
-    """Settings from all places; raises `ConfigurationError` that names setting, source and what is allowed.
+    """Read settings from all sources and check them.
 
-    `config` is the path of a TOML file with a table `[outbox]`; an `environ` of None is not looked at. A keyword that is None
-    counts as left out.
+    A keyword wins over the environment, the environment over the TOML file, and that over the default.
+
+    Args:
+        keywords: Settings by name. A value of None counts as not given.
+        environ: Environment variables, usually `os.environ`. None: the environment is not read.
+        config: Path of a TOML file with a table `[outbox]`. None: no file is read.
+        keyword_source: Where the keywords come from, for error messages.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        ConfigurationError: A setting is unknown or has a value that is not allowed, or the file cannot be read.
     """
-    found: dict[str, tuple[object, str]] = {}
+    values: dict[str, tuple[object, str]] = {}  # by setting: the value, and its source
     if config is not None:
-        _override(found, _read_toml(config))
+        _override(values, _read_toml(config, keyword_source))
     if environ is not None:
-        _override(found, _read_environment(environ))
-    known = {_canonical_name(name, keyword_source): value for name, value in keywords.items()}
-    _override(found, {name: (value, keyword_source) for name, value in known.items() if value is not None})
-    values: dict[str, Any] = {name: _parse_setting(name, value, source) for name, (value, source) in found.items()}
-    return Settings(**values)
+        _override(values, _read_environment(environ))
+    named = {_canonical_name(name, keyword_source): value for name, value in keywords.items()}
+    _override(values, {name: (value, keyword_source) for name, value in named.items() if value is not None})
+    return Settings(**{name: _parse_setting(name, value, source) for name, (value, source) in values.items()})
 
 
-def _override(found: dict[str, tuple[object, str]], nearer: dict[str, tuple[object, str]]) -> None:
-    """What is nearer wins; one sink there takes the place of several, and the other way round."""
+def sink_and_sinks_error(source: str) -> ConfigurationError:
+    """The error for a source that sets both `sink` and `sinks`."""
+    return ConfigurationError("sinks", None, source, "pass either sink or sinks, not both")
+
+
+def _override(values: dict[str, tuple[object, str]], nearer: dict[str, tuple[object, str]]) -> None:
+    """Replace values by those of a source with precedence; there, `sink` replaces `sinks` and the reverse."""
     if "sink" in nearer and "sinks" in nearer:
-        raise ConfigurationError("sinks", "...", nearer["sinks"][1], EITHER)
+        raise sink_and_sinks_error(nearer["sinks"][1])
     if "sink" in nearer:
-        found.pop("sinks", None)
+        values.pop("sinks", None)
     if "sinks" in nearer:
-        found.pop("sink", None)
-    found |= nearer
+        values.pop("sink", None)
+    values |= nearer
 
 
 def _canonical_name(name: str, source: str) -> str:
-    known = _ALIASES.get(name.lower(), name)
-    if known not in _PARSERS:
-        raise ConfigurationError(known, "...", source, f"one of the settings {', '.join(_PARSERS)}")
-    return known
+    canonical = _ALIASES.get(name.lower(), name)
+    if canonical not in _PARSERS:
+        similar = get_close_matches(canonical, _PARSERS, n=1)
+        hint = f"did you mean {similar[0]!r}?" if similar else "help(pillarbox.Outbox) lists the settings"
+        raise ConfigurationError(canonical, None, source, f"unknown setting {canonical!r}; {hint}")
+    return canonical
 
 
-def _parse_setting(name: str, value: object, source: str) -> object:
+def _parse_setting(name: str, value: object, source: str) -> Any:
     try:
         return _PARSERS[name](value)
-    except _InvalidValueError as refusal:
-        raise ConfigurationError(name, value, source, str(refusal)) from None
+    except _InvalidValueError as error:
+        raise ConfigurationError(name, value if error.shows_value else None, source, error.advice) from None
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, tuple[object, str]]:
-    found: dict[str, tuple[object, str]] = {}
     names = {alias.upper(): name for alias, name in _ALIASES.items()}
     names |= {_ENVIRONMENT_PREFIX + name.upper(): name for name in _PARSERS}
-    for variable, name in names.items():
-        if variable in environ:
-            found[name] = (environ[variable], f"environment {variable}")
-    return found
+    return {name: (environ[variable], f"environment {variable}") for variable, name in names.items() if variable in environ}
 
 
-def _read_toml(path: str) -> dict[str, tuple[object, str]]:
+def _read_toml(path: str, path_source: str) -> dict[str, tuple[object, str]]:
     try:
         table = tomllib.loads(read_file(path).decode()).get("outbox", {})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError("config", path, "the call", f"a readable TOML file ({error})") from None
+        raise ConfigurationError("config", path, path_source, f"cannot read the TOML file: {error}") from None
     if not isinstance(table, dict):
-        raise ConfigurationError("config", path, "the call", "a TOML file with a table [outbox]")
+        raise ConfigurationError("config", path, path_source, "outbox is not a table; write [outbox] above the settings")
     source = f"{path}, [outbox]"
     return {_canonical_name(name, source): (value, source) for name, value in table.items()}

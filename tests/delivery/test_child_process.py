@@ -369,7 +369,10 @@ def test_what_the_child_does_is_told_and_the_end_of_the_line_is_its_end(folder: 
 @pytest.mark.parametrize("keywords", [{"deliver": "process"}, {"deliver": "external"}])
 def test_a_sink_that_is_an_object_cannot_go_to_another_process(folder: Path, keywords: dict[str, str]) -> None:
     """Said with the way out."""
-    with pytest.raises(ConfigurationError, match=r"deliver = .*'thread' where the sink is an object.*URL"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"deliver = .*a Sink object cannot be used in another process; pass the sink as a URL, or use 'thread'",
+    ):
         Outbox(str(folder), sink=RecordingSink(), **keywords)  # type: ignore[arg-type]
 
 
@@ -381,7 +384,7 @@ def test_what_another_process_cannot_import_is_refused(folder: Path, url: str) -
 
     script = type("Script", (TrackingEvent,), {"__module__": "__main__"})
     for setting, value in (("event_type", Local), ("event_type", script), ("on_dead_letter", lambda _letter: None)):
-        with pytest.raises(ConfigurationError, match=f'{setting} = .*module:name.*into a module, or take deliver="thread"'):
+        with pytest.raises(ConfigurationError, match=f'{setting} = .*module:name.*into a module, or use deliver="thread"'):
             Outbox(str(folder), sink=url, deliver="process", **{setting: value})  # type: ignore[arg-type]
     Outbox(str(folder), sink=url, deliver="process", before_send=lambda one: one, on_drop=lambda _reason, _count: None)
 

@@ -83,7 +83,7 @@ def test_who_only_stores_sees_how_each_sink_stands(box: Path) -> None:
 
 def test_another_process_makes_its_own_sinks(box: Path) -> None:
     """It cannot be handed an object, also not as one of several."""
-    with pytest.raises(ConfigurationError, match="'thread' where the sink is an object"):
+    with pytest.raises(ConfigurationError, match="a Sink object cannot be used in another process"):
         Outbox(str(box), sinks={"mine": RecordingSink(), "warehouse": database(box, "w")}, deliver="process")
 
 

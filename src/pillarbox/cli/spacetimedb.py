@@ -53,9 +53,9 @@ def publish(
     except ModuleNotFoundError as error:
         raise SinkUnusableError(f"spacetimedb: needs {error.name}; pip install 'pillarbox[spacetimedb]'") from None
     if not server.startswith(("http://", "https://")):
-        raise ConfigurationError("server", server, "the command line", "a URL, e.g. http://127.0.0.1:3000")
+        raise ConfigurationError("server", server, "the command line", "use a URL, for example http://127.0.0.1:3000")
     if not _NAME.fullmatch(database):
-        raise ConfigurationError("database", database, "the command line", "lower-case letters and digits, joined by -")
+        raise ConfigurationError("database", database, "the command line", "use lower-case letters and digits, joined by -")
     token = find_token("", token_file if exists(token_file) else None)
     made = token is None
     if token is None:

@@ -56,12 +56,12 @@ def check_delivery_settings(settings: Settings, sink_objects: Mapping[str, Sink]
     if settings.deliver == "thread":
         return
     if sink_objects:
-        allowed = "'thread' where the sink is an object: another process makes its own, of the sink's URL"
-        raise ConfigurationError("deliver", settings.deliver, "the call", allowed)
+        advice = "a Sink object cannot be used in another process; pass the sink as a URL, or use 'thread'"
+        raise ConfigurationError("deliver", settings.deliver, "the call", advice)
     if settings.deliver == "process":
         if not sys.executable:
-            allowed = "'thread' or 'external' here: sys.executable names no Python to start"
-            raise ConfigurationError("deliver", settings.deliver, "the call", allowed)
+            advice = "sys.executable names no Python to start; use 'thread' or 'external'"
+            raise ConfigurationError("deliver", settings.deliver, "the call", advice)
         check_importable(settings)
 
 

@@ -56,8 +56,8 @@ def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
     else:
         matches = list(entry_points(group=_ENTRY_POINT_GROUP, name=scheme))
         if not matches:
-            allowed = f"a URL that begins with one of {', '.join(f'{name}://' for name in schemes())}"
-            raise ConfigurationError("sink", redact_url(url), "the call", allowed)
+            advice = f"use a URL that begins with one of {', '.join(f'{name}://' for name in schemes())}"
+            raise ConfigurationError("sink", redact_url(url), "the call", advice)
         factory = matches[0].load()
     return cast("Callable[[str, type[msgspec.Struct]], Sink]", factory)(url, event_type)
 

@@ -61,8 +61,8 @@ class SqliteSink:
         options = parse_qs(parts.query)
         self._path = unquote(parts.path.removeprefix("/"))
         if parts.netloc or not self._path or self._path == ":memory:" or set(options) - {"table"}:
-            allowed = "sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME at most"
-            raise ConfigurationError("sink", url, "the call", allowed)
+            advice = "use sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME at most"
+            raise ConfigurationError("sink", f"sqlite://{'...' if parts.netloc else ''}{parts.path}", "the call", advice)
         self._table = options.get("table", [snake_case(event_type.__name__)])[0]
         self._fields = msgspec.structs.fields(event_type)
         self._decoder = msgspec.json.Decoder(without_post_init(event_type))

@@ -43,7 +43,7 @@ def test_pool_timeout_window_and_wait_are_settings() -> None:
         ("spacetimedb:///d", "spacetimedb://host:port/database"),
         ("spacetimedb://h:x/d", "spacetimedb://host:port/database"),
         ("spacetimedb://h/d/e", "spacetimedb://host:port/database"),
-        ("spacetimedb://h/d?colour=red", "sink option colour"),
+        ("spacetimedb://h/d?colour=red", "unknown sink option 'colour'"),
         ("spacetimedb://h/d?timeout=soon", "sink option timeout"),
         ("spacetimedb://h/d?connections=0", "a whole number from 1 to 64"),
         ("spacetimedb://h/d?token_file=/no/such/file", "/no/such/file"),

@@ -84,11 +84,11 @@ def check_importable(settings: Settings) -> None:
     for setting, kind in _SENT_BY_NAME.items():
         value = getattr(settings, setting)
         if value is not None and not _is_importable(value):
-            allowed = (
-                f'a {kind} that can be imported as module:name, for with deliver="process" another process does so: '
-                f'move it out of the script, or out of the function, into a module, or take deliver="thread"'
+            advice = (
+                f'with deliver="process" another process imports the {kind} as module:name; '
+                f'move it out of the script, or out of the function, into a module, or use deliver="thread"'
             )
-            raise ConfigurationError(setting, value, "the call", allowed)
+            raise ConfigurationError(setting, value, "the call", advice)
 
 
 def _is_importable(value: Any) -> bool:

@@ -100,13 +100,15 @@ def parse_url(url: str, field_names: Mapping[str, str]) -> HttpSettings:
     for name in option_values:
         if name not in OPTION_NAMES:
             shown = name if _OPTION_NAME.fullmatch(name) else "..."
-            raise ConfigurationError(f"sink option {shown}", "...", _SOURCE, f"one of {', '.join(OPTION_NAMES)}")
+            raise ConfigurationError(
+                f"sink option {shown}", None, _SOURCE, f"unknown sink option {shown!r}; use one of {', '.join(OPTION_NAMES)}"
+            )
     options = {name: values[-1] for name, values in option_values.items()}
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     server = f"{parts.scheme.lower()}://{host}" + (f":{port}" if port is not None else "")
     user = parts.netloc.rpartition("@")[0]
     if user and "token_env" in options:
-        raise ConfigurationError("sink option token_env", "...", _SOURCE, "left out where the URL has a user: one of the two")
+        raise ConfigurationError("sink option token_env", None, _SOURCE, "use either a user in the URL or token_env, not both")
     return HttpSettings(
         url=server + (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
         origin=server,
@@ -134,22 +136,22 @@ def parse_url(url: str, field_names: Mapping[str, str]) -> HttpSettings:
 
 
 def _split_url(url: str) -> tuple[SplitResult, int | None]:
-    allowed = "https://host/path?query#option=value&... (within its parts, / ? # @ % are written as %2F %3F %23 %40 %25)"
+    advice = "use https://host/path?query#option=value&... (within its parts, / ? # @ % are written as %2F %3F %23 %40 %25)"
     try:
         parts = urlsplit(url)
         port = parts.port
         httpx.URL(url)
     except (ValueError, httpx.InvalidURL):
-        raise ConfigurationError("sink", redact_url(url), "the call", allowed) from None
+        raise ConfigurationError("sink", redact_url(url), "the call", advice) from None
     if not parts.hostname or "@" in parts.path + parts.query + parts.fragment or not url.isprintable() or " " in url:
-        raise ConfigurationError("sink", redact_url(url), "the call", allowed)
+        raise ConfigurationError("sink", redact_url(url), "the call", advice)
     return parts, port
 
 
 def _parse_choice(options: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> str:
     value = options.get(name, default)
     if value not in allowed:
-        raise ConfigurationError(f"sink option {name}", value, _SOURCE, f"one of {', '.join(allowed)}")
+        raise ConfigurationError(f"sink option {name}", value, _SOURCE, f"use one of {', '.join(allowed)}")
     return value
 
 
@@ -162,8 +164,8 @@ def _parse_number(options: Mapping[str, str], name: str, kind: Callable[[str], _
     except ValueError:
         value = least - 1
     if not least <= value <= most:
-        allowed = f"a {'whole number' if kind is int else 'number of seconds'} from {least:.10g} to {most:.10g}"
-        raise ConfigurationError(f"sink option {name}", text, _SOURCE, allowed)
+        advice = f"use a {'whole number' if kind is int else 'number of seconds'} from {least:.10g} to {most:.10g}"
+        raise ConfigurationError(f"sink option {name}", text, _SOURCE, advice)
     return value
 
 
@@ -175,9 +177,9 @@ def _parse_variable_name(options: Mapping[str, str], name: str) -> str | None:
 
 
 def _reject_variable_name(name: str) -> NoReturn:
-    form = "HEADER:NAME, NAME being " if name == "header_env" else ""
-    allowed = f"{form}the name of an environment variable, in capitals, that holds the secret"
-    raise ConfigurationError(f"sink option {name}", "...", _SOURCE, allowed)
+    form = "HEADER:NAME, where NAME is " if name == "header_env" else ""
+    advice = f"sink option {name}: use {form}the name, in capitals, of an environment variable that holds the secret"
+    raise ConfigurationError(f"sink option {name}", None, _SOURCE, advice)
 
 
 def _parse_header_option(text: str, *, authorized: bool) -> tuple[str, str]:
@@ -185,14 +187,14 @@ def _parse_header_option(text: str, *, authorized: bool) -> tuple[str, str]:
     if not _VARIABLE_NAME.fullmatch(variable) or not _HEADER_NAME.fullmatch(header):
         _reject_variable_name("header_env")
     if _RESERVED_HEADERS.fullmatch(header) or (authorized and header.lower() == "authorization"):
-        raise ConfigurationError("sink option header_env", header, _SOURCE, "a header that the sink does not set itself")
+        raise ConfigurationError("sink option header_env", header, _SOURCE, "use a header that the sink does not set itself")
     return header, variable
 
 
 def _parse_type_field(options: Mapping[str, str], field_names: Mapping[str, str]) -> str | None:
     name = options.get("type_field")
     if name is not None and name not in field_names:
-        raise ConfigurationError("sink option type_field", name, _SOURCE, f"one of {', '.join(field_names)}")
+        raise ConfigurationError("sink option type_field", name, _SOURCE, f"use one of {', '.join(field_names)}")
     return name
 
 

@@ -19,7 +19,7 @@ TOKEN_VARIABLE: Final = "PILLARBOX_SPACETIMEDB_TOKEN"  # noqa: S105 - its name, 
 TIMEOUT_MAX_S: Final = 110.0  # below the deliverer's own limit for a call, whose words would be less clear
 DEFAULT_FUNCTION: Final = "record_tracking_events"
 _N = TypeVar("_N", int, float)
-_URL_FORM: Final = "spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
+_URL_FORM: Final = "use spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
 
 
 class Token:
@@ -83,8 +83,9 @@ def parse_url(url: str) -> SpacetimeDbSettings:
         raise ConfigurationError("sink", f"{parts.scheme}://...", "the call", _URL_FORM)
     unknown = options.keys() - {"function", "token_file", "connections", "timeout", "window", "confirm_wait"}
     if unknown:
-        allowed = "one of function, token_file, connections, timeout, window, confirm_wait"
-        raise ConfigurationError(f"sink option {min(unknown)}", "...", "the sink's URL", allowed)
+        advice = "use one of function, token_file, connections, timeout, window, confirm_wait"
+        advice = f"unknown sink option {min(unknown)!r}; {advice}"
+        raise ConfigurationError(f"sink option {min(unknown)}", None, "the sink's URL", advice)
     uses_tls = parts.scheme.endswith("+https")
     shown_host = f"[{host}]" if ":" in host else host
     return SpacetimeDbSettings(
@@ -108,8 +109,8 @@ def _parse_number(options: dict[str, str], name: str, kind: Callable[[str], _N],
     except ValueError:
         value = least - 1
     if not least <= value <= most:
-        allowed = f"a {'whole number' if kind is int else 'number of seconds'} from {least:g} to {most:g}"
-        raise ConfigurationError(f"sink option {name}", text, "the sink's URL", allowed)
+        advice = f"use a {'whole number' if kind is int else 'number of seconds'} from {least:g} to {most:g}"
+        raise ConfigurationError(f"sink option {name}", text, "the sink's URL", advice)
     return value
 
 
@@ -122,10 +123,10 @@ def find_token(inline_token: str, token_file: str | None) -> Token | None:
         try:
             text = read_file(token_file).decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError("token_file", token_file, "the sink's URL", f"a readable file ({error})") from None
+            raise ConfigurationError("token_file", token_file, "the sink's URL", f"cannot read the file: {error}") from None
     text = (text or os.environ.get(TOKEN_VARIABLE, "")).strip()
     if not text:
         return None
     if not text.isascii() or not text.isprintable() or " " in text:
-        raise ConfigurationError("token", "...", source, "one line of printable characters, as the server gave it")
+        raise ConfigurationError("token", None, source, "use the token as the server gave it: one line of printable characters")
     return Token(text)
