@@ -33,7 +33,7 @@ find_servers() {
         unchecked+=("the alert rules and queries: promtool is missing")
     fi
     if ! command -v systemd-analyze >/dev/null; then
-        ignored+=(--ignore=tests/deploy/test_unit.py)
+        ignored+=(--ignore=tests/deploy/test_systemd_unit.py)
         unchecked+=("the systemd unit: systemd-analyze is missing")
     fi
     printf '== the SpacetimeDB server that the tests talk to (built once: 10 to 20 minutes on two cores)\n'
