@@ -139,7 +139,7 @@ def test_deliver_once_says_what_is_left_and_why(tmp_path: Path) -> None:
     done = run("deliver", "-d", "box", "--sink", "sqlite:///no/such/folder.db", "--once", cwd=tmp_path)
     assert done.returncode == 1
     assert b"1 files wait; stopped: " in done.stdout
-    assert b"the folder must exist" in done.stdout
+    assert b"create its directory" in done.stdout
     assert b"stopped: " in run("status", "-d", "box", cwd=tmp_path).stdout
 
 

@@ -1,4 +1,4 @@
-"""The HTTP sink against a real server: what is sent, and what becomes of every answer and of none."""
+"""The HTTP sink against a real server: the requests that it sends."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pillarbox.testing import ManualClock
 from tests.conftest import event
 from tests.sinks.http_server import CannedResponse, Server, always, in_sequence, run_async
 
-SECRET = "s3cret-do-not-show"  # noqa: S105 - what the tests look for
+SECRET = "s3cret-do-not-show"  # noqa: S105 - must appear in no message
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """One that says yes to everything until it is told otherwise."""
+    """A server that accepts everything until `respond` is set."""
     with Server() as running:
         yield running
 
@@ -40,28 +40,28 @@ def batch(count: int = 3, batch_id: str = "sealed-1-a", **members: object) -> Ba
 
 
 def deliver(url: str, *batches: Batch, clock: ManualClock | None = None) -> list[DeliveryResult]:
-    """Deliver one after the other with one sink."""
+    """Deliver the batches in sequence with one sink."""
 
     async def work() -> list[DeliveryResult]:
         sink = HttpSink(url, TrackingEvent, clock)
         await sink.open()
-        answers = [await sink.deliver(one) for one in batches]
+        results = [await sink.deliver(item) for item in batches]
         await sink.close()
-        return answers
+        return results
 
     return run_async(work())
 
 
-def answer_of(url: str, one: Batch | None = None) -> Any:
-    return deliver(url, one or batch())[0]
+def result_of(url: str, item: Batch | None = None) -> Any:
+    return deliver(url, item or batch())[0]
 
 
 @pytest.mark.parametrize("form", ["ndjson", "json", "cloudevents"])
 @pytest.mark.parametrize("compress", ["none", "gzip", "zstd"])
-def test_events_arrive_as_they_were_stored(server: Server, form: str, compress: str) -> None:
+def test_events_are_sent_byte_for_byte_as_they_were_stored(server: Server, form: str, compress: str) -> None:
     """In each format and compression, in order."""
     sent = batch(120, metadata_json='{"a":"\\u2028 ü \\n"}')
-    assert answer_of(server.url(f"/e?x=1#format={form}&compress={compress}"), sent) == Delivered(120)
+    assert result_of(server.url(f"/e?x=1#format={form}&compress={compress}"), sent) == Delivered(120)
     (request,) = server.requests
     assert request.events == [json.loads(payload) for payload in sent.payloads]
     for payload in sent.payloads:
@@ -72,10 +72,10 @@ def test_events_arrive_as_they_were_stored(server: Server, form: str, compress: 
     assert (request.method, request.target) == ("POST", "/e?x=1")
 
 
-def test_the_head_of_a_call_says_who_calls_and_which_batch_it_is(server: Server) -> None:
-    """Ids are sent as they are; other characters, which only a file that somebody else named has, are percent-encoded."""
+def test_the_headers_name_pillarbox_and_the_batch(server: Server) -> None:
+    """Characters of a foreign file name are percent-encoded in the idempotency key."""
     ids = ["sealed-1795436302841870-12491cba-455d-49a5-9918-9b68e35471d2:0-249", "sealed-ö ~\udcff%", "sealed-bad"]
-    deliver(server.url(), *(batch(1, one) for one in ids))
+    deliver(server.url(), *(batch(1, item) for item in ids))
     assert [request.idempotency_key for request in server.requests] == [ids[0], "sealed-%C3%B6%20~%FF%25", "sealed-bad"]
     for request in server.requests:
         assert request.headers["user-agent"].startswith("pillarbox/")
@@ -85,7 +85,7 @@ def test_the_head_of_a_call_says_who_calls_and_which_batch_it_is(server: Server)
 
 
 def test_a_batch_is_the_same_bytes_under_the_same_key_at_every_attempt(server: Server) -> None:
-    """Also by another process, whose sink is another."""
+    """Also when another sink object sends it."""
     server.respond = in_sequence(
         CannedResponse(503),
         CannedResponse(200, b"{", {"Content-Type": "application/json"}),
@@ -94,34 +94,37 @@ def test_a_batch_is_the_same_bytes_under_the_same_key_at_every_attempt(server: S
     )
     for form in ("ndjson", "cloudevents"):
         server.requests.clear()
-        one = batch()
-        deliver(server.url(f"#format={form}"), one, one)
+        item = batch()
+        deliver(server.url(f"#format={form}"), item, item)
         deliver(server.url(f"#format={form}"), batch(), batch())
         assert len({(request.idempotency_key, request.raw_body) for request in server.requests}) == 1
         assert len(server.requests) == 4
 
 
-def test_a_compressed_body_does_not_hold_the_time() -> None:
-    """Or the same batch would be other bytes a second later."""
+def test_a_compressed_body_does_not_contain_the_time() -> None:
+    """Otherwise the same batch would have other bytes a second later."""
     assert compress("gzip", b"x")[4:8] == bytes(4)
 
 
-def test_a_cloud_event_has_what_the_specification_asks_for(server: Server) -> None:
-    """Attributes in their types, and the event as data."""
-    one = batch(1, event_key="sign\u00fcp", occurred_at_micros=1_795_436_302_841_870)
+def test_a_cloudevent_has_the_attributes_of_the_specification(server: Server) -> None:
+    """With their types, and the event as data."""
+    item = batch(1, event_key="sign\u00fcp", occurred_at_micros=1_795_436_302_841_870)
     for options in ("", "&source=urn:shop&type_field=event_key", "&source=urn:shop&type=com.example.event"):
-        deliver(server.url(f"#format=cloudevents{options}"), Batch("b", one.payloads))
-    found = [json.loads(request.body)[0] for request in server.requests]
-    assert found[0] == {
+        deliver(server.url(f"#format=cloudevents{options}"), Batch("b", item.payloads))
+    envelopes = [json.loads(request.body)[0] for request in server.requests]
+    assert envelopes[0] == {
         "specversion": "1.0",
         "id": "e-000000",
         "source": "pillarbox",
         "type": "TrackingEvent",
         "time": "2026-11-23T12:18:22.841870Z",
         "datacontenttype": "application/json",
-        "data": json.loads(one.payloads[0]),
+        "data": json.loads(item.payloads[0]),
     }
-    assert [(each["source"], each["type"]) for each in found[1:]] == [("urn:shop", "signüp"), ("urn:shop", "com.example.event")]
+    assert [(each["source"], each["type"]) for each in envelopes[1:]] == [
+        ("urn:shop", "signüp"),
+        ("urn:shop", "com.example.event"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -143,51 +146,51 @@ def test_a_cloud_event_has_what_the_specification_asks_for(server: Server) -> No
         (b"", None),
     ],
 )
-def test_a_moment_is_written_as_rfc_3339_does(micros: bytes, text: bytes | None) -> None:
-    """Or left out, where it cannot be."""
+def test_a_time_is_formatted_as_rfc_3339(micros: bytes, text: bytes | None) -> None:
+    """None where RFC 3339 cannot write it."""
     assert format_rfc3339(micros) == text
 
 
 @given(st.datetimes(min_value=datetime(1, 1, 1), max_value=datetime(9999, 12, 31)))  # noqa: DTZ001 - all of it is UTC
-def test_a_moment_is_what_the_standard_library_makes_of_it(time: datetime) -> None:
-    """For every year that it knows."""
+def test_a_time_is_formatted_as_the_standard_library_does(time: datetime) -> None:
+    """For every year that it supports."""
     micros = (time - datetime(1970, 1, 1)) // timedelta(microseconds=1)  # noqa: DTZ001
     assert format_rfc3339(b"%d" % micros) == time.isoformat(timespec="microseconds").encode() + b"Z"
 
 
 class Order(msgspec.Struct, rename="camel"):
-    """An event type with a number for its id, under other names."""
+    """An event type with an integer as its id and other field names."""
 
     event_id: int
     shop_name: str = ""
 
 
-def test_only_an_event_without_an_id_cannot_be_a_cloud_event(server: Server) -> None:
-    """The others go, and are counted by where they stood."""
+def test_only_events_without_an_id_are_rejected_as_cloudevents(server: Server) -> None:
+    """The other events are sent, and the indexes of all results are those of the batch."""
     lines = [b'{"eventId":7}', b'{"eventId":null}', b"[]", b'{"eventId":""}', b'{"eventId":-8,"shopName":"x"}', b"{}"]
 
     async def work() -> list[Any]:
         sink = HttpSink(server.url("#format=cloudevents&type_field=shop_name"), Order)
-        answers: list[Any] = [await sink.deliver(Batch("b", lines))]
+        results: list[Any] = [await sink.deliver(Batch("b", lines))]
         server.respond = always(CannedResponse(400, b'{"refused":[1]}'))
-        answers.append(await sink.deliver(Batch("b", lines)))
+        results.append(await sink.deliver(Batch("b", lines)))
         server.respond = always(CannedResponse(400))
-        answers.append(await sink.deliver(Batch("b", lines)))
-        answers.append(await sink.deliver(Batch("b", lines[1:4])))
+        results.append(await sink.deliver(Batch("b", lines)))
+        results.append(await sink.deliver(Batch("b", lines[1:4])))
         await sink.close()
-        return answers
+        return results
 
-    first, named, unnamed, none = run_async(work())
-    assert (set(first.refused), first.accepted) == ({1, 2, 3, 5}, 2)
-    assert (set(named.refused), named.accepted) == ({1, 2, 3, 4, 5}, None)
-    assert (set(unnamed.refused), unnamed.accepted) == ({1, 2, 3, 5}, None)
-    assert (set(none.refused), none.accepted) == ({0, 1, 2}, 0)
+    without_server, by_index, as_a_whole, none = run_async(work())
+    assert (set(without_server.rejected), without_server.accepted) == ({1, 2, 3, 5}, 2)
+    assert (set(by_index.rejected), by_index.accepted) == ({1, 2, 3, 4, 5}, None)
+    assert (set(as_a_whole.rejected), as_a_whole.accepted) == ({1, 2, 3, 5}, None)
+    assert (set(none.rejected), none.accepted) == ({0, 1, 2}, 0)
     assert len(server.requests) == 3
-    assert [(one["id"], one["type"]) for one in json.loads(server.requests[0].body)] == [("7", "Order"), ("-8", "x")]
+    assert [(item["id"], item["type"]) for item in json.loads(server.requests[0].body)] == [("7", "Order"), ("-8", "x")]
 
 
 def test_credentials_are_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the scheme that the URL asks for."""
+    """In the scheme that the URL selects."""
     monkeypatch.setenv("EVENTS_TOKEN", SECRET)
     deliver(server.url("#token_env=EVENTS_TOKEN&header_env=X-Api-Key:EVENTS_TOKEN"), batch())
     deliver(server.url("", user="me:p%40ss@"), batch())
@@ -198,29 +201,29 @@ def test_credentials_are_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -
     assert "authorization" not in none
 
 
-def test_a_body_is_signed_as_standard_webhooks_says(
+def test_a_body_is_signed_as_standard_webhooks_specifies(
     server: Server, monkeypatch: pytest.MonkeyPatch, clock: ManualClock
 ) -> None:
-    """Over id, time and the bytes that were sent; with each secret; anew at each attempt, for the time counts."""
+    """Over id, time and the bytes sent, with each secret, and again at each attempt because the time counts."""
     monkeypatch.setenv("EVENTS_SECRET", "whsec_" + base64.b64encode(b"k" * 32).decode() + " the-older-one")
-    one = batch()
-    deliver(server.url("#secret_env=EVENTS_SECRET"), one, clock=clock)
+    item = batch()
+    deliver(server.url("#secret_env=EVENTS_SECRET"), item, clock=clock)
     clock.advance(90)
-    deliver(server.url("#secret_env=EVENTS_SECRET"), one, clock=clock)
+    deliver(server.url("#secret_env=EVENTS_SECRET"), item, clock=clock)
     times = []
     for request in server.requests:
         name, moment_sent = request.headers["webhook-id"], request.headers["webhook-timestamp"]
         times.append(int(moment_sent))
         signed = name.encode() + b"." + moment_sent.encode() + b"." + request.raw_body
-        wanted = [
+        expected = [
             base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode() for key in (b"k" * 32, b"the-older-one")
         ]
-        assert request.headers["webhook-signature"] == f"v1,{wanted[0]} v1,{wanted[1]}"
-        assert name == request.idempotency_key == one.id
+        assert request.headers["webhook-signature"] == f"v1,{expected[0]} v1,{expected[1]}"
+        assert name == request.idempotency_key == item.id
     assert times[1] - times[0] == 90
 
 
-def test_a_signature_of_a_known_example_is_the_known_one(server: Server) -> None:
+def test_the_specifications_example_gives_its_signature(server: Server) -> None:
     """The example of the specification's own test suite."""
     from pillarbox.sinks.http.sink import signature_headers
 
@@ -229,8 +232,8 @@ def test_a_signature_of_a_known_example_is_the_known_one(server: Server) -> None
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
-def test_a_missing_variable_stops_delivery_and_names_the_way_out(server: Server) -> None:
-    """From `open` on; nothing is sent without what it should carry."""
+def test_a_missing_variable_stops_delivery_and_is_named(server: Server) -> None:
+    """From `open` on; nothing is sent without its credentials."""
     from pillarbox.errors import SinkUnusableError
 
     sink = HttpSink(server.url("#token_env=NOT_SET_ANYWHERE"), TrackingEvent)

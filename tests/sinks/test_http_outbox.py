@@ -1,4 +1,4 @@
-"""From `enqueue` to a real HTTP server that answers badly, and by the command line: each event arrives once, or is set aside."""
+"""From `enqueue` to an HTTP server that fails often, and through the CLI: each event arrives once or is a dead letter."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ OK = {"Content-Type": "application/json"}
 PILLARBOX = [sys.executable, "-m", "pillarbox"]
 
 
-class Shop:
-    """A destination that keeps each key once, and refuses what is poisoned: with or without naming it."""
+class Destination:
+    """A destination that stores each key once and rejects poisoned events, with or without naming them."""
 
     def __init__(self, seed: int = 0, *, trouble: float = 0.0, names: bool = True, records_max: int = 10**6) -> None:
         self.kept: Counter[str] = Counter()
@@ -44,16 +44,16 @@ class Shop:
             return CannedResponse(405)
         self.attempts[request.idempotency_key] += 1
         if self._random.random() < self._trouble:
-            return self._bad(request)
-        return self._judge(request)
+            return self._fail(request)
+        return self._accept_or_reject(request)
 
-    def _judge(self, request: Request) -> CannedResponse:
+    def _accept_or_reject(self, request: Request) -> CannedResponse:
         if request.idempotency_key in self.keys:
             return CannedResponse(200)
-        ids = [one["event_id"] for one in request.events]
+        ids = [item["event_id"] for item in request.events]
         if len(ids) > self.records_max:
             return CannedResponse(413)
-        poisoned = [index for index, one in enumerate(request.events) if one["event_key"] == "poison"]
+        poisoned = [index for index, item in enumerate(request.events) if item["event_key"] == "poison"]
         if poisoned and self._names:
             return CannedResponse(
                 422, json.dumps({"refused": [{"index": index, "reason": "poison"} for index in poisoned]}).encode(), OK
@@ -64,10 +64,10 @@ class Shop:
         self.kept.update(ids)
         return CannedResponse(202, json.dumps({"accepted": len(ids)}).encode(), OK)
 
-    def _bad(self, request: Request) -> CannedResponse:
+    def _fail(self, request: Request) -> CannedResponse:
         busy = [CannedResponse(status, b"<html>", {"Retry-After": "0"}) for status in (408, 409, 425, 429, 500, 502, 503, 504)]
         kept = [
-            self._judge(request)._replace(cut_after_bytes=20),
+            self._accept_or_reject(request)._replace(cut_after_bytes=20),
             CannedResponse(raw=b"\x00garbage\r\n\r\n"),
             CannedResponse(raw=b""),
             HANG,
@@ -82,58 +82,60 @@ def fill(box: pillarbox.Outbox, count: int, poisoned: Callable[[int], bool] = la
 
 
 @pytest.mark.parametrize("in_flight", [1, 4])
-def test_each_event_arrives_once_whatever_the_server_answers(place: Directory, in_flight: int) -> None:
-    """Busy, cut off, hanging, garbage, one batch at a time or several: the keys make the repeats harmless."""
-    shop = Shop(7, trouble=0.4)
+def test_each_event_arrives_once_whatever_the_server_responds(place: Directory, in_flight: int) -> None:
+    """Busy, cut off, hanging or garbage, with one or several batches in flight: the keys make repeats harmless."""
+    destination = Destination(7, trouble=0.4)
     payloads = [Codec(TrackingEvent).encode(event(number)) for number in range(2000)]
     for stamp in range(40):
         seal_batch(place, 10**15 + stamp, *payloads[stamp * 50 : stamp * 50 + 50])
-    with Server(shop) as server:
+    with Server(destination) as server:
         sink = make_sink(server.url("#timeout=0.2&compress=gzip"), TrackingEvent)
         worker = make_worker(place, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
         drain_worker(worker)
-    assert shop.kept == Counter({f"e-{number:06d}": 1 for number in range(2000)})
+    assert destination.kept == Counter({f"e-{number:06d}": 1 for number in range(2000)})
     assert not [name for name in remaining_files(place) if name.startswith(("sealed-", "dead-", "corrupt-"))]
-    assert max(shop.attempts.values()) > 1
-    assert len(shop.attempts) == 40  # no batch was cut up: none was refused
+    assert max(destination.attempts.values()) > 1
+    assert len(destination.attempts) == 40  # no batch was split, because none was rejected
 
 
 @pytest.mark.parametrize("names", [True, False])
 @pytest.mark.parametrize("form", ["ndjson", "cloudevents"])
-def test_what_the_server_refuses_becomes_dead_letters_and_the_rest_arrives(tmp_path: Path, form: str, names: bool) -> None:
-    """Whether it names the events, or they have to be found by halves."""
-    shop = Shop(names=names)
+def test_rejected_events_become_dead_letters_and_the_others_arrive(tmp_path: Path, form: str, names: bool) -> None:
+    """Whether the server names the events or delivery finds them by halving the batch."""
+    destination = Destination(names=names)
 
     def poisoned(number: int) -> bool:
         return number in {3, 4, 77, 149}
 
-    with Server(shop) as server:
+    with Server(destination) as server:
         url = server.url(f"#format={form}")
         with pillarbox.Outbox(str(tmp_path / "box"), sink=url, batch_size=50, flush_interval=0.05) as box:
             fill(box, 200, poisoned)
             assert box.flush(timeout=60)
-    assert shop.kept == Counter({f"e-{number:06d}": 1 for number in range(200) if not poisoned(number)})
+    assert destination.kept == Counter({f"e-{number:06d}": 1 for number in range(200) if not poisoned(number)})
     dead = "".join(file.read_text() for file in sorted((tmp_path / "box").glob("dead-*")))
     assert len(dead.splitlines()) == 4
     assert dead.count("poison in it" if not names else '"reason":"poison"') == 4
 
 
 def test_a_batch_that_is_too_large_is_halved(tmp_path: Path) -> None:
-    """By what the URL says before it is sent, and by a 413 after."""
+    """Before it is sent, by the limits in the URL, and after a 413."""
     for options, most in (("#records_max=20", 20), ("", 30), ("#bytes_max=2000", 100)):
-        shop = Shop(records_max=most)
-        with Server(shop) as server:
+        destination = Destination(records_max=most)
+        with Server(destination) as server:
             box = pillarbox.Outbox(str(tmp_path / f"box{most}"), sink=server.url(options), batch_size=100, flush_interval=0.05)
             with box:
                 fill(box, 100)
                 assert box.flush(timeout=60)
-            assert shop.kept.total() == 100
-            assert all(len(request.events) <= most for request in server.requests if request.idempotency_key in shop.keys)
+            assert destination.kept.total() == 100
+            assert all(
+                len(request.events) <= most for request in server.requests if request.idempotency_key in destination.keys
+            )
             assert all(len(request.body) <= 2010 for request in server.requests) or "bytes_max" not in options
 
 
-def test_a_wrong_set_up_stops_delivery_and_no_secret_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state says what to mend; nothing is lost or given up."""
+def test_a_misconfiguration_stops_delivery_and_shows_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state says what to correct, and no event is lost."""
     monkeypatch.setenv("EVENTS_TOKEN", SECRET)
     with Server(lambda request: CannedResponse(401, str(request.headers).encode())) as server:
         url = server.url(f"/?key={SECRET}#token_env=EVENTS_TOKEN", user="")
@@ -150,7 +152,7 @@ def test_a_wrong_set_up_stops_delivery_and_no_secret_shows(tmp_path: Path, monke
 
 
 def test_a_missing_variable_stops_delivery_and_keeps_the_events(tmp_path: Path) -> None:
-    """The application goes on."""
+    """The application continues."""
     with (
         Server() as server,
         pillarbox.Outbox(str(tmp_path / "box"), sink=server.url("#token_env=NOT_SET_ANYWHERE"), flush_interval=0.05) as box,
@@ -166,13 +168,13 @@ def command(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProce
     return subprocess.run([*PILLARBOX, *map(str, arguments)], input=stdin, capture_output=True, timeout=60, check=False)
 
 
-def test_by_the_command_line(tmp_path: Path) -> None:
-    """`check`, `enqueue` and `deliver`, as they are typed."""
-    shop = Shop()
+def test_check_enqueue_and_deliver_work_from_the_command_line(tmp_path: Path) -> None:
+    """No secret is in their output."""
+    destination = Destination()
     lines = b"".join(
         b'{"event_id":"e-%d","event_key":"k","scope_kind":"Site","scope_id":"s"}\n' % number for number in range(700)
     )
-    with Server(shop) as server:
+    with Server(destination) as server:
         url = server.url(f"/in?key={SECRET}#compress=zstd", user=f"me:{SECRET}@")
         done = command("check", url)
         assert done.returncode == 0, done.stderr
@@ -183,10 +185,10 @@ def test_by_the_command_line(tmp_path: Path) -> None:
         assert delivered.returncode == 0, delivered.stderr
         assert b"delivered 700" in delivered.stdout
         status = command("status", "-d", tmp_path / "box")
-        for said in (done, stored, delivered, status):
-            assert SECRET.encode() not in said.stdout + said.stderr
-        assert b"HTTP Request" not in delivered.stderr  # the library's own line for each call, with all of the URL in it
-    assert shop.kept.total() == 700
+        for output in (done, stored, delivered, status):
+            assert SECRET.encode() not in output.stdout + output.stderr
+        assert b"HTTP Request" not in delivered.stderr  # httpx would log the whole URL of each request
+    assert destination.kept.total() == 700
     refused = command("check", server.url("#colour=red"))
     assert refused.returncode == 2
     assert b"colour" in refused.stderr

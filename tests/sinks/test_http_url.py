@@ -1,4 +1,4 @@
-"""What a URL says, what the environment adds, and what of it is shown."""
+"""Parsing of an HTTP sink's URL, the secrets in the environment, and what of them a message shows."""
 
 from __future__ import annotations
 
@@ -17,37 +17,42 @@ from pillarbox.sinks.http.responses import REMEDIES
 from pillarbox.sinks.http.url import OPTION_NAMES, HttpSettings, parse_url, read_credentials
 
 FIELDS = {field.name: field.encode_name for field in msgspec.structs.fields(TrackingEvent)}
-SECRET = "s3cret-do-not-show"  # noqa: S105 - what the tests look for
+SECRET = "s3cret-do-not-show"  # noqa: S105 - must appear in no message
 
 
-def target(url: str) -> HttpSettings:
+def settings_of(url: str) -> HttpSettings:
     return parse_url(url, FIELDS)
 
 
-def test_what_stands_before_the_hash_is_the_destinations() -> None:
-    """Path and query go as they are; user and options do not go."""
-    found = target("https://me:pw@Example.com:8443/a/%2Fb?x=1&y=%20z#format=json&timeout=5")
-    assert found.url == "https://example.com:8443/a/%2Fb?x=1&y=%20z"
-    assert (found.origin, found.userinfo, found.format, found.timeout_s) == ("https://example.com:8443", "me:pw", "json", 5.0)
-    assert target("http://[::1]:80").url == "http://[::1]:80/"
+def test_the_part_before_the_hash_is_requested_unchanged() -> None:
+    """Without the user and the options."""
+    settings = settings_of("https://me:pw@Example.com:8443/a/%2Fb?x=1&y=%20z#format=json&timeout=5")
+    assert settings.url == "https://example.com:8443/a/%2Fb?x=1&y=%20z"
+    assert (settings.origin, settings.userinfo, settings.format, settings.timeout_s) == (
+        "https://example.com:8443",
+        "me:pw",
+        "json",
+        5.0,
+    )
+    assert settings_of("http://[::1]:80").url == "http://[::1]:80/"
 
 
-def test_the_defaults() -> None:
-    """Of a URL that says nothing else."""
-    found = target("https://example.com/events")
-    assert found[2:] == (
+def test_the_defaults_of_all_options() -> None:
+    """Those of a URL without options."""
+    settings = settings_of("https://example.com/events")
+    assert settings[2:] == (
         *("", "ndjson", "none", True, 30.0, 8, None, 8 * 2**20, "process", None, None, (), None, None, "pillarbox", None, None),
     )
 
 
-def test_every_option_is_read() -> None:
-    """With the value that was given."""
-    found = target(
+def test_every_option_is_parsed() -> None:
+    """To the value in the URL."""
+    settings = settings_of(
         "https://example.com/#format=cloudevents&compress=zstd&answer=status&timeout=1.5&connections=3&records_max=7&bytes_max=9"
         "&survives=power&secret_env=A&token_env=B&header_env=X-Key:C&header_env=X-Other:D&proxy_env=E&ca_file=%2Fx.pem"
         "&source=urn:x&type=t&type_field=event_key"
     )
-    assert found[2:] == (
+    assert settings[2:] == (
         *("", "cloudevents", "zstd", False, 1.5, 3, 7, 9, "power", "A", "B", (("X-Key", "C"), ("X-Other", "D")), "E"),
         *("/x.pem", "urn:x", "t", "event_key"),
     )
@@ -67,7 +72,7 @@ def test_every_option_is_read() -> None:
         ("connections=0", "1 to 256"),
         ("records_max=0", "1 to 1000000"),
         ("bytes_max=1.5", "whole number"),
-        ("token_env=lower", "in capitals"),
+        ("token_env=lower", "upper-case"),
         ("header_env=X-Key", "HEADER:NAME"),
         ("header_env=X%20Key:A", "HEADER:NAME"),
         ("header_env=content-type:A", "does not set itself"),
@@ -76,16 +81,16 @@ def test_every_option_is_read() -> None:
         ("type_field=nothing", "event_id, event_key"),
     ],
 )
-def test_what_is_not_allowed_is_named_with_what_is(options: str, at_fault: str) -> None:
-    """As every setting is."""
+def test_an_error_names_the_option_and_the_allowed_values(options: str, at_fault: str) -> None:
+    """As for every setting."""
     with pytest.raises(ConfigurationError) as caught:
-        target(f"https://example.com/#{options}")
+        settings_of(f"https://example.com/#{options}")
     assert at_fault in str(caught.value)
     assert options.partition("=")[0] in str(caught.value)
 
 
-def test_every_option_and_every_remedy_is_in_the_guide() -> None:
-    """With a row of its own; and no status that stops delivery is left out."""
+def test_the_guide_describes_every_option_and_status() -> None:
+    """Each option has a row, and each status that stops delivery is listed."""
     guide = (Path(__file__).parents[2] / "docs" / "how-to" / "http.md").read_text()
     table = guide[guide.index("| option |") : guide.index("User and password")]
     for name in OPTION_NAMES:
@@ -116,8 +121,8 @@ def test_every_option_and_every_remedy_is_in_the_guide() -> None:
         f"https://me:{SECRET}@example.com/#token_env=A",
     ],
 )
-def test_a_url_that_is_none_is_refused_without_showing_it(url: str) -> None:
-    """Also where the secret stands where none belongs."""
+def test_an_invalid_url_is_rejected_without_showing_its_secrets(url: str) -> None:
+    """Even where a secret stands in the wrong place."""
     with pytest.raises(ConfigurationError) as caught:
         make_sink(url, TrackingEvent)
     assert SECRET not in str(caught.value)
@@ -144,80 +149,80 @@ def test_a_url_that_is_none_is_refused_without_showing_it(url: str) -> None:
         ("nothing", "://nothing"),
     ],
 )
-def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
-    """Where it leads, and nothing that opens a door."""
+def test_a_redacted_url_shows_the_host_and_no_secret(url: str, shown: str) -> None:
+    """See `redact_url`."""
     assert redact_url(url) == shown
 
 
-def test_nothing_that_is_held_shows_itself() -> None:
+def test_sink_settings_and_credentials_do_not_show_secrets() -> None:
     """In `repr`, f-strings and logs."""
     sink: Any = make_sink(f"https://me:{SECRET}@example.com/?key={SECRET}", TrackingEvent)
-    held = read_credentials(sink._settings, {})
-    for thing in (sink, sink._settings, held):
+    credentials = read_credentials(sink._settings, {})
+    for thing in (sink, sink._settings, credentials):
         for text in (repr(thing), str(thing), f"{thing}", "%s" % (thing,)):  # noqa: UP031 - the logging module does it so
             assert SECRET not in text
     assert isinstance(sink, Sink)
 
 
-def test_the_extra_is_named_and_the_schemes_are_there() -> None:
-    """Both of them are the same sink."""
+def test_http_and_https_are_schemes_of_a_sink() -> None:
+    """Both are built in."""
     assert {"http", "https"} <= set(schemes())
 
 
-def test_what_the_variables_hold_is_sent() -> None:
-    """Bearer, other headers, and secrets to sign with: several, while they are changed."""
+def test_credentials_are_read_from_the_environment() -> None:
+    """A bearer token, other headers, and several signing secrets, as during a rotation."""
     whsec = "whsec_" + base64.b64encode(b"k" * 32).decode()
-    held = read_credentials(
-        target("https://example.com/#token_env=T&header_env=X-Key:K&secret_env=S"),
+    credentials = read_credentials(
+        settings_of("https://example.com/#token_env=T&header_env=X-Key:K&secret_env=S"),
         {"T": f" {SECRET}\n", "K": "v a l u e", "S": f"{whsec} plain-secret"},
     )
-    assert held.headers == (("Authorization", f"Bearer {SECRET}"), ("X-Key", "v a l u e"))
-    assert held.signing_keys == (b"k" * 32, b"plain-secret")
+    assert credentials.headers == (("Authorization", f"Bearer {SECRET}"), ("X-Key", "v a l u e"))
+    assert credentials.signing_keys == (b"k" * 32, b"plain-secret")
 
 
-def test_user_and_password_are_sent_as_they_were_meant() -> None:
-    """Percent-decoded, in UTF-8; also a key in the user's place."""
-    held = read_credentials(target("https://us%2Fer:p%40ss:w%C3%B6rd@example.com/"), {})
-    ((name, value),) = held.headers
+def test_user_and_password_are_percent_decoded() -> None:
+    """In UTF-8; a user without a password is a key and is redacted too."""
+    credentials = read_credentials(settings_of("https://us%2Fer:p%40ss:w%C3%B6rd@example.com/"), {})
+    ((name, value),) = credentials.headers
     assert (name, base64.b64decode(value.removeprefix("Basic ")).decode()) == ("Authorization", "us/er:p@ss:wörd")
-    assert held.redact("wrong: p@ss:wörd") == "wrong: ..."
-    assert read_credentials(target("https://writekey@example.com/"), {}).redact("not writekey") == "not ..."
+    assert credentials.redact("wrong: p@ss:wörd") == "wrong: ..."
+    assert read_credentials(settings_of("https://writekey@example.com/"), {}).redact("not writekey") == "not ..."
 
 
 @pytest.mark.parametrize("option", ["token_env=V", "header_env=X-Key:V", "secret_env=V", "proxy_env=V"])
 @pytest.mark.parametrize("value", [None, "", " ", f"{SECRET}\nX: y", f"{SECRET}ö"])
-def test_a_variable_that_is_missing_or_odd_is_named_with_the_way_out(option: str, value: str | None) -> None:
-    """Its name, never what it holds: a line feed would begin another header."""
+def test_an_unusable_variable_is_named_and_its_value_is_not_shown(option: str, value: str | None) -> None:
+    """A line feed in it would start another header."""
     with pytest.raises(SinkUnusableError) as caught:
-        read_credentials(target(f"https://example.com/#{option}"), {} if value is None else {"V": value})
+        read_credentials(settings_of(f"https://example.com/#{option}"), {} if value is None else {"V": value})
     assert " V" in str(caught.value)
-    assert "set it" in str(caught.value) or "mend it" in str(caught.value)
+    assert "set it" in str(caught.value) or "correct it" in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("secret_env", f"whsec_{SECRET}!"), ("proxy_env", f"ftp://u:{SECRET}@host"), ("proxy_env", SECRET)]
 )
-def test_a_value_of_the_wrong_form_is_not_shown(option: str, value: str) -> None:
-    """Only that it is wrong."""
+def test_a_value_in_the_wrong_format_is_not_shown(option: str, value: str) -> None:
+    """Neither a signing secret nor a proxy URL."""
     with pytest.raises(SinkUnusableError) as caught:
-        read_credentials(target(f"https://example.com/#{option}=V"), {"V": value})
+        read_credentials(settings_of(f"https://example.com/#{option}=V"), {"V": value})
     assert SECRET not in str(caught.value)
 
 
-def test_the_longest_secret_is_hidden_first() -> None:
-    """Or the end of one that begins with another would show; percent-encoded as well, as a URL in an answer has it."""
-    held = read_credentials(
-        target("https://me:p%2Fss%2Fword@example.com/#header_env=A:A&header_env=B:B"), {"A": "begin", "B": "begin-and-end"}
+def test_the_longest_secret_is_redacted_first() -> None:
+    """Otherwise the end of a secret that begins with another one would show; also percent-encoded."""
+    credentials = read_credentials(
+        settings_of("https://me:p%2Fss%2Fword@example.com/#header_env=A:A&header_env=B:B"), {"A": "begin", "B": "begin-and-end"}
     )
-    assert held.redact("begin-and-end, begin, p/ss/word, p%2Fss%2Fword") == "..., ..., ..., ..."
+    assert credentials.redact("begin-and-end, begin, p/ss/word, p%2Fss%2Fword") == "..., ..., ..., ..."
 
 
-def test_what_is_hidden_is_hidden_in_all_its_forms() -> None:
-    """As it is, percent-encoded, in Base64; also what the query and a secret path hold."""
-    held = read_credentials(target(f"https://me:{SECRET}%25@example.com/T024BE7LD1234567/x?key={SECRET}%2B"), {})
+def test_a_secret_is_redacted_in_each_encoding() -> None:
+    """Plain, percent-encoded and in Base64; also the values of the query and secret path segments."""
+    credentials = read_credentials(settings_of(f"https://me:{SECRET}%25@example.com/T024BE7LD1234567/x?key={SECRET}%2B"), {})
     basic = base64.b64encode(f"me:{SECRET}%".encode()).decode()
-    said = held.redact(f"{SECRET} {SECRET}% {SECRET}%25 {SECRET}+ {basic} T024BE7LD1234567 x")
-    assert SECRET not in said.replace(f"{SECRET} ", "", 1)
-    assert basic not in said
-    assert "T024BE7LD1234567" not in said
+    redacted = credentials.redact(f"{SECRET} {SECRET}% {SECRET}%25 {SECRET}+ {basic} T024BE7LD1234567 x")
+    assert SECRET not in redacted.replace(f"{SECRET} ", "", 1)
+    assert basic not in redacted
+    assert "T024BE7LD1234567" not in redacted

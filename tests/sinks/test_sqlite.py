@@ -174,7 +174,7 @@ def test_a_table_that_lacks_a_column_is_a_wrong_set_up(tmp_path: Path) -> None:
     (answer,) = deliver(path, batch(Big("a", 1)), event_type=Big)
     assert isinstance(answer, Misconfigured)
     bad = [finding.message for finding in check(path, Big) if not finding.ok]
-    assert bad == ['the table has no column number; ALTER TABLE "big" ADD COLUMN "number" INTEGER NOT NULL']
+    assert bad == ['the table has no column number; run: ALTER TABLE "big" ADD COLUMN "number" INTEGER NOT NULL']
 
 
 def test_a_table_without_the_key_is_found_by_check(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_file_that_another_program_writes_to_is_tried_again(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("content", "advice"), [(b"no database, surely" * 100, "name a file that is an SQLite database"), (None, "folder")]
+    ("content", "advice"), [(b"no database, surely" * 100, "name an SQLite database"), (None, "create its directory")]
 )
 def test_what_cannot_be_opened_is_a_wrong_set_up_with_advice(tmp_path: Path, content: bytes | None, advice: str) -> None:
     """A file that is something else; a folder that is not there."""

@@ -1,7 +1,8 @@
-"""Destinations, found by the scheme of their URL.
+"""Sinks, found by the scheme of their URL.
 
-To add one: one module with a class that is a `base.Sink`, and its scheme in `_BUILT_IN`; elsewhere, an entry point in the group
-`pillarbox.sinks` named after the scheme. The class is called with the URL and the event type.
+To add a built-in sink, write one module with a class that implements `base.Sink` and add its scheme to `_BUILT_IN`. Another
+package adds one with an entry point in the group `pillarbox.sinks`, named after the scheme. The class is called with the URL
+and the event type.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from pillarbox.sinks.base import Sink
 
 _ENTRY_POINT_GROUP: Final = "pillarbox.sinks"
-_SCHEMES_WITH_KEYS: Final = ("http", "https")  # many a web hook's path is its password
-_KEY_CHARS_MIN: Final = 16  # characters of a part of a path, with a digit among them
+_SCHEMES_WITH_KEYS: Final = ("http", "https")  # the path of a webhook often contains its password
+_KEY_CHARS_MIN: Final = 16  # a path segment of at least this length with a digit in it looks like a key
 _BUILT_IN: Final = {
     "http": "pillarbox.sinks.http:HttpSink",
     "https": "pillarbox.sinks.http:HttpSink",
@@ -33,7 +34,7 @@ _BUILT_IN: Final = {
 
 
 def schemes() -> list[str]:
-    """Every scheme that can be delivered to."""
+    """Return the URL schemes of all sinks, built-in and installed."""
     return sorted({*_BUILT_IN, *(entry.name for entry in entry_points(group=_ENTRY_POINT_GROUP))})
 
 
@@ -52,7 +53,7 @@ def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
             factory = getattr(import_module(module), name)
         except ModuleNotFoundError as error:
             extra = module.rpartition(".")[2]
-            raise SinkUnusableError(f"{scheme}: needs {error.name}; pip install 'pillarbox[{extra}]'") from None
+            raise SinkUnusableError(f"{scheme}:// needs the package {error.name}: pip install 'pillarbox[{extra}]'") from None
     else:
         matches = list(entry_points(group=_ENTRY_POINT_GROUP, name=scheme))
         if not matches:
@@ -63,10 +64,10 @@ def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
 
 
 def redact_url(url: str) -> str:
-    """The URL without what may be secret: it stays out of logs, errors and files.
+    """Return the URL without its possible secrets, so that it can be logged and stored.
 
-    Left out are user and password, the values of query and fragment, parts of a web address's path that look like a key, and
-    all behind the scheme where that cannot be told apart, as with a password that holds a `#`.
+    It leaves out user and password, the values of query and fragment, and path segments of an HTTP URL that look like a key.
+    Where these cannot be told apart (a password that contains `#`) it leaves out everything after the scheme.
     """
     try:
         parts = urlsplit(url)
@@ -75,7 +76,7 @@ def redact_url(url: str) -> str:
     host = parts.netloc.rpartition("@")[2]
     if parts.netloc and "@" not in parts.netloc and "@" in url:
         return f"{parts.scheme}://..."
-    path = "/".join(map(redact_path_part, parts.path.split("/"))) if parts.scheme in _SCHEMES_WITH_KEYS else parts.path
+    path = "/".join(map(redact_path_segment, parts.path.split("/"))) if parts.scheme in _SCHEMES_WITH_KEYS else parts.path
     query, fragment = _redact_values(parts.query), _redact_values(parts.fragment)
     return f"{parts.scheme}://{host}{path}" + (f"?{query}" if query else "") + (f"#{fragment}" if fragment else "")
 
@@ -84,6 +85,6 @@ def _redact_values(query: str) -> str:
     return "&".join(f"{pair.partition('=')[0]}=..." if "=" in pair else "..." for pair in query.split("&") if pair)
 
 
-def redact_path_part(part: str) -> str:
-    """A part of a web address's path, or dots where it looks like a key: long, with digits in it."""
-    return "..." if len(part) >= _KEY_CHARS_MIN and any(letter.isdigit() for letter in part) else part
+def redact_path_segment(segment: str) -> str:
+    """Return a segment of an HTTP URL's path, or dots where it looks like a key: long, with digits in it."""
+    return "..." if len(segment) >= _KEY_CHARS_MIN and any(letter.isdigit() for letter in segment) else segment

@@ -1,4 +1,4 @@
-"""What a destination is to Pillarbox: the protocol, the batch that it gets, and the answers that it gives."""
+"""The interface between delivery and a destination: the `Sink` protocol, the batch it receives and the results it returns."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-YIELD_EVERY_RECORDS: Final = 50  # records; see `Batch`
-Survives = Literal["process", "power"]
+    from pillarbox.outcome import Durability
+
+YIELD_EVERY_RECORDS: Final = 50  # how many records a sink may process between two calls of `Batch.yield_gil`
 
 
 class UnconfirmedError(Exception):
-    """What was accepted may be lost: it must be sent again. The message says why."""
+    """Accepted batches may be lost and must be sent again. The message says why."""
 
 
 class SinkCapabilities(NamedTuple):
-    """What a sink says of itself."""
+    """What a sink can do and what its destination guarantees; delivery adapts to it."""
 
     deduplicates_by: Literal["event_id", "batch_id", "nothing"]
-    survives: Survives  # what an event that it has accepted (and confirmed) lives through at the destination
-    needs_confirmation: bool = False  # whether what it has accepted must be confirmed before the file may go
-    unconfirmed_max: int = 1  # how many batches may be delivered and not yet confirmed
-    concurrent: bool = False  # whether several calls of `deliver` may be under way at once
-    combines_files: bool = False  # whether a batch may hold several files' records; only where it deduplicates by event
-    records_max: int | None = None  # of one batch; a larger one is halved before it is sent
-    bytes_max: int | None = None  # the same, of the records' JSON
+    survives: Durability  # what an event survives at the destination once it is accepted (and confirmed, where needed)
+    needs_confirmation: bool = False  # whether accepted batches must be confirmed before their files are deleted
+    unconfirmed_max: int = 1  # batches that may be accepted and not yet confirmed
+    concurrent: bool = False  # whether several calls of `deliver` may run at the same time
+    combines_files: bool = False  # whether one batch may hold the records of several files; only with event_id deduplication
+    records_max: int | None = None  # records in one batch; a larger batch is halved before it is sent
+    bytes_max: int | None = None  # bytes of the records' JSON in one batch; a larger batch is halved before it is sent
 
 
 def _no_yield() -> None:
@@ -36,9 +37,10 @@ def _no_yield() -> None:
 
 
 class Batch:
-    """Records of one sealed file, or of a part of one, as raw JSON; `id` is stable across attempts.
+    """Records of one batch file, or of a part of one, as raw JSON. `id` is the same at every attempt.
 
-    A sink that works through them calls `yield_gil` every `YIELD_EVERY_RECORDS` records: callers of `enqueue` may be waiting.
+    A sink that processes the records in Python calls `yield_gil` every `YIELD_EVERY_RECORDS` records, because callers of
+    `enqueue` may be waiting for the interpreter.
     """
 
     __slots__ = ("first_index", "id", "payloads", "prepared", "yield_gil")
@@ -50,18 +52,18 @@ class Batch:
         self.payloads = payloads
         self.first_index = first_index
         self.yield_gil = yield_gil
-        self.prepared: Any = None  # what the sink's `prepare` leaves for its `deliver`
+        self.prepared: Any = None  # the sink's own: set by its `prepare`, used by its `deliver`
 
     def __len__(self) -> int:
         return len(self.payloads)
 
     def halves(self) -> tuple[Batch, Batch]:
-        """The two fixed halves of a batch of at least two records, with ids that say which records they hold."""
+        """Split a batch of at least two records at its fixed middle; the ids of the halves name their records."""
         middle = (len(self) + 1) // 2
         return self._part(0, middle), self._part(middle, len(self))
 
     def split_around(self, rejected: Iterable[int]) -> list[Batch]:
-        """The runs of records that are left when those at the indexes in `rejected` are taken out."""
+        """Return the runs of records between the rejected indexes."""
         cuts = [-1, *sorted(rejected), len(self)]
         return [self._part(a + 1, b) for a, b in itertools.pairwise(cuts) if a + 1 < b]
 
@@ -72,42 +74,45 @@ class Batch:
 
 
 class Rejection(NamedTuple):
-    """Why a destination refuses a record or batch for good; `code` is short and stable, `reason` is for people."""
+    """Why a destination rejects a record or a batch for good; `code` is short and stable, `reason` is for people."""
 
     code: str
     reason: str
 
 
 class Delivered(msgspec.Struct, frozen=True):
-    """All accepted; `duplicates` of them were there already."""
+    """The destination accepted all records; it already had `duplicates` of them."""
 
     accepted: int
     duplicates: int = 0
 
 
 class Retry(msgspec.Struct, frozen=True):
-    """Not now; try again, not before `after_s` seconds where the destination names them."""
+    """The destination cannot accept the batch now. Try again, after `after_s` seconds where the destination names a time."""
 
     reason: str
     after_s: float | None = None
 
 
 class Rejected(msgspec.Struct, frozen=True):
-    """The batch as a whole is refused for good; nothing of it was accepted."""
+    """The destination rejected the whole batch for good and accepted none of its records."""
 
     rejection: Rejection
 
 
 class PartialFailure(msgspec.Struct, frozen=True):
-    """The records at these indexes of the batch are refused for good; the others were taken, or must be sent again."""
+    """The destination rejected the records at these indexes of the batch for good.
+
+    It accepted the `accepted` other records. Where `accepted` is None it kept nothing, and the others must be sent again.
+    """
 
     rejected: dict[int, Rejection]
-    accepted: int | None = None  # None: nothing of the call was kept
+    accepted: int | None = None
     duplicates: int = 0
 
 
 class Misconfigured(msgspec.Struct, frozen=True):
-    """The set-up is at fault, not the events: nothing can be delivered until somebody mends it."""
+    """The configuration is wrong, not the events. Delivery stops until a person fixes it; `reason` says how."""
 
     reason: str
 
@@ -116,7 +121,7 @@ DeliveryResult = Delivered | Retry | Rejected | PartialFailure | Misconfigured
 
 
 class CheckResult(NamedTuple):
-    """One line of `pillarbox check`; `ok` is False where it must be mended first."""
+    """One line of `pillarbox check`; `ok` is False for a problem that prevents delivery."""
 
     ok: bool
     message: str
@@ -124,35 +129,42 @@ class CheckResult(NamedTuple):
 
 @runtime_checkable
 class Sink(Protocol):
-    """One destination. All methods run on the deliverer's event loop, one `open` before all others."""
+    """One destination. Delivery calls all methods on one event loop, and `open` before the others."""
 
     capabilities: SinkCapabilities
 
     async def open(self) -> None:
-        """Connect as far as is cheap; raises `SinkUnusableError` for what only a person can mend."""
+        """Connect, as far as that is cheap. Called again after it failed.
+
+        Raises:
+            SinkUnusableError: the configuration is wrong and a person must fix it. Any other exception is retried.
+        """
 
     def prepare(self, batch: Batch) -> None:
-        """Do what can be done for a batch while the one before it is on its way; may do nothing."""
+        """Encode a batch while the previous one is being sent, and keep the result in `batch.prepared`. Optional."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         """Send one batch. An exception counts as `Retry`."""
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
-        """How many of these delivered batches, from the first, are sure to survive; the others are asked for again.
+        """Return how many of these accepted batches, counted from the first, are durable at the destination.
 
-        May wait for a while. Raises `UnconfirmedError` where they must be sent again, `SinkUnusableError` where the set-up is
-        at fault. Called only where `capabilities.needs_confirmation`.
+        Called only where `capabilities.needs_confirmation`. May wait. Batches that are not confirmed are passed again.
+
+        Raises:
+            UnconfirmedError: the batches may be lost and must be sent again.
+            SinkUnusableError: the configuration is wrong and a person must fix it.
         """
 
     async def check(self) -> Iterable[CheckResult]:
-        """Look whether the destination fits, without sending an event."""
+        """Check that the destination is reachable and accepts the event type, without sending an event."""
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """Close all connections and files."""
 
 
 class DecodedRecords(NamedTuple):
-    """The events of a batch that are of the event type, in order, the index of each, and the refusals of the others."""
+    """The decoded events of a batch in order, the batch index of each, and the rejections of records of another type."""
 
     events: list[Any]
     indexes: Sequence[int]
@@ -160,17 +172,17 @@ class DecodedRecords(NamedTuple):
 
 
 def decode_records(batch: Batch, decoder: msgspec.json.Decoder[Any]) -> DecodedRecords:
-    """Decode records on demand."""
+    """Decode the records of a batch; a record that the decoder does not accept is rejected with code `wrong_type`."""
     events: list[Any] = []
     rejected: dict[int, Rejection] = {}
     decode_event = decoder.decode
     for start in range(0, len(batch), YIELD_EVERY_RECORDS):
         batch.yield_gil()
-        part = batch.payloads[start : start + YIELD_EVERY_RECORDS]
+        chunk = batch.payloads[start : start + YIELD_EVERY_RECORDS]
         try:
-            events += list(map(decode_event, part))
+            events += list(map(decode_event, chunk))
         except (msgspec.DecodeError, RecursionError):
-            _decode_singly(enumerate(part, start), decode_event, events, rejected)
+            _decode_singly(enumerate(chunk, start), decode_event, events, rejected)
     indexes = range(len(batch))
     return DecodedRecords(events, [index for index in indexes if index not in rejected] if rejected else indexes, rejected)
 

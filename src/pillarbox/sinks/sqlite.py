@@ -1,7 +1,8 @@
-"""SQLite, the embedded default: `sqlite:///relative/path.db`, `sqlite:////absolute/path.db`, with `?table=name` if need be.
+"""The SQLite sink, for `sqlite:///relative/path.db` and `sqlite:////absolute/path.db`, with an optional `?table=name`.
 
-One table with a column for each field of the event type and `event_id` as primary key, made where it is missing. One
-transaction a batch, in WAL mode with `synchronous=FULL`: the sealed file that is then deleted must be as safe here.
+It writes to one table with a column for each field of the event type and `event_id` as primary key, and creates the table where
+it does not exist. Each batch is one transaction, in WAL mode with `synchronous=FULL`, because the batch file is deleted
+afterwards and its events must survive a loss of power in the database too.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from pillarbox.store.filesystem import file_identity
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-BUSY_TIMEOUT_S: Final = 5.0  # how long a batch waits for another program that writes to the same file
+BUSY_TIMEOUT_S: Final = 5.0  # how long a batch waits for another program that is writing to the same database
 _COLUMN_TYPES: Final = {str: "TEXT", int: "INTEGER", bool: "INTEGER", float: "REAL", bytes: "BLOB"}
-# Primary result codes (https://www.sqlite.org/rescode.html) that pass by themselves; all others want a person.
+# Primary result codes (https://www.sqlite.org/rescode.html) that a retry can resolve; all others need a person.
 _TRANSIENT_CODES: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -52,7 +53,7 @@ _TRANSIENT_CODES: Final = frozenset(
 
 
 class SqliteSink:
-    """Writes batches into one table of an SQLite file."""
+    """Inserts batches into one table of an SQLite database."""
 
     capabilities = SinkCapabilities(deduplicates_by="event_id", survives="power", combines_files=True)
 
@@ -61,22 +62,21 @@ class SqliteSink:
         options = parse_qs(parts.query)
         self._path = unquote(parts.path.removeprefix("/"))
         if parts.netloc or not self._path or self._path == ":memory:" or set(options) - {"table"}:
-            advice = "use sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME at most"
+            advice = "use sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME as the only option"
             raise ConfigurationError("sink", f"sqlite://{'...' if parts.netloc else ''}{parts.path}", "the call", advice)
         self._table = options.get("table", [snake_case(event_type.__name__)])[0]
         self._fields = msgspec.structs.fields(event_type)
         self._decoder = msgspec.json.Decoder(without_post_init(event_type))
         self._encode_row = _row_encoder(event_type)
         self._connection: sqlite3.Connection | None = None
-        self._opened_file: tuple[int, int] | None = None  # the file that the connection writes to
+        self._opened_file: tuple[int, int] | None = None  # identity of the file that the connection writes to
+        table = _quote_identifier(self._table)
         columns = ", ".join(_quote_identifier(field.encode_name) for field in self._fields)
-        marks = ", ".join("?" for _ in self._fields)
-        self._insert_sql = (
-            f"INSERT INTO {_quote_identifier(self._table)} ({columns}) VALUES ({marks}) ON CONFLICT (event_id) DO NOTHING"  # noqa: S608 - names are quoted, values are parameters
-        )
+        placeholders = ", ".join("?" for _ in self._fields)
+        self._insert_sql = f"INSERT INTO {table} ({columns}) VALUES ({placeholders}) ON CONFLICT (event_id) DO NOTHING"  # noqa: S608 - names are quoted, values are parameters
 
     async def open(self) -> None:
-        """Open the file and make the table where it is missing."""
+        """Open the database and create the table where it does not exist."""
         if self._connection is not None:
             return
         try:
@@ -96,13 +96,13 @@ class SqliteSink:
         self._opened_file = file_identity(self._path)
 
     def prepare(self, batch: Batch) -> None:
-        """Nothing: while a transaction runs, this thread has no time."""
+        """Do nothing: this thread also runs the transaction, so there is no time to use."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        """Insert what is not there yet, in one transaction."""
+        """Insert the events that the table does not have yet, in one transaction."""
         connection = self._connection
         if connection is None:
-            return Retry("the file is not open")
+            return Retry("the database is not open")
         events, indexes, rejected = base.decode_records(batch, self._decoder)
         rows: list[Sequence[Any]] = []
         for start in range(0, len(events), YIELD_EVERY_RECORDS):
@@ -126,51 +126,51 @@ class SqliteSink:
         if file_identity(self._path) != self._opened_file:
             await self.close()
             await self.open()
-            return Retry(f"{self._path} was moved or removed, or is another file by now; opened anew")
+            return Retry(f"{self._path} was moved, deleted or replaced; the sink has opened the new file")
         accepted = len(batch) - len(rejected)
         duplicates = accepted - (connection.total_changes - changes_before)
         return PartialFailure(rejected, accepted, duplicates) if rejected else Delivered(accepted, duplicates)
 
     def _insert_singly(self, connection: sqlite3.Connection, rows: Iterable[tuple[int, Sequence[Any]]]) -> dict[int, Rejection]:
-        """Find the rows that the table does not take; the others are inserted."""
+        """Insert row by row and return the rejections of the rows that the table does not accept."""
         rejected = {}
         for index, row in rows:
             try:
                 connection.execute(self._insert_sql, row)
             except OverflowError:
-                rejected[index] = Rejection("out_of_range", "an integer that SQLite's 64 signed bits do not hold")
+                rejected[index] = Rejection("out_of_range", "an integer exceeds SQLite's 64 signed bits")
             except (sqlite3.IntegrityError, sqlite3.DataError) as error:
                 rejected[index] = Rejection("refused_by_table", str(error))
         return rejected
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
-        """A committed transaction needs no confirming."""
+        """Confirm all: a committed transaction is durable."""
         return len(batches)
 
     async def check(self) -> Iterable[CheckResult]:
-        """Open the file, compare the table's columns with the event type's fields, and try the insert without data."""
+        """Open the database, compare the table's columns with the event type, and let SQLite compile the insert."""
         try:
             await self.open()
         except (SinkUnusableError, sqlite3.Error) as error:
             return [CheckResult(ok=False, message=str(error))]
         connection = self._connection
         if connection is None:
-            return [CheckResult(ok=False, message="the file is not open")]
-        findings = [CheckResult(ok=True, message=f"{self._path}: SQLite {sqlite3.sqlite_version}, table {self._table}")]
+            return [CheckResult(ok=False, message="the database is not open")]
+        results = [CheckResult(ok=True, message=f"{self._path}: SQLite {sqlite3.sqlite_version}, table {self._table}")]
         existing = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({_quote_identifier(self._table)})")}
         for field in self._fields:
             if field.encode_name not in existing:
                 statement = f"ALTER TABLE {_quote_identifier(self._table)} ADD COLUMN {_column_sql(field)}"
-                findings.append(CheckResult(ok=False, message=f"the table has no column {field.encode_name}; {statement}"))
-        if all(finding.ok for finding in findings):
+                results.append(CheckResult(ok=False, message=f"the table has no column {field.encode_name}; run: {statement}"))
+        if all(result.ok for result in results):
             try:
                 connection.execute(f"EXPLAIN {self._insert_sql}", [None] * len(self._fields))
             except sqlite3.Error as error:
-                findings.append(CheckResult(ok=False, message=self._explain(error)))
-        return findings
+                results.append(CheckResult(ok=False, message=self._explain(error)))
+        return results
 
     async def close(self) -> None:
-        """Close the file."""
+        """Close the database."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -181,12 +181,12 @@ class SqliteSink:
 
     def _explain(self, error: sqlite3.Error) -> str:
         advice = {
-            sqlite3.SQLITE_CANTOPEN: "the folder must exist and be writable",
-            sqlite3.SQLITE_READONLY: "the file and its folder must be writable",
-            sqlite3.SQLITE_NOTADB: "name a file that is an SQLite database, or one that does not exist yet",
-            sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it, or name another",
-            sqlite3.SQLITE_ERROR: "compare the table with the event type: pillarbox check",
-        }.get(_primary_code(error), "see the SQLite documentation of this message")
+            sqlite3.SQLITE_CANTOPEN: "create its directory, and make it writable for this user",
+            sqlite3.SQLITE_READONLY: "make the file and its directory writable for this user",
+            sqlite3.SQLITE_NOTADB: "name an SQLite database, or a file that does not exist yet",
+            sqlite3.SQLITE_CORRUPT: "the database is damaged: restore it, or name another file",
+            sqlite3.SQLITE_ERROR: "compare the table with the event type: run pillarbox check",
+        }.get(_primary_code(error), "look up this message in SQLite's documentation")
         return f"{self._path}, table {self._table}: {error}; {advice}"
 
 
@@ -203,7 +203,7 @@ def _quote_identifier(name: str) -> str:
 
 
 def _scalar_type(annotation: Any) -> tuple[type | None, bool]:
-    """(the scalar type that a field holds, whether it may be None); (None, ...) where it holds something else."""
+    """Return a field's scalar type (None where it has another type) and whether it may be None."""
     options = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
     nullable = type(None) in options
     options.discard(type(None))
@@ -220,7 +220,7 @@ def _column_sql(field: msgspec.structs.FieldInfo) -> str:
 
 
 def _row_encoder(event_type: type[msgspec.Struct]) -> Callable[[Any], Sequence[Any]]:
-    """How an event becomes a row: scalars as they are, anything else as JSON text."""
+    """Return the function that turns an event into a row: scalars unchanged, all other values as JSON text."""
     fields = msgspec.structs.fields(event_type)
     if all(_scalar_type(field.type)[0] for field in fields):
         return msgspec.structs.astuple

@@ -1,12 +1,12 @@
-"""HTTP: `https://host/path`, one POST for each batch. `docs/how-to/http.md` is for its users.
+"""The HTTP sink, for `https://host/path`: one POST request for each batch. Its users read `docs/how-to/http.md`.
 
-target.py    what the URL says, and what the environment adds
-bodies.py    how events become a body
-answers.py   what an answer means
-sink.py      the sink: post, classify, check
+url.py        parses the sink URL, and reads the secrets that it names from the environment
+encoding.py   encodes a batch as a request body
+responses.py  maps a response to a delivery result
+sink.py       the sink: sends requests, classifies responses, checks the destination
 
-The batch's id goes along as `Idempotency-Key`, the same at every attempt: a destination that keeps the keys it has seen shows
-no event twice. What a status means is HTTP's, not one server's; where a body says more, it is believed.
+Each request carries the batch id as `Idempotency-Key`, the same at every attempt. A destination that remembers the keys
+therefore stores no event twice. A status has the meaning that HTTP gives it; a response body that says more is believed.
 """
 
 from pillarbox.sinks.http.sink import HttpSink

@@ -1,7 +1,7 @@
-"""The sink: post, classify, check.
+"""The HTTP sink: sends requests, classifies responses and checks the destination.
 
-Only the transport of httpx is used, not its client: that one logs every URL, query and all, follows cookies and reads proxies
-from the environment. Nothing is retried here: the engine does that.
+It uses only the transport of httpx, because the httpx client logs every URL with its query, keeps cookies and reads proxies
+from the environment. It retries nothing; delivery does.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
     from pillarbox.clock import Clock
 
-_CONNECT_TIMEOUT_MAX_S: Final = 10.0  # of a call's time, for a server that does not even take the connection
-_KEEPALIVE_S: Final = 4.0  # after which an unused connection is closed: many servers do so themselves after five
+_CONNECT_TIMEOUT_MAX_S: Final = 10.0  # part of the request's timeout, for a server that does not accept the connection
+_KEEPALIVE_S: Final = 4.0  # an idle connection is closed before the server does it; many servers do so after 5 s
 _EXCERPT_CHARS_MAX: Final = 200
-_INCONCLUSIVE: Final = frozenset({400, 404, 405, 422, 501})  # answers to OPTIONS that say nothing of POST
+_INCONCLUSIVE: Final = frozenset({400, 404, 405, 422, 501})  # responses to OPTIONS that say nothing about POST
 
 
 class HttpSink:
-    """Posts each batch to one URL."""
+    """Sends each batch to one URL with POST."""
 
     def __init__(self, url: str, event_type: type[msgspec.Struct], clock: Clock | None = None) -> None:
         names = {field.name: field.encode_name for field in msgspec.structs.fields(event_type)}
@@ -56,6 +56,7 @@ class HttpSink:
         self._clock = clock or SystemClock()
         self._url = httpx.URL(self._settings.url)
         self._credentials = Credentials()
+        self._connect_timeout_s = min(_CONNECT_TIMEOUT_MAX_S, self._settings.timeout_s)
         self._transport: httpx.AsyncHTTPTransport | None = None
         self._connection_slots = asyncio.Semaphore()
         self._headers = (
@@ -75,14 +76,18 @@ class HttpSink:
         return f"HttpSink({self._settings.origin})"
 
     async def open(self) -> None:
-        """Read the variables that the URL names and make ready to connect; raises `SinkUnusableError` where one is missing."""
+        """Read the secrets that the URL names and create the transport; it connects with the first request.
+
+        Raises:
+            SinkUnusableError: a secret is missing, or a secret or certificate file cannot be used.
+        """
         self._ensure_transport()
 
     def _ensure_transport(self) -> httpx.AsyncHTTPTransport:
         if self._transport is None:
             self._credentials = read_credentials(self._settings, os.environ)
             proxy = self._credentials.proxy_url
-            # The pool has no limit of its own: who waits in it and is cancelled takes a place for good (encode/httpcore#1093).
+            # Not the pool's own limit: a waiter that is cancelled in the pool leaks its slot (encode/httpcore#1093).
             self._connection_slots = asyncio.Semaphore(self._settings.connections)
             self._transport = httpx.AsyncHTTPTransport(
                 verify=_ssl_context(self._settings),
@@ -94,33 +99,33 @@ class HttpSink:
         return self._transport
 
     def prepare(self, batch: Batch) -> None:
-        """Make the body ahead of its turn."""
+        """Encode the body."""
         batch.prepared = self._encoder.encode(batch)
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        """Post the batch, once."""
+        """Send the batch in one request."""
         body = batch.prepared
         if not isinstance(body, EncodedBody):
             self.prepare(batch)
             body = batch.prepared
         if not body.indexes:
             return PartialFailure(body.rejected, 0)
-        answer = await self._post("POST", self._request_headers(batch, body.content), body)
+        result = await self._post(self._request_headers(batch, body.content), body)
         if not body.rejected:
-            return answer
-        match answer:
+            return result
+        match result:
             case Delivered(accepted, duplicates):
                 return PartialFailure(body.rejected, accepted, duplicates)
-            case PartialFailure(refused, accepted, duplicates):
-                return PartialFailure(body.rejected | refused, accepted, duplicates)
+            case PartialFailure(rejected, accepted, duplicates):
+                return PartialFailure(body.rejected | rejected, accepted, duplicates)
             case Rejected():
-                return PartialFailure(body.rejected)  # the others are sent by themselves, and judged then
-        return answer
+                return PartialFailure(body.rejected)  # the other records are sent again without these, and judged then
+        return result
 
     def _request_headers(self, batch: Batch, content: bytes) -> list[tuple[str, str]]:
         self._ensure_transport()
         settings = self._settings
-        # Ids of ours are letters, digits, `-` and `:`; a file that somebody else named may have any.
+        # Our batch ids consist of letters, digits, `-` and `:`; a file from another program may have any name.
         key = quote(batch.id, safe=":", errors="surrogateescape")
         headers = [
             *self._headers,
@@ -134,8 +139,8 @@ class HttpSink:
             headers += signature_headers(key, self._clock.micros() // 10**6, content, self._credentials.signing_keys)
         return headers
 
-    async def _post(self, method: str, headers: list[tuple[str, str]], body: EncodedBody) -> DeliveryResult:
-        response = await self._exchange(method, headers, body.content)
+    async def _post(self, headers: list[tuple[str, str]], body: EncodedBody) -> DeliveryResult:
+        response = await self._exchange("POST", headers, body.content)
         if not isinstance(response, HttpResponse):
             return response
         now_s = self._clock.micros() / 1e6
@@ -146,7 +151,7 @@ class HttpSink:
     async def _exchange(
         self, method: str, headers: list[tuple[str, str]], content: bytes
     ) -> HttpResponse | Retry | Misconfigured:
-        """What the server answers, within `timeout` in all, or why nothing can be made of it."""
+        """Send a request and read the response within `timeout_s`; return the response or why there is none."""
         head: HttpResponse | None = None
         try:
             transport = self._ensure_transport()
@@ -159,78 +164,76 @@ class HttpSink:
                     await response.aclose()
         except TimeoutError:
             failure: Retry | Misconfigured = Retry(
-                f"{self._settings.origin} gave no whole answer within {self._settings.timeout_s:g} s"
+                f"{self._settings.origin} sent no complete response within {self._settings.timeout_s:g} s"
             )
         except httpx.HTTPError as error:
             failure = self._classify_error(error)
             if isinstance(failure, Misconfigured):
-                await self.close()  # so that a ca_file that is mended is read again
+                await self.close()  # so that a corrected ca_file is read again
         else:
             return head._replace(body=body, is_complete=is_complete and not response.headers.get("content-encoding"))
-        # A status that speaks for itself counts, also where the text behind it was cut off.
+        # A status that needs no body counts, even if the body was cut off.
         return failure if head is None or needs_body(head.status) else head
 
     def _build_request(self, method: str, headers: list[tuple[str, str]], content: bytes) -> httpx.Request:
-        limits = {"connect": min(_CONNECT_TIMEOUT_MAX_S, self._settings.timeout_s), "read": None, "write": None, "pool": None}
+        limits = {"connect": self._connect_timeout_s, "read": None, "write": None, "pool": None}
         return httpx.Request(method, self._url, headers=headers, content=content, extensions={"timeout": limits})
 
     def _classify_error(self, error: httpx.HTTPError) -> Retry | Misconfigured:
-        """What a call that got no answer means. Only what the system said is repeated, never what we were about to send."""
+        """Map a request that failed without a response to a result. Quotes system errors only, never the request."""
         host, causes = self._settings.origin, list(_cause_chain(error))
         for cause in causes:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return Misconfigured(
-                    f"the certificate of {host} is not accepted ({cause.verify_message}): mend it, or name the authority that "
-                    "gave it with ca_file= in the sink's options"
+                    f"the certificate of {host} is not trusted ({cause.verify_message}): replace it, or name the file of the "
+                    "authority that issued it with ca_file= in the sink's options"
                 )
         reason = next((str(cause) for cause in reversed(causes) if isinstance(cause, OSError) and str(cause)), "")
         match error:
             case httpx.ConnectTimeout():
-                return Retry(f"{host} takes no connection")
+                return Retry(f"{host} does not accept a connection within {self._connect_timeout_s:g} s")
             case httpx.ConnectError():
-                return Retry(f"cannot connect to {host}: {reason[:_EXCERPT_CHARS_MAX] or 'no reason is known'}")
+                return Retry(f"cannot connect to {host}: {reason[:_EXCERPT_CHARS_MAX] or 'reason unknown'}")
             case httpx.ProxyError() if str(error).startswith("407"):
                 return Misconfigured(f"407: {REMEDIES[407]}")
             case httpx.ProxyError():
-                return Retry(f"the proxy does not lead to {host}: {self._credentials.redact(str(error))[:_EXCERPT_CHARS_MAX]}")
+                return Retry(f"the proxy cannot connect to {host}: {self._credentials.redact(str(error))[:_EXCERPT_CHARS_MAX]}")
             case httpx.RemoteProtocolError():
-                return Retry(f"{host} cut the connection, or answered what is not HTTP")
+                return Retry(f"{host} closed the connection or responded with something other than HTTP")
         return Retry(f"the connection to {host} broke: {reason[:_EXCERPT_CHARS_MAX] or type(error).__name__}")
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
-        """An answer with a status of 2xx is the confirmation."""
+        """Confirm all: a 2xx response is the confirmation."""
         return len(batches)
 
     async def check(self) -> Iterable[CheckResult]:
-        """Connect, and ask for the options of the URL: that sends no event, and a server that knows no OPTIONS says so."""
+        """Send an OPTIONS request, which carries no event, and judge the response."""
         try:
             self._ensure_transport()
         except SinkUnusableError as error:
             return [CheckResult(ok=False, message=str(error))]
-        findings = [CheckResult(ok=True, message=self._describe_credentials())]
+        results = [CheckResult(ok=True, message=self._describe_credentials())]
         if self._settings.origin.startswith("http:") and (self._credentials.headers or self._credentials.proxy_url):
-            findings.append(
-                CheckResult(
-                    ok=True, message="what proves who calls goes over http, for everybody in between to read: use https"
-                )
+            results.append(
+                CheckResult(ok=True, message="credentials are sent over http, where the network can read them: use https")
             )
         response = await self._exchange("OPTIONS", [*self._headers, *self._credentials.headers], b"")
         if not isinstance(response, HttpResponse):
-            return [*findings, CheckResult(ok=False, message=response.reason)]
+            return [*results, CheckResult(ok=False, message=response.reason)]
         host, status = self._settings.origin, response.status
         if response.allow and "POST" not in response.allow.upper():
             return [
-                *findings,
-                CheckResult(ok=False, message=f"{host} takes {response.allow} at this path, and no POST: mend the URL"),
+                *results,
+                CheckResult(ok=False, message=f"{host} accepts {response.allow} at this path, but not POST: correct the URL"),
             ]
         if 200 <= status < 300:
-            return [*findings, CheckResult(ok=True, message=f"{host} answers {status}")]
+            return [*results, CheckResult(ok=True, message=f"{host} responds with {status}")]
         if status in _INCONCLUSIVE:
-            text = f"{host} answers {status} to OPTIONS: many servers do at a path that takes POST; the first batch will tell"
-            return [*findings, CheckResult(ok=True, message=text)]
-        answer = classify_response(response, (), self._clock.micros() / 1e6, self._credentials.redact)
-        text = answer.reason if isinstance(answer, (Retry, Misconfigured)) else f"{host} answers {status}"
-        return [*findings, CheckResult(ok=False, message=text)]
+            text = f"{host} responds with {status} to OPTIONS, as many servers do where POST works; the first batch will show"
+            return [*results, CheckResult(ok=True, message=text)]
+        result = classify_response(response, (), self._clock.micros() / 1e6, self._credentials.redact)
+        text = result.reason if isinstance(result, (Retry, Misconfigured)) else f"{host} responds with {status}"
+        return [*results, CheckResult(ok=False, message=text)]
 
     def _describe_credentials(self) -> str:
         settings = self._settings
@@ -239,11 +242,7 @@ class HttpSink:
         )
         sent += [f"{header} from {variable}" for header, variable in settings.header_env]
         sent += [f"a signature with the secret in {settings.secret_env}"] if settings.secret_env else []
-        return (
-            "sends " + ", ".join(sent)
-            if sent
-            else "sends nothing that proves who calls: token_env, header_env and secret_env do"
-        )
+        return "sends " + ", ".join(sent) if sent else "sends no credentials; token_env, header_env and secret_env add them"
 
     async def close(self) -> None:
         """Close all connections."""
@@ -253,21 +252,21 @@ class HttpSink:
 
 
 def _ssl_context(settings: HttpSettings) -> ssl.SSLContext:
-    """Whom to believe that the server is who it says; raises `SinkUnusableError` for a file that holds no certificates."""
+    """Return the TLS configuration; raises `SinkUnusableError` for a `ca_file` that holds no certificates."""
     if settings.origin.startswith("http:"):
-        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # not asked
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # required by httpx and not used
     if settings.ca_file is None:
         return httpx.create_ssl_context()
     try:
         return ssl.create_default_context(cafile=settings.ca_file)
     except OSError as error:
         raise SinkUnusableError(
-            f"ca_file {settings.ca_file} cannot be used ({error}): name a file with certificates in PEM"
+            f"ca_file {settings.ca_file} cannot be read ({error}): name a file with certificates in PEM format"
         ) from None
 
 
 def signature_headers(key: str, seconds: int, content: bytes, secrets: Sequence[bytes]) -> list[tuple[str, str]]:
-    """The three headers of Standard Webhooks 1.0, over the body as it is sent; one signature for each secret."""
+    """Return the three headers of Standard Webhooks 1.0 for a body as it is sent, with one signature for each secret."""
     signed = f"{key}.{seconds}.".encode() + content
     signatures = (b64encode(hmac.digest(secret, signed, "sha256")).decode() for secret in secrets)
     return [
@@ -290,7 +289,7 @@ def _response_head(response: httpx.Response) -> HttpResponse:
 
 
 async def _read_body(response: httpx.Response) -> tuple[bytes, bool]:
-    """The answer's body, at most `RESPONSE_BYTES_MAX`, and whether that is all of it."""
+    """Return at most `RESPONSE_BYTES_MAX` of the body, and whether that is the whole body."""
     body = bytearray()
     async for chunk in response.aiter_raw():
         body += chunk
@@ -300,7 +299,7 @@ async def _read_body(response: httpx.Response) -> tuple[bytes, bool]:
 
 
 def _cause_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what is behind it, the deepest last."""
+    """Yield an error and its causes, the root cause last."""
     while error is not None:
         yield error
         error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__

@@ -1,6 +1,7 @@
-"""What an `http://` or `https://` URL says, checked; and what the variables that it names hold.
+"""Parses the URL of an HTTP sink, and reads the environment variables that it names.
 
-All up to the `#` is the destination's and is sent as it stands. What follows the `#` is ours and is never sent.
+The part before the `#` is the destination's URL and is requested unchanged. The part after the `#` holds the sink's options
+and is never sent.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import httpx
 
 from pillarbox.errors import ConfigurationError, SinkUnusableError
-from pillarbox.sinks import redact_path_part, redact_url
+from pillarbox.sinks import redact_path_segment, redact_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from urllib.parse import SplitResult
 
-    from pillarbox.sinks.base import Survives
+    from pillarbox.outcome import Durability
 
-BYTES_MAX: Final = 8 * 2**20  # of one body before it is compressed, unless the URL says otherwise: it is held in memory
+BODY_BYTES_MAX: Final = 8 * 2**20  # default for one body before compression, which is held in memory
 TIMEOUT_MAX_S: Final = 600.0
 FORMATS: Final = {
     "ndjson": "application/x-ndjson",
@@ -31,11 +32,13 @@ FORMATS: Final = {
 }
 COMPRESSIONS: Final = ("none", "gzip", "zstd")
 _SOURCE: Final = "the sink's URL"
-_SECRET_CHARS_MIN: Final = 4  # characters; a shorter value would be found in half of all texts
-_VARIABLE_NAME = re.compile(r"[A-Z][A-Z0-9_]*")  # in capitals, so that a secret written in its place is refused, and not shown
+_SECRET_CHARS_MIN: Final = 4  # a shorter secret is not redacted, because it would match in ordinary text
+_VARIABLE_NAME = re.compile(
+    r"[A-Z][A-Z0-9_]*"
+)  # upper case only, so that a secret written here by mistake is rejected and not shown
 _OPTION_NAME = re.compile(r"[a-z_]{1,24}")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!$%&'*+.^_`|~-]+")
-_RESERVED_HEADERS: Final = re.compile(  # headers that the call itself needs
+_RESERVED_HEADERS: Final = re.compile(  # headers that the sink sets itself
     r"(?i)(accept|accept-encoding|connection|content-.*|expect|host|idempotency-key|te|trailer|transfer-encoding|upgrade|webhook-.*)"
 )
 OPTION_NAMES: Final = (
@@ -46,64 +49,69 @@ _N = TypeVar("_N", int, float)
 
 
 class HttpSettings(NamedTuple):
-    """Where to deliver, and how."""
+    """The parsed URL of an HTTP sink."""
 
-    url: str  # what is asked for: no user, no password, no options
-    origin: str  # the same for people: scheme, host and port
-    userinfo: str  # name:password, or nothing
+    url: str  # the URL to request, without user, password and options
+    origin: str  # scheme, host and port; safe to log
+    userinfo: str  # user:password, or empty
     format: str
     compress: str
-    reads_response_body: bool  # whether an answer's body may say what became of each event
-    timeout_s: float  # of one call as a whole
+    reads_response_body: bool  # whether a response's body may name rejected events
+    timeout_s: float  # for one whole request
     connections: int
     records_max: int | None
     bytes_max: int
-    survives: Survives
+    survives: Durability
     secret_env: str | None
     token_env: str | None
-    header_env: tuple[tuple[str, str], ...]  # (header, variable)
+    header_env: tuple[tuple[str, str], ...]  # (header, environment variable)
     proxy_env: str | None
     ca_file: str | None
-    cloudevent_source: str  # of a CloudEvent
-    cloudevent_type: str | None  # of a CloudEvent, where it is always the same
-    cloudevent_type_field: str | None  # of the event that holds its type as a CloudEvent
+    cloudevent_source: str
+    cloudevent_type: str | None  # a type for all events
+    cloudevent_type_field: str | None  # the event's field that holds its type
 
     def __repr__(self) -> str:
         return f"HttpSettings({self.origin})"
 
 
 class Credentials(NamedTuple):
-    """What proves to the destination who calls. Shows nothing of itself."""
+    """The secrets that authenticate the sink to the destination. Its `repr` does not show them."""
 
     headers: tuple[tuple[str, str], ...] = ()
-    signing_keys: tuple[bytes, ...] = ()  # that each body is signed with
+    signing_keys: tuple[bytes, ...] = ()  # each body is signed with all of them
     proxy_url: str | None = None
-    secrets: tuple[str, ...] = ()  # what must appear in no text
+    secrets: tuple[str, ...] = ()  # texts that must not appear in a message, longest first
 
     def __repr__(self) -> str:
         return "Credentials(...)"
 
     def redact(self, text: str) -> str:
-        """The text without our secrets: a destination may repeat in its answer what it was sent."""
+        """Remove the secrets from a text, because a destination may repeat a request in its response."""
         for secret in self.secrets:
             text = text.replace(secret, "...")
         return text
 
 
 def parse_url(url: str, field_names: Mapping[str, str]) -> HttpSettings:
-    """The target that a URL means; raises `ConfigurationError` that names the part at fault.
+    """Parse the URL of an HTTP sink.
 
-    `field_names` are the event type's fields, and what each is called in JSON.
+    Args:
+        url: the sink's URL.
+        field_names: the event type's fields, each with its name in JSON.
+
+    Raises:
+        ConfigurationError: a part of the URL is wrong; the message names it.
     """
     parts, port = _split_url(url)
-    option_values = parse_qs(parts.fragment, keep_blank_values=True)
-    for name in option_values:
+    values_by_option = parse_qs(parts.fragment, keep_blank_values=True)
+    for name in values_by_option:
         if name not in OPTION_NAMES:
             shown = name if _OPTION_NAME.fullmatch(name) else "..."
             raise ConfigurationError(
                 f"sink option {shown}", None, _SOURCE, f"unknown sink option {shown!r}; use one of {', '.join(OPTION_NAMES)}"
             )
-    options = {name: values[-1] for name, values in option_values.items()}
+    options = {name: values[-1] for name, values in values_by_option.items()}
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     server = f"{parts.scheme.lower()}://{host}" + (f":{port}" if port is not None else "")
     user = parts.netloc.rpartition("@")[0]
@@ -119,13 +127,13 @@ def parse_url(url: str, field_names: Mapping[str, str]) -> HttpSettings:
         timeout_s=_parse_number(options, "timeout", float, 30.0, 0.01, TIMEOUT_MAX_S),
         connections=_parse_number(options, "connections", int, 8, 1, 256),
         records_max=_parse_number(options, "records_max", int, 0, 1, 10**6) or None,
-        bytes_max=_parse_number(options, "bytes_max", int, BYTES_MAX, 1, 2**30),
+        bytes_max=_parse_number(options, "bytes_max", int, BODY_BYTES_MAX, 1, 2**30),
         survives="power" if _parse_choice(options, "survives", ("process", "power"), "process") == "power" else "process",
         secret_env=_parse_variable_name(options, "secret_env"),
         token_env=_parse_variable_name(options, "token_env"),
         header_env=tuple(
             _parse_header_option(text, authorized=bool(user or "token_env" in options))
-            for text in option_values.get("header_env", ())
+            for text in values_by_option.get("header_env", ())
         ),
         proxy_env=_parse_variable_name(options, "proxy_env"),
         ca_file=options.get("ca_file"),
@@ -136,7 +144,7 @@ def parse_url(url: str, field_names: Mapping[str, str]) -> HttpSettings:
 
 
 def _split_url(url: str) -> tuple[SplitResult, int | None]:
-    advice = "use https://host/path?query#option=value&... (within its parts, / ? # @ % are written as %2F %3F %23 %40 %25)"
+    advice = "use https://host/path?query#option=value&... (inside a part, write / ? # @ % as %2F %3F %23 %40 %25)"
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -178,7 +186,7 @@ def _parse_variable_name(options: Mapping[str, str], name: str) -> str | None:
 
 def _reject_variable_name(name: str) -> NoReturn:
     form = "HEADER:NAME, where NAME is " if name == "header_env" else ""
-    advice = f"sink option {name}: use {form}the name, in capitals, of an environment variable that holds the secret"
+    advice = f"sink option {name}: use {form}the upper-case name of an environment variable that holds the secret"
     raise ConfigurationError(f"sink option {name}", None, _SOURCE, advice)
 
 
@@ -199,7 +207,11 @@ def _parse_type_field(options: Mapping[str, str], field_names: Mapping[str, str]
 
 
 def read_credentials(settings: HttpSettings, environ: Mapping[str, str]) -> Credentials:
-    """What the variables hold; raises `SinkUnusableError` for one that is missing or holds what cannot be sent."""
+    """Read the secrets that the settings name from environment variables.
+
+    Raises:
+        SinkUnusableError: a variable is not set, or its value cannot be sent.
+    """
     headers: list[tuple[str, str]] = []
     secrets: list[str] = []
     if settings.userinfo:
@@ -224,7 +236,7 @@ def read_credentials(settings: HttpSettings, environ: Mapping[str, str]) -> Cred
         secrets.append(proxy)
     parts = urlsplit(settings.url)
     secrets += [value for values in parse_qs(parts.query).values() for value in values]
-    secrets += [part for part in parts.path.split("/") if redact_path_part(part) != part]
+    secrets += [part for part in parts.path.split("/") if redact_path_segment(part) != part]
     ordered = sorted(
         {text for text in (*secrets, *(quote(text, safe="") for text in secrets)) if len(text) >= _SECRET_CHARS_MIN},
         key=len,
@@ -237,25 +249,25 @@ def _read_variable(environ: Mapping[str, str], variable: str, option: str) -> st
     value = environ.get(variable, "").strip()
     if not value:
         raise SinkUnusableError(
-            f"the environment variable {variable}, which the sink's URL names as {option}, is not set: "
-            "set it for this process and start it again"
+            f"the environment variable {variable}, named by {option} in the sink's URL, is not set: "
+            "set it for this process and start the process again"
         )
     if not value.isascii() or not value.isprintable():
         raise SinkUnusableError(
-            f"the environment variable {variable} must hold one line of printable ASCII: mend it, and start again"
+            f"the environment variable {variable} is not one line of printable ASCII: correct it and start the process again"
         )
     return value
 
 
 def _decode_signing_key(secret: str, variable: str) -> bytes:
-    """Standard Webhooks writes a key as `whsec_` and Base64; anything else is a key as it stands."""
+    """Decode a signing key: `whsec_` and Base64, as Standard Webhooks writes it, or the key's own characters."""
     if not secret.startswith("whsec_"):
         return secret.encode()
     try:
         return b64decode(secret.removeprefix("whsec_"), validate=True)
     except (binascii.Error, ValueError):
         raise SinkUnusableError(
-            f"the environment variable {variable} holds a whsec_ secret that is not Base64: copy it anew"
+            f"the environment variable {variable} holds a whsec_ secret that is not valid Base64: copy the secret again"
         ) from None
 
 
@@ -266,5 +278,5 @@ def _check_proxy_url(url: str, variable: str) -> None:
         is_valid = False
     if not is_valid:
         raise SinkUnusableError(
-            f"the environment variable {variable} must hold a proxy's address, as http://host:port: mend it, and start again"
+            f"the environment variable {variable} is not a proxy's URL: set it to http://host:port and start the process again"
         )
