@@ -244,6 +244,30 @@ object_of(const DirectoryChunks *chunks, const char *name, size_t length, long l
     return text == NULL || !chunks->sizes ? text : Py_BuildValue("NL", text, size);
 }
 
+/* A list of what is in the buffer. The garbage collector must not show the list to anybody while it is not filled. */
+static PyObject *
+list_of_chunk(const DirectoryChunks *chunks, Py_ssize_t files)
+{
+    PyObject *list = PyList_New(files);
+    if (list == NULL) {
+        return NULL;
+    }
+    PyObject_GC_UnTrack(list);
+    const char *name = chunks->names;
+    for (Py_ssize_t index = 0; index < files; index++) {
+        size_t length = strlen(name);
+        PyObject *file = object_of(chunks, name, length, chunks->each[index]);
+        if (file == NULL) {
+            Py_DECREF(list);
+            return NULL;
+        }
+        PyList_SET_ITEM(list, index, file);
+        name += length + 1;
+    }
+    PyObject_GC_Track(list);
+    return list;
+}
+
 static PyObject *
 chunks_next(PyObject *object)
 {
@@ -275,27 +299,16 @@ chunks_next(PyObject *object)
         closedir(directory);
     }
     Py_END_ALLOW_THREADS
-    if (step <= FOUND) {
-        __atomic_store_n(&chunks->directory, directory, __ATOMIC_RELEASE);
-    }
+    PyObject *list = NULL;
     if (step == FAILED) {
         errno = error;
-        return failed(chunks->path);
+        failed(chunks->path);
     }
-    if (step == END && files == 0) {
-        return NULL;
+    else if (step != END || files > 0) {
+        list = list_of_chunk(chunks, files);
     }
-    PyObject *list = PyList_New(files);
-    const char *name = chunks->names;
-    for (Py_ssize_t index = 0; list != NULL && index < files; index++) {
-        size_t length = strlen(name);
-        PyObject *one = object_of(chunks, name, length, chunks->each[index]);
-        if (one == NULL) {
-            Py_CLEAR(list);
-            break;
-        }
-        PyList_SET_ITEM(list, index, one);
-        name += length + 1;
+    if (step <= FOUND) { /* not before the buffer is read: whoever reads on overwrites it */
+        __atomic_store_n(&chunks->directory, directory, __ATOMIC_RELEASE);
     }
     return list;
 }
@@ -390,6 +403,9 @@ scan_sums(PyObject *Py_UNUSED(self), PyObject *args)
         goto done;
     }
     result = PyList_New(all.patterns.count);
+    if (result != NULL) {
+        PyObject_GC_UnTrack(result); /* the garbage collector must not show it to anybody while it is not filled */
+    }
     for (Py_ssize_t index = 0; result != NULL && index < all.patterns.count; index++) {
         Sum *sum = &all.each[index];
         PyObject *one
@@ -399,6 +415,9 @@ scan_sums(PyObject *Py_UNUSED(self), PyObject *args)
             break;
         }
         PyList_SET_ITEM(result, index, one);
+    }
+    if (result != NULL) {
+        PyObject_GC_Track(result);
     }
 done:
     PyMem_Free(all.each);

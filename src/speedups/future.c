@@ -6,6 +6,8 @@ loop's. */
 
 #include "speedups.h"
 
+#include <string.h>
+
 enum { PENDING, CANCELLED, DONE };
 
 typedef struct {
@@ -220,11 +222,11 @@ settle(CommitFuture *self, PyObject *outcome)
     }
     self->outcome = Py_NewRef(outcome);
     self->state = DONE;
-    if (self->callback == NULL) {
-        return 0;
+    PyObject *callback, *context;
+    int taken = take_callback(self, &callback, &context);
+    if (taken != 1) {
+        return taken;
     }
-    PyObject *callback = self->callback, *context = self->context;
-    self->callback = self->context = NULL;
     int called = call_now(self, callback, context);
     Py_DECREF(callback);
     Py_DECREF(context);
@@ -257,7 +259,7 @@ add_done_callback(PyObject *object, PyObject *const *args, Py_ssize_t count, PyO
     int added = 0;
     if (self->state != PENDING) {
         added = call_soon(self, callback, context);
-    } else if (self->callback == NULL) {
+    } else if (self->callback == NULL && (self->more == NULL || PyList_GET_SIZE(self->more) == 0)) {
         self->callback = Py_NewRef(callback);
         self->context = Py_NewRef(context);
     } else {
@@ -275,36 +277,81 @@ add_done_callback(PyObject *object, PyObject *const *args, Py_ssize_t count, PyO
     Py_RETURN_NONE;
 }
 
+/* All callbacks with their contexts, in order, as a list of pairs. */
+static PyObject *
+callbacks_of(const CommitFuture *self)
+{
+    PyObject *pairs = self->more == NULL ? PyList_New(0) : PyList_GetSlice(self->more, 0, PyList_GET_SIZE(self->more));
+    if (pairs != NULL && self->callback != NULL) {
+        PyObject *pair = PyTuple_Pack(2, self->callback, self->context);
+        if (pair == NULL || PyList_Insert(pairs, 0, pair) < 0) {
+            Py_CLEAR(pairs);
+        }
+        Py_XDECREF(pair);
+    }
+    return pairs;
+}
+
+/* Whether a pair, or one with the same two objects, is in a list. */
+static int
+has_pair(PyObject *pairs, PyObject *callback, PyObject *context)
+{
+    for (Py_ssize_t at = 0; at < PyList_GET_SIZE(pairs); at++) {
+        PyObject *pair = PyList_GET_ITEM(pairs, at);
+        if (PyTuple_GET_ITEM(pair, 0) == callback && PyTuple_GET_ITEM(pair, 1) == context) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* Keep the callbacks that are not in a list; how many were removed, or -1. Calls nothing that could change them meanwhile. */
+static Py_ssize_t
+remove_pairs(CommitFuture *self, PyObject *removed)
+{
+    PyObject *old = callbacks_of(self), *kept = PyList_New(0);
+    Py_ssize_t count = 0;
+    int failed = old == NULL || kept == NULL;
+    for (Py_ssize_t at = 0; !failed && at < PyList_GET_SIZE(old); at++) {
+        PyObject *pair = PyList_GET_ITEM(old, at);
+        int is_removed = has_pair(removed, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1));
+        count += is_removed;
+        failed = !is_removed && PyList_Append(kept, pair) < 0;
+    }
+    if (!failed) {
+        PyObject *callback = self->callback, *context = self->context, *more = self->more;
+        self->callback = self->context = NULL;
+        self->more = Py_NewRef(kept); /* the first of them moves to `callback` when it is taken */
+        Py_XDECREF(callback);
+        Py_XDECREF(context);
+        Py_XDECREF(more);
+    }
+    Py_XDECREF(old);
+    Py_XDECREF(kept);
+    return failed ? -1 : count;
+}
+
+/* First all comparisons, which may raise or call anything, then the removal: where one raises, no callback is removed. */
 static PyObject *
 remove_done_callback(PyObject *object, PyObject *callback)
 {
     CommitFuture *self = (CommitFuture *)object;
-    PyObject *kept = PyList_New(0), *found = NULL, *context = NULL;
-    Py_ssize_t removed = 0;
-    int taken = -1;
-    while (kept != NULL && (taken = take_callback(self, &found, &context)) == 1) {
-        int same = PyObject_RichCompareBool(found, callback, Py_EQ);
-        PyObject *pair = same == 0 ? PyTuple_Pack(2, found, context) : NULL;
-        Py_DECREF(found);
-        Py_DECREF(context);
-        removed += same;
-        if (same < 0 || (same == 0 && (pair == NULL || PyList_Append(kept, pair) < 0))) {
-            Py_XDECREF(pair);
-            taken = -1;
-            break;
+    PyObject *pairs = callbacks_of(self), *equal = PyList_New(0);
+    Py_ssize_t removed = pairs == NULL || equal == NULL ? -1 : 0;
+    for (Py_ssize_t at = 0; removed == 0 && at < PyList_GET_SIZE(pairs); at++) {
+        PyObject *pair = Py_NewRef(PyList_GET_ITEM(pairs, at));
+        int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(pair, 0), callback, Py_EQ);
+        if (same < 0 || (same && PyList_Append(equal, pair) < 0)) {
+            removed = -1;
         }
-        Py_XDECREF(pair);
+        Py_DECREF(pair);
     }
-    if (taken < 0) {
-        Py_XDECREF(kept);
-        return NULL;
+    if (removed == 0) {
+        removed = remove_pairs(self, equal);
     }
-    Py_XSETREF(self->more, kept);
-    if (take_callback(self, &found, &context) == 1) {
-        self->callback = found;
-        self->context = context;
-    }
-    return PyLong_FromSsize_t(removed);
+    Py_XDECREF(pairs);
+    Py_XDECREF(equal);
+    return removed < 0 ? NULL : PyLong_FromSsize_t(removed);
 }
 
 static PyObject *
@@ -463,38 +510,68 @@ look_at(FutureState *state, PyObject *entry, PyObject **lines, Py_ssize_t *event
     return 0;
 }
 
-/* The lines of all entries, one after another: `size` bytes. */
+/* What a group is made of, as far as it was looked at. Each attribute of an entry is read once: it may be another the next time. */
+typedef struct {
+    PyObject **lines; /* `count` of them, each bytes */
+    Py_ssize_t count;
+    long long events, bytes;
+    PyObject *loop; /* of all, or Ellipsis; NULL where there is no entry */
+} Group;
+
 static PyObject *
-joined(FutureState *state, PyObject *entries, Py_ssize_t size)
+join_lines(const Group *group)
 {
-    PyObject *all = NULL, *lines, *loop;
-    Py_ssize_t events, count = PyList_GET_SIZE(entries), at = 0;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (look_at(state, PyList_GET_ITEM(entries, i), &lines, &events, &loop) < 0) {
-            Py_XDECREF(all);
-            return NULL;
-        }
-        Py_DECREF(loop);
-        if (count == 1) {
-            return lines;
-        }
-        if (all == NULL && (all = PyBytes_FromStringAndSize(NULL, size)) == NULL) {
-            Py_DECREF(lines);
-            return NULL;
-        }
-        memcpy(PyBytes_AS_STRING(all) + at, PyBytes_AS_STRING(lines), (size_t)PyBytes_GET_SIZE(lines));
-        at += PyBytes_GET_SIZE(lines);
-        Py_DECREF(lines);
+    if (group->count == 1) {
+        return Py_NewRef(group->lines[0]);
     }
-    return all != NULL ? all : PyBytes_FromStringAndSize(NULL, 0);
+    if (group->bytes > PY_SSIZE_T_MAX) {
+        return PyErr_NoMemory();
+    }
+    PyObject *joined = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)group->bytes);
+    char *to = joined == NULL ? NULL : PyBytes_AS_STRING(joined);
+    for (Py_ssize_t at = 0; joined != NULL && at < group->count; at++) {
+        Py_ssize_t size = PyBytes_GET_SIZE(group->lines[at]);
+        memcpy(to, PyBytes_AS_STRING(group->lines[at]), (size_t)size);
+        to += size;
+    }
+    return joined;
 }
 
-/* gather(queue, most, room_events, room_bytes) -> (entries, their lines, their events, their loop) */
+/* Take an entry into the group; 0 where there is no room for it, -1 with an exception set. */
+static int
+add_entry(FutureState *state, Group *group, PyObject *entry, Py_ssize_t room_events, Py_ssize_t room_bytes)
+{
+    PyObject *lines, *loop;
+    Py_ssize_t events;
+    if (look_at(state, entry, &lines, &events, &loop) < 0) {
+        return -1;
+    }
+    long long all_events, all_bytes;
+    int overflows = __builtin_add_overflow(group->events, events, &all_events);
+    overflows |= __builtin_add_overflow(group->bytes, PyBytes_GET_SIZE(lines), &all_bytes);
+    if (group->count > 0 && (overflows || all_events > room_events || all_bytes > room_bytes)) {
+        Py_DECREF(lines);
+        Py_DECREF(loop);
+        return 0;
+    }
+    group->lines[group->count++] = lines;
+    group->events = all_events;
+    group->bytes = all_bytes;
+    if (group->loop == NULL) {
+        group->loop = Py_NewRef(loop);
+    } else if (group->loop != loop) {
+        Py_SETREF(group->loop, Py_NewRef(Py_Ellipsis));
+    }
+    Py_DECREF(loop);
+    return 1;
+}
+
+/* gather_group(queue, most, room_events, room_bytes) -> (entries, their lines, their events, their loop) */
 static PyObject *
 gather_group(PyObject *module, PyObject *args)
 {
     FutureState *state = &state_of_module(module)->future;
-    PyObject *queue;
+    PyObject *queue, *answer = NULL;
     Py_ssize_t most, room_events, room_bytes;
     if (!PyArg_ParseTuple(args, "O!nnn:gather_group", &PyList_Type, &queue, &most, &room_events, &room_bytes)) {
         return NULL;
@@ -504,39 +581,33 @@ gather_group(PyObject *module, PyObject *args)
     if (entries == NULL) {
         return NULL;
     }
-    Py_ssize_t count = 0, all_events = 0, size = 0, events;
-    PyObject *lines, *loop, *of_all = NULL;
-    for (; count < PyList_GET_SIZE(entries); count++) {
-        if (look_at(state, PyList_GET_ITEM(entries, count), &lines, &events, &loop) < 0) {
-            goto failed;
-        }
-        Py_ssize_t bytes = PyBytes_GET_SIZE(lines);
-        Py_DECREF(lines);
-        if (count > 0 && (events > room_events - all_events || bytes > room_bytes - size)) {
-            Py_DECREF(loop);
-            break;
-        }
-        all_events += events;
-        size += bytes;
-        if (of_all == NULL) {
-            of_all = Py_NewRef(loop);
-        } else if (of_all != loop) {
-            Py_SETREF(of_all, Py_NewRef(Py_Ellipsis));
-        }
-        Py_DECREF(loop);
+    Py_ssize_t size = PyList_GET_SIZE(entries);
+    Group group = {PyMem_New(PyObject *, (size_t)size + 1), 0, 0, 0, NULL};
+    if (group.lines == NULL) {
+        PyErr_NoMemory();
+        goto done;
     }
-    if (PyList_SetSlice(entries, count, PyList_GET_SIZE(entries), NULL) < 0) {
-        goto failed;
+    int added = 1;
+    while (added == 1 && group.count < size && group.count < PyList_GET_SIZE(entries)) {
+        PyObject *entry = Py_NewRef(PyList_GET_ITEM(entries, group.count)); /* its attributes may run any code */
+        added = add_entry(state, &group, entry, room_events, room_bytes);
+        Py_DECREF(entry);
     }
-    lines = joined(state, entries, size);
-    if (lines == NULL) {
-        goto failed;
+    if (added < 0 || PyList_SetSlice(entries, group.count, PyList_GET_SIZE(entries), NULL) < 0) {
+        goto done;
     }
-    return Py_BuildValue("NNnN", entries, lines, all_events, of_all != NULL ? of_all : Py_NewRef(Py_Ellipsis));
-failed:
-    Py_XDECREF(of_all);
+    PyObject *lines = join_lines(&group);
+    if (lines != NULL) {
+        answer = Py_BuildValue("ONLO", entries, lines, group.events, group.loop != NULL ? group.loop : Py_Ellipsis);
+    }
+done:
+    for (Py_ssize_t at = 0; at < group.count; at++) {
+        Py_DECREF(group.lines[at]);
+    }
+    PyMem_Free(group.lines);
+    Py_XDECREF(group.loop);
     Py_DECREF(entries);
-    return NULL;
+    return answer;
 }
 
 static PyMethodDef future_functions[] = {

@@ -23,12 +23,15 @@ from hypothesis import strategies as st
 from pillarbox import Dropped, Enqueued, Outbox, TrackingEvent
 from pillarbox._native import (
     COMPILED,
+    SegmentCounters,
+    WriterState,
     decode_record,
     encode_record,
     encode_records,
     py_decode_record,
     py_encode_record,
     py_encode_records,
+    speedups,
 )
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX
@@ -154,6 +157,39 @@ def test_power_is_waited_for_where_it_is_the_outbox_s_own(tmp_path: Path) -> Non
         assert outbox.enqueue(EVENT, durability="process") == Enqueued("process")
 
 
+class OpenLock:
+    """Nobody else uses the writer."""
+
+    def acquire(self) -> None: ...
+    def release(self) -> None: ...
+
+
+@compiled_only
+def test_counts_do_not_overflow() -> None:
+    """A segment that claims as many bytes as a machine word counts has no room for more, and is left to the writer."""
+
+    class State(WriterState):
+        def append(self, _line: bytes, _events: int) -> str:
+            return "left to the writer"
+
+        def _attend(self) -> None: ...
+
+    state: Any = State()
+    state.lock, state._limit, state._file = OpenLock(), 2**63 - 1, SegmentCounters()
+    state._file.bytes = state._file.events = state._file.attend_at = 2**63 - 1
+    enqueue = speedups.Enqueue(
+        state, lambda *_: pytest.fail("asked"), msgspec.json.encode, TrackingEvent, 10**6, lambda *_: pytest.fail("asked"),
+        lambda _fd, line: len(line), ENQUEUED, power=False,
+    )  # fmt: skip
+    for size in (2**63 - 1, 2**63 - 2, -(2**63), 0):
+        state._file.bytes = size
+        assert enqueue(EVENT) in (ENQUEUED, "left to the writer")
+        assert state._file.events == 2**63 - 1
+    state._limit = 100
+    state._file.bytes = 2**63 - 1
+    assert enqueue(EVENT) == "left to the writer"
+
+
 @compiled_only
 def test_the_simple_case_is_not_the_closure_s(tmp_path: Path) -> None:
     """Otherwise the compiled path would be tested nowhere."""
@@ -244,12 +280,15 @@ import sys
 from pillarbox import Outbox, TrackingEvent
 from pillarbox._native import (
     COMPILED,
+    SegmentCounters,
+    WriterState,
     decode_record,
     encode_record,
     encode_records,
     py_decode_record,
     py_encode_record,
     py_encode_records,
+    speedups,
 )
 event = TrackingEvent(event_key="k", scope_kind="Site", scope_id="s")
 with Outbox(sys.argv[1]) as outbox:

@@ -326,3 +326,108 @@ def test_what_is_no_waiter_is_refused(arguments: tuple[Any, ...]) -> None:
         resolve_futures([None], ENQUEUED_POWER)  # type: ignore[list-item]
     with pytest.raises((TypeError, AttributeError)):
         gather_group([Thread("text", 1)], 1, 1, 1)  # type: ignore[arg-type]
+
+
+class Growing:
+    """An entry whose lines are longer each time they are read."""
+
+    events = 1
+    loop = None
+
+    def __init__(self, queue: list[Any]) -> None:
+        self.queue = queue
+        self.reads = 0
+
+    @property
+    def lines(self) -> bytes:
+        self.reads += 1
+        self.queue.clear()
+        return b"A" * (10 if self.reads % 2 else 5_000_000)
+
+
+def test_each_attribute_of_an_entry_is_read_once(way: Any) -> None:
+    """The lines of the first read are joined: a second read could return more than there is room for."""
+    queue: list[Any] = []
+    queue += [Growing(queue), Growing(queue)]
+    entries, lines, events, _ = way[2](queue, 5, 100, 10**9)
+    assert [entry.reads for entry in entries] == [1, 1]
+    assert (lines, events) == (b"A" * 20, 2)
+
+
+def test_sums_that_overflow_leave_no_room_for_more(way: Any) -> None:
+    """More events than a machine word counts."""
+    queue = [Thread(b"a\n", 2**63 - 1), Thread(b"b\n", 2**63 - 1)]
+    entries, lines, events, _ = way[2](queue, 2, 2**63 - 1, 99)
+    assert (entries, lines, events) == (queue[:1], b"a\n", 2**63 - 1)
+
+
+class Odd:
+    """A callback whose comparison does what it is told to."""
+
+    def __init__(self, seen: list[int], number: int, compare: Callable[[], object]) -> None:
+        self.seen, self.number, self.compare = seen, number, compare
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.compare())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, _future: object) -> None:
+        self.seen.append(self.number)
+
+
+def test_a_comparison_that_raises_removes_no_callback(way: Any) -> None:
+    """All of them are still called, in order."""
+
+    async def main() -> Any:
+        made, seen = way[0](b"x\n", 1, asyncio.get_running_loop()), list[int]()
+
+        def raises() -> object:
+            raise ValueError
+
+        for number, compare in enumerate([lambda: True, raises, lambda: False]):
+            made.add_done_callback(Odd(seen, number, compare))
+        with pytest.raises(ValueError):
+            made.remove_done_callback(print)
+        way[1]([made], ENQUEUED_POWER)
+        await asyncio.sleep(0)
+        return seen
+
+    assert run(main) == [0, 1, 2]
+
+
+def test_a_callback_that_a_comparison_adds_stays(way: Any) -> None:
+    """Only those that are equal are removed."""
+
+    async def main() -> Any:
+        made, seen = way[0](b"x\n", 1, asyncio.get_running_loop()), list[int]()
+
+        def adds() -> object:
+            made.add_done_callback(lambda _: seen.append(9))
+            return True
+
+        made.add_done_callback(Odd(seen, 0, lambda: False))
+        made.add_done_callback(Odd(seen, 1, adds))
+        assert made.remove_done_callback(print) == 1
+        way[1]([made], ENQUEUED_POWER)
+        await asyncio.sleep(0)
+        return seen
+
+    assert run(main) == [0, 9]
+
+
+def test_a_callback_may_be_added_after_all_were_removed(way: Any) -> None:
+    """It is called once."""
+
+    async def main() -> Any:
+        made, seen = way[0](b"x\n", 1, asyncio.get_running_loop()), list[int]()
+        made.add_done_callback(seen.append)
+        made.add_done_callback(print)
+        assert made.remove_done_callback(seen.append) == made.remove_done_callback(print) == 1
+        made.add_done_callback(lambda _: seen.append(1))
+        made.add_done_callback(lambda _: seen.append(2))
+        way[1]([made], ENQUEUED_POWER)
+        await asyncio.sleep(0)
+        return seen
+
+    assert run(main) == [1, 2]

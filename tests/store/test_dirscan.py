@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,3 +200,52 @@ def test_an_interrupt_ends_a_listing_and_leaves_nothing_open(files: OsFilesystem
         signal.signal(signal.SIGALRM, before)
     if open_before:
         assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system that takes files of any size")
+def test_sizes_that_overflow_add_up_to_the_greatest_number() -> None:
+    """Sparse files may have more bytes together than a number of 64 bits holds; a negative sum would mean that there is room."""
+    path = tempfile.mkdtemp(dir="/dev/shm")
+    try:
+        for number in range(3):
+            with open(f"{path}/{number}", "wb") as file:
+                try:
+                    os.truncate(file.fileno(), 2**63 - 1 - 4096)
+                except OSError:
+                    pytest.skip("this file system takes no file that is so large")
+        for files in [OsFilesystem(), *([CompiledOsFilesystem()] if COMPILED else [])]:
+            total = files.file_totals(path, ALL_NAMES)[0]
+            assert total.files == 3
+            assert total.bytes >= 2**63 - 1
+    finally:
+        shutil.rmtree(path)
+
+
+@compiled_only
+def test_who_reads_on_while_a_chunk_is_made_does_not_change_it(tmp_path: Path) -> None:
+    """The garbage collector may call anything, also the same iterator; the buffer belongs to one call at a time."""
+    names = {f"{'n' * (number % 230)}{number}" for number in range(6000)}
+    for name in names:
+        (tmp_path / name).touch()
+    chunks = speedups.DirectoryChunks(str(tmp_path), ALL_NAMES, sizes=True)
+    inner: list[Any] = []
+    busy = False
+
+    def read_on(_phase: str, _info: dict[str, int]) -> None:
+        nonlocal busy
+        if not busy:
+            busy = True
+            inner.extend(next(chunks, ()))
+            busy = False
+
+    before = gc.get_threshold()
+    gc.callbacks.append(read_on)
+    gc.set_threshold(50, 1, 1)
+    try:
+        outer = [entry for chunk in chunks for entry in chunk]
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(read_on)
+    found = [name for name, _ in (*outer, *inner)]
+    assert len(found) == len(names)
+    assert set(found) == names
