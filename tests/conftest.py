@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from pillarbox import TrackingEvent
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.testing import ManualClock
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the commands that they start.
@@ -37,7 +37,7 @@ def clock() -> ManualClock:
 @pytest.fixture
 def place(tmp_path: Path, clock: ManualClock) -> Directory:
     """An empty outbox directory."""
-    directory = Directory(str(tmp_path / "outbox"), os_filesystem(), clock)
+    directory = Directory(str(tmp_path / "outbox"), local_filesystem(), clock)
     directory.ensure_usable()
     return directory
 

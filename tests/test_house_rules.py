@@ -35,7 +35,7 @@ STRANGERS = [("store/writer.py", "reader"), ("store/reader.py", "writer"), ("sto
 
 # Modules that may use more of `os` than nothing, and what; `open` and `time` are one module's each.
 OS_NAMES = {
-    "store/filesystem.py": None,  # everything
+    "store/os_filesystem.py": None,  # everything
     "_native.py": {"environ"},  # where what is compiled is declined
     "event.py": {"register_at_fork", "urandom"},
     "outbox.py": {"register_at_fork"},
@@ -119,7 +119,7 @@ def test_only_one_module_touches_the_disk_and_only_one_reads_the_time(module: Pa
 def test_only_the_directory_deletes_and_renames(module: Path) -> None:
     """One owner for each disk verb."""
     name, tree = relative(module), ast.parse(module.read_text())
-    if name in ("store/directory.py", "store/filesystem.py", "store/onebyone.py", "testing/fault.py"):
+    if name in ("store/directory.py", "store/filesystem.py", "store/os_filesystem.py", "testing/fault.py"):
         return
     verbs = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not verbs & {"unlink", "rename", "rmtree"}

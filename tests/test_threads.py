@@ -21,7 +21,7 @@ import pytest
 
 from pillarbox import Outbox, Outcome
 from pillarbox.event import TrackingEvent
-from pillarbox.store.audit import reconcile
+from pillarbox.store.reconciliation import reconcile
 from tests.conftest import event
 
 BUSY_S = 2.0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pillarbox.hooks import Hooks
     from pillarbox.outcome import Durability, Outcome
     from pillarbox.settings import Settings
-    from pillarbox.store.door import EnqueueFunction
+    from pillarbox.store.append_hooks import EnqueueFunction
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")

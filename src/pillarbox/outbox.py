@@ -24,10 +24,10 @@ from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durabi
 from pillarbox.settings import Settings, resolve, sink_and_sinks_error
 from pillarbox.sinks.base import Sink
 from pillarbox.stats import Stats
-from pillarbox.store.door import AppendHooks, EnqueueFunction
-from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store.append_hooks import AppendHooks, EnqueueFunction
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 from pillarbox.store.quota import FILE_SHARE
 from pillarbox.store.sealer import Sealer, SealerInbox
@@ -136,7 +136,7 @@ class Outbox:
         self._clock: Clock = SystemClock()
         self._start_lock = threading.RLock()
         self._closed = False
-        self._filesystem = os_filesystem()
+        self._filesystem = local_filesystem()
         self._directory = directory_at(settings.directory, self._filesystem, self._clock)
         self._is_power_default = settings.durability == "power"
         self._power_checked = not settings.enabled

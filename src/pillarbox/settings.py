@@ -24,8 +24,8 @@ from pillarbox.errors import ConfigurationError
 from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES
 from pillarbox.store import compression
-from pillarbox.store.filesystem import read_file
 from pillarbox.store.layout import is_sink_name
+from pillarbox.store.os_filesystem import read_file
 
 _ENVIRONMENT_PREFIX: Final = "PILLARBOX_"
 _ALIASES: Final = {

@@ -15,8 +15,8 @@ from pillarbox.admin.replay import DeadLetterReplayer, unchanged_event
 from pillarbox.clock import SystemClock
 from pillarbox.outcome import Dropped, Durability, Outcome
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing.fault import Fault, FaultFilesystem
 from tests.admin.prepared_outboxes import (
     IDENTITY_DECODER,

@@ -9,8 +9,8 @@ import pytest
 from pillarbox.admin import dead_letters
 from pillarbox.admin.filters import RecordFilter
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.layout import Kind
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import ManualClock
 from tests.admin.prepared_outboxes import IDENTITY_DECODER, event_json, outbox_with_dead_letters, seal_batch
 

@@ -15,7 +15,7 @@ from pillarbox.admin.tail import Tailer
 from pillarbox.store import compression, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import LedgerWriter
-from pillarbox.store.reconciliation import AdoptedEntry, SealedEntry
+from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry
 from pillarbox.testing import ManualClock
 
 LOOKS = 8  # more than anything takes to be noticed

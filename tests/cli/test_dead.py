@@ -13,7 +13,7 @@ import pytest
 from pillarbox.admin.changes import acquire_lock
 from pillarbox.clock import SystemClock
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from tests.admin.prepared_outboxes import (
     deliver_pending,
     delivered_rows,

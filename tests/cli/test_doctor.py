@@ -20,9 +20,10 @@ from pillarbox.admin.doctor import DoctorFinding, DoctorLimits, run_checks
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease
 from pillarbox.stats import State
-from pillarbox.store import layout, request
+from pillarbox.store import layout, sealer
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import DirectoryInfo, Filesystem, OsFilesystem
+from pillarbox.store.filesystem import DirectoryInfo, Filesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import ManualClock
 from pillarbox.testing.fault import Fault, FaultFilesystem
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
@@ -440,7 +441,7 @@ def test_the_request_file_is_looked_at(box: Path) -> None:
     """Whose content is a request, and when it came."""
     clock = ManualClock()
     assert examined(box, clock=clock)["request"] == [(True, "nobody has asked the writers to seal")]
-    request.request_seal(Directory(str(box), OsFilesystem(), clock), clock)
+    sealer.request_seal(Directory(str(box), OsFilesystem(), clock), clock)
     clock.advance(90)
     assert examined(box, clock=clock)["request"] == [(True, "the writers were asked to seal 90 s ago")]
     (box / layout.SEAL_REQUEST).write_bytes(b"rubbish")

@@ -17,7 +17,7 @@ from pillarbox.admin.status import read_status
 from pillarbox.clock import SystemClock
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import ManualClock
 from tests.cli.test_commands import CLEAN, PILLARBOX, UNHURRIED, bare, ids, run
 from tests.cli.test_doctor import LIMITS, Found, bad, doctor, examined
@@ -31,7 +31,7 @@ WAREHOUSE = "warehouse=sqlite:///warehouse.db"
 WITHOUT_LINKS = """
 import errno
 from pillarbox.cli import app
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 def refuse(source, target):
     raise OSError(errno.EPERM, "Operation not permitted")
 OsFilesystem.link = staticmethod(refuse)

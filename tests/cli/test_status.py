@@ -22,9 +22,9 @@ from pillarbox.delivery.lease import Lease
 from pillarbox.stats import State
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
-from pillarbox.store.ledger import LedgerWriter, parse_ledger
-from pillarbox.store.reconciliation import SealedEntry
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger_entries import SealedEntry, parse_ledger
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import ManualClock
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
 from tests.conftest import event, wait_until

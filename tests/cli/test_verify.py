@@ -14,8 +14,7 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import layout, record
-from pillarbox.store.ledger import parse_ledger
-from pillarbox.store.reconciliation import AdoptedEntry, SealedEntry
+from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry, parse_ledger
 from pillarbox.testing import RecordingSink
 from tests.cli.test_commands import bare, run
 from tests.conftest import event, wait_until

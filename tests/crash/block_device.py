@@ -33,8 +33,8 @@ from unittest import mock
 
 import pytest
 
-from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.layout import Kind
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
 from pillarbox.testing.durability_model import DurabilityModel

@@ -18,12 +18,12 @@ from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
 from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
-from pillarbox.store.audit import reconcile, reconcile_queues
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.reconciliation import reconcile, reconcile_queues
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink

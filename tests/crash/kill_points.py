@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from pillarbox.store.filesystem import CompiledOsFilesystem, OsFilesystem
-from pillarbox.store.onebyone import SequentialBatchOps
+from pillarbox.store.filesystem import SequentialBatchOps
+from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem
 
 SEVERAL = tuple(verb for verb in vars(SequentialBatchOps) if not verb.startswith("_"))  # operations in one
 

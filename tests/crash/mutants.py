@@ -244,10 +244,10 @@ def machine() -> str:
 
 def fan_out() -> str:
     """Several sinks: every state that a crash leaves of some histories, of one also where a process dies in the middle of it."""
-    from pillarbox.store import audit
+    from pillarbox.store import reconciliation
     from tests.crash.fanout import Looked
 
-    audit._ATTEMPTS = 1  # type: ignore[misc]
+    reconciliation._ATTEMPTS = 1  # type: ignore[misc]
     looked = Looked()
     for history in (*FOR_SEVERAL, *(CUT_SHORT.format(operation) for operation in range(OPERATIONS))):
         looked.look(history, few=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox import Enqueued, Outbox
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from tests.crash import kills, lossy_fs
 from tests.crash.block_device import need
 

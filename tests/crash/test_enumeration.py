@@ -13,7 +13,7 @@ from pillarbox.delivery.settlement import Settler
 from pillarbox.store import directory, layout, reader, recovery
 from pillarbox.store.directory import Directory, LockedFile
 from pillarbox.store.sealer import Sealer
-from pillarbox.store.syncing import SegmentSyncer
+from pillarbox.store.segment import SegmentSyncer
 from pillarbox.testing.crash import CrashFilesystem
 from tests.crash import enumeration
 from tests.crash.enumeration import Bounds, Enumeration, Histories, key_of, reproduce, run

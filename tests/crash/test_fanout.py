@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from pillarbox.store import audit
+from pillarbox.store import reconciliation
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
 from pillarbox.store.quota import QuotaEnforcer
@@ -36,7 +36,7 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: Patch) -> Iterator[None]:
     """Without log messages, which are many, and without looking again at accounts that do not balance."""
-    monkeypatch.setattr(audit, "_ATTEMPTS", 1)
+    monkeypatch.setattr(reconciliation, "_ATTEMPTS", 1)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 from pillarbox import Outbox
-from pillarbox.store.audit import reconcile, reconcile_queues
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
+from pillarbox.store.reconciliation import reconcile, reconcile_queues
 from pillarbox.testing import ManualClock
 from tests.crash import kills
 

@@ -12,8 +12,7 @@ import pytest
 from pillarbox.outcome import ENQUEUED
 from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import PortableScanOps
-from pillarbox.store.filesystem import Filesystem
-from pillarbox.store.onebyone import SequentialBatchOps
+from pillarbox.store.filesystem import Filesystem, SequentialBatchOps
 from pillarbox.store.writer import Writer
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.durability_model import DurabilityModel

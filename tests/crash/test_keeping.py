@@ -10,11 +10,12 @@ from pillarbox.admin.changes import ChangeReport
 from pillarbox.admin.filters import RecordFilter
 from pillarbox.admin.redelivery import PendingLimits, Redelivery
 from pillarbox.store import layout, record
-from pillarbox.store.audit import reconcile
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import LedgerWriter, SealedEntry, SettledEntry
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger_entries import SealedEntry, SettledEntry
+from pillarbox.store.reconciliation import reconcile
 from pillarbox.store.retention import Retention
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, State

@@ -8,8 +8,9 @@ import pytest
 
 from pillarbox.store import layout, ledger, reconciliation
 from pillarbox.store.directory import Directory
-from pillarbox.store.ledger import LedgerWriter, parse_ledger
-from pillarbox.store.reconciliation import FileCounts, SealedEntry, SettledEntry
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger_entries import SealedEntry, SettledEntry, parse_ledger
+from pillarbox.store.reconciliation import FileCounts
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
 from pillarbox.testing.durability_model import DurabilityModel

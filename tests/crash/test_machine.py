@@ -16,8 +16,7 @@ from pillarbox.delivery import settlement
 from pillarbox.outcome import ENQUEUED_POWER
 from pillarbox.store.directory import Directory, LockedFile
 from pillarbox.store.group_commit import GroupCommitter
-from pillarbox.store.segment import Segment
-from pillarbox.store.syncing import SegmentSyncer
+from pillarbox.store.segment import Segment, SegmentSyncer
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.durability_model import DurabilityModel
 from tests.crash.state_machine import Fuse, Machine, pick, torture

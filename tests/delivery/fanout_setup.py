@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from pillarbox import Outbox
 from pillarbox.clock import SystemClock
 from pillarbox.store import layout
-from pillarbox.store.audit import reconcile, reconcile_queues
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
+from pillarbox.store.reconciliation import reconcile, reconcile_queues
 from tests.conftest import event
 from tests.sinks.http_server import CannedResponse, Request
 
 if TYPE_CHECKING:
-    from pillarbox.store.reconciliation import LedgerRow
+    from pillarbox.store.ledger_entries import LedgerRow
 
 BUSY_RESPONSE = CannedResponse(503, headers={"Retry-After": "0"})
 

@@ -27,7 +27,7 @@ from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
 from pillarbox.stats import State
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event, wait_until
 from tests.delivery import child_hooks

@@ -20,12 +20,13 @@ from pillarbox.event import new_event_id, now_micros
 from pillarbox.sinks import sqlite
 from pillarbox.sinks.base import Batch, DeliveryResult, Rejected, Retry
 from pillarbox.store import compression, layout, record
-from pillarbox.store.audit import _reconcile_once, reconcile
 from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import FileEntry, PortableScanOps
-from pillarbox.store.filesystem import OsFilesystem
-from pillarbox.store.ledger import LedgerWriter, SealedEntry
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger_entries import SealedEntry
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.quota import QuotaEnforcer
+from pillarbox.store.reconciliation import _reconcile_once, reconcile
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import existing_events, wait_until

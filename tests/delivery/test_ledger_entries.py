@@ -11,10 +11,10 @@ from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import SinkCapabilities
 from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
-from pillarbox.store.audit import reconcile
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.os_filesystem import OsFilesystem
+from pillarbox.store.reconciliation import reconcile
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.delivery.worker_setup import QUICK_CONFIG, PoisonedSink, drain_worker, remaining_files, seal_batch
 

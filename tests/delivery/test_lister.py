@@ -14,7 +14,7 @@ from pillarbox.delivery.policy import DeliveryConfig
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import NamePage, NamePatterns
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
 from tests.delivery.worker_setup import QUICK_CONFIG, PoisonedSink, drain_worker, make_worker, remaining_files, seal_batch

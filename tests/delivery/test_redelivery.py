@@ -19,8 +19,9 @@ from pillarbox.delivery.settlement import SettlementLimits
 from pillarbox.sinks.base import SinkCapabilities
 from pillarbox.store import layout, retention
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import DiskSpace, OsFilesystem
+from pillarbox.store.filesystem import DiskSpace
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink

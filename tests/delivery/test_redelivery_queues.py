@@ -24,20 +24,12 @@ from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
-from pillarbox.store.filesystem import DiskSpace, OsFilesystem
+from pillarbox.store.filesystem import DiskSpace
 from pillarbox.store.ledger import LedgerWriter
-from pillarbox.store.reconciliation import (
-    RECENT_BATCHES_MAX,
-    REDELIVERY_WRITER,
-    WRITERS_MAX,
-    LedgerEntry,
-    RedeliveredEntry,
-    SealedEntry,
-    SettledEntry,
-    compact_entries,
-    reconcile_entries,
-)
-from pillarbox.store.yielding import evict_delivered
+from pillarbox.store.ledger_entries import REDELIVERY_WRITER, LedgerEntry, RedeliveredEntry, SealedEntry, SettledEntry
+from pillarbox.store.os_filesystem import OsFilesystem
+from pillarbox.store.reconciliation import RECENT_BATCHES_MAX, WRITERS_MAX, compact_entries, reconcile_entries
+from pillarbox.store.retention import evict_delivered
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.conftest import wait_until

@@ -24,7 +24,7 @@ from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import FileEntry, PortableScanOps
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import wait_until
 from tests.delivery.worker_setup import (

@@ -16,9 +16,9 @@ import pytest
 from pillarbox.clock import Clock
 from pillarbox.outcome import DROPPED, ENQUEUED, Outcome
 from pillarbox.store import layout, reader, record
+from pillarbox.store.append_hooks import AppendHooks
 from pillarbox.store.directory import Directory
-from pillarbox.store.door import AppendHooks
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock

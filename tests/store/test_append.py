@@ -36,7 +36,7 @@ from pillarbox._native import (
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX
 from pillarbox.outcome import DROPPED, ENQUEUED
-from pillarbox.store.limits import SPARE_RECHECK_SHARE
+from pillarbox.store.segment import SPARE_RECHECK_SHARE
 from tests.store.stage import Stage
 
 PLACED = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
@@ -187,7 +187,8 @@ def test_counts_do_not_overflow() -> None:
         assert state._file.events == 2**63 - 1
     state._limit = 100
     state._file.bytes = 2**63 - 1
-    assert enqueue(EVENT) == "left to the writer"
+    outcome: object = enqueue(EVENT)
+    assert outcome == "left to the writer"
 
 
 @compiled_only

@@ -5,12 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pillarbox.store import reconciliation
-from pillarbox.store.reconciliation import (
+from pillarbox.store import ledger_entries, reconciliation
+from pillarbox.store.ledger_entries import (
     AdoptedEntry,
     EvictedEntry,
     FannedOutEntry,
-    FileCounts,
     LedgerEntry,
     PurgedEntry,
     QueueRenamedEntry,
@@ -18,8 +17,8 @@ from pillarbox.store.reconciliation import (
     ReplayedEntry,
     SealedEntry,
     SettledEntry,
-    compact_entries,
 )
+from pillarbox.store.reconciliation import FileCounts, compact_entries
 
 COUNTS = st.integers(0, 5)
 BATCHES = st.sampled_from(["a", "b", "c"])
@@ -46,7 +45,7 @@ def test_accepted_is_the_sum_of_the_parts_and_of_what_is_wrong(
     low, high = account.total.accounted_range
     missing = sum(wrong.events for wrong in account.discrepancies)
     assert (account.total.accepted, account.total.accepted_max) == (low + missing, high + missing)
-    for field in reconciliation.NUMBERS:
+    for field in ledger_entries.NUMBERS:
         assert getattr(account.total, field) == sum(getattr(row, field) for row in account.writers)
 
 

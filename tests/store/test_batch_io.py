@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox._native import COMPILED, speedups
-from pillarbox.store.filesystem import CompiledOsFilesystem, OsFilesystem, os_filesystem
+from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem, local_filesystem
 from tests.conftest import PLANTED, plant
 
 KINDS = [OsFilesystem, *([CompiledOsFilesystem] if COMPILED else [])]
@@ -45,8 +45,8 @@ def paths(folder: Path, count: int) -> list[str]:
 
 def test_what_is_chosen_is_compiled_where_that_is_there() -> None:
     """And not where it is to be left alone."""
-    assert type(os_filesystem()) is KINDS[-1]
-    code = "from pillarbox.store.filesystem import *; assert type(os_filesystem()) is OsFilesystem"
+    assert type(local_filesystem()) is KINDS[-1]
+    code = "from pillarbox.store.filesystem import *; assert type(local_filesystem()) is OsFilesystem"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PILLARBOX_PURE_PYTHON": "1"})
 
 
@@ -248,7 +248,7 @@ def test_what_the_disk_takes_in_part_is_taken_back(tmp_path: Path) -> None:
     (tmp_path / "lines").write_bytes(b"old\n")
     code = """
 import resource, signal, sys
-from pillarbox.store.filesystem import CompiledOsFilesystem
+from pillarbox.store.os_filesystem import CompiledOsFilesystem
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
 assert CompiledOsFilesystem().append_locked("lock", "lines", b"new line\\n", max_size=100) is None
@@ -264,7 +264,7 @@ def test_two_processes_that_append_under_a_lock_lose_nothing(tmp_path: Path) -> 
     (tmp_path / "lines").write_bytes(b"first\n")
     code = """
 import sys
-from pillarbox.store.filesystem import CompiledOsFilesystem
+from pillarbox.store.os_filesystem import CompiledOsFilesystem
 disk = CompiledOsFilesystem()
 for number in range(300):
     while (fd := disk.append_locked("lock", "lines", b"%b-%d\\n" % (sys.argv[1].encode(), number), max_size=2**40)) is None:

@@ -14,7 +14,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.sinks.base import Retry
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink

@@ -19,10 +19,10 @@ from pillarbox._native import CommitFuture
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER
 from pillarbox.store import group_commit, layout, reader, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.group_commit import QUEUED_BYTES_MAX, GroupCommitter
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.sealer import Sealer, SealerInbox
-from pillarbox.store.syncing import SegmentSyncer
+from pillarbox.store.segment import SegmentSyncer
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from tests.conftest import event

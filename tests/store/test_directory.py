@@ -15,9 +15,10 @@ from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory, LockedFile
 from pillarbox.store.fanout import FanOut
-from pillarbox.store.filesystem import DirectoryInfo, OsFilesystem
+from pillarbox.store.filesystem import DirectoryInfo
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.recovery import RECOVERY, FileTail, LockState, RecoveryAction
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from pillarbox._native import COMPILED, speedups
 from pillarbox.store import layout
 from pillarbox.store.dirscan import ALL_NAMES, FileEntry, FileTotals, NamePage, NamePattern, PortableScanOps
-from pillarbox.store.filesystem import CompiledOsFilesystem, OsFilesystem
 from pillarbox.store.layout import Kind
+from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem
 from tests.store import collector
 
 STAMP = 1_700_000_000_000_000

@@ -15,7 +15,7 @@ from pillarbox.errors import FileUnusableError
 from pillarbox.stats import State
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem, filesystem_type_of
+from pillarbox.store.os_filesystem import OsFilesystem, filesystem_type_of
 from tests.conftest import PLANTED, plant
 
 

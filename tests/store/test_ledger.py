@@ -12,9 +12,8 @@ import pytest
 
 from pillarbox.store import layout, ledger, reconciliation
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
-from pillarbox.store.ledger import LedgerWriter, parse_ledger
-from pillarbox.store.reconciliation import (
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger_entries import (
     AdoptedEntry,
     EvictedEntry,
     LedgerEntry,
@@ -25,7 +24,9 @@ from pillarbox.store.reconciliation import (
     SealedEntry,
     SettledEntry,
     SummaryEntry,
+    parse_ledger,
 )
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import FaultFilesystem, ManualClock
@@ -36,9 +37,9 @@ APPEND = """
 import sys
 from pillarbox.clock import SystemClock
 from pillarbox.store import ledger
-from pillarbox.store.reconciliation import SealedEntry, SettledEntry
+from pillarbox.store.ledger_entries import SealedEntry, SettledEntry
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 place, name, sync, bytes_max = sys.argv[1], sys.argv[2], sys.argv[3] == "sync", int(sys.argv[4])
 ledger.COMPACT_BYTES = bytes_max
 pen = ledger.LedgerWriter(Directory(place, OsFilesystem(), SystemClock()), SystemClock())

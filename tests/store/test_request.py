@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from pillarbox.errors import FileUnusableError
-from pillarbox.store import layout, request
+from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import Filesystem, OsFilesystem
+from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
-from pillarbox.store.request import REQUEST_POLL_S
-from pillarbox.store.sealer import Sealer, SealerInbox
+from pillarbox.store.os_filesystem import OsFilesystem
+from pillarbox.store.sealer import REQUEST_POLL_S, Sealer, SealerInbox, request_seal
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk
@@ -57,7 +57,7 @@ def test_a_request_has_the_active_file_sealed_within_a_quarter_of_a_second(stage
     """With the reason "manual", once, and its events are where they belong."""
     stage.put()
     assert stage.sealer.step() <= REQUEST_POLL_S
-    request.request_seal(stage.place, stage.clock)
+    request_seal(stage.place, stage.clock)
     later(stage)
     assert active_and_sealed(stage) == (0, 1)
     assert stage.sealer.sealed["manual"] == 1
@@ -72,7 +72,7 @@ def test_each_request_counts_however_soon_it_follows(stage: Stage) -> None:
     """Within one tick of the clock too."""
     for number in range(1, 4):
         stage.put()
-        request.request_seal(stage.place, stage.clock)
+        request_seal(stage.place, stage.clock)
         later(stage)
         assert active_and_sealed(stage) == (0, number)
     assert len((Path(stage.place.path) / layout.SEAL_REQUEST).read_bytes().splitlines()) == 1
@@ -81,14 +81,14 @@ def test_each_request_counts_however_soon_it_follows(stage: Stage) -> None:
 def test_a_request_from_before_a_writer_started_is_not_meant_for_it(tmp_path: Path) -> None:
     """Nor is an idle writer's next file sealed early for one that came while it held nothing."""
     stage = Stage(tmp_path / "box", batch_size=1000)
-    request.request_seal(stage.place, stage.clock)
+    request_seal(stage.place, stage.clock)
     stage.sealer.step()
     stage.put()
     later(stage)
     assert active_and_sealed(stage) == (1, 0)
-    request.request_seal(stage.place, stage.clock)
+    request_seal(stage.place, stage.clock)
     later(stage)
-    request.request_seal(stage.place, stage.clock)
+    request_seal(stage.place, stage.clock)
     later(stage)
     stage.put()
     later(stage)
@@ -120,7 +120,7 @@ def test_rounds_that_follow_closely_look_once(stage: Stage, monkeypatch: pytest.
 def test_a_request_in_the_middle_of_an_append_is_answered_after_it(stage: Stage) -> None:
     """The sealer tries again in its next round."""
     stage.put()
-    request.request_seal(stage.place, stage.clock)
+    request_seal(stage.place, stage.clock)
     with stage.writer.lock:
         limit, stage.writer._limit = stage.writer._limit, -1  # as an append that is under way leaves it
         stage.writer._broken = False
@@ -149,9 +149,9 @@ def test_what_is_planted_under_the_name_hurts_no_writer(stage: Stage, planted: s
     if planted in ("link", "directory", "pipe"):
         assert active_and_sealed(stage) == (1, 0)
         with pytest.raises((FileUnusableError, IsADirectoryError)):
-            request.request_seal(stage.place, stage.clock)
+            request_seal(stage.place, stage.clock)
     else:
-        request.request_seal(stage.place, stage.clock)
+        request_seal(stage.place, stage.clock)
         assert path.stat().st_size < 200
         later(stage)
         assert active_and_sealed(stage)[0] == 0
@@ -195,7 +195,7 @@ def test_whatever_a_loss_of_power_leaves_of_a_request_the_next_one_is_answered()
     survivors, looked = DurabilityModel(), 0
     for sealed in range(1, 4):
         first.writer.append(LINE, 1)
-        request.request_seal(first.place, clock)
+        request_seal(first.place, clock)
         first.later()
         for op in disk.trace[looked:]:
             survivors.apply(op)
@@ -205,7 +205,7 @@ def test_whatever_a_loss_of_power_leaves_of_a_request_the_next_one_is_answered()
             again = Process(CrashFilesystem(left), ManualClock())
             assert held(left) == sealed
             again.writer.append(LINE, 1)
-            request.request_seal(again.place, again.clock)
+            request_seal(again.place, again.clock)
             again.later()
             assert (held(left), again.writer.active_segment()) == (sealed + 1, None)
 
@@ -224,7 +224,7 @@ def test_a_disk_that_refuses_to_show_it_keeps_nothing_from_being_sealed(tmp_path
     writer.start(0, 0)
     sealer.step()
     writer.append(LINE, 1)
-    request.request_seal(place, clock)
+    request_seal(place, clock)
     disk.counter.faults = (Fault(verb, 1, code, permanent=True),)
     disk.counter.counts[verb] = 0
     clock.advance(REQUEST_POLL_S)
@@ -247,5 +247,5 @@ def test_whoever_asks_is_told_of_a_disk_that_takes_no_request(tmp_path: Path, ve
     place = Directory(str(tmp_path / "box"), FaultFilesystem(real, Fault(verb, 1, errno.ENOSPC, permanent=True)), ManualClock())
     place.ensure_usable()
     with pytest.raises(OSError, match="No space"):
-        request.request_seal(place, ManualClock())
+        request_seal(place, ManualClock())
     assert real._open_fds == set()

@@ -10,10 +10,9 @@ import pytest
 
 from pillarbox.store import reader
 from pillarbox.store.directory import Directory, LockedFile
-from pillarbox.store.filesystem import OsFilesystem
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.record import line
-from pillarbox.store.segment import Segment
-from pillarbox.store.syncing import SegmentSyncer
+from pillarbox.store.segment import Segment, SegmentSyncer
 from pillarbox.testing import ManualClock
 
 

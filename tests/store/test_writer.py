@@ -16,7 +16,8 @@ import pytest
 from pillarbox.outcome import DROPPED, ENQUEUED
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import DiskSpace, OsFilesystem
+from pillarbox.store.filesystem import DiskSpace
+from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.sealer import Sealer, SealerInbox, stretched_flush_interval
 from pillarbox.store.writer import RETIRED_MAX, Writer, WriterLimits
 from pillarbox.testing import ManualClock

@@ -31,10 +31,10 @@ from pillarbox.clock import SystemClock
 from pillarbox.delivery.deliverer import ONLY_SINK
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.store import layout, ledger, reconciliation
-from pillarbox.store.audit import ReconciliationReport, reconcile, reconcile_queues
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import OsFilesystem
 from pillarbox.store.layout import Kind
+from pillarbox.store.os_filesystem import OsFilesystem
+from pillarbox.store.reconciliation import ReconciliationReport, reconcile, reconcile_queues
 from tests.crash.kills import Violation, doom, fork
 from tests.torture import chaos, chaotic, lag, lives
 from tests.torture.account import Account, Event, Found, Sums, Tally

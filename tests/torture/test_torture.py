@@ -15,7 +15,7 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import layout
-from pillarbox.store.audit import reconcile
+from pillarbox.store.reconciliation import reconcile
 from tests.torture import account, events, lag, places, run
 from tests.torture.account import Account, Event, Found, Sums, Tally
 from tests.torture.lives import FICKLE, STEADY

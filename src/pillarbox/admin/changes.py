@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
     from pillarbox.outcome import Durability, Outcome
     from pillarbox.store.directory import Directory, LockedFile
-    from pillarbox.store.ledger import LedgerWriter, PurgedEntry, RepairedEntry, ReplayedEntry
+    from pillarbox.store.ledger import LedgerWriter
+    from pillarbox.store.ledger_entries import PurgedEntry, RepairedEntry, ReplayedEntry
 
 ADMIN_LOCK: Final = "mend.lock"
 _GROUP_FILES_MAX: Final = 100  # changed together: what a kill has gone in twice is bounded, and one sync serves them all

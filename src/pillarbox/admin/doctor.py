@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from pillarbox.errors import FileUnusableError
-from pillarbox.store import filesystem, layout
+from pillarbox.store import layout, os_filesystem
 from pillarbox.store.directory import NETWORK_FILESYSTEMS, OTHERS_MASK, VOLATILE_FILESYSTEMS
 from pillarbox.store.layout import Kind
 from pillarbox.store.quota import MIN_FREE_BYTES_MAX, MIN_FREE_SHARE, SLACK_SHARE
-from pillarbox.store.request import SealRequest
+from pillarbox.store.sealer import SealRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -395,7 +395,7 @@ def _check_foreign_files(directory: Directory, queues: Sequence[Directory]) -> l
     for within, name, problem in [
         (f"{layout.queue_name(where.sink)}/" if where.sink else "", *found)
         for where in (directory, *queues)
-        for found in filesystem.foreign_entries(where.path, allow_links=linked)
+        for found in os_filesystem.foreign_entries(where.path, allow_links=linked)
     ]:
         if name == ".":
             findings.append(failed("owner", f"{within or 'the directory'} {problem}, who may remove what is in it: chown it"))
@@ -411,5 +411,5 @@ def _check_foreign_files(directory: Directory, queues: Sequence[Directory]) -> l
 def _has_store_name(name: str, problem: str) -> bool:
     """Whether it has a name that means something to the store; a queue is a directory, and nothing else."""
     if layout.sink_of_queue(name) is not None:
-        return problem != filesystem.IS_DIRECTORY
+        return problem != os_filesystem.IS_DIRECTORY
     return layout.kind_of(name) is not Kind.OTHER or name in _CONTROL_FILES

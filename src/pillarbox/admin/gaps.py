@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
-from pillarbox.store.filesystem import open_file_identity
-from pillarbox.store.ledger import parse_ledger
-from pillarbox.store.reconciliation import AdoptedEntry, SealedEntry
+from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry, parse_ledger
+from pillarbox.store.os_filesystem import open_file_identity
 
 if TYPE_CHECKING:
     from collections.abc import Container

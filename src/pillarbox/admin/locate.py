@@ -12,8 +12,15 @@ from pillarbox.admin.scan import ScannedLine, all_directories, files_by_batch, r
 from pillarbox.admin.tail import ACCEPTED, ACTIVE
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger import parse_ledger
-from pillarbox.store.reconciliation import AdoptedEntry, EvictedEntry, LedgerEntry, PurgedEntry, SealedEntry, SettledEntry
+from pillarbox.store.ledger_entries import (
+    AdoptedEntry,
+    EvictedEntry,
+    LedgerEntry,
+    PurgedEntry,
+    SealedEntry,
+    SettledEntry,
+    parse_ledger,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,8 +12,9 @@ from pillarbox.admin.changes import BatchChange
 from pillarbox.admin.dead_letters import FileProblem
 from pillarbox.admin.replay import BATCH_PENDING
 from pillarbox.admin.salvage import SalvageResult, salvage
-from pillarbox.store import layout, ledger
+from pillarbox.store import layout
 from pillarbox.store.layout import Kind
+from pillarbox.store.ledger_entries import PurgedEntry, RepairedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -187,8 +188,8 @@ class QuarantineRepairer:
         self._directory.remove(layout.corrupt_name(batch))
         self._directory.remove(layout.ranges_name(batch))
 
-    def _repaired_entry(self, batch: str, events: int) -> ledger.RepairedEntry:
-        return ledger.RepairedEntry(at_micros=self._clock.micros(), batch=batch, events=events)
+    def _repaired_entry(self, batch: str, events: int) -> RepairedEntry:
+        return RepairedEntry(at_micros=self._clock.micros(), batch=batch, events=events)
 
-    def _purged_entry(self, batch: str, spans: int) -> ledger.PurgedEntry:
-        return ledger.PurgedEntry(at_micros=self._clock.micros(), batch=batch, kind="quarantine", events=spans)
+    def _purged_entry(self, batch: str, spans: int) -> PurgedEntry:
+        return PurgedEntry(at_micros=self._clock.micros(), batch=batch, kind="quarantine", events=spans)

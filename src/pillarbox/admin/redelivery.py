@@ -13,7 +13,8 @@ from pillarbox.admin import dead_letters
 from pillarbox.admin.dead_letters import FileProblem
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, reader
-from pillarbox.store.ledger import LedgerWriter, RedeliveredEntry
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger_entries import RedeliveredEntry
 from pillarbox.store.quota import SLACK_SHARE
 
 if TYPE_CHECKING:

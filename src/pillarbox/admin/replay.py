@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 from pillarbox.admin import dead_letters
 from pillarbox.admin.changes import BatchChange
 from pillarbox.admin.mend import InvalidReplayError
-from pillarbox.store import layout, ledger
+from pillarbox.store import layout
 from pillarbox.store.layout import Kind
+from pillarbox.store.ledger_entries import PurgedEntry, ReplayedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,8 +108,8 @@ class DeadLetterReplayer:
         else:
             self._directory.remove(name)
 
-    def _replayed_entry(self, batch: str, events: int) -> ledger.ReplayedEntry:
-        return ledger.ReplayedEntry(at_micros=self._clock.micros(), batch=batch, events=events)
+    def _replayed_entry(self, batch: str, events: int) -> ReplayedEntry:
+        return ReplayedEntry(at_micros=self._clock.micros(), batch=batch, events=events)
 
-    def _purged_entry(self, batch: str, events: int) -> ledger.PurgedEntry:
-        return ledger.PurgedEntry(at_micros=self._clock.micros(), batch=batch, kind="dead", events=events)
+    def _purged_entry(self, batch: str, events: int) -> PurgedEntry:
+        return PurgedEntry(at_micros=self._clock.micros(), batch=batch, kind="dead", events=events)

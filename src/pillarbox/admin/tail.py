@@ -15,8 +15,8 @@ from pillarbox.admin.gaps import GapDetector
 from pillarbox.admin.scan import files_by_batch, find_batch_files, read_first_available, scan_files, split_lines
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
-from pillarbox.store.filesystem import file_identity, open_file_identity
 from pillarbox.store.layout import Kind
+from pillarbox.store.os_filesystem import file_identity, open_file_identity
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator

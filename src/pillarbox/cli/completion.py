@@ -11,8 +11,8 @@ from pillarbox.cli.main import load_settings
 from pillarbox.clock import SystemClock
 from pillarbox.errors import PillarboxError
 from pillarbox.store import layout
-from pillarbox.store.filesystem import os_filesystem
 from pillarbox.store.layout import Kind
+from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def complete_batch(ctx: typer.Context, incomplete: str) -> list[str]:
     kinds = _KINDS.get(group or "", {Kind.DEAD, Kind.CORRUPT})
     try:
         settings = load_settings(ctx.params.get("config"), directory=ctx.params.get("directory"))
-        place = directory_at(settings.directory or ".", os_filesystem(), SystemClock())
+        place = directory_at(settings.directory or ".", local_filesystem(), SystemClock())
         return sorted({name for name in _batch_ids(place, kinds) if name.startswith(incomplete)})[:_COMPLETIONS_MAX]
     except (OSError, PillarboxError):
         return []

@@ -22,8 +22,8 @@ from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.outbox import Outbox
 from pillarbox.store import layout
-from pillarbox.store.filesystem import os_filesystem
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class CommandContext:
         self.settings: Settings = load_settings(config, **options)
         require_setting(self.settings, "directory", "DIR")
         self.clock = SystemClock()
-        self.directory = directory_at(self.settings.directory, os_filesystem(), self.clock)
+        self.directory = directory_at(self.settings.directory, local_filesystem(), self.clock)
         self.report = ChangeReport()
         self.item_lines: list[str] = []  # what is to be said of single items; at the end, lest a closed pipe ends the work
         self.heading = IdentityDecoder(self.settings.event_type)

@@ -31,8 +31,8 @@ from pillarbox.cli.context import (
 )
 from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app, err, out
 from pillarbox.errors import UsageError
-from pillarbox.store.filesystem import create_private_file, read_file
 from pillarbox.store.layout import Kind
+from pillarbox.store.os_filesystem import create_private_file, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

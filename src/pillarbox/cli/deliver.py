@@ -33,8 +33,8 @@ from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.exporters import MetricsExporters
 from pillarbox.hooks import Hooks
 from pillarbox.stats import SinkStats
-from pillarbox.store.filesystem import os_filesystem
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _deliver(
     settings: Settings, give_up_s: float | None, metrics: str | None, otlp: str | None, *, json: bool, quiet: bool
 ) -> int:
     clock = SystemClock()
-    place = directory_at(settings.directory, os_filesystem(), clock)
+    place = directory_at(settings.directory, local_filesystem(), clock)
     place.ensure_usable()
     shown = MetricsExporters(place, settings, clock, metrics, otlp)
     on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).report_dead_letter

@@ -31,7 +31,7 @@ from pillarbox.outcome import Durability  # noqa: TC001 - typer reads it
 from pillarbox.sinks import make_sink, redact_url
 from pillarbox.store import layout
 from pillarbox.store.directory import OTHERS_MASK, Directory
-from pillarbox.store.filesystem import exists, os_filesystem
+from pillarbox.store.os_filesystem import exists, local_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _destinations(settings: Settings) -> dict[str, str]:
 
 
 def _directory_findings(settings: Settings, clock: Clock) -> list[DoctorFinding]:
-    place = directory_at(settings.directory, os_filesystem(), clock)
+    place = directory_at(settings.directory, local_filesystem(), clock)
     limits = DoctorLimits(
         power=settings.durability == "power",
         max_bytes=settings.max_bytes,

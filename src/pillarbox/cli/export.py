@@ -29,7 +29,7 @@ from pillarbox.cli.options import (
     parse_event_filter,
 )
 from pillarbox.errors import UsageError
-from pillarbox.store.filesystem import atomic_output, exists
+from pillarbox.store.os_filesystem import atomic_output, exists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

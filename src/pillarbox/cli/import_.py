@@ -35,7 +35,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.errors import FileUnusableError, UsageError
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped
-from pillarbox.store.filesystem import file_identity, open_for_reading, os_filesystem
+from pillarbox.store.os_filesystem import file_identity, local_filesystem, open_for_reading
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def import_(
 
 
 def _is_outbox(source: str, kind: str) -> bool:
-    facts = None if source == "-" else os_filesystem().inspect_directory(source)
+    facts = None if source == "-" else local_filesystem().inspect_directory(source)
     is_directory = facts is not None and facts.is_directory
     if kind != "auto" and is_directory != (kind == "outbox"):
         raise UsageError(f"{source}: for --format {kind} name {'an outbox directory' if kind == 'outbox' else 'a file'}")
@@ -135,7 +135,7 @@ def _open_source_outbox(source: str, settings: Settings, heading: IdentityDecode
     if file_identity(source) == file_identity(settings.directory):
         raise UsageError(f"{source} is the outbox that the events would go into")
     clock = SystemClock()
-    other = directory_at(source, os_filesystem(), clock)
+    other = directory_at(source, local_filesystem(), clock)
     return EventExporter(other, clock, EventHeaderDecoder(settings.event_type), EventFilter(), heading, gate)
 
 
@@ -151,7 +151,7 @@ def _open_rejects(path: str | None) -> Iterator[Callable[[bytes], None]]:
     if path is None:
         yield lambda _raw: None
         return
-    filesystem = os_filesystem()
+    filesystem = local_filesystem()
     try:
         fd = filesystem.open_append(path)
     except (OSError, FileUnusableError) as error:

@@ -14,7 +14,7 @@ from pillarbox.cli.context import AllOption, BatchOption, CommandContext, LimitO
 from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app
 from pillarbox.errors import UsageError
 from pillarbox.store import layout
-from pillarbox.store.yielding import retention_directories
+from pillarbox.store.retention import retention_directories
 
 _SECOND_MICROS: Final = 1_000_000
 

@@ -29,9 +29,9 @@ from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
-from pillarbox.store import layout, request
-from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store import layout, sealer
 from pillarbox.store.layout import Kind
+from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class SealContext:
         settings = load_settings(config, directory=directory)
         require_setting(settings, "directory", "DIR")
         self.clock = SystemClock()
-        self.directory = directory_at(settings.directory, os_filesystem(), self.clock)
+        self.directory = directory_at(settings.directory, local_filesystem(), self.clock)
         self.started_at = self.clock.monotonic()
         self.deadline = self.started_at + timeout
         self.timeout = timeout
@@ -179,7 +179,7 @@ def seal_directory(site: SealContext) -> SealResult:
 
 def _request_seal(site: SealContext) -> None:
     try:
-        request.request_seal(site.directory, site.clock)
+        sealer.request_seal(site.directory, site.clock)
     except OSError as error:
         path = site.directory.path_of(layout.SEAL_REQUEST)
         raise DirectoryUnusableError(

@@ -15,8 +15,9 @@ from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.filesystem import os_filesystem
-from pillarbox.store.ledger import LedgerWriter, QueueRenamedEntry
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger_entries import QueueRenamedEntry
+from pillarbox.store.os_filesystem import local_filesystem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -171,7 +172,7 @@ def _log_rename(place: Directory, name: str, to: str) -> None:
 def _open_directory(directory: str | None, config: str | None) -> Directory:
     settings = load_settings(config, directory=directory)
     require_setting(settings, "directory", "DIR")
-    place = Directory(settings.directory, os_filesystem(), SystemClock())
+    place = Directory(settings.directory, local_filesystem(), SystemClock())
     try:
         place.disk_usage()
     except OSError as error:

@@ -14,7 +14,7 @@ import typer
 
 from pillarbox.cli.main import EventTypeOption, ExitCode, JsonOption, app, load_settings, out
 from pillarbox.errors import ConfigurationError, SinkUnusableError
-from pillarbox.store.filesystem import create_private_file, exists
+from pillarbox.store.os_filesystem import create_private_file, exists
 
 if TYPE_CHECKING:
     from pillarbox.sinks.spacetimedb.publish import PublishResult

@@ -13,7 +13,7 @@ from pillarbox.cli.context import printable
 from pillarbox.cli.main import ConfigOption, DirectoryOption, ExitCode, JsonOption, app, load_settings, out, require_setting
 from pillarbox.cli.watch import watch_until_stopped
 from pillarbox.clock import SystemClock
-from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 
 
@@ -35,7 +35,7 @@ def status(
     settings = load_settings(config, directory=directory)
     require_setting(settings, "directory", "DIR")
     clock = SystemClock()
-    place = directory_at(settings.directory, os_filesystem(), clock)
+    place = directory_at(settings.directory, local_filesystem(), clock)
     if watch:
         watch_until_stopped(place, clock, settings.durability, interval=interval, looks=looks, json=json)
         return ExitCode.DONE

@@ -24,13 +24,13 @@ from pillarbox.cli.main import (
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store import layout
-from pillarbox.store.audit import ReconciliationReport, reconcile, reconcile_queues
-from pillarbox.store.filesystem import os_filesystem
+from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
-from pillarbox.store.reconciliation import LedgerRow, Reconciliation
+from pillarbox.store.reconciliation import Reconciliation, ReconciliationReport, reconcile, reconcile_queues
 
 if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
+    from pillarbox.store.ledger_entries import LedgerRow
 
 _FIGURES: Final = ("accepted", "handed over", "delivered", "pending", "dead", "quarantined", "evicted")
 _NAMED_MAX: Final = 20  # batches that do not balance are named one by one up to here; all are in --json
@@ -61,7 +61,7 @@ def verify(
     """
     settings = load_settings(config, directory=directory)
     require_setting(settings, "directory", "DIR")
-    place = directory_at(settings.directory, os_filesystem(), SystemClock())
+    place = directory_at(settings.directory, local_filesystem(), SystemClock())
     try:
         found = _audit_all(place)
     except OSError as error:

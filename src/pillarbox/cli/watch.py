@@ -20,7 +20,7 @@ from pillarbox.cli.context import printable
 from pillarbox.cli.main import discard_stdout, interrupt_on_sigterm
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
-from pillarbox.store.ledger import SealedEntry, parse_ledger
+from pillarbox.store.ledger_entries import SealedEntry, parse_ledger
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock

@@ -17,7 +17,7 @@ from pillarbox.delivery.thread import ThreadRunner
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.stats import DeliveryCounters, State
 from pillarbox.store import layout
-from pillarbox.store.reconciliation import AdoptedEntry
+from pillarbox.store.ledger_entries import AdoptedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

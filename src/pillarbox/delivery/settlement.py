@@ -17,7 +17,7 @@ import msgspec
 from pillarbox.delivery.backoff import jitter
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from pillarbox.store.reconciliation import PurgedKind, SettledEntry
+from pillarbox.store.ledger_entries import PurgedKind, SettledEntry
 from pillarbox.store.retention import Retention
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from pillarbox.errors import FileUnusableError, SinkUnusableError
 from pillarbox.sinks.base import Misconfigured, Sink
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from pillarbox.store.reconciliation import AdoptedEntry
+from pillarbox.store.ledger_entries import AdoptedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -30,7 +30,7 @@ from pillarbox.sinks.base import (
     Retry,
     SinkCapabilities,
 )
-from pillarbox.store.filesystem import file_identity
+from pillarbox.store.os_filesystem import file_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

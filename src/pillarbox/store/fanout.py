@@ -18,7 +18,7 @@ from pillarbox.clock import yield_gil
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, reader
 from pillarbox.store.ledger import LedgerWriter
-from pillarbox.store.reconciliation import FAN_OUT_WRITER, AdoptedEntry, FannedOutEntry, SealedEntry
+from pillarbox.store.ledger_entries import FAN_OUT_WRITER, AdoptedEntry, FannedOutEntry, SealedEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pillarbox.outcome import Outcome
+    from pillarbox.store.append_hooks import AppendHooks
     from pillarbox.store.directory import Directory
-    from pillarbox.store.door import AppendHooks
     from pillarbox.store.segment import Segment
     from pillarbox.store.writer import Writer
 

@@ -12,46 +12,19 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from pillarbox.errors import FileUnusableError
-from pillarbox.store import layout, record
-from pillarbox.store.reconciliation import (
-    AdoptedEntry,
-    EvictedEntry,
+from pillarbox.store import layout
+from pillarbox.store.ledger_entries import (
     LedgerEntry,
     LostEntry,
-    PurgedEntry,
-    QueueRenamedEntry,
-    RedeliveredEntry,
-    RepairedEntry,
-    ReplayedEntry,
-    SealedEntry,
-    SettledEntry,
-    compact_entries,
+    encode_entries,
+    parse_ledger,
 )
+from pillarbox.store.reconciliation import compact_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
-
-__all__ = [
-    "AdoptedEntry",
-    "EvictedEntry",
-    "LedgerEntry",
-    "LedgerWriter",
-    "LostEntry",
-    "PurgedEntry",
-    "QueueRenamedEntry",
-    "RedeliveredEntry",
-    "RepairedEntry",
-    "ReplayedEntry",
-    "SealedEntry",
-    "SettledEntry",
-    "parse_ledger",
-]
 
 log = logging.getLogger("pillarbox")
 
@@ -59,8 +32,6 @@ COMPACT_BYTES: Final = 4 * 2**20  # beyond it what is over is summed up
 _BUFFER_ENTRIES_MAX: Final = 10_000  # entries in memory; more are lost, and counted as that
 _LOCK_TRIES: Final = 1000  # others hold the lock for microseconds, but while they condense
 _LOCK_PAUSE_S: Final = 0.001
-
-_decode = msgspec.json.Decoder(LedgerEntry).decode
 
 
 class LedgerWriter:
@@ -149,7 +120,7 @@ class LedgerWriter:
         fd = place.filesystem.append_locked(
             place.path_of(layout.LEDGER_LOCK),
             place.path_of(layout.LEDGER),
-            _encode_entries(entries),
+            encode_entries(entries),
             max_size=self._compact_at_bytes,
         )
         if fd is None:
@@ -178,7 +149,7 @@ class LedgerWriter:
         if not size:  # new, perhaps: what is synced in it is durable only under its name
             filesystem.sync_directory(self._directory.path)
         self._unsynced |= bool(entries)
-        self._append_to(fd, size, _encode_entries(entries))
+        self._append_to(fd, size, encode_entries(entries))
         self._drop_from_buffer(entries)
         if size >= self._compact_at_bytes:
             try:
@@ -216,7 +187,7 @@ class LedgerWriter:
             log.warning("%s: %d lines of the ledger cannot be read and are left out", self._directory.path, unread)
         self._directory.filesystem.sync_directory(self._directory.path)  # or the power brings back what is summed up
         there = {layout.batch_id(name) for name in self._directory.batch_names()}
-        anew = _encode_entries(compact_entries(entries, there, self._clock.micros()))
+        anew = encode_entries(compact_entries(entries, there, self._clock.micros()))
         self._directory.write_atomically(layout.LEDGER, anew)
         self._compact_at_bytes = max(COMPACT_BYTES, 2 * len(anew))
 
@@ -226,21 +197,3 @@ class LedgerWriter:
         elif self._logged_problem and not trouble:
             log.info("%s: the ledger is written again", self._directory.path)
         self._logged_problem = trouble
-
-
-def _encode_entries(entries: Iterable[LedgerEntry]) -> bytes:
-    return b"".join([record.line(msgspec.json.encode(entry)) for entry in entries])
-
-
-def parse_ledger(data: bytes) -> tuple[list[LedgerEntry], int]:
-    """What a ledger holds, and how many of its lines are none that this version knows."""
-    entries: list[LedgerEntry] = []
-    unread = 0
-    for line in data.split(b"\n"):
-        if not line or line.isspace():
-            continue
-        try:
-            entries.append(_decode(record.payload(line)))
-        except (record.DamagedRecordError, msgspec.DecodeError):
-            unread += 1
-    return entries, unread

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout
 from pillarbox.store.ledger import LedgerWriter
-from pillarbox.store.reconciliation import EvictedEntry
-from pillarbox.store.yielding import evict_delivered
+from pillarbox.store.ledger_entries import EvictedEntry
+from pillarbox.store.retention import evict_delivered
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

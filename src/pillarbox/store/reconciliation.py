@@ -6,179 +6,46 @@ carries, and what was found of the same file when it was settled or is looked at
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal
+import threading
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
+from pillarbox.errors import FileUnusableError
+from pillarbox.store import layout, reader
+from pillarbox.store.layout import Kind
+from pillarbox.store.ledger_entries import (
+    BATCH_ENTRIES,
+    EARLIER_WRITERS,
+    FAN_OUT_WRITER,
+    QUEUE_WRITERS,
+    REDELIVERY_WRITER,
+    UNKNOWN_WRITER,
+    AdoptedEntry,
+    EvictedEntry,
+    FannedOutEntry,
+    LedgerEntry,
+    LedgerRow,
+    LostEntry,
+    PurgedEntry,
+    QueueRenamedEntry,
+    RedeliveredEntry,
+    RepairedEntry,
+    ReplayedEntry,
+    SealedEntry,
+    SettledEntry,
+    SummaryEntry,
+    parse_ledger,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
-PurgedKind = Literal["dead", "quarantine"]
+    from pillarbox.store.directory import Directory
+
 RECENT_BATCHES_MAX: Final = 1000  # batches that are over and still kept one by one: a late or second entry must find them
 WRITERS_MAX: Final = 64  # kept one by one when summed up; those before are one row
-EARLIER_WRITERS: Final = "earlier writers"
-UNKNOWN_WRITER: Final = "unknown"
-REDELIVERY_WRITER: Final = "resent"  # stands for the writer of what was sent again on request
-FAN_OUT_WRITER: Final = "handed over"  # stands for the writer in the account of a queue
-QUEUE_WRITERS: Final = frozenset({FAN_OUT_WRITER, UNKNOWN_WRITER})  # whose what was handed over may be: an entry may be lost
-
-
-class _LedgerEntry(msgspec.Struct, frozen=True, tag_field="entry"):
-    at_micros: int
-
-
-class SealedEntry(_LedgerEntry, frozen=True, tag="sealed"):
-    """A writer sealed a file; `events` is its own count, None where it cannot be sure."""
-
-    batch: str
-    writer: str
-    events: int | None
-    bytes: int
-
-
-class AdoptedEntry(_LedgerEntry, frozen=True, tag="adopted"):
-    """Somebody sealed what a dead writer left: nobody counted."""
-
-    batch: str
-    writer: str
-
-
-class SettledEntry(_LedgerEntry, frozen=True, tag="settled"):
-    """The destination has all that it takes of a batch; `quarantined` counts spans of damaged bytes."""
-
-    batch: str
-    sink: str
-    delivered: int
-    duplicates: int
-    dead: int
-    quarantined: int
-    discarded: int = 0  # of the dead letters, those that were not kept, for want of room
-    discarded_spans: int = 0  # of the spans likewise
-
-
-class FannedOutEntry(_LedgerEntry, frozen=True, tag="shared"):
-    """A batch went into the queues of these sinks, each of which has an account of its own."""
-
-    batch: str
-    sinks: list[str]
-    events: int  # good records that were found in it
-    spans: int  # of damaged bytes
-
-
-class QueueRenamedEntry(_LedgerEntry, frozen=True, tag="renamed"):
-    """The queue of a sink is another's from now on; with `to` empty it is gone, and one of that name is a new one."""
-
-    sink: str
-    to: str
-
-
-class EvictedEntry(_LedgerEntry, frozen=True, tag="evicted"):
-    """A batch was given up for newer events."""
-
-    batch: str
-    events: int
-
-
-class ReplayedEntry(_LedgerEntry, frozen=True, tag="replayed"):
-    """Dead letters of a batch went in again: they are accepted once more, as a part of another batch."""
-
-    batch: str
-    events: int
-
-
-class RepairedEntry(_LedgerEntry, frozen=True, tag="repaired"):
-    """Records that were recovered from a batch's quarantine went in again."""
-
-    batch: str
-    events: int
-
-
-class RedeliveredEntry(_LedgerEntry, frozen=True, tag="resent"):
-    """A delivered file waits again on request, as a batch of its own: its events are accepted once more."""
-
-    batch: str  # what it is now
-    of: str  # what it was
-    events: int
-
-
-class PurgedEntry(_LedgerEntry, frozen=True, tag="purged"):
-    """What was set aside of a batch was given up: dead letters, or spans of damaged bytes."""
-
-    batch: str
-    kind: PurgedKind
-    events: int
-
-
-class LostEntry(_LedgerEntry, frozen=True, tag="lost"):
-    """So many entries could not be written and did not fit into memory."""
-
-    entries: int
-
-
-class LedgerRow(msgspec.Struct, kw_only=True):
-    """A writer's account, or all of them together; in events. Of a range, `_max` is the upper end."""
-
-    writer: str = ""
-    accepted: int = 0
-    accepted_max: int = 0
-    delivered: int = 0
-    pending: int = 0
-    pending_max: int = 0
-    dead: int = 0
-    quarantined: int = 0
-    quarantined_max: int = 0
-    evicted: int = 0
-    shared: int = 0  # handed over to the queues of several sinks
-    shared_max: int = 0
-    duplicates: int = 0  # of those delivered, what the destination had before
-    resent: int = 0  # delivered once more after a kill
-
-    def add(self, other: LedgerRow) -> None:
-        """Add another row's numbers to this one's."""
-        for field in NUMBERS:
-            setattr(self, field, getattr(self, field) + getattr(other, field))
-
-    @property
-    def accounted_range(self) -> tuple[int, int]:
-        """What the accepted must be equal to: the two ends."""
-        fixed = self.delivered + self.dead + self.evicted
-        low = fixed + self.pending + self.quarantined + self.shared
-        return low, fixed + self.pending_max + self.quarantined_max + self.shared_max
-
-
-NUMBERS: Final = tuple(field for field in LedgerRow.__struct_fields__ if field != "writer")
-
-
-class SummaryEntry(_LedgerEntry, frozen=True, tag="sum"):
-    """What is over, summed up: a row a writer, and what was mended."""
-
-    rows: list[LedgerRow]
-    replayed: int = 0
-    repaired: int = 0
-    purged_dead: int = 0
-    purged_quarantine: int = 0
-    lost: int = 0
-    wrong: int = 0  # events by which batches that are over did not balance
-    resent: int = 0  # on request
-    shared: dict[str, int] = {}  # events handed over, by sink
-
-
-BATCH_ENTRIES: Final = (SealedEntry, AdoptedEntry, SettledEntry, RedeliveredEntry, FannedOutEntry, EvictedEntry)
-LedgerEntry = (
-    SealedEntry
-    | AdoptedEntry
-    | SettledEntry
-    | FannedOutEntry
-    | QueueRenamedEntry
-    | EvictedEntry
-    | ReplayedEntry
-    | RepairedEntry
-    | RedeliveredEntry
-    | PurgedEntry
-    | LostEntry
-    | SummaryEntry
-)
 
 
 class FileCounts(msgspec.Struct, frozen=True):
@@ -459,3 +326,136 @@ def reconcile_entries(
         earlier_discrepancy=fold.discrepancy,
         discrepancies=wrong,
     )
+
+
+_ATTEMPTS: Final = 5  # what is out of step because somebody was at work is in step the next time
+_BETWEEN_ATTEMPTS_S: Final = 0.2
+_COUNTED_KINDS: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.DEAD})
+_UNREADABLE_COUNTS: Final = FileCounts(0, 1)  # how many records a file holds that cannot be read, nobody knows
+
+
+class ReconciliationReport(NamedTuple):
+    """What was found."""
+
+    reconciliation: Reconciliation
+    unread_entries: int  # lines of the ledger that this version does not know, or that are damaged
+    unreadable: list[str]  # files
+
+    @property
+    def balances(self) -> bool:
+        """Whether everything is accounted for; what cannot be read is not."""
+        return self.reconciliation.balances and not self.unreadable
+
+
+def reconcile_queues(
+    directory: Directory, outbox_report: ReconciliationReport, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> dict[str, ReconciliationReport]:
+    """The accounts of several sinks, by name, after the one of the directory they share. Raises `OSError`.
+
+    What was handed over to a sink must be in its account: who hands over writes there first. What else it has accepted, because
+    it was sent or went in again, says nothing of that.
+    """
+    found: dict[str, ReconciliationReport] = {}
+    for queue in directory.queues():
+        one = reconcile(queue, progress)
+        handed = sum(row.accepted_max for row in one.reconciliation.writers if row.writer in QUEUE_WRITERS)
+        missing = outbox_report.reconciliation.fanned_out.get(queue.sink, 0) - handed
+        if missing > 0:
+            one.reconciliation.discrepancies.append(
+                Discrepancy("", FAN_OUT_WRITER, missing, "handed over, and not in the account of the sink")
+            )
+        found[queue.sink] = one
+    return found
+
+
+def reconcile(directory: Directory, progress: Callable[[int, int], None] = lambda _done, _total: None) -> ReconciliationReport:
+    """The account of a directory; `progress(done, total)` is called with bytes that were read. Raises `OSError`."""
+    known: dict[str, FileCounts] = {}
+    found = _reconcile_once(directory, progress, known)
+    for _ in range(_ATTEMPTS - 1):
+        if found.balances:
+            break
+        threading.Event().wait(_BETWEEN_ATTEMPTS_S)
+        found = _reconcile_once(directory, progress, known)
+    return found
+
+
+def _reconcile_once(
+    directory: Directory, progress: Callable[[int, int], None], known_counts: dict[str, FileCounts]
+) -> ReconciliationReport:
+    """One look; sealed files never change, so that those in `known_counts`, which is added to, are not read again."""
+    before, _ = _read_entries(directory)
+    # Twice, as in `Directory.waiting`: what is compressed meanwhile must not be missing.
+    listing = sorted(dict(entry for _ in range(2) for entry in directory.filesystem.list_files(directory.path)).items())
+    total = sum(size for name, size in listing if layout.kind_of(name) in _COUNTED_KINDS)
+    found: dict[str, FileCounts] = {}
+    active: dict[str, FileCounts] = {}
+    dead: dict[str, int] = {}
+    unreadable: list[str] = []
+    done = 0
+    for name, size in listing:
+        kind = layout.kind_of(name)
+        if kind not in _COUNTED_KINDS:
+            continue
+        progress(done, total)
+        done += size
+        if name in known_counts:
+            found[layout.batch_id(name)] = known_counts[name]
+            continue
+        try:
+            if kind is Kind.SEALED:
+                known_counts[name] = found[layout.batch_id(name)] = _count_sealed(directory, name)
+                continue
+            data = _read_file(directory, name)
+        except FileNotFoundError:
+            continue
+        except (OSError, FileUnusableError):
+            unreadable.append(name)
+            data = None
+            if kind is Kind.SEALED:
+                found[layout.batch_id(name)] = _UNREADABLE_COUNTS
+        if kind is Kind.DEAD:
+            dead[layout.batch_id(name).removeprefix("dead-")] = 0 if data is None else data.count(b"\n")
+        elif kind is not Kind.SEALED:
+            writer = layout.writer_of(name)
+            active[name] = (
+                FileCounts(0, 1, writer) if data is None else _count_records(name, data[: data.rfind(b"\n") + 1], writer)
+            )
+    progress(total, total)
+    entries, unread = _read_entries(directory)
+    there = {name for name, _ in directory.filesystem.list_files(directory.path)}
+    still_active = [file for name, file in active.items() if name in there]
+    ignored = _batch_ids(entries) - _batch_ids(before) - found.keys()
+    settled = {entry.batch for entry in entries if isinstance(entry, (SettledEntry, FannedOutEntry, EvictedEntry))}
+    # Those of a batch that is not settled yet are written before the ledger has them.
+    kept = sum(count for batch, count in dead.items() if batch in settled or batch not in found)
+    return ReconciliationReport(reconcile_entries(entries, found, still_active, ignored, kept), unread, unreadable)
+
+
+def _read_entries(directory: Directory) -> tuple[list[LedgerEntry], int]:
+    return parse_ledger(directory.read_small_file(layout.LEDGER))
+
+
+def _batch_ids(entries: list[LedgerEntry]) -> set[str]:
+    return {entry.batch for entry in entries if isinstance(entry, BATCH_ENTRIES)}
+
+
+def _read_file(directory: Directory, name: str) -> bytes:
+    fd = directory.open_existing(name)
+    try:
+        return directory.filesystem.read_all(fd)
+    finally:
+        directory.filesystem.close(fd)
+
+
+def _count_sealed(directory: Directory, name: str) -> FileCounts:
+    try:
+        return _count_records(name, _read_file(directory, name))
+    except FileNotFoundError:  # gone, or compressed meanwhile
+        name = layout.compressed_name(name)
+        return _count_records(name, _read_file(directory, name))
+
+
+def _count_records(name: str, data: bytes, writer: str = "") -> FileCounts:
+    contents, _ = reader.read_file(name, data, lambda: None)
+    return FileCounts(len(contents.payloads), len(contents.damaged), writer)

@@ -11,10 +11,12 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, get_args
 
+import msgspec
+
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
+from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry
 from pillarbox.store.quota import QuotaEnforcer
-from pillarbox.store.reconciliation import AdoptedEntry, SealedEntry
-from pillarbox.store.request import REQUEST_POLL_S, SealRequestReader
 from pillarbox.store.segment import SealReason
 from pillarbox.store.writer import RETIRED_MAX
 
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory, LockedFile
     from pillarbox.store.group_commit import GroupCommitter
     from pillarbox.store.ledger import LedgerWriter
-    from pillarbox.store.segment import Segment
-    from pillarbox.store.syncing import UnsyncedLines
+    from pillarbox.store.segment import Segment, UnsyncedLines
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
@@ -334,3 +335,66 @@ class Sealer:
             with self._writer.lock:  # within it, a refusal may be counted and taken back
                 totals = dict(self._writer.dropped)
             self._on_drops(totals)
+
+
+REQUEST_POLL_S: Final = 0.25  # how long a request may lie unseen while a writer has something to seal
+_REQUEST_BYTES_MAX: Final = 4096  # of the file are looked at
+
+
+class SealRequest(msgspec.Struct, frozen=True):
+    """What `seal.request` holds: who asked, and when."""
+
+    id: str
+    at_micros: int
+
+
+class SealRequestReader:
+    """What a writer's sealer knows of the requests of others."""
+
+    def __init__(self, directory: Directory, clock: Clock) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._next_poll = 0.0
+        self._latest: bytes | None = None
+        self._handled: bytes | None = None
+
+    def has_new(self) -> bool:
+        """Whether somebody has asked since the last one was answered; looks seldom, and the first look tells what is old."""
+        now = self._clock.monotonic()
+        if now >= self._next_poll:
+            self._next_poll = now + REQUEST_POLL_S
+            self._read_request()
+        return self._latest != self._handled
+
+    def _read_request(self) -> None:
+        filesystem = self._directory.filesystem
+        try:
+            fd = filesystem.open_existing(self._directory.path_of(layout.SEAL_REQUEST))
+        except FileNotFoundError:
+            self._latest = b""
+        except (OSError, FileUnusableError):
+            return  # whoever asks is told so
+        else:
+            try:
+                self._latest = filesystem.read_at(fd, 0, _REQUEST_BYTES_MAX)
+            except OSError:
+                return
+            finally:
+                filesystem.close(fd)
+        if self._handled is None:
+            self._handled = self._latest
+
+    def mark_handled(self) -> None:
+        """What was asked for is under way."""
+        self._handled = self._latest
+
+
+def request_seal(directory: Directory, clock: Clock) -> None:
+    """Have all writers of the directory seal what they hold. Raises `FileUnusableError`, or the `OSError` of the disk."""
+    filesystem = directory.filesystem
+    request = SealRequest(directory.new_id(), clock.micros())
+    fd = filesystem.open_lock_file(directory.path_of(layout.SEAL_REQUEST))
+    try:
+        filesystem.overwrite(fd, msgspec.json.encode(request) + b"\n")
+    finally:
+        filesystem.close(fd)

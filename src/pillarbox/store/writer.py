@@ -21,17 +21,24 @@ from zlib import crc32
 from pillarbox._native import RECORD_TEMPLATE, WriterState, compile_enqueue
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
-from pillarbox.store.limits import SPARE_RECHECK_SHARE, WriterLimits, WriterProgress, drop_reason_of
-from pillarbox.store.segment import NO_FILE, Segment, end_of_last_line
-from pillarbox.store.syncing import SegmentSyncer
+from pillarbox.store.segment import (
+    NO_FILE,
+    SPARE_RECHECK_SHARE,
+    Segment,
+    SegmentSyncer,
+    WriterLimits,
+    WriterProgress,
+    drop_reason_of,
+    end_of_last_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import msgspec
 
+    from pillarbox.store.append_hooks import AppendHooks, EnqueueFunction
     from pillarbox.store.directory import Directory, LockedFile
-    from pillarbox.store.door import AppendHooks, EnqueueFunction
     from pillarbox.store.segment import SealReason
 
 __all__ = ["RETIRED_MAX", "SPARES_MAX", "Writer", "WriterLimits", "WriterProgress", "drop_reason_of"]

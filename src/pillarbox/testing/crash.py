@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store.dirscan import FileEntry, PortableScanOps
-from pillarbox.store.filesystem import DirectoryInfo, DiskSpace
-from pillarbox.store.onebyone import SequentialBatchOps
+from pillarbox.store.filesystem import DirectoryInfo, DiskSpace, SequentialBatchOps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.store.dirscan import PortableScanOps
-from pillarbox.store.onebyone import SequentialBatchOps
+from pillarbox.store.filesystem import SequentialBatchOps
 from pillarbox.testing.crash import CrashFilesystem
 
 if TYPE_CHECKING:

@@ -35,8 +35,8 @@ from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.delivery.state import STANDBY_REASON
 from pillarbox.errors import PillarboxError
 from pillarbox.hooks import Hooks
-from pillarbox.store.filesystem import os_filesystem
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class ParentReporter(logging.Handler):
         """Make the delivery that is told of; raises what the settings or the directory make it raise."""
         settings = decode_settings(setup.settings)
         clock = self._clock
-        place = directory_at(settings.directory, os_filesystem(), clock)
+        place = directory_at(settings.directory, local_filesystem(), clock)
         place.ensure_usable()
         place.seal_after(place.disk_usage().newest_sealed_at)
         self._hooks = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter)

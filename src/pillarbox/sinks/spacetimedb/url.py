@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import msgspec
 
 from pillarbox.errors import ConfigurationError
-from pillarbox.store.filesystem import read_file
+from pillarbox.store.os_filesystem import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
