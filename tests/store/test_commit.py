@@ -239,7 +239,7 @@ def test_a_sync_that_fails_is_not_tried_again_on_that_file(desk: Desk, code: int
     desk.filesystem.failures = [OSError(code, os.strerror(code))]
     with caplog.at_level(logging.ERROR):
         assert desk.committer.commit(numbered(2), 1) == ENQUEUED_POWER
-    assert "written anew" in caplog.text
+    assert "file rewritten" in caplog.text
     assert os.stat(desk.place.path_of(name)).st_ino != inode
     assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
     assert desk.writer._file.locked_file.name != name

@@ -400,12 +400,12 @@ def test_a_log_handler_that_enqueues_what_is_logged_here_neither_hangs_nor_loses
         stage.disk.error = errno.ENOSPC
         stage.put()
         stage.sealer.step()
-        assert "events are being dropped: disk_full" in handler.messages[-1]
+        assert "dropping events: disk_full" in handler.messages[-1]
         stage.sealer.step()
         stage.writer.rotate("manual")
         os.unlink(stage.place.path_of(stage.writer.retired[0].locked_file.name))
         stage.sealer.step()
-        assert any("was removed by somebody; written anew" in message for message in handler.messages)
+        assert any("was deleted externally; recreated" in message for message in handler.messages)
     finally:
         logger.removeHandler(handler)
     assert len(stage.accepted) == 1 + len(handler.messages)

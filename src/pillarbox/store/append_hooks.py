@@ -1,4 +1,4 @@
-"""The types of the hot path: what it is given, and what it is."""
+"""The types of the hot path: the callbacks that it needs, and the function that `Writer.build_enqueue` returns."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ if TYPE_CHECKING:
 
 
 class AppendHooks(NamedTuple):
-    """How the hot path gets from an event to its line, and whom it calls where that does not go straight on."""
+    """How the hot path encodes an event, and the functions that it calls where it cannot simply append."""
 
     encode: Callable[[Any], bytes]
     event_type: type
     event_bytes_max: int
-    is_power: Callable[[str], bool]  # raises: there is no such durability
-    raise_invalid: Callable[[Any, bytes], None]  # raises: the event is of the wrong type or too large
+    is_power: Callable[[str], bool]  # raises `ConfigurationError` for an unknown durability
+    raise_invalid: Callable[[Any, bytes], None]  # raises `InvalidEventError`: the event has the wrong type or is too large
     drop_invalid: Callable[[Any, Exception], Outcome]
-    append_unstarted: Callable[[bytes, int], Outcome]  # this writer does not accept: it has not begun, or is a forked parent's
-    commit: Callable[[bytes], Outcome]  # instead of appending
-    power_by_default: bool  # whether that is what a call gets that does not say
+    # for a writer that is not started, or that belongs to the parent of a forked process
+    append_unstarted: Callable[[bytes, int], Outcome]
+    commit: Callable[[bytes], Outcome]  # called instead of appending where the event must be durable
+    power_by_default: bool  # whether a call without `durability` asks for "power"
 
 
 class EnqueueFunction(Protocol):
-    """What `Writer.build_enqueue` builds."""
+    """What `Writer.build_enqueue` returns."""
 
     def __call__(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
         """Store one event."""

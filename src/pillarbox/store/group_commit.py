@@ -1,13 +1,13 @@
-"""Group commit: who asks for `durability="power"` waits for a write and a sync that serve all who wait at that moment.
+"""Group commit: callers with `durability="power"` share one write and one sync with all who wait at that moment.
 
-One of the waiting threads leads: it appends everybody's lines, syncs the files that they went to, hands the lead on and wakes
-the others. So an event waits for two rounds at most, the one that is under way and its own. Coroutines cannot lead; where
-nobody else does, a thread of ours leads for them, and wakes with one callback all of a group that belong to one event loop.
-Nobody holds the writer's lock while syncing.
+One of the waiting threads is the leader. It appends the lines of all, syncs the segments, passes leadership on, and wakes the
+others. So an event waits for at most two rounds: the one that is under way, and its own. A coroutine cannot lead; where no
+thread does, a helper thread leads for coroutines, and wakes all of one event loop with one callback. Nobody holds the writer's
+lock while syncing.
 
-An interrupt may strike anywhere. A leader that is cut short hands the lead on, and whoever is next answers those for whom it
-is unknown how far they came; should even that be cut short, threads that wait look each second whether the leader is at work,
-and our thread is called for the coroutines.
+An interrupt may strike anywhere. A leader that is interrupted passes leadership on; the next leader drops the events of which
+it is unknown whether they were appended. Should even that be interrupted, waiting threads check once a second whether the
+leader still runs, and the helper is woken for coroutines.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-QUEUED_BYTES_MAX: Final = 64 * 2**20  # lines in memory that nobody has begun to append; above, would_block
-_LEADER_CHECK_S: Final = 1.0  # before somebody who waits looks whether the leader is still at work
+# lines in memory that nobody has begun to append; beyond it events are dropped with would_block
+QUEUED_BYTES_MAX: Final = 64 * 2**20
+_LEADER_CHECK_S: Final = 1.0  # after so long a waiting thread checks whether the leader still runs
 _NO_LEADER: Final = 0
 
 
 class _WaitingThread:
-    """A thread that waits: for its outcome, or to lead."""
+    """A thread that waits for its outcome, or to lead."""
 
     __slots__ = ("events", "lines", "lock", "next_to_wake", "outcome")
 
@@ -57,24 +58,22 @@ class _WaitingThread:
         self.events = events
         self.lock = _acquired_lock()
         self.outcome: Outcome | None = None
-        self.next_to_wake: _WaitingThread | None = (
-            None  # whom it wakes when it is woken: all at once would fight for the interpreter
-        )
+        self.next_to_wake: _WaitingThread | None = None  # which thread it wakes; all at once would compete for the GIL
 
 
-_PendingCommit = _WaitingThread | CommitFuture  # who waits, with whole lines, and how many events they are
+_PendingCommit = _WaitingThread | CommitFuture  # a waiting caller, its whole lines, and the number of events in them
 
 
 class _AppendGroup(NamedTuple):
-    """Entries that are appended together."""
+    """Commits that are appended with one write."""
 
     entries: list[_PendingCommit]
     lines: bytes
     events: int
-    loop: asyncio.AbstractEventLoop | EllipsisType | None  # of all; None where they are threads, ... where it is not one
+    loop: asyncio.AbstractEventLoop | EllipsisType | None  # of all commits; None for threads, ... for several loops
 
     def by_loop(self) -> Iterator[tuple[asyncio.AbstractEventLoop | None, list[_PendingCommit]]]:
-        """The entries of each loop."""
+        """The commits of each loop."""
         if self.loop is not ...:
             yield self.loop, self.entries[:]
             return
@@ -83,15 +82,15 @@ class _AppendGroup(NamedTuple):
 
 
 class _AppendedGroup(NamedTuple):
-    """A party that was appended."""
+    """An `_AppendGroup` that was appended."""
 
     group: _AppendGroup
     segment: Segment
-    end: int  # how many bytes of the file must be durable
+    end: int  # so many bytes of the segment must be durable
 
 
 class _LoopResults:
-    """Coroutines of one loop that have the same outcome; who was woken has left the list."""
+    """Coroutines of one loop that get the same outcome. Those that were woken have left the list."""
 
     __slots__ = ("loop", "outcome", "waiters")
 
@@ -102,26 +101,27 @@ class _LoopResults:
 
 
 class GroupCommitter:
-    """Appends to a `Writer` and answers when that is durable. Of one process; safe to share between threads and loops."""
+    """Appends to a `Writer`, and answers once that is durable. Of one process; shared between threads and event loops."""
 
     def __init__(self, directory: Directory, writer: Writer) -> None:
         self._directory = directory
         self._writer = writer
         self._lock = writer.lock
-        self._queue: list[_PendingCommit] = []  # anybody appends; whoever leads takes from its front
-        self._queued_bytes = 0  # roughly: it is counted without a lock, and set right by each leader
-        self._appending: list[_PendingCommit] = []  # by the leader, at this moment
+        self._queue: list[_PendingCommit] = []  # any thread appends to it; only the leader takes from its front
+        self._queued_bytes = 0  # approximate: counted without a lock, and reset by each leader
+        self._appending: list[_PendingCommit] = []  # what the leader is appending at this moment
         self._appended: list[_AppendedGroup] = []  # appended, and not known to be durable
-        self._unwoken: deque[_LoopResults] = deque()  # and not woken
+        self._unwoken: deque[_LoopResults] = deque()  # answered, and not woken yet
         self._leader = _NO_LEADER
-        self._threads_inside: set[int] = set()  # threads that are in here
+        self._threads_inside: set[int] = set()  # threads that are in `commit`
         self._helper: threading.Thread | None = None
         self._helper_lock = _acquired_lock()
 
     def commit(self, lines: bytes, events: int) -> Outcome | None:
-        """Append whole lines and wait until they are durable; None before the writer has started.
+        """Append whole lines and wait until they are durable. None before the writer has started.
 
-        A signal handler that interrupts this thread in here, or while it appends, is refused: it would wait for itself.
+        A signal handler that interrupts this thread in here, or in an append, gets `Dropped("would_block")`: it would wait for
+        itself.
         """
         writer = self._writer
         me = threading.get_ident()
@@ -147,10 +147,11 @@ class GroupCommitter:
             self._threads_inside.discard(me)
             cut_short = turn.outcome is None
             if cut_short:
-                turn.outcome = DROPPED["io_error"]  # nobody waits for it: the lead is not to be handed to it
+                turn.outcome = DROPPED["io_error"]  # nobody waits for it: leadership must not be passed to it
             if turn.next_to_wake is not None:
                 _release_lock(turn.next_to_wake.lock)
-            # Cut short while leading, handing on or waking, or handed the lead: threads that wait see to that themselves.
+            # Interrupted while leading, passing leadership or waking, or after leadership was passed to it: threads that wait
+            # notice that themselves.
             if self._unwoken or ((cut_short or self._leader == me) and self._has_waiting_coroutines()):
                 self._wake_helper()
         return turn.outcome
@@ -158,9 +159,11 @@ class GroupCommitter:
     def build_start_commit(
         self, door: AppendHooks, start_commit_slowly: Callable[[bytes], CommitFuture | Outcome]
     ) -> Callable[[Any], CommitFuture | Outcome]:
-        """`start_commit` with all before it: event -> line -> what is to be awaited; one closure, as `Writer.build_enqueue`.
+        """Build the hot path of coroutines: encode an event, make a record of it, and queue it.
 
-        Lines that it does not simply take it hands to `start_commit_slowly`.
+        One closure, as `Writer.build_enqueue`.
+
+        It passes records to `start_commit_slowly` where it cannot simply queue them.
         """
         writer = self._writer
         queue, limit, helper_turn = self._queue, QUEUED_BYTES_MAX, self._helper_lock
@@ -172,7 +175,7 @@ class GroupCommitter:
                 payload = encode(event)
                 if type(event) is not event_type or len(payload) > bytes_max:
                     door.raise_invalid(event, payload)
-            except Exception as error:  # noqa: BLE001 - whatever an event does when encoded, the caller goes on
+            except Exception as error:  # noqa: BLE001 - an event may raise anything when it is encoded; the caller continues
                 return door.drop_invalid(event, error)
             lines = encode_record(payload)
             size = self._queued_bytes + len(lines)
@@ -188,7 +191,7 @@ class GroupCommitter:
         return begin
 
     def start_commit(self, lines: bytes, events: int) -> CommitFuture | Outcome | None:
-        """`commit`, for a coroutine: what it is to await. Cancelled, what is queued or appended stays."""
+        """`commit` for a coroutine: returns what it awaits. If that is cancelled, queued or appended lines stay."""
         writer = self._writer
         size = self._queued_bytes + len(lines)
         if size > QUEUED_BYTES_MAX:
@@ -203,20 +206,20 @@ class GroupCommitter:
         return waiter
 
     def unsynced_lines(self, file: Segment) -> list[tuple[int, bytes]]:
-        """What waits in memory for the sync of a file: offsets and lines."""
+        """The lines of a segment that are in memory and not yet synced, with their offsets."""
         with self._lock:
             return [
                 (chunk.end - len(chunk.group.lines), chunk.group.lines) for chunk in self._appended if chunk.segment is file
             ]
 
     def _has_waiting_coroutines(self) -> bool:
-        """Whether any waits that is not answered."""
+        """Whether a coroutine waits that is not answered."""
         with self._lock:
             entries = [*self._unanswered(), *self._queue]
         return any(entry.loop is not None for entry in entries)
 
     def _unanswered(self) -> list[_PendingCommit]:
-        """Those whose lines a leader has begun to append, and has not answered. With the lock."""
+        """The commits that a leader has begun to append and has not answered. With the lock held."""
         return [*self._appending, *(entry for chunk in self._appended for entry in chunk.group.entries)]
 
     def _try_to_lead(self, me: int) -> bool:
@@ -229,13 +232,13 @@ class GroupCommitter:
             return True
 
     def _run_round(self) -> None:
-        """One round."""
+        """Lead one round."""
         woken: list[_WaitingThread] = []
         troubles: list[str] = []
         try:
             self._fail_interrupted_group(woken)
             self._append_all(woken)
-            self._wake_loops()  # with what the round before has left: they go on while this one syncs
+            self._wake_loops()  # those of the round before: they continue while this one syncs
             troubles = self._sync_all(woken)
         finally:
             self._pass_leadership()
@@ -244,7 +247,7 @@ class GroupCommitter:
             log.error("%s", trouble)
 
     def _fail_interrupted_group(self, woken: list[_WaitingThread]) -> None:
-        """From a leader that was cut short: answer those of whom nobody knows how far they came."""
+        """After a leader that was interrupted: drop the events of which it is unknown whether they were appended."""
         if self._appending:
             known = {id(entry) for chunk in self._appended for entry in chunk.group.entries}
             known.update(map(id, self._queue))
@@ -253,18 +256,18 @@ class GroupCommitter:
             self._appending = []
 
     def _append_all(self, woken: list[_WaitingThread]) -> None:
-        """Append what is queued, as many lines at a time as a file takes."""
-        left = len(self._queue)  # who comes meanwhile, comes with the next round
+        """Append what is queued, as many lines at a time as fit into a segment."""
+        left = len(self._queue)  # later callers are in the next round
         self._queued_bytes = 0
         while left:
             with self._lock:
                 party = _AppendGroup(*gather_group(self._queue, left, *self._writer.batch_room()))
                 self._appending = party.entries
-                del self._queue[: len(party.entries)]  # after they are noted: cut short in between, they are in both
+                del self._queue[: len(party.entries)]  # after `_appending` was set: an interrupt in between leaves them in both
                 left -= len(party.entries)
                 refused = self._append_group(party)
             if refused is not None and len(party.entries) > 1:
-                # One line may fit where all of them do not.
+                # One commit may fit where all of them do not.
                 for at, entry in enumerate(party.entries, 1):
                     one = _append_group_of([entry])
                     self._assign_results(one, self._append_group(one), woken)
@@ -274,7 +277,7 @@ class GroupCommitter:
             self._appending = []
 
     def _append_group(self, party: _AppendGroup) -> Outcome | None:
-        """Append a party with one write; what it is refused for, or None."""
+        """Append a group with one write. Returns the outcome where it was dropped, or None."""
         with self._lock:
             outcome, file = self._writer.append_unsynced(party.lines, party.events)
             if outcome is not ENQUEUED:
@@ -283,12 +286,12 @@ class GroupCommitter:
             return None
 
     def _sync_all(self, woken: list[_WaitingThread]) -> list[str]:
-        """Make durable what was appended, and answer, file by file. Returns what there is to be logged."""
+        """Make durable what was appended, and answer it, segment by segment. Returns messages to log."""
         troubles: list[str] = []
         files = dict.fromkeys(chunk.segment for chunk in self._appended)
-        nameless: OSError | None = None  # the sync of the directory, of which there is one, has failed
+        nameless: OSError | None = None  # set once the sync of the directory has failed
         for file in files:
-            self._wake_loops()  # of the file before: they go on while this one is synced
+            self._wake_loops()  # those of the segment before: they continue while this one is synced
             chunks = [chunk for chunk in self._appended if chunk.segment is file]
             refused: OSError | None = None
             try:
@@ -310,19 +313,19 @@ class GroupCommitter:
         return [trouble for trouble in troubles if trouble]
 
     def _sync_names(self, files: Iterable[Segment]) -> OSError | None:
-        """Make the names of files durable; what that failed of, or None."""
+        """Sync the directory, so that the names of the segments are durable. Returns the error, or None."""
         before = [(file, file.locked_file) for file in files]
         try:
             self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
             return error
         for file, taken in before:
-            if file.locked_file is taken:  # or the sealer has written it anew meanwhile
+            if file.locked_file is taken:  # it is not where the sealer has rewritten the segment meanwhile
                 file.name_durable = True
         return None
 
     def _assign_results(self, party: _AppendGroup, outcome: Outcome | None, woken: list[_WaitingThread]) -> None:
-        """Note an outcome; None is none yet. Of threads the first goes to `woken`: it wakes the next, and so on."""
+        """Set the outcome of commits; None means not yet. The first thread goes to `woken`, and each thread wakes the next."""
         if outcome is None:
             return
         if isinstance(outcome, Dropped):
@@ -332,14 +335,14 @@ class GroupCommitter:
                 self._unwoken.append(_LoopResults(loop, cast("list[CommitFuture]", entries), outcome))
                 continue
             turns = cast("list[_WaitingThread]", entries)
-            for before, turn in pairwise(turns):  # first: who happens to look sees its outcome, leaves, and wakes the next
+            for before, turn in pairwise(turns):  # set first: a thread that sees its outcome leaves, and wakes the next
                 before.next_to_wake = turn
             for turn in turns:
                 turn.outcome = outcome
             woken += turns[:1]
 
     def _pass_leadership(self) -> None:
-        """Let somebody lead who waits: before the group is woken, so that the next sync begins at once."""
+        """Let a waiting caller lead. Called before the group is woken, so that the next sync begins at once."""
         with self._lock:
             self._leader = _NO_LEADER
             # Others append to the queue at this moment; nobody takes from it without the lock.
@@ -352,29 +355,29 @@ class GroupCommitter:
                 self._wake_helper()
 
     def _wake_waiters(self, woken: list[_WaitingThread]) -> None:
-        """Wake those who are answered: a group of coroutines at once; threads one after another, of each party the first."""
+        """Wake the callers that have an outcome: the coroutines of a loop at once, and of each group the first thread."""
         for turn in woken:
             _release_lock(turn.lock)
-        # Coroutines hold the interpreter lock from the first to the last: the next round appends before, in a moment.
+        # Woken coroutines hold the GIL until all have run: a leader that has more to append does that first.
         if not (self._queue and threading.current_thread() is self._helper):
             self._wake_loops()
 
     def _wake_loops(self) -> None:
         while self._unwoken:
-            with contextlib.suppress(IndexError, ValueError):  # another leader wakes it too: twice is as once
+            with contextlib.suppress(IndexError, ValueError):  # another leader may wake them too; that is harmless
                 group = self._unwoken[0]
                 with contextlib.suppress(RuntimeError):  # the loop is closed
                     group.loop.call_soon_threadsafe(_wake_group, group)
                 self._unwoken.remove(group)
 
     def _wake_helper(self) -> None:
-        """Have our thread lead: the first who waits is a coroutine."""
+        """Have the helper thread lead: the first waiting caller is a coroutine."""
         if self._helper is None:
             with self._lock:
                 if self._helper is None:
                     helper = threading.Thread(target=self._run_helper, name="pillarbox-committer", daemon=True)
                     helper.start()
-                    self._helper = helper  # once it is: where none can be had, the next caller tries again
+                    self._helper = helper  # after it has started: if no thread can be started, the next caller tries again
         _release_lock(self._helper_lock)
 
     def _run_helper(self) -> None:
@@ -396,7 +399,7 @@ def _wake_group(group: _LoopResults) -> None:
     try:
         resolve_futures(group.waiters, group.outcome)
     finally:
-        if group.waiters:  # one of the tasks raised what ends the loop, or this round of it
+        if group.waiters:  # a task has raised an exception that ends this round of the loop, or the loop
             group.loop.call_soon(_wake_group, group)
 
 
@@ -407,6 +410,6 @@ def _acquired_lock() -> LockType:
 
 
 def _release_lock(lock: LockType) -> None:
-    """Let whoever waits for a lock go on; twice is as once."""
+    """Release a lock that somebody waits for. Idempotent."""
     with contextlib.suppress(RuntimeError):
         lock.release()

@@ -143,7 +143,7 @@ class QuotaEnforcer:
         try:
             account = self._directory.disk_usage()
         except FileNotFoundError:
-            log.error("%s was removed by somebody; made anew", self._directory.path)  # noqa: TRY400 - the trace says nothing
+            log.error("%s was removed by somebody; made anew", self._directory.path)  # noqa: TRY400 - a traceback adds nothing
             self._directory.filesystem.make_directory(self._directory.path)
             account = self._directory.disk_usage()
         self._writer.correct_pending(before, account.pending_bytes, account.pending_files)

@@ -1,7 +1,7 @@
-"""The thread that syncs, renames, syncs the directory, seals by age, keeps spare files ready and has the limits looked after.
+"""Seals retired segments, in a thread of its own: syncs, renames, keeps spares ready, seals by age, and has limits enforced.
 
-Everything that could make a caller wait happens here. `step` does one round and says when the next is due; the thread only
-calls it, so that a test can do the same with a clock of its own.
+Everything that could make a caller of `enqueue` wait happens here. `step` does one round and returns when the next is due. The
+thread only calls it, so a test can do the same with a clock of its own.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-AGE_STRETCHED_MAX_S: Final = 60.0  # while files wait anyway, new ones are made this seldom at the least
-# After sealing, how long to let more files fill up. Each system call here may cost a caller of `enqueue` a switch of threads,
-# 30 us or so on two cores: several files in one round share many of them.
+AGE_STRETCHED_MAX_S: Final = 60.0  # the longest stretched interval, unless `flush_interval` is longer
+# How long segments may gather after a round that sealed some. Each system call here may cost a caller of `enqueue` a switch of
+# threads, about 30 us on two cores; segments that are sealed in one round share many of the calls.
 _PACE_S: Final = 0.03
-_PACE_EVICTING_S: Final = 0.01  # where a round also makes the room that callers need
-_RETRY_S: Final = 1.0  # after the disk refused a rename
+_PACE_EVICTING_S: Final = 0.01  # with eviction, where a round also makes the room that callers need
+_RETRY_S: Final = 1.0  # after an error of the disk
 
 
 def stretched_flush_interval(flush_interval: float, waiting: int) -> float:
-    """Seconds after which the active file is sealed by age while `retired_segments` sealed files are not yet delivered."""
+    """The seconds after which the active segment is sealed by age while so many sealed files are not yet delivered."""
     return min(max(AGE_STRETCHED_MAX_S, flush_interval), flush_interval * 2.0 ** min(waiting, 16))
 
 
 class SealerInbox:
-    """What wakes the thread of a `Sealer`: a writer that has work for it, or a caller who waits for a round."""
+    """Wakes the thread of a `Sealer`: for work of a writer, or for a caller who waits for a round."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[threading.Event | None] = SimpleQueue()  # its `put` is re-entrant, and takes no lock of ours
+        self._queue: SimpleQueue[threading.Event | None] = SimpleQueue()  # `put` is re-entrant, and takes no lock of ours
 
     def wake(self) -> None:
-        """There is work. Quick and re-entrant."""
+        """Report work. Quick and re-entrant."""
         self._queue.put(None)
 
     def add_ticket(self, ticket: threading.Event) -> None:
@@ -60,7 +60,7 @@ class SealerInbox:
         self._queue.put(ticket)
 
     def wait(self, timeout_s: float, gather_s: float) -> list[threading.Event]:
-        """Wait for work, then for more of it to gather; the tickets that came. A ticket ends both waits."""
+        """Wait for work, then for more of it to gather. Returns the tickets that came; a ticket ends both waits."""
         tickets: list[threading.Event] = []
         for wait in (timeout_s, gather_s):
             if not wait or tickets:
@@ -72,16 +72,16 @@ class SealerInbox:
             if ticket is not None:
                 tickets.append(ticket)
         while not self._queue.empty():
-            ticket = self._queue.get_nowait()  # only this thread takes from it
+            ticket = self._queue.get_nowait()  # only this thread takes from the queue
             if ticket is not None:
                 tickets.append(ticket)
         return tickets
 
 
 class Sealer:
-    """Seals what a `Writer` retires. `on_sealed()` is called from its thread after files got their sealed names.
+    """Seals what a `Writer` retires. `on_sealed()` is called from its thread after segments were sealed.
 
-    So is `on_drops(totals)`, with how many events were refused so far by reason, in every round and at the end.
+    `on_drops(totals)` is called from it in every round and at the end, with the number of dropped events by reason.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Sealer:
         self._seal_requests = SealRequestReader(directory, clock)
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._unrecorded: list[SealedEntry] = []  # of files whose names are not durable yet
-        self._pace = 0.0  # seconds for which the next look lets files gather
+        self._unrecorded: list[SealedEntry] = []  # sealed, with names that are not durable yet
+        self._pace = 0.0  # seconds for which the next wait lets segments gather
         self._pace_s = _PACE_EVICTING_S if evicts else _PACE_S
         self._unsynced_lines: UnsyncedLines = (lambda _: ()) if committer is None else committer.unsynced_lines
-        self._syncs_spare_names = syncs_spare_names  # before they are used, for `durability="power"`
+        self._syncs_spare_names = syncs_spare_names  # for `durability="power"`
         self._sync_at_once = (
             1 if syncs_spare_names else RETIRED_MAX
-        )  # files synced in one call; who waits for one of them waits for all
+        )  # segments synced in one call; whoever waits for one of them waits for all
         self._active_since: tuple[str, float] | None = None
         self._logged_drops = dict(writer.dropped)
         self._reasons_dropping: set[str] = set()
@@ -127,13 +127,13 @@ class Sealer:
         self.sealed: dict[str, int] = dict.fromkeys(get_args(SealReason), 0)
 
     def start(self) -> None:
-        """Begin to work, in a thread."""
-        self._seal_requests.has_new()  # what was asked for before is not meant for this writer
+        """Start the thread."""
+        self._seal_requests.has_new()  # earlier requests are not for this writer
         self._thread = threading.Thread(target=self._run, name="pillarbox-sealer", daemon=True)
         self._thread.start()
 
     def seal_now(self, reason: SealReason, timeout: float) -> bool:
-        """Retire the active file and wait until everything retired so far is sealed; False when that took too long."""
+        """Retire the active segment and wait until everything retired so far is sealed. False after `timeout` seconds."""
         if not self._writer.rotate(reason):
             return False
         last = self._writer.retired_segments()[-1:]
@@ -142,7 +142,7 @@ class Sealer:
         return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.retired_segments())
 
     def stop(self, timeout: float) -> bool:
-        """Seal what is there and end; False when that took too long."""
+        """Seal what is left and end the thread. False where it has not ended after `timeout` seconds."""
         self._stopping = True
         self._inbox.wake()
         if self._thread is not None:
@@ -162,7 +162,7 @@ class Sealer:
         self.seal_remaining()
 
     def adopt_segments(self) -> None:
-        """Seal what dead writers left, before anything of ours is."""
+        """Seal the segments of dead writers, before any of this writer's."""
         try:
             adopted = self._directory.recover()
         except OSError as error:
@@ -176,11 +176,15 @@ class Sealer:
             )
         if adopted:
             self._write_ledger()
-            log.info("%s: adopted %d files that an earlier writer left", self._directory.path, len(adopted))
+            files = "file" if len(adopted) == 1 else "files"
+            log.info("%s: recovered %d %s of dead writers", self._directory.path, len(adopted), files)
             self._on_sealed()
 
     def step(self) -> float:
-        """One round: spare, age, sync and rename, count. Returns seconds until the next is due, if nothing happens before."""
+        """Do one round: create spares, seal by age, sync and rename, enforce the limits.
+
+        Returns the seconds until the next is due.
+        """
         trouble = ""
         try:
             trouble = self._create_spares(self._writer.poll_for_sealer())
@@ -198,7 +202,10 @@ class Sealer:
         return wait
 
     def _create_spares(self, count: int) -> str:
-        """Have files ready; what goes wrong with that must not keep from sealing, which is what makes room."""
+        """Create spares and give them to the writer.
+
+        An error is returned, not raised: sealing, which makes room, must go on.
+        """
         if count <= 0:
             return ""
         spares, error = self._writer.create_spares(count)
@@ -208,20 +215,21 @@ class Sealer:
                 self._directory.filesystem.sync_directory(self._directory.path)
             except OSError as failed:
                 error, entered = failed, False
-        # At once, here and below: a caller of `enqueue` in its system call holds the writer's lock, and both sides pay.
+        # Spares are added at once, here and below: a caller of `enqueue` in its system call holds the writer's lock, and both
+        # sides pay for each switch.
         if spares:
             for file in self._writer.add_spares(spares, names_durable=entered):
                 self._remove_empty(file)
         return "" if error is None else str(error)
 
     def seal_remaining(self) -> None:
-        """Seal what is there and remove what is empty; the writer accepts nothing more."""
+        """Seal everything, and remove empty segments. The writer accepts nothing more."""
         empty = self._writer.close()
         try:
             self._seal_retired()
         except OSError as error:
-            log.error("%s: not sealed at the end, the next start adopts it: %s", self._directory.path, error)  # noqa: TRY400 - the trace says nothing
-            for left in self._writer.retired_segments():  # whoever adopts it may be in this process
+            log.error("%s: not sealed at the end; recovered at the next start: %s", self._directory.path, error)  # noqa: TRY400 - a traceback adds nothing
+            for left in self._writer.retired_segments():  # they may be recovered in this process
                 self._directory.filesystem.close(left.locked_file.fd)
         for file in empty:
             self._remove_empty(file)
@@ -233,7 +241,7 @@ class Sealer:
             if filesystem.size(file.fd) == 0:
                 self._directory.remove(file.name)
         except OSError as error:
-            log.warning("%s: not removed, the next start does it: %s", file.name, error)
+            log.warning("%s: an empty segment could not be removed; the next start removes it: %s", file.name, error)
         filesystem.close(file.fd)
 
     def _seal_by_age(self) -> float:
@@ -248,8 +256,8 @@ class Sealer:
         waiting = self._writer.pending_files - 1 - len(self._writer.retired)
         left = self._active_since[1] + stretched_flush_interval(self._flush_interval, waiting) - now
         if left > 0:
-            # While the interval is stretched, look again after the plain one: the files may be gone by then. And while there is
-            # something to seal, somebody may ask for it.
+            # While the interval is stretched, check again after the plain one: fewer files may wait by then. And while there is
+            # something to seal, poll for requests.
             return min(left, self._flush_interval, REQUEST_POLL_S)
         self._writer.rotate("flush_interval")
         return self._flush_interval
@@ -258,7 +266,7 @@ class Sealer:
         retired = self._writer.retired_segments()
         if not retired:
             due = self._directory.retry_name_sync()
-            if due or self._unrecorded:  # whoever adopts may have synced the names
+            if due or self._unrecorded:  # recovery by another thread may have synced the names
                 self._record_sealed()
             if due:
                 self._on_sealed()
@@ -272,7 +280,8 @@ class Sealer:
             now = self._clock.micros()
             for sealed, name in zip(retired[done : done + len(names)], names, strict=True):
                 self.sealed[sealed.seal_reason] += 1
-                # Where a refused part could not be cut off, more may be in it than was accepted: whoever reads it counts.
+                # With leftover bytes that could not be cut off, the file may hold more events than were accepted: whoever reads
+                # it counts them.
                 events = None if sealed.has_leftover else sealed.events
                 writer = layout.writer_of(sealed.locked_file.name)
                 self._unrecorded.append(SealedEntry(now, layout.batch_id(name), writer, events, sealed.bytes))
@@ -288,7 +297,10 @@ class Sealer:
         self._on_sealed()
 
     def _record_sealed(self) -> None:
-        """Behind the sync of the names: what the ledger says was sealed must not be another batch when the power comes back."""
+        """Write the ledger entries of what was sealed.
+
+        The names were synced before: after a power loss a batch must not have another id.
+        """
         for entry in self._unrecorded:
             self._add_ledger_entry(entry)
         self._unrecorded.clear()
@@ -308,48 +320,52 @@ class Sealer:
                 log.error("%s", trouble)
 
     def _log_disk_state(self, trouble: str) -> None:
-        """Log trouble with the disk when it begins, changes and ends."""
+        """Log an error of the disk when it begins, when it changes, and when it ends."""
         if trouble == self._logged_problem:
             return
         if trouble:
             log.error("%s: %s", self._directory.path, trouble)
         else:
-            log.info("%s: the disk works again", self._directory.path)
+            log.info("%s: writing works again", self._directory.path)
         self._logged_problem = trouble
 
     def _log_drops(self) -> None:
-        """Log when events begin to be refused for a reason, and how many it were when that ends."""
+        """Log when events begin to be dropped for a reason, and how many were dropped when that ends."""
         now = dict(self._writer.dropped)
         for reason, total in now.items():
             if total > self._logged_drops[reason]:
                 if reason not in self._reasons_dropping:
                     self._reasons_dropping.add(reason)
-                    log.warning("%s: events are being dropped: %s", self._directory.path, reason)
+                    log.warning("%s: dropping events: %s", self._directory.path, reason)
             elif reason in self._reasons_dropping:
                 self._reasons_dropping.discard(reason)
-                log.info("%s: no longer dropping for %s; %d dropped so far", self._directory.path, reason, total)
+                log.info("%s: no longer dropping events for %s; %d dropped so far", self._directory.path, reason, total)
         self._logged_drops = now
 
     def _call_on_drops(self) -> None:
         if self._on_drops is not None:
-            with self._writer.lock:  # within it, a refusal may be counted and taken back
+            with self._writer.lock:  # under it, a drop may be counted and taken back
                 totals = dict(self._writer.dropped)
             self._on_drops(totals)
 
 
-REQUEST_POLL_S: Final = 0.25  # how long a request may lie unseen while a writer has something to seal
-_REQUEST_BYTES_MAX: Final = 4096  # of the file are looked at
+REQUEST_POLL_S: Final = 0.25  # how long a request may go unseen while a writer has something to seal
+_REQUEST_BYTES_MAX: Final = 4096  # at most so much of the file is read
 
 
 class SealRequest(msgspec.Struct, frozen=True):
-    """What `seal.request` holds: who asked, and when."""
+    """The content of `seal.request`: an id, and when it was written.
+
+    A command writes it to have the writers of a directory seal their active segments. Each sealer compares it with what it read
+    last. A torn, lost or forged file only has a segment sealed early, or the command asks again.
+    """
 
     id: str
     at_micros: int
 
 
 class SealRequestReader:
-    """What a writer's sealer knows of the requests of others."""
+    """Reads `seal.request` for one sealer."""
 
     def __init__(self, directory: Directory, clock: Clock) -> None:
         self._directory = directory
@@ -359,7 +375,10 @@ class SealRequestReader:
         self._handled: bytes | None = None
 
     def has_new(self) -> bool:
-        """Whether somebody has asked since the last one was answered; looks seldom, and the first look tells what is old."""
+        """Whether a request came after the last one that was handled.
+
+        Reads the file seldom; the first call marks its content as old.
+        """
         now = self._clock.monotonic()
         if now >= self._next_poll:
             self._next_poll = now + REQUEST_POLL_S
@@ -373,7 +392,7 @@ class SealRequestReader:
         except FileNotFoundError:
             self._latest = b""
         except (OSError, FileUnusableError):
-            return  # whoever asks is told so
+            return  # the command that writes the file reports the error
         else:
             try:
                 self._latest = filesystem.read_at(fd, 0, _REQUEST_BYTES_MAX)
@@ -385,12 +404,15 @@ class SealRequestReader:
             self._handled = self._latest
 
     def mark_handled(self) -> None:
-        """What was asked for is under way."""
+        """Note that the latest request is being handled."""
         self._handled = self._latest
 
 
 def request_seal(directory: Directory, clock: Clock) -> None:
-    """Have all writers of the directory seal what they hold. Raises `FileUnusableError`, or the `OSError` of the disk."""
+    """Have all writers of the directory seal their active segments.
+
+    Raises `FileUnusableError`, or the `OSError` of the disk.
+    """
     filesystem = directory.filesystem
     request = SealRequest(directory.new_id(), clock.micros())
     fd = filesystem.open_lock_file(directory.path_of(layout.SEAL_REQUEST))

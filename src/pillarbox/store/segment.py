@@ -1,4 +1,9 @@
-"""A file that a writer appends to, will, or did."""
+"""A segment: a file that one writer appends to. It is a spare, then active, then retired until it is sealed.
+
+`SegmentSyncer` makes its bytes durable. A kernel may drop what it could not write and report success for the next sync. So a
+segment whose sync has failed is never synced again: it is retired and rewritten, from what can be read and from the lines that
+are still in memory.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +26,13 @@ if TYPE_CHECKING:
     from pillarbox.store.filesystem import Filesystem
 
 
-_TAIL_READ_BYTES: Final = 64 * 1024  # how much is read at a time to find the last whole line
+_TAIL_READ_BYTES: Final = 64 * 1024  # read at a time to find the last whole line
 
 SealReason = Literal["batch_size", "batch_bytes", "flush_interval", "startup", "adopted", "shutdown", "manual"]
 
 
 class Segment(SegmentCounters):
-    """A file that this writer appends to, will, or did, and what is in it."""
+    """A segment and what this process knows of it. The base class has the counters that the hot path needs."""
 
     __slots__ = (
         "has_leftover",
@@ -46,18 +51,18 @@ class Segment(SegmentCounters):
     def __init__(self, locked_file: LockedFile, *, name_durable: bool = False) -> None:
         self.locked_file = locked_file
         self.fd = locked_file.fd
-        self.number = layout.active_sort_key(locked_file.name)[1]  # a writer's files are filled in this order
-        self.sync_lock = threading.Lock()  # held while it is synced, replaced, or closed, by its last user
-        self.synced_bytes = 0  # bytes that are known to be durable
-        self.truncated = False  # something behind them was cut off since: without a sync it may be there again
-        self.name_durable = name_durable  # its name is durable
-        self.sync_unknown = False  # a sync of it has begun, and nobody knows yet that it was good
-        self.has_leftover = False  # behind its bytes there are more, of a call that was refused
-        self.is_sealed = False  # its name is another, its descriptor closed
+        self.number = layout.active_sort_key(locked_file.name)[1]  # a writer fills its segments in this order
+        self.sync_lock = threading.Lock()  # held while the segment is synced, rewritten or closed
+        self.synced_bytes = 0  # so many bytes are known to be durable
+        self.truncated = False  # bytes were cut off since the last sync: without another one they may come back after a crash
+        self.name_durable = name_durable  # the directory was synced after the file was created
+        self.sync_unknown = False  # a sync has begun and its result is not known
+        self.has_leftover = False  # bytes of a dropped call that could not be cut off follow the counted ones
+        self.is_sealed = False  # it was renamed to its sealed name, and its descriptor is closed
         self.bytes = 0
         self.events = 0
         self.attend_at = 1  # number of events at which the hot path calls `_attend`
-        self.is_counted = False  # among the pending files
+        self.is_counted = False  # in `Writer.pending_files`
         self.seal_reason: SealReason = "manual"  # why it was retired
 
 
@@ -65,7 +70,7 @@ NO_FILE: Final = LockedFile("", -1)
 
 
 def end_of_last_line(filesystem: Filesystem, fd: int, size: int) -> int:
-    """Where the last whole line of a file of so many bytes ends."""
+    """The offset behind the last line feed in a file of `size` bytes; 0 where it has none."""
     while size:
         start = max(0, size - _TAIL_READ_BYTES)
         found = filesystem.read_at(fd, start, size - start).rfind(b"\n")
@@ -75,37 +80,38 @@ def end_of_last_line(filesystem: Filesystem, fd: int, size: int) -> int:
     return 0
 
 
-SPARE_RECHECK_SHARE: Final = 16  # of a file's events: how many more go into a full one before another look for a spare
+# this part of `batch_size` events are added to a full segment before a spare is looked for again
+SPARE_RECHECK_SHARE: Final = 16
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class WriterLimits(NamedTuple):
-    """What bounds a writer."""
+    """The limits of a writer."""
 
-    batch_size: int  # events a file
-    batch_bytes: int  # bytes a file, overshot by one append
+    batch_size: int  # events per segment
+    batch_bytes: int  # bytes per segment; one append may exceed it
     max_bytes: int  # pending bytes of the directory
     max_files: int = 200_000  # pending files of the directory: so many are listed in well under a second
 
 
 class WriterProgress(NamedTuple):
-    """Bytes appended and released by this process, ever."""
+    """Total bytes that this process has appended, and that were released as delivered or evicted."""
 
     appended: int
     released: int
 
 
 def drop_reason_of(error: OSError) -> DropReason:
-    """What an error of the disk is to a caller."""
+    """The drop reason that callers get for an `OSError` of the disk."""
     return "disk_full" if error.errno in _DISK_FULL else "io_error"
 
 
-# The lines of a segment that are in memory until they are durable: their offsets in the file, and the lines.
+# The lines of a segment that are kept in memory until they are durable: the offset in the file, and the lines.
 UnsyncedLines = Callable[[Segment], Iterable[tuple[int, bytes]]]
 
 
 class SegmentSyncer:
-    """Of one writer's files. Never called with the writer's lock held: callers append meanwhile."""
+    """Makes the segments of one writer durable. Call it without the writer's lock: callers append meanwhile."""
 
     def __init__(
         self,
@@ -115,11 +121,15 @@ class SegmentSyncer:
     ) -> None:
         self._directory = directory
         self._filesystem = directory.filesystem
-        self._truncate_lock = truncate_lock  # the lock under which files are cut
-        self._stop_appending = stop_appending  # has nothing more appended to a file; raises where that cannot be
+        self._truncate_lock = truncate_lock  # the lock that is held while segments are truncated
+        # makes sure that nothing more is appended to a segment; raises the error where it cannot
+        self._stop_appending = stop_appending
 
     def sync(self, file: Segment, unsynced_lines: UnsyncedLines) -> str:
-        """Sync what is in a file, as far as it is not. Returns what went wrong and was mended; raises the `OSError` of that."""
+        """Sync what a segment has now. Returns a message about a failed sync that was repaired, or "".
+
+        Raises `OSError` where the data could not be made durable.
+        """
         with file.sync_lock:
             size = self._unsynced_size(file)
             if size is None:
@@ -133,7 +143,7 @@ class SegmentSyncer:
             return self._finish_sync(file, size, error, unsynced_lines)
 
     def sync_for_seal(self, files: Sequence[Segment], unsynced_lines: UnsyncedLines) -> list[str]:
-        """The same of files that get their sealed names next, in one go. Returns also what could not be mended."""
+        """Sync segments that are about to be sealed, all in one call. Returns messages about failed syncs, repaired or not."""
         troubles: list[str] = []
         with contextlib.ExitStack() as held:
             for file in files:
@@ -149,18 +159,18 @@ class SegmentSyncer:
         return [trouble for trouble in troubles if trouble]
 
     def _unsynced_size(self, file: Segment) -> int | None:
-        """How many bytes of a file are to be synced: all that it has by now; None where they are."""
+        """The number of bytes to sync: all that the segment has now. None where all of them are durable."""
         size, cut = file.bytes, file.truncated
         if cut:
-            with self._truncate_lock():  # or a cut that goes on would be forgotten
+            with self._truncate_lock():  # otherwise a truncation that is under way could be missed
                 file.truncated = False
         return None if file.is_sealed or (file.synced_bytes >= size and not cut) else size
 
     def _sync_data(self, files: Sequence[Segment]) -> list[OSError | None]:
-        """Of each, what went wrong.
+        """Sync the data of each segment; the error of each, or None.
 
-        Not worth a sync are those behind whose bytes there are more, which cannot be cut off, and those whose last one was cut
-        short by an interrupt: it may have failed, and the next one would not say so.
+        Two kinds of segments are not synced but reported as failed: those with leftover bytes that could not be cut off, and
+        those whose last sync was interrupted. That sync may have failed, and the next one would not report it.
         """
         unfit = [
             OSError(errno.EIO, "what was refused cannot be cut off")
@@ -177,7 +187,7 @@ class SegmentSyncer:
         return [next(synced) if error is None else error for error in unfit]
 
     def _finish_sync(self, file: Segment, size: int, error: OSError | None, unsynced_lines: UnsyncedLines) -> str:
-        """After the sync of so many bytes: write the file anew where it has failed."""
+        """Note the result of a sync of `size` bytes. Rewrites the segment where the sync has failed."""
         if error is None:
             file.synced_bytes = size
             file.sync_unknown = False

@@ -1,12 +1,15 @@
-"""One process's appender in a directory: append and rotation. Never syncs, logs, meters or calls back under its lock.
+"""Appends events to the active segment, and rotates segments.
 
-The hot path is one closure (`build_enqueue`), because calls and look-ups cost more than the checksum, and it makes one
-comparison: with the number of bytes that the active file may grow to. That number is also the mark: it is negative while
-the file is touched. What finds the mark in place is either a signal handler in the middle of an append that goes on
-afterwards, which may append and nothing more, or comes after an append that an exception cut short (`_broken`), and
-repairs.
+Does no syncing, logging or metering, and calls no callbacks but the wake-up of the sealer, under its lock.
 
-CPython runs signal handlers at calls and backward jumps only. Lines marked "no call" rely on it: nothing comes in between.
+The hot path is one closure (`build_enqueue`), because calls and attribute look-ups cost more than the checksum. It makes one
+comparison: with `_limit`, the number of bytes that the active segment may grow to. While an append is under way, `_limit` is
+`_IN_PROGRESS`, which is negative, so that nothing fits. Whoever finds that value is one of two: a signal handler that
+interrupts an append, which continues afterwards (the handler may append, and change nothing else); or the first caller after an
+append that an exception cut short (`_broken`), which repairs the segment.
+
+CPython runs signal handlers only at calls and at backward jumps. Lines marked "no call" rely on that: no handler can run
+between them.
 """
 
 from __future__ import annotations
@@ -43,19 +46,22 @@ if TYPE_CHECKING:
 
 __all__ = ["RETIRED_MAX", "SPARES_MAX", "Writer", "WriterLimits", "WriterProgress", "drop_reason_of"]
 
-RETIRED_MAX: Final = 64  # files that wait for their sync; beyond it the active file grows instead, for each holds a descriptor
-SPARES_MAX: Final = 48  # empty files held ready, each with a descriptor
-_SPARE_NUMBER_STEP: Final = 1000  # of the numbers of spares: between them are those of files that are made while they are
-_GROW_EVERY: Final = 8  # files that wait for their sync: for each so many, the next may hold `batch_size` events more
+# segments that wait to be sealed, each with an open descriptor; at this number the active segment grows instead
+RETIRED_MAX: Final = 64
+SPARES_MAX: Final = 48  # empty segments that are held ready, each with an open descriptor
+# spares have multiples of it as numbers; segments that callers create meanwhile get numbers in between
+_SPARE_NUMBER_STEP: Final = 1000
+_GROW_EVERY: Final = 8  # for every so many retired segments, the active one may hold `batch_size` events more
 _IN_PROGRESS: Final = -1  # an append or a rotation is under way, or was cut short
-_NO_SEGMENT: Final = -2  # there is none yet, or none any more
-_MARKED_POLLS_MAX: Final = 10  # then the sealer waits for the lock, to see whose mark it is
+_NO_SEGMENT: Final = -2  # there is no active segment, or the writer is closed
+# after so many polls in a row the sealer waits for the lock, to learn whether an append is under way
+_MARKED_POLLS_MAX: Final = 10
 
 
 class Writer(WriterState):
-    """Appends lines to the active file and swaps files; shared by the threads of a process.
+    """Appends lines to the active segment and rotates segments. Shared by the threads of a process.
 
-    `wake_sealer()` tells the sealer that there is work; it must be re-entrant and quick: it is called under the lock.
+    `wake_sealer()` tells the sealer that there is work. It is called under the lock, so it must be re-entrant and quick.
     """
 
     _file: Segment
@@ -67,46 +73,47 @@ class Writer(WriterState):
         self._wake_sealer = wake_sealer
         self.lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
         self._writer_id = directory.new_id()
-        self._highest_used = self._highest_spare = 0  # the highest numbers so far, of a file in use and of a spare
+        self._highest_used = self._highest_spare = 0  # the highest numbers so far, of a segment in use and of a spare
         self._started = False
         self._closed = False
         self.accepts = False  # it has started and is not closed
         self._file = self._last_appended = Segment(NO_FILE)
-        self._spares: deque[Segment] = deque()  # ready to be swapped in
+        self._spares: deque[Segment] = deque()  # ready to become active
         self._retiring: Segment | None = (
-            None  # being swapped out; what an interrupt leaves of that, `_repair_torn_tail` finishes
+            None  # being rotated out; after an interrupt, `_repair_torn_tail` finishes the rotation
         )
         self._limit = _NO_SEGMENT
-        self._broken = False  # an exception cut an append short: the mark is nobody's
-        self._repairing = False  # the end of the file is being put right: not even a signal handler may append to it
-        self._bytes_left = 0  # how many bytes the active file may have before `max_bytes` is reached
-        self._disk_low = False  # the volume has less room than it must keep
-        self._sealer_notified = False  # the sealer, since it last looked
-        self._marked_polls = 0  # of the sealer, in a row, that found the mark in place and the lock taken
-        self.pending_files = 0  # pending files, the active one only where it holds something
+        self._broken = False  # an exception cut an append short, and nobody will reset `_limit`
+        self._repairing = False  # the end of the segment is being repaired: not even a signal handler may append to it
+        self._bytes_left = 0  # bytes that the active segment may have before `max_bytes` is reached
+        self._disk_low = False  # the volume has less free space than `min_free_bytes`
+        self._sealer_notified = False  # since its last poll
+        self._marked_polls = 0  # polls of the sealer in a row that found an append under way and the lock taken
+        self.pending_files = 0  # including the active segment once it holds an event
         self.retired: deque[Segment] = deque()  # oldest first
         self.syncer = SegmentSyncer(directory, lambda: self.lock, self._stop_appending)
         self._retired_events = 0
         self._retired_bytes = 0
-        self._released_bytes = 0  # bytes of files that are gone
+        self._released_bytes = 0  # bytes of files that were delivered or evicted
         self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
 
     def build_enqueue(self, door: AppendHooks) -> EnqueueFunction:
-        """The hot path: event -> line -> active file."""
+        """Build the hot path: encode an event, make a record of it, append it to the active segment."""
         w, write, checksum, template = self, self._filesystem.write, crc32, RECORD_TEMPLATE
         encode, event_type, bytes_max, is_power, refuse, invalid, begin, durably, power = door
 
         def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
-            """Store one event; `Enqueued` once it is as durable as asked for, `Dropped(reason)` where it is refused.
+            """Store one event; `Enqueued` once it is as durable as requested, `Dropped(reason)` where it is not stored.
 
-            Never raises for trouble of destination, disk or event (except `InvalidEventError` with `on_invalid="raise"`).
+            Never raises for errors of the destination, the disk or the event (except `InvalidEventError` with
+            `on_invalid="raise"`).
             """
             synced = power if durability is None else is_power(durability)
             try:
                 payload = encode(event)
                 if type(event) is not event_type or len(payload) > bytes_max:
                     refuse(event, payload)
-            except Exception as error:  # noqa: BLE001 - whatever an event does when encoded, the caller goes on
+            except Exception as error:  # noqa: BLE001 - an event may raise anything when it is encoded; the caller continues
                 return invalid(event, error)
             line = template % (payload, checksum(payload))
             if synced:
@@ -142,7 +149,7 @@ class Writer(WriterState):
         return compile_enqueue(w, enqueue, encode, event_type, bytes_max, begin, write, power=power)
 
     def append(self, lines: bytes, events: int) -> Outcome | None:
-        """Append whole lines that hold `events` events, all or none; None before `start`."""
+        """Append whole lines with `events` events, all or none. None before `start`."""
         with self.lock:
             found, self._limit = self._limit, _IN_PROGRESS
             try:
@@ -152,7 +159,7 @@ class Writer(WriterState):
                 raise
 
     def append_unsynced(self, lines: bytes, events: int) -> tuple[Outcome, Segment]:
-        """Append whole lines, for a caller that keeps them until they are synced; refusals are its to count."""
+        """Append whole lines for a caller that keeps them until they are synced, and that counts the drops itself."""
         with self.lock:
             outcome = self.append(lines, events)
             if isinstance(outcome, Dropped):
@@ -160,35 +167,35 @@ class Writer(WriterState):
             return outcome if outcome is not None else DROPPED["closed"], self._last_appended
 
     def batch_room(self) -> tuple[int, int]:
-        """How many events and bytes the active file takes until it has `batch_size`, or the next one, where it has."""
+        """The events and bytes that fit into the active segment, or into the next one where this one is full."""
         limits, file = self.limits, self._file
         events, size = limits.batch_size - file.events, limits.batch_bytes - file.bytes
         return (events, size) if min(events, size) > 0 else (limits.batch_size, limits.batch_bytes)
 
     def drop_when_closed(self, events: int) -> Dropped | None:
-        """What to answer while it does not accept: None before it has started."""
+        """Drop events because the writer is closed; None where it has not started yet."""
         return self.drop("closed", events) if self._started else None
 
     def is_locked_by_this_thread(self) -> bool:
-        """Whether this thread is in here already."""
+        """Whether this thread is in the middle of a call, and a signal handler has interrupted it."""
         return self.lock._is_owned()  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001 - as `threading.Condition` does
 
     def abandon_after_fork(self) -> None:
-        """In a forked child: this is the parent's. Whoever still calls it is sent to `AppendHooks.begin`."""
+        """In a forked child: give up the parent's segments. A child's `enqueue` calls `AppendHooks.append_unstarted`."""
         self.lock = threading.RLock()
         self._started = self._closed = self._broken = self.accepts = False
         self._file, self._limit = Segment(NO_FILE), _NO_SEGMENT
         self._spares.clear()
         self._last_appended = self._file
 
-    # What follows is called with the lock held.
+    # The methods from here on are called with the lock held.
 
     def _append_slow(self, lines: bytes, events: int, previous_limit: int) -> Outcome | None:
-        """Where the file does not simply take the lines; `previous_limit` is the limit that stood there."""
+        """Append where the hot path could not. `previous_limit` is the value that `_limit` had."""
         if previous_limit == _IN_PROGRESS:
             if not self._broken:
                 return self._append_nested(lines, events)
-            # No call: whoever comes from here on finds somebody at work.
+            # No call: a signal handler that runs from here on finds an append under way.
             self._broken, self._repairing = False, True
         try:
             try:
@@ -200,7 +207,7 @@ class Writer(WriterState):
             raise
 
     def _append_checked(self, lines: bytes, events: int) -> Outcome | None:
-        """Refuse, mend, or begin another file, and append."""
+        """Drop the events, repair or rotate the segment, and append."""
         if self._closed or not self._started:
             self._limit = _NO_SEGMENT
             return self._count_drop("closed", events) if self._started else None
@@ -234,7 +241,10 @@ class Writer(WriterState):
         return ENQUEUED
 
     def _append_nested(self, lines: bytes, events: int) -> Outcome:
-        """A signal handler, in the middle of an append that goes on: append and nothing more, or to a file of its own."""
+        """Append in a signal handler that has interrupted an append.
+
+        It appends to the active segment if that ends with a whole line, otherwise to a new one.
+        """
         size = len(lines)
         file, own = self._file, False
         if size > self._bytes_left - file.bytes:
@@ -251,7 +261,7 @@ class Writer(WriterState):
                 self._filesystem.truncate(file.fd, self._filesystem.size(file.fd) - written)
                 return self._count_drop("disk_full", events)
             if own:
-                file.bytes, file.events = size, events  # ahead of the sealer, which syncs what has bytes
+                file.bytes, file.events = size, events  # before the segment is retired: the sealer syncs what has bytes
         except OSError as error:
             return self._count_drop(drop_reason_of(error), events)
         finally:
@@ -277,13 +287,13 @@ class Writer(WriterState):
         self.retired.append(file)
 
     def _count_as_pending(self, file: Segment) -> None:
-        """Among the pending files, from the first event on."""
+        """Count the active segment among the pending files, once it holds an event."""
         if not file.is_counted:
             file.is_counted, file.attend_at = True, self.limits.batch_size
             self.pending_files += 1
 
     def _update_limit(self) -> None:
-        """Set how far the active file may grow without another thought."""
+        """Set how many bytes the active segment may grow to without a further check."""
         if self._disk_low or (self.pending_files >= self.limits.max_files and not self._file.is_counted):
             self._limit = 0 if self._file.locked_file is not NO_FILE else _NO_SEGMENT
         elif self._file.locked_file is not NO_FILE:
@@ -301,25 +311,25 @@ class Writer(WriterState):
         return DROPPED[reason]
 
     def _create_segment(self) -> Segment:
-        """For a caller that finds no spare."""
+        """Create a segment for a caller that finds no spare."""
         return Segment(self._directory.create_with_new_name(self._next_segment_name))
 
     def _next_segment_name(self) -> str:
-        """One that was never used, behind those that were, and ahead of the spares that are being made."""
-        # No call: a signal handler has another number. Multiples are the spares'.
+        """A name that was never used, with a number above those in use and below those of spares that are being created."""
+        # No call: a signal handler must get another number. Multiples of the step belong to spares.
         self._highest_used += 2 if self._highest_used % _SPARE_NUMBER_STEP == _SPARE_NUMBER_STEP - 1 else 1
         number = self._highest_used
         return layout.active_name(self._writer_id, number)
 
     def _complete(self, file: Segment, lines: bytes, written: int) -> None:
-        """After a short write: take the part back and write the lines again, all or none of them."""
+        """After a short write: cut off what was written, and write the lines again, all or none."""
         self._repairing = True
         filesystem = self._filesystem
         self._truncate(file, filesystem.size(file.fd) - written)
         written = filesystem.write(file.fd, lines)
         if written != len(lines):
             self._truncate(file, filesystem.size(file.fd) - written)
-            raise OSError(errno.ENOSPC, "the disk takes a part of a line only")
+            raise OSError(errno.ENOSPC, "only a part of the line was written")
         self._repairing = False
 
     def _truncate(self, file: Segment, size: int) -> None:
@@ -328,7 +338,7 @@ class Writer(WriterState):
         file.truncated = True
 
     def _start_repair(self) -> None:
-        """Repair, as the one who does; raises where the disk does not allow it, and then somebody else has to."""
+        """Repair the segment, and note where that fails, so that the next caller repairs it. Raises `OSError`."""
         self._limit, self._broken, self._repairing = _IN_PROGRESS, False, True
         try:
             self._repair_torn_tail()
@@ -337,7 +347,7 @@ class Writer(WriterState):
             raise
 
     def _repair_torn_tail(self) -> None:
-        """Finish a rotation that was cut short; cut and count what such an append has left."""
+        """Finish a rotation that was cut short. Cut off a torn line; count whole lines that were not counted."""
         self._repairing = True
         try:
             self._finish_retiring()
@@ -349,14 +359,14 @@ class Writer(WriterState):
                     self._truncate(file, end)
                 if end > file.bytes:
                     more = filesystem.read_at(file.fd, file.bytes, end - file.bytes).count(b"\n")
-                    file.events += more  # no call from here: bytes and events belong together
+                    file.events += more  # no call from here on: bytes and events must agree
                 file.bytes = end
             self._broken = False
         finally:
             self._repairing = False
 
     def _undo(self, error: OSError, events: int) -> Dropped:
-        """After a failed append: leave nothing of it; where that fails too, let the file be sealed as it is."""
+        """After a failed append: cut off what it wrote. Where that fails too, retire the segment as it is."""
         self._repairing = True
         try:
             file = self._file
@@ -372,28 +382,28 @@ class Writer(WriterState):
         return self._count_drop(drop_reason_of(error), events)
 
     def _attend(self) -> None:
-        """What the hot path leaves out: the first event of a file, and a full file."""
+        """Handle the first event of a segment and a full segment, which the hot path does not."""
         self._limit = _IN_PROGRESS
         file = self._file
         if file.events and not file.is_counted:
             self._count_as_pending(file)
             self._notify_sealer()
-        # The sealer being behind, the file grows: a file more costs it more than events. Without a spare it grows to
-        # `batch_bytes`; so too where no further file may begin.
+        # While the sealer is behind, the segment grows: another file costs the sealer more than more events. Without a spare,
+        # or where `max_files` is reached, it grows to `batch_bytes`.
         due = self.limits.batch_size * (1 + len(self.retired) // _GROW_EVERY)
         if file.events >= self.limits.batch_size:
             if file.events < due:
-                file.attend_at = min(due, file.events + self.limits.batch_size)  # they may be sealed by then
+                file.attend_at = min(due, file.events + self.limits.batch_size)  # some may be sealed by then
             elif self._spares and len(self.retired) < RETIRED_MAX and self.pending_files < self.limits.max_files:
                 self._retire("batch_size")
-            else:  # to look again at each event would cost more than the event
+            else:  # a check at each event would cost more than the event
                 file.attend_at = file.events + max(1, self.limits.batch_size // SPARE_RECHECK_SHARE)
         self._update_limit()
 
     def _retire(self, reason: SealReason) -> None:
-        """Swap the active file for a spare, or for none."""
+        """Make a spare the active segment, or none if there is no spare."""
         spare = self._spares[0] if self._spares else Segment(NO_FILE)
-        # No call, and nothing allocated that could set the garbage collector off: what appends finds the one or the other.
+        # No call, and no allocation that could start the garbage collector: an append finds the one segment or the other.
         self._limit = _IN_PROGRESS
         old = self._retiring = self._file
         old.seal_reason = reason
@@ -407,26 +417,26 @@ class Writer(WriterState):
         self._notify_sealer()
 
     def _finish_retiring(self) -> None:
-        """What is left to do once the files are swapped; done twice, it is as done once."""
+        """Do what is left once the segments are swapped. Idempotent."""
         if self._spares and self._spares[0] is self._file:
             self._spares.popleft()
         if self._retiring is not None:
-            # What has its sealed name already was there, and is no more.
+            # A segment that is sealed already was in the list, and was removed from it.
             if self._retiring is not self._file and not self._retiring.is_sealed and self._retiring not in self.retired:
                 self.retired.append(self._retiring)
             self._retiring = None
 
-    # What follows takes the lock itself.
+    # The methods from here on take the lock themselves.
 
     def create_spares(self, count: int) -> tuple[list[LockedFile], OSError | None]:
-        """The sealer's: create and lock so many files to be spares, as far as the disk allows; and what it does not."""
+        """For the sealer: create and lock `count` empty segments, up to the first error. Returns the files and the error."""
         first = max(self._highest_spare, self._highest_used) // _SPARE_NUMBER_STEP + 1
         numbers = [_SPARE_NUMBER_STEP * number for number in range(first, first + count)]
         self._highest_spare = numbers[-1]
         return self._directory.create_each([layout.active_name(self._writer_id, number) for number in numbers])
 
     def start(self, pending_bytes: int, pending_files: int) -> None:
-        """Begin to accept; what is pending already counts."""
+        """Start to accept events. `pending_bytes` and `pending_files` are what the directory holds already."""
         with self.lock:
             self._bytes_left = self.limits.max_bytes - pending_bytes
             self.pending_files = pending_files
@@ -434,9 +444,10 @@ class Writer(WriterState):
             self.accepts = not self._closed
 
     def poll_for_sealer(self) -> int:
-        """The sealer's: from now on tell it of news. Returns how many files it should open for the next rotations.
+        """For the sealer: be notified of work from now on. Returns the number of spares to create.
 
-        Twice as many as were filled since it last looked, for a writer that ran out of them could not show its speed.
+        That is twice the number of segments that were filled since the last poll, plus one: a writer that runs out of spares
+        slows down.
         """
         self._sealer_notified = False
         if self._limit != _IN_PROGRESS:
@@ -445,7 +456,7 @@ class Writer(WriterState):
             try:
                 self._marked_polls = 0
                 if self._limit == _IN_PROGRESS:
-                    # The lock is free and the mark in place: nobody is coming back to take it away.
+                    # The lock is free and an append seems to be under way: it was cut short, and nobody will finish it.
                     self._start_repair()
                     self._update_limit()
             finally:
@@ -457,16 +468,20 @@ class Writer(WriterState):
         return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
 
     def add_spares(self, files: Iterable[LockedFile], *, names_durable: bool = False) -> list[LockedFile]:
-        """Have more files ready; `entered` where their names are durable. Returns those that come after a higher number."""
+        """Add spares; with `names_durable`, the directory was synced after they were created.
+
+        Returns those that cannot be used.
+        """
         spares = [Segment(taken, name_durable=names_durable) for taken in files]
         with self.lock:
-            # Callers may have made very many since: adoption, by number, would turn their order around.
+            # Callers may have created segments with higher numbers since. Recovery sorts by number, so these spares would
+            # change the order.
             newest = self._highest_used
             self._spares.extend(file for file in spares if file.number > newest)
             return [file.locked_file for file in spares if file.number < newest]
 
     def rotate(self, reason: SealReason) -> bool:
-        """Retire the active file if it holds anything; False in the middle of an append, which must find its file."""
+        """Retire the active segment if it holds anything. False where an append is under way, which must find its segment."""
         with self.lock:
             found, self._limit = self._limit, _IN_PROGRESS
             if found == _IN_PROGRESS and not self._broken:
@@ -485,22 +500,22 @@ class Writer(WriterState):
             return True
 
     def _stop_appending(self, file: Segment, error: OSError) -> None:
-        """Have nothing more appended to a file; raises where that cannot be."""
+        """Make sure that nothing more is appended to a segment. Raises `error` where an append is under way."""
         with self.lock:
             if self._file is file and not self.rotate("manual"):
                 raise error
 
     def retired_segments(self) -> list[Segment]:
-        """The retired files, oldest first; without the lock, of which they have no more need."""
+        """The retired segments, oldest first. Taken without the lock."""
         return list(self.retired.copy())
 
     def remove_oldest_retired(self, count: int) -> None:
-        """The first `count` of the retired files have their sealed names."""
+        """Remove the first `count` retired segments, which are sealed."""
         for _ in range(count):
             self.retired.popleft()
 
     def release_bytes(self, size: int, files: int = 1) -> None:
-        """A pending file of `size` bytes is gone, or with 0 `pending_files` so much smaller."""
+        """Subtract a delivered or evicted file of `size` bytes; with `files=0`, bytes of a file that became smaller."""
         with self.lock:
             found, self._limit = self._limit, _IN_PROGRESS
             self._released_bytes += size
@@ -509,7 +524,7 @@ class Writer(WriterState):
             self._restore_limit(found)
 
     def set_disk_low(self, *, low: bool) -> None:
-        """The sealer's: accept nothing more while the volume is `low` on room."""
+        """For the sealer: drop all events while the volume is `low` on space."""
         with self.lock:
             if self._disk_low != low:
                 found, self._limit = self._limit, _IN_PROGRESS
@@ -517,7 +532,7 @@ class Writer(WriterState):
                 self._restore_limit(found)
 
     def _restore_limit(self, previous_limit: int) -> None:
-        """After a change of what bounds the active file; an append that is under way, or was cut short, does it itself."""
+        """Update the limit after a change. An append that is under way, or was cut short, does it itself."""
         if previous_limit != _IN_PROGRESS:
             self._update_limit()
 
@@ -525,12 +540,12 @@ class Writer(WriterState):
         return self.limits.max_bytes - self._bytes_left + self._file.bytes
 
     def progress(self) -> WriterProgress:
-        """What was appended and released here so far, to hand to `correct_pending` after a listing."""
+        """The bytes appended and released so far, to pass to `correct_pending` after a listing."""
         with self.lock:
             return WriterProgress(self._retired_bytes + self._file.bytes, self._released_bytes)
 
     def correct_pending(self, progress_before: WriterProgress, listed_bytes: int, listed_files: int) -> None:
-        """Take a listing's word for what is pending, unless what was done here while it ran explains the difference."""
+        """Correct the pending counts by a listing, unless appends and releases during the listing explain the difference."""
         with self.lock:
             found, self._limit = self._limit, _IN_PROGRESS
             difference = listed_bytes - self._pending_bytes()
@@ -541,41 +556,41 @@ class Writer(WriterState):
             self._restore_limit(found)
 
     def pending_counts(self) -> tuple[int, int, int]:
-        """(pending bytes, pending files, events accepted since start)."""
+        """(pending bytes, pending files, events accepted since the start)."""
         with self.lock:
             return self._pending_bytes(), self.pending_files, self._retired_events + self._file.events
 
     @property
     def appended_bytes(self) -> int:
-        """Bytes appended by this process, ever; without the lock, so that it may be behind."""
+        """Bytes that this process has appended. Read without the lock, so it may lag behind."""
         return self._retired_bytes + self._file.bytes
 
     @property
     def accepted_events(self) -> int:
-        """Events accepted since start; without the lock, so that it may be behind."""
+        """Events accepted since the start. Read without the lock, so it may lag behind."""
         return self._retired_events + self._file.events
 
     def active_segment(self) -> tuple[str, int] | None:
-        """The name of the active file and its number of events, if it holds any; without the lock."""
+        """The name and the number of events of the active segment; None where it is empty. Read without the lock."""
         file = self._file
         return (file.locked_file.name, file.events) if file.bytes else None
 
     def uncount_drop(self, reason: DropReason, events: int) -> None:
-        """Take a refusal back, for it is tried again."""
+        """Take back counted drops of events that are tried again."""
         with self.lock:
             self.dropped[reason] -= events
 
     def drop(self, reason: DropReason, events: int = 1) -> Dropped:
-        """Count an event that does not get as far as the file."""
+        """Count events that are dropped before they reach a segment."""
         with self.lock:
             return self._count_drop(reason, events)
 
     def close(self) -> list[LockedFile]:
-        """Accept nothing more; retires what is there and returns the empty files, for the sealer to remove."""
+        """Accept nothing more, and retire the active segment. Returns the empty segments, for the sealer to remove."""
         with self.lock:
             self._closed, self.accepts = True, False
             if self._limit == _IN_PROGRESS:
-                with contextlib.suppress(OSError):  # sealed as it can be read
+                with contextlib.suppress(OSError):  # it is sealed with what can be read
                     self._start_repair()
             spares = list(self._spares)
             self._spares.clear()
