@@ -38,6 +38,7 @@ from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
+from pillarbox.store.recovery import recover
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
@@ -171,7 +172,7 @@ class Process:
 
     def adopt(self) -> None:
         """What each process does that starts."""
-        self.directory.recover()
+        recover(self.directory)
 
     def deliver(self) -> None:
         """One round of the real deliverer, if it gets the lease: adopt, send, settle."""

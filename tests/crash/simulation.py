@@ -19,7 +19,7 @@ from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.outcome import Enqueued
 from pillarbox.sinks.base import Batch, CheckResult, Delivered, DeliveryResult, PartialFailure, Rejection, SinkCapabilities
-from pillarbox.store import layout, reader, record
+from pillarbox.store import layout, reader, record, recovery
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.group_commit import GroupCommitter
@@ -405,7 +405,7 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
         done = len(disk.trace)
         again = Directory(PLACE, CrashFilesystem(disk), clock, new_id)
         again.ensure_usable()
-        again.recover()
+        recovery.recover(again)
         if len(disk.trace) != done:
             problem = f"opened once more, something is done: {disk.trace[done:]}"
         deliver(process.directory, destination)
@@ -445,7 +445,7 @@ def _changed(trace: Iterable[Op]) -> str:
 def deliver(directory: Directory, destination: Destination) -> None:
     """What the worker does with each sealed file, in its order, but without an event loop."""
     filesystem = directory.filesystem
-    directory.recover()
+    recovery.recover(directory)
     for name in directory.batch_names():
         taken = directory.lock_existing(name)
         if taken is None:

@@ -32,6 +32,7 @@ from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.layout import Kind
+from pillarbox.store.recovery import recover
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.usage import DiskUsage
 from pillarbox.store.writer import Writer, WriterLimits
@@ -327,7 +328,7 @@ class Machine(RuleBasedStateMachine):
 
         def call() -> None:
             process.account()
-            if process.directory.recover():
+            if recover(process.directory):
                 self._sealed()
 
         self._within(process, fuse, chance, call)

@@ -10,7 +10,7 @@ import pytest
 
 from pillarbox.delivery import settlement
 from pillarbox.delivery.settlement import Settler
-from pillarbox.store import directory, layout, reader, recovery
+from pillarbox.store import layout, reader, recovery
 from pillarbox.store.directory import Directory, LockedFile
 from pillarbox.store.sealer import Sealer
 from pillarbox.store.segment import SegmentSyncer
@@ -67,7 +67,7 @@ def sealing_syncs_no_names(patch: Patch) -> None:
 
 
 def adoption_syncs_no_data(patch: Patch) -> None:
-    patch.setattr(Directory, "_sync_or_rewrite", lambda _self, file: file)
+    patch.setattr(recovery, "_sync_or_rewrite", lambda _directory, file: file)
 
 
 def sealing_syncs_no_data(patch: Patch) -> None:
@@ -131,20 +131,20 @@ def adoption_cuts_a_torn_tail(patch: Patch) -> None:
 def recovery_passes_over_what_ends_in_nul_bytes(patch: Patch) -> None:
     changed = dict(recovery.RECOVERY)
     changed[layout.Kind.ACTIVE, recovery.LockState.NOBODY, recovery.FileTail.NUL] = recovery.RecoveryAction.LEAVE
-    patch.setattr(directory, "RECOVERY", changed)
+    patch.setattr(recovery, "RECOVERY", changed)
 
 
 def recovery_removes_what_is_torn(patch: Patch) -> None:
     changed = dict(recovery.RECOVERY)
     changed[layout.Kind.ACTIVE, recovery.LockState.NOBODY, recovery.FileTail.TORN] = recovery.RecoveryAction.REMOVE
-    patch.setattr(directory, "RECOVERY", changed)
+    patch.setattr(recovery, "RECOVERY", changed)
 
 
 def what_was_written_aside_stays(patch: Patch) -> None:
     changed = dict(recovery.RECOVERY)
     for tail in recovery.FileTail:
         changed[layout.Kind.TEMPORARY, recovery.LockState.NOBODY, tail] = recovery.RecoveryAction.LEAVE
-    patch.setattr(directory, "RECOVERY", changed)
+    patch.setattr(recovery, "RECOVERY", changed)
 
 
 def a_damaged_line_hides_the_rest(patch: Patch) -> None:

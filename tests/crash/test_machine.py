@@ -14,6 +14,7 @@ import pytest
 
 from pillarbox.delivery import settlement
 from pillarbox.outcome import ENQUEUED_POWER
+from pillarbox.store import recovery
 from pillarbox.store.directory import Directory, LockedFile
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.segment import Segment, SegmentSyncer
@@ -46,7 +47,7 @@ def names_without_a_sync(patch: pytest.MonkeyPatch) -> None:
 
 
 def adopted_without_a_sync(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Directory, "_sync_or_rewrite", lambda _self, file: file)
+    patch.setattr(recovery, "_sync_or_rewrite", lambda _directory, file: file)
 
 
 def dead_letters_not_kept(patch: pytest.MonkeyPatch) -> None:
@@ -72,7 +73,7 @@ def taken_without_a_lock(patch: pytest.MonkeyPatch) -> None:
 
 
 def adopted_by_nobody(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Directory, "_recover_file", lambda *_: True)
+    patch.setattr(recovery, "_recover_file", lambda *_: True)
 
 
 def put_under_other_names(patch: pytest.MonkeyPatch) -> None:

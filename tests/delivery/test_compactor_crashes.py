@@ -16,6 +16,7 @@ from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.quota import QuotaEnforcer
+from pillarbox.store.recovery import recover
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
@@ -77,7 +78,7 @@ class Process:
     def compress(self) -> None:
         """Everything, as far as it goes."""
         compressor = Compactor(self.directory, self.clock, 60.0, lambda _name: False, self._shrunk)
-        self.directory.recover()
+        recover(self.directory)
         while compressor.compress_next()[0]:
             self.clock.advance(60.0)
 
@@ -216,7 +217,7 @@ def go(process: Process, what: str, sink: RecordingSink) -> int:
         case "compress":
             process.compress()
         case "recover":
-            process.directory.recover()
+            recover(process.directory)
         case "deliver":
             process.deliver(sink)
         case "evict":

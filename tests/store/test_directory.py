@@ -19,7 +19,7 @@ from pillarbox.store.filesystem import DirectoryInfo
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.os_filesystem import OsFilesystem
-from pillarbox.store.recovery import RECOVERY, FileTail, LockState, RecoveryAction
+from pillarbox.store.recovery import RECOVERY, FileTail, LockState, RecoveryAction, recover
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from tests.conftest import PLANTED, plant
@@ -127,7 +127,7 @@ def test_what_is_planted_under_our_names_is_left_alone(place: Directory, tmp_pat
     plant(planted, path, victim)
     with pytest.raises(FileUnusableError):
         place.lock_existing(path.name)
-    assert place.recover() == []
+    assert recover(place) == []
     assert victim.read_bytes() == b"precious\n"
 
 
@@ -166,9 +166,9 @@ def test_recovery_does_what_the_table_says(place: Directory, kind: Kind, lock: L
     holder = os.open(path, os.O_RDONLY)
     if lock is LockState.ANOTHER:
         fcntl.flock(holder, fcntl.LOCK_EX)
-    adopted = place.recover()
+    adopted = recover(place)
     after = names(place)
-    assert place.recover() == []
+    assert recover(place) == []
     assert names(place) == after
     os.close(holder)
     action = RECOVERY[kind, lock, tail]
@@ -212,7 +212,7 @@ def test_put_is_whole_or_not_at_all_and_may_be_done_twice(place: Directory) -> N
     place.write_atomically("dead-a.ndjson", b"one\n")
     place.write_atomically("dead-a.ndjson", b"one\n")
     place.filesystem.close(held.fd)
-    place.recover()
+    recover(place)
     assert names(place) == ["dead-a.ndjson"]
     assert (Path(place.path) / "dead-a.ndjson").read_bytes() == b"one\n"
 
@@ -221,7 +221,7 @@ def test_a_dead_writers_files_are_adopted_in_the_order_in_which_it_filled_them(p
     """The tenth after the ninth."""
     for number in (1, 2, 9, 10, 11):
         put(place, layout.active_name("w", number), b"%d\n" % number)
-    place.recover()
+    recover(place)
     assert [Path(place.path_of(name)).read_bytes() for name in place.batch_names()] == [
         b"1\n",
         b"2\n",
@@ -237,9 +237,9 @@ def test_a_dead_writers_files_are_left_to_whoever_has_the_first_of_them(place: D
         put(place, name, b"1\n")
     held = place.lock_existing(layout.active_name("w", 1))
     assert held is not None
-    assert [adopted.active_name for adopted in place.recover()] == [layout.active_name("v", 1)]
+    assert [adopted.active_name for adopted in recover(place)] == [layout.active_name("v", 1)]
     place.filesystem.close(held.fd)
-    assert [adopted.active_name for adopted in place.recover()] == [layout.active_name("w", 1), layout.active_name("w", 2)]
+    assert [adopted.active_name for adopted in recover(place)] == [layout.active_name("w", 1), layout.active_name("w", 2)]
 
 
 def test_what_is_adopted_is_newer_than_what_others_sealed_wherever_the_clock_went(place: Directory, clock: ManualClock) -> None:
@@ -247,7 +247,7 @@ def test_what_is_adopted_is_newer_than_what_others_sealed_wherever_the_clock_wen
     newest = clock.micros() + 10**9
     put(place, layout.sealed_name(newest, "u"), b"1\n")
     put(place, layout.active_name("w", 1), b"2\n")
-    place.recover()
+    recover(place)
     assert [layout.sealed_at(name) for name in place.batch_names()] == [newest, newest + 1]
 
 
@@ -277,7 +277,7 @@ def test_adoption_syncs_each_file_then_renames_all_then_syncs_the_directory_once
     place = Directory(str(tmp_path), filesystem, clock)
     for name in ("active-w-1.ndjson", "active-w-2.ndjson"):
         (tmp_path / name).write_bytes(b'{"event":{}}\n')
-    assert len(place.recover()) == 2
+    assert len(recover(place)) == 2
     assert filesystem.verbs == ["sync", "sync", "rename", "rename", "sync directory"]
 
 
@@ -292,7 +292,7 @@ class _Raced(OsFilesystem):
     def lock(self, fd: int) -> bool:
         if self.races:
             self.races -= 1
-            self.other.recover()
+            recover(self.other)
         return super().lock(fd)
 
 
@@ -339,7 +339,7 @@ def test_a_file_whose_end_cannot_be_read_does_not_keep_the_others_from_being_ado
     place = Directory(str(tmp_path), _Unreadable(), clock)
     put(place, "active-a-1.ndjson")
     put(place, "active-b-1.ndjson")
-    assert [file.active_name for file in place.recover()] == ["active-b-1.ndjson"]
+    assert [file.active_name for file in recover(place)] == ["active-b-1.ndjson"]
     assert names(place)[0] == "active-a-1.ndjson"
 
 

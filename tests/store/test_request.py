@@ -15,6 +15,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import OsFilesystem
+from pillarbox.store.recovery import recover
 from pillarbox.store.sealer import REQUEST_POLL_S, Sealer, SealerInbox, request_seal
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
@@ -169,7 +170,7 @@ class Process:
         self.clock = clock
         self.place = Directory(PLACE, disk, clock, lambda: f"{id(self)}-{next(numbers)}")
         self.place.ensure_usable()
-        self.place.recover()
+        recover(self.place)
         inbox = SealerInbox()
         self.writer = Writer(self.place, WriterLimits(1000, 10**6, 2**20), inbox.wake)
         self.sealer = Sealer(self.place, self.writer, inbox, clock, 60.0, lambda: None, min_free_bytes=0)

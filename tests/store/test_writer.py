@@ -18,6 +18,7 @@ from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import DiskSpace
 from pillarbox.store.os_filesystem import OsFilesystem
+from pillarbox.store.recovery import recover
 from pillarbox.store.sealer import Sealer, SealerInbox, stretched_flush_interval
 from pillarbox.store.writer import RETIRED_MAX, Writer, WriterLimits
 from pillarbox.testing import ManualClock
@@ -181,7 +182,7 @@ def test_what_dead_writers_left_is_adopted_by_kind(line: Line) -> None:
 def test_a_living_writers_file_is_not_adopted(line: Line) -> None:
     """Its lock says so."""
     line.append()
-    assert line.place.recover() == []
+    assert recover(line.place) == []
     assert line.lines() == {"active": 1}
 
 
@@ -494,5 +495,5 @@ def test_where_the_end_cannot_seal_the_next_start_in_the_same_process_does(place
     place.filesystem.rename_each = refuse  # type: ignore[method-assign,assignment]
     line.sealer.seal_remaining()
     del place.filesystem.rename_each
-    assert len(place.recover()) == 1
+    assert len(recover(place)) == 1
     assert line.lines() == {"sealed": 2}

@@ -18,6 +18,7 @@ from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.stats import DeliveryCounters, State
 from pillarbox.store import layout
 from pillarbox.store.ledger_entries import AdoptedEntry
+from pillarbox.store.recovery import recover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -182,7 +183,7 @@ class FanOutRunner:
 
     def _recover_segments(self) -> None:
         now = self._clock.micros()
-        adopted = self._directory.recover()
+        adopted = recover(self._directory)
         self._ledger.add(
             *(AdoptedEntry(now, layout.batch_id(file.sealed_name), layout.writer_of(file.active_name)) for file in adopted)
         )

@@ -30,6 +30,7 @@ from pillarbox.sinks.base import Misconfigured, Sink
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger_entries import AdoptedEntry
+from pillarbox.store.recovery import recover
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -252,7 +253,7 @@ class Worker:
         await self._pause(self._config.poll_interval_s, until=self._work_event)
 
     def _recover_segments(self) -> None:
-        adopted = self._directory.recover()
+        adopted = recover(self._directory)
         if adopted:
             log.info("%s: adopted what a writer left that is gone", self._directory.path)
         if adopted and self._ledger is not None:

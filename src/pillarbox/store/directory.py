@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from pillarbox.store.recovery import RECOVERABLE_KINDS, RECOVERY, FileTail, LockState, RecoveryAction, tail_of
 from pillarbox.store.usage import measure_usage
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ log = logging.getLogger("pillarbox")
 
 # A timestamp further ahead than this is a forged name, not a clock that was wrong for a while.
 _SEALED_AT_AHEAD_MAX_MICROS: Final = 366 * 86_400 * 1_000_000
-# What a dead process may have left to be repaired: files of these kinds, and compressed files, which may be copies.
-_RECOVERY_PATTERNS: Final = (*layout.patterns_of(*RECOVERABLE_KINDS), *layout.COMPRESSED_PATTERNS)
 _CREATE_ATTEMPTS_MAX: Final = (
     100  # attempts in a row in which recovery was quicker to lock the new file; only locks that do not work take so many
 )
@@ -50,14 +47,6 @@ class BatchPage(NamedTuple):
     names: list[str]
     next_after: str  # the last name here if others follow it; empty where none do
     last: str  # the last name of all
-
-
-class AdoptedFile(NamedTuple):
-    """A segment of a dead writer that was sealed."""
-
-    active_name: str
-    sealed_name: str
-    bytes: int
 
 
 class Directory:
@@ -90,7 +79,7 @@ class Directory:
     def reset_after_fork(self) -> None:
         """In a forked child: take new locks, and a new suffix, so that names differ from the parent's."""
         self._sealed_at_lock = threading.Lock()
-        self._recovery_lock = threading.Lock()
+        self.recovery_lock = threading.Lock()  # held by `recovery.recover`: one thread at a time
         self._release_lock = threading.Lock()
         self._name_suffix = self.new_id()  # with strictly increasing timestamps, one suffix for all names is enough
 
@@ -481,95 +470,6 @@ class Directory:
                     self.remove(name)
                 finally:
                     self.filesystem.close(plain.fd)
-
-    def recover(self) -> list[AdoptedFile]:
-        """Recover what dead writers left: seal segments with events, remove empty ones and stale temporary files and copies.
-
-        One thread at a time: what another thread is recovering is sealed when this returns.
-        """
-        with self._recovery_lock:
-            return self._recover()
-
-    def _recover(self) -> list[AdoptedFile]:
-        names = list(self.filesystem.list_names(self.path, _RECOVERY_PATTERNS))
-        found = sorted((name for name in names if layout.kind_of(name) in RECOVERABLE_KINDS), key=layout.active_sort_key)
-        if len(found) < len(names):  # some are compressed
-            self.remove_stale_copies(self.all_sealed_names())
-        to_seal: list[LockedFile] = []
-        adopted: list[AdoptedFile] = []
-        held: set[str] = set()  # writers with a segment that another process holds: their later segments must wait for it
-
-        def renamed(files: Sequence[LockedFile], names: Sequence[str]) -> None:
-            for file, name in zip(files, names, strict=True):
-                adopted.append(AdoptedFile(file.name, name, self.filesystem.size(file.fd)))
-                to_seal.remove(file)
-            self.filesystem.close_each([file.fd for file in files])
-
-        try:
-            for name in found:
-                writer, _ = layout.active_sort_key(name)
-                if writer not in held and not self._recover_file(name, to_seal):
-                    held.add(writer)
-            if to_seal:
-                # What other writers sealed since is older than these, whatever the clock says.
-                self.seal_after(self.disk_usage().newest_sealed_at)
-            for index, file in enumerate(to_seal):
-                to_seal[index] = self._sync_or_rewrite(file)
-            self.seal(to_seal.copy(), renamed)
-        finally:
-            for file in to_seal:
-                self.filesystem.close(file.fd)
-        return adopted
-
-    def _sync_or_rewrite(self, file: LockedFile) -> LockedFile:
-        """Sync a file.
-
-        Where that fails, rewrite it; where that fails too, keep it: its lines are checked when they are read.
-        """
-        try:
-            self.filesystem.sync_data(file.fd)
-        except OSError as error:
-            log.error("%s: fsync failed (%s); file rewritten", file.name, error.strerror)  # noqa: TRY400 - a traceback adds nothing
-        else:
-            return file
-        try:
-            return self.rewrite(file)
-        except OSError as error:
-            log.error("%s: rewriting failed too (%s); sealing what can be read", file.name, error.strerror)  # noqa: TRY400 - a traceback adds nothing
-            return file
-
-    def _recover_file(self, name: str, to_seal: list[LockedFile]) -> bool:
-        """Apply the recovery table to a file, and add it to `to_seal` if it is to be sealed.
-
-        False where another process holds it.
-        """
-        try:
-            taken = self.lock_existing(name)
-        except FileUnusableError as error:
-            log.warning("skipping %s", error)
-            return True
-        lock = LockState.ANOTHER if taken is None else LockState.NOBODY
-        try:
-            tail = FileTail.EMPTY if taken is None else self._tail(taken)
-            action = RECOVERY[layout.kind_of(name), lock, tail]
-        except OSError as error:
-            log.error("skipping unreadable file %s: %s", name, error)  # noqa: TRY400 - a traceback adds nothing
-            action = RecoveryAction.LEAVE
-        if taken is None:
-            return False
-        if action is RecoveryAction.SEAL:
-            to_seal.append(taken)
-            return True
-        try:
-            if action is RecoveryAction.REMOVE:
-                self.remove(name)
-        finally:
-            self.filesystem.close(taken.fd)
-        return True
-
-    def _tail(self, taken: LockedFile) -> FileTail:
-        size = self.filesystem.size(taken.fd)
-        return tail_of(self.filesystem.read_at(taken.fd, size - 1, 1) if size else b"")
 
     def read_small_file(self, name: str) -> bytes:
         """The content of a small file, empty where it does not exist. Takes no lock."""

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pillarbox.errors import FileUnusableError
+from pillarbox.store import layout
 from pillarbox.store.layout import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pillarbox.store.directory import Directory, LockedFile
+
+log = logging.getLogger("pillarbox")
 
 
 class LockState(Enum):
@@ -50,3 +60,107 @@ RECOVERY: Final[dict[tuple[Kind, LockState, FileTail], RecoveryAction]] = (
     | {(Kind.TEMPORARY, LockState.NOBODY, tail): RecoveryAction.REMOVE for tail in FileTail}
 )
 RECOVERABLE_KINDS: Final = frozenset(kind for (kind, _, _), action in RECOVERY.items() if action is not RecoveryAction.LEAVE)
+# What a dead process may have left to be repaired: files of these kinds, and compressed files, which may be copies.
+_RECOVERY_PATTERNS: Final = (*layout.patterns_of(*RECOVERABLE_KINDS), *layout.COMPRESSED_PATTERNS)
+
+
+class AdoptedFile(NamedTuple):
+    """A segment of a dead writer that was sealed."""
+
+    active_name: str
+    sealed_name: str
+    bytes: int
+
+
+def recover(directory: Directory) -> list[AdoptedFile]:
+    """Recover what dead writers left: seal segments with events, remove empty ones and stale temporary files and copies.
+
+    One thread at a time: what another thread is recovering is sealed when this returns.
+    """
+    with directory.recovery_lock:
+        return _recover(directory)
+
+
+def _recover(directory: Directory) -> list[AdoptedFile]:
+    names = list(directory.filesystem.list_names(directory.path, _RECOVERY_PATTERNS))
+    found = sorted((name for name in names if layout.kind_of(name) in RECOVERABLE_KINDS), key=layout.active_sort_key)
+    if len(found) < len(names):  # some are compressed
+        directory.remove_stale_copies(directory.all_sealed_names())
+    to_seal: list[LockedFile] = []
+    adopted: list[AdoptedFile] = []
+    held: set[str] = set()  # writers with a segment that another process holds: their later segments must wait for it
+
+    def renamed(files: Sequence[LockedFile], names: Sequence[str]) -> None:
+        for file, name in zip(files, names, strict=True):
+            adopted.append(AdoptedFile(file.name, name, directory.filesystem.size(file.fd)))
+            to_seal.remove(file)
+        directory.filesystem.close_each([file.fd for file in files])
+
+    try:
+        for name in found:
+            writer, _ = layout.active_sort_key(name)
+            if writer not in held and not _recover_file(directory, name, to_seal):
+                held.add(writer)
+        if to_seal:
+            # What other writers sealed since is older than these, whatever the clock says.
+            directory.seal_after(directory.disk_usage().newest_sealed_at)
+        for index, file in enumerate(to_seal):
+            to_seal[index] = _sync_or_rewrite(directory, file)
+        directory.seal(to_seal.copy(), renamed)
+    finally:
+        for file in to_seal:
+            directory.filesystem.close(file.fd)
+    return adopted
+
+
+def _sync_or_rewrite(directory: Directory, file: LockedFile) -> LockedFile:
+    """Sync a file.
+
+    Where that fails, rewrite it; where that fails too, keep it: its lines are checked when they are read.
+    """
+    try:
+        directory.filesystem.sync_data(file.fd)
+    except OSError as error:
+        log.error("%s: fsync failed (%s); rewriting the file", file.name, error.strerror)  # noqa: TRY400 - a traceback adds nothing
+    else:
+        return file
+    try:
+        return directory.rewrite(file)
+    except OSError as error:
+        log.error("%s: rewriting failed too (%s); sealing what can be read", file.name, error.strerror)  # noqa: TRY400 - a traceback adds nothing
+        return file
+
+
+def _recover_file(directory: Directory, name: str, to_seal: list[LockedFile]) -> bool:
+    """Apply the recovery table to a file, and add it to `to_seal` if it is to be sealed.
+
+    False where another process holds it.
+    """
+    try:
+        taken = directory.lock_existing(name)
+    except FileUnusableError as error:
+        log.warning("skipping %s", error)
+        return True
+    lock = LockState.ANOTHER if taken is None else LockState.NOBODY
+    try:
+        tail = FileTail.EMPTY if taken is None else _tail(directory, taken)
+        action = RECOVERY[layout.kind_of(name), lock, tail]
+    except OSError as error:
+        log.error("skipping unreadable file %s: %s", name, error)  # noqa: TRY400 - a traceback adds nothing
+        action = RecoveryAction.LEAVE
+    if taken is None:
+        return False
+    if action is RecoveryAction.SEAL:
+        to_seal.append(taken)
+        return True
+    try:
+        if action is RecoveryAction.REMOVE:
+            directory.remove(name)
+    finally:
+        directory.filesystem.close(taken.fd)
+    return True
+
+
+def _tail(directory: Directory, taken: LockedFile) -> FileTail:
+    size = directory.filesystem.size(taken.fd)
+    return tail_of(directory.filesystem.read_at(taken.fd, size - 1, 1) if size else b"")

@@ -17,6 +17,7 @@ from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry
 from pillarbox.store.quota import QuotaEnforcer
+from pillarbox.store.recovery import recover
 from pillarbox.store.segment import SealReason
 from pillarbox.store.writer import RETIRED_MAX
 
@@ -164,7 +165,7 @@ class Sealer:
     def adopt_segments(self) -> None:
         """Seal the segments of dead writers, before any of this writer's."""
         try:
-            adopted = self._directory.recover()
+            adopted = recover(self._directory)
         except OSError as error:
             self._log_disk_state(f"cannot adopt what is in the directory: {error}")
             return

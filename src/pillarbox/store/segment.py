@@ -137,7 +137,7 @@ class SegmentSyncer:
             (error,) = self._sync_data([file])
             if error is None and not self._filesystem.has_name(file.fd):
                 file.sync_unknown = False
-                error = FileNotFoundError(errno.ENOENT, "was removed by somebody", file.locked_file.name)
+                error = FileNotFoundError(errno.ENOENT, "the segment was deleted externally", file.locked_file.name)
                 self._stop_appending(file, error)
                 raise error
             return self._finish_sync(file, size, error, unsynced_lines)
@@ -153,7 +153,7 @@ class SegmentSyncer:
                 try:
                     troubles.append(self._finish_sync(file, size, error, unsynced_lines))
                 except OSError as failed:
-                    troubles.append(f"{file.locked_file.name}: the disk does not take it ({failed}); sealed as it can be read")
+                    troubles.append(f"{file.locked_file.name}: rewriting failed too ({failed}); sealing what can be read")
             for file in files:
                 file.is_sealed = True
         return [trouble for trouble in troubles if trouble]
@@ -173,9 +173,9 @@ class SegmentSyncer:
         those whose last sync was interrupted. That sync may have failed, and the next one would not report it.
         """
         unfit = [
-            OSError(errno.EIO, "what was refused cannot be cut off")
+            OSError(errno.EIO, "the bytes of a dropped call could not be cut off")
             if file.has_leftover
-            else OSError(errno.EIO, "nobody knows how its last sync ended")
+            else OSError(errno.EIO, "its last sync was interrupted")
             if file.sync_unknown
             else None
             for file in files
@@ -192,7 +192,7 @@ class SegmentSyncer:
             file.synced_bytes = size
             file.sync_unknown = False
             return ""
-        trouble = f"{file.locked_file.name}: the disk did not take it ({error.strerror}); written anew"
+        trouble = f"{file.locked_file.name}: fsync failed ({error.strerror}); file rewritten"
         file.truncated = True
         self._stop_appending(file, error)
         file.locked_file = self._directory.rewrite(file.locked_file, unsynced_lines(file), file.bytes)
