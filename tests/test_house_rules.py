@@ -38,7 +38,7 @@ OS_NAMES = {
     "store/os_filesystem.py": None,  # everything
     "_native.py": {"environ"},  # where what is compiled is declined
     "event.py": {"register_at_fork", "urandom"},
-    "outbox.py": {"register_at_fork"},
+    "outbox.py": {"PathLike", "register_at_fork"},
     "delivery/process/child.py": {"_exit", "dup2"},
     "delivery/process/supervisor.py": {"register_at_fork"},
     "sinks/spacetimedb/url.py": {"environ"},  # where a token may be

@@ -375,7 +375,7 @@ def test_a_handler_in_the_middle_of_the_start_starts_nothing_twice(tmp_path: Pat
     outbox.close()
 
 
-def test_a_sink_object_is_not_used_in_a_forked_child(tmp_path: Path) -> None:
+def test_a_sink_object_is_not_used_in_a_forked_child(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its connections are the parent's; the child stores, and the parent delivers."""
     sink = RecordingSink()
     with Outbox(str(tmp_path / "a"), sink=sink) as outbox:
@@ -383,11 +383,32 @@ def test_a_sink_object_is_not_used_in_a_forked_child(tmp_path: Path) -> None:
         child = os.fork()
         if child == 0:
             good = bool(outbox.enqueue(event(2))) and not outbox._sinks
+            said = [record.getMessage() for record in caplog.records]
+            good &= any("a sink object cannot be used after fork; this process only stores events" in line for line in said)
+            good &= not any("invalid event" in line for line in said)
             outbox.close()
             os._exit(0 if good else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert outbox.flush(60)
     assert sorted(json.loads(payload)["event_id"] for payload in sink.payloads) == ["e-000001", "e-000002"]
+
+
+def test_a_directory_that_cannot_be_listed_is_logged_once_and_not_as_an_invalid_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Events are dropped until it can be; then they are stored."""
+    with monkeypatch.context() as patch:
+
+        def disk_usage(_self: Directory) -> DiskUsage:
+            raise OSError(5, "Input/output error")
+
+        outbox = Outbox(str(tmp_path / "a"))
+        patch.setattr(Directory, "disk_usage", disk_usage)
+        assert [outbox.enqueue(event(number)) for number in range(3)] == [Dropped("io_error")] * 3
+    (line,) = [entry.getMessage() for entry in caplog.records]
+    assert "cannot list the directory, so that events are dropped until it can be: [Errno 5] Input/output error" in line
+    assert outbox.enqueue(event(4))
+    outbox.close()
 
 
 class Verbatim(msgspec.Struct, frozen=True):

@@ -1,6 +1,6 @@
-"""The only reader of time besides `src/speedups/event.c`.
+"""The clocks. No other module reads the time, except the C extension (`src/speedups/event.c`).
 
-Code that waits or writes a time takes a `Clock`, so that a test can pass another one.
+Whatever waits or writes timestamps takes a `Clock`, so that a test can pass one that it controls.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Two readings: one to stamp with, one to measure with."""
+    """A wall clock for timestamps and a monotonic clock for durations."""
 
     def micros(self) -> int:
-        """Wall time in microseconds since 1970; may step in either direction."""
+        """Wall time in microseconds since 1970. It may jump forwards or backwards."""
 
     def monotonic(self) -> float:
-        """Seconds since some moment; never steps back."""
+        """Seconds since an arbitrary moment. It never goes backwards."""
 
 
 class SystemClock:
-    """The machine's own clocks."""
+    """The clocks of the operating system."""
 
     def micros(self) -> int:
         """Wall time in microseconds since 1970."""
         return time.time_ns() // 1000
 
     def monotonic(self) -> float:
-        """Seconds since some moment; never steps back."""
+        """Seconds since an arbitrary moment. It never goes backwards."""
         return time.monotonic()
 
 
@@ -35,5 +35,5 @@ wall_ns = time.time_ns
 
 
 def yield_gil() -> None:
-    """Let another thread of this process have the interpreter, if one waits for it."""
+    """Let another thread of this process run, if one waits for the GIL."""
     time.sleep(0)

@@ -1,4 +1,4 @@
-"""From what an application hands over to the line that is stored: `before_send`, the checks, and what is said of bad events."""
+"""From an event to the record that is stored: `before_send`, the checks, JSON, and the log line for an invalid event."""
 
 from __future__ import annotations
 
@@ -26,37 +26,44 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-_LOGGED_REASONS_MAX: Final = 32  # different reasons for invalid events that are logged; all are counted
+_LOGGED_REASONS_MAX: Final = 32  # reasons for invalid events that are logged, each once; all invalid events are counted
 _UINT64_MAX: Final = 2**64 - 1
 
 
 def _encode_str_subclass(value: object) -> str:
-    """A subclass of `str`, as templates and translations have, which msgspec does not take as it is."""
+    """Encode a subclass of `str`, as template engines and translations return: msgspec encodes only `str` itself."""
     if isinstance(value, str):
         return str.__str__(value)
     raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
 
 
 _encode: Final = msgspec.json.Encoder(enc_hook=_encode_str_subclass).encode
-_WHITE_SPACE: Final = b" \t\r\n"  # of JSON
-# Numbers that JSON cannot carry as they are show in the encoded bytes: NaN as null, large integers by their length.
+_JSON_WHITE_SPACE: Final = b" \t\r\n"  # RFC 8259, section 2
+# Numbers that JSON cannot represent leave a trace in the encoded bytes: NaN is null, and large integers have many digits.
 _MAY_HOLD_BAD_NUMBER = re.compile(rb"null|\d{19}")
 
 
 class Codec:
-    """One event type at the door: event -> JSON bytes, or `InvalidEventError`.
+    """Encodes and checks events of one type.
 
-    `encode(event)` is bound once: msgspec's own encoder where the type checks itself or is trusted, otherwise the checking
-    way through it. `event_type` must be a `msgspec.Struct` with an `event_id`; raises `UsageError` if not.
+    `encode(event)` returns JSON as bytes. It is msgspec's own encoder if the type checks itself or is trusted; otherwise it
+    also decodes what it encoded, which checks the types of the fields.
+
+    Args:
+        event_type: A subclass of `msgspec.Struct` with a field `event_id`.
+        trusted: Do not check events of this type.
+
+    Raises:
+        UsageError: The type is not such a subclass.
     """
 
     __slots__ = ("_decode", "_generated_fields", "checks_itself", "encode", "event_type")
 
     def __init__(self, event_type: type[msgspec.Struct], *, trusted: bool = False) -> None:
         if not (isinstance(event_type, type) and issubclass(event_type, msgspec.Struct)):
-            raise UsageError(f"event_type must be a msgspec.Struct, not {event_type!r}")
+            raise UsageError(f"event_type is {event_type!r}; use a subclass of msgspec.Struct")
         if "event_id" not in event_type.__struct_fields__:
-            raise UsageError(f"event_type {event_type.__name__} must have a field event_id: it is what makes repeats harmless")
+            raise UsageError(f"event_type {event_type.__name__} has no field event_id; add one: sinks drop duplicates by it")
         self.event_type = event_type
         self.checks_itself = trusted or event_type is TrackingEvent
         self.encode: Callable[[Any], bytes] = _encode
@@ -66,53 +73,59 @@ class Codec:
         self._generated_fields = _generated_fields(event_type)
 
     def check_json(self, payload: object) -> bytes:
-        """An event that is JSON already, as it is stored: byte for byte but for white space around it and line feeds.
+        """Check an event that is JSON already.
 
-        Raises `InvalidEventError` or what msgspec does where it is not JSON of the event type. Unknown members are looked into
-        too: a destination may want to read them.
+        Unknown fields are checked too, because a destination may read them.
+
+        Returns:
+            The payload without surrounding white space and line feeds, otherwise unchanged.
+
+        Raises:
+            InvalidEventError: It is not a valid event.
+            msgspec.DecodeError: It is not JSON of the event type.
         """
         if not isinstance(payload, bytes):
-            raise InvalidEventError("event", f"must be bytes of JSON, not {type(payload).__name__}")
-        value = payload.strip(_WHITE_SPACE)
+            raise InvalidEventError("event", f"is a {type(payload).__name__}, not bytes of JSON")
+        value = payload.strip(_JSON_WHITE_SPACE)
         if len(value) > EVENT_BYTES_MAX:
-            raise InvalidEventError("event", f"has {len(value)} bytes as JSON, more than {EVENT_BYTES_MAX}")
+            raise InvalidEventError("event", f"has {len(value)} bytes as JSON; the limit is {EVENT_BYTES_MAX}")
         self._decode(value)
-        members = msgspec.json.decode(value)
+        fields = msgspec.json.decode(value)
         if _MAY_HOLD_BAD_NUMBER.search(value):
-            _check_numbers(members, "event")
-        if isinstance(members, dict):
+            _check_numbers(fields, "event")
+        if isinstance(fields, dict):
             for name in self._generated_fields:
-                if name not in members:
-                    raise InvalidEventError(name, "is missing: it would be another one each time the event is read")
-        # Within a text there is none, for that is no JSON; between two values it means nothing.
+                if name not in fields:
+                    raise InvalidEventError(name, "is missing; without it each decoding would make up another value")
+        # JSON has no line feed within a string, and between two tokens it has no meaning.
         return value.replace(b"\n", b"")
 
     def describe_error(self, event: object, error: Exception) -> str:
-        """Why `encode` refused: the field at fault where one can be named."""
+        """Why `encode` failed, with the field that is wrong if it can be found."""
         if isinstance(error, (InvalidEventError, msgspec.ValidationError)):
             return str(error)
         if isinstance(event, msgspec.Struct):
             for field in event.__struct_fields__:
                 try:
                     _encode(getattr(event, field))
-                except Exception as cause:  # noqa: BLE001 - whatever a value does when encoded is its answer
+                except Exception as cause:  # noqa: BLE001 - a value may raise anything when encoded
                     return f"{field}: {cause}"
         return str(error)
 
 
 def _generated_fields(event_type: type[msgspec.Struct]) -> list[str]:
-    """The members that get a new value where they are left out: ids and times. An empty list is no such thing."""
+    """The fields whose default is generated, as ids and times are; an empty list by default does not count."""
     constant = (msgspec.NODEFAULT, list, dict, set, frozenset, tuple, bytearray)
     return [field.encode_name for field in msgspec.structs.fields(event_type) if field.default_factory not in constant]
 
 
 def _single_line_encoder(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
-    """A `msgspec.Raw` member goes as it is, line feeds and all; a record is a line."""
+    """`encode`, but it rejects line feeds: msgspec copies a `msgspec.Raw` field unchanged, and a record is one line."""
 
     def encode_line(event: Any) -> bytes:
         payload = encode(event)
         if b"\n" in payload:
-            raise InvalidEventError("event", "has a line feed outside of a text, in a msgspec.Raw: write that JSON on one line")
+            raise InvalidEventError("event", "a msgspec.Raw field has a line feed; write its JSON on one line")
         return payload
 
     return encode_line
@@ -134,10 +147,10 @@ def _checking_encoder(event_type: type[msgspec.Struct]) -> Callable[[Any], bytes
 def _check_numbers(value: object, path: str) -> None:
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise InvalidEventError(path, f"is {value}, which JSON cannot carry")
+            raise InvalidEventError(path, f"is {value}, which JSON cannot represent")
     elif isinstance(value, int):
         if not INT64_MIN <= value <= _UINT64_MAX:
-            raise InvalidEventError(path, "is an integer beyond 64 bits")
+            raise InvalidEventError(path, "is an integer of more than 64 bits")
     else:
         for name, inner in _child_values(value):
             _check_numbers(inner, f"{path}.{name}")
@@ -155,92 +168,87 @@ def _child_values(value: object) -> Iterator[tuple[object, object]]:
 
 
 class _NoEventType:
-    """The type of no event: all of them go the long way."""
+    """No event has this type, so `encode_records` hands every event to its fallback."""
 
 
 class EventEncoder:
-    """The entrance of one outbox. Refusals are counted by the writer of the process: `attach` it, in a forked child too."""
+    """Turns events into records for one outbox in one process: `before_send`, checks, encoding.
 
-    def __init__(self, settings: Settings) -> None:
+    Drops are counted by the writer. Why an event is invalid is logged, once for each reason.
+    """
+
+    def __init__(self, settings: Settings, codec: Codec, writer: Writer, hooks: Hooks) -> None:
         self._name = settings.directory
         self._enabled = settings.enabled
         self._raises_on_invalid = settings.on_invalid == "raise"
         self._event_type = settings.event_type
-        self._codec = Codec(settings.event_type, trusted=settings.trusted)
-        self.encode = self._codec.encode
-        self._logged_reasons: set[str] = set()
-        self._writer: Writer
-        self._hooks: Hooks
-
-    def attach(self, writer: Writer, hooks: Hooks) -> None:
-        """Let in for this writer."""
+        self._codec = codec
         self._writer = writer
         self._hooks = hooks
+        self.encode = codec.encode
+        self._logged_reasons: set[str] = set()
 
     def apply_before_send(self, event: Any) -> Any:
-        """What is to be stored instead of an event: what `before_send` makes of it; `Dropped` where that is nothing.
+        """The event that `before_send` returns for an event, or a `Dropped`.
 
-        A disabled outbox has it refused as that, and what is no event is refused further on.
+        An event of the wrong type and one for a disabled outbox pass unchanged; a later step drops them.
         """
         if type(event) is not self._event_type or not self._enabled:
             return event
-        kept = self._hooks.before_send(event)
-        if kept is None:
+        replacement = self._hooks.before_send(event)
+        if replacement is None:
             return self._writer.drop("filtered")
-        if type(kept) is not self._event_type:
-            wanted, found = self._event_type.__name__, type(kept).__name__
-            return self.drop_invalid(kept, InvalidEventError("before_send", f"must return a {wanted} or None, not {found}"))
-        return kept
+        if type(replacement) is not self._event_type:
+            problem = f"returned a {type(replacement).__name__}; it must return a {self._event_type.__name__} or None"
+            return self.drop_invalid(replacement, InvalidEventError("before_send", problem))
+        return replacement
 
-    def filter_enqueue(self, enqueue: EnqueueFunction) -> EnqueueFunction:
-        """`enqueue`, for what `before_send` lets through."""
+    def with_before_send(self, enqueue: EnqueueFunction) -> EnqueueFunction:
+        """`enqueue` with `before_send` applied first."""
 
-        def enqueue_admitted(event: Any, *, durability: Durability | None = None) -> Outcome:
-            """Store one event, as `before_send` has it."""
-            admitted = self.apply_before_send(event)
-            return admitted if type(admitted) is Dropped else enqueue(admitted, durability=durability)
+        def enqueue_filtered(event: Any, *, durability: Durability | None = None) -> Outcome:
+            """Store the event that `before_send` returns."""
+            filtered = self.apply_before_send(event)
+            return filtered if type(filtered) is Dropped else enqueue(filtered, durability=durability)
 
-        return enqueue_admitted
+        return enqueue_filtered
 
-    def encode_record(self, event: Any) -> bytes | Dropped:
-        """An event's record, or why it has none."""
+    def encode_many(self, events: Iterable[Any]) -> tuple[bytes, list[Dropped | None]]:
+        """The records of events after `before_send`, and for each event None or why it was dropped."""
+        fast_type = _NoEventType if self._hooks.has_before_send else self._event_type
+        return encode_records(events, self.encode, fast_type, EVENT_BYTES_MAX, self._filter_and_encode)
+
+    def encode_many_json(self, payloads: Iterable[Any]) -> tuple[bytes, list[Dropped | None]]:
+        """The records of events that are JSON already, and for each None or why it was dropped. No `before_send`."""
+        return encode_records(payloads, self.encode, _NoEventType, EVENT_BYTES_MAX, self._encode_json)
+
+    def _filter_and_encode(self, event: Any) -> bytes | Dropped:
+        filtered = self.apply_before_send(event)
+        return filtered if type(filtered) is Dropped else self._encode_event(filtered)
+
+    def _encode_event(self, event: Any) -> bytes | Dropped:
         try:
             payload = self.encode(event)
             if type(event) is not self._event_type or len(payload) > EVENT_BYTES_MAX:
                 self.raise_invalid(event, payload)
-        except Exception as error:  # noqa: BLE001 - whatever an event does when encoded, the caller goes on
+        except Exception as error:  # noqa: BLE001 - an event may raise anything when encoded; its caller goes on
             return self.drop_invalid(event, error)
         return record.line(payload)
 
-    def filter_and_encode(self, event: Any) -> bytes | Dropped:
-        """The record of what `before_send` makes of an event."""
-        admitted = self.apply_before_send(event)
-        return admitted if type(admitted) is Dropped else self.encode_record(admitted)
-
-    def encode_records(self, events: Iterable[Any]) -> tuple[bytes, list[Dropped | None]]:
-        """The records of what `before_send` makes of events, and for each None, or why it has none."""
-        simple = _NoEventType if self._hooks.has_before_send else self._event_type
-        return encode_records(events, self.encode, simple, EVENT_BYTES_MAX, self.filter_and_encode)
-
-    def encode_json_records(self, payloads: Iterable[Any]) -> tuple[bytes, list[Dropped | None]]:
-        """The records of events that are JSON already; `before_send` has seen them, or it was not there then."""
-        return encode_records(payloads, self.encode, _NoEventType, EVENT_BYTES_MAX, self.encode_json_record)
-
-    def encode_json_record(self, payload: Any) -> bytes | Dropped:
-        """The record of an event that is JSON already; `before_send` has seen it, or it was not there then."""
+    def _encode_json(self, payload: Any) -> bytes | Dropped:
         try:
             return record.line(self._codec.check_json(payload))
         except Exception as error:  # noqa: BLE001 - as above
             return self.drop_invalid(payload, error)
 
     def raise_invalid(self, event: object, payload: bytes) -> None:
-        """Raise what is wrong with an event that encodes."""
+        """Raise for an event that could be encoded: it has the wrong type or is too large."""
         if type(event) is not self._event_type:
-            raise InvalidEventError("event", f"must be a {self._event_type.__name__}, not {type(event).__name__}")
-        raise InvalidEventError("event", f"has {len(payload)} bytes as JSON, more than {EVENT_BYTES_MAX}")
+            raise InvalidEventError("event", f"is a {type(event).__name__}, not a {self._event_type.__name__}")
+        raise InvalidEventError("event", f"has {len(payload)} bytes as JSON; the limit is {EVENT_BYTES_MAX}")
 
     def drop_invalid(self, event: object, error: Exception) -> Dropped:
-        """What becomes of an event that is not one."""
+        """Drop an invalid event and log why, or raise with `on_invalid="raise"`."""
         if not self._enabled:
             return self._writer.drop("disabled")
         text = self._codec.describe_error(event, error)
@@ -249,8 +257,8 @@ class EventEncoder:
         self.log_invalid(text)
         return self._writer.drop("invalid")
 
-    def log_invalid(self, text: str) -> None:
-        """Log why an event is dropped, once."""
-        if text not in self._logged_reasons and len(self._logged_reasons) < _LOGGED_REASONS_MAX:
-            self._logged_reasons.add(text)
-            log.warning("%s: dropped an invalid event, and will drop others like it silently: %s", self._name, text)
+    def log_invalid(self, reason: str) -> None:
+        """Log why an event was dropped as invalid; each reason once."""
+        if reason not in self._logged_reasons and len(self._logged_reasons) < _LOGGED_REASONS_MAX:
+            self._logged_reasons.add(reason)
+            log.warning("%s: dropped an invalid event; more like it are dropped without a log line: %s", self._name, reason)

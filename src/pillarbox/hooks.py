@@ -1,8 +1,8 @@
-"""The functions that an application hands over, each called so that what it raises is its own trouble and loses nothing.
+"""Calls the functions that an application passes in; an exception that one raises is logged and counted, and loses no event.
 
-`before_send` runs on the caller's thread, `on_drop` on the thread that seals (on the caller's where none runs), and
-`on_dead_letter` on the one that delivers. What a function does with the outbox meanwhile, on the same thread, it does
-without hooks: an event that it stores does not come back to it.
+`before_send` runs on the caller's thread, `on_drop` on the sealer's thread (on the caller's while no sealer runs), and
+`on_dead_letter` on the thread that delivers. While a hook runs, its thread calls no hook: an event that the hook enqueues is
+stored without `before_send`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import msgspec
+
+    from pillarbox.outcome import Durability, Outcome
+    from pillarbox.store.append_hooks import EnqueueFunction
+
 log = logging.getLogger("pillarbox")
 
-# What each may be called, and what becomes of its event, or its news, where it raises.
+# Name of each hook: what happens when it raises.
 HOOK_FAILURE_EFFECTS: Final = {
-    "before_send": "events for which it raises are stored as they were given",
-    "on_drop": "what it was told of is counted all the same",
-    "on_dead_letter": "the dead letter is kept all the same",
+    "before_send": "the event is stored unchanged",
+    "on_drop": "the drops are counted all the same",
+    "on_dead_letter": "the dead letter is stored all the same",
 }
-# A program may end itself from a function on its own thread; a thread of ours must not be ended.
+# `before_send` runs on the application's thread, which it may end by SystemExit; it must not end one of Pillarbox's threads.
 _CAUGHT_EXCEPTIONS: Final[dict[str, tuple[type[BaseException], ...]]] = {
     "before_send": (Exception,),
     "on_drop": (Exception, SystemExit),
@@ -35,9 +40,10 @@ class _ThreadState(threading.local):
 
 
 class Hooks:
-    """The hooks of one outbox in one process; safe to share between threads.
+    """The hooks of one outbox in one process. Safe to share between threads.
 
-    `failures` counts by hook how often it raised. The first time is logged, with the traceback.
+    Attributes:
+        failures: How often each hook raised. The first time is logged, with its traceback.
     """
 
     def __init__(
@@ -52,13 +58,13 @@ class Hooks:
         self._on_drop = on_drop
         self._on_dead_letter = on_dead_letter
         self._thread_state = _ThreadState()
-        self._lock = threading.RLock()  # a signal handler may enqueue, and so come here, anywhere
-        self._reported_drops: dict[str, int] = {}  # drops by reason
+        self._lock = threading.RLock()  # re-entrant: a signal handler may enqueue, and so come here, at any point
+        self._reported_drops: dict[str, int] = {}  # by reason
         self.failures: dict[str, int] = dict.fromkeys(HOOK_FAILURE_EFFECTS, 0)
 
     @property
     def has_before_send(self) -> bool:
-        """Whether events are to be shown to `before_send`."""
+        """Whether there is a `before_send`."""
         return self._before_send is not None
 
     @property
@@ -67,17 +73,21 @@ class Hooks:
         return self._on_drop is not None
 
     def is_in_hook(self) -> bool:
-        """Whether this thread is in one of the functions."""
+        """Whether this thread is running a hook."""
         return self._thread_state.in_hook
 
     def before_send(self, event: Any) -> Any:
-        """What is to be stored instead of an event; None: nothing. Where the function raises, the event itself."""
+        """Call `before_send`: the event to store, or None to store nothing. If it raises, the event unchanged."""
         if self._before_send is None or self._thread_state.in_hook:
             return event
-        return self._call_hook("before_send", self._before_send, event, otherwise=event)
+        return self._call_hook("before_send", self._before_send, event, result_on_failure=event)
 
     def report_drops(self, totals: Mapping[str, int]) -> None:
-        """Report what has been refused since the last time: `totals` by reason, of this process since it began."""
+        """Call `on_drop` with the drops since the last call.
+
+        Args:
+            totals: Drops by reason since this process opened the outbox.
+        """
         if self._on_drop is None or self._thread_state.in_hook:
             return
         for reason, count in self._take_unreported_drops(totals):
@@ -85,42 +95,54 @@ class Hooks:
 
     def _take_unreported_drops(self, totals: Mapping[str, int]) -> list[tuple[str, int]]:
         try:
-            self._thread_state.in_hook = True  # a signal handler that is refused something in here would find the same again
+            self._thread_state.in_hook = True  # a signal handler whose event is dropped here would report the same drops
             with self._lock:
                 new = [(reason, total - self._reported_drops.get(reason, 0)) for reason, total in totals.items()]
+                # Another thread may have reported newer totals already; then there is nothing new in these.
                 new = [(reason, count) for reason, count in new if count > 0]
-                # An older copy of the totals may come later, from another thread; it has nothing new.
                 self._reported_drops |= {reason: totals[reason] for reason, _ in new}
                 return new
         finally:
             self._thread_state.in_hook = False
 
-    def report_dead_letter(self, record: Any) -> None:
-        """Report a dead letter, once it is durable."""
+    def report_dead_letter(self, letter: Any) -> None:
+        """Call `on_dead_letter` for a dead letter that is on disk."""
         if self._on_dead_letter is not None:
-            self._call_hook("on_dead_letter", self._on_dead_letter, record)
+            self._call_hook("on_dead_letter", self._on_dead_letter, letter)
 
     def add_dead_letter_failures(self, count: int) -> None:
-        """`on_dead_letter` has raised so often in another process, which has logged it."""
+        """Count failures of `on_dead_letter` in the child process that delivers; it has logged them."""
         with self._lock:
             self.failures["on_dead_letter"] += count
 
-    def _call_hook(self, name: str, hook: Callable[..., Any], *arguments: Any, otherwise: Any = None) -> Any:
-        here = self._thread_state
+    def _call_hook(self, name: str, hook: Callable[..., Any], *arguments: Any, result_on_failure: Any = None) -> Any:
+        state = self._thread_state
         try:
-            here.in_hook = True
+            state.in_hook = True
             return hook(*arguments)
         except _CAUGHT_EXCEPTIONS[name]:
             if self._is_first_failure(name):
-                # Still marked as within: a log handler that stores events must not come back to the hook that fails.
-                log.exception(
-                    "%s: %s raised, and is counted silently from now on; %s", self._name, name, HOOK_FAILURE_EFFECTS[name]
-                )
-            return otherwise
+                # `in_hook` is still set: a log handler that enqueues must not call the hook that fails.
+                effect = HOOK_FAILURE_EFFECTS[name]
+                log.exception("%s: %s raised; %s. Further failures are only counted", self._name, name, effect)
+            return result_on_failure
         finally:
-            here.in_hook = False
+            state.in_hook = False
 
     def _is_first_failure(self, name: str) -> bool:
         with self._lock:
             self.failures[name] += 1
             return self.failures[name] == 1
+
+
+def with_drop_reports(enqueue: EnqueueFunction, report_drops: Callable[[], None]) -> EnqueueFunction:
+    """`enqueue`, and `report_drops` called after it."""
+
+    def enqueue_and_report(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
+        """Store one event, and report it if it is dropped."""
+        try:
+            return enqueue(event, durability=durability)
+        finally:
+            report_drops()
+
+    return enqueue_and_report

@@ -1,29 +1,35 @@
-"""`Outbox`: what an application holds. Thin: it owns entrance, writer, sealer and deliverer, and begins and ends them."""
+"""`Outbox`, the class that an application uses.
+
+It makes the parts (encoder, writer, group committer, sealer, delivery runner), starts and stops them, and makes them anew in a
+forked child. What they do is in `codec.py`, `store/` and `delivery/`.
+"""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import threading
+from abc import ABCMeta
 from functools import partial
 from os import register_at_fork
 from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakSet
 
 from pillarbox._native import CommitFuture
-from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull
+from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull, with_when_full
 from pillarbox.clock import Clock, SystemClock
-from pillarbox.codec import EventEncoder
+from pillarbox.codec import Codec, EventEncoder
 from pillarbox.delivery.deliverer import ONLY_SINK, combine_stats
 from pillarbox.delivery.runner import build_runner, build_sinks, check_delivery_settings
 from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
-from pillarbox.hooks import Hooks
+from pillarbox.flush import wait_until_delivered
+from pillarbox.hooks import Hooks, with_drop_reports
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
 from pillarbox.settings import Settings, resolve, sink_and_sinks_error
 from pillarbox.sinks.base import Sink
-from pillarbox.stats import Stats
+from pillarbox.stats import COUNTER_FIELDS, Stats
 from pillarbox.store.append_hooks import AppendHooks, EnqueueFunction
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.ledger import LedgerWriter
@@ -36,6 +42,7 @@ from pillarbox.telemetry import instruments, sink_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from os import PathLike
     from types import TracebackType
     from typing import Self
 
@@ -47,30 +54,52 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-CALL_BYTES_MAX: Final = 16 * 2**20  # one call of `enqueue_many`: it becomes one write, and is read as one batch
-EXIT_TIMEOUT_S: Final = 2.0  # how long the end of the program may wait for a last delivery
-_BUSY_PERIOD_S: Final = 10.0  # how long after an event the deliverer goes on giving the interpreter away every few records
-_POLL_S: Final = 0.05  # between two looks of `flush` where another process delivers
-_GROUP_WAIT_S: Final = 0.25  # the same where this one does: files are settled in groups, the next one within so long
-_LISTING_TIME_SHARE: Final = 10  # `flush` lists the directory for a tenth of its time at most
+CALL_BYTES_MAX: Final = 16 * 2**20  # of one call of `enqueue_many`: it becomes one write, and is read back as one batch
+EXIT_TIMEOUT_S: Final = 2.0  # for the last deliveries when the program exits
+_BUSY_PERIOD_S: Final = 10.0  # after the last event, for which the delivery worker yields the GIL every few records
 
 
-class Outbox:
-    """A durable outbox in a directory.
+class _OutboxMeta(ABCMeta):
+    """Keeps `Outbox.enqueue` replaceable although each instance holds a faster one.
 
-    The directory is checked and made now (or `DirectoryUnusableError`); threads start, and what an earlier writer left
-    is adopted, at first use: `enqueue`, `flush`, or entering it as a context manager. `sink` is a URL, a `Sink`, or None: only
-    store, and another process delivers. Instead of it, `sinks` names several. Raises `ConfigurationError` for a setting that is
-    not allowed.
+    Instances shadow the method, so `unittest.mock.patch.object(Outbox, "enqueue")` would not reach them. The base is `ABCMeta`
+    so that subclasses may also inherit from abstract classes.
     """
 
-    # `enqueue(event, *, durability=None)` -> `Enqueued` once the operating system has the event, `Dropped(reason)` where it is
-    # refused. It is no method, for one call less is a twentieth of its time: `Writer.build_enqueue` has it.
-    enqueue: EnqueueFunction
+    def __setattr__(cls, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "enqueue":
+            _shadow_all_enqueues()
+
+    def __delattr__(cls, name: str) -> None:
+        super().__delattr__(name)
+        if name == "enqueue":
+            _shadow_all_enqueues()
+
+
+class Outbox(metaclass=_OutboxMeta):
+    """A durable outbox in a directory: it stores events on the local disk and delivers them in the background.
+
+    The directory is created and checked at once. At first use (`enqueue`, `flush` or `with`) the outbox takes over what earlier
+    writers left and starts its threads. It may be shared between threads and used after a fork. Use it as a context manager,
+    or call `close`; at the exit of the program open outboxes are closed.
+
+    Args:
+        directory: Path of the outbox directory. Several processes may use one directory.
+        sink: Where to deliver: a URL, or a `Sink` object. None: only store; another process delivers.
+        event_type: Type of the events: `TrackingEvent` or any `msgspec.Struct` with a field `event_id`.
+        sinks: Several sinks by name, in place of `sink`. Each gets every event.
+        **settings: All other settings, described in `docs/reference/settings.md`.
+
+    Raises:
+        ConfigurationError: A setting is unknown or has a value that is not allowed.
+        DirectoryUnusableError: The directory cannot be created, read or written, or cannot keep `durability="power"`.
+        SinkUnusableError: The package that the sink needs is not installed.
+    """
 
     def __init__(
         self,
-        directory: str,
+        directory: str | PathLike[str],
         sink: str | Sink | None = None,
         event_type: type[msgspec.Struct] = TrackingEvent,
         *,
@@ -106,32 +135,33 @@ class Outbox:
         on_dead_letter: Callable[[DeadLetter], object] | None = None,
         **others: object,
     ) -> None:
-        keywords: dict[str, object] = locals() | others  # before anything else has a name here
+        # `resolve` takes settings by name, and those are the parameters. First statement: nothing else is local yet.
+        keywords: dict[str, object] = locals() | others
         del keywords["self"], keywords["others"]
         if sink is not None and not isinstance(sink, (str, Sink)):
             raise ConfigurationError("sink", None, "the call", f"sink: use a URL, a Sink or None, not {type(sink).__name__}")
         keywords["sink"] = sink if isinstance(sink, str) else None
-        given = {ONLY_SINK: sink} if isinstance(sink, Sink) else {}
-        if given and sinks is not None:
+        sink_objects = {ONLY_SINK: sink} if isinstance(sink, Sink) else {}
+        if sink_objects and sinks is not None:
             raise sink_and_sinks_error("the call")
-        self._initialize(resolve(keywords), given)
+        self._initialize(resolve(keywords), sink_objects)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """An outbox with settings that `resolve` has checked, from the environment or a TOML file for example."""
+        """Make an outbox from settings that `resolve` returned. Raises the errors of the constructor."""
         outbox = cls.__new__(cls)
         outbox._initialize(settings, {})
         return outbox
 
-    def _initialize(self, settings: Settings, given: dict[str, Sink]) -> None:
+    def _initialize(self, settings: Settings, sink_objects: dict[str, Sink]) -> None:
         if settings.enabled and not settings.directory:
             raise ConfigurationError("directory", None, "the call", "no directory; pass the path of one")
-        self._sink_objects = given | {name: sink for name, sink in settings.sinks.items() if not isinstance(sink, str)}
+        self._sink_objects = sink_objects | {name: sink for name, sink in settings.sinks.items() if not isinstance(sink, str)}
         check_delivery_settings(settings, self._sink_objects)
         self.settings = settings
         self.name = settings.directory
         self._delivers = settings.deliver != "external"
-        self._encoder = EventEncoder(settings)
+        self._codec = Codec(settings.event_type, trusted=settings.trusted)
         self._event_type = settings.event_type
         self._clock: Clock = SystemClock()
         self._start_lock = threading.RLock()
@@ -148,19 +178,18 @@ class Outbox:
         _outboxes.add(self)
 
     def _create_process_state(self) -> None:
-        """Make what belongs to one process: again in a forked child, where nothing of the parent's may be used."""
+        """Make the parts that belong to one process. A forked child calls it too: it must not use its parent's."""
         settings = self.settings
         self._started = False
         self._is_starting = False
+        self._logged_start_problem = ""
         self._busy_accepted = 0
         self._busy_since = -_BUSY_PERIOD_S
         self._runner: Runner | None = None
         self._hooks = Hooks(self.name, settings.before_send, settings.on_drop, settings.on_dead_letter)
         self._ledger = LedgerWriter(self._directory, self._clock)
         evicts = settings.when_full == "drop_oldest"
-        batch_bytes = settings.batch_bytes
-        if evicts:
-            batch_bytes = max(1, min(batch_bytes, settings.max_bytes // FILE_SHARE))
+        batch_bytes = min(settings.batch_bytes, max(1, settings.max_bytes // FILE_SHARE)) if evicts else settings.batch_bytes
         limits = WriterLimits(settings.batch_size, batch_bytes, settings.max_bytes, settings.max_files)
         inbox = SealerInbox()
         self._writer = Writer(self._directory, limits, inbox.wake)
@@ -179,76 +208,124 @@ class Outbox:
             on_drops=self._report_drops if self._hooks.has_on_drop else None,
             ledger=self._ledger,
         )
-        self._encoder.attach(self._writer, self._hooks)
-        door = AppendHooks(
-            self._encoder.encode,
-            self._event_type,
-            EVENT_BYTES_MAX,
-            self._resolve_power,
-            self._encoder.raise_invalid,
-            self._encoder.drop_invalid,
-            partial(self._append_or_start, power=False),
-            partial(self._append_or_start, events=1, power=True),
-            self._is_power_default,
+        self._encoder = EventEncoder(settings, self._codec, self._writer, self._hooks)
+        self._enqueue = self._compose_enqueue()
+        self._shadow_enqueue()
+        self._sinks = build_sinks(settings, self._sink_objects) if settings.enabled and self._delivers else {}
+
+    def _compose_enqueue(self) -> EnqueueFunction:
+        """Build `enqueue` from the layers that this outbox needs, innermost first.
+
+        A layer that is not needed is left out: one more Python call is a tenth of the time of `enqueue`.
+        """
+        settings, hooks = self.settings, self._hooks
+        # Encode and check the event. One function for each outcome, so that the writer's closure calls nothing else.
+        append_hooks = AppendHooks(
+            encode=self._encoder.encode,
+            event_type=self._event_type,
+            event_bytes_max=EVENT_BYTES_MAX,
+            is_power=self._resolve_power,
+            raise_invalid=self._encoder.raise_invalid,
+            drop_invalid=self._encoder.drop_invalid,
+            append_unstarted=partial(self._append_or_start, power=False),
+            commit=partial(self._append_or_start, events=1, power=True),
+            power_by_default=self._is_power_default,
         )
-        self._append_event = self.enqueue = self._writer.build_enqueue(door)
-        self._start_power_append = self._committer.build_start_commit(door, self._start_power_append_slowly)
+        # Store: append the record ("process"), or wait for the group's fsync ("power"). Compiled if the extension is there.
+        enqueue = self._append_event = self._writer.build_enqueue(append_hooks)
+        # The same for coroutines, which await the fsync: `enqueue_async`.
+        self._start_power_append = self._committer.build_start_commit(append_hooks, self._start_power_append_slowly)
         self._start_default_append = self._start_power_append if self._is_power_default else self._append_event
+        # when_full: "block" and "raise" act on a drop. "drop_newest" needs no layer, and "drop_oldest" is the sealer's.
         self._when_full: RaiseWhenFull | BlockWhenFull | None = None
         if settings.when_full == "raise":
             self._when_full = RaiseWhenFull(self.name)
         elif settings.when_full == "block":
-            self._when_full = BlockWhenFull(self._writer, self._clock, settings.block_timeout, self._hooks.is_in_hook)
-        self._has_no_layers = not (self._hooks.has_before_send or self._hooks.has_on_drop or self._when_full)
-        # Each layer is there only where it is asked for: a call more is a tenth of the time of `enqueue`.
+            self._when_full = BlockWhenFull(self._writer, self._clock, settings.block_timeout, hooks.is_in_hook)
         if self._when_full is not None:
-            self.enqueue = self._build_enqueue(self._append_event, self._when_full)
-        if self._hooks.has_before_send:
-            self.enqueue = self._encoder.filter_enqueue(self.enqueue)
-        if self._hooks.has_on_drop:
-            self.enqueue = self._reporting(self.enqueue)
-        self._sinks = build_sinks(settings, self._sink_objects) if settings.enabled and self._delivers else {}
+            enqueue = with_when_full(enqueue, self._when_full)
+        # before_send: change or filter the event, once, before all attempts to store it.
+        if hooks.has_before_send:
+            enqueue = self._encoder.with_before_send(enqueue)
+        # on_drop: report a drop, outermost because each of the other layers can drop the event.
+        if hooks.has_on_drop:
+            enqueue = with_drop_reports(enqueue, self._report_drops_without_sealer)
+        self._has_no_layers = enqueue is self._append_event
+        return enqueue
+
+    def _shadow_enqueue(self) -> None:
+        """Let this instance's `enqueue` skip the method, which costs a call, unless a subclass or a patch replaced it."""
+        if type(self).enqueue is _enqueue_method:
+            self.enqueue = self._enqueue  # type: ignore[method-assign]
+        else:
+            vars(self).pop("enqueue", None)
+
+    def enqueue(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
+        """Store one event.
+
+        Takes a few microseconds with durability "process"; with "power" it waits for an fsync. Safe to call from any thread
+        and from a signal handler. With `when_full="block"` it may wait up to `block_timeout` seconds for room.
+
+        Args:
+            event: The event, of exactly the type `event_type`.
+            durability: "process" or "power". None: the setting.
+
+        Returns:
+            `Enqueued(durability)` when the event is stored, or `Dropped(reason)` when it is not. `Dropped` is falsy.
+
+        Raises:
+            InvalidEventError: The event is invalid; only with `on_invalid="raise"`.
+            OutboxFullError: There is no room; only with `when_full="raise"`.
+            ConfigurationError: There is no such durability.
+            DirectoryUnusableError: The directory does not support "power"; only at the first event with "power".
+        """
+        return self._enqueue(event, durability=durability)
 
     def enqueue_many(self, events: Iterable[msgspec.Struct], *, durability: Durability | None = None) -> list[Outcome]:
-        """Store events in one write, all or none of the valid ones; one outcome for each, in order.
+        """Store events in one write: all of the valid ones, or none.
 
-        They stay together in one file. At most 16 MiB in one call; more is `Dropped("invalid")`.
+        They stay together in one batch. One call may have 16 MiB of records; with more, each event is `Dropped("invalid")`.
+        `durability` and the errors raised are those of `enqueue`.
+
+        Returns:
+            One outcome for each event, in order.
         """
-        return self._append_encoded(lambda: self._encoder.encode_records(events), durability)
+        return self._append_encoded(lambda: self._encoder.encode_many(events), durability)
 
     def enqueue_json(self, payloads: Iterable[bytes], *, durability: Durability | None = None) -> list[Outcome]:
-        """Store events that are JSON already, in one write, all or none of the valid ones; one outcome for each, in order.
+        """Store events that are JSON already in one write: all of the valid ones, or none.
 
-        Each must decode as the event type, and have what would otherwise be made up anew each time it is read (`event_id`).
-        It is stored byte for byte, unknown members included, but for white space around it and line feeds. They do not
-        come past `before_send`. Limits as for `enqueue_many`.
+        Each payload must decode as the event type, and must have the fields that would otherwise get a new value at each
+        decoding, such as `event_id`. It is stored byte for byte, with unknown fields, except for surrounding white space and
+        line feeds. `before_send` is not called. Limits, `durability` and the errors raised are those of `enqueue_many`.
+
+        Returns:
+            One outcome for each payload, in order.
         """
-        return self._append_encoded(lambda: self._encoder.encode_json_records(payloads), durability)
+        return self._append_encoded(lambda: self._encoder.encode_many_json(payloads), durability)
 
     def _append_encoded(
-        self, pack: Callable[[], tuple[bytes, list[Dropped | None]]], durability: Durability | None
+        self, encode: Callable[[], tuple[bytes, list[Dropped | None]]], durability: Durability | None
     ) -> list[Outcome]:
         power = self._is_power_default if durability is None else self._resolve_power(durability)
         try:
-            lines, refused = pack()
-            count = refused.count(None)
-            together = self._append_records(lines, count, power=power) if count else DROPPED["invalid"]
+            lines, drops = encode()
+            count = drops.count(None)
+            outcome = self._append_records(lines, count, power=power) if count else DROPPED["invalid"]
         finally:
             self._report_drops_without_sealer()
-        return [together if dropped is None else dropped for dropped in refused]
+        return [outcome if dropped is None else dropped for dropped in drops]
 
-    def _reporting(self, enqueue: EnqueueFunction) -> EnqueueFunction:
-        def enqueue_reporting(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
-            """Store one event, and see to it that `on_drop` hears where it is refused."""
-            try:
-                return enqueue(event, durability=durability)
-            finally:
-                self._report_drops_without_sealer()
-
-        return enqueue_reporting
+    def _append_records(self, lines: bytes, events: int, *, power: bool) -> Outcome:
+        if len(lines) > CALL_BYTES_MAX:
+            self._encoder.log_invalid(f"{len(lines)} bytes in one call; the limit is {CALL_BYTES_MAX}")
+            return self._writer.drop("invalid", events)
+        append = partial(self._append_or_start, lines, events, power=power)
+        outcome = append()
+        return outcome if outcome or self._when_full is None else self._when_full.on_full(append, outcome, events)
 
     def _report_drops_without_sealer(self) -> None:
-        """Report what no thread of ours will: before the start, and after the end. Never in the middle of an append."""
+        """Report drops while the sealer thread is not running; never in the middle of an append."""
         if self._hooks.has_on_drop and (self._closed or not self._started) and not self._writer.is_locked_by_this_thread():
             with self._writer.lock:
                 totals = dict(self._writer.dropped)
@@ -256,95 +333,56 @@ class Outbox:
 
     def _report_drops(self, totals: dict[str, int]) -> None:
         if self.settings.when_full == "block" and not self._closed:
-            # These are taken back and tried again; only of who was cancelled meanwhile they stay.
+            # Such a drop is taken back before the next attempt; it stays only if the caller was cancelled meanwhile.
             totals = {reason: total for reason, total in totals.items() if reason not in FULL_REASONS}
         self._hooks.report_drops(totals)
 
-    def _build_enqueue(self, once: EnqueueFunction, when_full: RaiseWhenFull | BlockWhenFull) -> EnqueueFunction:
-        def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
-            """`Writer.build_enqueue`'s, and what `when_full` makes of a refusal."""
-            outcome = once(event, durability=durability)
-            return outcome or when_full.on_full(lambda: once(event, durability=durability), outcome, 1)
-
-        return enqueue
-
-    def _append_records(self, lines: bytes, events: int, *, power: bool) -> Outcome:
-        if len(lines) > CALL_BYTES_MAX:
-            self._encoder.log_invalid(f"{len(lines)} bytes in one call, more than {CALL_BYTES_MAX}")
-            return self._writer.drop("invalid", events)
-
-        append = partial(self._append_or_start, lines, events, power=power)
-        outcome = append()
-        return outcome if outcome or self._when_full is None else self._when_full.on_full(append, outcome, events)
-
     async def enqueue_async(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
-        """`enqueue`, from a coroutine. "process" is too quick to be worth a thread; under "power" many share one sync.
+        """Store one event from a coroutine.
 
-        Cancelling does not withdraw the event.
+        Durability "process" writes inline, because that is faster than a thread. With "power" the event loop runs on while
+        many coroutines share one fsync. Cancelling does not withdraw the event. Arguments, outcomes and errors are those of
+        `enqueue`.
         """
         if self._has_no_layers:
             answer = self._start_default_append(event) if durability is None else self._start_append(event, durability)
             return await answer if type(answer) is CommitFuture else answer  # type: ignore[return-value]  # mypy: `type() is`
-        return await self._enqueue_async_with_hooks(event, durability)
+        return await self._enqueue_async_with_layers(event, durability)
 
-    async def _enqueue_async_with_hooks(self, event: msgspec.Struct, durability: Durability | None) -> Outcome:
+    async def _enqueue_async_with_layers(self, event: msgspec.Struct, durability: Durability | None) -> Outcome:
+        """The layers of `_compose_enqueue`, awaited."""
         try:
             admitted = self._encoder.apply_before_send(event) if self._hooks.has_before_send else event
             if isinstance(admitted, Dropped):
                 return admitted
 
-            async def once() -> Outcome:
+            async def append() -> Outcome:
                 answer = self._start_append(admitted, durability)
                 return await answer if isinstance(answer, CommitFuture) else answer
 
-            outcome = await once()
-            return outcome if outcome or self._when_full is None else await self._when_full.on_full_async(once, outcome, 1)
+            outcome = await append()
+            return outcome if outcome or self._when_full is None else await self._when_full.on_full_async(append, outcome, 1)
         finally:
             self._report_drops_without_sealer()
 
     def _start_append(self, event: msgspec.Struct, durability: Durability | None) -> CommitFuture | Outcome:
-        """What a coroutine gets, or is to await."""
+        """The outcome, or what the coroutine must await for it."""
         if durability is None:
             return self._start_default_append(event)
-        return (
-            self._start_power_append(event)
-            if self._resolve_power(durability)
-            else self._append_event(event, durability="process")
-        )
+        if self._resolve_power(durability):
+            return self._start_power_append(event)
+        return self._append_event(event, durability="process")
 
     def _start_power_append_slowly(self, line: bytes) -> CommitFuture | Outcome:
-        """Commit for a coroutine; the first starts the outbox, or finds that it may not."""
+        """Start a commit for a coroutine, and the outbox if this is its first event."""
         answer = self._committer.start_commit(line, 1)
         if answer is None:
             reason = self._start_or_reason()
             answer = self._committer.start_commit(line, 1) if reason is None else self._writer.drop(reason)
         return answer if answer is not None else self._writer.drop("closed")
 
-    def _resolve_power(self, durability: str) -> bool:
-        if durability not in DURABILITIES:
-            resolve({"durability": durability})  # raises, and says what is allowed
-        if durability == "power" and not self._power_checked:
-            self._check_power()
-        return durability == "power"
-
-    def _check_power(self) -> None:
-        """Once, before the first promise; raises `DirectoryUnusableError`."""
-        self._directory.check_power_durability()
-        self._power_checked = True
-        way_out = "set keep_delivered, and `pillarbox resend` can send again what that loses"
-        if self.settings.keep_delivered is not None:
-            way_out = "`pillarbox resend` sends again what that loses, from what keep_delivered keeps"
-        for sink, text in self._sinks.values():
-            if sink.capabilities.survives != "power":
-                log.warning(
-                    '%s: with durability "power" an event survives here what it does not survive at %s once delivered; %s',
-                    self.name,
-                    text,
-                    way_out,
-                )
-
     def _append_or_start(self, lines: bytes, events: int, *, power: bool) -> Outcome:
-        """Append; the first starts the outbox, or finds that it may not. With `power` that waits for the sync too."""
+        """Append records, with `power` until they are fsynced; start the outbox if these are its first."""
         append = self._committer.commit if power else self._writer.append
         outcome = append(lines, events)
         if outcome is None:
@@ -352,42 +390,63 @@ class Outbox:
             outcome = append(lines, events) if reason is None else self._writer.drop(reason, events)
         return outcome if outcome is not None else self._writer.drop("closed", events)
 
+    def _resolve_power(self, durability: str) -> bool:
+        if durability not in DURABILITIES:
+            resolve({"durability": durability})  # raises ConfigurationError
+        if durability == "power" and not self._power_checked:
+            self._check_power()
+        return durability == "power"
+
+    def _check_power(self) -> None:
+        """Check, before the first "power", that it can be kept; raises `DirectoryUnusableError`."""
+        self._directory.check_power_durability()
+        self._power_checked = True
+        advice = "set keep_delivered, so that `pillarbox redeliver` can deliver them again"
+        if self.settings.keep_delivered is not None:
+            advice = "`pillarbox redeliver` can deliver them again for as long as keep_delivered keeps them"
+        for sink, display_name in self._sinks.values():
+            if sink.capabilities.survives != "power":
+                text = "%s: events survive a power loss here, but not at %s once they are delivered; %s"
+                log.warning(text, self.name, display_name, advice)
+
     def _start_or_reason(self) -> DropReason | None:
-        """Start; None where that has succeeded, otherwise what an event is refused for."""
+        """Start the outbox if it is not started; returns None, or why an event must be dropped."""
         if not self.settings.enabled:
             return "disabled"
         if self._closed:
             return "closed"
         if self._start():
             return None
-        # A signal handler in the middle of the start, or the disk.
+        # Not started: this is a signal handler that interrupted the start, or the directory cannot be listed.
         return "would_block" if self._is_starting else "io_error"
 
     def _start(self) -> bool:
-        """Count what is pending and start the threads; False where the directory cannot be listed."""
+        """Count the pending batches and start the threads; returns False if the directory cannot be listed."""
         with self._start_lock:
             if self._started or not self.settings.enabled or self._closed or self._is_starting:
                 return self._started
             self._is_starting = True
             try:
-                account = self._directory.disk_usage()
-                trouble = ""
+                usage = self._directory.disk_usage()
+                problem = ""
                 if not self._closed:
-                    self._start_with(account)
+                    self._start_parts(usage)
             except OSError as error:
-                trouble = f"the directory cannot be listed: {error}"
+                problem = str(error)
             finally:
                 self._is_starting = False
         # Logged without the lock: a log handler may itself enqueue.
-        if trouble:
-            self._encoder.log_invalid(trouble)
-        elif account.pending_files:
-            log.info("%s: %d files, %d bytes wait", self.name, account.pending_files, account.pending_bytes)
+        if problem and problem != self._logged_start_problem:
+            self._logged_start_problem = problem
+            log.warning("%s: cannot list the directory, so that events are dropped until it can be: %s", self.name, problem)
+        elif not problem and usage.pending_files:
+            noun = "file" if usage.pending_files == 1 else "files"
+            log.info("%s: %d %s with %d bytes pending", self.name, usage.pending_files, noun, usage.pending_bytes)
         return self._started
 
-    def _start_with(self, account: DiskUsage) -> None:
-        self._directory.seal_after(account.newest_sealed_at)
-        self._writer.start(account.pending_bytes, account.pending_files)
+    def _start_parts(self, usage: DiskUsage) -> None:
+        self._directory.seal_after(usage.newest_sealed_at)
+        self._writer.start(usage.pending_bytes, usage.pending_files)
         self._sealer.quota.check_free_space()
         self._sealer.start()
         telemetry = instruments()
@@ -407,7 +466,7 @@ class Outbox:
         self._started = True
 
     def _is_busy(self) -> bool:
-        """Whether this process has stored events of late; asked by the deliverer only."""
+        """Whether this process stored events recently. Only the delivery worker may call it."""
         now, count = self._clock.monotonic(), self._writer.accepted_events
         if count != self._busy_accepted:
             self._busy_accepted, self._busy_since = count, now
@@ -418,49 +477,21 @@ class Outbox:
             self._runner.notify()
 
     def flush(self, timeout: float = 5.0) -> bool:
-        """Seal now, and wait until everything accepted so far is settled; False when that took too long."""
+        """Seal now, and wait until all events accepted so far are delivered or dead-lettered.
+
+        Args:
+            timeout: How long to wait, in seconds.
+
+        Returns:
+            False if that took longer than `timeout`, or the directory could not be listed.
+        """
         if not self._start():
             return not self.settings.enabled
         clock = self._clock
         deadline = clock.monotonic() + timeout
         if not self._sealer.seal_now("manual", timeout):
             return False
-        try:
-            first, waiting = self._delivered_files(), self._directory.waiting_batch_ids()
-            while waiting:
-                before, settled = clock.monotonic(), self._delivered_files()
-                waiting &= self._directory.waiting_batch_ids()
-                now = clock.monotonic()
-                if not waiting:
-                    break
-                if now >= deadline:
-                    return False
-                threading.Event().wait(min(deadline - now, _LISTING_TIME_SHARE * (now - before)))
-                patience = _POLL_S if settled == first else _GROUP_WAIT_S
-                self._wait_for_deliveries(deadline - clock.monotonic(), patience, settled, len(waiting))
-        except OSError:
-            return False
-        return True
-
-    def _delivered_files(self) -> int:
-        return sum(sink.flushed_files for sink in self._runner.sinks().values()) if self._runner is not None else 0
-
-    def _wait_for_deliveries(self, left: float, patience: float, settled: int, files: int) -> None:
-        """Wait until so many files are settled beside the first `settled`, or for `patience` seconds none is.
-
-        To list the directory any earlier would take time from the deliverer for nothing.
-        """
-        deadline = self._clock.monotonic() + left
-        if self._runner is None:
-            threading.Event().wait(max(0.0, min(left, patience)))
-            return
-        seen = settled
-        while left > 0 and seen - settled < files:
-            self._runner.wait_for_settlement(seen, min(left, patience))
-            before, seen = seen, self._delivered_files()
-            if seen == before:
-                return
-            left = deadline - self._clock.monotonic()
+        return wait_until_delivered(self._directory, self._runner, clock, deadline)
 
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""
@@ -485,24 +516,20 @@ class Outbox:
             dropped=dict(self._writer.dropped),
             sealed=sealed,
             evicted=self._sealer.quota.evicted_events,
-            delivered=total.delivered,
-            duplicates=total.duplicates,
-            dead=total.dead,
-            quarantined=total.quarantined,
-            discarded=total.discarded,
-            flushed_files=total.flushed_files,
-            flushed_bytes=total.flushed_bytes,
-            failed_flushes=total.failed_flushes,
             rate=total.rate,
             last_error=total.last_error,
             hook_failures=dict(self._hooks.failures),
             sinks={name: sink for name, sink in sinks.items() if name != ONLY_SINK},
+            **{name: getattr(total, name) for name in COUNTER_FIELDS},
         )
 
     def close(self, timeout: float = 5.0) -> None:
-        """Accept nothing more, seal, deliver what can be delivered without waiting; what is left stays on disk.
+        """Stop accepting events, seal, and deliver what can be delivered without waiting; the rest stays on disk.
 
-        Takes little more than `timeout` seconds in the worst case. Done twice, it is as done once.
+        A second call does nothing.
+
+        Args:
+            timeout: How long to deliver, in seconds. It takes little longer at most.
         """
         with self._start_lock:
             if self._closed:
@@ -512,11 +539,11 @@ class Outbox:
             return
         deadline = self._clock.monotonic() + timeout
         if not self._sealer.stop(timeout):
-            log.warning("%s: the disk is slow; the active file is adopted at the next start", self.name)
+            log.warning("%s: not sealed within %g s; the next start takes over the active file", self.name, timeout)
         if self._runner is not None:
             self._runner.notify()
             self._runner.stop(max(0.0, deadline - self._clock.monotonic()))
-        self._ledger.write(sync=False)  # what found its lock held before
+        self._ledger.write(sync=False)  # entries that could not be written while another process held its lock
 
     def __enter__(self) -> Self:
         self._start()
@@ -531,14 +558,12 @@ class Outbox:
         return f"Outbox({self.name!r}, {named}, event_type={self._event_type.__name__})"
 
     def _after_fork(self) -> None:
-        """In the child: let go of the parent's files, locks and threads without touching what they stand for."""
-        _kept_from_parent.append((self._runner, self._sinks))  # an SQLite connection must not even be closed here
+        """In the child: drop the parent's files, locks and threads without closing or releasing them."""
+        _kept_from_parent.append((self._runner, self._sinks))  # even closing an SQLite connection here would be wrong
         if self._sink_objects:
-            # Its connections are the parent's. With a URL the child would have made a sink of its own.
+            # Its connections are the parent's. From a URL the child makes a sink of its own.
             self._sink_objects, self._delivers = {}, False
-            self._encoder.log_invalid(
-                "a Sink object does not outlive a fork: this process only stores; give URLs to deliver from here too"
-            )
+            log.warning("%s: a sink object cannot be used after fork; this process only stores events", self.name)
         self._start_lock = threading.RLock()
         self._writer.abandon_after_fork()
         self._directory.reset_after_fork()
@@ -547,8 +572,14 @@ class Outbox:
             self._create_process_state()
 
 
+_enqueue_method: Final = Outbox.enqueue
 _outboxes: WeakSet[Outbox] = WeakSet()
 _kept_from_parent: list[Any] = []
+
+
+def _shadow_all_enqueues() -> None:
+    for outbox in list(_outboxes):
+        outbox._shadow_enqueue()
 
 
 def _after_fork() -> None:

@@ -1,4 +1,4 @@
-"""What `enqueue` answers: `Enqueued`, or `Dropped` with one of a closed set of reasons."""
+"""What `enqueue` returns: `Enqueued`, or `Dropped` with the reason."""
 
 from __future__ import annotations
 
@@ -27,29 +27,37 @@ DURABILITIES: Final[tuple[Durability, ...]] = get_args(Durability)
 
 
 class Enqueued(msgspec.Struct, frozen=True, gc=False):
-    """The event is stored; `durability` says what it survives from now on: the death of the process, or the loss of power."""
+    """The event is stored. Truthy.
+
+    Attributes:
+        durability: What the event survives from now on: "process", the death of the process; "power", also a power loss.
+    """
 
     durability: Durability = "process"
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[True]:
         return True
 
 
 class Dropped(msgspec.Struct, frozen=True, gc=False):
-    """The event was refused at the door and is nowhere; falsy, so that `if not outcome:` reads well.
+    """The event is not stored. Falsy, so that `if not outcome:` works.
 
-    One exception: under durability "power", `io_error` may mean that the event was written and the disk did not confirm it.
+    There is one exception: with durability "power", "io_error" can also mean that the event was written and the fsync failed;
+    then it may still be delivered.
+
+    Attributes:
+        reason: Why; `docs/reference/settings.md` has the reasons.
     """
 
     reason: DropReason
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         return False
 
 
 Outcome = Enqueued | Dropped
 
-# One object for each answer, for the hot path makes none.
+# Shared objects: the hot path creates none.
 ENQUEUED: Final = Enqueued()
 ENQUEUED_POWER: Final = Enqueued("power")
 DROPPED: Final[dict[str, Dropped]] = {reason: Dropped(reason) for reason in DROP_REASONS}

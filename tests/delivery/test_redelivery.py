@@ -430,5 +430,5 @@ def test_a_sink_that_may_forget_under_power_points_to_the_way_out(
     with caplog.at_level(logging.WARNING, "pillarbox"):
         Outbox(str(tmp_path / "box"), Forgetful(), durability="power", keep_delivered=keep)
     (said,) = (one.message for one in caplog.records if "does not survive" in one.message)
-    assert "`pillarbox resend`" in said
+    assert "`pillarbox redeliver`" in said
     assert ("set keep_delivered" in said) == (keep is None)

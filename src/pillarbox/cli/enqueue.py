@@ -79,7 +79,7 @@ def enqueue(
             else:
                 outcome = outbox.enqueue(event)
                 if not outcome:
-                    problem = f"dropped: {outcome.reason}"  # type: ignore[union-attr]  # only Dropped is falsy
+                    problem = f"dropped: {outcome.reason}"
             if problem is None:
                 accepted += 1
                 if ack:
