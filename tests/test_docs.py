@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
+import yaml
 
-from pillarbox import errors, telemetry
+import pillarbox
+from pillarbox import errors, telemetry, testing
 from pillarbox.exporters.collector import DIRECTORY_METRICS
 from pillarbox.exporters.prometheus import prometheus_name
 from pillarbox.outcome import DROP_REASONS
@@ -22,13 +26,47 @@ from pillarbox.stats import StateName
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-README = (ROOT / "README.md").read_text()
-REFERENCE = (DOCS / "reference" / "settings.md").read_text()
+SETTINGS_PAGE = DOCS / "reference" / "settings.md"
+OUTCOMES_PAGE = DOCS / "reference" / "outcomes.md"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "deploy" / "README.md", *sorted(DOCS.rglob("*.md"))]
+# A block of Python or shell. A comment on the line before it says why it is not run.
+BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+class CodeBlock(NamedTuple):
+    """One block of a page that is run."""
+
+    line: int
+    language: str
+    code: str
+
+
+def code_blocks(page: Path) -> list[CodeBlock]:
+    """The blocks of a page that are run, in order."""
+    text = page.read_text()
+    return [
+        CodeBlock(text.count("\n", 0, match.start()) + 1, match[2], match[3]) for match in BLOCK.finditer(text) if not match[1]
+    ]
+
+
+def run_block(block: CodeBlock, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run it in a folder, without the caller's settings, with `pillarbox` and this Python on the path."""
+    command = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    environ = {name: text for name, text in os.environ.items() if not name.startswith(("PILLARBOX_", "TRACKING_OUTBOX_"))}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [*command, block.code],
+        cwd=folder,
+        env=environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def metric_rows() -> list[str]:
@@ -36,51 +74,83 @@ def metric_rows() -> list[str]:
     return re.findall(r"^\| `pillarbox.*$", (DOCS / "reference" / "metrics.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"))
-def test_the_python_of_the_readme_runs(code: str, tmp_path: Path) -> None:
-    """Each block by itself, in an empty folder."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)], ids=page_id)
+def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
+    """All blocks of a page run in one empty folder, one after the other."""
+    for block in code_blocks(page):
+        completed = run_block(block, tmp_path)
+        assert completed.returncode == 0, f"{page_id(page)}:{block.line}: {completed.stdout}{completed.stderr}"
 
 
-def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    """One after the other, in one folder."""
-    (script,) = blocks(README, "sh")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euc", script],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "delivered 1 " in done.stdout
+def test_a_block_that_fails_is_found(tmp_path: Path) -> None:
+    """In either language."""
+    assert run_block(CodeBlock(1, "python", "raise SystemExit(3)"), tmp_path).returncode == 3
+    assert run_block(CodeBlock(1, "sh", "false | true"), tmp_path).returncode == 1
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_page_is_in_the_navigation_and_the_site_uses_no_fonts_from_the_network() -> None:
+    """`make docs` checks the built site itself."""
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    in_navigation = re.findall(r"[\w/-]+\.md", json.dumps(config["nav"]))
+    assert sorted(in_navigation) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+    assert config["theme"]["font"] is False
+    assert config["strict"] is True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_somewhere(page: Path) -> None:
     """Within the repository."""
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link
 
 
-def test_every_setting_is_in_the_reference() -> None:
-    """With a row of its own, and the older names."""
+def shown_default(value: object) -> str:
+    """A setting's default as the table shows it."""
+    if value is None or value in ("", {}):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, int) and value >= 2**20 and value % 2**20 == 0:
+        return f"{value // 2**20}Mi" if value % 2**30 else f"{value // 2**30}Gi"
+    return str(value)
+
+
+def test_every_setting_is_in_the_reference_with_its_default() -> None:
+    """And no other; the older names are there too."""
+    text = SETTINGS_PAGE.read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.MULTILINE)
+    documented = {name: default.strip("` ").removesuffix(" s") for name, default in rows}
+    fields = {field.name: msgspec.structs.FieldInfo for field in msgspec.structs.fields(Settings)}
+    assert sorted(documented) == sorted(fields)
     for field in msgspec.structs.fields(Settings):
-        assert f"\n| `{field.name}` |" in REFERENCE, field.name
+        default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+        text_of_default = documented[field.name].removesuffix(".0")
+        if field.name not in {"directory", "min_free_bytes"}:  # required; computed from the volume
+            assert text_of_default == shown_default(default).removesuffix(".0"), field.name
     for alias in _ALIASES:
-        assert f"`{alias}`" in REFERENCE
+        assert f"`{alias}`" in text
 
 
-def test_every_outcome_state_and_error_is_in_the_reference() -> None:
+def test_every_outcome_and_state_is_in_the_reference_and_every_error_is_generated() -> None:
     """By name."""
-    names = [*DROP_REASONS, *StateName.__args__]  # type: ignore[attr-defined]  # what a Literal has
-    names += [name for name, kind in vars(errors).items() if isinstance(kind, type)]
-    for name in names:
-        assert f"`{name}`" in REFERENCE or f".{name}`" in REFERENCE, name
+    text = OUTCOMES_PAGE.read_text()
+    for name in (*DROP_REASONS, *StateName.__args__):  # type: ignore[attr-defined]  # what a Literal has
+        assert f"\n| `{name}` |" in text, name
+    assert "::: pillarbox.errors" in text
+    for name, kind in vars(errors).items():
+        assert not isinstance(kind, type) or kind.__doc__, name
+
+
+def test_everything_public_is_in_the_reference() -> None:
+    """By its own directive; errors have theirs together."""
+    text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    aliases = {"Outcome"}
+    for name in set(pillarbox.__all__) - aliases - set(vars(errors)):
+        assert f"::: pillarbox.{name}\n" in text or name.startswith("__"), name
+    for name in testing.__all__:
+        assert f"::: pillarbox.testing.{name}\n" in text, name
 
 
 def test_every_metric_is_documented_with_its_unit_and_where_it_comes_from() -> None:
