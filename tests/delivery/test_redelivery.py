@@ -164,7 +164,7 @@ def test_what_cannot_be_kept_goes(place: Directory, clock: ManualClock, caplog: 
     with caplog.at_level(logging.WARNING, "pillarbox"):
         drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
     assert (place.batch_names(), place.delivered_files()) == ([], [])
-    assert len([one for one in caplog.records if "cannot be kept" in one.message]) == 1
+    assert len([one for one in caplog.records if "could not be retained" in one.message]) == 1
 
 
 # Giving way.

@@ -46,7 +46,7 @@ def paths(folder: Path, count: int) -> list[str]:
 def test_what_is_chosen_is_compiled_where_that_is_there() -> None:
     """And not where it is to be left alone."""
     assert type(local_filesystem()) is KINDS[-1]
-    code = "from pillarbox.store.filesystem import *; assert type(local_filesystem()) is OsFilesystem"
+    code = "from pillarbox.store.os_filesystem import *; assert type(local_filesystem()) is OsFilesystem"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PILLARBOX_PURE_PYTHON": "1"})
 
 

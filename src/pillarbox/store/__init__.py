@@ -1,53 +1,55 @@
-"""THE spec of what is on disk. Every sentence here has a test in `tests/store/`.
+"""The store: what is on disk, and what it guarantees. This is the specification; tests in `tests/store` hold its sentences.
 
-GUARANTEES. An event whose `enqueue` answered `Enqueued("process")` is in a file, by a `write` that returned: the death of the
-process does not lose it; the loss of power may, until its file is sealed. `Enqueued("power")`: an `fdatasync` that began after
-the write has returned too, and the file's name is durable. A file whose sync has failed is never synced again and trusted: it
-is written anew, from what can be read and from what is still in memory, or the caller is told. A sealed file never changes, but
-that a compressed copy may take its place. Bytes that are not a record are never delivered and never thrown away. What was
-delivered is gone, or kept where that is wanted.
+GUARANTEES. An event for which `enqueue` returned `Enqueued("process")` was written to a file by a `write` that returned. It
+survives the death of the process; a power loss may lose it until its segment is sealed. For `Enqueued("power")` an `fdatasync`
+that began after the write has returned as well, and the name of the file is durable. A file whose sync has failed is never
+synced again and trusted: it is rewritten, from what can be read and from the lines that are still in memory, or the caller gets
+`Dropped("io_error")`. The content of a batch file never changes, but a compressed copy may replace it. Bytes that are not a
+well-formed record are never delivered and never thrown away: they are quarantined. A delivered batch file is deleted, or
+retained where `keep_delivered` is set.
 
-FILES. A file's name is its state, and a change of state is one rename; there is no other state. `layout.py` knows the names,
-`record.py` the lines; `docs/reference/file-format.md` shows both.
+FILES. The name of a file is its state, and each change of state is one rename; there is no other state. `layout.py` defines the
+names, `record.py` the lines; `docs/reference/file-format.md` shows both.
 
-    active-<writer>-<n>.ndjson   appended to by one writer, which holds its lock; a name is used once
-    active.ndjson                left by an older writer that takes no lock; adopted, never written
-    sealed-<micros>-<uuid>.ndjson  complete, immutable, waiting; one sealed file is one batch; sorts by seal time
-    sealed-....ndjson.zst        the same, compressed by the deliverer; beside a plain one it is a copy, and goes first
-    delivered-<micros>-<micros>-<uuid>.ndjson  delivered, at the first of these times, and kept; sent again by one rename
-    corrupt-<batch>.ndjson       damaged bytes as they stood, one span after another
-    corrupt-<batch>.spans.json   where each of them stood, and why it is there
-    dead-<batch>.ndjson          dead letters, one line each
-    *.aside                      being written; worthless once its writer is gone
-    doctor-<uuid>.probe          what `pillarbox doctor` tries things on; removed at its end, and nothing to anybody else
-    seal.request                 somebody asks all writers to seal what they hold; written over, never removed
-    evict.lock                   held by the process that evicts; never removed
-    deliver.lock                 held by the process that delivers, which writes its state into it; never removed
-    sink-<name>/                 the queue of one of several sinks: second names of sealed files, and files as above, its own
-    sink-<name>.adding/          a queue that is being made, and begins with what waits
+    active-<writer>-<n>.ndjson   a segment: appended to by one writer, which holds its lock; a name is used once
+    active.ndjson                a segment of an older version, which takes no lock; it is recovered, and never written
+    sealed-<micros>-<uuid>.ndjson  a batch file: complete, immutable, waiting for delivery; sorts by seal time
+    sealed-....ndjson.zst        the same, compressed; next to the plain file it is a copy, and is removed first
+    delivered-<micros>-<micros>-<uuid>.ndjson  a retained batch file; the first time is that of delivery
+    corrupt-<batch>.ndjson       the quarantined byte ranges of a batch, one after another
+    corrupt-<batch>.spans.json   where these ranges were in the batch file, and what is wrong with each
+    dead-<batch>.ndjson          the dead letters of a batch, one a line
+    *.aside                      a temporary file: being written, and worthless once its writer is dead
+    doctor-<uuid>.probe          a file that `pillarbox doctor` tries operations on, and removes
+    ledger.ndjson                the ledger; appended to under `ledger.lock`, replaced when it is compacted
+    seal.request                 written to have all writers seal their segments; overwritten, never removed
+    evict.lock                   locked by the process that evicts; never removed
+    deliver.lock                 locked by the process that delivers, which writes its state into it; never removed
+    sink-<name>/                 the queue of one of several sinks: hard links to batch files, and its own files as above
+    sink-<name>.adding/          a requested queue that starts with the current backlog, until it is complete
     sink-<name>.removing/        a queue that is being removed
 
-SEVERAL SINKS. A sealed file gets a second name in each queue; these are synced, then its first name goes, and from then on the
-second ones count. The file is gone with its last name; limits count it once. In a queue files are locked shared, for several
-sinks hold the same file; who gives one up, or compresses it, locks it alone.
+SEVERAL SINKS. A batch file gets a hard link in each queue, and the queues are synced; then its name in the outbox directory is
+removed, and from then on the links count. The file is gone with its last name. The limits count it once. In a queue, files are
+locked shared, because several sinks deliver the same file; a process locks it exclusively to evict or compress it.
 
-WHO MAY TOUCH WHAT. `writer.py` creates active files and appends to them, `syncing.py` syncs them; `commit.py` answers who waits
-for a sync;
-`sealer.py` has files synced and renamed; `fanout.py` hands them over to queues; `reader.py` reads
-sealed files; only `directory.py` renames and deletes. A file or lock is taken by opening, locking and looking whether the
-name still means it; released by closing. A writer that dies leaves its lock to the kernel; the next that starts adopts its
-file.
+OWNERS. `writer.py` creates segments and appends to them; `segment.py` syncs them. `group_commit.py` answers callers who wait
+for a sync. `sealer.py` has segments synced and renamed. `recovery.py` seals what dead writers left. `delivery/` links batch
+files into queues and reads them with `reader.py`. Only `directory.py` renames and deletes files. A process takes a file by
+opening it, locking it, and checking that the name still refers to it; it releases the file by closing it. The kernel releases
+the locks of a process that dies, and the next writer that starts recovers its segments.
 
-ORDER. Within a writer, first in, first out. Across writers, by seal time. Seal times strictly increase within a process, and
-start after the newest one found, so that they increase also where the clock steps back.
+ORDER. Events of one writer are delivered in the order in which they were appended; batches of several writers by seal time.
+Seal times strictly increase within a process, and start after the latest one in the directory, even where the clock steps back.
 
-LIMITS. Pending bytes are active and sealed files, no others; above `max_bytes` an event is refused and no file is created, at
-`max_files` of them no further file begins, and with less than `min_free_bytes` free on the volume nothing is accepted. With
-eviction, the oldest sealed files that nobody holds go first. Delivered files go before that, and before an event is refused
-for want of room. An active file is retired at `batch_size` events, at `batch_bytes`, or `flush_interval` after its first event
-(later while files wait); where the disk does not keep up it grows: by `batch_size` events for every eight files that wait for
-their sync, and without a spare file to `batch_bytes` first. A call of `enqueue_many` is never cut in two.
+LIMITS. Pending bytes and files are those of segments and batch files, and no others. An event that would exceed `max_bytes` is
+dropped and no file is created for it; at `max_files` no further segment begins; with less than `min_free_bytes` free on the
+volume every event is dropped. With eviction, the oldest batches that no process has locked are evicted instead. Retained files
+are evicted before that, and before an event is dropped for want of space. A segment is retired at `batch_size` events, at
+`batch_bytes` bytes, or `flush_interval` seconds after its first event (later while files wait). Where the disk is too slow, a
+segment may exceed `batch_size`: by as many events again for every eight segments that wait for their sync, and up to
+`batch_bytes` without a spare. The events of one call of `enqueue_many` are in one file.
 
-MEDIA. `write` appends whole or reports how much; `rename` is atomic; `fdatasync` makes a file's data durable, `fsync` of the
-directory its names. A file may end in a torn line or in NUL bytes after a crash: the reader sets those aside.
+ASSUMPTIONS. `write` appends everything or reports how much. `rename` is atomic. `fdatasync` makes the data of a file durable,
+`fsync` of a directory the names in it. After a crash a file may end in a torn line or NUL bytes: the reader reports them.
 """

@@ -1,6 +1,6 @@
-"""Files that end in `.zst` <-> the lines in them. Pure. zstd is looked for only once there is such a file.
+"""Compresses batch files, and decompresses files that end in `.zst`. Pure. zstd is imported only once it is needed.
 
-A frame has a checksum, and lines have theirs: what comes out before a damaged place is judged line by line, as always.
+A frame has a checksum, and so has each line. What is decompressed before a damaged place is checked line by line, as always.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pillarbox.store import layout
 if TYPE_CHECKING:
     from types import ModuleType
 
-# What a compressed file may hold. A batch and one call of `enqueue_many` are 17 MiB as the settings are; a larger file stays as
-# it is. So nothing that we write unpacks to more, and no file can ask for more memory.
+# The largest content that is compressed. A batch and one call of `enqueue_many` have 17 MiB with the default settings; a larger
+# file stays as it is. So no file of ours decompresses to more, and a forged one cannot use more memory.
 PLAIN_BYTES_MAX: Final = 64 * 2**20
-LEVEL: Final = 1  # events to a tenth at a gigabyte a second; 3 and 6 are slower and no smaller, 19 takes 300 times as long
+LEVEL: Final = 1  # compresses events to a tenth at 1 GB/s; levels 3 and 6 are slower and no smaller, 19 takes 300 times as long
 INSTALL_COMMAND: Final = "pip install 'pillarbox[zstd]'"
 _WINDOW_LOG_MAX: Final = PLAIN_BYTES_MAX.bit_length() - 1
 
 
 class Decompressed(NamedTuple):
-    """What is in a file; with a `problem`, that is what comes before the damaged place."""
+    """The content of a file; with a `problem`, what comes before the damaged place."""
 
     data: bytes
     problem: str = ""
@@ -34,7 +34,7 @@ class Decompressed(NamedTuple):
 def _zstd_module() -> ModuleType | None:
     try:
         if sys.version_info >= (3, 14):
-            from compression import zstd  # noqa: PLC0415 - whoever has no such file need not have it
+            from compression import zstd  # noqa: PLC0415 - optional: needed only for compressed files
         else:
             from backports import zstd  # noqa: PLC0415 - as above
     except ImportError:
@@ -43,27 +43,30 @@ def _zstd_module() -> ModuleType | None:
 
 
 def is_available() -> bool:
-    """Whether this process can read and write such files."""
+    """Whether zstd is installed."""
     return _zstd_module() is not None
 
 
 def compress(name: str, data: bytes) -> bytes:
-    """The frame that is to be a file's content; the interpreter is free meanwhile. Raises `FileUnusableError` without zstd."""
+    """Compress the content of a file to one frame, without the GIL. Raises `FileUnusableError` where zstd is missing."""
     zstd = _require_zstd(name)
     options = {zstd.CompressionParameter.compression_level: LEVEL, zstd.CompressionParameter.checksum_flag: 1}
     return bytes(zstd.compress(data, options=options))
 
 
 def decompressed_lines(name: str, data: bytes) -> bytes:
-    """The lines in a file whose bytes are `data`, whatever its ending, as far as they can be had; see `reader.read_file`.
+    """The lines in a file with the content `data`, compressed or not, as far as they can be recovered.
 
-    Raises `FileUnusableError` where zstd is missing.
+    Raises `FileUnusableError` where zstd is missing. `reader.read_file` also returns what is damaged.
     """
     return decompress(name, data).data
 
 
 def decompress(name: str, data: bytes) -> Decompressed:
-    """What is in a file whose bytes are `data`, whatever its ending. Raises `FileUnusableError` where zstd is missing."""
+    """The content of a file, decompressed if its name says that it is compressed.
+
+    Raises `FileUnusableError` where zstd is missing.
+    """
     if not name.endswith(layout.COMPRESSED_SUFFIX):
         return Decompressed(data)
     zstd = _require_zstd(name)
@@ -86,7 +89,7 @@ def _require_zstd(name: str) -> ModuleType:
 
 
 def _decompress_frame(zstd: ModuleType, data: bytes, most: int) -> tuple[bytes, bytes, str]:
-    """The first frame's lines, at most so many bytes, what comes behind it, and what is wrong with it."""
+    """The first frame's content of at most `most` bytes, what follows the frame, and what is wrong with it."""
 
     def begun(end: int) -> tuple[bytes, bytes, str]:
         decompressor = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
@@ -99,7 +102,7 @@ def _decompress_frame(zstd: ModuleType, data: bytes, most: int) -> tuple[bytes, 
         return begun(len(data))
     except zstd.ZstdError as error:
         problem = str(error)
-    # What comes before the damage is lost with the error. So much of the frame is sound, and so much is not:
+    # The exception discards what comes before the damage. Bisect for the longest part of the frame that decompresses.
     sound, unsound = 0, len(data)
     while unsound - sound > 1:
         middle = (sound + unsound) // 2

@@ -1,7 +1,7 @@
-"""What is asked of the files of a directory but each by itself: names, sums, and the first in order. Pure.
+"""Directory scans: names, totals, and the first names in order. Pure.
 
-`src/speedups/dirscan.c` does the same while it reads a directory, without the interpreter lock. This is the version in Python,
-for where that is not compiled, and for simulated file systems.
+`src/speedups/dirscan.c` does the same while it reads a directory, without the GIL. This is the version in Python, for simulated
+file systems and where there is no C extension.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FileEntry(NamedTuple):
 
 
 class NamePattern(NamedTuple):
-    """Names that begin and end so; with `end` None those that are `begin`, no more and no less."""
+    """Names with this beginning and end; with `end` None, the name `begin` alone."""
 
     begin: str
     end: str | None
@@ -35,16 +35,16 @@ ALL_NAMES: Final[NamePatterns] = (NamePattern("", ""),)
 
 
 class FileTotals(NamedTuple):
-    """The files whose names follow a pattern; bytes."""
+    """Totals of the files whose names match a pattern."""
 
     files: int = 0
     bytes: int = 0
-    empty: int = 0  # files
-    oldest_micros: int | None = None  # of the stamps behind the beginning: 16 digits and a hyphen
+    empty: int = 0  # files without content
+    oldest_micros: int | None = None  # of the timestamps in the names, behind `begin`: 16 digits and a hyphen
     newest_micros: int | None = None
 
     def combined_with(self, other: FileTotals) -> FileTotals:
-        """Both together."""
+        """The totals of both together."""
         stamps = [
             stamp
             for stamp in (self.oldest_micros, self.newest_micros, other.oldest_micros, other.newest_micros)
@@ -55,28 +55,28 @@ class FileTotals(NamedTuple):
 
 
 class NamePage(NamedTuple):
-    """The first names in order, of those that were asked for."""
+    """The first of some names, in order."""
 
     names: list[str]
-    last: str  # of all, also beyond the first; empty where there is none
-    total_files: int  # how many there are in all
+    last: str  # the last of all names, empty where there is none
+    total_files: int  # how many names there are in all
 
 
 def matches(name: str, pattern: NamePattern) -> bool:
-    """Whether a name is one of those."""
+    """Whether a name matches a pattern."""
     begin, end = pattern
     return name == begin if end is None else name.startswith(begin) and name.endswith(end)
 
 
 def matching_names(entries: Iterable[FileEntry], patterns: NamePatterns) -> Iterator[str]:
-    """The names that follow one of the patterns."""
+    """The names that match one of the patterns."""
     return (name for name, _ in entries if any(matches(name, pattern) for pattern in patterns))
 
 
 def totals_by_pattern(entries: Iterable[FileEntry], patterns: NamePatterns) -> list[FileTotals]:
-    """What files add up to; each counts for the first of the patterns that its name follows."""
+    """The totals of files; each file counts for the first pattern that its name matches."""
     files, sizes, empty = ([0] * len(patterns) for _ in range(3))
-    stamps: list[list[int]] = [[] for _ in patterns]  # the least and the greatest
+    stamps: list[list[int]] = [[] for _ in patterns]  # the lowest and the highest
     for name, size in entries:
         for index, pattern in enumerate(patterns):
             if matches(name, pattern):
@@ -92,7 +92,7 @@ def totals_by_pattern(entries: Iterable[FileEntry], patterns: NamePatterns) -> l
 
 
 def first_names(names: Iterable[str], after: str, until: str, limit: int) -> NamePage:
-    """The first `limit` names behind `after` and up to `until`, where that is not empty."""
+    """The first `limit` names behind `after` and, where it is not empty, up to `until`."""
     low, high = _bytes(after), _bytes(until)
     count, last = 0, b""
 
@@ -109,7 +109,7 @@ def first_names(names: Iterable[str], after: str, until: str, limit: int) -> Nam
 
 
 def _bytes(name: str) -> bytes:
-    """What names are compared by, for they may be any bytes; of text, the order is that of its characters."""
+    """A name as bytes, by which names are ordered: the same order as that of characters. A name may be any bytes."""
     return name.encode(errors="surrogateescape")
 
 
@@ -122,18 +122,18 @@ class _FileLister(Protocol):
 
 
 class PortableScanOps:
-    """Answers all of it from its own listing, as a file system does that is simulated."""
+    """The scans made of `list_files` alone, for simulated file systems."""
 
     def list_names(self: _FileLister, path: str, patterns: NamePatterns) -> Iterator[str]:
-        """The names of the regular files in a directory that follow one of the patterns."""
+        """The names of the regular files in a directory that match one of the patterns."""
         return matching_names(self.list_files(path), patterns)
 
     def file_totals(self: _FileLister, path: str, patterns: NamePatterns) -> list[FileTotals]:
-        """What the files in a directory add up to; each counts for the first of the patterns that its name follows."""
+        """The totals of the files in a directory; each file counts for the first pattern that its name matches."""
         return totals_by_pattern(self.list_files(path), patterns)
 
     def first_names(
         self: _FileLister, path: str, patterns: NamePatterns, after: str = "", until: str = "", limit: int = 0
     ) -> NamePage:
-        """Of the names that follow one of the patterns, the first `limit` behind `after` and up to `until`."""
+        """Of the names that match one of the patterns, the first `limit` behind `after` and up to `until`."""
         return first_names(matching_names(self.list_files(path), patterns), after, until, limit)

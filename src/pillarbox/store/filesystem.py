@@ -1,4 +1,4 @@
-"""What the store asks of a file system: a protocol, and the operations in it that are several others in one."""
+"""The operations that the store needs of a file system: a protocol, and a sequential version of its batch operations."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 
 class DirectoryInfo(NamedTuple):
-    """What `Directory` needs to know of a path before it uses it."""
+    """What `Directory` checks of a path before it uses it."""
 
     is_directory: bool
     mode: int
-    is_usable: bool  # by this process, to list, create and remove in
-    filesystem_type: str  # the type of the file system, e.g. "ext4"; empty where it cannot be told
+    is_usable: bool  # by this process, to list it and to create and remove files in it
+    filesystem_type: str  # e.g. "ext4"; empty where it cannot be determined
 
 
 class DiskSpace(NamedTuple):
-    """What is left on a volume for this process."""
+    """The space on a volume for this process."""
 
     free_bytes: int
     total_bytes: int
 
 
 class Filesystem(Protocol):
-    """What the store asks of a file system, one verb a method."""
+    """What the store needs of a file system, one operation a method."""
 
     @property
     def write(self) -> Callable[[int, bytes], int]: ...  # a function, not a method: the hot path calls it
@@ -65,7 +65,7 @@ class Filesystem(Protocol):
     def disk_space(self, path: str) -> DiskSpace: ...
     def close_inherited(self) -> None: ...
 
-    # Several calls in one: where that is compiled, who enqueues meanwhile waits for it less often.
+    # Batch operations. The compiled ones release the GIL once for all of their system calls.
     def open_locked(
         self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False
     ) -> int | None: ...
@@ -77,26 +77,27 @@ class Filesystem(Protocol):
 
 
 class SequentialBatchOps:
-    """The verbs that are several in one, made of those."""
+    """The batch operations as sequences of single ones: for simulated file systems, and where there is no C extension."""
 
     def open_locked(self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False) -> int | None:  # noqa: ARG002 - see below
-        """A file that is there and ours to use, opened and locked; None where that is to be seen step by step: here always."""
+        """Open and lock an existing file. None where only the step-by-step path is available: always, here."""
         return None
 
     def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:  # noqa: ARG002 - as above
-        """Append lines, under the lock of another file, to one that ends in a whole line and has less than `max_size` bytes.
+        """Append lines to a file under the lock of another file, if it ends in a whole line and has less than `max_size` bytes.
 
-        Both are there and ours to use. The descriptor of the file, the lock released; None where that is to be seen and done
-        step by step: here always. Of several lines a part may be there then, if the disk is full and lets nothing be cut off.
+        Both files exist and are usable. Returns the descriptor of the file, with the lock released; or None where only the
+        step-by-step path is available: always, here. If the disk is full and nothing can be cut off, a part of the lines may
+        remain.
         """
         return None
 
     def sync_each(self: Filesystem, fds: Sequence[int]) -> list[OSError | None]:
-        """Make the data of each file durable: what went wrong with it, or None."""
+        """Sync the data of each file. Returns the error of each, or None."""
         return [_error_of(self.sync_data, fd) for fd in fds]
 
     def rename_each(self: Filesystem, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
-        """Rename each, up to the first that fails: how many were renamed, and what went wrong with the next one."""
+        """Rename each file, up to the first error. Returns how many were renamed, and the error."""
         for done, (source, target) in enumerate(zip(sources, targets, strict=True)):
             error = _error_of(self.rename, source, target)
             if error is not None:
@@ -104,9 +105,9 @@ class SequentialBatchOps:
         return len(sources), None
 
     def create_each(self: Filesystem, paths: Sequence[str]) -> tuple[list[int], OSError | None]:
-        """Create each and take its lock, up to the first that fails: the descriptors, and what went wrong with the next one.
+        """Create and lock each file, up to the first error. Returns the descriptors, and the error.
 
-        A descriptor of -1 is a file that who recovers was quicker to lock, and removes or has removed.
+        A descriptor of -1 stands for a file that recovery in another process was quicker to lock, and removes.
         """
         found: list[int] = []
         for path in paths:
@@ -128,7 +129,7 @@ class SequentialBatchOps:
         return found, None
 
     def close_each(self: Filesystem, fds: Sequence[int]) -> None:
-        """Close each, and release its lock if it is held. What goes wrong with that is nobody's to mend: it is closed."""
+        """Close each file, and so release its lock. Errors are ignored: the descriptor is closed all the same."""
         for fd in fds:
             with contextlib.suppress(OSError):
                 self.close(fd)

@@ -1,4 +1,4 @@
-"""File names <-> states. Pure: a name says everything about a file's state, and only this module knows how."""
+"""File names and the states that they stand for. Pure. A file's name is its whole state, and only this module parses names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from pillarbox.store.dirscan import NamePattern
 
 SUFFIX: Final = ".ndjson"
-COMPRESSED_SUFFIX: Final = f"{SUFFIX}.zst"  # of what waits or is kept, where that is wanted
+COMPRESSED_SUFFIX: Final = f"{SUFFIX}.zst"  # of batch files, waiting or retained, that were compressed
 LEGACY_ACTIVE: Final = "active.ndjson"
 DELIVER_LOCK: Final = "deliver.lock"
 EVICT_LOCK: Final = "evict.lock"
@@ -30,18 +30,18 @@ _DELIVERED_AT = re.compile(rf"{_DELIVERED}(?:(\d{{{_MICROS_DIGITS}}})-)?")
 class Kind(Enum):
     """What a file in the directory is."""
 
-    ACTIVE = "active"  # appended to by one writer, which holds its lock
-    LEGACY_ACTIVE = "legacy_active"  # left by the older, non-locking writer
-    SEALED = "sealed"  # complete, immutable, waiting
+    ACTIVE = "active"  # a segment: appended to by one writer, which holds its lock
+    LEGACY_ACTIVE = "legacy_active"  # a segment of an older version, which took no lock
+    SEALED = "sealed"  # a batch file: complete, immutable, waiting
     CORRUPT = "corrupt"  # quarantined bytes
-    DELIVERED = "delivered"  # settled, and kept for a while
-    RANGES = "spans"  # where the quarantined bytes stood and why they are there
+    DELIVERED = "delivered"  # a delivered batch file that is retained for a while
+    RANGES = "spans"  # where the quarantined byte ranges were, and what is wrong with them
     DEAD = "dead"  # dead letters
-    TEMPORARY = "aside"  # being written aside; worthless once its writer is gone
+    TEMPORARY = "aside"  # being written; worthless once its writer is gone
     OTHER = "other"  # not ours
 
 
-# First match wins: an `.aside` name begins like the name it will get.
+# The first match counts: a temporary name begins like the final one.
 _KINDS: Final[tuple[tuple[str, str, Kind], ...]] = (
     ("active", ".aside", Kind.TEMPORARY),
     ("sealed-", ".aside", Kind.TEMPORARY),
@@ -58,7 +58,7 @@ _KINDS: Final[tuple[tuple[str, str, Kind], ...]] = (
     ("corrupt-", ".spans.json", Kind.RANGES),
     ("dead-", SUFFIX, Kind.DEAD),
 )
-# The same as patterns, and the kind for which each of them stands.
+# The same as patterns, and the kind that each of them stands for.
 PATTERNS: Final = (NamePattern(LEGACY_ACTIVE, None), *(NamePattern(begin, end) for begin, end, _ in _KINDS))
 KINDS: Final = (Kind.LEGACY_ACTIVE, *(kind for _, _, kind in _KINDS))
 COMPRESSED_PATTERNS: Final = (NamePattern("sealed-", COMPRESSED_SUFFIX),)
@@ -73,7 +73,7 @@ SEALED_PATTERNS: Final = patterns_of(Kind.SEALED)
 
 
 def kind_of(name: str) -> Kind:
-    """The state that `name` stands for, by prefix and suffix only."""
+    """The kind of file that `name` stands for, by prefix and suffix only."""
     if name == LEGACY_ACTIVE:
         return Kind.LEGACY_ACTIVE
     for prefix, suffix, kind in _KINDS:
@@ -83,107 +83,107 @@ def kind_of(name: str) -> Kind:
 
 
 def active_name(writer: str, number: int) -> str:
-    """The name of an active file of a writer, which fills them in the order of their numbers; used once."""
+    """The name of a segment. A writer fills its segments in the order of their numbers, and uses a name once."""
     return f"active-{writer}-{number}{SUFFIX}"
 
 
 def active_sort_key(name: str) -> tuple[str, int]:
-    """What to sort active files by, so that each writer's are in the order in which it filled them."""
+    """A key that sorts segments so that each writer's are in the order in which it filled them."""
     writer, _, number = name.removesuffix(SUFFIX).rpartition("-")
     return (writer, int(number)) if number.isdecimal() else (name, 0)
 
 
 def writer_of(name: str) -> str:
-    """The writer of an active file; empty for an older system's, which had none."""
+    """The writer of a segment; empty for a segment of an older version, which had no writer ids."""
     return active_sort_key(name)[0].removeprefix("active-") if kind_of(name) is Kind.ACTIVE else ""
 
 
 def sealed_name(micros: int, unique: str, like: str = "") -> str:
-    """The name of a file sealed at `micros` microseconds since 1970, with the same ending as another of its content."""
+    """The name of a batch file that was sealed at `micros` microseconds since 1970, with the suffix of the name `like`."""
     return f"sealed-{micros:0{_MICROS_DIGITS}d}-{unique}{COMPRESSED_SUFFIX if like.endswith(COMPRESSED_SUFFIX) else SUFFIX}"
 
 
 def sealed_at(name: str) -> int | None:
-    """The seal time in the name of a sealed or delivered file, or None where somebody named it otherwise."""
+    """The seal time in the name of a batch file, in microseconds since 1970; None where the name has none."""
     match = _SEALED_AT.match(name)
     return int(match[1]) if match else None
 
 
 def batch_id(name: str) -> str:
-    """The batch id of a sealed file: its name without the ending; of a delivered file, what it was when it was sealed."""
+    """The batch id of a batch file: its name when it was sealed, without the suffix."""
     batch = name.removesuffix(COMPRESSED_SUFFIX).removesuffix(SUFFIX)
     return _DELIVERED_AT.sub("sealed-", batch, count=1) if batch.startswith(_DELIVERED) else batch
 
 
 def delivered_name(name: str, micros: int) -> str:
-    """Where a sealed file is kept for a while that was delivered at `micros` since 1970; sorts by that time."""
+    """The name of a batch file that was delivered at `micros` microseconds since 1970. Sorts by that time."""
     return f"{_DELIVERED}{micros:0{_MICROS_DIGITS}d}-{name.removeprefix('sealed-')}"
 
 
 def delivered_at(name: str) -> int | None:
-    """The time of delivery in the name of a delivered file, in microseconds since 1970; None where somebody named it."""
+    """The delivery time in the name of a retained file, in microseconds since 1970; None where the name has none."""
     match = _DELIVERED_AT.match(name)
     return int(match[1]) if match and match[1] else None
 
 
 def compressed_name(name: str) -> str:
-    """What a sealed file is called once it is compressed."""
+    """The name of a batch file once it is compressed."""
     return name.removesuffix(COMPRESSED_SUFFIX).removesuffix(SUFFIX) + COMPRESSED_SUFFIX
 
 
 def plain_name(name: str) -> str:
-    """What a compressed file was called before; empty where the file is a plain one."""
+    """The name that a compressed file had before; empty for a plain file."""
     return name.removesuffix(COMPRESSED_SUFFIX) + SUFFIX if name.endswith(COMPRESSED_SUFFIX) else ""
 
 
 def corrupt_name(batch: str) -> str:
-    """Where the damaged bytes of a batch are kept."""
+    """The name of the file with the damaged bytes of a batch."""
     return f"corrupt-{batch}{SUFFIX}"
 
 
 def ranges_name(batch: str) -> str:
-    """Where it is written which bytes those were, and why."""
+    """The name of the file that says where these byte ranges were, and what is wrong with them."""
     return f"corrupt-{batch}.spans.json"
 
 
 def dead_name(batch: str) -> str:
-    """Where the dead letters of a batch are kept."""
+    """The name of the file with the dead letters of a batch."""
     return f"dead-{batch}{SUFFIX}"
 
 
 def temporary_name(name: str, unique: str) -> str:
-    """The name under which a file is written before it gets its own; another one for each attempt."""
+    """The name under which a file is written before it gets its own; a different one for each attempt."""
     return f"{name}.{unique}.aside"
 
 
 def is_sink_name(name: str) -> bool:
-    """Whether one of several sinks may be called so: it becomes the name of a directory."""
+    """Whether a sink may have this name, which becomes part of the name of a directory."""
     return _SINK.fullmatch(name) is not None
 
 
 def queue_name(sink: str) -> str:
-    """The directory in which the files wait that one of several sinks is to get."""
+    """The name of the directory that is the queue of a sink."""
     return _QUEUE + sink
 
 
 def sink_of_queue(name: str) -> str | None:
-    """The sink that a directory is the queue of; None where it is none."""
+    """The sink that a directory is the queue of, by its name; None where it is not a queue."""
     sink = name.removeprefix(_QUEUE)
     return sink if name.startswith(_QUEUE) and is_sink_name(sink) else None
 
 
 def adding_name(sink: str) -> str:
-    """What a queue is called that is to begin with what waits, until it holds all of that."""
+    """The name of a requested queue, until it holds all batches that it starts with."""
     return queue_name(sink) + _ADDING
 
 
 def sink_of_adding(name: str) -> str | None:
-    """The sink whose queue a directory is to become; None where it is no such thing."""
+    """The sink of a requested queue, by the name of its directory; None where it is not one."""
     return sink_of_queue(name.removesuffix(_ADDING)) if name.endswith(_ADDING) else None
 
 
 def removing_name(sink: str) -> str:
-    """What a queue is called whose files are being removed."""
+    """The name of a queue that is being removed."""
     return queue_name(sink) + _REMOVING
 
 

@@ -1,8 +1,8 @@
-"""The running account of a directory: `ledger.ndjson`, appended to by whoever seals, delivers, evicts or mends.
+"""The ledger of a directory: `ledger.ndjson`, with an entry for each batch that is sealed, delivered, evicted or repaired.
 
-An entry is a line like a record's, with a checksum, whose value says what became of a batch. Entries are keyed by batch id, so
-that one that is written twice counts once. Nothing needs the ledger to recover: without it only history is gone. It is appended
-to under a lock of its own that nobody waits for; where that, or the disk, refuses, entries wait in memory. `balance` adds up.
+An entry is a line like a record's, with a checksum. Entries are keyed by batch id, so that an entry that was written twice
+counts once. Recovery does not need the ledger: without it only the history is lost. It is appended to under a lock of its own,
+for which nobody waits; while the lock is held or the disk fails, entries wait in memory. `reconciliation.py` adds them up.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-COMPACT_BYTES: Final = 4 * 2**20  # beyond it what is over is summed up
-_BUFFER_ENTRIES_MAX: Final = 10_000  # entries in memory; more are lost, and counted as that
-_LOCK_TRIES: Final = 1000  # others hold the lock for microseconds, but while they condense
+COMPACT_BYTES: Final = 4 * 2**20  # beyond it finished batches are summed up
+_BUFFER_ENTRIES_MAX: Final = 10_000  # in memory; entries beyond it are lost, and counted
+_LOCK_TRIES: Final = 1000  # the lock is held for microseconds, except during compaction
 _LOCK_PAUSE_S: Final = 0.001
 
 
 class LedgerWriter:
-    """One process's pen. Safe to share between threads; after a fork the child makes another."""
+    """Appends entries to the ledger, for one process. Shared by its threads; a forked child creates its own."""
 
     def __init__(self, directory: Directory, clock: Clock) -> None:
         self._directory = directory
         self._clock = clock
         self._buffer: deque[LedgerEntry] = deque()
         self._lost = 0
-        self._buffer_lock = threading.Lock()  # held for no longer than it takes to note something
+        self._buffer_lock = threading.Lock()  # never held during a system call
         self._unsynced = False  # something was appended and not synced
         self._write_lock = threading.Lock()
         self._compact_at_bytes = COMPACT_BYTES
         self._logged_problem = ""
 
     def add(self, *entries: LedgerEntry) -> None:
-        """Have something written with the next `write`."""
+        """Buffer entries for the next `write`."""
         with self._buffer_lock:
             room = max(0, _BUFFER_ENTRIES_MAX - len(self._buffer))
             self._buffer.extend(entries[:room])
             self._lost += len(entries[room:])
 
     def write(self, *, sync: bool) -> bool:
-        """Append what was noted; with `sync`, all that was appended is durable then. Never raises `OSError`.
+        """Append the buffered entries; with `sync`, everything that was appended is durable then. Never raises `OSError`.
 
-        False where something is left for the next time. Without `sync` it waits for nobody.
+        Returns False where something is left to write. Without `sync` it never waits.
         """
         if not self._write_lock.acquire(blocking=sync):
             return False
@@ -72,7 +72,7 @@ class LedgerWriter:
             if self._lost and len(self._buffer) < _BUFFER_ENTRIES_MAX:
                 lost, self._lost = self._lost, 0
                 self._buffer.append(LostEntry(self._clock.micros(), lost))
-        # Another thread may have appended what the caller has noted, and not synced it.
+        # Another thread may have appended the caller's entries without a sync.
         if not self._buffer and not (sync and self._unsynced):
             return True
         try:
@@ -85,7 +85,7 @@ class LedgerWriter:
         return written and not self._buffer
 
     def _append(self, *, sync: bool) -> bool:
-        """False where another process has the lock."""
+        """Append the buffer. False where another process holds the lock."""
         if self._append_fast(sync=sync):
             return True
         lock = self._directory.acquire_lock_file(layout.LEDGER_LOCK)
@@ -108,13 +108,13 @@ class LedgerWriter:
             finally:
                 filesystem.close(lock.fd)
             if sync:
-                self._sync(fd, entries)  # without the lock: others wait for it
+                self._sync(fd, entries)  # without the lock, for which others wait
         finally:
             filesystem.close(fd)
         return True
 
     def _append_fast(self, *, sync: bool) -> bool:
-        """Where nothing is the matter, it is one call; False, and nothing is done, where it is to be looked at."""
+        """Append the buffer in one call. False, and nothing is done, in all but the simple case."""
         place, entries = self._directory, self._buffered_entries()
         self._unsynced |= bool(entries)
         fd = place.filesystem.append_locked(
@@ -142,11 +142,11 @@ class LedgerWriter:
             self._buffer.popleft()
 
     def _append_buffer(self, fd: int) -> list[LedgerEntry]:
-        """Append what waits, and let the file be shortened where it is due."""
+        """Append the buffer, and compact the file where that is due."""
         filesystem = self._directory.filesystem
         entries = self._buffered_entries()
         size = filesystem.size(fd)
-        if not size:  # new, perhaps: what is synced in it is durable only under its name
+        if not size:  # it may be new: its content is durable only under a durable name
             filesystem.sync_directory(self._directory.path)
         self._unsynced |= bool(entries)
         self._append_to(fd, size, encode_entries(entries))
@@ -155,7 +155,7 @@ class LedgerWriter:
             try:
                 self._compact(filesystem.read_all(fd))
             except (OSError, FileUnusableError) as error:
-                log.warning("%s: the ledger grows on, it cannot be shortened: %s", self._directory.path, error)
+                log.warning("%s: the ledger could not be compacted: %s", self._directory.path, error)
                 self._compact_at_bytes = size + COMPACT_BYTES
         return entries
 
@@ -163,14 +163,14 @@ class LedgerWriter:
         try:
             self._directory.filesystem.sync_data(fd)
         except OSError:
-            # What a later sync says of these bytes could not be trusted; an entry that is there twice counts once.
+            # A later sync could not be trusted for these bytes, so write them again: an entry that is there twice counts once.
             with self._buffer_lock:
                 self._buffer.extendleft(reversed(entries))
             raise
         self._unsynced = False
 
     def _append_to(self, fd: int, size: int, lines: bytes) -> None:
-        """All of the lines or none; behind a torn one, on a line of their own."""
+        """Append all of the lines or none. Behind a torn line they start on a new line."""
         filesystem = self._directory.filesystem
         if size and filesystem.read_at(fd, size - 1, 1) != b"\n":
             lines = b"\n" + lines
@@ -181,11 +181,12 @@ class LedgerWriter:
             raise
 
     def _compact(self, data: bytes) -> None:
-        """Sum up what is over, so that the file does not grow for ever. Under the lock."""
+        """Sum up finished batches, so that the file does not grow without end. With the lock held."""
         entries, unread = parse_ledger(data)
         if unread:
-            log.warning("%s: %d lines of the ledger cannot be read and are left out", self._directory.path, unread)
-        self._directory.filesystem.sync_directory(self._directory.path)  # or the power brings back what is summed up
+            log.warning("%s: unreadable lines dropped from the ledger: %d", self._directory.path, unread)
+        # otherwise a power loss could bring back files that are summed up
+        self._directory.filesystem.sync_directory(self._directory.path)
         there = {layout.batch_id(name) for name in self._directory.batch_names()}
         anew = encode_entries(compact_entries(entries, there, self._clock.micros()))
         self._directory.write_atomically(layout.LEDGER, anew)
@@ -193,7 +194,7 @@ class LedgerWriter:
 
     def _log_state_change(self, trouble: str) -> None:
         if trouble and not self._logged_problem:
-            log.error("%s: the ledger cannot be written, its entries wait in memory: %s", self._directory.path, trouble)
+            log.error("%s: the ledger could not be written; its entries wait in memory: %s", self._directory.path, trouble)
         elif self._logged_problem and not trouble:
             log.info("%s: the ledger is written again", self._directory.path)
         self._logged_problem = trouble

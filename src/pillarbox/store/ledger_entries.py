@@ -1,4 +1,4 @@
-"""What the lines of the ledger mean: each entry says what became of a batch. Pure."""
+"""The entries of the ledger. Pure. The tags and field names are those on disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 PurgedKind = Literal["dead", "quarantine"]
 EARLIER_WRITERS: Final = "earlier writers"
 UNKNOWN_WRITER: Final = "unknown"
-REDELIVERY_WRITER: Final = "resent"  # stands for the writer of what was sent again on request
-FAN_OUT_WRITER: Final = "handed over"  # stands for the writer in the account of a queue
-QUEUE_WRITERS: Final = frozenset({FAN_OUT_WRITER, UNKNOWN_WRITER})  # whose what was handed over may be: an entry may be lost
+REDELIVERY_WRITER: Final = "resent"  # stands for the writer of redelivered batches
+FAN_OUT_WRITER: Final = "handed over"  # stands for the writer in the ledger of a queue
+# the writers under which fanned-out batches may be counted: an entry may be lost
+QUEUE_WRITERS: Final = frozenset({FAN_OUT_WRITER, UNKNOWN_WRITER})
 
 
 class _LedgerEntry(msgspec.Struct, frozen=True, tag_field="entry"):
@@ -25,7 +26,7 @@ class _LedgerEntry(msgspec.Struct, frozen=True, tag_field="entry"):
 
 
 class SealedEntry(_LedgerEntry, frozen=True, tag="sealed"):
-    """A writer sealed a file; `events` is its own count, None where it cannot be sure."""
+    """A writer sealed a segment; `events` is its own count, None where it cannot be sure."""
 
     batch: str
     writer: str
@@ -34,14 +35,14 @@ class SealedEntry(_LedgerEntry, frozen=True, tag="sealed"):
 
 
 class AdoptedEntry(_LedgerEntry, frozen=True, tag="adopted"):
-    """Somebody sealed what a dead writer left: nobody counted."""
+    """A segment of a dead writer was sealed, without a count."""
 
     batch: str
     writer: str
 
 
 class SettledEntry(_LedgerEntry, frozen=True, tag="settled"):
-    """The destination has all that it takes of a batch; `quarantined` counts spans of damaged bytes."""
+    """A batch is settled: every record is delivered, dead-lettered or quarantined. `quarantined` counts damaged byte ranges."""
 
     batch: str
     sink: str
@@ -49,57 +50,57 @@ class SettledEntry(_LedgerEntry, frozen=True, tag="settled"):
     duplicates: int
     dead: int
     quarantined: int
-    discarded: int = 0  # of the dead letters, those that were not kept, for want of room
-    discarded_spans: int = 0  # of the spans likewise
+    discarded: int = 0  # dead letters that were discarded because their limit was reached
+    discarded_spans: int = 0  # byte ranges likewise
 
 
 class FannedOutEntry(_LedgerEntry, frozen=True, tag="shared"):
-    """A batch went into the queues of these sinks, each of which has an account of its own."""
+    """A batch was fanned out to the queues of these sinks, each of which has its own ledger."""
 
     batch: str
     sinks: list[str]
-    events: int  # good records that were found in it
-    spans: int  # of damaged bytes
+    events: int  # good records
+    spans: int  # damaged byte ranges
 
 
 class QueueRenamedEntry(_LedgerEntry, frozen=True, tag="renamed"):
-    """The queue of a sink is another's from now on; with `to` empty it is gone, and one of that name is a new one."""
+    """The queue of a sink was renamed; with `to` empty it was removed, and a later queue of that name is a new one."""
 
     sink: str
     to: str
 
 
 class EvictedEntry(_LedgerEntry, frozen=True, tag="evicted"):
-    """A batch was given up for newer events."""
+    """A batch was evicted for newer events."""
 
     batch: str
     events: int
 
 
 class ReplayedEntry(_LedgerEntry, frozen=True, tag="replayed"):
-    """Dead letters of a batch went in again: they are accepted once more, as a part of another batch."""
+    """Dead letters of a batch were replayed: they are accepted again, in another batch."""
 
     batch: str
     events: int
 
 
 class RepairedEntry(_LedgerEntry, frozen=True, tag="repaired"):
-    """Records that were recovered from a batch's quarantine went in again."""
+    """Records that were recovered from the quarantine of a batch were accepted again."""
 
     batch: str
     events: int
 
 
 class RedeliveredEntry(_LedgerEntry, frozen=True, tag="resent"):
-    """A delivered file waits again on request, as a batch of its own: its events are accepted once more."""
+    """A retained batch is redelivered as a new batch: its events are accepted again."""
 
-    batch: str  # what it is now
-    of: str  # what it was
+    batch: str  # its id now
+    of: str  # its id before
     events: int
 
 
 class PurgedEntry(_LedgerEntry, frozen=True, tag="purged"):
-    """What was set aside of a batch was given up: dead letters, or spans of damaged bytes."""
+    """Dead letters or quarantined byte ranges of a batch were purged."""
 
     batch: str
     kind: PurgedKind
@@ -107,13 +108,13 @@ class PurgedEntry(_LedgerEntry, frozen=True, tag="purged"):
 
 
 class LostEntry(_LedgerEntry, frozen=True, tag="lost"):
-    """So many entries could not be written and did not fit into memory."""
+    """So many entries could neither be written nor kept in memory."""
 
     entries: int
 
 
 class LedgerRow(msgspec.Struct, kw_only=True):
-    """A writer's account, or all of them together; in events. Of a range, `_max` is the upper end."""
+    """The counts of events of a writer, or of all. Where a count is a range, the `_max` field is its upper end."""
 
     writer: str = ""
     accepted: int = 0
@@ -125,19 +126,19 @@ class LedgerRow(msgspec.Struct, kw_only=True):
     quarantined: int = 0
     quarantined_max: int = 0
     evicted: int = 0
-    shared: int = 0  # handed over to the queues of several sinks
+    shared: int = 0  # fanned out to the queues of several sinks
     shared_max: int = 0
-    duplicates: int = 0  # of those delivered, what the destination had before
-    resent: int = 0  # delivered once more after a kill
+    duplicates: int = 0  # of those delivered: what the destination had already
+    resent: int = 0  # delivered again after a crash
 
     def add(self, other: LedgerRow) -> None:
-        """Add another row's numbers to this one's."""
+        """Add the counts of another row."""
         for field in NUMBERS:
             setattr(self, field, getattr(self, field) + getattr(other, field))
 
     @property
     def accounted_range(self) -> tuple[int, int]:
-        """What the accepted must be equal to: the two ends."""
+        """The range of `accepted` that the other counts allow."""
         fixed = self.delivered + self.dead + self.evicted
         low = fixed + self.pending + self.quarantined + self.shared
         return low, fixed + self.pending_max + self.quarantined_max + self.shared_max
@@ -147,7 +148,7 @@ NUMBERS: Final = tuple(field for field in LedgerRow.__struct_fields__ if field !
 
 
 class SummaryEntry(_LedgerEntry, frozen=True, tag="sum"):
-    """What is over, summed up: a row a writer, and what was mended."""
+    """The sum of compacted entries: a row for each writer, and the other totals."""
 
     rows: list[LedgerRow]
     replayed: int = 0
@@ -155,9 +156,9 @@ class SummaryEntry(_LedgerEntry, frozen=True, tag="sum"):
     purged_dead: int = 0
     purged_quarantine: int = 0
     lost: int = 0
-    wrong: int = 0  # events by which batches that are over did not balance
-    resent: int = 0  # on request
-    shared: dict[str, int] = {}  # events handed over, by sink
+    wrong: int = 0  # events missing or extra in these batches
+    resent: int = 0  # redelivered on request
+    shared: dict[str, int] = {}  # events fanned out, by sink
 
 
 BATCH_ENTRIES: Final = (SealedEntry, AdoptedEntry, SettledEntry, RedeliveredEntry, FannedOutEntry, EvictedEntry)
@@ -186,7 +187,7 @@ def encode_entries(entries: Iterable[LedgerEntry]) -> bytes:
 
 
 def parse_ledger(data: bytes) -> tuple[list[LedgerEntry], int]:
-    """What a ledger holds, and how many of its lines are none that this version knows."""
+    """The entries of a ledger, and the number of lines that are damaged or of a later version."""
     entries: list[LedgerEntry] = []
     unread = 0
     for line in data.split(b"\n"):

@@ -1,6 +1,6 @@
-"""The only user of `os.*` on files and of `open`: a protocol, so that crashes and faults can be simulated, and the real one.
+"""The file system of the operating system. No other module of the package uses `os` on files, or `open`.
 
-Paths are text, descriptors are whole numbers, errors are `OSError`s as the kernel gives them. Nothing here decides anything.
+Paths are text, descriptors are integers, and errors are `OSError`s as the kernel reports them. Nothing here makes decisions.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
     from pillarbox.store.dirscan import NamePatterns
 
-_OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # what is planted under our names neither redirects nor hangs us
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a planted link is not followed, a planted pipe does not block
 _FILE_MODE = 0o600
 _DIRECTORY_MODE = 0o700
 _READ_CHUNK_BYTES = 1 << 20
-# The links of a directory, where the file system counts the "." and ".." that name it (ext4, XFS): its name and its own ".".
-# One that does not count them (btrfs) says 1.
+# The number of links of a directory without subdirectories, where the file system counts "." and ".." (ext4, XFS): its name and
+# its own ".". A file system that does not count them (btrfs) says 1.
 _LINKS_WITHOUT_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
-IS_DIRECTORY: Final = "is a directory"  # what a stranger may be, that a queue is
+IS_DIRECTORY: Final = "is a directory"  # a foreign entry that is allowed where it is a queue
 
 
 class OsFilesystem(SequentialBatchOps):
-    """The machine's own file systems."""
+    """The file systems of the machine."""
 
     write = staticmethod(os.write)
     truncate = staticmethod(os.ftruncate)
@@ -46,23 +46,23 @@ class OsFilesystem(SequentialBatchOps):
     remove_directory = staticmethod(os.rmdir)
 
     def __init__(self) -> None:
-        self._open_fds: set[int] = set()  # what a forked child must close, lest it keeps its parent's locks alive
+        self._open_fds: set[int] = set()  # a forked child closes them, or it would keep its parent's locks
 
     def make_directory(self, path: str) -> None:
-        """Have the directory and what is missing above it, durably and for the owner only.
+        """Create the directory and what is missing above it, durably, for the owner only.
 
-        The names of those that are there are synced too, up to the mount point: whoever made them may have died before that,
-        and what is kept in the directory would be lost with its name.
+        The names of existing directories above it are synced too, up to the mount point: whoever made them may have died before
+        they were durable, and the contents would be lost with the name.
         """
         place = os.path.abspath(path)
         _make_directories(place)
         while not os.path.ismount(place):
             place = os.path.dirname(place)
-            with contextlib.suppress(PermissionError):  # not ours to make durable
+            with contextlib.suppress(PermissionError):  # not ours to sync
                 self.sync_directory(place)
 
     def inspect_directory(self, path: str) -> DirectoryInfo | None:
-        """What is at `path`, or None; follows links, for an operator may put the directory elsewhere."""
+        """What is at `path`, or None. Follows links: an operator may put the directory elsewhere."""
         try:
             found = os.stat(path)
         except FileNotFoundError:
@@ -71,7 +71,7 @@ class OsFilesystem(SequentialBatchOps):
         return DirectoryInfo(os.path.isdir(path), found.st_mode & 0o777, usable, filesystem_type_of(path))
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
-        """The regular files in a directory with their sizes; one that goes away meanwhile is left out."""
+        """The regular files in a directory, with their sizes. A file that is removed meanwhile is left out."""
         with os.scandir(path) as entries:
             for entry in entries:
                 try:
@@ -81,47 +81,47 @@ class OsFilesystem(SequentialBatchOps):
                     continue
 
     def list_names(self, path: str, patterns: NamePatterns) -> Iterator[str]:
-        """The names of the regular files in a directory that follow one of the patterns."""
+        """The names of the regular files in a directory that match one of the patterns."""
         with os.scandir(path) as entries:
             for entry in entries:
                 if any(matches(entry.name, pattern) for pattern in patterns) and entry.is_file(follow_symlinks=False):
                     yield entry.name
 
     def file_totals(self, path: str, patterns: NamePatterns) -> list[FileTotals]:
-        """What the files in a directory add up to; each counts for the first of the patterns that its name follows."""
+        """The totals of the files in a directory; each file counts for the first pattern that its name matches."""
         return totals_by_pattern(self.list_files(path), patterns)
 
     def first_names(self, path: str, patterns: NamePatterns, after: str = "", until: str = "", limit: int = 0) -> NamePage:
-        """Of the names that follow one of the patterns, the first `limit` behind `after` and up to `until`.
+        """Of the names that match one of the patterns, the first `limit` behind `after` and up to `until`.
 
-        Where `until` is empty, there is no end. They are in the order of their bytes, which is that of their characters.
+        An empty `until` means no end. Names are ordered by their bytes, which is the order of their characters.
         """
         return first_names(self.list_names(path, patterns), after, until, limit)
 
     def subdirectories(self, path: str) -> list[str]:
-        """The names of the directories in a directory; links to one do not count."""
+        """The names of the directories in a directory, without links."""
         if os.stat(path).st_nlink == _LINKS_WITHOUT_SUBDIRECTORY:
-            return []  # it is asked of directories with very many files, at every look
+            return []  # a shortcut: this is called often, for directories with very many files
         with os.scandir(path) as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
     def create(self, path: str) -> int:
-        """A new file to append to; the name must be free."""
+        """Create a file to append to. The name must be free."""
         return self._open_new(path, os.O_APPEND)
 
     def open_existing(self, path: str, *, allow_links: bool = False) -> int:
-        """A file under one of our names to read, sync and lock, if it is ours to use; raises `FileUnusableError` if it is not.
+        """Open an existing file to read, sync and lock. Raises `FileUnusableError` where it is not ours to use.
 
-        With `allow_links` it may have other names: it waits for several sinks.
+        With `allow_links` it may have further hard links: it waits for several sinks.
         """
         return self._open_checked(path, os.O_RDONLY, allow_links=allow_links)
 
     def open_lock_file(self, path: str) -> int:
-        """A lock file, made where it is missing; never removed. Raises `FileUnusableError` as `open_existing` does."""
+        """Open a lock file, creating it where it is missing. Raises `FileUnusableError` as `open_existing` does."""
         return self._open_or_create(path, 0)
 
     def open_append(self, path: str) -> int:
-        """A file to append to, made where it is missing. Raises `FileUnusableError` as `open_existing` does."""
+        """Open a file to append to, creating it where it is missing. Raises `FileUnusableError` as `open_existing` does."""
         return self._open_or_create(path, os.O_APPEND)
 
     def _open_or_create(self, path: str, flags: int) -> int:
@@ -136,7 +136,7 @@ class OsFilesystem(SequentialBatchOps):
         fd = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags)
         owner = _owner_of_directory(path)
         if owner is not None:
-            with contextlib.suppress(OSError):  # a file system without owners
+            with contextlib.suppress(OSError):  # the file system has no owners
                 os.fchown(fd, *owner)
         return fd
 
@@ -167,23 +167,23 @@ class OsFilesystem(SequentialBatchOps):
         return fd
 
     def close(self, fd: int) -> None:
-        """Close, and release the lock if it is held."""
+        """Close a file, and release its lock if it is held."""
         with _fork_lock:
-            self._open_fds.discard(fd)  # before: afterwards the number may be somebody else's
+            self._open_fds.discard(fd)  # first: after the close another thread may get the number
             os.close(fd)
 
     def close_inherited(self) -> None:
-        """In a forked child: close the parent's files and locks."""
+        """In a forked child: close the parent's files, without releasing the parent's locks."""
         while self._open_fds:
             with contextlib.suppress(OSError):  # one that is closed already must not keep the others open
                 os.close(self._open_fds.pop())
 
     def lock(self, fd: int) -> bool:
-        """Take the exclusive lock of an open file; False where another holds it. It is released by closing only."""
+        """Take the exclusive lock of an open file. False where another process holds it. Only closing releases it."""
         return self._lock(fd, fcntl.LOCK_EX)
 
     def lock_shared(self, fd: int) -> bool:
-        """The same, beside others who take it so."""
+        """The same, shared with others that lock it so."""
         return self._lock(fd, fcntl.LOCK_SH)
 
     def _lock(self, fd: int, how: int) -> bool:
@@ -194,7 +194,7 @@ class OsFilesystem(SequentialBatchOps):
         return True
 
     def is_file_at(self, fd: int, path: str) -> bool:
-        """Whether `path` still names the open file."""
+        """Whether `path` names the open file."""
         try:
             named = os.stat(path, follow_symlinks=False)
         except FileNotFoundError:
@@ -202,22 +202,22 @@ class OsFilesystem(SequentialBatchOps):
         return os.path.samestat(os.fstat(fd), named)
 
     def is_same_file(self, path: str, other: str) -> bool:
-        """Whether two paths name one file; not where one of them names none."""
+        """Whether both paths name the same, existing file."""
         try:
             return os.path.samestat(os.stat(path, follow_symlinks=False), os.stat(other, follow_symlinks=False))
         except FileNotFoundError:
             return False
 
     def has_name(self, fd: int) -> bool:
-        """Whether the open file has a name at all."""
+        """Whether the open file has a name left."""
         return os.fstat(fd).st_nlink > 0
 
     def size(self, fd: int) -> int:
-        """Size in bytes."""
+        """The size in bytes."""
         return os.fstat(fd).st_size
 
     def read_all(self, fd: int) -> bytes:
-        """The whole file, whatever the descriptor's position."""
+        """The whole content, whatever the descriptor's position."""
         parts: list[bytes] = []
         offset = 0
         while part := os.pread(fd, _READ_CHUNK_BYTES, offset):
@@ -230,7 +230,7 @@ class OsFilesystem(SequentialBatchOps):
         return os.pread(fd, count, offset)
 
     def write_all(self, fd: int, data: bytes) -> None:
-        """Write everything, however often the kernel takes a part only."""
+        """Write everything, in as many writes as the kernel needs."""
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
@@ -241,14 +241,14 @@ class OsFilesystem(SequentialBatchOps):
         os.ftruncate(fd, len(data))
 
     def sync_data(self, fd: int) -> None:
-        """Make a file's data durable."""
+        """Sync a file's data."""
         if sys.platform == "darwin":
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # there fsync leaves the data in the drive's cache
         else:
             os.fdatasync(fd)
 
     def sync_directory(self, path: str) -> None:
-        """Make a directory's entries durable."""
+        """Sync a directory, so that the names in it are durable."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -256,26 +256,26 @@ class OsFilesystem(SequentialBatchOps):
             os.close(fd)
 
     def disk_space(self, path: str) -> DiskSpace:
-        """What is left on the volume that `path` is on."""
+        """The space on the volume that `path` is on."""
         found = os.statvfs(path)
         return DiskSpace(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
 
 
 class CompiledOsFilesystem(OsFilesystem):
-    """The same, with the verbs that are several in one compiled: each is one call, without the interpreter lock."""
+    """The same with compiled batch operations and directory scans, which release the GIL once for all of their system calls."""
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
-        """The regular files in a directory with their sizes; one that goes away meanwhile is left out."""
+        """The regular files in a directory, with their sizes. A file that is removed meanwhile is left out."""
         for chunk in speedups.DirectoryChunks(path, ALL_NAMES, sizes=True):
             yield from map(FileEntry._make, chunk)
 
     def list_names(self, path: str, patterns: NamePatterns) -> Iterator[str]:
-        """The names of the regular files in a directory that follow one of the patterns."""
+        """The names of the regular files in a directory that match one of the patterns."""
         for chunk in speedups.DirectoryChunks(path, patterns, sizes=False):
             yield from chunk
 
     def file_totals(self, path: str, patterns: NamePatterns) -> list[FileTotals]:
-        """What the files in a directory add up to; each counts for the first of the patterns that its name follows."""
+        """The totals of the files in a directory; each file counts for the first pattern that its name matches."""
         return list(map(FileTotals._make, speedups.scan_sums(path, patterns)))
 
     def first_names(self, path: str, patterns: NamePatterns, after: str = "", until: str = "", limit: int = 0) -> NamePage:
@@ -283,15 +283,15 @@ class CompiledOsFilesystem(OsFilesystem):
         return NamePage._make(speedups.scan_first(path, patterns, after, until, limit))
 
     def open_locked(self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False) -> int | None:
-        """A file that is there and ours to use, opened and locked; None where that is to be seen step by step."""
+        """Open and lock an existing file. None where only the step-by-step path is available."""
         with _fork_lock:
             return self._track_fd(
                 speedups.hold(path, (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS, allow_links, shared)
             )
 
     def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:
-        """As `SequentialBatchOps` says, where it is simple."""
-        with _fork_lock:  # a child that was forked meanwhile would keep the lock
+        """As `SequentialBatchOps` describes; None in all but the simple case."""
+        with _fork_lock:  # a child that is forked meanwhile would keep the lock
             return self._track_fd(speedups.append_under(lock_path, path, lines, os.O_RDWR | _OPEN_FLAGS, max_size))
 
     def _track_fd(self, fd: int) -> int | None:
@@ -306,7 +306,7 @@ class CompiledOsFilesystem(OsFilesystem):
         return super()._open_checked(path, flags, allow_links=allow_links) if fd is None else fd
 
     def sync_each(self, fds: Sequence[int]) -> list[OSError | None]:
-        """As `SequentialBatchOps`, but that all are being written before the first is waited for."""
+        """As `SequentialBatchOps`, but writing all files starts before the first is waited for."""
         return [_os_error(number) for number in speedups.sync_each(fds)]
 
     def rename_each(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
@@ -331,14 +331,14 @@ class CompiledOsFilesystem(OsFilesystem):
             speedups.close_each(fds)
 
     def sync_directory(self, path: str) -> None:
-        """Make a directory's entries durable."""
+        """Sync a directory, so that the names in it are durable."""
         error = _os_error(speedups.sync_directory(path), path)
         if error is not None:
             raise error
 
 
 def local_filesystem() -> OsFilesystem:
-    """That of this machine, compiled where it can be."""
+    """The file system of this machine, compiled where the C extension is in use."""
     return CompiledOsFilesystem() if COMPILED else OsFilesystem()
 
 
@@ -347,7 +347,10 @@ def _os_error(number: int, *path: str) -> OSError | None:
 
 
 def _owner_of_directory(path: str) -> tuple[int, int] | None:
-    """Whose a new file is to be: what root creates belongs to the directory's owner, whose programs must be able to use it."""
+    """The owner for a new file.
+
+    What root creates belongs to the owner of the directory, whose programs must be able to use it.
+    """
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
             found = os.stat(os.path.dirname(path) or ".")
@@ -370,12 +373,12 @@ def _make_directories(path: str) -> None:
         return
     owner = _owner_of_directory(path)
     if owner is not None:
-        with contextlib.suppress(OSError):  # a file system without owners
+        with contextlib.suppress(OSError):  # the file system has no owners
             os.chown(path, *owner, follow_symlinks=False)
 
 
 def filesystem_type_of(path: str) -> str:
-    """The type of the file system that `path` is on, e.g. "ext4"; empty where the system does not tell."""
+    """The type of the file system that `path` is on, e.g. "ext4"; empty where it cannot be determined."""
     try:
         with open(_MOUNTS, "rb") as file:
             mounts = file.read().splitlines()
@@ -386,12 +389,13 @@ def filesystem_type_of(path: str) -> str:
     for mount in mounts:
         fields, _, source = mount.partition(b" - ")
         point = fields.split(b" ")[4].replace(b"\\040", b" ")
-        if place.startswith(point.rstrip(b"/") + b"/") and len(point) >= len(best):  # of two on one point the later counts
+        # of two mounts on one point the later counts
+        if place.startswith(point.rstrip(b"/") + b"/") and len(point) >= len(best):
             best, medium = point, source.split(b" ")[0]
     return medium.decode(errors="replace")
 
 
-# Held while a descriptor comes or goes and while a process forks: a child must know of each one that it inherits.
+# Held while a descriptor is opened or closed and while a process forks: a child must know each descriptor that it inherits.
 _fork_lock = threading.RLock()
 
 
@@ -404,7 +408,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _fork_lock  # noqa: PLW0603 - the parent's is held by a thread that does not exist here
+    global _fork_lock  # noqa: PLW0603 - the parent's lock is held by a thread that does not exist here
     _fork_lock = threading.RLock()
 
 
@@ -412,7 +416,7 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
-    """Which file a path names at the moment: its device and number; None where it names none."""
+    """The device and inode number of what a path names; None where it names nothing."""
     try:
         found = os.stat(path)
     except OSError:
@@ -421,20 +425,20 @@ def file_identity(path: str) -> tuple[int, int] | None:
 
 
 def open_file_identity(fd: int) -> tuple[int, int]:
-    """Which file is open: its device and number."""
+    """The device and inode number of an open file."""
     found = os.fstat(fd)
     return found.st_dev, found.st_ino
 
 
 def exists(path: str) -> bool:
-    """Whether there is something under a path that a user names."""
+    """Whether a path that the user names exists."""
     return os.path.lexists(path)
 
 
 def foreign_entries(path: str, *, allow_links: bool = False) -> Iterator[tuple[str, str]]:
-    """Whatever in a directory is not ours to use, and why not; "." is the directory itself. Opens nothing.
+    """The entries of a directory that are not ours to use, and why; "." is the directory itself. Opens nothing.
 
-    With `allow_links` files may have other names, as for `open_existing`.
+    With `allow_links` files may have further hard links, as for `open_existing`.
     """
     me = os.geteuid()
     found = os.stat(path)
@@ -457,7 +461,7 @@ def foreign_entries(path: str, *, allow_links: bool = False) -> Iterator[tuple[s
 
 
 def create_private_file(path: str, data: bytes) -> None:
-    """A new file that only its owner may read; raises `FileExistsError` where there is one."""
+    """Create a file that only its owner may read. Raises `FileExistsError`."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
     with open(fd, "wb") as file:
         file.write(data)
@@ -465,10 +469,12 @@ def create_private_file(path: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_output(path: str, *, overwrite: bool) -> Iterator[Callable[[bytes], int]]:
-    """Write a file that a user names beside it, and rename it when it is whole and durable; only its owner may read it.
+    """Write a file that the user names: to a temporary file, renamed once it is complete and durable.
 
-    Without `overwrite` an error, `FileExistsError`, where there is one by then. A generator, for an interrupt anywhere in it,
-    and also before the caller's block begins, ends it: what is beside goes.
+    Only its owner may read it.
+
+    Raises `FileExistsError` where the file exists by then, unless `overwrite`. An interrupt at any moment removes the temporary
+    file; that is why this is a generator.
     """
     beside = f"{path}.{os.getpid()}.aside"
     try:
@@ -484,11 +490,11 @@ def atomic_output(path: str, *, overwrite: bool) -> Iterator[Callable[[bytes], i
 
 
 def open_for_reading(path: str) -> BinaryIO:
-    """A file that a user names, to be read line by line."""
+    """Open a file that the user names, to read it line by line."""
     return open(path, "rb")
 
 
 def read_file(path: str) -> bytes:
-    """The content of a file that a user names."""
+    """The content of a file that the user names."""
     with open(path, "rb") as file:
         return file.read()

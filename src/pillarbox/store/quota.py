@@ -1,6 +1,6 @@
-"""What bounds a directory: counts what is pending anew, watches the room on the volume, and evicts where that is wanted.
+"""Keeps a directory within its limits: recounts pending bytes and files, checks the free space, and evicts.
 
-Of one process's sealer, and on its thread. Other processes fill and empty the directory too: only a listing tells.
+It runs on the sealer's thread. Other processes add and remove files too, so only a listing has the true counts.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-_RECOUNT_S: Final = 1.0  # how stale the count of what other processes added or delivered may be
+_RECOUNT_S: Final = 1.0  # how old the counts may be that other processes changed
 _RECOUNT_FULL_S: Final = 0.1  # the same when more than half of a limit is used
 _RECOUNT_SHARE: Final = 10  # listing may take a tenth of the time
-_SPACE_LOW_CHECK_S: Final = 1.0  # between two looks at the room on the volume, while there is little
+_SPACE_LOW_CHECK_S: Final = 1.0  # between two checks of the free space while it is low
 _SPACE_CHECK_S: Final = 5.0  # the same while there is enough
-OVERSHOOT_SHARE: Final = 16  # of `max_bytes`: what a process may append without looking what the others did
-MIN_FREE_BYTES_MAX: Final = 256 * 2**20  # bytes of the volume that are left to others, unless told otherwise: these or
-MIN_FREE_SHARE: Final = 20  # this part of it, whichever is less
-AHEAD_SHARE: Final = 4  # of that: so much more is kept free as long as delivered files can give way for it
-# Room that is made ahead of need, as a part of the limit: what arrives while files are evicted must not be refused.
+OVERSHOOT_SHARE: Final = 16  # of `max_bytes`: what a process may append before it checks what the others did
+MIN_FREE_BYTES_MAX: Final = 256 * 2**20  # the default of `min_free_bytes` is this,
+MIN_FREE_SHARE: Final = 20  # or this part of the volume if that is less
+AHEAD_SHARE: Final = 4  # of that: so much more is kept free while there are retained files to evict
+# Of the limit: eviction makes so much room ahead, so that events that arrive meanwhile are not dropped.
 SLACK_SHARE: Final = 8
-# Of a limit with eviction, the largest part that one file may be: what is evicted is whole files.
+# Of the limit: with eviction, a segment may not be larger, because whole files are evicted.
 FILE_SHARE: Final = 16
-_EVICT_AT_ONCE_MAX: Final = 32  # files given up together: each holds a descriptor, and one sync of the ledger serves them all
+_EVICT_AT_ONCE_MAX: Final = 32  # each holds a descriptor, and one sync of the ledger serves them all
 
 
 class _EvictionCandidate:
-    """A file that is given up: held, and under which names it goes."""
+    """A batch file that is about to be evicted: locked, and all directories with a name of it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.locked_files: list[LockedFile] = []
-        self.directories: list[Directory] = []  # in this order its names go
+        self.directories: list[Directory] = []  # in the order in which the names are removed
         self.size = 0
         self.events = 0
 
@@ -73,16 +73,16 @@ class QuotaEnforcer:
         self._next_space_check = 0.0
         self._next_recount = 0.0
         self._earliest_recount = 0.0
-        self._appended_at_recount = 0  # bytes that this process had appended when it last listed
+        self._appended_at_recount = 0  # bytes that this process had appended at the last listing
         self._drops_for_space = 0
-        self._appended_at_check = 0  # bytes by this process when it last looked at the room
+        self._appended_at_check = 0  # bytes that this process had appended at the last check of the free space
         self._evicting = False
-        self._recheck_after_bytes = 1  # bytes by this process
-        self._evicted_delivered = False  # delivered files, at the last look at the room
-        self.evicted_events = 0  # events
+        self._recheck_after_bytes = 1  # check again after so many appended bytes
+        self._evicted_delivered = False  # retained files, at the last check of the free space
+        self.evicted_events = 0
 
     def enforce(self) -> float:
-        """Count, watch and evict as far as that is due; seconds until the next time."""
+        """Recount, check the free space and evict, as far as each is due. Returns the seconds until the next call."""
         refused = self._writer.dropped["disk_full"] + self._writer.dropped["disk_low"]
         in_need, self._drops_for_space = refused > self._drops_for_space, refused
         self._evicted_delivered = False
@@ -94,9 +94,9 @@ class QuotaEnforcer:
         return wait
 
     def check_free_space(self, *, in_need: bool = False) -> float:
-        """Have nothing more accepted while the volume has less room than it must keep; seconds until the next look.
+        """Drop events while the volume has less free space than it must keep. Returns the seconds until the next check.
 
-        Delivered files give way before that, and where events were refused for want of room, `in_need`.
+        Retained files are evicted before that, and where events were dropped for want of space (`in_need`).
         """
         now, appended = self._clock.monotonic(), self._writer.appended_bytes
         if now < self._next_space_check and appended - self._appended_at_check < self._recheck_after_bytes:
@@ -112,7 +112,7 @@ class QuotaEnforcer:
         self._writer.set_disk_low(low=low)
         rest = (
             _SPACE_LOW_CHECK_S if low else _SPACE_CHECK_S
-        )  # while there is room, a file that fills up is reason enough to look
+        )  # while there is enough space, only many appended bytes call for an earlier check
         self._next_space_check = now + rest
         return rest
 
@@ -120,7 +120,7 @@ class QuotaEnforcer:
         return self._directory.filesystem.disk_space(self._directory.path)
 
     def _evict_delivered(self, space: DiskSpace, free: int, size: int) -> DiskSpace:
-        """Have delivered files go until the volume has so much free and so many bytes went; what it has then."""
+        """Evict retained files until so much is free and so many bytes were removed. Returns the space then."""
 
         def enough(gone: int) -> bool:
             return gone >= size and self._space().free_bytes >= free
@@ -128,13 +128,13 @@ class QuotaEnforcer:
         try:
             self._evicted_delivered = evict_delivered(self._directory, enough) > 0
         except OSError as error:
-            log.warning("%s: delivered files cannot give way: %s", self._directory.path, error)
+            log.warning("%s: delivered files could not be evicted: %s", self._directory.path, error)
         return self._space() if self._evicted_delivered else space
 
     def _recount(self) -> float:
-        """Correct the count of what is pending."""
+        """Correct the pending counts by a listing."""
         now = self._clock.monotonic()
-        # Who writes much learns sooner what the others wrote meanwhile.
+        # A process that appends much recounts earlier.
         much = self._writer.appended_bytes - self._appended_at_recount > self._writer.limits.max_bytes // OVERSHOOT_SHARE
         due = self._earliest_recount if much else self._next_recount
         if now < due:
@@ -143,7 +143,7 @@ class QuotaEnforcer:
         try:
             account = self._directory.disk_usage()
         except FileNotFoundError:
-            log.error("%s was removed by somebody; made anew", self._directory.path)  # noqa: TRY400 - a traceback adds nothing
+            log.error("%s was deleted externally; recreated", self._directory.path)  # noqa: TRY400 - a traceback adds nothing
             self._directory.filesystem.make_directory(self._directory.path)
             account = self._directory.disk_usage()
         self._writer.correct_pending(before, account.pending_bytes, account.pending_files)
@@ -157,15 +157,15 @@ class QuotaEnforcer:
         return rest
 
     def _evict(self, least: int) -> None:
-        """Give up the oldest sealed files until there is some room again; never one that is being sent.
+        """Evict the oldest batches until there is room again; none that is being delivered.
 
-        `least` is 1 where somebody else has filled the volume: one file at a time, for as long as events come.
+        `least` is 1 where something else has filled the volume: evict one file a round, for as long as events are dropped.
         """
         excess_bytes, excess_files = self._excess(least)
         if excess_bytes <= 0 and excess_files <= 0:
             self._log_eviction_end()
             return
-        # One process at a time, and from a listing of that moment: two that count on their own would evict twice as much.
+        # Only one process, and by a fresh listing: two that use their own counts would evict twice as much.
         lock = self._directory.acquire_lock_file(layout.EVICT_LOCK)
         if lock is None:
             return
@@ -174,7 +174,7 @@ class QuotaEnforcer:
             self._next_recount = self._earliest_recount = 0.0
             self._recount()
             excess_bytes, excess_files = self._excess(least)
-            # The directory itself last: a name in a queue counts once it is not there any more.
+            # The outbox directory last: a link in a queue counts once the directory itself has not the name any more.
             places = [*self._directory.queues(), self._directory]
             for name in self._oldest_first(places) if excess_bytes > 0 or excess_files > 0 else ():
                 if excess_bytes <= 0 and excess_files <= 0:
@@ -189,14 +189,14 @@ class QuotaEnforcer:
                     self._remove_candidates(going, places)
             self._remove_candidates(going, places)
             for place in places:
-                place.filesystem.sync_directory(place.path)  # or the loss of power brings them back
+                place.filesystem.sync_directory(place.path)  # otherwise a power loss could bring the files back
         finally:
-            for found in going:  # where something has failed
+            for found in going:  # not removed because of an error
                 self._close_candidate(found)
             self._directory.filesystem.close(lock.fd)
 
     def _excess(self, least: int) -> tuple[int, int]:
-        """Bytes, but so many at `least`, and files to be given up."""
+        """The bytes (at least `least`) and files by which the limits, less the slack, are exceeded."""
         limits, writer = self._writer.limits, self._writer
         pending_bytes, pending_files, _ = writer.pending_counts()
         excess_bytes = pending_bytes - limits.max_bytes + limits.max_bytes // SLACK_SHARE
@@ -205,17 +205,17 @@ class QuotaEnforcer:
 
     @staticmethod
     def _oldest_first(places: Sequence[Directory]) -> list[str]:
-        """The names of all that may be given up; of a plain file and its copy, that of the plain one."""
+        """The names of all batches, oldest first. Of a plain file and its copy, the plain one."""
         found = [place.all_sealed_names() for place in places]
         return sorted({name for names in found for name in names if layout.plain_name(name) not in names})
 
     def _lock_candidate(self, name: str, places: Sequence[Directory]) -> _EvictionCandidate | None:
-        """A file under all its names, and how much is in it; None where it is in use, not ours, or cannot be read."""
+        """Lock a batch under all its names, and count its events. None where it is in use, not ours, or unreadable."""
         going = _EvictionCandidate(name)
         try:
             for place in places:
                 if any(place.filesystem.is_file_at(taken.fd, place.path_of(name)) for taken in going.locked_files):
-                    going.directories.append(place)  # another name of the same file
+                    going.directories.append(place)  # another link to a locked file
                 else:
                     self._lock_name(name, place, going)
         except BaseException:
@@ -233,7 +233,7 @@ class QuotaEnforcer:
             try:
                 data = place.filesystem.read_all(taken.fd)
                 plain, problem = compression.decompress(name, data)
-                if not problem:  # or nobody knows how many events would go; the deliverer sets aside what is left of them
+                if not problem:  # otherwise its events cannot be counted; delivery quarantines what is damaged
                     found = taken
             finally:
                 if found is None:
@@ -251,7 +251,7 @@ class QuotaEnforcer:
             self._directory.filesystem.close(taken.fd)
 
     def _remove_candidates(self, going: list[_EvictionCandidate], places: Sequence[Directory]) -> None:
-        """Remove these files, once the ledgers have them; without room for that they go all the same."""
+        """Remove batches after the ledgers have them. If there is no room for the entries, remove them all the same."""
         now = self._clock.micros()
         for place in places if going and self._ledger is not None else ():
             ledger = self._ledger_of(place)
@@ -261,7 +261,7 @@ class QuotaEnforcer:
             one = going.pop(0)
             try:
                 for place in one.directories:
-                    place.remove(layout.compressed_name(one.name))  # a copy by who died then would be all of it again
+                    place.remove(layout.compressed_name(one.name))  # a copy whose maker died would be delivered otherwise
                     place.remove(one.name)
             finally:
                 self._close_candidate(one)
@@ -269,7 +269,7 @@ class QuotaEnforcer:
             self._writer.release_bytes(one.size)
             if not self._evicting:
                 self._evicting = True
-                log.warning("%s: full; the oldest events are given up for new ones", self._directory.path)
+                log.warning("%s: full; evicting the oldest events for new ones", self._directory.path)
 
     def _ledger_of(self, place: Directory) -> LedgerWriter:
         return self._ledger if place is self._directory and self._ledger is not None else LedgerWriter(place, self._clock)
@@ -277,7 +277,7 @@ class QuotaEnforcer:
     def _log_eviction_end(self) -> None:
         if self._evicting:
             self._evicting = False
-            log.info("%s: room again; %d events given up so far", self._directory.path, self.evicted_events)
+            log.info("%s: no longer full; events evicted so far: %d", self._directory.path, self.evicted_events)
 
 
 def _events_in(lines: bytes) -> int:

@@ -1,7 +1,7 @@
-"""A sealed file's bytes -> good records and damaged spans. Pure, but that it gives way.
+"""The content of a batch file -> good records and damaged byte ranges. Pure, except that it yields the GIL.
 
-Lines end at a line feed only; blank ones are skipped, and a record behind NUL bytes is one. A last line without its line feed
-is judged like any other: one that is a whole record is one, for no proper beginning of a record is a record.
+Only a line feed ends a line. Blank lines are skipped, and a record behind NUL bytes is a record. A last line without a line
+feed is checked like any other: no proper prefix of a record is a record.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from pillarbox.store.record import DamagedRecordError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-YIELD_EVERY_LINES: Final = (
-    50  # lines; more would hold the interpreter from the callers of `enqueue` for longer than a write takes
-)
+YIELD_EVERY_LINES: Final = 50  # without a yield; more would keep callers of `enqueue` waiting for longer than a write takes
 
 
 class DamagedRange(msgspec.Struct, frozen=True):
-    """Damaged bytes: where in the file, and what is wrong with them."""
+    """Damaged bytes: where they are in the file, and what is wrong with them."""
 
     offset: int
     length: int
@@ -30,7 +28,7 @@ class DamagedRange(msgspec.Struct, frozen=True):
 
 
 class FileContents(msgspec.Struct, frozen=True):
-    """What a file holds."""
+    """What a file contains."""
 
     payloads: list[bytes]  # the JSON of each good event, in order
     damaged: list[DamagedRange]
@@ -39,7 +37,8 @@ class FileContents(msgspec.Struct, frozen=True):
 def _record_after_nul(line: bytes) -> tuple[int, bytes] | None:
     """Where in a line a whole record begins behind NUL bytes, and its payload.
 
-    The loss of power, or a sync that fails, may leave NUL bytes where whole lines stood, the line feed of the last among them.
+    After a power loss or a failed sync there may be NUL bytes in place of whole lines, including the line feed before a good
+    one.
     """
     begin = line.rfind(b"\0") + 1
     if not begin:
@@ -51,10 +50,10 @@ def _record_after_nul(line: bytes) -> tuple[int, bytes] | None:
 
 
 def read_file(name: str, data: bytes, yield_gil: Callable[[], None]) -> tuple[FileContents, bytes]:
-    """What a file holds whose bytes are `data`, whatever its ending, and the bytes that the spans are of.
+    """The contents of a file with the bytes `data`, compressed or not, and the bytes that its damaged ranges refer to.
 
-    Of a compressed file that is damaged, what comes before the damage is read like any other, and a last span is the whole
-    file as it was: nobody can tell what is in the rest. Raises `FileUnusableError` where it is compressed and zstd is missing.
+    Of a damaged compressed file, what comes before the damage is read as usual, and the last damaged range is the whole file:
+    what the rest contains is unknown. Raises `FileUnusableError` where it is compressed and zstd is missing.
     """
     plain, problem = compression.decompress(name, data)
     contents = read_lines(plain, yield_gil)
@@ -65,7 +64,7 @@ def read_file(name: str, data: bytes, yield_gil: Callable[[], None]) -> tuple[Fi
 
 
 def read_lines(data: bytes, yield_gil: Callable[[], None]) -> FileContents:
-    """Tell the good lines of a file from the damaged ones."""
+    """Separate the good lines of a file from the damaged ones."""
     payloads: list[bytes] = []
     spans: list[DamagedRange] = []
     offset = number = 0  # of the line
@@ -83,7 +82,7 @@ def read_lines(data: bytes, yield_gil: Callable[[], None]) -> FileContents:
 
 
 def _read_line(data: bytes, offset: int, payloads: list[bytes], spans: list[DamagedRange]) -> int:
-    """Tell whether one line is good or damaged; where the next one begins."""
+    """Add one line to the good or the damaged ones. Returns the offset of the next line."""
     end = data.find(b"\n", offset)
     line = data[offset : end if end >= 0 else len(data)]
     if line and not line.isspace():

@@ -1,7 +1,11 @@
-"""The account: what was accepted must be delivered, pending, dead, quarantined or evicted. Pure.
+"""Reconciliation: accepted = delivered + pending + dead + quarantined + evicted.
 
-Two sources that know nothing of each other are held together: the writers' own counts, which the entry of a sealed file
-carries, and what was found of the same file when it was settled or is looked at now. So the account can fail.
+Two independent sources are compared: the writers' own counts, in the entries of sealed segments, and what was counted in the
+same files when they were delivered, or is counted now. So a loss is noticed.
+
+`reconcile` reads a directory while writers and delivery run, without taking locks or changing anything. It reads the ledger
+before and after the files. A batch that disappears meanwhile must have an entry that says why, because entries are written
+before files are removed; a batch that appears meanwhile is left out. The rest is pure.
 """
 
 from __future__ import annotations
@@ -44,20 +48,20 @@ if TYPE_CHECKING:
 
     from pillarbox.store.directory import Directory
 
-RECENT_BATCHES_MAX: Final = 1000  # batches that are over and still kept one by one: a late or second entry must find them
-WRITERS_MAX: Final = 64  # kept one by one when summed up; those before are one row
+RECENT_BATCHES_MAX: Final = 1000  # finished batches that are kept one by one: a late or repeated entry must find them
+WRITERS_MAX: Final = 64  # kept one by one in a summary; earlier ones share a row
 
 
 class FileCounts(msgspec.Struct, frozen=True):
-    """What was read of a file that is there now: good records, and spans of damaged bytes."""
+    """What was counted in a file: good records and damaged byte ranges."""
 
     records: int
     damaged_ranges: int
-    writer: str = ""  # of an active file
+    writer: str = ""  # of a segment
 
 
 class Discrepancy(msgspec.Struct, frozen=True):
-    """A batch that does not balance: `events` are missing, or, below zero, too many."""
+    """A batch whose counts differ: `events` are missing, or, if negative, extra."""
 
     batch: str
     writer: str
@@ -70,7 +74,7 @@ class _BatchEntries:
 
     def __init__(self) -> None:
         self.writer = UNKNOWN_WRITER
-        self.is_sealed = False  # by an entry of whoever sealed it
+        self.is_sealed = False  # there is an entry of whoever sealed it
         self.writer_count: int | None = None
         self.settled: SettledEntry | None = None
         self.fanned_out: FannedOutEntry | None = None
@@ -99,7 +103,7 @@ class _BatchEntries:
                 self.evicted = events
 
     def to_row(self, found: FileCounts | None) -> tuple[LedgerRow, Discrepancy | None]:
-        """The batch's part of the account; `sealed` is None where its file is gone."""
+        """The counts of the batch, and what is wrong with them. `sealed` is None where its file is gone."""
         row = LedgerRow(writer=self.writer, resent=self.redelivered)
         spans = 0
         if self.settled is not None:
@@ -125,7 +129,7 @@ class _BatchEntries:
         return self._with_writer_count(row, records, spans)
 
     def _with_writer_count(self, row: LedgerRow, records: int, spans: int) -> tuple[LedgerRow, Discrepancy | None]:
-        """The same, where the writer has counted: what is damaged is what is missing."""
+        """The same with a writer's count: what is missing is what is damaged."""
         counted = self.writer_count or 0
         row.accepted = row.accepted_max = counted
         missing = counted - records
@@ -145,7 +149,7 @@ class _BatchEntries:
 
 
 class Reconciliation(msgspec.Struct, kw_only=True):
-    """The account of a directory."""
+    """The result for a directory."""
 
     total: LedgerRow
     writers: list[LedgerRow]
@@ -156,9 +160,9 @@ class Reconciliation(msgspec.Struct, kw_only=True):
     purged_quarantine: int = 0
     lost_entries: int = 0
     dead_on_disk: int = 0  # dead letters on disk
-    dead_missing: int = 0  # that the ledger has and the disk has not
-    fanned_out: dict[str, int] = {}  # events handed over, by sink; at the least, where damage made a count unknowable
-    earlier_discrepancy: int = 0  # events by which batches that are summed up did not balance
+    dead_missing: int = 0  # in the ledger and not on disk
+    fanned_out: dict[str, int] = {}  # events fanned out, by sink; the least, where damage makes a count unknown
+    earlier_discrepancy: int = 0  # events missing or extra in batches that are summed up
     discrepancies: list[Discrepancy]
 
     @property
@@ -170,11 +174,11 @@ class Reconciliation(msgspec.Struct, kw_only=True):
 
 
 class _LedgerFold:
-    """Entries, folded."""
+    """Adds up entries."""
 
     def __init__(self, entries: Iterable[LedgerEntry]) -> None:
         self.batches: dict[str, _BatchEntries] = {}
-        self.redelivered: dict[str, int] = {}  # events by batch; what is summed up has no name
+        self.redelivered: dict[str, int] = {}  # events by batch id; "" for those that are summed up
         self.rows: dict[str, LedgerRow] = {}
         self.fanned_out: dict[str, int] = {}
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.discrepancy = 0
@@ -182,7 +186,7 @@ class _LedgerFold:
         for entry in entries:
             if isinstance(entry, (ReplayedEntry, RepairedEntry, PurgedEntry)):
                 if entry in mended:
-                    continue  # the disk refused it after it had taken it, so it was written again
+                    continue  # written again after an error of the disk
                 mended.add(entry)
             self._add_entry(entry)
 
@@ -217,7 +221,7 @@ class _LedgerFold:
                 self.batches.setdefault(entry.batch, _BatchEntries()).add_entry(entry)
 
     def add_batch(self, life: _BatchEntries, found: FileCounts | None) -> Discrepancy | None:
-        """Add a batch's part of the account; what is wrong with it."""
+        """Add the counts of a batch. Returns what is wrong with them."""
         row, wrong = life.to_row(found)
         self.add_row(row)
         if life.settled is not None:
@@ -229,7 +233,7 @@ class _LedgerFold:
         return wrong
 
     def _rename_queue(self, sink: str, to: str) -> None:
-        """What was handed over so far to the one, was to the other; or to a queue that is no more."""
+        """Count for the new name what was fanned out to the old one; for none where the queue was removed."""
         before = self.fanned_out.pop(sink, 0)
         if to:
             self._add_fanned_out(to, before)
@@ -242,12 +246,15 @@ class _LedgerFold:
         self.fanned_out[sink] = self.fanned_out.get(sink, 0) + events
 
     def add_row(self, row: LedgerRow) -> None:
-        """To what is known of its writer."""
+        """Add a row to that of its writer."""
         self.rows.setdefault(row.writer, LedgerRow(writer=row.writer)).add(row)
 
 
 def compact_entries(entries: list[LedgerEntry], present: AbstractSet[str], now_micros: int) -> list[LedgerEntry]:
-    """The same account in fewer entries. Batches that are there or not over stay as they are, and the last that are over."""
+    """The same totals in fewer entries.
+
+    Keeps the entries of batches that are present or unfinished, and of the last finished ones.
+    """
     fold = _LedgerFold(entries)
     over = [batch for batch, life in fold.batches.items() if life.is_over and batch not in present]
     summed = set(over[: max(0, len(over) - RECENT_BATCHES_MAX)])
@@ -274,7 +281,7 @@ def compact_entries(entries: list[LedgerEntry], present: AbstractSet[str], now_m
         fold.fanned_out,
     )
     kept = [entry for entry in entries if isinstance(entry, BATCH_ENTRIES) and entry.batch not in summed]
-    # Queues may have got other names since.
+    # Queues may have been renamed since.
     return [
         first,
         *(fold.batches[entry.batch].fanned_out or entry if isinstance(entry, FannedOutEntry) else entry for entry in kept),
@@ -288,9 +295,9 @@ def reconcile_entries(
     ignored: AbstractSet[str] = frozenset(),
     dead_on_disk: int = 0,
 ) -> Reconciliation:
-    """The account of these entries and of what was read of sealed files, by batch id, and of active ones.
+    """Reconcile these entries with the counts of batch files, by batch id, and of segments.
 
-    Batches in `ignored` appeared while it was looked. `dead_on_disk` counts the dead letters that are on disk.
+    Batches in `ignored` appeared during the scan. `dead_on_disk` is the number of dead letters on disk.
     """
     fold = _LedgerFold(entries)
     wrong: list[Discrepancy] = []
@@ -328,32 +335,32 @@ def reconcile_entries(
     )
 
 
-_ATTEMPTS: Final = 5  # what is out of step because somebody was at work is in step the next time
+_ATTEMPTS: Final = 5  # a difference that comes from work under way is gone at the next attempt
 _BETWEEN_ATTEMPTS_S: Final = 0.2
 _COUNTED_KINDS: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.DEAD})
-_UNREADABLE_COUNTS: Final = FileCounts(0, 1)  # how many records a file holds that cannot be read, nobody knows
+_UNREADABLE_COUNTS: Final = FileCounts(0, 1)  # of a file that cannot be read: an unknown number of events
 
 
 class ReconciliationReport(NamedTuple):
-    """What was found."""
+    """The result for a directory, and what could not be read."""
 
     reconciliation: Reconciliation
-    unread_entries: int  # lines of the ledger that this version does not know, or that are damaged
-    unreadable: list[str]  # files
+    unread_entries: int  # lines of the ledger that are damaged or of a later version
+    unreadable: list[str]  # names of files
 
     @property
     def balances(self) -> bool:
-        """Whether everything is accounted for; what cannot be read is not."""
+        """Whether every accepted event is accounted for, and everything could be read."""
         return self.reconciliation.balances and not self.unreadable
 
 
 def reconcile_queues(
     directory: Directory, outbox_report: ReconciliationReport, progress: Callable[[int, int], None] = lambda _done, _total: None
 ) -> dict[str, ReconciliationReport]:
-    """The accounts of several sinks, by name, after the one of the directory they share. Raises `OSError`.
+    """Reconcile the queues of several sinks, by sink, after the outbox directory. Raises `OSError`.
 
-    What was handed over to a sink must be in its account: who hands over writes there first. What else it has accepted, because
-    it was sent or went in again, says nothing of that.
+    What was fanned out to a sink must be in its ledger, because fan-out writes there first. Events that a queue accepted
+    otherwise, by replay or redelivery, do not count for that.
     """
     found: dict[str, ReconciliationReport] = {}
     for queue in directory.queues():
@@ -369,7 +376,7 @@ def reconcile_queues(
 
 
 def reconcile(directory: Directory, progress: Callable[[int, int], None] = lambda _done, _total: None) -> ReconciliationReport:
-    """The account of a directory; `progress(done, total)` is called with bytes that were read. Raises `OSError`."""
+    """Reconcile a directory. `progress(done, total)` is called with the bytes read so far. Raises `OSError`."""
     known: dict[str, FileCounts] = {}
     found = _reconcile_once(directory, progress, known)
     for _ in range(_ATTEMPTS - 1):
@@ -383,9 +390,9 @@ def reconcile(directory: Directory, progress: Callable[[int, int], None] = lambd
 def _reconcile_once(
     directory: Directory, progress: Callable[[int, int], None], known_counts: dict[str, FileCounts]
 ) -> ReconciliationReport:
-    """One look; sealed files never change, so that those in `known_counts`, which is added to, are not read again."""
+    """One attempt. Batch files never change, so those in `known_counts` are not read again; new ones are added to it."""
     before, _ = _read_entries(directory)
-    # Twice, as in `Directory.waiting`: what is compressed meanwhile must not be missing.
+    # Twice, as in `Directory.waiting_batch_ids`: a file that is compressed meanwhile must not be missed.
     listing = sorted(dict(entry for _ in range(2) for entry in directory.filesystem.list_files(directory.path)).items())
     total = sum(size for name, size in listing if layout.kind_of(name) in _COUNTED_KINDS)
     found: dict[str, FileCounts] = {}
@@ -427,7 +434,7 @@ def _reconcile_once(
     still_active = [file for name, file in active.items() if name in there]
     ignored = _batch_ids(entries) - _batch_ids(before) - found.keys()
     settled = {entry.batch for entry in entries if isinstance(entry, (SettledEntry, FannedOutEntry, EvictedEntry))}
-    # Those of a batch that is not settled yet are written before the ledger has them.
+    # Dead letters of a batch that is not settled yet are written before the ledger has them.
     kept = sum(count for batch, count in dead.items() if batch in settled or batch not in found)
     return ReconciliationReport(reconcile_entries(entries, found, still_active, ignored, kept), unread, unreadable)
 
@@ -451,7 +458,7 @@ def _read_file(directory: Directory, name: str) -> bytes:
 def _count_sealed(directory: Directory, name: str) -> FileCounts:
     try:
         return _count_records(name, _read_file(directory, name))
-    except FileNotFoundError:  # gone, or compressed meanwhile
+    except FileNotFoundError:  # removed, or compressed meanwhile
         name = layout.compressed_name(name)
         return _count_records(name, _read_file(directory, name))
 

@@ -1,7 +1,7 @@
 """One line <-> one record. Pure.
 
-A line is `{"event":VALUE,"crc":"xxxxxxxx"}` and a line feed; `crc` is the CRC-32 (IEEE 802.3, as in zlib) of the bytes of
-VALUE in eight lower-case hex digits. Lines of older writers have no `crc`. Nothing else is a record.
+A line is `{"event":VALUE,"crc":"xxxxxxxx"}` and a line feed; `crc` is the CRC-32 (IEEE 802.3, as in zlib) of the bytes of VALUE
+in eight lower-case hex digits. Lines of older writers have no `crc`. Nothing else is a record.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["OVERHEAD", "DamagedRecordError", "line", "payload", "payloads"]
 
 
 class DamagedRecordError(Exception):
-    """The bytes are not a record; `reason` says which rule they break."""
+    """The bytes are not a record; `reason` is the rule that they break."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -35,8 +35,8 @@ _check_value = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def payload(line: bytes) -> bytes:
-    """The event's JSON in a line without its line feed; raises `DamagedRecordError`."""
-    # The shape that we write ourselves, recognised without a JSON parser; the value inside is checked all the same.
+    """The event's JSON in a line without its line feed. Raises `DamagedRecordError`."""
+    # The shape that we write is recognised without a JSON parser; the value in it is checked all the same.
     value = decode_record(line)
     if value is not None:
         if not value.isascii():
@@ -50,9 +50,9 @@ def payload(line: bytes) -> bytes:
 
 
 def payloads(data: bytes, offset: int, most: int) -> tuple[list[bytes], int]:
-    """The payloads of up to `most` lines from an offset on, as `payload` gives them, and where they end.
+    """The payloads of up to `most` lines from an offset on, as `payload` returns them, and where they end.
 
-    At the latest where the first line begins that has not the shape that we write, or is damaged, or has no line feed.
+    They end at the latest before the first line that is damaged, has another shape than ours, or has no line feed.
     """
     return decode_records(data, offset, most, decode_record, _check_value)
 
@@ -72,7 +72,7 @@ def _payload_by_parser(line: bytes) -> bytes:
 
 
 def _check_utf8(text: bytes) -> None:
-    # msgspec does not look into the strings of a raw value.
+    # msgspec does not check the strings in a raw value.
     if not text.isascii():
         try:
             text.decode()

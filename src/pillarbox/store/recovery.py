@@ -1,4 +1,4 @@
-"""What to do with a file that is found: a table, total over (kind, lock, tail). Pure."""
+"""What to do with the files of a dead process: a table, total over (kind, lock, tail), and `recover`, which applies it."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ log = logging.getLogger("pillarbox")
 
 
 class LockState(Enum):
-    """Who holds the file's lock."""
+    """Who holds the lock of a file."""
 
     NOBODY = "nobody"
     ANOTHER = "another"
 
 
 class FileTail(Enum):
-    """How the file ends."""
+    """How a file ends."""
 
-    EMPTY = "empty"  # there is nothing in it
+    EMPTY = "empty"  # it is empty
     WHOLE = "whole"  # with a line feed
     TORN = "torn"  # in the middle of a line
-    NUL = "nul"  # with bytes whose data never reached the disk
+    NUL = "nul"  # with NUL bytes: data that never reached the disk
 
 
 def tail_of(last: bytes) -> FileTail:
-    """The tail of a file whose last byte is `last`; empty where it has none."""
+    """The tail of a file with the last byte `last`, which is empty for an empty file."""
     if not last:
         return FileTail.EMPTY
     return {b"\n": FileTail.WHOLE, b"\0": FileTail.NUL}.get(last, FileTail.TORN)
 
 
 class RecoveryAction(Enum):
-    """What is done with the file."""
+    """What recovery does with a file."""
 
     LEAVE = "leave"
     SEAL = "seal"
     REMOVE = "remove"
 
 
-# A held lock is a living owner. Without one, an active file's writer is dead: its events wait to be sealed, however the file
-# ends, for adoption changes no byte and the reader sets the rest aside. Sealed files are the deliverer's, empty or not;
-# quarantine and dead letters are the operator's. What was being written aside is written anew.
+# A held lock means a living owner. Without one, the writer of a segment is dead: its events must be sealed, however the file
+# ends. Recovery changes no byte; the reader finds what is damaged. Batch files belong to delivery, empty or not; quarantine and
+# dead letters to the operator. Temporary files will be written again.
 _SOMETHING: Final = (FileTail.WHOLE, FileTail.TORN, FileTail.NUL)
 RECOVERY: Final[dict[tuple[Kind, LockState, FileTail], RecoveryAction]] = (
     {(kind, lock, tail): RecoveryAction.LEAVE for kind in Kind for lock in LockState for tail in FileTail}

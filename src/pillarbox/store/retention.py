@@ -1,8 +1,9 @@
-"""Files that stay for a while after their delivery, under the names that say when that was: the first delivered go first.
+"""Retains delivered batch files for a while, under names that say when they were delivered. The first delivered go first.
 
-Nothing but the names says how old they are, so that whoever delivers next goes on with them. Other processes remove some too,
-where the volume has no room, or send them again: before any goes for being too much, the directory is listed anew, if it was
-not a moment ago.
+Only the names say how old they are, so that the next process continues. Other processes remove retained files too, for want of
+space, or redeliver them: before files are removed for exceeding a limit, the directory is listed again, at most once a second.
+Where the volume lacks space, the sealer of any process evicts retained files, of all sinks. A file that several sinks retain is
+removed for all of them at once, because only removing its last name frees space.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-FILES_MAX: Final = 100_000  # every look at the directory comes past each of them
-_RELIST_S: Final = 1.0  # between two listings, at least
-_RELIST_SHARE: Final = 10  # and listing may take a tenth of the time
-_NOT_RETAINED: Final = "what was delivered cannot be kept"
-_NOT_REMOVED: Final = "what was kept cannot be removed"
-_REMOVE_AT_ONCE_MAX: Final = 1000  # removed in one go: deliveries wait for it
+FILES_MAX: Final = 100_000  # each listing of the directory includes all of them
+_RELIST_S: Final = 1.0  # at least, between two listings
+_RELIST_SHARE: Final = 10  # listing may take a tenth of the time
+_NOT_RETAINED: Final = "delivered files could not be retained"
+_NOT_REMOVED: Final = "retained files could not be removed"
+_REMOVE_AT_ONCE_MAX: Final = 1000  # per call: deliveries wait for it
 
 
 class Retention:
-    """Keeps what one deliverer has delivered, for `keep_s` seconds and up to `max_bytes`."""
+    """Retains what one delivery worker has delivered, for `keep_s` seconds and up to `max_bytes`."""
 
     def __init__(self, directory: Directory, clock: Clock, keep_s: float, max_bytes: int) -> None:
         self._directory = directory
@@ -40,11 +41,11 @@ class Retention:
         self._max_bytes = max_bytes
         self._files: deque[FileEntry] = deque()
         self._bytes = 0
-        self._list_at: float | None = None  # monotonic, the soonest; None: nothing was listed so far
-        self._logged_problems: set[str] = set()  # of what trouble
+        self._list_at: float | None = None  # monotonic time of the earliest next listing; None before the first
+        self._logged_problems: set[str] = set()  # logged once each, until the operation works again
 
     def retain(self, file: LockedFile) -> bool:
-        """Have a delivered file that this process holds stay; False where it cannot, and has to go then."""
+        """Retain a delivered file that this process has locked. False where that fails; the file must be removed then."""
         try:
             size = self._directory.filesystem.size(file.fd)
             name = self._directory.retain(file.name)
@@ -57,7 +58,7 @@ class Retention:
         return True
 
     def prune(self) -> None:
-        """Remove what is too old or too much; what cannot be removed is tried again."""
+        """Remove files that are too old or exceed a limit. What cannot be removed is tried again at the next call."""
         try:
             if self._list_at is None or (self._is_over_limit() and self._clock.monotonic() >= self._list_at):
                 self._relist()
@@ -92,16 +93,17 @@ class Retention:
 
 
 def retention_directories(directory: Directory) -> dict[str, Directory]:
-    """Where delivered files are kept, by the names of the sinks; "" where there are not several."""
+    """The directories with retained files, by sink; "" is the outbox directory."""
     return {place.sink: place for place in (directory, *directory.queues())}
 
 
 def evict_delivered(directory: Directory, enough: Callable[[int], bool]) -> int:
-    """Remove delivered files until it is `enough(bytes so far)` or none is left; how many. Raises `OSError`."""
+    """Remove retained files until `enough(bytes removed)` or none is left. Returns how many. Raises `OSError`."""
     kept = [(file, place) for place in retention_directories(directory).values() for file in place.delivered_files()]
-    waiting = directory.waiting_batch_ids()  # for another sink, so that nothing is free once its delivered name goes: last
+    # last: removing a retained link frees nothing while the batch waits for another sink
+    waiting = directory.waiting_batch_ids()
     kept.sort(key=lambda one: (layout.batch_id(one[0].name) in waiting, one[0]))
-    names: dict[str, list[tuple[FileEntry, Directory]]] = {}  # by batch
+    names: dict[str, list[tuple[FileEntry, Directory]]] = {}  # by batch id
     for file, place in kept:
         names.setdefault(layout.batch_id(file.name), []).append((file, place))
     removed = size = 0
@@ -113,5 +115,5 @@ def evict_delivered(directory: Directory, enough: Callable[[int], bool]) -> int:
         removed += 1
         size += max(file.size for file, _ in same)
     if removed:
-        log.warning("%s: %d delivered files gave way, %d bytes: the volume lacks room", directory.path, removed, size)
+        log.warning("%s: the volume lacks space; delivered batches evicted: %d (%d bytes)", directory.path, removed, size)
     return removed

@@ -340,7 +340,7 @@ class Sealer:
                     log.warning("%s: dropping events: %s", self._directory.path, reason)
             elif reason in self._reasons_dropping:
                 self._reasons_dropping.discard(reason)
-                log.info("%s: no longer dropping events for %s; %d dropped so far", self._directory.path, reason, total)
+                log.info("%s: no longer dropping events: %s; dropped so far: %d", self._directory.path, reason, total)
         self._logged_drops = now
 
     def _call_on_drops(self) -> None:

@@ -1,7 +1,7 @@
-"""What a listing of a directory adds up to, in bytes and numbers of files. Opens no file.
+"""Disk usage by kind of file, from a listing. Opens no file.
 
-Of several sinks, each queue may have a name of the same file: waiting, or delivered and kept. It counts once, and as waiting
-as long as it does for one of them. A compressed copy that a queue has made is a file of its own, even of the same name.
+With several sinks, a batch file has hard links in several queues, waiting or retained. It counts once, and as waiting while it
+waits for one of them. A compressed copy that one queue has made is a file of its own, even under the same name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class DiskUsage(NamedTuple):
-    """What a listing adds up to; bytes and numbers of files. What waits for several sinks counts once."""
+    """Bytes and numbers of files, by kind. A batch that waits for several sinks counts once."""
 
     active_files: int
     active_bytes: int
@@ -33,28 +33,28 @@ class DiskUsage(NamedTuple):
     dead_bytes: int
     delivered_files: int
     delivered_bytes: int
-    oldest_sealed_at: int | None  # microseconds since 1970, of the oldest sealed file that has a stamp
+    oldest_sealed_at: int | None  # microseconds since 1970; None where no batch file has a timestamp in its name
     newest_sealed_at: int | None
 
     @property
     def pending_bytes(self) -> int:
-        """What still waits to be delivered."""
+        """Bytes that wait to be delivered."""
         return self.active_bytes + self.sealed_bytes
 
     @property
     def pending_files(self) -> int:
-        """How many files that is."""
+        """Files that wait to be delivered."""
         return self.active_files + self.sealed_files
 
 
 def measure_usage(filesystem: Filesystem, path: str, queues: Sequence[str]) -> DiskUsage:
-    """List a directory and its queues, and add up."""
+    """List a directory and its queues, and add up their files."""
     sums = _by_kind(
         _totals_without_duplicates(filesystem, (path, *queues)) if queues else filesystem.file_totals(path, layout.PATTERNS)
     )
     active, legacy, sealed = sums[Kind.ACTIVE], sums[Kind.LEGACY_ACTIVE], sums[Kind.SEALED]
     return DiskUsage(
-        active_files=active.files - active.empty + legacy.files,  # an empty one is a spare, or not yet written to
+        active_files=active.files - active.empty + legacy.files,  # an empty one is a spare, or was not written to yet
         active_bytes=active.bytes + legacy.bytes,
         sealed_files=sealed.files,
         sealed_bytes=sealed.bytes,
@@ -77,9 +77,9 @@ def _by_kind(sums: Iterable[FileTotals]) -> dict[Kind, FileTotals]:
 
 
 def _totals_without_duplicates(filesystem: Filesystem, places: Sequence[str]) -> list[FileTotals]:
-    """What all of them add up to, where a file counts once that has names in several."""
+    """The totals of several directories; a file that has names in several counts once."""
     seen = _CountedFiles(filesystem)
-    kept: list[tuple[str, FileEntry]] = []  # judged last: what waits anywhere counts as waiting
+    kept: list[tuple[str, FileEntry]] = []  # counted last: a file that still waits anywhere counts as waiting
 
     def entries() -> Iterator[FileEntry]:
         for place in places:
@@ -95,14 +95,14 @@ def _totals_without_duplicates(filesystem: Filesystem, places: Sequence[str]) ->
 
 
 class _CountedFiles:
-    """The files that were come by, each under one of its names."""
+    """The files that were counted, each under one of its names."""
 
     def __init__(self, filesystem: Filesystem) -> None:
         self._filesystem = filesystem
-        self._paths: dict[str, list[str]] = {}  # by what they were called when they were sealed
+        self._paths: dict[str, list[str]] = {}  # by the name at the time of sealing
 
     def is_counted(self, place: str, name: str) -> bool:
-        """Whether a file was come by under another name; from now on it was."""
+        """Whether the file was counted under another name. It counts as counted from now on."""
         packed = name.endswith(layout.COMPRESSED_SUFFIX)
         path, batch = f"{place}/{name}", layout.batch_id(name)
         known = self._paths.setdefault(batch + layout.COMPRESSED_SUFFIX if packed else batch, [])

@@ -241,10 +241,7 @@ class Writer(WriterState):
         return ENQUEUED
 
     def _append_nested(self, lines: bytes, events: int) -> Outcome:
-        """Append in a signal handler that has interrupted an append.
-
-        It appends to the active segment if that ends with a whole line, otherwise to a new one.
-        """
+        """Append in a signal handler that interrupted an append: to the active segment if it ends whole, or to a new one."""
         size = len(lines)
         file, own = self._file, False
         if size > self._bytes_left - file.bytes:
