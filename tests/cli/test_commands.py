@@ -58,12 +58,12 @@ def test_enqueue_then_deliver_then_status(tmp_path: Path) -> None:
     assert done.stdout.split() == [b"e-%06d" % number for number in range(1200)]
     waiting = json.loads(run("status", "-d", "box", "--json", cwd=tmp_path).stdout)
     assert waiting["sealed_files"] >= 1
-    assert waiting["deliverer"] is None
+    assert waiting["heartbeat"] is None
     delivered = run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=tmp_path)
     assert (delivered.returncode, delivered.stdout[:14]) == (0, b"delivered 1200")
     assert ids(tmp_path / "events.db") == [f"e-{number:06d}" for number in range(1200)]
     after = json.loads(run("status", "-d", "box", "--json", cwd=tmp_path).stdout)
-    assert (after["pending_bytes"], after["deliverer"]["delivered"]) == (0, 1200)
+    assert (after["pending_bytes"], after["heartbeat"]["delivered"]) == (0, 1200)
     assert b"0 bytes in 0 files" in run("status", "-d", "box", cwd=tmp_path).stdout
 
 

@@ -163,7 +163,7 @@ def test_flush_says_why_it_does_not_get_there(tmp_path: Path) -> None:
     run("enqueue", "-d", "box", cwd=tmp_path, stdin=bare(1))
     done = run("flush", "-d", "box", "--timeout", "0.3", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, b"")
-    assert done.stdout == b"0 of 1 files settled; not delivered after 0.3 s; deliverer: none so far\n"
+    assert done.stdout == b"0 of 1 files settled; not delivered after 0.3 s; deliverer: no delivery worker yet\n"
     with delivering(tmp_path, "sqlite:///missing/events.db"):
         lock = tmp_path / "box" / "deliver.lock"
         wait_until(lambda: b"stopped" in lock.read_bytes() or b"waiting" in lock.read_bytes())  # it begins as idle

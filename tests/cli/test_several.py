@@ -30,12 +30,12 @@ WAREHOUSE = "warehouse=sqlite:///warehouse.db"
 # As where the file system has no hard links.
 WITHOUT_LINKS = """
 import errno
-from pillarbox.cli import app
+from pillarbox.cli.main import run
 from pillarbox.store.os_filesystem import OsFilesystem
 def refuse(source, target):
     raise OSError(errno.EPERM, "Operation not permitted")
 OsFilesystem.link = staticmethod(refuse)
-app.run()
+run()
 """
 
 
@@ -67,7 +67,7 @@ def delivering(box: Path, down: str) -> Iterator[None]:
 def standing(box: Path) -> dict[str, tuple[str, int]]:
     """What each deliverer wrote down last."""
     sinks = read_status(place_of(box), SystemClock(), "process").sinks
-    beats = {sink.name: sink.deliverer for sink in sinks}
+    beats = {sink.name: sink.heartbeat for sink in sinks}
     return {name: (beat.state.name, beat.delivered) for name, beat in beats.items() if beat is not None}
 
 
@@ -85,14 +85,16 @@ def test_each_sink_has_its_row_and_the_one_that_is_down_is_the_one_that_flush_na
     with delivering(box, down):
         status = json.loads(run("status", "-d", "box", "--json", cwd=box.parent).stdout)
         sinks = by_name(status)
-        assert (sinks["live"]["waiting_files"], sinks["warehouse"]["waiting_files"]) == (1, 0)
-        assert (status["pending_files"], sinks["live"]["waiting_bytes"]) == (1, status["pending_bytes"])
-        assert sinks["warehouse"]["deliverer"]["delivered"] == EVENTS
-        assert sinks["live"]["deliverer"]["state"]["name"] == "waiting"
+        assert (sinks["live"]["backlog_files"], sinks["warehouse"]["backlog_files"]) == (1, 0)
+        assert (status["pending_files"], sinks["live"]["backlog_bytes"]) == (1, status["pending_bytes"])
+        assert sinks["warehouse"]["heartbeat"]["delivered"] == EVENTS
+        assert sinks["live"]["heartbeat"]["state"]["name"] == "waiting"
         text = run("status", "-d", "box", cwd=box.parent).stdout.decode()
-        assert re.search(r"^to live +[\d,]+ bytes in 1 files wait; process \d+ to .*waiting: ", text, re.MULTILINE)
+        assert re.search(r"^to live +[\d,]+ bytes in 1 files wait; process \d+, sink .*waiting: ", text, re.MULTILINE)
         assert re.search(
-            r"^to warehouse +0 bytes in 0 files wait; process \d+ to .*(, |it was )idle; 20 delivered", text, re.MULTILINE
+            r"^to warehouse +0 bytes in 0 files wait; process \d+, sink .*(: |last state )idle; 20 events delivered",
+            text,
+            re.MULTILINE,
         )
         words = ("status", "-d", "box", "--watch", "--looks", "2", "--interval", "0.1")
         looks = run(*words, "--json", cwd=box.parent).stdout.splitlines()
@@ -118,14 +120,14 @@ def test_doctor_asks_every_sink_and_takes_no_queue_for_a_stranger(box: Path) -> 
         code, found = doctor("-d", "box", *sinks, "--timeout", "60", cwd=box.parent)
         assert (code, bad(found)) == (1, {"destination"})
         assert {text.partition(":")[0]: ok for ok, text in found["destination"]} == {"live": False, "warehouse": True}
-        assert found["names"] == [(True, "all files under our names are ours to use")]
-        assert found["hard link"] == [(True, "can be made, and is counted")]
-        assert [text.partition(":")[0] for _, text in found["deliverer"]] == ["live", "warehouse", "all sinks"]
+        assert found["files"] == [(True, "the store can use every file that has one of its names")]
+        assert found["hard link"] == [(True, "can be created, and are counted")]
+        assert [text.partition(":")[0] for _, text in found["delivery"]] == ["live", "warehouse", "all sinks"]
         os.link(box / "sink-live" / sealed(box / "sink-live")[0], box / "sink-warehouse" / "sealed-x.ndjson")
         _, found = doctor("-d", "box", "--sink", WAREHOUSE, cwd=box.parent)
-        assert "names" not in bad(found)
+        assert "files" not in bad(found)
         ((_, text),) = found["queue"]
-        assert text.startswith("sink-live/ belongs to no destination of the settings, 1 files wait in it")
+        assert text.startswith("box/sink-live belongs to no sink of the settings, 1 batch pending")
         assert text.endswith("pillarbox sinks remove live")
 
 
@@ -140,13 +142,13 @@ def test_what_is_planted_in_a_queue_or_in_its_place_is_named(box: Path) -> None:
     (box / "ledger.lock").symlink_to("nowhere")
     (box / "sink-new.adding").mkdir(mode=0o700)
     _, found = doctor("-d", "box", "--sink", "live=sqlite:///live.db", cwd=box.parent)
-    assert sorted(text.partition(",")[0] for _, text in found["names"]) == [
-        "ledger.lock is a symbolic link",
-        "sink-live/dead-x.ndjson is a symbolic link",
-        "sink-warehouse is a symbolic link",
+    assert sorted(text.partition(",")[0] for _, text in found["files"]) == [
+        "box/ledger.lock is a symbolic link",
+        "box/sink-live/dead-x.ndjson is a symbolic link",
+        "box/sink-warehouse is a symbolic link",
     ]
     ((_, text),) = found["queue"]
-    assert text.startswith("new was asked for, and is no destination of the settings")
+    assert text.startswith("a queue for sink new was requested, but the settings have no such sink")
 
 
 def test_what_is_set_aside_in_queues_is_in_the_account_and_held_against_the_limits_queue_by_queue(box: Path) -> None:

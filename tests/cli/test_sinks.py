@@ -224,7 +224,7 @@ def test_what_looks_at_a_directory_shows_all_its_queues(box: Path) -> None:
     folder = box.parent
     waiting_for(box, "live", "warehouse")
     status = json.loads(said(folder, "status", "-d", "box", "--json"))
-    assert [(sink["name"], sink["waiting_files"]) for sink in status["sinks"]] == [("live", 2), ("warehouse", 2)]
+    assert [(sink["name"], sink["backlog_files"]) for sink in status["sinks"]] == [("live", 2), ("warehouse", 2)]
     assert status["pending_files"] == 2
     assert "to live" in said(folder, "status", "-d", "box")
     assert [line.partition(" = ")[0] for line in said(folder, "verify", "-d", "box").splitlines()] == [
@@ -240,10 +240,10 @@ def test_what_looks_at_a_directory_shows_all_its_queues(box: Path) -> None:
         assert said(folder, "inspect", "e-000003", "-d", path).startswith("e-000003: waits, in ")
         assert said(folder, "export", "-d", path, "-q").count("\n") == 20
     doctor = run("doctor", "-d", "box", "--sink", "live=sqlite:///live.db", cwd=folder).stdout.decode()
-    assert "sink-warehouse/ belongs to no destination of the settings, 2 files wait in it" in doctor
+    assert "sink-warehouse belongs to no sink of the settings, 2 batches pending" in doctor
     assert "pillarbox sinks remove warehouse" in doctor
     assert "destination: live: " in doctor
-    assert "hard link: can be made, and is counted" in doctor
+    assert "hard link: can be created, and are counted" in doctor
 
 
 def test_a_queue_may_be_delivered_by_itself(box: Path) -> None:
@@ -347,7 +347,7 @@ def test_what_changes_something_says_so_in_json_too(tmp_path: Path, box: Path) -
     assert {name: sink["delivered"] for name, sink in done["sinks"].items()} == {"live": 3, "away": 0}
     assert done["total"]["state"]["name"] == "waiting"
     # The heartbeat of the directory says how it ended, too.
-    assert json.loads(said(tmp_path, "status", "-d", "box", "--json"))["deliverer"]["delivered"] == 3
+    assert json.loads(said(tmp_path, "status", "-d", "box", "--json"))["heartbeat"]["delivered"] == 3
     changes: dict[str, dict[str, object]] = {
         "add new": {"sink": "new", "done": "requested"},
         "remove new": {"sink": "new", "done": "request_cancelled"},

@@ -76,7 +76,7 @@ def on_terminal(folder: Path, *arguments: str, columns: int = 80, environ: dict[
         with contextlib.suppress(OSError):  # what a terminal answers whose other side has ended
             while part := os.read(ours, 65536):
                 seen += part
-                if b"none so far" in seen and not interrupted:
+                if b"no delivery worker yet" in seen and not interrupted:
                     interrupted = True
                     process.send_signal(signal.SIGINT)
         return process.wait(timeout=60), seen.decode()
@@ -97,7 +97,7 @@ def test_the_screen_fits_into_80_columns_and_ends_with_ctrl_c(box: Path) -> None
     assert code == 0
     assert "Traceback" not in seen
     assert max(map(len, plain(seen).split("\r\n"))) <= 80
-    for word in ("waiting", "dead letters", "quarantine", "empty in", "none so far"):
+    for word in ("waiting", "dead letters", "quarantine", "empty in", "no delivery worker yet"):
         assert word in plain(seen)
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
 
@@ -191,14 +191,14 @@ def test_of_several_destinations_each_has_a_row(box: Path) -> None:
     beat(live, clock, State("waiting", "503", clock.micros() + 7_000_000), 5, "503", "https://live/")
     beat(warehouse, clock, State("idle"), 9, "it was gone", "sqlite:///warehouse.db")
     found = StatusWatcher(Directory(str(box), OsFilesystem(), clock), clock, "process").sample()
-    assert [(sink.name, sink.waiting_files, sink.dead_files) for sink in found.status.sinks] == [
+    assert [(sink.name, sink.backlog_files, sink.dead_files) for sink in found.status.sinks] == [
         ("live", 4, 1),
         ("warehouse", 1, 0),
     ]
     assert "live: 4 files wait, oldest 5 s" in sample_line(found)
     assert "waiting: 503, next try in 7 s" in sample_line(found)
     text = run("status", "-d", "box", cwd=box.parent).stdout.decode()
-    assert re.search(r"to live +[\d,]+ bytes in 4 files wait; process \d+ to https://live/", text)
+    assert re.search(r"to live +[\d,]+ bytes in 4 files wait; process \d+, sink https://live/", text)
     assert "\x1b" not in text
     _, seen = on_terminal(box.parent, "status", "-d", "box", "--watch", "--looks", "2", "--interval", "0.1")
     assert "last error: it was gone" in plain(seen)

@@ -44,7 +44,7 @@ _STATES = {
 class HistoryEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Something that is known of a batch."""
 
-    what: str  # active, waiting, kept, dead, quarantined; or an entry of the ledger: sealed, adopted, settled, evicted, ...
+    state: str  # active, waiting, kept, dead, quarantined; or an entry of the ledger: sealed, adopted, settled, evicted, ...
     at_micros: int | None  # of the entry; of what waits, when it was sealed
     sink: str  # whose queue, where there are several sinks; "" for the outbox itself
     file: str  # from the outbox directory on; "" where the ledger says it
@@ -55,13 +55,13 @@ class BatchHistory(msgspec.Struct, frozen=True):
     """All that is known of a batch, in order of time; what the files show comes last."""
 
     batch: str
-    facts: list[HistoryEntry]
+    entries: list[HistoryEntry]
 
 
 class EventLocation(msgspec.Struct, frozen=True, kw_only=True):
     """A place where an event is."""
 
-    what: str  # as of a fact
+    state: str  # as of a fact
     file: str
     offset: int | None  # of its line, or of the damaged span
     batch: str  # "" while it is not sealed
@@ -83,7 +83,7 @@ class FileContents(msgspec.Struct, frozen=True, kw_only=True):
     """What is in a file."""
 
     file: str
-    what: str
+    state: str
     batch: str
     writer: str | None  # where the name tells
     bytes: int
@@ -128,13 +128,13 @@ class Locator:
 
     def knows_batch(self, batch: str) -> bool:
         """Whether a file or a ledger has the batch."""
-        return bool(self.batch_history(batch).facts)
+        return bool(self.batch_history(batch).entries)
 
     def batch_history(self, batch: str) -> BatchHistory:
         """What is known of a batch."""
         remembered = [
             HistoryEntry(
-                what=type(entry).__name__.lower(),
+                state=type(entry).__name__.lower(),
                 at_micros=entry.at_micros,
                 sink=memory.sink,
                 file="",
@@ -160,7 +160,7 @@ class Locator:
                 text = f"{file.size} damaged bytes: pillarbox quarantine show {file.batch}"
             case _:
                 text = "where the damaged bytes stood"
-        return HistoryEntry(what=_STATES[file.kind], at_micros=stamp, sink=file.sink, file=file.display_name, text=text)
+        return HistoryEntry(state=_STATES[file.kind], at_micros=stamp, sink=file.sink, file=file.display_name, text=text)
 
     def _describe_dead_letters(self, file: FileRef) -> str:
         codes = Counter(record.letter.code for record in self._read_dead_letters(file))
@@ -196,7 +196,7 @@ class Locator:
         for line in _complete_lines(file, data):
             if line.payload is not None and self._header_decoder.decode(line.payload).event_id == event_id:
                 yield EventLocation(
-                    what=_STATES[file.kind],
+                    state=_STATES[file.kind],
                     file=file.display_name,
                     offset=line.offset,
                     batch=file.batch,
@@ -207,7 +207,7 @@ class Locator:
         for record in self._read_dead_letters(file):
             if record.event_id == event_id:
                 yield EventLocation(
-                    what="dead",
+                    state="dead",
                     file=file.display_name,
                     offset=None,
                     batch=file.batch,
@@ -224,7 +224,7 @@ class Locator:
         for span, piece in zip(kept.ranges, kept.pieces, strict=False):
             if encoded in piece:
                 yield EventLocation(
-                    what="quarantined", file=file.display_name, offset=span.offset, batch=file.batch, reason=span.reason
+                    state="quarantined", file=file.display_name, offset=span.offset, batch=file.batch, reason=span.reason
                 )
 
     def read_contents(self, file: FileRef) -> FileContents:
@@ -251,7 +251,7 @@ class Locator:
             ]
         return FileContents(
             file=file.display_name,
-            what=_STATES[file.kind],
+            state=_STATES[file.kind],
             batch=file.batch,
             writer=layout.writer_of(file.name) or None,
             bytes=file.size,

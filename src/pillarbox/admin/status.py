@@ -1,4 +1,7 @@
-"""What can be seen of a directory from outside: listings and heartbeats. Takes no lock, creates and adopts nothing."""
+"""What `pillarbox status` and the exporters show of an outbox, from directory listings and heartbeats.
+
+Reading the status takes no lock, and creates and changes no file.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from pillarbox.admin.text import counted
 from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, Heartbeat
 from pillarbox.errors import DirectoryUnusableError
@@ -18,101 +22,110 @@ if TYPE_CHECKING:
 
 
 class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One of several destinations; bytes, numbers of files, seconds."""
+    """One sink of an outbox with several sinks."""
 
     name: str
-    waiting_bytes: int  # sealed, and not settled at this destination
-    waiting_files: int
-    oldest_age_s: float | None
+    backlog_bytes: int  # of batches that this sink has not delivered yet
+    backlog_files: int
+    oldest_age_s: float | None  # since the oldest of them was sealed
     dead_files: int
     dead_bytes: int
-    corrupt_files: int
-    corrupt_bytes: int
-    delivered_files: int
+    quarantine_files: int
+    quarantine_bytes: int
+    delivered_files: int  # retained
     delivered_bytes: int
-    deliverer: Heartbeat | None
-    deliverer_silent_s: float | None
+    heartbeat: Heartbeat | None
+    heartbeat_age_s: float | None
 
 
 class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of `pillarbox status --json`; bytes, numbers of files, seconds."""
+    """The output of `pillarbox status --json`."""
 
     directory: str
-    pending_bytes: int
+    pending_bytes: int  # active and sealed
     pending_files: int
     active_files: int
     active_bytes: int
     sealed_files: int
-    oldest_age_s: float | None
-    corrupt_files: int
-    corrupt_bytes: int
+    oldest_age_s: float | None  # since the oldest pending batch was sealed
+    quarantine_files: int
+    quarantine_bytes: int
     dead_files: int
     dead_bytes: int
-    delivered_files: int  # kept for a while
+    delivered_files: int  # retained
     delivered_bytes: int
-    durability: str  # of the outbox that delivers, or where none does, as it is set here
-    deliverer: Heartbeat | None
-    deliverer_silent_s: float | None
-    sinks: list[SinkStatus]  # empty where there is one destination
+    durability: str  # of the outbox in the delivering process; without one, that of the settings
+    heartbeat: Heartbeat | None
+    heartbeat_age_s: float | None
+    sinks: list[SinkStatus]  # empty for a single sink
 
 
 def _sealed_batches(directory: Directory) -> dict[str, int]:
-    """Bytes by batch, whose file may be compressed meanwhile."""
+    """Bytes by batch id. A batch may have two files while it is compressed."""
     listing = directory.filesystem.list_files(directory.path)
     return {layout.batch_id(name): size for name, size in listing if layout.kind_of(name) is Kind.SEALED}
 
 
 def read_status(directory: Directory, clock: Clock, durability: str) -> OutboxStatus:
-    """How a directory stands now; raises `DirectoryUnusableError` where it cannot be listed."""
+    """Read the status of an outbox directory.
+
+    Args:
+        directory: The outbox directory, or a sink's queue.
+        clock: For the ages.
+        durability: The durability of the settings, for an outbox whose heartbeat does not tell it.
+
+    Raises:
+        DirectoryUnusableError: The directory cannot be listed.
+    """
     try:
         queues = directory.queues()
-        shared = _sealed_batches(directory) if queues else {}  # before the queues: what leaves it is in each of them by then
+        # Listed before the queues: a batch that is fanned out in between is then in each queue.
+        shared = _sealed_batches(directory) if queues else {}
         sinks = [_sink_status(queue, shared, clock) for queue in queues]
-        account = directory.disk_usage()
+        usage = directory.disk_usage()
     except OSError as error:
-        raise DirectoryUnusableError(
-            directory.path, f"cannot be listed: {error.strerror}", "name an outbox directory"
-        ) from None
-    beat = read_heartbeat(directory)
+        problem = f"cannot be listed: {error.strerror}"
+        raise DirectoryUnusableError(directory.path, problem, "name an outbox directory") from None
+    heartbeat = read_heartbeat(directory)
     return OutboxStatus(
         directory=directory.path,
-        pending_bytes=account.pending_bytes,
-        pending_files=account.pending_files,
-        active_files=account.active_files,
-        active_bytes=account.active_bytes,
-        sealed_files=account.sealed_files,
-        oldest_age_s=_age_s(clock, account.oldest_sealed_at),
-        corrupt_files=account.corrupt_files,
-        corrupt_bytes=account.corrupt_bytes,
-        dead_files=account.dead_files,
-        dead_bytes=account.dead_bytes,
-        delivered_files=account.delivered_files,
-        delivered_bytes=account.delivered_bytes,
-        durability=beat.durability if beat is not None and beat.durability else durability,
-        deliverer=beat,
-        deliverer_silent_s=heartbeat_age_s(beat, clock),
+        pending_bytes=usage.pending_bytes,
+        pending_files=usage.pending_files,
+        active_files=usage.active_files,
+        active_bytes=usage.active_bytes,
+        sealed_files=usage.sealed_files,
+        oldest_age_s=_age_s(clock, usage.oldest_sealed_at),
+        quarantine_files=usage.corrupt_files,
+        quarantine_bytes=usage.corrupt_bytes,
+        dead_files=usage.dead_files,
+        dead_bytes=usage.dead_bytes,
+        delivered_files=usage.delivered_files,
+        delivered_bytes=usage.delivered_bytes,
+        durability=heartbeat.durability if heartbeat is not None and heartbeat.durability else durability,
+        heartbeat=heartbeat,
+        heartbeat_age_s=heartbeat_age_s(heartbeat, clock),
         sinks=sinks,
     )
 
 
 def _sink_status(queue: Directory, shared: dict[str, int], clock: Clock) -> SinkStatus:
-    own = queue.disk_usage()
-    waiting = _sealed_batches(queue) | shared  # what is not yet in any queue waits for all of them
-    stamps = [stamp for stamp in map(layout.sealed_at, waiting) if stamp is not None]
-    beat = read_heartbeat(queue)
+    usage = queue.disk_usage()
+    backlog = _sealed_batches(queue) | shared  # every sink still has to deliver what has not been fanned out
+    stamps = [stamp for stamp in map(layout.sealed_at, backlog) if stamp is not None]
+    heartbeat = read_heartbeat(queue)
     return SinkStatus(
         name=queue.sink,
-        waiting_bytes=sum(waiting.values()),
-        waiting_files=len(waiting),
+        backlog_bytes=sum(backlog.values()),
+        backlog_files=len(backlog),
         oldest_age_s=_age_s(clock, min(stamps, default=None)),
-        dead_files=own.dead_files,
-        dead_bytes=own.dead_bytes,
-        corrupt_files=own.corrupt_files,
-        corrupt_bytes=own.corrupt_bytes,
-        delivered_files=own.delivered_files,
-        delivered_bytes=own.delivered_bytes,
-        deliverer=beat,
-        deliverer_silent_s=heartbeat_age_s(beat, clock),
+        dead_files=usage.dead_files,
+        dead_bytes=usage.dead_bytes,
+        quarantine_files=usage.corrupt_files,
+        quarantine_bytes=usage.corrupt_bytes,
+        delivered_files=usage.delivered_files,
+        delivered_bytes=usage.delivered_bytes,
+        heartbeat=heartbeat,
+        heartbeat_age_s=heartbeat_age_s(heartbeat, clock),
     )
 
 
@@ -120,25 +133,27 @@ def _age_s(clock: Clock, stamp: int | None) -> float | None:
     return None if stamp is None else max(0.0, (clock.micros() - stamp) / 1e6)
 
 
-def heartbeat_age_s(beat: Heartbeat | None, clock: Clock) -> float | None:
-    """How long a deliverer has said nothing; None where there never was one."""
-    return None if beat is None else max(0.0, (clock.micros() - beat.at_micros) / 1e6)
+def heartbeat_age_s(heartbeat: Heartbeat | None, clock: Clock) -> float | None:
+    """Seconds since a heartbeat was written; None where there is none."""
+    return None if heartbeat is None else max(0.0, (clock.micros() - heartbeat.at_micros) / 1e6)
 
 
-def describe_state(beat: Heartbeat | None, silent: float | None) -> str:
-    """The state of a delivery, and when the destination is asked again."""
-    if beat is None or silent is None:
-        return "none so far"
-    again = ""
-    if beat.state.retry_at_micros is not None:
-        left = (beat.state.retry_at_micros - beat.at_micros) / 1e6 - silent
-        again = f", next try in {max(0.0, left):,.0f} s"
-    gone = f"silent for {silent:,.0f} s (gone, or it hangs); it was " if silent > HEARTBEAT_STALE_AFTER_S else ""
-    return f"{gone}{beat.state}{again}"
+def describe_state(heartbeat: Heartbeat | None, age_s: float | None) -> str:
+    """The state of delivery, and when it is tried again."""
+    if heartbeat is None or age_s is None:
+        return "no delivery worker yet"
+    retry = ""
+    if heartbeat.state.retry_at_micros is not None:
+        left_s = (heartbeat.state.retry_at_micros - heartbeat.at_micros) / 1e6 - age_s
+        retry = f", next try in {max(0.0, left_s):,.0f} s"
+    silent = f"no heartbeat for {age_s:,.0f} s; last state " if age_s > HEARTBEAT_STALE_AFTER_S else ""
+    return f"{silent}{heartbeat.state}{retry}"
 
 
-def describe_worker(beat: Heartbeat | None, silent: float | None) -> str:
-    """Who delivers, or did, and how that goes, in a line."""
-    if beat is None or silent is None:
-        return "none so far"
-    return f"process {beat.pid} to {beat.sink}, {describe_state(beat, silent)}; {beat.delivered:,} delivered"
+def describe_worker(heartbeat: Heartbeat | None, age_s: float | None) -> str:
+    """The process that delivers, or delivered last, and its state, in one line."""
+    if heartbeat is None or age_s is None:
+        return "no delivery worker yet"
+    state = describe_state(heartbeat, age_s)
+    delivered = counted(heartbeat.delivered, "event")
+    return f"process {heartbeat.pid}, sink {heartbeat.sink}: {state}; {delivered} delivered"

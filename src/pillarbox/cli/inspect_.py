@@ -95,7 +95,7 @@ def _print_result(found: InspectResult) -> None:
         lines += _event_lines(found.name, event)
     for story in found.batches:
         lines.append(story.batch)
-        for fact in story.facts:
+        for fact in story.entries:
             where = f"  ({fact.file})" if fact.file else f"  (ledger of {fact.sink})" if fact.sink else ""
             lines.append(f"  {format_time(fact.at_micros):20}  {fact.text}{where}")
     if found.kind == "unknown":
@@ -107,7 +107,7 @@ def _print_result(found: InspectResult) -> None:
 
 
 def _file_lines(file: FileContents) -> list[str]:
-    lines = [f"{file.file}: {file.what}, {file.bytes:,} bytes, {plural(file.events, 'event')}"]
+    lines = [f"{file.file}: {file.state}, {file.bytes:,} bytes, {plural(file.events, 'event')}"]
     if file.writer:
         lines.append(f"  of writer {file.writer}")
     if file.first_micros is not None:
@@ -124,6 +124,6 @@ def _event_lines(name: str, event: EventLocation) -> list[str]:
     if event.record is not None:
         lines = [f"{name}: refused, {event.code}: {event.reason}", f"  pillarbox dead show {event.record}"]
     else:
-        state = {"active": "accepted, not sealed yet", "waiting": "waits", "kept": "kept after delivery"}[event.what]
+        state = {"active": "accepted, not sealed yet", "waiting": "waits", "kept": "kept after delivery"}[event.state]
         lines = [f"{name}: {state}, in {event.file} at {event.offset}"]
     return [*lines, f"  {bytes(event.event).decode(errors='replace')}"]

@@ -52,16 +52,16 @@ def _status_lines(found: OutboxStatus) -> list[str]:
         "directory": found.directory,
         "waiting": f"{found.pending_bytes:,} bytes in {found.pending_files:,} files ({found.active_files} active)",
         "oldest": "-" if found.oldest_age_s is None else f"sealed {found.oldest_age_s:,.0f} s ago",
-        "deliverer": describe_worker(found.deliverer, found.deliverer_silent_s),
+        "deliverer": describe_worker(found.heartbeat, found.heartbeat_age_s),
     }
     for sink in found.sinks:
         rows[f"to {sink.name}"] = (
-            f"{sink.waiting_bytes:,} bytes in {sink.waiting_files:,} files wait; "
-            f"{describe_worker(sink.deliverer, sink.deliverer_silent_s)}"
+            f"{sink.backlog_bytes:,} bytes in {sink.backlog_files:,} files wait; "
+            f"{describe_worker(sink.heartbeat, sink.heartbeat_age_s)}"
         )
     rows |= {
         "dead letters": f"{found.dead_bytes:,} bytes in {found.dead_files:,} files",
-        "quarantine": f"{found.corrupt_bytes:,} bytes in {found.corrupt_files:,} files",
+        "quarantine": f"{found.quarantine_bytes:,} bytes in {found.quarantine_files:,} files",
         "delivered": f"{found.delivered_bytes:,} bytes in {found.delivered_files:,} files are kept",
         "durability": found.durability,
     }

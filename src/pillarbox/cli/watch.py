@@ -162,13 +162,13 @@ def _sink_rows(status: OutboxStatus) -> list[_SinkRow]:
     if not status.sinks:
         return [
             _SinkRow(
-                ONLY, status.pending_bytes, status.pending_files, status.oldest_age_s, status.deliverer,
-                status.deliverer_silent_s, status.dead_files,
+                ONLY, status.pending_bytes, status.pending_files, status.oldest_age_s, status.heartbeat,
+                status.heartbeat_age_s, status.dead_files,
             )
         ]  # fmt: skip
     return [
         _SinkRow(
-            sink.name, sink.waiting_bytes, sink.waiting_files, sink.oldest_age_s, sink.deliverer, sink.deliverer_silent_s,
+            sink.name, sink.backlog_bytes, sink.backlog_files, sink.oldest_age_s, sink.heartbeat, sink.heartbeat_age_s,
             sink.dead_files,
         )
         for sink in status.sinks
@@ -217,7 +217,7 @@ def sample_line(found: StatusSample) -> str:
         )
     kept = (
         (status.dead_files, "of dead letters"),
-        (status.corrupt_files, "of quarantine"),
+        (status.quarantine_files, "of quarantine"),
         (status.delivered_files, "delivered"),
     )
     parts.append(", ".join(f"{count:,} files {what}" for count, what in kept))
@@ -234,7 +234,7 @@ def sample_screen(found: StatusSample) -> Group:
         ("in", f"{_rate(rates.in_events_per_s, 'events')}, {_rate(rates.in_bytes_per_s, 'bytes')}"),
         ("waiting", f"{status.pending_bytes:,} bytes in {status.pending_files:,} files ({status.active_files} active)"),
         ("dead letters", f"{status.dead_bytes:,} bytes in {status.dead_files:,} files"),
-        ("quarantine", f"{status.corrupt_bytes:,} bytes in {status.corrupt_files:,} files"),
+        ("quarantine", f"{status.quarantine_bytes:,} bytes in {status.quarantine_files:,} files"),
         ("delivered", f"{status.delivered_bytes:,} bytes in {status.delivered_files:,} files are kept"),
     ):
         facts.add_row(name, Text(printable(text), overflow="ellipsis", no_wrap=True))

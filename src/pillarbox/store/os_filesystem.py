@@ -32,7 +32,10 @@ _READ_CHUNK_BYTES = 1 << 20
 # its own ".". A file system that does not count them (btrfs) says 1.
 _LINKS_WITHOUT_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
-IS_DIRECTORY: Final = "is a directory"  # a foreign entry that is allowed where it is a queue
+# Problems that `foreign_entries` reports, for callers that tell them apart.
+IS_DIRECTORY: Final = "is a directory"  # allowed where it is a queue
+HAS_SECOND_LINK: Final = "has a second hard link"
+BELONGS_TO: Final = "belongs to user"  # and its number
 
 
 class OsFilesystem(SequentialBatchOps):
@@ -152,9 +155,9 @@ class OsFilesystem(SequentialBatchOps):
         if not stat.S_ISREG(found.st_mode):
             problem = "is not a regular file"
         elif found.st_nlink > 1 and not allow_links:
-            problem = "has a second hard link"
+            problem = HAS_SECOND_LINK
         elif found.st_uid != os.geteuid() and os.geteuid() != 0:
-            problem = f"belongs to user {found.st_uid}"
+            problem = f"{BELONGS_TO} {found.st_uid}"
         if problem:
             self.close(fd)
             raise FileUnusableError(path, problem)
@@ -443,7 +446,7 @@ def foreign_entries(path: str, *, allow_links: bool = False) -> Iterator[tuple[s
     me = os.geteuid()
     found = os.stat(path)
     if me not in (0, found.st_uid):
-        yield ".", f"belongs to user {found.st_uid}"
+        yield ".", f"{BELONGS_TO} {found.st_uid}"
     with os.scandir(path) as entries:
         for entry in entries:
             try:
@@ -455,9 +458,9 @@ def foreign_entries(path: str, *, allow_links: bool = False) -> Iterator[tuple[s
             elif not stat.S_ISREG(found.st_mode):
                 yield entry.name, IS_DIRECTORY if stat.S_ISDIR(found.st_mode) else "is not a regular file"
             elif found.st_nlink > 1 and not allow_links:
-                yield entry.name, "has a second hard link"
+                yield entry.name, HAS_SECOND_LINK
             elif me not in (0, found.st_uid):
-                yield entry.name, f"belongs to user {found.st_uid}"
+                yield entry.name, f"{BELONGS_TO} {found.st_uid}"
 
 
 def create_private_file(path: str, data: bytes) -> None:
