@@ -1,44 +1,64 @@
-"""Pillarbox: a durable event outbox. Events are safe on the local disk within microseconds and delivered in sealed batches.
+"""Pillarbox: a durable outbox for events.
 
-outbox.py      what an application holds; entrance.py, what it checks; hooks.py, whom it asks and tells; full.py, what it does
-               where there is no room
-event.py, outcome.py, settings.py, errors.py, clock.py, telemetry.py   its words
-store/         bytes on disk
-delivery/      when and what to send, and the one loop that does
-child/         that loop in a process of its own, and who looks after it
-kept/          what was set aside, and how it comes back
-sinks/         one destination, one module or package
-cli/           an edge: delete it, and a working library is left
+`Outbox.enqueue` stores an event on the local disk within microseconds; events are delivered in batches in the background.
+
+outbox.py      what an application uses; codec.py (checks and encodes events), hooks.py, backpressure.py and flush.py help it
+event.py, outcome.py, settings.py, errors.py, stats.py   what it passes in and gets back
+clock.py, telemetry.py   time, and OpenTelemetry instruments
+store/         files on disk
+delivery/      reads batches and sends them; delivery/process/ does so in a child process
+sinks/         destinations, one module or package each
+admin/         dead letters, quarantine, redelivery, inspection
+exporters/     metrics for Prometheus and OTLP
+cli/           the command line; the library does not depend on it
+testing/       doubles for the tests of applications, and crash and fault simulation
 """
+
+from typing import Final
 
 from pillarbox.errors import (
     ConfigurationError,
     DirectoryUnusableError,
+    FileUnusableError,
     InvalidEventError,
+    OperationalError,
     OutboxFullError,
     PillarboxError,
     SinkUnusableError,
+    UsageError,
 )
 from pillarbox.event import ScopeKind, TrackingEvent
 from pillarbox.outbox import Outbox
-from pillarbox.outcome import Dropped, Enqueued, Outcome
+from pillarbox.outcome import Dropped, DropReason, Durability, Enqueued, Outcome
 from pillarbox.settings import Settings, resolve
-from pillarbox.stats import Stats
+from pillarbox.sinks.base import Sink
+from pillarbox.stats import SinkStats, State, Stats
+
+__version__: Final = "0.1.0"
 
 __all__ = [
     "ConfigurationError",
     "DirectoryUnusableError",
+    "DropReason",
     "Dropped",
+    "Durability",
     "Enqueued",
+    "FileUnusableError",
     "InvalidEventError",
+    "OperationalError",
     "Outbox",
     "OutboxFullError",
     "Outcome",
     "PillarboxError",
     "ScopeKind",
     "Settings",
+    "Sink",
+    "SinkStats",
     "SinkUnusableError",
+    "State",
     "Stats",
     "TrackingEvent",
+    "UsageError",
+    "__version__",
     "resolve",
 ]

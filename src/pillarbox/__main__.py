@@ -1,4 +1,4 @@
-"""`python -m pillarbox`."""
+"""Runs the command line: `python -m pillarbox`."""
 
 from pillarbox.cli import main
 

@@ -1,7 +1,7 @@
-"""What an application hands over: `TrackingEvent`, or any `msgspec.Struct` of its own that has an `event_id`.
+"""Events: `TrackingEvent`, or any `msgspec.Struct` of the application that has a field `event_id`.
 
-`TrackingEvent` checks itself when it is built (msgspec checks types when decoding only), so that the hot path need not.
-Other types are encoded and decoded again at the door: `Codec` is that door.
+`TrackingEvent` checks its fields when it is made (msgspec checks types only when it decodes), so that `enqueue` does not have
+to. Events of other types are checked by `codec.Codec`, which decodes what it has encoded.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = [
     "without_post_init",
 ]
 
-EVENT_BYTES_MAX: Final = 256 * 1024  # one event as JSON; a larger one is a document, not an event
+EVENT_BYTES_MAX: Final = 256 * 1024  # of one event as JSON; something larger is a document
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
 
 
 class ScopeKind(StrEnum):
-    """What `scope_id` identifies. Any other text can be stored; a destination that does not know it refuses the event."""
+    """What `scope_id` identifies. Other texts can be stored too; a destination may reject an event with one."""
 
     SITE = "Site"
     MODULE = "Module"
@@ -48,37 +48,39 @@ class ScopeKind(StrEnum):
 
 
 def _random_seed() -> tuple[str, int]:
-    """What is random in the ids to come: what stands in their middle, and the first number of the count behind it."""
+    """The random parts of the ids of this process: their middle, and where the counter at their end starts."""
     seed = int.from_bytes(urandom(9))
     bits = seed >> 46
-    # The first of the 48 bits of the count is 0, for there to be room, and the next is 1, for all to have twelve digits.
+    # Of the 48 bits of the counter, the first starts as 0, so that it cannot overflow, and the second as 1, so that all values
+    # have twelve hexadecimal digits.
     return f"-7{bits >> 14:03x}-{0x8000 | bits & 0x3FFF:04x}-", 0x4000_0000_0000 | seed & 0x3FFF_FFFF_FFFF
 
 
 def _uuid7_generator() -> tuple[Callable[[], str], Callable[[str, int], None]]:
-    """Makes ids after RFC 9562, section 5.7: 48 bits of Unix milliseconds, then 74 bits that start at random and count up.
+    """Return a generator of UUIDv7 (RFC 9562, section 5.7) and a function that reseeds it.
 
-    Within a process the last 48 bits count up, so that no two are equal and a thread's sort by making; across processes the 26
-    random bits in the middle and the random start of the count keep them apart. The second function starts anew, which a forked
-    child must. Safe to share between threads without a lock: the count is one call, and what is kept of the time one object.
+    An id is 48 bits of Unix milliseconds, then 26 random bits (RFC 9562, section 6.2, method 1), then a 48-bit counter that
+    starts at a random value. Within a process the counter makes ids unique, and those of one thread sort by creation; between
+    processes the random parts keep them apart. A forked child must reseed. Safe to share between threads without a lock: the
+    counter is incremented by one call, and the cached time is replaced as one object.
     """
     count = itertools.count().__next__
     middle = ""
-    moment = 0, 0, ""  # from this nanosecond on, and up to that, ids begin so
+    cached = 0, 0, ""  # first nanosecond, end, and how an id of the time between starts
 
     def reseed(new_middle: str, first: int) -> None:
-        nonlocal count, middle, moment
-        count, middle, moment = itertools.count(first).__next__, new_middle, (0, 0, "")
+        nonlocal count, middle, cached
+        count, middle, cached = itertools.count(first).__next__, new_middle, (0, 0, "")
 
     def make() -> str:
-        nonlocal moment
+        nonlocal cached
         now = wall_ns()
-        since, until, head = moment
+        since, until, head = cached
         if not since <= now < until:
             millis = now // 1_000_000
             text = f"{millis:012x}"
             head = f"{text[:8]}-{text[8:]}{middle}"
-            moment = millis * 1_000_000, (millis + 1) * 1_000_000, head
+            cached = millis * 1_000_000, (millis + 1) * 1_000_000, head
         return f"{head}{count():x}"
 
     return make, reseed
@@ -96,12 +98,14 @@ _OPTIONAL_TEXT_FIELDS: Final = ("user_id", "owner_user_id", "profile_id", "modul
 
 def _check_text(field: str, value: object) -> None:
     if not isinstance(value, str):
-        raise InvalidEventError(field, f"must be text, not {type(value).__name__}")
+        raise InvalidEventError(field, f"is a {type(value).__name__}, not a str")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InvalidEventError(field, f"has a lone surrogate at position {error.start}, which UTF-8 cannot hold") from None
+            raise InvalidEventError(
+                field, f"has a lone surrogate at position {error.start}, which UTF-8 cannot encode"
+            ) from None
 
 
 def _check_event(event: TrackingEvent) -> None:
@@ -113,14 +117,14 @@ def _check_event(event: TrackingEvent) -> None:
             _check_text(field, value)
     if event.metadata_json != "{}":
         try:
-            _check_json(str.encode(event.metadata_json))  # msgspec takes no subclass of str
+            _check_json(str.encode(event.metadata_json))  # msgspec accepts no subclass of str
         except msgspec.DecodeError as error:
-            raise InvalidEventError("metadata_json", f"is not JSON text: {error}") from None
+            raise InvalidEventError("metadata_json", f"is not JSON: {error}") from None
     micros = event.occurred_at_micros
     if type(micros) is not int:
-        raise InvalidEventError("occurred_at_micros", f"must be a whole number, not {type(micros).__name__}")
+        raise InvalidEventError("occurred_at_micros", f"is a {type(micros).__name__}, not an int")
     if not INT64_MIN <= micros <= INT64_MAX:
-        raise InvalidEventError("occurred_at_micros", "does not fit into 64 bits")
+        raise InvalidEventError("occurred_at_micros", "is an integer of more than 64 bits")
 
 
 _post_init: Any = _check_event
@@ -137,14 +141,25 @@ register_at_fork(after_in_child=lambda reseed=_reseed: reseed(*_random_seed()))
 
 
 class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One thing that happened, in the shape that the SpacetimeDB table `tracking_event` has.
+    """Something that happened. The fields are the columns of the SpacetimeDB table `tracking_event`.
 
-    `event_id`: text, unique (default: a UUIDv7). `event_key`: what happened. `scope_kind` and `scope_id`: to what.
-    `metadata_json`: JSON text. `occurred_at_micros`: int64, microseconds since 1970 (default: now).
-    Raises `InvalidEventError` where a member has the wrong type.
+    A library that freezes Python's time in tests does not freeze the defaults of a compiled Pillarbox: pass
+    `occurred_at_micros`, or set `PILLARBOX_PURE_PYTHON=1` in the environment.
 
-    What freezes Python's time in a test does not freeze that of the defaults where they are compiled: it has to set
-    `occurred_at_micros`, or `PILLARBOX_PURE_PYTHON=1` in the environment.
+    Attributes:
+        event_id: Unique id. Default: a UUIDv7.
+        event_key: What happened, for example "page_view".
+        scope_kind: What kind of thing it happened to; see `ScopeKind`.
+        scope_id: Which one.
+        user_id: Who did it.
+        owner_user_id: Whose thing it is.
+        profile_id: With which profile.
+        module_key: In which module of the application.
+        metadata_json: Anything else, as JSON text.
+        occurred_at_micros: When, in microseconds since 1970, as an int64. Default: now.
+
+    Raises:
+        InvalidEventError: A field has the wrong type, or `metadata_json` is not JSON.
     """
 
     event_id: str = msgspec.field(default_factory=new_event_id)
@@ -158,16 +173,16 @@ class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     metadata_json: str = "{}"
     occurred_at_micros: int = msgspec.field(default_factory=now_micros)
 
-    __post_init__ = _post_init  # type: ignore[misc] # compiled, it is no function
+    __post_init__ = _post_init  # type: ignore[misc] # a compiled one is not a function
 
 
 if COMPILED:
-    with contextlib.suppress(TypeError):  # a msgspec that keeps members elsewhere: unbound, it leaves all to `_check_event`
+    with contextlib.suppress(TypeError):  # a msgspec with another memory layout: unbound, `Check` calls `_check_event`
         _post_init.bind(TrackingEvent, _TEXT_FIELDS, _OPTIONAL_TEXT_FIELDS, "metadata_json", "occurred_at_micros")
 
 
 def without_post_init(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:
-    """The type to decode stored events as: the same fields, without `__post_init__`, which ran before they were stored."""
+    """A type with the same fields to decode stored events as, without `__post_init__`: it ran before they were stored."""
     if not hasattr(event_type, "__post_init__"):
         return event_type
     config = event_type.__struct_config__
@@ -191,5 +206,5 @@ def without_post_init(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:
 
 
 def snake_case(name: str) -> str:
-    """`PageView` and `pageView` as `page_view`: how tables are named after event types."""
+    """`PageView` and `pageView` as `page_view`; the default table of an event type has such a name."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

@@ -13,19 +13,22 @@ StateName = Literal["idle", "draining", "waiting", "degraded", "stopped", "stand
 
 
 class State(msgspec.Struct, frozen=True):
-    """One state and why.
+    """The state of delivery, and the reason.
 
-    `idle`: nothing waits. `draining`: sending. `waiting`: the destination said not now. `degraded`: delivering, but something
-    here needs a person. `stopped`: nothing can be delivered until somebody mends the set-up. `standby`: another process
-    delivers.
+    Attributes:
+        name: "idle": nothing is pending. "draining": delivering. "waiting": the destination is unavailable; it is retried.
+            "degraded": delivering, but something needs attention. "stopped": nothing is delivered until the configuration is
+            fixed. "standby": another process delivers.
+        reason: Why; empty if there is nothing to say.
+        retry_at_micros: When the next attempt is due, in microseconds since 1970.
     """
 
     name: StateName
     reason: str = ""
-    retry_at_micros: int | None = None  # when the destination is asked again
+    retry_at_micros: int | None = None
 
     def is_same_state(self, other: State) -> bool:
-        """Whether nobody need be told of the change; another time of retry is none."""
+        """Whether name and reason are equal, so that there is nothing to log; the time of the retry does not count."""
         return (self.name, self.reason) == (other.name, other.reason)
 
     def __str__(self) -> str:
@@ -45,29 +48,32 @@ COUNTER_FIELDS: Final = (
 
 
 class DeliveryCounters:
-    """Written by the deliverer's thread only; read by anyone."""
+    """Counters of one sink. Only the delivery worker's thread writes them; any thread may read them."""
 
     __slots__ = (*COUNTER_FIELDS, "rate")
 
     def __init__(self) -> None:
-        self.delivered = 0  # events that a destination has, `duplicates` of which it had before
-        self.duplicates = 0
-        self.dead = 0  # events kept as dead letters
-        self.quarantined = 0  # spans of damaged bytes set aside
-        self.discarded = 0  # of these two, those that were not kept for want of room
-        self.flushed_files = 0
+        self.delivered = 0  # events that the destination has accepted, including duplicates
+        self.duplicates = 0  # events that the destination already had
+        self.dead = 0  # events that were dead-lettered
+        self.quarantined = 0  # damaged byte ranges
+        self.discarded = 0  # dead letters and byte ranges that were discarded because of `on_quarantine_full="discard"`
+        self.flushed_files = 0  # delivered batch files
         self.flushed_bytes = 0
-        self.failed_flushes = 0  # answers that were not an acceptance
-        self.rate: float | None = None  # events a second that are sent at most; None: as many as the destination takes
+        self.failed_flushes = 0  # attempts that the destination did not accept
+        self.rate: float | None = None  # current limit in events/s; None: no limit
 
     def to_stats(self, state: State, last_error: str) -> SinkStats:
-        """What `stats()` shows of them."""
+        """A snapshot for `Outbox.stats`."""
         counts = {name: getattr(self, name) for name in COUNTER_FIELDS}
         return SinkStats(state=state, last_error=last_error, rate=self.rate, **counts)
 
 
 class SinkStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of the delivery to one sink. Counts are of this process since it opened the outbox."""
+    """A snapshot of the delivery to one sink. This process has counted since it opened the outbox.
+
+    The counts are those of `DeliveryCounters`.
+    """
 
     state: State
     delivered: int
@@ -78,16 +84,19 @@ class SinkStats(msgspec.Struct, frozen=True, kw_only=True):
     flushed_files: int
     flushed_bytes: int
     failed_flushes: int
-    rate: float | None  # events a second that are sent at most, while that is bounded
+    rate: float | None  # current limit in events/s; None: no limit
     last_error: str
 
     def as_degraded(self, reason: str) -> SinkStats:
-        """The same, where something is wrong that is not the sink's."""
+        """A copy with the state "degraded", for a problem that is not the sink's."""
         return msgspec.structs.replace(self, state=State("degraded", reason), last_error=reason)
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of an outbox. Counts are of this process since it opened the outbox; pending is the directory's."""
+    """A snapshot of an outbox. This process has counted since it opened the outbox; `pending_*` are those of the directory.
+
+    The counts of delivery are described at `DeliveryCounters`; with several sinks they are sums.
+    """
 
     state: State
     durability: str
@@ -95,8 +104,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     pending_files: int
     accepted: int
     dropped: dict[str, int]  # by reason
-    sealed: dict[str, int]  # files, by reason
-    evicted: int  # events given up for newer ones
+    sealed: dict[str, int]  # batches, by reason
+    evicted: int  # events deleted to make room for newer ones (`when_full="drop_oldest"`)
     delivered: int
     duplicates: int
     dead: int
@@ -105,7 +114,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     flushed_files: int
     flushed_bytes: int
     failed_flushes: int
-    rate: float | None  # events a second that are sent at most, while that is bounded
+    rate: float | None  # current limit in events/s; None: no limit
     last_error: str
-    hook_failures: dict[str, int]  # how often each of the application's functions raised
-    sinks: dict[str, SinkStats]  # by name, where there are several; what is counted above is the sum of them
+    hook_failures: dict[str, int]  # exceptions, by hook
+    sinks: dict[str, SinkStats]  # by name; empty unless there are several sinks

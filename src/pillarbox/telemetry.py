@@ -1,7 +1,7 @@
-"""What is counted: plain counters inside, OpenTelemetry instruments outside.
+"""OpenTelemetry instruments for the counters of `stats.py`.
 
-The hot path touches no instrument: the instruments are observable, and read the counters when the application's metric reader
-asks. Without an OpenTelemetry SDK all of it is a no-op. Names, units and meaning are in `docs/reference/metrics.md`.
+The hot path calls no instrument: all but one are observable, and read the counters when the application's metric reader
+collects. Without an OpenTelemetry SDK they do nothing. `docs/reference/metrics.md` lists names, units and meanings.
 """
 
 from __future__ import annotations
@@ -25,20 +25,28 @@ if TYPE_CHECKING:
 
 
 class HasStats(Protocol):
-    """What the instruments read."""
+    """What has `stats`: an `Outbox`."""
 
     name: str
 
     def stats(self) -> Stats:
-        """A snapshot."""
+        """A snapshot of the counters."""
 
 
-Measurement = tuple[float, dict[str, str]]  # a number, and the attributes that it has beside `outbox`
+Measurement = tuple[float, dict[str, str]]  # the number, and its attributes besides `outbox`
 FLUSH_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metric(NamedTuple):
-    """One that is read when somebody asks: `pillarbox.<name>`, its unit in UCUM, and what makes numbers of a snapshot."""
+    """An observable metric.
+
+    Attributes:
+        name: Its name after "pillarbox.".
+        unit: Its unit in UCUM (ucum.org), as OpenTelemetry asks for.
+        description: One line for people.
+        kind: "counter" or "gauge".
+        read: From a snapshot to measurements.
+    """
 
     name: str
     unit: str
@@ -47,21 +55,27 @@ class Metric(NamedTuple):
     read: Callable[[Any], Iterable[Measurement]]
 
 
-FLUSH_DURATION: Final = ("flush.duration", "s", "From reading a sealed file to its removal")
+FLUSH_DURATION: Final = ("flush.duration", "s", "Time from reading a batch file to its removal")
 
-# Of `Stats`, or of anything else with these two.
+# Read from `Stats`, or from anything else with these two attributes.
 PENDING_METRICS: Final = (
-    Metric("pending.bytes", "By", "Bytes that wait for delivery", "gauge", lambda s: [(s.pending_bytes, {})]),
-    Metric("pending.files", "{file}", "Files that wait for delivery", "gauge", lambda s: [(s.pending_files, {})]),
+    Metric("pending.bytes", "By", "Bytes pending delivery", "gauge", lambda s: [(s.pending_bytes, {})]),
+    Metric("pending.files", "{file}", "Batch files pending delivery", "gauge", lambda s: [(s.pending_files, {})]),
 )
 
-# Of `Stats`: what only the process of a writer knows.
+# Read from `Stats`: counted in the process that writes.
 WRITER_METRICS: Final = (
     Metric("enqueued", "{event}", "Events accepted", "counter", lambda s: [(s.accepted, {})]),
-    Metric("dropped", "{event}", "Events refused at the door", "counter", lambda s: _measure_by("reason", s.dropped)),
-    Metric("sealed", "{file}", "Files sealed", "counter", lambda s: _measure_by("reason", s.sealed)),
-    Metric("evicted", "{event}", "Events given up for newer ones", "counter", lambda s: [(s.evicted, {})]),
-    Metric("hook.failures", "{call}", "Calls of hooks that raised", "counter", lambda s: _measure_by("hook", s.hook_failures)),
+    Metric("dropped", "{event}", "Events that enqueue did not store", "counter", lambda s: _measure_by("reason", s.dropped)),
+    Metric("sealed", "{file}", "Batches sealed", "counter", lambda s: _measure_by("reason", s.sealed)),
+    Metric("evicted", "{event}", "Events deleted to make room for newer ones", "counter", lambda s: [(s.evicted, {})]),
+    Metric(
+        "hook.failures",
+        "{call}",
+        "Hook calls that raised",
+        "counter",
+        lambda s: _measure_by("hook", s.hook_failures),
+    ),
 )
 
 
@@ -70,7 +84,7 @@ def _measure_by(attribute: str, counts: dict[str, int]) -> Iterator[Measurement]
 
 
 def sink_attributes(name: str) -> dict[str, str]:
-    """The attribute that tells one of several sinks from the others; where there is only one, none is needed."""
+    """The attribute that names one of several sinks; empty for the only sink."""
     return {"sink": name} if name else {}
 
 
@@ -89,25 +103,41 @@ def _measure_rates(sinks: Mapping[str, SinkStats | Stats]) -> Iterator[Measureme
     return ((sink.rate, sink_attributes(name)) for name, sink in sinks.items() if sink.rate is not None)
 
 
-# Of a `SinkStats` for each sink.
+# Read from the `SinkStats` of each sink.
 DELIVERY_METRICS: Final = (
-    Metric("corrupt", "{span}", "Damaged spans set aside", "counter", _measure_each_sink("quarantined")),
-    Metric("dead", "{event}", "Events kept as dead letters", "counter", _measure_each_sink("dead")),
+    Metric("corrupt", "{span}", "Damaged byte ranges quarantined", "counter", _measure_each_sink("quarantined")),
+    Metric("dead", "{event}", "Events dead-lettered", "counter", _measure_each_sink("dead")),
     Metric(
-        "discarded", "{record}", "Of these two, what was not kept for want of room", "counter", _measure_each_sink("discarded")
+        "discarded",
+        "{record}",
+        "Dead letters and byte ranges discarded at their limit",
+        "counter",
+        _measure_each_sink("discarded"),
     ),
-    Metric("delivered", "{event}", "Events that the destination has", "counter", _measure_each_sink("delivered")),
-    Metric("duplicates", "{event}", "Of these, events that it had before", "counter", _measure_each_sink("duplicates")),
-    Metric("flushed.files", "{file}", "Files delivered and removed", "counter", _measure_each_sink("flushed_files")),
-    Metric("flushed.bytes", "By", "Bytes of these files", "counter", _measure_each_sink("flushed_bytes")),
-    Metric("flush.failures", "{attempt}", "Attempts that were not accepted", "counter", _measure_each_sink("failed_flushes")),
-    Metric("rate.limit", "{event}/s", "Events that are sent at most, while that is bounded", "gauge", _measure_rates),
-    Metric("state", "{state}", "1 for the state the deliverer is in, 0 for the others", "gauge", _measure_states),
+    Metric(
+        "delivered",
+        "{event}",
+        "Events that the destination accepted",
+        "counter",
+        _measure_each_sink("delivered"),
+    ),
+    Metric("duplicates", "{event}", "Events that the destination already had", "counter", _measure_each_sink("duplicates")),
+    Metric("flushed.files", "{file}", "Batch files delivered and removed", "counter", _measure_each_sink("flushed_files")),
+    Metric("flushed.bytes", "By", "Bytes of delivered batch files", "counter", _measure_each_sink("flushed_bytes")),
+    Metric(
+        "flush.failures",
+        "{attempt}",
+        "Delivery attempts not accepted",
+        "counter",
+        _measure_each_sink("failed_flushes"),
+    ),
+    Metric("rate.limit", "{event}/s", "Current limit of the sending rate", "gauge", _measure_rates),
+    Metric("state", "{state}", "1 for the current state of delivery, 0 for the others", "gauge", _measure_states),
 )
 
 
 def create_instruments(meter: Meter, metrics: Iterable[Metric], snapshots: Callable[[], Iterable[tuple[str, Any]]]) -> None:
-    """Make an observable instrument of each, which reads what `snapshots` tells of each outbox, by its name."""
+    """Create an observable instrument for each metric. `snapshots` yields the name and a snapshot of each outbox."""
     for metric in metrics:
         make = meter.create_observable_gauge if metric.kind == "gauge" else meter.create_observable_counter
         callback = _observable_callback(metric.read, snapshots)
@@ -126,7 +156,7 @@ def _observable_callback(
 
 
 def create_flush_duration(meter: Meter) -> Histogram:
-    """The one instrument that is called: once for each file."""
+    """Create the one instrument that is not observable; it is called once for each batch file."""
     name, unit, description = FLUSH_DURATION
     return meter.create_histogram(
         f"pillarbox.{name}", unit, description, explicit_bucket_boundaries_advisory=list(FLUSH_BUCKETS_S)
@@ -134,7 +164,7 @@ def create_flush_duration(meter: Meter) -> Histogram:
 
 
 class Instruments:
-    """One set of instruments a process, reading every open outbox."""
+    """The instruments of a process. They read every open outbox."""
 
     def __init__(self) -> None:
         self._outboxes: WeakSet[Any] = WeakSet()
@@ -149,7 +179,7 @@ class Instruments:
         return ((outbox.name, outbox.stats()) for outbox in list(self._outboxes))
 
     def observe_outbox(self, outbox: HasStats) -> None:
-        """Read this outbox too, as long as it lives."""
+        """Read this outbox too, until it is garbage collected."""
         self._outboxes.add(outbox)
 
 
@@ -158,8 +188,8 @@ _instruments_lock = threading.Lock()
 
 
 def instruments() -> Instruments:
-    """The instruments of this process, made at first use so that the application's SDK can be there before."""
-    global _instruments  # noqa: PLW0603 - OpenTelemetry has one meter provider a process as well
+    """The instruments of this process, created at first use, so that the application can install its SDK before."""
+    global _instruments  # noqa: PLW0603 - OpenTelemetry has one meter provider per process too
     with _instruments_lock:
         if _instruments is None:
             _instruments = Instruments()
