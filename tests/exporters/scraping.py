@@ -1,4 +1,4 @@
-"""A directory with something of everything in it, and a real `pillarbox deliver` on it."""
+"""Runs a real `pillarbox deliver` on a filled directory, and reads its metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("PILLARBOX_", "OTEL_"))},
     "no_proxy": "*",
-    "PILLARBOX_MAX_RATE": "100000",  # without a bound there is no rate to tell
+    "PILLARBOX_MAX_RATE": "100000",  # without a limit there is no rate metric
 }
 WAIT_S = 60.0
 
@@ -31,7 +31,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 class DocumentedMetric(NamedTuple):
-    """One of the table in docs/reference/metrics.md."""
+    """One row of the table in docs/reference/metrics.md."""
 
     name: str
     unit: str
@@ -40,14 +40,14 @@ class DocumentedMetric(NamedTuple):
 
 
 def documented_metrics() -> list[DocumentedMetric]:
-    """The table in docs/reference/metrics.md."""
+    """Return the table in docs/reference/metrics.md."""
     lines = re.findall(r"^\| `pillarbox.*$", DOCS.read_text(), re.MULTILINE)
     cells = [[cell.strip(" `") for cell in line.split("|")] for line in lines]
-    return [DocumentedMetric(name, unit, there, source) for _, name, unit, there, _, _, source, _ in cells]
+    return [DocumentedMetric(name, unit, exported, source) for _, name, unit, exported, _, _, source, _ in cells]
 
 
 def fill_outbox(box: Path) -> None:
-    """Two files: four events, two of which have one id, in one write; a record that is no event, and a line that is no record."""
+    """Write two batch files: four events, two of them with one id, and a file with a record of another type and a damaged line."""
     events = [TrackingEvent(event_id=str(number % 3), event_key="k", scope_kind="Site", scope_id="s") for number in range(4)]
     with Outbox(str(box)) as outbox:
         assert all(outbox.enqueue_many(events))
@@ -55,7 +55,7 @@ def fill_outbox(box: Path) -> None:
 
 
 def start_deliver(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """The command, begun."""
+    """Start `pillarbox deliver`."""
     command = [sys.executable, "-m", "pillarbox", "deliver", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=cwd, env=ENVIRONMENT | (environ or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -64,21 +64,21 @@ def start_deliver(*arguments: object, cwd: Path, environ: dict[str, str] | None 
 
 @contextlib.contextmanager
 def running_deliver(cwd: Path, *sinks: str, metrics_address: str = "127.0.0.1:0") -> Iterator[str]:
-    """The address of its metrics, while the command runs."""
+    """Run `pillarbox deliver`; yields the URL of its metrics."""
     options = [word for sink in sinks or ["sqlite:///events.db"] for word in ("--sink", sink)]
     process = start_deliver("-d", "box", *options, "--metrics", metrics_address, cwd=cwd)
     try:
         assert process.stderr
-        said = process.stderr.readline()
-        yield said.removeprefix("INFO metrics at ").strip()
+        output = process.stderr.readline()
+        yield output.removeprefix("INFO serving metrics at ").strip()
     finally:
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=WAIT_S)[1]
-        assert process.returncode == 0, said
+        output = process.communicate(timeout=WAIT_S)[1]
+        assert process.returncode == 0, output
 
 
 def fetch(url: str, accept: str = "") -> str:
-    """What is served there."""
+    """Return the body of a GET request."""
     opener = build_opener(ProxyHandler({}))
     opener.addheaders = [("Accept", accept)]
     with opener.open(url, timeout=WAIT_S) as answer:
@@ -86,20 +86,20 @@ def fetch(url: str, accept: str = "") -> str:
 
 
 def parse_samples(text: str) -> Samples:
-    """Each sample with its labels, by Prometheus's own parser."""
+    """Parse the samples and their labels with Prometheus's own parser."""
     families = text_string_to_metric_families(text)
     return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families for sample in family.samples}
 
 
 def sample_value(samples: Samples, name: str, **labels: str) -> float:
-    """One of them; every sample of this outbox has its name."""
+    """Return one sample of the outbox `box`."""
     return samples[name, frozenset({"outbox": "box", **labels}.items())]
 
 
 def scrape_until(url: str, condition: Callable[[Samples], bool]) -> Samples:
-    """Scrape until it shows what is waited for."""
+    """Scrape until the samples meet a condition."""
     deadline = time.monotonic() + WAIT_S
-    while not condition(found := parse_samples(fetch(url))):
-        assert time.monotonic() < deadline, found
-        threading.Event().wait(0.02)
-    return found
+    while not condition(samples := parse_samples(fetch(url))):
+        assert time.monotonic() < deadline, samples
+        threading.Event().wait(0.02)  # the time between two scrapes
+    return samples

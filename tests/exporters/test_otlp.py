@@ -1,4 +1,4 @@
-"""The export of a real `pillarbox deliver`, received by a real HTTP server and decoded as OpenTelemetry defines it."""
+"""The OTLP export of a real `pillarbox deliver`, received by an HTTP server and decoded with OpenTelemetry's types."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ def last_export(server: Server) -> ResourceMetrics:
     assert (request.method, request.target) == ("POST", "/v1/metrics")
     export = ExportMetricsServiceRequest()
     export.ParseFromString(request.body)
-    found: ResourceMetrics = export.resource_metrics[0]
-    return found
+    resource: ResourceMetrics = export.resource_metrics[0]
+    return resource
 
 
-def end(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> str:
+def run_to_end(*arguments: object, cwd: Path, environ: dict[str, str] | None = None) -> str:
     process = start_deliver(*arguments, cwd=cwd, environ=environ)
-    said = process.communicate(timeout=WAIT_S)[1]
-    assert process.returncode == 0, said
-    return said
+    message = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode == 0, message
+    return message
 
 
 @pytest.mark.parametrize("by_option", [True, False], ids=["option", "environment"])
-def test_the_last_export_has_every_metric_that_is_documented_and_no_other(tmp_path: Path, by_option: bool) -> None:
-    """With unit and numbers, under the name of the service."""
+def test_the_last_export_has_exactly_the_documented_metrics(tmp_path: Path, by_option: bool) -> None:
+    """With units, values and the name of the service."""
     fill_outbox(tmp_path / "box")
     with Server() as collector:
         address = collector.url("")
         if by_option:
-            end(*SINK, "--otlp", address, cwd=tmp_path)
+            run_to_end(*SINK, "--otlp", address, cwd=tmp_path)
         else:
-            end(*SINK, cwd=tmp_path, environ={"OTEL_EXPORTER_OTLP_ENDPOINT": address, "OTEL_SERVICE_NAME": "events"})
-    found = last_export(collector)
-    service = {entry.key: entry.value.string_value for entry in found.resource.attributes}["service.name"]
+            run_to_end(*SINK, cwd=tmp_path, environ={"OTEL_EXPORTER_OTLP_ENDPOINT": address, "OTEL_SERVICE_NAME": "events"})
+    resource = last_export(collector)
+    service = {entry.key: entry.value.string_value for entry in resource.resource.attributes}["service.name"]
     assert service == ("pillarbox" if by_option else "events")
-    metrics = {metric.name: metric for scope in found.scope_metrics for metric in scope.metrics}
+    metrics = {metric.name: metric for scope in resource.scope_metrics for metric in scope.metrics}
     assert {name: metric.unit for name, metric in metrics.items()} == {
         row.name: row.unit for row in documented_metrics() if "deliver" in row.source
     }
@@ -53,16 +53,18 @@ def test_the_last_export_has_every_metric_that_is_documented_and_no_other(tmp_pa
     assert [(entry.key, entry.value.string_value) for entry in delivered.attributes] == [("outbox", "box")]
     (duration,) = metrics["pillarbox.flush.duration"].histogram.data_points
     assert (duration.count, duration.explicit_bounds[0]) == (2, 0.001)
-    kept = {point.attributes[1].value.string_value: point.as_int for point in metrics["pillarbox.kept.files"].gauge.data_points}
-    assert kept == {"dead": 1, "quarantine": 1, "delivered": 0}
+    files_by_kind = {
+        point.attributes[1].value.string_value: point.as_int for point in metrics["pillarbox.kept.files"].gauge.data_points
+    }
+    assert files_by_kind == {"dead": 1, "quarantine": 1, "delivered": 0}
 
 
-def test_a_collector_that_does_not_answer_costs_seconds_at_the_end(tmp_path: Path) -> None:
-    """And no event."""
+def test_a_collector_that_does_not_respond_delays_the_exit_by_seconds(tmp_path: Path) -> None:
+    """No event is lost."""
     fill_outbox(tmp_path / "box")
     with Server(always(HANG)) as collector:
         began = time.monotonic()
-        end(*SINK, "--otlp", collector.url(""), cwd=tmp_path)
+        run_to_end(*SINK, "--otlp", collector.url(""), cwd=tmp_path)
         assert time.monotonic() - began < 45
     assert not list((tmp_path / "box").glob("sealed-*"))
 
@@ -76,26 +78,29 @@ def test_a_collector_that_does_not_answer_costs_seconds_at_the_end(tmp_path: Pat
     ],
     ids=["nothing", "none", "disabled"],
 )
-def test_nothing_is_exported_where_the_environment_does_not_ask_for_it(tmp_path: Path, environ: dict[str, str]) -> None:
-    """Or asks for none."""
+def test_nothing_is_exported_unless_the_environment_requests_it(tmp_path: Path, environ: dict[str, str]) -> None:
+    """Or if it disables the export."""
     fill_outbox(tmp_path / "box")
     with Server() as collector:
-        there = {name: collector.url("") if value == "=" else value for name, value in environ.items()}
-        end(*SINK, cwd=tmp_path, environ=there)
+        values = {name: collector.url("") if value == "=" else value for name, value in environ.items()}
+        run_to_end(*SINK, cwd=tmp_path, environ=values)
     assert collector.requests == []
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
-        ("127.0.0.1:4318", "--otlp: must be an address like http://127.0.0.1:4318"),
-        ("http://user:secret@127.0.0.1:4318", "--otlp: must have no password in it; OTEL_EXPORTER_OTLP_HEADERS is for that"),
+        ("127.0.0.1:4318", "--otlp: use a URL, for example http://127.0.0.1:4318"),
+        (
+            "http://user:secret@127.0.0.1:4318",
+            "--otlp: remove user and password from the URL; set OTEL_EXPORTER_OTLP_HEADERS instead",
+        ),
     ],
 )
-def test_an_address_that_cannot_be_used_is_a_usage_error(tmp_path: Path, url: str, said: str) -> None:
-    """Which does not repeat a password."""
+def test_an_invalid_url_is_a_usage_error(tmp_path: Path, url: str, message: str) -> None:
+    """The message does not repeat a password."""
     process = start_deliver(*SINK, "--otlp", url, cwd=tmp_path)
-    told = process.communicate(timeout=WAIT_S)[1]
+    output = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == 2
-    assert said in told
-    assert "secret" not in told
+    assert message in output
+    assert "secret" not in output

@@ -79,9 +79,9 @@ def _describe_published(done: PublishResult, file: str, origin: str) -> str:
     secret = f"$(cat {shlex.quote(file)})" if file else "$PILLARBOX_SPACETIMEDB_TOKEN"
     ask = f"{done.server}/v1/database/{done.database}/sql -d '{_QUERY}'"
     head = {
-        "made": f"Made {done.database} on",
-        "replaced": f"Replaced the module of {done.database} on",
-        "was there": f"Nothing changed (--replace would): {done.database} has the module already, on",
+        "created": f"Made {done.database} on",
+        "updated": f"Replaced the module of {done.database} on",
+        "unchanged": f"Nothing changed (--replace would): {done.database} has the module already, on",
     }[done.action]
     return f"""{head} {done.server}, SpacetimeDB {done.version}
   database   {done.database_identity}

@@ -1,4 +1,4 @@
-"""What the process that delivers can tell beside its counters: the directory's files, its volume, and who holds the lease."""
+"""Reads what the metrics show of a directory: its files by kind and queue, its volume, and who holds the lease."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from pillarbox.store.usage import DiskUsage
     from pillarbox.telemetry import Measurement
 
-_PAUSE_FACTOR: Final = 10  # a directory of many files is listed for a tenth of the time at most, whoever asks how often
+_PAUSE_FACTOR: Final = 10  # pauses ten times as long as a scan took, so that scans take a tenth of the time at most
 
 
 class QueueMetrics(NamedTuple):
-    """What waits for one sink, and the process that has its lease, as it last said itself."""
+    """The pending batches of one sink, and the heartbeat of the process that delivers them."""
 
     sink: str
     bytes: int
     files: int
-    oldest_age_s: float  # 0 where nothing waits
-    heartbeat_age_s: float | None  # None: no process has delivered yet
+    oldest_age_s: float  # 0 if there is none
+    heartbeat_age_s: float | None  # None if no process has delivered yet
     holds_lease: bool  # by this process
 
 
 class FileKindMetrics(NamedTuple):
-    """What was set aside of one kind: for one sink, or where there are several, for none of them."""
+    """The files of one kind (dead letters, quarantine, retained deliveries): of one sink, or of the outbox itself."""
 
     sink: str
     kind: str
@@ -45,7 +45,7 @@ class FileKindMetrics(NamedTuple):
 
 
 class DirectoryMetrics(NamedTuple):
-    """A directory at one moment."""
+    """The state of a directory at one time."""
 
     pending_bytes: int
     pending_files: int
@@ -56,7 +56,7 @@ class DirectoryMetrics(NamedTuple):
 
 
 class DirectoryCollector:
-    """Looks at a directory for whoever asks; takes no lock, and creates and adopts nothing."""
+    """Reads a directory for the exporters. It locks, creates and adopts nothing."""
 
     def __init__(self, directory: Directory, settings: Settings, clock: Clock) -> None:
         self._directory = directory
@@ -67,57 +67,59 @@ class DirectoryCollector:
         self._next_read_s = 0.0
 
     def collect(self) -> list[tuple[str, DirectoryMetrics]]:
-        """The directory by its name; nothing where it cannot be listed: the deliverer's state says why."""
+        """Return the directory's name and metrics; nothing if it cannot be listed, which the delivery state reports."""
         with self._lock:
-            began = self._clock.monotonic()
-            if self._metrics is None or began >= self._next_read_s:
+            start_s = self._clock.monotonic()
+            if self._metrics is None or start_s >= self._next_read_s:
                 try:
                     self._metrics = self._read_directory()
                 except OSError:
                     self._metrics = None
                 now = self._clock.monotonic()
-                self._next_read_s = now + _PAUSE_FACTOR * (now - began)
+                self._next_read_s = now + _PAUSE_FACTOR * (now - start_s)
             return [] if self._metrics is None else [(self._settings.directory, self._metrics)]
 
     def _read_directory(self) -> DirectoryMetrics:
         directory = self._directory
-        account = directory.disk_usage()
+        usage = directory.disk_usage()
         queues = [(queue, queue.disk_usage()) for queue in directory.queues()]
-        rest = _usage_by_kind(account)
-        for _, of_queue in queues:  # the account of the directory has them too
+        rest = _usage_by_kind(usage)
+        for _, queue_usage in queues:  # the directory's usage includes its queues
             rest = [
-                (kind, max(0, size - theirs[1]), max(0, files - theirs[2]))
-                for (kind, size, files), theirs in zip(rest, _usage_by_kind(of_queue), strict=True)
+                (kind, max(0, size - of_queue[1]), max(0, files - of_queue[2]))
+                for (kind, size, files), of_queue in zip(rest, _usage_by_kind(queue_usage), strict=True)
             ]
-        file_kinds = [FileKindMetrics("", *one) for one in rest]
-        file_kinds += [FileKindMetrics(queue.sink, *one) for queue, of_queue in queues for one in _usage_by_kind(of_queue)]
+        file_kinds = [FileKindMetrics("", *of_kind) for of_kind in rest]
+        file_kinds += [
+            FileKindMetrics(queue.sink, *of_kind) for queue, queue_usage in queues for of_kind in _usage_by_kind(queue_usage)
+        ]
         return DirectoryMetrics(
-            account.pending_bytes,
-            account.pending_files,
-            [self._read_queue(queue, of_queue) for queue, of_queue in queues or [(directory, account)]],
+            usage.pending_bytes,
+            usage.pending_files,
+            [self._read_queue(queue, queue_usage) for queue, queue_usage in queues or [(directory, usage)]],
             file_kinds,
             directory.filesystem.disk_space(directory.path),
             self._settings,
         )
 
-    def _read_queue(self, queue: Directory, account: DiskUsage) -> QueueMetrics:
+    def _read_queue(self, queue: Directory, usage: DiskUsage) -> QueueMetrics:
         now = self._clock.micros()
-        beat = read_heartbeat(queue)
+        heartbeat = read_heartbeat(queue)
         return QueueMetrics(
             queue.sink,
-            account.sealed_bytes,
-            account.sealed_files,
-            0.0 if account.oldest_sealed_at is None else max(0.0, (now - account.oldest_sealed_at) / 1e6),
-            None if beat is None else max(0.0, (now - beat.at_micros) / 1e6),
-            beat is not None and beat.pid == getpid(),
+            usage.sealed_bytes,
+            usage.sealed_files,
+            0.0 if usage.oldest_sealed_at is None else max(0.0, (now - usage.oldest_sealed_at) / 1e6),
+            None if heartbeat is None else max(0.0, (now - heartbeat.at_micros) / 1e6),
+            heartbeat is not None and heartbeat.pid == getpid(),
         )
 
 
-def _usage_by_kind(account: DiskUsage) -> list[tuple[str, int, int]]:
+def _usage_by_kind(usage: DiskUsage) -> list[tuple[str, int, int]]:
     return [
-        ("dead", account.dead_bytes, account.dead_files),
-        ("quarantine", account.corrupt_bytes, account.corrupt_files),
-        ("delivered", account.delivered_bytes, account.delivered_files),
+        ("dead", usage.dead_bytes, usage.dead_files),
+        ("quarantine", usage.corrupt_bytes, usage.corrupt_files),
+        ("delivered", usage.delivered_bytes, usage.delivered_files),
     ]
 
 
@@ -128,13 +130,14 @@ def _heartbeat_ages(directory: DirectoryMetrics) -> Iterator[Measurement]:
 
 
 def _by_kind(directory: DirectoryMetrics, of: Callable[[FileKindMetrics], int]) -> Iterator[Measurement]:
-    return ((of(aside), {"kind": aside.kind, **sink_attributes(aside.sink)}) for aside in directory.file_kinds)
+    return ((of(files), {"kind": files.kind, **sink_attributes(files.sink)}) for files in directory.file_kinds)
 
 
 def _kind_limits(directory: DirectoryMetrics) -> Iterator[Measurement]:
-    kept = directory.settings.settlement_limits
+    limits = directory.settings.settlement_limits
     return (
-        (limit, {"kind": kind}) for kind, limit in (("dead", kept.max_dead_bytes), ("quarantine", kept.max_quarantine_bytes))
+        (limit, {"kind": kind})
+        for kind, limit in (("dead", limits.max_dead_bytes), ("quarantine", limits.max_quarantine_bytes))
     )
 
 
@@ -142,36 +145,56 @@ def _build_info(_directory: DirectoryMetrics) -> Iterator[Measurement]:
     yield 1, {"version": version("pillarbox"), "python": python_version()}
 
 
-# Of a `DirectoryMetrics`.
+# Metrics of a `DirectoryMetrics`.
 DIRECTORY_METRICS: Final = (
     *PENDING_METRICS,
-    Metric("limit.bytes", "By", "max_bytes as set here", "gauge", lambda g: [(g.settings.max_bytes, {})]),
-    Metric("limit.files", "{file}", "max_files as set here", "gauge", lambda g: [(g.settings.max_files, {})]),
+    Metric("limit.bytes", "By", "max_bytes in this process", "gauge", lambda d: [(d.settings.max_bytes, {})]),
+    Metric("limit.files", "{file}", "max_files in this process", "gauge", lambda d: [(d.settings.max_files, {})]),
     Metric(
-        "queue.bytes", "By", "Bytes of sealed files", "gauge", lambda g: ((q.bytes, sink_attributes(q.sink)) for q in g.queues)
+        "queue.bytes",
+        "By",
+        "Bytes of batch files in the queue",
+        "gauge",
+        lambda d: ((q.bytes, sink_attributes(q.sink)) for q in d.queues),
     ),
-    Metric("queue.files", "{file}", "Sealed files", "gauge", lambda g: ((q.files, sink_attributes(q.sink)) for q in g.queues)),
+    Metric(
+        "queue.files",
+        "{file}",
+        "Batch files in the queue",
+        "gauge",
+        lambda d: ((q.files, sink_attributes(q.sink)) for q in d.queues),
+    ),
     Metric(
         "oldest.age",
         "s",
-        "Since the oldest file that waits was sealed; 0 where none does",
+        "Time since the oldest pending batch was sealed; 0 if there is none",
         "gauge",
-        lambda g: ((q.oldest_age_s, sink_attributes(q.sink)) for q in g.queues),
+        lambda d: ((q.oldest_age_s, sink_attributes(q.sink)) for q in d.queues),
     ),
-    Metric("heartbeat.age", "s", "Since the process that delivers last said so", "gauge", _heartbeat_ages),
+    Metric("heartbeat.age", "s", "Time since the last heartbeat of the process that delivers", "gauge", _heartbeat_ages),
     Metric(
         "lease.held",
         "{lease}",
-        "1 where this process is the one that delivers",
+        "1 if this process delivers, 0 otherwise",
         "gauge",
-        lambda g: ((int(q.held), sink_attributes(q.sink)) for q in g.queues),
+        lambda d: ((int(q.holds_lease), sink_attributes(q.sink)) for q in d.queues),
     ),
-    Metric("kept.bytes", "By", "Bytes set aside in the directory", "gauge", lambda g: _by_kind(g, lambda aside: aside.bytes)),
     Metric(
-        "kept.files", "{file}", "Files set aside in the directory", "gauge", lambda g: _by_kind(g, lambda aside: aside.files)
+        "kept.bytes",
+        "By",
+        "Bytes of dead letters, quarantine and retained files",
+        "gauge",
+        lambda d: _by_kind(d, lambda files: files.bytes),
     ),
-    Metric("kept.limit", "By", "Where setting aside ends", "gauge", _kind_limits),
-    Metric("volume.free", "By", "Free on the volume", "gauge", lambda g: [(g.space.free_bytes, {})]),
-    Metric("volume.size", "By", "Size of the volume", "gauge", lambda g: [(g.space.total_bytes, {})]),
-    Metric("build.info", "{build}", "1, with the versions", "gauge", _build_info),
+    Metric(
+        "kept.files",
+        "{file}",
+        "Files of dead letters, quarantine and retained files",
+        "gauge",
+        lambda d: _by_kind(d, lambda files: files.files),
+    ),
+    Metric("kept.limit", "By", "Limit of dead letters and quarantine", "gauge", _kind_limits),
+    Metric("volume.free", "By", "Free bytes on the volume", "gauge", lambda d: [(d.space.free_bytes, {})]),
+    Metric("volume.size", "By", "Bytes on the volume", "gauge", lambda d: [(d.space.total_bytes, {})]),
+    Metric("build.info", "{build}", "Always 1; the labels hold the versions", "gauge", _build_info),
 )

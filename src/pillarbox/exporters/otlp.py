@@ -1,4 +1,4 @@
-"""Export over OTLP and HTTP, by OpenTelemetry's own SDK, set up by its own environment variables. Needs the extra `otlp`."""
+"""Exports over OTLP/HTTP with OpenTelemetry's SDK and its environment variables. Needs the extra `otlp`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-_LAST_EXPORT_TIMEOUT_S: Final = 5.0  # at the end of the command, for a collector that may not answer
+_LAST_EXPORT_TIMEOUT_S: Final = 5.0  # at exit, for a collector that may not respond
 
 
 class OtlpExporter:
-    """Exports from `start` to `close`, which exports once more; how often is OpenTelemetry's OTEL_METRIC_EXPORT_INTERVAL."""
+    """Exports from `start` to `close`, every OTEL_METRIC_EXPORT_INTERVAL ms and once more at the end."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class OtlpExporter:
         self._exporter = OTLPMetricExporter(endpoint=None if url is None else f"{url.rstrip('/')}/v1/metrics")
 
     def start(self) -> None:
-        """Export."""
+        """Start to export."""
         ours = Resource({"service.name": "pillarbox", "service.version": version("pillarbox")})
         resource = Resource.create(ours.merge(OTELResourceDetector().detect()).attributes)
         self._provider = MeterProvider([PeriodicExportingMetricReader(self._exporter)], resource)
@@ -46,12 +46,12 @@ class OtlpExporter:
         self._duration = create_flush_duration(meter)
 
     def record_flush(self, outbox: str, sink: str, seconds: float) -> None:
-        """A file took so long."""
+        """Record how long a batch file took."""
         self._duration.record(seconds, {"outbox": outbox, **sink_attributes(sink)})
 
     def close(self) -> None:
-        """Export what is not yet."""
+        """Export the last values and stop."""
         try:
             self._provider.shutdown(_LAST_EXPORT_TIMEOUT_S * 1000)
-        except Exception as error:  # noqa: BLE001 - whatever a reader raises, the events are delivered
-            log.warning("OTLP: the last export did not end: %s", error)
+        except Exception as error:  # noqa: BLE001 - a failed export must not fail delivery
+            log.warning("OTLP: the last export failed: %s", error)

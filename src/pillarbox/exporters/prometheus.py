@@ -1,4 +1,4 @@
-"""`GET /metrics`: the text format of Prometheus, or OpenMetrics for who asks for it. Needs the extra `metrics`."""
+"""Serves `GET /metrics` in Prometheus's text format, or in OpenMetrics on request. Needs the extra `metrics`."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
     from pillarbox.telemetry import Metric
 
-_CLIENT_TIMEOUT_S: Final = 5.0  # how long a client may keep quiet before it is hung up on
-# How OpenTelemetry's units are spelt out where a name goes to Prometheus; those in braces are left out.
+_CLIENT_TIMEOUT_S: Final = 5.0  # the connection of a client that sends nothing for so long is closed
+# The words for OpenTelemetry's units in Prometheus names; other units in braces are left out.
 _UNITS: Final = {"By": "bytes", "s": "seconds", "{event}/s": "per_second"}
 
 
 def prometheus_name(name: str, unit: str, kind: str) -> str:
-    """What Prometheus calls a metric: the unit at the end, and `_total` behind what only grows, as its rules have it."""
+    """Return a metric's name in Prometheus: with its unit, and for a counter with `_total`."""
     words = ["pillarbox", *name.split(".")]
-    if (spelt := _UNITS.get(unit)) and words[-1] != spelt:
-        words.append(spelt)
+    if (unit_word := _UNITS.get(unit)) and words[-1] != unit_word:
+        words.append(unit_word)
     return "_".join([*words, "total"] if kind == "counter" else words)
 
 
 class _FamilyCollector(Collector):
-    """Reads everything anew at each scrape."""
+    """Reads all values at each scrape."""
 
     def __init__(self, sources: Iterable[tuple[Iterable[Metric], Callable[[], Iterable[tuple[str, object]]]]]) -> None:
         self._sources = list(sources)
@@ -49,13 +49,13 @@ class _FamilyCollector(Collector):
         )
 
     def collect(self) -> Iterator[Family]:
-        """All families; one without a sample is left out."""
+        """Yield all families that have a sample."""
         for metrics, snapshots in self._sources:
-            found = list(snapshots())
+            values = list(snapshots())
             for metric in metrics:
                 name = prometheus_name(metric.name, metric.unit, metric.kind)
                 family = Family(name.removesuffix("_total"), metric.description, metric.kind)
-                for outbox, snapshot in found:
+                for outbox, snapshot in values:
                     for number, attributes in metric.read(snapshot):
                         family.add_sample(name, {"outbox": outbox, **attributes}, number)
                 if family.samples:
@@ -63,9 +63,9 @@ class _FamilyCollector(Collector):
         yield from self._flush_durations()
 
     def _flush_durations(self) -> Iterator[Family]:
-        for made in self.duration.collect():
-            family = Family(made.name, made.documentation, made.type)
-            for sample in made.samples:
+        for collected in self.duration.collect():
+            family = Family(collected.name, collected.documentation, collected.type)
+            for sample in collected.samples:
                 if not sample.name.endswith("_created"):
                     labels = {label: value for label, value in sample.labels.items() if value}
                     family.add_sample(sample.name, labels, sample.value)
@@ -74,10 +74,10 @@ class _FamilyCollector(Collector):
 
 class _MetricsServer(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # a client that hangs does not hold up the end
+    block_on_close = False  # a client that hangs does not delay the exit
 
     def server_bind(self) -> None:
-        """Without the look-up of our own name that `HTTPServer` makes, which may take its time."""
+        """Bind without `HTTPServer`'s lookup of the host name, which may be slow."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
@@ -93,15 +93,15 @@ class _MetricsHandler(MetricsHandler):
             else:
                 self.send_error(404, "the metrics are at /metrics")
         except ConnectionError:
-            self.close_connection = True  # the client has gone
+            self.close_connection = True  # the client has disconnected
 
     def version_string(self) -> str:
-        """No more than needed."""
+        """Hide the versions of Python and the server."""
         return "pillarbox"
 
 
 class PrometheusExporter:
-    """Listens from now, and serves from `start` to `close`. Raises `OSError` where it cannot listen."""
+    """Listens once it is created, and serves from `start` to `close`. Raises `OSError` if it cannot listen."""
 
     def __init__(
         self,
@@ -121,15 +121,15 @@ class PrometheusExporter:
         self._thread = threading.Thread(target=self._server.serve_forever, name="pillarbox-metrics", daemon=True)
 
     def start(self) -> None:
-        """Serve."""
+        """Start to serve."""
         self._thread.start()
 
     def record_flush(self, outbox: str, sink: str, seconds: float) -> None:
-        """A file took so long."""
+        """Record how long a batch file took."""
         self._families.duration.labels(outbox, sink).observe(seconds)
 
     def close(self) -> None:
-        """Hang up."""
+        """Stop serving and listening."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -1,9 +1,9 @@
-"""For the tests of applications and of Pillarbox itself.
+"""Test doubles and simulated disks, for the tests of applications and of Pillarbox itself.
 
-doubles.py   a clock that is set by hand, a sink that answers as it is told
-crash.py     a disk in memory, and processes that use it
-survivors.py what may be left of such a disk when the power fails
-fault.py     a file system that fails where it is told to
+doubles.py            a clock that tests advance, and a sink that records batches
+crash.py              a disk in memory, and processes that use it
+durability_model.py   what may remain of such a disk after a loss of power
+fault.py              a file system that fails at chosen operations
 """
 
 from pillarbox.testing.crash import CrashFilesystem, Disk

@@ -1,4 +1,4 @@
-"""A clock that is set by hand, a sink that answers as it is told."""
+"""Test doubles: a clock that tests advance, and a sink that records batches."""
 
 from __future__ import annotations
 
@@ -12,34 +12,40 @@ if TYPE_CHECKING:
 
 
 class ManualClock:
-    """A `Clock` that stands still until `advance` is called; `step` moves wall time only, as a clock that is set does."""
+    """A `Clock` that stands still until `advance`; `step` changes wall time only, as setting a clock does."""
 
     def __init__(self, micros: int = 1_700_000_000_000_000) -> None:
         self._micros = micros
         self._monotonic = 0.0
 
     def micros(self) -> int:
-        """Wall time in microseconds since 1970."""
+        """Return the wall time in microseconds since 1970."""
         return self._micros
 
     def monotonic(self) -> float:
-        """Seconds since the clock was made."""
+        """Return the seconds since the clock was created."""
         return self._monotonic
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance both times."""
         self._monotonic += seconds
         self._micros += int(seconds * 1e6)
 
     def step(self, seconds: float) -> None:
-        """Set the wall clock forward or back."""
+        """Change the wall time only, forward or back."""
         self._micros += int(seconds * 1e6)
 
 
 class RecordingSink:
-    """A `Sink` in memory: `batches` holds what it accepted; `results` are given first, then everything is accepted.
+    """A `Sink` in memory that keeps the accepted batches in `batches`.
 
-    An answer that is an exception is raised. `confirmations` answers `confirm` likewise, where it `needs_confirmation`.
+    `deliver` returns the queued `results` first, and then accepts every batch. `confirm` returns the queued `confirmations`
+    first, and then confirms every batch. An exception in a queue is raised.
+
+    Args:
+        results: the first results of `deliver`.
+        needs_confirmation: see `SinkCapabilities`.
+        unconfirmed_max: see `SinkCapabilities`.
     """
 
     def __init__(
@@ -53,42 +59,42 @@ class RecordingSink:
         )
         self.results: deque[DeliveryResult | Exception] = deque(results)
         self.confirmations: deque[int | Exception] = deque()
-        self.calls: list[str] = []  # batch ids, in the order in which they came
+        self.calls: list[str] = []  # ids of the delivered batches, in order
         self.batches: dict[str, list[bytes]] = {}
         self.open_count = 0
 
     @property
     def payloads(self) -> list[bytes]:
-        """Every accepted record, in order of arrival."""
+        """All accepted records, in order of arrival."""
         return [payload for batch in self.batches.values() for payload in batch]
 
     async def open(self) -> None:
-        """Count."""
+        """Count the calls."""
         self.open_count += 1
 
     def prepare(self, batch: Batch) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        """Give the next answer, or accept."""
+        """Return the next queued result, or accept the batch."""
         self.calls.append(batch.id)
-        answer = self.results.popleft() if self.results else Delivered(len(batch))
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, Delivered):
+        result = self.results.popleft() if self.results else Delivered(len(batch))
+        if isinstance(result, Exception):
+            raise result
+        if isinstance(result, Delivered):
             self.batches[batch.id] = list(batch.payloads)
-        return answer
+        return result
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
-        """Give the next confirmation, or confirm all."""
+        """Return the next queued confirmation, or confirm all batches."""
         confirmation = self.confirmations.popleft() if self.confirmations else len(batches)
         if isinstance(confirmation, Exception):
             raise confirmation
         return min(len(batches), confirmation)
 
     async def check(self) -> Iterable[CheckResult]:
-        """Nothing to find."""
-        return [CheckResult(ok=True, message="records in memory")]
+        """Return one good result."""
+        return [CheckResult(ok=True, message="keeps records in memory")]
 
     async def close(self) -> None:
-        """Nothing to let go."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""What fits a function's argument and what does not, found before the first event; and what only a value can show."""
+"""Comparison of event types with a function's argument, and values that only turn out not to match when they are sent."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def variants(*names: str, data: Kind = UNIT) -> Kind:
     return {"Sum": {"variants": [named(name, data) for name in names]}}
 
 
-def fit(event_type: type[msgspec.Struct], **columns: Kind) -> RowEncoder:
-    """An event type against a reducer that takes a list of structs with these columns."""
+def encoder_for(event_type: type[msgspec.Struct], **columns: Kind) -> RowEncoder:
+    """Make the encoder for a reducer that takes a list of structs with these columns."""
     text = {
         "typespace": {"types": [{"Product": {"elements": [named(name, kind) for name, kind in columns.items()]}}]},
         "tables": [],
@@ -44,10 +44,10 @@ def fit(event_type: type[msgspec.Struct], **columns: Kind) -> RowEncoder:
     return RowEncoder(schema, schema.functions["f"], event_type)
 
 
-def one(annotation: Any, column: Kind) -> list[FieldMismatch]:
-    """The misfits of an event type with one field of this type."""
+def mismatches_of(annotation: Any, column: Kind) -> list[FieldMismatch]:
+    """Return the mismatches of an event type with one field of this type."""
     kind = msgspec.defstruct("Event", [("event_id", str), ("value", annotation)])
-    return fit(kind, event_id=STRING, value=column).mismatches
+    return encoder_for(kind, event_id=STRING, value=column).mismatches
 
 
 class Number(enum.IntEnum):
@@ -84,39 +84,39 @@ GOOD: list[tuple[Any, Kind]] = [
     (int, {"Product": {"elements": [named("__timestamp_micros_since_unix_epoch__", {"I64": []})]}}),
 ]
 BAD: list[tuple[Any, Kind, str]] = [
-    (str, {"I64": []}, "is str, the module's is i64"),
-    (str | None, STRING, "may be None, the module's is String: make it Option<String>"),
-    (Number, STRING, "is Number, the module's is String"),
-    (Literal[1, 2], STRING, "the module's is String"),
-    (int, STRING, "is int, the module's is String"),
-    (Colour, variants("Red"), "the module's enum lacks DARK_BLUE; it has Red"),
-    (Literal["a", "b"], variants("A"), "the module's enum lacks b; it has A"),
+    (str, {"I64": []}, "is str, but the module has i64"),
+    (str | None, STRING, "may be None, but the module has String: change it to Option<String>"),
+    (Number, STRING, "is Number, but the module has String"),
+    (Literal[1, 2], STRING, "but the module has String"),
+    (int, STRING, "is int, but the module has String"),
+    (Colour, variants("Red"), "the module's enum has no variant DARK_BLUE; it has Red"),
+    (Literal["a", "b"], variants("A"), "the module's enum has no variant b; it has A"),
     (str, variants("A", data=STRING), "the module's variant A carries data"),
-    (float, {"I64": []}, "is float, the module's is i64"),
-    (list[int], {"Array": STRING}, "is int, the module's is String"),
-    (bool, {"U8": []}, "is bool, the module's is u8"),
+    (float, {"I64": []}, "is float, but the module has i64"),
+    (list[int], {"Array": STRING}, "is int, but the module has String"),
+    (bool, {"U8": []}, "is bool, but the module has u8"),
 ]
 
 
 @pytest.mark.parametrize(("annotation", "column"), GOOD)
-def test_what_fits(annotation: Any, column: Kind) -> None:
-    """No misfit."""
-    assert one(annotation, column) == []
+def test_matching_types_have_no_mismatch(annotation: Any, column: Kind) -> None:
+    """Each pair of a field and a column."""
+    assert mismatches_of(annotation, column) == []
 
 
-@pytest.mark.parametrize(("annotation", "column", "said"), BAD)
-def test_what_does_not_fit_is_named_with_both_sides(annotation: Any, column: Kind, said: str) -> None:
+@pytest.mark.parametrize(("annotation", "column", "message"), BAD)
+def test_a_mismatch_names_both_types(annotation: Any, column: Kind, message: str) -> None:
     """Field by field."""
-    (misfit,) = one(annotation, column)
-    assert misfit.field.startswith("value")
-    assert said in misfit.problem
+    (mismatch,) = mismatches_of(annotation, column)
+    assert mismatch.field.startswith("value")
+    assert message in mismatch.problem
 
 
-def test_missing_and_superfluous_fields_are_misfits_but_an_option_may_be_missing() -> None:
-    """In the event type, and in the module."""
+def test_missing_fields_and_columns_are_mismatches_except_options() -> None:
+    """In the event type and in the module."""
     kind = msgspec.defstruct("Event", [("event_id", str), ("mine", str)])
-    misfits = fit(kind, event_id=STRING, theirs=STRING, maybe=option(STRING)).mismatches
-    assert [misfit.field for misfit in misfits] == ["theirs", "mine"]
+    mismatches = encoder_for(kind, event_id=STRING, theirs=STRING, maybe=option(STRING)).mismatches
+    assert [mismatch.field for mismatch in mismatches] == ["theirs", "mine"]
 
 
 class Narrow(TrackingEvent, frozen=True):
@@ -124,40 +124,42 @@ class Narrow(TrackingEvent, frozen=True):
 
 
 @pytest.mark.parametrize("kind", [TrackingEvent, Narrow])
-def test_a_module_must_know_every_scope_kind(kind: type[msgspec.Struct]) -> None:
-    """Although the field is a text: that is the set-up's fault, not an event's."""
+def test_a_module_needs_every_scope_kind(kind: type[msgspec.Struct]) -> None:
+    """Although the field is text: a missing variant is a misconfiguration."""
     columns: dict[str, Kind] = {
         name: option(STRING) if name in ("user_id", "owner_user_id", "profile_id", "module_key") else STRING
         for name in TrackingEvent.__struct_fields__
     }
     columns |= {"occurred_at_micros": {"I64": []}, "scope_kind": variants(*list(ScopeKind)[:3])}
-    assert [misfit.field for misfit in fit(kind, **columns).mismatches] == ["scope_kind"]
+    assert [mismatch.field for mismatch in encoder_for(kind, **columns).mismatches] == ["scope_kind"]
 
 
 def test_columns_in_another_order_and_case_are_filled_by_name() -> None:
     """Names are compared without case and underscores."""
     kind = msgspec.defstruct("Event", [("event_id", str), ("user_name", str), ("n", int)])
-    fitting = fit(kind, n={"I64": []}, eventId=STRING, maybe=option(STRING), UserName=STRING)
-    refused: dict[int, Rejection] = {}
-    body, indexes = fitting.encode_arguments([kind("a", "b", 1)], [4], refused)
-    assert (json.loads(body), indexes, refused) == ([[[1, "a", None, "b"]]], [4], {})
+    encoder = encoder_for(kind, n={"I64": []}, eventId=STRING, maybe=option(STRING), UserName=STRING)
+    rejected: dict[int, Rejection] = {}
+    body, indexes = encoder.encode_arguments([kind("a", "b", 1)], [4], rejected)
+    assert (json.loads(body), indexes, rejected) == ([[[1, "a", None, "b"]]], [4], {})
 
 
 @pytest.mark.parametrize(
     ("column", "good", "bad"),
     [({"I64": []}, -(2**63), 2**63), ({"U8": []}, 255, 256), ({"U64": []}, 2**64 - 1, -1), ({"I8": []}, -128, -129)],
 )
-def test_an_integer_out_of_range_refuses_its_event_only(column: Kind, good: int, bad: int) -> None:
-    """With the column's range in the reason."""
+def test_an_integer_out_of_range_rejects_only_its_event(column: Kind, good: int, bad: int) -> None:
+    """The reason names the column's type."""
     kind = msgspec.defstruct("Event", [("event_id", str), ("n", int)])
-    refused: dict[int, Rejection] = {}
-    _, indexes = fit(kind, event_id=STRING, n=column).encode_arguments([kind("a", good), kind("b", bad)], range(2), refused)
+    rejected: dict[int, Rejection] = {}
+    _, indexes = encoder_for(kind, event_id=STRING, n=column).encode_arguments(
+        [kind("a", good), kind("b", bad)], range(2), rejected
+    )
     assert indexes == [0]
-    assert refused[1].code == "out_of_range"
+    assert rejected[1].code == "out_of_range"
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"typespace":{"types":[]}}', b"<html>"])
-def test_what_is_no_schema_is_said_to_be_none(text: bytes) -> None:
-    """Not a traceback."""
+def test_an_invalid_schema_raises_schema_error(text: bytes) -> None:
+    """Not another exception."""
     with pytest.raises(SchemaError):
         DatabaseSchema(text)

@@ -1,4 +1,4 @@
-"""What answers is not what the URL promises: a proxy, a server of an unknown version, one that talks nonsense."""
+"""Servers that are not a known SpacetimeDB: a proxy, an unknown version, and one with an invalid schema."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def nonsense(_path: str) -> tuple[int, str, bytes]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Answers], int]]:
-    """Starts a server with these answers and returns its port."""
+    """Return a function that starts a server with these responses and returns its port."""
     servers: list[ThreadingHTTPServer] = []
 
-    def start(answers: Answers) -> int:
+    def start(responses: Answers) -> int:
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-                """Say nothing."""
+                """Log nothing."""
 
             def do_GET(self) -> None:
-                """Whatever is asked."""
-                status, kind, body = answers(self.path)
+                """Send the response for the path."""
+                status, kind, body = responses(self.path)
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
@@ -64,25 +64,28 @@ def serve() -> Iterator[Callable[[Answers], int]]:
 
 
 @pytest.mark.parametrize(
-    ("answers", "said"),
+    ("responses", "message"),
     [
-        (proxy, "is there a proxy in between, or another server at this address? (Welcome to nginx)"),
-        (unknown_version, "the server, 7.0.1, does not describe the database as 1.x and 2.x do"),
-        (nonsense, "is this SpacetimeDB, and of a version that Pillarbox knows?"),
+        (
+            proxy,
+            "HTML with status 200 (Welcome to nginx), so it is not from SpacetimeDB: check the URL, and whether a proxy is in between",
+        ),
+        (unknown_version, "the server (7.0.1) does not describe the database as SpacetimeDB 1.x and 2.x do"),
+        (nonsense, "check the URL and the server's version"),
     ],
 )
-def test_it_is_said_in_check_state_and_log_and_no_event_is_lost(
-    serve: Callable[[Answers], int], tmp_path: Path, answers: Answers, said: str, caplog: pytest.LogCaptureFixture
+def test_check_state_and_log_report_the_server_and_no_event_is_lost(
+    serve: Callable[[Answers], int], tmp_path: Path, responses: Answers, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One sentence; the events stay as they are."""
-    url = f"spacetimedb://:t@127.0.0.1:{serve(answers)}/events"
-    (*_, finding) = run_check(url)
-    assert not finding.ok
-    assert said in finding.message
+    """Delivery stops, and the events stay pending."""
+    url = f"spacetimedb://:t@127.0.0.1:{serve(responses)}/events"
+    (*_, check) = run_check(url)
+    assert not check.ok
+    assert message in check.message
     with Outbox(str(tmp_path / "box"), sink=url) as outbox:
         assert outbox.enqueue(event(1))
         assert not outbox.flush(0.4)
         assert outbox.stats().state.name == "stopped"
-        assert said in outbox.stats().last_error
+        assert message in outbox.stats().last_error
         assert (outbox.stats().dead, outbox.stats().pending_files) == (0, 1)
-    assert said in caplog.text
+    assert message in caplog.text

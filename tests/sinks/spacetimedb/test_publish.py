@@ -1,4 +1,4 @@
-"""The module: what is built from source is what ships, and it can be put on a server."""
+"""The shipped module: it is what the source builds, and `publish` uploads it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ NAMES = ["tracking_event_v1.wasm", "tracking_event_v2.wasm"]
 
 
 def described(wasm: bytes) -> bytes:
-    """What a module tells a server of itself: run, with a host that takes its bytes and refuses all else."""
+    """Run a module with a minimal host and return the description that it writes."""
     engine = wasmtime.Engine()
     store, code, linker = wasmtime.Store(engine), wasmtime.Module(engine, wasm), wasmtime.Linker(engine)
-    told = bytearray()
+    description = bytearray()
     memory: list[wasmtime.Memory] = []
 
     def sink_write(_sink: int, start: int, length: int) -> int:
         (count,) = memory[0].read(store, length, length + 4)[:1]
         size = int.from_bytes(memory[0].read(store, length, length + 4), "little")
         assert count == size & 0xFF
-        told.extend(memory[0].read(store, start, start + size))
+        description.extend(memory[0].read(store, start, start + size))
         return 0
 
     for needed in code.imports:
@@ -51,7 +51,7 @@ def described(wasm: bytes) -> bytes:
     for export in sorted(one.name for one in code.exports if one.name.startswith("__preinit__")):
         _run(store, exports[export])
     _run(store, exports["__describe_module__"], 1)
-    return bytes(told)
+    return bytes(description)
 
 
 def _refuse(*_arguments: object) -> int:
@@ -71,7 +71,7 @@ def exports_of(wasm: bytes) -> set[str]:
 
 
 def texts(described_bytes: bytes) -> set[str]:
-    """The names in a description: texts with their length before them."""
+    """Return the names in a description: strings with a length prefix."""
     found = set()
     for match in re.finditer(rb"[A-Za-z_][A-Za-z0-9_]{2,40}", described_bytes):
         for end in range(match.end(), match.start(), -1):
@@ -82,8 +82,8 @@ def texts(described_bytes: bytes) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_built_from_source_is_what_ships(modules: Path, name: str) -> None:
-    """The same exports and the same description; the bytes depend on versions that cargo may choose."""
+def test_the_shipped_module_matches_its_source(modules: Path, name: str) -> None:
+    """Same exports and description; the bytes depend on versions that cargo may choose."""
     built, shipped = (modules / name).read_bytes(), publish.read_wasm(name)
     assert exports_of(built) == exports_of(shipped)
     assert described(built) == described(shipped)
@@ -91,8 +91,8 @@ def test_what_is_built_from_source_is_what_ships(modules: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_description_names_table_fields_and_functions(modules: Path, name: str) -> None:
-    """Of both versions; the procedure is in the one for 2.x only."""
+def test_the_description_names_the_table_its_columns_and_the_functions(modules: Path, name: str) -> None:
+    """In both versions; only the 2.x module has the procedure."""
     names = texts(described((modules / name).read_bytes()))
     wanted = {"tracking_event", "record_tracking_events", "ScopeKind", "Site", "Module", "User", "Profile"}
     assert wanted | set(TrackingEvent.__struct_fields__) <= names
@@ -103,14 +103,14 @@ def test_the_description_names_table_fields_and_functions(modules: Path, name: s
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_path_and_no_registry_is_in_a_module(modules: Path, name: str) -> None:
-    """Neither in what ships nor in what is built."""
+def test_a_module_contains_no_path_and_no_registry(modules: Path, name: str) -> None:
+    """Neither the shipped one nor the one built here."""
     for data in (publish.read_wasm(name), (modules / name).read_bytes()):
         assert not re.search(rb"/root|/home|/tmp|index\.crates|registry/src", data)
 
 
-def test_a_file_that_is_not_what_was_shipped_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its checksum says so."""
+def test_a_changed_module_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checksum differs."""
     folder = tmp_path / "wasm"
     folder.mkdir()
     (folder / "SHA256SUMS").write_bytes((SHIPPED / "SHA256SUMS").read_bytes())
@@ -126,8 +126,8 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_publish_makes_a_database_that_takes_events(shared_server: SpacetimeDbServer, tmp_path: Path) -> None:
-    """Without Rust, with an identity of its own, whose token nobody sees."""
+def test_publish_creates_a_database_that_accepts_events(shared_server: SpacetimeDbServer, tmp_path: Path) -> None:
+    """Without Rust, and with a new identity whose token is not printed."""
     done = run("publish", "--server", shared_server.url, "--database", "by-command", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     token = tmp_path / "spacetimedb.token"
@@ -135,11 +135,11 @@ def test_publish_makes_a_database_that_takes_events(shared_server: SpacetimeDbSe
     assert token.read_text().strip() not in done.stdout + done.stderr
     assert len(done.stdout.splitlines()) <= 24
     url = f"spacetimedb://127.0.0.1:{shared_server.port}/by-command?confirm_wait=0&token_file={token}"
-    assert all(finding.ok for finding in run_check(url))
+    assert all(check.ok for check in run_check(url))
     assert deliver_batches(url, make_batch(event(1)))[1]
-    for options, word in (([], "was there"), (["--replace"], "replaced")):
+    for options, word in (([], "unchanged"), (["--replace"], "updated")):
         again = run("publish", "--server", shared_server.url, "--database", "by-command", "--json", *options, cwd=tmp_path)
-        assert (again.returncode, json.loads(again.stdout)["done"]) == (0, word)
+        assert (again.returncode, json.loads(again.stdout)["action"]) == (0, word)
     assert deliver_batches(url, make_batch(event(1)))[1]
     query = f"SELECT COUNT(*) AS n FROM {publish.TABLE}"
     headers = {"Authorization": f"Bearer {token.read_text().strip()}"}
@@ -149,38 +149,38 @@ def test_publish_makes_a_database_that_takes_events(shared_server: SpacetimeDbSe
 
 
 @pytest.mark.parametrize(
-    ("database", "said"),
+    ("database", "message"),
     [
         ("events", "belongs to another identity"),
         (
             "other",
-            "another module (tables note; functions lacks_profile, other_arguments, record_notes), which is not overwritten",
+            "another module (tables: note; functions: lacks_profile, other_arguments, record_notes), which is not replaced",
         ),
         ("Not A Name", "lower-case letters"),
     ],
 )
-def test_publish_leaves_what_is_not_ours_alone(
-    shared_server: SpacetimeDbServer, tmp_path: Path, database: str, said: str
+def test_publish_changes_no_database_of_others(
+    shared_server: SpacetimeDbServer, tmp_path: Path, database: str, message: str
 ) -> None:
-    """And says what to do."""
+    """It says what to do instead."""
     before = shared_server.request("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9")
     done = run("publish", "--server", shared_server.url, "--database", database, cwd=tmp_path)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert shared_server.request("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9") == before
 
 
-def test_publish_says_when_there_is_no_server(tmp_path: Path) -> None:
-    """Nothing is left behind."""
+def test_publish_reports_an_unreachable_server(tmp_path: Path) -> None:
+    """It leaves no file behind."""
     done = run("publish", "--server", "http://127.0.0.1:1", "--database", "x", cwd=tmp_path)
     assert done.returncode == 2
-    assert "cannot be reached" in done.stderr
+    assert "cannot connect to" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("major", [1, 2])
-def test_scaffold_prints_table_and_function(tmp_path: Path, major: int) -> None:
-    """For the version that is asked for."""
+def test_scaffold_prints_a_table_and_a_function(tmp_path: Path, major: int) -> None:
+    """For the requested version."""
     done = run("scaffold", "--for", major, cwd=tmp_path)
     assert done.returncode == 0
     assert f"#[spacetimedb::table({'name' if major == 1 else 'accessor'} = tracking_event)]" in done.stdout

@@ -1,4 +1,4 @@
-"""The sink against a real server, SpacetimeDB standalone 1.2.0: what it answers, and what becomes of the events."""
+"""The SpacetimeDB sink against a real standalone server 1.2.0."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GOOD = b'["%b","k",{"Site":[]},"s",null,null,null,null,"{}",5]'
 
 
 class Note(msgspec.Struct, frozen=True):
-    """Fits the other module's `record_notes`."""
+    """Matches `record_notes` of the other module."""
 
     event_id: str
     text: str
@@ -51,20 +51,20 @@ def notes(server: SpacetimeDbServer, **options: object) -> str:
     return server.sink_url("other", function="record_notes", **options)
 
 
-def test_events_of_the_older_system_arrive_unchanged(shared_server: SpacetimeDbServer, existing: Path, tmp_path: Path) -> None:
-    """All 127, through the whole line."""
+def test_events_of_an_older_writer_arrive_unchanged(shared_server: SpacetimeDbServer, existing: Path, tmp_path: Path) -> None:
+    """All 127."""
     with Outbox(str(existing), sink=shared_server.sink_url("events", confirm_wait=0.02)) as outbox:
         assert outbox.flush(60)
         assert outbox.stats().delivered == 127
     names = TrackingEvent.__struct_fields__
     rows = shared_server.rows("events", f"SELECT {', '.join(names)} FROM tracking_event")
-    found = {row[0]: dict(zip(names, map(plain_value, row), strict=True)) for row in rows}
+    rows_by_id = {row[0]: dict(zip(names, map(plain_value, row), strict=True)) for row in rows}
     for one in existing_events():
-        assert found[str(one["event_id"])] == one
+        assert rows_by_id[str(one["event_id"])] == one
 
 
 def plain_value(value: Any) -> Any:
-    """A cell of an answer to a query: options and variants come as `[position, value]`."""
+    """Convert a cell of a query's result: options and variants are `[position, value]`."""
     match value:
         case [0, str(text)]:
             return text
@@ -77,11 +77,11 @@ def plain_value(value: Any) -> Any:
 
 
 def test_a_variant_without_data_at_position_1_is_not_an_empty_option(shared_server: SpacetimeDbServer) -> None:
-    """What `plain_value` cannot tell apart: `Module` is stored as such."""
+    """`plain_value` cannot tell these apart; `Module` is stored as such."""
     url = shared_server.sink_url("events", confirm_wait=0)
     events = [event(index, event_id=f"kind-{kind}", scope_kind=kind) for index, kind in enumerate(ScopeKind)]
-    answers, sure = deliver_batches(url, make_batch(*events))
-    assert (answers, sure) == ([Delivered(4)], True)
+    results, confirmed = deliver_batches(url, make_batch(*events))
+    assert (results, confirmed) == ([Delivered(4)], True)
     rows = shared_server.rows("events", "SELECT event_id, scope_kind FROM tracking_event")
     kinds = {row[0]: row[1] for row in rows if row[0].startswith("kind-")}
     assert kinds == {f"kind-{kind}": [index, []] for index, kind in enumerate(ScopeKind)}
@@ -98,26 +98,26 @@ def test_64_bit_integers_and_any_text_are_stored_exactly(shared_server: Spacetim
     ]
     assert deliver_batches(url, make_batch(*events))[0] == [Delivered(2)]
     query = "SELECT event_id, occurred_at_micros, metadata_json, user_id FROM tracking_event"
-    found = {row[0]: row[1:] for row in shared_server.rows("events", query)}
-    assert found["int-least"][0] == -(2**63)
-    assert found["int-most"] == [2**63 - 1, '{"a":"\\u2028\\"\\n"}', [0, "\x00\u2028🎮"]]
+    rows_by_id = {row[0]: row[1:] for row in shared_server.rows("events", query)}
+    assert rows_by_id["int-least"][0] == -(2**63)
+    assert rows_by_id["int-most"] == [2**63 - 1, '{"a":"\\u2028\\"\\n"}', [0, "\x00\u2028🎮"]]
 
 
 def test_a_batch_that_is_sent_twice_is_stored_once(shared_server: SpacetimeDbServer) -> None:
-    """The function skips what it has."""
+    """The function skips events that the table has."""
     one = make_batch(event(1, event_id="twice"))
     assert deliver_batches(shared_server.sink_url("events", confirm_wait=0), one, one)[0] == [Delivered(1)] * 2
     assert shared_server.stored_event_ids("events").count("twice") == 1
 
 
-# What is sent, as the arguments of the function, and the status that a real server gives it.
+# The arguments that are sent, and the status with which a real server responds.
 ROWS: list[tuple[str, bytes, int, type[Any]]] = [
     ("good", b"[[" + GOOD % b"row" + b"]]", 200, Delivered),
     ("options by name", b'[[["r2","k",{"Site":{}},"s",{"none":[]},{"some":"x"},[0,"y"],[1,[]],"{}",5]]]', 200, Delivered),
     ("variant by position", b'[[["r3","k",{"0":[]},"s",null,null,null,null,"{}",5]]]', 200, Delivered),
     ("missing field", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}"]]]', 400, PartialFailure),
     ("extra field", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}",5,6]]]', 400, PartialFailure),
-    ("wrong type", b'[[["a",7,{"Site":[]},"s",null,null,null,null,"{}",5]]]', 400, PartialFailure),
+    ("misconfiguration type", b'[[["a",7,{"Site":[]},"s",null,null,null,null,"{}",5]]]', 400, PartialFailure),
     ("integer as text", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}","5"]]]', 400, PartialFailure),
     ("integer as float", b'[[["a","k",{"Site":[]},"s",null,null,null,null,"{}",5.5]]]', 400, PartialFailure),
     ("bare option", b'[[["a","k",{"Site":[]},"s","x",null,null,null,"{}",5]]]', 400, PartialFailure),
@@ -130,14 +130,16 @@ ROWS: list[tuple[str, bytes, int, type[Any]]] = [
 
 
 @pytest.mark.parametrize(("body", "status", "kind"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
-def test_what_the_server_answers_to_a_body(shared_server: SpacetimeDbServer, body: bytes, status: int, kind: type[Any]) -> None:
-    """Status and meaning, row by row."""
-    reply = shared_server.call("events", "record_tracking_events", body)
-    assert reply.status == status, reply.excerpt
-    answer = classify_response(reply, "record_tracking_events", [7], "nothing")
-    assert type(answer) is kind
-    if isinstance(answer, PartialFailure):
-        assert answer.rejected.keys() == {7}
+def test_the_servers_response_to_a_body_is_classified(
+    shared_server: SpacetimeDbServer, body: bytes, status: int, kind: type[Any]
+) -> None:
+    """Row by row."""
+    response = shared_server.call("events", "record_tracking_events", body)
+    assert response.status == status, response.excerpt
+    result = classify_response(response, "record_tracking_events", [7], "nothing")
+    assert type(result) is kind
+    if isinstance(result, PartialFailure):
+        assert result.rejected.keys() == {7}
 
 
 @pytest.mark.parametrize(
@@ -151,27 +153,29 @@ def test_what_the_server_answers_to_a_body(shared_server: SpacetimeDbServer, bod
         ({"Content_Encoding": "gzip"}, 400),
     ],
 )
-def test_what_the_server_answers_to_headers(shared_server: SpacetimeDbServer, headers: dict[str, str], status: int) -> None:
-    """All of it is the set-up's fault."""
+def test_the_servers_response_to_wrong_headers_is_a_misconfiguration(
+    shared_server: SpacetimeDbServer, headers: dict[str, str], status: int
+) -> None:
+    """Row by row."""
     body = gzip.compress(b"[[]]") if "Content_Encoding" in headers else b"[[]]"
-    reply = shared_server.call("events", "record_tracking_events", body, **headers)
-    assert reply.status == status
-    assert isinstance(classify_response(reply, "f", [0], "nothing"), Misconfigured)
+    response = shared_server.call("events", "record_tracking_events", body, **headers)
+    assert response.status == status
+    assert isinstance(classify_response(response, "f", [0], "nothing"), Misconfigured)
 
 
-def test_calls_of_2_mib_pass_and_one_byte_more_does_not(shared_server: SpacetimeDbServer) -> None:
-    """So that is where the sink splits, before it sends."""
+def test_calls_of_2_mib_are_accepted_and_one_byte_more_is_not(shared_server: SpacetimeDbServer) -> None:
+    """The sink rejects larger calls itself, so that delivery halves them."""
     empty = b'[[["big","k",{"Site":[]},"s",null,null,null,null,"%b",5]]]'
     body = empty % (b"x" * (CALL_BYTES_MAX - len(empty) + 2))
     assert len(body) == CALL_BYTES_MAX
     assert shared_server.call("events", "record_tracking_events", body).status == 200
-    reply = shared_server.call("events", "record_tracking_events", body + b" ")
-    assert reply.status == 413
-    assert isinstance(classify_response(reply, "f", [0, 1], "nothing"), Rejected)
+    response = shared_server.call("events", "record_tracking_events", body + b" ")
+    assert response.status == 413
+    assert isinstance(classify_response(response, "f", [0, 1], "nothing"), Rejected)
 
 
-def test_far_larger_calls_are_cut_off_or_refused(shared_server: SpacetimeDbServer) -> None:
-    """10 MiB: the server hangs up while it is sent, or its 413 can still be read; the sink never sends such a one."""
+def test_a_far_larger_call_is_cut_off_or_rejected(shared_server: SpacetimeDbServer) -> None:
+    """10 MiB: the server closes the connection, or its 413 can still be read. The sink never sends such a call."""
     try:
         status = shared_server.call("events", "record_tracking_events", b"[" * (10 * 2**20)).status
     except OSError:
@@ -179,32 +183,30 @@ def test_far_larger_calls_are_cut_off_or_refused(shared_server: SpacetimeDbServe
     assert status == 413
 
 
-def test_a_batch_that_is_too_large_is_split_and_one_event_that_is_becomes_a_dead_letter(
+def test_a_batch_that_is_too_large_is_split_and_an_event_that_is_becomes_a_dead_letter(
     shared_server: SpacetimeDbServer, tmp_path: Path
 ) -> None:
-    """The others arrive."""
-    place = tmp_path / "box"
-    with Outbox(str(place), batch_bytes=10**8, flush_interval=60) as outbox:
+    """The other events arrive."""
+    directory = tmp_path / "box"
+    with Outbox(str(directory), batch_bytes=10**8, flush_interval=60) as outbox:
         assert all(outbox.enqueue(event(n, event_id=f"large-{n}", metadata_json=json.dumps("x" * 200_000))) for n in range(30))
-    (sealed,) = place.glob("sealed-*")
-    # Larger than an outbox accepts, as an older writer may have left it.
+    (sealed,) = directory.glob("sealed-*")
+    # Larger than an outbox accepts; an older writer may have stored it.
     huge = msgspec.json.encode(event(1, event_id="huge", metadata_json=json.dumps("x" * CALL_BYTES_MAX)))
     sealed.write_bytes(sealed.read_bytes() + b'{"event":' + huge + b"}\n")
-    with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
+    with Outbox(str(directory), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
         assert outbox.flush(60)
         assert (outbox.stats().delivered, outbox.stats().dead) == (30, 1)
-    (dead,) = place.glob("dead-*")
-    letter = json.loads(dead.read_bytes())
-    assert (letter["code"], letter["event"]["event_id"]) == ("too_large", "huge")
+    (dead,) = directory.glob("dead-*")
+    dead_letter = json.loads(dead.read_bytes())
+    assert (dead_letter["code"], dead_letter["event"]["event_id"]) == ("too_large", "huge")
     assert {f"large-{n}" for n in range(30)} <= set(shared_server.stored_event_ids("events"))
 
 
-def test_an_event_that_the_function_refuses_is_set_aside_and_the_others_arrive(
-    shared_server: SpacetimeDbServer, tmp_path: Path
-) -> None:
-    """By the index in the error; also a text that is no member of the enum, which is not even sent."""
-    place = tmp_path / "box"
-    with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
+def test_a_rejected_event_becomes_a_dead_letter_and_the_others_arrive(shared_server: SpacetimeDbServer, tmp_path: Path) -> None:
+    """By the index in the error; text that is not a variant is rejected without a call."""
+    directory = tmp_path / "box"
+    with Outbox(str(directory), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
         events = [event(n, event_id=f"mixed-{n}") for n in range(20)]
         events[3] = event(3, event_id="mixed-3", event_key="")
         events[9] = event(9, event_id="mixed-9", scope_kind="Planet")
@@ -212,24 +214,24 @@ def test_an_event_that_the_function_refuses_is_set_aside_and_the_others_arrive(
         assert all(outbox.enqueue_many(events))
         assert outbox.flush(60)
         assert (outbox.stats().delivered, outbox.stats().dead) == (17, 3)
-    (dead,) = place.glob("dead-*")
-    letters = [json.loads(line) for line in dead.read_bytes().splitlines()]
-    assert [(one["event"]["event_id"], one["code"]) for one in letters] == [
+    (dead,) = directory.glob("dead-*")
+    dead_letters = [json.loads(line) for line in dead.read_bytes().splitlines()]
+    assert [(one["event"]["event_id"], one["code"]) for one in dead_letters] == [
         ("mixed-3", "refused_by_function"),
         ("mixed-9", "unknown_variant"),
         ("mixed-15", "refused_by_function"),
     ]
-    assert letters[0]["reason"] == "event_key: must not be empty"
+    assert dead_letters[0]["reason"] == "event_key: must not be empty"
     assert {f"mixed-{n}" for n in range(20)} & set(shared_server.stored_event_ids("events")) == {
         f"mixed-{n}" for n in set(range(20)) - {3, 9, 15}
     }
 
 
 @pytest.mark.parametrize("text", ["panic", "refuse"])
-def test_a_panic_or_an_error_that_names_no_event_is_narrowed_down_by_halves(
+def test_a_panic_or_an_error_without_an_index_is_found_by_halving(
     shared_server: SpacetimeDbServer, tmp_path: Path, text: str
 ) -> None:
-    """One poisoned event of 64: it alone is a dead letter."""
+    """One poisoned event of 64 is the only dead letter."""
     url = notes(shared_server, confirm_wait=0)
     with Outbox(str(tmp_path / "box"), sink=url, event_type=Note) as outbox:
         rows = [Note(f"{text}-{n}", text if n == 41 else "fine", n) for n in range(64)]
@@ -240,71 +242,80 @@ def test_a_panic_or_an_error_that_names_no_event_is_narrowed_down_by_halves(
     assert json.loads(dead.read_bytes())["event"]["event_id"] == f"{text}-41"
 
 
-def test_a_number_out_of_the_columns_range_refuses_that_event(shared_server: SpacetimeDbServer) -> None:
+def test_a_number_out_of_a_columns_range_rejects_its_event(shared_server: SpacetimeDbServer) -> None:
     """u8, with 255 and 256."""
-    answers, _ = deliver_batches(
+    results, _ = deliver_batches(
         notes(shared_server, confirm_wait=0), make_batch(Note("u8-255", "t", 255), Note("u8-256", "t", 256)), event_type=Note
     )
-    (answer,) = answers
-    assert isinstance(answer, PartialFailure)
-    assert (answer.rejected[1].code, answer.accepted) == ("out_of_range", 1)
+    (result,) = results
+    assert isinstance(result, PartialFailure)
+    assert (result.rejected[1].code, result.accepted) == ("out_of_range", 1)
 
 
-def wrong(change: Callable[[SpacetimeDbServer], str], *said: str, state: str = "stopped") -> Any:
-    return pytest.param(change, said, state, id=" ".join(said[0].split()[:4]))
+def misconfiguration(change: Callable[[SpacetimeDbServer], str], *words: str, state: str = "stopped") -> Any:
+    return pytest.param(change, words, state, id=" ".join(words[0].split()[:4]))
 
 
 @pytest.mark.parametrize(
-    ("url_of", "said", "state"),
+    ("url_of", "words", "state"),
     [
-        wrong(lambda server: server.sink_url("nowhere"), "no such database", "publish"),
-        wrong(lambda server: server.sink_url("events", function="nope"), "no function nope", "it has record_tracking_events"),
-        wrong(lambda server: server.sink_url("other", function="other_arguments"), "takes u32, String", "Vec<...>"),
-        wrong(lambda server: server.sink_url("other", function="lacks_profile"), "scope_kind", "lacks PROFILE", "Site, Module"),
-        wrong(lambda server: server.sink_url("other", function="record_notes"), "event_key", "values would be lost"),
-        wrong(lambda server: server.sink_url("events").replace(server.token, "not-a-token"), "401", "token"),
-        wrong(
+        misconfiguration(lambda server: server.sink_url("nowhere"), "no such database", "publish"),
+        misconfiguration(
+            lambda server: server.sink_url("events", function="nope"),
+            "no function nope",
+            "its functions: record_tracking_events",
+        ),
+        misconfiguration(lambda server: server.sink_url("other", function="other_arguments"), "takes u32, String", "Vec<...>"),
+        misconfiguration(
+            lambda server: server.sink_url("other", function="lacks_profile"),
+            "scope_kind",
+            "no variant PROFILE",
+            "Site, Module",
+        ),
+        misconfiguration(lambda server: server.sink_url("other", function="record_notes"), "event_key", "values would be lost"),
+        misconfiguration(lambda server: server.sink_url("events").replace(server.token, "not-a-token"), "401", "token"),
+        misconfiguration(
             lambda server: server.sink_url("events").replace(f":{server.port}/", ":1/"),
-            "cannot be reached",
+            "cannot connect to",
             "host and port",
             state="waiting",
         ),
-        wrong(
+        misconfiguration(
             lambda server: server.sink_url("events").replace("127.0.0.1", "no-such-host.invalid"),
-            "cannot be reached",
+            "cannot connect to",
             state="waiting",
         ),
     ],
 )
-def test_a_wrong_set_up_is_one_clear_sentence_and_no_event_is_lost(
+def test_a_misconfiguration_is_reported_everywhere_and_no_event_is_lost(
     shared_server: SpacetimeDbServer,
     tmp_path: Path,
     url_of: Callable[[SpacetimeDbServer], str],
-    said: tuple[str, ...],
+    words: tuple[str, ...],
     state: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In `run_check`, in the state and in the log; nothing becomes a dead letter, and no secret shows."""
+    """In check, state and log; without dead letters and without showing a secret."""
     url = url_of(shared_server)
-    (*_, finding) = run_check(url)
-    assert not finding.ok
+    (*_, check) = run_check(url)
+    assert not check.ok
     with Outbox(str(tmp_path / "box"), sink=url) as outbox:
         assert outbox.enqueue(event(1))
         assert not outbox.flush(0.5)
         stats = outbox.stats()
     assert stats.state.name == state
-    for word in said:
-        assert word in finding.message
+    for word in words:
+        assert word in check.message
         assert word in stats.state.reason
         assert word in caplog.text
-    assert shared_server.token not in caplog.text + finding.message + repr(outbox) + str(stats)
+    assert shared_server.token not in caplog.text + check.message + repr(outbox) + str(stats)
     assert (stats.dead, stats.pending_files) == (0, 1)
 
 
-def test_a_token_of_another_server_stops_delivery_and_loses_nothing(
+def test_a_token_of_another_server_stops_delivery_and_loses_no_event(
     shared_server: SpacetimeDbServer, own_server: SpacetimeDbServer, tmp_path: Path
 ) -> None:
-    """Until somebody mends it."""
+    """Until a person corrects it."""
     url = shared_server.sink_url("events").replace(shared_server.token, own_server.token)
     with Outbox(str(tmp_path / "box"), sink=url) as outbox:
         outbox.enqueue(event(1, event_id="foreign-token"))
@@ -316,8 +327,10 @@ def test_a_token_of_another_server_stops_delivery_and_loses_nothing(
     assert "foreign-token" in shared_server.stored_event_ids("events")
 
 
-def test_a_missing_token_warns_once(shared_server: SpacetimeDbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """And works: each call has an identity of its own."""
+def test_a_missing_token_is_logged_once(
+    shared_server: SpacetimeDbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Delivery works; each call has its own identity."""
     url = f"spacetimedb://127.0.0.1:{shared_server.port}/events?confirm_wait=0"
     with Outbox(str(tmp_path / "box"), sink=url, batch_size=1) as outbox:
         assert all(outbox.enqueue(event(n, event_id=f"no-token-{n}")) for n in range(3))
@@ -325,20 +338,20 @@ def test_a_missing_token_warns_once(shared_server: SpacetimeDbServer, tmp_path: 
     assert len([entry for entry in caplog.records if "no token is set" in entry.message]) == 1
 
 
-def test_200_is_not_durable_so_a_killed_server_confirms_nothing(own_server: SpacetimeDbServer) -> None:
-    """Killed between the answer and the ping, and running again: the connection is another one."""
+def test_a_server_killed_after_a_200_confirms_nothing(own_server: SpacetimeDbServer) -> None:
+    """It runs again when it is asked, but the connection is another one."""
 
     def crash() -> None:
         own_server.kill()
         own_server.start()
 
     url = own_server.sink_url("events", confirm_wait=0)
-    answers, sure = deliver_batches(url, make_batch(event(1)), before_confirm=crash)
-    assert (answers, sure) == ([Delivered(1)], False)
+    results, confirmed = deliver_batches(url, make_batch(event(1)), before_confirm=crash)
+    assert (results, confirmed) == ([Delivered(1)], False)
 
 
-def test_batches_that_a_dying_server_had_answered_are_sent_again(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
-    """Killed in the middle of a backlog, three times: all there, once."""
+def test_batches_that_a_killed_server_accepted_are_sent_again(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
+    """Killed three times during a backlog; each event is stored once."""
     with Outbox(str(tmp_path / "box"), batch_size=100) as outbox:
         assert all(outbox.enqueue(event(n)) for n in range(20_000))
     with Outbox(str(tmp_path / "box"), sink=own_server.sink_url("events", confirm_wait=0.1)) as outbox:
@@ -349,23 +362,23 @@ def test_batches_that_a_dying_server_had_answered_are_sent_again(own_server: Spa
             outbox.flush(0.3)
         assert outbox.flush(60)
         assert outbox.stats().dead == 0
-    found = own_server.stored_event_ids("events")
-    assert len(found) == len(set(found)) == 20_000
+    rows_by_id = own_server.stored_event_ids("events")
+    assert len(rows_by_id) == len(set(rows_by_id)) == 20_000
 
 
-def test_a_module_that_changes_underneath_is_fitted_to_anew(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
-    """The database goes, and comes back with a text for the enum: one sink, nothing refused for good."""
+def test_a_module_that_changes_during_delivery_is_used(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
+    """The database is deleted and published again with text in place of the enum; no event is rejected."""
     module = scaffolded(TrackingEvent, tmp_path)
 
     async def run() -> list[DeliveryResult]:
         sink = make_sink(own_server.sink_url("events", confirm_wait=0), TrackingEvent)
-        answers = [await sink.deliver(make_batch(event(1)))]
+        results = [await sink.deliver(make_batch(event(1)))]
         assert own_server.request("DELETE", "/v1/database/events", Authorization=f"Bearer {own_server.token}")[0] == 200
-        answers.append(await sink.deliver(make_batch(event(2))))
+        results.append(await sink.deliver(make_batch(event(2))))
         own_server.publish("events", module)
-        answers.append(await sink.deliver(make_batch(event(2))))
+        results.append(await sink.deliver(make_batch(event(2))))
         await sink.close()
-        return answers
+        return results
 
     first, gone, back = asyncio.run(run())
     assert (first, back) == (Delivered(1), Delivered(1))
@@ -373,24 +386,24 @@ def test_a_module_that_changes_underneath_is_fitted_to_anew(own_server: Spacetim
     assert own_server.rows("events", "SELECT event_id, scope_kind FROM tracking_event") == [["e-000002", "Site"]]
 
 
-def test_a_module_that_is_replaced_is_noticed_at_the_first_refusal(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
-    """What was prepared for the old one is prepared anew."""
+def test_a_replaced_module_is_noticed_at_the_first_error(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
+    """A call that was prepared for the old one is prepared again."""
     module = scaffolded(TrackingEvent, tmp_path)
 
     async def run() -> list[DeliveryResult]:
         sink = make_sink(own_server.sink_url("events", confirm_wait=0), TrackingEvent)
-        answers = [await sink.deliver(make_batch(event(1)))]
+        results = [await sink.deliver(make_batch(event(1)))]
         assert own_server.request("DELETE", "/v1/database/events", Authorization=f"Bearer {own_server.token}")[0] == 200
         own_server.publish("events", module)
         one = make_batch(event(2))
         sink.prepare(one)
-        answers += [await sink.deliver(one), await sink.deliver(one)]
+        results += [await sink.deliver(one), await sink.deliver(one)]
         await sink.close()
-        return answers
+        return results
 
     first, noticed, again = asyncio.run(run())
     assert (first, again) == (Delivered(1), Delivered(1))
-    assert noticed == Retry("the module has changed; fitted to it anew")
+    assert noticed == Retry("the module's schema has changed; the sink uses the new schema")
 
 
 def scaffolded(event_type: type[msgspec.Struct], folder: Path) -> bytes:
@@ -402,13 +415,13 @@ def scaffolded(event_type: type[msgspec.Struct], folder: Path) -> bytes:
     return (folder / "module.wasm").read_bytes()
 
 
-def test_a_retry_says_what_to_look_at(own_server: SpacetimeDbServer) -> None:
-    """The server is gone."""
+def test_an_unreachable_server_is_a_retry_that_says_what_to_check(own_server: SpacetimeDbServer) -> None:
+    """The server is killed."""
     own_server.kill()
-    answers, _ = deliver_batches(own_server.sink_url("events"), make_batch(event(1)))
-    (answer,) = answers
-    assert isinstance(answer, Retry)
-    assert "is the server running" in answer.reason
+    results, _ = deliver_batches(own_server.sink_url("events"), make_batch(event(1)))
+    (result,) = results
+    assert isinstance(result, Retry)
+    assert "check that the server is running" in result.reason
 
 
 class Colour(enum.Enum):
@@ -450,11 +463,11 @@ class PageView(msgspec.Struct, frozen=True):
     raw: bytes = b""
 
 
-def test_a_scaffolded_module_compiles_and_takes_the_events(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
-    """Enums, lists, structs, options, words that Rust keeps for itself, and JSON text for what has no type of its own."""
+def test_a_scaffolded_module_compiles_and_accepts_the_events(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
+    """With enums, lists, structs, options, Rust keywords, and JSON text for all other types."""
     own_server.publish("views", scaffolded(PageView, tmp_path))
     url = own_server.sink_url("views", function="record_page_views", confirm_wait=0)
-    assert all(finding.ok for finding in run_check(url, PageView))
+    assert all(check.ok for check in run_check(url, PageView))
     noon = datetime(2026, 11, 24, 12, 0, 0, 5, tzinfo=UTC)
     spots = [Spot(1, 2.5), Spot(-1, 0.0)]
     views = [
@@ -484,8 +497,8 @@ def test_a_scaffolded_module_compiles_and_takes_the_events(own_server: Spacetime
     ]
 
 
-def test_events_of_one_file_that_are_sent_in_parts_are_settled_too(shared_server: SpacetimeDbServer, tmp_path: Path) -> None:
-    """Each part at another time, and a wait in which not all of them are due at once."""
+def test_a_file_that_is_sent_in_parts_is_confirmed(shared_server: SpacetimeDbServer, tmp_path: Path) -> None:
+    """The parts are sent at different times, so not all are due for confirmation at once."""
     with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0.05)) as outbox:
         rows = [event(n, event_id=f"part-{n}", event_key="" if n % 4 == 0 else "k") for n in range(500)]
         assert all(outbox.enqueue_many(rows))
@@ -493,19 +506,21 @@ def test_events_of_one_file_that_are_sent_in_parts_are_settled_too(shared_server
         assert (outbox.stats().delivered, outbox.stats().dead, outbox.stats().failed_flushes) == (375, 125, 0)
 
 
-def test_a_batch_of_refused_events_only_makes_no_call(shared_server: SpacetimeDbServer) -> None:
-    """Nothing to send."""
-    answers, sure = deliver_batches(shared_server.sink_url("events", confirm_wait=0), make_batch(event(1, scope_kind="Planet")))
-    assert isinstance(answers[0], PartialFailure)
-    assert (answers[0].accepted, sure) == (0, True)
+def test_a_batch_of_rejected_events_makes_no_call(shared_server: SpacetimeDbServer) -> None:
+    """There is nothing to send."""
+    results, confirmed = deliver_batches(
+        shared_server.sink_url("events", confirm_wait=0), make_batch(event(1, scope_kind="Planet"))
+    )
+    assert isinstance(results[0], PartialFailure)
+    assert (results[0].accepted, confirmed) == (0, True)
     junk = Batch("sealed-j", [b"5", b'{"event_id":1}'])
-    (answer,) = deliver_batches(shared_server.sink_url("events", confirm_wait=0), junk)[0]
-    assert isinstance(answer, PartialFailure)
-    assert {refusal.code for refusal in answer.rejected.values()} == {"wrong_type"}
+    (result,) = deliver_batches(shared_server.sink_url("events", confirm_wait=0), junk)[0]
+    assert isinstance(result, PartialFailure)
+    assert {rejection.code for rejection in result.rejected.values()} == {"wrong_type"}
 
 
-def test_what_was_answered_over_connections_that_were_closed_is_not_confirmed(shared_server: SpacetimeDbServer) -> None:
-    """As happens where the token has changed: there is nothing left to ask over, and no word that it is durable."""
+def test_batches_accepted_over_closed_connections_are_not_confirmed(shared_server: SpacetimeDbServer) -> None:
+    """As after a change of the token: no connection is left to confirm them."""
 
     async def run() -> None:
         sink = make_sink(shared_server.sink_url("events"), TrackingEvent)
@@ -524,18 +539,16 @@ def test_what_was_answered_over_connections_that_were_closed_is_not_confirmed(sh
     asyncio.run(run())
 
 
-def test_no_secret_is_in_what_is_written(
-    shared_server: SpacetimeDbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Not in the heartbeat, not in dead letters, not in the log at its most talkative."""
+def test_no_secret_is_written(shared_server: SpacetimeDbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither to the heartbeat, nor to dead letters, nor to the log at DEBUG."""
     caplog.set_level(logging.DEBUG)
-    place = tmp_path / "box"
-    with Outbox(str(place), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
+    directory = tmp_path / "box"
+    with Outbox(str(directory), sink=shared_server.sink_url("events", confirm_wait=0)) as outbox:
         outbox.enqueue(event(1, event_id="secret-1", event_key=""))
-        outbox.enqueue(event(2, event_id="secret-2"))  # refused alone, it would wait for another to be accepted
+        outbox.enqueue(event(2, event_id="secret-2"))  # a rejected event alone would be deferred until another is accepted
         assert outbox.flush(60)
         assert outbox.stats().dead == 1
-    text = b"".join(file.read_bytes() for file in place.iterdir())
+    text = b"".join(file.read_bytes() for file in directory.iterdir())
     assert b"spacetimedb://127.0.0.1" in text
     assert shared_server.token.encode() not in text
     assert not re.search(rb"eyJ[A-Za-z0-9_-]{10}", text)
@@ -543,10 +556,10 @@ def test_no_secret_is_in_what_is_written(
     assert shared_server.token not in caplog.text
 
 
-def test_the_log_of_a_delivery_is_quiet(
+def test_a_delivery_logs_no_line_per_call(
     shared_server: SpacetimeDbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not a line for each call, nor anybody else's."""
+    """Neither from Pillarbox nor from a library."""
     caplog.set_level(logging.INFO)
     with Outbox(str(tmp_path / "box"), sink=shared_server.sink_url("events", confirm_wait=0), batch_size=1) as outbox:
         for number in range(30):

@@ -1,4 +1,4 @@
-"""A server that is killed right after its answers, and what it forgot sent again. A real one."""
+"""A real server that is killed right after it accepts events, and their redelivery."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ EVENTS = 500
 ROUNDS = 2
 
 
-class Credulous:
-    """Takes the server's answer for a promise, as our own sink does not; then the server is killed."""
+class UnconfirmingSink:
+    """A sink that needs no confirmation, unlike our own, and kills the server after each response."""
 
     def __init__(self, server: SpacetimeDbServer) -> None:
         self._sink = make_sink(server.sink_url("events"), TrackingEvent)
@@ -34,9 +34,9 @@ class Credulous:
         self._sink.prepare(batch)
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        answer = await self._sink.deliver(batch)
+        result = await self._sink.deliver(batch)
         self._server.kill()
-        return answer
+        return result
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
         return len(batches)
@@ -49,39 +49,39 @@ class Credulous:
 
 
 def deliver_confirmed(server: SpacetimeDbServer, folder: Path) -> None:
-    """Deliver the first events as our own sink does it, which waits a second until it believes in an answer."""
+    """Deliver the first events with our own sink, which confirms them after a second."""
     with Outbox(str(folder / "box"), sink=server.sink_url("events"), batch_size=100, keep_delivered="24h") as outbox:
         assert all(outbox.enqueue(event(number)) for number in range(EVENTS))
         assert outbox.flush(60)
 
 
-@pytest.mark.parametrize("loses", [False, True])
-def test_what_a_killed_server_forgot_after_its_answers_is_sent_again_and_there_once(
-    own_server: SpacetimeDbServer, tmp_path: Path, *, loses: bool
+@pytest.mark.parametrize("disk_is_restored", [False, True])
+def test_events_that_a_killed_server_lost_are_redelivered_once(
+    own_server: SpacetimeDbServer, tmp_path: Path, *, disk_is_restored: bool
 ) -> None:
-    """Answered with 200, settled, and gone: `pillarbox resend` brings it back, and nothing is there twice.
+    """Accepted with 200, deleted here and lost there; redelivery restores them without duplicates.
 
-    What a kill takes with it is a matter of milliseconds, and may be nothing; with `loses`, the disk has none of it either.
+    A kill loses the last milliseconds, possibly nothing; with `disk_is_restored` the server's disk is set back too.
     """
     data, copy = own_server.folder / "data", tmp_path / "copy"
-    deliver_confirmed(own_server, tmp_path)  # at the latest then the database itself survives a kill
+    deliver_confirmed(own_server, tmp_path)  # from then on the database itself survives a kill
     for number in range(1, ROUNDS + 1):
         own_server.kill()
         shutil.copytree(data, copy, dirs_exist_ok=True)
         own_server.start()
         with Outbox(str(tmp_path / "box"), batch_size=EVENTS) as outbox:
             assert all(outbox.enqueue(event(number * EVENTS + one)) for one in range(EVENTS))
-        with Outbox(str(tmp_path / "box"), Credulous(own_server), keep_delivered="24h") as outbox:
+        with Outbox(str(tmp_path / "box"), UnconfirmingSink(own_server), keep_delivered="24h") as outbox:
             assert outbox.flush(60)
             assert (outbox.stats().delivered, outbox.stats().dead) == (EVENTS, 0)
-        if loses:
+        if disk_is_restored:
             shutil.rmtree(data)
             copy.rename(data)
         own_server.start()
-        found = own_server.stored_event_ids("events")
-        assert len(found) == len(set(found))
-        if loses:
-            assert len(found) == EVENTS
+        stored = own_server.stored_event_ids("events")
+        assert len(stored) == len(set(stored))
+        if disk_is_restored:
+            assert len(stored) == EVENTS
     done = run("resend", "-d", "box", "--since", "2h", "--yes", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with Outbox(str(tmp_path / "box"), sink=own_server.sink_url("events", confirm_wait=0.1)) as outbox:
@@ -91,8 +91,8 @@ def test_what_a_killed_server_forgot_after_its_answers_is_sent_again_and_there_o
     assert run("verify", "-d", "box", cwd=tmp_path).returncode == 0
 
 
-def test_what_our_own_sink_has_confirmed_is_not_forgotten(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
-    """Killed right after the last file is settled: nothing of it is missing, and sent again nothing is there twice."""
+def test_confirmed_events_survive_a_kill(own_server: SpacetimeDbServer, tmp_path: Path) -> None:
+    """Killed right after the last file is settled: no event is missing, and redelivery adds no duplicate."""
     deliver_confirmed(own_server, tmp_path)
     own_server.kill()
     own_server.start()
@@ -101,5 +101,5 @@ def test_what_our_own_sink_has_confirmed_is_not_forgotten(own_server: SpacetimeD
     with Outbox(str(tmp_path / "box"), sink=own_server.sink_url("events", confirm_wait=0.1)) as outbox:
         assert outbox.flush(60)
         assert outbox.stats().delivered == EVENTS
-    found = own_server.stored_event_ids("events")
-    assert len(found) == len(set(found)) == EVENTS
+    stored = own_server.stored_event_ids("events")
+    assert len(stored) == len(set(stored)) == EVENTS

@@ -1,4 +1,4 @@
-"""What a `spacetimedb://` URL says."""
+"""Parsing of a SpacetimeDB sink's URL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pillarbox import ConfigurationError, TrackingEvent
 from pillarbox.sinks import make_sink, redact_url
 from pillarbox.sinks.spacetimedb.url import TOKEN_VARIABLE, parse_url
 
-SECRET = "eyJ0.secret.part"  # noqa: S105 - proves nothing
+SECRET = "eyJ0.secret.part"  # noqa: S105 - not a real token
 
 
 @pytest.mark.parametrize(
@@ -22,22 +22,22 @@ SECRET = "eyJ0.secret.part"  # noqa: S105 - proves nothing
         ("spacetimedb://[::1]:5/e?function=a%2Fb", "http://[::1]:5", "/v1/database/e/call/a%2Fb"),
     ],
 )
-def test_server_database_and_function(url: str, server: str, path: str) -> None:
-    """With the field's default ports."""
-    target = parse_url(url)
-    assert (target.server, target.database_path("call", target.function)) == (server, path)
+def test_a_url_names_server_database_and_function(url: str, server: str, path: str) -> None:
+    """With default ports."""
+    settings = parse_url(url)
+    assert (settings.server, settings.database_path("call", settings.function)) == (server, path)
 
 
-def test_pool_timeout_window_and_wait_are_settings() -> None:
-    """With defaults."""
+def test_options_and_their_defaults() -> None:
+    """All options with a number."""
     plain = parse_url("spacetimedb://h/d")
     assert (plain.connections, plain.timeout_s, plain.unconfirmed_max, plain.confirm_wait_s) == (2, 30.0, 256, 1.0)
-    target = parse_url("spacetimedb://h/d?connections=5&timeout=2.5&window=7&confirm_wait=0.02")
-    assert (target.connections, target.timeout_s, target.unconfirmed_max, target.confirm_wait_s) == (5, 2.5, 7, 0.02)
+    settings = parse_url("spacetimedb://h/d?connections=5&timeout=2.5&window=7&confirm_wait=0.02")
+    assert (settings.connections, settings.timeout_s, settings.unconfirmed_max, settings.confirm_wait_s) == (5, 2.5, 7, 0.02)
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("spacetimedb://h", "spacetimedb://host:port/database"),
         ("spacetimedb:///d", "spacetimedb://host:port/database"),
@@ -50,30 +50,30 @@ def test_pool_timeout_window_and_wait_are_settings() -> None:
         ("spacetimedb://two%20words@h/d", "token"),
     ],
 )
-def test_a_wrong_url_is_one_sentence_that_names_the_part(url: str, said: str) -> None:
-    """And shows nothing of what may be secret."""
+def test_an_error_names_the_part_that_is_wrong(url: str, message: str) -> None:
+    """It shows nothing that may be secret."""
     with pytest.raises(ConfigurationError) as caught:
         parse_url(url)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "words" not in str(caught.value)
 
 
-@pytest.mark.parametrize("way", ["url", "file", "environment"])
-def test_a_token_comes_from_the_url_a_file_or_the_environment_and_never_shows(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("origin", ["url", "file", "environment"])
+def test_a_token_is_read_from_url_file_or_environment_and_never_shown(
+    origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not in `repr`, not in the URL as it is shown."""
+    """Neither in a `repr` nor in the redacted URL."""
     file = tmp_path / "token"
     file.write_text(f"{SECRET}\n")
-    monkeypatch.setenv(TOKEN_VARIABLE, SECRET if way == "environment" else "")
+    monkeypatch.setenv(TOKEN_VARIABLE, SECRET if origin == "environment" else "")
     url = {
         "url": f"spacetimedb://:{SECRET}@h/d",
         "file": f"spacetimedb://h/d?token_file={file}",
         "environment": "spacetimedb://h/d",
-    }[way]
-    target = parse_url(url)
-    assert target.token is not None
-    assert target.token.auth_header() == {"Authorization": f"Bearer {SECRET}"}
-    assert SECRET not in f"{target} {target!r} {target.token}"
+    }[origin]
+    settings = parse_url(url)
+    assert settings.token is not None
+    assert settings.token.auth_header() == {"Authorization": f"Bearer {SECRET}"}
+    assert SECRET not in f"{settings} {settings!r} {settings.token}"
     assert SECRET not in redact_url(url)
     assert SECRET not in repr(make_sink(url, TrackingEvent))

@@ -1,17 +1,18 @@
-"""SpacetimeDB: `spacetimedb://host:port/database`, over the server's HTTP interface. Its manual: `docs/how-to/spacetimedb.md`.
+"""The SpacetimeDB sink, for `spacetimedb://host:port/database`. Its users read `docs/how-to/spacetimedb.md`.
 
-target.py    what the URL says
-schema.py    what the database says of itself
-fitting.py   how events become the function's arguments
-answers.py   what an answer means
-lanes.py     connections
-sink.py      the sink: fit, call, classify, confirm
-module.py    the module in `wasm/`, and putting it on a server
-scaffold.py  the Rust for an event type of your own
+url.py        parses the sink URL and finds the token
+schema.py     parses the schema that the database returns
+encoding.py   encodes events as arguments of the module's function
+responses.py  maps a response to a delivery result
+http1.py      speaks HTTP/1.1 over one connection
+pool.py       the connections to one server
+sink.py       the sink: binds to the module, sends calls, classifies responses, confirms
+publish.py    publishes the module that ships in `wasm/`
+scaffold.py   generates the Rust module for an event type of your own
 
-A 200 is not durable: killed right after it, a server may have lost the newest of what it answered. So a batch is settled
-only after something that the same server process says later: a query that waits for durability (2.x), or a ping after a
-second (1.x); and that it is the same process shows in its being the same connection.
+A 200 response is not durable: a server that is killed right after it may lose what it accepted last. A batch is therefore
+confirmed only by a later response of the same server process: to a query that waits for durability (2.x), or to a ping after
+one second (1.x). That it is the same process follows from its being the same connection.
 """
 
 from pillarbox.sinks.spacetimedb.sink import SpacetimeDbSink

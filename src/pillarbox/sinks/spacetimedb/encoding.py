@@ -1,8 +1,8 @@
-"""How events of a type become the argument of a function: SATS-JSON in its compact array form. Pure.
+"""Encodes events of a type as the argument of a function, in SATS-JSON's compact array form. Pure.
 
-A struct is an array of its fields in the order of the schema, an option is null or `[0, value]`, a variant without data is
-`{"position": []}`, which servers 1.x and 2.x both take. What does not fit is found when the fitting is made, field by field;
-what only a value can show (a text that is no variant, a number out of range) refuses that one event.
+A struct is an array of its fields in the order of the schema, an option is null or `[0, value]`, and a variant without data is
+`{"position": []}`, which servers 1.x and 2.x accept. `RowEncoder` compares event type and function once, field by field, and
+lists all mismatches. A value that does not match (text that is not a variant, a number out of range) rejects its event only.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pillarbox.sinks.spacetimedb.schema import AlgebraicType, DatabaseSchema, Mo
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_ClosedSet = tuple[tuple[str, Any], ...]  # (name, value) of a closed set
+_ClosedSet = tuple[tuple[str, Any], ...]  # all allowed values, as (name, value)
 _INTEGERS: Final = {f"{sign}{bits}": (sign, bits) for sign in "IU" for bits in (8, 16, 32, 64, 128, 256)}
-_CHUNK_EVENTS: Final = 50  # events whose fields are converted at once: no more than between two chances for other threads
+_CHUNK_EVENTS: Final = 50  # events that are converted at once; other threads wait for the GIL meanwhile
 _MICROS_FIELDS: Final = {"__timestamp_micros_since_unix_epoch__", "__time_duration_micros__"}
-# Texts whose values have a closed set all the same: a module that lacks one of them is set up wrongly, not the event.
+# Fields of type str with a closed set of values. A module whose enum lacks one is misconfigured; the event is not at fault.
 _CLOSED_SETS: Final[dict[tuple[type, str], type[enum.Enum]]] = {(TrackingEvent, "scope_kind"): ScopeKind}
 
 
 class UnencodableValueError(Exception):
-    """A value that the function's type does not take; refuses one event."""
+    """A value does not match the function's type; it rejects one event."""
 
     def __init__(self, refusal: Rejection) -> None:
         super().__init__(refusal.reason)
@@ -38,14 +38,14 @@ class UnencodableValueError(Exception):
 
 
 class FieldMismatch(NamedTuple):
-    """A field that does not fit, and what would put it right."""
+    """A field of the event type that does not match the module, and what to change."""
 
     field: str
     problem: str
 
 
 class RowEncoder:
-    """Events of one type, fitted to one function. `mismatches` is empty where they can be sent."""
+    """Encodes events of one type for one function. They can be sent only if `mismatches` is empty."""
 
     def __init__(self, schema: DatabaseSchema, function: ModuleFunction, event_type: type[msgspec.Struct]) -> None:
         self.function = function
@@ -56,12 +56,12 @@ class RowEncoder:
         columns = schema.product_fields(element) if element is not None else None
         if columns is None or element is None:
             takes = ", ".join(schema.rust_type(parameter.type) for parameter in function.parameters) or "nothing"
-            self.mismatches.append(FieldMismatch(function.name, f"takes {takes}; it must take one list of structs: Vec<...>"))
+            self.mismatches.append(FieldMismatch(function.name, f"takes {takes}, but must take one list of structs: Vec<...>"))
             return
         self._encode_rows = self._struct_encoder(event_type, element, "")
 
     def _struct_encoder(self, kind: type[msgspec.Struct], of: AlgebraicType, path: str) -> _StructEncoder:
-        """How structs become arrays."""
+        """Return the encoder of a struct type, and add its mismatches."""
         fields = {canonical_name(field.encode_name): field for field in msgspec.structs.fields(kind)}
         places = {name: at for at, name in enumerate(kind.__struct_fields__)}
         order: list[int | None] = []
@@ -71,10 +71,10 @@ class RowEncoder:
             field = fields.pop(canonical_name(column.name), None)
             name = f"{path}{column.name}"
             if field is None:
-                # An option that the event type does not know is none.
+                # An optional column that the event type does not have is sent as none.
                 if self._schema.option_inner(column.type) is None:
-                    wanted = f"the module wants {self._schema.rust_type(column.type)}, the event type has no such field"
-                    self.mismatches.append(FieldMismatch(name, wanted))
+                    problem = f"the module requires {self._schema.rust_type(column.type)}; the event type has no such field"
+                    self.mismatches.append(FieldMismatch(name, problem))
                 order.append(None)
                 continue
             order.append(places[field.name])
@@ -85,14 +85,14 @@ class RowEncoder:
                 converts.append((len(order) - 1, convert))
         for left in fields.values():
             self.mismatches.append(
-                FieldMismatch(f"{path}{left.encode_name}", "the module has no such field; its values would be lost")
+                FieldMismatch(f"{path}{left.encode_name}", "the module has no such field, so its values would be lost")
             )
         return _StructEncoder(order, options, converts)
 
     def _value_encoder(
         self, annotation: Any, of: AlgebraicType, path: str, closed: _ClosedSet = ()
     ) -> Callable[[Any], Any] | None:
-        """How a value becomes one of the type `of`; None where it goes as it is."""
+        """Return the function that converts a value to a module type; None where no conversion is needed."""
         kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
         nullable = NoneType in kinds
         kinds.discard(NoneType)
@@ -102,7 +102,9 @@ class RowEncoder:
             return _option_encoder(self._value_encoder(kind, inner, path, closed))
         if nullable:
             words = self._schema.rust_type(of)
-            self.mismatches.append(FieldMismatch(path, f"may be None, the module's is {words}: make it Option<{words}>"))
+            self.mismatches.append(
+                FieldMismatch(path, f"may be None, but the module has {words}: change it to Option<{words}>")
+            )
         return self._plain_value_encoder(kind, self._schema.resolve(of), path, closed)
 
     def _plain_value_encoder(self, kind: Any, of: AlgebraicType, path: str, closed: _ClosedSet) -> Callable[[Any], Any] | None:
@@ -132,32 +134,32 @@ class RowEncoder:
                 self._value_encoder(int if plain is bytes else arguments[0] if arguments else Any, element, f"{path}[]")
             )
         shown = getattr(kind, "__name__", str(kind))
-        self.mismatches.append(FieldMismatch(path, f"is {shown}, the module's is {self._schema.rust_type(of)}"))
+        self.mismatches.append(FieldMismatch(path, f"is {shown}, but the module has {self._schema.rust_type(of)}"))
         return None
 
     def _variant_encoder(self, variants: list[NamedType], closed: _ClosedSet, path: str) -> Callable[[Any], Any]:
-        """How a text becomes a variant; every member of a closed set must have one."""
+        """Return the function that converts text to a variant; each value of a closed set needs a variant."""
         names = ", ".join(variant.name for variant in variants)
         for variant in variants:
             if self._schema.product_fields(variant.type) != []:
                 self.mismatches.append(
-                    FieldMismatch(path, f"the module's variant {variant.name} carries data, which no text can give it")
+                    FieldMismatch(path, f"the module's variant {variant.name} carries data, which text cannot provide")
                 )
         positions = {canonical_name(one.name): msgspec.Raw(b'{"%d":[]}' % at) for at, one in enumerate(variants)}
         known: dict[Any, msgspec.Raw] = {}
         for name, value in closed:
             position = positions.get(canonical_name(str(value)), positions.get(canonical_name(name)))
             if position is None:
-                self.mismatches.append(FieldMismatch(path, f"the module's enum lacks {name}; it has {names}"))
+                self.mismatches.append(FieldMismatch(path, f"the module's enum has no variant {name}; it has {names}"))
             else:
                 known[value] = position
 
-        return _VariantTable(known, positions, f"{path}: ", f" is none of {names}").__getitem__
+        return _VariantTable(known, positions, f"{path}: ", f" is not one of {names}").__getitem__
 
     def encode_arguments(
         self, events: Sequence[Any], indexes: Sequence[int], rejected: dict[int, Rejection]
     ) -> tuple[bytes, Sequence[int]]:
-        """The function's arguments, and the index in the batch of each event in it; adds to `rejected` what cannot be sent."""
+        """Return the function's arguments and the batch index of each event in them; add the others to `rejected`."""
         parts: list[bytes] = []
         unencodable: set[int] = set()
         for start in range(0, len(events), _CHUNK_EVENTS):
@@ -175,7 +177,7 @@ class RowEncoder:
     def _encode_singly(
         self, events: Sequence[Any], indexes: Sequence[int], rejected: dict[int, Rejection], unencodable: set[int]
     ) -> list[tuple[Any, ...]]:
-        """The rows of those that can be sent."""
+        """Return the rows of the events that can be encoded."""
         rows: list[tuple[Any, ...]] = []
         for event, index in zip(events, indexes, strict=True):
             try:
@@ -187,13 +189,13 @@ class RowEncoder:
 
 
 class _StructEncoder:
-    """Structs -> arrays: several at once, column by column, for most columns of most events need nothing done."""
+    """Converts structs to arrays, column by column, because most columns need no conversion."""
 
     def __init__(
         self, order: Sequence[int | None], options: Sequence[int], converts: Sequence[tuple[int, Callable[[Any], Any]]]
     ) -> None:
-        self._order = order  # which field each column has, by its position; None: none
-        self._options = options  # columns of what needs no more than to be told apart from none
+        self._order = order  # the position of each column's field; None for a column without a field
+        self._options = options  # columns whose values are only wrapped as options
         self._converts = converts
 
     def __call__(self, events: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -217,7 +219,7 @@ def _closed_set(kind: type[msgspec.Struct], field: str) -> _ClosedSet:
 
 
 def _scalar_kind(kind: Any, closed: _ClosedSet) -> tuple[Any, _ClosedSet]:
-    """(str or int for an enum or a Literal of such, its members); any other type as it is."""
+    """Return str or int for an enum or Literal of these, with its values; another type unchanged."""
     plain = get_origin(kind) or kind
     if plain is Literal:
         closed = tuple((str(value), value) for value in get_args(kind))
@@ -232,7 +234,7 @@ def _scalar_kind(kind: Any, closed: _ClosedSet) -> tuple[Any, _ClosedSet]:
 
 
 class _VariantTable(dict[Any, msgspec.Raw]):
-    """Text or enum member -> variant; a dictionary, for it is asked once an event."""
+    """Maps text or an enum member to a variant. A dictionary, because each event is looked up."""
 
     def __init__(self, known: dict[Any, msgspec.Raw], positions: dict[str, msgspec.Raw], before: str, after: str) -> None:
         super().__init__(known)
@@ -241,11 +243,11 @@ class _VariantTable(dict[Any, msgspec.Raw]):
 
     def __missing__(self, value: Any) -> msgspec.Raw:
         text = value.value if isinstance(value, enum.Enum) else value
-        found = self._positions.get(canonical_name(str(text)))
-        if found is None:
+        variant = self._positions.get(canonical_name(str(text)))
+        if variant is None:
             raise UnencodableValueError(Rejection("unknown_variant", f"{self._words[0]}{text!r}{self._words[1]}"))
-        self[value] = found  # no more than there are spellings of the variants
-        return found
+        self[value] = variant  # bounded by the number of spellings of the variants
+        return variant
 
 
 def _encode_some(value: Any) -> Any:
@@ -263,7 +265,7 @@ def _list_encoder(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
 
 
 class _IntegerEncoder:
-    """A whole number, or an enum of such, within the bounds of its type."""
+    """Checks that an integer, or the value of an enum of integers, is in the range of its type."""
 
     def __init__(self, sign: str, bits: int) -> None:
         self._name = f"{sign.lower()}{bits}"
@@ -272,13 +274,13 @@ class _IntegerEncoder:
 
     def __call__(self, value: Any) -> int:
         if type(value) is not int:
-            value = int(value.value)  # an enum's
+            value = int(value.value)  # an enum member
         if not self._least <= value <= self._most:
-            raise UnencodableValueError(Rejection("out_of_range", f"{value} does not fit into {self._name}"))
-        return value  # type: ignore[no-any-return]  # an int by now
+            raise UnencodableValueError(Rejection("out_of_range", f"{value} is out of range for {self._name}"))
+        return value  # type: ignore[no-any-return]  # an int here
 
     def accepts_all(self, values: Sequence[Any]) -> bool:
-        """Whether all of them go as they are."""
+        """Whether all values are integers in range."""
         return set(map(type, values)) == {int} and self._least <= min(values) and max(values) <= self._most
 
 

@@ -1,6 +1,7 @@
-"""HTTP/1.1 over one connection: h11 speaks it, asyncio carries it. One request at a time, and nothing is tried again here.
+"""HTTP/1.1 over one asyncio connection, parsed by h11. One request at a time; nothing is retried here.
 
-Not a client that pools, for a lane must know its connection, and because such a client takes longer for a call than the server.
+It replaces a pooling HTTP client for two reasons: the sink must know which connection carried a response, and such a client
+takes longer for a call than the server does.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import h11
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_CLOSED_EARLY: Final = "the server hung up without an answer"
-RESPONSE_BYTES_MAX: Final = 16 * 2**20  # of one answer; more is none of SpacetimeDB's
-_HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # before another address of the host is tried beside one that does not answer (RFC 8305)
+_CLOSED_EARLY: Final = "the server closed it without a response"
+RESPONSE_BYTES_MAX: Final = 16 * 2**20  # of one response; SpacetimeDB sends no larger ones
+_HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # delay before the host's next address is tried too (RFC 8305)
 
 
 class ConnectionBrokenError(Exception):
-    """There is no connection any more, or none that can be used; the message says why."""
+    """The connection is closed or cannot be used any more. The message says why."""
 
 
 class Http1Response(NamedTuple):
-    """What came back; names of headers are in small letters."""
+    """A response; the header names are in lower case."""
 
     status: int
     headers: Sequence[tuple[bytes, bytes]]
@@ -33,7 +34,7 @@ class Http1Response(NamedTuple):
 
 
 async def connect(host: str, port: int, timeout_s: float, *, secure: bool) -> Http1Connection:
-    """A new connection; raises `OSError`, of which `TimeoutError` is one."""
+    """Open a connection; raises `OSError`, including `TimeoutError`."""
     loop = asyncio.get_running_loop()
     context = _ssl_context() if secure else None
     async with asyncio.timeout(timeout_s):
@@ -44,7 +45,7 @@ async def connect(host: str, port: int, timeout_s: float, *, secure: bool) -> Ht
 
 
 def _ssl_context() -> ssl.SSLContext:
-    """Whom to believe that the server is who it says: the system's authorities, and those of certifi."""
+    """Return the TLS configuration, which trusts the certificate authorities of the system and of certifi."""
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
     context.set_alpn_protocols(["http/1.1"])
@@ -52,35 +53,43 @@ def _ssl_context() -> ssl.SSLContext:
 
 
 class Http1Connection(asyncio.Protocol):
-    """One connection; once something has gone wrong with it, it is closed."""
+    """One connection. It closes itself after any error."""
 
     def __init__(self) -> None:
         self._http = h11.Connection(h11.CLIENT)
         self._loop = asyncio.get_running_loop()
         self._closed = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
-        self._response: asyncio.Future[Http1Response] | None = None  # of the request that is under way
+        self._response: asyncio.Future[Http1Response] | None = None  # to the request in flight
         self._head: h11.Response | None = None
         self._body: list[bytes] = []
-        self._body_bytes_left = 0  # for more of it, in bytes
+        self._body_bytes_left = 0  # until `RESPONSE_BYTES_MAX`
         self._timeout_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing can be asked over it any more."""
+        """Whether no further request can be sent."""
         return self._transport is None or self._transport.is_closing()
 
     async def request(
         self, method: str, target: str, headers: list[tuple[str, str]], content: bytes, timeout_s: float
     ) -> Http1Response:
-        """Send a request and wait for what comes back; raises `ConnectionBrokenError`, and `TimeoutError`.
+        """Send a request and wait for the response. If the wait fails or is cancelled, the connection closes.
 
-        The latter where the request is not sent in so long, and where so long nothing of the answer comes. `headers` have the
-        content's length where there is any. Given up, the connection is closed: nobody knows what comes.
+        Args:
+            method: the method.
+            target: the path and query.
+            headers: all headers, including Content-Length where there is content.
+            content: the body.
+            timeout_s: how long the connection may make no progress: the request is not sent, or nothing is received.
+
+        Raises:
+            ConnectionBrokenError: the connection broke, or the response is not valid HTTP.
+            TimeoutError: there was no progress for `timeout_s`.
         """
         if self._transport is None or self._transport.is_closing():
-            raise ConnectionBrokenError("closed before anything was sent")
+            raise ConnectionBrokenError("closed before the request was sent")
         self._head = None
         self._body.clear()
         self._body_bytes_left = RESPONSE_BYTES_MAX
@@ -110,38 +119,38 @@ class Http1Connection(asyncio.Protocol):
         return b"".join(filter(None, parts))
 
     def close(self) -> None:
-        """Hang up at once."""
+        """Close the connection at once."""
         if self._transport is not None:
             self._transport.abort()
 
     async def wait_closed(self) -> None:
-        """Wait until it is, after `close`."""
+        """Wait until `close` has taken effect."""
         if self._transport is not None:
             await asyncio.shield(self._closed)
 
-    # What asyncio calls.
+    # The callbacks of asyncio.Protocol.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It stands."""
+        """Keep the transport."""
         self._transport = cast("asyncio.Transport", transport)
-        self._transport.set_write_buffer_limits(0)  # `resume_writing` means that all is sent
+        self._transport.set_write_buffer_limits(0)  # so that `resume_writing` means that everything is sent
 
     def resume_writing(self) -> None:
-        """All of the request is sent."""
+        """Restart the timer: the whole request is sent."""
         self._restart_timer()
 
     def data_received(self, data: bytes) -> None:
-        """A part of an answer, or all of it."""
+        """Process a part of a response."""
         self._receive_data(data)
 
     def eof_received(self) -> None:
-        """The server has hung up: an answer whose length it has not named ends with that."""
+        """Process the end of the stream, which ends a response without a length."""
         if self._head is None:
             self._fail_request(ConnectionBrokenError(_CLOSED_EARLY))
         self._receive_data(b"")
 
     def connection_lost(self, error: Exception | None) -> None:
-        """It is no more."""
+        """Fail the request in flight."""
         self._fail_request(ConnectionBrokenError(str(error) if error else _CLOSED_EARLY))
         self._closed.set_result(None)
 
@@ -156,7 +165,7 @@ class Http1Connection(asyncio.Protocol):
                     self._body.append(bytes(event.data))
                     self._body_bytes_left -= len(event.data)
                     if self._body_bytes_left < 0:
-                        raise h11.RemoteProtocolError(f"the answer has more than {RESPONSE_BYTES_MAX} bytes")  # noqa: TRY301 - one ending
+                        raise h11.RemoteProtocolError(f"the response has more than {RESPONSE_BYTES_MAX} bytes")  # noqa: TRY301 - handled below like other protocol errors
                 elif not isinstance(event, h11.InformationalResponse):
                     break
         except h11.RemoteProtocolError as error:
@@ -169,7 +178,7 @@ class Http1Connection(asyncio.Protocol):
             self._restart_timer()
 
     def _complete_response(self) -> None:
-        # What came behind the answer is none to the next request.
+        # Bytes after the response are no response to the next request, so the connection is not reused.
         if (
             self._http.our_state is self._http.their_state is h11.DONE
             and not self._unsent_bytes()
@@ -184,7 +193,7 @@ class Http1Connection(asyncio.Protocol):
     def _unsent_bytes(self) -> int:
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
-    # How long nothing may move.
+    # The timer limits how long there may be no progress.
 
     def _restart_timer(self) -> None:
         if self._timer is not None:

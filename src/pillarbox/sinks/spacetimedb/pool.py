@@ -22,29 +22,29 @@ _PORTS: Final = {"http": 80, "https": 443}
 
 
 class TransportError(Exception):
-    """No answer came back; the message says why."""
+    """A request got no response. The message says why."""
 
 
 class PooledConnection:
-    """One connection, one call at a time."""
+    """One reusable connection; `lock` allows one request at a time."""
 
-    def __init__(self, target: SpacetimeDbSettings) -> None:
+    def __init__(self, settings: SpacetimeDbSettings) -> None:
         self.lock = asyncio.Lock()
         self.last_used: Any = None
-        self._server = target.server
-        self._timeout_s = target.timeout_s
-        parts = urlsplit(target.server)
+        self._server = settings.server
+        self._timeout_s = settings.timeout_s
+        parts = urlsplit(settings.server)
         self._secure = parts.scheme == "https"
         self._host, self._port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
         self._headers = [("Host", parts.netloc)]
-        if target.token:
-            self._headers += target.token.auth_header().items()
+        if settings.token:
+            self._headers += settings.token.auth_header().items()
         self._connection: Http1Connection | None = None
 
     async def request(
         self, method: str, path: str, content: bytes | None = None, content_type: str = "application/json"
     ) -> SpacetimeDbResponse:
-        """One request; raises `TransportError`."""
+        """Send one request; connects first where necessary. Raises `TransportError`."""
         headers = self._headers
         if content is not None:
             headers = [*headers, ("Content-Type", content_type), ("Content-Length", str(len(content)))]
@@ -52,14 +52,16 @@ class PooledConnection:
         try:
             response = await connection.request(method, path, headers, content or b"", self._timeout_s)
         except TimeoutError:
-            raise TransportError(f"{self._server} did not answer in time; timeout= in the sink's URL allows it more") from None
+            raise TransportError(
+                f"{self._server} did not respond in {self._timeout_s:g} s; timeout= in the sink's URL sets another limit"
+            ) from None
         except ConnectionBrokenError as error:
             raise TransportError(f"the connection to {self._server} broke ({error})") from None
         self.last_used = connection
-        found = dict(response.headers)
-        timed = b"spacetime-execution-duration-micros" in found
-        kind, after = (found.get(name, b"").decode("latin-1") for name in (b"content-type", b"retry-after"))
-        return SpacetimeDbResponse(response.status, kind, after, response.body, timed)
+        values = dict(response.headers)
+        has_execution_time = b"spacetime-execution-duration-micros" in values
+        kind, after = (values.get(name, b"").decode("latin-1") for name in (b"content-type", b"retry-after"))
+        return SpacetimeDbResponse(response.status, kind, after, response.body, has_execution_time)
 
     async def _connect(self) -> Http1Connection:
         if self._connection is None or self._connection.is_closed:
@@ -67,44 +69,44 @@ class PooledConnection:
                 self._connection = await connect(self._host, self._port, self._timeout_s, secure=self._secure)
             except OSError as error:
                 text = str(error) or type(error).__name__
-                advice = "is the server running, and are host and port right?"
-                raise TransportError(f"{self._server} cannot be reached ({text}): {advice}") from error
+                advice = "check that the server is running, and the host and port in the URL"
+                raise TransportError(f"cannot connect to {self._server} ({text}): {advice}") from error
         return self._connection
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         if self._connection is not None:
             self._connection.close()
             await self._connection.wait_closed()
 
 
 class ConnectionPool:
-    """The pool: calls go over the lane that has been idle for longest."""
+    """A fixed number of connections; requests use the one that has been idle for longest."""
 
-    def __init__(self, target: SpacetimeDbSettings) -> None:
-        self.connections = [PooledConnection(target) for _ in range(target.connections)]
+    def __init__(self, settings: SpacetimeDbSettings) -> None:
+        self.connections = [PooledConnection(settings) for _ in range(settings.connections)]
         self._next = 0
 
     def pick(self) -> PooledConnection:
-        """A lane that nobody uses, or else the next."""
+        """Return an idle connection, or the next in turn where all are in use."""
         for step in range(len(self.connections)):
-            lane = self.connections[(self._next + step) % len(self.connections)]
-            if not lane.lock.locked():
+            connection = self.connections[(self._next + step) % len(self.connections)]
+            if not connection.lock.locked():
                 break
         else:
-            lane = self.connections[self._next]
-        self._next = (self.connections.index(lane) + 1) % len(self.connections)
-        return lane
+            connection = self.connections[self._next]
+        self._next = (self.connections.index(connection) + 1) % len(self.connections)
+        return connection
 
     async def close(self) -> None:
-        """Hang up everywhere."""
-        for lane in self.connections:
-            await lane.close()
+        """Close all connections."""
+        for connection in self.connections:
+            await connection.close()
 
 
-def group_by_connection(marks: Iterable[tuple[PooledConnection, Any]]) -> dict[PooledConnection, set[Any]]:
-    """The sockets that were used, by lane."""
-    found: dict[PooledConnection, set[Any]] = {}
-    for lane, socket in marks:
-        found.setdefault(lane, set()).add(socket)
-    return found
+def group_by_connection(calls: Iterable[tuple[PooledConnection, Any]]) -> dict[PooledConnection, set[Any]]:
+    """Group the transports that carried responses by their pooled connection."""
+    transports: dict[PooledConnection, set[Any]] = {}
+    for connection, transport in calls:
+        transports.setdefault(connection, set()).add(transport)
+    return transports

@@ -1,6 +1,6 @@
-"""What a server's answer to a call means: a total function from (status, headers, text) to an `DeliveryResult`. Pure.
+"""Maps any response of a SpacetimeDB server to a delivery result. Pure.
 
-Tried on standalone servers 1.2.0 and 2.8.3; the table is in docs/how-to/spacetimedb.md.
+Verified against standalone servers 1.2.0 and 2.8.3; the table is in `docs/how-to/spacetimedb.md`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pillarbox.sinks.spacetimedb.schema import ReturnKind
 
-_EXCERPT_CHARS_MAX: Final = 500  # characters of a server's text that are shown
+_EXCERPT_CHARS_MAX: Final = 500  # characters of a response that a message quotes
 _EVENT_ERROR = re.compile(r"event\[(\d+)\](?:\.(\w+))?: ")
 _EVENT_ERROR_SEPARATOR = re.compile(r"; (?=event\[)")
 _ARGUMENT_INDEX = re.compile(r"\[0\]\[(\d+)\]")
@@ -25,32 +25,32 @@ _RETRYABLE: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class SpacetimeDbResponse(NamedTuple):
-    """An answer to a call, as far as it matters."""
+    """The parts of a response that decide its meaning."""
 
     status: int
     content_type: str
     retry_after: str
     body: bytes
-    has_execution_time: bool  # says how long the function ran, as SpacetimeDB does wherever it has called one
+    has_execution_time: bool  # SpacetimeDB sends it whenever it has run a function
 
     @property
     def full_text(self) -> str:
-        """The body as text."""
+        """The whole body as text."""
         return self.body.decode(errors="replace")
 
     @property
     def excerpt(self) -> str:
-        """The beginning of the body, for people."""
+        """The beginning of the body on one line, for messages."""
         return " ".join(self.full_text.split())[:_EXCERPT_CHARS_MAX]
 
     @property
     def is_html(self) -> bool:
-        """Whether something else than SpacetimeDB seems to have answered."""
+        """Whether the response is HTML, which SpacetimeDB never sends."""
         return "html" in self.content_type or self.body.lstrip()[:1] == b"<"
 
 
 def parse_version(response: SpacetimeDbResponse) -> str | None:
-    """The version that a server says it has; None where it is not said as SpacetimeDB says it."""
+    """Return the server's version from its health response; None where that is not SpacetimeDB's format."""
     try:
         return str(msgspec.json.decode(response.body)["version"]) if response.status == 200 else None
     except (msgspec.DecodeError, KeyError, TypeError):
@@ -60,18 +60,27 @@ def parse_version(response: SpacetimeDbResponse) -> str | None:
 def classify_response(
     response: SpacetimeDbResponse, function: str, indexes: Sequence[int], returns: ReturnKind
 ) -> DeliveryResult:
-    """The answer for a call with the events that stand at `indexes` of a batch, to a function that `returns` this."""
+    """Map the response to a call to a delivery result.
+
+    Args:
+        response: the response to the call.
+        function: the name of the called function.
+        indexes: the batch indexes of the events in the call.
+        returns: what the function returns.
+    """
     status = response.status
     if response.is_html and status not in _RETRYABLE and status != 530:
         return Misconfigured(
-            f"something that is no SpacetimeDB answered with HTML and status {status}: "
-            f"is there a proxy in between, or another server at this address? ({_html_title(response)})"
+            f"the response is HTML with status {status} ({_html_title(response)}), so it is not from SpacetimeDB: "
+            "check the URL, and whether a proxy is in between"
         )
     if status in (200, 530) and not response.has_execution_time:
-        # 530 is also what a large proxy operator answers where the server behind it is away.
-        words = f"{status} came without spacetime-execution-duration-micros ({response.excerpt or 'no text'})"
+        # A large proxy operator also responds with 530 when the server behind it is down.
+        problem = f"{status} without the header spacetime-execution-duration-micros ({response.excerpt or 'no text'})"
         return (
-            Retry(f"the server is away: {words}") if status == 530 else Misconfigured(f"{words}: is there a proxy in between?")
+            Retry(f"the server is down: {problem}")
+            if status == 530
+            else Misconfigured(f"{problem}: check whether a proxy is in between")
         )
     if status == 200:
         return Delivered(len(indexes)) if returns == "nothing" else _classify_return_value(response, indexes, returns)
@@ -80,18 +89,22 @@ def classify_response(
     if status == 400:
         return _classify_bad_request(response, function, indexes)
     if status == 413:
-        return Rejected(Rejection("too_large", f"the server takes no call of {len(indexes)} such events: {response.excerpt}"))
+        return Rejected(
+            Rejection("too_large", f"the call is too large for the server; events in it: {len(indexes)}: {response.excerpt}")
+        )
     if status in _RETRYABLE:
-        return Retry(f"the server answered {status}: {response.excerpt or 'no text'}", _parse_retry_after(response.retry_after))
+        return Retry(
+            f"the server responded with {status}: {response.excerpt or 'no text'}", _parse_retry_after(response.retry_after)
+        )
     return Misconfigured(_explain_misconfiguration(response, function))
 
 
 def _classify_return_value(response: SpacetimeDbResponse, indexes: Sequence[int], returns: ReturnKind) -> DeliveryResult:
-    """A procedure's value: a count, or a Result as `[0, value]` or `[1, error]`; anything else is not looked at."""
+    """Classify a procedure's value: a count, or a Result as `[0, value]` or `[1, error]`; another value is ignored."""
     try:
         value = msgspec.json.decode(response.body)
     except msgspec.DecodeError:
-        return Misconfigured(f"the procedure's answer is not JSON: {response.excerpt}")
+        return Misconfigured(f"the procedure returned a value that is not JSON: {response.excerpt}; correct the procedure")
     if returns == "result":
         match value:
             case [1, error] | {"err": error}:
@@ -100,15 +113,17 @@ def _classify_return_value(response: SpacetimeDbResponse, indexes: Sequence[int]
             case [0, inner] | {"ok": inner}:
                 value = inner
             case _:
-                return Misconfigured(f"the procedure's answer is no Result: {response.excerpt}")
+                return Misconfigured(
+                    f"the procedure returned a value that is not a Result: {response.excerpt}; correct the procedure"
+                )
     elif returns == "count" and type(value) is not int:
-        return Misconfigured(f"the procedure's answer is no number: {response.excerpt}")
+        return Misconfigured(f"the procedure returned a value that is not a number: {response.excerpt}; correct the procedure")
     inserted = value if type(value) is int and 0 <= value <= len(indexes) else len(indexes)
     return Delivered(len(indexes), len(indexes) - inserted)
 
 
 def _classify_function_error(text: str, indexes: Sequence[int]) -> DeliveryResult:
-    """The function said no and all of the call was rolled back: to the events that its text begins with, or to all."""
+    """Classify a function's error, which rolled back the whole call: it rejects the events it names, or all events."""
     rejected: dict[int, Rejection] = {}
     for part in _EVENT_ERROR_SEPARATOR.split(text.strip()) if text.strip().startswith("event[") else ():
         named = _EVENT_ERROR.match(part)
@@ -122,13 +137,13 @@ def _classify_function_error(text: str, indexes: Sequence[int]) -> DeliveryResul
 
 
 def _classify_bad_request(response: SpacetimeDbResponse, function: str, indexes: Sequence[int]) -> DeliveryResult:
-    """The server could not read the arguments. They fit the schema, so that only a value can be at fault, or a proxy."""
+    """Classify a 400: the arguments match the schema, so the cause is a single value or a proxy."""
     named = _ARGUMENT_INDEX.search(response.full_text)
     if "invalid arguments for" in response.excerpt and named and int(named[1]) < len(indexes):
         return PartialFailure({indexes[int(named[1])]: Rejection("bad_value", response.excerpt)})
     return Misconfigured(
-        f"the server does not take the arguments of {function} ({response.excerpt}): compare the event type with the module: "
-        "pillarbox check"
+        f"the server does not accept the arguments of {function} ({response.excerpt}): compare the event type with the module; "
+        "run pillarbox check"
     )
 
 
@@ -138,20 +153,22 @@ def _explain_misconfiguration(response: SpacetimeDbResponse, function: str) -> s
         case 401:
             return (
                 f"401: the server does not accept the token{text}: "
-                "it must be one that this server gave, unchanged; pillarbox spacetimedb publish makes one"
+                "use a token that this server issued, unchanged; pillarbox spacetimedb publish creates one"
             )
         case 402:
-            return f"402: the database has no energy left{text}: its owner must add some"
+            return f"402: the database has no energy left{text}: its owner must add energy"
         case 403:
-            return f"403: the module's client_connected function rejects this token's identity{text}: let it in, or use another"
+            return f"403: the module's client_connected function rejects the token's identity{text}: use another token"
         case 404 if "reducer" in response.excerpt or "procedure" in response.excerpt.lower():
-            return f"404: the module has no function {function}{text}: publish one that has, or name another with ?function="
+            return f"404: the module has no function {function}{text}: publish a module that has it, or correct ?function="
         case 404:
-            return f"404: the server has no such database{text}: pillarbox spacetimedb publish makes it, or mend the URL"
+            return (
+                f"404: the server has no such database{text}: create it with pillarbox spacetimedb publish, or correct the URL"
+            )
         case 415:
-            return f"415: the server did not see Content-Type: application/json{text}: a proxy in between must not change it"
+            return f"415: the server did not receive Content-Type: application/json{text}: make the proxy in between keep it"
         case _:
-            return f"the server answered {response.status}{text}, which is none of SpacetimeDB's answers: mend the URL"
+            return f"the server responded with {response.status}{text}, which SpacetimeDB never does: correct the URL"
 
 
 def _is_panic(response: SpacetimeDbResponse) -> bool:
@@ -159,8 +176,8 @@ def _is_panic(response: SpacetimeDbResponse) -> bool:
 
 
 def _html_title(response: SpacetimeDbResponse) -> str:
-    found = re.search(rb"<title>([^<]*)</title>", response.body, re.IGNORECASE)
-    return " ".join(found[1].decode(errors="replace").split())[:100] if found else "no title"
+    title = re.search(rb"<title>([^<]*)</title>", response.body, re.IGNORECASE)
+    return " ".join(title[1].decode(errors="replace").split())[:100] if title else "no title"
 
 
 def _parse_retry_after(retry_after: str) -> float | None:

@@ -1,4 +1,4 @@
-"""The Rust table and function for an event type of your own: what `pillarbox spacetimedb scaffold` prints. Pure."""
+"""Generates the Rust table and reducer for an event type: the output of `pillarbox spacetimedb scaffold`. Pure."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _SCALARS: Final[dict[Any, str]] = {
 _KEYWORDS: Final = frozenset(
     """abstract as async await become box break const continue do dyn else enum extern false final fn for gen if impl in let
     loop macro match mod move mut override priv pub ref return static struct trait true try type typeof unsafe unsized use
-    virtual where while yield""".split()  # noqa: SIM905 - a list of fifty would hide the code
+    virtual where while yield""".split()  # noqa: SIM905 - a list of fifty strings would be longer than the code
 )
 
 
 class _RustTypes:
-    """Types on their way out, each once."""
+    """Translates annotations to Rust types and collects the definitions these need, each once."""
 
     def __init__(self) -> None:
         self.items: dict[str, str] = {}
 
     def rust_type(self, annotation: Any) -> str:
-        """The Rust type for an annotation; what has none is JSON text."""
+        """Return the Rust type for an annotation: String, holding JSON, where there is no better one."""
         kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
         if NoneType in kinds:
             rest = kinds - {NoneType}
@@ -71,19 +71,23 @@ class _RustTypes:
             if field.encode_name == key:
                 lines.append("    #[primary_key]\n")
             name = snake_case(field.encode_name)
-            # An underscore more keeps Rust's words apart; names are compared without them.
+            # A trailing underscore avoids Rust's keywords; the sink ignores it when it compares names.
             lines.append(f"    pub {name}{'_' if name in _KEYWORDS else ''}: {self.rust_type(field.type)},\n")
         return f"{head}\npub struct {kind.__name__} {{\n{''.join(lines)}}}\n"
 
     def table_source(self, kind: type[msgspec.Struct], attribute: str) -> str:
-        """The struct that is the table's row."""
+        """Return the struct of the table's rows."""
         return self._struct_source(kind, f"{attribute}\n#[derive(Clone, Debug)]", key="event_id")
 
 
 def scaffold(event_type: type[msgspec.Struct], major: int) -> str:
-    """A module for servers `major`.x with one table and one function for events of this type; they must have an `event_id`."""
+    """Return a module for servers `major`.x, with a table and a reducer for events of this type.
+
+    Raises:
+        UsageError: the event type has no field `event_id`.
+    """
     if all(field.encode_name != "event_id" for field in msgspec.structs.fields(event_type)):
-        raise UsageError(f"{event_type.__name__} has no field event_id: it is what makes repeats harmless")
+        raise UsageError(f"{event_type.__name__} has no field event_id: add one, so that duplicates can be recognized")
     table = snake_case(event_type.__name__)
     name = "name" if major == 1 else "accessor"
     rust = _RustTypes()
@@ -108,8 +112,8 @@ def _reducer_source(event_type: type[msgspec.Struct], table: str) -> str:
         if text
         else ""
     )
-    return f"""/// Stores a batch; events that are there already are skipped, so that sending a batch twice changes nothing.
-/// An error refuses the whole batch; `event[INDEX].FIELD: REASON` has Pillarbox set that event aside and send the others.
+    return f"""/// Stores a batch. Skips events that the table already has, so that sending a batch twice changes nothing.
+/// An error rejects the whole batch; for `event[INDEX].FIELD: REASON`, Pillarbox dead-letters that event and sends the others.
 #[reducer]
 pub fn record_{table}s(ctx: &ReducerContext, events: Vec<{event_type.__name__}>) -> Result<(), String> {{
 {check}    for event in events {{

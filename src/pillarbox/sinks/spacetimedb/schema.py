@@ -1,7 +1,7 @@
-"""A database's schema (version 9, which servers 1.x and 2.x describe themselves in) -> what can be called, with which types.
+"""Parses a database's schema in version 9, which servers 1.x and 2.x return: its tables, functions and types. Pure.
 
-Types are kept in the server's own shape: `{"String": []}`, `{"Array": T}`, `{"Product": {"elements": [...]}}`,
-`{"Sum": {"variants": [...]}}`, `{"Ref": n}`. Pure.
+Types keep the server's JSON form: `{"String": []}`, `{"Array": T}`, `{"Product": {"elements": [...]}}`,
+`{"Sum": {"variants": [...]}}`, `{"Ref": n}`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ ReturnKind = Literal["nothing", "count", "result", "value"]
 
 
 class SchemaError(Exception):
-    """The text is no schema of a database in version 9."""
+    """The text is not a database schema in version 9."""
 
 
 class NamedType(NamedTuple):
-    """A field of a product or a variant of a sum."""
+    """A field of a product type, a variant of a sum type or a parameter of a function."""
 
     name: str
     type: AlgebraicType
 
 
 class ModuleFunction(NamedTuple):
-    """Something that can be called."""
+    """A reducer or procedure of the module."""
 
     name: str
     kind: Literal["reducer", "procedure"]
     parameters: list[NamedType]
-    returns: AlgebraicType | None  # of a procedure
+    returns: AlgebraicType | None  # None for a reducer
 
 
 class DatabaseSchema:
-    """What a database says of itself."""
+    """The parsed schema of a database."""
 
     def __init__(self, text: bytes) -> None:
         try:
@@ -60,39 +60,39 @@ class DatabaseSchema:
             raise SchemaError(f"{type(error).__name__}: {error}") from None
 
     def resolve(self, algebraic_type: AlgebraicType) -> AlgebraicType:
-        """The type that a reference stands for."""
+        """Follow references to the type they stand for."""
         for _ in range(len(self._types) + 1):
             if "Ref" not in algebraic_type:
                 return algebraic_type
             algebraic_type = self._types[algebraic_type["Ref"]]
-        raise SchemaError("a type that refers to itself only")
+        raise SchemaError("a type refers only to itself")
 
     def product_fields(self, algebraic_type: AlgebraicType) -> list[NamedType] | None:
-        """The fields of a product type."""
+        """Return the fields of a product type, None for another type."""
         algebraic_type = self.resolve(algebraic_type)
         return _named_types(algebraic_type["Product"]["elements"]) if "Product" in algebraic_type else None
 
     def sum_variants(self, algebraic_type: AlgebraicType) -> list[NamedType] | None:
-        """The variants of a sum type."""
+        """Return the variants of a sum type, None for another type."""
         algebraic_type = self.resolve(algebraic_type)
         return _named_types(algebraic_type["Sum"]["variants"]) if "Sum" in algebraic_type else None
 
     def option_inner(self, algebraic_type: AlgebraicType) -> AlgebraicType | None:
-        """What an option type holds."""
+        """Return the type inside an option type, None for another type."""
         variants = self.sum_variants(algebraic_type)
         if variants is not None and [variant.name for variant in variants] == ["some", "none"]:
             return variants[0].type
         return None
 
     def table_columns(self, name: str) -> tuple[list[NamedType], bool]:
-        """The columns of a table, and whether it is private."""
+        """Return a table's columns and whether the table is private."""
         for table in self._raw_tables:
             if table["name"] == name:
                 return self.product_fields({"Ref": table["product_type_ref"]}) or [], "Private" in table["table_access"]
         return [], False
 
     def return_kind(self, function: ModuleFunction) -> ReturnKind:
-        """What a successful call answers with."""
+        """Return what a successful call of the function responds with."""
         if function.returns is None:
             return "nothing"
         of = self.resolve(function.returns)
@@ -101,11 +101,11 @@ class DatabaseSchema:
         return "count" if next(iter(of))[:1] in "IU" and next(iter(of))[1:].isdigit() else "value"
 
     def array_element(self, algebraic_type: AlgebraicType) -> AlgebraicType | None:
-        """What an array type holds."""
+        """Return the element type of an array type, None for another type."""
         return self.resolve(algebraic_type).get("Array")
 
     def rust_type(self, algebraic_type: AlgebraicType) -> str:
-        """The type as Rust writes it."""
+        """Return the type in Rust's notation, for messages."""
         algebraic_type = self.resolve(algebraic_type)
         inner = self.option_inner(algebraic_type)
         if inner is not None:
@@ -127,5 +127,5 @@ def _named_types(raw: list[dict[str, Any]]) -> list[NamedType]:
 
 
 def canonical_name(name: str) -> str:
-    """A name without what servers 2.x change about it: `UserProfile`, `userProfile` and `user_profile` are one."""
+    """Return a name without case and punctuation, which servers 2.x change: `UserProfile` and `user_profile` are equal."""
     return "".join(letter for letter in name.lower() if letter.isalnum())

@@ -1,4 +1,4 @@
-"""What a `spacetimedb://` URL says, checked. Pure, but that it reads the token where the URL or the environment name one."""
+"""Parses the URL of a SpacetimeDB sink, and reads the token from the file or environment variable that holds it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pillarbox.store.os_filesystem import read_file
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TOKEN_VARIABLE: Final = "PILLARBOX_SPACETIMEDB_TOKEN"  # noqa: S105 - its name, not the token
-TIMEOUT_MAX_S: Final = 110.0  # below the deliverer's own limit for a call, whose words would be less clear
+TOKEN_VARIABLE: Final = "PILLARBOX_SPACETIMEDB_TOKEN"  # noqa: S105 - the name of the variable
+TIMEOUT_MAX_S: Final = 110.0  # below delivery's own limit for a call, whose error would be less specific
 DEFAULT_FUNCTION: Final = "record_tracking_events"
 _N = TypeVar("_N", int, float)
 _URL_FORM: Final = "use spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
 
 
 class Token:
-    """A secret that does not show: not in `repr`, not in an f-string."""
+    """A token that its `repr` and `str` do not show."""
 
     __slots__ = ("_text",)
 
@@ -36,42 +36,42 @@ class Token:
     __str__ = __repr__
 
     def file_content(self) -> bytes:
-        """What a token file holds."""
+        """Return the content of a token file."""
         return f"{self._text}\n".encode()
 
     def identity(self) -> str | None:
-        """The identity that a token of the server's own making says it proves."""
+        """Return the identity in a token that the server issued; None for another token."""
         try:
             payload = self._text.split(".")[1]
-            found = msgspec.json.decode(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-            return str(found["hex_identity"])
+            claims = msgspec.json.decode(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            return str(claims["hex_identity"])
         except (IndexError, ValueError, msgspec.DecodeError, KeyError, TypeError):
             return None
 
     def auth_header(self) -> dict[str, str]:
-        """What proves to the server who calls."""
+        """Return the header that authenticates a request."""
         return {"Authorization": f"Bearer {self._text}"}
 
 
 class SpacetimeDbSettings(NamedTuple):
-    """Where to deliver, and how."""
+    """The parsed URL of a SpacetimeDB sink."""
 
     server: str  # http://host:port
     database: str
     function: str
     token: Token | None
     connections: int
-    timeout_s: float  # of one call
-    unconfirmed_max: int  # batches sent and not yet confirmed
-    confirm_wait_s: float  # how long a 1.x server gets to make durable what it has answered
+    timeout_s: float  # for one request
+    unconfirmed_max: int  # batches that may be accepted and not yet confirmed
+    confirm_wait_s: float  # time for a 1.x server to make durable what it accepted
 
     def database_path(self, *parts: str) -> str:
-        """The path of something that belongs to the database."""
+        """Return the request path of a part of the database."""
         return "/".join(["/v1/database", *(quote(part, safe="") for part in (self.database, *parts))])
 
 
 def parse_url(url: str) -> SpacetimeDbSettings:
-    """The target that a URL means; raises `ConfigurationError` that names the part at fault."""
+    """Parse the URL of a SpacetimeDB sink; raises `ConfigurationError`, which names the part that is wrong."""
     parts = urlsplit(url)
     options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
     try:
@@ -115,7 +115,7 @@ def _parse_number(options: dict[str, str], name: str, kind: Callable[[str], _N],
 
 
 def find_token(inline_token: str, token_file: str | None) -> Token | None:
-    """The token: as given, or from the file, or from the environment; None where there is none."""
+    """Return the token from the URL, the token file or the environment, in this order; None where there is none."""
     source = "the sink's URL" if inline_token else f"environment {TOKEN_VARIABLE}"
     text = inline_token
     if not inline_token and token_file:
@@ -128,5 +128,7 @@ def find_token(inline_token: str, token_file: str | None) -> Token | None:
     if not text:
         return None
     if not text.isascii() or not text.isprintable() or " " in text:
-        raise ConfigurationError("token", None, source, "use the token as the server gave it: one line of printable characters")
+        raise ConfigurationError(
+            "token", None, source, "use the token as the server issued it: one line of printable characters"
+        )
     return Token(text)
