@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -188,3 +189,21 @@ def test_no_document_names_a_path_of_the_machine_it_was_written_on() -> None:
         path = ROOT / file
         if path.is_file() and path != Path(__file__):
             assert not re.search(rb"/root/|/work/|/home/[a-z]", path.read_bytes()), file
+
+
+def test_every_function_in_the_life_of_an_event_exists() -> None:
+    """By import."""
+    names = re.findall(r"`(pillarbox(?:\.\w+)+)`", (DOCS / "explanation" / "life-of-an-event.md").read_text())
+    assert len(names) > 20
+    for name in names:
+        pkgutil.resolve_name(name)
+
+
+def test_every_test_and_file_that_the_proofs_name_exists() -> None:
+    """Tests by name, harnesses by path."""
+    text = (DOCS / "dev" / "proofs.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in sources, name
+    for path in re.findall(r"`((?:tests|pillarbox)/[\w/.]+)`", text):
+        assert (ROOT / path).exists() or (ROOT / "src" / path).exists(), path
