@@ -132,13 +132,13 @@ class Directory:
         """The existing queues, by name. None where the outbox has a single sink."""
         if self.parent is not None:
             return []
-        found = map(layout.sink_of_queue, self.filesystem.subdirectories(self.path))
-        return [self.queue(sink) for sink in sorted(sink for sink in found if sink is not None)]
+        sinks = map(layout.sink_of_queue, self.filesystem.subdirectories(self.path))
+        return [self.queue(sink) for sink in sorted(sink for sink in sinks if sink is not None)]
 
     def requested_queues(self) -> set[str]:
         """The sinks whose queues were requested and start with the current backlog."""
-        found = map(layout.sink_of_adding, self.filesystem.subdirectories(self.path))
-        return {sink for sink in found if sink is not None}
+        sinks = map(layout.sink_of_adding, self.filesystem.subdirectories(self.path))
+        return {sink for sink in sinks if sink is not None}
 
     def request_queue(self, sink: str) -> None:
         """Request a queue that starts with the current backlog. Idempotent."""
@@ -151,12 +151,12 @@ class Directory:
         """
         adding = self.path_of(layout.adding_name(sink))
         names: dict[str, str] = {}  # by batch id: one queue may have compressed the file and another not
-        for place in (self, *self.queues()):
-            for name in place.batch_names():
+        for directory in (self, *self.queues()):
+            for name in directory.batch_names():
                 if names.setdefault(layout.batch_id(name), name) != name:
                     continue
                 try:
-                    self.filesystem.link(place.path_of(name), f"{adding}/{name}")
+                    self.filesystem.link(directory.path_of(name), f"{adding}/{name}")
                 except FileNotFoundError:
                     del names[layout.batch_id(name)]  # just delivered, or compressed
                 except FileExistsError:
@@ -192,11 +192,11 @@ class Directory:
     def finish_queue_removals(self) -> None:
         """Remove what is left of queues that were being removed. Another process may do the same at this moment."""
         for name in filter(layout.is_removing_name, self.filesystem.subdirectories(self.path)):
-            going = self.path_of(name)
+            removed_path = self.path_of(name)
             with contextlib.suppress(FileNotFoundError):
-                for file, _ in self.filesystem.list_files(going):
+                for file, _ in self.filesystem.list_files(removed_path):
                     self.remove(f"{name}/{file}")
-                self.filesystem.remove_directory(going)
+                self.filesystem.remove_directory(removed_path)
 
     def rename_queue(self, sink: str) -> None:
         """Make this the queue of another sink."""
@@ -253,9 +253,9 @@ class Directory:
         outbox = self.parent
         if outbox is not None and files and outbox.filesystem.first_names(outbox.path, layout.SEALED_PATTERNS).total_files:
             return None
-        there = {after, *names} - {""}  # a plain file sorts before its copy
-        behind = names[-1] if len(names) < files and names else ""
-        return BatchPage([name for name in names if layout.plain_name(name) not in there], behind, last)
+        known = {after, *names} - {""}  # a plain file sorts before its copy
+        next_after = names[-1] if len(names) < files and names else ""
+        return BatchPage([name for name in names if layout.plain_name(name) not in known], next_after, last)
 
     def contains(self, name: str) -> bool:
         """Whether a file exists."""
@@ -317,9 +317,9 @@ class Directory:
         None where another process holds it. Raises `FileUnusableError`.
         """
         path = self.path_of(name)
-        held = self.filesystem.open_locked(path, writable=True)
-        if held is not None:
-            return LockedFile(name, held)
+        locked_fd = self.filesystem.open_locked(path, writable=True)
+        if locked_fd is not None:
+            return LockedFile(name, locked_fd)
         fd = self.filesystem.open_lock_file(path)
         try:
             if self.filesystem.lock(fd) and self.filesystem.is_file_at(fd, path):
@@ -348,9 +348,9 @@ class Directory:
     def create_with_new_name(self, new_name: Callable[[], str]) -> LockedFile:
         """Create and lock a file under a name from `new_name`, which never returns a name twice."""
         for _ in range(_CREATE_ATTEMPTS_MAX):
-            taken = self.create(new_name())
-            if taken is not None:
-                return taken
+            file = self.create(new_name())
+            if file is not None:
+                return file
         raise OSError(errno.ENOLCK, "a new file could not be locked; file locks do not work here", self.path)
 
     def seal_after(self, micros: int | None) -> None:
@@ -370,21 +370,21 @@ class Directory:
 
     def retain(self, name: str) -> str:
         """Rename a delivered batch file so that it is retained. Returns the new name, durable with the next sync."""
-        kept = layout.delivered_name(name, self._clock.micros())
-        self.filesystem.rename(self.path_of(name), self.path_of(kept))
-        return kept
+        retained_name = layout.delivered_name(name, self._clock.micros())
+        self.filesystem.rename(self.path_of(name), self.path_of(retained_name))
+        return retained_name
 
     def reseal(self, name: str) -> str | None:
         """Rename a retained file so that it is delivered again, as a new batch.
 
         Returns the new name, durable once synced, or None.
         """
-        anew = self._next_sealed_name(name)
+        new_name = self._next_sealed_name(name)
         try:
-            self.filesystem.rename(self.path_of(name), self.path_of(anew))
+            self.filesystem.rename(self.path_of(name), self.path_of(new_name))
         except FileNotFoundError:
             return None
-        return anew
+        return new_name
 
     def rewrite(self, file: LockedFile, in_memory: Iterable[tuple[int, bytes]] = (), size: int | None = None) -> LockedFile:
         """Replace a locked file by a synced one with the same name and content. Returns it, locked.
@@ -395,9 +395,9 @@ class Directory:
         data = bytearray(self.filesystem.read_all(file.fd)[:size])
         for offset, lines in in_memory:
             data[offset : offset + len(lines)] = lines
-        anew = self._write_and_rename(file.name, bytes(data))
+        new_file = self._write_and_rename(file.name, bytes(data))
         self.filesystem.close(file.fd)
-        return anew
+        return new_file
 
     def seal(self, files: Sequence[LockedFile], on_renamed: Callable[[Sequence[LockedFile], Sequence[str]], None]) -> None:
         """Seal locked and synced files: rename them all in this order, then sync the directory once.
@@ -459,8 +459,8 @@ class Directory:
         The process that compresses holds the lock of the plain file until that is removed. If it died, the copy is removed
         before the plain file is, or the batch would be delivered again.
         """
-        found = set(names)
-        for name in [name for name in found if layout.plain_name(name) in found]:
+        name_set = set(names)
+        for name in [name for name in name_set if layout.plain_name(name) in name_set]:
             try:
                 plain = self.lock_existing(layout.plain_name(name))
             except FileUnusableError:
@@ -499,18 +499,18 @@ class Directory:
     def _write_and_rename(self, name: str, data: bytes) -> LockedFile:
         """Write a temporary file, sync it, and rename it to `name`. Locked from the beginning."""
         # A new name for each attempt: recovery may hold the temporary file of an earlier attempt, and would remove this one.
-        taken = self.create_with_new_name(lambda: layout.temporary_name(name, self.new_id()))
-        aside = taken.name
+        file = self.create_with_new_name(lambda: layout.temporary_name(name, self.new_id()))
+        temporary = file.name
         try:
-            self.filesystem.write_all(taken.fd, data)
-            self.filesystem.sync_data(taken.fd)
-            self.filesystem.rename(self.path_of(aside), self.path_of(name))
+            self.filesystem.write_all(file.fd, data)
+            self.filesystem.sync_data(file.fd)
+            self.filesystem.rename(self.path_of(temporary), self.path_of(name))
         except BaseException:
             with contextlib.suppress(OSError):  # otherwise the next recovery removes it
-                self.remove(aside)
-            self.filesystem.close(taken.fd)
+                self.remove(temporary)
+            self.filesystem.close(file.fd)
             raise
-        return LockedFile(name, taken.fd)
+        return LockedFile(name, file.fd)
 
     def remove(self, name: str) -> None:
         """Delete a file. It is no error if it is gone already."""

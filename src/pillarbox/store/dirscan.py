@@ -45,13 +45,13 @@ class FileTotals(NamedTuple):
 
     def combined_with(self, other: FileTotals) -> FileTotals:
         """The totals of both together."""
-        stamps = [
-            stamp
-            for stamp in (self.oldest_micros, self.newest_micros, other.oldest_micros, other.newest_micros)
-            if stamp is not None
+        times = [
+            micros
+            for micros in (self.oldest_micros, self.newest_micros, other.oldest_micros, other.newest_micros)
+            if micros is not None
         ]
         files, size, empty = self.files + other.files, self.bytes + other.bytes, self.empty + other.empty
-        return FileTotals(files, size, empty, min(stamps, default=None), max(stamps, default=None))
+        return FileTotals(files, size, empty, min(times, default=None), max(times, default=None))
 
 
 class NamePage(NamedTuple):
@@ -76,7 +76,7 @@ def matching_names(entries: Iterable[FileEntry], patterns: NamePatterns) -> Iter
 def totals_by_pattern(entries: Iterable[FileEntry], patterns: NamePatterns) -> list[FileTotals]:
     """The totals of files; each file counts for the first pattern that its name matches."""
     files, sizes, empty = ([0] * len(patterns) for _ in range(3))
-    stamps: list[list[int]] = [[] for _ in patterns]  # the lowest and the highest
+    times: list[list[int]] = [[] for _ in patterns]  # the lowest and the highest
     for name, size in entries:
         for index, pattern in enumerate(patterns):
             if matches(name, pattern):
@@ -84,11 +84,11 @@ def totals_by_pattern(entries: Iterable[FileEntry], patterns: NamePatterns) -> l
                 sizes[index] += size
                 empty[index] += size == 0
                 if match := _TIMESTAMP.match(name, len(pattern.begin)):
-                    both = [int(match[1]), *stamps[index]]
-                    stamps[index] = [min(both), max(both)]
+                    both = [int(match[1]), *times[index]]
+                    times[index] = [min(both), max(both)]
                 break
-    found = zip(files, sizes, empty, stamps, strict=True)
-    return [FileTotals(number, size, none, *(ends or (None, None))) for number, size, none, ends in found]
+    columns = zip(files, sizes, empty, times, strict=True)
+    return [FileTotals(number, size, none, *(ends or (None, None))) for number, size, none, ends in columns]
 
 
 def first_names(names: Iterable[str], after: str, until: str, limit: int) -> NamePage:
@@ -96,7 +96,7 @@ def first_names(names: Iterable[str], after: str, until: str, limit: int) -> Nam
     low, high = _bytes(after), _bytes(until)
     count, last = 0, b""
 
-    def wanted() -> Iterator[bytes]:
+    def keys_in_range() -> Iterator[bytes]:
         nonlocal count, last
         for key in map(_bytes, names):
             if low < key and (not high or key <= high):
@@ -104,8 +104,8 @@ def first_names(names: Iterable[str], after: str, until: str, limit: int) -> Nam
                 last = max(last, key)
                 yield key
 
-    found = nsmallest(limit, wanted()) if limit else [key for key in wanted() if not key]
-    return NamePage(list(map(_text, found)), _text(last), count)
+    first = nsmallest(limit, keys_in_range()) if limit else [key for key in keys_in_range() if not key]
+    return NamePage(list(map(_text, first)), _text(last), count)
 
 
 def _bytes(name: str) -> bytes:

@@ -109,24 +109,24 @@ class SequentialBatchOps:
 
         A descriptor of -1 stands for a file that recovery in another process was quicker to lock, and removes.
         """
-        found: list[int] = []
+        fds: list[int] = []
         for path in paths:
             try:
                 fd = self.create(path)
             except OSError as error:
-                return found, error
+                return fds, error
             try:
-                held = self.lock(fd) and self.has_name(fd)
+                is_ours = self.lock(fd) and self.has_name(fd)
             except OSError as error:
                 self.close(fd)
-                return found, error
+                return fds, error
             except BaseException:
                 self.close(fd)
                 raise
-            if not held:
+            if not is_ours:
                 self.close(fd)
-            found.append(fd if held else -1)
-        return found, None
+            fds.append(fd if is_ours else -1)
+        return fds, None
 
     def close_each(self: Filesystem, fds: Sequence[int]) -> None:
         """Close each file, and so release its lock. Errors are ignored: the descriptor is closed all the same."""

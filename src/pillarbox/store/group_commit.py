@@ -133,28 +133,28 @@ class GroupCommitter:
             return writer.drop("would_block", events)
         if not writer.accepts:
             return writer.drop_when_closed(events)
-        turn = _WaitingThread(lines, events)
+        waiting = _WaitingThread(lines, events)
         try:
             self._threads_inside.add(me)
             self._queued_bytes += len(lines)
-            self._queue.append(turn)
-            while turn.outcome is None:
+            self._queue.append(waiting)
+            while waiting.outcome is None:
                 if self._try_to_lead(me):
                     self._run_round()
                 else:
-                    turn.lock.acquire(timeout=_LEADER_CHECK_S)
+                    waiting.lock.acquire(timeout=_LEADER_CHECK_S)
         finally:
             self._threads_inside.discard(me)
-            cut_short = turn.outcome is None
+            cut_short = waiting.outcome is None
             if cut_short:
-                turn.outcome = DROPPED["io_error"]  # nobody waits for it: leadership must not be passed to it
-            if turn.next_to_wake is not None:
-                _release_lock(turn.next_to_wake.lock)
+                waiting.outcome = DROPPED["io_error"]  # nobody waits for it: leadership must not be passed to it
+            if waiting.next_to_wake is not None:
+                _release_lock(waiting.next_to_wake.lock)
             # Interrupted while leading, passing leadership or waking, or after leadership was passed to it: threads that wait
             # notice that themselves.
             if self._unwoken or ((cut_short or self._leader == me) and self._has_waiting_coroutines()):
                 self._wake_helper()
-        return turn.outcome
+        return waiting.outcome
 
     def build_start_commit(
         self, door: AppendHooks, start_commit_slowly: Callable[[bytes], CommitFuture | Outcome]
@@ -234,17 +234,17 @@ class GroupCommitter:
     def _run_round(self) -> None:
         """Lead one round."""
         woken: list[_WaitingThread] = []
-        troubles: list[str] = []
+        errors: list[str] = []
         try:
             self._fail_interrupted_group(woken)
             self._append_all(woken)
             self._wake_loops()  # those of the round before: they continue while this one syncs
-            troubles = self._sync_all(woken)
+            errors = self._sync_all(woken)
         finally:
             self._pass_leadership()
             self._wake_waiters(woken)
-        for trouble in troubles:
-            log.error("%s", trouble)
+        for error in errors:
+            log.error("%s", error)
 
     def _fail_interrupted_group(self, woken: list[_WaitingThread]) -> None:
         """After a leader that was interrupted: drop the events of which it is unknown whether they were appended."""
@@ -261,56 +261,56 @@ class GroupCommitter:
         self._queued_bytes = 0
         while left:
             with self._lock:
-                party = _AppendGroup(*gather_group(self._queue, left, *self._writer.batch_room()))
-                self._appending = party.entries
-                del self._queue[: len(party.entries)]  # after `_appending` was set: an interrupt in between leaves them in both
-                left -= len(party.entries)
-                refused = self._append_group(party)
-            if refused is not None and len(party.entries) > 1:
+                group = _AppendGroup(*gather_group(self._queue, left, *self._writer.batch_room()))
+                self._appending = group.entries
+                del self._queue[: len(group.entries)]  # after `_appending` was set: an interrupt in between leaves them in both
+                left -= len(group.entries)
+                dropped = self._append_group(group)
+            if dropped is not None and len(group.entries) > 1:
                 # One commit may fit where all of them do not.
-                for at, entry in enumerate(party.entries, 1):
-                    one = _append_group_of([entry])
-                    self._assign_results(one, self._append_group(one), woken)
-                    self._appending = party.entries[at:]
+                for at, entry in enumerate(group.entries, 1):
+                    single = _append_group_of([entry])
+                    self._assign_results(single, self._append_group(single), woken)
+                    self._appending = group.entries[at:]
             else:
-                self._assign_results(party, refused, woken)
+                self._assign_results(group, dropped, woken)
             self._appending = []
 
-    def _append_group(self, party: _AppendGroup) -> Outcome | None:
+    def _append_group(self, group: _AppendGroup) -> Outcome | None:
         """Append a group with one write. Returns the outcome where it was dropped, or None."""
         with self._lock:
-            outcome, file = self._writer.append_unsynced(party.lines, party.events)
+            outcome, file = self._writer.append_unsynced(group.lines, group.events)
             if outcome is not ENQUEUED:
                 return outcome
-            self._appended.append(_AppendedGroup(party, file, file.bytes))  # before anybody can sync it
+            self._appended.append(_AppendedGroup(group, file, file.bytes))  # before anybody can sync it
             return None
 
     def _sync_all(self, woken: list[_WaitingThread]) -> list[str]:
         """Make durable what was appended, and answer it, segment by segment. Returns messages to log."""
-        troubles: list[str] = []
+        errors: list[str] = []
         files = dict.fromkeys(chunk.segment for chunk in self._appended)
-        nameless: OSError | None = None  # set once the sync of the directory has failed
+        names_failure: OSError | None = None  # set once the sync of the directory has failed
         for file in files:
             self._wake_loops()  # those of the segment before: they continue while this one is synced
             chunks = [chunk for chunk in self._appended if chunk.segment is file]
-            refused: OSError | None = None
+            failure: OSError | None = None
             try:
-                troubles.append(self._writer.syncer.sync(file, self.unsynced_lines))
+                errors.append(self._writer.syncer.sync(file, self.unsynced_lines))
                 if not file.name_durable:
-                    if nameless is None:
-                        nameless = self._sync_names(files)
-                    refused = nameless
+                    if names_failure is None:
+                        names_failure = self._sync_names(files)
+                    failure = names_failure
             except OSError as error:
-                refused = error
+                failure = error
             for chunk in chunks:
-                durable = refused is None and chunk.end <= file.synced_bytes
-                reason = "io_error" if refused is None else drop_reason_of(refused)
+                durable = failure is None and chunk.end <= file.synced_bytes
+                reason = "io_error" if failure is None else drop_reason_of(failure)
                 self._assign_results(chunk.group, ENQUEUED_POWER if durable else DROPPED[reason], woken)
             with self._lock:
                 del self._appended[: len(chunks)]
-            if refused is not None:
-                troubles.append(f"{file.locked_file.name}: not made durable: {refused}")
-        return [trouble for trouble in troubles if trouble]
+            if failure is not None:
+                errors.append(f"{file.locked_file.name}: not made durable: {failure}")
+        return [message for message in errors if message]
 
     def _sync_names(self, files: Iterable[Segment]) -> OSError | None:
         """Sync the directory, so that the names of the segments are durable. Returns the error, or None."""
@@ -319,27 +319,27 @@ class GroupCommitter:
             self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
             return error
-        for file, taken in before:
-            if file.locked_file is taken:  # it is not where the sealer has rewritten the segment meanwhile
+        for file, locked_file in before:
+            if file.locked_file is locked_file:  # it is not where the sealer has rewritten the segment meanwhile
                 file.name_durable = True
         return None
 
-    def _assign_results(self, party: _AppendGroup, outcome: Outcome | None, woken: list[_WaitingThread]) -> None:
+    def _assign_results(self, group: _AppendGroup, outcome: Outcome | None, woken: list[_WaitingThread]) -> None:
         """Set the outcome of commits; None means not yet. The first thread goes to `woken`, and each thread wakes the next."""
         if outcome is None:
             return
         if isinstance(outcome, Dropped):
-            self._writer.drop(outcome.reason, party.events)
-        for loop, entries in party.by_loop():
+            self._writer.drop(outcome.reason, group.events)
+        for loop, entries in group.by_loop():
             if loop is not None:
                 self._unwoken.append(_LoopResults(loop, cast("list[CommitFuture]", entries), outcome))
                 continue
-            turns = cast("list[_WaitingThread]", entries)
-            for before, turn in pairwise(turns):  # set first: a thread that sees its outcome leaves, and wakes the next
-                before.next_to_wake = turn
-            for turn in turns:
-                turn.outcome = outcome
-            woken += turns[:1]
+            threads = cast("list[_WaitingThread]", entries)
+            for before, thread in pairwise(threads):  # set first: a thread that sees its outcome leaves, and wakes the next
+                before.next_to_wake = thread
+            for thread in threads:
+                thread.outcome = outcome
+            woken += threads[:1]
 
     def _pass_leadership(self) -> None:
         """Let a waiting caller lead. Called before the group is woken, so that the next sync begins at once."""
@@ -356,8 +356,8 @@ class GroupCommitter:
 
     def _wake_waiters(self, woken: list[_WaitingThread]) -> None:
         """Wake the callers that have an outcome: the coroutines of a loop at once, and of each group the first thread."""
-        for turn in woken:
-            _release_lock(turn.lock)
+        for thread in woken:
+            _release_lock(thread.lock)
         # Woken coroutines hold the GIL until all have run: a leader that has more to append does that first.
         if not (self._queue and threading.current_thread() is self._helper):
             self._wake_loops()

@@ -115,11 +115,11 @@ class LedgerWriter:
 
     def _append_fast(self, *, sync: bool) -> bool:
         """Append the buffer in one call. False, and nothing is done, in all but the simple case."""
-        place, entries = self._directory, self._buffered_entries()
+        directory, entries = self._directory, self._buffered_entries()
         self._unsynced |= bool(entries)
-        fd = place.filesystem.append_locked(
-            place.path_of(layout.LEDGER_LOCK),
-            place.path_of(layout.LEDGER),
+        fd = directory.filesystem.append_locked(
+            directory.path_of(layout.LEDGER_LOCK),
+            directory.path_of(layout.LEDGER),
             encode_entries(entries),
             max_size=self._compact_at_bytes,
         )
@@ -130,7 +130,7 @@ class LedgerWriter:
             if sync:
                 self._sync(fd, entries)
         finally:
-            place.filesystem.close(fd)
+            directory.filesystem.close(fd)
         return True
 
     def _buffered_entries(self) -> list[LedgerEntry]:
@@ -187,14 +187,14 @@ class LedgerWriter:
             log.warning("%s: unreadable lines dropped from the ledger: %d", self._directory.path, unread)
         # otherwise a power loss could bring back files that are summed up
         self._directory.filesystem.sync_directory(self._directory.path)
-        there = {layout.batch_id(name) for name in self._directory.batch_names()}
-        anew = encode_entries(compact_entries(entries, there, self._clock.micros()))
-        self._directory.write_atomically(layout.LEDGER, anew)
-        self._compact_at_bytes = max(COMPACT_BYTES, 2 * len(anew))
+        present = {layout.batch_id(name) for name in self._directory.batch_names()}
+        lines = encode_entries(compact_entries(entries, present, self._clock.micros()))
+        self._directory.write_atomically(layout.LEDGER, lines)
+        self._compact_at_bytes = max(COMPACT_BYTES, 2 * len(lines))
 
-    def _log_state_change(self, trouble: str) -> None:
-        if trouble and not self._logged_problem:
-            log.error("%s: the ledger could not be written; its entries wait in memory: %s", self._directory.path, trouble)
-        elif self._logged_problem and not trouble:
+    def _log_state_change(self, problem: str) -> None:
+        if problem and not self._logged_problem:
+            log.error("%s: the ledger could not be written; its entries wait in memory: %s", self._directory.path, problem)
+        elif self._logged_problem and not problem:
             log.info("%s: the ledger is written again", self._directory.path)
-        self._logged_problem = trouble
+        self._logged_problem = problem

@@ -57,21 +57,21 @@ class OsFilesystem(SequentialBatchOps):
         The names of existing directories above it are synced too, up to the mount point: whoever made them may have died before
         they were durable, and the contents would be lost with the name.
         """
-        place = os.path.abspath(path)
-        _make_directories(place)
-        while not os.path.ismount(place):
-            place = os.path.dirname(place)
+        parent = os.path.abspath(path)
+        _make_directories(parent)
+        while not os.path.ismount(parent):
+            parent = os.path.dirname(parent)
             with contextlib.suppress(PermissionError):  # not ours to sync
-                self.sync_directory(place)
+                self.sync_directory(parent)
 
     def inspect_directory(self, path: str) -> DirectoryInfo | None:
         """What is at `path`, or None. Follows links: an operator may put the directory elsewhere."""
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except FileNotFoundError:
             return None
         usable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
-        return DirectoryInfo(os.path.isdir(path), found.st_mode & 0o777, usable, filesystem_type_of(path))
+        return DirectoryInfo(os.path.isdir(path), status.st_mode & 0o777, usable, filesystem_type_of(path))
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
         """The regular files in a directory, with their sizes. A file that is removed meanwhile is left out."""
@@ -150,14 +150,14 @@ class OsFilesystem(SequentialBatchOps):
             if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
                 raise FileUnusableError(path, "is a link, a pipe, a device or a directory") from None
             raise
-        found = os.fstat(fd)
+        status = os.fstat(fd)
         problem = None
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             problem = "is not a regular file"
-        elif found.st_nlink > 1 and not allow_links:
+        elif status.st_nlink > 1 and not allow_links:
             problem = HAS_SECOND_LINK
-        elif found.st_uid != os.geteuid() and os.geteuid() != 0:
-            problem = f"{BELONGS_TO} {found.st_uid}"
+        elif status.st_uid != os.geteuid() and os.geteuid() != 0:
+            problem = f"{BELONGS_TO} {status.st_uid}"
         if problem:
             self.close(fd)
             raise FileUnusableError(path, problem)
@@ -260,8 +260,8 @@ class OsFilesystem(SequentialBatchOps):
 
     def disk_space(self, path: str) -> DiskSpace:
         """The space on the volume that `path` is on."""
-        found = os.statvfs(path)
-        return DiskSpace(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
+        status = os.statvfs(path)
+        return DiskSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
 
 
 class CompiledOsFilesystem(OsFilesystem):
@@ -321,11 +321,11 @@ class CompiledOsFilesystem(OsFilesystem):
         """As `SequentialBatchOps`."""
         owner = _owner_of_directory(paths[0]) if paths else None
         with _fork_lock:
-            found, number = speedups.create_each(
+            fds, number = speedups.create_each(
                 paths, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _OPEN_FLAGS, _FILE_MODE, *(owner or (-1, -1))
             )
-            self._open_fds.update(fd for fd in found if fd >= 0)
-        return found, _os_error(number, *paths[len(found) : len(found) + 1])
+            self._open_fds.update(fd for fd in fds if fd >= 0)
+        return fds, _os_error(number, *paths[len(fds) : len(fds) + 1])
 
     def close_each(self, fds: Sequence[int]) -> None:
         """As `SequentialBatchOps`."""
@@ -356,9 +356,9 @@ def _owner_of_directory(path: str) -> tuple[int, int] | None:
     """
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
-            found = os.stat(os.path.dirname(path) or ".")
-            if found.st_uid or found.st_gid:
-                return found.st_uid, found.st_gid
+            status = os.stat(os.path.dirname(path) or ".")
+            if status.st_uid or status.st_gid:
+                return status.st_uid, status.st_gid
     return None
 
 
@@ -387,13 +387,13 @@ def filesystem_type_of(path: str) -> str:
             mounts = file.read().splitlines()
     except OSError:
         return ""
-    place = os.fsencode(os.path.realpath(path)) + b"/"
+    target = os.fsencode(os.path.realpath(path)) + b"/"
     best, medium = b"", b""
     for mount in mounts:
         fields, _, source = mount.partition(b" - ")
         point = fields.split(b" ")[4].replace(b"\\040", b" ")
         # of two mounts on one point the later counts
-        if place.startswith(point.rstrip(b"/") + b"/") and len(point) >= len(best):
+        if target.startswith(point.rstrip(b"/") + b"/") and len(point) >= len(best):
             best, medium = point, source.split(b" ")[0]
     return medium.decode(errors="replace")
 
@@ -421,16 +421,16 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 def file_identity(path: str) -> tuple[int, int] | None:
     """The device and inode number of what a path names; None where it names nothing."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def open_file_identity(fd: int) -> tuple[int, int]:
     """The device and inode number of an open file."""
-    found = os.fstat(fd)
-    return found.st_dev, found.st_ino
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def exists(path: str) -> bool:
@@ -444,23 +444,23 @@ def foreign_entries(path: str, *, allow_links: bool = False) -> Iterator[tuple[s
     With `allow_links` files may have further hard links, as for `open_existing`.
     """
     me = os.geteuid()
-    found = os.stat(path)
-    if me not in (0, found.st_uid):
-        yield ".", f"{BELONGS_TO} {found.st_uid}"
+    status = os.stat(path)
+    if me not in (0, status.st_uid):
+        yield ".", f"{BELONGS_TO} {status.st_uid}"
     with os.scandir(path) as entries:
         for entry in entries:
             try:
-                found = entry.stat(follow_symlinks=False)
+                status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            if stat.S_ISLNK(found.st_mode):
+            if stat.S_ISLNK(status.st_mode):
                 yield entry.name, "is a symbolic link"
-            elif not stat.S_ISREG(found.st_mode):
-                yield entry.name, IS_DIRECTORY if stat.S_ISDIR(found.st_mode) else "is not a regular file"
-            elif found.st_nlink > 1 and not allow_links:
+            elif not stat.S_ISREG(status.st_mode):
+                yield entry.name, IS_DIRECTORY if stat.S_ISDIR(status.st_mode) else "is not a regular file"
+            elif status.st_nlink > 1 and not allow_links:
                 yield entry.name, HAS_SECOND_LINK
-            elif me not in (0, found.st_uid):
-                yield entry.name, f"{BELONGS_TO} {found.st_uid}"
+            elif me not in (0, status.st_uid):
+                yield entry.name, f"{BELONGS_TO} {status.st_uid}"
 
 
 def create_private_file(path: str, data: bytes) -> None:

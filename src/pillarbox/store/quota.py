@@ -83,8 +83,8 @@ class QuotaEnforcer:
 
     def enforce(self) -> float:
         """Recount, check the free space and evict, as far as each is due. Returns the seconds until the next call."""
-        refused = self._writer.dropped["disk_full"] + self._writer.dropped["disk_low"]
-        in_need, self._drops_for_space = refused > self._drops_for_space, refused
+        drops = self._writer.dropped["disk_full"] + self._writer.dropped["disk_low"]
+        in_need, self._drops_for_space = drops > self._drops_for_space, drops
         self._evicted_delivered = False
         if in_need:
             self._next_space_check = 0.0
@@ -169,30 +169,30 @@ class QuotaEnforcer:
         lock = self._directory.acquire_lock_file(layout.EVICT_LOCK)
         if lock is None:
             return
-        going: list[_EvictionCandidate] = []
+        candidates: list[_EvictionCandidate] = []
         try:
             self._next_recount = self._earliest_recount = 0.0
             self._recount()
             excess_bytes, excess_files = self._excess(least)
             # The outbox directory last: a link in a queue counts once the directory itself has not the name any more.
-            places = [*self._directory.queues(), self._directory]
-            for name in self._oldest_first(places) if excess_bytes > 0 or excess_files > 0 else ():
+            directories = [*self._directory.queues(), self._directory]
+            for name in self._oldest_first(directories) if excess_bytes > 0 or excess_files > 0 else ():
                 if excess_bytes <= 0 and excess_files <= 0:
                     break
-                found = self._lock_candidate(name, places)
-                if found is None:
+                candidate = self._lock_candidate(name, directories)
+                if candidate is None:
                     continue
-                going.append(found)
-                excess_bytes -= max(1, found.size)
+                candidates.append(candidate)
+                excess_bytes -= max(1, candidate.size)
                 excess_files -= 1
-                if len(going) >= _EVICT_AT_ONCE_MAX:
-                    self._remove_candidates(going, places)
-            self._remove_candidates(going, places)
-            for place in places:
-                place.filesystem.sync_directory(place.path)  # otherwise a power loss could bring the files back
+                if len(candidates) >= _EVICT_AT_ONCE_MAX:
+                    self._remove_candidates(candidates, directories)
+            self._remove_candidates(candidates, directories)
+            for directory in directories:
+                directory.filesystem.sync_directory(directory.path)  # otherwise a power loss could bring the files back
         finally:
-            for found in going:  # not removed because of an error
-                self._close_candidate(found)
+            for candidate in candidates:  # not removed because of an error
+                self._close_candidate(candidate)
             self._directory.filesystem.close(lock.fd)
 
     def _excess(self, least: int) -> tuple[int, int]:
@@ -204,75 +204,86 @@ class QuotaEnforcer:
         return max(least, excess_bytes), excess_files
 
     @staticmethod
-    def _oldest_first(places: Sequence[Directory]) -> list[str]:
+    def _oldest_first(directories: Sequence[Directory]) -> list[str]:
         """The names of all batches, oldest first. Of a plain file and its copy, the plain one."""
-        found = [place.all_sealed_names() for place in places]
-        return sorted({name for names in found for name in names if layout.plain_name(name) not in names})
+        listings = [directory.all_sealed_names() for directory in directories]
+        return sorted({name for names in listings for name in names if layout.plain_name(name) not in names})
 
-    def _lock_candidate(self, name: str, places: Sequence[Directory]) -> _EvictionCandidate | None:
+    def _lock_candidate(self, name: str, directories: Sequence[Directory]) -> _EvictionCandidate | None:
         """Lock a batch under all its names, and count its events. None where it is in use, not ours, or unreadable."""
-        going = _EvictionCandidate(name)
+        candidate = _EvictionCandidate(name)
         try:
-            for place in places:
-                if any(place.filesystem.is_file_at(taken.fd, place.path_of(name)) for taken in going.locked_files):
-                    going.directories.append(place)  # another link to a locked file
+            for directory in directories:
+                if any(
+                    directory.filesystem.is_file_at(locked.fd, directory.path_of(name)) for locked in candidate.locked_files
+                ):
+                    candidate.directories.append(directory)  # another link to a locked file
                 else:
-                    self._lock_name(name, place, going)
+                    self._lock_name(name, directory, candidate)
         except BaseException:
-            self._close_candidate(going)
+            self._close_candidate(candidate)
             raise
-        return going if going.locked_files else None
+        return candidate if candidate.locked_files else None
 
     @staticmethod
-    def _lock_name(name: str, place: Directory, going: _EvictionCandidate) -> None:
-        found = None
+    def _lock_name(name: str, directory: Directory, candidate: _EvictionCandidate) -> None:
+        kept_open = None
         try:
-            taken = place.lock_existing(name, exclusive=True)
-            if taken is None:
+            locked = directory.lock_existing(name, exclusive=True)
+            if locked is None:
                 return
             try:
-                data = place.filesystem.read_all(taken.fd)
+                data = directory.filesystem.read_all(locked.fd)
                 plain, problem = compression.decompress(name, data)
                 if not problem:  # otherwise its events cannot be counted; delivery quarantines what is damaged
-                    found = taken
+                    kept_open = locked
             finally:
-                if found is None:
-                    place.filesystem.close(taken.fd)
+                if kept_open is None:
+                    directory.filesystem.close(locked.fd)
         except FileUnusableError:
             return
-        if found is not None:
-            going.locked_files.append(found)
-            going.directories.append(place)
-            going.size += len(data)
-            going.events = _events_in(plain)
+        if kept_open is not None:
+            candidate.locked_files.append(kept_open)
+            candidate.directories.append(directory)
+            candidate.size += len(data)
+            candidate.events = _events_in(plain)
 
-    def _close_candidate(self, going: _EvictionCandidate) -> None:
-        for taken in going.locked_files:
-            self._directory.filesystem.close(taken.fd)
+    def _close_candidate(self, candidate: _EvictionCandidate) -> None:
+        for locked in candidate.locked_files:
+            self._directory.filesystem.close(locked.fd)
 
-    def _remove_candidates(self, going: list[_EvictionCandidate], places: Sequence[Directory]) -> None:
+    def _remove_candidates(self, candidates: list[_EvictionCandidate], directories: Sequence[Directory]) -> None:
         """Remove batches after the ledgers have them. If there is no room for the entries, remove them all the same."""
         now = self._clock.micros()
-        for place in places if going and self._ledger is not None else ():
-            ledger = self._ledger_of(place)
-            ledger.add(*(EvictedEntry(now, layout.batch_id(one.name), one.events) for one in going if place in one.directories))
+        for directory in directories if candidates and self._ledger is not None else ():
+            ledger = self._ledger_of(directory)
+            ledger.add(
+                *(
+                    EvictedEntry(now, layout.batch_id(candidate.name), candidate.events)
+                    for candidate in candidates
+                    if directory in candidate.directories
+                )
+            )
             ledger.write(sync=True)
-        while going:
-            one = going.pop(0)
+        while candidates:
+            candidate = candidates.pop(0)
             try:
-                for place in one.directories:
-                    place.remove(layout.compressed_name(one.name))  # a copy whose maker died would be delivered otherwise
-                    place.remove(one.name)
+                for directory in candidate.directories:
+                    # First a copy whose maker died: it would be delivered otherwise.
+                    directory.remove(layout.compressed_name(candidate.name))
+                    directory.remove(candidate.name)
             finally:
-                self._close_candidate(one)
-            self.evicted_events += one.events
-            self._writer.release_bytes(one.size)
+                self._close_candidate(candidate)
+            self.evicted_events += candidate.events
+            self._writer.release_bytes(candidate.size)
             if not self._evicting:
                 self._evicting = True
                 log.warning("%s: full; evicting the oldest events for new ones", self._directory.path)
 
-    def _ledger_of(self, place: Directory) -> LedgerWriter:
-        return self._ledger if place is self._directory and self._ledger is not None else LedgerWriter(place, self._clock)
+    def _ledger_of(self, directory: Directory) -> LedgerWriter:
+        if directory is self._directory and self._ledger is not None:
+            return self._ledger
+        return LedgerWriter(directory, self._clock)
 
     def _log_eviction_end(self) -> None:
         if self._evicting:

@@ -90,10 +90,10 @@ def _read_line(data: bytes, offset: int, payloads: list[bytes], spans: list[Dama
             payloads.append(record.payload(line))
         except DamagedRecordError as damage:
             length = min(len(line) + 1, len(data) - offset)
-            behind = _record_after_nul(line)
-            if behind is not None:
-                payloads.append(behind[1])
-                length = behind[0]
+            after_nul = _record_after_nul(line)
+            if after_nul is not None:
+                payloads.append(after_nul[1])
+                length = after_nul[0]
             torn = offset + len(line) == len(data)
             spans.append(DamagedRange(offset, length, f"torn: {damage.reason}" if torn else damage.reason))
     return offset + len(line) + 1

@@ -102,40 +102,42 @@ class _BatchEntries:
             case EvictedEntry(events=events):
                 self.evicted = events
 
-    def to_row(self, found: FileCounts | None) -> tuple[LedgerRow, Discrepancy | None]:
-        """The counts of the batch, and what is wrong with them. `sealed` is None where its file is gone."""
+    def to_row(self, counts: FileCounts | None) -> tuple[LedgerRow, Discrepancy | None]:
+        """The counts of the batch, and what is wrong with them. `counts` is None where its file is gone."""
         row = LedgerRow(writer=self.writer, resent=self.redelivered)
-        spans = 0
+        ranges = 0
         if self.settled is not None:
             row.delivered, row.dead, row.duplicates = self.settled.delivered, self.settled.dead, self.settled.duplicates
-            records, spans = row.delivered + row.dead, self.settled.quarantined
-            row.quarantined_max = spans
+            records, ranges = row.delivered + row.dead, self.settled.quarantined
+            row.quarantined_max = ranges
         elif self.evicted is not None:
             row.evicted = records = self.evicted
         elif self.fanned_out is not None:
             row.shared = row.shared_max = records = self.fanned_out.events
-            spans = self.fanned_out.spans
-            row.shared_max += spans
-        elif found is not None:
-            row.pending = row.pending_max = records = found.records
-            spans = found.damaged_ranges
-            row.pending_max += spans
+            ranges = self.fanned_out.spans
+            row.shared_max += ranges
+        elif counts is not None:
+            row.pending = row.pending_max = records = counts.records
+            ranges = counts.damaged_ranges
+            row.pending_max += ranges
         else:
             row.accepted = row.accepted_max = self.writer_count or 0
-            return row, self._discrepancy(self.writer_count or 0, "gone without an entry: lost, or its entry is")
-        row.accepted, row.accepted_max = records, records + spans
+            return row, self._discrepancy(
+                self.writer_count or 0, "the file is gone without a ledger entry: the events or the entry are lost"
+            )
+        row.accepted, row.accepted_max = records, records + ranges
         if self.writer_count is None:
             return row, None
-        return self._with_writer_count(row, records, spans)
+        return self._with_writer_count(row, records, ranges)
 
-    def _with_writer_count(self, row: LedgerRow, records: int, spans: int) -> tuple[LedgerRow, Discrepancy | None]:
+    def _with_writer_count(self, row: LedgerRow, records: int, ranges: int) -> tuple[LedgerRow, Discrepancy | None]:
         """The same with a writer's count: what is missing is what is damaged."""
         counted = self.writer_count or 0
         row.accepted = row.accepted_max = counted
         missing = counted - records
-        if missing < 0 or (missing and not spans):
+        if missing < 0 or (missing and not ranges):
             row.pending_max, row.quarantined_max, row.shared_max = row.pending, row.quarantined, row.shared
-            return row, self._discrepancy(missing, f"the writer counted {counted}, found were {records}")
+            return row, self._discrepancy(missing, f"the writer counted {counted} events, the file has {records}")
         if self.settled is not None:
             row.quarantined = row.quarantined_max = missing
         elif self.fanned_out is not None:
@@ -220,16 +222,16 @@ class _LedgerFold:
                     self.redelivered[entry.batch] = entry.events
                 self.batches.setdefault(entry.batch, _BatchEntries()).add_entry(entry)
 
-    def add_batch(self, life: _BatchEntries, found: FileCounts | None) -> Discrepancy | None:
+    def add_batch(self, batch: _BatchEntries, counts: FileCounts | None) -> Discrepancy | None:
         """Add the counts of a batch. Returns what is wrong with them."""
-        row, wrong = life.to_row(found)
+        row, wrong = batch.to_row(counts)
         self.add_row(row)
-        if life.settled is not None:
-            self.purged_dead += life.settled.discarded
-            self.purged_quarantine += life.settled.discarded_spans
-        if life.fanned_out is not None:
-            for sink in life.fanned_out.sinks:
-                self._add_fanned_out(sink, life.fanned_out.events)
+        if batch.settled is not None:
+            self.purged_dead += batch.settled.discarded
+            self.purged_quarantine += batch.settled.discarded_spans
+        if batch.fanned_out is not None:
+            for sink in batch.fanned_out.sinks:
+                self._add_fanned_out(sink, batch.fanned_out.events)
         return wrong
 
     def _rename_queue(self, sink: str, to: str) -> None:
@@ -239,7 +241,7 @@ class _LedgerFold:
             self._add_fanned_out(to, before)
         for life in self.batches.values():
             if life.fanned_out is not None and sink in life.fanned_out.sinks:
-                sinks = [to if one == sink else one for one in life.fanned_out.sinks]
+                sinks = [to if name == sink else name for name in life.fanned_out.sinks]
                 life.fanned_out = msgspec.structs.replace(life.fanned_out, sinks=list(filter(None, sinks)))
 
     def _add_fanned_out(self, sink: str, events: int) -> None:
@@ -280,11 +282,11 @@ def compact_entries(entries: list[LedgerEntry], present: AbstractSet[str], now_m
         sum(events for batch, events in fold.redelivered.items() if not batch or batch in summed),
         fold.fanned_out,
     )
-    kept = [entry for entry in entries if isinstance(entry, BATCH_ENTRIES) and entry.batch not in summed]
+    remaining = [entry for entry in entries if isinstance(entry, BATCH_ENTRIES) and entry.batch not in summed]
     # Queues may have been renamed since.
     return [
         first,
-        *(fold.batches[entry.batch].fanned_out or entry if isinstance(entry, FannedOutEntry) else entry for entry in kept),
+        *(fold.batches[entry.batch].fanned_out or entry if isinstance(entry, FannedOutEntry) else entry for entry in remaining),
     ]
 
 
@@ -362,29 +364,29 @@ def reconcile_queues(
     What was fanned out to a sink must be in its ledger, because fan-out writes there first. Events that a queue accepted
     otherwise, by replay or redelivery, do not count for that.
     """
-    found: dict[str, ReconciliationReport] = {}
+    reports: dict[str, ReconciliationReport] = {}
     for queue in directory.queues():
-        one = reconcile(queue, progress)
-        handed = sum(row.accepted_max for row in one.reconciliation.writers if row.writer in QUEUE_WRITERS)
-        missing = outbox_report.reconciliation.fanned_out.get(queue.sink, 0) - handed
+        report = reconcile(queue, progress)
+        fanned_out = sum(row.accepted_max for row in report.reconciliation.writers if row.writer in QUEUE_WRITERS)
+        missing = outbox_report.reconciliation.fanned_out.get(queue.sink, 0) - fanned_out
         if missing > 0:
-            one.reconciliation.discrepancies.append(
+            report.reconciliation.discrepancies.append(
                 Discrepancy("", FAN_OUT_WRITER, missing, "handed over, and not in the account of the sink")
             )
-        found[queue.sink] = one
-    return found
+        reports[queue.sink] = report
+    return reports
 
 
 def reconcile(directory: Directory, progress: Callable[[int, int], None] = lambda _done, _total: None) -> ReconciliationReport:
     """Reconcile a directory. `progress(done, total)` is called with the bytes read so far. Raises `OSError`."""
     known: dict[str, FileCounts] = {}
-    found = _reconcile_once(directory, progress, known)
+    report = _reconcile_once(directory, progress, known)
     for _ in range(_ATTEMPTS - 1):
-        if found.balances:
+        if report.balances:
             break
         threading.Event().wait(_BETWEEN_ATTEMPTS_S)
-        found = _reconcile_once(directory, progress, known)
-    return found
+        report = _reconcile_once(directory, progress, known)
+    return report
 
 
 def _reconcile_once(
@@ -395,7 +397,7 @@ def _reconcile_once(
     # Twice, as in `Directory.waiting_batch_ids`: a file that is compressed meanwhile must not be missed.
     listing = sorted(dict(entry for _ in range(2) for entry in directory.filesystem.list_files(directory.path)).items())
     total = sum(size for name, size in listing if layout.kind_of(name) in _COUNTED_KINDS)
-    found: dict[str, FileCounts] = {}
+    sealed: dict[str, FileCounts] = {}
     active: dict[str, FileCounts] = {}
     dead: dict[str, int] = {}
     unreadable: list[str] = []
@@ -407,11 +409,11 @@ def _reconcile_once(
         progress(done, total)
         done += size
         if name in known_counts:
-            found[layout.batch_id(name)] = known_counts[name]
+            sealed[layout.batch_id(name)] = known_counts[name]
             continue
         try:
             if kind is Kind.SEALED:
-                known_counts[name] = found[layout.batch_id(name)] = _count_sealed(directory, name)
+                known_counts[name] = sealed[layout.batch_id(name)] = _count_sealed(directory, name)
                 continue
             data = _read_file(directory, name)
         except FileNotFoundError:
@@ -420,7 +422,7 @@ def _reconcile_once(
             unreadable.append(name)
             data = None
             if kind is Kind.SEALED:
-                found[layout.batch_id(name)] = _UNREADABLE_COUNTS
+                sealed[layout.batch_id(name)] = _UNREADABLE_COUNTS
         if kind is Kind.DEAD:
             dead[layout.batch_id(name).removeprefix("dead-")] = 0 if data is None else data.count(b"\n")
         elif kind is not Kind.SEALED:
@@ -430,13 +432,13 @@ def _reconcile_once(
             )
     progress(total, total)
     entries, unread = _read_entries(directory)
-    there = {name for name, _ in directory.filesystem.list_files(directory.path)}
-    still_active = [file for name, file in active.items() if name in there]
-    ignored = _batch_ids(entries) - _batch_ids(before) - found.keys()
+    present = {name for name, _ in directory.filesystem.list_files(directory.path)}
+    still_active = [file for name, file in active.items() if name in present]
+    ignored = _batch_ids(entries) - _batch_ids(before) - sealed.keys()
     settled = {entry.batch for entry in entries if isinstance(entry, (SettledEntry, FannedOutEntry, EvictedEntry))}
     # Dead letters of a batch that is not settled yet are written before the ledger has them.
-    kept = sum(count for batch, count in dead.items() if batch in settled or batch not in found)
-    return ReconciliationReport(reconcile_entries(entries, found, still_active, ignored, kept), unread, unreadable)
+    dead_on_disk = sum(count for batch, count in dead.items() if batch in settled or batch not in sealed)
+    return ReconciliationReport(reconcile_entries(entries, sealed, still_active, ignored, dead_on_disk), unread, unreadable)
 
 
 def _read_entries(directory: Directory) -> tuple[list[LedgerEntry], int]:

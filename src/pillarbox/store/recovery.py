@@ -83,12 +83,12 @@ def recover(directory: Directory) -> list[AdoptedFile]:
 
 def _recover(directory: Directory) -> list[AdoptedFile]:
     names = list(directory.filesystem.list_names(directory.path, _RECOVERY_PATTERNS))
-    found = sorted((name for name in names if layout.kind_of(name) in RECOVERABLE_KINDS), key=layout.active_sort_key)
-    if len(found) < len(names):  # some are compressed
+    segments = sorted((name for name in names if layout.kind_of(name) in RECOVERABLE_KINDS), key=layout.active_sort_key)
+    if len(segments) < len(names):  # some are compressed
         directory.remove_stale_copies(directory.all_sealed_names())
     to_seal: list[LockedFile] = []
     adopted: list[AdoptedFile] = []
-    held: set[str] = set()  # writers with a segment that another process holds: their later segments must wait for it
+    skipped_writers: set[str] = set()  # another process holds one of their segments, for which the later ones must wait
 
     def renamed(files: Sequence[LockedFile], names: Sequence[str]) -> None:
         for file, name in zip(files, names, strict=True):
@@ -97,10 +97,10 @@ def _recover(directory: Directory) -> list[AdoptedFile]:
         directory.filesystem.close_each([file.fd for file in files])
 
     try:
-        for name in found:
+        for name in segments:
             writer, _ = layout.active_sort_key(name)
-            if writer not in held and not _recover_file(directory, name, to_seal):
-                held.add(writer)
+            if writer not in skipped_writers and not _recover_file(directory, name, to_seal):
+                skipped_writers.add(writer)
         if to_seal:
             # What other writers sealed since is older than these, whatever the clock says.
             directory.seal_after(directory.disk_usage().newest_sealed_at)
@@ -137,30 +137,30 @@ def _recover_file(directory: Directory, name: str, to_seal: list[LockedFile]) ->
     False where another process holds it.
     """
     try:
-        taken = directory.lock_existing(name)
+        file = directory.lock_existing(name)
     except FileUnusableError as error:
         log.warning("skipping %s", error)
         return True
-    lock = LockState.ANOTHER if taken is None else LockState.NOBODY
+    lock = LockState.ANOTHER if file is None else LockState.NOBODY
     try:
-        tail = FileTail.EMPTY if taken is None else _tail(directory, taken)
+        tail = FileTail.EMPTY if file is None else _tail(directory, file)
         action = RECOVERY[layout.kind_of(name), lock, tail]
     except OSError as error:
         log.error("skipping unreadable file %s: %s", name, error)  # noqa: TRY400 - a traceback adds nothing
         action = RecoveryAction.LEAVE
-    if taken is None:
+    if file is None:
         return False
     if action is RecoveryAction.SEAL:
-        to_seal.append(taken)
+        to_seal.append(file)
         return True
     try:
         if action is RecoveryAction.REMOVE:
             directory.remove(name)
     finally:
-        directory.filesystem.close(taken.fd)
+        directory.filesystem.close(file.fd)
     return True
 
 
-def _tail(directory: Directory, taken: LockedFile) -> FileTail:
-    size = directory.filesystem.size(taken.fd)
-    return tail_of(directory.filesystem.read_at(taken.fd, size - 1, 1) if size else b"")
+def _tail(directory: Directory, file: LockedFile) -> FileTail:
+    size = directory.filesystem.size(file.fd)
+    return tail_of(directory.filesystem.read_at(file.fd, size - 1, 1) if size else b"")

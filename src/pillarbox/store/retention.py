@@ -86,34 +86,34 @@ class Retention:
         now = self._clock.monotonic()
         self._list_at = now + max(_RELIST_S, _RELIST_SHARE * (now - began))
 
-    def _log_once(self, trouble: str, error: OSError) -> None:
-        if trouble not in self._logged_problems:
-            self._logged_problems.add(trouble)
-            log.warning("%s: %s: %s", self._directory.path, trouble, error)
+    def _log_once(self, problem: str, error: OSError) -> None:
+        if problem not in self._logged_problems:
+            self._logged_problems.add(problem)
+            log.warning("%s: %s: %s", self._directory.path, problem, error)
 
 
 def retention_directories(directory: Directory) -> dict[str, Directory]:
     """The directories with retained files, by sink; "" is the outbox directory."""
-    return {place.sink: place for place in (directory, *directory.queues())}
+    return {queue.sink: queue for queue in (directory, *directory.queues())}
 
 
 def evict_delivered(directory: Directory, enough: Callable[[int], bool]) -> int:
     """Remove retained files until `enough(bytes removed)` or none is left. Returns how many. Raises `OSError`."""
-    kept = [(file, place) for place in retention_directories(directory).values() for file in place.delivered_files()]
+    retained = [(file, where) for where in retention_directories(directory).values() for file in where.delivered_files()]
     # last: removing a retained link frees nothing while the batch waits for another sink
     waiting = directory.waiting_batch_ids()
-    kept.sort(key=lambda one: (layout.batch_id(one[0].name) in waiting, one[0]))
+    retained.sort(key=lambda item: (layout.batch_id(item[0].name) in waiting, item[0]))
     names: dict[str, list[tuple[FileEntry, Directory]]] = {}  # by batch id
-    for file, place in kept:
-        names.setdefault(layout.batch_id(file.name), []).append((file, place))
+    for file, where in retained:
+        names.setdefault(layout.batch_id(file.name), []).append((file, where))
     removed = size = 0
-    for same in names.values():
+    for links in names.values():
         if enough(size):
             break
-        for file, place in same:
-            place.remove(file.name)
+        for file, where in links:
+            where.remove(file.name)
         removed += 1
-        size += max(file.size for file, _ in same)
+        size += max(file.size for file, _ in links)
     if removed:
         log.warning("%s: the volume lacks space; delivered batches evicted: %d (%d bytes)", directory.path, removed, size)
     return removed

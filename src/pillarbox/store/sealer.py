@@ -186,18 +186,18 @@ class Sealer:
 
         Returns the seconds until the next is due.
         """
-        trouble = ""
+        problem = ""
         try:
-            trouble = self._create_spares(self._writer.poll_for_sealer())
+            problem = self._create_spares(self._writer.poll_for_sealer())
             if self._seal_requests.has_new() and self._writer.rotate("manual"):
                 self._seal_requests.mark_handled()
             wait = self._seal_by_age()
             self._seal_retired()
             wait = min(wait, self.quota.enforce())
         except OSError as error:
-            trouble = str(error)
+            problem = str(error)
             wait = _RETRY_S
-        self._log_disk_state(trouble)
+        self._log_disk_state(problem)
         self._log_drops()
         self._call_on_drops()
         return wait
@@ -214,8 +214,8 @@ class Sealer:
         if entered:
             try:
                 self._directory.filesystem.sync_directory(self._directory.path)
-            except OSError as failed:
-                error, entered = failed, False
+            except OSError as sync_error:
+                error, entered = sync_error, False
         # Spares are added at once, here and below: a caller of `enqueue` in its system call holds the writer's lock, and both
         # sides pay for each switch.
         if spares:
@@ -317,18 +317,18 @@ class Sealer:
 
     def _sync_segments(self, files: Sequence[Segment]) -> None:
         for at in range(0, len(files), self._sync_at_once):
-            for trouble in self._writer.syncer.sync_for_seal(files[at : at + self._sync_at_once], self._unsynced_lines):
-                log.error("%s", trouble)
+            for message in self._writer.syncer.sync_for_seal(files[at : at + self._sync_at_once], self._unsynced_lines):
+                log.error("%s", message)
 
-    def _log_disk_state(self, trouble: str) -> None:
+    def _log_disk_state(self, problem: str) -> None:
         """Log an error of the disk when it begins, when it changes, and when it ends."""
-        if trouble == self._logged_problem:
+        if problem == self._logged_problem:
             return
-        if trouble:
-            log.error("%s: %s", self._directory.path, trouble)
+        if problem:
+            log.error("%s: %s", self._directory.path, problem)
         else:
             log.info("%s: writing works again", self._directory.path)
-        self._logged_problem = trouble
+        self._logged_problem = problem
 
     def _log_drops(self) -> None:
         """Log when events begin to be dropped for a reason, and how many were dropped when that ends."""

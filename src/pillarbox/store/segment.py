@@ -73,9 +73,9 @@ def end_of_last_line(filesystem: Filesystem, fd: int, size: int) -> int:
     """The offset behind the last line feed in a file of `size` bytes; 0 where it has none."""
     while size:
         start = max(0, size - _TAIL_READ_BYTES)
-        found = filesystem.read_at(fd, start, size - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        line_feed = filesystem.read_at(fd, start, size - start).rfind(b"\n")
+        if line_feed >= 0:
+            return start + line_feed + 1
         size = start
     return 0
 
@@ -144,19 +144,21 @@ class SegmentSyncer:
 
     def sync_for_seal(self, files: Sequence[Segment], unsynced_lines: UnsyncedLines) -> list[str]:
         """Sync segments that are about to be sealed, all in one call. Returns messages about failed syncs, repaired or not."""
-        troubles: list[str] = []
-        with contextlib.ExitStack() as held:
+        messages: list[str] = []
+        with contextlib.ExitStack() as locks:
             for file in files:
-                held.enter_context(file.sync_lock)
+                locks.enter_context(file.sync_lock)
             due = [(file, size) for file in files if (size := self._unsynced_size(file)) is not None]
             for (file, size), error in zip(due, self._sync_data([file for file, _ in due]), strict=True):
                 try:
-                    troubles.append(self._finish_sync(file, size, error, unsynced_lines))
-                except OSError as failed:
-                    troubles.append(f"{file.locked_file.name}: rewriting failed too ({failed}); sealing what can be read")
+                    messages.append(self._finish_sync(file, size, error, unsynced_lines))
+                except OSError as rewrite_error:
+                    messages.append(
+                        f"{file.locked_file.name}: rewriting failed too ({rewrite_error}); sealing what can be read"
+                    )
             for file in files:
                 file.is_sealed = True
-        return [trouble for trouble in troubles if trouble]
+        return [message for message in messages if message]
 
     def _unsynced_size(self, file: Segment) -> int | None:
         """The number of bytes to sync: all that the segment has now. None where all of them are durable."""
@@ -172,7 +174,7 @@ class SegmentSyncer:
         Two kinds of segments are not synced but reported as failed: those with leftover bytes that could not be cut off, and
         those whose last sync was interrupted. That sync may have failed, and the next one would not report it.
         """
-        unfit = [
+        errors = [
             OSError(errno.EIO, "the bytes of a dropped call could not be cut off")
             if file.has_leftover
             else OSError(errno.EIO, "its last sync was interrupted")
@@ -180,11 +182,11 @@ class SegmentSyncer:
             else None
             for file in files
         ]
-        fit = [file for file, error in zip(files, unfit, strict=True) if error is None]
-        for file in fit:
+        syncable = [file for file, error in zip(files, errors, strict=True) if error is None]
+        for file in syncable:
             file.sync_unknown = True
-        synced = iter(self._filesystem.sync_each([file.fd for file in fit]))
-        return [next(synced) if error is None else error for error in unfit]
+        synced = iter(self._filesystem.sync_each([file.fd for file in syncable]))
+        return [next(synced) if error is None else error for error in errors]
 
     def _finish_sync(self, file: Segment, size: int, error: OSError | None, unsynced_lines: UnsyncedLines) -> str:
         """Note the result of a sync of `size` bytes. Rewrites the segment where the sync has failed."""
@@ -192,11 +194,11 @@ class SegmentSyncer:
             file.synced_bytes = size
             file.sync_unknown = False
             return ""
-        trouble = f"{file.locked_file.name}: fsync failed ({error.strerror}); file rewritten"
+        message = f"{file.locked_file.name}: fsync failed ({error.strerror}); file rewritten"
         file.truncated = True
         self._stop_appending(file, error)
         file.locked_file = self._directory.rewrite(file.locked_file, unsynced_lines(file), file.bytes)
         file.fd = file.locked_file.fd
         file.name_durable = file.truncated = file.has_leftover = file.sync_unknown = False
         file.synced_bytes = file.bytes
-        return trouble
+        return message

@@ -70,26 +70,26 @@ def measure_usage(filesystem: Filesystem, path: str, queues: Sequence[str]) -> D
 
 
 def _by_kind(sums: Iterable[FileTotals]) -> dict[Kind, FileTotals]:
-    found = dict.fromkeys(Kind, FileTotals())
+    totals = dict.fromkeys(Kind, FileTotals())
     for kind, more in zip(layout.KINDS, sums, strict=True):
-        found[kind] = found[kind].combined_with(more)
-    return found
+        totals[kind] = totals[kind].combined_with(more)
+    return totals
 
 
-def _totals_without_duplicates(filesystem: Filesystem, places: Sequence[str]) -> list[FileTotals]:
+def _totals_without_duplicates(filesystem: Filesystem, paths: Sequence[str]) -> list[FileTotals]:
     """The totals of several directories; a file that has names in several counts once."""
     seen = _CountedFiles(filesystem)
-    kept: list[tuple[str, FileEntry]] = []  # counted last: a file that still waits anywhere counts as waiting
+    retained: list[tuple[str, FileEntry]] = []  # counted last: a file that still waits anywhere counts as waiting
 
     def entries() -> Iterator[FileEntry]:
-        for place in places:
-            for entry in filesystem.list_files(place):
+        for path in paths:
+            for entry in filesystem.list_files(path):
                 kind = layout.kind_of(entry.name)
                 if kind is Kind.DELIVERED:
-                    kept.append((place, entry))
-                elif kind is not Kind.SEALED or not seen.is_counted(place, entry.name):
+                    retained.append((path, entry))
+                elif kind is not Kind.SEALED or not seen.is_counted(path, entry.name):
                     yield entry
-        yield from (entry for place, entry in kept if not seen.is_counted(place, entry.name))
+        yield from (entry for path, entry in retained if not seen.is_counted(path, entry.name))
 
     return sums_of(entries(), layout.PATTERNS)
 
@@ -101,10 +101,10 @@ class _CountedFiles:
         self._filesystem = filesystem
         self._paths: dict[str, list[str]] = {}  # by the name at the time of sealing
 
-    def is_counted(self, place: str, name: str) -> bool:
+    def is_counted(self, directory: str, name: str) -> bool:
         """Whether the file was counted under another name. It counts as counted from now on."""
         packed = name.endswith(layout.COMPRESSED_SUFFIX)
-        path, batch = f"{place}/{name}", layout.batch_id(name)
+        path, batch = f"{directory}/{name}", layout.batch_id(name)
         known = self._paths.setdefault(batch + layout.COMPRESSED_SUFFIX if packed else batch, [])
         if known and not (packed and not any(self._filesystem.is_same_file(path, other) for other in known)):
             return True

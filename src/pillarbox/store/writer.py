@@ -151,11 +151,11 @@ class Writer(WriterState):
     def append(self, lines: bytes, events: int) -> Outcome | None:
         """Append whole lines with `events` events, all or none. None before `start`."""
         with self.lock:
-            found, self._limit = self._limit, _IN_PROGRESS
+            previous_limit, self._limit = self._limit, _IN_PROGRESS
             try:
-                return self._append_slow(lines, events, found)
+                return self._append_slow(lines, events, previous_limit)
             except BaseException:
-                self._broken |= found != _IN_PROGRESS
+                self._broken |= previous_limit != _IN_PROGRESS
                 raise
 
     def append_unsynced(self, lines: bytes, events: int) -> tuple[Outcome, Segment]:
@@ -469,7 +469,7 @@ class Writer(WriterState):
 
         Returns those that cannot be used.
         """
-        spares = [Segment(taken, name_durable=names_durable) for taken in files]
+        spares = [Segment(locked_file, name_durable=names_durable) for locked_file in files]
         with self.lock:
             # Callers may have created segments with higher numbers since. Recovery sorts by number, so these spares would
             # change the order.
@@ -480,11 +480,11 @@ class Writer(WriterState):
     def rotate(self, reason: SealReason) -> bool:
         """Retire the active segment if it holds anything. False where an append is under way, which must find its segment."""
         with self.lock:
-            found, self._limit = self._limit, _IN_PROGRESS
-            if found == _IN_PROGRESS and not self._broken:
+            previous_limit, self._limit = self._limit, _IN_PROGRESS
+            if previous_limit == _IN_PROGRESS and not self._broken:
                 return False
             try:
-                if found == _IN_PROGRESS:
+                if previous_limit == _IN_PROGRESS:
                     self._start_repair()
                 if self._file.bytes:
                     self._retire(reason)
@@ -514,19 +514,19 @@ class Writer(WriterState):
     def release_bytes(self, size: int, files: int = 1) -> None:
         """Subtract a delivered or evicted file of `size` bytes; with `files=0`, bytes of a file that became smaller."""
         with self.lock:
-            found, self._limit = self._limit, _IN_PROGRESS
+            previous_limit, self._limit = self._limit, _IN_PROGRESS
             self._released_bytes += size
             self.pending_files -= files
             self._bytes_left += size
-            self._restore_limit(found)
+            self._restore_limit(previous_limit)
 
     def set_disk_low(self, *, low: bool) -> None:
         """For the sealer: drop all events while the volume is `low` on space."""
         with self.lock:
             if self._disk_low != low:
-                found, self._limit = self._limit, _IN_PROGRESS
+                previous_limit, self._limit = self._limit, _IN_PROGRESS
                 self._disk_low = low
-                self._restore_limit(found)
+                self._restore_limit(previous_limit)
 
     def _restore_limit(self, previous_limit: int) -> None:
         """Update the limit after a change. An append that is under way, or was cut short, does it itself."""
@@ -544,13 +544,13 @@ class Writer(WriterState):
     def correct_pending(self, progress_before: WriterProgress, listed_bytes: int, listed_files: int) -> None:
         """Correct the pending counts by a listing, unless appends and releases during the listing explain the difference."""
         with self.lock:
-            found, self._limit = self._limit, _IN_PROGRESS
+            previous_limit, self._limit = self._limit, _IN_PROGRESS
             difference = listed_bytes - self._pending_bytes()
             appended = self._retired_bytes + self._file.bytes - progress_before.appended
             if abs(difference) > appended + self._released_bytes - progress_before.released:
                 self.pending_files = listed_files
                 self._bytes_left -= difference + appended
-            self._restore_limit(found)
+            self._restore_limit(previous_limit)
 
     def pending_counts(self) -> tuple[int, int, int]:
         """(pending bytes, pending files, events accepted since the start)."""
