@@ -1,6 +1,6 @@
-"""What `make bench` measures, each beside what it is compared with, in the same run.
+"""The benchmark that `make bench` runs: Pillarbox and its alternatives, measured alternately in one run.
 
-`plan` has the words; a module for each section or several says what is compared (`sections` lists them); `run` gives everybody
-a turn in each round, as a process (`child`), and makes `results` of it, which `page` turns into docs/dev/benchmarks.md.
-`recovery` is a simulation, and runs by itself.
+`plan` has the classes; each section is in a module (`sections` lists them); `run` runs every contestant once per round in a
+process of its own (`child`) and writes `results`, from which `page` makes docs/dev/benchmarks.md. `recovery` is a simulation
+and runs separately.
 """

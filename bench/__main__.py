@@ -1,6 +1,6 @@
-"""`make bench`: every section, printed, and with every figure of every round in `var/bench/results.json`.
+"""`make bench`: runs all sections, prints a table for each, and writes every figure to `var/bench/results.json`.
 
-`python -m bench accept power` runs some. Exit code 1: something could not be measured; goals that are missed do not count.
+`python -m bench accept power` runs some sections. Exit code 1: something could not be measured. A missed goal is no error.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ PLACE = ROOT / "var" / "bench"
 
 
 def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, place: Path = PLACE) -> int:
-    """Measure what was named, or everything; returns the exit code."""
+    """Run the sections that are named, or all of them; returns the exit code."""
     found = sections.known(modules)
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures, side by side, in one run.")
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(found)}; all of them by default")
-    parser.add_argument("--quick", action="store_true", help="with less of everything: to see that it runs")
-    parser.add_argument("--seed", type=int, help="of the orders; at random by default")
-    parser.add_argument("--page", action="store_true", help="write the page, charts and JSON in docs/dev")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Run the benchmark.")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"one of {', '.join(found)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="run less of everything, to see that it works")
+    parser.add_argument("--seed", type=int, help="seed of the random orders")
+    parser.add_argument("--page", action="store_true", help="also write docs/dev/benchmarks.md, its charts and its JSON")
     typed = parser.parse_args(arguments)
     for key in typed.sections:
         if key not in found:
-            parser.error(f"there is no section {key}; there are {', '.join(found)}")
+            parser.error(f"unknown section {key!r}; use one of {', '.join(found)}")
     seed = random.SystemRandom().randrange(2**32) if typed.seed is None else typed.seed
     place.mkdir(parents=True, exist_ok=True)
     file = place / "results.json"
@@ -49,14 +49,14 @@ def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, pl
 
 
 def show(found: results.Results) -> None:
-    """A table of each section, and its goals."""
+    """Print a table for each section, and its goals."""
     print(f"\n{found.began}, seed {found.seed}, {words.minutes(found.seconds)}")
     for warning in words.warnings(found):
         print(f"  {warning}")
     for name, value in words.machine(found):
         print(f"  {name}: {value}")
     for section in found.sections:
-        print(f"\n{section.title}: {words.rounds(section)}, {words.minutes(section.seconds)}; median (least to most)")
+        print(f"\n{section.title}: {words.rounds(section)}, {words.minutes(section.seconds)}; median (minimum to maximum)")
         rows = [["", *(column.heading for column in section.columns)]]
         for name in section.contestants:
             cells = [(column, section.spread(name, column.metric)) for column in section.columns]
@@ -74,5 +74,5 @@ def show(found: results.Results) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no child is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the child processes too
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""How long `enqueue` takes, sealing included: beside the floor, by threads, by processes, from an asyncio loop."""
+"""How long `enqueue` takes, sealing included: relative to a baseline, in threads, in processes, on an asyncio event loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MANY = 100  # events of one `enqueue_many`
 THREADS = 8
-TURN_S = 60  # that callers wait for one another at most
+TURN_S = 60  # how long callers wait for one another
 T = TypeVar("T")
 
 
@@ -78,7 +78,7 @@ def only_write(place: Place) -> Figures:
 
 @contextlib.contextmanager
 def _outbox(place: Place, events: int) -> Iterator[Outbox]:
-    """With default settings, and warm. A round in which not every event came to be on disk is none."""
+    """An outbox with default settings, warmed up. The round fails unless every event is on disk at the end."""
     outbox = Outbox(str(place.own / "outbox"))
     untimed(outbox.enqueue, sample.event(), WARM)
     yield outbox
@@ -93,7 +93,7 @@ def _all_on_disk(place: Place, events: int) -> None:
 
 
 def enqueue(place: Place) -> Figures:
-    """One thread; also how long it takes from the last event until everything is sealed."""
+    """One thread; also the time from the last event until everything is sealed."""
     one, count = sample.event(), _count(place)
     with _outbox(place, 2 * count) as outbox:
         mean = untimed(outbox.enqueue, one, count)
@@ -104,7 +104,7 @@ def enqueue(place: Place) -> Figures:
 
 
 def made(place: Place) -> Figures:
-    """One thread, which makes each event: ten members, a new id and the time among them."""
+    """One thread that makes each event: ten fields, among them a new id and the time."""
     count = _count(place)
     with _outbox(place, 2 * count) as outbox:
         put = outbox.enqueue
@@ -121,7 +121,7 @@ def made(place: Place) -> Figures:
 
 
 def many(place: Place) -> Figures:
-    """A hundred events a call; the mean is an event's, median and tails are a call's."""
+    """A hundred events per call; the mean is per event, the median and tails are per call."""
     events, count = [sample.event()] * MANY, _count(place)
     with _outbox(place, 2 * count) as outbox:
         loop = Loop()
@@ -132,7 +132,7 @@ def many(place: Place) -> Figures:
 
 
 def threads(place: Place) -> Figures:
-    """Eight threads of one outbox."""
+    """Eight threads that share an outbox."""
     one, each = sample.event(), _count(place) // THREADS
     with _outbox(place, 2 * each * THREADS) as outbox:
         mean, _ = _together(lambda: untimed(outbox.enqueue, one, each), each * THREADS)
@@ -141,7 +141,7 @@ def threads(place: Place) -> Figures:
 
 
 def _together(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
-    """The mean of so many events while threads call at once, and what each call gave."""
+    """Run `call` in all threads at once; returns the mean over `count` events, and what each thread returned."""
     found: list[T] = []
     ready = threading.Barrier(THREADS + 1, timeout=TURN_S)
 
@@ -162,7 +162,7 @@ def _together(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
 
 
 def processes(number: int, place: Place) -> Figures:
-    """Processes with an outbox each, on one directory."""
+    """Processes with one outbox each, on the same directory."""
     each = _count(place) // number
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(number)
@@ -186,7 +186,7 @@ def processes(number: int, place: Place) -> Figures:
 
 
 def _one_of_them(place: Place, each: int, ready: Barrier, answers: Connection) -> None:
-    """The clock is the same in all processes."""
+    """The work of one process. The monotonic clock is the same in all of them."""
     one = sample.event()
     outbox = Outbox(str(place.own / "outbox"))
     untimed(outbox.enqueue, one, WARM)
@@ -222,7 +222,7 @@ def from_a_loop(place: Place) -> Figures:
 
 
 def ids_and_times(place: Place) -> Figures:
-    """What an event has by default: a new id, and the time."""
+    """The defaults of an event: a new id, and the time."""
     new_id, micros, count = new_event_id, now_micros, _count(place)
     loop = Loop()
     for _ in repeat(None, count):
@@ -239,18 +239,17 @@ def ids_and_times(place: Place) -> Figures:
 
 
 FLOOR, WRITE, ENQUEUE, MANY_EACH = "encode + os.write", "os.write", "enqueue", f"enqueue_many({MANY})"
-ONE_PROCESS, PROCESSES, IDS = "enqueue, 1 process", "enqueue, 4 processes", "an id and the time"
+ONE_PROCESS, PROCESSES, IDS = "enqueue, 1 process", "enqueue, 4 processes", "id and timestamp"
 
 ABOUT = """
-Default settings (`durability="process"`), sealing included; the event is a ready one of 281 bytes as JSON, unless it is
-made in the call. Nothing is delivered. What is called "in Python" leaves the compiled hot path alone, which the others use
-where it is there. The floor is a loop that encodes the same event with msgspec and calls `os.write`, with no newline, no
-checksum and no function around it. Each round has 300,000 events in a loop without a clock, which gives the mean and the
-events a second, and 300,000 in one that reads the clock at each call, which gives median and tails (and costs 0.05 to 0.1
-us a call, on all sides). Of several callers the mean is the time in all by the number of events in all; of `enqueue_many`
-median and tails are those of a call with its 100 events. After each round every event is counted on disk. Processor time is
-that of all threads, the sealer's too. "Sealed" is the time from the last event until all files are synced and renamed and
-the outbox is closed.
+Default settings (`durability="process"`), sealing included, nothing delivered. The event has 281 bytes as JSON; it is made
+beforehand, unless the name says that the call makes it. "In Python" runs without the C extension. The baseline is a loop that
+encodes the same event with msgspec and calls `os.write`: no newline, no checksum, no function around it. Each round has
+300,000 events in a loop that reads no clock, which gives the mean and the events per second, and 300,000 in a loop that reads
+the clock at each call, which gives the median and the tails (and costs 0.05 to 0.1 us per call, for everyone). With several
+callers, the mean is the total time divided by the total number of events. For `enqueue_many`, the median and the tails are per
+call of 100 events. After each round the events on disk are counted. Processor time is that of all threads, including the
+sealer. "Sealed" is the time from the last event until all files are fsynced and renamed and the outbox is closed.
 """
 
 SECTION = Section(
@@ -263,7 +262,7 @@ SECTION = Section(
         Contestant(FLOOR, floor),
         Contestant(ENQUEUE, enqueue, ours=True),
         Contestant("enqueue, in Python", enqueue, ours=True, environment=(("PILLARBOX_PURE_PYTHON", "1"),)),
-        Contestant("event made, and enqueue", made, ours=True),
+        Contestant("make an event and enqueue", made, ours=True),
         Contestant(MANY_EACH, many, ours=True),
         Contestant(f"enqueue, {THREADS} threads", threads, ours=True),
         Contestant(ONE_PROCESS, partial(processes, 1), ours=True),
@@ -272,21 +271,24 @@ SECTION = Section(
         Contestant(IDS, ids_and_times, ours=True),
     ),
     columns=(
-        Column("mean_us", "mean, us an event", 2),
-        Column("median_us", "median, us a call", 2),
+        Column("mean_us", "mean, us per event", 2),
+        Column("median_us", "median, us per call", 2),
         Column("p99_us", "p99, us", 1),
         Column("p999_us", "p99.9, us", 1),
         Column("per_s", "events/s", 0),
-        Column("cpu_s", "processor, s a million", 2),
+        Column("cpu_s", "CPU, s per million", 2),
         Column("sealed_ms", "sealed, ms", 0),
     ),
     goals=(
-        Goal("`enqueue`, one thread, mean: of the floor", ratio(ENQUEUE, FLOOR, "mean_us"), 1.5),
-        Goal(f"`{MANY_EACH}`, an event: of a single `enqueue`", ratio(MANY_EACH, ENQUEUE, "mean_us"), 0.5),
+        Goal("mean of `enqueue` in one thread, relative to the baseline", ratio(ENQUEUE, FLOOR, "mean_us"), 1.5),
+        Goal(f"mean of `{MANY_EACH}` per event, relative to `enqueue`", ratio(MANY_EACH, ENQUEUE, "mean_us"), 0.5),
         Goal(
-            "4 processes on one directory, events a second: of one", ratio(PROCESSES, ONE_PROCESS, "per_s"), 1.6, at_least=True
+            "events/s of 4 processes on one directory, relative to 1 process",
+            ratio(PROCESSES, ONE_PROCESS, "per_s"),
+            1.6,
+            at_least=True,
         ),
-        Goal("an id and the time", figure(IDS, "mean_us"), 0.5, unit="us"),
+        Goal("mean of an id and a timestamp", figure(IDS, "mean_us"), 0.5, unit="us"),
     ),
     chart="mean_us",
 )

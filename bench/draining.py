@@ -185,11 +185,11 @@ WRITE, CONTROL = "os.write, idle", "encode + os.write, beside a decoder"
 THREAD, CHILD, SERVICE = "enqueue, same process", 'enqueue, deliver="process"', "enqueue, pillarbox deliver"
 
 ABOUT = """
-`enqueue` in a loop for 1.5 s while files of 500 events each go into SQLite: by a thread of the same process, by its child
-(`deliver="process"`), and by a service of its own (`pillarbox deliver`). The control is a loop of encode and `os.write`
-beside a thread that decodes the same lines and gives way (`sleep(0)`) every 50 of them: what sharing the interpreter with a
-deliverer costs anybody who writes one in Python. The interpreter's switch interval is never touched. Every call is timed;
-what was measured after the backlog was gone does not count.
+`enqueue` in a loop for 1.5 s while batches of 500 events are delivered to SQLite: by a thread of the same process, by its child
+process (`deliver="process"`), and by a separate service (`pillarbox deliver`). The control is a loop of encode and `os.write`
+beside a thread that decodes the same lines and yields the GIL (`sleep(0)`) every 50 lines: the cost of sharing the interpreter
+with any delivery worker in Python. The switch interval of the interpreter is not changed. Every call is timed; calls after the
+end of the backlog do not count.
 """
 
 SECTION = Section(
@@ -206,16 +206,16 @@ SECTION = Section(
         Contestant(SERVICE, service, ours=True),
     ),
     columns=(
-        Column("mean_us", "mean, us a call", 2),
+        Column("mean_us", "mean, us per call", 2),
         Column("median_us", "median, us", 2),
         Column("p99_us", "p99, us", 1),
         Column("p999_us", "p99.9, us", 1),
         Column("delivered_per_s", "delivered, events/s", 0),
     ),
     goals=(
-        Goal("p99.9, same process: of the control", ratio(THREAD, CONTROL, "p999_us"), 2.0),
-        Goal('p99.9, `deliver="process"`: of the idle `os.write` loop', ratio(CHILD, WRITE, "p999_us"), 3.0),
-        Goal("p99.9, `pillarbox deliver`: of the idle `os.write` loop", ratio(SERVICE, WRITE, "p999_us"), 3.0),
+        Goal("p99.9 with delivery in the same process, relative to the control", ratio(THREAD, CONTROL, "p999_us"), 2.0),
+        Goal('p99.9 with `deliver="process"`, relative to the idle `os.write` loop', ratio(CHILD, WRITE, "p999_us"), 3.0),
+        Goal("p99.9 with `pillarbox deliver`, relative to the idle `os.write` loop", ratio(SERVICE, WRITE, "p999_us"), 3.0),
     ),
     prepare=prepare,
     chart="p999_us",

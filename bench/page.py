@@ -1,6 +1,6 @@
-"""`docs/dev/benchmarks.md` and its charts, made of nothing but the results of one run; `python -m bench.page` makes them anew.
+"""Makes `docs/dev/benchmarks.md` and its charts from the results of one run. `python -m bench.page` makes them again.
 
-The page is the only place of these figures.
+No other page states these figures.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ if TYPE_CHECKING:
     from bench.results import Results, Section
 
 NAME = "benchmarks"
-LINE = 132  # letters
+LINE = 132  # characters
 PAGE = """# Benchmarks
 
-{warnings}One run of `make bench`, everything side by side. Ratios are the message: what is compared takes turns in the same
-run. Absolute figures belong to the machine.
+{warnings}The results of one run of `make bench`. Compare ratios: what is compared ran alternately, in the same run. Absolute
+figures depend on the machine.
 
-- In each round everybody has one turn, in a random order, in a process of its own, with nothing else of the run beside it. The
-  next round has another order.
-- A figure is the median of the rounds, followed by the least and the most; bars show the median, and the thin line the spread.
-- A goal's ratio is taken within each round, and the median of these counts. A missed goal is in **bold**.
-- Every figure of every round, the orders and their seed are in [benchmarks.json](benchmarks.json); this page is made of it by
-  `bench/page.py`, and of nothing else. `make bench` writes such a file to `var/bench/results.json`; `python -m bench --page`
-  writes this page too.
+- In each round, each contestant runs once, in random order, in a process of its own, with nothing else running. Each round has
+  another order.
+- A figure is the median of the rounds, followed by minimum and maximum. Bars show the median, the thin lines the range.
+- The ratio of a goal is taken within each round; the median of these ratios counts. A missed goal is in **bold**.
+- [benchmarks.json](benchmarks.json) has every figure of every round, the orders and their seed; `bench/page.py` makes this page
+  from it alone. `make bench` writes such a file to `var/bench/results.json`; `python -m bench --page` also writes this page.
 
 | | |
 | --- | --- |
@@ -41,7 +40,7 @@ run. Absolute figures belong to the machine.
 
 
 def files(found: Results) -> dict[str, str]:
-    """Name -> content of everything that is made of a run's results."""
+    """The generated files: name -> content."""
     texts = {f"{NAME}.json": results.encode(found).decode(), f"{NAME}.md": _page(found)}
     for section in found.sections:
         bars = _bars(section)
@@ -51,7 +50,7 @@ def files(found: Results) -> dict[str, str]:
 
 
 def write(found: Results, folder: Path) -> None:
-    """Put them there; charts of sections that are no more go."""
+    """Write the generated files, and delete charts of sections that no longer exist."""
     texts = files(found)
     for file in folder.glob(f"{NAME}-*.svg"):
         if file.name not in texts:
@@ -74,7 +73,7 @@ def _page(found: Results) -> str:
 
 
 def _goals(sections: Sequence[Section]) -> str:
-    """What was reached, at one glance."""
+    """Which goals were met."""
     goals = [goal for section in sections for goal in section.goals]
     missed = [goal for goal in goals if goal.met is False]
     unmeasured = [goal for goal in goals if goal.met is None]
@@ -95,9 +94,9 @@ def _section(section: Section) -> str:
         parts.append(f"![{section.title}: {_drawn(section).heading}]({_chart_name(section)})\n")
     parts.append(_table(section))
     if section.failed:
-        parts.append("".join(f"- Not measured, or not in all rounds: {name}: {why}\n" for name, why in section.failed.items()))
+        parts.append("".join(f"- {name} was not measured in all rounds: {why}\n" for name, why in section.failed.items()))
     if section.goals:
-        rows = ["| goal | bound | found |", "| --- | --- | --- |"]
+        rows = ["| goal | bound | measured |", "| --- | --- | --- |"]
         for goal in section.goals:
             text = words.found(goal)
             rows.append(f"| {goal.text} | {words.bound(goal)} | {f'**{text}, missed**' if goal.met is False else text} |")
@@ -126,7 +125,7 @@ def _drawn(section: Section) -> results.Column:
 
 
 def _bars(section: Section) -> list[chart.Bar]:
-    """None where nothing is drawn, or nothing was measured."""
+    """The bars of a section's chart; none if it has no chart or nothing was measured."""
     found = [(name, section.spread(name, section.chart)) for name in section.contestants]
     return [
         chart.Bar(name, one.median, one.least, one.most, words.number(one.median, _drawn(section).digits), name in section.ours)

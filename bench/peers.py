@@ -1,7 +1,7 @@
-"""Accepting one event a call, beside what else keeps events in a file, and beside the SDKs that keep them in memory.
+"""Accepting one event per call, compared with queues on local disk and with analytics SDKs that queue in memory.
 
-A contestant opens its store in a directory, gives a call that accepts one event, and closes the store. Encoding is part of the
-call; whatever takes bytes or text gets those of the same encoder.
+A contestant opens its store in a directory, returns a function that accepts one event, and closes the store. Encoding is part
+of the call; a store that takes bytes or text gets them from the same encoder.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def litequeue(place: Path) -> Iterator[Opened]:
 
 
 class _Msgspec:
-    """What localqueue is to encode with: Python's own json would cost it more."""
+    """The encoder for localqueue; Python's json, its default, is slower."""
 
     dumps = staticmethod(encode)
     loads = staticmethod(msgspec.json.decode)
@@ -208,7 +208,7 @@ def tree_bytes(place: Path) -> int:
 
 
 def untimed(opened: Opened, chunk: int, seconds: float, events: int) -> tuple[timing.Mean, int]:
-    """Of calls one after another, and how many there were."""
+    """The mean of calls made one after another, and their number."""
     put, wall, cpu, count = opened.put, 0.0, 0.0, 0
     while wall < seconds * 1e6 and count < events:
         loop = timing.Loop()
@@ -221,7 +221,7 @@ def untimed(opened: Opened, chunk: int, seconds: float, events: int) -> tuple[ti
 
 
 def timed(opened: Opened, chunk: int, seconds: float, events: int) -> list[int]:
-    """Nanoseconds of each call."""
+    """The time of each call in nanoseconds."""
     took: list[int] = []
     put, until = opened.put, now() + int(seconds * 1e9)
     while now() < until and len(took) < events:
@@ -261,7 +261,7 @@ def accepting(opening: Open, *, on_disk: bool = True) -> Callable[[Place], Figur
 
 
 def fastest(others: tuple[Contestant, ...], ours: str, metric: str) -> Callable[[Round], float]:
-    """How many times less than the least of the others ours takes. A call that is too slow to be made often has no p99."""
+    """The lowest figure of the others, divided by ours. A call that is too slow to be made often has no p99."""
 
     def ratio(found: Round) -> float:
         theirs = [found[other.name][metric] for other in others if metric in found[other.name]]
@@ -272,7 +272,7 @@ def fastest(others: tuple[Contestant, ...], ours: str, metric: str) -> Callable[
     return ratio
 
 
-OURS, READY, MADE = "Pillarbox", "Pillarbox, a ready event", "Pillarbox, event made in the call"
+OURS, READY, MADE = "Pillarbox", "Pillarbox, event made beforehand", "Pillarbox, event made in the call"
 FROM_PYPI: Final = (
     Contestant("persist-queue, files", accepting(persist_queue_file), ("persist-queue",)),
     Contestant("diskcache.Deque", accepting(diskcache_deque), ("diskcache",)),
@@ -287,22 +287,22 @@ LATENCIES: Final = (
     Column("median_us", "median, us", 2),
     Column("p99_us", "p99, us", 1),
     Column("p999_us", "p99.9, us", 1),
-    Column("cpu_s", "processor, s a million", 2),
+    Column("cpu_s", "CPU, s per million", 2),
 )
-BYTES = Column("bytes", "bytes an event", 0)
+BYTES = Column("bytes", "bytes per event", 0)
 
 QUEUES = Section(
     key="queues",
-    title="Accepting one event, beside other queues in local files",
+    title="Accepting one event, compared with other queues on local disk",
     about=(
-        "One thread, one event a call. Each call encodes the same event (281 bytes of JSON, the same encoder on all sides) "
-        "and returns when the event survives a kill of the process at any moment. That is what all of these promise, and not "
-        "more: counted with strace, none syncs each event. persist-queue's files are flushed for each event and synced every "
-        "hundred; diskcache.Deque, litequeue, localqueue (with its default DurabilityMode.RELAXED) and sqloutbox are SQLite "
-        "in WAL mode with synchronous=NORMAL, synced at checkpoints. All have their default settings; localqueue is given "
-        "the common encoder in place of Python's json. The mean is of calls one after another, the percentiles are of "
-        "calls that are timed one by one; both loops end after 0.9 seconds or 100,000 events. Pillarbox seals its files "
-        "meanwhile. Bytes are what lies in the directory once the queue is closed."
+        "One thread, one event per call. Each call encodes the same event (281 bytes of JSON, the same encoder for all) "
+        "and returns when the event survives a kill of the process at any moment. All of these queues promise that and "
+        "not more: counted with strace, none syncs each event. persist-queue flushes its files after each event and syncs "
+        "them after every hundred; diskcache.Deque, litequeue, localqueue (with its default DurabilityMode.RELAXED) and "
+        "sqloutbox use SQLite in WAL mode with synchronous=NORMAL, which syncs at checkpoints. All have their default "
+        "settings; localqueue gets the common encoder instead of Python's json. The mean is from calls made one after "
+        "another, the percentiles from calls that are timed one by one; both loops end after 0.9 seconds or 100,000 "
+        "events. Pillarbox seals its files meanwhile. Bytes are the size of the directory after the queue is closed."
     ),
     rounds=ROUNDS,
     contestants=(
@@ -314,7 +314,7 @@ QUEUES = Section(
     columns=(*LATENCIES, BYTES),
     goals=tuple(
         Goal(
-            f"faster than the fastest queue from PyPI, {name}",
+            f"{name} of the fastest queue from PyPI, relative to Pillarbox",
             fastest(FROM_PYPI, OURS, metric),
             bound,
             at_least=True,
@@ -327,13 +327,13 @@ QUEUES = Section(
 
 SYNCED = Section(
     key="synced",
-    title="Accepting one event that is synced alone, beside other queues in local files",
+    title="Accepting one event and syncing it, compared with other queues on local disk",
     about=(
-        "As above, but each call returns when its event survives a loss of power as well: counted with strace, each of these "
-        "syncs at least once an event. persist-queue's SQLite queue and the plain sqlite3 use WAL with synchronous=FULL, as "
-        "does localqueue with DurabilityMode.DURABLE; python-logstash-async's database has a rollback journal and is opened "
-        "anew for each event, by a thread that logging does not wait for. All of them wait for the disk, and nobody "
-        "is faster than that; what sharing a sync between callers gives is another section."
+        "As above, but each call returns when its event also survives a power loss: counted with strace, each of these "
+        "syncs at least once per event. persist-queue's SQLite queue and plain sqlite3 use WAL with synchronous=FULL, as "
+        "does localqueue with DurabilityMode.DURABLE; python-logstash-async's database has a rollback journal and is "
+        "opened for each event, by a thread that logging does not wait for. All of them wait for the disk, so none is "
+        "faster than the disk. Another section measures syncs that callers share."
     ),
     rounds=ROUNDS,
     contestants=(
@@ -350,14 +350,14 @@ SYNCED = Section(
 
 TRACKING = Section(
     key="tracking",
-    title="Accepting one event, beside analytics SDKs that keep it in memory",
+    title="Accepting one event, compared with analytics SDKs that keep it in memory",
     about=(
-        "One thread, one event a call: the same user, name, scope and properties. The SDKs put the event into their "
-        "queue in memory and no more: their consumers, which would encode and send in a thread of the same process, "
-        "do not run, and what they would have taken is taken away unmeasured. Pillarbox has the event in a file when "
-        "the call returns, and seals its files meanwhile. It is measured twice: with an event made in the call from "
-        "the same arguments, id and time made as well, as the SDKs do; and with an event that is ready, as in the "
-        "other sections."
+        "One thread, one event per call: the same user, name, scope and properties. The SDKs only put the event into "
+        "their queue in memory: their consumers, which would encode and send it in a thread of the same process, do not "
+        "run, and the queue is emptied outside of the measured time. Pillarbox has the event in a file when the call "
+        "returns, and seals its files meanwhile. It is measured twice: with an event that the call makes from the same "
+        "arguments, including id and time, as the SDKs do; and with an event that was made beforehand, as in the other "
+        "sections."
     ),
     rounds=ROUNDS,
     contestants=(
@@ -368,8 +368,8 @@ TRACKING = Section(
     ),
     columns=LATENCIES,
     goals=tuple(
-        Goal(f"faster than {peer.name}, {what}, mean", fastest((peer,), ours, "mean_us"), bound, at_least=True)
-        for what, ours in (("event made in the call", MADE), ("a ready event", READY))
+        Goal(f"mean of {peer.name}, relative to Pillarbox with {what}", fastest((peer,), ours, "mean_us"), bound, at_least=True)
+        for what, ours in (("an event made in the call", MADE), ("an event made beforehand", READY))
         for peer, bound in ((SEGMENT, 5), (POSTHOG, 20))
     ),
     chart="mean_us",

@@ -1,4 +1,4 @@
-"""What is measured: sections of contestants that take turns in one run, and the goals that their ratios are held to."""
+"""The plan of a benchmark: sections, their contestants, and goals for the ratios between these."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from pathlib import Path
 
-Figures = Mapping[str, float]  # metric -> what one round of one contestant gave
+Figures = Mapping[str, float]  # metric -> figure of one contestant in one round
 Round = Mapping[str, Figures]  # contestant -> its figures in one round
 
 
 class NotHere(Exception):  # noqa: N818 - no error: something that is needed is not to be had on this machine
-    """Raised by a contestant that cannot be measured here; the message says what is missing."""
+    """A contestant cannot be measured on this machine; the message says what is missing."""
 
 
 class Place(NamedTuple):
-    """Where one round of one contestant works."""
+    """Directories for one round of one contestant."""
 
-    own: Path  # empty, removed afterwards
-    shared: Path  # what the section's `prepare` made, to be read only
-    quick: bool  # with less of everything: to see that it runs
+    own: Path  # empty; deleted afterwards
+    shared: Path  # what the section's `prepare` wrote; read-only
+    quick: bool  # do less of everything, only to see that it works
 
 
 class Contestant(NamedTuple):
-    """One of those that are compared. `run` does one round, in a process of its own."""
+    """One of the things that are compared. `run` does one round, in a process of its own."""
 
     name: str  # in tables and charts; unique within the section
     run: Callable[[Place], Figures]
-    packages: tuple[str, ...] = ()  # distributions whose versions are to be recorded
+    packages: tuple[str, ...] = ()  # distributions whose versions are recorded
     ours: bool = False  # drawn in another colour
-    environment: tuple[tuple[str, str], ...] = ()  # of its process, beside what the run has
+    environment: tuple[tuple[str, str], ...] = ()  # added to that of its process
 
 
 class Column(NamedTuple):
-    """One metric in the table of a section: the median of the rounds, and how far they spread."""
+    """A column in the table of a section: one metric, with its median and range over the rounds."""
 
     metric: str
     heading: str
@@ -43,39 +43,39 @@ class Column(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A ratio within one round, and its bound; what counts is the median of the rounds'."""
+    """A bound for a ratio, which is taken within each round; the median of the rounds counts."""
 
     text: str
     ratio: Callable[[Round], float]
     bound: float
-    at_least: bool = False  # otherwise at most
-    unit: str = "x"  # of a figure that is no ratio: "us", "MiB"
+    at_least: bool = False  # otherwise the bound is a maximum
+    unit: str = "x"  # "x" for a ratio, or the unit of a figure: "us", "MiB"
 
 
 class Section(NamedTuple):
-    """Contestants that are measured side by side: in each round all of them, in a random order."""
+    """Contestants that are compared. Each round measures all of them, in random order."""
 
-    key: str  # names it on the command line and in the JSON
+    key: str  # its name on the command line and in the JSON
     title: str
-    about: str  # a paragraph for the page: what is measured, how, what is equal on all sides
+    about: str  # a paragraph for the page: what is measured, how, and what is the same for all
     rounds: int
     contestants: tuple[Contestant, ...]
     columns: tuple[Column, ...]
     goals: tuple[Goal, ...] = ()
-    prepare: Callable[[Path, bool], None] | None = None  # once, into an empty directory; True: with less of everything
-    chart: str = ""  # the metric that is drawn as bars; "" draws none
-    budget_s: float = 240.0  # after ROUNDS_MIN rounds, none begins that would not fit into it
-    timeout_s: float = 90.0  # of one round of one contestant, and of `prepare`
+    prepare: Callable[[Path, bool], None] | None = None  # called once with an empty directory, and with `quick`
+    chart: str = ""  # metric for the bar chart; "": no chart
+    budget_s: float = 240.0  # after ROUNDS_MIN rounds, a round begins only if it fits into the budget
+    timeout_s: float = 90.0  # for one round of one contestant, and for `prepare`
 
 
 ROUNDS_MIN = 3
 
 
 def ratio(one: str, other: str, metric: str) -> Callable[[Round], float]:
-    """A contestant's figure divided by another's."""
+    """The figure of one contestant divided by that of another."""
     return lambda found: found[one][metric] / found[other][metric]
 
 
 def figure(one: str, metric: str) -> Callable[[Round], float]:
-    """A contestant's figure itself, for a goal that has a unit."""
+    """The figure of one contestant, for a goal with a unit."""
     return lambda found: found[one][metric]

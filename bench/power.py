@@ -1,7 +1,7 @@
-"""Many callers who each wait until their event survives a loss of power, beside a lone loop of write and sync.
+"""Many callers that each wait for an fsync of their event, compared with a single loop of write and sync.
 
-Who shares a sync among N callers can serve N/2 of them with each: one group waits while the other's sync is under way. No more
-than that is to be had, nor more than the same callers get where nobody waits for a sync.
+With N callers a sync can serve N/2 of them: one half waits while the other half's sync runs. The attainable rate is that, or
+the rate of the same callers without syncs, whichever is less.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 THREADS = 64
 COROUTINES = 1000
-AT_ONCE = 10  # events between two looks at whether the time is up
+AT_ONCE = 10  # events between two checks of the time
 
 
 def _seconds(place: Place) -> float:
-    """Of each of the two loops of a round."""
+    """Length of each of the two loops of a round."""
     return 0.1 if place.quick else 0.7
 
 
 class _Caller:
-    """Calls until the time is up; counts, or times each call."""
+    """Calls until the time is up; counts the calls, and if `clocked` times each of them."""
 
     def __init__(self, seconds: float, *, clocked: bool) -> None:
         self.stop = now() + int(seconds * 1e9)
@@ -103,7 +103,7 @@ def bare(place: Place) -> Figures:
 
 
 def threads(number: int, durability: Durability, place: Place) -> Figures:
-    """Threads that each wait for each of their events."""
+    """Threads that wait for each of their events."""
     one = sample.event()
     with Outbox(str(place.own / "outbox"), durability=durability, max_bytes=2**40) as outbox:
         assert outbox.enqueue(one)
@@ -111,7 +111,7 @@ def threads(number: int, durability: Durability, place: Place) -> Figures:
 
 
 def coroutines(durability: Durability, place: Place) -> Figures:
-    """Coroutines of one loop that each wait for each of their events."""
+    """Coroutines of one event loop that wait for each of their events."""
 
     async def run(outbox: Outbox, *, clocked: bool) -> tuple[float, list[_Caller]]:
         began = now()
@@ -135,7 +135,7 @@ NAMES = {
 
 
 def _of_the_possible(number: int) -> Callable[[Round], float]:
-    """The rate under power: of the lesser of N/2 loops of write and sync, and of the same callers under process."""
+    """The rate with power, divided by the lesser of N/2 loops of write and sync and the same callers with process."""
 
     def found(figures: Round) -> float:
         possible = min(number / 2 * figures[BARE]["per_s"], figures[NAMES[number, "process"]]["per_s"])
@@ -145,17 +145,17 @@ def _of_the_possible(number: int) -> Callable[[Round], float]:
 
 
 ABOUT = """
-`durability="power"`: every caller waits until its own event is durable (`fdatasync`), and callers share syncs. Beside a
-lone loop of `os.write` and `os.fdatasync`, and beside the same callers under `durability="process"`. What can be had is the
-lesser of N/2 events a sync (one half waits while the other's sync is under way) and what the same callers reach where
-nobody waits. Each round calls for 0.7 s in loops without a clock at each call, which gives the events a second, and for 0.7
-s with one, which gives median and tails of a call. A sync's time depends on the disk, and on a virtual machine on its
+`durability="power"`: every caller waits until its own event is on disk (`fdatasync`), and callers share syncs. It is compared
+with a single loop of `os.write` and `os.fdatasync`, and with the same callers and `durability="process"`. The attainable rate
+is the lesser of N/2 events per sync (one half of the callers waits while the other half's sync runs) and the rate of the same
+callers with "process". Each round calls for 0.7 s without reading a clock at each call, which gives the events per second, and
+for 0.7 s with it, which gives the median and the tails. The time of a sync depends on the disk, and in a virtual machine on its
 neighbours.
 """
 
 SECTION = Section(
     key="power",
-    title="Waiting for power",
+    title='Durability "power"',
     about=ABOUT,
     rounds=7,
     contestants=(
@@ -168,19 +168,19 @@ SECTION = Section(
     ),
     columns=(
         Column("per_s", "events/s", 0),
-        Column("median_us", "median, us a call", 0),
+        Column("median_us", "median, us per call", 0),
         Column("p99_us", "p99, us", 0),
         Column("p999_us", "p99.9, us", 0),
     ),
     goals=(
         Goal(
-            "1,000 coroutines under power: of the lesser of 500 loops of write and sync, and themselves under process",
+            "events/s of 1,000 coroutines with power, relative to the attainable rate",
             _of_the_possible(COROUTINES),
             0.8,
             at_least=True,
         ),
         Goal(
-            "64 threads under power: of the lesser of 32 loops of write and sync, and themselves under process",
+            "events/s of 64 threads with power, relative to the attainable rate",
             _of_the_possible(THREADS),
             0.7,
             at_least=True,

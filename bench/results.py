@@ -1,6 +1,6 @@
-"""The shape of `results.json`: every figure of every round, and all that it takes to make the page of it.
+"""The format of `results.json`: every figure of every round, and the texts of the page.
 
-A file of this shape is what `python -m bench` writes and what `bench/page.py` reads; the page needs nothing else.
+`python -m bench` writes it; `bench/page.py` makes the page from it alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-SHAPE = 1  # changes when the meaning of a member does
+SHAPE = 1  # increase it when the meaning of a field changes
 
 
 class Spread(NamedTuple):
-    """What the rounds gave."""
+    """Median, minimum and maximum over the rounds."""
 
     median: float
     least: float
@@ -25,27 +25,27 @@ class Spread(NamedTuple):
 
 
 def spread(figures: Iterable[float]) -> Spread | None:
-    """None where there are no figures."""
+    """None if there are no figures."""
     ordered = sorted(figures)
     return Spread(statistics.median(ordered), ordered[0], ordered[-1]) if ordered else None
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """Where it ran, and what else went on there."""
+    """The machine, and what else it did meanwhile."""
 
     platform: str
     kernel: str
     processor: str
-    cores: int  # that this process may use
+    cores: int  # available to this process
     memory_gib: float
-    filesystem: str  # of the directory that was written to
-    load_before: float  # average of the last minute
+    filesystem: str  # of the directory where the benchmark wrote
+    load_before: float  # one-minute average
     load_after: float
-    stolen_percent: float  # of the processors' time meanwhile, by the host of a virtual machine
+    stolen_percent: float  # CPU time taken by the host of a virtual machine
 
 
 class Versions(msgspec.Struct, frozen=True, kw_only=True):
-    """What ran."""
+    """Versions of what ran."""
 
     python: str
     msgspec: str
@@ -53,12 +53,12 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
     zlib: str
     packages: dict[str, str]  # distribution -> version, of the contestants
     commit: str
-    dirty: bool  # with changes that are not committed
-    compiled: bool  # whether the hot path was the compiled one
+    dirty: bool  # there were uncommitted changes
+    compiled: bool  # the C extension was in use
 
 
 class Column(msgspec.Struct, frozen=True):
-    """One metric in the table of a section."""
+    """A column in the table of a section: one metric."""
 
     metric: str
     heading: str
@@ -66,7 +66,7 @@ class Column(msgspec.Struct, frozen=True):
 
 
 class Goal(msgspec.Struct, frozen=True, kw_only=True):
-    """A bound, and what was found in each round in which everybody that it is about was measured."""
+    """A bound, and the figure of each round that measured all of the goal's contestants."""
 
     text: str
     bound: float
@@ -76,12 +76,12 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def spread(self) -> Spread | None:
-        """None where it was not measured."""
+        """None if it was not measured."""
         return spread(self.found)
 
     @property
     def met(self) -> bool | None:
-        """By the median; None where it was not measured."""
+        """Whether the median meets the bound; None if it was not measured."""
         found = self.spread
         if found is None:
             return None
@@ -89,34 +89,34 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one section."""
+    """The results of one section."""
 
     key: str
     title: str
     about: str
     contestants: list[str]
-    ours: list[str]  # those of them that are Pillarbox
+    ours: list[str]  # the contestants that are Pillarbox
     columns: list[Column]
-    chart: str  # the metric that is drawn; "" for none
+    chart: str  # metric of the chart; "": no chart
     rounds_planned: int
-    order: list[list[str]]  # of each round: who came after whom
+    order: list[list[str]]  # of each round: the contestants in the order in which they ran
     rounds: list[dict[str, dict[str, float]]]  # of each round: contestant -> metric -> figure
-    failed: dict[str, str]  # contestant -> why it was not measured, or not in all rounds
+    failed: dict[str, str]  # contestant -> why it was not measured in all rounds
     goals: list[Goal]
-    seconds: float  # that the section took
+    seconds: float  # duration of the section
 
     def spread(self, contestant: str, metric: str) -> Spread | None:
-        """Of one metric of one contestant, over the rounds; None where it has none."""
+        """One metric of one contestant over the rounds; None if it has no such figure."""
         return spread(found[contestant][metric] for found in self.rounds if metric in found.get(contestant, {}))
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
-    """One run."""
+    """The results of one run."""
 
     shape: int = SHAPE
     began: str  # UTC
     seconds: float
-    quick: bool  # with less of everything: the figures mean little
+    quick: bool  # a quick run: its figures mean little
     seed: int  # of the orders
     machine: Machine
     versions: Versions
@@ -124,12 +124,12 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode(results: Results) -> bytes:
-    """JSON with an indent, for people and for diffs."""
+    """Indented JSON, readable and easy to diff."""
     return msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n"
 
 
 def decode(text: bytes) -> Results:
-    """Raises `msgspec.ValidationError` where the shape is another."""
+    """Decode results; raises `msgspec.ValidationError` if the format is another one."""
     found = msgspec.json.decode(text, type=Results)
     if found.shape != SHAPE:
         raise msgspec.ValidationError(f"shape {found.shape}, not {SHAPE}")

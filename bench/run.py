@@ -1,4 +1,4 @@
-"""Runs sections: rounds in which everybody has a turn, in a random order, each in a process of its own with a time limit."""
+"""Runs sections: in each round every contestant once, in random order, each in a process of its own with a time limit."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 
     from bench.plan import Goal, Section
 
-QUICK_SHARE = 0.1  # of a section's budget, for the estimate of the time left
-PURE_PYTHON = "PILLARBOX_PURE_PYTHON"  # no setting: it says which code runs
+QUICK_SHARE = 0.1  # of a section's budget, to estimate the time left of a quick run
+PURE_PYTHON = "PILLARBOX_PURE_PYTHON"  # not a setting: it selects the code that runs
 REASON_MAX = 300  # characters
 now = time.monotonic
 
 
 class Options(NamedTuple):
-    """Of one run."""
+    """The options of a run."""
 
-    place: Path  # for everything that is written; on the file system that is to be measured
+    place: Path  # everything is written here, so it must be on the file system to measure
     seed: int
     quick: bool = False
     say: Callable[[str], None] = print
-    keep: Callable[[results.Results], object] = id  # called after each section: a run that is cut short is not lost
+    keep: Callable[[results.Results], object] = id  # called with the results so far after each section
 
 
 def run(chosen: Sequence[tuple[str, Section]], options: Options) -> results.Results:
-    """Measure sections, one after the other; each comes with the module that has it."""
+    """Measure sections one after the other; each comes with the name of its module."""
     assert chosen
     packages = [package for _, section in chosen for one in section.contestants for package in one.packages]
     watch, began, started = Watch(), datetime.now(UTC), now()
-    ran = versions(packages)  # before: what is edited meanwhile is not what runs
+    ran = versions(packages)  # read first: files edited meanwhile are not what runs
     sections: list[results.Section] = []
     for at, (module, section) in enumerate(chosen):
         later_s = sum(other.budget_s for _, other in chosen[at + 1 :]) * (QUICK_SHARE if options.quick else 1)
@@ -75,17 +75,17 @@ class _SectionRun:
         self._module = module
         self._section = section
         self._options = options
-        self._later_s = later_s  # that the sections after this one will take
+        self._later_s = later_s  # estimated time of the sections after this one
         self._place = options.place / section.key
         self._rounds_planned = 1 if options.quick else section.rounds
         self._order: list[list[str]] = []
         self._rounds: list[dict[str, dict[str, float]]] = []
         self._failed: dict[str, str] = {}
-        self._took: dict[str, list[float]] = {}  # contestant -> seconds of each of its turns
+        self._took: dict[str, list[float]] = {}  # contestant -> seconds of each of its rounds
         self._began = now()
 
     def carry_out(self) -> results.Section:
-        """All rounds; whoever fails is left out of those that follow."""
+        """Run all rounds; a contestant that fails is left out of the following ones."""
         section = self._section
         self._say(f"{section.title}: {len(section.contestants)} contestants, rounds: {self._rounds_planned}")
         try:
@@ -129,7 +129,7 @@ class _SectionRun:
         return not answer.failed
 
     def _has_time(self) -> bool:
-        """Whether another round fits into the budget; the first few are made anyway."""
+        """Whether another round fits into the budget; the first ROUNDS_MIN run in any case."""
         turns = sum(statistics.mean(took) for name, took in self._took.items() if name not in self._failed)
         return len(self._rounds) < ROUNDS_MIN or now() - self._began + turns <= self._section.budget_s
 
@@ -155,7 +155,7 @@ class _SectionRun:
         self._rounds.append(figures)
 
     def _left(self, names: Sequence[str]) -> str:
-        """An estimate, from what the turns took so far and from the budgets of the sections to come."""
+        """An estimate of the time left, from the rounds so far and the budgets of the next sections."""
         known = {name: statistics.mean(took) for name, took in self._took.items() if name not in self._failed}
         typical = statistics.mean(known.values()) if known else 0.0
         a_round = sum(known.get(one.name, typical) for one in self._section.contestants if one.name not in self._failed)
@@ -168,7 +168,7 @@ class _SectionRun:
         return {name: value for one in self._section.contestants if one.name == contestant for name, value in one.environment}
 
     def _ask(self, contestant: str) -> Answer:
-        """One turn, in a fresh directory."""
+        """Run one contestant once, in a new directory."""
         # Its name decides where on the disk it is: never where files of an earlier turn were removed.
         own, answer, log = self._place / uuid.uuid4().hex, self._place / "answer.json", self._place / "log"
         own.mkdir()
@@ -195,12 +195,12 @@ class _SectionRun:
 
 
 def shuffled(names: Sequence[str], seed: int, key: str, number: int) -> list[str]:
-    """The order of one round of one section, whichever others run."""
+    """The order of one round; it does not depend on which other sections run."""
     return random.Random(f"{seed} {key} {number}").sample(names, len(names))
 
 
 def bounded(command: Sequence[str], timeout_s: float, output: IO[bytes], environment: Mapping[str, str]) -> int | None:
-    """The status that a command ends with, None if it takes too long. What it has started and left behind ends with it."""
+    """Run a command and end all processes that it started; returns its exit status, or None after the time limit."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -226,7 +226,7 @@ def _is_a_setting(name: str) -> bool:
 
 
 def _goal(goal: Goal, rounds: Sequence[dict[str, dict[str, float]]]) -> results.Goal:
-    """The rounds in which somebody is missing that the goal is about do not count."""
+    """The goal's figure in each round that measured all of its contestants."""
     found = []
     for figures in rounds:
         with contextlib.suppress(KeyError):

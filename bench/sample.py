@@ -1,4 +1,4 @@
-"""The event that is measured with, and sealed files full of it."""
+"""The event of the benchmark, and batch files with such events."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def event(event_id: str = "019b76da-a800-7000-8000-000000000000") -> TrackingEve
 
 
 def sealed_files(directory: Path, files: int, batch: int = BATCH) -> int:
-    """Fill a directory with sealed files of `batch` events, every id once; returns the number of bytes."""
+    """Write batch files of `batch` events each, all ids unique; returns the total number of bytes."""
     directory.mkdir(mode=0o700, parents=True)
     before, _, after = msgspec.json.encode(event("ID")).partition(b"ID")
     size = 0

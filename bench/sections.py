@@ -1,4 +1,4 @@
-"""The sections in the order in which they run. A module has one as `SECTION`, or several as `SECTIONS`."""
+"""The modules with sections, in the order in which they run. A module has a `SECTION` or several `SECTIONS`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MODULES = ("bench.accept", "bench.peers", "bench.power", "bench.draining", "benc
 
 
 def load(module: str) -> tuple[Section, ...]:
-    """Those of a module."""
+    """The sections of a module."""
     found = import_module(module)
     sections: tuple[Section, ...] = found.SECTIONS if hasattr(found, "SECTIONS") else (found.SECTION,)
     return sections
 
 
 def known(modules: Sequence[str]) -> dict[str, tuple[str, Section]]:
-    """Key -> the module and the section."""
+    """Key -> module name and section."""
     return {section.key: (module, section) for module in modules for section in load(module)}

@@ -105,7 +105,7 @@ def test_the_page_says_who_was_not_measured_and_which_goals_are_missed(tiny: Tin
     assert "\nNothing is measured.\n" in text
     assert "| two | 2.0 |" in text
     assert "| hanging |  |" in text
-    assert "hanging: not done after 5 s" in text
+    assert "hanging was not measured in all rounds: not done after 5 s" in text
     assert "| at least | at least 2.5 x | **2.00 x, missed** |" in text
     assert "| of one | at most 2 x | 2.00 x |" in text
     assert "| of nobody | at most 2 x | not measured |" in text
@@ -128,7 +128,7 @@ def test_a_section_that_is_not_known_is_refused(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as ended:
         main(["acept"], place=tmp_path)
     assert ended.value.code == 2
-    assert "there is no section acept; there are accept, " in capsys.readouterr().err
+    assert "unknown section 'acept'; use one of accept, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", CHEAP)
