@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pillarbox import Outbox, TrackingEvent
 from pillarbox.admin.dead_letters import IdentityDecoder
-from pillarbox.admin.mend import ReplayValidator
+from pillarbox.admin.replay import ReplayValidator
 from pillarbox.store import record
 from tests.conftest import event
 

@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_go_on(tmp_path: Path
     assert ids(box, "dead-*") == ["w-000000", "w-000001", "w-000002"]
 
 
-@pytest.mark.parametrize(("nth", "events", "said"), [(1, 0, "nothing was done"), (2, 6, "power loss may undo")])
+@pytest.mark.parametrize(("nth", "events", "said"), [(1, 0, "nothing was changed"), (2, 6, "a power loss may undo")])
 def test_a_directory_that_cannot_be_synced_is_reported(tmp_path: Path, nth: int, events: int, said: str) -> None:
     """Before, nothing is done; after, the loss of power may bring a file back, and what is in it goes in twice."""
     box = outbox_with_dead_letters(tmp_path, SIX)
@@ -188,7 +188,7 @@ def test_what_is_mended_wrongly_is_named_and_stays(tmp_path: Path) -> None:
             lambda one: unchanged_event(one) if b"w-000001" in unchanged_event(one) else good(one)  # type: ignore[arg-type]
         )
     assert (report.events, report.problems_count) == (5, 1)
-    assert "no TrackingEvent" in report.problems[0].problem
+    assert "not a valid TrackingEvent" in report.problems[0].problem
     assert ids(box, "dead-*") == ["w-000001"]
 
 

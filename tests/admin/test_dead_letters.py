@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox.admin import dead_letters
-from pillarbox.admin.filters import RecordFilter
+from pillarbox.admin.scan import list_batches
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import OsFilesystem
@@ -90,9 +90,9 @@ def test_a_batch_whose_sealed_file_is_there_is_held(tmp_path: Path) -> None:
     other = seal_batch(box, good=1)
     (file,) = box.glob("dead-*")
     place = Directory(str(box), OsFilesystem(), ManualClock())
-    assert dead_letters.list_batches(place, Kind.DEAD, RecordFilter()) == ([file.stem.removeprefix("dead-")], frozenset())
+    assert list_batches(place, Kind.DEAD) == ([file.stem.removeprefix("dead-")], frozenset())
     file.rename(box / f"dead-{other.name}")
-    assert dead_letters.list_batches(place, Kind.DEAD, RecordFilter()) == ([other.stem], frozenset({other.stem}))
+    assert list_batches(place, Kind.DEAD) == ([other.stem], frozenset({other.stem}))
 
 
 def test_a_link_under_the_name_of_dead_letters_is_named_and_not_followed(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from pillarbox import TrackingEvent
-from pillarbox.admin.event_filters import EventFilter, EventHeader, EventHeaderDecoder, parse_conditions
+from pillarbox.admin.filters import EventFilter, EventHeader, EventHeaderDecoder, parse_conditions
 from pillarbox.errors import UsageError
 
 
@@ -41,7 +41,7 @@ def test_an_event_without_a_time_has_that_of_its_file() -> None:
 @pytest.mark.parametrize("text", ["", "=x", "member"])
 def test_a_condition_that_is_none_is_refused(text: str) -> None:
     """With how to write it."""
-    with pytest.raises(UsageError, match="MEMBER=VALUE"):
+    with pytest.raises(UsageError, match="FIELD=VALUE"):
         parse_conditions([text])
 
 

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from pillarbox.admin.dead_letters import DeadLetterRecord
-from pillarbox.admin.filters import RecordFilter, format_time, parse_batch_id, parse_time
+from pillarbox.admin.filters import RecordFilter, parse_batch_id
+from pillarbox.admin.text import format_time, parse_time
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.errors import UsageError
 

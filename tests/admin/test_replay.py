@@ -7,7 +7,7 @@ import pytest
 
 from pillarbox import TrackingEvent
 from pillarbox.admin.dead_letters import DeadLetterRecord
-from pillarbox.admin.mend import InvalidReplayError, parse_assignments, parse_edited_file, to_editable_line, with_fields
+from pillarbox.admin.replay import InvalidReplayError, parse_assignments, parse_edited_file, to_editable_line, with_fields
 from pillarbox.delivery.settlement import DeadLetter
 from pillarbox.errors import UsageError
 from pillarbox.event import EVENT_BYTES_MAX
@@ -34,7 +34,7 @@ def test_a_value_is_json_where_the_member_takes_that_and_text_otherwise(text: st
 @pytest.mark.parametrize("text", ["scope_id", "colour=red", "occurred_at_micros=soon", "=x"])
 def test_what_cannot_be_set_is_refused(text: str) -> None:
     """With the members that there are, or what the value must be."""
-    with pytest.raises(UsageError, match=r"members of TrackingEvent|Expected `int`"):
+    with pytest.raises(UsageError, match=r"fields of TrackingEvent|Expected `int`"):
         parse_assignments([text], TrackingEvent)
 
 
@@ -60,7 +60,7 @@ def test_members_that_are_not_set_stay_byte_for_byte() -> None:
 @pytest.mark.parametrize("old", [b"5", b"[]", b'"x"'])
 def test_members_of_what_is_no_object_cannot_be_set(old: bytes) -> None:
     """It is named, and stays."""
-    with pytest.raises(InvalidReplayError, match="no JSON object"):
+    with pytest.raises(InvalidReplayError, match="not a JSON object"):
         with_fields(VALIDATOR, old, parse_assignments(["scope_id=s"], TrackingEvent))
 
 
@@ -80,9 +80,9 @@ def test_an_event_without_an_id_may_get_one(old: bytes) -> None:
 @pytest.mark.parametrize(
     ("event", "problem"),
     [
-        (b"5", "no JSON object"),
-        (event_json(1, 5), "no TrackingEvent"),
-        (event_json(1).replace(b"w-000001", b"\xff"), "no TrackingEvent"),
+        (b"5", "not a JSON object"),
+        (event_json(1, 5), "not a valid TrackingEvent"),
+        (event_json(1).replace(b"w-000001", b"\xff"), "not a valid TrackingEvent"),
         (event_json(1).replace(b'"event_id":"w-000001",', b""), "event_id: is missing"),
         (event_json(1, key="k" * EVENT_BYTES_MAX), "bytes as JSON"),
     ],

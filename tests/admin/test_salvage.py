@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pillarbox.admin.salvage import salvage
+from pillarbox.admin.quarantine import salvage
 from pillarbox.store import reader, record
 from tests.admin.prepared_outboxes import VALIDATOR, event_json
 
@@ -35,8 +35,8 @@ def test_a_cut_checksum_that_does_not_fit_so_far_is_told_from_one_that_does() ->
     right = salvage(LINE[:-6], VALIDATOR).events[0].how
     wrong = salvage(LINE[:-8] + b"g", VALIDATOR).events[0].how
     none = salvage(LINE[:-15], VALIDATOR).events[0].how
-    assert "are left fit" in right
-    assert "does not fit" in wrong
+    assert "are left match" in right
+    assert "does not match" in wrong
     assert none == "it has no checksum"
 
 
@@ -91,13 +91,13 @@ def test_an_event_in_another_envelope_or_in_none_is_had_but_not_sure(data: bytes
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"\0" * 9, "nothing but NUL"),
+        (b"\0" * 9, "only NUL"),
         (b"", "empty"),
-        (b"no json\n", "no JSON object"),
-        (LINE[:50], "no whole JSON"),
-        (record.line(event_json(1, 5)), "no TrackingEvent"),
+        (b"no json\n", "not a JSON object"),
+        (LINE[:50], "not complete JSON"),
+        (record.line(event_json(1, 5)), "not a valid TrackingEvent"),
         (record.line(EVENT.replace(b'"event_id":"w-000001",', b"")), "event_id: is missing"),
-        (b'{"event":' + b'{"a":' * 100_000, "no JSON that can be read"),
+        (b'{"event":' + b'{"a":' * 100_000, "not readable as JSON"),
     ],
 )
 def test_where_there_is_no_event_it_says_why(data: bytes, problem: str) -> None:

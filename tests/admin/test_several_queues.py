@@ -46,11 +46,11 @@ def test_what_waits_for_one_of_them_is_shown_and_exported_once(folder: Path) -> 
 def test_inspect_says_for_whom_an_event_waits_and_who_has_it(folder: Path) -> None:
     """From the queues and their ledgers."""
     answer: dict[str, Any] = json.loads(run("inspect", "e-000001", "-d", "box", "--json", cwd=folder).stdout)
-    assert [seen["what"] for seen in answer["events"]] == ["waiting"]
+    assert [seen["state"] for seen in answer["events"]] == ["pending"]
     (story,) = answer["batches"]
-    facts = {(fact["what"], fact["sink"]) for fact in story["facts"]}
-    assert {("settled", "live"), ("waiting", "warehouse")} <= facts
-    assert ("waiting", "live") not in facts
+    facts = {(entry["state"], entry["sink"]) for entry in story["entries"]}
+    assert {("settled", "live"), ("pending", "warehouse")} <= facts
+    assert ("pending", "live") not in facts
 
 
 def test_tail_shows_each_event_once_on_its_way_through_the_queues(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pillarbox import TrackingEvent
 from pillarbox.admin import scan, tail
-from pillarbox.admin.event_filters import EventFilter, EventHeaderDecoder
+from pillarbox.admin.filters import EventFilter, EventHeaderDecoder
 from pillarbox.admin.tail import Tailer
 from pillarbox.store import compression, record
 from pillarbox.store.directory import Directory

@@ -146,7 +146,7 @@ def test_what_the_event_type_does_not_take_is_named_and_stays(tmp_path: Path) ->
     done = run("dead", "replay", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, b"nothing was done\n")
     said = done.stderr.decode()
-    assert said.count("stays: the event is no") == 3
+    assert said.count("left as is: the event is not a valid") == 3
     assert len(file_lines(box, "dead-*")) == 3
 
 
@@ -254,7 +254,7 @@ def test_a_batch_that_the_deliverer_is_not_done_with_is_left_alone(tmp_path: Pat
     file.rename(box / f"dead-{waiting.name}")
     done = run("dead", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, b"nothing was done\n")
-    assert b"6 dead letters stay: its sealed file is still there" in done.stderr
+    assert b"6 dead letters left as is: the batch is still pending" in done.stderr
     assert len(file_lines(box, "dead-*")) == 6
     assert run("dead", "list", "-d", "box", cwd=tmp_path).returncode == 0
 
@@ -279,7 +279,7 @@ def test_a_damaged_file_is_named_and_kept(tmp_path: Path, command: list[str]) ->
     (box / "dead-sealed-link.ndjson").symlink_to("/etc/hostname")
     done = run("dead", *command, "-d", "box", cwd=tmp_path)
     assert done.returncode == 1
-    assert f"{file.name}, line 7: is no dead letter".encode() in done.stderr
+    assert f"{file.name}, line 7: not a dead letter".encode() in done.stderr
     assert b"Traceback" not in done.stderr
     assert file.read_bytes().endswith(bad)
 
@@ -314,7 +314,7 @@ def test_what_was_changed_in_the_editor_goes_in_and_the_rest_stays(tmp_path: Pat
     assert done.returncode == 1
     assert "2 events of 1 file went back" in done.stdout.decode()
     assert "must keep its event_id w-000003" in said
-    assert "line 5: is no dead letter" in said
+    assert "line 5: not a dead letter" in said
     (kept,) = box.glob("mend-*.ndjson")
     assert f"--from box/{kept.name}" in said
     assert kept.stat().st_mode & 0o777 == 0o600

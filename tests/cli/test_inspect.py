@@ -35,7 +35,7 @@ def inspected(folder: Path, name: object) -> dict[str, Any]:
 
 
 def facts(answer: dict[str, Any]) -> list[str]:
-    return [fact["what"] for story in answer["batches"] for fact in story["facts"]]
+    return [entry["state"] for story in answer["batches"] for entry in story["entries"]]
 
 
 def test_an_event_that_waits_is_found_with_its_batch(folder: Path) -> None:
@@ -43,11 +43,11 @@ def test_an_event_that_waits_is_found_with_its_batch(folder: Path) -> None:
     answer = inspected(folder, "e-000009")
     (seen,) = answer["events"]
     data = (folder / "box" / seen["file"]).read_bytes()
-    assert (seen["what"], data[seen["offset"] :].count(b"\n"), seen["event"]["event_id"]) == ("waiting", 1, "e-000009")
-    assert facts(answer) == ["sealed", "waiting"]
+    assert (seen["state"], data[seen["offset"] :].count(b"\n"), seen["event"]["event_id"]) == ("pending", 1, "e-000009")
+    assert facts(answer) == ["sealed", "pending"]
     assert answer["problems"] == []
     said = run("inspect", "e-000009", "-d", "box", cwd=folder).stdout.decode()
-    assert "e-000009: waits, in sealed-" in said
+    assert "e-000009: pending, in sealed-" in said
     assert "sealed by writer " in said
 
 
@@ -55,28 +55,28 @@ def test_an_event_that_was_refused_is_found_with_the_reason(folder: Path) -> Non
     """And the command that shows more."""
     answer = inspected(folder, "w-000002")
     (seen,) = answer["events"]
-    assert (seen["what"], seen["code"]) == ("dead", "wrong_type")
+    assert (seen["state"], seen["code"]) == ("dead", "wrong_type")
     assert facts(answer)[:2] == ["sealed", "settled"]
     said = run("inspect", "w-000002", "-d", "box", cwd=folder).stdout.decode()
     assert f"pillarbox dead show {seen['record']}" in said
-    assert "delivered to sqlite:///events.db: 2 events, refused: 1, damaged spans: 1" in said
+    assert "delivered to sqlite:///events.db: 2 events, rejected: 1, damaged byte ranges: 1" in said
     assert run("dead", "show", seen["record"], "-d", "box", cwd=folder).returncode == 0
 
 
 def test_an_event_in_damaged_bytes_is_told_of(folder: Path) -> None:
     """Nobody can be sure of it."""
     (seen,) = inspected(folder, "w-000003")["events"]
-    assert (seen["what"], seen["reason"], seen["event"]) == ("quarantined", "bad_checksum", None)
+    assert (seen["state"], seen["reason"], seen["event"]) == ("quarantined", "bad_checksum", None)
 
 
 def test_an_event_that_is_not_sealed_and_one_that_is_kept_are_found(folder: Path) -> None:
     """Each in its file."""
     (folder / "box" / "delivered-0000000000000001-u.ndjson").write_bytes(record.line(event_json(4)))
-    assert [seen["what"] for seen in inspected(folder, "w-000004")["events"]] == ["kept"]
+    assert [seen["state"] for seen in inspected(folder, "w-000004")["events"]] == ["retained"]
     with Outbox(str(folder / "box"), flush_interval=3600.0) as outbox:
         outbox.enqueue(event(20))
         (seen,) = inspected(folder, "e-000020")["events"]
-        assert (seen["what"], seen["batch"]) == ("active", "")
+        assert (seen["state"], seen["batch"]) == ("active", "")
         (file,) = inspected(folder, seen["file"])["files"]
         assert (file["events"], file["writer"] in seen["file"], file["unfinished_bytes"]) == (1, True, 0)
 
@@ -100,11 +100,11 @@ def test_a_file_is_read(folder: Path) -> None:
         file.write(b"nonsense\n")
     for name in (waiting.name, waiting):
         (found,) = inspected(folder, name)["files"]
-        assert (found["what"], found["events"], found["first_micros"], found["last_micros"]) == ("waiting", 1, 9, 9)
+        assert (found["state"], found["events"], found["first_micros"], found["last_micros"]) == ("pending", 1, 9, 9)
         assert [(span["length"], span["reason"]) for span in found["damaged"]] == [(9, "bad_json")]
     (dead,) = (folder / "box").glob("dead-*")
     (found,) = inspected(folder, dead.name)["files"]
-    assert (found["what"], found["events"]) == ("dead", 1)
+    assert (found["state"], found["events"]) == ("dead", 1)
 
 
 def test_it_only_looks(folder: Path) -> None:

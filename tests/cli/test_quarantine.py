@@ -70,8 +70,8 @@ def test_repair_says_what_is_in_each_span_and_how_sure_that_is(box: Path, tmp_pa
     said = done.stdout.decode()
     assert (done.returncode, done.stderr) == (0, b"")
     assert "bad_checksum\n  event: its checksum does not fit: what the event says may be wrong\n    {" in said
-    assert "torn: bad_json\n  event: its checksum is cut off; the 2 digits that are left fit\n" in said
-    assert "nul_bytes\n  no event: it is no JSON object" in said
+    assert "torn: bad_json\n  event: its checksum is cut off; the 2 digits that are left match\n" in said
+    assert "nul_bytes\n  no event: it is not a JSON object" in said
     assert "3 events of 1 file would go into the outbox; --yes does it; 2 spans can only be kept or purged" in said
     assert {file.name: file.read_bytes() for file in box.iterdir()} == before
 
@@ -207,5 +207,5 @@ def test_a_batch_that_the_deliverer_is_not_done_with_is_left_alone(box: Path, tm
     for command in (["repair", "--all"], ["purge", "--reason", "checksum"]):
         done = run("quarantine", *command, "-d", "box", "--yes", cwd=tmp_path)
         assert done.returncode == 1
-        assert f"corrupt-{waiting.name}: stays: its sealed file is still there".encode() in done.stderr
+        assert f"corrupt-{waiting.name}: left as is: the batch is still pending".encode() in done.stderr
     assert {file.name: file.read_bytes() for file in box.glob("corrupt-*")} == before

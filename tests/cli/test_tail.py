@@ -170,7 +170,7 @@ def test_damage_is_named_and_stepped_over(tmp_path: Path) -> None:
     done = run("tail", "-d", "box", "--json", cwd=tmp_path)
     assert [json.loads(line)["event"]["event_id"] for line in done.stdout.splitlines()] == ["e-1", "e-2"]
     assert done.returncode == 1
-    assert b"sealed-1.ndjson: damaged at 46: bad_json" in done.stderr
+    assert b"sealed-1.ndjson: damaged at offset 46: bad_json" in done.stderr
 
 
 def test_ctrl_c_ends_it_without_a_word(tmp_path: Path) -> None:

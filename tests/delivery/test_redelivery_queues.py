@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pillarbox import Outbox
-from pillarbox.admin import dead_letters
+from pillarbox.admin.scan import try_read_file
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.delivery.worker import Worker
@@ -235,7 +235,7 @@ def test_what_both_keep_waits_no_more_and_counts_once(place: Directory) -> None:
     for sink in SINKS:
         queue = place.queue(sink)
         (file,) = queue.delivered_files()
-        assert dead_letters.try_read_file(queue, file.name) == Path(queue.path_of(file.name)).read_bytes()
+        assert try_read_file(queue, file.name) == Path(queue.path_of(file.name)).read_bytes()
         assert queue.disk_usage().delivered_files == 1
 
 

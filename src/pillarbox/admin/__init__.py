@@ -1,27 +1,24 @@
-"""What was set aside, and how it comes back: dead letters and quarantine, read, chosen, mended, sent again, purged.
+"""What operators do with an outbox from outside: read it, and act on dead letters, quarantine and retained batches.
 
-Reading takes no lock and creates nothing. What acts holds `mend.lock`, so that one command at a time does, and keeps this
-order, for some files at a time: the events go in through the front door under the ids they have; once they are durable, the
-ledger says so; then the file that kept them is written anew without them, or removed. Killed in between, what had gone in
-already goes in once more with the next try, under the same ids: twice, which a destination that deduplicates does not show,
-never not at all.
+**Reading** (`scan`, `locate`, `tail`, `export`, `status`) takes no lock, and creates, changes and deletes no file. Meanwhile
+files may be renamed, moved between queues, compressed or deleted. Two facts make reading reliable. An open file stays readable
+whatever becomes of its name, so active segments are held open and read on after they are sealed. A batch keeps its id from the
+seal on: as a sealed file, in the queues of several sinks, compressed, and as a delivered file. An event is identified by its
+file and its position in it.
 
-A batch whose sealed file is still there is left alone: the deliverer is not done with it, and would write what was taken out of
-its dead letters or its quarantine a second time. Once the sealed file is gone nobody but these commands writes to them, for the
-batch's name never comes again.
+A directory listing may miss a file that is renamed at that moment; the next listing shows it. A batch that appears and is
+deleted between two listings is in no file any more; the ledger has its number of events, and `tail` reports it as a gap.
 
-What was delivered and is kept comes back by one rename, as a batch of its own: there the ledger comes last.
+**Acting** (`changes`, `replay`, `quarantine`, `redelivery`) holds `mend.lock`, so that one command acts at a time. A replay or
+a repair changes several files at a time, in this order: enqueue the events under their own ids; once they are durable, write
+the ledger; then rewrite or delete the files that held them. If the process is killed in between, the next attempt enqueues
+these events again under the same ids. They may be delivered twice, which a deduplicating destination does not show, but they
+are never lost.
 
-What cannot be read is named and left as it is, byte for byte.
+Files of a batch that is still pending are left alone: its delivery worker is not done with it, and would write the dead letters
+or the quarantine again. Once the sealed file is gone, only these commands write these files, because batch ids are unique.
 
-What only looks (`scan`, `locate`, `tail`, `export`):
+A redelivery renames a retained file to a pending one, with a new batch id; there the ledger is written last.
 
-Nothing here takes a lock, creates, adopts or changes a file; what is looked at may be renamed, moved between queues, compressed
-or removed at any moment. Two things hold it together all the same. A file that is open stays readable under whatever name, and
-under none at all: so active files are held open, and followed over the renaming. And a batch keeps its id from the sealing on:
-under `sealed-`, in the queues of several sinks, compressed, and under `delivered-`. An event is told from all others by its
-file and its place in it.
-
-What a listing misses, because a file was renamed while it was listed, the next one shows. What came and went between two of
-them is in no file any more: the ledger tells how much that was, and so does `tail`.
+Files and lines that cannot be read are reported and left as they are.
 """

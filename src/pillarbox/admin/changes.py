@@ -1,10 +1,10 @@
-"""What acts: events in through the front door, then the ledger, then the file that kept them; some files at a time."""
+"""Applies changes to dead letters and quarantine in a crash-safe order: enqueue, ledger, then the files."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from pillarbox.admin.dead_letters import FileProblem
+from pillarbox.admin.scan import FileProblem
 from pillarbox.outcome import Dropped
 
 if TYPE_CHECKING:
@@ -16,46 +16,50 @@ if TYPE_CHECKING:
     from pillarbox.store.ledger_entries import PurgedEntry, RepairedEntry, ReplayedEntry
 
 ADMIN_LOCK: Final = "mend.lock"
-_GROUP_FILES_MAX: Final = 100  # changed together: what a kill has gone in twice is bounded, and one sync serves them all
-_PROBLEMS_MAX: Final = 1000  # kept to be named; all are counted
-_PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # an event is refused for itself: others may still go in
+BATCH_PENDING: Final = (
+    "the batch is still pending, and its delivery worker may write this file again; try again once it is delivered"
+)
+
+_GROUP_FILES_MAX: Final = 100  # changed together: they share an fsync, and a kill repeats no more than these
+_PROBLEMS_MAX: Final = 1000  # kept in memory; all are counted
+_PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # these say nothing about other events
 
 
 class Enqueuer(Protocol):
-    """The part of an `Outbox` through which events come back."""
+    """The part of an `Outbox` that a replay needs."""
 
     def enqueue_json(self, payloads: Iterable[bytes], *, durability: Durability | None = None) -> list[Outcome]:
-        """Store events that are JSON already, byte for byte; one outcome for each, in order."""
+        """Store events that are JSON already, byte for byte; returns one outcome for each, in order."""
 
 
 class BatchChange(NamedTuple):
-    """What is to happen to the files of one batch."""
+    """A change to the files of one batch."""
 
     file: str
-    payloads: list[bytes]  # events that go in before
-    event_count: int  # how many are concerned where none are sent
-    make_ledger_entry: Callable[[int], PurgedEntry | RepairedEntry | ReplayedEntry]  # the ledger's, for so many
-    apply: Callable[[set[int]], None]  # change the file, for the `payloads` at these indexes went in; may raise `OSError`
+    payloads: list[bytes]  # events to enqueue before
+    event_count: int  # events concerned, if there are no payloads
+    make_ledger_entry: Callable[[int], PurgedEntry | RepairedEntry | ReplayedEntry]  # from the number of events
+    apply: Callable[[set[int]], None]  # change the files, given which payloads were accepted; may raise `OSError`
 
 
 class ChangeReport:
-    """What was done, or would be, and what was not."""
+    """What was changed, or would be, and what was not."""
 
     def __init__(self) -> None:
         self.events = 0
         self.files = 0
-        self.problems: list[FileProblem] = []
+        self.problems: list[FileProblem] = []  # the first 1,000
         self.problems_count = 0
-        self.drop_reason = ""  # why the front door takes nothing more
+        self.drop_reason = ""  # why the outbox accepts no more events; "" if it does
         self.interrupted = False
-        self.ledger_behind = False  # it could not be written: what was done is not in it
+        self.ledger_behind = False  # the ledger could not be written, so it lacks these changes
 
     def add_problem(self, file: str, problem: str, line: int | None = None) -> None:
-        """Something is left as it is."""
+        """Report something that was left as it is."""
         self.add_problems(FileProblem(file, problem, line))
 
     def add_problems(self, *problems: FileProblem) -> None:
-        """Some things are left as they are."""
+        """Report several things that were left as they are."""
         self.problems_count += len(problems)
         self.problems += problems[: _PROBLEMS_MAX - len(self.problems)]
 
@@ -66,19 +70,30 @@ class ChangeReport:
 
 
 class WriteLimits(NamedTuple):
-    """How much goes in with one write: what makes a batch of the usual size."""
+    """How much is enqueued with one write: the size of an ordinary batch."""
 
     max_events: int
     max_bytes: int
 
 
 def acquire_lock(directory: Directory) -> LockedFile | None:
-    """The lock of whoever changes what is kept, until its `fd` is closed; None where another command has it."""
+    """Take the lock that allows changes, until its `fd` is closed. None if another command holds it."""
     return directory.acquire_lock_file(ADMIN_LOCK)
 
 
 class ChangeExecutor:
-    """Carries changes out, whole files at a time, and never begins the next ones once it is told to stop."""
+    """Applies changes, whole files at a time.
+
+    Args:
+        directory: Whose files are changed.
+        ledger: Of the same directory.
+        report: Gets what was done and what was not.
+        should_stop: Asked between groups of files; once it is true, no further group is started.
+        on_progress: Called with the number of events of each changed file.
+        enqueuer: Accepts the payloads; may be None if there are none.
+        durability: With which they are enqueued.
+        limits: Of one write.
+    """
 
     def __init__(
         self,
@@ -102,7 +117,7 @@ class ChangeExecutor:
         self._started = False
 
     def execute(self, changes: Iterable[BatchChange]) -> None:
-        """Do them, in order."""
+        """Apply changes in order, until told to stop or until the outbox accepts no more events."""
         group: list[BatchChange] = []
         events = size = 0
         for change in changes:
@@ -120,34 +135,34 @@ class ChangeExecutor:
             self._execute_group(group)
 
     def _execute_group(self, group: list[BatchChange]) -> None:
-        if not self._started and not self._sync_directory("nothing was done"):
-            # A removal of the deliverer's that is not durable could bring a batch back, and with it what is taken out here.
+        if not self._started and not self._sync_directory("nothing was changed"):
+            # If the deletion of a delivered batch were not durable, the batch could reappear after a power loss, and its
+            # delivery worker would write the records that are taken out here again.
             self._report.drop_reason = "io_error"
             return
         self._started = True
-        accepted_of_each = self._enqueue_events(group)
         done: list[tuple[BatchChange, set[int], int]] = []
-        for change, accepted in zip(group, accepted_of_each, strict=True):
+        for change, accepted in zip(group, self._enqueue_events(group), strict=True):
             event_count = len(accepted) if change.payloads else change.event_count
             if accepted or not change.payloads:
                 done.append((change, accepted, event_count))
                 self._ledger.add(change.make_ledger_entry(event_count))
         if not done:
             return
-        # Where there is no room for it the files are changed all the same: that makes room.
+        # On a full disk the files are changed although the ledger could not be written: that frees space.
         if not self._ledger.write(sync=True):
             self._report.ledger_behind = True
         for change, accepted, event_count in done:
             try:
                 change.apply(accepted)
             except OSError as error:
-                again = "; what went in goes in a second time with the next try, under the same ids" if accepted else ""
-                self._report.add_problem(change.file, f"cannot be changed: {error.strerror}{again}")
+                repeat = "; the next attempt enqueues its events a second time, under the same ids" if accepted else ""
+                self._report.add_problem(change.file, f"cannot be changed: {error.strerror}{repeat}")
             else:
                 self._report.events += event_count
                 self._report.files += 1
                 self._on_progress(event_count)
-        self._sync_directory("power loss may undo what was done")
+        self._sync_directory("a power loss may undo the changes")
         if self._report.ledger_behind:
             self._report.ledger_behind = not self._ledger.write(sync=True)
 
@@ -155,16 +170,16 @@ class ChangeExecutor:
         try:
             self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
-            self._report.add_problem(".", f"the directory cannot be synced ({error.strerror}): {consequence}")
+            self._report.add_problem(".", f"fsync of the directory failed ({error.strerror}): {consequence}")
             return False
         return True
 
-    def _enqueue_events(self, changes: list[BatchChange]) -> list[set[int]]:
-        """Put the events in; which of each change's are durable now."""
-        accepted: list[set[int]] = [set() for _ in changes]
+    def _enqueue_events(self, group: list[BatchChange]) -> list[set[int]]:
+        """Enqueue the payloads; returns the indexes of those that are durable now, for each change."""
+        accepted: list[set[int]] = [set() for _ in group]
         if self._enqueuer is None:
             return accepted
-        for chunk in self._write_chunks(changes):
+        for chunk in self._write_chunks(group):
             if self._report.drop_reason:
                 break
             outcomes = self._enqueuer.enqueue_json([payload for _, _, payload in chunk], durability=self._durability)
@@ -172,16 +187,16 @@ class ChangeExecutor:
                 if not isinstance(outcome, Dropped):
                     accepted[number].add(index)
                 elif outcome.reason in _PER_EVENT_REASONS:
-                    self._report.add_problem(changes[number].file, f"an event was refused at the door: {outcome.reason}")
+                    self._report.add_problem(group[number].file, f"the outbox dropped an event: {outcome.reason}")
                 else:
                     self._report.drop_reason = outcome.reason
         return accepted
 
-    def _write_chunks(self, changes: list[BatchChange]) -> Iterator[list[tuple[int, int, bytes]]]:
-        """(change, index in its `payloads`, event) of all, as much at a time as goes in with one write."""
+    def _write_chunks(self, group: list[BatchChange]) -> Iterator[list[tuple[int, int, bytes]]]:
+        """The payloads as (number of the change, index in its payloads, payload), in chunks of one write."""
         chunk: list[tuple[int, int, bytes]] = []
         size = 0
-        for number, change in enumerate(changes):
+        for number, change in enumerate(group):
             for index, payload in enumerate(change.payloads):
                 if chunk and (len(chunk) >= self._limits.max_events or size + len(payload) > self._limits.max_bytes):
                     yield chunk

@@ -1,6 +1,7 @@
-"""What an outbox holds, of the kinds that are asked for: every event that is there for the whole of the reading, and that once.
+"""Exports the events of an outbox: each event that is stored throughout the export, exactly once.
 
-The order is that in which events move: what is pending is read before what it may become, and what came meanwhile at the end.
+Files are read in the order in which events move, pending ones before what they may become. Events that were accepted meanwhile
+come last.
 """
 
 from __future__ import annotations
@@ -8,9 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pillarbox.admin import dead_letters, quarantine
-from pillarbox.admin.filters import RecordFilter
-from pillarbox.admin.salvage import salvage
-from pillarbox.admin.scan import all_directories
+from pillarbox.admin.scan import all_directories, list_batches
 from pillarbox.admin.tail import ACCEPTED, PENDING, Tailer
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
@@ -18,14 +17,15 @@ from pillarbox.store.layout import Kind
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pillarbox.admin.dead_letters import FileProblem, IdentityDecoder
-    from pillarbox.admin.event_filters import EventFilter, EventHeaderDecoder
-    from pillarbox.admin.mend import ReplayValidator
+    from pillarbox.admin.dead_letters import IdentityDecoder
+    from pillarbox.admin.filters import EventFilter, EventHeaderDecoder
+    from pillarbox.admin.replay import ReplayValidator
+    from pillarbox.admin.scan import FileProblem
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
 
 ExportScope = Literal["pending", "dead", "quarantine", "delivered", "all"]
-_FILES: Final[dict[ExportScope, frozenset[Kind]]] = {
+_FILE_KINDS: Final[dict[ExportScope, frozenset[Kind]]] = {
     "pending": PENDING,
     "delivered": frozenset({Kind.DELIVERED}),
     "all": ACCEPTED,
@@ -33,7 +33,7 @@ _FILES: Final[dict[ExportScope, frozenset[Kind]]] = {
 
 
 class ExportedEvent(NamedTuple):
-    """An event, and where it was found."""
+    """An event, and where it was read."""
 
     payload: bytes
     file: str
@@ -41,7 +41,7 @@ class ExportedEvent(NamedTuple):
 
 
 class EventExporter:
-    """Reads it all once; what is left out, and what changed meanwhile, is counted."""
+    """Reads the events of an outbox once, and counts what changed meanwhile."""
 
     def __init__(
         self,
@@ -52,10 +52,10 @@ class EventExporter:
         identity_decoder: IdentityDecoder,
         validator: ReplayValidator,
     ) -> None:
-        self.problems: list[FileProblem] = []  # files that cannot be read, lines that are none
-        self.vanished_batches = 0  # batches that were delivered or given up before they were read
-        self.arrived_events = 0  # events that were accepted meanwhile, and are in it
-        self.unrecoverable_ranges = 0  # damaged spans from which no event can be had
+        self.problems: list[FileProblem] = []
+        self.vanished_batches = 0  # delivered or evicted before they were read
+        self.arrived_events = 0  # accepted meanwhile, and exported
+        self.unrecoverable_ranges = 0  # quarantined byte ranges without an event
         self._directory = directory
         self._clock = clock
         self._header_decoder = header_decoder
@@ -64,57 +64,57 @@ class EventExporter:
         self._validator = validator
 
     def events(self, scope: ExportScope) -> Iterator[ExportedEvent]:
-        """All that is meant; raises `OSError` where the directory cannot be listed."""
-        follower = Tailer(self._directory, self._clock, self._header_decoder, self._filter, _FILES.get(scope, frozenset()))
+        """The matching events; raises `OSError` if the directory cannot be listed."""
+        kinds = _FILE_KINDS.get(scope, frozenset())
+        tailer = Tailer(self._directory, self._clock, self._header_decoder, self._filter, kinds)
         try:
-            for event in follower.read_backlog(None):
+            for event in tailer.read_backlog(None):
                 yield ExportedEvent(event.payload, event.file, event.offset)
             if scope in ("dead", "all"):
-                yield from self._dead_letters(follower.batches_read)
+                yield from self._dead_letters(tailer.batches_read)
             if scope in ("quarantine", "all"):
                 yield from self._quarantined()
-            for event in follower.read_new():
+            for event in tailer.read_new():
                 self.arrived_events += 1
                 yield ExportedEvent(event.payload, event.file, event.offset)
         finally:
-            self.vanished_batches = follower.vanished_batches
-            self.problems += follower.problems
-            follower.close()
+            self.vanished_batches = tailer.vanished_batches
+            self.problems += tailer.problems
+            tailer.close()
 
     def _dead_letters(self, batches_read: set[str]) -> Iterator[ExportedEvent]:
-        """The dead letters, but for those of batches that were `read` as a whole."""
-        seen: set[str] = set()  # one that several sinks refuse is one event
-        for place in all_directories(self._directory):
-            found = dead_letters.list_batches(place, Kind.DEAD, RecordFilter())
-            for file in dead_letters.read_files(
-                place, (batch for batch in found.batches if batch not in batches_read), self._identity_decoder
-            ):
+        """The dead letters, except for those of batches that were exported as a whole."""
+        exported: set[str] = set()  # several sinks may reject the same event
+        for directory in all_directories(self._directory):
+            listing = list_batches(directory, Kind.DEAD)
+            unread = (batch for batch in listing.batches if batch not in batches_read)
+            for file in dead_letters.read_files(directory, unread, self._identity_decoder):
                 self.problems += file.problems
                 for record in file.records:
-                    if record.name not in seen and self._matches(bytes(record.letter.event), record.batch):
-                        seen.add(record.name)
+                    if record.name not in exported and self._matches(bytes(record.letter.event), record.batch):
+                        exported.add(record.name)
                         yield ExportedEvent(bytes(record.letter.event), layout.dead_name(record.batch), record.name)
 
     def _quarantined(self) -> Iterator[ExportedEvent]:
-        """The events that can be had from damaged bytes, but for those that were had already."""
-        seen: set[tuple[str, int]] = set()
-        for place in all_directories(self._directory):
-            for batch in dead_letters.list_batches(place, Kind.CORRUPT, RecordFilter()).batches:
-                kept = quarantine.read_batch(place, batch)
-                if kept is None:
+        """The events that can be salvaged from quarantined byte ranges which are not repaired."""
+        exported: set[tuple[str, int]] = set()  # the queues of several sinks may have the same byte range
+        for directory in all_directories(self._directory):
+            for batch in list_batches(directory, Kind.CORRUPT).batches:
+                quarantined = quarantine.read_batch(directory, batch)
+                if quarantined is None:
                     continue
-                if kept.problem is not None:
-                    self.problems.append(kept.problem)
+                if quarantined.problem is not None:
+                    self.problems.append(quarantined.problem)
                     continue
-                for span, piece in zip(kept.ranges, kept.pieces, strict=True):
-                    if span.repaired_at_micros is None and (batch, span.offset) not in seen:
-                        seen.add((batch, span.offset))
-                        yield from self._salvaged(batch, span.offset, piece)
+                for damage, piece in zip(quarantined.ranges, quarantined.pieces, strict=True):
+                    if damage.repaired_at_micros is None and (batch, damage.offset) not in exported:
+                        exported.add((batch, damage.offset))
+                        yield from self._salvaged(batch, damage.offset, piece)
 
     def _salvaged(self, batch: str, offset: int, piece: bytes) -> Iterator[ExportedEvent]:
-        found = salvage(piece, self._validator)
-        self.unrecoverable_ranges += not found.events
-        for event in found.events:
+        result = quarantine.salvage(piece, self._validator)
+        self.unrecoverable_ranges += not result.events
+        for event in result.events:
             if self._matches(event.payload, batch):
                 yield ExportedEvent(event.payload, layout.corrupt_name(batch), offset)
 

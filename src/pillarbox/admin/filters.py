@@ -1,49 +1,53 @@
-"""Which of the records that were set aside are meant, and moments as people write and read them. Pure."""
+"""Filters that operators choose records and events with."""
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import msgspec
+
+from pillarbox.admin.dead_letters import partial_decoder, scalar_text
 from pillarbox.errors import UsageError
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pillarbox.admin.dead_letters import DeadLetterRecord
 
-_AGO: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
+_HEADER_FIELDS: Final = ("event_id", "event_key", "scope_kind", "scope_id", "user_id", "occurred_at_micros")
+_decode = msgspec.json.Decoder().decode
 
 
 class RecordFilter(NamedTuple):
-    """What is asked for. Several of one kind: any of them; several kinds: all of them; nothing: everything."""
+    """Selects dead letters, quarantined byte ranges and retained batches.
 
-    records: tuple[str, ...] = ()  # by name: `<batch>#<index>`
-    batches: tuple[str, ...] = ()  # ids of batches, or their beginnings
+    An empty field matches everything. Of several values of one field, one has to match; of several fields, all have to.
+    """
+
+    records: tuple[str, ...] = ()  # names: `<batch>#<index>`
+    batches: tuple[str, ...] = ()  # batch ids or their beginnings
     reasons: tuple[str, ...] = ()  # parts of the reason
     codes: tuple[str, ...] = ()
-    sinks: tuple[str, ...] = ()  # parts of the destination's URL
+    sinks: tuple[str, ...] = ()  # parts of the sink's URL
     event_keys: tuple[str, ...] = ()
     event_ids: tuple[str, ...] = ()
-    since_micros: int | None = None  # of the last attempt
-    until_micros: int | None = None
+    since_micros: int | None = None  # of the last attempt, the seal or the delivery
+    until_micros: int | None = None  # exclusive
 
     @property
     def matches_all(self) -> bool:
-        """Whether nothing in particular is asked for."""
+        """Whether every field is empty."""
         return self == RecordFilter()
 
     def matches_batch(self, batch: str) -> bool:
-        """Whether a file can hold anything that is meant."""
+        """Whether records of a batch can match."""
         if self.records and not any(name.rpartition("#")[0] == batch for name in self.records):
             return False
         return not self.batches or batch.startswith(self.batches)
 
     def matches(self, record: DeadLetterRecord) -> bool:
-        """Whether a dead letter is meant."""
+        """Whether a dead letter matches."""
         letter = record.letter
         return (
             self.matches_batch(record.batch)
@@ -57,15 +61,13 @@ class RecordFilter(NamedTuple):
         )
 
     def matches_time(self, micros: int | None) -> bool:
-        """Whether a moment lies in the time that is meant; one that is not known does not, where a time is meant."""
+        """Whether a time matches; an unknown one matches only if the filter has no time."""
         if micros is None:
             return self.since_micros is None and self.until_micros is None
-        return (self.since_micros is None or micros >= self.since_micros) and (
-            self.until_micros is None or micros < self.until_micros
-        )
+        return _in_period(micros, self.since_micros, self.until_micros)
 
     def matches_reason(self, reason: str) -> bool:
-        """Whether a span with this reason is meant."""
+        """Whether the reason of a quarantined byte range matches."""
         return _contains_any(self.reasons, reason)
 
 
@@ -73,33 +75,126 @@ def _contains_any(parts: tuple[str, ...], text: str) -> bool:
     return not parts or any(part in text for part in parts)
 
 
-def parse_batch_id(name: str) -> str:
-    """A batch id, however it was typed: by itself, or as the name of any of the batch's files."""
-    base = name.rpartition("/")[2]
+def _in_period(micros: int, since_micros: int | None, until_micros: int | None) -> bool:
+    return (since_micros is None or micros >= since_micros) and (until_micros is None or micros < until_micros)
+
+
+def parse_batch_id(text: str) -> str:
+    """A batch id, from the id itself or from the name or path of one of the batch's files."""
+    name = text.rpartition("/")[2]
     for prefix in ("dead-", "corrupt-"):
-        base = base.removeprefix(prefix)
-    return layout.batch_id(base.removesuffix(".spans.json"))
+        name = name.removeprefix(prefix)
+    return layout.batch_id(name.removesuffix(".spans.json"))
 
 
-def parse_time(text: str, now_micros: int) -> int:
-    """Microseconds since 1970 of `2h`, `3d` (that long ago) or ISO 8601 (UTC if it names no offset); raises `UsageError`."""
-    ago = _AGO.fullmatch(text.strip())
-    if ago:
-        return now_micros - int(float(ago[1]) * _SECONDS[ago[2]] * 1e6)
-    try:
-        parsed = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise UsageError(
-            f"{text!r} is no time: write 90s, 30m, 2h, 3d or 1w for that long ago, or ISO 8601, e.g. 2026-01-31T12:00"
-        ) from None
-    return ((parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)) - _EPOCH) // _MICROSECOND
+class EventHeader(NamedTuple):
+    """The fields of an event that tables show; None for what is not text or a whole number."""
+
+    event_id: str | None
+    event_key: str | None
+    scope_kind: str | None
+    scope_id: str | None
+    user_id: str | None
+    occurred_at_micros: int | None
 
 
-def format_time(micros: int | None) -> str:
-    """A moment as ISO 8601 to the second, in UTC; "-" where it is not known, the number where no calendar has it."""
-    if micros is None:
-        return "-"
-    try:
-        return (_EPOCH + micros // 1_000_000 * timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except OverflowError:
-        return f"{micros} us"
+class EventHeaderDecoder:
+    """Decodes the header of an event's JSON, by the field names of an event type."""
+
+    def __init__(self, event_type: type[msgspec.Struct]) -> None:
+        self._decode = partial_decoder(event_type, _HEADER_FIELDS)
+
+    def decode(self, payload: bytes) -> EventHeader:
+        """The header of an event; an empty one if the payload is not a JSON object."""
+        try:
+            fields = self._decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return EventHeader(None, None, None, None, None, None)
+        at = fields.occurred_at_micros
+        return EventHeader(
+            scalar_text(fields.event_id),
+            scalar_text(fields.event_key),
+            scalar_text(fields.scope_kind),
+            scalar_text(fields.scope_id),
+            scalar_text(fields.user_id),
+            at if type(at) is int else None,
+        )
+
+
+class EventFilter(NamedTuple):
+    """Selects events.
+
+    An empty field matches everything. Of several values of one field, one has to match; of several fields, all have to.
+    """
+
+    event_keys: tuple[str, ...] = ()
+    event_ids: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = ()  # kind, or kind:id
+    users: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()  # parts of the event's JSON
+    conditions: tuple[tuple[tuple[str, ...], str], ...] = ()  # (path, value as text), see `parse_conditions`
+    since_micros: int | None = None  # of the event's own time; if it has none, of the seal
+    until_micros: int | None = None  # exclusive
+
+    def matches(self, payload: bytes, header: EventHeader, sealed_micros: int | None) -> bool:
+        """Whether an event matches; `sealed_micros` is None while it is in an active segment."""
+        return (
+            (not self.event_keys or header.event_key in self.event_keys)
+            and (not self.event_ids or header.event_id in self.event_ids)
+            and (not self.users or header.user_id in self.users)
+            and (not self.scopes or not {header.scope_kind, f"{header.scope_kind}:{header.scope_id}"}.isdisjoint(self.scopes))
+            and (not self.texts or any(text.encode() in payload for text in self.texts))
+            and self._matches_time(sealed_micros if header.occurred_at_micros is None else header.occurred_at_micros)
+            and (not self.conditions or self._matches_conditions(payload))
+        )
+
+    def _matches_time(self, micros: int | None) -> bool:
+        if micros is None:  # in an active segment: as new as can be
+            return self.until_micros is None
+        return _in_period(micros, self.since_micros, self.until_micros)
+
+    def _matches_conditions(self, payload: bytes) -> bool:
+        values_by_path: dict[tuple[str, ...], set[str]] = {}
+        for path, value in self.conditions:
+            values_by_path.setdefault(path, set()).add(value)
+        event = _decode(payload)
+        return all(_value_text(_value_at(event, path)) in values for path, values in values_by_path.items())
+
+
+def parse_conditions(texts: Iterable[str]) -> tuple[tuple[tuple[str, ...], str], ...]:
+    """Parse conditions of the form `FIELD=VALUE` or `FIELD.FIELD=VALUE` into (path, value).
+
+    Raises:
+        UsageError: A text has another form.
+    """
+    conditions = []
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--where {text}: write FIELD=VALUE, or FIELD.FIELD=VALUE for a nested field")
+        conditions.append((tuple(path.split(".")), value))
+    return tuple(conditions)
+
+
+def _value_at(value: Any, path: tuple[str, ...]) -> Any:
+    """The value at a path, also within text that is JSON; `...` if there is none."""
+    for name in path:
+        if isinstance(value, str):
+            try:
+                value = _decode(value)
+            except (msgspec.DecodeError, RecursionError):
+                return ...
+        if isinstance(value, dict) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return ...
+    return value
+
+
+def _value_text(value: Any) -> str | None:
+    """Text as it is, any other value as JSON: `3`, `true`, `null`."""
+    if value is ...:
+        return None
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

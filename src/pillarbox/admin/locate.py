@@ -1,130 +1,139 @@
-"""Where an event, a batch or a file is now: what the files show, and what the ledgers remember of batches."""
+"""Locates an event, a batch or a file: where it is now, as the files show, and what the ledgers tell of a batch."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
 from pillarbox.admin import dead_letters, quarantine
-from pillarbox.admin.scan import ScannedLine, all_directories, files_by_batch, read_first_available, scan_files, split_lines
+from pillarbox.admin.scan import all_directories, files_by_batch, read_first_available, scan_files, split_lines
 from pillarbox.admin.tail import ACCEPTED, ACTIVE
+from pillarbox.admin.text import counted
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger_entries import (
     AdoptedEntry,
     EvictedEntry,
-    LedgerEntry,
+    FannedOutEntry,
     PurgedEntry,
+    RedeliveredEntry,
+    RepairedEntry,
+    ReplayedEntry,
     SealedEntry,
     SettledEntry,
     parse_ledger,
 )
+from pillarbox.store.reader import DamagedRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pillarbox.admin.dead_letters import FileProblem, IdentityDecoder
-    from pillarbox.admin.event_filters import EventHeaderDecoder
-    from pillarbox.admin.scan import FileRef
+    from pillarbox.admin.dead_letters import DeadLetterRecord, IdentityDecoder
+    from pillarbox.admin.filters import EventHeaderDecoder
+    from pillarbox.admin.scan import FileProblem, FileRef, ScannedLine
     from pillarbox.store.directory import Directory
+    from pillarbox.store.ledger_entries import LedgerEntry
 
-_STATES = {
+_FILE_STATES: Final = {
     Kind.ACTIVE: "active",
     Kind.LEGACY_ACTIVE: "active",
-    Kind.SEALED: "waiting",
-    Kind.DELIVERED: "kept",
+    Kind.SEALED: "pending",
+    Kind.DELIVERED: "retained",
     Kind.DEAD: "dead",
     Kind.CORRUPT: "quarantined",
     Kind.RANGES: "quarantined",
 }
+_ENTRY_STATES: Final = {
+    SealedEntry: "sealed",
+    AdoptedEntry: "adopted",
+    SettledEntry: "settled",
+    FannedOutEntry: "fanned out",
+    EvictedEntry: "evicted",
+    ReplayedEntry: "replayed",
+    RepairedEntry: "repaired",
+    RedeliveredEntry: "redelivered",
+    PurgedEntry: "purged",
+}
 
 
 class HistoryEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that is known of a batch."""
+    """One step in the life of a batch."""
 
-    state: str  # active, waiting, kept, dead, quarantined; or an entry of the ledger: sealed, adopted, settled, evicted, ...
-    at_micros: int | None  # of the entry; of what waits, when it was sealed
-    sink: str  # whose queue, where there are several sinks; "" for the outbox itself
-    file: str  # from the outbox directory on; "" where the ledger says it
+    state: str  # of a file: active, pending, retained, dead, quarantined; or of a ledger entry: sealed, settled, evicted, ...
+    at_micros: int | None  # of the ledger entry; of a pending file, when it was sealed
+    sink: str  # whose queue or ledger it is; "" for the outbox directory
+    file: str  # relative to the outbox directory; "" for a ledger entry
     text: str
 
 
 class BatchHistory(msgspec.Struct, frozen=True):
-    """All that is known of a batch, in order of time; what the files show comes last."""
+    """What is known of a batch: ledger entries in order of time, then its files."""
 
     batch: str
     entries: list[HistoryEntry]
 
 
 class EventLocation(msgspec.Struct, frozen=True, kw_only=True):
-    """A place where an event is."""
+    """A place where an event is stored."""
 
-    state: str  # as of a fact
+    state: str  # as in `HistoryEntry`
     file: str
-    offset: int | None  # of its line, or of the damaged span
-    batch: str  # "" while it is not sealed
-    record: str | None = None  # a dead letter's name
+    offset: int | None  # of its line, or of the damaged byte range
+    batch: str  # "" in an active segment
+    record: str | None = None  # the name of the dead letter
     code: str | None = None
-    reason: str | None = None  # why it was refused, or is damaged
-    event: msgspec.Raw | None = None  # None in damaged bytes
-
-
-class DamagedRange(msgspec.Struct, frozen=True):
-    """Damaged bytes in a file."""
-
-    offset: int
-    length: int
-    reason: str
+    reason: str | None = None  # why it was rejected, or is damaged
+    event: msgspec.Raw | None = None  # None within damaged bytes
 
 
 class FileContents(msgspec.Struct, frozen=True, kw_only=True):
-    """What is in a file."""
+    """What a file contains."""
 
     file: str
     state: str
     batch: str
-    writer: str | None  # where the name tells
+    writer: str | None  # None if the name does not tell it
     bytes: int
     events: int
     damaged: list[DamagedRange]
-    unfinished_bytes: int  # of an active file: behind its last whole line
+    unfinished_bytes: int  # of an active segment: after its last complete line
     first_micros: int | None  # of the events' own times
     last_micros: int | None
 
 
 class _QueueLedger(NamedTuple):
-    """A ledger."""
+    """The ledger of the outbox directory or of a queue."""
 
     sink: str
     entries: list[LedgerEntry]
 
 
 class Locator:
-    """One look at the directory, its queues and their ledgers; raises `OSError` where they cannot be listed."""
+    """Searches one snapshot of the files and ledgers. Creating it raises `OSError` if a directory cannot be listed."""
 
     def __init__(self, directory: Directory, header_decoder: EventHeaderDecoder, identity_decoder: IdentityDecoder) -> None:
         self.problems: list[FileProblem] = []
         self._header_decoder = header_decoder
         self._identity_decoder = identity_decoder
-        # The ledgers last: what settles meanwhile is in one, if its file is gone from the other.
+        # The ledgers last: a batch that is delivered meanwhile is then among the files or in a ledger.
         self._files = scan_files(directory)
         self._ledgers = [
-            _QueueLedger(place.sink, parse_ledger(place.read_small_file(layout.LEDGER))[0])
-            for place in all_directories(directory)
+            _QueueLedger(scanned.sink, parse_ledger(scanned.read_small_file(layout.LEDGER))[0])
+            for scanned in all_directories(directory)
         ]
 
     @property
     def total_bytes(self) -> int:
-        """How many bytes there are to search."""
-        return sum(sight.size for sight in self._files)
+        """How many bytes `find_event` reads."""
+        return sum(file.size for file in self._files)
 
     def find_files(self, name: str) -> list[FileRef]:
-        """The files of this name, from the outbox directory on or by itself."""
+        """The files with a path relative to the outbox directory; if there is none, those with that file name."""
         base = name.rpartition("/")[2]
-        exact = [sight for sight in self._files if sight.display_name == name]
-        return exact or [sight for sight in self._files if sight.name == base]
+        exact = [file for file in self._files if file.display_name == name]
+        return exact or [file for file in self._files if file.name == base]
 
     def knows_batch(self, batch: str) -> bool:
         """Whether a file or a ledger has the batch."""
@@ -132,71 +141,74 @@ class Locator:
 
     def batch_history(self, batch: str) -> BatchHistory:
         """What is known of a batch."""
-        remembered = [
+        from_ledgers = [
             HistoryEntry(
-                state=type(entry).__name__.lower(),
+                state=_ENTRY_STATES.get(type(entry), "other"),
                 at_micros=entry.at_micros,
-                sink=memory.sink,
+                sink=ledger.sink,
                 file="",
                 text=_describe_entry(entry),
             )
-            for memory in self._ledgers
-            for entry in memory.entries
+            for ledger in self._ledgers
+            for entry in ledger.entries
             if getattr(entry, "batch", None) == batch
         ]
-        found = [self._file_entry(sight) for sight in self._files if batch and sight.batch == batch]
-        return BatchHistory(batch, sorted(remembered, key=lambda fact: fact.at_micros or 0) + found)
+        from_files = [self._file_entry(file) for file in self._files if batch and file.batch == batch]
+        return BatchHistory(batch, sorted(from_ledgers, key=lambda entry: entry.at_micros or 0) + from_files)
 
     def _file_entry(self, file: FileRef) -> HistoryEntry:
-        stamp = layout.sealed_at(file.batch) if file.kind is Kind.SEALED else None
+        at_micros = layout.sealed_at(file.batch) if file.kind is Kind.SEALED else None
         match file.kind:
             case Kind.SEALED:
-                text = f"waits for {file.sink}" if file.sink else "waits"
+                text = f"pending for sink {file.sink}" if file.sink else "pending"
             case Kind.DELIVERED:
-                text = "is kept after delivery"
+                text = "retained after delivery"
             case Kind.DEAD:
                 text = self._describe_dead_letters(file)
             case Kind.CORRUPT:
-                text = f"{file.size} damaged bytes: pillarbox quarantine show {file.batch}"
+                damaged = counted(file.size, "damaged byte")
+                text = f"{damaged}; to show them: pillarbox quarantine show {file.batch}"
             case _:
-                text = "where the damaged bytes stood"
-        return HistoryEntry(state=_STATES[file.kind], at_micros=stamp, sink=file.sink, file=file.display_name, text=text)
+                text = "offsets of the damaged bytes"
+        return HistoryEntry(
+            state=_FILE_STATES[file.kind], at_micros=at_micros, sink=file.sink, file=file.display_name, text=text
+        )
 
     def _describe_dead_letters(self, file: FileRef) -> str:
         codes = Counter(record.letter.code for record in self._read_dead_letters(file))
         counts = ", ".join(f"{count} {code}" for code, count in codes.most_common())
-        return f"dead letters, {counts or 'none'}: pillarbox dead show --batch {file.batch}"
+        return f"dead letters: {counts or 'none'}; to show them: pillarbox dead show --batch {file.batch}"
 
-    def _read_dead_letters(self, file: FileRef) -> list[dead_letters.DeadLetterRecord]:
+    def _read_dead_letters(self, file: FileRef) -> list[DeadLetterRecord]:
         data = read_first_available([file], self.problems.append)
         letters = dead_letters.parse(file.batch, data or b"", self._identity_decoder)
         self.problems += letters.problems
         return letters.records
 
     def find_event(self, event_id: str, on_progress: Callable[[int], None]) -> Iterator[EventLocation]:
-        """Everywhere an event is, by reading everything; `progress(bytes)` is called with what was read."""
+        """Read every file and return each place where an event is; `on_progress` is called with numbers of bytes read."""
         encoded = msgspec.json.encode(event_id)[1:-1]
-        seen = encoded if encoded.isascii() else b""  # what is not may be written in several ways
-        read = files_by_batch(self._files, ACCEPTED - ACTIVE)
-        active = [[sight] for sight in self._files if sight.kind in ACTIVE]
-        for sights in [*read.values(), *active]:
-            data = read_first_available(sights, self.problems.append) or b""
-            if seen in data:
-                yield from self._in_lines(sights[0], data, event_id)
-            on_progress(sum(sight.size for sight in sights))
-        for sight in self._files:
-            if sight.kind is Kind.DEAD:
-                yield from self._in_dead_letters(sight, event_id)
-                on_progress(sight.size)
-            elif sight.kind is Kind.CORRUPT:
-                yield from self._in_quarantine(sight, encoded)
-                on_progress(sight.size)
+        needle = encoded if encoded.isascii() else b""  # other text can be escaped in several ways, so it cannot be searched
+        by_batch = files_by_batch(self._files, ACCEPTED - ACTIVE)
+        active = [[file] for file in self._files if file.kind in ACTIVE]
+        for files in [*by_batch.values(), *active]:
+            data = read_first_available(files, self.problems.append) or b""
+            if needle in data:
+                yield from self._in_lines(files[0], data, event_id)
+            on_progress(sum(file.size for file in files))
+        for file in self._files:
+            if file.kind is Kind.DEAD:
+                yield from self._in_dead_letters(file, event_id)
+                on_progress(file.size)
+            elif file.kind is Kind.CORRUPT:
+                yield from self._in_quarantine(file, encoded)
+                on_progress(file.size)
 
     def _in_lines(self, file: FileRef, data: bytes, event_id: str) -> Iterator[EventLocation]:
         for line in _complete_lines(file, data):
             if line.payload is not None and self._header_decoder.decode(line.payload).event_id == event_id:
                 yield EventLocation(
-                    state=_STATES[file.kind],
+                    state=_FILE_STATES[file.kind],
                     file=file.display_name,
                     offset=line.offset,
                     batch=file.batch,
@@ -218,17 +230,21 @@ class Locator:
                 )
 
     def _in_quarantine(self, file: FileRef, encoded: bytes) -> Iterator[EventLocation]:
-        kept = quarantine.read_batch(file.directory, file.batch)
-        if kept is None:
+        quarantined = quarantine.read_batch(file.directory, file.batch)
+        if quarantined is None:
             return
-        for span, piece in zip(kept.ranges, kept.pieces, strict=False):
+        for damage, piece in zip(quarantined.ranges, quarantined.pieces, strict=False):
             if encoded in piece:
                 yield EventLocation(
-                    state="quarantined", file=file.display_name, offset=span.offset, batch=file.batch, reason=span.reason
+                    state="quarantined",
+                    file=file.display_name,
+                    offset=damage.offset,
+                    batch=file.batch,
+                    reason=damage.reason,
                 )
 
     def read_contents(self, file: FileRef) -> FileContents:
-        """What is in a file, by reading it."""
+        """Read a file, and say what it contains."""
         times: list[int] = []
         events = 0
         damaged: list[DamagedRange] = []
@@ -236,7 +252,7 @@ class Locator:
         if file.kind in ACCEPTED:
             for line in _complete_lines(file, data):
                 if line.damage is not None:
-                    damaged.append(DamagedRange(line.damage.offset, line.damage.length, line.damage.reason))
+                    damaged.append(line.damage)
                 if line.payload is not None:
                     events += 1
                     at = self._header_decoder.decode(line.payload).occurred_at_micros
@@ -245,13 +261,12 @@ class Locator:
         elif file.kind is Kind.DEAD:
             events = len(self._read_dead_letters(file))
         else:
-            kept = quarantine.read_batch(file.directory, file.batch)
-            damaged = [
-                DamagedRange(span.offset, span.length, span.reason) for span in (kept.ranges if kept is not None else [])
-            ]
+            quarantined = quarantine.read_batch(file.directory, file.batch)
+            ranges = [] if quarantined is None else quarantined.ranges
+            damaged = [DamagedRange(damage.offset, damage.length, damage.reason) for damage in ranges]
         return FileContents(
             file=file.display_name,
-            state=_STATES[file.kind],
+            state=_FILE_STATES[file.kind],
             batch=file.batch,
             writer=layout.writer_of(file.name) or None,
             bytes=file.size,
@@ -264,26 +279,35 @@ class Locator:
 
 
 def _complete_lines(file: FileRef, data: bytes) -> Iterator[ScannedLine]:
-    """The lines; of an active file those that are whole."""
+    """The lines of a file; of an active segment, whose last line may be just being written, the complete ones."""
     return split_lines(data[: data.rfind(b"\n") + 1] if file.kind in ACTIVE else data)
 
 
 def _describe_entry(entry: LedgerEntry) -> str:
-    """An entry of the ledger as a sentence."""
     match entry:
         case SealedEntry(writer=writer, events=events, bytes=size):
-            count = "events that nobody counted" if events is None else f"{events} events"
-            return f"sealed by writer {writer}: {count}, {size} bytes"
+            count = "unknown number of events" if events is None else counted(events, "event")
+            return f"sealed by writer {writer}: {count}, {counted(size, 'byte')}"
         case AdoptedEntry(writer=writer):
-            return f"sealed by another process: its writer {writer or 'of an older system'} had died"
+            return f"sealed for a writer that had died ({writer or 'of an older version'})"
         case SettledEntry():
-            parts = [f"delivered to {entry.sink}: {entry.delivered} events"]
-            parts += [f"{entry.duplicates} of them it had before"] if entry.duplicates else []
-            parts += [f"refused: {entry.dead}"] if entry.dead else []
-            parts += [f"damaged spans: {entry.quarantined}"] if entry.quarantined else []
+            parts = [f"delivered to {entry.sink}: {counted(entry.delivered, 'event')}"]
+            parts += [f"duplicates: {entry.duplicates}"] if entry.duplicates else []
+            parts += [f"rejected: {entry.dead}"] if entry.dead else []
+            parts += [f"damaged byte ranges: {entry.quarantined}"] if entry.quarantined else []
             return ", ".join(parts)
+        case FannedOutEntry(events=events, sinks=sinks):
+            return f"fanned out to {', '.join(sinks)}: {counted(events, 'event')}"
         case EvictedEntry(events=events):
-            return f"given up for newer events: {events} events"
-        case PurgedEntry(kind=kind, events=events):
-            return f"purged from {kind}: {events}"
-    return f"{type(entry).__name__.lower()}: {getattr(entry, 'events', '')} events"
+            return f"evicted for newer events: {counted(events, 'event')}"
+        case RedeliveredEntry(events=events):
+            return f"a redelivery of {entry.of}: {counted(events, 'event')}"
+        case PurgedEntry(kind="dead", events=events):
+            return f"purged: {counted(events, 'dead letter')}"
+        case PurgedEntry(events=events):
+            return f"purged: {counted(events, 'damaged byte range')}"
+        case ReplayedEntry(events=events):
+            return f"replayed: {counted(events, 'dead letter')}"
+        case RepairedEntry(events=events):
+            return f"repaired: {counted(events, 'event')} salvaged"
+    return ""

@@ -1,16 +1,15 @@
-"""Delivered files that are kept, sent again, to a destination that lost what it had acknowledged.
+"""Redelivery: delivering retained batches again, to a destination that lost what it had acknowledged.
 
-By one rename a file waits again, under a new batch id and with the same event ids in it; the deliverer does the rest. Then the
-names are synced, and then the ledger says so. Killed anywhere, each file is either kept or waits; where the ledger has no word
-of one that waits, only the number of what was sent again is too small.
+One rename makes a retained file a pending batch with a new id and the same events; the delivery worker does the rest. Then the
+directory is fsynced, and then the ledger is written. If the process is killed anywhere, each file is either retained or
+pending; if the ledger lacks an entry for a pending one, only its count of redelivered events is too small.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.admin import dead_letters
-from pillarbox.admin.dead_letters import FileProblem
+from pillarbox.admin.scan import FileProblem, try_read_file
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, reader
 from pillarbox.store.ledger import LedgerWriter
@@ -25,31 +24,40 @@ if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
 
-_GROUP_FILES_MAX: Final = 100  # files that one sync and one entry of the ledger serve
+_GROUP_FILES_MAX: Final = 100  # files that share an fsync and a write of the ledger
 
 
 class RetainedFile(NamedTuple):
-    """A file that is kept after its delivery."""
+    """A delivered batch that is retained."""
 
-    sink: str  # "" where there are not several
+    sink: str  # "" with a single sink
     name: str
-    size: int
+    size: int  # bytes
 
     @property
     def batch(self) -> str:
-        """What it was while it waited."""
+        """The id of the batch when it was delivered."""
         return layout.batch_id(self.name)
 
 
 class PendingLimits(NamedTuple):
-    """How much may wait in the directory."""
+    """How much may be pending in the directory."""
 
     max_bytes: int
     max_files: int
 
 
 class Redelivery:
-    """Makes retained files wait again; reports those that cannot, and passes each other one to `on_file`."""
+    """Selects retained files and makes them pending. What has to stay is added to the report.
+
+    Args:
+        directory: The outbox directory, whose limits count.
+        queues: The directories of the retained files by sink name; with a single sink the outbox directory, under "".
+        clock: For the ledger.
+        record_filter: Selects batches by id and by the time of their delivery.
+        report: Gets what was done and what was not.
+        on_file: Called with each file, its number of events, and its new batch id; None in a preview.
+    """
 
     def __init__(
         self,
@@ -58,9 +66,7 @@ class Redelivery:
         clock: Clock,
         record_filter: RecordFilter,
         report: ChangeReport,
-        on_file: Callable[
-            [RetainedFile, int, str | None], None
-        ],  # with the number of its events, and the batch that it becomes
+        on_file: Callable[[RetainedFile, int, str | None], None],
     ) -> None:
         self._directory = directory
         self._queues = queues
@@ -68,19 +74,19 @@ class Redelivery:
         self._filter = record_filter
         self._report = report
         self._on_file = on_file
-        every = [RetainedFile(sink, file.name, file.size) for sink, place in queues.items() for file in place.delivered_files()]
-        stamps = [stamp for file in every if (stamp := layout.delivered_at(file.name)) is not None]
-        self.retained_count = len(every)
-        self.oldest_delivered_at_micros = min(stamps, default=None)  # when the first of all that is kept was delivered
-        chosen = (file for file in every if self._is_selected(file))
-        # In the order in which the events came in the first place.
-        self.selected = sorted(chosen, key=lambda file: (file.sink, layout.sealed_at(file.name) or 0, file.name))
+        files = [RetainedFile(sink, file.name, file.size) for sink, queue in queues.items() for file in queue.delivered_files()]
+        delivery_times = [at for file in files if (at := layout.delivered_at(file.name)) is not None]
+        self.retained_count = len(files)
+        self.oldest_delivered_at_micros = min(delivery_times, default=None)
+        selected = (file for file in files if self._is_selected(file))
+        # In the order in which the batches were sealed.
+        self.selected = sorted(selected, key=lambda file: (file.sink, layout.sealed_at(file.name) or 0, file.name))
 
     def _is_selected(self, file: RetainedFile) -> bool:
         return self._filter.matches_batch(file.batch) and self._filter.matches_time(layout.delivered_at(file.name))
 
     def preview(self, on_progress: Callable[[int], None]) -> None:
-        """Count what would be sent again."""
+        """Count what would be redelivered, and change nothing."""
         for file in self.selected:
             events = self._event_count(file)
             if events is not None:
@@ -88,9 +94,15 @@ class Redelivery:
                 on_progress(events)
 
     def execute(self, limits: PendingLimits, should_stop: Callable[[], bool], on_progress: Callable[[int], None]) -> None:
-        """Have them wait again, as far as the limits of what may wait allow."""
-        for place in self._queues.values():
-            place.seal_after(place.disk_usage().newest_sealed_at)
+        """Make the selected files pending, as far as the limits allow.
+
+        Args:
+            limits: Of what may be pending.
+            should_stop: Asked between groups of files; once it is true, no further group is started.
+            on_progress: Called with the number of events of each file.
+        """
+        for queue in self._queues.values():
+            queue.seal_after(queue.disk_usage().newest_sealed_at)
         for group in self._groups():
             self._report.interrupted = self._report.interrupted or should_stop()
             if self._report.interrupted:
@@ -102,18 +114,18 @@ class Redelivery:
     def _groups(self) -> Iterator[list[RetainedFile]]:
         for sink in self._queues:
             files = [file for file in self.selected if file.sink == sink]
-            for begin in range(0, len(files), _GROUP_FILES_MAX):
-                yield files[begin : begin + _GROUP_FILES_MAX]
+            for start in range(0, len(files), _GROUP_FILES_MAX):
+                yield files[start : start + _GROUP_FILES_MAX]
 
     def _that_fit(self, group: list[RetainedFile], limits: PendingLimits) -> list[RetainedFile]:
-        """Those for which there is room, beside some for new events: none of these is to be refused or evicted for them."""
-        account = self._directory.disk_usage()
-        room = limits.max_bytes - limits.max_bytes // SLACK_SHARE - account.pending_bytes
-        files = limits.max_files - limits.max_files // SLACK_SHARE - account.pending_files
+        """The files that fit into the limits with room to spare, so that new events are not dropped or evicted for them."""
+        usage = self._directory.disk_usage()
+        bytes_left = limits.max_bytes - limits.max_bytes // SLACK_SHARE - usage.pending_bytes
+        files_left = limits.max_files - limits.max_files // SLACK_SHARE - usage.pending_files
         for number, file in enumerate(group):
-            room -= file.size
-            if room < 0 or number >= files:
-                self._report.drop_reason = "max_bytes" if room < 0 else "max_files"
+            bytes_left -= file.size
+            if bytes_left < 0 or number >= files_left:
+                self._report.drop_reason = "max_bytes" if bytes_left < 0 else "max_files"
                 return group[:number]
         return group
 
@@ -123,35 +135,36 @@ class Redelivery:
             events = self._event_count(file)
             if events is None:
                 continue
-            place = self._queues[file.sink]
+            queue = self._queues[file.sink]
             try:
-                new_name = place.reseal(file.name)
+                new_name = queue.reseal(file.name)
             except OSError as error:
-                self._report.add_problem(file.name, f"stays: it cannot be renamed: {error.strerror}")
+                self._report.add_problem(file.name, f"left as is, renaming it failed: {error.strerror}")
                 continue
             if new_name is None:
-                continue  # it was too old meanwhile, or in the way
-            entries.append(RedeliveredEntry(self._clock.micros(), layout.batch_id(new_name), file.batch, events))
-            self._add_to_report(file, events, layout.batch_id(new_name))
+                continue  # deleted meanwhile: its retention time was over, or its space was needed
+            new_batch = layout.batch_id(new_name)
+            entries.append(RedeliveredEntry(self._clock.micros(), new_batch, file.batch, events))
+            self._add_to_report(file, events, new_batch)
             on_progress(events)
         if entries:
-            self._record_in_ledger(place, entries)
+            self._record_in_ledger(queue, entries)
 
-    def _record_in_ledger(self, directory: Directory, entries: list[RedeliveredEntry]) -> None:
+    def _record_in_ledger(self, queue: Directory, entries: list[RedeliveredEntry]) -> None:
         try:
-            directory.filesystem.sync_directory(directory.path)
+            queue.filesystem.sync_directory(queue.path)
         except OSError as error:
-            # What the ledger names must be there.
-            problem = f"cannot be synced ({error.strerror}): the ledger has no word of what waits, power loss may undo it"
-            self._report.add_problem(".", f"the directory {problem}")
+            # The ledger must not name batches that a power loss can undo.
+            consequence = "the redelivered batches are not in the ledger, and a power loss may undo the redelivery"
+            self._report.add_problem(".", f"fsync of the directory failed ({error.strerror}): {consequence}")
             return
-        ledger = LedgerWriter(directory, self._clock)
+        ledger = LedgerWriter(queue, self._clock)
         ledger.add(*entries)
         self._report.ledger_behind |= not ledger.write(sync=True)
 
     def _event_count(self, file: RetainedFile) -> int | None:
-        """How many records it holds; None where it has gone, or cannot be read and stays."""
-        data = dead_letters.try_read_file(self._queues[file.sink], file.name)
+        """The number of records in a file; None if it does not exist any more, or cannot be read and has to stay."""
+        data = try_read_file(self._queues[file.sink], file.name)
         if data is None:
             return None
         if isinstance(data, FileProblem):
@@ -164,7 +177,7 @@ class Redelivery:
             return None
         return len(contents.payloads)
 
-    def _add_to_report(self, file: RetainedFile, events: int, anew: str | None) -> None:
+    def _add_to_report(self, file: RetainedFile, events: int, new_batch: str | None) -> None:
         self._report.files += 1
         self._report.events += events
-        self._on_file(file, events, anew)
+        self._on_file(file, events, new_batch)

@@ -1,12 +1,11 @@
-"""Which files there are at the moment, in the directory and in the queues of its sinks; and their bytes."""
+"""The files of an outbox directory and of its sinks' queues, and their content, read without a lock."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from msgspec.structs import replace
+import msgspec
 
-from pillarbox.admin.dead_letters import FileProblem
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout, reader
 from pillarbox.store.layout import Kind
@@ -18,9 +17,22 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
     from pillarbox.store.reader import DamagedRange
 
+_RANGES_SUFFIX = ".spans.json"
+
+
+class FileProblem(msgspec.Struct, frozen=True):
+    """Why a file, or one line of it, could not be read or changed. It was left as it is."""
+
+    file: str
+    problem: str
+    line: int | None = None  # from 1
+
+    def __str__(self) -> str:
+        return f"{self.file}{'' if self.line is None else f', line {self.line}'}: {self.problem}"
+
 
 class FileRef(NamedTuple):
-    """A file of ours that was seen."""
+    """A file of the store, as a directory listing showed it."""
 
     directory: Directory  # the outbox directory, or a sink's queue in it
     name: str
@@ -29,18 +41,18 @@ class FileRef(NamedTuple):
 
     @property
     def display_name(self) -> str:
-        """Its name as an operator finds it, from the outbox directory on."""
+        """The file's path, relative to the outbox directory."""
         return f"{layout.queue_name(self.sink)}/{self.name}" if self.sink else self.name
 
     @property
     def sink(self) -> str:
-        """Whose queue it is in; "" for the outbox directory itself."""
+        """The sink whose queue holds the file; "" for the outbox directory itself."""
         return self.directory.sink
 
     @property
     def batch(self) -> str:
-        """The id of the batch that it is, or was taken from; empty for an active file, which is none yet."""
-        name = self.name.removesuffix(".spans.json")
+        """The id of the batch that the file is or came from; "" for an active segment."""
+        name = self.name.removesuffix(_RANGES_SUFFIX)
         if self.kind is Kind.DEAD:
             name = name.removeprefix("dead-")
         elif self.kind in (Kind.CORRUPT, Kind.RANGES):
@@ -49,56 +61,103 @@ class FileRef(NamedTuple):
 
 
 def all_directories(directory: Directory) -> list[Directory]:
-    """The outbox directory, and the queues of its sinks."""
+    """The outbox directory and the queues of its sinks."""
     return [directory, *directory.queues()]
 
 
 def scan_files(directory: Directory) -> list[FileRef]:
-    """The files in the directory, then those in its queues: what moves there meanwhile is seen twice rather than never."""
+    """List the files of the outbox directory, then those of its queues.
+
+    In this order a batch that moves into a queue meanwhile is listed twice rather than not at all.
+    """
     files: list[FileRef] = []
-    for found_in in all_directories(directory):
-        for name, size in found_in.filesystem.list_files(found_in.path):
+    for scanned in all_directories(directory):
+        for name, size in scanned.filesystem.list_files(scanned.path):
             kind = layout.kind_of(name)
             if kind not in (Kind.TEMPORARY, Kind.OTHER):
-                files.append(FileRef(found_in, name, kind, size))
+                files.append(FileRef(scanned, name, kind, size))
     return files
 
 
 def files_by_batch(files: list[FileRef], kinds: AbstractSet[Kind]) -> dict[str, list[FileRef]]:
-    """The sealed or delivered files by batch, the oldest batch first; several files of a batch have the same content."""
+    """Group the files of some kinds by batch id, the oldest batch first. The files of one batch have the same content."""
     by_batch: dict[str, list[FileRef]] = {}
-    for sight in sorted(files, key=lambda one: (one.batch, one.kind is not Kind.SEALED, one.directory.path)):
-        if sight.kind in kinds:
-            by_batch.setdefault(sight.batch, []).append(sight)
+    for file in sorted(files, key=lambda file: (file.batch, file.kind is not Kind.SEALED, file.directory.path)):
+        if file.kind in kinds:
+            by_batch.setdefault(file.batch, []).append(file)
     return by_batch
 
 
 def find_batch_files(directory: Directory, batch: str, kinds: AbstractSet[Kind]) -> list[FileRef]:
-    """Wherever a batch is now, in whatever state of these."""
-    return [sight for sight in scan_files(directory) if sight.batch == batch and sight.kind in kinds]
+    """The files of one batch, of some kinds, at this moment."""
+    return [file for file in scan_files(directory) if file.batch == batch and file.kind in kinds]
+
+
+class BatchListing(NamedTuple):
+    """Batches that have dead letters or quarantined bytes, the oldest first, and those of them that are still pending."""
+
+    batches: list[str]
+    pending: frozenset[str]  # their sealed file still exists
+
+
+def list_batches(directory: Directory, kind: Kind, matches: Callable[[str], bool] = lambda _batch: True) -> BatchListing:
+    """List the batches that have dead letters or quarantined bytes.
+
+    One listing serves both fields of the result, so that no batch whose sealed file exists throughout looks delivered.
+
+    Args:
+        directory: The outbox directory, or a sink's queue.
+        kind: `Kind.DEAD` or `Kind.CORRUPT`.
+        matches: Which batch ids to list.
+    """
+    prefix, suffix = ("dead-", layout.SUFFIX) if kind is Kind.DEAD else ("corrupt-", _RANGES_SUFFIX)
+    batches: set[str] = set()
+    sealed: set[str] = set()
+    for name, _ in directory.filesystem.list_files(directory.path):
+        file_kind = layout.kind_of(name)
+        if file_kind is Kind.SEALED:
+            sealed.add(layout.batch_id(name))
+        elif file_kind is kind or (kind is Kind.CORRUPT and file_kind is Kind.RANGES):
+            batch = name.removeprefix(prefix).removesuffix(suffix).removesuffix(layout.SUFFIX)
+            if matches(batch):
+                batches.add(batch)
+    return BatchListing(sorted(batches), frozenset(batches & sealed))
+
+
+def try_read_file(directory: Directory, name: str) -> bytes | FileProblem | None:
+    """A file's bytes, the problem that prevents reading them, or None if the file does not exist any more."""
+    try:
+        return _read_bytes(directory, name)
+    except FileNotFoundError:
+        return None
+    except FileUnusableError as error:
+        return FileProblem(name, error.problem)
+    except OSError as error:
+        return FileProblem(name, f"cannot be read: {error.strerror}")
 
 
 def read_first_available(files: list[FileRef], report_problem: Callable[[FileProblem], None]) -> bytes | None:
-    """The lines of the first of some files with the same content that is there; None where all have gone.
+    """Read the first readable file of several with the same content, decompressed.
 
-    What cannot be read is told, and has no lines.
+    Returns:
+        The lines; no lines if none of the files can be read, which is reported; None if none of them exists any more.
     """
     problems: list[FileProblem] = []
-    for sight in files:
+    for file in files:
         try:
-            data, problem = compression.decompress(sight.name, _read_bytes(sight.directory, sight.name))
+            data, problem = compression.decompress(file.name, _read_bytes(file.directory, file.name))
         except FileNotFoundError:
             continue
         except FileUnusableError as error:
-            problems.append(FileProblem(sight.display_name, error.problem))
+            problems.append(FileProblem(file.display_name, error.problem))
         except OSError as error:
-            problems.append(FileProblem(sight.display_name, f"cannot be read: {error.strerror}"))
+            problems.append(FileProblem(file.display_name, f"cannot be read: {error.strerror}"))
         else:
             if problem:
-                report_problem(FileProblem(sight.display_name, f"cannot be read behind the first {len(data)} bytes: {problem}"))
+                report_problem(FileProblem(file.display_name, f"cannot be read after the first {len(data)} bytes: {problem}"))
             return data
-    for trouble in problems[:1]:
-        report_problem(trouble)
+    for first_problem in problems[:1]:
+        report_problem(first_problem)
     return b"" if problems else None
 
 
@@ -111,21 +170,21 @@ def _read_bytes(directory: Directory, name: str) -> bytes:
 
 
 class ScannedLine(NamedTuple):
-    """A line of a file: a record, or damaged bytes, or both, where a record stands behind NUL bytes."""
+    """A line of a file: a record, damaged bytes, or both, where a record follows NUL bytes."""
 
-    offset: int  # of the line, in the file as it was written
+    offset: int  # of the line in the decompressed file
     payload: bytes | None  # the event's JSON
     damage: DamagedRange | None
 
 
 def split_lines(data: bytes, offset: int = 0) -> Iterator[ScannedLine]:
-    """The lines of a file, or of a part of it that begins at `offset`; blank ones are left out."""
+    """The lines of a file, or of its part that begins at `offset`, without blank ones."""
     start = 0
     while start < len(data):
         end = data.find(b"\n", start) + 1 or len(data)
         contents = reader.read_lines(data[start:end], lambda: None)
         if contents.payloads or contents.damaged:
             payload = contents.payloads[0] if contents.payloads else None
-            spans = [replace(span, offset=offset + start + span.offset) for span in contents.damaged]
-            yield ScannedLine(offset + start, payload, spans[0] if spans else None)
+            damaged = [msgspec.structs.replace(damage, offset=offset + start + damage.offset) for damage in contents.damaged]
+            yield ScannedLine(offset + start, payload, damaged[0] if damaged else None)
         start = end

@@ -1,7 +1,7 @@
-"""The accepted events of an outbox, in order, each once: what there is, and then what comes.
+"""The accepted events of an outbox in order, each once: the backlog, and then what is accepted afterwards.
 
-Within a writer the order is that of acceptance; across writers it is that of sealing, and for what is not sealed yet that of
-the events' own times.
+Events of one writer are in the order of acceptance. Across writers the order is that of sealing; for events in active segments
+it is that of the events' own times.
 """
 
 from __future__ import annotations
@@ -10,18 +10,24 @@ from heapq import merge
 from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.admin.dead_letters import FileProblem
-from pillarbox.admin.gaps import GapDetector
-from pillarbox.admin.scan import files_by_batch, find_batch_files, read_first_available, scan_files, split_lines
+from pillarbox.admin.scan import (
+    FileProblem,
+    files_by_batch,
+    find_batch_files,
+    read_first_available,
+    scan_files,
+    split_lines,
+)
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
+from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry, parse_ledger
 from pillarbox.store.os_filesystem import file_identity, open_file_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Container, Generator, Iterator
 
-    from pillarbox.admin.event_filters import EventFilter, EventHeader, EventHeaderDecoder
+    from pillarbox.admin.filters import EventFilter, EventHeader, EventHeaderDecoder
     from pillarbox.admin.scan import FileRef
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
@@ -29,25 +35,114 @@ if TYPE_CHECKING:
 ACTIVE: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE})
 PENDING: Final = ACTIVE | {Kind.SEALED}
 ACCEPTED: Final = PENDING | {Kind.DELIVERED}
-_SCANS_MAX: Final = (
-    3  # in which the sealed file of an active one must turn up; more than the one that a renaming may hide it from
-)
-_KNOWN_FOR_S: Final = 60.0  # how long a batch that is gone stays known: longer than any listing misses it
+# Scans in which a segment whose name is gone may reappear as a batch. A listing during the rename may show neither name.
+_SEALED_NAME_SCANS_MAX: Final = 3
+_KNOWN_FOR_S: Final = 60.0  # a deleted batch is remembered for longer than any listing may still show it
+_UNSEEN_SCANS_MAX: Final = 5  # scans in which a batch that the ledger names has to appear
+_LATE_ENTRY_MICROS: Final = 60_000_000  # ledger entries older than this belong to batches that were read
+_FILES_READ_MAX: Final = 1000  # segments read without their batch id, which the ledger tells within moments
 
 
 class AcceptedEvent(NamedTuple):
-    """An event that was accepted, and where it stood when it was read."""
+    """An accepted event, and where it was when it was read."""
 
-    batch: str  # empty while it is not sealed
-    file: str  # from the outbox directory on
+    batch: str  # "" in an active segment
+    file: str  # relative to the outbox directory
     offset: int  # of its line
-    writer: str  # empty where the name does not tell
+    writer: str  # "" if the file's name does not tell it
     payload: bytes
     header: EventHeader
 
 
+class Gap(NamedTuple):
+    """A batch that was deleted before it could be read."""
+
+    batch: str
+    writer: str
+    events: int | None  # None if the ledger has no count
+
+
+class _UnseenBatch:
+    """A batch that the ledger names and that no scan has shown yet."""
+
+    def __init__(self, entry: SealedEntry | AdoptedEntry) -> None:
+        self.entry = entry
+        self.scans = 0
+
+
+class GapDetector:
+    """Finds gaps by following the ledger, which names every batch."""
+
+    def __init__(self, directory: Directory, clock: Clock) -> None:
+        self.gaps: list[Gap] = []  # the caller takes them out
+        self._directory = directory
+        self._clock = clock
+        self._file: tuple[int, int] | None = None
+        self._offset = 0
+        self._since_micros = 0
+        self._unseen: dict[str, _UnseenBatch] = {}
+        self._decided: dict[str, int] = {}  # batches that need no further check, and the times of their entries
+        self._files_read: list[tuple[str, int]] = []  # (writer, bytes) of segments that were read without their batch id
+
+    def start(self) -> None:
+        """Ignore the entries that are in the ledger now."""
+        self._since_micros = self._clock.micros()
+        self._read_new_entries()
+
+    def note_file_read(self, writer: str, size: int) -> None:
+        """A segment was read to its end and deleted before its batch id was known."""
+        self._files_read = [*self._files_read[-_FILES_READ_MAX:], (writer, size)]
+
+    def update(self, known: Container[str]) -> None:
+        """After a scan: find batches that are in the ledger, are not `known`, and have been missing for some scans.
+
+        Never raises `OSError`: without a readable ledger no gap is found.
+        """
+        for entry in self._read_new_entries():
+            if entry.at_micros >= self._since_micros and entry.batch not in known and entry.batch not in self._decided:
+                self._unseen.setdefault(entry.batch, _UnseenBatch(entry))
+        for batch, unseen in list(self._unseen.items()):
+            unseen.scans += 1
+            entry = unseen.entry
+            size = entry.bytes if isinstance(entry, SealedEntry) else None
+            file_read = next((file for file in self._files_read if file[0] == entry.writer and size in (file[1], None)), None)
+            if batch in known:
+                del self._unseen[batch]
+            elif file_read is not None:
+                del self._unseen[batch]
+                self._files_read.remove(file_read)
+                self._decided[batch] = entry.at_micros
+            elif unseen.scans >= _UNSEEN_SCANS_MAX:
+                del self._unseen[batch]
+                self._decided[batch] = entry.at_micros
+                self.gaps.append(Gap(batch, entry.writer, entry.events if isinstance(entry, SealedEntry) else None))
+        # The tailer does not remember older batches either.
+        self._since_micros = max(self._since_micros, self._clock.micros() - _LATE_ENTRY_MICROS)
+        self._decided = {batch: at for batch, at in self._decided.items() if at >= self._since_micros}
+
+    def _read_new_entries(self) -> list[SealedEntry | AdoptedEntry]:
+        """The entries appended since the last time; all of them if the ledger was rewritten, and is shorter."""
+        filesystem = self._directory.filesystem
+        try:
+            fd = filesystem.open_existing(self._directory.path_of(layout.LEDGER))
+        except (OSError, FileUnusableError):
+            return []
+        try:
+            file, size = open_file_identity(fd), filesystem.size(fd)
+            if file != self._file or size < self._offset:
+                self._file, self._offset = file, 0
+            data = filesystem.read_at(fd, self._offset, size - self._offset) if size > self._offset else b""
+        except OSError:
+            return []
+        finally:
+            filesystem.close(fd)
+        data = data[: data.rfind(b"\n") + 1]
+        self._offset += len(data)
+        return [entry for entry in parse_ledger(data)[0] if isinstance(entry, (SealedEntry, AdoptedEntry))]
+
+
 class _OpenSegment:
-    """An active file, held open, so that it can be read to its end under whatever name."""
+    """An active segment that is held open, so that it can be read to its end whatever becomes of its name."""
 
     def __init__(self, file: FileRef, fd: int) -> None:
         self.file = file
@@ -55,12 +150,20 @@ class _OpenSegment:
         self.writer = layout.writer_of(file.name)
         self.path = file.directory.path_of(file.name)
         self.identity = open_file_identity(fd)
-        self.offset = 0  # up to where it was read
-        self.scans_missing = 0  # in which its name was gone
+        self.offset = 0  # of the first byte that was not read
+        self.scans_missing = 0  # since its name is gone
 
 
 class Tailer:
-    """Reads an outbox from its beginning, or from now on. Closed by `close`; keeps one open file an active one."""
+    """Reads an outbox from its beginning or from now on. Holds each active segment open; end it with `close`.
+
+    Args:
+        directory: The outbox directory.
+        clock: For the memory of batches that were read.
+        header_decoder: Of the event type.
+        event_filter: Which events to return.
+        kinds: Which files to read.
+    """
 
     def __init__(
         self,
@@ -70,11 +173,11 @@ class Tailer:
         event_filter: EventFilter,
         kinds: frozenset[Kind] = ACCEPTED,
     ) -> None:
-        self.problems: list[FileProblem] = []  # for the caller to take
+        self.problems: list[FileProblem] = []  # the caller takes them out
         self.listing_s = 0.0  # how long the last listing took
-        self.batches_read: set[str] = set()  # batches of the backlog that were read
-        self.vanished_batches = 0  # batches that were gone before they were read
-        self.damaged_lines = 0  # lines
+        self.batches_read: set[str] = set()  # of the backlog
+        self.vanished_batches = 0  # deleted between listing and reading
+        self.damaged_lines = 0
         self.gap_detector = GapDetector(directory, clock)
         self._kinds = kinds
         self._directory = directory
@@ -82,167 +185,173 @@ class Tailer:
         self._clock = clock
         self._header_decoder = header_decoder
         self._filter = event_filter
-        self._known: dict[str, float] = {}  # batches that were read, and when they were last seen
-        self._segments: dict[str, _OpenSegment] = {}
-        self._unlinked: list[_OpenSegment] = []  # whose name is gone, and whose sealed one has not turned up
-        self._reported: set[str] = set()  # files of which a trouble was told
+        self._known: dict[str, float] = {}  # batches that were read, and when they were last listed
+        self._segments: dict[str, _OpenSegment] = {}  # by name
+        self._unlinked: list[_OpenSegment] = []  # their name is gone, and they have not reappeared as a batch yet
+        self._reported: set[str] = set()  # files with a reported problem
 
     def close(self) -> None:
-        """Let go of what is held open."""
-        for stream in [*self._segments.values(), *self._unlinked]:
-            self._filesystem.close(stream.fd)
+        """Close all segments."""
+        for segment in [*self._segments.values(), *self._unlinked]:
+            self._filesystem.close(segment.fd)
         self._segments.clear()
         self._unlinked.clear()
 
     def read_backlog(self, count: int | None) -> Iterator[AcceptedEvent]:
-        """What is there already: the newest `count` of the events that are meant, or all; the oldest first."""
+        """The newest `count` matching events that are stored now, or all of them; the oldest first."""
         self.gap_detector.start()
-        for _ in range(_SCANS_MAX):
+        for _ in range(_SEALED_NAME_SCANS_MAX):
             self.close()
-            sights = scan_files(self._directory)
-            self._open_segments(sights)
-            if not any(sight.kind in ACTIVE and file_identity(sight.directory.path_of(sight.name)) is None for sight in sights):
-                break  # otherwise one was sealed meanwhile: its batch is not among those that are there already
-        found = files_by_batch(sights, self._kinds - ACTIVE)
-        self._known = dict.fromkeys(found, self._clock.monotonic())
-        fresh = self._from_segments()
+            files = scan_files(self._directory)
+            self._open_segments(files)
+            if not any(file.kind in ACTIVE and file_identity(file.directory.path_of(file.name)) is None for file in files):
+                break  # otherwise a segment was sealed during the scan, and its batch may be missing in it
+        by_batch = files_by_batch(files, self._kinds - ACTIVE)
+        self._known = dict.fromkeys(by_batch, self._clock.monotonic())
+        unsealed = self._from_segments()
         if count is None:
-            for batch, sights_of_one in found.items():
-                if (yield from self._from_batch(sights_of_one)):
+            for batch, batch_files in by_batch.items():
+                if (yield from self._from_batch(batch_files)):
                     self.batches_read.add(batch)
-            yield from fresh
+            yield from unsealed
             return
-        chunks = [list(fresh)]
+        chunks = [list(unsealed)]
         left = count - len(chunks[0])
-        for sights_of_one in reversed(found.values()):
+        for batch_files in reversed(by_batch.values()):
             if left <= 0:
                 break
-            chunks.append(list(self._from_batch(sights_of_one)))
+            chunks.append(list(self._from_batch(batch_files)))
             left -= len(chunks[-1])
         newest = [event for chunk in reversed(chunks) for event in chunk]
         yield from newest[max(0, len(newest) - count) :]
 
     def read_new(self) -> Iterator[AcceptedEvent]:
-        """What was accepted since the last time; raises `OSError` where the directory cannot be listed."""
-        begun = self._clock.monotonic()
+        """The matching events accepted since the last call; raises `OSError` if the directory cannot be listed."""
+        started = self._clock.monotonic()
         try:
-            sights = scan_files(self._directory)
-        except FileNotFoundError:  # removed with everything in it; whoever writes makes it anew
-            sights = []
-        self.listing_s = self._clock.monotonic() - begun
-        found = files_by_batch(sights, self._kinds - ACTIVE)
-        self._set_unlinked_aside({sight.name for sight in sights})
-        turned_up = self._sealed_since(found)
+            files = scan_files(self._directory)
+        except FileNotFoundError:  # the directory was deleted; a writer creates it again
+            files = []
+        self.listing_s = self._clock.monotonic() - started
+        by_batch = files_by_batch(files, self._kinds - ACTIVE)
+        self._find_unlinked({file.name for file in files})
+        sealed = self._find_sealed(by_batch)
         yield from self._from_unlinked()
         now = self._clock.monotonic()
-        for batch, sights_of_one in found.items():
-            if batch in turned_up:
-                yield from self._rest_of_segment(turned_up[batch], batch)
-            elif batch not in self._known and not (yield from self._from_batch(sights_of_one)):
-                continue  # not seen, and so not known: a gap, once the ledger tells of it
+        for batch, batch_files in by_batch.items():
+            if batch in sealed:
+                yield from self._rest_of_segment(sealed[batch], batch)
+            elif batch not in self._known and not (yield from self._from_batch(batch_files)):
+                continue  # not read, so not known: the ledger will show the gap
             self._known[batch] = now
-        self._open_segments(sights)
+        self._open_segments(files)
         yield from self._from_segments()
         self.gap_detector.update(self._known)
-        for batch in [batch for batch, seen in self._known.items() if seen < now - _KNOWN_FOR_S]:
+        for batch in [batch for batch, listed_at in self._known.items() if listed_at < now - _KNOWN_FOR_S]:
             del self._known[batch]
 
     def _open_segments(self, files: list[FileRef]) -> None:
-        for sight in files:
-            if sight.kind in ACTIVE & self._kinds and sight.name not in self._segments:
+        for file in files:
+            if file.kind in ACTIVE & self._kinds and file.name not in self._segments:
                 try:
-                    fd = sight.directory.open_existing(sight.name)
+                    fd = file.directory.open_existing(file.name)
                 except FileNotFoundError:
                     continue  # sealed meanwhile
                 except (OSError, FileUnusableError) as error:
-                    self._report_problem(FileProblem(sight.display_name, f"cannot be read: {error}"))
+                    self._report_problem(FileProblem(file.display_name, f"cannot be read: {error}"))
                     continue
-                self._segments[sight.name] = _OpenSegment(sight, fd)
+                self._segments[file.name] = _OpenSegment(file, fd)
 
-    def _set_unlinked_aside(self, names: set[str]) -> None:
-        """Put aside the active files whose name is gone; one that was written anew under its name is read on there."""
-        for name, stream in list(self._segments.items()):
-            if name in names and self._filesystem.is_file_at(stream.fd, stream.path):
+    def _find_unlinked(self, names: set[str]) -> None:
+        """Move segments whose name is gone to `_unlinked`. One that was rewritten under its name is opened again."""
+        for name, segment in list(self._segments.items()):
+            if name in names and self._filesystem.is_file_at(segment.fd, segment.path):
                 continue
             del self._segments[name]
-            anew = file_identity(stream.path) if stream.file.kind is Kind.ACTIVE else None
-            if anew is None:
-                self._unlinked.append(stream)
+            # The name of a legacy segment is used again for the next one, so another file there is not a rewritten one.
+            rewritten = file_identity(segment.path) if segment.file.kind is Kind.ACTIVE else None
+            if rewritten is None:
+                self._unlinked.append(segment)
                 continue
-            self._filesystem.close(stream.fd)
-            self._open_segments([stream.file])
+            self._filesystem.close(segment.fd)
+            self._open_segments([segment.file])
             if name in self._segments:
-                self._segments[name].offset = stream.offset
+                self._segments[name].offset = segment.offset
 
-    def _sealed_since(self, found: dict[str, list[FileRef]]) -> dict[str, _OpenSegment]:
-        """Which of the new batches are active files that were read so far."""
-        turned_up: dict[str, _OpenSegment] = {}
-        for batch, sights in found.items():
+    def _find_sealed(self, by_batch: dict[str, list[FileRef]]) -> dict[str, _OpenSegment]:
+        """The new batches that are segments which were read until now."""
+        sealed: dict[str, _OpenSegment] = {}
+        for batch, files in by_batch.items():
             if batch in self._known or not self._unlinked:
                 continue
-            for sight in sights:
-                seen = file_identity(sight.directory.path_of(sight.name))
-                stream = next((stream for stream in self._unlinked if seen is not None and stream.identity == seen), None)
-                if stream is not None:
-                    self._unlinked.remove(stream)
-                    turned_up[batch] = stream
+            for file in files:
+                identity = file_identity(file.directory.path_of(file.name))
+                matching = (segment for segment in self._unlinked if identity is not None and segment.identity == identity)
+                segment = next(matching, None)
+                if segment is not None:
+                    self._unlinked.remove(segment)
+                    sealed[batch] = segment
                     break
-        return turned_up
+        return sealed
 
     def _from_unlinked(self) -> Iterator[AcceptedEvent]:
-        """What was sealed and removed before its sealed name was seen is read as long as it is held."""
-        for stream in sorted(self._unlinked, key=lambda one: layout.active_sort_key(one.file.name)):
-            stream.scans_missing += 1
-            if stream.scans_missing < _SCANS_MAX:
-                yield from self._read_appended(stream, self._filesystem.size(stream.fd))
+        """New events of segments without a name. One that does not reappear as a batch was delivered and deleted."""
+        for segment in sorted(self._unlinked, key=lambda segment: layout.active_sort_key(segment.file.name)):
+            segment.scans_missing += 1
+            if segment.scans_missing < _SEALED_NAME_SCANS_MAX:
+                yield from self._read_appended(segment, self._filesystem.size(segment.fd))
                 continue
-            self._unlinked.remove(stream)
-            if size := self._filesystem.size(stream.fd):
-                self.gap_detector.note_file_read(stream.writer, size)
-            yield from self._rest_of_segment(stream, "")
+            self._unlinked.remove(segment)
+            if size := self._filesystem.size(segment.fd):
+                self.gap_detector.note_file_read(segment.writer, size)
+            yield from self._rest_of_segment(segment, "")
 
     def _rest_of_segment(self, segment: _OpenSegment, batch: str) -> Iterator[AcceptedEvent]:
-        """The rest of an active file that is complete."""
+        """The unread events of a segment that gets no more, which is then closed."""
         try:
-            yield from self._read_appended(segment, self._filesystem.size(segment.fd), batch, whole=True)
+            yield from self._read_appended(segment, self._filesystem.size(segment.fd), batch, is_final=True)
         finally:
             self._filesystem.close(segment.fd)
 
     def _from_segments(self) -> Iterator[AcceptedEvent]:
-        """What was appended: the size of a writer's later file first, lest it is read further than the one before it."""
-        streams = sorted(self._segments.values(), key=lambda one: layout.active_sort_key(one.file.name))
-        sizes = {stream.file.name: self._filesystem.size(stream.fd) for stream in reversed(streams)}
-        writers = [list(group) for _, group in groupby(streams, key=lambda one: one.writer)]
-        timed = [self._with_times(group, sizes) for group in writers]
-        yield from (event for _, event in merge(*timed, key=lambda one: one[0]))
+        """New events of the active segments.
 
-    def _with_times(self, streams: list[_OpenSegment], sizes: dict[str, int]) -> Iterator[tuple[int, AcceptedEvent]]:
-        """A writer's new events, each with a time that never steps back."""
+        The size of a writer's later segment is taken before that of an earlier one. In the other order an event in the later
+        segment could be returned before one that was appended to the earlier segment meanwhile.
+        """
+        segments = sorted(self._segments.values(), key=lambda segment: layout.active_sort_key(segment.file.name))
+        sizes = {segment.file.name: self._filesystem.size(segment.fd) for segment in reversed(segments)}
+        by_writer = [list(group) for _, group in groupby(segments, key=lambda segment: segment.writer)]
+        timed = [self._with_times(group, sizes) for group in by_writer]
+        yield from (event for _, event in merge(*timed, key=lambda timed_event: timed_event[0]))
+
+    def _with_times(self, segments: list[_OpenSegment], sizes: dict[str, int]) -> Iterator[tuple[int, AcceptedEvent]]:
+        """A writer's new events, with times that never step back, so that merging keeps their order."""
         latest = 0
-        for stream in streams:
-            for event in self._read_appended(stream, sizes[stream.file.name]):
+        for segment in segments:
+            for event in self._read_appended(segment, sizes[segment.file.name]):
                 latest = max(latest, event.header.occurred_at_micros or 0)
                 yield latest, event
 
     def _read_appended(
-        self, stream: _OpenSegment, size: int, batch: str = "", *, whole: bool = False
+        self, segment: _OpenSegment, size: int, batch: str = "", *, is_final: bool = False
     ) -> Iterator[AcceptedEvent]:
-        """What stands between where a file was read up to and `size`: whole lines, unless it is `whole` itself."""
-        stream.offset = min(stream.offset, size)  # an append that failed was cut off again
+        """The unread events up to `size`: of complete lines, and in a final segment also of the last one."""
+        segment.offset = min(segment.offset, size)  # a failed append was truncated
         try:
-            data = self._filesystem.read_at(stream.fd, stream.offset, size - stream.offset) if size > stream.offset else b""
+            data = self._filesystem.read_at(segment.fd, segment.offset, size - segment.offset) if size > segment.offset else b""
         except OSError as error:
-            self._report_problem(FileProblem(stream.file.display_name, f"cannot be read: {error.strerror}"))
+            self._report_problem(FileProblem(segment.file.display_name, f"cannot be read: {error.strerror}"))
             return
-        if not whole:
+        if not is_final:
             data = data[: data.rfind(b"\n") + 1]
-        begin, stream.offset = stream.offset, stream.offset + len(data)
-        yield from self._events(data, begin, batch, stream.file.display_name, stream.writer)
+        start, segment.offset = segment.offset, segment.offset + len(data)
+        yield from self._events(data, start, batch, segment.file.display_name, segment.writer)
 
     def _from_batch(self, files: list[FileRef]) -> Generator[AcceptedEvent, None, bool]:
-        """Its events; whether it was there."""
+        """The events of a batch; returns whether it could be found."""
         data = read_first_available(files, self._report_problem)
-        if data is None:  # moved, perhaps
+        if data is None:  # it may have moved
             data = read_first_available(find_batch_files(self._directory, files[0].batch, self._kinds), self._report_problem)
         if data is None:
             self.vanished_batches += 1
@@ -250,20 +359,20 @@ class Tailer:
         yield from self._events(data, 0, files[0].batch, files[0].display_name, "")
         return True
 
-    def _events(self, data: bytes, begin: int, batch: str, file: str, writer: str) -> Iterator[AcceptedEvent]:
-        stamp = layout.sealed_at(batch)
-        for line in split_lines(data, begin):
+    def _events(self, data: bytes, start: int, batch: str, file: str, writer: str) -> Iterator[AcceptedEvent]:
+        sealed_micros = layout.sealed_at(batch)
+        for line in split_lines(data, start):
             if line.damage is not None:
                 self.damaged_lines += 1
-                self._report_problem(
-                    FileProblem(file, f"damaged at {line.damage.offset}: {line.damage.reason}"), f"{file} {line.offset}"
-                )
+                problem = FileProblem(file, f"damaged at offset {line.damage.offset}: {line.damage.reason}")
+                self._report_problem(problem, f"{file} {line.offset}")
             if line.payload is not None:
-                face = self._header_decoder.decode(line.payload)
-                if self._filter.matches(line.payload, face, stamp):
-                    yield AcceptedEvent(batch, file, line.offset, writer, line.payload, face)
+                header = self._header_decoder.decode(line.payload)
+                if self._filter.matches(line.payload, header, sealed_micros):
+                    yield AcceptedEvent(batch, file, line.offset, writer, line.payload, header)
 
     def _report_problem(self, problem: FileProblem, key: str = "") -> None:
+        """Report a problem once for each key, which is the file unless given."""
         if (key or problem.file) not in self._reported:
             self._reported.add(key or problem.file)
             self.problems.append(problem)

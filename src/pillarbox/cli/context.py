@@ -13,9 +13,11 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pillarbox.admin.changes import ChangeExecutor, ChangeReport, WriteLimits, acquire_lock
-from pillarbox.admin.dead_letters import FileProblem, IdentityDecoder
-from pillarbox.admin.filters import RecordFilter, parse_batch_id, parse_time
-from pillarbox.admin.mend import ReplayValidator
+from pillarbox.admin.dead_letters import IdentityDecoder
+from pillarbox.admin.filters import RecordFilter, parse_batch_id
+from pillarbox.admin.replay import ReplayValidator
+from pillarbox.admin.scan import FileProblem
+from pillarbox.admin.text import parse_time
 from pillarbox.cli.completion import complete_batch
 from pillarbox.cli.main import ExitCode, err, load_settings, log_to_terminal, out, require_setting
 from pillarbox.clock import SystemClock

@@ -10,10 +10,18 @@ import msgspec
 import typer
 
 from pillarbox.admin import dead_letters as letters
-from pillarbox.admin.dead_letters import DeadLetterGroup, DeadLetterGrouper, DeadLetterRecord, FileProblem
-from pillarbox.admin.filters import RecordFilter, format_time
-from pillarbox.admin.mend import parse_assignments, parse_edited_file, to_editable_line, with_fields
-from pillarbox.admin.replay import DeadLetterReplayer, unchanged_event
+from pillarbox.admin.dead_letters import DeadLetterGroup, DeadLetterGrouper, DeadLetterRecord
+from pillarbox.admin.filters import RecordFilter
+from pillarbox.admin.replay import (
+    DeadLetterReplayer,
+    parse_assignments,
+    parse_edited_file,
+    to_editable_line,
+    unchanged_event,
+    with_fields,
+)
+from pillarbox.admin.scan import FileProblem, list_batches
+from pillarbox.admin.text import format_time
 from pillarbox.cli.context import (
     AllOption,
     BatchOption,
@@ -112,7 +120,7 @@ def _to_item(record: DeadLetterRecord, event: bytes | None = None, queue: str = 
 
 def _find_records(site: CommandContext, selection: RecordFilter, place: Directory) -> Iterator[DeadLetterRecord]:
     """The dead letters in a directory, or in a queue, that are meant, file by file."""
-    found = letters.list_batches(place, Kind.DEAD, selection)
+    found = list_batches(place, Kind.DEAD, selection.matches_batch)
     for file in letters.read_files(place, found.batches, site.heading):
         site.report.add_problems(*file.problems)
         yield from filter(selection.matches, file.records)

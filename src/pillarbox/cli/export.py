@@ -12,9 +12,9 @@ import msgspec
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pillarbox.admin.dead_letters import FileProblem
-from pillarbox.admin.event_filters import EventHeaderDecoder
 from pillarbox.admin.export import EventExporter, ExportScope
+from pillarbox.admin.filters import EventHeaderDecoder
+from pillarbox.admin.scan import FileProblem
 from pillarbox.cli.context import PROBLEMS_SHOWN_MAX, CommandContext, plural, printable
 from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app, err, out
 from pillarbox.cli.options import (

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import msgspec
 import typer
 
-from pillarbox.admin.dead_letters import FileProblem, IdentityDecoder
-from pillarbox.admin.event_filters import EventFilter, EventHeaderDecoder
+from pillarbox.admin.dead_letters import IdentityDecoder
 from pillarbox.admin.export import EventExporter, ExportScope
-from pillarbox.admin.mend import ReplayValidator
+from pillarbox.admin.filters import EventFilter, EventHeaderDecoder
+from pillarbox.admin.replay import ReplayValidator
+from pillarbox.admin.scan import FileProblem
 from pillarbox.cli.context import print_json, printable
 from pillarbox.cli.import_source import ImportItem, ImportReader
 from pillarbox.cli.input import LINES_REPORTED_MAX, InputProgress

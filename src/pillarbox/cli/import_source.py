@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from pillarbox.admin.mend import InvalidReplayError, ReplayValidator
+from pillarbox.admin.replay import InvalidReplayError, ReplayValidator
 from pillarbox.cli.input import strict_decoder
 from pillarbox.codec import Codec
 from pillarbox.errors import InvalidEventError, UsageError

@@ -9,10 +9,10 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pillarbox.admin.dead_letters import FileProblem
-from pillarbox.admin.event_filters import EventHeaderDecoder
-from pillarbox.admin.filters import format_time, parse_batch_id
+from pillarbox.admin.filters import EventHeaderDecoder, parse_batch_id
 from pillarbox.admin.locate import BatchHistory, EventLocation, FileContents, Locator
+from pillarbox.admin.scan import FileProblem
+from pillarbox.admin.text import format_time
 from pillarbox.cli.context import CommandContext, plural, print_json, printable
 from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app, err, out
 from pillarbox.store.layout import batch_id
@@ -124,6 +124,6 @@ def _event_lines(name: str, event: EventLocation) -> list[str]:
     if event.record is not None:
         lines = [f"{name}: refused, {event.code}: {event.reason}", f"  pillarbox dead show {event.record}"]
     else:
-        state = {"active": "accepted, not sealed yet", "waiting": "waits", "kept": "kept after delivery"}[event.state]
+        state = {"active": "accepted, not sealed yet", "pending": "pending", "retained": "retained after delivery"}[event.state]
         lines = [f"{name}: {state}, in {event.file} at {event.offset}"]
     return [*lines, f"  {bytes(event.event).decode(errors='replace')}"]

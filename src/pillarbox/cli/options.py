@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pillarbox.admin.event_filters import EventFilter, parse_conditions
-from pillarbox.admin.filters import parse_time
+from pillarbox.admin.filters import EventFilter, parse_conditions
+from pillarbox.admin.text import parse_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from pillarbox.admin.dead_letters import FileProblem
-from pillarbox.admin.filters import format_time
 from pillarbox.admin.quarantine import QuarantinedBatch, QuarantineRepairer, RangeRepair
+from pillarbox.admin.scan import FileProblem
+from pillarbox.admin.text import format_time
 from pillarbox.cli.context import (
     AllOption,
     BatchOption,

@@ -8,8 +8,8 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
-from pillarbox.admin.filters import format_time
 from pillarbox.admin.redelivery import PendingLimits, Redelivery, RetainedFile
+from pillarbox.admin.text import format_time
 from pillarbox.cli.context import AllOption, BatchOption, CommandContext, LimitOption, YesOption, plural, require_filter
 from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app
 from pillarbox.errors import UsageError

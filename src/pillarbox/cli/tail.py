@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 import typer
 
-from pillarbox.admin.event_filters import EventHeaderDecoder
-from pillarbox.admin.filters import format_time
+from pillarbox.admin.filters import EventHeaderDecoder
 from pillarbox.admin.tail import AcceptedEvent, Tailer
+from pillarbox.admin.text import format_time
 from pillarbox.cli.context import CommandContext, plural, printable
 from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, app, err
 from pillarbox.cli.options import (

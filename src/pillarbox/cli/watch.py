@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pillarbox.admin.filters import format_time
 from pillarbox.admin.status import OutboxStatus, describe_state, read_status
+from pillarbox.admin.text import format_time
 from pillarbox.cli.context import printable
 from pillarbox.cli.main import discard_stdout, interrupt_on_sigterm
 from pillarbox.errors import FileUnusableError
