@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules: Grafana's own types, and names that exist."""
+"""The dashboard and the alert rules use known types and documented metrics."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ KNOWN = {row.prometheus_name for row in documented_metrics()}
 
 
 def missing(ours: Any, theirs: Any, where: str = "") -> list[str]:
-    """What of ours is not, or is otherwise, in theirs."""
+    """Return the paths in `ours` whose value `theirs` does not have."""
     if isinstance(ours, dict):
         if not isinstance(theirs, dict):
             return [where]
-        return [one for key in ours for one in missing(ours[key], theirs.get(key), f"{where}.{key}")]
+        return [path for key in ours for path in missing(ours[key], theirs.get(key), f"{where}.{key}")]
     if isinstance(ours, list):
         if not isinstance(theirs, list) or len(ours) != len(theirs):
             return [where]
-        return [one for at, both in enumerate(zip(ours, theirs, strict=True)) for one in missing(*both, f"{where}[{at}]")]
+        return [path for at, both in enumerate(zip(ours, theirs, strict=True)) for path in missing(*both, f"{where}[{at}]")]
     return [] if ours == theirs else [where]
 
 
-def test_grafanas_own_types_know_every_part_of_the_dashboard() -> None:
-    """Decoded and encoded again by Grafana's SDK, nothing is lost: a slip of the pen is no field of theirs."""
+def test_grafanas_types_keep_every_part_of_the_dashboard() -> None:
+    """Grafana's SDK decodes and encodes it without loss; it would drop a misspelled field."""
     register_default_plugins()
     read = Dashboard.from_json(load_dashboard())
     assert missing(load_dashboard(), json.loads(JSONEncoder().encode(read))) == []
@@ -40,18 +40,21 @@ def test_grafanas_own_types_know_every_part_of_the_dashboard() -> None:
     assert missing(wrong, json.loads(JSONEncoder().encode(Dashboard.from_json(wrong)))) == [".panels[1].targets[0].expression"]
 
 
-def test_every_panel_has_a_place_of_its_own_and_says_what_it_shows() -> None:
-    """24 columns, none used twice; of the data source that is chosen."""
+def test_panels_do_not_overlap_and_are_described() -> None:
+    """On 24 columns, with the selected data source."""
     panels = load_dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    taken: set[tuple[int, int]] = set()
+    used_cells: set[tuple[int, int]] = set()
     for panel in panels:
-        place = panel["gridPos"]
-        columns, lines = range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+        position = panel["gridPos"]
+        columns, lines = (
+            range(position["x"], position["x"] + position["w"]),
+            range(position["y"], position["y"] + position["h"]),
+        )
         cells = {(column, line) for column in columns for line in lines}
         assert max(columns) < 24
-        assert not cells & taken, panel["title"]
-        taken |= cells
+        assert not cells & used_cells, panel["title"]
+        used_cells |= cells
         if panel["type"] != "row":
             assert panel["description"]
             assert panel["fieldConfig"]["defaults"]["unit"]
@@ -59,15 +62,15 @@ def test_every_panel_has_a_place_of_its_own_and_says_what_it_shows() -> None:
                 assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
 
 
-def test_the_dashboard_shows_every_metric_that_is_documented_and_no_other() -> None:
+def test_the_dashboard_uses_exactly_the_documented_metrics() -> None:
     """Also in its variables."""
     assert {name for query in dashboard_queries().values() for name in metric_names(query)} == KNOWN
     assert metric_names(json.dumps(load_dashboard()["templating"])) <= KNOWN
 
 
 @pytest.mark.parametrize("rule", load_alert_rules(), ids=lambda rule: rule["alert"])
-def test_every_alert_reads_what_is_documented_and_says_what_to_do(rule: dict[str, Any]) -> None:
-    """With commands that there are."""
+def test_every_alert_uses_documented_metrics_and_existing_commands(rule: dict[str, Any]) -> None:
+    """It has a severity, a summary and a description."""
     assert metric_names(rule["expr"]) <= KNOWN
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert set(rule["annotations"]) == {"summary", "description"}
@@ -78,7 +81,7 @@ def test_every_alert_reads_what_is_documented_and_says_what_to_do(rule: dict[str
         assert (command if " ".join(words[:2]) in groups else " ".join(words[:2])) in commands, command
 
 
-def test_every_file_is_in_the_readme() -> None:
+def test_the_readme_lists_every_file() -> None:
     """By its name."""
     text = (DEPLOY / "README.md").read_text()
     for file in DEPLOY.rglob("*.[jys]*"):

@@ -1,4 +1,4 @@
-"""Alert rules, queries and the endpoint, checked by Prometheus's own tools and by a Prometheus that runs."""
+"""Prometheus's own tools and a running Prometheus check the alert rules, the queries and the endpoint."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ TESTS = PROMETHEUS / "alerts_test.yml"
 _LISTENING = re.compile(r'"Listening on" address=(\S+)\s')
 
 
-def test_promtool_finds_the_rules_and_the_example_right() -> None:
-    """The example reads the rules."""
-    said = run_promtool("check", "config", PROMETHEUS / "prometheus.yml")
-    assert f"SUCCESS: {len(load_alert_rules())} rules found" in said
+def test_promtool_accepts_the_rules_and_the_example_configuration() -> None:
+    """The example loads the rules."""
+    output = run_promtool("check", "config", PROMETHEUS / "prometheus.yml")
+    assert f"SUCCESS: {len(load_alert_rules())} rules found" in output
 
 
-def test_every_alert_has_a_case_in_which_it_speaks_and_one_in_which_it_must_not() -> None:
-    """And promtool finds that it does so."""
+def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
+    """Promtool runs both."""
     cases = [case for test in yaml.safe_load(TESTS.read_text())["tests"] for case in test["alert_rule_test"]]
     assert {(case["alertname"], bool(case["exp_alerts"])) for case in cases} == {
-        (rule["alert"], speaks) for rule in load_alert_rules() for speaks in (True, False)
+        (rule["alert"], fires) for rule in load_alert_rules() for fires in (True, False)
     }
     assert "SUCCESS" in run_promtool("test", "rules", TESTS)
 
 
-def test_promtool_finds_the_queries_of_the_dashboard_right(tmp_path: Path) -> None:
-    """As the expressions of recording rules."""
+def test_promtool_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+    """As expressions of recording rules."""
     recorded = [{"record": f"query:{at}", "expr": query} for at, query in enumerate(dashboard_queries().values())]
     (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": recorded}]}))
     assert f"SUCCESS: {len(recorded)} rules found" in run_promtool("check", "rules", tmp_path / "queries.yml")
 
 
-def test_promtool_finds_the_names_and_texts_of_the_endpoint_right(tmp_path: Path) -> None:
-    """What `pillarbox deliver --metrics` serves."""
+def test_promtool_accepts_the_names_and_descriptions_of_the_endpoint(tmp_path: Path) -> None:
+    """Those that `pillarbox deliver --metrics` serves."""
     fill_outbox(tmp_path / "box")
     with running_deliver(tmp_path) as url:
         assert run_promtool("check", "metrics", stdin=fetch(url)) == ""
@@ -63,7 +63,7 @@ def test_promtool_finds_the_names_and_texts_of_the_endpoint_right(tmp_path: Path
 
 @contextlib.contextmanager
 def prometheus(folder: Path, target: str) -> Iterator[str]:
-    """The address of a Prometheus that has the example's configuration, but scrapes `target`, and each second."""
+    """Run a Prometheus with the example configuration that scrapes `target` each second; yields its URL."""
     config = (PROMETHEUS / "prometheus.yml").read_text().replace("15s", "1s").replace("127.0.0.1:9464", target)
     (folder / "prometheus.yml").write_text(config)
     shutil.copy(PROMETHEUS / "alerts.yml", folder)
@@ -81,52 +81,52 @@ def prometheus(folder: Path, target: str) -> Iterator[str]:
             process.terminate()
 
 
-def asked(address: str, query: str) -> list[Any]:
-    """What it answers."""
-    answer = json.loads(fetch(f"{address}/api/v1/query?{urlencode({'query': query})}"))
-    assert answer["status"] == "success", answer
-    found: list[Any] = answer["data"]["result"]
-    return found
+def query_prometheus(address: str, query: str) -> list[Any]:
+    """Return the result of a query."""
+    response = json.loads(fetch(f"{address}/api/v1/query?{urlencode({'query': query})}"))
+    assert response["status"] == "success", response
+    result: list[Any] = response["data"]["result"]
+    return result
 
 
-def until_nothing(wrong: Callable[[], object]) -> None:
-    """Look again until nothing is wrong."""
+def wait_until_empty(list_problems: Callable[[], object]) -> None:
+    """Wait until `list_problems` returns nothing."""
     deadline = time.monotonic() + WAIT_S
-    while found := wrong():
-        assert time.monotonic() < deadline, found
-        threading.Event().wait(0.1)
+    while result := list_problems():
+        assert time.monotonic() < deadline, result
+        threading.Event().wait(0.1)  # the time between two queries
 
 
-def standing(address: str) -> set[tuple[str, str, str]]:
-    """How each rule stands: its name, whether it can be evaluated, and whether it speaks."""
+def rule_states(address: str) -> set[tuple[str, str, str]]:
+    """Return the name, health and state of each rule."""
     (group,) = json.loads(fetch(f"{address}/api/v1/rules"))["data"]["groups"]
     return {(rule["name"], rule["health"], rule["state"]) for rule in group["rules"]}
 
 
 def has_scraped(address: str) -> bool:
     try:
-        return bool(asked(address, 'count_over_time(pillarbox_state{state="idle"}[1m]) >= 3'))
+        return bool(query_prometheus(address, 'count_over_time(pillarbox_state{state="idle"}[1m]) >= 3'))
     except OSError:
-        return False  # it has not begun
+        return False  # it has not started
 
 
-def test_a_prometheus_that_scrapes_a_deliverer_answers_every_query_of_the_dashboard(tmp_path: Path) -> None:
-    """Where they read what a deliverer tells, with numbers; no rule fails, and no alert speaks of an outbox that is well."""
+def test_a_running_prometheus_answers_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    """With values for the metrics of the delivery process; no rule fails, and no alert fires for a healthy outbox."""
     fill_outbox(tmp_path / "box")
-    told = {row.prometheus_name for row in documented_metrics() if "deliver" in row.source}
+    delivery_metrics = {row.prometheus_name for row in documented_metrics() if "deliver" in row.source}
     (tmp_path / "prometheus").mkdir()
     with running_deliver(tmp_path) as url:
-        scrape_until(url, is_idle)  # all that there is to tell is told from the first scrape on
+        scrape_until(url, is_idle)  # so that the first scrape has all metrics
         with prometheus(tmp_path / "prometheus", url.split("/")[2]) as address:
             log = tmp_path / "prometheus" / "log"
-            until_nothing(lambda: "" if has_scraped(address) else f"nothing is scraped: {log.read_text()}")
-            # A scrape that took too long leaves nothing to read, and an alert pending, until the next one.
-            until_nothing(
+            wait_until_empty(lambda: "" if has_scraped(address) else f"no scrape succeeded: {log.read_text()}")
+            # After a scrape that timed out, queries are empty and alerts pending until the next one.
+            wait_until_empty(
                 lambda: [
                     name
                     for name, query in dashboard_queries().items()
-                    if not asked(address, query) and metric_names(query) <= told
+                    if not query_prometheus(address, query) and metric_names(query) <= delivery_metrics
                 ]
             )
             expected = {(rule["alert"], "ok", "inactive") for rule in load_alert_rules()}
-            until_nothing(lambda: standing(address) ^ expected)
+            wait_until_empty(lambda: rule_states(address) ^ expected)
