@@ -141,7 +141,7 @@ def test_a_name_that_is_taken_is_not_created_over(tmp_path: Path) -> None:
 def test_where_no_lock_can_be_had_creating_ends_with_an_error(place: Directory) -> None:
     """Rather than to try for ever."""
     place.filesystem.create_each = lambda paths: ([-1] * len(paths), None)  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="locks do not hold"):
+    with pytest.raises(OSError, match="locks do not work"):
         place.write_atomically("dead-a.ndjson", b"1\n")
 
 

@@ -1,8 +1,8 @@
-"""A disk in memory, and processes that use it.
+"""A disk in memory, and simulated processes that use it.
 
-A `Disk` is one medium; each `CrashFilesystem` is one process's view of it, with descriptors and locks of its own. Every
-operation goes into `Disk.trace`, of which `survivors.py` knows what may be left when the power fails. A process that dies
-loses its descriptors and locks; the disk keeps everything (`Disk.files`).
+A `Disk` is one medium. Each `CrashFilesystem` is one process's view of it, with its own descriptors and locks. Every operation
+is recorded in `Disk.trace`, from which `durability_model.py` knows what a power loss may leave. A process that dies loses its
+descriptors and locks; the disk keeps everything (`Disk.files`).
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 _SPACE: Final = DiskSpace(2**40, 2**41)
 _FACTS: Final = DirectoryInfo(is_directory=True, mode=0o700, is_usable=True, filesystem_type="memory")
 
-State = dict[str, bytes]  # path -> content; of a directory in another, whose path ends with a slash, nothing
+State = dict[str, bytes]  # path -> content; the path of a subdirectory ends with a slash, and has no content
 
 
 class Killed(BaseException):
-    """The process is dead: nothing that it still tries reaches the disk, nor does any handler of its own stop it."""
+    """The process is dead: nothing that it still tries reaches the disk, and no handler of its own stops this exception."""
 
 
 class MisuseError(Exception):
-    """A descriptor was used that is not open, or that was opened to read only."""
+    """A descriptor was used that is not open, or that was opened read-only."""
 
 
 class Op(NamedTuple):
-    """What happened to the disk: an operation, or a mark.
+    """An operation on the disk, or a mark.
 
     `verb` is one of found, create, link, write, truncate, sync_data, sync_failed, rename, unlink, make_directory,
     remove_directory, sync_directory, mark.
     """
 
     verb: str
-    path: str = ""  # one of the file's; of a directory where it is that; found, that ends with a slash
+    path: str = ""  # one of the file's names, or a directory; that of a subdirectory that existed before ends with a slash
     inode: int = 0  # or the number of the directory that is made, renamed or removed
-    offset: int = 0  # of a write; the size where that is what is set
+    offset: int = 0  # of a write; of a truncation the new size
     data: bytes = b""
     target: str = ""  # of a rename or link
     note: object = None  # of a mark
@@ -56,10 +56,10 @@ class _Inode:
 
     def __init__(self, number: int, path: str, data: bytes = b"") -> None:
         self.number = number
-        self.paths = [path]  # its names, oldest first; without one it is gone
+        self.paths = [path]  # its names, oldest first; empty once it is deleted
         self.data = bytearray(data)
-        self.holders: set[_OpenFile] = set()  # of its lock
-        self.exclusive = False  # whether the lock is
+        self.holders: set[_OpenFile] = set()  # the open files that hold its lock
+        self.exclusive = False  # whether the lock is exclusive
 
     @property
     def path(self) -> str:
@@ -77,15 +77,15 @@ class _OpenFile:
 
 
 class Disk:
-    """One medium, shared by all simulated processes; `files` were on it, durable, before everything.
+    """One medium, shared by all simulated processes. `files` are on it, durable, from the start.
 
-    Those that `links` names are not files of their own, but further names of others: path -> path of the other.
+    `links` are further names of these files: path -> path of the file.
     """
 
     def __init__(self, files: Mapping[str, bytes] | None = None, links: Mapping[str, str] | None = None) -> None:
         self.trace: list[Op] = []
         self.directories: dict[str, dict[str, _Inode]] = {}
-        self.numbers: dict[str, int] = {}  # of the directories that are in others
+        self.numbers: dict[str, int] = {}  # of subdirectories
         self._new_number = itertools.count(1).__next__
         links = links or {}
         for path, data in (files or {}).items():
@@ -99,7 +99,7 @@ class Disk:
             self.trace.append(Op("sync_directory", path.rpartition("/")[0]))
 
     def _add_directory(self, path: str) -> None:
-        """Have a directory that was there before everything, and what is above it."""
+        """Add a directory that exists from the start, and the directories above it."""
         above, _, name = path.rpartition("/")
         if path in self.directories:
             return
@@ -111,7 +111,7 @@ class Disk:
 
     @property
     def files(self) -> State:
-        """Path -> content, as the running system sees it; also what is left when every process dies."""
+        """Path -> content, as the running system sees it. The same is left when every process dies."""
         found = dict.fromkeys((path + "/" for path in self.numbers), b"")
         for above, names in self.directories.items():
             found |= {f"{above}/{name}": bytes(inode.data) for name, inode in names.items()}
@@ -119,23 +119,23 @@ class Disk:
 
     @property
     def links(self) -> dict[str, str]:
-        """Further names of files that have more than one -> the first."""
+        """The further names of files with several -> the first name."""
         inodes = {inode for names in self.directories.values() for inode in names.values()}
         return {path: inode.path for inode in inodes for path in inode.paths[1:]}
 
     def mark(self, note: object) -> None:
-        """Note something in the trace, between the operations."""
+        """Record a mark between the operations."""
         self.trace.append(Op("mark", note=note))
 
     def add_file(self, path: str) -> _Inode:
-        """A new, empty file."""
+        """Create an empty file."""
         names, name = self.names_at(path)
         inode = names[name] = _Inode(self._new_number(), path)
         self.trace.append(Op("create", path, inode.number))
         return inode
 
     def link(self, source: str, target: str) -> None:
-        """A further name for a file."""
+        """Give a file a further name."""
         names, name = self.names_at(source)
         into, new = self.names_at(target)
         if name not in names:
@@ -146,7 +146,7 @@ class Disk:
         self.trace.append(Op("link", source, inode.number, target=target))
 
     def make_directory(self, path: str) -> None:
-        """A directory in another; one at the root is there, and was."""
+        """Make a directory in another one. A directory at the root exists from the start."""
         above = path.rpartition("/")[0]
         if not above:
             self.directories[path] = {}
@@ -158,7 +158,7 @@ class Disk:
         self.trace.append(Op("make_directory", path, number))
 
     def rename_directory(self, source: str, target: str) -> None:
-        """With everything in it; over an empty one at the most."""
+        """Rename a directory with its content, at most over an empty one."""
         if target in self.directories:
             self.remove_directory(target, Op("rename", source, self.numbers[source], target=target))
         else:
@@ -171,7 +171,7 @@ class Disk:
                 inode.paths = [f"{moved}{one[len(path) :]}" if one.rpartition("/")[0] == path else one for one in inode.paths]
 
     def remove_directory(self, path: str, because: Op | None = None) -> None:
-        """An empty one."""
+        """Remove an empty directory."""
         if path not in self.numbers:
             raise _not_found(path)
         if self.directories[path] or self.subdirectories(path):
@@ -185,13 +185,13 @@ class Disk:
         return [one.rpartition("/")[2] for one in self.directories if one.rpartition("/")[0] == path]
 
     def must_be_free(self, path: str) -> None:
-        """Raise where something has this name."""
+        """Raise `FileExistsError` where a file or directory has this name."""
         names, name = self.names_at(path)
         if name in names or path in self.directories:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
     def names_at(self, path: str) -> tuple[dict[str, _Inode], str]:
-        """The directory that a path is in, and the name there."""
+        """The directory that a path is in, and the name in it."""
         above, _, name = path.rpartition("/")
         names = self.directories.get(above)
         if names is None:
@@ -204,16 +204,16 @@ def _not_found(path: str) -> FileNotFoundError:
 
 
 def _openable(inode: _Inode, path: str, *, allow_links: bool = False) -> _Inode:
-    """What may be opened: no other name may lead to it, unless that is said."""
+    """The file, if it may be opened: unless `allow_links`, it must not have a second name."""
     if len(inode.paths) > 1 and not allow_links:
         raise FileUnusableError(path, "has a second hard link")
     return inode
 
 
 class CrashFilesystem(SequentialBatchOps, PortableScanOps):
-    """A process's view of a `Disk`: a `Filesystem`, with open files and locks as the kernel keeps them.
+    """A process's view of a `Disk`: a `Filesystem` with open files and locks as the kernel manages them.
 
-    `before(verb, path)` is called ahead of every operation and may raise: a switch point, a cut, a fault.
+    `before(verb, path)` is called before every operation and may raise: a point for a switch of processes, a kill, or a fault.
     """
 
     def __init__(self, disk: Disk, before: Callable[[str, str], None] = lambda _verb, _path: None) -> None:
@@ -224,7 +224,7 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         self._is_dead = False
 
     def kill(self) -> None:
-        """The process dies: its descriptors and locks go, the disk keeps everything."""
+        """Kill the process: it loses its descriptors and locks; the disk keeps everything."""
         self._is_dead = True
         self.close_inherited()
 
@@ -240,7 +240,7 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         self._before(verb, path)
 
     def _before_fd_op(self, verb: str, fd: int) -> _Inode:
-        """The open file that an operation is about to touch."""
+        """The open file that an operation is about to use."""
         if self._is_dead:
             raise Killed
         opened = self._open.get(fd)
@@ -263,7 +263,7 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
     # Directories.
 
     def make_directory(self, path: str) -> None:
-        """Have it and what is missing above it, and sync what is above."""
+        """Make the directory and what is missing above it, and sync what is above."""
         self._before_path_op("make_directory", path)
         if path not in self.disk.directories:
             if path.rpartition("/")[0] in self.disk.directories:
@@ -278,7 +278,7 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         return _FACTS if path in self.disk.directories else None
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
-        """The files of a directory, as they are at this moment."""
+        """The files in a directory at this moment."""
         self._before_path_op("list_files", path)
         names = self.disk.directories.get(path)
         if names is None:
@@ -286,39 +286,39 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         return iter([FileEntry(name, len(inode.data)) for name, inode in names.items()])
 
     def subdirectories(self, path: str) -> list[str]:
-        """The directories of a directory, as they are at this moment."""
+        """The directories in a directory at this moment."""
         self._before_path_op("subdirectories", path)
         if path not in self.disk.directories:
             raise _not_found(path)
         return self.disk.subdirectories(path)
 
     def remove_directory(self, path: str) -> None:
-        """An empty one."""
+        """Remove an empty directory."""
         self._before_path_op("remove_directory", path)
         self.disk.remove_directory(path)
 
     def sync_directory(self, path: str) -> None:
-        """Make names durable."""
+        """Make the names in a directory durable."""
         self._before_path_op("sync_directory", path)
         if path not in self.disk.directories:
             raise _not_found(path)
         self.disk.trace.append(Op("sync_directory", path))
 
     def disk_space(self, path: str) -> DiskSpace:
-        """Plenty."""
+        """There is always space."""
         self._before_path_op("disk_space", path)
         return _SPACE
 
     # Names.
 
     def create(self, path: str) -> int:
-        """A new file to append to; the name must be free."""
+        """Create a file to append to. The name must be free."""
         self._before_path_op("create", path)
         self.disk.must_be_free(path)
         return self._add_descriptor(self.disk.add_file(path), writable=True)
 
     def open_existing(self, path: str, *, allow_links: bool = False) -> int:
-        """To read, sync and lock; `allow_links`: although it has further names."""
+        """Open a file to read, sync and lock; with `allow_links` it may have further names."""
         self._before_path_op("open_existing", path)
         names, name = self.disk.names_at(path)
         if name not in names:
@@ -326,11 +326,11 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         return self._add_descriptor(_openable(names[name], path, allow_links=allow_links), writable=False)
 
     def open_lock_file(self, path: str) -> int:
-        """A file made where it is missing."""
+        """Open a file, creating it where it is missing."""
         return self._open_or_create("open_lock_file", path)
 
     def open_append(self, path: str) -> int:
-        """The same: every `write` appends here."""
+        """The same; every `write` appends anyway."""
         return self._open_or_create("open_append", path)
 
     def _open_or_create(self, verb: str, path: str) -> int:
@@ -340,12 +340,12 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         return self._add_descriptor(inode, writable=True)
 
     def link(self, source: str, target: str) -> None:
-        """A further name, which must be free."""
+        """Give a file a further name, which must be free."""
         self._before_path_op("link", target)
         self.disk.link(source, target)
 
     def rename(self, source: str, target: str) -> None:
-        """One name for another in the same directory; the file or the empty directory that had that one loses it.
+        """Rename within a directory. A file or empty directory with the new name loses it.
 
         Where both are names of one file nothing happens, as rename(2) says.
         """
@@ -369,7 +369,7 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         self.disk.trace.append(Op("rename", source, inode.number, target=target))
 
     def unlink(self, path: str) -> None:
-        """Take the name away; who has it open keeps the file."""
+        """Remove a name. Processes that have the file open keep it."""
         self._before_path_op("unlink", path)
         names, name = self.disk.names_at(path)
         inode = names.pop(name, None)
@@ -381,24 +381,24 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
     # Open files.
 
     def close(self, fd: int) -> None:
-        """And release its lock."""
+        """Close a file, and release its lock."""
         self._before_fd_op("close", fd)
         opened = self._open.pop(fd)
         opened.inode.holders.discard(opened)
 
     def lock(self, fd: int) -> bool:
-        """As `flock`: of the open file description, whatever name it was opened under."""
+        """Take the exclusive lock, as `flock`: it belongs to the open file description."""
         return self._lock("lock", fd, exclusive=True)
 
     def lock_shared(self, fd: int) -> bool:
-        """Beside other shared ones."""
+        """Take a shared lock."""
         return self._lock("lock_shared", fd, exclusive=False)
 
     def _lock(self, verb: str, fd: int, *, exclusive: bool) -> bool:
         inode, opened = self._before_fd_op(verb, fd), self._open[fd]
         if opened in inode.holders and inode.exclusive == exclusive:
             return True
-        inode.holders.discard(opened)  # first, says flock(2): where the other lock is not to be had this one is gone too
+        inode.holders.discard(opened)  # first, as flock(2) says: the old lock is lost even where the new one cannot be taken
         if inode.holders and (exclusive or inode.exclusive):
             return False
         inode.holders.add(opened)
@@ -410,21 +410,21 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         return path in self._before_fd_op("is_file_at", fd).paths
 
     def is_same_file(self, path: str, other: str) -> bool:
-        """Whether two paths name one file."""
+        """Whether both paths name the same file."""
         self._before_path_op("is_same_file", path)
         (names, name), (others, another) = self.disk.names_at(path), self.disk.names_at(other)
         return name in names and names[name] is others.get(another)
 
     def has_name(self, fd: int) -> bool:
-        """Whether the open file has a name."""
+        """Whether the open file has a name left."""
         return bool(self._before_fd_op("has_name", fd).paths)
 
     def size(self, fd: int) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return len(self._before_fd_op("size", fd).data)
 
     def read_all(self, fd: int) -> bytes:
-        """The whole file."""
+        """The whole content."""
         return bytes(self._before_fd_op("read_all", fd).data)
 
     def read_at(self, fd: int, offset: int, count: int) -> bytes:
@@ -439,18 +439,18 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         return len(data)
 
     def write_all(self, fd: int, data: bytes) -> None:
-        """Append everything; one write."""
+        """Append everything in one write."""
         self.write(fd, data)
 
     def overwrite(self, fd: int, data: bytes) -> None:
-        """Write from the beginning, then cut."""
+        """Write from the beginning, then truncate."""
         inode = self._before_change("overwrite", fd)
         self.disk.trace.append(Op("write", inode.path, inode.number, 0, data))
         inode.data[: len(data)] = data
         self._truncate(inode, len(data))
 
     def truncate(self, fd: int, size: int) -> None:
-        """Cut."""
+        """Truncate a file."""
         self._truncate(self._before_change("truncate", fd), size)
 
     def _truncate(self, inode: _Inode, size: int) -> None:
@@ -463,6 +463,6 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         self.disk.trace.append(Op("sync_data", inode.path, inode.number))
 
     def sync_failed(self, fd: int) -> None:
-        """What a `sync_data` that fails does to the file: see the head of this module."""
+        """What a failed `sync_data` does to a file: see `durability_model.py`."""
         inode = self._open[fd].inode
         self.disk.trace.append(Op("sync_failed", inode.path, inode.number))

@@ -1,29 +1,29 @@
-"""THE written weak model of what is left of a disk when the power fails.
+"""The model of what a power loss may leave on a disk. It is weak: real file systems leave fewer states.
 
-`DurabilityModel` reads the trace of a `Disk`, or its beginning, and knows each state that a loss of power may leave then.
+`DurabilityModel` reads the trace of a `Disk`, or a prefix of it, and generates each state that a power loss may leave then.
 
-DATA. Each write since the file's last `sync_data` is lost, applied, or sized only (the file is as long as if it had been
-written, with NUL bytes there), each for itself, in whatever order. At most one write of a file is torn, at any byte: of the
-data or of the NUL bytes only a beginning is there, or a beginning of the data and then NUL bytes to its end. A write that
-is there behind one that is lost leaves NUL bytes in the gap. Each truncation is applied or not, or leaves the old size and
-NUL bytes from the cut to the end of its page. `sync_data` makes the file's data durable and nothing else, least of all its
-name. All names of a file show the same data.
+DATA. Each write since the last `sync_data` of the file is lost, applied, or only sized (the file is as long as if it had been
+written, with NUL bytes there), independently of the others. At most one write of a file is torn, at any byte: only a prefix of
+its data or of the NUL bytes is there, or a prefix of the data followed by NUL bytes to its end. A write that is applied behind
+one that is lost leaves NUL bytes in the gap. Each truncation is applied or not, or leaves the old size and NUL bytes from the
+cut to the end of its page. `sync_data` makes the data of a file durable, but not its name. All names of a file show the same
+data.
 
-FAILED SYNCS. What is not durable in a file when `sync_data` fails on it is doomed: lost, sized, torn or there, whatever later
-syncs answer, for a kernel forgets what it could not write. What is written afterwards is like any other write.
+FAILED SYNCS. Writes that are not durable when `sync_data` fails are doomed: they stay lost, sized, torn or applied, whatever
+later syncs return, because a kernel forgets what it could not write. Later writes are like any others.
 
-NAMES. Each creation, hard link, rename and unlink is atomic and, until `sync_directory` of the directory that it is in has
-returned, applied or not, each for itself; the sync of another directory changes nothing about it. A rename takes the old name
-away and gives the new one together; it may be there though the file's creation or an earlier rename is not. A link may be
-there though the name that it was made of is not. A creation or a link begins a name, which renames carry on and an unlink
-ends: neither touches the file's other names. A file without a name is gone. After a `sync_directory` that fails the names are
-as unsure as before it, and a later one that returns is believed: names are in a journal, and a file system whose journal
-fails takes nothing more.
+NAMES. Each creation, hard link, rename and unlink is atomic. Until `sync_directory` of its directory has returned, it is
+applied or not, independently of the others; syncing another directory changes nothing. A rename removes the old name and adds
+the new one together; it may be applied although the creation of the file or an earlier rename is not. A link may be applied
+although the name that it was made from is not. A creation or a link starts a name, which renames continue and an unlink ends;
+neither affects other names of the file. A file without a name is gone. A `sync_directory` that fails leaves the names as
+uncertain as before, and a later one that returns is believed: names are in a journal, and a file system whose journal fails
+accepts nothing more.
 
-DIRECTORIES. One in another is a name there, as a file is: making, renaming and removing it is unsure until the other has been
-synced, whatever is synced within it, and what is in it is lost with it. `make_directory` syncs what is above before it
-returns, as the real one does; but a process may die between the two, and the next one finds a directory that may go. At the
-root, where no name is but that of the place that a test works in, a directory is durable from the moment it is made.
+DIRECTORIES. A directory in another one is a name there, as a file is: making, renaming and removing it is uncertain until the
+other one is synced, whatever is synced in it, and its content is lost with it. `make_directory` syncs what is above before it
+returns, as the real one does; but a process may die between the two, and the next one finds a directory that may disappear. At
+the root, where the only name is that of the directory of a test, a directory is durable from the moment it is made.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _PAGE: Final = 4096
 
 
 class _DataChange(NamedTuple):
-    """A write or truncation of which it is not known whether it is there."""
+    """A write or truncation that may or may not be applied."""
 
     is_truncation: bool
     offset: int
     data: bytes
-    certain: bool = False  # a doomed one before it is all that keeps it from being part of the durable content
+    certain: bool = False  # an earlier doomed change is all that keeps it from being part of the durable content
 
 
 class _File:
@@ -59,7 +59,7 @@ class _File:
     def __init__(self, data: bytes = b"") -> None:
         self.base = data  # durable
         self.changes: list[_DataChange] = []  # since then, in order
-        self.unsyncable = 0  # so many of them, from the first on, no sync makes certain
+        self.unsyncable = 0  # no sync makes the first so many of them certain
         self.variants: dict[Tears, tuple[list[bytes], list[bytes]]] = {}
 
     def add(self, change: _DataChange) -> None:
@@ -75,23 +75,23 @@ class _File:
         self.changes.clear()
 
     def fail_sync(self) -> None:
-        # What a later sync had made certain behind a doomed write stays so: the flag is its own.
+        # What a later sync made certain behind a doomed write stays certain: each change has its own flag.
         self.unsyncable = len(self.changes)
 
     def complete(self) -> bytes:
-        """Its content if everything is there."""
+        """The content with every change applied."""
         data = self.base
         for change in self.changes:
             data = data[: change.offset] if change.is_truncation else _overwritten(data, change.offset, change.data)
         return data
 
 
-Tears = tuple[int, ...]  # at which bytes a write may be torn; negative ones count from its end, empty means at any
-NAMES_MAX: Final = 16  # unsynced changes of names; of more, which may leave 65,536 directories, only `random_state` tells
+Tears = tuple[int, ...]  # the bytes at which a write may be torn; negative ones count from its end, empty means all
+NAMES_MAX: Final = 16  # unsynced changes of names, which may leave 65,536 directories; beyond it only `random_state` works
 
 
 class _Name(NamedTuple):
-    """What a directory's entry is: a name that began with one creation or link, and what it names."""
+    """An entry of a directory: a name that started with one creation or link, and what it names."""
 
     lineage: int
     number: int  # of a file, or of a directory
@@ -102,33 +102,33 @@ _Names = dict[_Key, _Name]
 
 
 class _NameChange(NamedTuple):
-    """A change of a name of which it is not known whether it is there."""
+    """A change of a name that may or may not be applied."""
 
     name: _Name
-    directory: int  # the directory that makes it durable
-    key: _Key | None  # where the name is afterwards
+    directory: int  # the directory whose sync makes it durable
+    key: _Key | None  # where the name is afterwards; None where it is removed
 
 
 class DurabilityModel:
-    """What may be left on the disk after a trace, or a beginning of one; moves on with it.
+    """What a power loss may leave after a trace, or a prefix of one. Advances with the trace.
 
-    Files whose name is in `ignoring` are left out, as if they were never made.
+    Files whose name is in `ignoring` are left out, as if they had never been made.
     """
 
     def __init__(self, trace: Iterable[Op] = (), ignoring: Container[str] = ()) -> None:
         self._ignoring = ignoring
         self._files: dict[int, _File] = {}
-        self._roots: dict[int, str] = {}  # directories that are there whatever happens; their numbers are negative
+        self._roots: dict[int, str] = {}  # directories that always exist; their numbers are negative
         self._directories_by_path: dict[str, int] = {}  # directories as the running system sees them
         self._lineages = itertools.count().__next__
         self._running: _Names = {}
         self._durable: _Names = {}
-        self._unsynced: list[_NameChange] = []  # what leads from the one to the other
+        self._unsynced: list[_NameChange] = []  # the changes that lead from the one to the other
         for op in trace:
             self.apply(op)
 
     def apply(self, op: Op) -> None:
-        """One more operation has come to its end."""
+        """Apply one more operation, which has completed."""
         verb, inode = op.verb, op.inode
         if verb in ("found", "create", "make_directory"):
             self._apply_creation(op)
@@ -164,7 +164,7 @@ class DurabilityModel:
             self._apply_name_change(_NameChange(name, key[0], key))
 
     def _apply_rename_or_removal(self, op: Op) -> None:
-        """A name becomes another, or ends."""
+        """Change a name to another, or remove it."""
         key = self._key(op.path)
         if key not in self._running:
             return  # it is ignored
@@ -183,7 +183,7 @@ class DurabilityModel:
         self._unsynced.append(renaming)
 
     def _directory_number(self, path: str) -> int:
-        """The number of a directory; one that nobody made was there."""
+        """The number of a directory. One that was never made exists from the start."""
         if path not in self._directories_by_path:
             self._directories_by_path[path] = number = -1 - len(self._roots)
             self._roots[number] = path
@@ -203,14 +203,14 @@ class DurabilityModel:
         self._unsynced = left
 
     def complete_state(self) -> State:
-        """What is there if everything is: what the death of every process leaves."""
+        """The state with everything applied: what the death of every process leaves."""
         contents = {number: file.complete() for number, file in self._files.items()}
         return {path: contents.get(number, b"") for path, number in self._paths(self._running).items()}
 
     def states(self, tears: Tears = (), torn: int = 1) -> Iterator[State]:
-        """Each state that may be left, with at most `torn` files of which a write is torn, and torn at `tears` only.
+        """Each state that may be left, with a torn write in at most `torn` files, and torn at `tears` only.
 
-        States that differ in which file has which name, but not in names and contents, may come twice.
+        States that differ only in which file has which name, with the same names and contents, may come twice.
         """
         for names in self._possible_names():
             numbers = self._file_numbers(names)
@@ -226,7 +226,7 @@ class DurabilityModel:
                             yield {path: held.get(number, b"") for path, number in names.items()}
 
     def count(self, tears: Tears = (), torn: int = 1) -> int:
-        """How many `states` there are, without making them."""
+        """The number of `states`, without making them."""
         total = 0
         for names in self._possible_names():
             sizes = [tuple(map(len, self._contents(self._files[number], tears))) for number in self._file_numbers(names)]
@@ -236,7 +236,7 @@ class DurabilityModel:
         return total
 
     def random_state(self, chance: Random) -> State:
-        """One of the states, by chance: for those that are too many to look at."""
+        """A random state, for traces with too many states to check."""
         kept = self._durable
         for renaming in self._unsynced:
             if chance.random() < 1 / 2:
@@ -256,7 +256,7 @@ class DurabilityModel:
         return {path: held.get(number, b"") for path, number in names.items()}
 
     def admits(self, state: Mapping[str, bytes]) -> bool:
-        """Whether a disk that looks like this is what the model says may be left; in any number of files a write is torn."""
+        """Whether the model allows this state, with torn writes in any number of files."""
         seen = {path: data for path, data in state.items() if path.rpartition("/")[2] not in self._ignoring}
         return any(names.keys() == seen.keys() and self._may_be(names, seen) for names in self._possible_names())
 
@@ -269,11 +269,11 @@ class DurabilityModel:
 
     @property
     def unsynced_names(self) -> int:
-        """How many changes of names are not durable; each doubles the directories that may be left."""
+        """The number of changes of names that are not durable; each doubles the directories that may be left."""
         return len(self._unsynced)
 
     def _possible_names(self) -> Iterable[dict[str, int]]:
-        """The names that may be there, each with what it names; each different directory once."""
+        """The names that may exist, with what each names; each different directory once."""
         if len(self._unsynced) > NAMES_MAX:
             raise OverflowError(f"{len(self._unsynced)} changes of names without a sync of their directory")
         found = {frozenset(self._durable.items()): self._durable}
@@ -285,7 +285,7 @@ class DurabilityModel:
         return told_apart.values()
 
     def _paths(self, names: _Names) -> dict[str, int]:
-        """What can be reached, by its path: a directory's ends with a slash."""
+        """The paths that can be reached. That of a directory ends with a slash."""
         above = {number: key for key, (_, number) in names.items() if number not in self._files}
         places: dict[int, str | None] = dict(self._roots)
 
@@ -303,11 +303,11 @@ class DurabilityModel:
         return paths
 
     def _file_numbers(self, names: dict[str, int]) -> list[int]:
-        """The files among what is named, each once."""
+        """The numbers of the files among these names, each once."""
         return [number for number in dict.fromkeys(names.values()) if number in self._files]
 
     def _contents(self, file: _File, tears: Tears) -> tuple[list[bytes], list[bytes]]:
-        """The contents a file may have: with each write whole, and with one torn."""
+        """The contents that a file may have: with every write whole, and with one torn."""
         known = file.variants.get(tears)
         if known is None:
             whole, torn = {file.base}, set[bytes]()
@@ -317,11 +317,11 @@ class DurabilityModel:
         return known
 
     def _may_hold(self, file: _File, data: bytes) -> bool:
-        """Whether a content is among a file's variants, which are too many to list: none is kept that cannot become it."""
+        """Whether a file may have a content. For files with too many contents to list: drops those that cannot become it."""
         whole, torn = {file.base}, set[bytes]()
         for index, change in enumerate(file.changes):
             whole, torn = _contents_after(change, whole, torn, ())
-            # Nothing that follows changes what is ahead of this byte, but by filling gaps with NUL bytes.
+            # Later changes do not change the bytes before this one, except by filling gaps with NUL bytes.
             final = min((later.offset for later in file.changes[index + 1 :]), default=len(data) + 1)
             whole = {content for content in whole if _can_become(content, data, final)}
             torn = {content for content in torn if _can_become(content, data, final)}
@@ -329,7 +329,7 @@ class DurabilityModel:
 
 
 def _with_name_change(names: _Names, renaming: _NameChange) -> _Names:
-    """Names with one change applied, whatever else is."""
+    """The names after one change."""
     lineage = renaming.name.lineage
     changed = {key: name for key, name in names.items() if name.lineage != lineage}
     if renaming.key is not None:
@@ -342,7 +342,7 @@ def _overwritten(content: bytes, offset: int, data: bytes) -> bytes:
 
 
 def _contents_after(change: _DataChange, whole: set[bytes], torn: set[bytes], tears: Tears) -> tuple[set[bytes], set[bytes]]:
-    """The contents that may be there after one more change; `torn` are those in which a write is torn already."""
+    """The contents that may be left after one more change; in those of `torn` a write is torn already."""
     offset, data = change.offset, change.data
     if change.is_truncation:
         made, made_torn = ({content[:offset] for content in group} for group in (whole, torn))
@@ -367,19 +367,19 @@ def _contents_after(change: _DataChange, whole: set[bytes], torn: set[bytes], te
 
 
 def _zeroed_to_page_end(content: bytes, offset: int) -> bytes:
-    """What a truncation leaves that wiped the rest of its page in memory, and of which only that page reached the disk."""
+    """What a truncation leaves that zeroed the rest of its page in memory, if only that page reached the disk."""
     end = min(len(content), -(-offset // _PAGE) * _PAGE)
     return content[:offset] + bytes(max(0, end - offset)) + content[max(offset, end) :]
 
 
 def _tear_offsets(size: int, tears: Tears) -> Sequence[int]:
-    """The bytes at which a write of so many may be torn."""
+    """The bytes at which a write of this size may be torn."""
     if not tears:
         return range(1, size)
     return sorted({at % size for at in tears if -size < at < size and at})
 
 
 def _can_become(content: bytes, data: bytes, final: int) -> bool:
-    """Whether a content can still become `data` when no byte ahead of `final` is written any more."""
+    """Whether a content can still become `data` if no byte before `final` is written any more."""
     ready = min(len(content), final)
     return data[:ready] == content[:ready] and (len(content) >= final or not data[ready:final].strip(_NUL))

@@ -1,8 +1,8 @@
-"""A file system that fails where it is told to, around any other.
+"""A file system around another one, whose operations fail as told.
 
-A `Fault` names an operation, the n-th of its kind, and the error; it comes once, or from there on for good. With `partial`, an
-operation that can take effect in part does so first: of what is written a half is there. (A plain `write` then answers how
-much it took, as the kernel does, and fails, if it is for good, when it is called again.) A listing fails half way.
+A `Fault` names an operation, its n-th call, and the error. It fails once, or permanently from there on. With `partial`, an
+operation that can take effect in part does so first: half of the data is written. (A plain `write` then returns how much it
+wrote, as the kernel does; a permanent fault raises at the next call.) A partial `list_files` fails half way.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _OPEN: Final = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO)
 
-# Each verb that can fail, and the errors that it can fail with: what open(2), write(2) and the rest of section 2 of the Linux
-# manual name, without EINTR, after which Python goes on, and without what only a wrong call gets. `close`, `is_file_at`,
-# `is_same_file`, `has_name` and `size` work on what the kernel has in memory. ENOENT is what somebody leaves who removes the
-# directory.
+# Each operation that can fail, with its errors: those in section 2 of the Linux manual, without EINTR, after which Python
+# continues, and without those that only a wrong call gets. `close`, `is_file_at`, `is_same_file`, `has_name` and `size` use
+# what the kernel has in memory, and do not fail. ENOENT is what a deleted directory causes.
 VERBS: Final[dict[str, tuple[int, ...]]] = {
     "make_directory": (errno.EACCES, errno.EIO, errno.EROFS, *_FULL),
     "inspect_directory": (errno.EACCES, errno.EIO),
@@ -57,29 +56,29 @@ PARTIAL_VERBS: Final = frozenset({"write", "write_all", "overwrite", "list_files
 
 
 class Fault(NamedTuple):
-    """What fails, and how."""
+    """Which call fails, and how."""
 
     verb: str
-    nth: int  # from 1; of operations of this verb
+    nth: int  # counted from 1, of calls of this operation
     errno: int
-    permanent: bool = False  # this one and all later ones of the verb; otherwise this one only
+    permanent: bool = False  # later calls fail too
     partial: bool = False
 
 
 class FaultCounter:
-    """Counts operations, and knows when one is to fail: of a disk that several processes use."""
+    """Counts operations and says which one fails; shared by all processes of a disk."""
 
     def __init__(self, *faults: Fault) -> None:
         self.faults = faults
         self.counts: dict[str, int] = dict.fromkeys(VERBS, 0)
-        self.failures = 0  # so many have failed
+        self.failures = 0  # so many operations have failed
 
     def clear_faults(self) -> None:
-        """Nothing fails any more."""
+        """From now on nothing fails."""
         self.faults = ()
 
     def count(self, verb: str) -> Fault | None:
-        """An operation is about to begin; the fault that it meets."""
+        """Count an operation that is about to begin. Returns the fault that it meets, or None."""
         self.counts[verb] += 1
         count = self.counts[verb]
         for fault in self.faults:
@@ -90,7 +89,7 @@ class FaultCounter:
 
 
 class FaultFilesystem(SequentialBatchOps, PortableScanOps):
-    """A `Filesystem` of which operations fail."""
+    """A `Filesystem` whose operations fail."""
 
     def __init__(self, inner: Filesystem, fault: Fault | FaultCounter | None = None) -> None:
         self._inner = inner
@@ -102,20 +101,20 @@ class FaultFilesystem(SequentialBatchOps, PortableScanOps):
         if fault is not None:
             raise _error(fault, path)
 
-    # What follows are the verbs of the protocol.
+    # The operations of the protocol.
 
     def make_directory(self, path: str) -> None:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("make_directory", path)
         self._inner.make_directory(path)
 
     def inspect_directory(self, path: str) -> DirectoryInfo | None:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("inspect_directory", path)
         return self._inner.inspect_directory(path)
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
-        """Or fail, at once or half way."""
+        """Fail at once or half way, or pass it on."""
         fault = self.counter.count("list_files")
         if fault is None:
             return self._inner.list_files(path)
@@ -129,73 +128,73 @@ class FaultFilesystem(SequentialBatchOps, PortableScanOps):
         raise _error(fault, path)
 
     def create(self, path: str) -> int:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("create", path)
         return self._inner.create(path)
 
     def subdirectories(self, path: str) -> list[str]:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("subdirectories", path)
         return self._inner.subdirectories(path)
 
     def remove_directory(self, path: str) -> None:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("remove_directory", path)
         self._inner.remove_directory(path)
 
     def open_existing(self, path: str, *, allow_links: bool = False) -> int:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("open_existing", path)
         return self._inner.open_existing(path, allow_links=allow_links)
 
     def open_lock_file(self, path: str) -> int:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("open_lock_file", path)
         return self._inner.open_lock_file(path)
 
     def open_append(self, path: str) -> int:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("open_append", path)
         return self._inner.open_append(path)
 
     def lock(self, fd: int) -> bool:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("lock")
         return self._inner.lock(fd)
 
     def lock_shared(self, fd: int) -> bool:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("lock_shared")
         return self._inner.lock_shared(fd)
 
     def is_file_at(self, fd: int, path: str) -> bool:
-        """As it is."""
+        """Never fails."""
         return self._inner.is_file_at(fd, path)
 
     def is_same_file(self, path: str, other: str) -> bool:
-        """As it is."""
+        """Never fails."""
         return self._inner.is_same_file(path, other)
 
     def has_name(self, fd: int) -> bool:
-        """As it is."""
+        """Never fails."""
         return self._inner.has_name(fd)
 
     def size(self, fd: int) -> int:
-        """As it is."""
+        """Never fails."""
         return self._inner.size(fd)
 
     def read_all(self, fd: int) -> bytes:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("read_all")
         return self._inner.read_all(fd)
 
     def read_at(self, fd: int, offset: int, count: int) -> bytes:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("read_at")
         return self._inner.read_at(fd, offset, count)
 
     def write(self, fd: int, data: bytes) -> int:
-        """Or fail, or take a half."""
+        """Fail, or write half."""
         fault = self.counter.count("write")
         if fault is None:
             return self._inner.write(fd, data)
@@ -204,7 +203,7 @@ class FaultFilesystem(SequentialBatchOps, PortableScanOps):
         return self._inner.write(fd, data[: len(data) // 2])
 
     def write_all(self, fd: int, data: bytes) -> None:
-        """Or fail, at once or half way."""
+        """Fail at once or half way, or pass it on."""
         fault = self.counter.count("write_all")
         if fault is None:
             self._inner.write_all(fd, data)
@@ -214,7 +213,7 @@ class FaultFilesystem(SequentialBatchOps, PortableScanOps):
         raise _error(fault)
 
     def overwrite(self, fd: int, data: bytes) -> None:
-        """Or fail, at once or half way."""
+        """Fail at once or half way, or pass it on."""
         fault = self.counter.count("overwrite")
         if fault is None:
             self._inner.overwrite(fd, data)
@@ -224,12 +223,12 @@ class FaultFilesystem(SequentialBatchOps, PortableScanOps):
         raise _error(fault)
 
     def truncate(self, fd: int, size: int) -> None:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("truncate")
         self._inner.truncate(fd, size)
 
     def sync_data(self, fd: int) -> None:
-        """Or fail; a simulated disk is told."""
+        """Fail, and tell a simulated disk that the sync failed."""
         fault = self.counter.count("sync_data")
         if fault is None:
             self._inner.sync_data(fd)
@@ -239,36 +238,36 @@ class FaultFilesystem(SequentialBatchOps, PortableScanOps):
         raise _error(fault)
 
     def sync_directory(self, path: str) -> None:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("sync_directory", path)
         self._inner.sync_directory(path)
 
     def rename(self, source: str, target: str) -> None:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("rename", source)
         self._inner.rename(source, target)
 
     def link(self, source: str, target: str) -> None:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("link", source)
         self._inner.link(source, target)
 
     def unlink(self, path: str) -> None:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("unlink", path)
         self._inner.unlink(path)
 
     def close(self, fd: int) -> None:
-        """As it is."""
+        """Never fails."""
         self._inner.close(fd)
 
     def disk_space(self, path: str) -> DiskSpace:
-        """Or fail."""
+        """Fail, or pass it on."""
         self._fail_if_due("disk_space", path)
         return self._inner.disk_space(path)
 
     def close_inherited(self) -> None:
-        """As it is."""
+        """Never fails."""
         self._inner.close_inherited()
 
 
