@@ -24,7 +24,7 @@ PLACE = ROOT / "var" / "bench"
 
 def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, place: Path = PLACE) -> int:
     """Run the sections that are named, or all of them; returns the exit code."""
-    found = sections.known(modules)
+    found = sections.sections_by_key(modules)
     parser = argparse.ArgumentParser(prog="python -m bench", description="Run the benchmark.")
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"one of {', '.join(found)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="run less of everything, to see that it works")
@@ -70,7 +70,7 @@ def show(found: results.Results) -> None:
         for name, reason in section.failed.items():
             print(f"  {name}: NOT MEASURED: {reason}")
         for goal in section.goals:
-            print(f"  {words.verdict(goal):12} {goal.text}: {words.found(goal)}; goal: {words.bound(goal)}")
+            print(f"  {words.verdict(goal):12} {goal.text}: {words.measured(goal)}; goal: {words.bound(goal)}")
 
 
 if __name__ == "__main__":

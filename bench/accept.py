@@ -16,7 +16,7 @@ import msgspec
 
 from bench import sample
 from bench.plan import Column, Contestant, Goal, Section, figure, ratio
-from bench.timing import WARM, Loop, Mean, figures, now, timed, untimed
+from bench.timing import WARMUP_CALLS, Mean, Stopwatch, figures, now, timed, untimed
 from pillarbox import Outbox, TrackingEvent
 from pillarbox.event import new_event_id, now_micros
 from pillarbox.store import record
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.synchronize import Barrier
 
-    from bench.plan import Figures, Place
+    from bench.plan import Figures, RoundPaths
 
-MANY = 100  # events of one `enqueue_many`
+EVENTS_PER_CALL = 100  # events of one `enqueue_many`
 THREADS = 8
-TURN_S = 60  # how long callers wait for one another
+BARRIER_TIMEOUT_S = 60  # how long callers wait for one another
 T = TypeVar("T")
 
 
-def _count(place: Place) -> int:
+def _count(place: RoundPaths) -> int:
     """Events of each of the two loops of a round."""
     return 20_000 if place.quick else 300_000
 
 
 @contextlib.contextmanager
-def _opened(place: Place) -> Iterator[int]:
+def _opened(place: RoundPaths) -> Iterator[int]:
     fd = os.open(place.own / "floor.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         yield fd
@@ -48,14 +48,14 @@ def _opened(place: Place) -> Iterator[int]:
         os.close(fd)
 
 
-def floor(place: Place) -> Figures:
+def baseline(place: RoundPaths) -> Figures:
     """Only msgspec and `os.write`, without a function around them."""
     one, encode, write, count = sample.event(), msgspec.json.Encoder().encode, os.write, _count(place)
     took = [0] * count
     with _opened(place) as fd:
-        for _ in repeat(None, WARM):
+        for _ in repeat(None, WARMUP_CALLS):
             write(fd, encode(one))
-        loop = Loop()
+        loop = Stopwatch()
         for _ in repeat(None, count):
             write(fd, encode(one))
         mean = loop.mean(count)
@@ -66,33 +66,33 @@ def floor(place: Place) -> Figures:
     return figures(mean, took)
 
 
-def only_write(place: Place) -> Figures:
+def only_write(place: RoundPaths) -> Figures:
     """Only `os.write`, of the line as it is on disk."""
     line, count = record.line(msgspec.json.encode(sample.event())), _count(place)
     with _opened(place) as fd:
         write = partial(os.write, fd)
-        untimed(write, line, WARM)
+        untimed(write, line, WARMUP_CALLS)
         mean = untimed(write, line, count)
         return figures(mean, timed(write, line, count))
 
 
 @contextlib.contextmanager
-def _outbox(place: Place, events: int) -> Iterator[Outbox]:
+def _outbox(place: RoundPaths, events: int) -> Iterator[Outbox]:
     """An outbox with default settings, warmed up. The round fails unless every event is on disk at the end."""
     outbox = Outbox(str(place.own / "outbox"))
-    untimed(outbox.enqueue, sample.event(), WARM)
+    untimed(outbox.enqueue, sample.event(), WARMUP_CALLS)
     yield outbox
     outbox.close(60)
-    _all_on_disk(place, events + WARM)
+    _check_all_on_disk(place, events + WARMUP_CALLS)
 
 
-def _all_on_disk(place: Place, events: int) -> None:
+def _check_all_on_disk(place: RoundPaths, events: int) -> None:
     found = sum(file.read_bytes().count(b"\n") for file in (place.own / "outbox").glob("sealed-*"))
     if found != events:
         raise RuntimeError(f"{found} of {events} events are on disk")
 
 
-def enqueue(place: Place) -> Figures:
+def enqueue(place: RoundPaths) -> Figures:
     """One thread; also the time from the last event until everything is sealed."""
     one, count = sample.event(), _count(place)
     with _outbox(place, 2 * count) as outbox:
@@ -103,7 +103,7 @@ def enqueue(place: Place) -> Figures:
         return {**figures(mean, took), "sealed_ms": (now() - began) / 1e6}
 
 
-def made(place: Place) -> Figures:
+def made(place: RoundPaths) -> Figures:
     """One thread that makes each event: ten fields, among them a new id and the time."""
     count = _count(place)
     with _outbox(place, 2 * count) as outbox:
@@ -120,18 +120,18 @@ def made(place: Place) -> Figures:
         return figures(mean, timed(make, sample.event().metadata_json, count))
 
 
-def many(place: Place) -> Figures:
+def many(place: RoundPaths) -> Figures:
     """A hundred events per call; the mean is per event, the median and tails are per call."""
-    events, count = [sample.event()] * MANY, _count(place)
+    events, count = [sample.event()] * EVENTS_PER_CALL, _count(place)
     with _outbox(place, 2 * count) as outbox:
-        loop = Loop()
-        for _ in repeat(None, count // MANY):
+        loop = Stopwatch()
+        for _ in repeat(None, count // EVENTS_PER_CALL):
             outbox.enqueue_many(events)
         mean = loop.mean(count)
-        return figures(mean, timed(outbox.enqueue_many, events, count // MANY))
+        return figures(mean, timed(outbox.enqueue_many, events, count // EVENTS_PER_CALL))
 
 
-def threads(place: Place) -> Figures:
+def threads(place: RoundPaths) -> Figures:
     """Eight threads that share an outbox."""
     one, each = sample.event(), _count(place) // THREADS
     with _outbox(place, 2 * each * THREADS) as outbox:
@@ -143,7 +143,7 @@ def threads(place: Place) -> Figures:
 def _together(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
     """Run `call` in all threads at once; returns the mean over `count` events, and what each thread returned."""
     found: list[T] = []
-    ready = threading.Barrier(THREADS + 1, timeout=TURN_S)
+    ready = threading.Barrier(THREADS + 1, timeout=BARRIER_TIMEOUT_S)
 
     def caller() -> None:
         ready.wait()
@@ -153,7 +153,7 @@ def _together(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
     for thread in callers:
         thread.start()
     ready.wait()
-    loop = Loop()
+    loop = Stopwatch()
     for thread in callers:
         thread.join()
     mean = loop.mean(count)
@@ -161,18 +161,18 @@ def _together(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
     return mean, found
 
 
-def processes(number: int, place: Place) -> Figures:
+def processes(number: int, place: RoundPaths) -> Figures:
     """Processes with one outbox each, on the same directory."""
     each = _count(place) // number
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(number)
     pipes = [context.Pipe(duplex=False) for _ in range(number)]
-    callers = [context.Process(target=_one_of_them, args=(place, each, ready, answers)) for _, answers in pipes]
+    callers = [context.Process(target=_run_process, args=(place, each, ready, answers)) for _, answers in pipes]
     for caller in callers:
         caller.start()
     spans, cpu, took = [], [], []
     for answer, _ in pipes:
-        if not answer.poll(TURN_S):
+        if not answer.poll(BARRIER_TIMEOUT_S):
             raise RuntimeError("a process does not answer")
         span, used, calls = answer.recv()
         spans.append(span)
@@ -180,33 +180,33 @@ def processes(number: int, place: Place) -> Figures:
         took += calls
     for caller in callers:
         caller.join()
-    _all_on_disk(place, number * (2 * each + WARM))
+    _check_all_on_disk(place, number * (2 * each + WARMUP_CALLS))
     wall = max(ended for _, ended in spans) - min(began for began, _ in spans)
     return figures(Mean(wall / each / number / 1e3, statistics.mean(cpu)), took)
 
 
-def _one_of_them(place: Place, each: int, ready: Barrier, answers: Connection) -> None:
+def _run_process(place: RoundPaths, each: int, ready: Barrier, answers: Connection) -> None:
     """The work of one process. The monotonic clock is the same in all of them."""
     one = sample.event()
     outbox = Outbox(str(place.own / "outbox"))
-    untimed(outbox.enqueue, one, WARM)
-    ready.wait(TURN_S)
+    untimed(outbox.enqueue, one, WARMUP_CALLS)
+    ready.wait(BARRIER_TIMEOUT_S)
     began = now()
     mean = untimed(outbox.enqueue, one, each)
     ended = now()
-    ready.wait(TURN_S)
+    ready.wait(BARRIER_TIMEOUT_S)
     took = timed(outbox.enqueue, one, each)
     outbox.close(60)
     answers.send(((began, ended), mean.cpu, took))
 
 
-def from_a_loop(place: Place) -> Figures:
+def from_a_loop(place: RoundPaths) -> Figures:
     """One coroutine that awaits each event."""
     one, count = sample.event(), _count(place)
 
     async def run(outbox: Outbox) -> Figures:
         put = outbox.enqueue_async
-        loop = Loop()
+        loop = Stopwatch()
         for _ in repeat(None, count):
             await put(one)
         mean = loop.mean(count)
@@ -221,10 +221,10 @@ def from_a_loop(place: Place) -> Figures:
         return asyncio.run(run(outbox))
 
 
-def ids_and_times(place: Place) -> Figures:
+def ids_and_times(place: RoundPaths) -> Figures:
     """The defaults of an event: a new id, and the time."""
     new_id, micros, count = new_event_id, now_micros, _count(place)
-    loop = Loop()
+    loop = Stopwatch()
     for _ in repeat(None, count):
         new_id()
         micros()
@@ -238,7 +238,7 @@ def ids_and_times(place: Place) -> Figures:
     return figures(mean, took)
 
 
-FLOOR, WRITE, ENQUEUE, MANY_EACH = "encode + os.write", "os.write", "enqueue", f"enqueue_many({MANY})"
+FLOOR, WRITE, ENQUEUE, MANY_EACH = "encode + os.write", "os.write", "enqueue", f"enqueue_many({EVENTS_PER_CALL})"
 ONE_PROCESS, PROCESSES, IDS = "enqueue, 1 process", "enqueue, 4 processes", "id and timestamp"
 
 ABOUT = """
@@ -259,7 +259,7 @@ SECTION = Section(
     rounds=7,
     contestants=(
         Contestant(WRITE, only_write),
-        Contestant(FLOOR, floor),
+        Contestant(FLOOR, baseline),
         Contestant(ENQUEUE, enqueue, ours=True),
         Contestant("enqueue, in Python", enqueue, ours=True, environment=(("PILLARBOX_PURE_PYTHON", "1"),)),
         Contestant("make an event and enqueue", made, ours=True),

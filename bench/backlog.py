@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from bench.plan import Figures, Place
+    from bench.plan import Figures, RoundPaths
 
 FIELDS = TrackingEvent.__struct_fields__
 
@@ -46,7 +46,7 @@ def measured(events: int, deliver: Callable[[], None]) -> Figures:
     return {"per_s": events / took, "cpu_s": used / events * 1e6}
 
 
-def by_an_outbox(place: Place, backlog: str, events: int, sink: str) -> Figures:
+def by_an_outbox(place: RoundPaths, backlog: str, events: int, sink: str) -> Figures:
     """A copy of the backlog, from opening the outbox until all of it is settled."""
     directory = place.own / "outbox"
     shutil.copytree(place.shared / backlog, directory)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from bench import sections
-from bench.plan import NotHere, Place
+from bench.plan import RoundPaths, UnavailableError
 
 
 class Order(NamedTuple):
@@ -36,15 +36,15 @@ class Answer(msgspec.Struct):
 def carry_out(order: Order) -> Answer:
     """Every figure is a number; whatever goes wrong is an answer too."""
     try:
-        (section,) = (one for one in sections.load(order.module) if one.key == order.key)
+        (section,) = (one for one in sections.sections_of(order.module) if one.key == order.key)
         if not order.contestant:
             assert section.prepare is not None
             section.prepare(Path(order.shared), order.quick)
             return Answer()
         (contestant,) = (one for one in section.contestants if one.name == order.contestant)
-        found = contestant.run(Place(Path(order.own), Path(order.shared), order.quick))
+        found = contestant.run(RoundPaths(Path(order.own), Path(order.shared), order.quick))
         return Answer({metric: float(value) for metric, value in found.items()})
-    except NotHere as error:
+    except UnavailableError as error:
         return Answer(failed=str(error))
     except BaseException as error:  # noqa: BLE001 - a contestant may even try to exit
         traceback.print_exc()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from bench.plan import Figures, Place
+    from bench.plan import Figures, RoundPaths
 
 FILES = 900
 SLICE_NS = 50_000_000
@@ -43,7 +43,7 @@ def prepare(shared: Path, quick: bool) -> None:
     sample.sealed_files(shared / "backlog", 300 if quick else FILES)
 
 
-def _timed(put: Callable[[], object], place: Place, goes_on: Callable[[], bool] = lambda: True) -> Figures:
+def _timed(put: Callable[[], object], place: RoundPaths, goes_on: Callable[[], bool] = lambda: True) -> Figures:
     """What one call after the other takes, while what else is to go on does. The slice in which it ended does not count."""
     took: list[int] = []
     wanted = SLICES_MIN if place.quick else SLICES
@@ -68,7 +68,7 @@ def _timed(put: Callable[[], object], place: Place, goes_on: Callable[[], bool] 
 
 
 @contextlib.contextmanager
-def _file(place: Place) -> Iterator[int]:
+def _file(place: RoundPaths) -> Iterator[int]:
     fd = os.open(place.own / "lines.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         yield fd
@@ -76,14 +76,14 @@ def _file(place: Place) -> Iterator[int]:
         os.close(fd)
 
 
-def only_write(place: Place) -> Figures:
+def only_write(place: RoundPaths) -> Figures:
     """`os.write`, with nothing beside it."""
     line = record.line(msgspec.json.encode(sample.event()))
     with _file(place) as fd:
         return _timed(lambda: os.write(fd, line), place)
 
 
-def idle(place: Place) -> Figures:
+def idle(place: RoundPaths) -> Figures:
     """`enqueue`, with nothing to deliver."""
     one = sample.event()
     with Outbox(str(place.own / "outbox"), max_bytes=2**40) as outbox:
@@ -91,7 +91,7 @@ def idle(place: Place) -> Figures:
         return _timed(lambda: put(one), place)
 
 
-def control(place: Place) -> Figures:
+def control(place: RoundPaths) -> Figures:
     """`msgspec` and `os.write`, beside a thread that reads and decodes the backlog over and over."""
     stop = threading.Event()
     decode = msgspec.json.Decoder(_Line).decode
@@ -120,7 +120,7 @@ def control(place: Place) -> Figures:
 class _Backlog:
     """A copy to be delivered. Files go in order: while the last is there, there is more to do."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: RoundPaths) -> None:
         self._place = place
         self.directory = place.own / "outbox"
         shutil.copytree(place.shared / "backlog", self.directory)
@@ -153,7 +153,7 @@ class _Backlog:
         return {**found, "delivered_per_s": delivered / (now() - began) * 1e9}
 
 
-def here(deliver: Literal["thread", "process"], place: Place) -> Figures:
+def here(deliver: Literal["thread", "process"], place: RoundPaths) -> Figures:
     """Delivered by a thread of this process, or by its child."""
     one, backlog = sample.event(), _Backlog(place)
     sink = f"sqlite:///{place.own / 'events.db'}"
@@ -165,7 +165,7 @@ def here(deliver: Literal["thread", "process"], place: Place) -> Figures:
     return found
 
 
-def service(place: Place) -> Figures:
+def service(place: RoundPaths) -> Figures:
     """Delivered by `pillarbox deliver`."""
     one, backlog = sample.event(), _Backlog(place)
     command = [sys.executable, "-m", "pillarbox", "deliver", "-d", str(backlog.directory), "-q"]

@@ -16,7 +16,7 @@ from bench.plan import Contestant
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bench.plan import Figures, Place
+    from bench.plan import Figures, RoundPaths
 
 BARE, OURS = "http.client, decoding", "pillarbox, http"
 BACKLOG = "http"
@@ -68,7 +68,7 @@ def serving() -> Iterator[int]:
             process.join()
 
 
-def bare(place: Place) -> Figures:
+def bare(place: RoundPaths) -> Figures:
     """Over one connection, each body made while the one before is on its way; no file is removed."""
 
     def deliver() -> None:
@@ -88,7 +88,7 @@ def bare(place: Place) -> Figures:
         return backlog.measured(files(place.quick) * sample.BATCH, deliver)
 
 
-def ours(place: Place) -> Figures:
+def ours(place: RoundPaths) -> Figures:
     """By an outbox with its defaults."""
     with serving() as port:
         return backlog.by_an_outbox(place, BACKLOG, files(place.quick) * sample.BATCH, f"http://127.0.0.1:{port}/events")

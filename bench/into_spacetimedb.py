@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from bench import backlog, sample
-from bench.plan import Contestant, NotHere
+from bench.plan import Contestant, UnavailableError
 from pillarbox.sinks.spacetimedb import publish
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from bench.plan import Figures, Place
+    from bench.plan import Figures, RoundPaths
 
 SIZES = {sample.BATCH: 400_000, 5_000: 300_000, 100: 50_000}  # events a call -> events in all; seconds beside the last one
 CONFIRM_WAIT_S = 1.0  # the sink's default for servers 1.x
@@ -57,7 +57,7 @@ def binary() -> str:
         return built
     found = subprocess.run([TOOL, "--if-built"], check=False, capture_output=True, text=True)
     if found.returncode:
-        raise NotHere("there is no SpacetimeDB server: tools/spacetimedb-server builds one")
+        raise UnavailableError("there is no SpacetimeDB server: tools/spacetimedb-server builds one")
     return found.stdout.strip()
 
 
@@ -164,21 +164,21 @@ def post(server: Server, calls: Iterable[bytes]) -> None:
     connection.close()
 
 
-def prepared(place: Place, batch: int) -> Figures:
+def prepared(place: RoundPaths, batch: int) -> Figures:
     """Bodies that are there already: nothing is read or decoded."""
     calls, count = list(bodies(place.shared / backlog_of(batch))), events(batch, place.quick)
     with serving(place.own / "server", count) as server:
         return backlog.measured(count, lambda: post(server, calls))
 
 
-def bare(place: Place, batch: int) -> Figures:
+def bare(place: RoundPaths, batch: int) -> Figures:
     """Read, decoded and encoded anew between the calls; no file is removed."""
     directory, count = place.shared / backlog_of(batch), events(batch, place.quick)
     with serving(place.own / "server", count) as server:
         return backlog.measured(count, lambda: post(server, bodies(directory)))
 
 
-def ours(place: Place, batch: int) -> Figures:
+def ours(place: RoundPaths, batch: int) -> Figures:
     """By an outbox with its defaults."""
     count = events(batch, place.quick)
     with serving(place.own / "server", count) as server:

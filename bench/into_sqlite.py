@@ -11,7 +11,7 @@ from bench import backlog, sample
 from bench.plan import Contestant
 
 if TYPE_CHECKING:
-    from bench.plan import Figures, Place
+    from bench.plan import Figures, RoundPaths
 
 BARE, OURS = "sqlite3, executemany", "pillarbox, sqlite"
 BACKLOG = "sqlite"
@@ -29,7 +29,7 @@ def files(quick: bool) -> int:
     return 40 if quick else 600
 
 
-def bare(place: Place) -> Figures:
+def bare(place: RoundPaths) -> Figures:
     """`msgspec` and `executemany`, a file a transaction, with the same table and pragmas; no file is removed."""
 
     def deliver() -> None:
@@ -49,7 +49,7 @@ def bare(place: Place) -> Figures:
     return backlog.measured(files(place.quick) * sample.BATCH, deliver)
 
 
-def ours(place: Place) -> Figures:
+def ours(place: RoundPaths) -> Figures:
     """By an outbox with its defaults."""
     url = f"sqlite:///{place.own / 'events.db'}"
     return backlog.by_an_outbox(place, BACKLOG, files(place.quick) * sample.BATCH, url)

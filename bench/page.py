@@ -98,7 +98,7 @@ def _section(section: Section) -> str:
     if section.goals:
         rows = ["| goal | bound | measured |", "| --- | --- | --- |"]
         for goal in section.goals:
-            text = words.found(goal)
+            text = words.measured(goal)
             rows.append(f"| {goal.text} | {words.bound(goal)} | {f'**{text}, missed**' if goal.met is False else text} |")
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)

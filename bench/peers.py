@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from queue import Queue
 
-    from bench.plan import Figures, Place, Round
+    from bench.plan import Figures, Round, RoundPaths
     from pillarbox.outcome import Durability
 
     Put = Callable[[], object]
@@ -211,7 +211,7 @@ def untimed(opened: Opened, chunk: int, seconds: float, events: int) -> tuple[ti
     """The mean of calls made one after another, and their number."""
     put, wall, cpu, count = opened.put, 0.0, 0.0, 0
     while wall < seconds * 1e6 and count < events:
-        loop = timing.Loop()
+        loop = timing.Stopwatch()
         for _ in range(chunk):
             put()
         spent = loop.mean(1)
@@ -233,10 +233,10 @@ def timed(opened: Opened, chunk: int, seconds: float, events: int) -> list[int]:
     return took
 
 
-def accepting(opening: Open, *, on_disk: bool = True) -> Callable[[Place], Figures]:
+def accepting(opening: Open, *, on_disk: bool = True) -> Callable[[RoundPaths], Figures]:
     """One round of a contestant."""
 
-    def run(place: Place) -> Figures:
+    def run(place: RoundPaths) -> Figures:
         seconds, events = (SECONDS / 10, EVENTS // 50) if place.quick else (SECONDS, EVENTS)
         with opening(place.own) as opened:
             warm, until = 0, now() + int(WARM_SECONDS * 1e9)

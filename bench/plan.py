@@ -12,11 +12,11 @@ Figures = Mapping[str, float]  # metric -> figure of one contestant in one round
 Round = Mapping[str, Figures]  # contestant -> its figures in one round
 
 
-class NotHere(Exception):  # noqa: N818 - no error: something that is needed is not to be had on this machine
+class UnavailableError(Exception):
     """A contestant cannot be measured on this machine; the message says what is missing."""
 
 
-class Place(NamedTuple):
+class RoundPaths(NamedTuple):
     """Directories for one round of one contestant."""
 
     own: Path  # empty; deleted afterwards
@@ -28,7 +28,7 @@ class Contestant(NamedTuple):
     """One of the things that are compared. `run` does one round, in a process of its own."""
 
     name: str  # in tables and charts; unique within the section
-    run: Callable[[Place], Figures]
+    run: Callable[[RoundPaths], Figures]
     packages: tuple[str, ...] = ()  # distributions whose versions are recorded
     ours: bool = False  # drawn in another colour
     environment: tuple[tuple[str, str], ...] = ()  # added to that of its process

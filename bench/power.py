@@ -23,15 +23,15 @@ from pillarbox.store import record
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bench.plan import Figures, Place, Round
+    from bench.plan import Figures, Round, RoundPaths
     from pillarbox.outcome import Durability
 
 THREADS = 64
 COROUTINES = 1000
-AT_ONCE = 10  # events between two checks of the time
+CALLS_PER_CHECK = 10  # events between two checks of the time
 
 
-def _seconds(place: Place) -> float:
+def _seconds(place: RoundPaths) -> float:
     """Length of each of the two loops of a round."""
     return 0.1 if place.quick else 0.7
 
@@ -48,30 +48,30 @@ class _Caller:
     def call(self, put: Callable[[], object]) -> None:
         """In a thread."""
         while now() < self.stop:
-            for _ in range(AT_ONCE):
+            for _ in range(CALLS_PER_CHECK):
                 began = now() if self.clocked else 0
                 assert put()
                 if self.clocked:
                     self.took.append(now() - began)
-            self.count += AT_ONCE
+            self.count += CALLS_PER_CHECK
 
     async def call_async(self, outbox: Outbox) -> None:
         """In a coroutine."""
         one = sample.event()
         while now() < self.stop:
-            for _ in range(AT_ONCE):
+            for _ in range(CALLS_PER_CHECK):
                 began = now() if self.clocked else 0
                 assert await outbox.enqueue_async(one)
                 if self.clocked:
                     self.took.append(now() - began)
-            self.count += AT_ONCE
+            self.count += CALLS_PER_CHECK
 
 
 def _rate(callers: list[_Caller], began: int) -> float:
     return sum(caller.count for caller in callers) / (now() - began) * 1e9
 
 
-def _by_threads(put: Callable[[], object], number: int, place: Place) -> Figures:
+def _by_threads(put: Callable[[], object], number: int, place: RoundPaths) -> Figures:
     found: dict[bool, list[_Caller]] = {}
     rates = {}
     for clocked in (False, True):
@@ -86,7 +86,7 @@ def _by_threads(put: Callable[[], object], number: int, place: Place) -> Figures
     return {"per_s": rates[False], **tails(ns for caller in found[True] for ns in caller.took)}
 
 
-def bare(place: Place) -> Figures:
+def write_and_sync(place: RoundPaths) -> Figures:
     """`os.write` and `os.fdatasync`, one line at a time, in one loop."""
     line = record.line(msgspec.json.encode(sample.event()))
     fd = os.open(place.own / "bare", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -102,7 +102,7 @@ def bare(place: Place) -> Figures:
         os.close(fd)
 
 
-def threads(number: int, durability: Durability, place: Place) -> Figures:
+def threads(number: int, durability: Durability, place: RoundPaths) -> Figures:
     """Threads that wait for each of their events."""
     one = sample.event()
     with Outbox(str(place.own / "outbox"), durability=durability, max_bytes=2**40) as outbox:
@@ -110,7 +110,7 @@ def threads(number: int, durability: Durability, place: Place) -> Figures:
         return _by_threads(partial(outbox.enqueue, one), number, place)
 
 
-def coroutines(durability: Durability, place: Place) -> Figures:
+def coroutines(durability: Durability, place: RoundPaths) -> Figures:
     """Coroutines of one event loop that wait for each of their events."""
 
     async def run(outbox: Outbox, *, clocked: bool) -> tuple[float, list[_Caller]]:
@@ -134,7 +134,7 @@ NAMES = {
 }
 
 
-def _of_the_possible(number: int) -> Callable[[Round], float]:
+def _share_of_attainable(number: int) -> Callable[[Round], float]:
     """The rate with power, divided by the lesser of N/2 loops of write and sync and the same callers with process."""
 
     def found(figures: Round) -> float:
@@ -159,7 +159,7 @@ SECTION = Section(
     about=ABOUT,
     rounds=7,
     contestants=(
-        Contestant(BARE, bare),
+        Contestant(BARE, write_and_sync),
         Contestant("1 thread, power", partial(threads, 1, "power"), ours=True),
         Contestant(NAMES[THREADS, "process"], partial(threads, THREADS, "process"), ours=True),
         Contestant(NAMES[THREADS, "power"], partial(threads, THREADS, "power"), ours=True),
@@ -175,13 +175,13 @@ SECTION = Section(
     goals=(
         Goal(
             "events/s of 1,000 coroutines with power, relative to the attainable rate",
-            _of_the_possible(COROUTINES),
+            _share_of_attainable(COROUTINES),
             0.8,
             at_least=True,
         ),
         Goal(
             "events/s of 64 threads with power, relative to the attainable rate",
-            _of_the_possible(THREADS),
+            _share_of_attainable(THREADS),
             0.7,
             at_least=True,
         ),

@@ -41,8 +41,8 @@ class Options(NamedTuple):
     place: Path  # everything is written here, so it must be on the file system to measure
     seed: int
     quick: bool = False
-    say: Callable[[str], None] = print
-    keep: Callable[[results.Results], object] = id  # called with the results so far after each section
+    report: Callable[[str], None] = print
+    save: Callable[[results.Results], object] = id  # called with the results so far after each section
 
 
 def run(chosen: Sequence[tuple[str, Section]], options: Options) -> results.Results:
@@ -54,7 +54,7 @@ def run(chosen: Sequence[tuple[str, Section]], options: Options) -> results.Resu
     sections: list[results.Section] = []
     for at, (module, section) in enumerate(chosen):
         later_s = sum(other.budget_s for _, other in chosen[at + 1 :]) * (QUICK_SHARE if options.quick else 1)
-        sections.append(_SectionRun(module, section, options, later_s).carry_out())
+        sections.append(_SectionRun(module, section, options, later_s).run_rounds())
         found = results.Results(
             began=f"{began:%Y-%m-%d %H:%M} UTC",
             seconds=round(now() - started, 1),
@@ -64,7 +64,7 @@ def run(chosen: Sequence[tuple[str, Section]], options: Options) -> results.Resu
             versions=ran,
             sections=sections,
         )
-        options.keep(found)
+        options.save(found)
     return found
 
 
@@ -84,7 +84,7 @@ class _SectionRun:
         self._took: dict[str, list[float]] = {}  # contestant -> seconds of each of its rounds
         self._began = now()
 
-    def carry_out(self) -> results.Section:
+    def run_rounds(self) -> results.Section:
         """Run all rounds; a contestant that fails is left out of the following ones."""
         section = self._section
         self._say(f"{section.title}: {len(section.contestants)} contestants, rounds: {self._rounds_planned}")
@@ -113,7 +113,7 @@ class _SectionRun:
         )
 
     def _say(self, text: str) -> None:
-        self._options.say(f"{self._section.key:10} {text}")
+        self._options.report(f"{self._section.key:10} {text}")
 
     def _prepare(self) -> bool:
         shutil.rmtree(self._place, ignore_errors=True)

@@ -16,7 +16,7 @@ from bench.plan import Column, Contestant, Goal, Section, figure, ratio
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bench.plan import Figures, Place
+    from bench.plan import Figures, RoundPaths
 
 ACCEPTED = 200_000  # events
 FILES_DELIVERED = 400  # limit for each backlog
@@ -62,7 +62,7 @@ def prepare(shared: Path, quick: bool) -> None:
         sample.sealed_files(shared / backlog.folder, files, batch)
 
 
-def run(place: Place, backlog: Backlog) -> Figures:
+def run(place: RoundPaths, backlog: Backlog) -> Figures:
     """Enqueue with the backlog pending and nothing delivered, then deliver a part of it."""
     directory = place.own / "outbox"
     directory.mkdir(mode=0o700)
@@ -76,13 +76,13 @@ def run(place: Place, backlog: Backlog) -> Figures:
             size += path.stat().st_size
         else:
             os.link(path, directory / name)
-    accepted = _apart("accept", directory, str(len(names)), str(_QUICK_ACCEPTED if place.quick else ACCEPTED))
+    accepted = _run_process("accept", directory, str(len(names)), str(_QUICK_ACCEPTED if place.quick else ACCEPTED))
     del accepted["per_s"]
-    delivered = _apart("deliver", directory, str(place.own / "events.db"), str(reduced.delivered))
+    delivered = _run_process("deliver", directory, str(place.own / "events.db"), str(reduced.delivered))
     return accepted | delivered | {"bytes": size / min(len(names), copied) / backlog.batch}
 
 
-def _apart(what: str, directory: Path, *more: str) -> dict[str, float]:
+def _run_process(what: str, directory: Path, *more: str) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.pending", what, str(directory), *more]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120)
     return dict(json.loads(done.stdout))

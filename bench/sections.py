@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 MODULES = ("bench.accept", "bench.peers", "bench.power", "bench.draining", "bench.deliver", "bench.scale")
 
 
-def load(module: str) -> tuple[Section, ...]:
+def sections_of(module: str) -> tuple[Section, ...]:
     """The sections of a module."""
     found = import_module(module)
     sections: tuple[Section, ...] = found.SECTIONS if hasattr(found, "SECTIONS") else (found.SECTION,)
     return sections
 
 
-def known(modules: Sequence[str]) -> dict[str, tuple[str, Section]]:
+def sections_by_key(modules: Sequence[str]) -> dict[str, tuple[str, Section]]:
     """Key -> module name and section."""
-    return {section.key: (module, section) for module in modules for section in load(module)}
+    return {section.key: (module, section) for module in modules for section in sections_of(module)}

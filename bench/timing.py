@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bench.plan import Figures
 
 now = time.perf_counter_ns
-WARM = 1000  # calls before the measurement
+WARMUP_CALLS = 1000  # calls before the measurement
 T = TypeVar("T")
 
 
@@ -23,7 +23,7 @@ class Mean(NamedTuple):
     cpu: float  # of all threads of the process
 
 
-class Loop:
+class Stopwatch:
     """Times what happens between its creation and `mean`."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Loop:
 
 def untimed(put: Callable[[T], object], one: T, count: int) -> Mean:
     """The mean of `count` calls."""
-    loop = Loop()
+    loop = Stopwatch()
     for _ in repeat(None, count):
         put(one)
     return loop.mean(count)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from bench.results import Goal, Results, Section, Spread
 
-BUSY = 0.5  # load at the start of a run above which something else must be running
+IDLE_LOAD_MAX = 0.5  # load at the start of a run above which something else must be running
 
 
 def number(value: float, digits: int) -> str:
@@ -36,7 +36,7 @@ def bound(goal: Goal) -> str:
     return f"at {'least' if goal.at_least else 'most'} {_with_unit(f'{goal.bound:g}', goal)}"
 
 
-def found(goal: Goal) -> str:
+def measured(goal: Goal) -> str:
     """The measured figure of a goal."""
     return "not measured" if goal.spread is None else _with_unit(spread(goal.spread, 2), goal)
 
@@ -59,7 +59,7 @@ def warnings(results: Results) -> Iterator[str]:
     """Why the figures may be misleading."""
     if results.quick:
         yield "This was a quick run that only shows that the benchmark works; do not use its figures."
-    if results.machine.load_before > BUSY:
+    if results.machine.load_before > IDLE_LOAD_MAX:
         yield f"The machine was not idle: its load was {results.machine.load_before:g} when the run began."
 
 

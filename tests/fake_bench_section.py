@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from bench.plan import Column, Contestant, Figures, Goal, NotHere, Place, Section, ratio
+from bench.plan import Column, Contestant, Figures, Goal, RoundPaths, Section, UnavailableError, ratio
 
 UNPREPARED = "PILLARBOX_TEST_UNPREPARED"  # where it is set, `prepare` fails
 LEFT_BEHIND = "PILLARBOX_TEST_LEFT_BEHIND"  # names the file that takes the ids of the processes that nobody ends
@@ -17,11 +17,11 @@ LEFT_BEHIND = "PILLARBOX_TEST_LEFT_BEHIND"  # names the file that takes the ids 
 
 def prepare(shared: Path, quick: bool) -> None:
     if UNPREPARED in os.environ:
-        raise NotHere("nothing to measure with")
+        raise UnavailableError("nothing to measure with")
     (shared / "what").write_text(f"{quick}")
 
 
-def two(place: Place) -> Figures:
+def two(place: RoundPaths) -> Figures:
     """With a look at what was prepared and at the settings of whoever runs it."""
     assert (place.shared / "what").read_text() == f"{place.quick}"
     assert not [*place.own.iterdir(), *(name for name in os.environ if name == "PILLARBOX_BATCH_SIZE")]
@@ -31,27 +31,27 @@ def two(place: Place) -> Figures:
     return {"mean_us": 2.0, "pid": os.getpid()}
 
 
-def one(place: Place) -> Figures:
+def one(place: RoundPaths) -> Figures:
     assert "OF_TWO" not in os.environ
     return {"mean_us": 1.0, "pid": os.getpid()}
 
 
-def without_its_package(place: Place) -> Figures:
+def without_its_package(place: RoundPaths) -> Figures:
     importlib.import_module("no_such_package")
     raise AssertionError
 
 
-def without_a_server(place: Place) -> Figures:
-    raise NotHere("no server")
+def without_a_server(place: RoundPaths) -> Figures:
+    raise UnavailableError("no server")
 
 
-def killed(place: Place) -> Figures:
+def killed(place: RoundPaths) -> Figures:
     os.write(2, b"on the way out")
     os.kill(os.getpid(), 9)
     raise AssertionError
 
 
-def hanging(place: Place) -> Figures:
+def hanging(place: RoundPaths) -> Figures:
     """With a process of its own that would outlive it."""
     started = subprocess.Popen(["sleep", "1000"])
     with Path(os.environ[LEFT_BEHIND]).open("a") as file:

@@ -18,7 +18,7 @@ from bench.run import Options, run, shuffled
 from tests import fake_bench_section
 
 DOCS = ROOT / "docs" / "dev"
-KNOWN = sections.known(sections.MODULES)
+KNOWN = sections.sections_by_key(sections.MODULES)
 CHEAP = ("accept", "power", "draining", "deliver", "scale")
 
 
@@ -42,7 +42,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(fake_bench_section.LEFT_BEHIND, str(folder / "pids"))
         patch.setenv("PILLARBOX_BATCH_SIZE", "7")
-        found = run([("tests.fake_bench_section", fake_bench_section.SECTION)], Options(folder / "place", 5, say=said.append))
+        found = run(
+            [("tests.fake_bench_section", fake_bench_section.SECTION)], Options(folder / "place", 5, report=said.append)
+        )
     assert [path.name for path in (folder / "place").iterdir()] == []
     return Tiny(found, said, [int(pid) for pid in (folder / "pids").read_text().split()])
 
@@ -135,7 +137,7 @@ def test_a_section_that_is_not_known_is_refused(tmp_path: Path, capsys: pytest.C
 def test_the_sections_of_our_own_run(key: str, tmp_path: Path) -> None:
     """Every contestant, in little, and every goal has its figures."""
     section = KNOWN[key][1]
-    found = run([KNOWN[key]], Options(tmp_path, 1, quick=True, say=lambda _: None)).sections[0]
+    found = run([KNOWN[key]], Options(tmp_path, 1, quick=True, report=lambda _: None)).sections[0]
     assert found.failed == {}
     assert set(found.rounds[0]) == {one.name for one in section.contestants}
     assert all(goal.found for goal in found.goals)
@@ -149,7 +151,7 @@ def test_a_section_is_whole(key: str) -> None:
     assert len(set(names)) == len(names)
     assert section.chart in {"", *(column.metric for column in section.columns)}
     assert section.key == key
-    assert len(KNOWN) == sum(len(sections.load(module)) for module in sections.MODULES)
+    assert len(KNOWN) == sum(len(sections.sections_of(module)) for module in sections.MODULES)
 
 
 def test_the_page_is_what_is_made_of_its_results() -> None:

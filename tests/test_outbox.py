@@ -426,7 +426,7 @@ def test_a_line_feed_in_verbatim_json_is_invalid(tmp_path: Path, trusted: bool) 
         assert outbox.enqueue(Verbatim("b", msgspec.Raw(b'{\n"x":1}'))) == Dropped("invalid")
 
 
-def of(given: TrackingEvent, **members: object) -> bytes:
+def to_json(given: TrackingEvent, **members: object) -> bytes:
     """An event as JSON, with members put in, replaced, or (None) left out."""
     found = json.loads(msgspec.json.encode(given)) | members
     return json.dumps({name: value for name, value in found.items() if value is not None}).encode()
@@ -436,9 +436,9 @@ def of(given: TrackingEvent, **members: object) -> bytes:
 def test_events_that_are_json_already_are_stored_byte_for_byte_in_one_write(tmp_path: Path, durability: Durability) -> None:
     """Spaces, unknown members and their order included; they are delivered like others."""
     payloads = [
-        b'  {"later": {"a": [1.50, "\xc3\xa4", null]}, ' + of(event(1))[1:] + b"\r\n",
-        of(event(2), user_id=None, metadata_json='{"a":\n1}'),
-        of(event(3)).replace(b", ", b" ,\n\t"),
+        b'  {"later": {"a": [1.50, "\xc3\xa4", null]}, ' + to_json(event(1))[1:] + b"\r\n",
+        to_json(event(2), user_id=None, metadata_json='{"a":\n1}'),
+        to_json(event(3)).replace(b", ", b" ,\n\t"),
         msgspec.json.encode(event(4)),
     ]
     outbox = Outbox(str(tmp_path / "outbox"), batch_size=2, flush_interval=3600)
@@ -458,24 +458,24 @@ BAD_JSON = [
     ("event", {"event_id": "a"}),
     ("truncated", b""),
     ("truncated", b'{"event_id": "a"'),
-    ("malformed", of(event(1)) + of(event(2))),
-    ("malformed", b"\xef\xbb\xbf" + of(event(1))),
+    ("malformed", to_json(event(1)) + to_json(event(2))),
+    ("malformed", b"\xef\xbb\xbf" + to_json(event(1))),
     ("object", b"[]"),
-    ("event_key", of(event(1), event_key=None)),
-    ("event_id", of(event(1), event_id=None)),
-    ("event_id", of(event(1), event_id=5)),
-    ("occurred_at_micros", of(event(1), occurred_at_micros=None)),
-    ("occurred_at_micros", of(event(1), occurred_at_micros=2**63)),
-    ("metadata_json", of(event(1), metadata_json="{")),
-    ("64 bits", of(event(1), later={"a": [2**64]})),
-    ("64 bits", of(event(1), later={"a": -(2**63) - 1})),
-    ("range", of(event(1))[:-1] + b', "later": 1e999}'),
-    ("utf-8", of(event(1))[:-1] + b', "later": "\xff"}'),
-    ("truncated", of(event(1))[:-1] + b', "later": "\\ud800"}'),
-    ("malformed", of(event(1))[:-1] + b', "later": NaN}'),
-    ("invalid character", of(event(1)).replace(b"click", b"cl\nick")),
-    ("recursion", of(event(1))[:-1] + b', "later": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
-    ("bytes", of(event(1), user_id="x" * 300_000)),
+    ("event_key", to_json(event(1), event_key=None)),
+    ("event_id", to_json(event(1), event_id=None)),
+    ("event_id", to_json(event(1), event_id=5)),
+    ("occurred_at_micros", to_json(event(1), occurred_at_micros=None)),
+    ("occurred_at_micros", to_json(event(1), occurred_at_micros=2**63)),
+    ("metadata_json", to_json(event(1), metadata_json="{")),
+    ("64 bits", to_json(event(1), later={"a": [2**64]})),
+    ("64 bits", to_json(event(1), later={"a": -(2**63) - 1})),
+    ("range", to_json(event(1))[:-1] + b', "later": 1e999}'),
+    ("utf-8", to_json(event(1))[:-1] + b', "later": "\xff"}'),
+    ("truncated", to_json(event(1))[:-1] + b', "later": "\\ud800"}'),
+    ("malformed", to_json(event(1))[:-1] + b', "later": NaN}'),
+    ("invalid character", to_json(event(1)).replace(b"click", b"cl\nick")),
+    ("recursion", to_json(event(1))[:-1] + b', "later": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+    ("bytes", to_json(event(1), user_id="x" * 300_000)),
 ]
 
 
@@ -484,7 +484,7 @@ def test_json_that_is_no_event_is_invalid_and_the_others_are_stored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str, bad: Any
 ) -> None:
     """In whatever part of it; one outcome each, in order."""
-    good = of(event(1))
+    good = to_json(event(1))
     with Outbox(str(tmp_path / "outbox")) as outbox:
         assert outbox.enqueue_json([good, bad, good]) == [Enqueued(), Dropped("invalid"), Enqueued()]
         assert outbox.enqueue_json([bad]) == [Dropped("invalid")]
@@ -499,7 +499,7 @@ def test_json_that_is_no_event_is_invalid_and_the_others_are_stored(
 
 def test_events_json_is_refused_whole_where_there_is_no_room_or_it_is_too_much(tmp_path: Path) -> None:
     """As a call of `enqueue_many` is; and a closed outbox says so."""
-    payloads = [of(event(number), metadata_json='"' + "x" * 200_000 + '"') for number in range(90)]
+    payloads = [to_json(event(number), metadata_json='"' + "x" * 200_000 + '"') for number in range(90)]
     assert sum(map(len, payloads)) > CALL_BYTES_MAX
     with Outbox(str(tmp_path / "outbox"), max_bytes=10_000_000) as outbox:
         assert outbox.enqueue_json(payloads) == [Dropped("invalid")] * 90

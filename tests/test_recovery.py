@@ -13,7 +13,7 @@ FIXED, BACKOFF, PACED, LIVE = (drain.name for drain in DRAINS)
 
 
 @functools.cache
-def found() -> Mapping[str, Sequence[Figures]]:
+def simulation_results() -> Mapping[str, Sequence[Figures]]:
     """All runs; some seconds."""
     return recovery.results(SEEDS)
 
@@ -21,9 +21,9 @@ def found() -> Mapping[str, Sequence[Figures]]:
 @pytest.mark.parametrize("at", range(len(SEEDS)), ids=[f"seed {seed}" for seed in SEEDS])
 def test_paced_the_server_recovers_and_at_full_speed_it_does_not(at: int) -> None:
     """Goodput, time to empty, lateness and work in vain, against full speed with either way of trying again."""
-    paced = found()[PACED][at]
+    paced = simulation_results()[PACED][at]
     for name in (FIXED, BACKOFF):
-        full = found()[name][at]
+        full = simulation_results()[name][at]
         assert paced.goodput > 2 * full.goodput
         assert paced.empty_s < full.empty_s / 2
         assert paced.late_s < full.late_s / 2
@@ -33,7 +33,7 @@ def test_paced_the_server_recovers_and_at_full_speed_it_does_not(at: int) -> Non
 @pytest.mark.parametrize("at", range(len(SEEDS)), ids=[f"seed {seed}" for seed in SEEDS])
 def test_with_a_share_new_events_are_earlier_and_the_backlog_hardly_later(at: int) -> None:
     """What it is for."""
-    live, strict = found()[LIVE][at], found()[PACED][at]
+    live, strict = simulation_results()[LIVE][at], simulation_results()[PACED][at]
     assert live.late_s < 0.8 * strict.late_s
     assert live.empty_s < 1.3 * strict.empty_s
 
@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_figures() -> None:
 def test_the_documents_have_the_figures_of_the_run() -> None:
     """Mend them with `python -m bench.recovery`."""
     page = recovery.PAGE.read_text()
-    assert recovery.with_table(page, found()) == page
-    plot = recovery.plot(found())
+    assert recovery.with_table(page, simulation_results()) == page
+    plot = recovery.plot(simulation_results())
     assert recovery.PLOT.read_text() == plot
     assert plot.count("<polyline") == len(DRAINS) - 1

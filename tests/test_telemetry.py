@@ -62,7 +62,7 @@ def test_every_count_reaches_an_opentelemetry_reader(tmp_path: Path) -> None:
     assert states == {name: int(name == "idle") for name in get_args(StateName)}
 
 
-SEVERAL = """
+SEVERAL_SINKS_PROGRAM = """
 import json, sys
 from msgspec.structs import replace
 from opentelemetry import metrics
@@ -92,7 +92,7 @@ print(json.dumps(found))
 
 def test_of_several_sinks_each_is_told_of_and_the_directory_once(tmp_path: Path) -> None:
     """Their sum is whoever reads's to make."""
-    arguments = [sys.executable, "-c", SEVERAL, str(tmp_path / "outbox")]
+    arguments = [sys.executable, "-c", SEVERAL_SINKS_PROGRAM, str(tmp_path / "outbox")]
     found = json.loads(subprocess.run(arguments, check=True, timeout=60, capture_output=True).stdout)
     assert found["pillarbox.delivered"] == [
         [{"outbox": "box", "sink": "live"}, 3],

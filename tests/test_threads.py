@@ -38,7 +38,7 @@ def _restless() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def together(*works: Callable[[], object]) -> None:
+def run_in_threads(*works: Callable[[], object]) -> None:
     """Run each in a thread, all from one moment on; raises the first of what they raise."""
     start = threading.Barrier(len(works))
     failures: list[BaseException] = []
@@ -67,42 +67,42 @@ class Caller:
         self.outbox = outbox
         self.name = name
         self.accepted: list[str] = []
-        self.refused = 0
+        self.dropped = 0
         self._numbers = itertools.count()
 
-    def one(self) -> TrackingEvent:
+    def make_event(self) -> TrackingEvent:
         return event(1, event_id=f"{self.name}-{next(self._numbers)}")
 
-    def take(self, made: TrackingEvent, outcome: Outcome) -> None:
+    def record_outcome(self, made: TrackingEvent, outcome: Outcome) -> None:
         if outcome:
             self.accepted.append(made.event_id)
         else:
-            self.refused += 1
+            self.dropped += 1
 
-    def singly(self) -> None:
-        made = self.one()
-        self.take(made, self.outbox.enqueue(made))
+    def enqueue_one(self) -> None:
+        made = self.make_event()
+        self.record_outcome(made, self.outbox.enqueue(made))
 
-    def with_power(self) -> None:
-        made = self.one()
-        self.take(made, self.outbox.enqueue(made, durability="power"))
+    def enqueue_with_power(self) -> None:
+        made = self.make_event()
+        self.record_outcome(made, self.outbox.enqueue(made, durability="power"))
 
-    def many(self) -> None:
-        made = [self.one() for _ in range(random.randrange(1, 12))]
+    def enqueue_many(self) -> None:
+        made = [self.make_event() for _ in range(random.randrange(1, 12))]
         for each, outcome in zip(made, self.outbox.enqueue_many(made), strict=True):
-            self.take(each, outcome)
+            self.record_outcome(each, outcome)
 
-    def as_coroutines(self) -> None:
+    def enqueue_in_coroutines(self) -> None:
         async def store(made: TrackingEvent) -> None:
-            self.take(made, await self.outbox.enqueue_async(made, durability="power"))
+            self.record_outcome(made, await self.outbox.enqueue_async(made, durability="power"))
 
         async def store_all() -> None:
-            await asyncio.gather(*[store(self.one()) for _ in range(20)])
+            await asyncio.gather(*[store(self.make_event()) for _ in range(20)])
 
         asyncio.run(store_all())
 
 
-def until(end: threading.Event, work: Callable[[], object]) -> Callable[[], None]:
+def repeat_until(end: threading.Event, work: Callable[[], object]) -> Callable[[], None]:
     def run() -> None:
         while not end.is_set():
             work()
@@ -114,7 +114,14 @@ def test_whatever_threads_do_with_one_outbox_each_event_arrives_once_and_the_acc
     """They store in every way, flush, read, and close it in the middle of all that; files hold three events."""
     url = f"sqlite:///{tmp_path}/events.db"
     outbox = Outbox(str(tmp_path / "outbox"), sink=url, batch_size=3, flush_interval=0.01)
-    ways = [Caller.singly, Caller.singly, Caller.many, Caller.with_power, Caller.with_power, Caller.as_coroutines]
+    ways = [
+        Caller.enqueue_one,
+        Caller.enqueue_one,
+        Caller.enqueue_many,
+        Caller.enqueue_with_power,
+        Caller.enqueue_with_power,
+        Caller.enqueue_in_coroutines,
+    ]
     callers = [Caller(outbox, str(number)) for number in range(len(ways))]
     end = threading.Event()
 
@@ -123,8 +130,8 @@ def test_whatever_threads_do_with_one_outbox_each_event_arrives_once_and_the_acc
         outbox.close(30)
         end.set()
 
-    calls = [until(end, partial(way, caller)) for way, caller in zip(ways, callers, strict=True)]
-    together(close, *calls, until(end, outbox.stats), until(end, lambda: outbox.flush(0.05)))
+    calls = [repeat_until(end, partial(way, caller)) for way, caller in zip(ways, callers, strict=True)]
+    run_in_threads(close, *calls, repeat_until(end, outbox.stats), repeat_until(end, lambda: outbox.flush(0.05)))
     accepted = [each for caller in callers for each in caller.accepted]
     assert all(caller.accepted for caller in callers)
     assert outbox.stats().accepted == len(accepted)
