@@ -1,4 +1,4 @@
-"""Directories in which something was set aside, by real outboxes and a real destination."""
+"""Outbox directories with dead letters, made by real outboxes and a real destination."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ VALIDATOR = ReplayValidator(TrackingEvent, "event_id")
 
 
 def event_json(number: int, scope_id: object = "s", key: str = "buy") -> bytes:
-    """An event's JSON; one with a `scope_id` that is no text is of the wrong type."""
+    """An event's JSON. A `scope_id` that is not text has the wrong type."""
     scope = f'"{scope_id}"' if isinstance(scope_id, str) else str(scope_id)
     text = f'{{"event_id":"w-{number:06d}","event_key":"{key}","scope_kind":"Site","scope_id":{scope},"occurred_at_micros":1}}'
     return text.encode()
 
 
 def seal_batch(box: Path, *extra: bytes, good: int = 3, first: int = 0) -> Path:
-    """Seal a batch of good events; what is `extra` stands behind them, as somebody else may have written it.
+    """Seal a batch of good events, and append `extra` to its file.
 
-    Stored in one write, for a file may be sealed by age in between.
+    The events are stored in one write, because a segment may be sealed by its age in between.
     """
     before = set(box.glob("sealed-*"))
     with Outbox(str(box)) as outbox:
@@ -40,13 +40,13 @@ def seal_batch(box: Path, *extra: bytes, good: int = 3, first: int = 0) -> Path:
 
 
 def deliver_pending(box: Path, database: Path) -> None:
-    """Deliver what waits."""
+    """Deliver all pending batches."""
     with Outbox(str(box), sink=f"sqlite:///{database}") as outbox:
         assert outbox.flush(60)
 
 
 def outbox_with_dead_letters(folder: Path, payloads: Sequence[bytes], files: int = 1) -> Path:
-    """A directory with dead letters, of one file or of several, of which the good events have arrived."""
+    """A directory with dead letters in some files. The good events of their batches were delivered."""
     box = folder / "box"
     share = -(-len(payloads) // files)
     for number in range(files):
@@ -58,11 +58,11 @@ def outbox_with_dead_letters(folder: Path, payloads: Sequence[bytes], files: int
 
 
 def delivered_rows(database: Path) -> list[tuple[str, str]]:
-    """(event id, scope id) of what the destination has, in the order in which it came; each once, for the id is the key."""
+    """(event id, scope id) of the rows in the destination, in the order of their delivery. The id is the primary key."""
     with contextlib.closing(sqlite3.connect(database)) as connection:
         return connection.execute("SELECT event_id, scope_id FROM tracking_event ORDER BY rowid").fetchall()
 
 
 def file_lines(box: Path, pattern: str) -> list[bytes]:
-    """All lines of the files that match."""
+    """The lines of all files that match a pattern."""
     return [line for file in sorted(box.glob(pattern)) for line in file.read_bytes().split(b"\n") if line]

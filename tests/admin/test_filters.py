@@ -1,4 +1,4 @@
-"""Which records are meant."""
+"""Filters for records, batch ids and times."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ RECORD = DeadLetterRecord("sealed-0000000000000001-a", 0, LETTER, "e-1", "click"
         ("1970-01-01T00:00:00.000001Z", 1),
     ],
 )
-def test_a_moment_is_so_long_ago_or_iso_8601(text: str, micros: int) -> None:
-    """UTC where it names no offset."""
+def test_a_time_is_an_age_or_iso_8601(text: str, micros: int) -> None:
+    """ISO 8601 without an offset is UTC."""
     assert parse_time(text, NOW) == micros
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "3", "-3d", "2026-13-01"])
-def test_what_is_no_moment_is_refused_with_examples(text: str) -> None:
-    """In one sentence."""
+def test_text_that_is_not_a_time_is_rejected_with_examples(text: str) -> None:
+    """The error shows both forms."""
     with pytest.raises(UsageError, match="2h"):
         parse_time(text, NOW)
 
 
-def test_moments_are_written_in_utc() -> None:
-    """One that no calendar has is a number."""
+def test_times_are_formatted_in_utc() -> None:
+    """A time after the year 9999 is a number."""
     assert format_time(1_700_000_000_999_999) == "2023-11-14T22:13:20Z"
     assert format_time(None) == "-"
     assert format_time(2**63) == f"{2**63} us"
 
 
 @pytest.mark.parametrize(
-    ("fits", "does_not"),
+    ("matching", "other"),
     [
         ({"batches": ("sealed-0000000000000001",)}, {"batches": ("sealed-2",)}),
         ({"records": ("sealed-0000000000000001-a#4",)}, {"records": ("sealed-0000000000000001-a#5",)}),
@@ -63,16 +63,16 @@ def test_moments_are_written_in_utc() -> None:
         ({"until_micros": 201}, {"until_micros": 200}),
     ],
 )
-def test_all_kinds_of_options_must_fit_and_any_of_a_kind(fits: dict[str, object], does_not: dict[str, object]) -> None:
-    """Each by itself, and together."""
-    everything = {"codes": ("wrong_type",), "event_keys": ("click",)}
-    assert RecordFilter(**fits).matches(RECORD)  # type: ignore[arg-type]
-    assert not RecordFilter(**does_not).matches(RECORD)  # type: ignore[arg-type]
-    assert RecordFilter(**everything | fits).matches(RECORD)  # type: ignore[arg-type]
-    assert not RecordFilter(**everything | does_not).matches(RECORD)  # type: ignore[arg-type]
+def test_every_field_and_any_value_of_a_field_has_to_match(matching: dict[str, object], other: dict[str, object]) -> None:
+    """Each field by itself, and together with others."""
+    others = {"codes": ("wrong_type",), "event_keys": ("click",)}
+    assert RecordFilter(**matching).matches(RECORD)  # type: ignore[arg-type]
+    assert not RecordFilter(**other).matches(RECORD)  # type: ignore[arg-type]
+    assert RecordFilter(**others | matching).matches(RECORD)  # type: ignore[arg-type]
+    assert not RecordFilter(**others | other).matches(RECORD)  # type: ignore[arg-type]
 
 
-def test_what_has_no_known_time_is_not_meant_where_a_time_is() -> None:
+def test_an_unknown_time_matches_only_a_filter_without_a_time() -> None:
     """Whichever end is open."""
     assert RecordFilter().matches_time(None)
     assert not RecordFilter(since_micros=1).matches_time(None)
@@ -82,6 +82,6 @@ def test_what_has_no_known_time_is_not_meant_where_a_time_is() -> None:
 @pytest.mark.parametrize(
     "typed", ["sealed-1-a", "box/dead-sealed-1-a.ndjson", "corrupt-sealed-1-a.spans.json", "sealed-1-a.ndjson"]
 )
-def test_a_batch_may_be_named_by_any_of_its_files(typed: str) -> None:
-    """Paths and all."""
+def test_a_batch_id_is_read_from_the_name_of_any_of_its_files(typed: str) -> None:
+    """Or from its path."""
     assert parse_batch_id(typed) == "sealed-1-a"

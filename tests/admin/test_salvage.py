@@ -1,4 +1,4 @@
-"""What can be had from damaged bytes."""
+"""Salvaging events from damaged bytes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ EVENT = event_json(1)
 LINE = record.line(EVENT)
 
 
-def had(data: bytes) -> list[tuple[bytes, bool]]:
-    return [(one.payload, one.verified) for one in salvage(data, VALIDATOR).events]
+def salvaged(data: bytes) -> list[tuple[bytes, bool]]:
+    return [(event.payload, event.verified) for event in salvage(data, VALIDATOR).events]
 
 
-def test_a_torn_line_gives_its_event_as_soon_as_that_is_whole() -> None:
-    """Cut anywhere; with its checksum it is sure."""
+def test_a_torn_line_yields_its_event_if_that_is_complete() -> None:
+    """Torn anywhere; with its complete checksum it is verified."""
     whole = len(b'{"event":') + len(EVENT)
     for length in range(1, len(LINE)):
         checksum_is_there = length >= len(LINE) - len(b'"}\n')
         expected = [(EVENT, checksum_is_there)] if length >= whole else []
-        assert had(LINE[:length]) == expected, LINE[:length]
+        assert salvaged(LINE[:length]) == expected, LINE[:length]
 
 
-def test_a_cut_checksum_that_does_not_fit_so_far_is_told_from_one_that_does() -> None:
-    """The one means little, the other that the event was changed."""
+def test_a_cut_off_checksum_that_matches_is_distinguished_from_one_that_does_not() -> None:
+    """One that does not match means that the event was altered."""
     right = salvage(LINE[:-6], VALIDATOR).events[0].how
     wrong = salvage(LINE[:-8] + b"g", VALIDATOR).events[0].how
     none = salvage(LINE[:-15], VALIDATOR).events[0].how
@@ -40,35 +40,35 @@ def test_a_cut_checksum_that_does_not_fit_so_far_is_told_from_one_that_does() ->
     assert none == "it has no checksum"
 
 
-def test_a_flipped_bit_gives_the_event_where_it_is_one_still() -> None:
-    """Never as sure; where the JSON or the type suffers, nothing."""
-    for place in range(len(LINE) - 1):
+def test_a_flipped_bit_yields_an_unverified_event_or_none() -> None:
+    """None if the JSON or the type is damaged."""
+    for position in range(len(LINE) - 1):
         for bit in range(8):
             damaged = bytearray(LINE)
-            damaged[place] ^= 1 << bit
+            damaged[position] ^= 1 << bit
             if reader.read_lines(bytes(damaged), lambda: None).payloads:
-                continue  # the line feed within, or a space for another
-            found = had(bytes(damaged))
-            assert len(found) <= 1
-            for event, sure in found:
+                continue  # a line feed within the line, or a space in place of another
+            events = salvaged(bytes(damaged))
+            assert len(events) <= 1
+            for event, verified in events:
                 VALIDATOR.validate(event)
-                assert not sure or event == EVENT
+                assert not verified or event == EVENT
 
 
-def test_a_line_whose_line_feed_is_lost_is_found_with_the_next() -> None:
-    """The torn part before, the whole one behind it; NUL bytes or not between."""
+def test_a_line_without_a_line_feed_and_the_next_one_are_both_salvaged() -> None:
+    """With and without NUL bytes between them."""
     other = record.line(event_json(2))
     for between in (b"", b"\0" * 7):
-        assert had(LINE[:-1] + between + other) == [(EVENT, True), (event_json(2), True)]
-        assert had(LINE[:40] + between + other) == [(event_json(2), True)]
-        assert had(LINE[:-6] + between + other) == [(EVENT, False), (event_json(2), True)]
+        assert salvaged(LINE[:-1] + between + other) == [(EVENT, True), (event_json(2), True)]
+        assert salvaged(LINE[:40] + between + other) == [(event_json(2), True)]
+        assert salvaged(LINE[:-6] + between + other) == [(EVENT, False), (event_json(2), True)]
 
 
-def test_what_an_event_holds_is_no_event_by_itself() -> None:
-    """In the middle of a line only a checksum makes one."""
+def test_a_record_within_an_event_is_not_an_event() -> None:
+    """Within a line only a checksum proves one."""
     inner = b'{"event":' + event_json(2) + b"}"
     outer = b'{"event":{"scope_id":' + inner + b',"event_key":"'
-    assert had(outer) == []
+    assert salvaged(outer) == []
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_what_an_event_holds_is_no_event_by_itself() -> None:
         b"\0\0" + EVENT + b"\0",
     ],
 )
-def test_an_event_in_another_envelope_or_in_none_is_had_but_not_sure(data: bytes) -> None:
+def test_an_event_in_another_envelope_or_in_none_is_not_verified(data: bytes) -> None:
     """As somebody may have written it by hand."""
-    assert had(data) == [(EVENT, False)]
+    assert salvaged(data) == [(EVENT, False)]
 
 
 @pytest.mark.parametrize(
@@ -100,17 +100,17 @@ def test_an_event_in_another_envelope_or_in_none_is_had_but_not_sure(data: bytes
         (b'{"event":' + b'{"a":' * 100_000, "not readable as JSON"),
     ],
 )
-def test_where_there_is_no_event_it_says_why(data: bytes, problem: str) -> None:
-    """In a few words."""
-    found = salvage(data, VALIDATOR)
-    assert not found.events
-    assert problem in found.problems[0]
+def test_the_reason_is_given_if_there_is_no_event(data: bytes, problem: str) -> None:
+    """One for each piece."""
+    result = salvage(data, VALIDATOR)
+    assert not result.events
+    assert problem in result.problems[0]
 
 
 @given(
     st.lists(st.sampled_from([LINE, EVENT, b"\0\0", b"{", b'{"event":', b"\xff", b'"}', b',"crc":"', json.dumps("x").encode()]))
 )
-def test_no_bytes_are_too_strange(parts: list[bytes]) -> None:
-    """Whatever comes out may go in."""
-    for event, _ in had(b"".join(parts)):
+def test_salvage_accepts_any_bytes(parts: list[bytes]) -> None:
+    """Whatever it returns is valid."""
+    for event, _ in salvaged(b"".join(parts)):
         VALIDATOR.validate(event)

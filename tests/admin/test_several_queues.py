@@ -1,4 +1,4 @@
-"""A directory with several sinks, in which a file has a name in each queue."""
+"""Reading an outbox with several sinks, where a batch file has a name in each queue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SINKS = ("--sink", "live=sqlite:///live.db", "--sink", "warehouse=sqlite:///no/s
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder whose `box` has three events, delivered to `live`, that wait for `warehouse`."""
+    """A folder whose `box` has three events, delivered to `live` and pending for `warehouse`."""
     with Outbox(str(tmp_path / "box")) as outbox:
         for number in range(3):
             outbox.enqueue(event(number))
@@ -33,8 +33,8 @@ def ids(output: bytes) -> list[str]:
     return [json.loads(line)["event_id"] for line in output.splitlines()]
 
 
-def test_what_waits_for_one_of_them_is_shown_and_exported_once(folder: Path) -> None:
-    """And nothing is touched."""
+def test_a_batch_that_is_pending_for_one_sink_is_read_once(folder: Path) -> None:
+    """By tail and export, which change nothing."""
     before = names(folder / "box")
     shown = [json.loads(line) for line in only_looks("tail", "-d", "box", "--json", folder=folder).stdout.splitlines()]
     assert [line["event"]["event_id"] for line in shown] == ["e-000000", "e-000001", "e-000002"]
@@ -43,20 +43,20 @@ def test_what_waits_for_one_of_them_is_shown_and_exported_once(folder: Path) -> 
     assert names(folder / "box") == before
 
 
-def test_inspect_says_for_whom_an_event_waits_and_who_has_it(folder: Path) -> None:
+def test_inspect_names_the_sinks_that_have_an_event_and_those_that_do_not(folder: Path) -> None:
     """From the queues and their ledgers."""
     answer: dict[str, Any] = json.loads(run("inspect", "e-000001", "-d", "box", "--json", cwd=folder).stdout)
     assert [seen["state"] for seen in answer["events"]] == ["pending"]
-    (story,) = answer["batches"]
-    facts = {(entry["state"], entry["sink"]) for entry in story["entries"]}
-    assert {("settled", "live"), ("pending", "warehouse")} <= facts
-    assert ("pending", "live") not in facts
+    (history,) = answer["batches"]
+    entries = {(entry["state"], entry["sink"]) for entry in history["entries"]}
+    assert {("settled", "live"), ("pending", "warehouse")} <= entries
+    assert ("pending", "live") not in entries
 
 
-def test_tail_shows_each_event_once_on_its_way_through_the_queues(tmp_path: Path) -> None:
-    """While one sink takes them and the other does not."""
-    deliverer = ("deliver", "-d", "box", "-q", *SINKS)
-    with tailing(tmp_path) as tail, at_work(*PILLARBOX, *deliverer, folder=tmp_path):
+def test_tail_shows_each_event_once_while_it_moves_through_the_queues(tmp_path: Path) -> None:
+    """One sink delivers, and the other does not."""
+    deliver = ("deliver", "-d", "box", "-q", *SINKS)
+    with tailing(tmp_path) as tail, at_work(*PILLARBOX, *deliver, folder=tmp_path):
         with at_work(*writer("a", 1000, 0.01), folder=tmp_path) as process:
             assert process.wait(60) == 0
         tail.wait_for(1000)

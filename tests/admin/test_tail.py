@@ -1,4 +1,4 @@
-"""The follower, between whose looks anything may happen to the files."""
+"""The tailer, between whose scans anything may happen to the files."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry
 from pillarbox.testing import ManualClock
 
-LOOKS = 8  # more than anything takes to be noticed
+SCANS = 8  # more than it takes to notice anything
 
 
 @pytest.fixture
 def folder(place: Directory) -> Path:
-    """Where the files are."""
+    """The path of the outbox directory."""
     return Path(place.path)
 
 
 @pytest.fixture
-def follower(place: Directory, clock: ManualClock) -> Iterator[Tailer]:
-    """One that has not looked yet."""
-    found = Tailer(place, clock, EventHeaderDecoder(TrackingEvent), EventFilter())
-    yield found
-    found.close()
+def tailer(place: Directory, clock: ManualClock) -> Iterator[Tailer]:
+    """A tailer that has not scanned yet."""
+    tailer = Tailer(place, clock, EventHeaderDecoder(TrackingEvent), EventFilter())
+    yield tailer
+    tailer.close()
 
 
 def lines(*numbers: int) -> bytes:
@@ -44,189 +44,191 @@ def append(path: Path, *numbers: int) -> None:
         file.write(lines(*numbers))
 
 
-def backlog(follower: Tailer, count: int | None = None) -> list[str | None]:
-    return [event.header.event_id for event in follower.read_backlog(count)]
+def backlog(tailer: Tailer, count: int | None = None) -> list[str | None]:
+    return [event.header.event_id for event in tailer.read_backlog(count)]
 
 
-def news(follower: Tailer) -> list[str | None]:
-    return [event.header.event_id for event in follower.read_new()]
+def new_events(tailer: Tailer) -> list[str | None]:
+    return [event.header.event_id for event in tailer.read_new()]
 
 
 def sealed(number: int) -> str:
     return f"sealed-{number:016d}-u.ndjson"
 
 
-def test_what_is_sealed_and_removed_between_two_looks_is_read_to_its_end(follower: Tailer, folder: Path) -> None:
-    """For it is held open; and the ledger's entry of it is no gap."""
+def test_a_segment_that_is_sealed_and_deleted_between_two_scans_is_read_to_its_end(tailer: Tailer, folder: Path) -> None:
+    """It is held open, and its ledger entry is not a gap."""
     active = folder / "active-w-1.ndjson"
     append(active, 1)
-    assert backlog(follower) == ["e-1"]
+    assert backlog(tailer) == ["e-1"]
     append(active, 2)
     active.rename(folder / sealed(1))
     (folder / sealed(1)).unlink()
-    assert [news(follower) for _ in range(LOOKS)] == [["e-2"]] + [[]] * (LOOKS - 1)
+    assert [new_events(tailer) for _ in range(SCANS)] == [["e-2"]] + [[]] * (SCANS - 1)
 
 
-def test_a_batch_is_shown_once_wherever_it_goes(follower: Tailer, folder: Path) -> None:
-    """Sealed, and kept as delivered."""
+def test_a_batch_is_read_once_wherever_it_moves(tailer: Tailer, folder: Path) -> None:
+    """Sealed, and then retained."""
     active = folder / "active-w-1.ndjson"
     append(active, 1)
-    assert backlog(follower) == ["e-1"]
+    assert backlog(tailer) == ["e-1"]
     active.rename(folder / sealed(1))
-    assert news(follower) == []
+    assert new_events(tailer) == []
     (folder / sealed(1)).rename(folder / "delivered-0000000000000002-0000000000000001-u.ndjson")
-    assert news(follower) == []
+    assert new_events(tailer) == []
     append(folder / sealed(2), 2)
-    assert news(follower) == ["e-2"]
+    assert new_events(tailer) == ["e-2"]
 
 
-def test_a_batch_that_is_compressed_is_read_once(follower: Tailer, folder: Path) -> None:
-    """Before, meanwhile, when both files are there, and after."""
+def test_a_batch_that_is_compressed_is_read_once(tailer: Tailer, folder: Path) -> None:
+    """Before compression, while both files exist, and afterwards."""
     append(folder / sealed(1), 1, 2)
-    assert backlog(follower) == ["e-1", "e-2"]
+    assert backlog(tailer) == ["e-1", "e-2"]
     (folder / f"{sealed(1)}.zst").write_bytes(compression.compress("x", lines(1, 2)))
-    assert news(follower) == []
+    assert new_events(tailer) == []
     (folder / sealed(1)).unlink()
-    assert news(follower) == []
+    assert new_events(tailer) == []
     (folder / f"{sealed(2)}.zst").write_bytes(compression.compress("x", lines(3, 4)))
-    assert [(event.header.event_id, event.offset) for event in follower.read_new()] == [("e-3", 0), ("e-4", len(lines(3)))]
+    assert [(event.header.event_id, event.offset) for event in tailer.read_new()] == [("e-3", 0), ("e-4", len(lines(3)))]
 
 
-def test_a_writers_events_keep_their_order_over_its_files(follower: Tailer, folder: Path) -> None:
-    """What was retired comes before what came later, sealed or not."""
+def test_the_events_of_a_writer_keep_their_order_across_its_segments(tailer: Tailer, folder: Path) -> None:
+    """Those of a retired segment come before later ones, sealed or not."""
     append(folder / "active-w-9.ndjson", 1)
-    assert backlog(follower) == ["e-1"]
+    assert backlog(tailer) == ["e-1"]
     append(folder / "active-w-9.ndjson", 2)
     append(folder / "active-w-10.ndjson", 3)
-    assert news(follower) == ["e-2", "e-3"]
+    assert new_events(tailer) == ["e-2", "e-3"]
     append(folder / "active-w-11.ndjson", 6)
     append(folder / "active-w-9.ndjson", 4)
     (folder / "active-w-9.ndjson").rename(folder / sealed(5))
     append(folder / "active-w-10.ndjson", 5)
-    assert news(follower) == ["e-4", "e-5", "e-6"]
+    assert new_events(tailer) == ["e-4", "e-5", "e-6"]
 
 
-def test_the_inode_of_a_removed_file_means_nothing_to_the_next(follower: Tailer, folder: Path) -> None:
-    """Numbers come again at once."""
+def test_a_reused_inode_number_is_not_taken_for_the_deleted_file(tailer: Tailer, folder: Path) -> None:
+    """Filesystems reuse inode numbers at once."""
     append(folder / sealed(1), 1)
-    assert backlog(follower) == ["e-1"]
+    assert backlog(tailer) == ["e-1"]
     for number in range(2, 6):
         (folder / sealed(number - 1)).unlink()
         append(folder / sealed(number), number)
-        assert news(follower) == [f"e-{number}"]
+        assert new_events(tailer) == [f"e-{number}"]
 
 
-def test_a_file_that_is_written_anew_under_its_name_is_read_on(follower: Tailer, folder: Path) -> None:
-    """As after a sync that failed."""
+def test_a_rewritten_segment_is_read_on(tailer: Tailer, folder: Path) -> None:
+    """As after a failed fsync."""
     active = folder / "active-w-1.ndjson"
     append(active, 1)
-    assert backlog(follower) == ["e-1"]
+    assert backlog(tailer) == ["e-1"]
     append(folder / "aside", 1, 2)
     (folder / "aside").rename(active)
-    assert news(follower) == ["e-2"]
+    assert new_events(tailer) == ["e-2"]
     append(active, 3)
-    assert news(follower) == ["e-3"]
+    assert new_events(tailer) == ["e-3"]
 
 
-def test_an_older_writers_file_that_begins_anew_is_read_from_its_beginning(follower: Tailer, folder: Path) -> None:
-    """Its name is used again and again."""
+def test_the_next_segment_of_a_legacy_writer_is_read_from_its_beginning(tailer: Tailer, folder: Path) -> None:
+    """All its segments have the same name."""
     active = folder / "active.ndjson"
     append(active, 1)
-    assert backlog(follower) == ["e-1"]
+    assert backlog(tailer) == ["e-1"]
     append(active, 2)
     active.rename(folder / sealed(1))
     append(active, 3)
-    assert news(follower) == ["e-2", "e-3"]
+    assert new_events(tailer) == ["e-2", "e-3"]
 
 
-def test_an_append_that_was_cut_off_again_is_shown_when_it_is_done(follower: Tailer, folder: Path) -> None:
-    """From where the file was cut."""
+def test_a_truncated_append_is_read_once_it_is_repeated(tailer: Tailer, folder: Path) -> None:
+    """From where the file was truncated."""
     active = folder / "active-w-1.ndjson"
     append(active, 1, 2)
-    assert backlog(follower) == ["e-1", "e-2"]
+    assert backlog(tailer) == ["e-1", "e-2"]
     os.truncate(active, len(lines(1)))
-    assert news(follower) == []
+    assert new_events(tailer) == []
     append(active, 3)
-    assert news(follower) == ["e-3"]
+    assert new_events(tailer) == ["e-3"]
 
 
-def test_the_newest_are_taken_from_the_end(follower: Tailer, folder: Path) -> None:
-    """Over as many files as it takes."""
+def test_the_newest_events_are_read_from_the_end(tailer: Tailer, folder: Path) -> None:
+    """From as many files as it takes."""
     append(folder / sealed(1), 1, 2)
     append(folder / sealed(2), 3, 4)
     append(folder / "active-w-1.ndjson", 5)
-    assert backlog(follower, 4) == ["e-2", "e-3", "e-4", "e-5"]
-    assert news(follower) == []
+    assert backlog(tailer, 4) == ["e-2", "e-3", "e-4", "e-5"]
+    assert new_events(tailer) == []
 
 
-def test_what_came_and_went_between_two_looks_is_a_gap(follower: Tailer, place: Directory, clock: ManualClock) -> None:
-    """The ledger has the number; it is told once, and a batch that was seen is none."""
-    pen = LedgerWriter(place, clock)
-    pen.add(SealedEntry(clock.micros() - 1, "sealed-before", "w", 7, 70))
-    pen.write(sync=False)
+def test_a_batch_that_came_and_went_between_two_scans_is_a_gap(tailer: Tailer, place: Directory, clock: ManualClock) -> None:
+    """The ledger has the number of events. A gap is reported once, and a batch that was read is none."""
+    ledger = LedgerWriter(place, clock)
+    ledger.add(SealedEntry(clock.micros() - 1, "sealed-before", "w", 7, 70))
+    ledger.write(sync=False)
     clock.advance(1)
-    assert backlog(follower) == []
-    pen.add(
+    assert backlog(tailer) == []
+    ledger.add(
         SealedEntry(clock.micros(), sealed(2).removesuffix(".ndjson"), "w", 7, 70),
         AdoptedEntry(clock.micros(), "sealed-3", "v"),
     )
-    pen.add(SealedEntry(clock.micros(), sealed(4).removesuffix(".ndjson"), "w", 1, len(lines(4))))
-    pen.write(sync=False)
+    ledger.add(SealedEntry(clock.micros(), sealed(4).removesuffix(".ndjson"), "w", 1, len(lines(4))))
+    ledger.write(sync=False)
     append(Path(place.path) / sealed(4), 4)
-    assert [news(follower) for _ in range(LOOKS)] == [["e-4"]] + [[]] * (LOOKS - 1)
-    assert [(gap.batch, gap.events) for gap in follower.gap_detector.gaps] == [
+    assert [new_events(tailer) for _ in range(SCANS)] == [["e-4"]] + [[]] * (SCANS - 1)
+    assert [(gap.batch, gap.events) for gap in tailer.gap_detector.gaps] == [
         ("sealed-0000000000000002-u", 7),
         ("sealed-3", None),
     ]
     (Path(place.path) / sealed(4)).unlink()
     for _ in range(3):
         clock.advance(50)
-        assert news(follower) == []
-    assert len(follower.gap_detector.gaps) == 2
+        assert new_events(tailer) == []
+    assert len(tailer.gap_detector.gaps) == 2
 
 
-def test_what_went_between_the_look_and_the_reading_is_a_gap(
-    follower: Tailer, place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+def test_a_batch_that_is_deleted_between_the_scan_and_reading_is_a_gap(
+    tailer: Tailer, place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was listed, but not seen."""
-    assert backlog(follower) == []
+    """It was listed, but not read."""
+    assert backlog(tailer) == []
     first, second = Path(place.path) / sealed(1), Path(place.path) / sealed(2)
 
-    def look_while_it_is_delivered(directory: Directory) -> list[scan.FileRef]:
-        sights = scan.scan_files(directory)
+    def scan_while_it_is_delivered(directory: Directory) -> list[scan.FileRef]:
+        files = scan.scan_files(directory)
         first.unlink(missing_ok=True)
-        return sights
+        return files
 
-    monkeypatch.setattr(tail, "scan_files", look_while_it_is_delivered)
+    monkeypatch.setattr(tail, "scan_files", scan_while_it_is_delivered)
     append(first, 1)
     append(second, 2)
-    pen = LedgerWriter(place, clock)
+    ledger = LedgerWriter(place, clock)
     for number, file in enumerate((first, second), 1):
-        pen.add(SealedEntry(clock.micros(), file.name.removesuffix(".ndjson"), "w", 1, len(lines(number))))
-    pen.write(sync=False)
-    assert [news(follower) for _ in range(LOOKS)] == [["e-2"]] + [[]] * (LOOKS - 1)
-    assert [(gap.batch, gap.events) for gap in follower.gap_detector.gaps] == [(first.name.removesuffix(".ndjson"), 1)]
-    assert follower.vanished_batches == 1
+        ledger.add(SealedEntry(clock.micros(), file.name.removesuffix(".ndjson"), "w", 1, len(lines(number))))
+    ledger.write(sync=False)
+    assert [new_events(tailer) for _ in range(SCANS)] == [["e-2"]] + [[]] * (SCANS - 1)
+    assert [(gap.batch, gap.events) for gap in tailer.gap_detector.gaps] == [(first.name.removesuffix(".ndjson"), 1)]
+    assert tailer.vanished_batches == 1
 
 
-def test_a_file_that_went_under_its_active_name_is_no_gap(follower: Tailer, place: Directory, clock: ManualClock) -> None:
-    """Its writer and size tell which entry is its own."""
+def test_a_segment_that_was_deleted_under_its_active_name_is_not_a_gap(
+    tailer: Tailer, place: Directory, clock: ManualClock
+) -> None:
+    """Its writer and size identify its ledger entry."""
     active = Path(place.path) / "active-w-1.ndjson"
     append(active, 1)
-    assert backlog(follower) == ["e-1"]
+    assert backlog(tailer) == ["e-1"]
     active.unlink()
-    pen = LedgerWriter(place, clock)
-    pen.add(SealedEntry(clock.micros(), "sealed-1", "w", 1, len(lines(1))))
-    pen.write(sync=False)
-    assert [news(follower) for _ in range(LOOKS)] == [[]] * LOOKS
-    assert follower.gap_detector.gaps == []
+    ledger = LedgerWriter(place, clock)
+    ledger.add(SealedEntry(clock.micros(), "sealed-1", "w", 1, len(lines(1))))
+    ledger.write(sync=False)
+    assert [new_events(tailer) for _ in range(SCANS)] == [[]] * SCANS
+    assert tailer.gap_detector.gaps == []
 
 
-def test_a_directory_that_is_removed_and_made_again_is_followed_on(follower: Tailer, folder: Path) -> None:
-    """A writer makes it anew."""
-    assert backlog(follower) == []
+def test_a_directory_that_is_deleted_and_created_again_is_read_on(tailer: Tailer, folder: Path) -> None:
+    """A writer creates it again."""
+    assert backlog(tailer) == []
     folder.rmdir()
-    assert news(follower) == []
+    assert new_events(tailer) == []
     folder.mkdir()
     append(folder / sealed(1), 1)
-    assert news(follower) == ["e-1"]
+    assert new_events(tailer) == ["e-1"]
