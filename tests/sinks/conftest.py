@@ -1,4 +1,4 @@
-"""What the tests of destinations share."""
+"""Fixtures for the tests of sinks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for localhost; its key is beside it, in a file whose name ends in ".key" besides."""
+    """A self-signed certificate for localhost; its key is in the file with the additional suffix `.key`."""
     file = tmp_path_factory.mktemp("tls") / "certificate.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     extensions = ["-addext", "subjectAltName=DNS:localhost", "-keyout", f"{file}.key", "-out", str(file)]

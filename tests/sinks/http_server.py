@@ -1,4 +1,4 @@
-"""A real HTTP/1.1 server on loopback that records what it is sent and answers as it is told."""
+"""An HTTP/1.1 server on loopback that records requests and sends canned responses."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _UNPACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, "gzip": gzip.decompre
 
 @dataclass
 class Request:
-    """What arrived."""
+    """A request as it arrived."""
 
     method: str
     target: str
     headers: dict[str, str]
-    raw_body: bytes  # the body as it came over the wire
+    raw_body: bytes  # the body as received
 
     @property
     def idempotency_key(self) -> str:
@@ -43,22 +43,22 @@ class Request:
 
     @property
     def events(self) -> list[Any]:
-        """The events, whatever the format, without their envelopes."""
+        """The events in the body, without CloudEvents envelopes."""
         if self.headers["content-type"] == "application/x-ndjson":
             assert self.body.endswith(b"\n")
             return [json.loads(line) for line in self.body.splitlines()]
-        found = json.loads(self.body)
-        return [one["data"] for one in found] if "cloudevents" in self.headers["content-type"] else found
+        items = json.loads(self.body)
+        return [item["data"] for item in items] if "cloudevents" in self.headers["content-type"] else items
 
 
 class CannedResponse(NamedTuple):
-    """An answer, and what goes wrong with it."""
+    """A response, and the faults to inject into it."""
 
     status: int = 200
     body: bytes = b""
-    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
-    raw: bytes | None = None  # instead of all the above
-    cut_after_bytes: int | None = None  # bytes of the answer after which the connection is cut
+    headers: dict[str, str] = {}  # noqa: RUF012 - never modified
+    raw: bytes | None = None  # sent in place of all of the above
+    cut_after_bytes: int | None = None  # bytes of the response after which the connection closes
     byte_delay_s: float = 0.0  # after each byte
 
     def to_bytes(self) -> bytes:
@@ -66,10 +66,10 @@ class CannedResponse(NamedTuple):
             return self.raw
         heads = {"Content-Length": str(len(self.body))} | self.headers
         lines = "".join(f"{name}: {value}\r\n" for name, value in heads.items())
-        return f"HTTP/1.1 {self.status} Said\r\n{lines}\r\n".encode() + self.body
+        return f"HTTP/1.1 {self.status} Canned\r\n{lines}\r\n".encode() + self.body
 
 
-HANG = CannedResponse(raw=b"", cut_after_bytes=0)  # takes the call and never answers
+HANG = CannedResponse(raw=b"", cut_after_bytes=0)  # reads the request and never responds
 
 Responder = Callable[[Request], CannedResponse]
 
@@ -79,19 +79,19 @@ def always(response: CannedResponse) -> Responder:
 
 
 def in_sequence(*responses: CannedResponse) -> Responder:
-    """One after the other; the last one for ever."""
+    """Send the responses in sequence, and then the last one again."""
     remaining = list(responses)
     return lambda _: remaining.pop(0) if len(remaining) > 1 else remaining[0]
 
 
 @dataclass
 class Server:
-    """Runs in a thread with a loop of its own, from `with` to its end."""
+    """A server that runs in a thread of its own during a `with` block."""
 
     respond: Responder = field(default_factory=lambda: always(CannedResponse()))
     tls: ssl.SSLContext | None = None
-    body_max: int = 2**26  # bytes; a larger one is answered with 413 before it was read, and the connection closed
-    greeting: bytes = b""  # said before anything is asked
+    body_max: int = 2**26  # bytes; a larger body gets a 413 before it is read, and the connection closes
+    greeting: bytes = b""  # sent before any request
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
     open_connections: int = 0
@@ -151,16 +151,16 @@ class Server:
             self.requests.append(Request(method, target, headers, b""))
             await _write_response(writer, CannedResponse(413, headers={"Connection": "close"}))
             writer.write_eof()
-            while await reader.read(2**16):  # as proxies do: to close at once would take the answer away with the connection
+            while await reader.read(2**16):  # as proxies do; closing at once would discard the response
                 pass
             return False
         request = Request(method, target, headers, await reader.readexactly(size))
         self.requests.append(request)
-        say = self.respond(request)
-        if say == HANG:
-            await reader.read()  # until the caller has had enough
+        response = self.respond(request)
+        if response == HANG:
+            await reader.read()  # until the client closes the connection
             return False
-        return await _write_response(writer, say)
+        return await _write_response(writer, response)
 
 
 async def _write_response(writer: asyncio.StreamWriter, response: CannedResponse) -> bool:
@@ -174,19 +174,19 @@ async def _write_response(writer: asyncio.StreamWriter, response: CannedResponse
 
 @functools.cache
 def _reserved_socket() -> socket.socket:
-    """Bound for good, and nobody listens: nor can another have its port, or a caller by chance be connected to itself."""
-    found = socket.socket()
-    found.bind(("127.0.0.1", 0))
-    return found
+    """Return a bound socket that does not listen, so that nobody else gets its port and no client connects to itself."""
+    reserved = socket.socket()
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 def closed_port_url() -> str:
-    """The address of a port that nobody listens on."""
+    """Return the URL of a port on which nothing listens."""
     return f"http://127.0.0.1:{_reserved_socket().getsockname()[1]}/events"
 
 
 def run_async(awaitable: Awaitable[_T]) -> _T:
-    """Run to the end, within a minute."""
+    """Run an awaitable to its end, at most one minute."""
 
     async def bounded() -> _T:
         return await asyncio.wait_for(awaitable, 60)

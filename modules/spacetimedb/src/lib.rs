@@ -1,7 +1,7 @@
-//! What a SpacetimeDB database needs to take events from Pillarbox: one table and one function.
+//! The SpacetimeDB module that stores events from Pillarbox: one table and one function.
 //!
-//! Built twice from this source: as `v1` for servers 1.x and as `v2` for servers 2.x, whose table attribute is spelled
-//! differently and which have procedures. To take it into a module of your own, copy this file's table, enum and functions.
+//! This source is built twice: as `v1` for servers 1.x and as `v2` for servers 2.x, which spell the table attribute
+//! differently and have procedures. To use it in your own module, copy the table, the enum and the functions.
 
 use spacetimedb::{reducer, ReducerContext, SpacetimeType, Table};
 #[cfg(feature = "v2")]
@@ -16,7 +16,7 @@ pub enum ScopeKind {
     Profile,
 }
 
-/// One thing that happened. Private: only the owner of the database reads it; add `public` to let every client.
+/// One event. The table is private, so only the database's owner can read it; add `public` for all clients.
 #[cfg_attr(
     feature = "v1",
     spacetimedb::table(name = tracking_event, index(name = by_time, btree(columns = [occurred_at_micros])))
@@ -40,18 +40,18 @@ pub struct TrackingEvent {
     pub occurred_at_micros: i64,
 }
 
-/// How many invalid events one error names; the sender looks at the others in its next call.
+/// How many invalid events one error names; the sender finds the others with its next call.
 const NAMED_MAX: usize = 100;
 
-/// Store a batch: events whose `event_id` is there already are skipped, so that sending a batch twice changes nothing.
+/// Store a batch. Events whose `event_id` is already stored are skipped, so that sending a batch twice changes nothing.
 ///
-/// All or nothing: an invalid event refuses the batch with `event[INDEX].FIELD: REASON`, one for each, separated by `; `.
+/// All or nothing: invalid events reject the batch with `event[INDEX].FIELD: REASON` for each, separated by `; `.
 #[reducer]
 pub fn record_tracking_events(ctx: &ReducerContext, events: Vec<TrackingEvent>) -> Result<(), String> {
     record(ctx, events).map(|_| ())
 }
 
-/// The same, and the number of events that were not there before.
+/// The same, and return the number of events that were not stored before.
 #[cfg(feature = "v2")]
 #[procedure]
 pub fn record_tracking_events_counted(ctx: &mut ProcedureContext, events: Vec<TrackingEvent>) -> Result<u32, String> {
@@ -78,7 +78,7 @@ fn record(ctx: &ReducerContext, events: Vec<TrackingEvent>) -> Result<u32, Strin
     Ok(inserted)
 }
 
-/// What no event may be: add what your application must be able to rely on.
+/// Validate an event; add the rules that your application relies on.
 fn problem(event: &TrackingEvent) -> Option<(&'static str, &'static str)> {
     let required = [
         ("event_id", &event.event_id),

@@ -1,4 +1,4 @@
-"""The server and the modules, made once for all tests here."""
+"""The server and the modules, created once for all tests in this directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.sinks.spacetimedb.server import ROOT, SpacetimeDbServer
 
 @pytest.fixture(scope="session")
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with our modules, rebuilt from source, and `other-module`."""
+    """A directory with our modules, built from source, and `other-module`."""
     folder = Path(os.environ.get("PILLARBOX_TEST_MODULES") or tmp_path_factory.mktemp("modules"))
     build = ROOT / "modules/spacetimedb/build"
     if not (folder / "tracking_event_v1.wasm").exists():
@@ -26,7 +26,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory, modules: Path) -> Iterator[SpacetimeDbServer]:
-    """A server that nobody kills, with the databases `events` and `other`."""
+    """A server that no test kills, with the databases `events` and `other`."""
     server = SpacetimeDbServer(tmp_path_factory.mktemp("spacetimedb"))
     try:
         server.publish("events", (modules / "tracking_event_v1.wasm").read_bytes())
@@ -38,7 +38,7 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory, modules: Path) -> It
 
 @pytest.fixture
 def own_server(tmp_path: Path, modules: Path) -> Iterator[SpacetimeDbServer]:
-    """A server of the test's own, to kill."""
+    """A server that the test may kill."""
     server = SpacetimeDbServer(tmp_path / "server")
     try:
         server.publish("events", (modules / "tracking_event_v1.wasm").read_bytes())

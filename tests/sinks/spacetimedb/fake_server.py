@@ -1,8 +1,8 @@
-"""A STAND-IN, no SpacetimeDB: answers as a standalone server 2.8.3 was recorded to answer.
+"""A fake SpacetimeDB server that responds as recorded from a standalone server 2.8.3.
 
-Later versions than 1.2.0 cannot be built where these tests run. It knows one database, `events`, with our module in it, and says of
-it what the real 1.2.0 says, with what 2.x is recorded to do otherwise: variants in camelCase, procedures, a count as JSON, the
-text of a 404, and a query that waits for durability.
+Versions after 1.2.0 cannot be built where these tests run. The fake has one database, `events`, with our module. It returns the
+schema of the real 1.2.0 server, changed as 2.x does: variants in camelCase, procedures, a count as JSON, the text of a 404, and
+a query that waits for durability.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-TOKEN = "the-token-of-the-stand-in"  # noqa: S105 - proves nothing anywhere else
+TOKEN = "the-token-of-the-fake-server"  # noqa: S105 - not a real token
 FUNCTION = "record_tracking_events"
 BODY_MAX = 2_097_152
 
 
 class FakeServer28:
-    """Serves on a free port until `stop`; `stored_rows` is what was called and `confirm_count` how often it was asked to confirm."""
+    """Serves on a free port until `stop`; `stored_rows` has the called rows, and `confirm_count` counts the queries."""
 
     def __init__(self, schema: dict[str, Any]) -> None:
         self.schema = _as_2x(schema)
@@ -31,17 +31,17 @@ class FakeServer28:
             200,
             b'[{"schema":{"elements":[]},"rows":[[1]]}]',
             "application/json",
-        )  # what the query is answered
+        )  # the response to the query
         self.call_count = 0
         self.start(0)
 
     def start(self, port: int) -> None:
-        """Answer, on this port."""
+        """Serve on this port."""
         outer = self
         self._open: set[socket.socket] = set()
 
         class Handler(_Handler):
-            stand_in = outer
+            fake_server = outer
 
             def setup(self) -> None:
                 outer._open.add(self.request)
@@ -53,7 +53,7 @@ class FakeServer28:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
-        """Answer nothing more, and hang up."""
+        """Stop, and close all connections."""
         self._server.shutdown()
         for connection in self._open:
             with contextlib.suppress(OSError):
@@ -61,7 +61,7 @@ class FakeServer28:
         self._server.server_close()
 
     def sink_url(self, database: str = "events", token: str = TOKEN, **options: object) -> str:
-        """The sink's URL."""
+        """Return the sink's URL."""
         query = "&".join(f"{name}={value}" for name, value in options.items())
         return f"spacetimedb://:{token}@127.0.0.1:{self.port}/{database}?{query}"
 
@@ -84,14 +84,14 @@ def _named(name: str, kind: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    stand_in: FakeServer28
+    fake_server: FakeServer28
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        """Say nothing."""
+        """Log nothing."""
 
-    def _answer(self, status: int, body: bytes = b"", kind: str = "text/plain; charset=utf-8", **headers: str) -> None:
+    def _respond(self, status: int, body: bytes = b"", kind: str = "text/plain; charset=utf-8", **headers: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -101,49 +101,49 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
-        """Ping, version, schema."""
+        """Respond to ping, version and schema requests."""
         match self.path.partition("?")[0]:
             case "/v1/ping":
-                self._answer(200)
+                self._respond(200)
             case "/v1/health":
-                self._answer(200, b'{"version":"2.8.3"}', "application/json")
+                self._respond(200, b'{"version":"2.8.3"}', "application/json")
             case "/v1/database/events/schema":
-                self._answer(200, json.dumps(self.stand_in.schema).encode(), "application/json")
+                self._respond(200, json.dumps(self.fake_server.schema).encode(), "application/json")
             case _:
-                self._answer(404, b"No such database.")
+                self._respond(404, b"No such database.")
 
     def do_PUT(self) -> None:
-        """A module."""
+        """Accept a module."""
         database = self.path.rpartition("/")[2]
-        self.stand_in.published_modules[database] = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.fake_server.published_modules[database] = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         success = {"domain": database, "database_identity": "c200aa", "op": "created"}
-        self._answer(200, json.dumps({"Success": success}).encode(), "application/json")
+        self._respond(200, json.dumps({"Success": success}).encode(), "application/json")
 
     def do_POST(self) -> None:
-        """Calls, queries and identities."""
+        """Respond to calls, queries and new identities."""
         length = int(self.headers.get("Content-Length", "0"))
         body = self.rfile.read(length)
         if length > BODY_MAX:
-            self._answer(413, b"Failed to buffer the request body: length limit exceeded")
+            self._respond(413, b"Failed to buffer the request body: length limit exceeded")
         elif self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
-            self._answer(401, b"TokenError(Error(InvalidToken))")
+            self._respond(401, b"TokenError(Error(InvalidToken))")
         elif self.path == "/v1/database/events/sql":
-            self.stand_in.confirm_count += 1
-            self._answer(*self.stand_in.confirm_response)
+            self.fake_server.confirm_count += 1
+            self._respond(*self.fake_server.confirm_response)
         elif self.path.startswith("/v1/database/events/call/"):
             self._call(self.path.rpartition("/")[2], body)
         elif self.path == "/v1/identity":
-            self._answer(200, json.dumps({"identity": "c200bb", "token": TOKEN}).encode(), "application/json")
+            self._respond(200, json.dumps({"identity": "c200bb", "token": TOKEN}).encode(), "application/json")
         else:
-            self._answer(404, b"No such database.")
+            self._respond(404, b"No such database.")
 
     def _call(self, function: str, body: bytes) -> None:
-        self.stand_in.call_count += 1
+        self.fake_server.call_count += 1
         if self.headers.get("Content-Type") != "application/json":
-            self._answer(415, b"Expected request with `Content-Type: application/json`")
+            self._respond(415, b"Expected request with `Content-Type: application/json`")
             return
         if function not in (FUNCTION, f"{FUNCTION}_counted", "count_only"):
-            self._answer(404, b"No such procedure")
+            self._respond(404, b"No such procedure")
             return
         (events,) = json.loads(body)
         times: dict[str, Any] = {"spacetime_execution_duration_micros": "1"}
@@ -151,17 +151,17 @@ class _Handler(BaseHTTPRequestHandler):
             if not row[0]:
                 message = f"event[{index}].event_id: must not be empty"
                 if function == FUNCTION:
-                    self._answer(530, message.encode(), **times)
+                    self._respond(530, message.encode(), **times)
                 else:
-                    self._answer(200, json.dumps([1, message]).encode(), "application/json", **times)
+                    self._respond(200, json.dumps([1, message]).encode(), "application/json", **times)
                 return
             if row[1] == "panic":
-                self._answer(530 if function == FUNCTION else 500, b"The instance encountered a fatal error.", **times)
+                self._respond(530 if function == FUNCTION else 500, b"The instance encountered a fatal error.", **times)
                 return
-        fresh = [row for row in events if row[0] not in self.stand_in.stored_rows]
-        self.stand_in.stored_rows |= {row[0]: row for row in events}
+        fresh = [row for row in events if row[0] not in self.fake_server.stored_rows]
+        self.fake_server.stored_rows |= {row[0]: row for row in events}
         if function == FUNCTION:
-            self._answer(200, spacetime_energy_used="1", **times)
+            self._respond(200, spacetime_energy_used="1", **times)
         else:
             value: Any = len(fresh) if function == "count_only" else [0, len(fresh)]
-            self._answer(200, json.dumps(value).encode(), "application/json", **times)
+            self._respond(200, json.dumps(value).encode(), "application/json", **times)

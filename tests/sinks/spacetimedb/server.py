@@ -1,4 +1,4 @@
-"""A real SpacetimeDB standalone 1.2.0, started, killed and started again by the tests."""
+"""A real SpacetimeDB standalone server 1.2.0 that tests start, kill and restart."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from pillarbox.sinks.base import Batch, CheckResult, DeliveryResult, Unconfirmed
 from pillarbox.sinks.spacetimedb.responses import SpacetimeDbResponse
 
 ROOT = Path(__file__).parents[3]
-START_MAX_S = 60  # a server that has not answered by then will not
+START_MAX_S = 60  # a server that does not respond within this time has failed
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
 
 
 def server_binary() -> str:
-    """The server, built by the project's own script where it is not there yet."""
+    """Return the path of the server, which `tools/spacetimedb-server` builds where necessary."""
     built = os.environ.get("PILLARBOX_TEST_SPACETIMEDB")
     return (
         built
@@ -45,7 +45,7 @@ def server_binary() -> str:
 
 
 class SpacetimeDbServer:
-    """One server on a free port, with its data in a folder."""
+    """One server on a free port, with its data in a directory."""
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder = folder
@@ -56,7 +56,7 @@ class SpacetimeDbServer:
         self.token: str = json.loads(self.request("POST", "/v1/identity")[1])["token"]
 
     def start(self) -> None:
-        """Start, and wait until it answers."""
+        """Start, and wait until it responds."""
         self.folder.mkdir(exist_ok=True)
         command = [server_binary(), "start", "--listen-addr", f"127.0.0.1:{self.port}", "--data-dir", str(self.folder / "data")]
         with (self.folder / "log").open("ab") as log:
@@ -70,23 +70,23 @@ class SpacetimeDbServer:
                     return
             if self._process.poll() is not None:
                 break
-            pause.wait(0.02)
+            pause.wait(0.02)  # the time between two attempts to reach the server
         raise RuntimeError((self.folder / "log").read_text()[-2000:])
 
     def kill(self) -> None:
-        """As a crash does: nothing is finished or synced."""
+        """Kill with SIGKILL, as in a crash."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
 
     def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-        """(status, body) of a request by a plain HTTP client."""
+        """Send a request; return status and body."""
         reply = self.request_response(method, path, body, **headers)
         return reply.status, reply.body
 
     def request_response(self, method: str, path: str, body: bytes | None = None, **headers: str) -> SpacetimeDbResponse:
-        """The answer to a request, as the sink sees it."""
+        """Send a request; return the response as the sink sees it."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -97,20 +97,20 @@ class SpacetimeDbServer:
             connection.close()
 
     def publish(self, database: str, wasm: bytes) -> None:
-        """Put a module on the server, as the identity of `token`."""
+        """Publish a module as the identity of `token`."""
         status, body = self.request(
             "PUT", f"/v1/database/{database}", wasm, Authorization=f"Bearer {self.token}", Content_Type="application/wasm"
         )
         assert status == 200, body
 
     def call(self, database: str, function: str, body: bytes, **headers: str) -> SpacetimeDbResponse:
-        """Call a function with a body as it is; a header that is empty is left out."""
+        """Call a function with a body; empty headers are left out."""
         given = {"Content_Type": "application/json", "Authorization": f"Bearer {self.token}"} | headers
         given = {name: value for name, value in given.items() if value}
         return self.request_response("POST", f"/v1/database/{database}/call/{function}", body, **given)
 
     def rows(self, database: str, query: str) -> list[list[Any]]:
-        """What a query finds, as the owner."""
+        """Run a query as the owner; return its rows."""
         status, body = self.request(
             "POST", f"/v1/database/{database}/sql", query.encode(), Authorization=f"Bearer {self.token}"
         )
@@ -118,17 +118,17 @@ class SpacetimeDbServer:
         return list(json.loads(body)[0]["rows"])
 
     def stored_event_ids(self, database: str) -> list[str]:
-        """The events in the table."""
+        """Return the ids of the events in the table."""
         return [row[0] for row in self.rows(database, "SELECT event_id FROM tracking_event")]
 
     def sink_url(self, database: str, **options: object) -> str:
-        """The sink's URL for a database, with the owner's token in it."""
+        """Return the sink's URL for a database, with the owner's token."""
         query = "&".join(f"{name}={quote(str(value), safe='')}" for name, value in options.items())
         return f"spacetimedb://:{self.token}@127.0.0.1:{self.port}/{database}?{query}"
 
 
 def make_batch(*events: msgspec.Struct, batch_id: str = "sealed-a") -> Batch:
-    """A batch of events."""
+    """Encode events as a batch."""
     return Batch(batch_id, [Codec(type(one)).encode(one) for one in events])
 
 
@@ -138,7 +138,7 @@ def deliver_batches(
     event_type: type[msgspec.Struct] = TrackingEvent,
     before_confirm: Callable[[], None] = lambda: None,
 ) -> tuple[list[DeliveryResult], bool]:
-    """The answers to some batches, and whether they were confirmed after `before_confirm()`."""
+    """Deliver batches, call `before_confirm`, and confirm; return the results and whether all were confirmed."""
 
     async def run() -> tuple[list[DeliveryResult], bool]:
         sink = make_sink(url, event_type)
@@ -159,7 +159,7 @@ def deliver_batches(
 
 
 def run_check(url: str, event_type: type[msgspec.Struct] = TrackingEvent) -> list[CheckResult]:
-    """What `pillarbox check` finds."""
+    """Return the results of the sink's `check`."""
 
     async def run() -> Iterable[CheckResult]:
         sink = make_sink(url, event_type)
