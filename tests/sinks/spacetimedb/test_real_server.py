@@ -125,7 +125,7 @@ ROWS: list[tuple[str, bytes, int, type[Any]]] = [
     ("unknown variant", b'[[["a","k",{"Nope":[]},"s",null,null,null,null,"{}",5]]]', 400, PartialFailure),
     ("not the list", b"[5]", 400, Misconfigured),
     ("broken JSON", b"[[", 400, Misconfigured),
-    ("refused by the function", b"[[" + GOOD % b"" + b"]]", 530, PartialFailure),
+    ("rejected by the function", b"[[" + GOOD % b"" + b"]]", 530, PartialFailure),
 ]
 
 

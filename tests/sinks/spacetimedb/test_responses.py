@@ -105,7 +105,7 @@ def test_an_error_may_name_several_events() -> None:
     """By their index in the call; the result names them by their index in the batch."""
     result = classify(530, b"event[0].event_id: must not be empty; event[2]: too; loud")
     assert isinstance(result, PartialFailure)
-    assert {index: refusal.reason for index, refusal in result.rejected.items()} == {
+    assert {index: rejection.reason for index, rejection in result.rejected.items()} == {
         3: "event_id: must not be empty",
         8: "too; loud",
     }

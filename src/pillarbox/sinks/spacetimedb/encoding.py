@@ -32,9 +32,9 @@ _CLOSED_SETS: Final[dict[tuple[type, str], type[enum.Enum]]] = {(TrackingEvent, 
 class UnencodableValueError(Exception):
     """A value does not match the function's type; it rejects one event."""
 
-    def __init__(self, refusal: Rejection) -> None:
-        super().__init__(refusal.reason)
-        self.rejection = refusal
+    def __init__(self, rejection: Rejection) -> None:
+        super().__init__(rejection.reason)
+        self.rejection = rejection
 
 
 class FieldMismatch(NamedTuple):
@@ -129,7 +129,7 @@ class RowEncoder:
             return lambda value: rows((value,))[0]
         element = self._schema.array_element(of)
         if element is not None and plain in (list, tuple, set, frozenset, bytes):
-            arguments = [one for one in get_args(kind) if one is not Ellipsis]
+            arguments = [argument for argument in get_args(kind) if argument is not Ellipsis]
             return _list_encoder(
                 self._value_encoder(int if plain is bytes else arguments[0] if arguments else Any, element, f"{path}[]")
             )
@@ -145,7 +145,7 @@ class RowEncoder:
                 self.mismatches.append(
                     FieldMismatch(path, f"the module's variant {variant.name} carries data, which text cannot provide")
                 )
-        positions = {canonical_name(one.name): msgspec.Raw(b'{"%d":[]}' % at) for at, one in enumerate(variants)}
+        positions = {canonical_name(variant.name): msgspec.Raw(b'{"%d":[]}' % at) for at, variant in enumerate(variants)}
         known: dict[Any, msgspec.Raw] = {}
         for name, value in closed:
             position = positions.get(canonical_name(str(value)), positions.get(canonical_name(name)))
@@ -261,7 +261,7 @@ def _option_encoder(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any
 
 
 def _list_encoder(convert: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
-    return list if convert is None else lambda value: [convert(one) for one in value]
+    return list if convert is None else lambda value: [convert(item) for item in value]
 
 
 class _IntegerEncoder:

@@ -129,8 +129,8 @@ def _classify_function_error(text: str, indexes: Sequence[int]) -> DeliveryResul
         named = _EVENT_ERROR.match(part)
         if named is not None and int(named[1]) < len(indexes):
             reason = part[named.end() :][:_EXCERPT_CHARS_MAX]
-            refusal = Rejection("refused_by_function", f"{named[2]}: {reason}" if named[2] else reason)
-            rejected.setdefault(indexes[int(named[1])], refusal)
+            rejection = Rejection("refused_by_function", f"{named[2]}: {reason}" if named[2] else reason)
+            rejected.setdefault(indexes[int(named[1])], rejection)
     if rejected:
         return PartialFailure(rejected)
     return Rejected(Rejection("refused_by_function", text.strip()[:_EXCERPT_CHARS_MAX] or "the function gave no reason"))

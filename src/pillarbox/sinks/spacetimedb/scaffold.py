@@ -46,9 +46,9 @@ class _RustTypes:
             return f"Option<{self.rust_type(rest.pop()) if len(rest) == 1 else 'String'}>"
         plain = get_origin(annotation) or annotation
         if plain is Literal:
-            return "i64" if all(type(one) is int for one in get_args(annotation)) else "String"
+            return "i64" if all(type(value) is int for value in get_args(annotation)) else "String"
         if plain in (list, tuple, set, frozenset):
-            inner = [one for one in get_args(annotation) if one is not Ellipsis]
+            inner = [argument for argument in get_args(annotation) if argument is not Ellipsis]
             return f"Vec<{self.rust_type(inner[0]) if inner else 'String'}>"
         if isinstance(plain, type) and issubclass(plain, enum.Enum):
             return self._add_enum(plain)
