@@ -183,11 +183,9 @@ def run_lane(lane: int, seconds: float, seed: int) -> dict[str, Figures]:
 
 def finder(mutant: mutants.Mutant) -> str:
     """The first harness that finds a mutant; empty if none does."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = mutants.copied(mutant, Path(folder))
-        for harness in mutants.chosen_for(mutant):
-            if mutants.judge(copy, harness).found:
-                return harness
+    for harness in mutants.chosen_for(mutant):
+        if mutants.look(mutant, {harness: mutants.SECONDS_MAX})[harness].found:
+            return harness
     return ""
 
 

@@ -29,6 +29,7 @@ from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
 from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel
+from tests.crash.compiled_order import crash_filesystem
 from tests.crash.enumeration import ENDS
 from tests.crash.interleave import PLACE, RULES, Loop
 from tests.crash.simulation import number_of, numbers_in, payload_of, steps_of
@@ -184,7 +185,7 @@ class World:
     def process(self) -> Process:
         """The one that lives, started where none does."""
         if self._living is None:
-            self._plain = CrashFilesystem(self.disk, self._before)
+            self._plain = crash_filesystem(self.disk, self._before)
             living = Process(self.disk, self._wrap(self._plain), self.clock, self._new_id)
             living.start()
             self._living = living
@@ -338,7 +339,7 @@ def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> Out
     """Open what a crash has left, deliver it to the sinks, append an event and deliver that too; look at the accounts."""
     disk, clock = Disk(state, links_of(state)), ManualClock()
     clock.advance(3600.0)
-    process = Process(disk, CrashFilesystem(disk), clock, map("r{:03d}".format, itertools.count(1)).__next__)
+    process = Process(disk, crash_filesystem(disk), clock, map("r{:03d}".format, itertools.count(1)).__next__)
     process.start()
     for sink in removed:
         process.remove(sink)

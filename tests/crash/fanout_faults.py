@@ -14,7 +14,8 @@ from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store.layout import Kind
 from pillarbox.testing.crash import Op
 from pillarbox.testing.durability_model import DurabilityModel
-from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultCounter, FaultFilesystem
+from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultCounter
+from tests.crash.compiled_order import fault_filesystem
 from tests.crash.fanout import LOCKS, Owed, World
 from tests.crash.interleave import PLACE
 from tests.crash.simulation import kind_at, steps_of
@@ -26,7 +27,7 @@ HISTORIES: Final = ("aafxfd", "afcfafd", "afxpf", "afrafd", "afav", "afokfd")
 def faults_of(history: str) -> Iterator[Fault]:
     """Each operation of a history failing, in each way."""
     meter = FaultCounter()
-    World(lambda plain: FaultFilesystem(plain, meter)).run(history)
+    World(lambda plain: fault_filesystem(plain, meter)).run(history)
     for verb, errnos in VERBS.items():
         for nth, code, for_good in itertools.product(range(1, meter.counts[verb] + 1), errnos, (False, True)):
             yield Fault(verb, nth, code, for_good)
@@ -37,7 +38,7 @@ def faults_of(history: str) -> Iterator[Fault]:
 def check(history: str, fault: Fault) -> tuple[list[Op], str]:
     """What happens with a fault, and what is wrong with it, during it or once the disk works again."""
     meter = FaultCounter(fault)
-    world = World(lambda plain: FaultFilesystem(plain, meter))
+    world = World(lambda plain: fault_filesystem(plain, meter))
     problem = ""
     for letter, _ in steps_of(history):
         try:

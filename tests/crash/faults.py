@@ -14,14 +14,15 @@ from typing import Final, NamedTuple
 
 from pillarbox.store.layout import Kind
 from pillarbox.testing.durability_model import DurabilityModel
-from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultCounter, FaultFilesystem
+from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultCounter
+from tests.crash.compiled_order import fault_filesystem
 from tests.crash.enumeration import VIOLATIONS_MAX, Bounds, Enumeration, Origin
 from tests.crash.enumeration import reproduce as reproduce_crash
 from tests.crash.simulation import LOCKS, Account, World, kind_at, numbers_in
 
 # Chosen so that each has something that the others have not: rotation, both durabilities, dead letters and quarantine,
-# adoption after a death, a second process, eviction, a close.
-HISTORIES: Final = ("aasasrsd", "ppsprsd", "mxgrsd", "agkxsd", "AapSsSd", "masrsvas", "apmc", "pxAKdsas")
+# adoption after a death, a second process, eviction, a close, and two files that are sealed together.
+HISTORIES: Final = ("ararsd", "aasasrsd", "ppsprsd", "mxgrsd", "agkxsd", "AapSsSd", "masrsvas", "apmc", "pxAKdsas")
 WAIT_S: Final = 120.0  # longer than any pause before something is tried again
 
 
@@ -42,7 +43,7 @@ class Report(NamedTuple):
 
 def world_with(meter: FaultCounter) -> World:
     """One whose disk fails as a meter says."""
-    world = World(lambda plain: FaultFilesystem(plain, meter))
+    world = World(lambda plain: fault_filesystem(plain, meter))
     world.troubled = lambda: meter.failures > 0
     # A refused call of which a part is on the disk and cannot be cut off: whoever adopts the file cannot know.
     world.cuts = all(fault.verb != "truncate" for fault in meter.faults)

@@ -42,14 +42,17 @@ from pillarbox.store.recovery import recover
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
-from pillarbox.testing.crash import CrashFilesystem, Disk, Killed
+from pillarbox.testing.crash import Disk, Killed
+from tests.crash.compiled_order import crash_filesystem
 
 PLACE: Final = "/outbox"
 PREEMPTIONS: Final = 3
 KILLS: Final = 1
 RULES: Final = DeliveryConfig(stop_after_rejected_batches=0, page_files=2)  # so that what waits is named in several parts
 # What no other process can notice. Where the others cannot tell before from after, one point stands for both.
-UNNOTICED: Final = frozenset({"sync_data", "sync_directory", "disk_space", "inspect_directory", "make_directory", "overwrite"})
+UNNOTICED: Final = frozenset(
+    {"sync_data", "sync_directory", "disk_space", "inspect_directory", "make_directory", "overwrite", "write_back"}
+)
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK})
 
@@ -98,7 +101,7 @@ class Process:
         self.world = world
         self.number = number
         self.dead = False
-        self.filesystem = CrashFilesystem(world.disk, before=self.point)
+        self.filesystem = crash_filesystem(world.disk, self.point)
         self.clock = ManualClock()
         self.directory = Directory(PLACE, self.filesystem, self.clock, world.new_id)
 

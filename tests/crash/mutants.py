@@ -25,22 +25,25 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import pillarbox
+from tests.crash import compiled_order
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = ROOT / "src" / "pillarbox"
+SOURCES: Final = PACKAGE.with_name("speedups")  # in C
 AT_ONCE: Final = 2
 SECONDS_MAX: Final = 60.0  # of a harness, or PATIENCE times what it takes on code that is right, if that is more
 PATIENCE: Final = 4
 SECONDS_AS_IT_IS: Final = 900.0
 FOUND, UNUSABLE = 10, 11  # exit statuses of a harness, unlike those of an interpreter that fails
 HISTORIES_BY_CHANCE: Final = 100
-FAILING: Final = ("mxgrsd", "ppsprsd")  # histories of which each operation fails
+FAILING: Final = ("ararsd", "mxgrsd", "ppsprsd")  # histories of which each operation fails
 MEANWHILE: Final = ("prsd", "psppp", "pprsd", "aprsasd", "psasrsd", "pxrsd", "pasrsc")  # histories with syncs
 FOR_SEVERAL: Final = ("af", "aafxyafd", "afcafd", "afpfd", "aafxv", "okfxkd")  # histories of several sinks
 CUT_SHORT: Final = "af{}v"  # one more
 OPERATIONS: Final = 30  # that it has at most
 EXAMPLES: Final = 1200  # of the state machine
 UNIT_TESTS: Final = "tests"  # of the functions, not of crashes
+COMPILED_TESTS: Final = ("tests/store/test_batch_io.py", "tests/store/test_dirscan.py")  # of a patch of a C source
 LEFT_OUT: Final = (
     *(
         "store/test_interrupts",
@@ -63,19 +66,29 @@ PATCHES: Final = Path(__file__).with_suffix(".txt").read_text()
 
 
 class Mutant(NamedTuple):
-    """A patch of one module."""
+    """A patch of one module, or of one C source: then the harnesses run over the compiled order of operations."""
 
     name: str
     breaks: str
-    module: str  # under src/pillarbox
+    module: str  # under src/pillarbox; of a C source under src
     old: str
     new: str
     also: list[str]  # harnesses
     only: bool  # and no others
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it is a patch of a C source."""
+        return self.module.endswith(".c")
+
+    @property
+    def path(self) -> Path:
+        """What it patches."""
+        return (PACKAGE.parent if self.is_compiled else PACKAGE) / self.module
+
 
 def _mutants(text: str) -> Iterator[Mutant]:
-    for of_module in text.removeprefix("\n").removeprefix("@ ").split("\n@ "):
+    for of_module in text.strip("\n").removeprefix("@ ").split("\n@ "):
         module, _, rest = of_module.partition("\n")
         for found in _MUTANT.finditer(rest + "\n"):
             name, also, breaks, patch = found.groups()
@@ -135,6 +148,8 @@ def _tests(*chosen: str) -> str:
 
 def unit_tests() -> str:
     """What the functions promise, without what the other columns are, and what wants real file systems or takes longest."""
+    if compiled_order.current_order() == "compiled":
+        return _tests(*COMPILED_TESTS, "-k", "not plain")
     return _tests("tests/store", "tests/delivery", *(f"--ignore=tests/{name}.py" for name in LEFT_OUT))
 
 
@@ -276,7 +291,7 @@ def chosen_for(mutant: Mutant) -> list[str]:
 
 def patched(mutant: Mutant) -> str:
     """The module's text with the patch; raises where what it patches is not there exactly once."""
-    text = (PACKAGE / mutant.module).read_text()
+    text = mutant.path.read_text()
     if text.count(mutant.old) != 1:
         raise ValueError(f"{mutant.name}: what it patches is {text.count(mutant.old)} times in {mutant.module}")
     return text.replace(mutant.old, mutant.new)
@@ -284,17 +299,30 @@ def patched(mutant: Mutant) -> str:
 
 def copied(mutant: Mutant | None, place: Path) -> Path:
     """A copy of the package, with a mutant or as it is; the folder that it is in."""
-    shutil.copytree(PACKAGE, place / "pillarbox", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, place / "pillarbox", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(SOURCES, place / "speedups")
     if mutant is not None:
-        (place / "pillarbox" / mutant.module).write_text(patched(mutant))
+        (place / mutant.path.relative_to(PACKAGE.parent)).write_text(patched(mutant))
     return place
 
 
-def judge(place: Path, harness: str, seconds_max: float = SECONDS_MAX) -> Verdict:
-    """Run a harness on the copy of the package that is in a folder. What never ends is found too."""
+def judge(place: Path, harness: str, seconds_max: float = SECONDS_MAX, *, compiled: bool = False) -> Verdict:
+    """Run a harness on the copy of the package that is in a folder. A harness that never ends has found something too.
+
+    With `compiled` over the compiled order of operations; otherwise over the portable one, and without the extension.
+    """
     environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0", "TMPDIR": str(place)}
-    environment["PILLARBOX_PURE_PYTHON"] = "1"  # what is patched is what must run
-    command = [sys.executable, "-m", "tests.crash.mutants", "--on", str(place), "--harness", harness]
+    environment |= {"PILLARBOX_PURE_PYTHON": "" if compiled else "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.crash.mutants",
+        "--on",
+        str(place),
+        "--harness",
+        harness,
+        *["--compiled"] * compiled,
+    ]
     begin = time.monotonic()
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -309,11 +337,14 @@ def judge(place: Path, harness: str, seconds_max: float = SECONDS_MAX) -> Verdic
     return Verdict(process.returncode == FOUND, output.strip(), time.monotonic() - begin)
 
 
-def look(mutant: Mutant | None, bounds: Mapping[str, float]) -> dict[str, Verdict]:
+def look(mutant: Mutant | None, bounds: Mapping[str, float], *, compiled: bool = False) -> dict[str, Verdict]:
     """What harnesses say of a mutant, or of the code as it is, each within so many seconds."""
     with tempfile.TemporaryDirectory(prefix="pillarbox-mutant-") as folder:
         place = copied(mutant, Path(folder))
-        return {harness: judge(place, harness, seconds) for harness, seconds in bounds.items()}
+        compiled = compiled or (mutant is not None and mutant.is_compiled)
+        if compiled:
+            compiled_order.build_extension(place / "speedups", place / "pillarbox")  # for the unit tests
+        return {harness: judge(place, harness, seconds, compiled=compiled) for harness, seconds in bounds.items()}
 
 
 def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None) -> Table:
@@ -321,15 +352,17 @@ def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | No
     named = {mutant.name: mutant for mutant in MUTANTS}
     mutants = MUTANTS if names is None else [named[name] for name in names]
     begin = time.monotonic()
-    needed = {harness for mutant in mutants for harness in chosen_for(mutant)}
-    bounds: dict[str, float] = {}
-    for harness, verdict in look(None, {harness: SECONDS_AS_IT_IS for harness in HARNESSES if harness in needed}).items():
-        if verdict.found:
-            raise RuntimeError(f"{harness} finds something in the code as it is: {verdict.why}")
-        bounds[harness] = max(SECONDS_MAX, PATIENCE * verdict.seconds)
+    bounds: dict[tuple[str, bool], float] = {}
+    for compiled in {mutant.is_compiled for mutant in mutants}:
+        needed = {harness for mutant in mutants if mutant.is_compiled == compiled for harness in chosen_for(mutant)}
+        as_it_is = look(None, {name: SECONDS_AS_IT_IS for name in HARNESSES if name in needed}, compiled=compiled)
+        for harness, verdict in as_it_is.items():
+            if verdict.found:
+                raise RuntimeError(f"{harness} finds something in the code as it is: {verdict.why}")
+            bounds[harness, compiled] = max(SECONDS_MAX, PATIENCE * verdict.seconds)
 
     def judged(mutant: Mutant) -> dict[str, Verdict]:
-        verdicts = look(mutant, {harness: bounds[harness] for harness in chosen_for(mutant)})
+        verdicts = look(mutant, {harness: bounds[harness, mutant.is_compiled] for harness in chosen_for(mutant)})
         if progress is not None:
             finders = [f"{name} in {verdict.seconds:.1f} s" for name, verdict in verdicts.items() if verdict.found]
             progress(f"{mutant.name}: {', '.join(finders) or 'SURVIVES'}")
@@ -340,14 +373,15 @@ def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | No
     return Table(verdicts, time.monotonic() - begin)
 
 
-def _be_harness(name: str, place: Path) -> int:
+def _be_harness(name: str, place: Path, order: compiled_order.Order) -> int:
     """In a process of its own: the exit status."""
     if name != UNIT_TESTS:
         logging.disable(logging.CRITICAL)
     try:
         if not Path(pillarbox.__file__).is_relative_to(place):
             raise ImportError(pillarbox.__file__)  # noqa: TRY301 - the same way out
-        problem = HARNESSES[name]()
+        with compiled_order.order(order):
+            problem = HARNESSES[name]()
     except (ImportError, NameError, SyntaxError) as error:
         print(f"a mutant that does not run: {error!r}")  # noqa: T201 - to the one that has started it
         return UNUSABLE
@@ -363,9 +397,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--harness", choices=HARNESSES, help=argparse.SUPPRESS)
     parser.add_argument("--on", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.harness:
-        return _be_harness(chosen.harness, chosen.on)
+        return _be_harness(chosen.harness, chosen.on, "compiled" if chosen.compiled else "portable")
     table = run(chosen.names or None, lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
     print(table)  # noqa: T201 - the report
     print(f"\n{len(table.verdicts)} mutants in {table.seconds:.0f} s; survivors: {', '.join(table.survivors) or 'none'}")  # noqa: T201

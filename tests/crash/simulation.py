@@ -28,6 +28,7 @@ from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
+from tests.crash.compiled_order import crash_filesystem
 from tests.crash.interleave import deliver_once
 
 PLACE: Final = "/outbox"
@@ -281,7 +282,7 @@ class World:
     def _process(self, which: int) -> Process | None:
         """The process, started where it is not there; None where the disk does not let it start."""
         if which not in self._processes:
-            plain = CrashFilesystem(self.disk, self._before)
+            plain = crash_filesystem(self.disk, self._before)
             process = Process(self._wrap(plain), self.new_id, self.clock, self._say)
             self._processes[which] = plain, process
             try:
@@ -400,10 +401,10 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
     destination = Destination(disk)
     problem = ""
     try:
-        process = Process(CrashFilesystem(disk), new_id, clock, lambda what: disk.mark(("said", what)))
+        process = Process(crash_filesystem(disk), new_id, clock, lambda what: disk.mark(("said", what)))
         process.start()
         done = len(disk.trace)
-        again = Directory(PLACE, CrashFilesystem(disk), clock, new_id)
+        again = Directory(PLACE, crash_filesystem(disk), clock, new_id)
         again.ensure_usable()
         recovery.recover(again)
         if len(disk.trace) != done:

@@ -39,6 +39,7 @@ from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
 from pillarbox.testing.durability_model import DurabilityModel, _contents_after, _with_name_change
+from tests.crash.compiled_order import crash_filesystem
 from tests.crash.interleave import LOCKS, PLACE, deliver_once
 
 STEPS: Final = 25
@@ -88,7 +89,7 @@ class Process:
     def __init__(self, disk: Disk, clock: ManualClock, new_id: Callable[[], str]) -> None:
         self.left: int | None = None  # operations until it dies
         self.dead = False
-        self.filesystem = CrashFilesystem(disk, before=self._before)
+        self.filesystem = crash_filesystem(disk, self._before)
         self.directory = Directory(PLACE, self.filesystem, clock, new_id)
         self.clock = clock
 

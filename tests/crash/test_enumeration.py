@@ -25,6 +25,7 @@ DISTINCT_MIN = 100_000  # states that the exhaustive part is to have seen; fewer
 Patch = pytest.MonkeyPatch
 
 
+@pytest.mark.usefixtures("each_order")
 def test_every_state_after_every_short_history_is_recovered() -> None:
     """Histories of up to three steps, torn at any byte; of those of one step each recovery is cut short as well."""
     report = run(STEPS, bounds=Bounds(in_recovery=1))
@@ -33,6 +34,7 @@ def test_every_state_after_every_short_history_is_recovered() -> None:
     assert report.distinct > DISTINCT_MIN
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", ["gd", "xd", "pk", "mrs"])
 def test_a_recovery_that_is_cut_short_is_recovered(history: str) -> None:
     """Histories of two steps and more in which recovery and settlement have something to do."""
@@ -43,6 +45,7 @@ def test_a_recovery_that_is_cut_short_is_recovered(history: str) -> None:
     assert looked.in_recovery > 1000
 
 
+@pytest.mark.usefixtures("each_order")
 def test_longer_histories_by_chance() -> None:
     """In which processes die in the middle of a step as well; the seed is in the report."""
     looked = Enumeration()

@@ -15,8 +15,9 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.fanout import FanOut
 from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.testing.crash import CrashFilesystem, Op
-from pillarbox.testing.fault import Fault, FaultCounter, FaultFilesystem
+from pillarbox.testing.fault import Fault, FaultCounter
 from tests.crash import fanout, fanout_faults
+from tests.crash.compiled_order import fault_filesystem
 from tests.crash.fanout import Looked, World, moments
 
 # The life of files up to the last sink; later sinks, with what waits and without; one that goes; the first set-up over what
@@ -42,6 +43,7 @@ def _quick(monkeypatch: Patch) -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", HISTORIES)
 def test_no_sink_misses_anything_or_is_given_it_twice_whenever_the_process_or_the_power_fails(history: str) -> None:
     """And the accounts of the directory and of each sink balance."""
@@ -51,6 +53,7 @@ def test_no_sink_misses_anything_or_is_given_it_twice_whenever_the_process_or_th
     assert looked.checked > CHECKED_MIN
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", CUT_SHORT)
 def test_a_step_that_is_cut_short_anywhere_is_done_again_by_the_next_process(history: str) -> None:
     """Killed ahead of each operation of it; then what a second crash leaves."""
@@ -61,6 +64,7 @@ def test_a_step_that_is_cut_short_anywhere_is_done_again_by_the_next_process(his
     assert looked.checked > CHECKED_MIN
 
 
+@pytest.mark.usefixtures("each_order")
 def test_longer_histories_by_chance() -> None:
     """In which processes die in the middle of a step as well; the violation has the history."""
     looked = Looked()
@@ -76,6 +80,7 @@ def test_longer_histories_by_chance() -> None:
         assert not looked.violations
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", fanout_faults.HISTORIES)
 def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) -> None:
     """Trouble is named, and once the disk works again everything arrives everywhere."""
@@ -87,12 +92,13 @@ def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) 
     assert met > FAULTS_MIN
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("verb", ["sync_data", "sync_directory", "link", "rename", "unlink"])
 def test_what_a_crash_leaves_after_a_fault_is_recovered(verb: str) -> None:
     """No name goes before the sync that it waits for, when that sync has failed."""
     history, looked = "aafxfd", Looked()
     meter = FaultCounter()
-    World(lambda plain: FaultFilesystem(plain, meter)).run(history)
+    World(lambda plain: fault_filesystem(plain, meter)).run(history)
     for nth in range(1, meter.counts[verb] + 1):
         trace, _ = fanout_faults.check(history, Fault(verb, nth, errno.EIO))
         looked.look_at(f"{history} with {verb} {nth}", trace, few=True, faults=True)

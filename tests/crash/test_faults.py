@@ -34,6 +34,7 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", HISTORIES)
 def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) -> None:
     """Nothing is raised, nothing is lost, no answer is false, and once the disk works again everything is delivered."""
@@ -42,6 +43,7 @@ def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) 
     assert report.faults >= FAULTS_MIN
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", HISTORIES)
 def test_a_part_of_a_write_may_be_there_to_stay(history: str) -> None:
     """The disk is full in the middle of a line, and what it took cannot be cut off."""

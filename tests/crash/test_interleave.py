@@ -41,6 +41,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize(("scenario", "preemptions", "kills"), CASES)
 def test_no_interleaving_loses_doubles_or_leaves_anything(scenario: Scenario, preemptions: int, kills: int) -> None:
     """What is accepted is delivered, once where nobody is killed."""
@@ -49,11 +50,13 @@ def test_no_interleaving_loses_doubles_or_leaves_anything(scenario: Scenario, pr
     assert not report.violations, str(report)
 
 
+@pytest.mark.usefixtures("each_order")
 def test_a_file_that_is_written_aside_is_not_removed_as_a_dead_writers() -> None:
     """By another process that held the first one of that name, when there was one name for all."""
     assert not explore(interleave.one_adopts_what_is_torn_and_another_delivers, 2, 0).violations
 
 
+@pytest.mark.usefixtures("each_order")
 def test_schedules_are_the_same_each_time() -> None:
     """What is found can be found again."""
     first, second = (explore(interleave.two_deliver, 1, 1) for _ in range(2))
@@ -125,6 +128,7 @@ def test_a_file_that_is_removed_before_it_is_delivered_is_found_by_a_kill(monkey
     assert "lost" in found(interleave.two_deliver, 0, 1)
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("scenario", interleave_fanout.SCENARIOS)
 @pytest.mark.parametrize(("preemptions", "kills"), [(1, 0), (0, 1)])
 def test_no_interleaving_of_handing_over_has_a_sink_miss_anything(scenario: Scenario, preemptions: int, kills: int) -> None:

@@ -12,8 +12,9 @@ from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import SealedEntry, SettledEntry, parse_ledger
 from pillarbox.store.reconciliation import FileCounts
 from pillarbox.testing import ManualClock
-from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
+from pillarbox.testing.crash import Disk, Op, State
 from pillarbox.testing.durability_model import DurabilityModel
+from tests.crash.compiled_order import crash_filesystem
 from tests.crash.enumeration import ENDS
 
 PLACE = "/outbox"
@@ -34,7 +35,7 @@ def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
     monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 1)
     disk, clock = Disk(), ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
-    place = Directory(PLACE, CrashFilesystem(disk), clock, new_id)
+    place = Directory(PLACE, crash_filesystem(disk), clock, new_id)
     place.ensure_usable()
     pen = LedgerWriter(place, clock)
     for number in range(BATCHES):
@@ -73,6 +74,7 @@ def look(trace: list[Op]) -> tuple[int, str]:
     return states, ""
 
 
+@pytest.mark.usefixtures("each_order")
 def test_what_was_synced_is_counted_once_whatever_a_crash_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """At every moment of appending and of summing up, by a kill or the loss of power."""
     trace = history(monkeypatch)
@@ -82,6 +84,7 @@ def test_what_was_synced_is_counted_once_whatever_a_crash_leaves(monkeypatch: py
     assert states > STATES_MIN
 
 
+@pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("verb", ["sync_data", "sync_directory"])
 def test_without_its_syncs_that_is_not_so(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     """The states tell the difference."""

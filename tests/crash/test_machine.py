@@ -28,6 +28,7 @@ ENOUGH = 3000  # to find what is planted; most are found in the first hundreds
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
+@pytest.mark.usefixtures("each_order")
 def test_nothing_is_lost_invented_doubled_or_left_behind() -> None:
     """Whatever is called, in whatever order, however it ends."""
     torture(EXAMPLES)
@@ -101,6 +102,7 @@ def test_what_is_planted_is_found(monkeypatch: pytest.MonkeyPatch, plant: Plant)
         torture(ENOUGH, 2, shrink=False)
 
 
+@pytest.mark.usefixtures("each_order")
 def test_a_batch_keeps_its_name_when_the_power_fails_after_it_was_sent() -> None:
     """Its sealer died between rename and sync: another name after the loss of power is another batch to the destination."""
     for killed, cut, number in itertools.product(range(4), range(8, 16), range(4)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-from tests.crash import mutants
+from tests.crash import compiled_order, mutants
 from tests.crash.mutants import HARNESSES, MUTANTS, Mutant
 
 MUTANTS_MIN = 30
@@ -21,6 +23,8 @@ SAMPLE = [
     ("found-times-ignored", "machine"),
     ("lock-file-not-locked", "tests"),
     ("link-counts-at-once", "fanout"),
+    ("c-written-back-not-synced", "enumeration"),
+    ("c-new-file-without-name", "interleave"),
 ]
 NAMED = {mutant.name: mutant for mutant in MUTANTS}
 
@@ -41,8 +45,12 @@ def test_a_mutant_names_harnesses_besides_those_for_all_or_in_their_place() -> N
 def test_a_mutant_is_what_it_patches_exactly_once_and_compiles(mutant: Mutant) -> None:
     """So that none is lost when the code is changed."""
     text = mutants.patched(mutant)
-    assert text != (mutants.PACKAGE / mutant.module).read_text()
-    compile(text, mutant.module, "exec")
+    assert text != mutant.path.read_text()
+    if not mutant.is_compiled:
+        compile(text, mutant.module, "exec")
+    elif not compiled_order.why_not():
+        include = ["-I", str(mutants.SOURCES), "-I", sysconfig.get_paths()["include"]]
+        subprocess.run([compiled_order.COMPILER, "-fsyntax-only", *include, "-x", "c", "-"], input=text, text=True, check=True)
 
 
 def test_a_mutant_of_text_that_is_not_there_is_an_error() -> None:

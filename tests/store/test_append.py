@@ -177,7 +177,7 @@ def test_counts_do_not_overflow() -> None:
     state: Any = State()
     state.lock, state._limit, state._file = OpenLock(), 2**63 - 1, SegmentCounters()
     state._file.bytes = state._file.events = state._file.attend_at = 2**63 - 1
-    enqueue = speedups.Enqueue(
+    enqueue: Any = speedups.Enqueue(
         state, lambda *_: pytest.fail("asked"), msgspec.json.encode, TrackingEvent, 10**6, lambda *_: pytest.fail("asked"),
         lambda _fd, line: len(line), ENQUEUED, power=False,
     )  # fmt: skip

@@ -47,6 +47,7 @@ VERBS: Final[dict[str, tuple[int, ...]]] = {
     "overwrite": (errno.EIO, errno.EFBIG, errno.EROFS, *_FULL),
     "truncate": (errno.EIO, errno.EROFS),
     "sync_data": (errno.EIO, *_FULL, errno.EROFS),
+    "write_back": (errno.EIO, *_FULL),  # of the compiled `sync_each` only: sync_file_range(2)
     "sync_directory": (errno.EIO, errno.EMFILE, errno.ENFILE, *_FULL, errno.EROFS),
     "rename": (errno.EACCES, errno.EIO, errno.EROFS, *_FULL),
     "unlink": (errno.EACCES, errno.EIO, errno.EROFS),
