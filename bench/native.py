@@ -28,7 +28,7 @@ from pillarbox import Outbox, _native, event
 from pillarbox._native import COMPILED
 from pillarbox.outcome import ENQUEUED_POWER
 from pillarbox.store.dirscan import ALL_NAMES
-from pillarbox.store.filesystem import CompiledOsFilesystem, OsFilesystem
+from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -30,7 +30,7 @@ from typing import Any, Final, Literal, get_args
 from greenlet import getcurrent
 
 import pillarbox
-from pillarbox.store.filesystem import CompiledOsFilesystem
+from pillarbox.store.os_filesystem import CompiledOsFilesystem
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.fault import Fault, FaultCounter, FaultFilesystem
 

@@ -23,8 +23,7 @@ SAMPLE = [
     ("found-times-ignored", "machine"),
     ("lock-file-not-locked", "tests"),
     ("link-counts-at-once", "fanout"),
-    ("c-written-back-not-synced", "enumeration"),
-    ("c-new-file-without-name", "interleave"),
+    ("c-last-not-synced", "enumeration"),
 ]
 NAMED = {mutant.name: mutant for mutant in MUTANTS}
 
