@@ -200,6 +200,25 @@ def test_what_is_planted_under_our_names_is_named(box: Path) -> None:
     assert outside.read_bytes() == b"mine"
 
 
+def test_no_advice_deletes_a_regular_file_of_the_store(box: Path) -> None:
+    """It may hold accepted events. The advice for a second hard link keeps them, and can be pasted into a shell."""
+    batch = box / "sealed-0000000000000001-u; echo.ndjson"
+    batch.write_bytes(LINE)
+    (box / "notes").hardlink_to(batch)
+    segment = box / "active-w-1.ndjson"
+    segment.write_bytes(LINE)
+    (box / "copy").hardlink_to(segment)
+    texts = [text for _, text in examined(box)["files"]]
+    assert len(texts) == 2
+    assert not re.search(r"\b(remove|delete|rm|unlink)\b", " ".join(texts))
+    (of_segment,) = (text for text in texts if text.startswith(str(segment)))
+    assert "stop the application that writes it, then " in of_segment
+    for text in texts:
+        subprocess.run(["sh", "-euc", text.partition("a file of its own: ")[2]], check=True, timeout=60)
+    assert examined(box)["files"] == [(True, "the store can use every file that has one of its names")]
+    assert (batch.read_bytes(), segment.read_bytes()) == (LINE, LINE)
+
+
 def test_of_many_planted_files_the_first_are_named_and_all_are_counted(box: Path) -> None:
     """Output has a bound."""
     for number in range(50):
@@ -235,7 +254,7 @@ def test_limits_that_are_reached_are_told(box: Path) -> None:
         (box / layout.sealed_name(number, "x")).write_bytes(LINE)
     full = examined(box, limits=LIMITS._replace(max_bytes=49, max_files=7, min_free_bytes=2**60))
     assert bad(full) == {"pending bytes", "pending files", "free space"}
-    assert "new events are dropped" in full["pending bytes"][0][1]
+    assert "no new event is accepted" in full["pending bytes"][0][1]
     assert bad(examined(box, limits=LIMITS._replace(max_bytes=50, max_files=8))) == set()
     evicting = examined(box, limits=LIMITS._replace(max_bytes=56, max_files=8, evicts=True))
     assert bad(evicting) == {"pending bytes", "pending files"}

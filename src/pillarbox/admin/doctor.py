@@ -316,7 +316,7 @@ def _check_free_space(directory: Directory, limits: DoctorLimits) -> DoctorFindi
         min_free_bytes = min(MIN_FREE_BYTES_MAX, space.total_bytes // MIN_FREE_SHARE)
     text = f"{space.free_bytes:,} bytes free; {min_free_bytes:,} must stay free (min_free_bytes)"
     if space.free_bytes < min_free_bytes:
-        return failed("free space", f"{text}, so new events are dropped: free space on the volume")
+        return failed("free space", f"{text}, so no new event is accepted: free space on the volume")
     return passed("free space", text)
 
 
@@ -329,7 +329,7 @@ def _check_pending(usage: DiskUsage, limits: DoctorLimits) -> Iterator[DoctorFin
         if used < limit - (limit // SLACK_SHARE if limits.evicts else 0):
             yield passed(check, text)
             continue
-        loss = "the oldest events are evicted" if limits.evicts else "new events are dropped"
+        loss = "the oldest events are evicted" if limits.evicts else "no new event is accepted"
         yield failed(check, f"{text}, full, so {loss}: have the backlog delivered, or raise {setting}")
 
 

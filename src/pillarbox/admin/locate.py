@@ -88,8 +88,8 @@ class EventLocation(msgspec.Struct, frozen=True, kw_only=True):
     event: msgspec.Raw | None = None  # None within damaged bytes
 
 
-class FileContents(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file contains."""
+class FileSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file contains, in numbers."""
 
     file: str
     state: str
@@ -243,8 +243,8 @@ class Locator:
                     reason=damage.reason,
                 )
 
-    def read_contents(self, file: FileRef) -> FileContents:
-        """Read a file, and say what it contains."""
+    def read_summary(self, file: FileRef) -> FileSummary:
+        """Read a file and summarize it."""
         times: list[int] = []
         events = 0
         damaged: list[DamagedRange] = []
@@ -264,7 +264,7 @@ class Locator:
             quarantined = quarantine.read_batch(file.directory, file.batch)
             ranges = [] if quarantined is None else quarantined.ranges
             damaged = [DamagedRange(damage.offset, damage.length, damage.reason) for damage in ranges]
-        return FileContents(
+        return FileSummary(
             file=file.display_name,
             state=_FILE_STATES[file.kind],
             batch=file.batch,

@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pillarbox.admin.filters import EventHeaderDecoder, parse_batch_id
-from pillarbox.admin.locate import BatchHistory, EventLocation, FileContents, Locator
+from pillarbox.admin.locate import BatchHistory, EventLocation, FileSummary, Locator
 from pillarbox.admin.scan import FileProblem
 from pillarbox.admin.text import format_time
 from pillarbox.cli.context import CommandContext, plural, print_json, printable
@@ -31,7 +31,7 @@ class InspectResult(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     kind: Literal["file", "batch", "event", "unknown"]
-    files: list[FileContents]  # of this name, with what is in them
+    files: list[FileSummary]  # of this name, with what is in them
     events: list[EventLocation]  # places where the event is
     batches: list[BatchHistory]  # what is known of the batches concerned
     problems: list[FileProblem]  # what could not be read
@@ -53,7 +53,7 @@ def inspect(
     """
     site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
     known = Locator(site.directory, EventHeaderDecoder(site.settings.event_type), site.heading)
-    files = [known.read_contents(sight) for sight in known.find_files(name)]
+    files = [known.read_summary(sight) for sight in known.find_files(name)]
     batch = batch_id(parse_batch_id(name.partition("#")[0]))
     events: list[EventLocation] = []
     if files:
@@ -106,7 +106,7 @@ def _print_result(found: InspectResult) -> None:
         err.print(printable(str(trouble)), markup=False)
 
 
-def _file_lines(file: FileContents) -> list[str]:
+def _file_lines(file: FileSummary) -> list[str]:
     lines = [f"{file.file}: {file.state}, {file.bytes:,} bytes, {plural(file.events, 'event')}"]
     if file.writer:
         lines.append(f"  of writer {file.writer}")
