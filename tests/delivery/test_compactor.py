@@ -235,7 +235,7 @@ class Passing(PortableScanOps, OsFilesystem):
         super().__init__()
         self._gone = {name}
 
-    def listing(self, path: str) -> Iterator[FileEntry]:
+    def list_files(self, path: str) -> Iterator[FileEntry]:
         found = [entry for entry in super().list_files(path) if entry.name.removesuffix(".zst") not in self._gone]
         if self._gone and found:
             self._gone.clear()

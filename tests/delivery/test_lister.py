@@ -157,11 +157,11 @@ class _Failing(OsFilesystem):
         super().__init__()
         self.failed = 0
 
-    def first(self, path: str, patterns: NamePatterns, after: str = "", until: str = "", most: int = 0) -> NamePage:
+    def first_names(self, path: str, patterns: NamePatterns, after: str = "", until: str = "", limit: int = 0) -> NamePage:
         if after and not self.failed:
             self.failed += 1
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-        return super().first_names(path, patterns, after, until, most)
+        return super().first_names(path, patterns, after, until, limit)
 
 
 def test_where_the_next_part_cannot_be_listed_the_next_look_begins_anew(place: Directory) -> None:

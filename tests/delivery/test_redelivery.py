@@ -175,7 +175,7 @@ class Volume(OsFilesystem):
 
     others = 0
 
-    def space(self, path: str) -> DiskSpace:
+    def disk_space(self, path: str) -> DiskSpace:
         used = sum(size for _, size in self.list_files(path))
         return DiskSpace(max(0, 1_000_000 - self.others - used), 1_000_000)
 

@@ -363,7 +363,7 @@ def test_what_several_keep_gives_way_in_all_their_queues_at_once(place: Director
 class Small(OsFilesystem):
     """A volume of 1,000,000 bytes; what several names have is on it once."""
 
-    def space(self, path: str) -> DiskSpace:
+    def disk_space(self, path: str) -> DiskSpace:
         used = {os.stat(file).st_ino: os.stat(file).st_size for file in Path(path).rglob("delivered-*")}
         return DiskSpace(max(0, 1_000_000 - sum(used.values())), 1_000_000)
 

@@ -226,7 +226,7 @@ class _Hasty(PortableScanOps, OsFilesystem):
         super().__init__()
         self.listings = 0
 
-    def listing(self, path: str) -> Iterator[FileEntry]:
+    def list_files(self, path: str) -> Iterator[FileEntry]:
         found = sorted(super().list_files(path))
         self.listings += any(entry.name.startswith("sealed-") for entry in found)
         return (entry for entry in found if self.listings != 2 or not entry.name.startswith("sealed-0000000000000001"))

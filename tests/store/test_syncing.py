@@ -82,7 +82,7 @@ def test_what_the_disk_does_not_take_anew_either_is_said_and_the_others_are_sync
     desk = Desk(tmp_path / "outbox", 3)
     desk.filesystem.failing = {desk.files[0].fd, *range(desk.files[2].fd + 1, desk.files[2].fd + 20)}  # and new files
     (trouble,) = desk.syncs.sync_for_seal(desk.files, lambda _: ())
-    assert "the disk does not take it" in trouble
+    assert "rewriting failed too" in trouble
     assert [file.synced_bytes == file.bytes for file in desk.files] == [False, True, True]
     assert all(file.is_sealed for file in desk.files)
 

@@ -417,7 +417,7 @@ class _Filling(OsFilesystem):
 
     free = 1000
 
-    def space(self, path: str) -> DiskSpace:
+    def disk_space(self, path: str) -> DiskSpace:
         return DiskSpace(self.free, 1000)
 
 
