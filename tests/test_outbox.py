@@ -339,7 +339,7 @@ def test_state_changes_are_logged_once_not_per_event(tmp_path: Path, caplog: pyt
         for number in range(100):
             outbox.enqueue(event(number))
         outbox.flush(0.2)
-    assert len([entry for entry in caplog.records if "dropping events: max_bytes" in entry.message]) == 1
+    assert len([entry for entry in caplog.records if entry.message.endswith("/a: dropping events: max_bytes")]) == 1
     assert len(caplog.records) < 10
 
 
