@@ -47,7 +47,7 @@ COMPILED_TESTS: Final = ("tests/store/test_batch_io.py", "tests/store/test_dirsc
 LEFT_OUT: Final = (
     *(
         "store/test_interrupts",
-        "store/test_commit_interrupts",
+        "store/test_group_commit_interrupts",
         "store/test_full_disks",
         "delivery/test_child",
         "delivery/test_fleet",

@@ -37,7 +37,7 @@ from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX
 from pillarbox.outcome import DROPPED, ENQUEUED
 from pillarbox.store.segment import SPARE_RECHECK_SHARE
-from tests.store.stage import Stage
+from tests.store.writer_scenarios import WriterSetup
 
 PLACED = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
 EVENT = TrackingEvent(event_id="e", occurred_at_micros=1, **PLACED)
@@ -194,26 +194,26 @@ def test_counts_do_not_overflow() -> None:
 @compiled_only
 def test_the_simple_case_is_not_the_closure_s(tmp_path: Path) -> None:
     """Otherwise the compiled path would be tested nowhere."""
-    stage = Stage(tmp_path / "outbox")
+    setup = WriterSetup(tmp_path / "outbox")
     calls = 0
 
     def profile(frame: Any, _event: str, _arg: object) -> None:
         nonlocal calls
         calls += frame.f_code.co_filename.endswith("writer.py")
 
-    assert stage.put() == ENQUEUED
+    assert setup.put() == ENQUEUED
     sys.setprofile(profile)
     try:
-        assert stage.put() == ENQUEUED
+        assert setup.put() == ENQUEUED
     finally:
         sys.setprofile(None)
     assert calls == 0
-    stage.check()
+    setup.check()
 
 
 def test_a_full_file_that_has_no_successor_is_not_attended_to_at_each_event(tmp_path: Path) -> None:
     """That cost as much as the event; once there is a spare, a few events more fill the file."""
-    stage = Stage(tmp_path / "outbox", batch_size=64)
+    setup = WriterSetup(tmp_path / "outbox", batch_size=64)
     looks = 0
 
     def profile(frame: Any, event: str, _arg: object) -> None:
@@ -221,20 +221,20 @@ def test_a_full_file_that_has_no_successor_is_not_attended_to_at_each_event(tmp_
         looks += event == "call" and frame.f_code.co_name == "_attend"
 
     for _ in range(63):
-        assert stage.put() == ENQUEUED
+        assert setup.put() == ENQUEUED
     sys.setprofile(profile)
     try:
         for _ in range(64):
-            assert stage.put() == ENQUEUED
+            assert setup.put() == ENQUEUED
     finally:
         sys.setprofile(None)
     assert looks == 64 // (64 // SPARE_RECHECK_SHARE)
-    assert stage.writer.retired_segments() == []
-    stage.sealer.step()
+    assert setup.writer.retired_segments() == []
+    setup.sealer.step()
     for _ in range(64 // SPARE_RECHECK_SHARE):
-        assert stage.put() == ENQUEUED
-    assert len(stage.writer.retired_segments()) == 1
-    stage.check()
+        assert setup.put() == ENQUEUED
+    assert len(setup.writer.retired_segments()) == 1
+    setup.check()
 
 
 def test_an_outbox_that_nobody_holds_is_collected(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pillarbox.store import layout
 from pillarbox.store.dirscan import ALL_NAMES, FileEntry, FileTotals, NamePage, NamePattern, PortableScanOps
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem
-from tests.store import collector
+from tests.store import gc_control
 
 STAMP = 1_700_000_000_000_000
 OTHERS = [
@@ -191,7 +191,7 @@ def test_an_interrupt_ends_a_listing_and_leaves_nothing_open(files: OsFilesystem
     before = signal.signal(signal.SIGALRM, interrupt)
     open_before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
     try:
-        with collector.only_own_garbage():
+        with gc_control.no_foreign_garbage():
             for _ in range(20):
                 with pytest.raises(StruckError):
                     ask_for_ever()

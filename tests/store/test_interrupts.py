@@ -42,13 +42,13 @@ from pillarbox.store import reader
 from pillarbox.store import writer as writer_module
 from pillarbox.store.writer import RETIRED_MAX
 from tests.conftest import wait_until
-from tests.store import collector
-from tests.store.stage import (
+from tests.store import gc_control
+from tests.store.writer_scenarios import (
     CALLERS,
     INNER,
     THREADS,
     Scenario,
-    Stage,
+    WriterSetup,
 )
 
 TRACED = {writer_module.__file__, directory_module.__file__}
@@ -104,23 +104,23 @@ def interrupt_at_next(frame: FrameType, local: object) -> Any:
     return PENDING
 
 
-def stages(folder: Path, scenario: Scenario, *, compiled: bool) -> Iterator[tuple[int, Stage, Callable[[], object]]]:
-    """A fresh stage for every opcode of the scenario."""
-    counting = Stage(folder / "count", compiled=compiled)
+def setups(folder: Path, scenario: Scenario, *, compiled: bool) -> Iterator[tuple[int, WriterSetup, Callable[[], object]]]:
+    """A fresh setup for every opcode of the scenario."""
+    counting = WriterSetup(folder / "count", compiled=compiled)
     count = run_and_strike(10**9, interrupt_at_next, scenario(counting))
     counting.check()
     close_all(counting)
     for number in range(1, count + 1):
         place = folder / str(number)
-        stage = Stage(place, compiled=compiled)
-        yield number, stage, scenario(stage)
-        close_all(stage)
+        setup = WriterSetup(place, compiled=compiled)
+        yield number, setup, scenario(setup)
+        close_all(setup)
         shutil.rmtree(place)
 
 
-def close_all(stage: Stage) -> None:
-    stage.over = True
-    stage.disk.close_inherited()
+def close_all(setup: WriterSetup) -> None:
+    setup.over = True
+    setup.disk.close_inherited()
 
 
 class Struck:
@@ -145,10 +145,10 @@ class Struck:
             signal.signal(signal.SIGINT, before)
 
 
-def trouble_of(stage: Stage, number: int, where: str) -> list[str]:
-    """What is wrong with a stage after it was struck."""
+def trouble_of(setup: WriterSetup, number: int, where: str) -> list[str]:
+    """What is wrong with a setup after it was struck."""
     try:
-        stage.check()
+        setup.check()
     except (AssertionError, OSError) as error:
         return [f"opcode {number}, at {where}: {error}"]
     return []
@@ -171,14 +171,14 @@ def test_a_keyboard_interrupt_at_any_opcode_loses_nothing_and_tears_nothing(
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    for number, stage, action in stages(tmp_path, scenario, compiled=compiled):
+    for number, setup, action in setups(tmp_path, scenario, compiled=compiled):
         struck = Struck(interrupt)
         with struck.installed():
             try:
                 run_and_strike(number, interrupt_at_next, action)
             except KeyboardInterrupt:
                 interrupted += 1
-        trouble += trouble_of(stage, number, struck.where)
+        trouble += trouble_of(setup, number, struck.where)
     assert not trouble
     assert interrupted > 10 or compiled
 
@@ -190,41 +190,41 @@ def test_a_signal_handler_that_enqueues_at_any_opcode_loses_nothing(
 ) -> None:
     """What it stores is there too, exactly once."""
     trouble: list[str] = []
-    for number, stage, action in stages(tmp_path, scenario, compiled=compiled):
-        struck = Struck(stage.put_inner)
+    for number, setup, action in setups(tmp_path, scenario, compiled=compiled):
+        struck = Struck(setup.put_inner)
         with struck.installed():
             run_and_strike(number, interrupt_at_next, action)
-        assert INNER in stage.attempted
-        trouble += trouble_of(stage, number, struck.where)
+        assert INNER in setup.attempted
+        trouble += trouble_of(setup, number, struck.where)
     assert not trouble
 
 
 class Garbage:
     """Enqueues when it is collected; collected it can only be by the garbage collector, for it holds itself."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, setup: WriterSetup) -> None:
+        self.setup = setup
         self.itself = self
         self.weight: list[list[None]] = [[] for _ in range(50)]  # more than the threshold
 
     def __del__(self) -> None:
-        if self.stage.over:
+        if self.setup.over:
             return
         gc.disable()
         frame = sys._getframe(1)
-        self.stage.garbage_at.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
-        self.stage.put_inner()
+        self.setup.garbage_at.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}")
+        self.setup.put_inner()
 
 
-def collect_at_next_allocation(stage: Stage) -> Strike:
+def collect_at_next_allocation(setup: WriterSetup) -> Strike:
     """Have the collector find garbage as soon as a container is allocated."""
 
     def strike(frame: FrameType, _local: object) -> None:
         sys.settrace(None)
         frame.f_trace = None
         gc.collect()  # empties the lists of free containers, and the few that have come back by the end are kept
-        Garbage(stage)
-        stage.kept = [[], [], [], [], (stage,), (stage,), (stage, stage), (stage, stage), (stage, stage, stage)]
+        Garbage(setup)
+        setup.kept = [[], [], [], [], (setup,), (setup,), (setup, setup), (setup, setup), (setup, setup, setup)]
         gc.enable()  # from here on nothing is allocated by this function
 
     return strike
@@ -238,12 +238,12 @@ def test_garbage_that_enqueues_when_it_is_collected_at_any_opcode_loses_nothing(
     """A `__del__`, wherever something is allocated."""
     trouble: list[str] = []
     collected = 0
-    with collector.at_rest():
-        for number, stage, action in stages(tmp_path, scenario, compiled=compiled):
-            run_and_strike(number, collect_at_next_allocation(stage), action)
+    with gc_control.collection_at_next_allocation():
+        for number, setup, action in setups(tmp_path, scenario, compiled=compiled):
+            run_and_strike(number, collect_at_next_allocation(setup), action)
             gc.disable()
-            collected += bool(stage.garbage_at)
-            trouble += trouble_of(stage, number, " ".join(stage.garbage_at))
+            collected += bool(setup.garbage_at)
+            trouble += trouble_of(setup, number, " ".join(setup.garbage_at))
     assert not trouble
     assert collected > 10 or compiled
 
@@ -251,17 +251,17 @@ def test_garbage_that_enqueues_when_it_is_collected_at_any_opcode_loses_nothing(
 # Without knowing where it strikes.
 
 
-def check_for_real(stage: Stage) -> None:
-    """As `Stage.check`, for one whose sealer has a thread."""
-    assert stage.sealer.stop(30)
+def check_for_real(setup: WriterSetup) -> None:
+    """As `WriterSetup.check`, for one whose sealer has a thread."""
+    assert setup.sealer.stop(30)
     counts: Counter[int] = Counter()
-    for name, data in stage.files().items():
+    for name, data in setup.files().items():
         contents = reader.read_lines(data, lambda: None)
         assert (name, contents.damaged) == (name, [])
         counts.update(msgspec.json.decode(payload)["n"] for payload in contents.payloads)
-    assert set(stage.accepted) <= set(counts) <= set(stage.attempted)
+    assert set(setup.accepted) <= set(counts) <= set(setup.attempted)
     assert not [number for number, count in counts.items() if count != 1]
-    assert stage.writer.pending_counts()[2] == len(counts)
+    assert setup.writer.pending_counts()[2] == len(counts)
 
 
 @contextmanager
@@ -304,123 +304,123 @@ def long_enough(count: list[int]) -> Callable[[], bool]:
 
 def test_thousands_of_keyboard_interrupts_lose_nothing_and_tear_nothing(tmp_path: Path) -> None:
     """From a timer, while the sealer works in its thread."""
-    stage = Stage(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
-    stage.sealer.start()
+    setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
+    setup.sealer.start()
     armed = False
 
     def interrupt() -> None:
         if armed:
             raise KeyboardInterrupt
 
-    with collector.only_own_garbage(), alarms(interrupt) as count:
+    with gc_control.no_foreign_garbage(), alarms(interrupt) as count:
         going_on = long_enough(count)
         while going_on():
             try:
                 armed = True
                 while going_on():
-                    stage.put()
+                    setup.put()
                 armed = False
             except KeyboardInterrupt:
                 armed = False
         armed = False
-    assert stage.put() == ENQUEUED
+    assert setup.put() == ENQUEUED
     assert count[0] > 1000
-    check_for_real(stage)
+    check_for_real(setup)
 
 
 def test_thousands_of_signal_handlers_that_enqueue_lose_nothing(tmp_path: Path) -> None:
     """Also one within another."""
-    stage = Stage(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
-    stage.sealer.start()
-    with alarms(stage.put_inner) as count:
+    setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
+    setup.sealer.start()
+    with alarms(setup.put_inner) as count:
         going_on = long_enough(count)
         while going_on():
-            number = 10**9 + stage.next_number()
-            stage.put(number)
-            while len(stage.writer.retired) > RETIRED_MAX // 2:  # the disk is busy; beyond twice as many handlers are refused
+            number = 10**9 + setup.next_number()
+            setup.put(number)
+            while len(setup.writer.retired) > RETIRED_MAX // 2:  # the disk is busy; beyond twice as many handlers are refused
                 threading.Event().wait(0.001)
-    assert not stage.refused
+    assert not setup.refused
     assert count[0] > 1000
-    check_for_real(stage)
+    check_for_real(setup)
 
 
 def test_garbage_that_enqueues_whenever_it_is_collected_loses_nothing(tmp_path: Path) -> None:
     """In whichever thread that is."""
-    stage = Stage(tmp_path / "outbox", SystemClock(), batch_size=5, max_bytes=2**30)
+    setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=5, max_bytes=2**30)
 
     class Node:
         def __init__(self) -> None:
             self.itself = self
 
         def __del__(self) -> None:
-            if not stage.over:
-                stage.put_inner()
+            if not setup.over:
+                setup.put_inner()
 
-    stage.sealer.start()
+    setup.sealer.start()
     before = gc.get_threshold()
     gc.set_threshold(7)
     try:
         for number in range(20_000):
             Node()
-            stage.put(10**9 + number)
+            setup.put(10**9 + number)
     finally:
         gc.set_threshold(*before)
 
     def all_is_collected() -> bool:
         gc.collect()  # does nothing while the other thread is at it
-        return sum(number < 10**9 for number in stage.attempted) == 20_000
+        return sum(number < 10**9 for number in setup.attempted) == 20_000
 
     wait_until(all_is_collected)
-    assert sum(number < 10**9 for number in stage.accepted) > 10_000
-    check_for_real(stage)
-    stage.over = True
+    assert sum(number < 10**9 for number in setup.accepted) > 10_000
+    check_for_real(setup)
+    setup.over = True
 
 
 class _EnqueuingHandler(logging.Handler):
     """What an application may have: its log goes into the outbox."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, setup: WriterSetup) -> None:
         super().__init__()
-        self.stage = stage
+        self.setup = setup
         self.messages: list[str] = []
 
     def emit(self, message: logging.LogRecord) -> None:
         self.messages.append(message.getMessage())
-        self.stage.put_inner()
+        self.setup.put_inner()
 
 
 def test_a_log_handler_that_enqueues_what_is_logged_here_neither_hangs_nor_loses(tmp_path: Path) -> None:
     """The disk is full, a file is removed, the disk works again: each is logged where the handler can append."""
-    stage = Stage(tmp_path / "outbox")
-    handler = _EnqueuingHandler(stage)
+    setup = WriterSetup(tmp_path / "outbox")
+    handler = _EnqueuingHandler(setup)
     logger = logging.getLogger("pillarbox")
     logger.addHandler(handler)
     try:
-        stage.put()
-        stage.disk.error = errno.ENOSPC
-        stage.put()
-        stage.sealer.step()
+        setup.put()
+        setup.disk.error = errno.ENOSPC
+        setup.put()
+        setup.sealer.step()
         assert "dropping events: disk_full" in handler.messages[-1]
-        stage.sealer.step()
-        stage.writer.rotate("manual")
-        os.unlink(stage.place.path_of(stage.writer.retired[0].locked_file.name))
-        stage.sealer.step()
+        setup.sealer.step()
+        setup.writer.rotate("manual")
+        os.unlink(setup.place.path_of(setup.writer.retired[0].locked_file.name))
+        setup.sealer.step()
         assert any("was deleted externally; recreated" in message for message in handler.messages)
     finally:
         logger.removeHandler(handler)
-    assert len(stage.accepted) == 1 + len(handler.messages)
-    stage.check()
+    assert len(setup.accepted) == 1 + len(handler.messages)
+    setup.check()
 
 
 def test_what_a_handler_stores_in_a_file_of_its_own_is_counted_and_synced(tmp_path: Path) -> None:
     """The file that it interrupts ends in a part of a line."""
-    stage = Stage(tmp_path)
-    stage.put()
-    stage.disk.meanwhile = stage.put_inner
-    stage.put()
-    (own,) = stage.writer.retired
-    assert (own.events, own.bytes) == (1, stage.disk.size(own.fd))
-    stage.disk.synced.clear()
-    stage.sealer.step()
-    assert stage.disk.synced == [own.fd]
-    stage.check()
+    setup = WriterSetup(tmp_path)
+    setup.put()
+    setup.disk.meanwhile = setup.put_inner
+    setup.put()
+    (own,) = setup.writer.retired
+    assert (own.events, own.bytes) == (1, setup.disk.size(own.fd))
+    setup.disk.synced.clear()
+    setup.sealer.step()
+    assert setup.disk.synced == [own.fd]
+    setup.check()

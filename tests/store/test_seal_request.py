@@ -22,121 +22,121 @@ from pillarbox.testing import ManualClock
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.durability_model import DurabilityModel
 from pillarbox.testing.fault import Fault, FaultFilesystem
-from tests.store.stage import Stage
+from tests.store.writer_scenarios import WriterSetup
 
 LINE = b'{"event":{"n":1}}\n'
 PLACE = "/outbox"
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
+def setup(tmp_path: Path) -> WriterSetup:
     """A writer whose sealer has had its first round, with room for many events in a file."""
-    made = Stage(tmp_path / "box", batch_size=1000)
+    made = WriterSetup(tmp_path / "box", batch_size=1000)
     made.sealer.step()
     return made
 
 
-def later(stage: Stage) -> None:
+def later(setup: WriterSetup) -> None:
     """The next time that the sealer looks."""
-    stage.clock.advance(REQUEST_POLL_S)
-    stage.sealer.step()
+    setup.clock.advance(REQUEST_POLL_S)
+    setup.sealer.step()
 
 
-def active_and_sealed(stage: Stage) -> tuple[int, int]:
+def active_and_sealed(setup: WriterSetup) -> tuple[int, int]:
     """How many files of these kinds hold something."""
-    account = stage.place.disk_usage()
+    account = setup.place.disk_usage()
     return account.active_files, account.sealed_files
 
 
-def check(stage: Stage) -> None:
+def check(setup: WriterSetup) -> None:
     """Every event is where it belongs."""
-    Path(stage.place.path_of(layout.SEAL_REQUEST)).unlink()
-    stage.check()
+    Path(setup.place.path_of(layout.SEAL_REQUEST)).unlink()
+    setup.check()
 
 
-def test_a_request_has_the_active_file_sealed_within_a_quarter_of_a_second(stage: Stage) -> None:
+def test_a_request_has_the_active_file_sealed_within_a_quarter_of_a_second(setup: WriterSetup) -> None:
     """With the reason "manual", once, and its events are where they belong."""
-    stage.put()
-    assert stage.sealer.step() <= REQUEST_POLL_S
-    request_seal(stage.place, stage.clock)
-    later(stage)
-    assert active_and_sealed(stage) == (0, 1)
-    assert stage.sealer.sealed["manual"] == 1
-    stage.put()
-    later(stage)
-    later(stage)
-    assert active_and_sealed(stage) == (1, 1)
-    check(stage)
+    setup.put()
+    assert setup.sealer.step() <= REQUEST_POLL_S
+    request_seal(setup.place, setup.clock)
+    later(setup)
+    assert active_and_sealed(setup) == (0, 1)
+    assert setup.sealer.sealed["manual"] == 1
+    setup.put()
+    later(setup)
+    later(setup)
+    assert active_and_sealed(setup) == (1, 1)
+    check(setup)
 
 
-def test_each_request_counts_however_soon_it_follows(stage: Stage) -> None:
+def test_each_request_counts_however_soon_it_follows(setup: WriterSetup) -> None:
     """Within one tick of the clock too."""
     for number in range(1, 4):
-        stage.put()
-        request_seal(stage.place, stage.clock)
-        later(stage)
-        assert active_and_sealed(stage) == (0, number)
-    assert len((Path(stage.place.path) / layout.SEAL_REQUEST).read_bytes().splitlines()) == 1
+        setup.put()
+        request_seal(setup.place, setup.clock)
+        later(setup)
+        assert active_and_sealed(setup) == (0, number)
+    assert len((Path(setup.place.path) / layout.SEAL_REQUEST).read_bytes().splitlines()) == 1
 
 
 def test_a_request_from_before_a_writer_started_is_not_meant_for_it(tmp_path: Path) -> None:
     """Nor is an idle writer's next file sealed early for one that came while it held nothing."""
-    stage = Stage(tmp_path / "box", batch_size=1000)
-    request_seal(stage.place, stage.clock)
-    stage.sealer.step()
-    stage.put()
-    later(stage)
-    assert active_and_sealed(stage) == (1, 0)
-    request_seal(stage.place, stage.clock)
-    later(stage)
-    request_seal(stage.place, stage.clock)
-    later(stage)
-    stage.put()
-    later(stage)
-    assert active_and_sealed(stage) == (1, 1)
+    setup = WriterSetup(tmp_path / "box", batch_size=1000)
+    request_seal(setup.place, setup.clock)
+    setup.sealer.step()
+    setup.put()
+    later(setup)
+    assert active_and_sealed(setup) == (1, 0)
+    request_seal(setup.place, setup.clock)
+    later(setup)
+    request_seal(setup.place, setup.clock)
+    later(setup)
+    setup.put()
+    later(setup)
+    assert active_and_sealed(setup) == (1, 1)
 
 
-def test_while_there_is_nothing_to_seal_the_sealer_does_not_wake_for_it(stage: Stage) -> None:
+def test_while_there_is_nothing_to_seal_the_sealer_does_not_wake_for_it(setup: WriterSetup) -> None:
     """An idle process sleeps as long as it did."""
-    assert stage.sealer.step() > REQUEST_POLL_S
+    assert setup.sealer.step() > REQUEST_POLL_S
 
 
-def test_rounds_that_follow_closely_look_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_that_follow_closely_look_once(setup: WriterSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that is busy has hundreds of them in a second."""
     opened: list[str] = []
-    real = stage.disk.open_existing
+    real = setup.disk.open_existing
 
     def open_existing(path: str) -> int:
         opened.append(path)
         return real(path)
 
-    monkeypatch.setattr(stage.disk, "open_existing", open_existing)
+    monkeypatch.setattr(setup.disk, "open_existing", open_existing)
     for _ in range(100):
-        stage.put()
-        stage.sealer.step()
-        stage.clock.advance(REQUEST_POLL_S / 50)
+        setup.put()
+        setup.sealer.step()
+        setup.clock.advance(REQUEST_POLL_S / 50)
     assert len([path for path in opened if path.endswith(layout.SEAL_REQUEST)]) <= 3
 
 
-def test_a_request_in_the_middle_of_an_append_is_answered_after_it(stage: Stage) -> None:
+def test_a_request_in_the_middle_of_an_append_is_answered_after_it(setup: WriterSetup) -> None:
     """The sealer tries again in its next round."""
-    stage.put()
-    request_seal(stage.place, stage.clock)
-    with stage.writer.lock:
-        limit, stage.writer._limit = stage.writer._limit, -1  # as an append that is under way leaves it
-        stage.writer._broken = False
-        assert not stage.writer.rotate("manual")
-        stage.writer._limit = limit
-    later(stage)
-    assert active_and_sealed(stage) == (0, 1)
-    check(stage)
+    setup.put()
+    request_seal(setup.place, setup.clock)
+    with setup.writer.lock:
+        limit, setup.writer._limit = setup.writer._limit, -1  # as an append that is under way leaves it
+        setup.writer._broken = False
+        assert not setup.writer.rotate("manual")
+        setup.writer._limit = limit
+    later(setup)
+    assert active_and_sealed(setup) == (0, 1)
+    check(setup)
 
 
 @pytest.mark.parametrize("planted", ["link", "directory", "pipe", "large", "rubbish"])
-def test_what_is_planted_under_the_name_hurts_no_writer(stage: Stage, planted: str) -> None:
+def test_what_is_planted_under_the_name_hurts_no_writer(setup: WriterSetup, planted: str) -> None:
     """It neither hangs, nor follows, nor reads without a bound; whoever asks is told."""
-    path = Path(stage.place.path_of(layout.SEAL_REQUEST))
-    stage.put()
+    path = Path(setup.place.path_of(layout.SEAL_REQUEST))
+    setup.put()
     if planted == "link":
         path.symlink_to("/dev/zero")
     elif planted == "directory":
@@ -145,21 +145,21 @@ def test_what_is_planted_under_the_name_hurts_no_writer(stage: Stage, planted: s
         os.mkfifo(path)
     else:
         path.write_bytes(b"x" * 10_000_000 if planted == "large" else b"\0\xff{")
-    later(stage)
-    stage.put()
+    later(setup)
+    setup.put()
     if planted in ("link", "directory", "pipe"):
-        assert active_and_sealed(stage) == (1, 0)
+        assert active_and_sealed(setup) == (1, 0)
         with pytest.raises((FileUnusableError, IsADirectoryError)):
-            request_seal(stage.place, stage.clock)
+            request_seal(setup.place, setup.clock)
     else:
-        request_seal(stage.place, stage.clock)
+        request_seal(setup.place, setup.clock)
         assert path.stat().st_size < 200
-        later(stage)
-        assert active_and_sealed(stage)[0] == 0
+        later(setup)
+        assert active_and_sealed(setup)[0] == 0
     if planted == "directory":
         path.rmdir()
         path.touch()
-    check(stage)
+    check(setup)
 
 
 class Process:

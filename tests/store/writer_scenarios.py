@@ -70,7 +70,7 @@ class Disk(OsFilesystem):
         return os.write(fd, data)
 
 
-class Stage:
+class WriterSetup:
     """A writer with its hot path and its sealer, what was attempted, and what was answered."""
 
     def __init__(self, folder: Path, clock: Clock | None = None, *, compiled: bool = True, **limits: int) -> None:
@@ -164,135 +164,135 @@ class Stage:
         assert sum(not data for data in files.values()) <= 1
 
 
-# Scenarios: each prepares a stage and returns what is then struck.
+# Scenarios: each prepares a setup and returns what is then struck.
 
-Scenario = Callable[[Stage], Callable[[], object]]
-
-
-def first_append(stage: Stage) -> Callable[[], object]:
-    return stage.put
+Scenario = Callable[[WriterSetup], Callable[[], object]]
 
 
-def plain_append(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    return stage.put
+def first_append(setup: WriterSetup) -> Callable[[], object]:
+    return setup.put
 
 
-def append_of_many(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    return lambda: stage.put_many(2)
+def plain_append(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    return setup.put
 
 
-def append_that_fills_the_file(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.sealer.step()  # opens the spare
-    stage.put()
-    return stage.put
+def append_of_many(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    return lambda: setup.put_many(2)
 
 
-def append_that_takes_the_last_spare_and_goes_on(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.sealer.step()
-    return lambda: [stage.put() for _ in range(6)]
+def append_that_fills_the_file(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.sealer.step()  # opens the spare
+    setup.put()
+    return setup.put
 
 
-def append_that_opens_the_next_file_itself(stage: Stage) -> Callable[[], object]:
-    stage.writer.limits = stage.writer.limits._replace(batch_bytes=80)
-    stage.put()
-    stage.put()
-    return stage.put
+def append_that_takes_the_last_spare_and_goes_on(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.sealer.step()
+    return lambda: [setup.put() for _ in range(6)]
 
 
-def append_of_which_a_part_is_written(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.disk.short = 7
-    return stage.put
+def append_that_opens_the_next_file_itself(setup: WriterSetup) -> Callable[[], object]:
+    setup.writer.limits = setup.writer.limits._replace(batch_bytes=80)
+    setup.put()
+    setup.put()
+    return setup.put
 
 
-def slow_append_of_which_a_part_is_written(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.disk.short = 7
-    return lambda: stage.put_many(2)
+def append_of_which_a_part_is_written(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.disk.short = 7
+    return setup.put
 
 
-def append_that_fails(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.disk.error = errno.ENOSPC
-    return stage.put
+def slow_append_of_which_a_part_is_written(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.disk.short = 7
+    return lambda: setup.put_many(2)
 
 
-def append_after_an_interrupt(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.disk.interrupted = 7
+def append_that_fails(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.disk.error = errno.ENOSPC
+    return setup.put
+
+
+def append_after_an_interrupt(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.disk.interrupted = 7
     with pytest.raises(KeyboardInterrupt):
-        stage.put()
-    return stage.put
+        setup.put()
+    return setup.put
 
 
-def append_after_an_interrupt_that_came_late(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.disk.interrupted = 1000
+def append_after_an_interrupt_that_came_late(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.disk.interrupted = 1000
     with pytest.raises(KeyboardInterrupt):
-        stage.put()
-    return stage.put
+        setup.put()
+    return setup.put
 
 
-def append_above_max_bytes(stage: Stage) -> Callable[[], object]:
-    stage.writer.start(LIMITS["max_bytes"] - 50, 1)
-    stage.put()
-    stage.make_room = lambda: stage.writer.release_bytes(LIMITS["max_bytes"] - 50)
-    return stage.put
+def append_above_max_bytes(setup: WriterSetup) -> Callable[[], object]:
+    setup.writer.start(LIMITS["max_bytes"] - 50, 1)
+    setup.put()
+    setup.make_room = lambda: setup.writer.release_bytes(LIMITS["max_bytes"] - 50)
+    return setup.put
 
 
-def rotation_by_flush(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    return lambda: (stage.writer.rotate("manual"), stage.put())
+def rotation_by_flush(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    return lambda: (setup.writer.rotate("manual"), setup.put())
 
 
-def rotation_by_flush_to_a_spare(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.sealer.step()
-    return lambda: (stage.writer.rotate("manual"), stage.put())
+def rotation_by_flush_to_a_spare(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.sealer.step()
+    return lambda: (setup.writer.rotate("manual"), setup.put())
 
 
-def round_of_the_sealer_that_opens_spares(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    return stage.sealer.step
+def round_of_the_sealer_that_opens_spares(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    return setup.sealer.step
 
 
-def round_of_the_sealer_that_seals_by_age(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.sealer.step()
-    stage.clock.advance(10)
-    return stage.sealer.step
+def round_of_the_sealer_that_seals_by_age(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.sealer.step()
+    setup.clock.advance(10)
+    return setup.sealer.step
 
 
-def round_of_the_sealer_that_seals(stage: Stage) -> Callable[[], object]:
+def round_of_the_sealer_that_seals(setup: WriterSetup) -> Callable[[], object]:
     for _ in range(4):
-        stage.put()
-        stage.sealer.step()
-    stage.writer.rotate("manual")
-    return stage.sealer.step
+        setup.put()
+        setup.sealer.step()
+    setup.writer.rotate("manual")
+    return setup.sealer.step
 
 
-def round_of_the_sealer_that_adds_spares_to_others(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.sealer.step()
+def round_of_the_sealer_that_adds_spares_to_others(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.sealer.step()
     for count in (3, 7):
         for _ in range(count):
-            stage.put()
-        last = stage.writer.active_segment()
+            setup.put()
+        last = setup.writer.active_segment()
         if count == 3:
-            stage.sealer.step()
-    assert (last is not None and last[1], len(stage.writer._spares)) == (2, 1)  # the next one takes the last spare
-    return stage.sealer.step
+            setup.sealer.step()
+    assert (last is not None and last[1], len(setup.writer._spares)) == (2, 1)  # the next one takes the last spare
+    return setup.sealer.step
 
 
-def delivery_of_a_file(stage: Stage) -> Callable[[], object]:
-    stage.put()
-    stage.writer.start(100, 1)
-    stage.writer.pending_files += 1
-    return lambda: stage.writer.release_bytes(100)
+def delivery_of_a_file(setup: WriterSetup) -> Callable[[], object]:
+    setup.put()
+    setup.writer.start(100, 1)
+    setup.writer.pending_files += 1
+    return lambda: setup.writer.release_bytes(100)
 
 
 CALLERS: list[Scenario] = [

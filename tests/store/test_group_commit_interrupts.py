@@ -19,8 +19,8 @@ from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from tests.conftest import wait_until
-from tests.store.stage import Disk
 from tests.store.test_interrupts import Struck, interrupt_at_next, run_and_strike
+from tests.store.writer_scenarios import Disk
 
 TRACED = {group_commit.__file__}
 ROOM = 3  # events of a file

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def only_own_garbage() -> Iterator[None]:
+def no_foreign_garbage() -> Iterator[None]:
     """What is collected was made within, and nobody is told of it.
 
     Where the collector runs a finalizer of what other tests have left, or hypothesis's function that times collections, the
@@ -26,10 +26,10 @@ def only_own_garbage() -> Iterator[None]:
 
 
 @contextmanager
-def at_rest() -> Iterator[None]:
+def collection_at_next_allocation() -> Iterator[None]:
     """Disabled, with nothing to look through but what comes; once enabled, it collects at the next allocation."""
     before = gc.get_threshold()
-    with only_own_garbage():
+    with no_foreign_garbage():
         gc.disable()
         gc.set_threshold(1, 10**6, 10**6)
         try:
