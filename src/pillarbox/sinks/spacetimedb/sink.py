@@ -248,7 +248,7 @@ class SpacetimeDbSink:
             ids = await self._wait_until_due(ids)
         if self._unconfirmable.intersection(ids):
             self._unconfirmable.difference_update(batch.id for batch in batches)
-            raise UnconfirmedError("the token has changed, so the connections were closed")
+            raise UnconfirmedError("the connections that accepted the batches were closed")
         calls = [(call.connection, call.http_connection) for batch_id in ids for call in self._unconfirmed.get(batch_id, ())]
         try:
             for connection, transports in group_by_connection(calls).items():
