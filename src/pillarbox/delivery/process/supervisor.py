@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-import pillarbox
 from pillarbox.delivery.backoff import Backoff, jitter
 from pillarbox.delivery.lease import Lease
 from pillarbox.delivery.process.protocol import (
@@ -312,7 +311,7 @@ def _log_child_line(message: LogLine) -> None:
         logger.handle(record)
 
 
-_PACKAGE_PARENT: Final = (pillarbox.__file__ or "").removesuffix("/pillarbox/__init__.py")
+_PACKAGE_PARENT: Final = __file__.removesuffix("/pillarbox/delivery/process/supervisor.py")
 _fork_lock = threading.RLock()  # held while a process forks, and while a child begins or ends
 _open_sockets: set[socket.socket] = set()
 
