@@ -48,7 +48,8 @@ OS_NAMES = {
     "exporters/collector.py": {"getpid"},
     "testing/crash.py": {"strerror"},
     "testing/fault.py": {"strerror"},
-    "cli/main.py": {"environ", "dup2", "open", "devnull", "O_WRONLY"},  # the environment, and a closed pipe
+    "cli/context.py": {"environ"},
+    "cli/output.py": {"dup2", "open", "devnull", "O_WRONLY"},  # a closed pipe
 }
 
 

@@ -41,10 +41,10 @@ def bare(number: int) -> bytes:
     return b'{"event_id":"e-%06d","event_key":"k","scope_kind":"Site","scope_id":"s"}\n' % number
 
 
-def test_the_version_says_whether_what_can_be_compiled_is(tmp_path: Path) -> None:
-    """It is what speed depends on."""
+def test_the_version_says_whether_the_c_extensions_are_in_use(tmp_path: Path) -> None:
+    """Speed depends on it."""
     is_there = find_spec("pillarbox._speedups") is not None
-    for declined, how in (("1", "in Python"), ("", "compiled" if is_there else "in Python")):
+    for declined, how in (("1", "no C extensions"), ("", "C extensions" if is_there else "no C extensions")):
         done = run("--version", cwd=tmp_path, environ={"PILLARBOX_PURE_PYTHON": declined})
         expected = f"pillarbox {version('pillarbox')} ({how}), Python {platform.python_version()}\n"
         assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected, b"")
@@ -60,11 +60,11 @@ def test_enqueue_then_deliver_then_status(tmp_path: Path) -> None:
     assert waiting["sealed_files"] >= 1
     assert waiting["heartbeat"] is None
     delivered = run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=tmp_path)
-    assert (delivered.returncode, delivered.stdout[:14]) == (0, b"delivered 1200")
+    assert (delivered.returncode, delivered.stdout[:15]) == (0, b"delivered 1,200")
     assert ids(tmp_path / "events.db") == [f"e-{number:06d}" for number in range(1200)]
     after = json.loads(run("status", "-d", "box", "--json", cwd=tmp_path).stdout)
     assert (after["pending_bytes"], after["heartbeat"]["delivered"]) == (0, 1200)
-    assert b"0 bytes in 0 files" in run("status", "-d", "box", cwd=tmp_path).stdout
+    assert b"pending       0 files, 0 bytes" in run("status", "-d", "box", cwd=tmp_path).stdout
 
 
 def test_settings_come_from_the_environment_and_from_toml_too(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_line_that_is_no_event_is_reported_with_its_number(tmp_path: Path) -> 
     said = done.stderr.decode()
     for number, word in [(2, "colour"), (3, "JSON"), (5, "scope_kind"), (6, "metadata_json"), (7, "utf-8"), (8, "occurred_at")]:
         assert any(line.startswith(f"line {number}: ") and word in line for line in said.splitlines()), (number, said)
-    assert "accepted 2, refused 6" in said
+    assert "accepted 2 events, dropped 6" in said
 
 
 def test_what_the_older_system_left_is_delivered_by_the_command(existing: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_deliver_once_says_what_is_left_and_why(tmp_path: Path) -> None:
     run("enqueue", "-d", "box", cwd=tmp_path, stdin=bare(1))
     done = run("deliver", "-d", "box", "--sink", "sqlite:///no/such/folder.db", "--once", cwd=tmp_path)
     assert done.returncode == 1
-    assert b"1 files wait; stopped: " in done.stdout
+    assert b"1 batch pending; stopped: " in done.stdout
     assert b"create its directory" in done.stdout
     assert b"stopped: " in run("status", "-d", "box", cwd=tmp_path).stdout
 
@@ -148,7 +148,7 @@ def test_the_rate_is_an_option_of_deliver_too(tmp_path: Path) -> None:
     run("enqueue", "-d", "box", cwd=tmp_path, stdin=b"".join(map(bare, range(1200))), environ=UNHURRIED)
     words = ("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", "-q")
     refused = run(*words, "--max-rate", "0", cwd=tmp_path)
-    assert (refused.returncode, b"max_rate" in refused.stderr, b"events a second" in refused.stderr) == (2, True, True)
+    assert (refused.returncode, b"max_rate" in refused.stderr, b"events per second" in refused.stderr) == (2, True, True)
     assert b"live_share" in run(*words, "--live-share", "2", cwd=tmp_path).stderr
     done = run(*words, "--max-rate", "10", "--live-share", "0.5", "--timeout", "0.5", cwd=tmp_path)
     assert (done.returncode, len(ids(tmp_path / "events.db"))) == (1, 500)

@@ -80,7 +80,7 @@ def test_without_yes_nothing_is_done(tmp_path: Path) -> None:
     before = {file.name: file.read_bytes() for file in box.iterdir()}
     for words in (["edit", "--all", "--set", "scope_id=s"], ["replay", "--all"], ["purge", "--event-key", "sell"]):
         done = run("dead", *words, "-d", "box", cwd=tmp_path)
-        assert b"--yes does it" in done.stdout or b"nothing to do" in done.stdout
+        assert b"add --yes to do it" in done.stdout or b"nothing to do" in done.stdout
     assert {file.name: file.read_bytes() for file in box.iterdir()} == before
 
 
@@ -98,7 +98,7 @@ def test_edited_events_are_delivered_under_their_own_ids(tmp_path: Path) -> None
     box = outbox_with_dead_letters(tmp_path, SIX, files=2)
     done = run("dead", "edit", "-d", "box", "--event-key", "buy", "--set", "scope_id=7", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode().splitlines()[-1] == "5 events of 2 files went back into the outbox"
+    assert done.stdout.decode().splitlines()[-1] == "5 events from 2 files replayed"
     assert mended_and_arrived(tmp_path) == [f"w-{number:06d}" for number in range(5)]
     assert all(scope == "7" for one, scope in delivered_rows(tmp_path / "events.db") if one.startswith("w-"))
     (left,) = file_lines(box, "dead-*")
@@ -144,7 +144,7 @@ def test_what_the_event_type_does_not_take_is_named_and_stays(tmp_path: Path) ->
     """Replaying it as it is would only make a dead letter of it again."""
     box = outbox_with_dead_letters(tmp_path, [event_json(1, 5), b"5", event_json(2, 5).replace(b'"event_id":"w-000002",', b"")])
     done = run("dead", "replay", "-d", "box", "--all", "--yes", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, b"nothing was done\n")
+    assert (done.returncode, done.stdout) == (1, b"nothing was changed\n")
     said = done.stderr.decode()
     assert said.count("left as is: the event is not a valid") == 3
     assert len(file_lines(box, "dead-*")) == 3
@@ -225,7 +225,7 @@ def test_interrupted_it_ends_after_the_step_under_way(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(b"\n\n\n\n", timeout=60)
     assert process.returncode == 130, err
-    assert b"6 events of 1 file went back" in out
+    assert b"6 events from 1 file replayed" in out
     assert b"Traceback" not in err
     assert not list(box.glob("dead-*"))
     assert len(mended_and_arrived(tmp_path)) == 6
@@ -253,7 +253,7 @@ def test_a_batch_that_the_deliverer_is_not_done_with_is_left_alone(tmp_path: Pat
     (file,) = box.glob("dead-*")
     file.rename(box / f"dead-{waiting.name}")
     done = run("dead", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, b"nothing was done\n")
+    assert (done.returncode, done.stdout) == (1, b"nothing was changed\n")
     assert b"6 dead letters left as is: the batch is still pending" in done.stderr
     assert len(file_lines(box, "dead-*")) == 6
     assert run("dead", "list", "-d", "box", cwd=tmp_path).returncode == 0
@@ -312,7 +312,7 @@ def test_what_was_changed_in_the_editor_goes_in_and_the_rest_stays(tmp_path: Pat
     done = run("dead", "edit", "-d", "box", "--all", "--yes", cwd=tmp_path, environ=editor(tmp_path, code))
     said = done.stderr.decode()
     assert done.returncode == 1
-    assert "2 events of 1 file went back" in done.stdout.decode()
+    assert "2 events from 1 file replayed" in done.stdout.decode()
     assert "must keep its event_id w-000003" in said
     assert "line 5: not a dead letter" in said
     (kept,) = box.glob("mend-*.ndjson")
@@ -329,7 +329,7 @@ def test_a_dry_run_in_the_editor_is_carried_out_from_its_text(tmp_path: Path) ->
     dry = run("dead", "edit", "-d", "box", "--all", cwd=tmp_path, environ=environ)
     (kept,) = box.glob("mend-*.ndjson")
     assert (
-        f"6 events of 1 file would go back into the outbox; dead edit --from box/{kept.name} --yes does it"
+        f"6 events from 1 file would be replayed; to do it: pillarbox dead edit --from box/{kept.name} --yes"
         in dry.stdout.decode()
     )
     assert len(file_lines(box, "dead-*")) == 6
@@ -342,9 +342,9 @@ def test_a_dry_run_in_the_editor_is_carried_out_from_its_text(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("code", "exit_code", "said"),
     [
-        ("", 0, "nothing was changed"),
-        ("sys.exit(3)", 0, "nothing was changed"),
-        ("open(sys.argv[1], 'w').write('x'); sys.exit(3)", 2, "ended with code 3"),
+        ("", 0, "nothing was edited"),
+        ("sys.exit(3)", 0, "nothing was edited"),
+        ("open(sys.argv[1], 'w').write('x'); sys.exit(3)", 2, "exited with 3"),
     ],
 )
 def test_an_editor_that_changes_nothing_or_fails_does_nothing(tmp_path: Path, code: str, exit_code: int, said: str) -> None:

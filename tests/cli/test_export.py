@@ -99,7 +99,7 @@ def test_csv_has_a_column_for_each_member(tmp_path: Path) -> None:
     assert (first["event_key"], first["metadata_json"], first["user_id"]) == ('a "b", c\nd', '{"x":1}', "")
     assert (second["occurred_at_micros"], second["metadata_json"]) == ("2", "")
     assert done.returncode == 1
-    assert b"1 event with what is no column" in done.stderr
+    assert b"1 event with fields that have no column" in done.stderr
 
 
 def test_what_cannot_be_had_is_said(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_what_was_delivered_is_known_by_its_batch_only(folder: Path) -> None:
     """The ledger knows batches, not events, and that is said."""
     done = run("inspect", "e-000000", "-d", "box", cwd=folder)
     assert done.returncode == 1
-    assert b"The ledger remembers batches, not events" in done.stdout
+    assert b"The ledger has batches, not events" in done.stdout
     batch = next((folder / "box").glob("dead-*")).name.removeprefix("dead-").removesuffix(".ndjson")
     for name in (batch, f"{batch}#0", f"{batch}.ndjson"):
         answer = inspected(folder, name)

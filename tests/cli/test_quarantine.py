@@ -53,11 +53,11 @@ def test_list_and_show_tell_what_is_kept_and_change_nothing(box: Path, tmp_path:
     assert listed["batches"][0]["reasons"] == dict.fromkeys(DAMAGE, 1)
     assert listed["bytes"] == sum(map(len, kept_bytes(box).values()))
     text = run("quarantine", "list", "-d", "box", cwd=tmp_path).stdout.decode()
-    assert f"5 spans, {listed['bytes']:,} bytes in 2 files" in text
+    assert f"5 damaged byte ranges, {listed['bytes']:,} bytes in 2 files" in text
     shown = run("quarantine", "show", "-d", "box", "--reason", "nul", cwd=tmp_path).stdout.decode()
     assert "\\x00" * 40 in shown
     assert "\0" not in shown
-    assert "span 2\n  nul_bytes; " in shown
+    assert "range 2\n  nul_bytes; " in shown
     raw = run("quarantine", "show", "-d", "box", "--reason", "bad_checksum", "--raw", cwd=tmp_path).stdout
     assert raw == DAMAGE["bad_checksum"]
     assert {file.name: file.read_bytes() for file in box.iterdir()} == before
@@ -72,7 +72,7 @@ def test_repair_says_what_is_in_each_span_and_how_sure_that_is(box: Path, tmp_pa
     assert "bad_checksum\n  event: its checksum does not fit: what the event says may be wrong\n    {" in said
     assert "torn: bad_json\n  event: its checksum is cut off; the 2 digits that are left match\n" in said
     assert "nul_bytes\n  no event: it is not a JSON object" in said
-    assert "3 events of 1 file would go into the outbox; --yes does it; 2 spans can only be kept or purged" in said
+    assert "3 events from 1 file would be replayed; add --yes to do it; 2 ranges without a recoverable event" in said
     assert {file.name: file.read_bytes() for file in box.iterdir()} == before
 
 
@@ -81,7 +81,7 @@ def test_repaired_once_it_is_marked_and_the_bytes_are_kept(box: Path, tmp_path: 
     before = kept_bytes(box)
     done = run("quarantine", "repair", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert "3 events of 1 file went into the outbox; 2 spans can only be kept or purged" in done.stdout.decode()
+    assert "3 events from 1 file replayed; 2 ranges without a recoverable event" in done.stdout.decode()
     assert kept_bytes(box) == before
     assert came(tmp_path) == REPAIRABLE
     again = json.loads(run("quarantine", "repair", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path).stdout)
@@ -98,7 +98,7 @@ def test_only_what_a_checksum_vouches_for_where_that_is_asked(tmp_path: Path) ->
     seal_batch(box, *DAMAGE.values(), b"\n", record.line(event_json(6))[:-1] + b"\0" * 9)
     deliver_pending(box, tmp_path / "events.db")
     done = run("quarantine", "repair", "-d", "box", "--all", "--checked", "--yes", cwd=tmp_path)
-    assert b"left out: its checksum does not fit" in done.stdout
+    assert b"skipped: its checksum does not fit" in done.stdout
     assert came(tmp_path) == ["w-000006"]
 
 
@@ -134,8 +134,8 @@ def test_purge_takes_whole_batches_and_tells_the_ledger(box: Path, tmp_path: Pat
     run("quarantine", "repair", "-d", "box", "--all", "--yes", cwd=tmp_path)
     batch = min(box.glob("corrupt-*.ndjson")).name
     dry = run("quarantine", "purge", "-d", "box", "--batch", batch, cwd=tmp_path)
-    assert b"4 spans of 1 file would be gone for good; --yes does it" in dry.stdout
-    assert run("quarantine", "purge", "-d", "box", "--repaired", "--yes", cwd=tmp_path).stdout == b"nothing was done\n"
+    assert b"4 damaged byte ranges in 1 file would be deleted; add --yes to do it" in dry.stdout
+    assert run("quarantine", "purge", "-d", "box", "--repaired", "--yes", cwd=tmp_path).stdout == b"nothing was changed\n"
     assert len(list(box.glob("corrupt-*"))) == 4
     assert run("quarantine", "purge", "-d", "box", "--batch", batch, "--yes", cwd=tmp_path).returncode == 0
     assert len(list(box.glob("corrupt-*"))) == 2

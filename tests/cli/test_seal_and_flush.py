@@ -126,10 +126,12 @@ def test_what_a_killed_writer_left_is_named(tmp_path: Path) -> None:
         code, done = call("seal", tmp_path)
         assert (code, len(done["sealed"]), len(done["unsealed"])) == (1, 1, 1)
         assert done["unsealed"] == done["orphaned"]
-        assert done["reason"] == "1 active file held by nobody: the next start adopts it, or pillarbox deliver"
+        assert (
+            done["reason"] == "1 segment of dead writers; the next start of an application or of pillarbox deliver recovers it"
+        )
         assert done["seconds"] < 60
         flushed = run("flush", "-d", "box", cwd=tmp_path)
-        assert (flushed.returncode, b"held by nobody" in flushed.stdout) == (1, True)
+        assert (flushed.returncode, b"of dead writers" in flushed.stdout) == (1, True)
     with delivering(tmp_path):
         assert call("flush", tmp_path)[0] == 0
     assert ids(tmp_path / "events.db") == ["b", "a"]
@@ -155,7 +157,7 @@ def test_flush_waits_until_it_is_delivered(tmp_path: Path) -> None:
         code, done = call("flush", tmp_path)
         assert (code, done["pending_batches"], done["unsealed"], done["reason"]) == (0, 0, [], "")
         assert sorted(ids(tmp_path / "events.db")) == [f"e-{number:02d}" for number in range(20)]
-        assert run("flush", "-d", "box", cwd=tmp_path).stdout == b"nothing of it waits any more\n"
+        assert run("flush", "-d", "box", cwd=tmp_path).stdout == b"nothing to deliver\n"
 
 
 def test_flush_says_why_it_does_not_get_there(tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_flush_says_why_it_does_not_get_there(tmp_path: Path) -> None:
     run("enqueue", "-d", "box", cwd=tmp_path, stdin=bare(1))
     done = run("flush", "-d", "box", "--timeout", "0.3", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, b"")
-    assert done.stdout == b"0 of 1 files settled; not delivered after 0.3 s; deliverer: no delivery worker yet\n"
+    assert done.stdout == b"delivered 0 of 1 batch; not delivered after 0.3 s; no delivery worker yet\n"
     with delivering(tmp_path, "sqlite:///missing/events.db"):
         lock = tmp_path / "box" / "deliver.lock"
         wait_until(lambda: b"stopped" in lock.read_bytes() or b"waiting" in lock.read_bytes())  # it begins as idle

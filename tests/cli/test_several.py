@@ -90,16 +90,16 @@ def test_each_sink_has_its_row_and_the_one_that_is_down_is_the_one_that_flush_na
         assert sinks["warehouse"]["heartbeat"]["delivered"] == EVENTS
         assert sinks["live"]["heartbeat"]["state"]["name"] == "waiting"
         text = run("status", "-d", "box", cwd=box.parent).stdout.decode()
-        assert re.search(r"^to live +[\d,]+ bytes in 1 files wait; process \d+, sink .*waiting: ", text, re.MULTILINE)
+        assert re.search(r"^sink live +1 file, [\d,]+ bytes pending; process \d+, sink .*waiting: ", text, re.MULTILINE)
         assert re.search(
-            r"^to warehouse +0 bytes in 0 files wait; process \d+, sink .*(: |last state )idle; 20 events delivered",
+            r"^sink warehouse +0 files, 0 bytes pending; process \d+, sink .*(: |last state )idle; 20 events delivered",
             text,
             re.MULTILINE,
         )
-        words = ("status", "-d", "box", "--watch", "--looks", "2", "--interval", "0.1")
+        words = ("status", "-d", "box", "--watch", "--samples", "2", "--interval", "0.1")
         looks = run(*words, "--json", cwd=box.parent).stdout.splitlines()
         assert [set(json.loads(one)["rates"]["sinks"]) for one in looks] == [{"live", "warehouse"}] * 2
-        assert b"live: 1 files wait, oldest" in run(*words, cwd=box.parent).stdout
+        assert b"live: 1 file pending, oldest" in run(*words, cwd=box.parent).stdout
         code, seen = on_terminal(box.parent, *words)
         screen = plain(seen).split("\r\n")
         assert (code, max(map(len, screen)) <= 80) == (0, True)
@@ -107,7 +107,7 @@ def test_each_sink_has_its_row_and_the_one_that_is_down_is_the_one_that_flush_na
         done = run("flush", "-d", "box", "--timeout", "0.3", "--json", cwd=box.parent)
         flushed = json.loads(done.stdout)
         assert (done.returncode, flushed["pending_batches"], flushed["pending_sinks"]) == (1, 1, ["live"])
-        assert "deliverer: live: process" in flushed["reason"]
+        assert "; live: process" in flushed["reason"]
         assert "warehouse" not in flushed["reason"]
     assert ids(box.parent / "warehouse.db") == [f"e-{number:06d}" for number in range(EVENTS)]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pillarbox.cli.main import build_app
+from pillarbox.cli.main import app
 from pillarbox.store import record
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
 
@@ -22,6 +22,17 @@ SHELLS = ["bash", "zsh", "fish"]
 # What it prints is source text.
 WITHOUT_JSON = {"spacetimedb scaffold"}
 BATCH = "sealed-1700000000000000-x"
+# Says when the command starts to load: before that, Ctrl-C would meet the interpreter while it starts.
+ANNOUNCED = """
+import sys
+from pillarbox.cli import main
+class Announcer:
+    def find_spec(self, name, *_):
+        if name == "pillarbox.cli.main":
+            print("up", file=sys.stderr, flush=True)
+sys.meta_path.insert(0, Announcer())
+main()
+"""
 
 
 def commands(app: typer.Typer, words: tuple[str, ...] = ()) -> dict[str, set[str]]:
@@ -37,7 +48,7 @@ def commands(app: typer.Typer, words: tuple[str, ...] = ()) -> dict[str, set[str
     return found
 
 
-COMMANDS = commands(build_app())
+COMMANDS = commands(app)
 
 
 @pytest.fixture
@@ -116,7 +127,7 @@ def test_what_prints_a_table_prints_json_too() -> None:
     "command",
     [
         "status", "doctor", "verify", "seal", "flush --timeout 0.2", "quarantine list", "quarantine show", "dead list",
-        "inspect e", "sinks list", "resend --all",
+        "inspect e", "sinks list", "redeliver --all",
     ],
 )  # fmt: skip
 def test_in_a_pipe_text_has_no_colours_and_json_is_json(box: Path, command: str) -> None:
@@ -146,7 +157,7 @@ def test_in_a_pipe_text_has_no_colours_and_json_is_json(box: Path, command: str)
         "quarantine purge --all --yes",
         "import events.ndjson",
         "inspect e",
-        "resend --all --yes",
+        "redeliver --all --yes",
         "sinks list",
         "sinks add new",
         "check sqlite:///events.db",
@@ -160,14 +171,8 @@ def test_ctrl_c_ends_every_command_without_a_trace(box: Path, command: str) -> N
     before = {file.name: file.read_bytes() for file in box.iterdir()}
     words = [*command.split(), *(["-d", "box"] if not command.startswith("check") else [])]
     words += ["--sink", "sqlite:///missing/x.db"] if command == "deliver" else []
-    # It says when it begins: before, Ctrl-C meets the interpreter that is starting.
-    code = (
-        "import sys; from pillarbox.cli import app; load = app.load\n"
-        "app.load = lambda: (print('up', file=sys.stderr, flush=True), load())[1]\n"
-        "app.run()"
-    )
     process = subprocess.Popen(
-        [PILLARBOX[0], "-c", code, *words], cwd=box.parent, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [PILLARBOX[0], "-c", ANNOUNCED, *words], cwd=box.parent, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         assert process.stderr is not None

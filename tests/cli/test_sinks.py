@@ -18,8 +18,6 @@ from tests.conftest import wait_until
 from tests.delivery.fanout_setup import balanced_totals, batch_files, enqueue_files, open_directory, reject_poison
 from tests.sinks.http_server import CannedResponse, Server, always, closed_port_url
 
-NAMED = "a table of names and URLs, or as text name=URL name=URL; names of a-z, 0-9, _ and -, at most 32"
-
 
 @pytest.fixture
 def box(tmp_path: Path) -> Path:
@@ -46,18 +44,18 @@ def test_list_shows_the_queue_of_each_sink(box: Path) -> None:
     """As a table and as JSON, also one that was asked for; a directory with one sink has none."""
     folder = box.parent
     run("enqueue", "-d", "plain", cwd=folder, stdin=bare(1))
-    assert said(folder, "sinks", "list", "-d", "plain") == "no queues: this directory has one sink at the most\n"
+    assert said(folder, "sinks", "list", "-d", "plain") == "no queues: this outbox has no more than one sink\n"
     assert json.loads(said(folder, "sinks", "list", "-d", "plain", "--json")) == []
     waiting_for(box, "live", "warehouse")
     said(folder, "sinks", "add", "third", "-d", "box")
     head, *rows = said(folder, "sinks", "list", "-d", "box").splitlines()
-    assert head.split() == ["sink", "files", "bytes", "dead", "damaged", "state"]
+    assert head.split() == ["sink", "pending", "bytes", "dead", "quarantined", "state"]
     assert [row.split()[0] for row in rows] == ["live", "warehouse", "third"]
-    assert rows[2].endswith("asked for, begins with what waits")
+    assert rows[2].endswith("requested; will start with the current backlog")
     assert "waiting: cannot connect to" in rows[0]
     live, _, third = json.loads(said(folder, "sinks", "list", "-d", "box", "--json"))
     size = sum(file.stat().st_size for file in (box / "sink-live").glob("sealed-*"))
-    counts = {"sealed_files": 2, "sealed_bytes": size, "dead_files": 0, "corrupt_files": 0, "delivered_files": 0}
+    counts = {"sealed_files": 2, "sealed_bytes": size, "dead_files": 0, "quarantine_files": 0, "delivered_files": 0}
     assert live == {"sink": "live", **counts, "state": live["state"], "requested": False}
     assert third == {"sink": "third", **dict.fromkeys(counts, 0), "state": "", "requested": True}
 
@@ -69,13 +67,17 @@ def test_what_cannot_be_is_refused_and_changes_nothing(box: Path) -> None:
     open_directory(box).request_queue("third")
     before = sorted(str(path) for path in box.rglob("*"))
     refusals = {
-        ("add", "live"): "live has a queue already",
-        ("add", "No_Name"): "'No_Name' is no name of a sink: a-z, 0-9, _ and -, at most 32",
-        ("remove", "lvie"): "lvie has no queue here; there are: live, warehouse",
-        ("remove", "live"): "2 files wait for live: --discard gives that up",
-        ("remove", "live", "--hand-back"): "--hand-back is for the last queue: the other sinks have what waits, or had it",
-        ("rename", "live", "third"): "third has a queue already, or was asked for",
-        ("rename", "live", "../live"): "'../live' is no name of a sink",
+        ("add", "live"): "live already has a queue",
+        ("add", "No_Name"): "'No_Name' is not a name; use 1 to 32 of the characters a-z, 0-9, _ and -",
+        ("remove", "lvie"): "lvie has no queue here; the queues are: live, warehouse",
+        ("remove", "live"): "live has 2 batches pending; give --discard to delete them",
+        (
+            "remove",
+            "live",
+            "--return-batches",
+        ): "--return-batches is for the last sink; the queues of other sinks have these batches too",
+        ("rename", "live", "third"): "third already has a queue, or a request for one",
+        ("rename", "live", "../live"): "'../live' is not a name",
         ("rename", "gone", "new"): "gone has no queue here",
     }
     for words, text in refusals.items():
@@ -89,10 +91,13 @@ def test_a_queue_that_keeps_dead_letters_is_not_removed(box: Path) -> None:
     """They are named, and where to do something about them."""
     waiting_for(box, "live", files=1)
     text = said(box.parent, "sinks", "remove", "live", "-d", "box", code=2)
-    assert "1 file waits for live: --discard gives that up, --hand-back lets a single sink have that" in text
+    assert "live has 1 batch pending; give --discard to delete them, or --return-batches to return them to the outbox" in text
     (box / "sink-live" / layout.dead_name("sealed-x")).write_bytes(b"{}\n")
     text = said(box.parent, "sinks", "remove", "live", "--discard", "-d", "box", code=2)
-    assert "1 file of dead letters and 0 files of quarantine: pillarbox dead and pillarbox quarantine -d box/sink-live" in text
+    assert (
+        "1 file of dead letters, 0 files of quarantine; replay, repair or purge them first: pillarbox dead -d box/sink-live"
+        in text
+    )
     assert len(batch_files(box / "sink-live")) == 1
 
 
@@ -102,7 +107,7 @@ def test_one_that_was_asked_for_is_asked_for_no_more(box: Path) -> None:
     waiting_for(box, "live")
     for _ in range(2):
         said(folder, "sinks", "add", "third", "-d", "box")
-        assert said(folder, "sinks", "remove", "third", "-d", "box") == "third is not asked for any more\n"
+        assert said(folder, "sinks", "remove", "third", "-d", "box") == "request for third cancelled\n"
         assert not (box / "sink-third.adding").exists()
     assert "third has no queue here" in said(folder, "sinks", "remove", "third", "-d", "box", code=2)
 
@@ -122,7 +127,7 @@ def test_what_a_killed_removal_left_over_is_in_nobodys_way(box: Path) -> None:
         wait_until(lambda: len(batch_files(box / "sink-old")) == 1)
     (box / "sink-old.removing").mkdir()
     (box / "sink-old.removing" / "sealed-y.ndjson").write_bytes(b"")
-    assert said(folder, "sinks", "remove", "old", "--discard", "-d", "box") == "old removed; 1 file given up\n"
+    assert said(folder, "sinks", "remove", "old", "--discard", "-d", "box") == "removed old; 1 batch deleted\n"
     assert sorted(path.name for path in box.glob("sink-*")) == ["sink-live"]
 
 
@@ -145,14 +150,14 @@ def delivering(box: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_while_a_process_delivers_to_it_a_queue_stays_as_it_is(box: Path, delivering: subprocess.Popen[bytes]) -> None:
     """The refusal says what to do; once that was done, it goes."""
     folder = box.parent
-    way_out = "a process delivers box/sink-live: start it again without live among its sinks, or stop it"
+    way_out = "a process delivers box/sink-live: stop it, or restart it without live among its sinks"
     for words in (["remove", "live", "--discard"], ["rename", "live", "new"]):
         assert way_out in said(folder, "sinks", *words, "-d", "box", code=2)
-    assert "a process delivers box: " in said(folder, "sinks", "remove", "live", "--hand-back", "-d", "box", code=2)
+    assert "a process delivers box: " in said(folder, "sinks", "remove", "live", "--return-batches", "-d", "box", code=2)
     delivering.terminate()
     assert delivering.wait(60) == 0
-    assert said(folder, "sinks", "rename", "live", "new", "-d", "box") == "live is new now\n"
-    assert said(folder, "sinks", "remove", "new", "-d", "box") == "new removed\n"
+    assert said(folder, "sinks", "rename", "live", "new", "-d", "box") == "renamed live to new\n"
+    assert said(folder, "sinks", "remove", "new", "-d", "box") == "removed new\n"
 
 
 def test_deliver_takes_several_sinks_in_all_places_where_settings_are(tmp_path: Path) -> None:
@@ -185,11 +190,11 @@ def test_deliver_takes_several_sinks_in_all_places_where_settings_are(tmp_path: 
 @pytest.mark.parametrize(
     ("sinks", "text"),
     [
-        (["a=sqlite:///a.db", "sqlite:///b.db"], "of several, each needs a name of its own: --sink NAME=URL"),
-        (["sqlite:///a.db", "sqlite:///b.db"], "of several, each needs a name: --sink NAME=URL"),
-        (["a=sqlite:///a.db", "a=sqlite:///b.db"], "of several, each needs a name of its own: --sink NAME=URL"),
-        (["A=sqlite:///a.db"], NAMED),
-        (["a="], f"{NAMED} (a has none)"),
+        (["a=sqlite:///a.db", "sqlite:///b.db"], "give each sink a different name: --sink NAME=URL --sink NAME=URL"),
+        (["sqlite:///a.db", "sqlite:///b.db"], "give each sink a name: --sink NAME=URL --sink NAME=URL"),
+        (["a=sqlite:///a.db", "a=sqlite:///b.db"], "give each sink a different name: --sink NAME=URL --sink NAME=URL"),
+        (["A=sqlite:///a.db"], "'A' is not a name; use 1 to 32 of the characters a-z, 0-9, _ and -"),
+        (["a="], "give 'a' a URL, as in a=URL"),
         (["a=nonsense://host/"], "nonsense"),
     ],
 )
@@ -226,18 +231,21 @@ def test_what_looks_at_a_directory_shows_all_its_queues(box: Path) -> None:
     status = json.loads(said(folder, "status", "-d", "box", "--json"))
     assert [(sink["name"], sink["backlog_files"]) for sink in status["sinks"]] == [("live", 2), ("warehouse", 2)]
     assert status["pending_files"] == 2
-    assert "to live" in said(folder, "status", "-d", "box")
+    assert "sink live" in said(folder, "status", "-d", "box")
     assert [line.partition(" = ")[0] for line in said(folder, "verify", "-d", "box").splitlines()] == [
         "balanced: accepted 20",
         "live: balanced: accepted 20",
         "warehouse: balanced: accepted 20",
     ]
     whole: dict[str, Any] = json.loads(said(folder, "verify", "-d", "box", "--json"))
-    assert {name: one["account"]["total"]["pending"] for name, one in whole["sinks"].items()} == {"live": 20, "warehouse": 20}
+    assert {name: one["reconciliation"]["total"]["pending"] for name, one in whole["sinks"].items()} == {
+        "live": 20,
+        "warehouse": 20,
+    }
     for path in ("box/sink-live", str(box / "sink-live")):
         assert said(folder, "verify", "-d", path).startswith("balanced: accepted 20 = delivered 0 + pending 20")
-        assert "in 2 files" in said(folder, "status", "-d", path)
-        assert said(folder, "inspect", "e-000003", "-d", path).startswith("e-000003: waits, in ")
+        assert "pending       2 files, " in said(folder, "status", "-d", path)
+        assert said(folder, "inspect", "e-000003", "-d", path).startswith("e-000003: pending, in ")
         assert said(folder, "export", "-d", path, "-q").count("\n") == 20
     doctor = run("doctor", "-d", "box", "--sink", "live=sqlite:///live.db", cwd=folder).stdout.decode()
     assert "sink-warehouse belongs to no sink of the settings, 2 batches pending" in doctor
@@ -280,18 +288,18 @@ def test_dead_letters_of_all_sinks_are_listed_with_the_place_to_mend_them(
     folder = box.parent
     listed = said(folder, "dead", "list", "-d", "box")
     assert f"live: {refused[1].url()}" in listed
-    assert listed.splitlines()[2:] == ["2 dead letters in 1 file", "those of live are mended with -d box/sink-live"]
+    assert listed.splitlines()[2:] == ["2 dead letters in 1 file", "to change those of live: -d box/sink-live"]
     each = said(folder, "dead", "list", "--each", "-d", "box").splitlines()
     assert (each[0].split()[0], each[1].split()[0]) == ("sink", "live")
     answer = json.loads(said(folder, "dead", "list", "--each", "--json", "-d", "box"))
     assert [(one["queue"], one["event_id"]) for one in answer["items"]] == [("live", "e-000000"), ("live", "e-000001")]
     (group,) = json.loads(said(folder, "dead", "list", "--json", "-d", "box"))["groups"]
     assert (group["queue"], group["count"]) == ("live", 2)
-    assert "refused by live: http" in said(folder, "dead", "show", "-d", "box")
+    assert "rejected by live: http" in said(folder, "dead", "show", "-d", "box")
     for words in (["replay"], ["purge"], ["edit", "--set", "event_key=click"], ["edit"]):
         text = said(folder, "dead", *words, "--all", "--yes", "-d", "box", code=2)
-        assert "that of single sinks, and changed for one at a time: -d box/sink-live" in text
-    assert "no such dead letter" in said(folder, "dead", "show", "-d", "box/sink-warehouse")
+        assert "choose one sink: -d box/sink-live" in text
+    assert "no dead letter matches" in said(folder, "dead", "show", "-d", "box/sink-warehouse")
 
 
 def test_quarantine_of_all_sinks_is_listed_and_purged_for_one(box: Path, refused: tuple[Outbox, Server, Server]) -> None:
@@ -300,22 +308,24 @@ def test_quarantine_of_all_sinks_is_listed_and_purged_for_one(box: Path, refused
     assert refused[0].stats().quarantined == 2
     head, *rows, total, live, warehouse = said(folder, "quarantine", "list", "-d", "box").splitlines()
     assert (head.split()[0], [row.split()[0] for row in rows]) == ("sink", ["live", "warehouse"])
-    assert total == "2 spans, 12 bytes in 2 files"
-    assert [live, warehouse] == [f"those of {sink} are mended with -d box/sink-{sink}" for sink in ("live", "warehouse")]
+    assert total == "2 damaged byte ranges, 12 bytes in 2 files"
+    assert [live, warehouse] == [f"to change those of {sink}: -d box/sink-{sink}" for sink in ("live", "warehouse")]
     answer = json.loads(said(folder, "quarantine", "list", "--json", "-d", "box"))
     assert [one["queue"] for one in answer["batches"]] == ["live", "warehouse"]
     assert [one["queue"] for one in json.loads(said(folder, "quarantine", "show", "--json", "-d", "box"))] == [
         "live",
         "warehouse",
     ]
-    assert ", kept for warehouse" in said(folder, "quarantine", "show", "-d", "box")
+    assert ", in the queue of warehouse" in said(folder, "quarantine", "show", "-d", "box")
     assert "-d box/sink-live or -d box/sink-warehouse" in said(
         folder, "quarantine", "purge", "--all", "--yes", "-d", "box", code=2
     )
     assert said(folder, "quarantine", "repair", "--all", "--yes", "-d", "box/sink-live").splitlines()[-1] == (
-        "nothing was done; 1 span can only be kept or purged"
+        "nothing was changed; 1 range without a recoverable event"
     )
-    assert "1 span of 1 file purged" in said(folder, "quarantine", "purge", "--all", "--yes", "-d", "box/sink-live")
+    assert "1 damaged byte range in 1 file deleted" in said(
+        folder, "quarantine", "purge", "--all", "--yes", "-d", "box/sink-live"
+    )
     answer = json.loads(said(folder, "quarantine", "list", "--json", "-d", "box"))
     assert [one["queue"] for one in answer["batches"]] == ["warehouse"]
     balanced_totals(box)
@@ -326,7 +336,7 @@ def test_what_one_sink_refused_is_sent_again_to_that_sink_only(box: Path, refuse
     outbox, live, warehouse = refused
     live.respond, before = always(CannedResponse()), len(warehouse.requests)
     text = said(box.parent, "dead", "replay", "--all", "--yes", "-d", "box/sink-live")
-    assert text.splitlines()[-1] == "2 events of 1 file went back into the outbox"
+    assert text.splitlines()[-1] == "2 events from 1 file replayed"
     wait_until(lambda: outbox.stats().sinks["live"].delivered == 12)
     assert sorted(one["event_id"] for one in live.requests[-1].events) == ["e-000000", "e-000001"]
     assert len(warehouse.requests) == before

@@ -97,7 +97,7 @@ def test_the_screen_fits_into_80_columns_and_ends_with_ctrl_c(box: Path) -> None
     assert code == 0
     assert "Traceback" not in seen
     assert max(map(len, plain(seen).split("\r\n"))) <= 80
-    for word in ("waiting", "dead letters", "quarantine", "empty in", "no delivery worker yet"):
+    for word in ("pending", "dead letters", "quarantine", "empty in", "no delivery worker yet"):
         assert word in plain(seen)
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
 
@@ -112,7 +112,7 @@ def test_in_a_pipe_each_look_is_a_line_of_printable_text(box: Path) -> None:
     """Nor does what a destination says move anybody's cursor."""
     clock = ManualClock()
     beat(box, clock, State("waiting", "said \x1b[31mred\x07\nand went"), 5)
-    done = run("status", "-d", "box", "--watch", "--looks", "2", "--interval", "0.1", cwd=box.parent)
+    done = run("status", "-d", "box", "--watch", "--samples", "2", "--interval", "0.1", cwd=box.parent)
     assert (done.returncode, done.stderr) == (0, b"")
     lines = done.stdout.decode().splitlines()
     assert len(lines) == 2
@@ -122,7 +122,7 @@ def test_in_a_pipe_each_look_is_a_line_of_printable_text(box: Path) -> None:
 
 def test_as_json_each_look_is_an_object_on_a_line(box: Path) -> None:
     """In the shape that is documented; a plain look is the same without rates."""
-    done = run("status", "-d", "box", "--watch", "--json", "--looks", "2", "--interval", "0.1", cwd=box.parent)
+    done = run("status", "-d", "box", "--watch", "--json", "--samples", "2", "--interval", "0.1", cwd=box.parent)
     first, second = map(json.loads, done.stdout.splitlines())
     assert set(first) == {"at_micros", "status", "rates"}
     assert first["rates"] == {
@@ -195,12 +195,12 @@ def test_of_several_destinations_each_has_a_row(box: Path) -> None:
         ("live", 4, 1),
         ("warehouse", 1, 0),
     ]
-    assert "live: 4 files wait, oldest 5 s" in sample_line(found)
+    assert "live: 4 files pending, oldest 5 s" in sample_line(found)
     assert "waiting: 503, next try in 7 s" in sample_line(found)
     text = run("status", "-d", "box", cwd=box.parent).stdout.decode()
-    assert re.search(r"to live +[\d,]+ bytes in 4 files wait; process \d+, sink https://live/", text)
+    assert re.search(r"sink live +4 files, [\d,]+ bytes pending; process \d+, sink https://live/", text)
     assert "\x1b" not in text
-    _, seen = on_terminal(box.parent, "status", "-d", "box", "--watch", "--looks", "2", "--interval", "0.1")
+    _, seen = on_terminal(box.parent, "status", "-d", "box", "--watch", "--samples", "2", "--interval", "0.1")
     assert "last error: it was gone" in plain(seen)
     assert max(map(len, plain(seen).split("\r\n"))) <= 80
 
@@ -210,7 +210,7 @@ def test_status_changes_nothing(box: Path) -> None:
     run("enqueue", "-d", "box", cwd=box.parent, stdin=b"".join(map(bare, range(10))))
     before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in box.iterdir()}
     run("status", "-d", "box", cwd=box.parent)
-    run("status", "-d", "box", "--watch", "--looks", "3", "--interval", "0.1", cwd=box.parent)
+    run("status", "-d", "box", "--watch", "--samples", "3", "--interval", "0.1", cwd=box.parent)
     assert {file.name: (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in box.iterdir()} == before
 
 

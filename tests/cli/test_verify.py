@@ -36,7 +36,7 @@ def verified(folder: Path) -> dict[str, Any]:
     done = run("verify", "-d", "box", "--json", cwd=folder)
     answer: dict[str, Any] = json.loads(done.stdout)
     assert done.returncode == int(not answer["balances"]), done
-    account: dict[str, Any] = answer["account"]
+    account: dict[str, Any] = answer["reconciliation"]
     return answer | account
 
 
@@ -127,7 +127,7 @@ def test_a_sealed_file_that_is_gone_is_named(filled: Path) -> None:
     assert answer["discrepancies"][0]["writer"] == answer["writers"][0]["writer"]
     text = said(filled)
     assert text.startswith("does not balance: accepted 50 <> delivered 0 + pending 40 + dead 0")
-    assert f"{victim.stem} of writer {answer['writers'][0]['writer']}: 10 missing" in text
+    assert f"{victim.stem} of writer {answer['writers'][0]['writer']}: 10 events missing" in text
 
 
 @pytest.mark.parametrize(("doubled", "events"), [(False, 1), (True, -1)])
@@ -173,7 +173,7 @@ def test_a_torn_last_line_and_a_later_versions_entry_are_stepped_over_and_named(
     """Who appends next begins a line of its own."""
     with (filled / "box" / layout.LEDGER).open("ab") as ledger:
         ledger.write(record.line(b'{"entry":"moved","at_micros":1,"batch":"x"}') + b'{"event":{"entry":"sea')
-    assert "2 lines of the ledger are damaged, or of a later version" in said(filled)
+    assert "2 ledger lines not read: damaged, or written by a later version" in said(filled)
     assert run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=filled).returncode == 0
     answer = verified(filled)
     assert (answer["balances"], answer["unread_entries"], answer["total"]["delivered"]) == (True, 2, 50)

@@ -169,7 +169,7 @@ def test_one_that_was_added_before_begins_with_what_waits(box: Path) -> None:
     done = pillarbox(box, "sinks", "add", "warehouse")
     assert (done.returncode, done.stdout) == (
         0,
-        "warehouse begins with what waits, once a process delivers to it: --sink warehouse=URL\n",
+        "warehouse will start with the current backlog; deliver to it with --sink warehouse=URL\n",
     )
     with Outbox(str(box), sinks=two(box)) as outbox:
         assert outbox.flush(60)
@@ -219,7 +219,7 @@ def test_a_queue_that_is_left_out_goes_on_filling_and_is_named(box: Path) -> Non
         assert not outbox.flush(0.2)  # what it is to get is not delivered
     assert len(batch_files(box / "sink-warehouse")) == 2
     removed = pillarbox(box, "sinks", "remove", "warehouse", "--discard")
-    assert (removed.returncode, removed.stdout) == (0, "warehouse removed; 2 files given up\n")
+    assert (removed.returncode, removed.stdout) == (0, "removed warehouse; 2 batches deleted\n")
     with Outbox(str(box), sinks={"live": database(box, "live")}) as outbox:
         enqueue_files(outbox, 1, first=30)
         assert outbox.flush(60)
@@ -233,7 +233,7 @@ def test_a_renamed_queue_is_the_other_sinks(box: Path) -> None:
     with Outbox(str(box), sinks={"live": closed_port_url(), "warehouse": database(box, "warehouse")}) as outbox:
         enqueue_files(outbox, 3)
         wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 30)
-    assert pillarbox(box, "sinks", "rename", "live", "fresh").stdout == "live is fresh now\n"
+    assert pillarbox(box, "sinks", "rename", "live", "fresh").stdout == "renamed live to fresh\n"
     with Outbox(str(box), sinks={"fresh": database(box, "fresh"), "warehouse": database(box, "warehouse")}) as outbox:
         assert outbox.flush(60)
     assert stored_event_ids(box.parent / "fresh.db") == event_ids(30)
@@ -260,7 +260,10 @@ def test_the_last_queue_is_handed_back_to_a_single_sink(box: Path) -> None:
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         enqueue_files(outbox, 3)
         wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
-    assert pillarbox(box, "sinks", "remove", "live", "--hand-back").stdout == "live removed; 3 files handed back\n"
+    assert (
+        pillarbox(box, "sinks", "remove", "live", "--return-batches").stdout
+        == "removed live; 3 batches returned to the outbox\n"
+    )
     assert not (box / "sink-live").exists()
     with Outbox(str(box), sink=database(box, "single")) as outbox:
         assert outbox.flush(60)

@@ -64,7 +64,7 @@ def verified(folder: Path) -> dict[str, object]:
     """What `verify` says of the directory, which must balance."""
     done = run("verify", *BOX, "--json", cwd=folder)
     assert done.returncode == 0, done.stdout
-    return dict(json.loads(done.stdout)["account"])
+    return dict(json.loads(done.stdout)["reconciliation"])
 
 
 def three_delivered(folder: Path) -> None:
@@ -265,10 +265,10 @@ def test_a_destination_that_was_restored_to_an_earlier_copy_gets_everything_agai
         left.unlink()
     shutil.copy(tmp_path / "copy.db", tmp_path / "events.db")
     assert len(ids(tmp_path / "events.db")) == 10
-    done = run("resend", *BOX, "--since", "2h", "--yes", cwd=tmp_path)
-    assert (done.returncode, done.stdout.splitlines()[-1][:58]) == (
+    done = run("redeliver", *BOX, "--since", "2h", "--yes", cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1][:59]) == (
         0,
-        b"30 events of 3 files wait to be sent again (what is kept w",
+        b"30 events in 3 batches pending again (the oldest retained b",
     )
     deliver(tmp_path)
     assert ids(tmp_path / "events.db") == [f"e-{number:06d}" for number in range(30)]
@@ -276,23 +276,23 @@ def test_a_destination_that_was_restored_to_an_earlier_copy_gets_everything_agai
     assert account["resent_on_request"] == 30
     assert account["total"]["accepted"] == account["total"]["delivered"] == 60  # type: ignore[index]
     assert account["total"]["duplicates"] == 10  # type: ignore[index]
-    assert b"(duplicates 10, resent 30)" in run("verify", *BOX, cwd=tmp_path).stdout
+    assert b"(duplicates 10, redelivered 30)" in run("verify", *BOX, cwd=tmp_path).stdout
 
 
 def test_without_yes_it_only_says_what_would_be_sent_again(tmp_path: Path) -> None:
     """In text and in JSON; with --yes, the same and what became of it."""
     three_delivered(tmp_path)
     before = sorted(os.listdir(tmp_path / "box"))
-    text = run("resend", *BOX, "--since", "1h", cwd=tmp_path).stdout.decode()
-    assert "30 events of 3 files would be sent again; --yes does it" in text
-    plan = json.loads(run("resend", *BOX, "--since", "1h", "--json", cwd=tmp_path).stdout)
+    text = run("redeliver", *BOX, "--since", "1h", cwd=tmp_path).stdout.decode()
+    assert "30 events in 3 batches would be redelivered; add --yes to do it" in text
+    plan = json.loads(run("redeliver", *BOX, "--since", "1h", "--json", cwd=tmp_path).stdout)
     assert sorted(os.listdir(tmp_path / "box")) == before
-    assert (plan["acted"], plan["events"], plan["files"]) == (False, 30, 3)
-    assert [(item["events"], item["sink"], item["resent_as"]) for item in plan["items"]] == [(10, "", None)] * 3
+    assert (plan["applied"], plan["events"], plan["files"]) == (False, 30, 3)
+    assert [(item["events"], item["sink"], item["redelivered_as"]) for item in plan["items"]] == [(10, "", None)] * 3
     assert all(item["sealed_at_micros"] < item["delivered_at_micros"] for item in plan["items"])
-    done = json.loads(run("resend", *BOX, "--since", "1h", "--json", "--yes", cwd=tmp_path).stdout)
-    anew = [item["resent_as"] for item in done["items"]]
-    assert (done["acted"], sorted(anew)) == (True, anew)
+    done = json.loads(run("redeliver", *BOX, "--since", "1h", "--json", "--yes", cwd=tmp_path).stdout)
+    anew = [item["redelivered_as"] for item in done["items"]]
+    assert (done["applied"], sorted(anew)) == (True, anew)
     assert [item["batch"] for item in done["items"]] == sorted(item["batch"] for item in plan["items"])
     waiting = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock()).batch_names()
     assert [layout.batch_id(name) for name in waiting] == anew
@@ -306,7 +306,7 @@ def test_the_time_that_is_meant_is_the_time_of_delivery(tmp_path: Path) -> None:
     assert at is not None
 
     def chosen(*options: str) -> list[str]:
-        plan = json.loads(run("resend", *BOX, *options, "--json", cwd=tmp_path).stdout)
+        plan = json.loads(run("redeliver", *BOX, *options, "--json", cwd=tmp_path).stdout)
         return [item["batch"] for item in plan["items"]]
 
     moment = f"{at / 1e6:.6f}"
@@ -327,7 +327,7 @@ def test_of_several_sinks_one_gets_again_what_the_others_keep_or_wait_for(tmp_pa
     assert run(*command, cwd=tmp_path, environ=environ).returncode == 1
     for left in tmp_path.glob("one.db*"):
         left.unlink()
-    done = run("resend", *BOX, "--all", "--sink", "one", "--yes", cwd=tmp_path)
+    done = run("redeliver", *BOX, "--all", "--sink", "one", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
     assert run(*command, cwd=tmp_path, environ=environ).returncode == 1
     assert [ids(tmp_path / f"{name}.db") for name in ("one", "other")] == [[f"e-{number:06d}" for number in range(10)]] * 2
@@ -339,19 +339,19 @@ def test_of_several_sinks_one_gets_again_what_the_others_keep_or_wait_for(tmp_pa
 def test_what_cannot_be_is_said_with_the_way_out(tmp_path: Path) -> None:
     """Nothing asked for, no such sink, nothing kept, and somebody else at it."""
     store(tmp_path, 1)
-    assert run("resend", *BOX, cwd=tmp_path).returncode == 2
-    wrong = run("resend", *BOX, "--all", "--sink", "warehouse", cwd=tmp_path)
+    assert run("redeliver", *BOX, cwd=tmp_path).returncode == 2
+    wrong = run("redeliver", *BOX, "--all", "--sink", "warehouse", cwd=tmp_path)
     assert (wrong.returncode, b"leave --sink out" in wrong.stderr) == (2, True)
-    nothing = run("resend", *BOX, "--since", "2h", "--yes", cwd=tmp_path)
+    nothing = run("redeliver", *BOX, "--since", "2h", "--yes", cwd=tmp_path)
     assert (nothing.returncode, b"set keep_delivered" in nothing.stdout) == (1, True)
     deliver(tmp_path)
-    none = run("resend", *BOX, "--until", "2h", "--yes", cwd=tmp_path)
-    assert (none.returncode, none.stdout[:16]) == (0, b"nothing was done")
+    none = run("redeliver", *BOX, "--until", "2h", "--yes", cwd=tmp_path)
+    assert (none.returncode, none.stdout[:19]) == (0, b"nothing was changed")
     place = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
     turn = acquire_lock(place)
     assert turn is not None
-    busy = run("resend", *BOX, "--all", "--yes", cwd=tmp_path)
-    assert (busy.returncode, b"another command is mending it" in busy.stderr) == (1, True)
+    busy = run("redeliver", *BOX, "--all", "--yes", cwd=tmp_path)
+    assert (busy.returncode, b"another command is changing it" in busy.stderr) == (1, True)
     place.filesystem.close(turn.fd)
 
 
@@ -360,13 +360,13 @@ def test_what_is_sent_again_leaves_room_for_new_events(tmp_path: Path) -> None:
     three_delivered(tmp_path)
     size = next((tmp_path / "box").glob("delivered-*")).stat().st_size
     limit = {"PILLARBOX_MAX_BYTES": str(size * 5 // 2)}
-    part = run("resend", *BOX, "--all", "--yes", cwd=tmp_path, environ=limit)
+    part = run("redeliver", *BOX, "--all", "--yes", cwd=tmp_path, environ=limit)
     assert part.returncode == 1
-    assert b"20 events of 2 files wait to be sent again" in part.stdout
-    assert b"takes nothing more (max_bytes)" in part.stderr
+    assert b"20 events in 2 batches pending again" in part.stdout
+    assert b"accepts no more events (max_bytes)" in part.stderr
     until = part.stdout.split(b"--until ")[1].split()[0].decode()
     deliver(tmp_path)
-    rest = run("resend", *BOX, "--all", "--until", until, "--yes", cwd=tmp_path)
+    rest = run("redeliver", *BOX, "--all", "--until", until, "--yes", cwd=tmp_path)
     assert rest.returncode == 0
     deliver(tmp_path)
     assert verified(tmp_path)["resent_on_request"] in (30, 40, 50)  # what was delivered in the second before may go again
@@ -379,7 +379,7 @@ def test_it_works_while_a_deliverer_runs(tmp_path: Path) -> None:
         for number in range(5):
             outbox.enqueue(event(number))
             assert outbox.flush(60)
-        assert run("resend", *BOX, "--since", "1h", "--yes", cwd=tmp_path).returncode == 0
+        assert run("redeliver", *BOX, "--since", "1h", "--yes", cwd=tmp_path).returncode == 0
         wait_until(lambda: len(sink.payloads) == 10)
         assert outbox.flush(60)
     assert sink.payloads[:5] == sink.payloads[5:]
@@ -400,7 +400,11 @@ def test_cut_short_it_has_neither_lost_nor_doubled_anything(tmp_path: Path, numb
     contents = sorted(Path(place.path_of(file.name)).read_bytes() for file in place.delivered_files())
     assert len(contents) == 500
     process = subprocess.Popen(
-        [*PILLARBOX, "resend", *BOX, "--all", "--yes"], cwd=tmp_path, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*PILLARBOX, "redeliver", *BOX, "--all", "--yes"],
+        cwd=tmp_path,
+        env=CLEAN,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     wait_until(lambda: bool(place.batch_names()))
     process.send_signal(number)
@@ -410,7 +414,7 @@ def test_cut_short_it_has_neither_lost_nor_doubled_anything(tmp_path: Path, numb
     if number == signal.SIGINT:
         assert process.returncode in (0, 130)
     verified(tmp_path)
-    assert run("resend", *BOX, "--all", "--yes", cwd=tmp_path).returncode == 0
+    assert run("redeliver", *BOX, "--all", "--yes", cwd=tmp_path).returncode == 0
     assert place.delivered_files() == []
     verified(tmp_path)
 

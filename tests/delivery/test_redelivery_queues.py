@@ -99,7 +99,7 @@ def verified(folder: Path) -> dict[str, Any]:
     done = run("verify", *BOX, "--json", cwd=folder)
     answer = json.loads(done.stdout)
     assert done.returncode == int(not answer["balances"])
-    return {sink: one["account"] | {"balances": one["balances"]} for sink, one in answer["sinks"].items()}
+    return {sink: one["reconciliation"] | {"balances": one["balances"]} for sink, one in answer["sinks"].items()}
 
 
 @pytest.fixture
@@ -124,14 +124,14 @@ def test_one_sink_is_sent_again_what_it_lost_and_the_others_nothing(lost: Path) 
     before = kept(place, "live")
     assert len(before) == 3
     balanced_totals(lost / "box")
-    done = run("resend", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=lost)
+    done = run("redeliver", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=lost)
     assert done.returncode == 0
     items = json.loads(done.stdout)["items"]
     assert [(item["batch"], item["sink"], item["events"]) for item in items] == [
         (one, "warehouse", 10) for one in sorted(before)
     ]
     waiting = [layout.batch_id(name) for name in place.queue("warehouse").batch_names()]
-    assert waiting == [item["resent_as"] for item in items]
+    assert waiting == [item["redelivered_as"] for item in items]
     assert not set(waiting) & set(before)
     assert (place.batch_names(), place.queue("live").batch_names(), kept(place, "warehouse")) == ([], [], [])
     balanced_totals(lost / "box")
@@ -146,8 +146,8 @@ def test_one_sink_is_sent_again_what_it_lost_and_the_others_nothing(lost: Path) 
 
 def test_without_a_name_all_sinks_are_sent_again_what_they_keep(lost: Path) -> None:
     """Each in its own queue, and kept once more."""
-    text = run("resend", *BOX, "--all", "--yes", cwd=lost).stdout.decode()
-    assert "60 events of 6 files wait to be sent again" in text
+    text = run("redeliver", *BOX, "--all", "--yes", cwd=lost).stdout.decode()
+    assert "60 events in 6 batches pending again" in text
     assert (text.count("  to live"), text.count("  to warehouse")) == (3, 3)
     place = open_directory(lost / "box")
     assert not set(place.queue("live").batch_names()) & set(place.queue("warehouse").batch_names())
@@ -159,16 +159,16 @@ def test_without_a_name_all_sinks_are_sent_again_what_they_keep(lost: Path) -> N
 
 def test_a_sink_that_there_is_not_is_named_with_those_there_are(lost: Path) -> None:
     """And nothing is done."""
-    done = run("resend", *BOX, "--all", "--sink", "wharehouse", "--yes", cwd=lost)
-    assert (done.returncode, b"it has live, warehouse" in done.stderr) == (2, True)
+    done = run("redeliver", *BOX, "--all", "--sink", "wharehouse", "--yes", cwd=lost)
+    assert (done.returncode, b"its sinks are live, warehouse" in done.stderr) == (2, True)
     assert len(kept(open_directory(lost / "box"), "live")) == 3
 
 
 def test_a_queue_is_named_by_its_sink(lost: Path) -> None:
     """Its files have names elsewhere, and are read by who knows that."""
-    done = run("resend", "-d", "box/sink-live", "--all", cwd=lost)
+    done = run("redeliver", "-d", "box/sink-live", "--all", cwd=lost)
     assert done.returncode == 2
-    assert "-d box --sink live sends again from it" in " ".join(done.stderr.decode().split())
+    assert "use -d box --sink live" in " ".join(done.stderr.decode().split())
 
 
 def test_what_was_kept_while_there_was_one_sink_is_sent_again_to_all_and_goes_in_its_time(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_what_was_kept_while_there_was_one_sink_is_sent_again_to_all_and_goes_in
         enqueue_files(outbox, 2)
         assert outbox.flush(60)
     one, _ = sorted(box.glob("delivered-*"))
-    assert run("resend", *BOX, "--batch", layout.batch_id(one.name), "--yes", cwd=tmp_path).returncode == 0
+    assert run("redeliver", *BOX, "--batch", layout.batch_id(one.name), "--yes", cwd=tmp_path).returncode == 0
     with Outbox(str(box), sinks=urls(tmp_path), keep_delivered=0.01, flush_interval=0.05) as outbox:
         assert outbox.flush(60)
         wait_until(lambda: not list(box.rglob("delivered-*")))
@@ -198,14 +198,14 @@ def test_cut_short_each_queue_has_each_file_once_more(place: Directory, number: 
     contents = {sink: sorted(contents_of(place.queue(sink))) for sink in SINKS}
     assert [len(one) for one in contents.values()] == [200, 200]
     process = subprocess.Popen(
-        [*PILLARBOX, "resend", *BOX, "--all", "--yes"], cwd=folder, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*PILLARBOX, "redeliver", *BOX, "--all", "--yes"], cwd=folder, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     wait_until(lambda: bool(place.queue("live").batch_names()))
     process.send_signal(number)
     process.communicate(timeout=60)
     assert {sink: sorted(contents_of(place.queue(sink))) for sink in SINKS} == contents
     balanced_totals(Path(place.path))
-    assert run("resend", *BOX, "--all", "--yes", cwd=folder).returncode == 0
+    assert run("redeliver", *BOX, "--all", "--yes", cwd=folder).returncode == 0
     assert [len(place.queue(sink).batch_names()) for sink in SINKS] == [200, 200]
     assert [len(deliver_one(place, sink).payloads) for sink in SINKS] == [200, 200]
     balanced_totals(Path(place.path))
@@ -304,7 +304,7 @@ def test_copies_that_queues_have_compressed_are_files_of_their_own(place: Direct
 @pytest.mark.parametrize("again", [False, True])
 def test_what_a_queue_was_handed_over_and_has_no_word_of_is_named(lost: Path, *, again: bool) -> None:
     """Also where as many events were sent again since."""
-    assert run("resend", *BOX, "--all", "--sink", "live", "--yes", cwd=lost).returncode == 0 if again else True
+    assert run("redeliver", *BOX, "--all", "--sink", "live", "--yes", cwd=lost).returncode == 0 if again else True
     ledger = lost / "box" / "sink-live" / layout.LEDGER
     place = open_directory(lost / "box")
     batch = kept(place, "warehouse")[1]

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. `pillarbox --help` teaches the rest."""
+"""The command line. Each command parses its options, calls the library and prints the result.
+
+`main` registers the commands; a command imports `options`, `context` and `output`, and never `main`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import sys
 
 
 def main() -> None:
-    """The entry point; says what is missing where the `cli` extra is not installed."""
+    """Run the command line; exits with a hint if the `cli` extra is not installed."""
     try:
-        from pillarbox.cli.main import run  # noqa: PLC0415 - after the check that the extra is there
+        from pillarbox.cli.main import run  # noqa: PLC0415 - after the check that the extra is installed
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

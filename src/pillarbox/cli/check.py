@@ -1,57 +1,41 @@
-"""`pillarbox check URL`: does a destination fit, before the first event?"""
+"""`pillarbox check URL`: check a destination before the first event."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import msgspec
-import typer
-
-from pillarbox.cli.main import (
-    ConfigOption,
-    EventTypeOption,
-    ExitCode,
-    JsonOption,
-    app,
-    complete_url,
-    load_settings,
-    out,
-    require_setting,
-)
+from pillarbox.cli.context import load_settings, require_setting
+from pillarbox.cli.options import ConfigOption, EventTypeOption, JsonOption, UrlArgument, expand_options
+from pillarbox.cli.output import ExitCode, out, print_json
 from pillarbox.sinks import make_sink, redact_url
 
 if TYPE_CHECKING:
     from pillarbox.sinks.base import CheckResult, Sink
 
 
-@app.command("check")
+@expand_options
 def check(
-    sink: Annotated[
-        str | None,
-        typer.Argument(metavar="URL", help="The destination, e.g. sqlite:///events.db.", autocompletion=complete_url),
-    ] = None,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
-    json: JsonOption = False,
+    sink: UrlArgument = None, event_type: EventTypeOption = None, config: ConfigOption = None, json: JsonOption = False
 ) -> int:
-    """Look whether a destination is there and fits the event type. Sends no event. Exit code 1 where something does not fit."""
+    """Check that a destination is reachable and fits.
+
+    Fits means that it accepts the event type. Sends no event. Exits with 1 if a check fails.
+    """
     settings = load_settings(config, sink=sink, event_type=event_type)
     require_setting(settings, "sink", "URL")
-    findings = asyncio.run(_findings(make_sink(settings.sink or "", settings.event_type)))
+    results = asyncio.run(_check_and_close(make_sink(settings.sink or "", settings.event_type)))
     if json:
-        sys.stdout.write(msgspec.json.encode([finding._asdict() for finding in findings]).decode() + "\n")
+        print_json([result._asdict() for result in results])
     else:
         out.print(redact_url(settings.sink or ""), markup=False)
-        for finding in findings:
-            out.print(
-                f"  {'ok ' if finding.ok else 'BAD'}  {finding.message}", markup=False, style=None if finding.ok else "red"
-            )
-    return ExitCode.DONE if all(finding.ok for finding in findings) else ExitCode.PARTIAL
+        for result in results:
+            mark, style = ("ok ", None) if result.ok else ("BAD", "red")
+            out.print(f"  {mark}  {result.message}", markup=False, style=style)
+    return ExitCode.DONE if all(result.ok for result in results) else ExitCode.PARTIAL
 
 
-async def _findings(sink: Sink) -> list[CheckResult]:
+async def _check_and_close(sink: Sink) -> list[CheckResult]:
     try:
         return list(await sink.check())
     finally:

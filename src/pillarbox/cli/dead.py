@@ -1,16 +1,15 @@
-"""`pillarbox dead`: look at dead letters, mend them, send them again, or give them up."""
+"""`pillarbox dead`: show dead letters, replay them, edit and replay them, or delete them."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import typer
 
-from pillarbox.admin import dead_letters as letters
-from pillarbox.admin.dead_letters import DeadLetterGroup, DeadLetterGrouper, DeadLetterRecord
+from pillarbox.admin.dead_letters import DeadLetterGroup, DeadLetterGrouper, DeadLetterRecord, read_files
 from pillarbox.admin.filters import RecordFilter
 from pillarbox.admin.replay import (
     DeadLetterReplayer,
@@ -21,23 +20,20 @@ from pillarbox.admin.replay import (
     with_fields,
 )
 from pillarbox.admin.scan import FileProblem, list_batches
-from pillarbox.admin.text import format_time
-from pillarbox.cli.context import (
+from pillarbox.admin.text import counted, format_time
+from pillarbox.cli.changes import ChangeContext, require_filter
+from pillarbox.cli.options import (
+    CONTEXT_SETTINGS,
     AllOption,
-    BatchOption,
-    CommandContext,
+    DeadLetterFilterOptions,
+    JsonOption,
     LimitOption,
-    ReasonOption,
-    SinceOption,
-    UntilOption,
+    OutboxOptions,
+    QuietOption,
     YesOption,
-    plural,
-    print_json,
-    print_table,
-    printable,
-    require_filter,
+    expand_options,
 )
-from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app, err, out
+from pillarbox.cli.output import ExitCode, err, out, print_json, print_table, printable
 from pillarbox.errors import UsageError
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import create_private_file, read_file
@@ -49,30 +45,17 @@ if TYPE_CHECKING:
 
 dead = typer.Typer(
     name="dead",
-    help="Dead letters: events that a destination refused for good. Look, mend, send again, give up.",
+    help="List, show, replay, edit or purge dead letters.",
     no_args_is_help=True,
     rich_markup_mode=None,
-    context_settings=app.info.context_settings,
+    context_settings=CONTEXT_SETTINGS,
 )
-app.add_typer(dead)
 
-_EDIT_PREFIX = "mend-"  # how the names of files begin that an editor works on
-
-RecordArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="RECORD", help="By name, as `dead list --each` shows it.", show_default=False)
-]
-CodeOption = Annotated[
-    list[str] | None, typer.Option("--code", metavar="CODE", help="Refused with this code.", show_default=False)
-]
-KeyOption = Annotated[list[str] | None, typer.Option("--event-key", metavar="KEY", help="With this key.", show_default=False)]
-IdOption = Annotated[list[str] | None, typer.Option("--event-id", metavar="ID", help="With this id.", show_default=False)]
-DeadSinkOption = Annotated[
-    list[str] | None, typer.Option("--sink", metavar="TEXT", help="With this in its destination's URL.", show_default=False)
-]
+_EDIT_PREFIX: Final = "mend-"  # of the files that an editor works on
 
 
 class DeadLetterItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One dead letter, in the `--json` of all these commands; times in microseconds since 1970."""
+    """One dead letter, in the `--json` of these commands; times in microseconds since 1970."""
 
     record: str  # its name, <batch>#<index>
     batch: str
@@ -85,8 +68,8 @@ class DeadLetterItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     last_at_micros: int
     event_id: str | None
     event_key: str | None
-    queue: str = ""  # whose queue it is in, where there are several sinks
-    event: msgspec.Raw | None = None  # `show`: as it stands; `replay` and `edit`: as it goes in again
+    queue: str = ""  # the sink whose queue it is in, if there are several sinks
+    event: msgspec.Raw | None = None  # `show`: the event as it was rejected; `edit`: as it is replayed
 
 
 class DeadLetterListing(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,17 +83,17 @@ class DeadLetterListing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _to_item(record: DeadLetterRecord, event: bytes | None = None, queue: str = "") -> DeadLetterItem:
-    found = record.letter
+    letter = record.letter
     return DeadLetterItem(
         record=record.name,
         batch=record.batch,
-        index=found.index,
-        code=found.code,
-        reason=found.reason,
-        sink=found.sink,
-        attempts=found.attempts,
-        first_at_micros=found.first_at_micros,
-        last_at_micros=found.last_at_micros,
+        index=letter.index,
+        code=letter.code,
+        reason=letter.reason,
+        sink=letter.sink,
+        attempts=letter.attempts,
+        first_at_micros=letter.first_at_micros,
+        last_at_micros=letter.last_at_micros,
         event_id=record.event_id,
         event_key=record.event_key,
         queue=queue,
@@ -118,93 +101,83 @@ def _to_item(record: DeadLetterRecord, event: bytes | None = None, queue: str = 
     )
 
 
-def _find_records(site: CommandContext, selection: RecordFilter, place: Directory) -> Iterator[DeadLetterRecord]:
-    """The dead letters in a directory, or in a queue, that are meant, file by file."""
-    found = list_batches(place, Kind.DEAD, selection.matches_batch)
-    for file in letters.read_files(place, found.batches, site.heading):
-        site.report.add_problems(*file.problems)
-        yield from filter(selection.matches, file.records)
+def _find_records(context: ChangeContext, record_filter: RecordFilter, directory: Directory) -> Iterator[DeadLetterRecord]:
+    """The matching dead letters of a directory, or of a queue, file by file."""
+    batches = list_batches(directory, Kind.DEAD, record_filter.matches_batch).batches
+    for file in read_files(directory, batches, context.identity_decoder):
+        context.report.add_problems(*file.problems)
+        yield from filter(record_filter.matches, file.records)
 
 
-def _find_all(site: CommandContext, selection: RecordFilter) -> Iterator[tuple[str, DeadLetterRecord]]:
-    """These, of the directory and of each queue in it, with the sink whose queue that is."""
-    for place in site.directories:
-        for record in _find_records(site, selection, place):
-            yield "" if place is site.directory else place.sink, record
+def _find_all(context: ChangeContext, record_filter: RecordFilter) -> Iterator[tuple[str, DeadLetterRecord]]:
+    """(sink, record) of the directory, where the sink is "", and of each queue."""
+    for directory in context.directories:
+        for record in _find_records(context, record_filter, directory):
+            yield "" if directory is context.directory else directory.sink, record
 
 
 @dead.command("list")
+@expand_options
 def list_(
-    record: RecordArgument = None,
-    directory: DirectoryOption = None,
-    code: CodeOption = None,
-    reason: ReasonOption = None,
-    event_key: KeyOption = None,
-    event_id: IdOption = None,
-    sink: DeadSinkOption = None,
-    batch: BatchOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    each: Annotated[bool, typer.Option("--each", help="A line for each, instead of one for each kind.")] = False,
+    options: OutboxOptions,
+    filters: DeadLetterFilterOptions,
+    each: Annotated[bool, typer.Option("--each", help="List each dead letter instead of groups.")] = False,
     limit: LimitOption = 50,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
     json: JsonOption = False,
 ) -> int:
-    """List what was refused: one line for all that have code, destination, key and reason in common, values left out.
+    """List dead letters, grouped by what they share.
 
-    An option that is given several times means any of them; different options must all fit. Times are those of the last
-    attempt. Safe at any time: takes no lock and changes nothing.
+    A group shares code, destination, event key and reason; values within a reason are left out. Times are of the last attempt.
+    Several values of one filter: any may match; several filters: all must match. Safe at any time: takes no lock and changes
+    nothing.
     """
-    site = CommandContext(config, directory=directory, event_type=event_type)
-    selection = site.parse_filter(
-        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
-        since=since, until=until,
-    )  # fmt: skip
-    groups, shown, count, batches = DeadLetterGrouper(), [], 0, set()
-    for queue, one in _find_all(site, selection):
+    context = ChangeContext(options.load_settings())
+    grouper, items, count, batches = DeadLetterGrouper(), [], 0, set()
+    for queue, record in _find_all(context, filters.to_filter(context.clock.micros())):
         count += 1
-        batches.add((queue, one.batch))
+        batches.add((queue, record.batch))
         if not each:
-            groups.add(one, queue)
+            grouper.add(record, queue)
         elif not limit or count <= limit:
-            shown.append(_to_item(one, queue=queue))
-    found, files = groups.largest_first(), len(batches)
-    more = len(found) - limit if limit and not each else count - len(shown) if each else 0
+            items.append(_to_item(record, queue=queue))
+    groups = grouper.largest_first()
+    hidden = count - len(items) if each else len(groups) - limit if limit else 0
     if limit:
-        found = found[:limit]
+        groups = groups[:limit]
     if json:
-        print_json(DeadLetterListing(records=count, files=files, groups=found, items=shown, problems=site.report.problems))
+        print_json(
+            DeadLetterListing(records=count, files=len(batches), groups=groups, items=items, problems=context.report.problems)
+        )
     else:
-        if each and shown:
-            _print_records(shown)
-        elif found:
-            _print_groups(found)
-        left_out = f", {more:,} of the lines are not shown (--limit)" if more > 0 else ""
-        out.print(f"{plural(count, 'dead letter')} in {plural(files, 'file')}{left_out}", markup=False)
-        site.print_queue_hints(queue for queue, _ in batches)
-    site.print_problems()
-    return site.exit_code()
+        if each and items:
+            _print_items(items)
+        elif groups:
+            _print_groups(groups)
+        more = f"; {counted(hidden, 'row')} not shown (see --limit)" if hidden > 0 else ""
+        out.print(f"{counted(count, 'dead letter')} in {counted(len(batches), 'file')}{more}", markup=False)
+        context.print_queue_hints(queue for queue, _ in batches)
+    context.print_problems()
+    return context.exit_code()
 
 
-def _print_groups(found: list[DeadLetterGroup]) -> None:
+def _print_groups(groups: list[DeadLetterGroup]) -> None:
     columns = [(name, "left") for name in ("code", "key", "destination", "first", "last", "reason")]
     rows = [
         (group.count, group.code, _or_dash(group.event_key), _destination(group.queue, group.sink),
          format_time(group.first_at_micros), format_time(group.last_at_micros), group.reason)
-        for group in found
+        for group in groups
     ]  # fmt: skip
     print_table([("count", "right"), *columns], rows)
 
 
-def _print_records(shown: list[DeadLetterItem]) -> None:
+def _print_items(items: list[DeadLetterItem]) -> None:
     columns = [(name, "left") for name in ("record", "event id", "key", "last", "code", "reason")]
-    if several := any(one.queue for one in shown):
+    if several := any(item.queue for item in items):
         columns.insert(0, ("sink", "left"))
     rows = [
-        (*([one.queue or "-"] if several else []), one.record, _or_dash(one.event_id), _or_dash(one.event_key),
-         format_time(one.last_at_micros), one.code, one.reason)
-        for one in shown
+        (*([item.queue or "-"] if several else []), item.record, _or_dash(item.event_id), _or_dash(item.event_key),
+         format_time(item.last_at_micros), item.code, item.reason)
+        for item in items
     ]  # fmt: skip
     print_table(columns, rows)
 
@@ -218,61 +191,43 @@ def _or_dash(text: str | None) -> str:
 
 
 @dead.command("show")
-def show(
-    record: RecordArgument = None,
-    directory: DirectoryOption = None,
-    code: CodeOption = None,
-    reason: ReasonOption = None,
-    event_key: KeyOption = None,
-    event_id: IdOption = None,
-    sink: DeadSinkOption = None,
-    batch: BatchOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    limit: LimitOption = 20,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
-    json: JsonOption = False,
-) -> int:
-    """Show dead letters in full: the event, why it was refused, by whom, how often it was tried and when.
+@expand_options
+def show(options: OutboxOptions, filters: DeadLetterFilterOptions, limit: LimitOption = 20, json: JsonOption = False) -> int:
+    """Show dead letters in full: event, reason, attempts.
 
     Safe at any time: takes no lock and changes nothing.
     """
-    site = CommandContext(config, directory=directory, event_type=event_type)
-    selection = site.parse_filter(
-        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
-        since=since, until=until,
-    )  # fmt: skip
-    shown, count = [], 0
-    for queue, one in _find_all(site, selection):
+    context = ChangeContext(options.load_settings())
+    items, count = [], 0
+    for queue, record in _find_all(context, filters.to_filter(context.clock.micros())):
         count += 1
         if not limit or count <= limit:
-            shown.append(_to_item(one, bytes(one.letter.event), queue))
+            items.append(_to_item(record, bytes(record.letter.event), queue))
     if json:
-        print_json(shown)
+        print_json(items)
     else:
-        for letter in shown:
-            out.print(_describe_item(letter), markup=False)
-        if count > len(shown):
-            out.print(f"{count - len(shown):,} more are not shown (--limit)", markup=False)
+        for item in items:
+            out.print(_describe_item(item), markup=False)
+        if count > len(items):
+            out.print(f"{count - len(items):,} not shown (see --limit)", markup=False)
         elif not count:
-            out.print("no such dead letter", markup=False)
-    site.print_problems()
-    return site.exit_code()
+            out.print("no dead letter matches", markup=False)
+    context.print_problems()
+    return context.exit_code()
 
 
-def _describe_item(letter: DeadLetterItem) -> str:
-    first, last = format_time(letter.first_at_micros), format_time(letter.last_at_micros)
+def _describe_item(item: DeadLetterItem) -> str:
+    first, last = format_time(item.first_at_micros), format_time(item.last_at_micros)
     times = last if first == last else f"{first} to {last}"
-    event = msgspec.json.format(bytes(letter.event or b"null"), indent=2).decode().replace("\n", "\n  ")
+    event = msgspec.json.format(bytes(item.event or b"null"), indent=2).decode().replace("\n", "\n  ")
     return printable(
-        f"{letter.record}\n  {letter.code}: {letter.reason}\n"
-        f"  refused by {_destination(letter.queue, letter.sink)}, {plural(letter.attempts, 'attempt')}, {times}\n  {event}\n"
+        f"{item.record}\n  {item.code}: {item.reason}\n"
+        f"  rejected by {_destination(item.queue, item.sink)}, {counted(item.attempts, 'attempt')}, {times}\n  {event}\n"
     )
 
 
 class _DeadLetterPreview:
-    """What a command that changes something is about to do; the first ones are said, one by one."""
+    """Collects the records that a command changes: as JSON items, or as lines for the first of them."""
 
     def __init__(self, lines: list[str], limit: int, *, json: bool, events: bool) -> None:
         self.items: list[DeadLetterItem] = []
@@ -283,228 +238,200 @@ class _DeadLetterPreview:
         self._count = 0
 
     def __call__(self, record: DeadLetterRecord, payload: bytes) -> None:
-        """One more."""
+        """Add a record, and the event as it is replayed."""
         self._count += 1
         if self._json:
             self.items.append(_to_item(record, payload if self._events else None))
         elif not self._limit or self._count <= self._limit:
             letter = record.letter
-            what = f"{record.name}  {_or_dash(record.event_id)}  {_or_dash(record.event_key)}  {letter.code}: {letter.reason}"
-            self._lines.append(what + (f"\n  {payload.decode()}" if self._events else ""))
+            line = f"{record.name}  {_or_dash(record.event_id)}  {_or_dash(record.event_key)}  {letter.code}: {letter.reason}"
+            self._lines.append(line + (f"\n  {payload.decode()}" if self._events else ""))
         elif self._count == self._limit + 1:
             self._lines.append("...")
 
 
 @dead.command("replay")
+@expand_options
 def replay(
-    record: RecordArgument = None,
-    directory: DirectoryOption = None,
-    code: CodeOption = None,
-    reason: ReasonOption = None,
-    event_key: KeyOption = None,
-    event_id: IdOption = None,
-    sink: DeadSinkOption = None,
-    batch: BatchOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
+    options: OutboxOptions,
+    filters: DeadLetterFilterOptions,
     everything: AllOption = False,
     yes: YesOption = False,
     limit: LimitOption = 20,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Send dead letters again, as they are: for when the destination was at fault and has been put right.
+    """Replay dead letters unchanged, once the cause is fixed.
 
-    The events go into the outbox under their own ids and are delivered like all others; each leaves the dead letters once it
-    is durable there. Killed in between, an event may go in twice, under one id. What the event type does not take stays, and
-    is named: see `dead edit`. Without --yes nothing is done.
+    Puts the events back into the outbox under their own ids; they are delivered like all others. Each dead letter is removed
+    once its event is durable in the outbox; if the command is killed in between, an event can be enqueued twice, under one id.
+    Events that the event type does not accept stay dead letters and are reported: see `pillarbox dead edit`. Without --yes
+    nothing is changed.
     """
-    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
-    selection = site.parse_filter(
-        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
-        since=since, until=until,
-    )  # fmt: skip
-    require_filter(selection, everything=everything)
-    return _replay_records(
-        site,
-        selection,
-        unchanged_event,
-        _DeadLetterPreview(site.item_lines, limit, json=json, events=False),
-        yes=yes,
-        json=json,
-    )
+    context = ChangeContext(options.load_settings(), quiet=quiet)
+    record_filter = filters.to_filter(context.clock.micros())
+    require_filter(record_filter, everything=everything)
+    preview = _DeadLetterPreview(context.item_lines, limit, json=json, events=False)
+    return _replay_records(context, record_filter, unchanged_event, preview, yes=yes, json=json)
 
 
 def _replay_records(
-    site: CommandContext,
-    selection: RecordFilter,
-    mend: Callable[[DeadLetterRecord], bytes | None],
-    seen: _DeadLetterPreview,
+    context: ChangeContext,
+    record_filter: RecordFilter,
+    edit_record: Callable[[DeadLetterRecord], bytes | None],
+    preview: _DeadLetterPreview,
     *,
     yes: bool,
     json: bool,
-    how: str = "--yes",
+    how: str = "add --yes to do it",
 ) -> int:
-    site.require_single_directory(Kind.DEAD)
-    changes = DeadLetterReplayer(site.directory, site.heading, site.clock, selection, site.report).replay_changes(
-        site.gate, mend, seen
-    )
-    if not site.apply_changes(changes, yes=yes, sends=True):
-        return site.print_locked()
-    done = f"{plural(site.report.events, 'event')} of {plural(site.report.files, 'file')}"
-    text = site.summary(done, "went back into the outbox", "would go back into the outbox", yes=yes, how=how)
-    return site.print_result(seen.items, text, yes=yes, json=json)
+    context.require_single_directory(Kind.DEAD)
+    replayer = DeadLetterReplayer(context.directory, context.identity_decoder, context.clock, record_filter, context.report)
+    changes = replayer.replay_changes(context.validator, edit_record, preview)
+    if not context.apply_changes(changes, yes=yes, enqueues=True):
+        return context.print_lock_conflict()
+    count = f"{counted(context.report.events, 'event')} from {counted(context.report.files, 'file')}"
+    text = context.summary(count, "replayed", "would be replayed", yes=yes, how=how)
+    return context.print_result(preview.items, text, yes=yes, json=json)
 
 
 @dead.command("purge")
+@expand_options
 def purge(
-    record: RecordArgument = None,
-    directory: DirectoryOption = None,
-    code: CodeOption = None,
-    reason: ReasonOption = None,
-    event_key: KeyOption = None,
-    event_id: IdOption = None,
-    sink: DeadSinkOption = None,
-    batch: BatchOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
+    options: OutboxOptions,
+    filters: DeadLetterFilterOptions,
     everything: AllOption = False,
     yes: YesOption = False,
     limit: LimitOption = 20,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Give dead letters up for good. The ledger counts them as purged. Without --yes nothing is done."""
-    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
-    selection = site.parse_filter(
-        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
-        since=since, until=until,
-    )  # fmt: skip
-    require_filter(selection, everything=everything)
-    site.require_single_directory(Kind.DEAD)
-    seen = _DeadLetterPreview(site.item_lines, limit, json=json, events=False)
-    changes = DeadLetterReplayer(site.directory, site.heading, site.clock, selection, site.report).purge_changes(seen)
-    if not site.apply_changes(changes, yes=yes, sends=False):
-        return site.print_locked()
-    done = f"{plural(site.report.events, 'dead letter')} of {plural(site.report.files, 'file')}"
-    text = site.summary(done, "purged", "would be gone for good", yes=yes)
-    return site.print_result(seen.items, text, yes=yes, json=json)
+    """Delete dead letters.
+
+    The ledger counts them as purged. Without --yes nothing is changed.
+    """
+    context = ChangeContext(options.load_settings(), quiet=quiet)
+    record_filter = filters.to_filter(context.clock.micros())
+    require_filter(record_filter, everything=everything)
+    context.require_single_directory(Kind.DEAD)
+    preview = _DeadLetterPreview(context.item_lines, limit, json=json, events=False)
+    replayer = DeadLetterReplayer(context.directory, context.identity_decoder, context.clock, record_filter, context.report)
+    if not context.apply_changes(replayer.purge_changes(preview), yes=yes, enqueues=False):
+        return context.print_lock_conflict()
+    count = f"{counted(context.report.events, 'dead letter')} in {counted(context.report.files, 'file')}"
+    text = context.summary(count, "deleted", "would be deleted", yes=yes)
+    return context.print_result(preview.items, text, yes=yes, json=json)
 
 
 @dead.command("edit")
+@expand_options
 def edit(
-    record: RecordArgument = None,
-    directory: DirectoryOption = None,
-    code: CodeOption = None,
-    reason: ReasonOption = None,
-    event_key: KeyOption = None,
-    event_id: IdOption = None,
-    sink: DeadSinkOption = None,
-    batch: BatchOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
+    options: OutboxOptions,
+    filters: DeadLetterFilterOptions,
     everything: AllOption = False,
-    values: Annotated[
+    assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="MEMBER=VALUE", help="JSON where the member takes it, else text.", show_default=False),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Set a field: to JSON if it accepts that, else to text.",
+            show_default=False,
+        ),
     ] = None,
     from_file: Annotated[
-        str | None, typer.Option("--from", metavar="FILE", help="Take what an editor left there.", show_default=False)
+        str | None,
+        typer.Option("--from", metavar="FILE", help="Replay from a file edited before.", show_default=False),
     ] = None,
-    editor: Annotated[str, typer.Option(envvar=["VISUAL", "EDITOR"], metavar="COMMAND", help="Used without --set.")] = "vi",
+    editor: Annotated[
+        str, typer.Option(envvar=["VISUAL", "EDITOR"], metavar="COMMAND", help="Editor to use without --set.")
+    ] = "vi",
     yes: YesOption = False,
     limit: LimitOption = 20,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Put dead letters right and send them again: with --set, or in an editor, one a line.
+    """Fix dead letters with --set or an editor, and replay.
 
-    Only what was changed, is valid and has kept its id goes in; all else stays a dead letter, and is named. The file that was
-    edited is kept until all of it went in: `--from FILE` takes it again. Without --yes nothing is done.
+    Replays only events that were changed, are valid and kept their id; the others stay dead letters and are reported. The
+    edited file stays until all of it is replayed: continue with --from FILE. Without --yes nothing is replayed.
     """
-    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
-    if values and from_file is not None:
-        raise UsageError("--set and --from: give one of them")
-    chosen = site.parse_filter(
-        records=record, codes=code, reasons=reason, event_keys=event_key, event_ids=event_id, sinks=sink, batches=batch,
-        since=since, until=until,
-    )  # fmt: skip
-    seen = _DeadLetterPreview(site.item_lines, limit, json=json, events=True)
-    if values:
-        require_filter(chosen, everything=everything)
-        members = parse_assignments(values, site.settings.event_type)
-        return _replay_records(
-            site, chosen, lambda one: with_fields(site.gate, unchanged_event(one), members), seen, yes=yes, json=json
-        )
+    context = ChangeContext(options.load_settings(), quiet=quiet)
+    if assignments and from_file is not None:
+        raise UsageError("give --set or --from, not both")
+    record_filter = filters.to_filter(context.clock.micros())
+    preview = _DeadLetterPreview(context.item_lines, limit, json=json, events=True)
+    if assignments:
+        require_filter(record_filter, everything=everything)
+        values = parse_assignments(assignments, context.settings.event_type)
+
+        def set_fields(record: DeadLetterRecord) -> bytes:
+            return with_fields(context.validator, unchanged_event(record), values)
+
+        return _replay_records(context, record_filter, set_fields, preview, yes=yes, json=json)
     if from_file is None:
-        require_filter(chosen, everything=everything)
-        from_file = _edit_records(site, chosen, editor)
+        require_filter(record_filter, everything=everything)
+        from_file = _edit_records(context, record_filter, editor)
         if from_file is None:
-            return site.exit_code() if site.report.problems_count else ExitCode.DONE
-    return _replay_edited(site, from_file, seen, yes=yes, json=json)
+            return context.exit_code() if context.report.problems_count else ExitCode.DONE
+    return _replay_edited(context, from_file, preview, yes=yes, json=json)
 
 
-def _edit_records(site: CommandContext, chosen: RecordFilter, command: str) -> str | None:
-    """Have somebody edit the chosen records; the path of the edited file, or None where there is nothing to do."""
-    site.require_single_directory(Kind.DEAD)
-    lines = b"".join(map(to_editable_line, _find_records(site, chosen, site.directory)))
-    site.print_problems()
+def _edit_records(context: ChangeContext, record_filter: RecordFilter, command: str) -> str | None:
+    """Open the matching records in an editor; the path of the edited file, or None if there is nothing to replay."""
+    context.require_single_directory(Kind.DEAD)
+    directory = context.directory
+    lines = b"".join(map(to_editable_line, _find_records(context, record_filter, directory)))
+    context.print_problems()
     if not lines:
-        out.print("no such dead letter", markup=False)
+        out.print("no dead letter matches", markup=False)
         return None
-    name = f"{_EDIT_PREFIX}{site.directory.new_id()}.ndjson"
-    path = site.directory.path_of(name)
+    name = f"{_EDIT_PREFIX}{directory.new_id()}.ndjson"
+    path = directory.path_of(name)
     create_private_file(path, lines)
     try:
         code = subprocess.run([*shlex.split(command), path], check=False).returncode  # noqa: S603 - the user's own editor
     except (OSError, ValueError) as error:
-        site.directory.remove(name)
-        raise UsageError(f"the editor {command!r} cannot be started: {error}") from None
+        directory.remove(name)
+        raise UsageError(f"the editor {command!r} cannot be started: {error}; name another with --editor") from None
     if read_file(path) == lines:
-        site.directory.remove(name)
-        out.print("nothing was changed", markup=False)
+        directory.remove(name)
+        out.print("nothing was edited", markup=False)
         return None
     if code:
-        raise UsageError(f"the editor ended with code {code}; nothing was done, and its text is kept: --from {path}")
+        raise UsageError(f"the editor exited with {code}; nothing was replayed. To replay the edited file: --from {path}")
     return path
 
 
-def _replay_edited(site: CommandContext, path: str, seen: _DeadLetterPreview, *, yes: bool, json: bool) -> int:
-    """Send again what was changed in an edited file."""
+def _replay_edited(context: ChangeContext, path: str, preview: _DeadLetterPreview, *, yes: bool, json: bool) -> int:
+    """Replay the events of an edited file that were changed."""
     try:
         text = read_file(path)
     except OSError as error:
         raise UsageError(f"--from {path}: {error.strerror}") from None
-    back = parse_edited_file(text)
-    for number, problem in back.problems:
-        site.report.add_problem(path, problem, number)
-    left = dict(back.events)
+    edited = parse_edited_file(text)
+    for number, problem in edited.problems:
+        context.report.add_problem(path, problem, number)
+    remaining = dict(edited.events)
 
-    def mend(one: DeadLetterRecord) -> bytes | None:
-        new, old = left.pop(one.name, None), unchanged_event(one)
+    def take_edited(record: DeadLetterRecord) -> bytes | None:
+        new, old = remaining.pop(record.name, None), unchanged_event(record)
         if new is None or new == old:
             return None
-        site.gate.check_same_id(old, new)
+        context.validator.check_same_id(old, new)
         return new
 
-    if left:
-        batches = tuple({name.rpartition("#")[0] for name in left})
-        how = f"dead edit --from {shlex.quote(path)} --yes"
-        code = _replay_records(site, RecordFilter(batches=batches), mend, seen, yes=yes, json=json, how=how)
+    if remaining:
+        batches = tuple({name.rpartition("#")[0] for name in remaining})
+        how = f"to do it: pillarbox dead edit --from {shlex.quote(path)} --yes"
+        code = _replay_records(context, RecordFilter(batches=batches), take_edited, preview, yes=yes, json=json, how=how)
     else:
-        code = site.print_result([], "nothing to send again", yes=yes, json=json)
-    for name in left:
-        err.print(printable(f"{path}: {name} is no dead letter, or none any more"), markup=False)
-    if yes and code == ExitCode.DONE and not left:
+        code = context.print_result([], "nothing to replay", yes=yes, json=json)
+    for name in remaining:
+        err.print(printable(f"{path}: {name} is not, or no longer, a dead letter"), markup=False)
+    if yes and code == ExitCode.DONE and not remaining:
         name = path.rpartition("/")[2]
-        if name.startswith(_EDIT_PREFIX) and site.directory.read_small_file(name) == text:
-            site.directory.remove(name)
+        if name.startswith(_EDIT_PREFIX) and context.directory.read_small_file(name) == text:
+            context.directory.remove(name)
     elif yes:
-        err.print(f"the edited text is kept: --from {shlex.quote(path)} takes it again", markup=False)
-    return code if not left else code or ExitCode.PARTIAL
+        err.print(f"the edited file stays; to continue: --from {shlex.quote(path)}", markup=False)
+    return code if not remaining else code or ExitCode.PARTIAL

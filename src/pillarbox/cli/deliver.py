@@ -1,4 +1,4 @@
-"""`pillarbox deliver`: delivers a directory that other processes write to."""
+"""`pillarbox deliver`: deliver what other processes store in a directory."""
 
 from __future__ import annotations
 
@@ -9,23 +9,11 @@ import msgspec
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pillarbox.cli.context import print_json
-from pillarbox.cli.main import (
-    ConfigOption,
-    DirectoryOption,
-    EventTypeOption,
-    ExitCode,
-    JsonOption,
-    QuietOption,
-    SinkOption,
-    app,
-    err,
-    interrupt_on_sigterm,
-    load_settings,
-    log_to_terminal,
-    out,
-    require_setting,
-)
+from pillarbox.admin.text import counted
+from pillarbox.cli.context import log_to_terminal, require_setting
+from pillarbox.cli.options import JsonOption, OutboxOptions, QuietOption, SinkOption, expand_options
+from pillarbox.cli.output import ExitCode, err, out, print_json
+from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.deliverer import ONLY_SINK, combine_stats
 from pillarbox.delivery.runner import build_local_runner, build_sinks
@@ -43,111 +31,111 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
 
 _POLL_S: Final = 0.05
-_STUCK_S: Final = 0.5  # without progress, where a sink is stopped: the others may be about to begin
-_STOP_S: Final = 10.0  # for the batch that is on its way when the command is interrupted
+_STOPPED_S: Final = 0.5  # how long a sink must be stopped to end --once: the others may be about to start
+_STOP_TIMEOUT_S: Final = 10.0  # for the batch in flight when the command is interrupted
 
 
 class DeliverResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of `pillarbox deliver --json`, at its end; counts are of this run."""
+    """The shape of `pillarbox deliver --json`, printed at its end; counts are of this run."""
 
     pending_batches: int
     total: SinkStats
-    sinks: dict[str, SinkStats]  # by name, where there are several
+    sinks: dict[str, SinkStats]  # by name, if there are several
 
 
-@app.command("deliver")
+@expand_options
 def deliver(
-    directory: DirectoryOption = None,
+    *,
+    options: OutboxOptions,
     sink: SinkOption = None,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
-    once: Annotated[bool, typer.Option("--once", help="Deliver what waits, then end.")] = False,
-    timeout: Annotated[float, typer.Option(help="With --once: seconds without progress to give up after.", min=0.1)] = 30.0,
+    once: Annotated[bool, typer.Option("--once", help="Exit when nothing is pending.")] = False,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --once: exit after SECONDS without progress.", min=0.1)
+    ] = 30.0,
     max_rate: Annotated[
-        float | None, typer.Option(metavar="EVENTS", help="A second that are sent at most, to each sink.", show_default=False)
+        float | None, typer.Option(metavar="EVENTS", help="Maximum events per second, per sink.", show_default=False)
     ] = None,
     live_share: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="Of new events while a backlog is drained: 0 (in order) to 1.", show_default=False),
+        typer.Option(
+            metavar="SHARE",
+            help="Fraction of sends given to new events while a backlog drains (0 = strict FIFO).",
+            show_default=False,
+        ),
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Serve GET /metrics for Prometheus.", show_default=False)
     ] = None,
     otlp: Annotated[
         str | None,
-        typer.Option(
-            metavar="URL", help="Export metrics to an OpenTelemetry collector, e.g. http://127.0.0.1:4318.", show_default=False
-        ),
+        typer.Option(metavar="URL", help="Export metrics by OTLP, e.g. to http://127.0.0.1:4318.", show_default=False),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Deliver what waits in a directory, until stopped, or --once.
+    """Deliver pending batches, until stopped or --once.
 
-    What a dead writer left is adopted; a living writer's active file is left to it. One process delivers at a time; a
-    second one waits for its turn. Ctrl-C and SIGTERM end it with exit code 0, within 11 seconds, or 16 with --otlp: the batch
-    that is on its way may finish; a second time ends it at once. With --once the exit code is 1 where something is left: the
-    last line says why.
-    Metrics are exported without --otlp too where OTEL_EXPORTER_OTLP_ENDPOINT is set.
+    Also recovers the segments of dead writers; it does not touch those of running writers. One process delivers at a time: a
+    second one waits as a standby. On SIGINT or SIGTERM it finishes the batch in flight and exits with 0, within 11 seconds, or
+    16 with --otlp; a second signal exits immediately. With --once it exits with 1 if something is left; the last line says why.
+    Without --otlp, metrics are exported if OTEL_EXPORTER_OTLP_ENDPOINT is set.
     """
     log_to_terminal(quiet=quiet)
     interrupt_on_sigterm()
     try:
-        settings = load_settings(
-            config, directory=directory, sink=sink, event_type=event_type, max_rate=max_rate, live_share=live_share
-        )
-        require_setting(settings, "directory", "DIR")
+        settings = options.load_settings(sink=sink, max_rate=max_rate, live_share=live_share)
         if not settings.sinks:
             require_setting(settings, "sink", "URL")
         return _deliver(settings, timeout if once else None, metrics, otlp, json=json, quiet=quiet)
-    except KeyboardInterrupt:  # before there was anything to end, or a second time: what is on its way is sent again
+    except KeyboardInterrupt:  # during the start, or a second signal: the batch in flight will be sent again
         return ExitCode.PARTIAL if once else ExitCode.DONE
 
 
 def _deliver(
-    settings: Settings, give_up_s: float | None, metrics: str | None, otlp: str | None, *, json: bool, quiet: bool
+    settings: Settings, once_timeout_s: float | None, metrics: str | None, otlp: str | None, *, json: bool, quiet: bool
 ) -> int:
     clock = SystemClock()
-    place = directory_at(settings.directory, local_filesystem(), clock)
-    place.ensure_usable()
-    shown = MetricsExporters(place, settings, clock, metrics, otlp)
-    on_dead = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).report_dead_letter
-    callbacks = DeliveryCallbacks(on_duration=shown.record_flush, on_dead_letter=on_dead)
-    sinks = build_sinks(settings, {})
-    deliverer = build_local_runner(
-        settings, place, clock, LedgerWriter(place, clock), callbacks, lambda: False, sinks, only_delivers=True
+    directory = directory_at(settings.directory, local_filesystem(), clock)
+    directory.ensure_usable()
+    exporters = MetricsExporters(directory, settings, clock, metrics, otlp)
+    on_dead_letter = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).report_dead_letter
+    callbacks = DeliveryCallbacks(on_duration=exporters.record_flush, on_dead_letter=on_dead_letter)
+    ledger = LedgerWriter(directory, clock)
+    runner = build_local_runner(
+        settings, directory, clock, ledger, callbacks, lambda: False, build_sinks(settings, {}), only_delivers=True
     )
-    place.seal_after(place.disk_usage().newest_sealed_at)
+    directory.seal_after(directory.disk_usage().newest_sealed_at)
     try:
-        shown.start(deliverer.sinks)
-        deliverer.start()
-        done = _wait_until_done(deliverer, place, give_up_s, quiet=quiet)
+        exporters.start(runner.sinks)
+        runner.start()
+        done = _wait_until_done(runner, directory, once_timeout_s, quiet=quiet)
     except KeyboardInterrupt:
-        done = give_up_s is None
+        done = once_timeout_s is None
     finally:
-        deliverer.stop(_STOP_S)
-        shown.close()
-    _print_result(deliverer.sinks(), place.disk_usage().sealed_files, json=json)
+        runner.stop(_STOP_TIMEOUT_S)
+        exporters.close()
+    _print_result(runner.sinks(), directory.disk_usage().sealed_files, json=json)
     return ExitCode.DONE if done else ExitCode.PARTIAL
 
 
-def _print_result(sinks: dict[str, SinkStats], waiting_files: int, *, json: bool) -> None:
-    """What was done, at the end."""
-    found = combine_stats(sinks)
-    several = {name: sink for name, sink in sinks.items() if name != ONLY_SINK}
+def _print_result(sinks: dict[str, SinkStats], pending: int, *, json: bool) -> None:
+    total = combine_stats(sinks)
     if json:
-        print_json(DeliverResult(pending_batches=waiting_files, total=found, sinks=several))
+        named = {name: sink for name, sink in sinks.items() if name != ONLY_SINK}
+        print_json(DeliverResult(pending_batches=pending, total=total, sinks=named))
         return
-    out.print(
-        f"delivered {found.delivered} ({found.duplicates} were there already), dead letters {found.dead}, "
-        f"damaged {found.quarantined}; {waiting_files} files wait" + (f"; {found.state}" if found.state.reason else ""),
-        markup=False,
-    )
+    duplicates = f" ({counted(total.duplicates, 'duplicate')})" if total.duplicates else ""
+    parts = [
+        f"delivered {counted(total.delivered, 'event')}{duplicates}",
+        counted(total.dead, "dead letter"),
+        f"{total.quarantined:,} quarantined; {counted(pending, 'batch', 'batches')} pending",
+    ]
+    out.print(", ".join(parts) + (f"; {total.state}" if total.state.reason else ""), markup=False)
 
 
-def _wait_until_done(deliverer: LocalRunner, place: Directory, give_up_s: float | None, *, quiet: bool) -> bool:
-    """Show progress until nothing waits (with `give_up_s`) or for ever; whether nothing is left."""
-    total = place.disk_usage().pending_bytes
+def _wait_until_done(runner: LocalRunner, directory: Directory, once_timeout_s: float | None, *, quiet: bool) -> bool:
+    """Show progress until nothing is pending, or without `once_timeout_s` for ever; whether nothing is left."""
+    total = directory.disk_usage().pending_bytes
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -156,21 +144,21 @@ def _wait_until_done(deliverer: LocalRunner, place: Directory, give_up_s: float 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=err,
-        disable=quiet or not err.is_terminal or give_up_s is None,
+        disable=quiet or not err.is_terminal or once_timeout_s is None,
         transient=True,
     ) as progress:
         task = progress.add_task("deliver", total=total, events=0)
         clock = SystemClock()
-        last_count, last_moment = 0, clock.monotonic()
-        while give_up_s is None or not deliverer.is_idle():
+        last_count, last_progress_at = 0, clock.monotonic()
+        while once_timeout_s is None or not runner.is_idle():
             threading.Event().wait(_POLL_S)
-            found = combine_stats(deliverer.sinks())
-            progress.update(task, completed=found.flushed_bytes, events=found.delivered)
-            if give_up_s is None:
+            stats = combine_stats(runner.sinks())
+            progress.update(task, completed=stats.flushed_bytes, events=stats.delivered)
+            if once_timeout_s is None:
                 continue
-            if found.flushed_files != last_count:
-                last_count, last_moment = found.flushed_files, clock.monotonic()
-            stuck = deliverer.is_stopped() and clock.monotonic() - last_moment > _STUCK_S
-            if stuck or clock.monotonic() - last_moment > give_up_s:
+            if stats.flushed_files != last_count:
+                last_count, last_progress_at = stats.flushed_files, clock.monotonic()
+            waited_s = clock.monotonic() - last_progress_at
+            if (runner.is_stopped() and waited_s > _STOPPED_S) or waited_s > once_timeout_s:
                 return False
-    return not place.waiting_batch_ids()
+    return not directory.waiting_batch_ids()

@@ -1,4 +1,4 @@
-"""`pillarbox doctor`: can this directory, and the file system below it, keep what is promised? And what stands in the way?"""
+"""`pillarbox doctor`: check that a directory, its filesystem and the destinations support what is configured."""
 
 from __future__ import annotations
 
@@ -18,23 +18,12 @@ from pillarbox.admin.doctor import (
     run_checks,
 )
 from pillarbox.admin.status import read_status
-from pillarbox.cli.context import print_json, printable
-from pillarbox.cli.main import (
-    ConfigOption,
-    DirectoryOption,
-    EventTypeOption,
-    ExitCode,
-    JsonOption,
-    SinkOption,
-    app,
-    interrupt_on_sigterm,
-    load_settings,
-    out,
-    require_setting,
-)
+from pillarbox.cli.options import JsonOption, OutboxOptions, SinkOption, expand_options
+from pillarbox.cli.output import ExitCode, out, print_json, printable
+from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError, PillarboxError
-from pillarbox.outcome import Durability  # noqa: TC001 - typer reads it
+from pillarbox.outcome import Durability  # noqa: TC001 - typer evaluates the annotations
 from pillarbox.sinks import make_sink, redact_url
 from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
@@ -42,29 +31,27 @@ from pillarbox.store.queues import directory_at
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
     from pillarbox.settings import Settings
-    from pillarbox.sinks.base import CheckResult as SinkFinding
+    from pillarbox.sinks.base import CheckResult
 
 
-@app.command("doctor")
+@expand_options
 def doctor(
-    directory: DirectoryOption = None,
+    options: OutboxOptions,
     durability: Annotated[
-        Durability | None, typer.Option(metavar="process|power", help="What is to be promised.", show_default=False)
+        Durability | None, typer.Option(metavar="process|power", help="Durability level to verify.", show_default=False)
     ] = None,
     sink: SinkOption = None,
-    event_type: EventTypeOption = None,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For the destinations to answer.", min=0.1)] = 10.0,
-    config: ConfigOption = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Seconds to wait for each destination.", min=0.1)] = 10.0,
     json: JsonOption = False,
 ) -> int:
-    """Look whether a directory can keep what is promised, and what stands in the way. Exit code 1 where something does.
+    """Check the directory, its filesystem and the sinks.
 
-    Safe at any time: it tries locks, renames and syncs on files of its own, doctor-*.probe, which it removes, and locks,
-    creates and adopts nothing else. Where it knows the destinations it asks them too, and sends them no event.
+    Exits with 1 if one of them does not support the configured guarantees, or something stands in the way of delivery. Safe at
+    any time: it tries locks, renames and syncs on files of its own, doctor-*.probe, which it deletes; it locks, creates and
+    recovers nothing else. It also checks the destinations in the settings, and sends them no event.
     """
-    interrupt_on_sigterm()  # or the probe files would stay
-    settings = load_settings(config, directory=directory, durability=durability, sink=sink, event_type=event_type)
-    require_setting(settings, "directory", "DIR")
+    interrupt_on_sigterm()  # so that the probe files are deleted
+    settings = options.load_settings(durability=durability, sink=sink)
     clock = SystemClock()
     findings = [*_directory_findings(settings, clock), *_destination_findings(settings, timeout, clock)]
     if json:
@@ -78,12 +65,12 @@ def doctor(
 
 
 def _destinations(settings: Settings) -> dict[str, str]:
-    """URLs by name; "" where there are not several."""
+    """The URLs by sink; "" for a single sink."""
     return settings.sinks or ({"": settings.sink} if settings.sink else {})
 
 
 def _directory_findings(settings: Settings, clock: Clock) -> list[DoctorFinding]:
-    place = directory_at(settings.directory, local_filesystem(), clock)
+    directory = directory_at(settings.directory, local_filesystem(), clock)
     limits = DoctorLimits(
         power=settings.durability == "power",
         max_bytes=settings.max_bytes,
@@ -94,34 +81,33 @@ def _directory_findings(settings: Settings, clock: Clock) -> list[DoctorFinding]
         max_quarantine_bytes=settings.max_quarantine_bytes,
         needs_hard_links=bool(settings.sinks),
     )
-    findings = run_checks(place, clock, limits)
+    findings = run_checks(directory, clock, limits)
     try:
-        status = read_status(place, clock, settings.durability)
+        status = read_status(directory, clock, settings.durability)
         findings += [*check_delivery(status), *check_heartbeats(status, clock.micros())]
-        return [*findings, *check_queues(place, _destinations(settings), status)]
+        return [*findings, *check_queues(directory, _destinations(settings), status)]
     except (OSError, DirectoryUnusableError):
-        return findings  # the directory cannot be used, which is among them
+        return findings  # they say already why the directory cannot be used
 
 
 def _destination_findings(settings: Settings, timeout: float, clock: Clock) -> list[DoctorFinding]:
-    """What each destination says of itself; all are asked at once, and none is waited for longer than `timeout` seconds."""
-    answers: dict[str, list[DoctorFinding]] = {}
+    """The check results of all destinations, which are asked at the same time, for at most `timeout` seconds."""
+    results: dict[str, list[DoctorFinding]] = {}
 
-    def ask(name: str, url: str) -> None:
-        label = f"{name}: " if name else f"{redact_url(url)}: "
+    def check(name: str, url: str) -> None:
+        label = name or redact_url(url)
         try:
-            found = asyncio.run(_ask_destination(url, settings))
-            answers[name] = [DoctorFinding(ok, "destination", f"{label}{text}") for ok, text in found]
+            checked = asyncio.run(_check_destination(url, settings))
+            results[name] = [DoctorFinding(ok, "destination", f"{label}: {message}") for ok, message in checked]
         except PillarboxError as error:
-            answers[name] = [failed("destination", f"{label}{error}")]
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding; its text may hold what is secret
-            answers[name] = [
-                failed("destination", f"{label}cannot be asked ({type(error).__name__}); pillarbox check shows more")
-            ]
+            results[name] = [failed("destination", f"{label}: {error}")]
+        except Exception as error:  # noqa: BLE001 - any error is a finding; its text is left out, it may contain a secret
+            problem = f"the check failed with {type(error).__name__}; run pillarbox check for details"
+            results[name] = [failed("destination", f"{label}: {problem}")]
 
-    # A daemon: one that blocks must not keep the command from ending.
+    # Daemon threads: a check that hangs must not keep the command from exiting.
     threads = {
-        name: threading.Thread(target=ask, args=(name, url), daemon=True) for name, url in _destinations(settings).items()
+        name: threading.Thread(target=check, args=(name, url), daemon=True) for name, url in _destinations(settings).items()
     }
     for thread in threads.values():
         thread.start()
@@ -129,12 +115,12 @@ def _destination_findings(settings: Settings, timeout: float, clock: Clock) -> l
     findings: list[DoctorFinding] = []
     for name, url in _destinations(settings).items():
         threads[name].join(max(0.0, deadline - clock.monotonic()))
-        late = f"{name or redact_url(url)}: no answer within {timeout:g} s: is it up, and is there a way to it?"
-        findings += answers.get(name, [failed("destination", late)])
+        late = f"{name or redact_url(url)}: no answer within {timeout:g} s; check that it runs and is reachable from here"
+        findings += results.get(name, [failed("destination", late)])
     return findings
 
 
-async def _ask_destination(url: str, settings: Settings) -> list[SinkFinding]:
+async def _check_destination(url: str, settings: Settings) -> list[CheckResult]:
     sink = make_sink(url, settings.event_type)
     try:
         return list(await sink.check())

@@ -1,4 +1,4 @@
-"""`pillarbox export`: what an outbox holds -> NDJSON or CSV. Takes no lock, creates and adopts nothing in the outbox."""
+"""`pillarbox export`: write the events of an outbox as NDJSON or CSV. Takes no lock and changes nothing in the outbox."""
 
 from __future__ import annotations
 
@@ -15,27 +15,19 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from pillarbox.admin.export import EventExporter, ExportScope
 from pillarbox.admin.filters import EventHeaderDecoder
 from pillarbox.admin.scan import FileProblem
-from pillarbox.cli.context import PROBLEMS_SHOWN_MAX, CommandContext, plural, printable
-from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app, err, out
-from pillarbox.cli.options import (
-    ContainsOption,
-    IdOption,
-    KeyOption,
-    ScopeOption,
-    SinceOption,
-    UntilOption,
-    UserOption,
-    WhereOption,
-    parse_event_filter,
-)
+from pillarbox.admin.text import counted
+from pillarbox.cli.changes import PROBLEMS_SHOWN_MAX
+from pillarbox.cli.context import CommandContext
+from pillarbox.cli.options import EventFilterOptions, JsonOption, OutboxOptions, QuietOption, expand_options
+from pillarbox.cli.output import ExitCode, err, out, printable
 from pillarbox.errors import UsageError
 from pillarbox.store.os_filesystem import atomic_output, exists
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_UPDATE_EVERY: Final = 1000  # events between two looks at the progress display
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_UPDATE_EVERY: Final = 1000  # events between two updates of the progress display
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class ExportResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,73 +35,72 @@ class ExportResult(msgspec.Struct, frozen=True, kw_only=True):
 
     events: int
     file: str | None
-    new_events: int  # accepted meanwhile, and exported too
-    missed_batches: int  # delivered or given up before they were read, and so not exported
-    unrecoverable_ranges: int  # damaged bytes from which no event can be had
-    incomplete_events: int  # events that have members which are no columns, or are no objects
-    problems: list[FileProblem]  # files that cannot be read, lines that are no events
+    new_events: int  # of `events`: accepted while the export ran
+    missed_batches: int  # delivered or evicted before the export read them
+    unrecoverable_ranges: int  # damaged byte ranges that contain no event
+    incomplete_events: int  # events with fields that have no CSV column, or that are not JSON objects
+    problems: list[FileProblem]  # files that cannot be read, lines that are not events
 
 
-@app.command("export")
+@expand_options
 def export(
-    directory: DirectoryOption = None,
-    what: Annotated[ExportScope, typer.Option("--what", help="Which events.")] = "pending",
-    kind: Annotated[Literal["ndjson", "csv"], typer.Option("--format", help="What to write.")] = "ndjson",
+    options: OutboxOptions,
+    what: Annotated[ExportScope, typer.Option("--what", help="Which events to export.")] = "pending",
+    kind: Annotated[Literal["ndjson", "csv"], typer.Option("--format", help="Output format.")] = "ndjson",
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write there, whole or not at all.", show_default=False)
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Output file; written whole or not at all.", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over the file of -o.")] = False,
-    event_key: KeyOption = None,
-    event_id: IdOption = None,
-    scope: ScopeOption = None,
-    user: UserOption = None,
-    contains: ContainsOption = None,
-    where: WhereOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
+    *,
+    filters: EventFilterOptions,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Write out what waits, or was set aside, or is kept after delivery: one event a line, as it stands, or as CSV.
+    """Export stored events as NDJSON or CSV.
 
-    Every event that is there for the whole of the run is written, once; what came and went meanwhile is counted. An option that
-    is given several times means any of them; different options must all fit. Safe at any time: takes no lock and changes
-    nothing in the outbox.
+    An event that is stored during the whole run is written exactly once; events that come or go meanwhile are counted. Several
+    values of one filter: any may match; several filters: all must match. Safe at any time: takes no lock and changes nothing in
+    the outbox.
     """
-    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
-    chosen = parse_event_filter(site, event_key, event_id, scope, user, contains, where, since, until)
+    context = CommandContext(options.load_settings(), quiet=quiet)
+    event_filter = filters.to_filter(context.clock.micros())
     if output is not None and exists(output) and not force:
-        raise UsageError(f"{output} is there already; --force writes over it")
-    stock = EventExporter(
-        site.directory, site.clock, EventHeaderDecoder(site.settings.event_type), chosen, site.heading, site.gate
+        raise UsageError(f"{output} already exists; --force overwrites it")
+    event_type = context.settings.event_type
+    exporter = EventExporter(
+        context.directory,
+        context.clock,
+        EventHeaderDecoder(event_type),
+        event_filter,
+        context.identity_decoder,
+        context.validator,
     )
-    table = _CsvEncoder(site.settings.event_type) if kind == "csv" else None
+    encoder = _CsvEncoder(event_type) if kind == "csv" else None
     count = 0
-    with _destination(output, force=force) as write, _progress(site, output) as progress:
-        if table is not None:
-            write(table.header())
-        for event in stock.events(what):
-            write(event.payload + b"\n" if table is None else table.row(event.payload))
+    with _open_output(output, force=force) as write, _show_progress(context, output) as show:
+        if encoder is not None:
+            write(encoder.header())
+        for event in exporter.events(what):
+            write(event.payload + b"\n" if encoder is None else encoder.row(event.payload))
             count += 1
             if count % _UPDATE_EVERY == 0:
-                progress(count)
-    summary = ExportResult(
+                show(count)
+    result = ExportResult(
         events=count,
         file=output,
-        new_events=stock.arrived_events,
-        missed_batches=stock.vanished_batches,
-        unrecoverable_ranges=stock.unrecoverable_ranges,
-        incomplete_events=0 if table is None else table.incomplete,
-        problems=stock.problems,
+        new_events=exporter.arrived_events,
+        missed_batches=exporter.vanished_batches,
+        unrecoverable_ranges=exporter.unrecoverable_ranges,
+        incomplete_events=0 if encoder is None else encoder.incomplete,
+        problems=exporter.problems,
     )
-    _print_result(summary, json=json, quiet=quiet)
-    return ExitCode.PARTIAL if stock.problems or stock.unrecoverable_ranges or summary.incomplete_events else ExitCode.DONE
+    _print_result(result, json=json, quiet=quiet)
+    return ExitCode.PARTIAL if result.problems or result.unrecoverable_ranges or result.incomplete_events else ExitCode.DONE
 
 
 @contextmanager
-def _destination(path: str | None, *, force: bool) -> Iterator[Callable[[bytes], object]]:
+def _open_output(path: str | None, *, force: bool) -> Iterator[Callable[[bytes], object]]:
     if path is None:
         yield sys.stdout.buffer.write
         sys.stdout.buffer.flush()
@@ -118,63 +109,64 @@ def _destination(path: str | None, *, force: bool) -> Iterator[Callable[[bytes],
         with atomic_output(path, overwrite=force) as write:
             yield write
     except OSError as error:
-        raise UsageError(f"{path} is not written: {error.strerror}") from None
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 @contextmanager
-def _progress(site: CommandContext, output: str | None) -> Iterator[Callable[[int], None]]:
+def _show_progress(context: CommandContext, output: str | None) -> Iterator[Callable[[int], None]]:
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} events"), TimeElapsedColumn())
-    hidden = site.quiet or not err.is_terminal or (output is None and out.is_terminal)
+    hidden = context.quiet or not err.is_terminal or (output is None and out.is_terminal)
     with Progress(*columns, console=err, disable=hidden, transient=True) as display:
         task = display.add_task("export", total=None)
         yield lambda count: display.update(task, completed=count)
 
 
-def _print_result(summary: ExportResult, *, json: bool, quiet: bool) -> None:
-    console = err if summary.file is None else out
+def _print_result(result: ExportResult, *, json: bool, quiet: bool) -> None:
+    console = err if result.file is None else out
     if json:
-        text = msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
-        (sys.stderr if summary.file is None else sys.stdout).write(text + "\n")
+        text = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
+        (sys.stderr if result.file is None else sys.stdout).write(text + "\n")
         return
-    for trouble in summary.problems[:PROBLEMS_SHOWN_MAX]:
-        err.print(printable(str(trouble)), markup=False)
-    if len(summary.problems) > PROBLEMS_SHOWN_MAX:
-        err.print(f"and {len(summary.problems) - PROBLEMS_SHOWN_MAX} more like these; --json names them", markup=False)
-    notes = [f"{plural(summary.events, 'event')} exported"]
-    if summary.new_events:
-        notes.append(f"{summary.new_events:,} of them accepted meanwhile")
-    if summary.missed_batches:
-        notes.append(f"{plural(summary.missed_batches, 'batch', 'batches')} delivered or given up meanwhile, and not in it")
-    if summary.unrecoverable_ranges:
-        notes.append(f"no event can be had from {plural(summary.unrecoverable_ranges, 'damaged span')}")
-    if summary.incomplete_events:
-        notes.append(f"{plural(summary.incomplete_events, 'event')} with what is no column: NDJSON has it")
+    for problem in result.problems[:PROBLEMS_SHOWN_MAX]:
+        err.print(printable(str(problem)), markup=False)
+    if len(result.problems) > PROBLEMS_SHOWN_MAX:
+        more = counted(len(result.problems) - PROBLEMS_SHOWN_MAX, "more problem")
+        err.print(f"and {more}; --json lists them", markup=False)
+    notes = [f"exported {counted(result.events, 'event')}"]
+    if result.new_events:
+        notes.append(f"{result.new_events:,} of them accepted during the export")
+    if result.missed_batches:
+        notes.append(f"{counted(result.missed_batches, 'batch', 'batches')} delivered or evicted before they could be read")
+    if result.unrecoverable_ranges:
+        notes.append(f"{counted(result.unrecoverable_ranges, 'damaged byte range')} without a recoverable event")
+    if result.incomplete_events:
+        notes.append(f"{counted(result.incomplete_events, 'event')} with fields that have no column (use --format ndjson)")
     if not quiet or len(notes) > 1:
         console.print("; ".join(notes), markup=False)
 
 
 class _CsvEncoder:
-    """Events -> rows of CSV, a column for each member of the event type."""
+    """Encodes events as CSV rows, with a column for each field of the event type."""
 
     def __init__(self, event_type: type[msgspec.Struct]) -> None:
-        self.incomplete = 0  # events with further members
-        self._members = [field.encode_name for field in msgspec.structs.fields(event_type)]
+        self.incomplete = 0  # events of which the row does not have everything
+        self._columns = [field.encode_name for field in msgspec.structs.fields(event_type)]
         self._text = io.StringIO()
         self._writer = csv.writer(self._text, lineterminator="\n")
 
     def header(self) -> bytes:
-        """The names of the members."""
-        return self._encode_row(self._members)
+        """The row of column names."""
+        return self._encode_row(self._columns)
 
     def row(self, payload: bytes) -> bytes:
-        """Text as it is, null and what is not there as nothing, all else as JSON."""
+        """An event's row: text as it is, null and missing fields empty, everything else as JSON."""
         try:
-            members = _decode_members(payload)
-        except msgspec.DecodeError:  # a dead letter may be any JSON
+            fields = _decode_fields(payload)
+        except msgspec.DecodeError:  # a dead letter can be any JSON
             self.incomplete += 1
             return b""
-        self.incomplete += not members.keys() <= set(self._members)
-        return self._encode_row([_csv_cell(bytes(members.get(name, b"null"))) for name in self._members])
+        self.incomplete += not fields.keys() <= set(self._columns)
+        return self._encode_row([_csv_cell(bytes(fields.get(name, b"null"))) for name in self._columns])
 
     def _encode_row(self, cells: list[str]) -> bytes:
         self._writer.writerow(cells)

@@ -1,8 +1,7 @@
-"""`pillarbox import`: NDJSON, CSV or another outbox directory -> the outbox, through its front door."""
+"""`pillarbox import`: store events from NDJSON, CSV or another outbox directory."""
 
 from __future__ import annotations
 
-import signal
 import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -15,23 +14,13 @@ from pillarbox.admin.export import EventExporter, ExportScope
 from pillarbox.admin.filters import EventFilter, EventHeaderDecoder
 from pillarbox.admin.replay import ReplayValidator
 from pillarbox.admin.scan import FileProblem
-from pillarbox.cli.context import print_json, printable
+from pillarbox.admin.text import counted
+from pillarbox.cli.context import log_to_terminal
 from pillarbox.cli.import_source import ImportItem, ImportReader
 from pillarbox.cli.input import LINES_REPORTED_MAX, InputProgress
-from pillarbox.cli.main import (
-    ConfigOption,
-    DirectoryOption,
-    EventTypeOption,
-    ExitCode,
-    JsonOption,
-    QuietOption,
-    app,
-    err,
-    load_settings,
-    log_to_terminal,
-    out,
-    require_setting,
-)
+from pillarbox.cli.options import JsonOption, OutboxOptions, QuietOption, expand_options
+from pillarbox.cli.output import ExitCode, err, out, print_json, printable
+from pillarbox.cli.signals import on_interrupt
 from pillarbox.clock import SystemClock
 from pillarbox.errors import FileUnusableError, UsageError
 from pillarbox.outbox import Outbox
@@ -41,103 +30,103 @@ from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from types import FrameType
 
     from pillarbox.settings import Settings
 
-_PROBLEMS_MAX: Final = 1000  # kept to be named; all are counted
-_PROGRESS_EVERY_LINES: Final = 100_000  # lines between two words on how far it came, where no terminal shows it
-_PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # an event is refused for itself: others may still go in
+_PROBLEMS_MAX: Final = 1000  # problems that are listed; all are counted
+_PROGRESS_EVERY_LINES: Final = 100_000  # between two progress lines where there is no terminal
+_PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # other events may still be accepted
 
 
 class ImportResult(msgspec.Struct, kw_only=True):
     """The shape of `pillarbox import --json`."""
 
     dry_run: bool
-    accepted: int = 0  # with --dry-run: that would be
-    dropped: int = 0  # lines that are no events
-    processed: int = 0  # up to this line, or row, everything is accepted or refused: --skip goes on behind it
-    complete: bool = False  # that was the last one
-    outbox_dropped: str = ""  # why the outbox took nothing more
+    accepted: int = 0  # with --dry-run: would be accepted
+    dropped: int = 0  # lines that are not valid events, and events that the outbox dropped as such
+    processed: int = 0  # every line or row up to this one is accepted or dropped; --skip continues after it
+    complete: bool = False  # the whole source is processed
+    outbox_dropped: str = ""  # why the outbox stopped accepting events
     interrupted: bool = False
-    problems: list[FileProblem]  # why lines were refused; the first 1,000
+    problems: list[FileProblem]  # why lines were dropped; the first 1,000
 
 
-@app.command("import")
+@expand_options
 def import_(
-    source: Annotated[str, typer.Argument(metavar="FILE|DIR|-", help="A file, another outbox directory, or standard input.")],
-    directory: DirectoryOption = None,
+    *,
+    source: Annotated[str, typer.Argument(metavar="FILE|DIR|-", help="File, other outbox directory, or - for standard input.")],
+    options: OutboxOptions,
     kind: Annotated[
-        Literal["auto", "ndjson", "csv", "outbox"], typer.Option("--format", help="auto: by what is named, and its ending.")
+        Literal["auto", "ndjson", "csv", "outbox"], typer.Option("--format", help="Source format; auto goes by the name.")
     ] = "auto",
-    what: Annotated[ExportScope, typer.Option("--what", help="Of another outbox: which events.")] = "pending",
-    skip: Annotated[
-        int, typer.Option("--skip", metavar="N", min=0, help="Begin behind the first N lines, rows or events.")
-    ] = 0,
+    what: Annotated[ExportScope, typer.Option("--what", help="Which events of another outbox.")] = "pending",
+    skip: Annotated[int, typer.Option("--skip", metavar="N", min=0, help="Skip the first N lines, rows or events.")] = 0,
     rejects: Annotated[
         str | None,
-        typer.Option("--rejects", metavar="FILE", help="Append what is refused there, as it stood.", show_default=False),
+        typer.Option("--rejects", metavar="FILE", help="Append lines that are not accepted to FILE.", show_default=False),
     ] = None,
-    wait: Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, help="For room, where the outbox is full.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be accepted.")] = False,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
+    wait: Annotated[
+        float, typer.Option("--wait", metavar="SECONDS", min=0, help="How long to wait for room in a full outbox.")
+    ] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be accepted.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Store events that were written elsewhere: NDJSON, CSV, or what another outbox directory holds.
+    """Import events from NDJSON, CSV or another outbox.
 
-    A line of NDJSON is an event, stored as it stands under the id it has, or a record of an outbox with its checksum; what has
-    no id or time gets one. The first row of CSV names members. What is no event is named, stepped over and counted, with exit
-    code 1. Where it ends early it says how far it came: --skip goes on from there. Whoever delivers the directory delivers it.
+    A line of NDJSON is an event, stored byte for byte under its own id, or a record of an outbox with its checksum. An event
+    without an id or a time gets one. The first row of CSV names the fields. A line that is not an event is reported, counted
+    and skipped, and the exit code is 1. If the import stops early, it says where: continue from there with --skip. The
+    directory's delivery worker delivers the events.
     """
     log_to_terminal(quiet=quiet)
-    settings = load_settings(config, directory=directory, event_type=event_type)
-    require_setting(settings, "directory", "DIR")
-    full: dict[str, Any] = {"when_full": "block", "block_timeout": wait} if wait else {"when_full": "drop_newest"}
-    settings = msgspec.structs.replace(settings, sink=None, on_invalid="drop", **full)
-    heading = IdentityDecoder(settings.event_type)
-    gate = ReplayValidator(settings.event_type, heading.id_field)
-    reader = ImportReader(settings.event_type, gate)
-    report = ImportResult(dry_run=dry_run, problems=[])
+    when_full: dict[str, Any] = {"when_full": "block", "block_timeout": wait} if wait else {"when_full": "drop_newest"}
+    settings = msgspec.structs.replace(options.load_settings(), sink=None, on_invalid="drop", **when_full)
+    identity_decoder = IdentityDecoder(settings.event_type)
+    validator = ReplayValidator(settings.event_type, identity_decoder.id_field)
+    reader = ImportReader(settings.event_type, validator)
+    result = ImportResult(dry_run=dry_run, problems=[])
     with ExitStack() as stack:
         if _is_outbox(source, kind):
-            display = stack.enter_context(InputProgress(None, quiet=quiet))
-            stock = _open_source_outbox(source, settings, heading, gate)
-            items = reader.read_outbox(stock.events(what))
+            progress = stack.enter_context(InputProgress(None, quiet=quiet))
+            exporter = _open_source_outbox(source, settings, identity_decoder, validator)
+            items = reader.read_outbox(exporter.events(what))
         else:
-            stock = None
+            exporter = None
             file = stack.enter_context(nullcontext(sys.stdin.buffer) if source == "-" else _open_source_file(source))
-            display = stack.enter_context(InputProgress(file, quiet=quiet))
+            progress = stack.enter_context(InputProgress(file, quiet=quiet))
             is_csv = kind == "csv" or (kind == "auto" and source.endswith(".csv"))
-            items = reader.read_rows(display.raw_lines()) if is_csv else reader.read_lines(display.lines())
+            items = reader.read_rows(progress.raw_lines()) if is_csv else reader.read_lines(progress.lines())
         outbox = None if dry_run else stack.enter_context(Outbox.from_settings(settings))
-        put_aside = stack.enter_context(_open_rejects(rejects))
-        carrier = _ImportBatch(outbox, report, settings, put_aside)
-        _import_items(carrier, items, skip, display, by_events=stock is not None, quiet=quiet)
-    if stock is not None:
-        for trouble in stock.problems:
-            carrier.add_problem(trouble)
-    _print_result(report, json=json, quiet=quiet)
-    if report.interrupted:
+        write_reject = stack.enter_context(_open_rejects(rejects))
+        batch = _ImportBatch(outbox, result, settings, write_reject)
+        _import_items(batch, items, skip, progress, by_events=exporter is not None, quiet=quiet)
+    if exporter is not None:
+        for problem in exporter.problems:
+            batch.add_problem(problem)
+    _print_result(result, json=json, quiet=quiet)
+    if result.interrupted:
         return ExitCode.INTERRUPTED
-    return ExitCode.DONE if report.complete and not report.dropped else ExitCode.PARTIAL
+    return ExitCode.DONE if result.complete and not result.dropped else ExitCode.PARTIAL
 
 
 def _is_outbox(source: str, kind: str) -> bool:
     facts = None if source == "-" else local_filesystem().inspect_directory(source)
     is_directory = facts is not None and facts.is_directory
     if kind != "auto" and is_directory != (kind == "outbox"):
-        raise UsageError(f"{source}: for --format {kind} name {'an outbox directory' if kind == 'outbox' else 'a file'}")
+        raise UsageError(f"{source}: --format {kind} needs {'an outbox directory' if kind == 'outbox' else 'a file'}")
     return is_directory
 
 
-def _open_source_outbox(source: str, settings: Settings, heading: IdentityDecoder, gate: ReplayValidator) -> EventExporter:
+def _open_source_outbox(
+    source: str, settings: Settings, identity_decoder: IdentityDecoder, validator: ReplayValidator
+) -> EventExporter:
     if file_identity(source) == file_identity(settings.directory):
-        raise UsageError(f"{source} is the outbox that the events would go into")
+        raise UsageError(f"{source} is both the source and the target of the import; name another directory with -d")
     clock = SystemClock()
-    other = directory_at(source, local_filesystem(), clock)
-    return EventExporter(other, clock, EventHeaderDecoder(settings.event_type), EventFilter(), heading, gate)
+    directory = directory_at(source, local_filesystem(), clock)
+    header_decoder = EventHeaderDecoder(settings.event_type)
+    return EventExporter(directory, clock, header_decoder, EventFilter(), identity_decoder, validator)
 
 
 def _open_source_file(source: str) -> Any:
@@ -164,110 +153,97 @@ def _open_rejects(path: str | None) -> Iterator[Callable[[bytes], None]]:
 
 
 class _ImportBatch:
-    """Puts items into the outbox, as many at a time as make a batch, and keeps the report."""
+    """Enqueues items, as many at a time as a batch holds, and counts them in the result."""
 
     def __init__(
-        self, outbox: Outbox | None, report: ImportResult, settings: Settings, put_aside: Callable[[bytes], None]
+        self, outbox: Outbox | None, result: ImportResult, settings: Settings, write_reject: Callable[[bytes], None]
     ) -> None:
         self._outbox = outbox
-        self.result = report
-        self._write_reject = put_aside
-        self._events_max = settings.batch_size
-        self._bytes_max = settings.batch_bytes
+        self.result = result
+        self._write_reject = write_reject
+        self._max_events = settings.batch_size
+        self._max_bytes = settings.batch_bytes
         self._items: list[ImportItem] = []
         self._bytes = 0
-        self.storing = False  # an interrupt waits until that is over
+        self.enqueuing = False  # an interrupt waits until it is False
 
     def add(self, item: ImportItem) -> None:
-        """One more."""
+        """Add an item, and enqueue the batch if it is full."""
         self._items.append(item)
         self._bytes += len(item.payload)
-        if len(self._items) >= self._events_max or self._bytes >= self._bytes_max:
+        if len(self._items) >= self._max_events or self._bytes >= self._max_bytes:
             self.enqueue_items()
 
     def enqueue_items(self) -> None:
-        """Put in what was added; what the outbox has no room for is left where it was."""
-        self.storing = True
-        good = [item for item in self._items if not item.problem]
-        refused = {item.number: item.problem for item in self._items if item.problem}
-        outcomes = self._outbox.enqueue_json([item.payload for item in good]) if self._outbox is not None and good else []
-        for item, outcome in zip(good, outcomes, strict=False):
+        """Enqueue the items; if the outbox is full, none of the batch counts as processed."""
+        self.enqueuing = True
+        valid = [item for item in self._items if not item.problem]
+        problems = {item.number: item.problem for item in self._items if item.problem}
+        outcomes = self._outbox.enqueue_json([item.payload for item in valid]) if self._outbox is not None and valid else []
+        for item, outcome in zip(valid, outcomes, strict=False):
             if isinstance(outcome, Dropped):
                 if outcome.reason not in _PER_EVENT_REASONS:
                     self.result.outbox_dropped = outcome.reason
-                    self.storing = False
+                    self.enqueuing = False
                     return
-                refused[item.number] = f"refused at the door: {outcome.reason}"
-        self.result.accepted += len(self._items) - len(refused)
+                problems[item.number] = f"dropped: {outcome.reason}"
+        self.result.accepted += len(self._items) - len(problems)
         for item in self._items:
-            if item.number in refused:
+            if item.number in problems:
                 self._write_reject(item.raw)
-                self.add_problem(FileProblem("", refused[item.number], item.number))
+                self.add_problem(FileProblem("", problems[item.number], item.number))
             self.result.processed = item.number
         self._items, self._bytes = [], 0
-        self.storing = False
+        self.enqueuing = False
 
-    def add_problem(self, trouble: FileProblem) -> None:
-        """Something is not in."""
+    def add_problem(self, problem: FileProblem) -> None:
+        """Count a line that was not accepted."""
         self.result.dropped += 1
         if len(self.result.problems) < _PROBLEMS_MAX:
-            self.result.problems.append(trouble)
+            self.result.problems.append(problem)
 
 
 def _import_items(
-    carrier: _ImportBatch, items: Iterable[ImportItem], skip: int, display: InputProgress, *, by_events: bool, quiet: bool
+    batch: _ImportBatch, items: Iterable[ImportItem], skip: int, progress: InputProgress, *, by_events: bool, quiet: bool
 ) -> None:
-    report = carrier.result
-    report.processed = skip
-    with _defer_signals(carrier):
+    result = batch.result
+    result.processed = skip
+
+    def interrupt() -> None:
+        result.interrupted = True
+        if not batch.enqueuing:
+            raise KeyboardInterrupt
+
+    with on_interrupt(interrupt):
         try:
             for item in items:
                 if by_events:
-                    display.update(item.number, 0)
+                    progress.update(item.number, 0)
                 if item.number > skip:
-                    carrier.add(item)
-                if not (quiet or err.is_terminal) and item.number % _PROGRESS_EVERY_LINES == 0 and not report.outbox_dropped:
-                    err.print(f"line {item.number}: what came up to line {report.processed} is in", markup=False)
-                if report.outbox_dropped or report.interrupted:
+                    batch.add(item)
+                if not (quiet or err.is_terminal) and item.number % _PROGRESS_EVERY_LINES == 0 and not result.outbox_dropped:
+                    err.print(f"read line {item.number:,}; stored up to line {result.processed:,}", markup=False)
+                if result.outbox_dropped or result.interrupted:
                     return
-            carrier.enqueue_items()
-            report.complete = not report.outbox_dropped
+            batch.enqueue_items()
+            result.complete = not result.outbox_dropped
         except KeyboardInterrupt:
-            report.interrupted = True
+            result.interrupted = True
 
 
-@contextmanager
-def _defer_signals(carrier: _ImportBatch) -> Iterator[None]:
-    """While it lasts, Ctrl-C and SIGTERM end the reading at once, and the storing after what is under way."""
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        carrier.result.interrupted = True
-        if not carrier.storing:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _print_result(report: ImportResult, *, json: bool, quiet: bool) -> None:
-    for trouble in report.problems[:LINES_REPORTED_MAX]:
-        where = trouble.file if trouble.line is None else f"line {trouble.line}"
-        err.print(printable(f"{where}: {trouble.problem}"), markup=False)
+def _print_result(result: ImportResult, *, json: bool, quiet: bool) -> None:
+    for problem in result.problems[:LINES_REPORTED_MAX]:
+        where = problem.file if problem.line is None else f"line {problem.line}"
+        err.print(printable(f"{where}: {problem.problem}"), markup=False)
     if json:
-        print_json(report)
+        print_json(result)
         return
-    if quiet and report.complete and not report.dropped:
+    if quiet and result.complete and not result.dropped:
         return
-    more = f" (the first {LINES_REPORTED_MAX} are named above)" if report.dropped > LINES_REPORTED_MAX else ""
-    would = "would be accepted" if report.dry_run else "accepted"
-    out.print(f"{would} {report.accepted}, refused {report.dropped}{more}", markup=False)
-    if not report.complete:
-        why = "interrupted" if report.interrupted else f"the outbox takes nothing more ({report.outbox_dropped})"
-        out.print(
-            f"{why}; what came up to line {report.processed} is done: --skip {report.processed} goes on from there",
-            markup=False,
-        )
+    more = f" (the first {LINES_REPORTED_MAX} are listed above)" if result.dropped > LINES_REPORTED_MAX else ""
+    verb = "would accept" if result.dry_run else "accepted"
+    out.print(f"{verb} {counted(result.accepted, 'event')}, dropped {result.dropped:,}{more}", markup=False)
+    if not result.complete:
+        why = "interrupted" if result.interrupted else f"stopped: the outbox accepts no more events ({result.outbox_dropped})"
+        done = f"processed up to line {result.processed}; continue with --skip {result.processed}"
+        out.print(f"{why}; {done}", markup=False)

@@ -1,4 +1,4 @@
-"""Where `import` takes events from: lines of JSON, rows of CSV, another outbox directory."""
+"""The sources of `pillarbox import`: lines of JSON, rows of CSV, another outbox directory."""
 
 from __future__ import annotations
 
@@ -20,52 +20,53 @@ if TYPE_CHECKING:
 
     from pillarbox.admin.export import ExportedEvent
 
-_RECORD_FIELDS: Final = ({"event"}, {"event", "crc"})  # the members of a line of ours
-_BYTE_ORDER_MARK: Final = "\ufeff"  # at the beginning of a file, as spreadsheets write it
+_RECORD_FIELDS: Final = ({"event"}, {"event", "crc"})  # the fields of a record of an outbox
+_BYTE_ORDER_MARK: Final = "\ufeff"  # spreadsheets write it at the beginning of a file
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class ImportItem(NamedTuple):
-    """One event to be, or what is none."""
+    """A line or row of the source: a valid event, or a problem."""
 
     number: int  # of its line or row, from 1
-    raw: bytes  # as it stood, with its line feed
+    raw: bytes  # unchanged, with its line feed
     payload: bytes
-    problem: str  # why it is none; "" where it is one
+    problem: str  # why it is not a valid event; "" if it is one
 
 
 class ImportReader:
-    """Makes items of what stands in a source, for one event type."""
+    """Turns lines, rows and exported events into items, for one event type."""
 
-    def __init__(self, event_type: type[msgspec.Struct], gate: ReplayValidator) -> None:
-        self._gate = gate
+    def __init__(self, event_type: type[msgspec.Struct], validator: ReplayValidator) -> None:
+        self._validator = validator
         self._strict = strict_decoder(event_type)
         self._encode = Codec(event_type).encode
         self._type = event_type
         self._fields = {field.encode_name: field for field in msgspec.structs.fields(event_type)}
 
     def read_lines(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[ImportItem]:
-        """(number, line): an event by itself, or a record with its checksum."""
+        """Items of (number, line); a line is an event, or a record with its checksum."""
         for number, line in lines:
             raw = line if line.endswith(b"\n") else line + b"\n"
             yield self._item(number, raw, line)
 
     def read_outbox(self, events: Iterable[ExportedEvent]) -> Iterator[ImportItem]:
-        """What another outbox holds."""
+        """Items of the events of another outbox."""
         for number, event in enumerate(events, 1):
             yield self._item(number, event.payload + b"\n", event.payload)
 
     def read_rows(self, lines: Iterable[bytes]) -> Iterator[ImportItem]:
-        """CSV whose first row names members; raises `UsageError` where it does not."""
+        """Items of the rows of CSV; raises `UsageError` if the first row does not name fields of the event type."""
         csv.field_size_limit(EVENT_BYTES_MAX)
         rows = csv.reader(line.decode("utf-8", "surrogateescape") for line in lines)
         header = [name.removeprefix(_BYTE_ORDER_MARK) for name in next(rows, [])]
         unknown = [name for name in header if name not in self._fields]
         if not header or unknown or len(set(header)) < len(header):
-            what = f"has {unknown[0]!r}, which is none" if unknown else "is missing, or names one twice"
-            raise UsageError(
-                f"the first row must name members of {self._type.__name__}, and {what}; they are {', '.join(self._fields)}"
-            )
+            if unknown:
+                problem = f"{self._type.__name__} has no field {unknown[0]!r}"
+            else:
+                problem = "it names a field twice" if header else "it is missing"
+            raise UsageError(f"the first row must name the fields: {problem}; the fields are {', '.join(self._fields)}")
         number = 0
         while True:
             number += 1
@@ -80,12 +81,12 @@ class ImportReader:
                 continue
             raw = encode_row(row)
             if len(row) != len(header):
-                yield ImportItem(number, raw, b"", f"has {len(row)} cells, and the first row {len(header)}")
+                yield ImportItem(number, raw, b"", f"{len(row)} cells, but the first row has {len(header)}")
                 continue
             cells = dict(zip(header, row, strict=True))
             try:
-                members = {name: self._value(name, cell) for name, cell in cells.items() if cell or self._is_needed(name)}
-                payload = msgspec.json.encode(members)
+                fields = {name: self._value(name, cell) for name, cell in cells.items() if cell or self._is_required(name)}
+                payload = msgspec.json.encode(fields)
             except (UnicodeEncodeError, msgspec.DecodeError) as error:
                 yield ImportItem(number, raw, b"", str(error))
                 continue
@@ -98,23 +99,23 @@ class ImportReader:
             return ImportItem(number, raw, b"", str(error))
 
     def _event(self, line: bytes) -> bytes:
-        """The event's JSON as it is stored: as it stands, or with an id and a time where it has none."""
+        """The event's JSON, byte for byte, or with an id and a time added if it has none."""
         value = line.strip()
         if self._is_record(value):
             value = record.payload(value)
         try:
-            self._gate.validate(value)
+            self._validator.validate(value)
         except InvalidReplayError:
             return self._with_defaults(value)
         return value
 
     def _with_defaults(self, value: bytes) -> bytes:
-        """All members of the event type; further ones are refused, for they may be meant for others."""
+        """The event's JSON with defaults filled in; unknown fields are an error, for they may be misspelt."""
         try:
             event = self._encode(self._strict(value))
         except (InvalidEventError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidReplayError(str(error)) from None
-        self._gate.validate(event)
+        self._validator.validate(event)
         return event
 
     def _is_record(self, value: bytes) -> bool:
@@ -125,12 +126,12 @@ class ImportReader:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False
 
-    def _is_needed(self, name: str) -> bool:
+    def _is_required(self, name: str) -> bool:
         field = self._fields[name]
         return field.default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT
 
     def _value(self, name: str, cell: str) -> msgspec.Raw:
-        """Text where the member takes text, otherwise JSON."""
+        """A cell as JSON: a string if the field accepts one, otherwise the cell must be JSON."""
         text = msgspec.json.encode(cell)
         kind: Any = self._fields[name].type
         try:
@@ -139,13 +140,13 @@ class ImportReader:
             try:
                 msgspec.json.decode(cell)
             except msgspec.DecodeError:
-                raise msgspec.ValidationError(f"{name}: {cell!r} is no value of it") from None
+                raise msgspec.ValidationError(f"{name}: {cell!r} is not a value of this field") from None
             return msgspec.Raw(cell.encode())
         return msgspec.Raw(text)
 
 
 def encode_row(cells: Iterable[str]) -> bytes:
-    """A row of CSV with its line feed."""
+    """Encode a row of CSV, with its line feed."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue().encode("utf-8", "surrogateescape")

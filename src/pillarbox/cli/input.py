@@ -1,4 +1,4 @@
-"""What `enqueue` and `import` share: events from lines that somebody else wrote, and the progress over them."""
+"""What `enqueue` and `import` share: decoding of lines that other programs wrote, and the progress display."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from typing import IO, TYPE_CHECKING, Any, Final, Self
 import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pillarbox.cli.main import err
+from pillarbox.cli.output import err
 from pillarbox.errors import InvalidEventError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-LINES_REPORTED_MAX: Final = 20  # lines that are no event are named one by one up to here; all are counted
-_UPDATE_EVERY: Final = 1000  # lines between two looks at the progress display
+LINES_REPORTED_MAX: Final = 20  # invalid lines that are reported one by one; all are counted
+_UPDATE_EVERY: Final = 1000  # lines between two updates of the progress display
 
 
 def strict_decoder(event_type: type[msgspec.Struct]) -> Callable[[bytes], Any]:
-    """Bytes -> event, with unknown members an error."""
+    """A decoder that raises `InvalidEventError` for fields that the event type does not have."""
     decode = msgspec.json.Decoder(event_type).decode
-    members = {field.encode_name for field in msgspec.structs.fields(event_type)}
-    decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+    known = {field.encode_name for field in msgspec.structs.fields(event_type)}
+    decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
     def strict(line: bytes) -> Any:
-        line.decode()  # msgspec does not look into strings that it skips
-        unknown = decode_members(line).keys() - members
+        line.decode()  # msgspec does not check the UTF-8 of strings that it skips
+        unknown = decode_fields(line).keys() - known
         if unknown:
-            raise InvalidEventError(min(unknown), f"is no member of {event_type.__name__}")
+            raise InvalidEventError(min(unknown), f"{event_type.__name__} has no such field")
         return decode(line)
 
     return strict
 
 
 class InputProgress:
-    """Progress on standard error, where that is a terminal, over the lines of the input; over events where it has none."""
+    """Reads the lines of a file and shows the progress on a terminal: by bytes if the size is known, otherwise by lines."""
 
     def __init__(self, file: IO[bytes] | None, *, quiet: bool) -> None:
         self._file = file
@@ -60,12 +60,12 @@ class InputProgress:
         self._progress.stop()
 
     def update(self, number: int, done: int) -> None:
-        """Line `number` is read, and `done` bytes."""
+        """Show that `number` lines, of `done` bytes, are read."""
         if number % _UPDATE_EVERY == 0:
             self._progress.update(self._task, completed=done if self._by_bytes else number, events=number)
 
     def raw_lines(self) -> Iterator[bytes]:
-        """Every line."""
+        """All lines, with their line feeds."""
         done = 0
         for number, line in enumerate(self._file or (), 1):
             done += len(line)
@@ -73,7 +73,7 @@ class InputProgress:
             yield line
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """(line number from 1, line) of every line that is not blank."""
+        """(line number from 1, line) of all lines that are not blank."""
         return ((number, line) for number, line in enumerate(self.raw_lines(), 1) if not line.isspace())
 
 

@@ -1,9 +1,9 @@
-"""`pillarbox inspect`: where a file, a batch or an event is now. Takes no lock, creates and adopts nothing."""
+"""`pillarbox inspect`: where a file, a batch or an event is now. Takes no lock and changes nothing."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 import typer
@@ -12,18 +12,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pillarbox.admin.filters import EventHeaderDecoder, parse_batch_id
 from pillarbox.admin.locate import BatchHistory, EventLocation, FileSummary, Locator
 from pillarbox.admin.scan import FileProblem
-from pillarbox.admin.text import format_time
-from pillarbox.cli.context import CommandContext, plural, print_json, printable
-from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app, err, out
+from pillarbox.admin.text import counted, format_time
+from pillarbox.cli.context import CommandContext
+from pillarbox.cli.options import JsonOption, OutboxOptions, QuietOption, expand_options
+from pillarbox.cli.output import ExitCode, err, out, print_json, printable
 from pillarbox.store.layout import batch_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_NOT_FOUND = (
-    "in no file that is here, and no batch's name. The ledger remembers batches, not events: one that was delivered is gone "
-    "from here, and only its destination can tell"
+_NOT_FOUND: Final = (
+    "not found: no file contains this event id, and no file or ledger has a batch of this name. The ledger has batches, not "
+    "events: a delivered event is only at its destination"
 )
+_STATES: Final = {
+    "active": "accepted, not sealed yet",
+    "pending": "pending",
+    "retained": "delivered and retained",
+}
 
 
 class InspectResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,99 +37,100 @@ class InspectResult(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     kind: Literal["file", "batch", "event", "unknown"]
-    files: list[FileSummary]  # of this name, with what is in them
-    events: list[EventLocation]  # places where the event is
-    batches: list[BatchHistory]  # what is known of the batches concerned
-    problems: list[FileProblem]  # what could not be read
+    files: list[FileSummary]  # the files of this name
+    events: list[EventLocation]  # the places where the event is
+    batches: list[BatchHistory]  # the history of each batch concerned
+    problems: list[FileProblem]  # files that could not be read
 
 
-@app.command("inspect")
+@expand_options
 def inspect(
-    name: Annotated[str, typer.Argument(metavar="FILE|BATCH|EVENT_ID", help="What to look for.")],
-    directory: DirectoryOption = None,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
+    *,
+    name: Annotated[str, typer.Argument(metavar="FILE|BATCH|EVENT_ID", help="Name of a file, batch id or event id.")],
+    options: OutboxOptions,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Say where an event, a batch or a file is now, and what became of it: in files, queues, dead letters, and the ledger.
+    """Show where an event, batch or file is, and its history.
 
-    An event is searched by reading all files. What is in no file any more only the ledger can tell of, and that knows batches.
-    The exit code is 1 where nothing is found. Safe at any time: takes no lock and changes nothing.
+    Finds an event by reading all files of the directory and of the queues. Events no longer on disk can be traced only by
+    batch, through the ledger. Exits with 1 if nothing is found. Safe at any time: takes no lock and changes nothing.
     """
-    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
-    known = Locator(site.directory, EventHeaderDecoder(site.settings.event_type), site.heading)
-    files = [known.read_summary(sight) for sight in known.find_files(name)]
+    context = CommandContext(options.load_settings(), quiet=quiet)
+    locator = Locator(context.directory, EventHeaderDecoder(context.settings.event_type), context.identity_decoder)
+    files = [locator.read_summary(file) for file in locator.find_files(name)]
     batch = batch_id(parse_batch_id(name.partition("#")[0]))
     events: list[EventLocation] = []
+    kind: Literal["file", "batch", "event", "unknown"]
     if files:
-        is_a, batches = "file", [file.batch for file in files]
-    elif known.knows_batch(batch):
-        is_a, batches = "batch", [batch]
+        kind, batches = "file", [file.batch for file in files]
+    elif locator.knows_batch(batch):
+        kind, batches = "batch", [batch]
     else:
-        with _progress(known.total_bytes, hidden=quiet) as progress:
-            events = list(known.find_event(name, progress))
-        is_a, batches = "event" if events else "unknown", [event.batch for event in events]
-    found = InspectResult(
+        with _show_progress(locator.total_bytes, hidden=quiet) as show:
+            events = list(locator.find_event(name, show))
+        kind, batches = "event" if events else "unknown", [event.batch for event in events]
+    result = InspectResult(
         name=name,
-        kind=is_a,  # type: ignore[arg-type]  # one of those
+        kind=kind,
         files=files,
         events=events,
-        batches=[known.batch_history(one) for one in dict.fromkeys(batches) if one],
-        problems=known.problems,
+        batches=[locator.batch_history(batch) for batch in dict.fromkeys(batches) if batch],
+        problems=locator.problems,
     )
     if json:
-        print_json(found)
+        print_json(result)
     else:
-        _print_result(found)
-    return ExitCode.PARTIAL if found.kind == "unknown" or found.problems else ExitCode.DONE
+        _print_result(result)
+    return ExitCode.PARTIAL if result.kind == "unknown" or result.problems else ExitCode.DONE
 
 
 @contextmanager
-def _progress(size: int, *, hidden: bool) -> Iterator[Callable[[int], None]]:
+def _show_progress(size: int, *, hidden: bool) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("search"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=hidden or not err.is_terminal, transient=True) as display:
         task = display.add_task("search", total=size)
         yield lambda done: display.update(task, advance=done)
 
 
-def _print_result(found: InspectResult) -> None:
+def _print_result(result: InspectResult) -> None:
     lines: list[str] = []
-    for file in found.files:
+    for file in result.files:
         lines += _file_lines(file)
-    for event in found.events:
-        lines += _event_lines(found.name, event)
-    for story in found.batches:
-        lines.append(story.batch)
-        for fact in story.entries:
-            where = f"  ({fact.file})" if fact.file else f"  (ledger of {fact.sink})" if fact.sink else ""
-            lines.append(f"  {format_time(fact.at_micros):20}  {fact.text}{where}")
-    if found.kind == "unknown":
-        lines.append(f"{found.name}: {_NOT_FOUND}")
+    for event in result.events:
+        lines += _event_lines(result.name, event)
+    for history in result.batches:
+        lines.append(history.batch)
+        for entry in history.entries:
+            where = f"  ({entry.file})" if entry.file else f"  (ledger of {entry.sink})" if entry.sink else ""
+            lines.append(f"  {format_time(entry.at_micros):20}  {entry.text}{where}")
+    if result.kind == "unknown":
+        lines.append(f"{result.name}: {_NOT_FOUND}")
     for line in lines:
         out.print(printable(line), markup=False)
-    for trouble in found.problems:
-        err.print(printable(str(trouble)), markup=False)
+    for problem in result.problems:
+        err.print(printable(str(problem)), markup=False)
 
 
 def _file_lines(file: FileSummary) -> list[str]:
-    lines = [f"{file.file}: {file.state}, {file.bytes:,} bytes, {plural(file.events, 'event')}"]
+    lines = [f"{file.file}: {file.state}, {counted(file.bytes, 'byte')}, {counted(file.events, 'event')}"]
     if file.writer:
-        lines.append(f"  of writer {file.writer}")
+        lines.append(f"  writer {file.writer}")
     if file.first_micros is not None:
-        lines.append(f"  events of {format_time(file.first_micros)} to {format_time(file.last_micros)}")
+        lines.append(f"  events from {format_time(file.first_micros)} to {format_time(file.last_micros)}")
     if file.unfinished_bytes:
-        lines.append(f"  {file.unfinished_bytes:,} bytes of a line that is not whole yet")
-    lines += [f"  damaged: {span.length:,} bytes at {span.offset}: {span.reason}" for span in file.damaged]
+        lines.append(f"  an incomplete last line of {counted(file.unfinished_bytes, 'byte')}")
+    lines += [f"  damaged: {counted(damage.length, 'byte')} at {damage.offset}: {damage.reason}" for damage in file.damaged]
     return lines
 
 
 def _event_lines(name: str, event: EventLocation) -> list[str]:
     if event.event is None:
-        return [f"{name}: perhaps in damaged bytes of {event.file}, at {event.offset} of the sealed file: {event.reason}"]
+        return [
+            f"{name}: possibly in damaged bytes in {event.file}, from byte {event.offset} of the batch file: {event.reason}"
+        ]
     if event.record is not None:
-        lines = [f"{name}: refused, {event.code}: {event.reason}", f"  pillarbox dead show {event.record}"]
+        lines = [f"{name}: dead letter, {event.code}: {event.reason}", f"  pillarbox dead show {event.record}"]
     else:
-        state = {"active": "accepted, not sealed yet", "pending": "pending", "retained": "retained after delivery"}[event.state]
-        lines = [f"{name}: {state}, in {event.file} at {event.offset}"]
+        lines = [f"{name}: {_STATES[event.state]}, in {event.file} at byte {event.offset}"]
     return [*lines, f"  {bytes(event.event).decode(errors='replace')}"]

@@ -1,4 +1,4 @@
-"""`pillarbox quarantine`: look at damaged bytes, have from them what can be had, or give them up."""
+"""`pillarbox quarantine`: show damaged bytes, recover events from them, or delete them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ import typer
 
 from pillarbox.admin.quarantine import QuarantinedBatch, QuarantineRepairer, RangeRepair
 from pillarbox.admin.scan import FileProblem
-from pillarbox.admin.text import format_time
-from pillarbox.cli.context import (
+from pillarbox.admin.text import counted, format_time
+from pillarbox.cli.changes import ChangeContext, require_filter
+from pillarbox.cli.options import (
+    CONTEXT_SETTINGS,
     AllOption,
-    BatchOption,
-    CommandContext,
+    DirectoryOptions,
+    JsonOption,
     LimitOption,
-    ReasonOption,
-    SinceOption,
-    UntilOption,
+    OutboxOptions,
+    QuietOption,
+    RecordFilterOptions,
     YesOption,
-    plural,
-    print_json,
-    print_table,
-    printable,
-    require_filter,
+    expand_options,
 )
-from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, JsonOption, QuietOption, app, out
+from pillarbox.cli.output import out, print_json, print_table, printable
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
@@ -36,24 +34,23 @@ if TYPE_CHECKING:
 
 quarantine = typer.Typer(
     name="quarantine",
-    help="Quarantine: bytes that are no record. Look, repair, give up.",
+    help="List, show, repair or purge damaged bytes.",
     no_args_is_help=True,
     rich_markup_mode=None,
-    context_settings=app.info.context_settings,
+    context_settings=CONTEXT_SETTINGS,
 )
-app.add_typer(quarantine)
 
 
 class QuarantineListItem(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept of one batch, in `pillarbox quarantine list --json`."""
+    """The quarantined bytes of one batch, in `pillarbox quarantine list --json`."""
 
     batch: str
-    ranges: int
+    ranges: int  # damaged byte ranges
     repaired: int  # of them
     bytes: int
-    reasons: dict[str, int]
-    sealed_at_micros: int | None  # microseconds since 1970; None where the batch's name does not say
-    queue: str = ""  # whose queue it is in, where there are several sinks
+    reasons: dict[str, int]  # number of ranges by reason
+    sealed_at_micros: int | None  # microseconds since 1970; None if the batch id does not tell
+    queue: str = ""  # the sink whose queue it is in, if there are several sinks
 
 
 class QuarantineListing(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,133 +63,125 @@ class QuarantineListing(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[FileProblem]
 
 
-class DamagedRange(msgspec.Struct, frozen=True, kw_only=True):
-    """A damaged span, in `pillarbox quarantine show --json`."""
+class QuarantineRangeItem(msgspec.Struct, frozen=True, kw_only=True):
+    """A damaged byte range, in `pillarbox quarantine show --json`."""
 
     batch: str
-    number: int  # from 1
-    offset: int  # in the sealed file, bytes
+    number: int  # of the range in its batch, from 1
+    offset: int  # in the batch file, bytes
     length: int
     reason: str
     repaired_at_micros: int | None
     repaired_events: int
     data: bytes  # base64
-    queue: str = ""  # as of `list`
+    queue: str = ""  # as in `list`
 
 
 class RecoveredEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """An event that was found in a span."""
+    """An event that was found in a damaged byte range."""
 
     event: msgspec.Raw
-    checksum_ok: bool  # its checksum fits
+    checksum_ok: bool
     how: str
 
 
 class RepairedRange(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found in a span, in `pillarbox quarantine repair --json`."""
+    """The events in a damaged byte range, in `pillarbox quarantine repair --json`."""
 
     batch: str
-    number: int  # from 1
+    number: int  # of the range in its batch, from 1
     reason: str
     events: list[RecoveredEvent]
-    problems: list[str]  # why other pieces of it hold none
+    problems: list[str]  # why the other pieces of the range contain no event
 
 
-def _summarize_batch(found: QuarantinedBatch, queue: str = "") -> QuarantineListItem:
+def _summarize_batch(batch: QuarantinedBatch, queue: str = "") -> QuarantineListItem:
     reasons: dict[str, int] = {}
-    for span in found.ranges:
-        reasons[span.reason] = reasons.get(span.reason, 0) + 1
+    for damage in batch.ranges:
+        reasons[damage.reason] = reasons.get(damage.reason, 0) + 1
     return QuarantineListItem(
-        batch=found.batch,
-        ranges=len(found.ranges),
-        repaired=len(found.ranges) - found.unrepaired_count,
-        bytes=sum(map(len, found.pieces)),
+        batch=batch.batch,
+        ranges=len(batch.ranges),
+        repaired=len(batch.ranges) - batch.unrepaired_count,
+        bytes=sum(map(len, batch.pieces)),
         reasons=reasons,
-        sealed_at_micros=found.sealed_at_micros,
+        sealed_at_micros=batch.sealed_at_micros,
         queue=queue,
     )
 
 
-def _find_all(site: CommandContext, selection: RecordFilter) -> Iterator[tuple[str, QuarantinedBatch]]:
-    """What is meant in the directory and in each queue in it, with the sink whose queue that is."""
-    for place in site.directories:
-        for found in QuarantineRepairer(place, site.clock, selection, site.report).selected_batches():
-            yield "" if place is site.directory else place.sink, found
+def _find_all(context: ChangeContext, record_filter: RecordFilter) -> Iterator[tuple[str, QuarantinedBatch]]:
+    """(sink, batch) of the directory, where the sink is "", and of each queue."""
+    for directory in context.directories:
+        for batch in QuarantineRepairer(directory, context.clock, record_filter, context.report).selected_batches():
+            yield "" if directory is context.directory else directory.sink, batch
+
+
+def _describe_reasons(reasons: dict[str, int]) -> str:
+    return ", ".join(reason if count == 1 else f"{count} {reason}" for reason, count in sorted(reasons.items()))
 
 
 @quarantine.command("list")
-def list_(
-    directory: DirectoryOption = None,
-    batch: BatchOption = None,
-    reason: ReasonOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    limit: LimitOption = 50,
-    config: ConfigOption = None,
-    json: JsonOption = False,
-) -> int:
-    """List the batches of which damaged bytes are kept. Times are those at which the batch was sealed.
+@expand_options
+def list_(options: DirectoryOptions, filters: RecordFilterOptions, limit: LimitOption = 50, json: JsonOption = False) -> int:
+    """List the batches that have damaged bytes.
 
-    An option that is given several times means any of them; different options must all fit. Safe at any time: takes no lock
-    and changes nothing.
+    Times are when the batch was sealed. Several values of one filter: any may match; several filters: all must match. Safe at
+    any time: takes no lock and changes nothing.
     """
-    site = CommandContext(config, directory=directory)
-    selection = site.parse_filter(batches=batch, reasons=reason, since=since, until=until)
-    found: list[QuarantineListItem] = []
-    files = spans = size = 0
+    context = ChangeContext(options.load_settings())
+    items: list[QuarantineListItem] = []
+    files = ranges = size = 0
     queues: set[str] = set()
-    for queue, one in _find_all(site, selection):
-        kept = _summarize_batch(one, queue)
+    for queue, batch in _find_all(context, filters.to_filter(context.clock.micros())):
+        item = _summarize_batch(batch, queue)
         queues.add(queue)
-        files, spans, size = files + 1, spans + kept.ranges, size + kept.bytes
+        files, ranges, size = files + 1, ranges + item.ranges, size + item.bytes
         if not limit or files <= limit:
-            found.append(kept)
+            items.append(item)
     if json:
-        print_json(QuarantineListing(files=files, ranges=spans, bytes=size, batches=found, problems=site.report.problems))
+        print_json(QuarantineListing(files=files, ranges=ranges, bytes=size, batches=items, problems=context.report.problems))
     else:
-        if found:
-            columns = [("batch", "left"), ("spans", "right"), ("repaired", "right"), ("bytes", "right"), ("sealed", "left")]
-            several = [("sink", "left")] if any(queues) else []
-            rows = [
-                (*([one.queue or "-"] if several else []), one.batch, one.ranges, one.repaired, f"{one.bytes:,}",
-                 format_time(one.sealed_at_micros), _describe_reasons(one.reasons))
-                for one in found
-            ]  # fmt: skip
-            print_table([*several, *columns, ("reasons", "left")], rows)
-        more = f", {files - len(found):,} of them are not shown (--limit)" if files > len(found) else ""
-        out.print(f"{plural(spans, 'span')}, {plural(size, 'byte')} in {plural(files, 'file')}{more}", markup=False)
-        site.print_queue_hints(queues)
-    site.print_problems()
-    return site.exit_code()
+        if items:
+            _print_items(items, several=any(queues))
+        hidden = f"; {files - len(items):,} not shown (see --limit)" if files > len(items) else ""
+        total = f"{counted(ranges, 'damaged byte range')}, {counted(size, 'byte')} in {counted(files, 'file')}"
+        out.print(total + hidden, markup=False)
+        context.print_queue_hints(queues)
+    context.print_problems()
+    return context.exit_code()
 
 
-def _describe_reasons(found: dict[str, int]) -> str:
-    return ", ".join(reason if count == 1 else f"{count} {reason}" for reason, count in sorted(found.items()))
+def _print_items(items: list[QuarantineListItem], *, several: bool) -> None:
+    columns = [("batch", "left"), ("ranges", "right"), ("repaired", "right"), ("bytes", "right"), ("sealed", "left")]
+    rows = [
+        (*([item.queue or "-"] if several else []), item.batch, item.ranges, item.repaired, f"{item.bytes:,}",
+         format_time(item.sealed_at_micros), _describe_reasons(item.reasons))
+        for item in items
+    ]  # fmt: skip
+    print_table([*([("sink", "left")] if several else []), *columns, ("reasons", "left")], rows)
 
 
 @quarantine.command("show")
+@expand_options
 def show(
-    directory: DirectoryOption = None,
-    batch: BatchOption = None,
-    reason: ReasonOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The bytes alone, as they are.")] = False,
+    options: DirectoryOptions,
+    filters: RecordFilterOptions,
+    raw: Annotated[bool, typer.Option("--raw", help="Write only the bytes, unchanged.")] = False,
     limit: LimitOption = 20,
-    config: ConfigOption = None,
     json: JsonOption = False,
 ) -> int:
-    """Show damaged bytes, span by span: where they stood, what is wrong, and what they are, escaped where they are no text.
+    """Show damaged bytes and what is wrong with them.
 
-    Safe at any time: takes no lock and changes nothing.
+    Bytes that are not text are escaped. Safe at any time: takes no lock and changes nothing.
     """
-    site = CommandContext(config, directory=directory)
-    selection = site.parse_filter(batches=batch, reasons=reason, since=since, until=until)
-    shown: list[DamagedRange] = []
+    context = ChangeContext(options.load_settings())
+    record_filter = filters.to_filter(context.clock.micros())
+    items: list[QuarantineRangeItem] = []
     count = 0
-    for queue, kept in _find_all(site, selection):
-        for number, (span, piece) in enumerate(zip(kept.ranges, kept.pieces, strict=True), 1):
-            if not selection.matches_reason(span.reason):
+    for queue, batch in _find_all(context, record_filter):
+        for number, (damage, piece) in enumerate(zip(batch.ranges, batch.pieces, strict=True), 1):
+            if not record_filter.matches_reason(damage.reason):
                 continue
             count += 1
             if limit and count > limit and not raw:
@@ -200,136 +189,137 @@ def show(
             if raw:
                 sys.stdout.buffer.write(piece)
             elif json:
-                at, events = span.repaired_at_micros, span.repaired_events
-                shown.append(
-                    DamagedRange(
-                        batch=kept.batch, number=number, offset=span.offset, length=span.length, reason=span.reason,
+                at, events = damage.repaired_at_micros, damage.repaired_events
+                items.append(
+                    QuarantineRangeItem(
+                        batch=batch.batch, number=number, offset=damage.offset, length=damage.length, reason=damage.reason,
                         repaired_at_micros=at, repaired_events=events, data=piece, queue=queue,
                     )
                 )  # fmt: skip
             else:
-                out.print(_describe_range(kept, number, piece, queue), markup=False)
+                out.print(_describe_range(batch, number, piece, queue), markup=False)
     if json and not raw:
-        print_json(shown)
+        print_json(items)
     elif not raw and limit and count > limit:
-        out.print(f"{count - limit:,} more are not shown (--limit)", markup=False)
+        out.print(f"{count - limit:,} not shown (see --limit)", markup=False)
     elif not raw and not count:
-        out.print("no such damage", markup=False)
+        out.print("no damaged byte range matches", markup=False)
     sys.stdout.flush()
-    site.print_problems()
-    return site.exit_code()
+    context.print_problems()
+    return context.exit_code()
 
 
-def _describe_range(kept: QuarantinedBatch, number: int, piece: bytes, queue: str) -> str:
-    span = kept.ranges[number - 1]
+def _describe_range(batch: QuarantinedBatch, number: int, piece: bytes, queue: str) -> str:
+    damage = batch.ranges[number - 1]
     text = piece.removesuffix(b"\n").decode("utf-8", "backslashreplace")
-    mended = ""
-    if span.repaired_at_micros is not None:
-        mended = f", repaired {format_time(span.repaired_at_micros)}: {plural(span.repaired_events, 'event')}"
-    where = f"{plural(span.length, 'byte')} at {span.offset:,}" + (f", kept for {queue}" if queue else "")
-    return printable(f"{kept.batch}, span {number}\n  {span.reason}; {where}{mended}\n  {text}\n".replace("\r", "\\r"))
+    repaired = ""
+    if damage.repaired_at_micros is not None:
+        repaired = f", repaired {format_time(damage.repaired_at_micros)}: {counted(damage.repaired_events, 'event')}"
+    where = f"{counted(damage.length, 'byte')} at byte {damage.offset:,}" + (f", in the queue of {queue}" if queue else "")
+    return printable(f"{batch.batch}, range {number}\n  {damage.reason}; {where}{repaired}\n  {text}\n".replace("\r", "\\r"))
 
 
 @quarantine.command("repair")
+@expand_options
 def repair(
-    directory: DirectoryOption = None,
-    batch: BatchOption = None,
-    reason: ReasonOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
+    options: OutboxOptions,
+    filters: RecordFilterOptions,
     everything: AllOption = False,
-    checked: Annotated[bool, typer.Option("--checked", help="Only events whose checksum fits.")] = False,
+    checked: Annotated[bool, typer.Option("--checked", help="Only events whose checksum is right.")] = False,
     yes: YesOption = False,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Send what can be had from damaged bytes: whole events whose line was torn, or whose checksum is wrong.
+    """Recover events from damaged bytes and replay them.
 
-    Says for each span what is in it, and how sure that is: where a checksum does not fit, the event may say something that
-    nobody sent; look at it first. The events go into the outbox under their own ids. The bytes are kept, and marked as
-    repaired, so that nothing is repaired twice. Without --yes nothing is done.
+    Recovers whole events whose line was torn or whose checksum is wrong, and says for each range what was found and how
+    reliable it is. If the checksum is wrong, the event may differ from what the application sent: look at it first. The
+    events go into the outbox under their own ids. The bytes stay, marked as repaired, so that nothing is repaired twice.
+    Without --yes nothing is changed.
     """
-    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
-    selection = site.parse_filter(batches=batch, reasons=reason, since=since, until=until)
-    require_filter(selection, everything=everything)
+    context = ChangeContext(options.load_settings(), quiet=quiet)
+    record_filter = filters.to_filter(context.clock.micros())
+    require_filter(record_filter, everything=everything)
     items: list[RepairedRange] = []
-    hopeless = 0
+    unrecoverable = 0
 
-    def see(seen: RangeRepair) -> None:
-        nonlocal hopeless
-        hopeless += not seen.salvage.events
+    def on_range(found: RangeRepair) -> None:
+        nonlocal unrecoverable
+        unrecoverable += not found.salvage.events
         if json:
-            items.append(_repaired_range(seen))
+            items.append(_to_repaired_range(found))
         elif not quiet:
-            site.item_lines.append(_describe_repair(seen, checked=checked))
+            context.item_lines.append(_describe_repair(found, checked=checked))
 
-    site.require_single_directory(Kind.CORRUPT)
-    changes = QuarantineRepairer(site.directory, site.clock, selection, site.report).repair_changes(
-        site.gate, see, only_verified=checked
-    )
-    if not site.apply_changes(changes, yes=yes, sends=True):
-        return site.print_locked()
-    done = f"{plural(site.report.events, 'event')} of {plural(site.report.files, 'file')}"
-    text = site.summary(done, "went into the outbox", "would go into the outbox", yes=yes)
-    if hopeless:
-        text += f"; {plural(hopeless, 'span')} can only be kept or purged"
-    return site.print_result(items, text, yes=yes, json=json)
+    context.require_single_directory(Kind.CORRUPT)
+    repairer = QuarantineRepairer(context.directory, context.clock, record_filter, context.report)
+    changes = repairer.repair_changes(context.validator, on_range, only_verified=checked)
+    if not context.apply_changes(changes, yes=yes, enqueues=True):
+        return context.print_lock_conflict()
+    count = f"{counted(context.report.events, 'event')} from {counted(context.report.files, 'file')}"
+    text = context.summary(count, "replayed", "would be replayed", yes=yes)
+    if unrecoverable:
+        text += f"; {counted(unrecoverable, 'range')} without a recoverable event"
+    return context.print_result(items, text, yes=yes, json=json)
 
 
-def _repaired_range(seen: RangeRepair) -> RepairedRange:
-    events = [
-        RecoveredEvent(event=msgspec.Raw(one.payload), checksum_ok=one.verified, how=one.how) for one in seen.salvage.events
-    ]
+def _to_repaired_range(found: RangeRepair) -> RepairedRange:
     return RepairedRange(
-        batch=seen.batch, number=seen.number, reason=seen.range.reason, events=events, problems=list(seen.salvage.problems)
+        batch=found.batch,
+        number=found.number,
+        reason=found.range.reason,
+        events=[
+            RecoveredEvent(event=msgspec.Raw(event.payload), checksum_ok=event.verified, how=event.how)
+            for event in found.salvage.events
+        ],
+        problems=list(found.salvage.problems),
     )
 
 
-def _describe_repair(seen: RangeRepair, *, checked: bool) -> str:
-    lines = [f"{seen.batch}, span {seen.number}: {seen.range.reason}"]
-    for event in seen.salvage.events:
-        left = "left out: " if checked and not event.verified else ""
-        lines += [f"  event: {left}{event.how}", f"    {event.payload.decode()}"]
-    lines += [f"  no event: it {problem}" for problem in seen.salvage.problems]
+def _describe_repair(found: RangeRepair, *, checked: bool) -> str:
+    lines = [f"{found.batch}, range {found.number}: {found.range.reason}"]
+    for event in found.salvage.events:
+        skipped = "skipped: " if checked and not event.verified else ""
+        lines += [f"  event: {skipped}{event.how}", f"    {event.payload.decode()}"]
+    lines += [f"  no event: {problem}" for problem in found.salvage.problems]
     return "\n".join(lines)
 
 
 @quarantine.command("purge")
+@expand_options
 def purge(
-    directory: DirectoryOption = None,
-    batch: BatchOption = None,
-    reason: ReasonOption = None,
-    since: SinceOption = None,
-    until: UntilOption = None,
+    options: DirectoryOptions,
+    filters: RecordFilterOptions,
     everything: AllOption = False,
-    repaired: Annotated[bool, typer.Option("--repaired", help="Only where every span has been repaired.")] = False,
+    repaired: Annotated[bool, typer.Option("--repaired", help="Only batches of which every range is repaired.")] = False,
     yes: YesOption = False,
-    config: ConfigOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Give damaged bytes up for good, by whole batches. The ledger counts them as purged. Without --yes nothing is done."""
-    site = CommandContext(config, quiet=quiet, directory=directory)
-    selection = site.parse_filter(batches=batch, reasons=reason, since=since, until=until)
-    require_filter(selection, everything=everything or repaired)
+    """Delete damaged bytes, whole batches at a time.
+
+    The ledger counts them as purged. Without --yes nothing is changed.
+    """
+    context = ChangeContext(options.load_settings(), quiet=quiet)
+    record_filter = filters.to_filter(context.clock.micros())
+    require_filter(record_filter, everything=everything or repaired)
     items: list[QuarantineListItem] = []
-    spans = 0
+    ranges = 0
 
-    def see(found: QuarantinedBatch) -> None:
-        nonlocal spans
-        spans += len(found.ranges)
+    def on_batch(batch: QuarantinedBatch) -> None:
+        nonlocal ranges
+        ranges += len(batch.ranges)
+        item = _summarize_batch(batch)
         if json:
-            items.append(_summarize_batch(found))
+            items.append(item)
         elif not quiet:
-            kept = _summarize_batch(found)
-            site.item_lines.append(f"{kept.batch}  {plural(kept.bytes, 'byte')}  {_describe_reasons(kept.reasons)}")
+            context.item_lines.append(f"{item.batch}  {counted(item.bytes, 'byte')}  {_describe_reasons(item.reasons)}")
 
-    site.require_single_directory(Kind.CORRUPT)
-    changes = QuarantineRepairer(site.directory, site.clock, selection, site.report).purge_changes(see, only_repaired=repaired)
-    if not site.apply_changes(changes, yes=yes, sends=False):
-        return site.print_locked()
-    done = f"{plural(spans, 'span')} of {plural(site.report.files, 'file')}"
-    text = site.summary(done, "purged", "would be gone for good", yes=yes)
-    return site.print_result(items, text, yes=yes, json=json)
+    context.require_single_directory(Kind.CORRUPT)
+    repairer = QuarantineRepairer(context.directory, context.clock, record_filter, context.report)
+    changes = repairer.purge_changes(on_batch, only_repaired=repaired)
+    if not context.apply_changes(changes, yes=yes, enqueues=False):
+        return context.print_lock_conflict()
+    count = f"{counted(ranges, 'damaged byte range')} in {counted(context.report.files, 'file')}"
+    text = context.summary(count, "deleted", "would be deleted", yes=yes)
+    return context.print_result(items, text, yes=yes, json=json)

@@ -1,17 +1,29 @@
-"""`pillarbox resend`: sends again what was delivered and is kept."""
+"""`pillarbox redeliver`: deliver retained batches a second time."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Final
 
 import msgspec
 import typer
 
+from pillarbox.admin.filters import RecordFilter, parse_batch_id
 from pillarbox.admin.redelivery import PendingLimits, Redelivery, RetainedFile
-from pillarbox.admin.text import format_time
-from pillarbox.cli.context import AllOption, BatchOption, CommandContext, LimitOption, YesOption, plural, require_filter
-from pillarbox.cli.main import ConfigOption, DirectoryOption, EventTypeOption, ExitCode, JsonOption, QuietOption, app
+from pillarbox.admin.text import counted, format_time, parse_time
+from pillarbox.cli.changes import ChangeContext, require_filter
+from pillarbox.cli.options import (
+    AllOption,
+    BatchOption,
+    JsonOption,
+    LimitOption,
+    OutboxOptions,
+    QuietOption,
+    YesOption,
+    expand_options,
+)
+from pillarbox.cli.output import ExitCode
 from pillarbox.errors import UsageError
 from pillarbox.store import layout
 from pillarbox.store.retention import retention_directories
@@ -20,87 +32,104 @@ _SECOND_MICROS: Final = 1_000_000
 
 
 class RedeliveredBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """One delivered file, in the `items` of `pillarbox resend --json`; times in microseconds since 1970."""
+    """One retained batch, in the `items` of `pillarbox redeliver --json`; times in microseconds since 1970."""
 
     batch: str
-    redelivered_as: str | None  # the batch that it is now; None where nothing was done
-    sink: str  # of several; "" where there is one
+    redelivered_as: str | None  # the new batch id; None without --yes
+    sink: str  # of several sinks; "" for a single one
     events: int
     bytes: int
-    sealed_at_micros: int | None  # None where the name does not say
+    sealed_at_micros: int | None  # None if the file's name does not tell
     delivered_at_micros: int | None
 
 
-@app.command("resend")
-def redeliver(
-    directory: DirectoryOption = None,
+@dataclass(frozen=True, kw_only=True)
+class RetainedFilterOptions:
+    """Which retained batches a command works on."""
+
+    batch: BatchOption = None
     since: Annotated[
         str | None,
-        typer.Option("--since", metavar="TIME", help="Delivered since then: 2h (ago), 3d, or ISO 8601.", show_default=False),
-    ] = None,
+        typer.Option(
+            "--since", metavar="TIME", help="Only delivered at or after TIME (2h, 3d or ISO 8601).", show_default=False
+        ),
+    ] = None
     until: Annotated[
-        str | None, typer.Option("--until", metavar="TIME", help="Delivered before that.", show_default=False)
-    ] = None,
+        str | None, typer.Option("--until", metavar="TIME", help="Only delivered before TIME.", show_default=False)
+    ] = None
+
+    def to_filter(self, now_micros: int) -> RecordFilter:
+        """The filter that the options describe; raises `UsageError` for an invalid time."""
+        return RecordFilter(
+            batches=tuple(map(parse_batch_id, self.batch or ())),
+            since_micros=None if self.since is None else parse_time(self.since, now_micros),
+            until_micros=None if self.until is None else parse_time(self.until, now_micros),
+        )
+
+
+@expand_options
+def redeliver(
+    *,
+    options: OutboxOptions,
+    filters: RetainedFilterOptions,
     sink: Annotated[
-        str | None, typer.Option("--sink", metavar="NAME", help="To this one of several sinks only.", show_default=False)
+        str | None, typer.Option("--sink", metavar="NAME", help="Only to this one of several sinks.", show_default=False)
     ] = None,
-    batch: BatchOption = None,
     everything: AllOption = False,
     yes: YesOption = False,
     limit: LimitOption = 20,
-    event_type: EventTypeOption = None,
-    config: ConfigOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Send again what was delivered and is kept: to a destination that lost what it had acknowledged.
+    """Deliver retained batches again.
 
-    With `keep_delivered` set, delivered files stay for a while. Each waits again under a new batch id, with the same event ids,
-    so that a destination that deduplicates has every event once; whoever delivers the directory sends them, in the order in
-    which they came. What was a dead letter or damaged the first time is again. Killed anywhere, nothing is lost and nothing
-    goes twice. Without --yes nothing is done.
+    For a destination that lost events it had confirmed. With `keep_delivered` set, delivered batches are retained for a while.
+    Each becomes pending again under a new batch id, with the same event ids, so that a destination that deduplicates stores no
+    event twice. The directory's delivery worker delivers them in their original order. Records that were dead letters or
+    damaged the first time will be so again. If the command is killed, no batch is lost or redelivered twice. Without --yes
+    nothing is changed.
     """
-    site = CommandContext(config, quiet=quiet, directory=directory, event_type=event_type)
-    selection = site.parse_filter(batches=batch, since=since, until=until)
-    require_filter(selection, everything=everything)
-    path = PurePath(site.directory.path)
+    context = ChangeContext(options.load_settings(), quiet=quiet)
+    now = context.clock.micros()
+    record_filter = filters.to_filter(now)
+    require_filter(record_filter, everything=everything)
+    path = PurePath(context.directory.path)
     if (queue := layout.sink_of_queue(path.name)) is not None:
-        raise UsageError(f"{path} is one of several queues: -d {path.parent} --sink {queue} sends again from it")
-    chosen = retention_directories(site.directory)
+        raise UsageError(f"{path} is the queue of a sink; use -d {path.parent} --sink {queue}")
+    queues = retention_directories(context.directory)
     if sink is not None:
-        if sink not in chosen or not sink:
-            names = ", ".join(filter(None, chosen)) or "none: leave --sink out"
-            raise UsageError(f"--sink {sink}: no sink of this directory has that name; it has {names}")
-        chosen = {sink: chosen[sink]}
+        if sink not in queues or not sink:
+            names = ", ".join(filter(None, queues))
+            known = f"its sinks are {names}" if names else "it has no named sinks, leave --sink out"
+            raise UsageError(f"--sink {sink}: the directory has no sink of this name; {known}")
+        queues = {sink: queues[sink]}
     items: list[RedeliveredBatch] = []
-    now = site.clock.micros()
-    again = Redelivery(
-        site.directory, chosen, site.clock, selection, site.report, _RedeliveryPreview(site.item_lines, items, limit, json=json)
-    )
+    preview = _RedeliveryPreview(context.item_lines, items, limit, json=json)
+    redelivery = Redelivery(context.directory, queues, context.clock, record_filter, context.report, preview)
     if not yes:
-        with site.progress() as progress:
-            again.preview(progress)
+        with context.show_progress() as on_progress:
+            redelivery.preview(on_progress)
     else:
-        limits = PendingLimits(site.settings.max_bytes, site.settings.max_files)
-        if not site.run_locked(lambda stop, progress: again.execute(limits, stop, progress)):
-            return site.print_locked()
-    if not again.retained_count:
-        text = f"no delivered batches in {site.directory.path}; set keep_delivered to retain batches delivered from now on"
-        site.print_result([], text, yes=yes, json=json)
+        limits = PendingLimits(context.settings.max_bytes, context.settings.max_files)
+        if not context.run_locked(lambda should_stop, on_progress: redelivery.execute(limits, should_stop, on_progress)):
+            return context.print_lock_conflict()
+    if not redelivery.retained_count:
+        text = f"no retained batches in {context.directory.path}; set keep_delivered to retain batches delivered from now on"
+        context.print_result([], text, yes=yes, json=json)
         return ExitCode.PARTIAL
-    done = f"{plural(site.report.events, 'event')} of {plural(site.report.files, 'file')}"
-    text = site.summary(done, "wait to be sent again", "would be sent again", yes=yes)
-    if again.oldest_delivered_at_micros is not None:
-        text += f" (what is kept was delivered from {format_time(again.oldest_delivered_at_micros)} on)"
-    if site.report.drop_reason or site.report.interrupted:
-        # What is sent again is delivered again, and would be meant once more.
-        rest = format_time(min(now + _SECOND_MICROS, selection.until_micros or now + _SECOND_MICROS))
-        text += f"\nonce these are delivered, the same with --until {rest} sends the rest"
-    return site.print_result(items, text, yes=yes, json=json)
+    count = f"{counted(context.report.events, 'event')} in {counted(context.report.files, 'batch', 'batches')}"
+    text = context.summary(count, "pending again", "would be redelivered", yes=yes)
+    if redelivery.oldest_delivered_at_micros is not None:
+        text += f" (the oldest retained batch was delivered {format_time(redelivery.oldest_delivered_at_micros)})"
+    if context.report.drop_reason or context.report.interrupted:
+        # A redelivered batch is retained again, under the time of its second delivery: without --until it would match.
+        rest = format_time(min(now + _SECOND_MICROS, record_filter.until_micros or now + _SECOND_MICROS))
+        text += f"\nonce these are delivered, run the same command with --until {rest} for the rest"
+    return context.print_result(items, text, yes=yes, json=json)
 
 
 class _RedeliveryPreview:
-    """The files that are concerned; the first ones are said, one by one."""
+    """Collects the batches concerned: as JSON items, or as lines for the first of them."""
 
     def __init__(self, lines: list[str], items: list[RedeliveredBatch], limit: int, *, json: bool) -> None:
         self._lines = lines
@@ -109,15 +138,15 @@ class _RedeliveryPreview:
         self._json = json
         self._count = 0
 
-    def __call__(self, file: RetainedFile, events: int, anew: str | None) -> None:
-        """One more."""
+    def __call__(self, file: RetainedFile, events: int, new_batch: str | None) -> None:
+        """Add a batch, with its new id once it is pending again."""
         self._count += 1
         at = layout.delivered_at(file.name)
         if self._json:
             self._items.append(
                 RedeliveredBatch(
                     batch=file.batch,
-                    redelivered_as=anew,
+                    redelivered_as=new_batch,
                     sink=file.sink,
                     events=events,
                     bytes=file.size,
@@ -127,7 +156,7 @@ class _RedeliveryPreview:
             )
         elif not self._limit or self._count <= self._limit:
             to = f"  to {file.sink}" if file.sink else ""
-            new = f"  as {anew}" if anew else ""
-            self._lines.append(f"{file.batch}  {plural(events, 'event')}  delivered {format_time(at)}{to}{new}")
+            new = f"  as {new_batch}" if new_batch else ""
+            self._lines.append(f"{file.batch}  {counted(events, 'event')}  delivered {format_time(at)}{to}{new}")
         elif self._count == self._limit + 1:
             self._lines.append("...")

@@ -1,8 +1,7 @@
-"""`pillarbox seal` and `pillarbox flush`: have the writers of a directory seal what they hold, and wait until that is done."""
+"""`pillarbox seal`: make the running writers of a directory seal their segments, and wait until they have."""
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Final
@@ -12,19 +11,10 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pillarbox.admin.status import describe_worker, heartbeat_age_s
-from pillarbox.cli.main import (
-    ConfigOption,
-    DirectoryOption,
-    ExitCode,
-    JsonOption,
-    QuietOption,
-    app,
-    err,
-    interrupt_on_sigterm,
-    load_settings,
-    out,
-    require_setting,
-)
+from pillarbox.admin.text import counted
+from pillarbox.cli.options import DirectoryOptions, JsonOption, QuietOption, expand_options
+from pillarbox.cli.output import ExitCode, err, out, print_json
+from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
@@ -37,47 +27,34 @@ from pillarbox.store.queues import directory_at
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pillarbox.settings import Settings
     from pillarbox.store.directory import Directory
 
 _POLL_S: Final = 0.05
-_LISTING_SHARE: Final = 10  # listing the directory takes a tenth of the time at most
-_REQUEST_AGAIN_S: Final = 2.0  # a request that a writer has missed, for whatever reason, is made again
-_ORPHAN_CHECK_S: Final = 1.0  # before it is asked whether anybody holds a file that stays
+_LISTING_SHARE: Final = 10  # listing the directory takes at most a tenth of the time
+_REQUEST_AGAIN_S: Final = 2.0  # between two requests: a writer may have missed the first
+_ORPHAN_CHECK_S: Final = 1.0  # between two checks whether the writer of an unsealed segment is dead
 _SEGMENT_KINDS: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE})
 
-TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Give up after so long.", min=0.1)]
+TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Seconds to wait.", min=0.1)]
 
 
 class SealResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox seal --json`; names of files."""
 
     directory: str
-    sealed: list[str]  # active files that are sealed now
-    unsealed: list[str]  # those that are not
-    orphaned: list[str]  # of these, what a dead writer left: the deliverer or the next start adopts it
-    reason: str  # why something is left; "" where nothing is
-    seconds: float
-
-
-class FlushResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of `pillarbox flush --json`; numbers of sealed files, which are one batch each."""
-
-    directory: str
-    batches: int  # that waited when everything was sealed
-    pending_batches: int  # of these, what waits still
-    unsealed: list[str]  # active files that were not sealed
-    pending_sinks: list[str]  # of several destinations, those for which files wait still
-    reason: str  # why something is left; "" where nothing is
+    sealed: list[str]  # segments that are sealed now
+    unsealed: list[str]  # segments that are not
+    orphaned: list[str]  # of these, the segments of dead writers
+    reason: str  # why segments are unsealed; "" if none is
     seconds: float
 
 
 class SealContext:
-    """The directory that is waited for, and until when. Looking at it creates nothing."""
+    """The directory that a command waits for, and until when. Reading it creates nothing."""
 
-    def __init__(self, config: str | None, directory: str | None, timeout: float, *, quiet: bool) -> None:
+    def __init__(self, settings: Settings, timeout: float, *, quiet: bool) -> None:
         interrupt_on_sigterm()
-        settings = load_settings(config, directory=directory)
-        require_setting(settings, "directory", "DIR")
         self.clock = SystemClock()
         self.directory = directory_at(settings.directory, local_filesystem(), self.clock)
         self.started_at = self.clock.monotonic()
@@ -87,48 +64,55 @@ class SealContext:
 
     @property
     def seconds(self) -> float:
-        """How long it has taken so far."""
+        """How long the command has run."""
         return round(self.clock.monotonic() - self.started_at, 3)
 
-    def pending_at(self, batches: set[str]) -> dict[str, Directory]:
-        """Where any of them waits, by the name of the destination; "" is the directory, from which they go to several."""
-        with self._listing_errors():
-            places = {place.sink: place for place in (self.directory, *self.directory.queues())}
-            left = {sink: place for sink, place in places.items() if _pending_batches(place) & batches}
-        return places if "" in left else left  # what is handed over to nobody yet waits for all of them
+    def directories_with(self, batches: set[str]) -> dict[str, Directory]:
+        """The directories, by sink, in which one of these batches is pending; "" is the outbox directory itself.
 
-    def describe_workers(self, places: dict[str, Directory]) -> str:
-        """Who delivers there, and how that goes."""
-        beats = {name: read_heartbeat(place) for name, place in places.items()}
-        each = ((f"{name}: " if name else "", beat) for name, beat in beats.items())
-        return "; ".join(f"{name}{describe_worker(beat, heartbeat_age_s(beat, self.clock))}" for name, beat in each)
+        A batch that is not fanned out yet is pending for every sink.
+        """
+        with self._translate_errors():
+            by_sink = {directory.sink: directory for directory in (self.directory, *self.directory.queues())}
+            pending = {sink: directory for sink, directory in by_sink.items() if _sealed_batches(directory) & batches}
+        return by_sink if "" in pending else pending
+
+    def describe_workers(self, directories: dict[str, Directory]) -> str:
+        """The delivery workers of these directories, by sink, and their states."""
+        descriptions = []
+        for sink, directory in directories.items():
+            heartbeat = read_heartbeat(directory)
+            description = describe_worker(heartbeat, heartbeat_age_s(heartbeat, self.clock))
+            descriptions.append(f"{sink}: {description}" if sink else description)
+        return "; ".join(descriptions)
 
     def has_live_worker(self) -> bool:
-        """Whether somebody delivers the directory, and so adopts what dead writers leave."""
-        beat = read_heartbeat(self.directory)
-        return beat is not None and self.clock.micros() - beat.at_micros <= HEARTBEAT_STALE_AFTER_S * 1e6
+        """Whether a delivery worker is alive: it recovers the segments of dead writers."""
+        heartbeat = read_heartbeat(self.directory)
+        return heartbeat is not None and self.clock.micros() - heartbeat.at_micros <= HEARTBEAT_STALE_AFTER_S * 1e6
 
     def active_segments(self) -> set[str]:
-        """The active files that hold something."""
-        with self._listing_errors():
-            listing = self.directory.filesystem.list_files(self.directory.path)
-            return {name for name, size in listing if size and layout.kind_of(name) in _SEGMENT_KINDS}
+        """The names of the active segments that are not empty."""
+        with self._translate_errors():
+            files = self.directory.filesystem.list_files(self.directory.path)
+            return {name for name, size in files if size and layout.kind_of(name) in _SEGMENT_KINDS}
 
     def pending_batches(self) -> set[str]:
-        """The batches that are sealed and not settled, here or at one of several destinations."""
-        with self._listing_errors():
+        """The ids of the batches that a sink has not delivered yet."""
+        with self._translate_errors():
             return self.directory.waiting_batch_ids()
 
     @contextmanager
-    def _listing_errors(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            problem = f"cannot be listed: {error.strerror}"
-            raise DirectoryUnusableError(self.directory.path, problem, "name an outbox directory") from None
+            raise DirectoryUnusableError(
+                self.directory.path, f"cannot be listed: {error.strerror}", "name an outbox directory"
+            ) from None
 
     def poll_until_deadline(self) -> Iterator[bool]:
-        """Pause between looks; ends with the time. Listing a large directory is done as seldom as it takes long."""
+        """Pause between two polls, longer if listing the directory takes long; ends at the deadline."""
         while True:
             before = self.clock.monotonic()
             yield True
@@ -139,160 +123,97 @@ class SealContext:
             threading.Event().wait(min(pause, self.deadline - now))
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal; called with how many are left."""
-        columns = (SpinnerColumn(), TextColumn(what), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} files"))
+    def show_progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a progress bar on a terminal; yields a function to call with the number of files that are left."""
+        columns = (SpinnerColumn(), TextColumn(title), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} files"))
         hidden = self._quiet or not err.is_terminal
         with Progress(*columns, TimeElapsedColumn(), console=err, disable=hidden, transient=True) as display:
-            task = display.add_task(what, total=total)
+            task = display.add_task(title, total=total)
             yield lambda left: display.update(task, completed=total - left)
 
 
-def seal_directory(site: SealContext) -> SealResult:
-    """Ask, and wait until what was active then is sealed."""
-    asked = left = site.active_segments()
-    nobodys: set[str] = set()
-    next_ask, next_check = 0.0, site.started_at + _ORPHAN_CHECK_S
-    with site.progress("seal", len(asked)) as show:
-        for _ in site.poll_until_deadline():
-            now = site.clock.monotonic()
-            if left and now >= next_ask:
-                _request_seal(site)
-                next_ask = now + _REQUEST_AGAIN_S
-            left = left & site.active_segments() if left else left
-            show(len(left))
-            if left and now >= next_check:
-                nobodys = {name for name in left if _is_orphaned(site.directory, name)}
+def seal_directory(context: SealContext) -> SealResult:
+    """Request a seal, and wait until the segments that were active then are sealed."""
+    requested = unsealed = context.active_segments()
+    orphaned: set[str] = set()
+    next_request, next_check = 0.0, context.started_at + _ORPHAN_CHECK_S
+    with context.show_progress("seal", len(requested)) as show:
+        for _ in context.poll_until_deadline():
+            now = context.clock.monotonic()
+            if unsealed and now >= next_request:
+                _request_seal(context)
+                next_request = now + _REQUEST_AGAIN_S
+            unsealed = unsealed & context.active_segments() if unsealed else unsealed
+            show(len(unsealed))
+            if unsealed and now >= next_check:
+                orphaned = {name for name in unsealed if _is_orphaned(context.directory, name)}
                 next_check = now + _ORPHAN_CHECK_S
-            nobodys &= left
-            if not left or (left == nobodys and not site.has_live_worker()):
+            orphaned &= unsealed
+            if not unsealed or (unsealed == orphaned and not context.has_live_worker()):
                 break
     return SealResult(
-        directory=site.directory.path,
-        sealed=sorted(asked - left),
-        unsealed=sorted(left),
-        orphaned=sorted(nobodys),
-        reason=_unsealed_reason(len(left), len(nobodys), site.timeout),
-        seconds=site.seconds,
+        directory=context.directory.path,
+        sealed=sorted(requested - unsealed),
+        unsealed=sorted(unsealed),
+        orphaned=sorted(orphaned),
+        reason=_unsealed_reason(len(unsealed), len(orphaned), context.timeout),
+        seconds=context.seconds,
     )
 
 
-def _request_seal(site: SealContext) -> None:
+def _request_seal(context: SealContext) -> None:
     try:
-        sealer.request_seal(site.directory, site.clock)
+        sealer.request_seal(context.directory, context.clock)
     except OSError as error:
-        path = site.directory.path_of(layout.SEAL_REQUEST)
-        raise DirectoryUnusableError(
-            path, f"cannot be written: {error.strerror}", "run as the directory's owner, make room"
-        ) from None
+        path = context.directory.path_of(layout.SEAL_REQUEST)
+        remedy = "run as the owner of the directory, or free disk space"
+        raise DirectoryUnusableError(path, f"cannot be written: {error.strerror}", remedy) from None
 
 
-def _is_orphaned(place: Directory, name: str) -> bool:
-    """Whether the writer of an active file is dead. A lock for a moment tells, as it does whoever adopts."""
+def _is_orphaned(directory: Directory, name: str) -> bool:
+    """Whether the writer of a segment is dead, which is so if its lock is free."""
     try:
-        taken = place.lock_existing(name)
+        locked_file = directory.lock_existing(name)
     except (OSError, FileUnusableError):
         return False
-    if taken is None:
+    if locked_file is None:
         return False
-    place.filesystem.close(taken.fd)
+    directory.filesystem.close(locked_file.fd)
     return True
 
 
-def _unsealed_reason(left: int, nobodys: int, timeout: float) -> str:
+def _unsealed_reason(unsealed: int, orphaned: int, timeout: float) -> str:
     reasons = []
-    if nobodys:
-        reasons.append(f"{_segments(nobodys)} held by nobody: the next start adopts it, or pillarbox deliver")
-    if left > nobodys:
-        held = _segments(left - nobodys)
-        reasons.append(f"{held} not sealed after {timeout:g} s: the writer hangs, its disk is slow, or it is an older version")
+    if orphaned:
+        it = "it" if orphaned == 1 else "them"
+        reasons.append(
+            f"{counted(orphaned, 'segment')} of dead writers; the next start of an application or of pillarbox deliver "
+            f"recovers {it}"
+        )
+    if unsealed > orphaned:
+        count = counted(unsealed - orphaned, "segment")
+        reasons.append(f"{count} not sealed after {timeout:g} s: the writer hangs, its disk is slow, or its version is older")
     return "; ".join(reasons)
 
 
-def _segments(count: int) -> str:
-    return f"{count:,} active file{'' if count == 1 else 's'}"
+def _sealed_batches(directory: Directory) -> set[str]:
+    return {layout.batch_id(name) for name in directory.all_sealed_names()}
 
 
-@app.command("seal")
-def seal(
-    directory: DirectoryOption = None,
-    timeout: TimeoutOption = 10.0,
-    config: ConfigOption = None,
-    quiet: QuietOption = False,
-    json: JsonOption = False,
-) -> int:
-    """Have all writers seal what they hold, and wait until they have. Exit code 1 where something is left, and why.
+@expand_options
+def seal(options: DirectoryOptions, timeout: TimeoutOption = 10.0, quiet: QuietOption = False, json: JsonOption = False) -> int:
+    """Make all writers seal their segments.
 
-    Reaches the running writers within half a second by a file, seal.request, which it writes as the directory's owner. What a
-    dead writer left cannot be sealed by this: it says so.
+    Waits until they have; exits with 1 if a segment is still unsealed after --timeout seconds, and says why. Running writers
+    notice the request, a file named seal.request, within half a second. A segment of a dead writer cannot be sealed by this
+    command: it says so.
     """
-    site = SealContext(config, directory, timeout, quiet=quiet)
-    done = seal_directory(site)
+    result = seal_directory(SealContext(options.load_settings(), timeout, quiet=quiet))
     if json:
-        _print_json(done)
+        print_json(result)
     else:
-        out.print(f"sealed {_segments(len(done.sealed))}" if done.sealed or done.unsealed else "nothing to seal", markup=False)
-        if done.reason:
-            out.print(done.reason, markup=False)
-    return ExitCode.PARTIAL if done.unsealed else ExitCode.DONE
-
-
-@app.command("flush")
-def flush(
-    directory: DirectoryOption = None,
-    timeout: TimeoutOption = 30.0,
-    config: ConfigOption = None,
-    quiet: QuietOption = False,
-    json: JsonOption = False,
-) -> int:
-    """Have all writers seal what they hold, and wait until everything sealed till then is settled at every destination.
-
-    It delivers nothing itself. Exit code 1 where something is left after --timeout seconds: the output says who delivers,
-    and how that goes.
-    """
-    site = SealContext(config, directory, timeout, quiet=quiet)
-    sealed = seal_directory(site)
-    asked = left = site.pending_batches()
-    if not sealed.unsealed:
-        left = _wait_for_delivery(site, asked)
-    where = site.pending_at(left)
-    reason = sealed.reason
-    if not sealed.unsealed and left:
-        reason = f"not delivered after {timeout:g} s; deliverer: {site.describe_workers(where)}"
-    done = FlushResult(
-        directory=site.directory.path,
-        batches=len(asked),
-        pending_batches=len(left),
-        unsealed=sealed.unsealed,
-        pending_sinks=sorted(filter(None, where)),
-        reason=reason,
-        seconds=site.seconds,
-    )
-    if json:
-        _print_json(done)
-    else:
-        settled = f"{len(asked) - len(left):,} of {len(asked):,} files settled"
-        out.print(f"{settled}; {reason}" if reason else "nothing of it waits any more", markup=False)
-    return ExitCode.PARTIAL if reason else ExitCode.DONE
-
-
-def _pending_batches(place: Directory) -> set[str]:
-    return {layout.batch_id(name) for name in place.all_sealed_names()}
-
-
-def _wait_for_delivery(site: SealContext, asked: set[str]) -> set[str]:
-    """What of it is left when the time is over."""
-    left = before = asked
-    with site.progress("deliver", len(asked)) as show:
-        for _ in site.poll_until_deadline():
-            found = site.pending_batches()
-            left = left & (found | before)  # gone is what two looks do not show: a file may get another name while one is taken
-            before = found
-            show(len(left))
-            if not left:
-                break
-    return left
-
-
-def _print_json(done: SealResult | FlushResult) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(done), indent=2).decode() + "\n")
+        sealed = f"sealed {counted(len(result.sealed), 'segment')}"
+        out.print(sealed if result.sealed or result.unsealed else "nothing to seal", markup=False)
+        if result.reason:
+            out.print(result.reason, markup=False)
+    return ExitCode.PARTIAL if result.unsealed else ExitCode.DONE

@@ -1,15 +1,16 @@
-"""`pillarbox sinks`: the queues of several sinks: which there are, one more, one less, another name."""
+"""`pillarbox sinks`: the queues of several sinks."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 import typer
 
-from pillarbox.cli.context import plural, print_json, print_table
-from pillarbox.cli.main import ConfigOption, DirectoryOption, ExitCode, JsonOption, app, load_settings, out, require_setting
+from pillarbox.admin.text import counted
+from pillarbox.cli.options import CONTEXT_SETTINGS, DirectoryOptions, JsonOption, expand_options
+from pillarbox.cli.output import ExitCode, out, print_json, print_table
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import read_heartbeat
 from pillarbox.errors import DirectoryUnusableError, UsageError
@@ -24,195 +25,220 @@ if TYPE_CHECKING:
 
 sinks = typer.Typer(
     name="sinks",
-    help="Several sinks, each with a queue of its own: which there are, one more, one less, another name.",
+    help="List, add, rename or remove queues of several sinks.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    context_settings=CONTEXT_SETTINGS,
 )
-app.add_typer(sinks)
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What the sink is called.")]
+_NAME_RULE: Final = "use 1 to 32 of the characters a-z, 0-9, _ and -"
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the sink.")]
 
 
 class SinkQueue(msgspec.Struct, frozen=True, kw_only=True):
-    """One of `pillarbox sinks list --json`; bytes and numbers of files."""
+    """One queue in `pillarbox sinks list --json`; bytes and numbers of files."""
 
     sink: str
     sealed_files: int
     sealed_bytes: int
     dead_files: int
-    corrupt_files: int
+    quarantine_files: int
     delivered_files: int
-    state: str  # as its deliverer said last; empty where there was none
-    requested: bool  # it is made by the next deliverer that knows it, and begins with what waits
+    state: str  # of its delivery worker; empty if it never had one
+    requested: bool  # `sinks add` requested it; the next process that delivers to the sink creates it
 
 
 class SinkChange(msgspec.Struct, frozen=True, kw_only=True):
-    """What `pillarbox sinks add`, `remove` and `rename` print with --json."""
+    """The shape of `--json` of `pillarbox sinks add`, `remove` and `rename`."""
 
     sink: str
     done: Literal["requested", "request_cancelled", "removed", "renamed"]
-    files: int = 0  # that waited for a sink that is removed
-    returned: bool = False  # these files: a single sink has them; otherwise they are given up
-    new: str = ""  # another name
+    files: int = 0  # pending batches of a removed sink
+    returned: bool = False  # these are back in the outbox; otherwise they are deleted
+    new: str = ""  # the new name
 
 
 @sinks.command("list")
-def list_queues(directory: DirectoryOption = None, config: ConfigOption = None, json: JsonOption = False) -> int:
-    """Show the queue of each sink. Safe at any time; with one sink there is none."""
-    place = _open_directory(directory, config)
-    found = [_describe_queue(queue) for queue in place.queues()]
-    empty = {"sealed_files": 0, "sealed_bytes": 0, "dead_files": 0, "corrupt_files": 0, "delivered_files": 0}
-    found += [SinkQueue(sink=sink, state="", requested=True, **empty) for sink in sorted(place.requested_queues())]
+@expand_options
+def list_queues(options: DirectoryOptions, json: JsonOption = False) -> int:
+    """List the queue of each sink.
+
+    With a single sink there are no queues. Safe at any time: takes no lock and changes nothing.
+    """
+    directory = _open_directory(options)
+    queues = [_describe_queue(queue) for queue in directory.queues()]
+    empty = {"sealed_files": 0, "sealed_bytes": 0, "dead_files": 0, "quarantine_files": 0, "delivered_files": 0}
+    queues += [SinkQueue(sink=sink, state="", requested=True, **empty) for sink in sorted(directory.requested_queues())]
     if json:
-        print_json(found)
-    elif found:
-        figures = [(name, "right") for name in ("files", "bytes", "dead", "damaged")]
+        print_json(queues)
+    elif queues:
+        numbers = [(name, "right") for name in ("pending", "bytes", "dead", "quarantined")]
         rows = [
-            (one.sink, one.sealed_files, f"{one.sealed_bytes:,}", one.dead_files, one.corrupt_files, _queue_state(one))
-            for one in found
-        ]
-        print_table([("sink", "left"), *figures, ("state", "left")], rows)
+            (
+                queue.sink,
+                queue.sealed_files,
+                f"{queue.sealed_bytes:,}",
+                queue.dead_files,
+                queue.quarantine_files,
+                _queue_state(queue),
+            )
+            for queue in queues
+        ]  # fmt: skip
+        print_table([("sink", "left"), *numbers, ("state", "left")], rows)
     else:
-        out.print("no queues: this directory has one sink at the most", markup=False)
+        out.print("no queues: this outbox has no more than one sink", markup=False)
     return ExitCode.DONE
 
 
 @sinks.command("add")
-def add(name: NameArgument, directory: DirectoryOption = None, config: ConfigOption = None, json: JsonOption = False) -> int:
-    """Have a new sink begin with what waits now. Without this, one that is named newly begins with what is sealed then.
+@expand_options
+def add(*, name: NameArgument, options: DirectoryOptions, json: JsonOption = False) -> int:
+    """Give a new sink the current backlog.
 
-    Only notes it: the next process that delivers with this name among its sinks makes the queue.
+    Without this command, a new sink receives only batches that are sealed from then on. The next process that delivers with
+    this name among its sinks creates the queue.
     """
-    place = _open_directory(directory, config)
+    directory = _open_directory(options)
     if not layout.is_sink_name(name):
-        raise UsageError(f"{name!r} is no name of a sink: a-z, 0-9, _ and -, at most 32")
-    if name in {queue.sink for queue in place.queues()}:
-        raise UsageError(f"{name} has a queue already")
-    place.request_queue(name)
-    text = f"{name} begins with what waits, once a process delivers to it: --sink {name}=URL"
+        raise UsageError(f"{name!r} is not a name; {_NAME_RULE}")
+    if name in {queue.sink for queue in directory.queues()}:
+        raise UsageError(f"{name} already has a queue")
+    directory.request_queue(name)
+    text = f"{name} will start with the current backlog; deliver to it with --sink {name}=URL"
     return _print_change(SinkChange(sink=name, done="requested"), text, json=json)
 
 
 @sinks.command("remove")
+@expand_options
 def remove(
+    *,
     name: NameArgument,
-    directory: DirectoryOption = None,
-    config: ConfigOption = None,
-    discard: Annotated[bool, typer.Option("--discard", help="Give up what waits for it.")] = False,
-    hand_back: Annotated[bool, typer.Option("--hand-back", help="Of the last one: let a single sink have what waits.")] = False,
+    options: DirectoryOptions,
+    discard: Annotated[bool, typer.Option("--discard", help="Delete the queued batches.")] = False,
+    return_batches: Annotated[
+        bool, typer.Option("--return-batches", help="Return the queued batches to the outbox (last sink only).")
+    ] = False,
     json: JsonOption = False,
 ) -> int:
-    """Remove a sink's queue, once nobody delivers to it any more, and say what becomes of what waits there.
+    """Remove the queue of a sink.
 
-    Other sinks keep what waits for them. Dead letters and quarantine in it are to be replayed, repaired or purged before.
+    No process may deliver to the sink at that time. The queues of other sinks do not change. Replay, repair or purge the dead
+    letters and the quarantine of the queue before.
     """
-    place = _open_directory(directory, config)
-    place.finish_queue_removals()
-    if name in place.requested_queues():
-        place.cancel_queue_request(name)
-        return _print_change(SinkChange(sink=name, done="request_cancelled"), f"{name} is not asked for any more", json=json)
-    with _lock_queue(place, name, alone=hand_back) as queue:
-        found = queue.disk_usage()
-        if found.dead_files or found.corrupt_files:
-            kept = f"{plural(found.dead_files, 'file')} of dead letters and {plural(found.corrupt_files, 'file')} of quarantine"
-            raise UsageError(f"{queue.path} keeps {kept}: pillarbox dead and pillarbox quarantine -d {queue.path} first")
-        files = plural(found.sealed_files, "file")
-        if found.sealed_files and not (discard or hand_back):
-            waits = f"{files} {'waits' if found.sealed_files == 1 else 'wait'} for {name}"
-            last = ", --hand-back lets a single sink have that" if len(place.queues()) == 1 else ""
-            raise UsageError(f"{waits}: --discard gives that up{last}")
-        if hand_back:
-            if len(place.queues()) > 1:
-                raise UsageError("--hand-back is for the last queue: the other sinks have what waits, or had it")
+    directory = _open_directory(options)
+    directory.finish_queue_removals()
+    if name in directory.requested_queues():
+        directory.cancel_queue_request(name)
+        return _print_change(SinkChange(sink=name, done="request_cancelled"), f"request for {name} cancelled", json=json)
+    with _lock_queue(directory, name, exclusive=return_batches) as queue:
+        usage = queue.disk_usage()
+        if usage.dead_files or usage.corrupt_files:
+            files = f"{counted(usage.dead_files, 'file')} of dead letters, {counted(usage.corrupt_files, 'file')} of quarantine"
+            commands = f"pillarbox dead -d {queue.path} or pillarbox quarantine -d {queue.path}"
+            raise UsageError(f"{queue.path} still has {files}; replay, repair or purge them first: {commands}")
+        pending = counted(usage.sealed_files, "batch", "batches")
+        is_last = len(directory.queues()) == 1
+        if usage.sealed_files and not (discard or return_batches):
+            alternative = ", or --return-batches to return them to the outbox" if is_last else ""
+            raise UsageError(f"{name} has {pending} pending; give --discard to delete them{alternative}")
+        if return_batches:
+            if not is_last:
+                raise UsageError("--return-batches is for the last sink; the queues of other sinks have these batches too")
             queue.return_batches()
-        _log_rename(place, name, "")
+        _log_rename(directory, name, "")
         queue.remove_queue()
-    what = "handed back" if hand_back else "given up"
-    text = f"{name} removed" + (f"; {files} {what}" if found.sealed_files else "")
-    return _print_change(SinkChange(sink=name, done="removed", files=found.sealed_files, returned=hand_back), text, json=json)
+    outcome = "returned to the outbox" if return_batches else "deleted"
+    text = f"removed {name}" + (f"; {pending} {outcome}" if usage.sealed_files else "")
+    change = SinkChange(sink=name, done="removed", files=usage.sealed_files, returned=return_batches)
+    return _print_change(change, text, json=json)
 
 
 @sinks.command("rename")
+@expand_options
 def rename(
+    *,
     name: NameArgument,
-    new: Annotated[str, typer.Argument(metavar="NEW", help="What it is called from now on.")],
-    directory: DirectoryOption = None,
-    config: ConfigOption = None,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="New name of the sink.")],
+    options: DirectoryOptions,
     json: JsonOption = False,
 ) -> int:
-    """Give a sink's queue another name, once nobody delivers to it any more."""
-    place = _open_directory(directory, config)
+    """Rename the queue of a sink.
+
+    No process may deliver to the sink at that time.
+    """
+    directory = _open_directory(options)
     if not layout.is_sink_name(new):
-        raise UsageError(f"{new!r} is no name of a sink: a-z, 0-9, _ and -, at most 32")
-    if new in place.requested_queues() | {queue.sink for queue in place.queues()}:
-        raise UsageError(f"{new} has a queue already, or was asked for")
-    with _lock_queue(place, name) as queue:
-        _log_rename(place, name, new)
+        raise UsageError(f"{new!r} is not a name; {_NAME_RULE}")
+    if new in directory.requested_queues() | {queue.sink for queue in directory.queues()}:
+        raise UsageError(f"{new} already has a queue, or a request for one")
+    with _lock_queue(directory, name) as queue:
+        _log_rename(directory, name, new)
         queue.rename_queue(new)
-    return _print_change(SinkChange(sink=name, done="renamed", new=new), f"{name} is {new} now", json=json)
+    return _print_change(SinkChange(sink=name, done="renamed", new=new), f"renamed {name} to {new}", json=json)
 
 
-def _print_change(changed: SinkChange, text: str, *, json: bool) -> int:
+def _print_change(change: SinkChange, text: str, *, json: bool) -> int:
     if json:
-        print_json(changed)
+        print_json(change)
     else:
         out.print(text, markup=False)
     return ExitCode.DONE
 
 
-def _log_rename(place: Directory, name: str, to: str) -> None:
-    """Before: otherwise what was handed over to the old queue would be missing in a later one of its name."""
+def _log_rename(directory: Directory, name: str, new: str) -> None:
+    """Log the rename before it is done: otherwise a later queue of the old name would miss the old queue's batches."""
     clock = SystemClock()
-    ledger = LedgerWriter(place, clock)
-    ledger.add(QueueRenamedEntry(clock.micros(), name, to))
+    ledger = LedgerWriter(directory, clock)
+    ledger.add(QueueRenamedEntry(clock.micros(), name, new))
     if not ledger.write(sync=True):
-        raise DirectoryUnusableError(place.path, "has a ledger that cannot be written now", "make room, and try it again")
+        raise DirectoryUnusableError(directory.path, "its ledger cannot be written", "free disk space and try again")
 
 
-def _open_directory(directory: str | None, config: str | None) -> Directory:
-    settings = load_settings(config, directory=directory)
-    require_setting(settings, "directory", "DIR")
-    place = Directory(settings.directory, local_filesystem(), SystemClock())
+def _open_directory(options: DirectoryOptions) -> Directory:
+    directory = Directory(options.load_settings().directory, local_filesystem(), SystemClock())
     try:
-        place.disk_usage()
+        directory.disk_usage()
     except OSError as error:
-        raise DirectoryUnusableError(place.path, f"cannot be listed: {error.strerror}", "name an outbox directory") from None
-    return place
+        raise DirectoryUnusableError(
+            directory.path, f"cannot be listed: {error.strerror}", "name an outbox directory"
+        ) from None
+    return directory
 
 
 def _describe_queue(queue: Directory) -> SinkQueue:
-    found, beat = queue.disk_usage(), read_heartbeat(queue)
+    usage, heartbeat = queue.disk_usage(), read_heartbeat(queue)
     return SinkQueue(
         sink=queue.sink,
-        sealed_files=found.sealed_files,
-        sealed_bytes=found.sealed_bytes,
-        dead_files=found.dead_files,
-        corrupt_files=found.corrupt_files,
-        delivered_files=found.delivered_files,
-        state=str(beat.state) if beat is not None else "",
+        sealed_files=usage.sealed_files,
+        sealed_bytes=usage.sealed_bytes,
+        dead_files=usage.dead_files,
+        quarantine_files=usage.corrupt_files,
+        delivered_files=usage.delivered_files,
+        state=str(heartbeat.state) if heartbeat is not None else "",
         requested=False,
     )
 
 
 def _queue_state(queue: SinkQueue) -> str:
-    return "asked for, begins with what waits" if queue.requested else queue.state or "nobody has delivered to it so far"
+    return "requested; will start with the current backlog" if queue.requested else queue.state or "no delivery worker yet"
 
 
 @contextmanager
-def _lock_queue(place: Directory, name: str, *, alone: bool = False) -> Iterator[Directory]:
-    """A queue that nobody delivers as long as this lasts, and `alone` nobody hands files over either."""
-    queue = next((one for one in place.queues() if one.sink == name), None)
+def _lock_queue(directory: Directory, name: str, *, exclusive: bool = False) -> Iterator[Directory]:
+    """The queue of a sink, locked against delivery; `exclusive`: no process may fan out batches either."""
+    queue = next((queue for queue in directory.queues() if queue.sink == name), None)
     if queue is None:
-        there = ", ".join(one.sink for one in place.queues()) or "none"
-        raise UsageError(f"{name} has no queue here; there are: {there}")
-    held = []
+        known = ", ".join(queue.sink for queue in directory.queues()) or "none"
+        raise UsageError(f"{name} has no queue here; the queues are: {known}")
+    locked_files = []
     try:
-        for where in (place, queue) if alone else (queue,):
-            taken = where.acquire_lock_file(layout.DELIVER_LOCK)
-            if taken is None:
-                raise UsageError(f"a process delivers {where.path}: start it again without {name} among its sinks, or stop it")
-            held.append(taken)
+        for place in (directory, queue) if exclusive else (queue,):
+            locked_file = place.acquire_lock_file(layout.DELIVER_LOCK)
+            if locked_file is None:
+                raise UsageError(f"a process delivers {place.path}: stop it, or restart it without {name} among its sinks")
+            locked_files.append(locked_file)
         yield queue
     finally:
-        for taken in held:
-            place.filesystem.close(taken.fd)
+        for locked_file in locked_files:
+            directory.filesystem.close(locked_file.fd)

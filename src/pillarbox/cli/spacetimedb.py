@@ -1,4 +1,4 @@
-"""`pillarbox spacetimedb`: put the module on a server, or print one for an event type of your own."""
+"""`pillarbox spacetimedb`: publish the module to a server, or print one for your own event type."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from urllib.parse import quote
 import msgspec
 import typer
 
-from pillarbox.cli.main import EventTypeOption, ExitCode, JsonOption, app, load_settings, out
+from pillarbox.cli.context import load_settings
+from pillarbox.cli.options import CONTEXT_SETTINGS, EventTypeOption, JsonOption
+from pillarbox.cli.output import ExitCode, out
 from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.store.os_filesystem import create_private_file, exists
 
@@ -21,31 +23,30 @@ if TYPE_CHECKING:
 
 spacetimedb = typer.Typer(
     name="spacetimedb",
-    help="What a SpacetimeDB database needs to take events.",
+    help="Set up a SpacetimeDB database for events.",
     no_args_is_help=True,
     rich_markup_mode=None,
-    context_settings=app.info.context_settings,
+    context_settings=CONTEXT_SETTINGS,
 )
-app.add_typer(spacetimedb)
-
 _QUERY = "SELECT * FROM tracking_event"
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @spacetimedb.command("publish")
 def publish(
-    server: Annotated[str, typer.Option("--server", metavar="URL", help="The server, e.g. http://127.0.0.1:3000.")],
-    database: Annotated[str, typer.Option("--database", metavar="NAME", help="The database to make or update.")],
+    server: Annotated[str, typer.Option("--server", metavar="URL", help="Server, e.g. http://127.0.0.1:3000.")],
+    database: Annotated[str, typer.Option("--database", metavar="NAME", help="Database to create or update.")],
     token_file: Annotated[
-        str, typer.Option("--token-file", metavar="FILE", help="The owner's token; made with a new identity if missing.")
+        str, typer.Option("--token-file", metavar="FILE", help="Token of the database's owner; created if missing.")
     ] = "spacetimedb.token",  # noqa: S107 - a file's name
-    replace: Annotated[bool, typer.Option("--replace", help="Put the shipped module over one of ours that is there.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an older Pillarbox module in the database.")] = False,
     json: JsonOption = False,
 ) -> int:
-    """Make a database with the table tracking_event and the function that fills it.
+    """Create a database with a table for events.
 
-    Needs no Rust: the module ships with Pillarbox, built for servers 1.x and 2.x, and the one that fits is taken. A database
-    that holds another module is left alone. Whoever has the token owns the database: keep the file.
+    Publishes a module with the table tracking_event and the function that fills it. Needs no Rust: the module ships with
+    Pillarbox, built for servers 1.x and 2.x. A database that has another module is not changed. Whoever has the token owns the
+    database: keep the file.
     """
     try:
         from pillarbox.sinks.spacetimedb import publish  # noqa: PLC0415 - needs its extra
@@ -66,29 +67,29 @@ def publish(
         sys.stdout.write(msgspec.json.encode(done._asdict()).decode() + "\n")
         return ExitCode.DONE
     file = token_file if exists(token_file) else ""
-    origin = f"{file}, made just now with a new identity" if made else file or f"environment {TOKEN_VARIABLE}"
+    origin = f"{file}, just created with a new identity" if made else file or f"environment {TOKEN_VARIABLE}"
     out.print(_describe_published(done, file, origin), markup=False)
     return ExitCode.DONE
 
 
 def _describe_published(done: PublishResult, file: str, origin: str) -> str:
-    """All that its owner needs to know."""
+    """What the owner of the database needs to know."""
     scheme, _, place = done.server.partition("://")
     option = f"?token_file={quote(file, safe='/')}" if file else ""
     url = shlex.quote(f"spacetimedb{'+https' if scheme == 'https' else ''}://{place}/{done.database}{option}")
     secret = f"$(cat {shlex.quote(file)})" if file else "$PILLARBOX_SPACETIMEDB_TOKEN"
     ask = f"{done.server}/v1/database/{done.database}/sql -d '{_QUERY}'"
     head = {
-        "created": f"Made {done.database} on",
+        "created": f"Created {done.database} on",
         "updated": f"Replaced the module of {done.database} on",
-        "unchanged": f"Nothing changed (--replace would): {done.database} has the module already, on",
+        "unchanged": f"Nothing changed: {done.database} already has the module (--replace publishes it again), on",
     }[done.action]
     return f"""{head} {done.server}, SpacetimeDB {done.version}
   database   {done.database_identity}
   owner      {done.owner}
   module     {done.wasm_file}: table tracking_event (private), function record_tracking_events
   token      {origin}
-             Whoever has it owns the database: keep it, and keep it out of logs.
+             Whoever has it owns the database: keep it secret.
 
 Deliver to it:
   pillarbox check {url}
@@ -100,9 +101,12 @@ See what arrived, as the owner:
 @spacetimedb.command("scaffold")
 def scaffold(
     event_type: EventTypeOption = None,
-    major: Annotated[int, typer.Option("--for", metavar="1|2", help="The server's major version.", min=1, max=2)] = 2,
+    major: Annotated[int, typer.Option("--for", metavar="1|2", help="Major version of the server.", min=1, max=2)] = 2,
 ) -> int:
-    """Print the Rust of a module with a table and a function for an event type: the start of a module of your own."""
+    """Print a Rust module for your event type.
+
+    The module has a table and the function that fills it, and is meant as the start of your own.
+    """
     from pillarbox.sinks.spacetimedb.scaffold import scaffold as rust  # noqa: PLC0415 - the package needs its extra
 
     settings = load_settings(None, event_type=event_type)

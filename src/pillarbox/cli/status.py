@@ -1,68 +1,63 @@
-"""`pillarbox status`: what waits, who delivers, and what was set aside. Takes no lock, creates and adopts nothing."""
+"""`pillarbox status`: what is pending, who delivers it, and what was not delivered. Takes no lock and changes nothing."""
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
-import msgspec
 import typer
 
 from pillarbox.admin.status import OutboxStatus, describe_worker, read_status
-from pillarbox.cli.context import printable
-from pillarbox.cli.main import ConfigOption, DirectoryOption, ExitCode, JsonOption, app, load_settings, out, require_setting
+from pillarbox.admin.text import counted
+from pillarbox.cli.options import DirectoryOptions, JsonOption, expand_options
+from pillarbox.cli.output import ExitCode, out, print_json, printable
 from pillarbox.cli.watch import watch_until_stopped
 from pillarbox.clock import SystemClock
 from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 
 
-@app.command("status")
+@expand_options
 def status(
-    directory: DirectoryOption = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again and again, until Ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option(metavar="SECONDS", help="With --watch: between two looks.", min=0.1)] = 2.0,
-    looks: Annotated[int, typer.Option(metavar="N", help="With --watch: end after so many; 0: never.", min=0)] = 0,
-    config: ConfigOption = None,
+    options: DirectoryOptions,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Repeat until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(metavar="SECONDS", help="With --watch: seconds between samples.", min=0.1)] = 2.0,
+    samples: Annotated[int, typer.Option(metavar="N", help="With --watch: stop after N samples; 0 for never.", min=0)] = 0,
     json: JsonOption = False,
 ) -> int:
-    """Show what waits, who delivers it and how that goes, and what was set aside.
+    """Show what is pending and the state of delivery.
 
-    Safe at any time: it only lists the directory and reads the heartbeat of the process that delivers. With --watch a
-    terminal shows it live, with rates; elsewhere each look is a line, or with --json an object on a line. Ctrl-C is how
-    that ends, with exit code 0.
+    Safe at any time: it lists the directory and reads the heartbeat of the delivery worker. With --watch a terminal shows it
+    live, with rates; elsewhere each sample is a line, or with --json a JSON object on a line. Ctrl-C ends it with exit code 0.
     """
-    settings = load_settings(config, directory=directory)
-    require_setting(settings, "directory", "DIR")
+    settings = options.load_settings()
     clock = SystemClock()
-    place = directory_at(settings.directory, local_filesystem(), clock)
+    directory = directory_at(settings.directory, local_filesystem(), clock)
     if watch:
-        watch_until_stopped(place, clock, settings.durability, interval=interval, looks=looks, json=json)
+        watch_until_stopped(directory, clock, settings.durability, interval=interval, samples=samples, json=json)
         return ExitCode.DONE
-    found = read_status(place, clock, settings.durability)
+    found = read_status(directory, clock, settings.durability)
     if json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found), indent=2).decode() + "\n")
+        print_json(found)
     else:
         out.print("\n".join(_status_lines(found)), markup=False)
     return ExitCode.DONE
 
 
 def _status_lines(found: OutboxStatus) -> list[str]:
+    active = f" ({found.active_files:,} active)" if found.active_files else ""
     rows = {
         "directory": found.directory,
-        "waiting": f"{found.pending_bytes:,} bytes in {found.pending_files:,} files ({found.active_files} active)",
+        "pending": f"{counted(found.pending_files, 'file')}{active}, {counted(found.pending_bytes, 'byte')}",
         "oldest": "-" if found.oldest_age_s is None else f"sealed {found.oldest_age_s:,.0f} s ago",
-        "deliverer": describe_worker(found.heartbeat, found.heartbeat_age_s),
+        "worker": describe_worker(found.heartbeat, found.heartbeat_age_s),
     }
     for sink in found.sinks:
-        rows[f"to {sink.name}"] = (
-            f"{sink.backlog_bytes:,} bytes in {sink.backlog_files:,} files wait; "
-            f"{describe_worker(sink.heartbeat, sink.heartbeat_age_s)}"
-        )
+        pending = f"{counted(sink.backlog_files, 'file')}, {counted(sink.backlog_bytes, 'byte')} pending"
+        rows[f"sink {sink.name}"] = f"{pending}; {describe_worker(sink.heartbeat, sink.heartbeat_age_s)}"
     rows |= {
-        "dead letters": f"{found.dead_bytes:,} bytes in {found.dead_files:,} files",
-        "quarantine": f"{found.quarantine_bytes:,} bytes in {found.quarantine_files:,} files",
-        "delivered": f"{found.delivered_bytes:,} bytes in {found.delivered_files:,} files are kept",
+        "dead letters": f"{counted(found.dead_files, 'file')}, {counted(found.dead_bytes, 'byte')}",
+        "quarantine": f"{counted(found.quarantine_files, 'file')}, {counted(found.quarantine_bytes, 'byte')}",
+        "retained": f"{counted(found.delivered_files, 'file')}, {counted(found.delivered_bytes, 'byte')}",
         "durability": found.durability,
     }
     width = max(map(len, rows))

@@ -1,26 +1,16 @@
-"""`pillarbox verify`: whether every accepted event is accounted for. Takes no lock, creates and adopts nothing."""
+"""`pillarbox verify`: check that every accepted event is accounted for. Takes no lock and changes nothing."""
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pillarbox.cli.context import print_table
-from pillarbox.cli.main import (
-    ConfigOption,
-    DirectoryOption,
-    ExitCode,
-    JsonOption,
-    app,
-    err,
-    load_settings,
-    out,
-    require_setting,
-)
+from pillarbox.admin.text import counted
+from pillarbox.cli.options import DirectoryOptions, JsonOption, expand_options
+from pillarbox.cli.output import ExitCode, err, out, print_json, print_table
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store import layout
@@ -32,8 +22,8 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
     from pillarbox.store.ledger_entries import LedgerRow
 
-_FIGURES: Final = ("accepted", "handed over", "delivered", "pending", "dead", "quarantined", "evicted")
-_NAMED_MAX: Final = 20  # batches that do not balance are named one by one up to here; all are in --json
+_COLUMNS: Final = ("accepted", "fanned out", "delivered", "pending", "dead", "quarantined", "evicted")
+_DISCREPANCIES_SHOWN_MAX: Final = 20  # of batches that do not balance; --json has all
 
 
 class VerifyResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,46 +31,44 @@ class VerifyResult(msgspec.Struct, frozen=True, kw_only=True):
 
     directory: str
     balances: bool
-    account: Reconciliation
-    unread_entries: int  # lines of the ledger that are damaged, or of a later version
+    reconciliation: Reconciliation
+    unread_entries: int  # lines of the ledger that are damaged, or of a later version of Pillarbox
     unreadable_files: list[str]
-    sinks: dict[str, VerifyResult]  # of several, each one's account of what was handed over to it
+    sinks: dict[str, VerifyResult]  # the same for the queue of each of several sinks
 
 
-@app.command("verify")
+@expand_options
 def verify(
-    directory: DirectoryOption = None,
-    config: ConfigOption = None,
-    writers: Annotated[bool, typer.Option("--writers", help="A row for each writer.")] = False,
+    options: DirectoryOptions,
+    writers: Annotated[bool, typer.Option("--writers", help="Print a row for each writer.")] = False,
     json: JsonOption = False,
 ) -> int:
-    """Prove that accepted = delivered + pending + dead + quarantined + evicted, from the ledger and the files.
+    """Check that every accepted event is accounted for.
 
-    Safe at any time, also while writers and a deliverer run. Where a crash has made a count unknowable, it is a range. The exit
-    code is 1 where it does not balance: what is missing, or too much, is named.
+    Checks from the ledger and the files that accepted = delivered + pending + dead + quarantined + evicted. Safe at any time,
+    also while writers and delivery workers run. A count that a crash made unknowable is printed as a range. Exits with 1 if it
+    does not balance, and says which batches have missing or surplus events.
     """
-    settings = load_settings(config, directory=directory)
-    require_setting(settings, "directory", "DIR")
-    place = directory_at(settings.directory, local_filesystem(), SystemClock())
+    settings = options.load_settings()
+    directory = directory_at(settings.directory, local_filesystem(), SystemClock())
     try:
-        found = _audit_all(place)
+        reports = _reconcile_all(directory)
     except OSError as error:
         raise DirectoryUnusableError(
             settings.directory, f"cannot be read: {error.strerror}", "name an outbox directory"
         ) from None
-    balances = all(one.balances for one in found.values())
+    balances = all(report.balances for report in reports.values())
     if json:
-        answer = _to_result(settings.directory, found[""], {sink: one for sink, one in found.items() if sink})
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode() + "\n")
+        print_json(_to_result(settings.directory, reports[""], {sink: report for sink, report in reports.items() if sink}))
         return ExitCode.DONE if balances else ExitCode.PARTIAL
-    for sink, one in found.items():
-        named = f"{sink}: " if sink else ""
-        out.print(named + reconciliation_line(one), markup=False)
+    for sink, report in reports.items():
+        prefix = f"{sink}: " if sink else ""
+        out.print(prefix + reconciliation_line(report), markup=False)
         if writers:
-            rows = [*one.reconciliation.writers, msgspec.structs.replace(one.reconciliation.total, writer="all")]
-            print_table([("writer", "left"), *((name, "right") for name in _FIGURES)], map(_row_cells, rows))
-        for line in _notes(one):
-            out.print(named + line, markup=False)
+            rows = [*report.reconciliation.writers, msgspec.structs.replace(report.reconciliation.total, writer="all")]
+            print_table([("writer", "left"), *((name, "right") for name in _COLUMNS)], map(_row_cells, rows))
+        for note in _notes(report):
+            out.print(prefix + note, markup=False)
     return ExitCode.DONE if balances else ExitCode.PARTIAL
 
 
@@ -88,15 +76,15 @@ def _to_result(path: str, found: ReconciliationReport, sinks: dict[str, Reconcil
     return VerifyResult(
         directory=path,
         balances=found.balances and all(one.balances for one in sinks.values()),
-        account=found.reconciliation,
+        reconciliation=found.reconciliation,
         unread_entries=found.unread_entries,
         unreadable_files=found.unreadable,
         sinks={sink: _to_result(f"{path}/{layout.queue_name(sink)}", one, {}) for sink, one in sinks.items()},
     )
 
 
-def _audit_all(place: Directory) -> dict[str, ReconciliationReport]:
-    """The account of the directory under "", and those of several sinks under their names."""
+def _reconcile_all(directory: Directory) -> dict[str, ReconciliationReport]:
+    """The report of the directory under "", and those of the queues of several sinks under their names."""
     with Progress(
         TextColumn("verify"), BarColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal, transient=True
     ) as progress:
@@ -105,14 +93,14 @@ def _audit_all(place: Directory) -> dict[str, ReconciliationReport]:
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        whole = reconcile(place, show)
-        return {"": whole, **reconcile_queues(place, whole, show)}
+        whole = reconcile(directory, show)
+        return {"": whole, **reconcile_queues(directory, whole, show)}
 
 
 def reconciliation_line(found: ReconciliationReport) -> str:
-    """The account as an equation."""
-    account = found.reconciliation
-    row = account.total
+    """The reconciliation as an equation."""
+    reconciliation = found.reconciliation
+    row = reconciliation.total
     parts = [
         f"delivered {row.delivered:,}",
         f"pending {_range(row.pending, row.pending_max)}",
@@ -121,21 +109,21 @@ def reconciliation_line(found: ReconciliationReport) -> str:
         f"evicted {row.evicted:,}",
     ]
     if row.shared_max:
-        parts.insert(0, f"handed over {_range(row.shared, row.shared_max)}")
+        parts.insert(0, f"fanned out {_range(row.shared, row.shared_max)}")
     word, sign = ("balanced", "=") if found.balances else ("does not balance", "<>")
-    mended = [
+    extras = [
         f"{name} {number:,}"
         for name, number in (
             ("duplicates", row.duplicates),
-            ("sent again", row.resent),
-            ("replayed", account.replayed),
-            ("repaired", account.repaired),
-            ("resent", account.resent_on_request),
-            ("purged", account.purged_dead + account.purged_quarantine),
+            ("resent after a crash", row.resent),
+            ("replayed", reconciliation.replayed),
+            ("repaired", reconciliation.repaired),
+            ("redelivered", reconciliation.resent_on_request),
+            ("purged", reconciliation.purged_dead + reconciliation.purged_quarantine),
         )
         if number
     ]
-    more = f" ({', '.join(mended)})" if mended else ""
+    more = f" ({', '.join(extras)})" if extras else ""
     return f"{word}: accepted {_range(row.accepted, row.accepted_max)} {sign} {' + '.join(parts)}{more}"
 
 
@@ -143,23 +131,30 @@ def _range(low: int, high: int) -> str:
     return f"{low:,}" if low == high else f"{low:,}..{high:,}"
 
 
-def _notes(found: ReconciliationReport) -> list[str]:
-    account = found.reconciliation
+def _notes(report: ReconciliationReport) -> list[str]:
+    reconciliation = report.reconciliation
     notes = []
-    for wrong in account.discrepancies[:_NAMED_MAX]:
-        how = f"{wrong.events} missing" if wrong.events >= 0 else f"{-wrong.events} too many"
+    for wrong in reconciliation.discrepancies[:_DISCREPANCIES_SHOWN_MAX]:
+        how = (
+            f"{counted(wrong.events, 'event')} missing" if wrong.events >= 0 else f"{counted(-wrong.events, 'event')} too many"
+        )
         notes.append(f"{wrong.batch} of writer {wrong.writer}: {how}: {wrong.problem}")
-    if len(account.discrepancies) > _NAMED_MAX:
-        notes.append(f"and {len(account.discrepancies) - _NAMED_MAX} more; --json has them all")
-    if account.earlier_discrepancy:
-        notes.append(f"batches that are summed up by now were wrong by {account.earlier_discrepancy} events")
-    if account.dead_missing:
-        notes.append(f"{account.dead_missing} dead letters are neither on disk nor replayed or purged")
-    if account.lost_entries:
-        notes.append(f"{account.lost_entries} entries could not be written while the disk was full, and are lost")
-    if found.unread_entries:
-        notes.append(f"{found.unread_entries} lines of the ledger are damaged, or of a later version of Pillarbox")
-    notes += [f"{name} cannot be read" for name in found.unreadable]
+    hidden = len(reconciliation.discrepancies) - _DISCREPANCIES_SHOWN_MAX
+    if hidden > 0:
+        notes.append(f"and {counted(hidden, 'more batch', 'more batches')}; --json lists them")
+    if reconciliation.earlier_discrepancy:
+        notes.append(
+            f"older batches, of which the ledger has only sums, are wrong by {reconciliation.earlier_discrepancy:,} events"
+        )
+    if reconciliation.dead_missing:
+        notes.append(f"{counted(reconciliation.dead_missing, 'dead letter')} missing: not on disk, not replayed, not purged")
+    if reconciliation.lost_entries:
+        entries = counted(reconciliation.lost_entries, "ledger entry", "ledger entries")
+        notes.append(f"{entries} lost: the disk was full when they were written")
+    if report.unread_entries:
+        lines = counted(report.unread_entries, "ledger line")
+        notes.append(f"{lines} not read: damaged, or written by a later version of Pillarbox")
+    notes += [f"{name} cannot be read" for name in report.unreadable]
     return notes
 
 

@@ -1,4 +1,4 @@
-"""`pillarbox status --watch`: looks again and again; how it goes between them, live on a terminal, else a line a look."""
+"""`pillarbox status --watch`: samples the status and computes rates; live on a terminal, otherwise a line per sample."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pillarbox.admin.status import OutboxStatus, describe_state, read_status
-from pillarbox.admin.text import format_time
-from pillarbox.cli.context import printable
-from pillarbox.cli.main import discard_stdout, interrupt_on_sigterm
+from pillarbox.admin.text import counted, format_time
+from pillarbox.cli.output import discard_stdout, printable
+from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.ledger_entries import SealedEntry, parse_ledger
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from pillarbox.delivery.state import Heartbeat
     from pillarbox.store.directory import Directory
 
-_RATE_SAMPLES: Final = 10  # looks that a rate is the mean of
-_LEDGER_BYTES_MAX: Final = 8 * 2**20  # that are read at one look
+_RATE_SAMPLES: Final = 10  # samples over which a rate is averaged
+_LEDGER_BYTES_MAX: Final = 8 * 2**20  # read from the ledger per sample
 _COLOURS: Final = {"stopped": "red", "waiting": "yellow", "degraded": "yellow", "draining": "green"}
-ONLY: Final = ""  # the name of the destination where there are not several
+ONLY: Final = ""  # the name of a single sink
 
 
 class SinkRates(msgspec.Struct, frozen=True):
-    """Of one destination; None where it cannot be told."""
+    """Rates of one sink; None if unknown."""
 
     out_events_per_s: float | None
-    empty_in_s: float | None  # at this pace
+    empty_in_s: float | None  # at this rate
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """How it went over the last ten looks; None where it cannot be told, as at the first one."""
+    """Rates over the last ten samples; None if unknown, as in the first sample."""
 
     in_events_per_s: float | None
     in_bytes_per_s: float | None
-    sinks: dict[str, SinkRates]  # by name; "" where there is one destination
+    sinks: dict[str, SinkRates]  # by sink; "" for a single one
 
 
 class StatusSample(msgspec.Struct, frozen=True):
@@ -57,7 +57,7 @@ class StatusSample(msgspec.Struct, frozen=True):
 
 
 class _SinkRow(NamedTuple):
-    """One destination as it is shown."""
+    """One sink as it is shown."""
 
     name: str
     waiting_bytes: int
@@ -69,20 +69,20 @@ class _SinkRow(NamedTuple):
 
 
 class _RateInput(NamedTuple):
-    """What the rates are computed from."""
+    """A sample, as far as rates are computed from it."""
 
     at_s: float
     status: OutboxStatus
-    sealed_events: int  # as the ledger says, since the first look
+    sealed_events: int  # since the first sample, from the ledger
     sealed_bytes: int
     has_ledger: bool
 
 
 class StatusWatcher:
-    """Looks, and compares with the looks before."""
+    """Takes samples and computes rates from the samples before."""
 
-    def __init__(self, place: Directory, clock: Clock, durability: str) -> None:
-        self._place = place
+    def __init__(self, directory: Directory, clock: Clock, durability: str) -> None:
+        self._directory = directory
         self._clock = clock
         self._durability = durability
         self._rate_inputs: deque[_RateInput] = deque(maxlen=_RATE_SAMPLES + 1)
@@ -90,8 +90,8 @@ class StatusWatcher:
         self._sealed_events = self._sealed_bytes = 0
 
     def sample(self) -> StatusSample:
-        """How it stands and goes; raises `DirectoryUnusableError` where the directory cannot be listed."""
-        status = read_status(self._place, self._clock, self._durability)
+        """Take a sample; raises `DirectoryUnusableError` if the directory cannot be listed."""
+        status = read_status(self._directory, self._clock, self._durability)
         has_ledger = self._read_ledger()
         self._rate_inputs.append(
             _RateInput(self._clock.monotonic(), status, self._sealed_events, self._sealed_bytes, has_ledger)
@@ -99,10 +99,10 @@ class StatusWatcher:
         return StatusSample(self._clock.micros(), status, rates_of(self._rate_inputs[0], self._rate_inputs[-1]))
 
     def _read_ledger(self) -> bool:
-        """Add up what was sealed since the last look; False where that cannot be told."""
-        filesystem = self._place.filesystem
+        """Add up what was sealed since the last sample; False if the ledger cannot be read."""
+        filesystem = self._directory.filesystem
         try:
-            fd = filesystem.open_existing(self._place.path_of(layout.LEDGER))
+            fd = filesystem.open_existing(self._directory.path_of(layout.LEDGER))
         except FileNotFoundError:
             self._read_to = 0
             return True
@@ -111,7 +111,7 @@ class StatusWatcher:
         try:
             size = filesystem.size(fd)
             if self._read_to is None or not 0 <= size - self._read_to <= _LEDGER_BYTES_MAX:
-                self._read_to = size  # the first look; or it was summed up since
+                self._read_to = size  # the first sample, or the ledger was compacted since
                 self._rate_inputs.clear()
                 return True
             data = filesystem.read_at(fd, self._read_to, size - self._read_to)
@@ -129,7 +129,7 @@ class StatusWatcher:
 
 
 def rates_of(then: _RateInput, now: _RateInput) -> Rates:
-    """What happened between two looks, in a second."""
+    """The rates per second between two samples."""
     seconds = now.at_s - then.at_s
     in_bytes = in_events = None
     if seconds > 0 and then.has_ledger and now.has_ledger:
@@ -175,10 +175,12 @@ def _sink_rows(status: OutboxStatus) -> list[_SinkRow]:
     ]  # fmt: skip
 
 
-def watch_until_stopped(place: Directory, clock: Clock, durability: str, *, interval: float, looks: int, json: bool) -> None:
-    """Show look after look until interrupted, or so many `looks` are done (0: without end)."""
+def watch_until_stopped(
+    directory: Directory, clock: Clock, durability: str, *, interval: float, samples: int, json: bool
+) -> None:
+    """Show a sample every `interval` seconds until interrupted, or until `samples` are shown (0: no limit)."""
     interrupt_on_sigterm()
-    watcher = StatusWatcher(place, clock, durability)
+    watcher = StatusWatcher(directory, clock, durability)
     console = Console(highlight=False)
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not json else None
     pause = threading.Event()
@@ -186,73 +188,73 @@ def watch_until_stopped(place: Directory, clock: Clock, durability: str, *, inte
         with suppress(KeyboardInterrupt), live or nullcontext():
             done = 0
             while True:
-                found = watcher.sample()
+                sample = watcher.sample()
                 if live is not None:
-                    live.update(sample_screen(found), refresh=True)
+                    live.update(sample_screen(sample), refresh=True)
                 else:
-                    sys.stdout.write((msgspec.json.encode(found).decode() if json else sample_line(found)) + "\n")
+                    sys.stdout.write((msgspec.json.encode(sample).decode() if json else sample_line(sample)) + "\n")
                     sys.stdout.flush()
                 done += 1
-                if done == looks:
+                if done == samples:
                     return
                 pause.wait(interval)
     except BrokenPipeError:
         discard_stdout()
 
 
-def sample_line(found: StatusSample) -> str:
-    """A look in a line, for logs and pipes."""
-    status, rates = found.status, found.rates
+def sample_line(sample: StatusSample) -> str:
+    """A sample as one line, for logs and pipes."""
+    status, rates = sample.status, sample.rates
     parts = [
         f"in {_rate(rates.in_events_per_s, 'events')}, {_rate(rates.in_bytes_per_s, 'bytes')}",
-        f"{status.pending_bytes:,} bytes in {status.pending_files:,} files wait",
+        f"pending {_files_and_bytes(status.pending_files, status.pending_bytes)}",
     ]
     for sink in _sink_rows(status):
-        went = rates.sinks[sink.name]
-        name = f"{sink.name}: " if sink.name else ""
-        own = f"{sink.waiting_files:,} files wait, " if sink.name else ""
+        sink_rates = rates.sinks[sink.name]
+        name = f"{sink.name}: {counted(sink.waiting_files, 'file')} pending, " if sink.name else ""
         parts.append(
-            f"{name}{own}oldest {_seconds(sink.oldest_age_s)}, out {_rate(went.out_events_per_s, 'events')}, "
-            f"empty in {_seconds(went.empty_in_s)}, {describe_state(sink.beat, sink.silent_s)}"
+            f"{name}oldest {_duration(sink.oldest_age_s)}, out {_rate(sink_rates.out_events_per_s, 'events')}, "
+            f"empty in {_duration(sink_rates.empty_in_s)}, {describe_state(sink.beat, sink.silent_s)}"
         )
-    kept = (
-        (status.dead_files, "of dead letters"),
-        (status.quarantine_files, "of quarantine"),
-        (status.delivered_files, "delivered"),
+    totals = (
+        ("dead letters", status.dead_files),
+        ("quarantine", status.quarantine_files),
+        ("retained", status.delivered_files),
     )
-    parts.append(", ".join(f"{count:,} files {what}" for count, what in kept))
-    return printable(f"{format_time(found.at_micros)} {'; '.join(parts)}".replace("\n", " "))
+    parts.append(", ".join(f"{name} {counted(count, 'file')}" for name, count in totals))
+    return printable(f"{format_time(sample.at_micros)} {'; '.join(parts)}".replace("\n", " "))
 
 
-def sample_screen(found: StatusSample) -> Group:
-    """A look as a terminal shows it, of 80 columns and more."""
-    status, rates = found.status, found.rates
+def sample_screen(sample: StatusSample) -> Group:
+    """A sample as a terminal of at least 80 columns shows it."""
+    status, rates = sample.status, sample.rates
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    active = f" ({status.active_files:,} active)" if status.active_files else ""
     for name, text in (
         ("directory", status.directory),
-        ("at", format_time(found.at_micros)),
+        ("time", format_time(sample.at_micros)),
         ("in", f"{_rate(rates.in_events_per_s, 'events')}, {_rate(rates.in_bytes_per_s, 'bytes')}"),
-        ("waiting", f"{status.pending_bytes:,} bytes in {status.pending_files:,} files ({status.active_files} active)"),
-        ("dead letters", f"{status.dead_bytes:,} bytes in {status.dead_files:,} files"),
-        ("quarantine", f"{status.quarantine_bytes:,} bytes in {status.quarantine_files:,} files"),
-        ("delivered", f"{status.delivered_bytes:,} bytes in {status.delivered_files:,} files are kept"),
+        ("pending", _files_and_bytes(status.pending_files, status.pending_bytes) + active),
+        ("dead letters", _files_and_bytes(status.dead_files, status.dead_bytes)),
+        ("quarantine", _files_and_bytes(status.quarantine_files, status.quarantine_bytes)),
+        ("retained", _files_and_bytes(status.delivered_files, status.delivered_bytes)),
     ):
         facts.add_row(name, Text(printable(text), overflow="ellipsis", no_wrap=True))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("destination", overflow="ellipsis", no_wrap=True, max_width=20)
-    for name in ("waiting", "oldest", "out/s", "empty in", "dead"):
+    for name in ("pending", "oldest", "out/s", "empty in", "dead"):
         table.add_column(name, justify="right", no_wrap=True)
     states = []
     for sink in _sink_rows(status):
-        went = rates.sinks[sink.name]
+        sink_rates = rates.sinks[sink.name]
         name = printable(sink.name or (sink.beat.sink if sink.beat is not None else "-"))
-        out = "-" if went.out_events_per_s is None else f"{went.out_events_per_s:,.0f}"
+        out = "-" if sink_rates.out_events_per_s is None else f"{sink_rates.out_events_per_s:,.0f}"
         table.add_row(
             Text(name),
             _size(sink.waiting_bytes),
-            _seconds(sink.oldest_age_s),
+            _duration(sink.oldest_age_s),
             out,
-            _seconds(went.empty_in_s),
+            _duration(sink_rates.empty_in_s),
             f"{sink.dead_files:,}",
         )
         states.append(_state_text(name, sink))
@@ -269,11 +271,15 @@ def _state_text(name: str, sink: _SinkRow) -> Text:
     return text
 
 
+def _files_and_bytes(files: int, size: int) -> str:
+    return f"{counted(files, 'file')}, {counted(size, 'byte')}"
+
+
 def _rate(rate: float | None, unit: str) -> str:
     return f"- {unit}/s" if rate is None else f"{rate:,.0f} {unit}/s"
 
 
-def _seconds(seconds: float | None) -> str:
+def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
