@@ -28,22 +28,22 @@ def read(data: bytes, name: str = PACKED) -> tuple[FileContents, bytes]:
 
 
 @given(st.binary(max_size=5000))
-def test_what_was_compressed_comes_out_as_it_was(data: bytes) -> None:
-    """Any bytes; and a file with another ending is what it is."""
+def test_decompression_returns_what_was_compressed(data: bytes) -> None:
+    """For any bytes; a file with another suffix is returned as it is."""
     packed = compression.compress(PACKED, data)
     assert compression.decompress(PACKED, packed) == (data, "")
     assert compression.decompressed_lines(PACKED, packed) == data
     assert compression.decompress(NAME, packed) == (packed, "")
 
 
-def test_several_frames_are_one_file() -> None:
-    """As other tools make them, one appended to another."""
+def test_several_frames_are_read_as_one_file() -> None:
+    """As other tools write them, appended to each other."""
     packed = compression.compress(PACKED, b"one\n") + compression.compress(PACKED, b"two\n")
     assert compression.decompress(PACKED, packed) == (b"one\ntwo\n", "")
 
 
-def test_a_truncated_file_gives_the_lines_before_and_keeps_all_of_its_bytes() -> None:
-    """At every byte: no exception, a good line only as it was, and the file itself in the last span."""
+def test_a_truncated_file_gives_the_lines_before_the_cut_and_quarantines_all_its_bytes() -> None:
+    """For every length: no exception, only good lines, and the file itself in the last damaged range."""
     events = lines(40)
     packed = compression.compress(PACKED, b"".join(events))
     for end in range(len(packed)):
@@ -56,7 +56,7 @@ def test_a_truncated_file_gives_the_lines_before_and_keeps_all_of_its_bytes() ->
 
 @pytest.mark.parametrize("bit", range(8))
 def test_a_flipped_bit_alters_no_event(bit: int) -> None:
-    """Wherever it is: what is read are events that were written, in order, and the rest is set aside."""
+    """Wherever it is: only events that were written are read, in order, and the rest is damaged."""
     events = lines(40)
     payloads = [record.payload(line[:-1]) for line in events]
     packed = compression.compress(PACKED, b"".join(events))
@@ -72,7 +72,7 @@ def test_a_flipped_bit_alters_no_event(bit: int) -> None:
 
 
 def test_what_comes_before_the_damage_is_read() -> None:
-    """Not only what a call of the library has returned before it fails: a frame has blocks of 128 KiB."""
+    """Also what the library has not returned before it fails: a frame has blocks of 128 KiB."""
     events = lines(20_000)
     plain = b"".join(events)
     packed = bytearray(compression.compress(PACKED, plain))
@@ -86,16 +86,16 @@ def test_what_comes_before_the_damage_is_read() -> None:
 
 @settings(max_examples=300)
 @given(st.binary(max_size=300), st.booleans())
-def test_any_bytes_are_read_or_set_aside(data: bytes, begun: bool) -> None:
-    """No exception; what comes out is not more than is in it."""
+def test_any_bytes_are_read_or_reported_as_damaged(data: bytes, begun: bool) -> None:
+    """No exception, and no more bytes than the file has."""
     data = b"\x28\xb5\x2f\xfd" + data if begun else data
     found, whole = read(data)
     assert found.damaged or not found.payloads
     assert whole.endswith(data) or not found.damaged
 
 
-def test_a_bomb_is_not_unpacked() -> None:
-    """64 MiB are enough for all that is ours; the file is set aside, small as it is."""
+def test_a_decompression_bomb_is_not_decompressed() -> None:
+    """64 MiB are enough for every file of ours; the file is quarantined, small as it is."""
     packed = compression.compress(PACKED, bytes(compression.PLAIN_BYTES_MAX + 1))
     assert len(packed) < 10_000
     assert compression.decompress(PACKED, packed)[0] == b""
@@ -104,8 +104,8 @@ def test_a_bomb_is_not_unpacked() -> None:
     assert (len(plain), problem) == (compression.PLAIN_BYTES_MAX, f"unpacks to more than {compression.PLAIN_BYTES_MAX} bytes")
 
 
-def test_without_the_library_a_compressed_file_is_left_alone() -> None:
-    """It says what is missing, and so does the setting; a plain one is read, and nothing is imported for it."""
+def test_without_zstd_a_compressed_file_is_left_alone() -> None:
+    """The error says what is missing, and so does the setting; a plain file is read without importing zstd."""
     script = f"""if True:
         import sys
         from pillarbox.errors import ConfigurationError, FileUnusableError

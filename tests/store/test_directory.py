@@ -1,4 +1,4 @@
-"""Listing, taking, adopting, sealing names, deletion."""
+"""The directory: listing, locking, recovery, sealing and deletion."""
 
 from __future__ import annotations
 
@@ -35,30 +35,32 @@ def names(place: Directory) -> list[str]:
     return sorted(os.listdir(place.path))
 
 
-def test_what_we_make_is_for_the_owner_only(place: Directory) -> None:
-    """Directories 0700, files 0600."""
+def test_directories_and_files_are_for_the_owner_only(place: Directory) -> None:
+    """Modes 0700 and 0600."""
     place.filesystem.close(place.filesystem.create(place.path_of("active-w-1.ndjson")))
     assert stat.S_IMODE(os.stat(place.path).st_mode) == 0o700
     assert stat.S_IMODE(os.stat(place.path_of("active-w-1.ndjson")).st_mode) == 0o600
 
 
-def test_an_open_directory_is_used_with_a_warning(tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
-    """An operator may have a reason."""
+def test_a_directory_open_to_others_is_used_with_a_warning(
+    tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The operator may have a reason."""
     tmp_path.chmod(0o755)
     Directory(str(tmp_path), OsFilesystem(), clock).ensure_usable()
     assert "chmod 700" in caplog.text
 
 
 @pytest.mark.parametrize("path", ["file", "file/below", "\0"])
-def test_a_directory_that_cannot_be_is_an_error_at_once(tmp_path: Path, clock: ManualClock, path: str) -> None:
+def test_an_unusable_directory_is_an_error_at_once(tmp_path: Path, clock: ManualClock, path: str) -> None:
     """Not at the first event."""
     (tmp_path / "file").write_text("")
     with pytest.raises((DirectoryUnusableError, ValueError)):
         Directory(str(tmp_path / path), OsFilesystem(), clock).ensure_usable()
 
 
-def test_pending_bytes_are_active_and_sealed_files_only(place: Directory) -> None:
-    """The example that the older system's tests have: 12 bytes."""
+def test_pending_bytes_are_those_of_segments_and_batch_files(place: Directory) -> None:
+    """The example in the tests of the older system: 12 bytes."""
     put(place, "active.ndjson", b"active")
     put(place, "sealed-one.ndjson", b"sealed")
     put(place, "corrupt-sealed-two.ndjson", b"corrupt")
@@ -70,14 +72,14 @@ def test_pending_bytes_are_active_and_sealed_files_only(place: Directory) -> Non
     assert (account.corrupt_bytes, account.dead_bytes) == (7, 11)
 
 
-def test_sealed_files_are_listed_oldest_first(place: Directory) -> None:
+def test_batches_are_listed_oldest_first(place: Directory) -> None:
     """By name."""
     for stamp in (30, 4, 100):
         put(place, layout.sealed_name(stamp, "u"))
     assert [layout.sealed_at(name) for name in place.batch_names()] == [4, 30, 100]
 
 
-def test_a_taken_file_cannot_be_taken_again(place: Directory) -> None:
+def test_a_locked_file_cannot_be_locked_again(place: Directory) -> None:
     """Until its descriptor is closed."""
     put(place, "sealed-a.ndjson")
     taken = place.lock_existing("sealed-a.ndjson")
@@ -89,8 +91,8 @@ def test_a_taken_file_cannot_be_taken_again(place: Directory) -> None:
     place.filesystem.close(again.fd)
 
 
-def test_a_file_that_is_gone_is_not_taken(place: Directory) -> None:
-    """Somebody else settled it."""
+def test_a_deleted_file_is_not_locked(place: Directory) -> None:
+    """Another process delivered it."""
     assert place.lock_existing("sealed-a.ndjson") is None
 
 
@@ -108,8 +110,8 @@ class _Swapping(OsFilesystem):
         return super().lock(fd)
 
 
-def test_a_file_that_is_replaced_between_open_and_lock_is_looked_at_again(tmp_path: Path, clock: ManualClock) -> None:
-    """What is taken is what the name means now."""
+def test_a_file_that_is_replaced_between_open_and_lock_is_opened_again(tmp_path: Path, clock: ManualClock) -> None:
+    """The lock is for the file that has the name now."""
     place = Directory(str(tmp_path), _Swapping(), clock)
     put(place, "sealed-a.ndjson", b"old\n")
     taken = place.lock_existing("sealed-a.ndjson")
@@ -119,8 +121,8 @@ def test_a_file_that_is_replaced_between_open_and_lock_is_looked_at_again(tmp_pa
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_what_is_planted_under_our_names_is_left_alone(place: Directory, tmp_path: Path, planted: str) -> None:
-    """It neither redirects nor hangs nor stops us."""
+def test_planted_files_are_left_alone(place: Directory, tmp_path: Path, planted: str) -> None:
+    """They neither redirect nor block the process."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious\n")
     path = Path(place.path) / "active-x-1.ndjson"
@@ -132,7 +134,7 @@ def test_what_is_planted_under_our_names_is_left_alone(place: Directory, tmp_pat
 
 
 def test_the_recovery_table_is_total() -> None:
-    """Every combination has one action; a held lock is never touched, a sealed file never changed."""
+    """Every combination has one action; a file whose lock is held is left alone, and so is a batch file."""
     assert set(RECOVERY) == {(kind, lock, tail) for kind in Kind for lock in LockState for tail in FileTail}
     for (kind, lock, tail), action in RECOVERY.items():
         if lock is LockState.ANOTHER or kind in (Kind.SEALED, Kind.CORRUPT, Kind.RANGES, Kind.DEAD, Kind.DELIVERED, Kind.OTHER):
@@ -181,8 +183,8 @@ def test_recovery_does_what_the_table_says(place: Directory, kind: Kind, lock: L
         assert (Path(place.path) / after[0]).read_bytes() == data
 
 
-def test_seal_times_increase_also_where_the_clock_steps_back(place: Directory, clock: ManualClock) -> None:
-    """And start after the newest one found."""
+def test_seal_times_increase_even_where_the_clock_steps_back(place: Directory, clock: ManualClock) -> None:
+    """They start after the latest one in the directory."""
     place.seal_after(clock.micros() + 5_000_000)
     sealed: list[str] = []
     for number in range(3):
@@ -194,8 +196,8 @@ def test_seal_times_increase_also_where_the_clock_steps_back(place: Directory, c
     assert layout.sealed_at(sealed[0]) == 1_700_000_005_000_001
 
 
-def test_a_made_up_seal_time_does_not_push_ours_out_of_their_sixteen_digits(place: Directory, clock: ManualClock) -> None:
-    """It is years ahead: no clock was that wrong."""
+def test_a_forged_seal_time_far_in_the_future_is_ignored(place: Directory, clock: ManualClock) -> None:
+    """Otherwise later seal times could exceed sixteen digits."""
     place.seal_after(layout.MICROS_MAX)
     fd = place.filesystem.create(place.path_of("active-w-1.ndjson"))
     sealed: list[str] = []
@@ -204,8 +206,8 @@ def test_a_made_up_seal_time_does_not_push_ours_out_of_their_sixteen_digits(plac
     assert layout.sealed_at(sealed[0]) == clock.micros()
 
 
-def test_put_is_whole_or_not_at_all_and_may_be_done_twice(place: Directory) -> None:
-    """What an interrupted one left aside is left to who recovers, who may hold it already."""
+def test_an_atomic_write_is_whole_or_not_at_all_and_may_be_repeated(place: Directory) -> None:
+    """The temporary file of an interrupted one is left to recovery, which may hold it already."""
     put(place, "dead-a.ndjson.x.aside", b"half")
     held = place.lock_existing("dead-a.ndjson.x.aside")
     assert held is not None
@@ -217,7 +219,7 @@ def test_put_is_whole_or_not_at_all_and_may_be_done_twice(place: Directory) -> N
     assert (Path(place.path) / "dead-a.ndjson").read_bytes() == b"one\n"
 
 
-def test_a_dead_writers_files_are_adopted_in_the_order_in_which_it_filled_them(place: Directory) -> None:
+def test_segments_of_a_dead_writer_are_sealed_in_the_order_in_which_it_filled_them(place: Directory) -> None:
     """The tenth after the ninth."""
     for number in (1, 2, 9, 10, 11):
         put(place, layout.active_name("w", number), b"%d\n" % number)
@@ -231,8 +233,8 @@ def test_a_dead_writers_files_are_adopted_in_the_order_in_which_it_filled_them(p
     ]
 
 
-def test_a_dead_writers_files_are_left_to_whoever_has_the_first_of_them(place: Directory) -> None:
-    """Two that share them would seal them out of order; another writer's are adopted all the same."""
+def test_segments_of_a_dead_writer_are_left_to_the_process_that_holds_the_first(place: Directory) -> None:
+    """Two processes that share them would seal them out of order; those of another writer are sealed."""
     for name in (layout.active_name("v", 1), layout.active_name("w", 1), layout.active_name("w", 2)):
         put(place, name, b"1\n")
     held = place.lock_existing(layout.active_name("w", 1))
@@ -242,8 +244,10 @@ def test_a_dead_writers_files_are_left_to_whoever_has_the_first_of_them(place: D
     assert [adopted.active_name for adopted in recover(place)] == [layout.active_name("w", 1), layout.active_name("w", 2)]
 
 
-def test_what_is_adopted_is_newer_than_what_others_sealed_wherever_the_clock_went(place: Directory, clock: ManualClock) -> None:
-    """The stamp follows the newest one that is found."""
+def test_recovered_segments_are_sealed_after_the_batches_that_exist_whatever_the_clock_says(
+    place: Directory, clock: ManualClock
+) -> None:
+    """Their seal time follows the latest one in the directory."""
     newest = clock.micros() + 10**9
     put(place, layout.sealed_name(newest, "u"), b"1\n")
     put(place, layout.active_name("w", 1), b"2\n")
@@ -271,8 +275,8 @@ class _Tracing(OsFilesystem):
         os.rename(source, target)
 
 
-def test_adoption_syncs_each_file_then_renames_all_then_syncs_the_directory_once(tmp_path: Path, clock: ManualClock) -> None:
-    """In this order, for several files at a time."""
+def test_recovery_syncs_each_segment_then_renames_all_then_syncs_the_directory_once(tmp_path: Path, clock: ManualClock) -> None:
+    """In this order, for several segments at a time."""
     filesystem = _Tracing()
     place = Directory(str(tmp_path), filesystem, clock)
     for name in ("active-w-1.ndjson", "active-w-2.ndjson"):
@@ -296,8 +300,8 @@ class _Raced(OsFilesystem):
         return super().lock(fd)
 
 
-def test_a_new_file_that_was_taken_for_a_dead_writers_is_not_used(place: Directory, clock: ManualClock) -> None:
-    """It is gone: what were written to it would be lost. Another is made."""
+def test_a_new_file_that_recovery_takes_for_a_dead_writers_is_not_used(place: Directory, clock: ManualClock) -> None:
+    """It is deleted, with everything written to it; another one is created."""
     raced = Directory(place.path, _Raced(place, 1), clock)
     assert raced.create("active-w-1.ndjson") is None
     writer = Writer(Directory(place.path, _Raced(place, 3), clock), WriterLimits(500, 10**6, 10**9), lambda: None)
@@ -317,8 +321,8 @@ class _Mounted(OsFilesystem):
         return facts and facts._replace(filesystem_type="nfs4")
 
 
-def test_a_directory_on_a_network_is_refused_with_the_reason(tmp_path: Path, clock: ManualClock) -> None:
-    """Its locks and syncs do not hold what is promised."""
+def test_a_directory_on_a_network_filesystem_is_an_error_with_the_reason(tmp_path: Path, clock: ManualClock) -> None:
+    """Locks and syncs are not reliable there."""
     with pytest.raises(DirectoryUnusableError, match=r"nfs4.*local file system"):
         Directory(str(tmp_path), _Mounted(), clock).ensure_usable()
 
@@ -332,10 +336,8 @@ class _Unreadable(OsFilesystem):
         return super().read_at(fd, offset, count)
 
 
-def test_a_file_whose_end_cannot_be_read_does_not_keep_the_others_from_being_adopted(
-    tmp_path: Path, clock: ManualClock
-) -> None:
-    """It stays as it is, to be looked at again."""
+def test_an_unreadable_segment_does_not_prevent_the_recovery_of_others(tmp_path: Path, clock: ManualClock) -> None:
+    """It stays as it is, for the next recovery."""
     place = Directory(str(tmp_path), _Unreadable(), clock)
     put(place, "active-a-1.ndjson")
     put(place, "active-b-1.ndjson")
@@ -343,8 +345,8 @@ def test_a_file_whose_end_cannot_be_read_does_not_keep_the_others_from_being_ado
     assert names(place)[0] == "active-a-1.ndjson"
 
 
-def test_a_backlog_that_becomes_several_sinks_is_not_listed_once_a_file(place: Directory, clock: ManualClock) -> None:
-    """Each file has further links by then, and whether it may is asked of the directory."""
+def test_fanning_out_a_backlog_does_not_list_the_directory_for_each_batch(place: Directory, clock: ManualClock) -> None:
+    """The batches have further links then, and the directory says once whether that is allowed."""
     for number in range(200):
         put(place, layout.sealed_name(number, "x"), record.line(b"{}"))
     listed: list[str] = []

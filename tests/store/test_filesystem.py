@@ -1,4 +1,4 @@
-"""What the real file system adds to the kernel's: who may be opened, what a forked child inherits, which medium it is."""
+"""The file system of the machine: which files may be opened, what a forked child inherits, and its type."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ from tests.conftest import PLANTED, plant
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_lock_file_that_is_planted_is_refused_and_its_victim_unchanged(
-    place: Directory, tmp_path: Path, planted: str
-) -> None:
-    """The heartbeat would be written over it."""
+def test_a_planted_lock_file_is_an_error_and_its_target_unchanged(place: Directory, tmp_path: Path, planted: str) -> None:
+    """The heartbeat would be written into the target."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious\n")
     path = Path(place.path_of(layout.DELIVER_LOCK))
@@ -47,8 +45,8 @@ class _Syncing(OsFilesystem):
         super().sync_directory(path)
 
 
-def test_a_directory_is_made_durable_with_every_one_above_it(tmp_path: Path) -> None:
-    """What is kept in it would be lost with its name; whoever made it may have died before it was synced."""
+def test_a_new_directory_is_durable_with_all_above_it(tmp_path: Path) -> None:
+    """Its content would be lost with its name; whoever made one above may have died before it was synced."""
     filesystem = _Syncing()
     for times in (1, 2):
         filesystem.make_directory(str(tmp_path / "a" / "b"))
@@ -58,15 +56,15 @@ def test_a_directory_is_made_durable_with_every_one_above_it(tmp_path: Path) -> 
         filesystem.make_directory(str(tmp_path / "file"))
 
 
-def test_a_link_to_a_directory_is_used(tmp_path: Path) -> None:
-    """An operator may put it elsewhere."""
+def test_a_symbolic_link_to_a_directory_is_used(tmp_path: Path) -> None:
+    """An operator may put the directory elsewhere."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     OsFilesystem().make_directory(str(tmp_path / "link"))
 
 
-def test_the_medium_and_what_is_free_on_it_can_be_told(tmp_path: Path) -> None:
-    """`/proc` is one that every Linux has."""
+def test_the_type_of_a_filesystem_and_its_free_space_are_known(tmp_path: Path) -> None:
+    """Every Linux system has `/proc`."""
     if os.path.exists("/proc/self/mountinfo"):
         assert filesystem_type_of("/proc/self") == "proc"
         assert filesystem_type_of(str(tmp_path))
@@ -74,8 +72,8 @@ def test_the_medium_and_what_is_free_on_it_can_be_told(tmp_path: Path) -> None:
     assert 0 <= space.free_bytes <= space.total_bytes
 
 
-def test_a_fork_while_files_come_and_go_leaves_the_child_no_lock(tmp_path: Path) -> None:
-    """Each descriptor that a child inherits is known to it, also one that another thread is just opening."""
+def test_a_fork_while_files_are_opened_and_closed_leaves_the_child_no_lock(tmp_path: Path) -> None:
+    """The child knows each descriptor that it inherits, even one that another thread is just opening."""
     filesystem, done = OsFilesystem(), threading.Event()
 
     def churn() -> None:
@@ -110,8 +108,8 @@ def _lives(fd: str) -> bool:
     return True
 
 
-def test_many_processes_may_make_the_directory_at_once(tmp_path: Path) -> None:
-    """Whoever is not the first finds it made, and not that it is a file."""
+def test_many_processes_may_create_the_directory_at_once(tmp_path: Path) -> None:
+    """The others find it created, and do not take it for a file."""
     for number in range(20):
         path = str(tmp_path / f"{number}" / "above" / "outbox")
         start, children = tmp_path / f"go-{number}", []
@@ -130,23 +128,23 @@ def test_many_processes_may_make_the_directory_at_once(tmp_path: Path) -> None:
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 
-def test_a_name_that_is_taken_is_not_created_over(tmp_path: Path) -> None:
-    """What is in a file under one of our names is somebody's."""
+def test_an_existing_file_is_not_overwritten_by_creating_one(tmp_path: Path) -> None:
+    """It may hold somebody's data."""
     (tmp_path / "taken").write_bytes(b"x")
     with pytest.raises(FileExistsError):
         OsFilesystem().create(str(tmp_path / "taken"))
     assert (tmp_path / "taken").read_bytes() == b"x"
 
 
-def test_where_no_lock_can_be_had_creating_ends_with_an_error(place: Directory) -> None:
-    """Rather than to try for ever."""
+def test_where_locks_do_not_work_creating_a_file_ends_with_an_error(place: Directory) -> None:
+    """It does not try forever."""
     place.filesystem.create_each = lambda paths: ([-1] * len(paths), None)  # type: ignore[method-assign]
     with pytest.raises(OSError, match="locks do not work"):
         place.write_atomically("dead-a.ndjson", b"1\n")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
-def test_what_root_creates_belongs_to_the_directorys_owner(tmp_path: Path) -> None:
+def test_files_created_by_root_belong_to_the_owner_of_the_directory(tmp_path: Path) -> None:
     """Otherwise the application could not use what an operator's command leaves."""
     os.chown(tmp_path, 65534, 65534)
     filesystem = OsFilesystem()

@@ -1,6 +1,6 @@
-"""Disks that are full for real: of bytes, of inodes, of a quota; descriptors that run out, and a medium that turns read-only.
+"""Real full disks: of bytes, of inodes, of a quota, without descriptors, and read-only.
 
-Each ends with what was accepted at the destination, exactly once, and with the same outbox accepting again without a restart.
+Afterwards each accepted event is at the destination exactly once, and the same outbox accepts events without a restart.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.mark.parametrize("small", ["size=256k", "size=100k"], indirect=True)
 @pytest.mark.parametrize("count", [1, 7])
-def test_a_full_disk_refuses_keeps_lines_whole_delivers_and_recovers(small: Path, tmp_path: Path, count: int) -> None:
-    """The kernel takes what fits into the last page and no more; delivery needs not one byte."""
+def test_a_full_disk_drops_events_keeps_lines_whole_delivers_and_recovers(small: Path, tmp_path: Path, count: int) -> None:
+    """The kernel writes what fits into the last page; delivery needs no space."""
     filler = Filler(small, tmp_path / "destination.db", batch_size=40)
     with filler.outbox:
 
@@ -124,8 +124,8 @@ def test_a_full_disk_refuses_keeps_lines_whole_delivers_and_recovers(small: Path
 
 
 @pytest.mark.parametrize("small", ["size=64m,nr_inodes=12"], indirect=True)
-def test_without_inodes_files_grow_then_events_are_refused(small: Path, tmp_path: Path) -> None:
-    """No spare file can be made: the active one grows to its bytes first."""
+def test_without_inodes_segments_grow_and_then_events_are_dropped(small: Path, tmp_path: Path) -> None:
+    """No spare can be created, so the active segment grows to `batch_bytes` first."""
     filler = Filler(small, tmp_path / "destination.db", batch_size=2, batch_bytes=5_000)
     with filler.outbox:
         filler.store()
@@ -155,8 +155,8 @@ def in_child(work: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_without_descriptors_files_grow_then_events_are_refused(tmp_path: Path) -> None:
-    """Neither another file nor a sync of the directory can be had; what is open goes on."""
+def test_without_descriptors_segments_grow_and_then_events_are_dropped(tmp_path: Path) -> None:
+    """Neither another file nor the directory can be opened; open files still work."""
     filler = Filler(tmp_path / "outbox", tmp_path / "destination.db", batch_size=2, batch_bytes=5_000)
 
     def work() -> None:
@@ -188,10 +188,10 @@ def quota(tmp_path: Path) -> Iterator[Path]:
         yield place / "limited"
 
 
-def test_a_quota_that_is_used_up_is_a_full_disk(quota: Path, tmp_path: Path) -> None:
-    """EDQUOT while the volume has plenty. btrfs then refuses to truncate and to rename, too, but not to delete.
+def test_an_exhausted_quota_is_a_full_disk(quota: Path, tmp_path: Path) -> None:
+    """EDQUOT while the volume has space. btrfs then also fails to truncate and rename, but not to delete.
 
-    So what was refused may be in a file all the same, nothing is sealed any more, and delivery of what is makes room.
+    So a file may hold dropped events, nothing is sealed any more, and the delivery of sealed batches makes room.
     """
     filler = Filler(quota / "outbox", tmp_path / "destination.db")
     large = '{"text":"' + "x" * 20_000 + '"}'
@@ -213,8 +213,8 @@ def test_a_quota_that_is_used_up_is_a_full_disk(quota: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("small", ["size=1m"], indirect=True)
-def test_a_medium_that_turns_read_only_is_an_io_error_until_it_turns_back(small: Path, tmp_path: Path) -> None:
-    """The kernel lets it turn only while no file is open to be written: here before the first event."""
+def test_a_volume_that_turns_read_only_is_an_io_error_until_it_is_writable_again(small: Path, tmp_path: Path) -> None:
+    """The kernel allows that only while no file is open for writing: here before the first event."""
     filler = Filler(small, tmp_path / "destination.db")
     with filler.outbox:
         subprocess.run(["mount", "-o", "remount,ro", small.parent], check=True)

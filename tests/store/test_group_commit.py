@@ -1,4 +1,4 @@
-"""Group commit, on a real directory: who waits for which sync, and what a sync that fails, an interrupt or a fork leaves."""
+"""Group commit on a real directory: which sync a caller waits for, and what a failed sync, an interrupt or a fork leaves."""
 
 from __future__ import annotations
 
@@ -87,18 +87,18 @@ def numbered(number: int) -> bytes:
     return record.line(b'{"n":%d}' % number)
 
 
-def test_a_lone_caller_gets_one_sync_of_the_file_and_the_first_one_of_the_directory(desk: Desk) -> None:
-    """The name is synced once, before the first promise that rests on it."""
+def test_one_caller_causes_one_sync_of_the_segment_and_the_first_one_of_the_directory(desk: Desk) -> None:
+    """The directory is synced once, before the first durable answer that needs it."""
     before = desk.filesystem.directory_syncs
     assert [desk.committer.commit(LINE, 1) for _ in range(3)] == [ENQUEUED_POWER] * 3
     assert desk.filesystem.syncs == 3
     assert desk.filesystem.directory_syncs == before + 1
 
 
-def test_a_thread_that_sees_its_outcome_before_it_is_woken_wakes_the_next_all_the_same(
+def test_a_thread_that_sees_its_outcome_before_it_is_woken_still_wakes_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or those behind it would wait until they lose patience: the first file of a round is answered while the second is synced."""
+    """Otherwise the threads behind it would wait for the periodic check."""
     monkeypatch.setattr(group_commit, "_LEADER_CHECK_S", 600.0)
     desk = Desk(tmp_path / "outbox", batch_size=4)
     threads = [threading.Thread(target=desk.committer.commit, args=(numbered(number), 1), daemon=True) for number in range(8)]
@@ -131,8 +131,8 @@ def test_a_thread_that_sees_its_outcome_before_it_is_woken_wakes_the_next_all_th
     assert len(desk.lines()) == len(threads)
 
 
-def test_the_sealer_enters_the_names_of_spare_files_so_that_callers_need_not(tmp_path: Path) -> None:
-    """It syncs the directory after it has opened them."""
+def test_the_sealer_syncs_the_names_of_spares_so_that_callers_need_not(tmp_path: Path) -> None:
+    """It syncs the directory after it has created them."""
     desk = Desk(tmp_path / "outbox", batch_size=2)
     desk.committer.commit(LINE, 1)
     desk.sealer.step()
@@ -142,8 +142,8 @@ def test_the_sealer_enters_the_names_of_spare_files_so_that_callers_need_not(tmp
     assert desk.filesystem.directory_syncs == before
 
 
-def test_before_the_start_there_is_no_answer_and_after_the_end_it_is_closed(desk: Desk) -> None:
-    """As with `Writer.append`."""
+def test_commit_returns_none_before_the_start_and_drops_after_the_end(desk: Desk) -> None:
+    """As `Writer.append` does."""
     fresh = Writer(desk.place, WriterLimits(1, 1, 1), lambda: None)
     assert GroupCommitter(desk.place, fresh).commit(LINE, 1) is None
     desk.sealer.seal_remaining()
@@ -151,7 +151,7 @@ def test_before_the_start_there_is_no_answer_and_after_the_end_it_is_closed(desk
 
 
 def test_threads_share_syncs(desk: Desk) -> None:
-    """64 of them need far fewer syncs than events, and every event is there once."""
+    """64 threads need far fewer syncs than events, and every event is stored once."""
     outcomes: list[object] = []
 
     def run(thread: int) -> None:
@@ -167,8 +167,8 @@ def test_threads_share_syncs(desk: Desk) -> None:
     assert len(set(desk.lines())) == len(desk.lines()) == 1280
 
 
-def test_whoever_comes_during_a_sync_waits_for_the_next_one(desk: Desk) -> None:
-    """A sync that began before the write returned promises nothing."""
+def test_a_caller_that_comes_during_a_sync_waits_for_the_next_one(desk: Desk) -> None:
+    """A sync that began before the write returned does not cover it."""
     late = threading.Thread(target=lambda: desk.committer.commit(numbered(2), 1))
     served = [0]
 
@@ -185,8 +185,8 @@ def test_whoever_comes_during_a_sync_waits_for_the_next_one(desk: Desk) -> None:
     assert (served[0], desk.filesystem.syncs) == (1, 2)
 
 
-def test_nobody_holds_the_lock_while_syncing(desk: Desk) -> None:
-    """Another thread appends in the meantime."""
+def test_the_lock_is_free_during_a_sync(desk: Desk) -> None:
+    """Another thread appends meanwhile."""
     outcomes: list[object] = []
 
     def append() -> None:
@@ -200,8 +200,8 @@ def test_nobody_holds_the_lock_while_syncing(desk: Desk) -> None:
     assert outcomes[0]
 
 
-def test_a_group_is_cut_where_a_file_is_full(tmp_path: Path) -> None:
-    """Files hold `batch_size` events also when a thousand coroutines come at once."""
+def test_a_group_is_split_where_a_segment_is_full(tmp_path: Path) -> None:
+    """Segments hold `batch_size` events even when a thousand coroutines come at once."""
     desk = Desk(tmp_path / "outbox", batch_size=10)
     desk.writer.append(LINE, 1)
     desk.sealer.step()
@@ -217,8 +217,8 @@ def test_a_group_is_cut_where_a_file_is_full(tmp_path: Path) -> None:
     assert len(desk.lines()) == 26
 
 
-def test_what_does_not_fit_is_refused_line_by_line(tmp_path: Path) -> None:
-    """One that is too long for the room left does not take its group with it."""
+def test_where_a_group_does_not_fit_each_commit_is_tried_alone(tmp_path: Path) -> None:
+    """One that is too long for the room left does not drop its whole group."""
     desk = Desk(tmp_path / "outbox", max_bytes=3 * len(LINE))
     long = record.line(b'{"n":"%s"}' % (b"x" * 500))
 
@@ -231,8 +231,8 @@ def test_what_does_not_fit_is_refused_line_by_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-def test_a_sync_that_fails_is_not_tried_again_on_that_file(desk: Desk, code: int, caplog: pytest.LogCaptureFixture) -> None:
-    """The lines are written anew from memory, and nothing more is appended to the file."""
+def test_a_failed_sync_is_not_repeated_on_the_same_file(desk: Desk, code: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The lines are rewritten from memory, and nothing more is appended to the file."""
     desk.committer.commit(numbered(1), 1)
     name, before = desk.writer._file.locked_file.name, desk.writer._file.fd
     inode = os.fstat(before).st_ino
@@ -248,8 +248,8 @@ def test_a_sync_that_fails_is_not_tried_again_on_that_file(desk: Desk, code: int
     assert [layout.kind_of(found) for found in sorted(os.listdir(desk.place.path))].count(layout.Kind.TEMPORARY) == 0
 
 
-def test_lines_in_memory_replace_what_the_disk_made_of_them(desk: Desk) -> None:
-    """A sync that fails may leave old bytes or NULs behind, where a page was dropped."""
+def test_a_rewritten_file_has_the_lines_that_are_in_memory(desk: Desk) -> None:
+    """A failed sync may leave old or NUL bytes where a page was dropped."""
     desk.committer.commit(numbered(1), 1)
     fd = desk.writer._file.fd
 
@@ -269,8 +269,8 @@ def test_lines_in_memory_replace_what_the_disk_made_of_them(desk: Desk) -> None:
     assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}']
 
 
-def test_where_the_disk_takes_nothing_the_caller_is_told(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    """No false acknowledgement; and it goes on once the disk works again."""
+def test_where_nothing_can_be_written_the_event_is_dropped(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """No false acknowledgement, and it continues once the disk works."""
     error = OSError(errno.EIO, "broken")
     desk.filesystem.failures = [error, error]
     with caplog.at_level(logging.ERROR):
@@ -280,8 +280,8 @@ def test_where_the_disk_takes_nothing_the_caller_is_told(desk: Desk, caplog: pyt
     assert desk.committer.commit(numbered(2), 1) == ENQUEUED_POWER
 
 
-def test_a_file_that_somebody_removed_promises_nothing(desk: Desk) -> None:
-    """A sync of a file without a name would answer that all is well."""
+def test_an_event_in_a_deleted_segment_is_not_acknowledged_as_durable(desk: Desk) -> None:
+    """The sync of a file without a name succeeds, and means nothing."""
     desk.committer.commit(numbered(1), 1)
     os.unlink(desk.place.path_of(desk.writer._file.locked_file.name))
     assert desk.committer.commit(numbered(2), 1) == DROPPED["io_error"]
@@ -290,7 +290,7 @@ def test_a_file_that_somebody_removed_promises_nothing(desk: Desk) -> None:
     assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}', b'{"n":3}']  # the sealer wrote it anew
 
 
-def test_a_handler_that_asks_for_a_sync_within_one_is_refused_and_may_append(desk: Desk) -> None:
+def test_a_signal_handler_that_interrupts_a_sync_may_append_and_not_commit(desk: Desk) -> None:
     """It would wait for what it interrupts."""
     outcomes: list[object] = []
 
@@ -304,7 +304,7 @@ def test_a_handler_that_asks_for_a_sync_within_one_is_refused_and_may_append(des
     assert outcomes[1]
 
 
-def test_a_leader_that_is_interrupted_takes_nobody_with_it(desk: Desk) -> None:
+def test_an_interrupted_leader_leaves_no_thread_waiting(desk: Desk) -> None:
     """The others get their sync from another leader."""
     outcomes: list[object] = []
     followers = [threading.Thread(target=lambda n=n: outcomes.append(desk.committer.commit(numbered(n), 1))) for n in (2, 3)]
@@ -326,8 +326,8 @@ def test_a_leader_that_is_interrupted_takes_nobody_with_it(desk: Desk) -> None:
     assert sorted(desk.lines()) == [b'{"n":%d}' % n for n in (1, 2, 3, 4)]
 
 
-def test_a_leader_that_is_interrupted_leaves_no_coroutine_that_waits_for_another_caller(desk: Desk) -> None:
-    """None may come: our thread leads for them."""
+def test_an_interrupted_leader_leaves_no_coroutine_waiting_for_another_caller(desk: Desk) -> None:
+    """None may come, so the helper thread leads."""
     answered: list[object] = []
     queued = threading.Event()
 
@@ -351,8 +351,8 @@ def test_a_leader_that_is_interrupted_leaves_no_coroutine_that_waits_for_another
     assert answered == [ENQUEUED_POWER]
 
 
-def test_a_follower_that_is_interrupted_is_handed_no_lead(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who queues behind it would wait for ever."""
+def test_leadership_is_not_passed_to_an_interrupted_follower(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who queue behind it would wait forever."""
     answered: list[object] = []
     taken = group_commit._acquired_lock
 
@@ -392,8 +392,8 @@ def test_a_follower_that_is_interrupted_is_handed_no_lead(desk: Desk, monkeypatc
     assert answered == [ENQUEUED_POWER]
 
 
-def test_a_sync_that_has_failed_is_not_trusted_after_an_interrupt_either(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next leader would sync the same file, and be told that all is well: it is written anew."""
+def test_an_interrupted_sync_is_treated_as_failed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next leader would sync the same file and see no error, so the file is rewritten."""
     conclude = SegmentSyncer._finish_sync
 
     def interrupted(*_: object) -> str:
@@ -412,8 +412,8 @@ def test_a_sync_that_has_failed_is_not_trusted_after_an_interrupt_either(desk: D
     assert sorted(desk.lines()) == [b'{"n":%d}' % n for n in (1, 2, 3)]
 
 
-def test_many_that_are_refused_together_are_refused_one_by_one_in_time(tmp_path: Path) -> None:
-    """The lines of those that are left are not joined again for each."""
+def test_many_commits_that_do_not_fit_are_dropped_in_linear_time(tmp_path: Path) -> None:
+    """The remaining lines are not joined again for each."""
     desk = Desk(tmp_path / "outbox", batch_size=10**5, max_bytes=2000)
     joined: list[int] = []
     party = group_commit._append_group_of
@@ -434,7 +434,7 @@ def test_many_that_are_refused_together_are_refused_one_by_one_in_time(tmp_path:
 
 
 def test_a_cancelled_coroutine_does_not_withdraw_its_event(desk: Desk) -> None:
-    """Nor does it cancel the others of its round."""
+    """It does not cancel the others of its round either."""
 
     async def one(number: int) -> object:
         answer = desk.committer.start_commit(numbered(number), 1)
@@ -453,8 +453,8 @@ def test_a_cancelled_coroutine_does_not_withdraw_its_event(desk: Desk) -> None:
     assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}']
 
 
-def test_a_task_that_ends_the_loop_when_it_is_woken_does_not_keep_the_others_from_it(desk: Desk) -> None:
-    """They are woken as soon as the loop runs again."""
+def test_a_task_that_ends_the_loop_when_woken_does_not_prevent_waking_the_others(desk: Desk) -> None:
+    """They are woken when the loop runs again."""
 
     async def one(number: int, *, ends: bool = False) -> object:
         answer = desk.committer.start_commit(numbered(number), 1)
@@ -473,8 +473,8 @@ def test_a_task_that_ends_the_loop_when_it_is_woken_does_not_keep_the_others_fro
     loop.close()
 
 
-def test_loops_in_several_threads_and_threads_without_share_rounds(desk: Desk) -> None:
-    """Everybody gets an answer, and every event is there once."""
+def test_threads_and_several_event_loops_share_rounds(desk: Desk) -> None:
+    """Everyone gets an answer, and every event is stored once."""
     outcomes: list[object] = []
 
     def with_a_loop(first: int) -> None:
@@ -502,8 +502,8 @@ def test_loops_in_several_threads_and_threads_without_share_rounds(desk: Desk) -
     assert len(set(desk.lines())) == len(desk.lines()) == 850
 
 
-def test_a_loop_that_is_closed_meanwhile_harms_nobody(desk: Desk) -> None:
-    """Its events are stored; the next caller finds everything in order."""
+def test_a_closed_event_loop_harms_no_other_caller(desk: Desk) -> None:
+    """Its events are stored, and the next caller is served."""
 
     async def leave() -> None:
         desk.committer.start_commit(numbered(1), 1)
@@ -515,8 +515,8 @@ def test_a_loop_that_is_closed_meanwhile_harms_nobody(desk: Desk) -> None:
     assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}']
 
 
-def test_memory_for_those_who_wait_is_bounded(desk: Desk) -> None:
-    """Above the bound an event is refused."""
+def test_the_memory_for_queued_lines_is_bounded(desk: Desk) -> None:
+    """Above the bound an event is dropped."""
     desk.committer._queued_bytes = QUEUED_BYTES_MAX
     assert desk.committer.commit(LINE, 1) == DROPPED["would_block"]
     assert desk.committer.start_commit(LINE, 1) == DROPPED["would_block"]
@@ -528,7 +528,7 @@ def outbox(tmp_path: Path) -> Iterator[Outbox]:
         yield outbox
 
 
-def test_an_outbox_answers_with_the_level_that_was_kept(outbox: Outbox) -> None:
+def test_an_outbox_answers_with_the_durability_reached(outbox: Outbox) -> None:
     """By default, per call, for many, and from a coroutine."""
     assert outbox.enqueue(event(1)) == Enqueued("power")
     assert outbox.enqueue(event(2), durability="process") == Enqueued("process")
@@ -539,8 +539,8 @@ def test_an_outbox_answers_with_the_level_that_was_kept(outbox: Outbox) -> None:
     assert outbox.stats().accepted == 6
 
 
-def test_an_outbox_with_the_weaker_level_keeps_the_stronger_for_one_call(tmp_path: Path) -> None:
-    """Audit beside clicks; the first call may be the one that starts it."""
+def test_one_call_may_ask_for_more_durability_than_the_outbox_has_by_default(tmp_path: Path) -> None:
+    """Audit events beside clicks; the first call may be the one that starts the outbox."""
     outbox = Outbox(str(tmp_path / "outbox"))
     assert asyncio.run(outbox.enqueue_async(event(1), durability="power")) == Enqueued("power")
     assert outbox.enqueue(event(2)) == Enqueued("process")
@@ -550,7 +550,7 @@ def test_an_outbox_with_the_weaker_level_keeps_the_stronger_for_one_call(tmp_pat
 
 
 def test_a_forked_child_commits_for_itself(outbox: Outbox) -> None:
-    """Whatever its parent's threads were waiting for."""
+    """Whatever the parent's threads were waiting for."""
     stop = threading.Event()
     counts = [0] * 4
 

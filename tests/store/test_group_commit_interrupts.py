@@ -1,4 +1,4 @@
-"""Interrupts at every opcode of group commit: nobody is forgotten, and nobody is told what is not so."""
+"""Interrupts at every opcode of group commit: nobody waits forever, and no answer is false."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def crowds(
 def test_an_interrupt_of_a_leader_at_any_opcode_leaves_nobody_waiting(
     tmp_path: Path, scenario: Callable[[Crowd], Callable[[], object]]
 ) -> None:
-    """Coroutines that it led for are answered, truly, by whoever is next."""
+    """The next leader answers the coroutines truthfully."""
     interrupted = unknown = total = 0
     trouble: list[str] = []
 
@@ -186,10 +186,10 @@ def test_an_interrupt_of_a_leader_at_any_opcode_leaves_nobody_waiting(
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_a_handler_that_commits_at_any_opcode_of_a_round_is_refused_or_served(
+def test_a_handler_that_commits_at_any_opcode_of_a_round_is_dropped_or_served(
     tmp_path: Path, scenario: Callable[[Crowd], Callable[[], object]]
 ) -> None:
-    """It would wait for what it interrupts, but outside of a round."""
+    """Inside a round it would wait for what it interrupts."""
     trouble: list[str] = []
     refused = 0
     for number, crowd, action in crowds(tmp_path, scenario):

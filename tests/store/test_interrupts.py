@@ -161,10 +161,10 @@ def name_of(scenario: Scenario) -> str:
 
 @both_ways
 @pytest.mark.parametrize("scenario", CALLERS, ids=name_of)
-def test_a_keyboard_interrupt_at_any_opcode_loses_nothing_and_tears_nothing(
+def test_a_keyboard_interrupt_at_any_opcode_loses_no_event_and_tears_no_line(
     tmp_path: Path, scenario: Scenario, *, compiled: bool
 ) -> None:
-    """The interrupted event is there whole or not at all; the next append works."""
+    """The interrupted event is stored whole or not at all; the next append works."""
     interrupted = 0
     trouble: list[str] = []
 
@@ -185,10 +185,10 @@ def test_a_keyboard_interrupt_at_any_opcode_loses_nothing_and_tears_nothing(
 
 @both_ways
 @pytest.mark.parametrize("scenario", CALLERS + THREADS, ids=name_of)
-def test_a_signal_handler_that_enqueues_at_any_opcode_loses_nothing(
+def test_a_signal_handler_that_enqueues_at_any_opcode_loses_no_event(
     tmp_path: Path, scenario: Scenario, *, compiled: bool
 ) -> None:
-    """What it stores is there too, exactly once."""
+    """Its own event is stored too, exactly once."""
     trouble: list[str] = []
     for number, setup, action in setups(tmp_path, scenario, compiled=compiled):
         struck = Struck(setup.put_inner)
@@ -232,9 +232,7 @@ def collect_at_next_allocation(setup: WriterSetup) -> Strike:
 
 @both_ways
 @pytest.mark.parametrize("scenario", CALLERS + THREADS, ids=name_of)
-def test_garbage_that_enqueues_when_it_is_collected_at_any_opcode_loses_nothing(
-    tmp_path: Path, scenario: Scenario, *, compiled: bool
-) -> None:
+def test_a_finalizer_that_enqueues_at_any_opcode_loses_no_event(tmp_path: Path, scenario: Scenario, *, compiled: bool) -> None:
     """A `__del__`, wherever something is allocated."""
     trouble: list[str] = []
     collected = 0
@@ -302,8 +300,8 @@ def long_enough(count: list[int]) -> Callable[[], bool]:
     return lambda: (now := time.monotonic()) < least or (count[0] <= 1000 and now < least + 60.0)
 
 
-def test_thousands_of_keyboard_interrupts_lose_nothing_and_tear_nothing(tmp_path: Path) -> None:
-    """From a timer, while the sealer works in its thread."""
+def test_thousands_of_keyboard_interrupts_lose_no_event_and_tear_no_line(tmp_path: Path) -> None:
+    """From a timer, while the sealer runs in its thread."""
     setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
     setup.sealer.start()
     armed = False
@@ -328,8 +326,8 @@ def test_thousands_of_keyboard_interrupts_lose_nothing_and_tear_nothing(tmp_path
     check_for_real(setup)
 
 
-def test_thousands_of_signal_handlers_that_enqueue_lose_nothing(tmp_path: Path) -> None:
-    """Also one within another."""
+def test_thousands_of_signal_handlers_that_enqueue_lose_no_event(tmp_path: Path) -> None:
+    """Also one that interrupts another."""
     setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
     setup.sealer.start()
     with alarms(setup.put_inner) as count:
@@ -344,8 +342,8 @@ def test_thousands_of_signal_handlers_that_enqueue_lose_nothing(tmp_path: Path) 
     check_for_real(setup)
 
 
-def test_garbage_that_enqueues_whenever_it_is_collected_loses_nothing(tmp_path: Path) -> None:
-    """In whichever thread that is."""
+def test_finalizers_that_enqueue_in_any_thread_lose_no_event(tmp_path: Path) -> None:
+    """Whichever thread collects the garbage."""
     setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=5, max_bytes=2**30)
 
     class Node:
@@ -389,8 +387,8 @@ class _EnqueuingHandler(logging.Handler):
         self.setup.put_inner()
 
 
-def test_a_log_handler_that_enqueues_what_is_logged_here_neither_hangs_nor_loses(tmp_path: Path) -> None:
-    """The disk is full, a file is removed, the disk works again: each is logged where the handler can append."""
+def test_a_log_handler_that_enqueues_our_log_records_neither_hangs_nor_loses_events(tmp_path: Path) -> None:
+    """The disk is full, a file is deleted, the disk works again: each is logged where the handler can append."""
     setup = WriterSetup(tmp_path / "outbox")
     handler = _EnqueuingHandler(setup)
     logger = logging.getLogger("pillarbox")
@@ -412,8 +410,8 @@ def test_a_log_handler_that_enqueues_what_is_logged_here_neither_hangs_nor_loses
     setup.check()
 
 
-def test_what_a_handler_stores_in_a_file_of_its_own_is_counted_and_synced(tmp_path: Path) -> None:
-    """The file that it interrupts ends in a part of a line."""
+def test_what_a_handler_stores_in_a_segment_of_its_own_is_counted_and_synced(tmp_path: Path) -> None:
+    """The segment that it interrupts ends in a torn line."""
     setup = WriterSetup(tmp_path)
     setup.put()
     setup.disk.meanwhile = setup.put_inner

@@ -1,4 +1,4 @@
-"""File names <-> states."""
+"""File names and the states that they stand for."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_a_name_is_a_state(name: str, kind: Kind) -> None:
     assert layout.kind_of(name) is kind
 
 
-def test_what_we_name_we_recognise() -> None:
-    """Each maker of names fits its kind."""
+def test_each_name_that_we_make_has_its_kind() -> None:
+    """Whatever function makes it."""
     sealed = layout.sealed_name(1_795_436_302_841_870, "u")
     batch = layout.batch_id(sealed)
     assert layout.kind_of(layout.active_name("w", 3)) is Kind.ACTIVE
@@ -59,24 +59,24 @@ def test_what_we_name_we_recognise() -> None:
         assert layout.kind_of(layout.temporary_name(name, "x")) is Kind.TEMPORARY
 
 
-def test_sealed_names_sort_by_time_for_as_long_as_they_have_sixteen_digits() -> None:
-    """Also early ones, which are filled up with zeros."""
+def test_names_of_batches_sort_by_seal_time_while_it_has_sixteen_digits() -> None:
+    """Early times are padded with zeros."""
     assert layout.sealed_name(5, "z") < layout.sealed_name(40, "a") < layout.sealed_name(layout.MICROS_MAX, "a")
 
 
-def test_a_sealed_file_that_somebody_named_has_no_stamp() -> None:
+def test_a_batch_file_with_another_name_has_no_seal_time() -> None:
     """It is delivered all the same."""
     assert layout.sealed_at("sealed-bad.ndjson") is None
 
 
 @pytest.mark.parametrize("sink", ["live", "0", "a_b-c", "x" * 32])
-def test_a_sink_has_a_queue(sink: str) -> None:
-    """The directory's name says whose it is."""
+def test_the_name_of_a_queue_says_which_sink_it_is_for(sink: str) -> None:
+    """And back."""
     assert layout.is_sink_name(sink)
     assert layout.sink_of_queue(layout.queue_name(sink)) == sink
 
 
 @pytest.mark.parametrize("name", ["sink-", "sink-Live", "sink-live.adding", "sink-a/b", "sink-..", "live", "sink-" + "x" * 33])
-def test_other_directories_are_no_queues(name: str) -> None:
-    """Nor are those that are being made."""
+def test_other_directories_are_not_queues(name: str) -> None:
+    """Nor are requested queues."""
     assert layout.sink_of_queue(name) is None

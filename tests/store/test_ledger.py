@@ -1,4 +1,4 @@
-"""The ledger: appended to by several at once, shortened meanwhile, on disks that are full or fail."""
+"""The ledger: appended to by several at once, compacted meanwhile, on disks that are full or fail."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def faulty(place: Directory, clock: ManualClock, fault: Fault) -> tuple[LedgerWr
     return LedgerWriter(Directory(place.path, filesystem, clock), clock), filesystem
 
 
-def test_what_is_noted_is_there_once_it_is_written(place: Directory, clock: ManualClock) -> None:
-    """Every kind of entry, as it was."""
+def test_added_entries_are_in_the_file_after_a_write(place: Directory, clock: ManualClock) -> None:
+    """Every kind of entry, unchanged."""
     pen = LedgerWriter(place, clock)
     entries: list[LedgerEntry] = [
         sealed(1),
@@ -95,8 +95,8 @@ def test_what_is_noted_is_there_once_it_is_written(place: Directory, clock: Manu
     assert parse_ledger(content(place)) == (entries, 0)
 
 
-def test_behind_a_torn_line_a_line_of_its_own_begins(place: Directory, clock: ManualClock) -> None:
-    """The torn one is stepped over and counted."""
+def test_entries_after_a_torn_line_start_on_a_new_line(place: Directory, clock: ManualClock) -> None:
+    """The torn line is skipped and counted."""
     pen = LedgerWriter(place, clock)
     pen.add(sealed(1), sealed(2))
     pen.write(sync=False)
@@ -107,8 +107,10 @@ def test_behind_a_torn_line_a_line_of_its_own_begins(place: Directory, clock: Ma
 
 
 @pytest.mark.parametrize("verb", ["open_append", "open_lock_file", "write_all", "sync_data"])
-def test_what_a_full_disk_refuses_waits_in_memory_and_counts_once(place: Directory, clock: ManualClock, verb: str) -> None:
-    """Also what it refuses after it took a part."""
+def test_entries_that_a_full_disk_does_not_take_wait_in_memory_and_count_once(
+    place: Directory, clock: ManualClock, verb: str
+) -> None:
+    """Also where a part was written before the error."""
     pen, filesystem = faulty(place, clock, Fault(verb, 1, errno.ENOSPC, partial=verb == "write_all"))
     again: list[LedgerEntry] = [ReplayedEntry(4, "d", 6), PurgedEntry(6, "f", "dead", 8), sealed(1), settled(1)]
     pen.add(*again)
@@ -120,10 +122,10 @@ def test_what_a_full_disk_refuses_waits_in_memory_and_counts_once(place: Directo
     assert (account.total.delivered, account.total.resent, account.replayed, account.purged_dead) == (20, 0, 6, 8)
 
 
-def test_more_than_fits_into_memory_is_lost_and_said_to_be(
+def test_entries_beyond_the_buffer_are_lost_and_counted_as_lost(
     place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a reader knows why something is missing."""
+    """A reader knows why something is missing."""
     monkeypatch.setattr(ledger, "_BUFFER_ENTRIES_MAX", 3)
     pen, filesystem = faulty(place, clock, Fault("open_append", 1, errno.ENOSPC))
     for number in range(5):
@@ -139,8 +141,8 @@ def test_more_than_fits_into_memory_is_lost_and_said_to_be(
     assert sum(isinstance(entry, SealedEntry) for entry in entries) == 4
 
 
-def test_a_lock_that_another_has_is_waited_for_only_where_the_file_is_to_go(place: Directory, clock: ManualClock) -> None:
-    """Without `sync` the entries wait instead."""
+def test_a_write_waits_for_the_lock_only_with_sync(place: Directory, clock: ManualClock) -> None:
+    """Without `sync` the entries stay in memory."""
     lock = place.acquire_lock_file(layout.LEDGER_LOCK)
     assert lock is not None
     pen = LedgerWriter(place, clock)
@@ -150,8 +152,8 @@ def test_a_lock_that_another_has_is_waited_for_only_where_the_file_is_to_go(plac
     assert pen.write(sync=False)
 
 
-def test_what_another_thread_appended_is_synced_by_who_needs_it(place: Directory, clock: ManualClock) -> None:
-    """The deliverer notes, the sealer's round appends it along with its own, and then the deliverer wants it durable."""
+def test_a_synced_write_also_syncs_what_another_thread_has_appended(place: Directory, clock: ManualClock) -> None:
+    """Delivery adds an entry, the sealer appends it with its own, and then delivery needs it durable."""
     synced = []
 
     class Disk(OsFilesystem):
@@ -168,8 +170,8 @@ def test_what_another_thread_appended_is_synced_by_who_needs_it(place: Directory
     assert len(synced) == 1
 
 
-def test_it_is_summed_up_and_the_account_stays(place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its size stays bounded; what is pending stays named."""
+def test_compaction_changes_no_total(place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size stays bounded; pending batches keep their entries."""
     monkeypatch.setattr(ledger, "COMPACT_BYTES", 50_000)
     monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 20)
     pen = LedgerWriter(place, clock)
@@ -195,10 +197,10 @@ def test_it_is_summed_up_and_the_account_stays(place: Directory, clock: ManualCl
 
 
 @pytest.mark.parametrize("verb", ["create", "rename", "list_files", "sync_directory"])
-def test_where_it_cannot_be_shortened_it_grows_on(
+def test_where_compaction_fails_the_ledger_grows(
     place: Directory, clock: ManualClock, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no entry is written twice."""
+    """No entry is written twice."""
     monkeypatch.setattr(ledger, "COMPACT_BYTES", 1000)
     pen, filesystem = faulty(place, clock, Fault(verb, 1 + (verb == "sync_directory"), errno.ENOSPC, permanent=True))
     for number in range(20):
@@ -208,8 +210,8 @@ def test_where_it_cannot_be_shortened_it_grows_on(
     assert filesystem.counter.failures < 10
 
 
-def test_two_processes_append_at_once_while_it_is_shortened_and_nothing_is_lost(tmp_path: Path) -> None:
-    """Each of the three shortens it too, all the time."""
+def test_processes_that_append_during_compaction_lose_no_entry(tmp_path: Path) -> None:
+    """Each of the three compacts it too, all the time."""
     (tmp_path / "box").mkdir()
     commands = [
         [sys.executable, "-c", APPEND, str(tmp_path / "box"), name, mode, size]
@@ -226,8 +228,8 @@ def test_two_processes_append_at_once_while_it_is_shortened_and_nothing_is_lost(
     assert not list((tmp_path / "box").glob("*.aside"))
 
 
-def test_a_ledger_that_is_removed_while_it_is_used_is_made_anew(place: Directory, clock: ManualClock) -> None:
-    """What came before is gone, and nothing else."""
+def test_a_ledger_that_is_deleted_while_in_use_is_created_again(place: Directory, clock: ManualClock) -> None:
+    """Only earlier entries are lost."""
     pen = LedgerWriter(place, clock)
     for number in itertools.islice(itertools.count(), 3):
         pen.add(sealed(number))
@@ -237,8 +239,8 @@ def test_a_ledger_that_is_removed_while_it_is_used_is_made_anew(place: Directory
     assert parse_ledger(content(place)) == ([sealed(2)], 0)
 
 
-def test_a_file_is_noted_as_sealed_only_once_its_name_is_durable(place: Directory, clock: ManualClock) -> None:
-    """Otherwise the power could take the name away, and the ledger would miss a batch that never was."""
+def test_a_segment_is_recorded_as_sealed_only_after_its_name_is_durable(place: Directory, clock: ManualClock) -> None:
+    """Otherwise a power loss could undo the rename, and the ledger would miss a batch that never existed."""
     pen, filesystem = faulty(place, clock, Fault("sync_directory", 1, errno.EIO))
     directory = Directory(place.path, filesystem, clock)
     inbox = SealerInbox()

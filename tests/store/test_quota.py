@@ -1,4 +1,4 @@
-"""What happens where there is no room: dropping, evicting, waiting, raising; and limits across processes."""
+"""Full directories: dropping, evicting, blocking and raising, and limits across processes."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def pending_bytes(path: str) -> int:
     return Directory(path, OsFilesystem(), SystemClock()).disk_usage().pending_bytes
 
 
-def test_drop_oldest_gives_up_whole_sealed_files_and_counts_events(tmp_path: Path) -> None:
-    """What is left is the newest, without a gap; accepted is pending and evicted."""
+def test_drop_oldest_evicts_whole_batches_and_counts_their_events(tmp_path: Path) -> None:
+    """The newest events are left, without a gap; accepted = pending + evicted."""
     with Outbox(str(tmp_path / "outbox"), when_full="drop_oldest", max_bytes=100 * SIZE, flush_interval=0.05) as outbox:
         accepted = []
         for number in range(2000):
@@ -58,8 +58,8 @@ def test_drop_oldest_gives_up_whole_sealed_files_and_counts_events(tmp_path: Pat
     assert stats.accepted == len(accepted)
 
 
-def test_a_file_that_is_being_sent_is_not_evicted(place: Directory, clock: ManualClock) -> None:
-    """Whoever sends it has taken it; the next one goes."""
+def test_a_batch_that_is_being_delivered_is_not_evicted(place: Directory, clock: ManualClock) -> None:
+    """The delivery holds its lock; the next batch is evicted."""
     for number in range(3):
         Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"12345678\n" * 10)
     held = place.lock_existing(layout.sealed_name(0, "x"))
@@ -74,7 +74,7 @@ def test_a_file_that_is_being_sent_is_not_evicted(place: Directory, clock: Manua
     place.filesystem.close(held.fd)
 
 
-def test_max_files_are_evicted_too(place: Directory, clock: ManualClock) -> None:
+def test_max_files_causes_eviction_as_max_bytes_does(place: Directory, clock: ManualClock) -> None:
     """The limit is on files as well as on bytes."""
     for number in range(20):
         Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"1\n")
@@ -86,8 +86,8 @@ def test_max_files_are_evicted_too(place: Directory, clock: ManualClock) -> None
     assert place.batch_names()[0] == layout.sealed_name(6, "x")
 
 
-def test_two_that_evict_at_once_do_not_give_up_twice_as_much(place: Directory, clock: ManualClock) -> None:
-    """One holds the lock; the other counts anew first."""
+def test_two_processes_that_evict_at_once_do_not_evict_twice_as_much(place: Directory, clock: ManualClock) -> None:
+    """One holds the lock; the other recounts first."""
     for number in range(10):
         Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"x" * 99 + b"\n")
     capacities = []
@@ -106,8 +106,8 @@ def test_two_that_evict_at_once_do_not_give_up_twice_as_much(place: Directory, c
     assert [capacity.evicted_events for capacity in capacities] == [3, 0]
 
 
-def test_without_drop_oldest_nothing_is_given_up(tmp_path: Path) -> None:
-    """New events are refused instead."""
+def test_without_drop_oldest_nothing_is_evicted(tmp_path: Path) -> None:
+    """New events are dropped instead."""
     with Outbox(str(tmp_path / "outbox"), max_bytes=10 * SIZE) as outbox:
         outcomes = [outbox.enqueue(event(number)) for number in range(50)]
         assert outcomes[-1] == Dropped("max_bytes")
@@ -115,8 +115,8 @@ def test_without_drop_oldest_nothing_is_given_up(tmp_path: Path) -> None:
         assert ids_on_disk(tmp_path / "outbox")[0] == "e-000000"
 
 
-def test_raise_raises_and_says_why(tmp_path: Path) -> None:
-    """For one, for many, and from a coroutine; an event of the wrong kind is still only dropped."""
+def test_when_full_raise_raises_with_the_reason(tmp_path: Path) -> None:
+    """For one, for many, and from a coroutine; an event of the wrong type is still only dropped."""
     with Outbox(str(tmp_path / "outbox"), max_bytes=0, when_full="raise") as outbox:
         with pytest.raises(OutboxFullError, match="max_bytes"):
             outbox.enqueue(event(1))
@@ -130,8 +130,8 @@ def test_raise_raises_and_says_why(tmp_path: Path) -> None:
         assert outbox.stats().dropped["max_bytes"] == 4
 
 
-def test_block_waits_for_room(tmp_path: Path) -> None:
-    """The destination comes back, a file goes, the event is stored; attempts are not counted as drops."""
+def test_when_full_block_waits_for_room(tmp_path: Path) -> None:
+    """The destination returns, a file is delivered, the event is stored; attempts are not counted as drops."""
     sink = RecordingSink([Retry("away", 0.3)])
     path = str(tmp_path / "outbox")
     with Outbox(path, sink, when_full="block", block_timeout=60, max_bytes=10 * SIZE, flush_interval=0.05) as outbox:
@@ -142,8 +142,8 @@ def test_block_waits_for_room(tmp_path: Path) -> None:
     assert len(sink.payloads) == 60
 
 
-def test_block_gives_up_after_its_timeout_and_is_refused_on_a_loop(tmp_path: Path) -> None:
-    """A loop must not stand still; a coroutine waits without stopping the others."""
+def test_when_full_block_drops_after_its_timeout_and_at_once_on_an_event_loop(tmp_path: Path) -> None:
+    """A loop must not be blocked; a coroutine waits without stopping the others."""
     with Outbox(str(tmp_path / "outbox"), when_full="block", block_timeout=0.5, max_bytes=0) as outbox:
         assert outbox.enqueue(event(1)) == Dropped("timeout")
         assert outbox.enqueue_many([event(1), event(2)]) == [Dropped("timeout")] * 2
@@ -168,8 +168,8 @@ def test_block_gives_up_after_its_timeout_and_is_refused_on_a_loop(tmp_path: Pat
         assert dropped == {"timeout": 4, "would_block": 1}
 
 
-def test_block_ends_when_the_outbox_is_closed(tmp_path: Path) -> None:
-    """Whoever waits is told."""
+def test_when_full_block_ends_when_the_outbox_is_closed(tmp_path: Path) -> None:
+    """The waiting caller gets the drop."""
     outbox = Outbox(str(tmp_path / "outbox"), when_full="block", block_timeout=60, max_bytes=0)
     outcomes: list[object] = []
     waiting = threading.Thread(target=lambda: outcomes.append(outbox.enqueue(event(1))))
@@ -180,8 +180,8 @@ def test_block_ends_when_the_outbox_is_closed(tmp_path: Path) -> None:
     assert outcomes == [Dropped("closed")]
 
 
-def test_limits_are_those_of_the_directory_not_of_the_process(tmp_path: Path) -> None:
-    """Two outboxes on it, as two processes have them: together they stay within the limit and one listing's worth."""
+def test_limits_apply_to_the_directory_not_to_the_process(tmp_path: Path) -> None:
+    """Two outboxes on it, as in two processes, together exceed the limit by one recount at most."""
     path, limit = str(tmp_path / "outbox"), 400 * SIZE
     with Outbox(path, max_bytes=limit, batch_size=20) as one, Outbox(path, max_bytes=limit, batch_size=20) as other:
         for number in range(0, 1000, 2):

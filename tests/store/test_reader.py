@@ -1,4 +1,4 @@
-"""A sealed file's bytes -> good records and damaged spans."""
+"""The content of a batch file -> good records and damaged byte ranges."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def read(data: bytes) -> reader.FileContents:
 
 
 @given(st.lists(st.one_of(GOOD, BLANK, BAD)))
-def test_good_lines_are_read_in_order_and_every_damaged_byte_is_accounted_for(lines: list[bytes]) -> None:
-    """Blank lines are nothing."""
+def test_good_lines_are_read_in_order_and_every_damaged_byte_is_in_a_range(lines: list[bytes]) -> None:
+    """Blank lines are ignored."""
     data = b"".join(lines)
     contents = read(data)
     good = [line for line in lines if line.startswith(b'{"event":{"n":') and b"00000000" not in line]
@@ -31,8 +31,8 @@ def test_good_lines_are_read_in_order_and_every_damaged_byte_is_accounted_for(li
 
 
 @given(st.lists(GOOD, min_size=1), st.data())
-def test_a_torn_tail_is_a_span_and_the_lines_before_it_are_good(lines: list[bytes], data: st.DataObject) -> None:
-    """Wherever it was torn; only the line feed is missing in the best case, and then nothing is."""
+def test_a_torn_tail_is_a_damaged_range_and_the_lines_before_it_are_good(lines: list[bytes], data: st.DataObject) -> None:
+    """Wherever it is torn; where only the line feed is missing, nothing is damaged."""
     whole = b"".join(lines)
     cut = data.draw(st.integers(len(whole) - len(lines[-1]) + 1, len(whole) - 1))
     contents = read(whole[:cut])
@@ -45,7 +45,7 @@ def test_a_torn_tail_is_a_span_and_the_lines_before_it_are_good(lines: list[byte
         assert span.reason.startswith("torn: ")
 
 
-def test_a_nul_tail_is_one_span() -> None:
+def test_a_tail_of_nul_bytes_is_one_damaged_range() -> None:
     """As ext4 leaves it when the size was written and the data was not."""
     good = record.line(b"{}")
     contents = read(good + good[:7] + b"\0" * 4089)
@@ -53,13 +53,13 @@ def test_a_nul_tail_is_one_span() -> None:
     assert [(span.offset, span.length, span.reason) for span in contents.damaged] == [(len(good), 4096, "torn: nul_bytes")]
 
 
-def test_lines_end_at_line_feeds_only() -> None:
-    """U+2028, U+0085 and form feeds inside of a line are part of it: the older system's files have the first."""
+def test_only_a_line_feed_ends_a_line() -> None:
+    """U+2028, U+0085 and form feeds are part of a line: files of the older system contain the first."""
     payload = '{"a":"x\u2028y\u0085z\x7f"}'.encode()
     assert read(record.line(payload)).payloads == [payload]
 
 
-def test_the_older_systems_files_are_read_unchanged() -> None:
+def test_files_of_the_older_system_are_read_unchanged() -> None:
     """All 127 events, in order."""
     folder = DATA / "existing-outbox"
     files = [*sorted(folder.glob("sealed-*")), folder / "active.ndjson"]
@@ -68,20 +68,20 @@ def test_the_older_systems_files_are_read_unchanged() -> None:
     assert not [span for part in contents for span in part.damaged]
 
 
-def test_the_reader_gives_way_every_fifty_lines() -> None:
-    """So that whoever calls `enqueue` meanwhile is not held up for long."""
+def test_the_reader_yields_the_gil_every_fifty_lines() -> None:
+    """So that callers of `enqueue` do not wait for long."""
     calls: list[None] = []
     reader.read_lines(record.line(b"{}") * 500, lambda: calls.append(None))
     assert len(calls) == 500 // reader.YIELD_EVERY_LINES + 1
 
 
-def test_an_empty_file_holds_nothing() -> None:
-    """And is no damage."""
+def test_an_empty_file_has_no_records_and_no_damage() -> None:
+    """Not even a blank one."""
     assert read(b"") == reader.FileContents([], [])
 
 
-def test_a_record_behind_nul_bytes_is_one() -> None:
-    """NUL bytes may stand where whole lines stood, their line feeds included; they alone are set aside."""
+def test_a_record_behind_nul_bytes_is_read() -> None:
+    """NUL bytes may stand in place of whole lines, line feeds included; only they are damaged."""
     good, other = record.line(b"1"), record.line(b"2")
     contents = reader.read_lines(good + b"\0" * 20 + other, lambda: None)
     assert contents.payloads == [b"1", b"2"]

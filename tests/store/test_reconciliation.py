@@ -1,4 +1,4 @@
-"""The account of any entries in any order, and of what is on disk: every event is in it once, or the account says so."""
+"""Reconciliation of any entries in any order with the files: every event is counted once, or a discrepancy is reported."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ ACTIVE = st.lists(st.builds(FileCounts, COUNTS, COUNTS, st.just("w")), max_size=
 
 
 @given(st.lists(ENTRIES, max_size=12), FOUND, ACTIVE)
-def test_accepted_is_the_sum_of_the_parts_and_of_what_is_wrong(
+def test_accepted_is_the_sum_of_the_other_counts_and_the_discrepancies(
     entries: list[LedgerEntry], found: dict[str, FileCounts], active: list[FileCounts]
 ) -> None:
-    """At both ends of every range; and of the whole as of each writer."""
+    """At both ends of every range; for the total and for each writer."""
     account = reconciliation.reconcile_entries(entries, found, active)
     low, high = account.total.accounted_range
     missing = sum(wrong.events for wrong in account.discrepancies)
@@ -51,7 +51,7 @@ def test_accepted_is_the_sum_of_the_parts_and_of_what_is_wrong(
 
 @given(st.lists(ENTRIES, max_size=12, unique_by=lambda entry: (type(entry), getattr(entry, "batch", ""))), st.randoms(), FOUND)
 def test_the_order_of_entries_does_not_matter(entries: list[LedgerEntry], random: object, found: dict[str, FileCounts]) -> None:
-    """But for which of several of a kind is the last."""
+    """Except for which of several of a kind is the last."""
     one = reconciliation.reconcile_entries(entries, found, [])
     random.shuffle(entries)  # type: ignore[attr-defined]
     other = reconciliation.reconcile_entries(entries, found, [])
@@ -60,16 +60,16 @@ def test_the_order_of_entries_does_not_matter(entries: list[LedgerEntry], random
 
 
 @given(st.lists(ENTRIES, max_size=12), FOUND)
-def test_what_is_written_twice_counts_once(entries: list[LedgerEntry], found: dict[str, FileCounts]) -> None:
-    """One after the other: the disk had refused the first."""
+def test_an_entry_that_is_written_twice_counts_once(entries: list[LedgerEntry], found: dict[str, FileCounts]) -> None:
+    """Repeated directly after an error of the disk."""
     distinct = list(dict.fromkeys(entries))
     twice = [entry for entry in distinct for _ in range(2)]
     assert reconciliation.reconcile_entries(distinct, found, []) == reconciliation.reconcile_entries(twice, found, [])
 
 
 @given(st.lists(ENTRIES, max_size=12), FOUND)
-def test_summed_up_it_is_the_same_account(entries: list[LedgerEntry], found: dict[str, FileCounts]) -> None:
-    """Whatever is there stays named."""
+def test_compacted_entries_give_the_same_result(entries: list[LedgerEntry], found: dict[str, FileCounts]) -> None:
+    """Batches that exist keep their entries."""
     recent, reconciliation.RECENT_BATCHES_MAX = reconciliation.RECENT_BATCHES_MAX, 1  # type: ignore[misc]
     try:
         shorter = compact_entries(entries, found.keys(), 7)
@@ -81,8 +81,8 @@ def test_summed_up_it_is_the_same_account(entries: list[LedgerEntry], found: dic
     assert (one.dead_missing, one.balances) == (other.dead_missing, other.balances)
 
 
-def test_a_second_settlement_replaces_the_first_and_counts_as_resent() -> None:
-    """The first delivery had ended with a kill ahead of the removal."""
+def test_a_second_settlement_replaces_the_first_and_counts_as_redelivered() -> None:
+    """A kill came between the first delivery and the deletion."""
     entries: list[LedgerEntry] = [
         SealedEntry(1, "a", "w", 5, 50),
         SettledEntry(2, "a", "s", 5, 0, 0, 0),
@@ -92,8 +92,8 @@ def test_a_second_settlement_replaces_the_first_and_counts_as_resent() -> None:
     assert (account.balances, account.total.delivered, account.total.dead, account.total.resent) == (True, 4, 1, 4)
 
 
-def test_what_was_evicted_and_then_delivered_all_the_same_was_delivered() -> None:
-    """A kill between the entry and the removal."""
+def test_a_batch_that_was_delivered_after_its_eviction_entry_counts_as_delivered() -> None:
+    """A kill came between the entry and the deletion."""
     entries: list[LedgerEntry] = [
         SealedEntry(1, "a", "w", 5, 50),
         EvictedEntry(2, "a", 5),
@@ -103,8 +103,8 @@ def test_what_was_evicted_and_then_delivered_all_the_same_was_delivered() -> Non
     assert (total.accepted, total.delivered, total.evicted) == (5, 5, 0)
 
 
-def test_what_is_missing_without_damage_is_wrong_and_by_how_much() -> None:
-    """Settled or still pending; and so is what is too much."""
+def test_events_missing_without_damage_are_a_discrepancy_of_that_size() -> None:
+    """Settled or still pending; extra events likewise."""
     sealed = SealedEntry(1, "b", "w", 10, 1000)
     for records, spans, wrong in ((9, 0, 1), (9, 1, None), (11, 0, -1), (11, 1, -1), (10, 0, None), (10, 1, None)):
         settled = SettledEntry(2, "b", "s", records, 0, 0, spans)
@@ -118,8 +118,8 @@ def test_what_is_missing_without_damage_is_wrong_and_by_how_much() -> None:
             assert account.balances == (wrong is None)
 
 
-def test_what_was_handed_over_goes_with_a_queue_that_is_renamed_or_removed() -> None:
-    """Also where some of it, or all, was summed up before or after that."""
+def test_fanned_out_counts_follow_a_queue_that_is_renamed_or_removed() -> None:
+    """Also where some or all of them were summed up before or after that."""
     before: list[LedgerEntry] = [
         FannedOutEntry(0, str(number), ["a", "b", "c"], 1, 0) for number in range(reconciliation.RECENT_BATCHES_MAX + 10)
     ]

@@ -29,8 +29,8 @@ def damage(line: bytes) -> str:
 
 
 @given(JSON)
-def test_a_record_comes_back_as_it_went(value: object) -> None:
-    """Byte for byte, whatever the JSON value."""
+def test_a_record_is_read_as_it_was_written(value: object) -> None:
+    """Byte for byte, for any JSON value."""
     payload = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     line = record.line(payload)
     assert line.endswith(b"\n")
@@ -40,7 +40,7 @@ def test_a_record_comes_back_as_it_went(value: object) -> None:
 
 
 @given(JSON, st.data())
-def test_a_flipped_byte_is_never_taken_for_a_good_record(value: object, data: st.DataObject) -> None:
+def test_a_record_with_a_changed_byte_is_never_good(value: object, data: st.DataObject) -> None:
     """The checksum covers the value, the parser the rest."""
     payload = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     line = bytearray(record.line(payload)[:-1])
@@ -50,8 +50,8 @@ def test_a_flipped_byte_is_never_taken_for_a_good_record(value: object, data: st
 
 
 @given(JSON, st.data())
-def test_a_beginning_of_a_line_is_never_a_record(value: object, data: st.DataObject) -> None:
-    """So a torn line needs no line feed to be recognised as one."""
+def test_a_proper_prefix_of_a_line_is_never_a_record(value: object, data: st.DataObject) -> None:
+    """So a torn line is recognised without its line feed."""
     line = record.line(json.dumps(value).encode())[:-1]
     damage(line[: data.draw(st.integers(0, len(line) - 1))] or b"{")
 
@@ -66,8 +66,8 @@ def test_a_beginning_of_a_line_is_never_a_record(value: object, data: st.DataObj
         ('{"event":{"a":"line\u2028separator"}}'.encode(), '{"a":"line\u2028separator"}'.encode()),
     ],
 )
-def test_a_line_without_a_checksum_is_an_older_writers(line: bytes, payload: bytes) -> None:
-    """It is taken as it is."""
+def test_a_line_without_a_checksum_is_read(line: bytes, payload: bytes) -> None:
+    """An older version wrote it."""
     assert record.payload(line) == payload
 
 
@@ -91,19 +91,19 @@ def test_a_line_without_a_checksum_is_an_older_writers(line: bytes, payload: byt
     ],
 )
 def test_anything_else_is_damaged(line: bytes, reason: str) -> None:
-    """And the reason is named."""
+    """The error has the reason."""
     assert damage(line) == reason
 
 
-def test_a_right_checksum_does_not_make_bad_json_good() -> None:
-    """Whoever wrote it: what is delivered is JSON."""
+def test_bad_json_with_a_correct_checksum_is_damaged() -> None:
+    """Whoever wrote it: only JSON is delivered."""
     for value in (b'{"a":1', b'{"a":1},"x":{"b":2}', b"", b"NaN"):
         assert damage(record.line(value)[:-1]) in ("bad_json", "not_a_record")
     assert damage(record.line(b'{"a":"\xff"}')[:-1]) == "bad_utf8"
 
 
-def test_the_golden_lines_are_what_we_write_and_read() -> None:
-    """`docs/reference/file-format.md` shows this file; a change of format shows here."""
+def test_the_golden_lines_are_written_and_read() -> None:
+    """`docs/reference/file-format.md` shows this file; a change of the format fails here."""
     golden = (DATA / "golden" / "records.ndjson").read_bytes()
     payloads = [record.payload(line) for line in golden.split(b"\n")[:-1]]
     assert b"".join(record.line(payload) for payload in payloads) == golden

@@ -1,4 +1,4 @@
-"""`seal.request`: how a command reaches the writers, on a real directory, on one that loses power, and on one that fails."""
+"""`seal.request`: how a command reaches the writers, on a real directory, after a power loss, and on a failing disk."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def check(setup: WriterSetup) -> None:
     setup.check()
 
 
-def test_a_request_has_the_active_file_sealed_within_a_quarter_of_a_second(setup: WriterSetup) -> None:
-    """With the reason "manual", once, and its events are where they belong."""
+def test_a_request_seals_the_active_segment_within_a_quarter_of_a_second(setup: WriterSetup) -> None:
+    """Once, with the reason "manual"."""
     setup.put()
     assert setup.sealer.step() <= REQUEST_POLL_S
     request_seal(setup.place, setup.clock)
@@ -69,7 +69,7 @@ def test_a_request_has_the_active_file_sealed_within_a_quarter_of_a_second(setup
     check(setup)
 
 
-def test_each_request_counts_however_soon_it_follows(setup: WriterSetup) -> None:
+def test_a_request_directly_after_another_one_counts(setup: WriterSetup) -> None:
     """Within one tick of the clock too."""
     for number in range(1, 4):
         setup.put()
@@ -79,8 +79,8 @@ def test_each_request_counts_however_soon_it_follows(setup: WriterSetup) -> None
     assert len((Path(setup.place.path) / layout.SEAL_REQUEST).read_bytes().splitlines()) == 1
 
 
-def test_a_request_from_before_a_writer_started_is_not_meant_for_it(tmp_path: Path) -> None:
-    """Nor is an idle writer's next file sealed early for one that came while it held nothing."""
+def test_a_writer_ignores_requests_from_before_its_start(tmp_path: Path) -> None:
+    """And a request during an idle time does not seal the next segment early."""
     setup = WriterSetup(tmp_path / "box", batch_size=1000)
     request_seal(setup.place, setup.clock)
     setup.sealer.step()
@@ -96,13 +96,13 @@ def test_a_request_from_before_a_writer_started_is_not_meant_for_it(tmp_path: Pa
     assert active_and_sealed(setup) == (1, 1)
 
 
-def test_while_there_is_nothing_to_seal_the_sealer_does_not_wake_for_it(setup: WriterSetup) -> None:
-    """An idle process sleeps as long as it did."""
+def test_an_idle_sealer_does_not_poll_for_requests(setup: WriterSetup) -> None:
+    """An idle process sleeps as long as before."""
     assert setup.sealer.step() > REQUEST_POLL_S
 
 
-def test_rounds_that_follow_closely_look_once(setup: WriterSetup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writer that is busy has hundreds of them in a second."""
+def test_rounds_in_close_succession_read_the_file_once(setup: WriterSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy writer has hundreds of rounds a second."""
     opened: list[str] = []
     real = setup.disk.open_existing
 
@@ -118,7 +118,7 @@ def test_rounds_that_follow_closely_look_once(setup: WriterSetup, monkeypatch: p
     assert len([path for path in opened if path.endswith(layout.SEAL_REQUEST)]) <= 3
 
 
-def test_a_request_in_the_middle_of_an_append_is_answered_after_it(setup: WriterSetup) -> None:
+def test_a_request_during_an_append_is_handled_after_it(setup: WriterSetup) -> None:
     """The sealer tries again in its next round."""
     setup.put()
     request_seal(setup.place, setup.clock)
@@ -133,8 +133,8 @@ def test_a_request_in_the_middle_of_an_append_is_answered_after_it(setup: Writer
 
 
 @pytest.mark.parametrize("planted", ["link", "directory", "pipe", "large", "rubbish"])
-def test_what_is_planted_under_the_name_hurts_no_writer(setup: WriterSetup, planted: str) -> None:
-    """It neither hangs, nor follows, nor reads without a bound; whoever asks is told."""
+def test_a_planted_request_file_harms_no_writer(setup: WriterSetup, planted: str) -> None:
+    """It neither blocks, nor is followed, nor is read without a bound; the command gets an error."""
     path = Path(setup.place.path_of(layout.SEAL_REQUEST))
     setup.put()
     if planted == "link":
@@ -189,8 +189,8 @@ def held(disk: Disk) -> int:
     )
 
 
-def test_whatever_a_loss_of_power_leaves_of_a_request_the_next_one_is_answered() -> None:
-    """Torn, of NUL bytes, of an older time, or none: what was sealed is there, and a file is sealed when asked."""
+def test_whatever_a_power_loss_leaves_of_a_request_the_next_one_is_handled() -> None:
+    """Torn, of NUL bytes, old, or missing: sealed batches are kept, and a segment is sealed on request."""
     disk, clock = Disk(), ManualClock()
     first = Process(CrashFilesystem(disk), clock)
     survivors, looked = DurabilityModel(), 0
@@ -213,8 +213,8 @@ def test_whatever_a_loss_of_power_leaves_of_a_request_the_next_one_is_answered()
 
 @pytest.mark.parametrize("verb", ["open_existing", "read_at"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE])
-def test_a_disk_that_refuses_to_show_it_keeps_nothing_from_being_sealed(tmp_path: Path, verb: str, code: int) -> None:
-    """By age as before, and nobody is told of trouble that is none of the store's."""
+def test_an_unreadable_request_file_does_not_prevent_sealing(tmp_path: Path, verb: str, code: int) -> None:
+    """Segments are sealed by age as before, and nothing is logged."""
     clock = ManualClock()
     disk = FaultFilesystem(OsFilesystem())
     place = Directory(str(tmp_path / "box"), disk, clock)
@@ -242,8 +242,8 @@ def test_a_disk_that_refuses_to_show_it_keeps_nothing_from_being_sealed(tmp_path
 
 
 @pytest.mark.parametrize("verb", ["open_lock_file", "overwrite"])
-def test_whoever_asks_is_told_of_a_disk_that_takes_no_request(tmp_path: Path, verb: str) -> None:
-    """And no descriptor stays open."""
+def test_a_command_that_cannot_write_its_request_gets_the_error(tmp_path: Path, verb: str) -> None:
+    """No descriptor stays open."""
     real = OsFilesystem()
     place = Directory(str(tmp_path / "box"), FaultFilesystem(real, Fault(verb, 1, errno.ENOSPC, permanent=True)), ManualClock())
     place.ensure_usable()

@@ -1,4 +1,4 @@
-"""What becomes of several files that are made durable in one go, on a real directory."""
+"""Several segments that are made durable in one call, on a real directory."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Desk:
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_the_file_whose_sync_has_failed_is_written_anew_and_no_other(tmp_path: Path, failing: int) -> None:
-    """What a sync says is of its own file, whichever of several it is."""
+def test_only_the_segment_whose_sync_failed_is_rewritten(tmp_path: Path, failing: int) -> None:
+    """Whichever of several it is."""
     desk = Desk(tmp_path / "outbox", 3)
     before = [file.fd for file in desk.files]
     identities = [os.stat(desk.place.path_of(file.locked_file.name)).st_ino for file in desk.files]
@@ -65,8 +65,8 @@ def test_the_file_whose_sync_has_failed_is_written_anew_and_no_other(tmp_path: P
         assert (file.synced_bytes, file.is_sealed) == (file.bytes, True)
 
 
-def test_what_cannot_be_cut_off_is_not_synced_with_the_others_but_written_anew(tmp_path: Path) -> None:
-    """Without it: what was refused would be sealed with what was accepted."""
+def test_a_segment_with_leftover_bytes_is_rewritten_without_them(tmp_path: Path) -> None:
+    """Otherwise dropped events would be sealed with the accepted ones."""
     desk = Desk(tmp_path / "outbox", 3)
     os.write(desk.files[1].fd, line(b'{"n":"refused"}'))
     desk.files[1].has_leftover = True
@@ -77,8 +77,8 @@ def test_what_cannot_be_cut_off_is_not_synced_with_the_others_but_written_anew(t
     assert not desk.files[1].has_leftover
 
 
-def test_what_the_disk_does_not_take_anew_either_is_said_and_the_others_are_synced(tmp_path: Path) -> None:
-    """It is sealed as it can be read."""
+def test_where_rewriting_fails_too_a_message_says_so_and_the_others_are_synced(tmp_path: Path) -> None:
+    """The segment is sealed with what can be read."""
     desk = Desk(tmp_path / "outbox", 3)
     desk.filesystem.failing = {desk.files[0].fd, *range(desk.files[2].fd + 1, desk.files[2].fd + 20)}  # and new files
     (trouble,) = desk.syncs.sync_for_seal(desk.files, lambda _: ())
@@ -87,8 +87,8 @@ def test_what_the_disk_does_not_take_anew_either_is_said_and_the_others_are_sync
     assert all(file.is_sealed for file in desk.files)
 
 
-def test_what_is_durable_is_not_synced_again(tmp_path: Path) -> None:
-    """Neither what was, nor what has its sealed name."""
+def test_durable_segments_are_not_synced_again(tmp_path: Path) -> None:
+    """Nor are sealed ones."""
     desk = Desk(tmp_path / "outbox", 2)
     assert desk.syncs.sync(desk.files[0], lambda _: ()) == ""
     assert desk.syncs.sync_for_seal(desk.files, lambda _: ()) == []
@@ -96,8 +96,8 @@ def test_what_is_durable_is_not_synced_again(tmp_path: Path) -> None:
     assert desk.filesystem.synced == [file.fd for file in desk.files]
 
 
-def test_where_one_of_several_was_removed_and_cannot_be_written_anew_the_others_are_sealed_once(tmp_path: Path) -> None:
-    """Those before it have their names: forgotten, they would be taken for removed as well, and be there twice."""
+def test_where_a_deleted_segment_cannot_be_recreated_the_others_are_sealed_once(tmp_path: Path) -> None:
+    """Those before it have been renamed: taken for deleted as well, they would be there twice."""
     desk = Desk(tmp_path / "outbox", 3)
     os.unlink(desk.place.path_of(desk.files[1].locked_file.name))
     told: list[LockedFile] = []
@@ -116,8 +116,8 @@ def test_where_one_of_several_was_removed_and_cannot_be_written_anew_the_others_
     assert len(desk.place.batch_names()) == 3
 
 
-def test_a_close_that_fails_keeps_no_other_file_open(tmp_path: Path) -> None:
-    """And is nobody's to mend: the descriptor is gone."""
+def test_a_failed_close_keeps_no_other_file_open(tmp_path: Path) -> None:
+    """The error is ignored: the descriptor is closed."""
     desk = Desk(tmp_path / "outbox", 3)
     fds = [file.fd for file in desk.files]
     os.close(fds[1])

@@ -1,4 +1,4 @@
-"""The files that the sealer holds ready, those that callers make themselves, and in which order they are filled."""
+"""Spares, segments that callers create themselves, and the order in which they are filled."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def numbered(*numbers: int) -> list[bytes]:
     return [record.line(b'{"n":%d}' % number) for number in numbers]
 
 
-def test_a_file_that_a_caller_makes_while_spares_are_made_comes_ahead_of_them(place: Directory, clock: ManualClock) -> None:
-    """Adoption goes by number, and spares that were made in vain would have to be removed again."""
+def test_a_segment_that_a_caller_creates_while_spares_are_created_comes_before_them(
+    place: Directory, clock: ManualClock
+) -> None:
+    """Recovery sorts by number, and spares created in vain would have to be removed."""
     lines = numbered(*range(9))
     line = Line(place, clock, batch_size=2, batch_bytes=3 * len(lines[0]))
     line.append(3, lines[0])  # a file of its own, full
@@ -44,10 +46,10 @@ def test_a_file_that_a_caller_makes_while_spares_are_made_comes_ahead_of_them(pl
     assert [number for number, _ in found][2:] == [layout.active_sort_key(spare.name)[1] for spare in spares]
 
 
-def test_a_spare_that_comes_after_a_file_with_a_higher_number_is_not_used(
+def test_a_spare_with_a_lower_number_than_a_used_segment_is_not_used(
     place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Callers have made more of them meanwhile than there is room for between the numbers of spares."""
+    """Callers have created more segments meanwhile than there are numbers between spares."""
     monkeypatch.setattr(writer, "_SPARE_NUMBER_STEP", 3)
     line = Line(place, clock, batch_bytes=len(LINE))
     (late,), _ = line.writer.create_spares(1)
@@ -61,8 +63,8 @@ def test_a_spare_that_comes_after_a_file_with_a_higher_number_is_not_used(
         place.filesystem.close(file.fd)
 
 
-def test_a_file_holds_more_while_many_wait_for_their_sync(place: Directory, clock: ManualClock) -> None:
-    """Twice `batch_size` events where eight do, thrice where sixteen do; as many as ever once they are sealed."""
+def test_a_segment_holds_more_events_while_many_wait_for_their_sync(place: Directory, clock: ManualClock) -> None:
+    """Twice `batch_size` with eight of them, three times with sixteen; once again when they are sealed."""
     line = Line(place, clock, batch_size=2)
     spares, _ = line.writer.create_spares(40)
     line.append()
@@ -75,10 +77,8 @@ def test_a_file_holds_more_while_many_wait_for_their_sync(place: Directory, cloc
     assert [len(lines) for _, lines in filled(place)] == [2, 2]
 
 
-def test_a_file_that_was_to_hold_more_is_looked_at_again_once_the_others_are_sealed(
-    place: Directory, clock: ManualClock
-) -> None:
-    """A burst is over, and the next events may be long in coming."""
+def test_a_segment_that_may_hold_more_is_checked_again_once_the_others_are_sealed(place: Directory, clock: ManualClock) -> None:
+    """A burst is over, and the next events may be a long time in coming."""
     line = Line(place, clock, batch_size=2)
     spares, _ = line.writer.create_spares(30)
     line.append()
@@ -91,8 +91,8 @@ def test_a_file_that_was_to_hold_more_is_looked_at_again_once_the_others_are_sea
     assert [len(lines) for _, lines in filled(place)] == [3, 2]
 
 
-def test_numbers_go_on_where_all_files_are_sealed_and_gone(place: Directory, clock: ManualClock) -> None:
-    """A loss of power may bring them back under their names."""
+def test_numbers_continue_after_all_segments_are_sealed_and_delivered(place: Directory, clock: ManualClock) -> None:
+    """A power loss may bring the old files back under their names."""
     line = Line(place, clock)
     line.append()
     line.sealer.step()  # opens a spare
@@ -107,10 +107,10 @@ def test_numbers_go_on_where_all_files_are_sealed_and_gone(place: Directory, clo
     assert [number for number, _ in filled(place)] == [spare + 1]
 
 
-def test_a_handler_between_a_full_file_and_none_comes_behind_it(
+def test_a_handler_that_appends_during_a_rotation_gets_the_later_segment(
     place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file that leaves is neither the active one any more nor among those that wait."""
+    """The retiring segment is neither active any more nor among the retired ones."""
     line = Line(place, clock)
     line.append()
     line.writer._highest_used = 4999

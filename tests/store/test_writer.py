@@ -1,4 +1,4 @@
-"""Append and rotation, on a real directory; the sealer is driven by hand."""
+"""Append and rotation on a real directory; the tests call the sealer's rounds."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def line(place: Directory, clock: ManualClock) -> Line:
 
 
 def test_nothing_is_accepted_before_start_and_after_close(place: Directory, clock: ManualClock) -> None:
-    """Before: None, so that the outbox starts; after: closed."""
+    """Before: None, so that the outbox starts. After: `Dropped("closed")`."""
     line = Line(place, clock)
     fresh = Writer(place, WriterLimits(1, 1, 1), lambda: None)
     assert fresh.append(LINE, 1) is None
@@ -69,14 +69,14 @@ def test_nothing_is_accepted_before_start_and_after_close(place: Directory, cloc
     assert os.listdir(place.path) == []
 
 
-def test_an_appended_line_is_in_the_active_file_at_once(line: Line) -> None:
+def test_an_appended_line_is_in_the_active_segment_at_once(line: Line) -> None:
     """It survives the death of the process."""
     assert line.append(3) == [ENQUEUED] * 3
     assert line.lines() == {"active": 3}
 
 
-def test_a_full_file_is_swapped_for_the_spare_and_sealed(place: Directory, clock: ManualClock) -> None:
-    """The caller swaps; sync and rename are the sealer's."""
+def test_a_full_segment_is_replaced_by_the_spare_and_sealed(place: Directory, clock: ManualClock) -> None:
+    """The caller replaces it; the sealer syncs and renames it."""
     line = Line(place, clock, batch_size=3)
     line.append(1)
     line.sealer.step()  # opens the spare
@@ -88,8 +88,8 @@ def test_a_full_file_is_swapped_for_the_spare_and_sealed(place: Directory, clock
     assert line.sealed == [None]
 
 
-def test_without_a_spare_the_file_grows_to_its_bytes_first(place: Directory, clock: ManualClock) -> None:
-    """The disk does not keep up: the caller waits for nothing."""
+def test_without_a_spare_the_segment_grows_to_batch_bytes_first(place: Directory, clock: ManualClock) -> None:
+    """The disk is too slow, and the caller waits for nothing."""
     line = Line(place, clock, batch_size=2, batch_bytes=5 * len(LINE))
     line.append(5)
     assert not line.writer.retired
@@ -100,8 +100,8 @@ def test_without_a_spare_the_file_grows_to_its_bytes_first(place: Directory, clo
     assert line.sealer.sealed["batch_bytes"] == 1
 
 
-def test_the_queue_of_files_that_wait_for_their_sync_is_bounded(place: Directory, clock: ManualClock) -> None:
-    """Beyond it the active file grows."""
+def test_the_number_of_retired_segments_is_bounded(place: Directory, clock: ManualClock) -> None:
+    """Beyond it the active segment grows."""
     line = Line(place, clock, batch_size=1, batch_bytes=1)
     line.append(RETIRED_MAX + 20)
     assert len(line.writer.retired) == RETIRED_MAX
@@ -109,16 +109,16 @@ def test_the_queue_of_files_that_wait_for_their_sync_is_bounded(place: Directory
     assert line.lines() == {"active": 20, "sealed": RETIRED_MAX}
 
 
-def test_a_line_larger_than_a_file_should_be_has_one_of_its_own(place: Directory, clock: ManualClock) -> None:
-    """`batch_bytes` is no limit for an event."""
+def test_a_line_longer_than_batch_bytes_has_a_segment_of_its_own(place: Directory, clock: ManualClock) -> None:
+    """`batch_bytes` does not limit an event."""
     line = Line(place, clock, batch_bytes=10)
     assert line.append(2) == [ENQUEUED] * 2
     line.sealer.step()
     assert line.lines() == {"active": 1, "sealed": 1}
 
 
-def test_above_max_bytes_events_are_dropped_and_no_active_file_appears(place: Directory, clock: ManualClock) -> None:
-    """And there is room again when a file is gone."""
+def test_above_max_bytes_events_are_dropped_and_no_segment_is_created(place: Directory, clock: ManualClock) -> None:
+    """There is room again once a file is delivered."""
     Path(place.path_of("sealed-a.ndjson")).write_bytes(LINE * 10)
     line = Line(place, clock, max_bytes=10 * len(LINE) + 5)
     assert line.append(2) == [DROPPED["max_bytes"]] * 2
@@ -129,7 +129,7 @@ def test_above_max_bytes_events_are_dropped_and_no_active_file_appears(place: Di
 
 
 def test_the_sealer_learns_what_other_processes_delivered(place: Directory, clock: ManualClock) -> None:
-    """By listing anew; the count of this process alone would never fall."""
+    """By a listing: the count of this process alone would never fall."""
     Path(place.path_of("sealed-a.ndjson")).write_bytes(LINE * 10)
     line = Line(place, clock, max_bytes=10 * len(LINE))
     line.sealer.step()
@@ -141,7 +141,7 @@ def test_the_sealer_learns_what_other_processes_delivered(place: Directory, cloc
     assert line.writer.pending_counts() == (len(LINE), 1, 1)
 
 
-def test_an_active_file_is_sealed_by_age(line: Line, clock: ManualClock) -> None:
+def test_a_segment_is_sealed_by_age(line: Line, clock: ManualClock) -> None:
     """`flush_interval` after its first event."""
     line.append()
     line.sealer.step()
@@ -155,13 +155,13 @@ def test_an_active_file_is_sealed_by_age(line: Line, clock: ManualClock) -> None
 
 
 @pytest.mark.parametrize(("interval", "waiting", "seconds"), [(1, 0, 1), (1, 1, 2), (1, 3, 8), (1, 10**6, 60), (90, 5, 90)])
-def test_sealing_by_age_stretches_while_files_wait(interval: float, waiting: int, seconds: float) -> None:
-    """An outage must not leave millions of tiny files."""
+def test_the_flush_interval_is_stretched_while_files_wait(interval: float, waiting: int, seconds: float) -> None:
+    """A long outage of the destination must not leave millions of tiny files."""
     assert stretched_flush_interval(interval, waiting) == seconds
 
 
-def test_closing_seals_and_removes_empty_files(line: Line) -> None:
-    """Nothing of ours is left but what waits."""
+def test_closing_seals_the_segment_and_removes_empty_ones(line: Line) -> None:
+    """Only batches are left."""
     line.append()
     line.sealer.step()
     line.sealer.seal_remaining()
@@ -170,8 +170,8 @@ def test_closing_seals_and_removes_empty_files(line: Line) -> None:
     assert line.sealer.sealed["shutdown"] == 1
 
 
-def test_what_dead_writers_left_is_adopted_by_kind(line: Line) -> None:
-    """`startup` for the older system's file, `adopted` for another writer's."""
+def test_recovered_segments_are_counted_by_kind(line: Line) -> None:
+    """`startup` for the file of the older system, `adopted` for one of another writer."""
     Path(line.place.path_of("active.ndjson")).write_bytes(LINE)
     Path(line.place.path_of("active-w-1.ndjson")).write_bytes(LINE)
     line.sealer.adopt_segments()
@@ -179,8 +179,8 @@ def test_what_dead_writers_left_is_adopted_by_kind(line: Line) -> None:
     assert line.lines() == {"sealed": 2}
 
 
-def test_a_living_writers_file_is_not_adopted(line: Line) -> None:
-    """Its lock says so."""
+def test_the_segment_of_a_living_writer_is_not_recovered(line: Line) -> None:
+    """Its lock is held."""
     line.append()
     assert recover(line.place) == []
     assert line.lines() == {"active": 1}
@@ -203,7 +203,7 @@ class _Failing(OsFilesystem):
 
 @pytest.mark.parametrize("spare_bytes", [0, 1, len(LINE) - 1])
 def test_a_full_disk_leaves_whole_lines_and_recovers(tmp_path: Path, clock: ManualClock, spare_bytes: int) -> None:
-    """A short write is taken back; without a restart it goes on when there is room."""
+    """A short write is undone; appends continue without a restart when there is room."""
     filesystem = _Failing(3 * len(LINE) + spare_bytes)
     line = Line(Directory(str(tmp_path), filesystem, clock), clock)
     assert line.append(5) == [ENQUEUED] * 3 + [DROPPED["disk_full"]] * 2
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_whole_lines_and_recovers(tmp_path: Path, clock: Manu
 
 
 def test_many_lines_are_appended_all_or_none(tmp_path: Path, clock: ManualClock) -> None:
-    """Also where the disk takes whole lines of the call."""
+    """Also where the disk takes some whole lines of the call."""
     filesystem = _Failing(4 * len(LINE))
     line = Line(Directory(str(tmp_path), filesystem, clock), clock)
     line.append(2)
@@ -223,8 +223,8 @@ def test_many_lines_are_appended_all_or_none(tmp_path: Path, clock: ManualClock)
     assert line.lines() == {"active": 2}
 
 
-def test_a_file_size_limit_is_a_full_disk(line: Line) -> None:
-    """RLIMIT_FSIZE, for real, in a child."""
+def test_a_file_size_limit_counts_as_a_full_disk(line: Line) -> None:
+    """A real RLIMIT_FSIZE, in a child."""
     line.append()
     child = os.fork()
     if child == 0:
@@ -249,8 +249,8 @@ class _Interrupted(OsFilesystem):
 
 
 @pytest.mark.parametrize("taken", [0, 1, len(LINE) - 1, len(LINE)])
-def test_what_an_interrupt_left_is_repaired_by_the_next_append(tmp_path: Path, clock: ManualClock, taken: int) -> None:
-    """A torn line is cut, a whole one stays."""
+def test_the_next_append_repairs_what_an_interrupt_left(tmp_path: Path, clock: ManualClock, taken: int) -> None:
+    """A torn line is cut off, a whole one stays."""
     filesystem = _Interrupted()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock)
     line.append()
@@ -273,8 +273,8 @@ class _Reentrant(OsFilesystem):
         return os.write(fd, data)
 
 
-def test_an_append_within_an_append_appends_and_nothing_more(tmp_path: Path, clock: ManualClock) -> None:
-    """No deadlock, no rotation underneath the one that goes on."""
+def test_an_append_in_a_handler_that_interrupts_an_append_only_appends(tmp_path: Path, clock: ManualClock) -> None:
+    """No deadlock, and no rotation under the interrupted one."""
     filesystem = _Reentrant()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock, batch_size=2)
     line.append()
@@ -301,8 +301,8 @@ class _TornAndReentrant(OsFilesystem):
         return written
 
 
-def test_an_append_within_a_torn_append_has_a_file_of_its_own(tmp_path: Path, clock: ManualClock) -> None:
-    """It would be part of the torn line otherwise."""
+def test_an_append_in_a_handler_after_a_torn_line_has_a_segment_of_its_own(tmp_path: Path, clock: ManualClock) -> None:
+    """Otherwise it would be part of the torn line."""
     filesystem = _TornAndReentrant()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock)
     line.append()
@@ -314,8 +314,8 @@ def test_an_append_within_a_torn_append_has_a_file_of_its_own(tmp_path: Path, cl
     assert line.writer.pending_counts() == (4 * len(LINE), 3, 4)
 
 
-def test_threads_lose_nothing_and_tear_nothing(place: Directory, clock: ManualClock) -> None:
-    """Four of them, with rotation going on."""
+def test_threads_lose_no_event_and_tear_no_line(place: Directory, clock: ManualClock) -> None:
+    """Four threads, with rotations."""
     line = Line(place, clock, batch_size=100)
 
     def work(number: int) -> None:
@@ -351,8 +351,8 @@ class _NoMoreFiles(OsFilesystem):
         return super().create(path)
 
 
-def test_where_no_file_can_be_created_sealing_goes_on_and_no_descriptor_is_lost(tmp_path: Path, clock: ManualClock) -> None:
-    """For it is what makes room, in the end."""
+def test_where_no_file_can_be_created_sealing_continues_and_no_descriptor_leaks(tmp_path: Path, clock: ManualClock) -> None:
+    """Sealing is what makes room in the end."""
     filesystem = _NoMoreFiles()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock, batch_size=2)
     line.append()
@@ -366,8 +366,8 @@ def test_where_no_file_can_be_created_sealing_goes_on_and_no_descriptor_is_lost(
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-def test_an_active_file_that_somebody_removed_is_written_anew(place: Directory, clock: ManualClock) -> None:
-    """What was acknowledged is still in the open file; the files behind it are sealed too."""
+def test_a_deleted_segment_is_recreated(place: Directory, clock: ManualClock) -> None:
+    """The open file still has the acknowledged events; the segments after it are sealed too."""
     line = Line(place, clock, batch_size=1, batch_bytes=1)
     line.append(3)
     (name, *_) = sorted(entry.name for entry in place.filesystem.list_files(place.path) if entry.size)
@@ -377,7 +377,7 @@ def test_an_active_file_that_somebody_removed_is_written_anew(place: Directory, 
     assert line.lines() == {"sealed": 3}
 
 
-def test_what_an_interrupt_left_can_be_rotated_at_once(tmp_path: Path, clock: ManualClock) -> None:
+def test_a_segment_can_be_rotated_directly_after_an_interrupt(tmp_path: Path, clock: ManualClock) -> None:
     """`flush` after Ctrl-C."""
     filesystem = _Interrupted()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock)
@@ -390,8 +390,8 @@ def test_what_an_interrupt_left_can_be_rotated_at_once(tmp_path: Path, clock: Ma
     assert [(file.events, file.bytes) for file in line.writer.retired] == [(2, 2 * len(LINE))]
 
 
-def test_at_max_files_no_further_file_begins_and_the_one_that_is_open_fills_up(place: Directory, clock: ManualClock) -> None:
-    """It grows to its bytes; when a file is gone, the next begins."""
+def test_at_max_files_no_segment_is_created_and_the_active_one_fills_up(place: Directory, clock: ManualClock) -> None:
+    """It grows to `batch_bytes`; when a file is delivered, the next one is created."""
     for number in range(2):
         Path(place.path_of(f"sealed-{number}.ndjson")).write_bytes(LINE)
     line = Line(place, clock, batch_size=2, batch_bytes=4 * len(LINE), max_files=3)
@@ -404,8 +404,8 @@ def test_at_max_files_no_further_file_begins_and_the_one_that_is_open_fills_up(p
     assert line.append() == [ENQUEUED]
 
 
-def test_at_max_files_not_even_a_first_file_begins(place: Directory, clock: ManualClock) -> None:
-    """And none appears."""
+def test_at_max_files_not_even_a_first_segment_is_created(place: Directory, clock: ManualClock) -> None:
+    """None appears in the directory."""
     Path(place.path_of("sealed-a.ndjson")).write_bytes(LINE)
     line = Line(place, clock, max_files=1)
     assert line.append() == [DROPPED["max_files"]]
@@ -422,10 +422,8 @@ class _Filling(OsFilesystem):
 
 
 @pytest.mark.parametrize(("least", "free"), [(None, 49), (300, 299)])
-def test_with_less_room_on_the_volume_than_is_to_be_kept_nothing_is_accepted(
-    tmp_path: Path, clock: ManualClock, least: int | None, free: int
-) -> None:
-    """5 % of it unless told otherwise; without a restart it goes on when there is room."""
+def test_below_min_free_bytes_nothing_is_accepted(tmp_path: Path, clock: ManualClock, least: int | None, free: int) -> None:
+    """5 % of the volume by default; appends continue without a restart when there is room."""
     filesystem = _Filling()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock)
     line.sealer.quota._min_free_bytes = least
@@ -439,8 +437,8 @@ def test_with_less_room_on_the_volume_than_is_to_be_kept_nothing_is_accepted(
     assert line.writer.dropped["disk_low"] == 2
 
 
-def test_a_directory_that_somebody_removed_is_made_anew_with_what_was_acknowledged(line: Line, clock: ManualClock) -> None:
-    """What is in the open files; it is sealed as usual."""
+def test_a_deleted_directory_is_recreated_with_the_acknowledged_events(line: Line, clock: ManualClock) -> None:
+    """The open files still have them; they are sealed as usual."""
     line.append(3)
     line.sealer.step()
     shutil.rmtree(line.place.path)
@@ -467,8 +465,8 @@ class _FailingDirectorySync(OsFilesystem):
         super().sync_directory(path)
 
 
-def test_a_sync_of_the_directory_that_failed_after_sealing_is_done_again(tmp_path: Path, clock: ManualClock) -> None:
-    """Only then the deliverer hears of the files."""
+def test_a_failed_sync_of_the_directory_after_sealing_is_repeated(tmp_path: Path, clock: ManualClock) -> None:
+    """Delivery is told of the batches only after it succeeds."""
     filesystem = _FailingDirectorySync()
     line = Line(Directory(str(tmp_path), filesystem, clock), clock, batch_size=1)
     line.append()
@@ -484,8 +482,8 @@ def test_a_sync_of_the_directory_that_failed_after_sealing_is_done_again(tmp_pat
     assert filesystem.synced == 1
 
 
-def test_where_the_end_cannot_seal_the_next_start_in_the_same_process_does(place: Directory, clock: ManualClock) -> None:
-    """What stays locked would be nobody's."""
+def test_what_closing_could_not_seal_the_next_start_in_the_process_recovers(place: Directory, clock: ManualClock) -> None:
+    """A lock that stays held would prevent it."""
     line = Line(place, clock)
     line.append(2)
 
