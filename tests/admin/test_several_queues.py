@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pillarbox import Outbox
+from tests.cli.running_processes import at_work, names, only_looks, writer
 from tests.cli.test_commands import PILLARBOX, run
 from tests.cli.test_tail import tailing
-from tests.cli.watching import at_work, names, only_looks, writer
 from tests.conftest import event
 
 SINKS = ("--sink", "live=sqlite:///live.db", "--sink", "warehouse=sqlite:///no/such/folder.db")

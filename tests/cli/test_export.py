@@ -15,8 +15,8 @@ from typing import Any
 from pillarbox import Outbox
 from pillarbox.store import record
 from tests.admin.prepared_outboxes import event_json, seal_batch
+from tests.cli.running_processes import DELIVER, at_work, names, only_looks, writer
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
-from tests.cli.watching import DELIVER, at_work, names, only_looks, writer
 from tests.conftest import event
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from pillarbox import Outbox
 from pillarbox.store import record
 from tests.admin.prepared_outboxes import event_json, outbox_with_dead_letters
+from tests.cli.running_processes import names
 from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
-from tests.cli.watching import names
 from tests.conftest import event, existing_events
 
 

@@ -11,8 +11,8 @@ import pytest
 from pillarbox import Outbox
 from pillarbox.store import record
 from tests.admin.prepared_outboxes import event_json, seal_batch
+from tests.cli.running_processes import names, only_looks
 from tests.cli.test_commands import run
-from tests.cli.watching import names, only_looks
 from tests.conftest import event
 
 

@@ -157,7 +157,7 @@ def test_flush_waits_until_it_is_delivered(tmp_path: Path) -> None:
         code, done = call("flush", tmp_path)
         assert (code, done["pending_batches"], done["unsealed"], done["reason"]) == (0, 0, [], "")
         assert sorted(ids(tmp_path / "events.db")) == [f"e-{number:02d}" for number in range(20)]
-        assert run("flush", "-d", "box", cwd=tmp_path).stdout == b"nothing to deliver\n"
+        assert run("flush", "-d", "box", cwd=tmp_path).stdout == b"everything is delivered\n"
 
 
 def test_flush_says_why_it_does_not_get_there(tmp_path: Path) -> None:

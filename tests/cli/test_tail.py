@@ -18,8 +18,8 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import record
+from tests.cli.running_processes import DELIVER, at_work, names, only_looks, writer
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
-from tests.cli.watching import DELIVER, at_work, names, only_looks, writer
 from tests.conftest import event, wait_until
 
 FIRST = "sealed-0.ndjson"

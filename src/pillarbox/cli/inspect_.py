@@ -120,17 +120,19 @@ def _file_lines(file: FileSummary) -> list[str]:
         lines.append(f"  events from {format_time(file.first_micros)} to {format_time(file.last_micros)}")
     if file.unfinished_bytes:
         lines.append(f"  an incomplete last line of {counted(file.unfinished_bytes, 'byte')}")
-    lines += [f"  damaged: {counted(damage.length, 'byte')} at {damage.offset}: {damage.reason}" for damage in file.damaged]
+    lines += [
+        f"  damaged: {counted(damage.length, 'byte')} at offset {damage.offset}: {damage.reason}" for damage in file.damaged
+    ]
     return lines
 
 
 def _event_lines(name: str, event: EventLocation) -> list[str]:
     if event.event is None:
         return [
-            f"{name}: possibly in damaged bytes in {event.file}, from byte {event.offset} of the batch file: {event.reason}"
+            f"{name}: possibly in damaged bytes in {event.file}, from offset {event.offset} of the batch file: {event.reason}"
         ]
     if event.record is not None:
         lines = [f"{name}: dead letter, {event.code}: {event.reason}", f"  pillarbox dead show {event.record}"]
     else:
-        lines = [f"{name}: {_STATES[event.state]}, in {event.file} at byte {event.offset}"]
+        lines = [f"{name}: {_STATES[event.state]}, in {event.file} at offset {event.offset}"]
     return [*lines, f"  {bytes(event.event).decode(errors='replace')}"]

@@ -215,7 +215,7 @@ def _describe_range(batch: QuarantinedBatch, number: int, piece: bytes, queue: s
     repaired = ""
     if damage.repaired_at_micros is not None:
         repaired = f", repaired {format_time(damage.repaired_at_micros)}: {counted(damage.repaired_events, 'event')}"
-    where = f"{counted(damage.length, 'byte')} at byte {damage.offset:,}" + (f", in the queue of {queue}" if queue else "")
+    where = f"{counted(damage.length, 'byte')} at offset {damage.offset:,}" + (f", in the queue of {queue}" if queue else "")
     return printable(f"{batch.batch}, range {number}\n  {damage.reason}; {where}{repaired}\n  {text}\n".replace("\r", "\\r"))
 
 
@@ -281,7 +281,7 @@ def _describe_repair(found: RangeRepair, *, checked: bool) -> str:
     for event in found.salvage.events:
         skipped = "skipped: " if checked and not event.verified else ""
         lines += [f"  event: {skipped}{event.how}", f"    {event.payload.decode()}"]
-    lines += [f"  no event: {problem}" for problem in found.salvage.problems]
+    lines += [f"  no event: it {problem}" for problem in found.salvage.problems]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""docs/how-to/inspect.md: its commands run, and print what it says."""
+"""docs/how-to/inspect.md: its commands run and print what the page shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from pillarbox import Outbox
-from tests.cli.pages import as_run, without_what_differs
+from tests.cli.doc_pages import as_run, without_what_differs
 from tests.conftest import event
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "inspect.md"
@@ -15,7 +15,7 @@ TEN = 1_795_600_800_000_000  # 2026-11-25T10:00:00Z
 
 
 def session(folder: Path) -> str:
-    """The page, with what its commands print now."""
+    """The page with the output that its commands print now."""
     with Outbox(str(folder / "box"), flush_interval=3600.0) as outbox:
         for number in range(4):
             user = f"u-{number}" if number % 2 == 0 else None
@@ -25,7 +25,7 @@ def session(folder: Path) -> str:
     return as_run(PAGE, folder)
 
 
-def test_the_page_on_the_tools_says_what_the_commands_print(tmp_path: Path) -> None:
-    """All of them, one after the other."""
+def test_the_page_on_inspection_shows_what_the_commands_print(tmp_path: Path) -> None:
+    """All of them, in their order."""
     said, printed = (without_what_differs(text) for text in (PAGE.read_text(), session(tmp_path)))
     assert re.sub(WRITER, "WRITER", said) == re.sub(WRITER, "WRITER", printed)

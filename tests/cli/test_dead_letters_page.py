@@ -1,4 +1,4 @@
-"""docs/how-to/dead-letters.md: its commands run, and print what it says."""
+"""docs/how-to/dead-letters.md: its commands run and print what the page shows."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from pillarbox.store import record
 from tests.admin.prepared_outboxes import event_json, seal_batch
-from tests.cli.pages import as_run, without_what_differs
+from tests.cli.doc_pages import as_run, without_what_differs
 from tests.cli.test_commands import run
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "dead-letters.md"
 
 
 def session(folder: Path) -> str:
-    """The page, with what its commands print now."""
+    """The page with the output that its commands print now."""
     box = folder / "box"
     dead = [event_json(1, 17), event_json(2, 17), event_json(3, 5, key="refund")]
     torn = record.line(event_json(5))[:-9]
@@ -23,6 +23,6 @@ def session(folder: Path) -> str:
     return as_run(PAGE, folder)
 
 
-def test_the_page_on_mending_says_what_the_commands_print(tmp_path: Path) -> None:
-    """All of them, one after the other."""
+def test_the_page_on_dead_letters_shows_what_the_commands_print(tmp_path: Path) -> None:
+    """All of them, in their order."""
     assert without_what_differs(PAGE.read_text()) == without_what_differs(session(tmp_path))
