@@ -1,10 +1,10 @@
 """`make torture MINUTES=n`: every harness for its share of the time, two at once, and then every mutant.
 
-Prints the seeds and what was looked at, and ends with what a harness has found and what reproduces it. What a harness is
-about, its module says; `docs/explanation/guarantees.md` has what came of long runs.
+Prints the seeds and what was checked, and ends with what a harness has found and how to reproduce it. The module of a harness says
+what it does; `docs/explanation/guarantees.md` has the results of long runs.
 
     .venv/bin/python -m tests.crash --minutes 10
-    .venv/bin/python -m tests.crash --stage kills --seconds 60 --seed 7    one of them, as it is run from here
+    .venv/bin/python -m tests.crash --stage kills --seconds 60 --seed 7    one harness
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Figures = dict[str, int]
 
 
 class Stage(NamedTuple):
-    """A harness, and what part of its lane's time it gets."""
+    """A harness, and its share of its lane's time."""
 
     lane: int
     share: float
@@ -46,12 +46,12 @@ class Stage(NamedTuple):
 
 
 def say(text: object) -> None:
-    """To whoever runs it, at once."""
+    """Print at once."""
     print(text, flush=True)  # noqa: T201 - it is run by hand
 
 
 def now_and_then() -> Callable[[object], None]:
-    """Say how it goes, not more often than every half minute."""
+    """A function that prints progress, at most every half minute."""
     told = time.monotonic()
 
     def tell(report: object) -> None:
@@ -64,12 +64,12 @@ def now_and_then() -> Callable[[object], None]:
 
 
 def place(name: str) -> Path:
-    """A folder that stays where something was found in it."""
+    """A folder that stays if something was found."""
     return Path(tempfile.mkdtemp(prefix=f"pillarbox-{name}-"))
 
 
 def states(seconds: float, seed: int) -> Figures:
-    """Every history up to a length and every state that a crash may leave of it, then longer ones by chance."""
+    """Every history up to a length and every state that a crash may leave of it, then longer random ones."""
     report = enumeration.run(99, seconds, seed, 1, enumeration.Bounds(in_recovery=2))
     say(report)
     figures = {"distinct states": report.distinct, "states checked": report.checked, "left by a recovery": report.in_recovery}
@@ -77,7 +77,7 @@ def states(seconds: float, seed: int) -> Figures:
 
 
 def failing_disks(seconds: float, seed: int) -> Figures:
-    """Each operation of each history fails, followed by the states that a crash may leave."""
+    """Each operation of each history fails, and then every state that a crash may leave."""
     logging.disable(logging.CRITICAL)
     end = time.monotonic() + seconds
     cases = list(faults.all_cases())
@@ -103,21 +103,21 @@ def sequences(seconds: float, seed: int) -> Figures:
 
 
 def killed(seconds: float, seed: int) -> Figures:
-    """Writers and deliverers, killed by kill -9."""
+    """Writers and delivery workers, killed by SIGKILL."""
     report = kills.run(seconds, seed, place("kills"), now_and_then())
     say(report)
     return {"kills": report.kills, "events": report.events, "acknowledged": report.acknowledged, FOUND: 0}
 
 
 def dropped(seconds: float, seed: int) -> Figures:
-    """The same on a file system that forgets what was not synced."""
+    """The same on a file system that loses what was not synced."""
     report = lossy_fs.run(seconds, seed, place("dropping"), now_and_then())
     say(report)
     return {"kills": report.kills, "cuts": report.rounds, "events": report.events, FOUND: 0}
 
 
 def cut(seconds: float, seed: int) -> Figures:
-    """Real file systems, and whether the model has what is left of them."""
+    """Real file systems, and whether the durability model admits what is left on them."""
     logging.disable(logging.CRITICAL)
     figures: Counter[str] = Counter()
     for filesystem in ("ext4", "xfs"):
@@ -128,7 +128,7 @@ def cut(seconds: float, seed: int) -> Figures:
 
 
 def answered_at_random(destination: str) -> Callable[[float, int], Figures]:
-    """Writers and deliverers, killed in front of a destination that answers at random."""
+    """Writers and delivery workers, killed in front of a destination that answers at random."""
 
     def stage(seconds: float, seed: int) -> Figures:
         if destination == "spacetimedb" and not places.has_server():
@@ -158,7 +158,7 @@ STAGES: Final = {
 
 
 def run_stage(name: str, seconds: float, seed: int) -> Figures:
-    """A stage, in a process of its own; raises where it finds something, or ends otherwise than it should."""
+    """Run a stage in a process of its own; raises if it finds something or fails."""
     command = [sys.executable, "-m", "tests.crash", "--stage", name, "--seconds", f"{seconds:.0f}", "--seed", str(seed)]
     say(f"{name}: {seconds:.0f} s, seed {seed}")
     figures: Figures | None = None
@@ -176,7 +176,7 @@ def run_stage(name: str, seconds: float, seed: int) -> Figures:
 
 
 def run_lane(lane: int, seconds: float, seed: int) -> dict[str, Figures]:
-    """The stages of a lane, one after another."""
+    """Run the stages of a lane, one after another."""
     mine = {name: stage for name, stage in STAGES.items() if stage.lane == lane}
     return {name: run_stage(name, seconds * stage.share, seed) for name, stage in mine.items()}
 
@@ -190,7 +190,7 @@ def finder(mutant: mutants.Mutant) -> str:
 
 
 def run_mutants() -> Figures:
-    """Every mutant, until somebody finds it."""
+    """Run each mutant until a harness finds it."""
     survivors: list[str] = []
     saying = threading.Lock()
 

@@ -1,10 +1,10 @@
-"""The model against the kernel: a real ext4 or XFS loses its power after the k-th operation of a history.
+"""The durability model compared with the kernel: a real ext4 or XFS loses its power after the k-th operation of a history.
 
-A history is the trace of the real code in the simulated world, or of operations by chance. The same operations are done on a
-file system on a loop device; the shutdown ioctl leaves there what a loss of power would leave, within milliseconds, and
-mounting again replays the journal. In between, the kernel is made to write back what nobody asked it to, for it may at any
-time. What survives must be among the states that the model admits; and the real code opens it and delivers what was promised.
-`need` is how a test says what it wants of the machine.
+A history is the trace of the real code on the simulated disk, or of random operations. The same operations are done on a file system
+on a loop device. The shutdown ioctl leaves what a loss of power would leave, within milliseconds, and mounting again replays the
+journal. In between, the kernel is made to write back data at moments when nobody asked for it, as it may at any time. What survives
+must be among the states that the model admits; and the real code opens it and delivers what was promised. A test states with `need`
+what it requires of the machine.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""Every history up to a length, every state that a crash may leave of it, and of a recovery of that; then longer ones by chance.
+"""Every history up to a length, every state that a crash may leave of it and of its recovery; then longer random histories.
 
-A history is looked at during its last step only, for what was before is a history of its own. WHICH MOMENTS: what is done
-between two syncs may be lost as a whole, so the states that a loss of power may leave only become more from one sync to the
-next, and the moment just ahead of a sync has all of those since the one before. What is owed changes at marks, and with the
-syncs themselves: so the moments ahead of each sync and each mark, and the end, have every state with everything that was owed
-of it. (What may arrive grows at marks too; but no byte of an event is written ahead of the mark that offers it. An eviction is
-marked ahead of its first removal.) The death of all processes leaves what is there: one state after each operation.
+Only the last step of a history is checked, because what came before is a history of its own.
 
-States are counted once each, whatever the names in them but for their kinds and order. What came of the recovery of a state is
-remembered, and judged anew where the same state is found while something else is owed.
+Which moments are checked: everything between two syncs may be lost as a whole, so from one sync to the next the set of states that a
+loss of power may leave only grows, and the moment just before a sync has all states since the one before. What is owed changes at
+marks and with the syncs themselves. So the moments before each sync and each mark, and the end, have every state together with
+everything that was owed of it. (What may arrive grows at marks too, but no byte of an event is written before the mark that offers
+it. An eviction is marked before its first removal.) When all processes die, the disk keeps what is there: one state after each
+operation.
+
+States that differ only in names are counted once, as long as kinds and order are the same. The result of recovering a state is
+remembered, and judged again when the same state is found while something else is owed.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ Origin = dict[str, object]  # what leads to a trace: a history, and the crashes 
 
 
 class Moment(NamedTuple):
-    """A place in a trace at which the world may end."""
+    """A point in a trace at which everything may stop."""
 
     at: int  # so many operations are done
     survivors: DurabilityModel
@@ -64,7 +66,7 @@ class Bounds(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What was looked at."""
+    """What was checked."""
 
     histories: int
     complete: int  # all histories up to so many steps were
@@ -85,7 +87,7 @@ class Report(NamedTuple):
 
 
 def moments(trace: list[Op], start: int, account: Account, survivors: DurabilityModel) -> Iterator[Moment]:
-    """The moments of a trace from an operation on. What is yielded moves on with the iteration."""
+    """The moments of a trace from an operation on. The objects that are yielded change with the iteration."""
     news, same = True, False
     for at, op in enumerate(trace):
         decisive = op.verb in ("mark", "sync_data", "sync_failed", "sync_directory")
@@ -102,21 +104,21 @@ def moments(trace: list[Op], start: int, account: Account, survivors: Durability
 
 @lru_cache(maxsize=100_000)
 def _told_apart(name: str) -> tuple[str, str]:
-    """What a name says, and of which batch or file."""
+    """What a name says, and the batch or file that it belongs to."""
     stem, aside = name.removesuffix(".aside"), name.endswith(".aside")
     kind = layout.kind_of(stem).value + ("~" if aside else "")
     return kind, stem.removeprefix("corrupt-").removeprefix("dead-").removesuffix(".spans.json").removesuffix(layout.SUFFIX)
 
 
 def key_of(state: State) -> int:
-    """Equal for states that differ only in how their files are numbered."""
+    """A key that is equal for states that differ only in how their files are numbered."""
     names = sorted((*_told_apart(path[len(PLACE) + 1 :]), data) for path, data in state.items())
     batches = sorted({batch for _, batch, _ in names})
     return hash(tuple([(kind, batches.index(batch), data) for kind, batch, data in names]))
 
 
 class Enumeration:
-    """Checks histories; remembers what came of each state."""
+    """Checks histories, and remembers the result of recovering each state."""
 
     def __init__(self, bounds: Bounds | None = None, judge: Callable[..., str] = problem_of) -> None:
         self.bounds = bounds or Bounds()
@@ -129,7 +131,7 @@ class Enumeration:
         self.violations: list[str] = []
 
     def check(self, history: str, chance: random.Random | None = None) -> bool:
-        """Look at the last step of a history, or, by chance, at all of it; whether that step did anything."""
+        """Check the last step of a history, or with `chance` all of it; whether that step did anything."""
         world = World()
         steps = steps_of(history)
         for letter, fuse in steps[:-1]:
@@ -196,7 +198,7 @@ class Enumeration:
         return number
 
     def _cut_recovery(self, origin: Origin, moment: Moment, state: State, disk: Disk) -> None:
-        """Crash while a state is recovered; what that leaves must be recovered as well."""
+        """Crash during the recovery of a state; what that leaves must be recovered as well."""
         before = self.checked
         deeper = _crashed(origin, moment, state)
         account = moment.account.after_crash(power=moment.power)
@@ -216,7 +218,7 @@ def _crashed(origin: Origin, moment: Moment, state: State) -> Origin:
 
 
 def reproduce(text: str, world_of: Callable[[Origin], World] = lambda _origin: World()) -> str:
-    """What is wrong after what a violation says has led to it; empty if nothing is any more."""
+    """What is wrong after the history and the crashes that a violation names; empty if nothing is any more."""
     origin: Origin = ast.literal_eval(text)
     history, crashes = origin["history"], origin["crashes"]
     assert isinstance(history, str)
@@ -244,7 +246,7 @@ def _recovered(disk: Disk, depth: int) -> Outcome:
 
 
 class Histories:
-    """All histories, level by level: those of one step more are made from those in which the last step did anything."""
+    """All histories, level by level: each is extended if its last step did anything."""
 
     def __init__(self, part: int = 0, parts: int = 1) -> None:
         self._longer = [""]
@@ -252,7 +254,7 @@ class Histories:
         self.complete = 0  # steps
 
     def check_longer(self, enumeration: Enumeration, until: Callable[[], bool] = lambda: False) -> bool:
-        """Check those of one step more than the last; whether that came to its end."""
+        """Check the histories that are one step longer; whether all were checked."""
         histories = [history + letter for history in self._longer for letter in STEPS]
         if self.complete == 1:
             histories = histories[self._part :: self._parts]
@@ -268,7 +270,7 @@ class Histories:
 
 
 def check_by_chance(enumeration: Enumeration, seed: int, until: Callable[[], bool]) -> None:
-    """Check longer histories, in which processes die in the middle of a step as well."""
+    """Check longer random histories, in which processes also die in the middle of a step."""
     chance = random.Random(seed)
     while not until() and len(enumeration.violations) < VIOLATIONS_MAX:
         letters = [chance.choice(LETTERS) for _ in range(chance.randint(4, LENGTH_MAX))]
@@ -277,7 +279,7 @@ def check_by_chance(enumeration: Enumeration, seed: int, until: Callable[[], boo
 
 
 class _Share(NamedTuple):
-    """What one worker does."""
+    """What one worker process does."""
 
     steps: int
     seconds: float
@@ -316,7 +318,7 @@ def _work(share: _Share) -> tuple[Report, bytes]:
 
 
 def run(steps: int, seconds: float = math.inf, seed: int = 0, workers: int = 1, bounds: Bounds | None = None) -> Report:
-    """Check all histories of up to so many steps, and, with a time, longer ones by chance for the rest of it."""
+    """Check all histories of up to so many steps, and with a time limit random longer ones for the rest of it."""
     shares = [_Share(steps, seconds, seed, part, workers, bounds or Bounds()) for part in range(workers)]
     begin = time.monotonic()
     if workers == 1:

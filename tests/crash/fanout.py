@@ -1,8 +1,8 @@
-"""Several sinks over one directory: histories of the real code, and every state that a crash at any moment of them leaves.
+"""Several sinks on one directory: histories of the real code, and every state that a crash at any moment of them leaves.
 
-A history is a text, one letter of `STEPS` a step. In its trace is what is owed to each sink. Each state that a kill or the
-loss of power may leave is opened by a fresh process, which delivers first, hands over then, and so on until nothing is left,
-with sinks that do not deduplicate; and then the accounts must balance. `problem_of` says what must not be.
+A history is a text, one letter of `STEPS` a step. Its trace has marks of what is owed to each sink. Each state that a kill or a loss
+of power may leave is opened by a new process, which delivers first, then fans out, and so on until nothing is left, to sinks that do
+not deduplicate; then the accounts must balance. `problem_of` says what must not be.
 """
 
 from __future__ import annotations

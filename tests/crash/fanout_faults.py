@@ -1,7 +1,7 @@
-"""Every operation of histories with several sinks fails, once and for good, with each error that fits.
+"""Every operation of histories with several sinks fails, once and permanently, with each error that fits.
 
-Whatever fails: no file that could not be handed over is passed over in silence, and once the disk works again the same process,
-or the next, brings everything to every sink.
+Whatever fails: a batch that could not be fanned out is always reported, and once the disk works again the same process, or the next
+one, delivers everything to every sink.
 """
 
 from __future__ import annotations

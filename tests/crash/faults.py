@@ -1,7 +1,7 @@
-"""Every operation of some histories fails, once and for good, with each error that fits; then every state that a crash leaves.
+"""Every operation of some histories fails, once and permanently, with each error that fits; then every state that a crash leaves.
 
-The code must go on: nothing is raised but where a layer may, nothing that is acknowledged is lost, nothing that is refused
-arrives; and once the disk works again, the same processes deliver everything that they had accepted, without a restart.
+The code must go on: no layer raises what it must not, nothing that is acknowledged is lost, nothing that is dropped arrives; and once
+the disk works again, the same processes deliver everything that they had accepted, without a restart.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WAIT_S: Final = 120.0  # longer than any pause before something is tried again
 
 
 class Report(NamedTuple):
-    """What was looked at."""
+    """What was checked."""
 
     faults: int  # runs in which something failed
     checked: int  # states, with what was owed
@@ -42,7 +42,7 @@ class Report(NamedTuple):
 
 
 def world_with(meter: FaultCounter) -> World:
-    """One whose disk fails as a meter says."""
+    """Processes on a disk that fails as a counter says."""
     world = World(lambda plain: fault_filesystem(plain, meter))
     world.troubled = lambda: meter.failures > 0
     # A refused call of which a part is on the disk and cannot be cut off: whoever adopts the file cannot know.
@@ -62,7 +62,7 @@ def faults_of(history: str) -> Iterator[tuple[Fault, ...]]:
 
 
 def pairs_of(history: str) -> Iterator[tuple[Fault, ...]]:
-    """Each write of a history taking a part only, and then failing, and so does cutting that part off."""
+    """Each write of a history that is partial and then fails, while that part cannot be cut off."""
     meter = FaultCounter()
     world_with(meter).run(history)
     for nth, code, for_good in itertools.product(range(1, meter.counts["write"] + 1), VERBS["truncate"], (False, True)):
@@ -70,7 +70,7 @@ def pairs_of(history: str) -> Iterator[tuple[Fault, ...]]:
 
 
 def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> bool:
-    """Run a history with faults, look at all its moments, and then at what the living make of it; whether it failed at all."""
+    """Run a history with faults, check all its moments, and then what the living processes deliver; whether anything failed."""
     meter = FaultCounter(*faults)
     world = world_with(meter)
     origin: Origin = {"history": history, "faults": tuple(map(tuple, faults))}
@@ -88,7 +88,7 @@ def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> 
 
 
 def afterwards(world: World, meter: FaultCounter) -> str:
-    """What is wrong once the disk works again and the processes that live had their time."""
+    """What is wrong once the disk works again and the living processes had time to continue."""
     meter.clear_faults()
     for _ in range(2):
         world.clock.advance(WAIT_S)  # for what was parked
@@ -111,7 +111,7 @@ def afterwards(world: World, meter: FaultCounter) -> str:
 
 
 def reproduce(text: str) -> str:
-    """What is wrong after what a violation says has led to it; empty if nothing is any more."""
+    """What is wrong after the history and the faults that a violation names; empty if nothing is any more."""
     origin: Origin = ast.literal_eval(text)
     history, faults = origin["history"], origin["faults"]
     assert isinstance(history, str)
@@ -132,7 +132,7 @@ def run(
     cases: Iterable[tuple[str, tuple[Fault, ...]]],
     until: Callable[[], bool] = lambda: False,
 ) -> Report:
-    """Check histories with the faults that they meet; `all_cases` has them all."""
+    """Check histories with their faults; `all_cases` has all of them."""
     enumeration = Enumeration(bounds)
     met = 0
     for history, faults in cases:

@@ -1,14 +1,13 @@
-"""Every interleaving, up to so many preemptions and kills, of the real code of several processes on one directory.
+"""Every interleaving of the real code of several processes on one directory, up to so many preemptions and kills.
 
-A process is a greenlet with a file system, a `Directory` and a clock of its own; each of its file-system calls, and each
-arrival of a batch at the destination, is a point at which another process may go on instead (a preemption), or at which the
-process is killed: its descriptors and locks go, and not one more of its calls has an effect. Where a process ends, another goes
-on, whichever.
+A process is a greenlet with a file system, a `Directory` and a clock of its own. Each of its file-system calls, and each arrival of a
+batch at the destination, is a point at which another process may continue instead (a preemption), or at which the process is
+killed: it loses its descriptors and locks, and none of its later calls has an effect. When a process ends, any other one continues.
 
-A schedule is the list of the decisions that are not "go on": what is done at which point. `explore` runs a schedule, looks at
-the points that it came by, and adds to it every further decision that the bounds allow: so each schedule is run exactly once.
-Calls that no other process can notice as long as the power stays on are no points. After each schedule a new process recovers
-and delivers what is left, and then `violations` says what must not be.
+A schedule is the list of the decisions that are not "continue": what is done at which point. `explore` runs a schedule, reads the
+points that it came by, and adds every further decision that the bounds allow, so that each schedule is run exactly once. A call that
+no other process can notice while the power stays on is not a point. After each schedule a new process recovers and delivers what is
+left, and `violations` says what must not be.
 
     .venv/bin/python -m tests.crash.interleave --seconds 600 --seed 1
 """
@@ -61,7 +60,7 @@ Schedule = tuple[Decision, ...]
 
 
 class Loop(asyncio.BaseEventLoop):
-    """An event loop with no input or output, in which waiting takes no time."""
+    """An event loop without input or output, in which waiting takes no time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +82,7 @@ class Loop(asyncio.BaseEventLoop):
 
 
 def deliver_once(directory: Directory, sink: Sink, clock: Clock, on_gone: Callable[[int], None] = lambda _bytes: None) -> None:
-    """One round of the real deliverer, if it gets the lease: adopt, send, settle."""
+    """One round of the real delivery worker, if it gets the lease: adopt, send, settle."""
     counters = DeliveryCounters()
     worker = Worker(directory, sink, "test", clock, RULES, counters, DeliveryCallbacks(on_gone))
     worker.end()
@@ -106,7 +105,7 @@ class Process:
         self.directory = Directory(PLACE, self.filesystem, self.clock, world.new_id)
 
     def point(self, verb: str, path: str) -> None:
-        """Another process may go on here."""
+        """A point at which another process may continue."""
         if self.dead:
             raise Killed
         if verb in UNNOTICED or not self.world.interleaved:
@@ -121,14 +120,14 @@ class Process:
             raise Killed
 
     def die(self) -> None:
-        """Lose descriptors and locks; whatever is called from now on has no effect."""
+        """Lose descriptors and locks; no later call has an effect."""
         self.dead = True
         self.filesystem.kill()
 
     # Programs.
 
     def write(self, *appends: int, evict_above: int | None = None) -> None:
-        """What an application does: start, append so many events at a time, a round of the sealer after each, end."""
+        """What an application does: start, append so many events at a time with a round of the sealer after each, end."""
         directory = self.directory
         inbox = SealerInbox()
         writer = Writer(directory, WriterLimits(2, 10**6, evict_above or 2**30), inbox.wake)
@@ -174,16 +173,16 @@ class Process:
         self.die()
 
     def adopt(self) -> None:
-        """What each process does that starts."""
+        """What each process does when it starts."""
         recover(self.directory)
 
     def deliver(self) -> None:
-        """One round of the real deliverer, if it gets the lease: adopt, send, settle."""
+        """One round of the real delivery worker, if it gets the lease: adopt, send, settle."""
         deliver_once(self.directory, Destination(self), self.clock)
 
 
 class Destination(RecordingSink):
-    """Takes everything, and remembers for the whole world."""
+    """Accepts everything, and records it for all processes."""
 
     def __init__(self, process: Process) -> None:
         super().__init__()
@@ -223,11 +222,11 @@ class World:
         return event
 
     def another(self) -> Process:
-        """A process that is not among those that are interleaved."""
+        """A process that is not interleaved."""
         return Process(self, -1)
 
     def put(self, name: str, events: int, raw: bytes = b"") -> set[bytes]:
-        """A file that was there before, with events that count as accepted."""
+        """Create a file that was there before, with events that count as accepted."""
         made = [self.new_event() for _ in range(events)]
         process = self.another()
         fd = process.filesystem.create(f"{PLACE}/{name}")
@@ -237,11 +236,11 @@ class World:
         return set(made)
 
     def names(self) -> list[str]:
-        """What is in the directory."""
+        """The names in the directory."""
         return sorted(entry.name for entry in self.another().filesystem.list_files(PLACE))
 
     def content(self, name: str) -> bytes:
-        """What is in a file."""
+        """The content of a file."""
         filesystem = self.another().filesystem
         return filesystem.read_all(filesystem.open_existing(f"{PLACE}/{name}", allow_links=True))
 
@@ -251,7 +250,7 @@ Scenario = Callable[[World], list[Program]]
 
 
 class Point(NamedTuple):
-    """Where a decision may be taken: who was about to do what, and what else could be decided there."""
+    """Where a decision may be taken: which process was about to do what, and what else could be decided there."""
 
     process: int
     doing: str
@@ -259,14 +258,14 @@ class Point(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What came of a schedule."""
+    """The result of one schedule."""
 
     points: list[Point]
     troubles: list[str]
 
 
 class Report(NamedTuple):
-    """What came of many."""
+    """The results of many schedules."""
 
     schedules: int
     points: int
@@ -283,7 +282,7 @@ class Report(NamedTuple):
 
 
 def run_schedule(scenario: Scenario, schedule: Schedule) -> Run:
-    """Run the processes of a scenario as the schedule says, then recover and look what is wrong."""
+    """Run the processes of a scenario as the schedule says, then recover and find what is wrong."""
     world = World()
     programs = scenario(world)
     troubles: list[str] = []
@@ -332,7 +331,7 @@ def _guarded(process: Process, program: Program, troubles: list[str]) -> Callabl
 
 
 def violations(world: World, *, killed: bool) -> list[str]:
-    """What must not be, once a new process has recovered and delivered everything."""
+    """What is wrong once a new process has recovered and delivered everything."""
     found: list[str] = []
     last = world.another()
     try:
@@ -364,7 +363,7 @@ def violations(world: World, *, killed: bool) -> list[str]:
 
 
 def within(schedule: Schedule, points: Sequence[Point], preemptions: int, kills: int) -> bool:
-    """Whether a schedule keeps to the bounds; where a process has ended or was killed, another goes on at no cost."""
+    """Whether a schedule is within the bounds; when a process has ended or was killed, another one continues at no cost."""
     preempted = sum(what == "go" and points[number].doing not in ("end", "begin") for number, what, _ in schedule)
     return preempted <= preemptions and sum(what == "kill" for _, what, _ in schedule) <= kills
 
@@ -372,7 +371,7 @@ def within(schedule: Schedule, points: Sequence[Point], preemptions: int, kills:
 def explore(
     scenario: Scenario, preemptions: int = PREEMPTIONS, kills: int = KILLS, seconds: float | None = None, seed: int = 0
 ) -> Report:
-    """Run every schedule within the bounds; with `seconds`, in an order that the seed decides and no longer than that."""
+    """Run every schedule within the bounds; with `seconds`, in an order that the seed decides, and no longer than that."""
     chance = random.Random(seed)
     deadline = None if seconds is None else time.monotonic() + seconds
     waiting: list[Schedule] = [()]
@@ -398,7 +397,7 @@ def explore(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log lines, and with the hooks of the interpreter as they were."""
+    """Without log lines, and with the hooks of the interpreter restored."""
     logger, hooks = logging.getLogger("pillarbox"), sys.get_asyncgen_hooks()
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -515,7 +514,7 @@ SCENARIOS: Final[list[Scenario]] = [
 
 
 def run(seconds: float | None = None, seed: int = 0, preemptions: int = PREEMPTIONS, kills: int = KILLS) -> Report:
-    """Every scenario; with `seconds`, each for its share of them."""
+    """Run every scenario; with `seconds`, each for its share of them."""
     share = None if seconds is None else seconds / len(SCENARIOS)
     reports = [explore(scenario, preemptions, kills, share, seed) for scenario in SCENARIOS]
     return Report(

@@ -1,4 +1,4 @@
-"""Scenarios of `interleave.py` with several sinks: one hands over, others deliver their queues, evict, or add a sink."""
+"""Scenarios of `interleave.py` with several sinks: one process fans out, others deliver their queues, evict, or add a sink."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a process that is to kill itself around an operation on the disk comes by it: the verbs of its file system are wrapped."""
+"""How a process that is to kill itself around an operation on the disk gets there: the operations of its file system are wrapped."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ SEVERAL = tuple(verb for verb in vars(SequentialBatchOps) if not verb.startswith
 
 
 def step_by_step() -> None:
-    """Have this process do one by one what it could do in one call: there are more moments to die at."""
+    """Make this process run batch operations one by one: there are more moments to die at."""
     for verb in [verb for verb in vars(CompiledOsFilesystem) if hasattr(OsFilesystem, verb) and not verb.startswith("__")]:
         delattr(CompiledOsFilesystem, verb)
 
 
 def wrap(verbs: Iterable[str], wrapper: Callable[[str, Callable[..., object]], Callable[..., object]]) -> None:
-    """Have this process come by `wrapper(verb, function)` in place of each of these verbs, wherever it is."""
+    """Replace each of these operations of the file system by `wrapper(verb, function)` in this process."""
     for verb in sorted(verbs):
         for place in (OsFilesystem, CompiledOsFilesystem):
             found = vars(place).get(verb)

@@ -43,7 +43,10 @@ CUT_SHORT: Final = "af{}v"  # one more
 OPERATIONS: Final = 30  # that it has at most
 EXAMPLES: Final = 1200  # of the state machine
 UNIT_TESTS: Final = "tests"  # of the functions, not of crashes
-COMPILED_TESTS: Final = ("tests/store/test_batch_io.py", "tests/store/test_dirscan.py")  # of a patch of a C source
+COMPILED_TESTS: Final = (  # of a patch of a C source
+    *("tests/crash/test_compiled_order.py", "tests/store/test_batch_io.py", "tests/store/test_dirscan.py"),
+    *("-k", "not plain and not two_steps"),
+)
 LEFT_OUT: Final = (
     *(
         "store/test_interrupts",
@@ -149,7 +152,7 @@ def _tests(*chosen: str) -> str:
 def unit_tests() -> str:
     """What the functions promise, without what the other columns are, and what wants real file systems or takes longest."""
     if compiled_order.current_order() == "compiled":
-        return _tests(*COMPILED_TESTS, "-k", "not plain")
+        return _tests(*COMPILED_TESTS)
     return _tests("tests/store", "tests/delivery", *(f"--ignore=tests/{name}.py" for name in LEFT_OUT))
 
 

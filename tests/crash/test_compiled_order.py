@@ -198,6 +198,26 @@ def test_a_file_that_vanishes_between_its_name_and_its_size_is_left_out() -> Non
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("moment", ["has_name", "lock", "is_file_at"])
+def test_a_file_that_is_replaced_while_it_is_opened_and_locked_is_not_taken(moment: str) -> None:
+    """Another process has renamed another file to its name: the one that was opened has no name any more."""
+    disk = Disk({"/d/a": b"1", "/d/b": b"22"})
+    other = CrashFilesystem(disk)
+
+    def before(verb: str, _path: str) -> None:
+        if verb == moment:
+            with contextlib.suppress(FileNotFoundError):
+                other.rename("/d/b", "/d/a")
+
+    filesystem = crash_filesystem(disk, before)
+    assert filesystem.open_locked("/d/a") is None
+    assert not filesystem._open
+    fd = filesystem.open_locked("/d/a")
+    assert fd is not None
+    assert filesystem.size(fd) == 2
+
+
+@pytest.mark.usefixtures("compiled")
 def test_a_disk_that_fails_is_asked_once() -> None:
     """The file system inside of another one leaves the compiled order to it."""
     seen: list[str] = []

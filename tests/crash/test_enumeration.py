@@ -1,4 +1,4 @@
-"""All histories of up to three steps, all states that a crash may leave of them; and that what is planted is found."""
+"""All histories of up to three steps, all states that a crash may leave of them; and that planted defects are found."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Patch = pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("each_order")
 def test_every_state_after_every_short_history_is_recovered() -> None:
-    """Histories of up to three steps, torn at any byte; of those of one step each recovery is cut short as well."""
+    """Histories of up to three steps, torn at any byte; the recoveries of those of one step are cut short as well."""
     report = run(STEPS, bounds=Bounds(in_recovery=1))
     assert not report.violations, report
     assert (report.complete, report.sampled) == (STEPS, 0)
@@ -47,7 +47,7 @@ def test_a_recovery_that_is_cut_short_is_recovered(history: str) -> None:
 
 @pytest.mark.usefixtures("each_order")
 def test_longer_histories_by_chance() -> None:
-    """In which processes die in the middle of a step as well; the seed is in the report."""
+    """Processes also die in the middle of a step; the seed is in the report."""
     looked = Enumeration()
     enumeration.check_by_chance(looked, 20, lambda: looked.histories >= 30)
     assert not looked.violations, looked.violations
@@ -199,7 +199,7 @@ PLANTED = [
 
 @pytest.mark.parametrize(("plant", "problem"), PLANTED, ids=lambda one: getattr(one, "__name__", ""))
 def test_what_is_planted_is_found_and_reproduced(plant: Callable[[Patch], None], problem: str, monkeypatch: Patch) -> None:
-    """Within three steps; mended, it is not there any more."""
+    """Within three steps; once it is removed, the violation is gone."""
     looked, histories = Enumeration(Bounds(tears=enumeration.ENDS)), Histories()
     with monkeypatch.context() as patch:
         plant(patch)
@@ -213,7 +213,7 @@ def test_what_is_planted_is_found_and_reproduced(plant: Callable[[Patch], None],
 
 
 def test_what_shows_only_where_a_recovery_is_cut_short_is_found_and_reproduced(monkeypatch: Patch) -> None:
-    """Nothing is written aside in this history, but in the recovery of what it leaves."""
+    """No temporary file is written in this history, but in the recovery of what it leaves."""
     looked = Enumeration(Bounds(in_recovery=1))
     with monkeypatch.context() as patch:
         what_was_written_aside_stays(patch)
@@ -227,7 +227,7 @@ def test_what_shows_only_where_a_recovery_is_cut_short_is_found_and_reproduced(m
 
 
 def test_states_that_differ_in_how_files_are_numbered_only_are_one() -> None:
-    """In contents, kinds, order, and in which file belongs to which batch, they are two."""
+    """States that differ in contents, kinds, order, or in which file belongs to which batch are two."""
     one = {f"{PLACE}/sealed-1-a.ndjson": b"1", f"{PLACE}/dead-sealed-1-a.ndjson": b"2"}
     assert key_of(one) == key_of({f"{PLACE}/dead-sealed-7-b.ndjson": b"2", f"{PLACE}/sealed-7-b.ndjson": b"1"})
     others = [

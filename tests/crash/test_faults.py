@@ -1,4 +1,4 @@
-"""Every operation of some histories fails in every way; what is planted is found; and the file system that fails itself."""
+"""Every operation of some histories fails in every way; planted defects are found; and the file system that fails itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Patch = pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """A disk that fails a thousand times fills the log."""
+    """Disable the log: a disk that fails a thousand times fills it."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -46,7 +46,7 @@ def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", HISTORIES)
 def test_a_part_of_a_write_may_be_there_to_stay(history: str) -> None:
-    """The disk is full in the middle of a line, and what it took cannot be cut off."""
+    """The disk is full in the middle of a line, and the part that was written cannot be cut off."""
     report = run(BOUNDS, [(history, faults) for faults in pairs_of(history)])
     assert not report.violations, report
     assert report.faults >= PAIRS_MIN
@@ -133,7 +133,7 @@ def swallowing(real: Callable[..., object]) -> Callable[..., object]:
 def test_what_is_planted_is_found_and_reproduced(
     plant: Callable[[Patch], None], history: str, problem: str, monkeypatch: Patch
 ) -> None:
-    """Mended, it is not there any more."""
+    """Once it is removed, the violation is gone."""
     with monkeypatch.context() as patch:
         plant(patch)
         found = run(BOUNDS, [(history, faults) for faults in faults_of(history)]).violations[0]

@@ -1,6 +1,6 @@
-"""Every interleaving of the real code within bounds that take seconds; and that the harness finds what is planted.
+"""Every interleaving of the real code within bounds that take seconds; and that planted defects are found.
 
-`python -m tests.crash.interleave` runs all with three preemptions and a kill.
+`python -m tests.crash.interleave` runs all of them with three preemptions and a kill.
 """
 
 from __future__ import annotations

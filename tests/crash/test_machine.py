@@ -1,4 +1,4 @@
-"""The state machine for some seconds, always the same; that it finds what is planted; and that its losses of power are the model's.
+"""The state machine for some seconds, always with the same examples; planted defects are found; its losses of power are the model's.
 
 `python -m tests.crash.state_machine` runs it for longer.
 """

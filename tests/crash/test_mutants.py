@@ -1,4 +1,4 @@
-"""That every mutant can be made, and that some of them are found; `python -m tests.crash.mutants` runs them all."""
+"""Every mutant can be made, and some of them are found; `python -m tests.crash.mutants` runs all of them."""
 
 from __future__ import annotations
 

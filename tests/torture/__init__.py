@@ -1,1 +1,1 @@
-"""A destination that answers at random, while writers and deliverers are killed."""
+"""Torture: writers and delivery workers are killed at random, in front of a destination that answers at random."""

@@ -1,4 +1,4 @@
-"""The referee, from the command line."""
+"""The torture from the command line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SHARES: Final = {"sqlite": 0.2, "http": 0.2, places.TWO: 0.25, "spacetimedb": 0.
 
 
 def say(text: object) -> None:
-    """To whoever runs it, at once."""
+    """Print at once."""
     print(text, flush=True)  # noqa: T201 - it is for people
 
 
 def main() -> None:
-    """The folder stays where something was found."""
+    """Run it. The folder stays if something was found."""
     parser = argparse.ArgumentParser(description=run.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--destination", choices=places.PLACES, help="one of them; otherwise all, each for its share")
     parser.add_argument("--minutes", type=float, default=12.0)

@@ -1,6 +1,6 @@
-"""What the referee knows: what each writer has begun to store and was answered, in memory that outlives whoever is killed.
+"""What each writer attempted to store, and what it was answered, in shared memory that outlives the process that is killed.
 
-And the tally of what destinations have answered, kept in the same way, for those who answer are killed as well.
+The counts of what destinations have answered are kept in the same way, for their processes are killed as well.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ Event = tuple[int, int]  # life and number
 
 
 class Notes:
-    """What one writer writes down of its events, before and after it stores them."""
+    """What one writer notes of its events, before and after it stores them."""
 
     def __init__(self, shared: mmap.mmap, first: int) -> None:
         self._shared = shared
         self._first = first
 
     def begin(self, numbers: range) -> None:
-        """They are about to be stored."""
+        """Note that events are about to be stored."""
         start = self._first + numbers.start
         self._shared[start : start + len(numbers)] = bytes([BEGUN]) * len(numbers)
 
     def conclude(self, number: int, state: int) -> None:
-        """This is what the writer was answered."""
+        """Note what the writer was answered."""
         self._shared[self._first + number] = state
 
 
 class Found(NamedTuple):
-    """What is there when everything is settled: how often each event is, at each place."""
+    """What is there once everything is settled: how often each event is in each place."""
 
     arrived: Mapping[Event, int]
     dead: Mapping[Event, int]
@@ -47,7 +47,7 @@ class Found(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Events of a directory: how many in the end, and how many of them were acknowledged."""
+    """Counts of events of a directory, and how many of them were acknowledged."""
 
     begun: int
     acknowledged: int
@@ -56,7 +56,7 @@ class Sums(NamedTuple):
 
 
 class Account:
-    """Of one directory: every life's events and what became of them."""
+    """What became of the events of every process that wrote to a directory."""
 
     def __init__(self, seed: int, slots: int) -> None:
         self._seed = seed
@@ -64,26 +64,26 @@ class Account:
         self._lives: dict[int, bytes] = {}
 
     def notes(self, slot: int) -> Notes:
-        """For whoever lives in this slot."""
+        """The notes of the process that uses this slot."""
         return Notes(self._shared, slot * EVENTS_MAX)
 
     def bury(self, slot: int, life: int) -> None:
-        """Take over what a writer noted that is dead now."""
+        """Take over the notes of a writer that is dead."""
         span = slice(slot * EVENTS_MAX, (slot + 1) * EVENTS_MAX)
         self._lives[life] = self._shared[span].rstrip(bytes([NEVER]))
         self._shared[span] = bytes(EVENTS_MAX)
 
     def begun(self, slots: Iterable[int]) -> int:
-        """How many events there are, with those of the living."""
+        """How many events were attempted, those of living writers included."""
         size = EVENTS_MAX
         living = sum(size - self._shared[slot * size : (slot + 1) * size].count(NEVER) for slot in slots)
         return living + sum(len(states) - states.count(NEVER) for states in self._lives.values())
 
     def check(self, found: Found, *, takes_all: bool = False) -> list[str]:
-        """What is wrong: every good event once at the destination, every poisoned one once among the dead letters.
+        """What is wrong: each good event must be once at the destination, each poisoned one once among the dead letters.
 
-        At one that `takes_all`, the poisoned ones are good. What was begun and not acknowledged may be there or not; what was
-        refused may not.
+        At a destination that `takes_all`, poisoned events are good. An event that was attempted and not acknowledged may be there or
+        not; an event that was dropped must not be.
         """
         wrong: dict[str, list[Event]] = {}
         places = (("at the destination", found.arrived, False), ("among the dead letters", found.dead, True))
@@ -103,7 +103,7 @@ class Account:
         return [_complaint(what, those) for what, those in wrong.items()]
 
     def sums(self, found: Found) -> Sums:
-        """The figures."""
+        """The counts."""
         acknowledged = sum(states.count(ACKNOWLEDGED) for states in self._lives.values())
         return Sums(self.begun(()), acknowledged, len(found.arrived), len(found.dead))
 
@@ -122,18 +122,18 @@ def _complaint(what: str, those: Sequence[Event]) -> str:
 
 
 class Tally:
-    """Counts by name, in memory that processes share; each process adds in a row of its own."""
+    """Counts by name in memory that processes share; each process counts in a row of its own."""
 
     def __init__(self, names: Sequence[str], rows: int) -> None:
         self._names = {name: index for index, name in enumerate(names)}
         self._shared = mmap.mmap(-1, max(1, rows * len(names) * 8))
 
     def row(self, row: int) -> Row:
-        """The row that one process adds in."""
+        """The row in which one process counts."""
         return Row(self._shared, self._names, row * len(self._names) * 8)
 
     def sums(self) -> Counter[str]:
-        """What all have counted together."""
+        """The sum of all rows."""
         found: Counter[str] = Counter()
         width = len(self._names)
         for index, (value,) in enumerate(struct.iter_unpack("=Q", self._shared[: len(self._shared) // 8 * 8])):
@@ -142,7 +142,7 @@ class Tally:
 
 
 class Row:
-    """Where one process counts."""
+    """The row in which one process counts."""
 
     def __init__(self, shared: mmap.mmap, names: Mapping[str, int], first: int) -> None:
         self._shared = shared
@@ -150,6 +150,6 @@ class Row:
         self._first = first
 
     def add(self, name: str) -> None:
-        """One more."""
+        """Count one more."""
         at = self._first + 8 * self._names[name]
         struct.pack_into("=Q", self._shared, at, struct.unpack_from("=Q", self._shared, at)[0] + 1)

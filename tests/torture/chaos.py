@@ -1,4 +1,4 @@
-"""What a destination answers next: by chance, from a seed, mostly yes."""
+"""What a destination answers next: at random from a seed, and yes most of the time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AFTER: Final = (None, *[0] * 20, 1)  # seconds, in Retry-After; whole ones are 
 
 
 class Chaos:
-    """Draws answers with these weights; as long as the file `down` is there, always the same."""
+    """Draws answers with these weights. While the file `down` exists, the answer is always the same."""
 
     def __init__(self, seed: str, down: Path, weights: Mapping[str, float] = EVERY_CALL) -> None:
         self.chance = random.Random(seed)
@@ -33,7 +33,7 @@ class Chaos:
         self._away_until = 0.0
 
     def draw(self) -> str:
-        """The next answer; now and then the same one for a while, to everybody."""
+        """The next answer; sometimes the same one for a while, for every process."""
         now = time.monotonic()
         if self.chance.random() < _OUTAGES:
             self._away_until = now + _OUTAGE_S * self.chance.random()
@@ -42,21 +42,21 @@ class Chaos:
         return self.chance.choices(self._names, self._weights)[0]
 
     def after(self) -> dict[str, str]:
-        """The header that says when to come again, or none."""
+        """The Retry-After header, or none."""
         seconds = self.chance.choice(_AFTER)
         return {} if seconds is None else {"Retry_After": str(seconds)}
 
     def garbage(self) -> bytes:
-        """Bytes that are no answer, whatever the dice say: no header holds a NUL. Some begin like one."""
+        """Bytes that are not an HTTP response: no header contains a NUL. Some start like one."""
         start = self.chance.choice((b"", b"HTTP/1.1 ", b"HTTP/1.1 200 So\r\nContent-Le"))
         return start + b"\0" + self.chance.randbytes(40) + b"\r\n\r\n"
 
     def pieces(self, data: bytes) -> list[bytes]:
-        """The bytes in small pieces, to be sent slowly."""
+        """The bytes in small pieces, for a slow answer."""
         size = self.chance.choice((7, 40))
         return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 def manner(batch: str) -> str:
-    """How a destination that knows repeats by the batch's id answers a poisoned batch: by its own id, the same each time."""
+    """How a destination that recognises repeated batch ids answers a poisoned batch: the same way for the same id."""
     return (REFUSED, NAMED, KEPT)[zlib.crc32(batch.partition(":")[0].encode()) % 3]

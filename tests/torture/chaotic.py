@@ -1,6 +1,6 @@
-"""Chaos around the real SQLite sink: `chaotic:///path.db?seed=7&down=FILE` is `sqlite:///path.db`, and answers at random.
+"""The real SQLite sink with random answers: `chaotic:///path.db?seed=7&down=FILE` is `sqlite:///path.db`, and answers at random.
 
-It is found as anybody's sink is, by an entry point (`register`), so that `pillarbox deliver` delivers to it as well.
+It is found as any other sink is, by an entry point (`register`), so that `pillarbox deliver` delivers to it as well.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ hang_s = 1.0
 
 
 class ChaoticSqliteSink:
-    """A Sink around a Sink."""
+    """A sink around another one."""
 
     def __init__(self, url: str, event_type: type[msgspec.Struct]) -> None:
         parts = urlsplit(url)
@@ -58,7 +58,7 @@ class ChaoticSqliteSink:
         self._sink.prepare(batch)
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        """As drawn."""
+        """Answer as drawn."""
         drawn, chance = self._chaos.draw(), self._chaos.chance
         poisoned = any(MARK in payload for payload in batch.payloads)
         if poisoned and drawn in (chaos.ACCEPT, chaos.SLOW):
@@ -107,7 +107,7 @@ def _count(drawn: str) -> None:
 
 
 def register(folder: Path) -> None:
-    """Have the entry point be found by this process and those that it forks."""
+    """Make the entry point known to this process and to those that it forks."""
     place = folder / "torture-1.dist-info"
     place.mkdir(parents=True)
     (place / "METADATA").write_text("Metadata-Version: 2.1\nName: torture\nVersion: 1\n")

@@ -1,9 +1,9 @@
-"""An HTTP destination that knows repeats by `Idempotency-Key`, keeps what it has accepted, and answers at random.
+"""An HTTP destination that recognises repeats by `Idempotency-Key`, stores what it accepts, and answers at random.
 
-A call that holds a poisoned record is refused, as a whole or by index, or the rest of it is kept; one that is larger than its
-limit is a 413. This follows from the call alone, so that a batch is cut in the same parts whenever it is sent: were one
-attempt's parts `0-16` and `18-99`, and the next one's `0-49` and `50-99`, then no id would be known, and all be there twice.
-Everything else is chance. The referee asks it at `/arrived`.
+A call with a poisoned record is rejected as a whole, or by index, or the rest of it is stored; one that is larger than its limit is
+answered with 413. This depends on the call alone, so that a batch is always split into the same parts. If one attempt had the parts
+`0-16` and `18-99` and the next one `0-49` and `50-99`, no id would be recognised, and every event would be there twice. Everything
+else is random. The torture asks for what has arrived at `/arrived`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PIECE_S: Final = 0.002  # between two pieces of a slow answer
 
 
 class Arrived(msgspec.Struct):
-    """What the referee is told: each event and how often it was accepted, and what should not have happened."""
+    """How often each event was accepted, and what should not have happened."""
 
     events: list[tuple[int, int, int]]  # life, number, count
     wrong: list[str]
 
 
 class Destination:
-    """Serves one port; `hang_s` is longer than a sink waits."""
+    """Serves one port. `hang_s` is longer than a sink waits."""
 
     def __init__(self, seed: str, down: Path, row: Row, hang_s: float) -> None:
         self._chaos = Chaos(seed, down)
@@ -47,7 +47,7 @@ class Destination:
         self._wrong: list[str] = []
 
     async def serve(self, port: int) -> None:
-        """Until killed."""
+        """Serve until the process is killed."""
         server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=wire.HEAD_BYTES_MAX)
         await server.serve_forever()
 
@@ -62,7 +62,7 @@ class Destination:
             writer.transport.abort()  # unlike `close`, it leaves nobody waiting for what is unsent
 
     async def _answer(self, request: wire.Message, writer: asyncio.StreamWriter) -> bool:
-        """Whether the connection goes on."""
+        """Answer one request; whether the connection stays open."""
         _, path, _ = request.start.split(" ", 2)
         if path in (ARRIVED, FORGET):
             writer.write(wire.answer(200, self._report(path == FORGET)))
@@ -101,7 +101,7 @@ class Destination:
         return not request.closes
 
     def _take(self, request: wire.Message, drawn: str) -> bytes:
-        """Accept the call, or refuse it for good."""
+        """Accept the call, or reject it for good."""
         key = request.headers.get("idempotency-key", "").strip('"')
         body = _plain(request)
         found = [(int(life), int(number), event_key) for life, number, event_key in EVENT.findall(body)]
@@ -121,7 +121,7 @@ class Destination:
         return _answer(200, {"accepted": fresh, "duplicates": len(kept) - fresh, "refused": _refused(bad)})
 
     def _keep(self, key: str, events: list[Event]) -> int:
-        """How many of them were not there before."""
+        """Store events; how many of them were new."""
         check = zlib.crc32(repr(events).encode())
         if key not in self._keys:
             self._keys[key] = check
@@ -150,7 +150,7 @@ def _answer(status: int, body: dict[str, object]) -> bytes:
 
 
 def _plain(request: wire.Message) -> bytes:
-    """The body as it was before it was packed."""
+    """The body without its compression."""
     packed = request.headers.get("content-encoding", "")
     if packed == "gzip":
         return gzip.decompress(request.body)

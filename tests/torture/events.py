@@ -1,7 +1,7 @@
 """The events of a run: which there are, which of them are poisoned, and how. All of it follows from the seed.
 
-An event is `life-number`: the n-th of a writer's life. A poisoned one is refused for good by every destination here: most stand
-alone, some in a row, so that now and then all of a small batch is refused.
+An event is `life-number`: the n-th of a life, which is one run of a writer process. A poisoned event is rejected for good by every
+destination here. Most are alone and some in a row, so that sometimes all records of a small batch are rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROWS: Final = 3_000  # in one of so many rows
 
 
 def poisoned(seed: int, life: int, number: int) -> bool:
-    """Whether an event is."""
+    """Whether an event is poisoned."""
     row = zlib.crc32(b"%d/%d/%d" % (seed, life, number // _ROW))
     return row % _ROWS == 0 or zlib.crc32(b"%d.%d.%d" % (seed, life, number)) % _ALONE == 0
 

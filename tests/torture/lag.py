@@ -1,7 +1,7 @@
-"""How far each sink is behind, and that a fickle one which is down holds back nobody but itself.
+"""How far each sink is behind, and that a fickle sink that is down delays nobody but itself.
 
-In the middle third of a round with two sinks the fickle one refuses everything. Again and again it is looked what waits for each:
-how many events in sealed files, and since when the oldest of these.
+In the middle third of a round with two sinks the fickle one rejects everything. The backlog of each sink is sampled all the time: how
+many events are in sealed files, and how old the oldest file is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _JUDGED_S: Final = 5.0  # a shorter time is no time to tell apart who is held ba
 
 
 class Behind(NamedTuple):
-    """What waits for a sink: events, and the age of the oldest file in seconds."""
+    """The backlog of a sink: events, and the age of the oldest file in seconds."""
 
     events: int
     seconds: float
@@ -33,7 +33,7 @@ class Behind(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """What was seen of both sinks."""
+    """The samples of both sinks."""
 
     steady: list[Behind]
     fickle: list[Behind]
@@ -44,7 +44,7 @@ class Looks(NamedTuple):
 
 
 class Watch:
-    """Watches one round of `seconds`, which begins at the monotonic time `now`."""
+    """Watches one round of `seconds`, which starts at the monotonic time `now`."""
 
     def __init__(self, directory: Directory, arena: Arena, now: float, seconds: float) -> None:
         self.directory = directory
@@ -56,7 +56,7 @@ class Watch:
         self.down = Looks([], [])
 
     def look(self, now: float) -> list[str]:
-        """Do what is due; what is wrong."""
+        """Sample if it is due; what is wrong, if anything is."""
         if now < self.next:
             return []
         self.next = now + LOOK_EVERY_S
@@ -87,7 +87,7 @@ class Watch:
         return []
 
     def behind(self, sink: str) -> Behind:
-        """What waits for a sink now, in its queue and on its way there."""
+        """The current backlog of a sink, in its queue and in the directory."""
         found: dict[str, str] = {}
         for place in (self.directory, self.directory.queue(sink)):
             try:

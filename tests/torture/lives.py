@@ -1,4 +1,4 @@
-"""What a forked process does until it is killed: store, deliver as a part of an application or as `pillarbox deliver`, or both."""
+"""What a forked process does until it is killed: store events, deliver in the application or as `pillarbox deliver`, or both."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _PENDING: Final = (Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.TEMPORARY)
 
 
 class Scene(NamedTuple):
-    """What the lives of a round share."""
+    """What the processes of a round share."""
 
     seed: int
     outbox: str  # the directory
@@ -48,16 +48,16 @@ class Scene(NamedTuple):
 
     @property
     def has_several(self) -> bool:
-        """Whether each sink has a queue."""
+        """Whether there are several sinks, each with a queue."""
         return ONLY_SINK not in self.sinks
 
     def place_of(self, sink: str) -> str:
-        """The directory in which files wait for a sink."""
+        """The directory in which batches wait for a sink."""
         return self.outbox if sink == ONLY_SINK else f"{self.outbox}/{layout.queue_name(sink)}"
 
 
 class Life:
-    """One of them."""
+    """One process."""
 
     def __init__(self, number: int, scene: Scene, notes: Notes, chance: random.Random) -> None:
         self.number = number
@@ -67,7 +67,7 @@ class Life:
         self._events = 0
 
     def settings(self, sinks: Mapping[str, str], **more: object) -> dict[str, str]:
-        """As environment variables, the one form that a process and a command have in common."""
+        """The settings as environment variables, which an application and a command have in common."""
         chosen: dict[str, object] = {
             "directory": self.scene.outbox,
             "batch_size": self.chance.choice((4, 50, 250, 250, 500, 500)),
@@ -91,7 +91,7 @@ class Life:
         return Outbox.from_settings(resolve({}, self.settings(sinks, **more)))
 
     def _named(self) -> Mapping[str, str]:
-        """The sinks that this life knows of: now and then one alone, once all of them have their queues."""
+        """The sinks that this process is given: sometimes one alone, once all of them have their queues."""
         sinks = self.scene.sinks
         if not self.scene.has_several or self.chance.random() > _ALONE:
             return sinks
@@ -101,7 +101,7 @@ class Life:
         return {name: sinks[name]}
 
     def store(self) -> None:
-        """Store events, a hundred at a time or one by one; close and open anew now and then."""
+        """Store events, a hundred at a time or one by one; sometimes close and open the outbox again."""
         while self._events < EVENTS_MAX:
             with self._outbox(self._named() if self.chance.random() < 0.2 else {}) as outbox:
                 for _ in range(self.chance.choice((3, 30, 300))):
@@ -130,7 +130,7 @@ class Life:
             pause(self.chance.random() * 0.02)
 
     def _is_too_much(self) -> bool:
-        """Of two sinks, the fickle one may be behind: it is to be seen that this holds nobody back."""
+        """Whether the fickle one of two sinks is too far behind; the steady one must not be held back by it."""
         sealed = len(pending(self.scene.outbox))
         queues = {sink: len(pending(self.scene.place_of(sink))) for sink in self.scene.sinks if sink != ONLY_SINK}
         return any(sealed + queues.get(sink, 0) > BACKLOG_MAX.get(sink, BACKLOG_FILES) for sink in self.scene.sinks)
@@ -142,7 +142,7 @@ class Life:
             self.notes.conclude(number, account.UNSURE if outcome.reason == "io_error" else account.REFUSED)
 
     def deliver(self) -> None:
-        """Deliver what others store: in an application, there in a thread or in a process of its own, or as the command."""
+        """Deliver what others store: in an application, in a thread or in a child process, or as the command."""
         sinks, ways = self._named(), ("thread", "command", "process")
         way = self.chance.choice(ways if self.scene.has_several else ways[:2])
         if way != "command":
@@ -174,7 +174,7 @@ class Life:
 
 
 def pending(directory: str) -> list[str]:
-    """The files there that are not settled; none where the directory is not there yet."""
+    """The files that are not settled; none if the directory does not exist yet."""
     try:
         names = sorted(os.listdir(directory))
     except FileNotFoundError:
@@ -193,12 +193,12 @@ def _pairs(sinks: Mapping[str, str]) -> list[str]:
 
 
 def pause(seconds: float) -> None:
-    """Wait, and be killed at it."""
+    """Wait, and be killed meanwhile."""
     signal.sigtimedwait([], seconds)
 
 
 def die_in_a_settlement(chance: random.Random) -> None:
-    """Have this process kill itself a few operations after it has set something aside: before the file that it is from goes."""
+    """Make this process kill itself some operations after it has written a dead letter or quarantined bytes, and before their batch file is deleted."""
 
     def has_begun(verb: str, target: str) -> bool:
         return verb == "rename" and layout.kind_of(os.path.basename(target)) in _SET_ASIDE
@@ -207,7 +207,7 @@ def die_in_a_settlement(chance: random.Random) -> None:
 
 
 def die_handing_over(chance: random.Random, note: Callable[[], None]) -> None:
-    """Have this process kill itself between the first name of a file in a queue and the end of its name in the directory.
+    """Make this process kill itself while it fans a batch out: after its first name in a queue, before its name in the directory goes.
 
     `note` is called right before.
     """
@@ -216,7 +216,7 @@ def die_handing_over(chance: random.Random, note: Callable[[], None]) -> None:
 
 
 def _die_after(has_begun: Callable[[str, str], bool], left: int, steps: int, note: Callable[[], None]) -> None:
-    """Have this process kill itself so many operations after something `has_begun` for the time after `left` times."""
+    """Make this process kill itself so many operations after `has_begun` was true for the time after `left` times."""
     armed = False
 
     def dying(verb: str, function: Callable[..., object]) -> Callable[..., object]:

@@ -1,4 +1,4 @@
-"""The destinations as the referee has them: started, asked what is there, emptied for the next round, and ended."""
+"""The destinations as the torture uses them: it starts them, asks what has arrived, empties them for the next round, and ends them."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Place(Protocol):
     takes_all: bool  # also what is poisoned
 
     def arrived(self) -> tuple[Counter[Event], list[str]]:
-        """How often each event is there, and what should not have happened."""
+        """How often each event has arrived, and what should not have happened."""
 
     def empty(self) -> None:
         """Forget all events."""
 
     def end(self) -> None:
-        """End what was started."""
+        """End the processes that were started."""
 
 
 class Steady:
-    """A table that takes everything, at once."""
+    """A table that accepts everything at once."""
 
     takes_all = True
 
@@ -85,7 +85,7 @@ class Steady:
 
 
 class Sqlite(Steady):
-    """A table whose CHECK refuses what is poisoned; the chaos is in the deliverers, around the sink."""
+    """A table whose CHECK rejects poisoned events; the random answers are in the delivery workers, around the sink."""
 
     takes_all = False
 
@@ -122,7 +122,7 @@ class SpacetimeDb:
 
 
 class Http:
-    """A destination of our own."""
+    """The HTTP destination of `destination.py`."""
 
     takes_all = False
 
@@ -151,7 +151,7 @@ class Http:
 
 
 class Arena:
-    """What is delivered to: one destination, or a steady one beside others of which each round has another one."""
+    """The destinations of a run: one, or a steady one and others, of which each round uses another one."""
 
     def __init__(self, folder: Path, fickle: list[Place], steady: Place | None = None) -> None:
         self._down = folder / _DOWN
@@ -160,16 +160,16 @@ class Arena:
         self.pids = [pid for place in fickle for pid in place.pids]
 
     def sinks(self, number: int) -> dict[str, Place]:
-        """The destinations of a round, by the names of their sinks."""
+        """The URLs of the destinations of a round, by sink name."""
         fickle = self._fickle[number % len(self._fickle)]
         return {ONLY_SINK: fickle} if self._steady is None else {STEADY: self._steady, FICKLE: fickle}
 
     def go_down(self) -> None:
-        """Have all but the steady one refuse everything."""
+        """Make all but the steady destination reject everything."""
         self._down.touch()
 
     def come_back(self) -> None:
-        """Have it end."""
+        """End that."""
         self._down.unlink(missing_ok=True)
 
     def end(self) -> None:
@@ -196,7 +196,7 @@ PLACES: Final[dict[str, Callable[[Path, int, Row], Arena]]] = {
 
 
 def parsed(event_id: str) -> Event:
-    """The event that an id is of; raises `Violation` for one that nobody has made."""
+    """The event that an id belongs to; raises `Violation` for an id that nobody has made."""
     life, _, number = event_id.partition("-")
     if not (life.isdecimal() and number.isdecimal()):
         raise Violation(f"an id that nobody has made: {event_id!r}")
@@ -211,7 +211,7 @@ def _end(pids: list[int]) -> None:
 
 
 def has_server() -> bool:
-    """Whether there is a SpacetimeDB to talk to; builds it where it can be built."""
+    """Whether there is a SpacetimeDB server to use; builds it if it can be built."""
     if os.environ.get("PILLARBOX_TEST_SPACETIMEDB"):
         return True
     return subprocess.run([ROOT / "tools/spacetimedb-server"], check=False, stdout=subprocess.DEVNULL).returncode == 0

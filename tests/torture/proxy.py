@@ -1,7 +1,7 @@
-"""Chaos in front of a real SpacetimeDB: cuts, delays, and answers in the server's place, before and after it was asked.
+"""Random faults in front of a real SpacetimeDB: cuts, delays, and answers in place of the server's, before and after it was asked.
 
-Each connection has one of its own to the server, and both end together: that a connection still stands is what the sink takes
-for a proof that the server still lives.
+Each connection has its own connection to the server, and both end together: the sink takes an open connection as a sign that the
+server is alive.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TIMED = {"spacetime_execution_duration_micros": "17"}
 
 
 class Proxy:
-    """Serves one port and passes on to another."""
+    """Serves one port and forwards to another."""
 
     def __init__(self, seed: str, down: Path, row: Row, hang_s: float, server: int) -> None:
         self._chaos = Chaos(seed, down)
@@ -33,7 +33,7 @@ class Proxy:
         self._server = server
 
     async def serve(self, port: int) -> None:
-        """Until killed."""
+        """Serve until the process is killed."""
         server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=wire.HEAD_BYTES_MAX)
         await server.serve_forever()
 
@@ -51,7 +51,7 @@ class Proxy:
     async def _pass_on(
         self, request: wire.Message, writer: asyncio.StreamWriter, back: asyncio.StreamReader, on: asyncio.StreamWriter
     ) -> bool:
-        """Whether the connection goes on."""
+        """Forward one request; whether the connection stays open."""
         is_call = _CALL in request.start
         drawn = self._chaos.draw()
         if not is_call and self._chaos.chance.random() > _QUIETER:
@@ -85,7 +85,7 @@ class Proxy:
         return drawn != chaos.GARBAGE
 
     def _refuse(self, body: bytes, drawn: str) -> tuple[str, bytes]:
-        """What the proxy says in the server's place to a call that the server would not take, or could be said not to."""
+        """What the proxy answers in place of the server to a call that the server rejects, or could reject."""
         if len(body) > CALL_BYTES_MAX:
             return chaos.LARGE, wire.answer(413, b"length limit exceeded", Content_Type="text/plain")
         if MARK not in body or drawn not in (chaos.ACCEPT, chaos.SLOW):

@@ -1,13 +1,13 @@
-"""The referee: has writers and deliverers live and be killed in front of a destination that answers at random, and compares.
+"""Runs writers and delivery workers that are killed in front of a destination that answers at random, and compares the results.
 
-A round ends with all of them dead. Then one process, which nobody kills but the destination, stores a few good events and
-delivers until nothing is pending. Then the destination must hold every acknowledged good event exactly once, the dead letters
-must be the poisoned ones, each once, nothing may be there that nobody stored, and `pillarbox verify` must find that the
-account balances, with the same counts; so it must again and again meanwhile. The next round has a directory of its own.
+A round ends with all of them dead. Then one process, which nobody kills but the destination, stores a few good events and delivers
+until nothing is pending. Now the destination must have every acknowledged good event exactly once, the dead letters must be the
+poisoned events, each once, nothing may be there that nobody stored, and `pillarbox verify` must find that the account balances,
+with the same counts. It is run again and again during the round as well. The next round has a directory of its own.
 
-With two sinks, all of this holds for each: the steady one takes everything at once, also what is poisoned, and a fickle one,
-SQLite in one round and HTTP in the next, is as it is alone, and down for a third of the round (`lag`). Deliverers also die while
-they hand files over, deliver as a process of their own, or know of one of the sinks alone.
+With two sinks all of this holds for each. The steady sink accepts everything at once, poisoned events too. The fickle sink, SQLite in
+one round and HTTP in the next, answers as it does alone, and is down for a third of the round (`lag`). Delivery workers also die
+while they fan out, deliver in a process of their own, or are given one of the sinks alone.
 
     .venv/bin/python -m tests.torture --minutes 12                            all destinations, one after another
     .venv/bin/python -m tests.torture --destination http --minutes 4 --seed 7
@@ -125,7 +125,7 @@ class Torture:
         self._looks = {state: lag.Looks([], []) for state in ("up", "down")}
 
     def round(self, seconds: float) -> None:
-        """Let them live and die for a while, end it, finish, and compare; raises `Violation`."""
+        """Run processes and kill them for a while, stop, finish, and compare; raises `Violation`."""
         self._places = self._arena.sinks(self.seed + self.rounds)
         urls = {name: place.url for name, place in self._places.items()}
         scene = Scene(self.seed, str(self._folder / f"outbox-{self.rounds}"), urls)
@@ -176,7 +176,7 @@ class Torture:
         )
 
     def end(self) -> None:
-        """End what was started."""
+        """End the processes that were started."""
         for child in self._children.values():
             os.kill(child.pid, signal.SIGKILL)
             os.waitpid(child.pid, 0)
@@ -216,13 +216,13 @@ class Torture:
         self._children[slot] = _Child(fork(self.failures, work), self._lives, deadline)
 
     def _be_quiet(self, slot: int) -> None:
-        """What this process prints goes to a file, which is that of the last life in this slot."""
+        """Redirect the output of this process to the file of its slot."""
         log = os.open(self._folder / f"printed-{slot}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
 
     def _reap(self, now: float, scene: Scene) -> None:
-        """Kill whose time has come, and bury the dead."""
+        """Kill the processes whose time has come, and take over the notes of the dead."""
         wrong: list[str] = []
         for slot, child in list(self._children.items()):
             due = now >= child.deadline or now == float("inf")
@@ -289,7 +289,7 @@ class Torture:
         return True
 
     def _verify(self, scene: Scene) -> None:
-        """As `pillarbox verify` does, while they live and die."""
+        """Reconcile as `pillarbox verify` does, while processes live and die."""
         wrong = []
         for sink, looked in _audited(scene).items():
             found = looked.reconciliation
@@ -303,7 +303,7 @@ class Torture:
             raise self.violation(wrong, scene)
 
     def violation(self, wrong: list[str], scene: Scene) -> Violation:
-        """What to raise, with what reproduces it and the traces that children left."""
+        """The exception to raise, with how to reproduce it and the traces of the children."""
         traces = [path.read_text() for path in sorted(self.failures.iterdir())]
         where = (
             f"{self.destination}, seed {self.seed}, round {self.rounds}, {self.kills} kills, left as it is in {scene.outbox}"
@@ -312,7 +312,7 @@ class Torture:
 
 
 def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event]]:
-    """Dead letters, and what of quarantine can be read."""
+    """Dead letters, and the events in quarantine that can be read."""
     dead: Counter[Event] = Counter()
     quarantined: set[Event] = set()
     for path in sorted(outbox.iterdir()):
@@ -326,14 +326,14 @@ def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event]]:
 
 
 def _audited(scene: Scene) -> dict[str, ReconciliationReport]:
-    """What `pillarbox verify` finds of the directory, and of each queue in it by the name of its sink."""
+    """The reconciliation of the directory, and of each queue in it by sink name."""
     place = place_at(scene.outbox)
     whole = reconcile(place)
     return {ONLY_SINK: whole} | reconcile_queues(place, whole)
 
 
 def unbalanced(looked: ReconciliationReport, sums: Sums) -> list[str]:
-    """What is wrong with the ledger: it must balance, and say of each event what the destination and the writers say."""
+    """What is wrong with the ledger: it must balance, and agree with the destination and the writers about each event."""
     found = looked.reconciliation
     total = found.total
     wrong = [f"{one.batch} does not balance by {one.events}: {one.problem}" for one in found.discrepancies]
@@ -349,12 +349,12 @@ def unbalanced(looked: ReconciliationReport, sums: Sums) -> list[str]:
 
 
 def place_at(outbox: str) -> Directory:
-    """The directory, to look at."""
+    """The directory at a path, to read only."""
     return Directory(outbox, OsFilesystem(), SystemClock())
 
 
 def run(destination: str, seconds: float, seed: int, folder: Path, tell: Callable[[object], None] = lambda _: None) -> Report:
-    """Torture for about `seconds`; raises `Violation` and leaves the folder for a look."""
+    """Torture for about `seconds`; raises `Violation`, and then the folder stays."""
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     torture = Torture(destination, folder, seed, tell)
     end = time.monotonic() + seconds

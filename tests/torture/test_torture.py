@@ -1,4 +1,4 @@
-"""A fixed part of the torture against each destination, and that its referee sees what it is there to see."""
+"""A fixed part of the torture against each destination, and that its checks find what they are there to find."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LIFE = 7
 
 @pytest.mark.parametrize("destination", places.PLACES)
 def test_every_event_is_there_once_and_only_the_poisoned_are_dead_letters(destination: str) -> None:
-    """In a process of its own: a parent with threads must not fork."""
+    """It runs in a process of its own: a parent with threads must not fork."""
     if destination == "spacetimedb" and not places.has_server():
         pytest.skip("there is no SpacetimeDB server: tools/spacetimedb-server says why")
     command = [sys.executable, "-m", "tests.torture", "--destination", destination]
@@ -51,7 +51,7 @@ def test_every_event_is_there_once_and_only_the_poisoned_are_dead_letters(destin
 
 @pytest.fixture
 def told() -> Account:
-    """An account of life 7: thousands of events, acknowledged but the last two, which were begun and refused."""
+    """An account of life 7: thousands of events, acknowledged but the last two, which were attempted and dropped."""
     found = Account(SEED, 2)
     notes = found.notes(1)
     notes.begin(range(BEGUN + 1))
@@ -76,7 +76,7 @@ def as_it_should_be() -> Found:
 
 
 def test_nothing_is_wrong_where_everything_is_in_its_place(told: Account) -> None:
-    """An event that was begun and not acknowledged may be there too."""
+    """An event that was attempted and not acknowledged may be there too."""
     found = as_it_should_be()
     assert told.check(found) == []
     assert told.check(Found({**found.arrived, (LIFE, BEGUN): 1}, found.dead, frozenset())) == []
@@ -108,12 +108,12 @@ def spoil(where: str, event: Event, count: int) -> Callable[[Found], Found]:
     ],
 )
 def test_what_is_not_in_its_place_is_found(told: Account, change: Callable[[Found], Found], complaint: str) -> None:
-    """Lost, twice, in the wrong place, or from nowhere."""
+    """Lost, doubled, in the wrong place, or invented."""
     assert told.check(change(as_it_should_be())) == [complaint]
 
 
 def test_where_everything_is_taken_no_event_is_a_dead_letter(told: Account) -> None:
-    """The steady one of two sinks."""
+    """As at the steady one of two sinks."""
     found = as_it_should_be()
     everything = Found({**found.arrived, **found.dead}, Counter(), frozenset())
     assert told.check(everything, takes_all=True) == []
@@ -124,7 +124,7 @@ def test_where_everything_is_taken_no_event_is_a_dead_letter(told: Account) -> N
 
 @pytest.fixture
 def watch(tmp_path: Path) -> lag.Watch:
-    """A round of half a minute with two sinks for which nothing waits yet."""
+    """A round of half a minute with two sinks, both without a backlog."""
     outbox = tmp_path / "outbox"
     for sink in (STEADY, FICKLE):
         (outbox / layout.queue_name(sink)).mkdir(parents=True)
@@ -137,7 +137,7 @@ def wait_for(watch: lag.Watch, sink: str, seconds: float, count: int) -> None:
 
 
 def test_a_sink_that_is_down_and_behind_is_as_it_should_be(watch: lag.Watch) -> None:
-    """And the other one, for which a few events wait."""
+    """So is the other one, with a backlog of a few events."""
     wait_for(watch, FICKLE, 30.0, 500)
     wait_for(watch, STEADY, 1.0, 20)
     assert [complaint for now in range(30) for complaint in watch.look(now)] + watch.conclude() == []
@@ -146,7 +146,7 @@ def test_a_sink_that_is_down_and_behind_is_as_it_should_be(watch: lag.Watch) -> 
 
 
 def test_a_sink_that_is_held_back_by_the_one_that_is_down_is_seen(watch: lag.Watch) -> None:
-    """By the age of what waits for it, and by how much that is."""
+    """By the age and the size of its backlog."""
     for sink in (FICKLE, STEADY):
         wait_for(watch, sink, lag.BEHIND_MAX_S + 1, 500)
     assert watch.look(5.0) == []  # neither is down
@@ -155,7 +155,7 @@ def test_a_sink_that_is_held_back_by_the_one_that_is_down_is_seen(watch: lag.Wat
 
 
 def test_an_acknowledged_event_in_quarantine_is_lost(told: Account) -> None:
-    """A torn line of one that was only begun is not."""
+    """A torn line of an event that was only attempted is not."""
     found = spoil("arrived", (LIFE, GOOD), -1)(as_it_should_be())
     found = found._replace(quarantined=frozenset({(LIFE, GOOD), (LIFE, BEGUN)}))
     assert told.check(found) == [f"1 lost: in quarantine though acknowledged: {LIFE}-{GOOD}"]
@@ -174,7 +174,7 @@ def test_a_poisoned_event_carries_its_mark_wherever_it_goes() -> None:
 
 
 def test_counts_of_several_processes_add_up() -> None:
-    """Each in its own row."""
+    """Each process counts in its own row."""
     tally = Tally(["a", "b"], 2)
     tally.row(0).add("a")
     tally.row(1).add("a")
@@ -194,7 +194,7 @@ def settled(tmp_path: Path) -> Path:
 
 
 def test_a_ledger_that_says_what_is_there_balances(settled: Path) -> None:
-    """Events that were begun and not acknowledged may be accepted or not."""
+    """Events that were attempted and not acknowledged may be accepted or not."""
     assert run.unbalanced(reconcile(run.place_at(str(settled))), Sums(begun=4, acknowledged=4, arrived=4, dead=0)) == []
     assert run.unbalanced(reconcile(run.place_at(str(settled))), Sums(begun=6, acknowledged=3, arrived=4, dead=0)) == []
 
@@ -206,7 +206,7 @@ def test_a_ledger_that_says_something_else_is_found(settled: Path, there: Sums) 
 
 
 def test_a_batch_that_is_gone_without_an_entry_is_found(settled: Path) -> None:
-    """The writer's own count is what it is held against."""
+    """By the writer's own count."""
     ledger = settled / layout.LEDGER
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(line for line in lines if b'"settled"' not in line))

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as far as the destination and the proxy need it: whole messages, as the bytes that they came as."""
+"""HTTP/1.1 as far as the destination and the proxy need it: whole messages, with the bytes in which they arrived."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HEAD_BYTES_MAX: Final = 64 * 1024
 
 
 class Message(NamedTuple):
-    """A request or an answer: its first line, its headers (names in lower case), its body, and the bytes of all of it."""
+    """A request or a response: its first line, its headers (names in lower case), its body, and all of its bytes."""
 
     start: str
     headers: dict[str, str]
@@ -18,12 +18,12 @@ class Message(NamedTuple):
 
     @property
     def closes(self) -> bool:
-        """Whether the connection ends with it."""
+        """Whether the connection closes after it."""
         return self.headers.get("connection", "").lower() == "close"
 
 
 async def read_message(reader: asyncio.StreamReader) -> Message | None:
-    """The next message; None where the other end has hung up, also in the middle of one."""
+    """The next message; None if the other end has closed the connection, also in the middle of one."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
         start, *lines = head.decode("latin-1").split("\r\n")
@@ -50,7 +50,7 @@ async def _chunks(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
 
 
 def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
-    """An answer as bytes; the phrase says nothing, and nobody reads it."""
+    """A response as bytes; nobody reads its reason phrase."""
     given = {"Content-Length": str(len(body))} | {name.replace("_", "-"): value for name, value in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in given.items())
     return f"HTTP/1.1 {status} So\r\n{head}\r\n".encode() + body
