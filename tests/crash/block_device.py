@@ -58,7 +58,7 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class Violation(AssertionError):  # noqa: N818 - reads as the sentence it is
-    """The kernel does what the model does not know, or the store broke its word."""
+    """The kernel does what the model does not admit, or the store broke a promise."""
 
 
 class Report(NamedTuple):
@@ -73,7 +73,7 @@ class Report(NamedTuple):
 
 
 def need(*, root: bool = True, devices: tuple[str, ...] = (), commands: tuple[str, ...] = (), fuse: bool = False) -> None:
-    """Skip where the machine lacks something, and fail in CI, where nothing may be lacking."""
+    """Skip if the machine lacks something; fail in CI, where nothing may be missing."""
     lacking = ["libfuse"] if fuse and not (find_library("fuse") or find_library("fuse3")) else []
     lacking += [device for device in devices if not os.access(device, os.R_OK | os.W_OK)]
     lacking += [command for command in commands if shutil.which(command) is None]
@@ -87,7 +87,7 @@ def need(*, root: bool = True, devices: tuple[str, ...] = (), commands: tuple[st
 
 @contextlib.contextmanager
 def mounted(place: Path, *arguments: str | Path) -> Iterator[Path]:
-    """Something mounted at `place`, with the arguments that `mount` wants before it."""
+    """Mount something at `place`, with the arguments that `mount` takes before it."""
     place.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", *arguments, place], check=True)
     try:
@@ -138,12 +138,12 @@ class Medium:
             os.close(fd)
 
     def come_back(self) -> None:
-        """The power is there again. Nothing may be open any more."""
+        """The power is back. Nothing may be open any more."""
         subprocess.run(["umount", self.place], check=True)
         self._mount()
 
     def write_back(self) -> None:
-        """The kernel finds the time for everything."""
+        """The kernel writes everything back."""
         fd = os.open(self.place, os.O_RDONLY)
         try:
             _check(_LIBC.syncfs(fd))
@@ -151,7 +151,7 @@ class Medium:
             os.close(fd)
 
     def write_back_data(self, fd: int) -> None:
-        """The kernel finds the time for a file's data, and not for the journal."""
+        """The kernel writes a file's data back, and not the journal."""
         _check(_LIBC.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _WAIT_WRITE_WAIT))
 
 
@@ -176,7 +176,7 @@ class Replay:
         return path.replace(PLACE, str(self._root), 1)
 
     def do(self, op: Op) -> None:
-        """One operation, and, now and then, something that only the kernel does."""
+        """Do one operation, and sometimes something that only the kernel does."""
         filesystem, verb = self._filesystem, op.verb
         if verb == "create":
             make = filesystem.open_lock_file if op.path.rpartition("/")[2] in LOCKS else filesystem.create
@@ -238,7 +238,7 @@ class Replay:
                     self._filesystem.close(self._open.pop(op.inode))
 
     def close(self) -> None:
-        """Let go of everything, as the kernel does for the dead."""
+        """Close everything, as the kernel does when a process dies."""
         for fd in self._open.values():
             self._filesystem.close(fd)
         self._open.clear()
@@ -265,7 +265,7 @@ class _RawFiles:
         return f"{self._chance.choice(self._places)}/f{self._numbers()}"
 
     def step(self) -> None:
-        """One operation."""
+        """Do one operation."""
         chance, filesystem, opened = self._chance, self._filesystem, self._opened
         verb = chance.choice(
             ("create", "write", "write", "write", "truncate", "sync_data", "rename", "link", "unlink", "sync", "directory")
@@ -283,7 +283,7 @@ class _RawFiles:
             self._change_data(verb, opened[chance.choice(sorted(opened))])
 
     def _change_directory(self) -> None:
-        """Make one, without the sync that follows, or rename or remove one."""
+        """Make a directory, without the sync that follows, or rename or remove one."""
         chance, others = self._chance, self._places[1:]
         if len(others) < 2 and chance.random() < 0.5:
             self._places.append(path := f"{chance.choice(self._places)}/d{self._numbers()}")
@@ -331,7 +331,7 @@ class _RawFiles:
 
 
 def raw_history(chance: random.Random) -> list[Op]:
-    """Operations by chance on a few files with one name or several, and on directories."""
+    """Random operations on a few files with one name or several, and on directories."""
     files = _RawFiles(chance)
     for _ in range(chance.randrange(3, RAW_MAX)):
         files.step()
@@ -339,7 +339,7 @@ def raw_history(chance: random.Random) -> list[Op]:
 
 
 def world_history(chance: random.Random) -> tuple[str, list[Op]]:
-    """The real code in the simulated world: the history, and its trace."""
+    """A history of the real code on the simulated disk, and its trace."""
     history = "".join(
         chance.choice(LETTERS) + (str(chance.randrange(12)) if chance.random() < 0.1 else "")
         for _ in range(chance.randrange(1, STEPS_MAX))
@@ -350,7 +350,7 @@ def world_history(chance: random.Random) -> tuple[str, list[Op]]:
 
 
 class Cuts:
-    """Cuts one history after another on a medium."""
+    """Replays one history after another on a medium, and cuts its power."""
 
     def __init__(self, medium: Medium, seed: int) -> None:
         self._medium = medium
@@ -365,7 +365,7 @@ class Cuts:
         return Report(self._medium.kind, self._seed, cuts["all"], cuts["raw"], len(self._histories), cuts["lost"])
 
     def once(self) -> None:
-        """One history, one cut."""
+        """Replay one history and cut the power once."""
         chance = random.Random(self._chance.randrange(2**64))
         raw = chance.random() < 0.4
         history, trace = ("", raw_history(chance)) if raw else world_history(chance)
@@ -415,7 +415,7 @@ class Cuts:
         return {at[path] + "/" if path.is_dir() else at[path]: b"" if path.is_dir() else path.read_bytes() for path in found}
 
     def _open(self, root: Path) -> Outcome:
-        """The real code on the real file system: opens, delivers, leaves nothing behind."""
+        """The real code on the real file system opens what is left, delivers it, and leaves nothing behind."""
         destination = simulation.Destination(Disk())
         filesystem = OsFilesystem()
         with mock.patch.object(simulation, "PLACE", str(root)):
@@ -447,7 +447,7 @@ def run(
     directory: Path,
     progress: Callable[[Report], None] = lambda _: None,
 ) -> Report:
-    """Cut for about `seconds`; raises `Violation` with what led to it."""
+    """Run for about `seconds`; raises `Violation` with what led to it."""
     with Medium(filesystem, directory) as medium:
         cuts = Cuts(medium, seed)
         end = time.monotonic() + seconds

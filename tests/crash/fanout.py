@@ -60,7 +60,7 @@ Arrival = tuple[str, str, int]  # sink, batch id, event
 
 
 class Destination(RecordingSink):
-    """Takes everything, and notes it in the trace."""
+    """Accepts everything, and adds a mark to the trace."""
 
     def __init__(self, disk: Disk, name: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Destination(RecordingSink):
         self._name = name
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        """Take it."""
+        """Accept it."""
         arrivals = [(self._name, batch.id, number_of(bytes(payload))) for payload in batch.payloads]
         self._disk.mark(("arrived", arrivals))
         return Delivered(len(batch))
@@ -88,7 +88,7 @@ def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: L
 
 
 class Process:
-    """A process: writes, seals, hands over, delivers. Without threads."""
+    """A process without threads: writes, seals, fans out, delivers."""
 
     def __init__(self, disk: Disk, filesystem: Filesystem, clock: ManualClock, new_id: Callable[[], str]) -> None:
         self._disk = disk
@@ -104,7 +104,7 @@ class Process:
         self.trouble = ""
 
     def start(self) -> None:
-        """As an `Outbox` does, first when it is made and then when it is used."""
+        """What an `Outbox` does when it is made and then first used."""
         self.directory.ensure_usable()
         account = self.directory.disk_usage()
         self.directory.seal_after(account.newest_sealed_at)
@@ -121,14 +121,14 @@ class Process:
             self._sealer.step()
 
     def fan_out(self, sinks: Iterable[str]) -> FanOut:
-        """The one for these sinks."""
+        """The `FanOut` of these sinks."""
         key = tuple(sinks)
         if key not in self._fan_outs:
             self._fan_outs[key] = FanOut(self.directory, key, self._clock, self._ledger)
         return self._fan_outs[key]
 
     def hand_over(self, sinks: Iterable[str]) -> None:
-        """One round, as the `Fleet` has it; what it complains of is the trouble of the process."""
+        """One round of fanning out, as `FanOutRunner` does it; what it reports is kept as the trouble of the process."""
         fan_out = self.fan_out(sinks)
         self.trouble = "raised"
         self._sealer.adopt_segments()
@@ -144,7 +144,7 @@ class Process:
                 deliver(queue, Destination(self._disk, queue.sink), self._clock, ledger)
 
     def remove(self, sink: str) -> None:
-        """What is left of a queue goes."""
+        """Remove what is left of a queue."""
         for queue in self.directory.queues():
             if queue.sink == sink:
                 queue.remove_queue()
@@ -152,7 +152,7 @@ class Process:
             self.directory.cancel_queue_request(sink)
 
     def evict(self) -> None:
-        """Have everything given up that is sealed."""
+        """Evict everything that is sealed."""
         capacity, writer = self._sealer.quota, self._writer
         self._disk.mark(("evicting", True))
         capacity._evicts, writer.limits = True, LIMITS._replace(max_bytes=0)
@@ -167,7 +167,7 @@ Wrap = Callable[[CrashFilesystem], Filesystem]
 
 
 class World:
-    """A disk, the process on it, and the sinks that are named."""
+    """A disk, the process on it, and the sinks."""
 
     def __init__(self, wrap: Wrap = lambda plain: plain) -> None:
         self.disk = Disk()
@@ -183,7 +183,7 @@ class World:
 
     @property
     def process(self) -> Process:
-        """The one that lives, started where none does."""
+        """The process that runs, started if none does."""
         if self._living is None:
             self._plain = crash_filesystem(self.disk, self._before)
             living = Process(self.disk, self._wrap(self._plain), self.clock, self._new_id)
@@ -193,7 +193,7 @@ class World:
 
     @property
     def lives(self) -> bool:
-        """Whether there is a process."""
+        """Whether a process runs."""
         return self._living is not None
 
     def _before(self, _verb: str, _path: str) -> None:
@@ -203,7 +203,7 @@ class World:
                 raise Killed
 
     def run(self, history: str) -> None:
-        """All steps; a number behind a letter has the process die ahead of that operation in the step."""
+        """Run all steps; a number behind a letter makes the process die before that operation of the step."""
         for letter, fuse in steps_of(history):
             self._fuse = fuse
             try:
@@ -239,14 +239,14 @@ class World:
         self.disk.mark(("asked" if asked else "sinks", sinks))
 
     def kill(self) -> None:
-        """The process dies, if there is one."""
+        """The process dies, if it runs."""
         if self._plain is not None:
             self._plain.kill()
         self._plain = self._living = None
 
 
 class Owed:
-    """What is owed to whom at a moment of a trace, and what has come of it."""
+    """What is owed to each sink at a moment of a trace, and what has arrived."""
 
     def __init__(self) -> None:
         self.sinks: tuple[str, ...] = ()
@@ -264,7 +264,7 @@ class Owed:
         self._begun: set[str] = set()  # sinks that get what is accepted from now on
 
     def apply(self, op: Op, content: Callable[[str], bytes]) -> None:
-        """One more operation; `content(path)` is the running system's, before it."""
+        """Apply one more operation; `content(path)` is what the running system saw before it."""
         in_place = op.path.rpartition("/")[0] == PLACE
         if op.verb == "mark":
             self._mark(op.note)
@@ -277,7 +277,7 @@ class Owed:
                 self._evict(op.path, gone, in_place=in_place, counts=not content(f"{PLACE}/{op.path.rpartition('/')[2]}"))
 
     def _evict(self, path: str, gone: set[int], *, in_place: bool, counts: bool) -> None:
-        """A name goes; `counts`: in a queue, whether it was for its sink already."""
+        """A name is removed; `counts`: in a queue, whether it already belonged to its sink."""
         self.evicted |= gone
         for sink in self.sinks:
             if in_place or (counts and f"/{layout.queue_name(sink)}/" in path):
@@ -310,7 +310,7 @@ class Owed:
             self._evicting = about
 
     def _waiting(self) -> set[int]:
-        """Handed over, and not yet with all sinks."""
+        """Events that are fanned out and not yet with all sinks."""
         waiting: set[int] = set()
         for one in self.sinks:
             waiting |= self._gone - {number for sink, _, number in self.arrived if sink == one}
@@ -318,14 +318,14 @@ class Owed:
 
 
 class Outcome(NamedTuple):
-    """What came of a recovery."""
+    """The result of a recovery."""
 
     arrived: tuple[Arrival, ...]
     problem: str
 
 
 def links_of(state: Mapping[str, bytes]) -> dict[str, str]:
-    """Which files of a state are one: those with one sealed name, for such a name is used once."""
+    """Which paths of a state are one file: those with the same sealed name, for such a name is used once."""
     first: dict[str, str] = {}
     links: dict[str, str] = {}
     for path in sorted(state, key=lambda path: (path.count("/"), path)):
@@ -336,7 +336,7 @@ def links_of(state: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> Outcome:
-    """Open what a crash has left, deliver it to the sinks, append an event and deliver that too; look at the accounts."""
+    """Open what a crash has left, deliver it to the sinks, append an event and deliver that too; check the accounts."""
     disk, clock = Disk(state, links_of(state)), ManualClock()
     clock.advance(3600.0)
     process = Process(disk, crash_filesystem(disk), clock, map("r{:03d}".format, itertools.count(1)).__next__)
@@ -361,7 +361,7 @@ def _arrivals(what: object) -> list[Arrival]:
 
 
 def _left_over(disk: Disk, sinks: tuple[str, ...]) -> str:
-    """What is there that must not be any more."""
+    """What is left that must not be."""
     for path in disk.files:
         name = path.removesuffix("/").rpartition("/")[2]
         if layout.sink_of_queue(name) not in (None, *sinks) or layout.sink_of_adding(name) in sinks:
@@ -380,7 +380,7 @@ def _out_of_balance(directory: Directory) -> str:
 
 
 def problem_of(state: State, outcome: Outcome, owed: Owed, *, power: bool) -> str:
-    """What is wrong with what came of a state that a crash has left; empty if nothing is."""
+    """What is wrong with the recovery of a state that a crash has left; empty if nothing is."""
     if outcome.problem:
         return outcome.problem
     before = set(owed.arrived)
@@ -410,7 +410,7 @@ def problem_of(state: State, outcome: Outcome, owed: Owed, *, power: bool) -> st
 
 
 class Moment(NamedTuple):
-    """A place in a trace at which the world may end, and what it may leave."""
+    """A point in a trace at which everything may stop, and the states that it may leave."""
 
     at: int
     states: Iterable[State]
@@ -419,7 +419,7 @@ class Moment(NamedTuple):
 
 
 def moments(trace: list[Op], most: int = STATES_MAX) -> Iterator[Moment]:
-    """All of them, with so many states at the most. What is yielded moves on with the iteration."""
+    """All moments, each with at most so many states. The objects that are yielded change with the iteration."""
     owed, survivors, news = Owed(), DurabilityModel(ignoring=LOCKS), True
     for at, op in enumerate(trace):
         if news and op.verb in ("mark", "sync_data", "sync_failed", "sync_directory"):
@@ -441,7 +441,7 @@ def _some(survivors: DurabilityModel, at: int, most: int) -> Iterable[State]:
 
 
 class Looked:
-    """What was looked at, and what is wrong."""
+    """Checks histories; the violations."""
 
     def __init__(self) -> None:
         self.checked = 0
@@ -449,13 +449,13 @@ class Looked:
         self.violations: list[str] = []
 
     def look(self, history: str, *, few: bool = False) -> None:
-        """Every state at every moment of a history, or a `few`, until one is wrong."""
+        """Check every state at every moment of a history, or a `few`, until one is wrong."""
         world = World()
         world.run(history)
         self.look_at(history, world.disk.trace, few=few)
 
     def look_at(self, history: str, trace: list[Op], *, few: bool = False, faults: bool = False) -> None:
-        """The same of a trace; in one with `faults` an account may have lost an entry that the disk did not take."""
+        """The same of a trace; in one with `faults` an account may lack an entry that the disk did not take."""
         for moment in moments(trace, FEW if few else STATES_MAX):
             if not moment.owed.sinks:
                 continue  # the first mark is still to come

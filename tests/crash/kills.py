@@ -1,9 +1,9 @@
-"""Torture by `kill -9`: writers and deliverers die at random moments, and an oracle outside of them keeps the account.
+"""Torture by SIGKILL: writers and delivery workers die at random moments, and an oracle outside of them keeps the account.
 
-A parent that has imported everything forks children; each notes in shared memory which events it has begun to store and
-which were acknowledged. Some are killed by the parent, some kill themselves before, after or in the middle of the n-th
-operation on the disk. Each round ends with all of them dead; then one process drains the directory, and what arrived is
-compared with what was noted. `python -m tests.crash.kills --minutes 10` is the long run.
+A parent that has imported everything forks children. Each notes in shared memory which events it attempted to store and which were
+acknowledged. Some are killed by the parent, some kill themselves before, after or in the middle of the n-th operation on the disk.
+Each round ends with all of them dead; then one process drains the directory, and what arrived is compared with the notes.
+`python -m tests.crash.kills --minutes 10` is the long run.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Report(NamedTuple):
 
 
 class Oracle:
-    """Knows of each event of each life whether it was begun, refused, or acknowledged, and for what."""
+    """Knows of each event of each life whether it was attempted, dropped, or acknowledged, and with which durability."""
 
     def __init__(self, slots: int) -> None:
         self._shared = mmap.mmap(-1, slots * EVENTS_MAX)
@@ -99,13 +99,13 @@ class Oracle:
         return note
 
     def bury(self, slot: int, life: int) -> None:
-        """Take over what a child noted that is dead now."""
+        """Take over the notes of a child that is dead."""
         span = slice(slot * EVENTS_MAX, (slot + 1) * EVENTS_MAX)
         self._lives[life] = self._shared[span].rstrip(bytes([NEVER]))
         self._shared[span] = bytes(EVENTS_MAX)
 
     def check(self, database: Path, outbox: Path, kept: Sequence[int]) -> list[str]:
-        """What is wrong with what arrived, given that events in one of the states `kept` must have; forgets the round."""
+        """What is wrong with what arrived, given that events in one of the states `kept` must have arrived; forgets the round."""
         wrong: list[str] = []
         arrived = _take_rows(database)
         latest: dict[int, int] = {}
@@ -150,7 +150,7 @@ class Oracle:
 
 
 def _take_rows(database: Path) -> dict[tuple[int, int], str]:
-    """Every row in order of arrival; none is left: what comes back in a later round comes back from nowhere."""
+    """Take every row, in order of arrival: an event that comes back in a later round counts as invented."""
     if not database.exists():
         return {}
     with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection:
@@ -170,7 +170,7 @@ def _take_rows(database: Path) -> dict[tuple[int, int], str]:
 
 
 def _padding(number: int) -> str:
-    """Metadata whose length says which event it is of, up to two pages, for a kill tears writes at the ends of pages."""
+    """Metadata whose length depends on the event, up to two pages: a kill tears writes at the ends of pages."""
     return f'{{"n":{number},"text":"{"x" * (number * 7919 % 211 if number % 16 else number * 7919 % 8191)}"}}'
 
 
@@ -187,7 +187,7 @@ def make_event(life: int, number: int) -> TrackingEvent:
 
 
 def doom(chance: random.Random) -> None:
-    """Have this process kill itself around the n-th operation on the disk, or in the middle of a write."""
+    """Make this process kill itself around the n-th operation on the disk, or in the middle of a write."""
     if chance.random() < 0.5:
         step_by_step()
     verbs = set(_VERBS) if chance.random() < 0.5 else {chance.choice(_VERBS)}
@@ -247,7 +247,7 @@ class Life:
             _pause(3600.0)
 
     def store(self) -> None:
-        """Store events one by one and many at a time; close and open anew now and then; fork a child that outlives us."""
+        """Store events one by one and many at a time; sometimes close and open the outbox again; fork a child that lives longer."""
         while self._events < EVENTS_MAX:
             with self._outbox(delivers=self.chance.random() < 0.3) as outbox:
                 for _ in range(self.chance.choice((1, 5, 50, 500))):
@@ -292,14 +292,14 @@ def _pause(seconds: float) -> None:
 
 
 def _leave_a_child() -> None:
-    """A forked process that never touches the outbox must keep nobody from it, however long it lives."""
+    """Fork a process that never touches the outbox; it must not block anybody, however long it lives."""
     if os.fork() == 0:
         _pause(ROUND_S)
         os._exit(0)
 
 
 class _Defects(logging.Handler):
-    """Keeps the traces that a thread of the outbox logs or dies of: those are defects."""
+    """Keeps the tracebacks that a thread of the outbox logs or dies of: those are defects."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(logging.ERROR)
@@ -310,13 +310,13 @@ class _Defects(logging.Handler):
             (self._folder / f"{os.getpid()}.txt").write_text(self.format(record))
 
     def thread_ended(self, hook: threading.ExceptHookArgs) -> None:
-        """What `threading.excepthook` is set to."""
+        """Used as `threading.excepthook`."""
         trace = traceback.format_exception(hook.exc_type, hook.exc_value, hook.exc_traceback)
         (self._folder / f"{os.getpid()}.txt").write_text("".join(trace))
 
 
 def fork(folder: Path, work: Callable[[], None]) -> int:
-    """Start a child that works; what it raises goes to a file in `folder`. Returns its process id."""
+    """Start a child that runs `work`; what it raises goes to a file in `folder`. Returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -369,7 +369,7 @@ class Torture:
         self._children: dict[int, _Child] = {}
 
     def round(self, seconds: float) -> None:
-        """Let them live and die for a while, end it, drain, and compare."""
+        """Run processes and kill them for a while, stop, drain, and compare."""
         if self.rounds % ROUNDS_EACH == 0:
             self._outbox = self._outboxes / str(self.rounds)  # which they have to make first
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
@@ -401,7 +401,7 @@ class Torture:
         return Report(self.seed, self.kills, self.rounds, *figures)
 
     def make_life(self, chance: random.Random, note: Callable[[int, int], None] = lambda _number, _state: None) -> Life:
-        """Of the number that is due."""
+        """The life with the next number."""
         return Life(self._lives, str(self._outbox), self._database, note, chance, self._power)
 
     def _begin(self, slot: int) -> None:
@@ -446,7 +446,7 @@ class Torture:
             raise self.violation(["the directory could not be opened and drained"])
 
     def violation(self, wrong: list[str]) -> Violation:
-        """What to raise, with the seed and the traces that children left."""
+        """The exception to raise, with the seed and the tracebacks of children."""
         traces = [path.read_text() for path in sorted(self.failures.iterdir())]
         more = f"and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         where = f"seed {self.seed}, round {self.rounds}, {self.kills} kills, left as it is in {self._outbox}"
@@ -459,7 +459,7 @@ def run(
     directory: Path,
     progress: Callable[[Report], None] = lambda _: None,
 ) -> Report:
-    """Torture for about `seconds`; raises `Violation` and leaves the directory for a look."""
+    """Torture for about `seconds`; raises `Violation`, and then the directory stays."""
     torture = Torture(directory, directory / "outboxes", seed, power=0.3, kept=(ACKNOWLEDGED, POWER))
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:

@@ -1,9 +1,9 @@
-"""A file system in memory that loses what was not synced, and the torture by `kill -9` on it, with the power failing as well.
+"""A file system in memory that loses what was not synced, and the torture by SIGKILL on it, with losses of power as well.
 
-`Dropping` is mounted through FUSE by a process of its own. It keeps what a disk would hold beside what programs see; "cut"
-makes the former the latter. What was not synced is lost, or each write and each change of a name for itself: applied, lost,
-torn, or applied in size only. Syncs may be told to fail, and what they then could not write is lost whatever later ones say.
-Locks are the kernel's own. Real file systems hide a missing sync of a directory; this one does not.
+`Dropping` is mounted through FUSE by a process of its own. It keeps what a disk would hold beside what programs see; "cut" replaces
+the latter by the former. What was not synced is lost as a whole, or each write and each change of a name by itself is applied, lost,
+torn, or applied in size only. Syncs may be made to fail; what they could not write is lost whatever later syncs report. Locks are
+the kernel's own. Real file systems hide a missing sync of a directory; this one does not.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class File:
         self.pending.clear()
 
     def sync_in_vain(self, chance: random.Random) -> None:
-        """The disk does not take it, and nobody will try again; programs go on seeing it, or see what the disk holds."""
+        """The sync fails, and nobody writes the data again; programs see it still, or see what the disk holds."""
         self._land(chance)
         if chance.random() < 0.5:
             self.data[:] = self.durable[: len(self.data)].ljust(len(self.data), b"\0")
 
     def cut(self, chance: random.Random | None) -> None:
-        """The power fails; without `chance` everything is lost that may be."""
+        """The power fails; without `chance` everything that may be lost is lost."""
         self._land(chance)
         self.data = bytearray(self.durable)
 
@@ -121,7 +121,7 @@ class Folder:
         self.pending.clear()
 
     def cut(self, chance: random.Random | None) -> None:
-        """The power fails here and in everything below."""
+        """Make the power of a mounted file system fail and come back; returns what was wrong before that."""
         for change in self.pending:
             if chance is not None and chance.random() < 0.5:
                 self._apply(self.durable, *change)
@@ -147,7 +147,7 @@ class Dropping:
         self._wrong: list[str] = []
 
     def setxattr(self, _path: str, name: str, value: bytes, _options: int, *_: int) -> None:
-        """The way to give orders: by the attribute `CUT`, whose value says whether all is lost or some."""
+        """How orders are given: by the attribute `CUT`, whose value says whether all is lost or some."""
         if name != CUT:
             raise OSError(errno.ENOTSUP, "")
         self._wrong = [] if self._failing else list(self._unsynced(self._root))
@@ -160,7 +160,7 @@ class Dropping:
         return "\n".join(self._wrong).encode()
 
     def _unsynced(self, folder: Folder) -> Iterator[str]:
-        """Files that have a name which says that they are complete while the disk does not hold all of them."""
+        """Files whose name says that they are complete while the disk does not hold all of them."""
         for name, node in folder.names.items():
             if isinstance(node, Folder):
                 yield from self._unsynced(node)
@@ -279,7 +279,7 @@ class Dropping:
 
 
 def serve(mount: str, seed: int, failing: float) -> None:
-    """Be the file system until it is unmounted."""
+    """Serve the file system until it is unmounted."""
     mfusepy: Any = importlib.import_module("mfusepy")  # which has no types
     dropping = Dropping(seed, failing, lambda: print("ready", flush=True))  # noqa: T201 - the parent waits for it
     options: dict[str, Any] = {"attr_timeout": 0, "entry_timeout": 0, "direct_io": True, "use_ino": True}
@@ -288,7 +288,7 @@ def serve(mount: str, seed: int, failing: float) -> None:
 
 @contextlib.contextmanager
 def mounted(mount: Path, seed: int, failing: float = 0.0) -> Iterator[None]:
-    """The file system at `mount`; `failing` is the share of syncs that fail."""
+    """The file system mounted at `mount`; `failing` is the share of syncs that fail."""
     mount.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
@@ -325,7 +325,7 @@ def run(
     progress: Callable[[kills.Report], None] = lambda _: None,
     failing: float = 0.0,
 ) -> kills.Report:
-    """Torture for about `seconds`, a cut in each round; raises `Violation` and leaves the destination for a look."""
+    """Torture for about `seconds`, a cut in each round; raises `Violation`, and then the destination stays."""
     mount = directory / "mount"
     chance = random.Random(f"{seed}/cuts")
 
@@ -347,7 +347,7 @@ def run(
 
 
 def _die_recovering(torture: kills.Torture, chance: random.Random) -> None:
-    """Open what the power left, and be killed in the middle of it."""
+    """Open what the loss of power left, and be killed in the middle of it."""
 
     def work() -> None:
         kills.doom(chance)

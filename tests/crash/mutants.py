@@ -1,8 +1,8 @@
-"""Mutants of our own code, each with one sync, rename, check, loop, lock or order removed or swapped; and who finds it.
+"""Mutants of the package, each with one sync, rename, check, loop, lock or order removed or swapped; and which harness finds it.
 
-A mutant is a patch of the text of one module. It is applied to a copy of the package, and each harness runs on that copy in a
-process of its own, within bounds that take seconds, until the first violation. A mutant that no harness finds is either no
-defect, and then not in the list, or shows where the harnesses are blind.
+A mutant is a patch of the text of one module, or of one C source. It is applied to a copy of the package, and each harness runs on
+that copy in a process of its own, within bounds that take seconds, until the first violation. A mutant that no harness finds is
+either not a defect, and then not in the list, or shows what the harnesses cannot see.
 
     .venv/bin/python -m tests.crash.mutants            all of them, and the table of `docs/dev/mutants.md`
     .venv/bin/python -m tests.crash.mutants NAME ...   some of them
@@ -69,7 +69,7 @@ PATCHES: Final = Path(__file__).with_suffix(".txt").read_text()
 
 
 class Mutant(NamedTuple):
-    """A patch of one module, or of one C source: then the harnesses run over the compiled order of operations."""
+    """A patch of one module, or of one C source: for that the harnesses run over the compiled order of operations."""
 
     name: str
     breaks: str
@@ -86,7 +86,7 @@ class Mutant(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """What it patches."""
+        """The file that it patches."""
         return (PACKAGE.parent if self.is_compiled else PACKAGE) / self.module
 
 
@@ -107,7 +107,7 @@ MUTANTS: Final = list(_mutants(PATCHES))
 
 
 class Verdict(NamedTuple):
-    """What a harness says of a mutant."""
+    """Whether a harness found a mutant."""
 
     found: bool
     why: str  # the violation
@@ -118,14 +118,14 @@ class Verdict(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Mutant by harness; a harness that is not there was not run."""
+    """Verdicts by mutant and harness; a harness that is missing was not run."""
 
     verdicts: dict[str, dict[str, Verdict]]
     seconds: float
 
     @property
     def survivors(self) -> list[str]:
-        """Those that nobody finds."""
+        """The mutants that no harness finds."""
         return [name for name, found in self.verdicts.items() if not any(verdict.found for verdict in found.values())]
 
     def __str__(self) -> str:
@@ -150,7 +150,7 @@ def _tests(*chosen: str) -> str:
 
 
 def unit_tests() -> str:
-    """What the functions promise, without what the other columns are, and what wants real file systems or takes longest."""
+    """The unit tests, without those that are other columns, need real file systems, or take longest."""
     if compiled_order.current_order() == "compiled":
         return _tests(*COMPILED_TESTS)
     return _tests("tests/store", "tests/delivery", *(f"--ignore=tests/{name}.py" for name in LEFT_OUT))
@@ -162,7 +162,7 @@ def interrupts() -> str:
 
 
 def enumeration() -> str:
-    """All histories of three steps, the beginnings of some longer ones, and longer ones by chance; and all that a crash leaves."""
+    """All histories of three steps, the beginnings of some longer ones, random longer ones; and every state that a crash leaves."""
     from tests.crash import faults
     from tests.crash.enumeration import ENDS, Bounds, Enumeration, Histories, check_by_chance
 
@@ -183,7 +183,7 @@ def enumeration() -> str:
 
 
 def meanwhile() -> str:
-    """Another thread appends while a file is synced; then all that a crash leaves, of each beginning of some histories."""
+    """Another thread appends while a file is synced; then every state that a crash leaves, of each beginning of some histories."""
     from pillarbox.testing.crash import CrashFilesystem
     from tests.crash.enumeration import ENDS, Bounds, Enumeration
     from tests.crash.simulation import World
@@ -211,7 +211,7 @@ def meanwhile() -> str:
 
 
 def failing_disks() -> str:
-    """Each operation of some histories fails; and of the living, nothing arrives that was refused, not even uncut."""
+    """Each operation of some histories fails; and while the processes live, nothing arrives that was refused."""
     from pillarbox.store.layout import Kind
     from pillarbox.testing.fault import FaultCounter
     from tests.crash import faults
@@ -261,7 +261,7 @@ def machine() -> str:
 
 
 def fan_out() -> str:
-    """Several sinks: every state that a crash leaves of some histories, of one also where a process dies in the middle of it."""
+    """Several sinks: every state that a crash leaves of some histories, of one also when a process dies in the middle of it."""
     from pillarbox.store import reconciliation
     from tests.crash.fanout import Looked
 
@@ -288,12 +288,12 @@ FOR_ALL: Final = ("enumeration", "meanwhile", "faults", "interleave", "machine",
 
 
 def chosen_for(mutant: Mutant) -> list[str]:
-    """Which harnesses are run on a mutant."""
+    """The harnesses that are run on a mutant."""
     return [name for name in HARNESSES if name in mutant.also or (name in FOR_ALL and not mutant.only)]
 
 
 def patched(mutant: Mutant) -> str:
-    """The module's text with the patch; raises where what it patches is not there exactly once."""
+    """The text of the module with the patch; raises unless the text that it replaces occurs exactly once."""
     text = mutant.path.read_text()
     if text.count(mutant.old) != 1:
         raise ValueError(f"{mutant.name}: what it patches is {text.count(mutant.old)} times in {mutant.module}")
@@ -341,7 +341,7 @@ def judge(place: Path, harness: str, seconds_max: float = SECONDS_MAX, *, compil
 
 
 def look(mutant: Mutant | None, bounds: Mapping[str, float], *, compiled: bool = False) -> dict[str, Verdict]:
-    """What harnesses say of a mutant, or of the code as it is, each within so many seconds."""
+    """The verdicts of harnesses on a mutant, or on the code as it is, each within so many seconds."""
     with tempfile.TemporaryDirectory(prefix="pillarbox-mutant-") as folder:
         place = copied(mutant, Path(folder))
         compiled = compiled or (mutant is not None and mutant.is_compiled)
@@ -351,7 +351,7 @@ def look(mutant: Mutant | None, bounds: Mapping[str, float], *, compiled: bool =
 
 
 def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None) -> Table:
-    """Have mutants judged; raises `RuntimeError` where a harness finds something in the code as it is."""
+    """The verdicts on mutants; raises `RuntimeError` if a harness finds something in the code as it is."""
     named = {mutant.name: mutant for mutant in MUTANTS}
     mutants = MUTANTS if names is None else [named[name] for name in names]
     begin = time.monotonic()
@@ -377,7 +377,7 @@ def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | No
 
 
 def _be_harness(name: str, place: Path, order: compiled_order.Order) -> int:
-    """In a process of its own: the exit status."""
+    """Run a harness in this process; the exit status."""
     if name != UNIT_TESTS:
         logging.disable(logging.CRITICAL)
     try:

@@ -1,8 +1,8 @@
-"""A small world for crash tests: processes on a simulated disk, a destination, and the account of what is owed to whom.
+"""Processes on a simulated disk, a destination, and the account of what is owed to whom.
 
-An event is a number; where it is negative, the destination refuses it for good. A history is a text, one letter of `STEPS` a
-step. Each step runs the real code of store and delivery, without threads. The account is kept from the disk's trace alone, so
-that it can be drawn up for each moment of a history.
+An event is a number; if it is negative, the destination rejects it for good. A history is a text, one letter of `STEPS` a step. Each
+step runs the real code of store and delivery, without threads. The account depends on the disk's trace alone, so that it can be drawn
+up for each moment of a history.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ OPERATIONS_MAX: Final = 3000  # of a step on the disk; a few hundred are many
 
 
 class Violation(AssertionError):  # noqa: N818 - reads as the sentence it is
-    """Something that must never be."""
+    """Something that must never happen."""
 
 
 def payload_of(number: int) -> bytes:
@@ -71,17 +71,17 @@ def payload_of(number: int) -> bytes:
 
 
 def rubbish_in(data: bytes) -> set[int]:
-    """The damaged lines that were stored as such."""
+    """The numbers of the damaged lines that were stored as such."""
     return {int(found) for found in _RUBBISH.findall(data)}
 
 
 def numbers_in(data: bytes) -> set[int]:
-    """The events of records and dead letters, and the damaged lines."""
+    """The numbers of records and dead letters, and of damaged lines."""
     return {int(found) for pattern in (_NUMBER, _RUBBISH) for found in pattern.findall(data)}
 
 
 def records_in(data: bytes) -> set[int]:
-    """The events of whole records, and the damaged lines."""
+    """The numbers of whole records, and of damaged lines."""
     return {int(found) for pattern in (_RECORD, _RUBBISH) for found in pattern.findall(data)}
 
 
@@ -93,9 +93,9 @@ def kind_at(path: str) -> Kind:
 class Account:
     """What is owed at a moment of a trace. Numbers are of events, and of damaged lines, which go to quarantine.
 
-    What is written to the trace as a mark: offered, acknowledged, promised, refused, delivered, evicting, and that the code has said
-    that files are sealed or that a round of deliveries or evictions is over. The rest follows from the operations: a sealed
-    name promises what is in the file, once that was said or the directory is synced; its removal settles that, likewise.
+    The trace has marks: offered, acknowledged, promised, refused, delivered, evicting, and that the code reported files as sealed or a
+    round of deliveries or evictions as over. The rest follows from the operations: a sealed name promises what is in the file, once the
+    code has reported it or the directory is synced; its removal settles that, in the same way.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Account:
         self._doomed: set[int] = set()  # files of which a sync has failed: sealed, they promise nothing new
 
     def after_crash(self, *, power: bool) -> Account:
-        """What is owed of a state that a crash has left: all of it, and nothing that was not durable."""
+        """What is owed of a state that a crash has left: only what was durable."""
         other = Account()
         other.offered, other.delivered, other.evicted = self.offered.copy(), self.delivered.copy(), self.evicted.copy()
         other.promised = (self.promised if power else self.acknowledged).copy()
@@ -123,7 +123,7 @@ class Account:
         return other
 
     def apply(self, op: Op, content: Callable[[str], bytes]) -> None:
-        """One more operation; `content(path)` is the running system's, before it."""
+        """Apply one more operation; `content(path)` is what the running system saw before it."""
         if op.verb == "mark":
             self._mark(op.note)
         elif op.verb == "sync_failed":
@@ -164,7 +164,7 @@ class Account:
 
 
 class Destination:
-    """Takes everything but what is negative."""
+    """Accepts everything that is not negative."""
 
     capabilities = SinkCapabilities(deduplicates_by="nothing", survives="power")
 
@@ -182,7 +182,7 @@ class Destination:
         return self.answer(batch.payloads)
 
     def answer(self, payloads: Sequence[bytes]) -> DeliveryResult:
-        """Take, and note it in the trace."""
+        """Accept, and add a mark to the trace."""
         numbers = list(map(number_of, payloads))
         self.arrived += numbers
         taken = {number for number in numbers if number >= 0}
@@ -201,7 +201,7 @@ class Destination:
 
 
 def number_of(payload: bytes) -> int:
-    """The event that a payload is."""
+    """The number of the event that a payload is."""
     found = _NUMBER.fullmatch(payload)
     if found is None:
         raise Violation(f"this was never enqueued: {payload!r}")
@@ -209,7 +209,7 @@ def number_of(payload: bytes) -> int:
 
 
 class Process:
-    """A process: directory, writer, sealer, committer, and, once it delivers, a worker. Without threads."""
+    """A process without threads: directory, writer, sealer, committer, and a worker when it delivers."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class Process:
         self._clock = clock
 
     def start(self) -> None:
-        """As an `Outbox` does, first when it is made and then when it is used."""
+        """What an `Outbox` does when it is made and then first used."""
         self.directory.ensure_usable()
         account = self.directory.disk_usage()
         self.directory.seal_after(account.newest_sealed_at)
@@ -239,7 +239,7 @@ class Process:
         deliver_once(self.directory, sink, self._clock, self.writer.release_bytes)
 
     def evict(self) -> None:
-        """Have everything that is sealed given up, as if there were no room at all."""
+        """Evict everything that is sealed, as if there were no room at all."""
         capacity, writer = self.sealer.quota, self.writer
         capacity._evicts, writer.limits = True, LIMITS._replace(max_bytes=0)
         try:
@@ -280,7 +280,7 @@ class World:
                 raise Killed
 
     def _process(self, which: int) -> Process | None:
-        """The process, started where it is not there; None where the disk does not let it start."""
+        """The process, started if it does not run; None if the disk does not let it start."""
         if which not in self._processes:
             plain = crash_filesystem(self.disk, self._before)
             process = Process(self._wrap(plain), self.new_id, self.clock, self._say)
@@ -293,21 +293,21 @@ class World:
         return self._processes[which][1]
 
     def lives(self, letter: str) -> bool:
-        """Whether the process is there that a step is of."""
+        """Whether the process of a step runs."""
         return (1 if letter.islower() else 2) in self._processes
 
     def kill(self, which: int) -> None:
-        """The process dies, if there is one."""
+        """The process dies, if it runs."""
         if which in self._processes:
             self._processes.pop(which)[0].kill()
 
     def run(self, history: str) -> None:
-        """All steps; a number behind a letter has the process die ahead of that operation in the step."""
+        """Run all steps; a number behind a letter makes the process die before that operation of the step."""
         for letter, fuse in steps_of(history):
             self.step(letter, fuse)
 
     def step(self, letter: str, fuse: int | None = None) -> None:
-        """One step."""
+        """Run one step."""
         which = 1 if letter.islower() else 2
         if letter in "kK":
             self.kill(which)
@@ -379,14 +379,14 @@ class World:
 
 
 def steps_of(history: str) -> list[tuple[str, int | None]]:
-    """The letters of a history, each with the operation ahead of which the process dies."""
+    """The letters of a history, each with the operation before which the process dies."""
     found = re.findall(r"([a-zA-Z])(\d*)", history)
     assert "".join(letter + fuse for letter, fuse in found) == history, history
     return [(letter, int(fuse) if fuse else None) for letter, fuse in found]
 
 
 class Outcome(NamedTuple):
-    """What came of a recovery."""
+    """The result of a recovery."""
 
     arrived: tuple[int, ...]
     kept: frozenset[int]  # as dead letters or in quarantine
@@ -436,7 +436,7 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
 
 
 def _changed(trace: Iterable[Op]) -> str:
-    """Whether somebody wrote into a file that had a sealed name."""
+    """What is wrong if somebody wrote to a file that had a sealed name."""
     for op in trace:
         if op.verb in ("write", "truncate") and kind_at(op.path) is Kind.SEALED:
             return f"a sealed file is written to: {op.path}"
@@ -471,7 +471,7 @@ def _letter(payload: bytes, index: int) -> DeadLetter:
 
 
 def problem_of(state: State, outcome: Outcome, account: Account, *, power: bool) -> str:
-    """What is wrong with a state that a crash has left, or with what came of it; empty if nothing is."""
+    """What is wrong with a state that a crash has left, or with the result of its recovery; empty if nothing is."""
     if outcome.problem:
         return outcome.problem
     for path, data in state.items():

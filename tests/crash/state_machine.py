@@ -1,9 +1,9 @@
-"""Any sequence of what an application, its deliverer, other processes, death and the power company do, against a plain model.
+"""Any sequence of calls of an application, a delivery worker and other processes, of deaths and losses of power, against a plain model.
 
-A Hypothesis state machine on a disk in memory. Each step is a call of the real code, and may carry a fuse: the process dies, or
-the power fails, ahead of the k-th file-system operation in it. After a loss of power the disk is one of the states that
-`pillarbox.testing.crash` says may be left, all choices being Hypothesis's. The model is five sets of events: attempted,
-accepted and not yet lost with the power, promised to survive it, delivered (with the batch), and evicted.
+A Hypothesis state machine on a disk in memory. Each step is a call of the real code, and may carry a fuse: the process dies, or the
+power fails, before the k-th file-system operation in it. After a loss of power the disk has one of the states that
+`pillarbox.testing.crash` admits, and Hypothesis makes all choices. The model is five sets of events: attempted, accepted and not yet
+lost with the power, promised to survive it, delivered (with the batch), and evicted.
 
     .venv/bin/python -m tests.crash.state_machine --seconds 600 --seed 1
 """
@@ -49,16 +49,16 @@ EVICT_ABOVE: Final = 500  # bytes: a dozen events
 
 
 class Fuse(NamedTuple):
-    """How a call ends before its end."""
+    """How a call is cut short."""
 
     operations: int  # that still happen
     how: Literal["kill", "cut"]
 
 
 def pick(disk: Disk, chance: random.Random) -> State:
-    """One of the states that the loss of power may leave: `DurabilityModel.states` has them all, which may be very many.
+    """One of the states that a loss of power may leave; `DurabilityModel.states` has all of them, which may be very many.
 
-    Without the locks, whose content differs from run to run.
+    Without the lock files, whose content differs from run to run.
     """
     survivors = DurabilityModel(disk.trace, ignoring=LOCKS)
     names = survivors._durable
@@ -103,7 +103,7 @@ class Process:
                 raise Killed
 
     def account(self) -> DiskUsage:
-        """What a process does first: count, and seal after what is sealed."""
+        """What a process does first: count the files, and continue after the newest sealed name."""
         account = self.directory.disk_usage()
         self.directory.seal_after(account.newest_sealed_at)
         return account
@@ -115,7 +115,7 @@ class Process:
 
 
 class Application(Process):
-    """One that stores."""
+    """A process that stores events."""
 
     def start(self, on_sealed: Callable[[], None], *, evicts: bool) -> None:
         """What `Outbox` does at its first event, without threads."""
@@ -140,7 +140,7 @@ class Application(Process):
 
 
 class Destination(RecordingSink):
-    """Does as it is told: takes a batch, fails before or after it has taken it, or refuses it."""
+    """Does as it is told: accepts a batch, fails before or after it has accepted it, or rejects it."""
 
     def __init__(self, machine: Machine, orders: list[str]) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(evicts=st.booleans())
     def begin(self, *, evicts: bool) -> None:
-        """Whether the oldest events give way."""
+        """Choose whether the oldest events are evicted."""
         self.evicts = evicts
 
     # How a call ends.
@@ -223,7 +223,7 @@ class Machine(RuleBasedStateMachine):
         self.accepted &= self.promised
 
     def _sealed(self) -> None:
-        """Sealed names are durable: what is in those files is promised to survive the loss of power."""
+        """Sealed names are durable: the events in those files are promised to survive a loss of power."""
         for path, data in self.disk.files.items():
             if layout.kind_of(path.removeprefix(f"{PLACE}/")) is Kind.SEALED:
                 self.promised.update(reader.read_lines(data, lambda: None).payloads)
@@ -243,7 +243,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.application is None)
     @rule(fuse=FUSES, chance=st.randoms())
     def start(self, fuse: Fuse | None, chance: random.Random) -> None:
-        """A process that stores begins, and adopts what another has left."""
+        """A process that stores events starts, and adopts what another has left."""
         application = self.application = Application(self.disk, self.clock, self.new_id)
         self._note_what_is_evicted(application)
         self._within(application, fuse, chance, lambda: application.start(self._sealed, evicts=self.evicts))
@@ -251,7 +251,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.application is not None)
     @rule(count=st.integers(1, 4), durability=st.sampled_from(["process", "power"]), fuse=FUSES, chance=st.randoms())
     def enqueue(self, count: int, durability: str, fuse: Fuse | None, chance: random.Random) -> None:
-        """One event, or several in one call."""
+        """Store one event, or several in one call."""
         application = self._running()
         events = [b'{"n":%d}' % self._number() for _ in range(count)]
         self.attempted.update(events)
@@ -275,7 +275,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.application is not None)
     @rule(seconds=st.sampled_from([0.0, 0.5, 2.0, 100.0]), fuse=FUSES, chance=st.randoms())
     def let_the_sealer_work(self, seconds: float, fuse: Fuse | None, chance: random.Random) -> None:
-        """A round of it, after a while."""
+        """A round of the sealer, after a while."""
         self.clock.advance(seconds)
         application = self._running()
 
@@ -313,7 +313,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(orders=ORDERS, fuse=FUSES, chance=st.randoms())
     def deliver(self, orders: list[str], fuse: Fuse | None, chance: random.Random) -> None:
-        """A round of the real deliverer, in a process of its own."""
+        """A round of the real delivery worker, in a process of its own."""
         process = Process(self.disk, self.clock, self.new_id)
         self._within(process, fuse, chance, lambda: self._deliver(process, orders))
         process.die()
@@ -338,7 +338,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.application is not None)
     @rule()
     def kill(self) -> None:
-        """Between two calls."""
+        """Kill the application between two calls."""
         self._end_of(self._running())
 
     @rule(chance=st.randoms())
@@ -348,7 +348,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([-3600.0, 3600.0]))
     def set_the_clock(self, seconds: float) -> None:
-        """Wall time only."""
+        """Change the wall time only."""
         self.clock.step(seconds)
 
     # What must be.
@@ -388,7 +388,7 @@ class Machine(RuleBasedStateMachine):
 
 
 class DeadLine(msgspec.Struct):
-    """What is looked at of a dead letter."""
+    """The part of a dead letter that is checked."""
 
     event: msgspec.Raw
 
@@ -423,7 +423,7 @@ def _quiet() -> Iterator[None]:
 
 
 def run(seconds: float, number: int, examples: int = 500) -> int:
-    """Sequences of steps from one seed after another; returns how many seeds. Raises as `torture` does."""
+    """Run sequences of steps from one seed after another; returns how many seeds. Raises as `torture` does."""
     deadline = time.monotonic() + seconds
     for count in itertools.count():
         if time.monotonic() >= deadline:

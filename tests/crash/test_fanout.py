@@ -1,4 +1,4 @@
-"""Several sinks: every crash state of handing over and settling, every single fault, and that what is planted is found."""
+"""Several sinks: every crash state of fanning out and settling, every single fault; and that planted defects are found."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Patch = pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: Patch) -> Iterator[None]:
-    """Without log messages, which are many, and without looking again at accounts that do not balance."""
+    """Without log messages, which are many, and without a second look at accounts that do not balance."""
     monkeypatch.setattr(reconciliation, "_ATTEMPTS", 1)
     logging.disable(logging.CRITICAL)
     yield
@@ -46,7 +46,7 @@ def _quick(monkeypatch: Patch) -> Iterator[None]:
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", HISTORIES)
 def test_no_sink_misses_anything_or_is_given_it_twice_whenever_the_process_or_the_power_fails(history: str) -> None:
-    """And the accounts of the directory and of each sink balance."""
+    """The accounts of the directory and of each sink balance too."""
     looked = Looked()
     looked.look(history)
     assert not looked.violations
@@ -56,7 +56,7 @@ def test_no_sink_misses_anything_or_is_given_it_twice_whenever_the_process_or_th
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", CUT_SHORT)
 def test_a_step_that_is_cut_short_anywhere_is_done_again_by_the_next_process(history: str) -> None:
-    """Killed ahead of each operation of it; then what a second crash leaves."""
+    """Killed before each of its operations; then what a second crash leaves."""
     looked = Looked()
     for operation in range(40):
         looked.look(history.format(operation), few=True)
@@ -66,7 +66,7 @@ def test_a_step_that_is_cut_short_anywhere_is_done_again_by_the_next_process(his
 
 @pytest.mark.usefixtures("each_order")
 def test_longer_histories_by_chance() -> None:
-    """In which processes die in the middle of a step as well; the violation has the history."""
+    """Processes also die in the middle of a step; the violation has the history."""
     looked = Looked()
     chance = random.Random(7)
     for _ in range(CHANCES):
@@ -83,7 +83,7 @@ def test_longer_histories_by_chance() -> None:
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", fanout_faults.HISTORIES)
 def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) -> None:
-    """Trouble is named, and once the disk works again everything arrives everywhere."""
+    """Trouble is reported, and once the disk works again everything arrives everywhere."""
     met = 0
     for fault in itertools.islice(fanout_faults.faults_of(history), None, None, EACH):
         _, problem = fanout_faults.check(history, fault)
@@ -95,7 +95,7 @@ def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("verb", ["sync_data", "sync_directory", "link", "rename", "unlink"])
 def test_what_a_crash_leaves_after_a_fault_is_recovered(verb: str) -> None:
-    """No name goes before the sync that it waits for, when that sync has failed."""
+    """No name is removed before the sync that it waits for, if that sync has failed."""
     history, looked = "aafxfd", Looked()
     meter = FaultCounter()
     World(lambda plain: fault_filesystem(plain, meter)).run(history)

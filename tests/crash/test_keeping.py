@@ -1,4 +1,4 @@
-"""Keeping, pruning and sending again, cut short or failing at any moment: each batch is kept or waits, once, and it adds up."""
+"""Retention, pruning and redelivery, cut short or failing at any moment: each batch is retained or waits, once, and it adds up."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOT_CALLED = {"portable": {"write"}, "compiled": {"write_all", "open_append"}}
 
 
 def content(number: int) -> bytes:
-    """The n-th batch."""
+    """The content of the n-th batch."""
     return b"".join(record.line(b'{"n":%d}' % (2 * number + one)) for one in range(2))
 
 
@@ -49,7 +49,7 @@ def disk_with_sealed() -> Disk:
 
 
 def keep_and_send_again(filesystem: Filesystem) -> None:
-    """What the settlement does with each file, and then what `resend` does."""
+    """What the settlement does with each file, and then what `pillarbox redeliver` does."""
     clock = ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
     place = Directory(PLACE, filesystem, clock, new_id)
@@ -70,7 +70,7 @@ def keep_and_send_again(filesystem: Filesystem) -> None:
 
 
 def problem_of(state: State) -> str:
-    """What is wrong with what is there; of the first batch nothing need be."""
+    """What is wrong with a state; the first batch may be gone."""
     found = [data for path, data in state.items() if layout.kind_of(path.rpartition("/")[2]) in (Kind.SEALED, Kind.DELIVERED)]
     for number in range(BATCHES):
         times = found.count(content(number))
@@ -82,7 +82,7 @@ def problem_of(state: State) -> str:
 
 @pytest.mark.usefixtures("each_order")
 def test_killed_or_without_power_at_any_moment_each_batch_is_kept_or_waits_once() -> None:
-    """Every state that is left of keeping, pruning and sending again."""
+    """Every state that is left of retention, pruning and redelivery."""
     disk = disk_with_sealed()
     keep_and_send_again(crash_filesystem(disk))
     assert sum(op.verb == "unlink" for op in disk.trace) == 1
@@ -97,7 +97,7 @@ def test_killed_or_without_power_at_any_moment_each_batch_is_kept_or_waits_once(
 
 @pytest.mark.parametrize("verb", FAILING)
 def test_whatever_fails_each_batch_that_is_there_is_there_once(verb: str, each_order: Order) -> None:
-    """A rename that fails lets a file go, which is delivered; one that stays is named. The account balances."""
+    """If a rename fails the file goes, for it is delivered; a file that stays is reported. The account balances."""
     met = 0
     for nth, code in itertools.product(range(1, 40), VERBS.get(verb, ())):
         disk, meter = disk_with_sealed(), FaultCounter(Fault(verb, nth, code))

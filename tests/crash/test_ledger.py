@@ -1,4 +1,4 @@
-"""The ledger after a crash at any moment: what was said to be durable is in it once, also while it is summed up."""
+"""The ledger after a crash at any moment: an entry that was durable is in it once, also while it is compacted."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ STATES_MIN = 500
 
 
 def batch(number: int) -> str:
-    """The n-th."""
+    """The id of the n-th batch."""
     return layout.batch_id(layout.sealed_name(number, "x"))
 
 
 def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
-    """Batches are sealed, settled and marked as that, one after the other; the ledger is shortened on the way."""
+    """Batches are sealed and settled, one after the other; the ledger is compacted meanwhile."""
     monkeypatch.setattr(ledger, "COMPACT_BYTES", 1000)
     monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 1)
     disk, clock = Disk(), ManualClock()
@@ -48,7 +48,7 @@ def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
 
 
 def problem_of(state: State, settled: int) -> str:
-    """What is wrong with the account that a crash has left once `settled` batches were; the files of the others are there."""
+    """What is wrong with the account after a crash, when `settled` batches were settled; the files of the others are there."""
     entries, _ = parse_ledger(state.get(LEDGER, b""))
     account = reconciliation.reconcile_entries(
         entries, {batch(number): FileCounts(EVENTS, 0) for number in range(settled, BATCHES)}, []
@@ -62,7 +62,7 @@ def problem_of(state: State, settled: int) -> str:
 
 
 def look(trace: list[Op]) -> tuple[int, str]:
-    """How many states were looked at, and what is wrong with one of them."""
+    """How many states were checked, and what is wrong with one of them."""
     survivors, settled, states = DurabilityModel(ignoring={layout.LEDGER_LOCK}), 0, 0
     for op in trace:
         survivors.apply(op)
@@ -76,7 +76,7 @@ def look(trace: list[Op]) -> tuple[int, str]:
 
 @pytest.mark.usefixtures("each_order")
 def test_what_was_synced_is_counted_once_whatever_a_crash_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every moment of appending and of summing up, by a kill or the loss of power."""
+    """At every moment of appending and of compaction, by a kill or a loss of power."""
     trace = history(monkeypatch)
     assert any(op.verb == "rename" and op.target == LEDGER for op in trace)
     states, problem = look(trace)
@@ -87,6 +87,6 @@ def test_what_was_synced_is_counted_once_whatever_a_crash_leaves(monkeypatch: py
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("verb", ["sync_data", "sync_directory"])
 def test_without_its_syncs_that_is_not_so(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
-    """The states tell the difference."""
+    """The states show the difference."""
     trace = [op for op in history(monkeypatch) if op.verb != verb]
     assert look(trace)[1]
