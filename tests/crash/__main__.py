@@ -184,7 +184,7 @@ def run_lane(lane: int, seconds: float, seed: int) -> dict[str, Figures]:
 def finder(mutant: mutants.Mutant) -> str:
     """The first harness that finds a mutant; empty if none does."""
     for harness in mutants.chosen_for(mutant):
-        if mutants.look(mutant, {harness: mutants.SECONDS_MAX})[harness].found:
+        if mutants.run_harnesses(mutant, {harness: mutants.SECONDS_MAX})[harness].found:
             return harness
     return ""
 
@@ -201,7 +201,7 @@ def run_mutants() -> Figures:
             if not found_by:
                 survivors.append(mutant.name)
 
-    with ThreadPoolExecutor(mutants.AT_ONCE) as pool:
+    with ThreadPoolExecutor(mutants.WORKERS) as pool:
         list(pool.map(judge, mutants.MUTANTS))
     if survivors:
         raise SystemExit(f"nobody finds {', '.join(survivors)}")

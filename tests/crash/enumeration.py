@@ -140,11 +140,11 @@ class Enumeration:
         existed = world.lives(steps[-1][0])
         world.step(*steps[-1])
         self.histories += 1
-        self.look({"history": history}, world.disk.trace, 0 if chance else start, chance, len(steps))
+        self.check_trace({"history": history}, world.disk.trace, 0 if chance else start, chance, len(steps))
         done = [op for op in world.disk.trace[start:] if op.path.rpartition("/")[2] not in LOCKS and op.verb != "mark"]
         return bool(done) or (history[-1] in "rkK" and existed and history[-2:-1] != history[-1])
 
-    def look(self, origin: Origin, trace: list[Op], start: int, chance: random.Random | None, steps: int) -> None:
+    def check_trace(self, origin: Origin, trace: list[Op], start: int, chance: random.Random | None, steps: int) -> None:
         """Check the moments of a trace from an operation on."""
         deep = chance is None and steps <= self.bounds.in_recovery
         for moment in moments(trace, start, Account(), DurabilityModel(ignoring=LOCKS)):

@@ -127,7 +127,7 @@ class Process:
             self._fan_outs[key] = FanOut(self.directory, key, self._clock, self._ledger)
         return self._fan_outs[key]
 
-    def hand_over(self, sinks: Iterable[str]) -> None:
+    def fan_out_once(self, sinks: Iterable[str]) -> None:
         """One round of fanning out, as `FanOutRunner` does it; what it reports is kept as the trouble of the process."""
         fan_out = self.fan_out(sinks)
         self.trouble = "raised"
@@ -217,7 +217,7 @@ class World:
             case "a" | "o":
                 self.process.append(self._number(), seal=letter == "a")
             case "f":
-                self.process.hand_over(self.sinks)
+                self.process.fan_out_once(self.sinks)
             case "d" | "x" | "y":
                 which = {"d": self.sinks, "x": self.sinks[:1], "y": self.sinks[1:2]}[letter]
                 self.process.deliver(which)
@@ -344,12 +344,12 @@ def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> Out
     for sink in removed:
         process.remove(sink)
     if f"{PLACE}/{layout.adding_name(LATER)}/" in state:
-        process.hand_over(sinks)  # first: what is delivered until it was done does not wait for that sink
+        process.fan_out_once(sinks)  # first: what is delivered until it was done does not wait for that sink
     for _ in range(ROUNDS):
         process.deliver(sinks)
-        process.hand_over(sinks)
+        process.fan_out_once(sinks)
     process.append(AFTER)
-    process.hand_over(sinks)
+    process.fan_out_once(sinks)
     process.deliver(sinks)
     arrived = [arrival for op in disk.trace if op.verb == "mark" for arrival in _arrivals(op.note)]
     return Outcome(tuple(arrived), _left_over(disk, sinks) or _out_of_balance(process.directory))
@@ -440,7 +440,7 @@ def _some(survivors: DurabilityModel, at: int, most: int) -> Iterable[State]:
     return [survivors.random_state(chance) for _ in range(most)]
 
 
-class Looked:
+class FanOutEnumeration:
     """Checks histories; the violations."""
 
     def __init__(self) -> None:
@@ -448,13 +448,13 @@ class Looked:
         self.known: dict[int, Outcome] = {}
         self.violations: list[str] = []
 
-    def look(self, history: str, *, few: bool = False) -> None:
+    def check_history(self, history: str, *, few: bool = False) -> None:
         """Check every state at every moment of a history, or a `few`, until one is wrong."""
         world = World()
         world.run(history)
-        self.look_at(history, world.disk.trace, few=few)
+        self.check_trace(history, world.disk.trace, few=few)
 
-    def look_at(self, history: str, trace: list[Op], *, few: bool = False, faults: bool = False) -> None:
+    def check_trace(self, history: str, trace: list[Op], *, few: bool = False, faults: bool = False) -> None:
         """The same of a trace; in one with `faults` an account may lack an entry that the disk did not take."""
         for moment in moments(trace, FEW if few else STATES_MAX):
             if not moment.owed.sinks:

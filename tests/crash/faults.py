@@ -41,21 +41,21 @@ class Report(NamedTuple):
         return "\n".join([text, *self.violations])
 
 
-def world_with(meter: FaultCounter) -> World:
+def world_with_faults(counter: FaultCounter) -> World:
     """Processes on a disk that fails as a counter says."""
-    world = World(lambda plain: fault_filesystem(plain, meter))
-    world.troubled = lambda: meter.failures > 0
+    world = World(lambda plain: fault_filesystem(plain, counter))
+    world.disk_has_failed = lambda: counter.failures > 0
     # A refused call of which a part is on the disk and cannot be cut off: whoever adopts the file cannot know.
-    world.cuts = all(fault.verb != "truncate" for fault in meter.faults)
+    world.can_truncate = all(fault.verb != "truncate" for fault in counter.faults)
     return world
 
 
 def faults_of(history: str) -> Iterator[tuple[Fault, ...]]:
     """Each operation of a history failing, in each way."""
-    meter = FaultCounter()
-    world_with(meter).run(history)
+    counter = FaultCounter()
+    world_with_faults(counter).run(history)
     for verb, errnos in VERBS.items():
-        for nth, code, for_good in itertools.product(range(1, meter.counts[verb] + 1), errnos, (False, True)):
+        for nth, code, for_good in itertools.product(range(1, counter.counts[verb] + 1), errnos, (False, True)):
             yield (Fault(verb, nth, code, for_good),)
             if verb in PARTIAL_VERBS:
                 yield (Fault(verb, nth, code, for_good, partial=True),)
@@ -63,23 +63,23 @@ def faults_of(history: str) -> Iterator[tuple[Fault, ...]]:
 
 def pairs_of(history: str) -> Iterator[tuple[Fault, ...]]:
     """Each write of a history that is partial and then fails, while that part cannot be cut off."""
-    meter = FaultCounter()
-    world_with(meter).run(history)
-    for nth, code, for_good in itertools.product(range(1, meter.counts["write"] + 1), VERBS["truncate"], (False, True)):
+    counter = FaultCounter()
+    world_with_faults(counter).run(history)
+    for nth, code, for_good in itertools.product(range(1, counter.counts["write"] + 1), VERBS["truncate"], (False, True)):
         yield Fault("write", nth, errno.ENOSPC, permanent=True, partial=True), Fault("truncate", 1, code, for_good)
 
 
 def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> bool:
     """Run a history with faults, check all its moments, and then what the living processes deliver; whether anything failed."""
-    meter = FaultCounter(*faults)
-    world = world_with(meter)
+    counter = FaultCounter(*faults)
+    world = world_with_faults(counter)
     origin: Origin = {"history": history, "faults": tuple(map(tuple, faults))}
     try:
         world.run(history)
-        if not meter.failures:
+        if not counter.failures:
             return False
-        enumeration.look(origin, list(world.disk.trace), 0, None, len(history))
-        problem = afterwards(world, meter)
+        enumeration.check_trace(origin, list(world.disk.trace), 0, None, len(history))
+        problem = afterwards(world, counter)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
         problem = f"raised: {error!r}"
     if problem:
@@ -87,9 +87,9 @@ def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> 
     return True
 
 
-def afterwards(world: World, meter: FaultCounter) -> str:
+def afterwards(world: World, counter: FaultCounter) -> str:
     """What is wrong once the disk works again and the living processes had time to continue."""
-    meter.clear_faults()
+    counter.clear_faults()
     for _ in range(2):
         world.clock.advance(WAIT_S)  # for what was parked
         start = len(world.disk.trace)
@@ -116,13 +116,13 @@ def reproduce(text: str) -> str:
     history, faults = origin["history"], origin["faults"]
     assert isinstance(history, str)
     assert isinstance(faults, tuple)
-    meter = FaultCounter(*(Fault(*fault) for fault in faults))
+    counter = FaultCounter(*(Fault(*fault) for fault in faults))
     if "crashes" in origin:
-        return reproduce_crash(text, lambda _origin: world_with(meter))
+        return reproduce_crash(text, lambda _origin: world_with_faults(counter))
     try:
-        world = world_with(meter)
+        world = world_with_faults(counter)
         world.run(history)
-        return afterwards(world, meter)
+        return afterwards(world, counter)
     except Exception as error:  # noqa: BLE001 - as in `check`
         return f"raised: {error!r}"
 

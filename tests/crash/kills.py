@@ -186,7 +186,7 @@ def make_event(life: int, number: int) -> TrackingEvent:
     )
 
 
-def doom(chance: random.Random) -> None:
+def kill_self_later(chance: random.Random) -> None:
     """Make this process kill itself around the n-th operation on the disk, or in the middle of a write."""
     if chance.random() < 0.5:
         step_by_step()
@@ -411,7 +411,7 @@ class Torture:
 
         def work() -> None:
             if chance.random() < 0.5:
-                doom(chance)
+                kill_self_later(chance)
             life.store() if slot < WRITERS else life.deliver()
 
         span = self._chance.choice((0.005, 0.05, 0.05, 0.3)) if slot < WRITERS else self._chance.choice((0.05, 0.3, 1.0))

@@ -350,7 +350,7 @@ def _die_recovering(torture: kills.Torture, chance: random.Random) -> None:
     """Open what the loss of power left, and be killed in the middle of it."""
 
     def work() -> None:
-        kills.doom(chance)
+        kills.kill_self_later(chance)
         torture.make_life(chance).deliver()
 
     pid = kills.fork(torture.failures, work)

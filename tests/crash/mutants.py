@@ -30,7 +30,7 @@ from tests.crash import compiled_order
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = ROOT / "src" / "pillarbox"
 SOURCES: Final = PACKAGE.with_name("speedups")  # in C
-AT_ONCE: Final = 2
+WORKERS: Final = 2
 SECONDS_MAX: Final = 60.0  # of a harness, or PATIENCE times what it takes on code that is right, if that is more
 PATIENCE: Final = 4
 SECONDS_AS_IT_IS: Final = 900.0
@@ -206,7 +206,7 @@ def meanwhile() -> str:
         for letter in history:
             done: list[int] = []  # one append for each step
             world.step(letter)
-        looked.look({"history": history}, world.disk.trace, 0, None, len(history))
+        looked.check_trace({"history": history}, world.disk.trace, 0, None, len(history))
     return "".join(looked.violations[:1])
 
 
@@ -221,8 +221,8 @@ def failing_disks() -> str:
     for history in faults.HISTORIES:
         for pair in faults.pairs_of(history):
             meter = FaultCounter(*pair)
-            world = faults.world_with(meter)
-            world.cuts = True
+            world = faults.world_with_faults(meter)
+            world.can_truncate = True
             world.run(history)
             problem = faults.afterwards(world, meter)
             kept = [data for path, data in world.disk.files.items() if kind_at(path) is Kind.CORRUPT]
@@ -263,12 +263,12 @@ def machine() -> str:
 def fan_out() -> str:
     """Several sinks: every state that a crash leaves of some histories, of one also when a process dies in the middle of it."""
     from pillarbox.store import reconciliation
-    from tests.crash.fanout import Looked
+    from tests.crash.fanout import FanOutEnumeration
 
     reconciliation._ATTEMPTS = 1  # type: ignore[misc]
-    looked = Looked()
+    looked = FanOutEnumeration()
     for history in (*FOR_SEVERAL, *(CUT_SHORT.format(operation) for operation in range(OPERATIONS))):
-        looked.look(history, few=True)
+        looked.check_history(history, few=True)
         if looked.violations:
             break
     return "".join(looked.violations[:1])
@@ -284,12 +284,12 @@ HARNESSES: Final[dict[str, Callable[[], str]]] = {
     "fanout": fan_out,
     UNIT_TESTS: unit_tests,
 }
-FOR_ALL: Final = ("enumeration", "meanwhile", "faults", "interleave", "machine", UNIT_TESTS)
+DEFAULT_HARNESSES: Final = ("enumeration", "meanwhile", "faults", "interleave", "machine", UNIT_TESTS)
 
 
 def chosen_for(mutant: Mutant) -> list[str]:
     """The harnesses that are run on a mutant."""
-    return [name for name in HARNESSES if name in mutant.also or (name in FOR_ALL and not mutant.only)]
+    return [name for name in HARNESSES if name in mutant.also or (name in DEFAULT_HARNESSES and not mutant.only)]
 
 
 def patched(mutant: Mutant) -> str:
@@ -300,7 +300,7 @@ def patched(mutant: Mutant) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def copied(mutant: Mutant | None, place: Path) -> Path:
+def copy_package(mutant: Mutant | None, place: Path) -> Path:
     """A copy of the package, with a mutant or as it is; the folder that it is in."""
     shutil.copytree(PACKAGE, place / "pillarbox", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copytree(SOURCES, place / "speedups")
@@ -309,7 +309,7 @@ def copied(mutant: Mutant | None, place: Path) -> Path:
     return place
 
 
-def judge(place: Path, harness: str, seconds_max: float = SECONDS_MAX, *, compiled: bool = False) -> Verdict:
+def run_harness(place: Path, harness: str, seconds_max: float = SECONDS_MAX, *, compiled: bool = False) -> Verdict:
     """Run a harness on the copy of the package that is in a folder. A harness that never ends has found something too.
 
     With `compiled` over the compiled order of operations; otherwise over the portable one, and without the extension.
@@ -340,14 +340,14 @@ def judge(place: Path, harness: str, seconds_max: float = SECONDS_MAX, *, compil
     return Verdict(process.returncode == FOUND, output.strip(), time.monotonic() - begin)
 
 
-def look(mutant: Mutant | None, bounds: Mapping[str, float], *, compiled: bool = False) -> dict[str, Verdict]:
+def run_harnesses(mutant: Mutant | None, bounds: Mapping[str, float], *, compiled: bool = False) -> dict[str, Verdict]:
     """The verdicts of harnesses on a mutant, or on the code as it is, each within so many seconds."""
     with tempfile.TemporaryDirectory(prefix="pillarbox-mutant-") as folder:
-        place = copied(mutant, Path(folder))
+        place = copy_package(mutant, Path(folder))
         compiled = compiled or (mutant is not None and mutant.is_compiled)
         if compiled:
             compiled_order.build_extension(place / "speedups", place / "pillarbox")  # for the unit tests
-        return {harness: judge(place, harness, seconds, compiled=compiled) for harness, seconds in bounds.items()}
+        return {harness: run_harness(place, harness, seconds, compiled=compiled) for harness, seconds in bounds.items()}
 
 
 def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None) -> Table:
@@ -358,20 +358,20 @@ def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | No
     bounds: dict[tuple[str, bool], float] = {}
     for compiled in {mutant.is_compiled for mutant in mutants}:
         needed = {harness for mutant in mutants if mutant.is_compiled == compiled for harness in chosen_for(mutant)}
-        as_it_is = look(None, {name: SECONDS_AS_IT_IS for name in HARNESSES if name in needed}, compiled=compiled)
+        as_it_is = run_harnesses(None, {name: SECONDS_AS_IT_IS for name in HARNESSES if name in needed}, compiled=compiled)
         for harness, verdict in as_it_is.items():
             if verdict.found:
                 raise RuntimeError(f"{harness} finds something in the code as it is: {verdict.why}")
             bounds[harness, compiled] = max(SECONDS_MAX, PATIENCE * verdict.seconds)
 
     def judged(mutant: Mutant) -> dict[str, Verdict]:
-        verdicts = look(mutant, {harness: bounds[harness, mutant.is_compiled] for harness in chosen_for(mutant)})
+        verdicts = run_harnesses(mutant, {harness: bounds[harness, mutant.is_compiled] for harness in chosen_for(mutant)})
         if progress is not None:
             finders = [f"{name} in {verdict.seconds:.1f} s" for name, verdict in verdicts.items() if verdict.found]
             progress(f"{mutant.name}: {', '.join(finders) or 'SURVIVES'}")
         return verdicts
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         verdicts = dict(zip([mutant.name for mutant in mutants], pool.map(judged, mutants), strict=True))
     return Table(verdicts, time.monotonic() - begin)
 

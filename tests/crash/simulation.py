@@ -260,30 +260,32 @@ class World:
         self.new_id = map("{:04d}".format, itertools.count(1)).__next__
         self.destination = Destination(self.disk)
         self._operations = 0  # of this step
-        self.left: int | None = None  # operations until the process dies
-        self.cuts = True  # whether the disk lets what was refused be cut off
-        self.troubled: Callable[[], bool] = lambda: False  # whether the disk has failed, so that a log message may be all
+        self.operations_left: int | None = None  # operations until the process dies
+        self.can_truncate = True  # whether the disk lets what was refused be cut off
+        self.disk_has_failed: Callable[[], bool] = lambda: (
+            False
+        )  # whether the disk has failed, so that a log message may be all
         self._wrap = wrap
         self._number = itertools.count(1).__next__
         self._processes: dict[int, tuple[CrashFilesystem, Process]] = {}
 
-    def _say(self, what: str) -> None:
+    def _mark_reported(self, what: str) -> None:
         self.disk.mark(("said", what))
 
     def _before(self, _verb: str, _path: str) -> None:
         self._operations += 1
         if self._operations > OPERATIONS_MAX:
             raise Killed
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
+        if self.operations_left is not None:
+            self.operations_left -= 1
+            if self.operations_left < 0:
                 raise Killed
 
     def _process(self, which: int) -> Process | None:
         """The process, started if it does not run; None if the disk does not let it start."""
         if which not in self._processes:
             plain = crash_filesystem(self.disk, self._before)
-            process = Process(self._wrap(plain), self.new_id, self.clock, self._say)
+            process = Process(self._wrap(plain), self.new_id, self.clock, self._mark_reported)
             self._processes[which] = plain, process
             try:
                 process.start()
@@ -312,7 +314,7 @@ class World:
         if letter in "kK":
             self.kill(which)
             return
-        self.left, self._operations = fuse, 0
+        self.operations_left, self._operations = fuse, 0
         try:
             process = self._process(which)
             if process is not None:
@@ -320,7 +322,7 @@ class World:
         except Killed:
             self.kill(which)
         finally:
-            self.left = None
+            self.operations_left = None
         if self._operations > OPERATIONS_MAX:
             raise Violation(f"a step does not come to its end: {letter}")
         if letter == "c":
@@ -338,7 +340,7 @@ class World:
                 process.writer.rotate("manual")
             case "d":
                 process.deliver(self.destination)
-                self._over()
+                self._report_over()
             case "v":
                 self._evict(process)
             case "c":
@@ -350,7 +352,11 @@ class World:
         lines = [b"rubbish %d\n" % number if letter == "g" else record.line(payload_of(number)) for number in numbers]
         self.disk.mark(("offered", set(numbers)))
         answer = (
-            "acknowledged" if process.writer.append(b"".join(lines), len(numbers)) else "refused" if self.cuts else "unsure"
+            "acknowledged"
+            if process.writer.append(b"".join(lines), len(numbers))
+            else "refused"
+            if self.can_truncate
+            else "unsure"
         )
         self.disk.mark((answer, set(numbers)))
 
@@ -367,15 +373,15 @@ class World:
         self.disk.mark(("evicting", True))
         try:
             process.evict()
-            self._over()
+            self._report_over()
         except OSError:
             return  # the sealer's round ends with it
         finally:
             self.disk.mark(("evicting", False))
 
-    def _over(self) -> None:
-        if not self.troubled():
-            self._say("over")
+    def _report_over(self) -> None:
+        if not self.disk_has_failed():
+            self._mark_reported("over")
 
 
 def steps_of(history: str) -> list[tuple[str, int | None]]:

@@ -18,7 +18,7 @@ from pillarbox.testing.crash import CrashFilesystem, Op
 from pillarbox.testing.fault import Fault, FaultCounter
 from tests.crash import fanout, fanout_faults
 from tests.crash.compiled_order import fault_filesystem
-from tests.crash.fanout import Looked, World, moments
+from tests.crash.fanout import FanOutEnumeration, World, moments
 
 # The life of files up to the last sink; later sinks, with what waits and without; one that goes; the first set-up over what
 # waits, active files too; eviction before, between and after; deaths in between.
@@ -47,8 +47,8 @@ def _quick(monkeypatch: Patch) -> Iterator[None]:
 @pytest.mark.parametrize("history", HISTORIES)
 def test_no_sink_misses_anything_or_is_given_it_twice_whenever_the_process_or_the_power_fails(history: str) -> None:
     """The accounts of the directory and of each sink balance too."""
-    looked = Looked()
-    looked.look(history)
+    looked = FanOutEnumeration()
+    looked.check_history(history)
     assert not looked.violations
     assert looked.checked > CHECKED_MIN
 
@@ -57,9 +57,9 @@ def test_no_sink_misses_anything_or_is_given_it_twice_whenever_the_process_or_th
 @pytest.mark.parametrize("history", CUT_SHORT)
 def test_a_step_that_is_cut_short_anywhere_is_done_again_by_the_next_process(history: str) -> None:
     """Killed before each of its operations; then what a second crash leaves."""
-    looked = Looked()
+    looked = FanOutEnumeration()
     for operation in range(40):
-        looked.look(history.format(operation), few=True)
+        looked.check_history(history.format(operation), few=True)
     assert not looked.violations
     assert looked.checked > CHECKED_MIN
 
@@ -67,14 +67,14 @@ def test_a_step_that_is_cut_short_anywhere_is_done_again_by_the_next_process(his
 @pytest.mark.usefixtures("each_order")
 def test_longer_histories_by_chance() -> None:
     """Processes also die in the middle of a step; the violation has the history."""
-    looked = Looked()
+    looked = FanOutEnumeration()
     chance = random.Random(7)
     for _ in range(CHANCES):
         letters = chance.choices("aaoffdxyvk", k=chance.randint(4, 9))
         for later in ("c", "pf", "r"):
             if chance.random() < 0.4:
                 letters.insert(chance.randrange(len(letters)), later if "c" not in letters or later != "pf" else "")
-        looked.look(
+        looked.check_history(
             "".join(one + (str(chance.randint(1, 25)) if chance.random() < 0.2 else "") for one in letters if one), few=True
         )
         assert not looked.violations
@@ -96,12 +96,12 @@ def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) 
 @pytest.mark.parametrize("verb", ["sync_data", "sync_directory", "link", "rename", "unlink"])
 def test_what_a_crash_leaves_after_a_fault_is_recovered(verb: str) -> None:
     """No name is removed before the sync that it waits for, if that sync has failed."""
-    history, looked = "aafxfd", Looked()
+    history, looked = "aafxfd", FanOutEnumeration()
     meter = FaultCounter()
     World(lambda plain: fault_filesystem(plain, meter)).run(history)
     for nth in range(1, meter.counts[verb] + 1):
         trace, _ = fanout_faults.check(history, Fault(verb, nth, errno.EIO))
-        looked.look_at(f"{history} with {verb} {nth}", trace, few=True, faults=True)
+        looked.check_trace(f"{history} with {verb} {nth}", trace, few=True, faults=True)
     assert not looked.violations
     assert looked.checked > CHECKED_MIN
 
@@ -167,10 +167,10 @@ def sinks_have_no_account(patch: Patch) -> None:
 )
 def test_what_is_planted_is_found(plant: Callable[[Patch], None], history: str, problem: str, monkeypatch: Patch) -> None:
     """In a short history, or one that is cut short somewhere."""
-    looked = Looked()
+    looked = FanOutEnumeration()
     plant(monkeypatch)
     for operation in range(30 if "{" in history else 1):
-        looked.look(history.format(operation), few=True)
+        looked.check_history(history.format(operation), few=True)
     assert looked.violations
     assert problem in looked.violations[0]
 

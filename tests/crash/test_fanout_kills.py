@@ -40,7 +40,7 @@ def live(directory: Path, life: int, chance: random.Random, told: int) -> None:
     logging.disable(logging.CRITICAL)
     kills._PRCTL(kills._PR_SET_PDEATHSIG, signal.SIGKILL)
     if chance.random() < 0.7:
-        kills.doom(chance)
+        kills.kill_self_later(chance)
     accepting = outbox(directory, chance)
     for number in range(EVENTS):
         if accepting.enqueue(kills.make_event(life, number)):

@@ -48,7 +48,7 @@ def disk_with_sealed() -> Disk:
     return Disk(disk.files)
 
 
-def keep_and_send_again(filesystem: Filesystem) -> None:
+def retain_and_redeliver(filesystem: Filesystem) -> None:
     """What the settlement does with each file, and then what `pillarbox redeliver` does."""
     clock = ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
@@ -84,7 +84,7 @@ def problem_of(state: State) -> str:
 def test_killed_or_without_power_at_any_moment_each_batch_is_kept_or_waits_once() -> None:
     """Every state that is left of retention, pruning and redelivery."""
     disk = disk_with_sealed()
-    keep_and_send_again(crash_filesystem(disk))
+    retain_and_redeliver(crash_filesystem(disk))
     assert sum(op.verb == "unlink" for op in disk.trace) == 1
     survivors, states = DurabilityModel(ignoring=LOCKS), 0
     for op in disk.trace:
@@ -102,7 +102,7 @@ def test_whatever_fails_each_batch_that_is_there_is_there_once(verb: str, each_o
     for nth, code in itertools.product(range(1, 40), VERBS.get(verb, ())):
         disk, meter = disk_with_sealed(), FaultCounter(Fault(verb, nth, code))
         try:
-            keep_and_send_again(fault_filesystem(crash_filesystem(disk), meter))
+            retain_and_redeliver(fault_filesystem(crash_filesystem(disk), meter))
         except OSError:
             assert verb in ("sync_directory", "open_existing"), verb  # raised to the caller, who tries again
         if not meter.failures:

@@ -61,7 +61,7 @@ def problem_of(state: State, settled: int) -> str:
     return ""
 
 
-def look(trace: list[Op]) -> tuple[int, str]:
+def check_states(trace: list[Op]) -> tuple[int, str]:
     """How many states were checked, and what is wrong with one of them."""
     survivors, settled, states = DurabilityModel(ignoring={layout.LEDGER_LOCK}), 0, 0
     for op in trace:
@@ -79,7 +79,7 @@ def test_what_was_synced_is_counted_once_whatever_a_crash_leaves(monkeypatch: py
     """At every moment of appending and of compaction, by a kill or a loss of power."""
     trace = history(monkeypatch)
     assert any(op.verb == "rename" and op.target == LEDGER for op in trace)
-    states, problem = look(trace)
+    states, problem = check_states(trace)
     assert not problem
     assert states > STATES_MIN
 
@@ -89,4 +89,4 @@ def test_what_was_synced_is_counted_once_whatever_a_crash_leaves(monkeypatch: py
 def test_without_its_syncs_that_is_not_so(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     """The states show the difference."""
     trace = [op for op in history(monkeypatch) if op.verb != verb]
-    assert look(trace)[1]
+    assert check_states(trace)[1]

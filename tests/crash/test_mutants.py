@@ -36,7 +36,7 @@ def test_there_are_enough_and_each_has_a_name() -> None:
 
 def test_a_mutant_names_harnesses_besides_those_for_all_or_in_their_place() -> None:
     """By the word in front of them."""
-    assert mutants.chosen_for(NAMED["retired-forgotten"]) == [*mutants.FOR_ALL[:-1], "interrupts", mutants.UNIT_TESTS]
+    assert mutants.chosen_for(NAMED["retired-forgotten"]) == [*mutants.DEFAULT_HARNESSES[:-1], "interrupts", mutants.UNIT_TESTS]
     assert mutants.chosen_for(NAMED["link-counts-at-once"]) == ["fanout"]
 
 
@@ -61,7 +61,7 @@ def test_a_mutant_of_text_that_is_not_there_is_an_error() -> None:
 @pytest.mark.parametrize(("name", "harness"), SAMPLE)
 def test_a_mutant_is_found(name: str, harness: str) -> None:
     """The harness that is best at it fails."""
-    assert mutants.look(NAMED[name], {harness: mutants.SECONDS_AS_IT_IS})[harness].found
+    assert mutants.run_harnesses(NAMED[name], {harness: mutants.SECONDS_AS_IT_IS})[harness].found
 
 
 def test_what_is_appended_while_a_file_is_synced_is_not_taken_for_durable() -> None:
@@ -73,15 +73,15 @@ def test_a_mutant_that_does_not_run_is_no_find() -> None:
     """It says nothing of a harness."""
     broken = NAMED["sealed-unsynced"]._replace(new="no_such_name")
     with pytest.raises(RuntimeError, match="does not run"):
-        mutants.look(broken, {"machine": mutants.SECONDS_AS_IT_IS})
+        mutants.run_harnesses(broken, {"machine": mutants.SECONDS_AS_IT_IS})
 
 
 def test_a_harness_runs_on_the_copy(tmp_path: Path) -> None:
     """A package that cannot be imported is found out."""
-    place = mutants.copied(None, tmp_path)
+    place = mutants.copy_package(None, tmp_path)
     (place / "pillarbox" / "__init__.py").write_text("raise ImportError('this is the copy')\n")
     with pytest.raises(RuntimeError, match="this is the copy"):
-        mutants.judge(place, "machine")
+        mutants.run_harness(place, "machine")
 
 
 def test_the_table_in_the_docs_has_every_mutant_and_none_survives() -> None:

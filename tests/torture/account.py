@@ -28,17 +28,17 @@ class Notes:
         self._shared = shared
         self._first = first
 
-    def begin(self, numbers: range) -> None:
+    def note_attempt(self, numbers: range) -> None:
         """Note that events are about to be stored."""
         start = self._first + numbers.start
         self._shared[start : start + len(numbers)] = bytes([BEGUN]) * len(numbers)
 
-    def conclude(self, number: int, state: int) -> None:
+    def note_outcome(self, number: int, state: int) -> None:
         """Note what the writer was answered."""
         self._shared[self._first + number] = state
 
 
-class Found(NamedTuple):
+class Arrivals(NamedTuple):
     """What is there once everything is settled: how often each event is in each place."""
 
     arrived: Mapping[Event, int]
@@ -67,19 +67,19 @@ class Account:
         """The notes of the process that uses this slot."""
         return Notes(self._shared, slot * EVENTS_MAX)
 
-    def bury(self, slot: int, life: int) -> None:
+    def take_over_notes(self, slot: int, life: int) -> None:
         """Take over the notes of a writer that is dead."""
         span = slice(slot * EVENTS_MAX, (slot + 1) * EVENTS_MAX)
         self._lives[life] = self._shared[span].rstrip(bytes([NEVER]))
         self._shared[span] = bytes(EVENTS_MAX)
 
-    def begun(self, slots: Iterable[int]) -> int:
+    def attempted(self, slots: Iterable[int]) -> int:
         """How many events were attempted, those of living writers included."""
         size = EVENTS_MAX
         living = sum(size - self._shared[slot * size : (slot + 1) * size].count(NEVER) for slot in slots)
         return living + sum(len(states) - states.count(NEVER) for states in self._lives.values())
 
-    def check(self, found: Found, *, takes_all: bool = False) -> list[str]:
+    def check(self, found: Arrivals, *, takes_all: bool = False) -> list[str]:
         """What is wrong: each good event must be once at the destination, each poisoned one once among the dead letters.
 
         At a destination that `takes_all`, poisoned events are good. An event that was attempted and not acknowledged may be there or
@@ -102,10 +102,10 @@ class Account:
                 wrong.setdefault(where, []).append(event)
         return [_complaint(what, those) for what, those in wrong.items()]
 
-    def sums(self, found: Found) -> Sums:
+    def sums(self, found: Arrivals) -> Sums:
         """The counts."""
         acknowledged = sum(states.count(ACKNOWLEDGED) for states in self._lives.values())
-        return Sums(self.begun(()), acknowledged, len(found.arrived), len(found.dead))
+        return Sums(self.attempted(()), acknowledged, len(found.arrived), len(found.dead))
 
     def _owed(self) -> Iterator[Event]:
         for life, states in self._lives.items():

@@ -22,7 +22,7 @@ LOOK_EVERY_S: Final = 0.2
 _JUDGED_S: Final = 5.0  # a shorter time is no time to tell apart who is held back and who delivers
 
 
-class Behind(NamedTuple):
+class SinkBacklog(NamedTuple):
     """The backlog of a sink: events, and the age of the oldest file in seconds."""
 
     events: int
@@ -32,14 +32,14 @@ class Behind(NamedTuple):
         return f"{self.events:,} for {self.seconds:.1f} s"
 
 
-class Looks(NamedTuple):
+class BacklogSamples(NamedTuple):
     """The samples of both sinks."""
 
-    steady: list[Behind]
-    fickle: list[Behind]
+    steady: list[SinkBacklog]
+    fickle: list[SinkBacklog]
 
     def __str__(self) -> str:
-        most = [Behind(*map(max, zip(*behind, strict=True))) if behind else Behind(0, 0.0) for behind in self]
+        most = [SinkBacklog(*map(max, zip(*behind, strict=True))) if behind else SinkBacklog(0, 0.0) for behind in self]
         return f"at most {most[0]} wait for the steady sink, {most[1]} for the fickle one"
 
 
@@ -52,10 +52,10 @@ class Watch:
         self._down_at, self._back_at = now + seconds / 3, now + seconds * 2 / 3
         self._counted: dict[str, int] = {}  # events by batch
         self.next = now
-        self.up = Looks([], [])
-        self.down = Looks([], [])
+        self.up = BacklogSamples([], [])
+        self.down = BacklogSamples([], [])
 
-    def look(self, now: float) -> list[str]:
+    def sample(self, now: float) -> list[str]:
         """Sample if it is due; what is wrong, if anything is."""
         if now < self.next:
             return []
@@ -86,7 +86,7 @@ class Watch:
             ]
         return []
 
-    def behind(self, sink: str) -> Behind:
+    def behind(self, sink: str) -> SinkBacklog:
         """The current backlog of a sink, in its queue and in the directory."""
         found: dict[str, str] = {}
         for place in (self.directory, self.directory.queue(sink)):
@@ -96,7 +96,7 @@ class Watch:
                 continue  # no queue yet
         events = sum(self._events(batch, path) for batch, path in found.items())
         stamps = [stamp for path in found.values() if (stamp := layout.sealed_at(os.path.basename(path))) is not None]
-        return Behind(events, max(0.0, time.time() - min(stamps) / 1e6) if stamps else 0.0)
+        return SinkBacklog(events, max(0.0, time.time() - min(stamps) / 1e6) if stamps else 0.0)
 
     def _events(self, batch: str, path: str) -> int:
         if batch not in self._counted:

@@ -117,12 +117,12 @@ class Life:
         self._events += count
         found = [make_event(self.scene.seed, self.number, number) for number in numbers]
         if many:
-            self.notes.begin(numbers)
+            self.notes.note_attempt(numbers)
             for number, outcome in zip(numbers, outbox.enqueue_many(found), strict=True):
                 self._conclude(number, outcome)
         else:
             for number, event in zip(numbers, found, strict=True):
-                self.notes.begin(range(number, number + 1))
+                self.notes.note_attempt(range(number, number + 1))
                 self._conclude(number, outbox.enqueue(event))
         if self.scene.has_several:
             pause(self.chance.random() * _SLOWER_S)
@@ -137,9 +137,9 @@ class Life:
 
     def _conclude(self, number: int, outcome: Outcome) -> None:
         if not isinstance(outcome, Dropped):
-            self.notes.conclude(number, account.ACKNOWLEDGED)
+            self.notes.note_outcome(number, account.ACKNOWLEDGED)
         else:
-            self.notes.conclude(number, account.UNSURE if outcome.reason == "io_error" else account.REFUSED)
+            self.notes.note_outcome(number, account.UNSURE if outcome.reason == "io_error" else account.REFUSED)
 
     def deliver(self) -> None:
         """Deliver what others store: in an application, in a thread or in a child process, or as the command."""
@@ -161,7 +161,7 @@ class Life:
             with self._outbox(self.scene.sinks) as outbox:
                 while left:
                     if not events.poisoned(self.scene.seed, self.number, self._events):
-                        self.notes.begin(range(self._events, self._events + 1))
+                        self.notes.note_attempt(range(self._events, self._events + 1))
                         event = make_event(self.scene.seed, self.number, self._events)
                         self._conclude(self._events, outbox.enqueue(event))
                         left -= 1
@@ -206,7 +206,7 @@ def die_in_a_settlement(chance: random.Random) -> None:
     _die_after(has_begun, chance.choice((0, 0, 1, 3)), chance.choice((0, 1, 2, 3, 4, 6)), lambda: None)
 
 
-def die_handing_over(chance: random.Random, note: Callable[[], None]) -> None:
+def die_fanning_out(chance: random.Random, note: Callable[[], None]) -> None:
     """Make this process kill itself while it fans a batch out: after its first name in a queue, before its name in the directory goes.
 
     `note` is called right before.

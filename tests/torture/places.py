@@ -38,7 +38,7 @@ _UP_S: Final = 10.0
 _DOWN: Final = "down"  # as long as this file is there, all but the steady one refuse everything
 
 
-class Place(Protocol):
+class RunningDestination(Protocol):
     """A destination; `pids` are the processes that must live as long as the run."""
 
     url: str
@@ -153,13 +153,13 @@ class Http:
 class Arena:
     """The destinations of a run: one, or a steady one and others, of which each round uses another one."""
 
-    def __init__(self, folder: Path, fickle: list[Place], steady: Place | None = None) -> None:
+    def __init__(self, folder: Path, fickle: list[RunningDestination], steady: RunningDestination | None = None) -> None:
         self._down = folder / _DOWN
         self._fickle = fickle
         self._steady = steady
         self.pids = [pid for place in fickle for pid in place.pids]
 
-    def sinks(self, number: int) -> dict[str, Place]:
+    def sinks(self, number: int) -> dict[str, RunningDestination]:
         """The URLs of the destinations of a round, by sink name."""
         fickle = self._fickle[number % len(self._fickle)]
         return {ONLY_SINK: fickle} if self._steady is None else {STEADY: self._steady, FICKLE: fickle}
@@ -178,7 +178,7 @@ class Arena:
             place.end()
 
 
-def _one(make: Callable[[Path, int, Row], Place]) -> Callable[[Path, int, Row], Arena]:
+def _one(make: Callable[[Path, int, Row], RunningDestination]) -> Callable[[Path, int, Row], Arena]:
     return lambda folder, seed, row: Arena(folder, [make(folder, seed, row)])
 
 

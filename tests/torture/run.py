@@ -35,9 +35,9 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.reconciliation import ReconciliationReport, reconcile, reconcile_queues
-from tests.crash.kills import Violation, doom, fork
+from tests.crash.kills import Violation, fork, kill_self_later
 from tests.torture import chaos, chaotic, lag, lives
-from tests.torture.account import Account, Event, Found, Sums, Tally
+from tests.torture.account import Account, Arrivals, Event, Sums, Tally
 from tests.torture.events import EVENT
 from tests.torture.lives import Life, Scene
 from tests.torture.places import PLACES, TWO, parsed
@@ -122,7 +122,7 @@ class Torture:
         self._begun = self._told = time.monotonic()
         self._lives = self.rounds = self.kills = self.verified = 0
         self._sums = Sums(0, 0, 0, 0)
-        self._looks = {state: lag.Looks([], []) for state in ("up", "down")}
+        self._looks = {state: lag.BacklogSamples([], []) for state in ("up", "down")}
 
     def round(self, seconds: float) -> None:
         """Run processes and kill them for a while, stop, finish, and compare; raises `Violation`."""
@@ -142,12 +142,12 @@ class Torture:
                 first = min(child.deadline for child in self._children.values())
                 wake = min(first, end, watch.next if watch is not None else end)
                 signal.sigtimedwait([signal.SIGCHLD], max(0.0, wake - time.monotonic()))
-                self._reap(time.monotonic(), scene)
+                self._kill_due(time.monotonic(), scene)
                 if self._tell_now_and_then():
                     self._verify(scene)
-                self._raise_if_wrong(watch.look(time.monotonic()) if watch is not None else [], scene)
+                self._raise_if_wrong(watch.sample(time.monotonic()) if watch is not None else [], scene)
         finally:
-            self._reap(float("inf"), scene)
+            self._kill_due(float("inf"), scene)
         if watch is not None:
             self._raise_if_wrong(watch.conclude(), scene)
             for state, looks in (("up", watch.up), ("down", watch.down)):
@@ -159,7 +159,7 @@ class Torture:
 
     def report(self) -> Report:
         """The figures so far."""
-        living = self._account.begun(range(_SLOTS))
+        living = self._account.attempted(range(_SLOTS))
         events = Sums(self._sums.begun + living, *self._sums[1:])
         seconds = time.monotonic() - self._begun
         waited = "".join(f"; while it is {state} {looks}" for state, looks in self._looks.items() if looks.steady)
@@ -196,16 +196,16 @@ class Torture:
                 (reconciliation, "RECENT_BATCHES_MAX", LEDGER_RECENT),
             ):
                 setattr(module, name, least)
-            self._be_quiet(slot)
+            self._redirect_output(slot)
             if slot == _FINISHER:
                 life.finish(DRAIN_S)
                 return
             fate = chance.random()
             if fate < _DOOMED:
-                doom(chance)
+                kill_self_later(chance)
             elif slot >= WRITERS and fate < _DOOMED + _SETTLING:
                 if scene.has_several and chance.random() < _HANDING_OVER:
-                    lives.die_handing_over(chance, lambda: row.add(chaos.HANDING_OVER))
+                    lives.die_fanning_out(chance, lambda: row.add(chaos.HANDING_OVER))
                 else:
                     lives.die_in_a_settlement(chance)
             life.store() if slot < WRITERS else life.deliver()
@@ -215,13 +215,13 @@ class Torture:
         deadline = float("inf") if slot == _FINISHER else time.monotonic() + span
         self._children[slot] = _Child(fork(self.failures, work), self._lives, deadline)
 
-    def _be_quiet(self, slot: int) -> None:
+    def _redirect_output(self, slot: int) -> None:
         """Redirect the output of this process to the file of its slot."""
         log = os.open(self._folder / f"printed-{slot}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
 
-    def _reap(self, now: float, scene: Scene) -> None:
+    def _kill_due(self, now: float, scene: Scene) -> None:
         """Kill the processes whose time has come, and take over the notes of the dead."""
         wrong: list[str] = []
         for slot, child in list(self._children.items()):
@@ -238,7 +238,7 @@ class Torture:
         if not pid:
             return None
         del self._children[slot]
-        self._account.bury(slot, child.life)
+        self._account.take_over_notes(slot, child.life)
         code = os.waitstatus_to_exitcode(status)
         self.kills += code == -signal.SIGKILL
         return code
@@ -261,7 +261,7 @@ class Torture:
         given: set[frozenset[Event]] = set()  # to each sink
         for sink, place in self._places.items():
             arrived, strange = place.arrived()
-            found = Found(arrived, *_kept(Path(scene.place_of(sink))))
+            found = Arrivals(arrived, *_kept(Path(scene.place_of(sink))))
             given.add(frozenset(found.arrived) | frozenset(found.dead))
             sums = self._account.sums(found)
             total = sums._replace(arrived=total.arrived + sums.arrived, dead=total.dead + sums.dead)

@@ -17,7 +17,7 @@ from pillarbox import Outbox
 from pillarbox.store import layout
 from pillarbox.store.reconciliation import reconcile
 from tests.torture import account, events, lag, places, run
-from tests.torture.account import Account, Event, Found, Sums, Tally
+from tests.torture.account import Account, Arrivals, Event, Sums, Tally
 from tests.torture.lives import FICKLE, STEADY
 
 ROOT = Path(__file__).parents[2]
@@ -54,12 +54,12 @@ def told() -> Account:
     """An account of life 7: thousands of events, acknowledged but the last two, which were attempted and dropped."""
     found = Account(SEED, 2)
     notes = found.notes(1)
-    notes.begin(range(BEGUN + 1))
+    notes.note_attempt(range(BEGUN + 1))
     for number in range(BEGUN):
-        notes.conclude(number, account.ACKNOWLEDGED)
-    notes.begin(range(BEGUN + 1, BEGUN + 2))
-    notes.conclude(BEGUN + 1, account.REFUSED)
-    found.bury(1, LIFE)
+        notes.note_outcome(number, account.ACKNOWLEDGED)
+    notes.note_attempt(range(BEGUN + 1, BEGUN + 2))
+    notes.note_outcome(BEGUN + 1, account.REFUSED)
+    found.take_over_notes(1, LIFE)
     return found
 
 
@@ -68,24 +68,24 @@ BAD = next(number for number in range(BEGUN) if events.poisoned(SEED, LIFE, numb
 GOOD = next(number for number in range(BEGUN) if not events.poisoned(SEED, LIFE, number))
 
 
-def as_it_should_be() -> Found:
+def as_it_should_be() -> Arrivals:
     everything = range(BEGUN)
     dead = Counter((LIFE, number) for number in everything if events.poisoned(SEED, LIFE, number))
     arrived = Counter((LIFE, number) for number in everything if not events.poisoned(SEED, LIFE, number))
-    return Found(arrived, dead, frozenset())
+    return Arrivals(arrived, dead, frozenset())
 
 
 def test_nothing_is_wrong_where_everything_is_in_its_place(told: Account) -> None:
     """An event that was attempted and not acknowledged may be there too."""
     found = as_it_should_be()
     assert told.check(found) == []
-    assert told.check(Found({**found.arrived, (LIFE, BEGUN): 1}, found.dead, frozenset())) == []
+    assert told.check(Arrivals({**found.arrived, (LIFE, BEGUN): 1}, found.dead, frozenset())) == []
     sums = told.sums(found)
     assert (sums.begun, sums.acknowledged, sums.arrived + sums.dead) == (BEGUN + 2, BEGUN, BEGUN)
 
 
-def spoil(where: str, event: Event, count: int) -> Callable[[Found], Found]:
-    def spoiled(found: Found) -> Found:
+def spoil(where: str, event: Event, count: int) -> Callable[[Arrivals], Arrivals]:
+    def spoiled(found: Arrivals) -> Arrivals:
         place: Counter[Event] = Counter(getattr(found, where))
         place[event] += count
         changed: dict[str, Any] = {where: +place}
@@ -107,7 +107,7 @@ def spoil(where: str, event: Event, count: int) -> Callable[[Found], Found]:
         (spoil("arrived", (3, 0), 1), "1 invented: at the destination though never begun: 3-0"),
     ],
 )
-def test_what_is_not_in_its_place_is_found(told: Account, change: Callable[[Found], Found], complaint: str) -> None:
+def test_what_is_not_in_its_place_is_found(told: Account, change: Callable[[Arrivals], Arrivals], complaint: str) -> None:
     """Lost, doubled, in the wrong place, or invented."""
     assert told.check(change(as_it_should_be())) == [complaint]
 
@@ -115,7 +115,7 @@ def test_what_is_not_in_its_place_is_found(told: Account, change: Callable[[Foun
 def test_where_everything_is_taken_no_event_is_a_dead_letter(told: Account) -> None:
     """As at the steady one of two sinks."""
     found = as_it_should_be()
-    everything = Found({**found.arrived, **found.dead}, Counter(), frozenset())
+    everything = Arrivals({**found.arrived, **found.dead}, Counter(), frozenset())
     assert told.check(everything, takes_all=True) == []
     assert told.check(spoil("dead", (LIFE, BAD), 1)(everything), takes_all=True) == [
         f"1 good, and among the dead letters: {LIFE}-{BAD}"
@@ -140,7 +140,7 @@ def test_a_sink_that_is_down_and_behind_is_as_it_should_be(watch: lag.Watch) -> 
     """So is the other one, with a backlog of a few events."""
     wait_for(watch, FICKLE, 30.0, 500)
     wait_for(watch, STEADY, 1.0, 20)
-    assert [complaint for now in range(30) for complaint in watch.look(now)] + watch.conclude() == []
+    assert [complaint for now in range(30) for complaint in watch.sample(now)] + watch.conclude() == []
     assert [behind.events for behind in (watch.down.steady[-1], watch.down.fickle[-1])] == [20, 500]
     assert len(watch.down.steady) == 10
 
@@ -149,8 +149,8 @@ def test_a_sink_that_is_held_back_by_the_one_that_is_down_is_seen(watch: lag.Wat
     """By the age and the size of its backlog."""
     for sink in (FICKLE, STEADY):
         wait_for(watch, sink, lag.BEHIND_MAX_S + 1, 500)
-    assert watch.look(5.0) == []  # neither is down
-    assert [text.partition(":")[0] for text in watch.look(15.0)] == ["the steady sink is held back"]
+    assert watch.sample(5.0) == []  # neither is down
+    assert [text.partition(":")[0] for text in watch.sample(15.0)] == ["the steady sink is held back"]
     assert [text.partition(":")[0] for text in watch.conclude()] == ["the steady sink is held back"]
 
 
