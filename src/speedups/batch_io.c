@@ -13,7 +13,7 @@ longer than most of these calls take. Nothing here decides anything; an error is
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Paths, as the system wants them. */
+/* Encoded paths. */
 typedef struct {
     Py_ssize_t count;
     PyObject **encoded; /* bytes */
@@ -30,12 +30,12 @@ free_paths(Paths *paths)
     paths->encoded = NULL;
 }
 
-/* Encode a sequence of paths; 0, or -1 with an exception set. */
+/* Encode a sequence of paths; 0, or -1 with an exception set. Of a copy: other threads could change the sequence meanwhile. */
 static int
 encode(PyObject *sequence, Paths *paths)
 {
     paths->count = 0;
-    PyObject *found = PySequence_Tuple(sequence); /* nobody else changes it meanwhile */
+    PyObject *found = PySequence_Tuple(sequence);
     paths->encoded = found == NULL ? NULL : PyMem_New(PyObject *, (size_t)PyTuple_GET_SIZE(found) + 1);
     if (found != NULL && paths->encoded == NULL) {
         PyErr_NoMemory();
@@ -57,7 +57,7 @@ path_at(const Paths *paths, Py_ssize_t at)
     return PyBytes_AS_STRING(paths->encoded[at]);
 }
 
-/* Whole numbers of C, as many as there are in a sequence; NULL with an exception set. To be freed with PyMem_Free. */
+/* The numbers in a sequence as an array, to be freed with PyMem_Free; NULL with an exception set. */
 static int *
 numbers_of(PyObject *sequence, Py_ssize_t *count)
 {
@@ -73,7 +73,7 @@ numbers_of(PyObject *sequence, Py_ssize_t *count)
     for (Py_ssize_t at = 0; numbers != NULL && at < *count; at++) {
         long number = PyLong_AsLong(PyTuple_GET_ITEM(found, at));
         if (number != (int)number && !PyErr_Occurred()) {
-            PyErr_SetString(PyExc_OverflowError, "no descriptor is so large");
+            PyErr_SetString(PyExc_OverflowError, "descriptor out of range");
         }
         if (PyErr_Occurred()) {
             PyMem_Free(numbers);
@@ -103,8 +103,8 @@ list_of(const int *numbers, Py_ssize_t count)
     return found;
 }
 
-/* Have the data of each file written, and wait for that: no file is durable then. What fails here, the sync does not know of any
-   more; only what never began is left to it. */
+/* Start writing the data of each file back, and wait for it. No file is durable then. A later sync does not report an error
+   that was reported here, so the error is kept; only where writing could not be started at all, the sync decides. */
 static void
 write_each(const int *fds, int *errors, Py_ssize_t count)
 {
@@ -140,8 +140,8 @@ sync_data(int fd)
 #endif
 }
 
-/* Sync each of many files; for each 0 or its errno. All of them are written before the first is synced: one commit of the file
-   system's journal serves them all, and each commit may have who writes to another file wait. */
+/* Sync each of several files; for each 0 or its errno. All of them are written back before the first is synced: then one commit
+   of the file system's journal covers them all, and during a commit writers to other files may have to wait. */
 static PyObject *
 sync_each(PyObject *Py_UNUSED(self), PyObject *sequence)
 {
@@ -170,7 +170,7 @@ sync_each(PyObject *Py_UNUSED(self), PyObject *sequence)
     return found;
 }
 
-/* Rename each, up to the first that fails: how many are renamed, and the errno of the next one or 0. */
+/* Rename each up to the first that fails: how many were renamed, and the errno of the next one or 0. */
 static PyObject *
 rename_each(PyObject *Py_UNUSED(self), PyObject *args)
 {
@@ -200,8 +200,7 @@ rename_each(PyObject *Py_UNUSED(self), PyObject *args)
     return PyErr_Occurred() ? NULL : Py_BuildValue("ni", done, error);
 }
 
-/* A new file that only its owner may read, its lock held: its descriptor; -1 where somebody locked or removed it before we had
-   the lock; -2 with errno set. */
+/* Create a file and take its lock: its descriptor; -1 if another process locked or removed it first; -2 with errno set. */
 static int
 create_locked(const char *path, int flags, int mode, long uid, long gid)
 {
@@ -214,7 +213,7 @@ create_locked(const char *path, int flags, int mode, long uid, long gid)
         return -2;
     }
     if (uid >= 0 && fchown(fd, (uid_t)uid, (gid_t)gid) < 0) {
-        errno = 0; /* a file system without owners */
+        errno = 0; /* the file system has no owners */
     }
     int locked = flock(fd, LOCK_EX | LOCK_NB);
     if (locked == 0 && fstat(fd, &found) == 0) {
@@ -229,7 +228,7 @@ create_locked(const char *path, int flags, int mode, long uid, long gid)
     return error == EWOULDBLOCK ? -1 : -2;
 }
 
-/* Create each with its lock, up to the first that fails: their descriptors, or -1, and the errno of the next one or 0. */
+/* Create each up to the first that fails: the descriptors, or -1, and the errno of the next one or 0. */
 static PyObject *
 create_each(PyObject *Py_UNUSED(self), PyObject *args)
 {
@@ -262,10 +261,10 @@ create_each(PyObject *Py_UNUSED(self), PyObject *args)
     return found == NULL ? NULL : Py_BuildValue("Ni", found, error);
 }
 
-/* Open a file that is there, if it is ours to use: regular, with one name (or more, where `linked`), and this user's, who may be
-   root. Its descriptor; -1 with errno set; -2 where it is not ours to use. */
+/* Open an existing file if it is safe to use: regular, with one name (or more if `linked`), and owned by this user, unless that
+   is root. Its descriptor; -1 with errno set; -2 if it is not safe to use. */
 static int
-open_ours(const char *path, int flags, int linked)
+open_owned(const char *path, int flags, int linked)
 {
     struct stat found;
     int fd;
@@ -284,7 +283,7 @@ open_ours(const char *path, int flags, int linked)
     return -2;
 }
 
-/* The descriptor, or -1 for whatever is to be looked at more closely. */
+/* The descriptor, or -1: then the caller finds out why. */
 static PyObject *
 open_existing(PyObject *Py_UNUSED(self), PyObject *args)
 {
@@ -295,18 +294,18 @@ open_existing(PyObject *Py_UNUSED(self), PyObject *args)
     }
     int fd;
     Py_BEGIN_ALLOW_THREADS
-    fd = open_ours(PyBytes_AS_STRING(path), flags, linked);
+    fd = open_owned(PyBytes_AS_STRING(path), flags, linked);
     Py_END_ALLOW_THREADS
     Py_DECREF(path);
     return PyLong_FromLong(fd < 0 ? -1 : fd);
 }
 
-/* The same with its lock, if the path still names it then. */
+/* The same with its lock, if the path still names the file once it is locked. */
 static int
-hold_ours(const char *path, int flags, int linked, int shared)
+open_owned_locked(const char *path, int flags, int linked, int shared)
 {
     struct stat opened, named;
-    int fd = open_ours(path, flags, linked);
+    int fd = open_owned(path, flags, linked);
     if (fd >= 0
         && (flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) < 0 || fstat(fd, &opened) < 0 || lstat(path, &named) < 0
             || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)) {
@@ -317,23 +316,23 @@ hold_ours(const char *path, int flags, int linked, int shared)
 }
 
 static PyObject *
-hold(PyObject *Py_UNUSED(self), PyObject *args)
+open_locked(PyObject *Py_UNUSED(self), PyObject *args)
 {
     PyObject *path;
     int flags, linked, shared;
-    if (!PyArg_ParseTuple(args, "O&ipp:hold", PyUnicode_FSConverter, &path, &flags, &linked, &shared)) {
+    if (!PyArg_ParseTuple(args, "O&ipp:open_locked", PyUnicode_FSConverter, &path, &flags, &linked, &shared)) {
         return NULL;
     }
     int fd;
     Py_BEGIN_ALLOW_THREADS
-    fd = hold_ours(PyBytes_AS_STRING(path), flags, linked, shared);
+    fd = open_owned_locked(PyBytes_AS_STRING(path), flags, linked, shared);
     Py_END_ALLOW_THREADS
     Py_DECREF(path);
     return PyLong_FromLong(fd < 0 ? -1 : fd);
 }
 
-/* Append lines to a file that ends in a whole line and is smaller than `below`; whether all of them are there. Otherwise it is as
-   it was, or what is there of them is torn. */
+/* Append lines to a file that ends in a whole line and is smaller than `below`; whether all were written. If not, the file is
+   as it was, or ends in a torn line. */
 static int
 append_lines(int fd, const char *lines, Py_ssize_t size, long long below)
 {
@@ -348,30 +347,30 @@ append_lines(int fd, const char *lines, Py_ssize_t size, long long below)
         written = write(fd, lines, (size_t)size);
     } while (written < 0 && errno == EINTR);
     if (written > 0 && written < size && ftruncate(fd, found.st_size) < 0) {
-        return 0; /* torn: whoever appends next begins a line of its own */
+        return 0; /* torn: the next append starts a new line */
     }
     return written == size;
 }
 
-/* Append lines to a file while the lock of another is held, both there and ours to use: the descriptor of the file; or -1, and
-   nothing of them is there but a part that cannot be cut off. */
+/* Append lines to an existing file while the lock of another one is held: the descriptor of the file; or -1, and then nothing
+   was written but a part that cannot be cut off. */
 static PyObject *
-append_under(PyObject *Py_UNUSED(self), PyObject *args)
+append_locked(PyObject *Py_UNUSED(self), PyObject *args)
 {
     PyObject *lock, *path;
     const char *lines;
     Py_ssize_t size;
     int flags;
     long long below;
-    if (!PyArg_ParseTuple(args, "O&O&y#iL:append_under", PyUnicode_FSConverter, &lock, PyUnicode_FSConverter, &path, &lines, &size,
+    if (!PyArg_ParseTuple(args, "O&O&y#iL:append_locked", PyUnicode_FSConverter, &lock, PyUnicode_FSConverter, &path, &lines, &size,
                           &flags, &below)) {
         return NULL;
     }
     int fd = -1;
     Py_BEGIN_ALLOW_THREADS
-    int held = hold_ours(PyBytes_AS_STRING(lock), flags, 0, 0);
+    int held = open_owned_locked(PyBytes_AS_STRING(lock), flags, 0, 0);
     if (held >= 0) {
-        fd = open_ours(PyBytes_AS_STRING(path), flags | O_APPEND, 0);
+        fd = open_owned(PyBytes_AS_STRING(path), flags | O_APPEND, 0);
         if (fd >= 0 && !append_lines(fd, lines, size, below)) {
             close(fd);
             fd = -1;
@@ -384,7 +383,7 @@ append_under(PyObject *Py_UNUSED(self), PyObject *args)
     return PyLong_FromLong(fd < 0 ? -1 : fd);
 }
 
-/* Close each. What goes wrong with that is nobody's to mend: the descriptor is gone. */
+/* Close each. Errors are ignored: the descriptor is gone. */
 static PyObject *
 close_each(PyObject *Py_UNUSED(self), PyObject *sequence)
 {
@@ -433,14 +432,14 @@ static PyMethodDef batch_io_functions[] = {
     {"rename_each", rename_each, METH_VARARGS,
      "rename_each(sources, targets): up to the first that fails, how many are renamed, and the errno of the next one or 0."},
     {"create_each", create_each, METH_VARARGS,
-     "create_each(paths, flags, mode, uid, gid): up to the first that fails, descriptors of new files whose locks are held, -1 "
-     "for one that somebody else was quicker to lock; and the errno of the next one or 0. A uid of -1 changes no owner."},
+     "create_each(paths, flags, mode, uid, gid): up to the first that fails, the descriptors of new, locked files, -1 for one that "
+     "another process locked first; and the errno of the next one or 0. A uid of -1 changes no owner."},
     {"open_existing", open_existing, METH_VARARGS,
-     "open_existing(path, flags, linked): the descriptor of a file that is ours to use, or -1."},
-    {"hold", hold, METH_VARARGS,
-     "hold(path, flags, linked, shared): the same with its lock, and only while the path still names it."},
-    {"append_under", append_under, METH_VARARGS,
-     "append_under(lock, path, lines, flags, below): the descriptor of the file once the lines are there, or -1."},
+     "open_existing(path, flags, linked): the descriptor of a file that is safe to use, or -1."},
+    {"open_locked", open_locked, METH_VARARGS,
+     "open_locked(path, flags, linked, shared): the same with its lock, and only while the path still names it."},
+    {"append_locked", append_locked, METH_VARARGS,
+     "append_locked(lock, path, lines, flags, below): the descriptor of the file once the lines are there, or -1."},
     {"close_each", close_each, METH_O, "close_each(descriptors)."},
     {"sync_directory", sync_directory, METH_O, "sync_directory(path): 0 or the errno."},
     {NULL, NULL, 0, NULL},

@@ -25,7 +25,8 @@ is_utf8(PyObject *payload)
     return text != NULL;
 }
 
-/* The payload of a line without its line feed, a new reference; NULL where the line is not simple, with or without an exception. */
+/* The payload of a line without its line feed, a new reference; NULL where the line is not simple, with or without an
+   exception. */
 static PyObject *
 payload_of(const char *at, Py_ssize_t size, PyObject *decode_record, PyObject *check)
 {

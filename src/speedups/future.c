@@ -510,7 +510,8 @@ look_at(FutureState *state, PyObject *entry, PyObject **lines, Py_ssize_t *event
     return 0;
 }
 
-/* What a group is made of, as far as it was looked at. Each attribute of an entry is read once: it may be another the next time. */
+/* What a group is made of, as far as it was looked at. Each attribute of an entry is read once: it may be another the next
+   time. */
 typedef struct {
     PyObject **lines; /* `count` of them, each bytes */
     Py_ssize_t count;

@@ -262,9 +262,8 @@ class World:
         self._operations = 0  # of this step
         self.operations_left: int | None = None  # operations until the process dies
         self.can_truncate = True  # whether the disk lets what was refused be cut off
-        self.disk_has_failed: Callable[[], bool] = lambda: (
-            False
-        )  # whether the disk has failed, so that a log message may be all
+        # Whether the disk has failed, so that a log message may be all.
+        self.disk_has_failed: Callable[[], bool] = lambda: False
         self._wrap = wrap
         self._number = itertools.count(1).__next__
         self._processes: dict[int, tuple[CrashFilesystem, Process]] = {}

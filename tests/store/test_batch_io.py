@@ -292,10 +292,10 @@ for number in range(300):
         ("rename_each", (["a"], None)),
         ("create_each", (["a\0b"], 0, 0, -1, -1)),
         ("create_each", (None, 0, 0, -1, -1)),
-        ("hold", (1, 0, False, False)),
+        ("open_locked", (1, 0, False, False)),
         ("open_existing", ("a\0b", 0, False)),
-        ("append_under", ("a", "b", "text", 0, 1)),
-        ("append_under", ("a", None, b"", 0, 1)),
+        ("append_locked", ("a", "b", "text", 0, 1)),
+        ("append_locked", ("a", None, b"", 0, 1)),
         ("sync_directory", (None,)),
     ],
 )

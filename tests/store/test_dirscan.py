@@ -129,7 +129,8 @@ def test_the_first_in_order_are_named(place: str, after: str, until: str, most: 
     assert expected == NamePage(
         [os.fsdecode(name) for name in wanted[:most]], os.fsdecode(max(wanted, default=b"")), len(wanted)
     )
-    assert OsFilesystem().first_names(place, layout.SEALED_PATTERNS, after, until, most) == expected
+    for files in [OsFilesystem(), *([CompiledOsFilesystem()] if COMPILED else [])]:
+        assert files.first_names(place, layout.SEALED_PATTERNS, after, until, most) == expected
 
 
 def test_a_directory_of_any_size_is_read_whole(files: OsFilesystem, tmp_path: Path) -> None:

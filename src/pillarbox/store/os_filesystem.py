@@ -289,13 +289,13 @@ class CompiledOsFilesystem(OsFilesystem):
         """Open and lock an existing file. None where only the step-by-step path is available."""
         with _fork_lock:
             return self._track_fd(
-                speedups.hold(path, (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS, allow_links, shared)
+                speedups.open_locked(path, (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS, allow_links, shared)
             )
 
     def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:
         """As `SequentialBatchOps` describes; None in all but the simple case."""
         with _fork_lock:  # a child that is forked meanwhile would keep the lock
-            return self._track_fd(speedups.append_under(lock_path, path, lines, os.O_RDWR | _OPEN_FLAGS, max_size))
+            return self._track_fd(speedups.append_locked(lock_path, path, lines, os.O_RDWR | _OPEN_FLAGS, max_size))
 
     def _track_fd(self, fd: int) -> int | None:
         if fd < 0:
