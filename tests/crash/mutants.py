@@ -48,17 +48,11 @@ COMPILED_TESTS: Final = (  # of a patch of a C source
     *("-k", "not plain and not two_steps"),
 )
 LEFT_OUT: Final = (
-    *(
-        "store/test_interrupts",
-        "store/test_group_commit_interrupts",
-        "store/test_full_disks",
-        "delivery/test_child",
-        "delivery/test_fleet",
-        "delivery/test_queues",
-    ),
-    *("delivery/test_flapping", "delivery/test_outage", "delivery/test_paced_drain"),
-    *("delivery/test_fleet_elsewhere", "delivery/test_hostile_sinks", "delivery/test_standing"),
-    *("delivery/test_resend", "delivery/test_resend_queues"),
+    *("store/test_interrupts", "store/test_group_commit_interrupts", "store/test_full_disks"),
+    *("delivery/test_child_process", "delivery/test_fanout_runner", "delivery/test_fanout_queues"),
+    *("delivery/test_flapping", "delivery/test_rejected_batches", "delivery/test_paced_drain"),
+    *("delivery/test_fanout_external", "delivery/test_hostile_sinks", "delivery/test_status"),
+    *("delivery/test_redelivery", "delivery/test_redelivery_queues"),
 )
 
 

@@ -34,6 +34,12 @@ def test_there_are_enough_and_each_has_a_name() -> None:
     assert all(mutant.breaks and set(mutant.also) <= HARNESSES.keys() for mutant in MUTANTS)
 
 
+def test_the_tests_that_are_left_out_exist() -> None:
+    """One that was renamed would be run on every mutant."""
+    assert not [name for name in mutants.LEFT_OUT if not (mutants.ROOT / "tests" / f"{name}.py").exists()]
+    assert all((mutants.ROOT / name).exists() for name in mutants.COMPILED_TESTS if name.endswith(".py"))
+
+
 def test_a_mutant_names_harnesses_besides_those_for_all_or_in_their_place() -> None:
     """By the word in front of them."""
     assert mutants.chosen_for(NAMED["retired-forgotten"]) == [*mutants.DEFAULT_HARNESSES[:-1], "interrupts", mutants.UNIT_TESTS]
