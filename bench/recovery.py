@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from bench import chart
-from pillarbox.delivery import policy
-from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery import retry
+from pillarbox.delivery.config import Backoff, DeliveryConfig
+from pillarbox.delivery.fetcher import Scheduler
 from pillarbox.delivery.pacing import Pacer, PacingConfig
-from pillarbox.delivery.policy import AttemptContext, DeliveryConfig, PartDone, Stop, Wait
-from pillarbox.delivery.scheduler import Scheduler
+from pillarbox.delivery.retry import AttemptContext, PartDone, Stop, Wait
 from pillarbox.sinks.base import Delivered, DeliveryResult, Retry
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ class Client:
         call.answered = True
         self._under_way -= 1
         file.attempts += 1
-        action = policy.decide(answer, file.records, file.attempts, simulation.chance.random(), AttemptContext(), self._rules)
+        action = retry.decide(answer, file.records, file.attempts, simulation.chance.random(), AttemptContext(), self._rules)
         match action:
             case PartDone():
                 self._pacer.note_accepted(call.began, simulation.now, file.records)

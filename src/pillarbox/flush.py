@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
-    from pillarbox.delivery.deliverer import Runner
+    from pillarbox.delivery.runner import Runner
     from pillarbox.store.directory import Directory
 
 _POLL_S: Final = 0.05  # between two listings while another process delivers

@@ -19,8 +19,8 @@ from pillarbox._native import CommitFuture
 from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull, with_when_full
 from pillarbox.clock import Clock, SystemClock
 from pillarbox.codec import Codec, EventEncoder
-from pillarbox.delivery.deliverer import ONLY_SINK, combine_stats
-from pillarbox.delivery.runner import build_runner, build_sinks, check_delivery_settings
+from pillarbox.delivery.build import build_runner, build_sinks, check_delivery_settings
+from pillarbox.delivery.runner import ONLY_SINK, combine_stats
 from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
     import msgspec
 
-    from pillarbox.delivery.deliverer import Runner
-    from pillarbox.delivery.settlement import DeadLetter
+    from pillarbox.delivery.batch import DeadLetter
+    from pillarbox.delivery.runner import Runner
     from pillarbox.store.usage import DiskUsage
 
 log = logging.getLogger("pillarbox")
@@ -457,10 +457,9 @@ class Outbox(metaclass=_OutboxMeta):
             self._hooks.report_dead_letter,
             self._hooks.add_dead_letter_failures,
             partial(self._writer.release_bytes, files=0),
+            self._is_busy,
         )
-        self._runner = build_runner(
-            self.settings, self._directory, self._clock, self._ledger, callbacks, self._is_busy, self._sinks
-        )
+        self._runner = build_runner(self.settings, self._directory, self._clock, self._ledger, callbacks, self._sinks)
         if self._runner is not None:
             self._runner.start()
         self._started = True

@@ -16,10 +16,8 @@ from typing import Any, Final
 
 import msgspec
 
-from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.config import Backoff, DeliveryConfig, SettlementLimits
 from pillarbox.delivery.pacing import PacingConfig
-from pillarbox.delivery.policy import DeliveryConfig
-from pillarbox.delivery.settlement import SettlementLimits
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES

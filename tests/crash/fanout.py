@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
-from pillarbox.delivery.settlement import DEFAULT_LIMITS, NO_CALLBACKS
+from pillarbox.delivery.context import NamedSink
+from pillarbox.delivery.fanout import FanOut
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
 from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
-from pillarbox.store.fanout import FanOut
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
@@ -76,15 +76,14 @@ class Destination(RecordingSink):
 
 def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: LedgerWriter) -> DeliveryCounters:
     """One round of the real worker on a queue."""
-    counters = DeliveryCounters()
-    worker = Worker(queue, sink, queue.sink, clock, RULES, counters, NO_CALLBACKS, lambda: False, "", DEFAULT_LIMITS, ledger)
+    worker = Worker(queue, NamedSink(sink, queue.sink), clock, RULES, ledger=ledger)
     worker.end()
     loop = Loop()
     try:
         loop.run_until_complete(worker.run())
     finally:
         loop.close()
-    return counters
+    return worker.counters
 
 
 class Process:
@@ -132,7 +131,7 @@ class Process:
         fan_out = self.fan_out(sinks)
         self.trouble = "raised"
         self._sealer.adopt_segments()
-        fan_out.distribute()
+        fan_out.distribute_all()
         self.trouble = "; ".join(fan_out.problems.values())
         self._disk.mark(("handed over", tuple(sinks)))
 

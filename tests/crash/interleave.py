@@ -29,11 +29,11 @@ from typing import Final, Literal, NamedTuple
 from greenlet import getcurrent, greenlet
 
 from pillarbox.clock import Clock
-from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.config import DeliveryConfig
+from pillarbox.delivery.context import NamedSink
 from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Sink
-from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, reader, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
@@ -83,8 +83,7 @@ class Loop(asyncio.BaseEventLoop):
 
 def deliver_once(directory: Directory, sink: Sink, clock: Clock, on_gone: Callable[[int], None] = lambda _bytes: None) -> None:
     """One round of the real delivery worker, if it gets the lease: adopt, send, settle."""
-    counters = DeliveryCounters()
-    worker = Worker(directory, sink, "test", clock, RULES, counters, DeliveryCallbacks(on_gone))
+    worker = Worker(directory, NamedSink(sink, "test"), clock, RULES, DeliveryCallbacks(on_gone))
     worker.end()
     loop = Loop()
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from pillarbox.delivery.fanout import FanOut
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.fanout import FanOut
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import RecordingSink
@@ -44,7 +44,9 @@ class Destination(RecordingSink):
 
 def hand_over(process: Process, sinks: Sequence[str] = SINKS) -> None:
     """A round of handing over."""
-    FanOutWithoutAccount(process.directory, sinks, process.clock, LedgerWriter(process.directory, process.clock)).distribute()
+    FanOutWithoutAccount(
+        process.directory, sinks, process.clock, LedgerWriter(process.directory, process.clock)
+    ).distribute_all()
 
 
 def deliver(process: Process, sink: str) -> None:

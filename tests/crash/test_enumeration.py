@@ -105,11 +105,11 @@ def the_file_goes_before_its_dead_letters(patch: Patch) -> None:
         place.remove(batch + layout.SUFFIX)
         keep(place, batch, dead)  # type: ignore[arg-type]
 
-    patch.setattr(settlement, "keep_dead", remove_first)
+    patch.setattr(settlement, "write_dead_letters", remove_first)
 
 
 def damaged_bytes_are_not_kept(patch: Patch) -> None:
-    patch.setattr(settlement, "keep_damaged", nothing)
+    patch.setattr(settlement, "write_quarantine", nothing)
 
 
 def adoption_cuts_a_torn_tail(patch: Patch) -> None:

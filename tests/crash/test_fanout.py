@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from pillarbox.delivery.fanout import FanOut
 from pillarbox.store import reconciliation
 from pillarbox.store.directory import Directory
-from pillarbox.store.fanout import FanOut
 from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.testing.crash import CrashFilesystem, Op
 from pillarbox.testing.fault import Fault, FaultCounter
@@ -125,8 +125,8 @@ def a_link_counts_at_once(patch: Patch) -> None:
 def the_first_queues_are_made_one_by_one(patch: Patch) -> None:
     def finish_adding(self: FanOut, missing: Sequence[str], *, first: bool) -> None:
         for sink in missing if first else ():
-            self._directory.request_queue(sink)
-            self._directory.create_requested_queue(sink)
+            self.directory.request_queue(sink)
+            self.directory.create_requested_queue(sink)
             break
 
     patch.setattr(FanOut, "_finish_adding", finish_adding)
@@ -142,8 +142,8 @@ def the_name_goes_first(patch: Patch) -> None:
 
     def write_down(self: FanOut, going: Sequence[object], queues: Sequence[Directory]) -> None:
         for found in going:
-            self._directory.remove(found.taken.name)  # type: ignore[attr-defined]
-        self._directory.filesystem.sync_directory(self._directory.path)
+            self.directory.remove(found.locked_file.name)  # type: ignore[attr-defined]
+        self.directory.filesystem.sync_directory(self.directory.path)
         real(self, going, queues)  # type: ignore[arg-type]
 
     patch.setattr(FanOut, "_write_down", write_down)

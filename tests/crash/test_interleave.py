@@ -96,7 +96,7 @@ def test_a_take_without_a_claim_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_two_deliverers_without_any_claim_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Either claim alone would do."""
-    monkeypatch.setattr(Lease, "take", lease_for_all)
+    monkeypatch.setattr(Lease, "acquire", lease_for_all)
     assert not explore(interleave.two_deliver, 1, 0).violations
     monkeypatch.setattr(Directory, "lock_existing", take_without_claim)
     assert "was delivered 2 times" in found(interleave.two_deliver, 1)
@@ -105,7 +105,7 @@ def test_two_deliverers_without_any_claim_are_found(monkeypatch: pytest.MonkeyPa
 def test_a_file_taken_without_looking_at_its_name_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was sealed or delivered between open and lock."""
     monkeypatch.setattr(CrashFilesystem, "is_file_at", always)
-    monkeypatch.setattr(Lease, "take", lease_for_all)
+    monkeypatch.setattr(Lease, "acquire", lease_for_all)
     assert "was delivered" in found(interleave.two_deliver)
 
 

@@ -52,7 +52,7 @@ def adopted_without_a_sync(patch: pytest.MonkeyPatch) -> None:
 
 
 def dead_letters_not_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(settlement, "keep_dead", lambda *_: None)
+    patch.setattr(settlement, "write_dead_letters", lambda *_: None)
 
 
 def durable_once_it_is_written(patch: pytest.MonkeyPatch) -> None:

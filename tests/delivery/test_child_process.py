@@ -19,12 +19,11 @@ import pytest
 
 from pillarbox import ConfigurationError, Outbox, TrackingEvent, resolve
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.elsewhere import ExternalRunner
-from pillarbox.delivery.lease import Lease, read_heartbeat
+from pillarbox.delivery.lease import HEARTBEAT_STALE_AFTER_S, Lease, read_heartbeat
 from pillarbox.delivery.process.protocol import decode_settings, encode_settings
 from pillarbox.delivery.process.supervisor import Supervisor
+from pillarbox.delivery.runner import ExternalRunner
 from pillarbox.delivery.settlement import DeliveryCallbacks
-from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
 from pillarbox.stats import State
 from pillarbox.store.directory import Directory
 from pillarbox.store.os_filesystem import OsFilesystem
@@ -139,7 +138,7 @@ def test_a_child_that_is_killed_is_started_again(folder: Path, url: str, caplog:
         wait_until(lambda: outbox.stats().delivered >= 550)  # what was settled and not reported yet is nobody's count
         stats = outbox.stats()
     assert arrived(url) == ids(1000)
-    assert stats.last_error == "the process that delivers: ended by signal 9 (Killed); another is started"
+    assert stats.last_error == "delivery process: ended by signal 9 (Killed); restarting"
     texts = [record.getMessage() for record in caplog.records]
     assert len([text for text in texts if "ended by signal 9" in text]) == 1
     assert len([text for text in texts if text.endswith(" delivers")]) == 2
@@ -430,7 +429,7 @@ def test_where_nobody_delivers_for_long_the_state_says_so(place: Directory, capl
             elsewhere.notify()
             clock.advance(HEARTBEAT_STALE_AFTER_S + 1)
         state = elsewhere.sinks()[""].state
-        assert (state.name, state.reason[:36]) == ("degraded", "nobody delivers this directory (is `")
+        assert (state.name, state.reason[:40]) == ("degraded", "no process delivers this directory (is `")
         lease = Lease(place, "sqlite:///x", clock)
         assert lease.acquire()
         lease.write_heartbeat(State("waiting", "busy"), 7, "busy", now=True)

@@ -12,10 +12,9 @@ import msgspec
 import pytest
 
 from pillarbox import Outbox, TrackingEvent
-from pillarbox.delivery.backoff import Backoff
 from pillarbox.delivery.compactor import PLAIN_FILES_AT_HEAD, Compactor
-from pillarbox.delivery.policy import DeliveryConfig
-from pillarbox.delivery.thread import ThreadRunner
+from pillarbox.delivery.config import Backoff, DeliveryConfig
+from pillarbox.delivery.runner import ThreadRunner
 from pillarbox.event import new_event_id, now_micros
 from pillarbox.sinks import sqlite
 from pillarbox.sinks.base import Batch, DeliveryResult, Rejected, Retry

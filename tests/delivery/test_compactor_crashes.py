@@ -46,7 +46,7 @@ Before = Callable[[str, str], None]
 @pytest.fixture(autouse=True)
 def _set_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every file may be compressed; a disk that fails a thousand times fills the log."""
-    monkeypatch.setattr(compactor, "SOON", 0)
+    monkeypatch.setattr(compactor, "PLAIN_FILES_AT_HEAD", 0)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

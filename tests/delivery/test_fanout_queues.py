@@ -197,7 +197,7 @@ def test_a_single_sink_takes_nothing_from_queues_and_says_so(box: Path) -> None:
         wait_until(lambda: outbox.stats().state.name == "stopped")
         assert outbox.stats().state.reason == (
             "the directory has queues of several sinks (live, warehouse): "
-            "name all of them as sinks, or pillarbox sinks remove NAME"
+            "name all of them in sinks, or remove one with pillarbox sinks remove NAME"
         )
     assert not (box.parent / "single.db").exists()
     with Outbox(str(box), sinks=two(box)) as outbox:

@@ -9,8 +9,8 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.clock import SystemClock
+from pillarbox.delivery.build import build_local_runner, build_sinks
 from pillarbox.delivery.fanout import FanOutRunner
-from pillarbox.delivery.runner import build_local_runner, build_sinks
 from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.settings import resolve
 from pillarbox.sinks.base import Misconfigured, Retry
@@ -191,7 +191,5 @@ def test_what_has_not_begun_can_be_stopped(box: Path) -> None:
         place = open_directory(box)
         place.ensure_usable()
         ledger = LedgerWriter(place, SystemClock())
-        found = build_local_runner(
-            settings, place, SystemClock(), ledger, DeliveryCallbacks(), lambda: False, build_sinks(settings, {})
-        )
+        found = build_local_runner(settings, place, SystemClock(), ledger, DeliveryCallbacks(), build_sinks(settings, {}))
         assert found.stop(60)

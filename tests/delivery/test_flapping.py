@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import EXPIRY_MIN_FAILING_S, DeliveryConfig
-from pillarbox.delivery.thread import ThreadRunner
+from pillarbox.delivery.config import Backoff, DeliveryConfig
+from pillarbox.delivery.retry import EXPIRY_MIN_FAILING_S
+from pillarbox.delivery.runner import ThreadRunner
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, PartialFailure, Rejected, Retry, SinkCapabilities
 from pillarbox.store import layout
@@ -55,7 +55,7 @@ def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
     # The sink knows of a success before the worker has heard of it, which is still stopped then.
     wait_until(lambda: len(sink.batches) >= successes)
     wait_until(lambda: sink.calls_since > 0 and worker.state.name == "stopped")
-    assert "batches in a row were refused as a whole, and are kept: no: it says so" in worker.state.reason
+    assert "consecutive batches wholly rejected; waiting batches are kept: no: it says so" in worker.state.reason
 
 
 @pytest.mark.parametrize(("batches", "records"), [(30, 1), (30, 20), (100, 20)])

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.config import Backoff, DeliveryConfig
 from pillarbox.delivery.lease import read_heartbeat
-from pillarbox.delivery.policy import DeliveryConfig
-from pillarbox.delivery.thread import ThreadRunner
+from pillarbox.delivery.runner import ThreadRunner
 from pillarbox.errors import SinkUnusableError
 from pillarbox.sinks.base import (
     Batch,
@@ -63,7 +62,7 @@ def deliver_all(worker: Worker) -> None:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ends the loop has it begin again at once."""
-    monkeypatch.setattr("pillarbox.delivery.thread._RESTART_S", 0.01)
+    monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
 
 
 class Answering(RecordingSink):
@@ -104,7 +103,7 @@ def test_an_answer_that_cannot_be_stops_delivery_after_one_call(place: Directory
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
         assert not worker.idle.wait(0.1)
-        assert worker.state.reason == f"the sink answered a call of 2 records with {answer!r}, which cannot be: mend the sink"
+        assert worker.state.reason == f"the sink answered a call of 2 records with an impossible {answer!r}; fix the sink"
     assert (sink.calls, remaining_files(place)) == ([batch], [batch + layout.SUFFIX])
 
 
@@ -246,7 +245,7 @@ def test_a_call_that_is_given_up_does_not_overlap_the_next(place: Directory) -> 
     sink = Deaf(accepts=False)
     worker = make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05))
     with delivering(worker):
-        wait_until(lambda: worker.state.reason == "the sink goes on with a call that was given up")
+        wait_until(lambda: worker.state.reason == "the sink is still running a call that timed out")
         assert not worker.idle.wait(0.1)
         assert (sink.under_way, sink.cancelled) == (1, 1)
         sink.over = True
@@ -307,7 +306,7 @@ def test_a_confirmation_that_cannot_be_settles_nothing(place: Directory, sure: o
     worker = make_worker(place, sink, config=QUICK_CONFIG._replace(recheck_s=60.0), clock=clock)
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
-        assert worker.state.reason == f"the sink confirmed {sure!r} of 1 batches: mend the sink"
+        assert worker.state.reason == f"the sink confirmed {sure!r} of 1 batches; fix the sink"
         assert not worker.idle.wait(0.1)
         assert (len(asked), remaining_files(place)) == (1, [batch + layout.SUFFIX])
         sink.is_mended = True

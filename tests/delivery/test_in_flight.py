@@ -8,9 +8,8 @@ from collections import Counter
 
 import pytest
 
-from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import DeliveryConfig
-from pillarbox.delivery.thread import ThreadRunner
+from pillarbox.delivery.config import Backoff, DeliveryConfig
+from pillarbox.delivery.runner import ThreadRunner
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Rejected, Rejection, Retry, SinkCapabilities
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.delivery.settlement import DEFAULT_LIMITS, GROUP_FILES_MAX, SettlementLimits
+from pillarbox.delivery.config import DEFAULT_LIMITS, SettlementLimits
+from pillarbox.delivery.context import NamedSink
+from pillarbox.delivery.settlement import GROUP_FILES_MAX
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import SinkCapabilities
-from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import LedgerWriter
@@ -65,7 +66,7 @@ def ledgered(
     sink.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
     ledger = LedgerWriter(directory, clock)
     return (
-        Worker(directory, sink, "test", clock, QUICK_CONFIG, DeliveryCounters(), limits=kept, ledger=ledger),
+        Worker(directory, NamedSink(sink, "test"), clock, QUICK_CONFIG._replace(limits=kept), ledger=ledger),
         watching,
         directory,
     )

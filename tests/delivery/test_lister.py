@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.lister import BatchLister
-from pillarbox.delivery.policy import DeliveryConfig
+from pillarbox.delivery.config import DeliveryConfig
+from pillarbox.delivery.fetcher import BatchLister
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import NamePage, NamePatterns

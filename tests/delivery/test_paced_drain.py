@@ -10,9 +10,8 @@ import pytest
 
 from pillarbox import TrackingEvent
 from pillarbox.codec import Codec
-from pillarbox.delivery.backoff import Backoff
+from pillarbox.delivery.config import Backoff, DeliveryConfig
 from pillarbox.delivery.pacing import Pacer, PacingConfig
-from pillarbox.delivery.policy import DeliveryConfig
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.base import Batch, DeliveryResult
@@ -96,7 +95,7 @@ def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int, monkey
         sent.append((now, records))
         really(pacer, now, records)
 
-    monkeypatch.setattr(Pacer, "sent", note)
+    monkeypatch.setattr(Pacer, "note_sent", note)
     with Server(server) as running:
         worker = make_worker(place, make_sink(running.url(), TrackingEvent), config=rules)
         assert worker.counters.rate == 400
@@ -169,7 +168,7 @@ def test_a_long_drain_spends_a_tenth_of_its_time_on_looking(
 
     sink = Timed(place, range(0))
     sink.worker = worker = make_worker(place, sink, config=QUICK_CONFIG._replace(live_share=0.5), clock=clock)
-    monkeypatch.setattr(place, "sealed", sealed)
+    monkeypatch.setattr(place, "batch_names", sealed)
     drain_worker(worker)
     assert len(shares) == 200
     assert looks[0] > 10

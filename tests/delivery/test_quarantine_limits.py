@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.delivery.policy import EXPIRY_MIN_FAILING_S
-from pillarbox.delivery.settlement import SettlementLimits
-from pillarbox.delivery.thread import ThreadRunner
+from pillarbox.delivery.config import SettlementLimits
+from pillarbox.delivery.retry import EXPIRY_MIN_FAILING_S
+from pillarbox.delivery.runner import ThreadRunner
 from pillarbox.sinks.base import Batch, DeliveryResult, PartialFailure, Retry
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory

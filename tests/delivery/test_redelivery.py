@@ -15,7 +15,7 @@ import pytest
 from pillarbox import Outbox
 from pillarbox.admin.changes import acquire_lock
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.settlement import SettlementLimits
+from pillarbox.delivery.config import SettlementLimits
 from pillarbox.sinks.base import SinkCapabilities
 from pillarbox.store import layout, retention
 from pillarbox.store.directory import Directory

@@ -18,12 +18,12 @@ import pytest
 from pillarbox import Outbox
 from pillarbox.admin.scan import try_read_file
 from pillarbox.clock import SystemClock
+from pillarbox.delivery.context import NamedSink
+from pillarbox.delivery.fanout import FanOut
 from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.delivery.worker import Worker
-from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.fanout import FanOut
 from pillarbox.store.filesystem import DiskSpace
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import REDELIVERY_WRITER, LedgerEntry, RedeliveredEntry, SealedEntry, SettledEntry
@@ -52,7 +52,7 @@ def place(tmp_path: Path) -> Directory:
 
 def hand_over(place: Directory) -> None:
     """What is sealed goes into the queues."""
-    FanOut(place, SINKS, SystemClock(), LedgerWriter(place, SystemClock())).distribute()
+    FanOut(place, SINKS, SystemClock(), LedgerWriter(place, SystemClock())).distribute_all()
 
 
 def deliver_one(place: Directory, sink: str, gone: list[int] | None = None) -> RecordingSink:
@@ -62,15 +62,10 @@ def deliver_one(place: Directory, sink: str, gone: list[int] | None = None) -> R
     drain_worker(
         Worker(
             queue,
-            taken,
-            sink,
+            NamedSink(taken, sink),
             clock,
-            QUICK_CONFIG,
-            DeliveryCounters(),
+            QUICK_CONFIG._replace(limits=KEEPING),
             callbacks,
-            bool,
-            "",
-            KEEPING,
             LedgerWriter(queue, clock),
         )
     )

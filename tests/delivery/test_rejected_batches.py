@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import DeliveryConfig
-from pillarbox.delivery.thread import ThreadRunner
+from pillarbox.delivery.config import Backoff, DeliveryConfig
+from pillarbox.delivery.runner import ThreadRunner
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, PartialFailure, Rejected, SinkCapabilities
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
@@ -101,7 +100,9 @@ def test_several_batches_refused_as_a_whole_stop_delivery_and_kill_no_record(
     calls = len(sink.calls)
     assert max(calls_a_try(sink)) <= 2 * 9 + 4
     # Three at first, and one more at each look.
-    assert re.fullmatch(r"\d batches in a row were refused as a whole, and are kept: no: it says so", worker.state.reason)
+    assert re.fullmatch(
+        r"\d consecutive batches wholly rejected; waiting batches are kept: no: it says so", worker.state.reason
+    )
     assert worker.state.retry_at_micros is not None
     wait_until(lambda: len(sink.calls) > calls)
     assert len(remaining_files(place)) == 8

@@ -171,8 +171,8 @@ def test_a_file_whose_reading_fails_is_let_go_of(
     place: Directory, monkeypatch: pytest.MonkeyPatch, error: Exception, call: int, in_flight: int, *, combines: bool
 ) -> None:
     """Whatever it is, and whichever file: all are sent in the end, and none is held by its own process."""
-    monkeypatch.setattr("pillarbox.delivery.thread._RESTART_S", 0.01)
-    calls = fails_at(monkeypatch, reader, "read", error, call)
+    monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
+    calls = fails_at(monkeypatch, reader, "read_lines", error, call)
     for stamp in range(1, 5):
         seal_batch(place, stamp, b"%d" % stamp)
     sink = RecordingSink()
@@ -186,7 +186,7 @@ def test_a_file_whose_reading_fails_is_let_go_of(
     assert open_in(place) == []
 
 
-@pytest.mark.parametrize("name", ["keep_dead", "keep_damaged"])
+@pytest.mark.parametrize("name", ["write_dead_letters", "write_quarantine"])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a defect"), OSError("full")], ids=repr)
 @pytest.mark.parametrize("confirms", [False, True])
 def test_a_file_whose_settling_fails_is_let_go_of(
@@ -223,7 +223,7 @@ def test_a_file_whose_settling_fails_is_let_go_of(
 
 def test_a_refusal_that_is_none_leaves_no_descriptor(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sink that names records by text instead of by a refusal: the file stays, and is anybody's."""
-    monkeypatch.setattr("pillarbox.delivery.thread._RESTART_S", 0.01)
+    monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
     wrong: dict[int, Rejection] = {1: "no such scope"}  # type: ignore[dict-item]
     batch = seal_batch(place, 1, b'"good"', b'"bad"')
     sink = RecordingSink([PartialFailure(wrong, 1)] * 3)
@@ -246,7 +246,7 @@ def test_files_that_others_hold_stop_nobody_and_are_named(
     place: Directory, monkeypatch: pytest.MonkeyPatch, *, combines: bool
 ) -> None:
     """Two at once: the others go past them, the state says which they are, and they go once they are free."""
-    monkeypatch.setattr("pillarbox.delivery.fetcher._HELD_S", 0.2)
+    monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 0.2)
     batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 6)]
     held = [hold(place, batch) for batch in batches[:3:2]]
     sink = RecordingSink()
@@ -254,9 +254,9 @@ def test_files_that_others_hold_stop_nobody_and_are_named(
     worker = make_worker(place, sink)
     with delivering(worker):
         wait_until(lambda: set(sink.payloads) == {b"2", b"4", b"5"})
-        wait_until(lambda: "1 more like it" in worker.state.reason)  # it was degraded for one of them before
+        wait_until(lambda: "(1 more warning)" in worker.state.reason)  # it was degraded for one of them before
         assert worker.state.name == "degraded"
-        assert f"{batches[0]}.ndjson: another process has it" in worker.state.reason
+        assert f"{batches[0]}.ndjson: locked by another process" in worker.state.reason
         for descriptor in held:
             os.close(descriptor)
         wait_until(lambda: worker.state.name == "idle")

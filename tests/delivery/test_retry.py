@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import (
+from pillarbox.delivery.config import Backoff, DeliveryConfig
+from pillarbox.delivery.retry import (
     AttemptContext,
     Defer,
-    DeliveryConfig,
     Expire,
     PartDone,
     SendRest,
@@ -91,7 +90,7 @@ def test_every_answer_has_an_action(answer: DeliveryResult, rules: DeliveryConfi
                 assert action == PartDone(0, 0, {0: refusal})
             case Retry() | Misconfigured() if too_old:
                 assert isinstance(action, Expire)
-                assert action.refusal.code == "too_old"
+                assert action.rejection.code == "too_old"
             case Retry(_, after) if after:
                 assert action == Wait(after, "busy")
             case Retry():

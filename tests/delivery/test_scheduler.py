@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pillarbox.delivery.scheduler import Scheduler
+from pillarbox.delivery.fetcher import Scheduler
 
 BACKLOG = [f"{number:03}" for number in range(100)]
 LIVE = [f"{number:03}" for number in range(100, 160)]

@@ -13,7 +13,7 @@ import pytest
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import Lease, read_heartbeat
 from pillarbox.delivery.pacing import PacingConfig
-from pillarbox.delivery.thread import ThreadRunner
+from pillarbox.delivery.runner import ThreadRunner
 from pillarbox.sinks.base import Batch, DeliveryResult, Misconfigured, Retry
 from pillarbox.stats import State, StateName
 from pillarbox.store import layout

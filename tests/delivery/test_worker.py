@@ -14,13 +14,13 @@ import msgspec
 import pytest
 
 from pillarbox.clock import SystemClock
+from pillarbox.delivery.config import DeliveryConfig
+from pillarbox.delivery.context import NamedSink
 from pillarbox.delivery.lease import Lease, read_heartbeat
-from pillarbox.delivery.policy import DeliveryConfig
-from pillarbox.delivery.thread import ThreadRunner
+from pillarbox.delivery.runner import ThreadRunner
 from pillarbox.delivery.worker import Worker
 from pillarbox.errors import SinkUnusableError
 from pillarbox.sinks.base import Batch, DeliveryResult, Misconfigured, PartialFailure, Retry, UnconfirmedError
-from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import FileEntry, PortableScanOps
@@ -203,7 +203,7 @@ def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> No
 
 def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies, or has just sealed it, has it a little longer than its name shows."""
-    monkeypatch.setattr("pillarbox.delivery.fetcher._HELD_S", 60.0)  # a moment, here
+    monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 60.0)  # a moment, here
     batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     held = place.lock_existing(f"{batches[0]}.ndjson")
     assert held is not None
@@ -340,7 +340,7 @@ def test_killed_between_dead_letters_and_removal_nothing_is_kept_twice(place: Di
 
 def test_a_sink_that_hangs_does_not_hold_up_the_end(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is cancelled, the file stays."""
-    monkeypatch.setattr("pillarbox.delivery.thread._CANCEL_GRACE_S", 60.0)  # a busy machine needs some of it
+    monkeypatch.setattr("pillarbox.delivery.runner._CANCEL_GRACE_S", 60.0)  # a busy machine needs some of it
     batch = seal_batch(place, 1, b"1")
     sink = _Hanging()
     thread = ThreadRunner(make_worker(place, sink))
@@ -440,7 +440,7 @@ def test_delivery_is_taken_over_within_a_second_however_seldom_an_idle_directory
         lease, sink, clock = Lease(place, "other", SystemClock()), RecordingSink(), SystemClock()
         assert lease.acquire()
         seal_batch(place, 1, b"1")
-        worker = Worker(place, sink, "test", clock, DeliveryConfig(poll_interval_s=86_400.0), DeliveryCounters())
+        worker = Worker(place, NamedSink(sink, "test"), clock, DeliveryConfig(poll_interval_s=86_400.0))
         thread = ThreadRunner(worker)
         thread.start()
         wait_until(lambda: worker.state.name == "standby")
@@ -514,11 +514,9 @@ def test_while_files_are_delivered_their_removals_are_synced_once_a_second(place
     tracing = _Tracing()
     worker = Worker(
         Directory(place.path, tracing, clock),
-        Passing(),
-        "test",
+        NamedSink(Passing(), "test"),
         clock,
         QUICK_CONFIG,
-        DeliveryCounters(),
     )
     drain_worker(worker)
     assert tracing.verbs == ["sync", "remove", "remove", "remove", "sync", "remove", "remove", "sync"]

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.backoff import Backoff
-from pillarbox.delivery.policy import DeliveryConfig
-from pillarbox.delivery.settlement import DEFAULT_LIMITS, DeliveryCallbacks, SettlementLimits
+from pillarbox.delivery.config import DEFAULT_LIMITS, Backoff, DeliveryConfig, SettlementLimits
+from pillarbox.delivery.context import NamedSink
+from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.delivery.worker import Worker
 from pillarbox.sinks.base import Batch, DeliveryResult, Rejected, Rejection
-from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout, record
 from pillarbox.testing import RecordingSink
 
@@ -43,11 +42,10 @@ def make_worker(
     clock: Clock | None = None,
     on_bytes_saved: Callable[[int], None] = lambda _bytes: None,
 ) -> Worker:
-    heard = released_bytes if released_bytes is not None else []
-    callbacks = DeliveryCallbacks(heard.append, on_bytes_saved=on_bytes_saved)
-    return Worker(
-        directory, sink, "test", clock or SystemClock(), config, DeliveryCounters(), callbacks, lambda: True, limits=limits
+    callbacks = DeliveryCallbacks(
+        (released_bytes if released_bytes is not None else []).append, on_bytes_saved=on_bytes_saved, is_busy=lambda: True
     )
+    return Worker(directory, NamedSink(sink, "test"), clock or SystemClock(), config._replace(limits=limits), callbacks)
 
 
 def drain_worker(worker: Worker) -> None:

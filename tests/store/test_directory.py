@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from pillarbox.clock import SystemClock
+from pillarbox.delivery.fanout import FanOut
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory, LockedFile
-from pillarbox.store.fanout import FanOut
 from pillarbox.store.filesystem import DirectoryInfo
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
@@ -357,5 +357,5 @@ def test_fanning_out_a_backlog_does_not_list_the_directory_for_each_batch(place:
             return super().subdirectories(path)
 
     watched = Directory(place.path, Counting(), clock)
-    assert FanOut(watched, ["one", "two"], clock, LedgerWriter(watched, clock)).distribute() == 200
+    assert FanOut(watched, ["one", "two"], clock, LedgerWriter(watched, clock)).distribute_all() == 200
     assert len(listed) < 20

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from pillarbox import Dropped, Outbox
 from pillarbox.cli.main import run as run_command
-from pillarbox.delivery.deliverer import ONLY_SINK
+from pillarbox.delivery.runner import ONLY_SINK
 from pillarbox.outcome import Outcome
 from pillarbox.settings import resolve
 from pillarbox.store import layout

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from pillarbox.delivery.deliverer import ONLY_SINK
+from pillarbox.delivery.runner import ONLY_SINK
 from pillarbox.event import TrackingEvent
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.sqlite import SqliteSink

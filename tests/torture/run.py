@@ -28,8 +28,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.deliverer import ONLY_SINK
-from pillarbox.delivery.settlement import DeadLetter
+from pillarbox.delivery.batch import DeadLetter
+from pillarbox.delivery.runner import ONLY_SINK
 from pillarbox.store import layout, ledger, reconciliation
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind

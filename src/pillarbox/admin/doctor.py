@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from pillarbox.admin.text import counted
-from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
+from pillarbox.delivery.lease import HEARTBEAT_STALE_AFTER_S
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, os_filesystem
 from pillarbox.store.directory import NETWORK_FILESYSTEMS, OTHERS_MASK, VOLATILE_FILESYSTEMS
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from pillarbox.admin.status import OutboxStatus
     from pillarbox.clock import Clock
-    from pillarbox.delivery.state import Heartbeat
+    from pillarbox.delivery.lease import Heartbeat
     from pillarbox.store.directory import Directory
     from pillarbox.store.usage import DiskUsage
 

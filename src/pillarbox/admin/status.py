@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pillarbox.admin.text import counted
-from pillarbox.delivery.lease import read_heartbeat
-from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S, Heartbeat
+from pillarbox.delivery.lease import HEARTBEAT_STALE_AFTER_S, Heartbeat, read_heartbeat
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind

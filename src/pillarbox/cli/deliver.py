@@ -15,8 +15,8 @@ from pillarbox.cli.options import JsonOption, OutboxOptions, QuietOption, SinkOp
 from pillarbox.cli.output import ExitCode, err, out, print_json
 from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.deliverer import ONLY_SINK, combine_stats
-from pillarbox.delivery.runner import build_local_runner, build_sinks
+from pillarbox.delivery.build import build_local_runner, build_sinks
+from pillarbox.delivery.runner import ONLY_SINK, combine_stats
 from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.exporters import MetricsExporters
 from pillarbox.hooks import Hooks
@@ -26,7 +26,7 @@ from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
-    from pillarbox.delivery.runner import LocalRunner
+    from pillarbox.delivery.build import LocalRunner
     from pillarbox.settings import Settings
     from pillarbox.store.directory import Directory
 

@@ -16,8 +16,7 @@ from pillarbox.cli.options import DirectoryOptions, JsonOption, QuietOption, exp
 from pillarbox.cli.output import ExitCode, err, out, print_json
 from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.lease import read_heartbeat
-from pillarbox.delivery.state import HEARTBEAT_STALE_AFTER_S
+from pillarbox.delivery.lease import HEARTBEAT_STALE_AFTER_S, read_heartbeat
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout, sealer
 from pillarbox.store.layout import Kind

@@ -24,7 +24,7 @@ from pillarbox.store.ledger_entries import SealedEntry, parse_ledger
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
-    from pillarbox.delivery.state import Heartbeat
+    from pillarbox.delivery.lease import Heartbeat
     from pillarbox.store.directory import Directory
 
 _RATE_SAMPLES: Final = 10  # samples over which a rate is averaged

@@ -1,7 +1,8 @@
-"""Compresses sealed files that have waited, while there is nothing better to do: then more of an outage fits into the limits.
+"""Compresses waiting batches while delivery pauses, so that a longer outage fits into `max_bytes`.
 
-One file at a time, and no longer than the pauses between them. The newest first, and never the next few: these go out once the
-destination is back. `Directory.replace_with_compressed` has the order in which a file becomes another.
+It compresses one batch at a time and then pauses for as long as that took. It begins with the newest and leaves the oldest few
+as they are: these go out first once the destination is back. `Directory.replace_with_compressed` says in which durable order
+the compressed file takes the place of the plain one.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-PLAIN_FILES_AT_HEAD: Final = 8  # files at the head of the queue that stay as they are
-COMPRESSED_RATIO_MAX: Final = 0.9  # of its size: what stays larger is left as it is
-_LIST_INTERVAL_S: Final = 1.0  # between two listings at least
+PLAIN_FILES_AT_HEAD: Final = 8  # the oldest batches are not compressed
+COMPRESSED_RATIO_MAX: Final = 0.9  # of the plain size; a batch that compresses less stays plain
+_LIST_INTERVAL_S: Final = 1.0  # at least, between two listings of the directory
 _LIST_TIME_FACTOR: Final = 20  # listing may take a twentieth of the time
-_RETRY_AFTER_ERROR_S: Final = 30.0  # after the disk has refused
+_RETRY_AFTER_ERROR_S: Final = 30.0  # after an I/O error
 
 
 class Compactor:
-    """Compresses the files of a directory that were sealed `after_s` seconds ago, but those that are `in_use`.
+    """Compresses the batches of a directory that were sealed at least `after_s` seconds ago.
 
-    `on_shrunk(bytes)` hears how much less waits.
+    Batches for which `in_use(name)` is true are left alone. `on_bytes_saved(bytes)` is called after each batch.
     """
 
     def __init__(
@@ -47,12 +48,16 @@ class Compactor:
         self._in_use = in_use
         self._on_bytes_saved = on_bytes_saved
         self._due_names: list[str] = []  # the next one last
-        self._incompressible: set[str] = set()  # looked at, and better left as they are
+        self._incompressible: set[str] = set()  # too large, or not worth it
         self._not_before = 0.0
         self._problem = ""
 
     def compress_next(self) -> tuple[bool, float]:
-        """Compress the next file, where one is due: whether one was, and the seconds until the next. Raises no `OSError`."""
+        """Compress the next batch that is due. Logs I/O errors.
+
+        Returns:
+            Whether a batch was compressed, and the seconds until there may be another to compress.
+        """
         began = self._clock.monotonic()
         if began < self._not_before:
             return False, self._not_before - began
@@ -74,18 +79,18 @@ class Compactor:
                 self._not_before = now + max(_LIST_INTERVAL_S, _LIST_TIME_FACTOR * took)
         while self._due_names:
             name = self._due_names.pop()
-            taken = None if self._in_use(name) else self._directory.lock_existing(name, exclusive=True)
-            if taken is None:
+            locked_file = None if self._in_use(name) else self._directory.lock_existing(name, exclusive=True)
+            if locked_file is None:
                 continue
             try:
-                if self._compress_file(taken):
+                if self._compress_file(locked_file):
                     return True
             finally:
-                self._directory.filesystem.close(taken.fd)
+                self._directory.filesystem.close(locked_file.fd)
         return False
 
     def _list_due(self) -> None:
-        """List what is due."""
+        """Find the batches that have waited long enough."""
         names = self._directory.batch_names()
         self._incompressible &= set(names)
         before = self._clock.micros() - int(self._after_s * 1e6)
@@ -95,7 +100,7 @@ class Compactor:
                 self._due_names.append(name)
 
     def _compress_file(self, file: LockedFile) -> bool:
-        """Whether it was worth it."""
+        """Compress a file; False if it stays plain."""
         filesystem = self._directory.filesystem
         if filesystem.size(file.fd) > compression.PLAIN_BYTES_MAX:
             self._incompressible.add(file.name)
@@ -107,11 +112,11 @@ class Compactor:
             self._incompressible.add(file.name)
             return False
         self._directory.replace_with_compressed(file, name, packed)
-        if not filesystem.has_name(file.fd):  # otherwise the plain file waits on, for another sink
+        if not filesystem.has_name(file.fd):  # otherwise the plain file still waits for another sink
             self._on_bytes_saved(len(plain) - len(packed))
         return True
 
     def _log_problem(self, problem: str) -> None:
         if problem and problem != self._problem:
-            log.warning("%s: what waits is not compressed: %s", self._directory.path, problem)
+            log.warning("%s: cannot compress waiting batches: %s", self._directory.path, problem)
         self._problem = problem

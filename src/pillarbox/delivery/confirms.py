@@ -1,4 +1,7 @@
-"""Shipments that are sent and not settled yet: one confirmation answers for all of them, a failed one has them sent again."""
+"""Publisher confirms: batches that are sent and not settled yet, because the destination must confirm them first.
+
+One confirmation answers for all batches sent before it. If it fails, all of them are sent again.
+"""
 
 from __future__ import annotations
 
@@ -11,125 +14,128 @@ from typing import TYPE_CHECKING, Final
 from pillarbox.delivery.lease import HEARTBEAT_INTERVAL_S
 from pillarbox.delivery.sender import describe_error, is_being_cancelled
 from pillarbox.errors import SinkUnusableError
-from pillarbox.sinks.base import Misconfigured, Retry, Sink, UnconfirmedError
+from pillarbox.sinks.base import Misconfigured, Retry, UnconfirmedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from pillarbox.delivery.batch import SentBatch
+    from pillarbox.delivery.context import DeliveryContext
     from pillarbox.delivery.fetcher import Fetcher
-    from pillarbox.delivery.policy import DeliveryConfig
-    from pillarbox.delivery.request import SendRequest
+    from pillarbox.delivery.housekeeping import Housekeeping
+    from pillarbox.delivery.settlement import Settler
 
 log = logging.getLogger("pillarbox")
 
-RECHECK_S: Final = 0.01  # before a sink that could confirm nothing yet is asked again
-UNCONFIRMED_FILES_MAX: Final = 512  # where several are sent together; by itself each may be one of the sink's window
+RECHECK_S: Final = 0.01  # before a sink that could not confirm anything yet is asked again
+UNCONFIRMED_FILES_MAX: Final = 512  # if files are combined; otherwise the sink's window is the limit
 
 
 class Confirmer:
-    """Asks a sink about what it was sent, and calls `settle(shipment)` for each of which it is sure, in order."""
+    """Asks the sink which sent batches are confirmed, and hands these to the settler, in order."""
 
-    def __init__(
-        self, sink: Sink, sink_name: str, config: DeliveryConfig, fetcher: Fetcher, settle: Callable[[SendRequest], None]
-    ) -> None:
-        self._sink = sink
-        self._sink_name = sink_name
-        self._config = config
+    def __init__(self, context: DeliveryContext, fetcher: Fetcher, settler: Settler, housekeeping: Housekeeping) -> None:
+        self._sink = context.sink
+        self._sink_name = context.sink_name
+        self._config = context.config
+        self._filesystem = context.directory.filesystem
         self._fetcher = fetcher
-        self._settle = settle
+        self._settler = settler
+        self._housekeeping = housekeeping
         self._room_free = asyncio.Event()
-        self._unconfirmed: deque[SendRequest] = deque()
-        self._unconfirmed_files = 0  # of these
+        self._unconfirmed: deque[SentBatch] = deque()
+        self._unconfirmed_files = 0
         self._confirm_task: asyncio.Task[None] | None = None
         self._problem: Misconfigured | Retry | None = None
         self.failures = 0  # confirmations in a row
 
     def start_loop(self) -> None:
-        """Start afresh, on another event loop."""
+        """Begin anew, on the event loop that runs now."""
         self._room_free = asyncio.Event()
 
     def stop_asking(self) -> None:
-        """Ask no more."""
+        """Cancel the call to the sink."""
         if self._confirm_task is not None:
             self._confirm_task.cancel()
 
     def drop_unconfirmed(self) -> None:
-        """Let go of everything: it is sent again."""
-        for shipment in self._unconfirmed:
-            self._fetcher.close_request(shipment)
+        """Release all unconfirmed batches: they are sent again."""
+        for sent in self._unconfirmed:
+            sent.close_files(self._filesystem)
         self._unconfirmed.clear()
         self._unconfirmed_files = 0
         self._confirm_task = self._problem = None
 
     @property
     def has_unconfirmed(self) -> bool:
-        """Whether something is sent and not settled yet."""
+        """Whether any batch is sent and not confirmed."""
         return bool(self._unconfirmed)
 
     def unconfirmed_names(self) -> set[str]:
-        """The files of all that is sent and not settled yet."""
-        return {job.name for shipment in self._unconfirmed for job in shipment.files}
+        """The files of all unconfirmed batches."""
+        return {delivered.file.name for sent in self._unconfirmed for delivered in sent.files}
 
-    def add_sent(self, request: SendRequest) -> None:
-        """This was sent, and at least a part of it accepted."""
-        self._unconfirmed.append(request)
-        self._unconfirmed_files += len(request.files)
+    def add_sent(self, sent: SentBatch) -> None:
+        """Add a batch of which at least a part was accepted."""
+        self._unconfirmed.append(sent)
+        self._unconfirmed_files += sent.file_count
         self._ensure_asking()
 
-    async def wait_for_room(self, window: int, meanwhile: Callable[[], None]) -> Misconfigured | Retry | None:
-        """Wait until fewer shipments than `window` are unconfirmed; what was wrong, where some must be sent again.
-
-        `meanwhile()` is called before each wait, of a second at most.
-        """
+    async def wait_for_room(self, window: int) -> Misconfigured | Retry | None:
+        """Wait until fewer batches than `window` are unconfirmed; the problem, if some must be sent again."""
         files_max = max(window, UNCONFIRMED_FILES_MAX // self._config.max_in_flight)
         while len(self._unconfirmed) >= window or self._unconfirmed_files >= files_max:
             self._ensure_asking()
             self._room_free.clear()
             while not self._room_free.is_set():
-                meanwhile()
+                self._housekeeping.while_unconfirmed()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._room_free.wait(), HEARTBEAT_INTERVAL_S)
         problem, self._problem = self._problem, None
         return problem
 
     def _ensure_asking(self) -> None:
-        if self._confirm_task is not None and self._confirm_task.done() and not self._confirm_task.cancelled():
-            self._confirm_task.result()  # raises what has ended it
-        if self._confirm_task is None or self._confirm_task.done():
+        task = self._confirm_task
+        if task is not None and task.done() and not task.cancelled():
+            task.result()  # raises what ended it
+        if task is None or task.done():
             self._confirm_task = asyncio.create_task(self._confirm_all())
 
     async def _confirm_all(self) -> None:
-        """Settle what is sent once the destination is sure of it; what it is not sure of is sent again."""
+        """Settle batches once the destination confirms them; have the others sent again if it fails to."""
         try:
             while self._unconfirmed:
                 group = list(self._unconfirmed)
                 confirmed, problem = await self._ask_sink(group)
-                if problem is None:
-                    for request in group[:confirmed]:
-                        self._unconfirmed_files -= len(request.files)
-                        self._settle(request)
-                        self._unconfirmed.popleft()
-                    if confirmed:
-                        self.failures = 0
-                        self._room_free.set()
-                    else:
-                        await asyncio.sleep(RECHECK_S)
+                if problem is not None:
+                    self._drop_group(group, problem)
                     continue
-                for request in group:
+                for sent in group[:confirmed]:
+                    self._unconfirmed_files -= sent.file_count
+                    self._settler.settle_batch(sent)
                     self._unconfirmed.popleft()
-                    self._unconfirmed_files -= len(request.files)
-                    self._fetcher.close_request(request)
-                self._fetcher.drop_pending()
-                self.failures += 1
-                self._problem = problem
-                log.warning("%s: not confirmed, sent again: %d batches; %s", self._sink_name, len(group), problem.reason)
+                if confirmed:
+                    self.failures = 0
+                    self._room_free.set()
+                else:
+                    await asyncio.sleep(RECHECK_S)
         finally:
-            self._room_free.set()  # whoever waits must not wait for a task that is no more
+            self._room_free.set()  # nobody must wait for a task that has ended
 
-    async def _ask_sink(self, group: list[SendRequest]) -> tuple[int, Misconfigured | Retry | None]:
+    def _drop_group(self, group: list[SentBatch], problem: Misconfigured | Retry) -> None:
+        for sent in group:
+            self._unconfirmed.popleft()
+            self._unconfirmed_files -= sent.file_count
+            sent.close_files(self._filesystem)
+        self._fetcher.drop_pending()
+        self.failures += 1
+        self._problem = problem
+        batches = "1 batch was" if len(group) == 1 else f"{len(group)} batches were"
+        log.warning("%s: %s not confirmed and will be sent again: %s", self._sink_name, batches, problem.reason)
+
+    async def _ask_sink(self, group: list[SentBatch]) -> tuple[int, Misconfigured | Retry | None]:
+        """How many of these batches, from the first, are confirmed; or what is wrong."""
         try:
             async with asyncio.timeout(self._config.call_timeout_s):
-                confirmed = await self._sink.confirm([shipment.batch for shipment in group])
+                confirmed = await self._sink.confirm([sent.batch for sent in group])
         except asyncio.CancelledError:
             if is_being_cancelled():
                 raise
@@ -141,5 +147,5 @@ class Confirmer:
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
             return 0, Retry(describe_error(error))
         if not isinstance(confirmed, int) or not 0 <= confirmed <= len(group):
-            return 0, Misconfigured(f"the sink confirmed {confirmed!r:.100} of {len(group)} batches: mend the sink")
+            return 0, Misconfigured(f"the sink confirmed {confirmed!r:.100} of {len(group)} batches; fix the sink")
         return confirmed, None

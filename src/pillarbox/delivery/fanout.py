@@ -1,7 +1,17 @@
-"""The `Deliverer` of several sinks: a thread for each, and one that hands sealed files over to their queues.
+"""Delivery to several sinks: batches are hard-linked into a queue for each sink, and each queue has a worker of its own.
 
-Each sink has a lease of its own, in its queue, and so may be delivered by another process than its neighbour. Who holds the
-lease of the directory itself hands over; as long as it does, nobody else takes what lies there for a single sink's.
+`FanOut` moves batches from the outbox directory into the queues. The order is: a link in each queue; the queues synced; the
+ledgers; then the name in the outbox directory is deleted, and only that makes the links count (`Directory.batch_names`). If the
+process is killed before that, everything is done again and finds the same names; afterwards nothing is left to do. So no sink
+misses a batch, and none that has settled a batch gets it again.
+
+A queue that is being made is called `sink-<name>.adding` until it holds all that it is to begin with. The first queues of a
+directory begin with all that waits. Later ones begin with what is sealed from then on, unless somebody asks for the backlog
+(`Directory.request_queue`).
+
+`FanOutRunner` does so in a thread, and runs a worker for each sink. Each sink has a lease of its own, in its queue, so another
+process may deliver it. The process that holds the lease of the outbox directory fans out; as long as it does, no other process
+takes the directory's batches for a single sink.
 """
 
 from __future__ import annotations
@@ -9,129 +19,318 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from typing import TYPE_CHECKING, Final
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.delivery.deliverer import combine_stats
+from pillarbox.clock import yield_gil
 from pillarbox.delivery.lease import HEARTBEAT_INTERVAL_S, Lease
-from pillarbox.delivery.thread import ThreadRunner
+from pillarbox.delivery.runner import ThreadRunner, combine_stats
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.stats import DeliveryCounters, State
-from pillarbox.store import layout
-from pillarbox.store.ledger_entries import AdoptedEntry
+from pillarbox.store import layout, reader
+from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger_entries import FAN_OUT_WRITER, AdoptedEntry, FannedOutEntry, SealedEntry
 from pillarbox.store.recovery import recover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pillarbox.clock import Clock
     from pillarbox.delivery.worker import Worker
     from pillarbox.stats import SinkStats
-    from pillarbox.store.directory import Directory
-    from pillarbox.store.fanout import FanOut
-    from pillarbox.store.ledger import LedgerWriter
+    from pillarbox.store.directory import Directory, LockedFile
     from pillarbox.store.retention import Retention
 
 log = logging.getLogger("pillarbox")
 
-_TAKEOVER_POLL_S: Final = 0.5  # between two looks whether the process that hands over is gone
-_SETTLEMENT_POLL_S: Final = 0.01  # between two looks whether a file was settled
-_LOCKED_RETRY_S: Final = 0.05  # before a file that another process has is tried again
+GROUP_MAX_FILES: Final = 64  # fanned out together: each holds a descriptor, and the same syncs serve them all
+_LOCK_WAIT_S: Final = 1.0  # to wait for a file that another process has locked, before those behind it go ahead
+_TAKEOVER_POLL_S: Final = 0.5  # between two attempts to acquire the lease
+_SETTLEMENT_POLL_S: Final = 0.01  # between two checks whether a file was settled
+_LOCKED_RETRY_S: Final = 0.05  # before a locked file is tried again
 
 
-class FanOutRunner:
-    """Delivers a directory to several sinks. `make_worker(queue)` is called once a sink, when its queue is there."""
+class _LinkedFile(NamedTuple):
+    """A batch file that has a link in each queue, and what is in it."""
+
+    locked_file: LockedFile
+    records: int
+    damaged_ranges: int
+    plain_bytes: int
+
+
+class FanOut:
+    """Fans out one directory, in the process that holds its `deliver.lock`. Used by one thread.
+
+    While `is_busy()`, it yields the GIL often.
+    """
 
     def __init__(
         self,
         directory: Directory,
+        sinks: Sequence[str],
         clock: Clock,
         ledger: LedgerWriter,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.directory = directory
+        self.clock = clock
+        self.ledger = ledger
+        self._sinks = sinks
+        self._ledgers: dict[str, LedgerWriter] = {}
+        self._is_busy = is_busy
+        self._is_prepared = False
+        self._locked_since: dict[str, float] = {}  # files that another process has locked, and since when
+        self.problems: dict[str, str] = {}  # files that cannot be fanned out, and why
+
+    @property
+    def waits_for_lock(self) -> bool:
+        """Whether to wait for a file that another process has locked."""
+        return any(name not in self.problems for name in self._locked_since)
+
+    def ledger_for(self, queue: Directory) -> LedgerWriter:
+        """The ledger of a queue; the same one for the queue's worker."""
+        return self._ledgers.setdefault(queue.sink, LedgerWriter(queue, self.clock))
+
+    def distribute_all(self) -> int:
+        """Fan out everything that waits; how many files. Raises `OSError`."""
+        return sum(self.distribute())
+
+    def distribute(self) -> Iterator[int]:
+        """Make the missing queues and fan out what waits, group by group. Raises `OSError`.
+
+        Yields the number of files of each group. The caller may stop after any group.
+
+        Every existing queue gets the batches, also one whose sink this process does not know: a sink left out by mistake must
+        not miss any.
+        """
+        if not self._is_prepared:  # a process that made or removed queues may have died before that was durable, or complete
+            self.directory.filesystem.sync_directory(self.directory.path)
+            self.directory.finish_queue_removals()
+            self._is_prepared = True
+        queues = self.directory.queues()
+        existing = {queue.sink for queue in queues}
+        missing = [sink for sink in self._sinks if sink not in existing]
+        if missing:
+            self._finish_adding(missing, first=not queues)
+            queues = self.directory.queues()
+        if queues:
+            yield from self._distribute_to(queues)
+        for sink in missing:
+            self.directory.queue(sink).ensure_usable()  # batches sealed before are not for this sink
+
+    def _finish_adding(self, missing: Sequence[str], *, first: bool) -> None:
+        """Make the queues that begin with what waits: the first ones of a directory, and those for which that was requested."""
+        if first:
+            for sink in missing:  # all of them before the first is made: one cut short here must not become a later queue
+                self.directory.request_queue(sink)
+        requested = self.directory.requested_queues()
+        for sink in missing:
+            if sink in requested:
+                added = self.directory.create_requested_queue(sink)
+                if not first:  # the files of the first queues are fanned out next, and get their entries then
+                    self._add_adopted_entries(sink, added)
+
+    def _add_adopted_entries(self, sink: str, names: Sequence[str]) -> None:
+        now = self.clock.micros()
+        ledger = self.ledger_for(self.directory.queue(sink))
+        ledger.add(*(AdoptedEntry(now, layout.batch_id(name), FAN_OUT_WRITER) for name in names))
+        ledger.write(sync=True)
+
+    def _distribute_to(self, queues: Sequence[Directory]) -> Iterator[int]:
+        names = self.directory.batch_names()
+        if self._locked_since:
+            self._locked_since = {name: since for name, since in self._locked_since.items() if name in names}
+        if self.problems:
+            self.problems = {name: problem for name, problem in self.problems.items() if name in names}
+        remaining = iter(names)
+        while group := list(islice(remaining, GROUP_MAX_FILES)):
+            count, may_follow = self._distribute_group(group, queues)
+            yield count
+            if not may_follow:
+                break
+
+    def _distribute_group(self, names: Sequence[str], queues: Sequence[Directory]) -> tuple[int, bool]:
+        """Fan out a group; how many files, and whether those behind it may follow."""
+        linked: list[_LinkedFile] = []
+        may_follow = True
+        # First: a power loss must not undo the sealing of a file that is fanned out. It would be recovered as another batch.
+        self.directory.filesystem.sync_directory(self.directory.path)
+        try:
+            for name in names:
+                may_follow = self._link_file(name, queues, linked)
+                if not may_follow:
+                    break
+            if not linked:
+                return 0, may_follow
+            for queue in queues:
+                queue.filesystem.sync_directory(queue.path)
+            self._write_ledgers(linked, queues)
+            for file in linked:
+                self.directory.remove(file.locked_file.name)
+            self.directory.filesystem.sync_directory(self.directory.path)
+        finally:
+            for file in linked:
+                self.directory.filesystem.close(file.locked_file.fd)
+        return len(linked), may_follow
+
+    def _link_file(self, name: str, queues: Sequence[Directory], linked: list[_LinkedFile]) -> bool:
+        """Lock, read and link one file; False if its turn comes before the others' and another process has locked it."""
+        try:
+            locked_file = self.directory.lock_existing(name)
+        except FileUnusableError as error:
+            self.problems[name] = error.problem
+            return True
+        if locked_file is None:
+            now = self.clock.monotonic()
+            since = self._locked_since.setdefault(name, now)
+            if now - since >= _LOCK_WAIT_S:
+                self.problems[name] = "locked by another process"
+                return True
+            return False
+        self._locked_since.pop(name, None)
+        try:
+            data = self.directory.filesystem.read_all(locked_file.fd)
+            contents, _ = reader.read_file(name, data, self._yield_gil_if_busy)
+            for queue in queues:
+                self.directory.link_into(queue, locked_file)
+        except (OSError, FileUnusableError) as error:
+            self.directory.filesystem.close(locked_file.fd)
+            self.problems[name] = str(error)
+            return True
+        except BaseException:
+            self.directory.filesystem.close(locked_file.fd)
+            raise
+        self.problems.pop(name, None)
+        linked.append(_LinkedFile(locked_file, len(contents.payloads), len(contents.damaged), len(data)))
+        return True
+
+    def _yield_gil_if_busy(self) -> None:
+        if self._is_busy():
+            yield_gil()
+
+    def _write_ledgers(self, linked: Sequence[_LinkedFile], queues: Sequence[Directory]) -> None:
+        """Enter the files into each queue's ledger, then into the directory's. On a full disk the files go ahead."""
+        now = self.clock.micros()
+        for queue in queues:
+            ledger = self.ledger_for(queue)
+            ledger.add(*(_sealed_entry(file, now) for file in linked))
+            ledger.write(sync=True)
+        sinks = [queue.sink for queue in queues]
+        self.ledger.add(
+            *(
+                FannedOutEntry(now, layout.batch_id(file.locked_file.name), sinks, file.records, file.damaged_ranges)
+                for file in linked
+            )
+        )
+        self.ledger.write(sync=True)
+
+
+def _sealed_entry(file: _LinkedFile, now_micros: int) -> SealedEntry:
+    """A file's first entry in a queue's ledger. Nobody knows how many events a damaged byte range held."""
+    events = None if file.damaged_ranges else file.records
+    return SealedEntry(now_micros, layout.batch_id(file.locked_file.name), FAN_OUT_WRITER, events, file.plain_bytes)
+
+
+class FanOutRunner:
+    """The `Runner` of several sinks.
+
+    Args:
+        fan_out: What fills the queues.
+        build_worker: Builds the worker of a queue; called once for each sink, when its queue exists.
+        display_names: Of the sinks, by name: URLs without secrets.
+        poll_interval_s: Seconds between two scans of an idle directory.
+        durability: Of the outbox in this process, for the heartbeat; empty if it only delivers.
+        retention: Of the directory itself, for batches retained while there was a single sink.
+    """
+
+    def __init__(
+        self,
         fan_out: FanOut,
+        build_worker: Callable[[Directory], Worker],
+        display_names: Mapping[str, str],
         poll_interval_s: float,
-        urls: Mapping[str, str],
-        make_worker: Callable[[Directory], Worker],
         durability: str = "",
         retention: Retention | None = None,
     ) -> None:
-        self._directory = directory
-        self._ledger = ledger
-        self._clock = clock
         self._fan_out = fan_out
+        self._directory = fan_out.directory
+        self._clock = fan_out.clock
+        self._build_worker = build_worker
+        self._display_names = display_names
         self._poll_interval_s = poll_interval_s
-        self._urls = urls  # of the sinks, without what is secret
-        self._make_worker = make_worker
-        self._retention = retention  # of the directory itself: what was kept while there was one sink
-        self._lease = Lease(directory, ", ".join(urls), clock, durability)
+        self._retention = retention
+        self._lease = Lease(fan_out.directory, ", ".join(display_names), fan_out.clock, durability)
         self._runners: dict[str, ThreadRunner] = {}
         self._work = threading.Event()
         self._stopping = threading.Event()
-        self._fan_out_until = 0.0
+        self._fan_out_until = 0.0  # monotonic seconds, once `stop` is called
         self._problem = ""
-        self._all_fanned_out = False  # all that was found
+        self._all_fanned_out = False
         self._thread = threading.Thread(target=self._run, name="pillarbox-fan-out", daemon=True)
 
     def start(self) -> None:
-        """Begin to hand over, and to deliver what was handed over."""
+        """Begin to fan out and to deliver."""
         self._thread.start()
 
     def notify(self) -> None:
-        """There may be something to hand over; from any thread."""
+        """Say that there may be something to do; from any thread."""
         self._work.set()
 
     def stop(self, timeout: float) -> bool:
-        """Hand over and deliver what can be without waiting, and end; what takes longer than `timeout` stays on disk."""
+        """Fan out and deliver what can be without waiting, and end; what takes longer than `timeout` seconds stays on disk."""
         deadline = self._clock.monotonic() + timeout
-        self._fan_out_until = deadline - timeout / 2  # what is handed over is to be delivered, too
+        self._fan_out_until = deadline - timeout / 2  # the other half is for delivery
         self._stopping.set()
         self._work.set()
-        with contextlib.suppress(RuntimeError):  # it has not begun
+        with contextlib.suppress(RuntimeError):  # the thread was not started
             self._thread.join(timeout)
-        threads = list(self._runners.values())
-        for thread in threads:
-            thread.worker.end()
-        ended = [thread.stop(max(0.0, deadline - self._clock.monotonic())) for thread in threads]
+        runners = list(self._runners.values())
+        for runner in runners:
+            runner.worker.end()
+        ended = [runner.stop(max(0.0, deadline - self._clock.monotonic())) for runner in runners]
         if self._thread.is_alive():
             return False
-        self._write_heartbeat(now=True)  # how it ended
+        self._write_heartbeat(now=True)  # the final state
         self._lease.release()
         return all(ended)
 
     def sinks(self) -> dict[str, SinkStats]:
-        """How each sink stands; trouble with handing over is every sink's."""
+        """The stats of each sink. A problem with fanning out is every sink's."""
         stats: dict[str, SinkStats] = {}
-        for sink in self._urls:
-            thread = self._runners.get(sink)
-            if thread is not None:
-                (stats[sink],) = thread.sinks().values()
+        for sink in self._display_names:
+            runner = self._runners.get(sink)
+            if runner is not None:
+                (stats[sink],) = runner.sinks().values()
             else:
-                stats[sink] = DeliveryCounters().to_stats(State("standby", "its queue is not there yet"), "")
+                stats[sink] = DeliveryCounters().to_stats(State("standby", "its queue does not exist yet"), "")
             problem = self._problem
             if problem and stats[sink].state.name in ("idle", "draining"):
                 stats[sink] = stats[sink].as_degraded(problem)
         return stats
 
     def is_idle(self) -> bool:
-        """Whether the last looks have found nothing left to hand over, nor to deliver to any of the sinks."""
-        threads = [self._runners.get(sink) for sink in self._urls]
-        if not self._all_fanned_out or not all(thread is not None and thread.is_idle() for thread in threads):
+        """Whether the last scans have found nothing to fan out, and nothing to deliver to any sink."""
+        runners = [self._runners.get(sink) for sink in self._display_names]
+        if not self._all_fanned_out or not all(runner is not None and runner.is_idle() for runner in runners):
             return False
         try:
-            return not any(self._directory.queue(sink).batch_names() for sink in self._urls)
+            return not any(self._directory.queue(sink).batch_names() for sink in self._display_names)
         except OSError:
             return False
 
     def is_stopped(self) -> bool:
-        """Whether nothing more is delivered until somebody mends the set-up: the other sinks have nothing to do."""
-        threads = [self._runners.get(sink) for sink in self._urls]
-        stuck = [thread is not None and thread.is_stopped() for thread in threads]
+        """Whether nothing is delivered until somebody fixes a set-up: each sink is stopped, or has nothing to deliver."""
+        runners = [self._runners.get(sink) for sink in self._display_names]
+        stopped = [runner is not None and runner.is_stopped() for runner in runners]
         return (
             self._all_fanned_out
-            and any(stuck)
-            and all(each or (thread is not None and thread.is_idle()) for each, thread in zip(stuck, threads, strict=True))
+            and any(stopped)
+            and all(each or (runner is not None and runner.is_idle()) for each, runner in zip(stopped, runners, strict=True))
         )
 
     def wait_for_settlement(self, known_files: int, timeout: float) -> None:
-        """Wait until other than `known_files` files are settled, at most `timeout` seconds."""
+        """Wait until the number of settled files is not `known_files`, for at most `timeout` seconds."""
         deadline = self._clock.monotonic() + timeout
         while (left := deadline - self._clock.monotonic()) > 0 and not self._stopping.wait(min(left, _SETTLEMENT_POLL_S)):
             if sum(sink.flushed_files for sink in self.sinks().values()) != known_files:
@@ -140,18 +339,20 @@ class FanOutRunner:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._work.clear()
-            wait = self._round()
-            self._work.wait(wait)
-        self._round()
+            wait_s = self._run_once()
+            self._work.wait(wait_s)
+        self._run_once()
 
-    def _round(self) -> float:
-        """Adopt and hand over, if that is this process's; seconds until the next round."""
+    def _run_once(self) -> float:
+        """Recover and fan out, if this process holds the lease; seconds until the next time."""
         problem = ""
         wait_s = min(self._poll_interval_s, HEARTBEAT_INTERVAL_S)
         try:
             if self._lease.is_valid() or self._lease.acquire():
                 self._recover_segments()
-                self._fan_out.distribute(self._after_group)
+                for _ in self._fan_out.distribute():
+                    if not self._deliver_group():
+                        break
                 self._all_fanned_out = not self._directory.batch_names()
                 if self._retention is not None:
                     self._retention.prune()
@@ -161,50 +362,49 @@ class FanOutRunner:
                 wait_s = min(wait_s, _TAKEOVER_POLL_S)
             self._start_runners()
         except (OSError, FileUnusableError, DirectoryUnusableError) as error:
-            problem = f"not handed over: {error}"
+            problem = f"not fanned out: {error}"
         except Exception as error:  # a defect must not end this thread: nothing would be delivered any more
-            log.exception("%s: a defect in Pillarbox while files were handed over", self._directory.path)
-            problem = f"not handed over: a defect in Pillarbox: {error}"
+            log.exception("%s: a defect in Pillarbox while fanning out", self._directory.path)
+            problem = f"not fanned out: a defect in Pillarbox: {error}"
         self._log_problem(problem)
         self._write_heartbeat()
         return wait_s
 
-    def _after_group(self) -> bool:
-        """A group of files was handed over: deliver it, and let others see that this process lives; whether to go on."""
+    def _deliver_group(self) -> bool:
+        """Have a group of files delivered that was fanned out; whether to fan out another."""
         self._start_runners()
-        for thread in self._runners.values():
-            thread.notify()
+        for runner in self._runners.values():
+            runner.notify()
         self._write_heartbeat()
         return not self._stopping.is_set() or self._clock.monotonic() < self._fan_out_until
 
     def _write_heartbeat(self, *, now: bool = False) -> None:
-        stands = combine_stats(self.sinks())
-        self._lease.write_heartbeat(stands.state, stands.delivered, stands.last_error, now=now)
+        stats = combine_stats(self.sinks())
+        self._lease.write_heartbeat(stats.state, stats.delivered, stats.last_error, now=now)
 
     def _recover_segments(self) -> None:
         now = self._clock.micros()
         adopted = recover(self._directory)
-        self._ledger.add(
+        self._fan_out.ledger.add(
             *(AdoptedEntry(now, layout.batch_id(file.sealed_name), layout.writer_of(file.active_name)) for file in adopted)
         )
 
     def _start_runners(self) -> None:
-        """A thread for each sink whose queue is there, whoever has made it."""
-        for queue in self._directory.queues() if len(self._runners) < len(self._urls) else ():
-            if queue.sink in self._urls and queue.sink not in self._runners:
-                thread = ThreadRunner(self._make_worker(queue))
-                self._runners[queue.sink] = thread
-                thread.start()
+        """Start a thread for each sink whose queue exists, whichever process has made it."""
+        for queue in self._directory.queues() if len(self._runners) < len(self._display_names) else ():
+            if queue.sink in self._display_names and queue.sink not in self._runners:
+                runner = ThreadRunner(self._build_worker(queue))
+                self._runners[queue.sink] = runner
+                runner.start()
 
     def _find_problem(self) -> str:
-        """With single files, or with queues that nobody delivers."""
-        for name, why in self._fan_out.problems.items():
-            return f"not handed over: {name}: {why}"
+        """The first problem with a file, or with a queue that no worker delivers."""
+        for name, problem in self._fan_out.problems.items():
+            return f"not fanned out: {name}: {problem}"
         for queue in self._directory.queues():
-            if queue.sink not in self._urls and queue.batch_names():
-                return (
-                    f"{queue.path} fills: {queue.sink} is not among the sinks; name it, or pillarbox sinks remove {queue.sink}"
-                )
+            if queue.sink not in self._display_names and queue.batch_names():
+                remedy = f"add it, or remove its queue with pillarbox sinks remove {queue.sink}"
+                return f"{queue.path} is filling up: {queue.sink} is not in the setting sinks; {remedy}"
         return ""
 
     def _log_problem(self, problem: str) -> None:
@@ -213,5 +413,5 @@ class FanOutRunner:
         if problem:
             log.error("%s: %s", self._directory.path, problem)
         else:
-            log.info("%s: everything is handed over again", self._directory.path)
+            log.info("%s: all batches are fanned out again", self._directory.path)
         self._problem = problem

@@ -1,4 +1,4 @@
-"""One process delivers at a time: the lock that says which, and the heartbeat in it that says how it is doing."""
+"""One process delivers at a time: the lock that says which one, and the heartbeat in it that says how delivery is going."""
 
 from __future__ import annotations
 
@@ -8,20 +8,33 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from pillarbox.delivery.state import Heartbeat
+from pillarbox.stats import State
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
-    from pillarbox.stats import State
     from pillarbox.store.directory import Directory
 
+STANDBY_REASON: Final = "another process delivers this directory"  # the reason of state `standby`
 HEARTBEAT_INTERVAL_S: Final = 1.0
-_READ_ATTEMPTS: Final = 3  # of one that cannot be read: it may be just being written
+HEARTBEAT_STALE_AFTER_S: Final = 10.0  # the process that wrote an older one is gone, or hangs
+_READ_ATTEMPTS: Final = 3  # one that cannot be decoded may be being written
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """What the delivering process writes into `deliver.lock`: who it is, how delivery is going, and when it wrote that."""
+
+    pid: int
+    sink: str
+    state: State
+    at_micros: int
+    delivered: int
+    last_error: str = ""
+    durability: str = ""  # of the outbox in that process; empty if it only delivers
 
 
 class Lease:
-    """`deliver.lock` of a directory. The kernel releases it when the process dies; the file is never removed."""
+    """`deliver.lock` of a directory. The kernel releases it when the process dies; the file is never deleted."""
 
     def __init__(self, directory: Directory, sink: str, clock: Clock, durability: str = "") -> None:
         self._directory = directory
@@ -37,31 +50,31 @@ class Lease:
         return self._fd >= 0
 
     def is_valid(self) -> bool:
-        """Whether it is still the lock that others see; one that somebody removed is let go."""
+        """Whether this process holds the lock that others see. Releases one whose file somebody has deleted."""
         if self.is_held and not self._directory.filesystem.is_file_at(self._fd, self._directory.path_of(layout.DELIVER_LOCK)):
             self.release()
         return self.is_held
 
     def acquire(self) -> bool:
-        """Become the one that delivers; False where another process is."""
+        """Become the process that delivers; False if another one is."""
         locked_file = self._directory.acquire_lock_file(layout.DELIVER_LOCK)
         if locked_file is not None:
             self._fd = locked_file.fd
         return self.is_held
 
     def write_heartbeat(self, state: State, delivered: int, last_error: str, *, now: bool = False) -> None:
-        """Write down how it goes, at most once a second unless it must be `now`."""
+        """Write down how delivery is going, at most once a second unless it must be `now`."""
         now_s = self._clock.monotonic()
         if not self.is_held or (now_s < self._next_heartbeat and not now):
             return
         self._next_heartbeat = now_s + HEARTBEAT_INTERVAL_S
         if not self.is_valid():
             return
-        beat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error, self._durability)
+        heartbeat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error, self._durability)
         try:
-            self._directory.filesystem.overwrite(self._fd, msgspec.json.encode(beat) + b"\n")
+            self._directory.filesystem.overwrite(self._fd, msgspec.json.encode(heartbeat) + b"\n")
         except (OSError, ValueError):
-            return  # a full disk: whoever asks sees that the heartbeat is old
+            return  # a full disk: readers see that the heartbeat is old
 
     def release(self) -> None:
         """Let another process deliver."""
@@ -71,9 +84,9 @@ class Lease:
 
 
 def read_heartbeat(directory: Directory) -> Heartbeat | None:
-    """What the process that delivers, or did, wrote last. Takes no lock."""
+    """The last heartbeat of the process that delivers, or did. Takes no lock."""
     for _ in range(_READ_ATTEMPTS):
-        # It is written over in place: behind its end, there may be the rest of a longer one for a moment.
+        # It is overwritten in place: behind its end there may be the rest of a longer one for a moment.
         line = directory.read_small_file(layout.DELIVER_LOCK).partition(b"\n")[0]
         if not line:
             break

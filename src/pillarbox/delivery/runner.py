@@ -1,131 +1,196 @@
-"""What the settings make of delivery: where `Outbox` and `pillarbox deliver` get their `Runner` from."""
+"""What hosts delivery for an outbox or a command: the protocol, a thread of this process, or another process.
+
+`ThreadRunner` runs the worker of a single sink. `fanout.FanOutRunner` runs one of these for each of several sinks,
+`process.supervisor.Supervisor` has a child process do so. `ExternalRunner` stands for a process that somebody else starts.
+"""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, NamedTuple
+import asyncio
+import contextlib
+import logging
+import threading
+from typing import TYPE_CHECKING, Final, Protocol
 
-from pillarbox.delivery.deliverer import ONLY_SINK
-from pillarbox.delivery.elsewhere import ExternalRunner
-from pillarbox.delivery.fanout import FanOutRunner
-from pillarbox.delivery.process.protocol import check_importable
-from pillarbox.delivery.process.supervisor import Supervisor
-from pillarbox.delivery.settlement import retention_for
-from pillarbox.delivery.thread import ThreadRunner
-from pillarbox.delivery.worker import Worker
-from pillarbox.errors import ConfigurationError
-from pillarbox.sinks import make_sink, redact_url
-from pillarbox.stats import DeliveryCounters
-from pillarbox.store.fanout import FanOut
+from pillarbox.delivery.lease import HEARTBEAT_STALE_AFTER_S, read_heartbeat
+from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from pillarbox.clock import Clock
-    from pillarbox.delivery.deliverer import Runner
-    from pillarbox.delivery.settlement import DeliveryCallbacks
-    from pillarbox.settings import Settings
-    from pillarbox.sinks.base import Sink
+    from pillarbox.delivery.lease import Heartbeat
+    from pillarbox.delivery.worker import Worker
+    from pillarbox.stats import SinkStats
     from pillarbox.store.directory import Directory
-    from pillarbox.store.ledger import LedgerWriter
+
+log = logging.getLogger("pillarbox")
+
+ONLY_SINK: Final = ""  # the name of a single sink
+_STATES_WORST_FIRST: Final = ("stopped", "waiting", "degraded", "draining", "standby", "idle")
+_RESTART_S: Final = 5.0  # after a defect has ended the worker
+_CANCEL_GRACE_S: Final = 0.5  # for a call to the sink that `stop` has cancelled
+_NO_DELIVERY: Final = "no process delivers this directory (is `pillarbox deliver` running?)"
 
 
-LocalRunner = ThreadRunner | FanOutRunner  # what delivers in this process
+class Runner(Protocol):
+    """Delivers a directory from `start` to `stop`."""
+
+    def start(self) -> None:
+        """Begin to deliver."""
+
+    def stop(self, timeout: float) -> bool:
+        """Deliver what can be delivered without waiting, and end; False if that took longer than `timeout` seconds."""
+
+    def notify(self) -> None:
+        """Say that there may be something to do; from any thread."""
+
+    def sinks(self) -> dict[str, SinkStats]:
+        """The stats of each sink, by name; a single sink is called `ONLY_SINK`."""
+
+    def wait_for_settlement(self, known_files: int, timeout: float) -> None:
+        """Wait until the number of settled files is not `known_files`, for at most `timeout` seconds."""
 
 
-class NamedSink(NamedTuple):
-    """A sink, and what it is called where people read it: its URL without what is secret."""
+def combine_stats(sinks: Mapping[str, SinkStats]) -> SinkStats:
+    """All sinks as one: the sums of their counts, and the worst state, with the name of the sink that is in it."""
+    total = DeliveryCounters()
+    for sink in sinks.values():
+        for name in COUNTER_FIELDS:
+            setattr(total, name, getattr(total, name) + getattr(sink, name))
+    rates = [sink.rate for sink in sinks.values()]
+    total.rate = None if None in rates else sum(filter(None, rates)) or None
+    by_state = sorted(sinks.items(), key=lambda item: _STATES_WORST_FIRST.index(item[1].state.name))
+    name, worst = by_state[0] if by_state else (ONLY_SINK, total.to_stats(State("idle"), ""))
+    state = worst.state
+    if name != ONLY_SINK and state.reason:
+        state = State(state.name, f"{name}: {state.reason}", state.retry_at_micros)
+    error = next((f"{name}: {sink.last_error}" if name else sink.last_error for name, sink in by_state if sink.last_error), "")
+    return total.to_stats(state, error)
 
-    sink: Sink
-    display_name: str
+
+class ThreadRunner:
+    """Runs one worker on the event loop of a thread."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._stopping = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="pillarbox-deliverer", daemon=True)
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        self._thread.start()
+
+    def stop(self, timeout: float) -> bool:
+        """Deliver what can be delivered without waiting, and end; what takes longer than `timeout` seconds stays on disk."""
+        self._stopping.set()
+        self.worker.end()
+        with contextlib.suppress(RuntimeError):  # the thread was not started
+            self._thread.join(timeout)
+        if self._thread.is_alive() and self._loop is not None and self._task is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
+                self._loop.call_soon_threadsafe(self._task.cancel)
+            self._thread.join(_CANCEL_GRACE_S)
+        return not self._thread.is_alive()
+
+    def notify(self) -> None:
+        """Say that there may be something to do; from any thread."""
+        self.worker.notify()
+
+    def sinks(self) -> dict[str, SinkStats]:
+        """The stats of the sink."""
+        worker = self.worker
+        with worker.settlement_done:  # a file that is gone is counted
+            return {ONLY_SINK: worker.counters.to_stats(worker.state, worker.last_error)}
+
+    def is_idle(self) -> bool:
+        """Whether the last scan has found nothing to deliver."""
+        return self.worker.idle.is_set()
+
+    def is_stopped(self) -> bool:
+        """Whether nothing is delivered until somebody fixes the set-up."""
+        return self.worker.state.name == "stopped"
+
+    def wait_for_settlement(self, known_files: int, timeout: float) -> None:
+        """Wait until the number of settled files is not `known_files`, for at most `timeout` seconds."""
+        with self.worker.settlement_done:
+            self.worker.settlement_done.wait_for(lambda: self.worker.counters.flushed_files != known_files, timeout)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                asyncio.run(self._run_worker())
+            except (asyncio.CancelledError, Exception, SystemExit) as error:
+                if isinstance(error, asyncio.CancelledError) and self._stopping.is_set():
+                    return
+                log.exception("delivery failed on a defect in Pillarbox or in a sink; restarting in %g s", _RESTART_S)
+            else:
+                return
+            if self._stopping.wait(_RESTART_S):
+                return
+
+    async def _run_worker(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        await self.worker.run()
 
 
-def build_sinks(settings: Settings, sink_objects: Mapping[str, Sink]) -> dict[str, NamedSink]:
-    """The sinks that the settings name, by their names; `sink_objects` are those that the application has made itself.
+class ExternalRunner:
+    """Stands for the process that delivers with `deliver="external"`. Its heartbeat is all that is known of it.
 
-    One that is not among several is called `ONLY_SINK`. Raises what `make_sink` raises.
+    Counts nothing, because this process only stores.
     """
-    named: dict[str, object] = {ONLY_SINK: settings.sink} if settings.sink else settings.sinks
-    urls = {name: url for name, url in named.items() if isinstance(url, str)}
-    found = {name: NamedSink(sink, type(sink).__name__) for name, sink in sink_objects.items()}
-    return found | {name: NamedSink(make_sink(url, settings.event_type), redact_url(url)) for name, url in urls.items()}
 
+    def __init__(self, directory: Directory, clock: Clock) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._started_s = clock.monotonic()
+        self._checked_s = self._started_s
+        self._is_silent = False
 
-def check_delivery_settings(settings: Settings, sink_objects: Mapping[str, Sink]) -> None:
-    """Raise `ConfigurationError` where delivery cannot be as the settings want it; `sink_objects` were passed as objects."""
-    if settings.deliver == "thread":
-        return
-    if sink_objects:
-        advice = "a Sink object cannot be used in another process; pass the sink as a URL, or use 'thread'"
-        raise ConfigurationError("deliver", settings.deliver, "the call", advice)
-    if settings.deliver == "process":
-        if not sys.executable:
-            advice = "sys.executable names no Python to start; use 'thread' or 'external'"
-            raise ConfigurationError("deliver", settings.deliver, "the call", advice)
-        check_importable(settings)
+    def start(self) -> None:
+        """Do nothing: the other process is started by somebody else."""
 
+    def stop(self, timeout: float) -> bool:  # noqa: ARG002 - the protocol's
+        """Do nothing: the other process goes on."""
+        return True
 
-def build_runner(
-    settings: Settings,
-    directory: Directory,
-    clock: Clock,
-    ledger: LedgerWriter,
-    callbacks: DeliveryCallbacks,
-    is_busy: Callable[[], bool],
-    sinks: Mapping[str, NamedSink],
-) -> Runner | None:
-    """What an outbox holds of its delivery; None where there is no sink, and it is not said that another process delivers."""
-    if settings.deliver == "external":
-        return ExternalRunner(directory, clock)
-    if not sinks:
-        return None
-    if settings.deliver == "process":
-        return Supervisor(settings, directory, clock, callbacks, {name: sink.display_name for name, sink in sinks.items()})
-    return build_local_runner(settings, directory, clock, ledger, callbacks, is_busy, sinks)
+    def notify(self) -> None:
+        """Check now and then whether any process delivers, and log when that changes. That process scans by itself."""
+        now = self._clock.monotonic()
+        if now - self._checked_s < HEARTBEAT_STALE_AFTER_S:
+            return
+        self._checked_s = now
+        is_silent = self._silent_seconds(read_heartbeat(self._directory)) is not None
+        if is_silent != self._is_silent:
+            self._is_silent = is_silent
+            level, text = (logging.WARNING, _NO_DELIVERY) if is_silent else (logging.INFO, "delivery has resumed")
+            log.log(level, "%s: %s", self._directory.path, text)
 
+    def sinks(self) -> dict[str, SinkStats]:
+        """What the heartbeat of each sink says."""
+        directories = self._directory.queues() or [self._directory]
+        return {directory.sink or ONLY_SINK: self._stats_from(read_heartbeat(directory)) for directory in directories}
 
-def build_local_runner(
-    settings: Settings,
-    directory: Directory,
-    clock: Clock,
-    ledger: LedgerWriter,
-    callbacks: DeliveryCallbacks,
-    is_busy: Callable[[], bool],
-    sinks: Mapping[str, NamedSink],
-    *,
-    only_delivers: bool = False,
-) -> LocalRunner:
-    """The delivery of a directory as the settings want it, not begun yet; `only_delivers` where nothing is stored here."""
-    durability = "" if only_delivers else settings.durability
+    def _stats_from(self, heartbeat: Heartbeat | None) -> SinkStats:
+        silent_s = self._silent_seconds(heartbeat)
+        if silent_s is not None:
+            state, last_error = State("degraded", f"{_NO_DELIVERY}: no heartbeat for {silent_s:.0f} s"), _NO_DELIVERY
+        elif heartbeat is not None:
+            state, last_error = heartbeat.state, heartbeat.last_error
+        else:
+            state, last_error = State("idle"), ""
+        return DeliveryCounters().to_stats(state, last_error)
 
-    def worker(place: Directory, name: str, pen: LedgerWriter) -> Worker:
-        sink, text = sinks[name]
-        counters = DeliveryCounters()
-        return Worker(
-            place,
-            sink,
-            text,
-            clock,
-            settings.delivery_config,
-            counters,
-            callbacks,
-            is_busy,
-            durability,
-            settings.settlement_limits,
-            pen,
-        )
+    def wait_for_settlement(self, known_files: int, timeout: float) -> None:  # noqa: ARG002 - the protocol's
+        """Wait for `timeout` seconds: the other process does not report what it settles."""
+        threading.Event().wait(timeout)
 
-    if ONLY_SINK in sinks:
-        return ThreadRunner(worker(directory, ONLY_SINK, ledger))
-    fan_out = FanOut(directory, list(sinks), clock, ledger, is_busy)
-    return FanOutRunner(
-        directory,
-        clock,
-        ledger,
-        fan_out,
-        settings.flush_interval,
-        {name: destination.display_name for name, destination in sinks.items()},
-        lambda queue: worker(queue, queue.sink, fan_out.ledger_for(queue)),
-        durability,
-        retention_for(directory, clock, settings.settlement_limits),
-    )
+    def _silent_seconds(self, heartbeat: Heartbeat | None) -> float | None:
+        """The age of the last heartbeat, if that is stale."""
+        here_s = self._clock.monotonic() - self._started_s
+        silent_s = here_s if heartbeat is None else (self._clock.micros() - heartbeat.at_micros) / 1e6
+        # If both processes start together, the other one has as long to write its first heartbeat.
+        return silent_s if min(silent_s, here_s) > HEARTBEAT_STALE_AFTER_S else None

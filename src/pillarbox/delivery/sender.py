@@ -1,7 +1,7 @@
-"""Sends a shipment, in parts where that is called for, until each of its records is accepted or refused.
+"""Sends a request, in parts if need be, until each of its records is accepted or rejected.
 
-Decisions are `policy`'s and `pacing`'s; this module only acts on them. Several shipments may be on their way at once: when the
-destination asks for time, all of them give it.
+`retry` and `pacing` decide; this module calls the sink and waits. Several requests may be in flight at a time: if the
+destination asks one of them to wait, all of them do.
 """
 
 from __future__ import annotations
@@ -10,68 +10,55 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.delivery import policy
-from pillarbox.delivery.backoff import jitter
+from pillarbox.delivery import retry
+from pillarbox.delivery.batch import SendResult
+from pillarbox.delivery.config import jitter
 from pillarbox.delivery.lease import HEARTBEAT_INTERVAL_S
 from pillarbox.delivery.pacing import Pacer
-from pillarbox.delivery.policy import AttemptContext, Verdict
 from pillarbox.errors import SinkUnusableError
-from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Retry, Sink
+from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Retry
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from pillarbox.clock import Clock
-    from pillarbox.delivery.policy import DeliveryConfig
-    from pillarbox.delivery.request import SendRequest
+    from pillarbox.delivery.batch import SendRequest
+    from pillarbox.delivery.context import DeliveryContext
+    from pillarbox.delivery.housekeeping import Housekeeping
     from pillarbox.delivery.retry import PoisonTracker
-    from pillarbox.delivery.status import StatusReporter
     from pillarbox.sinks.base import Rejection
-    from pillarbox.stats import DeliveryCounters, StateName
+    from pillarbox.stats import StateName
 
-_CLOCK_UNSET_BEFORE_MICROS: Final = (
-    1_577_836_800_000_000  # 2020: a clock that says less had not been set when the file was sealed
-)
-_CANCEL_GRACE_S: Final = 1.0  # how long a call that is given up may take to end, before that is worth a word
-# Of the event loop, to send all of a call: one that takes more waits for the destination, time to read ahead. httpx takes four.
+# The year 2020. A batch with an earlier seal time was sealed before the machine's clock was set.
+_CLOCK_UNSET_BEFORE_MICROS: Final = 1_577_836_800_000_000
+_CANCEL_GRACE_S: Final = 1.0  # for a call that timed out to end, before the status reports it
+# Turns of the event loop in which a sink sends all of a call (httpx takes four). If more are needed, the sink waits for the
+# destination, and there is time to prefetch.
 _QUICK_TURNS: Final = 8
 
 
 class Sender:
-    """Carries shipments to a sink. `pause(seconds)` waits, or raises where the worker is told to end.
+    """Sends requests to a sink, at the pace of its destination."""
 
-    `meanwhile()` is called while a call takes its time.
-    """
-
-    def __init__(
-        self,
-        sink: Sink,
-        clock: Clock,
-        config: DeliveryConfig,
-        counters: DeliveryCounters,
-        status: StatusReporter,
-        poison_tracker: PoisonTracker,
-        pause: Callable[[float], Awaitable[None]],
-        meanwhile: Callable[[], None],
-    ) -> None:
-        self._sink = sink
-        self._clock = clock
-        self._config = config
-        self._counters = counters
-        self._status = status
+    def __init__(self, context: DeliveryContext, poison_tracker: PoisonTracker, housekeeping: Housekeeping) -> None:
+        self._sink = context.sink
+        self._clock = context.clock
+        self._config = context.config
+        self._counters = context.counters
+        self._status = context.status
         self._poison_tracker = poison_tracker
-        self._pause = pause
-        self._meanwhile = meanwhile
-        self._not_before = 0.0  # monotonic: the destination asked for time, or has to be mended
-        self._pacer = Pacer(config.pacing, config.max_in_flight if sink.capabilities.concurrent else 1)
-        self._call_order = asyncio.Lock()  # calls begin in the order in which they came
+        self._housekeeping = housekeeping
+        self._not_before = 0.0  # monotonic: the destination asked for time, or is set up wrongly
+        self._pacer = Pacer(context.config.pacing, context.config.max_in_flight if self._sink.capabilities.concurrent else 1)
+        self._call_order = asyncio.Lock()  # calls begin in the order of their requests
+        self._started = (self._clock.micros(), self._clock.monotonic())
+        self._abandoned_calls: set[asyncio.Future[DeliveryResult]] = set()  # timed out and still running
         self._report_pace()
-        self._started = (clock.micros(), clock.monotonic())
-        self._abandoned_calls: set[asyncio.Future[DeliveryResult]] = set()  # calls that have not ended yet
 
-    async def send(self, request: SendRequest) -> Verdict:
-        """Whether what was refused of it is final; where it is not, nothing of it was accepted."""
+    async def send(self, request: SendRequest) -> SendResult:
+        """Send a request until each of its records has an answer.
+
+        The result has no verdict if the worker must end before that. If the verdict is not final, nothing was accepted.
+        """
+        result = SendResult(request)
         parts = deque([request.batch] if request.records else [])
         failures = 0
         while parts:
@@ -80,49 +67,45 @@ class Sender:
                 parts.popleft()
                 parts.extendleft(reversed(part.halves()))
                 continue
-            await self._wait_until_due(len(part))
+            if not await self._wait_until_due(len(part)):
+                return result
             began = self._clock.monotonic()
             answer = await self._call_sink(part)
-            request.attempts += 1
-            action = policy.decide(answer, len(part), failures + 1, jitter(), self._attempt_context(request), self._config)
-            self._record_failures(request, answer)
+            result.attempts += 1
+            context = self._attempt_context(request, result)
+            action = retry.decide(answer, len(part), failures + 1, jitter(), context, self._config)
+            self._record_failures(result, answer)
             self._record_pace(began, answer, len(part))
             match action:
-                case policy.PartDone(accepted, duplicates, dead):
-                    self._record_part(request, part, accepted, duplicates, dead)
+                case retry.PartDone(accepted, duplicates, dead):
+                    self._record_part(request, result, part, accepted, duplicates, dead)
                     parts.popleft()
                     failures = 0
-                case policy.SendRest(dead):
-                    request.add_rejected(part, dead)
+                case retry.SendRest(dead):
+                    result.add_rejected(part, dead)
                     parts.popleft()
                     parts.extendleft(reversed(part.split_around(dead)))
-                case policy.Split():
+                case retry.Split():
                     parts.popleft()
                     parts.extendleft(reversed(part.halves()))
-                case policy.Expire(refusal):
-                    request.add_rejected(part, dict.fromkeys(range(len(part)), refusal))
+                case retry.Expire(rejection):
+                    result.add_rejected(part, dict.fromkeys(range(len(part)), rejection))
                     parts.popleft()
-                case policy.Wait(seconds, reason) | policy.Stop(seconds, reason):
+                case retry.Wait(seconds, reason) | retry.Stop(seconds, reason):
                     failures += 1
-                    self._back_off("stopped" if isinstance(action, policy.Stop) else "waiting", seconds, reason)
-                case policy.Defer(refusal):
-                    request.add_rejected(part, {0: refusal})
-                    return policy.judge_rejections(0, self._attempt_context(request), self._config)
-        if not request.rejected:
-            return Verdict.FINAL
-        return policy.judge_rejections(request.accepted, self._attempt_context(request), self._config)
-
-    def _record_failures(self, request: SendRequest, answer: DeliveryResult) -> None:
-        """How many calls in a row were refused, and since when the batch fails; policy asks for both."""
-        if isinstance(answer, (Delivered, PartialFailure)) and answer.accepted:
-            request.rejected_calls = 0
-            return
-        request.rejected_calls += not isinstance(answer, (Retry, Misconfigured))
-        if request.failing_since is None:
-            request.failing_since = self._clock.monotonic()
+                    self._back_off("stopped" if isinstance(action, retry.Stop) else "waiting", seconds, reason)
+                case retry.Defer(rejection):
+                    result.add_rejected(part, {0: rejection})
+                    result.verdict = retry.judge_rejections(0, self._attempt_context(request, result), self._config)
+                    return result
+        result.verdict = retry.Verdict.FINAL
+        if result.rejected:
+            context = self._attempt_context(request, result)
+            result.verdict = retry.judge_rejections(result.accepted, context, self._config)
+        return result
 
     def start_loop(self) -> None:
-        """Start afresh, on another event loop."""
+        """Begin anew, on the event loop that runs now."""
         self._abandoned_calls.clear()
         self._call_order = asyncio.Lock()
 
@@ -132,15 +115,24 @@ class Sender:
         return self._pacer.outages
 
     def note_unreachable(self) -> None:
-        """Nothing can be sent, for a reason that no call has shown."""
+        """Slow down: nothing can be sent, for a reason that no call has shown."""
         now = self._clock.monotonic()
         self._pacer.note_failure(now, now)
         self._report_pace()
 
     def note_drained(self) -> None:
-        """Nothing waits any more."""
+        """Lift the rate limit: no batch waits any more."""
         self._pacer.note_drained()
         self._report_pace()
+
+    def _record_failures(self, result: SendResult, answer: DeliveryResult) -> None:
+        """Count rejected calls in a row, and note since when the batch fails; `retry` needs both."""
+        if isinstance(answer, (Delivered, PartialFailure)) and answer.accepted:
+            result.rejected_calls = 0
+            return
+        result.rejected_calls += not isinstance(answer, (Retry, Misconfigured))
+        if result.failing_since is None:
+            result.failing_since = self._clock.monotonic()
 
     def _record_pace(self, began: float, answer: DeliveryResult, records: int) -> None:
         if isinstance(answer, (Retry, Misconfigured)):
@@ -155,15 +147,17 @@ class Sender:
         self._counters.rate = rate = self._pacer.rate
         self._status.pacing_note = f"paced: {rate:,.0f} events/s" if self._pacer.is_paced else ""
 
-    def hold_calls(self, seconds: float) -> None:
-        """Send nothing for so long."""
-        self._not_before = max(self._not_before, self._clock.monotonic() + seconds)
-
     def _record_part(
-        self, request: SendRequest, part: Batch, accepted: int, duplicates: int, rejections: dict[int, Rejection]
+        self,
+        request: SendRequest,
+        result: SendResult,
+        part: Batch,
+        accepted: int,
+        duplicates: int,
+        rejections: dict[int, Rejection],
     ) -> None:
-        request.add_accepted(accepted, duplicates)
-        request.add_rejected(part, rejections)
+        result.add_accepted(accepted, duplicates)
+        result.add_rejected(part, rejections)
         if accepted:
             self._poison_tracker.note_accepted()
         if accepted or request.accepted_since_rejection:
@@ -171,30 +165,30 @@ class Sender:
 
     def _back_off(self, name: StateName, seconds: float, reason: str) -> None:
         self._counters.failed_flushes += 1
-        self.hold_calls(seconds)
+        self._not_before = max(self._not_before, self._clock.monotonic() + seconds)
         self._status.transition(name, reason, seconds)
 
-    def _attempt_context(self, request: SendRequest) -> AttemptContext:
+    def _attempt_context(self, request: SendRequest, result: SendResult) -> retry.AttemptContext:
         now = self._clock.monotonic()
-        return AttemptContext(
+        return retry.AttemptContext(
             request.accepted_since_rejection,
-            request.accepted > 0,
+            result.accepted > 0,
             self._sink.capabilities.deduplicates_by != "nothing",
             request.records,
-            request.rejected_calls,
+            result.rejected_calls,
             self._poison_tracker.rejected_in_row(except_for=request.files[0].name),
             self._poison_tracker.dead_lettered_batches,
             self._age_s(request, now),
-            0.0 if request.failing_since is None else now - request.failing_since,
+            0.0 if result.failing_since is None else now - result.failing_since,
         )
 
     def _age_s(self, request: SendRequest, now: float) -> float:
-        """Seconds since the youngest file was sealed, by whichever clock makes it younger: one of them may have jumped."""
-        stamp = layout.sealed_at(request.files[-1].name)
-        if stamp is None or stamp < _CLOCK_UNSET_BEFORE_MICROS:
+        """Seconds since the youngest file was sealed, by the clock that makes it younger: one of them may have jumped."""
+        sealed_at = layout.sealed_at(request.files[-1].name)
+        if sealed_at is None or sealed_at < _CLOCK_UNSET_BEFORE_MICROS:
             return 0.0
         wall, monotonic = self._started
-        return min(self._clock.micros() - stamp, wall - stamp + (now - monotonic) * 1e6) / 1e6
+        return min(self._clock.micros() - sealed_at, wall - sealed_at + (now - monotonic) * 1e6) / 1e6
 
     def _is_too_large(self, part: Batch) -> bool:
         capabilities = self._sink.capabilities
@@ -204,32 +198,37 @@ class Sender:
             return True
         return capabilities.bytes_max is not None and sum(map(len, part.payloads)) > capabilities.bytes_max
 
-    async def _wait_until_due(self, records: int) -> None:
+    async def _wait_until_due(self, records: int) -> bool:
+        """Wait until a call may begin; False if the worker must end first."""
         async with self._call_order:
             while (left := self._seconds_left()) > 0:
-                await self._pause(min(left, HEARTBEAT_INTERVAL_S))  # the rate may have risen meanwhile
-            # A sink that takes one call at a time gets no second one beside a call that was given up and goes on.
+                # In short steps, because the rate may rise meanwhile.
+                if not await self._housekeeping.wait(min(left, HEARTBEAT_INTERVAL_S)):
+                    return False
+            # A sink that takes one call at a time must not get another while an abandoned one is still running.
             while self._abandoned_calls and not self._sink.capabilities.concurrent:
-                self._status.transition("waiting", "the sink goes on with a call that was given up")
+                self._status.transition("waiting", "the sink is still running a call that timed out")
                 await asyncio.wait(self._abandoned_calls, timeout=HEARTBEAT_INTERVAL_S)
-                await self._pause(0)
+                if not await self._housekeeping.wait(0):
+                    return False
             self._pacer.note_sent(self._clock.monotonic(), records)
+        return True
 
     def _seconds_left(self) -> float:
         now = self._clock.monotonic()
         return max(self._not_before - now, self._pacer.seconds_until_next(now))
 
     async def _call_sink(self, part: Batch) -> DeliveryResult:
-        """One call, bounded in time; while it waits for the destination, the next file is read and the heart beats."""
+        """Call the sink, bounded in time. While it waits for the destination, housekeeping goes on."""
         call = asyncio.ensure_future(self._sink.deliver(part))
         try:
             for _ in range(_QUICK_TURNS):
                 await asyncio.sleep(0)
                 if call.done():
-                    return self._answer_of(call, len(part))
+                    return _answer_of(call, len(part))
             async with asyncio.timeout(self._config.call_timeout_s):
                 while not call.done():
-                    self._meanwhile()
+                    self._housekeeping.during_call()
                     await asyncio.wait({call}, timeout=HEARTBEAT_INTERVAL_S)
         except TimeoutError:
             await self._abandon_call(call)
@@ -238,37 +237,38 @@ class Sender:
         except BaseException:
             call.cancel()
             raise
-        return self._answer_of(call, len(part))
+        return _answer_of(call, len(part))
 
     async def _abandon_call(self, call: asyncio.Future[DeliveryResult]) -> None:
         call.cancel()
         await asyncio.wait({call}, timeout=_CANCEL_GRACE_S)
         if not call.done():
             self._abandoned_calls.add(call)
-        call.add_done_callback(self._call_ended)
+        call.add_done_callback(self._forget_abandoned)
 
-    def _call_ended(self, call: asyncio.Future[DeliveryResult]) -> None:
+    def _forget_abandoned(self, call: asyncio.Future[DeliveryResult]) -> None:
         self._abandoned_calls.discard(call)
         if not call.cancelled():
-            call.exception()  # what it was is of no interest any more
+            call.exception()  # retrieved, or asyncio would log it
 
-    def _answer_of(self, call: asyncio.Future[DeliveryResult], size: int) -> DeliveryResult:
-        try:
-            return policy.validate_answer(call.result(), size)
-        except asyncio.CancelledError:
-            return Retry("the sink cancelled its own call")
-        except SinkUnusableError as error:
-            return Misconfigured(str(error))
-        except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
-            return Retry(describe_error(error))
+
+def _answer_of(call: asyncio.Future[DeliveryResult], records: int) -> DeliveryResult:
+    try:
+        return retry.validate_answer(call.result(), records)
+    except asyncio.CancelledError:
+        return Retry("the sink cancelled its own call")
+    except SinkUnusableError as error:
+        return Misconfigured(str(error))
+    except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
+        return Retry(describe_error(error))
 
 
 def describe_error(error: BaseException) -> str:
-    """What an exception says, with its kind."""
+    """The kind of an exception and its message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def is_being_cancelled() -> bool:
-    """Whether it is the running task that somebody cancels, and not something that it waited for."""
-    this = asyncio.current_task()
-    return this is not None and this.cancelling() > 0
+    """Whether the running task itself is being cancelled, and not something that it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,8 +1,11 @@
-"""How a delivered file goes: the order in which things become durable before it does, and what happens where they cannot.
+"""Settlement: the durable bookkeeping of a delivered batch, before its file is deleted.
 
-Quarantine and dead letters first, each written aside, synced and renamed over; then the ledger; then the unlink, or, where
-delivered files are kept, the rename. Killed anywhere in between, the batch is sent again under the same ids, the same two files
-are written over with the same content, and the ledger's entry is replaced: nothing is kept or counted twice.
+The order is: dead letters and damaged bytes, each written to a temporary file, synced and renamed; then the ledger entry,
+synced; then the file is deleted, or renamed if delivered batches are retained. If the process is killed in between, the batch
+is sent again under the same ids. The same files are then written again with the same content, and the ledger entry is
+replaced: nothing is kept or counted twice.
+
+A file that cannot be settled is held: its lock is released, and it is sent and settled again later. The others do not wait.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from pillarbox.delivery.backoff import jitter
+from pillarbox.delivery.config import jitter
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger_entries import PurgedKind, SettledEntry
@@ -24,313 +27,277 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from pillarbox.clock import Clock
-    from pillarbox.delivery.policy import DeliveryConfig
-    from pillarbox.delivery.request import BatchFile
-    from pillarbox.delivery.status import StatusReporter
-    from pillarbox.stats import DeliveryCounters
-    from pillarbox.store.directory import Directory
+    from pillarbox.delivery.batch import DeadLetter, DeliveredFile, SentBatch
+    from pillarbox.delivery.config import SettlementLimits
+    from pillarbox.delivery.context import DeliveryContext
+    from pillarbox.delivery.retry import PoisonTracker
+    from pillarbox.store.directory import Directory, LockedFile
     from pillarbox.store.ledger import LedgerWriter
     from pillarbox.store.reader import DamagedRange
 
 log = logging.getLogger("pillarbox")
 
-GROUP_FILES_MAX: Final = 32  # files let go together: each holds a descriptor, and is sent again after a kill
-GROUP_S: Final = 0.2  # how long a file waits for others to be let go with
-_REMOVAL_SYNC_S: Final = 1.0  # how long a removal may wait for its sync: what power loss brings back is sent again
-_MEASURE_EVERY_S: Final = 10.0  # between two listings of what is set aside, while there is room
+GROUP_FILES_MAX: Final = 32  # settled with one sync: each holds a descriptor, and is sent again after a kill
+GROUP_S: Final = 0.2  # how long a file waits for others to be settled with
+_REMOVAL_SYNC_S: Final = 1.0  # how long a deletion may stay unsynced; a file that a power loss brings back is sent again
+_MEASURE_EVERY_S: Final = 10.0  # between two listings of dead letters and quarantine, while there is space
 _MEASURE_WHEN_FULL_S: Final = 1.0  # the same while there is none
 _LOG_EVERY_S: Final = 10.0
-_DISCARD_WARNING: Final = "what is set aside"
-
-
-class DeadLetter(msgspec.Struct, frozen=True):
-    """A well-formed record that the destination refuses for good; one line of a `dead-` file."""
-
-    event: msgspec.Raw
-    code: str
-    reason: str
-    sink: str
-    index: int  # among the good records of the batch, from 0
-    attempts: int
-    first_at_micros: int
-    last_at_micros: int
+_DISCARD_WARNING: Final = "discarding"  # the subject of the warning
 
 
 def write_quarantine(directory: Directory, batch: str, data: bytes, ranges: Sequence[DamagedRange]) -> None:
-    """Set damaged bytes aside, unchanged, with where they stood and why they are there."""
-    index = b"[\n" + b",\n".join(msgspec.json.encode(span) for span in ranges) + b"\n]\n"
+    """Keep damaged bytes unchanged, with their byte ranges and what is wrong with each."""
+    index = b"[\n" + b",\n".join(msgspec.json.encode(damaged) for damaged in ranges) + b"\n]\n"
+    damaged_bytes = b"".join(data[damaged.offset : damaged.offset + damaged.length] for damaged in ranges)
     directory.write_atomically(layout.ranges_name(batch), index)
-    directory.write_atomically(
-        layout.corrupt_name(batch), b"".join(data[damaged.offset : damaged.offset + damaged.length] for damaged in ranges)
-    )
+    directory.write_atomically(layout.corrupt_name(batch), damaged_bytes)
 
 
 def write_dead_letters(directory: Directory, batch: str, dead_letters: Mapping[int, DeadLetter]) -> None:
-    """Set refused records aside, in the order in which they stood."""
-    directory.write_atomically(
-        layout.dead_name(batch), b"".join(msgspec.json.encode(dead_letters[index]) + b"\n" for index in sorted(dead_letters))
-    )
+    """Keep rejected records, in the order of the batch."""
+    lines = b"".join(msgspec.json.encode(dead_letters[index]) + b"\n" for index in sorted(dead_letters))
+    directory.write_atomically(layout.dead_name(batch), lines)
 
 
 class DeliveryCallbacks(NamedTuple):
-    """Whom to tell: of bytes that no longer wait, of how long a file took, of each dead letter once it is durable.
+    """What delivery tells the outbox or the command that started it, and asks of it."""
 
-    Where another process delivers, the last is told there, and here how often the hook has raised. `on_bytes_saved` hears how
-    many bytes compressing has saved.
-    """
-
-    on_bytes_released: Callable[[int], None] = lambda _bytes: None
-    on_duration: Callable[[float, str], None] = lambda _seconds, _sink: None  # of several sinks, which
-    on_dead_letter: Callable[[DeadLetter], None] = lambda _record: None
-    on_hook_failures: Callable[[int], None] = lambda _count: None
-    on_bytes_saved: Callable[[int], None] = lambda _bytes: None
+    on_bytes_released: Callable[[int], None] = lambda _bytes: None  # of a file that no longer waits
+    on_duration: Callable[[float, str], None] = lambda _seconds, _sink: None  # from reading a file to its settlement
+    on_dead_letter: Callable[[DeadLetter], None] = lambda _letter: (
+        None
+    )  # once it is durable; in a child process if that delivers
+    on_hook_failures: Callable[[int], None] = lambda _count: None  # how often the child process's `on_dead_letter` hook raised
+    on_bytes_saved: Callable[[int], None] = lambda _bytes: None  # by compressing a batch
+    is_busy: Callable[[], bool] = lambda: False  # whether the application stores events, and so waits for the GIL
 
 
 NO_CALLBACKS: Final = DeliveryCallbacks()
 
 
-class SettlementLimits(NamedTuple):
-    """How much may be set aside, in bytes, and what happens beyond it."""
-
-    max_dead_bytes: int = 64 * 2**20
-    max_quarantine_bytes: int = 64 * 2**20
-    discard_when_full: bool = False  # beyond the limits; otherwise the file concerned waits until somebody makes room
-    keep_delivered_s: float | None = None  # for how long delivered files stay; None: they go
-    max_delivered_bytes: int = 2**30  # of those: beyond it the first delivered go
-
-
 class _QuarantineFullError(Exception):
-    """What would be set aside is more than may be; the message names the limit and the way out."""
-
-
-DEFAULT_LIMITS: Final = SettlementLimits()
+    """There is no space for what must be kept; the message names the limit and the way out."""
 
 
 def retention_for(directory: Directory, clock: Clock, limits: SettlementLimits) -> Retention | None:
-    """Where delivered files stay, if they do."""
-    return (
-        None
-        if limits.keep_delivered_s is None
-        else Retention(directory, clock, limits.keep_delivered_s, limits.max_delivered_bytes)
-    )
+    """What retains delivered batches; None if they are deleted at once."""
+    if limits.keep_delivered_s is None:
+        return None
+    return Retention(directory, clock, limits.keep_delivered_s, limits.max_delivered_bytes)
 
 
 class Settler:
-    """Lets delivered files go, in the order that the module describes; those of which something cannot be kept are parked.
+    """Settles delivered files in the order that the module describes, and holds those that cannot be settled.
 
-    With a ledger, files are let go in groups: one sync of it answers for all of them. `on_gone(bytes)` is called for each file
-    that is gone, `on_duration(seconds, sink)` likewise, `on_dead(record)` for each dead letter once it is durable.
+    With a ledger, files are settled in groups: one sync of it answers for all of them.
     """
 
     def __init__(
         self,
-        directory: Directory,
-        clock: Clock,
-        sink_name: str,
-        config: DeliveryConfig,
-        counters: DeliveryCounters,
-        status: StatusReporter,
-        limits: SettlementLimits,
+        context: DeliveryContext,
+        poison_tracker: PoisonTracker,
         ledger: LedgerWriter | None,
         callbacks: DeliveryCallbacks,
-        *,
-        uses_groups: bool,
     ) -> None:
-        self._directory = directory
-        self._clock = clock
-        self._sink_name = sink_name
-        self._config = config
-        self._counters = counters
-        self._status = status
-        self._limits = limits
-        self._retention = retention_for(directory, clock, limits)
+        self._directory = context.directory
+        self._clock = context.clock
+        self._sink_name = context.sink_name
+        self._config = context.config
+        self._limits = context.config.limits
+        self._counters = context.counters
+        self._status = context.status
+        self._poison_tracker = poison_tracker
+        self._retention = retention_for(context.directory, context.clock, context.config.limits)
         self._ledger = ledger
-        self._uses_groups = uses_groups  # whether several files may be let go together
+        # A group is sent again as a whole after a kill, which only a destination that recognizes repeats can take.
+        self._uses_groups = ledger is not None and context.sink.capabilities.deduplicates_by != "nothing"
         self._callbacks = callbacks
-        self._group: list[BatchFile] = []
+        self._group: list[_Settling] = []
         self._group_started_s = 0.0
         self._held_files: dict[str, _HeldFile] = {}  # sent and not settled
-        self._unsynced_since: float | None = None  # the first removal that is not synced yet
-        self._used_bytes: dict[Kind, int] = {}  # bytes that are set aside, by kind
+        self._unsynced_since: float | None = None  # the first deletion that is not synced yet
+        self._used_bytes: dict[Kind, int] = {}  # of dead letters and quarantine
         self._measured_at = -_MEASURE_EVERY_S
         self._measured_full_at = -_MEASURE_WHEN_FULL_S
         self._logged_at = -_LOG_EVERY_S
         self._logged_totals = (0, 0)
-        self.failures_in_row = 0  # to settle: not the files are at fault then, but the disk
+        self.failures_in_row = 0  # several in a row are the disk's fault, not the files'
         self.settlement_done = threading.Condition()  # notified after each group of settled files
 
-    def settle_file(self, file: BatchFile) -> None:
-        """Make durable what is kept of a file, then let it go, at the latest with the next `flush_all`."""
+    def settle_batch(self, sent: SentBatch) -> None:
+        """Settle the files of a batch that needs no confirmation any more. Takes each off the batch first."""
+        while sent.files:
+            delivered = sent.files.pop(0)  # from here on the settler closes it, whatever happens
+            self._poison_tracker.forget_batch(delivered.file.name)
+            self._settle_file(delivered)
+
+    def _settle_file(self, delivered: DeliveredFile) -> None:
+        """Keep what must be kept of a file, then add it to the group."""
         try:
-            self._write_rejects(file)
+            discarded = self._write_rejects(delivered)
         except _QuarantineFullError as full:
-            self._hold_file(file, str(full), self._config.recheck_s, full=True)
+            self._hold_file(delivered, str(full), self._config.recheck_s, needs_space=True)
             return
-        except Exception as error:  # noqa: BLE001 - a defect must not keep the file's lock for ever
-            self._hold_failed(file, error)
+        except Exception as error:  # noqa: BLE001 - a defect must not keep the file locked for ever
+            self._hold_failed(delivered, error)
             return
+        settling = _Settling(delivered, discarded)
         if self._ledger is not None:
-            self._ledger.add(
-                SettledEntry(
-                    self._clock.micros(),
-                    file.batch_id,
-                    self._sink_name,
-                    file.accepted,
-                    file.duplicates,
-                    len(file.dead_letters),
-                    len(file.damaged_ranges),
-                    len(file.dead_letters) if "dead" in file.discarded_kinds else 0,
-                    len(file.damaged_ranges) if "quarantine" in file.discarded_kinds else 0,
-                )
-            )
+            self._ledger.add(settling.ledger_entry(self._clock.micros(), self._sink_name))
         if not self._group:
             self._group_started_s = self._clock.monotonic()
-        self._group.append(file)
+        self._group.append(settling)
         self.flush_if_due()
 
     def flush_if_due(self) -> None:
-        """Let the group go once it is large or old enough."""
-        if (
-            not self._uses_groups
-            or len(self._group) >= GROUP_FILES_MAX
-            or self._clock.monotonic() - self._group_started_s >= GROUP_S
-        ):
+        """Settle the group once it is large or old enough."""
+        is_full = not self._uses_groups or len(self._group) >= GROUP_FILES_MAX
+        if is_full or self._clock.monotonic() - self._group_started_s >= GROUP_S:
             self.flush_group()
 
     def flush_group(self) -> None:
-        """Remove the files of the group, or keep them as delivered, once the ledger has them."""
+        """Write the group's ledger entries, then delete or retain its files."""
         group, self._group = self._group, []
         if group and self._ledger is not None:
-            self._ledger.write(sync=True)  # without room it keeps the entries for later, and what makes room goes ahead
-        for file in group:
+            self._ledger.write(sync=True)  # on a full disk it keeps the entries, and the deletions that free space go ahead
+        for settling in group:
+            file = settling.delivered.file
             try:
                 with self.settlement_done:  # whoever sees that the file is gone finds it counted
-                    has_other_links = self._remove_file(file)
+                    has_other_links = self._remove_file(file.locked_file)
                     if self._unsynced_since is None:
                         self._unsynced_since = self._clock.monotonic()
-                    self._count_file(file, has_other_links=has_other_links)
+                    self._count_file(settling, has_other_links=has_other_links)
             except Exception as error:  # noqa: BLE001 - as above
-                self._hold_failed(file, error)
+                self._hold_failed(settling.delivered, error)
                 continue
             self._directory.filesystem.close(file.locked_file.fd)
             self.failures_in_row = 0
             if self._held_files.pop(file.name, None) is not None:
                 self._status.clear_warning(file.name)
         if group:
-            with self.settlement_done:  # once for all: each time, who waits takes the interpreter
+            with self.settlement_done:  # once for the group: each time, a waiting thread takes the GIL
                 self.settlement_done.notify_all()
         if self._unsynced_since is not None and self._clock.monotonic() - self._unsynced_since >= _REMOVAL_SYNC_S:
             self.sync_removals()
         if self._retention is not None:
             self._retention.prune()
 
-    def _remove_file(self, file: BatchFile) -> bool:
-        """Remove a file, or keep it as delivered; whether it waits on, for another sink."""
-        with self._directory.release_lock:  # or of two threads that let go of the last names each would be the last
-            if self._retention is None or not self._retention.retain(file.locked_file):
-                self._directory.remove(file.name)
-            return self._directory.is_queued_elsewhere(file.locked_file)
+    def _remove_file(self, locked_file: LockedFile) -> bool:
+        """Delete a file, or retain it; whether it still waits for another sink."""
+        with self._directory.release_lock:  # or of two threads that remove the last two links, both would be the last
+            if self._retention is None or not self._retention.retain(locked_file):
+                self._directory.remove(locked_file.name)
+            return self._directory.is_queued_elsewhere(locked_file)
 
     def flush_all(self) -> None:
-        """Let everything go, and have what is gone not come back with the power."""
+        """Settle the group and make the deletions durable."""
         self.flush_group()
         self.sync_removals()
         self._log_totals()
 
     def sync_removals(self) -> None:
-        """Sync the names, where some were removed since the last time."""
+        """Sync the directory if files were deleted since the last sync."""
         if self._unsynced_since is not None:
             self.sync_names()
 
     def sync_names(self) -> None:
-        """Also before sending: a file whose sealed name the power takes away comes back as another batch."""
+        """Sync the directory. Also before sending: a sealed name lost with the power would come back as another batch."""
         self._unsynced_since = None
         try:
             self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
-            log.warning("%s: names are not synced, power loss may bring files back: %s", self._directory.path, error)
+            path = self._directory.path
+            log.warning("%s: directory fsync failed (%s); deleted files may reappear after a power loss", path, error)
 
     # Files that are sent and cannot be settled.
 
     @property
     def has_held_files(self) -> bool:
-        """Whether some files are to be settled at another time."""
+        """Whether any file is held."""
         return bool(self._held_files)
 
     def is_held(self, name: str) -> bool:
-        """Whether this one is."""
+        """Whether a file is held."""
         return name in self._held_files
 
     @property
     def held_names(self) -> Iterable[str]:
-        """These files."""
+        """The files that are held."""
         return self._held_files
 
-    def unavailable(self, names: Iterable[str]) -> set[str]:
-        """The files in `names` whose time to be sent again has not come; the others that are gone are forgotten."""
+    def unavailable(self, existing: Iterable[str]) -> set[str]:
+        """The files that must not be sent now: those in the group, and held ones whose time has not come.
+
+        Held files that are not among the `existing` ones are forgotten.
+        """
+        settling = {settling.delivered.file.name for settling in self._group}
         if not self._held_files:
-            return {job.name for job in self._group}
-        there, now = set(names), self._clock.monotonic()
-        for name in [name for name in self._held_files if name not in there]:
+            return settling
+        names, now = set(existing), self._clock.monotonic()
+        for name in [name for name in self._held_files if name not in names]:
             del self._held_files[name]
             self._status.clear_warning(name)
-        due = [(name, parked) for name, parked in self._held_files.items() if parked.needs_space and parked.retry_at_s <= now]
+        due = [(name, held) for name, held in self._held_files.items() if held.needs_space and held.retry_at_s <= now]
         if due:
             self._used_bytes, self._measured_at = self._measure_used_bytes(""), now
-        for name, parked in due:
-            if self._exceeded_limits(parked.required) and not self._has_earlier_files(parked.required.batch):
-                self._held_files[name] = parked._replace(
-                    retry_at_s=now + self._config.recheck_s
-                )  # sent again only once there is room
-        return {job.name for job in self._group} | {
-            name for name, parked in self._held_files.items() if parked.retry_at_s > now
-        }
+        for name, held in due:
+            if self._exceeded_limits(held.required) and not self._has_earlier_files(held.required.batch):
+                self._held_files[name] = held._replace(retry_at_s=now + self._config.recheck_s)  # not sent without space
+        return settling | {name for name, held in self._held_files.items() if held.retry_at_s > now}
 
-    def _hold_failed(self, file: BatchFile, error: Exception) -> None:
-        """What is wrong may concern this file alone, and holds up no other."""
+    def _hold_failed(self, delivered: DeliveredFile, error: Exception) -> None:
+        """Hold a file after an error, which may concern this file alone."""
+        name = delivered.file.name
         if not isinstance(error, OSError):
-            log.error("%s: a defect in Pillarbox or in a hook", file.name, exc_info=error)
+            log.error("%s: a defect in Pillarbox or in a hook", name, exc_info=error)
         self.failures_in_row += 1
-        before = self._held_files.get(file.name)
+        before = self._held_files.get(name)
         wait = self._config.backoff.delay(1 if before is None else before.failures + 1, jitter())
-        self._hold_file(file, f"delivered, but what is kept of it cannot be written, or it cannot be removed: {error}", wait)
+        problem = f"delivered, but its dead letters or damaged bytes could not be written, or its file not deleted: {error}"
+        self._hold_file(delivered, problem, wait, needs_space=False)
 
-    def _hold_file(self, file: BatchFile, problem: str, wait: float, *, full: bool = False) -> None:
-        before = self._held_files.get(file.name)
+    def _hold_file(self, delivered: DeliveredFile, problem: str, wait: float, *, needs_space: bool) -> None:
+        name = delivered.file.name
+        before = self._held_files.get(name)
         failures = 1 if before is None else before.failures + 1
-        self._held_files[file.name] = _HeldFile(self._clock.monotonic() + wait, failures, _RequiredSpace.for_file(file), full)
-        self._directory.filesystem.close(file.locked_file.fd)
+        retry_at_s = self._clock.monotonic() + wait
+        self._held_files[name] = _HeldFile(retry_at_s, failures, _RequiredSpace.for_file(delivered), needs_space)
+        self._directory.filesystem.close(delivered.file.locked_file.fd)
         self._counters.failed_flushes += 1
-        if self._status.warn(file.name, problem):
-            log.error("%s: %s", file.name, problem)
+        if self._status.warn(name, problem):
+            log.error("%s: %s", name, problem)
         self._status.set_healthy("draining")
 
-    # What is kept.
+    # Dead letters and quarantine.
 
-    def _write_rejects(self, file: BatchFile) -> None:
-        if not file.damaged_ranges and not file.dead_letters:
-            return
-        full = self._kinds_without_space(_RequiredSpace.for_file(file))
+    def _write_rejects(self, delivered: DeliveredFile) -> set[PurgedKind]:
+        """Write a file's dead letters and damaged bytes; which of them are discarded for want of space."""
+        file = delivered.file
+        if not file.damaged_ranges and not delivered.dead_letters:
+            return set()
+        full = self._kinds_without_space(_RequiredSpace.for_file(delivered))
+        reasons = "; ".join(full.values())
         if full and not self._limits.discard_when_full:
-            raise _QuarantineFullError("; ".join(full.values()))
-        if full:
-            file.discarded_kinds = set(full)
-            if self._status.warn(_DISCARD_WARNING, "; ".join(full.values())):
-                log.error("%s: what cannot be kept is discarded: %s", file.batch_id, "; ".join(full.values()))
+            raise _QuarantineFullError(reasons)
+        if full and self._status.warn(_DISCARD_WARNING, reasons):
+            log.error("%s: discarding what there is no space for: %s", file.batch_id, reasons)
         if file.damaged_ranges and "quarantine" not in full:
             write_quarantine(self._directory, file.batch_id, file.data, file.damaged_ranges)
-        if file.dead_letters and "dead" not in full:
-            write_dead_letters(self._directory, file.batch_id, file.dead_letters)
-            for index in sorted(file.dead_letters):
-                self._callbacks.on_dead_letter(file.dead_letters[index])
+        if delivered.dead_letters and "dead" not in full:
+            write_dead_letters(self._directory, file.batch_id, delivered.dead_letters)
+            for index in sorted(delivered.dead_letters):
+                self._callbacks.on_dead_letter(delivered.dead_letters[index])
         self._log_totals()
+        return set(full)
 
     def _kinds_without_space(self, required: _RequiredSpace) -> dict[PurgedKind, str]:
-        """Which kinds have no room for what a file is about to set aside, and how that is said."""
+        """Which kinds have no space for what a file needs, and the message for each. Reserves the space if there is enough."""
         now_s = self._clock.monotonic()
         if now_s - self._measured_at >= _MEASURE_EVERY_S:
             self._used_bytes, self._measured_at = self._measure_used_bytes(""), now_s
-        # Somebody may have made room, and what an earlier try with this batch has left is written over.
+        # Somebody may have freed space, and the files of an earlier attempt with this batch are overwritten: measure again.
         if self._exceeded_limits(required) and (
             now_s - self._measured_full_at >= _MEASURE_WHEN_FULL_S or self._has_earlier_files(required.batch)
         ):
@@ -343,14 +310,13 @@ class Settler:
         return full
 
     def _exceeded_limits(self, required: _RequiredSpace) -> dict[PurgedKind, str]:
-        """The limits that would be exceeded, as far as is known."""
-        kept = self._limits
+        """The limits that a file would exceed, going by the last measurement."""
         limits: tuple[tuple[PurgedKind, Kind, int, int], ...] = (
-            ("dead", Kind.DEAD, required.dead_letter_bytes, kept.max_dead_bytes),
-            ("quarantine", Kind.CORRUPT, required.damaged_bytes, kept.max_quarantine_bytes),
+            ("dead", Kind.DEAD, required.dead_letter_bytes, self._limits.max_dead_bytes),
+            ("quarantine", Kind.CORRUPT, required.damaged_bytes, self._limits.max_quarantine_bytes),
         )
         return {
-            word: f"max_{word}_bytes = {limit} is reached; pillarbox {word} list shows what is kept, {word} purge removes it"
+            word: f"max_{word}_bytes = {limit} is reached; see pillarbox {word} list, free space with pillarbox {word} purge"
             for word, kind, size, limit in limits
             if size and self._used_bytes[kind] + size > limit
         }
@@ -359,7 +325,7 @@ class Settler:
         return any(self._directory.read_small_file(name) for name in (layout.dead_name(batch), layout.corrupt_name(batch)))
 
     def _measure_used_bytes(self, batch: str) -> dict[Kind, int]:
-        """What is kept, but for what an earlier try with this batch has left: that is written over."""
+        """Bytes by kind of file, without those of an earlier attempt with this batch, which are overwritten."""
         own = {layout.dead_name(batch), layout.corrupt_name(batch)}
         used = dict.fromkeys(Kind, 0)
         for name, size in self._directory.filesystem.list_files(self._directory.path):
@@ -367,48 +333,76 @@ class Settler:
                 used[layout.kind_of(name)] += size
         return used
 
-    def _count_file(self, file: BatchFile, *, has_other_links: bool) -> None:
-        counters = self._counters
-        counters.delivered += file.accepted
-        counters.duplicates += file.duplicates
-        counters.dead += len(file.dead_letters)
+    def _count_file(self, settling: _Settling, *, has_other_links: bool) -> None:
+        counters, delivered, file = self._counters, settling.delivered, settling.delivered.file
+        counters.delivered += delivered.accepted
+        counters.duplicates += delivered.duplicates
+        counters.dead += len(delivered.dead_letters)
         counters.quarantined += len(file.damaged_ranges)
-        counters.discarded += len(file.dead_letters) if "dead" in file.discarded_kinds else 0
-        counters.discarded += len(file.damaged_ranges) if "quarantine" in file.discarded_kinds else 0
+        counters.discarded += settling.discarded_dead_letters + settling.discarded_ranges
         counters.flushed_files += 1
         counters.flushed_bytes += file.stored_bytes
-        # Not while it waits for another sink. Which of several compressed copies is the last one, the next listing shows.
+        # A file that waits for another sink is not released. Of several compressed copies, only a listing shows the last one.
         if self._directory.parent is None or not (has_other_links or file.name.endswith(layout.COMPRESSED_SUFFIX)):
             self._callbacks.on_bytes_released(file.stored_bytes)
-        with contextlib.suppress(Exception):  # the application's metrics are not worth an event
+        with contextlib.suppress(Exception):  # a failing metric must not cost an event
             self._callbacks.on_duration(self._clock.monotonic() - file.started_s, self._directory.sink)
 
     def _log_totals(self) -> None:
-        """A log line for what is set aside, but not for each batch."""
+        """Log how much was dead-lettered and quarantined, but not for each batch."""
         counters, now_s = self._counters, self._clock.monotonic()
         totals = (counters.dead, counters.quarantined)
         if totals != self._logged_totals and now_s - self._logged_at >= _LOG_EVERY_S:
             self._logged_totals, self._logged_at = totals, now_s
-            log.warning("%s: %d dead letters and %d damaged lines set aside so far", self._sink_name, *totals)
+            log.warning("%s: %d dead-lettered, %d quarantined so far", self._sink_name, *totals)
+
+
+class _Settling(NamedTuple):
+    """A delivered file whose dead letters and damaged bytes are durable, and what of them was discarded."""
+
+    delivered: DeliveredFile
+    discarded: set[PurgedKind]
+
+    @property
+    def discarded_dead_letters(self) -> int:
+        return len(self.delivered.dead_letters) if "dead" in self.discarded else 0
+
+    @property
+    def discarded_ranges(self) -> int:
+        return len(self.delivered.file.damaged_ranges) if "quarantine" in self.discarded else 0
+
+    def ledger_entry(self, now_micros: int, sink_name: str) -> SettledEntry:
+        delivered = self.delivered
+        return SettledEntry(
+            now_micros,
+            delivered.file.batch_id,
+            sink_name,
+            delivered.accepted,
+            delivered.duplicates,
+            len(delivered.dead_letters),
+            len(delivered.file.damaged_ranges),
+            self.discarded_dead_letters,
+            self.discarded_ranges,
+        )
 
 
 class _RequiredSpace(NamedTuple):
-    """The room that a batch takes where things are set aside."""
+    """The space that a batch needs for its dead letters and damaged bytes."""
 
     batch: str
     dead_letter_bytes: int
     damaged_bytes: int
 
     @classmethod
-    def for_file(cls, file: BatchFile) -> _RequiredSpace:
-        dead = sum(len(msgspec.json.encode(letter)) + 1 for letter in file.dead_letters.values())
-        return cls(file.batch_id, dead, sum(span.length for span in file.damaged_ranges))
+    def for_file(cls, delivered: DeliveredFile) -> _RequiredSpace:
+        dead = sum(len(msgspec.json.encode(letter)) + 1 for letter in delivered.dead_letters.values())
+        return cls(delivered.file.batch_id, dead, sum(damaged.length for damaged in delivered.file.damaged_ranges))
 
 
 class _HeldFile(NamedTuple):
-    """When to try again, and how often it was tried."""
+    """When to send and settle a file again, and how often that has failed."""
 
     retry_at_s: float  # monotonic seconds
     failures: int
     required: _RequiredSpace
-    needs_space: bool  # there is no room to set aside what it needs
+    needs_space: bool  # it waits for space for its dead letters or damaged bytes

@@ -1,4 +1,4 @@
-"""How delivery stands, told in every place: `stats()`, the heartbeat that `status` reads, metrics, and a log line a change."""
+"""The current state of delivery. `stats()`, the heartbeat and metrics show it; each change is logged once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 _LEVELS: Final = {"stopped": logging.ERROR, "waiting": logging.WARNING, "degraded": logging.WARNING}
-_HEALTHY_STATES: Final = frozenset({"idle", "draining"})  # going from the one to the other is no news
+_HEALTHY_STATES: Final = frozenset({"idle", "draining"})  # a change between these is not logged
 
 
 class StatusReporter:
-    """The state that a deliverer is in, and what it last complained of. Written by its thread, read by anyone."""
+    """The state of one worker and its last error. Written by the worker's thread, read by any."""
 
     def __init__(self, sink_name: str, clock: Clock, counters: DeliveryCounters, lease: Lease) -> None:
         self._sink_name = sink_name
@@ -28,12 +28,12 @@ class StatusReporter:
         self._lease = lease
         self.state = State("idle")
         self.last_error = ""
-        self.pacing_note = ""  # while the rate is bounded after a failure: what is said of it
-        self.warnings: dict[str, str] = {}  # about a file, or the disk; while there are any, all is not well
+        self.pacing_note = ""  # the reason of `draining` while the rate is bounded after a failure
+        self.warnings: dict[str, str] = {}  # by file name, or by what else they are about; any makes the state `degraded`
 
     def transition(self, name: StateName, reason: str, retry_in: float | None = None) -> None:
-        """Be in another state; nothing is logged where only the time of the next try changes."""
-        reason = reason.encode(errors="backslashreplace").decode()  # it may quote a file's name, which may be any bytes
+        """Enter a state. Nothing is logged if only the time of the next attempt changes."""
+        reason = reason.encode(errors="backslashreplace").decode()  # it may quote a file name, which may be any bytes
         retry_at = None if retry_in is None else self._clock.micros() + int(retry_in * 1e6)
         before, self.state = self.state, State(name, reason, retry_at)
         if reason and name not in _HEALTHY_STATES:
@@ -41,8 +41,8 @@ class StatusReporter:
         if before.is_same_state(self.state):
             self.heartbeat()
             return
-        at_work = {before.name, name} <= _HEALTHY_STATES
-        if not at_work:
+        stays_healthy = {before.name, name} <= _HEALTHY_STATES
+        if not stays_healthy:
             counters = self._counters
             log.log(
                 _LEVELS.get(name, logging.INFO),
@@ -53,27 +53,28 @@ class StatusReporter:
                 counters.dead,
                 counters.failed_flushes,
             )
-        self.heartbeat(now=not at_work)
+        self.heartbeat(now=not stays_healthy)
 
     def set_healthy(self, name: StateName) -> None:
-        """Nothing is wrong with the destination; complaints are still a reason to look."""
+        """The destination works: enter a healthy state, or `degraded` if there are warnings."""
         if self.warnings:
-            about, what = next(iter(self.warnings.items()))
-            more = f", and {len(self.warnings) - 1} more like it" if len(self.warnings) > 1 else ""
-            self.transition("degraded", f"{about}: {what}{more}")
+            subject, text = next(iter(self.warnings.items()))
+            others = len(self.warnings) - 1
+            more = f" ({others} more {'warning' if others == 1 else 'warnings'})" if others else ""
+            self.transition("degraded", f"{subject}: {text}{more}")
         else:
             self.transition(name, self.pacing_note if name == "draining" else "")
 
     def warn(self, subject: str, text: str) -> bool:
-        """Have something that a person should look at; whether that is news."""
+        """Add a warning that a person should look at; whether it is new."""
         is_new = self.warnings.get(subject) != text
         self.warnings[subject] = text
         return is_new
 
     def clear_warning(self, subject: str) -> None:
-        """What was complained of is well again."""
+        """Remove a warning whose cause is gone."""
         self.warnings.pop(subject, None)
 
     def heartbeat(self, *, now: bool = False) -> None:
-        """Let others see that this process lives, at most once a second unless it must be `now`."""
+        """Show other processes that this one lives, at most once a second unless it must be `now`."""
         self._lease.write_heartbeat(self.state, self._counters.delivered, self.last_error, now=now)

@@ -1,4 +1,4 @@
-"""What the two processes say to each other: a line each, JSON from the child, and after the `ChildSetup` plain words to it."""
+"""The messages between parent and child, one a line: JSON from the child; to the child a `ChildSetup`, then plain orders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GO: Final = b"go"  # the lock is free: deliver
 NOTIFY: Final = b"notify"  # there may be something to do
-STOP: Final = b"stop "  # and the seconds that it may take
+STOP: Final = b"stop "  # followed by the seconds that this may take
 
 _SENT_BY_NAME: Final = {"event_type": "class", "on_dead_letter": "function"}  # settings that the child imports
 
@@ -28,17 +28,17 @@ _READ_BYTES: Final = 1 << 16
 class ChildSetup(msgspec.Struct):
     """The first line to the child."""
 
-    sys_path: list[str]  # sys.path, for what the settings name
-    log_level: int  # below it the parent's logger would throw the child's lines away
+    sys_path: list[str]  # to import what the settings name
+    log_level: int  # the parent's logger drops lines below it
     settings: msgspec.Raw
 
 
 class ChildReady(msgspec.Struct, tag="ready"):
-    """The child could take the lock now."""
+    """The child is ready to acquire the lease."""
 
 
 class ChildFailed(msgspec.Struct, tag="trouble"):
-    """Why the child cannot begin."""
+    """Why the child cannot deliver."""
 
     text: str
 
@@ -54,13 +54,13 @@ class LogLine(msgspec.Struct, tag="line"):
 
 
 class StatsReport(msgspec.Struct, tag="report"):
-    """How it goes; lists are of what happened since the last one, numbers since the child began."""
+    """How delivery is going. Lists cover the time since the last report, numbers the time since the child started."""
 
     sinks: dict[str, SinkStats]
-    released_bytes: list[int]  # bytes, of each file
-    delivery_seconds: list[tuple[float, str]]  # seconds, and the name of the sink among several
+    released_bytes: list[int]  # of each file
+    delivery_seconds: list[tuple[float, str]]  # of each file, with the name of the sink
     hook_failures: int
-    is_surplus: bool  # another process delivers, and has for a while: this one is not needed
+    is_surplus: bool  # another process has delivered for a while: this child is not needed
 
 
 ChildMessage = ChildReady | ChildFailed | LogLine | StatsReport
@@ -68,19 +68,19 @@ decode_message: Final = msgspec.json.Decoder(ChildMessage).decode
 
 
 def qualified_name(value: Any) -> str:
-    """`module:name` of a class or function; empty where it has none."""
+    """`module:name` of a class or function; empty if it has none."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     return f"{module}:{name}" if module and name else ""
 
 
 def import_named(name: str) -> Any:
-    """What `module:name` names; raises `ImportError` or `AttributeError`."""
+    """Import what `module:name` names. Raises `ImportError` or `AttributeError`."""
     module, _, name = name.partition(":")
     return attrgetter(name)(import_module(module))
 
 
 def check_importable(settings: Settings) -> None:
-    """Make sure that another process can import what the settings name; raises `ConfigurationError`."""
+    """Raise `ConfigurationError` if another process cannot import what the settings name."""
     for setting, kind in _SENT_BY_NAME.items():
         value = getattr(settings, setting)
         if value is not None and not _is_importable(value):
@@ -93,7 +93,7 @@ def check_importable(settings: Settings) -> None:
 
 def _is_importable(value: Any) -> bool:
     text = qualified_name(value)
-    if not text or text.startswith("__main__:"):  # there, the script is not run
+    if not text or text.startswith("__main__:"):  # the child does not run the script
         return False
     try:
         return import_named(text) is value
@@ -102,23 +102,23 @@ def _is_importable(value: Any) -> bool:
 
 
 def encode_settings(settings: Settings) -> msgspec.Raw:
-    """Settings as JSON, with classes and functions by name; without the hooks that only the parent calls."""
+    """Encode settings as JSON, classes and functions by name. Leaves out the hooks that only the parent calls."""
     sent = msgspec.structs.replace(settings, deliver="thread", before_send=None, on_drop=None)
     return msgspec.Raw(msgspec.json.encode(sent, enc_hook=qualified_name))
 
 
 def decode_settings(data: msgspec.Raw) -> Settings:
-    """The same, in the child; raises what an import raises."""
+    """Decode them in the child. Raises what an import raises."""
     find: Callable[[type, str], Any] = lambda _kind, text: import_named(text)  # noqa: E731 - msgspec names the kind first
     return msgspec.json.decode(data, type=Settings, dec_hook=find)
 
 
-def read_lines(line: socket.socket) -> Iterator[bytes]:
-    """What the other process says, line by line, until it is gone."""
+def read_lines(connection: socket.socket) -> Iterator[bytes]:
+    """Yield what the other process sends, line by line, until it closes the socket."""
     rest = b""
     while True:
         try:
-            data = line.recv(_READ_BYTES)
+            data = connection.recv(_READ_BYTES)
         except OSError:
             return
         if not data:

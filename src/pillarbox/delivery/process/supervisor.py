@@ -1,4 +1,4 @@
-"""The parent's side: starts a child where nobody delivers, hears what it reports, starts it again, and sees it end."""
+"""The parent's side: starts a child if no other process delivers, reads its reports, restarts it and ends it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from pillarbox.delivery.backoff import Backoff, jitter
-from pillarbox.delivery.lease import Lease
+from pillarbox.delivery.config import Backoff, jitter
+from pillarbox.delivery.lease import STANDBY_REASON, Lease
 from pillarbox.delivery.process.protocol import (
     GO,
     NOTIFY,
@@ -30,7 +30,6 @@ from pillarbox.delivery.process.protocol import (
     encode_settings,
     read_lines,
 )
-from pillarbox.delivery.state import STANDBY_REASON
 from pillarbox.errors import FileUnusableError
 from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, SinkStats, State, StateName
 
@@ -44,11 +43,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-_STANDBY_POLL_S: Final = 0.25  # between two looks whether the process that delivers is gone
-_START_TIMEOUT_S: Final = 30.0  # for an interpreter to start and to import: it holds up who else might deliver
-_KILL_GRACE_S: Final = 1.0  # beyond the time that a child is given to end: then it is killed
-_REAP_TIMEOUT_S: Final = 5.0  # for a process that has hung up to be gone
-_STABLE_AFTER_S: Final = 10.0  # a child that lives so long was no failure
+_STANDBY_POLL_S: Final = 0.25  # between two attempts to acquire the lease
+_START_TIMEOUT_S: Final = 30.0  # for an interpreter to start and import; meanwhile no other process can deliver
+_KILL_GRACE_S: Final = 1.0  # beyond the time that the child is given to end; then it is killed
+_REAP_TIMEOUT_S: Final = 5.0  # for a child that has closed its socket to end
+_STABLE_AFTER_S: Final = 10.0  # a child that lives so long did not fail to start
 _RESTART_BACKOFF: Final = Backoff()
 _CHILD_CODE: Final = (
     "import sys; sys.path.append(sys.argv[2]); from pillarbox.delivery.process.child import main; main(int(sys.argv[1]))"
@@ -56,7 +55,7 @@ _CHILD_CODE: Final = (
 
 
 class Supervisor:
-    """The `Deliverer` whose work is done by a child; at most one of a directory's supervisors has one."""
+    """The `Runner` whose work a child process does. Of all supervisors of a directory, at most one has a child."""
 
     def __init__(
         self,
@@ -72,14 +71,14 @@ class Supervisor:
         self._callbacks = callbacks
         self._lease = Lease(directory, ", ".join(name or url for name, url in sinks.items()), clock, settings.durability)
         self._stopping = threading.Event()
-        self._deadline = 0.0  # of the end, in monotonic seconds
+        self._deadline = 0.0  # monotonic seconds, once `stop` is called
         self._order_lock = threading.Lock()
         self._child: _ChildProcess | None = None
-        self._child_delivers = False  # the child delivers
+        self._child_delivers = False
         self._stats_changed = threading.Condition()
         self._stats = dict.fromkeys(sinks, DeliveryCounters().to_stats(State("idle"), ""))
-        self._stats_before_child: dict[str, SinkStats] = {}  # what was shown when the child began
-        self._logged_reason = ""  # what was last logged
+        self._stats_before_child: dict[str, SinkStats] = {}  # the child counts from 0
+        self._logged_reason = ""
         self._failures = 0  # in a row
         self._hook_failures = 0
         self._thread = threading.Thread(target=self._run, name="pillarbox-supervisor", daemon=True)
@@ -89,7 +88,7 @@ class Supervisor:
         self._thread.start()
 
     def stop(self, timeout: float) -> bool:
-        """Have the child deliver what can be delivered without waiting and end; killed a second after `timeout` seconds."""
+        """Have the child deliver what can be delivered without waiting, and end. Kills it a second after `timeout` seconds."""
         with self._order_lock:
             self._deadline = self._clock.monotonic() + timeout
             self._stopping.set()
@@ -104,17 +103,17 @@ class Supervisor:
         return in_time
 
     def notify(self) -> None:
-        """There may be something to do; from any thread."""
+        """Say that there may be something to do; from any thread."""
         child = self._child
         if child is not None and self._child_delivers:
             child.send_order(NOTIFY)
 
     def sinks(self) -> dict[str, SinkStats]:
-        """How each stands, as the child reported last; its predecessors' counts are in it."""
+        """The stats of each sink: the last report of the child, plus the counts of its predecessors."""
         return self._stats
 
     def wait_for_settlement(self, known_files: int, timeout: float) -> None:
-        """Wait until other than `known_files` files are settled, at most `timeout` seconds."""
+        """Wait until the number of settled files is not `known_files`, for at most `timeout` seconds."""
         with self._stats_changed:
             self._stats_changed.wait_for(
                 lambda: sum(sink.flushed_files for sink in self._stats.values()) != known_files, timeout
@@ -123,53 +122,57 @@ class Supervisor:
     def _run(self) -> None:
         while True:
             try:
-                pause = self._round()
+                pause = self._run_once()
             except Exception as error:
-                log.exception("a defect in Pillarbox; it goes on")
+                log.exception("%s: a defect in Pillarbox; delivery is restarted", self._directory.path)
                 pause = self._child_failed(f"{type(error).__name__}: {error}", 0.0)
             if self._stopping.wait(pause):
                 return
 
-    def _round(self) -> float:
-        """Have a child deliver for as long as it lives, if nobody else delivers; seconds until the next look."""
+    def _run_once(self) -> float:
+        """Have a child deliver for as long as it lives, if no other process delivers; seconds until the next attempt."""
         try:
-            taken = self._lease.acquire()
+            is_acquired = self._lease.acquire()
         except (OSError, FileUnusableError) as error:
             self._set_state("degraded", str(error))
             return self._settings.flush_interval
-        if not taken:
+        if not is_acquired:
             self._set_state("standby", STANDBY_REASON)
             return _STANDBY_POLL_S
-        born = self._clock.monotonic()
+        started_s = self._clock.monotonic()
         try:
             with contextlib.closing(_ChildProcess()) as child:
                 with self._order_lock:
                     self._child = child
                 problem = self._supervise(child)
-            ended = child.exit_description()
+            ending = child.exit_description()
         except OSError as error:  # no process can be started
-            problem, ended = "", f"cannot be started: {error}"
+            problem, ending = "", f"cannot be started: {error}"
         finally:
             with self._order_lock:
                 self._child, self._child_delivers = None, False
             self._lease.release()
         if self._stopping.is_set() or problem is None:
             return 0.0
-        return self._child_failed(problem or ended, self._clock.monotonic() - born)
+        return self._child_failed(problem or ending, self._clock.monotonic() - started_s)
 
     def _child_failed(self, problem: str, lived_s: float) -> float:
         self._failures = 1 if lived_s >= _STABLE_AFTER_S else self._failures + 1
         pause = _RESTART_BACKOFF.delay(self._failures, jitter())
-        self._set_state("degraded", f"the process that delivers: {problem}; another is started", pause)
+        self._set_state("degraded", f"delivery process: {problem}; restarting", pause)
         return pause
 
     def _supervise(self, child: _ChildProcess) -> str | None:
-        """Hear a child until it is gone; what it complained of, None where it was told to end for another delivers."""
+        """Read the child's messages until it ends.
+
+        Returns:
+            Why it could not deliver, or nothing; None if it was told to end because another process delivers.
+        """
         problem: str | None = ""
         self._stats_before_child = self._stats
         state = next(iter(self._stats.values())).state
         if state.name == "degraded":
-            self._lease.write_heartbeat(state, 0, state.reason, now=True)  # for `status`: nobody else tells
+            self._lease.write_heartbeat(state, 0, state.reason, now=True)  # for `pillarbox status`: no worker writes one
         child.send_setup(encode_settings(self._settings))
         for line in child.read_messages():
             message = decode_message(line)
@@ -192,11 +195,11 @@ class Supervisor:
         return problem
 
     def _apply_report(self, report: StatsReport) -> bool:
-        """Show a report; whether the child is not needed."""
+        """Take over the child's stats; whether the child is not needed."""
         for size in report.released_bytes:
             self._callbacks.on_bytes_released(size)
         for seconds, sink in report.delivery_seconds:
-            with contextlib.suppress(Exception):  # the application's metrics are not worth the supervisor
+            with contextlib.suppress(Exception):  # a failing metric must not end the supervisor
                 self._callbacks.on_duration(seconds, sink)
         self._callbacks.on_hook_failures(report.hook_failures - self._hook_failures)
         self._hook_failures = report.hook_failures
@@ -211,13 +214,14 @@ class Supervisor:
             self._child.send_order(STOP + f"{left:.3f}".encode())
 
     def _set_state(self, name: StateName, reason: str, retry_in: float | None = None) -> None:
-        """Be in a state without a child; one log line a change."""
+        """Set the state of all sinks while there is no child. Logs each change once."""
         retry_at = None if retry_in is None else self._clock.micros() + int(retry_in * 1e6)
         state = State(name, reason, retry_at)
         before = self._logged_reason
         with self._stats_changed:
             self._stats = {
-                sink: msgspec.structs.replace(at, state=state, last_error=reason, rate=None) for sink, at in self._stats.items()
+                sink: msgspec.structs.replace(stats, state=state, last_error=reason, rate=None)
+                for sink, stats in self._stats.items()
             }
         self._logged_reason = reason
         if reason != before:
@@ -225,10 +229,12 @@ class Supervisor:
 
 
 class _ChildProcess:
-    """One child process and the socket to it."""
+    """A child process and the socket to it."""
 
     def __init__(self) -> None:
-        with _fork_lock:  # what a process forks meanwhile must have none of this open, or neither would hear the other end
+        with (
+            _fork_lock
+        ):  # a process forked meanwhile must not inherit the socket, or neither end would notice the other's death
             self._socket, theirs = socket.socketpair()
             _open_sockets.add(self._socket)
             try:
@@ -245,13 +251,13 @@ class _ChildProcess:
         self.pid = self._process.pid
 
     def send_setup(self, settings: msgspec.Raw) -> None:
-        """Tell it what it needs to know."""
-        setup = ChildSetup([place for place in sys.path if isinstance(place, str)], log.getEffectiveLevel(), settings)
-        with contextlib.suppress(OSError):  # it is gone already, and `read_messages` ends
+        """Send the settings, and what it needs to import what they name."""
+        setup = ChildSetup([path for path in sys.path if isinstance(path, str)], log.getEffectiveLevel(), settings)
+        with contextlib.suppress(OSError):  # it has ended already, and so will `read_messages`
             self._socket.sendall(msgspec.json.encode(setup) + b"\n")
 
     def read_messages(self) -> Iterator[bytes]:
-        """What it says, until it is gone; the first must come in time."""
+        """Yield its messages until it ends. Kills it if the first does not come in time."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if not poll.poll(_START_TIMEOUT_S * 1000):
@@ -259,16 +265,18 @@ class _ChildProcess:
         return read_lines(self._socket)
 
     def send_order(self, order: bytes) -> None:
-        """Tell it something, if it listens."""
-        with contextlib.suppress(OSError):  # one that does not read is killed in the end, one that is gone is heard of
+        """Send an order, if the socket takes it."""
+        with contextlib.suppress(
+            OSError
+        ):  # `stop` kills a child that does not read; one that has ended is noticed by its socket
             self._socket.send(order + b"\n", socket.MSG_DONTWAIT)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         self._process.kill()
 
     def close(self) -> None:
-        """Have it gone."""
+        """Close the socket and wait until the process has ended."""
         with _fork_lock:
             _open_sockets.discard(self._socket)
             self._socket.close()
@@ -279,7 +287,7 @@ class _ChildProcess:
             self._process.wait()
 
     def exit_description(self) -> str:
-        """In words."""
+        """How the process ended."""
         code = self._process.returncode
         if code < 0:
             return f"ended by signal {-code} ({signal.strsignal(-code)})"
@@ -287,7 +295,7 @@ class _ChildProcess:
 
 
 def _add_stats(before: SinkStats | None, now: SinkStats) -> SinkStats:
-    """The counts of both, the state of the second, and what was last complained of."""
+    """The sum of the counts, with the state of `now` and the later error."""
     if before is None:
         return now
     sums = {name: getattr(before, name) + getattr(now, name) for name in COUNTER_FIELDS}
@@ -295,7 +303,7 @@ def _add_stats(before: SinkStats | None, now: SinkStats) -> SinkStats:
 
 
 def _log_child_line(message: LogLine) -> None:
-    """As if it had been logged here."""
+    """Log a child's record as if this process had logged it."""
     logger = logging.getLogger(message.logger)
     if logger.isEnabledFor(message.level):
         record = logging.makeLogRecord(
@@ -312,7 +320,7 @@ def _log_child_line(message: LogLine) -> None:
 
 
 _PACKAGE_PARENT: Final = __file__.removesuffix("/pillarbox/delivery/process/supervisor.py")
-_fork_lock = threading.RLock()  # held while a process forks, and while a child begins or ends
+_fork_lock = threading.RLock()  # held while the process forks, and while a child is started or closed
 _open_sockets: set[socket.socket] = set()
 
 
@@ -325,7 +333,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _fork_lock  # noqa: PLW0603 - the parent's is held by a thread that does not exist here
+    global _fork_lock  # noqa: PLW0603 - a thread that does not exist here holds the parent's
     _fork_lock = threading.RLock()
     while _open_sockets:
         _open_sockets.pop().close()

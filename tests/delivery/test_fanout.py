@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from pillarbox.store.fanout import GROUP_MAX_FILES, FanOut
+from pillarbox.delivery.fanout import GROUP_MAX_FILES, FanOut
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import ManualClock
 from tests.delivery.fanout_setup import open_directory
@@ -27,14 +28,13 @@ def names_in(path: Path) -> list[str]:
     return sorted(one.name for one in path.glob("sealed-*"))
 
 
-def test_between_two_groups_of_a_backlog_it_is_asked_whether_to_go_on(box: Path) -> None:
-    """So that a heartbeat is due in time, and an end; the oldest go first."""
+def test_fanning_out_can_stop_between_two_groups_of_a_backlog(box: Path) -> None:
+    """So that a heartbeat can be written in time, and the process can end; the oldest go first."""
     place, clock = open_directory(box), ManualClock()
     fan_out = FanOut(place, ["live"], clock, LedgerWriter(place, clock))
-    answers = iter([True, False])
-    assert fan_out.distribute(lambda: next(answers)) == 2 * GROUP_MAX_FILES
+    assert list(islice(fan_out.distribute(), 2)) == [GROUP_MAX_FILES, GROUP_MAX_FILES]
     assert names_in(box) == names_in(box / "sink-live")[2 * GROUP_MAX_FILES :]
-    assert fan_out.distribute() == FILES - 2 * GROUP_MAX_FILES
+    assert fan_out.distribute_all() == FILES - 2 * GROUP_MAX_FILES
     assert names_in(box) == []
     assert len(names_in(box / "sink-live")) == FILES
 
@@ -45,8 +45,8 @@ def test_a_later_sink_has_no_queue_before_what_was_sealed_earlier_is_handed_over
     ledger = LedgerWriter(place, clock)
     (box / "sink-warehouse").mkdir()
     fan_out = FanOut(place, ["warehouse", "live"], clock, ledger)
-    assert fan_out.distribute(lambda: False) == GROUP_MAX_FILES
+    assert next(fan_out.distribute()) == GROUP_MAX_FILES
     assert not (box / "sink-live").exists()
-    assert fan_out.distribute() == FILES - GROUP_MAX_FILES
+    assert fan_out.distribute_all() == FILES - GROUP_MAX_FILES
     assert names_in(box / "sink-live") == []
     assert len(names_in(box / "sink-warehouse")) == FILES

@@ -1,0 +1,97 @@
+"""Builds what the settings say of delivery: sinks, and the runner that an outbox or `pillarbox deliver` starts."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from pillarbox.delivery.context import NamedSink
+from pillarbox.delivery.fanout import FanOut, FanOutRunner
+from pillarbox.delivery.process.protocol import check_importable
+from pillarbox.delivery.process.supervisor import Supervisor
+from pillarbox.delivery.runner import ONLY_SINK, ExternalRunner, ThreadRunner
+from pillarbox.delivery.settlement import retention_for
+from pillarbox.delivery.worker import Worker
+from pillarbox.errors import ConfigurationError
+from pillarbox.sinks import make_sink, redact_url
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pillarbox.clock import Clock
+    from pillarbox.delivery.runner import Runner
+    from pillarbox.delivery.settlement import DeliveryCallbacks
+    from pillarbox.settings import Settings
+    from pillarbox.sinks.base import Sink
+    from pillarbox.store.directory import Directory
+    from pillarbox.store.ledger import LedgerWriter
+
+LocalRunner = ThreadRunner | FanOutRunner  # delivers in this process
+
+
+def build_sinks(settings: Settings, sink_objects: Mapping[str, Sink]) -> dict[str, NamedSink]:
+    """The sinks that the settings name, by name; a single sink is called `ONLY_SINK`.
+
+    `sink_objects` are sinks that the application passed as objects. Raises what `make_sink` raises.
+    """
+    named: dict[str, object] = {ONLY_SINK: settings.sink} if settings.sink else settings.sinks
+    urls = {name: url for name, url in named.items() if isinstance(url, str)}
+    objects = {name: NamedSink(sink, type(sink).__name__) for name, sink in sink_objects.items()}
+    return objects | {name: NamedSink(make_sink(url, settings.event_type), redact_url(url)) for name, url in urls.items()}
+
+
+def check_delivery_settings(settings: Settings, sink_objects: Mapping[str, Sink]) -> None:
+    """Raise `ConfigurationError` if delivery cannot be set up like this; `sink_objects` were passed as objects."""
+    if settings.deliver == "thread":
+        return
+    if sink_objects:
+        advice = "a Sink object cannot be used in another process; pass the sink as a URL, or use 'thread'"
+        raise ConfigurationError("deliver", settings.deliver, "the call", advice)
+    if settings.deliver == "process":
+        if not sys.executable:
+            advice = "sys.executable names no Python to start; use 'thread' or 'external'"
+            raise ConfigurationError("deliver", settings.deliver, "the call", advice)
+        check_importable(settings)
+
+
+def build_runner(
+    settings: Settings,
+    directory: Directory,
+    clock: Clock,
+    ledger: LedgerWriter,
+    callbacks: DeliveryCallbacks,
+    sinks: Mapping[str, NamedSink],
+) -> Runner | None:
+    """The runner of an outbox, not started yet; None if there is no sink and no external process delivers."""
+    if settings.deliver == "external":
+        return ExternalRunner(directory, clock)
+    if not sinks:
+        return None
+    if settings.deliver == "process":
+        return Supervisor(settings, directory, clock, callbacks, {name: sink.display_name for name, sink in sinks.items()})
+    return build_local_runner(settings, directory, clock, ledger, callbacks, sinks)
+
+
+def build_local_runner(
+    settings: Settings,
+    directory: Directory,
+    clock: Clock,
+    ledger: LedgerWriter,
+    callbacks: DeliveryCallbacks,
+    sinks: Mapping[str, NamedSink],
+    *,
+    only_delivers: bool = False,
+) -> LocalRunner:
+    """The runner of a directory in this process, not started yet; `only_delivers` if this process stores nothing."""
+    config = settings.delivery_config
+    durability = "" if only_delivers else settings.durability
+    if ONLY_SINK in sinks:
+        return ThreadRunner(Worker(directory, sinks[ONLY_SINK], clock, config, callbacks, ledger, durability))
+    fan_out = FanOut(directory, list(sinks), clock, ledger, callbacks.is_busy)
+
+    def build_worker(queue: Directory) -> Worker:
+        return Worker(queue, sinks[queue.sink], clock, config, callbacks, fan_out.ledger_for(queue), durability)
+
+    display_names = {name: sink.display_name for name, sink in sinks.items()}
+    retention = retention_for(directory, clock, config.limits)
+    return FanOutRunner(fan_out, build_worker, display_names, settings.flush_interval, durability, retention)

@@ -1,0 +1,85 @@
+"""What a worker does while it waits: it settles what is due, writes the heartbeat, compresses and prefetches.
+
+The worker, the sender and the confirmer wait through one `Housekeeping`. It is also what tells them that the worker must end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING, Final
+
+from pillarbox.delivery.lease import HEARTBEAT_INTERVAL_S
+from pillarbox.delivery.settlement import GROUP_S
+
+if TYPE_CHECKING:
+    from pillarbox.delivery.compactor import Compactor
+    from pillarbox.delivery.context import DeliveryContext
+    from pillarbox.delivery.fetcher import Fetcher
+    from pillarbox.delivery.settlement import Settler
+
+_COMPACT_MIN_PAUSE_S: Final = 0.1  # a shorter pause is not used to compress
+
+
+class Housekeeping:
+    """The periodic work of one worker. `end` is set when the worker must end."""
+
+    def __init__(self, context: DeliveryContext, settler: Settler, fetcher: Fetcher, compactor: Compactor | None) -> None:
+        self._clock = context.clock
+        self._status = context.status
+        self._lease = context.lease
+        self._settler = settler
+        self._fetcher = fetcher
+        self._compactor = compactor
+        self.end = asyncio.Event()
+
+    def start_loop(self) -> None:
+        """Begin anew, on the event loop that runs now."""
+        self.end = asyncio.Event()
+
+    async def wait(self, seconds: float, until: asyncio.Event | None = None) -> bool:
+        """Wait for `seconds` or for an event, and do what is due meanwhile.
+
+        Returns:
+            False if the worker must end. Not if the event is set too: batches sealed just before the end can be delivered
+            without waiting.
+        """
+        until = until or self.end
+        deadline = self._clock.monotonic() + seconds
+        while not until.is_set() and not self.end.is_set() and (left := deadline - self._clock.monotonic()) > 0:
+            if left < GROUP_S:
+                self._settler.flush_if_due()
+            else:
+                self._settler.flush_group()
+            self._status.heartbeat()
+            next_compaction_s = self._compress_one() if left > _COMPACT_MIN_PAUSE_S else left
+            waits = [asyncio.ensure_future(event.wait()) for event in {until, self.end}]
+            timeout = min(left, next_compaction_s, HEARTBEAT_INTERVAL_S)
+            try:
+                await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+        return not self.end.is_set() or (until is not self.end and until.is_set())
+
+    def during_call(self) -> None:
+        """While a request is in flight: settle what is due, and read and prepare the next request."""
+        self._settler.flush_if_due()
+        self._status.heartbeat()
+        if self._status.state.name in ("waiting", "stopped"):  # until something is accepted, this call may hang like the last
+            self._compress_one()
+        self._fetcher.prefetch()
+
+    def while_unconfirmed(self) -> None:
+        """While the window of unconfirmed batches is full: settle all that can be."""
+        self._settler.flush_group()
+        self._status.heartbeat()
+
+    def _compress_one(self) -> float:
+        """Compress one waiting batch; seconds until there may be another to compress."""
+        if self._compactor is None or not self._lease.is_held:
+            return math.inf
+        done, next_s = self._compactor.compress_next()
+        if done:
+            self._fetcher.drop_pending()  # it may know the batch by its old name
+        return next_s
