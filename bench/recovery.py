@@ -69,7 +69,7 @@ class Fixed(Backoff):
 class Unpaced(Pacer):
     """Nothing is ever held back."""
 
-    def wait(self, now: float) -> float:
+    def seconds_until_next(self, now: float) -> float:
         """No time, whatever has happened."""
         del now
         return 0.0

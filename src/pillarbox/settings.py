@@ -96,6 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             pacing=PacingConfig(max_rate=self.max_rate),
             live_share=self.live_share,
             compress_after_s=self.compress_after,
+            limits=self.settlement_limits,
         )
 
     @property

@@ -21,10 +21,10 @@ ROUNDS = 3  # of the last process, after which nothing may wait
 class FanOutWithoutAccount(FanOut):
     """The real one but for the ledgers, whose many operations say nothing here."""
 
-    def _write_down(self, *_: object) -> None:
+    def _write_ledgers(self, *_: object) -> None:
         pass
 
-    def _note_adopted(self, *_: object) -> None:
+    def _add_adopted_entries(self, *_: object) -> None:
         pass
 
 

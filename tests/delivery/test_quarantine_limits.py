@@ -84,7 +84,7 @@ def test_where_the_operator_says_so_what_has_no_room_is_discarded_and_counted(
     assert remaining_files(place) == [layout.dead_name(first)]
     counters = worker.counters
     assert (counters.dead, counters.discarded, counters.delivered) == (5, 4, 5)
-    assert len([entry for entry in caplog.records if "is discarded" in entry.message]) == 1
+    assert len([entry for entry in caplog.records if "discarding what there is no space for" in entry.message]) == 1
 
 
 def test_a_batch_that_is_sent_again_does_not_count_what_it_has_set_aside_before(place: Directory) -> None:

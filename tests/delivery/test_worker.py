@@ -384,7 +384,7 @@ def test_a_settlement_that_fails_is_tried_again_without_end(place: Directory) ->
     drain_worker(worker)
     assert (sink.calls, remaining_files(place)) == ([batch] * 4, [])
     assert worker.counters.failed_flushes == 3
-    assert "cannot be removed" in worker.last_error
+    assert "or its file not deleted: " in worker.last_error
 
 
 def test_what_cannot_be_settled_holds_up_no_other(place: Directory) -> None:
@@ -398,7 +398,7 @@ def test_what_cannot_be_settled_holds_up_no_other(place: Directory) -> None:
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: place.batch_names() == [f"{stuck}.ndjson"] and worker.state.name == "degraded")
-    assert "cannot be written" in worker.state.reason
+    assert "its dead letters or damaged bytes could not be written" in worker.state.reason
     assert not worker.idle.is_set()
     os.rmdir(place.path_of(f"corrupt-{stuck}.ndjson/x"))
     os.rmdir(place.path_of(f"corrupt-{stuck}.ndjson"))
