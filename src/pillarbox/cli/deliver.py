@@ -101,9 +101,7 @@ def _deliver(
     on_dead_letter = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).report_dead_letter
     callbacks = DeliveryCallbacks(on_duration=exporters.record_flush, on_dead_letter=on_dead_letter)
     ledger = LedgerWriter(directory, clock)
-    runner = build_local_runner(
-        settings, directory, clock, ledger, callbacks, lambda: False, build_sinks(settings, {}), only_delivers=True
-    )
+    runner = build_local_runner(settings, directory, clock, ledger, callbacks, build_sinks(settings, {}), only_delivers=True)
     directory.seal_after(directory.disk_usage().newest_sealed_at)
     try:
         exporters.start(runner.sinks)
