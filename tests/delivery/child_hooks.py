@@ -1,4 +1,4 @@
-"""What the tests of delivery in another process name: it must be possible to import it."""
+"""What the tests of child processes import by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECORD_FILE_VARIABLE = "PILLARBOX_TEST_HEARD"  # the variable that names the fil
 
 
 def record_dead_letter(letter: Any) -> None:
-    """Write down who was told of a dead letter."""
+    """Write down which process was told of a dead letter."""
     with Path(os.environ[RECORD_FILE_VARIABLE]).open("a") as file:
         file.write(f"{os.getpid()} {letter.code}\n")
     raise ValueError("and it fails")

@@ -1,4 +1,4 @@
-"""What the tests of several sinks share: an outbox directory with real destinations, and what they and the accounts say."""
+"""For the tests of several sinks: an outbox directory with real destinations, and what they and the ledgers hold."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def enqueue_events(outbox: Outbox, count: int, first: int = 0, **members: object
 
 
 def enqueue_files(outbox: Outbox, files: int, each: int = 10, first: int = 0, **members: object) -> None:
-    """Sealed files of so many events each; stored in one write, for a file may be sealed by age in between."""
+    """Sealed files of so many events each, stored in one write, because a file may be sealed by age in between."""
     for start in range(first, first + files * each, each):
         assert all(outbox.enqueue_many([event(number, **members) for number in range(start, start + each)]))
         assert outbox._sealer.seal_now("manual", 60)
@@ -45,13 +45,13 @@ def event_ids(count: int, first: int = 0) -> list[str]:
 
 
 def stored_event_ids(database: Path) -> list[str]:
-    """The events in a database, each once, for the id is the key."""
+    """The events in a database; each once, because the id is the key."""
     with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection:
         return [found for (found,) in connection.execute("SELECT event_id FROM tracking_event ORDER BY event_id")]
 
 
 def received_counts(requests: list[Request], keys: set[str] | None = None) -> Counter[str]:
-    """How often each event came to an HTTP server in a batch of its own key."""
+    """How often each event came to an HTTP server in a batch with its own key."""
     seen: set[str] = set() if keys is None else keys
     found: Counter[str] = Counter()
     for request in requests:
@@ -62,7 +62,7 @@ def received_counts(requests: list[Request], keys: set[str] | None = None) -> Co
 
 
 def reject_poison(request: Request) -> CannedResponse:
-    """Accepts all but the events whose key is poison, and names these."""
+    """Accepts all events except those whose key is poison, and names these."""
     if request.method != "POST":
         return CannedResponse(405)
     bad = [index for index, one in enumerate(request.events) if one["event_key"] == "poison"]
@@ -73,13 +73,13 @@ def reject_poison(request: Request) -> CannedResponse:
 
 
 def batch_files(box: Path) -> list[str]:
-    """Sealed files in a directory, or in a queue that may not be there yet."""
+    """Batch files in a directory, or in a queue that may not exist yet."""
     names = os.listdir(box) if box.exists() else []
     return sorted(name for name in names if layout.kind_of(name) is layout.Kind.SEALED)
 
 
 def balanced_totals(box: Path) -> dict[str, LedgerRow]:
-    """The accounts of the directory and of each sink, which balance."""
+    """The counts of the directory and of each sink, which balance."""
     place = open_directory(box)
     whole = reconcile(place)
     found = {"": whole, **reconcile_queues(place, whole)}

@@ -1,4 +1,4 @@
-"""Delivery in a process of its own, and by another service: with real processes, killed and stopped."""
+"""Delivery in a child process, and by another service: with real processes, killed and stopped."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def place_of(folder: Path) -> Directory:
     return Directory(str(folder), OsFilesystem(), SystemClock())
 
 
-def deliverer_of(folder: Path) -> int:
-    """The process that delivers, as it says itself."""
+def delivering_pid(folder: Path) -> int:
+    """The process that delivers, by its heartbeat."""
     beat = read_heartbeat(place_of(folder))
     return 0 if beat is None else beat.pid
 
@@ -62,7 +62,7 @@ def arrived(url: str) -> list[str]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether it runs; one that nobody has waited for yet does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -77,8 +77,8 @@ def put(outbox: Outbox, count: int, first: int = 0) -> None:
     assert all(outbox.enqueue(event(number)) for number in range(first, first + count))
 
 
-def begin(script: str, *arguments: object, apart: bool = False) -> subprocess.Popen[str]:
-    """A program that uses an outbox; what it prints is read line by line."""
+def start_program(script: str, *arguments: object, apart: bool = False) -> subprocess.Popen[str]:
+    """Start a program that uses an outbox; what it prints is read line by line."""
     head = "import os, signal, sys\nfrom pillarbox import Outbox\nfrom tests.conftest import event, wait_until\n"
     command = [sys.executable, "-c", head + script, *map(str, arguments)]
     return subprocess.Popen(
@@ -98,12 +98,12 @@ print(outbox.flush(60), flush=True)
 """
 
 
-def test_another_process_delivers_and_this_one_knows_how_it_goes(folder: Path, url: str) -> None:
-    """Counts, room, state; and after `close` it is gone."""
+def test_a_child_delivers_and_its_parent_knows_the_counts(folder: Path, url: str) -> None:
+    """Counts, released bytes, state; after `close` the child is gone."""
     with Outbox(str(folder), sink=url, deliver="process", batch_size=10) as outbox:
         put(outbox, 95)
         assert outbox.flush(60)
-        child = deliverer_of(folder)
+        child = delivering_pid(folder)
         assert child not in (0, os.getpid())
         wait_until(lambda: outbox.stats().delivered == 95)
         stats = outbox.stats()
@@ -116,7 +116,7 @@ def test_another_process_delivers_and_this_one_knows_how_it_goes(folder: Path, u
 
 
 def test_a_program_that_ends_at_once_has_delivered(folder: Path, url: str) -> None:
-    """Although the other process has yet to start."""
+    """Although the child has yet to start."""
     outbox = Outbox(str(folder), sink=url, deliver="process")
     put(outbox, 1)
     outbox.close(20)
@@ -124,15 +124,15 @@ def test_a_program_that_ends_at_once_has_delivered(folder: Path, url: str) -> No
 
 
 def test_a_child_that_is_killed_is_started_again(folder: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is missing, nothing there twice, and the counts go on; a log line for each change."""
+    """Nothing is missing, nothing is there twice, and the counts continue; one log line for each change."""
     with caplog.at_level(logging.INFO, "pillarbox"), Outbox(str(folder), sink=url, deliver="process", batch_size=5) as outbox:
         put(outbox, 50)
         assert outbox.flush(60)
         wait_until(lambda: outbox.stats().delivered == 50)
-        first = deliverer_of(folder)
+        first = delivering_pid(folder)
         put(outbox, 450, 50)
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: deliverer_of(folder) != first)
+        wait_until(lambda: delivering_pid(folder) != first)
         put(outbox, 500, 500)
         assert outbox.flush(60)
         wait_until(lambda: outbox.stats().delivered >= 550)  # what was settled and not reported yet is nobody's count
@@ -144,8 +144,8 @@ def test_a_child_that_is_killed_is_started_again(folder: Path, url: str, caplog:
     assert len([text for text in texts if text.endswith(" delivers")]) == 2
 
 
-def test_a_child_is_gone_with_its_parent_and_another_process_takes_over(folder: Path, url: str) -> None:
-    """Upon `kill -9`, although a process that the parent forked lives on: it holds no end of the line."""
+def test_a_child_ends_with_its_parent_and_another_process_takes_over(folder: Path, url: str) -> None:
+    """On `kill -9`, although a process that the parent forked lives on: it has no end of the socket."""
     script = """
 reads, writes = os.pipe()
 if os.fork() == 0:
@@ -156,10 +156,10 @@ if os.fork() == 0:
 print("forked", flush=True)
 signal.pause()
 """
-    parent = begin(OPEN + script, folder, url)
+    parent = start_program(OPEN + script, folder, url)
     assert said(parent) == "True"
     assert {said(parent), said(parent)} == {"0", "forked"}
-    child = deliverer_of(folder)
+    child = delivering_pid(folder)
     assert is_alive(child)
     with Outbox(str(folder), sink=url, deliver="process", flush_interval=0.05) as outbox:
         put(outbox, 10, 10)
@@ -168,7 +168,7 @@ signal.pause()
         parent.communicate(timeout=60)
         wait_until(lambda: not is_alive(child))
         put(outbox, 10, 20)
-        wait_until(lambda: deliverer_of(folder) not in (0, child))
+        wait_until(lambda: delivering_pid(folder) not in (0, child))
         assert outbox.flush(60)
     assert arrived(url) == ids(30)
 
@@ -188,39 +188,39 @@ if os.fork() == 0:
     os._exit(0)
 signal.pause()
 """
-    parent = begin(OPEN + script, folder, url)
+    parent = start_program(OPEN + script, folder, url)
     assert (said(parent), said(parent)) == ("True", "standby")
-    child = deliverer_of(folder)
+    child = delivering_pid(folder)
     parent.kill()
     parent.wait(60)
     assert parent.stdin is not None
     parent.stdin.write("\n")
     parent.stdin.flush()
     assert said(parent) == "True"
-    assert deliverer_of(folder) != child
-    wait_until(lambda: not is_alive(deliverer_of(folder)))
+    assert delivering_pid(folder) != child
+    wait_until(lambda: not is_alive(delivering_pid(folder)))
     parent.communicate(timeout=60)
     assert arrived(url) == ids(12)
 
 
 def test_of_two_outboxes_one_has_a_child(folder: Path, url: str) -> None:
-    """The other looks, and has one as soon as it is needed."""
+    """The other one polls, and starts a child as soon as it is needed."""
     one = Outbox(str(folder), sink=url, deliver="process")
     put(one, 1)
     assert one.flush(60)
-    child = deliverer_of(folder)
+    child = delivering_pid(folder)
     with Outbox(str(folder), sink=url, deliver="process") as other:
         wait_until(lambda: other.stats().state.name == "standby")
-        assert children() == {child}
+        assert child_pids() == {child}
         one.close()
         put(other, 1, 1)
         assert other.flush(60)
-        assert children() == {deliverer_of(folder)} != {child}
+        assert child_pids() == {delivering_pid(folder)} != {child}
     assert arrived(url) == ids(2)
 
 
-def children() -> set[int]:
-    """The processes that this one started."""
+def child_pids() -> set[int]:
+    """The processes that this one has started."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended just now
@@ -228,10 +228,10 @@ def children() -> set[int]:
     return found
 
 
-def test_a_child_that_finds_another_process_at_work_is_not_kept(
+def test_a_child_that_finds_another_process_delivering_is_ended(
     folder: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It lost the moment between its parent's hold of the lock and its own."""
+    """It lost the race between its parent's release of the lock and its own lease."""
     another = Lease(place_of(folder), "another", SystemClock())
     release = Lease.release
 
@@ -242,7 +242,7 @@ def test_a_child_that_finds_another_process_at_work_is_not_kept(
     monkeypatch.setattr(Lease, "release", release_and_lose)
     with Outbox(str(folder), sink=url, deliver="process") as outbox:
         put(outbox, 1)
-        wait_until(lambda: another.is_held and not children() and outbox.stats().state.name == "standby")
+        wait_until(lambda: another.is_held and not child_pids() and outbox.stats().state.name == "standby")
         monkeypatch.undo()
         another.release()
         assert outbox.flush(60)
@@ -250,11 +250,11 @@ def test_a_child_that_finds_another_process_at_work_is_not_kept(
 
 
 def test_close_takes_little_more_than_its_time_with_a_child_that_hangs(folder: Path, url: str) -> None:
-    """It is killed; what is left stays on the disk, and the next delivers it."""
+    """It is killed; what is left stays on disk, and the next process delivers it."""
     outbox = Outbox(str(folder), sink=url, deliver="process")
     put(outbox, 1)
     assert outbox.flush(60)
-    child = deliverer_of(folder)
+    child = delivering_pid(folder)
     os.kill(child, signal.SIGSTOP)
     os.waitpid(child, os.WUNTRACED)
     put(outbox, 1, 1)
@@ -267,7 +267,7 @@ def test_close_takes_little_more_than_its_time_with_a_child_that_hangs(folder: P
     assert arrived(url) == ids(2)
 
 
-def test_signals_to_all_processes_are_the_parents_to_answer(folder: Path, url: str) -> None:
+def test_signals_to_all_processes_are_left_to_the_parent(folder: Path, url: str) -> None:
     """Ctrl-C goes to the process group, and a service manager's SIGTERM to all: the child still delivers what is left."""
     script = """
 try:
@@ -279,30 +279,28 @@ except KeyboardInterrupt:
     sys.stdin.readline()
     outbox.close()
 """
-    parent = begin(OPEN + script, folder, url, apart=True)
+    parent = start_program(OPEN + script, folder, url, apart=True)
     assert (said(parent), said(parent)) == ("True", "ready")
-    child = deliverer_of(folder)
+    child = delivering_pid(folder)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(child, number)
     os.killpg(parent.pid, signal.SIGINT)
     assert said(parent) == "True"
-    assert deliverer_of(folder) == child
+    assert delivering_pid(folder) == child
     parent.communicate("\n", timeout=60)
     assert not is_alive(child)
     assert arrived(url) == ids(11)
 
 
-def test_secrets_are_seen_neither_in_the_command_line_nor_in_the_environment(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """And the child's log lines arrive here, as if they had been logged here."""
+def test_secrets_are_neither_in_the_command_line_nor_in_the_environment(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And the child's log lines arrive here, as if this process had logged them."""
     port = urlsplit(closed_port_url()).port
     with caplog.at_level(logging.INFO, "pillarbox"):
         outbox = Outbox(str(folder), sink=f"http://someone:s3cret-word@127.0.0.1:{port}/", deliver="process")
         put(outbox, 1)
         assert not outbox.flush(0.1)
         wait_until(lambda: outbox.stats().state.name == "waiting")
-        child = Path(f"/proc/{deliverer_of(folder)}")
+        child = Path(f"/proc/{delivering_pid(folder)}")
         assert b"pillarbox" in (child / "cmdline").read_bytes()
         for secret in ("cmdline", "environ"):
             assert b"s3cret-word" not in (child / secret).read_bytes()
@@ -311,8 +309,8 @@ def test_secrets_are_seen_neither_in_the_command_line_nor_in_the_environment(
     assert "s3cret-word" not in caplog.text
 
 
-def test_a_child_that_cannot_begin_says_why(folder: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It is started again and again; logged once."""
+def test_a_child_that_cannot_deliver_says_why(folder: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is started again and again; that is logged once."""
     outbox = Outbox(str(folder), sink=url, deliver="process", event_type=child_hooks.ParentOnlyEvent)
     with outbox:
         put_raw = outbox.enqueue_json([b'{"event_id":"e-000000"}'])
@@ -325,7 +323,7 @@ def test_a_child_that_cannot_begin_says_why(folder: Path, url: str, caplog: pyte
 
 
 def test_every_setting_reaches_the_child(folder: Path, url: str) -> None:
-    """Whatever its type, by way of JSON; without those that only the parent uses."""
+    """Whatever its type, as JSON; without those that only the parent uses."""
     chosen = {
         "directory": str(folder),
         "sink": url,
@@ -340,8 +338,8 @@ def test_every_setting_reaches_the_child(folder: Path, url: str) -> None:
     assert decode_settings(encode_settings(settings)) == resolve(chosen)
 
 
-def test_what_the_child_does_is_told_and_the_end_of_the_line_is_its_end(folder: Path, url: str) -> None:
-    """Bytes that no longer wait, and durations; and while its parent lives: not the kernel alone has it end."""
+def test_the_child_reports_what_it_does_and_ends_when_the_socket_closes(folder: Path, url: str) -> None:
+    """Released bytes and durations; it ends by itself while its parent lives, not only by the kernel."""
     place = place_of(folder)
     place.ensure_usable()
     for stamp in range(1, 4):
@@ -366,8 +364,8 @@ def test_what_the_child_does_is_told_and_the_end_of_the_line_is_its_end(folder: 
 
 
 @pytest.mark.parametrize("keywords", [{"deliver": "process"}, {"deliver": "external"}])
-def test_a_sink_that_is_an_object_cannot_go_to_another_process(folder: Path, keywords: dict[str, str]) -> None:
-    """Said with the way out."""
+def test_a_sink_object_cannot_be_used_in_another_process(folder: Path, keywords: dict[str, str]) -> None:
+    """The error says what to do instead."""
     with pytest.raises(
         ConfigurationError,
         match=r"deliver = .*a Sink object cannot be used in another process; pass the sink as a URL, or use 'thread'",
@@ -375,7 +373,7 @@ def test_a_sink_that_is_an_object_cannot_go_to_another_process(folder: Path, key
         Outbox(str(folder), sink=RecordingSink(), **keywords)  # type: ignore[arg-type]
 
 
-def test_what_another_process_cannot_import_is_refused(folder: Path, url: str) -> None:
+def test_a_setting_that_another_process_cannot_import_is_an_error(folder: Path, url: str) -> None:
     """A class or function of a script, of a function, or without a name."""
 
     class Local(msgspec.Struct):
@@ -391,18 +389,18 @@ def test_what_another_process_cannot_import_is_refused(folder: Path, url: str) -
 def test_the_hook_for_dead_letters_runs_in_the_child(
     folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found by its name; where it raises, that is counted here."""
+    """It is imported by its name; if it raises, that is counted here."""
     monkeypatch.setenv(child_hooks.RECORD_FILE_VARIABLE, str(tmp_path / "heard"))
     outbox = Outbox(str(folder), sink=url, deliver="process", on_dead_letter=child_hooks.record_dead_letter)
     seal_batch(place_of(folder), 1, b'"no event"', msgspec.json.encode(event(0)))
     with outbox:
         assert outbox.flush(60)
         wait_until(lambda: outbox.stats().hook_failures["on_dead_letter"] == outbox.stats().dead == 1)
-        assert (tmp_path / "heard").read_text() == f"{deliverer_of(folder)} wrong_type\n"
+        assert (tmp_path / "heard").read_text() == f"{delivering_pid(folder)} wrong_type\n"
 
 
 def test_an_outbox_whose_files_another_service_delivers(folder: Path, url: str) -> None:
-    """`pillarbox deliver` does, and its heartbeat is the state; it ends at SIGTERM, with 0."""
+    """`pillarbox deliver` does, and its heartbeat is the state; it ends on SIGTERM, with exit code 0."""
     with Outbox(str(folder), sink=url, deliver="external", flush_interval=0.05) as outbox:
         put(outbox, 10)
         assert not outbox.flush(0.1)
@@ -410,15 +408,15 @@ def test_an_outbox_whose_files_another_service_delivers(folder: Path, url: str) 
         command = [sys.executable, "-m", "pillarbox", "deliver", "-d", str(folder), "--sink", url, "-q"]
         service = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         assert outbox.flush(60)
-        wait_until(lambda: outbox.stats().state.name == "idle" and deliverer_of(folder) == service.pid)
+        wait_until(lambda: outbox.stats().state.name == "idle" and delivering_pid(folder) == service.pid)
         assert outbox.stats().delivered == 0  # not by this process
         service.terminate()
         assert service.wait(60) == 0
     assert arrived(url) == ids(10)
 
 
-def test_where_nobody_delivers_for_long_the_state_says_so(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
-    """Ten seconds after the start at the earliest; logged once, and when it is over."""
+def test_if_no_process_delivers_for_long_the_state_says_so(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
+    """Ten seconds after the start at the earliest; logged once, and again when delivery resumes."""
     clock = ManualClock()
     elsewhere = ExternalRunner(place, clock)
     elsewhere.start()

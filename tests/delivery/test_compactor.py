@@ -1,4 +1,4 @@
-"""What has waited is compressed while the destination is away, and arrives as if it never had been."""
+"""Waiting batches are compressed while the destination is away, and arrive as if they had not been."""
 
 from __future__ import annotations
 
@@ -37,64 +37,64 @@ REAL = [msgspec.convert(found, TrackingEvent) for found in existing_events()]
 PLAIN = b"".join(record.line(b'{"n":%d,"what":"some event or other"}' % number) for number in range(100))
 
 
-def fill(place: Directory, files: int) -> list[str]:
-    """Sealed files of a hundred events each."""
+def seal_batches(place: Directory, files: int) -> list[str]:
+    """Seal files of a hundred events each."""
     names = [layout.sealed_name(number, "x") for number in range(1, files + 1)]
     for name in names:
         Path(place.path_of(name)).write_bytes(PLAIN)
     return names
 
 
-def compressor_for(place: Directory, clock: ManualClock, in_use: str = "", after_s: float = 60.0) -> Compactor:
+def make_compactor(place: Directory, clock: ManualClock, in_use: str = "", after_s: float = 60.0) -> Compactor:
     return Compactor(place, clock, after_s, lambda name: name == in_use, lambda _size: None)
 
 
-def work_all(compressor: Compactor) -> int:
+def compress_all(compressor: Compactor) -> int:
     return sum(1 for _ in itertools.takewhile(bool, (compressor.compress_next()[0] for _ in itertools.count())))
 
 
-def packed(place: Directory) -> list[str]:
+def compressed_files(place: Directory) -> list[str]:
     return [name for name in place.batch_names() if name.endswith(layout.COMPRESSED_SUFFIX)]
 
 
 # Which, and when.
 
 
-def test_the_newest_go_first_and_the_next_few_stay(place: Directory, clock: ManualClock) -> None:
-    """Those go out as soon as the destination is back."""
-    names = fill(place, PLAIN_FILES_AT_HEAD + 3)
-    compressor = compressor_for(place, clock)
+def test_the_newest_batches_are_compressed_first_and_the_oldest_few_stay_plain(place: Directory, clock: ManualClock) -> None:
+    """The oldest go out as soon as the destination is back."""
+    names = seal_batches(place, PLAIN_FILES_AT_HEAD + 3)
+    compressor = make_compactor(place, clock)
     order = []
     while compressor.compress_next()[0]:
-        order += [name for name in packed(place) if name not in order]
+        order += [name for name in compressed_files(place) if name not in order]
     assert order == [f"{name}.zst" for name in reversed(names[PLAIN_FILES_AT_HEAD:])]
 
 
-def test_what_has_not_waited_long_enough_stays(place: Directory, clock: ManualClock) -> None:
-    """By its seal time; one without a seal time stays for good."""
-    fill(place, PLAIN_FILES_AT_HEAD)
+def test_a_batch_that_has_not_waited_long_enough_stays_plain(place: Directory, clock: ManualClock) -> None:
+    """By its seal time; a file whose name has none stays plain for good."""
+    seal_batches(place, PLAIN_FILES_AT_HEAD)
     young = layout.sealed_name(clock.micros() - 59_000_000, "x")
     for name in (young, "sealed-by-hand.ndjson"):
         Path(place.path_of(name)).write_bytes(PLAIN)
-    compressor = compressor_for(place, clock)
-    assert work_all(compressor) == 0
+    compressor = make_compactor(place, clock)
+    assert compress_all(compressor) == 0
     clock.advance(2.0)
-    assert work_all(compressor) == 1
-    assert packed(place) == [layout.compressed_name(young)]
+    assert compress_all(compressor) == 1
+    assert compressed_files(place) == [layout.compressed_name(young)]
 
 
-def test_what_is_in_use_stays(place: Directory, clock: ManualClock) -> None:
-    """Held by whoever sends it, or remembered by its name."""
-    *_, sent, remembered = fill(place, PLAIN_FILES_AT_HEAD + 2)
+def test_a_batch_in_use_stays_plain(place: Directory, clock: ManualClock) -> None:
+    """Locked by the process that sends it, or remembered by its name."""
+    *_, sent, remembered = seal_batches(place, PLAIN_FILES_AT_HEAD + 2)
     held = place.lock_existing(sent)
     assert held is not None
-    assert work_all(compressor_for(place, clock, remembered)) == 0
+    assert compress_all(make_compactor(place, clock, remembered)) == 0
     place.filesystem.close(held.fd)
 
 
-def test_what_one_of_several_sinks_is_sending_stays_for_all(place: Directory, clock: ManualClock) -> None:
-    """Their locks are shared; a link that is let go of is compressed, and the others stay as they are."""
-    *_, name = fill(place, PLAIN_FILES_AT_HEAD + 1)
+def test_a_batch_that_one_of_several_sinks_is_sending_stays_plain_for_all(place: Directory, clock: ManualClock) -> None:
+    """Their locks are shared; a link that is unlocked is compressed, and the others stay as they are."""
+    *_, name = seal_batches(place, PLAIN_FILES_AT_HEAD + 1)
     queues = []
     for sink in ("a", "b"):
         place.request_queue(sink)
@@ -104,22 +104,22 @@ def test_what_one_of_several_sinks_is_sending_stays_for_all(place: Directory, cl
         place.remove(sealed)
     held = queues[0].lock_existing(name)
     assert held is not None
-    assert [work_all(compressor_for(queue, clock)) for queue in queues] == [0, 0]
+    assert [compress_all(make_compactor(queue, clock)) for queue in queues] == [0, 0]
     place.filesystem.close(held.fd)
-    assert work_all(compressor_for(queues[1], clock)) == 1
+    assert compress_all(make_compactor(queues[1], clock)) == 1
     assert [name in queue.batch_names() for queue in queues] == [True, False]
-    assert packed(queues[1]) == [layout.compressed_name(name)]
+    assert compressed_files(queues[1]) == [layout.compressed_name(name)]
 
 
-def test_what_gets_no_smaller_stays_and_is_not_tried_again(place: Directory, clock: ManualClock) -> None:
-    """Nor is what is too large for any reader."""
-    names = fill(place, PLAIN_FILES_AT_HEAD + 2)
+def test_an_incompressible_batch_stays_plain_and_is_not_tried_again(place: Directory, clock: ManualClock) -> None:
+    """Nor is one that is too large for any reader."""
+    names = seal_batches(place, PLAIN_FILES_AT_HEAD + 2)
     Path(place.path_of(names[-1])).write_bytes(os.urandom(1000))
     with Path(place.path_of(names[-2])).open("wb") as file:
         file.truncate(compression.PLAIN_BYTES_MAX + 1)
-    compressor = compressor_for(place, clock)
+    compressor = make_compactor(place, clock)
     for _ in range(3):
-        assert work_all(compressor) == 0
+        assert compress_all(compressor) == 0
         clock.advance(2.0)
     assert compressor._incompressible == set(names[-2:])
     os.remove(place.path_of(names[-1]))
@@ -127,16 +127,16 @@ def test_what_gets_no_smaller_stays_and_is_not_tried_again(place: Directory, clo
     assert compressor._incompressible == {names[-2]}
 
 
-def test_it_rests_as_long_as_it_works_and_lists_seldom(place: Directory, clock: ManualClock) -> None:
-    """With nothing to do it says when to come again."""
-    assert compressor_for(place, clock).compress_next() == (False, 1.0)
+def test_the_compactor_pauses_as_long_as_it_works_and_lists_seldom(place: Directory, clock: ManualClock) -> None:
+    """With nothing to do it says when to call it again."""
+    assert make_compactor(place, clock).compress_next() == (False, 1.0)
 
 
 # In a delivery.
 
 
 class Away(RecordingSink):
-    """Answers the same to every call until it is back."""
+    """Gives the same answer to every call until it is back."""
 
     def __init__(self, answer: DeliveryResult) -> None:
         super().__init__()
@@ -147,9 +147,9 @@ class Away(RecordingSink):
 
 
 @pytest.mark.parametrize("answer", [Retry("not now"), Rejected(REJECTION)], ids=["waiting", "stopped"])
-def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Directory, answer: Retry | Rejected) -> None:
-    """Each batch arrives once, in order, under its id; what is refused keeps its history; the limits hear what is saved."""
-    names = fill(place, 30)
+def test_batches_are_compressed_while_delivery_waits_and_arrive_unchanged(place: Directory, answer: Retry | Rejected) -> None:
+    """Each arrives once, in order, under its id; a rejected one keeps its history; the quota learns the bytes saved."""
+    names = seal_batches(place, 30)
     before = place.disk_usage().pending_bytes
     sink = Away(answer)
     shrunk: list[int] = []
@@ -158,7 +158,7 @@ def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Direct
     thread = ThreadRunner(worker)
     thread.start()
     try:
-        wait_until(lambda: len(packed(place)) >= 30 - PLAIN_FILES_AT_HEAD - 4)
+        wait_until(lambda: len(compressed_files(place)) >= 30 - PLAIN_FILES_AT_HEAD - 4)
         # Its thread may be about to compress another, or to say by how much.
         wait_until(lambda: before - sum(shrunk) == place.disk_usage().pending_bytes)
         assert reconcile(place).reconciliation.total.pending == 3000
@@ -174,8 +174,8 @@ def test_it_is_done_while_delivery_waits_and_changes_nothing_of_it(place: Direct
     assert remaining_files(place) == []
 
 
-def test_a_damaged_compressed_file_is_delivered_as_far_as_it_goes(place: Directory) -> None:
-    """The file itself is set aside, unchanged; nothing blocks."""
+def test_a_damaged_compressed_file_is_delivered_up_to_the_damage(place: Directory) -> None:
+    """The file itself is quarantined unchanged; nothing blocks."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
     lines = b"".join(record.line(b'{"n":%d,"x":"%s"}' % (number, os.urandom(30).hex().encode())) for number in range(9000))
     data = compression.compress(name, lines)
@@ -192,10 +192,10 @@ def test_a_damaged_compressed_file_is_delivered_as_far_as_it_goes(place: Directo
     assert lines.startswith(b"".join(map(record.line, sink.payloads[:-1])) + corrupt.removesuffix(data))
 
 
-def test_without_the_library_a_compressed_file_is_stepped_over_and_says_what_to_install(
+def test_without_zstd_a_compressed_file_is_skipped_and_the_state_says_what_to_install(
     place: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others are delivered; with the library it is too, and nothing of it went to the quarantine."""
+    """The others are delivered; with the library it is too, and nothing of it was quarantined."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
     Path(place.path_of(name)).write_bytes(compression.compress(name, PLAIN))
     seal_batch(place, 2, b"{}")
@@ -211,10 +211,10 @@ def test_without_the_library_a_compressed_file_is_stepped_over_and_says_what_to_
     assert (len(sink.payloads), remaining_files(place)) == (101, [])
 
 
-def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, clock: ManualClock) -> None:
-    """And a damaged one is left to the deliverer, for nobody knows how many events would go."""
-    names = fill(place, PLAIN_FILES_AT_HEAD + 2)
-    work_all(compressor_for(place, clock))
+def test_the_events_in_an_evicted_compressed_file_are_counted(place: Directory, clock: ManualClock) -> None:
+    """A damaged one is left to the worker, because nobody knows how many events it holds."""
+    names = seal_batches(place, PLAIN_FILES_AT_HEAD + 2)
+    compress_all(make_compactor(place, clock))
     damaged = layout.compressed_name(names[-1])
     Path(place.path_of(damaged)).write_bytes(b"x")
     account = place.disk_usage()
@@ -228,7 +228,7 @@ def test_a_compressed_file_is_evicted_with_the_events_in_it(place: Directory, cl
 
 
 class Passing(PortableScanOps, OsFilesystem):
-    """Its first listing has come past the place of a copy before that is made, and comes to the plain file after it has gone."""
+    """Its first listing passes the compressed name before that is made, and comes to the plain name after that is gone."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -241,13 +241,13 @@ class Passing(PortableScanOps, OsFilesystem):
         return iter(found)
 
 
-def test_what_is_compressed_while_it_is_looked_for_is_not_missing(place: Directory, clock: ManualClock) -> None:
-    """Neither for a flush, which would say that it is settled, nor for the account."""
-    names = fill(place, PLAIN_FILES_AT_HEAD + 1)
+def test_a_batch_compressed_during_a_listing_is_not_missing(place: Directory, clock: ManualClock) -> None:
+    """Neither for a flush, which would report it settled, nor for the counts."""
+    names = seal_batches(place, PLAIN_FILES_AT_HEAD + 1)
     ledger = LedgerWriter(place, clock)
     ledger.add(*(SealedEntry(1, layout.batch_id(name), "w", 100, len(PLAIN)) for name in names))
     assert ledger.write(sync=True)
-    work_all(compressor_for(place, clock))
+    compress_all(make_compactor(place, clock))
     assert Directory(place.path, Passing(names[-1]), clock).waiting_batch_ids() == set(map(layout.batch_id, names))
     assert _reconcile_once(Directory(place.path, Passing(names[-1]), clock), lambda _done, _total: None, {}).balances
 
@@ -255,16 +255,16 @@ def test_what_is_compressed_while_it_is_looked_for_is_not_missing(place: Directo
 # An outage of real destinations.
 
 
-def real(number: int) -> TrackingEvent:
-    """A tracking event as an application has it, with an id and a time of its own."""
+def real_event(number: int) -> TrackingEvent:
+    """A tracking event as an application has it, with its own id and time."""
     return msgspec.structs.replace(REAL[number % len(REAL)], event_id=new_event_id(), occurred_at_micros=now_micros())
 
 
 def wait_for_compression(outbox: Outbox) -> float:
-    """Until all is compressed that may be; how many times smaller that is then."""
+    """Wait until all that may be compressed is; how many times smaller it is then."""
     place = outbox._directory
-    wait_until(lambda: len(place.batch_names()) - len(packed(place)) <= PLAIN_FILES_AT_HEAD)
-    files = {name: Path(place.path_of(name)).read_bytes() for name in packed(place)}
+    wait_until(lambda: len(place.batch_names()) - len(compressed_files(place)) <= PLAIN_FILES_AT_HEAD)
+    files = {name: Path(place.path_of(name)).read_bytes() for name in compressed_files(place)}
     assert len(files) > PLAIN_FILES_AT_HEAD
     return sum(len(compression.decompressed_lines(name, data)) for name, data in files.items()) / sum(map(len, files.values()))
 
@@ -283,7 +283,7 @@ def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_pat
         ) as outbox,
     ):
         server.respond = always(CannedResponse(503))
-        events = [real(number) for number in range(6000)]
+        events = [real_event(number) for number in range(6000)]
         plain = sum(len(record.line(msgspec.json.encode(one))) for one in events)
         for number, one in enumerate(events, 1):
             assert outbox.enqueue(one)
@@ -301,8 +301,8 @@ def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_pat
 
 
 def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_once(tmp_path: Path) -> None:
-    """Both are away; a file that one of them is about to send stays as it is for both."""
-    events = [real(number) for number in range(600)]
+    """Both are away; a file that one of them is about to send stays plain for both."""
+    events = [real_event(number) for number in range(600)]
     with (
         Server(always(CannedResponse(503))) as first,
         Server(always(CannedResponse(503))) as second,
@@ -322,7 +322,7 @@ def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_onc
         queues = outbox._directory.queues()
         wait_until(
             lambda: all(
-                len(queue.batch_names()) - PLAIN_FILES_AT_HEAD == len(packed(queue)) >= 20 - PLAIN_FILES_AT_HEAD
+                len(queue.batch_names()) - PLAIN_FILES_AT_HEAD == len(compressed_files(queue)) >= 20 - PLAIN_FILES_AT_HEAD
                 for queue in queues
             )
         )
@@ -338,10 +338,10 @@ def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_onc
 
 
 def test_an_sqlite_file_that_is_locked_gets_every_event_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program holds its lock for a while."""
+    """Another program holds its lock for a while."""
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.1)
     file = tmp_path / "events.db"
-    events = [real(number) for number in range(1001)]
+    events = [real_event(number) for number in range(1001)]
     with Outbox(
         str(tmp_path / "outbox"), f"sqlite:///{file}", batch_size=50, flush_interval=0.1, backoff_max=0.5, compress_after=0.01
     ) as outbox:

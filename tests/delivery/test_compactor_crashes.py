@@ -1,4 +1,4 @@
-"""Compressing what waits: killed, cut off and refused by the disk at every operation, and with others at work in between."""
+"""Compressing waiting batches: killed, powered off and failing at every operation, and with other processes in between."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ FOUND: Final = {
 
 
 class Process:
-    """One of those on a disk."""
+    """One of the processes on a disk."""
 
     def __init__(self, disk: Disk, before: Before = lambda _verb, _path: None, faults: FaultCounter | None = None) -> None:
         self.filesystem = CrashFilesystem(disk, before)
@@ -103,7 +103,7 @@ def kinds(state: State) -> list[Kind]:
 
 
 def check_all_arrives(disk: Disk) -> None:
-    """Whoever comes next delivers each batch once, in order and as it was, and leaves nothing."""
+    """The next process delivers each batch once, in order and unchanged, and leaves nothing."""
     sink = RecordingSink()
     Process(disk).deliver(sink)
     assert sink.calls == list(BATCHES)
@@ -112,7 +112,7 @@ def check_all_arrives(disk: Disk) -> None:
 
 
 class Fuse:
-    """Ends a process ahead of its n-th operation."""
+    """Kills a process before its n-th operation."""
 
     def __init__(self, left: int) -> None:
         self.left = left
@@ -123,8 +123,8 @@ class Fuse:
             raise Killed
 
 
-def test_all_of_it_is_compressed_and_delivered() -> None:
-    """Without any harm: what the other tests rely on."""
+def test_without_faults_all_is_compressed_and_delivered() -> None:
+    """The other tests rely on it."""
     disk = Disk(FOUND)
     process = Process(disk)
     process.compress()
@@ -133,8 +133,8 @@ def test_all_of_it_is_compressed_and_delivered() -> None:
     check_all_arrives(disk)
 
 
-def test_killed_at_any_operation() -> None:
-    """One file is there under both names, or aside, or neither: each is delivered once."""
+def test_a_kill_at_any_operation_loses_and_doubles_nothing() -> None:
+    """A batch may have both names, or a temporary file, or neither: each is delivered once."""
     seen = set()
     for operations in itertools.count():
         disk = Disk(FOUND)
@@ -152,8 +152,8 @@ def test_killed_at_any_operation() -> None:
     assert seen == {(FILES, False), (FILES + 1, False), (FILES + 1, True)}
 
 
-def test_the_power_fails_at_any_operation() -> None:
-    """Whatever may be left of the disk."""
+def test_a_power_loss_at_any_operation_loses_and_doubles_nothing() -> None:
+    """Whatever is left on the disk."""
     disk = Disk(FOUND)
     Process(disk).compress()
     states = set()
@@ -166,8 +166,8 @@ def test_the_power_fails_at_any_operation() -> None:
     assert len(states) > OPERATIONS_MIN
 
 
-def test_the_power_fails_while_what_is_compressed_is_delivered() -> None:
-    """What comes back is a batch that was delivered before, under the same id and with the same content."""
+def test_a_power_loss_during_the_delivery_of_compressed_batches() -> None:
+    """A batch that comes back was delivered before, under the same id and with the same content."""
     disk = Disk(FOUND)
     process, sink = Process(disk), RecordingSink()
     process.compress()
@@ -181,8 +181,8 @@ def test_the_power_fails_while_what_is_compressed_is_delivered() -> None:
             assert sink.batches | again.batches == BATCHES
 
 
-def test_what_was_settled_before_a_file_was_compressed_does_not_come_back_with_it() -> None:
-    """A process dies with both names there; whoever delivers the file next is done with both, whatever the power does."""
+def test_a_settled_batch_does_not_come_back_under_its_other_name() -> None:
+    """A process dies with both names present; the process that delivers the batch deletes both, also after a power loss."""
     disk = Disk({**FOUND, f"{PLACE}/{next(iter(BATCHES))}.ndjson.zst": b""})
     Process(disk).deliver(RecordingSink())
     disk.mark("done")
@@ -192,7 +192,7 @@ def test_what_was_settled_before_a_file_was_compressed_does_not_come_back_with_i
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("open_append", "make_directory")])
 def test_each_operation_may_fail(verb: str) -> None:
-    """With each error, once or for good: nothing is raised but by the listing of the recovery before, and nothing is lost."""
+    """With each error, once or for good: only the listing of the recovery raises, and nothing is lost."""
     for nth in itertools.count(1):
         faults = [Fault(verb, nth, code, permanent=for_good) for code in VERBS[verb] for for_good in (False, True)]
         hits = 0
@@ -211,7 +211,7 @@ def test_each_operation_may_fail(verb: str) -> None:
     assert nth > 1 or verb not in USED
 
 
-def go(process: Process, what: str, sink: RecordingSink) -> int:
+def do_work(process: Process, what: str, sink: RecordingSink) -> int:
     """Do all of one kind of work; the number of events that were evicted."""
     match what:
         case "compress":
@@ -228,8 +228,8 @@ def go(process: Process, what: str, sink: RecordingSink) -> int:
 @pytest.mark.parametrize("first", ["compress", "recover", "deliver", "evict"])
 @pytest.mark.parametrize("second", ["compress", "recover", "deliver", "evict"])
 @pytest.mark.parametrize("begun", [False, True], ids=["", "with a copy that a process has left"])
-def test_others_are_at_work_in_between(first: str, second: str, *, begun: bool) -> None:
-    """One does all of its work ahead of any operation of the other: each event is delivered once or evicted."""
+def test_other_processes_may_work_in_between(first: str, second: str, *, begun: bool) -> None:
+    """One does all of its work before any operation of the other: each event is delivered once or evicted."""
     oldest = f"{PLACE}/{next(iter(BATCHES))}.ndjson"
     found = FOUND
     if begun:
@@ -246,11 +246,11 @@ def test_others_are_at_work_in_between(first: str, second: str, *, begun: bool) 
             if left == -1:
                 loop = asyncio._get_running_loop()
                 asyncio._set_running_loop(None)
-                evicted.append(go(Process(disk), second, sink))
+                evicted.append(do_work(Process(disk), second, sink))
                 asyncio._set_running_loop(loop)
 
         process = Process(disk, before)
-        evicted.append(go(process, first, sink))
+        evicted.append(do_work(process, first, sink))
         process.filesystem.close_inherited()
         Process(disk).deliver(sink)
         assert len(sink.calls) == len(set(sink.calls)), operations

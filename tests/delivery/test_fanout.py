@@ -39,8 +39,8 @@ def test_fanning_out_can_stop_between_two_groups_of_a_backlog(box: Path) -> None
     assert len(names_in(box / "sink-live")) == FILES
 
 
-def test_a_later_sink_has_no_queue_before_what_was_sealed_earlier_is_handed_over(box: Path) -> None:
-    """Also where that takes more than one step: it is not for it."""
+def test_a_later_sink_has_no_queue_before_the_batches_sealed_earlier_are_fanned_out(box: Path) -> None:
+    """Also if that takes several groups: these batches are not for the later sink."""
     place, clock = open_directory(box), ManualClock()
     ledger = LedgerWriter(place, clock)
     (box / "sink-warehouse").mkdir()

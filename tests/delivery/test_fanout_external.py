@@ -1,4 +1,4 @@
-"""Several sinks where another process delivers, each at the pace of its destination, and of different kinds."""
+"""Several sinks that another process delivers to, each at the pace of its destination, and of different kinds."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def database(box: Path, name: str) -> str:
     return f"sqlite:///{box.parent}/{name}.db"
 
 
-def test_a_child_delivers_to_all_of_them_and_tells_of_each(box: Path) -> None:
-    """One that is down holds back nobody there either; killed, the next child goes on for both."""
+def test_a_child_delivers_to_all_sinks_and_reports_each(box: Path) -> None:
+    """A sink that is down holds back no other; if the child is killed, the next one continues for both."""
     with Server(always(BUSY_RESPONSE)) as server:
         sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, deliver="process", flush_interval=0.05, backoff_max=0.05) as outbox:
@@ -62,8 +62,8 @@ def test_a_child_delivers_to_all_of_them_and_tells_of_each(box: Path) -> None:
     balanced_totals(box)
 
 
-def test_who_only_stores_sees_how_each_sink_stands(box: Path) -> None:
-    """`deliver="external"`, and `pillarbox deliver` beside it."""
+def test_a_process_that_only_stores_sees_the_state_of_each_sink(box: Path) -> None:
+    """`deliver="external"`, with `pillarbox deliver` running."""
     with Outbox(str(box), deliver="external", flush_interval=0.05) as outbox:
         enqueue_files(outbox, 2)
         assert outbox.stats().sinks == {}
@@ -81,14 +81,14 @@ def test_who_only_stores_sees_how_each_sink_stands(box: Path) -> None:
     assert stored_event_ids(box.parent / "w.db") == event_ids(20)
 
 
-def test_another_process_makes_its_own_sinks(box: Path) -> None:
-    """It cannot be handed an object, also not as one of several."""
+def test_another_process_builds_its_own_sinks(box: Path) -> None:
+    """It cannot be given an object, also not as one of several."""
     with pytest.raises(ConfigurationError, match="a Sink object cannot be used in another process"):
         Outbox(str(box), sinks={"mine": RecordingSink(), "warehouse": database(box, "w")}, deliver="process")
 
 
-def test_each_sink_is_delivered_by_whoever_has_its_queue(box: Path) -> None:
-    """One process hands over, two deliver: nobody needs both locks."""
+def test_each_sink_is_delivered_by_the_process_that_holds_its_queue(box: Path) -> None:
+    """One process fans out, two deliver: none needs both locks."""
     script = (
         "import sys, threading; from pillarbox import Outbox\n"
         "outbox = Outbox(sys.argv[1], sink=sys.argv[2], flush_interval=0.05); outbox.__enter__()\n"
@@ -117,8 +117,8 @@ def test_each_sink_is_delivered_by_whoever_has_its_queue(box: Path) -> None:
     balanced_totals(box)
 
 
-def test_the_rate_of_one_sink_is_its_own(box: Path) -> None:
-    """After an outage of one its drain is paced, and the other goes at full speed."""
+def test_each_sink_has_a_rate_of_its_own(box: Path) -> None:
+    """After an outage of one sink its drain is paced, and the other goes at full speed."""
     down = threading.Event()
     down.set()
     with Server() as server:

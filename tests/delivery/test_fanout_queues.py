@@ -1,4 +1,4 @@
-"""The queues of several sinks as they come, go and are shared: full disks, other processes, sinks that are new or left out."""
+"""The queues of several sinks as they are added, removed and shared: full disks, other processes, sinks that are new or left out."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def pillarbox(box: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def put_for_a_while(outbox: Outbox, first: int, least: int, goes_on: Callable[[], bool] = lambda: True) -> list[str]:
-    """Files of ten, each when it `goes_on`, until so many events were given up; what was accepted."""
+def enqueue_until_evicted(outbox: Outbox, first: int, least: int, goes_on: Callable[[], bool] = lambda: True) -> list[str]:
+    """Enqueue files of ten, each when it `goes_on`, until so many events were evicted; what was accepted."""
     accepted = []
     for number in range(first, 100_000):
         if outbox.enqueue(event(number)):
@@ -70,11 +70,13 @@ def put_for_a_while(outbox: Outbox, first: int, least: int, goes_on: Callable[[]
     raise AssertionError("nothing is given up")
 
 
-def test_eviction_gives_a_file_up_for_all_sinks_that_wait_for_it(box: Path) -> None:
-    """The disk stays within its limit, the sink that is well misses nothing, and every account says what went."""
+def test_an_eviction_deletes_a_file_for_all_sinks_that_wait_for_it(box: Path) -> None:
+    """The directory stays within its limit, the healthy sink misses nothing, and every ledger has the evictions."""
     sinks = {"live": closed_port_url(), "slow": closed_port_url(), "warehouse": database(box, "warehouse")}
     with Outbox(str(box), sinks=sinks, when_full="drop_oldest", max_bytes=30_000, flush_interval=0.05) as outbox:
-        accepted = put_for_a_while(outbox, 0, 200, lambda: not batch_files(box) and not batch_files(box / "sink-warehouse"))
+        accepted = enqueue_until_evicted(
+            outbox, 0, 200, lambda: not batch_files(box) and not batch_files(box / "sink-warehouse")
+        )
         wait_until(lambda: stored_event_ids(box.parent / "warehouse.db") == accepted)
         wait_until(
             lambda: (
@@ -89,7 +91,7 @@ def test_eviction_gives_a_file_up_for_all_sinks_that_wait_for_it(box: Path) -> N
     assert found == {"live": (evicted, left), "slow": (evicted, left), "warehouse": (0, 0)}
 
 
-def test_a_file_that_one_sink_is_sending_is_not_given_up_for_any(box: Path) -> None:
+def test_a_file_that_one_sink_is_sending_is_not_evicted_for_any(box: Path) -> None:
     """However much comes after it."""
     asked: list[Request] = []
 
@@ -104,7 +106,7 @@ def test_a_file_that_one_sink_is_sending_is_not_given_up_for_any(box: Path) -> N
             enqueue_events(outbox, 1)
             wait_until(lambda: bool(asked))
             (sent,) = batch_files(box / "sink-live")
-            put_for_a_while(outbox, 1, 50)
+            enqueue_until_evicted(outbox, 1, 50)
             assert sent in batch_files(box / "sink-live")
             assert sent in batch_files(box / "sink-slow")
             outbox.close(0.1)
@@ -113,8 +115,8 @@ def test_a_file_that_one_sink_is_sending_is_not_given_up_for_any(box: Path) -> N
 
 
 @pytest.fixture
-def other(box: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that hands over and delivers to both sinks, until it is killed."""
+def other_process(box: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that fans out and delivers to both sinks, until it is killed."""
     command = [sys.executable, "-c", DELIVER + HOLD, str(box), json.dumps(two(box))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
@@ -124,20 +126,20 @@ def other(box: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_when_the_process_that_delivers_is_killed_another_takes_over_all_of_it(box: Path, other: subprocess.Popen[str]) -> None:
-    """What it had handed over, and what it had not; within about a second, and without being asked."""
-    wait_until(lambda: (beat := read_heartbeat(open_directory(box))) is not None and beat.pid == other.pid)
+def test_after_the_delivering_process_is_killed_another_takes_over(box: Path, other_process: subprocess.Popen[str]) -> None:
+    """What it had fanned out and what it had not, within about a second, and without being told."""
+    wait_until(lambda: (beat := read_heartbeat(open_directory(box))) is not None and beat.pid == other_process.pid)
     with Outbox(str(box), sinks=two(box), flush_interval=0.05, batch_size=10) as outbox:
         enqueue_events(outbox, 200)
         assert outbox.flush(60)
         wait_until(lambda: {sink.state.name for sink in outbox.stats().sinks.values()} == {"standby"})
         assert outbox.stats().delivered == 0
-        other.send_signal(signal.SIGSTOP)  # it holds its locks, and does nothing with them
-        os.waitpid(other.pid, os.WUNTRACED)
+        other_process.send_signal(signal.SIGSTOP)  # it holds its locks, and does nothing with them
+        os.waitpid(other_process.pid, os.WUNTRACED)
         enqueue_events(outbox, 200, 200)
         assert not outbox.flush(0.2)
-        os.kill(other.pid, signal.SIGKILL)
-        other.wait()
+        os.kill(other_process.pid, signal.SIGKILL)
+        other_process.wait()
         wait_until(lambda: not open_directory(box).waiting_batch_ids())
         assert outbox.flush(60)
         assert {name: sink.delivered for name, sink in outbox.stats().sinks.items()} == {"live": 200, "warehouse": 200}
@@ -145,8 +147,8 @@ def test_when_the_process_that_delivers_is_killed_another_takes_over_all_of_it(b
     balanced_totals(box)
 
 
-def test_a_sink_that_is_named_later_gets_what_is_sealed_from_then_on(box: Path) -> None:
-    """What waits for another one is not for it."""
+def test_a_sink_that_is_added_later_gets_the_batches_sealed_from_then_on(box: Path) -> None:
+    """Batches that wait for another sink are not for it."""
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         enqueue_files(outbox, 3)
         wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
@@ -159,8 +161,8 @@ def test_a_sink_that_is_named_later_gets_what_is_sealed_from_then_on(box: Path) 
     balanced_totals(box)
 
 
-def test_one_that_was_added_before_begins_with_what_waits(box: Path) -> None:
-    """Of the queue of another, and what no queue has yet; the accounts of both have it."""
+def test_a_sink_added_with_the_command_begins_with_the_backlog(box: Path) -> None:
+    """Of another sink's queue, and what no queue has yet; both ledgers have it."""
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         enqueue_files(outbox, 3)
         wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
@@ -177,7 +179,7 @@ def test_one_that_was_added_before_begins_with_what_waits(box: Path) -> None:
     balanced_totals(box)
 
 
-def test_several_sinks_in_the_place_of_one_begin_with_all_that_waits(box: Path) -> None:
+def test_several_sinks_that_replace_a_single_one_begin_with_all_that_waits(box: Path) -> None:
     """A directory that had a single sink so far."""
     with Outbox(str(box), sink=closed_port_url()) as outbox:
         enqueue_files(outbox, 3)
@@ -187,8 +189,8 @@ def test_several_sinks_in_the_place_of_one_begin_with_all_that_waits(box: Path) 
     balanced_totals(box)
 
 
-def test_a_single_sink_takes_nothing_from_queues_and_says_so(box: Path) -> None:
-    """Neither from them, nor what is sealed meanwhile; named among several, it goes on."""
+def test_a_single_sink_takes_nothing_from_queues_and_reports_it(box: Path) -> None:
+    """Neither from the queues nor what is sealed meanwhile; as one of several it continues."""
     with Outbox(str(box), sinks={"live": closed_port_url(), "warehouse": closed_port_url()}) as outbox:
         enqueue_files(outbox, 2)
         wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 2)
@@ -205,8 +207,8 @@ def test_a_single_sink_takes_nothing_from_queues_and_says_so(box: Path) -> None:
     assert stored_event_ids(box.parent / "live.db") == stored_event_ids(box.parent / "warehouse.db") == event_ids(30)
 
 
-def test_a_queue_that_is_left_out_goes_on_filling_and_is_named(box: Path) -> None:
-    """Degraded, with the command that puts an end to it; the others are delivered."""
+def test_a_queue_whose_sink_is_left_out_fills_up_and_is_named(box: Path) -> None:
+    """Degraded, with the command that removes it; the others are delivered."""
     with Outbox(str(box), sinks=two(box)) as outbox:
         enqueue_files(outbox, 1)
         assert outbox.flush(60)
@@ -228,7 +230,7 @@ def test_a_queue_that_is_left_out_goes_on_filling_and_is_named(box: Path) -> Non
     balanced_totals(box)
 
 
-def test_a_renamed_queue_is_the_other_sinks(box: Path) -> None:
+def test_a_renamed_queue_belongs_to_the_new_sink(box: Path) -> None:
     """With all that waits in it."""
     with Outbox(str(box), sinks={"live": closed_port_url(), "warehouse": database(box, "warehouse")}) as outbox:
         enqueue_files(outbox, 3)
@@ -241,8 +243,8 @@ def test_a_renamed_queue_is_the_other_sinks(box: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [("remove", "live"), ("rename", "live", "fresh")])
-def test_a_sink_may_be_called_as_one_was_before(box: Path, change: tuple[str, ...]) -> None:
-    """What was handed over to the old one is not missing in the account of the new one."""
+def test_a_sink_may_have_the_name_of_an_earlier_one(box: Path, change: tuple[str, ...]) -> None:
+    """What was fanned out to the old sink is not missing in the counts of the new one."""
     sinks = {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
     with Outbox(str(box), sinks=sinks) as outbox:
         enqueue_files(outbox, 1)
@@ -255,8 +257,8 @@ def test_a_sink_may_be_called_as_one_was_before(box: Path, change: tuple[str, ..
     assert balanced_totals(box)["live"].delivered == 10
 
 
-def test_the_last_queue_is_handed_back_to_a_single_sink(box: Path) -> None:
-    """Which then delivers what waited there."""
+def test_the_batches_of_the_last_queue_return_to_a_single_sink(box: Path) -> None:
+    """It then delivers what waited there."""
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         enqueue_files(outbox, 3)
         wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
@@ -271,8 +273,8 @@ def test_the_last_queue_is_handed_back_to_a_single_sink(box: Path) -> None:
     balanced_totals(box)
 
 
-def test_a_forked_child_stores_and_delivers_to_all_of_them(box: Path) -> None:
-    """What the parent had is the parent's; nobody gets anything twice."""
+def test_a_forked_child_stores_and_delivers_to_all_sinks(box: Path) -> None:
+    """What the parent had stays the parent's; no sink gets anything twice."""
     script = DELIVER + (
         "import os; from tests.conftest import event\n"
         "outbox = Outbox(sys.argv[1], sinks=json.loads(sys.argv[2]), flush_interval=0.05)\n"

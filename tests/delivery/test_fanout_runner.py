@@ -46,8 +46,8 @@ def two(box: Path) -> dict[str, str]:
     return {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
 
 
-def test_each_sink_gets_everything_and_the_disk_is_free_afterwards(box: Path) -> None:
-    """Two databases, several files; what waits is nothing, and all accounts balance."""
+def test_each_sink_gets_everything_and_no_file_is_left(box: Path) -> None:
+    """Two databases, several files; nothing waits, and all counts balance."""
     with Outbox(str(box), sinks=two(box), batch_size=50) as outbox:
         enqueue_events(outbox, 1000)
         assert outbox.flush(60)
@@ -62,8 +62,8 @@ def test_each_sink_gets_everything_and_the_disk_is_free_afterwards(box: Path) ->
 
 
 @pytest.mark.parametrize("how", ["refuses connections", "answers 503", "never answers"])
-def test_a_sink_that_is_down_holds_back_nobody_and_catches_up(box: Path, how: str) -> None:
-    """Its state names it, the other's is well; what waits counts once; once it is back it gets all of it once."""
+def test_a_sink_that_is_down_holds_back_no_other_and_catches_up(box: Path, how: str) -> None:
+    """Its state names it, the other one is healthy; what waits counts once; once it is back it gets everything once."""
     with Server(always(BUSY_RESPONSE if how == "answers 503" else HANG)) as server:
         url = closed_port_url() if how == "refuses connections" else server.url("#timeout=0.5")
         sinks = {"live": url, "warehouse": database(box, "warehouse")}
@@ -94,7 +94,7 @@ def test_a_sink_that_is_down_holds_back_nobody_and_catches_up(box: Path, how: st
 
 
 def test_each_sink_has_dead_letters_of_its_own(box: Path) -> None:
-    """What one refuses the other has; the dead letters are in the queue of who refused, and its account has them."""
+    """A record that one sink rejects the other has; the dead letters are in the queue of the first, and its ledger has them."""
     with Server(reject_poison) as server:
         sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, batch_size=10) as outbox:
@@ -110,8 +110,8 @@ def test_each_sink_has_dead_letters_of_its_own(box: Path) -> None:
     assert (rows["live"].dead, rows["live"].delivered, rows["warehouse"].dead) == (5, 45, 0)
 
 
-def test_a_sink_object_may_be_among_them(box: Path) -> None:
-    """An application's own beside a URL."""
+def test_a_sink_object_may_be_one_of_several(box: Path) -> None:
+    """An application's own sink beside a URL."""
     sink = RecordingSink()
     with Outbox(str(box), sinks={"mine": sink, "warehouse": database(box, "warehouse")}, batch_size=10) as outbox:
         enqueue_events(outbox, 30)
@@ -121,7 +121,7 @@ def test_a_sink_object_may_be_among_them(box: Path) -> None:
 
 
 def test_flush_waits_for_every_sink(box: Path) -> None:
-    """One that is slow to accept makes it wait, although the other had it all at once."""
+    """A slow sink makes it wait, although the other had everything at once."""
     slow = RecordingSink([Retry("not yet", after_s=0.3)])
     with Outbox(str(box), sinks={"slow": slow, "warehouse": database(box, "warehouse")}) as outbox:
         enqueue_events(outbox, 10)
@@ -131,7 +131,7 @@ def test_flush_waits_for_every_sink(box: Path) -> None:
 
 
 def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> None:
-    """So `max_bytes` is reached at the bytes that are on disk, and the events beyond it are refused."""
+    """So `max_bytes` is reached at the bytes on disk, and events beyond it are dropped."""
     sinks = {"one": closed_port_url(), "two": closed_port_url(), "three": closed_port_url()}
     with Outbox(str(box), sinks=sinks, max_bytes=20_000, batch_size=20, backoff_max=0.05) as outbox:
         accepted = sum(bool(outbox.enqueue(event(number, scope_id="s" * 100))) for number in range(300))
@@ -151,7 +151,7 @@ def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> Non
 
 
 class SlowToOpen(RecordingSink):
-    """Opens when it is allowed to."""
+    """Opens when the test allows it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,8 +169,8 @@ class SlowToOpen(RecordingSink):
         self.loop.call_soon_threadsafe(self.allowed.set)
 
 
-def test_it_is_stuck_once_one_is_stopped_and_the_others_have_nothing_to_do(box: Path) -> None:
-    """Not while another has yet to begin, however long that takes."""
+def test_the_runner_is_stopped_once_one_sink_is_stopped_and_the_others_are_idle(box: Path) -> None:
+    """Not while another sink has yet to begin, however long that takes."""
     slow, broken = SlowToOpen(), RecordingSink([Misconfigured("no such table")])
     with Outbox(str(box), sinks={"slow": slow, "broken": broken}) as outbox:
         enqueue_files(outbox, 2)
@@ -183,8 +183,8 @@ def test_it_is_stuck_once_one_is_stopped_and_the_others_have_nothing_to_do(box: 
         assert (len(slow.payloads), len(broken.payloads)) == (20, 0)
 
 
-def test_what_has_not_begun_can_be_stopped(box: Path) -> None:
-    """As a command is that is interrupted so early."""
+def test_a_runner_that_was_not_started_can_be_stopped(box: Path) -> None:
+    """A command that is interrupted so early does so."""
     one_and_several: list[dict[str, object]] = [{"sink": "sqlite:///a.db"}, {"sinks": two(box)}]
     for sinks in one_and_several:
         settings = resolve({"directory": str(box)} | sinks, {}, None)

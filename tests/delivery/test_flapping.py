@@ -1,4 +1,4 @@
-"""A deploy that comes and goes: how much of what is good it may cost, in dead letters, in calls, and in silence."""
+"""A bad deploy that comes and goes: how many dead letters, calls and silent minutes it may cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
 from tests.delivery.test_hostile_sinks import delivering
-from tests.delivery.test_rejected_batches import calls_a_try, dead_in
+from tests.delivery.test_rejected_batches import calls_per_attempt, dead_in
 from tests.delivery.worker_setup import REJECTION, MovingClock, make_worker, remaining_files, seal_batch
 
 RULES = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.03, backoff=Backoff(base_s=0.001, max_s=0.002))
@@ -27,7 +27,7 @@ PER_SUCCESS_MAX = RULES.stop_after_rejected_batches  # batches that one success 
 
 
 class Flapping(RecordingSink):
-    """Refuses everything, but for so many calls as it is told to accept."""
+    """Rejects everything, except for as many calls as the test allows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,13 +45,13 @@ class Flapping(RecordingSink):
         return await super().deliver(batch)
 
 
-def put_off(worker: Worker) -> int:
-    """How many batches are; its thread goes on putting them off."""
+def deferred_count(worker: Worker) -> int:
+    """How many batches are deferred; the worker's thread may defer more."""
     return len(worker._poison_tracker._deferred)
 
 
 def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
-    """Wait until so many were accepted and it has stopped since, after another look at the destination."""
+    """Wait until so many calls were accepted and the worker has stopped since, after another attempt."""
     # The sink knows of a success before the worker has heard of it, which is still stopped then.
     wait_until(lambda: len(sink.batches) >= successes)
     wait_until(lambda: sink.calls_since > 0 and worker.state.name == "stopped")
@@ -59,22 +59,22 @@ def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
 
 
 @pytest.mark.parametrize(("batches", "records"), [(30, 1), (30, 20), (100, 20)])
-def test_one_success_gives_up_few_of_the_batches_that_wait(place: Directory, batches: int, records: int) -> None:
-    """However many were put off before it, with others behind them or not: then delivery stops again, and says so."""
+def test_one_acceptance_dead_letters_few_of_the_deferred_batches(place: Directory, batches: int, records: int) -> None:
+    """However many were deferred before it, with others behind them or not; then delivery stops again and reports it."""
     for stamp in range(1, batches + 1):
         seal_batch(place, stamp, *[b'"good %d %d"' % (stamp, number) for number in range(records)])
     sink = Flapping()
     worker = make_worker(place, sink, config=RULES)
     with delivering(worker):
-        wait_until(lambda: put_off(worker) >= 30)
+        wait_until(lambda: deferred_count(worker) >= 30)
         sink.accepts = 1
         stopped_again(worker, sink, 1)
         assert len(dead_in(place)) <= PER_SUCCESS_MAX * records
         assert len(sink.payloads) + len(dead_in(place)) + len(place.batch_names()) * records == batches * records
 
 
-def test_a_deploy_that_flaps_gives_up_few_batches_a_flap_and_the_others_arrive(place: Directory) -> None:
-    """Once it is over, all that was not given up is delivered, and all is well."""
+def test_a_flapping_deploy_dead_letters_few_batches_each_time_and_the_others_arrive(place: Directory) -> None:
+    """Once it is over, all other batches are delivered, and the worker is idle."""
     flaps = 4
     for stamp in range(1, 41):
         seal_batch(place, stamp, b'"%d"' % stamp)
@@ -94,36 +94,38 @@ def test_a_deploy_that_flaps_gives_up_few_batches_a_flap_and_the_others_arrive(p
 
 
 def test_a_flap_costs_few_calls_a_batch(place: Directory) -> None:
-    """What is proven may be halved to the end, so long as it is judged; the others are put off early, each time."""
+    """A batch that is about to be decided may be halved to the end; the others are deferred early, each time."""
     for stamp in range(1, 13):
         seal_batch(place, stamp, *[b'"%d %d"' % (stamp, number) for number in range(500)])
     sink = Flapping()
     worker = make_worker(place, sink, config=RULES)
     with delivering(worker):
-        wait_until(lambda: put_off(worker) == 12)
-        assert max(calls_a_try(sink)) <= CALLS_MAX
+        wait_until(lambda: deferred_count(worker) == 12)
+        assert max(calls_per_attempt(sink)) <= CALLS_MAX
         sink.accepts = 1
         stopped_again(worker, sink, 1)
         given_up = len([name for name in remaining_files(place) if layout.kind_of(name) is layout.Kind.DEAD])
         assert given_up <= PER_SUCCESS_MAX
-        assert len([calls for calls in calls_a_try(sink) if calls > CALLS_MAX]) == given_up
+        assert len([calls for calls in calls_per_attempt(sink) if calls > CALLS_MAX]) == given_up
 
 
-def test_a_batch_that_is_refused_again_and_again_costs_a_bounded_number_of_calls(place: Directory) -> None:
-    """Each time that the destination is asked."""
+def test_a_batch_that_is_always_rejected_costs_a_bounded_number_of_calls(place: Directory) -> None:
+    """At each attempt."""
     batch = seal_batch(place, 1, *[b'"%d"' % number for number in range(500)])
     sink = Flapping()
     worker = make_worker(place, sink, config=RULES._replace(recheck_s=60.0))
     with delivering(worker):
         wait_until(lambda: worker.state.name == "degraded")
-        assert calls_a_try(sink) == [len(sink.calls)]
+        assert calls_per_attempt(sink) == [len(sink.calls)]
         assert len(sink.calls) <= CALLS_MAX
     assert remaining_files(place) == [batch + layout.SUFFIX]
 
 
 @pytest.mark.parametrize("first_only", [False, True])
-def test_records_that_are_named_one_a_call_cost_a_bounded_number_of_calls(place: Directory, *, first_only: bool) -> None:
-    """A destination that names only the first it refuses, of records that are all refused, is halved no further either."""
+def test_a_destination_that_names_one_rejected_record_a_call_costs_a_bounded_number_of_calls(
+    place: Directory, *, first_only: bool
+) -> None:
+    """Such a batch, all of whose records are rejected, is not halved to the end either."""
 
     class Naming(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -135,13 +137,13 @@ def test_records_that_are_named_one_a_call_cost_a_bounded_number_of_calls(place:
     worker = make_worker(place, sink, config=RULES._replace(recheck_s=60.0))
     with delivering(worker):
         wait_until(lambda: worker.state.name == "degraded")
-        assert calls_a_try(sink) == [len(sink.calls)]
+        assert calls_per_attempt(sink) == [len(sink.calls)]
         assert len(sink.calls) <= CALLS_MAX
     assert remaining_files(place) == [batch + layout.SUFFIX]
 
 
-def test_a_deploy_that_goes_bad_in_the_middle_of_a_batch_gives_up_none_of_it(place: Directory) -> None:
-    """Where repeats are told, the batch is put off as a whole; once the deploy is mended, all of it arrives."""
+def test_a_deploy_that_turns_bad_in_the_middle_of_a_batch_dead_letters_nothing(place: Directory) -> None:
+    """If the destination deduplicates, the batch is deferred as a whole; once the deploy is fixed, all of it arrives."""
 
     class Halfway(Flapping):
         mended = False
@@ -160,7 +162,7 @@ def test_a_deploy_that_goes_bad_in_the_middle_of_a_batch_gives_up_none_of_it(pla
     worker = make_worker(place, sink, config=RULES)
     with delivering(worker):
         stopped_again(worker, sink, 1)
-        tries = calls_a_try(sink)
+        tries = calls_per_attempt(sink)
         assert tries[0] <= CALLS_MAX_WITH_GOOD_ONES
         assert max(tries[1:]) <= CALLS_MAX
         assert dead_in(place) == []
@@ -169,8 +171,8 @@ def test_a_deploy_that_goes_bad_in_the_middle_of_a_batch_gives_up_none_of_it(pla
     assert (set(sink.payloads), dead_in(place)) == (set(everything), [])
 
 
-def test_a_stop_that_a_call_under_way_has_ended_is_not_told(place: Directory) -> None:
-    """Three are refused while a fourth is on its way, and is accepted: no outage, and no wait."""
+def test_a_stop_that_a_call_in_flight_has_ended_is_not_reported(place: Directory) -> None:
+    """Three batches are rejected while a fourth is in flight and is accepted: delivery neither stops nor waits."""
 
     class Mixed(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -197,8 +199,8 @@ def test_a_stop_that_a_call_under_way_has_ended_is_not_told(place: Directory) ->
 @pytest.mark.parametrize(
     "answer", [Rejected(REJECTION), PartialFailure({0: REJECTION}, None), Retry("not now")], ids=["refused", "named", "not now"]
 )
-def test_an_age_limit_comes_whatever_the_destination_says(place: Directory, answer: DeliveryResult) -> None:
-    """Also where it refuses instead of asking for time: not before the limit has had time to prove itself."""
+def test_the_age_limit_applies_whatever_the_destination_answers(place: Directory, answer: DeliveryResult) -> None:
+    """Also if it rejects instead of asking for time, but not before the batch has failed for long enough."""
     clock = MovingClock()
     begun = clock.monotonic()
 

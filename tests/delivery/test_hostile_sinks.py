@@ -1,4 +1,4 @@
-"""Sinks are anybody's code: whatever they answer, raise or leave undone, delivery goes on, says so, and loses nothing."""
+"""Any code may be a sink: whatever it answers, raises or fails to do, delivery goes on, reports it, and loses nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LONE = "caf\udce9"  # what `surrogateescape` makes of bytes that are no UTF-8
 
 @contextlib.contextmanager
 def delivering(worker: Worker) -> Iterator[ThreadRunner]:
-    """Have it deliver in its thread."""
+    """Run a worker in its thread."""
     thread = ThreadRunner(worker)
     thread.start()
     try:
@@ -54,19 +54,19 @@ def delivering(worker: Worker) -> Iterator[ThreadRunner]:
 
 
 def deliver_all(worker: Worker) -> None:
-    """Deliver until nothing waits; a worker that never gets there is ended all the same."""
+    """Deliver until nothing waits; ends the worker even if it never gets there."""
     with delivering(worker):
         assert worker.idle.wait(60)
 
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ends the loop has it begin again at once."""
+    """A worker that has failed is restarted at once."""
     monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
 
 
 class Answering(RecordingSink):
-    """Gives one answer to every call."""
+    """Gives the same answer to every call."""
 
     def __init__(self, answer: object, *, confirms: bool = False) -> None:
         super().__init__(needs_confirmation=confirms, unconfirmed_max=4)
@@ -95,8 +95,8 @@ class Answering(RecordingSink):
     ],
     ids=repr,
 )
-def test_an_answer_that_cannot_be_stops_delivery_after_one_call(place: Directory, answer: object) -> None:
-    """Nothing is settled on it, and the destination is not asked without a pause."""
+def test_an_impossible_answer_stops_delivery_after_one_call(place: Directory, answer: object) -> None:
+    """Nothing is settled because of it, and the destination is not called without a pause."""
     batch = seal_batch(place, 1, b"1", b"2")
     sink = Answering(answer)
     worker = make_worker(place, sink, config=ONCE)
@@ -108,8 +108,8 @@ def test_an_answer_that_cannot_be_stops_delivery_after_one_call(place: Directory
 
 
 @pytest.mark.parametrize("after", [-5.0, float("nan"), float("inf")])
-def test_a_time_that_cannot_be_waited_for_is_ours(place: Directory, after: float) -> None:
-    """Neither without a pause nor for ever."""
+def test_an_impossible_retry_time_is_replaced_by_the_backoff(place: Directory, after: float) -> None:
+    """Neither no pause nor an endless one."""
     seal_batch(place, 1, b"1")
     sink = Answering(Retry("not now", after))
     worker = make_worker(place, sink, config=ONCE._replace(backoff=Backoff(base_s=9_000.0, max_s=9_000.0)))
@@ -120,8 +120,8 @@ def test_a_time_that_cannot_be_waited_for_is_ours(place: Directory, after: float
     assert len(sink.calls) == 1
 
 
-def test_an_index_before_the_part_condemns_no_record_that_was_accepted(place: Directory) -> None:
-    """The second half of a batch cannot be refused by what stands in the first."""
+def test_an_index_outside_the_part_dead_letters_no_accepted_record(place: Directory) -> None:
+    """An answer to the second half of a batch cannot reject a record of the first."""
 
     class Wrong(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -138,7 +138,7 @@ def test_an_index_before_the_part_condemns_no_record_that_was_accepted(place: Di
 
 
 class Faulty(RecordingSink):
-    """Raises once in one of its methods, and is well afterwards."""
+    """Raises once in one of its methods, and works afterwards."""
 
     def __init__(self, where: str, error: BaseException) -> None:
         super().__init__(needs_confirmation=True, unconfirmed_max=2)
@@ -177,7 +177,7 @@ class Faulty(RecordingSink):
 )
 @pytest.mark.parametrize("where", ["open", "prepare", "deliver", "confirm", "close"])
 def test_whatever_a_sink_raises_everything_arrives(place: Directory, where: str, error: BaseException) -> None:
-    """The thread lives on, and each record is taken once."""
+    """The thread lives on, and each record is delivered once."""
     stamps = range(1, 6)
     for stamp in stamps:
         seal_batch(place, stamp, b"%d" % stamp)
@@ -191,8 +191,8 @@ def test_whatever_a_sink_raises_everything_arrives(place: Directory, where: str,
     assert (remaining_files(place), worker.counters.delivered, worker.lease.is_held) == ([], 5, False)
 
 
-def test_a_call_that_the_sink_cancels_itself_is_made_again(place: Directory) -> None:
-    """It is an answer like others, and no end of the loop."""
+def test_a_call_that_the_sink_cancels_itself_is_retried(place: Directory) -> None:
+    """It counts as an answer, and does not end the loop."""
     seal_batch(place, 1, b"1")
     sink = Faulty("deliver", asyncio.CancelledError())
     worker = make_worker(place, sink)
@@ -200,8 +200,8 @@ def test_a_call_that_the_sink_cancels_itself_is_made_again(place: Directory) -> 
     assert (worker.last_error, sink.open_count, sink.payloads) == ("the sink cancelled its own call", 1, [b"1"])
 
 
-def test_a_prepare_that_raises_repeats_no_call_that_is_under_way(place: Directory) -> None:
-    """What is prepared is the next batch; this one is not to suffer."""
+def test_a_prepare_that_raises_does_not_repeat_the_call_in_flight(place: Directory) -> None:
+    """It prepares the next batch; the current one must not suffer."""
     for stamp in range(1, 4):
         seal_batch(place, stamp, b"%d" % stamp)
     begun: list[str] = []
@@ -217,7 +217,7 @@ def test_a_prepare_that_raises_repeats_no_call_that_is_under_way(place: Director
 
 
 class Deaf(RecordingSink):
-    """Goes on with a call that was given up until it is let go; counts how many are under way at once."""
+    """Continues a cancelled call until the test releases it; counts how many calls are in flight."""
 
     def __init__(self, *, accepts: bool) -> None:
         super().__init__()
@@ -239,8 +239,8 @@ class Deaf(RecordingSink):
         return await super().deliver(batch)
 
 
-def test_a_call_that_is_given_up_does_not_overlap_the_next(place: Directory) -> None:
-    """A sink that takes one call at a time gets the next once the former has ended."""
+def test_a_call_that_timed_out_does_not_overlap_the_next(place: Directory) -> None:
+    """A sink that takes one call at a time gets the next one after the first has ended."""
     seal_batch(place, 1, b"1")
     sink = Deaf(accepts=False)
     worker = make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05))
@@ -253,8 +253,8 @@ def test_a_call_that_is_given_up_does_not_overlap_the_next(place: Directory) -> 
     assert (sink.most, remaining_files(place)) == (1, [])
 
 
-def test_an_answer_that_comes_while_the_call_is_given_up_counts(place: Directory) -> None:
-    """What has arrived is not sent again."""
+def test_an_answer_that_comes_while_the_call_is_cancelled_counts(place: Directory) -> None:
+    """What was delivered is not sent again."""
     seal_batch(place, 1, b"1")
     sink = Deaf(accepts=True)
     deliver_all(make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05)))
@@ -262,7 +262,7 @@ def test_an_answer_that_comes_while_the_call_is_given_up_counts(place: Directory
 
 
 @pytest.mark.parametrize("where", ["open", "confirm"])
-def test_what_hangs_is_given_up_and_tried_again(place: Directory, where: str) -> None:
+def test_a_method_that_hangs_is_cancelled_and_retried(place: Directory, where: str) -> None:
     """Each wait for a sink is bounded."""
 
     class Hanging(RecordingSink):
@@ -289,8 +289,8 @@ def test_what_hangs_is_given_up_and_tried_again(place: Directory, where: str) ->
 
 
 @pytest.mark.parametrize("sure", [-1, 3, None, "2", 0.5])
-def test_a_confirmation_that_cannot_be_settles_nothing(place: Directory, sure: object) -> None:
-    """The set-up is at fault; once it is mended, what was sent is sent again."""
+def test_an_impossible_confirmation_settles_nothing(place: Directory, sure: object) -> None:
+    """It is a misconfiguration; once the sink is fixed, the batches are sent again."""
     asked: list[int] = []
 
     class Unsure(RecordingSink):
@@ -316,8 +316,8 @@ def test_a_confirmation_that_cannot_be_settles_nothing(place: Directory, sure: o
 
 
 @pytest.mark.parametrize("confirms", [False, True])
-def test_a_refusal_in_any_text_becomes_a_dead_letter(place: Directory, *, confirms: bool) -> None:
-    """Also one that no file could hold as it is."""
+def test_a_rejection_with_any_text_becomes_a_dead_letter(place: Directory, *, confirms: bool) -> None:
+    """Also text that cannot be encoded."""
     batch = seal_batch(place, 1, b'"good"', b'"bad"')
     worker = make_worker(place, Answering(PartialFailure({1: Rejection(LONE, LONE)}, 1), confirms=confirms))
     deliver_all(worker)
@@ -331,8 +331,8 @@ def test_a_refusal_in_any_text_becomes_a_dead_letter(place: Directory, *, confir
 @pytest.mark.parametrize(
     "error", [OSError(LONE), SinkUnusableError(LONE), UnconfirmedError(LONE)], ids=["error", "unusable", "unconfirmed"]
 )
-def test_what_is_raised_in_any_text_is_told(place: Directory, where: str, error: Exception) -> None:
-    """In the state and in the heartbeat; then everything arrives."""
+def test_an_exception_with_any_text_is_reported(place: Directory, where: str, error: Exception) -> None:
+    """In the state and in the heartbeat; then everything is delivered."""
     seal_batch(place, 1, b"1")
     sink = Faulty(where, error)
     worker = make_worker(place, sink)
@@ -345,7 +345,7 @@ def test_what_is_raised_in_any_text_is_told(place: Directory, where: str, error:
 
 
 @pytest.mark.parametrize("answer", [Retry(LONE), Misconfigured(LONE)], ids=["retry", "misconfigured"])
-def test_an_answer_in_any_text_is_told(place: Directory, answer: DeliveryResult) -> None:
+def test_an_answer_with_any_text_is_reported(place: Directory, answer: DeliveryResult) -> None:
     """It delays the batch, and nothing else."""
     seal_batch(place, 1, b"1")
     sink = RecordingSink([answer])

@@ -1,4 +1,4 @@
-"""Several batches at once, and the time that a destination asks for."""
+"""Several requests in flight, and a destination that asks for time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.02, backoff=Backoff(bas
 
 
 class Slow(RecordingSink):
-    """Takes its time, longer for the earlier batches; counts how many calls are under way at once."""
+    """Takes its time, longer for the earlier batches; counts how many calls are in flight."""
 
     def __init__(self, *, concurrent: bool = True, confirms: bool = False) -> None:
         super().__init__(needs_confirmation=confirms, unconfirmed_max=16)
@@ -41,7 +41,7 @@ class Slow(RecordingSink):
 
 @pytest.mark.parametrize("confirms", [False, True])
 def test_several_batches_are_sent_at_once_and_each_is_settled_by_itself(place: Directory, *, confirms: bool) -> None:
-    """Never more than asked for; out of order, and none is missing."""
+    """Never more than configured; out of order, and none is missing."""
     for stamp in range(1, 41):
         seal_batch(place, stamp, b"%d" % stamp)
     sink = Slow(confirms=confirms)
@@ -54,7 +54,7 @@ def test_several_batches_are_sent_at_once_and_each_is_settled_by_itself(place: D
 
 
 def test_a_sink_that_takes_one_batch_at_a_time_gets_one(place: Directory) -> None:
-    """Whatever was asked for; then they arrive in order."""
+    """Whatever is configured; the batches arrive in order."""
     for stamp in range(1, 11):
         seal_batch(place, stamp, b"%d" % stamp)
     sink = Slow(concurrent=False)
@@ -62,8 +62,8 @@ def test_a_sink_that_takes_one_batch_at_a_time_gets_one(place: Directory) -> Non
     assert (sink.most, sink.payloads) == (1, [b"%d" % stamp for stamp in range(1, 11)])
 
 
-def test_when_the_destination_asks_for_time_all_that_are_under_way_give_it(place: Directory) -> None:
-    """None calls before the time that it named."""
+def test_if_the_destination_asks_for_time_all_requests_in_flight_wait(place: Directory) -> None:
+    """None calls before that time."""
 
     class Busy(Slow):
         def __init__(self) -> None:
@@ -92,8 +92,8 @@ def test_when_the_destination_asks_for_time_all_that_are_under_way_give_it(place
     assert sorted(sink.payloads, key=int) == [b"%d" % stamp for stamp in range(1, 21)]
 
 
-def test_one_that_fails_does_not_keep_the_others_from_being_settled(place: Directory) -> None:
-    """Whatever each of them is answered, every record arrives once or is a dead letter."""
+def test_a_failing_request_does_not_keep_the_others_from_being_settled(place: Directory) -> None:
+    """Whatever the answers are, every record arrives once or becomes a dead letter."""
 
     class Random(Slow):
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -115,8 +115,8 @@ def test_one_that_fails_does_not_keep_the_others_from_being_settled(place: Direc
     assert (remaining_files(place), worker.counters.dead) == ([], 0)
 
 
-def test_told_to_end_it_finishes_the_calls_that_are_under_way(place: Directory) -> None:
-    """What they have taken is settled; the rest stays."""
+def test_a_worker_that_is_told_to_end_finishes_the_calls_in_flight(place: Directory) -> None:
+    """What they delivered is settled; the rest stays."""
 
     class Held(RecordingSink):
         def __init__(self) -> None:
@@ -148,8 +148,8 @@ def test_told_to_end_it_finishes_the_calls_that_are_under_way(place: Directory) 
 
 
 @pytest.mark.parametrize("after", [0.05, 0.2])
-def test_a_time_that_is_named_is_kept_exactly(place: Directory, after: float) -> None:
-    """Never earlier, and not a backoff later, which would be days."""
+def test_the_time_that_a_destination_asks_for_is_kept_exactly(place: Directory, after: float) -> None:
+    """Never earlier, and no backoff is added, which could be days."""
     times: list[float] = []
 
     class Timed(RecordingSink):
@@ -163,8 +163,8 @@ def test_a_time_that_is_named_is_kept_exactly(place: Directory, after: float) ->
     assert after <= times[1] - times[0] < 50.0
 
 
-def test_a_call_that_takes_too_long_is_given_up_and_made_again(place: Directory) -> None:
-    """And says how long was too long."""
+def test_a_call_that_takes_too_long_is_cancelled_and_retried(place: Directory) -> None:
+    """The reason says how long the limit is."""
     hung: list[str] = []
 
     class Hanging(RecordingSink):

@@ -1,4 +1,4 @@
-"""The ledger has a batch, durably, before its file goes; and so it has what is given up."""
+"""The ledger durably has a batch's entry before the file is deleted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.delivery.worker_setup import QUICK_CONFIG, PoisonedSink, drain_worker
 
 
 class Watching(OsFilesystem):
-    """Looks into the ledger whenever a sealed file goes, or is kept: has a sync covered the batch's entry?"""
+    """Reads the ledger whenever a batch file is deleted or retained: has a sync covered the batch's entry?"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,8 +73,10 @@ def ledgered(
 
 
 @pytest.mark.parametrize("kept", [DEFAULT_LIMITS, DEFAULT_LIMITS._replace(keep_delivered_s=60.0)], ids=["goes", "is kept"])
-def test_a_file_goes_once_the_ledger_has_its_batch_and_one_sync_serves_many(place: Directory, kept: SettlementLimits) -> None:
-    """Also with dead letters and damaged bytes in them."""
+def test_a_file_is_deleted_once_the_ledger_has_its_entry_and_one_sync_serves_many(
+    place: Directory, kept: SettlementLimits
+) -> None:
+    """Also with dead letters and damaged bytes."""
     count = 3 * GROUP_FILES_MAX
     for stamp in range(1, count + 1):
         seal_batch(place, stamp, b"%d" % stamp, b'"poison"', raw=b"damaged\n" if stamp % 7 == 0 else b"")
@@ -88,8 +90,8 @@ def test_a_file_goes_once_the_ledger_has_its_batch_and_one_sync_serves_many(plac
     assert (found.reconciliation.total.delivered, found.reconciliation.total.dead) == (count, count)
 
 
-def test_without_room_for_the_ledger_files_go_all_the_same_and_the_entries_follow(place: Directory) -> None:
-    """What makes room must not need room."""
+def test_on_a_full_disk_files_are_deleted_before_the_ledger_and_the_entries_follow(place: Directory) -> None:
+    """Freeing space must not need space."""
     for stamp in range(1, 6):
         seal_batch(place, stamp, b"%d" % stamp)
     worker, watching, directory = ledgered(place, RecordingSink())

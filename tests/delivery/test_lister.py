@@ -1,4 +1,4 @@
-"""A backlog that is named in parts is delivered as one that is named at once."""
+"""A backlog that is listed in pages is delivered like one that is listed at once."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def place(tmp_path: Path) -> Directory:
 
 
 def fill(place: Directory, files: int) -> list[str]:
-    """So many sealed files of one event; their batches."""
+    """Seal so many files of one event each; their batch ids."""
     return [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, files + 1)]
 
 
-def parts_of(backlog: BatchLister) -> list[list[str]]:
-    """All of them, batches by name."""
+def pages_of(backlog: BatchLister) -> list[list[str]]:
+    """All pages, as batch ids."""
     found = [backlog.list_first_page(everything=False)]
     while backlog.has_more:
         found.append(backlog.list_next_page())
@@ -44,11 +44,11 @@ def parts_of(backlog: BatchLister) -> list[list[str]]:
 
 @pytest.mark.parametrize("files", range(7))
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100])
-def test_each_part_goes_on_where_the_one_before_has_ended(place: Directory, files: int, at_once: int) -> None:
-    """All are named once, in order, each part behind a sync."""
+def test_each_page_begins_where_the_last_one_ended(place: Directory, files: int, at_once: int) -> None:
+    """Each name is listed once, in order, and a sync comes before each page."""
     batches, syncs = fill(place, files), []
     backlog = BatchLister(place, lambda: syncs.append(1), at_once)
-    parts = parts_of(backlog)
+    parts = pages_of(backlog)
     assert [batch for part in parts for batch in part] == batches
     assert all(len(part) <= at_once for part in parts)
     assert len(syncs) == (len(parts) if files else 0)
@@ -56,19 +56,19 @@ def test_each_part_goes_on_where_the_one_before_has_ended(place: Directory, file
     assert not backlog.has_more
 
 
-def test_what_is_sealed_after_the_first_look_is_for_the_next(place: Directory) -> None:
-    """A round ends, however fast files are sealed."""
+def test_batches_sealed_after_the_scan_began_are_for_the_next_scan(place: Directory) -> None:
+    """A scan ends, however fast batches are sealed."""
     batches = fill(place, 3)
     backlog = BatchLister(place, lambda: None, 2)
     first = backlog.list_first_page(everything=False)
     later = seal_batch(place, 4, b"4")
     assert list(map(layout.batch_id, [*first, *backlog.list_next_page()])) == batches
     assert not backlog.has_more
-    assert parts_of(backlog) == [batches[:2], [batches[2], later]]
+    assert pages_of(backlog) == [batches[:2], [batches[2], later]]
 
 
-def test_a_part_does_not_tell_of_names_that_are_not_in_it(place: Directory) -> None:
-    """Of those, nothing is forgotten because of it."""
+def test_a_page_says_nothing_about_names_outside_it(place: Directory) -> None:
+    """Nothing is forgotten about those files."""
     fill(place, 5)
     names = place.batch_names()
     backlog = BatchLister(place, lambda: None, 2)
@@ -82,8 +82,8 @@ def test_a_part_does_not_tell_of_names_that_are_not_in_it(place: Directory) -> N
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_of_a_plain_file_and_its_copy_the_plain_one_is_named(place: Directory, at_once: int) -> None:
-    """Also where they would be in two parts."""
+def test_of_a_plain_file_and_its_compressed_copy_the_plain_one_is_listed(place: Directory, at_once: int) -> None:
+    """Also if they would be on two pages."""
     batches = fill(place, 3)
     for batch in batches:
         Path(place.path_of(batch + layout.COMPRESSED_SUFFIX)).touch()
@@ -94,25 +94,25 @@ def test_of_a_plain_file_and_its_copy_the_plain_one_is_named(place: Directory, a
     assert names == [batch + layout.SUFFIX for batch in batches]
 
 
-def test_what_is_on_its_way_into_a_queue_does_not_count(place: Directory) -> None:
-    """Before the name in the directory itself is gone."""
+def test_a_link_in_a_queue_does_not_count_before_the_fan_out_is_complete(place: Directory) -> None:
+    """Until the name in the outbox directory is deleted."""
     batches = fill(place, 4)
     queue = place.queue("a")
     queue.ensure_usable()
     for batch in batches:
         os.link(place.path_of(batch + layout.SUFFIX), queue.path_of(batch + layout.SUFFIX))
     backlog = BatchLister(queue, lambda: None, 2)
-    assert parts_of(backlog) == [[]]
+    assert pages_of(backlog) == [[]]
     for batch in batches[:3]:
         place.remove(batch + layout.SUFFIX)
-    assert [batch for part in parts_of(backlog) for batch in part] == batches[:3]
+    assert [batch for part in pages_of(backlog) for batch in part] == batches[:3]
     place.remove(batches[3] + layout.SUFFIX)
-    assert parts_of(backlog) == [batches[:2], batches[2:]]
+    assert pages_of(backlog) == [batches[:2], batches[2:]]
 
 
 @pytest.mark.parametrize("combines", [False, True])
 @pytest.mark.parametrize("in_flight", [1, 3])
-def test_a_backlog_in_parts_is_delivered_in_order(place: Directory, in_flight: int, combines: bool) -> None:
+def test_a_backlog_in_pages_is_delivered_in_order(place: Directory, in_flight: int, combines: bool) -> None:
     """All of it, and nothing twice."""
     fill(place, 9)
     sink = RecordingSink()
@@ -122,8 +122,8 @@ def test_a_backlog_in_parts_is_delivered_in_order(place: Directory, in_flight: i
     assert remaining_files(place) == []
 
 
-def test_files_that_cannot_be_sent_hold_up_no_later_part(place: Directory) -> None:
-    """A whole part that nobody can read, or that is another's."""
+def test_files_that_cannot_be_sent_do_not_hold_up_later_pages(place: Directory) -> None:
+    """A whole page that is unreadable, or locked by another process."""
     batches = fill(place, 7)
     for batch in batches[:2]:
         os.link(place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second")  # not ours: it has a second name
@@ -138,8 +138,8 @@ def test_files_that_cannot_be_sent_hold_up_no_later_part(place: Directory) -> No
     assert sink.calls == [*batches[2:], *batches[:2]]
 
 
-def test_a_refused_batch_is_judged_beside_all_the_others(place: Directory) -> None:
-    """Wherever it stands: it is put off, and named with the rest of the directory."""
+def test_a_rejected_batch_on_any_page_is_decided_after_another_is_accepted(place: Directory) -> None:
+    """It is deferred, and the whole directory is listed then."""
     batches = fill(place, 3)
     seal_batch(place, 4, b'"poison"')
     batches += [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(5, 9)]
@@ -151,7 +151,7 @@ def test_a_refused_batch_is_judged_beside_all_the_others(place: Directory) -> No
 
 
 class _Failing(OsFilesystem):
-    """Lists once, and then not beyond the first part, until it is mended."""
+    """Lists the first page, then fails once beyond it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,8 +164,8 @@ class _Failing(OsFilesystem):
         return super().first_names(path, patterns, after, until, limit)
 
 
-def test_where_the_next_part_cannot_be_listed_the_next_look_begins_anew(place: Directory) -> None:
-    """Nothing is taken for delivered meanwhile."""
+def test_after_a_page_that_cannot_be_listed_a_new_scan_begins(place: Directory) -> None:
+    """No batch counts as delivered meanwhile."""
     batches = fill(place, 5)
     filesystem = _Failing()
     sink = RecordingSink()
@@ -174,8 +174,8 @@ def test_where_the_next_part_cannot_be_listed_the_next_look_begins_anew(place: D
     assert sink.calls == batches
 
 
-def test_a_worker_is_not_idle_where_the_next_part_cannot_be_listed(place: Directory) -> None:
-    """Also where nothing of the first part could be sent."""
+def test_a_worker_is_not_idle_while_the_next_page_cannot_be_listed(place: Directory) -> None:
+    """Also if no batch of the first page could be sent."""
     batches = fill(place, 3)
     for batch in batches[:2]:
         os.link(place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second")
@@ -187,6 +187,6 @@ def test_a_worker_is_not_idle_where_the_next_part_cannot_be_listed(place: Direct
     assert sink.calls == [batches[2]]
 
 
-def test_by_default_a_part_is_thousands_of_names() -> None:
-    """So that directories are seldom listed, and the names take a few MiB."""
+def test_the_default_page_has_thousands_of_names() -> None:
+    """So directories are listed seldom, and the names take a few MiB."""
     assert DeliveryConfig().page_files == 16_384

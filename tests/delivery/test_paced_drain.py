@@ -1,4 +1,4 @@
-"""Pacing and the live share from end to end: real files, a real worker, and a real HTTP server or a sink in memory."""
+"""Pacing and the live share end to end: real files, a real worker, and a real HTTP server or a sink in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ encode = Codec(TrackingEvent).encode
 
 
 class Seen(NamedTuple):
-    """A call that arrived, and how the deliverer stood."""
+    """A call that arrived, and the state of the worker."""
 
     events: int
     rate: float | None
@@ -38,7 +38,7 @@ class Seen(NamedTuple):
 
 
 class Recovering:
-    """Answers busy so many times after its first good answers, and then well; notes how the deliverer stands at each call."""
+    """Answers busy so many times after its first good answers, then well again; records the worker's state at each call."""
 
     def __init__(self, good: int, busy: int) -> None:
         self.left = [good, busy]
@@ -64,7 +64,7 @@ def fill(place: Directory, files: int, events: int = 10) -> None:
 
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(place: Directory, in_flight: int) -> None:
-    """The state says so meanwhile, and there is one log line for it, not one for each step."""
+    """The state says so meanwhile, and it is logged once, not for each step."""
     fill(place, 120)
     server = Recovering(5, 10)
     with Server(server) as running:
@@ -84,7 +84,7 @@ def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(pla
 
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several at once as well, before an outage and after it."""
+    """Also with several requests in flight, before an outage and after it."""
     fill(place, 30)
     server = Recovering(0, 3)
     rules = RULES._replace(max_in_flight=in_flight, pacing=BOUNDS._replace(max_rate=400.0))
@@ -109,7 +109,7 @@ def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int, monkey
 
 
 class Meanwhile(RecordingSink):
-    """Has files sealed, by others, while its first batch is on the way."""
+    """Has other writers seal files while its first batch is in flight."""
 
     def __init__(self, place: Directory, stamps: range) -> None:
         super().__init__()
@@ -135,10 +135,10 @@ class Meanwhile(RecordingSink):
         (1.0, [1, 2, 21, 22, 23, 24, *range(3, 13)]),
     ],
 )
-def test_what_is_sealed_during_a_drain_has_its_share_in_it(
+def test_batches_sealed_during_a_drain_have_their_share(
     place: Directory, clock: ManualClock, share: float, expected: list[int]
 ) -> None:
-    """None by default: strictly in order. The file that is read ahead goes first in any case. Looking takes no time."""
+    """The default is no share: strictly in order. The prefetched batch goes first in any case. Listing takes no time here."""
     for stamp in range(1, 13):
         seal_batch(place, stamp, b"%d" % stamp)
     sink = Meanwhile(place, range(21, 25))
@@ -147,10 +147,10 @@ def test_what_is_sealed_during_a_drain_has_its_share_in_it(
     assert (list(map(int, sink.payloads)), remaining_files(place)) == (expected, [])
 
 
-def test_a_long_drain_spends_a_tenth_of_its_time_on_looking(
+def test_a_long_drain_spends_a_tenth_of_its_time_on_listing(
     place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often it is told that there is something new."""
+    """However often it is notified."""
     for stamp in range(1, 201):
         seal_batch(place, stamp, b"%d" % stamp)
     really, looks, shares = place.batch_names, [0], []

@@ -1,4 +1,4 @@
-"""How fast a destination is sent what waits, after failures and at a ceiling; pure, with the time passed in."""
+"""How fast a destination is sent its batches, after failures and at a ceiling; pure, with the time passed in."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def known(bounds: PacingConfig = PacingConfig(), at_once: int = 1) -> Pacer:  # 
 
 
 class Sent(NamedTuple):
-    """When a call began, and the bound of that moment."""
+    """When a call began, and the bound at that moment."""
 
     at: float
     rate: float | None
 
 
 def drain(pacer: Pacer, now: float, calls: int, takes_s: float = TAKES_S) -> list[Sent]:
-    """So many calls, one after the other, each as soon as it may go and answered after so long."""
+    """Make calls one after the other, each as soon as it may begin and answered after `takes_s`."""
     sent = []
     for _ in range(calls):
         now += pacer.seconds_until_next(now)
@@ -45,7 +45,7 @@ def drain(pacer: Pacer, now: float, calls: int, takes_s: float = TAKES_S) -> lis
 
 
 def failing(pacer: Pacer, now: float, seconds: float) -> float:
-    """Tried again every second, in vain; the time when that ends."""
+    """Retry every second without success; the time when that ends."""
     for _ in range(int(seconds)):
         pacer.note_sent(now, CALL)
         pacer.note_failure(now, now + 0.01, CALL)
@@ -54,7 +54,7 @@ def failing(pacer: Pacer, now: float, seconds: float) -> float:
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.floats(0, 100), st.floats(0, 100)), max_size=50))
-def test_nothing_is_held_back_while_no_call_fails(calls: list[tuple[int, float, float]]) -> None:
+def test_no_call_is_held_back_while_none_fails(calls: list[tuple[int, float, float]]) -> None:
     """However long answers take and however large the calls are."""
     pacer, now = Pacer(PacingConfig()), 0.0
     for records, takes_s, gap_s in calls:
@@ -65,7 +65,7 @@ def test_nothing_is_held_back_while_no_call_fails(calls: list[tuple[int, float, 
 
 
 def test_after_an_outage_the_rate_begins_low_and_rises_by_the_same_step_each_time() -> None:
-    """Until it is well beyond what the destination takes; then there is no bound."""
+    """Until it is well beyond what the destination takes; then the bound is removed."""
     pacer = known()
     sent = drain(pacer, failing(pacer, 100, 60), 300)
     rates = [one.rate for one in sent if one.rate is not None]
@@ -87,8 +87,8 @@ def test_one_failure_halves_the_rate_and_is_no_outage() -> None:
     assert pacer.outages == 0
 
 
-def test_calls_that_were_under_way_together_cut_the_rate_once() -> None:
-    """What they say is of the rate before."""
+def test_calls_in_flight_together_cut_the_rate_once() -> None:
+    """Their failures say something about the rate before the cut."""
     pacer = known(at_once=4)
     for number in range(4):
         pacer.note_failure(100 + number / 100, 101 + number / 100, CALL)
@@ -96,7 +96,7 @@ def test_calls_that_were_under_way_together_cut_the_rate_once() -> None:
 
 
 def test_a_timeout_is_an_outage() -> None:
-    """It has lasted as long as one by then; the rate begins at a 32nd."""
+    """It has lasted as long as one; the rate begins at a 32nd."""
     pacer = known()
     pacer.note_failure(100, 110, CALL)
     assert pacer.rate == pytest.approx(2000 / 32)
@@ -104,7 +104,7 @@ def test_a_timeout_is_an_outage() -> None:
 
 
 def test_two_slow_answers_halve_the_rate_and_one_in_time_raises_it() -> None:
-    """Slow is three times as long as such a call usually takes; a single one changes nothing."""
+    """Slow is three times as long as such a call usually takes; a single slow answer changes nothing."""
     pacer = known()
     pacer.note_failure(100, 100.01, CALL)
     rates: list[float] = []
@@ -118,8 +118,8 @@ def test_two_slow_answers_halve_the_rate_and_one_in_time_raises_it() -> None:
     assert rates[4] < rates[5]
 
 
-def test_slow_answers_bound_the_rate_anew_until_nothing_waits_any_more() -> None:
-    """A destination that falls back in the middle of the drain; while all is well they do not."""
+def test_slow_answers_bound_the_rate_again_until_nothing_waits() -> None:
+    """A destination may fall back in the middle of a drain; before any failure they bound nothing."""
     pacer = known()
     pacer.note_failure(100, 100.01, CALL)
     assert drain(pacer, 110, 300)[-1].rate is None
@@ -130,15 +130,15 @@ def test_slow_answers_bound_the_rate_anew_until_nothing_waits_any_more() -> None
     assert pacer.rate is None
 
 
-def test_a_destination_that_is_slower_for_good_is_slow_no_more_after_a_while() -> None:
-    """And the bound goes."""
+def test_a_destination_that_stays_slower_counts_as_normal_after_a_while() -> None:
+    """And the bound is removed."""
     pacer = known()
     sent = drain(pacer, failing(pacer, 100, 60), 600, takes_s=10 * TAKES_S)
     assert sent[-1].rate is None
 
 
 def test_a_large_call_may_take_longer_and_a_quick_answer_is_never_slow() -> None:
-    """Ten times the records in ten times the time; a millisecond is nothing to cut a rate for."""
+    """Ten times the records may take ten times the time; a millisecond is never a reason to cut the rate."""
     quick = Pacer(PacingConfig())
     for number in range(20):
         quick.note_accepted(number, number + 0.001, 10)
@@ -156,8 +156,8 @@ def test_a_large_call_may_take_longer_and_a_quick_answer_is_never_slow() -> None
     assert pacer.rate > 1000
 
 
-def test_where_nothing_is_known_of_the_destination_the_first_pause_is_the_longest() -> None:
-    """A process that starts in an outage; once calls arrive it knows."""
+def test_if_nothing_is_known_of_the_destination_the_first_pause_is_the_longest() -> None:
+    """A process that starts in an outage learns from the first calls that arrive."""
     pacer = Pacer(PacingConfig())
     now = failing(pacer, 0, 60)
     assert pacer.rate == pytest.approx(CALL / 30)
@@ -168,15 +168,15 @@ def test_where_nothing_is_known_of_the_destination_the_first_pause_is_the_longes
 
 
 def test_one_failure_before_anything_is_known_bounds_nothing() -> None:
-    """Half of an unknown rate would be no rate at all."""
+    """Half of an unknown rate would not be a rate."""
     pacer = Pacer(PacingConfig())
     pacer.note_sent(0.0, CALL)
     pacer.note_failure(0.0, 0.01, CALL)
     assert pacer.rate is None
 
 
-def test_after_an_outage_that_a_process_began_in_the_first_answer_tells_where_to_begin() -> None:
-    """At the same share of what the destination takes as after any other outage, not at the lowest rate there is."""
+def test_after_an_outage_at_the_start_of_a_process_the_first_answer_sets_the_rate() -> None:
+    """To the same share of what the destination takes as after any other outage, not to the lowest rate."""
     pacer = Pacer(PacingConfig())
     now = failing(pacer, 0.0, 10)
     first, second, third = drain(pacer, now, 3)
@@ -188,8 +188,8 @@ def test_after_an_outage_that_a_process_began_in_the_first_answer_tells_where_to
     assert third.rate == pytest.approx(second.rate + PacingConfig().step_share * usual)
 
 
-def test_when_to_try_again_what_failed_is_for_the_backoff_to_say() -> None:
-    """The bound counts what arrived, and what is under way."""
+def test_the_backoff_alone_decides_when_a_failed_call_is_retried() -> None:
+    """The bound counts what arrived, and what is in flight."""
     pacer = known()
     failing(pacer, 100, 60)
     assert pacer.seconds_until_next(161) == 0
@@ -199,7 +199,7 @@ def test_when_to_try_again_what_failed_is_for_the_backoff_to_say() -> None:
     assert pacer.seconds_until_next(161) == 0
 
 
-def test_once_nothing_waits_there_is_no_bound() -> None:
+def test_the_bound_is_removed_once_nothing_waits() -> None:
     """The ceiling stays."""
     pacer = known(PacingConfig(max_rate=700))
     failing(pacer, 100, 60)
@@ -212,8 +212,8 @@ def test_once_nothing_waits_there_is_no_bound() -> None:
     st.floats(0.1, 1e5),
     st.lists(st.tuples(st.integers(1, 2000), st.floats(0, 20), st.sampled_from(["arrived", "failed", "refused"])), max_size=60),
 )
-def test_never_more_than_the_ceiling(max_rate: float, calls: list[tuple[int, float, str]]) -> None:
-    """Over any stretch of time: at most one call more, and what a late timer may make up for."""
+def test_the_ceiling_is_never_exceeded(max_rate: float, calls: list[tuple[int, float, str]]) -> None:
+    """Over any stretch of time: at most one call more, plus what a late timer may catch up."""
     pacer, now = Pacer(PacingConfig(max_rate=max_rate)), 0.0
     sent: list[tuple[float, int]] = []
     for records, takes_s, end in calls:
@@ -239,7 +239,7 @@ def test_never_more_than_the_ceiling(max_rate: float, calls: list[tuple[int, flo
 
 @given(st.lists(st.tuples(st.integers(1, 2000), st.floats(0, 20), st.booleans()), max_size=60))
 def test_a_pause_is_bounded_whatever_happens(calls: list[tuple[int, float, bool]]) -> None:
-    """Thirty seconds; and the destination is asked again."""
+    """To thirty seconds; then the destination is called again."""
     pacer, now = Pacer(PacingConfig()), 0.0
     for records, takes_s, well in calls:
         assert pacer.seconds_until_next(now) <= 30 * (1 + 1e-9)

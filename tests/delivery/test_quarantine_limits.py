@@ -1,4 +1,4 @@
-"""What is set aside has limits, and what is too old may be given up: only where the operator says so."""
+"""Dead letters and quarantine have limits, and batches may have an age limit: only if the operator sets them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.delivery.worker_setup import (
 
 
 class Picky(RecordingSink):
-    """Names the poisoned records and keeps the others."""
+    """Names the poisoned records and stores the others."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         refused = {index: REJECTION for index, payload in enumerate(batch.payloads) if b"poison" in payload}
@@ -43,10 +43,10 @@ class Picky(RecordingSink):
         ("quarantine", SettlementLimits(max_quarantine_bytes=10), [b'"good"'], b"damaged\n"),
     ],
 )
-def test_a_file_that_needs_more_than_may_be_set_aside_waits_and_the_good_ones_go_on(
+def test_a_file_that_needs_more_space_than_the_limit_is_held_and_the_others_go_on(
     place: Directory, what: str, kept: SettlementLimits, lines: list[bytes], raw: bytes
 ) -> None:
-    """The state says which limit and what to do; room is made, and it is settled."""
+    """The state says which limit and what to do; once space is freed, the file is settled."""
     seal_batch(place, 1, *lines, raw=raw)
     second = seal_batch(place, 2, *lines, raw=raw)
     seal_batch(place, 3, b'"next"')
@@ -71,10 +71,10 @@ def test_a_file_that_needs_more_than_may_be_set_aside_waits_and_the_good_ones_go
     assert worker.state.name == "idle"
 
 
-def test_where_the_operator_says_so_what_has_no_room_is_discarded_and_counted(
+def test_with_discard_what_exceeds_the_limit_is_discarded_and_counted(
     place: Directory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Loudly, and once."""
+    """An error is logged, once."""
     first = seal_batch(place, 1, b'"poison"', b'"good"')
     for stamp in range(2, 6):
         seal_batch(place, stamp, b'"poison"', b'"good"')
@@ -87,8 +87,8 @@ def test_where_the_operator_says_so_what_has_no_room_is_discarded_and_counted(
     assert len([entry for entry in caplog.records if "discarding what there is no space for" in entry.message]) == 1
 
 
-def test_a_batch_that_is_sent_again_does_not_count_what_it_has_set_aside_before(place: Directory) -> None:
-    """Killed between dead letters and removal: the same bytes are written over."""
+def test_a_batch_that_is_sent_again_does_not_count_its_earlier_dead_letters(place: Directory) -> None:
+    """Killed between dead letters and deletion: the same bytes are overwritten."""
     seal_batch(place, 1, b'"poison"', b'"good"')
     name = remaining_files(place)[0]
     data = Path(place.path_of(name)).read_bytes()
@@ -100,7 +100,7 @@ def test_a_batch_that_is_sent_again_does_not_count_what_it_has_set_aside_before(
 
 
 class Down(RecordingSink):
-    """Never there; each call takes the clock forward."""
+    """Never reachable; each call advances the clock."""
 
     def __init__(self, clock: MovingClock, seconds: float, calls: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Down(RecordingSink):
         return Retry("down") if self.left >= 0 else await super().deliver(batch)
 
 
-def test_without_an_age_limit_no_age_gives_up(place: Directory) -> None:
+def test_without_an_age_limit_no_batch_expires(place: Directory) -> None:
     """Ten years."""
     clock = MovingClock()
     seal_batch(place, clock.micros(), b"1")
@@ -122,8 +122,8 @@ def test_without_an_age_limit_no_age_gives_up(place: Directory) -> None:
     assert (sink.payloads, worker.counters.dead) == ([b"1"], 0)
 
 
-def test_past_an_age_limit_records_become_dead_letters(place: Directory) -> None:
-    """With that for a reason; younger ones are tried on."""
+def test_records_become_dead_letters_past_the_age_limit(place: Directory) -> None:
+    """With that as the reason; younger batches are still retried."""
     clock = MovingClock()
     old = seal_batch(place, clock.micros(), b"1", b"2")
     young = Directory(place.path, place.filesystem, clock)
@@ -141,8 +141,8 @@ def test_past_an_age_limit_records_become_dead_letters(place: Directory) -> None
 
 
 @pytest.mark.parametrize("jump", [1e9, -1e9])
-def test_a_clock_that_jumps_makes_nothing_old(place: Directory, jump: float) -> None:
-    """In the deliverer's life, in either direction."""
+def test_a_clock_that_jumps_makes_no_batch_old(place: Directory, jump: float) -> None:
+    """While the worker runs, in either direction."""
     clock = MovingClock()
     seal_batch(place, clock.micros(), b"1")
 

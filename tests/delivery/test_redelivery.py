@@ -1,4 +1,4 @@
-"""Delivered files that are kept: how they stay, go, give way, and are sent again."""
+"""Delivered batches that are retained: how they stay, are deleted, make room, and are redelivered."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def place(tmp_path: Path) -> Directory:
     return directory
 
 
-def batches(place: Directory, kind: layout.Kind = layout.Kind.DELIVERED) -> list[str]:
-    """The batches of the files of a kind that are there, by name."""
+def batch_ids(place: Directory, kind: layout.Kind = layout.Kind.DELIVERED) -> list[str]:
+    """The ids of the batches whose files are of a kind."""
     return [layout.batch_id(name) for name in sorted(os.listdir(place.path)) if layout.kind_of(name) is kind]
 
 
 def deliver(folder: Path, *more: object) -> None:
-    """Deliver what waits, keeping it."""
+    """Deliver what waits, retaining it."""
     environ = {"PILLARBOX_KEEP_DELIVERED": "24h"}
     done = run("deliver", *BOX, "--sink", "sqlite:///events.db", "--once", *more, cwd=folder, environ=environ)
     assert done.returncode == 0, done.stderr
@@ -68,7 +68,7 @@ def verified(folder: Path) -> dict[str, object]:
 
 
 def three_delivered(folder: Path) -> None:
-    """Three batches of ten events that were delivered and are kept."""
+    """Three batches of ten events that are delivered and retained."""
     for first in (0, 10, 20):
         store(folder, *range(first, first + 10))
         deliver(folder)
@@ -77,14 +77,14 @@ def three_delivered(folder: Path) -> None:
 # Keeping.
 
 
-def test_what_was_delivered_is_kept_by_a_rename_and_no_longer_pending(place: Directory) -> None:
+def test_a_delivered_batch_is_retained_by_a_rename_and_no_longer_pending(place: Directory) -> None:
     """Byte for byte, under a name that says when it was delivered."""
     kept = [seal_batch(place, stamp, b'"%d"' % stamp) for stamp in range(1, 4)]
     before = {name: Path(place.path_of(name)).read_bytes() for name in place.batch_names()}
     gone: list[int] = []
     drain_worker(make_worker(place, RecordingSink(), gone, limits=KEEPING))
     assert place.batch_names() == []
-    assert batches(place) == kept
+    assert batch_ids(place) == kept
     assert {
         layout.batch_id(file.name) + ".ndjson": Path(place.path_of(file.name)).read_bytes() for file in place.delivered_files()
     } == before
@@ -92,17 +92,17 @@ def test_what_was_delivered_is_kept_by_a_rename_and_no_longer_pending(place: Dir
     assert place.disk_usage().pending_bytes == 0
 
 
-def test_without_keep_delivered_nothing_is_kept_and_what_others_keep_stays(place: Directory) -> None:
-    """Somebody who delivers once without the setting must not undo what the setting is for."""
+def test_without_keep_delivered_nothing_is_retained_and_earlier_files_stay(place: Directory) -> None:
+    """A process that delivers once without the setting must not undo what the setting is for."""
     first = seal_batch(place, 1, b"1")
     drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
     seal_batch(place, 2, b"2")
     drain_worker(make_worker(place, RecordingSink()))
-    assert batches(place) == [first]
+    assert batch_ids(place) == [first]
 
 
-def test_delivered_files_go_when_they_are_too_old(place: Directory) -> None:
-    """By the time of their delivery, also those that an earlier deliverer has kept; a name that does not say it stays."""
+def test_retained_files_are_deleted_when_they_are_too_old(place: Directory) -> None:
+    """By the time of their delivery, also those that an earlier process has retained; a file whose name has no time stays."""
     clock = MovingClock()
     place = Directory(place.path, place.filesystem, clock)
     for stamp in (1, 2):
@@ -111,40 +111,40 @@ def test_delivered_files_go_when_they_are_too_old(place: Directory) -> None:
         clock.advance(2000)
     Path(place.path_of("delivered-by-hand.ndjson")).write_bytes(b"")
     drain_worker(make_worker(place, RecordingSink(), limits=KEEPING, clock=clock))
-    assert batches(place) == ["sealed-0000000000000002-u", "sealed-by-hand"]
+    assert batch_ids(place) == ["sealed-0000000000000002-u", "sealed-by-hand"]
 
 
-def test_delivered_files_go_when_they_are_too_much_the_first_delivered_first(place: Directory) -> None:
+def test_beyond_the_byte_limit_the_first_delivered_files_are_deleted(place: Directory) -> None:
     """Whatever their own age is."""
     for stamp in (9, 3, 5):
         seal_batch(place, stamp, b'"%s"' % (b"x" * 100))
         drain_worker(make_worker(place, RecordingSink(), limits=KEEPING._replace(max_delivered_bytes=300)))
-    assert batches(place) == ["sealed-0000000000000003-u", "sealed-0000000000000005-u"]
+    assert batch_ids(place) == ["sealed-0000000000000003-u", "sealed-0000000000000005-u"]
 
 
-def test_delivered_files_are_bounded_in_number(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look at the directory comes past each of them."""
+def test_retained_files_are_bounded_in_number(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every listing of the directory passes each of them."""
     monkeypatch.setattr(retention, "FILES_MAX", 2)
     for stamp in range(1, 6):
         seal_batch(place, stamp, b"1")
     drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
-    assert batches(place) == ["sealed-0000000000000004-u", "sealed-0000000000000005-u"]
+    assert batch_ids(place) == ["sealed-0000000000000004-u", "sealed-0000000000000005-u"]
 
 
-def test_a_file_with_dead_letters_and_damaged_lines_is_kept_as_it_is(place: Directory) -> None:
-    """Sent again, the good ones arrive, and the others are set aside again."""
+def test_a_file_with_dead_letters_and_damaged_lines_is_retained_unchanged(place: Directory) -> None:
+    """If it is redelivered, the good records arrive, and the others are kept again."""
     batch = seal_batch(place, 1, b'"good"', b'"poison"', raw=b"damaged\n")
     sink = Picky()
     drain_worker(make_worker(place, sink, limits=KEEPING))
     (kept,) = place.delivered_files()
-    assert batches(place) == [batch]
+    assert batch_ids(place) == [batch]
     anew = place.reseal(kept.name)
     assert anew is not None
     drain_worker(make_worker(place, sink, limits=KEEPING))
     assert sink.payloads == [b'"good"', b'"poison"'] * 2
     both = sorted([batch, layout.batch_id(anew)])
-    assert batches(place, layout.Kind.DEAD) == [f"dead-{one}" for one in both]
-    assert batches(place, layout.Kind.CORRUPT) == [f"corrupt-{one}" for one in both]
+    assert batch_ids(place, layout.Kind.DEAD) == [f"dead-{one}" for one in both]
+    assert batch_ids(place, layout.Kind.CORRUPT) == [f"corrupt-{one}" for one in both]
 
 
 class NoRoomForNames(OsFilesystem):
@@ -156,8 +156,10 @@ class NoRoomForNames(OsFilesystem):
         os.rename(source, target)
 
 
-def test_what_cannot_be_kept_goes(place: Directory, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
-    """It is delivered, and takes the room that is missing."""
+def test_a_file_that_cannot_be_retained_is_deleted(
+    place: Directory, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is delivered, and takes the space that is missing."""
     place = Directory(place.path, NoRoomForNames(), clock)
     for stamp in (1, 2):
         seal_batch(place, stamp, b"1")
@@ -171,7 +173,7 @@ def test_what_cannot_be_kept_goes(place: Directory, clock: ManualClock, caplog: 
 
 
 class Volume(OsFilesystem):
-    """A volume of 1,000,000 bytes of which others use so many, and the directory the rest."""
+    """A volume of 1,000,000 bytes of which others use `others`, and the directory the rest."""
 
     others = 0
 
@@ -181,7 +183,7 @@ class Volume(OsFilesystem):
 
 
 def full_place(place: Directory, clock: ManualClock) -> tuple[Directory, Volume]:
-    """Ten delivered files of 50,000 bytes, and three that wait."""
+    """Ten retained files of 50,000 bytes, and three that wait."""
     volume = Volume()
     place = Directory(place.path, volume, clock)
     for stamp in range(10):
@@ -193,8 +195,8 @@ def full_place(place: Directory, clock: ManualClock) -> tuple[Directory, Volume]
     return place, volume
 
 
-def capacity_of(place: Directory, clock: ManualClock, *, evicts: bool) -> tuple[QuotaEnforcer, Writer]:
-    """The limits of a process that has not begun to write."""
+def quota_of(place: Directory, clock: ManualClock, *, evicts: bool) -> tuple[QuotaEnforcer, Writer]:
+    """The quota of a process that has not begun to write."""
     writer = Writer(place, WriterLimits(500, 10**6, 10**9), lambda: None)
     account = place.disk_usage()
     writer.start(account.pending_bytes, account.pending_files)
@@ -203,12 +205,12 @@ def capacity_of(place: Directory, clock: ManualClock, *, evicts: bool) -> tuple[
 
 
 @pytest.mark.parametrize("evicts", [False, True])
-def test_delivered_files_give_way_before_events_are_refused_or_given_up(
+def test_retained_files_are_deleted_before_events_are_dropped_or_evicted(
     place: Directory, clock: ManualClock, *, evicts: bool
 ) -> None:
-    """As many as are needed, the first delivered first."""
+    """As many as needed, the first delivered first."""
     place, volume = full_place(place, clock)
-    capacity, writer = capacity_of(place, clock, evicts=evicts)
+    capacity, writer = quota_of(place, clock, evicts=evicts)
     volume.others = 250_000
     capacity.enforce()
     assert len(place.delivered_files()) == 10
@@ -224,10 +226,10 @@ def test_delivered_files_give_way_before_events_are_refused_or_given_up(
     assert (place.delivered_files(), len(place.batch_names())) == ([], 3)
 
 
-def test_where_events_were_refused_delivered_files_go_before_waiting_ones(place: Directory, clock: ManualClock) -> None:
-    """Though the volume says that it has room: there may be a quota. One that waits goes when none is left."""
+def test_after_drops_retained_files_are_deleted_before_waiting_ones(place: Directory, clock: ManualClock) -> None:
+    """Although the volume reports space: there may be a quota. A waiting file is evicted when no retained one is left."""
     place, _ = full_place(place, clock)
-    capacity, writer = capacity_of(place, clock, evicts=True)
+    capacity, writer = quota_of(place, clock, evicts=True)
     for left in (9, 8):
         writer.dropped["disk_full"] += 1
         capacity.enforce()
@@ -239,8 +241,8 @@ def test_where_events_were_refused_delivered_files_go_before_waiting_ones(place:
     assert len(place.batch_names()) == 2
 
 
-def test_delivered_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
-    """Which limits what waits."""
+def test_retained_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
+    """It limits the files that wait."""
     with Outbox(str(tmp_path / "box"), RecordingSink(), max_bytes=2000, batch_size=1, keep_delivered="1h") as outbox:
         for number in range(50):
             wait_until(lambda: outbox.stats().pending_bytes < 1000)
@@ -254,7 +256,7 @@ def test_delivered_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
 
 
 def test_a_destination_that_was_restored_to_an_earlier_copy_gets_everything_again_once(tmp_path: Path) -> None:
-    """An SQLite file: copied after the first of three batches, and put back."""
+    """An SQLite file: copied after the first of three batches, and restored."""
     store(tmp_path, *range(10))
     deliver(tmp_path)
     shutil.copy(tmp_path / "events.db", tmp_path / "copy.db")
@@ -279,8 +281,8 @@ def test_a_destination_that_was_restored_to_an_earlier_copy_gets_everything_agai
     assert b"(duplicates 10, redelivered 30)" in run("verify", *BOX, cwd=tmp_path).stdout
 
 
-def test_without_yes_it_only_says_what_would_be_sent_again(tmp_path: Path) -> None:
-    """In text and in JSON; with --yes, the same and what became of it."""
+def test_without_yes_it_only_says_what_would_be_redelivered(tmp_path: Path) -> None:
+    """In text and in JSON; with --yes, the same and the outcome."""
     three_delivered(tmp_path)
     before = sorted(os.listdir(tmp_path / "box"))
     text = run("redeliver", *BOX, "--since", "1h", cwd=tmp_path).stdout.decode()
@@ -298,7 +300,7 @@ def test_without_yes_it_only_says_what_would_be_sent_again(tmp_path: Path) -> No
     assert [layout.batch_id(name) for name in waiting] == anew
 
 
-def test_the_time_that_is_meant_is_the_time_of_delivery(tmp_path: Path) -> None:
+def test_since_and_until_mean_the_time_of_delivery(tmp_path: Path) -> None:
     """And a batch may be named, by any of its names."""
     three_delivered(tmp_path)
     first, second, third = sorted(one.name for one in (tmp_path / "box").glob("delivered-*"))
@@ -317,8 +319,8 @@ def test_the_time_that_is_meant_is_the_time_of_delivery(tmp_path: Path) -> None:
     assert len(chosen("--all")) == 3
 
 
-def test_of_several_sinks_one_gets_again_what_the_others_keep_or_wait_for(tmp_path: Path) -> None:
-    """The files have a name in each queue. One sink is down all the time, of the others one is restored to nothing."""
+def test_one_of_several_sinks_gets_again_what_the_others_retain_or_wait_for(tmp_path: Path) -> None:
+    """Each file has a link in each queue. One sink is down all the time, another one's destination has lost everything."""
     sinks = [f"{name}=sqlite:///{name}.db" for name in ("one", "other")]
     more = [part for sink in [*sinks, "down=sqlite:////nowhere/at/all.db"] for part in ("--sink", sink)]
     environ = {"PILLARBOX_KEEP_DELIVERED": "24h"}
@@ -336,8 +338,8 @@ def test_of_several_sinks_one_gets_again_what_the_others_keep_or_wait_for(tmp_pa
     assert [len(list((tmp_path / "box" / f"sink-{name}").glob("delivered-*"))) for name in ("one", "other")] == [1, 1]
 
 
-def test_what_cannot_be_is_said_with_the_way_out(tmp_path: Path) -> None:
-    """Nothing asked for, no such sink, nothing kept, and somebody else at it."""
+def test_errors_say_what_to_type_instead(tmp_path: Path) -> None:
+    """No selection, no such sink, nothing retained, and another process that holds the lock."""
     store(tmp_path, 1)
     assert run("redeliver", *BOX, cwd=tmp_path).returncode == 2
     wrong = run("redeliver", *BOX, "--all", "--sink", "warehouse", cwd=tmp_path)
@@ -355,8 +357,8 @@ def test_what_cannot_be_is_said_with_the_way_out(tmp_path: Path) -> None:
     place.filesystem.close(turn.fd)
 
 
-def test_what_is_sent_again_leaves_room_for_new_events(tmp_path: Path) -> None:
-    """It stops short of `max_bytes`, and says how to send the rest once these are delivered."""
+def test_redelivery_leaves_room_for_new_events(tmp_path: Path) -> None:
+    """It stops short of `max_bytes`, and says how to redeliver the rest afterwards."""
     three_delivered(tmp_path)
     size = next((tmp_path / "box").glob("delivered-*")).stat().st_size
     limit = {"PILLARBOX_MAX_BYTES": str(size * 5 // 2)}
@@ -372,8 +374,8 @@ def test_what_is_sent_again_leaves_room_for_new_events(tmp_path: Path) -> None:
     assert verified(tmp_path)["resent_on_request"] in (30, 40, 50)  # what was delivered in the second before may go again
 
 
-def test_it_works_while_a_deliverer_runs(tmp_path: Path) -> None:
-    """Which sends what is sent again, and keeps it anew."""
+def test_redelivery_works_while_a_worker_runs(tmp_path: Path) -> None:
+    """The worker delivers the batches again, and retains them again."""
     sink = RecordingSink()
     with Outbox(str(tmp_path / "box"), sink, keep_delivered=3600, flush_interval=0.05) as outbox:
         for number in range(5):
@@ -388,8 +390,8 @@ def test_it_works_while_a_deliverer_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_cut_short_it_has_neither_lost_nor_doubled_anything(tmp_path: Path, number: signal.Signals) -> None:
-    """By Ctrl-C and by a kill, in the middle of 500 files: each of them is kept, or waits."""
+def test_an_interrupted_redelivery_loses_and_doubles_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """By Ctrl-C and by a kill, in the middle of 500 files: each is retained, or waits."""
     place = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
     place.ensure_usable()
     for stamp in range(500):
@@ -420,16 +422,16 @@ def test_cut_short_it_has_neither_lost_nor_doubled_anything(tmp_path: Path, numb
 
 
 class Forgetful(RecordingSink):
-    """What it has taken does not survive the loss of power."""
+    """What it has accepted does not survive a power loss."""
 
     capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
 
 
 @pytest.mark.parametrize("keep", [None, "24h"])
-def test_a_sink_that_may_forget_under_power_points_to_the_way_out(
+def test_with_power_durability_a_sink_that_may_forget_points_to_redelivery(
     tmp_path: Path, keep: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the setting where it is not set, and to the command."""
+    """To the setting if it is not set, and to the command."""
     monkeypatch.setattr(Directory, "check_power_durability", lambda _self: None)  # the tests may run in memory
     with caplog.at_level(logging.WARNING, "pillarbox"):
         Outbox(str(tmp_path / "box"), Forgetful(), durability="power", keep_delivered=keep)

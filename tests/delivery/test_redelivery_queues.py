@@ -1,4 +1,4 @@
-"""What several sinks have delivered and keep: counted once, sent again to one of them or to all, given up together."""
+"""Batches that several sinks have delivered and retain: counted once, redelivered to one sink or to all, evicted together."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pillarbox.testing import ManualClock, RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.conftest import wait_until
 from tests.delivery.fanout_setup import balanced_totals, enqueue_files, event_ids, open_directory, stored_event_ids
-from tests.delivery.test_redelivery import BOX, KEEPING, capacity_of
+from tests.delivery.test_redelivery import BOX, KEEPING, quota_of
 from tests.delivery.worker_setup import QUICK_CONFIG, drain_worker, seal_batch
 
 SINKS = ("live", "warehouse")
@@ -50,13 +50,13 @@ def place(tmp_path: Path) -> Directory:
     return directory
 
 
-def hand_over(place: Directory) -> None:
-    """What is sealed goes into the queues."""
+def fan_out_all(place: Directory) -> None:
+    """Fan out what is sealed."""
     FanOut(place, SINKS, SystemClock(), LedgerWriter(place, SystemClock())).distribute_all()
 
 
 def deliver_one(place: Directory, sink: str, gone: list[int] | None = None) -> RecordingSink:
-    """What waits for a sink is delivered, and kept."""
+    """Deliver and retain what waits for a sink."""
     queue, taken, clock = place.queue(sink), RecordingSink(), SystemClock()
     callbacks = DeliveryCallbacks((gone if gone is not None else []).append)
     drain_worker(
@@ -72,8 +72,8 @@ def deliver_one(place: Directory, sink: str, gone: list[int] | None = None) -> R
     return taken
 
 
-def kept(place: Directory, sink: str) -> list[str]:
-    """The batches that a sink keeps."""
+def retained(place: Directory, sink: str) -> list[str]:
+    """The batches that a sink retains."""
     return [layout.batch_id(file.name) for file in place.queue(sink).delivered_files()]
 
 
@@ -83,7 +83,7 @@ def urls(folder: Path) -> dict[str, str]:
 
 
 def deliver(folder: Path) -> None:
-    """A process delivers to both what waits."""
+    """Have a process deliver what waits to both sinks."""
     sinks = [word for sink, url in urls(folder).items() for word in ("--sink", f"{sink}={url}")]
     done = run("deliver", *BOX, *sinks, "--once", cwd=folder, environ={"PILLARBOX_KEEP_DELIVERED": "24h"})
     assert done.returncode == 0, done.stderr
@@ -99,7 +99,7 @@ def verified(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def lost(tmp_path: Path) -> Path:
-    """Thirty events are delivered to both; the warehouse was put back from a copy of the first ten, live has lost all."""
+    """Thirty events are delivered to both; the warehouse was restored from a copy of the first ten, live has lost all."""
     with Outbox(str(tmp_path / "box"), sinks=urls(tmp_path), keep_delivered="24h", flush_interval=0.05) as outbox:
         enqueue_files(outbox, 1)
         assert outbox.flush(60)
@@ -113,10 +113,10 @@ def lost(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_one_sink_is_sent_again_what_it_lost_and_the_others_nothing(lost: Path) -> None:
-    """Under names that are in its queue alone, by real processes; the accounts balance before, between and after."""
+def test_one_sink_gets_again_what_it_lost_and_the_others_nothing(lost: Path) -> None:
+    """Under names that are in its queue alone, with real processes; the counts balance before, between and after."""
     place = open_directory(lost / "box")
-    before = kept(place, "live")
+    before = retained(place, "live")
     assert len(before) == 3
     balanced_totals(lost / "box")
     done = run("redeliver", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=lost)
@@ -128,19 +128,19 @@ def test_one_sink_is_sent_again_what_it_lost_and_the_others_nothing(lost: Path) 
     waiting = [layout.batch_id(name) for name in place.queue("warehouse").batch_names()]
     assert waiting == [item["redelivered_as"] for item in items]
     assert not set(waiting) & set(before)
-    assert (place.batch_names(), place.queue("live").batch_names(), kept(place, "warehouse")) == ([], [], [])
+    assert (place.batch_names(), place.queue("live").batch_names(), retained(place, "warehouse")) == ([], [], [])
     balanced_totals(lost / "box")
     deliver(lost)
     assert stored_event_ids(lost / "warehouse.db") == event_ids(30)
     assert not (lost / "live.db").exists() or stored_event_ids(lost / "live.db") == []
-    assert (kept(place, "warehouse"), kept(place, "live")) == (waiting, before)
+    assert (retained(place, "warehouse"), retained(place, "live")) == (waiting, before)
     accounts = verified(lost)
     assert {sink: one["resent_on_request"] for sink, one in accounts.items()} == {"live": 0, "warehouse": 30}
     assert all(one["balances"] for one in accounts.values())
 
 
-def test_without_a_name_all_sinks_are_sent_again_what_they_keep(lost: Path) -> None:
-    """Each in its own queue, and kept once more."""
+def test_without_a_name_all_sinks_get_again_what_they_retain(lost: Path) -> None:
+    """Each in its own queue, and retained once more."""
     text = run("redeliver", *BOX, "--all", "--yes", cwd=lost).stdout.decode()
     assert "60 events in 6 batches pending again" in text
     assert (text.count("  to live"), text.count("  to warehouse")) == (3, 3)
@@ -148,26 +148,26 @@ def test_without_a_name_all_sinks_are_sent_again_what_they_keep(lost: Path) -> N
     assert not set(place.queue("live").batch_names()) & set(place.queue("warehouse").batch_names())
     deliver(lost)
     assert stored_event_ids(lost / "warehouse.db") == stored_event_ids(lost / "live.db") == event_ids(30)
-    assert (len(kept(place, "live")), len(kept(place, "warehouse"))) == (3, 3)
+    assert (len(retained(place, "live")), len(retained(place, "warehouse"))) == (3, 3)
     assert {sink: one["resent_on_request"] for sink, one in verified(lost).items()} == {"live": 30, "warehouse": 30}
 
 
-def test_a_sink_that_there_is_not_is_named_with_those_there_are(lost: Path) -> None:
+def test_an_unknown_sink_is_named_with_the_known_ones(lost: Path) -> None:
     """And nothing is done."""
     done = run("redeliver", *BOX, "--all", "--sink", "wharehouse", "--yes", cwd=lost)
     assert (done.returncode, b"its sinks are live, warehouse" in done.stderr) == (2, True)
-    assert len(kept(open_directory(lost / "box"), "live")) == 3
+    assert len(retained(open_directory(lost / "box"), "live")) == 3
 
 
-def test_a_queue_is_named_by_its_sink(lost: Path) -> None:
-    """Its files have names elsewhere, and are read by who knows that."""
+def test_a_queue_directory_is_rejected_with_the_sink_to_name(lost: Path) -> None:
+    """Its files have links elsewhere, and only the outbox directory shows them."""
     done = run("redeliver", "-d", "box/sink-live", "--all", cwd=lost)
     assert done.returncode == 2
     assert "use -d box --sink live" in " ".join(done.stderr.decode().split())
 
 
-def test_what_was_kept_while_there_was_one_sink_is_sent_again_to_all_and_goes_in_its_time(tmp_path: Path) -> None:
-    """Whoever hands over removes it."""
+def test_batches_retained_for_a_single_sink_are_redelivered_to_all_and_expire(tmp_path: Path) -> None:
+    """The process that fans out deletes them."""
     box = tmp_path / "box"
     with Outbox(str(box), RecordingSink(), keep_delivered="24h") as outbox:
         enqueue_files(outbox, 2)
@@ -182,12 +182,12 @@ def test_what_was_kept_while_there_was_one_sink_is_sent_again_to_all_and_goes_in
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_cut_short_each_queue_has_each_file_once_more(place: Directory, number: signal.Signals) -> None:
-    """Kept or waiting, and it goes on where it was."""
+def test_after_an_interruption_each_queue_has_each_file_once(place: Directory, number: signal.Signals) -> None:
+    """Retained or waiting; the next call continues."""
     folder = Path(place.path).parent
     for stamp in range(200):
         seal_batch(place, stamp + 1, b'{"n":%d}' % stamp)
-    hand_over(place)
+    fan_out_all(place)
     for sink in SINKS:
         deliver_one(place, sink)
     contents = {sink: sorted(contents_of(place.queue(sink))) for sink in SINKS}
@@ -207,7 +207,7 @@ def test_cut_short_each_queue_has_each_file_once_more(place: Directory, number: 
 
 
 def contents_of(queue: Directory) -> list[bytes]:
-    """What is in the files that wait in a queue, or are kept there."""
+    """What is in the files that wait in a queue, or are retained there."""
     names = [*queue.batch_names(), *(file.name for file in queue.delivered_files())]
     return [Path(queue.path_of(name)).read_bytes() for name in names]
 
@@ -215,11 +215,11 @@ def contents_of(queue: Directory) -> list[bytes]:
 # What is counted.
 
 
-def test_what_both_keep_waits_no_more_and_counts_once(place: Directory) -> None:
-    """As soon as the last has delivered it, and until then as waiting; each reads it, whatever names it has."""
+def test_a_batch_that_both_sinks_retain_no_longer_waits_and_counts_once(place: Directory) -> None:
+    """As soon as the last sink has delivered it; until then it counts as waiting. Each reads it, whatever links it has."""
     batch = seal_batch(place, 1, b'{"n":1}')
     size = Path(place.path_of(f"{batch}.ndjson")).stat().st_size
-    hand_over(place)
+    fan_out_all(place)
     gone: list[int] = []
     deliver_one(place, "live", gone)
     first = place.disk_usage()
@@ -235,7 +235,7 @@ def test_what_both_keep_waits_no_more_and_counts_once(place: Directory) -> None:
 
 
 class Meeting(OsFilesystem):
-    """Two threads that have let go of a file look at the same time who else has it, if they can."""
+    """Two threads that have removed a file's links check at the same time who else has it, if they can."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,11 +247,11 @@ class Meeting(OsFilesystem):
         return super().has_name(fd)
 
 
-def test_of_two_that_deliver_a_file_at_the_same_time_one_is_the_last(place: Directory) -> None:
-    """So that its bytes are released once."""
+def test_if_two_sinks_deliver_a_file_at_the_same_time_one_is_the_last(place: Directory) -> None:
+    """So its bytes are released once."""
     batch = seal_batch(place, 1, b'{"n":1}')
     size = Path(place.path_of(f"{batch}.ndjson")).stat().st_size
-    hand_over(place)
+    fan_out_all(place)
     place = Directory(place.path, Meeting(), SystemClock())
     gone: list[int] = []
     with ThreadPoolExecutor(2) as pool:
@@ -259,10 +259,10 @@ def test_of_two_that_deliver_a_file_at_the_same_time_one_is_the_last(place: Dire
     assert (gone, place.disk_usage().pending_files) == ([size], 0)
 
 
-def test_what_one_has_sent_again_waits_whatever_the_others_keep(place: Directory) -> None:
-    """And no more once it is delivered."""
+def test_a_redelivered_batch_waits_whatever_the_other_sinks_retain(place: Directory) -> None:
+    """And no longer once it is delivered."""
     batch = seal_batch(place, 1, b'{"n":1}')
-    hand_over(place)
+    fan_out_all(place)
     for sink in SINKS:
         deliver_one(place, sink)
     queue = place.queue("live")
@@ -278,11 +278,11 @@ def test_what_one_has_sent_again_waits_whatever_the_others_keep(place: Directory
     gone: list[int] = []
     assert deliver_one(place, "live", gone).payloads == [b'{"n":1}']
     assert (gone, place.disk_usage().pending_files, place.disk_usage().delivered_files) == ([found.pending_bytes], 0, 2)
-    assert kept(place, "warehouse") == [batch]
+    assert retained(place, "warehouse") == [batch]
 
 
-def test_copies_that_queues_have_compressed_are_files_of_their_own(place: Directory) -> None:
-    """Even of one name; a compressed file that was handed over is one file."""
+def test_copies_that_queues_have_compressed_count_one_by_one(place: Directory) -> None:
+    """Even of one name; a compressed file that was fanned out is one file."""
     name = layout.compressed_name(layout.sealed_name(1, "u"))
     one, other = (Path(place.queue(sink).path_of(name)) for sink in SINKS)
     one.write_bytes(b"12345")
@@ -297,12 +297,12 @@ def test_copies_that_queues_have_compressed_are_files_of_their_own(place: Direct
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_what_a_queue_was_handed_over_and_has_no_word_of_is_named(lost: Path, *, again: bool) -> None:
-    """Also where as many events were sent again since."""
+def test_a_batch_that_was_fanned_out_and_is_missing_in_a_queue_is_named(lost: Path, *, again: bool) -> None:
+    """Also if as many events were redelivered since."""
     assert run("redeliver", *BOX, "--all", "--sink", "live", "--yes", cwd=lost).returncode == 0 if again else True
     ledger = lost / "box" / "sink-live" / layout.LEDGER
     place = open_directory(lost / "box")
-    batch = kept(place, "warehouse")[1]
+    batch = retained(place, "warehouse")[1]
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(line for line in lines if b'"batch":"' + batch.encode() not in line))
     for file in place.queue("live").delivered_files():
@@ -315,8 +315,8 @@ def test_what_a_queue_was_handed_over_and_has_no_word_of_is_named(lost: Path, *,
     ]
 
 
-def test_what_was_handed_over_is_told_apart_however_many_writers_there_were() -> None:
-    """In a ledger that was summed up."""
+def test_fanned_out_batches_are_told_apart_however_many_writers_there_were() -> None:
+    """In a ledger that was compacted."""
     entries: list[LedgerEntry] = [RedeliveredEntry(0, "r", "s", 5), SettledEntry(0, "r", "live", 5, 0, 0, 0)]
     for number in range(WRITERS_MAX + 10):
         writer = "handed over" if not number else f"w{number}"
@@ -332,39 +332,39 @@ def test_what_was_handed_over_is_told_apart_however_many_writers_there_were() ->
 # What gives way.
 
 
-def test_what_several_keep_gives_way_in_all_their_queues_at_once(place: Directory) -> None:
-    """The first delivered first, and its bytes count once; what still waits for one of them comes last."""
+def test_a_batch_that_several_sinks_retain_is_deleted_from_all_their_queues(place: Directory) -> None:
+    """The first delivered first, and its bytes count once; a file that still waits for a sink comes last."""
     waits = seal_batch(place, 1, b'"0"')
-    hand_over(place)
+    fan_out_all(place)
     deliver_one(place, "live")
     blocked = place.queue("warehouse").lock_existing(f"{waits}.ndjson")
     assert blocked is not None
     batches = [seal_batch(place, stamp, b'"%d"' % stamp) for stamp in (2, 3)]
-    hand_over(place)
+    fan_out_all(place)
     deliver_one(place, "live")
     place.filesystem.close(blocked.fd)
     os.rename(place.queue("warehouse").path_of(f"{waits}.ndjson"), place.path_of("elsewhere"))
     deliver_one(place, "warehouse")
     os.rename(place.path_of("elsewhere"), place.queue("warehouse").path_of(f"{waits}.ndjson"))
-    assert (kept(place, "live"), kept(place, "warehouse")) == ([waits, *batches], batches)
+    assert (retained(place, "live"), retained(place, "warehouse")) == ([waits, *batches], batches)
     size = place.queue("live").delivered_files()[1].size
     assert evict_delivered(place, lambda gone: gone >= size) == 1
-    assert (kept(place, "live"), kept(place, "warehouse")) == ([waits, batches[1]], [batches[1]])
+    assert (retained(place, "live"), retained(place, "warehouse")) == ([waits, batches[1]], [batches[1]])
     assert evict_delivered(place, lambda _gone: False) == 2
-    assert (kept(place, "live"), kept(place, "warehouse")) == ([], [])
+    assert (retained(place, "live"), retained(place, "warehouse")) == ([], [])
     assert place.queue("warehouse").batch_names() == [f"{waits}.ndjson"]
 
 
 class Small(OsFilesystem):
-    """A volume of 1,000,000 bytes; what several names have is on it once."""
+    """A volume of 1,000,000 bytes, on which a file with several links is stored once."""
 
     def disk_space(self, path: str) -> DiskSpace:
         used = {os.stat(file).st_ino: os.stat(file).st_size for file in Path(path).rglob("delivered-*")}
         return DiskSpace(max(0, 1_000_000 - sum(used.values())), 1_000_000)
 
 
-def test_what_queues_keep_gives_way_before_events_are_refused(place: Directory, clock: ManualClock) -> None:
-    """As many files as are needed, each in all queues."""
+def test_batches_retained_in_queues_are_deleted_before_events_are_dropped(place: Directory, clock: ManualClock) -> None:
+    """As many files as needed, each in all queues."""
     place = Directory(place.path, Small(), clock)
     for number in range(20):
         first, other = (
@@ -373,9 +373,11 @@ def test_what_queues_keep_gives_way_before_events_are_refused(place: Directory, 
         )
         Path(first).write_bytes(b"1234567890" * 5000)
         os.link(first, other)
-    capacity, writer = capacity_of(place, clock, evicts=True)
+    capacity, writer = quota_of(place, clock, evicts=True)
     capacity.enforce()
     assert (
-        kept(place, "live") == kept(place, "warehouse") == [layout.batch_id(layout.sealed_name(n, "u")) for n in range(2, 20)]
+        retained(place, "live")
+        == retained(place, "warehouse")
+        == [layout.batch_id(layout.sealed_name(n, "u")) for n in range(2, 20)]
     )
     assert (writer.dropped["disk_low"], capacity.evicted_events) == (0, 0)

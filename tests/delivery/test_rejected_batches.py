@@ -1,4 +1,4 @@
-"""Poison or outage: what is refused as a whole is judged by what else is accepted."""
+"""Poison or a bad deploy: whether a wholly rejected batch is dead-lettered depends on what else is accepted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOW = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.05, backoff=Backoff(base
 
 
 class Deployed(RecordingSink):
-    """Refuses everything while a bad deploy is in place, and afterwards what is poisoned."""
+    """Rejects everything while a bad deploy is in place, and afterwards only poisoned records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Deployed(RecordingSink):
 
 
 class Picky(RecordingSink):
-    """Names each record that it refuses, and keeps the others."""
+    """Names each record that it rejects, and stores the others."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         self.calls.append(batch.id)
@@ -48,8 +48,8 @@ class Picky(RecordingSink):
         return PartialFailure(refused, len(batch) - len(refused)) if refused else Delivered(len(batch))
 
 
-def calls_a_try(sink: RecordingSink) -> list[int]:
-    """How many calls each try with a batch has cost, in order."""
+def calls_per_attempt(sink: RecordingSink) -> list[int]:
+    """How many calls each attempt with a batch has cost, in order."""
     tries: list[int] = []
     for call in list(sink.calls):
         if ":" not in call:
@@ -68,8 +68,8 @@ def dead_in(place: Directory) -> list[bytes]:
 
 
 @pytest.mark.parametrize("sink", [PoisonedSink, Picky])
-def test_a_batch_of_one_record_is_judged_after_the_next_that_is_accepted(place: Directory, sink: type[RecordingSink]) -> None:
-    """Alone it proves nothing; then it is asked for once more."""
+def test_a_batch_of_one_record_is_decided_after_another_batch_is_accepted(place: Directory, sink: type[RecordingSink]) -> None:
+    """Alone, its rejection proves nothing; then it is sent once more."""
     batch = seal_batch(place, 1, b'"poison"')
     chosen = sink()
     worker = make_worker(place, chosen, config=SLOW)
@@ -88,10 +88,10 @@ def test_a_batch_of_one_record_is_judged_after_the_next_that_is_accepted(place: 
 
 
 @pytest.mark.parametrize("records", [1, 2, 500])
-def test_several_batches_refused_as_a_whole_stop_delivery_and_kill_no_record(
+def test_several_wholly_rejected_batches_stop_delivery_and_dead_letter_nothing(
     place: Directory, caplog: pytest.LogCaptureFixture, records: int
 ) -> None:
-    """It is looked at again at intervals, with few calls, and goes on by itself once the destination is put right."""
+    """The destination is tried again at intervals, with few calls, and delivery resumes once it is fixed."""
     caplog.set_level(logging.INFO, "pillarbox")
     payloads = [[b"%d" % (stamp * 1000 + number) for number in range(records)] for stamp in range(1, 9)]
     for stamp, lines in enumerate(payloads, 1):
@@ -102,7 +102,7 @@ def test_several_batches_refused_as_a_whole_stop_delivery_and_kill_no_record(
     thread.start()
     wait_until(lambda: worker.state.name == "stopped")
     calls = len(sink.calls)
-    assert max(calls_a_try(sink)) <= 2 * 9 + 4
+    assert max(calls_per_attempt(sink)) <= 2 * 9 + 4
     # Three at first, and one more at each look.
     assert re.fullmatch(
         r"\d consecutive batches wholly rejected; waiting batches are kept: no: it says so", worker.state.reason
@@ -119,8 +119,8 @@ def test_several_batches_refused_as_a_whole_stop_delivery_and_kill_no_record(
     assert [entry.levelno for entry in stops] == [logging.ERROR]
 
 
-def test_after_an_outage_what_is_bad_is_found_among_what_is_good(place: Directory) -> None:
-    """Also where the oldest batches are bad altogether, as many as stop delivery and more."""
+def test_after_a_bad_deploy_the_poisoned_records_are_found(place: Directory) -> None:
+    """Also if the oldest batches are poisoned altogether, as many as stop delivery and more."""
     for stamp in range(1, 6):
         seal_batch(place, stamp, b'"poison %d"' % stamp)
     for stamp in range(6, 9):
@@ -138,8 +138,8 @@ def test_after_an_outage_what_is_bad_is_found_among_what_is_good(place: Director
     assert sorted(sink.payloads) == [b'"good %d"' % stamp for stamp in range(6, 9)]
 
 
-def test_a_batch_that_is_bad_from_the_first_record_on_is_set_aside_and_the_rest_of_it_delivered(place: Directory) -> None:
-    """So many bad ones in front look like an outage at first; the next batch says otherwise."""
+def test_a_batch_that_begins_with_poisoned_records_is_delivered_except_for_these(place: Directory) -> None:
+    """So many in front look like a bad deploy at first; the next batch proves otherwise."""
     batch = seal_batch(place, 1, *([b'"poison"'] * 100 + [b'"good"'] * 100))
     seal_batch(place, 2, b'"next"')
     sink = PoisonedSink()
@@ -149,7 +149,7 @@ def test_a_batch_that_is_bad_from_the_first_record_on_is_set_aside_and_the_rest_
     assert remaining_files(place) == [layout.dead_name(batch)]
 
 
-def test_what_is_refused_as_a_whole_is_final_where_the_operator_says_so(place: Directory) -> None:
+def test_with_the_circuit_breaker_off_a_whole_rejection_is_final(place: Directory) -> None:
     """`stop_after_rejected_batches = 0`."""
     for stamp in range(1, 6):
         seal_batch(place, stamp, b'"poison %d"' % stamp)
@@ -159,15 +159,15 @@ def test_what_is_refused_as_a_whole_is_final_where_the_operator_says_so(place: D
 
 
 class Together(PoisonedSink):
-    """Takes several files in one call."""
+    """Combines several files in one call."""
 
     def __init__(self) -> None:
         super().__init__()
         self.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process", combines_files=True)
 
 
-def test_small_files_that_are_refused_together_are_judged_one_by_one(place: Directory) -> None:
-    """Each is a batch of its own; one bad one costs the others nothing."""
+def test_small_files_that_are_rejected_together_are_then_sent_one_by_one(place: Directory) -> None:
+    """Each is a batch of its own; a bad one costs the others nothing."""
     for stamp in range(1, 4):
         seal_batch(place, stamp, b'"poison %d"' % stamp)
     sink = Together()
@@ -182,8 +182,8 @@ def test_small_files_that_are_refused_together_are_judged_one_by_one(place: Dire
     assert sink.payloads == [b'"good"']
 
 
-def test_of_small_files_in_one_call_each_keeps_its_own_dead_letters(place: Directory) -> None:
-    """By the records' places in their own files."""
+def test_small_files_in_one_call_each_have_their_own_dead_letters(place: Directory) -> None:
+    """With the records' indexes in their own files."""
     first = seal_batch(place, 1, b"1", b'"poison"', b"2")
     second = seal_batch(place, 2, b"3", raw=b"damaged\n")
     third = seal_batch(place, 3, b"4", b"5", b'"poison"')
@@ -203,8 +203,8 @@ def test_of_small_files_in_one_call_each_keeps_its_own_dead_letters(place: Direc
     assert worker.counters.flushed_files == 3
 
 
-def test_many_small_files_take_few_calls_where_the_sink_takes_them_together(place: Directory) -> None:
-    """Never more than a full file's worth, and a full one goes by itself."""
+def test_many_small_files_take_few_calls_if_the_sink_combines_files(place: Directory) -> None:
+    """Never more than the records of a full file, and a full file goes alone."""
     for stamp in range(1, 101):
         seal_batch(place, stamp, *[b"%d" % stamp] * 10)
     seal_batch(place, 101, *[b"101"] * 500)

@@ -1,4 +1,4 @@
-"""Whatever happens to a delivery, it lets go: of the lease, of the files' locks, of their descriptors."""
+"""However delivery ends, it releases the lease, the locks of the files, and their descriptors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def open_in(place: Directory) -> list[str]:
 
 
 class Hanging(RecordingSink):
-    """Answers no call; deaf to being cancelled, too, where that is asked for."""
+    """Answers no call, and ignores being cancelled if `deaf`."""
 
     def __init__(self, *, deaf: bool = False, confirms: bool = False, hangs_in: str = "deliver") -> None:
         super().__init__(needs_confirmation=confirms, unconfirmed_max=4)
@@ -81,7 +81,7 @@ class Hanging(RecordingSink):
 
 
 def takes_over(place: Directory) -> bool:
-    """Whether another deliverer in this process sends all that is left."""
+    """Whether another worker in this process delivers all that is left."""
     worker = make_worker(place, RecordingSink())
     with delivering(worker):
         return worker.idle.wait(60) and remaining_files(place) == []
@@ -91,8 +91,8 @@ def takes_over(place: Directory) -> bool:
 @pytest.mark.parametrize(
     ("hangs_in", "in_flight"), [("deliver", 1), ("deliver", 4), ("confirm", 1), ("confirm", 4), ("close", 1)]
 )
-def test_an_end_that_cannot_wait_lets_go_of_everything(place: Directory, hangs_in: str, in_flight: int, *, deaf: bool) -> None:
-    """Wherever the sink hangs: another deliverer begins at once, and has every file."""
+def test_a_forced_end_releases_everything(place: Directory, hangs_in: str, in_flight: int, *, deaf: bool) -> None:
+    """Wherever the sink hangs: another worker can begin at once, and gets every file."""
     for stamp in range(1, 8):
         seal_batch(place, stamp, b"%d" % stamp)
     sink = Hanging(deaf=deaf, confirms=True, hangs_in=hangs_in)
@@ -113,8 +113,8 @@ def test_an_end_that_cannot_wait_lets_go_of_everything(place: Directory, hangs_i
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("gone"), SystemExit(1)], ids=repr)
-def test_a_sink_that_cannot_close_is_let_go_of(place: Directory, error: BaseException) -> None:
-    """What it raises concerns nobody else."""
+def test_a_sink_that_fails_to_close_is_dropped(place: Directory, error: BaseException) -> None:
+    """Its exception affects nothing else."""
 
     class Stuck(RecordingSink):
         closed = 0
@@ -150,7 +150,7 @@ def test_an_outbox_is_closed_during_a_call_and_opened_again(tmp_path: Path, in_f
 
 
 def fails_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: BaseException, call: int) -> list[int]:
-    """Have one call of a function raise; how often it was called."""
+    """Have one call of a function raise; a list with an item for each call."""
     real: Callable[..., object] = getattr(module, name)
     calls: list[int] = []
 
@@ -167,10 +167,10 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a defect"), OSError("unreadable")], ids=repr)
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize(("in_flight", "combines"), [(1, False), (4, False), (1, True)])
-def test_a_file_whose_reading_fails_is_let_go_of(
+def test_a_file_whose_reading_fails_is_released(
     place: Directory, monkeypatch: pytest.MonkeyPatch, error: Exception, call: int, in_flight: int, *, combines: bool
 ) -> None:
-    """Whatever it is, and whichever file: all are sent in the end, and none is held by its own process."""
+    """Whatever the error and whichever the file: all are sent in the end, and none stays locked."""
     monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
     calls = fails_at(monkeypatch, reader, "read_lines", error, call)
     for stamp in range(1, 5):
@@ -189,10 +189,10 @@ def test_a_file_whose_reading_fails_is_let_go_of(
 @pytest.mark.parametrize("name", ["write_dead_letters", "write_quarantine"])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a defect"), OSError("full")], ids=repr)
 @pytest.mark.parametrize("confirms", [False, True])
-def test_a_file_whose_settling_fails_is_let_go_of(
+def test_a_file_whose_settlement_fails_is_released(
     place: Directory, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, *, confirms: bool
 ) -> None:
-    """It is sent again under the same id, and settled then; the others do not wait for it."""
+    """It is sent again under the same id, and then settled; the others do not wait for it."""
     from pillarbox.delivery import settlement
 
     calls = fails_at(monkeypatch, settlement, name, error, 1)
@@ -221,8 +221,8 @@ def test_a_file_whose_settling_fails_is_let_go_of(
     assert sink.batches[second] == [b'"next"']
 
 
-def test_a_refusal_that_is_none_leaves_no_descriptor(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sink that names records by text instead of by a refusal: the file stays, and is anybody's."""
+def test_an_invalid_rejection_leaves_no_descriptor_open(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sink gives text instead of a Rejection: the file stays, and another process can lock it."""
     monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
     wrong: dict[int, Rejection] = {1: "no such scope"}  # type: ignore[dict-item]
     batch = seal_batch(place, 1, b'"good"', b'"bad"')
@@ -234,7 +234,7 @@ def test_a_refusal_that_is_none_leaves_no_descriptor(place: Directory, monkeypat
     assert open_in(place) == []
 
 
-def hold(place: Directory, batch: str) -> int:
+def lock_file(place: Directory, batch: str) -> int:
     """Lock a file as another process would; its descriptor."""
     descriptor = os.open(place.path_of(batch + layout.SUFFIX), os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -242,13 +242,13 @@ def hold(place: Directory, batch: str) -> int:
 
 
 @pytest.mark.parametrize("combines", [False, True])
-def test_files_that_others_hold_stop_nobody_and_are_named(
+def test_files_that_others_have_locked_do_not_stop_delivery_and_are_named(
     place: Directory, monkeypatch: pytest.MonkeyPatch, *, combines: bool
 ) -> None:
-    """Two at once: the others go past them, the state says which they are, and they go once they are free."""
+    """Two of them: the others overtake them, the state names them, and they are delivered once they are unlocked."""
     monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 0.2)
     batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 6)]
-    held = [hold(place, batch) for batch in batches[:3:2]]
+    held = [lock_file(place, batch) for batch in batches[:3:2]]
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(combines_files=combines)
     worker = make_worker(place, sink)
@@ -263,8 +263,8 @@ def test_files_that_others_hold_stop_nobody_and_are_named(
     assert (sorted(sink.payloads), remaining_files(place)) == ([b"1", b"2", b"3", b"4", b"5"], [])
 
 
-def test_whoever_finds_its_lease_removed_lets_go_of_it(place: Directory) -> None:
-    """Somebody removed `deliver.lock`: of two deliverers one goes on."""
+def test_a_worker_whose_lease_file_was_deleted_releases_the_lease(place: Directory) -> None:
+    """Somebody deleted `deliver.lock`: of two workers one goes on."""
     first, second = make_worker(place, RecordingSink()), make_worker(place, RecordingSink())
     with delivering(first), delivering(second):
         wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
@@ -278,7 +278,7 @@ def test_whoever_finds_its_lease_removed_lets_go_of_it(place: Directory) -> None
 
 
 class Counting(RecordingSink):
-    """Counts the descriptors that are open while it is called."""
+    """Counts the descriptors that are open during its calls."""
 
     def __init__(self, *, confirms: bool, combines: bool) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class Counting(RecordingSink):
     ("confirms", "in_flight", "combines"),
     [(False, 1, True), (False, 16, True), (True, 1, True), (True, 16, True), (True, 16, False)],
 )
-def test_however_many_small_files_wait_few_are_open(
+def test_few_files_are_open_however_many_small_ones_wait(
     place: Directory, in_flight: int, *, confirms: bool, combines: bool
 ) -> None:
     """The application needs its descriptors for itself."""

@@ -61,8 +61,8 @@ LATELY = [
 ]
 
 
-def hopeless(lately: AttemptContext, rules: DeliveryConfig) -> bool:
-    """Whether the search for bad records in this batch has lasted too long to be one."""
+def is_splitting_futile(lately: AttemptContext, rules: DeliveryConfig) -> bool:
+    """Whether the search for bad records in this batch has lasted too long."""
     if rules.stop_after_rejected_batches == 0 or (
         lately.accepted_since_rejection and lately.dead_lettered_batches < rules.stop_after_rejected_batches
     ):
@@ -75,7 +75,7 @@ def hopeless(lately: AttemptContext, rules: DeliveryConfig) -> bool:
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.stop_after_rejected_batches}-{rules.max_age_s}")
 def test_every_answer_has_an_action(answer: DeliveryResult, rules: DeliveryConfig) -> None:
-    """The whole table: nothing gives up but by an age limit, and no record is dropped without a dead letter."""
+    """The whole table: only an age limit gives up, and no record is dropped without a dead letter."""
     for lately, size, attempt, share in product(LATELY, [0, 1, 2, 500], [1, 10, 10**6], [0.0, 0.999]):
         action = decide(answer, size, attempt, share, lately, rules)
         too_old = is_expired(lately, rules)
@@ -83,7 +83,7 @@ def test_every_answer_has_an_action(answer: DeliveryResult, rules: DeliveryConfi
             case Delivered(accepted, duplicates):
                 assert action == PartDone(accepted, duplicates, {})
             case PartialFailure(refused, None):
-                assert isinstance(action, (Expire if too_old else Defer) if hopeless(lately, rules) else SendRest)
+                assert isinstance(action, (Expire if too_old else Defer) if is_splitting_futile(lately, rules) else SendRest)
             case PartialFailure(refused, _, _):
                 assert action == PartDone(2, 0, refused)
             case Rejected(refusal) if size <= 1:
@@ -99,12 +99,12 @@ def test_every_answer_has_an_action(answer: DeliveryResult, rules: DeliveryConfi
             case Misconfigured(reason):
                 assert action == Stop(rules.recheck_s, reason)
             case Rejected():
-                assert isinstance(action, (Expire if too_old else Defer) if hopeless(lately, rules) else Split)
+                assert isinstance(action, (Expire if too_old else Defer) if is_splitting_futile(lately, rules) else Split)
 
 
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.stop_after_rejected_batches}-{rules.max_age_s}")
-def test_what_is_refused_as_a_whole_is_judged_by_what_else_is_accepted(rules: DeliveryConfig) -> None:
-    """A refusal is final where the destination takes something, and where the operator says so."""
+def test_a_whole_rejection_is_decided_by_what_else_is_accepted(rules: DeliveryConfig) -> None:
+    """It is final if the destination accepts something else, and if the circuit breaker is off."""
     for lately, accepted in product(LATELY, [0, 1]):
         verdict = judge_rejections(accepted, lately, rules)
         if (
@@ -131,8 +131,8 @@ def test_an_age_counts_only_after_the_batch_has_failed_here_for_a_while() -> Non
 
 
 @pytest.mark.parametrize("records", [2, 3, 7, 500, 513, 10_000])
-def test_the_search_for_one_poisoned_record_is_never_hopeless(records: int) -> None:
-    """It is found by fewer refusals in a row than delivery has patience for."""
+def test_the_search_for_one_poisoned_record_is_never_cut_short(records: int) -> None:
+    """It is found with fewer rejections in a row than the limit."""
     for poison in {0, 1, records // 2, records - 1}:
         refused_calls, parts = 0, [(0, records)]
         accepted = False
@@ -153,14 +153,14 @@ def test_the_search_for_one_poisoned_record_is_never_hopeless(records: int) -> N
 
 
 def test_backoff_doubles_up_to_its_bound_with_full_jitter() -> None:
-    """A uniform share of it."""
+    """A uniform share of the bound."""
     assert [BACKOFF.delay(attempt, 1.0) for attempt in (1, 2, 3, 6, 7, 1000)] == [1.0, 2.0, 4.0, 30.0, 30.0, 30.0]
     assert BACKOFF.delay(3, 0.25) == 1.0
     assert BACKOFF.delay(3, 0.0) == 0.0
 
 
 def test_halves_are_fixed_and_say_which_records_they_hold() -> None:
-    """The same batch is always cut in the same way."""
+    """The same batch is always split in the same way."""
     batch = Batch("sealed-a", [b"%d" % number for number in range(5)])
     first, second = batch.halves()
     assert [(part.id, part.payloads) for part in (first, second)] == [
@@ -170,8 +170,8 @@ def test_halves_are_fixed_and_say_which_records_they_hold() -> None:
     assert [part.id for part in second.halves()] == ["sealed-a:3-3", "sealed-a:4-4"]
 
 
-def test_what_is_between_refused_records_keeps_its_place() -> None:
-    """Runs, by the records' places in the whole file."""
+def test_the_records_between_rejected_ones_keep_their_indexes() -> None:
+    """In runs, with the records' indexes in the whole file."""
     batch = Batch("sealed-a", [b"%d" % number for number in range(6)])
     assert [part.id for part in batch.split_around([0, 3])] == ["sealed-a:1-2", "sealed-a:4-5"]
     assert batch.split_around(range(6)) == []
@@ -196,6 +196,6 @@ NOT_TEXT: Any = None
     ],
     ids=str,
 )
-def test_an_answer_that_cannot_be_is_a_sink_that_must_be_mended(answer: object) -> None:
-    """Rather than an error of ours."""
+def test_an_impossible_answer_says_that_the_sink_must_be_fixed(answer: object) -> None:
+    """It does not become an error of Pillarbox."""
     assert isinstance(validate_answer(answer, 2), Misconfigured)

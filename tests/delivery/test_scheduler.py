@@ -1,4 +1,4 @@
-"""Which file goes next, with and without a share for what is sealed in the middle of a drain; pure."""
+"""Which batch goes next, with and without a share for batches sealed in the middle of a drain; pure."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def all_of(lineup: Scheduler) -> list[str]:
 
 @given(st.lists(st.sets(st.sampled_from(BACKLOG + LIVE), min_size=1), max_size=5))
 def test_without_a_share_the_order_is_the_one_given(looks: list[set[str]]) -> None:
-    """Whatever was there before."""
+    """Whatever was scheduled before."""
     lineup = Scheduler()
     for names in looks:
         lineup.schedule(sorted(names))
         assert all_of(lineup) == sorted(names)
 
 
-def test_without_a_share_what_is_sealed_meanwhile_comes_last() -> None:
-    """Should anybody look for it."""
+def test_without_a_share_live_batches_come_last() -> None:
+    """If they are listed at all."""
     lineup = Scheduler()
     lineup.schedule(BACKLOG)
     lineup.add_live(BACKLOG[50:] + LIVE)
@@ -37,8 +37,8 @@ def test_without_a_share_what_is_sealed_meanwhile_comes_last() -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9, 1.0])
-def test_what_is_sealed_meanwhile_has_its_share_and_both_keep_their_order(share: float) -> None:
-    """Evenly spread: at no moment is it a file away from what is due."""
+def test_live_batches_have_their_share_and_both_groups_keep_their_order(share: float) -> None:
+    """Evenly spread: at any moment it is less than a batch away from the share."""
     lineup = Scheduler(share)
     lineup.schedule(BACKLOG)
     lineup.add_live(BACKLOG[50:] + LIVE)
@@ -50,8 +50,8 @@ def test_what_is_sealed_meanwhile_has_its_share_and_both_keep_their_order(share:
         assert abs(sum(name in LIVE for name in order[:taken]) - share * taken) <= 1
 
 
-def test_what_was_live_stays_so_until_the_backlog_is_gone() -> None:
-    """Though all of it is looked for anew after a failure; then what waits is the next backlog."""
+def test_live_batches_stay_live_until_the_backlog_is_delivered() -> None:
+    """Although everything is listed again after a failure. What waits afterwards is the next backlog."""
     lineup = Scheduler(0.5)
     lineup.schedule(["1", "2", "3"])
     lineup.add_live(["1", "2", "3", "4", "5"])
@@ -62,8 +62,8 @@ def test_what_was_live_stays_so_until_the_backlog_is_gone() -> None:
     assert all_of(lineup) == ["5", "6"]
 
 
-def test_after_an_outage_all_that_waits_by_then_is_the_backlog() -> None:
-    """What was sealed during the outage is not live, in the middle of a drain or at its beginning."""
+def test_after_an_outage_everything_that_waits_is_the_backlog() -> None:
+    """Batches sealed during the outage are not live, whether in the middle of a drain or at its beginning."""
     lineup = Scheduler(0.5)
     lineup.schedule(["1", "2", "3"])
     lineup.add_live(["3", "4"])
@@ -73,16 +73,16 @@ def test_after_an_outage_all_that_waits_by_then_is_the_backlog() -> None:
     assert all_of(lineup) == ["1", "7", "2", "8", "3", "4", "5", "6"]
 
 
-def test_an_order_that_is_given_is_kept_whatever_the_share() -> None:
-    """Batches that are judged go beside others."""
+def test_a_given_order_is_kept_whatever_the_share() -> None:
+    """Deferred batches go beside others."""
     lineup = Scheduler(1.0)
     lineup.schedule(["1"])
     lineup.schedule_in_order(["3", "1", "4", "2"])
     assert all_of(lineup) == ["3", "1", "4", "2"]
 
 
-def test_looking_goes_on_only_while_there_is_a_backlog() -> None:
-    """Or where everything is to be looked at anew: what is live ends by itself."""
+def test_live_batches_are_listed_only_while_there_is_a_backlog() -> None:
+    """Or if everything must be listed again."""
     lineup = Scheduler(1.0)
     lineup.schedule(["1", "2"])
     seen = [lineup.is_backlog_done]

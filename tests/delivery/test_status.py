@@ -1,4 +1,4 @@
-"""One state, told in the heartbeat as in the worker itself; and a heart that stops where a sink blocks."""
+"""One state, the same in the heartbeat and in the worker; the heartbeat stops if a sink blocks the event loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Held(RecordingSink):
-    """Takes its time, with the event loop free or not."""
+    """Takes its time, and blocks the event loop or not."""
 
     def __init__(self, *, blocks: bool) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class Held(RecordingSink):
 
 
 @pytest.mark.parametrize("blocks", [False, True])
-def test_a_slow_destination_is_told_from_a_deliverer_that_hangs(place: Directory, *, blocks: bool) -> None:
-    """Only the former's heart goes on beating."""
+def test_a_slow_destination_can_be_told_from_a_worker_that_hangs(place: Directory, *, blocks: bool) -> None:
+    """Only a slow one's heartbeat goes on."""
     seal_batch(place, 1, b"1")
     sink = Held(blocks=blocks)
     worker = make_worker(place, sink, config=QUICK_CONFIG)
@@ -69,8 +69,8 @@ def test_a_slow_destination_is_told_from_a_deliverer_that_hangs(place: Directory
     assert thread.stop(30)
 
 
-def test_a_heartbeat_is_read_while_a_shorter_one_is_written_over_it(place: Directory) -> None:
-    """Between the bytes and the end of the file."""
+def test_a_heartbeat_can_be_read_while_a_shorter_one_overwrites_it(place: Directory) -> None:
+    """Between the write and the truncation."""
     lease = Lease(place, "test", SystemClock())
     assert lease.acquire()
     lease.write_heartbeat(State("waiting", "a long story about a server that is busy"), 7, "", now=True)
@@ -86,7 +86,7 @@ def test_a_heartbeat_is_read_while_a_shorter_one_is_written_over_it(place: Direc
 
 
 def retry_after(worker: Worker, before: int) -> int:
-    """Wait until it waits for another try than the one at `before`, and has said so in its heartbeat; for which."""
+    """Wait until the worker waits for an attempt later than `before` and the heartbeat says so; its time."""
 
     def is_told() -> bool:
         beat = read_heartbeat(worker._directory)
@@ -97,7 +97,7 @@ def retry_after(worker: Worker, before: int) -> int:
 
 
 def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
-    """With the reason, the time of the next try, and totals."""
+    """With the reason, the time of the next attempt, and totals."""
     caplog.set_level(logging.INFO, "pillarbox")
     answers: list[DeliveryResult | Exception] = [Retry("busy", 300.0), Retry("busy", 300.0), Misconfigured("no such table")]
     sink, clock = RecordingSink(answers), MovingClock()

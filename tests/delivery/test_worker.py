@@ -1,4 +1,4 @@
-"""The loop that delivers, on a real directory, to a sink that answers as it is told."""
+"""The delivery loop, on a real directory, with a sink that gives the answers that a test chooses."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from tests.delivery.worker_setup import (
 )
 
 
-def test_sealed_files_are_delivered_in_order_and_removed(place: Directory) -> None:
-    """One file, one batch; the bytes are given back."""
+def test_batches_are_delivered_in_order_and_their_files_deleted(place: Directory) -> None:
+    """One file is one batch, and its bytes are released."""
     batches = [seal_batch(place, stamp, b"%d" % stamp, b"0") for stamp in (3, 1, 2)]
     size = sum(entry.size for entry in place.filesystem.list_files(place.path))
     gone: list[int] = []
@@ -51,8 +51,8 @@ def test_sealed_files_are_delivered_in_order_and_removed(place: Directory) -> No
     assert (remaining_files(place), sum(gone), worker.counters.delivered) == ([], size, 6)
 
 
-def test_on_failure_the_file_stays_and_is_tried_again_without_end(place: Directory) -> None:
-    """An exception of the sink counts as one."""
+def test_a_file_stays_and_is_retried_without_limit_after_failures(place: Directory) -> None:
+    """An exception of the sink counts as a failure."""
     batch = seal_batch(place, 1, b"1")
     sink = RecordingSink([Retry("busy"), OSError("cut"), *[Retry("busy")] * 20])
     worker = make_worker(place, sink)
@@ -62,8 +62,8 @@ def test_on_failure_the_file_stays_and_is_tried_again_without_end(place: Directo
     assert (worker.counters.delivered, remaining_files(place)) == (1, [])
 
 
-def test_a_damaged_line_is_set_aside_and_the_good_ones_and_later_files_are_delivered(place: Directory) -> None:
-    """The bytes as they stood, with where and why."""
+def test_a_damaged_line_is_quarantined_and_the_other_lines_and_files_are_delivered(place: Directory) -> None:
+    """The bytes are kept unchanged, with their byte range and the reason."""
     batch = seal_batch(place, 1, b"1", raw=b'rubbish\n{"event":2,"crc":"00000000"}\n' + record.line(b"3") + b"torn")
     seal_batch(place, 2, b"4")
     sink = RecordingSink()
@@ -82,8 +82,8 @@ def test_a_damaged_line_is_set_aside_and_the_good_ones_and_later_files_are_deliv
     assert place.disk_usage().pending_bytes == 0
 
 
-def test_a_file_without_records_goes_without_a_call(place: Directory) -> None:
-    """Empty, or blank lines only."""
+def test_a_file_without_records_is_deleted_without_a_call(place: Directory) -> None:
+    """An empty file, or one with blank lines only."""
     seal_batch(place, 1)
     seal_batch(place, 2, raw=b"\n  \n\n")
     sink = RecordingSink()
@@ -91,7 +91,7 @@ def test_a_file_without_records_goes_without_a_call(place: Directory) -> None:
     assert (sink.calls, remaining_files(place)) == ([], [])
 
 
-def test_a_file_of_nothing_but_damage_goes_to_quarantine(place: Directory) -> None:
+def test_a_file_that_holds_only_damage_is_quarantined(place: Directory) -> None:
     """Without a call."""
     batch = seal_batch(place, 1, raw=b"active\n")
     sink = RecordingSink()
@@ -99,8 +99,8 @@ def test_a_file_of_nothing_but_damage_goes_to_quarantine(place: Directory) -> No
     assert (sink.calls, remaining_files(place)) == ([], [layout.corrupt_name(batch), layout.ranges_name(batch)])
 
 
-def test_refused_records_become_dead_letters_with_their_reason(place: Directory) -> None:
-    """The others were taken."""
+def test_rejected_records_become_dead_letters_with_their_reason(place: Directory) -> None:
+    """The other records are delivered."""
     batch = seal_batch(place, 1, b'"a"', b'"b"', b'"c"')
     worker = make_worker(place, RecordingSink([Retry("busy"), PartialFailure({1: REJECTION}, accepted=2)]))
     drain_worker(worker)
@@ -112,8 +112,8 @@ def test_refused_records_become_dead_letters_with_their_reason(place: Directory)
     assert (worker.counters.delivered, worker.counters.dead, remaining_files(place)) == (2, 1, [layout.dead_name(batch)])
 
 
-def test_a_call_that_was_rolled_back_for_one_record_is_sent_again_around_it(place: Directory) -> None:
-    """The runs between, under ids that say which records they hold."""
+def test_after_a_rolled_back_call_the_records_around_the_rejected_one_are_sent(place: Directory) -> None:
+    """In runs, with ids that say which records they hold."""
     batch = seal_batch(place, 1, *(b"%d" % number for number in range(5)))
     sink = RecordingSink([PartialFailure({1: REJECTION})])
     drain_worker(make_worker(place, sink))
@@ -136,8 +136,10 @@ def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(place: Director
     assert json.loads(dead)["index"] == place_of_poison
 
 
-def test_a_wrong_set_up_stops_everything_loudly_and_resumes_alone(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing becomes a dead letter, and one line is logged, not one per look."""
+def test_a_misconfiguration_stops_delivery_with_an_error_and_delivery_resumes_by_itself(
+    place: Directory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is dead-lettered, and one line is logged, not one for each attempt."""
     caplog.set_level(logging.INFO, "pillarbox")
     seal_batch(place, 1, b"1")
     sink = RecordingSink([Misconfigured("no such table")] * 30)
@@ -148,8 +150,8 @@ def test_a_wrong_set_up_stops_everything_loudly_and_resumes_alone(place: Directo
     assert said[0].startswith("test: stopped: no such table")
 
 
-def test_a_file_that_cannot_be_read_is_stepped_over(place: Directory, tmp_path: Path) -> None:
-    """It is reported; those after it are delivered."""
+def test_an_unreadable_file_is_skipped(place: Directory, tmp_path: Path) -> None:
+    """It is reported; the files after it are delivered."""
     (tmp_path / "elsewhere").write_bytes(record.line(b"1"))
     Path(place.path_of(layout.sealed_name(1, "u"))).hardlink_to(tmp_path / "elsewhere")
     seal_batch(place, 2, b"2")
@@ -161,7 +163,7 @@ def test_a_file_that_cannot_be_read_is_stepped_over(place: Directory, tmp_path: 
     assert "hard link" in worker.state.reason
 
 
-def test_what_a_dead_writer_left_is_adopted_while_delivering(place: Directory) -> None:
+def test_files_of_a_dead_writer_are_recovered_while_delivering(place: Directory) -> None:
     """Also by a process that writes nothing itself."""
     Path(place.path_of("active-w-1.ndjson")).write_bytes(record.line(b"1"))
     sink = RecordingSink()
@@ -170,7 +172,7 @@ def test_what_a_dead_writer_left_is_adopted_while_delivering(place: Directory) -
 
 
 def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
-    """The lock decides; its holder's heartbeat can be read."""
+    """The lock decides; the heartbeat of its holder can be read."""
     lease = Lease(place, "other", SystemClock())
     assert lease.acquire()
     seal_batch(place, 1, b"1")
@@ -190,8 +192,8 @@ def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
     assert thread.stop(30)
 
 
-def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> None:
-    """Who evicts takes it first."""
+def test_a_file_that_another_process_has_locked_is_left_alone(place: Directory) -> None:
+    """An eviction locks it first."""
     batch = seal_batch(place, 1, b"1")
     taken = place.lock_existing(f"{batch}.ndjson")
     assert taken is not None
@@ -201,8 +203,8 @@ def test_a_file_that_another_process_holds_is_left_to_it(place: Directory) -> No
     place.filesystem.close(taken.fd)
 
 
-def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that dies, or has just sealed it, has it a little longer than its name shows."""
+def test_a_file_that_is_unlocked_after_a_moment_is_not_overtaken(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies, or has just sealed the file, holds the lock a little longer than the name shows."""
     monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 60.0)  # a moment, here
     batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     held = place.lock_existing(f"{batches[0]}.ndjson")
@@ -220,7 +222,7 @@ def test_a_file_that_is_let_go_of_in_a_moment_is_not_overtaken(place: Directory,
 
 
 class _Hasty(PortableScanOps, OsFilesystem):
-    """Its first listing of sealed files misses the first, as one may that runs while names are given."""
+    """Its first listing of batches misses the first one, as a listing may that runs while names are given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,8 +234,8 @@ class _Hasty(PortableScanOps, OsFilesystem):
         return (entry for entry in found if self.listings != 2 or not entry.name.startswith("sealed-0000000000000001"))
 
 
-def test_what_a_listing_misses_is_not_overtaken(place: Directory) -> None:
-    """The listing of the recovery is the first, that of the sealed files the second; a third sees them all."""
+def test_a_batch_that_a_listing_misses_is_not_overtaken(place: Directory) -> None:
+    """Recovery makes the first listing, the second one is of the batches, and a third one shows all of them."""
     batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     sink = RecordingSink()
     drain_worker(make_worker(Directory(place.path, _Hasty(), SystemClock()), sink))
@@ -241,7 +243,7 @@ def test_what_a_listing_misses_is_not_overtaken(place: Directory) -> None:
 
 
 def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> None:
-    """None is removed before; one confirmation answers for all of them."""
+    """None is deleted before it is confirmed; one confirmation answers for all of them."""
     for stamp in range(1, 6):
         seal_batch(place, stamp, b"%d" % stamp)
     sink = _Slow(window=8)
@@ -263,7 +265,7 @@ def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> Non
 
 
 class _Slow(RecordingSink):
-    """Confirms when it is told to."""
+    """Confirms when the test says so."""
 
     def __init__(self, window: int) -> None:
         super().__init__(needs_confirmation=True, unconfirmed_max=window)
@@ -283,8 +285,8 @@ class _Slow(RecordingSink):
         return len(batches)
 
 
-def test_a_part_of_what_is_sent_may_be_confirmed(place: Directory) -> None:
-    """The rest is asked for again, and not sent again."""
+def test_a_part_of_the_sent_batches_may_be_confirmed(place: Directory) -> None:
+    """The sink is asked again for the rest, which is not sent again."""
     batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 8)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=7)
     sink.confirmations.extend([1, 2, 1])
@@ -294,7 +296,7 @@ def test_a_part_of_what_is_sent_may_be_confirmed(place: Directory) -> None:
 
 
 def test_one_batch_at_a_time_is_confirmed_too(place: Directory) -> None:
-    """A window of one does not turn confirming off."""
+    """A window of one does not turn confirmations off."""
     batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 4)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=1)
     sink.confirmations.extend([0, UnconfirmedError("the server is another one")])
@@ -303,8 +305,10 @@ def test_one_batch_at_a_time_is_confirmed_too(place: Directory) -> None:
     assert sink.calls == [batches[0], *batches]
 
 
-def test_a_confirmation_that_the_set_up_prevents_stops_delivery(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
-    """With its reason; nothing is removed until it is mended."""
+def test_a_misconfiguration_that_prevents_confirmations_stops_delivery(
+    place: Directory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The state has the reason; nothing is deleted until it is fixed."""
     batch = seal_batch(place, 1, b"1")
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=4)
     sink.confirmations.append(SinkUnusableError("the query is not allowed"))
@@ -313,7 +317,7 @@ def test_a_confirmation_that_the_set_up_prevents_stops_delivery(place: Directory
     assert (sink.calls, remaining_files(place)) == ([batch] * 2, [])
 
 
-def test_what_is_not_confirmed_is_sent_again_in_order(place: Directory) -> None:
+def test_unconfirmed_batches_are_sent_again_in_order(place: Directory) -> None:
     """Under the same ids."""
     batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=3)
@@ -325,8 +329,8 @@ def test_what_is_not_confirmed_is_sent_again_in_order(place: Directory) -> None:
     assert list(sink.batches) == batches
 
 
-def test_killed_between_dead_letters_and_removal_nothing_is_kept_twice(place: Directory) -> None:
-    """The same names are written over with the same content."""
+def test_dead_letters_are_not_kept_twice_after_a_kill_before_the_deletion(place: Directory) -> None:
+    """The same files are overwritten with the same content."""
     payloads = [b'"a"', b'"b"']
     batch = seal_batch(place, 1, *payloads, raw=b"rubbish\n")
     drain_worker(make_worker(place, RecordingSink([PartialFailure({1: REJECTION}, accepted=1)])))
@@ -339,7 +343,7 @@ def test_killed_between_dead_letters_and_removal_nothing_is_kept_twice(place: Di
 
 
 def test_a_sink_that_hangs_does_not_hold_up_the_end(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call is cancelled, the file stays."""
+    """The call is cancelled, and the file stays."""
     monkeypatch.setattr("pillarbox.delivery.runner._CANCEL_GRACE_S", 60.0)  # a busy machine needs some of it
     batch = seal_batch(place, 1, b"1")
     sink = _Hanging()
@@ -364,7 +368,7 @@ class _Hanging(RecordingSink):
 
 
 class _Clinging(OsFilesystem):
-    """Lets no sealed file go, a few times."""
+    """Fails to delete batch files a few times."""
 
     refusals = 3
 
@@ -375,8 +379,8 @@ class _Clinging(OsFilesystem):
         os.unlink(path)
 
 
-def test_a_settlement_that_fails_is_tried_again_without_end(place: Directory) -> None:
-    """It is counted, and its reason told."""
+def test_a_failed_settlement_is_retried_without_limit(place: Directory) -> None:
+    """It is counted, and its reason reported."""
     batch = seal_batch(place, 1, b"1")
     clinging = Directory(place.path, _Clinging(), SystemClock())
     sink = RecordingSink()
@@ -387,8 +391,8 @@ def test_a_settlement_that_fails_is_tried_again_without_end(place: Directory) ->
     assert "or its file not deleted: " in worker.last_error
 
 
-def test_what_cannot_be_settled_holds_up_no_other(place: Directory) -> None:
-    """A directory stands where quarantine would go: that file waits, the others are delivered, and the state says why."""
+def test_a_file_that_cannot_be_settled_does_not_hold_up_others(place: Directory) -> None:
+    """A directory has the name of its quarantine file: it is held, the others are delivered, and the state says why."""
     stuck = seal_batch(place, 1, b"1", raw=b"damage\n")
     for number in range(2, 12):
         seal_batch(place, number, b'{"event":{"n":%d}}' % number)
@@ -408,8 +412,8 @@ def test_what_cannot_be_settled_holds_up_no_other(place: Directory) -> None:
     assert Path(place.path_of(f"corrupt-{stuck}.ndjson")).read_bytes() == b"damage\n"
 
 
-def test_a_worker_that_is_run_again_begins_whole(place: Directory) -> None:
-    """On another loop, with the destination opened anew."""
+def test_a_worker_can_be_run_again(place: Directory) -> None:
+    """On another event loop, after opening the sink again."""
     sink = RecordingSink()
     worker = make_worker(place, sink)
     for stamp in (1, 2):
@@ -420,8 +424,8 @@ def test_a_worker_that_is_run_again_begins_whole(place: Directory) -> None:
     assert (sink.open_count, remaining_files(place)) == (2, [])
 
 
-def test_what_is_sealed_just_before_the_end_is_delivered(place: Directory) -> None:
-    """Found by the first run of a child's tests: the news of the file and the order to end came in the same moment."""
+def test_a_batch_sealed_just_before_the_end_is_delivered(place: Directory) -> None:
+    """The first test of a child process found this: the notification and the order to end came at the same moment."""
     sink = RecordingSink()
     worker = make_worker(place, sink, config=QUICK_CONFIG._replace(poll_interval_s=60.0))
     thread = ThreadRunner(worker)
@@ -433,8 +437,8 @@ def test_what_is_sealed_just_before_the_end_is_delivered(place: Directory) -> No
     assert sink.payloads == [b"1"]
 
 
-def test_delivery_is_taken_over_within_a_second_however_seldom_an_idle_directory_is_looked_at(place: Directory) -> None:
-    """`flush_interval` may be a day. The shortest of several times counts, for others may use the machine."""
+def test_delivery_is_taken_over_within_a_second_whatever_the_poll_interval(place: Directory) -> None:
+    """`flush_interval` may be a day. The shortest of several measurements counts, because the machine may be busy."""
 
     def taken_over_after() -> float:
         lease, sink, clock = Lease(place, "other", SystemClock()), RecordingSink(), SystemClock()
@@ -456,7 +460,7 @@ def test_delivery_is_taken_over_within_a_second_however_seldom_an_idle_directory
 
 
 def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(place: Directory, tmp_path: Path) -> None:
-    """The state names it; nothing is written into what it leads to."""
+    """The state names it; nothing is written to the target of the link."""
     (tmp_path / "victim").write_bytes(b"precious")
     planted = Path(place.path_of(layout.DELIVER_LOCK))
     planted.hardlink_to(tmp_path / "victim")
@@ -476,7 +480,7 @@ def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(pl
 
 
 class _Tracing(OsFilesystem):
-    """Writes down removals and syncs of the directory."""
+    """Records deletions and syncs of the directory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -492,8 +496,8 @@ class _Tracing(OsFilesystem):
         super().sync_directory(path)
 
 
-def test_removals_are_synced_together_before_the_deliverer_rests(place: Directory, clock: ManualClock) -> None:
-    """What is settled does not come back with the power; nor is anything sent whose name the power may take away."""
+def test_deletions_are_synced_together_before_the_worker_idles(place: Directory, clock: ManualClock) -> None:
+    """A settled batch does not come back after a power loss, and no batch is sent before its name is durable."""
     for stamp in (1, 2, 3):
         seal_batch(place, stamp, b"%d" % stamp)
     tracing = _Tracing()
@@ -501,8 +505,8 @@ def test_removals_are_synced_together_before_the_deliverer_rests(place: Director
     assert tracing.verbs == ["sync", "remove", "remove", "remove", "sync"]
 
 
-def test_while_files_are_delivered_their_removals_are_synced_once_a_second(place: Directory, clock: ManualClock) -> None:
-    """And where the sync fails, delivery goes on."""
+def test_deletions_are_synced_once_a_second_during_a_drain(place: Directory, clock: ManualClock) -> None:
+    """If the sync fails, delivery goes on."""
 
     class Passing(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:

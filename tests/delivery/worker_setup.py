@@ -1,4 +1,4 @@
-"""What the tests of delivery share: sealed files, a worker on them, and sinks."""
+"""For the tests of delivery: sealed batches, a worker for them, and sinks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def remaining_files(directory: Directory) -> list[str]:
 
 
 class PoisonedSink(RecordingSink):
-    """Refuses every call that holds the poison, and does not say why."""
+    """Rejects every call that holds the poison, without saying which record it is."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         if any(b"poison" in payload for payload in batch.payloads):
@@ -75,7 +75,7 @@ class PoisonedSink(RecordingSink):
 
 
 class MovingClock(SystemClock):
-    """The machine's clocks, and what a test adds to them: both with `advance`, wall time alone with `step`."""
+    """The machine's clocks, plus what a test adds: to both with `advance`, to the wall clock alone with `step`."""
 
     def __init__(self) -> None:
         self._advanced = self._stepped = 0.0
