@@ -135,7 +135,7 @@ def test_a_child_that_is_killed_is_started_again(folder: Path, url: str, caplog:
         wait_until(lambda: delivering_pid(folder) != first)
         put(outbox, 500, 500)
         assert outbox.flush(60)
-        wait_until(lambda: outbox.stats().delivered >= 550)  # what was settled and not reported yet is nobody's count
+        wait_until(lambda: outbox.stats().delivered >= 550)  # the parent does not count what the killed child had not reported
         stats = outbox.stats()
     assert arrived(url) == ids(1000)
     assert stats.last_error == "delivery process: ended by signal 9 (Killed); restarting"
@@ -223,7 +223,7 @@ def child_pids() -> set[int]:
     """The processes that this one has started."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended just now
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
             found |= set(map(int, (task / "children").read_text().split()))
     return found
 

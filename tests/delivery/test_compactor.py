@@ -57,7 +57,7 @@ def compressed_files(place: Directory) -> list[str]:
     return [name for name in place.batch_names() if name.endswith(layout.COMPRESSED_SUFFIX)]
 
 
-# Which, and when.
+# Which batches, and when.
 
 
 def test_the_newest_batches_are_compressed_first_and_the_oldest_few_stay_plain(place: Directory, clock: ManualClock) -> None:
@@ -132,7 +132,7 @@ def test_the_compactor_pauses_as_long_as_it_works_and_lists_seldom(place: Direct
     assert make_compactor(place, clock).compress_next() == (False, 1.0)
 
 
-# In a delivery.
+# During delivery.
 
 
 class Away(RecordingSink):
@@ -159,7 +159,7 @@ def test_batches_are_compressed_while_delivery_waits_and_arrive_unchanged(place:
     thread.start()
     try:
         wait_until(lambda: len(compressed_files(place)) >= 30 - PLAIN_FILES_AT_HEAD - 4)
-        # Its thread may be about to compress another, or to say by how much.
+        # The worker's thread may be compressing another batch, or about to report the bytes saved.
         wait_until(lambda: before - sum(shrunk) == place.disk_usage().pending_bytes)
         assert reconcile(place).reconciliation.total.pending == 3000
         sink.answer = None
@@ -318,7 +318,7 @@ def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_onc
             assert outbox.enqueue(one)
             if number % 30 == 0:
                 assert outbox._sealer.seal_now("manual", 60.0)
-        # Twenty, or more where some were sealed by age.
+        # Twenty, or more if some were sealed by age.
         queues = outbox._directory.queues()
         wait_until(
             lambda: all(

@@ -25,7 +25,7 @@ from pillarbox.testing.fault import VERBS, Fault, FaultCounter, FaultFilesystem
 from tests.crash.interleave import LOCKS, PLACE, deliver_once
 
 FILES: Final = 2
-EVENTS: Final = 12  # of a file
+EVENTS: Final = 12  # in each file
 USED: Final = {
     "list_files",
     "create",
@@ -38,7 +38,7 @@ USED: Final = {
     "rename",
     "unlink",
 }
-OPERATIONS_MIN: Final = 20  # of compressing all of them, or a test has lost its grip
+OPERATIONS_MIN: Final = 20  # that compressing all of them takes; with fewer, a test would prove little
 
 Before = Callable[[str, str], None]
 

@@ -132,6 +132,6 @@ def test_each_sink_has_a_rate_of_its_own(box: Path) -> None:
             wait_until(lambda: (outbox.stats().sinks["live"].rate or 400) < 400)
             wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 30)
             down.clear()
-            assert outbox.flush(120)  # a slow answer makes for long pauses at first
+            assert outbox.flush(120)  # after a slow answer the first pauses are long
     assert received_counts(server.requests)[event_ids(1)[0]] == 1
     balanced_totals(box)

@@ -134,7 +134,7 @@ def test_after_the_delivering_process_is_killed_another_takes_over(box: Path, ot
         assert outbox.flush(60)
         wait_until(lambda: {sink.state.name for sink in outbox.stats().sinks.values()} == {"standby"})
         assert outbox.stats().delivered == 0
-        other_process.send_signal(signal.SIGSTOP)  # it holds its locks, and does nothing with them
+        other_process.send_signal(signal.SIGSTOP)  # it holds its locks and does nothing
         os.waitpid(other_process.pid, os.WUNTRACED)
         enqueue_events(outbox, 200, 200)
         assert not outbox.flush(0.2)
@@ -218,7 +218,7 @@ def test_a_queue_whose_sink_is_left_out_fills_up_and_is_named(box: Path) -> None
         wait_until(lambda: outbox.stats().state.name == "degraded")
         assert "pillarbox sinks remove warehouse" in outbox.stats().state.reason
         assert "pillarbox sinks remove warehouse" in outbox.stats().last_error
-        assert not outbox.flush(0.2)  # what it is to get is not delivered
+        assert not outbox.flush(0.2)  # its batches are not delivered
     assert len(batch_files(box / "sink-warehouse")) == 2
     removed = pillarbox(box, "sinks", "remove", "warehouse", "--discard")
     assert (removed.returncode, removed.stdout) == (0, "removed warehouse; 2 batches deleted\n")

@@ -88,7 +88,7 @@ def test_a_sink_that_is_down_holds_back_no_other_and_catches_up(box: Path, how: 
     with Server() as server, Outbox(str(box), sinks=sinks | {"live": server.url()}) as outbox:
         assert outbox.flush(60)
         assert received_counts(server.requests) == dict.fromkeys(event_ids(200), 1)
-        assert outbox.stats().sinks["warehouse"].delivered == 0  # none of it came a second time
+        assert outbox.stats().sinks["warehouse"].delivered == 0  # nothing was delivered twice
     assert not batch_files(box / "sink-live")
     balanced_totals(box)
 
@@ -140,7 +140,7 @@ def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> Non
         size = sum(file.stat().st_size for file in (box / "sink-one").glob("sealed-*"))
         assert outbox.stats().dropped["max_bytes"] == 300 - accepted > 0
         assert 18_000 < size <= 20_000
-        # A listing while they were handed over may have missed one.
+        # A listing during the fan-out may have missed one.
         wait_until(lambda: outbox.stats().pending_bytes == size)
         assert (
             open_directory(box).disk_usage().pending_files

@@ -21,9 +21,9 @@ from tests.delivery.test_rejected_batches import calls_per_attempt, dead_in
 from tests.delivery.worker_setup import REJECTION, MovingClock, make_worker, remaining_files, seal_batch
 
 RULES = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.03, backoff=Backoff(base_s=0.001, max_s=0.002))
-CALLS_MAX = 2 * 9 + 2 + 2  # for 500 records of which none is accepted: twice their halvings, and a few
-CALLS_MAX_WITH_GOOD_ONES = 4 * (2 * 9 + 2) + 3  # likewise where a half was accepted
-PER_SUCCESS_MAX = RULES.stop_after_rejected_batches  # batches that one success may have given up
+CALLS_MAX = 2 * 9 + 2 + 2  # for 500 records of which none is accepted: two calls for each halving, and a few
+CALLS_MAX_PARTLY_ACCEPTED = 4 * (2 * 9 + 2) + 3  # the same if half of them are accepted
+PER_SUCCESS_MAX = RULES.stop_after_rejected_batches  # batches that may be dead-lettered after one acceptance
 
 
 class Flapping(RecordingSink):
@@ -33,7 +33,7 @@ class Flapping(RecordingSink):
         super().__init__()
         self.capabilities = SinkCapabilities("event_id", "power")
         self.accepts = 0.0
-        self.calls_since = 0  # the last success
+        self.calls_since = 0  # the last accepted call
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         if not self.accepts:
@@ -52,7 +52,7 @@ def deferred_count(worker: Worker) -> int:
 
 def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
     """Wait until so many calls were accepted and the worker has stopped since, after another attempt."""
-    # The sink knows of a success before the worker has heard of it, which is still stopped then.
+    # The sink has accepted a call before the worker knows, which is still stopped then.
     wait_until(lambda: len(sink.batches) >= successes)
     wait_until(lambda: sink.calls_since > 0 and worker.state.name == "stopped")
     assert "consecutive batches wholly rejected; waiting batches are kept: no: it says so" in worker.state.reason
@@ -146,12 +146,12 @@ def test_a_deploy_that_turns_bad_in_the_middle_of_a_batch_dead_letters_nothing(p
     """If the destination deduplicates, the batch is deferred as a whole; once the deploy is fixed, all of it arrives."""
 
     class Halfway(Flapping):
-        mended = False
+        is_fixed = False
 
         async def deliver(self, batch: Batch) -> DeliveryResult:
             if len(self.calls) == 1:
                 self.accepts = max(self.accepts, 1)
-            if self.mended and ":" not in batch.id:  # not in the middle of a try: what was refused of it would be final
+            if self.is_fixed and ":" not in batch.id:  # not in the middle of an attempt: what was rejected of it would be final
                 self.accepts = float("inf")
             return await super().deliver(batch)
 
@@ -163,10 +163,10 @@ def test_a_deploy_that_turns_bad_in_the_middle_of_a_batch_dead_letters_nothing(p
     with delivering(worker):
         stopped_again(worker, sink, 1)
         tries = calls_per_attempt(sink)
-        assert tries[0] <= CALLS_MAX_WITH_GOOD_ONES
+        assert tries[0] <= CALLS_MAX_PARTLY_ACCEPTED
         assert max(tries[1:]) <= CALLS_MAX
         assert dead_in(place) == []
-        sink.mended = True
+        sink.is_fixed = True
         assert worker.idle.wait(60)
     assert (set(sink.payloads), dead_in(place)) == (set(everything), [])
 
@@ -179,7 +179,7 @@ def test_a_stop_that_a_call_in_flight_has_ended_is_not_reported(place: Directory
             self.calls.append(batch.id)
             if int(batch.payloads[0]) <= RULES.stop_after_rejected_batches:
                 return Rejected(REJECTION)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # still in flight when the others are rejected
             return Delivered(len(batch))
 
     for stamp in range(1, 9):

@@ -85,7 +85,7 @@ def test_if_the_destination_asks_for_time_all_requests_in_flight_wait(place: Dir
     drain_worker(make_worker(place, sink, config=QUICK))
     assert sink.asked_at is not None
     after = sorted(moment - sink.asked_at for moment in sink.times if moment > sink.asked_at)
-    # Those that were to begin in the same moment may do so a little later.
+    # Calls due at the same moment may begin a little later.
     begun = [moment for moment in after if moment < 0.3]
     assert len(begun) < QUICK.max_in_flight
     assert after[len(begun)] < 30.0
@@ -171,7 +171,7 @@ def test_a_call_that_takes_too_long_is_cancelled_and_retried(place: Directory) -
         async def deliver(self, batch: Batch) -> DeliveryResult:
             if not hung:
                 hung.append(batch.id)
-                await asyncio.sleep(60)
+                await asyncio.sleep(60)  # longer than the call timeout; it is cancelled
             return Delivered(len(batch))
 
     seal_batch(place, 1, b"1")

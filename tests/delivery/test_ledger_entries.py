@@ -61,7 +61,7 @@ class Watching(OsFilesystem):
 def ledgered(
     place: Directory, sink: RecordingSink, kept: SettlementLimits = DEFAULT_LIMITS
 ) -> tuple[Worker, Watching, Directory]:
-    watching, clock = Watching(), ManualClock()  # no time passes: only their number has files go
+    watching, clock = Watching(), ManualClock()  # no time passes: only the size of the group has it settled
     directory = Directory(place.path, watching, clock)
     sink.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
     ledger = LedgerWriter(directory, clock)

@@ -126,7 +126,9 @@ def test_files_that_cannot_be_sent_do_not_hold_up_later_pages(place: Directory) 
     """A whole page that is unreadable, or locked by another process."""
     batches = fill(place, 7)
     for batch in batches[:2]:
-        os.link(place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second")  # not ours: it has a second name
+        os.link(
+            place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second"
+        )  # not a file of the outbox: it has a second link
     sink = RecordingSink()
     worker = make_worker(place, sink, config=PARTS)
     drain_worker(worker)

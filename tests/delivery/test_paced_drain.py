@@ -22,7 +22,7 @@ from tests.delivery.worker_setup import QUICK_CONFIG, drain_worker, make_worker,
 from tests.sinks.http_server import CannedResponse, Request, Server
 
 BUSY = CannedResponse(503, b"<html>", {"Retry-After": "0"})
-# What takes minutes in life: the rate begins at a hundredth of what this server takes, and calls are milliseconds.
+# Scaled down from minutes: the rate begins at a hundredth of what this server takes, and a call takes milliseconds.
 BOUNDS = PacingConfig(start_share=0.01, step_share=0.05, slow_least_s=5.0, outage_s=0.001, pause_max_s=0.2)
 RULES = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), pacing=BOUNDS)
 LISTING_S = 0.002
@@ -103,8 +103,8 @@ def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int, monkey
         drain_worker(worker)
     assert all(one.rate is not None and one.rate <= 400 for one in server.seen)
     assert sum(one.events for one in server.seen) == 300
-    # What arrives was sent a moment before, and how long that was differs: the calls, not the arrivals, keep the distance.
-    well = sent[4:]  # before, some were answered busy, and are not counted
+    # The time from a call to its arrival varies: the calls keep their distance, not the arrivals.
+    well = sent[4:]  # the calls before were partly answered busy, and do not count
     assert well[-1][0] - well[0][0] >= sum(records for _, records in well[:-1]) / 400 - 0.03
 
 
@@ -122,7 +122,7 @@ class Meanwhile(RecordingSink):
         for stamp in self.stamps if not self.batches else ():
             seal_batch(self.place, stamp, b"%d" % stamp)
         self.worker.notify()
-        await asyncio.sleep(0.005)  # long enough for the next file to be read ahead
+        await asyncio.sleep(0.005)  # long enough to prefetch the next batch
         return await super().deliver(batch)
 
 

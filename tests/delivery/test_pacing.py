@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pillarbox.delivery.pacing import Pacer, PacingConfig
 
 CALL = 500  # records
-TAKES_S = 0.25  # that a call of them usually takes: 2,000 events/s
+TAKES_S = 0.25  # for a call: 2,000 events/s
 STEP = 2000 / 128
 
 
@@ -80,7 +80,7 @@ def test_one_failure_halves_the_rate_and_is_no_outage() -> None:
     pacer = known(PacingConfig(outage_s=60))
     rates = []
     for number in range(16):
-        began = 100 + number / 2  # no more than once a second
+        began = 100 + number / 2  # one cut a second at most
         pacer.note_failure(began, began + 0.01, CALL)
         rates.append(pacer.rate)
     assert rates[::2] == rates[1::2] == pytest.approx([1000, 500, 250, 125, 62.5, 31.25, CALL / 30, CALL / 30])

@@ -74,7 +74,7 @@ def three_delivered(folder: Path) -> None:
         deliver(folder)
 
 
-# Keeping.
+# Retention.
 
 
 def test_a_delivered_batch_is_retained_by_a_rename_and_no_longer_pending(place: Directory) -> None:
@@ -169,7 +169,7 @@ def test_a_file_that_cannot_be_retained_is_deleted(
     assert len([one for one in caplog.records if "could not be retained" in one.message]) == 1
 
 
-# Giving way.
+# Making room.
 
 
 class Volume(OsFilesystem):
@@ -215,7 +215,7 @@ def test_retained_files_are_deleted_before_events_are_dropped_or_evicted(
     capacity.enforce()
     assert len(place.delivered_files()) == 10
     clock.advance(10)
-    volume.others = 350_000  # which leaves nothing
+    volume.others = 350_000  # nothing is free then
     capacity.enforce()
     # 5 % of the volume, and a quarter of that ahead of need: two files.
     assert [layout.delivered_at(file.name) for file in place.delivered_files()] == list(range(93, 101))
@@ -252,7 +252,7 @@ def test_retained_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in (tmp_path / "box").glob("delivered-*")) > 5000
 
 
-# Sending again.
+# Redelivery.
 
 
 def test_a_destination_that_was_restored_to_an_earlier_copy_gets_everything_again_once(tmp_path: Path) -> None:
@@ -371,7 +371,11 @@ def test_redelivery_leaves_room_for_new_events(tmp_path: Path) -> None:
     rest = run("redeliver", *BOX, "--all", "--until", until, "--yes", cwd=tmp_path)
     assert rest.returncode == 0
     deliver(tmp_path)
-    assert verified(tmp_path)["resent_on_request"] in (30, 40, 50)  # what was delivered in the second before may go again
+    assert verified(tmp_path)["resent_on_request"] in (
+        30,
+        40,
+        50,
+    )  # batches delivered in the second before may be redelivered too
 
 
 def test_redelivery_works_while_a_worker_runs(tmp_path: Path) -> None:
@@ -432,7 +436,7 @@ def test_with_power_durability_a_sink_that_may_forget_points_to_redelivery(
     tmp_path: Path, keep: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the setting if it is not set, and to the command."""
-    monkeypatch.setattr(Directory, "check_power_durability", lambda _self: None)  # the tests may run in memory
+    monkeypatch.setattr(Directory, "check_power_durability", lambda _self: None)  # the tests may run on a file system in memory
     with caplog.at_level(logging.WARNING, "pillarbox"):
         Outbox(str(tmp_path / "box"), Forgetful(), durability="power", keep_delivered=keep)
     (said,) = (one.message for one in caplog.records if "does not survive" in one.message)

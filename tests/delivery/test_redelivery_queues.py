@@ -212,7 +212,7 @@ def contents_of(queue: Directory) -> list[bytes]:
     return [Path(queue.path_of(name)).read_bytes() for name in names]
 
 
-# What is counted.
+# Counts.
 
 
 def test_a_batch_that_both_sinks_retain_no_longer_waits_and_counts_once(place: Directory) -> None:
@@ -243,7 +243,7 @@ class Meeting(OsFilesystem):
 
     def has_name(self, fd: int) -> bool:
         with contextlib.suppress(threading.BrokenBarrierError):
-            self._both.wait(0.3)
+            self._both.wait(0.3)  # with the lock, only one thread gets here: it must not wait for ever
         return super().has_name(fd)
 
 
@@ -293,7 +293,7 @@ def test_copies_that_queues_have_compressed_count_one_by_one(place: Directory) -
     assert (place.disk_usage().pending_files, place.disk_usage().pending_bytes) == (1, 5)
 
 
-# What is missing.
+# Missing batches.
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -329,7 +329,7 @@ def test_fanned_out_batches_are_told_apart_however_many_writers_there_were() -> 
     assert REDELIVERY_WRITER not in rows or rows[REDELIVERY_WRITER] == 5
 
 
-# What gives way.
+# Making room.
 
 
 def test_a_batch_that_several_sinks_retain_is_deleted_from_all_their_queues(place: Directory) -> None:

@@ -103,7 +103,7 @@ def test_several_wholly_rejected_batches_stop_delivery_and_dead_letter_nothing(
     wait_until(lambda: worker.state.name == "stopped")
     calls = len(sink.calls)
     assert max(calls_per_attempt(sink)) <= 2 * 9 + 4
-    # Three at first, and one more at each look.
+    # Three at first, and one more at each attempt.
     assert re.fullmatch(
         r"\d consecutive batches wholly rejected; waiting batches are kept: no: it says so", worker.state.reason
     )

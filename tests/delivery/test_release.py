@@ -37,7 +37,7 @@ def open_in(place: Directory) -> list[str]:
         try:
             target = os.readlink(DESCRIPTORS / descriptor)
         except OSError:
-            continue  # it was that of the listing
+            continue  # it was the listing's own
         if target.startswith(place.path + "/"):
             found.append(os.path.basename(target))
     return sorted(found)
@@ -60,7 +60,7 @@ class Hanging(RecordingSink):
         self.under_way += 1
         while not self.over.is_set():
             try:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # it polls, because it swallows the cancellation
             except asyncio.CancelledError:
                 if not self.deaf:
                     raise
@@ -105,7 +105,7 @@ def test_a_forced_end_releases_everything(place: Directory, hangs_in: str, in_fl
         )
         thread.stop(0.1)
         try:
-            # On a busy machine the thread may not have come to it when `stop` gives up on it.
+            # On a busy machine the thread may not have got there when `stop` returns.
             wait_until(lambda: (worker.lease.is_held, open_in(place)) == (False, []))
             assert takes_over(place)
         finally:
@@ -254,7 +254,7 @@ def test_files_that_others_have_locked_do_not_stop_delivery_and_are_named(
     worker = make_worker(place, sink)
     with delivering(worker):
         wait_until(lambda: set(sink.payloads) == {b"2", b"4", b"5"})
-        wait_until(lambda: "(1 more warning)" in worker.state.reason)  # it was degraded for one of them before
+        wait_until(lambda: "(1 more warning)" in worker.state.reason)  # before, it was degraded for one of them
         assert worker.state.name == "degraded"
         assert f"{batches[0]}.ndjson: locked by another process" in worker.state.reason
         for descriptor in held:
@@ -289,13 +289,13 @@ class Counting(RecordingSink):
         self.taken = 0
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.002)  # several calls are in flight at the same time
         self.most = max(self.most, len(os.listdir(DESCRIPTORS)))
         self.taken += len(batch)
         return Delivered(len(batch))
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # batches pile up unconfirmed meanwhile
         return len(batches)
 
 

@@ -181,7 +181,7 @@ def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "standby")
-    assert not worker.idle.wait(0.1)
+    assert not worker.idle.wait(0.1)  # long enough to deliver it, if that were wrong
     assert sink.calls == []
     lease.release()
     assert worker.idle.wait(60)
@@ -205,7 +205,7 @@ def test_a_file_that_another_process_has_locked_is_left_alone(place: Directory) 
 
 def test_a_file_that_is_unlocked_after_a_moment_is_not_overtaken(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies, or has just sealed the file, holds the lock a little longer than the name shows."""
-    monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 60.0)  # a moment, here
+    monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 60.0)  # so that the wait is seen
     batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     held = place.lock_existing(f"{batches[0]}.ndjson")
     assert held is not None
@@ -213,7 +213,7 @@ def test_a_file_that_is_unlocked_after_a_moment_is_not_overtaken(place: Director
     worker = make_worker(place, sink)
     thread = ThreadRunner(worker)
     thread.start()
-    assert not worker.idle.wait(0.1)
+    assert not worker.idle.wait(0.1)  # long enough to deliver it, if that were wrong
     assert sink.calls == []
     place.filesystem.close(held.fd)
     assert worker.idle.wait(60)
@@ -261,7 +261,7 @@ def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> Non
     asyncio.run(scenario())
     assert (remaining_files(place), worker.counters.delivered) == ([], 5)
     assert sum(sink.groups) == 5
-    assert len(sink.groups) <= 3  # the first, those that came meanwhile, and one that was on its way
+    assert len(sink.groups) <= 3  # the first, those sent meanwhile, and one that was in flight
 
 
 class _Slow(RecordingSink):
@@ -344,7 +344,7 @@ def test_dead_letters_are_not_kept_twice_after_a_kill_before_the_deletion(place:
 
 def test_a_sink_that_hangs_does_not_hold_up_the_end(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is cancelled, and the file stays."""
-    monkeypatch.setattr("pillarbox.delivery.runner._CANCEL_GRACE_S", 60.0)  # a busy machine needs some of it
+    monkeypatch.setattr("pillarbox.delivery.runner._CANCEL_GRACE_S", 60.0)  # a busy machine may need some of it
     batch = seal_batch(place, 1, b"1")
     sink = _Hanging()
     thread = ThreadRunner(make_worker(place, sink))
@@ -470,7 +470,7 @@ def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(pl
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "degraded")
-    assert not worker.idle.wait(0.1)
+    assert not worker.idle.wait(0.1)  # long enough to deliver it, if that were wrong
     assert "hard link" in worker.state.reason
     assert sink.calls == []
     planted.unlink()
