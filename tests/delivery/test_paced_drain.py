@@ -79,7 +79,7 @@ def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(pla
         assert all(a < b for a, b in itertools.pairwise(rates))
         assert [one.state for one in server.seen if one.rate][5] == f"draining: paced: {rates[5]:,.0f} events/s"
     assert (worker.counters.rate, str(worker.state)) == (None, "idle")
-    assert worker.last_error.startswith("the server answered 503")
+    assert worker.last_error.startswith("the server responded with 503")
 
 
 @pytest.mark.parametrize("in_flight", [1, 4])
