@@ -88,5 +88,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     for _ in range(int(seconds * 100)):
         if condition():
             return
+        # wait: the pause between two polls of a condition
         threading.Event().wait(0.01)
     raise AssertionError("it never came true")

@@ -53,6 +53,7 @@ def killed(place: RoundPaths) -> Figures:
 
 def hanging(place: RoundPaths) -> Figures:
     """With a process of its own that would outlive it."""
+    # wait: a process that outlives the section
     started = subprocess.Popen(["sleep", "1000"])
     with Path(os.environ[LEFT_BEHIND]).open("a") as file:
         file.write(f"{started.pid}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "pillarbox"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = sorted([*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
+structure = runpy.run_path(str(ROOT / "tools" / "structure"))
+SLEEPS = {"sleep", "usleep", "nanosleep", "sigtimedwait"}
+WAIT_COMMENT = "# wait: "
 MODULE_LINES_MAX = 600
 FUNCTION_LINES_MAX = 70
 
@@ -134,11 +138,85 @@ def test_every_module_says_what_it_is_for(module: Path) -> None:
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
-def test_no_test_sleeps() -> None:
-    """The clock is a parameter."""
-    for module in (ROOT / "tests").rglob("*.py"):
-        if module != Path(__file__):
-            assert "time.sleep(" not in module.read_text(), module
+def timed_waits(tree: ast.AST) -> list[ast.expr]:
+    """Calls that let time pass: a sleep, a wait on an event that nobody else has, a wait that is to time out, a `sleep` process."""
+    found: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            duration = next(iter([*node.args, *(keyword.value for keyword in node.keywords)]), None)
+            is_zero = isinstance(duration, ast.Constant) and not duration.value
+            owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+            sleeps = name in SLEEPS and duration is not None and not is_zero
+            waits_alone = name == "wait" and isinstance(owner, ast.Call) and duration is not None and not is_zero
+            selects_nothing = name == "select" and all(isinstance(arg, ast.List) and not arg.elts for arg in node.args[:3])
+            if sleeps or waits_alone or (selects_nothing and len(node.args) > 3):
+                found.append(node)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            call = node.operand
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "wait" and call.args:
+                found.append(call)
+        elif (
+            isinstance(node, ast.List)
+            and node.elts
+            and isinstance(node.elts[0], ast.Constant)
+            and node.elts[0].value == "sleep"
+        ):
+            found.append(node)
+    return found
+
+
+def unexplained(text: str) -> list[int]:
+    """The lines of timed waits that do not say why time must pass: `# wait: ...` on the line, or on the one above it."""
+    lines = text.split("\n")
+    return [
+        wait.lineno
+        for wait in timed_waits(ast.parse(text))
+        if not any(WAIT_COMMENT in line for line in lines[max(0, wait.lineno - 2) : wait.end_lineno])
+    ]
+
+
+@pytest.mark.parametrize("module", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_test_waits_without_a_reason(module: Path) -> None:
+    """The clock is a parameter. Where real time must pass, a comment says why: `# wait: ...`."""
+    assert not unexplained(module.read_text())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import time\ntime.sleep(1)",
+        "from time import sleep\nsleep(0.1)",
+        "async def test():\n    await asyncio.sleep(pause_s)",
+        "threading.Event().wait(0.1)",
+        "threading.Event().wait(timeout=0.1)",
+        "signal.sigtimedwait([], 1)",
+        "assert not done.wait(0.1)",
+        "select.select([], [], [], 1)",
+        "subprocess.run(['sleep', '1'])",
+    ],
+)
+def test_every_spelling_of_a_timed_wait_is_found(text: str) -> None:
+    """And accepted with its reason."""
+    assert unexplained(text)
+    last = text.rsplit("\n", maxsplit=1)[-1]
+    assert not unexplained(text.replace(last, f"{last}  # wait: the kernel's clock is what is tested"))
+
+
+@pytest.mark.parametrize("text", ["await_(asyncio.sleep(0))", "assert done.wait(60)", "process.wait(60)"])
+def test_a_bound_on_a_wait_is_no_timed_wait(text: str) -> None:
+    """It ends as soon as what it waits for has happened."""
+    assert not unexplained(text)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports that are made late, or for type checkers only, count as well."""
+    assert not structure["cycles"](structure["graph_of"](structure["modules_of"](PACKAGE)))
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """A name means one thing in the whole package; a leading underscore makes no other name."""
+    assert not structure["names_used_twice"](structure["modules_of"](PACKAGE))
 
 
 @pytest.mark.parametrize("source", sorted((ROOT / "src" / "speedups").glob("*.c")), ids=lambda path: path.name)

@@ -288,6 +288,7 @@ class Life:
 
 
 def _pause(seconds: float) -> None:
+    # wait: the process under test runs until it is killed
     signal.sigtimedwait([], seconds)
 
 
@@ -380,6 +381,7 @@ class Torture:
                     if slot not in self._children:
                         self._begin(slot)
                 first = min(child.deadline for child in self._children.values())
+                # wait: until a child ends, or it is time to kill one
                 signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(first, end) - time.monotonic()))
                 self._reap(time.monotonic())
         finally:

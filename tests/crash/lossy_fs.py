@@ -354,6 +354,7 @@ def _die_recovering(torture: kills.Torture, chance: random.Random) -> None:
         torture.make_life(chance).deliver()
 
     pid = kills.fork(torture.failures, work)
+    # wait: until a child ends, or the next poll
     signal.sigtimedwait([signal.SIGCHLD], 0.1)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

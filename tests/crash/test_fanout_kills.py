@@ -46,6 +46,7 @@ def live(directory: Path, life: int, chance: random.Random, told: int) -> None:
         if accepting.enqueue(kills.make_event(life, number)):
             os.write(told, f"{life}-{number}\n".encode())
         if number % 10 == 9:
+            # wait: gives the other process time to be killed in the middle
             threading.Event().wait(0.004)
     signal.pause()
 

@@ -179,6 +179,7 @@ def test_a_stop_that_a_call_in_flight_has_ended_is_not_reported(place: Directory
             self.calls.append(batch.id)
             if int(batch.payloads[0]) <= RULES.stop_after_rejected_batches:
                 return Rejected(REJECTION)
+            # wait: a call takes this long, so that calls overlap
             await asyncio.sleep(0.05)  # still in flight when the others are rejected
             return Delivered(len(batch))
 

@@ -102,6 +102,7 @@ def test_an_impossible_answer_stops_delivery_after_one_call(place: Directory, an
     worker = make_worker(place, sink, config=ONCE)
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
+        # wait: nothing may happen in this time
         assert not worker.idle.wait(0.1)  # long enough for another call, if one were made
         assert worker.state.reason == f"the sink answered a call of 2 records with an impossible {answer!r}; fix the sink"
     assert (sink.calls, remaining_files(place)) == ([batch], [batch + layout.SUFFIX])
@@ -115,6 +116,7 @@ def test_an_impossible_retry_time_is_replaced_by_the_backoff(place: Directory, a
     worker = make_worker(place, sink, config=ONCE._replace(backoff=Backoff(base_s=9_000.0, max_s=9_000.0)))
     with delivering(worker):
         wait_until(lambda: worker.state.name == "waiting")
+        # wait: nothing may happen in this time
         assert not worker.idle.wait(0.1)  # long enough for another call, if one were made
         assert worker.state.retry_at_micros is not None
     assert len(sink.calls) == 1
@@ -159,6 +161,7 @@ class Faulty(RecordingSink):
         self._act("prepare")
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
+        # wait: the call is under way while the test acts
         await asyncio.sleep(0.01)  # longer than the quick turns, so that the next batch is prepared
         self._act("deliver")
         return await super().deliver(batch)
@@ -230,6 +233,7 @@ class Deaf(RecordingSink):
         self.most = max(self.most, self.under_way)
         while not self.over:
             try:
+                # wait: the call is under way while the test acts
                 await asyncio.sleep(0.01)  # it polls, because it swallows the cancellation
             except asyncio.CancelledError:
                 self.cancelled += 1
@@ -246,6 +250,7 @@ def test_a_call_that_timed_out_does_not_overlap_the_next(place: Directory) -> No
     worker = make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05))
     with delivering(worker):
         wait_until(lambda: worker.state.reason == "the sink is still running a call that timed out")
+        # wait: nothing may happen in this time
         assert not worker.idle.wait(0.1)  # long enough for another call, if one were made
         assert (sink.under_way, sink.cancelled) == (1, 1)
         sink.over = True
@@ -271,6 +276,7 @@ def test_a_method_that_hangs_is_cancelled_and_retried(place: Directory, where: s
         async def _hang(self, there: str) -> None:
             if there == where and not self.hung:
                 self.hung += 1
+                # wait: the sink hangs, until it is cancelled
                 await asyncio.sleep(60)  # longer than the call timeout; it is cancelled
 
         async def open(self) -> None:
@@ -307,6 +313,7 @@ def test_an_impossible_confirmation_settles_nothing(place: Directory, sure: obje
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
         assert worker.state.reason == f"the sink confirmed {sure!r} of 1 batches; fix the sink"
+        # wait: nothing may happen in this time
         assert not worker.idle.wait(0.1)  # long enough for another call, if one were made
         assert (len(asked), remaining_files(place)) == (1, [batch + layout.SUFFIX])
         sink.is_mended = True

@@ -33,6 +33,7 @@ class Slow(RecordingSink):
         self.under_way += 1
         self.most = max(self.most, self.under_way)
         try:
+            # wait: calls take different times, so that they end in another order
             await asyncio.sleep(self.chance.uniform(0.0, 0.01))
             return await super().deliver(batch)
         finally:
@@ -171,6 +172,7 @@ def test_a_call_that_takes_too_long_is_cancelled_and_retried(place: Directory) -
         async def deliver(self, batch: Batch) -> DeliveryResult:
             if not hung:
                 hung.append(batch.id)
+                # wait: the sink hangs, until it is cancelled
                 await asyncio.sleep(60)  # longer than the call timeout; it is cancelled
             return Delivered(len(batch))
 

@@ -122,6 +122,7 @@ class Meanwhile(RecordingSink):
         for stamp in self.stamps if not self.batches else ():
             seal_batch(self.place, stamp, b"%d" % stamp)
         self.worker.notify()
+        # wait: long enough for the next file to be prefetched
         await asyncio.sleep(0.005)  # long enough to prefetch the next batch
         return await super().deliver(batch)
 

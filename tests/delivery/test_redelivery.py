@@ -439,6 +439,6 @@ def test_with_power_durability_a_sink_that_may_forget_points_to_redelivery(
     monkeypatch.setattr(Directory, "check_power_durability", lambda _self: None)  # the tests may run on a file system in memory
     with caplog.at_level(logging.WARNING, "pillarbox"):
         Outbox(str(tmp_path / "box"), Forgetful(), durability="power", keep_delivered=keep)
-    (said,) = (one.message for one in caplog.records if "does not survive" in one.message)
+    (said,) = (one.message for one in caplog.records if "survive a power loss here, but not at" in one.message)
     assert "`pillarbox redeliver`" in said
     assert ("set keep_delivered" in said) == (keep is None)

@@ -60,6 +60,7 @@ class Hanging(RecordingSink):
         self.under_way += 1
         while not self.over.is_set():
             try:
+                # wait: the call is under way while the test acts
                 await asyncio.sleep(0.02)  # it polls, because it swallows the cancellation
             except asyncio.CancelledError:
                 if not self.deaf:
@@ -289,12 +290,14 @@ class Counting(RecordingSink):
         self.taken = 0
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
+        # wait: the call is under way while the test acts
         await asyncio.sleep(0.002)  # several calls are in flight at the same time
         self.most = max(self.most, len(os.listdir(DESCRIPTORS)))
         self.taken += len(batch)
         return Delivered(len(batch))
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
+        # wait: the call is under way while the test acts
         await asyncio.sleep(0.05)  # batches pile up unconfirmed meanwhile
         return len(batches)
 

@@ -60,6 +60,7 @@ def test_a_slow_destination_can_be_told_from_a_worker_that_hangs(place: Director
         return last is not None and last.at_micros > first.at_micros + 1_500_000
 
     if blocks:
+        # wait: the heartbeat must grow older than it may
         threading.Event().wait(3.0)  # two heartbeats would be due meanwhile
         assert not beats()
     else:

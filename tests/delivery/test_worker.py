@@ -181,6 +181,7 @@ def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "standby")
+    # wait: nothing may happen in this time
     assert not worker.idle.wait(0.1)  # long enough to deliver it, if that were wrong
     assert sink.calls == []
     lease.release()
@@ -213,6 +214,7 @@ def test_a_file_that_is_unlocked_after_a_moment_is_not_overtaken(place: Director
     worker = make_worker(place, sink)
     thread = ThreadRunner(worker)
     thread.start()
+    # wait: nothing may happen in this time
     assert not worker.idle.wait(0.1)  # long enough to deliver it, if that were wrong
     assert sink.calls == []
     place.filesystem.close(held.fd)
@@ -470,6 +472,7 @@ def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(pl
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "degraded")
+    # wait: nothing may happen in this time
     assert not worker.idle.wait(0.1)  # long enough to deliver it, if that were wrong
     assert "hard link" in worker.state.reason
     assert sink.calls == []

@@ -94,6 +94,7 @@ def wait_until_empty(list_problems: Callable[[], object]) -> None:
     deadline = time.monotonic() + WAIT_S
     while result := list_problems():
         assert time.monotonic() < deadline, result
+        # wait: the time between two queries
         threading.Event().wait(0.1)  # the time between two queries
 
 

@@ -101,5 +101,6 @@ def scrape_until(url: str, condition: Callable[[Samples], bool]) -> Samples:
     deadline = time.monotonic() + WAIT_S
     while not condition(samples := parse_samples(fetch(url))):
         assert time.monotonic() < deadline, samples
+        # wait: the time between two scrapes
         threading.Event().wait(0.02)  # the time between two scrapes
     return samples

@@ -168,6 +168,7 @@ async def _write_response(writer: asyncio.StreamWriter, response: CannedResponse
     for part in [data[at : at + 1] for at in range(len(data))] if response.byte_delay_s else [data]:
         writer.write(part)
         await writer.drain()
+        # wait: the server sends slowly
         await asyncio.sleep(response.byte_delay_s)
     return response.cut_after_bytes is None and response.raw is None
 

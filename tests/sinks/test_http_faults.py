@@ -98,6 +98,7 @@ def test_requests_that_time_out_or_are_cancelled_leak_no_connection(server: Serv
     async def work() -> Any:
         sink = HttpSink(server.url("#timeout=3&connections=2"), TrackingEvent)
         tasks = [asyncio.create_task(sink.deliver(batch())) for _ in range(30)]
+        # wait: all requests are under way while the test acts
         await asyncio.sleep(0.01)
         for task in tasks[::3]:
             task.cancel()

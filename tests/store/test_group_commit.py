@@ -109,6 +109,7 @@ def test_a_thread_that_sees_its_outcome_before_it_is_woken_still_wakes_the_next(
         for thread in threads[1:]:
             thread.start()
         while len(desk.committer._queue) < len(threads) - 1:
+            # wait: the pause between two polls of a thread's state
             threading.Event().wait(0.001)
 
     def note_the_first_file() -> None:
@@ -119,12 +120,14 @@ def test_a_thread_that_sees_its_outcome_before_it_is_woken_still_wakes_the_next(
         waiting = sum(thread.is_alive() for thread in threads)
         answered[1].lock.release()  # as patience does, or a lead that somebody else took meanwhile
         while sum(thread.is_alive() for thread in threads) == waiting:
+            # wait: the pause between two polls of a thread's state
             threading.Event().wait(0.001)
 
     desk.filesystem.during = [one_of_them_looks, note_the_first_file, others_come]
     threads[0].start()
     for thread in threads:
         while thread.ident is None:
+            # wait: the pause between two polls of a thread's state
             threading.Event().wait(0.001)
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
@@ -384,6 +387,7 @@ def test_leadership_is_not_passed_to_an_interrupted_follower(desk: Desk, monkeyp
         monkeypatch.setattr(group_commit, "_acquired_lock", taken)
         coroutine.start()
         while len(desk.committer._queue) < 2:
+            # wait: the pause between two polls of a thread's state
             threading.Event().wait(0.001)
 
     desk.filesystem.during = [others_come]

@@ -336,6 +336,7 @@ def test_thousands_of_signal_handlers_that_enqueue_lose_no_event(tmp_path: Path)
             number = 10**9 + setup.next_number()
             setup.put(number)
             while len(setup.writer.retired) > RETIRED_MAX // 2:  # the disk is busy; beyond twice as many handlers are refused
+                # wait: the pause between two polls of the sealer
                 threading.Event().wait(0.001)
     assert not setup.refused
     assert count[0] > 1000

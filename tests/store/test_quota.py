@@ -47,6 +47,7 @@ def test_drop_oldest_evicts_whole_batches_and_counts_their_events(tmp_path: Path
             if outbox.enqueue(event(number)):
                 accepted.append(f"e-{number:06d}")
             if number % 5 == 0:
+                # wait: the pause in which the other process makes room
                 threading.Event().wait(0.005)
         wait_until(lambda: outbox.stats().pending_bytes <= 100 * SIZE)
     stats = outbox.stats()
@@ -155,6 +156,7 @@ def test_when_full_block_drops_after_its_timeout_and_at_once_on_an_event_loop(tm
                 nonlocal ticks
                 while True:
                     ticks += 1
+                    # wait: the loop ticks while the caller waits
                     await asyncio.sleep(0.01)
 
             ticking = asyncio.create_task(tick())

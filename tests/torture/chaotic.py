@@ -76,6 +76,7 @@ class ChaoticSqliteSink:
             case chaos.RAISE if chance.random() < 0.5:
                 raise ConnectionResetError("cut before the call")
             case chaos.HANG if chance.random() < 0.5:
+                # wait: the destination hangs
                 await asyncio.sleep(hang_s)
         answer = await self._sink.deliver(batch)
         match drawn:
@@ -86,8 +87,10 @@ class ChaoticSqliteSink:
             case chaos.RAISE:
                 raise ConnectionResetError("cut after the call")
             case chaos.HANG:
+                # wait: the destination hangs
                 await asyncio.sleep(hang_s)
             case chaos.SLOW:
+                # wait: the destination is slow
                 await asyncio.sleep(chance.random() * 0.05)
         return answer
 

@@ -89,6 +89,7 @@ class Destination:
         reply = self._take(request, drawn) if accepts_too else b""
         if drawn == chaos.HANG:
             self._row.add(drawn)
+            # wait: the destination hangs
             await asyncio.sleep(self._hang_s)
             return False
         if drawn == chaos.LOST:
@@ -97,6 +98,7 @@ class Destination:
             writer.write(piece)
             await writer.drain()
             if drawn == chaos.SLOW:
+                # wait: the destination is slow
                 await asyncio.sleep(PIECE_S)
         return not request.closes
 

@@ -194,6 +194,7 @@ def _pairs(sinks: Mapping[str, str]) -> list[str]:
 
 def pause(seconds: float) -> None:
     """Wait, and be killed meanwhile."""
+    # wait: the process under test runs until it is killed
     signal.sigtimedwait([], seconds)
 
 

@@ -74,6 +74,7 @@ class Proxy:
             answer = await wire.read_message(back)
             reply = answer.raw if answer is not None else b""
         if drawn == chaos.HANG:
+            # wait: the proxy hangs
             await asyncio.sleep(self._hang_s)
         if not reply or drawn in (chaos.HANG, chaos.CLOSE, chaos.LOST):
             return False
@@ -81,6 +82,7 @@ class Proxy:
             writer.write(piece)
             await writer.drain()
             if drawn == chaos.SLOW:
+                # wait: the proxy is slow
                 await asyncio.sleep(PIECE_S)
         return drawn != chaos.GARBAGE
 

@@ -141,6 +141,7 @@ class Torture:
                         self._begin(slot, scene)
                 first = min(child.deadline for child in self._children.values())
                 wake = min(first, end, watch.next if watch is not None else end)
+                # wait: until a child ends, or it is time to kill one
                 signal.sigtimedwait([signal.SIGCHLD], max(0.0, wake - time.monotonic()))
                 self._kill_due(time.monotonic(), scene)
                 if self._tell_now_and_then():
@@ -248,6 +249,7 @@ class Torture:
         while code in (None, -signal.SIGKILL):
             if _FINISHER not in self._children:
                 self._begin(_FINISHER, scene)  # again where the destination has killed it
+            # wait: until a child ends, or it is time to report
             signal.sigtimedwait([signal.SIGCHLD], TELL_S)
             code = self._bury(_FINISHER, self._children[_FINISHER], wait=False)
             self._tell_now_and_then()

@@ -162,6 +162,7 @@ def test_a_cancelled_request_closes_its_connection(server: Server) -> None:
         pooled = PooledConnection(parse_url(f"spacetimedb://127.0.0.1:{server.port}/db"))
         call = asyncio.create_task(pooled.request("POST", "/", b"first"))
         while not server.requests:  # noqa: ASYNC110 - the server runs in another thread
+            # wait: the pause between two polls of the server, which runs in a thread
             await asyncio.sleep(0.001)
         connection = pooled._connection
         call.cancel()
