@@ -121,7 +121,7 @@ def test_doctor_asks_every_sink_and_takes_no_queue_for_a_stranger(box: Path) -> 
         assert (code, bad(found)) == (1, {"destination"})
         assert {text.partition(":")[0]: ok for ok, text in found["destination"]} == {"live": False, "warehouse": True}
         assert found["files"] == [(True, "the store can use every file that has one of its names")]
-        assert found["hard link"] == [(True, "can be created, and are counted")]
+        assert found["hard link"] == [(True, "can be created, and is counted")]
         assert [text.partition(":")[0] for _, text in found["delivery"]] == ["live", "warehouse", "all sinks"]
         os.link(box / "sink-live" / sealed(box / "sink-live")[0], box / "sink-warehouse" / "sealed-x.ndjson")
         _, found = doctor("-d", "box", "--sink", WAREHOUSE, cwd=box.parent)

@@ -251,7 +251,7 @@ def test_what_looks_at_a_directory_shows_all_its_queues(box: Path) -> None:
     assert "sink-warehouse belongs to no sink of the settings, 2 batches pending" in doctor
     assert "pillarbox sinks remove warehouse" in doctor
     assert "destination: live: " in doctor
-    assert "hard link: can be created, and are counted" in doctor
+    assert "hard link: can be created, and is counted" in doctor
 
 
 def test_a_queue_may_be_delivered_by_itself(box: Path) -> None:

@@ -304,9 +304,9 @@ def _probe_hard_link(directory: Directory, name: str, *, needed: bool) -> Doctor
     try:
         fd = directory.filesystem.open_existing(directory.path_of(name))
     except FileUnusableError:
-        return passed("hard link", "can be created, and are counted")
+        return passed("hard link", "can be created, and is counted")
     directory.filesystem.close(fd)
-    return passed("hard link", "can be created, but are not counted: a second link to a file of the store goes unnoticed")
+    return passed("hard link", "can be created, but is not counted: a second link to a file of the store goes unnoticed")
 
 
 def _check_free_space(directory: Directory, limits: DoctorLimits) -> DoctorFinding:
