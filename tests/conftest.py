@@ -25,7 +25,32 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent
+DATA = ROOT / "data"
+
+# Marks by folder or file, the longest match first; a test adds its own with a decorator. `pyproject.toml` says what they mean.
+MARKS = {
+    "cli": pytest.mark.slow,
+    "crash": pytest.mark.proof,
+    "crash/test_compiled_order.py": pytest.mark.slow,
+    "crash/test_mutants.py": pytest.mark.slow,
+    "delivery": pytest.mark.slow,
+    "deploy": pytest.mark.slow,
+    "exporters": pytest.mark.slow,
+    "sinks/spacetimedb": pytest.mark.server,
+    "test_benchmarks.py": pytest.mark.slow,
+    "test_docs.py": pytest.mark.slow,
+    "torture": pytest.mark.proof,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by where it stands."""
+    for item in items:
+        name = item.path.relative_to(ROOT).as_posix()
+        found = max((place for place in MARKS if name == place or name.startswith(f"{place}/")), key=len, default="")
+        if found:
+            item.add_marker(MARKS[found])
 
 
 @pytest.fixture

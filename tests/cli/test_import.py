@@ -130,7 +130,7 @@ def test_ctrl_c_says_how_far_it_came(tmp_path: Path) -> None:
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     number = int(said.decode().rpartition("--skip ")[2].split()[0])
-    assert said.startswith(b"accepted %d events, dropped 0\ninterrupted" % number)
+    assert said.startswith(f"accepted {number:,} events, dropped 0\ninterrupted".encode())
     assert ids(tmp_path) == [f"e-{one:06d}" for one in range(number)]
 
 

@@ -69,7 +69,7 @@ def test_repair_says_what_is_in_each_span_and_how_sure_that_is(box: Path, tmp_pa
     done = run("quarantine", "repair", "-d", "box", "--all", cwd=tmp_path)
     said = done.stdout.decode()
     assert (done.returncode, done.stderr) == (0, b"")
-    assert "bad_checksum\n  event: its checksum does not fit: what the event says may be wrong\n    {" in said
+    assert "bad_checksum\n  event: its checksum does not match: the event may have been altered\n    {" in said
     assert "torn: bad_json\n  event: its checksum is cut off; the 2 digits that are left match\n" in said
     assert "nul_bytes\n  no event: it is not a JSON object" in said
     assert "3 events from 1 file would be replayed; add --yes to do it; 2 ranges without a recoverable event" in said
@@ -98,7 +98,7 @@ def test_only_what_a_checksum_vouches_for_where_that_is_asked(tmp_path: Path) ->
     seal_batch(box, *DAMAGE.values(), b"\n", record.line(event_json(6))[:-1] + b"\0" * 9)
     deliver_pending(box, tmp_path / "events.db")
     done = run("quarantine", "repair", "-d", "box", "--all", "--checked", "--yes", cwd=tmp_path)
-    assert b"skipped: its checksum does not fit" in done.stdout
+    assert b"skipped: its checksum does not match" in done.stdout
     assert came(tmp_path) == ["w-000006"]
 
 

@@ -64,17 +64,20 @@ def test_a_mutant_of_text_that_is_not_there_is_an_error() -> None:
         mutants.patched(MUTANTS[0]._replace(old="no such text"))
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(("name", "harness"), SAMPLE)
 def test_a_mutant_is_found(name: str, harness: str) -> None:
     """The harness that is best at it fails."""
     assert mutants.run_harnesses(NAMED[name], {harness: mutants.SECONDS_AS_IT_IS})[harness].found
 
 
+@pytest.mark.proof
 def test_what_is_appended_while_a_file_is_synced_is_not_taken_for_durable() -> None:
     """A harness that is nowhere else; the other ones of `mutants.py` are calls of those that are."""
     assert not mutants.meanwhile()
 
 
+@pytest.mark.proof
 def test_a_mutant_that_does_not_run_is_no_find() -> None:
     """It says nothing of a harness."""
     broken = NAMED["sealed-unsynced"]._replace(new="no_such_name")
@@ -82,6 +85,7 @@ def test_a_mutant_that_does_not_run_is_no_find() -> None:
         mutants.run_harnesses(broken, {"machine": mutants.SECONDS_AS_IT_IS})
 
 
+@pytest.mark.proof
 def test_a_harness_runs_on_the_copy(tmp_path: Path) -> None:
     """A package that cannot be imported is found out."""
     place = mutants.copy_package(None, tmp_path)

@@ -82,7 +82,7 @@ def test_events_that_a_killed_server_lost_are_redelivered_once(
         assert len(stored) == len(set(stored))
         if disk_is_restored:
             assert len(stored) == EVENTS
-    done = run("resend", "-d", "box", "--since", "2h", "--yes", cwd=tmp_path)
+    done = run("redeliver", "-d", "box", "--since", "2h", "--yes", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with Outbox(str(tmp_path / "box"), sink=own_server.sink_url("events", confirm_wait=0.1)) as outbox:
         assert outbox.flush(60)
@@ -97,7 +97,7 @@ def test_confirmed_events_survive_a_kill(own_server: SpacetimeDbServer, tmp_path
     own_server.kill()
     own_server.start()
     assert len(own_server.stored_event_ids("events")) == EVENTS
-    assert run("resend", "-d", "box", "--all", "--yes", cwd=tmp_path).returncode == 0
+    assert run("redeliver", "-d", "box", "--all", "--yes", cwd=tmp_path).returncode == 0
     with Outbox(str(tmp_path / "box"), sink=own_server.sink_url("events", confirm_wait=0.1)) as outbox:
         assert outbox.flush(60)
         assert outbox.stats().delivered == EVENTS
