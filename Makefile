@@ -1,5 +1,5 @@
 # make run      take sample data through an outbox into SQLite, and show what arrived
-# make check    linters, types and unit tests: no server, nothing to build; a minute and a half
+# make check    linters, types and unit tests: no server, nothing to build
 # make test     everything that must hold, the real servers included
 # make proof    what is exhaustive: crash states, interleavings, torture, mutants, sanitizers, packages
 # make docs     the documentation as a site, in var/site

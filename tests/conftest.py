@@ -38,8 +38,11 @@ MARKS = {
     "deploy": pytest.mark.slow,
     "exporters": pytest.mark.slow,
     "sinks/spacetimedb": pytest.mark.server,
+    "store/test_group_commit_interrupts.py": pytest.mark.slow,
+    "store/test_interrupts.py": pytest.mark.slow,
     "test_benchmarks.py": pytest.mark.slow,
     "test_docs.py": pytest.mark.slow,
+    "test_recovery.py": pytest.mark.slow,
     "torture": pytest.mark.proof,
 }
 
