@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-PLACE = ROOT / "var" / "bench"
+FOLDER = ROOT / "var" / "bench"
 
 
-def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, place: Path = PLACE) -> int:
+def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, folder: Path = FOLDER) -> int:
     """Run the sections that are named, or all of them; returns the exit code."""
     found = sections.sections_by_key(modules)
     parser = argparse.ArgumentParser(prog="python -m bench", description="Run the benchmark.")
@@ -35,10 +35,10 @@ def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, pl
         if key not in found:
             parser.error(f"unknown section {key!r}; use one of {', '.join(found)}")
     seed = random.SystemRandom().randrange(2**32) if typed.seed is None else typed.seed
-    place.mkdir(parents=True, exist_ok=True)
-    file = place / "results.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
     options = Options(
-        place, seed, typed.quick, lambda text: print(text, flush=True), lambda so_far: file.write_bytes(results.encode(so_far))
+        folder, seed, typed.quick, lambda text: print(text, flush=True), lambda so_far: file.write_bytes(results.encode(so_far))
     )
     measured = run([found[key] for key in typed.sections or found], options)
     show(measured)

@@ -34,25 +34,25 @@ BARRIER_TIMEOUT_S = 60  # how long callers wait for one another
 T = TypeVar("T")
 
 
-def _count(place: RoundPaths) -> int:
+def _count(folder: RoundPaths) -> int:
     """Events of each of the two loops of a round."""
-    return 20_000 if place.quick else 300_000
+    return 20_000 if folder.quick else 300_000
 
 
 @contextlib.contextmanager
-def _opened(place: RoundPaths) -> Iterator[int]:
-    fd = os.open(place.own / "floor.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _opened(folder: RoundPaths) -> Iterator[int]:
+    fd = os.open(folder.own / "floor.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def baseline(place: RoundPaths) -> Figures:
+def baseline(folder: RoundPaths) -> Figures:
     """Only msgspec and `os.write`, without a function around them."""
-    one, encode, write, count = sample.event(), msgspec.json.Encoder().encode, os.write, _count(place)
+    one, encode, write, count = sample.event(), msgspec.json.Encoder().encode, os.write, _count(folder)
     took = [0] * count
-    with _opened(place) as fd:
+    with _opened(folder) as fd:
         for _ in repeat(None, WARMUP_CALLS):
             write(fd, encode(one))
         loop = Stopwatch()
@@ -66,10 +66,10 @@ def baseline(place: RoundPaths) -> Figures:
     return figures(mean, took)
 
 
-def only_write(place: RoundPaths) -> Figures:
+def only_write(folder: RoundPaths) -> Figures:
     """Only `os.write`, of the line as it is on disk."""
-    line, count = record.line(msgspec.json.encode(sample.event())), _count(place)
-    with _opened(place) as fd:
+    line, count = record.line(msgspec.json.encode(sample.event())), _count(folder)
+    with _opened(folder) as fd:
         write = partial(os.write, fd)
         untimed(write, line, WARMUP_CALLS)
         mean = untimed(write, line, count)
@@ -77,25 +77,25 @@ def only_write(place: RoundPaths) -> Figures:
 
 
 @contextlib.contextmanager
-def _outbox(place: RoundPaths, events: int) -> Iterator[Outbox]:
+def _outbox(folder: RoundPaths, events: int) -> Iterator[Outbox]:
     """An outbox with default settings, warmed up. The round fails unless every event is on disk at the end."""
-    outbox = Outbox(str(place.own / "outbox"))
+    outbox = Outbox(str(folder.own / "outbox"))
     untimed(outbox.enqueue, sample.event(), WARMUP_CALLS)
     yield outbox
     outbox.close(60)
-    _check_all_on_disk(place, events + WARMUP_CALLS)
+    _check_all_on_disk(folder, events + WARMUP_CALLS)
 
 
-def _check_all_on_disk(place: RoundPaths, events: int) -> None:
-    found = sum(file.read_bytes().count(b"\n") for file in (place.own / "outbox").glob("sealed-*"))
+def _check_all_on_disk(folder: RoundPaths, events: int) -> None:
+    found = sum(file.read_bytes().count(b"\n") for file in (folder.own / "outbox").glob("sealed-*"))
     if found != events:
         raise RuntimeError(f"{found} of {events} events are on disk")
 
 
-def enqueue(place: RoundPaths) -> Figures:
+def enqueue(folder: RoundPaths) -> Figures:
     """One thread; also the time from the last event until everything is sealed."""
-    one, count = sample.event(), _count(place)
-    with _outbox(place, 2 * count) as outbox:
+    one, count = sample.event(), _count(folder)
+    with _outbox(folder, 2 * count) as outbox:
         mean = untimed(outbox.enqueue, one, count)
         took = timed(outbox.enqueue, one, count)
         began = now()
@@ -103,10 +103,10 @@ def enqueue(place: RoundPaths) -> Figures:
         return {**figures(mean, took), "sealed_ms": (now() - began) / 1e6}
 
 
-def made(place: RoundPaths) -> Figures:
+def made(folder: RoundPaths) -> Figures:
     """One thread that makes each event: ten fields, among them a new id and the time."""
-    count = _count(place)
-    with _outbox(place, 2 * count) as outbox:
+    count = _count(folder)
+    with _outbox(folder, 2 * count) as outbox:
         put = outbox.enqueue
 
         def make(path: str) -> None:
@@ -120,10 +120,10 @@ def made(place: RoundPaths) -> Figures:
         return figures(mean, timed(make, sample.event().metadata_json, count))
 
 
-def many(place: RoundPaths) -> Figures:
+def many(folder: RoundPaths) -> Figures:
     """A hundred events per call; the mean is per event, the median and tails are per call."""
-    events, count = [sample.event()] * EVENTS_PER_CALL, _count(place)
-    with _outbox(place, 2 * count) as outbox:
+    events, count = [sample.event()] * EVENTS_PER_CALL, _count(folder)
+    with _outbox(folder, 2 * count) as outbox:
         loop = Stopwatch()
         for _ in repeat(None, count // EVENTS_PER_CALL):
             outbox.enqueue_many(events)
@@ -131,10 +131,10 @@ def many(place: RoundPaths) -> Figures:
         return figures(mean, timed(outbox.enqueue_many, events, count // EVENTS_PER_CALL))
 
 
-def threads(place: RoundPaths) -> Figures:
+def threads(folder: RoundPaths) -> Figures:
     """Eight threads that share an outbox."""
-    one, each = sample.event(), _count(place) // THREADS
-    with _outbox(place, 2 * each * THREADS) as outbox:
+    one, each = sample.event(), _count(folder) // THREADS
+    with _outbox(folder, 2 * each * THREADS) as outbox:
         mean, _ = _together(lambda: untimed(outbox.enqueue, one, each), each * THREADS)
         _, took = _together(lambda: timed(outbox.enqueue, one, each), each * THREADS)
         return figures(mean, [ns for found in took for ns in found])
@@ -161,13 +161,13 @@ def _together(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
     return mean, found
 
 
-def processes(number: int, place: RoundPaths) -> Figures:
+def processes(number: int, folder: RoundPaths) -> Figures:
     """Processes with one outbox each, on the same directory."""
-    each = _count(place) // number
+    each = _count(folder) // number
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(number)
     pipes = [context.Pipe(duplex=False) for _ in range(number)]
-    callers = [context.Process(target=_run_process, args=(place, each, ready, answers)) for _, answers in pipes]
+    callers = [context.Process(target=_run_process, args=(folder, each, ready, answers)) for _, answers in pipes]
     for caller in callers:
         caller.start()
     spans, cpu, took = [], [], []
@@ -180,15 +180,15 @@ def processes(number: int, place: RoundPaths) -> Figures:
         took += calls
     for caller in callers:
         caller.join()
-    _check_all_on_disk(place, number * (2 * each + WARMUP_CALLS))
+    _check_all_on_disk(folder, number * (2 * each + WARMUP_CALLS))
     wall = max(ended for _, ended in spans) - min(began for began, _ in spans)
     return figures(Mean(wall / each / number / 1e3, statistics.mean(cpu)), took)
 
 
-def _run_process(place: RoundPaths, each: int, ready: Barrier, answers: Connection) -> None:
+def _run_process(folder: RoundPaths, each: int, ready: Barrier, answers: Connection) -> None:
     """The work of one process. The monotonic clock is the same in all of them."""
     one = sample.event()
-    outbox = Outbox(str(place.own / "outbox"))
+    outbox = Outbox(str(folder.own / "outbox"))
     untimed(outbox.enqueue, one, WARMUP_CALLS)
     ready.wait(BARRIER_TIMEOUT_S)
     began = now()
@@ -200,9 +200,9 @@ def _run_process(place: RoundPaths, each: int, ready: Barrier, answers: Connecti
     answers.send(((began, ended), mean.cpu, took))
 
 
-def from_a_loop(place: RoundPaths) -> Figures:
+def from_a_loop(folder: RoundPaths) -> Figures:
     """One coroutine that awaits each event."""
-    one, count = sample.event(), _count(place)
+    one, count = sample.event(), _count(folder)
 
     async def run(outbox: Outbox) -> Figures:
         put = outbox.enqueue_async
@@ -217,13 +217,13 @@ def from_a_loop(place: RoundPaths) -> Figures:
             took[index] = now() - began
         return figures(mean, took)
 
-    with _outbox(place, 2 * count) as outbox:
+    with _outbox(folder, 2 * count) as outbox:
         return asyncio.run(run(outbox))
 
 
-def ids_and_times(place: RoundPaths) -> Figures:
+def ids_and_times(folder: RoundPaths) -> Figures:
     """The defaults of an event: a new id, and the time."""
-    new_id, micros, count = new_event_id, now_micros, _count(place)
+    new_id, micros, count = new_event_id, now_micros, _count(folder)
     loop = Stopwatch()
     for _ in repeat(None, count):
         new_id()

@@ -46,10 +46,10 @@ def measured(events: int, deliver: Callable[[], None]) -> Figures:
     return {"per_s": events / took, "cpu_s": used / events * 1e6}
 
 
-def by_an_outbox(place: RoundPaths, backlog: str, events: int, sink: str) -> Figures:
+def by_an_outbox(folder: RoundPaths, backlog: str, events: int, sink: str) -> Figures:
     """A copy of the backlog, from opening the outbox until all of it is settled."""
-    directory = place.own / "outbox"
-    shutil.copytree(place.shared / backlog, directory)
+    directory = folder.own / "outbox"
+    shutil.copytree(folder.shared / backlog, directory)
 
     def deliver() -> None:
         with Outbox(str(directory), sink=sink, max_bytes=2**40) as outbox:

@@ -43,10 +43,10 @@ def prepare(shared: Path, quick: bool) -> None:
     sample.sealed_files(shared / "backlog", 300 if quick else FILES)
 
 
-def _timed(put: Callable[[], object], place: RoundPaths, goes_on: Callable[[], bool] = lambda: True) -> Figures:
+def _timed(put: Callable[[], object], folder: RoundPaths, goes_on: Callable[[], bool] = lambda: True) -> Figures:
     """What one call after the other takes, while what else is to go on does. The slice in which it ended does not count."""
     took: list[int] = []
-    wanted = SLICES_MIN if place.quick else SLICES
+    wanted = SLICES_MIN if folder.quick else SLICES
     spent = slices = 0
     while slices < wanted:
         piece: list[int] = []
@@ -68,37 +68,37 @@ def _timed(put: Callable[[], object], place: RoundPaths, goes_on: Callable[[], b
 
 
 @contextlib.contextmanager
-def _file(place: RoundPaths) -> Iterator[int]:
-    fd = os.open(place.own / "lines.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _file(folder: RoundPaths) -> Iterator[int]:
+    fd = os.open(folder.own / "lines.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def only_write(place: RoundPaths) -> Figures:
+def only_write(folder: RoundPaths) -> Figures:
     """`os.write`, with nothing beside it."""
     line = record.line(msgspec.json.encode(sample.event()))
-    with _file(place) as fd:
-        return _timed(lambda: os.write(fd, line), place)
+    with _file(folder) as fd:
+        return _timed(lambda: os.write(fd, line), folder)
 
 
-def idle(place: RoundPaths) -> Figures:
+def idle(folder: RoundPaths) -> Figures:
     """`enqueue`, with nothing to deliver."""
     one = sample.event()
-    with Outbox(str(place.own / "outbox"), max_bytes=2**40) as outbox:
+    with Outbox(str(folder.own / "outbox"), max_bytes=2**40) as outbox:
         put = outbox.enqueue
-        return _timed(lambda: put(one), place)
+        return _timed(lambda: put(one), folder)
 
 
-def control(place: RoundPaths) -> Figures:
+def control(folder: RoundPaths) -> Figures:
     """`msgspec` and `os.write`, beside a thread that reads and decodes the backlog over and over."""
     stop = threading.Event()
     decode = msgspec.json.Decoder(_Line).decode
 
     def work() -> None:
         while True:
-            for file in sorted((place.shared / "backlog").iterdir()):
+            for file in sorted((folder.shared / "backlog").iterdir()):
                 for number, line in enumerate(file.read_bytes().splitlines()):
                     decode(line)
                     if number % GIVE_WAY_EVERY == 0:
@@ -108,10 +108,10 @@ def control(place: RoundPaths) -> Figures:
 
     one, encode, write = sample.event(), msgspec.json.Encoder().encode, os.write
     thread = threading.Thread(target=work)
-    with _file(place) as fd:
+    with _file(folder) as fd:
         thread.start()
         try:
-            return _timed(lambda: write(fd, encode(one)), place)
+            return _timed(lambda: write(fd, encode(one)), folder)
         finally:
             stop.set()
             thread.join()
@@ -120,10 +120,10 @@ def control(place: RoundPaths) -> Figures:
 class _Backlog:
     """A copy to be delivered. Files go in order: while the last is there, there is more to do."""
 
-    def __init__(self, place: RoundPaths) -> None:
-        self._place = place
-        self.directory = place.own / "outbox"
-        shutil.copytree(place.shared / "backlog", self.directory)
+    def __init__(self, folder: RoundPaths) -> None:
+        self._place = folder
+        self.directory = folder.own / "outbox"
+        shutil.copytree(folder.shared / "backlog", self.directory)
         os.sync()  # writing the copy back is not to be measured
         self._names = sorted(os.listdir(self.directory))
         self._last = self.directory / self._names[-1]
@@ -153,10 +153,10 @@ class _Backlog:
         return {**found, "delivered_per_s": delivered / (now() - began) * 1e9}
 
 
-def here(deliver: Literal["thread", "process"], place: RoundPaths) -> Figures:
+def here(deliver: Literal["thread", "process"], folder: RoundPaths) -> Figures:
     """Delivered by a thread of this process, or by its child."""
-    one, backlog = sample.event(), _Backlog(place)
-    sink = f"sqlite:///{place.own / 'events.db'}"
+    one, backlog = sample.event(), _Backlog(folder)
+    sink = f"sqlite:///{folder.own / 'events.db'}"
     outbox = Outbox(str(backlog.directory), sink=sink, deliver=deliver, max_bytes=2**40)
     put = outbox.enqueue
     assert put(one)
@@ -165,14 +165,14 @@ def here(deliver: Literal["thread", "process"], place: RoundPaths) -> Figures:
     return found
 
 
-def service(place: RoundPaths) -> Figures:
+def service(folder: RoundPaths) -> Figures:
     """Delivered by `pillarbox deliver`."""
-    one, backlog = sample.event(), _Backlog(place)
+    one, backlog = sample.event(), _Backlog(folder)
     command = [sys.executable, "-m", "pillarbox", "deliver", "-d", str(backlog.directory), "-q"]
     outbox = Outbox(str(backlog.directory), max_bytes=2**40)
     put = outbox.enqueue
     assert put(one)
-    deliverer = subprocess.Popen([*command, "--sink", f"sqlite:///{place.own / 'events.db'}"], stdout=subprocess.DEVNULL)
+    deliverer = subprocess.Popen([*command, "--sink", f"sqlite:///{folder.own / 'events.db'}"], stdout=subprocess.DEVNULL)
     try:
         return backlog.measure(lambda: put(one))
     finally:

@@ -68,14 +68,14 @@ def serving() -> Iterator[int]:
             process.join()
 
 
-def bare(place: RoundPaths) -> Figures:
+def bare(folder: RoundPaths) -> Figures:
     """Over one connection, each body made while the one before is on its way; no file is removed."""
 
     def deliver() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         decode = msgspec.json.Decoder(backlog.Envelope).decode
         under_way = False
-        for lines in backlog.lines(place.shared / BACKLOG):
+        for lines in backlog.lines(folder.shared / BACKLOG):
             body = b"\n".join([decode(line).event for line in lines]) + b"\n"
             if under_way:
                 connection.getresponse().read()
@@ -85,13 +85,13 @@ def bare(place: RoundPaths) -> Figures:
         connection.close()
 
     with serving() as port:
-        return backlog.measured(files(place.quick) * sample.BATCH, deliver)
+        return backlog.measured(files(folder.quick) * sample.BATCH, deliver)
 
 
-def ours(place: RoundPaths) -> Figures:
+def ours(folder: RoundPaths) -> Figures:
     """By an outbox with its defaults."""
     with serving() as port:
-        return backlog.by_an_outbox(place, BACKLOG, files(place.quick) * sample.BATCH, f"http://127.0.0.1:{port}/events")
+        return backlog.by_an_outbox(folder, BACKLOG, files(folder.quick) * sample.BATCH, f"http://127.0.0.1:{port}/events")
 
 
 CONTESTANTS = (Contestant(BARE, bare), Contestant(OURS, ours, ours=True))

@@ -89,15 +89,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(place: Path, expected: int) -> Iterator[Server]:
+def serving(folder: Path, expected: int) -> Iterator[Server]:
     """A server for as long as this lasts; afterwards it must have so many events."""
-    place.mkdir()
+    folder.mkdir()
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = int(found.getsockname()[1])
-    command = [binary(), "start", "--listen-addr", f"127.0.0.1:{port}", "--data-dir", str(place / "data")]
-    with (place / "log").open("wb") as log:
-        process = subprocess.Popen([*command, "--jwt-key-dir", str(place / "keys")], stdout=log, stderr=log)
+    command = [binary(), "start", "--listen-addr", f"127.0.0.1:{port}", "--data-dir", str(folder / "data")]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "--jwt-key-dir", str(folder / "keys")], stdout=log, stderr=log)
     try:
         server = None
         for _ in range(1000):
@@ -164,26 +164,26 @@ def post(server: Server, calls: Iterable[bytes]) -> None:
     connection.close()
 
 
-def prepared(place: RoundPaths, batch: int) -> Figures:
+def prepared(folder: RoundPaths, batch: int) -> Figures:
     """Bodies that are there already: nothing is read or decoded."""
-    calls, count = list(bodies(place.shared / backlog_of(batch))), events(batch, place.quick)
-    with serving(place.own / "server", count) as server:
+    calls, count = list(bodies(folder.shared / backlog_of(batch))), events(batch, folder.quick)
+    with serving(folder.own / "server", count) as server:
         return backlog.measured(count, lambda: post(server, calls))
 
 
-def bare(place: RoundPaths, batch: int) -> Figures:
+def bare(folder: RoundPaths, batch: int) -> Figures:
     """Read, decoded and encoded anew between the calls; no file is removed."""
-    directory, count = place.shared / backlog_of(batch), events(batch, place.quick)
-    with serving(place.own / "server", count) as server:
+    directory, count = folder.shared / backlog_of(batch), events(batch, folder.quick)
+    with serving(folder.own / "server", count) as server:
         return backlog.measured(count, lambda: post(server, bodies(directory)))
 
 
-def ours(place: RoundPaths, batch: int) -> Figures:
+def ours(folder: RoundPaths, batch: int) -> Figures:
     """By an outbox with its defaults."""
-    count = events(batch, place.quick)
-    with serving(place.own / "server", count) as server:
+    count = events(batch, folder.quick)
+    with serving(folder.own / "server", count) as server:
         url = f"spacetimedb://:{server.token}@127.0.0.1:{server.port}/bench?confirm_wait={CONFIRM_WAIT_S}"
-        return backlog.by_an_outbox(place, backlog_of(batch), count, url)
+        return backlog.by_an_outbox(folder, backlog_of(batch), count, url)
 
 
 def contestants() -> Iterator[Contestant]:

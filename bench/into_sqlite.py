@@ -29,30 +29,30 @@ def files(quick: bool) -> int:
     return 40 if quick else 600
 
 
-def bare(place: RoundPaths) -> Figures:
+def bare(folder: RoundPaths) -> Figures:
     """`msgspec` and `executemany`, a file a transaction, with the same table and pragmas; no file is removed."""
 
     def deliver() -> None:
-        connection = sqlite3.connect(place.own / "events.db", isolation_level=None)
+        connection = sqlite3.connect(folder.own / "events.db", isolation_level=None)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute(f"CREATE TABLE t ({', '.join(map(_column, backlog.FIELDS))})")
         insert = f"INSERT INTO t VALUES ({', '.join('?' * len(backlog.FIELDS))}) ON CONFLICT DO NOTHING"
         decode, row = msgspec.json.Decoder(backlog.Line).decode, msgspec.structs.astuple
-        for lines in backlog.lines(place.shared / BACKLOG):
+        for lines in backlog.lines(folder.shared / BACKLOG):
             rows = [row(decode(line).event) for line in lines]
             connection.execute("BEGIN")
             connection.executemany(insert, rows)
             connection.execute("COMMIT")
         connection.close()
 
-    return backlog.measured(files(place.quick) * sample.BATCH, deliver)
+    return backlog.measured(files(folder.quick) * sample.BATCH, deliver)
 
 
-def ours(place: RoundPaths) -> Figures:
+def ours(folder: RoundPaths) -> Figures:
     """By an outbox with its defaults."""
-    url = f"sqlite:///{place.own / 'events.db'}"
-    return backlog.by_an_outbox(place, BACKLOG, files(place.quick) * sample.BATCH, url)
+    url = f"sqlite:///{folder.own / 'events.db'}"
+    return backlog.by_an_outbox(folder, BACKLOG, files(folder.quick) * sample.BATCH, url)
 
 
 CONTESTANTS = (Contestant(BARE, bare), Contestant(OURS, ours, ours=True))

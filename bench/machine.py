@@ -52,7 +52,7 @@ class Watch:
         self.load = os.getloadavg()[0]
         self._ticks = _ticks()
 
-    def describe(self, place: Path) -> Machine:
+    def describe(self, folder: Path) -> Machine:
         """What to record of it."""
         since = [after - before for before, after in zip(self._ticks, _ticks(), strict=True)]
         affinity = getattr(os, "sched_getaffinity", None)
@@ -62,7 +62,7 @@ class Watch:
             processor=_processor(),
             cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            filesystem=_filesystem(place),
+            filesystem=_filesystem(folder),
             load_before=round(self.load, 2),
             load_after=round(os.getloadavg()[0], 2),
             stolen_percent=round(100 * since[7] / sum(since), 2) if sum(since) else 0.0,
@@ -85,12 +85,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _filesystem(place: Path) -> str:
+def _filesystem(folder: Path) -> str:
     """The type of the file system that holds a directory, where the system tells."""
     mounts = Path("/proc/self/mounts")
     if not mounts.exists():
         return "unknown"
-    at = place.resolve()
+    at = folder.resolve()
     found = [line.split()[1:3] for line in mounts.read_text().splitlines()]
     holding = [(len(point), kind) for point, kind in found if at.is_relative_to(point)]
     return max(holding)[1] if holding else "unknown"

@@ -113,10 +113,10 @@ def of_futures() -> Iterator[Work]:
     yield "wait for a commit, an event", in_python, work(n.CommitFuture, n.gather_group, n.resolve_futures), FUTURES
 
 
-def of_files(place: str) -> Iterator[Work]:
+def of_files(workdir: str) -> Iterator[Work]:
     """The batch operations and the directory scan, by themselves."""
     number = count()
-    folder = f"{place}/many"
+    folder = f"{workdir}/many"
     os.mkdir(folder)
     for index in range(FILES):
         with open(f"{folder}/sealed-{index:016d}-x.ndjson", "wb") as file:
@@ -124,7 +124,7 @@ def of_files(place: str) -> Iterator[Work]:
 
     def write_group(files: OsFilesystem) -> Callable[[], object]:
         def group() -> None:
-            paths = [f"{place}/{next(number)}" for _ in range(GROUP)]
+            paths = [f"{workdir}/{next(number)}" for _ in range(GROUP)]
             fds, _ = files.create_each(paths)
             files.rename_each(paths, [f"{path}x" for path in paths])
             files.close_each(fds)
@@ -198,11 +198,11 @@ def main() -> None:
     """Measure and print."""
     if not COMPILED:
         sys.exit("the C extension is not in use here")
-    place = tempfile.mkdtemp(dir=ROOT)
-    outbox = Outbox(f"{place}/outbox", max_bytes=2**40, batch_size=10**9, batch_bytes=2**40)
+    workdir = tempfile.mkdtemp(dir=ROOT)
+    outbox = Outbox(f"{workdir}/outbox", max_bytes=2**40, batch_size=10**9, batch_bytes=2**40)
     try:
         print(f"{'':42} {'Python':>10} {'C':>10}")
-        files = list(of_files(place))
+        files = list(of_files(workdir))
         measure([*of_enqueue(outbox), *of_lines(), *of_events(), *of_futures(), *files])
         rounds: dict[tuple[str, str], list[float]] = {}
         for _ in range(ROUNDS):
@@ -215,7 +215,7 @@ def main() -> None:
             print(f"enqueue beside: {name}{' in ' * bool(how)}{how:6} {sorted(found)[ROUNDS // 2]:6.2f} us")
     finally:
         outbox.close(60)
-        shutil.rmtree(place)
+        shutil.rmtree(workdir)
 
 
 if __name__ == "__main__":

@@ -54,21 +54,21 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def pillarbox(place: Path, durability: Durability = "process") -> Iterator[Opened]:
-    with Outbox(str(place), durability=durability) as outbox:
+def pillarbox(folder: Path, durability: Durability = "process") -> Iterator[Opened]:
+    with Outbox(str(folder), durability=durability) as outbox:
         yield Opened(partial(outbox.enqueue, ONE))
 
 
 @contextmanager
-def floor(place: Path) -> Iterator[Opened]:
-    fd, write = os.open(place / "events.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.write
+def floor(folder: Path) -> Iterator[Opened]:
+    fd, write = os.open(folder / "events.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.write
     yield Opened(lambda: write(fd, encode(ONE)))
     os.close(fd)
 
 
 @contextmanager
-def sqlite(place: Path, synchronous: str) -> Iterator[Opened]:
-    with closing(sqlite3.connect(place / "events.db", isolation_level=None)) as database:
+def sqlite(folder: Path, synchronous: str) -> Iterator[Opened]:
+    with closing(sqlite3.connect(folder / "events.db", isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute(f"PRAGMA synchronous = {synchronous}")
         database.execute("CREATE TABLE event (id INTEGER PRIMARY KEY, body BLOB NOT NULL)")
@@ -80,37 +80,37 @@ def sqlite(place: Path, synchronous: str) -> Iterator[Opened]:
 
 
 @contextmanager
-def persist_queue_file(place: Path) -> Iterator[Opened]:
+def persist_queue_file(folder: Path) -> Iterator[Opened]:
     import persistqueue
 
-    put = persistqueue.Queue(str(place), tempdir=str(place)).put
+    put = persistqueue.Queue(str(folder), tempdir=str(folder)).put
     yield Opened(lambda: put(encode(ONE)))
 
 
 @contextmanager
-def persist_queue_sqlite(place: Path) -> Iterator[Opened]:
+def persist_queue_sqlite(folder: Path) -> Iterator[Opened]:
     import persistqueue
 
-    with closing(persistqueue.SQLiteQueue(str(place), auto_commit=True)) as queue:
+    with closing(persistqueue.SQLiteQueue(str(folder), auto_commit=True)) as queue:
         put = queue.put
         yield Opened(lambda: put(encode(ONE)))
 
 
 @contextmanager
-def diskcache_deque(place: Path) -> Iterator[Opened]:
+def diskcache_deque(folder: Path) -> Iterator[Opened]:
     import diskcache
 
-    deque = diskcache.Deque(directory=str(place))
+    deque = diskcache.Deque(directory=str(folder))
     append = deque.append
     yield Opened(lambda: append(encode(ONE)))
     deque.cache.close()
 
 
 @contextmanager
-def litequeue(place: Path) -> Iterator[Opened]:
+def litequeue(folder: Path) -> Iterator[Opened]:
     import litequeue
 
-    queue = litequeue.LiteQueue(str(place / "queue.db"))
+    queue = litequeue.LiteQueue(str(folder / "queue.db"))
     put = queue.put
     yield Opened(lambda: put(encode(ONE).decode()))
     queue.conn.close()
@@ -124,29 +124,29 @@ class _Msgspec:
 
 
 @contextmanager
-def localqueue(place: Path, durability: str = "RELAXED") -> Iterator[Opened]:
+def localqueue(folder: Path, durability: str = "RELAXED") -> Iterator[Opened]:
     import localqueue
 
     mode = localqueue.DurabilityMode[durability]
-    with localqueue.SimpleQueue(str(place), durability=mode, serializer=_Msgspec()) as queue:
+    with localqueue.SimpleQueue(str(folder), durability=mode, serializer=_Msgspec()) as queue:
         yield Opened(partial(queue.put, ONE))
 
 
 @contextmanager
-def sqloutbox(place: Path) -> Iterator[Opened]:
+def sqloutbox(folder: Path) -> Iterator[Opened]:
     import sqloutbox
 
-    outbox = sqloutbox.Outbox(place / "outbox.db", "events")
+    outbox = sqloutbox.Outbox(folder / "outbox.db", "events")
     enqueue = outbox.enqueue
     yield Opened(lambda: enqueue("page_view", encode(ONE)))
     outbox._write_conn.close()
 
 
 @contextmanager
-def logstash_async(place: Path) -> Iterator[Opened]:
+def logstash_async(folder: Path) -> Iterator[Opened]:
     from logstash_async.database import DatabaseCache
 
-    add = DatabaseCache(str(place / "cache.db")).add_event
+    add = DatabaseCache(str(folder / "cache.db")).add_event
     yield Opened(lambda: add(encode(ONE).decode()))
 
 
@@ -184,8 +184,8 @@ def posthog(_place: Path) -> Iterator[Opened]:
 
 
 @contextmanager
-def made_in_the_call(place: Path) -> Iterator[Opened]:
-    with Outbox(str(place)) as outbox:
+def made_in_the_call(folder: Path) -> Iterator[Opened]:
+    with Outbox(str(folder)) as outbox:
         enqueue = outbox.enqueue
         yield Opened(
             lambda: enqueue(
@@ -203,8 +203,8 @@ def made_in_the_call(place: Path) -> Iterator[Opened]:
 # Measuring
 
 
-def tree_bytes(place: Path) -> int:
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+def tree_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def untimed(opened: Opened, chunk: int, seconds: float, events: int) -> tuple[timing.Mean, int]:
@@ -236,9 +236,9 @@ def timed(opened: Opened, chunk: int, seconds: float, events: int) -> list[int]:
 def accepting(opening: Open, *, on_disk: bool = True) -> Callable[[RoundPaths], Figures]:
     """One round of a contestant."""
 
-    def run(place: RoundPaths) -> Figures:
-        seconds, events = (SECONDS / 10, EVENTS // 50) if place.quick else (SECONDS, EVENTS)
-        with opening(place.own) as opened:
+    def run(folder: RoundPaths) -> Figures:
+        seconds, events = (SECONDS / 10, EVENTS // 50) if folder.quick else (SECONDS, EVENTS)
+        with opening(folder.own) as opened:
             warm, until = 0, now() + int(WARM_SECONDS * 1e9)
             while warm < WARM_EVENTS and now() < until:
                 opened.put()
@@ -250,7 +250,7 @@ def accepting(opening: Open, *, on_disk: bool = True) -> Callable[[RoundPaths], 
             took = timed(opened, chunk, seconds, events)
         figures = dict(timing.figures(mean, took))
         if on_disk:
-            stored, put = tree_bytes(place.own), warm + count + len(took)
+            stored, put = tree_bytes(folder.own), warm + count + len(took)
             if stored < put * len(encode(ONE)):
                 raise AssertionError(f"{put} events are not in {stored} bytes")
             figures["bytes"] = stored / put

@@ -80,9 +80,9 @@ def pieces(outbox: Outbox, fd: int) -> dict[str, Callable[[], None]]:
 
 def main() -> None:
     """Measure and print."""
-    place = tempfile.mkdtemp(dir=ROOT)
-    outbox = Outbox(f"{place}/outbox", max_bytes=2**40, batch_size=10**9, batch_bytes=2**40)
-    fd = os.open(f"{place}/floor", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    folder = tempfile.mkdtemp(dir=ROOT)
+    outbox = Outbox(f"{folder}/outbox", max_bytes=2**40, batch_size=10**9, batch_bytes=2**40)
+    fd = os.open(f"{folder}/floor", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         works = pieces(outbox, fd)
         took: dict[str, list[int]] = {name: [] for name in works}
@@ -96,7 +96,7 @@ def main() -> None:
     finally:
         outbox.close(60)
         os.close(fd)
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

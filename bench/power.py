@@ -31,9 +31,9 @@ COROUTINES = 1000
 CALLS_PER_CHECK = 10  # events between two checks of the time
 
 
-def _seconds(place: RoundPaths) -> float:
+def _seconds(folder: RoundPaths) -> float:
     """Length of each of the two loops of a round."""
-    return 0.1 if place.quick else 0.7
+    return 0.1 if folder.quick else 0.7
 
 
 class _Caller:
@@ -71,12 +71,12 @@ def _rate(callers: list[_Caller], began: int) -> float:
     return sum(caller.count for caller in callers) / (now() - began) * 1e9
 
 
-def _by_threads(put: Callable[[], object], number: int, place: RoundPaths) -> Figures:
+def _by_threads(put: Callable[[], object], number: int, folder: RoundPaths) -> Figures:
     found: dict[bool, list[_Caller]] = {}
     rates = {}
     for clocked in (False, True):
         began = now()
-        found[clocked] = [_Caller(_seconds(place), clocked=clocked) for _ in range(number)]
+        found[clocked] = [_Caller(_seconds(folder), clocked=clocked) for _ in range(number)]
         threads = [threading.Thread(target=caller.call, args=(put,)) for caller in found[clocked]]
         for thread in threads:
             thread.start()
@@ -86,10 +86,10 @@ def _by_threads(put: Callable[[], object], number: int, place: RoundPaths) -> Fi
     return {"per_s": rates[False], **tails(ns for caller in found[True] for ns in caller.took)}
 
 
-def write_and_sync(place: RoundPaths) -> Figures:
+def write_and_sync(folder: RoundPaths) -> Figures:
     """`os.write` and `os.fdatasync`, one line at a time, in one loop."""
     line = record.line(msgspec.json.encode(sample.event()))
-    fd = os.open(place.own / "bare", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    fd = os.open(folder.own / "bare", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def put() -> bool:
         os.write(fd, line)
@@ -97,29 +97,29 @@ def write_and_sync(place: RoundPaths) -> Figures:
         return True
 
     try:
-        return _by_threads(put, 1, place)
+        return _by_threads(put, 1, folder)
     finally:
         os.close(fd)
 
 
-def threads(number: int, durability: Durability, place: RoundPaths) -> Figures:
+def threads(number: int, durability: Durability, folder: RoundPaths) -> Figures:
     """Threads that wait for each of their events."""
     one = sample.event()
-    with Outbox(str(place.own / "outbox"), durability=durability, max_bytes=2**40) as outbox:
+    with Outbox(str(folder.own / "outbox"), durability=durability, max_bytes=2**40) as outbox:
         assert outbox.enqueue(one)
-        return _by_threads(partial(outbox.enqueue, one), number, place)
+        return _by_threads(partial(outbox.enqueue, one), number, folder)
 
 
-def coroutines(durability: Durability, place: RoundPaths) -> Figures:
+def coroutines(durability: Durability, folder: RoundPaths) -> Figures:
     """Coroutines of one event loop that wait for each of their events."""
 
     async def run(outbox: Outbox, *, clocked: bool) -> tuple[float, list[_Caller]]:
         began = now()
-        callers = [_Caller(_seconds(place), clocked=clocked) for _ in range(COROUTINES)]
+        callers = [_Caller(_seconds(folder), clocked=clocked) for _ in range(COROUTINES)]
         await asyncio.gather(*[caller.call_async(outbox) for caller in callers])
         return _rate(callers, began), callers
 
-    with Outbox(str(place.own / "outbox"), durability=durability, max_bytes=2**40) as outbox:
+    with Outbox(str(folder.own / "outbox"), durability=durability, max_bytes=2**40) as outbox:
         assert outbox.enqueue(sample.event())
         rate, _ = asyncio.run(run(outbox, clocked=False))
         _, callers = asyncio.run(run(outbox, clocked=True))

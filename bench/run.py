@@ -38,7 +38,7 @@ now = time.monotonic
 class Options(NamedTuple):
     """The options of a run."""
 
-    place: Path  # everything is written here, so it must be on the file system to measure
+    folder: Path  # everything is written here, so it must be on the file system to measure
     seed: int
     quick: bool = False
     report: Callable[[str], None] = print
@@ -60,7 +60,7 @@ def run(chosen: Sequence[tuple[str, Section]], options: Options) -> results.Resu
             seconds=round(now() - started, 1),
             quick=options.quick,
             seed=options.seed,
-            machine=watch.describe(options.place),
+            machine=watch.describe(options.folder),
             versions=ran,
             sections=sections,
         )
@@ -76,7 +76,7 @@ class _SectionRun:
         self._section = section
         self._options = options
         self._later_s = later_s  # estimated time of the sections after this one
-        self._place = options.place / section.key
+        self._place = options.folder / section.key
         self._rounds_planned = 1 if options.quick else section.rounds
         self._order: list[list[str]] = []
         self._rounds: list[dict[str, dict[str, float]]] = []

@@ -62,23 +62,23 @@ def prepare(shared: Path, quick: bool) -> None:
         sample.sealed_files(shared / backlog.folder, files, batch)
 
 
-def run(place: RoundPaths, backlog: Backlog) -> Figures:
+def run(workdir: RoundPaths, backlog: Backlog) -> Figures:
     """Enqueue with the backlog pending and nothing delivered, then deliver a part of it."""
-    directory = place.own / "outbox"
+    directory = workdir.own / "outbox"
     directory.mkdir(mode=0o700)
-    size, reduced = 0, _reduced(backlog, place.quick)
+    size, reduced = 0, _reduced(backlog, workdir.quick)
     copied = 2 * reduced.delivered  # the others are hard links to the files of all rounds: they are listed but never read
-    names = sorted(os.listdir(place.shared / backlog.folder))
+    names = sorted(os.listdir(workdir.shared / backlog.folder))
     for number, name in enumerate(names):
-        path = place.shared / backlog.folder / name
+        path = workdir.shared / backlog.folder / name
         if number < copied:
             shutil.copyfile(path, directory / name)
             size += path.stat().st_size
         else:
             os.link(path, directory / name)
-    accepted = _run_process("accept", directory, str(len(names)), str(_QUICK_ACCEPTED if place.quick else ACCEPTED))
+    accepted = _run_process("accept", directory, str(len(names)), str(_QUICK_ACCEPTED if workdir.quick else ACCEPTED))
     del accepted["per_s"]
-    delivered = _run_process("deliver", directory, str(place.own / "events.db"), str(reduced.delivered))
+    delivered = _run_process("deliver", directory, str(workdir.own / "events.db"), str(reduced.delivered))
     return accepted | delivered | {"bytes": size / min(len(names), copied) / backlog.batch}
 
 

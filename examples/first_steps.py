@@ -15,17 +15,17 @@ import msgspec
 import pillarbox
 
 HERE = Path(__file__).parent
-PLACE = HERE.parent / "var" / "first-steps"
+FOLDER = HERE.parent / "var" / "first-steps"
 
 
 def main() -> None:
     """Store, deliver, look."""
-    shutil.rmtree(PLACE, ignore_errors=True)
-    PLACE.mkdir(parents=True)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
     lines = (HERE / "data" / "events.ndjson").read_bytes().splitlines()
     events = [msgspec.json.decode(line, type=pillarbox.TrackingEvent) for line in lines]
 
-    with pillarbox.Outbox(str(PLACE / "outbox"), sink=f"sqlite:///{PLACE / 'events.db'}") as outbox:
+    with pillarbox.Outbox(str(FOLDER / "outbox"), sink=f"sqlite:///{FOLDER / 'events.db'}") as outbox:
         began = time.perf_counter()
         accepted = sum(bool(outbox.enqueue(event)) for event in events)
         stored = time.perf_counter()
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"accepted   {accepted} events in {(stored - began) * 1e6 / len(events):.1f} us each, threads started on the way")
     print(f"delivered  {stats.delivered} within {(delivered - stored) * 1e3:.0f} ms; files that wait: {stats.pending_files}")
 
-    database = sqlite3.connect(PLACE / "events.db")
+    database = sqlite3.connect(FOLDER / "events.db")
     print("\nWhat arrived, by kind:")
     for key, count in database.execute("SELECT event_key, COUNT(*) FROM tracking_event GROUP BY 1 ORDER BY 2 DESC LIMIT 5"):
         print(f"  {count:4}  {key}")
@@ -52,14 +52,14 @@ def main() -> None:
 
 def try_next() -> None:
     """Say where to go from here."""
-    place = PLACE.relative_to(HERE.parent)
+    folder = FOLDER.relative_to(HERE.parent)
     print(f"""
 All of them arrived, once. Try next:
-  .venv/bin/pillarbox enqueue -d {place}/outbox --ack examples/data/events.ndjson   # stored; nobody delivers yet
-  .venv/bin/pillarbox status -d {place}/outbox                                      # so it waits
-  .venv/bin/pillarbox deliver -d {place}/outbox --sink sqlite:///{place}/events.db --once
+  .venv/bin/pillarbox enqueue -d {folder}/outbox --ack examples/data/events.ndjson   # stored; nobody delivers yet
+  .venv/bin/pillarbox status -d {folder}/outbox                                      # so it waits
+  .venv/bin/pillarbox deliver -d {folder}/outbox --sink sqlite:///{folder}/events.db --once
                                                        # delivered: the same ids again, so all are known duplicates
-  sqlite3 {place}/events.db 'SELECT * FROM tracking_event LIMIT 5'
+  sqlite3 {folder}/events.db 'SELECT * FROM tracking_event LIMIT 5'
   make test""")
 
 

@@ -51,7 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by where it stands."""
     for item in items:
         name = item.path.relative_to(ROOT).as_posix()
-        found = max((place for place in MARKS if name == place or name.startswith(f"{place}/")), key=len, default="")
+        found = max(
+            (outbox_dir for outbox_dir in MARKS if name == outbox_dir or name.startswith(f"{outbox_dir}/")), key=len, default=""
+        )
         if found:
             item.add_marker(MARKS[found])
 
@@ -63,7 +65,7 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def place(tmp_path: Path, clock: ManualClock) -> Directory:
+def outbox_dir(tmp_path: Path, clock: ManualClock) -> Directory:
     """An empty outbox directory."""
     directory = Directory(str(tmp_path / "outbox"), local_filesystem(), clock)
     directory.ensure_usable()

@@ -21,37 +21,37 @@ def prepare(shared: Path, quick: bool) -> None:
     (shared / "what").write_text(f"{quick}")
 
 
-def two(place: RoundPaths) -> Figures:
+def two(folder: RoundPaths) -> Figures:
     """With a look at what was prepared and at the settings of whoever runs it."""
-    assert (place.shared / "what").read_text() == f"{place.quick}"
-    assert not [*place.own.iterdir(), *(name for name in os.environ if name == "PILLARBOX_BATCH_SIZE")]
-    (place.own / "file").touch()
+    assert (folder.shared / "what").read_text() == f"{folder.quick}"
+    assert not [*folder.own.iterdir(), *(name for name in os.environ if name == "PILLARBOX_BATCH_SIZE")]
+    (folder.own / "file").touch()
     assert os.environ["OF_TWO"] == "2"
     sys.stdout.write("not an answer")
     return {"mean_us": 2.0, "pid": os.getpid()}
 
 
-def one(place: RoundPaths) -> Figures:
+def one(folder: RoundPaths) -> Figures:
     assert "OF_TWO" not in os.environ
     return {"mean_us": 1.0, "pid": os.getpid()}
 
 
-def without_its_package(place: RoundPaths) -> Figures:
+def without_its_package(folder: RoundPaths) -> Figures:
     importlib.import_module("no_such_package")
     raise AssertionError
 
 
-def without_a_server(place: RoundPaths) -> Figures:
+def without_a_server(folder: RoundPaths) -> Figures:
     raise UnavailableError("no server")
 
 
-def killed(place: RoundPaths) -> Figures:
+def killed(folder: RoundPaths) -> Figures:
     os.write(2, b"on the way out")
     os.kill(os.getpid(), 9)
     raise AssertionError
 
 
-def hanging(place: RoundPaths) -> Figures:
+def hanging(folder: RoundPaths) -> Figures:
     """With a process of its own that would outlive it."""
     # wait: a process that outlives the section
     started = subprocess.Popen(["sleep", "1000"])

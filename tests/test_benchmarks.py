@@ -128,7 +128,7 @@ def test_a_section_that_cannot_be_prepared_is_not_measured(tmp_path: Path, monke
 def test_a_section_that_is_not_known_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With those that are."""
     with pytest.raises(SystemExit) as ended:
-        main(["acept"], place=tmp_path)
+        main(["acept"], folder=tmp_path)
     assert ended.value.code == 2
     assert "unknown section 'acept'; use one of accept, " in capsys.readouterr().err
 

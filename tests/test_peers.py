@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 REQUIREMENTS = Path(__file__).parents[1] / "requirements"
 
 
-def lines(place: Path) -> list[bytes]:
-    return [line for path in place.glob("sealed-*.ndjson") for line in path.read_bytes().splitlines()]
+def lines(outbox_dir: Path) -> list[bytes]:
+    return [line for path in outbox_dir.glob("sealed-*.ndjson") for line in path.read_bytes().splitlines()]
 
 
-def rows(place: Path) -> list[bytes]:
-    with closing(sqlite3.connect(place / "events.db")) as database:
+def rows(outbox_dir: Path) -> list[bytes]:
+    with closing(sqlite3.connect(outbox_dir / "events.db")) as database:
         return [body for (body,) in database.execute("SELECT body FROM event")]
 
 

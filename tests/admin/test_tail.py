@@ -22,15 +22,15 @@ SCANS = 8  # more than it takes to notice anything
 
 
 @pytest.fixture
-def folder(place: Directory) -> Path:
+def folder(outbox_dir: Directory) -> Path:
     """The path of the outbox directory."""
-    return Path(place.path)
+    return Path(outbox_dir.path)
 
 
 @pytest.fixture
-def tailer(place: Directory, clock: ManualClock) -> Iterator[Tailer]:
+def tailer(outbox_dir: Directory, clock: ManualClock) -> Iterator[Tailer]:
     """A tailer that has not scanned yet."""
-    tailer = Tailer(place, clock, EventHeaderDecoder(TrackingEvent), EventFilter())
+    tailer = Tailer(outbox_dir, clock, EventHeaderDecoder(TrackingEvent), EventFilter())
     yield tailer
     tailer.close()
 
@@ -159,9 +159,11 @@ def test_the_newest_events_are_read_from_the_end(tailer: Tailer, folder: Path) -
     assert new_events(tailer) == []
 
 
-def test_a_batch_that_came_and_went_between_two_scans_is_a_gap(tailer: Tailer, place: Directory, clock: ManualClock) -> None:
+def test_a_batch_that_came_and_went_between_two_scans_is_a_gap(
+    tailer: Tailer, outbox_dir: Directory, clock: ManualClock
+) -> None:
     """The ledger has the number of events. A gap is reported once, and a batch that was read is none."""
-    ledger = LedgerWriter(place, clock)
+    ledger = LedgerWriter(outbox_dir, clock)
     ledger.add(SealedEntry(clock.micros() - 1, "sealed-before", "w", 7, 70))
     ledger.write(sync=False)
     clock.advance(1)
@@ -172,13 +174,13 @@ def test_a_batch_that_came_and_went_between_two_scans_is_a_gap(tailer: Tailer, p
     )
     ledger.add(SealedEntry(clock.micros(), sealed(4).removesuffix(".ndjson"), "w", 1, len(lines(4))))
     ledger.write(sync=False)
-    append(Path(place.path) / sealed(4), 4)
+    append(Path(outbox_dir.path) / sealed(4), 4)
     assert [new_events(tailer) for _ in range(SCANS)] == [["e-4"]] + [[]] * (SCANS - 1)
     assert [(gap.batch, gap.events) for gap in tailer.gap_detector.gaps] == [
         ("sealed-0000000000000002-u", 7),
         ("sealed-3", None),
     ]
-    (Path(place.path) / sealed(4)).unlink()
+    (Path(outbox_dir.path) / sealed(4)).unlink()
     for _ in range(3):
         clock.advance(50)
         assert new_events(tailer) == []
@@ -186,11 +188,11 @@ def test_a_batch_that_came_and_went_between_two_scans_is_a_gap(tailer: Tailer, p
 
 
 def test_a_batch_that_is_deleted_between_the_scan_and_reading_is_a_gap(
-    tailer: Tailer, place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    tailer: Tailer, outbox_dir: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was listed, but not read."""
     assert backlog(tailer) == []
-    first, second = Path(place.path) / sealed(1), Path(place.path) / sealed(2)
+    first, second = Path(outbox_dir.path) / sealed(1), Path(outbox_dir.path) / sealed(2)
 
     def scan_while_it_is_delivered(directory: Directory) -> list[scan.FileRef]:
         files = scan.scan_files(directory)
@@ -200,7 +202,7 @@ def test_a_batch_that_is_deleted_between_the_scan_and_reading_is_a_gap(
     monkeypatch.setattr(tail, "scan_files", scan_while_it_is_delivered)
     append(first, 1)
     append(second, 2)
-    ledger = LedgerWriter(place, clock)
+    ledger = LedgerWriter(outbox_dir, clock)
     for number, file in enumerate((first, second), 1):
         ledger.add(SealedEntry(clock.micros(), file.name.removesuffix(".ndjson"), "w", 1, len(lines(number))))
     ledger.write(sync=False)
@@ -210,14 +212,14 @@ def test_a_batch_that_is_deleted_between_the_scan_and_reading_is_a_gap(
 
 
 def test_a_segment_that_was_deleted_under_its_active_name_is_not_a_gap(
-    tailer: Tailer, place: Directory, clock: ManualClock
+    tailer: Tailer, outbox_dir: Directory, clock: ManualClock
 ) -> None:
     """Its writer and size identify its ledger entry."""
-    active = Path(place.path) / "active-w-1.ndjson"
+    active = Path(outbox_dir.path) / "active-w-1.ndjson"
     append(active, 1)
     assert backlog(tailer) == ["e-1"]
     active.unlink()
-    ledger = LedgerWriter(place, clock)
+    ledger = LedgerWriter(outbox_dir, clock)
     ledger.add(SealedEntry(clock.micros(), "sealed-1", "w", 1, len(lines(1))))
     ledger.write(sync=False)
     assert [new_events(tailer) for _ in range(SCANS)] == [[]] * SCANS

@@ -234,15 +234,15 @@ def test_interrupted_it_ends_after_the_step_under_way(tmp_path: Path) -> None:
 def test_a_second_command_does_not_wait_and_says_why(tmp_path: Path) -> None:
     """Looking is free, and so is a dry run."""
     box = outbox_with_dead_letters(tmp_path, SIX)
-    place = Directory(str(box), OsFilesystem(), SystemClock())
-    taken = acquire_lock(place)
+    outbox_dir = Directory(str(box), OsFilesystem(), SystemClock())
+    taken = acquire_lock(outbox_dir)
     assert taken is not None
     refused = run("dead", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert (refused.returncode, refused.stdout) == (1, b"")
     assert b"another command" in refused.stderr
     assert run("dead", "list", "-d", "box", cwd=tmp_path).returncode == 0
     assert run("dead", "purge", "-d", "box", "--all", cwd=tmp_path).returncode == 0
-    place.filesystem.close(taken.fd)
+    outbox_dir.filesystem.close(taken.fd)
     assert len(file_lines(box, "dead-*")) == 6
 
 

@@ -140,12 +140,12 @@ def test_without_a_directory_it_is_a_usage_error(tmp_path: Path) -> None:
 def test_durability_power_is_refused_in_memory_and_process_is_not(tmp_path: Path) -> None:
     """On tmpfs, mounted for this."""
     need(commands=("mount", "umount"))
-    with mounted(tmp_path / "memory", "-t", "tmpfs", "-o", "mode=700,size=10m", "none") as place:
-        assert doctor("-d", place, "--durability", "process", "-c", "p.toml", cwd=settings_file(tmp_path))[0] == 0
-        code, found = doctor("-d", place, "--durability", "power", cwd=tmp_path)
+    with mounted(tmp_path / "memory", "-t", "tmpfs", "-o", "mode=700,size=10m", "none") as outbox_dir:
+        assert doctor("-d", outbox_dir, "--durability", "process", "-c", "p.toml", cwd=settings_file(tmp_path))[0] == 0
+        code, found = doctor("-d", outbox_dir, "--durability", "power", cwd=tmp_path)
         assert (code, bad(found)) == (1, {"filesystem"})
         assert "tmpfs" in found["filesystem"][0][1]
-        assert list(place.iterdir()) == []
+        assert list(outbox_dir.iterdir()) == []
 
 
 def settings_file(folder: Path) -> Path:
@@ -156,21 +156,21 @@ def settings_file(folder: Path) -> Path:
 def test_a_full_volume_is_told_with_the_way_out(tmp_path: Path) -> None:
     """No probe fits; none is left."""
     need(commands=("mount", "umount"))
-    with mounted(tmp_path / "full", "-t", "tmpfs", "-o", "mode=700,size=64k", "none") as place:
-        with open(place / "filler", "wb", buffering=0) as filler:
+    with mounted(tmp_path / "full", "-t", "tmpfs", "-o", "mode=700,size=64k", "none") as outbox_dir:
+        with open(outbox_dir / "filler", "wb", buffering=0) as filler:
             while filler.write(b"x" * 4096) == 4096 and filler.tell() < 64 * 1024:
                 pass
-        _, found = doctor("-d", place, cwd=tmp_path)
+        _, found = doctor("-d", outbox_dir, cwd=tmp_path)
         assert "append" in bad(found)
         assert "free space on the volume" in found["append"][0][1]
-        assert [file.name for file in place.iterdir()] == ["filler"]
+        assert [file.name for file in outbox_dir.iterdir()] == ["filler"]
 
 
 def test_a_read_only_medium_is_told(tmp_path: Path) -> None:
     """Even root cannot write there."""
     need(commands=("mount", "umount"))
-    with mounted(tmp_path / "fixed", "-t", "tmpfs", "-o", "ro,mode=700", "none") as place:
-        code, found = doctor("-d", place, cwd=tmp_path)
+    with mounted(tmp_path / "fixed", "-t", "tmpfs", "-o", "ro,mode=700", "none") as outbox_dir:
+        code, found = doctor("-d", outbox_dir, cwd=tmp_path)
         assert (code, bad(found)) == (1, {"directory"})
 
 

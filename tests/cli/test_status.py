@@ -56,9 +56,9 @@ def queue(box: Path, name: str, files: int, clock: ManualClock) -> Path:
     return made
 
 
-def sealed_events(place: Directory) -> int:
+def sealed_events(outbox_dir: Directory) -> int:
     """How many the ledger has."""
-    entries, _ = parse_ledger(place.read_small_file(layout.LEDGER))
+    entries, _ = parse_ledger(outbox_dir.read_small_file(layout.LEDGER))
     return sum(entry.events or 0 for entry in entries if isinstance(entry, SealedEntry))
 
 
@@ -139,15 +139,15 @@ def test_as_json_each_look_is_an_object_on_a_line(box: Path) -> None:
 def test_rates_are_those_of_what_happened_between_two_looks(box: Path) -> None:
     """In from the ledger and the active files, out from the heartbeats, and how long the rest takes."""
     clock = ManualClock()
-    place = Directory(str(box), OsFilesystem(), clock)
-    ledger = LedgerWriter(place, clock)
+    outbox_dir = Directory(str(box), OsFilesystem(), clock)
+    ledger = LedgerWriter(outbox_dir, clock)
     old = [box / layout.sealed_name(clock.micros() + number, "x") for number in range(5)]
     for file in old:
         file.write_bytes(b"x" * 1000)
     active = box / "active-w-1.ndjson"
     active.write_bytes(b"x" * 100)
     beat(box, clock, State("draining"), 1000)
-    watcher = StatusWatcher(place, clock, "process")
+    watcher = StatusWatcher(outbox_dir, clock, "process")
     assert watcher.sample().rates.in_bytes_per_s is None
     clock.advance(10)
     ledger.add(SealedEntry(clock.micros(), "sealed-a", "w", 20, 2000))  # sealed and delivered between the two looks
@@ -166,10 +166,10 @@ def test_rates_are_those_of_what_happened_between_two_looks(box: Path) -> None:
 def test_another_deliverer_and_a_ledger_that_was_summed_up_give_no_false_rate(box: Path) -> None:
     """It is not known, rather than negative or enormous."""
     clock = ManualClock()
-    place = Directory(str(box), OsFilesystem(), clock)
+    outbox_dir = Directory(str(box), OsFilesystem(), clock)
     (box / layout.LEDGER).write_bytes(b"x" * 5000)
     beat(box, clock, State("draining"), 1000)
-    watcher = StatusWatcher(place, clock, "process")
+    watcher = StatusWatcher(outbox_dir, clock, "process")
     watcher.sample()
     clock.advance(1)
     (box / layout.LEDGER).write_bytes(b"x" * 50)
@@ -217,12 +217,12 @@ def test_status_changes_nothing(box: Path) -> None:
 def test_a_watch_beside_a_writer_counts_what_comes_in(tmp_path: Path) -> None:
     """As the ledger has it, once all is sealed."""
     with Outbox(str(tmp_path / "box"), flush_interval=0.05) as outbox:
-        place = Directory(str(tmp_path / "box"), OsFilesystem(), clock := ManualClock())
-        watcher = StatusWatcher(place, clock, "process")
+        outbox_dir = Directory(str(tmp_path / "box"), OsFilesystem(), clock := ManualClock())
+        watcher = StatusWatcher(outbox_dir, clock, "process")
         watcher.sample()
         for number in range(50):
             assert outbox.enqueue(event(number))
-        wait_until(lambda: sealed_events(place) == 50)
+        wait_until(lambda: sealed_events(outbox_dir) == 50)
         clock.advance(10)
         assert watcher.sample().rates.in_events_per_s == pytest.approx(5, rel=0.01)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from tests.crash import block_device, enumeration, faults, interleave, kills, lossy_fs, mutants, state_machine
-from tests.torture import places
+from tests.torture import destinations
 from tests.torture import run as torture
 
 RESULT: Final = "RESULT "  # begins the last line of a stage
@@ -63,7 +63,7 @@ def now_and_then() -> Callable[[object], None]:
     return tell
 
 
-def place(name: str) -> Path:
+def work_folder(name: str) -> Path:
     """A folder that stays if something was found."""
     return Path(tempfile.mkdtemp(prefix=f"pillarbox-{name}-"))
 
@@ -104,14 +104,14 @@ def sequences(seconds: float, seed: int) -> Figures:
 
 def killed(seconds: float, seed: int) -> Figures:
     """Writers and delivery workers, killed by SIGKILL."""
-    report = kills.run(seconds, seed, place("kills"), now_and_then())
+    report = kills.run(seconds, seed, work_folder("kills"), now_and_then())
     say(report)
     return {"kills": report.kills, "events": report.events, "acknowledged": report.acknowledged, FOUND: 0}
 
 
 def dropped(seconds: float, seed: int) -> Figures:
     """The same on a file system that loses what was not synced."""
-    report = lossy_fs.run(seconds, seed, place("dropping"), now_and_then())
+    report = lossy_fs.run(seconds, seed, work_folder("dropping"), now_and_then())
     say(report)
     return {"kills": report.kills, "cuts": report.rounds, "events": report.events, FOUND: 0}
 
@@ -121,7 +121,7 @@ def cut(seconds: float, seed: int) -> Figures:
     logging.disable(logging.CRITICAL)
     figures: Counter[str] = Counter()
     for filesystem in ("ext4", "xfs"):
-        report = block_device.run(filesystem, seconds / 2, seed, place(filesystem), now_and_then())
+        report = block_device.run(filesystem, seconds / 2, seed, work_folder(filesystem), now_and_then())
         say(report)
         figures[f"cuts of {filesystem}"] = report.cuts
     return {**figures, FOUND: 0}
@@ -131,10 +131,10 @@ def answered_at_random(destination: str) -> Callable[[float, int], Figures]:
     """Writers and delivery workers, killed in front of a destination that answers at random."""
 
     def stage(seconds: float, seed: int) -> Figures:
-        if destination == "spacetimedb" and not places.has_server():
+        if destination == "spacetimedb" and not destinations.has_server():
             say("left out: there is no SpacetimeDB server, and tools/spacetimedb-server cannot build one")
             return {FOUND: 0}
-        folder = place(destination)
+        folder = work_folder(destination)
         report = torture.run(destination, seconds, seed, folder, now_and_then())
         say(report)
         shutil.rmtree(folder)
@@ -153,7 +153,7 @@ STAGES: Final = {
     "machine": Stage(1, 0.07, sequences),
     "faults": Stage(1, 0.08, failing_disks),
     "kernel": Stage(1, 0.07, cut),
-    **{name: Stage(1, 0.1, answered_at_random(name)) for name in places.PLACES},
+    **{name: Stage(1, 0.1, answered_at_random(name)) for name in destinations.DESTINATIONS},
 }
 
 

@@ -40,7 +40,7 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
 from pillarbox.testing.durability_model import DurabilityModel
 from tests.crash import simulation
 from tests.crash.enumeration import LETTERS
-from tests.crash.simulation import LOCKS, PLACE, Account, Outcome, World, kind_at
+from tests.crash.simulation import LOCKS, OUTBOX_PATH, Account, Outcome, World, kind_at
 
 MAKERS: Final = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard"],
@@ -86,15 +86,15 @@ def need(*, root: bool = True, devices: tuple[str, ...] = (), commands: tuple[st
 
 
 @contextlib.contextmanager
-def mounted(place: Path, *arguments: str | Path) -> Iterator[Path]:
+def mounted(folder: Path, *arguments: str | Path) -> Iterator[Path]:
     """Mount something at `place`, with the arguments that `mount` takes before it."""
-    place.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", *arguments, place], check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", *arguments, folder], check=True)
     try:
-        yield place
+        yield folder
     finally:
-        if subprocess.run(["umount", place], check=False).returncode:  # a test that failed holds files open there
-            subprocess.run(["umount", "--lazy", place], check=True)
+        if subprocess.run(["umount", folder], check=False).returncode:  # a test that failed holds files open there
+            subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 class Medium:
@@ -102,7 +102,7 @@ class Medium:
 
     def __init__(self, kind: str, directory: Path) -> None:
         self.kind = kind
-        self.place = directory / kind
+        self.folder = directory / kind
         self._image = directory / f"{kind}.img"
         self._device = ""
 
@@ -112,7 +112,7 @@ class Medium:
         subprocess.run([*MAKERS[self.kind], self._image], check=True, stdout=subprocess.DEVNULL)
         losetup = subprocess.run(["losetup", "--find", "--show", self._image], check=True, capture_output=True, text=True)
         self._device = losetup.stdout.strip()
-        self.place.mkdir()
+        self.folder.mkdir()
         try:
             self._mount()
         except BaseException:
@@ -121,17 +121,17 @@ class Medium:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if subprocess.run(["umount", self.place], check=False).returncode:
-            subprocess.run(["umount", "--lazy", self.place], check=True)
+        if subprocess.run(["umount", self.folder], check=False).returncode:
+            subprocess.run(["umount", "--lazy", self.folder], check=True)
         subprocess.run(["losetup", "--detach", self._device], check=True)
         self._image.unlink()
 
     def _mount(self) -> None:
-        subprocess.run(["mount", "-t", self.kind, self._device, self.place], check=True)
+        subprocess.run(["mount", "-t", self.kind, self._device, self.folder], check=True)
 
     def shut_down(self, *, flush_log: bool) -> None:
         """From now on nothing reaches the device."""
-        fd = os.open(self.place, os.O_RDONLY)
+        fd = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.ioctl(fd, _SHUTDOWN, struct.pack("I", _FLUSH_LOG if flush_log else _DROP_LOG))
         finally:
@@ -139,12 +139,12 @@ class Medium:
 
     def come_back(self) -> None:
         """The power is back. Nothing may be open any more."""
-        subprocess.run(["umount", self.place], check=True)
+        subprocess.run(["umount", self.folder], check=True)
         self._mount()
 
     def write_back(self) -> None:
         """The kernel writes everything back."""
-        fd = os.open(self.place, os.O_RDONLY)
+        fd = os.open(self.folder, os.O_RDONLY)
         try:
             _check(_LIBC.syncfs(fd))
         finally:
@@ -161,7 +161,7 @@ def _check(answer: int) -> None:
 
 
 class Replay:
-    """Does the operations of a trace on a real file system, in a directory that stands for `PLACE`."""
+    """Does the operations of a trace on a real file system, in a directory that stands for `OUTBOX_PATH`."""
 
     def __init__(self, medium: Medium, root: Path, chance: random.Random) -> None:
         self._medium = medium
@@ -173,7 +173,7 @@ class Replay:
 
     def at(self, path: str) -> str:
         """The real path."""
-        return path.replace(PLACE, str(self._root), 1)
+        return path.replace(OUTBOX_PATH, str(self._root), 1)
 
     def do(self, op: Op) -> None:
         """Do one operation, and sometimes something that only the kernel does."""
@@ -254,10 +254,10 @@ class _RawFiles:
         self.disk = Disk()
         self._chance = chance
         self._filesystem = CrashFilesystem(self.disk)
-        self._filesystem.make_directory(PLACE)
+        self._filesystem.make_directory(OUTBOX_PATH)
         self._numbers = itertools.count(1).__next__
         self._letters = itertools.cycle(b"abcdefghijklmnopqrstuvwxyz")
-        self._places = [PLACE]
+        self._places = [OUTBOX_PATH]
         self._opened: dict[str, int] = {}  # path -> descriptor
         self._unsynced: Counter[int] = Counter()
 
@@ -394,7 +394,7 @@ class Cuts:
         shutil.rmtree(root)
 
     def _root(self) -> Path:
-        root = self._medium.place / str(self._cuts["all"])
+        root = self._medium.folder / str(self._cuts["all"])
         root.mkdir(mode=0o700)
         self._medium.write_back()
         return root
@@ -411,14 +411,14 @@ class Cuts:
 
     def _state(self, root: Path) -> State:
         found = [path for path in sorted(root.rglob("*")) if path.name not in LOCKS]
-        at = {path: f"{PLACE}/{path.relative_to(root)}" for path in found}
+        at = {path: f"{OUTBOX_PATH}/{path.relative_to(root)}" for path in found}
         return {at[path] + "/" if path.is_dir() else at[path]: b"" if path.is_dir() else path.read_bytes() for path in found}
 
     def _open(self, root: Path) -> Outcome:
         """The real code on the real file system opens what is left, delivers it, and leaves nothing behind."""
         destination = simulation.Destination(Disk())
         filesystem = OsFilesystem()
-        with mock.patch.object(simulation, "PLACE", str(root)):
+        with mock.patch.object(simulation, "OUTBOX_PATH", str(root)):
             process = simulation.Process(
                 filesystem, map("after-{}".format, itertools.count(1)).__next__, ManualClock(), lambda _: None
             )

@@ -30,7 +30,7 @@ from typing import Final, NamedTuple
 from pillarbox.store import layout
 from pillarbox.testing.crash import Disk, Op, State
 from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel, Tears
-from tests.crash.simulation import LOCKS, PLACE, STEPS, Account, Outcome, World, problem_of, recover, steps_of
+from tests.crash.simulation import LOCKS, OUTBOX_PATH, STEPS, Account, Outcome, World, problem_of, recover, steps_of
 
 ENDS: Final[Tears] = (1, -1)  # of a write that is torn, with one byte of it there or missing
 STATES_MAX: Final = 200_000  # of a moment; above, so many are chosen
@@ -112,7 +112,7 @@ def _told_apart(name: str) -> tuple[str, str]:
 
 def key_of(state: State) -> int:
     """A key that is equal for states that differ only in how their files are numbered."""
-    names = sorted((*_told_apart(path[len(PLACE) + 1 :]), data) for path, data in state.items())
+    names = sorted((*_told_apart(path[len(OUTBOX_PATH) + 1 :]), data) for path, data in state.items())
     batches = sorted({batch for _, batch, _ in names})
     return hash(tuple([(kind, batches.index(batch), data) for kind, batch, data in names]))
 

@@ -31,7 +31,7 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
 from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel
 from tests.crash.compiled_order import crash_filesystem
 from tests.crash.enumeration import ENDS
-from tests.crash.interleave import PLACE, RULES, Loop
+from tests.crash.interleave import OUTBOX_PATH, RULES, Loop
 from tests.crash.simulation import number_of, numbers_in, payload_of, steps_of
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.LEDGER_LOCK})
@@ -92,7 +92,7 @@ class Process:
     def __init__(self, disk: Disk, filesystem: Filesystem, clock: ManualClock, new_id: Callable[[], str]) -> None:
         self._disk = disk
         self._clock = clock
-        self.directory = Directory(PLACE, filesystem, clock, new_id)
+        self.directory = Directory(OUTBOX_PATH, filesystem, clock, new_id)
         self._ledger = LedgerWriter(self.directory, clock)
         inbox = SealerInbox()
         self._writer = Writer(self.directory, LIMITS, inbox.wake)
@@ -264,7 +264,7 @@ class Owed:
 
     def apply(self, op: Op, content: Callable[[str], bytes]) -> None:
         """Apply one more operation; `content(path)` is what the running system saw before it."""
-        in_place = op.path.rpartition("/")[0] == PLACE
+        in_place = op.path.rpartition("/")[0] == OUTBOX_PATH
         if op.verb == "mark":
             self._mark(op.note)
         elif op.verb == "rename" and in_place and layout.kind_of(op.target.rpartition("/")[2]) is Kind.SEALED:
@@ -273,7 +273,7 @@ class Owed:
             gone = numbers_in(content(op.path))
             self._gone |= gone if in_place else set()
             if self._evicting:
-                self._evict(op.path, gone, in_place=in_place, counts=not content(f"{PLACE}/{op.path.rpartition('/')[2]}"))
+                self._evict(op.path, gone, in_place=in_place, counts=not content(f"{OUTBOX_PATH}/{op.path.rpartition('/')[2]}"))
 
     def _evict(self, path: str, gone: set[int], *, in_place: bool, counts: bool) -> None:
         """A name is removed; `counts`: in a queue, whether it already belonged to its sink."""
@@ -342,7 +342,7 @@ def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> Out
     process.start()
     for sink in removed:
         process.remove(sink)
-    if f"{PLACE}/{layout.adding_name(LATER)}/" in state:
+    if f"{OUTBOX_PATH}/{layout.adding_name(LATER)}/" in state:
         process.fan_out_once(sinks)  # first: what is delivered until it was done does not wait for that sink
     for _ in range(ROUNDS):
         process.deliver(sinks)
@@ -402,7 +402,7 @@ def problem_of(state: State, outcome: Outcome, owed: Owed, *, power: bool) -> st
         if number in owed.given_up.get(sink, ()):
             return f"{sink} is given {number}, which was given up"
         again = (sink, batch, number) in before
-        in_flight = f"{PLACE}/{layout.queue_name(sink)}/{batch}{layout.SUFFIX}" in state
+        in_flight = f"{OUTBOX_PATH}/{layout.queue_name(sink)}/{batch}{layout.SUFFIX}" in state
         if times > 1 or (again and not in_flight):
             return f"{sink} is given {number} twice"
     return ""

@@ -17,7 +17,7 @@ from pillarbox.testing.durability_model import DurabilityModel
 from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultCounter
 from tests.crash.compiled_order import fault_filesystem
 from tests.crash.fanout import LOCKS, Owed, World
-from tests.crash.interleave import PLACE
+from tests.crash.interleave import OUTBOX_PATH
 from tests.crash.simulation import kind_at, steps_of
 
 # Handing over, a later sink, one that was asked for, one that goes, eviction, adoption after a death.
@@ -60,7 +60,7 @@ def check(history: str, fault: Fault) -> tuple[list[Op], str]:
 
 def _silence(world: World, letter: str) -> str:
     """Whether a round of handing over that left a file behind has not said so."""
-    waits = [path for path in world.disk.files if kind_at(path) is Kind.SEALED and path.rpartition("/")[0] == PLACE]
+    waits = [path for path in world.disk.files if kind_at(path) is Kind.SEALED and path.rpartition("/")[0] == OUTBOX_PATH]
     if letter == "f" and waits and world.lives and not world.process.trouble:
         return f"not handed over, and nobody says so: {waits}"
     return ""

@@ -44,7 +44,7 @@ from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import Disk, Killed
 from tests.crash.compiled_order import crash_filesystem
 
-PLACE: Final = "/outbox"
+OUTBOX_PATH: Final = "/outbox"
 PREEMPTIONS: Final = 3
 KILLS: Final = 1
 RULES: Final = DeliveryConfig(stop_after_rejected_batches=0, page_files=2)  # so that what waits is named in several parts
@@ -101,7 +101,7 @@ class Process:
         self.dead = False
         self.filesystem = crash_filesystem(world.disk, self.point)
         self.clock = ManualClock()
-        self.directory = Directory(PLACE, self.filesystem, self.clock, world.new_id)
+        self.directory = Directory(OUTBOX_PATH, self.filesystem, self.clock, world.new_id)
 
     def point(self, verb: str, path: str) -> None:
         """A point at which another process may continue."""
@@ -113,7 +113,7 @@ class Process:
         asyncio._set_running_loop(None)
         hub = getcurrent().parent
         assert hub is not None
-        hub.switch(f"{verb} {path.removeprefix(PLACE)}")
+        hub.switch(f"{verb} {path.removeprefix(OUTBOX_PATH)}")
         asyncio._set_running_loop(loop)
         if self.dead:
             raise Killed
@@ -212,7 +212,7 @@ class World:
         self.damaged = b""  # what is to be in quarantine in the end, and nothing else
         self.new_id = map("id-{:04d}".format, itertools.count(1)).__next__
         self._number = itertools.count(1).__next__
-        Process(self, -1).filesystem.make_directory(PLACE)
+        Process(self, -1).filesystem.make_directory(OUTBOX_PATH)
 
     def new_event(self) -> bytes:
         """The JSON of an event that differs from all others."""
@@ -228,7 +228,7 @@ class World:
         """Create a file that was there before, with events that count as accepted."""
         made = [self.new_event() for _ in range(events)]
         process = self.another()
-        fd = process.filesystem.create(f"{PLACE}/{name}")
+        fd = process.filesystem.create(f"{OUTBOX_PATH}/{name}")
         process.filesystem.write_all(fd, b"".join(map(record.line, made)) + raw)
         process.filesystem.kill()
         self.accepted.update(made)
@@ -236,12 +236,12 @@ class World:
 
     def names(self) -> list[str]:
         """The names in the directory."""
-        return sorted(entry.name for entry in self.another().filesystem.list_files(PLACE))
+        return sorted(entry.name for entry in self.another().filesystem.list_files(OUTBOX_PATH))
 
     def content(self, name: str) -> bytes:
         """The content of a file."""
         filesystem = self.another().filesystem
-        return filesystem.read_all(filesystem.open_existing(f"{PLACE}/{name}", allow_links=True))
+        return filesystem.read_all(filesystem.open_existing(f"{OUTBOX_PATH}/{name}", allow_links=True))
 
 
 Program = Callable[[Process], None]

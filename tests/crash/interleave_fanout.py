@@ -81,12 +81,12 @@ def violations(world: World, *, killed: bool) -> list[str]:
 
 
 def _left(directory: Directory) -> list[str]:
-    places = [directory, *directory.queues()]
+    queue_dirs = [directory, *directory.queues()]
     kinds = (Kind.SEALED, Kind.ACTIVE, Kind.TEMPORARY)
     files = [
-        place.path_of(name)
-        for place in places
-        for name, _ in directory.filesystem.list_files(place.path)
+        queue_dir.path_of(name)
+        for queue_dir in queue_dirs
+        for name, _ in directory.filesystem.list_files(queue_dir.path)
         if layout.kind_of(name) in kinds
     ]
     return files + sorted(directory.requested_queues())

@@ -19,9 +19,9 @@ def step_by_step() -> None:
 def wrap(verbs: Iterable[str], wrapper: Callable[[str, Callable[..., object]], Callable[..., object]]) -> None:
     """Replace each of these operations of the file system by `wrapper(verb, function)` in this process."""
     for verb in sorted(verbs):
-        for place in (OsFilesystem, CompiledOsFilesystem):
-            found = vars(place).get(verb)
+        for outbox_dir in (OsFilesystem, CompiledOsFilesystem):
+            found = vars(outbox_dir).get(verb)
             if isinstance(found, staticmethod):
-                setattr(place, verb, staticmethod(wrapper(verb, found.__func__)))
+                setattr(outbox_dir, verb, staticmethod(wrapper(verb, found.__func__)))
             elif found is not None:
-                setattr(place, verb, wrapper(verb, found))
+                setattr(outbox_dir, verb, wrapper(verb, found))

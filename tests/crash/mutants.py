@@ -294,28 +294,28 @@ def patched(mutant: Mutant) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def copy_package(mutant: Mutant | None, place: Path) -> Path:
+def copy_package(mutant: Mutant | None, workdir: Path) -> Path:
     """A copy of the package, with a mutant or as it is; the folder that it is in."""
-    shutil.copytree(PACKAGE, place / "pillarbox", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    shutil.copytree(SOURCES, place / "speedups")
+    shutil.copytree(PACKAGE, workdir / "pillarbox", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(SOURCES, workdir / "speedups")
     if mutant is not None:
-        (place / mutant.path.relative_to(PACKAGE.parent)).write_text(patched(mutant))
-    return place
+        (workdir / mutant.path.relative_to(PACKAGE.parent)).write_text(patched(mutant))
+    return workdir
 
 
-def run_harness(place: Path, harness: str, seconds_max: float = SECONDS_MAX, *, compiled: bool = False) -> Verdict:
+def run_harness(workdir: Path, harness: str, seconds_max: float = SECONDS_MAX, *, compiled: bool = False) -> Verdict:
     """Run a harness on the copy of the package that is in a folder. A harness that never ends has found something too.
 
     With `compiled` over the compiled order of operations; otherwise over the portable one, and without the extension.
     """
-    environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0", "TMPDIR": str(place)}
+    environment = os.environ | {"PYTHONPATH": f"{workdir}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0", "TMPDIR": str(workdir)}
     environment |= {"PILLARBOX_PURE_PYTHON": "" if compiled else "1"}
     command = [
         sys.executable,
         "-m",
         "tests.crash.mutants",
         "--on",
-        str(place),
+        str(workdir),
         "--harness",
         harness,
         *["--compiled"] * compiled,
@@ -337,11 +337,11 @@ def run_harness(place: Path, harness: str, seconds_max: float = SECONDS_MAX, *, 
 def run_harnesses(mutant: Mutant | None, bounds: Mapping[str, float], *, compiled: bool = False) -> dict[str, Verdict]:
     """The verdicts of harnesses on a mutant, or on the code as it is, each within so many seconds."""
     with tempfile.TemporaryDirectory(prefix="pillarbox-mutant-") as folder:
-        place = copy_package(mutant, Path(folder))
+        workdir = copy_package(mutant, Path(folder))
         compiled = compiled or (mutant is not None and mutant.is_compiled)
         if compiled:
-            compiled_order.build_extension(place / "speedups", place / "pillarbox")  # for the unit tests
-        return {harness: run_harness(place, harness, seconds, compiled=compiled) for harness, seconds in bounds.items()}
+            compiled_order.build_extension(workdir / "speedups", workdir / "pillarbox")  # for the unit tests
+        return {harness: run_harness(workdir, harness, seconds, compiled=compiled) for harness, seconds in bounds.items()}
 
 
 def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None) -> Table:
@@ -370,12 +370,12 @@ def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | No
     return Table(verdicts, time.monotonic() - begin)
 
 
-def _be_harness(name: str, place: Path, order: compiled_order.Order) -> int:
+def _be_harness(name: str, workdir: Path, order: compiled_order.Order) -> int:
     """Run a harness in this process; the exit status."""
     if name != UNIT_TESTS:
         logging.disable(logging.CRITICAL)
     try:
-        if not Path(pillarbox.__file__).is_relative_to(place):
+        if not Path(pillarbox.__file__).is_relative_to(workdir):
             raise ImportError(pillarbox.__file__)  # noqa: TRY301 - the same way out
         with compiled_order.order(order):
             problem = HARNESSES[name]()

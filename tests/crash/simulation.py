@@ -31,7 +31,7 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
 from tests.crash.compiled_order import crash_filesystem
 from tests.crash.interleave import deliver_once
 
-PLACE: Final = "/outbox"
+OUTBOX_PATH: Final = "/outbox"
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK})
 LIMITS: Final = WriterLimits(batch_size=2, batch_bytes=10**6, max_bytes=2**29)  # so that two steps fill a file
 STEPS: Final = {
@@ -219,7 +219,7 @@ class Process:
         say: Callable[[str], None],
     ) -> None:
         self.filesystem = filesystem
-        self.directory = Directory(PLACE, filesystem, clock, new_id)
+        self.directory = Directory(OUTBOX_PATH, filesystem, clock, new_id)
         inbox = SealerInbox()
         self.writer = Writer(self.directory, LIMITS, inbox.wake)
         self.committer = GroupCommitter(self.directory, self.writer)
@@ -409,7 +409,7 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
         process = Process(crash_filesystem(disk), new_id, clock, lambda what: disk.mark(("said", what)))
         process.start()
         done = len(disk.trace)
-        again = Directory(PLACE, crash_filesystem(disk), clock, new_id)
+        again = Directory(OUTBOX_PATH, crash_filesystem(disk), clock, new_id)
         again.ensure_usable()
         recovery.recover(again)
         if len(disk.trace) != done:
@@ -468,7 +468,7 @@ def deliver(directory: Directory, destination: Destination) -> None:
             )
         directory.remove(name)
         filesystem.close(taken.fd)
-    filesystem.sync_directory(PLACE)
+    filesystem.sync_directory(OUTBOX_PATH)
 
 
 def _letter(payload: bytes, index: int) -> DeadLetter:

@@ -40,7 +40,7 @@ from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
 from pillarbox.testing.durability_model import DurabilityModel, _contents_after, _with_name_change
 from tests.crash.compiled_order import crash_filesystem
-from tests.crash.interleave import LOCKS, PLACE, deliver_once
+from tests.crash.interleave import LOCKS, OUTBOX_PATH, deliver_once
 
 STEPS: Final = 25
 OPERATIONS_MAX: Final = 40  # of one call, ahead of which it may end
@@ -90,7 +90,7 @@ class Process:
         self.left: int | None = None  # operations until it dies
         self.dead = False
         self.filesystem = crash_filesystem(disk, self._before)
-        self.directory = Directory(PLACE, self.filesystem, clock, new_id)
+        self.directory = Directory(OUTBOX_PATH, self.filesystem, clock, new_id)
         self.clock = clock
 
     def _before(self, _verb: str, _path: str) -> None:
@@ -185,7 +185,7 @@ class Machine(RuleBasedStateMachine):
         self.may_repeat = False
         self.may_reorder = False
         self.was_cut = False
-        CrashFilesystem(self.disk).make_directory(PLACE)
+        CrashFilesystem(self.disk).make_directory(OUTBOX_PATH)
 
     @initialize(evicts=st.booleans())
     def begin(self, *, evicts: bool) -> None:
@@ -218,21 +218,21 @@ class Machine(RuleBasedStateMachine):
         if self.application is not None:
             self._end_of(self.application)
         self.disk = Disk(pick(self.disk, chance))
-        CrashFilesystem(self.disk).make_directory(PLACE)
+        CrashFilesystem(self.disk).make_directory(OUTBOX_PATH)
         self.may_repeat = self.was_cut = True
         self.accepted &= self.promised
 
     def _sealed(self) -> None:
         """Sealed names are durable: the events in those files are promised to survive a loss of power."""
         for path, data in self.disk.files.items():
-            if layout.kind_of(path.removeprefix(f"{PLACE}/")) is Kind.SEALED:
+            if layout.kind_of(path.removeprefix(f"{OUTBOX_PATH}/")) is Kind.SEALED:
                 self.promised.update(reader.read_lines(data, lambda: None).payloads)
 
     def _note_what_is_evicted(self, process: Process) -> None:
         remove = process.directory.remove
 
         def noting(name: str) -> None:
-            data = self.disk.files.get(f"{PLACE}/{name}", b"") if layout.kind_of(name) is Kind.SEALED else b""
+            data = self.disk.files.get(f"{OUTBOX_PATH}/{name}", b"") if layout.kind_of(name) is Kind.SEALED else b""
             remove(name)
             self.evicted.update(reader.read_lines(data, lambda: None).payloads)
 
@@ -378,12 +378,12 @@ class Machine(RuleBasedStateMachine):
     def _dead_letters(self) -> set[bytes]:
         found = set()
         for path, data in self.disk.files.items():
-            if layout.kind_of(path.removeprefix(f"{PLACE}/")) is Kind.DEAD:
+            if layout.kind_of(path.removeprefix(f"{OUTBOX_PATH}/")) is Kind.DEAD:
                 found |= {bytes(msgspec.json.decode(line, type=DeadLine).event) for line in data.splitlines()}
         return found
 
     def _left(self) -> set[Kind]:
-        names = {path.removeprefix(f"{PLACE}/") for path in self.disk.files}
+        names = {path.removeprefix(f"{OUTBOX_PATH}/") for path in self.disk.files}
         return {layout.kind_of(name) for name in names - LOCKS}
 
 

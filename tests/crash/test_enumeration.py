@@ -17,7 +17,7 @@ from pillarbox.store.segment import SegmentSyncer
 from pillarbox.testing.crash import CrashFilesystem
 from tests.crash import enumeration
 from tests.crash.enumeration import Bounds, Enumeration, Histories, key_of, reproduce, run
-from tests.crash.simulation import PLACE
+from tests.crash.simulation import OUTBOX_PATH
 
 STEPS = 3
 DISTINCT_MIN = 100_000  # states that the exhaustive part is to have seen; fewer, and it has lost its grip
@@ -101,9 +101,9 @@ def removals_are_not_synced(patch: Patch) -> None:
 def the_file_goes_before_its_dead_letters(patch: Patch) -> None:
     keep = settlement.write_dead_letters
 
-    def remove_first(place: Directory, batch: str, dead: object) -> None:
-        place.remove(batch + layout.SUFFIX)
-        keep(place, batch, dead)  # type: ignore[arg-type]
+    def remove_first(outbox_dir: Directory, batch: str, dead: object) -> None:
+        outbox_dir.remove(batch + layout.SUFFIX)
+        keep(outbox_dir, batch, dead)  # type: ignore[arg-type]
 
     patch.setattr(settlement, "write_dead_letters", remove_first)
 
@@ -228,13 +228,13 @@ def test_what_shows_only_where_a_recovery_is_cut_short_is_found_and_reproduced(m
 
 def test_states_that_differ_in_how_files_are_numbered_only_are_one() -> None:
     """States that differ in contents, kinds, order, or in which file belongs to which batch are two."""
-    one = {f"{PLACE}/sealed-1-a.ndjson": b"1", f"{PLACE}/dead-sealed-1-a.ndjson": b"2"}
-    assert key_of(one) == key_of({f"{PLACE}/dead-sealed-7-b.ndjson": b"2", f"{PLACE}/sealed-7-b.ndjson": b"1"})
+    one = {f"{OUTBOX_PATH}/sealed-1-a.ndjson": b"1", f"{OUTBOX_PATH}/dead-sealed-1-a.ndjson": b"2"}
+    assert key_of(one) == key_of({f"{OUTBOX_PATH}/dead-sealed-7-b.ndjson": b"2", f"{OUTBOX_PATH}/sealed-7-b.ndjson": b"1"})
     others = [
-        {f"{PLACE}/sealed-1-a.ndjson": b"2", f"{PLACE}/dead-sealed-1-a.ndjson": b"1"},
-        {f"{PLACE}/sealed-1-a.ndjson": b"1", f"{PLACE}/dead-sealed-2-a.ndjson": b"2"},
-        {f"{PLACE}/sealed-1-a.ndjson": b"1", f"{PLACE}/corrupt-sealed-1-a.ndjson": b"2"},
-        {f"{PLACE}/sealed-1-a.ndjson": b"1", f"{PLACE}/dead-sealed-1-a.ndjson.aside": b"2"},
-        {f"{PLACE}/sealed-1-a.ndjson": b"1"},
+        {f"{OUTBOX_PATH}/sealed-1-a.ndjson": b"2", f"{OUTBOX_PATH}/dead-sealed-1-a.ndjson": b"1"},
+        {f"{OUTBOX_PATH}/sealed-1-a.ndjson": b"1", f"{OUTBOX_PATH}/dead-sealed-2-a.ndjson": b"2"},
+        {f"{OUTBOX_PATH}/sealed-1-a.ndjson": b"1", f"{OUTBOX_PATH}/corrupt-sealed-1-a.ndjson": b"2"},
+        {f"{OUTBOX_PATH}/sealed-1-a.ndjson": b"1", f"{OUTBOX_PATH}/dead-sealed-1-a.ndjson.aside": b"2"},
+        {f"{OUTBOX_PATH}/sealed-1-a.ndjson": b"1"},
     ]
     assert len({key_of(other) for other in [one, *others]}) == 6

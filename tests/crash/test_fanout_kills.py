@@ -91,8 +91,8 @@ def test_processes_that_are_killed_leave_every_event_in_both_databases_once(tmp_
         assert not accepted - rows.keys(), f"{name} misses events"
         assert set(rows.values()) == {1}, f"{name} has events twice"
     assert found["a"] == found["b"]
-    place = Directory(str(tmp_path / "outbox"), OsFilesystem(), ManualClock())
-    assert place.disk_usage().pending_files == 0
-    whole = reconcile(place)
+    outbox_dir = Directory(str(tmp_path / "outbox"), OsFilesystem(), ManualClock())
+    assert outbox_dir.disk_usage().pending_files == 0
+    whole = reconcile(outbox_dir)
     assert whole.balances, whole
-    assert all(one.balances for one in reconcile_queues(place, whole).values())
+    assert all(one.balances for one in reconcile_queues(outbox_dir, whole).values())

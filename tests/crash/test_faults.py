@@ -147,7 +147,7 @@ def test_what_is_planted_is_found_and_reproduced(
 # The file system that fails.
 
 
-def place(fault: Fault) -> tuple[Disk, FaultFilesystem]:
+def outbox_dir(fault: Fault) -> tuple[Disk, FaultFilesystem]:
     disk = Disk({"/d/a": b"1"})
     filesystem: Filesystem = FaultFilesystem(CrashFilesystem(disk), fault)
     assert isinstance(filesystem, FaultFilesystem)
@@ -156,13 +156,13 @@ def place(fault: Fault) -> tuple[Disk, FaultFilesystem]:
 
 def test_the_nth_operation_of_a_verb_fails_and_no_other() -> None:
     """For good: it and all later ones."""
-    _disk, filesystem = place(Fault("create", 2, errno.EMFILE))
+    _disk, filesystem = outbox_dir(Fault("create", 2, errno.EMFILE))
     filesystem.create("/d/b")
     filesystem.open_existing("/d/a")
     with pytest.raises(OSError, match="Too many open files"):
         filesystem.create("/d/c")
     filesystem.create("/d/c")
-    _disk, filesystem = place(Fault("create", 1, errno.EMFILE, permanent=True))
+    _disk, filesystem = outbox_dir(Fault("create", 1, errno.EMFILE, permanent=True))
     for _ in range(3):
         with pytest.raises(OSError, match="Too many open files"):
             filesystem.create("/d/b")
@@ -172,7 +172,7 @@ def test_the_nth_operation_of_a_verb_fails_and_no_other() -> None:
 
 def test_a_short_write_answers_how_much_and_fails_when_it_is_called_again() -> None:
     """A half is there; with once only, the next one is whole."""
-    disk, filesystem = place(Fault("write", 1, errno.ENOSPC, permanent=True, partial=True))
+    disk, filesystem = outbox_dir(Fault("write", 1, errno.ENOSPC, permanent=True, partial=True))
     fd = filesystem.create("/d/b")
     assert filesystem.write(fd, b"1234") == 2
     with pytest.raises(OSError, match="No space left"):
@@ -183,7 +183,7 @@ def test_a_short_write_answers_how_much_and_fails_when_it_is_called_again() -> N
 @pytest.mark.parametrize("verb", ["write_all", "overwrite"])
 def test_what_is_written_as_a_whole_may_be_there_in_part(verb: str) -> None:
     """And fails."""
-    disk, filesystem = place(Fault(verb, 1, errno.EIO, partial=True))
+    disk, filesystem = outbox_dir(Fault(verb, 1, errno.EIO, partial=True))
     fd = filesystem.create("/d/b")
     with pytest.raises(OSError, match="Input/output"):
         getattr(filesystem, verb)(fd, b"1234")
@@ -192,7 +192,7 @@ def test_what_is_written_as_a_whole_may_be_there_in_part(verb: str) -> None:
 
 def test_a_listing_may_fail_half_way() -> None:
     """After it has named something."""
-    disk, filesystem = place(Fault("list_files", 1, errno.EIO, partial=True))
+    disk, filesystem = outbox_dir(Fault("list_files", 1, errno.EIO, partial=True))
     filesystem.create("/d/b")
     names = filesystem.list_files("/d")
     assert next(names).name == "a"
@@ -203,7 +203,7 @@ def test_a_listing_may_fail_half_way() -> None:
 
 def test_a_failed_sync_dooms_what_it_was_to_make_durable() -> None:
     """A later one that answers changes nothing about it."""
-    disk, filesystem = place(Fault("sync_data", 1, errno.EIO))
+    disk, filesystem = outbox_dir(Fault("sync_data", 1, errno.EIO))
     fd = filesystem.create("/d/b")
     filesystem.sync_directory("/d")
     filesystem.write(fd, b"2")

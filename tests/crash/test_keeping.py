@@ -24,7 +24,7 @@ from pillarbox.testing.fault import VERBS, Fault, FaultCounter
 from tests.crash.compiled_order import Order, crash_filesystem, fault_filesystem
 from tests.crash.enumeration import ENDS
 
-PLACE = "/outbox"
+OUTBOX_PATH = "/outbox"
 LOCKS = frozenset({layout.LEDGER_LOCK})
 BATCHES = 4  # the first is too old at the end, and goes
 STATES_MIN = 200
@@ -40,10 +40,10 @@ def content(number: int) -> bytes:
 
 def disk_with_sealed() -> Disk:
     """All batches wait, durably, and the ledger knows of them."""
-    disk = Disk({f"{PLACE}/{layout.sealed_name(number + 1, 'u')}": content(number) for number in range(BATCHES)})
-    place = Directory(PLACE, CrashFilesystem(disk), ManualClock())
-    pen = LedgerWriter(place, ManualClock())
-    pen.add(*(SealedEntry(0, layout.batch_id(name), "w", 2, 100) for name in place.batch_names()))
+    disk = Disk({f"{OUTBOX_PATH}/{layout.sealed_name(number + 1, 'u')}": content(number) for number in range(BATCHES)})
+    outbox_dir = Directory(OUTBOX_PATH, CrashFilesystem(disk), ManualClock())
+    pen = LedgerWriter(outbox_dir, ManualClock())
+    pen.add(*(SealedEntry(0, layout.batch_id(name), "w", 2, 100) for name in outbox_dir.batch_names()))
     assert pen.write(sync=True)
     return Disk(disk.files)
 
@@ -52,20 +52,20 @@ def retain_and_redeliver(filesystem: Filesystem) -> None:
     """What the settlement does with each file, and then what `pillarbox redeliver` does."""
     clock = ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
-    place = Directory(PLACE, filesystem, clock, new_id)
-    pen, shelf = LedgerWriter(place, clock), Retention(place, clock, 10.0, 10**6)
-    for name in place.batch_names():
-        taken = place.lock_existing(name)
+    outbox_dir = Directory(OUTBOX_PATH, filesystem, clock, new_id)
+    pen, shelf = LedgerWriter(outbox_dir, clock), Retention(outbox_dir, clock, 10.0, 10**6)
+    for name in outbox_dir.batch_names():
+        taken = outbox_dir.lock_existing(name)
         assert taken is not None
         pen.add(SettledEntry(clock.micros(), layout.batch_id(name), "sink", 2, 0, 0, 0))
         pen.write(sync=True)
         if not shelf.retain(taken):
-            place.remove(name)
+            outbox_dir.remove(name)
         filesystem.close(taken.fd)
         clock.advance(3.0)
-    filesystem.sync_directory(PLACE)
+    filesystem.sync_directory(OUTBOX_PATH)
     shelf.prune()
-    again = Redelivery(place, {"": place}, clock, RecordFilter(), ChangeReport(), lambda *_: None)
+    again = Redelivery(outbox_dir, {"": outbox_dir}, clock, RecordFilter(), ChangeReport(), lambda *_: None)
     again.execute(PendingLimits(10**6, 1000), lambda: False, lambda _: None)
 
 
@@ -76,7 +76,7 @@ def problem_of(state: State) -> str:
         times = found.count(content(number))
         if times > 1 or (number and not times):
             return f"batch {number} is there {times} times: {sorted(state)}"
-    account = reconcile(Directory(PLACE, CrashFilesystem(Disk(state)), ManualClock()))
+    account = reconcile(Directory(OUTBOX_PATH, CrashFilesystem(Disk(state)), ManualClock()))
     return "" if account.balances else f"it does not add up: {account} in {sorted(state)}"
 
 

@@ -12,7 +12,7 @@ import pytest
 from pillarbox.testing import durability_model
 from pillarbox.testing.crash import Op
 from tests.crash import block_device
-from tests.crash.simulation import PLACE
+from tests.crash.simulation import OUTBOX_PATH
 
 SECONDS = 13.0
 CUTS_MIN = 50
@@ -59,10 +59,10 @@ def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkey
 @pytest.mark.parametrize("filesystem", block_device.MAKERS)
 def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tmp_path: Path) -> None:
     """The kernel wipes the rest of the page; where that is written back and the journal is not, it is all that is left."""
-    path = f"{PLACE}/a"
+    path = f"{OUTBOX_PATH}/a"
     trace = [Op("found", path, 1, data=b"x" * 100), Op("truncate", path, 1, 40)]
     with block_device.Medium(filesystem, tmp_path) as medium:
-        file = medium.place / "a"
+        file = medium.folder / "a"
         file.write_bytes(b"x" * 100)
         medium.write_back()
         fd = os.open(file, os.O_RDWR)
@@ -88,10 +88,10 @@ def test_a_machine_that_lacks_something_is_a_reason_to_skip_but_not_in_ci(monkey
 def test_a_replay_that_comes_off_its_trace_is_found(tmp_path: Path) -> None:
     """Or the comparison would be with another history."""
     with block_device.Medium("ext4", tmp_path) as medium:
-        root = medium.place / "root"
+        root = medium.folder / "root"
         root.mkdir()
         replay = block_device.Replay(medium, root, random.Random(1))
-        replay.do(Op("create", f"{PLACE}/a", 1))
+        replay.do(Op("create", f"{OUTBOX_PATH}/a", 1))
         with pytest.raises(block_device.Violation, match="come off"):
-            replay.do(Op("write", f"{PLACE}/a", 1, 7, b"x"))
+            replay.do(Op("write", f"{OUTBOX_PATH}/a", 1, 7, b"x"))
         replay.close()

@@ -17,8 +17,8 @@ from pillarbox.testing.durability_model import DurabilityModel
 from tests.crash.compiled_order import crash_filesystem
 from tests.crash.enumeration import ENDS
 
-PLACE = "/outbox"
-LEDGER = f"{PLACE}/{layout.LEDGER}"
+OUTBOX_PATH = "/outbox"
+LEDGER = f"{OUTBOX_PATH}/{layout.LEDGER}"
 EVENTS = 10  # of a batch
 BATCHES = 7
 STATES_MIN = 500
@@ -35,9 +35,9 @@ def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
     monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 1)
     disk, clock = Disk(), ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
-    place = Directory(PLACE, crash_filesystem(disk), clock, new_id)
-    place.ensure_usable()
-    pen = LedgerWriter(place, clock)
+    outbox_dir = Directory(OUTBOX_PATH, crash_filesystem(disk), clock, new_id)
+    outbox_dir.ensure_usable()
+    pen = LedgerWriter(outbox_dir, clock)
     for number in range(BATCHES):
         pen.add(SealedEntry(number, batch(number), "w", EVENTS, 100))
         assert pen.write(sync=False)

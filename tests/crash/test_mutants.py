@@ -88,10 +88,10 @@ def test_a_mutant_that_does_not_run_is_no_find() -> None:
 @pytest.mark.proof
 def test_a_harness_runs_on_the_copy(tmp_path: Path) -> None:
     """A package that cannot be imported is found out."""
-    place = mutants.copy_package(None, tmp_path)
-    (place / "pillarbox" / "__init__.py").write_text("raise ImportError('this is the copy')\n")
+    outbox_dir = mutants.copy_package(None, tmp_path)
+    (outbox_dir / "pillarbox" / "__init__.py").write_text("raise ImportError('this is the copy')\n")
     with pytest.raises(RuntimeError, match="this is the copy"):
-        mutants.run_harness(place, "machine")
+        mutants.run_harness(outbox_dir, "machine")
 
 
 def test_the_table_in_the_docs_has_every_mutant_and_none_survives() -> None:

@@ -80,8 +80,8 @@ def batch_files(box: Path) -> list[str]:
 
 def balanced_totals(box: Path) -> dict[str, LedgerRow]:
     """The counts of the directory and of each sink, which balance."""
-    place = open_directory(box)
-    whole = reconcile(place)
-    found = {"": whole, **reconcile_queues(place, whole)}
+    outbox_dir = open_directory(box)
+    whole = reconcile(outbox_dir)
+    found = {"": whole, **reconcile_queues(outbox_dir, whole)}
     assert all(one.balances for one in found.values()), found
     return {name: one.reconciliation.total for name, one in found.items()}

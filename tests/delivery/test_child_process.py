@@ -46,13 +46,13 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'events.db'}"
 
 
-def place_of(folder: Path) -> Directory:
+def open_directory(folder: Path) -> Directory:
     return Directory(str(folder), OsFilesystem(), SystemClock())
 
 
 def delivering_pid(folder: Path) -> int:
     """The process that delivers, by its heartbeat."""
-    beat = read_heartbeat(place_of(folder))
+    beat = read_heartbeat(open_directory(folder))
     return 0 if beat is None else beat.pid
 
 
@@ -232,7 +232,7 @@ def test_a_child_that_finds_another_process_delivering_is_ended(
     folder: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It lost the race between its parent's release of the lock and its own lease."""
-    another = Lease(place_of(folder), "another", SystemClock())
+    another = Lease(open_directory(folder), "another", SystemClock())
     release = Lease.release
 
     def release_and_lose(lease: Lease) -> None:
@@ -340,11 +340,11 @@ def test_every_setting_reaches_the_child(folder: Path, url: str) -> None:
 
 def test_the_child_reports_what_it_does_and_ends_when_the_socket_closes(folder: Path, url: str) -> None:
     """Released bytes and durations; it ends by itself while its parent lives, not only by the kernel."""
-    place = place_of(folder)
-    place.ensure_usable()
+    outbox_dir = open_directory(folder)
+    outbox_dir.ensure_usable()
     for stamp in range(1, 4):
-        seal_batch(place, stamp, msgspec.json.encode(event(stamp)))
-    sizes = [entry.size for entry in place.filesystem.list_files(place.path)]
+        seal_batch(outbox_dir, stamp, msgspec.json.encode(event(stamp)))
+    sizes = [entry.size for entry in outbox_dir.filesystem.list_files(outbox_dir.path)]
     gone: list[int] = []
     durations: list[tuple[float, str]] = []
 
@@ -352,7 +352,7 @@ def test_the_child_reports_what_it_does_and_ends_when_the_socket_closes(folder: 
         durations.append((seconds, sink))
 
     settings = resolve({"directory": str(folder), "sink": url, "deliver": "process"})
-    supervisor = Supervisor(settings, place, SystemClock(), DeliveryCallbacks(gone.append, took), {"": url})
+    supervisor = Supervisor(settings, outbox_dir, SystemClock(), DeliveryCallbacks(gone.append, took), {"": url})
     supervisor.start()
     wait_until(lambda: gone == sizes and len(durations) == 3)
     child = supervisor._child
@@ -392,7 +392,7 @@ def test_the_hook_for_dead_letters_runs_in_the_child(
     """It is imported by its name; if it raises, that is counted here."""
     monkeypatch.setenv(child_hooks.RECORD_FILE_VARIABLE, str(tmp_path / "heard"))
     outbox = Outbox(str(folder), sink=url, deliver="process", on_dead_letter=child_hooks.record_dead_letter)
-    seal_batch(place_of(folder), 1, b'"no event"', msgspec.json.encode(event(0)))
+    seal_batch(open_directory(folder), 1, b'"no event"', msgspec.json.encode(event(0)))
     with outbox:
         assert outbox.flush(60)
         wait_until(lambda: outbox.stats().hook_failures["on_dead_letter"] == outbox.stats().dead == 1)
@@ -415,10 +415,10 @@ def test_an_outbox_whose_files_another_service_delivers(folder: Path, url: str) 
     assert arrived(url) == ids(10)
 
 
-def test_if_no_process_delivers_for_long_the_state_says_so(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
+def test_if_no_process_delivers_for_long_the_state_says_so(outbox_dir: Directory, caplog: pytest.LogCaptureFixture) -> None:
     """Ten seconds after the start at the earliest; logged once, and again when delivery resumes."""
     clock = ManualClock()
-    elsewhere = ExternalRunner(place, clock)
+    elsewhere = ExternalRunner(outbox_dir, clock)
     elsewhere.start()
     assert elsewhere.sinks()[""].state == State("idle")
     with caplog.at_level(logging.INFO, "pillarbox"):
@@ -428,7 +428,7 @@ def test_if_no_process_delivers_for_long_the_state_says_so(place: Directory, cap
             clock.advance(HEARTBEAT_STALE_AFTER_S + 1)
         state = elsewhere.sinks()[""].state
         assert (state.name, state.reason[:40]) == ("degraded", "no process delivers this directory (is `")
-        lease = Lease(place, "sqlite:///x", clock)
+        lease = Lease(outbox_dir, "sqlite:///x", clock)
         assert lease.acquire()
         lease.write_heartbeat(State("waiting", "busy"), 7, "busy", now=True)
         elsewhere.notify()

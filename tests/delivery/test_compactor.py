@@ -37,99 +37,101 @@ REAL = [msgspec.convert(found, TrackingEvent) for found in existing_events()]
 PLAIN = b"".join(record.line(b'{"n":%d,"what":"some event or other"}' % number) for number in range(100))
 
 
-def seal_batches(place: Directory, files: int) -> list[str]:
+def seal_batches(outbox_dir: Directory, files: int) -> list[str]:
     """Seal files of a hundred events each."""
     names = [layout.sealed_name(number, "x") for number in range(1, files + 1)]
     for name in names:
-        Path(place.path_of(name)).write_bytes(PLAIN)
+        Path(outbox_dir.path_of(name)).write_bytes(PLAIN)
     return names
 
 
-def make_compactor(place: Directory, clock: ManualClock, in_use: str = "", after_s: float = 60.0) -> Compactor:
-    return Compactor(place, clock, after_s, lambda name: name == in_use, lambda _size: None)
+def make_compactor(outbox_dir: Directory, clock: ManualClock, in_use: str = "", after_s: float = 60.0) -> Compactor:
+    return Compactor(outbox_dir, clock, after_s, lambda name: name == in_use, lambda _size: None)
 
 
 def compress_all(compressor: Compactor) -> int:
     return sum(1 for _ in itertools.takewhile(bool, (compressor.compress_next()[0] for _ in itertools.count())))
 
 
-def compressed_files(place: Directory) -> list[str]:
-    return [name for name in place.batch_names() if name.endswith(layout.COMPRESSED_SUFFIX)]
+def compressed_files(outbox_dir: Directory) -> list[str]:
+    return [name for name in outbox_dir.batch_names() if name.endswith(layout.COMPRESSED_SUFFIX)]
 
 
 # Which batches, and when.
 
 
-def test_the_newest_batches_are_compressed_first_and_the_oldest_few_stay_plain(place: Directory, clock: ManualClock) -> None:
+def test_the_newest_batches_are_compressed_first_and_the_oldest_few_stay_plain(
+    outbox_dir: Directory, clock: ManualClock
+) -> None:
     """The oldest go out as soon as the destination is back."""
-    names = seal_batches(place, PLAIN_FILES_AT_HEAD + 3)
-    compressor = make_compactor(place, clock)
+    names = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 3)
+    compressor = make_compactor(outbox_dir, clock)
     order = []
     while compressor.compress_next()[0]:
-        order += [name for name in compressed_files(place) if name not in order]
+        order += [name for name in compressed_files(outbox_dir) if name not in order]
     assert order == [f"{name}.zst" for name in reversed(names[PLAIN_FILES_AT_HEAD:])]
 
 
-def test_a_batch_that_has_not_waited_long_enough_stays_plain(place: Directory, clock: ManualClock) -> None:
+def test_a_batch_that_has_not_waited_long_enough_stays_plain(outbox_dir: Directory, clock: ManualClock) -> None:
     """By its seal time; a file whose name has none stays plain for good."""
-    seal_batches(place, PLAIN_FILES_AT_HEAD)
+    seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD)
     young = layout.sealed_name(clock.micros() - 59_000_000, "x")
     for name in (young, "sealed-by-hand.ndjson"):
-        Path(place.path_of(name)).write_bytes(PLAIN)
-    compressor = make_compactor(place, clock)
+        Path(outbox_dir.path_of(name)).write_bytes(PLAIN)
+    compressor = make_compactor(outbox_dir, clock)
     assert compress_all(compressor) == 0
     clock.advance(2.0)
     assert compress_all(compressor) == 1
-    assert compressed_files(place) == [layout.compressed_name(young)]
+    assert compressed_files(outbox_dir) == [layout.compressed_name(young)]
 
 
-def test_a_batch_in_use_stays_plain(place: Directory, clock: ManualClock) -> None:
+def test_a_batch_in_use_stays_plain(outbox_dir: Directory, clock: ManualClock) -> None:
     """Locked by the process that sends it, or remembered by its name."""
-    *_, sent, remembered = seal_batches(place, PLAIN_FILES_AT_HEAD + 2)
-    held = place.lock_existing(sent)
+    *_, sent, remembered = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 2)
+    held = outbox_dir.lock_existing(sent)
     assert held is not None
-    assert compress_all(make_compactor(place, clock, remembered)) == 0
-    place.filesystem.close(held.fd)
+    assert compress_all(make_compactor(outbox_dir, clock, remembered)) == 0
+    outbox_dir.filesystem.close(held.fd)
 
 
-def test_a_batch_that_one_of_several_sinks_is_sending_stays_plain_for_all(place: Directory, clock: ManualClock) -> None:
+def test_a_batch_that_one_of_several_sinks_is_sending_stays_plain_for_all(outbox_dir: Directory, clock: ManualClock) -> None:
     """Their locks are shared; a link that is unlocked is compressed, and the others stay as they are."""
-    *_, name = seal_batches(place, PLAIN_FILES_AT_HEAD + 1)
+    *_, name = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 1)
     queues = []
     for sink in ("a", "b"):
-        place.request_queue(sink)
-        place.create_requested_queue(sink)
-        queues.append(place.queue(sink))
-    for sealed in place.batch_names():
-        place.remove(sealed)
+        outbox_dir.request_queue(sink)
+        outbox_dir.create_requested_queue(sink)
+        queues.append(outbox_dir.queue(sink))
+    for sealed in outbox_dir.batch_names():
+        outbox_dir.remove(sealed)
     held = queues[0].lock_existing(name)
     assert held is not None
     assert [compress_all(make_compactor(queue, clock)) for queue in queues] == [0, 0]
-    place.filesystem.close(held.fd)
+    outbox_dir.filesystem.close(held.fd)
     assert compress_all(make_compactor(queues[1], clock)) == 1
     assert [name in queue.batch_names() for queue in queues] == [True, False]
     assert compressed_files(queues[1]) == [layout.compressed_name(name)]
 
 
-def test_an_incompressible_batch_stays_plain_and_is_not_tried_again(place: Directory, clock: ManualClock) -> None:
+def test_an_incompressible_batch_stays_plain_and_is_not_tried_again(outbox_dir: Directory, clock: ManualClock) -> None:
     """Nor is one that is too large for any reader."""
-    names = seal_batches(place, PLAIN_FILES_AT_HEAD + 2)
-    Path(place.path_of(names[-1])).write_bytes(os.urandom(1000))
-    with Path(place.path_of(names[-2])).open("wb") as file:
+    names = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 2)
+    Path(outbox_dir.path_of(names[-1])).write_bytes(os.urandom(1000))
+    with Path(outbox_dir.path_of(names[-2])).open("wb") as file:
         file.truncate(compression.PLAIN_BYTES_MAX + 1)
-    compressor = make_compactor(place, clock)
+    compressor = make_compactor(outbox_dir, clock)
     for _ in range(3):
         assert compress_all(compressor) == 0
         clock.advance(2.0)
     assert compressor._incompressible == set(names[-2:])
-    os.remove(place.path_of(names[-1]))
+    os.remove(outbox_dir.path_of(names[-1]))
     compressor.compress_next()
     assert compressor._incompressible == {names[-2]}
 
 
-def test_the_compactor_pauses_as_long_as_it_works_and_lists_seldom(place: Directory, clock: ManualClock) -> None:
+def test_the_compactor_pauses_as_long_as_it_works_and_lists_seldom(outbox_dir: Directory, clock: ManualClock) -> None:
     """With nothing to do it says when to call it again."""
-    assert make_compactor(place, clock).compress_next() == (False, 1.0)
+    assert make_compactor(outbox_dir, clock).compress_next() == (False, 1.0)
 
 
 # During delivery.
@@ -147,23 +149,25 @@ class Away(RecordingSink):
 
 
 @pytest.mark.parametrize("answer", [Retry("not now"), Rejected(REJECTION)], ids=["waiting", "stopped"])
-def test_batches_are_compressed_while_delivery_waits_and_arrive_unchanged(place: Directory, answer: Retry | Rejected) -> None:
+def test_batches_are_compressed_while_delivery_waits_and_arrive_unchanged(
+    outbox_dir: Directory, answer: Retry | Rejected
+) -> None:
     """Each arrives once, in order, under its id; a rejected one keeps its history; the quota learns the bytes saved."""
-    names = seal_batches(place, 30)
-    before = place.disk_usage().pending_bytes
+    names = seal_batches(outbox_dir, 30)
+    before = outbox_dir.disk_usage().pending_bytes
     sink = Away(answer)
     shrunk: list[int] = []
     gone: list[int] = []
-    worker = make_worker(place, sink, gone, RULES, on_bytes_saved=shrunk.append)
+    worker = make_worker(outbox_dir, sink, gone, RULES, on_bytes_saved=shrunk.append)
     thread = ThreadRunner(worker)
     thread.start()
     try:
-        wait_until(lambda: len(compressed_files(place)) >= 30 - PLAIN_FILES_AT_HEAD - 4)
+        wait_until(lambda: len(compressed_files(outbox_dir)) >= 30 - PLAIN_FILES_AT_HEAD - 4)
         # The worker's thread may be compressing another batch, or about to report the bytes saved.
-        wait_until(lambda: before - sum(shrunk) == place.disk_usage().pending_bytes)
-        assert reconcile(place).reconciliation.total.pending == 3000
+        wait_until(lambda: before - sum(shrunk) == outbox_dir.disk_usage().pending_bytes)
+        assert reconcile(outbox_dir).reconciliation.total.pending == 3000
         sink.answer = None
-        wait_until(lambda: not place.batch_names())
+        wait_until(lambda: not outbox_dir.batch_names())
     finally:
         thread.stop(60.0)
     assert list(sink.batches) == [layout.batch_id(name) for name in names] or isinstance(answer, Rejected)
@@ -171,58 +175,58 @@ def test_batches_are_compressed_while_delivery_waits_and_arrive_unchanged(place:
     assert worker.counters.delivered == 3000
     assert worker.counters.dead == 0
     assert sum(gone) + sum(shrunk) == before
-    assert remaining_files(place) == []
+    assert remaining_files(outbox_dir) == []
 
 
-def test_a_damaged_compressed_file_is_delivered_up_to_the_damage(place: Directory) -> None:
+def test_a_damaged_compressed_file_is_delivered_up_to_the_damage(outbox_dir: Directory) -> None:
     """The file itself is quarantined unchanged; nothing blocks."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
     lines = b"".join(record.line(b'{"n":%d,"x":"%s"}' % (number, os.urandom(30).hex().encode())) for number in range(9000))
     data = compression.compress(name, lines)
     data = data[: len(data) // 2]
-    Path(place.path_of(name)).write_bytes(data)
-    seal_batch(place, 2, b'{"n":-1}')
+    Path(outbox_dir.path_of(name)).write_bytes(data)
+    seal_batch(outbox_dir, 2, b'{"n":-1}')
     sink = RecordingSink()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     drain_worker(worker)
     assert len(sink.payloads) > 3000
     assert sink.payloads[-1] == b'{"n":-1}'
-    corrupt = Path(place.path_of(layout.corrupt_name(layout.batch_id(name)))).read_bytes()
+    corrupt = Path(outbox_dir.path_of(layout.corrupt_name(layout.batch_id(name)))).read_bytes()
     assert corrupt.endswith(data)
     assert lines.startswith(b"".join(map(record.line, sink.payloads[:-1])) + corrupt.removesuffix(data))
 
 
 def test_without_zstd_a_compressed_file_is_skipped_and_the_state_says_what_to_install(
-    place: Directory, monkeypatch: pytest.MonkeyPatch
+    outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others are delivered; with the library it is too, and nothing of it was quarantined."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
-    Path(place.path_of(name)).write_bytes(compression.compress(name, PLAIN))
-    seal_batch(place, 2, b"{}")
+    Path(outbox_dir.path_of(name)).write_bytes(compression.compress(name, PLAIN))
+    seal_batch(outbox_dir, 2, b"{}")
     sink = RecordingSink()
     with monkeypatch.context() as patch:
         patch.setattr(compression, "_zstd_module", lambda: None)
-        worker = make_worker(place, sink)
+        worker = make_worker(outbox_dir, sink)
         drain_worker(worker)
-        assert (worker.state.name, sink.payloads, remaining_files(place)) == ("degraded", [b"{}"], [name])
+        assert (worker.state.name, sink.payloads, remaining_files(outbox_dir)) == ("degraded", [b"{}"], [name])
         assert "pip install 'pillarbox[zstd]'" in worker.state.reason
-        assert reconcile(place).unreadable == [name]
-    drain_worker(make_worker(place, sink))
-    assert (len(sink.payloads), remaining_files(place)) == (101, [])
+        assert reconcile(outbox_dir).unreadable == [name]
+    drain_worker(make_worker(outbox_dir, sink))
+    assert (len(sink.payloads), remaining_files(outbox_dir)) == (101, [])
 
 
-def test_the_events_in_an_evicted_compressed_file_are_counted(place: Directory, clock: ManualClock) -> None:
+def test_the_events_in_an_evicted_compressed_file_are_counted(outbox_dir: Directory, clock: ManualClock) -> None:
     """A damaged one is left to the worker, because nobody knows how many events it holds."""
-    names = seal_batches(place, PLAIN_FILES_AT_HEAD + 2)
-    compress_all(make_compactor(place, clock))
+    names = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 2)
+    compress_all(make_compactor(outbox_dir, clock))
     damaged = layout.compressed_name(names[-1])
-    Path(place.path_of(damaged)).write_bytes(b"x")
-    account = place.disk_usage()
-    writer = Writer(place, WriterLimits(500, 10**6, 1), lambda: None)
+    Path(outbox_dir.path_of(damaged)).write_bytes(b"x")
+    account = outbox_dir.disk_usage()
+    writer = Writer(outbox_dir, WriterLimits(500, 10**6, 1), lambda: None)
     writer.start(account.pending_bytes, account.pending_files)
-    capacity = QuotaEnforcer(place, writer, clock, 0, evicts=True)
+    capacity = QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True)
     capacity.enforce()
-    assert place.batch_names() == [damaged]
+    assert outbox_dir.batch_names() == [damaged]
     assert capacity.evicted_events == 100 * (PLAIN_FILES_AT_HEAD + 1)
     assert writer.pending_counts()[:2] == (1, 1)
 
@@ -241,15 +245,15 @@ class Passing(PortableScanOps, OsFilesystem):
         return iter(found)
 
 
-def test_a_batch_compressed_during_a_listing_is_not_missing(place: Directory, clock: ManualClock) -> None:
+def test_a_batch_compressed_during_a_listing_is_not_missing(outbox_dir: Directory, clock: ManualClock) -> None:
     """Neither for a flush, which would report it settled, nor for the counts."""
-    names = seal_batches(place, PLAIN_FILES_AT_HEAD + 1)
-    ledger = LedgerWriter(place, clock)
+    names = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 1)
+    ledger = LedgerWriter(outbox_dir, clock)
     ledger.add(*(SealedEntry(1, layout.batch_id(name), "w", 100, len(PLAIN)) for name in names))
     assert ledger.write(sync=True)
-    compress_all(make_compactor(place, clock))
-    assert Directory(place.path, Passing(names[-1]), clock).waiting_batch_ids() == set(map(layout.batch_id, names))
-    assert _reconcile_once(Directory(place.path, Passing(names[-1]), clock), lambda _done, _total: None, {}).balances
+    compress_all(make_compactor(outbox_dir, clock))
+    assert Directory(outbox_dir.path, Passing(names[-1]), clock).waiting_batch_ids() == set(map(layout.batch_id, names))
+    assert _reconcile_once(Directory(outbox_dir.path, Passing(names[-1]), clock), lambda _done, _total: None, {}).balances
 
 
 # An outage of real destinations.
@@ -262,9 +266,9 @@ def real_event(number: int) -> TrackingEvent:
 
 def wait_for_compression(outbox: Outbox) -> float:
     """Wait until all that may be compressed is; how many times smaller it is then."""
-    place = outbox._directory
-    wait_until(lambda: len(place.batch_names()) - len(compressed_files(place)) <= PLAIN_FILES_AT_HEAD)
-    files = {name: Path(place.path_of(name)).read_bytes() for name in compressed_files(place)}
+    outbox_dir = outbox._directory
+    wait_until(lambda: len(outbox_dir.batch_names()) - len(compressed_files(outbox_dir)) <= PLAIN_FILES_AT_HEAD)
+    files = {name: Path(outbox_dir.path_of(name)).read_bytes() for name in compressed_files(outbox_dir)}
     assert len(files) > PLAIN_FILES_AT_HEAD
     return sum(len(compression.decompressed_lines(name, data)) for name, data in files.items()) / sum(map(len, files.values()))
 

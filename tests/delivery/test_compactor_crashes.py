@@ -22,7 +22,7 @@ from pillarbox.testing import ManualClock, RecordingSink
 from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, State
 from pillarbox.testing.durability_model import DurabilityModel
 from pillarbox.testing.fault import VERBS, Fault, FaultCounter, FaultFilesystem
-from tests.crash.interleave import LOCKS, PLACE, deliver_once
+from tests.crash.interleave import LOCKS, OUTBOX_PATH, deliver_once
 
 FILES: Final = 2
 EVENTS: Final = 12  # in each file
@@ -60,7 +60,8 @@ BATCHES: Final = {
     layout.batch_id(layout.sealed_name(number + 1, "u")): [bytes(one) for one in payloads_of(number)] for number in range(FILES)
 }
 FOUND: Final = {
-    f"{PLACE}/{batch}.ndjson": b"".join(record.line(payload) for payload in payloads) for batch, payloads in BATCHES.items()
+    f"{OUTBOX_PATH}/{batch}.ndjson": b"".join(record.line(payload) for payload in payloads)
+    for batch, payloads in BATCHES.items()
 }
 
 
@@ -71,7 +72,7 @@ class Process:
         self.filesystem = CrashFilesystem(disk, before)
         self.clock = ManualClock()
         self.directory = Directory(
-            PLACE, self.filesystem if faults is None else FaultFilesystem(self.filesystem, faults), self.clock
+            OUTBOX_PATH, self.filesystem if faults is None else FaultFilesystem(self.filesystem, faults), self.clock
         )
         self.saved = 0
 
@@ -128,7 +129,7 @@ def test_without_faults_all_is_compressed_and_delivered() -> None:
     disk = Disk(FOUND)
     process = Process(disk)
     process.compress()
-    assert sorted(disk.files) == [f"{PLACE}/{batch}.ndjson.zst" for batch in BATCHES]
+    assert sorted(disk.files) == [f"{OUTBOX_PATH}/{batch}.ndjson.zst" for batch in BATCHES]
     assert process.saved == sum(map(len, FOUND.values())) - sum(map(len, disk.files.values()))
     check_all_arrives(disk)
 
@@ -183,7 +184,7 @@ def test_a_power_loss_during_the_delivery_of_compressed_batches() -> None:
 
 def test_a_settled_batch_does_not_come_back_under_its_other_name() -> None:
     """A process dies with both names present; the process that delivers the batch deletes both, also after a power loss."""
-    disk = Disk({**FOUND, f"{PLACE}/{next(iter(BATCHES))}.ndjson.zst": b""})
+    disk = Disk({**FOUND, f"{OUTBOX_PATH}/{next(iter(BATCHES))}.ndjson.zst": b""})
     Process(disk).deliver(RecordingSink())
     disk.mark("done")
     for state in DurabilityModel(disk.trace, ignoring=LOCKS).states():
@@ -230,7 +231,7 @@ def do_work(process: Process, what: str, sink: RecordingSink) -> int:
 @pytest.mark.parametrize("begun", [False, True], ids=["", "with a copy that a process has left"])
 def test_other_processes_may_work_in_between(first: str, second: str, *, begun: bool) -> None:
     """One does all of its work before any operation of the other: each event is delivered once or evicted."""
-    oldest = f"{PLACE}/{next(iter(BATCHES))}.ndjson"
+    oldest = f"{OUTBOX_PATH}/{next(iter(BATCHES))}.ndjson"
     found = FOUND
     if begun:
         disk = Disk(FOUND)

@@ -30,8 +30,8 @@ def names_in(path: Path) -> list[str]:
 
 def test_fanning_out_can_stop_between_two_groups_of_a_backlog(box: Path) -> None:
     """So that a heartbeat can be written in time, and the process can end; the oldest go first."""
-    place, clock = open_directory(box), ManualClock()
-    fan_out = FanOut(place, ["live"], clock, LedgerWriter(place, clock))
+    outbox_dir, clock = open_directory(box), ManualClock()
+    fan_out = FanOut(outbox_dir, ["live"], clock, LedgerWriter(outbox_dir, clock))
     assert list(islice(fan_out.distribute(), 2)) == [GROUP_MAX_FILES, GROUP_MAX_FILES]
     assert names_in(box) == names_in(box / "sink-live")[2 * GROUP_MAX_FILES :]
     assert fan_out.distribute_all() == FILES - 2 * GROUP_MAX_FILES
@@ -41,10 +41,10 @@ def test_fanning_out_can_stop_between_two_groups_of_a_backlog(box: Path) -> None
 
 def test_a_later_sink_has_no_queue_before_the_batches_sealed_earlier_are_fanned_out(box: Path) -> None:
     """Also if that takes several groups: these batches are not for the later sink."""
-    place, clock = open_directory(box), ManualClock()
-    ledger = LedgerWriter(place, clock)
+    outbox_dir, clock = open_directory(box), ManualClock()
+    ledger = LedgerWriter(outbox_dir, clock)
     (box / "sink-warehouse").mkdir()
-    fan_out = FanOut(place, ["warehouse", "live"], clock, ledger)
+    fan_out = FanOut(outbox_dir, ["warehouse", "live"], clock, ledger)
     assert next(fan_out.distribute()) == GROUP_MAX_FILES
     assert not (box / "sink-live").exists()
     assert fan_out.distribute_all() == FILES - GROUP_MAX_FILES

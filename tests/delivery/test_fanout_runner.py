@@ -188,8 +188,8 @@ def test_a_runner_that_was_not_started_can_be_stopped(box: Path) -> None:
     one_and_several: list[dict[str, object]] = [{"sink": "sqlite:///a.db"}, {"sinks": two(box)}]
     for sinks in one_and_several:
         settings = resolve({"directory": str(box)} | sinks, {}, None)
-        place = open_directory(box)
-        place.ensure_usable()
-        ledger = LedgerWriter(place, SystemClock())
-        found = build_local_runner(settings, place, SystemClock(), ledger, DeliveryCallbacks(), build_sinks(settings, {}))
+        outbox_dir = open_directory(box)
+        outbox_dir.ensure_usable()
+        ledger = LedgerWriter(outbox_dir, SystemClock())
+        found = build_local_runner(settings, outbox_dir, SystemClock(), ledger, DeliveryCallbacks(), build_sinks(settings, {}))
         assert found.stop(60)

@@ -59,27 +59,27 @@ def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
 
 
 @pytest.mark.parametrize(("batches", "records"), [(30, 1), (30, 20), (100, 20)])
-def test_one_acceptance_dead_letters_few_of_the_deferred_batches(place: Directory, batches: int, records: int) -> None:
+def test_one_acceptance_dead_letters_few_of_the_deferred_batches(outbox_dir: Directory, batches: int, records: int) -> None:
     """However many were deferred before it, with others behind them or not; then delivery stops again and reports it."""
     for stamp in range(1, batches + 1):
-        seal_batch(place, stamp, *[b'"good %d %d"' % (stamp, number) for number in range(records)])
+        seal_batch(outbox_dir, stamp, *[b'"good %d %d"' % (stamp, number) for number in range(records)])
     sink = Flapping()
-    worker = make_worker(place, sink, config=RULES)
+    worker = make_worker(outbox_dir, sink, config=RULES)
     with delivering(worker):
         wait_until(lambda: deferred_count(worker) >= 30)
         sink.accepts = 1
         stopped_again(worker, sink, 1)
-        assert len(dead_in(place)) <= PER_SUCCESS_MAX * records
-        assert len(sink.payloads) + len(dead_in(place)) + len(place.batch_names()) * records == batches * records
+        assert len(dead_in(outbox_dir)) <= PER_SUCCESS_MAX * records
+        assert len(sink.payloads) + len(dead_in(outbox_dir)) + len(outbox_dir.batch_names()) * records == batches * records
 
 
-def test_a_flapping_deploy_dead_letters_few_batches_each_time_and_the_others_arrive(place: Directory) -> None:
+def test_a_flapping_deploy_dead_letters_few_batches_each_time_and_the_others_arrive(outbox_dir: Directory) -> None:
     """Once it is over, all other batches are delivered, and the worker is idle."""
     flaps = 4
     for stamp in range(1, 41):
-        seal_batch(place, stamp, b'"%d"' % stamp)
+        seal_batch(outbox_dir, stamp, b'"%d"' % stamp)
     sink = Flapping()
-    worker = make_worker(place, sink, config=RULES)
+    worker = make_worker(outbox_dir, sink, config=RULES)
     with delivering(worker):
         for flap in range(flaps):
             stopped_again(worker, sink, flap)
@@ -88,42 +88,42 @@ def test_a_flapping_deploy_dead_letters_few_batches_each_time_and_the_others_arr
         sink.accepts = float("inf")
         assert worker.idle.wait(60)
         assert worker.state.name == "idle"
-    dead = dead_in(place)
+    dead = dead_in(outbox_dir)
     assert len(dead) <= flaps * PER_SUCCESS_MAX
     assert Counter(sink.payloads) + Counter(dead) == Counter(b'"%d"' % stamp for stamp in range(1, 41))
 
 
-def test_a_flap_costs_few_calls_a_batch(place: Directory) -> None:
+def test_a_flap_costs_few_calls_a_batch(outbox_dir: Directory) -> None:
     """A batch that is about to be decided may be halved to the end; the others are deferred early, each time."""
     for stamp in range(1, 13):
-        seal_batch(place, stamp, *[b'"%d %d"' % (stamp, number) for number in range(500)])
+        seal_batch(outbox_dir, stamp, *[b'"%d %d"' % (stamp, number) for number in range(500)])
     sink = Flapping()
-    worker = make_worker(place, sink, config=RULES)
+    worker = make_worker(outbox_dir, sink, config=RULES)
     with delivering(worker):
         wait_until(lambda: deferred_count(worker) == 12)
         assert max(calls_per_attempt(sink)) <= CALLS_MAX
         sink.accepts = 1
         stopped_again(worker, sink, 1)
-        given_up = len([name for name in remaining_files(place) if layout.kind_of(name) is layout.Kind.DEAD])
+        given_up = len([name for name in remaining_files(outbox_dir) if layout.kind_of(name) is layout.Kind.DEAD])
         assert given_up <= PER_SUCCESS_MAX
         assert len([calls for calls in calls_per_attempt(sink) if calls > CALLS_MAX]) == given_up
 
 
-def test_a_batch_that_is_always_rejected_costs_a_bounded_number_of_calls(place: Directory) -> None:
+def test_a_batch_that_is_always_rejected_costs_a_bounded_number_of_calls(outbox_dir: Directory) -> None:
     """At each attempt."""
-    batch = seal_batch(place, 1, *[b'"%d"' % number for number in range(500)])
+    batch = seal_batch(outbox_dir, 1, *[b'"%d"' % number for number in range(500)])
     sink = Flapping()
-    worker = make_worker(place, sink, config=RULES._replace(recheck_s=60.0))
+    worker = make_worker(outbox_dir, sink, config=RULES._replace(recheck_s=60.0))
     with delivering(worker):
         wait_until(lambda: worker.state.name == "degraded")
         assert calls_per_attempt(sink) == [len(sink.calls)]
         assert len(sink.calls) <= CALLS_MAX
-    assert remaining_files(place) == [batch + layout.SUFFIX]
+    assert remaining_files(outbox_dir) == [batch + layout.SUFFIX]
 
 
 @pytest.mark.parametrize("first_only", [False, True])
 def test_a_destination_that_names_one_rejected_record_a_call_costs_a_bounded_number_of_calls(
-    place: Directory, *, first_only: bool
+    outbox_dir: Directory, *, first_only: bool
 ) -> None:
     """Such a batch, all of whose records are rejected, is not halved to the end either."""
 
@@ -132,17 +132,17 @@ def test_a_destination_that_names_one_rejected_record_a_call_costs_a_bounded_num
             self.calls.append(batch.id)
             return PartialFailure({0 if first_only else len(batch) - 1: REJECTION}, None)
 
-    batch = seal_batch(place, 1, *[b'"%d"' % number for number in range(500)])
+    batch = seal_batch(outbox_dir, 1, *[b'"%d"' % number for number in range(500)])
     sink = Naming()
-    worker = make_worker(place, sink, config=RULES._replace(recheck_s=60.0))
+    worker = make_worker(outbox_dir, sink, config=RULES._replace(recheck_s=60.0))
     with delivering(worker):
         wait_until(lambda: worker.state.name == "degraded")
         assert calls_per_attempt(sink) == [len(sink.calls)]
         assert len(sink.calls) <= CALLS_MAX
-    assert remaining_files(place) == [batch + layout.SUFFIX]
+    assert remaining_files(outbox_dir) == [batch + layout.SUFFIX]
 
 
-def test_a_deploy_that_turns_bad_in_the_middle_of_a_batch_dead_letters_nothing(place: Directory) -> None:
+def test_a_deploy_that_turns_bad_in_the_middle_of_a_batch_dead_letters_nothing(outbox_dir: Directory) -> None:
     """If the destination deduplicates, the batch is deferred as a whole; once the deploy is fixed, all of it arrives."""
 
     class Halfway(Flapping):
@@ -157,21 +157,21 @@ def test_a_deploy_that_turns_bad_in_the_middle_of_a_batch_dead_letters_nothing(p
 
     everything = [b'"%d %d"' % (stamp, number) for stamp in range(1, 6) for number in range(500)]
     for stamp in range(1, 6):
-        seal_batch(place, stamp, *everything[(stamp - 1) * 500 : stamp * 500])
+        seal_batch(outbox_dir, stamp, *everything[(stamp - 1) * 500 : stamp * 500])
     sink = Halfway()
-    worker = make_worker(place, sink, config=RULES)
+    worker = make_worker(outbox_dir, sink, config=RULES)
     with delivering(worker):
         stopped_again(worker, sink, 1)
         tries = calls_per_attempt(sink)
         assert tries[0] <= CALLS_MAX_PARTLY_ACCEPTED
         assert max(tries[1:]) <= CALLS_MAX
-        assert dead_in(place) == []
+        assert dead_in(outbox_dir) == []
         sink.is_fixed = True
         assert worker.idle.wait(60)
-    assert (set(sink.payloads), dead_in(place)) == (set(everything), [])
+    assert (set(sink.payloads), dead_in(outbox_dir)) == (set(everything), [])
 
 
-def test_a_stop_that_a_call_in_flight_has_ended_is_not_reported(place: Directory) -> None:
+def test_a_stop_that_a_call_in_flight_has_ended_is_not_reported(outbox_dir: Directory) -> None:
     """Three batches are rejected while a fourth is in flight and is accepted: delivery neither stops nor waits."""
 
     class Mixed(RecordingSink):
@@ -184,15 +184,15 @@ def test_a_stop_that_a_call_in_flight_has_ended_is_not_reported(place: Directory
             return Delivered(len(batch))
 
     for stamp in range(1, 9):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = Mixed()
     sink.capabilities = sink.capabilities._replace(concurrent=True)
-    worker = make_worker(place, sink, config=RULES._replace(max_in_flight=4, recheck_s=60.0))
+    worker = make_worker(outbox_dir, sink, config=RULES._replace(max_in_flight=4, recheck_s=60.0))
     thread = ThreadRunner(worker)
     thread.start()
     assert worker.idle.wait(60)
     assert thread.stop(30)
-    assert len(dead_in(place)) == RULES.stop_after_rejected_batches
+    assert len(dead_in(outbox_dir)) == RULES.stop_after_rejected_batches
     assert "0 batches" not in worker.last_error
     assert worker.counters.failed_flushes == 0
 
@@ -200,7 +200,7 @@ def test_a_stop_that_a_call_in_flight_has_ended_is_not_reported(place: Directory
 @pytest.mark.parametrize(
     "answer", [Rejected(REJECTION), PartialFailure({0: REJECTION}, None), Retry("not now")], ids=["refused", "named", "not now"]
 )
-def test_the_age_limit_applies_whatever_the_destination_answers(place: Directory, answer: DeliveryResult) -> None:
+def test_the_age_limit_applies_whatever_the_destination_answers(outbox_dir: Directory, answer: DeliveryResult) -> None:
     """Also if it rejects instead of asking for time, but not before the batch has failed for long enough."""
     clock = MovingClock()
     begun = clock.monotonic()
@@ -213,10 +213,10 @@ def test_the_age_limit_applies_whatever_the_destination_answers(place: Directory
 
     now = clock.micros()
     for number in range(4):
-        seal_batch(place, now - 3_700_000_000 + number, b'"old %d"' % number)
+        seal_batch(outbox_dir, now - 3_700_000_000 + number, b'"old %d"' % number)
     sink = Refusing()
-    worker = make_worker(place, sink, config=RULES._replace(max_age_s=3600.0), clock=clock)
+    worker = make_worker(outbox_dir, sink, config=RULES._replace(max_age_s=3600.0), clock=clock)
     with delivering(worker):
-        wait_until(lambda: place.batch_names() == [])
+        wait_until(lambda: outbox_dir.batch_names() == [])
     assert clock.monotonic() - begun >= EXPIRY_MIN_FAILING_S
-    assert dead_in(place) == [b'"old %d"' % number for number in range(4)]
+    assert dead_in(outbox_dir) == [b'"old %d"' % number for number in range(4)]

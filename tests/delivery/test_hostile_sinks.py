@@ -95,25 +95,25 @@ class Answering(RecordingSink):
     ],
     ids=repr,
 )
-def test_an_impossible_answer_stops_delivery_after_one_call(place: Directory, answer: object) -> None:
+def test_an_impossible_answer_stops_delivery_after_one_call(outbox_dir: Directory, answer: object) -> None:
     """Nothing is settled because of it, and the destination is not called without a pause."""
-    batch = seal_batch(place, 1, b"1", b"2")
+    batch = seal_batch(outbox_dir, 1, b"1", b"2")
     sink = Answering(answer)
-    worker = make_worker(place, sink, config=ONCE)
+    worker = make_worker(outbox_dir, sink, config=ONCE)
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
         # wait: nothing may happen in this time
         assert not worker.idle.wait(0.1)  # long enough for another call, if one were made
         assert worker.state.reason == f"the sink answered a call of 2 records with an impossible {answer!r}; fix the sink"
-    assert (sink.calls, remaining_files(place)) == ([batch], [batch + layout.SUFFIX])
+    assert (sink.calls, remaining_files(outbox_dir)) == ([batch], [batch + layout.SUFFIX])
 
 
 @pytest.mark.parametrize("after", [-5.0, float("nan"), float("inf")])
-def test_an_impossible_retry_time_is_replaced_by_the_backoff(place: Directory, after: float) -> None:
+def test_an_impossible_retry_time_is_replaced_by_the_backoff(outbox_dir: Directory, after: float) -> None:
     """Neither no pause nor an endless one."""
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = Answering(Retry("not now", after))
-    worker = make_worker(place, sink, config=ONCE._replace(backoff=Backoff(base_s=9_000.0, max_s=9_000.0)))
+    worker = make_worker(outbox_dir, sink, config=ONCE._replace(backoff=Backoff(base_s=9_000.0, max_s=9_000.0)))
     with delivering(worker):
         wait_until(lambda: worker.state.name == "waiting")
         # wait: nothing may happen in this time
@@ -122,7 +122,7 @@ def test_an_impossible_retry_time_is_replaced_by_the_backoff(place: Directory, a
     assert len(sink.calls) == 1
 
 
-def test_an_index_outside_the_part_dead_letters_no_accepted_record(place: Directory) -> None:
+def test_an_index_outside_the_part_dead_letters_no_accepted_record(outbox_dir: Directory) -> None:
     """An answer to the second half of a batch cannot reject a record of the first."""
 
     class Wrong(RecordingSink):
@@ -132,11 +132,11 @@ def test_an_index_outside_the_part_dead_letters_no_accepted_record(place: Direct
                 return Rejected(REJECTION)
             return PartialFailure({-1: REJECTION}, 2) if batch.first_index else Delivered(len(batch))
 
-    seal_batch(place, 1, b'"a"', b'"b"', b'"c"', b'"d"')
-    worker = make_worker(place, Wrong(), config=ONCE)
+    seal_batch(outbox_dir, 1, b'"a"', b'"b"', b'"c"', b'"d"')
+    worker = make_worker(outbox_dir, Wrong(), config=ONCE)
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
-    assert [layout.kind_of(name) for name in remaining_files(place)] == [layout.Kind.SEALED]
+    assert [layout.kind_of(name) for name in remaining_files(outbox_dir)] == [layout.Kind.SEALED]
 
 
 class Faulty(RecordingSink):
@@ -179,34 +179,34 @@ class Faulty(RecordingSink):
     "error", [OSError("cut"), MemoryError(), RecursionError(), asyncio.CancelledError(), SystemExit(3)], ids=repr
 )
 @pytest.mark.parametrize("where", ["open", "prepare", "deliver", "confirm", "close"])
-def test_whatever_a_sink_raises_everything_arrives(place: Directory, where: str, error: BaseException) -> None:
+def test_whatever_a_sink_raises_everything_arrives(outbox_dir: Directory, where: str, error: BaseException) -> None:
     """The thread lives on, and each record is delivered once."""
     stamps = range(1, 6)
     for stamp in stamps:
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = Faulty(where, error)
-    worker = make_worker(place, sink, config=QUICK_CONFIG)
+    worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG)
     with delivering(worker) as thread:
         assert worker.idle.wait(60)
         assert thread.stop(30)
     assert sink.error is None
     assert sink.payloads == [b"%d" % stamp for stamp in stamps]
-    assert (remaining_files(place), worker.counters.delivered, worker.lease.is_held) == ([], 5, False)
+    assert (remaining_files(outbox_dir), worker.counters.delivered, worker.lease.is_held) == ([], 5, False)
 
 
-def test_a_call_that_the_sink_cancels_itself_is_retried(place: Directory) -> None:
+def test_a_call_that_the_sink_cancels_itself_is_retried(outbox_dir: Directory) -> None:
     """It counts as an answer, and does not end the loop."""
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = Faulty("deliver", asyncio.CancelledError())
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     deliver_all(worker)
     assert (worker.last_error, sink.open_count, sink.payloads) == ("the sink cancelled its own call", 1, [b"1"])
 
 
-def test_a_prepare_that_raises_does_not_repeat_the_call_in_flight(place: Directory) -> None:
+def test_a_prepare_that_raises_does_not_repeat_the_call_in_flight(outbox_dir: Directory) -> None:
     """It prepares the next batch; the current one must not suffer."""
     for stamp in range(1, 4):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     begun: list[str] = []
 
     class Unprepared(Faulty):
@@ -215,7 +215,7 @@ def test_a_prepare_that_raises_does_not_repeat_the_call_in_flight(place: Directo
             return await super().deliver(batch)
 
     sink = Unprepared("prepare", ValueError("cannot be encoded"))
-    deliver_all(make_worker(place, sink))
+    deliver_all(make_worker(outbox_dir, sink))
     assert (sink.error, begun) == (None, sink.calls)
 
 
@@ -243,11 +243,11 @@ class Deaf(RecordingSink):
         return await super().deliver(batch)
 
 
-def test_a_call_that_timed_out_does_not_overlap_the_next(place: Directory) -> None:
+def test_a_call_that_timed_out_does_not_overlap_the_next(outbox_dir: Directory) -> None:
     """A sink that takes one call at a time gets the next one after the first has ended."""
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = Deaf(accepts=False)
-    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05))
+    worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05))
     with delivering(worker):
         wait_until(lambda: worker.state.reason == "the sink is still running a call that timed out")
         # wait: nothing may happen in this time
@@ -255,19 +255,19 @@ def test_a_call_that_timed_out_does_not_overlap_the_next(place: Directory) -> No
         assert (sink.under_way, sink.cancelled) == (1, 1)
         sink.over = True
         assert worker.idle.wait(60)
-    assert (sink.most, remaining_files(place)) == (1, [])
+    assert (sink.most, remaining_files(outbox_dir)) == (1, [])
 
 
-def test_an_answer_that_comes_while_the_call_is_cancelled_counts(place: Directory) -> None:
+def test_an_answer_that_comes_while_the_call_is_cancelled_counts(outbox_dir: Directory) -> None:
     """What was delivered is not sent again."""
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = Deaf(accepts=True)
-    deliver_all(make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05)))
-    assert (sink.cancelled, len(sink.calls), remaining_files(place)) == (1, 1, [])
+    deliver_all(make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05)))
+    assert (sink.cancelled, len(sink.calls), remaining_files(outbox_dir)) == (1, 1, [])
 
 
 @pytest.mark.parametrize("where", ["open", "confirm"])
-def test_a_method_that_hangs_is_cancelled_and_retried(place: Directory, where: str) -> None:
+def test_a_method_that_hangs_is_cancelled_and_retried(outbox_dir: Directory, where: str) -> None:
     """Each wait for a sink is bounded."""
 
     class Hanging(RecordingSink):
@@ -286,16 +286,16 @@ def test_a_method_that_hangs_is_cancelled_and_retried(place: Directory, where: s
             await self._hang("confirm")
             return await super().confirm(batches)
 
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = Hanging(needs_confirmation=True)
-    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.1))
+    worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.1))
     deliver_all(worker)
-    assert (sink.hung, sink.payloads, remaining_files(place)) == (1, [b"1"], [])
+    assert (sink.hung, sink.payloads, remaining_files(outbox_dir)) == (1, [b"1"], [])
     assert worker.last_error
 
 
 @pytest.mark.parametrize("sure", [-1, 3, None, "2", 0.5])
-def test_an_impossible_confirmation_settles_nothing(place: Directory, sure: object) -> None:
+def test_an_impossible_confirmation_settles_nothing(outbox_dir: Directory, sure: object) -> None:
     """It is a misconfiguration; once the sink is fixed, the batches are sent again."""
     asked: list[int] = []
 
@@ -306,30 +306,30 @@ def test_an_impossible_confirmation_settles_nothing(place: Directory, sure: obje
             asked.append(len(batches))
             return await super().confirm(batches) if self.is_mended else cast("int", sure)
 
-    batch = seal_batch(place, 1, b"1")
+    batch = seal_batch(outbox_dir, 1, b"1")
     sink = Unsure(needs_confirmation=True, unconfirmed_max=2)
     clock = MovingClock()
-    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(recheck_s=60.0), clock=clock)
+    worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(recheck_s=60.0), clock=clock)
     with delivering(worker):
         wait_until(lambda: worker.state.name == "stopped")
         assert worker.state.reason == f"the sink confirmed {sure!r} of 1 batches; fix the sink"
         # wait: nothing may happen in this time
         assert not worker.idle.wait(0.1)  # long enough for another call, if one were made
-        assert (len(asked), remaining_files(place)) == (1, [batch + layout.SUFFIX])
+        assert (len(asked), remaining_files(outbox_dir)) == (1, [batch + layout.SUFFIX])
         sink.is_mended = True
         clock.advance(60.0)
         assert worker.idle.wait(60)
-    assert (sink.calls, remaining_files(place)) == ([batch, batch], [])
+    assert (sink.calls, remaining_files(outbox_dir)) == ([batch, batch], [])
 
 
 @pytest.mark.parametrize("confirms", [False, True])
-def test_a_rejection_with_any_text_becomes_a_dead_letter(place: Directory, *, confirms: bool) -> None:
+def test_a_rejection_with_any_text_becomes_a_dead_letter(outbox_dir: Directory, *, confirms: bool) -> None:
     """Also text that cannot be encoded."""
-    batch = seal_batch(place, 1, b'"good"', b'"bad"')
-    worker = make_worker(place, Answering(PartialFailure({1: Rejection(LONE, LONE)}, 1), confirms=confirms))
+    batch = seal_batch(outbox_dir, 1, b'"good"', b'"bad"')
+    worker = make_worker(outbox_dir, Answering(PartialFailure({1: Rejection(LONE, LONE)}, 1), confirms=confirms))
     deliver_all(worker)
-    assert remaining_files(place) == [layout.dead_name(batch)]
-    letter = json.loads(Path(place.path_of(layout.dead_name(batch))).read_bytes())
+    assert remaining_files(outbox_dir) == [layout.dead_name(batch)]
+    letter = json.loads(Path(outbox_dir.path_of(layout.dead_name(batch))).read_bytes())
     assert (letter["event"], letter["code"], letter["reason"]) == ("bad", "caf\\udce9", "caf\\udce9")
 
 
@@ -338,24 +338,24 @@ def test_a_rejection_with_any_text_becomes_a_dead_letter(place: Directory, *, co
 @pytest.mark.parametrize(
     "error", [OSError(LONE), SinkUnusableError(LONE), UnconfirmedError(LONE)], ids=["error", "unusable", "unconfirmed"]
 )
-def test_an_exception_with_any_text_is_reported(place: Directory, where: str, error: Exception) -> None:
+def test_an_exception_with_any_text_is_reported(outbox_dir: Directory, where: str, error: Exception) -> None:
     """In the state and in the heartbeat; then everything is delivered."""
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = Faulty(where, error)
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     with delivering(worker):
         assert worker.idle.wait(60)
-        beat = read_heartbeat(place)
+        beat = read_heartbeat(outbox_dir)
         assert beat is not None
         assert beat.last_error.endswith("caf\\udce9")
-    assert (sink.payloads, remaining_files(place)) == ([b"1"], [])
+    assert (sink.payloads, remaining_files(outbox_dir)) == ([b"1"], [])
 
 
 @pytest.mark.parametrize("answer", [Retry(LONE), Misconfigured(LONE)], ids=["retry", "misconfigured"])
-def test_an_answer_with_any_text_is_reported(place: Directory, answer: DeliveryResult) -> None:
+def test_an_answer_with_any_text_is_reported(outbox_dir: Directory, answer: DeliveryResult) -> None:
     """It delays the batch, and nothing else."""
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink([answer])
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     deliver_all(worker)
-    assert (worker.last_error, sink.payloads, remaining_files(place)) == ("caf\\udce9", [b"1"], [])
+    assert (worker.last_error, sink.payloads, remaining_files(outbox_dir)) == ("caf\\udce9", [b"1"], [])

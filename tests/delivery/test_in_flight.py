@@ -41,29 +41,29 @@ class Slow(RecordingSink):
 
 
 @pytest.mark.parametrize("confirms", [False, True])
-def test_several_batches_are_sent_at_once_and_each_is_settled_by_itself(place: Directory, *, confirms: bool) -> None:
+def test_several_batches_are_sent_at_once_and_each_is_settled_by_itself(outbox_dir: Directory, *, confirms: bool) -> None:
     """Never more than configured; out of order, and none is missing."""
     for stamp in range(1, 41):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = Slow(confirms=confirms)
-    worker = make_worker(place, sink, config=QUICK)
+    worker = make_worker(outbox_dir, sink, config=QUICK)
     drain_worker(worker)
     assert sink.most == 4
     assert sorted(sink.payloads, key=int) == [b"%d" % stamp for stamp in range(1, 41)]
     assert sink.payloads != sorted(sink.payloads, key=int)
-    assert (remaining_files(place), worker.counters.delivered, worker.counters.flushed_files) == ([], 40, 40)
+    assert (remaining_files(outbox_dir), worker.counters.delivered, worker.counters.flushed_files) == ([], 40, 40)
 
 
-def test_a_sink_that_takes_one_batch_at_a_time_gets_one(place: Directory) -> None:
+def test_a_sink_that_takes_one_batch_at_a_time_gets_one(outbox_dir: Directory) -> None:
     """Whatever is configured; the batches arrive in order."""
     for stamp in range(1, 11):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = Slow(concurrent=False)
-    drain_worker(make_worker(place, sink, config=QUICK))
+    drain_worker(make_worker(outbox_dir, sink, config=QUICK))
     assert (sink.most, sink.payloads) == (1, [b"%d" % stamp for stamp in range(1, 11)])
 
 
-def test_if_the_destination_asks_for_time_all_requests_in_flight_wait(place: Directory) -> None:
+def test_if_the_destination_asks_for_time_all_requests_in_flight_wait(outbox_dir: Directory) -> None:
     """None calls before that time."""
 
     class Busy(Slow):
@@ -81,9 +81,9 @@ def test_if_the_destination_asks_for_time_all_requests_in_flight_wait(place: Dir
             return await super().deliver(batch)
 
     for stamp in range(1, 21):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = Busy()
-    drain_worker(make_worker(place, sink, config=QUICK))
+    drain_worker(make_worker(outbox_dir, sink, config=QUICK))
     assert sink.asked_at is not None
     after = sorted(moment - sink.asked_at for moment in sink.times if moment > sink.asked_at)
     # Calls due at the same moment may begin a little later.
@@ -93,7 +93,7 @@ def test_if_the_destination_asks_for_time_all_requests_in_flight_wait(place: Dir
     assert sorted(sink.payloads, key=int) == [b"%d" % stamp for stamp in range(1, 21)]
 
 
-def test_a_failing_request_does_not_keep_the_others_from_being_settled(place: Directory) -> None:
+def test_a_failing_request_does_not_keep_the_others_from_being_settled(outbox_dir: Directory) -> None:
     """Whatever the answers are, every record arrives once or becomes a dead letter."""
 
     class Random(Slow):
@@ -108,15 +108,15 @@ def test_a_failing_request_does_not_keep_the_others_from_being_settled(place: Di
             return await super().deliver(batch)
 
     for stamp in range(1, 61):
-        seal_batch(place, stamp, b"%d" % stamp, b"-%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp, b"-%d" % stamp)
     sink = Random()
-    worker = make_worker(place, sink, config=QUICK)
+    worker = make_worker(outbox_dir, sink, config=QUICK)
     drain_worker(worker)
     assert Counter(sink.payloads) == Counter([b"%d" % stamp for stamp in (*range(1, 61), *range(-60, 0))])
-    assert (remaining_files(place), worker.counters.dead) == ([], 0)
+    assert (remaining_files(outbox_dir), worker.counters.dead) == ([], 0)
 
 
-def test_a_worker_that_is_told_to_end_finishes_the_calls_in_flight(place: Directory) -> None:
+def test_a_worker_that_is_told_to_end_finishes_the_calls_in_flight(outbox_dir: Directory) -> None:
     """What they delivered is settled; the rest stays."""
 
     class Held(RecordingSink):
@@ -134,9 +134,9 @@ def test_a_worker_that_is_told_to_end_finishes_the_calls_in_flight(place: Direct
             return await super().deliver(batch)
 
     for stamp in range(1, 4):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = Held()
-    worker = make_worker(place, sink, config=QUICK)
+    worker = make_worker(outbox_dir, sink, config=QUICK)
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: sink.waiting == 3)
@@ -145,11 +145,11 @@ def test_a_worker_that_is_told_to_end_finishes_the_calls_in_flight(place: Direct
     thread._loop.call_soon_threadsafe(sink.go_on.set)
     assert thread.stop(30)
     assert sorted(sink.payloads) == [b"1", b"3"]
-    assert len(remaining_files(place)) == 1
+    assert len(remaining_files(outbox_dir)) == 1
 
 
 @pytest.mark.parametrize("after", [0.05, 0.2])
-def test_the_time_that_a_destination_asks_for_is_kept_exactly(place: Directory, after: float) -> None:
+def test_the_time_that_a_destination_asks_for_is_kept_exactly(outbox_dir: Directory, after: float) -> None:
     """Never earlier, and no backoff is added, which could be days."""
     times: list[float] = []
 
@@ -158,13 +158,13 @@ def test_the_time_that_a_destination_asks_for_is_kept_exactly(place: Directory, 
             times.append(asyncio.get_running_loop().time())
             return await super().deliver(batch)
 
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     rules = DeliveryConfig(poll_interval_s=0.01, backoff=Backoff(base_s=1e6, max_s=1e6))
-    drain_worker(make_worker(place, Timed([Retry("busy", after)]), config=rules))
+    drain_worker(make_worker(outbox_dir, Timed([Retry("busy", after)]), config=rules))
     assert after <= times[1] - times[0] < 50.0
 
 
-def test_a_call_that_takes_too_long_is_cancelled_and_retried(place: Directory) -> None:
+def test_a_call_that_takes_too_long_is_cancelled_and_retried(outbox_dir: Directory) -> None:
     """The reason says how long the limit is."""
     hung: list[str] = []
 
@@ -176,8 +176,8 @@ def test_a_call_that_takes_too_long_is_cancelled_and_retried(place: Directory) -
                 await asyncio.sleep(60)  # longer than the call timeout; it is cancelled
             return Delivered(len(batch))
 
-    seal_batch(place, 1, b"1")
-    worker = make_worker(place, Hanging(), config=QUICK._replace(call_timeout_s=0.05))
+    seal_batch(outbox_dir, 1, b"1")
+    worker = make_worker(outbox_dir, Hanging(), config=QUICK._replace(call_timeout_s=0.05))
     drain_worker(worker)
     assert worker.last_error == "no answer within 0.05 s"
-    assert (remaining_files(place), REJECTION.code) == ([], "no")
+    assert (remaining_files(outbox_dir), REJECTION.code) == ([], "no")

@@ -59,10 +59,10 @@ class Watching(OsFilesystem):
 
 
 def ledgered(
-    place: Directory, sink: RecordingSink, kept: SettlementLimits = DEFAULT_LIMITS
+    outbox_dir: Directory, sink: RecordingSink, kept: SettlementLimits = DEFAULT_LIMITS
 ) -> tuple[Worker, Watching, Directory]:
     watching, clock = Watching(), ManualClock()  # no time passes: only the size of the group has it settled
-    directory = Directory(place.path, watching, clock)
+    directory = Directory(outbox_dir.path, watching, clock)
     sink.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
     ledger = LedgerWriter(directory, clock)
     return (
@@ -74,13 +74,13 @@ def ledgered(
 
 @pytest.mark.parametrize("kept", [DEFAULT_LIMITS, DEFAULT_LIMITS._replace(keep_delivered_s=60.0)], ids=["goes", "is kept"])
 def test_a_file_is_deleted_once_the_ledger_has_its_entry_and_one_sync_serves_many(
-    place: Directory, kept: SettlementLimits
+    outbox_dir: Directory, kept: SettlementLimits
 ) -> None:
     """Also with dead letters and damaged bytes."""
     count = 3 * GROUP_FILES_MAX
     for stamp in range(1, count + 1):
-        seal_batch(place, stamp, b"%d" % stamp, b'"poison"', raw=b"damaged\n" if stamp % 7 == 0 else b"")
-    worker, watching, directory = ledgered(place, PoisonedSink(), kept)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp, b'"poison"', raw=b"damaged\n" if stamp % 7 == 0 else b"")
+    worker, watching, directory = ledgered(outbox_dir, PoisonedSink(), kept)
     drain_worker(worker)
     assert len(watching.gone) == count
     assert all(watching.gone.values())
@@ -90,17 +90,17 @@ def test_a_file_is_deleted_once_the_ledger_has_its_entry_and_one_sync_serves_man
     assert (found.reconciliation.total.delivered, found.reconciliation.total.dead) == (count, count)
 
 
-def test_on_a_full_disk_files_are_deleted_before_the_ledger_and_the_entries_follow(place: Directory) -> None:
+def test_on_a_full_disk_files_are_deleted_before_the_ledger_and_the_entries_follow(outbox_dir: Directory) -> None:
     """Freeing space must not need space."""
     for stamp in range(1, 6):
-        seal_batch(place, stamp, b"%d" % stamp)
-    worker, watching, directory = ledgered(place, RecordingSink())
-    in_the_way = Path(place.path_of(layout.LEDGER))
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
+    worker, watching, directory = ledgered(outbox_dir, RecordingSink())
+    in_the_way = Path(outbox_dir.path_of(layout.LEDGER))
     in_the_way.mkdir()
     drain_worker(worker)
-    assert not any(layout.kind_of(name) is layout.Kind.SEALED for name in remaining_files(place))
+    assert not any(layout.kind_of(name) is layout.Kind.SEALED for name in remaining_files(outbox_dir))
     assert not any(watching.gone.values())
     in_the_way.rmdir()
-    seal_batch(place, 6, b"6")
+    seal_batch(outbox_dir, 6, b"6")
     drain_worker(worker)
     assert reconcile(directory).reconciliation.total.delivered == 6

@@ -23,15 +23,15 @@ PARTS = QUICK_CONFIG._replace(page_files=2)
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Directory:
+def outbox_dir(tmp_path: Path) -> Directory:
     directory = Directory(str(tmp_path / "outbox"), OsFilesystem(), SystemClock())
     directory.ensure_usable()
     return directory
 
 
-def fill(place: Directory, files: int) -> list[str]:
+def fill(outbox_dir: Directory, files: int) -> list[str]:
     """Seal so many files of one event each; their batch ids."""
-    return [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, files + 1)]
+    return [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in range(1, files + 1)]
 
 
 def pages_of(backlog: BatchLister) -> list[list[str]]:
@@ -44,10 +44,10 @@ def pages_of(backlog: BatchLister) -> list[list[str]]:
 
 @pytest.mark.parametrize("files", range(7))
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100])
-def test_each_page_begins_where_the_last_one_ended(place: Directory, files: int, at_once: int) -> None:
+def test_each_page_begins_where_the_last_one_ended(outbox_dir: Directory, files: int, at_once: int) -> None:
     """Each name is listed once, in order, and a sync comes before each page."""
-    batches, syncs = fill(place, files), []
-    backlog = BatchLister(place, lambda: syncs.append(1), at_once)
+    batches, syncs = fill(outbox_dir, files), []
+    backlog = BatchLister(outbox_dir, lambda: syncs.append(1), at_once)
     parts = pages_of(backlog)
     assert [batch for part in parts for batch in part] == batches
     assert all(len(part) <= at_once for part in parts)
@@ -56,22 +56,22 @@ def test_each_page_begins_where_the_last_one_ended(place: Directory, files: int,
     assert not backlog.has_more
 
 
-def test_batches_sealed_after_the_scan_began_are_for_the_next_scan(place: Directory) -> None:
+def test_batches_sealed_after_the_scan_began_are_for_the_next_scan(outbox_dir: Directory) -> None:
     """A scan ends, however fast batches are sealed."""
-    batches = fill(place, 3)
-    backlog = BatchLister(place, lambda: None, 2)
+    batches = fill(outbox_dir, 3)
+    backlog = BatchLister(outbox_dir, lambda: None, 2)
     first = backlog.list_first_page(everything=False)
-    later = seal_batch(place, 4, b"4")
+    later = seal_batch(outbox_dir, 4, b"4")
     assert list(map(layout.batch_id, [*first, *backlog.list_next_page()])) == batches
     assert not backlog.has_more
     assert pages_of(backlog) == [batches[:2], [batches[2], later]]
 
 
-def test_a_page_says_nothing_about_names_outside_it(place: Directory) -> None:
+def test_a_page_says_nothing_about_names_outside_it(outbox_dir: Directory) -> None:
     """Nothing is forgotten about those files."""
-    fill(place, 5)
-    names = place.batch_names()
-    backlog = BatchLister(place, lambda: None, 2)
+    fill(outbox_dir, 5)
+    names = outbox_dir.batch_names()
+    backlog = BatchLister(outbox_dir, lambda: None, 2)
     assert [name for name in names if not backlog.is_outside_page(name)] == names
     backlog.list_first_page(everything=False)
     silent = [[name for name in names if backlog.is_outside_page(name)]]
@@ -82,71 +82,71 @@ def test_a_page_says_nothing_about_names_outside_it(place: Directory) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_of_a_plain_file_and_its_compressed_copy_the_plain_one_is_listed(place: Directory, at_once: int) -> None:
+def test_of_a_plain_file_and_its_compressed_copy_the_plain_one_is_listed(outbox_dir: Directory, at_once: int) -> None:
     """Also if they would be on two pages."""
-    batches = fill(place, 3)
+    batches = fill(outbox_dir, 3)
     for batch in batches:
-        Path(place.path_of(batch + layout.COMPRESSED_SUFFIX)).touch()
-    backlog = BatchLister(place, lambda: None, at_once)
+        Path(outbox_dir.path_of(batch + layout.COMPRESSED_SUFFIX)).touch()
+    backlog = BatchLister(outbox_dir, lambda: None, at_once)
     names = backlog.list_first_page(everything=False)
     while backlog.has_more:
         names += backlog.list_next_page()
     assert names == [batch + layout.SUFFIX for batch in batches]
 
 
-def test_a_link_in_a_queue_does_not_count_before_the_fan_out_is_complete(place: Directory) -> None:
+def test_a_link_in_a_queue_does_not_count_before_the_fan_out_is_complete(outbox_dir: Directory) -> None:
     """Until the name in the outbox directory is deleted."""
-    batches = fill(place, 4)
-    queue = place.queue("a")
+    batches = fill(outbox_dir, 4)
+    queue = outbox_dir.queue("a")
     queue.ensure_usable()
     for batch in batches:
-        os.link(place.path_of(batch + layout.SUFFIX), queue.path_of(batch + layout.SUFFIX))
+        os.link(outbox_dir.path_of(batch + layout.SUFFIX), queue.path_of(batch + layout.SUFFIX))
     backlog = BatchLister(queue, lambda: None, 2)
     assert pages_of(backlog) == [[]]
     for batch in batches[:3]:
-        place.remove(batch + layout.SUFFIX)
+        outbox_dir.remove(batch + layout.SUFFIX)
     assert [batch for part in pages_of(backlog) for batch in part] == batches[:3]
-    place.remove(batches[3] + layout.SUFFIX)
+    outbox_dir.remove(batches[3] + layout.SUFFIX)
     assert pages_of(backlog) == [batches[:2], batches[2:]]
 
 
 @pytest.mark.parametrize("combines", [False, True])
 @pytest.mark.parametrize("in_flight", [1, 3])
-def test_a_backlog_in_pages_is_delivered_in_order(place: Directory, in_flight: int, combines: bool) -> None:
+def test_a_backlog_in_pages_is_delivered_in_order(outbox_dir: Directory, in_flight: int, combines: bool) -> None:
     """All of it, and nothing twice."""
-    fill(place, 9)
+    fill(outbox_dir, 9)
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(combines_files=combines, concurrent=True)
-    drain_worker(make_worker(place, sink, config=PARTS._replace(max_in_flight=in_flight)))
+    drain_worker(make_worker(outbox_dir, sink, config=PARTS._replace(max_in_flight=in_flight)))
     assert sink.payloads == [b"%d" % stamp for stamp in range(1, 10)]
-    assert remaining_files(place) == []
+    assert remaining_files(outbox_dir) == []
 
 
-def test_files_that_cannot_be_sent_do_not_hold_up_later_pages(place: Directory) -> None:
+def test_files_that_cannot_be_sent_do_not_hold_up_later_pages(outbox_dir: Directory) -> None:
     """A whole page that is unreadable, or locked by another process."""
-    batches = fill(place, 7)
+    batches = fill(outbox_dir, 7)
     for batch in batches[:2]:
         os.link(
-            place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second"
+            outbox_dir.path_of(batch + layout.SUFFIX), f"{outbox_dir.path}/{batch}.second"
         )  # not a file of the outbox: it has a second link
     sink = RecordingSink()
-    worker = make_worker(place, sink, config=PARTS)
+    worker = make_worker(outbox_dir, sink, config=PARTS)
     drain_worker(worker)
     assert sink.calls == batches[2:]
     assert worker.state.name == "degraded"
     for batch in batches[:2]:
-        os.unlink(f"{place.path}/{batch}.second")
-    drain_worker(make_worker(place, sink, config=PARTS))
+        os.unlink(f"{outbox_dir.path}/{batch}.second")
+    drain_worker(make_worker(outbox_dir, sink, config=PARTS))
     assert sink.calls == [*batches[2:], *batches[:2]]
 
 
-def test_a_rejected_batch_on_any_page_is_decided_after_another_is_accepted(place: Directory) -> None:
+def test_a_rejected_batch_on_any_page_is_decided_after_another_is_accepted(outbox_dir: Directory) -> None:
     """It is deferred, and the whole directory is listed then."""
-    batches = fill(place, 3)
-    seal_batch(place, 4, b'"poison"')
-    batches += [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(5, 9)]
+    batches = fill(outbox_dir, 3)
+    seal_batch(outbox_dir, 4, b'"poison"')
+    batches += [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in range(5, 9)]
     sink = PoisonedSink()
-    worker = make_worker(place, sink, config=PARTS)
+    worker = make_worker(outbox_dir, sink, config=PARTS)
     drain_worker(worker)
     assert worker.counters.dead == 1
     assert sorted(set(sink.payloads)) == sorted(b"%d" % stamp for stamp in (1, 2, 3, 5, 6, 7, 8))
@@ -166,24 +166,24 @@ class _Failing(OsFilesystem):
         return super().first_names(path, patterns, after, until, limit)
 
 
-def test_after_a_page_that_cannot_be_listed_a_new_scan_begins(place: Directory) -> None:
+def test_after_a_page_that_cannot_be_listed_a_new_scan_begins(outbox_dir: Directory) -> None:
     """No batch counts as delivered meanwhile."""
-    batches = fill(place, 5)
+    batches = fill(outbox_dir, 5)
     filesystem = _Failing()
     sink = RecordingSink()
-    drain_worker(make_worker(Directory(place.path, filesystem, SystemClock()), sink, config=PARTS))
+    drain_worker(make_worker(Directory(outbox_dir.path, filesystem, SystemClock()), sink, config=PARTS))
     assert filesystem.failed == 1
     assert sink.calls == batches
 
 
-def test_a_worker_is_not_idle_while_the_next_page_cannot_be_listed(place: Directory) -> None:
+def test_a_worker_is_not_idle_while_the_next_page_cannot_be_listed(outbox_dir: Directory) -> None:
     """Also if no batch of the first page could be sent."""
-    batches = fill(place, 3)
+    batches = fill(outbox_dir, 3)
     for batch in batches[:2]:
-        os.link(place.path_of(batch + layout.SUFFIX), f"{place.path}/{batch}.second")
+        os.link(outbox_dir.path_of(batch + layout.SUFFIX), f"{outbox_dir.path}/{batch}.second")
     filesystem = _Failing()
     sink = RecordingSink()
-    worker = make_worker(Directory(place.path, filesystem, SystemClock()), sink, config=PARTS)
+    worker = make_worker(Directory(outbox_dir.path, filesystem, SystemClock()), sink, config=PARTS)
     drain_worker(worker)
     wait_until(lambda: filesystem.failed == 1)
     assert sink.calls == [batches[2]]

@@ -57,21 +57,23 @@ class Recovering:
         return CannedResponse()
 
 
-def fill(place: Directory, files: int, events: int = 10) -> None:
+def fill(outbox_dir: Directory, files: int, events: int = 10) -> None:
     for stamp in range(1, files + 1):
-        seal_batch(place, stamp, *[encode(event(stamp * 1000 + number)) for number in range(events)])
+        seal_batch(outbox_dir, stamp, *[encode(event(stamp * 1000 + number)) for number in range(events)])
 
 
 @pytest.mark.parametrize("in_flight", [1, 4])
-def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(place: Directory, in_flight: int) -> None:
+def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(outbox_dir: Directory, in_flight: int) -> None:
     """The state says so meanwhile, and it is logged once, not for each step."""
-    fill(place, 120)
+    fill(outbox_dir, 120)
     server = Recovering(5, 10)
     with Server(server) as running:
-        worker = make_worker(place, make_sink(running.url(), TrackingEvent), config=RULES._replace(max_in_flight=in_flight))
+        worker = make_worker(
+            outbox_dir, make_sink(running.url(), TrackingEvent), config=RULES._replace(max_in_flight=in_flight)
+        )
         server.worker = worker
         drain_worker(worker)
-    assert remaining_files(place) == []
+    assert remaining_files(outbox_dir) == []
     rates = [one.rate for one in server.seen if one.rate is not None]
     assert len(rates) >= 10
     assert rates[0] < max(rates) / 4
@@ -83,9 +85,9 @@ def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(pla
 
 
 @pytest.mark.parametrize("in_flight", [1, 4])
-def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ceiling_holds_at_all_times(outbox_dir: Directory, in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with several requests in flight, before an outage and after it."""
-    fill(place, 30)
+    fill(outbox_dir, 30)
     server = Recovering(0, 3)
     rules = RULES._replace(max_in_flight=in_flight, pacing=BOUNDS._replace(max_rate=400.0))
     sent: list[tuple[float, int]] = []
@@ -97,7 +99,7 @@ def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int, monkey
 
     monkeypatch.setattr(Pacer, "note_sent", note)
     with Server(server) as running:
-        worker = make_worker(place, make_sink(running.url(), TrackingEvent), config=rules)
+        worker = make_worker(outbox_dir, make_sink(running.url(), TrackingEvent), config=rules)
         assert worker.counters.rate == 400
         server.worker = worker
         drain_worker(worker)
@@ -111,16 +113,16 @@ def test_the_ceiling_holds_at_all_times(place: Directory, in_flight: int, monkey
 class Meanwhile(RecordingSink):
     """Has other writers seal files while its first batch is in flight."""
 
-    def __init__(self, place: Directory, stamps: range) -> None:
+    def __init__(self, outbox_dir: Directory, stamps: range) -> None:
         super().__init__()
-        self.place = place
+        self.outbox_dir = outbox_dir
         self.stamps = stamps
         self.worker: Worker | None = None
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         assert self.worker is not None
         for stamp in self.stamps if not self.batches else ():
-            seal_batch(self.place, stamp, b"%d" % stamp)
+            seal_batch(self.outbox_dir, stamp, b"%d" % stamp)
         self.worker.notify()
         # wait: long enough for the next file to be prefetched
         await asyncio.sleep(0.005)  # long enough to prefetch the next batch
@@ -137,24 +139,24 @@ class Meanwhile(RecordingSink):
     ],
 )
 def test_batches_sealed_during_a_drain_have_their_share(
-    place: Directory, clock: ManualClock, share: float, expected: list[int]
+    outbox_dir: Directory, clock: ManualClock, share: float, expected: list[int]
 ) -> None:
     """The default is no share: strictly in order. The prefetched batch goes first in any case. Listing takes no time here."""
     for stamp in range(1, 13):
-        seal_batch(place, stamp, b"%d" % stamp)
-    sink = Meanwhile(place, range(21, 25))
-    sink.worker = worker = make_worker(place, sink, config=QUICK_CONFIG._replace(live_share=share), clock=clock)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
+    sink = Meanwhile(outbox_dir, range(21, 25))
+    sink.worker = worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(live_share=share), clock=clock)
     drain_worker(worker)
-    assert (list(map(int, sink.payloads)), remaining_files(place)) == (expected, [])
+    assert (list(map(int, sink.payloads)), remaining_files(outbox_dir)) == (expected, [])
 
 
 def test_a_long_drain_spends_a_tenth_of_its_time_on_listing(
-    place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    outbox_dir: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However often it is notified."""
     for stamp in range(1, 201):
-        seal_batch(place, stamp, b"%d" % stamp)
-    really, looks, shares = place.batch_names, [0], []
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
+    really, looks, shares = outbox_dir.batch_names, [0], []
 
     def sealed() -> list[str]:
         looks[0] += 1
@@ -167,9 +169,9 @@ def test_a_long_drain_spends_a_tenth_of_its_time_on_listing(
             shares.append(looks[0] * LISTING_S / clock.monotonic())
             return await super().deliver(batch)
 
-    sink = Timed(place, range(0))
-    sink.worker = worker = make_worker(place, sink, config=QUICK_CONFIG._replace(live_share=0.5), clock=clock)
-    monkeypatch.setattr(place, "batch_names", sealed)
+    sink = Timed(outbox_dir, range(0))
+    sink.worker = worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(live_share=0.5), clock=clock)
+    monkeypatch.setattr(outbox_dir, "batch_names", sealed)
     drain_worker(worker)
     assert len(shares) == 200
     assert looks[0] > 10

@@ -44,59 +44,59 @@ class Picky(RecordingSink):
     ],
 )
 def test_a_file_that_needs_more_space_than_the_limit_is_held_and_the_others_go_on(
-    place: Directory, what: str, kept: SettlementLimits, lines: list[bytes], raw: bytes
+    outbox_dir: Directory, what: str, kept: SettlementLimits, lines: list[bytes], raw: bytes
 ) -> None:
     """The state says which limit and what to do; once space is freed, the file is settled."""
-    seal_batch(place, 1, *lines, raw=raw)
-    second = seal_batch(place, 2, *lines, raw=raw)
-    seal_batch(place, 3, b'"next"')
+    seal_batch(outbox_dir, 1, *lines, raw=raw)
+    second = seal_batch(outbox_dir, 2, *lines, raw=raw)
+    seal_batch(outbox_dir, 3, b'"next"')
     sink = Picky()
-    worker = make_worker(place, sink, limits=kept)
+    worker = make_worker(outbox_dir, sink, limits=kept)
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: b'"next"' in sink.payloads and worker.state.name == "degraded")
     calls = len(sink.calls)
-    assert second + layout.SUFFIX in remaining_files(place)
+    assert second + layout.SUFFIX in remaining_files(outbox_dir)
     assert f"max_{what}_bytes = " in worker.state.reason
     assert f"pillarbox {what} list" in worker.state.reason
     looked = worker.counters.failed_flushes
-    for name in remaining_files(place):
+    for name in remaining_files(outbox_dir):
         if layout.kind_of(name) in {layout.Kind.DEAD, layout.Kind.CORRUPT, layout.Kind.RANGES}:
-            place.remove(name)
+            outbox_dir.remove(name)
     assert worker.idle.wait(60)
     assert thread.stop(30)
     assert (len(sink.calls), looked) == (calls + 1, 1)
     expected = [layout.dead_name(second)] if what == "dead" else [layout.corrupt_name(second), layout.ranges_name(second)]
-    assert remaining_files(place) == expected
+    assert remaining_files(outbox_dir) == expected
     assert worker.state.name == "idle"
 
 
 def test_with_discard_what_exceeds_the_limit_is_discarded_and_counted(
-    place: Directory, caplog: pytest.LogCaptureFixture
+    outbox_dir: Directory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An error is logged, once."""
-    first = seal_batch(place, 1, b'"poison"', b'"good"')
+    first = seal_batch(outbox_dir, 1, b'"poison"', b'"good"')
     for stamp in range(2, 6):
-        seal_batch(place, stamp, b'"poison"', b'"good"')
-    worker = make_worker(place, Picky(), limits=SettlementLimits(max_dead_bytes=250, discard_when_full=True))
+        seal_batch(outbox_dir, stamp, b'"poison"', b'"good"')
+    worker = make_worker(outbox_dir, Picky(), limits=SettlementLimits(max_dead_bytes=250, discard_when_full=True))
     with caplog.at_level(logging.ERROR, "pillarbox"):
         drain_worker(worker)
-    assert remaining_files(place) == [layout.dead_name(first)]
+    assert remaining_files(outbox_dir) == [layout.dead_name(first)]
     counters = worker.counters
     assert (counters.dead, counters.discarded, counters.delivered) == (5, 4, 5)
     assert len([entry for entry in caplog.records if "discarding what there is no space for" in entry.message]) == 1
 
 
-def test_a_batch_that_is_sent_again_does_not_count_its_earlier_dead_letters(place: Directory) -> None:
+def test_a_batch_that_is_sent_again_does_not_count_its_earlier_dead_letters(outbox_dir: Directory) -> None:
     """Killed between dead letters and deletion: the same bytes are overwritten."""
-    seal_batch(place, 1, b'"poison"', b'"good"')
-    name = remaining_files(place)[0]
-    data = Path(place.path_of(name)).read_bytes()
+    seal_batch(outbox_dir, 1, b'"poison"', b'"good"')
+    name = remaining_files(outbox_dir)[0]
+    data = Path(outbox_dir.path_of(name)).read_bytes()
     kept = SettlementLimits(max_dead_bytes=250)
-    drain_worker(make_worker(place, Picky(), limits=kept))
-    Path(place.path_of(name)).write_bytes(data)
-    drain_worker(make_worker(place, Picky(), limits=kept))
-    assert [layout.kind_of(found) for found in remaining_files(place)] == [layout.Kind.DEAD]
+    drain_worker(make_worker(outbox_dir, Picky(), limits=kept))
+    Path(outbox_dir.path_of(name)).write_bytes(data)
+    drain_worker(make_worker(outbox_dir, Picky(), limits=kept))
+    assert [layout.kind_of(found) for found in remaining_files(outbox_dir)] == [layout.Kind.DEAD]
 
 
 class Down(RecordingSink):
@@ -112,26 +112,26 @@ class Down(RecordingSink):
         return Retry("down") if self.left >= 0 else await super().deliver(batch)
 
 
-def test_without_an_age_limit_no_batch_expires(place: Directory) -> None:
+def test_without_an_age_limit_no_batch_expires(outbox_dir: Directory) -> None:
     """Ten years."""
     clock = MovingClock()
-    seal_batch(place, clock.micros(), b"1")
+    seal_batch(outbox_dir, clock.micros(), b"1")
     sink = Down(clock, 86_400.0 * 365, 10)
-    worker = make_worker(Directory(place.path, place.filesystem, clock), sink, clock=clock)
+    worker = make_worker(Directory(outbox_dir.path, outbox_dir.filesystem, clock), sink, clock=clock)
     drain_worker(worker)
     assert (sink.payloads, worker.counters.dead) == ([b"1"], 0)
 
 
-def test_records_become_dead_letters_past_the_age_limit(place: Directory) -> None:
+def test_records_become_dead_letters_past_the_age_limit(outbox_dir: Directory) -> None:
     """With that as the reason; younger batches are still retried."""
     clock = MovingClock()
-    old = seal_batch(place, clock.micros(), b"1", b"2")
-    young = Directory(place.path, place.filesystem, clock)
+    old = seal_batch(outbox_dir, clock.micros(), b"1", b"2")
+    young = Directory(outbox_dir.path, outbox_dir.filesystem, clock)
     sink = Down(clock, 3600.0, 3)
     worker = make_worker(young, sink, config=QUICK_CONFIG._replace(max_age_s=7000.0), clock=clock)
-    seal_batch(place, clock.micros() + int(7200e6), b"3")
+    seal_batch(outbox_dir, clock.micros() + int(7200e6), b"3")
     drain_worker(worker)
-    letters = [json.loads(line) for line in Path(place.path_of(layout.dead_name(old))).read_bytes().splitlines()]
+    letters = [json.loads(line) for line in Path(outbox_dir.path_of(layout.dead_name(old))).read_bytes().splitlines()]
     assert [(letter["event"], letter["code"], letter["attempts"]) for letter in letters] == [
         (1, "too_old", 2),
         (2, "too_old", 2),
@@ -141,10 +141,10 @@ def test_records_become_dead_letters_past_the_age_limit(place: Directory) -> Non
 
 
 @pytest.mark.parametrize("jump", [1e9, -1e9])
-def test_a_clock_that_jumps_makes_no_batch_old(place: Directory, jump: float) -> None:
+def test_a_clock_that_jumps_makes_no_batch_old(outbox_dir: Directory, jump: float) -> None:
     """While the worker runs, in either direction."""
     clock = MovingClock()
-    seal_batch(place, clock.micros(), b"1")
+    seal_batch(outbox_dir, clock.micros(), b"1")
 
     class Jumping(Down):
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -153,7 +153,10 @@ def test_a_clock_that_jumps_makes_no_batch_old(place: Directory, jump: float) ->
 
     sink = Jumping(clock, EXPIRY_MIN_FAILING_S, 3)
     worker = make_worker(
-        Directory(place.path, place.filesystem, clock), sink, config=QUICK_CONFIG._replace(max_age_s=86_400.0), clock=clock
+        Directory(outbox_dir.path, outbox_dir.filesystem, clock),
+        sink,
+        config=QUICK_CONFIG._replace(max_age_s=86_400.0),
+        clock=clock,
     )
     drain_worker(worker)
     assert (sink.payloads, worker.counters.dead) == ([b"1"], 0)

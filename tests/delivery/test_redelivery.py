@@ -35,16 +35,16 @@ BOX = ("-d", "box")
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Directory:
+def outbox_dir(tmp_path: Path) -> Directory:
     """An empty outbox directory, with the machine's clock."""
     directory = Directory(str(tmp_path / "outbox"), OsFilesystem(), SystemClock())
     directory.ensure_usable()
     return directory
 
 
-def batch_ids(place: Directory, kind: layout.Kind = layout.Kind.DELIVERED) -> list[str]:
+def batch_ids(outbox_dir: Directory, kind: layout.Kind = layout.Kind.DELIVERED) -> list[str]:
     """The ids of the batches whose files are of a kind."""
-    return [layout.batch_id(name) for name in sorted(os.listdir(place.path)) if layout.kind_of(name) is kind]
+    return [layout.batch_id(name) for name in sorted(os.listdir(outbox_dir.path)) if layout.kind_of(name) is kind]
 
 
 def deliver(folder: Path, *more: object) -> None:
@@ -77,74 +77,75 @@ def three_delivered(folder: Path) -> None:
 # Retention.
 
 
-def test_a_delivered_batch_is_retained_by_a_rename_and_no_longer_pending(place: Directory) -> None:
+def test_a_delivered_batch_is_retained_by_a_rename_and_no_longer_pending(outbox_dir: Directory) -> None:
     """Byte for byte, under a name that says when it was delivered."""
-    kept = [seal_batch(place, stamp, b'"%d"' % stamp) for stamp in range(1, 4)]
-    before = {name: Path(place.path_of(name)).read_bytes() for name in place.batch_names()}
+    kept = [seal_batch(outbox_dir, stamp, b'"%d"' % stamp) for stamp in range(1, 4)]
+    before = {name: Path(outbox_dir.path_of(name)).read_bytes() for name in outbox_dir.batch_names()}
     gone: list[int] = []
-    drain_worker(make_worker(place, RecordingSink(), gone, limits=KEEPING))
-    assert place.batch_names() == []
-    assert batch_ids(place) == kept
+    drain_worker(make_worker(outbox_dir, RecordingSink(), gone, limits=KEEPING))
+    assert outbox_dir.batch_names() == []
+    assert batch_ids(outbox_dir) == kept
     assert {
-        layout.batch_id(file.name) + ".ndjson": Path(place.path_of(file.name)).read_bytes() for file in place.delivered_files()
+        layout.batch_id(file.name) + ".ndjson": Path(outbox_dir.path_of(file.name)).read_bytes()
+        for file in outbox_dir.delivered_files()
     } == before
     assert sum(gone) == sum(map(len, before.values()))
-    assert place.disk_usage().pending_bytes == 0
+    assert outbox_dir.disk_usage().pending_bytes == 0
 
 
-def test_without_keep_delivered_nothing_is_retained_and_earlier_files_stay(place: Directory) -> None:
+def test_without_keep_delivered_nothing_is_retained_and_earlier_files_stay(outbox_dir: Directory) -> None:
     """A process that delivers once without the setting must not undo what the setting is for."""
-    first = seal_batch(place, 1, b"1")
-    drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
-    seal_batch(place, 2, b"2")
-    drain_worker(make_worker(place, RecordingSink()))
-    assert batch_ids(place) == [first]
+    first = seal_batch(outbox_dir, 1, b"1")
+    drain_worker(make_worker(outbox_dir, RecordingSink(), limits=KEEPING))
+    seal_batch(outbox_dir, 2, b"2")
+    drain_worker(make_worker(outbox_dir, RecordingSink()))
+    assert batch_ids(outbox_dir) == [first]
 
 
-def test_retained_files_are_deleted_when_they_are_too_old(place: Directory) -> None:
+def test_retained_files_are_deleted_when_they_are_too_old(outbox_dir: Directory) -> None:
     """By the time of their delivery, also those that an earlier process has retained; a file whose name has no time stays."""
     clock = MovingClock()
-    place = Directory(place.path, place.filesystem, clock)
+    outbox_dir = Directory(outbox_dir.path, outbox_dir.filesystem, clock)
     for stamp in (1, 2):
-        seal_batch(place, stamp, b"1")
-        drain_worker(make_worker(place, RecordingSink(), limits=KEEPING, clock=clock))
+        seal_batch(outbox_dir, stamp, b"1")
+        drain_worker(make_worker(outbox_dir, RecordingSink(), limits=KEEPING, clock=clock))
         clock.advance(2000)
-    Path(place.path_of("delivered-by-hand.ndjson")).write_bytes(b"")
-    drain_worker(make_worker(place, RecordingSink(), limits=KEEPING, clock=clock))
-    assert batch_ids(place) == ["sealed-0000000000000002-u", "sealed-by-hand"]
+    Path(outbox_dir.path_of("delivered-by-hand.ndjson")).write_bytes(b"")
+    drain_worker(make_worker(outbox_dir, RecordingSink(), limits=KEEPING, clock=clock))
+    assert batch_ids(outbox_dir) == ["sealed-0000000000000002-u", "sealed-by-hand"]
 
 
-def test_beyond_the_byte_limit_the_first_delivered_files_are_deleted(place: Directory) -> None:
+def test_beyond_the_byte_limit_the_first_delivered_files_are_deleted(outbox_dir: Directory) -> None:
     """Whatever their own age is."""
     for stamp in (9, 3, 5):
-        seal_batch(place, stamp, b'"%s"' % (b"x" * 100))
-        drain_worker(make_worker(place, RecordingSink(), limits=KEEPING._replace(max_delivered_bytes=300)))
-    assert batch_ids(place) == ["sealed-0000000000000003-u", "sealed-0000000000000005-u"]
+        seal_batch(outbox_dir, stamp, b'"%s"' % (b"x" * 100))
+        drain_worker(make_worker(outbox_dir, RecordingSink(), limits=KEEPING._replace(max_delivered_bytes=300)))
+    assert batch_ids(outbox_dir) == ["sealed-0000000000000003-u", "sealed-0000000000000005-u"]
 
 
-def test_retained_files_are_bounded_in_number(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retained_files_are_bounded_in_number(outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every listing of the directory passes each of them."""
     monkeypatch.setattr(retention, "FILES_MAX", 2)
     for stamp in range(1, 6):
-        seal_batch(place, stamp, b"1")
-    drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
-    assert batch_ids(place) == ["sealed-0000000000000004-u", "sealed-0000000000000005-u"]
+        seal_batch(outbox_dir, stamp, b"1")
+    drain_worker(make_worker(outbox_dir, RecordingSink(), limits=KEEPING))
+    assert batch_ids(outbox_dir) == ["sealed-0000000000000004-u", "sealed-0000000000000005-u"]
 
 
-def test_a_file_with_dead_letters_and_damaged_lines_is_retained_unchanged(place: Directory) -> None:
+def test_a_file_with_dead_letters_and_damaged_lines_is_retained_unchanged(outbox_dir: Directory) -> None:
     """If it is redelivered, the good records arrive, and the others are kept again."""
-    batch = seal_batch(place, 1, b'"good"', b'"poison"', raw=b"damaged\n")
+    batch = seal_batch(outbox_dir, 1, b'"good"', b'"poison"', raw=b"damaged\n")
     sink = Picky()
-    drain_worker(make_worker(place, sink, limits=KEEPING))
-    (kept,) = place.delivered_files()
-    assert batch_ids(place) == [batch]
-    anew = place.reseal(kept.name)
+    drain_worker(make_worker(outbox_dir, sink, limits=KEEPING))
+    (kept,) = outbox_dir.delivered_files()
+    assert batch_ids(outbox_dir) == [batch]
+    anew = outbox_dir.reseal(kept.name)
     assert anew is not None
-    drain_worker(make_worker(place, sink, limits=KEEPING))
+    drain_worker(make_worker(outbox_dir, sink, limits=KEEPING))
     assert sink.payloads == [b'"good"', b'"poison"'] * 2
     both = sorted([batch, layout.batch_id(anew)])
-    assert batch_ids(place, layout.Kind.DEAD) == [f"dead-{one}" for one in both]
-    assert batch_ids(place, layout.Kind.CORRUPT) == [f"corrupt-{one}" for one in both]
+    assert batch_ids(outbox_dir, layout.Kind.DEAD) == [f"dead-{one}" for one in both]
+    assert batch_ids(outbox_dir, layout.Kind.CORRUPT) == [f"corrupt-{one}" for one in both]
 
 
 class NoRoomForNames(OsFilesystem):
@@ -157,15 +158,15 @@ class NoRoomForNames(OsFilesystem):
 
 
 def test_a_file_that_cannot_be_retained_is_deleted(
-    place: Directory, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    outbox_dir: Directory, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is delivered, and takes the space that is missing."""
-    place = Directory(place.path, NoRoomForNames(), clock)
+    outbox_dir = Directory(outbox_dir.path, NoRoomForNames(), clock)
     for stamp in (1, 2):
-        seal_batch(place, stamp, b"1")
+        seal_batch(outbox_dir, stamp, b"1")
     with caplog.at_level(logging.WARNING, "pillarbox"):
-        drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
-    assert (place.batch_names(), place.delivered_files()) == ([], [])
+        drain_worker(make_worker(outbox_dir, RecordingSink(), limits=KEEPING))
+    assert (outbox_dir.batch_names(), outbox_dir.delivered_files()) == ([], [])
     assert len([one for one in caplog.records if "could not be retained" in one.message]) == 1
 
 
@@ -182,63 +183,63 @@ class Volume(OsFilesystem):
         return DiskSpace(max(0, 1_000_000 - self.others - used), 1_000_000)
 
 
-def full_place(place: Directory, clock: ManualClock) -> tuple[Directory, Volume]:
+def full_place(outbox_dir: Directory, clock: ManualClock) -> tuple[Directory, Volume]:
     """Ten retained files of 50,000 bytes, and three that wait."""
     volume = Volume()
-    place = Directory(place.path, volume, clock)
+    outbox_dir = Directory(outbox_dir.path, volume, clock)
     for stamp in range(10):
-        Path(place.path_of(layout.delivered_name(layout.sealed_name(stamp, "d"), 100 - stamp))).write_bytes(
+        Path(outbox_dir.path_of(layout.delivered_name(layout.sealed_name(stamp, "d"), 100 - stamp))).write_bytes(
             b"1234567890" * 5000
         )
     for stamp in range(3):
-        Path(place.path_of(layout.sealed_name(stamp, "w"))).write_bytes(b"123456789\n" * 5000)
-    return place, volume
+        Path(outbox_dir.path_of(layout.sealed_name(stamp, "w"))).write_bytes(b"123456789\n" * 5000)
+    return outbox_dir, volume
 
 
-def quota_of(place: Directory, clock: ManualClock, *, evicts: bool) -> tuple[QuotaEnforcer, Writer]:
+def quota_of(outbox_dir: Directory, clock: ManualClock, *, evicts: bool) -> tuple[QuotaEnforcer, Writer]:
     """The quota of a process that has not begun to write."""
-    writer = Writer(place, WriterLimits(500, 10**6, 10**9), lambda: None)
-    account = place.disk_usage()
+    writer = Writer(outbox_dir, WriterLimits(500, 10**6, 10**9), lambda: None)
+    account = outbox_dir.disk_usage()
     writer.start(account.pending_bytes, account.pending_files)
-    capacity = QuotaEnforcer(place, writer, clock, None, evicts=evicts)
+    capacity = QuotaEnforcer(outbox_dir, writer, clock, None, evicts=evicts)
     return capacity, writer
 
 
 @pytest.mark.parametrize("evicts", [False, True])
 def test_retained_files_are_deleted_before_events_are_dropped_or_evicted(
-    place: Directory, clock: ManualClock, *, evicts: bool
+    outbox_dir: Directory, clock: ManualClock, *, evicts: bool
 ) -> None:
     """As many as needed, the first delivered first."""
-    place, volume = full_place(place, clock)
-    capacity, writer = quota_of(place, clock, evicts=evicts)
+    outbox_dir, volume = full_place(outbox_dir, clock)
+    capacity, writer = quota_of(outbox_dir, clock, evicts=evicts)
     volume.others = 250_000
     capacity.enforce()
-    assert len(place.delivered_files()) == 10
+    assert len(outbox_dir.delivered_files()) == 10
     clock.advance(10)
     volume.others = 350_000  # nothing is free then
     capacity.enforce()
     # 5 % of the volume, and a quarter of that ahead of need: two files.
-    assert [layout.delivered_at(file.name) for file in place.delivered_files()] == list(range(93, 101))
-    assert (writer.dropped["disk_low"], capacity.evicted_events, len(place.batch_names())) == (0, 0, 3)
+    assert [layout.delivered_at(file.name) for file in outbox_dir.delivered_files()] == list(range(93, 101))
+    assert (writer.dropped["disk_low"], capacity.evicted_events, len(outbox_dir.batch_names())) == (0, 0, 3)
     clock.advance(10)
     volume.others = 1_000_000
     capacity.enforce()
-    assert (place.delivered_files(), len(place.batch_names())) == ([], 3)
+    assert (outbox_dir.delivered_files(), len(outbox_dir.batch_names())) == ([], 3)
 
 
-def test_after_drops_retained_files_are_deleted_before_waiting_ones(place: Directory, clock: ManualClock) -> None:
+def test_after_drops_retained_files_are_deleted_before_waiting_ones(outbox_dir: Directory, clock: ManualClock) -> None:
     """Although the volume reports space: there may be a quota. A waiting file is evicted when no retained one is left."""
-    place, _ = full_place(place, clock)
-    capacity, writer = quota_of(place, clock, evicts=True)
+    outbox_dir, _ = full_place(outbox_dir, clock)
+    capacity, writer = quota_of(outbox_dir, clock, evicts=True)
     for left in (9, 8):
         writer.dropped["disk_full"] += 1
         capacity.enforce()
-        assert (len(place.delivered_files()), len(place.batch_names())) == (left, 3)
-    for file in place.delivered_files():
-        place.remove(file.name)
+        assert (len(outbox_dir.delivered_files()), len(outbox_dir.batch_names())) == (left, 3)
+    for file in outbox_dir.delivered_files():
+        outbox_dir.remove(file.name)
     writer.dropped["disk_full"] += 1
     capacity.enforce()
-    assert len(place.batch_names()) == 2
+    assert len(outbox_dir.batch_names()) == 2
 
 
 def test_retained_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
@@ -349,12 +350,12 @@ def test_errors_say_what_to_type_instead(tmp_path: Path) -> None:
     deliver(tmp_path)
     none = run("redeliver", *BOX, "--until", "2h", "--yes", cwd=tmp_path)
     assert (none.returncode, none.stdout[:19]) == (0, b"nothing was changed")
-    place = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
-    turn = acquire_lock(place)
+    outbox_dir = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
+    turn = acquire_lock(outbox_dir)
     assert turn is not None
     busy = run("redeliver", *BOX, "--all", "--yes", cwd=tmp_path)
     assert (busy.returncode, b"another command is changing it" in busy.stderr) == (1, True)
-    place.filesystem.close(turn.fd)
+    outbox_dir.filesystem.close(turn.fd)
 
 
 def test_redelivery_leaves_room_for_new_events(tmp_path: Path) -> None:
@@ -396,14 +397,14 @@ def test_redelivery_works_while_a_worker_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_redelivery_loses_and_doubles_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """By Ctrl-C and by a kill, in the middle of 500 files: each is retained, or waits."""
-    place = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
-    place.ensure_usable()
+    outbox_dir = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
+    outbox_dir.ensure_usable()
     for stamp in range(500):
-        seal_batch(place, stamp + 1, b'{"n":%d}' % stamp)
-    ledger = LedgerWriter(place, SystemClock())
-    drain_worker(make_worker(place, RecordingSink(), limits=KEEPING))
+        seal_batch(outbox_dir, stamp + 1, b'{"n":%d}' % stamp)
+    ledger = LedgerWriter(outbox_dir, SystemClock())
+    drain_worker(make_worker(outbox_dir, RecordingSink(), limits=KEEPING))
     ledger.write(sync=True)
-    contents = sorted(Path(place.path_of(file.name)).read_bytes() for file in place.delivered_files())
+    contents = sorted(Path(outbox_dir.path_of(file.name)).read_bytes() for file in outbox_dir.delivered_files())
     assert len(contents) == 500
     process = subprocess.Popen(
         [*PILLARBOX, "redeliver", *BOX, "--all", "--yes"],
@@ -412,16 +413,16 @@ def test_an_interrupted_redelivery_loses_and_doubles_nothing(tmp_path: Path, num
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    wait_until(lambda: bool(place.batch_names()))
+    wait_until(lambda: bool(outbox_dir.batch_names()))
     process.send_signal(number)
     process.communicate(timeout=60)
-    files = [*place.delivered_files(), *((name, 0) for name in place.batch_names())]
-    assert sorted(Path(place.path_of(name)).read_bytes() for name, _ in files) == contents
+    files = [*outbox_dir.delivered_files(), *((name, 0) for name in outbox_dir.batch_names())]
+    assert sorted(Path(outbox_dir.path_of(name)).read_bytes() for name, _ in files) == contents
     if number == signal.SIGINT:
         assert process.returncode in (0, 130)
     verified(tmp_path)
     assert run("redeliver", *BOX, "--all", "--yes", cwd=tmp_path).returncode == 0
-    assert place.delivered_files() == []
+    assert outbox_dir.delivered_files() == []
     verified(tmp_path)
 
 

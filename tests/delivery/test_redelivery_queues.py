@@ -41,7 +41,7 @@ SINKS = ("live", "warehouse")
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Directory:
+def outbox_dir(tmp_path: Path) -> Directory:
     """A directory with two queues, which begin empty."""
     directory = open_directory(tmp_path / "box")
     directory.ensure_usable()
@@ -50,14 +50,14 @@ def place(tmp_path: Path) -> Directory:
     return directory
 
 
-def fan_out_all(place: Directory) -> None:
+def fan_out_all(outbox_dir: Directory) -> None:
     """Fan out what is sealed."""
-    FanOut(place, SINKS, SystemClock(), LedgerWriter(place, SystemClock())).distribute_all()
+    FanOut(outbox_dir, SINKS, SystemClock(), LedgerWriter(outbox_dir, SystemClock())).distribute_all()
 
 
-def deliver_one(place: Directory, sink: str, gone: list[int] | None = None) -> RecordingSink:
+def deliver_one(outbox_dir: Directory, sink: str, gone: list[int] | None = None) -> RecordingSink:
     """Deliver and retain what waits for a sink."""
-    queue, taken, clock = place.queue(sink), RecordingSink(), SystemClock()
+    queue, taken, clock = outbox_dir.queue(sink), RecordingSink(), SystemClock()
     callbacks = DeliveryCallbacks((gone if gone is not None else []).append)
     drain_worker(
         Worker(
@@ -72,9 +72,9 @@ def deliver_one(place: Directory, sink: str, gone: list[int] | None = None) -> R
     return taken
 
 
-def retained(place: Directory, sink: str) -> list[str]:
+def retained(outbox_dir: Directory, sink: str) -> list[str]:
     """The batches that a sink retains."""
-    return [layout.batch_id(file.name) for file in place.queue(sink).delivered_files()]
+    return [layout.batch_id(file.name) for file in outbox_dir.queue(sink).delivered_files()]
 
 
 def urls(folder: Path) -> dict[str, str]:
@@ -115,8 +115,8 @@ def lost(tmp_path: Path) -> Path:
 
 def test_one_sink_gets_again_what_it_lost_and_the_others_nothing(lost: Path) -> None:
     """Under names that are in its queue alone, with real processes; the counts balance before, between and after."""
-    place = open_directory(lost / "box")
-    before = retained(place, "live")
+    outbox_dir = open_directory(lost / "box")
+    before = retained(outbox_dir, "live")
     assert len(before) == 3
     balanced_totals(lost / "box")
     done = run("redeliver", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=lost)
@@ -125,15 +125,15 @@ def test_one_sink_gets_again_what_it_lost_and_the_others_nothing(lost: Path) -> 
     assert [(item["batch"], item["sink"], item["events"]) for item in items] == [
         (one, "warehouse", 10) for one in sorted(before)
     ]
-    waiting = [layout.batch_id(name) for name in place.queue("warehouse").batch_names()]
+    waiting = [layout.batch_id(name) for name in outbox_dir.queue("warehouse").batch_names()]
     assert waiting == [item["redelivered_as"] for item in items]
     assert not set(waiting) & set(before)
-    assert (place.batch_names(), place.queue("live").batch_names(), retained(place, "warehouse")) == ([], [], [])
+    assert (outbox_dir.batch_names(), outbox_dir.queue("live").batch_names(), retained(outbox_dir, "warehouse")) == ([], [], [])
     balanced_totals(lost / "box")
     deliver(lost)
     assert stored_event_ids(lost / "warehouse.db") == event_ids(30)
     assert not (lost / "live.db").exists() or stored_event_ids(lost / "live.db") == []
-    assert (retained(place, "warehouse"), retained(place, "live")) == (waiting, before)
+    assert (retained(outbox_dir, "warehouse"), retained(outbox_dir, "live")) == (waiting, before)
     accounts = verified(lost)
     assert {sink: one["resent_on_request"] for sink, one in accounts.items()} == {"live": 0, "warehouse": 30}
     assert all(one["balances"] for one in accounts.values())
@@ -144,11 +144,11 @@ def test_without_a_name_all_sinks_get_again_what_they_retain(lost: Path) -> None
     text = run("redeliver", *BOX, "--all", "--yes", cwd=lost).stdout.decode()
     assert "60 events in 6 batches pending again" in text
     assert (text.count("  to live"), text.count("  to warehouse")) == (3, 3)
-    place = open_directory(lost / "box")
-    assert not set(place.queue("live").batch_names()) & set(place.queue("warehouse").batch_names())
+    outbox_dir = open_directory(lost / "box")
+    assert not set(outbox_dir.queue("live").batch_names()) & set(outbox_dir.queue("warehouse").batch_names())
     deliver(lost)
     assert stored_event_ids(lost / "warehouse.db") == stored_event_ids(lost / "live.db") == event_ids(30)
-    assert (len(retained(place, "live")), len(retained(place, "warehouse"))) == (3, 3)
+    assert (len(retained(outbox_dir, "live")), len(retained(outbox_dir, "warehouse"))) == (3, 3)
     assert {sink: one["resent_on_request"] for sink, one in verified(lost).items()} == {"live": 30, "warehouse": 30}
 
 
@@ -182,28 +182,28 @@ def test_batches_retained_for_a_single_sink_are_redelivered_to_all_and_expire(tm
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_after_an_interruption_each_queue_has_each_file_once(place: Directory, number: signal.Signals) -> None:
+def test_after_an_interruption_each_queue_has_each_file_once(outbox_dir: Directory, number: signal.Signals) -> None:
     """Retained or waiting; the next call continues."""
-    folder = Path(place.path).parent
+    folder = Path(outbox_dir.path).parent
     for stamp in range(200):
-        seal_batch(place, stamp + 1, b'{"n":%d}' % stamp)
-    fan_out_all(place)
+        seal_batch(outbox_dir, stamp + 1, b'{"n":%d}' % stamp)
+    fan_out_all(outbox_dir)
     for sink in SINKS:
-        deliver_one(place, sink)
-    contents = {sink: sorted(contents_of(place.queue(sink))) for sink in SINKS}
+        deliver_one(outbox_dir, sink)
+    contents = {sink: sorted(contents_of(outbox_dir.queue(sink))) for sink in SINKS}
     assert [len(one) for one in contents.values()] == [200, 200]
     process = subprocess.Popen(
         [*PILLARBOX, "redeliver", *BOX, "--all", "--yes"], cwd=folder, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    wait_until(lambda: bool(place.queue("live").batch_names()))
+    wait_until(lambda: bool(outbox_dir.queue("live").batch_names()))
     process.send_signal(number)
     process.communicate(timeout=60)
-    assert {sink: sorted(contents_of(place.queue(sink))) for sink in SINKS} == contents
-    balanced_totals(Path(place.path))
+    assert {sink: sorted(contents_of(outbox_dir.queue(sink))) for sink in SINKS} == contents
+    balanced_totals(Path(outbox_dir.path))
     assert run("redeliver", *BOX, "--all", "--yes", cwd=folder).returncode == 0
-    assert [len(place.queue(sink).batch_names()) for sink in SINKS] == [200, 200]
-    assert [len(deliver_one(place, sink).payloads) for sink in SINKS] == [200, 200]
-    balanced_totals(Path(place.path))
+    assert [len(outbox_dir.queue(sink).batch_names()) for sink in SINKS] == [200, 200]
+    assert [len(deliver_one(outbox_dir, sink).payloads) for sink in SINKS] == [200, 200]
+    balanced_totals(Path(outbox_dir.path))
 
 
 def contents_of(queue: Directory) -> list[bytes]:
@@ -215,20 +215,20 @@ def contents_of(queue: Directory) -> list[bytes]:
 # Counts.
 
 
-def test_a_batch_that_both_sinks_retain_no_longer_waits_and_counts_once(place: Directory) -> None:
+def test_a_batch_that_both_sinks_retain_no_longer_waits_and_counts_once(outbox_dir: Directory) -> None:
     """As soon as the last sink has delivered it; until then it counts as waiting. Each reads it, whatever links it has."""
-    batch = seal_batch(place, 1, b'{"n":1}')
-    size = Path(place.path_of(f"{batch}.ndjson")).stat().st_size
-    fan_out_all(place)
+    batch = seal_batch(outbox_dir, 1, b'{"n":1}')
+    size = Path(outbox_dir.path_of(f"{batch}.ndjson")).stat().st_size
+    fan_out_all(outbox_dir)
     gone: list[int] = []
-    deliver_one(place, "live", gone)
-    first = place.disk_usage()
+    deliver_one(outbox_dir, "live", gone)
+    first = outbox_dir.disk_usage()
     assert (gone, first.pending_files, first.pending_bytes, first.delivered_files) == ([], 1, size, 0)
-    deliver_one(place, "warehouse", gone)
-    both = place.disk_usage()
+    deliver_one(outbox_dir, "warehouse", gone)
+    both = outbox_dir.disk_usage()
     assert (gone, both.pending_files, both.delivered_files, both.delivered_bytes) == ([size], 0, 1, size)
     for sink in SINKS:
-        queue = place.queue(sink)
+        queue = outbox_dir.queue(sink)
         (file,) = queue.delivered_files()
         assert try_read_file(queue, file.name) == Path(queue.path_of(file.name)).read_bytes()
         assert queue.disk_usage().delivered_files == 1
@@ -247,50 +247,54 @@ class Meeting(OsFilesystem):
         return super().has_name(fd)
 
 
-def test_if_two_sinks_deliver_a_file_at_the_same_time_one_is_the_last(place: Directory) -> None:
+def test_if_two_sinks_deliver_a_file_at_the_same_time_one_is_the_last(outbox_dir: Directory) -> None:
     """So its bytes are released once."""
-    batch = seal_batch(place, 1, b'{"n":1}')
-    size = Path(place.path_of(f"{batch}.ndjson")).stat().st_size
-    fan_out_all(place)
-    place = Directory(place.path, Meeting(), SystemClock())
+    batch = seal_batch(outbox_dir, 1, b'{"n":1}')
+    size = Path(outbox_dir.path_of(f"{batch}.ndjson")).stat().st_size
+    fan_out_all(outbox_dir)
+    outbox_dir = Directory(outbox_dir.path, Meeting(), SystemClock())
     gone: list[int] = []
     with ThreadPoolExecutor(2) as pool:
-        assert all(sink.payloads for sink in pool.map(lambda sink: deliver_one(place, sink, gone), SINKS))
-    assert (gone, place.disk_usage().pending_files) == ([size], 0)
+        assert all(sink.payloads for sink in pool.map(lambda sink: deliver_one(outbox_dir, sink, gone), SINKS))
+    assert (gone, outbox_dir.disk_usage().pending_files) == ([size], 0)
 
 
-def test_a_redelivered_batch_waits_whatever_the_other_sinks_retain(place: Directory) -> None:
+def test_a_redelivered_batch_waits_whatever_the_other_sinks_retain(outbox_dir: Directory) -> None:
     """And no longer once it is delivered."""
-    batch = seal_batch(place, 1, b'{"n":1}')
-    fan_out_all(place)
+    batch = seal_batch(outbox_dir, 1, b'{"n":1}')
+    fan_out_all(outbox_dir)
     for sink in SINKS:
-        deliver_one(place, sink)
-    queue = place.queue("live")
+        deliver_one(outbox_dir, sink)
+    queue = outbox_dir.queue("live")
     anew = queue.reseal(queue.delivered_files()[0].name)
     assert anew is not None
-    found = place.disk_usage()
-    assert (found.pending_files, found.delivered_files, queue.batch_names(), place.queue("warehouse").batch_names()) == (
+    found = outbox_dir.disk_usage()
+    assert (found.pending_files, found.delivered_files, queue.batch_names(), outbox_dir.queue("warehouse").batch_names()) == (
         1,
         1,
         [anew],
         [],
     )
     gone: list[int] = []
-    assert deliver_one(place, "live", gone).payloads == [b'{"n":1}']
-    assert (gone, place.disk_usage().pending_files, place.disk_usage().delivered_files) == ([found.pending_bytes], 0, 2)
-    assert retained(place, "warehouse") == [batch]
+    assert deliver_one(outbox_dir, "live", gone).payloads == [b'{"n":1}']
+    assert (gone, outbox_dir.disk_usage().pending_files, outbox_dir.disk_usage().delivered_files) == (
+        [found.pending_bytes],
+        0,
+        2,
+    )
+    assert retained(outbox_dir, "warehouse") == [batch]
 
 
-def test_copies_that_queues_have_compressed_count_one_by_one(place: Directory) -> None:
+def test_copies_that_queues_have_compressed_count_one_by_one(outbox_dir: Directory) -> None:
     """Even of one name; a compressed file that was fanned out is one file."""
     name = layout.compressed_name(layout.sealed_name(1, "u"))
-    one, other = (Path(place.queue(sink).path_of(name)) for sink in SINKS)
+    one, other = (Path(outbox_dir.queue(sink).path_of(name)) for sink in SINKS)
     one.write_bytes(b"12345")
     other.write_bytes(b"12345")
-    assert (place.disk_usage().pending_files, place.disk_usage().pending_bytes) == (2, 10)
+    assert (outbox_dir.disk_usage().pending_files, outbox_dir.disk_usage().pending_bytes) == (2, 10)
     other.unlink()
     os.link(one, other)
-    assert (place.disk_usage().pending_files, place.disk_usage().pending_bytes) == (1, 5)
+    assert (outbox_dir.disk_usage().pending_files, outbox_dir.disk_usage().pending_bytes) == (1, 5)
 
 
 # Missing batches.
@@ -301,13 +305,13 @@ def test_a_batch_that_was_fanned_out_and_is_missing_in_a_queue_is_named(lost: Pa
     """Also if as many events were redelivered since."""
     assert run("redeliver", *BOX, "--all", "--sink", "live", "--yes", cwd=lost).returncode == 0 if again else True
     ledger = lost / "box" / "sink-live" / layout.LEDGER
-    place = open_directory(lost / "box")
-    batch = retained(place, "warehouse")[1]
+    outbox_dir = open_directory(lost / "box")
+    batch = retained(outbox_dir, "warehouse")[1]
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(line for line in lines if b'"batch":"' + batch.encode() not in line))
-    for file in place.queue("live").delivered_files():
+    for file in outbox_dir.queue("live").delivered_files():
         if layout.batch_id(file.name) == batch:
-            place.queue("live").remove(file.name)
+            outbox_dir.queue("live").remove(file.name)
     account = verified(lost)["live"]
     assert not account["balances"]
     assert [(wrong["events"], wrong["problem"]) for wrong in account["discrepancies"]] == [
@@ -332,27 +336,27 @@ def test_fanned_out_batches_are_told_apart_however_many_writers_there_were() -> 
 # Making room.
 
 
-def test_a_batch_that_several_sinks_retain_is_deleted_from_all_their_queues(place: Directory) -> None:
+def test_a_batch_that_several_sinks_retain_is_deleted_from_all_their_queues(outbox_dir: Directory) -> None:
     """The first delivered first, and its bytes count once; a file that still waits for a sink comes last."""
-    waits = seal_batch(place, 1, b'"0"')
-    fan_out_all(place)
-    deliver_one(place, "live")
-    blocked = place.queue("warehouse").lock_existing(f"{waits}.ndjson")
+    waits = seal_batch(outbox_dir, 1, b'"0"')
+    fan_out_all(outbox_dir)
+    deliver_one(outbox_dir, "live")
+    blocked = outbox_dir.queue("warehouse").lock_existing(f"{waits}.ndjson")
     assert blocked is not None
-    batches = [seal_batch(place, stamp, b'"%d"' % stamp) for stamp in (2, 3)]
-    fan_out_all(place)
-    deliver_one(place, "live")
-    place.filesystem.close(blocked.fd)
-    os.rename(place.queue("warehouse").path_of(f"{waits}.ndjson"), place.path_of("elsewhere"))
-    deliver_one(place, "warehouse")
-    os.rename(place.path_of("elsewhere"), place.queue("warehouse").path_of(f"{waits}.ndjson"))
-    assert (retained(place, "live"), retained(place, "warehouse")) == ([waits, *batches], batches)
-    size = place.queue("live").delivered_files()[1].size
-    assert evict_delivered(place, lambda gone: gone >= size) == 1
-    assert (retained(place, "live"), retained(place, "warehouse")) == ([waits, batches[1]], [batches[1]])
-    assert evict_delivered(place, lambda _gone: False) == 2
-    assert (retained(place, "live"), retained(place, "warehouse")) == ([], [])
-    assert place.queue("warehouse").batch_names() == [f"{waits}.ndjson"]
+    batches = [seal_batch(outbox_dir, stamp, b'"%d"' % stamp) for stamp in (2, 3)]
+    fan_out_all(outbox_dir)
+    deliver_one(outbox_dir, "live")
+    outbox_dir.filesystem.close(blocked.fd)
+    os.rename(outbox_dir.queue("warehouse").path_of(f"{waits}.ndjson"), outbox_dir.path_of("elsewhere"))
+    deliver_one(outbox_dir, "warehouse")
+    os.rename(outbox_dir.path_of("elsewhere"), outbox_dir.queue("warehouse").path_of(f"{waits}.ndjson"))
+    assert (retained(outbox_dir, "live"), retained(outbox_dir, "warehouse")) == ([waits, *batches], batches)
+    size = outbox_dir.queue("live").delivered_files()[1].size
+    assert evict_delivered(outbox_dir, lambda gone: gone >= size) == 1
+    assert (retained(outbox_dir, "live"), retained(outbox_dir, "warehouse")) == ([waits, batches[1]], [batches[1]])
+    assert evict_delivered(outbox_dir, lambda _gone: False) == 2
+    assert (retained(outbox_dir, "live"), retained(outbox_dir, "warehouse")) == ([], [])
+    assert outbox_dir.queue("warehouse").batch_names() == [f"{waits}.ndjson"]
 
 
 class Small(OsFilesystem):
@@ -363,21 +367,21 @@ class Small(OsFilesystem):
         return DiskSpace(max(0, 1_000_000 - sum(used.values())), 1_000_000)
 
 
-def test_batches_retained_in_queues_are_deleted_before_events_are_dropped(place: Directory, clock: ManualClock) -> None:
+def test_batches_retained_in_queues_are_deleted_before_events_are_dropped(outbox_dir: Directory, clock: ManualClock) -> None:
     """As many files as needed, each in all queues."""
-    place = Directory(place.path, Small(), clock)
+    outbox_dir = Directory(outbox_dir.path, Small(), clock)
     for number in range(20):
         first, other = (
-            place.queue(sink).path_of(layout.delivered_name(layout.sealed_name(number, "u"), 2 * number + later))
+            outbox_dir.queue(sink).path_of(layout.delivered_name(layout.sealed_name(number, "u"), 2 * number + later))
             for later, sink in enumerate(SINKS)
         )
         Path(first).write_bytes(b"1234567890" * 5000)
         os.link(first, other)
-    capacity, writer = quota_of(place, clock, evicts=True)
+    capacity, writer = quota_of(outbox_dir, clock, evicts=True)
     capacity.enforce()
     assert (
-        retained(place, "live")
-        == retained(place, "warehouse")
+        retained(outbox_dir, "live")
+        == retained(outbox_dir, "warehouse")
         == [layout.batch_id(layout.sealed_name(n, "u")) for n in range(2, 20)]
     )
     assert (writer.dropped["disk_low"], capacity.evicted_events) == (0, 0)

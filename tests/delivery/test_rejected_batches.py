@@ -58,46 +58,48 @@ def calls_per_attempt(sink: RecordingSink) -> list[int]:
     return tries
 
 
-def dead_in(place: Directory) -> list[bytes]:
+def dead_in(outbox_dir: Directory) -> list[bytes]:
     return sorted(
         json.dumps(json.loads(line)["event"]).encode()
-        for name in remaining_files(place)
+        for name in remaining_files(outbox_dir)
         if layout.kind_of(name) is layout.Kind.DEAD
-        for line in Path(place.path_of(name)).read_bytes().splitlines()
+        for line in Path(outbox_dir.path_of(name)).read_bytes().splitlines()
     )
 
 
 @pytest.mark.parametrize("sink", [PoisonedSink, Picky])
-def test_a_batch_of_one_record_is_decided_after_another_batch_is_accepted(place: Directory, sink: type[RecordingSink]) -> None:
+def test_a_batch_of_one_record_is_decided_after_another_batch_is_accepted(
+    outbox_dir: Directory, sink: type[RecordingSink]
+) -> None:
     """Alone, its rejection proves nothing; then it is sent once more."""
-    batch = seal_batch(place, 1, b'"poison"')
+    batch = seal_batch(outbox_dir, 1, b'"poison"')
     chosen = sink()
-    worker = make_worker(place, chosen, config=SLOW)
+    worker = make_worker(outbox_dir, chosen, config=SLOW)
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: len(chosen.calls) >= 3)
-    assert remaining_files(place) == [batch + layout.SUFFIX]
+    assert remaining_files(outbox_dir) == [batch + layout.SUFFIX]
     assert (worker.state.name, worker.idle.is_set()) == ("degraded", False)
     reason = "1 batch wholly rejected; dead-lettering waits for the next accepted batch; no: it says so"
     assert worker.state.reason == reason
-    seal_batch(place, 2, b'"good"')
+    seal_batch(outbox_dir, 2, b'"good"')
     assert worker.idle.wait(60)
     assert thread.stop(30)
-    assert dead_in(place) == [b'"poison"']
-    assert (chosen.payloads, remaining_files(place)) == ([b'"good"'], [layout.dead_name(batch)])
+    assert dead_in(outbox_dir) == [b'"poison"']
+    assert (chosen.payloads, remaining_files(outbox_dir)) == ([b'"good"'], [layout.dead_name(batch)])
 
 
 @pytest.mark.parametrize("records", [1, 2, 500])
 def test_several_wholly_rejected_batches_stop_delivery_and_dead_letter_nothing(
-    place: Directory, caplog: pytest.LogCaptureFixture, records: int
+    outbox_dir: Directory, caplog: pytest.LogCaptureFixture, records: int
 ) -> None:
     """The destination is tried again at intervals, with few calls, and delivery resumes once it is fixed."""
     caplog.set_level(logging.INFO, "pillarbox")
     payloads = [[b"%d" % (stamp * 1000 + number) for number in range(records)] for stamp in range(1, 9)]
     for stamp, lines in enumerate(payloads, 1):
-        seal_batch(place, stamp, *lines)
+        seal_batch(outbox_dir, stamp, *lines)
     sink = Deployed()
-    worker = make_worker(place, sink, config=SLOW)
+    worker = make_worker(outbox_dir, sink, config=SLOW)
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "stopped")
@@ -109,51 +111,51 @@ def test_several_wholly_rejected_batches_stop_delivery_and_dead_letter_nothing(
     )
     assert worker.state.retry_at_micros is not None
     wait_until(lambda: len(sink.calls) > calls)
-    assert len(remaining_files(place)) == 8
+    assert len(remaining_files(outbox_dir)) == 8
     sink.is_fixed = True
     assert worker.idle.wait(60)
     assert thread.stop(30)
-    assert (remaining_files(place), worker.counters.dead, worker.counters.delivered) == ([], 0, 8 * records)
+    assert (remaining_files(outbox_dir), worker.counters.dead, worker.counters.delivered) == ([], 0, 8 * records)
     assert sorted(sink.payloads) == sorted(payload for lines in payloads for payload in lines)
     stops = [entry for entry in caplog.records if "stopped: 3 consecutive batches" in entry.message]
     assert [entry.levelno for entry in stops] == [logging.ERROR]
 
 
-def test_after_a_bad_deploy_the_poisoned_records_are_found(place: Directory) -> None:
+def test_after_a_bad_deploy_the_poisoned_records_are_found(outbox_dir: Directory) -> None:
     """Also if the oldest batches are poisoned altogether, as many as stop delivery and more."""
     for stamp in range(1, 6):
-        seal_batch(place, stamp, b'"poison %d"' % stamp)
+        seal_batch(outbox_dir, stamp, b'"poison %d"' % stamp)
     for stamp in range(6, 9):
-        seal_batch(place, stamp, b'"good %d"' % stamp)
+        seal_batch(outbox_dir, stamp, b'"good %d"' % stamp)
     sink = Deployed()
-    worker = make_worker(place, sink, config=SLOW)
+    worker = make_worker(outbox_dir, sink, config=SLOW)
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "stopped")
-    assert dead_in(place) == []
+    assert dead_in(outbox_dir) == []
     sink.is_fixed = True
     assert worker.idle.wait(60)
     assert thread.stop(30)
-    assert dead_in(place) == [b'"poison %d"' % stamp for stamp in range(1, 6)]
+    assert dead_in(outbox_dir) == [b'"poison %d"' % stamp for stamp in range(1, 6)]
     assert sorted(sink.payloads) == [b'"good %d"' % stamp for stamp in range(6, 9)]
 
 
-def test_a_batch_that_begins_with_poisoned_records_is_delivered_except_for_these(place: Directory) -> None:
+def test_a_batch_that_begins_with_poisoned_records_is_delivered_except_for_these(outbox_dir: Directory) -> None:
     """So many in front look like a bad deploy at first; the next batch proves otherwise."""
-    batch = seal_batch(place, 1, *([b'"poison"'] * 100 + [b'"good"'] * 100))
-    seal_batch(place, 2, b'"next"')
+    batch = seal_batch(outbox_dir, 1, *([b'"poison"'] * 100 + [b'"good"'] * 100))
+    seal_batch(outbox_dir, 2, b'"next"')
     sink = PoisonedSink()
-    worker = make_worker(place, sink, config=SLOW)
+    worker = make_worker(outbox_dir, sink, config=SLOW)
     drain_worker(worker)
     assert (worker.counters.dead, worker.counters.delivered) == (100, 101)
-    assert remaining_files(place) == [layout.dead_name(batch)]
+    assert remaining_files(outbox_dir) == [layout.dead_name(batch)]
 
 
-def test_with_the_circuit_breaker_off_a_whole_rejection_is_final(place: Directory) -> None:
+def test_with_the_circuit_breaker_off_a_whole_rejection_is_final(outbox_dir: Directory) -> None:
     """`stop_after_rejected_batches = 0`."""
     for stamp in range(1, 6):
-        seal_batch(place, stamp, b'"poison %d"' % stamp)
-    worker = make_worker(place, PoisonedSink(), config=SLOW._replace(stop_after_rejected_batches=0))
+        seal_batch(outbox_dir, stamp, b'"poison %d"' % stamp)
+    worker = make_worker(outbox_dir, PoisonedSink(), config=SLOW._replace(stop_after_rejected_batches=0))
     drain_worker(worker)
     assert worker.counters.dead == 5
 
@@ -166,32 +168,32 @@ class Together(PoisonedSink):
         self.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process", combines_files=True)
 
 
-def test_small_files_that_are_rejected_together_are_then_sent_one_by_one(place: Directory) -> None:
+def test_small_files_that_are_rejected_together_are_then_sent_one_by_one(outbox_dir: Directory) -> None:
     """Each is a batch of its own; a bad one costs the others nothing."""
     for stamp in range(1, 4):
-        seal_batch(place, stamp, b'"poison %d"' % stamp)
+        seal_batch(outbox_dir, stamp, b'"poison %d"' % stamp)
     sink = Together()
-    worker = make_worker(place, sink, config=SLOW)
+    worker = make_worker(outbox_dir, sink, config=SLOW)
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "stopped")
-    seal_batch(place, 4, b'"good"')
+    seal_batch(outbox_dir, 4, b'"good"')
     assert worker.idle.wait(60)
     assert thread.stop(30)
-    assert dead_in(place) == [b'"poison %d"' % stamp for stamp in range(1, 4)]
+    assert dead_in(outbox_dir) == [b'"poison %d"' % stamp for stamp in range(1, 4)]
     assert sink.payloads == [b'"good"']
 
 
-def test_small_files_in_one_call_each_have_their_own_dead_letters(place: Directory) -> None:
+def test_small_files_in_one_call_each_have_their_own_dead_letters(outbox_dir: Directory) -> None:
     """With the records' indexes in their own files."""
-    first = seal_batch(place, 1, b"1", b'"poison"', b"2")
-    second = seal_batch(place, 2, b"3", raw=b"damaged\n")
-    third = seal_batch(place, 3, b"4", b"5", b'"poison"')
+    first = seal_batch(outbox_dir, 1, b"1", b'"poison"', b"2")
+    second = seal_batch(outbox_dir, 2, b"3", raw=b"damaged\n")
+    third = seal_batch(outbox_dir, 3, b"4", b"5", b'"poison"')
     sink = Together()
-    worker = make_worker(place, sink, config=SLOW)
+    worker = make_worker(outbox_dir, sink, config=SLOW)
     drain_worker(worker)
     assert sorted(sink.payloads) == [b"1", b"2", b"3", b"4", b"5"]
-    found = {name: Path(place.path_of(name)).read_bytes() for name in remaining_files(place)}
+    found = {name: Path(outbox_dir.path_of(name)).read_bytes() for name in remaining_files(outbox_dir)}
     assert set(found) == {
         layout.dead_name(first),
         layout.dead_name(third),
@@ -203,15 +205,15 @@ def test_small_files_in_one_call_each_have_their_own_dead_letters(place: Directo
     assert worker.counters.flushed_files == 3
 
 
-def test_many_small_files_take_few_calls_if_the_sink_combines_files(place: Directory) -> None:
+def test_many_small_files_take_few_calls_if_the_sink_combines_files(outbox_dir: Directory) -> None:
     """Never more than the records of a full file, and a full file goes alone."""
     for stamp in range(1, 101):
-        seal_batch(place, stamp, *[b"%d" % stamp] * 10)
-    seal_batch(place, 101, *[b"101"] * 500)
+        seal_batch(outbox_dir, stamp, *[b"%d" % stamp] * 10)
+    seal_batch(outbox_dir, 101, *[b"101"] * 500)
     sink = Together()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     drain_worker(worker)
     assert len(sink.calls) == 3
     assert [len(payloads) for payloads in sink.batches.values()] == [500, 500, 500]
     assert sink.payloads == sorted(sink.payloads, key=int)
-    assert (worker.counters.flushed_files, remaining_files(place)) == (101, [])
+    assert (worker.counters.flushed_files, remaining_files(outbox_dir)) == (101, [])

@@ -30,7 +30,7 @@ OPEN_MAX = 800  # descriptors of a worker, of the 1024 that a process usually ma
 pytestmark = pytest.mark.skipif(not DESCRIPTORS.exists(), reason="counts what /proc tells of open descriptors")
 
 
-def open_in(place: Directory) -> list[str]:
+def open_in(outbox_dir: Directory) -> list[str]:
     """The files of a directory that this process has open, by name."""
     found = []
     for descriptor in os.listdir(DESCRIPTORS):
@@ -38,7 +38,7 @@ def open_in(place: Directory) -> list[str]:
             target = os.readlink(DESCRIPTORS / descriptor)
         except OSError:
             continue  # it was the listing's own
-        if target.startswith(place.path + "/"):
+        if target.startswith(outbox_dir.path + "/"):
             found.append(os.path.basename(target))
     return sorted(found)
 
@@ -81,23 +81,23 @@ class Hanging(RecordingSink):
         await self._hang("close")
 
 
-def takes_over(place: Directory) -> bool:
+def takes_over(outbox_dir: Directory) -> bool:
     """Whether another worker in this process delivers all that is left."""
-    worker = make_worker(place, RecordingSink())
+    worker = make_worker(outbox_dir, RecordingSink())
     with delivering(worker):
-        return worker.idle.wait(60) and remaining_files(place) == []
+        return worker.idle.wait(60) and remaining_files(outbox_dir) == []
 
 
 @pytest.mark.parametrize("deaf", [False, True])
 @pytest.mark.parametrize(
     ("hangs_in", "in_flight"), [("deliver", 1), ("deliver", 4), ("confirm", 1), ("confirm", 4), ("close", 1)]
 )
-def test_a_forced_end_releases_everything(place: Directory, hangs_in: str, in_flight: int, *, deaf: bool) -> None:
+def test_a_forced_end_releases_everything(outbox_dir: Directory, hangs_in: str, in_flight: int, *, deaf: bool) -> None:
     """Wherever the sink hangs: another worker can begin at once, and gets every file."""
     for stamp in range(1, 8):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = Hanging(deaf=deaf, confirms=True, hangs_in=hangs_in)
-    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
+    worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
     with delivering(worker) as thread:
         wait_until(
             lambda: (
@@ -107,14 +107,14 @@ def test_a_forced_end_releases_everything(place: Directory, hangs_in: str, in_fl
         thread.stop(0.1)
         try:
             # On a busy machine the thread may not have got there when `stop` returns.
-            wait_until(lambda: (worker.lease.is_held, open_in(place)) == (False, []))
-            assert takes_over(place)
+            wait_until(lambda: (worker.lease.is_held, open_in(outbox_dir)) == (False, []))
+            assert takes_over(outbox_dir)
         finally:
             sink.over.set()
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("gone"), SystemExit(1)], ids=repr)
-def test_a_sink_that_fails_to_close_is_dropped(place: Directory, error: BaseException) -> None:
+def test_a_sink_that_fails_to_close_is_dropped(outbox_dir: Directory, error: BaseException) -> None:
     """Its exception affects nothing else."""
 
     class Stuck(RecordingSink):
@@ -124,14 +124,14 @@ def test_a_sink_that_fails_to_close_is_dropped(place: Directory, error: BaseExce
             self.closed += 1
             raise error
 
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = Stuck()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     with delivering(worker):
         assert worker.idle.wait(60)
-    assert (sink.closed, worker.lease.is_held, open_in(place)) == (1, False, [])
-    seal_batch(place, 2, b"2")
-    assert takes_over(place)
+    assert (sink.closed, worker.lease.is_held, open_in(outbox_dir)) == (1, False, [])
+    seal_batch(outbox_dir, 2, b"2")
+    assert takes_over(outbox_dir)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
@@ -169,29 +169,29 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: 
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize(("in_flight", "combines"), [(1, False), (4, False), (1, True)])
 def test_a_file_whose_reading_fails_is_released(
-    place: Directory, monkeypatch: pytest.MonkeyPatch, error: Exception, call: int, in_flight: int, *, combines: bool
+    outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch, error: Exception, call: int, in_flight: int, *, combines: bool
 ) -> None:
     """Whatever the error and whichever the file: all are sent in the end, and none stays locked."""
     monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
     calls = fails_at(monkeypatch, reader, "read_lines", error, call)
     for stamp in range(1, 5):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(concurrent=True, combines_files=combines)
-    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
+    worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
     with delivering(worker):
-        wait_until(lambda: remaining_files(place) == [])
-        wait_until(lambda: open_in(place) == [layout.DELIVER_LOCK])
+        wait_until(lambda: remaining_files(outbox_dir) == [])
+        wait_until(lambda: open_in(outbox_dir) == [layout.DELIVER_LOCK])
     assert len(calls) > 4
     assert sorted(set(sink.payloads)) == [b"1", b"2", b"3", b"4"]
-    assert open_in(place) == []
+    assert open_in(outbox_dir) == []
 
 
 @pytest.mark.parametrize("name", ["write_dead_letters", "write_quarantine"])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a defect"), OSError("full")], ids=repr)
 @pytest.mark.parametrize("confirms", [False, True])
 def test_a_file_whose_settlement_fails_is_released(
-    place: Directory, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, *, confirms: bool
+    outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, *, confirms: bool
 ) -> None:
     """It is sent again under the same id, and then settled; the others do not wait for it."""
     from pillarbox.delivery import settlement
@@ -205,54 +205,54 @@ def test_a_file_whose_settlement_fails_is_released(
             self.results.append(answer)
             return await super().deliver(batch)
 
-    first = seal_batch(place, 1, b'"good"', b'"bad"', raw=b"torn\n")
-    second = seal_batch(place, 2, b'"next"')
+    first = seal_batch(outbox_dir, 1, b'"good"', b'"bad"', raw=b"torn\n")
+    second = seal_batch(outbox_dir, 2, b'"next"')
     sink = Naming(needs_confirmation=confirms, unconfirmed_max=4)
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     with delivering(worker):
         wait_until(
             lambda: (
-                remaining_files(place)
+                remaining_files(outbox_dir)
                 == sorted([layout.dead_name(first), layout.corrupt_name(first), layout.ranges_name(first)])
             )
         )
-        wait_until(lambda: open_in(place) == [layout.DELIVER_LOCK])
+        wait_until(lambda: open_in(outbox_dir) == [layout.DELIVER_LOCK])
     assert len(calls) == 2
     assert sink.calls.count(first) == 2
     assert sink.batches[second] == [b'"next"']
 
 
-def test_an_invalid_rejection_leaves_no_descriptor_open(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_rejection_leaves_no_descriptor_open(outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sink gives text instead of a Rejection: the file stays, and another process can lock it."""
     monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
     wrong: dict[int, Rejection] = {1: "no such scope"}  # type: ignore[dict-item]
-    batch = seal_batch(place, 1, b'"good"', b'"bad"')
+    batch = seal_batch(outbox_dir, 1, b'"good"', b'"bad"')
     sink = RecordingSink([PartialFailure(wrong, 1)] * 3)
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     with delivering(worker):
-        wait_until(lambda: remaining_files(place) == [])
+        wait_until(lambda: remaining_files(outbox_dir) == [])
     assert set(sink.calls) == {batch}
-    assert open_in(place) == []
+    assert open_in(outbox_dir) == []
 
 
-def lock_file(place: Directory, batch: str) -> int:
+def lock_file(outbox_dir: Directory, batch: str) -> int:
     """Lock a file as another process would; its descriptor."""
-    descriptor = os.open(place.path_of(batch + layout.SUFFIX), os.O_RDWR)
+    descriptor = os.open(outbox_dir.path_of(batch + layout.SUFFIX), os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
 
 
 @pytest.mark.parametrize("combines", [False, True])
 def test_files_that_others_have_locked_do_not_stop_delivery_and_are_named(
-    place: Directory, monkeypatch: pytest.MonkeyPatch, *, combines: bool
+    outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch, *, combines: bool
 ) -> None:
     """Two of them: the others overtake them, the state names them, and they are delivered once they are unlocked."""
     monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 0.2)
-    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 6)]
-    held = [lock_file(place, batch) for batch in batches[:3:2]]
+    batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in range(1, 6)]
+    held = [lock_file(outbox_dir, batch) for batch in batches[:3:2]]
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(combines_files=combines)
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     with delivering(worker):
         wait_until(lambda: set(sink.payloads) == {b"2", b"4", b"5"})
         wait_until(lambda: "(1 more warning)" in worker.state.reason)  # before, it was degraded for one of them
@@ -261,20 +261,20 @@ def test_files_that_others_have_locked_do_not_stop_delivery_and_are_named(
         for descriptor in held:
             os.close(descriptor)
         wait_until(lambda: worker.state.name == "idle")
-    assert (sorted(sink.payloads), remaining_files(place)) == ([b"1", b"2", b"3", b"4", b"5"], [])
+    assert (sorted(sink.payloads), remaining_files(outbox_dir)) == ([b"1", b"2", b"3", b"4", b"5"], [])
 
 
-def test_a_worker_whose_lease_file_was_deleted_releases_the_lease(place: Directory) -> None:
+def test_a_worker_whose_lease_file_was_deleted_releases_the_lease(outbox_dir: Directory) -> None:
     """Somebody deleted `deliver.lock`: of two workers one goes on."""
-    first, second = make_worker(place, RecordingSink()), make_worker(place, RecordingSink())
+    first, second = make_worker(outbox_dir, RecordingSink()), make_worker(outbox_dir, RecordingSink())
     with delivering(first), delivering(second):
         wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
-        os.unlink(place.path_of(layout.DELIVER_LOCK))
-        wait_until(lambda: os.path.exists(place.path_of(layout.DELIVER_LOCK)))
+        os.unlink(outbox_dir.path_of(layout.DELIVER_LOCK))
+        wait_until(lambda: os.path.exists(outbox_dir.path_of(layout.DELIVER_LOCK)))
         wait_until(lambda: first.lease.is_held != second.lease.is_held)
         wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
-        seal_batch(place, 1, b"1")
-        wait_until(lambda: remaining_files(place) == [])
+        seal_batch(outbox_dir, 1, b"1")
+        wait_until(lambda: remaining_files(outbox_dir) == [])
     assert first.counters.delivered + second.counters.delivered == 1
 
 
@@ -307,15 +307,15 @@ class Counting(RecordingSink):
     [(False, 1, True), (False, 16, True), (True, 1, True), (True, 16, True), (True, 16, False)],
 )
 def test_few_files_are_open_however_many_small_ones_wait(
-    place: Directory, in_flight: int, *, confirms: bool, combines: bool
+    outbox_dir: Directory, in_flight: int, *, confirms: bool, combines: bool
 ) -> None:
     """The application needs its descriptors for itself."""
     files = 2000 if combines else 300
     for stamp in range(1, files + 1):
-        seal_batch(place, stamp, b"1")
+        seal_batch(outbox_dir, stamp, b"1")
     sink = Counting(confirms=confirms, combines=combines)
     before = len(os.listdir(DESCRIPTORS))
-    deliver_all(make_worker(place, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight)))
-    assert (sink.taken, remaining_files(place)) == (files, [])
+    deliver_all(make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight)))
+    assert (sink.taken, remaining_files(outbox_dir)) == (files, [])
     assert sink.most - before <= OPEN_MAX
-    assert open_in(place) == []
+    assert open_in(outbox_dir) == []

@@ -44,19 +44,19 @@ class Held(RecordingSink):
 
 
 @pytest.mark.parametrize("blocks", [False, True])
-def test_a_slow_destination_can_be_told_from_a_worker_that_hangs(place: Directory, *, blocks: bool) -> None:
+def test_a_slow_destination_can_be_told_from_a_worker_that_hangs(outbox_dir: Directory, *, blocks: bool) -> None:
     """Only a slow one's heartbeat goes on."""
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = Held(blocks=blocks)
-    worker = make_worker(place, sink, config=QUICK_CONFIG)
+    worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG)
     thread = ThreadRunner(worker)
     thread.start()
     assert sink.begun.wait(60)
-    first = read_heartbeat(place)
+    first = read_heartbeat(outbox_dir)
     assert first is not None
 
     def beats() -> bool:
-        last = read_heartbeat(place)
+        last = read_heartbeat(outbox_dir)
         return last is not None and last.at_micros > first.at_micros + 1_500_000
 
     if blocks:
@@ -70,18 +70,18 @@ def test_a_slow_destination_can_be_told_from_a_worker_that_hangs(place: Director
     assert thread.stop(30)
 
 
-def test_a_heartbeat_can_be_read_while_a_shorter_one_overwrites_it(place: Directory) -> None:
+def test_a_heartbeat_can_be_read_while_a_shorter_one_overwrites_it(outbox_dir: Directory) -> None:
     """Between the write and the truncation."""
-    lease = Lease(place, "test", SystemClock())
+    lease = Lease(outbox_dir, "test", SystemClock())
     assert lease.acquire()
     lease.write_heartbeat(State("waiting", "a long story about a server that is busy"), 7, "", now=True)
-    long = place.read_small_file(layout.DELIVER_LOCK)
+    long = outbox_dir.read_small_file(layout.DELIVER_LOCK)
     lease.write_heartbeat(State("idle"), 8, "", now=True)
-    short = place.read_small_file(layout.DELIVER_LOCK)
+    short = outbox_dir.read_small_file(layout.DELIVER_LOCK)
     lease.release()
-    with open(place.path_of(layout.DELIVER_LOCK), "wb") as file:
+    with open(outbox_dir.path_of(layout.DELIVER_LOCK), "wb") as file:
         file.write(short + long[len(short) :])
-    beat = read_heartbeat(place)
+    beat = read_heartbeat(outbox_dir)
     assert beat is not None
     assert (beat.state, beat.delivered) == (State("idle"), 8)
 
@@ -97,21 +97,23 @@ def retry_after(worker: Worker, before: int) -> int:
     return worker.state.retry_at_micros or 0
 
 
-def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(place: Directory, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(
+    outbox_dir: Directory, caplog: pytest.LogCaptureFixture
+) -> None:
     """With the reason, the time of the next attempt, and totals."""
     caplog.set_level(logging.INFO, "pillarbox")
     answers: list[DeliveryResult | Exception] = [Retry("busy", 300.0), Retry("busy", 300.0), Misconfigured("no such table")]
     sink, clock = RecordingSink(answers), MovingClock()
     rules = QUICK_CONFIG._replace(recheck_s=300.0, pacing=PacingConfig(outage_s=math.inf))
-    worker = make_worker(place, sink, config=rules, clock=clock)
-    seal_batch(place, 1, b"1")
+    worker = make_worker(outbox_dir, sink, config=rules, clock=clock)
+    seal_batch(outbox_dir, 1, b"1")
     thread = ThreadRunner(worker)
     thread.start()
     before = 0
     states: list[tuple[StateName, str]] = [("waiting", "busy"), ("waiting", "busy"), ("stopped", "no such table")]
     for name, reason in states:
         before = retry_after(worker, before)
-        beat = read_heartbeat(place)
+        beat = read_heartbeat(outbox_dir)
         assert beat is not None
         assert (beat.state, beat.last_error) == (State(name, reason, before), reason)
         assert 290_000_000 < before - clock.micros() <= 300_000_000

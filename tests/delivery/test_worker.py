@@ -38,146 +38,146 @@ from tests.delivery.worker_setup import (
 )
 
 
-def test_batches_are_delivered_in_order_and_their_files_deleted(place: Directory) -> None:
+def test_batches_are_delivered_in_order_and_their_files_deleted(outbox_dir: Directory) -> None:
     """One file is one batch, and its bytes are released."""
-    batches = [seal_batch(place, stamp, b"%d" % stamp, b"0") for stamp in (3, 1, 2)]
-    size = sum(entry.size for entry in place.filesystem.list_files(place.path))
+    batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp, b"0") for stamp in (3, 1, 2)]
+    size = sum(entry.size for entry in outbox_dir.filesystem.list_files(outbox_dir.path))
     gone: list[int] = []
     sink = RecordingSink()
-    worker = make_worker(place, sink, gone)
+    worker = make_worker(outbox_dir, sink, gone)
     drain_worker(worker)
     assert sink.calls == sorted(batches)
     assert sink.payloads == [b"1", b"0", b"2", b"0", b"3", b"0"]
-    assert (remaining_files(place), sum(gone), worker.counters.delivered) == ([], size, 6)
+    assert (remaining_files(outbox_dir), sum(gone), worker.counters.delivered) == ([], size, 6)
 
 
-def test_a_file_stays_and_is_retried_without_limit_after_failures(place: Directory) -> None:
+def test_a_file_stays_and_is_retried_without_limit_after_failures(outbox_dir: Directory) -> None:
     """An exception of the sink counts as a failure."""
-    batch = seal_batch(place, 1, b"1")
+    batch = seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink([Retry("busy"), OSError("cut"), *[Retry("busy")] * 20])
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     drain_worker(worker)
     assert sink.calls == [batch] * 23
     assert worker.counters.failed_flushes == 22
-    assert (worker.counters.delivered, remaining_files(place)) == (1, [])
+    assert (worker.counters.delivered, remaining_files(outbox_dir)) == (1, [])
 
 
-def test_a_damaged_line_is_quarantined_and_the_other_lines_and_files_are_delivered(place: Directory) -> None:
+def test_a_damaged_line_is_quarantined_and_the_other_lines_and_files_are_delivered(outbox_dir: Directory) -> None:
     """The bytes are kept unchanged, with their byte range and the reason."""
-    batch = seal_batch(place, 1, b"1", raw=b'rubbish\n{"event":2,"crc":"00000000"}\n' + record.line(b"3") + b"torn")
-    seal_batch(place, 2, b"4")
+    batch = seal_batch(outbox_dir, 1, b"1", raw=b'rubbish\n{"event":2,"crc":"00000000"}\n' + record.line(b"3") + b"torn")
+    seal_batch(outbox_dir, 2, b"4")
     sink = RecordingSink()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     drain_worker(worker)
     assert sink.payloads == [b"1", b"3", b"4"]
-    assert remaining_files(place) == [layout.corrupt_name(batch), layout.ranges_name(batch)]
-    assert Path(place.path_of(layout.corrupt_name(batch))).read_bytes() == b'rubbish\n{"event":2,"crc":"00000000"}\ntorn'
-    spans = json.loads(Path(place.path_of(layout.ranges_name(batch))).read_bytes())
+    assert remaining_files(outbox_dir) == [layout.corrupt_name(batch), layout.ranges_name(batch)]
+    assert Path(outbox_dir.path_of(layout.corrupt_name(batch))).read_bytes() == b'rubbish\n{"event":2,"crc":"00000000"}\ntorn'
+    spans = json.loads(Path(outbox_dir.path_of(layout.ranges_name(batch))).read_bytes())
     assert [(span["offset"], span["length"], span["reason"]) for span in spans] == [
         (len(record.line(b"1")), 8, "bad_json"),
         (len(record.line(b"1")) + 8, 29, "bad_checksum"),
         (len(record.line(b"1")) + 37 + len(record.line(b"3")), 4, "torn: bad_json"),
     ]
     assert (worker.counters.quarantined, worker.counters.delivered) == (3, 3)
-    assert place.disk_usage().pending_bytes == 0
+    assert outbox_dir.disk_usage().pending_bytes == 0
 
 
-def test_a_file_without_records_is_deleted_without_a_call(place: Directory) -> None:
+def test_a_file_without_records_is_deleted_without_a_call(outbox_dir: Directory) -> None:
     """An empty file, or one with blank lines only."""
-    seal_batch(place, 1)
-    seal_batch(place, 2, raw=b"\n  \n\n")
+    seal_batch(outbox_dir, 1)
+    seal_batch(outbox_dir, 2, raw=b"\n  \n\n")
     sink = RecordingSink()
-    drain_worker(make_worker(place, sink))
-    assert (sink.calls, remaining_files(place)) == ([], [])
+    drain_worker(make_worker(outbox_dir, sink))
+    assert (sink.calls, remaining_files(outbox_dir)) == ([], [])
 
 
-def test_a_file_that_holds_only_damage_is_quarantined(place: Directory) -> None:
+def test_a_file_that_holds_only_damage_is_quarantined(outbox_dir: Directory) -> None:
     """Without a call."""
-    batch = seal_batch(place, 1, raw=b"active\n")
+    batch = seal_batch(outbox_dir, 1, raw=b"active\n")
     sink = RecordingSink()
-    drain_worker(make_worker(place, sink))
-    assert (sink.calls, remaining_files(place)) == ([], [layout.corrupt_name(batch), layout.ranges_name(batch)])
+    drain_worker(make_worker(outbox_dir, sink))
+    assert (sink.calls, remaining_files(outbox_dir)) == ([], [layout.corrupt_name(batch), layout.ranges_name(batch)])
 
 
-def test_rejected_records_become_dead_letters_with_their_reason(place: Directory) -> None:
+def test_rejected_records_become_dead_letters_with_their_reason(outbox_dir: Directory) -> None:
     """The other records are delivered."""
-    batch = seal_batch(place, 1, b'"a"', b'"b"', b'"c"')
-    worker = make_worker(place, RecordingSink([Retry("busy"), PartialFailure({1: REJECTION}, accepted=2)]))
+    batch = seal_batch(outbox_dir, 1, b'"a"', b'"b"', b'"c"')
+    worker = make_worker(outbox_dir, RecordingSink([Retry("busy"), PartialFailure({1: REJECTION}, accepted=2)]))
     drain_worker(worker)
-    (dead,) = Path(place.path_of(layout.dead_name(batch))).read_bytes().splitlines()
+    (dead,) = Path(outbox_dir.path_of(layout.dead_name(batch))).read_bytes().splitlines()
     letter = json.loads(dead)
     assert (letter["event"], letter["code"], letter["reason"], letter["sink"]) == ("b", "no", "it says so", "test")
     assert (letter["index"], letter["attempts"]) == (1, 2)
     assert letter["first_at_micros"] <= letter["last_at_micros"]
-    assert (worker.counters.delivered, worker.counters.dead, remaining_files(place)) == (2, 1, [layout.dead_name(batch)])
+    assert (worker.counters.delivered, worker.counters.dead, remaining_files(outbox_dir)) == (2, 1, [layout.dead_name(batch)])
 
 
-def test_after_a_rolled_back_call_the_records_around_the_rejected_one_are_sent(place: Directory) -> None:
+def test_after_a_rolled_back_call_the_records_around_the_rejected_one_are_sent(outbox_dir: Directory) -> None:
     """In runs, with ids that say which records they hold."""
-    batch = seal_batch(place, 1, *(b"%d" % number for number in range(5)))
+    batch = seal_batch(outbox_dir, 1, *(b"%d" % number for number in range(5)))
     sink = RecordingSink([PartialFailure({1: REJECTION})])
-    drain_worker(make_worker(place, sink))
+    drain_worker(make_worker(outbox_dir, sink))
     assert sink.calls == [batch, f"{batch}:0-0", f"{batch}:2-4"]
     assert sink.payloads == [b"0", b"2", b"3", b"4"]
 
 
-@pytest.mark.parametrize("place_of_poison", [0, 1, 249, 250, 499])
-def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(place: Directory, place_of_poison: int) -> None:
+@pytest.mark.parametrize("poison_index", [0, 1, 249, 250, 499])
+def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(outbox_dir: Directory, poison_index: int) -> None:
     """Twice the logarithm of 500, rounded up."""
     payloads = [b"%d" % number for number in range(500)]
-    payloads[place_of_poison] = b'"poison"'
-    batch = seal_batch(place, 1, *payloads)
+    payloads[poison_index] = b'"poison"'
+    batch = seal_batch(outbox_dir, 1, *payloads)
     sink = PoisonedSink()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     drain_worker(worker)
     assert len(sink.calls) <= 1 + 18
     assert sink.payloads == [payload for payload in payloads if payload != b'"poison"']
-    (dead,) = Path(place.path_of(layout.dead_name(batch))).read_bytes().splitlines()
-    assert json.loads(dead)["index"] == place_of_poison
+    (dead,) = Path(outbox_dir.path_of(layout.dead_name(batch))).read_bytes().splitlines()
+    assert json.loads(dead)["index"] == poison_index
 
 
 def test_a_misconfiguration_stops_delivery_with_an_error_and_delivery_resumes_by_itself(
-    place: Directory, caplog: pytest.LogCaptureFixture
+    outbox_dir: Directory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing is dead-lettered, and one line is logged, not one for each attempt."""
     caplog.set_level(logging.INFO, "pillarbox")
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink([Misconfigured("no such table")] * 30)
-    drain_worker(make_worker(place, sink))
-    assert (sink.payloads, remaining_files(place)) == ([b"1"], [])
+    drain_worker(make_worker(outbox_dir, sink))
+    assert (sink.payloads, remaining_files(outbox_dir)) == ([b"1"], [])
     said = [entry.message for entry in caplog.records if "no such table" in entry.message]
     assert len(said) == 1
     assert said[0].startswith("test: stopped: no such table")
 
 
-def test_an_unreadable_file_is_skipped(place: Directory, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_skipped(outbox_dir: Directory, tmp_path: Path) -> None:
     """It is reported; the files after it are delivered."""
     (tmp_path / "elsewhere").write_bytes(record.line(b"1"))
-    Path(place.path_of(layout.sealed_name(1, "u"))).hardlink_to(tmp_path / "elsewhere")
-    seal_batch(place, 2, b"2")
+    Path(outbox_dir.path_of(layout.sealed_name(1, "u"))).hardlink_to(tmp_path / "elsewhere")
+    seal_batch(outbox_dir, 2, b"2")
     sink = RecordingSink()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     drain_worker(worker)
     assert sink.payloads == [b"2"]
     assert worker.state.name == "degraded"
     assert "hard link" in worker.state.reason
 
 
-def test_files_of_a_dead_writer_are_recovered_while_delivering(place: Directory) -> None:
+def test_files_of_a_dead_writer_are_recovered_while_delivering(outbox_dir: Directory) -> None:
     """Also by a process that writes nothing itself."""
-    Path(place.path_of("active-w-1.ndjson")).write_bytes(record.line(b"1"))
+    Path(outbox_dir.path_of("active-w-1.ndjson")).write_bytes(record.line(b"1"))
     sink = RecordingSink()
-    drain_worker(make_worker(place, sink))
+    drain_worker(make_worker(outbox_dir, sink))
     assert sink.payloads == [b"1"]
 
 
-def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
+def test_one_process_delivers_and_another_takes_over(outbox_dir: Directory) -> None:
     """The lock decides; the heartbeat of its holder can be read."""
-    lease = Lease(place, "other", SystemClock())
+    lease = Lease(outbox_dir, "other", SystemClock())
     assert lease.acquire()
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "standby")
@@ -187,37 +187,39 @@ def test_one_process_delivers_and_another_takes_over(place: Directory) -> None:
     lease.release()
     assert worker.idle.wait(60)
     assert sink.payloads == [b"1"]
-    beat = read_heartbeat(place)
+    beat = read_heartbeat(outbox_dir)
     assert beat is not None
     assert (beat.pid, beat.sink) == (os.getpid(), "test")
     assert thread.stop(30)
 
 
-def test_a_file_that_another_process_has_locked_is_left_alone(place: Directory) -> None:
+def test_a_file_that_another_process_has_locked_is_left_alone(outbox_dir: Directory) -> None:
     """An eviction locks it first."""
-    batch = seal_batch(place, 1, b"1")
-    taken = place.lock_existing(f"{batch}.ndjson")
+    batch = seal_batch(outbox_dir, 1, b"1")
+    taken = outbox_dir.lock_existing(f"{batch}.ndjson")
     assert taken is not None
     sink = RecordingSink()
-    drain_worker(make_worker(place, sink))
-    assert (sink.calls, remaining_files(place)) == ([], [f"{batch}.ndjson"])
-    place.filesystem.close(taken.fd)
+    drain_worker(make_worker(outbox_dir, sink))
+    assert (sink.calls, remaining_files(outbox_dir)) == ([], [f"{batch}.ndjson"])
+    outbox_dir.filesystem.close(taken.fd)
 
 
-def test_a_file_that_is_unlocked_after_a_moment_is_not_overtaken(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_unlocked_after_a_moment_is_not_overtaken(
+    outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that dies, or has just sealed the file, holds the lock a little longer than the name shows."""
     monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 60.0)  # so that the wait is seen
-    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
-    held = place.lock_existing(f"{batches[0]}.ndjson")
+    batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
+    held = outbox_dir.lock_existing(f"{batches[0]}.ndjson")
     assert held is not None
     sink = RecordingSink()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     thread = ThreadRunner(worker)
     thread.start()
     # wait: nothing may happen in this time
     assert not worker.idle.wait(0.1)  # long enough to deliver it, if that were wrong
     assert sink.calls == []
-    place.filesystem.close(held.fd)
+    outbox_dir.filesystem.close(held.fd)
     assert worker.idle.wait(60)
     assert sink.calls == batches
     assert thread.stop(30)
@@ -236,32 +238,32 @@ class _Hasty(PortableScanOps, OsFilesystem):
         return (entry for entry in found if self.listings != 2 or not entry.name.startswith("sealed-0000000000000001"))
 
 
-def test_a_batch_that_a_listing_misses_is_not_overtaken(place: Directory) -> None:
+def test_a_batch_that_a_listing_misses_is_not_overtaken(outbox_dir: Directory) -> None:
     """Recovery makes the first listing, the second one is of the batches, and a third one shows all of them."""
-    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
+    batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     sink = RecordingSink()
-    drain_worker(make_worker(Directory(place.path, _Hasty(), SystemClock()), sink))
+    drain_worker(make_worker(Directory(outbox_dir.path, _Hasty(), SystemClock()), sink))
     assert sink.calls == batches
 
 
-def test_many_batches_may_be_sent_and_not_yet_confirmed(place: Directory) -> None:
+def test_many_batches_may_be_sent_and_not_yet_confirmed(outbox_dir: Directory) -> None:
     """None is deleted before it is confirmed; one confirmation answers for all of them."""
     for stamp in range(1, 6):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = _Slow(window=8)
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
 
     async def scenario() -> None:
         running = asyncio.create_task(worker.run())
         await asyncio.wait_for(sink.all_sent.wait(), 60)
-        assert len(place.batch_names()) == 5
+        assert len(outbox_dir.batch_names()) == 5
         sink.sure.set()
         await asyncio.wait_for(asyncio.to_thread(worker.idle.wait), 60)
         worker.end()
         await running
 
     asyncio.run(scenario())
-    assert (remaining_files(place), worker.counters.delivered) == ([], 5)
+    assert (remaining_files(outbox_dir), worker.counters.delivered) == ([], 5)
     assert sum(sink.groups) == 5
     assert len(sink.groups) <= 3  # the first, those sent meanwhile, and one that was in flight
 
@@ -287,73 +289,75 @@ class _Slow(RecordingSink):
         return len(batches)
 
 
-def test_a_part_of_the_sent_batches_may_be_confirmed(place: Directory) -> None:
+def test_a_part_of_the_sent_batches_may_be_confirmed(outbox_dir: Directory) -> None:
     """The sink is asked again for the rest, which is not sent again."""
-    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 8)]
+    batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in range(1, 8)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=7)
     sink.confirmations.extend([1, 2, 1])
-    drain_worker(make_worker(place, sink))
-    assert remaining_files(place) == []
+    drain_worker(make_worker(outbox_dir, sink))
+    assert remaining_files(outbox_dir) == []
     assert sink.calls == batches
 
 
-def test_one_batch_at_a_time_is_confirmed_too(place: Directory) -> None:
+def test_one_batch_at_a_time_is_confirmed_too(outbox_dir: Directory) -> None:
     """A window of one does not turn confirmations off."""
-    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in range(1, 4)]
+    batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in range(1, 4)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=1)
     sink.confirmations.extend([0, UnconfirmedError("the server is another one")])
-    drain_worker(make_worker(place, sink))
-    assert remaining_files(place) == []
+    drain_worker(make_worker(outbox_dir, sink))
+    assert remaining_files(outbox_dir) == []
     assert sink.calls == [batches[0], *batches]
 
 
 def test_a_misconfiguration_that_prevents_confirmations_stops_delivery(
-    place: Directory, caplog: pytest.LogCaptureFixture
+    outbox_dir: Directory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The state has the reason; nothing is deleted until it is fixed."""
-    batch = seal_batch(place, 1, b"1")
+    batch = seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=4)
     sink.confirmations.append(SinkUnusableError("the query is not allowed"))
-    drain_worker(make_worker(place, sink))
+    drain_worker(make_worker(outbox_dir, sink))
     assert "stopped: the query is not allowed" in caplog.text
-    assert (sink.calls, remaining_files(place)) == ([batch] * 2, [])
+    assert (sink.calls, remaining_files(outbox_dir)) == ([batch] * 2, [])
 
 
-def test_unconfirmed_batches_are_sent_again_in_order(place: Directory) -> None:
+def test_unconfirmed_batches_are_sent_again_in_order(outbox_dir: Directory) -> None:
     """Under the same ids."""
-    batches = [seal_batch(place, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
+    batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=3)
     sink.confirmations.extend([UnconfirmedError("gone"), OSError("cut"), 0])
-    drain_worker(make_worker(place, sink))
-    assert remaining_files(place) == []
+    drain_worker(make_worker(outbox_dir, sink))
+    assert remaining_files(outbox_dir) == []
     assert set(sink.calls) == set(batches)
     assert sink.calls.count(batches[0]) >= 2
     assert list(sink.batches) == batches
 
 
-def test_dead_letters_are_not_kept_twice_after_a_kill_before_the_deletion(place: Directory) -> None:
+def test_dead_letters_are_not_kept_twice_after_a_kill_before_the_deletion(outbox_dir: Directory) -> None:
     """The same files are overwritten with the same content."""
     payloads = [b'"a"', b'"b"']
-    batch = seal_batch(place, 1, *payloads, raw=b"rubbish\n")
-    drain_worker(make_worker(place, RecordingSink([PartialFailure({1: REJECTION}, accepted=1)])))
-    before = {name: Path(place.path_of(name)).read_bytes() for name in remaining_files(place) if "dead" not in name}
-    seal_batch(place, 1, *payloads, raw=b"rubbish\n")
-    drain_worker(make_worker(place, RecordingSink([PartialFailure({1: REJECTION}, accepted=1)])))
-    assert {name: Path(place.path_of(name)).read_bytes() for name in remaining_files(place) if "dead" not in name} == before
-    dead = msgspec.json.decode(Path(place.path_of(layout.dead_name(batch))).read_bytes())
+    batch = seal_batch(outbox_dir, 1, *payloads, raw=b"rubbish\n")
+    drain_worker(make_worker(outbox_dir, RecordingSink([PartialFailure({1: REJECTION}, accepted=1)])))
+    before = {name: Path(outbox_dir.path_of(name)).read_bytes() for name in remaining_files(outbox_dir) if "dead" not in name}
+    seal_batch(outbox_dir, 1, *payloads, raw=b"rubbish\n")
+    drain_worker(make_worker(outbox_dir, RecordingSink([PartialFailure({1: REJECTION}, accepted=1)])))
+    assert {
+        name: Path(outbox_dir.path_of(name)).read_bytes() for name in remaining_files(outbox_dir) if "dead" not in name
+    } == before
+    dead = msgspec.json.decode(Path(outbox_dir.path_of(layout.dead_name(batch))).read_bytes())
     assert dead["event"] == "b"
 
 
-def test_a_sink_that_hangs_does_not_hold_up_the_end(place: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_that_hangs_does_not_hold_up_the_end(outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is cancelled, and the file stays."""
     monkeypatch.setattr("pillarbox.delivery.runner._CANCEL_GRACE_S", 60.0)  # a busy machine may need some of it
-    batch = seal_batch(place, 1, b"1")
+    batch = seal_batch(outbox_dir, 1, b"1")
     sink = _Hanging()
-    thread = ThreadRunner(make_worker(place, sink))
+    thread = ThreadRunner(make_worker(outbox_dir, sink))
     thread.start()
     assert sink.entered.wait(60)
     assert thread.stop(0.05)
-    assert remaining_files(place) == [f"{batch}.ndjson"]
+    assert remaining_files(outbox_dir) == [f"{batch}.ndjson"]
 
 
 class _Hanging(RecordingSink):
@@ -381,72 +385,72 @@ class _Clinging(OsFilesystem):
         os.unlink(path)
 
 
-def test_a_failed_settlement_is_retried_without_limit(place: Directory) -> None:
+def test_a_failed_settlement_is_retried_without_limit(outbox_dir: Directory) -> None:
     """It is counted, and its reason reported."""
-    batch = seal_batch(place, 1, b"1")
-    clinging = Directory(place.path, _Clinging(), SystemClock())
+    batch = seal_batch(outbox_dir, 1, b"1")
+    clinging = Directory(outbox_dir.path, _Clinging(), SystemClock())
     sink = RecordingSink()
     worker = make_worker(clinging, sink)
     drain_worker(worker)
-    assert (sink.calls, remaining_files(place)) == ([batch] * 4, [])
+    assert (sink.calls, remaining_files(outbox_dir)) == ([batch] * 4, [])
     assert worker.counters.failed_flushes == 3
     assert "or its file not deleted: " in worker.last_error
 
 
-def test_a_file_that_cannot_be_settled_does_not_hold_up_others(place: Directory) -> None:
+def test_a_file_that_cannot_be_settled_does_not_hold_up_others(outbox_dir: Directory) -> None:
     """A directory has the name of its quarantine file: it is held, the others are delivered, and the state says why."""
-    stuck = seal_batch(place, 1, b"1", raw=b"damage\n")
+    stuck = seal_batch(outbox_dir, 1, b"1", raw=b"damage\n")
     for number in range(2, 12):
-        seal_batch(place, number, b'{"event":{"n":%d}}' % number)
-    os.makedirs(place.path_of(f"corrupt-{stuck}.ndjson/x"))
+        seal_batch(outbox_dir, number, b'{"event":{"n":%d}}' % number)
+    os.makedirs(outbox_dir.path_of(f"corrupt-{stuck}.ndjson/x"))
     sink = RecordingSink()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     thread = ThreadRunner(worker)
     thread.start()
-    wait_until(lambda: place.batch_names() == [f"{stuck}.ndjson"] and worker.state.name == "degraded")
+    wait_until(lambda: outbox_dir.batch_names() == [f"{stuck}.ndjson"] and worker.state.name == "degraded")
     assert "its dead letters or damaged bytes could not be written" in worker.state.reason
     assert not worker.idle.is_set()
-    os.rmdir(place.path_of(f"corrupt-{stuck}.ndjson/x"))
-    os.rmdir(place.path_of(f"corrupt-{stuck}.ndjson"))
+    os.rmdir(outbox_dir.path_of(f"corrupt-{stuck}.ndjson/x"))
+    os.rmdir(outbox_dir.path_of(f"corrupt-{stuck}.ndjson"))
     assert worker.idle.wait(60)
-    assert (place.batch_names(), worker.state.name) == ([], "idle")
+    assert (outbox_dir.batch_names(), worker.state.name) == ([], "idle")
     assert thread.stop(30)
-    assert Path(place.path_of(f"corrupt-{stuck}.ndjson")).read_bytes() == b"damage\n"
+    assert Path(outbox_dir.path_of(f"corrupt-{stuck}.ndjson")).read_bytes() == b"damage\n"
 
 
-def test_a_worker_can_be_run_again(place: Directory) -> None:
+def test_a_worker_can_be_run_again(outbox_dir: Directory) -> None:
     """On another event loop, after opening the sink again."""
     sink = RecordingSink()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     for stamp in (1, 2):
-        batch = seal_batch(place, stamp, b"%d" % stamp)
+        batch = seal_batch(outbox_dir, stamp, b"%d" % stamp)
         worker.idle.clear()
         drain_worker(worker)
         assert sink.calls[-1] == batch
-    assert (sink.open_count, remaining_files(place)) == (2, [])
+    assert (sink.open_count, remaining_files(outbox_dir)) == (2, [])
 
 
-def test_a_batch_sealed_just_before_the_end_is_delivered(place: Directory) -> None:
+def test_a_batch_sealed_just_before_the_end_is_delivered(outbox_dir: Directory) -> None:
     """The first test of a child process found this: the notification and the order to end came at the same moment."""
     sink = RecordingSink()
-    worker = make_worker(place, sink, config=QUICK_CONFIG._replace(poll_interval_s=60.0))
+    worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(poll_interval_s=60.0))
     thread = ThreadRunner(worker)
     thread.start()
     assert worker.idle.wait(60)
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     thread.notify()
     assert thread.stop(60)
     assert sink.payloads == [b"1"]
 
 
-def test_delivery_is_taken_over_within_a_second_whatever_the_poll_interval(place: Directory) -> None:
+def test_delivery_is_taken_over_within_a_second_whatever_the_poll_interval(outbox_dir: Directory) -> None:
     """`flush_interval` may be a day. The shortest of several measurements counts, because the machine may be busy."""
 
     def taken_over_after() -> float:
-        lease, sink, clock = Lease(place, "other", SystemClock()), RecordingSink(), SystemClock()
+        lease, sink, clock = Lease(outbox_dir, "other", SystemClock()), RecordingSink(), SystemClock()
         assert lease.acquire()
-        seal_batch(place, 1, b"1")
-        worker = Worker(place, NamedSink(sink, "test"), clock, DeliveryConfig(poll_interval_s=86_400.0))
+        seal_batch(outbox_dir, 1, b"1")
+        worker = Worker(outbox_dir, NamedSink(sink, "test"), clock, DeliveryConfig(poll_interval_s=86_400.0))
         thread = ThreadRunner(worker)
         thread.start()
         wait_until(lambda: worker.state.name == "standby")
@@ -461,14 +465,14 @@ def test_delivery_is_taken_over_within_a_second_whatever_the_poll_interval(place
     assert any(taken_over_after() < 1.0 for _ in range(10))
 
 
-def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(place: Directory, tmp_path: Path) -> None:
+def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(outbox_dir: Directory, tmp_path: Path) -> None:
     """The state names it; nothing is written to the target of the link."""
     (tmp_path / "victim").write_bytes(b"precious")
-    planted = Path(place.path_of(layout.DELIVER_LOCK))
+    planted = Path(outbox_dir.path_of(layout.DELIVER_LOCK))
     planted.hardlink_to(tmp_path / "victim")
-    seal_batch(place, 1, b"1")
+    seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink()
-    worker = make_worker(place, sink)
+    worker = make_worker(outbox_dir, sink)
     thread = ThreadRunner(worker)
     thread.start()
     wait_until(lambda: worker.state.name == "degraded")
@@ -499,16 +503,16 @@ class _Tracing(OsFilesystem):
         super().sync_directory(path)
 
 
-def test_deletions_are_synced_together_before_the_worker_idles(place: Directory, clock: ManualClock) -> None:
+def test_deletions_are_synced_together_before_the_worker_idles(outbox_dir: Directory, clock: ManualClock) -> None:
     """A settled batch does not come back after a power loss, and no batch is sent before its name is durable."""
     for stamp in (1, 2, 3):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     tracing = _Tracing()
-    drain_worker(make_worker(Directory(place.path, tracing, clock), RecordingSink(), clock=clock))
+    drain_worker(make_worker(Directory(outbox_dir.path, tracing, clock), RecordingSink(), clock=clock))
     assert tracing.verbs == ["sync", "remove", "remove", "remove", "sync"]
 
 
-def test_deletions_are_synced_once_a_second_during_a_drain(place: Directory, clock: ManualClock) -> None:
+def test_deletions_are_synced_once_a_second_during_a_drain(outbox_dir: Directory, clock: ManualClock) -> None:
     """If the sync fails, delivery goes on."""
 
     class Passing(RecordingSink):
@@ -517,10 +521,10 @@ def test_deletions_are_synced_once_a_second_during_a_drain(place: Directory, clo
             return await super().deliver(batch)
 
     for stamp in range(1, 6):
-        seal_batch(place, stamp, b"%d" % stamp)
+        seal_batch(outbox_dir, stamp, b"%d" % stamp)
     tracing = _Tracing()
     worker = Worker(
-        Directory(place.path, tracing, clock),
+        Directory(outbox_dir.path, tracing, clock),
         NamedSink(Passing(), "test"),
         clock,
         QUICK_CONFIG,

@@ -209,11 +209,11 @@ def test_an_option_without_its_extra_says_what_to_install(
     assert f"pip install 'pillarbox[{extra}]'" in output
 
 
-def test_a_directory_that_cannot_be_listed_has_no_metrics(place: Directory, clock: ManualClock) -> None:
+def test_a_directory_that_cannot_be_listed_has_no_metrics(outbox_dir: Directory, clock: ManualClock) -> None:
     """They return with the directory."""
-    collector = DirectoryCollector(place, Settings(directory="box"), clock)
-    moved = Path(place.path).rename(f"{place.path}.aside")
+    collector = DirectoryCollector(outbox_dir, Settings(directory="box"), clock)
+    moved = Path(outbox_dir.path).rename(f"{outbox_dir.path}.aside")
     assert collector.collect() == []
-    moved.rename(place.path)
+    moved.rename(outbox_dir.path)
     ((name, metrics),) = collector.collect()
     assert (name, metrics.pending_files) == ("box", 0)

@@ -82,18 +82,18 @@ def fill(box: pillarbox.Outbox, count: int, poisoned: Callable[[int], bool] = la
 
 
 @pytest.mark.parametrize("in_flight", [1, 4])
-def test_each_event_arrives_once_whatever_the_server_responds(place: Directory, in_flight: int) -> None:
+def test_each_event_arrives_once_whatever_the_server_responds(outbox_dir: Directory, in_flight: int) -> None:
     """Busy, cut off, hanging or garbage, with one or several batches in flight: the keys make repeats harmless."""
     destination = Destination(7, trouble=0.4)
     payloads = [Codec(TrackingEvent).encode(event(number)) for number in range(2000)]
     for stamp in range(40):
-        seal_batch(place, 10**15 + stamp, *payloads[stamp * 50 : stamp * 50 + 50])
+        seal_batch(outbox_dir, 10**15 + stamp, *payloads[stamp * 50 : stamp * 50 + 50])
     with Server(destination) as server:
         sink = make_sink(server.url("#timeout=0.2&compress=gzip"), TrackingEvent)
-        worker = make_worker(place, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
+        worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
         drain_worker(worker)
     assert destination.kept == Counter({f"e-{number:06d}": 1 for number in range(2000)})
-    assert not [name for name in remaining_files(place) if name.startswith(("sealed-", "dead-", "corrupt-"))]
+    assert not [name for name in remaining_files(outbox_dir) if name.startswith(("sealed-", "dead-", "corrupt-"))]
     assert max(destination.attempts.values()) > 1
     assert len(destination.attempts) == 40  # no batch was split, because none was rejected
 

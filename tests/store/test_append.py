@@ -39,8 +39,8 @@ from pillarbox.outcome import DROPPED, ENQUEUED
 from pillarbox.store.segment import SPARE_RECHECK_SHARE
 from tests.store.writer_scenarios import WriterSetup
 
-PLACED = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
-EVENT = TrackingEvent(event_id="e", occurred_at_micros=1, **PLACED)
+EVENT_FIELDS = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
+EVENT = TrackingEvent(event_id="e", occurred_at_micros=1, **EVENT_FIELDS)
 compiled_only = pytest.mark.skipif(not COMPILED, reason="the hot path is not compiled here")
 
 

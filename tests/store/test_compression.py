@@ -60,9 +60,9 @@ def test_a_flipped_bit_alters_no_event(bit: int) -> None:
     events = lines(40)
     payloads = [record.payload(line[:-1]) for line in events]
     packed = compression.compress(PACKED, b"".join(events))
-    for place in range(len(packed)):
+    for outbox_dir in range(len(packed)):
         flipped = bytearray(packed)
-        flipped[place] ^= 1 << bit
+        flipped[outbox_dir] ^= 1 << bit
         found, data = read(bytes(flipped))
         left = iter(payloads)
         assert all(payload in left for payload in found.payloads)

@@ -25,21 +25,21 @@ from pillarbox.testing import ManualClock
 from tests.conftest import PLANTED, plant
 
 
-def put(place: Directory, name: str, data: bytes = b"x\n") -> Path:
-    path = Path(place.path) / name
+def put(outbox_dir: Directory, name: str, data: bytes = b"x\n") -> Path:
+    path = Path(outbox_dir.path) / name
     path.write_bytes(data)
     return path
 
 
-def names(place: Directory) -> list[str]:
-    return sorted(os.listdir(place.path))
+def names(outbox_dir: Directory) -> list[str]:
+    return sorted(os.listdir(outbox_dir.path))
 
 
-def test_directories_and_files_are_for_the_owner_only(place: Directory) -> None:
+def test_directories_and_files_are_for_the_owner_only(outbox_dir: Directory) -> None:
     """Modes 0700 and 0600."""
-    place.filesystem.close(place.filesystem.create(place.path_of("active-w-1.ndjson")))
-    assert stat.S_IMODE(os.stat(place.path).st_mode) == 0o700
-    assert stat.S_IMODE(os.stat(place.path_of("active-w-1.ndjson")).st_mode) == 0o600
+    outbox_dir.filesystem.close(outbox_dir.filesystem.create(outbox_dir.path_of("active-w-1.ndjson")))
+    assert stat.S_IMODE(os.stat(outbox_dir.path).st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(outbox_dir.path_of("active-w-1.ndjson")).st_mode) == 0o600
 
 
 def test_a_directory_open_to_others_is_used_with_a_warning(
@@ -59,41 +59,41 @@ def test_an_unusable_directory_is_an_error_at_once(tmp_path: Path, clock: Manual
         Directory(str(tmp_path / path), OsFilesystem(), clock).ensure_usable()
 
 
-def test_pending_bytes_are_those_of_segments_and_batch_files(place: Directory) -> None:
+def test_pending_bytes_are_those_of_segments_and_batch_files(outbox_dir: Directory) -> None:
     """The example in the tests of the older system: 12 bytes."""
-    put(place, "active.ndjson", b"active")
-    put(place, "sealed-one.ndjson", b"sealed")
-    put(place, "corrupt-sealed-two.ndjson", b"corrupt")
-    put(place, "dead-sealed-two.ndjson", b"dead letter")
-    put(place, "notes.txt", b"not ours")
-    put(place, "active-spare-1.ndjson", b"")
-    account = place.disk_usage()
+    put(outbox_dir, "active.ndjson", b"active")
+    put(outbox_dir, "sealed-one.ndjson", b"sealed")
+    put(outbox_dir, "corrupt-sealed-two.ndjson", b"corrupt")
+    put(outbox_dir, "dead-sealed-two.ndjson", b"dead letter")
+    put(outbox_dir, "notes.txt", b"not ours")
+    put(outbox_dir, "active-spare-1.ndjson", b"")
+    account = outbox_dir.disk_usage()
     assert (account.pending_bytes, account.pending_files) == (12, 2)
     assert (account.corrupt_bytes, account.dead_bytes) == (7, 11)
 
 
-def test_batches_are_listed_oldest_first(place: Directory) -> None:
+def test_batches_are_listed_oldest_first(outbox_dir: Directory) -> None:
     """By name."""
     for stamp in (30, 4, 100):
-        put(place, layout.sealed_name(stamp, "u"))
-    assert [layout.sealed_at(name) for name in place.batch_names()] == [4, 30, 100]
+        put(outbox_dir, layout.sealed_name(stamp, "u"))
+    assert [layout.sealed_at(name) for name in outbox_dir.batch_names()] == [4, 30, 100]
 
 
-def test_a_locked_file_cannot_be_locked_again(place: Directory) -> None:
+def test_a_locked_file_cannot_be_locked_again(outbox_dir: Directory) -> None:
     """Until its descriptor is closed."""
-    put(place, "sealed-a.ndjson")
-    taken = place.lock_existing("sealed-a.ndjson")
+    put(outbox_dir, "sealed-a.ndjson")
+    taken = outbox_dir.lock_existing("sealed-a.ndjson")
     assert taken is not None
-    assert place.lock_existing("sealed-a.ndjson") is None
-    place.filesystem.close(taken.fd)
-    again = place.lock_existing("sealed-a.ndjson")
+    assert outbox_dir.lock_existing("sealed-a.ndjson") is None
+    outbox_dir.filesystem.close(taken.fd)
+    again = outbox_dir.lock_existing("sealed-a.ndjson")
     assert again is not None
-    place.filesystem.close(again.fd)
+    outbox_dir.filesystem.close(again.fd)
 
 
-def test_a_deleted_file_is_not_locked(place: Directory) -> None:
+def test_a_deleted_file_is_not_locked(outbox_dir: Directory) -> None:
     """Another process delivered it."""
-    assert place.lock_existing("sealed-a.ndjson") is None
+    assert outbox_dir.lock_existing("sealed-a.ndjson") is None
 
 
 class _Swapping(OsFilesystem):
@@ -112,24 +112,24 @@ class _Swapping(OsFilesystem):
 
 def test_a_file_that_is_replaced_between_open_and_lock_is_opened_again(tmp_path: Path, clock: ManualClock) -> None:
     """The lock is for the file that has the name now."""
-    place = Directory(str(tmp_path), _Swapping(), clock)
-    put(place, "sealed-a.ndjson", b"old\n")
-    taken = place.lock_existing("sealed-a.ndjson")
+    outbox_dir = Directory(str(tmp_path), _Swapping(), clock)
+    put(outbox_dir, "sealed-a.ndjson", b"old\n")
+    taken = outbox_dir.lock_existing("sealed-a.ndjson")
     assert taken is not None
-    assert place.filesystem.read_all(taken.fd) == b"new\n"
-    place.filesystem.close(taken.fd)
+    assert outbox_dir.filesystem.read_all(taken.fd) == b"new\n"
+    outbox_dir.filesystem.close(taken.fd)
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_planted_files_are_left_alone(place: Directory, tmp_path: Path, planted: str) -> None:
+def test_planted_files_are_left_alone(outbox_dir: Directory, tmp_path: Path, planted: str) -> None:
     """They neither redirect nor block the process."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious\n")
-    path = Path(place.path) / "active-x-1.ndjson"
+    path = Path(outbox_dir.path) / "active-x-1.ndjson"
     plant(planted, path, victim)
     with pytest.raises(FileUnusableError):
-        place.lock_existing(path.name)
-    assert recover(place) == []
+        outbox_dir.lock_existing(path.name)
+    assert recover(outbox_dir) == []
     assert victim.read_bytes() == b"precious\n"
 
 
@@ -161,17 +161,17 @@ EXAMPLES = {
 @pytest.mark.parametrize("tail", FileTail)
 @pytest.mark.parametrize("lock", LockState)
 @pytest.mark.parametrize("kind", Kind)
-def test_recovery_does_what_the_table_says(place: Directory, kind: Kind, lock: LockState, tail: FileTail) -> None:
+def test_recovery_does_what_the_table_says(outbox_dir: Directory, kind: Kind, lock: LockState, tail: FileTail) -> None:
     """On a real directory, twice: the second time changes nothing."""
     data = {FileTail.EMPTY: b"", FileTail.WHOLE: b"some\n", FileTail.TORN: b"some\nto", FileTail.NUL: b"some\nto\0\0"}[tail]
-    path = put(place, EXAMPLES[kind], data)
+    path = put(outbox_dir, EXAMPLES[kind], data)
     holder = os.open(path, os.O_RDONLY)
     if lock is LockState.ANOTHER:
         fcntl.flock(holder, fcntl.LOCK_EX)
-    adopted = recover(place)
-    after = names(place)
-    assert recover(place) == []
-    assert names(place) == after
+    adopted = recover(outbox_dir)
+    after = names(outbox_dir)
+    assert recover(outbox_dir) == []
+    assert names(outbox_dir) == after
     os.close(holder)
     action = RECOVERY[kind, lock, tail]
     if action is RecoveryAction.LEAVE:
@@ -180,51 +180,51 @@ def test_recovery_does_what_the_table_says(place: Directory, kind: Kind, lock: L
         assert (adopted, after) == ([], [])
     else:
         assert after == [adopted[0].sealed_name]
-        assert (Path(place.path) / after[0]).read_bytes() == data
+        assert (Path(outbox_dir.path) / after[0]).read_bytes() == data
 
 
-def test_seal_times_increase_even_where_the_clock_steps_back(place: Directory, clock: ManualClock) -> None:
+def test_seal_times_increase_even_where_the_clock_steps_back(outbox_dir: Directory, clock: ManualClock) -> None:
     """They start after the latest one in the directory."""
-    place.seal_after(clock.micros() + 5_000_000)
+    outbox_dir.seal_after(clock.micros() + 5_000_000)
     sealed: list[str] = []
     for number in range(3):
-        fd = place.filesystem.create(place.path_of(f"active-w-{number}.ndjson"))
-        place.seal([LockedFile(f"active-w-{number}.ndjson", fd)], lambda _, names: sealed.extend(names))
-        place.filesystem.close(fd)
+        fd = outbox_dir.filesystem.create(outbox_dir.path_of(f"active-w-{number}.ndjson"))
+        outbox_dir.seal([LockedFile(f"active-w-{number}.ndjson", fd)], lambda _, names: sealed.extend(names))
+        outbox_dir.filesystem.close(fd)
         clock.step(-3600)
     assert sealed == sorted(sealed)
     assert layout.sealed_at(sealed[0]) == 1_700_000_005_000_001
 
 
-def test_a_forged_seal_time_far_in_the_future_is_ignored(place: Directory, clock: ManualClock) -> None:
+def test_a_forged_seal_time_far_in_the_future_is_ignored(outbox_dir: Directory, clock: ManualClock) -> None:
     """Otherwise later seal times could exceed sixteen digits."""
-    place.seal_after(layout.MICROS_MAX)
-    fd = place.filesystem.create(place.path_of("active-w-1.ndjson"))
+    outbox_dir.seal_after(layout.MICROS_MAX)
+    fd = outbox_dir.filesystem.create(outbox_dir.path_of("active-w-1.ndjson"))
     sealed: list[str] = []
-    place.seal([LockedFile("active-w-1.ndjson", fd)], lambda _, names: sealed.extend(names))
-    place.filesystem.close(fd)
+    outbox_dir.seal([LockedFile("active-w-1.ndjson", fd)], lambda _, names: sealed.extend(names))
+    outbox_dir.filesystem.close(fd)
     assert layout.sealed_at(sealed[0]) == clock.micros()
 
 
-def test_an_atomic_write_is_whole_or_not_at_all_and_may_be_repeated(place: Directory) -> None:
+def test_an_atomic_write_is_whole_or_not_at_all_and_may_be_repeated(outbox_dir: Directory) -> None:
     """The temporary file of an interrupted one is left to recovery, which may hold it already."""
-    put(place, "dead-a.ndjson.x.aside", b"half")
-    held = place.lock_existing("dead-a.ndjson.x.aside")
+    put(outbox_dir, "dead-a.ndjson.x.aside", b"half")
+    held = outbox_dir.lock_existing("dead-a.ndjson.x.aside")
     assert held is not None
-    place.write_atomically("dead-a.ndjson", b"one\n")
-    place.write_atomically("dead-a.ndjson", b"one\n")
-    place.filesystem.close(held.fd)
-    recover(place)
-    assert names(place) == ["dead-a.ndjson"]
-    assert (Path(place.path) / "dead-a.ndjson").read_bytes() == b"one\n"
+    outbox_dir.write_atomically("dead-a.ndjson", b"one\n")
+    outbox_dir.write_atomically("dead-a.ndjson", b"one\n")
+    outbox_dir.filesystem.close(held.fd)
+    recover(outbox_dir)
+    assert names(outbox_dir) == ["dead-a.ndjson"]
+    assert (Path(outbox_dir.path) / "dead-a.ndjson").read_bytes() == b"one\n"
 
 
-def test_segments_of_a_dead_writer_are_sealed_in_the_order_in_which_it_filled_them(place: Directory) -> None:
+def test_segments_of_a_dead_writer_are_sealed_in_the_order_in_which_it_filled_them(outbox_dir: Directory) -> None:
     """The tenth after the ninth."""
     for number in (1, 2, 9, 10, 11):
-        put(place, layout.active_name("w", number), b"%d\n" % number)
-    recover(place)
-    assert [Path(place.path_of(name)).read_bytes() for name in place.batch_names()] == [
+        put(outbox_dir, layout.active_name("w", number), b"%d\n" % number)
+    recover(outbox_dir)
+    assert [Path(outbox_dir.path_of(name)).read_bytes() for name in outbox_dir.batch_names()] == [
         b"1\n",
         b"2\n",
         b"9\n",
@@ -233,26 +233,26 @@ def test_segments_of_a_dead_writer_are_sealed_in_the_order_in_which_it_filled_th
     ]
 
 
-def test_segments_of_a_dead_writer_are_left_to_the_process_that_holds_the_first(place: Directory) -> None:
+def test_segments_of_a_dead_writer_are_left_to_the_process_that_holds_the_first(outbox_dir: Directory) -> None:
     """Two processes that share them would seal them out of order; those of another writer are sealed."""
     for name in (layout.active_name("v", 1), layout.active_name("w", 1), layout.active_name("w", 2)):
-        put(place, name, b"1\n")
-    held = place.lock_existing(layout.active_name("w", 1))
+        put(outbox_dir, name, b"1\n")
+    held = outbox_dir.lock_existing(layout.active_name("w", 1))
     assert held is not None
-    assert [adopted.active_name for adopted in recover(place)] == [layout.active_name("v", 1)]
-    place.filesystem.close(held.fd)
-    assert [adopted.active_name for adopted in recover(place)] == [layout.active_name("w", 1), layout.active_name("w", 2)]
+    assert [adopted.active_name for adopted in recover(outbox_dir)] == [layout.active_name("v", 1)]
+    outbox_dir.filesystem.close(held.fd)
+    assert [adopted.active_name for adopted in recover(outbox_dir)] == [layout.active_name("w", 1), layout.active_name("w", 2)]
 
 
 def test_recovered_segments_are_sealed_after_the_batches_that_exist_whatever_the_clock_says(
-    place: Directory, clock: ManualClock
+    outbox_dir: Directory, clock: ManualClock
 ) -> None:
     """Their seal time follows the latest one in the directory."""
     newest = clock.micros() + 10**9
-    put(place, layout.sealed_name(newest, "u"), b"1\n")
-    put(place, layout.active_name("w", 1), b"2\n")
-    recover(place)
-    assert [layout.sealed_at(name) for name in place.batch_names()] == [newest, newest + 1]
+    put(outbox_dir, layout.sealed_name(newest, "u"), b"1\n")
+    put(outbox_dir, layout.active_name("w", 1), b"2\n")
+    recover(outbox_dir)
+    assert [layout.sealed_at(name) for name in outbox_dir.batch_names()] == [newest, newest + 1]
 
 
 class _Tracing(OsFilesystem):
@@ -278,19 +278,19 @@ class _Tracing(OsFilesystem):
 def test_recovery_syncs_each_segment_then_renames_all_then_syncs_the_directory_once(tmp_path: Path, clock: ManualClock) -> None:
     """In this order, for several segments at a time."""
     filesystem = _Tracing()
-    place = Directory(str(tmp_path), filesystem, clock)
+    outbox_dir = Directory(str(tmp_path), filesystem, clock)
     for name in ("active-w-1.ndjson", "active-w-2.ndjson"):
         (tmp_path / name).write_bytes(b'{"event":{}}\n')
-    assert len(recover(place)) == 2
+    assert len(recover(outbox_dir)) == 2
     assert filesystem.verbs == ["sync", "sync", "rename", "rename", "sync directory"]
 
 
 class _Raced(OsFilesystem):
     """Between the creation of a file and its locking, somebody who recovers comes along, `races` times."""
 
-    def __init__(self, place: Directory, races: int) -> None:
+    def __init__(self, outbox_dir: Directory, races: int) -> None:
         super().__init__()
-        self.other = Directory(place.path, OsFilesystem(), SystemClock())
+        self.other = Directory(outbox_dir.path, OsFilesystem(), SystemClock())
         self.races = races
 
     def lock(self, fd: int) -> bool:
@@ -300,15 +300,15 @@ class _Raced(OsFilesystem):
         return super().lock(fd)
 
 
-def test_a_new_file_that_recovery_takes_for_a_dead_writers_is_not_used(place: Directory, clock: ManualClock) -> None:
+def test_a_new_file_that_recovery_takes_for_a_dead_writers_is_not_used(outbox_dir: Directory, clock: ManualClock) -> None:
     """It is deleted, with everything written to it; another one is created."""
-    raced = Directory(place.path, _Raced(place, 1), clock)
+    raced = Directory(outbox_dir.path, _Raced(outbox_dir, 1), clock)
     assert raced.create("active-w-1.ndjson") is None
-    writer = Writer(Directory(place.path, _Raced(place, 3), clock), WriterLimits(500, 10**6, 10**9), lambda: None)
+    writer = Writer(Directory(outbox_dir.path, _Raced(outbox_dir, 3), clock), WriterLimits(500, 10**6, 10**9), lambda: None)
     writer.start(0, 0)
     assert writer.append(record.line(b"1"), 1)
-    assert [entry.size for entry in place.filesystem.list_files(place.path)] == [len(record.line(b"1"))]
-    raced = Directory(place.path, _Raced(place, 2), clock)
+    assert [entry.size for entry in outbox_dir.filesystem.list_files(outbox_dir.path)] == [len(record.line(b"1"))]
+    raced = Directory(outbox_dir.path, _Raced(outbox_dir, 2), clock)
     raced.write_atomically("dead-a.ndjson", b"letter")
     assert raced.read_small_file("dead-a.ndjson") == b"letter"
 
@@ -338,17 +338,17 @@ class _Unreadable(OsFilesystem):
 
 def test_an_unreadable_segment_does_not_prevent_the_recovery_of_others(tmp_path: Path, clock: ManualClock) -> None:
     """It stays as it is, for the next recovery."""
-    place = Directory(str(tmp_path), _Unreadable(), clock)
-    put(place, "active-a-1.ndjson")
-    put(place, "active-b-1.ndjson")
-    assert [file.active_name for file in recover(place)] == ["active-b-1.ndjson"]
-    assert names(place)[0] == "active-a-1.ndjson"
+    outbox_dir = Directory(str(tmp_path), _Unreadable(), clock)
+    put(outbox_dir, "active-a-1.ndjson")
+    put(outbox_dir, "active-b-1.ndjson")
+    assert [file.active_name for file in recover(outbox_dir)] == ["active-b-1.ndjson"]
+    assert names(outbox_dir)[0] == "active-a-1.ndjson"
 
 
-def test_fanning_out_a_backlog_does_not_list_the_directory_for_each_batch(place: Directory, clock: ManualClock) -> None:
+def test_fanning_out_a_backlog_does_not_list_the_directory_for_each_batch(outbox_dir: Directory, clock: ManualClock) -> None:
     """The batches have further links then, and the directory says once whether that is allowed."""
     for number in range(200):
-        put(place, layout.sealed_name(number, "x"), record.line(b"{}"))
+        put(outbox_dir, layout.sealed_name(number, "x"), record.line(b"{}"))
     listed: list[str] = []
 
     class Counting(OsFilesystem):
@@ -356,6 +356,6 @@ def test_fanning_out_a_backlog_does_not_list_the_directory_for_each_batch(place:
             listed.append(path)
             return super().subdirectories(path)
 
-    watched = Directory(place.path, Counting(), clock)
+    watched = Directory(outbox_dir.path, Counting(), clock)
     assert FanOut(watched, ["one", "two"], clock, LedgerWriter(watched, clock)).distribute_all() == 200
     assert len(listed) < 20

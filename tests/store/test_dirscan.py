@@ -47,7 +47,7 @@ compiled_only = pytest.mark.skipif(not COMPILED, reason="the listing is not comp
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> str:
+def outbox_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with files of every kind, and with what is no file."""
     path = tmp_path_factory.mktemp("listing")
     names = [*OTHERS, *(layout.sealed_name(STAMP + number, "u") for number in range(20))]
@@ -78,33 +78,33 @@ class Expected(PortableScanOps):
         return iter([FileEntry(one.name, one.stat().st_size) for one in found if one.is_file() and not one.is_symlink()])
 
 
-def test_regular_files_are_listed_and_nothing_else(files: OsFilesystem, place: str) -> None:
+def test_regular_files_are_listed_and_nothing_else(files: OsFilesystem, outbox_dir: str) -> None:
     """With their sizes; no directory, pipe or link."""
-    assert sorted(files.list_files(place)) == sorted(Expected().list_files(place))
-    assert all(isinstance(entry, FileEntry) for entry in files.list_files(place))
+    assert sorted(files.list_files(outbox_dir)) == sorted(Expected().list_files(outbox_dir))
+    assert all(isinstance(entry, FileEntry) for entry in files.list_files(outbox_dir))
 
 
 @pytest.mark.parametrize(
     "patterns", [ALL_NAMES, layout.SEALED_PATTERNS, layout.COMPRESSED_PATTERNS, layout.PATTERNS, (), (NamePattern("n", None),)]
 )
-def test_names_are_those_that_follow_a_pattern(files: OsFilesystem, place: str, patterns: Any) -> None:
+def test_names_are_those_that_follow_a_pattern(files: OsFilesystem, outbox_dir: str, patterns: Any) -> None:
     """Each once."""
-    assert sorted(files.list_names(place, patterns)) == sorted(Expected().list_names(place, patterns))
+    assert sorted(files.list_names(outbox_dir, patterns)) == sorted(Expected().list_names(outbox_dir, patterns))
 
 
-def test_patterns_say_what_the_kind_of_a_name_is(place: str) -> None:
+def test_patterns_say_what_the_kind_of_a_name_is(outbox_dir: str) -> None:
     """And nothing is counted under another."""
     for kind, pattern in zip(layout.KINDS, layout.PATTERNS, strict=True):
-        assert all(layout.kind_of(name) is kind for name in Expected().list_names(place, (pattern,)))
+        assert all(layout.kind_of(name) is kind for name in Expected().list_names(outbox_dir, (pattern,)))
     assert set(layout.KINDS) == set(Kind) - {Kind.OTHER}
 
 
-def test_sums_are_by_pattern(files: OsFilesystem, place: str) -> None:
+def test_sums_are_by_pattern(files: OsFilesystem, outbox_dir: str) -> None:
     """The first that a name follows; stamps are sixteen digits, as layout reads them."""
-    sums = files.file_totals(place, layout.PATTERNS)
-    assert sums == Expected().file_totals(place, layout.PATTERNS)
+    sums = files.file_totals(outbox_dir, layout.PATTERNS)
+    assert sums == Expected().file_totals(outbox_dir, layout.PATTERNS)
     assert all(isinstance(one, FileTotals) for one in sums)
-    sealed = [name for name, _ in Expected().list_files(place) if layout.kind_of(name) is Kind.SEALED]
+    sealed = [name for name, _ in Expected().list_files(outbox_dir) if layout.kind_of(name) is Kind.SEALED]
     stamps = [stamp for stamp in map(layout.sealed_at, sealed) if stamp is not None]
     both = [one for one, kind in zip(sums, layout.KINDS, strict=True) if kind is Kind.SEALED]
     total = both[0].combined_with(both[1])
@@ -113,7 +113,7 @@ def test_sums_are_by_pattern(files: OsFilesystem, place: str) -> None:
         == (len(sealed), min(stamps), max(stamps))
         == (len(sealed), STAMP, STAMP + 30)
     )
-    assert files.file_totals(place, ()) == []
+    assert files.file_totals(outbox_dir, ()) == []
 
 
 _names = st.one_of(st.just(""), st.sampled_from([*OTHERS, *(layout.sealed_name(STAMP + n, "u") for n in range(-1, 21))]))
@@ -121,16 +121,16 @@ _names = st.one_of(st.just(""), st.sampled_from([*OTHERS, *(layout.sealed_name(S
 
 @given(_names, _names, st.integers(0, 60))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_first_in_order_are_named(place: str, after: str, until: str, most: int) -> None:
+def test_the_first_in_order_are_named(outbox_dir: str, after: str, until: str, most: int) -> None:
     """Behind one name and up to another, and how many there are in all."""
-    expected = Expected().first_names(place, layout.SEALED_PATTERNS, after, until, most)
-    wanted = sorted(map(os.fsencode, Expected().list_names(place, layout.SEALED_PATTERNS)))
+    expected = Expected().first_names(outbox_dir, layout.SEALED_PATTERNS, after, until, most)
+    wanted = sorted(map(os.fsencode, Expected().list_names(outbox_dir, layout.SEALED_PATTERNS)))
     wanted = [name for name in wanted if name > os.fsencode(after) and (not until or name <= os.fsencode(until))]
     assert expected == NamePage(
         [os.fsdecode(name) for name in wanted[:most]], os.fsdecode(max(wanted, default=b"")), len(wanted)
     )
     for files in [OsFilesystem(), *([CompiledOsFilesystem()] if COMPILED else [])]:
-        assert files.first_names(place, layout.SEALED_PATTERNS, after, until, most) == expected
+        assert files.first_names(outbox_dir, layout.SEALED_PATTERNS, after, until, most) == expected
 
 
 def test_a_directory_of_any_size_is_read_whole(files: OsFilesystem, tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from tests.conftest import PLANTED, plant
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_planted_lock_file_is_an_error_and_its_target_unchanged(place: Directory, tmp_path: Path, planted: str) -> None:
+def test_a_planted_lock_file_is_an_error_and_its_target_unchanged(outbox_dir: Directory, tmp_path: Path, planted: str) -> None:
     """The heartbeat would be written into the target."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious\n")
-    path = Path(place.path_of(layout.DELIVER_LOCK))
+    path = Path(outbox_dir.path_of(layout.DELIVER_LOCK))
     plant(planted, path, victim)
-    lease = Lease(place, "sink", SystemClock())
+    lease = Lease(outbox_dir, "sink", SystemClock())
     with pytest.raises(FileUnusableError):
         lease.acquire()
     lease.write_heartbeat(State("idle"), 0, "", now=True)
@@ -136,11 +136,11 @@ def test_an_existing_file_is_not_overwritten_by_creating_one(tmp_path: Path) -> 
     assert (tmp_path / "taken").read_bytes() == b"x"
 
 
-def test_where_locks_do_not_work_creating_a_file_ends_with_an_error(place: Directory) -> None:
+def test_where_locks_do_not_work_creating_a_file_ends_with_an_error(outbox_dir: Directory) -> None:
     """It does not try forever."""
-    place.filesystem.create_each = lambda paths: ([-1] * len(paths), None)  # type: ignore[method-assign]
+    outbox_dir.filesystem.create_each = lambda paths: ([-1] * len(paths), None)  # type: ignore[method-assign]
     with pytest.raises(OSError, match="locks do not work"):
-        place.write_atomically("dead-a.ndjson", b"1\n")
+        outbox_dir.write_atomically("dead-a.ndjson", b"1\n")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")

@@ -99,8 +99,8 @@ class Filler:
 def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A small file system in memory, mounted with the options that the test names."""
     need(commands=("mount", "umount"))
-    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", request.param, "tmpfs") as place:
-        yield place / "outbox"
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", request.param, "tmpfs") as outbox_dir:
+        yield outbox_dir / "outbox"
 
 
 @pytest.mark.parametrize("small", ["size=256k", "size=100k"], indirect=True)
@@ -181,11 +181,11 @@ def quota(tmp_path: Path) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(512 * 2**20)
     subprocess.run(["mkfs.btrfs", "--quiet", image], check=True)
-    with mounted(tmp_path / "btrfs", "-o", "loop", image) as place:
-        subprocess.run(["btrfs", "quota", "enable", place], check=True)
-        subprocess.run(["btrfs", "subvolume", "create", place / "limited"], check=True, capture_output=True)
-        subprocess.run(["btrfs", "qgroup", "limit", "8M", place / "limited"], check=True)
-        yield place / "limited"
+    with mounted(tmp_path / "btrfs", "-o", "loop", image) as outbox_dir:
+        subprocess.run(["btrfs", "quota", "enable", outbox_dir], check=True)
+        subprocess.run(["btrfs", "subvolume", "create", outbox_dir / "limited"], check=True, capture_output=True)
+        subprocess.run(["btrfs", "qgroup", "limit", "8M", outbox_dir / "limited"], check=True)
+        yield outbox_dir / "limited"
 
 
 def test_an_exhausted_quota_is_a_full_disk(quota: Path, tmp_path: Path) -> None:

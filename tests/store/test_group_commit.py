@@ -58,21 +58,28 @@ class Desk:
 
     def __init__(self, path: Path, *, batch_size: int = 500, max_bytes: int = 2**29) -> None:
         self.filesystem = Watched()
-        self.place = Directory(str(path), self.filesystem, ManualClock())
-        self.place.ensure_usable()
+        self.outbox_dir = Directory(str(path), self.filesystem, ManualClock())
+        self.outbox_dir.ensure_usable()
         inbox = SealerInbox()
-        self.writer = Writer(self.place, WriterLimits(batch_size, 10**6, max_bytes), inbox.wake)
-        self.committer = GroupCommitter(self.place, self.writer)
+        self.writer = Writer(self.outbox_dir, WriterLimits(batch_size, 10**6, max_bytes), inbox.wake)
+        self.committer = GroupCommitter(self.outbox_dir, self.writer)
         self.sealer = Sealer(
-            self.place, self.writer, inbox, ManualClock(), 1.0, lambda: None, committer=self.committer, syncs_spare_names=True
+            self.outbox_dir,
+            self.writer,
+            inbox,
+            ManualClock(),
+            1.0,
+            lambda: None,
+            committer=self.committer,
+            syncs_spare_names=True,
         )
         self.writer.start(0, 0)
 
     def lines(self) -> list[bytes]:
         """All payloads on disk; there is nothing else in the files."""
         found: list[bytes] = []
-        for name in sorted(os.listdir(self.place.path)):
-            contents = reader.read_lines(Path(self.place.path_of(name)).read_bytes(), lambda: None)
+        for name in sorted(os.listdir(self.outbox_dir.path)):
+            contents = reader.read_lines(Path(self.outbox_dir.path_of(name)).read_bytes(), lambda: None)
             assert not contents.damaged
             found += contents.payloads
         return found
@@ -147,8 +154,8 @@ def test_the_sealer_syncs_the_names_of_spares_so_that_callers_need_not(tmp_path:
 
 def test_commit_returns_none_before_the_start_and_drops_after_the_end(desk: Desk) -> None:
     """As `Writer.append` does."""
-    fresh = Writer(desk.place, WriterLimits(1, 1, 1), lambda: None)
-    assert GroupCommitter(desk.place, fresh).commit(LINE, 1) is None
+    fresh = Writer(desk.outbox_dir, WriterLimits(1, 1, 1), lambda: None)
+    assert GroupCommitter(desk.outbox_dir, fresh).commit(LINE, 1) is None
     desk.sealer.seal_remaining()
     assert desk.committer.commit(LINE, 1) == DROPPED["closed"]
 
@@ -215,7 +222,7 @@ def test_a_group_is_split_where_a_segment_is_full(tmp_path: Path) -> None:
 
     assert asyncio.run(main()) == [ENQUEUED_POWER] * 25
     desk.sealer.step()
-    sizes = [Path(desk.place.path_of(name)).read_bytes().count(b"\n") for name in desk.place.batch_names()]
+    sizes = [Path(desk.outbox_dir.path_of(name)).read_bytes().count(b"\n") for name in desk.outbox_dir.batch_names()]
     assert sizes[0] == 10
     assert len(desk.lines()) == 26
 
@@ -243,12 +250,12 @@ def test_a_failed_sync_is_not_repeated_on_the_same_file(desk: Desk, code: int, c
     with caplog.at_level(logging.ERROR):
         assert desk.committer.commit(numbered(2), 1) == ENQUEUED_POWER
     assert "file rewritten" in caplog.text
-    assert os.stat(desk.place.path_of(name)).st_ino != inode
+    assert os.stat(desk.outbox_dir.path_of(name)).st_ino != inode
     assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
     assert desk.writer._file.locked_file.name != name
     desk.sealer.step()
     assert sorted(desk.lines()) == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
-    assert [layout.kind_of(found) for found in sorted(os.listdir(desk.place.path))].count(layout.Kind.TEMPORARY) == 0
+    assert [layout.kind_of(found) for found in sorted(os.listdir(desk.outbox_dir.path))].count(layout.Kind.TEMPORARY) == 0
 
 
 def test_a_rewritten_file_has_the_lines_that_are_in_memory(desk: Desk) -> None:
@@ -262,7 +269,7 @@ def test_a_rewritten_file_has_the_lines_that_are_in_memory(desk: Desk) -> None:
         if synced != fd:
             original(synced)
             return
-        with open(desk.place.path_of(desk.writer._file.locked_file.name), "r+b") as file:
+        with open(desk.outbox_dir.path_of(desk.writer._file.locked_file.name), "r+b") as file:
             file.seek(len(numbered(1)))
             file.write(b"\0" * len(numbered(2)))
         raise OSError(errno.EIO, "lost")
@@ -286,7 +293,7 @@ def test_where_nothing_can_be_written_the_event_is_dropped(desk: Desk, caplog: p
 def test_an_event_in_a_deleted_segment_is_not_acknowledged_as_durable(desk: Desk) -> None:
     """The sync of a file without a name succeeds, and means nothing."""
     desk.committer.commit(numbered(1), 1)
-    os.unlink(desk.place.path_of(desk.writer._file.locked_file.name))
+    os.unlink(desk.outbox_dir.path_of(desk.writer._file.locked_file.name))
     assert desk.committer.commit(numbered(2), 1) == DROPPED["io_error"]
     assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
     desk.sealer.step()
@@ -404,7 +411,7 @@ def test_an_interrupted_sync_is_treated_as_failed(desk: Desk, monkeypatch: pytes
         raise KeyboardInterrupt
 
     desk.committer.commit(numbered(1), 1)
-    before = os.stat(desk.place.path_of(desk.writer._file.locked_file.name)).st_ino
+    before = os.stat(desk.outbox_dir.path_of(desk.writer._file.locked_file.name)).st_ino
     desk.filesystem.failures = [OSError(errno.EIO, "broken")]
     monkeypatch.setattr(SegmentSyncer, "_finish_sync", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -412,7 +419,7 @@ def test_an_interrupted_sync_is_treated_as_failed(desk: Desk, monkeypatch: pytes
     monkeypatch.setattr(SegmentSyncer, "_finish_sync", conclude)
     name = desk.writer._file.locked_file.name
     assert desk.committer.commit(numbered(3), 1) == ENQUEUED_POWER
-    assert os.stat(desk.place.path_of(name)).st_ino != before
+    assert os.stat(desk.outbox_dir.path_of(name)).st_ino != before
     assert sorted(desk.lines()) == [b'{"n":%d}' % n for n in (1, 2, 3)]
 
 

@@ -50,14 +50,14 @@ class Crowd:
     """Coroutines of two loops that wait, and the main thread, which leads."""
 
     def __init__(self, folder: Path, max_bytes: int = 2**20) -> None:
-        place = Directory(str(folder), Disk(), ManualClock())
-        place.ensure_usable()
+        outbox_dir = Directory(str(folder), Disk(), ManualClock())
+        outbox_dir.ensure_usable()
         self.folder = folder
         inbox = SealerInbox()
-        self.writer = Writer(place, WriterLimits(ROOM, 10**6, max_bytes), inbox.wake)
-        self.committer = GroupCommitter(place, self.writer)
+        self.writer = Writer(outbox_dir, WriterLimits(ROOM, 10**6, max_bytes), inbox.wake)
+        self.committer = GroupCommitter(outbox_dir, self.writer)
         self.sealer = Sealer(
-            place,
+            outbox_dir,
             self.writer,
             inbox,
             ManualClock(),
@@ -149,11 +149,11 @@ def crowds(
     count = run_and_strike(10**9, interrupt_at_next, scenario(crowd), TRACED)
     crowd.check()
     for number in range(1, count + 1):
-        place = folder / str(number)
-        crowd = Crowd(place)
+        outbox_dir = folder / str(number)
+        crowd = Crowd(outbox_dir)
         yield number, crowd, scenario(crowd)
         crowd.writer._directory.filesystem.close_inherited()
-        shutil.rmtree(place)
+        shutil.rmtree(outbox_dir)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)

@@ -111,11 +111,11 @@ def setups(folder: Path, scenario: Scenario, *, compiled: bool) -> Iterator[tupl
     counting.check()
     close_all(counting)
     for number in range(1, count + 1):
-        place = folder / str(number)
-        setup = WriterSetup(place, compiled=compiled)
+        outbox_dir = folder / str(number)
+        setup = WriterSetup(outbox_dir, compiled=compiled)
         yield number, setup, scenario(setup)
         close_all(setup)
-        shutil.rmtree(place)
+        shutil.rmtree(outbox_dir)
 
 
 def close_all(setup: WriterSetup) -> None:
@@ -402,7 +402,7 @@ def test_a_log_handler_that_enqueues_our_log_records_neither_hangs_nor_loses_eve
         assert "dropping events: disk_full" in handler.messages[-1]
         setup.sealer.step()
         setup.writer.rotate("manual")
-        os.unlink(setup.place.path_of(setup.writer.retired[0].locked_file.name))
+        os.unlink(setup.outbox_dir.path_of(setup.writer.retired[0].locked_file.name))
         setup.sealer.step()
         assert any("was deleted externally; recreated" in message for message in handler.messages)
     finally:

@@ -64,20 +64,20 @@ def settled(number: int, events: int = 10) -> SettledEntry:
     return SettledEntry(number, f"sealed-{number:016d}-x", "sink", events, 0, 0, 0)
 
 
-def content(place: Directory) -> bytes:
+def content(outbox_dir: Directory) -> bytes:
     """The ledger's bytes."""
-    return Path(place.path_of(layout.LEDGER)).read_bytes()
+    return Path(outbox_dir.path_of(layout.LEDGER)).read_bytes()
 
 
-def faulty(place: Directory, clock: ManualClock, fault: Fault) -> tuple[LedgerWriter, FaultFilesystem]:
+def faulty(outbox_dir: Directory, clock: ManualClock, fault: Fault) -> tuple[LedgerWriter, FaultFilesystem]:
     """A ledger on a disk that fails."""
-    filesystem = FaultFilesystem(place.filesystem, fault)
-    return LedgerWriter(Directory(place.path, filesystem, clock), clock), filesystem
+    filesystem = FaultFilesystem(outbox_dir.filesystem, fault)
+    return LedgerWriter(Directory(outbox_dir.path, filesystem, clock), clock), filesystem
 
 
-def test_added_entries_are_in_the_file_after_a_write(place: Directory, clock: ManualClock) -> None:
+def test_added_entries_are_in_the_file_after_a_write(outbox_dir: Directory, clock: ManualClock) -> None:
     """Every kind of entry, unchanged."""
-    pen = LedgerWriter(place, clock)
+    pen = LedgerWriter(outbox_dir, clock)
     entries: list[LedgerEntry] = [
         sealed(1),
         AdoptedEntry(2, "b", "w"),
@@ -88,46 +88,46 @@ def test_added_entries_are_in_the_file_after_a_write(place: Directory, clock: Ma
         PurgedEntry(6, "f", "dead", 8),
     ]
     pen.add(*entries)
-    assert not Path(place.path_of(layout.LEDGER)).exists()
+    assert not Path(outbox_dir.path_of(layout.LEDGER)).exists()
     assert pen.write(sync=True)
-    assert parse_ledger(content(place)) == (entries, 0)
+    assert parse_ledger(content(outbox_dir)) == (entries, 0)
     assert pen.write(sync=True)
-    assert parse_ledger(content(place)) == (entries, 0)
+    assert parse_ledger(content(outbox_dir)) == (entries, 0)
 
 
-def test_entries_after_a_torn_line_start_on_a_new_line(place: Directory, clock: ManualClock) -> None:
+def test_entries_after_a_torn_line_start_on_a_new_line(outbox_dir: Directory, clock: ManualClock) -> None:
     """The torn line is skipped and counted."""
-    pen = LedgerWriter(place, clock)
+    pen = LedgerWriter(outbox_dir, clock)
     pen.add(sealed(1), sealed(2))
     pen.write(sync=False)
-    Path(place.path_of(layout.LEDGER)).write_bytes(content(place)[:-9])
+    Path(outbox_dir.path_of(layout.LEDGER)).write_bytes(content(outbox_dir)[:-9])
     pen.add(sealed(3))
     assert pen.write(sync=False)
-    assert parse_ledger(content(place)) == ([sealed(1), sealed(3)], 1)
+    assert parse_ledger(content(outbox_dir)) == ([sealed(1), sealed(3)], 1)
 
 
 @pytest.mark.parametrize("verb", ["open_append", "open_lock_file", "write_all", "sync_data"])
 def test_entries_that_a_full_disk_does_not_take_wait_in_memory_and_count_once(
-    place: Directory, clock: ManualClock, verb: str
+    outbox_dir: Directory, clock: ManualClock, verb: str
 ) -> None:
     """Also where a part was written before the error."""
-    pen, filesystem = faulty(place, clock, Fault(verb, 1, errno.ENOSPC, partial=verb == "write_all"))
+    pen, filesystem = faulty(outbox_dir, clock, Fault(verb, 1, errno.ENOSPC, partial=verb == "write_all"))
     again: list[LedgerEntry] = [ReplayedEntry(4, "d", 6), PurgedEntry(6, "f", "dead", 8), sealed(1), settled(1)]
     pen.add(*again)
     assert not pen.write(sync=True)
     filesystem.counter.clear_faults()
     pen.add(settled(2))
     assert pen.write(sync=True)
-    account = reconciliation.reconcile_entries(parse_ledger(content(place))[0], {}, [])
+    account = reconciliation.reconcile_entries(parse_ledger(content(outbox_dir))[0], {}, [])
     assert (account.total.delivered, account.total.resent, account.replayed, account.purged_dead) == (20, 0, 6, 8)
 
 
 def test_entries_beyond_the_buffer_are_lost_and_counted_as_lost(
-    place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    outbox_dir: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader knows why something is missing."""
     monkeypatch.setattr(ledger, "_BUFFER_ENTRIES_MAX", 3)
-    pen, filesystem = faulty(place, clock, Fault("open_append", 1, errno.ENOSPC))
+    pen, filesystem = faulty(outbox_dir, clock, Fault("open_append", 1, errno.ENOSPC))
     for number in range(5):
         pen.add(sealed(number))
     assert not pen.write(sync=False)
@@ -136,23 +136,23 @@ def test_entries_beyond_the_buffer_are_lost_and_counted_as_lost(
         pass
     pen.add(sealed(9))
     pen.write(sync=False)
-    entries, _ = parse_ledger(content(place))
+    entries, _ = parse_ledger(content(outbox_dir))
     assert sum(entry.entries for entry in entries if isinstance(entry, LostEntry)) == 2
     assert sum(isinstance(entry, SealedEntry) for entry in entries) == 4
 
 
-def test_a_write_waits_for_the_lock_only_with_sync(place: Directory, clock: ManualClock) -> None:
+def test_a_write_waits_for_the_lock_only_with_sync(outbox_dir: Directory, clock: ManualClock) -> None:
     """Without `sync` the entries stay in memory."""
-    lock = place.acquire_lock_file(layout.LEDGER_LOCK)
+    lock = outbox_dir.acquire_lock_file(layout.LEDGER_LOCK)
     assert lock is not None
-    pen = LedgerWriter(place, clock)
+    pen = LedgerWriter(outbox_dir, clock)
     pen.add(sealed(1))
     assert not pen.write(sync=False)
-    place.filesystem.close(lock.fd)
+    outbox_dir.filesystem.close(lock.fd)
     assert pen.write(sync=False)
 
 
-def test_a_synced_write_also_syncs_what_another_thread_has_appended(place: Directory, clock: ManualClock) -> None:
+def test_a_synced_write_also_syncs_what_another_thread_has_appended(outbox_dir: Directory, clock: ManualClock) -> None:
     """Delivery adds an entry, the sealer appends it with its own, and then delivery needs it durable."""
     synced = []
 
@@ -160,22 +160,22 @@ def test_a_synced_write_also_syncs_what_another_thread_has_appended(place: Direc
         def sync_data(self, fd: int) -> None:
             synced.append(self.size(fd))
 
-    pen = LedgerWriter(Directory(place.path, Disk(), clock), clock)
+    pen = LedgerWriter(Directory(outbox_dir.path, Disk(), clock), clock)
     pen.add(settled(1))
     assert pen.write(sync=False)
     assert not synced
     assert pen.write(sync=True)
-    assert synced == [len(content(place))]
+    assert synced == [len(content(outbox_dir))]
     assert pen.write(sync=True)
     assert len(synced) == 1
 
 
-def test_compaction_changes_no_total(place: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compaction_changes_no_total(outbox_dir: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size stays bounded; pending batches keep their entries."""
     monkeypatch.setattr(ledger, "COMPACT_BYTES", 50_000)
     monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 20)
-    pen = LedgerWriter(place, clock)
-    Path(place.path_of(layout.sealed_name(0, "x"))).write_bytes(b"")
+    pen = LedgerWriter(outbox_dir, clock)
+    Path(outbox_dir.path_of(layout.sealed_name(0, "x"))).write_bytes(b"")
     largest = 0
     for number in range(2000):
         pen.add(sealed(number))
@@ -184,9 +184,9 @@ def test_compaction_changes_no_total(place: Directory, clock: ManualClock, monke
         if number % 10 == 0:
             pen.add(ReplayedEntry(number, "d", 1))
         assert pen.write(sync=False)
-        largest = max(largest, len(content(place)))
+        largest = max(largest, len(content(outbox_dir)))
     assert largest < 60_000
-    entries, unread = parse_ledger(content(place))
+    entries, unread = parse_ledger(content(outbox_dir))
     assert unread == 0
     assert sum(isinstance(entry, SummaryEntry) for entry in entries) == 1
     account = reconciliation.reconcile_entries(
@@ -198,15 +198,15 @@ def test_compaction_changes_no_total(place: Directory, clock: ManualClock, monke
 
 @pytest.mark.parametrize("verb", ["create", "rename", "list_files", "sync_directory"])
 def test_where_compaction_fails_the_ledger_grows(
-    place: Directory, clock: ManualClock, verb: str, monkeypatch: pytest.MonkeyPatch
+    outbox_dir: Directory, clock: ManualClock, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No entry is written twice."""
     monkeypatch.setattr(ledger, "COMPACT_BYTES", 1000)
-    pen, filesystem = faulty(place, clock, Fault(verb, 1 + (verb == "sync_directory"), errno.ENOSPC, permanent=True))
+    pen, filesystem = faulty(outbox_dir, clock, Fault(verb, 1 + (verb == "sync_directory"), errno.ENOSPC, permanent=True))
     for number in range(20):
         pen.add(sealed(number), settled(number))
         assert pen.write(sync=False)
-    assert parse_ledger(content(place)) == ([one(number) for number in range(20) for one in (sealed, settled)], 0)
+    assert parse_ledger(content(outbox_dir)) == ([one(number) for number in range(20) for one in (sealed, settled)], 0)
     assert filesystem.counter.failures < 10
 
 
@@ -228,21 +228,21 @@ def test_processes_that_append_during_compaction_lose_no_entry(tmp_path: Path) -
     assert not list((tmp_path / "box").glob("*.aside"))
 
 
-def test_a_ledger_that_is_deleted_while_in_use_is_created_again(place: Directory, clock: ManualClock) -> None:
+def test_a_ledger_that_is_deleted_while_in_use_is_created_again(outbox_dir: Directory, clock: ManualClock) -> None:
     """Only earlier entries are lost."""
-    pen = LedgerWriter(place, clock)
+    pen = LedgerWriter(outbox_dir, clock)
     for number in itertools.islice(itertools.count(), 3):
         pen.add(sealed(number))
         assert pen.write(sync=True)
         if number == 1:
-            Path(place.path_of(layout.LEDGER)).unlink()
-    assert parse_ledger(content(place)) == ([sealed(2)], 0)
+            Path(outbox_dir.path_of(layout.LEDGER)).unlink()
+    assert parse_ledger(content(outbox_dir)) == ([sealed(2)], 0)
 
 
-def test_a_segment_is_recorded_as_sealed_only_after_its_name_is_durable(place: Directory, clock: ManualClock) -> None:
+def test_a_segment_is_recorded_as_sealed_only_after_its_name_is_durable(outbox_dir: Directory, clock: ManualClock) -> None:
     """Otherwise a power loss could undo the rename, and the ledger would miss a batch that never existed."""
-    pen, filesystem = faulty(place, clock, Fault("sync_directory", 1, errno.EIO))
-    directory = Directory(place.path, filesystem, clock)
+    pen, filesystem = faulty(outbox_dir, clock, Fault("sync_directory", 1, errno.EIO))
+    directory = Directory(outbox_dir.path, filesystem, clock)
     inbox = SealerInbox()
     writer = Writer(directory, WriterLimits(500, 10**6, 10**9), inbox.wake)
     sealer = Sealer(directory, writer, inbox, clock, 1.0, lambda: None, 0, ledger=pen)
@@ -250,10 +250,10 @@ def test_a_segment_is_recorded_as_sealed_only_after_its_name_is_durable(place: D
     writer.append(b"1\n2\n", 2)
     writer.rotate("manual")
     sealer.step()
-    assert len(place.batch_names()) == 1
+    assert len(outbox_dir.batch_names()) == 1
     assert pen.write(sync=True)  # as the deliverer does
-    assert not Path(place.path_of(layout.LEDGER)).exists()
+    assert not Path(outbox_dir.path_of(layout.LEDGER)).exists()
     sealer.step()
-    (entry,), _ = parse_ledger(content(place))
+    (entry,), _ = parse_ledger(content(outbox_dir))
     assert isinstance(entry, SealedEntry)
-    assert (entry.batch + layout.SUFFIX, entry.events) == (place.batch_names()[0], 2)
+    assert (entry.batch + layout.SUFFIX, entry.events) == (outbox_dir.batch_names()[0], 2)

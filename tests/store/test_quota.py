@@ -59,51 +59,51 @@ def test_drop_oldest_evicts_whole_batches_and_counts_their_events(tmp_path: Path
     assert stats.accepted == len(accepted)
 
 
-def test_a_batch_that_is_being_delivered_is_not_evicted(place: Directory, clock: ManualClock) -> None:
+def test_a_batch_that_is_being_delivered_is_not_evicted(outbox_dir: Directory, clock: ManualClock) -> None:
     """The delivery holds its lock; the next batch is evicted."""
     for number in range(3):
-        Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"12345678\n" * 10)
-    held = place.lock_existing(layout.sealed_name(0, "x"))
+        Path(outbox_dir.path_of(layout.sealed_name(number, "x"))).write_bytes(b"12345678\n" * 10)
+    held = outbox_dir.lock_existing(layout.sealed_name(0, "x"))
     assert held is not None
-    writer = Writer(place, WriterLimits(500, 10**6, 200), lambda: None)
+    writer = Writer(outbox_dir, WriterLimits(500, 10**6, 200), lambda: None)
     writer.start(270, 3)
-    capacity = QuotaEnforcer(place, writer, clock, 0, evicts=True)
+    capacity = QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True)
     capacity.enforce()
-    assert place.batch_names() == [layout.sealed_name(0, "x")]
+    assert outbox_dir.batch_names() == [layout.sealed_name(0, "x")]
     assert capacity.evicted_events == 20
     assert writer.pending_counts()[:2] == (90, 1)
-    place.filesystem.close(held.fd)
+    outbox_dir.filesystem.close(held.fd)
 
 
-def test_max_files_causes_eviction_as_max_bytes_does(place: Directory, clock: ManualClock) -> None:
+def test_max_files_causes_eviction_as_max_bytes_does(outbox_dir: Directory, clock: ManualClock) -> None:
     """The limit is on files as well as on bytes."""
     for number in range(20):
-        Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"1\n")
-    writer = Writer(place, WriterLimits(500, 10**6, 10**6, 16), lambda: None)
+        Path(outbox_dir.path_of(layout.sealed_name(number, "x"))).write_bytes(b"1\n")
+    writer = Writer(outbox_dir, WriterLimits(500, 10**6, 10**6, 16), lambda: None)
     writer.start(40, 20)
-    capacity = QuotaEnforcer(place, writer, clock, 0, evicts=True)
+    capacity = QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True)
     capacity.enforce()
-    assert len(place.batch_names()) == 14
-    assert place.batch_names()[0] == layout.sealed_name(6, "x")
+    assert len(outbox_dir.batch_names()) == 14
+    assert outbox_dir.batch_names()[0] == layout.sealed_name(6, "x")
 
 
-def test_two_processes_that_evict_at_once_do_not_evict_twice_as_much(place: Directory, clock: ManualClock) -> None:
+def test_two_processes_that_evict_at_once_do_not_evict_twice_as_much(outbox_dir: Directory, clock: ManualClock) -> None:
     """One holds the lock; the other recounts first."""
     for number in range(10):
-        Path(place.path_of(layout.sealed_name(number, "x"))).write_bytes(b"x" * 99 + b"\n")
+        Path(outbox_dir.path_of(layout.sealed_name(number, "x"))).write_bytes(b"x" * 99 + b"\n")
     capacities = []
     for _ in range(2):
-        writer = Writer(place, WriterLimits(500, 10**6, 800), lambda: None)
+        writer = Writer(outbox_dir, WriterLimits(500, 10**6, 800), lambda: None)
         writer.start(1000, 10)
-        capacities.append(QuotaEnforcer(place, writer, clock, 0, evicts=True))
-    lock = place.acquire_lock_file(layout.EVICT_LOCK)
+        capacities.append(QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True))
+    lock = outbox_dir.acquire_lock_file(layout.EVICT_LOCK)
     assert lock is not None
     capacities[0].enforce()
-    assert len(place.batch_names()) == 10
-    place.filesystem.close(lock.fd)
+    assert len(outbox_dir.batch_names()) == 10
+    outbox_dir.filesystem.close(lock.fd)
     for capacity in capacities:
         capacity.enforce()
-    assert len(place.batch_names()) == 7
+    assert len(outbox_dir.batch_names()) == 7
     assert [capacity.evicted_events for capacity in capacities] == [3, 0]
 
 

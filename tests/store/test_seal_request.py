@@ -25,7 +25,7 @@ from pillarbox.testing.fault import Fault, FaultFilesystem
 from tests.store.writer_scenarios import WriterSetup
 
 LINE = b'{"event":{"n":1}}\n'
-PLACE = "/outbox"
+OUTBOX_PATH = "/outbox"
 
 
 @pytest.fixture
@@ -44,13 +44,13 @@ def later(setup: WriterSetup) -> None:
 
 def active_and_sealed(setup: WriterSetup) -> tuple[int, int]:
     """How many files of these kinds hold something."""
-    account = setup.place.disk_usage()
+    account = setup.outbox_dir.disk_usage()
     return account.active_files, account.sealed_files
 
 
 def check(setup: WriterSetup) -> None:
     """Every event is where it belongs."""
-    Path(setup.place.path_of(layout.SEAL_REQUEST)).unlink()
+    Path(setup.outbox_dir.path_of(layout.SEAL_REQUEST)).unlink()
     setup.check()
 
 
@@ -58,7 +58,7 @@ def test_a_request_seals_the_active_segment_within_a_quarter_of_a_second(setup: 
     """Once, with the reason "manual"."""
     setup.put()
     assert setup.sealer.step() <= REQUEST_POLL_S
-    request_seal(setup.place, setup.clock)
+    request_seal(setup.outbox_dir, setup.clock)
     later(setup)
     assert active_and_sealed(setup) == (0, 1)
     assert setup.sealer.sealed["manual"] == 1
@@ -73,23 +73,23 @@ def test_a_request_directly_after_another_one_counts(setup: WriterSetup) -> None
     """Within one tick of the clock too."""
     for number in range(1, 4):
         setup.put()
-        request_seal(setup.place, setup.clock)
+        request_seal(setup.outbox_dir, setup.clock)
         later(setup)
         assert active_and_sealed(setup) == (0, number)
-    assert len((Path(setup.place.path) / layout.SEAL_REQUEST).read_bytes().splitlines()) == 1
+    assert len((Path(setup.outbox_dir.path) / layout.SEAL_REQUEST).read_bytes().splitlines()) == 1
 
 
 def test_a_writer_ignores_requests_from_before_its_start(tmp_path: Path) -> None:
     """And a request during an idle time does not seal the next segment early."""
     setup = WriterSetup(tmp_path / "box", batch_size=1000)
-    request_seal(setup.place, setup.clock)
+    request_seal(setup.outbox_dir, setup.clock)
     setup.sealer.step()
     setup.put()
     later(setup)
     assert active_and_sealed(setup) == (1, 0)
-    request_seal(setup.place, setup.clock)
+    request_seal(setup.outbox_dir, setup.clock)
     later(setup)
-    request_seal(setup.place, setup.clock)
+    request_seal(setup.outbox_dir, setup.clock)
     later(setup)
     setup.put()
     later(setup)
@@ -121,7 +121,7 @@ def test_rounds_in_close_succession_read_the_file_once(setup: WriterSetup, monke
 def test_a_request_during_an_append_is_handled_after_it(setup: WriterSetup) -> None:
     """The sealer tries again in its next round."""
     setup.put()
-    request_seal(setup.place, setup.clock)
+    request_seal(setup.outbox_dir, setup.clock)
     with setup.writer.lock:
         limit, setup.writer._limit = setup.writer._limit, -1  # as an append that is under way leaves it
         setup.writer._broken = False
@@ -135,7 +135,7 @@ def test_a_request_during_an_append_is_handled_after_it(setup: WriterSetup) -> N
 @pytest.mark.parametrize("planted", ["link", "directory", "pipe", "large", "rubbish"])
 def test_a_planted_request_file_harms_no_writer(setup: WriterSetup, planted: str) -> None:
     """It neither blocks, nor is followed, nor is read without a bound; the command gets an error."""
-    path = Path(setup.place.path_of(layout.SEAL_REQUEST))
+    path = Path(setup.outbox_dir.path_of(layout.SEAL_REQUEST))
     setup.put()
     if planted == "link":
         path.symlink_to("/dev/zero")
@@ -150,9 +150,9 @@ def test_a_planted_request_file_harms_no_writer(setup: WriterSetup, planted: str
     if planted in ("link", "directory", "pipe"):
         assert active_and_sealed(setup) == (1, 0)
         with pytest.raises((FileUnusableError, IsADirectoryError)):
-            request_seal(setup.place, setup.clock)
+            request_seal(setup.outbox_dir, setup.clock)
     else:
-        request_seal(setup.place, setup.clock)
+        request_seal(setup.outbox_dir, setup.clock)
         assert path.stat().st_size < 200
         later(setup)
         assert active_and_sealed(setup)[0] == 0
@@ -168,12 +168,12 @@ class Process:
     def __init__(self, disk: Filesystem, clock: ManualClock) -> None:
         numbers = itertools.count()
         self.clock = clock
-        self.place = Directory(PLACE, disk, clock, lambda: f"{id(self)}-{next(numbers)}")
-        self.place.ensure_usable()
-        recover(self.place)
+        self.outbox_dir = Directory(OUTBOX_PATH, disk, clock, lambda: f"{id(self)}-{next(numbers)}")
+        self.outbox_dir.ensure_usable()
+        recover(self.outbox_dir)
         inbox = SealerInbox()
-        self.writer = Writer(self.place, WriterLimits(1000, 10**6, 2**20), inbox.wake)
-        self.sealer = Sealer(self.place, self.writer, inbox, clock, 60.0, lambda: None, min_free_bytes=0)
+        self.writer = Writer(self.outbox_dir, WriterLimits(1000, 10**6, 2**20), inbox.wake)
+        self.sealer = Sealer(self.outbox_dir, self.writer, inbox, clock, 60.0, lambda: None, min_free_bytes=0)
         self.writer.start(0, 0)
         self.sealer.step()
 
@@ -196,7 +196,7 @@ def test_whatever_a_power_loss_leaves_of_a_request_the_next_one_is_handled() -> 
     survivors, looked = DurabilityModel(), 0
     for sealed in range(1, 4):
         first.writer.append(LINE, 1)
-        request_seal(first.place, clock)
+        request_seal(first.outbox_dir, clock)
         first.later()
         for op in disk.trace[looked:]:
             survivors.apply(op)
@@ -206,7 +206,7 @@ def test_whatever_a_power_loss_leaves_of_a_request_the_next_one_is_handled() -> 
             again = Process(CrashFilesystem(left), ManualClock())
             assert held(left) == sealed
             again.writer.append(LINE, 1)
-            request_seal(again.place, again.clock)
+            request_seal(again.outbox_dir, again.clock)
             again.later()
             assert (held(left), again.writer.active_segment()) == (sealed + 1, None)
 
@@ -217,15 +217,15 @@ def test_an_unreadable_request_file_does_not_prevent_sealing(tmp_path: Path, ver
     """Segments are sealed by age as before, and nothing is logged."""
     clock = ManualClock()
     disk = FaultFilesystem(OsFilesystem())
-    place = Directory(str(tmp_path / "box"), disk, clock)
-    place.ensure_usable()
+    outbox_dir = Directory(str(tmp_path / "box"), disk, clock)
+    outbox_dir.ensure_usable()
     inbox = SealerInbox()
-    writer = Writer(place, WriterLimits(1000, 10**6, 2**20), inbox.wake)
-    sealer = Sealer(place, writer, inbox, clock, 1.0, lambda: None, min_free_bytes=0)
+    writer = Writer(outbox_dir, WriterLimits(1000, 10**6, 2**20), inbox.wake)
+    sealer = Sealer(outbox_dir, writer, inbox, clock, 1.0, lambda: None, min_free_bytes=0)
     writer.start(0, 0)
     sealer.step()
     writer.append(LINE, 1)
-    request_seal(place, clock)
+    request_seal(outbox_dir, clock)
     disk.counter.faults = (Fault(verb, 1, code, permanent=True),)
     disk.counter.counts[verb] = 0
     clock.advance(REQUEST_POLL_S)
@@ -233,20 +233,22 @@ def test_an_unreadable_request_file_does_not_prevent_sealing(tmp_path: Path, ver
     assert writer.active_segment() is not None
     clock.advance(2.0)
     sealer.step()
-    assert place.disk_usage().sealed_files == 1
+    assert outbox_dir.disk_usage().sealed_files == 1
     writer.append(LINE, 1)
     disk.counter.clear_faults()
     clock.advance(REQUEST_POLL_S)
     sealer.step()
-    assert place.disk_usage().sealed_files == 2  # the request of before, which it could not see
+    assert outbox_dir.disk_usage().sealed_files == 2  # the request of before, which it could not see
 
 
 @pytest.mark.parametrize("verb", ["open_lock_file", "overwrite"])
 def test_a_command_that_cannot_write_its_request_gets_the_error(tmp_path: Path, verb: str) -> None:
     """No descriptor stays open."""
     real = OsFilesystem()
-    place = Directory(str(tmp_path / "box"), FaultFilesystem(real, Fault(verb, 1, errno.ENOSPC, permanent=True)), ManualClock())
-    place.ensure_usable()
+    outbox_dir = Directory(
+        str(tmp_path / "box"), FaultFilesystem(real, Fault(verb, 1, errno.ENOSPC, permanent=True)), ManualClock()
+    )
+    outbox_dir.ensure_usable()
     with pytest.raises(OSError, match="No space"):
-        request_seal(place, ManualClock())
+        request_seal(outbox_dir, ManualClock())
     assert real._open_fds == set()

@@ -35,15 +35,15 @@ class Desk:
 
     def __init__(self, path: Path, count: int) -> None:
         self.filesystem = Failing()
-        self.place = Directory(str(path), self.filesystem, ManualClock())
-        self.place.ensure_usable()
+        self.outbox_dir = Directory(str(path), self.filesystem, ManualClock())
+        self.outbox_dir.ensure_usable()
         self.given_up: list[Segment] = []
-        taken, _ = self.place.create_each([f"active-w-{number}.ndjson" for number in range(count)])
+        taken, _ = self.outbox_dir.create_each([f"active-w-{number}.ndjson" for number in range(count)])
         self.files = [Segment(one) for one in taken]
         for number, file in enumerate(self.files):
             data = b"".join(line(b'{"n":%d}' % (10 * number + at)) for at in range(2))
             file.bytes, file.events = os.write(file.fd, data), 2
-        self.syncs = SegmentSyncer(self.place, lambda: file.sync_lock, lambda file, _error: self.given_up.append(file))
+        self.syncs = SegmentSyncer(self.outbox_dir, lambda: file.sync_lock, lambda file, _error: self.given_up.append(file))
 
     def payloads(self, file: Segment) -> list[bytes]:
         return reader.read_lines(self.filesystem.read_all(file.fd), lambda: None).payloads
@@ -54,13 +54,13 @@ def test_only_the_segment_whose_sync_failed_is_rewritten(tmp_path: Path, failing
     """Whichever of several it is."""
     desk = Desk(tmp_path / "outbox", 3)
     before = [file.fd for file in desk.files]
-    identities = [os.stat(desk.place.path_of(file.locked_file.name)).st_ino for file in desk.files]
+    identities = [os.stat(desk.outbox_dir.path_of(file.locked_file.name)).st_ino for file in desk.files]
     desk.filesystem.failing = {before[failing]}
     (trouble,) = desk.syncs.sync_for_seal(desk.files, lambda _: ())
     assert desk.files[failing].locked_file.name in trouble
     assert desk.given_up == [desk.files[failing]]
     for number, file in enumerate(desk.files):
-        assert (os.stat(desk.place.path_of(file.locked_file.name)).st_ino == identities[number]) == (number != failing)
+        assert (os.stat(desk.outbox_dir.path_of(file.locked_file.name)).st_ino == identities[number]) == (number != failing)
         assert desk.payloads(file) == [b'{"n":%d}' % (10 * number + at) for at in range(2)]
         assert (file.synced_bytes, file.is_sealed) == (file.bytes, True)
 
@@ -99,21 +99,21 @@ def test_durable_segments_are_not_synced_again(tmp_path: Path) -> None:
 def test_where_a_deleted_segment_cannot_be_recreated_the_others_are_sealed_once(tmp_path: Path) -> None:
     """Those before it have been renamed: taken for deleted as well, they would be there twice."""
     desk = Desk(tmp_path / "outbox", 3)
-    os.unlink(desk.place.path_of(desk.files[1].locked_file.name))
+    os.unlink(desk.outbox_dir.path_of(desk.files[1].locked_file.name))
     told: list[LockedFile] = []
 
     def full(name: str, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    put = desk.place.write_atomically
-    desk.place.write_atomically = full  # type: ignore[method-assign]
+    put = desk.outbox_dir.write_atomically
+    desk.outbox_dir.write_atomically = full  # type: ignore[method-assign]
     with pytest.raises(OSError, match="full"):
-        desk.place.seal([file.locked_file for file in desk.files], lambda files, _names: told.extend(files))
-    desk.place.write_atomically = put  # type: ignore[method-assign]
+        desk.outbox_dir.seal([file.locked_file for file in desk.files], lambda files, _names: told.extend(files))
+    desk.outbox_dir.write_atomically = put  # type: ignore[method-assign]
     assert told == [desk.files[0].locked_file]
-    desk.place.seal([file.locked_file for file in desk.files[1:]], lambda files, _names: told.extend(files))
+    desk.outbox_dir.seal([file.locked_file for file in desk.files[1:]], lambda files, _names: told.extend(files))
     assert told == [file.locked_file for file in desk.files]
-    assert len(desk.place.batch_names()) == 3
+    assert len(desk.outbox_dir.batch_names()) == 3
 
 
 def test_a_failed_close_keeps_no_other_file_open(tmp_path: Path) -> None:

@@ -29,14 +29,14 @@ LINE = record.line(b'{"n":1}')
 class Line:
     """A writer and its sealer on a directory, without the sealer's thread."""
 
-    def __init__(self, place: Directory, clock: ManualClock, **limits: int) -> None:
+    def __init__(self, outbox_dir: Directory, clock: ManualClock, **limits: int) -> None:
         chosen = {"batch_size": 500, "batch_bytes": 10**6, "max_bytes": 2**29} | limits
-        self.place = place
+        self.outbox_dir = outbox_dir
         self.sealed: list[None] = []
         inbox = SealerInbox()
-        self.writer = Writer(place, WriterLimits(**chosen), inbox.wake)
-        self.sealer = Sealer(place, self.writer, inbox, clock, 1.0, lambda: self.sealed.append(None))
-        account = place.disk_usage()
+        self.writer = Writer(outbox_dir, WriterLimits(**chosen), inbox.wake)
+        self.sealer = Sealer(outbox_dir, self.writer, inbox, clock, 1.0, lambda: self.sealed.append(None))
+        account = outbox_dir.disk_usage()
         self.writer.start(account.pending_bytes, account.pending_files)
 
     def append(self, count: int = 1, line: bytes = LINE) -> list[object]:
@@ -45,8 +45,8 @@ class Line:
     def lines(self) -> dict[str, int]:
         """Number of lines by kind of file, spares left out."""
         found: dict[str, int] = {}
-        for name in sorted(os.listdir(self.place.path)):
-            data = Path(self.place.path_of(name)).read_bytes()
+        for name in sorted(os.listdir(self.outbox_dir.path)):
+            data = Path(self.outbox_dir.path_of(name)).read_bytes()
             if data:
                 assert data.endswith(b"\n")
                 kind = layout.kind_of(name).value
@@ -55,18 +55,18 @@ class Line:
 
 
 @pytest.fixture
-def line(place: Directory, clock: ManualClock) -> Line:
-    return Line(place, clock)
+def line(outbox_dir: Directory, clock: ManualClock) -> Line:
+    return Line(outbox_dir, clock)
 
 
-def test_nothing_is_accepted_before_start_and_after_close(place: Directory, clock: ManualClock) -> None:
+def test_nothing_is_accepted_before_start_and_after_close(outbox_dir: Directory, clock: ManualClock) -> None:
     """Before: None, so that the outbox starts. After: `Dropped("closed")`."""
-    line = Line(place, clock)
-    fresh = Writer(place, WriterLimits(1, 1, 1), lambda: None)
+    line = Line(outbox_dir, clock)
+    fresh = Writer(outbox_dir, WriterLimits(1, 1, 1), lambda: None)
     assert fresh.append(LINE, 1) is None
     line.sealer.seal_remaining()
     assert line.append() == [DROPPED["closed"]]
-    assert os.listdir(place.path) == []
+    assert os.listdir(outbox_dir.path) == []
 
 
 def test_an_appended_line_is_in_the_active_segment_at_once(line: Line) -> None:
@@ -75,9 +75,9 @@ def test_an_appended_line_is_in_the_active_segment_at_once(line: Line) -> None:
     assert line.lines() == {"active": 3}
 
 
-def test_a_full_segment_is_replaced_by_the_spare_and_sealed(place: Directory, clock: ManualClock) -> None:
+def test_a_full_segment_is_replaced_by_the_spare_and_sealed(outbox_dir: Directory, clock: ManualClock) -> None:
     """The caller replaces it; the sealer syncs and renames it."""
-    line = Line(place, clock, batch_size=3)
+    line = Line(outbox_dir, clock, batch_size=3)
     line.append(1)
     line.sealer.step()  # opens the spare
     line.append(3)
@@ -88,9 +88,9 @@ def test_a_full_segment_is_replaced_by_the_spare_and_sealed(place: Directory, cl
     assert line.sealed == [None]
 
 
-def test_without_a_spare_the_segment_grows_to_batch_bytes_first(place: Directory, clock: ManualClock) -> None:
+def test_without_a_spare_the_segment_grows_to_batch_bytes_first(outbox_dir: Directory, clock: ManualClock) -> None:
     """The disk is too slow, and the caller waits for nothing."""
-    line = Line(place, clock, batch_size=2, batch_bytes=5 * len(LINE))
+    line = Line(outbox_dir, clock, batch_size=2, batch_bytes=5 * len(LINE))
     line.append(5)
     assert not line.writer.retired
     line.append(1)
@@ -100,41 +100,41 @@ def test_without_a_spare_the_segment_grows_to_batch_bytes_first(place: Directory
     assert line.sealer.sealed["batch_bytes"] == 1
 
 
-def test_the_number_of_retired_segments_is_bounded(place: Directory, clock: ManualClock) -> None:
+def test_the_number_of_retired_segments_is_bounded(outbox_dir: Directory, clock: ManualClock) -> None:
     """Beyond it the active segment grows."""
-    line = Line(place, clock, batch_size=1, batch_bytes=1)
+    line = Line(outbox_dir, clock, batch_size=1, batch_bytes=1)
     line.append(RETIRED_MAX + 20)
     assert len(line.writer.retired) == RETIRED_MAX
     line.sealer.step()
     assert line.lines() == {"active": 20, "sealed": RETIRED_MAX}
 
 
-def test_a_line_longer_than_batch_bytes_has_a_segment_of_its_own(place: Directory, clock: ManualClock) -> None:
+def test_a_line_longer_than_batch_bytes_has_a_segment_of_its_own(outbox_dir: Directory, clock: ManualClock) -> None:
     """`batch_bytes` does not limit an event."""
-    line = Line(place, clock, batch_bytes=10)
+    line = Line(outbox_dir, clock, batch_bytes=10)
     assert line.append(2) == [ENQUEUED] * 2
     line.sealer.step()
     assert line.lines() == {"active": 1, "sealed": 1}
 
 
-def test_above_max_bytes_events_are_dropped_and_no_segment_is_created(place: Directory, clock: ManualClock) -> None:
+def test_above_max_bytes_events_are_dropped_and_no_segment_is_created(outbox_dir: Directory, clock: ManualClock) -> None:
     """There is room again once a file is delivered."""
-    Path(place.path_of("sealed-a.ndjson")).write_bytes(LINE * 10)
-    line = Line(place, clock, max_bytes=10 * len(LINE) + 5)
+    Path(outbox_dir.path_of("sealed-a.ndjson")).write_bytes(LINE * 10)
+    line = Line(outbox_dir, clock, max_bytes=10 * len(LINE) + 5)
     assert line.append(2) == [DROPPED["max_bytes"]] * 2
-    assert os.listdir(place.path) == ["sealed-a.ndjson"]
+    assert os.listdir(outbox_dir.path) == ["sealed-a.ndjson"]
     assert line.writer.dropped["max_bytes"] == 2
     line.writer.release_bytes(10 * len(LINE))
     assert line.append(11)[9:] == [ENQUEUED, DROPPED["max_bytes"]]
 
 
-def test_the_sealer_learns_what_other_processes_delivered(place: Directory, clock: ManualClock) -> None:
+def test_the_sealer_learns_what_other_processes_delivered(outbox_dir: Directory, clock: ManualClock) -> None:
     """By a listing: the count of this process alone would never fall."""
-    Path(place.path_of("sealed-a.ndjson")).write_bytes(LINE * 10)
-    line = Line(place, clock, max_bytes=10 * len(LINE))
+    Path(outbox_dir.path_of("sealed-a.ndjson")).write_bytes(LINE * 10)
+    line = Line(outbox_dir, clock, max_bytes=10 * len(LINE))
     line.sealer.step()
     assert line.append() == [DROPPED["max_bytes"]]
-    os.unlink(place.path_of("sealed-a.ndjson"))
+    os.unlink(outbox_dir.path_of("sealed-a.ndjson"))
     clock.advance(10)
     line.sealer.step()
     assert line.append() == [ENQUEUED]
@@ -166,14 +166,14 @@ def test_closing_seals_the_segment_and_removes_empty_ones(line: Line) -> None:
     line.sealer.step()
     line.sealer.seal_remaining()
     assert line.lines() == {"sealed": 1}
-    assert len(os.listdir(line.place.path)) == 1
+    assert len(os.listdir(line.outbox_dir.path)) == 1
     assert line.sealer.sealed["shutdown"] == 1
 
 
 def test_recovered_segments_are_counted_by_kind(line: Line) -> None:
     """`startup` for the file of the older system, `adopted` for one of another writer."""
-    Path(line.place.path_of("active.ndjson")).write_bytes(LINE)
-    Path(line.place.path_of("active-w-1.ndjson")).write_bytes(LINE)
+    Path(line.outbox_dir.path_of("active.ndjson")).write_bytes(LINE)
+    Path(line.outbox_dir.path_of("active-w-1.ndjson")).write_bytes(LINE)
     line.sealer.adopt_segments()
     assert (line.sealer.sealed["startup"], line.sealer.sealed["adopted"]) == (1, 1)
     assert line.lines() == {"sealed": 2}
@@ -182,7 +182,7 @@ def test_recovered_segments_are_counted_by_kind(line: Line) -> None:
 def test_the_segment_of_a_living_writer_is_not_recovered(line: Line) -> None:
     """Its lock is held."""
     line.append()
-    assert recover(line.place) == []
+    assert recover(line.outbox_dir) == []
     assert line.lines() == {"active": 1}
 
 
@@ -314,9 +314,9 @@ def test_an_append_in_a_handler_after_a_torn_line_has_a_segment_of_its_own(tmp_p
     assert line.writer.pending_counts() == (4 * len(LINE), 3, 4)
 
 
-def test_threads_lose_no_event_and_tear_no_line(place: Directory, clock: ManualClock) -> None:
+def test_threads_lose_no_event_and_tear_no_line(outbox_dir: Directory, clock: ManualClock) -> None:
     """Four threads, with rotations."""
-    line = Line(place, clock, batch_size=100)
+    line = Line(outbox_dir, clock, batch_size=100)
 
     def work(number: int) -> None:
         for count in range(500):
@@ -332,8 +332,8 @@ def test_threads_lose_no_event_and_tear_no_line(place: Directory, clock: ManualC
     line.sealer.seal_remaining()
     assert line.lines() == {"sealed": 2000}
     order: dict[bytes, list[int]] = {}
-    for name in place.batch_names():
-        for text in Path(place.path_of(name)).read_bytes().splitlines():
+    for name in outbox_dir.batch_names():
+        for text in Path(outbox_dir.path_of(name)).read_bytes().splitlines():
             thread_number, _, count = record.payload(text).strip(b"{}").partition(b',"n":')
             order.setdefault(thread_number, []).append(int(count))
     assert all(counts == list(range(500)) for counts in order.values())
@@ -366,12 +366,12 @@ def test_where_no_file_can_be_created_sealing_continues_and_no_descriptor_leaks(
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-def test_a_deleted_segment_is_recreated(place: Directory, clock: ManualClock) -> None:
+def test_a_deleted_segment_is_recreated(outbox_dir: Directory, clock: ManualClock) -> None:
     """The open file still has the acknowledged events; the segments after it are sealed too."""
-    line = Line(place, clock, batch_size=1, batch_bytes=1)
+    line = Line(outbox_dir, clock, batch_size=1, batch_bytes=1)
     line.append(3)
-    (name, *_) = sorted(entry.name for entry in place.filesystem.list_files(place.path) if entry.size)
-    os.unlink(place.path_of(name))
+    (name, *_) = sorted(entry.name for entry in outbox_dir.filesystem.list_files(outbox_dir.path) if entry.size)
+    os.unlink(outbox_dir.path_of(name))
     line.sealer.step()
     line.sealer.seal_remaining()
     assert line.lines() == {"sealed": 3}
@@ -390,11 +390,11 @@ def test_a_segment_can_be_rotated_directly_after_an_interrupt(tmp_path: Path, cl
     assert [(file.events, file.bytes) for file in line.writer.retired] == [(2, 2 * len(LINE))]
 
 
-def test_at_max_files_no_segment_is_created_and_the_active_one_fills_up(place: Directory, clock: ManualClock) -> None:
+def test_at_max_files_no_segment_is_created_and_the_active_one_fills_up(outbox_dir: Directory, clock: ManualClock) -> None:
     """It grows to `batch_bytes`; when a file is delivered, the next one is created."""
     for number in range(2):
-        Path(place.path_of(f"sealed-{number}.ndjson")).write_bytes(LINE)
-    line = Line(place, clock, batch_size=2, batch_bytes=4 * len(LINE), max_files=3)
+        Path(outbox_dir.path_of(f"sealed-{number}.ndjson")).write_bytes(LINE)
+    line = Line(outbox_dir, clock, batch_size=2, batch_bytes=4 * len(LINE), max_files=3)
     line.append()
     line.sealer.step()
     assert line.append(5) == [ENQUEUED] * 3 + [DROPPED["max_files"]] * 2
@@ -404,12 +404,12 @@ def test_at_max_files_no_segment_is_created_and_the_active_one_fills_up(place: D
     assert line.append() == [ENQUEUED]
 
 
-def test_at_max_files_not_even_a_first_segment_is_created(place: Directory, clock: ManualClock) -> None:
+def test_at_max_files_not_even_a_first_segment_is_created(outbox_dir: Directory, clock: ManualClock) -> None:
     """None appears in the directory."""
-    Path(place.path_of("sealed-a.ndjson")).write_bytes(LINE)
-    line = Line(place, clock, max_files=1)
+    Path(outbox_dir.path_of("sealed-a.ndjson")).write_bytes(LINE)
+    line = Line(outbox_dir, clock, max_files=1)
     assert line.append() == [DROPPED["max_files"]]
-    assert os.listdir(place.path) == ["sealed-a.ndjson"]
+    assert os.listdir(outbox_dir.path) == ["sealed-a.ndjson"]
 
 
 class _Filling(OsFilesystem):
@@ -441,7 +441,7 @@ def test_a_deleted_directory_is_recreated_with_the_acknowledged_events(line: Lin
     """The open files still have them; they are sealed as usual."""
     line.append(3)
     line.sealer.step()
-    shutil.rmtree(line.place.path)
+    shutil.rmtree(line.outbox_dir.path)
     clock.advance(10)
     line.sealer.step()
     line.sealer.step()
@@ -482,16 +482,16 @@ def test_a_failed_sync_of_the_directory_after_sealing_is_repeated(tmp_path: Path
     assert filesystem.synced == 1
 
 
-def test_what_closing_could_not_seal_the_next_start_in_the_process_recovers(place: Directory, clock: ManualClock) -> None:
+def test_what_closing_could_not_seal_the_next_start_in_the_process_recovers(outbox_dir: Directory, clock: ManualClock) -> None:
     """A lock that stays held would prevent it."""
-    line = Line(place, clock)
+    line = Line(outbox_dir, clock)
     line.append(2)
 
     def refuse(_sources: Sequence[str], _targets: Sequence[str]) -> tuple[int, OSError]:
         return 0, OSError(errno.EDQUOT, "over quota")
 
-    place.filesystem.rename_each = refuse  # type: ignore[method-assign,assignment]
+    outbox_dir.filesystem.rename_each = refuse  # type: ignore[method-assign,assignment]
     line.sealer.seal_remaining()
-    del place.filesystem.rename_each
-    assert len(recover(place)) == 1
+    del outbox_dir.filesystem.rename_each
+    assert len(recover(outbox_dir)) == 1
     assert line.lines() == {"sealed": 2}

@@ -76,12 +76,12 @@ class WriterSetup:
     def __init__(self, folder: Path, clock: Clock | None = None, *, compiled: bool = True, **limits: int) -> None:
         self.disk = Disk()
         self.clock = ManualClock()
-        self.place = Directory(str(folder), self.disk, clock or self.clock)
-        self.place.ensure_usable()
+        self.outbox_dir = Directory(str(folder), self.disk, clock or self.clock)
+        self.outbox_dir.ensure_usable()
         chosen = WriterLimits(**(LIMITS | limits))
         inbox = SealerInbox()
-        self.writer = Writer(self.place, chosen, inbox.wake)
-        self.sealer = Sealer(self.place, self.writer, inbox, clock or self.clock, 1.0, lambda: None, min_free_bytes=0)
+        self.writer = Writer(self.outbox_dir, chosen, inbox.wake)
+        self.sealer = Sealer(self.outbox_dir, self.writer, inbox, clock or self.clock, 1.0, lambda: None, min_free_bytes=0)
         self.writer.start(0, 0)
         self.next_number = itertools.count().__next__
         self.next_inner = itertools.count(INNER).__next__
@@ -131,7 +131,7 @@ class WriterSetup:
 
     def files(self) -> dict[str, bytes]:
         """Everything that is in the directory."""
-        return {name: Path(self.place.path_of(name)).read_bytes() for name in sorted(os.listdir(self.place.path))}
+        return {name: Path(self.outbox_dir.path_of(name)).read_bytes() for name in sorted(os.listdir(self.outbox_dir.path))}
 
     def check_balance(self) -> None:
         """What the writer counts is what is on disk."""

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from tests.torture import places, run
+from tests.torture import destinations, run
 
-SHARES: Final = {"sqlite": 0.2, "http": 0.2, places.TWO: 0.25, "spacetimedb": 0.35}  # of the time; the slower, the longer
+SHARES: Final = {"sqlite": 0.2, "http": 0.2, destinations.TWO: 0.25, "spacetimedb": 0.35}  # of the time; the slower, the longer
 
 
 def say(text: object) -> None:
@@ -24,7 +24,9 @@ def say(text: object) -> None:
 def main() -> None:
     """Run it. The folder stays if something was found."""
     parser = argparse.ArgumentParser(description=run.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--destination", choices=places.PLACES, help="one of them; otherwise all, each for its share")
+    parser.add_argument(
+        "--destination", choices=destinations.DESTINATIONS, help="one of them; otherwise all, each for its share"
+    )
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     chosen = parser.parse_args()

@@ -87,15 +87,15 @@ class Account:
         """
         wrong: dict[str, list[Event]] = {}
         places = (("at the destination", found.arrived, False), ("among the dead letters", found.dead, True))
-        for place, there, for_poisoned in places:
+        for folder, there, for_poisoned in places:
             for event, count in there.items():
                 state = self._state(event)
                 if state in (NEVER, REFUSED):
-                    wrong.setdefault(f"invented: {place} though {_STATES[state]}", []).append(event)
+                    wrong.setdefault(f"invented: {folder} though {_STATES[state]}", []).append(event)
                 elif (not takes_all and events.poisoned(self._seed, *event)) != for_poisoned:
-                    wrong.setdefault(f"{'good' if for_poisoned else 'poisoned'}, and {place}", []).append(event)
+                    wrong.setdefault(f"{'good' if for_poisoned else 'poisoned'}, and {folder}", []).append(event)
                 elif count > 1:
-                    wrong.setdefault(f"{place} {count} times", []).append(event)
+                    wrong.setdefault(f"{folder} {count} times", []).append(event)
         for event in self._owed():
             if event not in found.arrived and event not in found.dead:
                 where = "lost: in quarantine though acknowledged" if event in found.quarantined else "lost"

@@ -111,8 +111,8 @@ def _count(drawn: str) -> None:
 
 def register(folder: Path) -> None:
     """Make the entry point known to this process and to those that it forks."""
-    place = folder / "torture-1.dist-info"
-    place.mkdir(parents=True)
-    (place / "METADATA").write_text("Metadata-Version: 2.1\nName: torture\nVersion: 1\n")
-    (place / "entry_points.txt").write_text(_ENTRY_POINT)
+    workdir = folder / "torture-1.dist-info"
+    workdir.mkdir(parents=True)
+    (workdir / "METADATA").write_text("Metadata-Version: 2.1\nName: torture\nVersion: 1\n")
+    (workdir / "entry_points.txt").write_text(_ENTRY_POINT)
     sys.path.append(str(folder))

@@ -14,8 +14,8 @@ from typing import Final, NamedTuple
 
 from pillarbox.store import compression, layout
 from pillarbox.store.directory import Directory
+from tests.torture.destinations import Arena
 from tests.torture.lives import FICKLE, STEADY
-from tests.torture.places import Arena
 
 BEHIND_MAX_S: Final = 15.0  # of a steady sink, while the other one is down for longer
 LOOK_EVERY_S: Final = 0.2
@@ -89,9 +89,9 @@ class Watch:
     def behind(self, sink: str) -> SinkBacklog:
         """The current backlog of a sink, in its queue and in the directory."""
         found: dict[str, str] = {}
-        for place in (self.directory, self.directory.queue(sink)):
+        for folder in (self.directory, self.directory.queue(sink)):
             try:
-                found |= {layout.batch_id(name): place.path_of(name) for name in place.all_sealed_names()}
+                found |= {layout.batch_id(name): folder.path_of(name) for name in folder.all_sealed_names()}
             except FileNotFoundError:
                 continue  # no queue yet
         events = sum(self._events(batch, path) for batch, path in found.items())

@@ -51,7 +51,7 @@ class Scene(NamedTuple):
         """Whether there are several sinks, each with a queue."""
         return ONLY_SINK not in self.sinks
 
-    def place_of(self, sink: str) -> str:
+    def queue_path(self, sink: str) -> str:
         """The directory in which batches wait for a sink."""
         return self.outbox if sink == ONLY_SINK else f"{self.outbox}/{layout.queue_name(sink)}"
 
@@ -95,7 +95,7 @@ class Life:
         sinks = self.scene.sinks
         if not self.scene.has_several or self.chance.random() > _ALONE:
             return sinks
-        if not all(os.path.isdir(self.scene.place_of(sink)) for sink in sinks):
+        if not all(os.path.isdir(self.scene.queue_path(sink)) for sink in sinks):
             return sinks
         name = self.chance.choice(list(sinks))
         return {name: sinks[name]}
@@ -132,7 +132,7 @@ class Life:
     def _is_too_much(self) -> bool:
         """Whether the fickle one of two sinks is too far behind; the steady one must not be held back by it."""
         sealed = len(pending(self.scene.outbox))
-        queues = {sink: len(pending(self.scene.place_of(sink))) for sink in self.scene.sinks if sink != ONLY_SINK}
+        queues = {sink: len(pending(self.scene.queue_path(sink))) for sink in self.scene.sinks if sink != ONLY_SINK}
         return any(sealed + queues.get(sink, 0) > BACKLOG_MAX.get(sink, BACKLOG_FILES) for sink in self.scene.sinks)
 
     def _conclude(self, number: int, outcome: Outcome) -> None:
@@ -184,8 +184,8 @@ def pending(directory: str) -> list[str]:
 
 def left_behind(scene: Scene) -> list[str]:
     """The paths of the files that are not settled for every sink."""
-    places = {scene.outbox, *map(scene.place_of, scene.sinks)}
-    return [f"{place}/{name}" for place in sorted(places) for name in pending(place)]
+    places = {scene.outbox, *map(scene.queue_path, scene.sinks)}
+    return [f"{folder}/{name}" for folder in sorted(places) for name in pending(folder)]
 
 
 def _pairs(sinks: Mapping[str, str]) -> list[str]:

@@ -38,9 +38,9 @@ from pillarbox.store.reconciliation import ReconciliationReport, reconcile, reco
 from tests.crash.kills import Violation, fork, kill_self_later
 from tests.torture import chaos, chaotic, lag, lives
 from tests.torture.account import Account, Arrivals, Event, Sums, Tally
+from tests.torture.destinations import DESTINATIONS, TWO, parsed
 from tests.torture.events import EVENT
 from tests.torture.lives import Life, Scene
-from tests.torture.places import PLACES, TWO, parsed
 
 WRITERS: Final = 3
 DELIVERERS: Final = 2
@@ -114,7 +114,7 @@ class Torture:
         self.failures = folder / "failures"
         self.failures.mkdir(parents=True)
         self._tally = Tally(_ANSWERS, _SLOTS + 1)
-        self._arena = PLACES[destination](folder, seed, self._tally.row(_SLOTS))
+        self._arena = DESTINATIONS[destination](folder, seed, self._tally.row(_SLOTS))
         self._places = self._arena.sinks(seed)
         self._account = Account(seed, _SLOTS)
         self._chance = random.Random(seed)
@@ -127,13 +127,13 @@ class Torture:
     def round(self, seconds: float) -> None:
         """Run processes and kill them for a while, stop, finish, and compare; raises `Violation`."""
         self._places = self._arena.sinks(self.seed + self.rounds)
-        urls = {name: place.url for name, place in self._places.items()}
+        urls = {name: workdir.url for name, workdir in self._places.items()}
         scene = Scene(self.seed, str(self._folder / f"outbox-{self.rounds}"), urls)
         Path(scene.outbox).mkdir()
         self._account = Account(self.seed, _SLOTS)
         begun = time.monotonic()
         end = begun + seconds
-        watch = lag.Watch(place_at(scene.outbox), self._arena, begun, seconds) if scene.has_several else None
+        watch = lag.Watch(open_directory(scene.outbox), self._arena, begun, seconds) if scene.has_several else None
         try:
             while time.monotonic() < end:
                 for slot in range(WRITERS + DELIVERERS):
@@ -261,13 +261,13 @@ class Torture:
         wrong = [f"left behind: {path}" for path in lives.left_behind(scene)]
         total = Sums(0, 0, 0, 0)
         given: set[frozenset[Event]] = set()  # to each sink
-        for sink, place in self._places.items():
-            arrived, strange = place.arrived()
-            found = Arrivals(arrived, *_kept(Path(scene.place_of(sink))))
+        for sink, workdir in self._places.items():
+            arrived, strange = workdir.arrived()
+            found = Arrivals(arrived, *_kept(Path(scene.queue_path(sink))))
             given.add(frozenset(found.arrived) | frozenset(found.dead))
             sums = self._account.sums(found)
             total = sums._replace(arrived=total.arrived + sums.arrived, dead=total.dead + sums.dead)
-            bad = [*strange, *self._account.check(found, takes_all=place.takes_all), *unbalanced(looked[sink], sums)]
+            bad = [*strange, *self._account.check(found, takes_all=workdir.takes_all), *unbalanced(looked[sink], sums)]
             wrong += [f"{sink}: {what}" if sink else what for what in bad]
         if scene.has_several:
             wrong += unbalanced(looked[ONLY_SINK], total._replace(arrived=0, dead=0))
@@ -279,8 +279,8 @@ class Torture:
         self._raise_if_wrong(wrong, scene)
         self._sums = Sums(*(before + now for before, now in zip(self._sums, total, strict=True)))
         self._account = Account(self.seed, _SLOTS)
-        for place in self._places.values():
-            place.empty()
+        for workdir in self._places.values():
+            workdir.empty()
         shutil.rmtree(scene.outbox)
 
     def _tell_now_and_then(self) -> bool:
@@ -329,9 +329,9 @@ def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event]]:
 
 def _audited(scene: Scene) -> dict[str, ReconciliationReport]:
     """The reconciliation of the directory, and of each queue in it by sink name."""
-    place = place_at(scene.outbox)
-    whole = reconcile(place)
-    return {ONLY_SINK: whole} | reconcile_queues(place, whole)
+    workdir = open_directory(scene.outbox)
+    whole = reconcile(workdir)
+    return {ONLY_SINK: whole} | reconcile_queues(workdir, whole)
 
 
 def unbalanced(looked: ReconciliationReport, sums: Sums) -> list[str]:
@@ -350,7 +350,7 @@ def unbalanced(looked: ReconciliationReport, sums: Sums) -> list[str]:
     return wrong
 
 
-def place_at(outbox: str) -> Directory:
+def open_directory(outbox: str) -> Directory:
     """The directory at a path, to read only."""
     return Directory(outbox, OsFilesystem(), SystemClock())
 

@@ -16,7 +16,7 @@ import pytest
 from pillarbox import Outbox
 from pillarbox.store import layout
 from pillarbox.store.reconciliation import reconcile
-from tests.torture import account, events, lag, places, run
+from tests.torture import account, destinations, events, lag, run
 from tests.torture.account import Account, Arrivals, Event, Sums, Tally
 from tests.torture.lives import FICKLE, STEADY
 
@@ -26,17 +26,17 @@ SECONDS = {
     "sqlite": 8.0,
     "http": 8.0,
     "spacetimedb": 5.0,
-    places.TWO: 4.0,
+    destinations.TWO: 4.0,
 }  # what is left then takes a few more, at a slow destination the most
 KILLS_MIN = 20
 EVENTS_MIN = 3_000
 LIFE = 7
 
 
-@pytest.mark.parametrize("destination", places.PLACES)
+@pytest.mark.parametrize("destination", destinations.DESTINATIONS)
 def test_every_event_is_there_once_and_only_the_poisoned_are_dead_letters(destination: str) -> None:
     """It runs in a process of its own: a parent with threads must not fork."""
-    if destination == "spacetimedb" and not places.has_server():
+    if destination == "spacetimedb" and not destinations.has_server():
         pytest.skip("there is no SpacetimeDB server: tools/spacetimedb-server says why")
     command = [sys.executable, "-m", "tests.torture", "--destination", destination]
     command += ["--minutes", str(SECONDS[destination] / 60), "--seed", str(SEED)]
@@ -86,9 +86,9 @@ def test_nothing_is_wrong_where_everything_is_in_its_place(told: Account) -> Non
 
 def spoil(where: str, event: Event, count: int) -> Callable[[Arrivals], Arrivals]:
     def spoiled(found: Arrivals) -> Arrivals:
-        place: Counter[Event] = Counter(getattr(found, where))
-        place[event] += count
-        changed: dict[str, Any] = {where: +place}
+        folder: Counter[Event] = Counter(getattr(found, where))
+        folder[event] += count
+        changed: dict[str, Any] = {where: +folder}
         return found._replace(**changed)
 
     return spoiled
@@ -128,7 +128,7 @@ def watch(tmp_path: Path) -> lag.Watch:
     outbox = tmp_path / "outbox"
     for sink in (STEADY, FICKLE):
         (outbox / layout.queue_name(sink)).mkdir(parents=True)
-    return lag.Watch(run.place_at(str(outbox)), places.Arena(tmp_path, []), 0.0, 30.0)
+    return lag.Watch(run.open_directory(str(outbox)), destinations.Arena(tmp_path, []), 0.0, 30.0)
 
 
 def wait_for(watch: lag.Watch, sink: str, seconds: float, count: int) -> None:
@@ -195,14 +195,14 @@ def settled(tmp_path: Path) -> Path:
 
 def test_a_ledger_that_says_what_is_there_balances(settled: Path) -> None:
     """Events that were attempted and not acknowledged may be accepted or not."""
-    assert run.unbalanced(reconcile(run.place_at(str(settled))), Sums(begun=4, acknowledged=4, arrived=4, dead=0)) == []
-    assert run.unbalanced(reconcile(run.place_at(str(settled))), Sums(begun=6, acknowledged=3, arrived=4, dead=0)) == []
+    assert run.unbalanced(reconcile(run.open_directory(str(settled))), Sums(begun=4, acknowledged=4, arrived=4, dead=0)) == []
+    assert run.unbalanced(reconcile(run.open_directory(str(settled))), Sums(begun=6, acknowledged=3, arrived=4, dead=0)) == []
 
 
 @pytest.mark.parametrize("there", [Sums(4, 4, 3, 0), Sums(4, 4, 4, 1), Sums(5, 5, 4, 0), Sums(3, 3, 4, 0)])
 def test_a_ledger_that_says_something_else_is_found(settled: Path, there: Sums) -> None:
     """One delivered too many, one dead letter too few, one accepted too few and too many."""
-    assert run.unbalanced(reconcile(run.place_at(str(settled))), there)
+    assert run.unbalanced(reconcile(run.open_directory(str(settled))), there)
 
 
 def test_a_batch_that_is_gone_without_an_entry_is_found(settled: Path) -> None:
@@ -210,5 +210,5 @@ def test_a_batch_that_is_gone_without_an_entry_is_found(settled: Path) -> None:
     ledger = settled / layout.LEDGER
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(line for line in lines if b'"settled"' not in line))
-    wrong = run.unbalanced(reconcile(run.place_at(str(settled))), Sums(4, 4, 4, 0))
+    wrong = run.unbalanced(reconcile(run.open_directory(str(settled))), Sums(4, 4, 4, 0))
     assert [text.partition(" does not balance by ")[2].partition(":")[0] for text in wrong[:2]] == ["3", "1"]

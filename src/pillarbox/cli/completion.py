@@ -44,7 +44,7 @@ def complete_batch(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def _batch_ids(directory: Directory, kinds: set[Kind]) -> Iterator[str]:
-    for place in (directory, *directory.queues()):
-        for name, _ in place.filesystem.list_files(place.path):
+    for queue_dir in (directory, *directory.queues()):
+        for name, _ in queue_dir.filesystem.list_files(queue_dir.path):
             if layout.kind_of(name) in kinds:
                 yield parse_batch_id(name)

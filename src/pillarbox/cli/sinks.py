@@ -233,10 +233,10 @@ def _lock_queue(directory: Directory, name: str, *, exclusive: bool = False) -> 
         raise UsageError(f"{name} has no queue here; the queues are: {known}")
     locked_files = []
     try:
-        for place in (directory, queue) if exclusive else (queue,):
-            locked_file = place.acquire_lock_file(layout.DELIVER_LOCK)
+        for locked_dir in (directory, queue) if exclusive else (queue,):
+            locked_file = locked_dir.acquire_lock_file(layout.DELIVER_LOCK)
             if locked_file is None:
-                raise UsageError(f"a process delivers {place.path}: stop it, or restart it without {name} among its sinks")
+                raise UsageError(f"a process delivers {locked_dir.path}: stop it, or restart it without {name} among its sinks")
             locked_files.append(locked_file)
         yield queue
     finally:

@@ -74,9 +74,9 @@ def publish(
 
 def _describe_published(done: PublishResult, file: str, origin: str) -> str:
     """What the owner of the database needs to know."""
-    scheme, _, place = done.server.partition("://")
+    scheme, _, host = done.server.partition("://")
     option = f"?token_file={quote(file, safe='/')}" if file else ""
-    url = shlex.quote(f"spacetimedb{'+https' if scheme == 'https' else ''}://{place}/{done.database}{option}")
+    url = shlex.quote(f"spacetimedb{'+https' if scheme == 'https' else ''}://{host}/{done.database}{option}")
     secret = f"$(cat {shlex.quote(file)})" if file else "$PILLARBOX_SPACETIMEDB_TOKEN"
     ask = f"{done.server}/v1/database/{done.database}/sql -d '{_QUERY}'"
     head = {

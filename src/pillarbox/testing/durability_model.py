@@ -174,9 +174,9 @@ class DurabilityModel:
             return
         within = op.path + "/"
         for path in [path for path in self._directories_by_path if (path + "/").startswith(within)]:
-            place = self._directories_by_path.pop(path)
+            inode = self._directories_by_path.pop(path)
             if target:
-                self._directories_by_path[op.target + path[len(op.path) :]] = place
+                self._directories_by_path[op.target + path[len(op.path) :]] = inode
 
     def _apply_name_change(self, renaming: _NameChange) -> None:
         self._running = _with_name_change(self._running, renaming)
@@ -193,10 +193,10 @@ class DurabilityModel:
         above, _, name = path.rpartition("/")
         return self._directory_number(above), name
 
-    def _sync_names(self, place: int) -> None:
+    def _sync_names(self, inode: int) -> None:
         left: list[_NameChange] = []
         for renaming in self._unsynced:
-            if renaming.directory == place:
+            if renaming.directory == inode:
                 self._durable = _with_name_change(self._durable, renaming)
             else:
                 left.append(renaming)
@@ -289,16 +289,16 @@ class DurabilityModel:
         above = {number: key for key, (_, number) in names.items() if number not in self._files}
         places: dict[int, str | None] = dict(self._roots)
 
-        def place(number: int) -> str | None:
+        def path_of(number: int) -> str | None:
             if number not in places:
                 key = above.get(number)
-                holder = None if key is None else place(key[0])
+                holder = None if key is None else path_of(key[0])
                 places[number] = None if key is None or holder is None else f"{holder}/{key[1]}"
             return places[number]
 
         paths: dict[str, int] = {}
         for (number, last), name in names.items():
-            if (holder := place(number)) is not None:
+            if (holder := path_of(number)) is not None:
                 paths[f"{holder}/{last}" if name.number in self._files else f"{holder}/{last}/"] = name.number
         return paths
 

@@ -157,7 +157,7 @@ class Arena:
         self._down = folder / _DOWN
         self._fickle = fickle
         self._steady = steady
-        self.pids = [pid for place in fickle for pid in place.pids]
+        self.pids = [pid for workdir in fickle for pid in workdir.pids]
 
     def sinks(self, number: int) -> dict[str, RunningDestination]:
         """The URLs of the destinations of a round, by sink name."""
@@ -174,8 +174,8 @@ class Arena:
 
     def end(self) -> None:
         """End what was started."""
-        for place in self._fickle:
-            place.end()
+        for workdir in self._fickle:
+            workdir.end()
 
 
 def _one(make: Callable[[Path, int, Row], RunningDestination]) -> Callable[[Path, int, Row], Arena]:
@@ -187,7 +187,7 @@ def _two(folder: Path, seed: int, row: Row) -> Arena:
 
 
 TWO: Final = "two-sinks"
-PLACES: Final[dict[str, Callable[[Path, int, Row], Arena]]] = {
+DESTINATIONS: Final[dict[str, Callable[[Path, int, Row], Arena]]] = {
     "sqlite": _one(Sqlite),
     "spacetimedb": _one(SpacetimeDb),
     "http": _one(Http),
