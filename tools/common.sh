@@ -8,6 +8,9 @@ step() { # COMMAND...: print it, run it, print how long it took
     printf '   %d s\n' "$((SECONDS - began))"
 }
 
+# The tests start some thousand commands, and each would compile the package again.
+unset PYTHONDONTWRITEBYTECODE
+
 workers=${PILLARBOX_TEST_WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 # A worker cannot report log lines that are no UTF-8, which these tests are about; they run on their own.
 alone=(tests/delivery/test_hostile_sinks.py)
