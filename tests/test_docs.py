@@ -183,6 +183,14 @@ def test_the_command_line_reference_is_up_to_date() -> None:
     assert (DOCS / "reference" / "cli.md").read_text() == reference()
 
 
+def test_the_reference_of_the_json_output_is_up_to_date() -> None:
+    """If it fails, run tools/json-reference. A field without a meaning needs a comment behind it in the source."""
+    reference = runpy.run_path(str(ROOT / "tools" / "json-reference"))["reference"]
+    text = (DOCS / "reference" / "json-output.md").read_text()
+    assert text == reference()
+    assert not re.findall(r"^.*\|  \|$", text, re.MULTILINE)
+
+
 def test_no_document_names_a_path_of_the_machine_it_was_written_on() -> None:
     """Nor does any other file."""
     for file in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():

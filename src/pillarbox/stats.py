@@ -70,22 +70,19 @@ class DeliveryCounters:
 
 
 class SinkStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of the delivery to one sink. This process has counted since it opened the outbox.
+    """A snapshot of the delivery to one sink. This process has counted since it opened the outbox."""
 
-    The counts are those of `DeliveryCounters`.
-    """
-
-    state: State
-    delivered: int
-    duplicates: int
-    dead: int
-    quarantined: int
-    discarded: int
-    flushed_files: int
-    flushed_bytes: int
-    failed_flushes: int
+    state: State  # of the delivery
+    delivered: int  # events that the destination accepted
+    duplicates: int  # of these, what it had already
+    dead: int  # events that became dead letters
+    quarantined: int  # damaged byte ranges
+    discarded: int  # events that the limits of dead letters and quarantine discarded
+    flushed_files: int  # batch files settled
+    flushed_bytes: int  # their size
+    failed_flushes: int  # calls that failed
     rate: float | None  # current limit in events/s; None: no limit
-    last_error: str
+    last_error: str  # the last failure of a call; "" if there was none
 
     def as_degraded(self, reason: str) -> SinkStats:
         """A copy with the state "degraded", for a problem that is not the sink's."""

@@ -130,14 +130,14 @@ def mask_values(reason: str) -> str:
 class DeadLetterGroup(msgspec.Struct, frozen=True):
     """Dead letters that differ in their values only; times in microseconds since 1970."""
 
-    code: str
+    code: str  # the destination's
     reason: str  # see `mask_values`
-    sink: str
-    event_key: str | None
+    sink: str  # that rejected the events
+    event_key: str | None  # of the events; None if they have none
     queue: str  # the sink whose queue holds them; "" with a single sink
-    count: int
-    first_at_micros: int
-    last_at_micros: int
+    count: int  # of dead letters
+    first_at_micros: int  # the first attempt of the first
+    last_at_micros: int  # the last attempt of the last
 
 
 class DeadLetterGrouper:

@@ -68,8 +68,8 @@ _ADD_WORKER: Final = "run pillarbox deliver, or an application with a sink"
 class DoctorFinding(NamedTuple):
     """One line of `pillarbox doctor`."""
 
-    ok: bool
-    check: str
+    ok: bool  # the check passed
+    check: str  # the name of the check
     text: str  # what was found; if not `ok`, also what to do about it
 
 

@@ -65,25 +65,25 @@ class HistoryEntry(msgspec.Struct, frozen=True, kw_only=True):
     at_micros: int | None  # of the ledger entry; of a pending file, when it was sealed
     sink: str  # whose queue or ledger it is; "" for the outbox directory
     file: str  # relative to the outbox directory; "" for a ledger entry
-    text: str
+    text: str  # details in words
 
 
 class BatchHistory(msgspec.Struct, frozen=True):
     """What is known of a batch: ledger entries in order of time, then its files."""
 
-    batch: str
-    entries: list[HistoryEntry]
+    batch: str  # its id
+    entries: list[HistoryEntry]  # in order of time
 
 
 class EventLocation(msgspec.Struct, frozen=True, kw_only=True):
     """A place where an event is stored."""
 
     state: str  # as in `HistoryEntry`
-    file: str
+    file: str  # relative to the outbox directory
     offset: int | None  # of its line, or of the damaged byte range
     batch: str  # "" in an active segment
     record: str | None = None  # the name of the dead letter
-    code: str | None = None
+    code: str | None = None  # of the rejection
     reason: str | None = None  # why it was rejected, or is damaged
     event: msgspec.Raw | None = None  # None within damaged bytes
 
@@ -91,16 +91,16 @@ class EventLocation(msgspec.Struct, frozen=True, kw_only=True):
 class FileSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What a file contains, in numbers."""
 
-    file: str
-    state: str
-    batch: str
+    file: str  # relative to the outbox directory
+    state: str  # as in `HistoryEntry`
+    batch: str  # its id; "" for a segment
     writer: str | None  # None if the name does not tell it
-    bytes: int
-    events: int
-    damaged: list[DamagedRange]
+    bytes: int  # its size
+    events: int  # good records in it
+    damaged: list[DamagedRange]  # byte ranges that are no records
     unfinished_bytes: int  # of an active segment: after its last complete line
     first_micros: int | None  # of the events' own times
-    last_micros: int | None
+    last_micros: int | None  # the last of them
 
 
 class _QueueLedger(NamedTuple):

@@ -23,8 +23,8 @@ _RANGES_SUFFIX = ".spans.json"
 class FileProblem(msgspec.Struct, frozen=True):
     """Why a file, or one line of it, could not be read or changed. It was left as it is."""
 
-    file: str
-    problem: str
+    file: str  # relative to the outbox directory
+    problem: str  # why
     line: int | None = None  # from 1
 
     def __str__(self) -> str:

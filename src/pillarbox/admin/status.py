@@ -23,39 +23,39 @@ if TYPE_CHECKING:
 class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One sink of an outbox with several sinks."""
 
-    name: str
+    name: str  # of the sink
     backlog_bytes: int  # of batches that this sink has not delivered yet
-    backlog_files: int
+    backlog_files: int  # of these batches
     oldest_age_s: float | None  # since the oldest of them was sealed
-    dead_files: int
-    dead_bytes: int
-    quarantine_files: int
-    quarantine_bytes: int
-    delivered_files: int  # retained
-    delivered_bytes: int
-    heartbeat: Heartbeat | None
-    heartbeat_age_s: float | None
+    dead_files: int  # batches with dead letters
+    dead_bytes: int  # their dead-letter files
+    quarantine_files: int  # batches with damaged byte ranges
+    quarantine_bytes: int  # their files in quarantine
+    delivered_files: int  # retained batches
+    delivered_bytes: int  # their size
+    heartbeat: Heartbeat | None  # the last one of its delivery worker
+    heartbeat_age_s: float | None  # since it was written
 
 
 class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The output of `pillarbox status --json`."""
 
-    directory: str
+    directory: str  # the outbox directory
     pending_bytes: int  # active and sealed
-    pending_files: int
-    active_files: int
-    active_bytes: int
-    sealed_files: int
+    pending_files: int  # of these, all files
+    active_files: int  # segments that writers append to
+    active_bytes: int  # their size
+    sealed_files: int  # batches
     oldest_age_s: float | None  # since the oldest pending batch was sealed
-    quarantine_files: int
-    quarantine_bytes: int
-    dead_files: int
-    dead_bytes: int
-    delivered_files: int  # retained
-    delivered_bytes: int
+    quarantine_files: int  # batches with damaged byte ranges
+    quarantine_bytes: int  # their files in quarantine
+    dead_files: int  # batches with dead letters
+    dead_bytes: int  # their dead-letter files
+    delivered_files: int  # retained batches
+    delivered_bytes: int  # their size
     durability: str  # of the outbox in the delivering process; without one, that of the settings
-    heartbeat: Heartbeat | None
-    heartbeat_age_s: float | None
+    heartbeat: Heartbeat | None  # the last one of the delivery worker
+    heartbeat_age_s: float | None  # since it was written
     sinks: list[SinkStatus]  # empty for a single sink
 
 

@@ -37,12 +37,12 @@ class ChangeResult(msgspec.Struct, frozen=True, kw_only=True):
 
     applied: bool  # False without --yes: nothing was changed
     events: int  # for `quarantine purge`: damaged byte ranges
-    files: int
+    files: int  # that were or would be changed
     items: list[Any]  # the records, byte ranges or batches; the shape depends on the command
     problems: list[FileProblem]  # what was left unchanged, and why; the first 1,000
-    problem_count: int
+    problem_count: int  # of all of them
     dropped_reason: str  # why the outbox dropped an event, which ended the work; "" if it dropped none
-    interrupted: bool
+    interrupted: bool  # Ctrl-C or SIGTERM ended it
     ledger_write_failed: bool  # the changes are not in the ledger
 
 

@@ -58,16 +58,16 @@ class DeadLetterItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """One dead letter, in the `--json` of these commands; times in microseconds since 1970."""
 
     record: str  # its name, <batch>#<index>
-    batch: str
-    index: int
-    code: str
-    reason: str
-    sink: str
-    attempts: int
-    first_at_micros: int
-    last_at_micros: int
-    event_id: str | None
-    event_key: str | None
+    batch: str  # its batch id
+    index: int  # of the record in its batch, from 0
+    code: str  # the destination's
+    reason: str  # why the destination rejected it
+    sink: str  # that rejected it
+    attempts: int  # number of calls that had it
+    first_at_micros: int  # the first attempt
+    last_at_micros: int  # the last attempt
+    event_id: str | None  # None if it has none
+    event_key: str | None  # None if it has none
     queue: str = ""  # the sink whose queue it is in, if there are several sinks
     event: msgspec.Raw | None = None  # `show`: the event as it was rejected; `edit`: as it is replayed
 
@@ -75,11 +75,11 @@ class DeadLetterItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class DeadLetterListing(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox dead list --json`: groups, or with --each records."""
 
-    records: int
-    files: int
-    groups: list[DeadLetterGroup]
-    items: list[DeadLetterItem]
-    problems: list[FileProblem]
+    records: int  # number of dead letters that match
+    files: int  # number of files that they are in
+    groups: list[DeadLetterGroup]  # without --each: the dead letters by code, reason, sink and event key
+    items: list[DeadLetterItem]  # with --each
+    problems: list[FileProblem]  # files and lines that could not be read
 
 
 def _to_item(record: DeadLetterRecord, event: bytes | None = None, queue: str = "") -> DeadLetterItem:

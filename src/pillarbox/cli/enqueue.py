@@ -20,7 +20,7 @@ from pillarbox.outbox import Outbox
 class EnqueueResult(msgspec.Struct, frozen=True):
     """The shape of `pillarbox enqueue --json`; on standard error with --ack."""
 
-    accepted: int
+    accepted: int  # events stored
     dropped: int  # lines that are not valid events, and events that the outbox dropped
 
 

@@ -33,8 +33,8 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 class ExportResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox export --json`; on standard output with -o, otherwise on standard error."""
 
-    events: int
-    file: str | None
+    events: int  # written
+    file: str | None  # that was written; None for standard output
     new_events: int  # of `events`: accepted while the export ran
     missed_batches: int  # delivered or evicted before the export read them
     unrecoverable_ranges: int  # damaged byte ranges that contain no event

@@ -13,13 +13,13 @@ from pillarbox.cli.seal import SealContext, TimeoutOption, seal_directory
 class FlushResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox flush --json`."""
 
-    directory: str
-    batches: int  # that were pending when everything was sealed
+    directory: str  # the outbox directory
+    batches: int  # pending when everything was sealed
     pending_batches: int  # of these, still pending
     unsealed: list[str]  # names of segments that were not sealed
     pending_sinks: list[str]  # of several sinks, those with pending batches
     reason: str  # why something is left; "" if nothing is
-    seconds: float
+    seconds: float  # how long it took
 
 
 @expand_options

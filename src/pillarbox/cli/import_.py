@@ -41,13 +41,13 @@ _PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # other events m
 class ImportResult(msgspec.Struct, kw_only=True):
     """The shape of `pillarbox import --json`."""
 
-    dry_run: bool
+    dry_run: bool  # nothing was stored
     accepted: int = 0  # with --dry-run: would be accepted
     dropped: int = 0  # lines that are not valid events, and events that the outbox dropped as such
     processed: int = 0  # every line or row up to this one is accepted or dropped; --skip continues after it
     complete: bool = False  # the whole source is processed
     outbox_dropped: str = ""  # why the outbox stopped accepting events
-    interrupted: bool = False
+    interrupted: bool = False  # Ctrl-C or SIGTERM ended it
     problems: list[FileProblem]  # why lines were dropped; the first 1,000
 
 

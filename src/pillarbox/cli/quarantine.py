@@ -44,10 +44,10 @@ quarantine = typer.Typer(
 class QuarantineListItem(msgspec.Struct, frozen=True, kw_only=True):
     """The quarantined bytes of one batch, in `pillarbox quarantine list --json`."""
 
-    batch: str
+    batch: str  # its id
     ranges: int  # damaged byte ranges
     repaired: int  # of them
-    bytes: int
+    bytes: int  # in these ranges
     reasons: dict[str, int]  # number of ranges by reason
     sealed_at_micros: int | None  # microseconds since 1970; None if the batch id does not tell
     queue: str = ""  # the sink whose queue it is in, if there are several sinks
@@ -56,42 +56,42 @@ class QuarantineListItem(msgspec.Struct, frozen=True, kw_only=True):
 class QuarantineListing(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox quarantine list --json`."""
 
-    files: int
-    ranges: int
-    bytes: int
-    batches: list[QuarantineListItem]
-    problems: list[FileProblem]
+    files: int  # that match
+    ranges: int  # damaged byte ranges in them
+    bytes: int  # in these ranges
+    batches: list[QuarantineListItem]  # one item for each batch
+    problems: list[FileProblem]  # files that could not be read
 
 
 class QuarantineRangeItem(msgspec.Struct, frozen=True, kw_only=True):
     """A damaged byte range, in `pillarbox quarantine show --json`."""
 
-    batch: str
+    batch: str  # the batch id
     number: int  # of the range in its batch, from 1
     offset: int  # in the batch file, bytes
-    length: int
-    reason: str
-    repaired_at_micros: int | None
-    repaired_events: int
+    length: int  # bytes
+    reason: str  # what is wrong with the bytes
+    repaired_at_micros: int | None  # None if it is not repaired
+    repaired_events: int  # events that `quarantine repair` recovered
     data: bytes  # base64
-    queue: str = ""  # as in `list`
+    queue: str = ""  # the sink whose queue it is in, if there are several sinks
 
 
 class RecoveredEvent(msgspec.Struct, frozen=True, kw_only=True):
     """An event that was found in a damaged byte range."""
 
-    event: msgspec.Raw
-    checksum_ok: bool
-    how: str
+    event: msgspec.Raw  # the event
+    checksum_ok: bool  # the record had the right checksum
+    how: str  # how it was recovered
 
 
 class RepairedRange(msgspec.Struct, frozen=True, kw_only=True):
     """The events in a damaged byte range, in `pillarbox quarantine repair --json`."""
 
-    batch: str
+    batch: str  # the batch id
     number: int  # of the range in its batch, from 1
-    reason: str
-    events: list[RecoveredEvent]
+    reason: str  # what is wrong with the bytes
+    events: list[RecoveredEvent]  # recovered from it
     problems: list[str]  # why the other pieces of the range contain no event
 
 

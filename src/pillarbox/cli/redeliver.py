@@ -34,13 +34,13 @@ _SECOND_MICROS: Final = 1_000_000
 class RedeliveredBatch(msgspec.Struct, frozen=True, kw_only=True):
     """One retained batch, in the `items` of `pillarbox redeliver --json`; times in microseconds since 1970."""
 
-    batch: str
+    batch: str  # its id
     redelivered_as: str | None  # the new batch id; None without --yes
     sink: str  # of several sinks; "" for a single one
-    events: int
-    bytes: int
+    events: int  # number of its events
+    bytes: int  # its size
     sealed_at_micros: int | None  # None if the file's name does not tell
-    delivered_at_micros: int | None
+    delivered_at_micros: int | None  # None if the file's name does not tell
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,12 +41,12 @@ TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", he
 class SealResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox seal --json`; names of files."""
 
-    directory: str
+    directory: str  # the outbox directory
     sealed: list[str]  # segments that are sealed now
     unsealed: list[str]  # segments that are not
     orphaned: list[str]  # of these, the segments of dead writers
     reason: str  # why segments are unsealed; "" if none is
-    seconds: float
+    seconds: float  # how long it took
 
 
 class SealContext:

@@ -39,12 +39,12 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the s
 class SinkQueue(msgspec.Struct, frozen=True, kw_only=True):
     """One queue in `pillarbox sinks list --json`; bytes and numbers of files."""
 
-    sink: str
-    sealed_files: int
-    sealed_bytes: int
-    dead_files: int
-    quarantine_files: int
-    delivered_files: int
+    sink: str  # its name
+    sealed_files: int  # pending batches
+    sealed_bytes: int  # their size
+    dead_files: int  # batches with dead letters
+    quarantine_files: int  # batches with damaged byte ranges
+    delivered_files: int  # retained batches
     state: str  # of its delivery worker; empty if it never had one
     requested: bool  # `sinks add` requested it; the next process that delivers to the sink creates it
 
@@ -52,8 +52,8 @@ class SinkQueue(msgspec.Struct, frozen=True, kw_only=True):
 class SinkChange(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `--json` of `pillarbox sinks add`, `remove` and `rename`."""
 
-    sink: str
-    done: Literal["requested", "request_cancelled", "removed", "renamed"]
+    sink: str  # its name
+    done: Literal["requested", "request_cancelled", "removed", "renamed"]  # what was changed
     files: int = 0  # pending batches of a removed sink
     returned: bool = False  # these are back in the outbox; otherwise they are deleted
     new: str = ""  # the new name

@@ -29,11 +29,11 @@ _DISCREPANCIES_SHOWN_MAX: Final = 20  # of batches that do not balance; --json h
 class VerifyResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox verify --json`; numbers of events unless they say otherwise."""
 
-    directory: str
-    balances: bool
-    reconciliation: Reconciliation
+    directory: str  # the outbox directory
+    balances: bool  # accepted = delivered + pending + dead + quarantined + evicted
+    reconciliation: Reconciliation  # the counts
     unread_entries: int  # lines of the ledger that are damaged, or of a later version of Pillarbox
-    unreadable_files: list[str]
+    unreadable_files: list[str]  # names
     sinks: dict[str, VerifyResult]  # the same for the queue of each of several sinks
 
 

@@ -36,24 +36,24 @@ ONLY: Final = ""  # the name of a single sink
 class SinkRates(msgspec.Struct, frozen=True):
     """Rates of one sink; None if unknown."""
 
-    out_events_per_s: float | None
+    out_events_per_s: float | None  # events delivered
     empty_in_s: float | None  # at this rate
 
 
 class Rates(msgspec.Struct, frozen=True):
     """Rates over the last ten samples; None if unknown, as in the first sample."""
 
-    in_events_per_s: float | None
-    in_bytes_per_s: float | None
+    in_events_per_s: float | None  # events stored
+    in_bytes_per_s: float | None  # bytes stored
     sinks: dict[str, SinkRates]  # by sink; "" for a single one
 
 
 class StatusSample(msgspec.Struct, frozen=True):
     """The shape of a line of `pillarbox status --watch --json`."""
 
-    at_micros: int
-    status: OutboxStatus
-    rates: Rates
+    at_micros: int  # when it was read
+    status: OutboxStatus  # as `status` prints it
+    rates: Rates  # since earlier samples
 
 
 class _SinkRow(NamedTuple):

@@ -24,12 +24,12 @@ _READ_ATTEMPTS: Final = 3  # one that cannot be decoded may be being written
 class Heartbeat(msgspec.Struct, frozen=True):
     """What the delivering process writes into `deliver.lock`: who it is, how delivery is going, and when it wrote that."""
 
-    pid: int
-    sink: str
-    state: State
-    at_micros: int
-    delivered: int
-    last_error: str = ""
+    pid: int  # of the delivering process
+    sink: str  # the sink, or the sinks, that it delivers to; without secrets
+    state: State  # of the delivery
+    at_micros: int  # when it was written
+    delivered: int  # events, by that process
+    last_error: str = ""  # the last failure of a call; "" if there was none
     durability: str = ""  # of the outbox in that process; empty if it only delivers
 
 

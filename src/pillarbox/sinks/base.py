@@ -123,8 +123,8 @@ DeliveryResult = Delivered | Retry | Rejected | PartialFailure | Misconfigured
 class CheckResult(NamedTuple):
     """One line of `pillarbox check`; `ok` is False for a problem that prevents delivery."""
 
-    ok: bool
-    message: str
+    ok: bool  # the check passed
+    message: str  # what was checked; if not `ok`, also what to do
 
 
 @runtime_checkable

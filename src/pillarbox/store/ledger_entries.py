@@ -116,18 +116,18 @@ class LostEntry(_LedgerEntry, frozen=True, tag="lost"):
 class LedgerRow(msgspec.Struct, kw_only=True):
     """The counts of events of a writer, or of all. Where a count is a range, the `_max` field is its upper end."""
 
-    writer: str = ""
-    accepted: int = 0
-    accepted_max: int = 0
-    delivered: int = 0
-    pending: int = 0
-    pending_max: int = 0
-    dead: int = 0
-    quarantined: int = 0
-    quarantined_max: int = 0
-    evicted: int = 0
+    writer: str = ""  # its UUID
+    accepted: int = 0  # `enqueue` stored them
+    accepted_max: int = 0  # of `accepted`
+    delivered: int = 0  # accepted by the destination
+    pending: int = 0  # in batches
+    pending_max: int = 0  # of `pending`
+    dead: int = 0  # dead letters, also those that were replayed or purged later
+    quarantined: int = 0  # damaged byte ranges
+    quarantined_max: int = 0  # of `quarantined`
+    evicted: int = 0  # deleted by `when_full="drop_oldest"`
     shared: int = 0  # fanned out to the queues of several sinks
-    shared_max: int = 0
+    shared_max: int = 0  # of `shared`
     duplicates: int = 0  # of those delivered: what the destination had already
     resent: int = 0  # delivered again after a crash
 

@@ -22,9 +22,9 @@ YIELD_EVERY_LINES: Final = 50  # without a yield; more would keep callers of `en
 class DamagedRange(msgspec.Struct, frozen=True):
     """Damaged bytes: where they are in the file, and what is wrong with them."""
 
-    offset: int
-    length: int
-    reason: str
+    offset: int  # in the file, bytes
+    length: int  # bytes
+    reason: str  # what is wrong with them
 
 
 class FileContents(msgspec.Struct, frozen=True):

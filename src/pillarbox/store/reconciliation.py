@@ -63,10 +63,10 @@ class FileCounts(msgspec.Struct, frozen=True):
 class Discrepancy(msgspec.Struct, frozen=True):
     """A batch whose counts differ: `events` are missing, or, if negative, extra."""
 
-    batch: str
-    writer: str
-    events: int
-    problem: str
+    batch: str  # its id
+    writer: str  # whose batch it is
+    events: int  # missing, or, if negative, extra
+    problem: str  # what is wrong
 
 
 class _BatchEntries:
@@ -153,19 +153,19 @@ class _BatchEntries:
 class Reconciliation(msgspec.Struct, kw_only=True):
     """The result for a directory."""
 
-    total: LedgerRow
-    writers: list[LedgerRow]
-    replayed: int = 0
-    repaired: int = 0
-    resent_on_request: int = 0
-    purged_dead: int = 0
-    purged_quarantine: int = 0
-    lost_entries: int = 0
+    total: LedgerRow  # of all writers
+    writers: list[LedgerRow]  # of each writer
+    replayed: int = 0  # dead letters put back into the outbox
+    repaired: int = 0  # events recovered from quarantine
+    resent_on_request: int = 0  # events that `redeliver` delivered again
+    purged_dead: int = 0  # dead letters deleted on request
+    purged_quarantine: int = 0  # damaged byte ranges deleted on request
+    lost_entries: int = 0  # ledger entries that could not be written
     dead_on_disk: int = 0  # dead letters on disk
     dead_missing: int = 0  # in the ledger and not on disk
     fanned_out: dict[str, int] = {}  # events fanned out, by sink; the least, where damage makes a count unknown
     earlier_discrepancy: int = 0  # events missing or extra in batches that are summed up
-    discrepancies: list[Discrepancy]
+    discrepancies: list[Discrepancy]  # batches whose counts differ
 
     @property
     def balances(self) -> bool:

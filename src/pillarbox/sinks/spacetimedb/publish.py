@@ -29,13 +29,13 @@ class PublishError(OperationalError):
 class PublishResult(NamedTuple):
     """The database after publishing."""
 
-    server: str
+    server: str  # its URL
     version: str  # the server's
     wasm_file: str  # the file in `wasm/`
-    database: str
-    database_identity: str
+    database: str  # its name
+    database_identity: str  # its identity
     owner: str  # the identity of the token
-    action: Literal["created", "updated", "unchanged"]
+    action: Literal["created", "updated", "unchanged"]  # what was done to the database
 
 
 def read_wasm(name: str) -> bytes:
