@@ -152,7 +152,7 @@ def unit_tests() -> str:
 
 def interrupts() -> str:
     """Signals at every opcode of the writer."""
-    return _tests("tests/store/test_interrupts.py", "-k", "at_any_opcode and not garbage")
+    return _tests("tests/store/test_interrupts.py", "-m", "proof", "-k", "not finalizer")
 
 
 def enumeration() -> str:
