@@ -112,23 +112,23 @@ def py_encode_records(
 
 
 class PySegmentCounters:
-    """What the hot path reads and writes of a segment; at `attend_at` events it calls the writer."""
+    """The fields of a segment that the hot path reads and writes; at `threshold_events` events it calls the writer."""
 
-    __slots__ = ("attend_at", "bytes", "events", "fd")
+    __slots__ = ("bytes", "events", "fd", "threshold_events")
 
-    attend_at: int
     bytes: int
     events: int
     fd: int
+    threshold_events: int
 
 
 class PyWriterState:
-    """What the hot path reads and writes of a writer."""
+    """The fields of a writer that the hot path reads and writes."""
 
     lock: threading.RLock
     _file: Any  # a `SegmentCounters`
     _limit: int
-    _broken: bool
+    _append_interrupted: bool
 
 
 E = TypeVar("E", bound="Callable[..., Outcome]")

@@ -1,8 +1,8 @@
-/* The hot path of the store: one event into the active segment; `Writer.build_enqueue` has the same in Python.
+/* The hot path of the store: appends one event to the active segment. `Writer.build_enqueue` does the same in Python.
 
-It does the simple case only: an event that encodes, a segment that has room for its line, a write that takes all of it.
-Everything else is left to the methods of the writer that the closure in Python calls too. The rules are that closure's: one
-lock, one write, and a mark (a negative limit) that stands while the segment is touched. */
+This code handles only the simple case: the event encodes, the segment has room for its line, and one write writes all of it.
+In every other case it calls the same methods of the writer as the closure in Python. It follows the rules of that closure: it
+holds the lock, writes once, and keeps the limit at IN_PROGRESS while it changes the segment. */
 
 #include "speedups.h"
 
@@ -25,9 +25,9 @@ enum {
     END_BYTES = sizeof END - 1,
     CRC_BYTES = 8,
     OVERHEAD = HEAD_BYTES + TAIL_BYTES + CRC_BYTES + END_BYTES,
-    ON_STACK = 4096, /* a longer line gets memory of its own */
+    STACK_BYTES = 4096, /* a longer line is allocated on the heap */
 };
-static const long long MARK = -1;
+static const long long IN_PROGRESS = -1; /* the limit while an append is under way; nothing fits into a negative limit */
 
 /* CRC-32 (IEEE 802.3, as in zlib), eight bytes at a time: M. Kounavis and F. Berry, "Novel Table Lookup-Based Algorithms for
    High-Performance CRC Generation", IEEE Transactions on Computers 57 (2008). */
@@ -45,14 +45,14 @@ fill_crc_table(void)
     }
     for (uint32_t byte = 0; byte < 256; byte++) {
         for (int slice = 1; slice < 8; slice++) {
-            uint32_t before = crc_table[slice - 1][byte];
-            crc_table[slice][byte] = before >> 8 ^ crc_table[0][before & 0xFF];
+            uint32_t previous = crc_table[slice - 1][byte];
+            crc_table[slice][byte] = previous >> 8 ^ crc_table[0][previous & 0xFF];
         }
     }
 }
 
 static uint32_t
-by_table(uint32_t crc, const unsigned char *at, Py_ssize_t size)
+update_crc_by_table(uint32_t crc, const unsigned char *at, Py_ssize_t size)
 {
     for (; size >= 8; size -= 8, at += 8) {
         uint32_t low = crc ^ ((uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24);
@@ -67,11 +67,12 @@ by_table(uint32_t crc, const unsigned char *at, Py_ssize_t size)
 }
 
 #ifdef CARRYLESS
-/* The same by carry-less multiplication, for 64 bytes at least and whole blocks of 16: V. Gopal et al., "Fast CRC Computation
-   for Generic Polynomials Using PCLMULQDQ Instruction", Intel 2009, which has the constants for the reflected polynomial. */
+/* The same checksum by carry-less multiplication. `size` is a multiple of 16, and at least 64. Algorithm and constants (those of
+   the reflected polynomial): V. Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction",
+   Intel 2009. */
 #define FOLDS __attribute__((target("pclmul,sse2")))
 
-static int has_carryless; /* this processor */
+static int has_carryless; /* whether this processor has the instruction */
 
 static inline FOLDS __m128i
 load(const unsigned char *at)
@@ -86,7 +87,7 @@ fold(__m128i sum, __m128i by, __m128i next)
 }
 
 static FOLDS uint32_t
-by_folding(uint32_t crc, const unsigned char *at, Py_ssize_t size)
+update_crc_by_folding(uint32_t crc, const unsigned char *at, Py_ssize_t size)
 {
     const __m128i by_512 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4);
     const __m128i by_128 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
@@ -122,15 +123,15 @@ crc32_of(const unsigned char *at, Py_ssize_t size)
 #ifdef CARRYLESS
     if (has_carryless && size >= 64) {
         Py_ssize_t blocks = size & ~(Py_ssize_t)15;
-        crc = by_folding(crc, at, blocks);
+        crc = update_crc_by_folding(crc, at, blocks);
         at += blocks;
         size -= blocks;
     }
 #endif
-    return ~by_table(crc, at, size);
+    return ~update_crc_by_table(crc, at, size);
 }
 
-/* What follows a payload in its record. */
+/* Write the part of a record that follows the payload. */
 static void
 put_tail(char *to, uint32_t crc)
 {
@@ -143,7 +144,7 @@ put_tail(char *to, uint32_t crc)
     memcpy(to, END, END_BYTES);
 }
 
-/* A record of `payload` at `to`, which has room for OVERHEAD bytes more than it. */
+/* Write the record of `payload` to `to`, which has room for `size` + OVERHEAD bytes. */
 static void
 put_record(char *to, const char *payload, Py_ssize_t size)
 {
@@ -152,19 +153,19 @@ put_record(char *to, const char *payload, Py_ssize_t size)
     put_tail(to + HEAD_BYTES + size, crc32_of((const unsigned char *)payload, size));
 }
 
-/* SegmentCounters: what the hot path keeps of a file. */
+/* SegmentCounters: the fields of a segment that the hot path reads and writes. */
 
 typedef struct {
     PyObject_HEAD
     int fd;
-    long long bytes, events, attend_at;
+    long long bytes, events, threshold_events;
 } SegmentCounters;
 
 static PyMemberDef counters_members[] = {
     {"fd", T_INT, offsetof(SegmentCounters, fd), 0, NULL},
     {"bytes", T_LONGLONG, offsetof(SegmentCounters, bytes), 0, NULL},
     {"events", T_LONGLONG, offsetof(SegmentCounters, events), 0, NULL},
-    {"attend_at", T_LONGLONG, offsetof(SegmentCounters, attend_at), 0, NULL},
+    {"threshold_events", T_LONGLONG, offsetof(SegmentCounters, threshold_events), 0, NULL},
     {NULL},
 };
 
@@ -177,7 +178,7 @@ counters_dealloc(PyObject *self)
 }
 
 static PyType_Slot counters_slots[] = {
-    {Py_tp_doc, "What the hot path keeps of a file: descriptor, bytes, events, and at how many events it is attended to."},
+    {Py_tp_doc, "The fields of a segment that the hot path reads and writes; at `threshold_events` events it calls the writer."},
     {Py_tp_members, counters_members},
     {Py_tp_dealloc, counters_dealloc},
     {0, NULL},
@@ -187,21 +188,21 @@ static PyType_Spec counters_spec = {
     "pillarbox._speedups.SegmentCounters", sizeof(SegmentCounters), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, counters_slots,
 };
 
-/* WriterState: what the hot path keeps of a writer. */
+/* WriterState: the fields of a writer that the hot path reads and writes. */
 
 typedef struct {
     PyObject_HEAD
     PyObject *lock;
     PyObject *file; /* SegmentCounters */
     long long limit;
-    char broken;
+    char append_interrupted;
 } WriterState;
 
 static PyMemberDef writer_members[] = {
     {"lock", T_OBJECT_EX, offsetof(WriterState, lock), 0, NULL},
     {"_file", T_OBJECT_EX, offsetof(WriterState, file), 0, NULL},
     {"_limit", T_LONGLONG, offsetof(WriterState, limit), 0, NULL},
-    {"_broken", T_BOOL, offsetof(WriterState, broken), 0, NULL},
+    {"_append_interrupted", T_BOOL, offsetof(WriterState, append_interrupted), 0, NULL},
     {NULL},
 };
 
@@ -233,7 +234,7 @@ writer_dealloc(PyObject *self)
 }
 
 static PyType_Slot writer_slots[] = {
-    {Py_tp_doc, "What the hot path keeps of a writer: the lock, the active file, how far it may grow, and whether it is broken."},
+    {Py_tp_doc, "The fields of a writer that the hot path reads and writes."},
     {Py_tp_members, writer_members},
     {Py_tp_traverse, writer_traverse},
     {Py_tp_clear, writer_clear},
@@ -246,7 +247,7 @@ static PyType_Spec writer_spec = {
     writer_slots,
 };
 
-/* Enqueue: one event into the active file. */
+/* Enqueue: appends one event to the active segment. */
 
 typedef struct {
     PyObject_HEAD
@@ -254,34 +255,34 @@ typedef struct {
     AppendState *state;
     PyObject *dict;
     PyObject *writer;    /* WriterState */
-    PyObject *plain;     /* the same in Python: whatever is not the simple case */
+    PyObject *plain;     /* the closure in Python, which handles every case */
     PyObject *encode;    /* event -> bytes */
-    PyObject *type;      /* of the events */
-    PyObject *begin;     /* line, 1 -> outcome: where the writer does not accept */
-    PyObject *write;     /* NULL: the system's own */
-    PyObject *enqueued;  /* the outcome */
+    PyObject *type;      /* the type of the events */
+    PyObject *begin;     /* (line, 1) -> outcome; called where the writer has not started */
+    PyObject *write;     /* NULL: call write(2) directly */
+    PyObject *enqueued;  /* the outcome of a stored event */
     Py_ssize_t bytes_max;
-    int power; /* a call that does not say waits for the sync */
+    int power; /* a call without `durability` waits for the sync */
 } Enqueue;
 
-/* Write a line. How much was written; -1 with an exception set. */
+/* Write a line. Returns the number of bytes written, or -1 with an exception set. */
 static Py_ssize_t
 write_line(Enqueue *self, int fd, const char *line, Py_ssize_t size)
 {
     if (self->write != NULL) {
         PyObject *bytes = PyBytes_FromStringAndSize(line, size);
         PyObject *number = bytes == NULL ? NULL : PyLong_FromLong(fd);
-        PyObject *found = NULL;
+        PyObject *result = NULL;
         if (number != NULL) {
-            found = PyObject_CallFunctionObjArgs(self->write, number, bytes, NULL);
+            result = PyObject_CallFunctionObjArgs(self->write, number, bytes, NULL);
         }
         Py_XDECREF(number);
         Py_XDECREF(bytes);
-        if (found == NULL) {
+        if (result == NULL) {
             return -1;
         }
-        Py_ssize_t written = PyLong_AsSsize_t(found);
-        Py_DECREF(found);
+        Py_ssize_t written = PyLong_AsSsize_t(result);
+        Py_DECREF(result);
         return written;
     }
     for (;;) {
@@ -305,124 +306,127 @@ write_line(Enqueue *self, int fd, const char *line, Py_ssize_t size)
     }
 }
 
-/* After a failed append: what the writer makes of an `OSError`; anything else leaves the mark, and the writer broken. */
+/* Handle the exception of a failed append. Of an `OSError` the writer makes an outcome. Any other exception stays set; the limit
+   stays at IN_PROGRESS, and the writer repairs the segment at its next append. */
 static PyObject *
-failed(Enqueue *self, WriterState *writer)
+handle_append_error(Enqueue *self, WriterState *writer)
 {
     if (!PyErr_ExceptionMatches(PyExc_OSError)) {
-        writer->broken = 1;
+        writer->append_interrupted = 1;
         return NULL;
     }
     PyObject *type, *error, *trace;
     PyErr_Fetch(&type, &error, &trace);
     PyErr_NormalizeException(&type, &error, &trace);
-    PyObject *one = PyLong_FromLong(1);
+    PyObject *events = PyLong_FromLong(1);
     PyObject *outcome = NULL;
-    if (error != NULL && one != NULL) {
-        outcome = PyObject_CallMethodObjArgs((PyObject *)writer, self->state->undo, error, one, NULL);
+    if (error != NULL && events != NULL) {
+        outcome = PyObject_CallMethodObjArgs((PyObject *)writer, self->state->undo_append, error, events, NULL);
     }
-    Py_XDECREF(one);
+    Py_XDECREF(events);
     Py_XDECREF(type);
     Py_XDECREF(error);
     Py_XDECREF(trace);
     return outcome;
 }
 
-/* Write again what was written in part; whether that succeeded. */
+/* After a short write: write the whole line again. Returns whether that succeeded; if not, an exception is set. */
 static int
-complete(Enqueue *self, WriterState *writer, SegmentCounters *file, const char *line, Py_ssize_t size, Py_ssize_t written)
+complete_append(Enqueue *self, WriterState *writer, SegmentCounters *file, const char *line, Py_ssize_t size, Py_ssize_t written)
 {
     PyObject *bytes = PyBytes_FromStringAndSize(line, size);
     PyObject *count = PyLong_FromSsize_t(written);
-    PyObject *done = NULL;
+    PyObject *result = NULL;
     if (bytes != NULL && count != NULL) {
-        done = PyObject_CallMethodObjArgs((PyObject *)writer, self->state->complete, (PyObject *)file, bytes, count, NULL);
+        result = PyObject_CallMethodObjArgs((PyObject *)writer, self->state->complete_append, (PyObject *)file, bytes, count, NULL);
     }
     Py_XDECREF(bytes);
     Py_XDECREF(count);
-    Py_XDECREF(done);
-    return done != NULL;
+    Py_XDECREF(result);
+    return result != NULL;
 }
 
-/* With the lock held and the mark set: write, and count. A new reference, or NULL with an exception set. */
+/* Write a line and count it; the lock is held and the limit is IN_PROGRESS. Returns a new reference to the outcome, or NULL with
+   an exception set. */
 static PyObject *
 append(Enqueue *self, WriterState *writer, SegmentCounters *file, long long limit, const char *line, Py_ssize_t size)
 {
     Py_ssize_t written = write_line(self, file->fd, line, size);
-    if (written < 0 || (written != size && !complete(self, writer, file, line, size, written))) {
-        return failed(self, writer);
+    if (written < 0 || (written != size && !complete_append(self, writer, file, line, size, written))) {
+        return handle_append_error(self, writer);
     }
     file->bytes = add_saturated(file->bytes, size);
     file->events = add_saturated(file->events, 1);
     writer->limit = limit;
-    if (file->events >= file->attend_at) {
-        PyObject *done = PyObject_CallMethodNoArgs((PyObject *)writer, self->state->attend);
-        if (done == NULL) {
-            return failed(self, writer);
+    if (file->events >= file->threshold_events) {
+        PyObject *result = PyObject_CallMethodNoArgs((PyObject *)writer, self->state->notify_threshold);
+        if (result == NULL) {
+            return handle_append_error(self, writer);
         }
-        Py_DECREF(done);
+        Py_DECREF(result);
     }
     return Py_NewRef(self->enqueued);
 }
 
-/* Append a line: a new reference, or NULL with an exception set, or NULL without one where the file does not simply take it. */
+/* Take the lock and append a line. Returns a new reference to the outcome; NULL with an exception set; or NULL without an
+   exception if the line does not fit, or the segment is not one of the expected type. */
 static PyObject *
 append_locked(Enqueue *self, const char *line, Py_ssize_t size)
 {
     WriterState *writer = (WriterState *)self->writer;
-    PyObject *lock = writer->lock; /* another in a forked child */
+    PyObject *lock = writer->lock; /* read at each call, because a forked child replaces it */
     if (lock == NULL) {
         PyErr_SetString(PyExc_AttributeError, "lock");
         return NULL;
     }
     Py_INCREF(lock);
-    PyObject *done = PyObject_CallMethodNoArgs(lock, self->state->acquire);
-    if (done == NULL) {
+    PyObject *result = PyObject_CallMethodNoArgs(lock, self->state->acquire);
+    if (result == NULL) {
         Py_DECREF(lock);
         return NULL;
     }
-    Py_DECREF(done);
+    Py_DECREF(result);
     PyObject *outcome = NULL;
     SegmentCounters *file = (SegmentCounters *)writer->file;
     long long limit = writer->limit;
     if (file != NULL && PyObject_TypeCheck(file, self->state->segment_counters) && add_saturated(file->bytes, size) <= limit) {
         Py_INCREF(file);
-        writer->limit = MARK;
+        writer->limit = IN_PROGRESS;
         outcome = append(self, writer, file, limit, line, size);
         Py_DECREF(file);
     }
     PyObject *type, *error, *trace;
     PyErr_Fetch(&type, &error, &trace);
-    done = PyObject_CallMethodNoArgs(lock, self->state->release);
+    result = PyObject_CallMethodNoArgs(lock, self->state->release);
     Py_DECREF(lock);
-    if (done == NULL) { /* not ours any more: nothing that a caller could mend */
+    if (result == NULL) { /* this thread no longer owns the lock; that error replaces any other */
         Py_CLEAR(outcome);
         Py_XDECREF(type);
         Py_XDECREF(error);
         Py_XDECREF(trace);
         return NULL;
     }
-    Py_DECREF(done);
+    Py_DECREF(result);
     PyErr_Restore(type, error, trace);
     return outcome;
 }
 
-/* Where the file does not simply take the line: the writer has the choice. */
+/* Append a line through the method of the writer, which handles every case. */
 static PyObject *
 append_slowly(Enqueue *self, const char *line, Py_ssize_t size)
 {
     PyObject *bytes = PyBytes_FromStringAndSize(line, size);
-    PyObject *one = PyLong_FromLong(1);
+    PyObject *events = PyLong_FromLong(1);
     PyObject *outcome = NULL;
-    if (bytes != NULL && one != NULL) {
-        outcome = PyObject_CallMethodObjArgs(self->writer, self->state->append, bytes, one, NULL);
+    if (bytes != NULL && events != NULL) {
+        outcome = PyObject_CallMethodObjArgs(self->writer, self->state->append, bytes, events, NULL);
         if (outcome == Py_None) {
             Py_DECREF(outcome);
-            outcome = PyObject_CallFunctionObjArgs(self->begin, bytes, one, NULL);
+            outcome = PyObject_CallFunctionObjArgs(self->begin, bytes, events, NULL);
         }
     }
     Py_XDECREF(bytes);
-    Py_XDECREF(one);
+    Py_XDECREF(events);
     return outcome;
 }
 
@@ -443,16 +447,16 @@ enqueue_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject
         if (!PyErr_ExceptionMatches(PyExc_Exception)) {
             return NULL;
         }
-        PyErr_Clear(); /* it is refused there, with what there is to be said */
+        PyErr_Clear(); /* the closure in Python drops the event and logs why */
         return PyObject_Vectorcall(self->plain, args, flagged, names);
     }
     if (!PyBytes_CheckExact(payload) || PyBytes_GET_SIZE(payload) > self->bytes_max) {
         Py_DECREF(payload);
         return PyObject_Vectorcall(self->plain, args, flagged, names);
     }
-    char stack[ON_STACK];
+    char stack[STACK_BYTES];
     Py_ssize_t size = PyBytes_GET_SIZE(payload) + OVERHEAD;
-    char *line = size <= ON_STACK ? stack : PyMem_Malloc((size_t)size);
+    char *line = size <= STACK_BYTES ? stack : PyMem_Malloc((size_t)size);
     if (line == NULL) {
         Py_DECREF(payload);
         return PyErr_NoMemory();
@@ -517,11 +521,11 @@ enqueue_traverse(PyObject *object, visitproc visit, void *arg)
     return 0;
 }
 
-/* What is left of one that the garbage collector took apart. */
+/* The call of an `Enqueue` that the garbage collector has cleared. */
 static PyObject *
-enqueue_gone(PyObject *Py_UNUSED(self), PyObject *const *Py_UNUSED(args), size_t Py_UNUSED(flagged), PyObject *Py_UNUSED(names))
+call_cleared(PyObject *Py_UNUSED(self), PyObject *const *Py_UNUSED(args), size_t Py_UNUSED(flagged), PyObject *Py_UNUSED(names))
 {
-    PyErr_SetString(PyExc_RuntimeError, "the outbox is gone");
+    PyErr_SetString(PyExc_RuntimeError, "this enqueue function has been garbage collected");
     return NULL;
 }
 
@@ -529,7 +533,7 @@ static int
 enqueue_clear(PyObject *object)
 {
     Enqueue *self = (Enqueue *)object;
-    self->vectorcall = enqueue_gone;
+    self->vectorcall = call_cleared;
     Py_CLEAR(self->dict);
     Py_CLEAR(self->writer);
     Py_CLEAR(self->plain);
@@ -563,7 +567,7 @@ static PyGetSetDef enqueue_getset[] = {
 };
 
 static PyType_Slot enqueue_slots[] = {
-    {Py_tp_doc, "`Writer.build_enqueue`'s closure, compiled for the simple case; `plain` is that closure, and has all of the others."},
+    {Py_tp_doc, "The closure of `Writer.build_enqueue`, compiled for the simple case. `plain` is the closure, called otherwise."},
     {Py_tp_new, enqueue_new},
     {Py_tp_call, PyVectorcall_Call},
     {Py_tp_members, enqueue_members},
@@ -579,7 +583,7 @@ static PyType_Spec enqueue_spec = {
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, enqueue_slots,
 };
 
-/* Functions. */
+/* Records. */
 
 static PyObject *
 encode_record(PyObject *Py_UNUSED(self), PyObject *payload)
@@ -587,11 +591,11 @@ encode_record(PyObject *Py_UNUSED(self), PyObject *payload)
     if (!PyBytes_Check(payload)) {
         return PyErr_Format(PyExc_TypeError, "payload must be bytes, not %.200s", Py_TYPE(payload)->tp_name);
     }
-    PyObject *found = PyBytes_FromStringAndSize(NULL, PyBytes_GET_SIZE(payload) + OVERHEAD);
-    if (found != NULL) {
-        put_record(PyBytes_AS_STRING(found), PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload));
+    PyObject *record = PyBytes_FromStringAndSize(NULL, PyBytes_GET_SIZE(payload) + OVERHEAD);
+    if (record != NULL) {
+        put_record(PyBytes_AS_STRING(record), PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload));
     }
-    return found;
+    return record;
 }
 
 static PyObject *
@@ -606,27 +610,27 @@ decode_record(PyObject *Py_UNUSED(self), PyObject *line)
         Py_RETURN_NONE;
     }
     at += HEAD_BYTES;
-    char rest[TAIL_BYTES + CRC_BYTES + END_BYTES];
-    put_tail(rest, crc32_of((const unsigned char *)at, size));
-    if (memcmp(at + size, rest, sizeof rest - 1) != 0) {
+    char tail[TAIL_BYTES + CRC_BYTES + END_BYTES];
+    put_tail(tail, crc32_of((const unsigned char *)at, size));
+    if (memcmp(at + size, tail, sizeof tail - 1) != 0) { /* `line` has no line feed */
         Py_RETURN_NONE;
     }
     return PyBytes_FromStringAndSize(at, size);
 }
 
-/* Records one behind another, in a bytes object that grows. */
+/* Joined records, in a bytes object that grows; `size` bytes of it are used. */
 typedef struct {
     PyObject *bytes;
     Py_ssize_t size;
 } Records;
 
-/* Room for so many bytes more; NULL with an exception set. */
+/* Reserve `count` more bytes. Returns where they begin, or NULL with an exception set. */
 static char *
-room_for(Records *records, Py_ssize_t more)
+reserve(Records *records, Py_ssize_t count)
 {
-    Py_ssize_t have = PyBytes_GET_SIZE(records->bytes);
-    if (more > have - records->size) {
-        if (more > PY_SSIZE_T_MAX / 2 - have || _PyBytes_Resize(&records->bytes, 2 * have + more) < 0) {
+    Py_ssize_t capacity = PyBytes_GET_SIZE(records->bytes);
+    if (count > capacity - records->size) {
+        if (count > PY_SSIZE_T_MAX / 2 - capacity || _PyBytes_Resize(&records->bytes, 2 * capacity + count) < 0) {
             if (!PyErr_Occurred()) {
                 PyErr_NoMemory();
             }
@@ -634,13 +638,14 @@ room_for(Records *records, Py_ssize_t more)
         }
     }
     char *at = PyBytes_AS_STRING(records->bytes) + records->size;
-    records->size += more;
+    records->size += count;
     return at;
 }
 
-/* The record of one event behind the others. A new reference to None, or to what refuses it; NULL with an exception set. */
+/* Add the record of one event. Returns a new reference to None, or to the `Dropped` of an event that has no record; NULL with an
+   exception set. */
 static PyObject *
-add_event(Records *records, PyObject *event, PyObject *encode, PyTypeObject *type, Py_ssize_t bytes_max, PyObject *line_of)
+add_event(Records *records, PyObject *event, PyObject *encode, PyTypeObject *type, Py_ssize_t bytes_max, PyObject *encode_other)
 {
     if (Py_TYPE(event) == type) {
         PyObject *payload = PyObject_CallOneArg(encode, event);
@@ -651,7 +656,7 @@ add_event(Records *records, PyObject *event, PyObject *encode, PyTypeObject *typ
             PyErr_Clear();
         }
         else if (PyBytes_CheckExact(payload) && PyBytes_GET_SIZE(payload) <= bytes_max) {
-            char *at = room_for(records, PyBytes_GET_SIZE(payload) + OVERHEAD);
+            char *at = reserve(records, PyBytes_GET_SIZE(payload) + OVERHEAD);
             if (at != NULL) {
                 put_record(at, PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload));
             }
@@ -660,50 +665,50 @@ add_event(Records *records, PyObject *event, PyObject *encode, PyTypeObject *typ
         }
         Py_XDECREF(payload);
     }
-    PyObject *found = PyObject_CallOneArg(line_of, event);
-    if (found == NULL || !PyBytes_CheckExact(found)) {
-        return found;
+    PyObject *record = PyObject_CallOneArg(encode_other, event);
+    if (record == NULL || !PyBytes_CheckExact(record)) {
+        return record;
     }
-    char *at = room_for(records, PyBytes_GET_SIZE(found));
+    char *at = reserve(records, PyBytes_GET_SIZE(record));
     if (at != NULL) {
-        memcpy(at, PyBytes_AS_STRING(found), (size_t)PyBytes_GET_SIZE(found));
+        memcpy(at, PyBytes_AS_STRING(record), (size_t)PyBytes_GET_SIZE(record));
     }
-    Py_DECREF(found);
+    Py_DECREF(record);
     return at == NULL ? NULL : Py_NewRef(Py_None);
 }
 
 static PyObject *
 encode_records(PyObject *Py_UNUSED(self), PyObject *args)
 {
-    PyObject *events, *encode, *type, *line_of;
+    PyObject *events, *encode, *type, *encode_other;
     Py_ssize_t bytes_max;
-    if (!PyArg_ParseTuple(args, "OOO!nO:encode_records", &events, &encode, &PyType_Type, &type, &bytes_max, &line_of)) {
+    if (!PyArg_ParseTuple(args, "OOO!nO:encode_records", &events, &encode, &PyType_Type, &type, &bytes_max, &encode_other)) {
         return NULL;
     }
     PyObject *iterator = PyObject_GetIter(events);
-    PyObject *refused = PyList_New(0);
-    Records records = {PyBytes_FromStringAndSize(NULL, ON_STACK), 0};
+    PyObject *dropped = PyList_New(0);
+    Records records = {PyBytes_FromStringAndSize(NULL, STACK_BYTES), 0};
     PyObject *event;
-    if (iterator == NULL || refused == NULL || records.bytes == NULL) {
+    if (iterator == NULL || dropped == NULL || records.bytes == NULL) {
         goto error;
     }
     while ((event = PyIter_Next(iterator)) != NULL) {
-        PyObject *one = add_event(&records, event, encode, (PyTypeObject *)type, bytes_max, line_of);
+        PyObject *result = add_event(&records, event, encode, (PyTypeObject *)type, bytes_max, encode_other);
         Py_DECREF(event);
-        if (one == NULL || PyList_Append(refused, one) < 0) {
-            Py_XDECREF(one);
+        if (result == NULL || PyList_Append(dropped, result) < 0) {
+            Py_XDECREF(result);
             goto error;
         }
-        Py_DECREF(one);
+        Py_DECREF(result);
     }
     if (PyErr_Occurred() || _PyBytes_Resize(&records.bytes, records.size) < 0) {
         goto error;
     }
     Py_DECREF(iterator);
-    return Py_BuildValue("NN", records.bytes, refused);
+    return Py_BuildValue("NN", records.bytes, dropped);
 error:
     Py_XDECREF(iterator);
-    Py_XDECREF(refused);
+    Py_XDECREF(dropped);
     Py_XDECREF(records.bytes);
     return NULL;
 }
@@ -711,10 +716,10 @@ error:
 static PyMethodDef append_functions[] = {
     {"encode_record", encode_record, METH_O, "The record of a payload."},
     {"decode_record", decode_record, METH_O,
-     "The payload of a record without its line feed; None where it has not the shape that `encode_record` gives."},
+     "The payload of a record, which is given without its line feed; None if `encode_record` would not have written it so."},
     {"encode_records", encode_records, METH_VARARGS,
-     "encode_records(events, encode, event_type, bytes_max, encode_other): the records of all events joined, and for each None "
-     "or why it has no record."},
+     "encode_records(events, encode, event_type, bytes_max, encode_other): the joined records of all events, and a list with None "
+     "or `Dropped` for each event."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -734,9 +739,9 @@ append_exec(PyObject *module)
     state->acquire = PyUnicode_InternFromString("acquire");
     state->release = PyUnicode_InternFromString("release");
     state->append = PyUnicode_InternFromString("append");
-    state->attend = PyUnicode_InternFromString("_attend");
-    state->complete = PyUnicode_InternFromString("_complete");
-    state->undo = PyUnicode_InternFromString("_undo");
+    state->notify_threshold = PyUnicode_InternFromString("_notify_threshold");
+    state->complete_append = PyUnicode_InternFromString("_complete_append");
+    state->undo_append = PyUnicode_InternFromString("_undo_append");
     PyObject *os = PyImport_ImportModule("os");
     state->os_write = os == NULL ? NULL : PyObject_GetAttrString(os, "write");
     Py_XDECREF(os);
@@ -763,7 +768,7 @@ append_clear(AppendState *state)
     Py_CLEAR(state->acquire);
     Py_CLEAR(state->release);
     Py_CLEAR(state->append);
-    Py_CLEAR(state->attend);
-    Py_CLEAR(state->complete);
-    Py_CLEAR(state->undo);
+    Py_CLEAR(state->notify_threshold);
+    Py_CLEAR(state->complete_append);
+    Py_CLEAR(state->undo_append);
 }

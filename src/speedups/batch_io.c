@@ -1,7 +1,7 @@
-/* Several system calls in one call, without the interpreter lock; `store/filesystem.py` has the same in Python, one by one.
+/* Makes several system calls in one call, with the GIL released. `store/filesystem.py` makes them one by one in Python.
 
-A thread that takes the interpreter lock back after each system call makes those that run Python wait for it each time, for
-longer than most of these calls take. Nothing here decides anything; an error is returned as its errno. */
+A thread that takes the GIL back after each system call delays the threads that run Python each time, for longer than most of
+these system calls take. No function here decides how to handle an error: it returns the errno. */
 
 #define _GNU_SOURCE
 #include "speedups.h"
@@ -30,24 +30,25 @@ free_paths(Paths *paths)
     paths->encoded = NULL;
 }
 
-/* Encode a sequence of paths; 0, or -1 with an exception set. Of a copy: other threads could change the sequence meanwhile. */
+/* Encode a sequence of paths. Returns 0, or -1 with an exception set. Works on a copy, because other threads may change the
+   sequence meanwhile. */
 static int
 encode(PyObject *sequence, Paths *paths)
 {
     paths->count = 0;
-    PyObject *found = PySequence_Tuple(sequence);
-    paths->encoded = found == NULL ? NULL : PyMem_New(PyObject *, (size_t)PyTuple_GET_SIZE(found) + 1);
-    if (found != NULL && paths->encoded == NULL) {
+    PyObject *tuple = PySequence_Tuple(sequence);
+    paths->encoded = tuple == NULL ? NULL : PyMem_New(PyObject *, (size_t)PyTuple_GET_SIZE(tuple) + 1);
+    if (tuple != NULL && paths->encoded == NULL) {
         PyErr_NoMemory();
     }
-    for (Py_ssize_t at = 0; paths->encoded != NULL && at < PyTuple_GET_SIZE(found); at++) {
-        if (!PyUnicode_FSConverter(PyTuple_GET_ITEM(found, at), &paths->encoded[at])) {
+    for (Py_ssize_t at = 0; paths->encoded != NULL && at < PyTuple_GET_SIZE(tuple); at++) {
+        if (!PyUnicode_FSConverter(PyTuple_GET_ITEM(tuple, at), &paths->encoded[at])) {
             free_paths(paths);
             break;
         }
         paths->count++;
     }
-    Py_XDECREF(found);
+    Py_XDECREF(tuple);
     return paths->encoded == NULL ? -1 : 0;
 }
 
@@ -57,21 +58,21 @@ path_at(const Paths *paths, Py_ssize_t at)
     return PyBytes_AS_STRING(paths->encoded[at]);
 }
 
-/* The numbers in a sequence as an array, to be freed with PyMem_Free; NULL with an exception set. */
+/* Convert a sequence of numbers to an array. The caller frees it with PyMem_Free. Returns NULL with an exception set. */
 static int *
 numbers_of(PyObject *sequence, Py_ssize_t *count)
 {
-    PyObject *found = PySequence_Tuple(sequence);
-    if (found == NULL) {
+    PyObject *tuple = PySequence_Tuple(sequence);
+    if (tuple == NULL) {
         return NULL;
     }
-    *count = PyTuple_GET_SIZE(found);
+    *count = PyTuple_GET_SIZE(tuple);
     int *numbers = PyMem_New(int, (size_t)*count + 1);
     if (numbers == NULL) {
         PyErr_NoMemory();
     }
     for (Py_ssize_t at = 0; numbers != NULL && at < *count; at++) {
-        long number = PyLong_AsLong(PyTuple_GET_ITEM(found, at));
+        long number = PyLong_AsLong(PyTuple_GET_ITEM(tuple, at));
         if (number != (int)number && !PyErr_Occurred()) {
             PyErr_SetString(PyExc_OverflowError, "descriptor out of range");
         }
@@ -83,38 +84,39 @@ numbers_of(PyObject *sequence, Py_ssize_t *count)
             numbers[at] = (int)number;
         }
     }
-    Py_DECREF(found);
+    Py_DECREF(tuple);
     return numbers;
 }
 
 static PyObject *
 list_of(const int *numbers, Py_ssize_t count)
 {
-    PyObject *found = PyList_New(count);
-    for (Py_ssize_t at = 0; found != NULL && at < count; at++) {
+    PyObject *list = PyList_New(count);
+    for (Py_ssize_t at = 0; list != NULL && at < count; at++) {
         PyObject *number = PyLong_FromLong(numbers[at]);
         if (number == NULL) {
-            Py_CLEAR(found);
+            Py_CLEAR(list);
         }
         else {
-            PyList_SET_ITEM(found, at, number);
+            PyList_SET_ITEM(list, at, number);
         }
     }
-    return found;
+    return list;
 }
 
-/* Start writing the data of each file back, and wait for it. No file is durable then. A later sync does not report an error
-   that was reported here, so the error is kept; only where writing could not be started at all, the sync decides. */
+/* Start the writeback of each file, and wait for it. This makes no file durable. The kernel reports a writeback error only once,
+   so an error is stored in `errors`, and the file is not synced afterwards. Where the system does not support the call, `errors`
+   is 0, and the sync after it writes the data. */
 static void
-write_each(const int *fds, int *errors, Py_ssize_t count)
+write_back_each(const int *fds, int *errors, Py_ssize_t count)
 {
 #ifdef SYNC_FILE_RANGE_WRITE
     const unsigned both = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
-    enum { NOT_BEGUN = -1 };
+    enum { NOT_STARTED = -1 };
     for (Py_ssize_t at = 0; at < count; at++) {
         if (sync_file_range(fds[at], 0, 0, SYNC_FILE_RANGE_WRITE) < 0) {
             int unknown = errno == ENOSYS || errno == EINVAL || errno == ESPIPE || errno == EOPNOTSUPP;
-            errors[at] = unknown ? NOT_BEGUN : errno;
+            errors[at] = unknown ? NOT_STARTED : errno;
         }
     }
     for (Py_ssize_t at = 0; at < count; at++) {
@@ -123,7 +125,7 @@ write_each(const int *fds, int *errors, Py_ssize_t count)
         }
     }
     for (Py_ssize_t at = 0; at < count; at++) {
-        errors[at] = errors[at] == NOT_BEGUN ? 0 : errors[at];
+        errors[at] = errors[at] == NOT_STARTED ? 0 : errors[at];
     }
 #else
     (void)fds, (void)errors, (void)count;
@@ -134,14 +136,14 @@ static int
 sync_data(int fd)
 {
 #ifdef F_FULLFSYNC
-    return fcntl(fd, F_FULLFSYNC); /* there fsync leaves the data in the drive's cache */
+    return fcntl(fd, F_FULLFSYNC); /* on macOS, fsync leaves the data in the drive's cache */
 #else
     return fdatasync(fd);
 #endif
 }
 
-/* Sync each of several files; for each 0 or its errno. All of them are written back before the first is synced: then one commit
-   of the file system's journal covers them all, and during a commit writers to other files may have to wait. */
+/* Sync several files. Returns a list with 0 or the errno of each. All files are written back before the first is synced, so that
+   one commit of the file system's journal covers them all: writers to other files may have to wait during a commit. */
 static PyObject *
 sync_each(PyObject *Py_UNUSED(self), PyObject *sequence)
 {
@@ -154,7 +156,7 @@ sync_each(PyObject *Py_UNUSED(self), PyObject *sequence)
     }
     Py_BEGIN_ALLOW_THREADS
     if (count > 1) {
-        write_each(fds, errors, count);
+        write_back_each(fds, errors, count);
     }
     for (Py_ssize_t at = 0; at < count; at++) {
         while (errors[at] == 0 && sync_data(fds[at]) < 0) {
@@ -164,13 +166,13 @@ sync_each(PyObject *Py_UNUSED(self), PyObject *sequence)
         }
     }
     Py_END_ALLOW_THREADS
-    PyObject *found = list_of(errors, count);
+    PyObject *list = list_of(errors, count);
     PyMem_Free(fds);
     PyMem_Free(errors);
-    return found;
+    return list;
 }
 
-/* Rename each up to the first that fails: how many were renamed, and the errno of the next one or 0. */
+/* Rename files up to the first failure. Returns the number of renamed files, and 0 or the errno of the failure. */
 static PyObject *
 rename_each(PyObject *Py_UNUSED(self), PyObject *args)
 {
@@ -193,18 +195,18 @@ rename_each(PyObject *Py_UNUSED(self), PyObject *args)
         Py_END_ALLOW_THREADS
     }
     else {
-        PyErr_SetString(PyExc_ValueError, "as many sources as targets");
+        PyErr_SetString(PyExc_ValueError, "rename_each needs as many sources as targets");
     }
     free_paths(&sources);
     free_paths(&targets);
     return PyErr_Occurred() ? NULL : Py_BuildValue("ni", done, error);
 }
 
-/* Create a file and take its lock: its descriptor; -1 if another process locked or removed it first; -2 with errno set. */
+/* Create a file and lock it. Returns its descriptor; -1 if another process locked or removed it first; -2 with errno set. */
 static int
 create_locked(const char *path, int flags, int mode, long uid, long gid)
 {
-    struct stat found;
+    struct stat info;
     int fd;
     do {
         fd = open(path, flags, mode);
@@ -213,11 +215,11 @@ create_locked(const char *path, int flags, int mode, long uid, long gid)
         return -2;
     }
     if (uid >= 0 && fchown(fd, (uid_t)uid, (gid_t)gid) < 0) {
-        errno = 0; /* the file system has no owners */
+        errno = 0; /* ignored: the file system may not support owners */
     }
     int locked = flock(fd, LOCK_EX | LOCK_NB);
-    if (locked == 0 && fstat(fd, &found) == 0) {
-        if (found.st_nlink > 0) {
+    if (locked == 0 && fstat(fd, &info) == 0) {
+        if (info.st_nlink > 0) {
             return fd;
         }
         errno = EWOULDBLOCK;
@@ -228,7 +230,8 @@ create_locked(const char *path, int flags, int mode, long uid, long gid)
     return error == EWOULDBLOCK ? -1 : -2;
 }
 
-/* Create each up to the first that fails: the descriptors, or -1, and the errno of the next one or 0. */
+/* Create and lock files up to the first failure. Returns a list with the descriptor of each file, or -1 where another process
+   locked it first; and 0 or the errno of the failure. */
 static PyObject *
 create_each(PyObject *Py_UNUSED(self), PyObject *args)
 {
@@ -251,22 +254,22 @@ create_each(PyObject *Py_UNUSED(self), PyObject *args)
         Py_END_ALLOW_THREADS
     }
     free_paths(&paths);
-    PyObject *found = fds == NULL ? PyErr_NoMemory() : list_of(fds, done);
-    if (found == NULL) {
+    PyObject *list = fds == NULL ? PyErr_NoMemory() : list_of(fds, done);
+    if (list == NULL) {
         for (Py_ssize_t at = 0; at < done; at++) {
             close(fds[at]);
         }
     }
     PyMem_Free(fds);
-    return found == NULL ? NULL : Py_BuildValue("Ni", found, error);
+    return list == NULL ? NULL : Py_BuildValue("Ni", list, error);
 }
 
-/* Open an existing file if it is safe to use: regular, with one name (or more if `linked`), and owned by this user, unless that
-   is root. Its descriptor; -1 with errno set; -2 if it is not safe to use. */
+/* Open an existing file if it is safe to use: a regular file, with one hard link (or more if `linked`), owned by this user (root
+   may use the files of every user). Returns its descriptor; -1 with errno set; -2 if the file is not safe to use. */
 static int
 open_owned(const char *path, int flags, int linked)
 {
-    struct stat found;
+    struct stat info;
     int fd;
     do {
         fd = open(path, flags);
@@ -275,15 +278,14 @@ open_owned(const char *path, int flags, int linked)
         return -1;
     }
     uid_t user = geteuid();
-    if (fstat(fd, &found) == 0 && S_ISREG(found.st_mode) && (linked || found.st_nlink <= 1)
-        && (user == 0 || found.st_uid == user)) {
+    if (fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && (linked || info.st_nlink <= 1) && (user == 0 || info.st_uid == user)) {
         return fd;
     }
     close(fd);
     return -2;
 }
 
-/* The descriptor, or -1: then the caller finds out why. */
+/* Returns the descriptor, or -1: then the caller opens the file step by step, and finds the reason. */
 static PyObject *
 open_existing(PyObject *Py_UNUSED(self), PyObject *args)
 {
@@ -300,7 +302,8 @@ open_existing(PyObject *Py_UNUSED(self), PyObject *args)
     return PyLong_FromLong(fd < 0 ? -1 : fd);
 }
 
-/* The same with its lock, if the path still names the file once it is locked. */
+/* Open and lock an existing file. Returns its descriptor, or a negative number if that fails, or if the path no longer names the
+   file once it is locked. */
 static int
 open_owned_locked(const char *path, int flags, int linked, int shared)
 {
@@ -331,14 +334,14 @@ open_locked(PyObject *Py_UNUSED(self), PyObject *args)
     return PyLong_FromLong(fd < 0 ? -1 : fd);
 }
 
-/* Append lines to a file that ends in a whole line and is smaller than `below`; whether all were written. If not, the file is
-   as it was, or ends in a torn line. */
+/* Append lines to a file that ends with a whole line and is smaller than `below` bytes. Returns whether all were written. If not,
+   the file is unchanged or ends with a torn line. */
 static int
 append_lines(int fd, const char *lines, Py_ssize_t size, long long below)
 {
-    struct stat found;
+    struct stat info;
     char last;
-    if (fstat(fd, &found) < 0 || found.st_size == 0 || found.st_size >= below || pread(fd, &last, 1, found.st_size - 1) != 1
+    if (fstat(fd, &info) < 0 || info.st_size == 0 || info.st_size >= below || pread(fd, &last, 1, info.st_size - 1) != 1
         || last != '\n') {
         return 0;
     }
@@ -346,14 +349,14 @@ append_lines(int fd, const char *lines, Py_ssize_t size, long long below)
     do {
         written = write(fd, lines, (size_t)size);
     } while (written < 0 && errno == EINTR);
-    if (written > 0 && written < size && ftruncate(fd, found.st_size) < 0) {
-        return 0; /* torn: the next append starts a new line */
+    if (written > 0 && written < size && ftruncate(fd, info.st_size) < 0) {
+        return 0; /* the line stays torn, and the next append starts a new line */
     }
     return written == size;
 }
 
-/* Append lines to an existing file while the lock of another one is held: the descriptor of the file; or -1, and then nothing
-   was written but a part that cannot be cut off. */
+/* Lock the file `lock`, and append lines to the file `path`. Returns the descriptor of the latter; or -1, and then nothing was
+   written, or a torn line that could not be cut off. */
 static PyObject *
 append_locked(PyObject *Py_UNUSED(self), PyObject *args)
 {
@@ -368,14 +371,14 @@ append_locked(PyObject *Py_UNUSED(self), PyObject *args)
     }
     int fd = -1;
     Py_BEGIN_ALLOW_THREADS
-    int held = open_owned_locked(PyBytes_AS_STRING(lock), flags, 0, 0);
-    if (held >= 0) {
+    int lock_fd = open_owned_locked(PyBytes_AS_STRING(lock), flags, 0, 0);
+    if (lock_fd >= 0) {
         fd = open_owned(PyBytes_AS_STRING(path), flags | O_APPEND, 0);
         if (fd >= 0 && !append_lines(fd, lines, size, below)) {
             close(fd);
             fd = -1;
         }
-        close(held);
+        close(lock_fd);
     }
     Py_END_ALLOW_THREADS
     Py_DECREF(lock);
@@ -383,7 +386,7 @@ append_locked(PyObject *Py_UNUSED(self), PyObject *args)
     return PyLong_FromLong(fd < 0 ? -1 : fd);
 }
 
-/* Close each. Errors are ignored: the descriptor is gone. */
+/* Close files. Errors are ignored, because the kernel closes the descriptor even if it reports one. */
 static PyObject *
 close_each(PyObject *Py_UNUSED(self), PyObject *sequence)
 {
@@ -401,7 +404,7 @@ close_each(PyObject *Py_UNUSED(self), PyObject *sequence)
     Py_RETURN_NONE;
 }
 
-/* Sync a directory: 0 or the errno. */
+/* Sync a directory. Returns 0 or the errno. */
 static PyObject *
 sync_directory(PyObject *Py_UNUSED(self), PyObject *path)
 {
@@ -428,20 +431,20 @@ sync_directory(PyObject *Py_UNUSED(self), PyObject *path)
 }
 
 static PyMethodDef batch_io_functions[] = {
-    {"sync_each", sync_each, METH_O, "sync_each(descriptors): for each 0 or its errno."},
+    {"sync_each", sync_each, METH_O, "sync_each(descriptors): a list with 0 or the errno of each file."},
     {"rename_each", rename_each, METH_VARARGS,
-     "rename_each(sources, targets): up to the first that fails, how many are renamed, and the errno of the next one or 0."},
+     "rename_each(sources, targets): rename files up to the first failure; the number of renamed files, and its errno or 0."},
     {"create_each", create_each, METH_VARARGS,
-     "create_each(paths, flags, mode, uid, gid): up to the first that fails, the descriptors of new, locked files, -1 for one that "
-     "another process locked first; and the errno of the next one or 0. A uid of -1 changes no owner."},
+     "create_each(paths, flags, mode, uid, gid): create and lock files up to the first failure; their descriptors (-1 for a file "
+     "that another process locked first), and its errno or 0. A uid of -1 leaves the owner as it is."},
     {"open_existing", open_existing, METH_VARARGS,
      "open_existing(path, flags, linked): the descriptor of a file that is safe to use, or -1."},
     {"open_locked", open_locked, METH_VARARGS,
-     "open_locked(path, flags, linked, shared): the same with its lock, and only while the path still names it."},
+     "open_locked(path, flags, linked, shared): lock a file that is safe to use and is still named `path`; its descriptor, or -1."},
     {"append_locked", append_locked, METH_VARARGS,
-     "append_locked(lock, path, lines, flags, below): the descriptor of the file once the lines are there, or -1."},
-    {"close_each", close_each, METH_O, "close_each(descriptors)."},
-    {"sync_directory", sync_directory, METH_O, "sync_directory(path): 0 or the errno."},
+     "append_locked(lock, path, lines, flags, below): lock one file, and append lines to another; the latter's descriptor, or -1."},
+    {"close_each", close_each, METH_O, "close_each(descriptors): close files, and ignore errors."},
+    {"sync_directory", sync_directory, METH_O, "sync_directory(path): sync a directory; 0 or the errno."},
     {NULL, NULL, 0, NULL},
 };
 

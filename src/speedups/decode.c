@@ -1,23 +1,23 @@
-/* Decodes the simple lines of a batch file; `_native.py` has the same in Python.
+/* Decodes well-formed lines of a batch file. `_native.py` does the same in Python.
 
-A line that is exactly what the writer writes, whose payload is UTF-8 and JSON, gives its payload. This stops at the first line
-that is anything else, and the reader in Python says what is wrong with it. */
+A line is well-formed if it has exactly the shape that the writer gives it, and its payload is UTF-8 and JSON. Decoding stops at
+the first line that is not; the reader in Python finds out what is wrong with that line. */
 
 #include "speedups.h"
 
 #include <string.h>
 
-/* Whether the text of a payload is UTF-8, strictly. */
+/* Whether a payload is strict UTF-8. Where it is not, an exception is set. */
 static int
 is_utf8(PyObject *payload)
 {
     const char *at = PyBytes_AS_STRING(payload);
     Py_ssize_t size = PyBytes_GET_SIZE(payload);
-    unsigned char high = 0;
+    unsigned char all_bits = 0;
     for (Py_ssize_t i = 0; i < size; i++) {
-        high |= (unsigned char)at[i];
+        all_bits |= (unsigned char)at[i];
     }
-    if (high < 0x80) {
+    if (all_bits < 0x80) {
         return 1;
     }
     PyObject *text = PyUnicode_DecodeUTF8(at, size, NULL);
@@ -25,8 +25,8 @@ is_utf8(PyObject *payload)
     return text != NULL;
 }
 
-/* The payload of a line without its line feed, a new reference; NULL where the line is not simple, with or without an
-   exception. */
+/* Decode a line, which is given without its line feed. Returns a new reference to the payload; or NULL if the line is not
+   well-formed, with or without an exception set. */
 static PyObject *
 payload_of(const char *at, Py_ssize_t size, PyObject *decode_record, PyObject *check)
 {
@@ -66,7 +66,7 @@ decode_records(PyObject *Py_UNUSED(self), PyObject *arguments)
     while (payloads != NULL && PyList_GET_SIZE(payloads) < most && (feed = memchr(at, '\n', (size_t)(end - at))) != NULL) {
         PyObject *payload = payload_of(at, feed - at, decode_record, check);
         if (payload == NULL) {
-            /* The reader in Python finds the error again, if there is one; an interrupt is not its business. */
+            /* The reader in Python finds the error of the line again. An interrupt is passed on to the caller. */
             if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) {
                 Py_CLEAR(payloads);
             }
@@ -86,8 +86,8 @@ decode_records(PyObject *Py_UNUSED(self), PyObject *arguments)
 
 static PyMethodDef decode_functions[] = {
     {"decode_records", decode_records, METH_VARARGS,
-     "decode_records(data, offset, most, decode_record, check): the payloads of the simple lines from an offset on, and where "
-     "they end."},
+     "decode_records(data, offset, most, decode_record, check): the payloads of up to `most` well-formed lines from an offset on, "
+     "and the offset after them."},
     {NULL, NULL, 0, NULL},
 };
 

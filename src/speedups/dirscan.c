@@ -1,8 +1,8 @@
-/* Reads directories without the interpreter lock; `store/dirscan.py` has the same in Python.
+/* Reads directories with the GIL released. `store/dirscan.py` does the same in Python.
 
-Each system call of a thread that gives the lock up for it and takes it again costs whoever accepts events 15 to 60 us; a
-directory with 200,000 files takes as many. Here the lock comes back once in some thousands of files, to check for signals, and
-only the names that the caller asks for become objects. */
+Each time a thread releases the GIL for a system call and takes it back, the threads that accept events lose 15 to 60 us. Reading
+a directory of 200,000 files in Python does that 200,000 times. This code takes the GIL back once in some thousands of files, to
+check for signals, and creates objects only for the names that the caller asks for. */
 
 #include "speedups.h"
 
@@ -16,10 +16,10 @@ only the names that the caller asks for become objects. */
 #include <sys/stat.h>
 
 enum {
-    AT_ONCE = 4096, /* entries between two looks for signals */
-    CHUNK_BYTES = 1 << 15, /* of the names that become objects in one go */
-    STAMP_DIGITS = 16,
-    NAME_BYTES = 4096, /* more than any system gives, and it may be more than `struct dirent` says */
+    SIGNAL_CHECK_ENTRIES = 4096, /* entries between two checks for signals */
+    CHUNK_BYTES = 1 << 15, /* of the names of one chunk */
+    TIMESTAMP_DIGITS = 16,
+    NAME_BYTES = 4096, /* no system has longer names; they may be longer than the array in `struct dirent` */
 };
 
 typedef struct {
@@ -27,28 +27,28 @@ typedef struct {
     size_t length;
 } Text;
 
-/* Names that begin and end so; with `whole` those that are `begin`, no more and no less. */
+/* Matches names with a prefix and a suffix; with `is_exact`, only the name that equals the prefix. */
 typedef struct {
-    Text begin;
-    Text end;
-    bool whole;
+    Text prefix;
+    Text suffix;
+    bool is_exact;
 } Pattern;
 
-/* The bytes belong to the texts in the tuple, which must stay. */
+/* The bytes belong to the strings in the tuple of the caller, which must stay alive. */
 typedef struct {
     Pattern *each;
     Py_ssize_t count;
 } Patterns;
 
-/* One file of a directory. `name` is good until the next. */
+/* One file of a directory. `name` is valid until the next entry is read. */
 typedef struct {
     const char *name;
     size_t length;
     long long size;
-    Py_ssize_t pattern; /* the first that it follows */
+    Py_ssize_t pattern; /* index of the first pattern that matches */
 } File;
 
-typedef enum { MORE, FOUND, END, FAILED } Step;
+typedef enum { SKIPPED, MATCHED, END, FAILED } Step;
 
 static int
 read_patterns(PyObject *tuple, Patterns *patterns)
@@ -61,36 +61,39 @@ read_patterns(PyObject *tuple, Patterns *patterns)
     }
     for (Py_ssize_t index = 0; index < patterns->count; index++) {
         Pattern *pattern = &patterns->each[index];
-        Py_ssize_t begin, end = 0;
-        PyObject *one = PyTuple_GET_ITEM(tuple, index);
-        if (!PyTuple_Check(one)) {
-            PyErr_SetString(PyExc_TypeError, "a pattern is a tuple");
+        Py_ssize_t prefix_length, suffix_length = 0;
+        PyObject *pair = PyTuple_GET_ITEM(tuple, index);
+        if (!PyTuple_Check(pair)) {
+            PyErr_SetString(PyExc_TypeError, "a pattern must be a tuple");
             return -1;
         }
-        if (!PyArg_ParseTuple(one, "s#z#:pattern", &pattern->begin.bytes, &begin, &pattern->end.bytes, &end)) {
+        if (!PyArg_ParseTuple(pair, "s#z#:pattern", &pattern->prefix.bytes, &prefix_length, &pattern->suffix.bytes,
+                              &suffix_length)) {
             return -1;
         }
-        pattern->whole = pattern->end.bytes == NULL;
-        pattern->begin.length = (size_t)begin;
-        pattern->end.length = (size_t)end;
+        pattern->is_exact = pattern->suffix.bytes == NULL;
+        pattern->prefix.length = (size_t)prefix_length;
+        pattern->suffix.length = (size_t)suffix_length;
     }
     return 0;
 }
 
 static bool
-follows(const File *file, const Pattern *pattern)
+matches(const File *file, const Pattern *pattern)
 {
-    Text begin = pattern->begin, end = pattern->end;
-    if (file->length < begin.length || memcmp(file->name, begin.bytes, begin.length) != 0) {
+    Text prefix = pattern->prefix, suffix = pattern->suffix;
+    if (file->length < prefix.length || memcmp(file->name, prefix.bytes, prefix.length) != 0) {
         return false;
     }
-    if (pattern->whole) {
-        return file->length == begin.length;
+    if (pattern->is_exact) {
+        return file->length == prefix.length;
     }
-    return file->length >= end.length && memcmp(file->name + file->length - end.length, end.bytes, end.length) == 0;
+    return file->length >= suffix.length
+           && memcmp(file->name + file->length - suffix.length, suffix.bytes, suffix.length) == 0;
 }
 
-/* The next entry: FOUND where it is a regular file whose name follows a pattern. Without the lock; errors are in errno. */
+/* Read the next entry. MATCHED if it is a regular file whose name matches a pattern; FAILED with errno set. Runs without the
+   GIL. */
 static Step
 next_entry(DIR *directory, Patterns patterns, bool sizes, File *file)
 {
@@ -100,37 +103,38 @@ next_entry(DIR *directory, Patterns patterns, bool sizes, File *file)
         return errno ? FAILED : END;
     }
     if (entry->d_type != DT_REG && entry->d_type != DT_UNKNOWN) {
-        return MORE;
+        return SKIPPED;
     }
     *file = (File){entry->d_name, strlen(entry->d_name), 0, 0};
-    while (file->pattern < patterns.count && !follows(file, &patterns.each[file->pattern])) {
+    while (file->pattern < patterns.count && !matches(file, &patterns.each[file->pattern])) {
         file->pattern++;
     }
     if (file->pattern == patterns.count) {
-        return MORE;
+        return SKIPPED;
     }
     if (sizes || entry->d_type == DT_UNKNOWN) {
-        struct stat facts;
-        if (fstatat(dirfd(directory), entry->d_name, &facts, AT_SYMLINK_NOFOLLOW) < 0) {
-            return errno == ENOENT ? MORE : FAILED; /* it went away meanwhile */
+        struct stat info;
+        if (fstatat(dirfd(directory), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) < 0) {
+            return errno == ENOENT ? SKIPPED : FAILED; /* ENOENT: the file was renamed or removed during the scan */
         }
-        if (!S_ISREG(facts.st_mode)) {
-            return MORE;
+        if (!S_ISREG(info.st_mode)) {
+            return SKIPPED;
         }
-        file->size = facts.st_size;
+        file->size = info.st_size;
     }
-    return FOUND;
+    return MATCHED;
 }
 
 static PyObject *
-failed(PyObject *path)
+set_os_error(PyObject *path)
 {
     return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
 }
 
-/* Calls `each` for these files, without the lock; `each` returns -1 where there is no memory. -1 with an exception set. */
+/* Call `visit` for each file that matches, without the GIL. `visit` returns -1 if memory runs out. Returns 0, or -1 with an
+   exception set. */
 static int
-read_all(PyObject *path, Patterns patterns, bool sizes, int (*each)(void *, const File *), void *context)
+read_all(PyObject *path, Patterns patterns, bool sizes, int (*visit)(void *, const File *), void *context)
 {
     PyObject *encoded;
     if (!PyUnicode_FSConverter(path, &encoded)) {
@@ -142,22 +146,22 @@ read_all(PyObject *path, Patterns patterns, bool sizes, int (*each)(void *, cons
     Py_END_ALLOW_THREADS
     Py_DECREF(encoded);
     if (directory == NULL) {
-        failed(path);
+        set_os_error(path);
         return -1;
     }
-    Step step = MORE;
+    Step step = SKIPPED;
     int error = 0;
-    bool interrupted = false, full = false;
-    while (step <= FOUND && !full && !interrupted) {
+    bool interrupted = false, no_memory = false;
+    while (step <= MATCHED && !no_memory && !interrupted) {
         Py_BEGIN_ALLOW_THREADS
         File file;
-        for (int left = AT_ONCE; left > 0 && step <= FOUND && !full; left--) {
+        for (int read = 0; read < SIGNAL_CHECK_ENTRIES && step <= MATCHED && !no_memory; read++) {
             step = next_entry(directory, patterns, sizes, &file);
-            full = step == FOUND && each(context, &file) < 0;
+            no_memory = step == MATCHED && visit(context, &file) < 0;
         }
         error = errno;
         Py_END_ALLOW_THREADS
-        interrupted = step <= FOUND && PyErr_CheckSignals() < 0;
+        interrupted = step <= MATCHED && PyErr_CheckSignals() < 0;
     }
     Py_BEGIN_ALLOW_THREADS
     closedir(directory);
@@ -165,48 +169,52 @@ read_all(PyObject *path, Patterns patterns, bool sizes, int (*each)(void *, cons
     if (interrupted) {
         return -1;
     }
-    if (full) {
+    if (no_memory) {
         PyErr_NoMemory();
         return -1;
     }
     if (step == FAILED) {
         errno = error;
-        failed(path);
+        set_os_error(path);
         return -1;
     }
     return 0;
 }
 
-/* The names, or names and sizes, in chunks. */
+/* DirectoryChunks: an iterator over the names in a directory, or the names and sizes, in chunks. */
 
 typedef struct {
     PyObject_HEAD
-    DIR *directory; /* NULL at the end, and while somebody reads on */
+    DIR *directory; /* NULL at the end, and while a thread reads the next chunk */
     PyObject *path;
-    PyObject *tuple;
+    PyObject *tuple; /* owns the bytes of `patterns` */
     Patterns patterns;
     bool sizes;
-    char *names; /* of one part, each with its zero behind it */
-    long long *each;
+    char *names; /* of one chunk, each terminated by NUL */
+    long long *file_sizes; /* of one chunk */
 } DirectoryChunks;
 
 static int
-chunks_init(PyObject *object, PyObject *args, PyObject *named)
+chunks_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"path", "patterns", "sizes", NULL};
     DirectoryChunks *chunks = (DirectoryChunks *)object;
     PyObject *path, *tuple;
     int sizes;
-    if (chunks->path != NULL || !PyArg_ParseTupleAndKeywords(args, named, "UO!p:DirectoryChunks", names, &path, &PyTuple_Type, &tuple, &sizes)) {
-        return PyErr_Occurred() ? -1 : (PyErr_SetString(PyExc_TypeError, "made already"), -1);
+    if (chunks->path != NULL) {
+        PyErr_SetString(PyExc_TypeError, "DirectoryChunks is initialized already");
+        return -1;
+    }
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "UO!p:DirectoryChunks", names, &path, &PyTuple_Type, &tuple, &sizes)) {
+        return -1;
     }
     chunks->sizes = sizes;
     chunks->path = Py_NewRef(path);
     chunks->tuple = Py_NewRef(tuple);
     chunks->names = malloc(CHUNK_BYTES);
-    chunks->each = malloc(CHUNK_BYTES / 2 * sizeof(long long)); /* the shortest name has one byte */
+    chunks->file_sizes = malloc(CHUNK_BYTES / 2 * sizeof(long long)); /* a name has at least one byte, and its NUL */
     PyObject *encoded = NULL;
-    if (chunks->names == NULL || chunks->each == NULL) {
+    if (chunks->names == NULL || chunks->file_sizes == NULL) {
         PyErr_NoMemory();
         return -1;
     }
@@ -217,7 +225,7 @@ chunks_init(PyObject *object, PyObject *args, PyObject *named)
     chunks->directory = opendir(PyBytes_AS_STRING(encoded));
     Py_END_ALLOW_THREADS
     Py_DECREF(encoded);
-    return chunks->directory == NULL ? (failed(path), -1) : 0;
+    return chunks->directory == NULL ? (set_os_error(path), -1) : 0;
 }
 
 static void
@@ -229,7 +237,7 @@ chunks_dealloc(PyObject *object)
         closedir(chunks->directory);
     }
     free(chunks->names);
-    free(chunks->each);
+    free(chunks->file_sizes);
     Py_XDECREF(chunks->path);
     PyMem_Free(chunks->patterns.each);
     Py_XDECREF(chunks->tuple);
@@ -244,7 +252,8 @@ object_of(const DirectoryChunks *chunks, const char *name, size_t length, long l
     return text == NULL || !chunks->sizes ? text : Py_BuildValue("NL", text, size);
 }
 
-/* A list of what is in the buffer. The garbage collector must not show the list to anybody while it is not filled. */
+/* Make a list of the files in the buffer. While the list is not filled, it is untracked, so that `gc.get_objects` does not return
+   it. */
 static PyObject *
 list_of_chunk(const DirectoryChunks *chunks, Py_ssize_t files)
 {
@@ -256,7 +265,7 @@ list_of_chunk(const DirectoryChunks *chunks, Py_ssize_t files)
     const char *name = chunks->names;
     for (Py_ssize_t index = 0; index < files; index++) {
         size_t length = strlen(name);
-        PyObject *file = object_of(chunks, name, length, chunks->each[index]);
+        PyObject *file = object_of(chunks, name, length, chunks->file_sizes[index]);
         if (file == NULL) {
             Py_DECREF(list);
             return NULL;
@@ -276,45 +285,45 @@ chunks_next(PyObject *object)
     if (directory == NULL) {
         return NULL;
     }
-    Step step = MORE;
+    Step step = SKIPPED;
     Py_ssize_t files = 0;
     size_t used = 0;
     int error;
     Py_BEGIN_ALLOW_THREADS
     File file;
-    for (int left = AT_ONCE; left > 0 && step <= FOUND && used + NAME_BYTES < CHUNK_BYTES; left--) {
+    for (int read = 0; read < SIGNAL_CHECK_ENTRIES && step <= MATCHED && used + NAME_BYTES < CHUNK_BYTES; read++) {
         step = next_entry(directory, chunks->patterns, chunks->sizes, &file);
-        if (step == FOUND && file.length >= NAME_BYTES) {
+        if (step == MATCHED && file.length >= NAME_BYTES) {
             errno = ENAMETOOLONG;
             step = FAILED;
         }
-        if (step == FOUND) {
+        if (step == MATCHED) {
             memcpy(chunks->names + used, file.name, file.length + 1);
-            chunks->each[files++] = file.size;
+            chunks->file_sizes[files++] = file.size;
             used += file.length + 1;
         }
     }
     error = errno;
-    if (step > FOUND) {
+    if (step > MATCHED) {
         closedir(directory);
     }
     Py_END_ALLOW_THREADS
     PyObject *list = NULL;
     if (step == FAILED) {
         errno = error;
-        failed(chunks->path);
+        set_os_error(chunks->path);
     }
     else if (step != END || files > 0) {
         list = list_of_chunk(chunks, files);
     }
-    if (step <= FOUND) { /* not before the buffer is read: whoever reads on overwrites it */
+    if (step <= MATCHED) { /* only now, because the thread that reads the next chunk overwrites the buffer */
         __atomic_store_n(&chunks->directory, directory, __ATOMIC_RELEASE);
     }
     return list;
 }
 
 static PyType_Slot chunks_slots[] = {
-    {Py_tp_doc, "DirectoryChunks(path, patterns, sizes): lists of the names that follow a pattern, or of names and sizes."},
+    {Py_tp_doc, "DirectoryChunks(path, patterns, sizes): lists of the names that match a pattern, or of names and sizes."},
     {Py_tp_init, chunks_init},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_dealloc, chunks_dealloc},
@@ -330,54 +339,55 @@ static PyType_Spec chunks_spec = {
     .slots = chunks_slots,
 };
 
-/* What a directory adds up to. */
+/* The totals of a directory, for each pattern. */
 
 typedef struct {
-    long long files, bytes, empty;
-    long long first, last; /* of the stamps; -1: there is none */
-} Sum;
+    long long files, bytes, empty_files;
+    long long oldest, newest; /* timestamps in the names; -1 if no name has one */
+} Totals;
 
 typedef struct {
-    Sum *each;
+    Totals *each;
     Patterns patterns;
-} Sums;
+} PatternTotals;
 
+/* The timestamp in a name, at `offset`; -1 if there is none. */
 static long long
-stamp_in(const File *file, size_t at)
+timestamp_in(const File *file, size_t offset)
 {
-    if (file->length <= at + STAMP_DIGITS || file->name[at + STAMP_DIGITS] != '-') {
+    if (file->length <= offset + TIMESTAMP_DIGITS || file->name[offset + TIMESTAMP_DIGITS] != '-') {
         return -1;
     }
-    long long stamp = 0;
-    for (const char *digit = file->name + at; digit < file->name + at + STAMP_DIGITS; digit++) {
+    long long timestamp = 0;
+    for (const char *digit = file->name + offset; digit < file->name + offset + TIMESTAMP_DIGITS; digit++) {
         if (*digit < '0' || *digit > '9') {
             return -1;
         }
-        stamp = stamp * 10 + (*digit - '0');
+        timestamp = timestamp * 10 + (*digit - '0');
     }
-    return stamp;
+    return timestamp;
 }
 
 static int
-add_up(void *context, const File *file)
+add_to_totals(void *context, const File *file)
 {
-    Sums *sums = context;
-    Sum *sum = &sums->each[file->pattern];
-    sum->files++;
-    sum->bytes = add_saturated(sum->bytes, file->size); /* of sparse files there may be more than fits */
-    sum->empty += file->size == 0;
-    long long stamp = stamp_in(file, sums->patterns.each[file->pattern].begin.length);
-    if (stamp >= 0) {
-        sum->first = sum->first < 0 || stamp < sum->first ? stamp : sum->first;
-        sum->last = stamp > sum->last ? stamp : sum->last;
+    PatternTotals *all = context;
+    Totals *totals = &all->each[file->pattern];
+    totals->files++;
+    totals->bytes = add_saturated(totals->bytes, file->size); /* the sizes of sparse files may overflow */
+    totals->empty_files += file->size == 0;
+    long long timestamp = timestamp_in(file, all->patterns.each[file->pattern].prefix.length);
+    if (timestamp >= 0) {
+        totals->oldest = totals->oldest < 0 || timestamp < totals->oldest ? timestamp : totals->oldest;
+        totals->newest = timestamp > totals->newest ? timestamp : totals->newest;
     }
     return 0;
 }
 
 static PyObject *
-stamp_object(long long stamp)
+timestamp_object(long long timestamp)
 {
-    return stamp < 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(stamp);
+    return timestamp < 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(timestamp);
 }
 
 static PyObject *
@@ -387,34 +397,34 @@ scan_sums(PyObject *Py_UNUSED(self), PyObject *args)
     if (!PyArg_ParseTuple(args, "UO!:scan_sums", &path, &PyTuple_Type, &tuple)) {
         return NULL;
     }
-    Sums all = {NULL, {NULL, 0}};
+    PatternTotals all = {NULL, {NULL, 0}};
     if (read_patterns(tuple, &all.patterns) < 0) {
         goto done;
     }
-    all.each = PyMem_Calloc((size_t)all.patterns.count + 1, sizeof(Sum));
+    all.each = PyMem_Calloc((size_t)all.patterns.count + 1, sizeof(Totals));
     if (all.each == NULL) {
         PyErr_NoMemory();
         goto done;
     }
     for (Py_ssize_t index = 0; index < all.patterns.count; index++) {
-        all.each[index].first = all.each[index].last = -1;
+        all.each[index].oldest = all.each[index].newest = -1;
     }
-    if (read_all(path, all.patterns, true, add_up, &all) < 0) {
+    if (read_all(path, all.patterns, true, add_to_totals, &all) < 0) {
         goto done;
     }
     result = PyList_New(all.patterns.count);
     if (result != NULL) {
-        PyObject_GC_UnTrack(result); /* the garbage collector must not show it to anybody while it is not filled */
+        PyObject_GC_UnTrack(result); /* `gc.get_objects` must not return it while it is not filled */
     }
     for (Py_ssize_t index = 0; result != NULL && index < all.patterns.count; index++) {
-        Sum *sum = &all.each[index];
-        PyObject *one
-            = Py_BuildValue("LLLNN", sum->files, sum->bytes, sum->empty, stamp_object(sum->first), stamp_object(sum->last));
-        if (one == NULL) {
+        Totals *totals = &all.each[index];
+        PyObject *tuple_of_totals = Py_BuildValue("LLLNN", totals->files, totals->bytes, totals->empty_files,
+                                                  timestamp_object(totals->oldest), timestamp_object(totals->newest));
+        if (tuple_of_totals == NULL) {
             Py_CLEAR(result);
             break;
         }
-        PyList_SET_ITEM(result, index, one);
+        PyList_SET_ITEM(result, index, tuple_of_totals);
     }
     if (result != NULL) {
         PyObject_GC_Track(result);
@@ -425,64 +435,65 @@ done:
     return result;
 }
 
-/* The first names in order. Names are compared as bytes, which is the order of their characters. */
+/* The first names of a directory, in order. Names are compared as bytes; in UTF-8 that is the order of their characters. */
 
 typedef struct {
-    const char *after;
-    const char *until; /* NULL: no end */
-    char **heap;       /* the greatest on top */
-    size_t used, most, room;
-    char *last;
+    const char *after; /* exclusive */
+    const char *until; /* inclusive; NULL: no end */
+    char **heap;       /* a max-heap of the `count` smallest names so far */
+    size_t count, count_max, capacity;
+    char *last;        /* the greatest name in the range; NULL if there is none */
     long long files;
-} First;
+} FirstNames;
 
 static int
-by_name(const void *one, const void *other)
+compare_names(const void *left, const void *right)
 {
-    return strcmp(*(char *const *)one, *(char *const *)other);
+    return strcmp(*(char *const *)left, *(char *const *)right);
 }
 
 static void
-sift_down(First *first, size_t at)
+sift_down(FirstNames *first, size_t index)
 {
     char **heap = first->heap;
-    for (size_t child; (child = 2 * at + 1) < first->used; at = child) {
-        child += child + 1 < first->used && strcmp(heap[child + 1], heap[child]) > 0;
-        if (strcmp(heap[at], heap[child]) >= 0) {
+    for (size_t child; (child = 2 * index + 1) < first->count; index = child) {
+        child += child + 1 < first->count && strcmp(heap[child + 1], heap[child]) > 0;
+        if (strcmp(heap[index], heap[child]) >= 0) {
             return;
         }
-        char *above = heap[at];
-        heap[at] = heap[child];
-        heap[child] = above;
+        char *name = heap[index];
+        heap[index] = heap[child];
+        heap[child] = name;
     }
 }
 
 static void
-sift_up(First *first, size_t at)
+sift_up(FirstNames *first, size_t index)
 {
     char **heap = first->heap;
-    for (size_t above; at > 0 && strcmp(heap[above = (at - 1) / 2], heap[at]) < 0; at = above) {
-        char *below = heap[at];
-        heap[at] = heap[above];
-        heap[above] = below;
+    for (size_t parent; index > 0 && strcmp(heap[parent = (index - 1) / 2], heap[index]) < 0; index = parent) {
+        char *name = heap[index];
+        heap[index] = heap[parent];
+        heap[parent] = name;
     }
 }
 
+/* Add a name to the heap if it is among the first `count_max` so far. Returns -1 if memory runs out. */
 static int
-push(First *first, const File *file)
+push_name(FirstNames *first, const File *file)
 {
-    bool replaces = first->used == first->most;
-    if (replaces && (first->most == 0 || strcmp(file->name, first->heap[0]) >= 0)) {
+    bool replaces = first->count == first->count_max;
+    if (replaces && (first->count_max == 0 || strcmp(file->name, first->heap[0]) >= 0)) {
         return 0;
     }
-    if (first->used == first->room && !replaces) {
-        size_t room = first->room ? 2 * first->room : 64;
-        char **heap = realloc(first->heap, room * sizeof *heap);
+    if (first->count == first->capacity && !replaces) {
+        size_t capacity = first->capacity ? 2 * first->capacity : 64;
+        char **heap = realloc(first->heap, capacity * sizeof *heap);
         if (heap == NULL) {
             return -1;
         }
         first->heap = heap;
-        first->room = room;
+        first->capacity = capacity;
     }
     char *name = strdup(file->name);
     if (name == NULL) {
@@ -494,8 +505,8 @@ push(First *first, const File *file)
         sift_down(first, 0);
     }
     else {
-        first->heap[first->used++] = name;
-        sift_up(first, first->used - 1);
+        first->heap[first->count++] = name;
+        sift_up(first, first->count - 1);
     }
     return 0;
 }
@@ -503,7 +514,7 @@ push(First *first, const File *file)
 static int
 add_name(void *context, const File *file)
 {
-    First *first = context;
+    FirstNames *first = context;
     if (strcmp(file->name, first->after) <= 0 || (first->until != NULL && strcmp(file->name, first->until) > 0)) {
         return 0;
     }
@@ -516,14 +527,14 @@ add_name(void *context, const File *file)
         free(first->last);
         first->last = last;
     }
-    return push(first, file);
+    return push_name(first, file);
 }
 
 static PyObject *
-names_of(const First *first)
+names_of(const FirstNames *first)
 {
-    PyObject *names = PyList_New((Py_ssize_t)first->used);
-    for (size_t index = 0; names != NULL && index < first->used; index++) {
+    PyObject *names = PyList_New((Py_ssize_t)first->count);
+    for (size_t index = 0; names != NULL && index < first->count; index++) {
         PyObject *name = PyUnicode_DecodeFSDefault(first->heap[index]);
         if (name == NULL) {
             Py_CLEAR(names);
@@ -537,53 +548,53 @@ names_of(const First *first)
 static PyObject *
 scan_first(PyObject *Py_UNUSED(self), PyObject *args)
 {
-    PyObject *path, *tuple, *after, *until, *result = NULL, *low = NULL, *high = NULL;
+    PyObject *path, *tuple, *after, *until, *result = NULL, *after_bytes = NULL, *until_bytes = NULL;
     Py_ssize_t most;
     if (!PyArg_ParseTuple(args, "UO!UUn:scan_first", &path, &PyTuple_Type, &tuple, &after, &until, &most)) {
         return NULL;
     }
-    First found = {.most = most < 0 ? 0 : (size_t)most};
+    FirstNames first = {.count_max = most < 0 ? 0 : (size_t)most};
     Patterns patterns = {NULL, 0};
     if (read_patterns(tuple, &patterns) < 0) {
         goto done;
     }
-    if (!PyUnicode_FSConverter(after, &low) || !PyUnicode_FSConverter(until, &high)) {
+    if (!PyUnicode_FSConverter(after, &after_bytes) || !PyUnicode_FSConverter(until, &until_bytes)) {
         goto done;
     }
-    found.after = PyBytes_AS_STRING(low);
-    found.until = PyBytes_GET_SIZE(high) ? PyBytes_AS_STRING(high) : NULL;
-    if (read_all(path, patterns, false, add_name, &found) < 0) {
+    first.after = PyBytes_AS_STRING(after_bytes);
+    first.until = PyBytes_GET_SIZE(until_bytes) ? PyBytes_AS_STRING(until_bytes) : NULL;
+    if (read_all(path, patterns, false, add_name, &first) < 0) {
         goto done;
     }
     Py_BEGIN_ALLOW_THREADS
-    if (found.used) {
-        qsort(found.heap, found.used, sizeof *found.heap, by_name);
+    if (first.count) {
+        qsort(first.heap, first.count, sizeof *first.heap, compare_names);
     }
     Py_END_ALLOW_THREADS
-    PyObject *names = names_of(&found);
-    PyObject *last = names == NULL ? NULL : PyUnicode_DecodeFSDefault(found.last == NULL ? "" : found.last);
+    PyObject *names = names_of(&first);
+    PyObject *last = names == NULL ? NULL : PyUnicode_DecodeFSDefault(first.last == NULL ? "" : first.last);
     if (last == NULL) {
         Py_XDECREF(names);
         goto done;
     }
-    result = Py_BuildValue("NNL", names, last, found.files);
+    result = Py_BuildValue("NNL", names, last, first.files);
 done:
-    for (size_t index = 0; index < found.used; index++) {
-        free(found.heap[index]);
+    for (size_t index = 0; index < first.count; index++) {
+        free(first.heap[index]);
     }
-    free(found.heap);
-    free(found.last);
+    free(first.heap);
+    free(first.last);
     PyMem_Free(patterns.each);
-    Py_XDECREF(low);
-    Py_XDECREF(high);
+    Py_XDECREF(after_bytes);
+    Py_XDECREF(until_bytes);
     return result;
 }
 
 static PyMethodDef dirscan_functions[] = {
     {"scan_sums", scan_sums, METH_VARARGS,
-     "scan_sums(path, patterns): of each, files, bytes, empty files, and the least and the greatest stamp."},
+     "scan_sums(path, patterns): for each pattern the files, bytes, empty files, and the oldest and newest timestamp."},
     {"scan_first", scan_first, METH_VARARGS,
-     "scan_first(path, patterns, after, until, most): the first names in order, the last of all, and how many there are."},
+     "scan_first(path, patterns, after, until, most): the first names in order, the last of all names, and their number."},
     {NULL, NULL, 0, NULL},
 };
 

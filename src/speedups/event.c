@@ -1,4 +1,4 @@
-/* Makes the id and the time of an event, and checks the types of its fields; `pillarbox/event.py` has the same in Python. */
+/* Makes the id and the time of an event, and checks the types of its fields. `pillarbox/event.py` does the same in Python. */
 
 #include "speedups.h"
 
@@ -24,15 +24,15 @@ put_digits(char *to, uint64_t value, int count)
 }
 
 static PyObject *
-new_event_id(PyObject *module, PyObject *Py_UNUSED(nothing))
+new_event_id(PyObject *module, PyObject *Py_UNUSED(no_args))
 {
     EventState *state = &state_of_module(module)->event;
     if (state->middle[0] == '\0') {
-        PyErr_SetString(PyExc_RuntimeError, "reseed() comes first");
+        PyErr_SetString(PyExc_RuntimeError, "reseed() must be called first");
         return NULL;
     }
-    PyObject *made = PyUnicode_New(ID_BYTES, 127);
-    if (made == NULL) {
+    PyObject *id = PyUnicode_New(ID_BYTES, 127);
+    if (id == NULL) {
         return NULL;
     }
     struct timespec now;
@@ -43,17 +43,17 @@ new_event_id(PyObject *module, PyObject *Py_UNUSED(nothing))
 #else
     uint64_t count = state->count++;
 #endif
-    char *to = (char *)PyUnicode_1BYTE_DATA(made);
+    char *to = (char *)PyUnicode_1BYTE_DATA(id);
     to = put_digits(to, millis >> 16, 8);
     *to++ = '-';
     to = put_digits(to, millis, 4);
     memcpy(to, state->middle, ID_MIDDLE_BYTES);
     put_digits(to + ID_MIDDLE_BYTES, count, COUNT_DIGITS);
-    return made;
+    return id;
 }
 
 static PyObject *
-now_micros(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(nothing))
+now_micros(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(no_args))
 {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
@@ -75,7 +75,7 @@ reseed(PyObject *module, PyObject *args)
         is_ascii &= middle[at] != '\0' && !(middle[at] & 0x80);
     }
     if (size != ID_MIDDLE_BYTES || !is_ascii) {
-        PyErr_SetString(PyExc_ValueError, "what stands in the middle of an id has 11 characters of ASCII");
+        PyErr_SetString(PyExc_ValueError, "the middle of an id must have 11 characters, all of them ASCII");
         return NULL;
     }
     memcpy(state->middle, middle, ID_MIDDLE_BYTES);
@@ -86,22 +86,22 @@ reseed(PyObject *module, PyObject *args)
 /* EventCheck: whether the fields of an event have the right types. */
 
 typedef struct {
-    Py_ssize_t at; /* where in the event the member is */
-    char optional; /* None will do */
-} Text;
+    Py_ssize_t offset; /* of the member within the event */
+    char optional;     /* None is allowed */
+} TextMember;
 
 typedef struct {
     PyObject_HEAD
     vectorcallfunc call;
-    PyObject *plain; /* the same check in Python, which can say what is wrong */
+    PyObject *plain; /* the same check in Python, which reports what is wrong */
     PyObject *is_json;
-    PyObject *type; /* whose members stand where these say; NULL before `bind` */
-    Text *texts;
+    PyObject *type; /* the type that the offsets belong to; NULL before `bind` */
+    TextMember *texts;
     Py_ssize_t count;
-    Py_ssize_t json, micros; /* where these members are */
+    Py_ssize_t json, micros; /* offsets of these members */
 } EventCheck;
 
-/* Whether it is text that UTF-8 has bytes for. */
+/* Whether a value is text that can be encoded as UTF-8. */
 static int
 is_text(PyObject *value)
 {
@@ -126,9 +126,9 @@ is_text(PyObject *value)
 }
 
 static inline PyObject *
-member_at(PyObject *event, Py_ssize_t at)
+member_at(PyObject *event, Py_ssize_t offset)
 {
-    return *(PyObject **)((char *)event + at);
+    return *(PyObject **)((char *)event + offset);
 }
 
 static int
@@ -140,22 +140,22 @@ is_json_text(EventCheck *self, PyObject *value)
     if (PyUnicode_GET_LENGTH(value) == 2 && PyUnicode_READ_CHAR(value, 0) == '{' && PyUnicode_READ_CHAR(value, 1) == '}') {
         return 1;
     }
-    Py_INCREF(value); /* or what is called could free it, by setting the field anew */
-    PyObject *answer = PyObject_CallOneArg(self->is_json, value);
+    Py_INCREF(value); /* the called code could replace the field, and so free the value */
+    PyObject *result = PyObject_CallOneArg(self->is_json, value);
     Py_DECREF(value);
-    if (answer == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
-        PyErr_Clear(); /* the check in Python finds it again, and says what it is */
+    if (result == NULL && PyErr_ExceptionMatches(PyExc_Exception)) {
+        PyErr_Clear(); /* the check in Python finds the error again, and reports it */
     }
-    Py_XDECREF(answer);
-    return answer != NULL;
+    Py_XDECREF(result);
+    return result != NULL;
 }
 
 static int
-is_right(EventCheck *self, PyObject *event)
+has_valid_types(EventCheck *self, PyObject *event)
 {
-    for (Py_ssize_t each = 0; each < self->count; each++) {
-        PyObject *value = member_at(event, self->texts[each].at);
-        if (!(value == Py_None && self->texts[each].optional) && !is_text(value)) {
+    for (Py_ssize_t index = 0; index < self->count; index++) {
+        PyObject *value = member_at(event, self->texts[index].offset);
+        if (!(value == Py_None && self->texts[index].optional) && !is_text(value)) {
             return 0;
         }
     }
@@ -172,67 +172,68 @@ check_call(PyObject *callable, PyObject *const *args, size_t nargsf, PyObject *n
 {
     EventCheck *self = (EventCheck *)callable;
     if (names == NULL && PyVectorcall_NARGS(nargsf) == 1 && (PyObject *)Py_TYPE(args[0]) == self->type) {
-        if (is_right(self, args[0])) {
+        if (has_valid_types(self, args[0])) {
             Py_RETURN_NONE;
         }
         if (PyErr_Occurred()) { /* an interrupt */
             return NULL;
         }
     }
-    if (self->plain == NULL) { /* it is being collected */
-        PyErr_SetString(PyExc_RuntimeError, "the check is gone");
+    if (self->plain == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "this check has been garbage collected");
         return NULL;
     }
     return PyObject_Vectorcall(self->plain, args, nargsf, names);
 }
 
-/* Where a member of `type` is; -1 with an exception where it is no plain member. */
+/* The offset of a member of `type`; -1 with an exception set if it is not a slot that holds an object. */
 static Py_ssize_t
-place_of(PyObject *type, PyObject *name)
+offset_of(PyObject *type, PyObject *name)
 {
-    PyObject *found = PyObject_GetAttr(type, name);
-    if (found == NULL) {
+    PyObject *descriptor = PyObject_GetAttr(type, name);
+    if (descriptor == NULL) {
         return -1;
     }
-    Py_ssize_t at = -1;
-    if (Py_IS_TYPE(found, &PyMemberDescr_Type) && PyType_IsSubtype((PyTypeObject *)type, PyDescr_TYPE(found))
-        && ((PyMemberDescrObject *)found)->d_member->type == T_OBJECT_EX) {
-        at = ((PyMemberDescrObject *)found)->d_member->offset;
+    Py_ssize_t offset = -1;
+    if (Py_IS_TYPE(descriptor, &PyMemberDescr_Type) && PyType_IsSubtype((PyTypeObject *)type, PyDescr_TYPE(descriptor))
+        && ((PyMemberDescrObject *)descriptor)->d_member->type == T_OBJECT_EX) {
+        offset = ((PyMemberDescrObject *)descriptor)->d_member->offset;
     } else {
-        PyErr_Format(PyExc_TypeError, "%R is no plain member of %R", name, type);
+        PyErr_Format(PyExc_TypeError, "%R is not a slot of %R", name, type);
     }
-    Py_DECREF(found);
-    return at;
+    Py_DECREF(descriptor);
+    return offset;
 }
 
 static PyObject *
 check_bind(PyObject *callable, PyObject *args)
 {
     EventCheck *self = (EventCheck *)callable;
-    PyObject *type, *needed, *optional, *json, *micros;
-    if (!PyArg_ParseTuple(args, "O!O!O!UU:bind", &PyType_Type, &type, &PyTuple_Type, &needed, &PyTuple_Type, &optional, &json,
+    PyObject *type, *required, *optional, *json, *micros;
+    if (!PyArg_ParseTuple(args, "O!O!O!UU:bind", &PyType_Type, &type, &PyTuple_Type, &required, &PyTuple_Type, &optional, &json,
                           &micros)) {
         return NULL;
     }
     if (self->type != NULL) {
-        PyErr_SetString(PyExc_ValueError, "it is bound already");
+        PyErr_SetString(PyExc_ValueError, "the check is bound already");
         return NULL;
     }
-    Py_ssize_t first = PyTuple_GET_SIZE(needed), count = first + PyTuple_GET_SIZE(optional);
+    Py_ssize_t required_count = PyTuple_GET_SIZE(required), count = required_count + PyTuple_GET_SIZE(optional);
     PyMem_Free(self->texts);
-    self->texts = PyMem_New(Text, count);
+    self->texts = PyMem_New(TextMember, count);
     if (self->texts == NULL) {
         return PyErr_NoMemory();
     }
-    for (Py_ssize_t each = 0; each < count; each++) {
-        PyObject *name = each < first ? PyTuple_GET_ITEM(needed, each) : PyTuple_GET_ITEM(optional, each - first);
-        self->texts[each] = (Text){place_of(type, name), each >= first};
-        if (self->texts[each].at < 0) {
+    for (Py_ssize_t index = 0; index < count; index++) {
+        int is_optional = index >= required_count;
+        PyObject *name = is_optional ? PyTuple_GET_ITEM(optional, index - required_count) : PyTuple_GET_ITEM(required, index);
+        self->texts[index] = (TextMember){offset_of(type, name), (char)is_optional};
+        if (self->texts[index].offset < 0) {
             return NULL;
         }
     }
     self->count = count;
-    if ((self->json = place_of(type, json)) < 0 || (self->micros = place_of(type, micros)) < 0) {
+    if ((self->json = offset_of(type, json)) < 0 || (self->micros = offset_of(type, micros)) < 0) {
         return NULL;
     }
     self->type = Py_NewRef(type);
@@ -242,9 +243,9 @@ check_bind(PyObject *callable, PyObject *args)
 static PyObject *
 check_new(PyTypeObject *type, PyObject *args, PyObject *names)
 {
-    static char *words[] = {"", "", NULL};
+    static char *keywords[] = {"", "", NULL};
     PyObject *plain, *is_json;
-    if (!PyArg_ParseTupleAndKeywords(args, names, "OO:EventCheck", words, &plain, &is_json)) {
+    if (!PyArg_ParseTupleAndKeywords(args, names, "OO:EventCheck", keywords, &plain, &is_json)) {
         return NULL;
     }
     EventCheck *self = (EventCheck *)type->tp_alloc(type, 0);
@@ -256,7 +257,7 @@ check_new(PyTypeObject *type, PyObject *args, PyObject *names)
     return (PyObject *)self;
 }
 
-/* As a function in a class does: the event's method. */
+/* Bind to an event, as a function in a class body does, so that the check is a method of the event. */
 static PyObject *
 check_get(PyObject *self, PyObject *event, PyObject *Py_UNUSED(type))
 {
@@ -294,7 +295,7 @@ check_dealloc(PyObject *self)
 }
 
 static PyMethodDef check_methods[] = {
-    {"bind", check_bind, METH_VARARGS, "Look into events of this type without asking them; the names of their members."},
+    {"bind", check_bind, METH_VARARGS, "Read the members of events of this type directly, through the offsets of their slots."},
     {NULL},
 };
 
@@ -305,7 +306,7 @@ static PyMemberDef check_members[] = {
 };
 
 static PyType_Slot check_slots[] = {
-    {Py_tp_doc, "Passes an event whose members have the right types; leaves others, and other types, to the check in Python."},
+    {Py_tp_doc, "Passes an event whose members have the right types. Calls the check in Python for every other object."},
     {Py_tp_new, check_new},
     {Py_tp_call, PyVectorcall_Call},
     {Py_tp_descr_get, check_get},
@@ -327,8 +328,7 @@ static PyMethodDef event_functions[] = {
     {"now_micros", now_micros, METH_NOARGS,
      "now_micros($module, /)\n--\n\nWall time in microseconds since 1970, the unit of `occurred_at_micros`."},
     {"reseed", reseed, METH_VARARGS,
-     "reseed($module, middle, first, /)\n--\n\nStart anew: the middle part of the ids, and the first number of the count behind "
-     "it."},
+     "reseed($module, middle, first, /)\n--\n\nSet the middle part of the ids, and the first number of the counter at their end."},
     {NULL, NULL, 0, NULL},
 };
 

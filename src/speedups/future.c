@@ -1,8 +1,7 @@
-/* What a coroutine awaits while its event is made durable; `_native.py` has the same in Python.
+/* The future that a coroutine awaits until its event is durable. `_native.py` does the same in Python.
 
-It follows the protocol that `asyncio.Task` has for futures which are not its own (`_asyncio_future_blocking`), and uses nothing
-else of asyncio that is private. Only the creation, and reading what never changes, are safe on another thread than the event
-loop's. */
+It implements asyncio's protocol for foreign futures (`_asyncio_future_blocking`), and uses nothing else of asyncio that is
+private. Other threads than the event loop's may only create a future and read its constant fields. */
 
 #include "speedups.h"
 
@@ -15,10 +14,10 @@ typedef struct {
     PyObject *lines;
     Py_ssize_t events;
     PyObject *loop;
-    PyObject *outcome; /* of one that is done; of a cancelled one the message, or NULL */
+    PyObject *outcome; /* DONE: the outcome; CANCELLED: the message, or NULL */
     PyObject *callback;
     PyObject *context;
-    PyObject *more; /* NULL, or a list of (callback, context): a task adds the first and no more */
+    PyObject *more; /* NULL, or a list of (callback, context); a task adds one callback, and needs no list */
     int state;
     char blocking;
 } CommitFuture;
@@ -103,7 +102,7 @@ future_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-/* A new reference to the outcome; NULL with the error set where there is none. */
+/* Returns a new reference to the outcome; NULL with an exception set if the future is pending or cancelled. */
 static PyObject *
 outcome_of(CommitFuture *self)
 {
@@ -150,7 +149,7 @@ future_next(PyObject *object)
     return result;
 }
 
-/* Have the loop call it in its next round. */
+/* Schedule a callback for the next iteration of the event loop. */
 static int
 call_soon(CommitFuture *self, PyObject *callback, PyObject *context)
 {
@@ -161,9 +160,9 @@ call_soon(CommitFuture *self, PyObject *callback, PyObject *context)
     return handle == NULL ? -1 : 0;
 }
 
-/* Take what is to be called: one after another, in order. 0 where there is nothing more. */
+/* Remove the next callback. Returns 1; 0 if there is none; -1 with an exception set. */
 static int
-take_callback(CommitFuture *self, PyObject **callback, PyObject **context)
+pop_callback(CommitFuture *self, PyObject **callback, PyObject **context)
 {
     if (self->callback != NULL) {
         *callback = self->callback;
@@ -184,8 +183,8 @@ static int
 schedule_callbacks(CommitFuture *self)
 {
     PyObject *callback, *context;
-    int taken;
-    while ((taken = take_callback(self, &callback, &context)) == 1) {
+    int popped;
+    while ((popped = pop_callback(self, &callback, &context)) == 1) {
         int called = call_soon(self, callback, context);
         Py_DECREF(callback);
         Py_DECREF(context);
@@ -193,29 +192,30 @@ schedule_callbacks(CommitFuture *self)
             return -1;
         }
     }
-    return taken;
+    return popped;
 }
 
-/* Call in its context; the first error is left set. */
+/* Call a callback in its context. Returns 0, or -1 with the exception of the callback set. */
 static int
 call_now(CommitFuture *self, PyObject *callback, PyObject *context)
 {
     if (PyContext_Enter(context) < 0) {
         return -1;
     }
-    PyObject *answer = PyObject_CallOneArg(callback, (PyObject *)self);
+    PyObject *result = PyObject_CallOneArg(callback, (PyObject *)self);
     PyObject *type, *error, *trace;
     PyErr_Fetch(&type, &error, &trace);
     if (PyContext_Exit(context) < 0) {
         PyErr_WriteUnraisable(context);
     }
     PyErr_Restore(type, error, trace);
-    Py_XDECREF(answer);
-    return answer == NULL ? -1 : 0;
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
 }
 
+/* Set the outcome, call the first callback now, and schedule the others. */
 static int
-settle(CommitFuture *self, PyObject *outcome)
+resolve_future(CommitFuture *self, PyObject *outcome)
 {
     if (self->state != PENDING) {
         return 0;
@@ -223,9 +223,9 @@ settle(CommitFuture *self, PyObject *outcome)
     self->outcome = Py_NewRef(outcome);
     self->state = DONE;
     PyObject *callback, *context;
-    int taken = take_callback(self, &callback, &context);
-    if (taken != 1) {
-        return taken;
+    int popped = pop_callback(self, &callback, &context);
+    if (popped != 1) {
+        return popped;
     }
     int called = call_now(self, callback, context);
     Py_DECREF(callback);
@@ -246,13 +246,14 @@ static PyObject *
 add_done_callback(PyObject *object, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     CommitFuture *self = (CommitFuture *)object;
-    Py_ssize_t named = names == NULL ? 0 : PyTuple_GET_SIZE(names);
-    if (count != 1 || named > 1 || (named == 1 && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "context") != 0)) {
-        PyErr_SetString(PyExc_TypeError, "add_done_callback takes a function, and a context by name");
+    Py_ssize_t keywords = names == NULL ? 0 : PyTuple_GET_SIZE(names);
+    if (count != 1 || keywords > 1
+        || (keywords == 1 && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "context") != 0)) {
+        PyErr_SetString(PyExc_TypeError, "add_done_callback takes a function and the keyword argument context");
         return NULL;
     }
     PyObject *callback = args[0];
-    PyObject *context = named == 1 && args[1] != Py_None ? Py_NewRef(args[1]) : PyContext_CopyCurrent();
+    PyObject *context = keywords == 1 && args[1] != Py_None ? Py_NewRef(args[1]) : PyContext_CopyCurrent();
     if (context == NULL) {
         return NULL;
     }
@@ -277,7 +278,7 @@ add_done_callback(PyObject *object, PyObject *const *args, Py_ssize_t count, PyO
     Py_RETURN_NONE;
 }
 
-/* All callbacks with their contexts, in order, as a list of pairs. */
+/* Returns a list of all (callback, context) pairs, in order. */
 static PyObject *
 callbacks_of(const CommitFuture *self)
 {
@@ -292,7 +293,7 @@ callbacks_of(const CommitFuture *self)
     return pairs;
 }
 
-/* Whether a pair, or one with the same two objects, is in a list. */
+/* Whether a list contains a pair of these two objects (compared by identity). */
 static int
 has_pair(PyObject *pairs, PyObject *callback, PyObject *context)
 {
@@ -305,33 +306,34 @@ has_pair(PyObject *pairs, PyObject *callback, PyObject *context)
     return 0;
 }
 
-/* Keep the callbacks that are not in a list; how many were removed, or -1. Calls nothing that could change them meanwhile. */
+/* Remove the callbacks that are in a list of pairs. Returns how many were removed, or -1 with an exception set. Runs no Python
+   code that could change the callbacks meanwhile. */
 static Py_ssize_t
 remove_pairs(CommitFuture *self, PyObject *removed)
 {
-    PyObject *old = callbacks_of(self), *kept = PyList_New(0);
+    PyObject *old = callbacks_of(self), *remaining = PyList_New(0);
     Py_ssize_t count = 0;
-    int failed = old == NULL || kept == NULL;
+    int failed = old == NULL || remaining == NULL;
     for (Py_ssize_t at = 0; !failed && at < PyList_GET_SIZE(old); at++) {
         PyObject *pair = PyList_GET_ITEM(old, at);
         int is_removed = has_pair(removed, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1));
         count += is_removed;
-        failed = !is_removed && PyList_Append(kept, pair) < 0;
+        failed = !is_removed && PyList_Append(remaining, pair) < 0;
     }
     if (!failed) {
         PyObject *callback = self->callback, *context = self->context, *more = self->more;
         self->callback = self->context = NULL;
-        self->more = Py_NewRef(kept); /* the first of them moves to `callback` when it is taken */
+        self->more = Py_NewRef(remaining); /* `callback` stays empty, so that the order is kept */
         Py_XDECREF(callback);
         Py_XDECREF(context);
         Py_XDECREF(more);
     }
     Py_XDECREF(old);
-    Py_XDECREF(kept);
+    Py_XDECREF(remaining);
     return failed ? -1 : count;
 }
 
-/* First all comparisons, which may raise or call anything, then the removal: where one raises, no callback is removed. */
+/* Compares all callbacks before it removes any: a comparison may run Python code, and if one raises, no callback is removed. */
 static PyObject *
 remove_done_callback(PyObject *object, PyObject *callback)
 {
@@ -355,7 +357,7 @@ remove_done_callback(PyObject *object, PyObject *callback)
 }
 
 static PyObject *
-cancel(PyObject *object, PyObject *args, PyObject *keywords)
+cancel_future(PyObject *object, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"msg", NULL};
     CommitFuture *self = (CommitFuture *)object;
@@ -375,13 +377,13 @@ cancel(PyObject *object, PyObject *args, PyObject *keywords)
 }
 
 static PyObject *
-result(PyObject *object, PyObject *Py_UNUSED(nothing))
+future_result(PyObject *object, PyObject *Py_UNUSED(no_args))
 {
     return outcome_of((CommitFuture *)object);
 }
 
 static PyObject *
-exception(PyObject *object, PyObject *Py_UNUSED(nothing))
+future_exception(PyObject *object, PyObject *Py_UNUSED(no_args))
 {
     PyObject *outcome = outcome_of((CommitFuture *)object);
     if (outcome == NULL) {
@@ -392,32 +394,34 @@ exception(PyObject *object, PyObject *Py_UNUSED(nothing))
 }
 
 static PyObject *
-done(PyObject *object, PyObject *Py_UNUSED(nothing))
+is_done(PyObject *object, PyObject *Py_UNUSED(no_args))
 {
     return PyBool_FromLong(((CommitFuture *)object)->state != PENDING);
 }
 
 static PyObject *
-cancelled(PyObject *object, PyObject *Py_UNUSED(nothing))
+is_cancelled(PyObject *object, PyObject *Py_UNUSED(no_args))
 {
     return PyBool_FromLong(((CommitFuture *)object)->state == CANCELLED);
 }
 
 static PyObject *
-get_loop(PyObject *object, PyObject *Py_UNUSED(nothing))
+get_loop(PyObject *object, PyObject *Py_UNUSED(no_args))
 {
     return Py_NewRef(((CommitFuture *)object)->loop);
 }
 
 static PyMethodDef future_methods[] = {
-    {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback, METH_FASTCALL | METH_KEYWORDS, "As a future has it."},
-    {"remove_done_callback", remove_done_callback, METH_O, "As a future has it."},
-    {"cancel", (PyCFunction)(void (*)(void))cancel, METH_VARARGS | METH_KEYWORDS, "Wait no longer; False where it is done."},
-    {"result", result, METH_NOARGS, "The outcome."},
-    {"exception", exception, METH_NOARGS, "None: an outcome is never an error."},
-    {"done", done, METH_NOARGS, "Whether it has its outcome, or is cancelled."},
-    {"cancelled", cancelled, METH_NOARGS, "Whether it is cancelled."},
-    {"get_loop", get_loop, METH_NOARGS, "The event loop on whose thread it waits."},
+    {"add_done_callback", (PyCFunction)(void (*)(void))add_done_callback, METH_FASTCALL | METH_KEYWORDS,
+     "As `asyncio.Future.add_done_callback`."},
+    {"remove_done_callback", remove_done_callback, METH_O, "As `asyncio.Future.remove_done_callback`."},
+    {"cancel", (PyCFunction)(void (*)(void))cancel_future, METH_VARARGS | METH_KEYWORDS,
+     "Cancel the future. Returns False if it is done already."},
+    {"result", future_result, METH_NOARGS, "The outcome. Raises if the future is pending or cancelled."},
+    {"exception", future_exception, METH_NOARGS, "None, because an outcome is never an exception."},
+    {"done", is_done, METH_NOARGS, "Whether the future has its outcome or is cancelled."},
+    {"cancelled", is_cancelled, METH_NOARGS, "Whether the future is cancelled."},
+    {"get_loop", get_loop, METH_NOARGS, "The event loop of the future."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -430,7 +434,7 @@ static PyMemberDef future_members[] = {
 };
 
 static PyType_Slot future_slots[] = {
-    {Py_tp_doc, "CommitFuture(lines, events, loop): what a coroutine awaits, a future for one outcome."},
+    {Py_tp_doc, "CommitFuture(lines, events, loop): a future for the outcome of whole lines that hold some events."},
     {Py_tp_new, future_new},
     {Py_tp_traverse, object_traverse},
     {Py_tp_clear, object_clear},
@@ -448,33 +452,33 @@ static PyType_Spec future_spec = {
     "pillarbox._speedups.CommitFuture", sizeof(CommitFuture), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, future_slots,
 };
 
-/* wake(waiters, outcome): what was woken leaves the list, also where one of them raises. */
+/* Resolve futures, and remove those that were resolved from the list, even if a callback raises. */
 static PyObject *
 resolve_futures(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     FutureState *state = &state_of_module(module)->future;
     if (count != 2 || !PyList_Check(args[0])) {
-        PyErr_SetString(PyExc_TypeError, "wake takes a list of waiters and an outcome");
+        PyErr_SetString(PyExc_TypeError, "resolve_futures takes a list of futures and an outcome");
         return NULL;
     }
-    PyObject *waiters = args[0], *outcome = args[1];
-    Py_ssize_t woken = 0;
+    PyObject *futures = args[0], *outcome = args[1];
+    Py_ssize_t resolved = 0;
     int failed = 0;
-    while (!failed && woken < PyList_GET_SIZE(waiters)) {
-        PyObject *waiter = Py_NewRef(PyList_GET_ITEM(waiters, woken));
-        woken++;
-        if (Py_IS_TYPE(waiter, state->commit_future)) {
-            failed = settle((CommitFuture *)waiter, outcome) < 0;
+    while (!failed && resolved < PyList_GET_SIZE(futures)) {
+        PyObject *future = Py_NewRef(PyList_GET_ITEM(futures, resolved));
+        resolved++;
+        if (Py_IS_TYPE(future, state->commit_future)) {
+            failed = resolve_future((CommitFuture *)future, outcome) < 0;
         } else {
             PyErr_SetString(PyExc_TypeError, "not a CommitFuture");
             failed = 1;
         }
-        Py_DECREF(waiter);
+        Py_DECREF(future);
     }
     PyObject *type, *error, *trace;
     PyErr_Fetch(&type, &error, &trace);
-    if (PyList_SetSlice(waiters, 0, woken, NULL) < 0) {
-        PyErr_WriteUnraisable(waiters);
+    if (PyList_SetSlice(futures, 0, resolved, NULL) < 0) {
+        PyErr_WriteUnraisable(futures);
     }
     PyErr_Restore(type, error, trace);
     if (failed) {
@@ -483,15 +487,15 @@ resolve_futures(PyObject *module, PyObject *const *args, Py_ssize_t count)
     Py_RETURN_NONE;
 }
 
-/* What `gather` looks at of an entry: new references. */
+/* Read the lines, the events and the loop of a queue entry. Sets new references. Returns 0, or -1 with an exception set. */
 static int
-look_at(FutureState *state, PyObject *entry, PyObject **lines, Py_ssize_t *events, PyObject **loop)
+read_entry(FutureState *state, PyObject *entry, PyObject **lines, Py_ssize_t *events, PyObject **loop)
 {
     if (Py_IS_TYPE(entry, state->commit_future)) {
-        CommitFuture *waiter = (CommitFuture *)entry;
-        *lines = Py_NewRef(waiter->lines);
-        *events = waiter->events;
-        *loop = Py_NewRef(waiter->loop);
+        CommitFuture *future = (CommitFuture *)entry;
+        *lines = Py_NewRef(future->lines);
+        *events = future->events;
+        *loop = Py_NewRef(future->loop);
         return 0;
     }
     PyObject *number = PyObject_GetAttr(entry, state->events);
@@ -510,13 +514,12 @@ look_at(FutureState *state, PyObject *entry, PyObject **lines, Py_ssize_t *event
     return 0;
 }
 
-/* What a group is made of, as far as it was looked at. Each attribute of an entry is read once: it may be another the next
-   time. */
+/* A group that is being gathered. Each attribute of an entry is read only once, because it may have changed the next time. */
 typedef struct {
-    PyObject **lines; /* `count` of them, each bytes */
+    PyObject **lines; /* `count` bytes objects */
     Py_ssize_t count;
     long long events, bytes;
-    PyObject *loop; /* of all, or Ellipsis; NULL where there is no entry */
+    PyObject *loop; /* the loop of all entries; Ellipsis if they have different ones; NULL if there is no entry */
 } Group;
 
 static PyObject *
@@ -538,26 +541,26 @@ join_lines(const Group *group)
     return joined;
 }
 
-/* Take an entry into the group; 0 where there is no room for it, -1 with an exception set. */
+/* Add an entry to the group. Returns 1; 0 if there is no room for it; -1 with an exception set. */
 static int
 add_entry(FutureState *state, Group *group, PyObject *entry, Py_ssize_t room_events, Py_ssize_t room_bytes)
 {
     PyObject *lines, *loop;
     Py_ssize_t events;
-    if (look_at(state, entry, &lines, &events, &loop) < 0) {
+    if (read_entry(state, entry, &lines, &events, &loop) < 0) {
         return -1;
     }
-    long long all_events, all_bytes;
-    int overflows = __builtin_add_overflow(group->events, events, &all_events);
-    overflows |= __builtin_add_overflow(group->bytes, PyBytes_GET_SIZE(lines), &all_bytes);
-    if (group->count > 0 && (overflows || all_events > room_events || all_bytes > room_bytes)) {
+    long long total_events, total_bytes;
+    int overflows = __builtin_add_overflow(group->events, events, &total_events);
+    overflows |= __builtin_add_overflow(group->bytes, PyBytes_GET_SIZE(lines), &total_bytes);
+    if (group->count > 0 && (overflows || total_events > room_events || total_bytes > room_bytes)) {
         Py_DECREF(lines);
         Py_DECREF(loop);
         return 0;
     }
     group->lines[group->count++] = lines;
-    group->events = all_events;
-    group->bytes = all_bytes;
+    group->events = total_events;
+    group->bytes = total_bytes;
     if (group->loop == NULL) {
         group->loop = Py_NewRef(loop);
     } else if (group->loop != loop) {
@@ -567,17 +570,17 @@ add_entry(FutureState *state, Group *group, PyObject *entry, Py_ssize_t room_eve
     return 1;
 }
 
-/* gather_group(queue, most, room_events, room_bytes) -> (entries, their lines, their events, their loop) */
+/* gather_group(queue, most, room_events, room_bytes) -> (entries, joined lines, number of events, loop or Ellipsis) */
 static PyObject *
 gather_group(PyObject *module, PyObject *args)
 {
     FutureState *state = &state_of_module(module)->future;
-    PyObject *queue, *answer = NULL;
+    PyObject *queue, *result = NULL;
     Py_ssize_t most, room_events, room_bytes;
     if (!PyArg_ParseTuple(args, "O!nnn:gather_group", &PyList_Type, &queue, &most, &room_events, &room_bytes)) {
         return NULL;
     }
-    most = room_events < most ? room_events : most; /* each has an event at least */
+    most = room_events < most ? room_events : most; /* each entry has at least one event */
     PyObject *entries = PyList_GetSlice(queue, 0, most > 1 ? most : 1);
     if (entries == NULL) {
         return NULL;
@@ -599,7 +602,7 @@ gather_group(PyObject *module, PyObject *args)
     }
     PyObject *lines = join_lines(&group);
     if (lines != NULL) {
-        answer = Py_BuildValue("ONLO", entries, lines, group.events, group.loop != NULL ? group.loop : Py_Ellipsis);
+        result = Py_BuildValue("ONLO", entries, lines, group.events, group.loop != NULL ? group.loop : Py_Ellipsis);
     }
 done:
     for (Py_ssize_t at = 0; at < group.count; at++) {
@@ -608,14 +611,15 @@ done:
     PyMem_Free(group.lines);
     Py_XDECREF(group.loop);
     Py_DECREF(entries);
-    return answer;
+    return result;
 }
 
 static PyMethodDef future_functions[] = {
     {"gather_group", gather_group, METH_VARARGS,
-     "gather_group(queue, most, room_events, room_bytes): entries from the front, their lines, their events, their loop."},
+     "gather_group(queue, most, room_events, room_bytes): entries from the front of the queue, their joined lines, the number of "
+     "their events, and their loop (Ellipsis if they have different ones)."},
     {"resolve_futures", (PyCFunction)(void (*)(void))resolve_futures, METH_FASTCALL,
-     "resolve_futures(futures, outcome): give all the outcome, each in its context; those that have it leave the list."},
+     "resolve_futures(futures, outcome): set the outcome of each, call its callbacks in their contexts, and empty the list."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,10 +1,10 @@
-/* `pillarbox._speedups`: the parts of the package that are worth compiling, as one module.
+/* `pillarbox._speedups`: the compiled parts of the package, as one extension module.
 
-All of it is optional. `pillarbox/_native.py` and `pillarbox/event.py` have the same in Python, and the tests hold both to the
-same behaviour. What each part is for, and what it gains, is in docs/dev/performance-native.md.
+The extension is optional. `pillarbox/_native.py` and `pillarbox/event.py` do the same in Python, and the tests require the same
+behaviour of both. docs/dev/performance-native.md says why each part is compiled and how much faster it is.
 
-Nothing here relies on the interpreter lock for its own state: `append` works under the writer's lock, `future` on the thread of
-the event loop, `dirscan` gives each directory to one thread at a time, and the count of `event` is atomic. */
+No part relies on the GIL to protect its own state: `append` holds the writer's lock, `future` runs on the thread of the event
+loop, `dirscan` lets one thread at a time read a directory, and the counter of `event` is atomic. */
 
 #include "speedups.h"
 
@@ -25,8 +25,8 @@ static int
 speedups_traverse(PyObject *module, visitproc visit, void *arg)
 {
     SpeedupsState *state = state_of_module(module);
-    int found = append_traverse(&state->append, visit, arg);
-    return found ? found : future_traverse(&state->future, visit, arg);
+    int result = append_traverse(&state->append, visit, arg);
+    return result ? result : future_traverse(&state->future, visit, arg);
 }
 
 static int
@@ -49,7 +49,7 @@ static PyModuleDef_Slot speedups_slots[] = {
 static struct PyModuleDef speedups_module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_speedups",
-    .m_doc = "The compiled parts of Pillarbox: see `pillarbox._native`, which chooses between these and Python.",
+    .m_doc = "The compiled parts of Pillarbox; `pillarbox._native` chooses between them and the same code in Python.",
     .m_size = sizeof(SpeedupsState),
     .m_slots = speedups_slots,
     .m_traverse = speedups_traverse,

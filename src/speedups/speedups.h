@@ -1,4 +1,4 @@
-/* What the parts of `pillarbox._speedups` share: the module's state, and how each part adds itself to the module. */
+/* Shared by the source files of `pillarbox._speedups`: the module's state, and the functions that add each part to the module. */
 
 #ifndef PILLARBOX_SPEEDUPS_H
 #define PILLARBOX_SPEEDUPS_H
@@ -15,8 +15,8 @@ typedef struct {
     PyTypeObject *segment_counters;
     PyTypeObject *writer_state;
     PyTypeObject *enqueue;
-    PyObject *os_write; /* called directly instead */
-    PyObject *acquire, *release, *append, *attend, *complete, *undo; /* names of methods */
+    PyObject *os_write; /* `os.write`; where a writer uses it, write(2) is called directly */
+    PyObject *acquire, *release, *append, *notify_threshold, *complete_append, *undo_append; /* names of methods */
 } AppendState;
 
 typedef struct {
@@ -32,7 +32,7 @@ typedef struct {
 
 typedef struct {
     uint64_t count;               /* the last 48 bits of the ids */
-    char middle[ID_MIDDLE_BYTES]; /* begins with NUL before the first `reseed` */
+    char middle[ID_MIDDLE_BYTES]; /* starts with NUL before the first `reseed` */
 } EventState;
 
 typedef struct {
@@ -47,7 +47,7 @@ state_of_module(PyObject *module)
     return (SpeedupsState *)PyModule_GetState(module);
 }
 
-/* Each adds the functions and types of its part to the module. 0, or -1 with an exception set. */
+/* Each adds the functions and types of its part to the module. Returns 0, or -1 with an exception set. */
 int append_exec(PyObject *module);
 int decode_exec(PyObject *module);
 int dirscan_exec(PyObject *module);
@@ -55,34 +55,34 @@ int batch_io_exec(PyObject *module);
 int future_exec(PyObject *module);
 int event_exec(PyObject *module);
 
-/* For the garbage collector; the other parts hold no objects. */
+/* For the garbage collector. The other parts hold no objects. */
 int append_traverse(AppendState *state, visitproc visit, void *arg);
 void append_clear(AppendState *state);
 int future_traverse(FutureState *state, visitproc visit, void *arg);
 void future_clear(FutureState *state);
 
-/* Add a type to the module; `type` is a strong reference to it then, where it is not NULL. */
+/* Add a type to the module. If `type` is not NULL, it receives a strong reference to the type. */
 static inline int
 add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type)
 {
-    PyObject *made = PyType_FromModuleAndSpec(module, spec, NULL);
-    int added = made == NULL ? -1 : PyModule_AddType(module, (PyTypeObject *)made);
+    PyObject *new_type = PyType_FromModuleAndSpec(module, spec, NULL);
+    int result = new_type == NULL ? -1 : PyModule_AddType(module, (PyTypeObject *)new_type);
     if (type != NULL) {
-        *type = (PyTypeObject *)made;
+        *type = (PyTypeObject *)new_type;
     }
     else {
-        Py_XDECREF(made);
+        Py_XDECREF(new_type);
     }
-    return added;
+    return result;
 }
 
-/* The sum of two numbers, or the greatest or least that there is: a sum that overflows would be undefined. */
+/* The sum of two numbers, limited to the range of the type (signed overflow is undefined behaviour). */
 static inline long long
-add_saturated(long long one, long long other)
+add_saturated(long long left, long long right)
 {
     long long sum;
-    if (__builtin_add_overflow(one, other, &sum)) {
-        return other > 0 ? INT64_MAX : INT64_MIN;
+    if (__builtin_add_overflow(left, right, &sum)) {
+        return right > 0 ? INT64_MAX : INT64_MIN;
     }
     return sum;
 }

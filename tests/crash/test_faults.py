@@ -84,17 +84,17 @@ def what_cannot_be_put_is_forgotten(patch: Patch) -> None:
 
 
 def a_refusal_is_an_acceptance(patch: Patch) -> None:
-    real = Writer._undo
+    real = Writer._undo_append
 
     def undo(self: Writer, error: OSError, events: int) -> object:
         real(self, error, events)
         return ENQUEUED
 
-    patch.setattr(Writer, "_undo", undo)
+    patch.setattr(Writer, "_undo_append", undo)
 
 
 def a_short_write_is_taken_for_whole(patch: Patch) -> None:
-    patch.setattr(Writer, "_complete", lambda *_args: None)
+    patch.setattr(Writer, "_complete_append", lambda *_args: None)
 
 
 def a_listing_that_ends_early_is_a_crash(patch: Patch) -> None:

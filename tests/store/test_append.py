@@ -172,11 +172,11 @@ def test_counts_do_not_overflow() -> None:
         def append(self, _line: bytes, _events: int) -> str:
             return "left to the writer"
 
-        def _attend(self) -> None: ...
+        def _notify_threshold(self) -> None: ...
 
     state: Any = State()
     state.lock, state._limit, state._file = OpenLock(), 2**63 - 1, SegmentCounters()
-    state._file.bytes = state._file.events = state._file.attend_at = 2**63 - 1
+    state._file.bytes = state._file.events = state._file.threshold_events = 2**63 - 1
     enqueue: Any = speedups.Enqueue(
         state, lambda *_: pytest.fail("asked"), msgspec.json.encode, TrackingEvent, 10**6, lambda *_: pytest.fail("asked"),
         lambda _fd, line: len(line), ENQUEUED, power=False,
@@ -218,7 +218,7 @@ def test_a_full_file_that_has_no_successor_is_not_attended_to_at_each_event(tmp_
 
     def profile(frame: Any, event: str, _arg: object) -> None:
         nonlocal looks
-        looks += event == "call" and frame.f_code.co_name == "_attend"
+        looks += event == "call" and frame.f_code.co_name == "_notify_threshold"
 
     for _ in range(63):
         assert setup.put() == ENQUEUED

@@ -1,4 +1,4 @@
-"""Several operations in one call do what they do one by one: in Python, step by step, and where they are compiled."""
+"""Batch operations give the same results as single ones, both in Python (one call after another) and in C."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem, lo
 from tests.conftest import PLANTED, plant
 
 KINDS = [OsFilesystem, *([CompiledOsFilesystem] if COMPILED else [])]
-compiled_only = pytest.mark.skipif(not COMPILED, reason="not compiled here")
+compiled_only = pytest.mark.skipif(not COMPILED, reason="needs the C extension")
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
 def disk(request: pytest.FixtureRequest) -> Iterator[OsFilesystem]:
-    """Each of them, and nothing that it opened stays open."""
+    """Each implementation; the files that it leaves open are closed afterwards."""
     filesystem = request.param()
     yield filesystem
     filesystem.close_inherited()
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock of a file, as seen by who opens it anew."""
+    """Whether the lock of a file is held, seen from a new file description."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,11 +40,11 @@ def is_locked(path: Path) -> bool:
 
 
 def paths(folder: Path, count: int) -> list[str]:
-    return [str(folder / f"file-{number}-\udcff") for number in range(count)]  # also what is no UTF-8
+    return [str(folder / f"file-{number}-\udcff") for number in range(count)]  # not valid UTF-8
 
 
-def test_what_is_chosen_is_compiled_where_that_is_there() -> None:
-    """And not where it is to be left alone."""
+def test_the_compiled_filesystem_is_used_if_it_is_available() -> None:
+    """With `PILLARBOX_PURE_PYTHON` it is not used."""
     assert type(local_filesystem()) is KINDS[-1]
     code = "from pillarbox.store.os_filesystem import *; assert type(local_filesystem()) is OsFilesystem"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PILLARBOX_PURE_PYTHON": "1"})
@@ -53,7 +53,7 @@ def test_what_is_chosen_is_compiled_where_that_is_there() -> None:
 def test_files_are_created_for_appending_and_locked_and_only_the_owner_may_read_them(
     disk: OsFilesystem, tmp_path: Path
 ) -> None:
-    """Each as one by itself would be."""
+    """Like a file that is created alone."""
     names = paths(tmp_path, 3)
     fds, error = disk.create_each(names)
     assert (len(set(fds)), error) == (3, None)
@@ -73,8 +73,8 @@ def test_files_are_created_for_appending_and_locked_and_only_the_owner_may_read_
             os.fstat(fd)
 
 
-def test_creating_ends_with_the_first_that_fails_and_those_before_it_are_there(disk: OsFilesystem, tmp_path: Path) -> None:
-    """What there is, is used."""
+def test_creating_files_stops_at_the_first_failure(disk: OsFilesystem, tmp_path: Path) -> None:
+    """The files before it are created and returned."""
     names = paths(tmp_path, 3)
     Path(names[1]).write_bytes(b"somebody's")
     fds, error = disk.create_each(names)
@@ -86,22 +86,22 @@ def test_creating_ends_with_the_first_that_fails_and_those_before_it_are_there(d
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_forked_child_closes_what_was_created_held_and_opened_together(kind: type[OsFilesystem], tmp_path: Path) -> None:
-    """Or it would keep its parent's locks alive."""
+def test_a_forked_child_closes_the_files_that_batch_operations_opened(kind: type[OsFilesystem], tmp_path: Path) -> None:
+    """Otherwise it would keep its parent's locks."""
     filesystem = kind()
     names = paths(tmp_path, 2)
     fds, _ = filesystem.create_each(names)
     filesystem.close_each(fds[1:])
-    held = filesystem.open_locked(names[1])
-    opened = filesystem.open_existing(names[1])
-    expected = {fds[0], opened, *([] if held is None else [held])}
+    locked_fd = filesystem.open_locked(names[1])
+    opened_fd = filesystem.open_existing(names[1])
+    expected = {fds[0], opened_fd, *([] if locked_fd is None else [locked_fd])}
     assert filesystem._open_fds == expected
     filesystem.close_inherited()
     assert not any(is_locked(Path(name)) for name in names)
 
 
-def test_renaming_ends_with_the_first_that_fails(disk: OsFilesystem, tmp_path: Path) -> None:
-    """Those before it are renamed, and it says which one failed."""
+def test_renaming_files_stops_at_the_first_failure(disk: OsFilesystem, tmp_path: Path) -> None:
+    """The files before it are renamed, and the error names the file."""
     sources, targets = paths(tmp_path, 4), [f"{name}.to" for name in paths(tmp_path, 4)]
     for name in (sources[0], sources[1], sources[3]):
         Path(name).write_bytes(b"x")
@@ -117,26 +117,26 @@ def test_renaming_ends_with_the_first_that_fails(disk: OsFilesystem, tmp_path: P
         disk.rename_each(["a"], [])
 
 
-def test_each_sync_has_an_answer_of_its_own(disk: OsFilesystem, tmp_path: Path) -> None:
-    """One that fails leaves the others as good as they are."""
+def test_each_sync_has_its_own_result(disk: OsFilesystem, tmp_path: Path) -> None:
+    """A failed sync does not affect the others."""
     fds, _ = disk.create_each(paths(tmp_path, 2))
     reader, writer = os.pipe()  # cannot be synced
     try:
-        before, failed, behind = disk.sync_each([fds[0], writer, fds[1]])
+        first, failed, last = disk.sync_each([fds[0], writer, fds[1]])
     finally:
         os.close(reader)
         os.close(writer)
-    assert (before, behind) == (None, None)
+    assert (first, last) == (None, None)
     assert isinstance(failed, OSError)
     assert failed.errno == errno.EINVAL
     assert disk.sync_each([]) == []
 
 
-def test_a_directory_that_is_not_there_cannot_be_synced(disk: OsFilesystem, tmp_path: Path) -> None:
-    """And one that is, can."""
+def test_only_an_existing_directory_can_be_synced(disk: OsFilesystem, tmp_path: Path) -> None:
+    """A missing directory and a file raise the error of the system call."""
     disk.sync_directory(str(tmp_path))
     with pytest.raises(FileNotFoundError):
-        disk.sync_directory(str(tmp_path / "gone"))
+        disk.sync_directory(str(tmp_path / "missing"))
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         disk.sync_directory(str(tmp_path / "file"))
@@ -144,8 +144,8 @@ def test_a_directory_that_is_not_there_cannot_be_synced(disk: OsFilesystem, tmp_
 
 @compiled_only
 @pytest.mark.parametrize("planted", [*PLANTED, "nothing", "locked"])
-def test_only_what_is_simply_there_is_held_in_one_call(tmp_path: Path, planted: str) -> None:
-    """Whatever else there is, is looked at step by step, and said."""
+def test_open_locked_leaves_unusual_files_to_the_step_by_step_path(tmp_path: Path, planted: str) -> None:
+    """It returns None for them and leaves no descriptor open; the step-by-step path reports the reason."""
     disk, path, victim = CompiledOsFilesystem(), tmp_path / "path", tmp_path / "victim"
     victim.write_bytes(b"")
     if planted in PLANTED:
@@ -161,8 +161,8 @@ def test_only_what_is_simply_there_is_held_in_one_call(tmp_path: Path, planted: 
 
 
 @compiled_only
-def test_a_file_is_held_beside_others_who_hold_it_so(tmp_path: Path) -> None:
-    """In the queues of several sinks."""
+def test_several_holders_share_the_lock_of_a_file(tmp_path: Path) -> None:
+    """Sinks do so with the links in their queues."""
     disk, path = CompiledOsFilesystem(), tmp_path / "path"
     path.write_bytes(b"line\n")
     first, second = disk.open_locked(str(path), shared=True), disk.open_locked(str(path), shared=True)
@@ -173,15 +173,15 @@ def test_a_file_is_held_beside_others_who_hold_it_so(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.write(first, b"x")
     disk.close_each([first, second])
-    alone = disk.open_locked(str(path), writable=True)
-    assert alone is not None
-    assert os.write(alone, b"x") == 1
-    disk.close(alone)
+    exclusive = disk.open_locked(str(path), writable=True)
+    assert exclusive is not None
+    assert os.write(exclusive, b"x") == 1
+    disk.close(exclusive)
 
 
 @compiled_only
-def test_what_is_renamed_while_it_is_being_held_is_not_taken_for_what_it_was(tmp_path: Path) -> None:
-    """A thread renames one file after the other over the name; whoever is held is the one that has it."""
+def test_a_locked_file_is_the_one_that_has_the_name_despite_renames(tmp_path: Path) -> None:
+    """A thread renames other files over the name meanwhile."""
     disk, path = CompiledOsFilesystem(), tmp_path / "path"
     path.write_bytes(b"")
     stop = threading.Event()
@@ -193,17 +193,17 @@ def test_what_is_renamed_while_it_is_being_held_is_not_taken_for_what_it_was(tmp
 
     thread = threading.Thread(target=rename)
     thread.start()
-    held = 0
+    locks = 0
     try:
         for _ in range(2000):
             fd = disk.open_locked(str(path))
             if fd is not None:
-                held += 1
+                locks += 1
                 disk.close(fd)
     finally:
         stop.set()
         thread.join()
-    assert held
+    assert locks
     fd = disk.open_locked(str(path))
     assert fd is not None
     assert disk.is_file_at(fd, str(path))
@@ -214,12 +214,12 @@ LINES = b'{"n":1}\n{"n":2}\n'
 
 
 @compiled_only
-@pytest.mark.parametrize("begins", [b"", b"old\n", b"torn", b"x" * 99 + b"\n"])
+@pytest.mark.parametrize("contents", [b"", b"old\n", b"torn", b"x" * 99 + b"\n"])
 @pytest.mark.parametrize("lock", ["free", "held", "missing", "symlink"])
-def test_lines_are_appended_under_a_lock_only_where_that_is_simple(tmp_path: Path, begins: bytes, lock: str) -> None:
-    """The file ends in a whole line, is smaller than it may be, and nobody has the lock; or nothing is done at all."""
+def test_append_locked_needs_a_whole_last_line_and_a_free_lock(tmp_path: Path, contents: bytes, lock: str) -> None:
+    """The file must also be below its size limit. Otherwise nothing is written."""
     disk, path, guard = CompiledOsFilesystem(), tmp_path / "lines", tmp_path / "lock"
-    path.write_bytes(begins)
+    path.write_bytes(contents)
     if lock in {"free", "held"}:
         guard.touch()
     elif lock == "symlink":
@@ -227,7 +227,7 @@ def test_lines_are_appended_under_a_lock_only_where_that_is_simple(tmp_path: Pat
     holder = disk.open_locked(str(guard)) if lock == "held" else None
     before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
     fd = disk.append_locked(str(guard), str(path), LINES, max_size=100)
-    if begins == b"old\n" and lock == "free":
+    if contents == b"old\n" and lock == "free":
         assert fd is not None
         assert path.read_bytes() == b"old\n" + LINES
         assert not is_locked(guard)
@@ -235,15 +235,15 @@ def test_lines_are_appended_under_a_lock_only_where_that_is_simple(tmp_path: Pat
         disk.close(fd)
     else:
         assert fd is None
-        assert path.read_bytes() == begins
+        assert path.read_bytes() == contents
     assert (set(os.listdir("/proc/self/fd")) if before else set()) == before
     if holder is not None:
         disk.close(holder)
 
 
 @compiled_only
-def test_what_the_disk_takes_in_part_is_taken_back(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a full disk; the process is one of its own, for the limit is too."""
+def test_a_partly_written_append_is_cut_off(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk. It applies to a whole process, so the test starts one."""
     (tmp_path / "lock").touch()
     (tmp_path / "lines").write_bytes(b"old\n")
     code = """
@@ -259,7 +259,7 @@ assert CompiledOsFilesystem().append_locked("lock", "lines", b"new line\\n", max
 
 @compiled_only
 def test_two_processes_that_append_under_a_lock_lose_nothing(tmp_path: Path) -> None:
-    """Who does not get the lock is told so, and comes again."""
+    """A process that does not get the lock gets None, and tries again."""
     (tmp_path / "lock").touch()
     (tmp_path / "lines").write_bytes(b"first\n")
     code = """
@@ -271,8 +271,8 @@ for number in range(300):
         pass
     disk.close(fd)
 """
-    both = [subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path) for name in ("a", "b")]
-    assert [process.wait(60) for process in both] == [0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path) for name in ("a", "b")]
+    assert [process.wait(60) for process in processes] == [0, 0]
     lines = (tmp_path / "lines").read_bytes().splitlines()
     for name in (b"a", b"b"):
         assert [line for line in lines if line.startswith(name)] == [b"%b-%d" % (name, number) for number in range(300)]
@@ -299,7 +299,7 @@ for number in range(300):
         ("sync_directory", (None,)),
     ],
 )
-def test_what_is_no_descriptor_or_path_is_refused(function: str, arguments: tuple[object, ...]) -> None:
-    """Rather than read as if it were."""
+def test_arguments_of_the_wrong_type_raise(function: str, arguments: tuple[object, ...]) -> None:
+    """They are not read as descriptors or paths."""
     with pytest.raises((TypeError, ValueError, OverflowError)):
         getattr(speedups, function)(*arguments)

@@ -124,7 +124,7 @@ def test_a_request_during_an_append_is_handled_after_it(setup: WriterSetup) -> N
     request_seal(setup.outbox_dir, setup.clock)
     with setup.writer.lock:
         limit, setup.writer._limit = setup.writer._limit, -1  # as an append that is under way leaves it
-        setup.writer._broken = False
+        setup.writer._append_interrupted = False
         assert not setup.writer.rotate("manual")
         setup.writer._limit = limit
     later(setup)

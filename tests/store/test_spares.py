@@ -87,7 +87,7 @@ def test_a_segment_that_may_hold_more_is_checked_again_once_the_others_are_seale
     assert line.writer.add_spares(spares) == []
     line.append(2 * 8 + 4 * 8 + 2 - 1)
     assert [len(lines) for _, lines in filled(outbox_dir)][-1] == 2  # of six
-    assert line.writer._file.attend_at == 4
+    assert line.writer._file.threshold_events == 4
     line.sealer.step()
     line.append(3)
     assert [len(lines) for _, lines in filled(outbox_dir)] == [3, 2]

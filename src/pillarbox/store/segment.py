@@ -61,7 +61,7 @@ class Segment(SegmentCounters):
         self.is_sealed = False  # it was renamed to its sealed name, and its descriptor is closed
         self.bytes = 0
         self.events = 0
-        self.attend_at = 1  # number of events at which the hot path calls `_attend`
+        self.threshold_events = 1  # number of events at which the hot path calls `_notify_threshold`
         self.is_counted = False  # in `Writer.pending_files`
         self.seal_reason: SealReason = "manual"  # why it was retired
 

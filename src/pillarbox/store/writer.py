@@ -6,7 +6,7 @@ The hot path is one closure (`build_enqueue`), because calls and attribute look-
 comparison: with `_limit`, the number of bytes that the active segment may grow to. While an append is under way, `_limit` is
 `_IN_PROGRESS`, which is negative, so that nothing fits. Whoever finds that value is one of two: a signal handler that
 interrupts an append, which continues afterwards (the handler may append, and change nothing else); or the first caller after an
-append that an exception cut short (`_broken`), which repairs the segment.
+append that an exception cut short (`_append_interrupted`), which repairs the segment.
 
 CPython runs signal handlers only at calls and at backward jumps. Lines marked "no call" rely on that: no handler can run
 between them.
@@ -83,7 +83,7 @@ class Writer(WriterState):
             None  # being rotated out; after an interrupt, `_repair_torn_tail` finishes the rotation
         )
         self._limit = _NO_SEGMENT
-        self._broken = False  # an exception cut an append short, and nobody will reset `_limit`
+        self._append_interrupted = False  # an exception cut an append short, and nobody will reset `_limit`
         self._repairing = False  # the end of the segment is being repaired: not even a signal handler may append to it
         self._bytes_left = 0  # bytes that the active segment may have before `max_bytes` is reached
         self._disk_low = False  # the volume has less free space than `min_free_bytes`
@@ -127,22 +127,22 @@ class Writer(WriterState):
                     try:
                         written = write(file.fd, line)
                         if written != size:
-                            w._complete(file, line, written)
+                            w._complete_append(file, line, written)
                         file.bytes += size
                         file.events = count = file.events + 1
                         w._limit = limit
-                        if count >= file.attend_at:
-                            w._attend()
+                        if count >= file.threshold_events:
+                            w._notify_threshold()
                     except OSError as error:
-                        return w._undo(error, 1)
+                        return w._undo_append(error, 1)
                     except BaseException:
-                        w._broken = True
+                        w._append_interrupted = True
                         raise
                     return ENQUEUED
                 try:
                     outcome = w._append_slow(line, 1, limit)
                 except BaseException:
-                    w._broken |= limit != _IN_PROGRESS
+                    w._append_interrupted |= limit != _IN_PROGRESS
                     raise
             return outcome if outcome is not None else begin(line, 1)
 
@@ -155,7 +155,7 @@ class Writer(WriterState):
             try:
                 return self._append_slow(lines, events, previous_limit)
             except BaseException:
-                self._broken |= previous_limit != _IN_PROGRESS
+                self._append_interrupted |= previous_limit != _IN_PROGRESS
                 raise
 
     def append_unsynced(self, lines: bytes, events: int) -> tuple[Outcome, Segment]:
@@ -183,7 +183,7 @@ class Writer(WriterState):
     def abandon_after_fork(self) -> None:
         """In a forked child: give up the parent's segments. A child's `enqueue` calls `AppendHooks.append_unstarted`."""
         self.lock = threading.RLock()
-        self._started = self._closed = self._broken = self.accepts = False
+        self._started = self._closed = self._append_interrupted = self.accepts = False
         self._file, self._limit = Segment(NO_FILE), _NO_SEGMENT
         self._spares.clear()
         self._last_appended = self._file
@@ -193,17 +193,17 @@ class Writer(WriterState):
     def _append_slow(self, lines: bytes, events: int, previous_limit: int) -> Outcome | None:
         """Append where the hot path could not. `previous_limit` is the value that `_limit` had."""
         if previous_limit == _IN_PROGRESS:
-            if not self._broken:
+            if not self._append_interrupted:
                 return self._append_nested(lines, events)
             # No call: a signal handler that runs from here on finds an append under way.
-            self._broken, self._repairing = False, True
+            self._append_interrupted, self._repairing = False, True
         try:
             try:
                 return self._append_checked(lines, events)
             except OSError as error:
-                return self._undo(error, events)
+                return self._undo_append(error, events)
         except BaseException:
-            self._broken = True
+            self._append_interrupted = True
             raise
 
     def _append_checked(self, lines: bytes, events: int) -> Outcome | None:
@@ -233,11 +233,11 @@ class Writer(WriterState):
         file = self._file
         written = self._filesystem.write(file.fd, lines)
         if written != size:
-            self._complete(file, lines, written)
+            self._complete_append(file, lines, written)
         file.bytes += size
         file.events += events
         self._last_appended = file
-        self._attend()
+        self._notify_threshold()
         return ENQUEUED
 
     def _append_nested(self, lines: bytes, events: int) -> Outcome:
@@ -286,7 +286,7 @@ class Writer(WriterState):
     def _count_as_pending(self, file: Segment) -> None:
         """Count the active segment among the pending files, once it holds an event."""
         if not file.is_counted:
-            file.is_counted, file.attend_at = True, self.limits.batch_size
+            file.is_counted, file.threshold_events = True, self.limits.batch_size
             self.pending_files += 1
 
     def _update_limit(self) -> None:
@@ -318,7 +318,7 @@ class Writer(WriterState):
         number = self._highest_used
         return layout.active_name(self._writer_id, number)
 
-    def _complete(self, file: Segment, lines: bytes, written: int) -> None:
+    def _complete_append(self, file: Segment, lines: bytes, written: int) -> None:
         """After a short write: cut off what was written, and write the lines again, all or none."""
         self._repairing = True
         filesystem = self._filesystem
@@ -336,11 +336,11 @@ class Writer(WriterState):
 
     def _start_repair(self) -> None:
         """Repair the segment, and note where that fails, so that the next caller repairs it. Raises `OSError`."""
-        self._limit, self._broken, self._repairing = _IN_PROGRESS, False, True
+        self._limit, self._append_interrupted, self._repairing = _IN_PROGRESS, False, True
         try:
             self._repair_torn_tail()
         except BaseException:
-            self._broken = True
+            self._append_interrupted = True
             raise
 
     def _repair_torn_tail(self) -> None:
@@ -358,11 +358,11 @@ class Writer(WriterState):
                     more = filesystem.read_at(file.fd, file.bytes, end - file.bytes).count(b"\n")
                     file.events += more  # no call from here on: bytes and events must agree
                 file.bytes = end
-            self._broken = False
+            self._append_interrupted = False
         finally:
             self._repairing = False
 
-    def _undo(self, error: OSError, events: int) -> Dropped:
+    def _undo_append(self, error: OSError, events: int) -> Dropped:
         """After a failed append: cut off what it wrote. Where that fails too, retire the segment as it is."""
         self._repairing = True
         try:
@@ -374,11 +374,11 @@ class Writer(WriterState):
             self._retire("manual")
         finally:
             self._repairing = False
-        self._broken = False
+        self._append_interrupted = False
         self._update_limit()
         return self._count_drop(drop_reason_of(error), events)
 
-    def _attend(self) -> None:
+    def _notify_threshold(self) -> None:
         """Handle the first event of a segment and a full segment, which the hot path does not."""
         self._limit = _IN_PROGRESS
         file = self._file
@@ -390,11 +390,11 @@ class Writer(WriterState):
         due = self.limits.batch_size * (1 + len(self.retired) // _GROW_EVERY)
         if file.events >= self.limits.batch_size:
             if file.events < due:
-                file.attend_at = min(due, file.events + self.limits.batch_size)  # some may be sealed by then
+                file.threshold_events = min(due, file.events + self.limits.batch_size)  # some may be sealed by then
             elif self._spares and len(self.retired) < RETIRED_MAX and self.pending_files < self.limits.max_files:
                 self._retire("batch_size")
             else:  # a check at each event would cost more than the event
-                file.attend_at = file.events + max(1, self.limits.batch_size // SPARE_RECHECK_SHARE)
+                file.threshold_events = file.events + max(1, self.limits.batch_size // SPARE_RECHECK_SHARE)
         self._update_limit()
 
     def _retire(self, reason: SealReason) -> None:
@@ -481,7 +481,7 @@ class Writer(WriterState):
         """Retire the active segment if it holds anything. False where an append is under way, which must find its segment."""
         with self.lock:
             previous_limit, self._limit = self._limit, _IN_PROGRESS
-            if previous_limit == _IN_PROGRESS and not self._broken:
+            if previous_limit == _IN_PROGRESS and not self._append_interrupted:
                 return False
             try:
                 if previous_limit == _IN_PROGRESS:
@@ -492,7 +492,7 @@ class Writer(WriterState):
             except OSError:
                 return False
             except BaseException:
-                self._broken = True
+                self._append_interrupted = True
                 raise
             return True
 
