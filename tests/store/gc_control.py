@@ -1,4 +1,4 @@
-"""The garbage collector, where a test must know what it may run."""
+"""Controls the garbage collector in tests that must know what it can run."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_foreign_garbage() -> Iterator[None]:
-    """What is collected was made within, and nobody is told of it.
+    """Collect only objects that were created within the block, and call no callbacks of the collector.
 
-    Where the collector runs a finalizer of what other tests have left, or hypothesis's function that times collections, the
-    exception of a signal handler that comes within it is lost: there is nobody to whom it could be raised.
+    If the collector runs a finalizer of an object of another test, or the function by which hypothesis times collections, an
+    exception that a signal handler raises there is lost, because the interpreter cannot pass it on.
     """
-    before = gc.callbacks[:]
+    callbacks = gc.callbacks[:]
     gc.collect()
     gc.freeze()
     gc.callbacks.clear()
     try:
         yield
     finally:
-        gc.callbacks[:] = before
+        gc.callbacks[:] = callbacks
         gc.unfreeze()
 
 
 @contextmanager
 def collection_at_next_allocation() -> Iterator[None]:
-    """Disabled, with nothing to look through but what comes; once enabled, it collects at the next allocation."""
-    before = gc.get_threshold()
+    """Disable the collector; once it is enabled, it collects at the next allocation, and only new objects."""
+    thresholds = gc.get_threshold()
     with no_foreign_garbage():
         gc.disable()
         gc.set_threshold(1, 10**6, 10**6)
         try:
             yield
         finally:
-            gc.set_threshold(*before)
+            gc.set_threshold(*thresholds)
             gc.enable()

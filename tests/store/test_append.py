@@ -1,6 +1,6 @@
-"""The compiled pieces of the hot path do what those in Python do.
+"""The compiled hot path does the same as the one in Python.
 
-The tests of the writer and of the outbox run with whichever is chosen; `tools/check` runs those of the store with both.
+The tests of the writer and of the outbox use the installed one; `tools/check` runs the tests of the store with both.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from tests.store.writer_scenarios import WriterSetup
 
 EVENT_FIELDS = {"event_key": "k", "scope_kind": "Site", "scope_id": "s"}
 EVENT = TrackingEvent(event_id="e", occurred_at_micros=1, **EVENT_FIELDS)
-compiled_only = pytest.mark.skipif(not COMPILED, reason="the hot path is not compiled here")
+compiled_only = pytest.mark.skipif(not COMPILED, reason="needs the C extension")
 
 
 @pytest.mark.parametrize("size", [*range(200), 255, 256, 257, 4095, 4096, 4097, EVENT_BYTES_MAX])
-def test_a_record_is_the_same_and_is_read_back(size: int) -> None:
-    """Of any length: the checksum is reckoned in blocks."""
+def test_records_are_the_same_in_c_and_python_and_are_read_back(size: int) -> None:
+    """For any length: the C code computes the checksum in blocks."""
     payload = os.urandom(size)
     record = b'{"event":%b,"crc":"%08x"}\n' % (payload, crc32(payload))
     assert encode_record(payload) == py_encode_record(payload) == record
@@ -54,8 +54,8 @@ def test_a_record_is_the_same_and_is_read_back(size: int) -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, 10**6), st.integers(1, 255))
-def test_what_is_not_exactly_a_record_is_none(payload: bytes, at: int, change: int) -> None:
-    """One byte off, anywhere, or one too many or too few."""
+def test_a_damaged_record_is_not_decoded(payload: bytes, at: int, change: int) -> None:
+    """One byte is changed anywhere, or there is one too many or too few."""
     record = py_encode_record(payload)[:-1]
     at %= len(record)
     changed = record[:at] + bytes([record[at] ^ change]) + record[at + 1 :]
@@ -66,14 +66,14 @@ def test_what_is_not_exactly_a_record_is_none(payload: bytes, at: int, change: i
 
 @pytest.mark.parametrize("function", [encode_record, decode_record])
 @pytest.mark.parametrize("wrong", [None, "text", 1])
-def test_what_is_not_bytes_is_refused(function: Any, wrong: object) -> None:
-    """Rather than read as if it were."""
+def test_arguments_that_are_not_bytes_raise(function: Any, wrong: object) -> None:
+    """Text and other objects are not converted."""
     with pytest.raises(TypeError):
         function(wrong)
 
 
 class OddError(Exception):
-    """Somebody's own."""
+    """An exception that the package does not know."""
 
 
 def _encode(event: Any) -> bytes:
@@ -84,7 +84,7 @@ def _encode(event: Any) -> bytes:
     return msgspec.json.encode(event)
 
 
-def _line_of(event: Any) -> bytes | Dropped:
+def _encode_other(event: Any) -> bytes | Dropped:
     if event == "raises":
         raise OddError
     return b"<%b>" % event if isinstance(event, bytes) else DROPPED["invalid"]
@@ -96,30 +96,30 @@ def _events() -> list[Any]:
 
 
 @pytest.mark.parametrize("encode_all", [encode_records, py_encode_records])
-def test_events_are_packed_into_one_and_each_refusal_stays_where_it_was(encode_all: Any) -> None:
-    """Those of another type, too large, or that do not encode, are asked about."""
-    lines, refused = encode_all(iter(_events()), _encode, TrackingEvent, 400, _line_of)
-    refusals = [False, False, True, True, True, False, True, *[False] * 40]
-    assert refused == [DROPPED["invalid"] if refusal else None for refusal in refusals]
+def test_records_are_joined_and_each_dropped_event_has_its_reason(encode_all: Any) -> None:
+    """`encode_other` decides about events of another type, too large ones, and those that do not encode."""
+    lines, dropped = encode_all(iter(_events()), _encode, TrackingEvent, 400, _encode_other)
+    is_dropped = [False, False, True, True, True, False, True, *[False] * 40]
+    assert dropped == [DROPPED["invalid"] if expected else None for expected in is_dropped]
     good = py_encode_record(msgspec.json.encode(EVENT))
     last = py_encode_record(msgspec.json.encode(msgspec.structs.replace(EVENT, event_key="y")))
     assert lines == good + b"<line>" + last + 40 * good
-    assert encode_all([], _encode, TrackingEvent, 400, _line_of) == (b"", [])
+    assert encode_all([], _encode, TrackingEvent, 400, _encode_other) == (b"", [])
 
 
 @pytest.mark.parametrize("encode_all", [encode_records, py_encode_records])
-def test_what_is_raised_while_events_are_packed_comes_through(encode_all: Any) -> None:
-    """By the iterable, by whoever is asked, and an interrupt by the encoder."""
+def test_exceptions_while_records_are_joined_are_raised(encode_all: Any) -> None:
+    """Those of the iterable and of `encode_other`, and an interrupt in the encoder."""
 
-    def broken() -> Any:
+    def failing_iterator() -> Any:
         yield EVENT
         raise OddError
 
-    for events, error in ((broken(), OddError), (["raises"], OddError), (None, TypeError)):
+    for events, error in ((failing_iterator(), OddError), (["raises"], OddError), (None, TypeError)):
         with pytest.raises(error):
-            encode_all(events, _encode, TrackingEvent, 400, _line_of)
+            encode_all(events, _encode, TrackingEvent, 400, _encode_other)
     with pytest.raises(KeyboardInterrupt):
-        encode_all([msgspec.structs.replace(EVENT, event_key="interrupts")], _encode, TrackingEvent, 400, _line_of)
+        encode_all([msgspec.structs.replace(EVENT, event_key="interrupts")], _encode, TrackingEvent, 400, _encode_other)
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ def outbox(tmp_path: Path) -> Any:
         yield outbox
 
 
-def test_enqueue_is_called_as_its_signature_says(outbox: Outbox) -> None:
-    """By position or by name; anything else is a `TypeError`."""
+def test_enqueue_accepts_the_arguments_of_its_signature(outbox: Outbox) -> None:
+    """By position or by name; other arguments are a `TypeError`."""
     assert str(inspect.signature(outbox.enqueue)).startswith("(event")
     assert outbox.enqueue.__doc__
     assert outbox.enqueue(EVENT) == outbox.enqueue(event=EVENT) == Enqueued("process")
@@ -150,15 +150,15 @@ def test_enqueue_is_called_as_its_signature_says(outbox: Outbox) -> None:
     assert outbox.stats().accepted == 4
 
 
-def test_power_is_waited_for_where_it_is_the_outbox_s_own(tmp_path: Path) -> None:
-    """Which is not the simple case."""
+def test_a_call_without_durability_uses_that_of_the_outbox(tmp_path: Path) -> None:
+    """With `power`, the call waits for the sync, which is not the simple case."""
     with Outbox(str(tmp_path / "outbox"), durability="power") as outbox:
         assert outbox.enqueue(EVENT) == Enqueued("power")
         assert outbox.enqueue(EVENT, durability="process") == Enqueued("process")
 
 
 class OpenLock:
-    """Nobody else uses the writer."""
+    """A lock without contention, because no other thread uses the writer."""
 
     def acquire(self) -> None: ...
     def release(self) -> None: ...
@@ -166,7 +166,7 @@ class OpenLock:
 
 @compiled_only
 def test_counts_do_not_overflow() -> None:
-    """A segment that claims as many bytes as a machine word counts has no room for more, and is left to the writer."""
+    """A segment whose byte count is at the maximum of its type has no room; the append is left to the writer."""
 
     class State(WriterState):
         def append(self, _line: bytes, _events: int) -> str:
@@ -178,7 +178,7 @@ def test_counts_do_not_overflow() -> None:
     state.lock, state._limit, state._file = OpenLock(), 2**63 - 1, SegmentCounters()
     state._file.bytes = state._file.events = state._file.threshold_events = 2**63 - 1
     enqueue: Any = speedups.Enqueue(
-        state, lambda *_: pytest.fail("asked"), msgspec.json.encode, TrackingEvent, 10**6, lambda *_: pytest.fail("asked"),
+        state, lambda *_: pytest.fail("called"), msgspec.json.encode, TrackingEvent, 10**6, lambda *_: pytest.fail("called"),
         lambda _fd, line: len(line), ENQUEUED, power=False,
     )  # fmt: skip
     for size in (2**63 - 1, 2**63 - 2, -(2**63), 0):
@@ -192,8 +192,8 @@ def test_counts_do_not_overflow() -> None:
 
 
 @compiled_only
-def test_the_simple_case_is_not_the_closure_s(tmp_path: Path) -> None:
-    """Otherwise the compiled path would be tested nowhere."""
+def test_the_simple_case_runs_no_python_of_the_writer(tmp_path: Path) -> None:
+    """Otherwise no test would cover the compiled path."""
     setup = WriterSetup(tmp_path / "outbox")
     calls = 0
 
@@ -211,14 +211,14 @@ def test_the_simple_case_is_not_the_closure_s(tmp_path: Path) -> None:
     setup.check()
 
 
-def test_a_full_file_that_has_no_successor_is_not_attended_to_at_each_event(tmp_path: Path) -> None:
-    """That cost as much as the event; once there is a spare, a few events more fill the file."""
+def test_a_full_segment_without_a_spare_is_not_checked_at_each_event(tmp_path: Path) -> None:
+    """A check costs as much as an event. Once there is a spare, a few more events retire the segment."""
     setup = WriterSetup(tmp_path / "outbox", batch_size=64)
-    looks = 0
+    checks = 0
 
     def profile(frame: Any, event: str, _arg: object) -> None:
-        nonlocal looks
-        looks += event == "call" and frame.f_code.co_name == "_notify_threshold"
+        nonlocal checks
+        checks += event == "call" and frame.f_code.co_name == "_notify_threshold"
 
     for _ in range(63):
         assert setup.put() == ENQUEUED
@@ -228,7 +228,7 @@ def test_a_full_file_that_has_no_successor_is_not_attended_to_at_each_event(tmp_
             assert setup.put() == ENQUEUED
     finally:
         sys.setprofile(None)
-    assert looks == 64 // (64 // SPARE_RECHECK_SHARE)
+    assert checks == 64 // (64 // SPARE_RECHECK_SHARE)
     assert setup.writer.retired_segments() == []
     setup.sealer.step()
     for _ in range(64 // SPARE_RECHECK_SHARE):
@@ -237,28 +237,28 @@ def test_a_full_file_that_has_no_successor_is_not_attended_to_at_each_event(tmp_
     setup.check()
 
 
-def test_an_outbox_that_nobody_holds_is_collected(tmp_path: Path) -> None:
-    """`enqueue` holds what holds `enqueue`."""
+def test_an_unreferenced_outbox_is_collected(tmp_path: Path) -> None:
+    """`enqueue` and the outbox refer to each other."""
     outbox = Outbox(str(tmp_path / "outbox"))
     assert outbox.enqueue(EVENT)
     outbox.close()
-    gone = weakref.ref(outbox._writer)
+    writer = weakref.ref(outbox._writer)
     del outbox
     gc.collect()
-    assert gone() is None
+    assert writer() is None
 
 
-def resident() -> int:
-    """Bytes of memory that this process has."""
+def resident_bytes() -> int:
+    """Bytes of memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_no_way_through_leaks(tmp_path: Path) -> None:
-    """A hundred thousand times through each: what is kept would show, one reference at a time."""
+def test_no_path_of_enqueue_leaks(tmp_path: Path) -> None:
+    """20,000 calls of each path would show a leak of one reference per call."""
     with Outbox(str(tmp_path / "outbox")) as outbox:
         wrong: Any = [object(), msgspec.structs.replace(EVENT, event_key="x" * EVENT_BYTES_MAX)]
 
-        def all_ways(count: int) -> None:
+        def call_all_paths(count: int) -> None:
             for _ in range(count):
                 outbox.enqueue(EVENT)
                 outbox.enqueue(EVENT, durability="process")
@@ -267,16 +267,16 @@ def test_no_way_through_leaks(tmp_path: Path) -> None:
             for _ in range(count // 1000):
                 outbox.enqueue(wrong[1])
 
-        all_ways(2000)
+        call_all_paths(2000)
         gc.collect()
-        references, before = sys.getrefcount(EVENT), resident()
-        all_ways(20_000)
+        references, bytes_before = sys.getrefcount(EVENT), resident_bytes()
+        call_all_paths(20_000)
         gc.collect()
         assert sys.getrefcount(EVENT) == references
-        assert resident() - before < 4 * 2**20
+        assert resident_bytes() - bytes_before < 4 * 2**20
 
 
-_PURE = """
+_PURE_PYTHON_SCRIPT = """
 import sys
 from pillarbox import Outbox, TrackingEvent
 from pillarbox._native import (
@@ -299,9 +299,9 @@ print(COMPILED)
 """
 
 
-def test_it_can_be_declined(tmp_path: Path) -> None:
-    """By the environment."""
+def test_the_environment_can_disable_the_extension(tmp_path: Path) -> None:
+    """With `PILLARBOX_PURE_PYTHON=1`, the functions in Python are used."""
     environment = os.environ | {"PILLARBOX_PURE_PYTHON": "1"}
-    command = [sys.executable, "-c", _PURE, str(tmp_path / "outbox")]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("False\n", "")
+    command = [sys.executable, "-c", _PURE_PYTHON_SCRIPT, str(tmp_path / "outbox")]
+    process = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
+    assert (process.stdout, process.stderr) == ("False\n", "")
