@@ -36,7 +36,7 @@ def names(outbox_dir: Directory) -> list[str]:
 
 
 def test_directories_and_files_are_for_the_owner_only(outbox_dir: Directory) -> None:
-    """Modes 0700 and 0600."""
+    """Their modes are 0700 and 0600."""
     outbox_dir.filesystem.close(outbox_dir.filesystem.create(outbox_dir.path_of("active-w-1.ndjson")))
     assert stat.S_IMODE(os.stat(outbox_dir.path).st_mode) == 0o700
     assert stat.S_IMODE(os.stat(outbox_dir.path_of("active-w-1.ndjson")).st_mode) == 0o600
@@ -45,22 +45,22 @@ def test_directories_and_files_are_for_the_owner_only(outbox_dir: Directory) -> 
 def test_a_directory_open_to_others_is_used_with_a_warning(
     tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The operator may have a reason."""
+    """It is not an error, because the operator may have a reason."""
     tmp_path.chmod(0o755)
     Directory(str(tmp_path), OsFilesystem(), clock).ensure_usable()
     assert "chmod 700" in caplog.text
 
 
 @pytest.mark.parametrize("path", ["file", "file/below", "\0"])
-def test_an_unusable_directory_is_an_error_at_once(tmp_path: Path, clock: ManualClock, path: str) -> None:
-    """Not at the first event."""
+def test_an_unusable_directory_raises_before_the_first_event(tmp_path: Path, clock: ManualClock, path: str) -> None:
+    """The check is part of the start."""
     (tmp_path / "file").write_text("")
     with pytest.raises((DirectoryUnusableError, ValueError)):
         Directory(str(tmp_path / path), OsFilesystem(), clock).ensure_usable()
 
 
 def test_pending_bytes_are_those_of_segments_and_batch_files(outbox_dir: Directory) -> None:
-    """The example in the tests of the older system: 12 bytes."""
+    """12 bytes, as in an example in the tests of the older system."""
     put(outbox_dir, "active.ndjson", b"active")
     put(outbox_dir, "sealed-one.ndjson", b"sealed")
     put(outbox_dir, "corrupt-sealed-two.ndjson", b"corrupt")
@@ -73,30 +73,30 @@ def test_pending_bytes_are_those_of_segments_and_batch_files(outbox_dir: Directo
 
 
 def test_batches_are_listed_oldest_first(outbox_dir: Directory) -> None:
-    """By name."""
-    for stamp in (30, 4, 100):
-        put(outbox_dir, layout.sealed_name(stamp, "u"))
+    """The seal time is in the name."""
+    for sealed_at in (30, 4, 100):
+        put(outbox_dir, layout.sealed_name(sealed_at, "u"))
     assert [layout.sealed_at(name) for name in outbox_dir.batch_names()] == [4, 30, 100]
 
 
 def test_a_locked_file_cannot_be_locked_again(outbox_dir: Directory) -> None:
-    """Until its descriptor is closed."""
+    """The lock is released when the descriptor is closed."""
     put(outbox_dir, "sealed-a.ndjson")
-    taken = outbox_dir.lock_existing("sealed-a.ndjson")
-    assert taken is not None
+    locked = outbox_dir.lock_existing("sealed-a.ndjson")
+    assert locked is not None
     assert outbox_dir.lock_existing("sealed-a.ndjson") is None
-    outbox_dir.filesystem.close(taken.fd)
-    again = outbox_dir.lock_existing("sealed-a.ndjson")
-    assert again is not None
-    outbox_dir.filesystem.close(again.fd)
+    outbox_dir.filesystem.close(locked.fd)
+    locked = outbox_dir.lock_existing("sealed-a.ndjson")
+    assert locked is not None
+    outbox_dir.filesystem.close(locked.fd)
 
 
 def test_a_deleted_file_is_not_locked(outbox_dir: Directory) -> None:
-    """Another process delivered it."""
+    """Another process may deliver and delete it first."""
     assert outbox_dir.lock_existing("sealed-a.ndjson") is None
 
 
-class _Swapping(OsFilesystem):
+class _SwappingFilesystem(OsFilesystem):
     """Replaces the file between open and lock, once."""
 
     swaps = 1
@@ -111,13 +111,13 @@ class _Swapping(OsFilesystem):
 
 
 def test_a_file_that_is_replaced_between_open_and_lock_is_opened_again(tmp_path: Path, clock: ManualClock) -> None:
-    """The lock is for the file that has the name now."""
-    outbox_dir = Directory(str(tmp_path), _Swapping(), clock)
+    """The lock is that of the file that has the name now."""
+    outbox_dir = Directory(str(tmp_path), _SwappingFilesystem(), clock)
     put(outbox_dir, "sealed-a.ndjson", b"old\n")
-    taken = outbox_dir.lock_existing("sealed-a.ndjson")
-    assert taken is not None
-    assert outbox_dir.filesystem.read_all(taken.fd) == b"new\n"
-    outbox_dir.filesystem.close(taken.fd)
+    locked = outbox_dir.lock_existing("sealed-a.ndjson")
+    assert locked is not None
+    assert outbox_dir.filesystem.read_all(locked.fd) == b"new\n"
+    outbox_dir.filesystem.close(locked.fd)
 
 
 @pytest.mark.parametrize("planted", PLANTED)
@@ -162,25 +162,25 @@ EXAMPLES = {
 @pytest.mark.parametrize("lock", LockState)
 @pytest.mark.parametrize("kind", Kind)
 def test_recovery_does_what_the_table_says(outbox_dir: Directory, kind: Kind, lock: LockState, tail: FileTail) -> None:
-    """On a real directory, twice: the second time changes nothing."""
+    """On a real directory. A second recovery changes nothing."""
     data = {FileTail.EMPTY: b"", FileTail.WHOLE: b"some\n", FileTail.TORN: b"some\nto", FileTail.NUL: b"some\nto\0\0"}[tail]
     path = put(outbox_dir, EXAMPLES[kind], data)
     holder = os.open(path, os.O_RDONLY)
     if lock is LockState.ANOTHER:
         fcntl.flock(holder, fcntl.LOCK_EX)
-    adopted = recover(outbox_dir)
-    after = names(outbox_dir)
+    recovered = recover(outbox_dir)
+    names_after = names(outbox_dir)
     assert recover(outbox_dir) == []
-    assert names(outbox_dir) == after
+    assert names(outbox_dir) == names_after
     os.close(holder)
     action = RECOVERY[kind, lock, tail]
     if action is RecoveryAction.LEAVE:
-        assert (adopted, after) == ([], [path.name])
+        assert (recovered, names_after) == ([], [path.name])
     elif action is RecoveryAction.REMOVE:
-        assert (adopted, after) == ([], [])
+        assert (recovered, names_after) == ([], [])
     else:
-        assert after == [adopted[0].sealed_name]
-        assert (Path(outbox_dir.path) / after[0]).read_bytes() == data
+        assert names_after == [recovered[0].sealed_name]
+        assert (Path(outbox_dir.path) / names_after[0]).read_bytes() == data
 
 
 def test_seal_times_increase_even_where_the_clock_steps_back(outbox_dir: Directory, clock: ManualClock) -> None:
@@ -206,21 +206,21 @@ def test_a_forged_seal_time_far_in_the_future_is_ignored(outbox_dir: Directory, 
     assert layout.sealed_at(sealed[0]) == clock.micros()
 
 
-def test_an_atomic_write_is_whole_or_not_at_all_and_may_be_repeated(outbox_dir: Directory) -> None:
-    """The temporary file of an interrupted one is left to recovery, which may hold it already."""
+def test_an_atomic_write_may_be_repeated_after_an_interrupted_one(outbox_dir: Directory) -> None:
+    """Recovery removes the temporary file of the interrupted one, even if its lock is held meanwhile."""
     put(outbox_dir, "dead-a.ndjson.x.aside", b"half")
-    held = outbox_dir.lock_existing("dead-a.ndjson.x.aside")
-    assert held is not None
+    temporary = outbox_dir.lock_existing("dead-a.ndjson.x.aside")
+    assert temporary is not None
     outbox_dir.write_atomically("dead-a.ndjson", b"one\n")
     outbox_dir.write_atomically("dead-a.ndjson", b"one\n")
-    outbox_dir.filesystem.close(held.fd)
+    outbox_dir.filesystem.close(temporary.fd)
     recover(outbox_dir)
     assert names(outbox_dir) == ["dead-a.ndjson"]
     assert (Path(outbox_dir.path) / "dead-a.ndjson").read_bytes() == b"one\n"
 
 
 def test_segments_of_a_dead_writer_are_sealed_in_the_order_in_which_it_filled_them(outbox_dir: Directory) -> None:
-    """The tenth after the ninth."""
+    """The tenth follows the ninth."""
     for number in (1, 2, 9, 10, 11):
         put(outbox_dir, layout.active_name("w", number), b"%d\n" % number)
     recover(outbox_dir)
@@ -237,11 +237,11 @@ def test_segments_of_a_dead_writer_are_left_to_the_process_that_holds_the_first(
     """Two processes that share them would seal them out of order; those of another writer are sealed."""
     for name in (layout.active_name("v", 1), layout.active_name("w", 1), layout.active_name("w", 2)):
         put(outbox_dir, name, b"1\n")
-    held = outbox_dir.lock_existing(layout.active_name("w", 1))
-    assert held is not None
-    assert [adopted.active_name for adopted in recover(outbox_dir)] == [layout.active_name("v", 1)]
-    outbox_dir.filesystem.close(held.fd)
-    assert [adopted.active_name for adopted in recover(outbox_dir)] == [layout.active_name("w", 1), layout.active_name("w", 2)]
+    first = outbox_dir.lock_existing(layout.active_name("w", 1))
+    assert first is not None
+    assert [file.active_name for file in recover(outbox_dir)] == [layout.active_name("v", 1)]
+    outbox_dir.filesystem.close(first.fd)
+    assert [file.active_name for file in recover(outbox_dir)] == [layout.active_name("w", 1), layout.active_name("w", 2)]
 
 
 def test_recovered_segments_are_sealed_after_the_batches_that_exist_whatever_the_clock_says(
@@ -255,38 +255,38 @@ def test_recovered_segments_are_sealed_after_the_batches_that_exist_whatever_the
     assert [layout.sealed_at(name) for name in outbox_dir.batch_names()] == [newest, newest + 1]
 
 
-class _Tracing(OsFilesystem):
-    """Writes down every verb that changes something."""
+class _TracingFilesystem(OsFilesystem):
+    """Records the syncs and renames."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.verbs: list[str] = []
+        self.calls: list[str] = []
 
     def sync_data(self, fd: int) -> None:
-        self.verbs.append("sync")
+        self.calls.append("sync")
         super().sync_data(fd)
 
     def sync_directory(self, path: str) -> None:
-        self.verbs.append("sync directory")
+        self.calls.append("sync directory")
         super().sync_directory(path)
 
     def rename(self, source: str, target: str) -> None:  # type: ignore[override]
-        self.verbs.append("rename")
+        self.calls.append("rename")
         os.rename(source, target)
 
 
 def test_recovery_syncs_each_segment_then_renames_all_then_syncs_the_directory_once(tmp_path: Path, clock: ManualClock) -> None:
-    """In this order, for several segments at a time."""
-    filesystem = _Tracing()
+    """In this order for all segments together."""
+    filesystem = _TracingFilesystem()
     outbox_dir = Directory(str(tmp_path), filesystem, clock)
     for name in ("active-w-1.ndjson", "active-w-2.ndjson"):
         (tmp_path / name).write_bytes(b'{"event":{}}\n')
     assert len(recover(outbox_dir)) == 2
-    assert filesystem.verbs == ["sync", "sync", "rename", "rename", "sync directory"]
+    assert filesystem.calls == ["sync", "sync", "rename", "rename", "sync directory"]
 
 
-class _Raced(OsFilesystem):
-    """Between the creation of a file and its locking, somebody who recovers comes along, `races` times."""
+class _RacingFilesystem(OsFilesystem):
+    """Runs a recovery between the creation of a file and its locking, `races` times."""
 
     def __init__(self, outbox_dir: Directory, races: int) -> None:
         super().__init__()
@@ -302,33 +302,35 @@ class _Raced(OsFilesystem):
 
 def test_a_new_file_that_recovery_takes_for_a_dead_writers_is_not_used(outbox_dir: Directory, clock: ManualClock) -> None:
     """It is deleted, with everything written to it; another one is created."""
-    raced = Directory(outbox_dir.path, _Raced(outbox_dir, 1), clock)
-    assert raced.create("active-w-1.ndjson") is None
-    writer = Writer(Directory(outbox_dir.path, _Raced(outbox_dir, 3), clock), WriterLimits(500, 10**6, 10**9), lambda: None)
+    racing_dir = Directory(outbox_dir.path, _RacingFilesystem(outbox_dir, 1), clock)
+    assert racing_dir.create("active-w-1.ndjson") is None
+    writer = Writer(
+        Directory(outbox_dir.path, _RacingFilesystem(outbox_dir, 3), clock), WriterLimits(500, 10**6, 10**9), lambda: None
+    )
     writer.start(0, 0)
     assert writer.append(record.line(b"1"), 1)
     assert [entry.size for entry in outbox_dir.filesystem.list_files(outbox_dir.path)] == [len(record.line(b"1"))]
-    raced = Directory(outbox_dir.path, _Raced(outbox_dir, 2), clock)
-    raced.write_atomically("dead-a.ndjson", b"letter")
-    assert raced.read_small_file("dead-a.ndjson") == b"letter"
+    racing_dir = Directory(outbox_dir.path, _RacingFilesystem(outbox_dir, 2), clock)
+    racing_dir.write_atomically("dead-a.ndjson", b"letter")
+    assert racing_dir.read_small_file("dead-a.ndjson") == b"letter"
 
 
-class _Mounted(OsFilesystem):
-    """On NFS."""
+class _NfsFilesystem(OsFilesystem):
+    """Reports NFS as the type of the file system."""
 
     def inspect_directory(self, path: str) -> DirectoryInfo | None:
-        facts = super().inspect_directory(path)
-        return facts and facts._replace(filesystem_type="nfs4")
+        info = super().inspect_directory(path)
+        return info and info._replace(filesystem_type="nfs4")
 
 
 def test_a_directory_on_a_network_filesystem_is_an_error_with_the_reason(tmp_path: Path, clock: ManualClock) -> None:
     """Locks and syncs are not reliable there."""
     with pytest.raises(DirectoryUnusableError, match=r"nfs4.*local file system"):
-        Directory(str(tmp_path), _Mounted(), clock).ensure_usable()
+        Directory(str(tmp_path), _NfsFilesystem(), clock).ensure_usable()
 
 
-class _Unreadable(OsFilesystem):
-    """Cannot read the end of one file."""
+class _UnreadableFilesystem(OsFilesystem):
+    """Fails to read the end of one file."""
 
     def read_at(self, fd: int, offset: int, count: int) -> bytes:
         if "active-a-" in os.readlink(f"/proc/self/fd/{fd}"):
@@ -337,8 +339,8 @@ class _Unreadable(OsFilesystem):
 
 
 def test_an_unreadable_segment_does_not_prevent_the_recovery_of_others(tmp_path: Path, clock: ManualClock) -> None:
-    """It stays as it is, for the next recovery."""
-    outbox_dir = Directory(str(tmp_path), _Unreadable(), clock)
+    """It is left unchanged for the next recovery."""
+    outbox_dir = Directory(str(tmp_path), _UnreadableFilesystem(), clock)
     put(outbox_dir, "active-a-1.ndjson")
     put(outbox_dir, "active-b-1.ndjson")
     assert [file.active_name for file in recover(outbox_dir)] == ["active-b-1.ndjson"]
@@ -346,16 +348,16 @@ def test_an_unreadable_segment_does_not_prevent_the_recovery_of_others(tmp_path:
 
 
 def test_fanning_out_a_backlog_does_not_list_the_directory_for_each_batch(outbox_dir: Directory, clock: ManualClock) -> None:
-    """The batches have further links then, and the directory says once whether that is allowed."""
+    """The queues are listings a few times in all, to learn whether further links are allowed."""
     for number in range(200):
         put(outbox_dir, layout.sealed_name(number, "x"), record.line(b"{}"))
-    listed: list[str] = []
+    listings: list[str] = []
 
     class Counting(OsFilesystem):
         def subdirectories(self, path: str) -> list[str]:
-            listed.append(path)
+            listings.append(path)
             return super().subdirectories(path)
 
-    watched = Directory(outbox_dir.path, Counting(), clock)
-    assert FanOut(watched, ["one", "two"], clock, LedgerWriter(watched, clock)).distribute_all() == 200
-    assert len(listed) < 20
+    counting_dir = Directory(outbox_dir.path, Counting(), clock)
+    assert FanOut(counting_dir, ["one", "two"], clock, LedgerWriter(counting_dir, clock)).distribute_all() == 200
+    assert len(listings) < 20
