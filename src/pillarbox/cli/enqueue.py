@@ -29,9 +29,9 @@ def enqueue(
     options: OutboxOptions,
     file: Annotated[typer.FileBinaryRead, typer.Argument(metavar="[FILE|-]", help="File with one JSON event per line.")] = "-",  # type: ignore[assignment]  # typer opens the default
     sink: SinkOption = None,
-    batch_size: Annotated[int | None, typer.Option(help="Maximum events per batch.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Maximum events per batch.", show_default=False)] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(help="Maximum bytes of pending events, e.g. 512Mi.", show_default=False)
+        str | None, typer.Option(metavar="SIZE", help="Maximum bytes of pending events, e.g. 512Mi.", show_default=False)
     ] = None,
     ack: Annotated[bool, typer.Option("--ack", help="Print the id of each event once it is accepted.")] = False,
     json: JsonOption = False,

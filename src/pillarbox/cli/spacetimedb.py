@@ -45,8 +45,8 @@ def publish(
     """Create a database with a table for events.
 
     Publishes a module with the table tracking_event and the function that fills it. Needs no Rust: the module ships with
-    Pillarbox, built for servers 1.x and 2.x. A database that has another module is not changed. Whoever has the token owns the
-    database: keep the file.
+    Pillarbox, built for servers 1.x and 2.x. A database that has another module is not changed. The token gives full
+    control of the database: keep the file, and keep it secret.
     """
     try:
         from pillarbox.sinks.spacetimedb import publish  # noqa: PLC0415 - needs its extra
@@ -89,7 +89,7 @@ def _describe_published(done: PublishResult, file: str, origin: str) -> str:
   owner      {done.owner}
   module     {done.wasm_file}: table tracking_event (private), function record_tracking_events
   token      {origin}
-             Whoever has it owns the database: keep it secret.
+             It gives full control of the database: keep it secret.
 
 Deliver to it:
   pillarbox check {url}
