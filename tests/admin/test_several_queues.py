@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pillarbox import Outbox
-from tests.cli.running_processes import at_work, names, only_looks, writer
+from tests.cli.running_processes import file_contents, run_read_only, running_process, writer_command
 from tests.cli.test_commands import PILLARBOX, run
 from tests.cli.test_tail import tailing
 from tests.conftest import event
@@ -35,12 +35,12 @@ def ids(output: bytes) -> list[str]:
 
 def test_a_batch_that_is_pending_for_one_sink_is_read_once(folder: Path) -> None:
     """By tail and export, which change nothing."""
-    before = names(folder / "box")
-    shown = [json.loads(line) for line in only_looks("tail", "-d", "box", "--json", folder=folder).stdout.splitlines()]
+    before = file_contents(folder / "box")
+    shown = [json.loads(line) for line in run_read_only("tail", "-d", "box", "--json", folder=folder).stdout.splitlines()]
     assert [line["event"]["event_id"] for line in shown] == ["e-000000", "e-000001", "e-000002"]
     assert {Path(line["file"]).parent.name for line in shown} == {"sink-warehouse"}
-    assert ids(only_looks("export", "-d", "box", "--what", "all", folder=folder).stdout) == [f"e-00000{n}" for n in range(3)]
-    assert names(folder / "box") == before
+    assert ids(run_read_only("export", "-d", "box", "--what", "all", folder=folder).stdout) == [f"e-00000{n}" for n in range(3)]
+    assert file_contents(folder / "box") == before
 
 
 def test_inspect_names_the_sinks_that_have_an_event_and_those_that_do_not(folder: Path) -> None:
@@ -56,8 +56,8 @@ def test_inspect_names_the_sinks_that_have_an_event_and_those_that_do_not(folder
 def test_tail_shows_each_event_once_while_it_moves_through_the_queues(tmp_path: Path) -> None:
     """One sink delivers, and the other does not."""
     deliver = ("deliver", "-d", "box", "-q", *SINKS)
-    with tailing(tmp_path) as tail, at_work(*PILLARBOX, *deliver, folder=tmp_path):
-        with at_work(*writer("a", 1000, 0.01), folder=tmp_path) as process:
+    with tailing(tmp_path) as tail, running_process(*PILLARBOX, *deliver, folder=tmp_path):
+        with running_process(*writer_command("a", 1000, 0.01), folder=tmp_path) as process:
             assert process.wait(60) == 0
         tail.wait_for(1000)
         assert max(Counter(tail.ids()).values()) == 1

@@ -1,4 +1,4 @@
-"""Pages of the documents whose console blocks are run: what their commands print now."""
+"""Runs the console blocks of documentation pages, and compares pages without the parts that change from run to run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from tests.cli.test_commands import run
 
 
-def without_what_differs(text: str) -> str:
-    """Times, batch ids, and the seconds within a table."""
+def normalized(text: str) -> str:
+    """Replace times and batch ids with placeholders, because they differ in every run."""
     text = re.sub(r"sealed-\d{16}-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "BATCH", text)
     return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME", text)
 
 
-def as_run(page: Path, folder: Path) -> str:
-    """The page, with what its commands print in this folder."""
+def page_with_current_output(page: Path, folder: Path) -> str:
+    """The page, with each console block replaced by the current output of its commands in this folder."""
 
-    def output(match: re.Match[str]) -> str:
-        printed = []
+    def current_output(match: re.Match[str]) -> str:
+        sessions = []
         for command in re.findall(r"^\$ pillarbox (.*)$", match[0], re.MULTILINE):
-            done = run(*shlex.split(command), cwd=folder)
-            printed.append(f"$ pillarbox {command}\n{(done.stdout + done.stderr).decode()}")
-        return "```console\n" + "".join(printed) + "```"
+            completed = run(*shlex.split(command), cwd=folder)
+            sessions.append(f"$ pillarbox {command}\n{(completed.stdout + completed.stderr).decode()}")
+        return "```console\n" + "".join(sessions) + "```"
 
-    return re.sub(r"```console\n.*?```", output, page.read_text(), flags=re.DOTALL)
+    return re.sub(r"```console\n.*?```", current_output, page.read_text(), flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""What the tests of the commands that only look share: directories with processes at work in them, and proof of only looking."""
+"""Helpers for read-only commands: writer and delivery processes that run meanwhile, and a check of every system call with strace."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ with Outbox("box", batch_size=50, flush_interval=0.02) as outbox:
             threading.Event().wait(pause)
 """
 DELIVER = [*PILLARBOX, "deliver", "-d", "box", "--sink", "sqlite:///events.db", "-q"]
-_CHANGES = re.compile(r"O_WRONLY|O_RDWR|O_CREAT|O_TRUNC|O_APPEND")
-_VERBS = "openat,open,creat,flock,fcntl,rename,renameat,renameat2,unlink,unlinkat,link,linkat,mkdir,mkdirat,truncate,ftruncate"
+_WRITE_FLAGS = re.compile(r"O_WRONLY|O_RDWR|O_CREAT|O_TRUNC|O_APPEND")
+_TRACED_CALLS = (
+    "openat,open,creat,flock,fcntl,rename,renameat,renameat2,unlink,unlinkat,link,linkat,mkdir,mkdirat,truncate,ftruncate"
+)
 
 
 @contextmanager
-def at_work(*command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that goes on meanwhile, and is killed at the end if it has not ended."""
+def running_process(*command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in the background; it is killed at the end of the block if it still runs."""
     environment = CLEAN | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -44,30 +46,30 @@ def at_work(*command: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(60)
 
 
-def writer(name: str, count: int, pause: float = 0.0) -> tuple[str, ...]:
-    """The command of a process that writes so many events, ten at a time."""
+def writer_command(name: str, count: int, pause: float = 0.0) -> tuple[str, ...]:
+    """The command of a process that writes `count` events and pauses after every ten."""
     return sys.executable, "-c", WRITE, name, str(count), str(pause)
 
 
-def only_looks(*arguments: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
-    """Run a command, and hold that it opens nothing in `box` for writing, and locks, makes, renames and removes nothing."""
+def run_read_only(*arguments: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a command and check that it neither changes nor locks anything in `box`."""
     if shutil.which("strace") is None:
         pytest.skip("needs strace")
     trace = folder / "trace"
-    command = ["strace", "-f", "-y", "-e", f"trace={_VERBS}", "-o", str(trace), *PILLARBOX, *arguments]
+    command = ["strace", "-f", "-y", "-e", f"trace={_TRACED_CALLS}", "-o", str(trace), *PILLARBOX, *arguments]
     environment = CLEAN | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=60, check=False)
+    completed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=60, check=False)
     calls = [line for line in trace.read_text().splitlines() if "box/" in line]
-    assert calls, "it has not looked at the directory at all"
+    assert calls, "the command made no system call on the directory"
     for call in calls:
         assert " openat(" in call or " fcntl(" in call, call
-        assert not _CHANGES.search(call), call
+        assert not _WRITE_FLAGS.search(call), call
         assert "F_SETLK" not in call, call
     trace.unlink()
-    return done
+    return completed
 
 
-def names(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder that has content, and that; a writer's spares come and go."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if content}
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """The contents of all files in a folder that are not empty. Empty spare segments come and go, so they are left out."""
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in contents.items() if content}

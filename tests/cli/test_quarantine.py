@@ -1,4 +1,4 @@
-"""`pillarbox quarantine`, as an operator types it: real processes on damage that a real reader found."""
+"""`pillarbox quarantine`, run as an operator runs it: real processes on damage that a real reader detected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPAIRABLE = ["w-000002", "w-000004", "w-000005"]
 
 @pytest.fixture
 def box(tmp_path: Path) -> Path:
-    """Two batches with damage, of which the good lines have arrived."""
+    """Two batches with damage, whose good records are delivered."""
     box = tmp_path / "box"
     seal_batch(box, WHOLE, *DAMAGE.values())
     seal_batch(box, b"no json\n", first=10)
@@ -35,23 +35,24 @@ def box(tmp_path: Path) -> Path:
     return box
 
 
-def came(folder: Path) -> list[str]:
-    """What was damaged and has arrived, after what waits is delivered."""
+def delivered_after_repair(folder: Path) -> list[str]:
+    """Deliver the pending batches, and return the ids of the repaired events that the destination now has."""
     deliver_pending(folder / "box", folder / "events.db")
-    return sorted(one for one, _ in delivered_rows(folder / "events.db") if one.startswith("w-") and one != "w-000001")
+    delivered = (event_id for event_id, _ in delivered_rows(folder / "events.db"))
+    return sorted(event_id for event_id in delivered if event_id.startswith("w-") and event_id != "w-000001")
 
 
-def kept_bytes(box: Path) -> dict[str, bytes]:
+def quarantined_bytes(box: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in box.glob("corrupt-*.ndjson")}
 
 
-def test_list_and_show_tell_what_is_kept_and_change_nothing(box: Path, tmp_path: Path) -> None:
-    """As text, as JSON, and the bytes alone."""
+def test_list_and_show_print_the_quarantine_and_change_nothing(box: Path, tmp_path: Path) -> None:
+    """As text, as JSON, and as raw bytes."""
     before = {file.name: file.read_bytes() for file in box.iterdir()}
     listed = json.loads(run("quarantine", "list", "-d", "box", "--json", cwd=tmp_path).stdout)
     assert [batch["ranges"] for batch in listed["batches"]] == [4, 1]
     assert listed["batches"][0]["reasons"] == dict.fromkeys(DAMAGE, 1)
-    assert listed["bytes"] == sum(map(len, kept_bytes(box).values()))
+    assert listed["bytes"] == sum(map(len, quarantined_bytes(box).values()))
     text = run("quarantine", "list", "-d", "box", cwd=tmp_path).stdout.decode()
     assert f"5 damaged byte ranges, {listed['bytes']:,} bytes in 2 files" in text
     shown = run("quarantine", "show", "-d", "box", "--reason", "nul", cwd=tmp_path).stdout.decode()
@@ -63,27 +64,27 @@ def test_list_and_show_tell_what_is_kept_and_change_nothing(box: Path, tmp_path:
     assert {file.name: file.read_bytes() for file in box.iterdir()} == before
 
 
-def test_repair_says_what_is_in_each_span_and_how_sure_that_is(box: Path, tmp_path: Path) -> None:
-    """And does nothing without --yes."""
+def test_repair_shows_the_event_in_each_range_and_why_it_may_be_wrong(box: Path, tmp_path: Path) -> None:
+    """Without --yes, it changes nothing."""
     before = {file.name: file.read_bytes() for file in box.iterdir()}
     done = run("quarantine", "repair", "-d", "box", "--all", cwd=tmp_path)
-    said = done.stdout.decode()
+    output = done.stdout.decode()
     assert (done.returncode, done.stderr) == (0, b"")
-    assert "bad_checksum\n  event: its checksum does not match: the event may have been altered\n    {" in said
-    assert "torn: bad_json\n  event: its checksum is cut off; the 2 digits that are left match\n" in said
-    assert "nul_bytes\n  no event: it is not a JSON object" in said
-    assert "3 events from 1 file would be replayed; add --yes to do it; 2 ranges without a recoverable event" in said
+    assert "bad_checksum\n  event: its checksum does not match: the event may have been altered\n    {" in output
+    assert "torn: bad_json\n  event: its checksum is cut off; the 2 digits that are left match\n" in output
+    assert "nul_bytes\n  no event: it is not a JSON object" in output
+    assert "3 events from 1 file would be replayed; add --yes to do it; 2 ranges without a recoverable event" in output
     assert {file.name: file.read_bytes() for file in box.iterdir()} == before
 
 
-def test_repaired_once_it_is_marked_and_the_bytes_are_kept(box: Path, tmp_path: Path) -> None:
-    """A second time does nothing."""
-    before = kept_bytes(box)
+def test_a_repaired_range_is_marked_and_its_bytes_are_kept(box: Path, tmp_path: Path) -> None:
+    """A second repair replays nothing."""
+    before = quarantined_bytes(box)
     done = run("quarantine", "repair", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
     assert "3 events from 1 file replayed; 2 ranges without a recoverable event" in done.stdout.decode()
-    assert kept_bytes(box) == before
-    assert came(tmp_path) == REPAIRABLE
+    assert quarantined_bytes(box) == before
+    assert delivered_after_repair(tmp_path) == REPAIRABLE
     again = json.loads(run("quarantine", "repair", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path).stdout)
     assert (again["events"], [item["reason"] for item in again["items"]]) == (0, ["nul_bytes", "bad_json"])
     listed = json.loads(run("quarantine", "list", "-d", "box", "--json", cwd=tmp_path).stdout)
@@ -92,14 +93,14 @@ def test_repaired_once_it_is_marked_and_the_bytes_are_kept(box: Path, tmp_path: 
     assert [b'"events":3' in line for line in file_lines(box, "ledger.ndjson") if b'"entry":"repaired"' in line] == [True]
 
 
-def test_only_what_a_checksum_vouches_for_where_that_is_asked(tmp_path: Path) -> None:
-    """A whole record before NUL bytes is; the rest stays as it is."""
+def test_repair_can_be_limited_to_events_with_a_valid_checksum(tmp_path: Path) -> None:
+    """Here, a whole record before NUL bytes."""
     box = tmp_path / "box"
     seal_batch(box, *DAMAGE.values(), b"\n", record.line(event_json(6))[:-1] + b"\0" * 9)
     deliver_pending(box, tmp_path / "events.db")
     done = run("quarantine", "repair", "-d", "box", "--all", "--checked", "--yes", cwd=tmp_path)
     assert b"skipped: its checksum does not match" in done.stdout
-    assert came(tmp_path) == ["w-000006"]
+    assert delivered_after_repair(tmp_path) == ["w-000006"]
 
 
 @pytest.mark.parametrize(
@@ -111,26 +112,26 @@ def test_only_what_a_checksum_vouches_for_where_that_is_asked(tmp_path: Path) ->
         ("pillarbox.store.directory", "Directory._write_and_rename"),
     ],
 )
-def test_killed_anywhere_in_a_repair_everything_is_there_once_in_the_end(
+def test_a_repair_that_was_killed_can_be_repeated_without_loss_or_duplicates(
     box: Path, tmp_path: Path, module: str, name: str
 ) -> None:
-    """Kill -9, then the same command again; the bytes are there all the while."""
-    before = kept_bytes(box)
+    """SIGKILL at each step, then the same command again. The damaged bytes stay all the time."""
+    before = quarantined_bytes(box)
     arguments = ["quarantine", "repair", "-d", "box", "--all", "--yes", "--quiet"]
     program = HALT.format(module=module, name=name, arguments=arguments)
     with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, env=CLEAN) as process:
         assert process.stdout is not None
-        while process.stdout.readline() != b"there\n":
+        while process.stdout.readline() != b"halted\n":
             assert process.poll() is None
         process.kill()
-    assert kept_bytes(box) == before
+    assert quarantined_bytes(box) == before
     assert run(*arguments, cwd=tmp_path).returncode == 0
-    assert came(tmp_path) == REPAIRABLE
-    assert kept_bytes(box) == before
+    assert delivered_after_repair(tmp_path) == REPAIRABLE
+    assert quarantined_bytes(box) == before
 
 
-def test_purge_takes_whole_batches_and_tells_the_ledger(box: Path, tmp_path: Path) -> None:
-    """Dry run first; what is repaired is no loss and not counted again."""
+def test_purge_deletes_whole_batches_and_writes_a_ledger_entry(box: Path, tmp_path: Path) -> None:
+    """Without --yes, it changes nothing. Repaired events are not counted as lost."""
     run("quarantine", "repair", "-d", "box", "--all", "--yes", cwd=tmp_path)
     batch = min(box.glob("corrupt-*.ndjson")).name
     dry = run("quarantine", "purge", "-d", "box", "--batch", batch, cwd=tmp_path)
@@ -145,7 +146,7 @@ def test_purge_takes_whole_batches_and_tells_the_ledger(box: Path, tmp_path: Pat
     assert run("quarantine", "purge", "-d", "box", cwd=tmp_path).returncode == 2
 
 
-def test_where_every_span_is_repaired_the_batch_can_go(tmp_path: Path) -> None:
+def test_a_batch_whose_ranges_are_all_repaired_can_be_purged(tmp_path: Path) -> None:
     """With --repaired alone."""
     box = tmp_path / "box"
     seal_batch(box, DAMAGE["bad_checksum"])
@@ -153,31 +154,31 @@ def test_where_every_span_is_repaired_the_batch_can_go(tmp_path: Path) -> None:
     run("quarantine", "repair", "-d", "box", "--all", "--yes", cwd=tmp_path)
     assert run("quarantine", "purge", "-d", "box", "--repaired", "--yes", cwd=tmp_path).returncode == 0
     assert not list(box.glob("corrupt-*"))
-    assert came(tmp_path) == ["w-000002"]
+    assert delivered_after_repair(tmp_path) == ["w-000002"]
 
 
-def ruin(box: Path, how: str) -> None:
-    spans, data = min(box.glob("corrupt-*.spans.json")), min(box.glob("corrupt-*.ndjson"))
-    if how == "no spans":
-        spans.unlink()
-    elif how == "no bytes":
-        data.unlink()
-    elif how == "spans that are no JSON":
-        spans.write_bytes(b"[{\xff")
-    elif how == "too few bytes":
-        data.write_bytes(data.read_bytes()[:-1])
+def damage_files(box: Path, defect: str) -> None:
+    ranges_file, data_file = min(box.glob("corrupt-*.spans.json")), min(box.glob("corrupt-*.ndjson"))
+    if defect == "no ranges file":
+        ranges_file.unlink()
+    elif defect == "no data file":
+        data_file.unlink()
+    elif defect == "invalid JSON":
+        ranges_file.write_bytes(b"[{\xff")
+    elif defect == "too few bytes":
+        data_file.write_bytes(data_file.read_bytes()[:-1])
     else:
-        data.rename(box / "elsewhere")
-        data.symlink_to(box / "elsewhere")
+        data_file.rename(box / "elsewhere")
+        data_file.symlink_to(box / "elsewhere")
 
 
-HOWS = ["no spans", "no bytes", "spans that are no JSON", "too few bytes", "a link"]
+DEFECTS = ["no ranges file", "no data file", "invalid JSON", "too few bytes", "a link"]
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_files_that_do_not_fit_together_are_named_and_kept(box: Path, tmp_path: Path, how: str) -> None:
-    """Nothing is repaired from them, and all else goes on."""
-    ruin(box, how)
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_inconsistent_quarantine_files_are_reported_and_kept(box: Path, tmp_path: Path, defect: str) -> None:
+    """Nothing is repaired from them, and the command continues."""
+    damage_files(box, defect)
     before = {file.name: file.read_bytes() for file in box.glob("corrupt-*")}
     for command in (["list"], ["show"], ["repair", "--all", "--yes"]):
         done = run("quarantine", *command, "-d", "box", cwd=tmp_path)
@@ -185,27 +186,27 @@ def test_files_that_do_not_fit_together_are_named_and_kept(box: Path, tmp_path: 
         assert b"corrupt-" in done.stderr
         assert b"Traceback" not in done.stderr
     assert {file.name: file.read_bytes() for file in box.glob("corrupt-*")} == before
-    assert came(tmp_path) == []
+    assert delivered_after_repair(tmp_path) == []
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_what_does_not_fit_together_can_be_purged_unless_it_is_not_ours(box: Path, tmp_path: Path, how: str) -> None:
-    """A link stays."""
-    ruin(box, how)
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_inconsistent_quarantine_files_can_be_purged(box: Path, tmp_path: Path, defect: str) -> None:
+    """Only a symbolic link is left."""
+    damage_files(box, defect)
     done = run("quarantine", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
-    assert done.returncode == (1 if how == "a link" else 0), done.stderr
-    assert len(list(box.glob("corrupt-*"))) == (2 if how == "a link" else 0)
+    assert done.returncode == (1 if defect == "a link" else 0), done.stderr
+    assert len(list(box.glob("corrupt-*"))) == (2 if defect == "a link" else 0)
 
 
-def test_a_batch_that_the_deliverer_is_not_done_with_is_left_alone(box: Path, tmp_path: Path) -> None:
-    """It would write the same bytes again, as not yet repaired."""
-    waiting = seal_batch(box, good=1)
+def test_the_quarantine_of_a_pending_batch_is_not_changed(box: Path, tmp_path: Path) -> None:
+    """The delivery worker would write the same bytes again, and they would not be marked as repaired."""
+    pending = seal_batch(box, good=1)
     old = min(box.glob("corrupt-*.ndjson")).stem.removeprefix("corrupt-")
     for suffix in (".ndjson", ".spans.json"):
-        (box / f"corrupt-{old}{suffix}").rename(box / f"corrupt-{waiting.stem}{suffix}")
+        (box / f"corrupt-{old}{suffix}").rename(box / f"corrupt-{pending.stem}{suffix}")
     before = {file.name: file.read_bytes() for file in box.glob("corrupt-*")}
     for command in (["repair", "--all"], ["purge", "--reason", "checksum"]):
         done = run("quarantine", *command, "-d", "box", "--yes", cwd=tmp_path)
         assert done.returncode == 1
-        assert f"corrupt-{waiting.name}: left as is: the batch is still pending".encode() in done.stderr
+        assert f"corrupt-{pending.name}: left as is: the batch is still pending".encode() in done.stderr
     assert {file.name: file.read_bytes() for file in box.glob("corrupt-*")} == before

@@ -1,4 +1,4 @@
-"""docs/reference/sessions.md: what the tools print, beside writers and a deliverer."""
+"""docs/reference/sessions.md shows the current output of the commands, beside writers and a delivery worker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_recorded_sessions_are_what_the_tools_print_now() -> None:
-    """Mend the page with tools/sessions."""
+def test_the_sessions_page_shows_the_current_output() -> None:
+    """If it does not, run tools/sessions to update the page."""
     page = (ROOT / "docs" / "reference" / "sessions.md").read_text()
     assert page == runpy.run_path(str(ROOT / "tools" / "sessions"))["sessions"]()

@@ -1,4 +1,4 @@
-"""What every command owes the shell that it is typed into: completion, plain text in a pipe, JSON, and a quiet end at Ctrl-C."""
+"""What every command must do in a shell: completion, plain text in a pipe, JSON, and a clean end after SIGINT."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 
 from pillarbox.cli.main import app
 from pillarbox.store import record
-from tests.cli.test_commands import CLEAN, PILLARBOX, bare, run
+from tests.cli.test_commands import CLEAN, PILLARBOX, event_line, run
 
 if TYPE_CHECKING:
     import typer
 
 SHELLS = ["bash", "zsh", "fish"]
-# What it prints is source text.
+# It prints source code.
 WITHOUT_JSON = {"spacetimedb scaffold"}
 BATCH = "sealed-1700000000000000-x"
-# Says when the command starts to load: before that, Ctrl-C would meet the interpreter while it starts.
-ANNOUNCED = """
+# Prints a line when the command starts to load: an earlier SIGINT would interrupt the start of the interpreter.
+WITH_START_NOTICE = """
 import sys
 from pillarbox.cli import main
 class Announcer:
@@ -35,35 +35,35 @@ main()
 """
 
 
-def commands(app: typer.Typer, words: tuple[str, ...] = ()) -> dict[str, set[str]]:
-    """Every command's words, and the names of its parameters."""
-    found = {
+def parameters_by_command(app: typer.Typer, words: tuple[str, ...] = ()) -> dict[str, set[str]]:
+    """The parameter names of every command, by its words."""
+    parameters = {
         " ".join((*words, command.name or "")): set(command.callback.__annotations__)
         for command in app.registered_commands
         if command.callback is not None
     }
     for group in app.registered_groups:
         if group.typer_instance is not None:
-            found |= commands(group.typer_instance, (*words, group.typer_instance.info.name or ""))
-    return found
+            parameters |= parameters_by_command(group.typer_instance, (*words, group.typer_instance.info.name or ""))
+    return parameters
 
 
-COMMANDS = commands(app)
+COMMANDS = parameters_by_command(app)
 
 
 @pytest.fixture
 def box(tmp_path: Path) -> Path:
-    """An outbox directory in which something waits and something is set aside, and a file of events beside it."""
-    made = tmp_path / "box"
-    made.mkdir(mode=0o700)
-    (made / f"{BATCH}.ndjson").write_bytes(record.line(b'{"event_id":"e"}'))
-    (made / f"corrupt-{BATCH}.ndjson").write_bytes(b"\x1b[31mrubbish\n")
-    (tmp_path / "events.ndjson").write_bytes(bare(1))
-    return made
+    """An outbox directory with a pending batch and quarantined bytes, and a file of events beside it."""
+    directory = tmp_path / "box"
+    directory.mkdir(mode=0o700)
+    (directory / f"{BATCH}.ndjson").write_bytes(record.line(b'{"event_id":"e"}'))
+    (directory / f"corrupt-{BATCH}.ndjson").write_bytes(b"\x1b[31mrubbish\n")
+    (tmp_path / "events.ndjson").write_bytes(event_line(1))
+    return directory
 
 
-def offered(shell: str, typed: str, cwd: Path) -> set[str]:
-    """What a shell is told that may stand at the end of a line."""
+def completions(shell: str, typed: str, cwd: Path) -> set[str]:
+    """The completions that a shell gets for the last word of a line."""
     words = typed.split(" ")
     environ = {"_PILLARBOX_COMPLETE": f"complete_{shell}"}
     if shell == "bash":
@@ -83,32 +83,32 @@ def offered(shell: str, typed: str, cwd: Path) -> set[str]:
 def test_commands_options_and_values_are_completed(box: Path, shell: str) -> None:
     """By the protocol that the script of `--show-completion` uses."""
     folder = box.parent
-    assert {"seal", "status", "spacetimedb"} <= offered(shell, "pillarbox s", folder)
-    assert offered(shell, "pillarbox doctor --durability p", folder) == {"process", "power"}
-    assert offered(shell, "pillarbox doctor --sink sq", folder) == {"sqlite://"}
+    assert {"seal", "status", "spacetimedb"} <= completions(shell, "pillarbox s", folder)
+    assert completions(shell, "pillarbox doctor --durability p", folder) == {"process", "power"}
+    assert completions(shell, "pillarbox doctor --sink sq", folder) == {"sqlite://"}
 
 
-def test_schemes_are_completed_behind_the_name_of_a_sink_too(box: Path) -> None:
-    """And as what is to be checked."""
-    assert offered("fish", "pillarbox deliver --sink live=http", box.parent) == {"live=http://", "live=https://"}
-    assert offered("fish", "pillarbox check sp", box.parent) == {"spacetimedb://", "spacetimedb+https://"}
+def test_url_schemes_are_completed_also_after_the_name_of_a_sink(box: Path) -> None:
+    """And for the argument of `pillarbox check`."""
+    assert completions("fish", "pillarbox deliver --sink live=http", box.parent) == {"live=http://", "live=https://"}
+    assert completions("fish", "pillarbox check sp", box.parent) == {"spacetimedb://", "spacetimedb+https://"}
 
 
-def test_batches_are_completed_from_the_directory_that_was_typed(box: Path) -> None:
-    """Those of which something is set aside; without a directory none, and not a word."""
-    assert offered("bash", "pillarbox quarantine list -d box --batch sea", box.parent) == {BATCH}
-    assert offered("fish", "pillarbox dead list -d box --batch sea", box.parent) == set()
-    assert offered("fish", "pillarbox quarantine list -d missing --batch sea", box.parent) == set()
+def test_batches_are_completed_from_the_given_directory(box: Path) -> None:
+    """Batches with dead letters or quarantined bytes. For a missing directory, there is no completion and no error."""
+    assert completions("bash", "pillarbox quarantine list -d box --batch sea", box.parent) == {BATCH}
+    assert completions("fish", "pillarbox dead list -d box --batch sea", box.parent) == set()
+    assert completions("fish", "pillarbox quarantine list -d missing --batch sea", box.parent) == set()
     (box / "sink-live").mkdir()
     (box / "sink-live" / f"dead-{BATCH}.ndjson").write_bytes(b"")
-    assert offered("fish", "pillarbox dead list -d box --batch sea", box.parent) == {BATCH}
+    assert completions("fish", "pillarbox dead list -d box --batch sea", box.parent) == {BATCH}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_script_for_a_shell_is_shown(tmp_path: Path, shell: str) -> None:
-    """It names the command and the protocol; `--install-completion` puts it where the shell looks."""
+    """It names the command and the protocol; `--install-completion` writes it to the file that the shell loads."""
     done = run("--show-completion", cwd=tmp_path, environ={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"})
-    if done.returncode:  # without detection, the shell is to be named
+    if done.returncode:  # without detection, the shell must be named
         done = run("--show-completion", shell, cwd=tmp_path, environ={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"})
     text = done.stdout.decode()
     assert f"complete_{shell}" in text
@@ -118,8 +118,8 @@ def test_the_script_for_a_shell_is_shown(tmp_path: Path, shell: str) -> None:
     assert any(f"complete_{shell}" in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_what_prints_a_table_prints_json_too() -> None:
-    """All others are listed here."""
+def test_all_commands_but_the_listed_ones_have_json_output() -> None:
+    """WITHOUT_JSON lists the exceptions."""
     assert {command for command, parameters in COMMANDS.items() if "json" not in parameters} == WITHOUT_JSON
 
 
@@ -130,8 +130,8 @@ def test_what_prints_a_table_prints_json_too() -> None:
         "inspect e", "sinks list", "redeliver --all",
     ],
 )  # fmt: skip
-def test_in_a_pipe_text_has_no_colours_and_json_is_json(box: Path, command: str) -> None:
-    """Nor does what is damaged bring any."""
+def test_in_a_pipe_text_has_no_colours_and_json_is_valid(box: Path, command: str) -> None:
+    """Damaged bytes with escape codes do not bring any colours either."""
     words = [*command.split(), "-d", "box"]
     plain = run(*words, cwd=box.parent, environ={"TERM": "xterm-256color"})
     assert plain.returncode in (0, 1), plain.stderr
@@ -166,24 +166,30 @@ def test_in_a_pipe_text_has_no_colours_and_json_is_json(box: Path, command: str)
         "deliver",
     ],
 )
-def test_ctrl_c_ends_every_command_without_a_trace(box: Path, command: str) -> None:
-    """As soon as the interpreter is up; later it is done, or interrupted, and nothing is damaged."""
+def test_sigint_ends_every_command_without_a_traceback(box: Path, command: str) -> None:
+    """SIGINT comes as soon as the command loads. It is interrupted or completes, and no file is damaged."""
     before = {file.name: file.read_bytes() for file in box.iterdir()}
     words = [*command.split(), *(["-d", "box"] if not command.startswith("check") else [])]
     words += ["--sink", "sqlite:///missing/x.db"] if command == "deliver" else []
     process = subprocess.Popen(
-        [PILLARBOX[0], "-c", ANNOUNCED, *words], cwd=box.parent, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [PILLARBOX[0], "-c", WITH_START_NOTICE, *words],
+        cwd=box.parent,
+        env=CLEAN,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     try:
         assert process.stderr is not None
         assert process.stderr.readline() == b"up\n"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode in (0, 1, 130)
-    assert b"Traceback" not in said
+    assert b"Traceback" not in errors
     after = {file.name: file.read_bytes() for file in box.iterdir() if file.is_file()}
-    gone = before.keys() - after.keys()
-    assert gone <= ({f"corrupt-{BATCH}.ndjson"} if "purge" in command else set())  # where the interrupt came when it was done
-    assert before.items() - after.items() <= {(name, before[name]) for name in gone}
+    deleted = before.keys() - after.keys()
+    assert deleted <= (
+        {f"corrupt-{BATCH}.ndjson"} if "purge" in command else set()
+    )  # if the command completed before the signal
+    assert before.items() - after.items() <= {(name, before[name]) for name in deleted}

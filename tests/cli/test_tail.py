@@ -1,4 +1,4 @@
-"""`pillarbox tail`, while real processes write, rotate, deliver, die and begin anew."""
+"""`pillarbox tail`, while real processes write, seal, deliver and are killed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import record
-from tests.cli.running_processes import DELIVER, at_work, names, only_looks, writer
+from tests.cli.running_processes import DELIVER, file_contents, run_read_only, running_process, writer_command
 from tests.cli.test_commands import CLEAN, PILLARBOX, run
 from tests.conftest import event, wait_until
 
@@ -26,7 +26,7 @@ FIRST = "sealed-0.ndjson"
 
 
 class Tail:
-    """A `tail --follow --json` that runs."""
+    """A running `pillarbox tail --follow --json`."""
 
     def __init__(self, process: subprocess.Popen[bytes], out: Path, err: Path) -> None:
         self.process = process
@@ -43,13 +43,13 @@ class Tail:
         return sum(int(number) for number in re.findall(r"not seen: (\d+) event", self._err.read_text()))
 
     def wait_for(self, count: int) -> None:
-        """Until so many events were shown, or counted as not seen."""
+        """Wait until so many events were shown or counted as missed."""
         wait_until(lambda: len(self.ids()) + self.missed() >= count)
 
 
 @contextmanager
 def tailing(folder: Path, *arguments: str) -> Iterator[Tail]:
-    """Follow `box`; it has looked at it for the first time when this begins, and shown what was there."""
+    """Follow `box`; the block starts once `tail` has shown the first event."""
     (folder / "box").mkdir(mode=0o700, exist_ok=True)
     (folder / "box" / FIRST).write_bytes(record.line(msgspec.json.encode(event(event_id="first"))))
     out, err = folder / "out", folder / "err"
@@ -64,36 +64,39 @@ def tailing(folder: Path, *arguments: str) -> Iterator[Tail]:
         process.wait(60)
 
 
-def test_it_shows_each_accepted_event_once_while_files_are_sealed_delivered_and_removed(tmp_path: Path) -> None:
-    """Three writers, one of which comes later, and a deliverer; what came and went between two looks is counted.
+def test_each_accepted_event_is_shown_once_while_files_are_sealed_and_deleted(tmp_path: Path) -> None:
+    """Three writers, one of which starts later, and a delivery worker. Events that came and went between two polls are counted.
 
-    Where so much did that little was seen, more is written.
+    On a slow machine, `tail` may miss most events; the test then writes more.
     """
-    whose, count = "abc", 5000
-    with tailing(tmp_path) as tail, at_work(*DELIVER, folder=tmp_path) as deliverer:
-        with at_work(*writer("a", 2000, 0.01), folder=tmp_path) as first, at_work(*writer("b", 2000, 0.01), folder=tmp_path):
+    writers, count = "abc", 5000
+    with tailing(tmp_path) as tail, running_process(*DELIVER, folder=tmp_path) as deliverer:
+        with (
+            running_process(*writer_command("a", 2000, 0.01), folder=tmp_path) as first,
+            running_process(*writer_command("b", 2000, 0.01), folder=tmp_path),
+        ):
             tail.wait_for(500)
-            with at_work(*writer("c", 1000, 0.005), folder=tmp_path) as third:
+            with running_process(*writer_command("c", 1000, 0.005), folder=tmp_path) as third:
                 assert third.wait(60) == 0
             assert first.wait(60) == 0
             tail.wait_for(count)
         while len(tail.ids()) <= 2000:
-            whose, count = whose + chr(ord(whose[-1]) + 1), count + 1000
-            assert whose[-1] <= "z", "it sees next to nothing"
-            with at_work(*writer(whose[-1], 1000, 0.005), folder=tmp_path) as further:
+            writers, count = writers + chr(ord(writers[-1]) + 1), count + 1000
+            assert writers[-1] <= "z", "tail saw almost no events"
+            with running_process(*writer_command(writers[-1], 1000, 0.005), folder=tmp_path) as further:
                 assert further.wait(60) == 0
             tail.wait_for(count)
         assert deliverer.poll() is None
         seen = Counter(tail.ids())
         assert max(seen.values()) == 1
         assert len(seen) + tail.missed() == count
-        for name in whose:
-            own = [one for one in tail.ids() if one.startswith(name)]
+        for name in writers:
+            own = [event_id for event_id in tail.ids() if event_id.startswith(name)]
             assert own == sorted(own)
 
 
-def test_without_follow_it_shows_the_newest_in_order(tmp_path: Path) -> None:
-    """Of sealed files and an active one."""
+def test_without_follow_the_newest_events_are_shown_in_order(tmp_path: Path) -> None:
+    """From batches and from a segment."""
     with Outbox(str(tmp_path / "box"), flush_interval=3600.0) as outbox:
         for number in range(25):
             outbox.enqueue(event(number))
@@ -104,8 +107,8 @@ def test_without_follow_it_shows_the_newest_in_order(tmp_path: Path) -> None:
         assert [line["batch"] is None for line in shown] == [False] * 7 + [True] * 5
         for line in shown:
             data = (tmp_path / "box" / line["file"]).read_bytes()
-            stood = data[line["offset"] : data.index(b"\n", line["offset"])]
-            assert json.loads(record.payload(stood)) == line["event"]
+            line_on_disk = data[line["offset"] : data.index(b"\n", line["offset"])]
+            assert json.loads(record.payload(line_on_disk)) == line["event"]
         assert len(run("tail", "-d", "box", cwd=tmp_path).stdout.splitlines()) == 10
         assert run("tail", "-d", "box", "-n", "0", cwd=tmp_path).stdout == b""
 
@@ -128,8 +131,8 @@ def test_without_follow_it_shows_the_newest_in_order(tmp_path: Path) -> None:
         (["--since", "1970-01-01"], [0, 1, 2, 3]),
     ],
 )
-def test_filters_choose(tmp_path: Path, options: list[str], expected: list[int]) -> None:
-    """By key, id, scope, user, text, member and time."""
+def test_filters(tmp_path: Path, options: list[str], expected: list[int]) -> None:
+    """By key, id, scope, user, text, field and time."""
     with Outbox(str(tmp_path / "box")) as outbox:
         outbox.enqueue(event(0))
         outbox.enqueue(event(1, event_key="buy", metadata_json='{"page":1,"name":"péage"}'))
@@ -140,8 +143,8 @@ def test_filters_choose(tmp_path: Path, options: list[str], expected: list[int])
     assert shown.returncode == 0
 
 
-def test_a_line_is_shown_once_it_is_whole(tmp_path: Path) -> None:
-    """A writer may have written a part of it only."""
+def test_a_line_is_shown_once_it_is_complete(tmp_path: Path) -> None:
+    """A writer may have written only a part of it."""
     (tmp_path / "box").mkdir()
     line = record.line(b'{"event_id":"e-1"}')
     with tailing(tmp_path) as tail, (tmp_path / "box" / "active-w-1.ndjson").open("ab", buffering=0) as file:
@@ -154,16 +157,16 @@ def test_a_line_is_shown_once_it_is_whole(tmp_path: Path) -> None:
         assert before == ["e-1"]
 
 
-def test_the_text_has_no_colours_and_moves_no_cursor(tmp_path: Path) -> None:
-    """Whatever is in an event."""
+def test_the_text_has_no_colours_and_no_cursor_movements(tmp_path: Path) -> None:
+    """Whatever an event contains."""
     with Outbox(str(tmp_path / "box")) as outbox:
         outbox.enqueue(event(1, event_key="\x1b[31mred\nline", user_id="u-1"))
-    said = run("tail", "-d", "box", cwd=tmp_path).stdout
-    assert said == b"1970-01-01T00:00:00Z  \\x1b[31mred line  Site:site  u-1  e-000001\n"
+    output = run("tail", "-d", "box", cwd=tmp_path).stdout
+    assert output == b"1970-01-01T00:00:00Z  \\x1b[31mred line  Site:site  u-1  e-000001\n"
 
 
-def test_damage_is_named_and_stepped_over(tmp_path: Path) -> None:
-    """With exit code 1."""
+def test_damaged_bytes_are_reported_and_skipped(tmp_path: Path) -> None:
+    """The exit code is 1."""
     (tmp_path / "box").mkdir()
     lines = record.line(b'{"event_id":"e-1"}') + b"nonsense\n" + record.line(b'{"event_id":"e-2"}')
     (tmp_path / "box" / "sealed-1.ndjson").write_bytes(lines)
@@ -173,39 +176,39 @@ def test_damage_is_named_and_stepped_over(tmp_path: Path) -> None:
     assert b"sealed-1.ndjson: damaged at offset 46: bad_json" in done.stderr
 
 
-def test_ctrl_c_ends_it_without_a_word(tmp_path: Path) -> None:
-    """And nothing is left behind."""
+def test_sigint_ends_tail_without_output(tmp_path: Path) -> None:
+    """It leaves no files."""
     with tailing(tmp_path) as tail:
         tail.process.send_signal(signal.SIGINT)
         assert tail.process.wait(60) == 130
         assert (tmp_path / "err").read_bytes() == b""
-    assert names(tmp_path / "box").keys() == {FIRST}
+    assert file_contents(tmp_path / "box").keys() == {FIRST}
 
 
-def test_it_ends_when_nobody_reads_any_more(tmp_path: Path) -> None:
-    """Also while nothing comes: exit code 0."""
+def test_a_closed_pipe_ends_tail(tmp_path: Path) -> None:
+    """Also if there are no new events. The exit code is 0."""
     (tmp_path / "box").mkdir()
-    reading, writing = os.pipe()
-    process = subprocess.Popen([*PILLARBOX, "tail", "-d", "box", "-f"], cwd=tmp_path, env=CLEAN, stdout=writing)
-    os.close(writing)
-    os.close(reading)
+    read_fd, write_fd = os.pipe()
+    process = subprocess.Popen([*PILLARBOX, "tail", "-d", "box", "-f"], cwd=tmp_path, env=CLEAN, stdout=write_fd)
+    os.close(write_fd)
+    os.close(read_fd)
     assert process.wait(60) == 0
 
 
-def test_it_only_looks(tmp_path: Path) -> None:
-    """While a writer has its files open: nothing is opened to write, locked, made or removed."""
+def test_tail_changes_nothing(tmp_path: Path) -> None:
+    """Also while a writer has its segments open."""
     with Outbox(str(tmp_path / "box"), flush_interval=3600.0) as outbox:
         for number in range(30):
             outbox.enqueue(event(number))
         assert outbox._sealer.seal_now("manual", 60)
         outbox.enqueue(event(30))
-        before = names(tmp_path / "box")
-        assert len(only_looks("tail", "-d", "box", "-n", "31", folder=tmp_path).stdout.splitlines()) == 31
-        assert names(tmp_path / "box") == before
+        before = file_contents(tmp_path / "box")
+        assert len(run_read_only("tail", "-d", "box", "-n", "31", folder=tmp_path).stdout.splitlines()) == 31
+        assert file_contents(tmp_path / "box") == before
 
 
-def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """And not made."""
+def test_a_missing_directory_is_a_usage_error(tmp_path: Path) -> None:
+    """It is not created."""
     done = run("tail", "-d", "box", "-f", cwd=tmp_path)
     assert done.returncode == 2
     assert b"box: cannot be listed" in done.stderr

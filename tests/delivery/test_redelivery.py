@@ -25,7 +25,7 @@ from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
-from tests.cli.test_commands import CLEAN, PILLARBOX, ids, run
+from tests.cli.test_commands import CLEAN, PILLARBOX, delivered_event_ids, run
 from tests.conftest import event, wait_until
 from tests.delivery.test_quarantine_limits import Picky
 from tests.delivery.worker_setup import MovingClock, drain_worker, make_worker, seal_batch
@@ -267,14 +267,14 @@ def test_a_destination_that_was_restored_to_an_earlier_copy_gets_everything_agai
     for left in tmp_path.glob("events.db*"):
         left.unlink()
     shutil.copy(tmp_path / "copy.db", tmp_path / "events.db")
-    assert len(ids(tmp_path / "events.db")) == 10
+    assert len(delivered_event_ids(tmp_path / "events.db")) == 10
     done = run("redeliver", *BOX, "--since", "2h", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stdout.splitlines()[-1][:59]) == (
         0,
         b"30 events in 3 batches pending again (the oldest retained b",
     )
     deliver(tmp_path)
-    assert ids(tmp_path / "events.db") == [f"e-{number:06d}" for number in range(30)]
+    assert delivered_event_ids(tmp_path / "events.db") == [f"e-{number:06d}" for number in range(30)]
     account = verified(tmp_path)
     assert account["resent_on_request"] == 30
     assert account["total"]["accepted"] == account["total"]["delivered"] == 60  # type: ignore[index]
@@ -333,7 +333,9 @@ def test_one_of_several_sinks_gets_again_what_the_others_retain_or_wait_for(tmp_
     done = run("redeliver", *BOX, "--all", "--sink", "one", "--yes", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")
     assert run(*command, cwd=tmp_path, environ=environ).returncode == 1
-    assert [ids(tmp_path / f"{name}.db") for name in ("one", "other")] == [[f"e-{number:06d}" for number in range(10)]] * 2
+    assert [delivered_event_ids(tmp_path / f"{name}.db") for name in ("one", "other")] == [
+        [f"e-{number:06d}" for number in range(10)]
+    ] * 2
     account = json.loads(run("verify", *BOX, "--json", cwd=tmp_path).stdout)
     assert account["balances"]
     assert [len(list((tmp_path / "box" / f"sink-{name}").glob("delivered-*"))) for name in ("one", "other")] == [1, 1]
