@@ -1,6 +1,6 @@
-"""From an application, over the disk, into SQLite: what `make run` shows.
+"""Sends events from an application through an outbox into SQLite; `make run` runs this.
 
-Takes the events of `examples/data/events.ndjson` through a new outbox in `var/first-steps` and looks at what arrived.
+Enqueues the events of `examples/data/events.ndjson` into a new outbox in `var/first-steps`, and prints the delivered rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = HERE.parent / "var" / "first-steps"
 
 
 def main() -> None:
-    """Store, deliver, look."""
+    """Enqueue the events, deliver them and print the result."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     lines = (HERE / "data" / "events.ndjson").read_bytes().splitlines()
@@ -33,32 +33,32 @@ def main() -> None:
         delivered = time.perf_counter()
         stats = outbox.stats()
 
-    print(f"accepted   {accepted} events in {(stored - began) * 1e6 / len(events):.1f} us each, threads started on the way")
-    print(f"delivered  {stats.delivered} within {(delivered - stored) * 1e3:.0f} ms; files that wait: {stats.pending_files}")
+    print(f"accepted   {accepted} events in {(stored - began) * 1e6 / len(events):.1f} us each, thread start included")
+    print(f"delivered  {stats.delivered} in {(delivered - stored) * 1e3:.0f} ms; {stats.pending_files} files pending")
 
     database = sqlite3.connect(FOLDER / "events.db")
-    print("\nWhat arrived, by kind:")
+    print("\nDelivered events by key:")
     for key, count in database.execute("SELECT event_key, COUNT(*) FROM tracking_event GROUP BY 1 ORDER BY 2 DESC LIMIT 5"):
         print(f"  {count:4}  {key}")
-    print("\nThe first three:")
+    print("\nThe first three rows:")
     for row in database.execute("SELECT event_id, event_key, scope_kind, scope_id FROM tracking_event ORDER BY rowid LIMIT 3"):
         print("  " + "  ".join(map(str, row)))
     arrived = database.execute("SELECT COUNT(*) FROM tracking_event").fetchone()[0]
     database.close()
     if not (complete and arrived == accepted == len(events)):
-        raise SystemExit(f"{len(events)} events, {accepted} accepted, {arrived} arrived: see the lines above")
-    try_next()
+        raise SystemExit(f"{len(events)} events, {accepted} accepted, {arrived} delivered: the numbers differ")
+    print_next_steps()
 
 
-def try_next() -> None:
-    """Say where to go from here."""
+def print_next_steps() -> None:
+    """Print commands to try next."""
     folder = FOLDER.relative_to(HERE.parent)
     print(f"""
-All of them arrived, once. Try next:
-  .venv/bin/pillarbox enqueue -d {folder}/outbox --ack examples/data/events.ndjson   # stored; nobody delivers yet
-  .venv/bin/pillarbox status -d {folder}/outbox                                      # so it waits
+All events were delivered once. Try next:
+  .venv/bin/pillarbox enqueue -d {folder}/outbox --ack examples/data/events.ndjson   # stored, not delivered yet
+  .venv/bin/pillarbox status -d {folder}/outbox                                      # shows the pending events
   .venv/bin/pillarbox deliver -d {folder}/outbox --sink sqlite:///{folder}/events.db --once
-                                                       # delivered: the same ids again, so all are known duplicates
+                                                       # delivers them; the destination detects the ids as duplicates
   sqlite3 {folder}/events.db 'SELECT * FROM tracking_event LIMIT 5'
   make test""")
 

@@ -1,4 +1,4 @@
-"""What the tests share."""
+"""Fixtures, marks and helpers that all tests share."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.testing import ManualClock
 
-# A shell that runs the tests in the background has them ignore Ctrl-C, and so would the commands that they start.
+# A shell that runs the tests in the background makes them ignore SIGINT, and the commands that they start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples each time, however slow the machine is at that moment. `--hypothesis-profile=default` looks for others.
-settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("same")
+# The same examples in each run, without deadlines, because the machine may be slow. `--hypothesis-profile=default` tries others.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parent
 DATA = ROOT / "data"
 
-# Marks by folder or file, the longest match first; a test adds its own with a decorator. `pyproject.toml` says what they mean.
+# Marks by folder or file; the longest match wins. A test adds its own with a decorator. `pyproject.toml` explains them.
 MARKS = {
     "cli": pytest.mark.slow,
     "crash": pytest.mark.proof,
@@ -48,14 +48,14 @@ MARKS = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by where it stands."""
+    """Mark each test by its folder or file."""
     for item in items:
         name = item.path.relative_to(ROOT).as_posix()
-        found = max(
-            (outbox_dir for outbox_dir in MARKS if name == outbox_dir or name.startswith(f"{outbox_dir}/")), key=len, default=""
+        prefix = max(
+            (candidate for candidate in MARKS if name == candidate or name.startswith(f"{candidate}/")), key=len, default=""
         )
-        if found:
-            item.add_marker(MARKS[found])
+        if prefix:
+            item.add_marker(MARKS[prefix])
 
 
 @pytest.fixture
@@ -74,50 +74,50 @@ def outbox_dir(tmp_path: Path, clock: ManualClock) -> Directory:
 
 @pytest.fixture
 def existing(tmp_path: Path) -> Path:
-    """A copy of a directory as the older system leaves it: two sealed files and an active one, 127 events."""
+    """A copy of a directory of the older system: two batches and a segment with 127 events."""
     return Path(shutil.copytree(DATA / "existing-outbox", tmp_path / "existing"))
 
 
 def existing_events() -> list[dict[str, object]]:
-    """Its events, in the order in which they were written; parsed by the standard library."""
+    """The events of that directory in the order in which they were written, parsed by the standard library."""
     folder = DATA / "existing-outbox"
     files = [*sorted(folder.glob("sealed-*")), folder / "active.ndjson"]
     return [json.loads(line)["event"] for file in files for line in file.read_bytes().split(b"\n") if line]
 
 
-PLANTED = ("symlink", "hardlink", "fifo", "directory")
+UNUSABLE_KINDS = ("symlink", "hardlink", "fifo", "directory")
 
 
-def plant(what: str, path: Path, victim: Path) -> None:
-    """Put something of `PLANTED` under a name of ours; the links lead to the victim."""
-    if what == "symlink":
+def create_unusable_file(kind: str, path: Path, victim: Path) -> None:
+    """Create a file of one of the `UNUSABLE_KINDS`, which the store must not use. Links lead to `victim`."""
+    if kind == "symlink":
         path.symlink_to(victim)
-    elif what == "hardlink":
+    elif kind == "hardlink":
         path.hardlink_to(victim)
-    elif what == "fifo":
+    elif kind == "fifo":
         os.mkfifo(path)
     else:
         path.mkdir()
 
 
-def event(number: int = 0, **members: object) -> TrackingEvent:
+def event(number: int = 0, **changes: object) -> TrackingEvent:
     """An event with a number in its id."""
-    chosen = {
+    fields = {
         "event_id": f"e-{number:06d}",
         "event_key": "click",
         "scope_kind": "Site",
         "scope_id": "site",
         "occurred_at_micros": number,
     }
-    chosen |= members
-    return TrackingEvent(**chosen)  # type: ignore[arg-type]
+    fields |= changes
+    return TrackingEvent(**fields)  # type: ignore[arg-type]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Look again every 10 ms until something is true; for as long as a process may take to start where others do too."""
+    """Poll a condition every 10 ms. The limit allows for processes that start slowly on a busy machine."""
     for _ in range(int(seconds * 100)):
         if condition():
             return
         # wait: the pause between two polls of a condition
         threading.Event().wait(0.01)
-    raise AssertionError("it never came true")
+    raise AssertionError(f"the condition was not true within {seconds:g} s")

@@ -1,4 +1,4 @@
-"""The documents say what is true: code blocks run, and nothing is left out."""
+"""The documentation is correct: its code blocks run, and nothing public is missing."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ DOCS = ROOT / "docs"
 SETTINGS_PAGE = DOCS / "reference" / "settings.md"
 OUTCOMES_PAGE = DOCS / "reference" / "outcomes.md"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "deploy" / "README.md", *sorted(DOCS.rglob("*.md"))]
-# A block of Python or shell. A comment on the line before it says why it is not run.
+# A block of Python or shell code. If it is not run, a comment on the line before it says why.
 BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class CodeBlock(NamedTuple):
-    """One block of a page that is run."""
+    """A code block of a page."""
 
     line: int
     language: str
@@ -43,7 +43,7 @@ class CodeBlock(NamedTuple):
 
 
 def code_blocks(page: Path) -> list[CodeBlock]:
-    """The blocks of a page that are run, in order."""
+    """The code blocks of a page that the test runs, in order."""
     text = page.read_text()
     return [
         CodeBlock(text.count("\n", 0, match.start()) + 1, match[2], match[3]) for match in BLOCK.finditer(text) if not match[1]
@@ -51,7 +51,7 @@ def code_blocks(page: Path) -> list[CodeBlock]:
 
 
 def run_block(block: CodeBlock, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run it in a folder, without the caller's settings, with `pillarbox` and this Python on the path."""
+    """Run a block in a folder, without the user's settings, with `pillarbox` and this Python on the path."""
     command = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     environ = {name: text for name, text in os.environ.items() if not name.startswith(("PILLARBOX_", "TRACKING_OUTBOX_"))}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -71,20 +71,20 @@ def page_id(page: Path) -> str:
 
 
 def metric_rows() -> list[str]:
-    """The lines of the table in docs/reference/metrics.md."""
+    """The rows of the table in docs/reference/metrics.md."""
     return re.findall(r"^\| `pillarbox.*$", (DOCS / "reference" / "metrics.md").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)], ids=page_id)
 def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
-    """All blocks of a page run in one empty folder, one after the other."""
+    """The blocks of a page run in one empty folder, one after the other."""
     for block in code_blocks(page):
         completed = run_block(block, tmp_path)
         assert completed.returncode == 0, f"{page_id(page)}:{block.line}: {completed.stdout}{completed.stderr}"
 
 
-def test_a_block_that_fails_is_found(tmp_path: Path) -> None:
-    """In either language."""
+def test_a_failing_block_is_detected(tmp_path: Path) -> None:
+    """In both languages."""
     assert run_block(CodeBlock(1, "python", "raise SystemExit(3)"), tmp_path).returncode == 3
     assert run_block(CodeBlock(1, "sh", "false | true"), tmp_path).returncode == 1
 
@@ -99,14 +99,14 @@ def test_every_page_is_in_the_navigation_and_the_site_uses_no_fonts_from_the_net
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_links_lead_somewhere(page: Path) -> None:
-    """Within the repository."""
+def test_links_between_files_are_valid(page: Path) -> None:
+    """Links to other sites are not checked."""
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link
 
 
 def shown_default(value: object) -> str:
-    """A setting's default as the table shows it."""
+    """The default of a setting in the form that the table uses."""
     if value is None or value in ("", {}):
         return "none"
     if isinstance(value, bool):
@@ -119,7 +119,7 @@ def shown_default(value: object) -> str:
 
 
 def test_every_setting_is_in_the_reference_with_its_default() -> None:
-    """And no other; the older names are there too."""
+    """The reference has no other settings, and names the aliases."""
     text = SETTINGS_PAGE.read_text()
     rows = re.findall(r"^\| `(\w+)` \| ([^|]*)\|", text, re.MULTILINE)
     documented = {name: default.strip("` ").removesuffix(" s") for name, default in rows}
@@ -135,7 +135,7 @@ def test_every_setting_is_in_the_reference_with_its_default() -> None:
 
 
 def test_every_outcome_and_state_is_in_the_reference_and_every_error_is_generated() -> None:
-    """By name."""
+    """The page of errors is generated from their docstrings."""
     text = OUTCOMES_PAGE.read_text()
     for name in (*DROP_REASONS, *StateName.__args__):  # type: ignore[attr-defined]  # what a Literal has
         assert f"\n| `{name}` |" in text, name
@@ -145,7 +145,7 @@ def test_every_outcome_and_state_is_in_the_reference_and_every_error_is_generate
 
 
 def test_everything_public_is_in_the_reference() -> None:
-    """By its own directive; errors have theirs together."""
+    """Each name has a directive; the errors share one."""
     text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     aliases = {"Outcome", "Durability", "DropReason"}
     for name in set(pillarbox.__all__) - aliases - set(vars(errors)):
@@ -154,31 +154,33 @@ def test_everything_public_is_in_the_reference() -> None:
         assert f"::: pillarbox.testing.{name}\n" in text, name
 
 
-def test_every_metric_is_documented_with_its_unit_and_where_it_comes_from() -> None:
-    """And no other; the name that it has at Prometheus follows from name and unit."""
-    duration = telemetry.Metric(*telemetry.FLUSH_DURATION, "gauge", list)  # a histogram's name is made as a gauge's
+def test_every_metric_is_documented_with_its_unit_and_source() -> None:
+    """The page has no other metrics. The Prometheus name follows from the name and the unit."""
+    duration = telemetry.Metric(
+        *telemetry.FLUSH_DURATION, "gauge", list
+    )  # the name of a histogram is formed like that of a gauge
     sources = {
         "application": [*telemetry.PENDING_METRICS, *telemetry.WRITER_METRICS, *telemetry.DELIVERY_METRICS, duration],
         "deliver": [*telemetry.DELIVERY_METRICS, *DIRECTORY_METRICS, duration],
     }
-    ours: dict[tuple[str, str, str], str] = {}
+    expected_rows: dict[tuple[str, str, str], str] = {}
     for source, metrics in sources.items():
         for metric in metrics:
             row = f"pillarbox.{metric.name}", metric.unit, prometheus_name(metric.name, metric.unit, metric.kind)
-            ours[row] = f"{ours[row]}, {source}" if row in ours else source
+            expected_rows[row] = f"{expected_rows[row]}, {source}" if row in expected_rows else source
     rows = [[cell.strip(" `") for cell in line.split("|")] for line in metric_rows()]
-    assert {(name, unit, there): source for _, name, unit, there, _, _, source, _ in rows} == ours
+    assert {(name, unit, prometheus): source for _, name, unit, prometheus, _, _, source, _ in rows} == expected_rows
 
 
 def test_every_destination_has_a_row_in_the_guarantees() -> None:
-    """What it tells repeats by, and what its acceptance survives."""
+    """It says how the destination detects duplicates, and what its durability is."""
     text = (DOCS / "explanation" / "guarantees.md").read_text().lower()
     for scheme in schemes():
         assert f"\n| {scheme.partition('+')[0]} |" in text
 
 
 def test_the_command_line_reference_is_up_to_date() -> None:
-    """Mend it with tools/cli-reference."""
+    """If it is not, run tools/cli-reference."""
     reference = runpy.run_path(str(ROOT / "tools" / "cli-reference"))["reference"]
     assert (DOCS / "reference" / "cli.md").read_text() == reference()
 
@@ -191,8 +193,8 @@ def test_the_reference_of_the_json_output_is_up_to_date() -> None:
     assert not re.findall(r"^.*\|  \|$", text, re.MULTILINE)
 
 
-def test_no_document_names_a_path_of_the_machine_it_was_written_on() -> None:
-    """Nor does any other file."""
+def test_no_file_contains_a_path_of_a_developer_machine() -> None:
+    """This applies to all files in the repository."""
     for file in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
         path = ROOT / file
         if path.is_file() and path != Path(__file__):
@@ -200,15 +202,15 @@ def test_no_document_names_a_path_of_the_machine_it_was_written_on() -> None:
 
 
 def test_every_function_in_the_life_of_an_event_exists() -> None:
-    """By import."""
+    """Each name can be imported."""
     names = re.findall(r"`(pillarbox(?:\.\w+)+)`", (DOCS / "explanation" / "life-of-an-event.md").read_text())
     assert len(names) > 20
     for name in names:
         pkgutil.resolve_name(name)
 
 
-def test_every_test_and_file_that_the_proofs_name_exists() -> None:
-    """Tests by name, harnesses by path."""
+def test_every_test_and_file_named_in_the_proofs_exists() -> None:
+    """Tests by name, other files by path."""
     text = (DOCS / "dev" / "proofs.md").read_text()
     sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):

@@ -1,4 +1,4 @@
-"""The application's own functions: what they are asked and told, and that nothing is lost where they raise."""
+"""The hooks of an application: when they are called and with what, and that no event is lost if one raises."""
 
 from __future__ import annotations
 
@@ -23,155 +23,153 @@ from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
 
 
-def stored(directory: Path) -> list[dict[str, Any]]:
-    """What is in the files, in order."""
+def stored_events(directory: Path) -> list[dict[str, Any]]:
+    """The events in all files, in order."""
     files = sorted(directory.glob("sealed-*")) + sorted(directory.glob("active-*"))
     return [json.loads(line)["event"] for file in files for line in file.read_bytes().splitlines()]
 
 
-def redact(given: TrackingEvent) -> TrackingEvent | None:
-    """Takes out who it was; clicks of robots are nothing."""
-    return None if given.event_key == "robot" else msgspec.structs.replace(given, user_id=None)
+def anonymize(tracking_event: TrackingEvent) -> TrackingEvent | None:
+    """Remove the user id, and filter out the clicks of robots."""
+    return None if tracking_event.event_key == "robot" else msgspec.structs.replace(tracking_event, user_id=None)
 
 
-def enqueue_one(outbox: Outbox, given: TrackingEvent, way: str, durability: Durability) -> Outcome:
-    """By one of the ways in."""
-    if way == "many":
-        return outbox.enqueue_many([given], durability=durability)[0]
-    if way == "async":
-        return asyncio.run(outbox.enqueue_async(given, durability=durability))
-    return outbox.enqueue(given, durability=durability)
+def enqueue_one(outbox: Outbox, tracking_event: TrackingEvent, method: str, durability: Durability) -> Outcome:
+    """Enqueue an event through one of the methods."""
+    if method == "many":
+        return outbox.enqueue_many([tracking_event], durability=durability)[0]
+    if method == "async":
+        return asyncio.run(outbox.enqueue_async(tracking_event, durability=durability))
+    return outbox.enqueue(tracking_event, durability=durability)
 
 
-WAYS = [(way, durability) for way in ("one", "many", "async") for durability in ("process", "power")]
+METHODS = [(method, durability) for method in ("one", "many", "async") for durability in ("process", "power")]
 
 
-@pytest.mark.parametrize(("way", "durability"), WAYS)
+@pytest.mark.parametrize(("method", "durability"), METHODS)
 @pytest.mark.parametrize("when_full", ["drop_newest", "drop_oldest", "block", "raise"])
-def test_before_send_changes_and_filters_what_comes_in(
-    tmp_path: Path, way: str, durability: Durability, when_full: Any
-) -> None:
-    """By every way in, whatever becomes of events without room; the hook runs once an event."""
-    asked: list[str] = []
+def test_before_send_changes_and_filters_events(tmp_path: Path, method: str, durability: Durability, when_full: Any) -> None:
+    """With every method and every `when_full`. The hook runs once for each event."""
+    hook_calls: list[str] = []
 
-    def before_send(given: TrackingEvent) -> TrackingEvent | None:
-        asked.append(given.event_id)
-        return redact(given)
+    def before_send(tracking_event: TrackingEvent) -> TrackingEvent | None:
+        hook_calls.append(tracking_event.event_id)
+        return anonymize(tracking_event)
 
     with Outbox(str(tmp_path / "outbox"), before_send=before_send, when_full=when_full) as outbox:
-        assert enqueue_one(outbox, event(1, user_id="u"), way, durability) == Enqueued(durability)
-        assert enqueue_one(outbox, event(2, event_key="robot"), way, durability) == Dropped("filtered")
-        assert enqueue_one(outbox, event(3, user_id="u"), way, durability) == Enqueued(durability)
-        assert asked == ["e-000001", "e-000002", "e-000003"]
+        assert enqueue_one(outbox, event(1, user_id="u"), method, durability) == Enqueued(durability)
+        assert enqueue_one(outbox, event(2, event_key="robot"), method, durability) == Dropped("filtered")
+        assert enqueue_one(outbox, event(3, user_id="u"), method, durability) == Enqueued(durability)
+        assert hook_calls == ["e-000001", "e-000002", "e-000003"]
         stats = outbox.stats()
     assert (stats.accepted, stats.dropped["filtered"], sum(stats.dropped.values())) == (2, 1, 1)
-    assert [(found["event_id"], found["user_id"]) for found in stored(tmp_path / "outbox")] == [
+    assert [(stored["event_id"], stored["user_id"]) for stored in stored_events(tmp_path / "outbox")] == [
         ("e-000001", None),
         ("e-000003", None),
     ]
 
 
-def test_many_events_are_asked_about_one_by_one(tmp_path: Path) -> None:
-    """One outcome each, in order; what is no event is not shown to the hook."""
-    with Outbox(str(tmp_path / "outbox"), before_send=redact) as outbox:
+def test_enqueue_many_calls_the_hook_for_each_event(tmp_path: Path) -> None:
+    """Each has an outcome, in order. The hook does not get an object that is not an event."""
+    with Outbox(str(tmp_path / "outbox"), before_send=anonymize) as outbox:
         events = [event(1), event(2, event_key="robot"), "no event", event(3)]
         outcomes = outbox.enqueue_many(events)  # type: ignore[arg-type]
         assert outcomes == [Enqueued(), Dropped("filtered"), Dropped("invalid"), Enqueued()]
         assert outbox.stats().hook_failures["before_send"] == 0
 
 
-@pytest.mark.parametrize(("way", "durability"), WAYS)
-def test_an_event_for_which_there_is_no_room_is_asked_about_once(tmp_path: Path, way: str, durability: Durability) -> None:
-    """Not once a try; blocked, it waits, and raised, it raises."""
-    asked: list[str] = []
+@pytest.mark.parametrize(("method", "durability"), METHODS)
+def test_the_hook_runs_once_for_an_event_without_room(tmp_path: Path, method: str, durability: Durability) -> None:
+    """Not once for each attempt, whether `enqueue` blocks or raises."""
+    hook_calls: list[str] = []
 
-    def before_send(given: TrackingEvent) -> TrackingEvent:
-        asked.append(given.event_id)
-        return given
+    def before_send(tracking_event: TrackingEvent) -> TrackingEvent:
+        hook_calls.append(tracking_event.event_id)
+        return tracking_event
 
     common: dict[str, Any] = {"max_bytes": 10, "before_send": before_send}
     with Outbox(str(tmp_path / "a"), when_full="block", block_timeout=0.1, **common) as outbox:
-        # On an event loop's thread only the way for coroutines waits.
-        assert enqueue_one(outbox, event(1), way, durability) == Dropped("timeout")
+        # In the thread of an event loop, only `enqueue_async` waits.
+        assert enqueue_one(outbox, event(1), method, durability) == Dropped("timeout")
     with Outbox(str(tmp_path / "b"), when_full="raise", **common) as outbox, pytest.raises(OutboxFullError):
-        enqueue_one(outbox, event(2), way, durability)
-    assert asked == ["e-000001", "e-000002"]
+        enqueue_one(outbox, event(2), method, durability)
+    assert hook_calls == ["e-000001", "e-000002"]
 
 
-@pytest.mark.parametrize(("way", "durability"), WAYS)
-def test_a_hook_that_raises_loses_nothing_and_is_reported_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str, durability: Durability
+@pytest.mark.parametrize(("method", "durability"), METHODS)
+def test_if_before_send_raises_the_event_is_stored_unchanged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, durability: Durability
 ) -> None:
-    """The event is stored as it was given; the log has one line with a traceback, and every time is counted."""
+    """The log has one line with a traceback, and each failure is counted."""
 
-    def before_send(given: TrackingEvent) -> TrackingEvent:
-        raise KeyError(given.event_key)
+    def before_send(tracking_event: TrackingEvent) -> TrackingEvent:
+        raise KeyError(tracking_event.event_key)
 
     with Outbox(str(tmp_path / "outbox"), before_send=before_send) as outbox:
         for number in range(3):
-            assert enqueue_one(outbox, event(number, user_id="u"), way, durability)
+            assert enqueue_one(outbox, event(number, user_id="u"), method, durability)
         assert outbox.stats().hook_failures == {"before_send": 3, "on_drop": 0, "on_dead_letter": 0}
-    assert [found["user_id"] for found in stored(tmp_path / "outbox")] == ["u"] * 3
+    assert [stored["user_id"] for stored in stored_events(tmp_path / "outbox")] == ["u"] * 3
     (line,) = [line for line in caplog.records if "before_send raised" in line.message]
     assert "the event is stored unchanged" in line.message
     assert line.exc_info is not None
     assert line.exc_info[0] is KeyError
 
 
-def test_a_program_may_end_itself_from_before_send(tmp_path: Path) -> None:
-    """What is no `Exception` goes through, and the thread's next event comes past the hook again."""
+def test_before_send_may_raise_system_exit(tmp_path: Path) -> None:
+    """Exceptions that are not an `Exception` are raised, and the thread's next event passes through the hook again."""
     ends = iter([True, False])
 
-    def before_send(given: TrackingEvent) -> TrackingEvent:
+    def before_send(tracking_event: TrackingEvent) -> TrackingEvent:
         if next(ends):
             raise SystemExit(3)
-        return msgspec.structs.replace(given, user_id=None)
+        return msgspec.structs.replace(tracking_event, user_id=None)
 
     with Outbox(str(tmp_path / "outbox"), before_send=before_send) as outbox:
         with pytest.raises(SystemExit):
             outbox.enqueue(event(1, user_id="u"))
         assert outbox.enqueue(event(2, user_id="u"))
         assert outbox.stats().hook_failures["before_send"] == 0
-    assert [(found["event_id"], found["user_id"]) for found in stored(tmp_path / "outbox")] == [("e-000002", None)]
+    assert [(stored["event_id"], stored["user_id"]) for stored in stored_events(tmp_path / "outbox")] == [("e-000002", None)]
 
 
-@pytest.mark.parametrize(("way", "durability"), WAYS)
+@pytest.mark.parametrize(("method", "durability"), METHODS)
 @pytest.mark.parametrize("wrong", [{"event_id": "a"}, "text", False, Dropped("filtered")])
-def test_what_before_send_returns_of_the_wrong_type_is_invalid(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str, durability: Durability, wrong: Any
+def test_a_result_of_before_send_with_the_wrong_type_is_invalid(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, durability: Durability, wrong: Any
 ) -> None:
     """It cannot be stored, and the log names the hook."""
     with Outbox(str(tmp_path / "outbox"), before_send=lambda _: wrong) as outbox:
-        assert enqueue_one(outbox, event(1), way, durability) == Dropped("invalid")
+        assert enqueue_one(outbox, event(1), method, durability) == Dropped("invalid")
         assert outbox.stats().dropped["invalid"] == 1
     assert "; it must return a TrackingEvent or None" in caplog.text
     with (
         Outbox(str(tmp_path / "strict"), before_send=lambda _: wrong, on_invalid="raise") as outbox,
         pytest.raises(InvalidEventError, match=r"^before_send: returned a "),
     ):
-        enqueue_one(outbox, event(1), way, durability)
+        enqueue_one(outbox, event(1), method, durability)
 
 
-@pytest.mark.parametrize(("way", "durability"), WAYS)
-def test_a_hook_may_itself_enqueue(tmp_path: Path, way: str, durability: Durability) -> None:
-    """Without hooks, so that it does not go on for ever; the next event comes past the hook again."""
-    asked = []
+@pytest.mark.parametrize(("method", "durability"), METHODS)
+def test_before_send_may_enqueue(tmp_path: Path, method: str, durability: Durability) -> None:
+    """The inner call runs without hooks, to prevent an endless recursion. The next event passes through the hook again."""
+    hook_calls = []
 
-    def before_send(given: TrackingEvent) -> TrackingEvent:
-        asked.append(given.event_id)
-        assert outbox.enqueue(msgspec.structs.replace(given, event_key="seen"), durability=durability)
-        return given
+    def before_send(tracking_event: TrackingEvent) -> TrackingEvent:
+        hook_calls.append(tracking_event.event_id)
+        assert outbox.enqueue(msgspec.structs.replace(tracking_event, event_key="seen"), durability=durability)
+        return tracking_event
 
     with Outbox(str(tmp_path / "outbox"), before_send=before_send) as outbox:
         for number in range(2):
-            assert enqueue_one(outbox, event(number), way, durability)
+            assert enqueue_one(outbox, event(number), method, durability)
         assert outbox.stats().hook_failures["before_send"] == 0
-    assert asked == ["e-000000", "e-000001"]
-    assert [found["event_key"] for found in stored(tmp_path / "outbox")] == ["seen", "click"] * 2
+    assert hook_calls == ["e-000000", "e-000001"]
+    assert [stored["event_key"] for stored in stored_events(tmp_path / "outbox")] == ["seen", "click"] * 2
 
 
-def test_a_log_handler_that_enqueues_does_not_come_back_to_the_hook_that_raises(tmp_path: Path) -> None:
-    """The report of the failure is itself an event for it."""
+def test_a_log_handler_that_enqueues_does_not_call_the_failing_hook_again(tmp_path: Path) -> None:
+    """The handler enqueues an event for the log line about the hook."""
 
     class Handler(logging.Handler):
         def emit(self, line: logging.LogRecord) -> None:
@@ -188,55 +186,55 @@ def test_a_log_handler_that_enqueues_does_not_come_back_to_the_hook_that_raises(
             assert outbox.stats().hook_failures["before_send"] == 1
     finally:
         log.removeHandler(handler)
-    assert [found["event_key"] for found in stored(tmp_path / "outbox")] == ["ERROR", "click"]
+    assert [stored["event_key"] for stored in stored_events(tmp_path / "outbox")] == ["ERROR", "click"]
 
 
-def test_a_hook_does_not_wait_for_room(tmp_path: Path) -> None:
-    """On a thread of ours it would keep from happening what it waits for."""
+def test_before_send_does_not_wait_for_room(tmp_path: Path) -> None:
+    """In a thread of Pillarbox, it would block the very work that makes room."""
     inner: list[Outcome] = []
 
-    def before_send(given: TrackingEvent) -> None:
-        inner.append(outbox.enqueue(given))
+    def before_send(tracking_event: TrackingEvent) -> None:
+        inner.append(outbox.enqueue(tracking_event))
 
     with Outbox(str(tmp_path / "outbox"), max_bytes=10, when_full="block", block_timeout=5, before_send=before_send) as outbox:
         assert outbox.enqueue(event(1)) == Dropped("filtered")
     assert inner == [Dropped("would_block")]
 
 
-def test_a_disabled_outbox_asks_nothing(tmp_path: Path) -> None:
-    """Nor does it touch the disk; what it refuses is reported at once, for it has no thread."""
-    told: Counter[str] = Counter()
+def test_a_disabled_outbox_does_not_call_before_send(tmp_path: Path) -> None:
+    """It does not touch the disk. It reports drops at once, because it has no thread."""
+    reported: Counter[str] = Counter()
     outbox = Outbox(
         str(tmp_path / "outbox"),
         enabled=False,
-        before_send=lambda _: pytest.fail("asked"),
-        on_drop=lambda reason, count: told.update({reason: count}),
+        before_send=lambda _: pytest.fail("before_send was called"),
+        on_drop=lambda reason, count: reported.update({reason: count}),
     )
     assert outbox.enqueue(event(1)) == Dropped("disabled")
     assert outbox.enqueue_many([event(1), event(2)]) == [Dropped("disabled")] * 2
     assert outbox.enqueue_json([b"{}"]) == [Dropped("disabled")]
     assert asyncio.run(outbox.enqueue_async(event(1), durability="process")) == Dropped("disabled")
-    assert told == {"disabled": 5}
+    assert reported == {"disabled": 5}
     outbox.close()
 
 
-def test_events_json_does_not_come_past_before_send(tmp_path: Path) -> None:
-    """It was there already."""
+def test_enqueue_json_does_not_call_before_send(tmp_path: Path) -> None:
+    """The hook has already seen the event."""
     with Outbox(str(tmp_path / "outbox"), before_send=lambda _: None) as outbox:
         assert outbox.enqueue_json([msgspec.json.encode(event(1))]) == [Enqueued()]
 
 
 @pytest.mark.parametrize("when_full", ["drop_newest", "block", "raise"])
 @pytest.mark.parametrize("durability", ["process", "power"])
-def test_every_drop_is_reported_and_the_sum_is_that_of_the_counts(tmp_path: Path, when_full: Any, durability: Any) -> None:
-    """Eight threads, an outbox that is full, events that are none, and the end in the middle of it."""
-    told: Counter[str] = Counter()
-    threads_told = set()
+def test_the_reported_drops_add_up_to_the_counts(tmp_path: Path, when_full: Any, durability: Any) -> None:
+    """Eight threads, a full outbox, invalid events, and a close in the middle."""
+    reported: Counter[str] = Counter()
+    reporting_threads = set()
 
     def on_drop(reason: str, count: int) -> None:
         assert count > 0
-        told[reason] += count
-        threads_told.add(threading.current_thread().name)
+        reported[reason] += count
+        reporting_threads.add(threading.current_thread().name)
 
     outbox = Outbox(
         str(tmp_path / "outbox"),
@@ -246,7 +244,7 @@ def test_every_drop_is_reported_and_the_sum_is_that_of_the_counts(tmp_path: Path
         block_timeout=0.02,
         durability=durability,
         on_drop=on_drop,
-        before_send=redact,
+        before_send=anonymize,
     )
     enough, closed = threading.Event(), threading.Event()
 
@@ -256,11 +254,11 @@ def test_every_drop_is_reported_and_the_sum_is_that_of_the_counts(tmp_path: Path
                 enough.set()
             if number == start + 100:
                 closed.wait(60)
-            given = event(number, event_key="robot" if number % 5 == 0 else "click")
+            tracking_event = event(number, event_key="robot" if number % 5 == 0 else "click")
             try:
-                outbox.enqueue("no event" if number % 7 == 0 else given)  # type: ignore[arg-type]
-                outbox.enqueue_many([given, given])
-                outbox.enqueue_json([b"{", msgspec.json.encode(given)])
+                outbox.enqueue("no event" if number % 7 == 0 else tracking_event)  # type: ignore[arg-type]
+                outbox.enqueue_many([tracking_event, tracking_event])
+                outbox.enqueue_json([b"{", msgspec.json.encode(tracking_event)])
             except OutboxFullError:
                 continue
 
@@ -268,87 +266,87 @@ def test_every_drop_is_reported_and_the_sum_is_that_of_the_counts(tmp_path: Path
     for thread in threads:
         thread.start()
     enough.wait(60)
-    wait_until(lambda: "pillarbox-sealer" in threads_told)
+    wait_until(lambda: "pillarbox-sealer" in reporting_threads)
     outbox.close()
     closed.set()
     for thread in threads:
         thread.join()
     counts = {reason: count for reason, count in outbox.stats().dropped.items() if count}
-    assert told == counts
-    assert {"invalid", "filtered", "closed"} <= told.keys()
+    assert reported == counts
+    assert {"invalid", "filtered", "closed"} <= reported.keys()
     assert outbox.stats().hook_failures["on_drop"] == 0
 
 
-def test_drops_are_reported_within_a_second_also_where_nothing_is_sealed(tmp_path: Path) -> None:
-    """Never on the thread of the one who was refused, while a thread of ours runs."""
-    told: list[tuple[str, int, str]] = []
+def test_drops_are_reported_within_a_second_even_if_nothing_is_sealed(tmp_path: Path) -> None:
+    """The sealer thread calls the hook, never the thread that called `enqueue`."""
+    reported: list[tuple[str, int, str]] = []
     with Outbox(
         str(tmp_path / "outbox"),
         flush_interval=86_400,
-        on_drop=lambda reason, count: told.append((reason, count, threading.current_thread().name)),
+        on_drop=lambda reason, count: reported.append((reason, count, threading.current_thread().name)),
     ) as outbox:
         for _ in range(3):
             outbox.enqueue("no event")  # type: ignore[arg-type]
-        wait_until(lambda: sum(count for _, count, _ in told) == 3)
-    assert {(reason, name) for reason, _, name in told} == {("invalid", "pillarbox-sealer")}
+        wait_until(lambda: sum(count for _, count, _ in reported) == 3)
+    assert {(reason, name) for reason, _, name in reported} == {("invalid", "pillarbox-sealer")}
 
 
-def test_what_is_refused_before_the_start_and_after_the_end_is_reported_at_once(tmp_path: Path) -> None:
-    """There is no thread of ours to do it."""
-    told: list[tuple[str, int]] = []
-    outbox = Outbox(str(tmp_path / "outbox"), on_drop=lambda reason, count: told.append((reason, count)))
+def test_drops_before_the_start_and_after_the_close_are_reported_at_once(tmp_path: Path) -> None:
+    """At these times there is no sealer thread."""
+    reported: list[tuple[str, int]] = []
+    outbox = Outbox(str(tmp_path / "outbox"), on_drop=lambda reason, count: reported.append((reason, count)))
     outbox.enqueue("no event")  # type: ignore[arg-type]
-    assert told == [("invalid", 1)]
+    assert reported == [("invalid", 1)]
     assert outbox.enqueue(event(1))
     outbox.close()
     outbox.enqueue(event(2))
     outbox.enqueue_many([event(2), event(3)])
-    assert told == [("invalid", 1), ("closed", 1), ("closed", 2)]
+    assert reported == [("invalid", 1), ("closed", 1), ("closed", 2)]
 
 
-def test_what_was_refused_last_is_reported_at_the_end(tmp_path: Path) -> None:
-    """Once `close` has returned, all is reported: also what nothing comes after."""
-    told: Counter[str] = Counter()
-    outbox = Outbox(str(tmp_path / "outbox"), on_drop=lambda reason, count: told.update({reason: count}))
+def test_close_reports_the_last_drops(tmp_path: Path) -> None:
+    """Before `close` returns."""
+    reported: Counter[str] = Counter()
+    outbox = Outbox(str(tmp_path / "outbox"), on_drop=lambda reason, count: reported.update({reason: count}))
     assert outbox.enqueue(event(1))
     for _ in range(3):
         outbox.enqueue("no event")  # type: ignore[arg-type]
     outbox.close()
-    assert told == {"invalid": 3}
+    assert reported == {"invalid": 3}
 
 
-def test_what_is_tried_again_for_want_of_room_is_not_reported(tmp_path: Path) -> None:
-    """Only what becomes of it; the thread that seals looks in the middle of an attempt."""
-    told: Counter[str] = Counter()
+def test_a_retry_for_lack_of_room_is_not_reported(tmp_path: Path) -> None:
+    """Only its final outcome is. The sealer thread reports drops in the middle of an attempt."""
+    reported: Counter[str] = Counter()
     with Outbox(
         str(tmp_path / "outbox"),
         max_bytes=10,
         when_full="block",
         block_timeout=0.1,
-        on_drop=lambda reason, count: told.update({reason: count}),
+        on_drop=lambda reason, count: reported.update({reason: count}),
     ) as outbox:
         assert outbox.enqueue(event(1)) == Dropped("timeout")
         outbox._writer.drop("max_bytes")
         outbox.flush(5)
         outbox._writer.uncount_drop("max_bytes", 1)
-    assert told == {"timeout": 1}
+    assert reported == {"timeout": 1}
 
 
-def test_an_on_drop_that_raises_or_enqueues_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Not the thread that seals, not even by ending it; and what it enqueues does not come back to it at once."""
-    asked = threading.Event()
+def test_if_on_drop_raises_or_enqueues_sealing_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Even if it raises SystemExit. The events that it enqueues do not call it again at once."""
+    hook_called = threading.Event()
 
     def on_drop(reason: str, _count: int) -> None:
         outbox.enqueue(event(7, event_key=reason))
-        asked.set()
+        hook_called.set()
         raise SystemExit(1)
 
     outbox = Outbox(str(tmp_path / "outbox"), batch_size=1, on_drop=on_drop)
     assert outbox.enqueue(event(1))
     outbox.enqueue("no event")  # type: ignore[arg-type]
-    assert asked.wait(60)
+    assert hook_called.wait(60)
     assert outbox.enqueue(event(2))
-    assert not outbox.flush(0.2)  # nobody delivers, but all is sealed
+    assert not outbox.flush(0.2)  # without a sink nothing is delivered, but all is sealed
     wait_until(lambda: sum(outbox.stats().sealed.values()) >= 2)
     wait_until(lambda: outbox._directory.disk_usage().active_files == 0)
     outbox.close()
@@ -356,16 +354,16 @@ def test_an_on_drop_that_raises_or_enqueues_stops_nothing(tmp_path: Path, caplog
     assert outbox.stats().dropped["closed"] == 2
     assert outbox.stats().hook_failures["on_drop"] == 2
     assert caplog.text.count("on_drop raised") == 1
-    assert [found["event_key"] for found in stored(tmp_path / "outbox")] == ["click", "invalid", "click"]
+    assert [stored["event_key"] for stored in stored_events(tmp_path / "outbox")] == ["click", "invalid", "click"]
 
 
 def test_a_dead_letter_is_reported_once_it_is_on_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With its event; a hook that raises then, or would end the thread, keeps nothing from being delivered."""
-    told: list[tuple[str, str, bool]] = []
+    """With its event. If the hook raises, even SystemExit, delivery goes on."""
+    reported: list[tuple[str, str, bool]] = []
 
     def on_dead_letter(letter: DeadLetter) -> None:
         on_disk = any(bytes(letter.event) in file.read_bytes() for file in (tmp_path / "outbox").glob("dead-*"))
-        told.append((json.loads(bytes(letter.event))["event_id"], letter.reason, on_disk))
+        reported.append((json.loads(bytes(letter.event))["event_id"], letter.reason, on_disk))
         raise SystemExit
 
     refusals = {0: Rejection("bad", "too blue"), 2: Rejection("bad", "too red")}
@@ -376,46 +374,46 @@ def test_a_dead_letter_is_reported_once_it_is_on_disk(tmp_path: Path, caplog: py
         assert outbox.enqueue(event(9))
         assert outbox.flush(60)
         stats = outbox.stats()
-    assert told == [("e-000000", "too blue", True), ("e-000002", "too red", True)]
+    assert reported == [("e-000000", "too blue", True), ("e-000002", "too red", True)]
     assert (stats.delivered, stats.dead, stats.hook_failures["on_dead_letter"]) == (2, 2, 2)
     assert caplog.text.count("on_dead_letter raised") == 1
 
 
-def test_an_older_count_reports_nothing_anew() -> None:
-    """Two threads may have copied the totals one after the other, and report the other way round."""
-    told: list[tuple[str, int]] = []
-    hooks = Hooks("outbox", on_drop=lambda reason, count: told.append((reason, count)))
+def test_an_older_count_is_not_reported_again() -> None:
+    """Two threads may copy the totals one after the other, and report them in the reverse order."""
+    reported: list[tuple[str, int]] = []
+    hooks = Hooks("outbox", on_drop=lambda reason, count: reported.append((reason, count)))
     for totals in ({"closed": 5}, {"closed": 3, "invalid": 1}, {"closed": 6, "invalid": 1}):
         hooks.report_drops(totals)
-    assert told == [("closed", 5), ("invalid", 1), ("closed", 1)]
+    assert reported == [("closed", 5), ("invalid", 1), ("closed", 1)]
 
 
-def test_after_a_fork_the_hooks_stay_and_count_anew(tmp_path: Path) -> None:
-    """The child's drops are its own, and so is the report of a hook that raises."""
-    told: Counter[str] = Counter()
+def test_after_a_fork_the_hooks_stay_and_their_counts_are_reset(tmp_path: Path) -> None:
+    """The child counts and logs only its own drops and failures."""
+    reported: Counter[str] = Counter()
 
     def on_drop(reason: str, count: int) -> None:
-        told[reason] += count
+        reported[reason] += count
         raise ValueError(reason)
 
-    outbox = Outbox(str(tmp_path / "outbox"), before_send=redact, on_drop=on_drop)
+    outbox = Outbox(str(tmp_path / "outbox"), before_send=anonymize, on_drop=on_drop)
     assert outbox.enqueue(event(1, user_id="u"))
     for _ in range(3):
         outbox.enqueue(event(2, event_key="robot"))
-    wait_until(lambda: told["filtered"] == 3)
+    wait_until(lambda: reported["filtered"] == 3)
     pid = os.fork()
     if pid == 0:
-        fine = False
+        passed = False
         try:
-            told.clear()
-            fine = outbox.stats().hook_failures["on_drop"] == 0
-            fine &= bool(outbox.enqueue(event(4, user_id="u")))
+            reported.clear()
+            passed = outbox.stats().hook_failures["on_drop"] == 0
+            passed &= bool(outbox.enqueue(event(4, user_id="u")))
             outbox.enqueue(event(5, event_key="robot"))
             outbox.close()
-            fine &= told == {"filtered": 1} and outbox.stats().hook_failures["on_drop"] == 1
+            passed &= reported == {"filtered": 1} and outbox.stats().hook_failures["on_drop"] == 1
         finally:
-            os._exit(0 if fine else 1)
+            os._exit(0 if passed else 1)
     assert os.waitpid(pid, 0)[1] == 0
     outbox.close()
-    assert told == {"filtered": 3}
-    assert [found["user_id"] for found in stored(tmp_path / "outbox")] == [None, None]
+    assert reported == {"filtered": 3}
+    assert [stored["user_id"] for stored in stored_events(tmp_path / "outbox")] == [None, None]

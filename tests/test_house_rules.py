@@ -1,4 +1,4 @@
-"""The rules of the house that no linter knows: sizes, imports, and who may touch the disk or read the time."""
+"""House rules that no linter checks: sizes, imports, and which modules may access the disk or read the time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ WAIT_COMMENT = "# wait: "
 MODULE_LINES_MAX = 600
 FUNCTION_LINES_MAX = 70
 
-# What each part may import from the package, beside itself. The edges may import everything.
+# The parts of the package that each part may import. The parts that are missing here may import everything.
 ALLOWED_IMPORTS = {
     "store": {"_native", "errors", "clock", "outcome"},
-    "sinks": {"errors", "clock", "event", "outcome", "store"},  # of the store, its one function that reads a file: see below
+    "sinks": {"errors", "clock", "event", "outcome", "store"},  # of the store, only the function that reads a file
     "delivery": {"errors", "clock", "hooks", "settings", "stats", "store", "sinks"},
     "admin": {"errors", "clock", "codec", "delivery", "event", "outcome", "sinks", "store"},
     "telemetry": {"stats"},
@@ -34,21 +34,21 @@ ALLOWED_IMPORTS = {
     "_native": {"_speedups", "outcome"},
     "settings": {"delivery", "errors", "event", "outcome", "store"},
 }
-# Within the store, writing and reading never meet.
-STRANGERS = [("store/writer.py", "reader"), ("store/reader.py", "writer"), ("store/sealer.py", "reader")]
+# Within the store, the writing and the reading side do not import each other.
+FORBIDDEN_IMPORTS = [("store/writer.py", "reader"), ("store/reader.py", "writer"), ("store/sealer.py", "reader")]
 
-# Modules that may use more of `os` than nothing, and what; `open` and `time` are one module's each.
+# Modules that may use `os`, and the names they may use. Only one module may use `open`, and only one `time`.
 OS_NAMES = {
     "store/os_filesystem.py": None,  # everything
-    "_native.py": {"environ"},  # where what is compiled is declined
+    "_native.py": {"environ"},  # PILLARBOX_PURE_PYTHON
     "event.py": {"register_at_fork", "urandom"},
     "outbox.py": {"PathLike", "register_at_fork"},
     "delivery/process/child.py": {"_exit", "dup2"},
     "delivery/process/supervisor.py": {"register_at_fork"},
-    "sinks/spacetimedb/url.py": {"environ"},  # where a token may be
-    "sinks/http/sink.py": {"environ"},  # what the variables that the URL names hold
+    "sinks/spacetimedb/url.py": {"environ"},  # may hold a token
+    "sinks/http/sink.py": {"environ"},  # variables that the URL names
     "delivery/lease.py": {"getpid"},
-    "exporters/__init__.py": {"environ"},  # where OpenTelemetry's own variables ask for an export
+    "exporters/__init__.py": {"environ"},  # the variables of OpenTelemetry
     "exporters/collector.py": {"getpid"},
     "testing/crash.py": {"strerror"},
     "testing/fault.py": {"strerror"},
@@ -62,13 +62,13 @@ def relative(module: Path) -> str:
 
 
 def imports_of(tree: ast.AST) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
+            names |= {alias.name for alias in node.names}
+    return names
 
 
 @pytest.mark.parametrize("module", ALL_PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -83,7 +83,7 @@ def test_modules_and_functions_are_short(module: Path) -> None:
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
 def test_a_part_imports_only_what_the_architecture_allows(module: Path) -> None:
-    """Layers point one way."""
+    """Imports between layers have one direction."""
     name = relative(module)
     part = name.partition("/")[0].removesuffix(".py")
     allowed = ALLOWED_IMPORTS.get(part)
@@ -92,10 +92,10 @@ def test_a_part_imports_only_what_the_architecture_allows(module: Path) -> None:
         assert ours <= allowed | {part}
 
 
-@pytest.mark.parametrize(("module", "stranger"), STRANGERS)
-def test_writer_and_reader_do_not_know_each_other(module: str, stranger: str) -> None:
-    """Their only meeting point is the file."""
-    assert not any(stranger in path.split(".") for path in imports_of(ast.parse((PACKAGE / module).read_text())))
+@pytest.mark.parametrize(("module", "forbidden"), FORBIDDEN_IMPORTS)
+def test_writer_and_reader_do_not_import_each_other(module: str, forbidden: str) -> None:
+    """They communicate only through files."""
+    assert not any(forbidden in path.split(".") for path in imports_of(ast.parse((PACKAGE / module).read_text())))
 
 
 def os_names(tree: ast.AST) -> set[str]:
@@ -107,8 +107,8 @@ def os_names(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
-def test_only_one_module_touches_the_disk_and_only_one_reads_the_time(module: Path) -> None:
-    """That is what makes a crash test of every step possible."""
+def test_only_one_module_accesses_the_disk_and_only_one_reads_the_time(module: Path) -> None:
+    """So the crash tests can replace both."""
     name, tree = relative(module), ast.parse(module.read_text())
     allowed = OS_NAMES.get(name, set())
     if allowed is not None:
@@ -122,25 +122,25 @@ def test_only_one_module_touches_the_disk_and_only_one_reads_the_time(module: Pa
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
 def test_only_the_directory_deletes_and_renames(module: Path) -> None:
-    """One owner for each disk verb."""
+    """Each operation on the disk has one owner."""
     name, tree = relative(module), ast.parse(module.read_text())
     if name in ("store/directory.py", "store/filesystem.py", "store/os_filesystem.py", "testing/fault.py"):
         return
-    verbs = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert not verbs & {"unlink", "rename", "rmtree"}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"unlink", "rename", "rmtree"}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
-def test_every_module_says_what_it_is_for(module: Path) -> None:
-    """A head comment, and no `assert`: `-O` strips it."""
+def test_every_module_has_a_docstring_and_no_assert(module: Path) -> None:
+    """`python -O` removes assertions."""
     tree = ast.parse(module.read_text())
     assert ast.get_docstring(tree)
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
 def timed_waits(tree: ast.AST) -> list[ast.expr]:
-    """Calls that let time pass: a sleep, a wait on an event that nobody else has, a wait that is to time out, a `sleep` process."""
-    found: list[ast.expr] = []
+    """Calls that let time pass: a sleep, a wait for an event that nothing sets, a wait that must time out, a `sleep` process."""
+    waits: list[ast.expr] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -151,23 +151,23 @@ def timed_waits(tree: ast.AST) -> list[ast.expr]:
             waits_alone = name == "wait" and isinstance(owner, ast.Call) and duration is not None and not is_zero
             selects_nothing = name == "select" and all(isinstance(arg, ast.List) and not arg.elts for arg in node.args[:3])
             if sleeps or waits_alone or (selects_nothing and len(node.args) > 3):
-                found.append(node)
+                waits.append(node)
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             call = node.operand
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "wait" and call.args:
-                found.append(call)
+                waits.append(call)
         elif (
             isinstance(node, ast.List)
             and node.elts
             and isinstance(node.elts[0], ast.Constant)
             and node.elts[0].value == "sleep"
         ):
-            found.append(node)
-    return found
+            waits.append(node)
+    return waits
 
 
-def unexplained(text: str) -> list[int]:
-    """The lines of timed waits that do not say why time must pass: `# wait: ...` on the line, or on the one above it."""
+def unexplained_waits(text: str) -> list[int]:
+    """The lines of timed waits without a reason: `# wait: ...` on the line itself or on the line above."""
     lines = text.split("\n")
     return [
         wait.lineno
@@ -178,8 +178,8 @@ def unexplained(text: str) -> list[int]:
 
 @pytest.mark.parametrize("module", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_test_waits_without_a_reason(module: Path) -> None:
-    """The clock is a parameter. Where real time must pass, a comment says why: `# wait: ...`."""
-    assert not unexplained(module.read_text())
+    """Tests set the clock themselves. If real time must pass, a comment says why: `# wait: ...`."""
+    assert not unexplained_waits(module.read_text())
 
 
 @pytest.mark.parametrize(
@@ -196,30 +196,30 @@ def test_no_test_waits_without_a_reason(module: Path) -> None:
         "subprocess.run(['sleep', '1'])",
     ],
 )
-def test_every_spelling_of_a_timed_wait_is_found(text: str) -> None:
-    """And accepted with its reason."""
-    assert unexplained(text)
+def test_every_form_of_a_timed_wait_is_detected(text: str) -> None:
+    """With a reason, it is accepted."""
+    assert unexplained_waits(text)
     last = text.rsplit("\n", maxsplit=1)[-1]
-    assert not unexplained(text.replace(last, f"{last}  # wait: the kernel's clock is what is tested"))
+    assert not unexplained_waits(text.replace(last, f"{last}  # wait: the kernel's clock is what is tested"))
 
 
 @pytest.mark.parametrize("text", ["await_(asyncio.sleep(0))", "assert done.wait(60)", "process.wait(60)"])
-def test_a_bound_on_a_wait_is_no_timed_wait(text: str) -> None:
-    """It ends as soon as what it waits for has happened."""
-    assert not unexplained(text)
+def test_a_wait_with_a_limit_is_not_a_timed_wait(text: str) -> None:
+    """It ends as soon as the condition is true."""
+    assert not unexplained_waits(text)
 
 
-def test_no_module_imports_itself_through_others() -> None:
-    """Imports that are made late, or for type checkers only, count as well."""
+def test_there_are_no_import_cycles() -> None:
+    """Imports in functions and imports for type checkers count as well."""
     assert not structure["cycles"](structure["graph_of"](structure["modules_of"](PACKAGE)))
 
 
-def test_no_two_classes_have_one_name() -> None:
-    """A name means one thing in the whole package; a leading underscore makes no other name."""
+def test_class_names_are_unique() -> None:
+    """In the whole package; a leading underscore does not make a name different."""
     assert not structure["names_used_twice"](structure["modules_of"](PACKAGE))
 
 
 @pytest.mark.parametrize("source", sorted((ROOT / "src" / "speedups").glob("*.c")), ids=lambda path: path.name)
 def test_only_one_c_source_reads_the_time(source: Path) -> None:
-    """Ids and times are made in it."""
+    """It creates ids and times."""
     assert ("clock_gettime" in source.read_text()) == (source.name == "event.c")

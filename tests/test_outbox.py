@@ -1,4 +1,4 @@
-"""The outbox as an application holds it: real threads, real files, an SQLite file at the end."""
+"""The outbox as an application uses it: real threads, real files, and an SQLite database as the destination."""
 
 from __future__ import annotations
 
@@ -32,38 +32,38 @@ from pillarbox.testing import RecordingSink
 from tests.conftest import event, existing_events, wait_until
 
 
-def rows(path: Path) -> list[dict[str, object]]:
+def delivered_rows(path: Path) -> list[dict[str, object]]:
     connection = sqlite3.connect(path)
     connection.row_factory = sqlite3.Row
-    found = [dict(row) for row in connection.execute("SELECT * FROM tracking_event ORDER BY rowid")]
+    rows = [dict(row) for row in connection.execute("SELECT * FROM tracking_event ORDER BY rowid")]
     connection.close()
-    return found
+    return rows
 
 
-def test_an_event_goes_all_the_way(tmp_path: Path) -> None:
-    """From the application, over the disk, into SQLite."""
+def test_an_event_is_delivered(tmp_path: Path) -> None:
+    """From the application, through the disk, into SQLite."""
     with Outbox(str(tmp_path / "outbox"), sink=f"sqlite:///{tmp_path}/events.db") as outbox:
         assert outbox.enqueue(event(1)) == Enqueued("process")
         assert outbox.flush(60)
-        assert rows(tmp_path / "events.db") == [json.loads(msgspec.json.encode(event(1)))]
+        assert delivered_rows(tmp_path / "events.db") == [json.loads(msgspec.json.encode(event(1)))]
         stats = outbox.stats()
     assert (stats.accepted, stats.delivered, stats.pending_bytes, stats.pending_files) == (1, 1, 0, 0)
     assert set(os.listdir(tmp_path / "outbox")) == {"deliver.lock", "ledger.ndjson", "ledger.lock"}
 
 
-def test_what_the_older_system_left_is_delivered_whole_in_order_and_unchanged(existing: Path, tmp_path: Path) -> None:
-    """All 127 events, and what is enqueued now comes after them."""
+def test_a_directory_of_the_older_system_is_delivered_in_order_and_unchanged(existing: Path, tmp_path: Path) -> None:
+    """All 127 events, and then the new one."""
     with Outbox(str(existing), sink=f"sqlite:///{tmp_path}/events.db") as outbox:
         outbox.enqueue(event(1))
         assert outbox.flush(60)
         assert outbox.stats().sealed["startup"] == 1
-    assert rows(tmp_path / "events.db") == [*existing_events(), json.loads(msgspec.json.encode(event(1)))]
+    assert delivered_rows(tmp_path / "events.db") == [*existing_events(), json.loads(msgspec.json.encode(event(1)))]
     assert len(existing_events()) == 127
     assert set(os.listdir(existing)) == {"deliver.lock", "ledger.ndjson", "ledger.lock"}
 
 
-def test_opening_touches_nothing_before_first_use(existing: Path) -> None:
-    """The directory is checked; nothing is adopted, no thread runs."""
+def test_opening_changes_nothing_before_the_first_enqueue(existing: Path) -> None:
+    """The directory is checked, but nothing is recovered, and no thread starts."""
     before = sorted(os.listdir(existing))
     outbox = Outbox(str(existing))
     assert outbox.stats().pending_bytes == 41_051
@@ -72,23 +72,23 @@ def test_opening_touches_nothing_before_first_use(existing: Path) -> None:
     assert sorted(os.listdir(existing)) == before
 
 
-def test_pending_bytes_of_the_older_systems_example(tmp_path: Path) -> None:
-    """Twelve: active and sealed, not the corrupt one."""
+def test_pending_bytes_count_segments_and_batches(tmp_path: Path) -> None:
+    """Twelve here: quarantined bytes are not pending."""
     (tmp_path / "active.ndjson").write_text("active")
     (tmp_path / "sealed-one.ndjson").write_text("sealed")
     (tmp_path / "corrupt-one.ndjson").write_text("corrupt")
     assert Outbox(str(tmp_path)).stats().pending_bytes == 12
 
 
-def test_a_directory_that_cannot_be_used_is_an_error_at_open(tmp_path: Path) -> None:
+def test_an_unusable_directory_is_an_error_when_the_outbox_is_created(tmp_path: Path) -> None:
     """Not at the first event."""
     (tmp_path / "file").write_text("")
     with pytest.raises(DirectoryUnusableError, match="is a file"):
         Outbox(str(tmp_path / "file"))
 
 
-def test_a_disabled_outbox_touches_no_disk(tmp_path: Path) -> None:
-    """It answers, and that is all."""
+def test_a_disabled_outbox_does_not_access_the_disk(tmp_path: Path) -> None:
+    """Every call returns its outcome, and that is all."""
     outbox = Outbox(str(tmp_path / "outbox"), enabled=False, sink="sqlite:///events.db")
     assert outbox.enqueue(event(1)) == Dropped("disabled")
     assert outbox.enqueue("no event") == Dropped("disabled")  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def test_a_disabled_outbox_touches_no_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "outbox").exists()
 
 
-def test_a_closed_outbox_says_so_and_may_be_closed_again(tmp_path: Path) -> None:
+def test_a_closed_outbox_drops_events_and_can_be_closed_again(tmp_path: Path) -> None:
     """Whether it was used or not."""
     for used in (False, True):
         outbox = Outbox(str(tmp_path / str(used)))
@@ -111,8 +111,8 @@ def test_a_closed_outbox_says_so_and_may_be_closed_again(tmp_path: Path) -> None
         assert outbox.enqueue_many([event(2)]) == [Dropped("closed")]
 
 
-def test_above_max_bytes_the_event_is_dropped_and_no_active_file_appears(tmp_path: Path) -> None:
-    """Counted by reason, logged once."""
+def test_above_max_bytes_the_event_is_dropped_and_no_segment_is_created(tmp_path: Path) -> None:
+    """The drop is counted by its reason."""
     outbox = Outbox(str(tmp_path / "outbox"), max_bytes=10)
     assert outbox.enqueue(event(1)) == Dropped("max_bytes")
     assert os.listdir(tmp_path / "outbox") == []
@@ -121,7 +121,7 @@ def test_above_max_bytes_the_event_is_dropped_and_no_active_file_appears(tmp_pat
 
 
 class Sample(msgspec.Struct):
-    """An application's own event type."""
+    """An event type of an application."""
 
     event_id: str
     value: float | None = None
@@ -141,27 +141,27 @@ INVALID = [
 def test_an_invalid_event_is_dropped_with_the_field_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str, bad: object
 ) -> None:
-    """Nothing is written, and the log has one line for many of them."""
+    """Nothing is written, and five invalid events make one line in the log."""
     with Outbox(str(tmp_path / "outbox"), event_type=Sample) as outbox:
         for _ in range(5):
             assert outbox.enqueue(bad) == Dropped("invalid")  # type: ignore[arg-type]
         assert outbox.stats().dropped["invalid"] == 5
         assert os.listdir(tmp_path / "outbox") == []
-    said = [entry.message for entry in caplog.records if "invalid event" in entry.message]
-    assert len(said) == 1
-    assert named in said[0]
+    messages = [entry.message for entry in caplog.records if "invalid event" in entry.message]
+    assert len(messages) == 1
+    assert named in messages[0]
 
 
 @pytest.mark.parametrize(("named", "bad"), INVALID)
-def test_an_invalid_event_is_raised_if_so_set(tmp_path: Path, named: str, bad: object) -> None:
-    """As an application's tests want it."""
+def test_on_invalid_raise_raises_an_error(tmp_path: Path, named: str, bad: object) -> None:
+    """Useful in the tests of an application."""
     outbox = Outbox(str(tmp_path / "outbox"), event_type=Sample, on_invalid="raise")
     with outbox, pytest.raises(InvalidEventError, match=named):
         outbox.enqueue(bad)  # type: ignore[arg-type]
 
 
-def test_an_own_event_type_is_stored_and_delivered(tmp_path: Path) -> None:
-    """With a table and columns of its own."""
+def test_another_event_type_is_stored_and_delivered(tmp_path: Path) -> None:
+    """Its table and columns come from the type."""
     with Outbox(str(tmp_path / "outbox"), sink=f"sqlite:///{tmp_path}/events.db", event_type=Sample) as outbox:
         assert outbox.enqueue(Sample("a", value=1.5))
         assert outbox.flush(60)
@@ -169,8 +169,8 @@ def test_an_own_event_type_is_stored_and_delivered(tmp_path: Path) -> None:
         assert database.execute("SELECT * FROM sample").fetchall() == [("a", 1.5)]
 
 
-def test_many_events_are_one_write_and_stay_together(tmp_path: Path) -> None:
-    """The invalid ones among them are dropped one by one."""
+def test_enqueue_many_stores_all_events_in_one_batch(tmp_path: Path) -> None:
+    """Invalid events are dropped individually."""
     sink = RecordingSink()
     with Outbox(str(tmp_path / "outbox"), sink=sink, batch_size=3) as outbox:
         outcomes = outbox.enqueue_many([event(1), "bad", *map(event, range(2, 10))])  # type: ignore[list-item]
@@ -180,50 +180,50 @@ def test_many_events_are_one_write_and_stay_together(tmp_path: Path) -> None:
     assert [len(batch) for batch in sink.batches.values()] == [9]
 
 
-def test_too_much_in_one_call_is_refused_whole(tmp_path: Path) -> None:
-    """The bound is named in the log."""
+def test_a_call_with_too_many_bytes_is_dropped_as_a_whole(tmp_path: Path) -> None:
+    """Even those events that would fit."""
     big = [event(number, metadata_json=json.dumps("x" * 200_000)) for number in range(CALL_BYTES_MAX // 200_000 + 1)]
     with Outbox(str(tmp_path / "outbox")) as outbox:
         assert set(outbox.enqueue_many(big)) == {Dropped("invalid")}
         assert outbox.stats().accepted == 0
 
 
-def test_enqueue_async_is_enqueue(tmp_path: Path) -> None:
-    """With durability "process" it writes inline."""
+def test_enqueue_async_stores_an_event(tmp_path: Path) -> None:
+    """With durability "process", it writes in the calling thread."""
     with Outbox(str(tmp_path / "outbox")) as outbox:
         assert asyncio.run(outbox.enqueue_async(event(1), durability="process")) == Enqueued()
 
 
-def test_a_durability_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
-    """Rather than promised and not kept."""
+def test_an_unknown_durability_is_an_error(tmp_path: Path) -> None:
+    """The error names the argument."""
     with Outbox(str(tmp_path / "outbox")) as outbox, pytest.raises(ConfigurationError, match="durability"):
         outbox.enqueue(event(1), durability="forever")  # type: ignore[arg-type]
 
 
-def test_what_is_counted_as_delivered_waits_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for whoever asks in the moment between the end of a file and its being counted."""
-    gone, asked, found = threading.Event(), threading.Event(), []
-    really = Writer.release_bytes
+def test_a_delivered_batch_is_no_longer_pending_in_any_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if `stats` is called between the deletion of the file and the update of the counts."""
+    deleted, stats_called, snapshots = threading.Event(), threading.Event(), []
+    original_release = Writer.release_bytes
 
     def release(writer: Writer, size: int, files: int = 1) -> None:
-        gone.set()
-        asked.wait(60)
-        really(writer, size, files)
+        deleted.set()
+        stats_called.wait(60)
+        original_release(writer, size, files)
 
     monkeypatch.setattr(Writer, "release_bytes", release)
     with Outbox(str(tmp_path / "a"), sink=RecordingSink(), flush_interval=0.02) as outbox:
         outbox.enqueue(event(1))
-        assert gone.wait(60)
-        asking = threading.Thread(target=lambda: found.append(outbox.stats()))
-        asking.start()
-        asking.join(0.1)
-        asked.set()
-        asking.join(60)
-    assert [(stats.delivered, stats.pending_files, stats.pending_bytes) for stats in found] == [(1, 0, 0)]
+        assert deleted.wait(60)
+        thread = threading.Thread(target=lambda: snapshots.append(outbox.stats()))
+        thread.start()
+        thread.join(0.1)
+        stats_called.set()
+        thread.join(60)
+    assert [(stats.delivered, stats.pending_files, stats.pending_bytes) for stats in snapshots] == [(1, 0, 0)]
 
 
-def test_flush_waits_until_everything_is_settled_or_says_that_it_is_not(tmp_path: Path) -> None:
-    """Bounded either way."""
+def test_flush_waits_for_delivery_up_to_its_timeout(tmp_path: Path) -> None:
+    """It returns False if events are still pending."""
     with Outbox(str(tmp_path / "a"), sink=RecordingSink([Retry("busy", 60.0)])) as outbox:
         outbox.enqueue(event(1))
         assert not outbox.flush(0.2)
@@ -233,8 +233,8 @@ def test_flush_waits_until_everything_is_settled_or_says_that_it_is_not(tmp_path
     assert len(list((tmp_path / "a").glob("sealed-*"))) == 1
 
 
-def test_what_could_not_be_delivered_is_delivered_by_the_next(tmp_path: Path) -> None:
-    """It stayed on disk."""
+def test_undelivered_events_are_delivered_by_the_next_process(tmp_path: Path) -> None:
+    """They stayed on disk."""
     with Outbox(str(tmp_path / "a"), sink=RecordingSink([Retry("busy", 60.0)])) as outbox:
         outbox.enqueue(event(1))
         outbox.close(0.2)
@@ -244,15 +244,15 @@ def test_what_could_not_be_delivered_is_delivered_by_the_next(tmp_path: Path) ->
     assert len(sink.payloads) == 1
 
 
-def test_a_sink_is_a_url_a_sink_or_nothing(tmp_path: Path) -> None:
-    """Anything else is named."""
+def test_sink_must_be_a_url_a_sink_or_none(tmp_path: Path) -> None:
+    """The error names what was passed."""
     with pytest.raises(ConfigurationError, match=r"^sink: use a URL, a Sink or None, not int$"):
         Outbox(str(tmp_path / "a"), sink=5)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"^sink = 'ftp://host' .*: use a URL that begins with one of "):
         Outbox(str(tmp_path / "a"), sink="ftp://host")
 
 
-def test_secrets_in_a_sinks_url_are_not_shown(tmp_path: Path) -> None:
+def test_passwords_in_the_url_of_a_sink_are_not_shown(tmp_path: Path) -> None:
     """Neither in `repr` nor in an error."""
     with pytest.raises(ConfigurationError) as caught:
         Outbox(str(tmp_path / "a"), sink="nosuch://user:secret@host/db?token=secret")
@@ -260,23 +260,23 @@ def test_secrets_in_a_sinks_url_are_not_shown(tmp_path: Path) -> None:
     assert "hidden" not in repr(Outbox(str(tmp_path / "a"), sink=f"sqlite:///{tmp_path}/a.db?table=hidden"))
 
 
-def test_a_forked_child_writes_to_a_file_of_its_own(tmp_path: Path) -> None:
-    """Both processes' events arrive, none twice, and the child keeps nothing of the parent's locked."""
+def test_a_forked_child_writes_to_its_own_segment(tmp_path: Path) -> None:
+    """All events of both processes arrive once, and the child does not keep the parent's locks."""
     outbox = Outbox(str(tmp_path / "a"), sink=f"sqlite:///{tmp_path}/events.db")
     for number in range(10):
         assert outbox.enqueue(event(number))
-    child = os.fork()
-    if child == 0:
-        good = all(outbox.enqueue(event(number)) for number in range(10, 20))
+    pid = os.fork()
+    if pid == 0:
+        stored = all(outbox.enqueue(event(number)) for number in range(10, 20))
         outbox.close()
-        os._exit(0 if good else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        os._exit(0 if stored else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     for number in range(20, 30):
         assert outbox.enqueue(event(number))
     outbox.close()
-    with Outbox(str(tmp_path / "a"), sink=f"sqlite:///{tmp_path}/events.db") as again:
-        assert again.flush(60)
-    ids = [str(row["event_id"]) for row in rows(tmp_path / "events.db")]
+    with Outbox(str(tmp_path / "a"), sink=f"sqlite:///{tmp_path}/events.db") as reopened:
+        assert reopened.flush(60)
+    ids = [str(row["event_id"]) for row in delivered_rows(tmp_path / "events.db")]
     assert sorted(ids) == [f"e-{number:06d}" for number in range(30)]
 
 
@@ -289,15 +289,15 @@ for number in range(3):
 """
 
 
-def test_a_program_that_ends_without_close_delivers_what_it_can(tmp_path: Path) -> None:
+def test_a_program_that_exits_without_close_delivers_its_events(tmp_path: Path) -> None:
     """At its exit, within seconds."""
     arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "a"), f"sqlite:///{tmp_path}/events.db"]
     subprocess.run(arguments, check=True, timeout=60)
-    assert len(rows(tmp_path / "events.db")) == 3
+    assert len(delivered_rows(tmp_path / "events.db")) == 3
 
 
-def test_a_signal_handler_may_enqueue_in_the_middle_of_an_enqueue(tmp_path: Path) -> None:
-    """A hundred timer signals, within one another where the machine is slow; no deadlock, no torn line, and all counted."""
+def test_a_signal_handler_may_enqueue_during_an_enqueue(tmp_path: Path) -> None:
+    """A hundred timer signals, nested on a slow machine: no deadlock, no torn line, and all events are counted."""
     sink = RecordingSink()
     handled: list[Outcome] = []
     numbers = itertools.count(10**6)
@@ -307,14 +307,14 @@ def test_a_signal_handler_may_enqueue_in_the_middle_of_an_enqueue(tmp_path: Path
         def handle(_signal: int, _frame: object) -> None:
             nonlocal depth
             depth += 1
-            if depth < 3:  # on a busy machine a handler takes longer than that, and so would all within it
+            if depth < 3:  # on a busy machine a handler may take longer than the timer, so the nesting needs a limit
                 signal.setitimer(signal.ITIMER_REAL, 0.001)
             handled.append(outbox.enqueue(event(next(numbers))))
             depth -= 1
             if depth == 0:
                 signal.setitimer(signal.ITIMER_REAL, 0.001)
 
-        before = signal.signal(signal.SIGALRM, handle)
+        previous_handler = signal.signal(signal.SIGALRM, handle)
         signal.setitimer(signal.ITIMER_REAL, 0.001)
         number = 0
         try:
@@ -324,17 +324,17 @@ def test_a_signal_handler_may_enqueue_in_the_middle_of_an_enqueue(tmp_path: Path
         finally:
             signal.signal(signal.SIGALRM, signal.SIG_IGN)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.signal(signal.SIGALRM, previous_handler)
         assert outbox.flush(60)
     assert all(handled)
     ids = [json.loads(payload)["event_id"] for payload in sink.payloads]
     assert len(ids) == len(set(ids)) == number + len(handled) == outbox.stats().accepted
 
 
-def test_state_changes_are_logged_once_not_per_event(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A hundred events into a full outbox: one line."""
+def test_a_state_change_is_logged_once_and_not_for_each_event(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A hundred drops make one line."""
     caplog.set_level(logging.INFO, "pillarbox")
-    # The interval is that of the looks as well: none of them comes while nothing is refused for a moment.
+    # A long interval, so that no poll happens to find free space, which would end the state.
     with Outbox(str(tmp_path / "a"), max_bytes=1000, flush_interval=60) as outbox:
         for number in range(100):
             outbox.enqueue(event(number))
@@ -344,51 +344,53 @@ def test_state_changes_are_logged_once_not_per_event(tmp_path: Path, caplog: pyt
 
 
 def test_an_event_type_must_have_an_id(tmp_path: Path) -> None:
-    """Checked when the outbox is made."""
+    """This is checked when the outbox is created."""
     with pytest.raises(ValueError, match="event_id"):
         Outbox(str(tmp_path), event_type=msgspec.defstruct("NoId", ["name"]))
 
 
 def test_tracking_events_are_the_default() -> None:
-    """As in the contract."""
+    """The event type need not be named."""
     assert Outbox.__init__.__defaults__ == (None, TrackingEvent)
 
 
-def test_a_handler_in_the_middle_of_the_start_starts_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its event is refused rather than that two sealers have one writer."""
+def test_a_nested_enqueue_during_the_start_does_not_start_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its event is dropped, because otherwise two sealers would use one writer."""
     outbox = Outbox(str(tmp_path / "a"))
-    inner: list[Outcome] = []
-    listing = Directory.disk_usage
+    nested_outcomes: list[Outcome] = []
+    original_disk_usage = Directory.disk_usage
 
-    def account(self: Directory) -> DiskUsage:
-        if not inner:
-            inner.append(Dropped("io_error"))
-            inner[0] = outbox.enqueue(event(1))
-        return listing(self)
+    def disk_usage(self: Directory) -> DiskUsage:
+        if not nested_outcomes:
+            nested_outcomes.append(Dropped("io_error"))
+            nested_outcomes[0] = outbox.enqueue(event(1))
+        return original_disk_usage(self)
 
-    monkeypatch.setattr(Directory, "disk_usage", account)
+    monkeypatch.setattr(Directory, "disk_usage", disk_usage)
     before = set(threading.enumerate())
     assert outbox.enqueue(event(2))
-    assert inner == [Dropped("would_block")]
+    assert nested_outcomes == [Dropped("would_block")]
     assert [thread.name for thread in set(threading.enumerate()) - before] == ["pillarbox-sealer"]
     assert outbox.enqueue(event(3))
     outbox.close()
 
 
 def test_a_sink_object_is_not_used_in_a_forked_child(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its connections are the parent's; the child stores, and the parent delivers."""
+    """Its connections belong to the parent. The child stores events, and the parent delivers them."""
     sink = RecordingSink()
     with Outbox(str(tmp_path / "a"), sink=sink) as outbox:
         assert outbox.enqueue(event(1))
-        child = os.fork()
-        if child == 0:
-            good = bool(outbox.enqueue(event(2))) and not outbox._sinks
-            said = [record.getMessage() for record in caplog.records]
-            good &= any("a sink object cannot be used after fork; this process only stores events" in line for line in said)
-            good &= not any("invalid event" in line for line in said)
+        pid = os.fork()
+        if pid == 0:
+            passed = bool(outbox.enqueue(event(2))) and not outbox._sinks
+            messages = [record.getMessage() for record in caplog.records]
+            passed &= any(
+                "a sink object cannot be used after fork; this process only stores events" in line for line in messages
+            )
+            passed &= not any("invalid event" in line for line in messages)
             outbox.close()
-            os._exit(0 if good else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            os._exit(0 if passed else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert outbox.flush(60)
     assert sorted(json.loads(payload)["event_id"] for payload in sink.payloads) == ["e-000001", "e-000002"]
 
@@ -396,7 +398,7 @@ def test_a_sink_object_is_not_used_in_a_forked_child(tmp_path: Path, caplog: pyt
 def test_a_directory_that_cannot_be_listed_is_logged_once_and_not_as_an_invalid_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Events are dropped until it can be; then they are stored."""
+    """Events are dropped until it can be listed; then they are stored."""
     with monkeypatch.context() as patch:
 
         def disk_usage(_self: Directory) -> DiskUsage:
@@ -411,30 +413,30 @@ def test_a_directory_that_cannot_be_listed_is_logged_once_and_not_as_an_invalid_
     outbox.close()
 
 
-class Verbatim(msgspec.Struct, frozen=True):
-    """Has JSON of the application's own in it."""
+class RawJsonEvent(msgspec.Struct, frozen=True):
+    """An event type with a field of raw JSON."""
 
     event_id: str
     raw: msgspec.Raw
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_a_line_feed_in_verbatim_json_is_invalid(tmp_path: Path, trusted: bool) -> None:
+def test_a_line_feed_in_raw_json_is_invalid(tmp_path: Path, trusted: bool) -> None:
     """A record is a line."""
-    with Outbox(str(tmp_path / "a"), event_type=Verbatim, trusted=trusted) as outbox:
-        assert outbox.enqueue(Verbatim("a", msgspec.Raw(b'{"x":1}')))
-        assert outbox.enqueue(Verbatim("b", msgspec.Raw(b'{\n"x":1}'))) == Dropped("invalid")
+    with Outbox(str(tmp_path / "a"), event_type=RawJsonEvent, trusted=trusted) as outbox:
+        assert outbox.enqueue(RawJsonEvent("a", msgspec.Raw(b'{"x":1}')))
+        assert outbox.enqueue(RawJsonEvent("b", msgspec.Raw(b'{\n"x":1}'))) == Dropped("invalid")
 
 
-def to_json(given: TrackingEvent, **members: object) -> bytes:
-    """An event as JSON, with members put in, replaced, or (None) left out."""
-    found = json.loads(msgspec.json.encode(given)) | members
-    return json.dumps({name: value for name, value in found.items() if value is not None}).encode()
+def to_json(original: TrackingEvent, **changes: object) -> bytes:
+    """An event as JSON, with fields added or replaced; None removes a field."""
+    fields = json.loads(msgspec.json.encode(original)) | changes
+    return json.dumps({name: value for name, value in fields.items() if value is not None}).encode()
 
 
 @pytest.mark.parametrize("durability", ["process", "power"])
-def test_events_that_are_json_already_are_stored_byte_for_byte_in_one_write(tmp_path: Path, durability: Durability) -> None:
-    """Spaces, unknown members and their order included; they are delivered like others."""
+def test_enqueue_json_stores_events_byte_for_byte_in_one_write(tmp_path: Path, durability: Durability) -> None:
+    """With their spaces, unknown fields and order of fields. They are delivered like other events."""
     payloads = [
         b'  {"later": {"a": [1.50, "\xc3\xa4", null]}, ' + to_json(event(1))[1:] + b"\r\n",
         to_json(event(2), user_id=None, metadata_json='{"a":\n1}'),
@@ -445,12 +447,14 @@ def test_events_that_are_json_already_are_stored_byte_for_byte_in_one_write(tmp_
     assert outbox.enqueue_json(iter(payloads), durability=durability) == [Enqueued(durability)] * 4
     outbox.close()
     (file,) = (tmp_path / "outbox").glob("sealed-*")
-    kept = [record.payload(line) for line in file.read_bytes().splitlines()]
-    assert kept == [payload.strip().replace(b"\n", b"") for payload in payloads]
-    assert [json.loads(value) for value in kept] == [json.loads(payload) for payload in payloads]
+    stored = [record.payload(line) for line in file.read_bytes().splitlines()]
+    assert stored == [payload.strip().replace(b"\n", b"") for payload in payloads]
+    assert [json.loads(value) for value in stored] == [json.loads(payload) for payload in payloads]
     with Outbox(str(tmp_path / "outbox"), sink=f"sqlite:///{tmp_path}/events.db") as outbox:
         assert outbox.flush(60)
-    assert [row["event_id"] for row in rows(tmp_path / "events.db")] == [event(number).event_id for number in (1, 2, 3, 4)]
+    assert [row["event_id"] for row in delivered_rows(tmp_path / "events.db")] == [
+        event(number).event_id for number in (1, 2, 3, 4)
+    ]
 
 
 BAD_JSON = [
@@ -480,13 +484,13 @@ BAD_JSON = [
 
 
 @pytest.mark.parametrize(("named", "bad"), BAD_JSON)
-def test_json_that_is_no_event_is_invalid_and_the_others_are_stored(
+def test_invalid_json_is_dropped_and_the_other_events_are_stored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str, bad: Any
 ) -> None:
-    """In whatever part of it; one outcome each, in order."""
-    good = to_json(event(1))
+    """Whatever is wrong with it. Each event has an outcome, in order."""
+    valid = to_json(event(1))
     with Outbox(str(tmp_path / "outbox")) as outbox:
-        assert outbox.enqueue_json([good, bad, good]) == [Enqueued(), Dropped("invalid"), Enqueued()]
+        assert outbox.enqueue_json([valid, bad, valid]) == [Enqueued(), Dropped("invalid"), Enqueued()]
         assert outbox.enqueue_json([bad]) == [Dropped("invalid")]
         assert outbox.enqueue_json([]) == []
         stats = outbox.stats()
@@ -494,11 +498,11 @@ def test_json_that_is_no_event_is_invalid_and_the_others_are_stored(
     (line,) = [line.message for line in caplog.records if "invalid event" in line.message]
     assert named in line
     with Outbox(str(tmp_path / "strict"), on_invalid="raise") as outbox, pytest.raises(InvalidEventError):
-        outbox.enqueue_json([good, bad])
+        outbox.enqueue_json([valid, bad])
 
 
-def test_events_json_is_refused_whole_where_there_is_no_room_or_it_is_too_much(tmp_path: Path) -> None:
-    """As a call of `enqueue_many` is; and a closed outbox says so."""
+def test_enqueue_json_drops_the_whole_call_if_it_is_too_large_or_there_is_no_room(tmp_path: Path) -> None:
+    """Like `enqueue_many`. A closed outbox drops it, too."""
     payloads = [to_json(event(number), metadata_json='"' + "x" * 200_000 + '"') for number in range(90)]
     assert sum(map(len, payloads)) > CALL_BYTES_MAX
     with Outbox(str(tmp_path / "outbox"), max_bytes=10_000_000) as outbox:
@@ -508,8 +512,8 @@ def test_events_json_is_refused_whole_where_there_is_no_room_or_it_is_too_much(t
     assert outbox.enqueue_json(payloads[:1]) == [Dropped("closed")]
 
 
-def test_json_of_an_own_event_type_is_checked_as_that(tmp_path: Path) -> None:
-    """An id must be there; a list that may be left out may be left out."""
+def test_json_of_another_event_type_is_validated_against_that_type(tmp_path: Path) -> None:
+    """The id is required; fields with defaults may be missing."""
 
     class Order(msgspec.Struct):
         event_id: str = msgspec.field(default_factory=lambda: "new", name="id")

@@ -1,4 +1,4 @@
-"""What `import pillarbox` offers."""
+"""The names and types that `import pillarbox` offers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    """The one in pyproject.toml."""
+    """That in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert pillarbox.__version__ == project["version"]
 
 
-def test_everything_in_all_exists_and_all_errors_are_in_it() -> None:
-    """Whoever catches an error finds it at the top of the package."""
+def test_all_names_exist_and_include_the_errors() -> None:
+    """All errors can be imported from the top of the package."""
     assert all(hasattr(pillarbox, name) for name in pillarbox.__all__)
     errors = {name for name, value in vars(pillarbox.errors).items() if isinstance(value, type)}
     assert errors <= set(pillarbox.__all__)
@@ -45,7 +45,7 @@ def deliver_to(sink: Sink) -> Outbox:
 
 
 def test_a_type_checker_knows_which_outcome_is_falsy(tmp_path: Path) -> None:
-    """And accepts a path object and the calls of the README, in strict mode."""
+    """In strict mode, it also accepts a path object and the examples of the README."""
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
     for number, program in enumerate([PROGRAM, *(block.split("```")[0] for block in blocks)]):
         (tmp_path / f"program{number}.py").write_text(program)

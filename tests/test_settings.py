@@ -1,4 +1,4 @@
-"""What was typed -> what it means, checked; and who said so."""
+"""Settings: where they come from, which values are valid, and what an error says."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pillarbox import ConfigurationError, Outbox, Settings, TrackingEvent, resol
 from pillarbox.testing import RecordingSink
 
 
-def test_the_defaults_are_those_of_the_contract() -> None:
-    """Nothing typed."""
+def test_defaults() -> None:
+    """Without any setting."""
     settings = resolve({})
     assert (settings.batch_size, settings.batch_bytes, settings.flush_interval) == (500, 1_000_000, 1.0)
     assert (settings.max_bytes, settings.enabled, settings.event_type) == (512 * 2**20, True, TrackingEvent)
@@ -33,8 +33,8 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("max_bytes", "max_bytes", "1000", 1000),
     ],
 )
-def test_every_older_setting_has_two_names_in_all_places(tmp_path: Path, old: str, new: str, text: str, value: object) -> None:
-    """Keyword, environment, TOML."""
+def test_settings_of_the_older_system_keep_their_names(tmp_path: Path, old: str, new: str, text: str, value: object) -> None:
+    """As keyword, in the environment and in TOML."""
     alias = f"tracking_outbox_{old}"
     config = tmp_path / "pillarbox.toml"
     for name in (new, alias):
@@ -62,26 +62,24 @@ def test_every_older_setting_has_two_names_in_all_places(tmp_path: Path, old: st
         ("on_dead_letter", "builtins:print", print),
     ],
 )
-def test_how_delivery_goes_and_whom_to_tell_can_be_said_in_all_places(
-    tmp_path: Path, name: str, text: str, value: object
-) -> None:
-    """Keyword, environment, TOML; a function is named by its module, or is one."""
+def test_delivery_settings_and_hooks_can_be_set_everywhere(tmp_path: Path, name: str, text: str, value: object) -> None:
+    """As keyword, in the environment and in TOML. A hook is a function or its import path."""
     config = tmp_path / "pillarbox.toml"
     config.write_text(f'[outbox]\n{name} = "{text}"\n')
-    found = [resolve({name: text}), resolve({}, {f"PILLARBOX_{name.upper()}": text}), resolve({}, config=str(config))]
-    assert [getattr(settings, name) for settings in found] == [value] * 3
+    resolved = [resolve({name: text}), resolve({}, {f"PILLARBOX_{name.upper()}": text}), resolve({}, config=str(config))]
+    assert [getattr(settings, name) for settings in resolved] == [value] * 3
     outbox = Outbox(str(tmp_path / "outbox"), **{name: value})  # type: ignore[arg-type]
     assert getattr(outbox.settings, name) == value
     outbox.close()
 
 
 def test_an_outbox_has_every_setting_as_a_keyword_with_the_same_default(tmp_path: Path) -> None:
-    """Nothing goes by way of the keywords without a name."""
+    """No setting is passed only through `**keywords`."""
     keywords = inspect.signature(Outbox).parameters
     for field in msgspec.structs.fields(Settings):
         assert field.name in keywords
         if field.name == "sinks":
-            assert (keywords["sinks"].default, field.default_factory) == (None, dict)  # no keyword's default is shared
+            assert (keywords["sinks"].default, field.default_factory) == (None, dict)  # a default must not be a shared dict
         elif field.name != "directory":
             assert keywords[field.name].default == field.default
     outbox = Outbox(str(tmp_path))
@@ -89,8 +87,8 @@ def test_an_outbox_has_every_setting_as_a_keyword_with_the_same_default(tmp_path
     outbox.close()
 
 
-def test_what_is_nearer_wins(tmp_path: Path) -> None:
-    """Keyword, then environment, then TOML; a keyword that is None was not typed."""
+def test_keywords_win_over_the_environment_and_that_over_toml(tmp_path: Path) -> None:
+    """A keyword that is None counts as not set."""
     config = tmp_path / "pillarbox.toml"
     config.write_text("[outbox]\nbatch_size = 1\nmax_bytes = 11\nflush_interval = 3\n")
     environ = {"PILLARBOX_BATCH_SIZE": "2", "PILLARBOX_MAX_BYTES": "22"}
@@ -102,7 +100,7 @@ def test_what_is_nearer_wins(tmp_path: Path) -> None:
     ("text", "size"), [("512", 512), ("64k", 64_000), ("2Mi", 2 * 2**20), ("1GiB", 2**30), ("3 GB".replace(" ", ""), 3 * 10**9)]
 )
 def test_sizes_may_have_units(text: str, size: int) -> None:
-    """Powers of ten, and of two with an i."""
+    """Powers of ten; with an i, powers of two."""
     assert resolve({"max_bytes": text}).max_bytes == size
 
 
@@ -159,8 +157,8 @@ def test_sizes_may_have_units(text: str, size: int) -> None:
         ("on_dead_letter", "print"),
     ],
 )
-def test_a_bad_setting_is_one_line_that_says_what_where_and_what_is_allowed(name: str, value: object) -> None:
-    """From a keyword and, where it is text, from the environment."""
+def test_the_error_for_an_invalid_value_names_the_setting_its_source_and_valid_values(name: str, value: object) -> None:
+    """From a keyword and, if the value is text, from the environment. It is one line."""
     with pytest.raises(ConfigurationError) as caught:
         resolve({name: value})
     assert caught.value.setting == name
@@ -173,7 +171,7 @@ def test_a_bad_setting_is_one_line_that_says_what_where_and_what_is_allowed(name
 
 
 def test_the_error_for_an_unknown_setting_suggests_a_similar_one(tmp_path: Path) -> None:
-    """And says in which file it is."""
+    """And names the file."""
     with pytest.raises(ConfigurationError, match=r"^unknown setting 'batch_siz'; did you mean 'batch_size'\?$"):
         Outbox(str(tmp_path), batch_siz=5)
     with pytest.raises(ConfigurationError, match=r"^unknown setting 'colour'; help\(pillarbox\.Outbox\) lists the settings$"):
@@ -185,7 +183,7 @@ def test_the_error_for_an_unknown_setting_suggests_a_similar_one(tmp_path: Path)
 
 
 def test_sink_and_sinks_exclude_each_other_within_one_source(tmp_path: Path) -> None:
-    """A nearer source replaces one by the other."""
+    """A source with higher priority replaces one with the other."""
     url = "sqlite:///a.db"
     for sink in (url, RecordingSink()):
         with pytest.raises(ConfigurationError, match=r"^pass either sink or sinks, not both$"):
@@ -218,8 +216,8 @@ def test_an_error_about_sinks_shows_no_url(name: str, value: object, message: st
 
 
 @pytest.mark.parametrize("text", ["[outbox", "outbox = 5", "\xff"])
-def test_a_bad_toml_file_is_named(tmp_path: Path, text: str) -> None:
-    """And one that is not there."""
+def test_the_error_for_an_unreadable_toml_file_names_it(tmp_path: Path, text: str) -> None:
+    """Also if the file is missing."""
     config = tmp_path / "pillarbox.toml"
     config.write_bytes(text.encode("latin-1"))
     for path in (config, tmp_path / "missing.toml"):

@@ -1,4 +1,4 @@
-"""The instruments, read by a real OpenTelemetry SDK in a process of its own (it has one meter provider a process)."""
+"""The instruments, read by a real OpenTelemetry SDK. Each test starts a process, because a process has only one meter provider."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ outbox.close()
 
 
 def test_every_count_reaches_an_opentelemetry_reader(tmp_path: Path) -> None:
-    """With its unit and attributes; the size of the pending event is whatever it is."""
+    """With its unit and attributes. The size of the pending event is only checked roughly."""
     arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "outbox"), f"sqlite:///{tmp_path}/events.db"]
-    found, states = json.loads(subprocess.run(arguments, check=True, timeout=60, capture_output=True).stdout)
-    assert 200 < found.pop("pillarbox.pending.bytes By") < 400
-    assert 500 < found.pop("pillarbox.flushed.bytes By") < 1000
-    assert found == {
+    values, states = json.loads(subprocess.run(arguments, check=True, timeout=60, capture_output=True).stdout)
+    assert 200 < values.pop("pillarbox.pending.bytes By") < 400
+    assert 500 < values.pop("pillarbox.flushed.bytes By") < 1000
+    assert values == {
         "pillarbox.pending.files {file}": 1,
         "pillarbox.enqueued {event}": 4,
         "pillarbox.dropped {event} invalid": 1,
@@ -90,15 +90,15 @@ print(json.dumps(found))
 """
 
 
-def test_of_several_sinks_each_is_told_of_and_the_directory_once(tmp_path: Path) -> None:
-    """Their sum is whoever reads's to make."""
+def test_with_several_sinks_the_metrics_have_one_value_for_each(tmp_path: Path) -> None:
+    """The reader of the metrics can add them up."""
     arguments = [sys.executable, "-c", SEVERAL_SINKS_PROGRAM, str(tmp_path / "outbox")]
-    found = json.loads(subprocess.run(arguments, check=True, timeout=60, capture_output=True).stdout)
-    assert found["pillarbox.delivered"] == [
+    values = json.loads(subprocess.run(arguments, check=True, timeout=60, capture_output=True).stdout)
+    assert values["pillarbox.delivered"] == [
         [{"outbox": "box", "sink": "live"}, 3],
         [{"outbox": "box", "sink": "warehouse"}, 5],
     ]
-    assert found["pillarbox.state"] == [
+    assert values["pillarbox.state"] == [
         [{"outbox": "box", "state": "idle", "sink": "live"}, 1],
         [{"outbox": "box", "state": "stopped", "sink": "warehouse"}, 1],
     ]

@@ -1,6 +1,6 @@
-"""Many threads in one outbox at once, and in what they share: on a free-threaded Python they run at the same moment.
+"""Many threads use one outbox at once. On a free-threaded Python, they run in parallel.
 
-With the interpreter lock they change places as often as it can be had.
+With the interpreter lock, they switch as often as possible.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BUSY_S = 2.0
 
 
 @pytest.fixture(autouse=True)
-def _restless() -> Iterator[None]:
-    """Threads take turns as often as can be."""
+def _frequent_switches() -> Iterator[None]:
+    """Let threads switch as often as possible."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -38,19 +38,19 @@ def _restless() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def run_in_threads(*works: Callable[[], object]) -> None:
-    """Run each in a thread, all from one moment on; raises the first of what they raise."""
-    start = threading.Barrier(len(works))
+def run_in_threads(*functions: Callable[[], object]) -> None:
+    """Run each function in a thread, all starting at the same moment. Raises the first error of a thread."""
+    start = threading.Barrier(len(functions))
     failures: list[BaseException] = []
 
-    def run(work: Callable[[], object]) -> None:
+    def run(function: Callable[[], object]) -> None:
         start.wait(10)
         try:
-            work()
-        except BaseException as failure:  # noqa: BLE001 - the test's, not the thread's
+            function()
+        except BaseException as failure:  # noqa: BLE001 - the test raises it again
             failures.append(failure)
 
-    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+    threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -61,7 +61,7 @@ def run_in_threads(*works: Callable[[], object]) -> None:
 
 
 class Caller:
-    """Stores events with ids of its own, and knows which were accepted."""
+    """Enqueues events with ids of its own, and records which were accepted."""
 
     def __init__(self, outbox: Outbox, name: str) -> None:
         self.outbox = outbox
@@ -73,28 +73,28 @@ class Caller:
     def make_event(self) -> TrackingEvent:
         return event(1, event_id=f"{self.name}-{next(self._numbers)}")
 
-    def record_outcome(self, made: TrackingEvent, outcome: Outcome) -> None:
+    def record_outcome(self, created: TrackingEvent, outcome: Outcome) -> None:
         if outcome:
-            self.accepted.append(made.event_id)
+            self.accepted.append(created.event_id)
         else:
             self.dropped += 1
 
     def enqueue_one(self) -> None:
-        made = self.make_event()
-        self.record_outcome(made, self.outbox.enqueue(made))
+        created = self.make_event()
+        self.record_outcome(created, self.outbox.enqueue(created))
 
     def enqueue_with_power(self) -> None:
-        made = self.make_event()
-        self.record_outcome(made, self.outbox.enqueue(made, durability="power"))
+        created = self.make_event()
+        self.record_outcome(created, self.outbox.enqueue(created, durability="power"))
 
     def enqueue_many(self) -> None:
-        made = [self.make_event() for _ in range(random.randrange(1, 12))]
-        for each, outcome in zip(made, self.outbox.enqueue_many(made), strict=True):
-            self.record_outcome(each, outcome)
+        created = [self.make_event() for _ in range(random.randrange(1, 12))]
+        for single, outcome in zip(created, self.outbox.enqueue_many(created), strict=True):
+            self.record_outcome(single, outcome)
 
     def enqueue_in_coroutines(self) -> None:
-        async def store(made: TrackingEvent) -> None:
-            self.record_outcome(made, await self.outbox.enqueue_async(made, durability="power"))
+        async def store(created: TrackingEvent) -> None:
+            self.record_outcome(created, await self.outbox.enqueue_async(created, durability="power"))
 
         async def store_all() -> None:
             await asyncio.gather(*[store(self.make_event()) for _ in range(20)])
@@ -102,19 +102,19 @@ class Caller:
         asyncio.run(store_all())
 
 
-def repeat_until(end: threading.Event, work: Callable[[], object]) -> Callable[[], None]:
+def repeat_until(end: threading.Event, function: Callable[[], object]) -> Callable[[], None]:
     def run() -> None:
         while not end.is_set():
-            work()
+            function()
 
     return run
 
 
-def test_whatever_threads_do_with_one_outbox_each_event_arrives_once_and_the_account_balances(tmp_path: Path) -> None:
-    """They store in every way, flush, read, and close it in the middle of all that; files hold three events."""
+def test_many_threads_use_one_outbox_and_each_event_arrives_once(tmp_path: Path) -> None:
+    """They enqueue with every method, flush, read statistics, and one closes the outbox meanwhile. Each batch has three events; the ledger balances."""
     url = f"sqlite:///{tmp_path}/events.db"
     outbox = Outbox(str(tmp_path / "outbox"), sink=url, batch_size=3, flush_interval=0.01)
-    ways = [
+    methods = [
         Caller.enqueue_one,
         Caller.enqueue_one,
         Caller.enqueue_many,
@@ -122,7 +122,7 @@ def test_whatever_threads_do_with_one_outbox_each_event_arrives_once_and_the_acc
         Caller.enqueue_with_power,
         Caller.enqueue_in_coroutines,
     ]
-    callers = [Caller(outbox, str(number)) for number in range(len(ways))]
+    callers = [Caller(outbox, str(number)) for number in range(len(methods))]
     end = threading.Event()
 
     def close() -> None:
@@ -130,16 +130,16 @@ def test_whatever_threads_do_with_one_outbox_each_event_arrives_once_and_the_acc
         outbox.close(30)
         end.set()
 
-    calls = [repeat_until(end, partial(way, caller)) for way, caller in zip(ways, callers, strict=True)]
+    calls = [repeat_until(end, partial(method, caller)) for method, caller in zip(methods, callers, strict=True)]
     run_in_threads(close, *calls, repeat_until(end, outbox.stats), repeat_until(end, lambda: outbox.flush(0.05)))
-    accepted = [each for caller in callers for each in caller.accepted]
+    accepted = [event_id for caller in callers for event_id in caller.accepted]
     assert all(caller.accepted for caller in callers)
     assert outbox.stats().accepted == len(accepted)
-    with Outbox(str(tmp_path / "outbox"), sink=url) as again:
-        assert again.flush(30)
-        assert again.stats().duplicates == 0
-        assert reconcile(again._directory).balances
+    with Outbox(str(tmp_path / "outbox"), sink=url) as reopened:
+        assert reopened.flush(30)
+        assert reopened.stats().duplicates == 0
+        assert reconcile(reopened._directory).balances
     with closing(sqlite3.connect(tmp_path / "events.db")) as database:
         arrived = Counter(event_id for (event_id,) in database.execute("SELECT event_id FROM tracking_event"))
     assert arrived == Counter(accepted)
-    assert outbox.stats().delivered + again.stats().delivered == len(accepted)
+    assert outbox.stats().delivered + reopened.stats().delivered == len(accepted)

@@ -15,7 +15,7 @@ import pytest
 
 from pillarbox._native import COMPILED, speedups
 from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem, local_filesystem
-from tests.conftest import PLANTED, plant
+from tests.conftest import UNUSABLE_KINDS, create_unusable_file
 
 KINDS = [OsFilesystem, *([CompiledOsFilesystem] if COMPILED else [])]
 compiled_only = pytest.mark.skipif(not COMPILED, reason="needs the C extension")
@@ -143,13 +143,13 @@ def test_only_an_existing_directory_can_be_synced(disk: OsFilesystem, tmp_path: 
 
 
 @compiled_only
-@pytest.mark.parametrize("planted", [*PLANTED, "nothing", "locked"])
+@pytest.mark.parametrize("planted", [*UNUSABLE_KINDS, "nothing", "locked"])
 def test_open_locked_leaves_unusual_files_to_the_step_by_step_path(tmp_path: Path, planted: str) -> None:
     """It returns None for them and leaves no descriptor open; the step-by-step path reports the reason."""
     disk, path, victim = CompiledOsFilesystem(), tmp_path / "path", tmp_path / "victim"
     victim.write_bytes(b"")
-    if planted in PLANTED:
-        plant(planted, path, victim)
+    if planted in UNUSABLE_KINDS:
+        create_unusable_file(planted, path, victim)
     elif planted == "locked":
         path.write_bytes(b"")
         assert disk.open_locked(str(path)) is not None

@@ -22,7 +22,7 @@ from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.recovery import RECOVERY, FileTail, LockState, RecoveryAction, recover
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
-from tests.conftest import PLANTED, plant
+from tests.conftest import UNUSABLE_KINDS, create_unusable_file
 
 
 def put(outbox_dir: Directory, name: str, data: bytes = b"x\n") -> Path:
@@ -120,13 +120,13 @@ def test_a_file_that_is_replaced_between_open_and_lock_is_opened_again(tmp_path:
     outbox_dir.filesystem.close(locked.fd)
 
 
-@pytest.mark.parametrize("planted", PLANTED)
+@pytest.mark.parametrize("planted", UNUSABLE_KINDS)
 def test_planted_files_are_left_alone(outbox_dir: Directory, tmp_path: Path, planted: str) -> None:
     """They neither redirect nor block the process."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious\n")
     path = Path(outbox_dir.path) / "active-x-1.ndjson"
-    plant(planted, path, victim)
+    create_unusable_file(planted, path, victim)
     with pytest.raises(FileUnusableError):
         outbox_dir.lock_existing(path.name)
     assert recover(outbox_dir) == []

@@ -16,16 +16,16 @@ from pillarbox.stats import State
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.os_filesystem import OsFilesystem, filesystem_type_of
-from tests.conftest import PLANTED, plant
+from tests.conftest import UNUSABLE_KINDS, create_unusable_file
 
 
-@pytest.mark.parametrize("planted", PLANTED)
+@pytest.mark.parametrize("planted", UNUSABLE_KINDS)
 def test_a_planted_lock_file_is_an_error_and_its_target_unchanged(outbox_dir: Directory, tmp_path: Path, planted: str) -> None:
     """The heartbeat would be written into the target."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious\n")
     path = Path(outbox_dir.path_of(layout.DELIVER_LOCK))
-    plant(planted, path, victim)
+    create_unusable_file(planted, path, victim)
     lease = Lease(outbox_dir, "sink", SystemClock())
     with pytest.raises(FileUnusableError):
         lease.acquire()
