@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from bench import page, results, sections, words
+from bench import formatting, page, results, sections
 from bench.machine import ROOT
 from bench.run import Options, run
 
@@ -23,44 +23,51 @@ FOLDER = ROOT / "var" / "bench"
 
 
 def main(arguments: Sequence[str], modules: Sequence[str] = sections.MODULES, folder: Path = FOLDER) -> int:
-    """Run the sections that are named, or all of them; returns the exit code."""
-    found = sections.sections_by_key(modules)
+    """Run the given sections, or all of them; returns the exit code."""
+    known_sections = sections.sections_by_key(modules)
     parser = argparse.ArgumentParser(prog="python -m bench", description="Run the benchmark.")
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"one of {', '.join(found)} (default: all)")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"one of {', '.join(known_sections)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="run less of everything, to see that it works")
     parser.add_argument("--seed", type=int, help="seed of the random orders")
     parser.add_argument("--page", action="store_true", help="also write docs/dev/benchmarks.md, its charts and its JSON")
-    typed = parser.parse_args(arguments)
-    for key in typed.sections:
-        if key not in found:
-            parser.error(f"unknown section {key!r}; use one of {', '.join(found)}")
-    seed = random.SystemRandom().randrange(2**32) if typed.seed is None else typed.seed
+    parsed = parser.parse_args(arguments)
+    for key in parsed.sections:
+        if key not in known_sections:
+            parser.error(f"unknown section {key!r}; use one of {', '.join(known_sections)}")
+    seed = random.SystemRandom().randrange(2**32) if parsed.seed is None else parsed.seed
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     options = Options(
-        folder, seed, typed.quick, lambda text: print(text, flush=True), lambda so_far: file.write_bytes(results.encode(so_far))
+        folder,
+        seed,
+        parsed.quick,
+        lambda text: print(text, flush=True),
+        lambda partial_results: file.write_bytes(results.encode(partial_results)),
     )
-    measured = run([found[key] for key in typed.sections or found], options)
-    show(measured)
+    measured = run([known_sections[key] for key in parsed.sections or known_sections], options)
+    print_results(measured)
     print(f"\nEvery figure: {file}")
-    if typed.page:
+    if parsed.page:
         page.write(measured, ROOT / "docs" / "dev")
     return 1 if any(section.failed for section in measured.sections) else 0
 
 
-def show(found: results.Results) -> None:
+def print_results(run_results: results.Results) -> None:
     """Print a table for each section, and its goals."""
-    print(f"\n{found.began}, seed {found.seed}, {words.minutes(found.seconds)}")
-    for warning in words.warnings(found):
+    print(f"\n{run_results.began}, seed {run_results.seed}, {formatting.minutes(run_results.seconds)}")
+    for warning in formatting.warnings(run_results):
         print(f"  {warning}")
-    for name, value in words.machine(found):
+    for name, value in formatting.machine(run_results):
         print(f"  {name}: {value}")
-    for section in found.sections:
-        print(f"\n{section.title}: {words.rounds(section)}, {words.minutes(section.seconds)}; median (minimum to maximum)")
+    for section in run_results.sections:
+        rounds = f"{formatting.rounds(section)}, {formatting.minutes(section.seconds)}"
+        print(f"\n{section.title}: {rounds}; median (minimum to maximum)")
         rows = [["", *(column.heading for column in section.columns)]]
         for name in section.contestants:
             cells = [(column, section.spread(name, column.metric)) for column in section.columns]
-            rows.append([name, *("" if one is None else words.spread(one, column.digits) for column, one in cells)])
+            rows.append(
+                [name, *("" if spread is None else formatting.spread(spread, column.digits) for column, spread in cells)]
+            )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print(
@@ -70,7 +77,7 @@ def show(found: results.Results) -> None:
         for name, reason in section.failed.items():
             print(f"  {name}: NOT MEASURED: {reason}")
         for goal in section.goals:
-            print(f"  {words.verdict(goal):12} {goal.text}: {words.measured(goal)}; goal: {words.bound(goal)}")
+            print(f"  {formatting.verdict(goal):12} {goal.text}: {formatting.measured(goal)}; goal: {formatting.bound(goal)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from bench import sample
-from bench.plan import Column, Contestant, Goal, Section, figure, ratio
+from bench.definitions import Column, Contestant, Goal, Section, figure, ratio
 from bench.timing import WARMUP_CALLS, Mean, Stopwatch, figures, now, timed, untimed
 from pillarbox import Outbox, TrackingEvent
 from pillarbox.event import new_event_id, now_micros
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.synchronize import Barrier
 
-    from bench.plan import Figures, RoundPaths
+    from bench.definitions import Figures, RoundPaths
 
 EVENTS_PER_CALL = 100  # events of one `enqueue_many`
 THREADS = 8
@@ -40,7 +40,7 @@ def _count(folder: RoundPaths) -> int:
 
 
 @contextlib.contextmanager
-def _opened(folder: RoundPaths) -> Iterator[int]:
+def _open_file(folder: RoundPaths) -> Iterator[int]:
     fd = os.open(folder.own / "floor.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         yield fd
@@ -50,30 +50,30 @@ def _opened(folder: RoundPaths) -> Iterator[int]:
 
 def baseline(folder: RoundPaths) -> Figures:
     """Only msgspec and `os.write`, without a function around them."""
-    one, encode, write, count = sample.event(), msgspec.json.Encoder().encode, os.write, _count(folder)
+    event, encode, write, count = sample.event(), msgspec.json.Encoder().encode, os.write, _count(folder)
     took = [0] * count
-    with _opened(folder) as fd:
+    with _open_file(folder) as fd:
         for _ in repeat(None, WARMUP_CALLS):
-            write(fd, encode(one))
+            write(fd, encode(event))
         loop = Stopwatch()
         for _ in repeat(None, count):
-            write(fd, encode(one))
+            write(fd, encode(event))
         mean = loop.mean(count)
         for index in range(count):
             began = now()
-            write(fd, encode(one))
+            write(fd, encode(event))
             took[index] = now() - began
     return figures(mean, took)
 
 
 def only_write(folder: RoundPaths) -> Figures:
     """Only `os.write`, of the line as it is on disk."""
-    line, count = record.line(msgspec.json.encode(sample.event())), _count(folder)
-    with _opened(folder) as fd:
+    line, calls = record.line(msgspec.json.encode(sample.event())), _count(folder)
+    with _open_file(folder) as fd:
         write = partial(os.write, fd)
         untimed(write, line, WARMUP_CALLS)
-        mean = untimed(write, line, count)
-        return figures(mean, timed(write, line, count))
+        mean = untimed(write, line, calls)
+        return figures(mean, timed(write, line, calls))
 
 
 @contextlib.contextmanager
@@ -87,40 +87,40 @@ def _outbox(folder: RoundPaths, events: int) -> Iterator[Outbox]:
 
 
 def _check_all_on_disk(folder: RoundPaths, events: int) -> None:
-    found = sum(file.read_bytes().count(b"\n") for file in (folder.own / "outbox").glob("sealed-*"))
-    if found != events:
-        raise RuntimeError(f"{found} of {events} events are on disk")
+    stored = sum(file.read_bytes().count(b"\n") for file in (folder.own / "outbox").glob("sealed-*"))
+    if stored != events:
+        raise RuntimeError(f"{stored} of {events} events are on disk")
 
 
 def enqueue(folder: RoundPaths) -> Figures:
     """One thread; also the time from the last event until everything is sealed."""
-    one, count = sample.event(), _count(folder)
+    event, count = sample.event(), _count(folder)
     with _outbox(folder, 2 * count) as outbox:
-        mean = untimed(outbox.enqueue, one, count)
-        took = timed(outbox.enqueue, one, count)
+        mean = untimed(outbox.enqueue, event, count)
+        took = timed(outbox.enqueue, event, count)
         began = now()
         outbox.close(60)
         return {**figures(mean, took), "sealed_ms": (now() - began) / 1e6}
 
 
-def made(folder: RoundPaths) -> Figures:
-    """One thread that makes each event: ten fields, among them a new id and the time."""
+def enqueue_new_events(folder: RoundPaths) -> Figures:
+    """One thread that creates each event: ten fields, among them a new id and the time."""
     count = _count(folder)
     with _outbox(folder, 2 * count) as outbox:
         put = outbox.enqueue
 
-        def make(path: str) -> None:
+        def create_and_enqueue(path: str) -> None:
             put(
                 TrackingEvent(
                     event_key="page_view", scope_kind="Site", scope_id="site-1", user_id="user-12345", metadata_json=path
                 )
             )
 
-        mean = untimed(make, sample.event().metadata_json, count)
-        return figures(mean, timed(make, sample.event().metadata_json, count))
+        mean = untimed(create_and_enqueue, sample.event().metadata_json, count)
+        return figures(mean, timed(create_and_enqueue, sample.event().metadata_json, count))
 
 
-def many(folder: RoundPaths) -> Figures:
+def enqueue_many(folder: RoundPaths) -> Figures:
     """A hundred events per call; the mean is per event, the median and tails are per call."""
     events, count = [sample.event()] * EVENTS_PER_CALL, _count(folder)
     with _outbox(folder, 2 * count) as outbox:
@@ -133,21 +133,21 @@ def many(folder: RoundPaths) -> Figures:
 
 def threads(folder: RoundPaths) -> Figures:
     """Eight threads that share an outbox."""
-    one, each = sample.event(), _count(folder) // THREADS
-    with _outbox(folder, 2 * each * THREADS) as outbox:
-        mean, _ = _together(lambda: untimed(outbox.enqueue, one, each), each * THREADS)
-        _, took = _together(lambda: timed(outbox.enqueue, one, each), each * THREADS)
-        return figures(mean, [ns for found in took for ns in found])
+    event, per_thread = sample.event(), _count(folder) // THREADS
+    with _outbox(folder, 2 * per_thread * THREADS) as outbox:
+        mean, _ = _run_in_threads(lambda: untimed(outbox.enqueue, event, per_thread), per_thread * THREADS)
+        _, took = _run_in_threads(lambda: timed(outbox.enqueue, event, per_thread), per_thread * THREADS)
+        return figures(mean, [ns for times in took for ns in times])
 
 
-def _together(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
-    """Run `call` in all threads at once; returns the mean over `count` events, and what each thread returned."""
-    found: list[T] = []
+def _run_in_threads(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
+    """Run `call` in all threads at once; returns the mean over `count` events, and the result of each thread."""
+    call_results: list[T] = []
     ready = threading.Barrier(THREADS + 1, timeout=BARRIER_TIMEOUT_S)
 
     def caller() -> None:
         ready.wait()
-        found.append(call())
+        call_results.append(call())
 
     callers = [threading.Thread(target=caller) for _ in range(THREADS)]
     for thread in callers:
@@ -157,63 +157,63 @@ def _together(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
     for thread in callers:
         thread.join()
     mean = loop.mean(count)
-    assert len(found) == THREADS
-    return mean, found
+    assert len(call_results) == THREADS
+    return mean, call_results
 
 
 def processes(number: int, folder: RoundPaths) -> Figures:
     """Processes with one outbox each, on the same directory."""
-    each = _count(folder) // number
+    per_process = _count(folder) // number
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(number)
     pipes = [context.Pipe(duplex=False) for _ in range(number)]
-    callers = [context.Process(target=_run_process, args=(folder, each, ready, answers)) for _, answers in pipes]
+    callers = [context.Process(target=_run_process, args=(folder, per_process, ready, sender)) for _, sender in pipes]
     for caller in callers:
         caller.start()
-    spans, cpu, took = [], [], []
-    for answer, _ in pipes:
-        if not answer.poll(BARRIER_TIMEOUT_S):
-            raise RuntimeError("a process does not answer")
-        span, used, calls = answer.recv()
-        spans.append(span)
-        cpu.append(used)
+    intervals, cpu, took = [], [], []
+    for receiver, _ in pipes:
+        if not receiver.poll(BARRIER_TIMEOUT_S):
+            raise RuntimeError(f"a process did not finish within {BARRIER_TIMEOUT_S} s")
+        interval, cpu_us, calls = receiver.recv()
+        intervals.append(interval)
+        cpu.append(cpu_us)
         took += calls
     for caller in callers:
         caller.join()
-    _check_all_on_disk(folder, number * (2 * each + WARMUP_CALLS))
-    wall = max(ended for _, ended in spans) - min(began for began, _ in spans)
-    return figures(Mean(wall / each / number / 1e3, statistics.mean(cpu)), took)
+    _check_all_on_disk(folder, number * (2 * per_process + WARMUP_CALLS))
+    wall = max(ended for _, ended in intervals) - min(began for began, _ in intervals)
+    return figures(Mean(wall / per_process / number / 1e3, statistics.mean(cpu)), took)
 
 
-def _run_process(folder: RoundPaths, each: int, ready: Barrier, answers: Connection) -> None:
+def _run_process(folder: RoundPaths, count: int, ready: Barrier, sender: Connection) -> None:
     """The work of one process. The monotonic clock is the same in all of them."""
-    one = sample.event()
+    event = sample.event()
     outbox = Outbox(str(folder.own / "outbox"))
-    untimed(outbox.enqueue, one, WARMUP_CALLS)
+    untimed(outbox.enqueue, event, WARMUP_CALLS)
     ready.wait(BARRIER_TIMEOUT_S)
     began = now()
-    mean = untimed(outbox.enqueue, one, each)
+    mean = untimed(outbox.enqueue, event, count)
     ended = now()
     ready.wait(BARRIER_TIMEOUT_S)
-    took = timed(outbox.enqueue, one, each)
+    took = timed(outbox.enqueue, event, count)
     outbox.close(60)
-    answers.send(((began, ended), mean.cpu, took))
+    sender.send(((began, ended), mean.cpu, took))
 
 
-def from_a_loop(folder: RoundPaths) -> Figures:
+def enqueue_from_a_coroutine(folder: RoundPaths) -> Figures:
     """One coroutine that awaits each event."""
-    one, count = sample.event(), _count(folder)
+    event, count = sample.event(), _count(folder)
 
     async def run(outbox: Outbox) -> Figures:
         put = outbox.enqueue_async
         loop = Stopwatch()
         for _ in repeat(None, count):
-            await put(one)
+            await put(event)
         mean = loop.mean(count)
         took = [0] * count
         for index in range(count):
             began = now()
-            await put(one)
+            await put(event)
             took[index] = now() - began
         return figures(mean, took)
 
@@ -238,7 +238,7 @@ def ids_and_times(folder: RoundPaths) -> Figures:
     return figures(mean, took)
 
 
-FLOOR, WRITE, ENQUEUE, MANY_EACH = "encode + os.write", "os.write", "enqueue", f"enqueue_many({EVENTS_PER_CALL})"
+FLOOR, WRITE, ENQUEUE, ENQUEUE_MANY = "encode + os.write", "os.write", "enqueue", f"enqueue_many({EVENTS_PER_CALL})"
 ONE_PROCESS, PROCESSES, IDS = "enqueue, 1 process", "enqueue, 4 processes", "id and timestamp"
 
 ABOUT = """
@@ -262,12 +262,12 @@ SECTION = Section(
         Contestant(FLOOR, baseline),
         Contestant(ENQUEUE, enqueue, ours=True),
         Contestant("enqueue, in Python", enqueue, ours=True, environment=(("PILLARBOX_PURE_PYTHON", "1"),)),
-        Contestant("make an event and enqueue", made, ours=True),
-        Contestant(MANY_EACH, many, ours=True),
+        Contestant("make an event and enqueue", enqueue_new_events, ours=True),
+        Contestant(ENQUEUE_MANY, enqueue_many, ours=True),
         Contestant(f"enqueue, {THREADS} threads", threads, ours=True),
         Contestant(ONE_PROCESS, partial(processes, 1), ours=True),
         Contestant(PROCESSES, partial(processes, 4), ours=True),
-        Contestant("await enqueue_async", from_a_loop, ours=True),
+        Contestant("await enqueue_async", enqueue_from_a_coroutine, ours=True),
         Contestant(IDS, ids_and_times, ours=True),
     ),
     columns=(
@@ -281,7 +281,7 @@ SECTION = Section(
     ),
     goals=(
         Goal("mean of `enqueue` in one thread, relative to the baseline", ratio(ENQUEUE, FLOOR, "mean_us"), 1.5),
-        Goal(f"mean of `{MANY_EACH}` per event, relative to `enqueue`", ratio(MANY_EACH, ENQUEUE, "mean_us"), 0.5),
+        Goal(f"mean of `{ENQUEUE_MANY}` per event, relative to `enqueue`", ratio(ENQUEUE_MANY, ENQUEUE, "mean_us"), 0.5),
         Goal(
             "events/s of 4 processes on one directory, relative to 1 process",
             ratio(PROCESSES, ONE_PROCESS, "per_s"),

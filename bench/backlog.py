@@ -1,4 +1,4 @@
-"""What both sides of a delivery read: sealed files, and what a client of its own makes of a line."""
+"""Backlogs that Pillarbox and a plain client deliver: their lines, and the time that a delivery takes."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from bench.plan import Figures, RoundPaths
+    from bench.definitions import Figures, RoundPaths
 
 FIELDS = TrackingEvent.__struct_fields__
 
 
 class Line(msgspec.Struct, gc=False):
-    """A line, decoded as a client would that trusts what it has stored: no checksum, no checks but msgspec's of the types."""
+    """A line as a plain client decodes it: without a checksum, with no checks but msgspec's checks of types."""
 
-    event: without_post_init(TrackingEvent)  # type: ignore[valid-type]  # made when this is imported
+    event: without_post_init(TrackingEvent)  # type: ignore[valid-type]  # created at import
 
 
 class Envelope(msgspec.Struct, gc=False):
-    """A line whose event goes as it stands."""
+    """A line whose event is passed on unchanged."""
 
     event: msgspec.Raw
 
 
 def lines(backlog: Path) -> Iterator[list[bytes]]:
-    """The lines of each file, in order."""
+    """The lines of each batch file, in order."""
     for file in sorted(backlog.iterdir()):
         yield file.read_bytes().splitlines()
 
 
-def measured(events: int, deliver: Callable[[], None]) -> Figures:
-    """Events a second, and seconds of this process's processor for a million of them."""
+def measure_delivery(events: int, deliver: Callable[[], None]) -> Figures:
+    """Events per second, and seconds of CPU time of this process per million events."""
     began, cpu = time.perf_counter(), time.process_time()
     deliver()
     took, used = time.perf_counter() - began, time.process_time() - cpu
     return {"per_s": events / took, "cpu_s": used / events * 1e6}
 
 
-def by_an_outbox(folder: RoundPaths, backlog: str, events: int, sink: str) -> Figures:
-    """A copy of the backlog, from opening the outbox until all of it is settled."""
+def deliver_with_outbox(folder: RoundPaths, backlog: str, events: int, sink: str) -> Figures:
+    """Deliver a copy of the backlog with an outbox, from its creation until the last batch is settled."""
     directory = folder.own / "outbox"
     shutil.copytree(folder.shared / backlog, directory)
 
@@ -56,4 +56,4 @@ def by_an_outbox(folder: RoundPaths, backlog: str, events: int, sink: str) -> Fi
             if not outbox.flush(120):
                 raise SystemExit(f"the backlog was not delivered in two minutes: {outbox.stats()}")
 
-    return measured(events, deliver)
+    return measure_delivery(events, deliver)

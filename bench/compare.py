@@ -1,11 +1,11 @@
-"""Measures this checkout beside another revision, in turn, in one run: `python -m bench.compare REVISION`.
+"""Compares this checkout with another revision, measured alternately in one run: `python -m bench.compare REVISION`.
 
-Figures of two runs cannot be compared, for the machine is not the same from one minute to the next. So each round measures
-both, in random order, each turn in a process of its own: `enqueue`, 64 threads and 1,000 coroutines under `power`, and a drain
-into SQLite. The other revision is unpacked into a temporary folder, and its extension is compiled there. The measurements use
-the public interface only, and so run on both.
+Figures of two runs cannot be compared, because the speed of the machine changes from minute to minute. So each round measures
+both revisions in random order, each in a process of its own: `enqueue`, 64 threads and 1,000 coroutines with durability
+`power`, and a drain into SQLite. The other revision is unpacked into a temporary folder, and its C extension is compiled
+there. The measurements use only the public interface, so they run on both.
 
-A turn is this file, run as a script with the path of a source tree.
+A measurement is this file, run as a script with the path of a source tree.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-EVENTS: Final = 200_000  # of `enqueue`, and of the drain
+EVENTS: Final = 200_000  # for `enqueue` and for the drain
 POWER_EVENTS: Final = 16_000
 THREADS: Final = 64
 COROUTINES: Final = 1_000
-WARM: Final = 2_000
-TURN_S: Final = 300.0
+WARMUP_CALLS: Final = 2_000
+TIMEOUT_S: Final = 300.0
 
 
 def _event(pillarbox: Any) -> Any:
@@ -40,10 +40,10 @@ def _event(pillarbox: Any) -> Any:
 
 
 def enqueue(pillarbox: Any, folder: str) -> dict[str, float]:
-    """Microseconds for each call: the mean of a loop, and the median and p99.9 of single calls."""
+    """Microseconds per call: the mean of a loop, and the median and p99.9 of single calls."""
     with pillarbox.Outbox(f"{folder}/enqueue", max_bytes=2**33) as outbox:
         put, event = outbox.enqueue, _event(pillarbox)
-        for _ in range(WARM):
+        for _ in range(WARMUP_CALLS):
             put(event)
         began = time.perf_counter_ns()
         for _ in range(EVENTS):
@@ -63,7 +63,7 @@ def enqueue(pillarbox: Any, folder: str) -> dict[str, float]:
 
 
 def power(pillarbox: Any, folder: str) -> dict[str, float]:
-    """Events a second that are synced, by threads and by coroutines."""
+    """Fsynced events per second, by threads and by coroutines."""
     figures = {}
     with pillarbox.Outbox(f"{folder}/threads", durability="power", max_bytes=2**33) as outbox:
         event = _event(pillarbox)
@@ -95,7 +95,7 @@ def power(pillarbox: Any, folder: str) -> dict[str, float]:
 
 
 def drain(pillarbox: Any, folder: str) -> dict[str, float]:
-    """Events a second from sealed files into SQLite."""
+    """Events per second from batch files into SQLite."""
     directory = f"{folder}/drain"
     with pillarbox.Outbox(directory, max_bytes=2**33) as outbox:
         outbox.enqueue_many([_event(pillarbox) for _ in range(500)])
@@ -103,11 +103,11 @@ def drain(pillarbox: Any, folder: str) -> dict[str, float]:
             outbox.enqueue_many([_event(pillarbox) for _ in range(500)])
     outbox = pillarbox.Outbox(directory, sink=f"sqlite:///{folder}/events.db", max_bytes=2**33)
     began = time.perf_counter()
-    done = outbox.flush(TURN_S)
+    done = outbox.flush(TIMEOUT_S)
     took = time.perf_counter() - began
     outbox.close()
     if not done:
-        message = "the drain did not end in time"
+        message = f"the drain took more than {TIMEOUT_S:g} s"
         raise RuntimeError(message)
     return {"drain into SQLite, events/s": EVENTS / took}
 
@@ -115,8 +115,8 @@ def drain(pillarbox: Any, folder: str) -> dict[str, float]:
 SECTIONS: Final[dict[str, Callable[[Any, str], dict[str, float]]]] = {"enqueue": enqueue, "power": power, "drain": drain}
 
 
-def turn(source: str, section: str) -> None:
-    """Measure one section of one tree, and print the figures as JSON."""
+def measure_section(source: str, section: str) -> None:
+    """Measure one section with one source tree, and print the figures as JSON."""
     sys.path.insert(0, source)
     import pillarbox  # noqa: PLC0415 - of the tree that was named
 
@@ -127,8 +127,8 @@ def turn(source: str, section: str) -> None:
         print(json.dumps(SECTIONS[section](pillarbox, folder)))
 
 
-def unpacked(revision: str, folder: Path) -> str:
-    """The source folder of another revision, with its extension compiled in place."""
+def unpack_revision(revision: str, folder: Path) -> str:
+    """Unpack another revision and compile its C extension; returns its source folder."""
     archive = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-xf", "-", "-C", folder], input=archive, check=True)
     subprocess.run(
@@ -137,42 +137,42 @@ def unpacked(revision: str, folder: Path) -> str:
     return str(folder / "src")
 
 
-def measured(source: str, section: str) -> dict[str, float]:
-    """The figures of one turn, in a process of its own."""
-    command = [sys.executable, str(Path(__file__)), "--turn", source, section]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=TURN_S)
+def run_measurement(source: str, section: str) -> dict[str, float]:
+    """Run one measurement in a process of its own; returns the figures."""
+    command = [sys.executable, str(Path(__file__)), "--measure", source, section]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 
 def main() -> None:
-    """Print a table: the medians of both, and their ratio in the median round."""
+    """Print a table: the medians of both revisions, and the median of the ratios of the rounds."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("revision", help="a git revision, for example HEAD~1")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
-    typed = parser.parse_args()
+    options = parser.parse_args()
     (ROOT / "var").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="pillarbox-compare-") as folder:
-        trees = {typed.revision: unpacked(typed.revision, Path(folder)), "this checkout": str(ROOT / "src")}
-        found: dict[str, dict[str, list[float]]] = {tree: {} for tree in trees}
-        for number in range(typed.rounds):
-            for section in typed.sections:
+        trees = {options.revision: unpack_revision(options.revision, Path(folder)), "this checkout": str(ROOT / "src")}
+        figures: dict[str, dict[str, list[float]]] = {tree: {} for tree in trees}
+        for number in range(options.rounds):
+            for section in options.sections:
                 for tree in random.sample(list(trees), len(trees)):
-                    for name, value in measured(trees[tree], section).items():
-                        found[tree].setdefault(name, []).append(value)
-            print(f"round {number + 1} of {typed.rounds}", file=sys.stderr, flush=True)
-    before, after = found.values()
-    print(f"| median of {typed.rounds} rounds | {' | '.join(trees)} | ratio |\n| --- | --- | --- | --- |")
+                    for name, value in run_measurement(trees[tree], section).items():
+                        figures[tree].setdefault(name, []).append(value)
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+    before, after = figures.values()
+    print(f"| median of {options.rounds} rounds | {' | '.join(trees)} | ratio |\n| --- | --- | --- | --- |")
     for name in before:
         ratio = statistics.median(new / old for old, new in zip(before[name], after[name], strict=True))
         print(f"| {name} | {statistics.median(before[name]):,.2f} | {statistics.median(after[name]):,.2f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--turn"]:
-        turn(*sys.argv[2:4])
+    if sys.argv[1:2] == ["--measure"]:
+        measure_section(*sys.argv[2:4])
     else:
         main()

@@ -1,16 +1,16 @@
-"""How fast a backlog goes to each destination, beside the fastest client of it that decodes the same files."""
+"""How fast a backlog is delivered to each destination, compared with the fastest client that decodes the same files."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench import into_http, into_spacetimedb, into_sqlite, sample
-from bench.plan import Column, Goal, Section, ratio
+from bench import drain_http, drain_spacetimedb, drain_sqlite, sample
+from bench.definitions import Column, Goal, Section, ratio
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_BARE, _OURS = into_spacetimedb.bare_name(sample.BATCH), into_spacetimedb.our_name(sample.BATCH)
+_PLAIN, _PILLARBOX = drain_spacetimedb.plain_name(sample.BATCH), drain_spacetimedb.pillarbox_name(sample.BATCH)
 
 ABOUT = """
 Batches of 500 events, from opening the outbox until the last batch is settled, compared with the fastest client that the
@@ -25,11 +25,11 @@ seconds are those of the client's process.
 
 def prepare(shared: Path, quick: bool) -> None:
     """Write the backlogs."""
-    sample.sealed_files(shared / into_sqlite.BACKLOG, into_sqlite.files(quick))
-    sample.sealed_files(shared / into_http.BACKLOG, into_http.files(quick))
-    for batch in into_spacetimedb.SIZES:
-        files = into_spacetimedb.events(batch, quick) // batch
-        sample.sealed_files(shared / into_spacetimedb.backlog_of(batch), files, batch)
+    sample.sealed_files(shared / drain_sqlite.BACKLOG, drain_sqlite.files(quick))
+    sample.sealed_files(shared / drain_http.BACKLOG, drain_http.files(quick))
+    for batch in drain_spacetimedb.SIZES:
+        files = drain_spacetimedb.event_count(batch, quick) // batch
+        sample.sealed_files(shared / drain_spacetimedb.backlog_name(batch), files, batch)
 
 
 SECTION = Section(
@@ -38,7 +38,7 @@ SECTION = Section(
     about=ABOUT,
     rounds=4,
     budget_s=200.0,
-    contestants=(*into_sqlite.CONTESTANTS, *into_spacetimedb.contestants(), *into_http.CONTESTANTS),
+    contestants=(*drain_sqlite.CONTESTANTS, *drain_spacetimedb.contestants(), *drain_http.CONTESTANTS),
     columns=(
         Column("per_s", "events/s", 0),
         Column("cpu_s", "CPU, s per million events", 2),
@@ -46,13 +46,13 @@ SECTION = Section(
     goals=(
         Goal(
             "events/s into SQLite, relative to the plain client",
-            ratio(into_sqlite.OURS, into_sqlite.BARE, "per_s"),
+            ratio(drain_sqlite.PILLARBOX, drain_sqlite.PLAIN, "per_s"),
             0.8,
             at_least=True,
         ),
         Goal(
             "events/s into SpacetimeDB, 500 per call, relative to the plain client",
-            ratio(_OURS, _BARE, "per_s"),
+            ratio(_PILLARBOX, _PLAIN, "per_s"),
             0.9,
             at_least=True,
         ),

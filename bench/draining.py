@@ -1,4 +1,4 @@
-"""How long `enqueue` takes while a backlog is delivered: in the same process, in a child of it, and by another service."""
+"""How long `enqueue` takes while a backlog is delivered: by the same process, its child process, or a separate service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from bench import sample
-from bench.plan import Column, Contestant, Goal, Section, ratio
+from bench.definitions import Column, Contestant, Goal, Section, ratio
 from bench.timing import now, tails
 from pillarbox import Outbox, TrackingEvent
 from pillarbox.store import record
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from bench.plan import Figures, RoundPaths
+    from bench.definitions import Figures, RoundPaths
 
 FILES = 900
 SLICE_NS = 50_000_000
-SLICES = 30  # at most; fewer where the backlog is gone before
+SLICES = 30  # at most; fewer if the backlog is drained earlier
 SLICES_MIN = 4
-GIVE_WAY_EVERY = 50
-START_S = 30  # for a deliverer to begin
+LINES_PER_YIELD = 50
+START_S = 30  # limit for the first delivered batch
 
 
 class _Line(msgspec.Struct):
@@ -39,36 +39,36 @@ class _Line(msgspec.Struct):
 
 
 def prepare(shared: Path, quick: bool) -> None:
-    """The backlog."""
+    """Write the backlog."""
     sample.sealed_files(shared / "backlog", 300 if quick else FILES)
 
 
-def _timed(put: Callable[[], object], folder: RoundPaths, goes_on: Callable[[], bool] = lambda: True) -> Figures:
-    """What one call after the other takes, while what else is to go on does. The slice in which it ended does not count."""
+def _time_calls(put: Callable[[], object], folder: RoundPaths, is_draining: Callable[[], bool] = lambda: True) -> Figures:
+    """Time one call after the other while the other work continues. The slice in which that work ended does not count."""
     took: list[int] = []
-    wanted = SLICES_MIN if folder.quick else SLICES
-    spent = slices = 0
-    while slices < wanted:
-        piece: list[int] = []
+    slices_max = SLICES_MIN if folder.quick else SLICES
+    total_ns = slices = 0
+    while slices < slices_max:
+        slice_times: list[int] = []
         began = first = now()
         end = began + SLICE_NS
         while began < end:
             put()
             after = now()
-            piece.append(after - began)
+            slice_times.append(after - began)
             began = after
-        if not goes_on():
+        if not is_draining():
             break
-        took += piece
-        spent += began - first
+        took += slice_times
+        total_ns += began - first
         slices += 1
     if slices < SLICES_MIN:
-        raise RuntimeError(f"the backlog was gone after {slices} slices of {SLICE_NS / 1e9:g} s")
-    return {"mean_us": spent / len(took) / 1e3, **tails(took)}
+        raise RuntimeError(f"the backlog was drained after {slices} slices of {SLICE_NS / 1e9:g} s")
+    return {"mean_us": total_ns / len(took) / 1e3, **tails(took)}
 
 
 @contextlib.contextmanager
-def _file(folder: RoundPaths) -> Iterator[int]:
+def _open_file(folder: RoundPaths) -> Iterator[int]:
     fd = os.open(folder.own / "lines.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         yield fd
@@ -77,107 +77,107 @@ def _file(folder: RoundPaths) -> Iterator[int]:
 
 
 def only_write(folder: RoundPaths) -> Figures:
-    """`os.write`, with nothing beside it."""
+    """`os.write`, with nothing else running."""
     line = record.line(msgspec.json.encode(sample.event()))
-    with _file(folder) as fd:
-        return _timed(lambda: os.write(fd, line), folder)
+    with _open_file(folder) as fd:
+        return _time_calls(lambda: os.write(fd, line), folder)
 
 
-def idle(folder: RoundPaths) -> Figures:
+def enqueue_idle(folder: RoundPaths) -> Figures:
     """`enqueue`, with nothing to deliver."""
-    one = sample.event()
+    event = sample.event()
     with Outbox(str(folder.own / "outbox"), max_bytes=2**40) as outbox:
         put = outbox.enqueue
-        return _timed(lambda: put(one), folder)
+        return _time_calls(lambda: put(event), folder)
 
 
-def control(folder: RoundPaths) -> Figures:
-    """`msgspec` and `os.write`, beside a thread that reads and decodes the backlog over and over."""
+def encode_beside_decoder(folder: RoundPaths) -> Figures:
+    """`msgspec` and `os.write`, beside a thread that reads and decodes the backlog again and again."""
     stop = threading.Event()
     decode = msgspec.json.Decoder(_Line).decode
 
-    def work() -> None:
+    def decode_backlog() -> None:
         while True:
             for file in sorted((folder.shared / "backlog").iterdir()):
                 for number, line in enumerate(file.read_bytes().splitlines()):
                     decode(line)
-                    if number % GIVE_WAY_EVERY == 0:
+                    if number % LINES_PER_YIELD == 0:
                         time.sleep(0)
                 if stop.is_set():
                     return
 
-    one, encode, write = sample.event(), msgspec.json.Encoder().encode, os.write
-    thread = threading.Thread(target=work)
-    with _file(folder) as fd:
+    event, encode, write = sample.event(), msgspec.json.Encoder().encode, os.write
+    thread = threading.Thread(target=decode_backlog)
+    with _open_file(folder) as fd:
         thread.start()
         try:
-            return _timed(lambda: write(fd, encode(one)), folder)
+            return _time_calls(lambda: write(fd, encode(event)), folder)
         finally:
             stop.set()
             thread.join()
 
 
 class _Backlog:
-    """A copy to be delivered. Files go in order: while the last is there, there is more to do."""
+    """A copy of the backlog to deliver. Batches are delivered in order, so the drain lasts while the last file exists."""
 
     def __init__(self, folder: RoundPaths) -> None:
-        self._place = folder
+        self._paths = folder
         self.directory = folder.own / "outbox"
         shutil.copytree(folder.shared / "backlog", self.directory)
-        os.sync()  # writing the copy back is not to be measured
+        os.sync()  # so that the writeback of the copy is not measured
         self._names = sorted(os.listdir(self.directory))
         self._last = self.directory / self._names[-1]
 
-    def _goes_on(self) -> bool:
+    def _is_draining(self) -> bool:
         """Whether there is something left to deliver."""
         return self._last.exists()
 
-    def _left(self) -> int:
-        """How many files."""
+    def _files_left(self) -> int:
+        """The number of files that are not delivered yet."""
         return len(set(self._names) & set(os.listdir(self.directory)))
 
-    def _wait_for_the_first(self) -> None:
-        """Until the deliverer is at work."""
+    def _wait_for_first_delivery(self) -> None:
+        """Wait until the first batch is delivered."""
         first, until = self.directory / self._names[0], time.monotonic() + START_S
         while first.exists():
             if time.monotonic() > until:
-                raise RuntimeError("nothing is delivered")
+                raise RuntimeError(f"nothing was delivered within {START_S} s")
             time.sleep(0.001)
 
     def measure(self, put: Callable[[], object]) -> Figures:
-        """Also how fast it is delivered meanwhile: otherwise the figures say nothing."""
-        self._wait_for_the_first()
-        left, began = self._left(), now()
-        found = _timed(put, self._place, self._goes_on)
-        delivered = (left - self._left()) * sample.BATCH
-        return {**found, "delivered_per_s": delivered / (now() - began) * 1e9}
+        """Time the calls, and measure the rate of the delivery meanwhile: without it, the figures would mean nothing."""
+        self._wait_for_first_delivery()
+        files_before, began = self._files_left(), now()
+        figures = _time_calls(put, self._paths, self._is_draining)
+        delivered = (files_before - self._files_left()) * sample.BATCH
+        return {**figures, "delivered_per_s": delivered / (now() - began) * 1e9}
 
 
-def here(deliver: Literal["thread", "process"], folder: RoundPaths) -> Figures:
-    """Delivered by a thread of this process, or by its child."""
-    one, backlog = sample.event(), _Backlog(folder)
+def deliver_from_this_process(deliver: Literal["thread", "process"], folder: RoundPaths) -> Figures:
+    """Delivered by a thread of this process, or by its child process."""
+    event, backlog = sample.event(), _Backlog(folder)
     sink = f"sqlite:///{folder.own / 'events.db'}"
     outbox = Outbox(str(backlog.directory), sink=sink, deliver=deliver, max_bytes=2**40)
     put = outbox.enqueue
-    assert put(one)
-    found = backlog.measure(lambda: put(one))
+    assert put(event)
+    figures = backlog.measure(lambda: put(event))
     outbox.close(0.1)
-    return found
+    return figures
 
 
-def service(folder: RoundPaths) -> Figures:
+def deliver_from_a_service(folder: RoundPaths) -> Figures:
     """Delivered by `pillarbox deliver`."""
-    one, backlog = sample.event(), _Backlog(folder)
+    event, backlog = sample.event(), _Backlog(folder)
     command = [sys.executable, "-m", "pillarbox", "deliver", "-d", str(backlog.directory), "-q"]
     outbox = Outbox(str(backlog.directory), max_bytes=2**40)
     put = outbox.enqueue
-    assert put(one)
-    deliverer = subprocess.Popen([*command, "--sink", f"sqlite:///{folder.own / 'events.db'}"], stdout=subprocess.DEVNULL)
+    assert put(event)
+    process = subprocess.Popen([*command, "--sink", f"sqlite:///{folder.own / 'events.db'}"], stdout=subprocess.DEVNULL)
     try:
-        return backlog.measure(lambda: put(one))
+        return backlog.measure(lambda: put(event))
     finally:
-        deliverer.kill()
-        deliverer.wait()
+        process.kill()
+        process.wait()
         outbox.close(1)
 
 
@@ -199,11 +199,11 @@ SECTION = Section(
     rounds=5,
     contestants=(
         Contestant(WRITE, only_write),
-        Contestant(CONTROL, control),
-        Contestant("enqueue, idle", idle, ours=True),
-        Contestant(THREAD, partial(here, "thread"), ours=True),
-        Contestant(CHILD, partial(here, "process"), ours=True),
-        Contestant(SERVICE, service, ours=True),
+        Contestant(CONTROL, encode_beside_decoder),
+        Contestant("enqueue, idle", enqueue_idle, ours=True),
+        Contestant(THREAD, partial(deliver_from_this_process, "thread"), ours=True),
+        Contestant(CHILD, partial(deliver_from_this_process, "process"), ours=True),
+        Contestant(SERVICE, deliver_from_a_service, ours=True),
     ),
     columns=(
         Column("mean_us", "mean, us per call", 2),

@@ -1,4 +1,4 @@
-"""What the figures depend on beside the code: the machine, what else it does meanwhile, and the versions."""
+"""Everything that figures depend on besides the code: the machine, its load, and the versions of the software."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 
-_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS in linux/fs.h, where a long has 8 bytes
+_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS of linux/fs.h, with a long of 8 bytes
 _TOP_DIRECTORY = 0x20000  # FS_TOPDIR_FL
 
 
-def spread(directory: Path) -> None:
-    """Have ext4 put each directory that is made in this one, and its files, somewhere else on the disk.
+def spread_directories(directory: Path) -> None:
+    """Let ext4 place each new subdirectory, and its files, somewhere else on the disk.
 
-    A new file there costs 20 us; beside thousands that were removed in the last minutes it costs up to 1 ms, for ext4 looks
-    past each of them (`recently_deleted` in fs/ext4/ialloc.c). So the turn of one would be measured by what it came after.
+    Creating a file takes 20 us there. Beside thousands of files that were deleted in the last minutes, it takes up to 1 ms,
+    because ext4 skips each of them (`recently_deleted` in fs/ext4/ialloc.c). Then the figures of a contestant would depend on
+    the previous one.
     """
-    with contextlib.suppress(OSError):  # another file system, or system: it may not need that
+    with contextlib.suppress(OSError):  # another file system or operating system
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             flags = array.array("l", [0])
@@ -45,16 +46,16 @@ def spread(directory: Path) -> None:
             os.close(fd)
 
 
-class Watch:
-    """The machine, from now until `describe`."""
+class MachineMonitor:
+    """Observes the machine from its creation until `describe`."""
 
     def __init__(self) -> None:
         self.load = os.getloadavg()[0]
-        self._ticks = _ticks()
+        self._start_ticks = _cpu_ticks()
 
     def describe(self, folder: Path) -> Machine:
-        """What to record of it."""
-        since = [after - before for before, after in zip(self._ticks, _ticks(), strict=True)]
+        """The machine, with its load since the creation of this object."""
+        ticks = [after - before for before, after in zip(self._start_ticks, _cpu_ticks(), strict=True)]
         affinity = getattr(os, "sched_getaffinity", None)
         return Machine(
             platform=platform.platform(),
@@ -65,12 +66,12 @@ class Watch:
             filesystem=_filesystem(folder),
             load_before=round(self.load, 2),
             load_after=round(os.getloadavg()[0], 2),
-            stolen_percent=round(100 * since[7] / sum(since), 2) if sum(since) else 0.0,
+            stolen_percent=round(100 * ticks[7] / sum(ticks), 2) if sum(ticks) else 0.0,
         )
 
 
-def _ticks() -> list[int]:
-    """What the processors did, by kind; the eighth is what the host of a virtual machine kept for itself."""
+def _cpu_ticks() -> list[int]:
+    """The CPU ticks by kind; the eighth is the time that the host of a virtual machine took."""
     stat = Path("/proc/stat")
     return [int(word) for word in stat.read_text().splitlines()[0].split()[1:9]] if stat.exists() else [0] * 8
 
@@ -86,18 +87,18 @@ def _processor() -> str:
 
 
 def _filesystem(folder: Path) -> str:
-    """The type of the file system that holds a directory, where the system tells."""
+    """The type of the file system of a directory, if the system reports it."""
     mounts = Path("/proc/self/mounts")
     if not mounts.exists():
         return "unknown"
-    at = folder.resolve()
-    found = [line.split()[1:3] for line in mounts.read_text().splitlines()]
-    holding = [(len(point), kind) for point, kind in found if at.is_relative_to(point)]
-    return max(holding)[1] if holding else "unknown"
+    path = folder.resolve()
+    mount_points = [line.split()[1:3] for line in mounts.read_text().splitlines()]
+    candidates = [(len(point), kind) for point, kind in mount_points if path.is_relative_to(point)]
+    return max(candidates)[1] if candidates else "unknown"
 
 
 def versions(packages: Iterable[str]) -> Versions:
-    """Of everything that takes part."""
+    """The versions of everything that runs."""
     gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     return Versions(
         python=f"{platform.python_implementation()} {platform.python_version()}{'' if gil else ', free-threaded'}",
@@ -120,7 +121,7 @@ def _version(package: str) -> str:
 
 def _git(*words: str) -> str:
     try:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
+        completed = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
     except OSError:
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return completed.stdout.strip() if completed.returncode == 0 else ""

@@ -1,8 +1,8 @@
-"""What each compiled part gains: `python -m bench.native` prints the time of each in Python and in C, measured side by side.
+"""What each function in C gains: `python -m bench.native` measures it in Python and in C, side by side.
 
-Each is run in chunks, all of them in turn, in a random order. The tenth percentile of the chunks is printed, which other work
-on the machine hardly reaches. The last lines are of a thread that enqueues while another uses the file system all the time. The
-batch operations and the directory scan are compiled for that thread: they give up the interpreter lock once, and not at each
+All functions run in chunks, in random order. The tenth percentile of the chunks is printed, because other work on the machine
+hardly affects it. The last lines are for a thread that enqueues while another thread uses the file system all the time. The
+batch operations and the directory scan are in C for that thread: they release the interpreter lock once, and not for each
 system call. docs/dev/performance-native.md has the figures.
 """
 
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 CHUNKS = 200
-CALLS = 200  # of what takes less than some microseconds
+CALLS = 200  # per chunk, of functions that take a few microseconds
 LINES = 200
 FUTURES = 100
-FILES = 2000  # of a directory
-GROUP = 8  # files of a batch operation
-BESIDE_S = 0.5  # for which events are accepted beside something else, a round
+FILES = 2000  # in a directory
+GROUP = 8  # files in a batch operation
+BESIDE_S = 0.5  # duration of the enqueue loop in each round, while other work runs
 ROUNDS = 7
 
-Work = tuple[str, "Callable[[], object]", "Callable[[], object]", int]  # name, Python, C, and how many of it a call does
+Work = tuple[str, "Callable[[], object]", "Callable[[], object]", int]  # name, in Python, in C, items per call
 
 
 def repeated(call: Callable[[], object]) -> Callable[[], object]:
-    """Some calls of something short."""
+    """A chunk of calls of a short function."""
 
     def chunk() -> None:
         for _ in repeat(None, CALLS):
@@ -55,42 +55,51 @@ def repeated(call: Callable[[], object]) -> Callable[[], object]:
     return chunk
 
 
-def of_lines() -> Iterator[Work]:
-    """Records and the reading of them."""
+def record_functions() -> Iterator[Work]:
+    """Encoding and decoding of records."""
     payload = msgspec.json.encode(sample.event())
     line, check = _native.py_encode_record(payload), msgspec.json.Decoder(msgspec.Raw).decode
-    data, bare = line * LINES, line[:-1]
-    n = _native
-    yield ("encode a record", repeated(lambda: n.py_encode_record(payload)), repeated(lambda: n.encode_record(payload)), CALLS)
-    yield ("decode a record", repeated(lambda: n.py_decode_record(bare)), repeated(lambda: n.decode_record(bare)), CALLS)
+    data, without_line_feed = line * LINES, line[:-1]
+    yield (
+        "encode a record",
+        repeated(lambda: _native.py_encode_record(payload)),
+        repeated(lambda: _native.encode_record(payload)),
+        CALLS,
+    )
+    yield (
+        "decode a record",
+        repeated(lambda: _native.py_decode_record(without_line_feed)),
+        repeated(lambda: _native.decode_record(without_line_feed)),
+        CALLS,
+    )
     yield (
         "read a batch file, a record",
-        lambda: n.py_decode_records(data, 0, LINES, n.py_decode_record, check),
-        lambda: n.decode_records(data, 0, LINES, n.decode_record, check),
+        lambda: _native.py_decode_records(data, 0, LINES, _native.py_decode_record, check),
+        lambda: _native.decode_records(data, 0, LINES, _native.decode_record, check),
         LINES,
     )
     events, encode = [sample.event()] * LINES, msgspec.json.Encoder().encode
     arguments: Any = (events, encode, type(events[0]), 2**20, encode)
     yield (
         "encode many events, an event",
-        lambda: n.py_encode_records(*arguments),
-        lambda: n.encode_records(*arguments),
+        lambda: _native.py_encode_records(*arguments),
+        lambda: _native.encode_records(*arguments),
         LINES,
     )
 
 
-def of_events() -> Iterator[Work]:
-    """What each `TrackingEvent` has made and checked for it."""
-    make, reseed = event._uuid7_generator()
+def event_functions() -> Iterator[Work]:
+    """The id, the time and the check of a `TrackingEvent`."""
+    make_id, reseed = event._uuid7_generator()
     reseed(*event._random_seed())
-    one, check = sample.event(), event._post_init
-    yield "an id", repeated(make), repeated(event.new_event_id), CALLS
+    tracking_event, check = sample.event(), event._post_init
+    yield "an id", repeated(make_id), repeated(event.new_event_id), CALLS
     yield "a time", repeated(event._now_micros), repeated(event.now_micros), CALLS
-    yield "check an event", repeated(lambda: event._check_event(one)), repeated(lambda: check(one)), CALLS
+    yield "check an event", repeated(lambda: event._check_event(tracking_event)), repeated(lambda: check(tracking_event)), CALLS
 
 
-def of_futures() -> Iterator[Work]:
-    """Coroutines that wait for a commit, from the making of the future to its outcome."""
+def future_functions() -> Iterator[Work]:
+    """Coroutines that wait for a group commit, from the creation of the future to its outcome."""
     loop = asyncio.new_event_loop()
 
     def work(make: Any, gather: Any, resolve: Any) -> Callable[[], object]:
@@ -108,13 +117,17 @@ def of_futures() -> Iterator[Work]:
 
         return lambda: loop.run_until_complete(main())
 
-    n = _native
-    in_python = work(n.PyCommitFuture, n.py_gather_group, n.py_resolve_futures)
-    yield "wait for a commit, an event", in_python, work(n.CommitFuture, n.gather_group, n.resolve_futures), FUTURES
+    in_python = work(_native.PyCommitFuture, _native.py_gather_group, _native.py_resolve_futures)
+    yield (
+        "wait for a commit, an event",
+        in_python,
+        work(_native.CommitFuture, _native.gather_group, _native.resolve_futures),
+        FUTURES,
+    )
 
 
-def of_files(workdir: str) -> Iterator[Work]:
-    """The batch operations and the directory scan, by themselves."""
+def file_functions(workdir: str) -> Iterator[Work]:
+    """The batch operations and the directory scan."""
     number = count()
     folder = f"{workdir}/many"
     os.mkdir(folder)
@@ -133,28 +146,28 @@ def of_files(workdir: str) -> Iterator[Work]:
 
         return group
 
-    plain, compiled = OsFilesystem(), CompiledOsFilesystem()
-    yield "create, rename and close files, a file", write_group(plain), write_group(compiled), GROUP
+    in_python, compiled = OsFilesystem(), CompiledOsFilesystem()
+    yield "create, rename and close files, a file", write_group(in_python), write_group(compiled), GROUP
     yield (
         "add up a directory, a file",
-        lambda: plain.file_totals(folder, ALL_NAMES),
+        lambda: in_python.file_totals(folder, ALL_NAMES),
         lambda: compiled.file_totals(folder, ALL_NAMES),
         FILES,
     )
 
 
-def of_enqueue(outbox: Outbox) -> Iterator[Work]:
+def enqueue_function(outbox: Outbox) -> Iterator[Work]:
     """The hot path."""
-    one = sample.event()
-    outbox.enqueue(one)
+    tracking_event = sample.event()
+    outbox.enqueue(tracking_event)
     compiled: Any = outbox.enqueue
     in_python = compiled.__wrapped__
-    yield "enqueue", repeated(lambda: in_python(one)), repeated(lambda: compiled(one)), CALLS
+    yield "enqueue", repeated(lambda: in_python(tracking_event)), repeated(lambda: compiled(tracking_event)), CALLS
 
 
 @contextmanager
-def beside(work: Callable[[], object]) -> Iterator[None]:
-    """Another thread does this all the time."""
+def running_in_background(work: Callable[[], object]) -> Iterator[None]:
+    """Repeat a function in another thread."""
     stop = threading.Event()
 
     def run() -> None:
@@ -170,49 +183,49 @@ def beside(work: Callable[[], object]) -> Iterator[None]:
         thread.join()
 
 
-def accept(outbox: Outbox) -> float:
-    """Microseconds an event, of a thread that enqueues for a while."""
-    one, events, began = sample.event(), 0, time.perf_counter()
+def time_enqueue(outbox: Outbox) -> float:
+    """Microseconds per event, for a thread that enqueues for a while."""
+    tracking_event, events, began = sample.event(), 0, time.perf_counter()
     while (took := time.perf_counter() - began) < BESIDE_S:
         for _ in repeat(None, 20):
-            outbox.enqueue(one)
+            outbox.enqueue(tracking_event)
         events += 20
     return took / events * 1e6
 
 
 def measure(works: list[Work]) -> None:
-    """Print the tenth percentile of each, in Python and in C."""
+    """Measure all functions, and print the tenth percentile of each in Python and in C."""
     calls = {(name, how): call for name, *both, _ in works for how, call in zip(("Python", "C"), both, strict=True)}
-    took: dict[tuple[str, str], list[int]] = {key: [] for key in calls}
+    chunk_times: dict[tuple[str, str], list[int]] = {key: [] for key in calls}
     for _ in range(CHUNKS):
         for key in random.sample(list(calls), len(calls)):
             began = time.perf_counter_ns()
             calls[key]()
-            took[key].append(time.perf_counter_ns() - began)
+            chunk_times[key].append(time.perf_counter_ns() - began)
     for name, _, _, number in works:
-        python, c = (sorted(took[name, how])[CHUNKS // 10] / number / 1e3 for how in ("Python", "C"))
+        python, c = (sorted(chunk_times[name, how])[CHUNKS // 10] / number / 1e3 for how in ("Python", "C"))
         print(f"{name:42} {python:7.3f} us {c:7.3f} us   {python / c:4.1f} times")
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the figures."""
     if not COMPILED:
-        sys.exit("the C extension is not in use here")
+        sys.exit("the C extension is not in use")
     workdir = tempfile.mkdtemp(dir=ROOT)
     outbox = Outbox(f"{workdir}/outbox", max_bytes=2**40, batch_size=10**9, batch_bytes=2**40)
     try:
         print(f"{'':42} {'Python':>10} {'C':>10}")
-        files = list(of_files(workdir))
-        measure([*of_enqueue(outbox), *of_lines(), *of_events(), *of_futures(), *files])
+        files = list(file_functions(workdir))
+        measure([*enqueue_function(outbox), *record_functions(), *event_functions(), *future_functions(), *files])
         rounds: dict[tuple[str, str], list[float]] = {}
         for _ in range(ROUNDS):
             for name, python, c, _ in files:
                 for how, work in (("Python", python), ("C", c)):
-                    with beside(work):
-                        rounds.setdefault((name, how), []).append(accept(outbox))
-            rounds.setdefault(("nothing", ""), []).append(accept(outbox))
-        for (name, how), found in rounds.items():
-            print(f"enqueue beside: {name}{' in ' * bool(how)}{how:6} {sorted(found)[ROUNDS // 2]:6.2f} us")
+                    with running_in_background(work):
+                        rounds.setdefault((name, how), []).append(time_enqueue(outbox))
+            rounds.setdefault(("nothing", ""), []).append(time_enqueue(outbox))
+        for (name, how), times in rounds.items():
+            print(f"enqueue beside: {name}{' in ' * bool(how)}{how:6} {sorted(times)[ROUNDS // 2]:6.2f} us")
     finally:
         outbox.close(60)
         shutil.rmtree(workdir)

@@ -1,4 +1,4 @@
-"""Makes `docs/dev/benchmarks.md` and its charts from the results of one run. `python -m bench.page` makes them again.
+"""Generates `docs/dev/benchmarks.md` and its charts from the results of one run: `python -m bench.page`.
 
 No other page states these figures.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from bench import chart, results, words
+from bench import chart, formatting, results
 from bench.machine import ROOT
 
 if TYPE_CHECKING:
@@ -39,19 +39,19 @@ figures depend on the machine.
 {sections}"""
 
 
-def files(found: Results) -> dict[str, str]:
+def files(run_results: Results) -> dict[str, str]:
     """The generated files: name -> content."""
-    texts = {f"{NAME}.json": results.encode(found).decode(), f"{NAME}.md": _page(found)}
-    for section in found.sections:
+    texts = {f"{NAME}.json": results.encode(run_results).decode(), f"{NAME}.md": _page(run_results)}
+    for section in run_results.sections:
         bars = _bars(section)
         if bars:
-            texts[_chart_name(section)] = chart.bars(f"{section.title}: {_drawn(section).heading}", bars)
+            texts[_chart_name(section)] = chart.bars(f"{section.title}: {_chart_column(section).heading}", bars)
     return texts
 
 
-def write(found: Results, folder: Path) -> None:
+def write(run_results: Results, folder: Path) -> None:
     """Write the generated files, and delete charts of sections that no longer exist."""
-    texts = files(found)
+    texts = files(run_results)
     for file in folder.glob(f"{NAME}-*.svg"):
         if file.name not in texts:
             file.unlink()
@@ -59,28 +59,28 @@ def write(found: Results, folder: Path) -> None:
         (folder / name).write_text(text)
 
 
-def _page(found: Results) -> str:
+def _page(run_results: Results) -> str:
     rows = [
-        *words.machine(found),
-        ("run", f"{found.began}, seed {found.seed}, {words.minutes(found.seconds)}"),
+        *formatting.machine(run_results),
+        ("run", f"{run_results.began}, seed {run_results.seed}, {formatting.minutes(run_results.seconds)}"),
     ]
     return PAGE.format(
-        warnings="".join(f"**{text}**\n\n" for text in words.warnings(found)),
+        warnings="".join(f"**{text}**\n\n" for text in formatting.warnings(run_results)),
         machine="\n".join(f"| {name} | {value} |" for name, value in rows),
-        goals=_goals(found.sections),
-        sections="\n".join(_section(section) for section in found.sections),
+        goals=_goals(run_results.sections),
+        sections="\n".join(_section(section) for section in run_results.sections),
     )
 
 
 def _goals(sections: Sequence[Section]) -> str:
-    """Which goals were met."""
+    """The list of missed and unmeasured goals."""
     goals = [goal for section in sections for goal in section.goals]
     missed = [goal for goal in goals if goal.met is False]
     unmeasured = [goal for goal in goals if goal.met is None]
     met = sum(goal.met is True for goal in goals)
     text = f"Of {len(goals)} goals, {met} {'is' if met == 1 else 'are'} met.\n"
-    for label, which in (("Missed", missed), ("Not measured", unmeasured)):
-        text += "".join(f"- {label}: {goal.text}.\n" for goal in which)
+    for label, listed_goals in (("Missed", missed), ("Not measured", unmeasured)):
+        text += "".join(f"- {label}: {goal.text}.\n" for goal in listed_goals)
     return text
 
 
@@ -88,18 +88,18 @@ def _section(section: Section) -> str:
     parts = [
         f"## {section.title}\n",
         f"{textwrap.fill(section.about, LINE, break_on_hyphens=False)}\n",
-        f"{words.rounds(section)}; the section took {words.minutes(section.seconds)}.\n",
+        f"{formatting.rounds(section)}; the section took {formatting.minutes(section.seconds)}.\n",
     ]
     if _bars(section):
-        parts.append(f"![{section.title}: {_drawn(section).heading}]({_chart_name(section)})\n")
+        parts.append(f"![{section.title}: {_chart_column(section).heading}]({_chart_name(section)})\n")
     parts.append(_table(section))
     if section.failed:
-        parts.append("".join(f"- {name} was not measured in all rounds: {why}\n" for name, why in section.failed.items()))
+        parts.append("".join(f"- {name} was not measured in all rounds: {reason}\n" for name, reason in section.failed.items()))
     if section.goals:
         rows = ["| goal | bound | measured |", "| --- | --- | --- |"]
         for goal in section.goals:
-            text = words.measured(goal)
-            rows.append(f"| {goal.text} | {words.bound(goal)} | {f'**{text}, missed**' if goal.met is False else text} |")
+            text = formatting.measured(goal)
+            rows.append(f"| {goal.text} | {formatting.bound(goal)} | {f'**{text}, missed**' if goal.met is False else text} |")
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 
@@ -111,7 +111,7 @@ def _table(section: Section) -> str:
     ]
     for name in section.contestants:
         cells = [(column, section.spread(name, column.metric)) for column in section.columns]
-        texts = ("" if found is None else words.spread(found, column.digits) for column, found in cells)
+        texts = ("" if spread is None else formatting.spread(spread, column.digits) for column, spread in cells)
         rows.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(rows) + "\n"
 
@@ -120,17 +120,24 @@ def _chart_name(section: Section) -> str:
     return f"{NAME}-{section.key}.svg"
 
 
-def _drawn(section: Section) -> results.Column:
+def _chart_column(section: Section) -> results.Column:
     return next(column for column in section.columns if column.metric == section.chart)
 
 
 def _bars(section: Section) -> list[chart.Bar]:
     """The bars of a section's chart; none if it has no chart or nothing was measured."""
-    found = [(name, section.spread(name, section.chart)) for name in section.contestants]
+    spreads = [(name, section.spread(name, section.chart)) for name in section.contestants]
     return [
-        chart.Bar(name, one.median, one.least, one.most, words.number(one.median, _drawn(section).digits), name in section.ours)
-        for name, one in found
-        if one is not None and one.least > 0
+        chart.Bar(
+            name,
+            spread.median,
+            spread.least,
+            spread.most,
+            formatting.number(spread.median, _chart_column(section).digits),
+            name in section.ours,
+        )
+        for name, spread in spreads
+        if spread is not None and spread.least > 0
     ]
 
 

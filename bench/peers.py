@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from bench import sample, timing
-from bench.plan import Column, Contestant, Goal, Section
+from bench.definitions import Column, Contestant, Goal, Section
 from pillarbox import Outbox, TrackingEvent
 
 if TYPE_CHECKING:
@@ -24,95 +24,97 @@ if TYPE_CHECKING:
     from pathlib import Path
     from queue import Queue
 
-    from bench.plan import Figures, Round, RoundPaths
+    from bench.definitions import Figures, Round, RoundPaths
     from pillarbox.outcome import Durability
 
     Put = Callable[[], object]
-    Open = Callable[[Path], AbstractContextManager["Opened"]]
+    Open = Callable[[Path], AbstractContextManager["OpenStore"]]
 
 ROUNDS = 4
 SECONDS = 0.9  # at most, for each of the two loops
 EVENTS = 100_000  # likewise
 WARM_EVENTS, WARM_SECONDS = 500, 0.1  # before anything counts
-CHUNK, CHUNK_SLOW = 100, 5  # events between two looks at the clock; 100 is also what the SDKs send in one request
-NOBODY: Final = "http://127.0.0.1:9"  # where the SDKs would send to, if they sent
-ONE: Final = sample.event()
+CHUNK, CHUNK_SLOW = 100, 5  # events between two checks of the time; the SDKs also send 100 in one request
+CLOSED_URL: Final = "http://127.0.0.1:9"  # the SDKs are not supposed to send
+EVENT: Final = sample.event()
 PROPERTIES: Final = {"path": "/a/b", "ms": 12}
 
 encode = msgspec.json.Encoder().encode
 now = timing.now
 
 
-class Opened(NamedTuple):
-    """A store that accepts events."""
+class OpenStore(NamedTuple):
+    """An open store."""
 
     put: Put
-    take: Callable[[], int] = int  # after each CHUNK, unmeasured: what a consumer would take away; returns how many
+    remove_queued: Callable[[], int] = (
+        int  # called after each chunk, not timed: removes events as a consumer would; returns their number
+    )
 
 
-# What others are measured against
+# Pillarbox and the baselines
 
 
 @contextmanager
-def pillarbox(folder: Path, durability: Durability = "process") -> Iterator[Opened]:
+def pillarbox(folder: Path, durability: Durability = "process") -> Iterator[OpenStore]:
     with Outbox(str(folder), durability=durability) as outbox:
-        yield Opened(partial(outbox.enqueue, ONE))
+        yield OpenStore(partial(outbox.enqueue, EVENT))
 
 
 @contextmanager
-def floor(folder: Path) -> Iterator[Opened]:
+def encode_and_write(folder: Path) -> Iterator[OpenStore]:
     fd, write = os.open(folder / "events.ndjson", os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.write
-    yield Opened(lambda: write(fd, encode(ONE)))
+    yield OpenStore(lambda: write(fd, encode(EVENT)))
     os.close(fd)
 
 
 @contextmanager
-def sqlite(folder: Path, synchronous: str) -> Iterator[Opened]:
+def sqlite(folder: Path, synchronous: str) -> Iterator[OpenStore]:
     with closing(sqlite3.connect(folder / "events.db", isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute(f"PRAGMA synchronous = {synchronous}")
         database.execute("CREATE TABLE event (id INTEGER PRIMARY KEY, body BLOB NOT NULL)")
         execute = database.execute
-        yield Opened(lambda: execute("INSERT INTO event (body) VALUES (?)", (encode(ONE),)))
+        yield OpenStore(lambda: execute("INSERT INTO event (body) VALUES (?)", (encode(EVENT),)))
 
 
 # Queues from PyPI
 
 
 @contextmanager
-def persist_queue_file(folder: Path) -> Iterator[Opened]:
+def persist_queue_file(folder: Path) -> Iterator[OpenStore]:
     import persistqueue
 
     put = persistqueue.Queue(str(folder), tempdir=str(folder)).put
-    yield Opened(lambda: put(encode(ONE)))
+    yield OpenStore(lambda: put(encode(EVENT)))
 
 
 @contextmanager
-def persist_queue_sqlite(folder: Path) -> Iterator[Opened]:
+def persist_queue_sqlite(folder: Path) -> Iterator[OpenStore]:
     import persistqueue
 
     with closing(persistqueue.SQLiteQueue(str(folder), auto_commit=True)) as queue:
         put = queue.put
-        yield Opened(lambda: put(encode(ONE)))
+        yield OpenStore(lambda: put(encode(EVENT)))
 
 
 @contextmanager
-def diskcache_deque(folder: Path) -> Iterator[Opened]:
+def diskcache_deque(folder: Path) -> Iterator[OpenStore]:
     import diskcache
 
     deque = diskcache.Deque(directory=str(folder))
     append = deque.append
-    yield Opened(lambda: append(encode(ONE)))
+    yield OpenStore(lambda: append(encode(EVENT)))
     deque.cache.close()
 
 
 @contextmanager
-def litequeue(folder: Path) -> Iterator[Opened]:
+def litequeue(folder: Path) -> Iterator[OpenStore]:
     import litequeue
 
     queue = litequeue.LiteQueue(str(folder / "queue.db"))
     put = queue.put
-    yield Opened(lambda: put(encode(ONE).decode()))
+    yield OpenStore(lambda: put(encode(EVENT).decode()))
     queue.conn.close()
 
 
@@ -124,70 +126,70 @@ class _Msgspec:
 
 
 @contextmanager
-def localqueue(folder: Path, durability: str = "RELAXED") -> Iterator[Opened]:
+def localqueue(folder: Path, durability: str = "RELAXED") -> Iterator[OpenStore]:
     import localqueue
 
     mode = localqueue.DurabilityMode[durability]
     with localqueue.SimpleQueue(str(folder), durability=mode, serializer=_Msgspec()) as queue:
-        yield Opened(partial(queue.put, ONE))
+        yield OpenStore(partial(queue.put, EVENT))
 
 
 @contextmanager
-def sqloutbox(folder: Path) -> Iterator[Opened]:
+def sqloutbox(folder: Path) -> Iterator[OpenStore]:
     import sqloutbox
 
     outbox = sqloutbox.Outbox(folder / "outbox.db", "events")
     enqueue = outbox.enqueue
-    yield Opened(lambda: enqueue("page_view", encode(ONE)))
+    yield OpenStore(lambda: enqueue("page_view", encode(EVENT)))
     outbox._write_conn.close()
 
 
 @contextmanager
-def logstash_async(folder: Path) -> Iterator[Opened]:
+def logstash_async(folder: Path) -> Iterator[OpenStore]:
     from logstash_async.database import DatabaseCache
 
     add = DatabaseCache(str(folder / "cache.db")).add_event
-    yield Opened(lambda: add(encode(ONE).decode()))
+    yield OpenStore(lambda: add(encode(EVENT).decode()))
 
 
-# SDKs, in memory. They are made not to send, so that no consumer runs; then told that they do, so that they fill their queue.
+# SDKs, in memory. They are created with send=False, so that no consumer runs; then send=True makes them fill their queue.
 
 
-def taking(queue: Queue[object]) -> Callable[[], int]:
-    def take() -> int:
+def remover(queue: Queue[object]) -> Callable[[], int]:
+    def remove_queued() -> int:
         count = len(queue.queue)
         queue.queue.clear()
         return count
 
-    return take
+    return remove_queued
 
 
 @contextmanager
-def segment(_place: Path) -> Iterator[Opened]:
+def segment(_folder: Path) -> Iterator[OpenStore]:
     from segment.analytics.client import Client
 
-    client = Client("key", host=NOBODY, send=False)
+    client = Client("key", host=CLOSED_URL, send=False)
     client.send = True
-    properties = PROPERTIES | {"scope_kind": ONE.scope_kind, "scope_id": ONE.scope_id}
-    yield Opened(partial(client.track, ONE.user_id, ONE.event_key, properties), taking(client.queue))
+    properties = PROPERTIES | {"scope_kind": EVENT.scope_kind, "scope_id": EVENT.scope_id}
+    yield OpenStore(partial(client.track, EVENT.user_id, EVENT.event_key, properties), remover(client.queue))
 
 
 @contextmanager
-def posthog(_place: Path) -> Iterator[Opened]:
+def posthog(_folder: Path) -> Iterator[OpenStore]:
     from posthog import Posthog
 
-    client = Posthog("key", host=NOBODY, send=False)
+    client = Posthog("key", host=CLOSED_URL, send=False)
     client.send = True
-    properties = PROPERTIES | {"scope_kind": ONE.scope_kind, "scope_id": ONE.scope_id}
-    put = partial(client.capture, ONE.event_key, distinct_id=ONE.user_id, properties=properties)
-    yield Opened(put, taking(client.queue))
+    properties = PROPERTIES | {"scope_kind": EVENT.scope_kind, "scope_id": EVENT.scope_id}
+    put = partial(client.capture, EVENT.event_key, distinct_id=EVENT.user_id, properties=properties)
+    yield OpenStore(put, remover(client.queue))
 
 
 @contextmanager
-def made_in_the_call(folder: Path) -> Iterator[Opened]:
+def pillarbox_with_new_events(folder: Path) -> Iterator[OpenStore]:
     with Outbox(str(folder)) as outbox:
         enqueue = outbox.enqueue
-        yield Opened(
+        yield OpenStore(
             lambda: enqueue(
                 TrackingEvent(
                     event_key="page_view",
@@ -207,81 +209,81 @@ def tree_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def untimed(opened: Opened, chunk: int, seconds: float, events: int) -> tuple[timing.Mean, int]:
+def untimed(store: OpenStore, chunk: int, seconds: float, events: int) -> tuple[timing.Mean, int]:
     """The mean of calls made one after another, and their number."""
-    put, wall, cpu, count = opened.put, 0.0, 0.0, 0
+    put, wall, cpu, count = store.put, 0.0, 0.0, 0
     while wall < seconds * 1e6 and count < events:
         loop = timing.Stopwatch()
         for _ in range(chunk):
             put()
         spent = loop.mean(1)
         wall, cpu, count = wall + spent.wall, cpu + spent.cpu, count + chunk
-        opened.take()
+        store.remove_queued()
     return timing.Mean(wall / count, cpu / count), count
 
 
-def timed(opened: Opened, chunk: int, seconds: float, events: int) -> list[int]:
+def timed(store: OpenStore, chunk: int, seconds: float, events: int) -> list[int]:
     """The time of each call in nanoseconds."""
-    took: list[int] = []
-    put, until = opened.put, now() + int(seconds * 1e9)
-    while now() < until and len(took) < events:
+    call_times: list[int] = []
+    put, until = store.put, now() + int(seconds * 1e9)
+    while now() < until and len(call_times) < events:
         for _ in range(chunk):
             began = now()
             put()
-            took.append(now() - began)
-        opened.take()
-    return took
+            call_times.append(now() - began)
+        store.remove_queued()
+    return call_times
 
 
-def accepting(opening: Open, *, on_disk: bool = True) -> Callable[[RoundPaths], Figures]:
+def round_of(opening: Open, *, on_disk: bool = True) -> Callable[[RoundPaths], Figures]:
     """One round of a contestant."""
 
     def run(folder: RoundPaths) -> Figures:
         seconds, events = (SECONDS / 10, EVENTS // 50) if folder.quick else (SECONDS, EVENTS)
-        with opening(folder.own) as opened:
+        with opening(folder.own) as store:
             warm, until = 0, now() + int(WARM_SECONDS * 1e9)
             while warm < WARM_EVENTS and now() < until:
-                opened.put()
+                store.put()
                 warm += 1
             chunk = CHUNK if warm == WARM_EVENTS else CHUNK_SLOW
-            if opened.take() != (0 if on_disk else warm):
+            if store.remove_queued() != (0 if on_disk else warm):
                 raise AssertionError("not every call put its event into the queue")
-            mean, count = untimed(opened, chunk, seconds, events)
-            took = timed(opened, chunk, seconds, events)
+            mean, count = untimed(store, chunk, seconds, events)
+            took = timed(store, chunk, seconds, events)
         figures = dict(timing.figures(mean, took))
         if on_disk:
             stored, put = tree_bytes(folder.own), warm + count + len(took)
-            if stored < put * len(encode(ONE)):
+            if stored < put * len(encode(EVENT)):
                 raise AssertionError(f"{put} events are not in {stored} bytes")
             figures["bytes"] = stored / put
-        os.sync()  # the next contestant's syncs are not to wait for what this one leaves to be written
+        os.sync()  # so that the next contestant does not wait for the writeback of this one
         return figures
 
     return run
 
 
 def fastest(others: tuple[Contestant, ...], ours: str, metric: str) -> Callable[[Round], float]:
-    """The lowest figure of the others, divided by ours. A call that is too slow to be made often has no p99."""
+    """The lowest figure of the others, divided by ours. A slow call is made too rarely to have a p99."""
 
-    def ratio(found: Round) -> float:
-        theirs = [found[other.name][metric] for other in others if metric in found[other.name]]
+    def ratio(figures: Round) -> float:
+        theirs = [figures[other.name][metric] for other in others if metric in figures[other.name]]
         if not theirs:
             raise KeyError(metric)
-        return min(theirs) / found[ours][metric]
+        return min(theirs) / figures[ours][metric]
 
     return ratio
 
 
 OURS, READY, MADE = "Pillarbox", "Pillarbox, event made beforehand", "Pillarbox, event made in the call"
 FROM_PYPI: Final = (
-    Contestant("persist-queue, files", accepting(persist_queue_file), ("persist-queue",)),
-    Contestant("diskcache.Deque", accepting(diskcache_deque), ("diskcache",)),
-    Contestant("litequeue", accepting(litequeue), ("litequeue",)),
-    Contestant("localqueue", accepting(localqueue), ("localqueue",)),
-    Contestant("sqloutbox", accepting(sqloutbox), ("sqloutbox",)),
+    Contestant("persist-queue, files", round_of(persist_queue_file), ("persist-queue",)),
+    Contestant("diskcache.Deque", round_of(diskcache_deque), ("diskcache",)),
+    Contestant("litequeue", round_of(litequeue), ("litequeue",)),
+    Contestant("localqueue", round_of(localqueue), ("localqueue",)),
+    Contestant("sqloutbox", round_of(sqloutbox), ("sqloutbox",)),
 )
-SEGMENT = Contestant("Segment track(), in memory", accepting(segment, on_disk=False), ("segment-analytics-python",))
-POSTHOG = Contestant("PostHog capture(), in memory", accepting(posthog, on_disk=False), ("posthog",))
+SEGMENT = Contestant("Segment track(), in memory", round_of(segment, on_disk=False), ("segment-analytics-python",))
+POSTHOG = Contestant("PostHog capture(), in memory", round_of(posthog, on_disk=False), ("posthog",))
 LATENCIES: Final = (
     Column("mean_us", "mean, us", 2),
     Column("median_us", "median, us", 2),
@@ -306,9 +308,9 @@ QUEUES = Section(
     ),
     rounds=ROUNDS,
     contestants=(
-        Contestant("encode + os.write", accepting(floor), ("msgspec",)),
-        Contestant(OURS, accepting(pillarbox), ours=True),
-        Contestant("sqlite3, WAL, NORMAL", accepting(partial(sqlite, synchronous="NORMAL"))),
+        Contestant("encode + os.write", round_of(encode_and_write), ("msgspec",)),
+        Contestant(OURS, round_of(pillarbox), ours=True),
+        Contestant("sqlite3, WAL, NORMAL", round_of(partial(sqlite, synchronous="NORMAL"))),
         *FROM_PYPI,
     ),
     columns=(*LATENCIES, BYTES),
@@ -337,11 +339,11 @@ SYNCED = Section(
     ),
     rounds=ROUNDS,
     contestants=(
-        Contestant("Pillarbox, power", accepting(partial(pillarbox, durability="power")), ours=True),
-        Contestant("sqlite3, WAL, FULL", accepting(partial(sqlite, synchronous="FULL"))),
-        Contestant("persist-queue, SQLite", accepting(persist_queue_sqlite), ("persist-queue",)),
-        Contestant("localqueue, DURABLE", accepting(partial(localqueue, durability="DURABLE")), ("localqueue",)),
-        Contestant("python-logstash-async", accepting(logstash_async), ("python-logstash-async",)),
+        Contestant("Pillarbox, power", round_of(partial(pillarbox, durability="power")), ours=True),
+        Contestant("sqlite3, WAL, FULL", round_of(partial(sqlite, synchronous="FULL"))),
+        Contestant("persist-queue, SQLite", round_of(persist_queue_sqlite), ("persist-queue",)),
+        Contestant("localqueue, DURABLE", round_of(partial(localqueue, durability="DURABLE")), ("localqueue",)),
+        Contestant("python-logstash-async", round_of(logstash_async), ("python-logstash-async",)),
     ),
     columns=(*LATENCIES, BYTES),
     chart="median_us",
@@ -361,8 +363,8 @@ TRACKING = Section(
     ),
     rounds=ROUNDS,
     contestants=(
-        Contestant(MADE, accepting(made_in_the_call), ours=True),
-        Contestant(READY, accepting(pillarbox), ours=True),
+        Contestant(MADE, round_of(pillarbox_with_new_events), ours=True),
+        Contestant(READY, round_of(pillarbox), ours=True),
         SEGMENT,
         POSTHOG,
     ),

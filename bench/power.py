@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from bench import sample
-from bench.plan import Column, Contestant, Goal, Section
+from bench.definitions import Column, Contestant, Goal, Section
 from bench.timing import now, tails
 from pillarbox import Outbox
 from pillarbox.store import record
@@ -23,7 +23,7 @@ from pillarbox.store import record
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bench.plan import Figures, Round, RoundPaths
+    from bench.definitions import Figures, Round, RoundPaths
     from pillarbox.outcome import Durability
 
 THREADS = 64
@@ -37,7 +37,7 @@ def _seconds(folder: RoundPaths) -> float:
 
 
 class _Caller:
-    """Calls until the time is up; counts the calls, and if `clocked` times each of them."""
+    """Calls until the time is up. It counts the calls, and with `clocked` it times each of them."""
 
     def __init__(self, seconds: float, *, clocked: bool) -> None:
         self.stop = now() + int(seconds * 1e9)
@@ -46,7 +46,7 @@ class _Caller:
         self.count = 0
 
     def call(self, put: Callable[[], object]) -> None:
-        """In a thread."""
+        """For threads."""
         while now() < self.stop:
             for _ in range(CALLS_PER_CHECK):
                 began = now() if self.clocked else 0
@@ -56,12 +56,12 @@ class _Caller:
             self.count += CALLS_PER_CHECK
 
     async def call_async(self, outbox: Outbox) -> None:
-        """In a coroutine."""
-        one = sample.event()
+        """For coroutines."""
+        event = sample.event()
         while now() < self.stop:
             for _ in range(CALLS_PER_CHECK):
                 began = now() if self.clocked else 0
-                assert await outbox.enqueue_async(one)
+                assert await outbox.enqueue_async(event)
                 if self.clocked:
                     self.took.append(now() - began)
             self.count += CALLS_PER_CHECK
@@ -71,19 +71,19 @@ def _rate(callers: list[_Caller], began: int) -> float:
     return sum(caller.count for caller in callers) / (now() - began) * 1e9
 
 
-def _by_threads(put: Callable[[], object], number: int, folder: RoundPaths) -> Figures:
-    found: dict[bool, list[_Caller]] = {}
+def _run_threads(put: Callable[[], object], thread_count: int, folder: RoundPaths) -> Figures:
+    callers: dict[bool, list[_Caller]] = {}
     rates = {}
     for clocked in (False, True):
         began = now()
-        found[clocked] = [_Caller(_seconds(folder), clocked=clocked) for _ in range(number)]
-        threads = [threading.Thread(target=caller.call, args=(put,)) for caller in found[clocked]]
+        callers[clocked] = [_Caller(_seconds(folder), clocked=clocked) for _ in range(thread_count)]
+        threads = [threading.Thread(target=caller.call, args=(put,)) for caller in callers[clocked]]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        rates[clocked] = _rate(found[clocked], began)
-    return {"per_s": rates[False], **tails(ns for caller in found[True] for ns in caller.took)}
+        rates[clocked] = _rate(callers[clocked], began)
+    return {"per_s": rates[False], **tails(ns for caller in callers[True] for ns in caller.took)}
 
 
 def write_and_sync(folder: RoundPaths) -> Figures:
@@ -97,17 +97,17 @@ def write_and_sync(folder: RoundPaths) -> Figures:
         return True
 
     try:
-        return _by_threads(put, 1, folder)
+        return _run_threads(put, 1, folder)
     finally:
         os.close(fd)
 
 
 def threads(number: int, durability: Durability, folder: RoundPaths) -> Figures:
     """Threads that wait for each of their events."""
-    one = sample.event()
+    event = sample.event()
     with Outbox(str(folder.own / "outbox"), durability=durability, max_bytes=2**40) as outbox:
-        assert outbox.enqueue(one)
-        return _by_threads(partial(outbox.enqueue, one), number, folder)
+        assert outbox.enqueue(event)
+        return _run_threads(partial(outbox.enqueue, event), number, folder)
 
 
 def coroutines(durability: Durability, folder: RoundPaths) -> Figures:
@@ -126,7 +126,7 @@ def coroutines(durability: Durability, folder: RoundPaths) -> Figures:
     return {"per_s": rate, **tails(ns for caller in callers for ns in caller.took)}
 
 
-BARE = "write + fdatasync"
+BASELINE = "write + fdatasync"
 NAMES = {
     (number, durability): f"{number:,} {kind}, {durability}"
     for number, kind in ((THREADS, "threads"), (COROUTINES, "coroutines"))
@@ -137,11 +137,11 @@ NAMES = {
 def _share_of_attainable(number: int) -> Callable[[Round], float]:
     """The rate with power, divided by the lesser of N/2 loops of write and sync and the same callers with process."""
 
-    def found(figures: Round) -> float:
-        possible = min(number / 2 * figures[BARE]["per_s"], figures[NAMES[number, "process"]]["per_s"])
-        return figures[NAMES[number, "power"]]["per_s"] / possible
+    def share(figures: Round) -> float:
+        attainable = min(number / 2 * figures[BASELINE]["per_s"], figures[NAMES[number, "process"]]["per_s"])
+        return figures[NAMES[number, "power"]]["per_s"] / attainable
 
-    return found
+    return share
 
 
 ABOUT = """
@@ -159,7 +159,7 @@ SECTION = Section(
     about=ABOUT,
     rounds=7,
     contestants=(
-        Contestant(BARE, write_and_sync),
+        Contestant(BASELINE, write_and_sync),
         Contestant("1 thread, power", partial(threads, 1, "power"), ours=True),
         Contestant(NAMES[THREADS, "process"], partial(threads, THREADS, "process"), ours=True),
         Contestant(NAMES[THREADS, "power"], partial(threads, THREADS, "power"), ours=True),

@@ -31,7 +31,7 @@ def spread(figures: Iterable[float]) -> Spread | None:
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """The machine, and what else it did meanwhile."""
+    """The machine, and its load during the run."""
 
     platform: str
     kernel: str
@@ -82,10 +82,10 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def met(self) -> bool | None:
         """Whether the median meets the bound; None if it was not measured."""
-        found = self.spread
-        if found is None:
+        measured = self.spread
+        if measured is None:
             return None
-        return found.median >= self.bound if self.at_least else found.median <= self.bound
+        return measured.median >= self.bound if self.at_least else measured.median <= self.bound
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +107,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
     def spread(self, contestant: str, metric: str) -> Spread | None:
         """One metric of one contestant over the rounds; None if it has no such figure."""
-        return spread(found[contestant][metric] for found in self.rounds if metric in found.get(contestant, {}))
+        return spread(figures[contestant][metric] for figures in self.rounds if metric in figures.get(contestant, {}))
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +130,7 @@ def encode(results: Results) -> bytes:
 
 def decode(text: bytes) -> Results:
     """Decode results; raises `msgspec.ValidationError` if the format is another one."""
-    found = msgspec.json.decode(text, type=Results)
-    if found.shape != SHAPE:
-        raise msgspec.ValidationError(f"shape {found.shape}, not {SHAPE}")
-    return found
+    results = msgspec.json.decode(text, type=Results)
+    if results.shape != SHAPE:
+        raise msgspec.ValidationError(f"shape {results.shape}, not {SHAPE}")
+    return results

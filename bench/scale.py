@@ -10,13 +10,13 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from bench import pending, sample
-from bench.plan import Column, Contestant, Goal, Section, figure, ratio
+from bench import sample, scale_process
+from bench.definitions import Column, Contestant, Goal, Section, figure, ratio
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bench.plan import Figures, RoundPaths
+    from bench.definitions import Figures, RoundPaths
 
 ACCEPTED = 200_000  # events
 FILES_DELIVERED = 400  # limit for each backlog
@@ -67,7 +67,7 @@ def run(workdir: RoundPaths, backlog: Backlog) -> Figures:
     directory = workdir.own / "outbox"
     directory.mkdir(mode=0o700)
     size, reduced = 0, _reduced(backlog, workdir.quick)
-    copied = 2 * reduced.delivered  # the others are hard links to the files of all rounds: they are listed but never read
+    copied = 2 * reduced.delivered  # the other files are hard links to the shared files: they are listed but never read
     names = sorted(os.listdir(workdir.shared / backlog.folder))
     for number, name in enumerate(names):
         path = workdir.shared / backlog.folder / name
@@ -82,10 +82,11 @@ def run(workdir: RoundPaths, backlog: Backlog) -> Figures:
     return accepted | delivered | {"bytes": size / min(len(names), copied) / backlog.batch}
 
 
-def _run_process(what: str, directory: Path, *more: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.pending", what, str(directory), *more]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120)
-    return dict(json.loads(done.stdout))
+def _run_process(task: str, directory: Path, *arguments: str) -> dict[str, float]:
+    """Run `bench.scale_process`; returns its figures."""
+    command = [sys.executable, "-m", "bench.scale_process", task, str(directory), *arguments]
+    completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120)
+    return dict(json.loads(completed.stdout))
 
 
 _MOST, _MOST_FILES = LARGE[-1].name, MANY[-1].name
@@ -94,9 +95,9 @@ ABOUT = f"""
 An outbox on a directory with that many pending batches; the system has cached their names and sizes. First without a sink:
 after the files are counted, {ACCEPTED:,} events are enqueued, sealing included. Then with SQLite as the sink: at most
 {FILES_DELIVERED} of the oldest files are delivered (of one event each, {FILES_OF_ONE_DELIVERED:,}), for at most
-{pending.DELIVER_S:g} s; fewer than {pending.FILES_TIMED} are not timed. Each runs in a process of its own. Memory is the peak
-of the process that delivers, including interpreter and libraries. The times to the first accepted and to the first sent event
-start when the outbox is opened.
+{scale_process.DELIVER_S:g} s; fewer than {scale_process.FILES_TIMED} are not timed. Each runs in a process of its own. Memory
+is the peak of the process that delivers, including interpreter and libraries. The times to the first accepted and to the first
+sent event start when the outbox is opened.
 """
 
 SECTION = Section(

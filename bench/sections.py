@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bench.plan import Section
+    from bench.definitions import Section
 
 MODULES = ("bench.accept", "bench.peers", "bench.power", "bench.draining", "bench.deliver", "bench.scale")
 
 
 def sections_of(module: str) -> tuple[Section, ...]:
     """The sections of a module."""
-    found = import_module(module)
-    sections: tuple[Section, ...] = found.SECTIONS if hasattr(found, "SECTIONS") else (found.SECTION,)
+    imported = import_module(module)
+    sections: tuple[Section, ...] = imported.SECTIONS if hasattr(imported, "SECTIONS") else (imported.SECTION,)
     return sections
 
 

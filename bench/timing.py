@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from bench.plan import Figures
+    from bench.definitions import Figures
 
 now = time.perf_counter_ns
 WARMUP_CALLS = 1000  # calls before the measurement
@@ -24,7 +24,7 @@ class Mean(NamedTuple):
 
 
 class Stopwatch:
-    """Times what happens between its creation and `mean`."""
+    """Measures the time between its creation and `mean`."""
 
     def __init__(self) -> None:
         self._cpu = time.process_time_ns()
@@ -36,26 +36,26 @@ class Stopwatch:
         return Mean(wall / count / 1e3, cpu / count / 1e3)
 
 
-def untimed(put: Callable[[T], object], one: T, count: int) -> Mean:
+def untimed(put: Callable[[T], object], item: T, count: int) -> Mean:
     """The mean of `count` calls."""
     loop = Stopwatch()
     for _ in repeat(None, count):
-        put(one)
+        put(item)
     return loop.mean(count)
 
 
-def timed(put: Callable[[T], object], one: T, count: int) -> list[int]:
+def timed(put: Callable[[T], object], item: T, count: int) -> list[int]:
     """The time of each of `count` calls in nanoseconds."""
-    took = [0] * count
+    call_times = [0] * count
     for index in range(count):
         began = now()
-        put(one)
-        took[index] = now() - began
-    return took
+        put(item)
+        call_times[index] = now() - began
+    return call_times
 
 
 def tails(took: Iterable[int]) -> Figures:
-    """Median and percentiles of call times in nanoseconds; only those that so many calls can show."""
+    """Median and percentiles of call times in nanoseconds. A percentile is left out if there are too few calls for it."""
     ordered = sorted(took)
     shares = {"median_us": 0.5, "p99_us": 0.99, "p999_us": 0.999}
     return {name: ordered[int(len(ordered) * share)] / 1e3 for name, share in shares.items() if len(ordered) * (1 - share) > 1}

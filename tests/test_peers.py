@@ -1,4 +1,4 @@
-"""The benchmark's contestants that need no package, its goals, and the sets of packages that build on one another."""
+"""The contestants of the benchmark that need no package, the goals of `peers`, and the requirement files."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ def rows(outbox_dir: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("opening", "stored"),
+    ("open_store", "read_stored"),
     [
         (peers.pillarbox, lines),
         (partial(peers.pillarbox, durability="power"), lines),
-        (peers.made_in_the_call, lines),
+        (peers.pillarbox_with_new_events, lines),
         (partial(peers.sqlite, synchronous="NORMAL"), rows),
         (partial(peers.sqlite, synchronous="FULL"), rows),
     ],
 )
 def test_each_call_of_a_contestant_stores_one_event(
-    opening: peers.Open, stored: Callable[[Path], Sequence[bytes]], tmp_path: Path
+    open_store: peers.Open, read_stored: Callable[[Path], Sequence[bytes]], tmp_path: Path
 ) -> None:
-    """What is measured is done."""
-    with opening(tmp_path) as opened:
+    """So the benchmark measures what it claims."""
+    with open_store(tmp_path) as store:
         for _ in range(3):
-            opened.put()
-    found = stored(tmp_path)
-    assert len(found) == 3
-    assert all(b'"event_key":"page_view"' in event for event in found)
+            store.put()
+    events = read_stored(tmp_path)
+    assert len(events) == 3
+    assert all(b'"event_key":"page_view"' in event for event in events)
 
 
-def test_the_floor_writes_the_event_as_json_and_nothing_else(tmp_path: Path) -> None:
-    """Three calls, three times the same bytes."""
-    with peers.floor(tmp_path) as opened:
+def test_the_baseline_writes_only_the_json_of_the_event(tmp_path: Path) -> None:
+    """Three calls write the same bytes three times."""
+    with peers.encode_and_write(tmp_path) as store:
         for _ in range(3):
-            opened.put()
-    assert (tmp_path / "events.ndjson").read_bytes() == msgspec.json.encode(peers.ONE) * 3
+            store.put()
+    assert (tmp_path / "events.ndjson").read_bytes() == msgspec.json.encode(peers.EVENT) * 3
 
 
-def test_a_goal_is_held_against_the_fastest_of_its_round() -> None:
-    """Another one for each metric, if so it is."""
-    found = {peer.name: {"median_us": 100.0 - at, "p99_us": 100.0 + at} for at, peer in enumerate(peers.FROM_PYPI)}
-    found[peers.OURS] = {"median_us": 2.0, "p99_us": 4.0}
-    assert [goal.ratio(found) for goal in peers.QUEUES.goals] == [(100 - len(peers.FROM_PYPI) + 1) / 2, 25]
+def test_a_goal_compares_pillarbox_with_the_fastest_of_each_round() -> None:
+    """The fastest may be another one for each metric."""
+    figures = {peer.name: {"median_us": 100.0 - index, "p99_us": 100.0 + index} for index, peer in enumerate(peers.FROM_PYPI)}
+    figures[peers.OURS] = {"median_us": 2.0, "p99_us": 4.0}
+    assert [goal.ratio(figures) for goal in peers.QUEUES.goals] == [(100 - len(peers.FROM_PYPI) + 1) / 2, 25]
 
 
 @pytest.mark.parametrize(("part", "whole"), [("run", "test"), ("test", "bench")])
-def test_each_set_of_packages_contains_the_one_before(part: str, whole: str) -> None:
-    """So that `make test` after `make bench` installs nothing, and takes nothing away."""
+def test_each_requirements_file_contains_the_previous_one(part: str, whole: str) -> None:
+    """So `make test` after `make bench` neither installs nor removes packages."""
     pins = {
         name: set(re.findall(r"^(\S+==\S+)", (REQUIREMENTS / f"{name}.txt").read_text(), re.MULTILINE))
         for name in (part, whole)

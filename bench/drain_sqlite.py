@@ -1,4 +1,4 @@
-"""A backlog into SQLite, by the standard library's own module and by us."""
+"""A backlog delivered into SQLite: by the `sqlite3` module and by Pillarbox."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from bench import backlog, sample
-from bench.plan import Contestant
+from bench.definitions import Contestant
 
 if TYPE_CHECKING:
-    from bench.plan import Figures, RoundPaths
+    from bench.definitions import Figures, RoundPaths
 
-BARE, OURS = "sqlite3, executemany", "pillarbox, sqlite"
+PLAIN, PILLARBOX = "sqlite3, executemany", "pillarbox, sqlite"
 BACKLOG = "sqlite"
 _OPTIONAL = ("user_id", "owner_user_id", "profile_id", "module_key")
 
 
 def _column(name: str) -> str:
-    """As the sink makes it."""
+    """The column definition that the sink uses."""
     kind = "INTEGER" if name == "occurred_at_micros" else "TEXT"
     return f"{name} {kind}" + (" PRIMARY KEY" if name == "event_id" else "") + ("" if name in _OPTIONAL else " NOT NULL")
 
 
 def files(quick: bool) -> int:
-    """How many sealed files there are to deliver."""
+    """The number of batch files to deliver."""
     return 40 if quick else 600
 
 
-def bare(folder: RoundPaths) -> Figures:
-    """`msgspec` and `executemany`, a file a transaction, with the same table and pragmas; no file is removed."""
+def deliver_plain(folder: RoundPaths) -> Figures:
+    """`msgspec` and `executemany`, one transaction per file, with the same table and pragmas. No file is deleted."""
 
     def deliver() -> None:
         connection = sqlite3.connect(folder.own / "events.db", isolation_level=None)
@@ -46,13 +46,13 @@ def bare(folder: RoundPaths) -> Figures:
             connection.execute("COMMIT")
         connection.close()
 
-    return backlog.measured(files(folder.quick) * sample.BATCH, deliver)
+    return backlog.measure_delivery(files(folder.quick) * sample.BATCH, deliver)
 
 
-def ours(folder: RoundPaths) -> Figures:
-    """By an outbox with its defaults."""
+def deliver_pillarbox(folder: RoundPaths) -> Figures:
+    """An outbox with default settings."""
     url = f"sqlite:///{folder.own / 'events.db'}"
-    return backlog.by_an_outbox(folder, BACKLOG, files(folder.quick) * sample.BATCH, url)
+    return backlog.deliver_with_outbox(folder, BACKLOG, files(folder.quick) * sample.BATCH, url)
 
 
-CONTESTANTS = (Contestant(BARE, bare), Contestant(OURS, ours, ours=True))
+CONTESTANTS = (Contestant(PLAIN, deliver_plain), Contestant(PILLARBOX, deliver_pillarbox, ours=True))

@@ -19,16 +19,16 @@ def number(value: float, digits: int) -> str:
     return f"{value:,.{digits}f}"
 
 
-def spread(found: Spread, digits: int) -> str:
+def spread(values: Spread, digits: int) -> str:
     """Median (minimum to maximum); only the median if all print alike."""
-    median, least, most = (number(one, digits) for one in found)
+    median, least, most = (number(value, digits) for value in values)
     return median if least == most else f"{median} ({least} to {most})"
 
 
 def rounds(section: Section) -> str:
     """The number of rounds, and the number planned if the time budget ended earlier."""
-    made, planned = len(section.rounds), section.rounds_planned
-    return f"{made} round{'' if made == 1 else 's'}{'' if made == planned else f' of {planned} planned'}"
+    completed, planned = len(section.rounds), section.rounds_planned
+    return f"{completed} round{'' if completed == 1 else 's'}{'' if completed == planned else f' of {planned} planned'}"
 
 
 def bound(goal: Goal) -> str:
@@ -65,15 +65,19 @@ def warnings(results: Results) -> Iterator[str]:
 
 def machine(results: Results) -> list[tuple[str, str]]:
     """Machine and versions: names and values."""
-    at, with_ = results.machine, results.versions
-    changed = ", with uncommitted changes" if with_.dirty else ""
+    host, software = results.machine, results.versions
+    changed = ", with uncommitted changes" if software.dirty else ""
     return [
-        ("processor", f"{at.processor}, {at.cores} cores"),
-        ("memory", f"{at.memory_gib:g} GiB"),
-        ("system", f"{at.kernel}, {at.filesystem}"),
-        ("load at start and end", f"{at.load_before:g}, {at.load_after:g}"),
-        ("CPU time stolen by the host", f"{at.stolen_percent:g} %"),
-        ("Python", f"{with_.python}, msgspec {with_.msgspec}, SQLite {with_.sqlite}, zlib {with_.zlib}"),
-        ("Pillarbox", f"{with_.commit[:12]}{changed}; hot path {'compiled' if with_.compiled else 'in Python'}"),
-        *([("packages", ", ".join(f"{name} {version}" for name, version in with_.packages.items()))] if with_.packages else []),
+        ("processor", f"{host.processor}, {host.cores} cores"),
+        ("memory", f"{host.memory_gib:g} GiB"),
+        ("system", f"{host.kernel}, {host.filesystem}"),
+        ("load at start and end", f"{host.load_before:g}, {host.load_after:g}"),
+        ("CPU time stolen by the host", f"{host.stolen_percent:g} %"),
+        ("Python", f"{software.python}, msgspec {software.msgspec}, SQLite {software.sqlite}, zlib {software.zlib}"),
+        ("Pillarbox", f"{software.commit[:12]}{changed}; hot path {'compiled' if software.compiled else 'in Python'}"),
+        *(
+            [("packages", ", ".join(f"{name} {version}" for name, version in software.packages.items()))]
+            if software.packages
+            else []
+        ),
     ]

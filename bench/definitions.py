@@ -1,4 +1,4 @@
-"""The plan of a benchmark: sections, their contestants, and goals for the ratios between these."""
+"""The classes of the benchmark: sections, their contestants, and goals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RoundPaths(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """One of the things that are compared. `run` does one round, in a process of its own."""
+    """A contestant of a section. `run` does one round, in a process of its own."""
 
     name: str  # in tables and charts; unique within the section
     run: Callable[[RoundPaths], Figures]
@@ -71,11 +71,11 @@ class Section(NamedTuple):
 ROUNDS_MIN = 3
 
 
-def ratio(one: str, other: str, metric: str) -> Callable[[Round], float]:
+def ratio(numerator: str, denominator: str, metric: str) -> Callable[[Round], float]:
     """The figure of one contestant divided by that of another."""
-    return lambda found: found[one][metric] / found[other][metric]
+    return lambda figures: figures[numerator][metric] / figures[denominator][metric]
 
 
-def figure(one: str, metric: str) -> Callable[[Round], float]:
+def figure(contestant: str, metric: str) -> Callable[[Round], float]:
     """The figure of one contestant, for a goal with a unit."""
-    return lambda found: found[one][metric]
+    return lambda figures: figures[contestant][metric]
