@@ -33,8 +33,8 @@ def test_a_planted_lock_file_is_an_error_and_its_target_unchanged(outbox_dir: Di
     assert victim.read_bytes() == b"precious\n"
 
 
-class _Syncing(OsFilesystem):
-    """Writes down which directories are synced."""
+class _SyncRecordingFilesystem(OsFilesystem):
+    """Records which directories are synced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class _Syncing(OsFilesystem):
         super().sync_directory(path)
 
 
-def test_a_new_directory_is_durable_with_all_above_it(tmp_path: Path) -> None:
-    """Its content would be lost with its name; whoever made one above may have died before it was synced."""
-    filesystem = _Syncing()
+def test_a_new_directory_and_its_parents_are_durable(tmp_path: Path) -> None:
+    """Its contents would be lost with its name. The process that created a parent may have died before it synced it."""
+    filesystem = _SyncRecordingFilesystem()
     for times in (1, 2):
         filesystem.make_directory(str(tmp_path / "a" / "b"))
         assert filesystem.synced.count(str(tmp_path)) == filesystem.synced.count(str(tmp_path / "a")) == times
@@ -57,7 +57,7 @@ def test_a_new_directory_is_durable_with_all_above_it(tmp_path: Path) -> None:
 
 
 def test_a_symbolic_link_to_a_directory_is_used(tmp_path: Path) -> None:
-    """An operator may put the directory elsewhere."""
+    """An operator may move the directory elsewhere."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     OsFilesystem().make_directory(str(tmp_path / "link"))
@@ -74,11 +74,11 @@ def test_the_type_of_a_filesystem_and_its_free_space_are_known(tmp_path: Path) -
 
 def test_a_fork_while_files_are_opened_and_closed_leaves_the_child_no_lock(tmp_path: Path) -> None:
     """The child knows each descriptor that it inherits, even one that another thread is just opening."""
-    filesystem, done = OsFilesystem(), threading.Event()
+    filesystem, stop = OsFilesystem(), threading.Event()
 
     def churn() -> None:
         number = 0
-        while not done.is_set():
+        while not stop.is_set():
             number += 1
             fd = filesystem.create(str(tmp_path / str(number)))
             filesystem.lock(fd)
@@ -92,15 +92,17 @@ def test_a_fork_while_files_are_opened_and_closed_leaves_the_child_no_lock(tmp_p
             child = os.fork()
             if child == 0:
                 filesystem.close_inherited()
-                held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit() and _lives(fd)]
-                os._exit(1 if any(path.startswith(str(tmp_path)) for path in held) else 0)
+                open_paths = [
+                    os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit() and _is_open(fd)
+                ]
+                os._exit(1 if any(path.startswith(str(tmp_path)) for path in open_paths) else 0)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
-        done.set()
+        stop.set()
         thread.join()
 
 
-def _lives(fd: str) -> bool:
+def _is_open(fd: str) -> bool:
     try:
         fcntl.fcntl(int(fd), fcntl.F_GETFD)
     except OSError:
@@ -109,7 +111,7 @@ def _lives(fd: str) -> bool:
 
 
 def test_many_processes_may_create_the_directory_at_once(tmp_path: Path) -> None:
-    """The others find it created, and do not take it for a file."""
+    """The processes that come second find the directory, and do not report an existing file."""
     for number in range(20):
         path = str(tmp_path / f"{number}" / "above" / "outbox")
         start, children = tmp_path / f"go-{number}", []
@@ -130,25 +132,27 @@ def test_many_processes_may_create_the_directory_at_once(tmp_path: Path) -> None
 
 def test_an_existing_file_is_not_overwritten_by_creating_one(tmp_path: Path) -> None:
     """It may hold somebody's data."""
-    (tmp_path / "taken").write_bytes(b"x")
+    (tmp_path / "existing").write_bytes(b"x")
     with pytest.raises(FileExistsError):
-        OsFilesystem().create(str(tmp_path / "taken"))
-    assert (tmp_path / "taken").read_bytes() == b"x"
+        OsFilesystem().create(str(tmp_path / "existing"))
+    assert (tmp_path / "existing").read_bytes() == b"x"
 
 
-def test_where_locks_do_not_work_creating_a_file_ends_with_an_error(outbox_dir: Directory) -> None:
-    """It does not try forever."""
+def test_creating_a_file_fails_where_locks_do_not_work(outbox_dir: Directory) -> None:
+    """It does not retry forever."""
     outbox_dir.filesystem.create_each = lambda paths: ([-1] * len(paths), None)  # type: ignore[method-assign]
     with pytest.raises(OSError, match="locks do not work"):
         outbox_dir.write_atomically("dead-a.ndjson", b"1\n")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can create files for other users")
 def test_files_created_by_root_belong_to_the_owner_of_the_directory(tmp_path: Path) -> None:
-    """Otherwise the application could not use what an operator's command leaves."""
+    """Otherwise the application could not use the files that an operator's command creates."""
     os.chown(tmp_path, 65534, 65534)
     filesystem = OsFilesystem()
-    for name, make in (("a", filesystem.create), ("b", filesystem.open_lock_file), ("c", filesystem.open_append)):
-        filesystem.close(make(str(tmp_path / name)))
-        found = (tmp_path / name).stat()
-        assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65534, 0o600)
+
+    for name, create in (("a", filesystem.create), ("b", filesystem.open_lock_file), ("c", filesystem.open_append)):
+        filesystem.close(create(str(tmp_path / name)))
+
+        info = (tmp_path / name).stat()
+        assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 65534, 0o600)

@@ -1,6 +1,6 @@
-"""Real full disks: of bytes, of inodes, of a quota, without descriptors, and read-only.
+"""Disks without free bytes, inodes or quota, processes without descriptors, and read-only disks.
 
-Afterwards each accepted event is at the destination exactly once, and the same outbox accepts events without a restart.
+Afterwards each accepted event has reached the destination exactly once, and the outbox accepts events without a restart.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tests.crash.block_device import mounted, need
 
 PADDING = '{"text":"' + "x" * 700 + '"}'
 TRIES_MAX = 20_000
-HOLDING = {layout.Kind.ACTIVE, layout.Kind.SEALED}
+EVENT_FILE_KINDS = {layout.Kind.ACTIVE, layout.Kind.SEALED}
 DRAIN_S = 30.0
 
 
-class Filler:
-    """An outbox that only stores, what it accepted, and the destination to which another delivers."""
+class DiskFiller:
+    """An outbox that only stores, the events that it accepted, and the destination to which another outbox delivers."""
 
     def __init__(self, folder: Path, database: Path, **settings: int) -> None:
         self.folder = folder
@@ -40,39 +40,39 @@ class Filler:
         self._numbers = iter(range(10**9))
 
     def store(self, padding: str = PADDING) -> Outcome:
-        outcome = self.outbox.enqueue(made := self._event(padding))
+        outcome = self.outbox.enqueue(stored := self._event(padding))
         if outcome:
-            self.accepted.append(made.event_id)
+            self.accepted.append(stored.event_id)
         return outcome
 
     def store_many(self, count: int, padding: str = PADDING) -> Outcome:
         events = [self._event(padding) for _ in range(count)]
         outcomes = self.outbox.enqueue_many(events)
-        assert len(set(outcomes)) == 1, "all or none"
-        self.accepted += [made.event_id for made, outcome in zip(events, outcomes, strict=True) if outcome]
+        assert len(set(outcomes)) == 1, "some events of one call were stored and others dropped"
+        self.accepted += [stored.event_id for stored, outcome in zip(events, outcomes, strict=True) if outcome]
         return outcomes[0]
 
     def _event(self, padding: str) -> TrackingEvent:
         return event(next(self._numbers), metadata_json=padding)
 
     def fill(self, store: Callable[[], Outcome]) -> DropReason:
-        """Store until it is refused; the reason."""
+        """Store events until one is dropped. Returns the reason."""
         for _ in range(TRIES_MAX):
             outcome = store()
             if isinstance(outcome, Dropped):
                 return outcome.reason
-        raise AssertionError("never refused")
+        raise AssertionError(f"none of {TRIES_MAX} events was dropped")
 
     def stored(self, *, whole: bool = True) -> list[str]:
-        """The ids of the good lines of all files; nothing else is in them where they must be `whole`."""
+        """The ids of all readable events on disk. With `whole`, the files must have no damaged lines."""
         while True:
             names = sorted(os.listdir(self.folder))
             try:
-                found = [self._read(name, whole=whole) for name in names if layout.kind_of(name) in HOLDING]
+                ids_by_file = [self._read(name, whole=whole) for name in names if layout.kind_of(name) in EVENT_FILE_KINDS]
             except FileNotFoundError:
-                continue  # sealed meanwhile
+                continue  # the file was sealed meanwhile
             if names == sorted(os.listdir(self.folder)):
-                return sorted(event_id for ids in found for event_id in ids)
+                return sorted(event_id for ids in ids_by_file for event_id in ids)
 
     def _read(self, name: str, *, whole: bool) -> list[str]:
         contents = reader.read_lines((self.folder / name).read_bytes(), lambda: None)
@@ -80,17 +80,17 @@ class Filler:
         return [json.loads(payload)["event_id"] for payload in contents.payloads]
 
     def deliver(self, commit: Path | None = None) -> list[str]:
-        """Have everything delivered by another outbox; what has arrived so far, in order.
+        """Deliver everything by another outbox. Returns the ids of all events at the destination, in order.
 
-        `commit` is a btrfs, which frees what is deleted once it commits.
+        `commit` is the path of a btrfs, which frees the space of deleted files only when it commits.
         """
-        with Outbox(str(self.folder), f"sqlite:///{self.database}", flush_interval=0.02, min_free_bytes=0) as deliverer:
+        with Outbox(str(self.folder), f"sqlite:///{self.database}", flush_interval=0.02, min_free_bytes=0) as delivering:
             deadline = time.monotonic() + DRAIN_S
             while not self.outbox.flush(1.0):
                 assert time.monotonic() < deadline
                 if commit is not None:
                     subprocess.run(["btrfs", "filesystem", "sync", commit], check=True, capture_output=True)
-            assert deliverer.flush(DRAIN_S)
+            assert delivering.flush(DRAIN_S)
         with closing(sqlite3.connect(self.database)) as connection:
             return [row[0] for row in connection.execute("SELECT event_id FROM tracking_event ORDER BY event_id")]
 
@@ -106,15 +106,15 @@ def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 @pytest.mark.parametrize("small", ["size=256k", "size=100k"], indirect=True)
 @pytest.mark.parametrize("count", [1, 7])
 def test_a_full_disk_drops_events_keeps_lines_whole_delivers_and_recovers(small: Path, tmp_path: Path, count: int) -> None:
-    """The kernel writes what fits into the last page; delivery needs no space."""
-    filler = Filler(small, tmp_path / "destination.db", batch_size=40)
+    """The kernel fills the last page before it reports the error. Delivery needs no space."""
+    filler = DiskFiller(small, tmp_path / "destination.db", batch_size=40)
     with filler.outbox:
 
         def store() -> Outcome:
             return filler.store() if count == 1 else filler.store_many(count)
 
         assert filler.fill(store) == "disk_full"
-        assert os.statvfs(small).f_bavail < 3  # pages: many events are written all or none
+        assert os.statvfs(small).f_bavail < 3  # pages; the lines of one call are stored all or none
         assert store() == DROPPED["disk_full"]
         assert filler.stored() == filler.accepted
         assert filler.deliver() == filler.accepted
@@ -126,7 +126,7 @@ def test_a_full_disk_drops_events_keeps_lines_whole_delivers_and_recovers(small:
 @pytest.mark.parametrize("small", ["size=64m,nr_inodes=12"], indirect=True)
 def test_without_inodes_segments_grow_and_then_events_are_dropped(small: Path, tmp_path: Path) -> None:
     """No spare can be created, so the active segment grows to `batch_bytes` first."""
-    filler = Filler(small, tmp_path / "destination.db", batch_size=2, batch_bytes=5_000)
+    filler = DiskFiller(small, tmp_path / "destination.db", batch_size=2, batch_bytes=5_000)
     with filler.outbox:
         filler.store()
         for number in range(20):
@@ -135,15 +135,15 @@ def test_without_inodes_segments_grow_and_then_events_are_dropped(small: Path, t
         assert filler.fill(filler.store) == "disk_full"
         assert os.statvfs(small).f_favail == 0
         assert filler.stored() == filler.accepted
-        for found in small.glob("other-*"):
-            found.unlink()
+        for path in small.glob("other-*"):
+            path.unlink()
         assert filler.deliver() == filler.accepted
         assert filler.store()
         assert filler.deliver() == filler.accepted
 
 
-def in_child(work: Callable[[], None]) -> None:
-    """Do it in a forked process, whose limits are its own."""
+def run_in_child(work: Callable[[], None]) -> None:
+    """Run a function in a forked process, which has its own limits."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -156,8 +156,8 @@ def in_child(work: Callable[[], None]) -> None:
 
 
 def test_without_descriptors_segments_grow_and_then_events_are_dropped(tmp_path: Path) -> None:
-    """Neither another file nor the directory can be opened; open files still work."""
-    filler = Filler(tmp_path / "outbox", tmp_path / "destination.db", batch_size=2, batch_bytes=5_000)
+    """No file and no directory can be opened; files that are open still work."""
+    filler = DiskFiller(tmp_path / "outbox", tmp_path / "destination.db", batch_size=2, batch_bytes=5_000)
 
     def work() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -170,12 +170,12 @@ def test_without_descriptors_segments_grow_and_then_events_are_dropped(tmp_path:
             assert filler.store()
             assert filler.deliver() == filler.accepted
 
-    in_child(work)
+    run_in_child(work)
 
 
 @pytest.fixture
 def quota(tmp_path: Path) -> Iterator[Path]:
-    """A subvolume of a btrfs that may hold 8 MiB, of a device that could hold more."""
+    """A btrfs subvolume with a quota of 8 MiB on a larger device."""
     need(devices=("/dev/loop-control",), commands=("mkfs.btrfs", "btrfs", "mount"))
     image = tmp_path / "btrfs.img"
     with image.open("wb") as file:
@@ -189,21 +189,21 @@ def quota(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_an_exhausted_quota_is_a_full_disk(quota: Path, tmp_path: Path) -> None:
-    """EDQUOT while the volume has space. btrfs then also fails to truncate and rename, but not to delete.
+    """EDQUOT while the volume has free space. btrfs then also fails to truncate and rename, but not to delete.
 
-    So a file may hold dropped events, nothing is sealed any more, and the delivery of sealed batches makes room.
+    So a file may hold dropped events, and no segment can be sealed. The delivery of sealed batches makes room.
     """
-    filler = Filler(quota / "outbox", tmp_path / "destination.db")
+    filler = DiskFiller(quota / "outbox", tmp_path / "destination.db")
     large = '{"text":"' + "x" * 20_000 + '"}'
 
     def store() -> Outcome:
         outcome = filler.store_many(20, large)
-        filler.outbox.flush(0.0)  # has it sealed
+        filler.outbox.flush(0.0)  # seals the segment
         return outcome
 
     with filler.outbox:
         assert filler.store()
-        assert filler.deliver() == filler.accepted  # the lock file is there from now on
+        assert filler.deliver() == filler.accepted  # creates the lock file
         assert filler.fill(store) == "disk_full"
         assert os.statvfs(quota).f_bavail * os.statvfs(quota).f_frsize > 2 * 8 * 2**20
         arrived = filler.deliver(commit=quota)
@@ -214,8 +214,8 @@ def test_an_exhausted_quota_is_a_full_disk(quota: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("small", ["size=1m"], indirect=True)
 def test_a_volume_that_turns_read_only_is_an_io_error_until_it_is_writable_again(small: Path, tmp_path: Path) -> None:
-    """The kernel allows that only while no file is open for writing: here before the first event."""
-    filler = Filler(small, tmp_path / "destination.db")
+    """The kernel remounts only while no file is open for writing; here, before the first event."""
+    filler = DiskFiller(small, tmp_path / "destination.db")
     with filler.outbox:
         subprocess.run(["mount", "-o", "remount,ro", small.parent], check=True)
         assert [filler.store(), filler.store()] == [DROPPED["io_error"]] * 2

@@ -1,4 +1,4 @@
-"""File names and the states that they stand for."""
+"""File names and the kinds of files that they stand for."""
 
 from __future__ import annotations
 
@@ -31,26 +31,31 @@ from pillarbox.store.layout import Kind
         ("", Kind.OTHER),
     ],
 )
-def test_a_name_is_a_state(name: str, kind: Kind) -> None:
-    """By prefix and suffix only."""
+def test_a_name_determines_the_kind(name: str, kind: Kind) -> None:
+    """Only the prefix and the suffix count."""
     assert layout.kind_of(name) is kind
 
 
-def test_each_name_that_we_make_has_its_kind() -> None:
-    """Whatever function makes it."""
+def test_the_functions_of_layout_make_names_of_their_kind() -> None:
+    """For every function that makes a name."""
     sealed = layout.sealed_name(1_795_436_302_841_870, "u")
     batch = layout.batch_id(sealed)
     assert layout.kind_of(layout.active_name("w", 3)) is Kind.ACTIVE
     assert layout.kind_of(sealed) is Kind.SEALED
     assert layout.sealed_at(sealed) == 1_795_436_302_841_870
-    kept = layout.delivered_name(sealed, 1_795_436_302_999_999)
-    assert layout.kind_of(kept) is Kind.DELIVERED
-    assert (layout.sealed_at(kept), layout.batch_id(kept)) == (1_795_436_302_841_870, batch)
-    assert layout.delivered_at(kept) == 1_795_436_302_999_999
-    assert layout.batch_id(f"{kept}.zst") == batch
-    assert layout.sealed_name(7, "v", f"{kept}.zst") == f"{layout.sealed_name(7, 'v')}.zst"
-    by_hand = layout.delivered_name("sealed-bad.ndjson", 5)
-    assert (layout.batch_id(by_hand), layout.sealed_at(by_hand), layout.delivered_at(by_hand)) == ("sealed-bad", None, 5)
+    delivered = layout.delivered_name(sealed, 1_795_436_302_999_999)
+    assert layout.kind_of(delivered) is Kind.DELIVERED
+    assert (layout.sealed_at(delivered), layout.batch_id(delivered)) == (1_795_436_302_841_870, batch)
+    assert layout.delivered_at(delivered) == 1_795_436_302_999_999
+    assert layout.batch_id(f"{delivered}.zst") == batch
+    assert layout.sealed_name(7, "v", f"{delivered}.zst") == f"{layout.sealed_name(7, 'v')}.zst"
+    without_time = layout.delivered_name("sealed-bad.ndjson", 5)
+
+    assert (layout.batch_id(without_time), layout.sealed_at(without_time), layout.delivered_at(without_time)) == (
+        "sealed-bad",
+        None,
+        5,
+    )
     assert (layout.batch_id("delivered-bad.ndjson"), layout.delivered_at("delivered-bad.ndjson")) == ("sealed-bad", None)
     assert layout.kind_of(layout.corrupt_name(batch)) is Kind.CORRUPT
     assert layout.kind_of(layout.ranges_name(batch)) is Kind.RANGES
@@ -65,18 +70,18 @@ def test_names_of_batches_sort_by_seal_time_while_it_has_sixteen_digits() -> Non
 
 
 def test_a_batch_file_with_another_name_has_no_seal_time() -> None:
-    """It is delivered all the same."""
+    """It is delivered nevertheless."""
     assert layout.sealed_at("sealed-bad.ndjson") is None
 
 
 @pytest.mark.parametrize("sink", ["live", "0", "a_b-c", "x" * 32])
-def test_the_name_of_a_queue_says_which_sink_it_is_for(sink: str) -> None:
-    """And back."""
+def test_the_name_of_a_queue_determines_its_sink(sink: str) -> None:
+    """The name of a sink determines that of its queue."""
     assert layout.is_sink_name(sink)
     assert layout.sink_of_queue(layout.queue_name(sink)) == sink
 
 
 @pytest.mark.parametrize("name", ["sink-", "sink-Live", "sink-live.adding", "sink-a/b", "sink-..", "live", "sink-" + "x" * 33])
 def test_other_directories_are_not_queues(name: str) -> None:
-    """Nor are requested queues."""
+    """Directories of requested queues are not queues either."""
     assert layout.sink_of_queue(name) is None

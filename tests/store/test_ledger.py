@@ -1,4 +1,4 @@
-"""The ledger: appended to by several at once, compacted meanwhile, on disks that are full or fail."""
+"""The ledger: concurrent appends and compaction, full disks and failing disks."""
 
 from __future__ import annotations
 
@@ -33,51 +33,51 @@ from pillarbox.testing import FaultFilesystem, ManualClock
 from pillarbox.testing.fault import Fault
 
 ROOT = Path(__file__).parents[2]
-APPEND = """
+APPEND_SCRIPT = """
 import sys
 from pillarbox.clock import SystemClock
 from pillarbox.store import ledger
 from pillarbox.store.ledger_entries import SealedEntry, SettledEntry
 from pillarbox.store.directory import Directory
 from pillarbox.store.os_filesystem import OsFilesystem
-place, name, sync, bytes_max = sys.argv[1], sys.argv[2], sys.argv[3] == "sync", int(sys.argv[4])
+path, name, sync, bytes_max = sys.argv[1], sys.argv[2], sys.argv[3] == "sync", int(sys.argv[4])
 ledger.COMPACT_BYTES = bytes_max
-pen = ledger.LedgerWriter(Directory(place, OsFilesystem(), SystemClock()), SystemClock())
+ledger_writer = ledger.LedgerWriter(Directory(path, OsFilesystem(), SystemClock()), SystemClock())
 for number in range(2000):
     batch = f"sealed-{number:016d}-{name}"
-    pen.add(SealedEntry(number, batch, name, 10, 1000))
-    pen.write(sync=False)
-    pen.add(SettledEntry(number, batch, "sink", 10, 0, 0, 0))
+    ledger_writer.add(SealedEntry(number, batch, name, 10, 1000))
+    ledger_writer.write(sync=False)
+    ledger_writer.add(SettledEntry(number, batch, "sink", 10, 0, 0, 0))
     if number % 50 == 0:
-        pen.write(sync=sync)
-assert pen.write(sync=True)
+        ledger_writer.write(sync=sync)
+assert ledger_writer.write(sync=True)
 """
 
 
 def sealed(number: int, events: int = 10) -> SealedEntry:
-    """A batch of one writer."""
+    """The entry of a sealed batch."""
     return SealedEntry(number, f"sealed-{number:016d}-x", "w", events, 100 * events)
 
 
 def settled(number: int, events: int = 10) -> SettledEntry:
-    """All of it delivered."""
+    """The entry of a batch whose events were all delivered."""
     return SettledEntry(number, f"sealed-{number:016d}-x", "sink", events, 0, 0, 0)
 
 
 def content(outbox_dir: Directory) -> bytes:
-    """The ledger's bytes."""
+    """The bytes of the ledger."""
     return Path(outbox_dir.path_of(layout.LEDGER)).read_bytes()
 
 
-def faulty(outbox_dir: Directory, clock: ManualClock, fault: Fault) -> tuple[LedgerWriter, FaultFilesystem]:
-    """A ledger on a disk that fails."""
+def faulty_ledger_writer(outbox_dir: Directory, clock: ManualClock, fault: Fault) -> tuple[LedgerWriter, FaultFilesystem]:
+    """A ledger writer on a failing disk."""
     filesystem = FaultFilesystem(outbox_dir.filesystem, fault)
     return LedgerWriter(Directory(outbox_dir.path, filesystem, clock), clock), filesystem
 
 
 def test_added_entries_are_in_the_file_after_a_write(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Every kind of entry, unchanged."""
-    pen = LedgerWriter(outbox_dir, clock)
+    """Entries of every kind are unchanged."""
+    ledger_writer = LedgerWriter(outbox_dir, clock)
     entries: list[LedgerEntry] = [
         sealed(1),
         AdoptedEntry(2, "b", "w"),
@@ -87,37 +87,39 @@ def test_added_entries_are_in_the_file_after_a_write(outbox_dir: Directory, cloc
         RepairedEntry(5, "e", 7),
         PurgedEntry(6, "f", "dead", 8),
     ]
-    pen.add(*entries)
+    ledger_writer.add(*entries)
     assert not Path(outbox_dir.path_of(layout.LEDGER)).exists()
-    assert pen.write(sync=True)
+    assert ledger_writer.write(sync=True)
     assert parse_ledger(content(outbox_dir)) == (entries, 0)
-    assert pen.write(sync=True)
+    assert ledger_writer.write(sync=True)
     assert parse_ledger(content(outbox_dir)) == (entries, 0)
 
 
 def test_entries_after_a_torn_line_start_on_a_new_line(outbox_dir: Directory, clock: ManualClock) -> None:
     """The torn line is skipped and counted."""
-    pen = LedgerWriter(outbox_dir, clock)
-    pen.add(sealed(1), sealed(2))
-    pen.write(sync=False)
+    ledger_writer = LedgerWriter(outbox_dir, clock)
+    ledger_writer.add(sealed(1), sealed(2))
+    ledger_writer.write(sync=False)
     Path(outbox_dir.path_of(layout.LEDGER)).write_bytes(content(outbox_dir)[:-9])
-    pen.add(sealed(3))
-    assert pen.write(sync=False)
+    ledger_writer.add(sealed(3))
+    assert ledger_writer.write(sync=False)
     assert parse_ledger(content(outbox_dir)) == ([sealed(1), sealed(3)], 1)
 
 
 @pytest.mark.parametrize("verb", ["open_append", "open_lock_file", "write_all", "sync_data"])
-def test_entries_that_a_full_disk_does_not_take_wait_in_memory_and_count_once(
+def test_entries_wait_in_memory_while_the_disk_is_full_and_count_once(
     outbox_dir: Directory, clock: ManualClock, verb: str
 ) -> None:
-    """Also where a part was written before the error."""
-    pen, filesystem = faulty(outbox_dir, clock, Fault(verb, 1, errno.ENOSPC, partial=verb == "write_all"))
-    again: list[LedgerEntry] = [ReplayedEntry(4, "d", 6), PurgedEntry(6, "f", "dead", 8), sealed(1), settled(1)]
-    pen.add(*again)
-    assert not pen.write(sync=True)
+    """Also if a part was written before the error."""
+    ledger_writer, filesystem = faulty_ledger_writer(
+        outbox_dir, clock, Fault(verb, 1, errno.ENOSPC, partial=verb == "write_all")
+    )
+    entries: list[LedgerEntry] = [ReplayedEntry(4, "d", 6), PurgedEntry(6, "f", "dead", 8), sealed(1), settled(1)]
+    ledger_writer.add(*entries)
+    assert not ledger_writer.write(sync=True)
     filesystem.counter.clear_faults()
-    pen.add(settled(2))
-    assert pen.write(sync=True)
+    ledger_writer.add(settled(2))
+    assert ledger_writer.write(sync=True)
     account = reconciliation.reconcile_entries(parse_ledger(content(outbox_dir))[0], {}, [])
     assert (account.total.delivered, account.total.resent, account.replayed, account.purged_dead) == (20, 0, 6, 8)
 
@@ -125,65 +127,65 @@ def test_entries_that_a_full_disk_does_not_take_wait_in_memory_and_count_once(
 def test_entries_beyond_the_buffer_are_lost_and_counted_as_lost(
     outbox_dir: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader knows why something is missing."""
+    """So a reader of the ledger knows that entries are missing, and how many."""
     monkeypatch.setattr(ledger, "_BUFFER_ENTRIES_MAX", 3)
-    pen, filesystem = faulty(outbox_dir, clock, Fault("open_append", 1, errno.ENOSPC))
+    ledger_writer, filesystem = faulty_ledger_writer(outbox_dir, clock, Fault("open_append", 1, errno.ENOSPC))
     for number in range(5):
-        pen.add(sealed(number))
-    assert not pen.write(sync=False)
+        ledger_writer.add(sealed(number))
+    assert not ledger_writer.write(sync=False)
     filesystem.counter.clear_faults()
-    while not pen.write(sync=False):
+    while not ledger_writer.write(sync=False):
         pass
-    pen.add(sealed(9))
-    pen.write(sync=False)
+    ledger_writer.add(sealed(9))
+    ledger_writer.write(sync=False)
     entries, _ = parse_ledger(content(outbox_dir))
     assert sum(entry.entries for entry in entries if isinstance(entry, LostEntry)) == 2
     assert sum(isinstance(entry, SealedEntry) for entry in entries) == 4
 
 
 def test_a_write_waits_for_the_lock_only_with_sync(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Without `sync` the entries stay in memory."""
+    """Without `sync`, the entries stay in memory while the lock is held."""
     lock = outbox_dir.acquire_lock_file(layout.LEDGER_LOCK)
     assert lock is not None
-    pen = LedgerWriter(outbox_dir, clock)
-    pen.add(sealed(1))
-    assert not pen.write(sync=False)
+    ledger_writer = LedgerWriter(outbox_dir, clock)
+    ledger_writer.add(sealed(1))
+    assert not ledger_writer.write(sync=False)
     outbox_dir.filesystem.close(lock.fd)
-    assert pen.write(sync=False)
+    assert ledger_writer.write(sync=False)
 
 
-def test_a_synced_write_also_syncs_what_another_thread_has_appended(outbox_dir: Directory, clock: ManualClock) -> None:
+def test_a_synced_write_also_syncs_entries_of_other_threads(outbox_dir: Directory, clock: ManualClock) -> None:
     """Delivery adds an entry, the sealer appends it with its own, and then delivery needs it durable."""
     synced = []
 
-    class Disk(OsFilesystem):
+    class SyncRecordingFilesystem(OsFilesystem):
         def sync_data(self, fd: int) -> None:
             synced.append(self.size(fd))
 
-    pen = LedgerWriter(Directory(outbox_dir.path, Disk(), clock), clock)
-    pen.add(settled(1))
-    assert pen.write(sync=False)
+    ledger_writer = LedgerWriter(Directory(outbox_dir.path, SyncRecordingFilesystem(), clock), clock)
+    ledger_writer.add(settled(1))
+    assert ledger_writer.write(sync=False)
     assert not synced
-    assert pen.write(sync=True)
+    assert ledger_writer.write(sync=True)
     assert synced == [len(content(outbox_dir))]
-    assert pen.write(sync=True)
+    assert ledger_writer.write(sync=True)
     assert len(synced) == 1
 
 
 def test_compaction_changes_no_total(outbox_dir: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size stays bounded; pending batches keep their entries."""
+    """The size of the ledger stays bounded, and pending batches keep their entries."""
     monkeypatch.setattr(ledger, "COMPACT_BYTES", 50_000)
     monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 20)
-    pen = LedgerWriter(outbox_dir, clock)
+    ledger_writer = LedgerWriter(outbox_dir, clock)
     Path(outbox_dir.path_of(layout.sealed_name(0, "x"))).write_bytes(b"")
     largest = 0
     for number in range(2000):
-        pen.add(sealed(number))
+        ledger_writer.add(sealed(number))
         if number:
-            pen.add(settled(number))
+            ledger_writer.add(settled(number))
         if number % 10 == 0:
-            pen.add(ReplayedEntry(number, "d", 1))
-        assert pen.write(sync=False)
+            ledger_writer.add(ReplayedEntry(number, "d", 1))
+        assert ledger_writer.write(sync=False)
         largest = max(largest, len(content(outbox_dir)))
     assert largest < 60_000
     entries, unread = parse_ledger(content(outbox_dir))
@@ -197,28 +199,33 @@ def test_compaction_changes_no_total(outbox_dir: Directory, clock: ManualClock, 
 
 
 @pytest.mark.parametrize("verb", ["create", "rename", "list_files", "sync_directory"])
-def test_where_compaction_fails_the_ledger_grows(
+def test_the_ledger_grows_if_compaction_fails(
     outbox_dir: Directory, clock: ManualClock, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No entry is written twice."""
     monkeypatch.setattr(ledger, "COMPACT_BYTES", 1000)
-    pen, filesystem = faulty(outbox_dir, clock, Fault(verb, 1 + (verb == "sync_directory"), errno.ENOSPC, permanent=True))
+    ledger_writer, filesystem = faulty_ledger_writer(
+        outbox_dir, clock, Fault(verb, 1 + (verb == "sync_directory"), errno.ENOSPC, permanent=True)
+    )
     for number in range(20):
-        pen.add(sealed(number), settled(number))
-        assert pen.write(sync=False)
-    assert parse_ledger(content(outbox_dir)) == ([one(number) for number in range(20) for one in (sealed, settled)], 0)
+        ledger_writer.add(sealed(number), settled(number))
+        assert ledger_writer.write(sync=False)
+    assert parse_ledger(content(outbox_dir)) == (
+        [entry_of(number) for number in range(20) for entry_of in (sealed, settled)],
+        0,
+    )
     assert filesystem.counter.failures < 10
 
 
 def test_processes_that_append_during_compaction_lose_no_entry(tmp_path: Path) -> None:
-    """Each of the three compacts it too, all the time."""
+    """Each of the three processes also compacts it again and again."""
     (tmp_path / "box").mkdir()
     commands = [
-        [sys.executable, "-c", APPEND, str(tmp_path / "box"), name, mode, size]
+        [sys.executable, "-c", APPEND_SCRIPT, str(tmp_path / "box"), name, mode, size]
         for name, mode, size in (("a", "sync", "100000000"), ("b", "fast", "100000000"), ("c", "fast", "100000"))
     ]
-    running = [subprocess.Popen(command, cwd=ROOT) for command in commands]
-    assert [process.wait(120) for process in running] == [0, 0, 0]
+    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
     entries, unread = parse_ledger((tmp_path / "box" / layout.LEDGER).read_bytes())
     account = reconciliation.reconcile_entries(entries, {}, [])
     assert unread == 0
@@ -230,28 +237,28 @@ def test_processes_that_append_during_compaction_lose_no_entry(tmp_path: Path) -
 
 def test_a_ledger_that_is_deleted_while_in_use_is_created_again(outbox_dir: Directory, clock: ManualClock) -> None:
     """Only earlier entries are lost."""
-    pen = LedgerWriter(outbox_dir, clock)
+    ledger_writer = LedgerWriter(outbox_dir, clock)
     for number in itertools.islice(itertools.count(), 3):
-        pen.add(sealed(number))
-        assert pen.write(sync=True)
+        ledger_writer.add(sealed(number))
+        assert ledger_writer.write(sync=True)
         if number == 1:
             Path(outbox_dir.path_of(layout.LEDGER)).unlink()
     assert parse_ledger(content(outbox_dir)) == ([sealed(2)], 0)
 
 
 def test_a_segment_is_recorded_as_sealed_only_after_its_name_is_durable(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Otherwise a power loss could undo the rename, and the ledger would miss a batch that never existed."""
-    pen, filesystem = faulty(outbox_dir, clock, Fault("sync_directory", 1, errno.EIO))
+    """Otherwise a power loss could undo the rename, and reconciliation would miss a batch that does not exist."""
+    ledger_writer, filesystem = faulty_ledger_writer(outbox_dir, clock, Fault("sync_directory", 1, errno.EIO))
     directory = Directory(outbox_dir.path, filesystem, clock)
     inbox = SealerInbox()
     writer = Writer(directory, WriterLimits(500, 10**6, 10**9), inbox.wake)
-    sealer = Sealer(directory, writer, inbox, clock, 1.0, lambda: None, 0, ledger=pen)
+    sealer = Sealer(directory, writer, inbox, clock, 1.0, lambda: None, 0, ledger=ledger_writer)
     writer.start(0, 0)
     writer.append(b"1\n2\n", 2)
     writer.rotate("manual")
     sealer.step()
     assert len(outbox_dir.batch_names()) == 1
-    assert pen.write(sync=True)  # as the deliverer does
+    assert ledger_writer.write(sync=True)  # as the delivery worker does
     assert not Path(outbox_dir.path_of(layout.LEDGER)).exists()
     sealer.step()
     (entry,), _ = parse_ledger(content(outbox_dir))

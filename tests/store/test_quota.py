@@ -1,4 +1,4 @@
-"""Full directories: dropping, evicting, blocking and raising, and limits across processes."""
+"""Full directories: dropped events, eviction, blocking and raising, and limits across processes."""
 
 from __future__ import annotations
 
@@ -20,42 +20,40 @@ from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.conftest import event, wait_until
 
-SIZE = 240  # bytes of a line with `event(n)`, about
+LINE_BYTES = 240  # about; of a line with `event(n)`
 
 
 def ids_on_disk(path: Path) -> list[str]:
     """The ids of all pending events, oldest file first."""
-    found: list[str] = []
+    ids: list[str] = []
     for name in sorted(os.listdir(path), key=lambda name: (not name.startswith("sealed-"), name)):
         if layout.kind_of(name) in (layout.Kind.SEALED, layout.Kind.ACTIVE):
-            found += [
-                line.split(b'"event_id":"')[1].split(b'"')[0].decode() for line in (path / name).read_bytes().splitlines()
-            ]
-    return found
+            ids += [line.split(b'"event_id":"')[1].split(b'"')[0].decode() for line in (path / name).read_bytes().splitlines()]
+    return ids
 
 
 def pending_bytes(path: str) -> int:
-    """What two outboxes that only store have in a directory."""
+    """The bytes of all pending files in a directory."""
     return Directory(path, OsFilesystem(), SystemClock()).disk_usage().pending_bytes
 
 
 def test_drop_oldest_evicts_whole_batches_and_counts_their_events(tmp_path: Path) -> None:
-    """The newest events are left, without a gap; accepted = pending + evicted."""
-    with Outbox(str(tmp_path / "outbox"), when_full="drop_oldest", max_bytes=100 * SIZE, flush_interval=0.05) as outbox:
+    """The newest events remain, without a gap; accepted = pending + evicted."""
+    with Outbox(str(tmp_path / "outbox"), when_full="drop_oldest", max_bytes=100 * LINE_BYTES, flush_interval=0.05) as outbox:
         accepted = []
         for number in range(2000):
             if outbox.enqueue(event(number)):
                 accepted.append(f"e-{number:06d}")
             if number % 5 == 0:
-                # wait: the pause in which the other process makes room
+                # wait: the sealer needs time to evict
                 threading.Event().wait(0.005)
-        wait_until(lambda: outbox.stats().pending_bytes <= 100 * SIZE)
+        wait_until(lambda: outbox.stats().pending_bytes <= 100 * LINE_BYTES)
     stats = outbox.stats()
-    left = ids_on_disk(tmp_path / "outbox")
-    assert left == accepted[-len(left) :]
-    assert stats.evicted == len(accepted) - len(left)
+    remaining = ids_on_disk(tmp_path / "outbox")
+    assert remaining == accepted[-len(remaining) :]
+    assert stats.evicted == len(accepted) - len(remaining)
     assert stats.evicted > 1000
-    assert len(left) > 40
+    assert len(remaining) > 40
     assert stats.accepted == len(accepted)
 
 
@@ -63,53 +61,53 @@ def test_a_batch_that_is_being_delivered_is_not_evicted(outbox_dir: Directory, c
     """The delivery holds its lock; the next batch is evicted."""
     for number in range(3):
         Path(outbox_dir.path_of(layout.sealed_name(number, "x"))).write_bytes(b"12345678\n" * 10)
-    held = outbox_dir.lock_existing(layout.sealed_name(0, "x"))
-    assert held is not None
+    locked = outbox_dir.lock_existing(layout.sealed_name(0, "x"))
+    assert locked is not None
     writer = Writer(outbox_dir, WriterLimits(500, 10**6, 200), lambda: None)
     writer.start(270, 3)
-    capacity = QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True)
-    capacity.enforce()
+    quota = QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True)
+    quota.enforce()
     assert outbox_dir.batch_names() == [layout.sealed_name(0, "x")]
-    assert capacity.evicted_events == 20
+    assert quota.evicted_events == 20
     assert writer.pending_counts()[:2] == (90, 1)
-    outbox_dir.filesystem.close(held.fd)
+    outbox_dir.filesystem.close(locked.fd)
 
 
-def test_max_files_causes_eviction_as_max_bytes_does(outbox_dir: Directory, clock: ManualClock) -> None:
-    """The limit is on files as well as on bytes."""
+def test_exceeding_max_files_causes_eviction(outbox_dir: Directory, clock: ManualClock) -> None:
+    """As exceeding `max_bytes` does."""
     for number in range(20):
         Path(outbox_dir.path_of(layout.sealed_name(number, "x"))).write_bytes(b"1\n")
     writer = Writer(outbox_dir, WriterLimits(500, 10**6, 10**6, 16), lambda: None)
     writer.start(40, 20)
-    capacity = QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True)
-    capacity.enforce()
+    quota = QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True)
+    quota.enforce()
     assert len(outbox_dir.batch_names()) == 14
     assert outbox_dir.batch_names()[0] == layout.sealed_name(6, "x")
 
 
 def test_two_processes_that_evict_at_once_do_not_evict_twice_as_much(outbox_dir: Directory, clock: ManualClock) -> None:
-    """One holds the lock; the other recounts first."""
+    """One process holds the lock. The other one recounts the files before it evicts."""
     for number in range(10):
         Path(outbox_dir.path_of(layout.sealed_name(number, "x"))).write_bytes(b"x" * 99 + b"\n")
-    capacities = []
+    quotas = []
     for _ in range(2):
         writer = Writer(outbox_dir, WriterLimits(500, 10**6, 800), lambda: None)
         writer.start(1000, 10)
-        capacities.append(QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True))
+        quotas.append(QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True))
     lock = outbox_dir.acquire_lock_file(layout.EVICT_LOCK)
     assert lock is not None
-    capacities[0].enforce()
+    quotas[0].enforce()
     assert len(outbox_dir.batch_names()) == 10
     outbox_dir.filesystem.close(lock.fd)
-    for capacity in capacities:
-        capacity.enforce()
+    for quota in quotas:
+        quota.enforce()
     assert len(outbox_dir.batch_names()) == 7
-    assert [capacity.evicted_events for capacity in capacities] == [3, 0]
+    assert [quota.evicted_events for quota in quotas] == [3, 0]
 
 
 def test_without_drop_oldest_nothing_is_evicted(tmp_path: Path) -> None:
     """New events are dropped instead."""
-    with Outbox(str(tmp_path / "outbox"), max_bytes=10 * SIZE) as outbox:
+    with Outbox(str(tmp_path / "outbox"), max_bytes=10 * LINE_BYTES) as outbox:
         outcomes = [outbox.enqueue(event(number)) for number in range(50)]
         assert outcomes[-1] == Dropped("max_bytes")
         assert outbox.stats().evicted == 0
@@ -117,7 +115,7 @@ def test_without_drop_oldest_nothing_is_evicted(tmp_path: Path) -> None:
 
 
 def test_when_full_raise_raises_with_the_reason(tmp_path: Path) -> None:
-    """For one, for many, and from a coroutine; an event of the wrong type is still only dropped."""
+    """For one event, for several, and in a coroutine. An event of the wrong type is still only dropped."""
     with Outbox(str(tmp_path / "outbox"), max_bytes=0, when_full="raise") as outbox:
         with pytest.raises(OutboxFullError, match="max_bytes"):
             outbox.enqueue(event(1))
@@ -132,10 +130,10 @@ def test_when_full_raise_raises_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_when_full_block_waits_for_room(tmp_path: Path) -> None:
-    """The destination returns, a file is delivered, the event is stored; attempts are not counted as drops."""
-    sink = RecordingSink([Retry("away", 0.3)])
+    """Once the destination works again, a batch is delivered and the event is stored. Attempts do not count as drops."""
+    sink = RecordingSink([Retry("unavailable", 0.3)])
     path = str(tmp_path / "outbox")
-    with Outbox(path, sink, when_full="block", block_timeout=60, max_bytes=10 * SIZE, flush_interval=0.05) as outbox:
+    with Outbox(path, sink, when_full="block", block_timeout=60, max_bytes=10 * LINE_BYTES, flush_interval=0.05) as outbox:
         outcomes = [outbox.enqueue(event(number)) for number in range(60)]
         assert outcomes == [Enqueued()] * 60
         assert outbox.flush(60)
@@ -144,12 +142,12 @@ def test_when_full_block_waits_for_room(tmp_path: Path) -> None:
 
 
 def test_when_full_block_drops_after_its_timeout_and_at_once_on_an_event_loop(tmp_path: Path) -> None:
-    """A loop must not be blocked; a coroutine waits without stopping the others."""
+    """A call in an event loop must not block it; a coroutine waits without stopping other coroutines."""
     with Outbox(str(tmp_path / "outbox"), when_full="block", block_timeout=0.5, max_bytes=0) as outbox:
         assert outbox.enqueue(event(1)) == Dropped("timeout")
         assert outbox.enqueue_many([event(1), event(2)]) == [Dropped("timeout")] * 2
 
-        async def on_a_loop() -> list[object]:
+        async def enqueue_in_loop() -> list[object]:
             ticks = 0
 
             async def tick() -> None:
@@ -160,18 +158,18 @@ def test_when_full_block_drops_after_its_timeout_and_at_once_on_an_event_loop(tm
                     await asyncio.sleep(0.01)
 
             ticking = asyncio.create_task(tick())
-            found: list[object] = [outbox.enqueue(event(1)), await outbox.enqueue_async(event(1))]
+            outcomes: list[object] = [outbox.enqueue(event(1)), await outbox.enqueue_async(event(1))]
             ticking.cancel()
             assert ticks > 3
-            return found
+            return outcomes
 
-        assert asyncio.run(on_a_loop()) == [Dropped("would_block"), Dropped("timeout")]
+        assert asyncio.run(enqueue_in_loop()) == [Dropped("would_block"), Dropped("timeout")]
         dropped = {reason: count for reason, count in outbox.stats().dropped.items() if count}
         assert dropped == {"timeout": 4, "would_block": 1}
 
 
 def test_when_full_block_ends_when_the_outbox_is_closed(tmp_path: Path) -> None:
-    """The waiting caller gets the drop."""
+    """The waiting call returns `Dropped("closed")`."""
     outbox = Outbox(str(tmp_path / "outbox"), when_full="block", block_timeout=60, max_bytes=0)
     outcomes: list[object] = []
     waiting = threading.Thread(target=lambda: outcomes.append(outbox.enqueue(event(1))))
@@ -183,16 +181,16 @@ def test_when_full_block_ends_when_the_outbox_is_closed(tmp_path: Path) -> None:
 
 
 def test_limits_apply_to_the_directory_not_to_the_process(tmp_path: Path) -> None:
-    """Two outboxes on it, as in two processes, together exceed the limit by one recount at most."""
-    path, limit = str(tmp_path / "outbox"), 400 * SIZE
-    with Outbox(path, max_bytes=limit, batch_size=20) as one, Outbox(path, max_bytes=limit, batch_size=20) as other:
+    """Two outboxes on one directory, as in two processes, together exceed the limit by at most one recount."""
+    path, limit = str(tmp_path / "outbox"), 400 * LINE_BYTES
+    with Outbox(path, max_bytes=limit, batch_size=20) as first, Outbox(path, max_bytes=limit, batch_size=20) as second:
         for number in range(0, 1000, 2):
-            one.enqueue(event(number))
-            other.enqueue(event(number + 1))
+            first.enqueue(event(number))
+            second.enqueue(event(number + 1))
             if number % 40 == 38:
-                # A batch of each: they list for a share of their time, which may be little on a busy machine.
+                # A batch of each outbox. They list for a share of their time, which may be little on a busy machine.
                 size = pending_bytes(path)
-                wait_until(lambda size=size: min(box.stats().pending_bytes for box in (one, other)) > size - limit / 10)  # type: ignore[misc]
-        wait_until(lambda: one.enqueue(event(1)) == other.enqueue(event(1)) == Dropped("max_bytes"))
+                wait_until(lambda size=size: min(box.stats().pending_bytes for box in (first, second)) > size - limit / 10)  # type: ignore[misc]
+        wait_until(lambda: first.enqueue(event(1)) == second.enqueue(event(1)) == Dropped("max_bytes"))
         size = pending_bytes(path)
     assert limit * 0.9 < size < limit * 1.25

@@ -1,4 +1,4 @@
-"""The content of a batch file -> good records and damaged byte ranges."""
+"""Reading the contents of a batch file: well-formed records and damaged byte ranges."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_good_lines_are_read_in_order_and_every_damaged_byte_is_in_a_range(lines
     good = [line for line in lines if line.startswith(b'{"event":{"n":') and b"00000000" not in line]
     assert contents.payloads == [record.payload(line[:-1]) for line in good]
     bad = [line for line in lines if line.strip(b" \r\n\t") and line not in good]
-    assert [data[span.offset : span.offset + span.length] for span in contents.damaged] == bad
+    assert [data[damaged.offset : damaged.offset + damaged.length] for damaged in contents.damaged] == bad
 
 
 @given(st.lists(GOOD, min_size=1), st.data())
 def test_a_torn_tail_is_a_damaged_range_and_the_lines_before_it_are_good(lines: list[bytes], data: st.DataObject) -> None:
-    """Wherever it is torn; where only the line feed is missing, nothing is damaged."""
+    """At any position. If only the line feed is missing, nothing is damaged."""
     whole = b"".join(lines)
     cut = data.draw(st.integers(len(whole) - len(lines[-1]) + 1, len(whole) - 1))
     contents = read(whole[:cut])
@@ -40,50 +40,52 @@ def test_a_torn_tail_is_a_damaged_range_and_the_lines_before_it_are_good(lines: 
         assert (len(contents.payloads), contents.damaged) == (len(lines), [])
     else:
         assert len(contents.payloads) == len(lines) - 1
-        (span,) = contents.damaged
-        assert (span.offset, span.offset + span.length) == (len(whole) - len(lines[-1]), cut)
-        assert span.reason.startswith("torn: ")
+        (damaged,) = contents.damaged
+        assert (damaged.offset, damaged.offset + damaged.length) == (len(whole) - len(lines[-1]), cut)
+        assert damaged.reason.startswith("torn: ")
 
 
 def test_a_tail_of_nul_bytes_is_one_damaged_range() -> None:
-    """As ext4 leaves it when the size was written and the data was not."""
+    """ext4 leaves such a tail if the size was written and the data was not."""
     good = record.line(b"{}")
     contents = read(good + good[:7] + b"\0" * 4089)
     assert contents.payloads == [b"{}"]
-    assert [(span.offset, span.length, span.reason) for span in contents.damaged] == [(len(good), 4096, "torn: nul_bytes")]
+    assert [(damaged.offset, damaged.length, damaged.reason) for damaged in contents.damaged] == [
+        (len(good), 4096, "torn: nul_bytes")
+    ]
 
 
 def test_only_a_line_feed_ends_a_line() -> None:
-    """U+2028, U+0085 and form feeds are part of a line: files of the older system contain the first."""
+    """U+2028, U+0085 and form feeds are part of a line. Files of the older system contain U+2028."""
     payload = '{"a":"x\u2028y\u0085z\x7f"}'.encode()
     assert read(record.line(payload)).payloads == [payload]
 
 
 def test_files_of_the_older_system_are_read_unchanged() -> None:
-    """All 127 events, in order."""
+    """All 127 events are read in order."""
     folder = DATA / "existing-outbox"
     files = [*sorted(folder.glob("sealed-*")), folder / "active.ndjson"]
-    contents = [read(file.read_bytes()) for file in files]
-    assert [json.loads(payload) for part in contents for payload in part.payloads] == existing_events()
-    assert not [span for part in contents for span in part.damaged]
+    all_contents = [read(file.read_bytes()) for file in files]
+    assert [json.loads(payload) for contents in all_contents for payload in contents.payloads] == existing_events()
+    assert not [damaged for contents in all_contents for damaged in contents.damaged]
 
 
 def test_the_reader_yields_the_gil_every_fifty_lines() -> None:
-    """So that callers of `enqueue` do not wait for long."""
+    """Otherwise callers of `enqueue` would wait too long."""
     calls: list[None] = []
     reader.read_lines(record.line(b"{}") * 500, lambda: calls.append(None))
     assert len(calls) == 500 // reader.YIELD_EVERY_LINES + 1
 
 
 def test_an_empty_file_has_no_records_and_no_damage() -> None:
-    """Not even a blank one."""
+    """It has no blank line either."""
     assert read(b"") == reader.FileContents([], [])
 
 
-def test_a_record_behind_nul_bytes_is_read() -> None:
-    """NUL bytes may stand in place of whole lines, line feeds included; only they are damaged."""
+def test_a_record_after_nul_bytes_is_read() -> None:
+    """NUL bytes may replace whole lines, including their line feeds. Only the NUL bytes are damaged."""
     good, other = record.line(b"1"), record.line(b"2")
     contents = reader.read_lines(good + b"\0" * 20 + other, lambda: None)
     assert contents.payloads == [b"1", b"2"]
-    assert [(span.offset, span.length) for span in contents.damaged] == [(len(good), 20)]
+    assert [(damaged.offset, damaged.length) for damaged in contents.damaged] == [(len(good), 20)]
     assert reader.read_lines(b"\0" * 20 + other[:-3], lambda: None).payloads == []

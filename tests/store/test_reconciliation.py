@@ -1,4 +1,4 @@
-"""Reconciliation of any entries in any order with the files: every event is counted once, or a discrepancy is reported."""
+"""Reconciliation of ledger entries with the files counts every event once, or reports a discrepancy."""
 
 from __future__ import annotations
 
@@ -22,67 +22,75 @@ from pillarbox.store.reconciliation import FileCounts, compact_entries
 
 COUNTS = st.integers(0, 5)
 BATCHES = st.sampled_from(["a", "b", "c"])
-MOMENTS = st.integers(0, 9)
+TIMES = st.integers(0, 9)
 ENTRIES: st.SearchStrategy[LedgerEntry] = st.one_of(
-    st.builds(SealedEntry, MOMENTS, BATCHES, st.sampled_from(["v", "w"]), st.none() | COUNTS, COUNTS),
-    st.builds(AdoptedEntry, MOMENTS, BATCHES, st.just("w")),
-    st.builds(SettledEntry, MOMENTS, BATCHES, st.just("sink"), COUNTS, COUNTS, COUNTS, COUNTS),
-    st.builds(EvictedEntry, MOMENTS, BATCHES, COUNTS),
-    st.builds(ReplayedEntry, MOMENTS, BATCHES, COUNTS),
-    st.builds(RepairedEntry, MOMENTS, BATCHES, COUNTS),
-    st.builds(PurgedEntry, MOMENTS, BATCHES, st.sampled_from(["dead", "quarantine"]), COUNTS),
+    st.builds(SealedEntry, TIMES, BATCHES, st.sampled_from(["v", "w"]), st.none() | COUNTS, COUNTS),
+    st.builds(AdoptedEntry, TIMES, BATCHES, st.just("w")),
+    st.builds(SettledEntry, TIMES, BATCHES, st.just("sink"), COUNTS, COUNTS, COUNTS, COUNTS),
+    st.builds(EvictedEntry, TIMES, BATCHES, COUNTS),
+    st.builds(ReplayedEntry, TIMES, BATCHES, COUNTS),
+    st.builds(RepairedEntry, TIMES, BATCHES, COUNTS),
+    st.builds(PurgedEntry, TIMES, BATCHES, st.sampled_from(["dead", "quarantine"]), COUNTS),
 )
-FOUND = st.dictionaries(BATCHES, st.builds(FileCounts, COUNTS, COUNTS))
+FILE_COUNTS = st.dictionaries(BATCHES, st.builds(FileCounts, COUNTS, COUNTS))
 ACTIVE = st.lists(st.builds(FileCounts, COUNTS, COUNTS, st.just("w")), max_size=2)
 
 
-@given(st.lists(ENTRIES, max_size=12), FOUND, ACTIVE)
+@given(st.lists(ENTRIES, max_size=12), FILE_COUNTS, ACTIVE)
 def test_accepted_is_the_sum_of_the_other_counts_and_the_discrepancies(
-    entries: list[LedgerEntry], found: dict[str, FileCounts], active: list[FileCounts]
+    entries: list[LedgerEntry], files: dict[str, FileCounts], active: list[FileCounts]
 ) -> None:
-    """At both ends of every range; for the total and for each writer."""
-    account = reconciliation.reconcile_entries(entries, found, active)
+    """At both ends of every range, for the total and for each writer."""
+    account = reconciliation.reconcile_entries(entries, files, active)
     low, high = account.total.accounted_range
-    missing = sum(wrong.events for wrong in account.discrepancies)
+    missing = sum(discrepancy.events for discrepancy in account.discrepancies)
     assert (account.total.accepted, account.total.accepted_max) == (low + missing, high + missing)
     for field in ledger_entries.NUMBERS:
         assert getattr(account.total, field) == sum(getattr(row, field) for row in account.writers)
 
 
-@given(st.lists(ENTRIES, max_size=12, unique_by=lambda entry: (type(entry), getattr(entry, "batch", ""))), st.randoms(), FOUND)
-def test_the_order_of_entries_does_not_matter(entries: list[LedgerEntry], random: object, found: dict[str, FileCounts]) -> None:
-    """Except for which of several of a kind is the last."""
-    one = reconciliation.reconcile_entries(entries, found, [])
+@given(
+    st.lists(ENTRIES, max_size=12, unique_by=lambda entry: (type(entry), getattr(entry, "batch", ""))),
+    st.randoms(),
+    FILE_COUNTS,
+)
+def test_the_order_of_entries_does_not_matter(entries: list[LedgerEntry], random: object, files: dict[str, FileCounts]) -> None:
+    """Except where a later entry of the same kind replaces an earlier one."""
+    in_order = reconciliation.reconcile_entries(entries, files, [])
     random.shuffle(entries)  # type: ignore[attr-defined]
-    other = reconciliation.reconcile_entries(entries, found, [])
-    assert (one.total, one.replayed, one.purged_dead) == (other.total, other.replayed, other.purged_dead)
-    assert one.balances == other.balances
+    shuffled = reconciliation.reconcile_entries(entries, files, [])
+    assert (in_order.total, in_order.replayed, in_order.purged_dead) == (
+        shuffled.total,
+        shuffled.replayed,
+        shuffled.purged_dead,
+    )
+    assert in_order.balances == shuffled.balances
 
 
-@given(st.lists(ENTRIES, max_size=12), FOUND)
-def test_an_entry_that_is_written_twice_counts_once(entries: list[LedgerEntry], found: dict[str, FileCounts]) -> None:
-    """Repeated directly after an error of the disk."""
+@given(st.lists(ENTRIES, max_size=12), FILE_COUNTS)
+def test_an_entry_that_is_written_twice_counts_once(entries: list[LedgerEntry], files: dict[str, FileCounts]) -> None:
+    """An entry is repeated directly after an error of the disk."""
     distinct = list(dict.fromkeys(entries))
     twice = [entry for entry in distinct for _ in range(2)]
-    assert reconciliation.reconcile_entries(distinct, found, []) == reconciliation.reconcile_entries(twice, found, [])
+    assert reconciliation.reconcile_entries(distinct, files, []) == reconciliation.reconcile_entries(twice, files, [])
 
 
-@given(st.lists(ENTRIES, max_size=12), FOUND)
-def test_compacted_entries_give_the_same_result(entries: list[LedgerEntry], found: dict[str, FileCounts]) -> None:
-    """Batches that exist keep their entries."""
-    recent, reconciliation.RECENT_BATCHES_MAX = reconciliation.RECENT_BATCHES_MAX, 1  # type: ignore[misc]
+@given(st.lists(ENTRIES, max_size=12), FILE_COUNTS)
+def test_compacted_entries_give_the_same_result(entries: list[LedgerEntry], files: dict[str, FileCounts]) -> None:
+    """Batches whose files exist keep their entries."""
+    previous, reconciliation.RECENT_BATCHES_MAX = reconciliation.RECENT_BATCHES_MAX, 1  # type: ignore[misc]
     try:
-        shorter = compact_entries(entries, found.keys(), 7)
+        compacted = compact_entries(entries, files.keys(), 7)
     finally:
-        reconciliation.RECENT_BATCHES_MAX = recent  # type: ignore[misc]
-    one, other = reconciliation.reconcile_entries(entries, found, []), reconciliation.reconcile_entries(shorter, found, [])
-    assert one.total == other.total
-    assert (one.replayed, one.repaired, one.purged_dead) == (other.replayed, other.repaired, other.purged_dead)
-    assert (one.dead_missing, one.balances) == (other.dead_missing, other.balances)
+        reconciliation.RECENT_BATCHES_MAX = previous  # type: ignore[misc]
+    full, short = reconciliation.reconcile_entries(entries, files, []), reconciliation.reconcile_entries(compacted, files, [])
+    assert full.total == short.total
+    assert (full.replayed, full.repaired, full.purged_dead) == (short.replayed, short.repaired, short.purged_dead)
+    assert (full.dead_missing, full.balances) == (short.dead_missing, short.balances)
 
 
 def test_a_second_settlement_replaces_the_first_and_counts_as_redelivered() -> None:
-    """A kill came between the first delivery and the deletion."""
+    """The worker was killed between the first delivery and the deletion."""
     entries: list[LedgerEntry] = [
         SealedEntry(1, "a", "w", 5, 50),
         SettledEntry(2, "a", "s", 5, 0, 0, 0),
@@ -93,7 +101,7 @@ def test_a_second_settlement_replaces_the_first_and_counts_as_redelivered() -> N
 
 
 def test_a_batch_that_was_delivered_after_its_eviction_entry_counts_as_delivered() -> None:
-    """A kill came between the entry and the deletion."""
+    """The process was killed between the entry and the deletion."""
     entries: list[LedgerEntry] = [
         SealedEntry(1, "a", "w", 5, 50),
         EvictedEntry(2, "a", 5),
@@ -104,22 +112,25 @@ def test_a_batch_that_was_delivered_after_its_eviction_entry_counts_as_delivered
 
 
 def test_events_missing_without_damage_are_a_discrepancy_of_that_size() -> None:
-    """Settled or still pending; extra events likewise."""
+    """Whether the batch is settled or pending. Extra events are a discrepancy too."""
     sealed = SealedEntry(1, "b", "w", 10, 1000)
-    for records, spans, wrong in ((9, 0, 1), (9, 1, None), (11, 0, -1), (11, 1, -1), (10, 0, None), (10, 1, None)):
-        settled = SettledEntry(2, "b", "s", records, 0, 0, spans)
-        looks: list[tuple[list[LedgerEntry], dict[str, FileCounts]]] = [
+    for records, damaged, missing in ((9, 0, 1), (9, 1, None), (11, 0, -1), (11, 1, -1), (10, 0, None), (10, 1, None)):
+        settled = SettledEntry(2, "b", "s", records, 0, 0, damaged)
+        cases: list[tuple[list[LedgerEntry], dict[str, FileCounts]]] = [
             ([sealed, settled], {}),
-            ([sealed], {"b": FileCounts(records, spans)}),
+            ([sealed], {"b": FileCounts(records, damaged)}),
         ]
-        for entries, found in looks:
-            account = reconciliation.reconcile_entries(entries, found, [])
-            assert [one.events for one in account.discrepancies] == ([] if wrong is None else [wrong]), (records, spans)
-            assert account.balances == (wrong is None)
+        for entries, files in cases:
+            account = reconciliation.reconcile_entries(entries, files, [])
+            assert [found.events for found in account.discrepancies] == ([] if missing is None else [missing]), (
+                records,
+                damaged,
+            )
+            assert account.balances == (missing is None)
 
 
 def test_fanned_out_counts_follow_a_queue_that_is_renamed_or_removed() -> None:
-    """Also where some or all of them were summed up before or after that."""
+    """Also if some or all entries were compacted before or after that."""
     before: list[LedgerEntry] = [
         FannedOutEntry(0, str(number), ["a", "b", "c"], 1, 0) for number in range(reconciliation.RECENT_BATCHES_MAX + 10)
     ]

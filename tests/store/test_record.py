@@ -1,4 +1,4 @@
-"""One line <-> one record."""
+"""Encoding and decoding a record, which is one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JSON = st.recursive(
 )
 
 
-def damage(line: bytes) -> str:
+def damage_reason(line: bytes) -> str:
     with pytest.raises(DamagedRecordError) as caught:
         record.payload(line)
     return caught.value.reason
@@ -30,7 +30,7 @@ def damage(line: bytes) -> str:
 
 @given(JSON)
 def test_a_record_is_read_as_it_was_written(value: object) -> None:
-    """Byte for byte, for any JSON value."""
+    """For any JSON value, byte for byte."""
     payload = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     line = record.line(payload)
     assert line.endswith(b"\n")
@@ -41,19 +41,19 @@ def test_a_record_is_read_as_it_was_written(value: object) -> None:
 
 @given(JSON, st.data())
 def test_a_record_with_a_changed_byte_is_never_good(value: object, data: st.DataObject) -> None:
-    """The checksum covers the value, the parser the rest."""
+    """The checksum detects changes of the value, and the parser those of the rest."""
     payload = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     line = bytearray(record.line(payload)[:-1])
     line[data.draw(st.integers(0, len(line) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     with contextlib.suppress(DamagedRecordError):
-        assert record.payload(bytes(line)) == payload  # a flip that JSON does not care for
+        assert record.payload(bytes(line)) == payload  # the changed byte has no meaning in JSON
 
 
 @given(JSON, st.data())
 def test_a_proper_prefix_of_a_line_is_never_a_record(value: object, data: st.DataObject) -> None:
-    """So a torn line is recognised without its line feed."""
+    """So a torn line is recognized without its line feed."""
     line = record.line(json.dumps(value).encode())[:-1]
-    damage(line[: data.draw(st.integers(0, len(line) - 1))] or b"{")
+    damage_reason(line[: data.draw(st.integers(0, len(line) - 1))] or b"{")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_proper_prefix_of_a_line_is_never_a_record(value: object, data: st.Dat
     ],
 )
 def test_a_line_without_a_checksum_is_read(line: bytes, payload: bytes) -> None:
-    """An older version wrote it."""
+    """An older version wrote such lines."""
     assert record.payload(line) == payload
 
 
@@ -91,15 +91,15 @@ def test_a_line_without_a_checksum_is_read(line: bytes, payload: bytes) -> None:
     ],
 )
 def test_anything_else_is_damaged(line: bytes, reason: str) -> None:
-    """The error has the reason."""
-    assert damage(line) == reason
+    """The error contains the reason."""
+    assert damage_reason(line) == reason
 
 
 def test_bad_json_with_a_correct_checksum_is_damaged() -> None:
-    """Whoever wrote it: only JSON is delivered."""
+    """Only JSON is delivered, whatever a program wrote into the file."""
     for value in (b'{"a":1', b'{"a":1},"x":{"b":2}', b"", b"NaN"):
-        assert damage(record.line(value)[:-1]) in ("bad_json", "not_a_record")
-    assert damage(record.line(b'{"a":"\xff"}')[:-1]) == "bad_utf8"
+        assert damage_reason(record.line(value)[:-1]) in ("bad_json", "not_a_record")
+    assert damage_reason(record.line(b'{"a":"\xff"}')[:-1]) == "bad_utf8"
 
 
 def test_the_golden_lines_are_written_and_read() -> None:
