@@ -150,9 +150,7 @@ def test_files_created_by_root_belong_to_the_owner_of_the_directory(tmp_path: Pa
     """Otherwise the application could not use the files that an operator's command creates."""
     os.chown(tmp_path, 65534, 65534)
     filesystem = OsFilesystem()
-
     for name, create in (("a", filesystem.create), ("b", filesystem.open_lock_file), ("c", filesystem.open_append)):
         filesystem.close(create(str(tmp_path / name)))
-
         info = (tmp_path / name).stat()
         assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 65534, 0o600)

@@ -188,7 +188,6 @@ def test_a_callback_that_ends_the_loop_leaves_the_other_futures_in_the_list(impl
         with pytest.raises(SystemExit):
             group.resolve()
         assert len(group.futures) == 1
-
         group.resolve()
         assert loop.run_until_complete(tasks[1]) == ENQUEUED_POWER
         assert isinstance(tasks[0].exception(), SystemExit)
@@ -326,7 +325,6 @@ def test_a_group_has_as_many_entries_as_fit(
     assert entries == queue[:count]
     assert lines == b"".join(entry.lines for entry in entries)
     assert events == sum(entry.events for entry in entries)
-
     assert common_loop is (loop if count == 1 else ...)
     assert len(queue) == 4
 

@@ -20,7 +20,7 @@ from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock
 from tests.conftest import wait_until
 from tests.store.test_interrupts import Struck, interrupt_at_next, run_and_strike, strides
-from tests.store.writer_scenarios import Disk
+from tests.store.writer_scenarios import WriteFaultFilesystem
 
 TRACED = {group_commit.__file__}
 ROOM = 3  # events of a file
@@ -50,7 +50,7 @@ class Crowd:
     """Coroutines of two loops that wait, and the main thread, which leads."""
 
     def __init__(self, folder: Path, max_bytes: int = 2**20) -> None:
-        outbox_dir = Directory(str(folder), Disk(), ManualClock())
+        outbox_dir = Directory(str(folder), WriteFaultFilesystem(), ManualClock())
         outbox_dir.ensure_usable()
         self.folder = folder
         inbox = SealerInbox()

@@ -50,7 +50,6 @@ def test_the_functions_of_layout_make_names_of_their_kind() -> None:
     assert layout.batch_id(f"{delivered}.zst") == batch
     assert layout.sealed_name(7, "v", f"{delivered}.zst") == f"{layout.sealed_name(7, 'v')}.zst"
     without_time = layout.delivered_name("sealed-bad.ndjson", 5)
-
     assert (layout.batch_id(without_time), layout.sealed_at(without_time), layout.delivered_at(without_time)) == (
         "sealed-bad",
         None,

@@ -1,4 +1,4 @@
-"""`seal.request`: how a command reaches the writers, on a real directory, after a power loss, and on a failing disk."""
+"""`seal.request`, by which a command asks the writers to seal: on a real directory, after a power loss, on a failing disk."""
 
 from __future__ import annotations
 
@@ -30,85 +30,85 @@ OUTBOX_PATH = "/outbox"
 
 @pytest.fixture
 def setup(tmp_path: Path) -> WriterSetup:
-    """A writer whose sealer has had its first round, with room for many events in a file."""
-    made = WriterSetup(tmp_path / "box", batch_size=1000)
-    made.sealer.step()
-    return made
+    """A writer whose sealer has run once, with room for many events in a segment."""
+    setup = WriterSetup(tmp_path / "box", batch_size=1000)
+    setup.sealer.step()
+    return setup
 
 
-def later(setup: WriterSetup) -> None:
-    """The next time that the sealer looks."""
+def step_after_poll_interval(setup: WriterSetup) -> None:
+    """Run the sealer when its next poll is due."""
     setup.clock.advance(REQUEST_POLL_S)
     setup.sealer.step()
 
 
 def active_and_sealed(setup: WriterSetup) -> tuple[int, int]:
-    """How many files of these kinds hold something."""
+    """The numbers of non-empty active and of sealed files."""
     account = setup.outbox_dir.disk_usage()
     return account.active_files, account.sealed_files
 
 
 def check(setup: WriterSetup) -> None:
-    """Every event is where it belongs."""
+    """Check all counts and files, after the request file was removed."""
     Path(setup.outbox_dir.path_of(layout.SEAL_REQUEST)).unlink()
     setup.check()
 
 
 def test_a_request_seals_the_active_segment_within_a_quarter_of_a_second(setup: WriterSetup) -> None:
-    """Once, with the reason "manual"."""
+    """It is sealed once, with the reason "manual"."""
     setup.put()
     assert setup.sealer.step() <= REQUEST_POLL_S
     request_seal(setup.outbox_dir, setup.clock)
-    later(setup)
+    step_after_poll_interval(setup)
     assert active_and_sealed(setup) == (0, 1)
     assert setup.sealer.sealed["manual"] == 1
     setup.put()
-    later(setup)
-    later(setup)
+    step_after_poll_interval(setup)
+    step_after_poll_interval(setup)
     assert active_and_sealed(setup) == (1, 1)
     check(setup)
 
 
-def test_a_request_directly_after_another_one_counts(setup: WriterSetup) -> None:
-    """Within one tick of the clock too."""
+def test_a_request_directly_after_another_is_handled(setup: WriterSetup) -> None:
+    """Even within one tick of the clock."""
     for number in range(1, 4):
         setup.put()
         request_seal(setup.outbox_dir, setup.clock)
-        later(setup)
+        step_after_poll_interval(setup)
         assert active_and_sealed(setup) == (0, number)
     assert len((Path(setup.outbox_dir.path) / layout.SEAL_REQUEST).read_bytes().splitlines()) == 1
 
 
 def test_a_writer_ignores_requests_from_before_its_start(tmp_path: Path) -> None:
-    """And a request during an idle time does not seal the next segment early."""
+    """A request while there are no events does not seal the next segment early."""
     setup = WriterSetup(tmp_path / "box", batch_size=1000)
     request_seal(setup.outbox_dir, setup.clock)
     setup.sealer.step()
     setup.put()
-    later(setup)
+    step_after_poll_interval(setup)
     assert active_and_sealed(setup) == (1, 0)
     request_seal(setup.outbox_dir, setup.clock)
-    later(setup)
+    step_after_poll_interval(setup)
     request_seal(setup.outbox_dir, setup.clock)
-    later(setup)
+    step_after_poll_interval(setup)
     setup.put()
-    later(setup)
+    step_after_poll_interval(setup)
     assert active_and_sealed(setup) == (1, 1)
 
 
 def test_an_idle_sealer_does_not_poll_for_requests(setup: WriterSetup) -> None:
-    """An idle process sleeps as long as before."""
+    """An idle process is not woken more often."""
     assert setup.sealer.step() > REQUEST_POLL_S
 
 
-def test_rounds_in_close_succession_read_the_file_once(setup: WriterSetup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy writer has hundreds of rounds a second."""
+def test_the_request_file_is_read_once_in_a_poll_interval(setup: WriterSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sealer of a busy writer runs hundreds of times a second."""
     opened: list[str] = []
-    real = setup.disk.open_existing
+    original = setup.disk.open_existing
 
     def open_existing(path: str) -> int:
         opened.append(path)
-        return real(path)
+        return original(path)
 
     monkeypatch.setattr(setup.disk, "open_existing", open_existing)
     for _ in range(100):
@@ -119,22 +119,22 @@ def test_rounds_in_close_succession_read_the_file_once(setup: WriterSetup, monke
 
 
 def test_a_request_during_an_append_is_handled_after_it(setup: WriterSetup) -> None:
-    """The sealer tries again in its next round."""
+    """The sealer tries again the next time it runs."""
     setup.put()
     request_seal(setup.outbox_dir, setup.clock)
     with setup.writer.lock:
-        limit, setup.writer._limit = setup.writer._limit, -1  # as an append that is under way leaves it
+        limit, setup.writer._limit = setup.writer._limit, -1  # as during an append
         setup.writer._append_interrupted = False
         assert not setup.writer.rotate("manual")
         setup.writer._limit = limit
-    later(setup)
+    step_after_poll_interval(setup)
     assert active_and_sealed(setup) == (0, 1)
     check(setup)
 
 
 @pytest.mark.parametrize("planted", ["link", "directory", "pipe", "large", "rubbish"])
-def test_a_planted_request_file_harms_no_writer(setup: WriterSetup, planted: str) -> None:
-    """It neither blocks, nor is followed, nor is read without a bound; the command gets an error."""
+def test_a_planted_request_file_does_not_affect_writers(setup: WriterSetup, planted: str) -> None:
+    """It does not block, is not followed, and is read up to a limit. The command gets an error."""
     path = Path(setup.outbox_dir.path_of(layout.SEAL_REQUEST))
     setup.put()
     if planted == "link":
@@ -145,7 +145,7 @@ def test_a_planted_request_file_harms_no_writer(setup: WriterSetup, planted: str
         os.mkfifo(path)
     else:
         path.write_bytes(b"x" * 10_000_000 if planted == "large" else b"\0\xff{")
-    later(setup)
+    step_after_poll_interval(setup)
     setup.put()
     if planted in ("link", "directory", "pipe"):
         assert active_and_sealed(setup) == (1, 0)
@@ -154,7 +154,7 @@ def test_a_planted_request_file_harms_no_writer(setup: WriterSetup, planted: str
     else:
         request_seal(setup.outbox_dir, setup.clock)
         assert path.stat().st_size < 200
-        later(setup)
+        step_after_poll_interval(setup)
         assert active_and_sealed(setup)[0] == 0
     if planted == "directory":
         path.rmdir()
@@ -162,8 +162,8 @@ def test_a_planted_request_file_harms_no_writer(setup: WriterSetup, planted: str
     check(setup)
 
 
-class Process:
-    """A process that writes, on a disk of the test's."""
+class SimulatedWriterProcess:
+    """A writer process on a simulated disk."""
 
     def __init__(self, disk: Filesystem, clock: ManualClock) -> None:
         numbers = itertools.count()
@@ -177,44 +177,44 @@ class Process:
         self.writer.start(0, 0)
         self.sealer.step()
 
-    def later(self) -> None:
+    def step_after_poll_interval(self) -> None:
         self.clock.advance(REQUEST_POLL_S)
         self.sealer.step()
 
 
-def held(disk: Disk) -> int:
-    """How many events are on a disk, in files that mean something."""
+def count_events(disk: Disk) -> int:
+    """The number of events in the files of a disk."""
     return sum(
         data.count(b"\n") for path, data in disk.files.items() if layout.kind_of(path.rpartition("/")[2]) is not Kind.OTHER
     )
 
 
-def test_whatever_a_power_loss_leaves_of_a_request_the_next_one_is_handled() -> None:
-    """Torn, of NUL bytes, old, or missing: sealed batches are kept, and a segment is sealed on request."""
+def test_the_next_request_is_handled_in_every_state_after_a_power_loss() -> None:
+    """The request file may be torn, filled with NUL bytes, old or missing. Batches are kept, and the next request seals."""
     disk, clock = Disk(), ManualClock()
-    first = Process(CrashFilesystem(disk), clock)
-    survivors, looked = DurabilityModel(), 0
+    first = SimulatedWriterProcess(CrashFilesystem(disk), clock)
+    model, applied = DurabilityModel(), 0
     for sealed in range(1, 4):
         first.writer.append(LINE, 1)
         request_seal(first.outbox_dir, clock)
-        first.later()
-        for op in disk.trace[looked:]:
-            survivors.apply(op)
-        looked = len(disk.trace)
-        for state in survivors.states(tears=(1, -1)):
-            left = Disk(state)
-            again = Process(CrashFilesystem(left), ManualClock())
-            assert held(left) == sealed
-            again.writer.append(LINE, 1)
-            request_seal(again.outbox_dir, again.clock)
-            again.later()
-            assert (held(left), again.writer.active_segment()) == (sealed + 1, None)
+        first.step_after_poll_interval()
+        for op in disk.trace[applied:]:
+            model.apply(op)
+        applied = len(disk.trace)
+        for state in model.states(tears=(1, -1)):
+            disk_after = Disk(state)
+            second = SimulatedWriterProcess(CrashFilesystem(disk_after), ManualClock())
+            assert count_events(disk_after) == sealed
+            second.writer.append(LINE, 1)
+            request_seal(second.outbox_dir, second.clock)
+            second.step_after_poll_interval()
+            assert (count_events(disk_after), second.writer.active_segment()) == (sealed + 1, None)
 
 
 @pytest.mark.parametrize("verb", ["open_existing", "read_at"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE])
 def test_an_unreadable_request_file_does_not_prevent_sealing(tmp_path: Path, verb: str, code: int) -> None:
-    """Segments are sealed by age as before, and nothing is logged."""
+    """Segments are still sealed by age. The request is handled once the file is readable."""
     clock = ManualClock()
     disk = FaultFilesystem(OsFilesystem())
     outbox_dir = Directory(str(tmp_path / "box"), disk, clock)
@@ -238,12 +238,12 @@ def test_an_unreadable_request_file_does_not_prevent_sealing(tmp_path: Path, ver
     disk.counter.clear_faults()
     clock.advance(REQUEST_POLL_S)
     sealer.step()
-    assert outbox_dir.disk_usage().sealed_files == 2  # the request of before, which it could not see
+    assert outbox_dir.disk_usage().sealed_files == 2  # the earlier request, which could not be read
 
 
 @pytest.mark.parametrize("verb", ["open_lock_file", "overwrite"])
 def test_a_command_that_cannot_write_its_request_gets_the_error(tmp_path: Path, verb: str) -> None:
-    """No descriptor stays open."""
+    """It leaves no descriptor open."""
     real = OsFilesystem()
     outbox_dir = Directory(
         str(tmp_path / "box"), FaultFilesystem(real, Fault(verb, 1, errno.ENOSPC, permanent=True)), ManualClock()

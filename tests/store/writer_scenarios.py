@@ -1,4 +1,4 @@
-"""A writer with its hot path and its sealer on a real directory, and the scenarios in which it is struck."""
+"""A writer with its hot path and its sealer on a real directory, and the scenarios that the tests interrupt."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Numbered(msgspec.Struct):
     n: int
 
 
-class Disk(OsFilesystem):
-    """A real one that syncs nothing, and whose next write may be short, fail, or be interrupted after some bytes."""
+class WriteFaultFilesystem(OsFilesystem):
+    """Syncs nothing. Its next write may be short, fail, or be interrupted after some bytes."""
 
     short: int | None = None
     error: int = 0
     interrupted: int | None = None
-    meanwhile: Callable[[], object] | None = None  # happens when a part of the next write is done
+    meanwhile: Callable[[], object] | None = None  # called after a part of the next write
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ class Disk(OsFilesystem):
             count, self.short = self.short, None
             return os.write(fd, data[:count])
         if self.meanwhile is not None:
-            happen, self.meanwhile = self.meanwhile, None
+            callback, self.meanwhile = self.meanwhile, None
             count = os.write(fd, data[:7])
-            happen()
+            callback()
             return count + os.write(fd, data[count:])
         if self.interrupted is not None:
             count, self.interrupted = self.interrupted, None
@@ -71,16 +71,16 @@ class Disk(OsFilesystem):
 
 
 class WriterSetup:
-    """A writer with its hot path and its sealer, what was attempted, and what was answered."""
+    """A writer with its hot path and its sealer, and the events that were attempted, accepted and dropped."""
 
     def __init__(self, folder: Path, clock: Clock | None = None, *, compiled: bool = True, **limits: int) -> None:
-        self.disk = Disk()
+        self.disk = WriteFaultFilesystem()
         self.clock = ManualClock()
         self.outbox_dir = Directory(str(folder), self.disk, clock or self.clock)
         self.outbox_dir.ensure_usable()
-        chosen = WriterLimits(**(LIMITS | limits))
+        writer_limits = WriterLimits(**(LIMITS | limits))
         inbox = SealerInbox()
-        self.writer = Writer(self.outbox_dir, chosen, inbox.wake)
+        self.writer = Writer(self.outbox_dir, writer_limits, inbox.wake)
         self.sealer = Sealer(self.outbox_dir, self.writer, inbox, clock or self.clock, 1.0, lambda: None, min_free_bytes=0)
         self.writer.start(0, 0)
         self.next_number = itertools.count().__next__
@@ -119,7 +119,7 @@ class WriterSetup:
         return outcome
 
     def put_inner(self) -> None:
-        """What a handler does."""
+        """Store an event as a signal handler, finalizer or log handler does."""
         self.put(self.next_inner())
 
     def put_many(self, count: int) -> None:
@@ -130,18 +130,20 @@ class WriterSetup:
             self.accepted += numbers
 
     def files(self) -> dict[str, bytes]:
-        """Everything that is in the directory."""
+        """The contents of all files in the directory, by name."""
         return {name: Path(self.outbox_dir.path_of(name)).read_bytes() for name in sorted(os.listdir(self.outbox_dir.path))}
 
     def check_balance(self) -> None:
-        """What the writer counts is what is on disk."""
-        found = [data for data in self.files().values() if data]
-        lines = sum(data.count(b"\n") for data in found)
-        counted = self.writer.pending_counts()
-        assert counted == (sum(map(len, found)), len(found), lines), f"{counted} != {found}"
+        """Check that the counts of the writer are those of the files."""
+        contents = [data for data in self.files().values() if data]
+        lines = sum(data.count(b"\n") for data in contents)
+        counts = self.writer.pending_counts()
+        assert counts == (sum(map(len, contents)), len(contents), lines), (
+            f"the writer counts {counts}; the files are {contents}"
+        )
 
     def check(self) -> None:
-        """The next appends work, the counts are right, and every acknowledged event is there exactly once."""
+        """Check that the next appends work, the counts are right, and every accepted event is stored exactly once."""
         self.disk.error, self.disk.short, self.disk.interrupted = 0, None, None
         self.make_room()
         assert self.put() == ENQUEUED
@@ -160,11 +162,11 @@ class WriterSetup:
         counts = Counter(payloads)
         assert set(self.accepted) <= set(counts) <= set(self.attempted)
         assert set(counts.values()) == {1}
-        # An interrupt may lose the descriptor of a file that it had made; the next start removes what is empty.
+        # An interrupt may lose the descriptor of a new file; the next start removes empty files.
         assert sum(not data for data in files.values()) <= 1
 
 
-# Scenarios: each prepares a setup and returns what is then struck.
+# Scenarios: each prepares a setup, and returns the action that is interrupted.
 
 Scenario = Callable[[WriterSetup], Callable[[], object]]
 
@@ -178,38 +180,38 @@ def plain_append(setup: WriterSetup) -> Callable[[], object]:
     return setup.put
 
 
-def append_of_many(setup: WriterSetup) -> Callable[[], object]:
+def append_of_several_events(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
     return lambda: setup.put_many(2)
 
 
-def append_that_fills_the_file(setup: WriterSetup) -> Callable[[], object]:
+def append_that_fills_the_segment(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
-    setup.sealer.step()  # opens the spare
+    setup.sealer.step()  # creates the spare
     setup.put()
     return setup.put
 
 
-def append_that_takes_the_last_spare_and_goes_on(setup: WriterSetup) -> Callable[[], object]:
+def append_that_uses_the_last_spare_and_continues(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
     setup.sealer.step()
     return lambda: [setup.put() for _ in range(6)]
 
 
-def append_that_opens_the_next_file_itself(setup: WriterSetup) -> Callable[[], object]:
+def append_that_creates_the_next_segment(setup: WriterSetup) -> Callable[[], object]:
     setup.writer.limits = setup.writer.limits._replace(batch_bytes=80)
     setup.put()
     setup.put()
     return setup.put
 
 
-def append_of_which_a_part_is_written(setup: WriterSetup) -> Callable[[], object]:
+def append_with_a_short_write(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
     setup.disk.short = 7
     return setup.put
 
 
-def slow_append_of_which_a_part_is_written(setup: WriterSetup) -> Callable[[], object]:
+def slow_append_with_a_short_write(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
     setup.disk.short = 7
     return lambda: setup.put_many(2)
@@ -229,7 +231,7 @@ def append_after_an_interrupt(setup: WriterSetup) -> Callable[[], object]:
     return setup.put
 
 
-def append_after_an_interrupt_that_came_late(setup: WriterSetup) -> Callable[[], object]:
+def append_after_an_interrupt_behind_the_write(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
     setup.disk.interrupted = 1000
     with pytest.raises(KeyboardInterrupt):
@@ -255,19 +257,19 @@ def rotation_by_flush_to_a_spare(setup: WriterSetup) -> Callable[[], object]:
     return lambda: (setup.writer.rotate("manual"), setup.put())
 
 
-def round_of_the_sealer_that_opens_spares(setup: WriterSetup) -> Callable[[], object]:
+def sealer_step_that_creates_spares(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
     return setup.sealer.step
 
 
-def round_of_the_sealer_that_seals_by_age(setup: WriterSetup) -> Callable[[], object]:
+def sealer_step_that_seals_by_age(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
     setup.sealer.step()
     setup.clock.advance(10)
     return setup.sealer.step
 
 
-def round_of_the_sealer_that_seals(setup: WriterSetup) -> Callable[[], object]:
+def sealer_step_that_seals(setup: WriterSetup) -> Callable[[], object]:
     for _ in range(4):
         setup.put()
         setup.sealer.step()
@@ -275,7 +277,7 @@ def round_of_the_sealer_that_seals(setup: WriterSetup) -> Callable[[], object]:
     return setup.sealer.step
 
 
-def round_of_the_sealer_that_adds_spares_to_others(setup: WriterSetup) -> Callable[[], object]:
+def sealer_step_that_adds_spares_to_others(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
     setup.sealer.step()
     for count in (3, 7):
@@ -284,11 +286,11 @@ def round_of_the_sealer_that_adds_spares_to_others(setup: WriterSetup) -> Callab
         last = setup.writer.active_segment()
         if count == 3:
             setup.sealer.step()
-    assert (last is not None and last[1], len(setup.writer._spares)) == (2, 1)  # the next one takes the last spare
+    assert (last is not None and last[1], len(setup.writer._spares)) == (2, 1)  # the next append uses the last spare
     return setup.sealer.step
 
 
-def delivery_of_a_file(setup: WriterSetup) -> Callable[[], object]:
+def delivery_of_a_batch(setup: WriterSetup) -> Callable[[], object]:
     setup.put()
     setup.writer.start(100, 1)
     setup.writer.pending_files += 1
@@ -298,24 +300,24 @@ def delivery_of_a_file(setup: WriterSetup) -> Callable[[], object]:
 CALLERS: list[Scenario] = [
     first_append,
     plain_append,
-    append_of_many,
-    append_that_fills_the_file,
-    append_that_takes_the_last_spare_and_goes_on,
-    append_that_opens_the_next_file_itself,
-    append_of_which_a_part_is_written,
-    slow_append_of_which_a_part_is_written,
+    append_of_several_events,
+    append_that_fills_the_segment,
+    append_that_uses_the_last_spare_and_continues,
+    append_that_creates_the_next_segment,
+    append_with_a_short_write,
+    slow_append_with_a_short_write,
     append_that_fails,
     append_after_an_interrupt,
-    append_after_an_interrupt_that_came_late,
+    append_after_an_interrupt_behind_the_write,
     append_above_max_bytes,
     rotation_by_flush,
     rotation_by_flush_to_a_spare,
 ]
-# In the sealer's thread and the deliverer's there are no signals, but garbage is collected in any.
+# The threads of the sealer and of the delivery worker receive no signals, but garbage may be collected in any thread.
 THREADS: list[Scenario] = [
-    round_of_the_sealer_that_opens_spares,
-    round_of_the_sealer_that_seals_by_age,
-    round_of_the_sealer_that_seals,
-    round_of_the_sealer_that_adds_spares_to_others,
-    delivery_of_a_file,
+    sealer_step_that_creates_spares,
+    sealer_step_that_seals_by_age,
+    sealer_step_that_seals,
+    sealer_step_that_adds_spares_to_others,
+    delivery_of_a_batch,
 ]
