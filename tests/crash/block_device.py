@@ -40,7 +40,7 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Op, State
 from pillarbox.testing.durability_model import DurabilityModel
 from tests.crash import simulation
 from tests.crash.enumeration import LETTERS
-from tests.crash.simulation import LOCKS, OUTBOX_PATH, Account, Outcome, World, kind_at
+from tests.crash.simulation import LOCKS, OUTBOX_PATH, Obligations, RecoveryOutcome, SimulationWorld, kind_at
 
 MAKERS: Final = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard"],
@@ -57,11 +57,11 @@ _WAIT_WRITE_WAIT: Final = 7  # for `sync_file_range`: from one end of the file t
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
-class Violation(AssertionError):  # noqa: N818 - reads as the sentence it is
+class BlockDeviceViolation(AssertionError):  # noqa: N818 - reads as the sentence it is
     """The kernel does what the model does not admit, or the store broke a promise."""
 
 
-class Report(NamedTuple):
+class BlockDeviceReport(NamedTuple):
     """What a run did."""
 
     filesystem: str
@@ -97,7 +97,7 @@ def mounted(folder: Path, *arguments: str | Path) -> Iterator[Path]:
             subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-class Medium:
+class LoopDevice:
     """A small file system on a loop device that loses its power when told to."""
 
     def __init__(self, kind: str, directory: Path) -> None:
@@ -160,10 +160,10 @@ def _check(answer: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-class Replay:
+class TraceReplay:
     """Does the operations of a trace on a real file system, in a directory that stands for `OUTBOX_PATH`."""
 
-    def __init__(self, medium: Medium, root: Path, chance: random.Random) -> None:
+    def __init__(self, medium: LoopDevice, root: Path, chance: random.Random) -> None:
         self._medium = medium
         self._root = root
         self._chance = chance
@@ -203,7 +203,7 @@ class Replay:
         elif verb == "sync_directory":
             filesystem.sync_directory(self.at(op.path))
         elif verb != "mark":
-            raise Violation(f"cannot be replayed: {verb}")
+            raise BlockDeviceViolation(f"cannot be replayed: {verb}")
         if self._chance.random() < 0.15:
             self._liberty(op)
 
@@ -218,7 +218,7 @@ class Replay:
         if op.path.rpartition("/")[2] in LOCKS:
             return  # the model leaves them out
         if os.fstat(fd).st_size != op.offset:
-            raise Violation(f"the replay has come off the trace at {op.path}")
+            raise BlockDeviceViolation(f"the replay has come off the trace at {op.path}")
         self._filesystem.write_all(fd, op.data)
 
     def _liberty(self, op: Op) -> None:
@@ -338,38 +338,38 @@ def raw_history(chance: random.Random) -> list[Op]:
     return files.disk.trace
 
 
-def world_history(chance: random.Random) -> tuple[str, list[Op]]:
+def simulated_history(chance: random.Random) -> tuple[str, list[Op]]:
     """A history of the real code on the simulated disk, and its trace."""
     history = "".join(
         chance.choice(LETTERS) + (str(chance.randrange(12)) if chance.random() < 0.1 else "")
         for _ in range(chance.randrange(1, STEPS_MAX))
     )
-    simulated = World()
+    simulated = SimulationWorld()
     simulated.run(history)
     return history, simulated.disk.trace
 
 
-class Cuts:
+class PowerCuts:
     """Replays one history after another on a medium, and cuts its power."""
 
-    def __init__(self, medium: Medium, seed: int) -> None:
+    def __init__(self, medium: LoopDevice, seed: int) -> None:
         self._medium = medium
         self._seed = seed
         self._chance = random.Random(seed)
         self._cuts: Counter[str] = Counter()
         self._histories: set[str] = set()
 
-    def report(self) -> Report:
+    def report(self) -> BlockDeviceReport:
         """The figures so far."""
         cuts = self._cuts
-        return Report(self._medium.kind, self._seed, cuts["all"], cuts["raw"], len(self._histories), cuts["lost"])
+        return BlockDeviceReport(self._medium.kind, self._seed, cuts["all"], cuts["raw"], len(self._histories), cuts["lost"])
 
     def once(self) -> None:
         """Replay one history and cut the power once."""
         chance = random.Random(self._chance.randrange(2**64))
         raw = chance.random() < 0.4
-        history, trace = ("", raw_history(chance)) if raw else world_history(chance)
-        survivors, account = DurabilityModel(ignoring=LOCKS), Account()
+        history, trace = ("", raw_history(chance)) if raw else simulated_history(chance)
+        survivors, account = DurabilityModel(ignoring=LOCKS), Obligations()
         end = chance.randrange(len(trace) + 1)
         for at, op in enumerate(trace[:end]):
             if survivors.unsynced_names > UNSURE_MAX:
@@ -386,11 +386,11 @@ class Cuts:
         self._histories.add(history or repr(trace))
         where = f"{self._medium.kind}, seed {self._seed}, cut {self._cuts['all']}, after operation {end} of {history or trace}"
         if not survivors.admits(state):
-            raise Violation(f"{where}\nthe model does not admit {state}\nafter\n" + "\n".join(map(str, trace[:end])))
+            raise BlockDeviceViolation(f"{where}\nthe model does not admit {state}\nafter\n" + "\n".join(map(str, trace[:end])))
         if not raw:
             problem = simulation.problem_of(state, self._open(root), account, power=True)
             if problem:
-                raise Violation(f"{where}\n{problem}\nleft was {state}")
+                raise BlockDeviceViolation(f"{where}\n{problem}\nleft was {state}")
         shutil.rmtree(root)
 
     def _root(self) -> Path:
@@ -400,7 +400,7 @@ class Cuts:
         return root
 
     def _replay(self, trace: list[Op], root: Path, chance: random.Random) -> None:
-        replay = Replay(self._medium, root, chance)
+        replay = TraceReplay(self._medium, root, chance)
         try:
             for op in trace:
                 replay.do(op)
@@ -414,12 +414,12 @@ class Cuts:
         at = {path: f"{OUTBOX_PATH}/{path.relative_to(root)}" for path in found}
         return {at[path] + "/" if path.is_dir() else at[path]: b"" if path.is_dir() else path.read_bytes() for path in found}
 
-    def _open(self, root: Path) -> Outcome:
+    def _open(self, root: Path) -> RecoveryOutcome:
         """The real code on the real file system opens what is left, delivers it, and leaves nothing behind."""
-        destination = simulation.Destination(Disk())
+        destination = simulation.SimulatedDestination(Disk())
         filesystem = OsFilesystem()
         with mock.patch.object(simulation, "OUTBOX_PATH", str(root)):
-            process = simulation.Process(
+            process = simulation.SimulationProcess(
                 filesystem, map("after-{}".format, itertools.count(1)).__next__, ManualClock(), lambda _: None
             )
             try:
@@ -427,7 +427,7 @@ class Cuts:
                 simulation.deliver(process.directory, destination)
                 process.sealer.seal_remaining()
             except OSError as error:
-                return Outcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
+                return RecoveryOutcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
             finally:
                 filesystem.close_inherited()
         kept: set[int] = set()
@@ -437,7 +437,7 @@ class Cuts:
                 kept |= simulation.numbers_in(data)
             elif kind_at(path) is not Kind.RANGES:
                 problem = f"left behind: {path}"
-        return Outcome(tuple(destination.arrived), frozenset(kept), problem)
+        return RecoveryOutcome(tuple(destination.arrived), frozenset(kept), problem)
 
 
 def run(
@@ -445,11 +445,11 @@ def run(
     seconds: float,
     seed: int,
     directory: Path,
-    progress: Callable[[Report], None] = lambda _: None,
-) -> Report:
+    progress: Callable[[BlockDeviceReport], None] = lambda _: None,
+) -> BlockDeviceReport:
     """Run for about `seconds`; raises `Violation` with what led to it."""
-    with Medium(filesystem, directory) as medium:
-        cuts = Cuts(medium, seed)
+    with LoopDevice(filesystem, directory) as medium:
+        cuts = PowerCuts(medium, seed)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             cuts.once()

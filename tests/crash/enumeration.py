@@ -30,7 +30,17 @@ from typing import Final, NamedTuple
 from pillarbox.store import layout
 from pillarbox.testing.crash import Disk, Op, State
 from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel, Tears
-from tests.crash.simulation import LOCKS, OUTBOX_PATH, STEPS, Account, Outcome, World, problem_of, recover, steps_of
+from tests.crash.simulation import (
+    LOCKS,
+    OUTBOX_PATH,
+    STEPS,
+    Obligations,
+    RecoveryOutcome,
+    SimulationWorld,
+    problem_of,
+    recover,
+    steps_of,
+)
 
 ENDS: Final[Tears] = (1, -1)  # of a write that is torn, with one byte of it there or missing
 STATES_MAX: Final = 200_000  # of a moment; above, so many are chosen
@@ -52,7 +62,7 @@ class Moment(NamedTuple):
 
     at: int  # so many operations are done
     survivors: DurabilityModel
-    account: Account
+    account: Obligations
     power: bool  # lost; otherwise all processes die
     same: bool = False  # no operation since the last moment that power was lost at: only what is owed is another
 
@@ -65,7 +75,7 @@ class Bounds(NamedTuple):
     states_max: int = STATES_MAX
 
 
-class Report(NamedTuple):
+class EnumerationReport(NamedTuple):
     """What was checked."""
 
     histories: int
@@ -86,7 +96,7 @@ class Report(NamedTuple):
         return "\n".join([f"{extent}; {states}; {pace}; {len(self.violations)} violations", *self.violations])
 
 
-def moments(trace: list[Op], start: int, account: Account, survivors: DurabilityModel) -> Iterator[Moment]:
+def moments(trace: list[Op], start: int, account: Obligations, survivors: DurabilityModel) -> Iterator[Moment]:
     """The moments of a trace from an operation on. The objects that are yielded change with the iteration."""
     news, same = True, False
     for at, op in enumerate(trace):
@@ -124,15 +134,15 @@ class Enumeration:
         self.bounds = bounds or Bounds()
         self._judge = judge
         self.known: dict[int, int] = {}  # state -> what came of it
-        self._outcomes: list[Outcome] = []
-        self._numbers: dict[Outcome, int] = {}
+        self._outcomes: list[RecoveryOutcome] = []
+        self._numbers: dict[RecoveryOutcome, int] = {}
         self.histories = self.moments = self.checked = self.in_recovery = self.sampled = 0
         self._examples: dict[int, State] = {}
         self.violations: list[str] = []
 
     def check(self, history: str, chance: random.Random | None = None) -> bool:
         """Check the last step of a history, or with `chance` all of it; whether that step did anything."""
-        world = World()
+        world = SimulationWorld()
         steps = steps_of(history)
         for letter, fuse in steps[:-1]:
             world.step(letter, fuse)
@@ -147,7 +157,7 @@ class Enumeration:
     def check_trace(self, origin: Origin, trace: list[Op], start: int, chance: random.Random | None, steps: int) -> None:
         """Check the moments of a trace from an operation on."""
         deep = chance is None and steps <= self.bounds.in_recovery
-        for moment in moments(trace, start, Account(), DurabilityModel(ignoring=LOCKS)):
+        for moment in moments(trace, start, Obligations(), DurabilityModel(ignoring=LOCKS)):
             self.moments += 1
             states: Iterable[State] = [moment.survivors.complete_state()] if not moment.power else self._some(moment, chance)
             self._check_all(origin, moment, states, deep=deep)
@@ -191,7 +201,7 @@ class Enumeration:
         if moment.power and depth == 0:
             self._examples = fine
 
-    def _number(self, outcome: Outcome) -> int:
+    def _number(self, outcome: RecoveryOutcome) -> int:
         number = self._numbers.setdefault(outcome, len(self._outcomes))
         if number == len(self._outcomes):
             self._outcomes.append(outcome)
@@ -217,7 +227,7 @@ def _crashed(origin: Origin, moment: Moment, state: State) -> Origin:
     return {**origin, "crashes": [*crashes, (moment.at, moment.power, state)]}
 
 
-def reproduce(text: str, world_of: Callable[[Origin], World] = lambda _origin: World()) -> str:
+def reproduce(text: str, world_of: Callable[[Origin], SimulationWorld] = lambda _origin: SimulationWorld()) -> str:
     """What is wrong after the history and the crashes that a violation names; empty if nothing is any more."""
     origin: Origin = ast.literal_eval(text)
     history, crashes = origin["history"], origin["crashes"]
@@ -225,7 +235,7 @@ def reproduce(text: str, world_of: Callable[[Origin], World] = lambda _origin: W
     assert isinstance(crashes, list)
     world = world_of(origin)
     world.run(history)
-    trace, account, problem = world.disk.trace, Account(), "no crash is named"
+    trace, account, problem = world.disk.trace, Obligations(), "no crash is named"
     for depth, (at, power, state) in enumerate(crashes):
         for moment in moments(trace, 0, account, DurabilityModel(ignoring=LOCKS)):
             if (moment.at, moment.power) == (at, power):
@@ -238,11 +248,11 @@ def reproduce(text: str, world_of: Callable[[Origin], World] = lambda _origin: W
     return problem
 
 
-def _recovered(disk: Disk, depth: int) -> Outcome:
+def _recovered(disk: Disk, depth: int) -> RecoveryOutcome:
     try:
         return recover(disk, depth)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
-        return Outcome((), frozenset(), f"the recovery raises {error!r}")
+        return RecoveryOutcome((), frozenset(), f"the recovery raises {error!r}")
 
 
 class Histories:
@@ -278,7 +288,7 @@ def check_by_chance(enumeration: Enumeration, seed: int, until: Callable[[], boo
         enumeration.check("".join(letter + fuse for letter, fuse in zip(letters, fuses, strict=True)), chance)
 
 
-class _Share(NamedTuple):
+class _WorkerShare(NamedTuple):
     """What one worker process does."""
 
     steps: int
@@ -289,16 +299,16 @@ class _Share(NamedTuple):
     bounds: Bounds
 
 
-def _work(share: _Share) -> tuple[Report, bytes]:
+def _work(share: _WorkerShare) -> tuple[EnumerationReport, bytes]:
     """A worker's part of `run`, and the states that it has seen."""
     logging.disable(logging.CRITICAL)
     begin = told = time.monotonic()
     enumeration = Enumeration(share.bounds)
 
-    def report() -> Report:
+    def report() -> EnumerationReport:
         e = enumeration
         counts = (e.histories, histories.complete, e.moments, e.checked, len(e.known), e.in_recovery, e.sampled)
-        return Report(*counts, time.monotonic() - begin, tuple(e.violations))
+        return EnumerationReport(*counts, time.monotonic() - begin, tuple(e.violations))
 
     def until(end: float) -> bool:
         nonlocal told
@@ -317,9 +327,11 @@ def _work(share: _Share) -> tuple[Report, bytes]:
     return report(), array("q", enumeration.known).tobytes()
 
 
-def run(steps: int, seconds: float = math.inf, seed: int = 0, workers: int = 1, bounds: Bounds | None = None) -> Report:
+def run(
+    steps: int, seconds: float = math.inf, seed: int = 0, workers: int = 1, bounds: Bounds | None = None
+) -> EnumerationReport:
     """Check all histories of up to so many steps, and with a time limit random longer ones for the rest of it."""
-    shares = [_Share(steps, seconds, seed, part, workers, bounds or Bounds()) for part in range(workers)]
+    shares = [_WorkerShare(steps, seconds, seed, part, workers, bounds or Bounds()) for part in range(workers)]
     begin = time.monotonic()
     if workers == 1:
         return _work(shares[0])[0]
@@ -330,7 +342,7 @@ def run(steps: int, seconds: float = math.inf, seed: int = 0, workers: int = 1, 
     for _, keys in results:
         states.update(array("q", keys))
     reports = [report for report, _ in results]
-    return Report(
+    return EnumerationReport(
         histories=sum(report.histories for report in reports),
         complete=min(report.complete for report in reports),
         moments=sum(report.moments for report in reports),

@@ -31,7 +31,7 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
 from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel
 from tests.crash.compiled_order import crash_filesystem
 from tests.crash.enumeration import ENDS
-from tests.crash.interleave import OUTBOX_PATH, RULES, Loop
+from tests.crash.interleave import OUTBOX_PATH, RULES, SimulatedEventLoop
 from tests.crash.simulation import number_of, numbers_in, payload_of, steps_of
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.LEDGER_LOCK})
@@ -59,7 +59,7 @@ FEW: Final = 12  # where only so many are looked at
 Arrival = tuple[str, str, int]  # sink, batch id, event
 
 
-class Destination(RecordingSink):
+class FanOutDestination(RecordingSink):
     """Accepts everything, and adds a mark to the trace."""
 
     def __init__(self, disk: Disk, name: str) -> None:
@@ -78,7 +78,7 @@ def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: L
     """One round of the real worker on a queue."""
     worker = Worker(queue, NamedSink(sink, queue.sink), clock, RULES, ledger=ledger)
     worker.end()
-    loop = Loop()
+    loop = SimulatedEventLoop()
     try:
         loop.run_until_complete(worker.run())
     finally:
@@ -86,7 +86,7 @@ def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: L
     return worker.counters
 
 
-class Process:
+class FanOutProcess:
     """A process without threads: writes, seals, fans out, delivers."""
 
     def __init__(self, disk: Disk, filesystem: Filesystem, clock: ManualClock, new_id: Callable[[], str]) -> None:
@@ -140,7 +140,7 @@ class Process:
         for queue in self.directory.queues():
             if queue.sink in sinks:
                 ledger = self.fan_out(sinks).ledger_for(queue)
-                deliver(queue, Destination(self._disk, queue.sink), self._clock, ledger)
+                deliver(queue, FanOutDestination(self._disk, queue.sink), self._clock, ledger)
 
     def remove(self, sink: str) -> None:
         """Remove what is left of a queue."""
@@ -165,7 +165,7 @@ class Process:
 Wrap = Callable[[CrashFilesystem], Filesystem]
 
 
-class World:
+class FanOutWorld:
     """A disk, the process on it, and the sinks."""
 
     def __init__(self, wrap: Wrap = lambda plain: plain) -> None:
@@ -176,16 +176,16 @@ class World:
         self._number = itertools.count(1).__next__
         self._fuse: int | None = None  # operations until the process dies
         self._plain: CrashFilesystem | None = None
-        self._living: Process | None = None
+        self._living: FanOutProcess | None = None
         self.sinks: tuple[str, ...] = FIRST
         self.disk.mark(("sinks", self.sinks))
 
     @property
-    def process(self) -> Process:
+    def process(self) -> FanOutProcess:
         """The process that runs, started if none does."""
         if self._living is None:
             self._plain = crash_filesystem(self.disk, self._before)
-            living = Process(self.disk, self._wrap(self._plain), self.clock, self._new_id)
+            living = FanOutProcess(self.disk, self._wrap(self._plain), self.clock, self._new_id)
             living.start()
             self._living = living
         return self._living
@@ -244,7 +244,7 @@ class World:
         self._plain = self._living = None
 
 
-class Owed:
+class SinkObligations:
     """What is owed to each sink at a moment of a trace, and what has arrived."""
 
     def __init__(self) -> None:
@@ -316,7 +316,7 @@ class Owed:
         return waiting
 
 
-class Outcome(NamedTuple):
+class FanOutRecoveryOutcome(NamedTuple):
     """The result of a recovery."""
 
     arrived: tuple[Arrival, ...]
@@ -334,11 +334,11 @@ def links_of(state: Mapping[str, bytes]) -> dict[str, str]:
     return links
 
 
-def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> Outcome:
+def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> FanOutRecoveryOutcome:
     """Open what a crash has left, deliver it to the sinks, append an event and deliver that too; check the accounts."""
     disk, clock = Disk(state, links_of(state)), ManualClock()
     clock.advance(3600.0)
-    process = Process(disk, crash_filesystem(disk), clock, map("r{:03d}".format, itertools.count(1)).__next__)
+    process = FanOutProcess(disk, crash_filesystem(disk), clock, map("r{:03d}".format, itertools.count(1)).__next__)
     process.start()
     for sink in removed:
         process.remove(sink)
@@ -351,7 +351,7 @@ def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> Out
     process.fan_out_once(sinks)
     process.deliver(sinks)
     arrived = [arrival for op in disk.trace if op.verb == "mark" for arrival in _arrivals(op.note)]
-    return Outcome(tuple(arrived), _left_over(disk, sinks) or _out_of_balance(process.directory))
+    return FanOutRecoveryOutcome(tuple(arrived), _left_over(disk, sinks) or _out_of_balance(process.directory))
 
 
 def _arrivals(what: object) -> list[Arrival]:
@@ -378,7 +378,7 @@ def _out_of_balance(directory: Directory) -> str:
     return ""
 
 
-def problem_of(state: State, outcome: Outcome, owed: Owed, *, power: bool) -> str:
+def problem_of(state: State, outcome: FanOutRecoveryOutcome, owed: SinkObligations, *, power: bool) -> str:
     """What is wrong with the recovery of a state that a crash has left; empty if nothing is."""
     if outcome.problem:
         return outcome.problem
@@ -413,13 +413,13 @@ class Moment(NamedTuple):
 
     at: int
     states: Iterable[State]
-    owed: Owed
+    owed: SinkObligations
     power: bool  # lost; otherwise the process dies
 
 
 def moments(trace: list[Op], most: int = STATES_MAX) -> Iterator[Moment]:
     """All moments, each with at most so many states. The objects that are yielded change with the iteration."""
-    owed, survivors, news = Owed(), DurabilityModel(ignoring=LOCKS), True
+    owed, survivors, news = SinkObligations(), DurabilityModel(ignoring=LOCKS), True
     for at, op in enumerate(trace):
         if news and op.verb in ("mark", "sync_data", "sync_failed", "sync_directory"):
             yield Moment(at, _some(survivors, at, most), owed, power=True)
@@ -444,12 +444,12 @@ class FanOutEnumeration:
 
     def __init__(self) -> None:
         self.checked = 0
-        self.known: dict[int, Outcome] = {}
+        self.known: dict[int, FanOutRecoveryOutcome] = {}
         self.violations: list[str] = []
 
     def check_history(self, history: str, *, few: bool = False) -> None:
         """Check every state at every moment of a history, or a `few`, until one is wrong."""
-        world = World()
+        world = FanOutWorld()
         world.run(history)
         self.check_trace(history, world.disk.trace, few=few)
 

@@ -16,7 +16,7 @@ from pillarbox.testing.crash import Op
 from pillarbox.testing.durability_model import DurabilityModel
 from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultCounter
 from tests.crash.compiled_order import fault_filesystem
-from tests.crash.fanout import LOCKS, Owed, World
+from tests.crash.fanout import LOCKS, FanOutWorld, SinkObligations
 from tests.crash.interleave import OUTBOX_PATH
 from tests.crash.simulation import kind_at, steps_of
 
@@ -27,7 +27,7 @@ HISTORIES: Final = ("aafxfd", "afcfafd", "afxpf", "afrafd", "afav", "afokfd")
 def faults_of(history: str) -> Iterator[Fault]:
     """Each operation of a history failing, in each way."""
     meter = FaultCounter()
-    World(lambda plain: fault_filesystem(plain, meter)).run(history)
+    FanOutWorld(lambda plain: fault_filesystem(plain, meter)).run(history)
     for verb, errnos in VERBS.items():
         for nth, code, for_good in itertools.product(range(1, meter.counts[verb] + 1), errnos, (False, True)):
             yield Fault(verb, nth, code, for_good)
@@ -38,7 +38,7 @@ def faults_of(history: str) -> Iterator[Fault]:
 def check(history: str, fault: Fault) -> tuple[list[Op], str]:
     """What happens with a fault, and what is wrong with it, during it or once the disk works again."""
     meter = FaultCounter(fault)
-    world = World(lambda plain: fault_filesystem(plain, meter))
+    world = FanOutWorld(lambda plain: fault_filesystem(plain, meter))
     problem = ""
     for letter, _ in steps_of(history):
         try:
@@ -58,7 +58,7 @@ def check(history: str, fault: Fault) -> tuple[list[Op], str]:
     return trace, problem or afterwards(world)
 
 
-def _silence(world: World, letter: str) -> str:
+def _silence(world: FanOutWorld, letter: str) -> str:
     """Whether a round of handing over that left a file behind has not said so."""
     waits = [path for path in world.disk.files if kind_at(path) is Kind.SEALED and path.rpartition("/")[0] == OUTBOX_PATH]
     if letter == "f" and waits and world.lives and not world.process.trouble:
@@ -66,9 +66,9 @@ def _silence(world: World, letter: str) -> str:
     return ""
 
 
-def afterwards(world: World) -> str:
+def afterwards(world: FanOutWorld) -> str:
     """What is wrong with what arrived at last."""
-    owed, survivors = Owed(), DurabilityModel(ignoring=LOCKS)
+    owed, survivors = SinkObligations(), DurabilityModel(ignoring=LOCKS)
     for op in world.disk.trace:
         owed.apply(op, lambda path: survivors.complete_state().get(path, b""))
         survivors.apply(op)

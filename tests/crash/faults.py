@@ -18,7 +18,7 @@ from pillarbox.testing.fault import PARTIAL_VERBS, VERBS, Fault, FaultCounter
 from tests.crash.compiled_order import fault_filesystem
 from tests.crash.enumeration import VIOLATIONS_MAX, Bounds, Enumeration, Origin
 from tests.crash.enumeration import reproduce as reproduce_crash
-from tests.crash.simulation import LOCKS, Account, World, kind_at, numbers_in
+from tests.crash.simulation import LOCKS, Obligations, SimulationWorld, kind_at, numbers_in
 
 # Chosen so that each has something that the others have not: rotation, both durabilities, dead letters and quarantine,
 # adoption after a death, a second process, eviction, a close, and two files that are sealed together.
@@ -26,7 +26,7 @@ HISTORIES: Final = ("ararsd", "aasasrsd", "ppsprsd", "mxgrsd", "agkxsd", "AapSsS
 WAIT_S: Final = 120.0  # longer than any pause before something is tried again
 
 
-class Report(NamedTuple):
+class FaultReport(NamedTuple):
     """What was checked."""
 
     faults: int  # runs in which something failed
@@ -41,9 +41,9 @@ class Report(NamedTuple):
         return "\n".join([text, *self.violations])
 
 
-def world_with_faults(counter: FaultCounter) -> World:
+def world_with_faults(counter: FaultCounter) -> SimulationWorld:
     """Processes on a disk that fails as a counter says."""
-    world = World(lambda plain: fault_filesystem(plain, counter))
+    world = SimulationWorld(lambda plain: fault_filesystem(plain, counter))
     world.disk_has_failed = lambda: counter.failures > 0
     # A refused call of which a part is on the disk and cannot be cut off: whoever adopts the file cannot know.
     world.can_truncate = all(fault.verb != "truncate" for fault in counter.faults)
@@ -87,7 +87,7 @@ def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> 
     return True
 
 
-def afterwards(world: World, counter: FaultCounter) -> str:
+def afterwards(world: SimulationWorld, counter: FaultCounter) -> str:
     """What is wrong once the disk works again and the living processes had time to continue."""
     counter.clear_faults()
     for _ in range(2):
@@ -96,7 +96,7 @@ def afterwards(world: World, counter: FaultCounter) -> str:
         world.run("asrSsd")
     if not any(op.note and op.note[0] == "acknowledged" for op in world.disk.trace[start:]):  # type: ignore[index]
         return "nothing is accepted though the disk works again"
-    account, survivors = Account(), DurabilityModel(ignoring=LOCKS)
+    account, survivors = Obligations(), DurabilityModel(ignoring=LOCKS)
     for op in world.disk.trace:
         account.apply(op, lambda path: survivors.complete_state()[path])
         survivors.apply(op)
@@ -131,7 +131,7 @@ def run(
     bounds: Bounds,
     cases: Iterable[tuple[str, tuple[Fault, ...]]],
     until: Callable[[], bool] = lambda: False,
-) -> Report:
+) -> FaultReport:
     """Check histories with their faults; `all_cases` has all of them."""
     enumeration = Enumeration(bounds)
     met = 0
@@ -139,7 +139,7 @@ def run(
         if until() or len(enumeration.violations) >= VIOLATIONS_MAX:
             break
         met += check(enumeration, history, faults)
-    return Report(met, enumeration.checked, len(enumeration.known), tuple(enumeration.violations))
+    return FaultReport(met, enumeration.checked, len(enumeration.known), tuple(enumeration.violations))
 
 
 def all_cases(part: int = 0, parts: int = 1) -> Iterator[tuple[str, tuple[Fault, ...]]]:

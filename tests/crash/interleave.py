@@ -59,7 +59,7 @@ Decision = tuple[int, Literal["go", "kill"], int]  # at which point, which proce
 Schedule = tuple[Decision, ...]
 
 
-class Loop(asyncio.BaseEventLoop):
+class SimulatedEventLoop(asyncio.BaseEventLoop):
     """An event loop without input or output, in which waiting takes no time."""
 
     def __init__(self) -> None:
@@ -85,17 +85,17 @@ def deliver_once(directory: Directory, sink: Sink, clock: Clock, on_gone: Callab
     """One round of the real delivery worker, if it gets the lease: adopt, send, settle."""
     worker = Worker(directory, NamedSink(sink, "test"), clock, RULES, DeliveryCallbacks(on_gone))
     worker.end()
-    loop = Loop()
+    loop = SimulatedEventLoop()
     try:
         loop.run_until_complete(worker.run())
     finally:
         loop.close()
 
 
-class Process:
+class InterleavedProcess:
     """One of the processes: what its program does with the real code."""
 
-    def __init__(self, world: World, number: int) -> None:
+    def __init__(self, world: InterleavingWorld, number: int) -> None:
         self.world = world
         self.number = number
         self.dead = False
@@ -177,13 +177,13 @@ class Process:
 
     def deliver(self) -> None:
         """One round of the real delivery worker, if it gets the lease: adopt, send, settle."""
-        deliver_once(self.directory, Destination(self), self.clock)
+        deliver_once(self.directory, InterleavingDestination(self), self.clock)
 
 
-class Destination(RecordingSink):
+class InterleavingDestination(RecordingSink):
     """Accepts everything, and records it for all processes."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: InterleavedProcess) -> None:
         super().__init__()
         self.process = process
 
@@ -195,13 +195,13 @@ class Destination(RecordingSink):
         return Delivered(len(batch))
 
 
-class World:
+class InterleavingWorld:
     """A disk, the processes on it, and what was accepted and delivered."""
 
     def __init__(self) -> None:
         self.disk = Disk()
         self.interleaved = False
-        self.processes: list[Process] = []
+        self.processes: list[InterleavedProcess] = []
         self.accepted: set[bytes] = set()
         self.attempted: set[bytes] = set()
         self.excused: set[bytes] = set()  # an operator deletes them
@@ -212,7 +212,7 @@ class World:
         self.damaged = b""  # what is to be in quarantine in the end, and nothing else
         self.new_id = map("id-{:04d}".format, itertools.count(1)).__next__
         self._number = itertools.count(1).__next__
-        Process(self, -1).filesystem.make_directory(OUTBOX_PATH)
+        InterleavedProcess(self, -1).filesystem.make_directory(OUTBOX_PATH)
 
     def new_event(self) -> bytes:
         """The JSON of an event that differs from all others."""
@@ -220,9 +220,9 @@ class World:
         self.attempted.add(event)
         return event
 
-    def another(self) -> Process:
+    def another(self) -> InterleavedProcess:
         """A process that is not interleaved."""
-        return Process(self, -1)
+        return InterleavedProcess(self, -1)
 
     def put(self, name: str, events: int, raw: bytes = b"") -> set[bytes]:
         """Create a file that was there before, with events that count as accepted."""
@@ -244,11 +244,11 @@ class World:
         return filesystem.read_all(filesystem.open_existing(f"{OUTBOX_PATH}/{name}", allow_links=True))
 
 
-Program = Callable[[Process], None]
-Scenario = Callable[[World], list[Program]]
+Program = Callable[[InterleavedProcess], None]
+Scenario = Callable[[InterleavingWorld], list[Program]]
 
 
-class Point(NamedTuple):
+class SchedulePoint(NamedTuple):
     """Where a decision may be taken: which process was about to do what, and what else could be decided there."""
 
     process: int
@@ -256,14 +256,14 @@ class Point(NamedTuple):
     others: tuple[Decision, ...]
 
 
-class Run(NamedTuple):
+class ScheduleResult(NamedTuple):
     """The result of one schedule."""
 
-    points: list[Point]
+    points: list[SchedulePoint]
     troubles: list[str]
 
 
-class Report(NamedTuple):
+class InterleavingReport(NamedTuple):
     """The results of many schedules."""
 
     schedules: int
@@ -280,14 +280,14 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def run_schedule(scenario: Scenario, schedule: Schedule) -> Run:
+def run_schedule(scenario: Scenario, schedule: Schedule) -> ScheduleResult:
     """Run the processes of a scenario as the schedule says, then recover and find what is wrong."""
-    world = World()
+    world = InterleavingWorld()
     programs = scenario(world)
     troubles: list[str] = []
     decided = {point: (what, who) for point, what, who in schedule}
-    points: list[Point] = []
-    world.processes = [Process(world, number) for number in range(len(programs))]
+    points: list[SchedulePoint] = []
+    world.processes = [InterleavedProcess(world, number) for number in range(len(programs))]
     threads = [
         greenlet(_guarded(process, program, troubles)) for process, program in zip(world.processes, programs, strict=True)
     ]
@@ -301,7 +301,7 @@ def run_schedule(scenario: Scenario, schedule: Schedule) -> Run:
         # To kill a process that has not begun shows nothing.
         others += [(number, "kill", other) for other in alive if other in begun]
         what, who = decided.get(number, ("go", alive[0] if ended else current))
-        points.append(Point(current, "end" if ended else doing, tuple(one for one in others if one[1:] != (what, who))))
+        points.append(SchedulePoint(current, "end" if ended else doing, tuple(one for one in others if one[1:] != (what, who))))
         if what == "go":
             current = who
             begun.add(who)
@@ -314,10 +314,10 @@ def run_schedule(scenario: Scenario, schedule: Schedule) -> Run:
             alive.remove(who)
     world.interleaved = False
     troubles += world.judge(world, killed=any(what == "kill" for _, what, _ in schedule))
-    return Run(points, troubles)
+    return ScheduleResult(points, troubles)
 
 
-def _guarded(process: Process, program: Program, troubles: list[str]) -> Callable[[], None]:
+def _guarded(process: InterleavedProcess, program: Program, troubles: list[str]) -> Callable[[], None]:
     def run() -> None:
         try:
             program(process)
@@ -329,7 +329,7 @@ def _guarded(process: Process, program: Program, troubles: list[str]) -> Callabl
     return run
 
 
-def violations(world: World, *, killed: bool) -> list[str]:
+def violations(world: InterleavingWorld, *, killed: bool) -> list[str]:
     """What is wrong once a new process has recovered and delivered everything."""
     found: list[str] = []
     last = world.another()
@@ -361,7 +361,7 @@ def violations(world: World, *, killed: bool) -> list[str]:
     return found
 
 
-def within(schedule: Schedule, points: Sequence[Point], preemptions: int, kills: int) -> bool:
+def within(schedule: Schedule, points: Sequence[SchedulePoint], preemptions: int, kills: int) -> bool:
     """Whether a schedule is within the bounds; when a process has ended or was killed, another one continues at no cost."""
     preempted = sum(what == "go" and points[number].doing not in ("end", "begin") for number, what, _ in schedule)
     return preempted <= preemptions and sum(what == "kill" for _, what, _ in schedule) <= kills
@@ -369,7 +369,7 @@ def within(schedule: Schedule, points: Sequence[Point], preemptions: int, kills:
 
 def explore(
     scenario: Scenario, preemptions: int = PREEMPTIONS, kills: int = KILLS, seconds: float | None = None, seed: int = 0
-) -> Report:
+) -> InterleavingReport:
     """Run every schedule within the bounds; with `seconds`, in an order that the seed decides, and no longer than that."""
     chance = random.Random(seed)
     deadline = None if seconds is None else time.monotonic() + seconds
@@ -391,7 +391,7 @@ def explore(
             for point in ran.points[first:]:
                 longer = [(*schedule, decision) for decision in point.others]
                 waiting += [one for one in longer if within(one, ran.points, preemptions, kills)]
-    return Report(schedules, points, not waiting, found)
+    return InterleavingReport(schedules, points, not waiting, found)
 
 
 @contextlib.contextmanager
@@ -419,80 +419,80 @@ def reproduce(name: str, schedule: Schedule) -> list[str]:
 # Scenarios: each prepares the world and says what its processes do.
 
 
-def two_start_and_adopt_the_same_file(world: World) -> list[Program]:
+def two_start_and_adopt_the_same_file(world: InterleavingWorld) -> list[Program]:
     world.another().die_with(2)
     return [lambda one: one.write(1), lambda two: two.write(1)]
 
 
-def one_begins_files_while_another_recovers(world: World) -> list[Program]:
-    def recover_twice(process: Process) -> None:
+def one_begins_files_while_another_recovers(world: InterleavingWorld) -> list[Program]:
+    def recover_twice(process: InterleavedProcess) -> None:
         process.adopt()
         process.adopt()
 
     return [lambda one: one.write(1, 2), recover_twice]
 
 
-def one_adopts_while_another_delivers(world: World) -> list[Program]:
+def one_adopts_while_another_delivers(world: InterleavingWorld) -> list[Program]:
     world.another().die_with(1)
     world.put(layout.sealed_name(1, "old"), 1)
-    return [Process.adopt, Process.deliver]
+    return [InterleavedProcess.adopt, InterleavedProcess.deliver]
 
 
-def two_deliver(world: World) -> list[Program]:
+def two_deliver(world: InterleavingWorld) -> list[Program]:
     world.put(layout.sealed_name(1, "a"), 2)
     world.put(layout.sealed_name(2, "b"), 1)
-    return [Process.deliver, Process.deliver]
+    return [InterleavedProcess.deliver, InterleavedProcess.deliver]
 
 
-def two_deliver_what_a_third_writes(world: World) -> list[Program]:
-    return [lambda one: one.write(1), Process.deliver, Process.deliver]
+def two_deliver_what_a_third_writes(world: InterleavingWorld) -> list[Program]:
+    return [lambda one: one.write(1), InterleavedProcess.deliver, InterleavedProcess.deliver]
 
 
-def one_writes_and_the_others_adopt_and_deliver(world: World) -> list[Program]:
+def one_writes_and_the_others_adopt_and_deliver(world: InterleavingWorld) -> list[Program]:
     world.another().die_with(1)
-    return [lambda one: one.write(1), Process.adopt, Process.deliver]
+    return [lambda one: one.write(1), InterleavedProcess.adopt, InterleavedProcess.deliver]
 
 
-def two_adopt_what_the_older_system_left(world: World) -> list[Program]:
+def two_adopt_what_the_older_system_left(world: InterleavingWorld) -> list[Program]:
     world.put(layout.LEGACY_ACTIVE, 2)
-    return [lambda one: one.write(1), Process.adopt]
+    return [lambda one: one.write(1), InterleavedProcess.adopt]
 
 
-def one_adopts_what_the_older_system_left_and_another_delivers(world: World) -> list[Program]:
+def one_adopts_what_the_older_system_left_and_another_delivers(world: InterleavingWorld) -> list[Program]:
     world.put(layout.LEGACY_ACTIVE, 2)
-    return [Process.adopt, Process.deliver]
+    return [InterleavedProcess.adopt, InterleavedProcess.deliver]
 
 
-def one_delivers_what_an_operator_deletes(world: World) -> list[Program]:
+def one_delivers_what_an_operator_deletes(world: InterleavingWorld) -> list[Program]:
     name = layout.sealed_name(1, "a")
     world.excused |= world.put(name, 2)
     world.put(layout.sealed_name(2, "b"), 1)
-    return [Process.deliver, lambda operator: operator.directory.remove(name)]
+    return [InterleavedProcess.deliver, lambda operator: operator.directory.remove(name)]
 
 
-def one_evicts_while_another_delivers(world: World) -> list[Program]:
+def one_evicts_while_another_delivers(world: InterleavingWorld) -> list[Program]:
     for stamp in (1, 2, 3):
         world.put(layout.sealed_name(stamp, "a"), 1)
-    return [lambda one: one.write(1, evict_above=110), Process.deliver]
+    return [lambda one: one.write(1, evict_above=110), InterleavedProcess.deliver]
 
 
-def two_evict(world: World) -> list[Program]:
+def two_evict(world: InterleavingWorld) -> list[Program]:
     for stamp in (1, 2, 3):
         world.put(layout.sealed_name(stamp, "a"), 1)
     return [lambda one: one.write(1, evict_above=110), lambda two: two.write(1, evict_above=110)]
 
 
-def two_deliver_what_is_damaged(world: World) -> list[Program]:
+def two_deliver_what_is_damaged(world: InterleavingWorld) -> list[Program]:
     name = layout.sealed_name(1, "a")
     world.put(name, 1, raw=b"rubbish\n")
     world.damaged = b"rubbish\n"
-    return [Process.deliver, Process.deliver]
+    return [InterleavedProcess.deliver, InterleavedProcess.deliver]
 
 
-def one_adopts_what_is_torn_and_another_delivers(world: World) -> list[Program]:
+def one_adopts_what_is_torn_and_another_delivers(world: InterleavingWorld) -> list[Program]:
     world.put(layout.active_name("dead", 1), 2, raw=b'{"event":{"n"')
     world.damaged = b'{"event":{"n"'
-    return [Process.adopt, Process.deliver]
+    return [InterleavedProcess.adopt, InterleavedProcess.deliver]
 
 
 SCENARIOS: Final[list[Scenario]] = [
@@ -512,11 +512,11 @@ SCENARIOS: Final[list[Scenario]] = [
 ]
 
 
-def run(seconds: float | None = None, seed: int = 0, preemptions: int = PREEMPTIONS, kills: int = KILLS) -> Report:
+def run(seconds: float | None = None, seed: int = 0, preemptions: int = PREEMPTIONS, kills: int = KILLS) -> InterleavingReport:
     """Run every scenario; with `seconds`, each for its share of them."""
     share = None if seconds is None else seconds / len(SCENARIOS)
     reports = [explore(scenario, preemptions, kills, share, seed) for scenario in SCENARIOS]
-    return Report(
+    return InterleavingReport(
         sum(report.schedules for report in reports),
         sum(report.points for report in reports),
         all(report.complete for report in reports),

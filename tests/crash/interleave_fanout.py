@@ -12,13 +12,13 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.testing import RecordingSink
-from tests.crash.interleave import Process, Program, World, deliver_once
+from tests.crash.interleave import InterleavedProcess, InterleavingWorld, Program, deliver_once
 
 SINKS = ("a", "b")
 ROUNDS = 3  # of the last process, after which nothing may wait
 
 
-class FanOutWithoutAccount(FanOut):
+class FanOutWithoutLedgers(FanOut):
     """The real one but for the ledgers, whose many operations say nothing here."""
 
     def _write_ledgers(self, *_: object) -> None:
@@ -28,10 +28,10 @@ class FanOutWithoutAccount(FanOut):
         pass
 
 
-class Destination(RecordingSink):
+class QueueDestination(RecordingSink):
     """Takes everything, and remembers for the whole world."""
 
-    def __init__(self, process: Process, sink: str) -> None:
+    def __init__(self, process: InterleavedProcess, sink: str) -> None:
         super().__init__()
         self._process = process
         self._sink = sink
@@ -42,21 +42,21 @@ class Destination(RecordingSink):
         return Delivered(len(batch))
 
 
-def hand_over(process: Process, sinks: Sequence[str] = SINKS) -> None:
+def hand_over(process: InterleavedProcess, sinks: Sequence[str] = SINKS) -> None:
     """A round of handing over."""
-    FanOutWithoutAccount(
+    FanOutWithoutLedgers(
         process.directory, sinks, process.clock, LedgerWriter(process.directory, process.clock)
     ).distribute_all()
 
 
-def deliver(process: Process, sink: str) -> None:
+def deliver(process: InterleavedProcess, sink: str) -> None:
     """A round of the real deliverer of one queue, if it is there."""
     for queue in process.directory.queues():
         if queue.sink == sink:
-            deliver_once(queue, Destination(process, sink), process.clock)
+            deliver_once(queue, QueueDestination(process, sink), process.clock)
 
 
-def violations(world: World, *, killed: bool) -> list[str]:
+def violations(world: InterleavingWorld, *, killed: bool) -> list[str]:
     """What must not be, once a new process has handed over and delivered everything."""
     last, sinks = world.another(), (*SINKS, *world.more_sinks)
     for _ in range(ROUNDS):
@@ -92,26 +92,26 @@ def _left(directory: Directory) -> list[str]:
     return files + sorted(directory.requested_queues())
 
 
-def _prepare(world: World, *, queues: bool) -> None:
+def _prepare(world: InterleavingWorld, *, queues: bool) -> None:
     world.judge = violations
     if queues:
         hand_over(world.another())
 
 
-def one_hands_over_while_each_sink_is_delivered(world: World) -> list[Program]:
+def one_hands_over_while_each_sink_is_delivered(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=True)
     world.put(layout.sealed_name(1, "x"), 1)
     world.put(layout.sealed_name(2, "x"), 1)
     return [hand_over, lambda two: deliver(two, "a"), lambda three: deliver(three, "b")]
 
 
-def the_first_queues_are_made_while_one_is_delivered(world: World) -> list[Program]:
+def the_first_queues_are_made_while_one_is_delivered(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=False)
     world.put(layout.sealed_name(1, "x"), 1)
-    return [hand_over, lambda two: deliver(two, "a"), Process.adopt]
+    return [hand_over, lambda two: deliver(two, "a"), InterleavedProcess.adopt]
 
 
-def a_sink_is_added_while_others_are_delivered(world: World) -> list[Program]:
+def a_sink_is_added_while_others_are_delivered(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=True)
     world.put(layout.sealed_name(1, "x"), 1)
     hand_over(world.another())
@@ -121,14 +121,14 @@ def a_sink_is_added_while_others_are_delivered(world: World) -> list[Program]:
     return [lambda one: hand_over(one, (*SINKS, "c")), lambda two: deliver(two, "a"), lambda three: deliver(three, "b")]
 
 
-def one_evicts_while_another_hands_over(world: World) -> list[Program]:
+def one_evicts_while_another_hands_over(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=True)
     for stamp in (1, 2, 3):
         world.excused |= world.put(layout.sealed_name(stamp, "x"), 1)
     return [lambda one: one.write(1, evict_above=110), hand_over]
 
 
-def one_evicts_while_another_delivers_a_queue(world: World) -> list[Program]:
+def one_evicts_while_another_delivers_a_queue(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=True)
     for stamp in (1, 2, 3):
         world.excused |= world.put(layout.sealed_name(stamp, "x"), 1)

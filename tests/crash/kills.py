@@ -64,11 +64,11 @@ _PR_SET_PDEATHSIG: Final = 1  # whoever is killed himself leaves no children tha
 _ID: Final = re.compile(rb'"event_id":"(\d+)-(\d+)"')
 
 
-class Violation(AssertionError):  # noqa: N818 - it is no fault of this program
+class KillViolation(AssertionError):  # noqa: N818 - it is no fault of this program
     """Something was lost, invented, damaged, or could not be opened."""
 
 
-class Report(NamedTuple):
+class KillReport(NamedTuple):
     """What a run did."""
 
     seed: int
@@ -216,7 +216,7 @@ def kill_self_later(chance: random.Random) -> None:
     wrap(verbs, dying)
 
 
-class Life:
+class KilledLife:
     """What a forked child does until it is killed."""
 
     def __init__(
@@ -342,7 +342,7 @@ class _Child(NamedTuple):
     deadline: float  # when it is killed, unless it dies before
 
 
-class Torture:
+class KillTorture:
     """Runs rounds, in directories below `outboxes`. `cut()` is called when all are dead: there the power may fail."""
 
     def __init__(
@@ -396,15 +396,15 @@ class Torture:
         if wrong:
             raise self.violation(wrong)
 
-    def report(self) -> Report:
+    def report(self) -> KillReport:
         """The figures so far."""
         oracle = self.oracle
         figures = oracle.events, oracle.acknowledged, oracle.delivered, oracle.torn, oracle.reordered
-        return Report(self.seed, self.kills, self.rounds, *figures)
+        return KillReport(self.seed, self.kills, self.rounds, *figures)
 
-    def make_life(self, chance: random.Random, note: Callable[[int, int], None] = lambda _number, _state: None) -> Life:
+    def make_life(self, chance: random.Random, note: Callable[[int, int], None] = lambda _number, _state: None) -> KilledLife:
         """The life with the next number."""
-        return Life(self._lives, str(self._outbox), self._database, note, chance, self._power)
+        return KilledLife(self._lives, str(self._outbox), self._database, note, chance, self._power)
 
     def _begin(self, slot: int) -> None:
         self._lives += 1
@@ -442,27 +442,27 @@ class Torture:
         def work() -> None:
             with Outbox(str(self._outbox), f"sqlite:///{self._database}", flush_interval=0.01, min_free_bytes=0) as outbox:
                 if not outbox.flush(DRAIN_S):
-                    raise Violation(f"not drained in {DRAIN_S} s: {outbox.stats()}")
+                    raise KillViolation(f"not drained in {DRAIN_S} s: {outbox.stats()}")
 
         if os.waitstatus_to_exitcode(os.waitpid(fork(self.failures, work), 0)[1]) != 0:
             raise self.violation(["the directory could not be opened and drained"])
 
-    def violation(self, wrong: list[str]) -> Violation:
+    def violation(self, wrong: list[str]) -> KillViolation:
         """The exception to raise, with the seed and the tracebacks of children."""
         traces = [path.read_text() for path in sorted(self.failures.iterdir())]
         more = f"and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         where = f"seed {self.seed}, round {self.rounds}, {self.kills} kills, left as it is in {self._outbox}"
-        return Violation("\n".join([where, *wrong[:20], more, *traces[:3]]))
+        return KillViolation("\n".join([where, *wrong[:20], more, *traces[:3]]))
 
 
 def run(
     seconds: float,
     seed: int,
     directory: Path,
-    progress: Callable[[Report], None] = lambda _: None,
-) -> Report:
+    progress: Callable[[KillReport], None] = lambda _: None,
+) -> KillReport:
     """Torture for about `seconds`; raises `Violation`, and then the directory stays."""
-    torture = Torture(directory, directory / "outboxes", seed, power=0.3, kept=(ACKNOWLEDGED, POWER))
+    torture = KillTorture(directory, directory / "outboxes", seed, power=0.3, kept=(ACKNOWLEDGED, POWER))
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         torture.round(min(ROUND_S, left))

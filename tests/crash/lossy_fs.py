@@ -1,6 +1,6 @@
 """A file system in memory that loses what was not synced, and the torture by SIGKILL on it, with losses of power as well.
 
-`Dropping` is mounted through FUSE by a process of its own. It keeps what a disk would hold beside what programs see; "cut" replaces
+`LossyFilesystem` is mounted through FUSE by a process of its own. It keeps what a disk would hold beside what programs see; "cut" replaces
 the latter by the former. What was not synced is lost as a whole, or each write and each change of a name by itself is applied, lost,
 torn, or applied in size only. Syncs may be made to fail; what they could not write is lost whatever later syncs report. Locks are
 the kernel's own. Real file systems hide a missing sync of a directory; this one does not.
@@ -34,7 +34,7 @@ _ROOT = Path(__file__).parents[2]
 _Pending = tuple[int, bytes | None]  # a write, or a truncation to that size
 
 
-class File:
+class LossyFile:
     """A file: what programs see, what the disk holds, and what was done in between."""
 
     def __init__(self, number: int) -> None:
@@ -86,16 +86,16 @@ def _apply(content: bytearray, offset: int, data: bytes | None) -> None:
         content[offset : offset + len(data)] = data
 
 
-class Folder:
+class LossyFolder:
     """A directory: the names that programs see, those that the disk holds, and the changes in between."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.names: dict[str, File | Folder] = {}
-        self.durable: dict[str, File | Folder] = {}
-        self.pending: list[tuple[str, str, File | Folder]] = []  # (old name, new name, what): none is ""
+        self.names: dict[str, LossyFile | LossyFolder] = {}
+        self.durable: dict[str, LossyFile | LossyFolder] = {}
+        self.pending: list[tuple[str, str, LossyFile | LossyFolder]] = []  # (old name, new name, what): none is ""
 
-    def change(self, old: str, new: str, node: File | Folder) -> None:
+    def change(self, old: str, new: str, node: LossyFile | LossyFolder) -> None:
         """Create (no old name), remove (no new name), or rename.
 
         libfuse renames what is removed or replaced while it is open: that is the removal, and part of what replaces it.
@@ -108,7 +108,7 @@ class Folder:
             self.pending.append((old, "" if new.startswith(_HIDDEN) else new, node))
 
     @staticmethod
-    def _apply(names: dict[str, File | Folder], old: str, new: str, node: File | Folder) -> None:
+    def _apply(names: dict[str, LossyFile | LossyFolder], old: str, new: str, node: LossyFile | LossyFolder) -> None:
         for name in [name for name, named in names.items() if named is node and (new or name == old)]:
             del names[name]  # a file has one name, however the changes before this one ended
         if new:
@@ -131,7 +131,7 @@ class Folder:
             node.cut(chance)
 
 
-class Dropping:
+class LossyFilesystem:
     """The operations of the file system, as mfusepy calls them, and `cut`."""
 
     use_ns = True  # mfusepy asks for it
@@ -141,8 +141,8 @@ class Dropping:
         self._failing = failing
         self._ready = ready
         self._numbers = itertools.count(1).__next__
-        self._root = Folder(self._numbers())
-        self._open: dict[int, File] = {}
+        self._root = LossyFolder(self._numbers())
+        self._open: dict[int, LossyFile] = {}
         self._handles = itertools.count(1).__next__
         self._wrong: list[str] = []
 
@@ -159,35 +159,35 @@ class Dropping:
             raise OSError(errno.ENODATA, "")
         return "\n".join(self._wrong).encode()
 
-    def _unsynced(self, folder: Folder) -> Iterator[str]:
+    def _unsynced(self, folder: LossyFolder) -> Iterator[str]:
         """Files whose name says that they are complete while the disk does not hold all of them."""
         for name, node in folder.names.items():
-            if isinstance(node, Folder):
+            if isinstance(node, LossyFolder):
                 yield from self._unsynced(node)
             elif node.pending and name.startswith(("sealed-", "corrupt-", "dead-")) and not name.endswith(".aside"):
                 yield f"{name} has its name before the disk has its data"
 
-    def _find(self, path: str) -> File | Folder:
-        node: File | Folder = self._root
+    def _find(self, path: str) -> LossyFile | LossyFolder:
+        node: LossyFile | LossyFolder = self._root
         for name in path.split("/")[1:] if path != "/" else []:
-            if not isinstance(node, Folder) or name not in node.names:
+            if not isinstance(node, LossyFolder) or name not in node.names:
                 raise OSError(errno.ENOENT, "")
             node = node.names[name]
         return node
 
-    def _folder(self, path: str) -> tuple[Folder, str]:
+    def _folder(self, path: str) -> tuple[LossyFolder, str]:
         above, _, name = path.rpartition("/")
         node = self._find(above or "/")
-        assert isinstance(node, Folder)
+        assert isinstance(node, LossyFolder)
         return node, name
 
-    def _make(self, path: str, node: File | Folder) -> None:
+    def _make(self, path: str, node: LossyFile | LossyFolder) -> None:
         folder, name = self._folder(path)
         if name in folder.names:
             raise OSError(errno.EEXIST, "")
         folder.change("", name, node)
 
-    def _handle(self, file: File) -> int:
+    def _handle(self, file: LossyFile) -> int:
         handle = self._handles()
         self._open[handle] = file
         return handle
@@ -202,28 +202,28 @@ class Dropping:
         return found
 
     @staticmethod
-    def _attributes(node: File | Folder) -> dict[str, float]:
-        if isinstance(node, Folder):
+    def _attributes(node: LossyFile | LossyFolder) -> dict[str, float]:
+        if isinstance(node, LossyFolder):
             return {"st_ino": node.number, "st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2}
         return {"st_ino": node.number, "st_mode": stat.S_IFREG | 0o600, "st_nlink": 1, "st_size": len(node.data)}
 
     def readdir(self, path: str, _handle: int) -> list[tuple[str, dict[str, float], int]]:
         node = self._find(path)
-        assert isinstance(node, Folder)
+        assert isinstance(node, LossyFolder)
         found = {".": node, "..": self._root} | node.names
         return [(name, self._attributes(here), 0) for name, here in found.items() if not name.startswith(_HIDDEN)]
 
     def mkdir(self, path: str, _mode: int) -> None:
-        self._make(path, Folder(self._numbers()))
+        self._make(path, LossyFolder(self._numbers()))
 
     def create(self, path: str, _mode: int, _flags: int) -> int:
-        file = File(self._numbers())
+        file = LossyFile(self._numbers())
         self._make(path, file)
         return self._handle(file)
 
     def open(self, path: str, _flags: int) -> int:
         node = self._find(path)
-        assert isinstance(node, File)
+        assert isinstance(node, LossyFile)
         return self._handle(node)
 
     def release(self, _path: str, handle: int) -> None:
@@ -238,7 +238,7 @@ class Dropping:
 
     def truncate(self, path: str, size: int, handle: int | None = None) -> None:
         node = self._open[handle] if handle else self._find(path)
-        assert isinstance(node, File)
+        assert isinstance(node, LossyFile)
         node.change((size, None))
 
     def rename(self, old: str, new: str, _flags: int = 0) -> None:
@@ -265,8 +265,8 @@ class Dropping:
 
     def fsyncdir(self, path: str, _datasync: int, _handle: int) -> None:
         node = self._find(path)
-        assert isinstance(node, Folder)
-        holds_folders = any(isinstance(below, Folder) for below in node.names.values())
+        assert isinstance(node, LossyFolder)
+        holds_folders = any(isinstance(below, LossyFolder) for below in node.names.values())
         if node.pending and not holds_folders and self._fails():  # an outbox whose making fails is rightly refused
             raise OSError(errno.EIO, "")
         node.sync()
@@ -281,7 +281,7 @@ class Dropping:
 def serve(mount: str, seed: int, failing: float) -> None:
     """Serve the file system until it is unmounted."""
     mfusepy: Any = importlib.import_module("mfusepy")  # which has no types
-    dropping = Dropping(seed, failing, lambda: print("ready", flush=True))  # noqa: T201 - the parent waits for it
+    dropping = LossyFilesystem(seed, failing, lambda: print("ready", flush=True))  # noqa: T201 - the parent waits for it
     options: dict[str, Any] = {"attr_timeout": 0, "entry_timeout": 0, "direct_io": True, "use_ino": True}
     mfusepy.FUSE(dropping, mount, foreground=True, nothreads=True, fsname="dropping", **options)
 
@@ -305,7 +305,7 @@ def mounted(mount: Path, seed: int, failing: float = 0.0) -> Iterator[None]:
         assert server.stdout is not None
         try:
             if server.stdout.readline() != "ready\n":
-                raise kills.Violation("the file system could not be mounted")
+                raise kills.KillViolation("the file system could not be mounted")
             yield
         finally:
             subprocess.run(["umount", "--lazy", mount], check=False)
@@ -322,9 +322,9 @@ def run(
     seconds: float,
     seed: int,
     directory: Path,
-    progress: Callable[[kills.Report], None] = lambda _: None,
+    progress: Callable[[kills.KillReport], None] = lambda _: None,
     failing: float = 0.0,
-) -> kills.Report:
+) -> kills.KillReport:
     """Torture for about `seconds`, a cut in each round; raises `Violation`, and then the destination stays."""
     mount = directory / "mount"
     chance = random.Random(f"{seed}/cuts")
@@ -338,7 +338,7 @@ def run(
             raise torture.violation(wrong)
 
     with mounted(mount, seed, failing):
-        torture = kills.Torture(directory, mount / "outboxes", seed, power=0.7, kept=(kills.POWER,), cut=fail)
+        torture = kills.KillTorture(directory, mount / "outboxes", seed, power=0.7, kept=(kills.POWER,), cut=fail)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             torture.round(ROUND_S)
@@ -346,7 +346,7 @@ def run(
     return torture.report()
 
 
-def _die_recovering(torture: kills.Torture, chance: random.Random) -> None:
+def _die_recovering(torture: kills.KillTorture, chance: random.Random) -> None:
     """Open what the loss of power left, and be killed in the middle of it."""
 
     def work() -> None:

@@ -180,7 +180,7 @@ def meanwhile() -> str:
     """Another thread appends while a file is synced; then every state that a crash leaves, of each beginning of some histories."""
     from pillarbox.testing.crash import CrashFilesystem
     from tests.crash.enumeration import ENDS, Bounds, Enumeration
-    from tests.crash.simulation import World
+    from tests.crash.simulation import SimulationWorld
 
     def appending(plain: CrashFilesystem) -> CrashFilesystem:
         def sync_data(fd: int) -> None:
@@ -194,7 +194,7 @@ def meanwhile() -> str:
 
     looked = Enumeration(Bounds(tears=ENDS))
     for history in MEANWHILE:
-        world = World(appending)
+        world = SimulationWorld(appending)
         world._process(1)
         world._processes[1][1].sealer._syncs_spare_names = True  # as with durability "power"
         for letter in history:

@@ -61,7 +61,7 @@ _AFTER: Final = 10**6  # the number of the event that is appended after a recove
 OPERATIONS_MAX: Final = 3000  # of a step on the disk; a few hundred are many
 
 
-class Violation(AssertionError):  # noqa: N818 - reads as the sentence it is
+class SimulationViolation(AssertionError):  # noqa: N818 - reads as the sentence it is
     """Something that must never happen."""
 
 
@@ -90,7 +90,7 @@ def kind_at(path: str) -> Kind:
     return layout.kind_of(path.rpartition("/")[2])
 
 
-class Account:
+class Obligations:
     """What is owed at a moment of a trace. Numbers are of events, and of damaged lines, which go to quarantine.
 
     The trace has marks: offered, acknowledged, promised, refused, delivered, evicting, and that the code reported files as sealed or a
@@ -113,9 +113,9 @@ class Account:
         self._removed: set[int] = set()  # settled with it
         self._doomed: set[int] = set()  # files of which a sync has failed: sealed, they promise nothing new
 
-    def after_crash(self, *, power: bool) -> Account:
+    def after_crash(self, *, power: bool) -> Obligations:
         """What is owed of a state that a crash has left: only what was durable."""
-        other = Account()
+        other = Obligations()
         other.offered, other.delivered, other.evicted = self.offered.copy(), self.delivered.copy(), self.evicted.copy()
         other.promised = (self.promised if power else self.acknowledged).copy()
         other.acknowledged = other.promised.copy()
@@ -163,7 +163,7 @@ class Account:
         return (self.promised if power else self.acknowledged) - self.delivered - self.evicted
 
 
-class Destination:
+class SimulatedDestination:
     """Accepts everything that is not negative."""
 
     capabilities = SinkCapabilities(deduplicates_by="nothing", survives="power")
@@ -204,11 +204,11 @@ def number_of(payload: bytes) -> int:
     """The number of the event that a payload is."""
     found = _NUMBER.fullmatch(payload)
     if found is None:
-        raise Violation(f"this was never enqueued: {payload!r}")
+        raise SimulationViolation(f"this was never enqueued: {payload!r}")
     return int(found[1])
 
 
-class Process:
+class SimulationProcess:
     """A process without threads: directory, writer, sealer, committer, and a worker when it delivers."""
 
     def __init__(
@@ -234,7 +234,7 @@ class Process:
         self.writer.start(account.pending_bytes, account.pending_files)
         self.sealer.adopt_segments()
 
-    def deliver(self, sink: Destination) -> None:
+    def deliver(self, sink: SimulatedDestination) -> None:
         """Deliver everything, with the worker's own loop."""
         deliver_once(self.directory, sink, self._clock, self.writer.release_bytes)
 
@@ -251,14 +251,14 @@ class Process:
 Wrap = Callable[[CrashFilesystem], Filesystem]
 
 
-class World:
+class SimulationWorld:
     """A disk, up to two processes on it, and what happens in a history."""
 
     def __init__(self, wrap: Wrap = lambda plain: plain) -> None:
         self.disk = Disk()
         self.clock = ManualClock()
         self.new_id = map("{:04d}".format, itertools.count(1)).__next__
-        self.destination = Destination(self.disk)
+        self.destination = SimulatedDestination(self.disk)
         self._operations = 0  # of this step
         self.operations_left: int | None = None  # operations until the process dies
         self.can_truncate = True  # whether the disk lets what was refused be cut off
@@ -266,7 +266,7 @@ class World:
         self.disk_has_failed: Callable[[], bool] = lambda: False
         self._wrap = wrap
         self._number = itertools.count(1).__next__
-        self._processes: dict[int, tuple[CrashFilesystem, Process]] = {}
+        self._processes: dict[int, tuple[CrashFilesystem, SimulationProcess]] = {}
 
     def _mark_reported(self, what: str) -> None:
         self.disk.mark(("said", what))
@@ -280,11 +280,11 @@ class World:
             if self.operations_left < 0:
                 raise Killed
 
-    def _process(self, which: int) -> Process | None:
+    def _process(self, which: int) -> SimulationProcess | None:
         """The process, started if it does not run; None if the disk does not let it start."""
         if which not in self._processes:
             plain = crash_filesystem(self.disk, self._before)
-            process = Process(self._wrap(plain), self.new_id, self.clock, self._mark_reported)
+            process = SimulationProcess(self._wrap(plain), self.new_id, self.clock, self._mark_reported)
             self._processes[which] = plain, process
             try:
                 process.start()
@@ -323,11 +323,11 @@ class World:
         finally:
             self.operations_left = None
         if self._operations > OPERATIONS_MAX:
-            raise Violation(f"a step does not come to its end: {letter}")
+            raise SimulationViolation(f"a step does not come to its end: {letter}")
         if letter == "c":
             self.kill(which)
 
-    def _act(self, process: Process, letter: str) -> None:
+    def _act(self, process: SimulationProcess, letter: str) -> None:
         match letter:
             case "a" | "m" | "x" | "g":
                 self._append(process, letter)
@@ -345,7 +345,7 @@ class World:
             case "c":
                 process.sealer.seal_remaining()
 
-    def _append(self, process: Process, letter: str) -> None:
+    def _append(self, process: SimulationProcess, letter: str) -> None:
         sign = -1 if letter == "x" else 1
         numbers = [sign * self._number() for _ in range(2 if letter == "m" else 1)]
         lines = [b"rubbish %d\n" % number if letter == "g" else record.line(payload_of(number)) for number in numbers]
@@ -359,7 +359,7 @@ class World:
         )
         self.disk.mark((answer, set(numbers)))
 
-    def _commit(self, process: Process) -> None:
+    def _commit(self, process: SimulationProcess) -> None:
         number = self._number()
         self.disk.mark(("offered", {number}))
         outcome = process.committer.commit(record.line(payload_of(number)), 1)
@@ -368,7 +368,7 @@ class World:
         if outcome == Enqueued("power"):
             self.disk.mark(("promised", {number}))
 
-    def _evict(self, process: Process) -> None:
+    def _evict(self, process: SimulationProcess) -> None:
         self.disk.mark(("evicting", True))
         try:
             process.evict()
@@ -390,7 +390,7 @@ def steps_of(history: str) -> list[tuple[str, int | None]]:
     return [(letter, int(fuse) if fuse else None) for letter, fuse in found]
 
 
-class Outcome(NamedTuple):
+class RecoveryOutcome(NamedTuple):
     """The result of a recovery."""
 
     arrived: tuple[int, ...]
@@ -398,15 +398,15 @@ class Outcome(NamedTuple):
     problem: str
 
 
-def recover(disk: Disk, depth: int = 0) -> Outcome:
+def recover(disk: Disk, depth: int = 0) -> RecoveryOutcome:
     """Open what a crash has left, twice; deliver it; append an event and deliver that. `depth` recoveries were cut short."""
     clock = ManualClock()
     new_id = map(f"r{depth}-{{:02d}}".format, itertools.count(1)).__next__
     after = _AFTER + depth
-    destination = Destination(disk)
+    destination = SimulatedDestination(disk)
     problem = ""
     try:
-        process = Process(crash_filesystem(disk), new_id, clock, lambda what: disk.mark(("said", what)))
+        process = SimulationProcess(crash_filesystem(disk), new_id, clock, lambda what: disk.mark(("said", what)))
         process.start()
         done = len(disk.trace)
         again = Directory(OUTBOX_PATH, crash_filesystem(disk), clock, new_id)
@@ -425,7 +425,7 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
         process.sealer.seal_remaining()
         deliver(process.directory, destination)
     except OSError as error:
-        return Outcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
+        return RecoveryOutcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
     if tuple(destination.arrived) != (*arrived, after):
         problem = f"an event that is appended after the recovery does not arrive, or not alone: {destination.arrived}"
     left = disk.files
@@ -437,7 +437,7 @@ def recover(disk: Disk, depth: int = 0) -> Outcome:
             kept |= rubbish_in(data)  # an event whose line is damaged is lost
         elif kind_at(path) is not Kind.RANGES:
             problem = f"left behind: {path}"
-    return Outcome(arrived, frozenset(kept), problem or _changed(disk.trace))
+    return RecoveryOutcome(arrived, frozenset(kept), problem or _changed(disk.trace))
 
 
 def _changed(trace: Iterable[Op]) -> str:
@@ -448,14 +448,14 @@ def _changed(trace: Iterable[Op]) -> str:
     return ""
 
 
-def deliver(directory: Directory, destination: Destination) -> None:
+def deliver(directory: Directory, destination: SimulatedDestination) -> None:
     """What the worker does with each sealed file, in its order, but without an event loop."""
     filesystem = directory.filesystem
     recovery.recover(directory)
     for name in directory.batch_names():
         taken = directory.lock_existing(name)
         if taken is None:
-            raise Violation(f"{name} cannot be taken, and nobody else lives")
+            raise SimulationViolation(f"{name} cannot be taken, and nobody else lives")
         data = filesystem.read_all(taken.fd)
         contents = reader.read_lines(data, lambda: None)
         answer = destination.answer(contents.payloads) if contents.payloads else Delivered(0)
@@ -475,7 +475,7 @@ def _letter(payload: bytes, index: int) -> DeadLetter:
     return DeadLetter(msgspec.Raw(payload), NO.code, NO.reason, "sink", index, 1, 0, 0)
 
 
-def problem_of(state: State, outcome: Outcome, account: Account, *, power: bool) -> str:
+def problem_of(state: State, outcome: RecoveryOutcome, account: Obligations, *, power: bool) -> str:
     """What is wrong with a state that a crash has left, or with the result of its recovery; empty if nothing is."""
     if outcome.problem:
         return outcome.problem

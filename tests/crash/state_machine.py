@@ -83,7 +83,7 @@ def pick(disk: Disk, chance: random.Random) -> State:
     return left
 
 
-class Process:
+class MachineProcess:
     """A process on the disk: a file system that may end it, a directory, and a clock."""
 
     def __init__(self, disk: Disk, clock: ManualClock, new_id: Callable[[], str]) -> None:
@@ -114,7 +114,7 @@ class Process:
         self.filesystem.kill()
 
 
-class Application(Process):
+class MachineApplication(MachineProcess):
     """A process that stores events."""
 
     def start(self, on_sealed: Callable[[], None], *, evicts: bool) -> None:
@@ -139,10 +139,10 @@ class Application(Process):
         self.sealer.adopt_segments()
 
 
-class Destination(RecordingSink):
+class ScriptedDestination(RecordingSink):
     """Does as it is told: accepts a batch, fails before or after it has accepted it, or rejects it."""
 
-    def __init__(self, machine: Machine, orders: list[str]) -> None:
+    def __init__(self, machine: OutboxMachine, orders: list[str]) -> None:
         super().__init__()
         self._machine = machine
         self._orders = deque(orders)
@@ -166,7 +166,7 @@ FUSES = st.none() | st.builds(Fuse, st.integers(0, 12) | st.integers(0, OPERATIO
 ORDERS = st.lists(st.sampled_from(["take", "fail", "take and fail", "refuse"]), max_size=4)
 
 
-class Machine(RuleBasedStateMachine):
+class OutboxMachine(RuleBasedStateMachine):
     """The steps."""
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class Machine(RuleBasedStateMachine):
         self.clock = ManualClock()
         self.new_id = map("id-{:04d}".format, itertools.count(1)).__next__
         self._number = itertools.count(1).__next__
-        self.application: Application | None = None
+        self.application: MachineApplication | None = None
         self.evicts = False
         self.attempted: set[bytes] = set()
         self.accepted: set[bytes] = set()  # what the loss of power has taken, it has taken from here too
@@ -194,7 +194,7 @@ class Machine(RuleBasedStateMachine):
 
     # How a call ends.
 
-    def _within(self, process: Process, fuse: Fuse | None, chance: random.Random, call: Callable[[], None]) -> bool:
+    def _within(self, process: MachineProcess, fuse: Fuse | None, chance: random.Random, call: Callable[[], None]) -> bool:
         """Run a call of a process; whether it came to its end."""
         if fuse is not None:
             process.left = fuse.operations
@@ -208,7 +208,7 @@ class Machine(RuleBasedStateMachine):
         process.left = None
         return True
 
-    def _end_of(self, process: Process) -> None:
+    def _end_of(self, process: MachineProcess) -> None:
         process.die()
         self.may_repeat = True
         if process is self.application:
@@ -228,7 +228,7 @@ class Machine(RuleBasedStateMachine):
             if layout.kind_of(path.removeprefix(f"{OUTBOX_PATH}/")) is Kind.SEALED:
                 self.promised.update(reader.read_lines(data, lambda: None).payloads)
 
-    def _note_what_is_evicted(self, process: Process) -> None:
+    def _note_what_is_evicted(self, process: MachineProcess) -> None:
         remove = process.directory.remove
 
         def noting(name: str) -> None:
@@ -244,7 +244,7 @@ class Machine(RuleBasedStateMachine):
     @rule(fuse=FUSES, chance=st.randoms())
     def start(self, fuse: Fuse | None, chance: random.Random) -> None:
         """A process that stores events starts, and adopts what another has left."""
-        application = self.application = Application(self.disk, self.clock, self.new_id)
+        application = self.application = MachineApplication(self.disk, self.clock, self.new_id)
         self._note_what_is_evicted(application)
         self._within(application, fuse, chance, lambda: application.start(self._sealed, evicts=self.evicts))
 
@@ -305,7 +305,7 @@ class Machine(RuleBasedStateMachine):
             application.die()
             self.application = None
 
-    def _running(self) -> Application:
+    def _running(self) -> MachineApplication:
         assert self.application is not None
         return self.application
 
@@ -314,18 +314,18 @@ class Machine(RuleBasedStateMachine):
     @rule(orders=ORDERS, fuse=FUSES, chance=st.randoms())
     def deliver(self, orders: list[str], fuse: Fuse | None, chance: random.Random) -> None:
         """A round of the real delivery worker, in a process of its own."""
-        process = Process(self.disk, self.clock, self.new_id)
+        process = MachineProcess(self.disk, self.clock, self.new_id)
         self._within(process, fuse, chance, lambda: self._deliver(process, orders))
         process.die()
 
-    def _deliver(self, process: Process, orders: list[str]) -> None:
+    def _deliver(self, process: MachineProcess, orders: list[str]) -> None:
         process.account()
-        deliver_once(process.directory, Destination(self, orders), self.clock)
+        deliver_once(process.directory, ScriptedDestination(self, orders), self.clock)
 
     @rule(fuse=FUSES, chance=st.randoms())
     def adopt(self, fuse: Fuse | None, chance: random.Random) -> None:
         """Another process starts, and does no more than that."""
-        process = Process(self.disk, self.clock, self.new_id)
+        process = MachineProcess(self.disk, self.clock, self.new_id)
 
         def call() -> None:
             process.account()
@@ -358,7 +358,7 @@ class Machine(RuleBasedStateMachine):
         if self.application is not None:
             self.application.die()
             self.may_repeat = True
-        last = Process(self.disk, self.clock, self.new_id)
+        last = MachineProcess(self.disk, self.clock, self.new_id)
         self._deliver(last, [])
         last.die()
         batches: dict[bytes, list[str]] = {}
@@ -379,7 +379,7 @@ class Machine(RuleBasedStateMachine):
         found = set()
         for path, data in self.disk.files.items():
             if layout.kind_of(path.removeprefix(f"{OUTBOX_PATH}/")) is Kind.DEAD:
-                found |= {bytes(msgspec.json.decode(line, type=DeadLine).event) for line in data.splitlines()}
+                found |= {bytes(msgspec.json.decode(line, type=DeadLetterLine).event) for line in data.splitlines()}
         return found
 
     def _left(self) -> set[Kind]:
@@ -387,7 +387,7 @@ class Machine(RuleBasedStateMachine):
         return {layout.kind_of(name) for name in names - LOCKS}
 
 
-class DeadLine(msgspec.Struct):
+class DeadLetterLine(msgspec.Struct):
     """The part of a dead letter that is checked."""
 
     event: msgspec.Raw
@@ -406,7 +406,7 @@ def torture(examples: int, number: int | None = None, *, shrink: bool = True) ->
         print_blob=False,
         report_multiple_bugs=False,
     )
-    machine = type(Machine.__name__, (Machine,), {})  # for the seed is written into it
+    machine = type(OutboxMachine.__name__, (OutboxMachine,), {})  # for the seed is written into it
     with _quiet():
         run_state_machine_as_test(seed(number)(machine) if number is not None else machine, settings=chosen)
 

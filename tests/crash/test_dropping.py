@@ -113,7 +113,7 @@ def test_unsynced_writes_are_lost_applied_torn_or_sized() -> None:
     """Each for itself; what was synced before stays, and so does what is synced after a sync in vain."""
     seen = set()
     for seed in range(200):
-        file = lossy_fs.File(1)
+        file = lossy_fs.LossyFile(1)
         file.change((0, b"A"))
         file.sync()
         file.change((1, b"BB"))
@@ -121,7 +121,7 @@ def test_unsynced_writes_are_lost_applied_torn_or_sized() -> None:
         file.cut(random.Random(seed))
         seen.add(bytes(file.data))
     assert {b"A", b"ABB", b"ABBCC", b"A\0\0", b"A\0\0CC", b"AB", b"ABB\0\0", b"ABBC"} <= seen
-    file = lossy_fs.File(1)
+    file = lossy_fs.LossyFile(1)
     file.change((0, b"A"))
     file.sync_in_vain(random.Random(4))
     file.change((1, b"B"))
@@ -150,6 +150,6 @@ def test_what_was_acknowledged_under_power_survives_kills_and_cuts(tmp_path: Pat
     command += ["--seed", "20261", "--directory", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = dict(part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("Report(").rstrip(")").split(", "))
+    figures = dict(part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("KillReport(").rstrip(")").split(", "))
     assert int(figures["rounds"]) >= 5
     assert int(figures["acknowledged"]) > 100

@@ -18,7 +18,7 @@ from pillarbox.testing.crash import CrashFilesystem, Op
 from pillarbox.testing.fault import Fault, FaultCounter
 from tests.crash import fanout, fanout_faults
 from tests.crash.compiled_order import fault_filesystem
-from tests.crash.fanout import FanOutEnumeration, World, moments
+from tests.crash.fanout import FanOutEnumeration, FanOutWorld, moments
 
 # The life of files up to the last sink; later sinks, with what waits and without; one that goes; the first set-up over what
 # waits, active files too; eviction before, between and after; deaths in between.
@@ -98,7 +98,7 @@ def test_what_a_crash_leaves_after_a_fault_is_recovered(verb: str) -> None:
     """No name is removed before the sync that it waits for, if that sync has failed."""
     history, looked = "aafxfd", FanOutEnumeration()
     meter = FaultCounter()
-    World(lambda plain: fault_filesystem(plain, meter)).run(history)
+    FanOutWorld(lambda plain: fault_filesystem(plain, meter)).run(history)
     for nth in range(1, meter.counts[verb] + 1):
         trace, _ = fanout_faults.check(history, Fault(verb, nth, errno.EIO))
         looked.check_trace(f"{history} with {verb} {nth}", trace, few=True, faults=True)
@@ -184,6 +184,6 @@ def test_the_histories_come_by_every_moment_of_handing_over() -> None:
 
 
 def trace_of(history: str) -> list[Op]:
-    world = World()
+    world = FanOutWorld()
     world.run(history)
     return world.disk.trace

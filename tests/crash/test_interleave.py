@@ -117,13 +117,13 @@ def test_a_file_that_is_removed_between_create_and_lock_is_found(monkeypatch: py
 
 def test_a_file_that_is_removed_before_it_is_delivered_is_found_by_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of settlement."""
-    deliver = interleave.Destination.deliver
+    deliver = interleave.InterleavingDestination.deliver
 
-    async def too_late(self: interleave.Destination, batch: Any) -> Any:
+    async def too_late(self: interleave.InterleavingDestination, batch: Any) -> Any:
         self.process.directory.remove(f"{batch.id}.ndjson")
         return await deliver(self, batch)
 
-    monkeypatch.setattr(interleave.Destination, "deliver", too_late)
+    monkeypatch.setattr(interleave.InterleavingDestination, "deliver", too_late)
     assert not explore(interleave.two_deliver, 0, 0).violations
     assert "lost" in found(interleave.two_deliver, 0, 1)
 

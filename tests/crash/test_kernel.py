@@ -37,9 +37,11 @@ def test_what_survives_a_cut_is_what_the_model_admits_and_the_store_keeps_its_wo
 
 def test_a_sync_that_does_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel is never told of the syncs that the model knows of."""
-    do = block_device.Replay.do
-    monkeypatch.setattr(block_device.Replay, "do", lambda replay, op: None if op.verb.startswith("sync") else do(replay, op))
-    with pytest.raises(block_device.Violation, match="does not admit"):
+    do = block_device.TraceReplay.do
+    monkeypatch.setattr(
+        block_device.TraceReplay, "do", lambda replay, op: None if op.verb.startswith("sync") else do(replay, op)
+    )
+    with pytest.raises(block_device.BlockDeviceViolation, match="does not admit"):
         block_device.run("ext4", SECONDS, 1, tmp_path)
 
 
@@ -52,7 +54,7 @@ def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkey
         return {one for one in made if b"\0" not in one}, {one for one in torn if b"\0" not in one}
 
     monkeypatch.setattr(durability_model, "_contents_after", without)
-    with pytest.raises(block_device.Violation, match="does not admit"):
+    with pytest.raises(block_device.BlockDeviceViolation, match="does not admit"):
         block_device.run("ext4", SECONDS, 2, tmp_path)
 
 
@@ -61,7 +63,7 @@ def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tm
     """The kernel wipes the rest of the page; where that is written back and the journal is not, it is all that is left."""
     path = f"{OUTBOX_PATH}/a"
     trace = [Op("found", path, 1, data=b"x" * 100), Op("truncate", path, 1, 40)]
-    with block_device.Medium(filesystem, tmp_path) as medium:
+    with block_device.LoopDevice(filesystem, tmp_path) as medium:
         file = medium.folder / "a"
         file.write_bytes(b"x" * 100)
         medium.write_back()
@@ -87,11 +89,11 @@ def test_a_machine_that_lacks_something_is_a_reason_to_skip_but_not_in_ci(monkey
 
 def test_a_replay_that_comes_off_its_trace_is_found(tmp_path: Path) -> None:
     """Or the comparison would be with another history."""
-    with block_device.Medium("ext4", tmp_path) as medium:
+    with block_device.LoopDevice("ext4", tmp_path) as medium:
         root = medium.folder / "root"
         root.mkdir()
-        replay = block_device.Replay(medium, root, random.Random(1))
+        replay = block_device.TraceReplay(medium, root, random.Random(1))
         replay.do(Op("create", f"{OUTBOX_PATH}/a", 1))
-        with pytest.raises(block_device.Violation, match="come off"):
+        with pytest.raises(block_device.BlockDeviceViolation, match="come off"):
             replay.do(Op("write", f"{OUTBOX_PATH}/a", 1, 7, b"x"))
         replay.close()

@@ -35,7 +35,7 @@ def test_what_was_acknowledged_survives_every_kill(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = dict(part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("Report(").rstrip(")").split(", "))
+    figures = dict(part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("KillReport(").rstrip(")").split(", "))
     assert int(figures["kills"]) >= KILLS_MIN
     assert int(figures["acknowledged"]) > 1_000
     assert int(figures["delivered"]) >= int(figures["acknowledged"])

@@ -20,7 +20,7 @@ from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.segment import Segment, SegmentSyncer
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.durability_model import DurabilityModel
-from tests.crash.state_machine import Fuse, Machine, pick, torture
+from tests.crash.state_machine import Fuse, OutboxMachine, pick, torture
 
 EXAMPLES = 1500  # some ten seconds
 ENOUGH = 3000  # to find what is planted; most are found in the first hundreds
@@ -106,7 +106,7 @@ def test_what_is_planted_is_found(monkeypatch: pytest.MonkeyPatch, plant: Plant)
 def test_a_batch_keeps_its_name_when_the_power_fails_after_it_was_sent() -> None:
     """Its sealer died between rename and sync: another name after the loss of power is another batch to the destination."""
     for killed, cut, number in itertools.product(range(4), range(8, 16), range(4)):
-        machine, chance = Machine(), random.Random(number)
+        machine, chance = OutboxMachine(), random.Random(number)
         machine.begin(evicts=False)
         machine.start(fuse=None, chance=chance)
         machine.enqueue(count=1, durability="process", fuse=None, chance=chance)

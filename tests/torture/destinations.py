@@ -22,7 +22,7 @@ from pillarbox.delivery.runner import ONLY_SINK
 from pillarbox.event import TrackingEvent
 from pillarbox.sinks import make_sink
 from pillarbox.sinks.sqlite import SqliteSink
-from tests.crash.kills import Violation, fork
+from tests.crash.kills import KillViolation, fork
 from tests.sinks.spacetimedb.server import ROOT, SpacetimeDbServer, free_port
 from tests.torture import chaotic, destination, lives
 from tests.torture.account import Event, Row
@@ -199,7 +199,7 @@ def parsed(event_id: str) -> Event:
     """The event that an id belongs to; raises `Violation` for an id that nobody has made."""
     life, _, number = event_id.partition("-")
     if not (life.isdecimal() and number.isdecimal()):
-        raise Violation(f"an id that nobody has made: {event_id!r}")
+        raise KillViolation(f"an id that nobody has made: {event_id!r}")
     return int(life), int(number)
 
 

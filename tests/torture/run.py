@@ -35,7 +35,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.reconciliation import ReconciliationReport, reconcile, reconcile_queues
-from tests.crash.kills import Violation, fork, kill_self_later
+from tests.crash.kills import KillViolation, fork, kill_self_later
 from tests.torture import chaos, chaotic, lag, lives
 from tests.torture.account import Account, Arrivals, Event, Sums, Tally
 from tests.torture.destinations import DESTINATIONS, TWO, parsed
@@ -304,13 +304,13 @@ class Torture:
         if wrong:
             raise self.violation(wrong, scene)
 
-    def violation(self, wrong: list[str], scene: Scene) -> Violation:
+    def violation(self, wrong: list[str], scene: Scene) -> KillViolation:
         """The exception to raise, with how to reproduce it and the traces of the children."""
         traces = [path.read_text() for path in sorted(self.failures.iterdir())]
         where = (
             f"{self.destination}, seed {self.seed}, round {self.rounds}, {self.kills} kills, left as it is in {scene.outbox}"
         )
-        return Violation("\n".join([where, *wrong[:20], *traces[:3]]))
+        return KillViolation("\n".join([where, *wrong[:20], *traces[:3]]))
 
 
 def _kept(outbox: Path) -> tuple[Counter[Event], frozenset[Event]]:
