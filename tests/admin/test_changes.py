@@ -30,7 +30,7 @@ from tests.admin.prepared_outboxes import (
 
 USUAL_LIMITS = WriteLimits(500, 10**6)
 MATCH_ALL = RecordFilter()
-SIX = [event_json(number, 5) for number in range(6)]
+SIX_DEAD_LETTERS = [event_json(number, 5) for number in range(6)]
 
 
 def corrected_event(record: object) -> bytes:
@@ -82,7 +82,7 @@ def ids(box: Path, pattern: str) -> list[str]:
 
 def test_replayed_dead_letters_leave_their_file_and_an_empty_file_is_deleted(tmp_path: Path) -> None:
     """They are delivered in the order of the file."""
-    box = outbox_with_dead_letters(tmp_path, SIX, files=2)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS, files=2)
     with Outbox(str(box)) as outbox:
         first = Replay(box, outbox).run(record_filter=RecordFilter(event_ids=("w-000000", "w-000004")))
         assert (first.events, first.files, first.complete) == (2, 2, True)
@@ -94,9 +94,9 @@ def test_replayed_dead_letters_leave_their_file_and_an_empty_file_is_deleted(tmp
     assert delivered == ["w-000000", "w-000004", "w-000001", "w-000002", "w-000003", "w-000005"]
 
 
-def test_when_the_outbox_accepts_no_more_the_rest_stays(tmp_path: Path) -> None:
+def test_when_the_outbox_is_full_the_remaining_dead_letters_stay(tmp_path: Path) -> None:
     """Also in the middle of a file; the next files are not tried."""
-    box = outbox_with_dead_letters(tmp_path, SIX, files=2)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS, files=2)
     with Outbox(str(box)) as outbox:
         report = Replay(box, LimitedEnqueuer(outbox, 2), limits=WriteLimits(1, 10**6)).run()
     assert (report.events, report.drop_reason, report.complete) == (2, "max_bytes", False)
@@ -105,7 +105,7 @@ def test_when_the_outbox_accepts_no_more_the_rest_stays(tmp_path: Path) -> None:
 
 def test_an_event_that_the_outbox_drops_stays_and_the_others_are_replayed(tmp_path: Path) -> None:
     """A drop for a reason that concerns one event only."""
-    box = outbox_with_dead_letters(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS)
 
     class FilteringEnqueuer(LimitedEnqueuer):
         def enqueue_json(self, payloads: Iterable[bytes], *, durability: Durability | None = None) -> list[Outcome]:
@@ -125,7 +125,7 @@ def test_an_event_that_the_outbox_drops_stays_and_the_others_are_replayed(tmp_pa
 @pytest.mark.parametrize("verb", ["create", "write_all", "sync_data", "rename"])
 def test_a_file_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path, verb: str, files: int) -> None:
     """Its events are enqueued; the next attempt enqueues them again under the same ids."""
-    box = outbox_with_dead_letters(tmp_path, SIX, files=files)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS, files=files)
     before = ids(box, "dead-*")
     database = tmp_path / "events.db"
     with Outbox(str(box)) as outbox:
@@ -142,7 +142,7 @@ def test_a_file_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path, verb: s
 
 def test_a_file_that_cannot_be_removed_is_reported(tmp_path: Path) -> None:
     """The other files are changed."""
-    box = outbox_with_dead_letters(tmp_path, SIX, files=2)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS, files=2)
     with Outbox(str(box)) as outbox:
         report = Replay(box, outbox, Fault("unlink", 1, errno.EIO)).run()
     assert (report.events, report.problems_count) == (3, 1)
@@ -152,7 +152,7 @@ def test_a_file_that_cannot_be_removed_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("verb", "problem"), [("open_existing", "cannot be read"), ("read_all", "cannot be read")])
 def test_a_file_that_cannot_be_read_is_reported_and_stays(tmp_path: Path, verb: str, problem: str) -> None:
     """The other files are changed."""
-    box = outbox_with_dead_letters(tmp_path, SIX, files=2)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS, files=2)
     with Outbox(str(box)) as outbox:
         report = Replay(box, outbox, Fault(verb, 1, errno.EIO)).run()
     assert report.events == 3
@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_read_is_reported_and_stays(tmp_path: Path, verb: 
 @pytest.mark.parametrize(("nth", "events", "message"), [(1, 0, "nothing was changed"), (2, 6, "a power loss may undo")])
 def test_a_failed_fsync_of_the_directory_is_reported(tmp_path: Path, nth: int, events: int, message: str) -> None:
     """Before the first change nothing is changed; afterwards, a power loss may bring a file back."""
-    box = outbox_with_dead_letters(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS)
     with Outbox(str(box)) as outbox:
         report = Replay(box, outbox, Fault("sync_directory", nth, errno.EIO)).run()
     assert (report.events, report.complete) == (events, False)
@@ -171,9 +171,9 @@ def test_a_failed_fsync_of_the_directory_is_reported(tmp_path: Path, nth: int, e
     assert len(file_lines(box, "dead-*")) == 6 - events
 
 
-def test_when_told_to_stop_it_finishes_the_current_group(tmp_path: Path) -> None:
-    """Changes that were made stay; the rest is left as it was."""
-    box = outbox_with_dead_letters(tmp_path, SIX, files=3)
+def test_a_replay_that_is_stopped_finishes_the_current_group(tmp_path: Path) -> None:
+    """Completed changes stay; the remaining dead letters are not changed."""
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS, files=3)
     with Outbox(str(box)) as outbox:
         replay = Replay(box, outbox, limits=WriteLimits(1, 10**6))
         replay.should_stop = lambda: len(replay.done) == 1
@@ -184,7 +184,7 @@ def test_when_told_to_stop_it_finishes_the_current_group(tmp_path: Path) -> None
 
 def test_an_event_that_is_still_invalid_is_reported_and_stays(tmp_path: Path) -> None:
     """The others are replayed."""
-    box = outbox_with_dead_letters(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS)
     with Outbox(str(box)) as outbox:
         report = Replay(box, outbox).run(
             lambda record: unchanged_event(record) if b"w-000001" in unchanged_event(record) else corrected_event(record)  # type: ignore[arg-type]
@@ -196,7 +196,7 @@ def test_an_event_that_is_still_invalid_is_reported_and_stays(tmp_path: Path) ->
 
 def test_one_command_at_a_time_can_make_changes(tmp_path: Path) -> None:
     """Closing the lock file releases the lock."""
-    box = outbox_with_dead_letters(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS)
     directory = Directory(str(box), OsFilesystem(), SystemClock())
     first = acquire_lock(directory)
     assert first is not None
@@ -210,7 +210,7 @@ def test_one_command_at_a_time_can_make_changes(tmp_path: Path) -> None:
 
 def test_the_ledger_is_written_before_the_files_are_changed(tmp_path: Path) -> None:
     """One entry for each file, with its batch."""
-    box = outbox_with_dead_letters(tmp_path, SIX, files=2)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS, files=2)
     batches = sorted(file.stem.removeprefix("dead-") for file in box.glob("dead-*"))
     with Outbox(str(box)) as outbox:
         Replay(box, outbox, Fault("unlink", 1, errno.EIO, permanent=True)).run()
@@ -223,7 +223,7 @@ def test_the_ledger_is_written_before_the_files_are_changed(tmp_path: Path) -> N
 
 def test_without_a_writable_ledger_the_changes_are_made_and_that_is_reported(tmp_path: Path) -> None:
     """Recovery never needs the ledger."""
-    box = outbox_with_dead_letters(tmp_path, SIX)
+    box = outbox_with_dead_letters(tmp_path, SIX_DEAD_LETTERS)
     (box / "ledger.ndjson").unlink(missing_ok=True)
     (box / "ledger.ndjson").mkdir()
     with Outbox(str(box)) as outbox:

@@ -39,13 +39,13 @@ def test_a_line_that_is_not_a_dead_letter_is_reported_and_kept_byte_for_byte(tmp
     first, second = file.read_bytes().splitlines(keepends=True)
     parsed = dead_letters.parse("b", first + bad + b"\n" + second, IDENTITY_DECODER)
     assert [record.event_id for record in parsed.records] == ["w-000001", "w-000002"]
-    assert [(trouble.file, trouble.line) for trouble in parsed.problems] == [("dead-b.ndjson", 2)]
+    assert [(problem.file, problem.line) for problem in parsed.problems] == [("dead-b.ndjson", 2)]
     assert parsed.without_lines({0}) == bad + b"\n" + second
     assert parsed.without_lines({0, 3}) == bad + b"\n"
 
 
 def test_a_truncated_file_loses_only_its_last_line(tmp_path: Path) -> None:
-    """Truncated anywhere; without just the last line feed it loses nothing."""
+    """Wherever it is truncated. Without only the last line feed, it loses nothing."""
     box = outbox_with_dead_letters(tmp_path, [event_json(1, 5), event_json(2, 5)])
     (file,) = box.glob("dead-*")
     data = file.read_bytes()
@@ -80,7 +80,7 @@ def test_dead_letters_that_differ_only_in_values_are_one_group(tmp_path: Path) -
     ],
 )
 def test_values_in_a_reason_are_masked_and_names_are_not(reason: str, masked: str) -> None:
-    """Fields and types distinguish problems."""
+    """Names of fields and types distinguish problems."""
     assert dead_letters.mask_values(reason) == masked
 
 

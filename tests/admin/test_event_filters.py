@@ -18,7 +18,7 @@ class Purchase(msgspec.Struct, rename="camel"):
 
 
 def test_fields_have_the_names_of_the_event_type() -> None:
-    """A number is an id as well as text."""
+    """An id may be a number or text."""
     header = EventHeaderDecoder(Purchase).decode(b'{"eventId":17,"userId":"u","event_key":"k"}')
     assert (header.event_id, header.user_id, header.event_key) == ("17", "u", "k")
 
@@ -29,8 +29,8 @@ def test_json_that_is_not_an_event_has_an_empty_header(payload: bytes) -> None:
     assert EventHeaderDecoder(TrackingEvent).decode(payload) == EventHeader(None, None, None, None, None, None)
 
 
-def test_an_event_without_a_time_has_that_of_its_seal() -> None:
-    """In an active segment it is as new as can be."""
+def test_an_event_without_a_time_has_the_time_of_its_seal() -> None:
+    """In a segment, it counts as new."""
     header = EventHeaderDecoder(TrackingEvent).decode(b"{}")
     assert EventFilter(since_micros=5).matches(b"{}", header, 5)
     assert not EventFilter(since_micros=6).matches(b"{}", header, 5)

@@ -26,7 +26,7 @@ from tests.admin.prepared_outboxes import VALIDATOR, event_json
     ],
 )
 def test_a_value_is_json_if_the_field_accepts_that_and_text_otherwise(text: str, json: bytes) -> None:
-    """So nobody has to quote text twice."""
+    """So text needs no JSON quotes inside the shell's."""
     ((_, value),) = parse_assignments([text], TrackingEvent).items()
     assert bytes(value) == json
 
@@ -66,7 +66,7 @@ def test_fields_cannot_be_set_if_the_event_is_not_an_object(old: bytes) -> None:
 
 @pytest.mark.parametrize("new", [b'{"event_id":"f"}', b"{}", b'{"event_id":5}'])
 def test_an_event_must_keep_its_id(new: bytes) -> None:
-    """With another one it could be delivered twice."""
+    """With another id it could be delivered twice."""
     with pytest.raises(InvalidReplayError, match="must keep its event_id e"):
         VALIDATOR.check_same_id(b'{"event_id":"e"}', new)
 
@@ -98,15 +98,15 @@ def test_a_dead_letter_survives_the_editor() -> None:
     """A changed event is read as changed; blank lines are ignored."""
     letter = DeadLetter(msgspec.Raw(event_json(1, 5)), "wrong_type", "Expected", "sqlite:", 7, 1, 1, 1)
     line = to_editable_line(DeadLetterRecord("b", 0, letter, None, None))
-    back = parse_edited_file(line + b"\n  \n" + line.replace(b"#7", b"#8").replace(b":5,", b':"5",'))
-    assert back == ({"b#7": event_json(1, 5), "b#8": event_json(1, "5")}, [])
+    parsed = parse_edited_file(line + b"\n  \n" + line.replace(b"#7", b"#8").replace(b":5,", b':"5",'))
+    assert parsed == ({"b#7": event_json(1, 5), "b#8": event_json(1, "5")}, [])
 
 
 def test_a_broken_line_of_an_edited_file_is_reported() -> None:
     """By its number. Of two lines for one dead letter the first counts."""
     good = b'{"letter":"b#1","why":"","event":{}}\n'
-    back = parse_edited_file(
+    parsed = parse_edited_file(
         b"{\n" + good + b'{"letter":"b#2"}\n' + good.replace(b"{}", b"[]") + b'{"letter":"b#3","why":"\xff","event":1}'
     )
-    assert back.events == {"b#1": b"{}"}
-    assert [number for number, _ in back.problems] == [1, 3, 4, 5]
+    assert parsed.events == {"b#1": b"{}"}
+    assert [number for number, _ in parsed.problems] == [1, 3, 4, 5]

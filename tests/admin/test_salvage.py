@@ -22,11 +22,11 @@ def salvaged(data: bytes) -> list[tuple[bytes, bool]]:
 
 
 def test_a_torn_line_yields_its_event_if_that_is_complete() -> None:
-    """Torn anywhere; with its complete checksum it is verified."""
+    """Wherever it is torn. With its complete checksum, the event is verified."""
     whole = len(b'{"event":') + len(EVENT)
     for length in range(1, len(LINE)):
-        checksum_is_there = length >= len(LINE) - len(b'"}\n')
-        expected = [(EVENT, checksum_is_there)] if length >= whole else []
+        checksum_is_complete = length >= len(LINE) - len(b'"}\n')
+        expected = [(EVENT, checksum_is_complete)] if length >= whole else []
         assert salvaged(LINE[:length]) == expected, LINE[:length]
 
 
@@ -65,7 +65,7 @@ def test_a_line_without_a_line_feed_and_the_next_one_are_both_salvaged() -> None
 
 
 def test_a_record_within_an_event_is_not_an_event() -> None:
-    """Within a line only a checksum proves one."""
+    """Inside a line, only a checksum proves that bytes are a record."""
     inner = b'{"event":' + event_json(2) + b"}"
     outer = b'{"event":{"scope_id":' + inner + b',"event_key":"'
     assert salvaged(outer) == []
@@ -84,7 +84,7 @@ def test_a_record_within_an_event_is_not_an_event() -> None:
     ],
 )
 def test_an_event_in_another_envelope_or_in_none_is_not_verified(data: bytes) -> None:
-    """As somebody may have written it by hand."""
+    """For example, one written by hand."""
     assert salvaged(data) == [(EVENT, False)]
 
 
@@ -101,7 +101,7 @@ def test_an_event_in_another_envelope_or_in_none_is_not_verified(data: bytes) ->
     ],
 )
 def test_the_reason_is_given_if_there_is_no_event(data: bytes, problem: str) -> None:
-    """One for each piece."""
+    """One reason for each part of the bytes."""
     result = salvage(data, VALIDATOR)
     assert not result.events
     assert problem in result.problems[0]

@@ -1,4 +1,4 @@
-"""The tailer, between whose scans anything may happen to the files."""
+"""The tailer, with changes to the files between its scans."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry
 from pillarbox.testing import ManualClock
 
-SCANS = 8  # more than it takes to notice anything
+SCANS = 8  # more scans than a change needs to be noticed
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_reused_inode_number_is_not_taken_for_the_deleted_file(tailer: Tailer,
         assert new_events(tailer) == [f"e-{number}"]
 
 
-def test_a_rewritten_segment_is_read_on(tailer: Tailer, folder: Path) -> None:
+def test_reading_continues_after_a_segment_is_rewritten(tailer: Tailer, folder: Path) -> None:
     """As after a failed fsync."""
     active = folder / "active-w-1.ndjson"
     append(active, 1)
@@ -226,7 +226,7 @@ def test_a_segment_that_was_deleted_under_its_active_name_is_not_a_gap(
     assert tailer.gap_detector.gaps == []
 
 
-def test_a_directory_that_is_deleted_and_created_again_is_read_on(tailer: Tailer, folder: Path) -> None:
+def test_reading_continues_after_the_directory_is_deleted_and_created_again(tailer: Tailer, folder: Path) -> None:
     """A writer creates it again."""
     assert backlog(tailer) == []
     folder.rmdir()

@@ -1,4 +1,4 @@
-"""What the tests of child processes import by name."""
+"""Hooks and event types that child processes import by name in the tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECORD_FILE_VARIABLE = "PILLARBOX_TEST_HEARD"  # the variable that names the fil
 
 
 def record_dead_letter(letter: Any) -> None:
-    """Write down which process was told of a dead letter."""
+    """Record the pid of the process that calls the hook."""
     with Path(os.environ[RECORD_FILE_VARIABLE]).open("a") as file:
         file.write(f"{os.getpid()} {letter.code}\n")
     raise ValueError("and it fails")
@@ -22,6 +22,6 @@ def record_dead_letter(letter: Any) -> None:
 if "pytest" in sys.modules:
 
     class ParentOnlyEvent(msgspec.Struct):
-        """An event type that the child does not find."""
+        """An event type that does not exist in the child process."""
 
         event_id: str

@@ -1,4 +1,4 @@
-"""For the tests of several sinks: an outbox directory with real destinations, and what they and the ledgers hold."""
+"""Helpers for tests with several sinks: real destinations, their contents, and the counts of the ledgers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def enqueue_events(outbox: Outbox, count: int, first: int = 0, **members: object
 
 
 def enqueue_files(outbox: Outbox, files: int, each: int = 10, first: int = 0, **members: object) -> None:
-    """Sealed files of so many events each, stored in one write, because a file may be sealed by age in between."""
+    """Seal files of `each` events. Each file is stored in one write, because a segment may be sealed by age in between."""
     for start in range(first, first + files * each, each):
         assert all(outbox.enqueue_many([event(number, **members) for number in range(start, start + each)]))
         assert outbox._sealer.seal_now("manual", 60)
@@ -45,30 +45,30 @@ def event_ids(count: int, first: int = 0) -> list[str]:
 
 
 def stored_event_ids(database: Path) -> list[str]:
-    """The events in a database; each once, because the id is the key."""
+    """The event ids in a database. The id is the primary key, so each is stored once."""
     with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection:
-        return [found for (found,) in connection.execute("SELECT event_id FROM tracking_event ORDER BY event_id")]
+        return [event_id for (event_id,) in connection.execute("SELECT event_id FROM tracking_event ORDER BY event_id")]
 
 
 def received_counts(requests: list[Request], keys: set[str] | None = None) -> Counter[str]:
-    """How often each event came to an HTTP server in a batch with its own key."""
-    seen: set[str] = set() if keys is None else keys
-    found: Counter[str] = Counter()
+    """How often an HTTP server received each event. A repeated idempotency key is not counted."""
+    known_keys: set[str] = set() if keys is None else keys
+    counts: Counter[str] = Counter()
     for request in requests:
-        if request.method == "POST" and request.idempotency_key not in seen:
-            seen.add(request.idempotency_key)
-            found.update(one["event_id"] for one in request.events)
-    return found
+        if request.method == "POST" and request.idempotency_key not in known_keys:
+            known_keys.add(request.idempotency_key)
+            counts.update(received["event_id"] for received in request.events)
+    return counts
 
 
 def reject_poison(request: Request) -> CannedResponse:
-    """Accepts all events except those whose key is poison, and names these."""
+    """Accept all events except those with the key "poison", and name these in the response."""
     if request.method != "POST":
         return CannedResponse(405)
-    bad = [index for index, one in enumerate(request.events) if one["event_key"] == "poison"]
-    if not bad:
+    poisoned = [index for index, received in enumerate(request.events) if received["event_key"] == "poison"]
+    if not poisoned:
         return CannedResponse(202)
-    refused = {"refused": [{"index": index, "reason": "poison"} for index in bad]}
+    refused = {"refused": [{"index": index, "reason": "poison"} for index in poisoned]}
     return CannedResponse(422, json.dumps(refused).encode(), {"Content-Type": "application/json"})
 
 
@@ -79,9 +79,9 @@ def batch_files(box: Path) -> list[str]:
 
 
 def balanced_totals(box: Path) -> dict[str, LedgerRow]:
-    """The counts of the directory and of each sink, which balance."""
+    """The counts of the directory and of each sink, after a check that they balance."""
     outbox_dir = open_directory(box)
-    whole = reconcile(outbox_dir)
-    found = {"": whole, **reconcile_queues(outbox_dir, whole)}
-    assert all(one.balances for one in found.values()), found
-    return {name: one.reconciliation.total for name, one in found.items()}
+    overall = reconcile(outbox_dir)
+    found = {"": overall, **reconcile_queues(outbox_dir, overall)}
+    assert all(reconciliation.balances for reconciliation in found.values()), found
+    return {name: reconciliation.reconciliation.total for name, reconciliation in found.items()}

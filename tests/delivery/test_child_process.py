@@ -1,4 +1,4 @@
-"""Delivery in a child process, and by another service: with real processes, killed and stopped."""
+"""Delivery in a child process and by a separate service: with real processes that are killed and stopped."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def open_directory(folder: Path) -> Directory:
 
 
 def delivering_pid(folder: Path) -> int:
-    """The process that delivers, by its heartbeat."""
+    """The pid in the heartbeat of the worker."""
     beat = read_heartbeat(open_directory(folder))
     return 0 if beat is None else beat.pid
 
 
-def arrived(url: str) -> list[str]:
+def delivered_ids(url: str) -> list[str]:
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
         return [found for (found,) in database.execute("SELECT event_id FROM tracking_event ORDER BY event_id")]
 
@@ -78,7 +78,7 @@ def put(outbox: Outbox, count: int, first: int = 0) -> None:
 
 
 def start_program(script: str, *arguments: object, apart: bool = False) -> subprocess.Popen[str]:
-    """Start a program that uses an outbox; what it prints is read line by line."""
+    """Start a program that uses an outbox; its output is read line by line."""
     head = "import os, signal, sys\nfrom pillarbox import Outbox\nfrom tests.conftest import event, wait_until\n"
     command = [sys.executable, "-c", head + script, *map(str, arguments)]
     return subprocess.Popen(
@@ -86,7 +86,7 @@ def start_program(script: str, *arguments: object, apart: bool = False) -> subpr
     )
 
 
-def said(program: subprocess.Popen[str]) -> str:
+def next_line(program: subprocess.Popen[str]) -> str:
     assert program.stdout is not None
     return program.stdout.readline().strip()
 
@@ -99,7 +99,7 @@ print(outbox.flush(60), flush=True)
 
 
 def test_a_child_delivers_and_its_parent_knows_the_counts(folder: Path, url: str) -> None:
-    """Counts, released bytes, state; after `close` the child is gone."""
+    """Counts, released bytes and state. After `close`, the child process has ended."""
     with Outbox(str(folder), sink=url, deliver="process", batch_size=10) as outbox:
         put(outbox, 95)
         assert outbox.flush(60)
@@ -111,20 +111,20 @@ def test_a_child_delivers_and_its_parent_knows_the_counts(folder: Path, url: str
         assert (stats.pending_files, stats.pending_bytes, stats.last_error) == (0, 0, "")
         wait_until(lambda: outbox.stats().state.name == "idle")
         put(outbox, 5, 95)
-    assert arrived(url) == ids(100)
+    assert delivered_ids(url) == ids(100)
     assert not is_alive(child)
 
 
-def test_a_program_that_ends_at_once_has_delivered(folder: Path, url: str) -> None:
-    """Although the child has yet to start."""
+def test_a_program_that_exits_at_once_delivers_its_events(folder: Path, url: str) -> None:
+    """Although the child process has not started yet."""
     outbox = Outbox(str(folder), sink=url, deliver="process")
     put(outbox, 1)
     outbox.close(20)
-    assert arrived(url) == ids(1)
+    assert delivered_ids(url) == ids(1)
 
 
 def test_a_child_that_is_killed_is_started_again(folder: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is missing, nothing is there twice, and the counts continue; one log line for each change."""
+    """No event is lost or delivered twice, the counts continue, and each change is logged once."""
     with caplog.at_level(logging.INFO, "pillarbox"), Outbox(str(folder), sink=url, deliver="process", batch_size=5) as outbox:
         put(outbox, 50)
         assert outbox.flush(60)
@@ -137,7 +137,7 @@ def test_a_child_that_is_killed_is_started_again(folder: Path, url: str, caplog:
         assert outbox.flush(60)
         wait_until(lambda: outbox.stats().delivered >= 550)  # the parent does not count what the killed child had not reported
         stats = outbox.stats()
-    assert arrived(url) == ids(1000)
+    assert delivered_ids(url) == ids(1000)
     assert stats.last_error == "delivery process: ended by signal 9 (Killed); restarting"
     texts = [record.getMessage() for record in caplog.records]
     assert len([text for text in texts if "ended by signal 9" in text]) == 1
@@ -145,7 +145,7 @@ def test_a_child_that_is_killed_is_started_again(folder: Path, url: str, caplog:
 
 
 def test_a_child_ends_with_its_parent_and_another_process_takes_over(folder: Path, url: str) -> None:
-    """On `kill -9`, although a process that the parent forked lives on: it has no end of the socket."""
+    """After SIGKILL of the parent, even if a process that it forked still runs: that process does not have the socket."""
     script = """
 reads, writes = os.pipe()
 if os.fork() == 0:
@@ -157,8 +157,8 @@ print("forked", flush=True)
 signal.pause()
 """
     parent = start_program(OPEN + script, folder, url)
-    assert said(parent) == "True"
-    assert {said(parent), said(parent)} == {"0", "forked"}
+    assert next_line(parent) == "True"
+    assert {next_line(parent), next_line(parent)} == {"0", "forked"}
     child = delivering_pid(folder)
     assert is_alive(child)
     with Outbox(str(folder), sink=url, deliver="process", flush_interval=0.05) as outbox:
@@ -170,11 +170,11 @@ signal.pause()
         put(outbox, 10, 20)
         wait_until(lambda: delivering_pid(folder) not in (0, child))
         assert outbox.flush(60)
-    assert arrived(url) == ids(30)
+    assert delivered_ids(url) == ids(30)
 
 
-def test_a_forked_worker_delivers_when_its_parent_is_gone(folder: Path, url: str) -> None:
-    """With a child of its own."""
+def test_a_forked_process_delivers_after_its_parent_has_ended(folder: Path, url: str) -> None:
+    """With its own child process."""
     script = """
 if os.fork() == 0:
     outbox.enqueue(event(10))
@@ -189,22 +189,22 @@ if os.fork() == 0:
 signal.pause()
 """
     parent = start_program(OPEN + script, folder, url)
-    assert (said(parent), said(parent)) == ("True", "standby")
+    assert (next_line(parent), next_line(parent)) == ("True", "standby")
     child = delivering_pid(folder)
     parent.kill()
     parent.wait(60)
     assert parent.stdin is not None
     parent.stdin.write("\n")
     parent.stdin.flush()
-    assert said(parent) == "True"
+    assert next_line(parent) == "True"
     assert delivering_pid(folder) != child
     wait_until(lambda: not is_alive(delivering_pid(folder)))
     parent.communicate(timeout=60)
-    assert arrived(url) == ids(12)
+    assert delivered_ids(url) == ids(12)
 
 
-def test_of_two_outboxes_one_has_a_child(folder: Path, url: str) -> None:
-    """The other one polls, and starts a child as soon as it is needed."""
+def test_only_one_of_two_outboxes_has_a_child(folder: Path, url: str) -> None:
+    """The other one polls, and starts a child process as soon as it is needed."""
     one = Outbox(str(folder), sink=url, deliver="process")
     put(one, 1)
     assert one.flush(60)
@@ -216,11 +216,11 @@ def test_of_two_outboxes_one_has_a_child(folder: Path, url: str) -> None:
         put(other, 1, 1)
         assert other.flush(60)
         assert child_pids() == {delivering_pid(folder)} != {child}
-    assert arrived(url) == ids(2)
+    assert delivered_ids(url) == ids(2)
 
 
 def child_pids() -> set[int]:
-    """The processes that this one has started."""
+    """The pids of the processes that this process has started."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
@@ -228,10 +228,8 @@ def child_pids() -> set[int]:
     return found
 
 
-def test_a_child_that_finds_another_process_delivering_is_ended(
-    folder: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It lost the race between its parent's release of the lock and its own lease."""
+def test_a_child_ends_if_another_process_delivers(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lost the race between the parent's release of the lock and its own lease."""
     another = Lease(open_directory(folder), "another", SystemClock())
     release = Lease.release
 
@@ -246,11 +244,11 @@ def test_a_child_that_finds_another_process_delivering_is_ended(
         monkeypatch.undo()
         another.release()
         assert outbox.flush(60)
-    assert arrived(url) == ids(1)
+    assert delivered_ids(url) == ids(1)
 
 
-def test_close_takes_little_more_than_its_time_with_a_child_that_hangs(folder: Path, url: str) -> None:
-    """It is killed; what is left stays on disk, and the next process delivers it."""
+def test_close_kills_a_hanging_child_after_its_timeout(folder: Path, url: str) -> None:
+    """The pending events stay on disk, and the next process delivers them."""
     outbox = Outbox(str(folder), sink=url, deliver="process")
     put(outbox, 1)
     assert outbox.flush(60)
@@ -264,11 +262,11 @@ def test_close_takes_little_more_than_its_time_with_a_child_that_hangs(folder: P
     wait_until(lambda: not is_alive(child))
     with Outbox(str(folder), sink=url) as after:
         assert after.flush(60)
-    assert arrived(url) == ids(2)
+    assert delivered_ids(url) == ids(2)
 
 
-def test_signals_to_all_processes_are_left_to_the_parent(folder: Path, url: str) -> None:
-    """Ctrl-C goes to the process group, and a service manager's SIGTERM to all: the child still delivers what is left."""
+def test_only_the_parent_handles_signals_to_all_processes(folder: Path, url: str) -> None:
+    """A terminal sends SIGINT to the process group, and a service manager sends SIGTERM to all. The child still delivers the rest."""
     script = """
 try:
     print("ready", flush=True)
@@ -280,20 +278,20 @@ except KeyboardInterrupt:
     outbox.close()
 """
     parent = start_program(OPEN + script, folder, url, apart=True)
-    assert (said(parent), said(parent)) == ("True", "ready")
+    assert (next_line(parent), next_line(parent)) == ("True", "ready")
     child = delivering_pid(folder)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(child, number)
     os.killpg(parent.pid, signal.SIGINT)
-    assert said(parent) == "True"
+    assert next_line(parent) == "True"
     assert delivering_pid(folder) == child
     parent.communicate("\n", timeout=60)
     assert not is_alive(child)
-    assert arrived(url) == ids(11)
+    assert delivered_ids(url) == ids(11)
 
 
-def test_secrets_are_neither_in_the_command_line_nor_in_the_environment(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """And the child's log lines arrive here, as if this process had logged them."""
+def test_secrets_are_not_in_the_command_line_or_the_environment(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The log lines of the child arrive in this process as if it had logged them."""
     port = urlsplit(closed_port_url()).port
     with caplog.at_level(logging.INFO, "pillarbox"):
         outbox = Outbox(str(folder), sink=f"http://someone:s3cret-word@127.0.0.1:{port}/", deliver="process")
@@ -309,8 +307,8 @@ def test_secrets_are_neither_in_the_command_line_nor_in_the_environment(folder: 
     assert "s3cret-word" not in caplog.text
 
 
-def test_a_child_that_cannot_deliver_says_why(folder: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It is started again and again; that is logged once."""
+def test_the_reason_why_a_child_cannot_deliver_is_logged_once(folder: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Although it is started again and again."""
     outbox = Outbox(str(folder), sink=url, deliver="process", event_type=child_hooks.ParentOnlyEvent)
     with outbox:
         put_raw = outbox.enqueue_json([b'{"event_id":"e-000000"}'])
@@ -323,7 +321,7 @@ def test_a_child_that_cannot_deliver_says_why(folder: Path, url: str, caplog: py
 
 
 def test_every_setting_reaches_the_child(folder: Path, url: str) -> None:
-    """Whatever its type, as JSON; without those that only the parent uses."""
+    """As JSON, whatever its type. Settings that only the parent uses are left out."""
     chosen = {
         "directory": str(folder),
         "sink": url,
@@ -338,8 +336,8 @@ def test_every_setting_reaches_the_child(folder: Path, url: str) -> None:
     assert decode_settings(encode_settings(settings)) == resolve(chosen)
 
 
-def test_the_child_reports_what_it_does_and_ends_when_the_socket_closes(folder: Path, url: str) -> None:
-    """Released bytes and durations; it ends by itself while its parent lives, not only by the kernel."""
+def test_the_child_reports_its_work_and_ends_when_the_socket_closes(folder: Path, url: str) -> None:
+    """It reports released bytes and durations. It ends by itself while its parent runs, not only through the kernel."""
     outbox_dir = open_directory(folder)
     outbox_dir.ensure_usable()
     for stamp in range(1, 4):
@@ -360,12 +358,12 @@ def test_the_child_reports_what_it_does_and_ends_when_the_socket_closes(folder: 
     child._socket.shutdown(socket.SHUT_WR)
     wait_until(lambda: not is_alive(child.pid))
     assert supervisor.stop(60)
-    assert arrived(url) == ids(3, 1)
+    assert delivered_ids(url) == ids(3, 1)
 
 
 @pytest.mark.parametrize("keywords", [{"deliver": "process"}, {"deliver": "external"}])
 def test_a_sink_object_cannot_be_used_in_another_process(folder: Path, keywords: dict[str, str]) -> None:
-    """The error says what to do instead."""
+    """The error names the alternatives."""
     with pytest.raises(
         ConfigurationError,
         match=r"deliver = .*a Sink object cannot be used in another process; pass the sink as a URL, or use 'thread'",
@@ -374,7 +372,7 @@ def test_a_sink_object_cannot_be_used_in_another_process(folder: Path, keywords:
 
 
 def test_a_setting_that_another_process_cannot_import_is_an_error(folder: Path, url: str) -> None:
-    """A class or function of a script, of a function, or without a name."""
+    """A class or function of a script, a local one, or one without a name."""
 
     class Local(msgspec.Struct):
         event_id: str
@@ -389,7 +387,7 @@ def test_a_setting_that_another_process_cannot_import_is_an_error(folder: Path, 
 def test_the_hook_for_dead_letters_runs_in_the_child(
     folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is imported by its name; if it raises, that is counted here."""
+    """It is imported by its name; its exceptions are counted in the parent."""
     monkeypatch.setenv(child_hooks.RECORD_FILE_VARIABLE, str(tmp_path / "heard"))
     outbox = Outbox(str(folder), sink=url, deliver="process", on_dead_letter=child_hooks.record_dead_letter)
     seal_batch(open_directory(folder), 1, b'"no event"', msgspec.json.encode(event(0)))
@@ -399,8 +397,8 @@ def test_the_hook_for_dead_letters_runs_in_the_child(
         assert (tmp_path / "heard").read_text() == f"{delivering_pid(folder)} wrong_type\n"
 
 
-def test_an_outbox_whose_files_another_service_delivers(folder: Path, url: str) -> None:
-    """`pillarbox deliver` does, and its heartbeat is the state; it ends on SIGTERM, with exit code 0."""
+def test_deliver_external_uses_the_heartbeat_of_the_service(folder: Path, url: str) -> None:
+    """`pillarbox deliver` delivers, and its heartbeat is the state of the outbox. On SIGTERM it exits with code 0."""
     with Outbox(str(folder), sink=url, deliver="external", flush_interval=0.05) as outbox:
         put(outbox, 10)
         assert not outbox.flush(0.1)
@@ -412,11 +410,11 @@ def test_an_outbox_whose_files_another_service_delivers(folder: Path, url: str) 
         assert outbox.stats().delivered == 0  # not by this process
         service.terminate()
         assert service.wait(60) == 0
-    assert arrived(url) == ids(10)
+    assert delivered_ids(url) == ids(10)
 
 
 def test_if_no_process_delivers_for_long_the_state_says_so(outbox_dir: Directory, caplog: pytest.LogCaptureFixture) -> None:
-    """Ten seconds after the start at the earliest; logged once, and again when delivery resumes."""
+    """At the earliest ten seconds after the start. It is logged once, and again when delivery resumes."""
     clock = ManualClock()
     elsewhere = ExternalRunner(outbox_dir, clock)
     elsewhere.start()

@@ -1,4 +1,4 @@
-"""Waiting batches are compressed while the destination is away, and arrive as if they had not been."""
+"""Pending batches are compressed while the destination is down, and are delivered unchanged."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def compressed_files(outbox_dir: Directory) -> list[str]:
 def test_the_newest_batches_are_compressed_first_and_the_oldest_few_stay_plain(
     outbox_dir: Directory, clock: ManualClock
 ) -> None:
-    """The oldest go out as soon as the destination is back."""
+    """The oldest are sent first when the destination is back."""
     names = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 3)
     compressor = make_compactor(outbox_dir, clock)
     order = []
@@ -72,8 +72,8 @@ def test_the_newest_batches_are_compressed_first_and_the_oldest_few_stay_plain(
     assert order == [f"{name}.zst" for name in reversed(names[PLAIN_FILES_AT_HEAD:])]
 
 
-def test_a_batch_that_has_not_waited_long_enough_stays_plain(outbox_dir: Directory, clock: ManualClock) -> None:
-    """By its seal time; a file whose name has none stays plain for good."""
+def test_a_young_batch_stays_plain(outbox_dir: Directory, clock: ManualClock) -> None:
+    """The seal time decides. A file without a seal time in its name is never compressed."""
     seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD)
     young = layout.sealed_name(clock.micros() - 59_000_000, "x")
     for name in (young, "sealed-by-hand.ndjson"):
@@ -86,16 +86,16 @@ def test_a_batch_that_has_not_waited_long_enough_stays_plain(outbox_dir: Directo
 
 
 def test_a_batch_in_use_stays_plain(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Locked by the process that sends it, or remembered by its name."""
+    """It is locked by the worker that sends it, or in use by its name."""
     *_, sent, remembered = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 2)
-    held = outbox_dir.lock_existing(sent)
-    assert held is not None
+    locked_file = outbox_dir.lock_existing(sent)
+    assert locked_file is not None
     assert compress_all(make_compactor(outbox_dir, clock, remembered)) == 0
-    outbox_dir.filesystem.close(held.fd)
+    outbox_dir.filesystem.close(locked_file.fd)
 
 
 def test_a_batch_that_one_of_several_sinks_is_sending_stays_plain_for_all(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Their locks are shared; a link that is unlocked is compressed, and the others stay as they are."""
+    """Links to a file share its lock. Once it is unlocked, compressing one link leaves the others plain."""
     *_, name = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 1)
     queues = []
     for sink in ("a", "b"):
@@ -104,17 +104,17 @@ def test_a_batch_that_one_of_several_sinks_is_sending_stays_plain_for_all(outbox
         queues.append(outbox_dir.queue(sink))
     for sealed in outbox_dir.batch_names():
         outbox_dir.remove(sealed)
-    held = queues[0].lock_existing(name)
-    assert held is not None
+    locked_file = queues[0].lock_existing(name)
+    assert locked_file is not None
     assert [compress_all(make_compactor(queue, clock)) for queue in queues] == [0, 0]
-    outbox_dir.filesystem.close(held.fd)
+    outbox_dir.filesystem.close(locked_file.fd)
     assert compress_all(make_compactor(queues[1], clock)) == 1
     assert [name in queue.batch_names() for queue in queues] == [True, False]
     assert compressed_files(queues[1]) == [layout.compressed_name(name)]
 
 
 def test_an_incompressible_batch_stays_plain_and_is_not_tried_again(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Nor is one that is too large for any reader."""
+    """So does a batch that is too large to be decompressed."""
     names = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 2)
     Path(outbox_dir.path_of(names[-1])).write_bytes(os.urandom(1000))
     with Path(outbox_dir.path_of(names[-2])).open("wb") as file:
@@ -129,16 +129,16 @@ def test_an_incompressible_batch_stays_plain_and_is_not_tried_again(outbox_dir: 
     assert compressor._incompressible == {names[-2]}
 
 
-def test_the_compactor_pauses_as_long_as_it_works_and_lists_seldom(outbox_dir: Directory, clock: ManualClock) -> None:
-    """With nothing to do it says when to call it again."""
+def test_the_compactor_works_half_of_the_time_and_lists_rarely(outbox_dir: Directory, clock: ManualClock) -> None:
+    """If there is nothing to do, it returns when to call it again."""
     assert make_compactor(outbox_dir, clock).compress_next() == (False, 1.0)
 
 
 # During delivery.
 
 
-class Away(RecordingSink):
-    """Gives the same answer to every call until it is back."""
+class UnavailableSink(RecordingSink):
+    """Returns the same result for every call until it is available again."""
 
     def __init__(self, answer: DeliveryResult) -> None:
         super().__init__()
@@ -152,10 +152,10 @@ class Away(RecordingSink):
 def test_batches_are_compressed_while_delivery_waits_and_arrive_unchanged(
     outbox_dir: Directory, answer: Retry | Rejected
 ) -> None:
-    """Each arrives once, in order, under its id; a rejected one keeps its history; the quota learns the bytes saved."""
+    """Each is delivered once, in order, with its id. A rejected batch keeps its history, and the quota is told of the saved bytes."""
     names = seal_batches(outbox_dir, 30)
     before = outbox_dir.disk_usage().pending_bytes
-    sink = Away(answer)
+    sink = UnavailableSink(answer)
     shrunk: list[int] = []
     gone: list[int] = []
     worker = make_worker(outbox_dir, sink, gone, RULES, on_bytes_saved=shrunk.append)
@@ -179,7 +179,7 @@ def test_batches_are_compressed_while_delivery_waits_and_arrive_unchanged(
 
 
 def test_a_damaged_compressed_file_is_delivered_up_to_the_damage(outbox_dir: Directory) -> None:
-    """The file itself is quarantined unchanged; nothing blocks."""
+    """The file is quarantined unchanged, and delivery goes on."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
     lines = b"".join(record.line(b'{"n":%d,"x":"%s"}' % (number, os.urandom(30).hex().encode())) for number in range(9000))
     data = compression.compress(name, lines)
@@ -199,7 +199,7 @@ def test_a_damaged_compressed_file_is_delivered_up_to_the_damage(outbox_dir: Dir
 def test_without_zstd_a_compressed_file_is_skipped_and_the_state_says_what_to_install(
     outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others are delivered; with the library it is too, and nothing of it was quarantined."""
+    """The other batches are delivered. Once zstd is installed, this one is delivered too, and nothing is quarantined."""
     name = layout.compressed_name(layout.sealed_name(1, "x"))
     Path(outbox_dir.path_of(name)).write_bytes(compression.compress(name, PLAIN))
     seal_batch(outbox_dir, 2, b"{}")
@@ -216,14 +216,14 @@ def test_without_zstd_a_compressed_file_is_skipped_and_the_state_says_what_to_in
 
 
 def test_the_events_in_an_evicted_compressed_file_are_counted(outbox_dir: Directory, clock: ManualClock) -> None:
-    """A damaged one is left to the worker, because nobody knows how many events it holds."""
+    """A damaged file is left to the worker, because the number of its events is unknown."""
     names = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 2)
     compress_all(make_compactor(outbox_dir, clock))
     damaged = layout.compressed_name(names[-1])
     Path(outbox_dir.path_of(damaged)).write_bytes(b"x")
-    account = outbox_dir.disk_usage()
+    usage = outbox_dir.disk_usage()
     writer = Writer(outbox_dir, WriterLimits(500, 10**6, 1), lambda: None)
-    writer.start(account.pending_bytes, account.pending_files)
+    writer.start(usage.pending_bytes, usage.pending_files)
     capacity = QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True)
     capacity.enforce()
     assert outbox_dir.batch_names() == [damaged]
@@ -231,41 +231,45 @@ def test_the_events_in_an_evicted_compressed_file_are_counted(outbox_dir: Direct
     assert writer.pending_counts()[:2] == (1, 1)
 
 
-class Passing(PortableScanOps, OsFilesystem):
-    """Its first listing passes the compressed name before that is made, and comes to the plain name after that is gone."""
+class RacyListingFilesystem(PortableScanOps, OsFilesystem):
+    """Its first listing misses both names of a batch that is compressed meanwhile."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self._gone = {name}
+        self._missed = {name}
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
-        found = [entry for entry in super().list_files(path) if entry.name.removesuffix(".zst") not in self._gone]
-        if self._gone and found:
-            self._gone.clear()
-        return iter(found)
+        entries = [entry for entry in super().list_files(path) if entry.name.removesuffix(".zst") not in self._missed]
+        if self._missed and entries:
+            self._missed.clear()
+        return iter(entries)
 
 
 def test_a_batch_compressed_during_a_listing_is_not_missing(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Neither for a flush, which would report it settled, nor for the counts."""
+    """Neither for `flush`, which would count it as delivered, nor for the counts."""
     names = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 1)
     ledger = LedgerWriter(outbox_dir, clock)
     ledger.add(*(SealedEntry(1, layout.batch_id(name), "w", 100, len(PLAIN)) for name in names))
     assert ledger.write(sync=True)
     compress_all(make_compactor(outbox_dir, clock))
-    assert Directory(outbox_dir.path, Passing(names[-1]), clock).waiting_batch_ids() == set(map(layout.batch_id, names))
-    assert _reconcile_once(Directory(outbox_dir.path, Passing(names[-1]), clock), lambda _done, _total: None, {}).balances
+    assert Directory(outbox_dir.path, RacyListingFilesystem(names[-1]), clock).waiting_batch_ids() == set(
+        map(layout.batch_id, names)
+    )
+    assert _reconcile_once(
+        Directory(outbox_dir.path, RacyListingFilesystem(names[-1]), clock), lambda _done, _total: None, {}
+    ).balances
 
 
 # An outage of real destinations.
 
 
 def real_event(number: int) -> TrackingEvent:
-    """A tracking event as an application has it, with its own id and time."""
+    """A realistic event, with its own id and time."""
     return msgspec.structs.replace(REAL[number % len(REAL)], event_id=new_event_id(), occurred_at_micros=now_micros())
 
 
 def wait_for_compression(outbox: Outbox) -> float:
-    """Wait until all that may be compressed is; how many times smaller it is then."""
+    """Wait until all eligible batches are compressed; returns the compression ratio."""
     outbox_dir = outbox._directory
     wait_until(lambda: len(outbox_dir.batch_names()) - len(compressed_files(outbox_dir)) <= PLAIN_FILES_AT_HEAD)
     files = {name: Path(outbox_dir.path_of(name)).read_bytes() for name in compressed_files(outbox_dir)}
@@ -274,7 +278,7 @@ def wait_for_compression(outbox: Outbox) -> float:
 
 
 def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_path: Path) -> None:
-    """It answers 503; then it is back, and has every event once and in order."""
+    """The server responds 503. Once it works again, it gets every event once and in order."""
     with (
         Server() as server,
         Outbox(
@@ -305,7 +309,7 @@ def test_ten_times_the_outage_of_an_http_server_fits_into_the_same_bytes(tmp_pat
 
 
 def test_each_of_several_sinks_has_its_queue_compressed_and_gets_every_event_once(tmp_path: Path) -> None:
-    """Both are away; a file that one of them is about to send stays plain for both."""
+    """Both are down. A file that one of them is about to send stays plain for both."""
     events = [real_event(number) for number in range(600)]
     with (
         Server(always(CannedResponse(503))) as first,

@@ -1,4 +1,4 @@
-"""Compressing waiting batches: killed, powered off and failing at every operation, and with other processes in between."""
+"""Compression of pending batches with kills, power losses and errors at every operation, and with concurrent processes."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ USED: Final = {
     "rename",
     "unlink",
 }
-OPERATIONS_MIN: Final = 20  # that compressing all of them takes; with fewer, a test would prove little
+OPERATIONS_MIN: Final = 20  # number of operations of a complete compression; with fewer, the tests would prove little
 
 Before = Callable[[str, str], None]
 
 
 @pytest.fixture(autouse=True)
 def _set_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every file may be compressed; a disk that fails a thousand times fills the log."""
+    """All files are eligible for compression. Errors are not logged, because there are thousands."""
     monkeypatch.setattr(compactor, "PLAIN_FILES_AT_HEAD", 0)
     logging.disable(logging.CRITICAL)
     yield
@@ -59,14 +59,14 @@ def payloads_of(number: int) -> list[bytes]:
 BATCHES: Final = {
     layout.batch_id(layout.sealed_name(number + 1, "u")): [bytes(one) for one in payloads_of(number)] for number in range(FILES)
 }
-FOUND: Final = {
+INITIAL_FILES: Final = {
     f"{OUTBOX_PATH}/{batch}.ndjson": b"".join(record.line(payload) for payload in payloads)
     for batch, payloads in BATCHES.items()
 }
 
 
 class Process:
-    """One of the processes on a disk."""
+    """A process that works on the disk."""
 
     def __init__(self, disk: Disk, before: Before = lambda _verb, _path: None, faults: FaultCounter | None = None) -> None:
         self.filesystem = CrashFilesystem(disk, before)
@@ -77,23 +77,23 @@ class Process:
         self.saved = 0
 
     def compress(self) -> None:
-        """Everything, as far as it goes."""
-        compressor = Compactor(self.directory, self.clock, 60.0, lambda _name: False, self._shrunk)
+        """Compress all files, as far as the faults allow."""
+        compressor = Compactor(self.directory, self.clock, 60.0, lambda _name: False, self._on_bytes_saved)
         recover(self.directory)
         while compressor.compress_next()[0]:
             self.clock.advance(60.0)
 
-    def _shrunk(self, saved: int) -> None:
+    def _on_bytes_saved(self, saved: int) -> None:
         self.saved += saved
 
     def deliver(self, sink: RecordingSink) -> None:
         deliver_once(self.directory, sink, self.clock)
 
     def evict(self) -> int:
-        """Everything, but what is in use; the number of events."""
+        """Evict all files that are not in use; returns the number of events."""
         writer = Writer(self.directory, WriterLimits(1, 1, 1, 10**6), lambda: None)
-        account = self.directory.disk_usage()
-        writer.start(account.pending_bytes, account.pending_files)
+        usage = self.directory.disk_usage()
+        writer.start(usage.pending_bytes, usage.pending_files)
         capacity = QuotaEnforcer(self.directory, writer, self.clock, 0, evicts=True)
         capacity.enforce()
         return capacity.evicted_events
@@ -103,8 +103,8 @@ def kinds(state: State) -> list[Kind]:
     return [layout.kind_of(path.rpartition("/")[2]) for path in state]
 
 
-def check_all_arrives(disk: Disk) -> None:
-    """The next process delivers each batch once, in order and unchanged, and leaves nothing."""
+def check_all_delivered(disk: Disk) -> None:
+    """The next process delivers each batch once, in order and unchanged, and leaves no file."""
     sink = RecordingSink()
     Process(disk).deliver(sink)
     assert sink.calls == list(BATCHES)
@@ -112,7 +112,7 @@ def check_all_arrives(disk: Disk) -> None:
     assert not {Kind.SEALED, Kind.TEMPORARY, Kind.CORRUPT} & set(kinds(disk.files))
 
 
-class Fuse:
+class KillBefore:
     """Kills a process before its n-th operation."""
 
     def __init__(self, left: int) -> None:
@@ -125,37 +125,37 @@ class Fuse:
 
 
 def test_without_faults_all_is_compressed_and_delivered() -> None:
-    """The other tests rely on it."""
-    disk = Disk(FOUND)
+    """The other tests depend on this."""
+    disk = Disk(INITIAL_FILES)
     process = Process(disk)
     process.compress()
     assert sorted(disk.files) == [f"{OUTBOX_PATH}/{batch}.ndjson.zst" for batch in BATCHES]
-    assert process.saved == sum(map(len, FOUND.values())) - sum(map(len, disk.files.values()))
-    check_all_arrives(disk)
+    assert process.saved == sum(map(len, INITIAL_FILES.values())) - sum(map(len, disk.files.values()))
+    check_all_delivered(disk)
 
 
-def test_a_kill_at_any_operation_loses_and_doubles_nothing() -> None:
-    """A batch may have both names, or a temporary file, or neither: each is delivered once."""
+def test_a_kill_at_any_operation_loses_and_duplicates_nothing() -> None:
+    """A batch may have both names, only one, or a temporary file. It is delivered once."""
     seen = set()
     for operations in itertools.count():
-        disk = Disk(FOUND)
-        process = Process(disk, Fuse(operations))
+        disk = Disk(INITIAL_FILES)
+        process = Process(disk, KillBefore(operations))
         try:
             process.compress()
         except Killed:
             process.filesystem.kill()
             names = {path.rpartition("/")[2] for path in disk.files}
             seen.add((len(names), any(layout.plain_name(name) in names for name in names)))
-            check_all_arrives(disk)
+            check_all_delivered(disk)
         else:
             break
     assert operations > OPERATIONS_MIN
     assert seen == {(FILES, False), (FILES + 1, False), (FILES + 1, True)}
 
 
-def test_a_power_loss_at_any_operation_loses_and_doubles_nothing() -> None:
-    """Whatever is left on the disk."""
-    disk = Disk(FOUND)
+def test_a_power_loss_at_any_operation_loses_and_duplicates_nothing() -> None:
+    """For every possible state of the disk."""
+    disk = Disk(INITIAL_FILES)
     Process(disk).compress()
     states = set()
     for end in range(FILES, len(disk.trace) + 1):
@@ -163,13 +163,13 @@ def test_a_power_loss_at_any_operation_loses_and_doubles_nothing() -> None:
             key = tuple(sorted(state.items()))
             if key not in states:
                 states.add(key)
-                check_all_arrives(Disk(state))
+                check_all_delivered(Disk(state))
     assert len(states) > OPERATIONS_MIN
 
 
 def test_a_power_loss_during_the_delivery_of_compressed_batches() -> None:
-    """A batch that comes back was delivered before, under the same id and with the same content."""
-    disk = Disk(FOUND)
+    """A batch that reappears was already delivered, with the same id and content."""
+    disk = Disk(INITIAL_FILES)
     process, sink = Process(disk), RecordingSink()
     process.compress()
     process.deliver(sink)
@@ -183,8 +183,8 @@ def test_a_power_loss_during_the_delivery_of_compressed_batches() -> None:
 
 
 def test_a_settled_batch_does_not_come_back_under_its_other_name() -> None:
-    """A process dies with both names present; the process that delivers the batch deletes both, also after a power loss."""
-    disk = Disk({**FOUND, f"{OUTBOX_PATH}/{next(iter(BATCHES))}.ndjson.zst": b""})
+    """A process dies while both names exist. The worker deletes both, also if there is a power loss afterwards."""
+    disk = Disk({**INITIAL_FILES, f"{OUTBOX_PATH}/{next(iter(BATCHES))}.ndjson.zst": b""})
     Process(disk).deliver(RecordingSink())
     disk.mark("done")
     for state in DurabilityModel(disk.trace, ignoring=LOCKS).states():
@@ -193,12 +193,12 @@ def test_a_settled_batch_does_not_come_back_under_its_other_name() -> None:
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("open_append", "make_directory")])
 def test_each_operation_may_fail(verb: str) -> None:
-    """With each error, once or for good: only the listing of the recovery raises, and nothing is lost."""
+    """With each error, once or permanently: the compactor does not raise, and nothing is lost."""
     for nth in itertools.count(1):
         faults = [Fault(verb, nth, code, permanent=for_good) for code in VERBS[verb] for for_good in (False, True)]
         hits = 0
         for fault in faults:
-            disk, meter = Disk(FOUND), FaultCounter(fault)
+            disk, meter = Disk(INITIAL_FILES), FaultCounter(fault)
             process = Process(disk, faults=meter)
             compressor = Compactor(process.directory, process.clock, 60.0, lambda _name: False, lambda _size: None)
             for _ in range(FILES * 2):
@@ -206,15 +206,15 @@ def test_each_operation_may_fail(verb: str) -> None:
                 process.clock.advance(60.0)
             hits += meter.failures
             process.filesystem.close_inherited()
-            check_all_arrives(disk)
+            check_all_delivered(disk)
         if not hits:
             break
     assert nth > 1 or verb not in USED
 
 
-def do_work(process: Process, what: str, sink: RecordingSink) -> int:
-    """Do all of one kind of work; the number of events that were evicted."""
-    match what:
+def run_task(process: Process, task: str, sink: RecordingSink) -> int:
+    """Do all of one kind of work; returns the number of evicted events."""
+    match task:
         case "compress":
             process.compress()
         case "recover":
@@ -229,14 +229,14 @@ def do_work(process: Process, what: str, sink: RecordingSink) -> int:
 @pytest.mark.parametrize("first", ["compress", "recover", "deliver", "evict"])
 @pytest.mark.parametrize("second", ["compress", "recover", "deliver", "evict"])
 @pytest.mark.parametrize("begun", [False, True], ids=["", "with a copy that a process has left"])
-def test_other_processes_may_work_in_between(first: str, second: str, *, begun: bool) -> None:
-    """One does all of its work before any operation of the other: each event is delivered once or evicted."""
+def test_another_process_may_run_between_any_two_operations(first: str, second: str, *, begun: bool) -> None:
+    """It does all of its work there. Each event is delivered once or evicted."""
     oldest = f"{OUTBOX_PATH}/{next(iter(BATCHES))}.ndjson"
-    found = FOUND
+    found = INITIAL_FILES
     if begun:
-        disk = Disk(FOUND)
+        disk = Disk(INITIAL_FILES)
         Process(disk).compress()
-        found = disk.files | {oldest: FOUND[oldest]}
+        found = disk.files | {oldest: INITIAL_FILES[oldest]}
     for operations in itertools.count():
         disk, sink = Disk(found), RecordingSink()
         left, evicted = operations, list[int]()
@@ -247,11 +247,11 @@ def test_other_processes_may_work_in_between(first: str, second: str, *, begun: 
             if left == -1:
                 loop = asyncio._get_running_loop()
                 asyncio._set_running_loop(None)
-                evicted.append(do_work(Process(disk), second, sink))
+                evicted.append(run_task(Process(disk), second, sink))
                 asyncio._set_running_loop(loop)
 
         process = Process(disk, before)
-        evicted.append(do_work(process, first, sink))
+        evicted.append(run_task(process, first, sink))
         process.filesystem.close_inherited()
         Process(disk).deliver(sink)
         assert len(sink.calls) == len(set(sink.calls)), operations

@@ -1,4 +1,4 @@
-"""Handing over takes as long as somebody wants it to; what it does when it fails or dies is tested in `tests/crash`."""
+"""Fan-out stops when it is told to. Errors and kills during fan-out are tested in `tests/crash`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def names_in(path: Path) -> list[str]:
     return sorted(one.name for one in path.glob("sealed-*"))
 
 
-def test_fanning_out_can_stop_between_two_groups_of_a_backlog(box: Path) -> None:
-    """So that a heartbeat can be written in time, and the process can end; the oldest go first."""
+def test_fan_out_can_stop_between_two_groups(box: Path) -> None:
+    """So the heartbeat is written in time, and the process can end. The oldest batches come first."""
     outbox_dir, clock = open_directory(box), ManualClock()
     fan_out = FanOut(outbox_dir, ["live"], clock, LedgerWriter(outbox_dir, clock))
     assert list(islice(fan_out.distribute(), 2)) == [GROUP_MAX_FILES, GROUP_MAX_FILES]
@@ -39,8 +39,8 @@ def test_fanning_out_can_stop_between_two_groups_of_a_backlog(box: Path) -> None
     assert len(names_in(box / "sink-live")) == FILES
 
 
-def test_a_later_sink_has_no_queue_before_the_batches_sealed_earlier_are_fanned_out(box: Path) -> None:
-    """Also if that takes several groups: these batches are not for the later sink."""
+def test_a_new_sink_gets_its_queue_after_the_earlier_batches_are_fanned_out(box: Path) -> None:
+    """These batches are not for the new sink, even if their fan-out takes several groups."""
     outbox_dir, clock = open_directory(box), ManualClock()
     ledger = LedgerWriter(outbox_dir, clock)
     (box / "sink-warehouse").mkdir()

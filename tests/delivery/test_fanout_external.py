@@ -1,4 +1,4 @@
-"""Several sinks that another process delivers to, each at the pace of its destination, and of different kinds."""
+"""Several sinks with delivery by other processes, each at the speed of its destination."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def database(box: Path, name: str) -> str:
 
 
 def test_a_child_delivers_to_all_sinks_and_reports_each(box: Path) -> None:
-    """A sink that is down holds back no other; if the child is killed, the next one continues for both."""
+    """A sink that is down does not delay the others. If the child is killed, the next one continues for both."""
     with Server(always(BUSY_RESPONSE)) as server:
         sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, deliver="process", flush_interval=0.05, backoff_max=0.05) as outbox:
@@ -81,14 +81,14 @@ def test_a_process_that_only_stores_sees_the_state_of_each_sink(box: Path) -> No
     assert stored_event_ids(box.parent / "w.db") == event_ids(20)
 
 
-def test_another_process_builds_its_own_sinks(box: Path) -> None:
-    """It cannot be given an object, also not as one of several."""
+def test_sink_objects_are_rejected_if_another_process_delivers(box: Path) -> None:
+    """Also as one of several sinks."""
     with pytest.raises(ConfigurationError, match="a Sink object cannot be used in another process"):
         Outbox(str(box), sinks={"mine": RecordingSink(), "warehouse": database(box, "w")}, deliver="process")
 
 
-def test_each_sink_is_delivered_by_the_process_that_holds_its_queue(box: Path) -> None:
-    """One process fans out, two deliver: none needs both locks."""
+def test_different_processes_can_deliver_different_queues(box: Path) -> None:
+    """One process fans out and two deliver; none needs both locks."""
     script = (
         "import sys, threading; from pillarbox import Outbox\n"
         "outbox = Outbox(sys.argv[1], sink=sys.argv[2], flush_interval=0.05); outbox.__enter__()\n"
@@ -117,8 +117,8 @@ def test_each_sink_is_delivered_by_the_process_that_holds_its_queue(box: Path) -
     balanced_totals(box)
 
 
-def test_each_sink_has_a_rate_of_its_own(box: Path) -> None:
-    """After an outage of one sink its drain is paced, and the other goes at full speed."""
+def test_each_sink_is_paced_by_itself(box: Path) -> None:
+    """After an outage of one sink its drain is paced, and the other is delivered at full speed."""
     down = threading.Event()
     down.set()
     with Server() as server:

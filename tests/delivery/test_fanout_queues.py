@@ -1,4 +1,4 @@
-"""The queues of several sinks as they are added, removed and shared: full disks, other processes, sinks that are new or left out."""
+"""Queues of several sinks: full disks, several processes, and sinks that are added, renamed or removed."""
 
 from __future__ import annotations
 
@@ -56,22 +56,22 @@ def pillarbox(box: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def enqueue_until_evicted(outbox: Outbox, first: int, least: int, goes_on: Callable[[], bool] = lambda: True) -> list[str]:
-    """Enqueue files of ten, each when it `goes_on`, until so many events were evicted; what was accepted."""
+def enqueue_until_evicted(outbox: Outbox, first: int, least: int, may_continue: Callable[[], bool] = lambda: True) -> list[str]:
+    """Enqueue files of ten events while `goes_on` is true, until so many events were evicted; returns the accepted ids."""
     accepted = []
     for number in range(first, 100_000):
         if outbox.enqueue(event(number)):
             accepted.append(f"e-{number:06d}")
         if number % 10 == 0:
             assert outbox._sealer.seal_now("manual", 60)
-            wait_until(goes_on)
+            wait_until(may_continue)
             if outbox.stats().evicted >= least:
                 return accepted
     raise AssertionError("nothing is given up")
 
 
-def test_an_eviction_deletes_a_file_for_all_sinks_that_wait_for_it(box: Path) -> None:
-    """The directory stays within its limit, the healthy sink misses nothing, and every ledger has the evictions."""
+def test_an_eviction_deletes_a_file_from_all_queues(box: Path) -> None:
+    """The directory stays below its limit, the healthy sink gets every event, and every ledger has the evictions."""
     sinks = {"live": closed_port_url(), "slow": closed_port_url(), "warehouse": database(box, "warehouse")}
     with Outbox(str(box), sinks=sinks, when_full="drop_oldest", max_bytes=30_000, flush_interval=0.05) as outbox:
         accepted = enqueue_until_evicted(
@@ -91,8 +91,8 @@ def test_an_eviction_deletes_a_file_for_all_sinks_that_wait_for_it(box: Path) ->
     assert found == {"live": (evicted, left), "slow": (evicted, left), "warehouse": (0, 0)}
 
 
-def test_a_file_that_one_sink_is_sending_is_not_evicted_for_any(box: Path) -> None:
-    """However much comes after it."""
+def test_a_file_that_one_sink_is_sending_is_not_evicted(box: Path) -> None:
+    """However many events come after it."""
     asked: list[Request] = []
 
     def hang(request: Request) -> CannedResponse:
@@ -127,14 +127,14 @@ def other_process(box: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_after_the_delivering_process_is_killed_another_takes_over(box: Path, other_process: subprocess.Popen[str]) -> None:
-    """What it had fanned out and what it had not, within about a second, and without being told."""
+    """It delivers what was fanned out and what was not, within about a second and without a notification."""
     wait_until(lambda: (beat := read_heartbeat(open_directory(box))) is not None and beat.pid == other_process.pid)
     with Outbox(str(box), sinks=two(box), flush_interval=0.05, batch_size=10) as outbox:
         enqueue_events(outbox, 200)
         assert outbox.flush(60)
         wait_until(lambda: {sink.state.name for sink in outbox.stats().sinks.values()} == {"standby"})
         assert outbox.stats().delivered == 0
-        other_process.send_signal(signal.SIGSTOP)  # it holds its locks and does nothing
+        other_process.send_signal(signal.SIGSTOP)  # it keeps its locks and does nothing
         os.waitpid(other_process.pid, os.WUNTRACED)
         enqueue_events(outbox, 200, 200)
         assert not outbox.flush(0.2)
@@ -147,8 +147,8 @@ def test_after_the_delivering_process_is_killed_another_takes_over(box: Path, ot
     balanced_totals(box)
 
 
-def test_a_sink_that_is_added_later_gets_the_batches_sealed_from_then_on(box: Path) -> None:
-    """Batches that wait for another sink are not for it."""
+def test_a_sink_that_is_added_later_gets_only_later_batches(box: Path) -> None:
+    """Pending batches of another sink are not for it."""
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         enqueue_files(outbox, 3)
         wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
@@ -162,7 +162,7 @@ def test_a_sink_that_is_added_later_gets_the_batches_sealed_from_then_on(box: Pa
 
 
 def test_a_sink_added_with_the_command_begins_with_the_backlog(box: Path) -> None:
-    """Of another sink's queue, and what no queue has yet; both ledgers have it."""
+    """The batches in another sink's queue and those not fanned out yet; both ledgers have them."""
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         enqueue_files(outbox, 3)
         wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
@@ -179,8 +179,8 @@ def test_a_sink_added_with_the_command_begins_with_the_backlog(box: Path) -> Non
     balanced_totals(box)
 
 
-def test_several_sinks_that_replace_a_single_one_begin_with_all_that_waits(box: Path) -> None:
-    """A directory that had a single sink so far."""
+def test_several_sinks_that_replace_a_single_one_begin_with_the_backlog(box: Path) -> None:
+    """The directory had a single sink before."""
     with Outbox(str(box), sink=closed_port_url()) as outbox:
         enqueue_files(outbox, 3)
     with Outbox(str(box), sinks=two(box)) as outbox:
@@ -189,8 +189,8 @@ def test_several_sinks_that_replace_a_single_one_begin_with_all_that_waits(box: 
     balanced_totals(box)
 
 
-def test_a_single_sink_takes_nothing_from_queues_and_reports_it(box: Path) -> None:
-    """Neither from the queues nor what is sealed meanwhile; as one of several it continues."""
+def test_a_single_sink_does_not_deliver_existing_queues_and_reports_them(box: Path) -> None:
+    """New batches are not delivered either. With several sinks again, delivery continues."""
     with Outbox(str(box), sinks={"live": closed_port_url(), "warehouse": closed_port_url()}) as outbox:
         enqueue_files(outbox, 2)
         wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 2)
@@ -207,8 +207,8 @@ def test_a_single_sink_takes_nothing_from_queues_and_reports_it(box: Path) -> No
     assert stored_event_ids(box.parent / "live.db") == stored_event_ids(box.parent / "warehouse.db") == event_ids(30)
 
 
-def test_a_queue_whose_sink_is_left_out_fills_up_and_is_named(box: Path) -> None:
-    """Degraded, with the command that removes it; the others are delivered."""
+def test_a_queue_without_a_configured_sink_is_reported(box: Path) -> None:
+    """It fills up. The state is degraded and names the command that removes the queue; the other sinks are delivered."""
     with Outbox(str(box), sinks=two(box)) as outbox:
         enqueue_files(outbox, 1)
         assert outbox.flush(60)
@@ -231,7 +231,7 @@ def test_a_queue_whose_sink_is_left_out_fills_up_and_is_named(box: Path) -> None
 
 
 def test_a_renamed_queue_belongs_to_the_new_sink(box: Path) -> None:
-    """With all that waits in it."""
+    """With its pending batches."""
     with Outbox(str(box), sinks={"live": closed_port_url(), "warehouse": database(box, "warehouse")}) as outbox:
         enqueue_files(outbox, 3)
         wait_until(lambda: outbox.stats().sinks["warehouse"].delivered == 30)
@@ -244,7 +244,7 @@ def test_a_renamed_queue_belongs_to_the_new_sink(box: Path) -> None:
 
 @pytest.mark.parametrize("change", [("remove", "live"), ("rename", "live", "fresh")])
 def test_a_sink_may_have_the_name_of_an_earlier_one(box: Path, change: tuple[str, ...]) -> None:
-    """What was fanned out to the old sink is not missing in the counts of the new one."""
+    """Batches that were fanned out to the old sink are not missing in the counts of the new one."""
     sinks = {"live": database(box, "live"), "warehouse": database(box, "warehouse")}
     with Outbox(str(box), sinks=sinks) as outbox:
         enqueue_files(outbox, 1)
@@ -258,7 +258,7 @@ def test_a_sink_may_have_the_name_of_an_earlier_one(box: Path, change: tuple[str
 
 
 def test_the_batches_of_the_last_queue_return_to_a_single_sink(box: Path) -> None:
-    """It then delivers what waited there."""
+    """It then delivers them."""
     with Outbox(str(box), sinks={"live": closed_port_url()}) as outbox:
         enqueue_files(outbox, 3)
         wait_until(lambda: not batch_files(box) and len(batch_files(box / "sink-live")) == 3)
@@ -274,7 +274,7 @@ def test_the_batches_of_the_last_queue_return_to_a_single_sink(box: Path) -> Non
 
 
 def test_a_forked_child_stores_and_delivers_to_all_sinks(box: Path) -> None:
-    """What the parent had stays the parent's; no sink gets anything twice."""
+    """The parent's batches stay with the parent, and no sink gets an event twice."""
     script = DELIVER + (
         "import os; from tests.conftest import event\n"
         "outbox = Outbox(sys.argv[1], sinks=json.loads(sys.argv[2]), flush_interval=0.05)\n"

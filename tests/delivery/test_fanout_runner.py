@@ -1,4 +1,4 @@
-"""Several sinks of one outbox, with real files, servers and databases: each gets everything, and none waits for another."""
+"""Several sinks of one outbox, with real files, servers and databases: each gets every event, and none waits for another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def box(tmp_path: Path) -> Path:
 
 
 def database(box: Path, name: str) -> str:
-    """The URL of an SQLite file beside the outbox."""
+    """The URL of an SQLite database beside the outbox."""
     return f"sqlite:///{box.parent}/{name}.db"
 
 
@@ -47,7 +47,7 @@ def two(box: Path) -> dict[str, str]:
 
 
 def test_each_sink_gets_everything_and_no_file_is_left(box: Path) -> None:
-    """Two databases, several files; nothing waits, and all counts balance."""
+    """Two databases and several files. Nothing stays pending, and the counts balance."""
     with Outbox(str(box), sinks=two(box), batch_size=50) as outbox:
         enqueue_events(outbox, 1000)
         assert outbox.flush(60)
@@ -62,8 +62,8 @@ def test_each_sink_gets_everything_and_no_file_is_left(box: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["refuses connections", "answers 503", "never answers"])
-def test_a_sink_that_is_down_holds_back_no_other_and_catches_up(box: Path, how: str) -> None:
-    """Its state names it, the other one is healthy; what waits counts once; once it is back it gets everything once."""
+def test_a_sink_that_is_down_does_not_delay_the_others(box: Path, how: str) -> None:
+    """The state names it. Its pending batches count once, and it gets every event once when it is back."""
     with Server(always(BUSY_RESPONSE if how == "answers 503" else HANG)) as server:
         url = closed_port_url() if how == "refuses connections" else server.url("#timeout=0.5")
         sinks = {"live": url, "warehouse": database(box, "warehouse")}
@@ -93,8 +93,8 @@ def test_a_sink_that_is_down_holds_back_no_other_and_catches_up(box: Path, how: 
     balanced_totals(box)
 
 
-def test_each_sink_has_dead_letters_of_its_own(box: Path) -> None:
-    """A record that one sink rejects the other has; the dead letters are in the queue of the first, and its ledger has them."""
+def test_each_sink_has_its_own_dead_letters(box: Path) -> None:
+    """A record that one sink rejects is delivered to the other. The dead letters are in the queue and the ledger of the first."""
     with Server(reject_poison) as server:
         sinks = {"live": server.url(), "warehouse": database(box, "warehouse")}
         with Outbox(str(box), sinks=sinks, batch_size=10) as outbox:
@@ -111,7 +111,7 @@ def test_each_sink_has_dead_letters_of_its_own(box: Path) -> None:
 
 
 def test_a_sink_object_may_be_one_of_several(box: Path) -> None:
-    """An application's own sink beside a URL."""
+    """Beside a sink with a URL."""
     sink = RecordingSink()
     with Outbox(str(box), sinks={"mine": sink, "warehouse": database(box, "warehouse")}, batch_size=10) as outbox:
         enqueue_events(outbox, 30)
@@ -121,7 +121,7 @@ def test_a_sink_object_may_be_one_of_several(box: Path) -> None:
 
 
 def test_flush_waits_for_every_sink(box: Path) -> None:
-    """A slow sink makes it wait, although the other had everything at once."""
+    """Also for a slow one, although the other has every event at once."""
     slow = RecordingSink([Retry("not yet", after_s=0.3)])
     with Outbox(str(box), sinks={"slow": slow, "warehouse": database(box, "warehouse")}) as outbox:
         enqueue_events(outbox, 10)
@@ -130,8 +130,8 @@ def test_flush_waits_for_every_sink(box: Path) -> None:
         assert outbox.stats().pending_files == 0
 
 
-def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> None:
-    """So `max_bytes` is reached at the bytes on disk, and events beyond it are dropped."""
+def test_a_file_in_several_queues_is_counted_once(box: Path) -> None:
+    """So `max_bytes` limits the bytes on disk, and events beyond it are dropped."""
     sinks = {"one": closed_port_url(), "two": closed_port_url(), "three": closed_port_url()}
     with Outbox(str(box), sinks=sinks, max_bytes=20_000, batch_size=20, backoff_max=0.05) as outbox:
         accepted = sum(bool(outbox.enqueue(event(number, scope_id="s" * 100))) for number in range(300))
@@ -150,8 +150,8 @@ def test_a_file_is_counted_once_however_many_sinks_wait_for_it(box: Path) -> Non
     balanced_totals(box)
 
 
-class SlowToOpen(RecordingSink):
-    """Opens when the test allows it."""
+class SlowToOpenSink(RecordingSink):
+    """A sink that opens when the test allows it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,8 +170,8 @@ class SlowToOpen(RecordingSink):
 
 
 def test_the_runner_is_stopped_once_one_sink_is_stopped_and_the_others_are_idle(box: Path) -> None:
-    """Not while another sink has yet to begin, however long that takes."""
-    slow, broken = SlowToOpen(), RecordingSink([Misconfigured("no such table")])
+    """Not while another sink has yet to start, however long that takes."""
+    slow, broken = SlowToOpenSink(), RecordingSink([Misconfigured("no such table")])
     with Outbox(str(box), sinks={"slow": slow, "broken": broken}) as outbox:
         enqueue_files(outbox, 2)
         fleet = outbox._runner
@@ -184,7 +184,7 @@ def test_the_runner_is_stopped_once_one_sink_is_stopped_and_the_others_are_idle(
 
 
 def test_a_runner_that_was_not_started_can_be_stopped(box: Path) -> None:
-    """A command that is interrupted so early does so."""
+    """For example, if a command is interrupted early."""
     one_and_several: list[dict[str, object]] = [{"sink": "sqlite:///a.db"}, {"sinks": two(box)}]
     for sinks in one_and_several:
         settings = resolve({"directory": str(box)} | sinks, {}, None)

@@ -1,4 +1,4 @@
-"""A bad deploy that comes and goes: how many dead letters, calls and silent minutes it may cost."""
+"""A destination that alternates between good and bad deploys: bounds on dead letters, calls and unreported time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.testing import RecordingSink
 from tests.conftest import wait_until
-from tests.delivery.test_hostile_sinks import delivering
+from tests.delivery.test_hostile_sinks import running_worker
 from tests.delivery.test_rejected_batches import calls_per_attempt, dead_in
 from tests.delivery.worker_setup import REJECTION, MovingClock, make_worker, remaining_files, seal_batch
 
@@ -26,8 +26,8 @@ CALLS_MAX_PARTLY_ACCEPTED = 4 * (2 * 9 + 2) + 3  # the same if half of them are 
 PER_SUCCESS_MAX = RULES.stop_after_rejected_batches  # batches that may be dead-lettered after one acceptance
 
 
-class Flapping(RecordingSink):
-    """Rejects everything, except for as many calls as the test allows."""
+class FlappingSink(RecordingSink):
+    """Rejects every call, except for as many as the test allows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class Flapping(RecordingSink):
 
 
 def deferred_count(worker: Worker) -> int:
-    """How many batches are deferred; the worker's thread may defer more."""
+    """The number of deferred batches; the worker's thread may defer more."""
     return len(worker._poison_tracker._deferred)
 
 
-def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
-    """Wait until so many calls were accepted and the worker has stopped since, after another attempt."""
-    # The sink has accepted a call before the worker knows, which is still stopped then.
+def wait_until_stopped_again(worker: Worker, sink: FlappingSink, successes: int) -> None:
+    """Wait until so many calls were accepted, and the worker has stopped again after another attempt."""
+    # The sink accepts a call before the worker knows it, so the state may still be stopped.
     wait_until(lambda: len(sink.batches) >= successes)
     wait_until(lambda: sink.calls_since > 0 and worker.state.name == "stopped")
     assert "consecutive batches wholly rejected; waiting batches are kept: no: it says so" in worker.state.reason
@@ -60,31 +60,31 @@ def stopped_again(worker: Worker, sink: Flapping, successes: int) -> None:
 
 @pytest.mark.parametrize(("batches", "records"), [(30, 1), (30, 20), (100, 20)])
 def test_one_acceptance_dead_letters_few_of_the_deferred_batches(outbox_dir: Directory, batches: int, records: int) -> None:
-    """However many were deferred before it, with others behind them or not; then delivery stops again and reports it."""
+    """However many were deferred, and whether others follow or not. Then delivery stops again and reports it."""
     for stamp in range(1, batches + 1):
         seal_batch(outbox_dir, stamp, *[b'"good %d %d"' % (stamp, number) for number in range(records)])
-    sink = Flapping()
+    sink = FlappingSink()
     worker = make_worker(outbox_dir, sink, config=RULES)
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: deferred_count(worker) >= 30)
         sink.accepts = 1
-        stopped_again(worker, sink, 1)
+        wait_until_stopped_again(worker, sink, 1)
         assert len(dead_in(outbox_dir)) <= PER_SUCCESS_MAX * records
         assert len(sink.payloads) + len(dead_in(outbox_dir)) + len(outbox_dir.batch_names()) * records == batches * records
 
 
 def test_a_flapping_deploy_dead_letters_few_batches_each_time_and_the_others_arrive(outbox_dir: Directory) -> None:
-    """Once it is over, all other batches are delivered, and the worker is idle."""
+    """Once the destination works, all other batches are delivered, and the worker is idle."""
     flaps = 4
     for stamp in range(1, 41):
         seal_batch(outbox_dir, stamp, b'"%d"' % stamp)
-    sink = Flapping()
+    sink = FlappingSink()
     worker = make_worker(outbox_dir, sink, config=RULES)
-    with delivering(worker):
+    with running_worker(worker):
         for flap in range(flaps):
-            stopped_again(worker, sink, flap)
+            wait_until_stopped_again(worker, sink, flap)
             sink.accepts = 1
-        stopped_again(worker, sink, flaps)
+        wait_until_stopped_again(worker, sink, flaps)
         sink.accepts = float("inf")
         assert worker.idle.wait(60)
         assert worker.state.name == "idle"
@@ -93,28 +93,28 @@ def test_a_flapping_deploy_dead_letters_few_batches_each_time_and_the_others_arr
     assert Counter(sink.payloads) + Counter(dead) == Counter(b'"%d"' % stamp for stamp in range(1, 41))
 
 
-def test_a_flap_costs_few_calls_a_batch(outbox_dir: Directory) -> None:
-    """A batch that is about to be decided may be halved to the end; the others are deferred early, each time."""
+def test_a_flap_takes_few_calls_per_batch(outbox_dir: Directory) -> None:
+    """One batch may be halved down to single records; the others are deferred early, each time."""
     for stamp in range(1, 13):
         seal_batch(outbox_dir, stamp, *[b'"%d %d"' % (stamp, number) for number in range(500)])
-    sink = Flapping()
+    sink = FlappingSink()
     worker = make_worker(outbox_dir, sink, config=RULES)
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: deferred_count(worker) == 12)
         assert max(calls_per_attempt(sink)) <= CALLS_MAX
         sink.accepts = 1
-        stopped_again(worker, sink, 1)
+        wait_until_stopped_again(worker, sink, 1)
         given_up = len([name for name in remaining_files(outbox_dir) if layout.kind_of(name) is layout.Kind.DEAD])
         assert given_up <= PER_SUCCESS_MAX
         assert len([calls for calls in calls_per_attempt(sink) if calls > CALLS_MAX]) == given_up
 
 
-def test_a_batch_that_is_always_rejected_costs_a_bounded_number_of_calls(outbox_dir: Directory) -> None:
+def test_a_batch_that_is_always_rejected_takes_a_bounded_number_of_calls(outbox_dir: Directory) -> None:
     """At each attempt."""
     batch = seal_batch(outbox_dir, 1, *[b'"%d"' % number for number in range(500)])
-    sink = Flapping()
+    sink = FlappingSink()
     worker = make_worker(outbox_dir, sink, config=RULES._replace(recheck_s=60.0))
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: worker.state.name == "degraded")
         assert calls_per_attempt(sink) == [len(sink.calls)]
         assert len(sink.calls) <= CALLS_MAX
@@ -122,10 +122,10 @@ def test_a_batch_that_is_always_rejected_costs_a_bounded_number_of_calls(outbox_
 
 
 @pytest.mark.parametrize("first_only", [False, True])
-def test_a_destination_that_names_one_rejected_record_a_call_costs_a_bounded_number_of_calls(
+def test_a_destination_that_names_one_rejected_record_per_call_gets_a_bounded_number_of_calls(
     outbox_dir: Directory, *, first_only: bool
 ) -> None:
-    """Such a batch, all of whose records are rejected, is not halved to the end either."""
+    """The batch is not halved down to single records either."""
 
     class Naming(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -135,7 +135,7 @@ def test_a_destination_that_names_one_rejected_record_a_call_costs_a_bounded_num
     batch = seal_batch(outbox_dir, 1, *[b'"%d"' % number for number in range(500)])
     sink = Naming()
     worker = make_worker(outbox_dir, sink, config=RULES._replace(recheck_s=60.0))
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: worker.state.name == "degraded")
         assert calls_per_attempt(sink) == [len(sink.calls)]
         assert len(sink.calls) <= CALLS_MAX
@@ -143,9 +143,9 @@ def test_a_destination_that_names_one_rejected_record_a_call_costs_a_bounded_num
 
 
 def test_a_deploy_that_turns_bad_in_the_middle_of_a_batch_dead_letters_nothing(outbox_dir: Directory) -> None:
-    """If the destination deduplicates, the batch is deferred as a whole; once the deploy is fixed, all of it arrives."""
+    """If the destination deduplicates, the whole batch is deferred. Once the destination works, all of it is delivered."""
 
-    class Halfway(Flapping):
+    class Halfway(FlappingSink):
         is_fixed = False
 
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -160,8 +160,8 @@ def test_a_deploy_that_turns_bad_in_the_middle_of_a_batch_dead_letters_nothing(o
         seal_batch(outbox_dir, stamp, *everything[(stamp - 1) * 500 : stamp * 500])
     sink = Halfway()
     worker = make_worker(outbox_dir, sink, config=RULES)
-    with delivering(worker):
-        stopped_again(worker, sink, 1)
+    with running_worker(worker):
+        wait_until_stopped_again(worker, sink, 1)
         tries = calls_per_attempt(sink)
         assert tries[0] <= CALLS_MAX_PARTLY_ACCEPTED
         assert max(tries[1:]) <= CALLS_MAX
@@ -171,7 +171,7 @@ def test_a_deploy_that_turns_bad_in_the_middle_of_a_batch_dead_letters_nothing(o
     assert (set(sink.payloads), dead_in(outbox_dir)) == (set(everything), [])
 
 
-def test_a_stop_that_a_call_in_flight_has_ended_is_not_reported(outbox_dir: Directory) -> None:
+def test_a_stop_is_not_reported_if_a_call_in_flight_is_accepted(outbox_dir: Directory) -> None:
     """Three batches are rejected while a fourth is in flight and is accepted: delivery neither stops nor waits."""
 
     class Mixed(RecordingSink):
@@ -200,8 +200,8 @@ def test_a_stop_that_a_call_in_flight_has_ended_is_not_reported(outbox_dir: Dire
 @pytest.mark.parametrize(
     "answer", [Rejected(REJECTION), PartialFailure({0: REJECTION}, None), Retry("not now")], ids=["refused", "named", "not now"]
 )
-def test_the_age_limit_applies_whatever_the_destination_answers(outbox_dir: Directory, answer: DeliveryResult) -> None:
-    """Also if it rejects instead of asking for time, but not before the batch has failed for long enough."""
+def test_the_age_limit_applies_to_every_result(outbox_dir: Directory, answer: DeliveryResult) -> None:
+    """Also to rejections, but not before the batch has failed for long enough."""
     clock = MovingClock()
     begun = clock.monotonic()
 
@@ -216,7 +216,7 @@ def test_the_age_limit_applies_whatever_the_destination_answers(outbox_dir: Dire
         seal_batch(outbox_dir, now - 3_700_000_000 + number, b'"old %d"' % number)
     sink = Refusing()
     worker = make_worker(outbox_dir, sink, config=RULES._replace(max_age_s=3600.0), clock=clock)
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: outbox_dir.batch_names() == [])
     assert clock.monotonic() - begun >= EXPIRY_MIN_FAILING_S
     assert dead_in(outbox_dir) == [b'"old %d"' % number for number in range(4)]

@@ -1,4 +1,4 @@
-"""Any code may be a sink: whatever it answers, raises or fails to do, delivery goes on, reports it, and loses nothing."""
+"""A sink may be any code: whatever it returns, raises or fails to do, delivery continues, reports it, and loses nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LONE = "caf\udce9"  # what `surrogateescape` makes of bytes that are not UTF-8
 
 
 @contextlib.contextmanager
-def delivering(worker: Worker) -> Iterator[ThreadRunner]:
+def running_worker(worker: Worker) -> Iterator[ThreadRunner]:
     """Run a worker in its thread."""
     thread = ThreadRunner(worker)
     thread.start()
@@ -54,19 +54,19 @@ def delivering(worker: Worker) -> Iterator[ThreadRunner]:
 
 
 def deliver_all(worker: Worker) -> None:
-    """Deliver until nothing waits; ends the worker even if it never gets there."""
-    with delivering(worker):
+    """Deliver all pending batches; ends the worker also if that takes too long."""
+    with running_worker(worker):
         assert worker.idle.wait(60)
 
 
 @pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that has failed is restarted at once."""
+def quick_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restart a failed worker without delay."""
     monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
 
 
-class Answering(RecordingSink):
-    """Gives the same answer to every call."""
+class FixedResultSink(RecordingSink):
+    """Returns the same result for every call."""
 
     def __init__(self, answer: object, *, confirms: bool = False) -> None:
         super().__init__(needs_confirmation=confirms, unconfirmed_max=4)
@@ -95,12 +95,12 @@ class Answering(RecordingSink):
     ],
     ids=repr,
 )
-def test_an_impossible_answer_stops_delivery_after_one_call(outbox_dir: Directory, answer: object) -> None:
+def test_an_invalid_result_stops_delivery_after_one_call(outbox_dir: Directory, answer: object) -> None:
     """Nothing is settled because of it, and the destination is not called without a pause."""
     batch = seal_batch(outbox_dir, 1, b"1", b"2")
-    sink = Answering(answer)
+    sink = FixedResultSink(answer)
     worker = make_worker(outbox_dir, sink, config=ONCE)
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: worker.state.name == "stopped")
         # wait: nothing may happen in this time
         assert not worker.idle.wait(0.1)  # long enough for another call, if one were made
@@ -109,12 +109,12 @@ def test_an_impossible_answer_stops_delivery_after_one_call(outbox_dir: Director
 
 
 @pytest.mark.parametrize("after", [-5.0, float("nan"), float("inf")])
-def test_an_impossible_retry_time_is_replaced_by_the_backoff(outbox_dir: Directory, after: float) -> None:
-    """Neither no pause nor an endless one."""
+def test_an_invalid_retry_time_is_replaced_by_the_backoff(outbox_dir: Directory, after: float) -> None:
+    """The pause is neither zero nor endless."""
     seal_batch(outbox_dir, 1, b"1")
-    sink = Answering(Retry("not now", after))
+    sink = FixedResultSink(Retry("not now", after))
     worker = make_worker(outbox_dir, sink, config=ONCE._replace(backoff=Backoff(base_s=9_000.0, max_s=9_000.0)))
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: worker.state.name == "waiting")
         # wait: nothing may happen in this time
         assert not worker.idle.wait(0.1)  # long enough for another call, if one were made
@@ -122,8 +122,8 @@ def test_an_impossible_retry_time_is_replaced_by_the_backoff(outbox_dir: Directo
     assert len(sink.calls) == 1
 
 
-def test_an_index_outside_the_part_dead_letters_no_accepted_record(outbox_dir: Directory) -> None:
-    """An answer to the second half of a batch cannot reject a record of the first."""
+def test_an_index_outside_the_part_does_not_dead_letter_an_accepted_record(outbox_dir: Directory) -> None:
+    """A result for the second half of a batch cannot reject a record of the first half."""
 
     class Wrong(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -134,12 +134,12 @@ def test_an_index_outside_the_part_dead_letters_no_accepted_record(outbox_dir: D
 
     seal_batch(outbox_dir, 1, b'"a"', b'"b"', b'"c"', b'"d"')
     worker = make_worker(outbox_dir, Wrong(), config=ONCE)
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: worker.state.name == "stopped")
     assert [layout.kind_of(name) for name in remaining_files(outbox_dir)] == [layout.Kind.SEALED]
 
 
-class Faulty(RecordingSink):
+class FaultySink(RecordingSink):
     """Raises once in one of its methods, and works afterwards."""
 
     def __init__(self, where: str, error: BaseException) -> None:
@@ -179,14 +179,14 @@ class Faulty(RecordingSink):
     "error", [OSError("cut"), MemoryError(), RecursionError(), asyncio.CancelledError(), SystemExit(3)], ids=repr
 )
 @pytest.mark.parametrize("where", ["open", "prepare", "deliver", "confirm", "close"])
-def test_whatever_a_sink_raises_everything_arrives(outbox_dir: Directory, where: str, error: BaseException) -> None:
-    """The thread lives on, and each record is delivered once."""
+def test_whatever_a_sink_raises_all_records_are_delivered(outbox_dir: Directory, where: str, error: BaseException) -> None:
+    """The thread continues, and each record is delivered once."""
     stamps = range(1, 6)
     for stamp in stamps:
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    sink = Faulty(where, error)
+    sink = FaultySink(where, error)
     worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG)
-    with delivering(worker) as thread:
+    with running_worker(worker) as thread:
         assert worker.idle.wait(60)
         assert thread.stop(30)
     assert sink.error is None
@@ -195,21 +195,21 @@ def test_whatever_a_sink_raises_everything_arrives(outbox_dir: Directory, where:
 
 
 def test_a_call_that_the_sink_cancels_itself_is_retried(outbox_dir: Directory) -> None:
-    """It counts as an answer, and does not end the loop."""
+    """The cancellation counts as a result, and does not end the loop."""
     seal_batch(outbox_dir, 1, b"1")
-    sink = Faulty("deliver", asyncio.CancelledError())
+    sink = FaultySink("deliver", asyncio.CancelledError())
     worker = make_worker(outbox_dir, sink)
     deliver_all(worker)
     assert (worker.last_error, sink.open_count, sink.payloads) == ("the sink cancelled its own call", 1, [b"1"])
 
 
 def test_a_prepare_that_raises_does_not_repeat_the_call_in_flight(outbox_dir: Directory) -> None:
-    """It prepares the next batch; the current one must not suffer."""
+    """It prepares the next batch, so the current one must not be affected."""
     for stamp in range(1, 4):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
     begun: list[str] = []
 
-    class Unprepared(Faulty):
+    class Unprepared(FaultySink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             begun.append(batch.id)
             return await super().deliver(batch)
@@ -219,8 +219,8 @@ def test_a_prepare_that_raises_does_not_repeat_the_call_in_flight(outbox_dir: Di
     assert (sink.error, begun) == (None, sink.calls)
 
 
-class Deaf(RecordingSink):
-    """Continues a cancelled call until the test releases it; counts how many calls are in flight."""
+class UncancellableSink(RecordingSink):
+    """Continues a cancelled call until the test releases it; counts the calls in flight."""
 
     def __init__(self, *, accepts: bool) -> None:
         super().__init__()
@@ -244,11 +244,11 @@ class Deaf(RecordingSink):
 
 
 def test_a_call_that_timed_out_does_not_overlap_the_next(outbox_dir: Directory) -> None:
-    """A sink that takes one call at a time gets the next one after the first has ended."""
+    """A sink with one call at a time gets the next one after the first has ended."""
     seal_batch(outbox_dir, 1, b"1")
-    sink = Deaf(accepts=False)
+    sink = UncancellableSink(accepts=False)
     worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05))
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: worker.state.reason == "the sink is still running a call that timed out")
         # wait: nothing may happen in this time
         assert not worker.idle.wait(0.1)  # long enough for another call, if one were made
@@ -258,10 +258,10 @@ def test_a_call_that_timed_out_does_not_overlap_the_next(outbox_dir: Directory) 
     assert (sink.most, remaining_files(outbox_dir)) == (1, [])
 
 
-def test_an_answer_that_comes_while_the_call_is_cancelled_counts(outbox_dir: Directory) -> None:
-    """What was delivered is not sent again."""
+def test_a_result_that_arrives_during_a_cancellation_counts(outbox_dir: Directory) -> None:
+    """The delivered records are not sent again."""
     seal_batch(outbox_dir, 1, b"1")
-    sink = Deaf(accepts=True)
+    sink = UncancellableSink(accepts=True)
     deliver_all(make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.05)))
     assert (sink.cancelled, len(sink.calls), remaining_files(outbox_dir)) == (1, 1, [])
 
@@ -295,8 +295,8 @@ def test_a_method_that_hangs_is_cancelled_and_retried(outbox_dir: Directory, whe
 
 
 @pytest.mark.parametrize("sure", [-1, 3, None, "2", 0.5])
-def test_an_impossible_confirmation_settles_nothing(outbox_dir: Directory, sure: object) -> None:
-    """It is a misconfiguration; once the sink is fixed, the batches are sent again."""
+def test_an_invalid_confirmation_settles_nothing(outbox_dir: Directory, sure: object) -> None:
+    """It is a misconfiguration. Once the sink is fixed, the batches are sent again."""
     asked: list[int] = []
 
     class Unsure(RecordingSink):
@@ -310,7 +310,7 @@ def test_an_impossible_confirmation_settles_nothing(outbox_dir: Directory, sure:
     sink = Unsure(needs_confirmation=True, unconfirmed_max=2)
     clock = MovingClock()
     worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(recheck_s=60.0), clock=clock)
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: worker.state.name == "stopped")
         assert worker.state.reason == f"the sink confirmed {sure!r} of 1 batches; fix the sink"
         # wait: nothing may happen in this time
@@ -324,9 +324,9 @@ def test_an_impossible_confirmation_settles_nothing(outbox_dir: Directory, sure:
 
 @pytest.mark.parametrize("confirms", [False, True])
 def test_a_rejection_with_any_text_becomes_a_dead_letter(outbox_dir: Directory, *, confirms: bool) -> None:
-    """Also text that cannot be encoded."""
+    """Also with text that cannot be encoded."""
     batch = seal_batch(outbox_dir, 1, b'"good"', b'"bad"')
-    worker = make_worker(outbox_dir, Answering(PartialFailure({1: Rejection(LONE, LONE)}, 1), confirms=confirms))
+    worker = make_worker(outbox_dir, FixedResultSink(PartialFailure({1: Rejection(LONE, LONE)}, 1), confirms=confirms))
     deliver_all(worker)
     assert remaining_files(outbox_dir) == [layout.dead_name(batch)]
     letter = json.loads(Path(outbox_dir.path_of(layout.dead_name(batch))).read_bytes())
@@ -341,9 +341,9 @@ def test_a_rejection_with_any_text_becomes_a_dead_letter(outbox_dir: Directory, 
 def test_an_exception_with_any_text_is_reported(outbox_dir: Directory, where: str, error: Exception) -> None:
     """In the state and in the heartbeat; then everything is delivered."""
     seal_batch(outbox_dir, 1, b"1")
-    sink = Faulty(where, error)
+    sink = FaultySink(where, error)
     worker = make_worker(outbox_dir, sink)
-    with delivering(worker):
+    with running_worker(worker):
         assert worker.idle.wait(60)
         beat = read_heartbeat(outbox_dir)
         assert beat is not None
@@ -352,8 +352,8 @@ def test_an_exception_with_any_text_is_reported(outbox_dir: Directory, where: st
 
 
 @pytest.mark.parametrize("answer", [Retry(LONE), Misconfigured(LONE)], ids=["retry", "misconfigured"])
-def test_an_answer_with_any_text_is_reported(outbox_dir: Directory, answer: DeliveryResult) -> None:
-    """It delays the batch, and nothing else."""
+def test_a_retry_with_any_text_is_reported(outbox_dir: Directory, answer: DeliveryResult) -> None:
+    """It delays the batch, and has no other effect."""
     seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink([answer])
     worker = make_worker(outbox_dir, sink)

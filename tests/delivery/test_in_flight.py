@@ -1,4 +1,4 @@
-"""Several requests in flight, and a destination that asks for time."""
+"""Several requests in flight, and a destination that asks for a pause."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.delivery.worker_setup import REJECTION, drain_worker, make_worker, re
 QUICK = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), max_in_flight=4)
 
 
-class Slow(RecordingSink):
-    """Takes its time, longer for the earlier batches; counts how many calls are in flight."""
+class SlowSink(RecordingSink):
+    """Takes longer for earlier batches; counts the calls in flight."""
 
     def __init__(self, *, concurrent: bool = True, confirms: bool = False) -> None:
         super().__init__(needs_confirmation=confirms, unconfirmed_max=16)
@@ -42,10 +42,10 @@ class Slow(RecordingSink):
 
 @pytest.mark.parametrize("confirms", [False, True])
 def test_several_batches_are_sent_at_once_and_each_is_settled_by_itself(outbox_dir: Directory, *, confirms: bool) -> None:
-    """Never more than configured; out of order, and none is missing."""
+    """Never more than configured. They complete out of order, and none is lost."""
     for stamp in range(1, 41):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    sink = Slow(confirms=confirms)
+    sink = SlowSink(confirms=confirms)
     worker = make_worker(outbox_dir, sink, config=QUICK)
     drain_worker(worker)
     assert sink.most == 4
@@ -54,19 +54,19 @@ def test_several_batches_are_sent_at_once_and_each_is_settled_by_itself(outbox_d
     assert (remaining_files(outbox_dir), worker.counters.delivered, worker.counters.flushed_files) == ([], 40, 40)
 
 
-def test_a_sink_that_takes_one_batch_at_a_time_gets_one(outbox_dir: Directory) -> None:
+def test_a_sink_without_concurrency_gets_one_batch_at_a_time(outbox_dir: Directory) -> None:
     """Whatever is configured; the batches arrive in order."""
     for stamp in range(1, 11):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    sink = Slow(concurrent=False)
+    sink = SlowSink(concurrent=False)
     drain_worker(make_worker(outbox_dir, sink, config=QUICK))
     assert (sink.most, sink.payloads) == (1, [b"%d" % stamp for stamp in range(1, 11)])
 
 
-def test_if_the_destination_asks_for_time_all_requests_in_flight_wait(outbox_dir: Directory) -> None:
-    """None calls before that time."""
+def test_if_the_destination_asks_for_a_pause_all_requests_wait(outbox_dir: Directory) -> None:
+    """No call is made before that time."""
 
-    class Busy(Slow):
+    class Busy(SlowSink):
         def __init__(self) -> None:
             super().__init__()
             self.times: list[float] = []
@@ -93,10 +93,10 @@ def test_if_the_destination_asks_for_time_all_requests_in_flight_wait(outbox_dir
     assert sorted(sink.payloads, key=int) == [b"%d" % stamp for stamp in range(1, 21)]
 
 
-def test_a_failing_request_does_not_keep_the_others_from_being_settled(outbox_dir: Directory) -> None:
-    """Whatever the answers are, every record arrives once or becomes a dead letter."""
+def test_a_failing_request_does_not_prevent_the_settlement_of_others(outbox_dir: Directory) -> None:
+    """Whatever the results are, every record is delivered once or becomes a dead letter."""
 
-    class Random(Slow):
+    class Random(SlowSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             match self.chance.randrange(5):
                 case 0:
@@ -116,8 +116,8 @@ def test_a_failing_request_does_not_keep_the_others_from_being_settled(outbox_di
     assert (remaining_files(outbox_dir), worker.counters.dead) == ([], 0)
 
 
-def test_a_worker_that_is_told_to_end_finishes_the_calls_in_flight(outbox_dir: Directory) -> None:
-    """What they delivered is settled; the rest stays."""
+def test_a_worker_finishes_the_calls_in_flight_before_it_ends(outbox_dir: Directory) -> None:
+    """Their batches are settled; the others stay pending."""
 
     class Held(RecordingSink):
         def __init__(self) -> None:
@@ -149,8 +149,8 @@ def test_a_worker_that_is_told_to_end_finishes_the_calls_in_flight(outbox_dir: D
 
 
 @pytest.mark.parametrize("after", [0.05, 0.2])
-def test_the_time_that_a_destination_asks_for_is_kept_exactly(outbox_dir: Directory, after: float) -> None:
-    """Never earlier, and no backoff is added, which could be days."""
+def test_the_pause_that_a_destination_asks_for_is_exact(outbox_dir: Directory, after: float) -> None:
+    """The next call is not earlier, and no backoff is added, which could be days."""
     times: list[float] = []
 
     class Timed(RecordingSink):
@@ -165,7 +165,7 @@ def test_the_time_that_a_destination_asks_for_is_kept_exactly(outbox_dir: Direct
 
 
 def test_a_call_that_takes_too_long_is_cancelled_and_retried(outbox_dir: Directory) -> None:
-    """The reason says how long the limit is."""
+    """The reason contains the timeout."""
     hung: list[str] = []
 
     class Hanging(RecordingSink):

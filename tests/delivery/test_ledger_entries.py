@@ -1,4 +1,4 @@
-"""The ledger durably has a batch's entry before the file is deleted."""
+"""The ledger has the entry of a batch, durably, before its file is deleted."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from pillarbox.testing import ManualClock, RecordingSink
 from tests.delivery.worker_setup import QUICK_CONFIG, PoisonedSink, drain_worker, remaining_files, seal_batch
 
 
-class Watching(OsFilesystem):
-    """Reads the ledger whenever a batch file is deleted or retained: has a sync covered the batch's entry?"""
+class LedgerWatchingFilesystem(OsFilesystem):
+    """Checks at each deletion or retention of a batch file whether its ledger entry was synced."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ledgers: set[int] = set()
         self.durable = b""
         self.syncs = 0
-        self.gone: dict[str, bool] = {}
+        self.has_entry: dict[str, bool] = {}
 
     def open_append(self, path: str) -> int:
         fd = super().open_append(path)
@@ -46,22 +46,23 @@ class Watching(OsFilesystem):
             self.syncs += 1
 
     def unlink(self, path: str) -> None:  # type: ignore[override]
-        self._goes(Path(path).name)
+        self._note_removal(Path(path).name)
         super().unlink(path)
 
     def rename(self, source: str, target: str) -> None:  # type: ignore[override]
-        self._goes(Path(source).name)
+        self._note_removal(Path(source).name)
         super().rename(source, target)
 
-    def _goes(self, name: str) -> None:
+    def _note_removal(self, name: str) -> None:
         if layout.kind_of(name) is layout.Kind.SEALED:
-            self.gone[name] = b'"entry":"settled"' in self.durable and layout.batch_id(name).encode() in self.durable
+            self.has_entry[name] = b'"entry":"settled"' in self.durable and layout.batch_id(name).encode() in self.durable
 
 
-def ledgered(
+def watched_worker(
     outbox_dir: Directory, sink: RecordingSink, kept: SettlementLimits = DEFAULT_LIMITS
-) -> tuple[Worker, Watching, Directory]:
-    watching, clock = Watching(), ManualClock()  # no time passes: only the size of the group has it settled
+) -> tuple[Worker, LedgerWatchingFilesystem, Directory]:
+    watching = LedgerWatchingFilesystem()
+    clock = ManualClock()  # it stands still, so only the size of the group triggers the settlement
     directory = Directory(outbox_dir.path, watching, clock)
     sink.capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
     ledger = LedgerWriter(directory, clock)
@@ -73,17 +74,15 @@ def ledgered(
 
 
 @pytest.mark.parametrize("kept", [DEFAULT_LIMITS, DEFAULT_LIMITS._replace(keep_delivered_s=60.0)], ids=["goes", "is kept"])
-def test_a_file_is_deleted_once_the_ledger_has_its_entry_and_one_sync_serves_many(
-    outbox_dir: Directory, kept: SettlementLimits
-) -> None:
-    """Also with dead letters and damaged bytes."""
+def test_a_file_is_deleted_after_its_ledger_entry_is_synced_with_others(outbox_dir: Directory, kept: SettlementLimits) -> None:
+    """Also with dead letters and damaged bytes. One sync covers many entries."""
     count = 3 * GROUP_FILES_MAX
     for stamp in range(1, count + 1):
         seal_batch(outbox_dir, stamp, b"%d" % stamp, b'"poison"', raw=b"damaged\n" if stamp % 7 == 0 else b"")
-    worker, watching, directory = ledgered(outbox_dir, PoisonedSink(), kept)
+    worker, watching, directory = watched_worker(outbox_dir, PoisonedSink(), kept)
     drain_worker(worker)
-    assert len(watching.gone) == count
-    assert all(watching.gone.values())
+    assert len(watching.has_entry) == count
+    assert all(watching.has_entry.values())
     assert watching.syncs <= 3 + 1
     found = reconcile(directory)
     assert found.balances
@@ -94,12 +93,12 @@ def test_on_a_full_disk_files_are_deleted_before_the_ledger_and_the_entries_foll
     """Freeing space must not need space."""
     for stamp in range(1, 6):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    worker, watching, directory = ledgered(outbox_dir, RecordingSink())
+    worker, watching, directory = watched_worker(outbox_dir, RecordingSink())
     in_the_way = Path(outbox_dir.path_of(layout.LEDGER))
     in_the_way.mkdir()
     drain_worker(worker)
     assert not any(layout.kind_of(name) is layout.Kind.SEALED for name in remaining_files(outbox_dir))
-    assert not any(watching.gone.values())
+    assert not any(watching.has_entry.values())
     in_the_way.rmdir()
     seal_batch(outbox_dir, 6, b"6")
     drain_worker(worker)

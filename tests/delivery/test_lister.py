@@ -29,8 +29,8 @@ def outbox_dir(tmp_path: Path) -> Directory:
     return directory
 
 
-def fill(outbox_dir: Directory, files: int) -> list[str]:
-    """Seal so many files of one event each; their batch ids."""
+def seal_files(outbox_dir: Directory, files: int) -> list[str]:
+    """Seal so many files of one event each; returns their batch ids."""
     return [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in range(1, files + 1)]
 
 
@@ -45,8 +45,8 @@ def pages_of(backlog: BatchLister) -> list[list[str]]:
 @pytest.mark.parametrize("files", range(7))
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100])
 def test_each_page_begins_where_the_last_one_ended(outbox_dir: Directory, files: int, at_once: int) -> None:
-    """Each name is listed once, in order, and a sync comes before each page."""
-    batches, syncs = fill(outbox_dir, files), []
+    """Each name is listed once and in order, and there is a sync before each page."""
+    batches, syncs = seal_files(outbox_dir, files), []
     backlog = BatchLister(outbox_dir, lambda: syncs.append(1), at_once)
     parts = pages_of(backlog)
     assert [batch for part in parts for batch in part] == batches
@@ -57,8 +57,8 @@ def test_each_page_begins_where_the_last_one_ended(outbox_dir: Directory, files:
 
 
 def test_batches_sealed_after_the_scan_began_are_for_the_next_scan(outbox_dir: Directory) -> None:
-    """A scan ends, however fast batches are sealed."""
-    batches = fill(outbox_dir, 3)
+    """So a scan ends, however fast batches are sealed."""
+    batches = seal_files(outbox_dir, 3)
     backlog = BatchLister(outbox_dir, lambda: None, 2)
     first = backlog.list_first_page(everything=False)
     later = seal_batch(outbox_dir, 4, b"4")
@@ -68,8 +68,8 @@ def test_batches_sealed_after_the_scan_began_are_for_the_next_scan(outbox_dir: D
 
 
 def test_a_page_says_nothing_about_names_outside_it(outbox_dir: Directory) -> None:
-    """Nothing is forgotten about those files."""
-    fill(outbox_dir, 5)
+    """The state of files outside the page is kept."""
+    seal_files(outbox_dir, 5)
     names = outbox_dir.batch_names()
     backlog = BatchLister(outbox_dir, lambda: None, 2)
     assert [name for name in names if not backlog.is_outside_page(name)] == names
@@ -83,8 +83,8 @@ def test_a_page_says_nothing_about_names_outside_it(outbox_dir: Directory) -> No
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_of_a_plain_file_and_its_compressed_copy_the_plain_one_is_listed(outbox_dir: Directory, at_once: int) -> None:
-    """Also if they would be on two pages."""
-    batches = fill(outbox_dir, 3)
+    """Also if they would be on different pages."""
+    batches = seal_files(outbox_dir, 3)
     for batch in batches:
         Path(outbox_dir.path_of(batch + layout.COMPRESSED_SUFFIX)).touch()
     backlog = BatchLister(outbox_dir, lambda: None, at_once)
@@ -95,8 +95,8 @@ def test_of_a_plain_file_and_its_compressed_copy_the_plain_one_is_listed(outbox_
 
 
 def test_a_link_in_a_queue_does_not_count_before_the_fan_out_is_complete(outbox_dir: Directory) -> None:
-    """Until the name in the outbox directory is deleted."""
-    batches = fill(outbox_dir, 4)
+    """It counts once the name in the outbox directory is deleted."""
+    batches = seal_files(outbox_dir, 4)
     queue = outbox_dir.queue("a")
     queue.ensure_usable()
     for batch in batches:
@@ -113,8 +113,8 @@ def test_a_link_in_a_queue_does_not_count_before_the_fan_out_is_complete(outbox_
 @pytest.mark.parametrize("combines", [False, True])
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_a_backlog_in_pages_is_delivered_in_order(outbox_dir: Directory, in_flight: int, combines: bool) -> None:
-    """All of it, and nothing twice."""
-    fill(outbox_dir, 9)
+    """Completely and without duplicates."""
+    seal_files(outbox_dir, 9)
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(combines_files=combines, concurrent=True)
     drain_worker(make_worker(outbox_dir, sink, config=PARTS._replace(max_in_flight=in_flight)))
@@ -122,9 +122,9 @@ def test_a_backlog_in_pages_is_delivered_in_order(outbox_dir: Directory, in_flig
     assert remaining_files(outbox_dir) == []
 
 
-def test_files_that_cannot_be_sent_do_not_hold_up_later_pages(outbox_dir: Directory) -> None:
-    """A whole page that is unreadable, or locked by another process."""
-    batches = fill(outbox_dir, 7)
+def test_files_that_cannot_be_sent_do_not_delay_later_pages(outbox_dir: Directory) -> None:
+    """A whole page of files that are unreadable or locked by another process."""
+    batches = seal_files(outbox_dir, 7)
     for batch in batches[:2]:
         os.link(
             outbox_dir.path_of(batch + layout.SUFFIX), f"{outbox_dir.path}/{batch}.second"
@@ -141,8 +141,8 @@ def test_files_that_cannot_be_sent_do_not_hold_up_later_pages(outbox_dir: Direct
 
 
 def test_a_rejected_batch_on_any_page_is_decided_after_another_is_accepted(outbox_dir: Directory) -> None:
-    """It is deferred, and the whole directory is listed then."""
-    batches = fill(outbox_dir, 3)
+    """It is deferred, and then the whole directory is listed."""
+    batches = seal_files(outbox_dir, 3)
     seal_batch(outbox_dir, 4, b'"poison"')
     batches += [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in range(5, 9)]
     sink = PoisonedSink()
@@ -152,8 +152,8 @@ def test_a_rejected_batch_on_any_page_is_decided_after_another_is_accepted(outbo
     assert sorted(set(sink.payloads)) == sorted(b"%d" % stamp for stamp in (1, 2, 3, 5, 6, 7, 8))
 
 
-class _Failing(OsFilesystem):
-    """Lists the first page, then fails once beyond it."""
+class _FailingListing(OsFilesystem):
+    """Lists the first page, and fails once at a later one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,8 +168,8 @@ class _Failing(OsFilesystem):
 
 def test_after_a_page_that_cannot_be_listed_a_new_scan_begins(outbox_dir: Directory) -> None:
     """No batch counts as delivered meanwhile."""
-    batches = fill(outbox_dir, 5)
-    filesystem = _Failing()
+    batches = seal_files(outbox_dir, 5)
+    filesystem = _FailingListing()
     sink = RecordingSink()
     drain_worker(make_worker(Directory(outbox_dir.path, filesystem, SystemClock()), sink, config=PARTS))
     assert filesystem.failed == 1
@@ -177,11 +177,11 @@ def test_after_a_page_that_cannot_be_listed_a_new_scan_begins(outbox_dir: Direct
 
 
 def test_a_worker_is_not_idle_while_the_next_page_cannot_be_listed(outbox_dir: Directory) -> None:
-    """Also if no batch of the first page could be sent."""
-    batches = fill(outbox_dir, 3)
+    """Even if no batch of the first page could be sent."""
+    batches = seal_files(outbox_dir, 3)
     for batch in batches[:2]:
         os.link(outbox_dir.path_of(batch + layout.SUFFIX), f"{outbox_dir.path}/{batch}.second")
-    filesystem = _Failing()
+    filesystem = _FailingListing()
     sink = RecordingSink()
     worker = make_worker(Directory(outbox_dir.path, filesystem, SystemClock()), sink, config=PARTS)
     drain_worker(worker)
@@ -190,5 +190,5 @@ def test_a_worker_is_not_idle_while_the_next_page_cannot_be_listed(outbox_dir: D
 
 
 def test_the_default_page_has_thousands_of_names() -> None:
-    """So directories are listed seldom, and the names take a few MiB."""
+    """So listings are rare, and the names take only a few MiB."""
     assert DeliveryConfig().page_files == 16_384

@@ -1,4 +1,4 @@
-"""Pacing and the live share end to end: real files, a real worker, and a real HTTP server or a sink in memory."""
+"""Pacing and the live share end to end: real files and a real worker, with an HTTP server or a sink in memory."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from tests.delivery.worker_setup import QUICK_CONFIG, drain_worker, make_worker,
 from tests.sinks.http_server import CannedResponse, Request, Server
 
 BUSY = CannedResponse(503, b"<html>", {"Retry-After": "0"})
-# Scaled down from minutes: the rate begins at a hundredth of what this server takes, and a call takes milliseconds.
+# Scaled down from minutes: the rate begins at a hundredth of the server's capacity, and a call takes milliseconds.
 BOUNDS = PacingConfig(start_share=0.01, step_share=0.05, slow_least_s=5.0, outage_s=0.001, pause_max_s=0.2)
 RULES = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.02, backoff=Backoff(base_s=0.001, max_s=0.002), pacing=BOUNDS)
 LISTING_S = 0.002
 encode = Codec(TrackingEvent).encode
 
 
-class Seen(NamedTuple):
-    """A call that arrived, and the state of the worker."""
+class ReceivedCall(NamedTuple):
+    """A call that arrived, and the state of the worker at that moment."""
 
     events: int
     rate: float | None
     state: str
 
 
-class Recovering:
-    """Answers busy so many times after its first good answers, then well again; records the worker's state at each call."""
+class RecoveringServer:
+    """Responds busy a number of times after its first good responses, and then works again. Records the worker's state at each call."""
 
     def __init__(self, good: int, busy: int) -> None:
         self.left = [good, busy]
-        self.seen: list[Seen] = []
+        self.seen: list[ReceivedCall] = []
         self.worker: Worker | None = None
 
     def __call__(self, request: Request) -> CannedResponse:
@@ -53,7 +53,7 @@ class Recovering:
             self.left[1] -= 1
             return BUSY
         else:
-            self.seen.append(Seen(len(request.events), self.worker.counters.rate, str(self.worker.state)))
+            self.seen.append(ReceivedCall(len(request.events), self.worker.counters.rate, str(self.worker.state)))
         return CannedResponse()
 
 
@@ -64,9 +64,9 @@ def fill(outbox_dir: Directory, files: int, events: int = 10) -> None:
 
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(outbox_dir: Directory, in_flight: int) -> None:
-    """The state says so meanwhile, and it is logged once, not for each step."""
+    """The state shows it meanwhile. It is logged once, and not for each step."""
     fill(outbox_dir, 120)
-    server = Recovering(5, 10)
+    server = RecoveringServer(5, 10)
     with Server(server) as running:
         worker = make_worker(
             outbox_dir, make_sink(running.url(), TrackingEvent), config=RULES._replace(max_in_flight=in_flight)
@@ -86,9 +86,9 @@ def test_after_an_outage_the_rate_rises_step_by_step_until_there_is_no_bound(out
 
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_the_ceiling_holds_at_all_times(outbox_dir: Directory, in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with several requests in flight, before an outage and after it."""
+    """Also with several requests in flight, before and after an outage."""
     fill(outbox_dir, 30)
-    server = Recovering(0, 3)
+    server = RecoveringServer(0, 3)
     rules = RULES._replace(max_in_flight=in_flight, pacing=BOUNDS._replace(max_rate=400.0))
     sent: list[tuple[float, int]] = []
     really = Pacer.note_sent
@@ -105,13 +105,13 @@ def test_the_ceiling_holds_at_all_times(outbox_dir: Directory, in_flight: int, m
         drain_worker(worker)
     assert all(one.rate is not None and one.rate <= 400 for one in server.seen)
     assert sum(one.events for one in server.seen) == 300
-    # The time from a call to its arrival varies: the calls keep their distance, not the arrivals.
-    well = sent[4:]  # the calls before were partly answered busy, and do not count
+    # The time from a call to its arrival varies, so the intervals between calls are checked, not those between arrivals.
+    well = sent[4:]  # the calls before it include busy responses, which do not count
     assert well[-1][0] - well[0][0] >= sum(records for _, records in well[:-1]) / 400 - 0.03
 
 
-class Meanwhile(RecordingSink):
-    """Has other writers seal files while its first batch is in flight."""
+class SealingSink(RecordingSink):
+    """Seals files of other writers while its first batch is in flight."""
 
     def __init__(self, outbox_dir: Directory, stamps: range) -> None:
         super().__init__()
@@ -141,10 +141,10 @@ class Meanwhile(RecordingSink):
 def test_batches_sealed_during_a_drain_have_their_share(
     outbox_dir: Directory, clock: ManualClock, share: float, expected: list[int]
 ) -> None:
-    """The default is no share: strictly in order. The prefetched batch goes first in any case. Listing takes no time here."""
+    """Without a share, the order is strict. The prefetched batch is sent first in any case. Listing takes no time here."""
     for stamp in range(1, 13):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    sink = Meanwhile(outbox_dir, range(21, 25))
+    sink = SealingSink(outbox_dir, range(21, 25))
     sink.worker = worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(live_share=share), clock=clock)
     drain_worker(worker)
     assert (list(map(int, sink.payloads)), remaining_files(outbox_dir)) == (expected, [])
@@ -163,7 +163,7 @@ def test_a_long_drain_spends_a_tenth_of_its_time_on_listing(
         clock.advance(LISTING_S)
         return really()
 
-    class Timed(Meanwhile):
+    class Timed(SealingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             clock.advance(0.005)
             shares.append(looks[0] * LISTING_S / clock.monotonic())

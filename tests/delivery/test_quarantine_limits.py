@@ -1,4 +1,4 @@
-"""Dead letters and quarantine have limits, and batches may have an age limit: only if the operator sets them."""
+"""Limits of dead letters and quarantine, and the age limit of batches. They apply only if the operator sets them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.delivery.worker_setup import (
 )
 
 
-class Picky(RecordingSink):
-    """Names the poisoned records and stores the others."""
+class RejectingSink(RecordingSink):
+    """Rejects the poisoned records by index, and accepts the others."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         refused = {index: REJECTION for index, payload in enumerate(batch.payloads) if b"poison" in payload}
@@ -43,14 +43,14 @@ class Picky(RecordingSink):
         ("quarantine", SettlementLimits(max_quarantine_bytes=10), [b'"good"'], b"damaged\n"),
     ],
 )
-def test_a_file_that_needs_more_space_than_the_limit_is_held_and_the_others_go_on(
+def test_a_file_that_would_exceed_the_limit_is_held_and_the_others_are_delivered(
     outbox_dir: Directory, what: str, kept: SettlementLimits, lines: list[bytes], raw: bytes
 ) -> None:
-    """The state says which limit and what to do; once space is freed, the file is settled."""
+    """The state names the limit and the remedy. Once there is space, the file is settled."""
     seal_batch(outbox_dir, 1, *lines, raw=raw)
     second = seal_batch(outbox_dir, 2, *lines, raw=raw)
     seal_batch(outbox_dir, 3, b'"next"')
-    sink = Picky()
+    sink = RejectingSink()
     worker = make_worker(outbox_dir, sink, limits=kept)
     thread = ThreadRunner(worker)
     thread.start()
@@ -71,14 +71,14 @@ def test_a_file_that_needs_more_space_than_the_limit_is_held_and_the_others_go_o
     assert worker.state.name == "idle"
 
 
-def test_with_discard_what_exceeds_the_limit_is_discarded_and_counted(
+def test_with_discard_records_above_the_limit_are_discarded_and_counted(
     outbox_dir: Directory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error is logged, once."""
+    """An error is logged once."""
     first = seal_batch(outbox_dir, 1, b'"poison"', b'"good"')
     for stamp in range(2, 6):
         seal_batch(outbox_dir, stamp, b'"poison"', b'"good"')
-    worker = make_worker(outbox_dir, Picky(), limits=SettlementLimits(max_dead_bytes=250, discard_when_full=True))
+    worker = make_worker(outbox_dir, RejectingSink(), limits=SettlementLimits(max_dead_bytes=250, discard_when_full=True))
     with caplog.at_level(logging.ERROR, "pillarbox"):
         drain_worker(worker)
     assert remaining_files(outbox_dir) == [layout.dead_name(first)]
@@ -88,19 +88,19 @@ def test_with_discard_what_exceeds_the_limit_is_discarded_and_counted(
 
 
 def test_a_batch_that_is_sent_again_does_not_count_its_earlier_dead_letters(outbox_dir: Directory) -> None:
-    """Killed between dead letters and deletion: the same bytes are overwritten."""
+    """After a kill between dead letters and deletion, the same bytes are overwritten."""
     seal_batch(outbox_dir, 1, b'"poison"', b'"good"')
     name = remaining_files(outbox_dir)[0]
     data = Path(outbox_dir.path_of(name)).read_bytes()
     kept = SettlementLimits(max_dead_bytes=250)
-    drain_worker(make_worker(outbox_dir, Picky(), limits=kept))
+    drain_worker(make_worker(outbox_dir, RejectingSink(), limits=kept))
     Path(outbox_dir.path_of(name)).write_bytes(data)
-    drain_worker(make_worker(outbox_dir, Picky(), limits=kept))
+    drain_worker(make_worker(outbox_dir, RejectingSink(), limits=kept))
     assert [layout.kind_of(found) for found in remaining_files(outbox_dir)] == [layout.Kind.DEAD]
 
 
-class Down(RecordingSink):
-    """Never reachable; each call advances the clock."""
+class UnreachableSink(RecordingSink):
+    """Is never reachable; each call advances the clock."""
 
     def __init__(self, clock: MovingClock, seconds: float, calls: int) -> None:
         super().__init__()
@@ -113,21 +113,21 @@ class Down(RecordingSink):
 
 
 def test_without_an_age_limit_no_batch_expires(outbox_dir: Directory) -> None:
-    """Ten years."""
+    """Not even after ten years."""
     clock = MovingClock()
     seal_batch(outbox_dir, clock.micros(), b"1")
-    sink = Down(clock, 86_400.0 * 365, 10)
+    sink = UnreachableSink(clock, 86_400.0 * 365, 10)
     worker = make_worker(Directory(outbox_dir.path, outbox_dir.filesystem, clock), sink, clock=clock)
     drain_worker(worker)
     assert (sink.payloads, worker.counters.dead) == ([b"1"], 0)
 
 
 def test_records_become_dead_letters_past_the_age_limit(outbox_dir: Directory) -> None:
-    """With that as the reason; younger batches are still retried."""
+    """With the age limit as the reason; younger batches are still retried."""
     clock = MovingClock()
     old = seal_batch(outbox_dir, clock.micros(), b"1", b"2")
     young = Directory(outbox_dir.path, outbox_dir.filesystem, clock)
-    sink = Down(clock, 3600.0, 3)
+    sink = UnreachableSink(clock, 3600.0, 3)
     worker = make_worker(young, sink, config=QUICK_CONFIG._replace(max_age_s=7000.0), clock=clock)
     seal_batch(outbox_dir, clock.micros() + int(7200e6), b"3")
     drain_worker(worker)
@@ -141,12 +141,12 @@ def test_records_become_dead_letters_past_the_age_limit(outbox_dir: Directory) -
 
 
 @pytest.mark.parametrize("jump", [1e9, -1e9])
-def test_a_clock_that_jumps_makes_no_batch_old(outbox_dir: Directory, jump: float) -> None:
+def test_a_clock_jump_makes_no_batch_old(outbox_dir: Directory, jump: float) -> None:
     """While the worker runs, in either direction."""
     clock = MovingClock()
     seal_batch(outbox_dir, clock.micros(), b"1")
 
-    class Jumping(Down):
+    class Jumping(UnreachableSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             clock.step(jump)
             return await super().deliver(batch)

@@ -1,4 +1,4 @@
-"""Delivered batches that are retained: how they stay, are deleted, make room, and are redelivered."""
+"""Retention of delivered batches: how they are kept, expire, are deleted to make room, and are redelivered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.testing import ManualClock, RecordingSink
 from tests.cli.test_commands import CLEAN, PILLARBOX, delivered_event_ids, run
 from tests.conftest import event, wait_until
-from tests.delivery.test_quarantine_limits import Picky
+from tests.delivery.test_quarantine_limits import RejectingSink
 from tests.delivery.worker_setup import MovingClock, drain_worker, make_worker, seal_batch
 
 KEEPING = SettlementLimits(keep_delivered_s=3600.0)
@@ -48,27 +48,27 @@ def batch_ids(outbox_dir: Directory, kind: layout.Kind = layout.Kind.DELIVERED) 
 
 
 def deliver(folder: Path, *more: object) -> None:
-    """Deliver what waits, retaining it."""
+    """Deliver the pending batches and retain them."""
     environ = {"PILLARBOX_KEEP_DELIVERED": "24h"}
     done = run("deliver", *BOX, "--sink", "sqlite:///events.db", "--once", *more, cwd=folder, environ=environ)
     assert done.returncode == 0, done.stderr
 
 
 def store(folder: Path, *numbers: int) -> None:
-    """Store events, in a file of their own."""
+    """Store events in a batch of their own."""
     with Outbox(str(folder / "box")) as outbox:
         assert all(outbox.enqueue(event(number)) for number in numbers)
 
 
-def verified(folder: Path) -> dict[str, object]:
-    """What `verify` says of the directory, which must balance."""
+def verify_json(folder: Path) -> dict[str, object]:
+    """The output of `verify`, which must balance."""
     done = run("verify", *BOX, "--json", cwd=folder)
     assert done.returncode == 0, done.stdout
     return dict(json.loads(done.stdout)["reconciliation"])
 
 
-def three_delivered(folder: Path) -> None:
-    """Three batches of ten events that are delivered and retained."""
+def deliver_three_batches(folder: Path) -> None:
+    """Deliver three batches of ten events, and retain them."""
     for first in (0, 10, 20):
         store(folder, *range(first, first + 10))
         deliver(folder)
@@ -78,23 +78,23 @@ def three_delivered(folder: Path) -> None:
 
 
 def test_a_delivered_batch_is_retained_by_a_rename_and_no_longer_pending(outbox_dir: Directory) -> None:
-    """Byte for byte, under a name that says when it was delivered."""
+    """Its content is unchanged, and its name has the time of delivery."""
     kept = [seal_batch(outbox_dir, stamp, b'"%d"' % stamp) for stamp in range(1, 4)]
     before = {name: Path(outbox_dir.path_of(name)).read_bytes() for name in outbox_dir.batch_names()}
-    gone: list[int] = []
-    drain_worker(make_worker(outbox_dir, RecordingSink(), gone, limits=KEEPING))
+    released: list[int] = []
+    drain_worker(make_worker(outbox_dir, RecordingSink(), released, limits=KEEPING))
     assert outbox_dir.batch_names() == []
     assert batch_ids(outbox_dir) == kept
     assert {
         layout.batch_id(file.name) + ".ndjson": Path(outbox_dir.path_of(file.name)).read_bytes()
         for file in outbox_dir.delivered_files()
     } == before
-    assert sum(gone) == sum(map(len, before.values()))
+    assert sum(released) == sum(map(len, before.values()))
     assert outbox_dir.disk_usage().pending_bytes == 0
 
 
 def test_without_keep_delivered_nothing_is_retained_and_earlier_files_stay(outbox_dir: Directory) -> None:
-    """A process that delivers once without the setting must not undo what the setting is for."""
+    """A process that once runs without the setting must not delete the retained batches."""
     first = seal_batch(outbox_dir, 1, b"1")
     drain_worker(make_worker(outbox_dir, RecordingSink(), limits=KEEPING))
     seal_batch(outbox_dir, 2, b"2")
@@ -103,7 +103,7 @@ def test_without_keep_delivered_nothing_is_retained_and_earlier_files_stay(outbo
 
 
 def test_retained_files_are_deleted_when_they_are_too_old(outbox_dir: Directory) -> None:
-    """By the time of their delivery, also those that an earlier process has retained; a file whose name has no time stays."""
+    """Counted from their delivery, also by another process. A file without a time in its name stays."""
     clock = MovingClock()
     outbox_dir = Directory(outbox_dir.path, outbox_dir.filesystem, clock)
     for stamp in (1, 2):
@@ -116,7 +116,7 @@ def test_retained_files_are_deleted_when_they_are_too_old(outbox_dir: Directory)
 
 
 def test_beyond_the_byte_limit_the_first_delivered_files_are_deleted(outbox_dir: Directory) -> None:
-    """Whatever their own age is."""
+    """Whenever they were sealed."""
     for stamp in (9, 3, 5):
         seal_batch(outbox_dir, stamp, b'"%s"' % (b"x" * 100))
         drain_worker(make_worker(outbox_dir, RecordingSink(), limits=KEEPING._replace(max_delivered_bytes=300)))
@@ -124,7 +124,7 @@ def test_beyond_the_byte_limit_the_first_delivered_files_are_deleted(outbox_dir:
 
 
 def test_retained_files_are_bounded_in_number(outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every listing of the directory passes each of them."""
+    """Because every listing of the directory returns each of them."""
     monkeypatch.setattr(retention, "FILES_MAX", 2)
     for stamp in range(1, 6):
         seal_batch(outbox_dir, stamp, b"1")
@@ -133,22 +133,22 @@ def test_retained_files_are_bounded_in_number(outbox_dir: Directory, monkeypatch
 
 
 def test_a_file_with_dead_letters_and_damaged_lines_is_retained_unchanged(outbox_dir: Directory) -> None:
-    """If it is redelivered, the good records arrive, and the others are kept again."""
+    """Its redelivery delivers the good records, and dead-letters and quarantines the others again."""
     batch = seal_batch(outbox_dir, 1, b'"good"', b'"poison"', raw=b"damaged\n")
-    sink = Picky()
+    sink = RejectingSink()
     drain_worker(make_worker(outbox_dir, sink, limits=KEEPING))
     (kept,) = outbox_dir.delivered_files()
     assert batch_ids(outbox_dir) == [batch]
-    anew = outbox_dir.reseal(kept.name)
-    assert anew is not None
+    new_name = outbox_dir.reseal(kept.name)
+    assert new_name is not None
     drain_worker(make_worker(outbox_dir, sink, limits=KEEPING))
     assert sink.payloads == [b'"good"', b'"poison"'] * 2
-    both = sorted([batch, layout.batch_id(anew)])
+    both = sorted([batch, layout.batch_id(new_name)])
     assert batch_ids(outbox_dir, layout.Kind.DEAD) == [f"dead-{one}" for one in both]
     assert batch_ids(outbox_dir, layout.Kind.CORRUPT) == [f"corrupt-{one}" for one in both]
 
 
-class NoRoomForNames(OsFilesystem):
+class NoSpaceForNames(OsFilesystem):
     """A disk on which a directory cannot grow."""
 
     def rename(self, source: str, target: str) -> None:  # type: ignore[override]
@@ -160,8 +160,8 @@ class NoRoomForNames(OsFilesystem):
 def test_a_file_that_cannot_be_retained_is_deleted(
     outbox_dir: Directory, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is delivered, and takes the space that is missing."""
-    outbox_dir = Directory(outbox_dir.path, NoRoomForNames(), clock)
+    """It is delivered, and would use up the space that is missing."""
+    outbox_dir = Directory(outbox_dir.path, NoSpaceForNames(), clock)
     for stamp in (1, 2):
         seal_batch(outbox_dir, stamp, b"1")
     with caplog.at_level(logging.WARNING, "pillarbox"):
@@ -173,8 +173,8 @@ def test_a_file_that_cannot_be_retained_is_deleted(
 # Making room.
 
 
-class Volume(OsFilesystem):
-    """A volume of 1,000,000 bytes of which others use `others`, and the directory the rest."""
+class SmallVolume(OsFilesystem):
+    """A volume of 1,000,000 bytes, of which `others` are used by other files."""
 
     others = 0
 
@@ -183,9 +183,9 @@ class Volume(OsFilesystem):
         return DiskSpace(max(0, 1_000_000 - self.others - used), 1_000_000)
 
 
-def full_place(outbox_dir: Directory, clock: ManualClock) -> tuple[Directory, Volume]:
-    """Ten retained files of 50,000 bytes, and three that wait."""
-    volume = Volume()
+def full_directory(outbox_dir: Directory, clock: ManualClock) -> tuple[Directory, SmallVolume]:
+    """Ten retained files of 50,000 bytes, and three pending ones."""
+    volume = SmallVolume()
     outbox_dir = Directory(outbox_dir.path, volume, clock)
     for stamp in range(10):
         Path(outbox_dir.path_of(layout.delivered_name(layout.sealed_name(stamp, "d"), 100 - stamp))).write_bytes(
@@ -197,10 +197,10 @@ def full_place(outbox_dir: Directory, clock: ManualClock) -> tuple[Directory, Vo
 
 
 def quota_of(outbox_dir: Directory, clock: ManualClock, *, evicts: bool) -> tuple[QuotaEnforcer, Writer]:
-    """The quota of a process that has not begun to write."""
+    """The quota of a process that has not enqueued anything yet."""
     writer = Writer(outbox_dir, WriterLimits(500, 10**6, 10**9), lambda: None)
-    account = outbox_dir.disk_usage()
-    writer.start(account.pending_bytes, account.pending_files)
+    usage = outbox_dir.disk_usage()
+    writer.start(usage.pending_bytes, usage.pending_files)
     capacity = QuotaEnforcer(outbox_dir, writer, clock, None, evicts=evicts)
     return capacity, writer
 
@@ -209,16 +209,16 @@ def quota_of(outbox_dir: Directory, clock: ManualClock, *, evicts: bool) -> tupl
 def test_retained_files_are_deleted_before_events_are_dropped_or_evicted(
     outbox_dir: Directory, clock: ManualClock, *, evicts: bool
 ) -> None:
-    """As many as needed, the first delivered first."""
-    outbox_dir, volume = full_place(outbox_dir, clock)
+    """As many as needed, those delivered first."""
+    outbox_dir, volume = full_directory(outbox_dir, clock)
     capacity, writer = quota_of(outbox_dir, clock, evicts=evicts)
     volume.others = 250_000
     capacity.enforce()
     assert len(outbox_dir.delivered_files()) == 10
     clock.advance(10)
-    volume.others = 350_000  # nothing is free then
+    volume.others = 350_000  # leaves no free space
     capacity.enforce()
-    # 5 % of the volume, and a quarter of that ahead of need: two files.
+    # 5 % of the volume, and a quarter of that in advance: two files.
     assert [layout.delivered_at(file.name) for file in outbox_dir.delivered_files()] == list(range(93, 101))
     assert (writer.dropped["disk_low"], capacity.evicted_events, len(outbox_dir.batch_names())) == (0, 0, 3)
     clock.advance(10)
@@ -227,9 +227,9 @@ def test_retained_files_are_deleted_before_events_are_dropped_or_evicted(
     assert (outbox_dir.delivered_files(), len(outbox_dir.batch_names())) == ([], 3)
 
 
-def test_after_drops_retained_files_are_deleted_before_waiting_ones(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Although the volume reports space: there may be a quota. A waiting file is evicted when no retained one is left."""
-    outbox_dir, _ = full_place(outbox_dir, clock)
+def test_after_drops_retained_files_are_deleted_before_pending_ones(outbox_dir: Directory, clock: ManualClock) -> None:
+    """Although the volume reports free space, because there may be a disk quota. Pending files are evicted after all retained ones."""
+    outbox_dir, _ = full_directory(outbox_dir, clock)
     capacity, writer = quota_of(outbox_dir, clock, evicts=True)
     for left in (9, 8):
         writer.dropped["disk_full"] += 1
@@ -243,7 +243,7 @@ def test_after_drops_retained_files_are_deleted_before_waiting_ones(outbox_dir: 
 
 
 def test_retained_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
-    """It limits the files that wait."""
+    """`max_bytes` limits the pending files."""
     with Outbox(str(tmp_path / "box"), RecordingSink(), max_bytes=2000, batch_size=1, keep_delivered="1h") as outbox:
         for number in range(50):
             wait_until(lambda: outbox.stats().pending_bytes < 1000)
@@ -256,8 +256,8 @@ def test_retained_files_do_not_count_against_max_bytes(tmp_path: Path) -> None:
 # Redelivery.
 
 
-def test_a_destination_that_was_restored_to_an_earlier_copy_gets_everything_again_once(tmp_path: Path) -> None:
-    """An SQLite file: copied after the first of three batches, and restored."""
+def test_a_destination_that_was_restored_from_a_backup_gets_all_events_again(tmp_path: Path) -> None:
+    """An SQLite database, copied after the first of three batches and restored. Each event is in it once."""
     store(tmp_path, *range(10))
     deliver(tmp_path)
     shutil.copy(tmp_path / "events.db", tmp_path / "copy.db")
@@ -275,16 +275,16 @@ def test_a_destination_that_was_restored_to_an_earlier_copy_gets_everything_agai
     )
     deliver(tmp_path)
     assert delivered_event_ids(tmp_path / "events.db") == [f"e-{number:06d}" for number in range(30)]
-    account = verified(tmp_path)
-    assert account["resent_on_request"] == 30
-    assert account["total"]["accepted"] == account["total"]["delivered"] == 60  # type: ignore[index]
-    assert account["total"]["duplicates"] == 10  # type: ignore[index]
+    usage = verify_json(tmp_path)
+    assert usage["resent_on_request"] == 30
+    assert usage["total"]["accepted"] == usage["total"]["delivered"] == 60  # type: ignore[index]
+    assert usage["total"]["duplicates"] == 10  # type: ignore[index]
     assert b"(duplicates 10, redelivered 30)" in run("verify", *BOX, cwd=tmp_path).stdout
 
 
-def test_without_yes_it_only_says_what_would_be_redelivered(tmp_path: Path) -> None:
-    """In text and in JSON; with --yes, the same and the outcome."""
-    three_delivered(tmp_path)
+def test_without_yes_nothing_is_redelivered(tmp_path: Path) -> None:
+    """The plan in text and in JSON; with --yes, the same and the result."""
+    deliver_three_batches(tmp_path)
     before = sorted(os.listdir(tmp_path / "box"))
     text = run("redeliver", *BOX, "--since", "1h", cwd=tmp_path).stdout.decode()
     assert "30 events in 3 batches would be redelivered; add --yes to do it" in text
@@ -294,16 +294,16 @@ def test_without_yes_it_only_says_what_would_be_redelivered(tmp_path: Path) -> N
     assert [(item["events"], item["sink"], item["redelivered_as"]) for item in plan["items"]] == [(10, "", None)] * 3
     assert all(item["sealed_at_micros"] < item["delivered_at_micros"] for item in plan["items"])
     done = json.loads(run("redeliver", *BOX, "--since", "1h", "--json", "--yes", cwd=tmp_path).stdout)
-    anew = [item["redelivered_as"] for item in done["items"]]
-    assert (done["applied"], sorted(anew)) == (True, anew)
+    new_name = [item["redelivered_as"] for item in done["items"]]
+    assert (done["applied"], sorted(new_name)) == (True, new_name)
     assert [item["batch"] for item in done["items"]] == sorted(item["batch"] for item in plan["items"])
     waiting = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock()).batch_names()
-    assert [layout.batch_id(name) for name in waiting] == anew
+    assert [layout.batch_id(name) for name in waiting] == new_name
 
 
-def test_since_and_until_mean_the_time_of_delivery(tmp_path: Path) -> None:
-    """And a batch may be named, by any of its names."""
-    three_delivered(tmp_path)
+def test_since_and_until_apply_to_the_time_of_delivery(tmp_path: Path) -> None:
+    """A batch can also be named, by any of its names."""
+    deliver_three_batches(tmp_path)
     first, second, third = sorted(one.name for one in (tmp_path / "box").glob("delivered-*"))
     at = layout.delivered_at(second)
     assert at is not None
@@ -320,8 +320,8 @@ def test_since_and_until_mean_the_time_of_delivery(tmp_path: Path) -> None:
     assert len(chosen("--all")) == 3
 
 
-def test_one_of_several_sinks_gets_again_what_the_others_retain_or_wait_for(tmp_path: Path) -> None:
-    """Each file has a link in each queue. One sink is down all the time, another one's destination has lost everything."""
+def test_batches_of_several_sinks_can_be_redelivered_to_one(tmp_path: Path) -> None:
+    """Each file has a link in each queue. One sink is down all the time, and the database of another one is lost."""
     sinks = [f"{name}=sqlite:///{name}.db" for name in ("one", "other")]
     more = [part for sink in [*sinks, "down=sqlite:////nowhere/at/all.db"] for part in ("--sink", sink)]
     environ = {"PILLARBOX_KEEP_DELIVERED": "24h"}
@@ -336,13 +336,13 @@ def test_one_of_several_sinks_gets_again_what_the_others_retain_or_wait_for(tmp_
     assert [delivered_event_ids(tmp_path / f"{name}.db") for name in ("one", "other")] == [
         [f"e-{number:06d}" for number in range(10)]
     ] * 2
-    account = json.loads(run("verify", *BOX, "--json", cwd=tmp_path).stdout)
-    assert account["balances"]
+    usage = json.loads(run("verify", *BOX, "--json", cwd=tmp_path).stdout)
+    assert usage["balances"]
     assert [len(list((tmp_path / "box" / f"sink-{name}").glob("delivered-*"))) for name in ("one", "other")] == [1, 1]
 
 
-def test_errors_say_what_to_type_instead(tmp_path: Path) -> None:
-    """No selection, no such sink, nothing retained, and another process that holds the lock."""
+def test_error_messages_say_what_to_type(tmp_path: Path) -> None:
+    """No selection, an unknown sink, no retained batches, and a lock held by another command."""
     store(tmp_path, 1)
     assert run("redeliver", *BOX, cwd=tmp_path).returncode == 2
     wrong = run("redeliver", *BOX, "--all", "--sink", "warehouse", cwd=tmp_path)
@@ -353,16 +353,16 @@ def test_errors_say_what_to_type_instead(tmp_path: Path) -> None:
     none = run("redeliver", *BOX, "--until", "2h", "--yes", cwd=tmp_path)
     assert (none.returncode, none.stdout[:19]) == (0, b"nothing was changed")
     outbox_dir = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
-    turn = acquire_lock(outbox_dir)
-    assert turn is not None
+    lock = acquire_lock(outbox_dir)
+    assert lock is not None
     busy = run("redeliver", *BOX, "--all", "--yes", cwd=tmp_path)
     assert (busy.returncode, b"another command is changing it" in busy.stderr) == (1, True)
-    outbox_dir.filesystem.close(turn.fd)
+    outbox_dir.filesystem.close(lock.fd)
 
 
 def test_redelivery_leaves_room_for_new_events(tmp_path: Path) -> None:
-    """It stops short of `max_bytes`, and says how to redeliver the rest afterwards."""
-    three_delivered(tmp_path)
+    """It stops below `max_bytes`, and prints how to redeliver the rest later."""
+    deliver_three_batches(tmp_path)
     size = next((tmp_path / "box").glob("delivered-*")).stat().st_size
     limit = {"PILLARBOX_MAX_BYTES": str(size * 5 // 2)}
     part = run("redeliver", *BOX, "--all", "--yes", cwd=tmp_path, environ=limit)
@@ -374,7 +374,7 @@ def test_redelivery_leaves_room_for_new_events(tmp_path: Path) -> None:
     rest = run("redeliver", *BOX, "--all", "--until", until, "--yes", cwd=tmp_path)
     assert rest.returncode == 0
     deliver(tmp_path)
-    assert verified(tmp_path)["resent_on_request"] in (
+    assert verify_json(tmp_path)["resent_on_request"] in (
         30,
         40,
         50,
@@ -382,7 +382,7 @@ def test_redelivery_leaves_room_for_new_events(tmp_path: Path) -> None:
 
 
 def test_redelivery_works_while_a_worker_runs(tmp_path: Path) -> None:
-    """The worker delivers the batches again, and retains them again."""
+    """The worker delivers and retains the batches again."""
     sink = RecordingSink()
     with Outbox(str(tmp_path / "box"), sink, keep_delivered=3600, flush_interval=0.05) as outbox:
         for number in range(5):
@@ -393,12 +393,12 @@ def test_redelivery_works_while_a_worker_runs(tmp_path: Path) -> None:
         assert outbox.flush(60)
     assert sink.payloads[:5] == sink.payloads[5:]
     assert len(list((tmp_path / "box").glob("delivered-*"))) == 5
-    assert verified(tmp_path)["resent_on_request"] == 5
+    assert verify_json(tmp_path)["resent_on_request"] == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_redelivery_loses_and_doubles_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    """By Ctrl-C and by a kill, in the middle of 500 files: each is retained, or waits."""
+def test_an_interrupted_redelivery_loses_and_duplicates_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """By SIGINT or SIGKILL in the middle of 500 files: each is retained or pending."""
     outbox_dir = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock())
     outbox_dir.ensure_usable()
     for stamp in range(500):
@@ -422,26 +422,26 @@ def test_an_interrupted_redelivery_loses_and_doubles_nothing(tmp_path: Path, num
     assert sorted(Path(outbox_dir.path_of(name)).read_bytes() for name, _ in files) == contents
     if number == signal.SIGINT:
         assert process.returncode in (0, 130)
-    verified(tmp_path)
+    verify_json(tmp_path)
     assert run("redeliver", *BOX, "--all", "--yes", cwd=tmp_path).returncode == 0
     assert outbox_dir.delivered_files() == []
-    verified(tmp_path)
+    verify_json(tmp_path)
 
 
-class Forgetful(RecordingSink):
-    """What it has accepted does not survive a power loss."""
+class VolatileSink(RecordingSink):
+    """A destination that may lose accepted events in a power loss."""
 
     capabilities = SinkCapabilities(deduplicates_by="event_id", survives="process")
 
 
 @pytest.mark.parametrize("keep", [None, "24h"])
-def test_with_power_durability_a_sink_that_may_forget_points_to_redelivery(
+def test_with_power_durability_a_volatile_sink_gets_a_hint_about_redelivery(
     tmp_path: Path, keep: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the setting if it is not set, and to the command."""
-    monkeypatch.setattr(Directory, "check_power_durability", lambda _self: None)  # the tests may run on a file system in memory
+    """The warning names the command, and the setting if it is not set."""
+    monkeypatch.setattr(Directory, "check_power_durability", lambda _self: None)  # the tests may run on a tmpfs
     with caplog.at_level(logging.WARNING, "pillarbox"):
-        Outbox(str(tmp_path / "box"), Forgetful(), durability="power", keep_delivered=keep)
+        Outbox(str(tmp_path / "box"), VolatileSink(), durability="power", keep_delivered=keep)
     (said,) = (one.message for one in caplog.records if "survive a power loss here, but not at" in one.message)
     assert "`pillarbox redeliver`" in said
     assert ("set keep_delivered" in said) == (keep is None)

@@ -1,4 +1,4 @@
-"""Batches that several sinks have delivered and retain: counted once, redelivered to one sink or to all, evicted together."""
+"""Batches that several sinks have delivered and retain: counted once, redelivered to one or all sinks, and deleted together."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SINKS = ("live", "warehouse")
 
 @pytest.fixture
 def outbox_dir(tmp_path: Path) -> Directory:
-    """A directory with two queues, which begin empty."""
+    """A directory with two empty queues."""
     directory = open_directory(tmp_path / "box")
     directory.ensure_usable()
     for sink in SINKS:
@@ -51,14 +51,14 @@ def outbox_dir(tmp_path: Path) -> Directory:
 
 
 def fan_out_all(outbox_dir: Directory) -> None:
-    """Fan out what is sealed."""
+    """Fan out all sealed batches."""
     FanOut(outbox_dir, SINKS, SystemClock(), LedgerWriter(outbox_dir, SystemClock())).distribute_all()
 
 
-def deliver_one(outbox_dir: Directory, sink: str, gone: list[int] | None = None) -> RecordingSink:
-    """Deliver and retain what waits for a sink."""
+def deliver_queue(outbox_dir: Directory, sink: str, released: list[int] | None = None) -> RecordingSink:
+    """Deliver and retain the pending batches of a sink."""
     queue, taken, clock = outbox_dir.queue(sink), RecordingSink(), SystemClock()
-    callbacks = DeliveryCallbacks((gone if gone is not None else []).append)
+    callbacks = DeliveryCallbacks((released if released is not None else []).append)
     drain_worker(
         Worker(
             queue,
@@ -77,20 +77,20 @@ def retained(outbox_dir: Directory, sink: str) -> list[str]:
     return [layout.batch_id(file.name) for file in outbox_dir.queue(sink).delivered_files()]
 
 
-def urls(folder: Path) -> dict[str, str]:
+def sink_urls(folder: Path) -> dict[str, str]:
     """Two real destinations."""
     return {sink: f"sqlite:///{folder}/{sink}.db" for sink in SINKS}
 
 
 def deliver(folder: Path) -> None:
-    """Have a process deliver what waits to both sinks."""
-    sinks = [word for sink, url in urls(folder).items() for word in ("--sink", f"{sink}={url}")]
+    """Let a process deliver the pending batches to both sinks."""
+    sinks = [word for sink, url in sink_urls(folder).items() for word in ("--sink", f"{sink}={url}")]
     done = run("deliver", *BOX, *sinks, "--once", cwd=folder, environ={"PILLARBOX_KEEP_DELIVERED": "24h"})
     assert done.returncode == 0, done.stderr
 
 
-def verified(folder: Path) -> dict[str, Any]:
-    """What `verify` says of each sink."""
+def verify_json(folder: Path) -> dict[str, Any]:
+    """The output of `verify` for each sink."""
     done = run("verify", *BOX, "--json", cwd=folder)
     answer = json.loads(done.stdout)
     assert done.returncode == int(not answer["balances"])
@@ -98,9 +98,9 @@ def verified(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def lost(tmp_path: Path) -> Path:
-    """Thirty events are delivered to both; the warehouse was restored from a copy of the first ten, live has lost all."""
-    with Outbox(str(tmp_path / "box"), sinks=urls(tmp_path), keep_delivered="24h", flush_interval=0.05) as outbox:
+def with_data_loss(tmp_path: Path) -> Path:
+    """Thirty events are delivered to both sinks. Then the warehouse is restored from a copy with ten, and live loses all."""
+    with Outbox(str(tmp_path / "box"), sinks=sink_urls(tmp_path), keep_delivered="24h", flush_interval=0.05) as outbox:
         enqueue_files(outbox, 1)
         assert outbox.flush(60)
         shutil.copy(tmp_path / "warehouse.db", tmp_path / "copy.db")
@@ -113,13 +113,13 @@ def lost(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_one_sink_gets_again_what_it_lost_and_the_others_nothing(lost: Path) -> None:
-    """Under names that are in its queue alone, with real processes; the counts balance before, between and after."""
-    outbox_dir = open_directory(lost / "box")
+def test_batches_can_be_redelivered_to_one_sink_only(with_data_loss: Path) -> None:
+    """With new names that are only in its queue, by real processes. The counts balance before, between and after."""
+    outbox_dir = open_directory(with_data_loss / "box")
     before = retained(outbox_dir, "live")
     assert len(before) == 3
-    balanced_totals(lost / "box")
-    done = run("redeliver", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=lost)
+    balanced_totals(with_data_loss / "box")
+    done = run("redeliver", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=with_data_loss)
     assert done.returncode == 0
     items = json.loads(done.stdout)["items"]
     assert [(item["batch"], item["sink"], item["events"]) for item in items] == [
@@ -129,39 +129,42 @@ def test_one_sink_gets_again_what_it_lost_and_the_others_nothing(lost: Path) -> 
     assert waiting == [item["redelivered_as"] for item in items]
     assert not set(waiting) & set(before)
     assert (outbox_dir.batch_names(), outbox_dir.queue("live").batch_names(), retained(outbox_dir, "warehouse")) == ([], [], [])
-    balanced_totals(lost / "box")
-    deliver(lost)
-    assert stored_event_ids(lost / "warehouse.db") == event_ids(30)
-    assert not (lost / "live.db").exists() or stored_event_ids(lost / "live.db") == []
+    balanced_totals(with_data_loss / "box")
+    deliver(with_data_loss)
+    assert stored_event_ids(with_data_loss / "warehouse.db") == event_ids(30)
+    assert not (with_data_loss / "live.db").exists() or stored_event_ids(with_data_loss / "live.db") == []
     assert (retained(outbox_dir, "warehouse"), retained(outbox_dir, "live")) == (waiting, before)
-    accounts = verified(lost)
+    accounts = verify_json(with_data_loss)
     assert {sink: one["resent_on_request"] for sink, one in accounts.items()} == {"live": 0, "warehouse": 30}
     assert all(one["balances"] for one in accounts.values())
 
 
-def test_without_a_name_all_sinks_get_again_what_they_retain(lost: Path) -> None:
-    """Each in its own queue, and retained once more."""
-    text = run("redeliver", *BOX, "--all", "--yes", cwd=lost).stdout.decode()
+def test_without_a_sink_name_all_sinks_are_redelivered(with_data_loss: Path) -> None:
+    """Each in its own queue, and retained again."""
+    text = run("redeliver", *BOX, "--all", "--yes", cwd=with_data_loss).stdout.decode()
     assert "60 events in 6 batches pending again" in text
     assert (text.count("  to live"), text.count("  to warehouse")) == (3, 3)
-    outbox_dir = open_directory(lost / "box")
+    outbox_dir = open_directory(with_data_loss / "box")
     assert not set(outbox_dir.queue("live").batch_names()) & set(outbox_dir.queue("warehouse").batch_names())
-    deliver(lost)
-    assert stored_event_ids(lost / "warehouse.db") == stored_event_ids(lost / "live.db") == event_ids(30)
+    deliver(with_data_loss)
+    assert stored_event_ids(with_data_loss / "warehouse.db") == stored_event_ids(with_data_loss / "live.db") == event_ids(30)
     assert (len(retained(outbox_dir, "live")), len(retained(outbox_dir, "warehouse"))) == (3, 3)
-    assert {sink: one["resent_on_request"] for sink, one in verified(lost).items()} == {"live": 30, "warehouse": 30}
+    assert {sink: one["resent_on_request"] for sink, one in verify_json(with_data_loss).items()} == {
+        "live": 30,
+        "warehouse": 30,
+    }
 
 
-def test_an_unknown_sink_is_named_with_the_known_ones(lost: Path) -> None:
-    """And nothing is done."""
-    done = run("redeliver", *BOX, "--all", "--sink", "wharehouse", "--yes", cwd=lost)
+def test_the_error_for_an_unknown_sink_lists_the_known_ones(with_data_loss: Path) -> None:
+    """Nothing is redelivered."""
+    done = run("redeliver", *BOX, "--all", "--sink", "wharehouse", "--yes", cwd=with_data_loss)
     assert (done.returncode, b"its sinks are live, warehouse" in done.stderr) == (2, True)
-    assert len(retained(open_directory(lost / "box"), "live")) == 3
+    assert len(retained(open_directory(with_data_loss / "box"), "live")) == 3
 
 
-def test_a_queue_directory_is_rejected_with_the_sink_to_name(lost: Path) -> None:
-    """Its files have links elsewhere, and only the outbox directory shows them."""
-    done = run("redeliver", "-d", "box/sink-live", "--all", cwd=lost)
+def test_the_error_for_a_queue_directory_names_the_sink_option(with_data_loss: Path) -> None:
+    """Its files have links in other queues, which only the outbox directory shows."""
+    done = run("redeliver", "-d", "box/sink-live", "--all", cwd=with_data_loss)
     assert done.returncode == 2
     assert "use -d box --sink live" in " ".join(done.stderr.decode().split())
 
@@ -174,7 +177,7 @@ def test_batches_retained_for_a_single_sink_are_redelivered_to_all_and_expire(tm
         assert outbox.flush(60)
     one, _ = sorted(box.glob("delivered-*"))
     assert run("redeliver", *BOX, "--batch", layout.batch_id(one.name), "--yes", cwd=tmp_path).returncode == 0
-    with Outbox(str(box), sinks=urls(tmp_path), keep_delivered=0.01, flush_interval=0.05) as outbox:
+    with Outbox(str(box), sinks=sink_urls(tmp_path), keep_delivered=0.01, flush_interval=0.05) as outbox:
         assert outbox.flush(60)
         wait_until(lambda: not list(box.rglob("delivered-*")))
     assert stored_event_ids(tmp_path / "live.db") == stored_event_ids(tmp_path / "warehouse.db") == event_ids(10)
@@ -183,13 +186,13 @@ def test_batches_retained_for_a_single_sink_are_redelivered_to_all_and_expire(tm
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_after_an_interruption_each_queue_has_each_file_once(outbox_dir: Directory, number: signal.Signals) -> None:
-    """Retained or waiting; the next call continues."""
+    """Either retained or pending; the next command continues."""
     folder = Path(outbox_dir.path).parent
     for stamp in range(200):
         seal_batch(outbox_dir, stamp + 1, b'{"n":%d}' % stamp)
     fan_out_all(outbox_dir)
     for sink in SINKS:
-        deliver_one(outbox_dir, sink)
+        deliver_queue(outbox_dir, sink)
     contents = {sink: sorted(contents_of(outbox_dir.queue(sink))) for sink in SINKS}
     assert [len(one) for one in contents.values()] == [200, 200]
     process = subprocess.Popen(
@@ -202,12 +205,12 @@ def test_after_an_interruption_each_queue_has_each_file_once(outbox_dir: Directo
     balanced_totals(Path(outbox_dir.path))
     assert run("redeliver", *BOX, "--all", "--yes", cwd=folder).returncode == 0
     assert [len(outbox_dir.queue(sink).batch_names()) for sink in SINKS] == [200, 200]
-    assert [len(deliver_one(outbox_dir, sink).payloads) for sink in SINKS] == [200, 200]
+    assert [len(deliver_queue(outbox_dir, sink).payloads) for sink in SINKS] == [200, 200]
     balanced_totals(Path(outbox_dir.path))
 
 
 def contents_of(queue: Directory) -> list[bytes]:
-    """What is in the files that wait in a queue, or are retained there."""
+    """The contents of the pending and retained files of a queue."""
     names = [*queue.batch_names(), *(file.name for file in queue.delivered_files())]
     return [Path(queue.path_of(name)).read_bytes() for name in names]
 
@@ -215,18 +218,18 @@ def contents_of(queue: Directory) -> list[bytes]:
 # Counts.
 
 
-def test_a_batch_that_both_sinks_retain_no_longer_waits_and_counts_once(outbox_dir: Directory) -> None:
-    """As soon as the last sink has delivered it; until then it counts as waiting. Each reads it, whatever links it has."""
+def test_a_batch_that_both_sinks_retain_is_not_pending_and_counts_once(outbox_dir: Directory) -> None:
+    """As soon as the last sink has delivered it; until then it counts as pending. Both can read it, whatever links it has."""
     batch = seal_batch(outbox_dir, 1, b'{"n":1}')
     size = Path(outbox_dir.path_of(f"{batch}.ndjson")).stat().st_size
     fan_out_all(outbox_dir)
-    gone: list[int] = []
-    deliver_one(outbox_dir, "live", gone)
+    released: list[int] = []
+    deliver_queue(outbox_dir, "live", released)
     first = outbox_dir.disk_usage()
-    assert (gone, first.pending_files, first.pending_bytes, first.delivered_files) == ([], 1, size, 0)
-    deliver_one(outbox_dir, "warehouse", gone)
+    assert (released, first.pending_files, first.pending_bytes, first.delivered_files) == ([], 1, size, 0)
+    deliver_queue(outbox_dir, "warehouse", released)
     both = outbox_dir.disk_usage()
-    assert (gone, both.pending_files, both.delivered_files, both.delivered_bytes) == ([size], 0, 1, size)
+    assert (released, both.pending_files, both.delivered_files, both.delivered_bytes) == ([size], 0, 1, size)
     for sink in SINKS:
         queue = outbox_dir.queue(sink)
         (file,) = queue.delivered_files()
@@ -234,8 +237,8 @@ def test_a_batch_that_both_sinks_retain_no_longer_waits_and_counts_once(outbox_d
         assert queue.disk_usage().delivered_files == 1
 
 
-class Meeting(OsFilesystem):
-    """Two threads that have removed a file's links check at the same time who else has it, if they can."""
+class SimultaneousChecks(OsFilesystem):
+    """Lets two threads that have deleted a link check at the same moment whether the file has other names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,41 +246,41 @@ class Meeting(OsFilesystem):
 
     def has_name(self, fd: int) -> bool:
         with contextlib.suppress(threading.BrokenBarrierError):
-            self._both.wait(0.3)  # with the lock, only one thread gets here: it must not wait for ever
+            self._both.wait(0.3)  # with the lock, only one thread gets here, so the wait needs a limit
         return super().has_name(fd)
 
 
-def test_if_two_sinks_deliver_a_file_at_the_same_time_one_is_the_last(outbox_dir: Directory) -> None:
-    """So its bytes are released once."""
+def test_if_two_sinks_deliver_a_file_at_the_same_time_its_bytes_are_released_once(outbox_dir: Directory) -> None:
+    """Exactly one of them counts as the last."""
     batch = seal_batch(outbox_dir, 1, b'{"n":1}')
     size = Path(outbox_dir.path_of(f"{batch}.ndjson")).stat().st_size
     fan_out_all(outbox_dir)
-    outbox_dir = Directory(outbox_dir.path, Meeting(), SystemClock())
-    gone: list[int] = []
+    outbox_dir = Directory(outbox_dir.path, SimultaneousChecks(), SystemClock())
+    released: list[int] = []
     with ThreadPoolExecutor(2) as pool:
-        assert all(sink.payloads for sink in pool.map(lambda sink: deliver_one(outbox_dir, sink, gone), SINKS))
-    assert (gone, outbox_dir.disk_usage().pending_files) == ([size], 0)
+        assert all(sink.payloads for sink in pool.map(lambda sink: deliver_queue(outbox_dir, sink, released), SINKS))
+    assert (released, outbox_dir.disk_usage().pending_files) == ([size], 0)
 
 
-def test_a_redelivered_batch_waits_whatever_the_other_sinks_retain(outbox_dir: Directory) -> None:
-    """And no longer once it is delivered."""
+def test_a_redelivered_batch_is_pending_whatever_the_other_sinks_retain(outbox_dir: Directory) -> None:
+    """Until it is delivered."""
     batch = seal_batch(outbox_dir, 1, b'{"n":1}')
     fan_out_all(outbox_dir)
     for sink in SINKS:
-        deliver_one(outbox_dir, sink)
+        deliver_queue(outbox_dir, sink)
     queue = outbox_dir.queue("live")
-    anew = queue.reseal(queue.delivered_files()[0].name)
-    assert anew is not None
+    new_name = queue.reseal(queue.delivered_files()[0].name)
+    assert new_name is not None
     found = outbox_dir.disk_usage()
     assert (found.pending_files, found.delivered_files, queue.batch_names(), outbox_dir.queue("warehouse").batch_names()) == (
         1,
         1,
-        [anew],
+        [new_name],
         [],
     )
-    gone: list[int] = []
-    assert deliver_one(outbox_dir, "live", gone).payloads == [b'{"n":1}']
-    assert (gone, outbox_dir.disk_usage().pending_files, outbox_dir.disk_usage().delivered_files) == (
+    released: list[int] = []
+    assert deliver_queue(outbox_dir, "live", released).payloads == [b'{"n":1}']
+    assert (released, outbox_dir.disk_usage().pending_files, outbox_dir.disk_usage().delivered_files) == (
         [found.pending_bytes],
         0,
         2,
@@ -285,8 +288,8 @@ def test_a_redelivered_batch_waits_whatever_the_other_sinks_retain(outbox_dir: D
     assert retained(outbox_dir, "warehouse") == [batch]
 
 
-def test_copies_that_queues_have_compressed_count_one_by_one(outbox_dir: Directory) -> None:
-    """Even of one name; a compressed file that was fanned out is one file."""
+def test_compressed_copies_in_queues_count_separately(outbox_dir: Directory) -> None:
+    """Even with the same name. A compressed file that was fanned out is one file."""
     name = layout.compressed_name(layout.sealed_name(1, "u"))
     one, other = (Path(outbox_dir.queue(sink).path_of(name)) for sink in SINKS)
     one.write_bytes(b"12345")
@@ -301,26 +304,26 @@ def test_copies_that_queues_have_compressed_count_one_by_one(outbox_dir: Directo
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_batch_that_was_fanned_out_and_is_missing_in_a_queue_is_named(lost: Path, *, again: bool) -> None:
+def test_a_batch_that_is_missing_in_a_queue_is_reported(with_data_loss: Path, *, again: bool) -> None:
     """Also if as many events were redelivered since."""
-    assert run("redeliver", *BOX, "--all", "--sink", "live", "--yes", cwd=lost).returncode == 0 if again else True
-    ledger = lost / "box" / "sink-live" / layout.LEDGER
-    outbox_dir = open_directory(lost / "box")
+    assert run("redeliver", *BOX, "--all", "--sink", "live", "--yes", cwd=with_data_loss).returncode == 0 if again else True
+    ledger = with_data_loss / "box" / "sink-live" / layout.LEDGER
+    outbox_dir = open_directory(with_data_loss / "box")
     batch = retained(outbox_dir, "warehouse")[1]
     lines = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(b"".join(line for line in lines if b'"batch":"' + batch.encode() not in line))
     for file in outbox_dir.queue("live").delivered_files():
         if layout.batch_id(file.name) == batch:
             outbox_dir.queue("live").remove(file.name)
-    account = verified(lost)["live"]
+    account = verify_json(with_data_loss)["live"]
     assert not account["balances"]
     assert [(wrong["events"], wrong["problem"]) for wrong in account["discrepancies"]] == [
         (10, "handed over, and not in the account of the sink")
     ]
 
 
-def test_fanned_out_batches_are_told_apart_however_many_writers_there_were() -> None:
-    """In a ledger that was compacted."""
+def test_fanned_out_batches_are_counted_separately_in_a_compacted_ledger() -> None:
+    """However many writers there were."""
     entries: list[LedgerEntry] = [RedeliveredEntry(0, "r", "s", 5), SettledEntry(0, "r", "live", 5, 0, 0, 0)]
     for number in range(WRITERS_MAX + 10):
         writer = "handed over" if not number else f"w{number}"
@@ -337,30 +340,30 @@ def test_fanned_out_batches_are_told_apart_however_many_writers_there_were() -> 
 
 
 def test_a_batch_that_several_sinks_retain_is_deleted_from_all_their_queues(outbox_dir: Directory) -> None:
-    """The first delivered first, and its bytes count once; a file that still waits for a sink comes last."""
+    """Those delivered first, and their bytes count once. A file that is pending for another sink comes last."""
     waits = seal_batch(outbox_dir, 1, b'"0"')
     fan_out_all(outbox_dir)
-    deliver_one(outbox_dir, "live")
+    deliver_queue(outbox_dir, "live")
     blocked = outbox_dir.queue("warehouse").lock_existing(f"{waits}.ndjson")
     assert blocked is not None
     batches = [seal_batch(outbox_dir, stamp, b'"%d"' % stamp) for stamp in (2, 3)]
     fan_out_all(outbox_dir)
-    deliver_one(outbox_dir, "live")
+    deliver_queue(outbox_dir, "live")
     outbox_dir.filesystem.close(blocked.fd)
     os.rename(outbox_dir.queue("warehouse").path_of(f"{waits}.ndjson"), outbox_dir.path_of("elsewhere"))
-    deliver_one(outbox_dir, "warehouse")
+    deliver_queue(outbox_dir, "warehouse")
     os.rename(outbox_dir.path_of("elsewhere"), outbox_dir.queue("warehouse").path_of(f"{waits}.ndjson"))
     assert (retained(outbox_dir, "live"), retained(outbox_dir, "warehouse")) == ([waits, *batches], batches)
     size = outbox_dir.queue("live").delivered_files()[1].size
-    assert evict_delivered(outbox_dir, lambda gone: gone >= size) == 1
+    assert evict_delivered(outbox_dir, lambda released: released >= size) == 1
     assert (retained(outbox_dir, "live"), retained(outbox_dir, "warehouse")) == ([waits, batches[1]], [batches[1]])
     assert evict_delivered(outbox_dir, lambda _gone: False) == 2
     assert (retained(outbox_dir, "live"), retained(outbox_dir, "warehouse")) == ([], [])
     assert outbox_dir.queue("warehouse").batch_names() == [f"{waits}.ndjson"]
 
 
-class Small(OsFilesystem):
-    """A volume of 1,000,000 bytes, on which a file with several links is stored once."""
+class SmallVolumeWithLinks(OsFilesystem):
+    """A volume of 1,000,000 bytes on which a file with several links is stored once."""
 
     def disk_space(self, path: str) -> DiskSpace:
         used = {os.stat(file).st_ino: os.stat(file).st_size for file in Path(path).rglob("delivered-*")}
@@ -368,8 +371,8 @@ class Small(OsFilesystem):
 
 
 def test_batches_retained_in_queues_are_deleted_before_events_are_dropped(outbox_dir: Directory, clock: ManualClock) -> None:
-    """As many files as needed, each in all queues."""
-    outbox_dir = Directory(outbox_dir.path, Small(), clock)
+    """As many files as needed, each from all queues."""
+    outbox_dir = Directory(outbox_dir.path, SmallVolumeWithLinks(), clock)
     for number in range(20):
         first, other = (
             outbox_dir.queue(sink).path_of(layout.delivered_name(layout.sealed_name(number, "u"), 2 * number + later))

@@ -1,4 +1,4 @@
-"""Poison or a bad deploy: whether a wholly rejected batch is dead-lettered depends on what else is accepted."""
+"""Poisoned records or a bad deploy: whether a wholly rejected batch is dead-lettered depends on what else is accepted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.delivery.worker_setup import REJECTION, PoisonedSink, drain_worker, m
 SLOW = DeliveryConfig(poll_interval_s=0.01, recheck_s=0.05, backoff=Backoff(base_s=0.001, max_s=0.002))
 
 
-class Deployed(RecordingSink):
-    """Rejects everything while a bad deploy is in place, and afterwards only poisoned records."""
+class BadDeploySink(RecordingSink):
+    """Rejects everything while the deploy is bad, and afterwards only poisoned records."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class Deployed(RecordingSink):
         return await super().deliver(batch)
 
 
-class Picky(RecordingSink):
-    """Names each record that it rejects, and stores the others."""
+class NamingSink(RecordingSink):
+    """Names each rejected record, and accepts the others."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         self.calls.append(batch.id)
@@ -49,7 +49,7 @@ class Picky(RecordingSink):
 
 
 def calls_per_attempt(sink: RecordingSink) -> list[int]:
-    """How many calls each attempt with a batch has cost, in order."""
+    """The number of calls of each attempt with a batch, in order."""
     tries: list[int] = []
     for call in list(sink.calls):
         if ":" not in call:
@@ -67,11 +67,11 @@ def dead_in(outbox_dir: Directory) -> list[bytes]:
     )
 
 
-@pytest.mark.parametrize("sink", [PoisonedSink, Picky])
+@pytest.mark.parametrize("sink", [PoisonedSink, NamingSink])
 def test_a_batch_of_one_record_is_decided_after_another_batch_is_accepted(
     outbox_dir: Directory, sink: type[RecordingSink]
 ) -> None:
-    """Alone, its rejection proves nothing; then it is sent once more."""
+    """By itself, its rejection proves nothing; it is sent once more."""
     batch = seal_batch(outbox_dir, 1, b'"poison"')
     chosen = sink()
     worker = make_worker(outbox_dir, chosen, config=SLOW)
@@ -93,12 +93,12 @@ def test_a_batch_of_one_record_is_decided_after_another_batch_is_accepted(
 def test_several_wholly_rejected_batches_stop_delivery_and_dead_letter_nothing(
     outbox_dir: Directory, caplog: pytest.LogCaptureFixture, records: int
 ) -> None:
-    """The destination is tried again at intervals, with few calls, and delivery resumes once it is fixed."""
+    """The destination is tried again at intervals, with few calls. Delivery resumes once it works."""
     caplog.set_level(logging.INFO, "pillarbox")
     payloads = [[b"%d" % (stamp * 1000 + number) for number in range(records)] for stamp in range(1, 9)]
     for stamp, lines in enumerate(payloads, 1):
         seal_batch(outbox_dir, stamp, *lines)
-    sink = Deployed()
+    sink = BadDeploySink()
     worker = make_worker(outbox_dir, sink, config=SLOW)
     thread = ThreadRunner(worker)
     thread.start()
@@ -122,12 +122,12 @@ def test_several_wholly_rejected_batches_stop_delivery_and_dead_letter_nothing(
 
 
 def test_after_a_bad_deploy_the_poisoned_records_are_found(outbox_dir: Directory) -> None:
-    """Also if the oldest batches are poisoned altogether, as many as stop delivery and more."""
+    """Also if all records of the oldest batches are poisoned, in more batches than stop delivery."""
     for stamp in range(1, 6):
         seal_batch(outbox_dir, stamp, b'"poison %d"' % stamp)
     for stamp in range(6, 9):
         seal_batch(outbox_dir, stamp, b'"good %d"' % stamp)
-    sink = Deployed()
+    sink = BadDeploySink()
     worker = make_worker(outbox_dir, sink, config=SLOW)
     thread = ThreadRunner(worker)
     thread.start()
@@ -141,7 +141,7 @@ def test_after_a_bad_deploy_the_poisoned_records_are_found(outbox_dir: Directory
 
 
 def test_a_batch_that_begins_with_poisoned_records_is_delivered_except_for_these(outbox_dir: Directory) -> None:
-    """So many in front look like a bad deploy at first; the next batch proves otherwise."""
+    """Many of them at the start look like a bad deploy until the next batch is accepted."""
     batch = seal_batch(outbox_dir, 1, *([b'"poison"'] * 100 + [b'"good"'] * 100))
     seal_batch(outbox_dir, 2, b'"next"')
     sink = PoisonedSink()
@@ -152,7 +152,7 @@ def test_a_batch_that_begins_with_poisoned_records_is_delivered_except_for_these
 
 
 def test_with_the_circuit_breaker_off_a_whole_rejection_is_final(outbox_dir: Directory) -> None:
-    """`stop_after_rejected_batches = 0`."""
+    """With `stop_after_rejected_batches = 0`."""
     for stamp in range(1, 6):
         seal_batch(outbox_dir, stamp, b'"poison %d"' % stamp)
     worker = make_worker(outbox_dir, PoisonedSink(), config=SLOW._replace(stop_after_rejected_batches=0))
@@ -160,7 +160,7 @@ def test_with_the_circuit_breaker_off_a_whole_rejection_is_final(outbox_dir: Dir
     assert worker.counters.dead == 5
 
 
-class Together(PoisonedSink):
+class CombiningSink(PoisonedSink):
     """Combines several files in one call."""
 
     def __init__(self) -> None:
@@ -169,10 +169,10 @@ class Together(PoisonedSink):
 
 
 def test_small_files_that_are_rejected_together_are_then_sent_one_by_one(outbox_dir: Directory) -> None:
-    """Each is a batch of its own; a bad one costs the others nothing."""
+    """Each is a batch of its own, so a bad one does not affect the others."""
     for stamp in range(1, 4):
         seal_batch(outbox_dir, stamp, b'"poison %d"' % stamp)
-    sink = Together()
+    sink = CombiningSink()
     worker = make_worker(outbox_dir, sink, config=SLOW)
     thread = ThreadRunner(worker)
     thread.start()
@@ -185,11 +185,11 @@ def test_small_files_that_are_rejected_together_are_then_sent_one_by_one(outbox_
 
 
 def test_small_files_in_one_call_each_have_their_own_dead_letters(outbox_dir: Directory) -> None:
-    """With the records' indexes in their own files."""
+    """With the index of each record in its own file."""
     first = seal_batch(outbox_dir, 1, b"1", b'"poison"', b"2")
     second = seal_batch(outbox_dir, 2, b"3", raw=b"damaged\n")
     third = seal_batch(outbox_dir, 3, b"4", b"5", b'"poison"')
-    sink = Together()
+    sink = CombiningSink()
     worker = make_worker(outbox_dir, sink, config=SLOW)
     drain_worker(worker)
     assert sorted(sink.payloads) == [b"1", b"2", b"3", b"4", b"5"]
@@ -206,11 +206,11 @@ def test_small_files_in_one_call_each_have_their_own_dead_letters(outbox_dir: Di
 
 
 def test_many_small_files_take_few_calls_if_the_sink_combines_files(outbox_dir: Directory) -> None:
-    """Never more than the records of a full file, and a full file goes alone."""
+    """A call has at most as many records as a full file, and a full file is sent alone."""
     for stamp in range(1, 101):
         seal_batch(outbox_dir, stamp, *[b"%d" % stamp] * 10)
     seal_batch(outbox_dir, 101, *[b"101"] * 500)
-    sink = Together()
+    sink = CombiningSink()
     worker = make_worker(outbox_dir, sink)
     drain_worker(worker)
     assert len(sink.calls) == 3

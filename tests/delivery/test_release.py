@@ -1,4 +1,4 @@
-"""However delivery ends, it releases the lease, the locks of the files, and their descriptors."""
+"""However delivery ends, it releases the lease, the locks of the files, and their file descriptors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, PartialFailur
 from pillarbox.store import layout, reader
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
-from tests.delivery.test_hostile_sinks import deliver_all, delivering
+from tests.delivery.test_hostile_sinks import deliver_all, running_worker
 from tests.delivery.worker_setup import QUICK_CONFIG, REJECTION, make_worker, remaining_files, seal_batch
 
 if TYPE_CHECKING:
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
 
 DESCRIPTORS = Path("/proc/self/fd")
-OPEN_MAX = 800  # descriptors of a worker, of the 1024 that a process usually may have
+OPEN_MAX = 800  # file descriptors of a worker; a process usually may have 1024
 
 pytestmark = pytest.mark.skipif(not DESCRIPTORS.exists(), reason="counts what /proc tells of open descriptors")
 
 
-def open_in(outbox_dir: Directory) -> list[str]:
-    """The files of a directory that this process has open, by name."""
+def open_files(outbox_dir: Directory) -> list[str]:
+    """The names of the files in a directory that this process has open."""
     found = []
     for descriptor in os.listdir(DESCRIPTORS):
         try:
             target = os.readlink(DESCRIPTORS / descriptor)
         except OSError:
-            continue  # it was the listing's own
+            continue  # the descriptor of the listing itself
         if target.startswith(outbox_dir.path + "/"):
             found.append(os.path.basename(target))
     return sorted(found)
 
 
-class Hanging(RecordingSink):
-    """Answers no call, and ignores being cancelled if `deaf`."""
+class HangingSink(RecordingSink):
+    """Never returns a result, and ignores a cancellation if `uncancellable`."""
 
-    def __init__(self, *, deaf: bool = False, confirms: bool = False, hangs_in: str = "deliver") -> None:
+    def __init__(self, *, uncancellable: bool = False, confirms: bool = False, hangs_in: str = "deliver") -> None:
         super().__init__(needs_confirmation=confirms, unconfirmed_max=4)
         self.capabilities = self.capabilities._replace(concurrent=True)
-        self.deaf = deaf
+        self.uncancellable = uncancellable
         self.hangs_in = hangs_in
         self.under_way = 0
         self.over = threading.Event()
@@ -63,7 +63,7 @@ class Hanging(RecordingSink):
                 # wait: the call is under way while the test acts
                 await asyncio.sleep(0.02)  # it polls, because it swallows the cancellation
             except asyncio.CancelledError:
-                if not self.deaf:
+                if not self.uncancellable:
                     raise
 
     async def open(self) -> None:
@@ -81,24 +81,24 @@ class Hanging(RecordingSink):
         await self._hang("close")
 
 
-def takes_over(outbox_dir: Directory) -> bool:
-    """Whether another worker in this process delivers all that is left."""
+def can_take_over(outbox_dir: Directory) -> bool:
+    """Whether another worker in this process can deliver the remaining batches."""
     worker = make_worker(outbox_dir, RecordingSink())
-    with delivering(worker):
+    with running_worker(worker):
         return worker.idle.wait(60) and remaining_files(outbox_dir) == []
 
 
-@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("uncancellable", [False, True])
 @pytest.mark.parametrize(
     ("hangs_in", "in_flight"), [("deliver", 1), ("deliver", 4), ("confirm", 1), ("confirm", 4), ("close", 1)]
 )
-def test_a_forced_end_releases_everything(outbox_dir: Directory, hangs_in: str, in_flight: int, *, deaf: bool) -> None:
-    """Wherever the sink hangs: another worker can begin at once, and gets every file."""
+def test_a_forced_end_releases_everything(outbox_dir: Directory, hangs_in: str, in_flight: int, *, uncancellable: bool) -> None:
+    """Wherever the sink hangs, another worker can start at once and gets every file."""
     for stamp in range(1, 8):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    sink = Hanging(deaf=deaf, confirms=True, hangs_in=hangs_in)
+    sink = HangingSink(uncancellable=uncancellable, confirms=True, hangs_in=hangs_in)
     worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
-    with delivering(worker) as thread:
+    with running_worker(worker) as thread:
         wait_until(
             lambda: (
                 worker.idle.is_set() if hangs_in == "close" else sink.under_way == (in_flight if hangs_in == "deliver" else 1)
@@ -106,16 +106,16 @@ def test_a_forced_end_releases_everything(outbox_dir: Directory, hangs_in: str, 
         )
         thread.stop(0.1)
         try:
-            # On a busy machine the thread may not have got there when `stop` returns.
-            wait_until(lambda: (worker.lease.is_held, open_in(outbox_dir)) == (False, []))
-            assert takes_over(outbox_dir)
+            # On a busy machine, the thread may still be running when `stop` returns.
+            wait_until(lambda: (worker.lease.is_held, open_files(outbox_dir)) == (False, []))
+            assert can_take_over(outbox_dir)
         finally:
             sink.over.set()
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("gone"), SystemExit(1)], ids=repr)
 def test_a_sink_that_fails_to_close_is_dropped(outbox_dir: Directory, error: BaseException) -> None:
-    """Its exception affects nothing else."""
+    """Its exception has no other effect."""
 
     class Stuck(RecordingSink):
         closed = 0
@@ -127,18 +127,18 @@ def test_a_sink_that_fails_to_close_is_dropped(outbox_dir: Directory, error: Bas
     seal_batch(outbox_dir, 1, b"1")
     sink = Stuck()
     worker = make_worker(outbox_dir, sink)
-    with delivering(worker):
+    with running_worker(worker):
         assert worker.idle.wait(60)
-    assert (sink.closed, worker.lease.is_held, open_in(outbox_dir)) == (1, False, [])
+    assert (sink.closed, worker.lease.is_held, open_files(outbox_dir)) == (1, False, [])
     seal_batch(outbox_dir, 2, b"2")
-    assert takes_over(outbox_dir)
+    assert can_take_over(outbox_dir)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 def test_an_outbox_is_closed_during_a_call_and_opened_again(tmp_path: Path, in_flight: int) -> None:
-    """In one process: the second one delivers what the first one has left."""
+    """In one process. The second outbox delivers what the first did not."""
     path = str(tmp_path / "outbox")
-    hanging = Hanging()
+    hanging = HangingSink()
     with Outbox(path, sink=hanging, max_in_flight=in_flight, flush_interval=0.05) as outbox:
         outbox.enqueue(event(1))
         wait_until(lambda: hanging.under_way > 0)
@@ -150,8 +150,8 @@ def test_an_outbox_is_closed_during_a_call_and_opened_again(tmp_path: Path, in_f
     assert len(sink.payloads) == 2
 
 
-def fails_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: BaseException, call: int) -> list[int]:
-    """Have one call of a function raise; a list with an item for each call."""
+def make_call_fail(monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: BaseException, call: int) -> list[int]:
+    """Let one call of a function raise; returns a list that grows with each call."""
     real: Callable[..., object] = getattr(module, name)
     calls: list[int] = []
 
@@ -171,20 +171,20 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, error: 
 def test_a_file_whose_reading_fails_is_released(
     outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch, error: Exception, call: int, in_flight: int, *, combines: bool
 ) -> None:
-    """Whatever the error and whichever the file: all are sent in the end, and none stays locked."""
+    """Whatever the error and whichever the file: all are delivered in the end, and none stays locked."""
     monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
-    calls = fails_at(monkeypatch, reader, "read_lines", error, call)
+    calls = make_call_fail(monkeypatch, reader, "read_lines", error, call)
     for stamp in range(1, 5):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(concurrent=True, combines_files=combines)
     worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight))
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: remaining_files(outbox_dir) == [])
-        wait_until(lambda: open_in(outbox_dir) == [layout.DELIVER_LOCK])
+        wait_until(lambda: open_files(outbox_dir) == [layout.DELIVER_LOCK])
     assert len(calls) > 4
     assert sorted(set(sink.payloads)) == [b"1", b"2", b"3", b"4"]
-    assert open_in(outbox_dir) == []
+    assert open_files(outbox_dir) == []
 
 
 @pytest.mark.parametrize("name", ["write_dead_letters", "write_quarantine"])
@@ -193,10 +193,10 @@ def test_a_file_whose_reading_fails_is_released(
 def test_a_file_whose_settlement_fails_is_released(
     outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, *, confirms: bool
 ) -> None:
-    """It is sent again under the same id, and then settled; the others do not wait for it."""
+    """It is sent again with the same id, and then settled. The others do not wait for it."""
     from pillarbox.delivery import settlement
 
-    calls = fails_at(monkeypatch, settlement, name, error, 1)
+    calls = make_call_fail(monkeypatch, settlement, name, error, 1)
 
     class Naming(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -209,65 +209,65 @@ def test_a_file_whose_settlement_fails_is_released(
     second = seal_batch(outbox_dir, 2, b'"next"')
     sink = Naming(needs_confirmation=confirms, unconfirmed_max=4)
     worker = make_worker(outbox_dir, sink)
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(
             lambda: (
                 remaining_files(outbox_dir)
                 == sorted([layout.dead_name(first), layout.corrupt_name(first), layout.ranges_name(first)])
             )
         )
-        wait_until(lambda: open_in(outbox_dir) == [layout.DELIVER_LOCK])
+        wait_until(lambda: open_files(outbox_dir) == [layout.DELIVER_LOCK])
     assert len(calls) == 2
     assert sink.calls.count(first) == 2
     assert sink.batches[second] == [b'"next"']
 
 
 def test_an_invalid_rejection_leaves_no_descriptor_open(outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sink gives text instead of a Rejection: the file stays, and another process can lock it."""
+    """The sink returns text in place of a Rejection. The file stays, and another process can lock it."""
     monkeypatch.setattr("pillarbox.delivery.runner._RESTART_S", 0.01)
     wrong: dict[int, Rejection] = {1: "no such scope"}  # type: ignore[dict-item]
     batch = seal_batch(outbox_dir, 1, b'"good"', b'"bad"')
     sink = RecordingSink([PartialFailure(wrong, 1)] * 3)
     worker = make_worker(outbox_dir, sink)
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: remaining_files(outbox_dir) == [])
     assert set(sink.calls) == {batch}
-    assert open_in(outbox_dir) == []
+    assert open_files(outbox_dir) == []
 
 
 def lock_file(outbox_dir: Directory, batch: str) -> int:
-    """Lock a file as another process would; its descriptor."""
+    """Lock a file as another process would; returns the file descriptor."""
     descriptor = os.open(outbox_dir.path_of(batch + layout.SUFFIX), os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
 
 
 @pytest.mark.parametrize("combines", [False, True])
-def test_files_that_others_have_locked_do_not_stop_delivery_and_are_named(
+def test_locked_files_do_not_stop_delivery_and_are_reported(
     outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch, *, combines: bool
 ) -> None:
-    """Two of them: the others overtake them, the state names them, and they are delivered once they are unlocked."""
+    """Other files overtake two locked ones, the state names them, and they are delivered once they are unlocked."""
     monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 0.2)
     batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in range(1, 6)]
-    held = [lock_file(outbox_dir, batch) for batch in batches[:3:2]]
+    locked_files = [lock_file(outbox_dir, batch) for batch in batches[:3:2]]
     sink = RecordingSink()
     sink.capabilities = sink.capabilities._replace(combines_files=combines)
     worker = make_worker(outbox_dir, sink)
-    with delivering(worker):
+    with running_worker(worker):
         wait_until(lambda: set(sink.payloads) == {b"2", b"4", b"5"})
         wait_until(lambda: "(1 more warning)" in worker.state.reason)  # before, it was degraded for one of them
         assert worker.state.name == "degraded"
         assert f"{batches[0]}.ndjson: locked by another process" in worker.state.reason
-        for descriptor in held:
+        for descriptor in locked_files:
             os.close(descriptor)
         wait_until(lambda: worker.state.name == "idle")
     assert (sorted(sink.payloads), remaining_files(outbox_dir)) == ([b"1", b"2", b"3", b"4", b"5"], [])
 
 
 def test_a_worker_whose_lease_file_was_deleted_releases_the_lease(outbox_dir: Directory) -> None:
-    """Somebody deleted `deliver.lock`: of two workers one goes on."""
+    """After `deliver.lock` is deleted, only one of two workers continues."""
     first, second = make_worker(outbox_dir, RecordingSink()), make_worker(outbox_dir, RecordingSink())
-    with delivering(first), delivering(second):
+    with running_worker(first), running_worker(second):
         wait_until(lambda: {first.state.name, second.state.name} == {"idle", "standby"})
         os.unlink(outbox_dir.path_of(layout.DELIVER_LOCK))
         wait_until(lambda: os.path.exists(outbox_dir.path_of(layout.DELIVER_LOCK)))
@@ -278,8 +278,8 @@ def test_a_worker_whose_lease_file_was_deleted_releases_the_lease(outbox_dir: Di
     assert first.counters.delivered + second.counters.delivered == 1
 
 
-class Counting(RecordingSink):
-    """Counts the descriptors that are open during its calls."""
+class DescriptorCountingSink(RecordingSink):
+    """Counts the open file descriptors during its calls."""
 
     def __init__(self, *, confirms: bool, combines: bool) -> None:
         super().__init__()
@@ -306,16 +306,16 @@ class Counting(RecordingSink):
     ("confirms", "in_flight", "combines"),
     [(False, 1, True), (False, 16, True), (True, 1, True), (True, 16, True), (True, 16, False)],
 )
-def test_few_files_are_open_however_many_small_ones_wait(
+def test_few_files_are_open_however_many_small_ones_are_pending(
     outbox_dir: Directory, in_flight: int, *, confirms: bool, combines: bool
 ) -> None:
-    """The application needs its descriptors for itself."""
+    """The application needs file descriptors for itself."""
     files = 2000 if combines else 300
     for stamp in range(1, files + 1):
         seal_batch(outbox_dir, stamp, b"1")
-    sink = Counting(confirms=confirms, combines=combines)
+    sink = DescriptorCountingSink(confirms=confirms, combines=combines)
     before = len(os.listdir(DESCRIPTORS))
     deliver_all(make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(max_in_flight=in_flight)))
     assert (sink.taken, remaining_files(outbox_dir)) == (files, [])
     assert sink.most - before <= OPEN_MAX
-    assert open_in(outbox_dir) == []
+    assert open_files(outbox_dir) == []

@@ -1,4 +1,4 @@
-"""What follows from an answer: the whole product of the table's inputs."""
+"""Retry decisions: every combination of a result and the other inputs of the decision table."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ LATELY = [
 
 
 def is_splitting_futile(lately: AttemptContext, rules: DeliveryConfig) -> bool:
-    """Whether the search for bad records in this batch has lasted too long."""
+    """Whether the search for bad records in this batch has taken too long."""
     if rules.stop_after_rejected_batches == 0 or (
         lately.accepted_since_rejection and lately.dead_lettered_batches < rules.stop_after_rejected_batches
     ):
@@ -74,8 +74,8 @@ def is_splitting_futile(lately: AttemptContext, rules: DeliveryConfig) -> bool:
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.stop_after_rejected_batches}-{rules.max_age_s}")
-def test_every_answer_has_an_action(answer: DeliveryResult, rules: DeliveryConfig) -> None:
-    """The whole table: only an age limit gives up, and no record is dropped without a dead letter."""
+def test_every_result_has_an_action(answer: DeliveryResult, rules: DeliveryConfig) -> None:
+    """The whole table: only an age limit expires a batch, and no record is dropped without a dead letter."""
     for lately, size, attempt, share in product(LATELY, [0, 1, 2, 500], [1, 10, 10**6], [0.0, 0.999]):
         action = decide(answer, size, attempt, share, lately, rules)
         too_old = is_expired(lately, rules)
@@ -103,8 +103,8 @@ def test_every_answer_has_an_action(answer: DeliveryResult, rules: DeliveryConfi
 
 
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.stop_after_rejected_batches}-{rules.max_age_s}")
-def test_a_whole_rejection_is_decided_by_what_else_is_accepted(rules: DeliveryConfig) -> None:
-    """It is final if the destination accepts something else, and if the circuit breaker is off."""
+def test_a_whole_rejection_is_final_if_another_batch_is_accepted(rules: DeliveryConfig) -> None:
+    """It is also final if the circuit breaker is off."""
     for lately, accepted in product(LATELY, [0, 1]):
         verdict = judge_rejections(accepted, lately, rules)
         if (
@@ -120,8 +120,8 @@ def test_a_whole_rejection_is_decided_by_what_else_is_accepted(rules: DeliveryCo
             assert verdict is Verdict.DEFERRED
 
 
-def test_an_age_counts_only_after_the_batch_has_failed_here_for_a_while() -> None:
-    """A clock that is years ahead when the machine comes up makes no dead letters."""
+def test_the_age_limit_applies_only_after_a_batch_has_failed_for_a_while() -> None:
+    """So a clock that is years ahead at boot causes no dead letters."""
     rules = DeliveryConfig(max_age_s=86_400.0)
     assert not is_expired(AttemptContext(age_s=1e9, failing_s=599.0), rules)
     assert is_expired(AttemptContext(age_s=1e9, failing_s=600.0), rules)
@@ -131,8 +131,8 @@ def test_an_age_counts_only_after_the_batch_has_failed_here_for_a_while() -> Non
 
 
 @pytest.mark.parametrize("records", [2, 3, 7, 500, 513, 10_000])
-def test_the_search_for_one_poisoned_record_is_never_cut_short(records: int) -> None:
-    """It is found with fewer rejections in a row than the limit."""
+def test_the_search_for_one_poisoned_record_always_completes(records: int) -> None:
+    """It takes fewer consecutive rejections than the limit."""
     for poison in {0, 1, records // 2, records - 1}:
         refused_calls, parts = 0, [(0, records)]
         accepted = False
@@ -153,14 +153,14 @@ def test_the_search_for_one_poisoned_record_is_never_cut_short(records: int) -> 
 
 
 def test_backoff_doubles_up_to_its_bound_with_full_jitter() -> None:
-    """A uniform share of the bound."""
+    """The delay is a uniform share of the bound."""
     assert [BACKOFF.delay(attempt, 1.0) for attempt in (1, 2, 3, 6, 7, 1000)] == [1.0, 2.0, 4.0, 30.0, 30.0, 30.0]
     assert BACKOFF.delay(3, 0.25) == 1.0
     assert BACKOFF.delay(3, 0.0) == 0.0
 
 
-def test_halves_are_fixed_and_say_which_records_they_hold() -> None:
-    """The same batch is always split in the same way."""
+def test_a_batch_is_always_split_in_the_same_way() -> None:
+    """The id of a part says which records it has."""
     batch = Batch("sealed-a", [b"%d" % number for number in range(5)])
     first, second = batch.halves()
     assert [(part.id, part.payloads) for part in (first, second)] == [
@@ -171,7 +171,7 @@ def test_halves_are_fixed_and_say_which_records_they_hold() -> None:
 
 
 def test_the_records_between_rejected_ones_keep_their_indexes() -> None:
-    """In runs, with the records' indexes in the whole file."""
+    """In runs, with their indexes in the whole file."""
     batch = Batch("sealed-a", [b"%d" % number for number in range(6)])
     assert [part.id for part in batch.split_around([0, 3])] == ["sealed-a:1-2", "sealed-a:4-5"]
     assert batch.split_around(range(6)) == []
@@ -196,6 +196,6 @@ NOT_TEXT: Any = None
     ],
     ids=str,
 )
-def test_an_impossible_answer_says_that_the_sink_must_be_fixed(answer: object) -> None:
+def test_the_reason_for_an_invalid_result_says_that_the_sink_must_be_fixed(answer: object) -> None:
     """It does not become an error of Pillarbox."""
     assert isinstance(validate_answer(answer, 2), Misconfigured)

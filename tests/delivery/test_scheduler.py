@@ -1,4 +1,4 @@
-"""Which batch goes next, with and without a share for batches sealed in the middle of a drain; pure."""
+"""The order of batches, with and without a share for batches sealed during a drain. Unit tests without files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def all_of(lineup: Scheduler) -> list[str]:
 
 
 @given(st.lists(st.sets(st.sampled_from(BACKLOG + LIVE), min_size=1), max_size=5))
-def test_without_a_share_the_order_is_the_one_given(looks: list[set[str]]) -> None:
+def test_without_a_share_the_given_order_is_kept(looks: list[set[str]]) -> None:
     """Whatever was scheduled before."""
     lineup = Scheduler()
     for names in looks:
@@ -38,7 +38,7 @@ def test_without_a_share_live_batches_come_last() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9, 1.0])
 def test_live_batches_have_their_share_and_both_groups_keep_their_order(share: float) -> None:
-    """Evenly spread: at any moment it is less than a batch away from the share."""
+    """Evenly spread: at any moment, the difference from the share is less than one batch."""
     lineup = Scheduler(share)
     lineup.schedule(BACKLOG)
     lineup.add_live(BACKLOG[50:] + LIVE)
@@ -51,7 +51,7 @@ def test_live_batches_have_their_share_and_both_groups_keep_their_order(share: f
 
 
 def test_live_batches_stay_live_until_the_backlog_is_delivered() -> None:
-    """Although everything is listed again after a failure. What waits afterwards is the next backlog."""
+    """Even if everything is listed again after a failure. Batches pending afterwards are the next backlog."""
     lineup = Scheduler(0.5)
     lineup.schedule(["1", "2", "3"])
     lineup.add_live(["1", "2", "3", "4", "5"])
@@ -62,8 +62,8 @@ def test_live_batches_stay_live_until_the_backlog_is_delivered() -> None:
     assert all_of(lineup) == ["5", "6"]
 
 
-def test_after_an_outage_everything_that_waits_is_the_backlog() -> None:
-    """Batches sealed during the outage are not live, whether in the middle of a drain or at its beginning."""
+def test_after_an_outage_all_pending_batches_are_the_backlog() -> None:
+    """Batches sealed during the outage are not live, whether it was during a drain or before."""
     lineup = Scheduler(0.5)
     lineup.schedule(["1", "2", "3"])
     lineup.add_live(["3", "4"])
@@ -74,7 +74,7 @@ def test_after_an_outage_everything_that_waits_is_the_backlog() -> None:
 
 
 def test_a_given_order_is_kept_whatever_the_share() -> None:
-    """Deferred batches go beside others."""
+    """Deferred batches are sent beside others."""
     lineup = Scheduler(1.0)
     lineup.schedule(["1"])
     lineup.schedule_in_order(["3", "1", "4", "2"])

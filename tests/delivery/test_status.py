@@ -1,4 +1,4 @@
-"""One state, the same in the heartbeat and in the worker; the heartbeat stops if a sink blocks the event loop."""
+"""The state of the worker is the same in the heartbeat. The heartbeat stops if a sink blocks the event loop."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pillarbox.delivery.worker import Worker
 
 
-class Held(RecordingSink):
-    """Takes its time, and blocks the event loop or not."""
+class BlockingSink(RecordingSink):
+    """Takes a long time, and may block the event loop meanwhile."""
 
     def __init__(self, *, blocks: bool) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class Held(RecordingSink):
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_slow_destination_can_be_told_from_a_worker_that_hangs(outbox_dir: Directory, *, blocks: bool) -> None:
-    """Only a slow one's heartbeat goes on."""
+    """With a slow destination, the heartbeat continues."""
     seal_batch(outbox_dir, 1, b"1")
-    sink = Held(blocks=blocks)
+    sink = BlockingSink(blocks=blocks)
     worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG)
     thread = ThreadRunner(worker)
     thread.start()
@@ -86,21 +86,21 @@ def test_a_heartbeat_can_be_read_while_a_shorter_one_overwrites_it(outbox_dir: D
     assert (beat.state, beat.delivered) == (State("idle"), 8)
 
 
-def retry_after(worker: Worker, before: int) -> int:
-    """Wait until the worker waits for an attempt later than `before` and the heartbeat says so; its time."""
+def wait_for_next_retry(worker: Worker, before: int) -> int:
+    """Wait until the heartbeat has an attempt later than `before`; returns its time."""
 
-    def is_told() -> bool:
+    def has_next_retry() -> bool:
         beat = read_heartbeat(worker._directory)
         return (worker.state.retry_at_micros or 0) > before and beat is not None and beat.state == worker.state
 
-    wait_until(is_told)
+    wait_until(has_next_retry)
     return worker.state.retry_at_micros or 0
 
 
 def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(
     outbox_dir: Directory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the reason, the time of the next attempt, and totals."""
+    """With the reason, the time of the next attempt, and the totals."""
     caplog.set_level(logging.INFO, "pillarbox")
     answers: list[DeliveryResult | Exception] = [Retry("busy", 300.0), Retry("busy", 300.0), Misconfigured("no such table")]
     sink, clock = RecordingSink(answers), MovingClock()
@@ -112,7 +112,7 @@ def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(
     before = 0
     states: list[tuple[StateName, str]] = [("waiting", "busy"), ("waiting", "busy"), ("stopped", "no such table")]
     for name, reason in states:
-        before = retry_after(worker, before)
+        before = wait_for_next_retry(worker, before)
         beat = read_heartbeat(outbox_dir)
         assert beat is not None
         assert (beat.state, beat.last_error) == (State(name, reason, before), reason)

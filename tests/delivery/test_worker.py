@@ -1,4 +1,4 @@
-"""The delivery loop, on a real directory, with a sink that gives the answers that a test chooses."""
+"""The delivery loop on a real directory, with a sink that returns the results that a test chooses."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from tests.delivery.worker_setup import (
 
 
 def test_batches_are_delivered_in_order_and_their_files_deleted(outbox_dir: Directory) -> None:
-    """One file is one batch, and its bytes are released."""
+    """A file is a batch; its bytes are released."""
     batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp, b"0") for stamp in (3, 1, 2)]
     size = sum(entry.size for entry in outbox_dir.filesystem.list_files(outbox_dir.path))
-    gone: list[int] = []
+    released: list[int] = []
     sink = RecordingSink()
-    worker = make_worker(outbox_dir, sink, gone)
+    worker = make_worker(outbox_dir, sink, released)
     drain_worker(worker)
     assert sink.calls == sorted(batches)
     assert sink.payloads == [b"1", b"0", b"2", b"0", b"3", b"0"]
-    assert (remaining_files(outbox_dir), sum(gone), worker.counters.delivered) == ([], size, 6)
+    assert (remaining_files(outbox_dir), sum(released), worker.counters.delivered) == ([], size, 6)
 
 
 def test_a_file_stays_and_is_retried_without_limit_after_failures(outbox_dir: Directory) -> None:
@@ -72,8 +72,8 @@ def test_a_damaged_line_is_quarantined_and_the_other_lines_and_files_are_deliver
     assert sink.payloads == [b"1", b"3", b"4"]
     assert remaining_files(outbox_dir) == [layout.corrupt_name(batch), layout.ranges_name(batch)]
     assert Path(outbox_dir.path_of(layout.corrupt_name(batch))).read_bytes() == b'rubbish\n{"event":2,"crc":"00000000"}\ntorn'
-    spans = json.loads(Path(outbox_dir.path_of(layout.ranges_name(batch))).read_bytes())
-    assert [(span["offset"], span["length"], span["reason"]) for span in spans] == [
+    byte_ranges = json.loads(Path(outbox_dir.path_of(layout.ranges_name(batch))).read_bytes())
+    assert [(byte_range["offset"], byte_range["length"], byte_range["reason"]) for byte_range in byte_ranges] == [
         (len(record.line(b"1")), 8, "bad_json"),
         (len(record.line(b"1")) + 8, 29, "bad_checksum"),
         (len(record.line(b"1")) + 37 + len(record.line(b"3")), 4, "torn: bad_json"),
@@ -91,7 +91,7 @@ def test_a_file_without_records_is_deleted_without_a_call(outbox_dir: Directory)
     assert (sink.calls, remaining_files(outbox_dir)) == ([], [])
 
 
-def test_a_file_that_holds_only_damage_is_quarantined(outbox_dir: Directory) -> None:
+def test_a_file_with_only_damaged_lines_is_quarantined(outbox_dir: Directory) -> None:
     """Without a call."""
     batch = seal_batch(outbox_dir, 1, raw=b"active\n")
     sink = RecordingSink()
@@ -113,7 +113,7 @@ def test_rejected_records_become_dead_letters_with_their_reason(outbox_dir: Dire
 
 
 def test_after_a_rolled_back_call_the_records_around_the_rejected_one_are_sent(outbox_dir: Directory) -> None:
-    """In runs, with ids that say which records they hold."""
+    """In runs, with ids that say which records they have."""
     batch = seal_batch(outbox_dir, 1, *(b"%d" % number for number in range(5)))
     sink = RecordingSink([PartialFailure({1: REJECTION})])
     drain_worker(make_worker(outbox_dir, sink))
@@ -122,8 +122,8 @@ def test_after_a_rolled_back_call_the_records_around_the_rejected_one_are_sent(o
 
 
 @pytest.mark.parametrize("poison_index", [0, 1, 249, 250, 499])
-def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(outbox_dir: Directory, poison_index: int) -> None:
-    """Twice the logarithm of 500, rounded up."""
+def test_one_poisoned_record_of_500_takes_at_most_18_extra_calls(outbox_dir: Directory, poison_index: int) -> None:
+    """Twice the binary logarithm of 500, rounded up."""
     payloads = [b"%d" % number for number in range(500)]
     payloads[poison_index] = b'"poison"'
     batch = seal_batch(outbox_dir, 1, *payloads)
@@ -139,7 +139,7 @@ def test_one_poisoned_record_of_500_costs_at_most_18_extra_calls(outbox_dir: Dir
 def test_a_misconfiguration_stops_delivery_with_an_error_and_delivery_resumes_by_itself(
     outbox_dir: Directory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is dead-lettered, and one line is logged, not one for each attempt."""
+    """There are no dead letters, and one line is logged, not one per attempt."""
     caplog.set_level(logging.INFO, "pillarbox")
     seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink([Misconfigured("no such table")] * 30)
@@ -164,7 +164,7 @@ def test_an_unreadable_file_is_skipped(outbox_dir: Directory, tmp_path: Path) ->
 
 
 def test_files_of_a_dead_writer_are_recovered_while_delivering(outbox_dir: Directory) -> None:
-    """Also by a process that writes nothing itself."""
+    """Also by a process that does not enqueue."""
     Path(outbox_dir.path_of("active-w-1.ndjson")).write_bytes(record.line(b"1"))
     sink = RecordingSink()
     drain_worker(make_worker(outbox_dir, sink))
@@ -193,25 +193,25 @@ def test_one_process_delivers_and_another_takes_over(outbox_dir: Directory) -> N
     assert thread.stop(30)
 
 
-def test_a_file_that_another_process_has_locked_is_left_alone(outbox_dir: Directory) -> None:
-    """An eviction locks it first."""
+def test_a_file_that_another_process_has_locked_is_not_delivered(outbox_dir: Directory) -> None:
+    """For example, during an eviction."""
     batch = seal_batch(outbox_dir, 1, b"1")
-    taken = outbox_dir.lock_existing(f"{batch}.ndjson")
-    assert taken is not None
+    locked_file = outbox_dir.lock_existing(f"{batch}.ndjson")
+    assert locked_file is not None
     sink = RecordingSink()
     drain_worker(make_worker(outbox_dir, sink))
     assert (sink.calls, remaining_files(outbox_dir)) == ([], [f"{batch}.ndjson"])
-    outbox_dir.filesystem.close(taken.fd)
+    outbox_dir.filesystem.close(locked_file.fd)
 
 
 def test_a_file_that_is_unlocked_after_a_moment_is_not_overtaken(
     outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that dies, or has just sealed the file, holds the lock a little longer than the name shows."""
-    monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 60.0)  # so that the wait is seen
+    """A writer that dies or has just sealed the file keeps the lock a little longer than the old name."""
+    monkeypatch.setattr("pillarbox.delivery.fetcher._LOCK_WAIT_S", 60.0)  # so that the wait is long enough to observe
     batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
-    held = outbox_dir.lock_existing(f"{batches[0]}.ndjson")
-    assert held is not None
+    locked_file = outbox_dir.lock_existing(f"{batches[0]}.ndjson")
+    assert locked_file is not None
     sink = RecordingSink()
     worker = make_worker(outbox_dir, sink)
     thread = ThreadRunner(worker)
@@ -219,14 +219,14 @@ def test_a_file_that_is_unlocked_after_a_moment_is_not_overtaken(
     # wait: nothing may happen in this time
     assert not worker.idle.wait(0.1)  # long enough to deliver it, if that were wrong
     assert sink.calls == []
-    outbox_dir.filesystem.close(held.fd)
+    outbox_dir.filesystem.close(locked_file.fd)
     assert worker.idle.wait(60)
     assert sink.calls == batches
     assert thread.stop(30)
 
 
-class _Hasty(PortableScanOps, OsFilesystem):
-    """Its first listing of batches misses the first one, as a listing may that runs while names are given."""
+class _MissingFirstBatch(PortableScanOps, OsFilesystem):
+    """Its first listing of batches misses the first one, as a listing may during a rename."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,18 +239,18 @@ class _Hasty(PortableScanOps, OsFilesystem):
 
 
 def test_a_batch_that_a_listing_misses_is_not_overtaken(outbox_dir: Directory) -> None:
-    """Recovery makes the first listing, the second one is of the batches, and a third one shows all of them."""
+    """The first listing is for recovery, the second for batches, and a third one shows all of them."""
     batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     sink = RecordingSink()
-    drain_worker(make_worker(Directory(outbox_dir.path, _Hasty(), SystemClock()), sink))
+    drain_worker(make_worker(Directory(outbox_dir.path, _MissingFirstBatch(), SystemClock()), sink))
     assert sink.calls == batches
 
 
-def test_many_batches_may_be_sent_and_not_yet_confirmed(outbox_dir: Directory) -> None:
-    """None is deleted before it is confirmed; one confirmation answers for all of them."""
+def test_many_batches_may_be_unconfirmed(outbox_dir: Directory) -> None:
+    """None is deleted before it is confirmed; one confirmation covers all of them."""
     for stamp in range(1, 6):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    sink = _Slow(window=8)
+    sink = _ConfirmingSink(window=8)
     worker = make_worker(outbox_dir, sink)
 
     async def scenario() -> None:
@@ -268,8 +268,8 @@ def test_many_batches_may_be_sent_and_not_yet_confirmed(outbox_dir: Directory) -
     assert len(sink.groups) <= 3  # the first, those sent meanwhile, and one that was in flight
 
 
-class _Slow(RecordingSink):
-    """Confirms when the test says so."""
+class _ConfirmingSink(RecordingSink):
+    """Confirms when the test allows it."""
 
     def __init__(self, window: int) -> None:
         super().__init__(needs_confirmation=True, unconfirmed_max=window)
@@ -300,7 +300,7 @@ def test_a_part_of_the_sent_batches_may_be_confirmed(outbox_dir: Directory) -> N
 
 
 def test_one_batch_at_a_time_is_confirmed_too(outbox_dir: Directory) -> None:
-    """A window of one does not turn confirmations off."""
+    """A window of one does not disable confirmations."""
     batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in range(1, 4)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=1)
     sink.confirmations.extend([0, UnconfirmedError("the server is another one")])
@@ -312,7 +312,7 @@ def test_one_batch_at_a_time_is_confirmed_too(outbox_dir: Directory) -> None:
 def test_a_misconfiguration_that_prevents_confirmations_stops_delivery(
     outbox_dir: Directory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The state has the reason; nothing is deleted until it is fixed."""
+    """The state has the reason, and nothing is deleted until it is fixed."""
     batch = seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=4)
     sink.confirmations.append(SinkUnusableError("the query is not allowed"))
@@ -322,7 +322,7 @@ def test_a_misconfiguration_that_prevents_confirmations_stops_delivery(
 
 
 def test_unconfirmed_batches_are_sent_again_in_order(outbox_dir: Directory) -> None:
-    """Under the same ids."""
+    """With the same ids."""
     batches = [seal_batch(outbox_dir, stamp, b"%d" % stamp) for stamp in (1, 2, 3)]
     sink = RecordingSink(needs_confirmation=True, unconfirmed_max=3)
     sink.confirmations.extend([UnconfirmedError("gone"), OSError("cut"), 0])
@@ -333,7 +333,7 @@ def test_unconfirmed_batches_are_sent_again_in_order(outbox_dir: Directory) -> N
     assert list(sink.batches) == batches
 
 
-def test_dead_letters_are_not_kept_twice_after_a_kill_before_the_deletion(outbox_dir: Directory) -> None:
+def test_dead_letters_are_not_duplicated_after_a_kill_before_the_deletion(outbox_dir: Directory) -> None:
     """The same files are overwritten with the same content."""
     payloads = [b'"a"', b'"b"']
     batch = seal_batch(outbox_dir, 1, *payloads, raw=b"rubbish\n")
@@ -348,11 +348,11 @@ def test_dead_letters_are_not_kept_twice_after_a_kill_before_the_deletion(outbox
     assert dead["event"] == "b"
 
 
-def test_a_sink_that_hangs_does_not_hold_up_the_end(outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_sink_does_not_delay_the_end(outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is cancelled, and the file stays."""
-    monkeypatch.setattr("pillarbox.delivery.runner._CANCEL_GRACE_S", 60.0)  # a busy machine may need some of it
+    monkeypatch.setattr("pillarbox.delivery.runner._CANCEL_GRACE_S", 60.0)  # generous, because the machine may be busy
     batch = seal_batch(outbox_dir, 1, b"1")
-    sink = _Hanging()
+    sink = _HangingSink()
     thread = ThreadRunner(make_worker(outbox_dir, sink))
     thread.start()
     assert sink.entered.wait(60)
@@ -360,8 +360,8 @@ def test_a_sink_that_hangs_does_not_hold_up_the_end(outbox_dir: Directory, monke
     assert remaining_files(outbox_dir) == [f"{batch}.ndjson"]
 
 
-class _Hanging(RecordingSink):
-    """Never answers."""
+class _HangingSink(RecordingSink):
+    """Never returns a result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -373,7 +373,7 @@ class _Hanging(RecordingSink):
         return await super().deliver(batch)
 
 
-class _Clinging(OsFilesystem):
+class _FailingDeletions(OsFilesystem):
     """Fails to delete batch files a few times."""
 
     refusals = 3
@@ -386,9 +386,9 @@ class _Clinging(OsFilesystem):
 
 
 def test_a_failed_settlement_is_retried_without_limit(outbox_dir: Directory) -> None:
-    """It is counted, and its reason reported."""
+    """It is counted, and its reason is reported."""
     batch = seal_batch(outbox_dir, 1, b"1")
-    clinging = Directory(outbox_dir.path, _Clinging(), SystemClock())
+    clinging = Directory(outbox_dir.path, _FailingDeletions(), SystemClock())
     sink = RecordingSink()
     worker = make_worker(clinging, sink)
     drain_worker(worker)
@@ -397,8 +397,8 @@ def test_a_failed_settlement_is_retried_without_limit(outbox_dir: Directory) -> 
     assert "or its file not deleted: " in worker.last_error
 
 
-def test_a_file_that_cannot_be_settled_does_not_hold_up_others(outbox_dir: Directory) -> None:
-    """A directory has the name of its quarantine file: it is held, the others are delivered, and the state says why."""
+def test_a_file_that_cannot_be_settled_does_not_delay_others(outbox_dir: Directory) -> None:
+    """A directory has the name of its quarantine file. The file is held, the others are delivered, and the state names the reason."""
     stuck = seal_batch(outbox_dir, 1, b"1", raw=b"damage\n")
     for number in range(2, 12):
         seal_batch(outbox_dir, number, b'{"event":{"n":%d}}' % number)
@@ -419,7 +419,7 @@ def test_a_file_that_cannot_be_settled_does_not_hold_up_others(outbox_dir: Direc
 
 
 def test_a_worker_can_be_run_again(outbox_dir: Directory) -> None:
-    """On another event loop, after opening the sink again."""
+    """On another event loop, with the sink opened again."""
     sink = RecordingSink()
     worker = make_worker(outbox_dir, sink)
     for stamp in (1, 2):
@@ -431,7 +431,7 @@ def test_a_worker_can_be_run_again(outbox_dir: Directory) -> None:
 
 
 def test_a_batch_sealed_just_before_the_end_is_delivered(outbox_dir: Directory) -> None:
-    """The first test of a child process found this: the notification and the order to end came at the same moment."""
+    """A regression test: the notification and the request to end arrive at the same moment."""
     sink = RecordingSink()
     worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(poll_interval_s=60.0))
     thread = ThreadRunner(worker)
@@ -465,8 +465,8 @@ def test_delivery_is_taken_over_within_a_second_whatever_the_poll_interval(outbo
     assert any(taken_over_after() < 1.0 for _ in range(10))
 
 
-def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(outbox_dir: Directory, tmp_path: Path) -> None:
-    """The state names it; nothing is written to the target of the link."""
+def test_a_symbolic_link_as_lock_file_is_reported_until_it_is_deleted(outbox_dir: Directory, tmp_path: Path) -> None:
+    """The state names it, and nothing is written to its target."""
     (tmp_path / "victim").write_bytes(b"precious")
     planted = Path(outbox_dir.path_of(layout.DELIVER_LOCK))
     planted.hardlink_to(tmp_path / "victim")
@@ -486,8 +486,8 @@ def test_a_planted_lock_file_is_reported_and_delivery_resumes_when_it_is_gone(ou
     assert thread.stop(30)
 
 
-class _Tracing(OsFilesystem):
-    """Records deletions and syncs of the directory."""
+class _TracingFilesystem(OsFilesystem):
+    """Records deletions and directory syncs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -504,16 +504,16 @@ class _Tracing(OsFilesystem):
 
 
 def test_deletions_are_synced_together_before_the_worker_idles(outbox_dir: Directory, clock: ManualClock) -> None:
-    """A settled batch does not come back after a power loss, and no batch is sent before its name is durable."""
+    """So a settled batch does not reappear after a power loss, and no batch is sent before its name is durable."""
     for stamp in (1, 2, 3):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    tracing = _Tracing()
+    tracing = _TracingFilesystem()
     drain_worker(make_worker(Directory(outbox_dir.path, tracing, clock), RecordingSink(), clock=clock))
     assert tracing.verbs == ["sync", "remove", "remove", "remove", "sync"]
 
 
 def test_deletions_are_synced_once_a_second_during_a_drain(outbox_dir: Directory, clock: ManualClock) -> None:
-    """If the sync fails, delivery goes on."""
+    """If the sync fails, delivery continues."""
 
     class Passing(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
@@ -522,7 +522,7 @@ def test_deletions_are_synced_once_a_second_during_a_drain(outbox_dir: Directory
 
     for stamp in range(1, 6):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    tracing = _Tracing()
+    tracing = _TracingFilesystem()
     worker = Worker(
         Directory(outbox_dir.path, tracing, clock),
         NamedSink(Passing(), "test"),

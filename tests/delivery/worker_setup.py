@@ -1,4 +1,4 @@
-"""For the tests of delivery: sealed batches, a worker for them, and sinks."""
+"""Helpers for tests of delivery: sealed batches, a worker, and sinks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_worker(
 
 
 def drain_worker(worker: Worker) -> None:
-    """Deliver until nothing waits."""
+    """Run the worker until nothing is pending."""
 
     async def until_idle() -> None:
         running = asyncio.create_task(worker.run())
@@ -65,7 +65,7 @@ def remaining_files(directory: Directory) -> list[str]:
 
 
 class PoisonedSink(RecordingSink):
-    """Rejects every call that holds the poison, without saying which record it is."""
+    """Rejects every call with a poisoned record, without naming it."""
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
         if any(b"poison" in payload for payload in batch.payloads):
@@ -75,7 +75,7 @@ class PoisonedSink(RecordingSink):
 
 
 class MovingClock(SystemClock):
-    """The machine's clocks, plus what a test adds: to both with `advance`, to the wall clock alone with `step`."""
+    """The system clocks plus an offset: `advance` moves both, `step` only the wall clock."""
 
     def __init__(self) -> None:
         self._advanced = self._stepped = 0.0

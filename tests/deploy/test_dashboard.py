@@ -17,27 +17,33 @@ from tests.exporters.scraping import documented_metrics
 KNOWN = {row.prometheus_name for row in documented_metrics()}
 
 
-def missing(ours: Any, theirs: Any, where: str = "") -> list[str]:
-    """Return the paths in `ours` whose value `theirs` does not have."""
-    if isinstance(ours, dict):
-        if not isinstance(theirs, dict):
+def missing_paths(document: Any, decoded: Any, where: str = "") -> list[str]:
+    """Return the paths in `document` whose value `decoded` does not have."""
+    if isinstance(document, dict):
+        if not isinstance(decoded, dict):
             return [where]
-        return [path for key in ours for path in missing(ours[key], theirs.get(key), f"{where}.{key}")]
-    if isinstance(ours, list):
-        if not isinstance(theirs, list) or len(ours) != len(theirs):
+        return [path for key in document for path in missing_paths(document[key], decoded.get(key), f"{where}.{key}")]
+    if isinstance(document, list):
+        if not isinstance(decoded, list) or len(document) != len(decoded):
             return [where]
-        return [path for at, both in enumerate(zip(ours, theirs, strict=True)) for path in missing(*both, f"{where}[{at}]")]
-    return [] if ours == theirs else [where]
+        return [
+            path
+            for index, pair in enumerate(zip(document, decoded, strict=True))
+            for path in missing_paths(*pair, f"{where}[{index}]")
+        ]
+    return [] if document == decoded else [where]
 
 
 def test_grafanas_types_keep_every_part_of_the_dashboard() -> None:
     """Grafana's SDK decodes and encodes it without loss; it would drop a misspelled field."""
     register_default_plugins()
     read = Dashboard.from_json(load_dashboard())
-    assert missing(load_dashboard(), json.loads(JSONEncoder().encode(read))) == []
+    assert missing_paths(load_dashboard(), json.loads(JSONEncoder().encode(read))) == []
     wrong = load_dashboard()
     wrong["panels"][1]["targets"][0]["expression"] = wrong["panels"][1]["targets"][0].pop("expr")
-    assert missing(wrong, json.loads(JSONEncoder().encode(Dashboard.from_json(wrong)))) == [".panels[1].targets[0].expression"]
+    assert missing_paths(wrong, json.loads(JSONEncoder().encode(Dashboard.from_json(wrong)))) == [
+        ".panels[1].targets[0].expression"
+    ]
 
 
 def test_panels_do_not_overlap_and_are_described() -> None:

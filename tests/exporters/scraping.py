@@ -78,11 +78,11 @@ def running_deliver(cwd: Path, *sinks: str, metrics_address: str = "127.0.0.1:0"
 
 
 def fetch(url: str, accept: str = "") -> str:
-    """Return the body of a GET request."""
+    """Return the body of the response to a GET request."""
     opener = build_opener(ProxyHandler({}))
     opener.addheaders = [("Accept", accept)]
-    with opener.open(url, timeout=WAIT_S) as answer:
-        return str(answer.read().decode())
+    with opener.open(url, timeout=WAIT_S) as response:
+        return str(response.read().decode())
 
 
 def parse_samples(text: str) -> Samples:

@@ -37,7 +37,7 @@ def labels(**of: str) -> frozenset[tuple[str, str]]:
 
 
 def is_idle(samples: Samples) -> bool:
-    """Whether everything is delivered and the metrics show it; each metric is read at another time."""
+    """Whether everything is delivered and all metrics show it. They are updated at different times."""
     expected = (
         ("pillarbox_flushed_files_total", 2),
         ("pillarbox_flush_duration_seconds_count", 2),
@@ -132,7 +132,7 @@ def test_each_of_several_sinks_has_its_own_values(tmp_path: Path) -> None:
     assert sample_value(samples, "pillarbox_kept_files", kind="dead") == 0
 
 
-def test_a_standby_process_reports_that_it_is_one(tmp_path: Path) -> None:
+def test_a_standby_process_reports_its_state(tmp_path: Path) -> None:
     """The heartbeat is that of the process that delivers."""
     fill_outbox(tmp_path / "box")
     with running_deliver(tmp_path) as first:

@@ -175,7 +175,7 @@ async def _write_response(writer: asyncio.StreamWriter, response: CannedResponse
 
 @functools.cache
 def _reserved_socket() -> socket.socket:
-    """Return a bound socket that does not listen, so that nobody else gets its port and no client connects to itself."""
+    """Return a bound socket that does not listen, so that no other process gets its port and no client connects to itself."""
     reserved = socket.socket()
     reserved.bind(("127.0.0.1", 0))
     return reserved

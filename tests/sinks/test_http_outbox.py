@@ -77,8 +77,8 @@ class Destination:
 
 def fill(box: pillarbox.Outbox, count: int, poisoned: Callable[[int], bool] = lambda _: False) -> None:
     for number in range(count):
-        made = event(number, event_key="poison" if poisoned(number) else "click")
-        assert isinstance(box.enqueue(made), Enqueued)
+        enqueued = event(number, event_key="poison" if poisoned(number) else "click")
+        assert isinstance(box.enqueue(enqueued), Enqueued)
 
 
 @pytest.mark.parametrize("in_flight", [1, 4])

@@ -30,9 +30,9 @@ START_MAX_S = 60  # a server that does not respond within this time has failed
 
 def free_port() -> int:
     """Return a free port."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        return int(free_socket.getsockname()[1])
 
 
 def server_binary() -> str:
@@ -105,9 +105,9 @@ class SpacetimeDbServer:
 
     def call(self, database: str, function: str, body: bytes, **headers: str) -> SpacetimeDbResponse:
         """Call a function with a body; empty headers are left out."""
-        given = {"Content_Type": "application/json", "Authorization": f"Bearer {self.token}"} | headers
-        given = {name: value for name, value in given.items() if value}
-        return self.request_response("POST", f"/v1/database/{database}/call/{function}", body, **given)
+        set_headers = {"Content_Type": "application/json", "Authorization": f"Bearer {self.token}"} | headers
+        set_headers = {name: value for name, value in set_headers.items() if value}
+        return self.request_response("POST", f"/v1/database/{database}/call/{function}", body, **set_headers)
 
     def rows(self, database: str, query: str) -> list[list[Any]]:
         """Run a query as the owner; return its rows."""
@@ -143,15 +143,15 @@ def deliver_batches(
     async def run() -> tuple[list[DeliveryResult], bool]:
         sink = make_sink(url, event_type)
         try:
-            answers = [await sink.deliver(one) for one in batches]
+            results = [await sink.deliver(one) for one in batches]
             await asyncio.to_thread(before_confirm)
             left = list(batches)
             try:
                 while left:
                     left = left[await sink.confirm(left) :]
             except UnconfirmedError:
-                return answers, False
-            return answers, True
+                return results, False
+            return results, True
         finally:
             await sink.close()
 

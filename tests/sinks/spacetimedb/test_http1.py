@@ -190,7 +190,7 @@ def test_a_response_before_any_request_closes_the_connection(server: Server, una
 
 
 def test_a_pooled_connection_that_was_closed_is_replaced_visibly(server: Server) -> None:
-    """`last_used` changes, which is what the confirmation compares."""
+    """`last_used` changes; the confirmation compares it."""
 
     async def sockets() -> list[object]:
         connection = PooledConnection(parse_url(f"spacetimedb://127.0.0.1:{server.port}/db"))

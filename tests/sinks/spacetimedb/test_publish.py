@@ -1,4 +1,4 @@
-"""The shipped module: it is what the source builds, and `publish` uploads it."""
+"""The shipped module: the source builds it, and `publish` uploads it."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def described(wasm: bytes) -> bytes:
             linker.define_func(needed.module, str(needed.name), kind, _refuse)
     instance = linker.instantiate(store, code)
     exports = instance.exports(store)
-    found = exports["memory"]
-    assert isinstance(found, wasmtime.Memory)
-    memory.append(found)
+    sections = exports["memory"]
+    assert isinstance(sections, wasmtime.Memory)
+    memory.append(sections)
     for export in sorted(one.name for one in code.exports if one.name.startswith("__preinit__")):
         _run(store, exports[export])
     _run(store, exports["__describe_module__"], 1)
@@ -72,13 +72,13 @@ def exports_of(wasm: bytes) -> set[str]:
 
 def texts(described_bytes: bytes) -> set[str]:
     """Return the names in a description: strings with a length prefix."""
-    found = set()
+    strings = set()
     for match in re.finditer(rb"[A-Za-z_][A-Za-z0-9_]{2,40}", described_bytes):
         for end in range(match.end(), match.start(), -1):
             length = end - match.start()
             if described_bytes[match.start() - 4 : match.start()] == length.to_bytes(4, "little"):
-                found.add(described_bytes[match.start() : end].decode())
-    return found
+                strings.add(described_bytes[match.start() : end].decode())
+    return strings
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,8 +94,8 @@ def test_the_shipped_module_matches_its_source(modules: Path, name: str) -> None
 def test_the_description_names_the_table_its_columns_and_the_functions(modules: Path, name: str) -> None:
     """In both versions; only the 2.x module has the procedure."""
     names = texts(described((modules / name).read_bytes()))
-    wanted = {"tracking_event", "record_tracking_events", "ScopeKind", "Site", "Module", "User", "Profile"}
-    assert wanted | set(TrackingEvent.__struct_fields__) <= names
+    expected = {"tracking_event", "record_tracking_events", "ScopeKind", "Site", "Module", "User", "Profile"}
+    assert expected | set(TrackingEvent.__struct_fields__) <= names
     assert ("record_tracking_events_counted" in names) is (name == NAMES[1])
     exported = exports_of((modules / name).read_bytes())
     assert {"__describe_module__", "__call_reducer__"} <= exported
@@ -104,7 +104,7 @@ def test_the_description_names_the_table_its_columns_and_the_functions(modules: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_module_contains_no_path_and_no_registry(modules: Path, name: str) -> None:
-    """Neither the shipped one nor the one built here."""
+    """Neither the shipped module nor one that is built from source."""
     for data in (publish.read_wasm(name), (modules / name).read_bytes()):
         assert not re.search(rb"/root|/home|/tmp|index\.crates|registry/src", data)
 

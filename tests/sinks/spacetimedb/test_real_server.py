@@ -425,28 +425,28 @@ def test_an_unreachable_server_is_a_retry_that_says_what_to_check(own_server: Sp
 
 
 class Colour(enum.Enum):
-    """Becomes a Rust enum."""
+    """An event field that becomes a Rust enum."""
 
     RED = "red"
     DARK_BLUE = "dark-blue"
 
 
 class Spot(msgspec.Struct, frozen=True):
-    """Becomes a Rust struct."""
+    """An event field that becomes a Rust struct."""
 
     x: int
     y: float
 
 
 class Level(enum.IntEnum):
-    """Becomes a number."""
+    """An event field that becomes a number."""
 
     LOW = 1
     HIGH = 2
 
 
 class PageView(msgspec.Struct, frozen=True):
-    """Has one of everything that a column can be."""
+    """An event type with every kind of column."""
 
     event_id: str
     colour: Colour
@@ -507,7 +507,7 @@ def test_a_file_that_is_sent_in_parts_is_confirmed(shared_server: SpacetimeDbSer
 
 
 def test_a_batch_of_rejected_events_makes_no_call(shared_server: SpacetimeDbServer) -> None:
-    """There is nothing to send."""
+    """No record is left to send."""
     results, confirmed = deliver_batches(
         shared_server.sink_url("events", confirm_wait=0), make_batch(event(1, scope_kind="Planet"))
     )

@@ -59,7 +59,7 @@ def deliver_confirmed(server: SpacetimeDbServer, folder: Path) -> None:
 def test_events_that_a_killed_server_lost_are_redelivered_once(
     own_server: SpacetimeDbServer, tmp_path: Path, *, disk_is_restored: bool
 ) -> None:
-    """Accepted with 200, deleted here and lost there; redelivery restores them without duplicates.
+    """Events that were accepted with 200 and deleted here are lost there; redelivery restores them without duplicates.
 
     A kill loses the last milliseconds, possibly nothing; with `disk_is_restored` the server's disk is set back too.
     """
