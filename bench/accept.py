@@ -51,7 +51,7 @@ def _open_file(folder: RoundPaths) -> Iterator[int]:
 def baseline(folder: RoundPaths) -> Figures:
     """Only msgspec and `os.write`, without a function around them."""
     event, encode, write, count = sample.event(), msgspec.json.Encoder().encode, os.write, _count(folder)
-    took = [0] * count
+    call_times = [0] * count
     with _open_file(folder) as fd:
         for _ in repeat(None, WARMUP_CALLS):
             write(fd, encode(event))
@@ -62,8 +62,8 @@ def baseline(folder: RoundPaths) -> Figures:
         for index in range(count):
             began = now()
             write(fd, encode(event))
-            took[index] = now() - began
-    return figures(mean, took)
+            call_times[index] = now() - began
+    return figures(mean, call_times)
 
 
 def only_write(folder: RoundPaths) -> Figures:
@@ -97,10 +97,10 @@ def enqueue(folder: RoundPaths) -> Figures:
     event, count = sample.event(), _count(folder)
     with _outbox(folder, 2 * count) as outbox:
         mean = untimed(outbox.enqueue, event, count)
-        took = timed(outbox.enqueue, event, count)
+        call_times = timed(outbox.enqueue, event, count)
         began = now()
         outbox.close(60)
-        return {**figures(mean, took), "sealed_ms": (now() - began) / 1e6}
+        return {**figures(mean, call_times), "sealed_ms": (now() - began) / 1e6}
 
 
 def enqueue_new_events(folder: RoundPaths) -> Figures:
@@ -136,8 +136,8 @@ def threads(folder: RoundPaths) -> Figures:
     event, per_thread = sample.event(), _count(folder) // THREADS
     with _outbox(folder, 2 * per_thread * THREADS) as outbox:
         mean, _ = _run_in_threads(lambda: untimed(outbox.enqueue, event, per_thread), per_thread * THREADS)
-        _, took = _run_in_threads(lambda: timed(outbox.enqueue, event, per_thread), per_thread * THREADS)
-        return figures(mean, [ns for times in took for ns in times])
+        _, call_times = _run_in_threads(lambda: timed(outbox.enqueue, event, per_thread), per_thread * THREADS)
+        return figures(mean, [ns for times in call_times for ns in times])
 
 
 def _run_in_threads(call: Callable[[], T], count: int) -> tuple[Mean, list[T]]:
@@ -170,19 +170,19 @@ def processes(number: int, folder: RoundPaths) -> Figures:
     callers = [context.Process(target=_run_process, args=(folder, per_process, ready, sender)) for _, sender in pipes]
     for caller in callers:
         caller.start()
-    intervals, cpu, took = [], [], []
+    intervals, cpu, call_times = [], [], []
     for receiver, _ in pipes:
         if not receiver.poll(BARRIER_TIMEOUT_S):
             raise RuntimeError(f"a process did not finish within {BARRIER_TIMEOUT_S} s")
         interval, cpu_us, calls = receiver.recv()
         intervals.append(interval)
         cpu.append(cpu_us)
-        took += calls
+        call_times += calls
     for caller in callers:
         caller.join()
     _check_all_on_disk(folder, number * (2 * per_process + WARMUP_CALLS))
     wall = max(ended for _, ended in intervals) - min(began for began, _ in intervals)
-    return figures(Mean(wall / per_process / number / 1e3, statistics.mean(cpu)), took)
+    return figures(Mean(wall / per_process / number / 1e3, statistics.mean(cpu)), call_times)
 
 
 def _run_process(folder: RoundPaths, count: int, ready: Barrier, sender: Connection) -> None:
@@ -195,9 +195,9 @@ def _run_process(folder: RoundPaths, count: int, ready: Barrier, sender: Connect
     mean = untimed(outbox.enqueue, event, count)
     ended = now()
     ready.wait(BARRIER_TIMEOUT_S)
-    took = timed(outbox.enqueue, event, count)
+    call_times = timed(outbox.enqueue, event, count)
     outbox.close(60)
-    sender.send(((began, ended), mean.cpu, took))
+    sender.send(((began, ended), mean.cpu, call_times))
 
 
 def enqueue_from_a_coroutine(folder: RoundPaths) -> Figures:
@@ -210,12 +210,12 @@ def enqueue_from_a_coroutine(folder: RoundPaths) -> Figures:
         for _ in repeat(None, count):
             await put(event)
         mean = loop.mean(count)
-        took = [0] * count
+        call_times = [0] * count
         for index in range(count):
             began = now()
             await put(event)
-            took[index] = now() - began
-        return figures(mean, took)
+            call_times[index] = now() - began
+        return figures(mean, call_times)
 
     with _outbox(folder, 2 * count) as outbox:
         return asyncio.run(run(outbox))
@@ -229,13 +229,13 @@ def ids_and_times(folder: RoundPaths) -> Figures:
         new_id()
         micros()
     mean = loop.mean(count)
-    took = [0] * count
+    call_times = [0] * count
     for index in range(count):
         began = now()
         new_id()
         micros()
-        took[index] = now() - began
-    return figures(mean, took)
+        call_times[index] = now() - began
+    return figures(mean, call_times)
 
 
 FLOOR, WRITE, ENQUEUE, ENQUEUE_MANY = "encode + os.write", "os.write", "enqueue", f"enqueue_many({EVENTS_PER_CALL})"

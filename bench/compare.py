@@ -49,16 +49,16 @@ def enqueue(pillarbox: Any, folder: str) -> dict[str, float]:
         for _ in range(EVENTS):
             put(event)
         mean = (time.perf_counter_ns() - began) / EVENTS / 1e3
-        took = []
+        call_times = []
         for _ in range(EVENTS):
             before = time.perf_counter_ns()
             put(event)
-            took.append(time.perf_counter_ns() - before)
-    took.sort()
+            call_times.append(time.perf_counter_ns() - before)
+    call_times.sort()
     return {
         "enqueue mean us": mean,
-        "enqueue median us": took[EVENTS // 2] / 1e3,
-        "enqueue p99.9 us": took[EVENTS * 999 // 1000] / 1e3,
+        "enqueue median us": call_times[EVENTS // 2] / 1e3,
+        "enqueue p99.9 us": call_times[EVENTS * 999 // 1000] / 1e3,
     }
 
 
@@ -103,10 +103,10 @@ def drain(pillarbox: Any, folder: str) -> dict[str, float]:
             outbox.enqueue_many([_event(pillarbox) for _ in range(500)])
     outbox = pillarbox.Outbox(directory, sink=f"sqlite:///{folder}/events.db", max_bytes=2**33)
     began = time.perf_counter()
-    done = outbox.flush(TIMEOUT_S)
+    completed = outbox.flush(TIMEOUT_S)
     took = time.perf_counter() - began
     outbox.close()
-    if not done:
+    if not completed:
         message = f"the drain took more than {TIMEOUT_S:g} s"
         raise RuntimeError(message)
     return {"drain into SQLite, events/s": EVENTS / took}
@@ -140,8 +140,8 @@ def unpack_revision(revision: str, folder: Path) -> str:
 def run_measurement(source: str, section: str) -> dict[str, float]:
     """Run one measurement in a process of its own; returns the figures."""
     command = [sys.executable, str(Path(__file__)), "--measure", source, section]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    completed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+    figures: dict[str, float] = json.loads(completed.stdout.splitlines()[-1])
     return figures
 
 

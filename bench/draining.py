@@ -45,7 +45,7 @@ def prepare(shared: Path, quick: bool) -> None:
 
 def _time_calls(put: Callable[[], object], folder: RoundPaths, is_draining: Callable[[], bool] = lambda: True) -> Figures:
     """Time one call after the other while the other work continues. The slice in which that work ended does not count."""
-    took: list[int] = []
+    call_times: list[int] = []
     slices_max = SLICES_MIN if folder.quick else SLICES
     total_ns = slices = 0
     while slices < slices_max:
@@ -59,12 +59,12 @@ def _time_calls(put: Callable[[], object], folder: RoundPaths, is_draining: Call
             began = after
         if not is_draining():
             break
-        took += slice_times
+        call_times += slice_times
         total_ns += began - first
         slices += 1
     if slices < SLICES_MIN:
         raise RuntimeError(f"the backlog was drained after {slices} slices of {SLICE_NS / 1e9:g} s")
-    return {"mean_us": total_ns / len(took) / 1e3, **tails(took)}
+    return {"mean_us": total_ns / len(call_times) / 1e3, **tails(call_times)}
 
 
 @contextlib.contextmanager

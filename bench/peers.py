@@ -235,12 +235,12 @@ def timed(store: OpenStore, chunk: int, seconds: float, events: int) -> list[int
     return call_times
 
 
-def round_of(opening: Open, *, on_disk: bool = True) -> Callable[[RoundPaths], Figures]:
+def round_of(open_store: Open, *, on_disk: bool = True) -> Callable[[RoundPaths], Figures]:
     """One round of a contestant."""
 
     def run(folder: RoundPaths) -> Figures:
         seconds, events = (SECONDS / 10, EVENTS // 50) if folder.quick else (SECONDS, EVENTS)
-        with opening(folder.own) as store:
+        with open_store(folder.own) as store:
             warm, until = 0, now() + int(WARM_SECONDS * 1e9)
             while warm < WARM_EVENTS and now() < until:
                 store.put()
@@ -249,10 +249,10 @@ def round_of(opening: Open, *, on_disk: bool = True) -> Callable[[RoundPaths], F
             if store.remove_queued() != (0 if on_disk else warm):
                 raise AssertionError("not every call put its event into the queue")
             mean, count = untimed(store, chunk, seconds, events)
-            took = timed(store, chunk, seconds, events)
-        figures = dict(timing.figures(mean, took))
+            call_times = timed(store, chunk, seconds, events)
+        figures = dict(timing.figures(mean, call_times))
         if on_disk:
-            stored, put = tree_bytes(folder.own), warm + count + len(took)
+            stored, put = tree_bytes(folder.own), warm + count + len(call_times)
             if stored < put * len(encode(EVENT)):
                 raise AssertionError(f"{put} events are not in {stored} bytes")
             figures["bytes"] = stored / put
@@ -262,14 +262,14 @@ def round_of(opening: Open, *, on_disk: bool = True) -> Callable[[RoundPaths], F
     return run
 
 
-def fastest(others: tuple[Contestant, ...], ours: str, metric: str) -> Callable[[Round], float]:
+def fastest(others: tuple[Contestant, ...], pillarbox_name: str, metric: str) -> Callable[[Round], float]:
     """The lowest figure of the others, divided by ours. A slow call is made too rarely to have a p99."""
 
     def ratio(figures: Round) -> float:
-        theirs = [figures[other.name][metric] for other in others if metric in figures[other.name]]
-        if not theirs:
+        values = [figures[other.name][metric] for other in others if metric in figures[other.name]]
+        if not values:
             raise KeyError(metric)
-        return min(theirs) / figures[ours][metric]
+        return min(values) / figures[pillarbox_name][metric]
 
     return ratio
 

@@ -54,13 +54,13 @@ def timed(put: Callable[[T], object], item: T, count: int) -> list[int]:
     return call_times
 
 
-def tails(took: Iterable[int]) -> Figures:
+def tails(call_times: Iterable[int]) -> Figures:
     """Median and percentiles of call times in nanoseconds. A percentile is left out if there are too few calls for it."""
-    ordered = sorted(took)
+    ordered = sorted(call_times)
     shares = {"median_us": 0.5, "p99_us": 0.99, "p999_us": 0.999}
     return {name: ordered[int(len(ordered) * share)] / 1e3 for name, share in shares.items() if len(ordered) * (1 - share) > 1}
 
 
-def figures(mean: Mean, took: Iterable[int]) -> Figures:
+def figures(mean: Mean, call_times: Iterable[int]) -> Figures:
     """The mean per event, and the percentiles of the calls."""
-    return {"mean_us": mean.wall, "per_s": 1e6 / mean.wall, "cpu_s": mean.cpu, **tails(took)}
+    return {"mean_us": mean.wall, "per_s": 1e6 / mean.wall, "cpu_s": mean.cpu, **tails(call_times)}

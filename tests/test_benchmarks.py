@@ -137,10 +137,10 @@ def test_an_unknown_section_is_a_usage_error(tmp_path: Path, capsys: pytest.Capt
 def test_sections_without_other_packages_run(key: str, tmp_path: Path) -> None:
     """In a quick run, every contestant is measured, and every goal has its figures."""
     section = SECTIONS_BY_KEY[key][1]
-    found = run([SECTIONS_BY_KEY[key]], Options(tmp_path, 1, quick=True, report=lambda _: None)).sections[0]
-    assert found.failed == {}
-    assert set(found.rounds[0]) == {contestant.name for contestant in section.contestants}
-    assert all(goal.found for goal in found.goals)
+    section_results = run([SECTIONS_BY_KEY[key]], Options(tmp_path, 1, quick=True, report=lambda _: None)).sections[0]
+    assert section_results.failed == {}
+    assert set(section_results.rounds[0]) == {contestant.name for contestant in section.contestants}
+    assert all(goal.found for goal in section_results.goals)
 
 
 @pytest.mark.parametrize("key", SECTIONS_BY_KEY)

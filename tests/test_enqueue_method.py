@@ -47,7 +47,7 @@ def test_the_method_has_a_signature_and_a_docstring() -> None:
 
 
 def test_an_instance_skips_the_method(tmp_path: Path) -> None:
-    """It costs a call; called on the class, it does the same."""
+    """To save a call. Called on the class, the method does the same."""
     with Outbox(str(tmp_path)) as outbox:
         assert outbox.enqueue is outbox._enqueue
         assert outbox.enqueue(event(1)) == Outbox.enqueue(outbox, event(2)) == Enqueued()
@@ -55,7 +55,7 @@ def test_an_instance_skips_the_method(tmp_path: Path) -> None:
 
 
 def test_an_override_in_a_subclass_wins(tmp_path: Path) -> None:
-    """And `super().enqueue` stores the event."""
+    """`super().enqueue` stores the event."""
     with Counting(str(tmp_path)) as outbox:
         assert outbox.enqueue(event(1)) == Enqueued()
         assert outbox.enqueue(event(2), durability="power") == Enqueued("power")
@@ -103,7 +103,7 @@ def test_an_instance_can_be_patched(tmp_path: Path) -> None:
 
 
 def test_an_autospec_has_the_signature() -> None:
-    """A test of an application finds a wrong call."""
+    """So a test of an application detects a wrong call."""
     fake = create_autospec(Outbox, instance=True)
     fake.enqueue.return_value = Enqueued()
     assert fake.enqueue(event(1), durability="power") == Enqueued()

@@ -109,13 +109,13 @@ def new_ids(count: int) -> list[str]:
 
 def test_children_forked_while_threads_make_ids_make_different_ids() -> None:
     """Each child reseeds the generator before any code of the application runs."""
-    parts: list[list[str]] = []
+    id_lists: list[list[str]] = []
     with ThreadPoolExecutor(4) as pool:
         for _ in range(10):
             futures = [pool.submit(new_ids, 5000) for _ in range(4)]
-            parts += [ids_of_forked_child() for _ in range(3)]
-            parts += [future.result() for future in futures]
-    assert len({event_id for part in parts for event_id in part}) == 10 * (4 * 5000 + 3 * 100)
+            id_lists += [ids_of_forked_child() for _ in range(3)]
+            id_lists += [future.result() for future in futures]
+    assert len({event_id for ids in id_lists for event_id in ids}) == 10 * (4 * 5000 + 3 * 100)
 
 
 def ids_of_forked_child() -> list[str]:
@@ -139,11 +139,11 @@ def test_processes_of_multiprocessing_make_different_ids(method: str) -> None:
     context.set_forkserver_preload(["pillarbox.event"])
     try:
         with ProcessPoolExecutor(4, mp_context=context) as pool:
-            parts = [new_ids(1000), *pool.map(new_ids, [1000] * 8), new_ids(1000)]
+            id_lists = [new_ids(1000), *pool.map(new_ids, [1000] * 8), new_ids(1000)]
     finally:
         if method == "forkserver":
             forkserver._forkserver._stop()  # type: ignore[attr-defined]
-    assert len({event_id for part in parts for event_id in part}) == 10_000
+    assert len({event_id for ids in id_lists for event_id in ids}) == 10_000
 
 
 @pytest.mark.parametrize("field", [name for name in FIELDS if name != "occurred_at_micros"])
@@ -345,10 +345,10 @@ def test_creating_and_checking_events_leaks_no_references() -> None:
 
     create_events(1000)
     gc.collect()
-    references = [sys.getrefcount(each) for each in (text, metadata, None.__class__, pillarbox.event._post_init)]
+    references = [sys.getrefcount(value) for value in (text, metadata, None.__class__, pillarbox.event._post_init)]
     create_events(5000)
     gc.collect()
-    assert references == [sys.getrefcount(each) for each in (text, metadata, None.__class__, pillarbox.event._post_init)]
+    assert references == [sys.getrefcount(value) for value in (text, metadata, None.__class__, pillarbox.event._post_init)]
 
 
 def test_the_environment_can_disable_the_compiled_check() -> None:

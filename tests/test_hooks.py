@@ -118,10 +118,10 @@ def test_if_before_send_raises_the_event_is_stored_unchanged(
 
 def test_before_send_may_raise_system_exit(tmp_path: Path) -> None:
     """Exceptions that are not an `Exception` are raised, and the thread's next event passes through the hook again."""
-    ends = iter([True, False])
+    raises = iter([True, False])
 
     def before_send(tracking_event: TrackingEvent) -> TrackingEvent:
-        if next(ends):
+        if next(raises):
             raise SystemExit(3)
         return msgspec.structs.replace(tracking_event, user_id=None)
 
@@ -246,12 +246,12 @@ def test_the_reported_drops_add_up_to_the_counts(tmp_path: Path, when_full: Any,
         on_drop=on_drop,
         before_send=anonymize,
     )
-    enough, closed = threading.Event(), threading.Event()
+    many_enqueued, closed = threading.Event(), threading.Event()
 
     def store(start: int) -> None:
         for number in range(start, start + 150):
             if number == start + 60:
-                enough.set()
+                many_enqueued.set()
             if number == start + 100:
                 closed.wait(60)
             tracking_event = event(number, event_key="robot" if number % 5 == 0 else "click")
@@ -265,7 +265,7 @@ def test_the_reported_drops_add_up_to_the_counts(tmp_path: Path, when_full: Any,
     threads = [threading.Thread(target=store, args=(start,)) for start in range(0, 8000, 1000)]
     for thread in threads:
         thread.start()
-    enough.wait(60)
+    many_enqueued.wait(60)
     wait_until(lambda: "pillarbox-sealer" in reporting_threads)
     outbox.close()
     closed.set()

@@ -209,7 +209,7 @@ def test_a_wait_with_a_limit_is_not_a_timed_wait(text: str) -> None:
     assert not unexplained_waits(text)
 
 
-def test_there_are_no_import_cycles() -> None:
+def test_no_import_cycles() -> None:
     """Imports in functions and imports for type checkers count as well."""
     assert not structure["cycles"](structure["graph_of"](structure["modules_of"](PACKAGE)))
 

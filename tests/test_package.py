@@ -49,7 +49,7 @@ def test_a_type_checker_knows_which_outcome_is_falsy(tmp_path: Path) -> None:
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
     for number, program in enumerate([PROGRAM, *(block.split("```")[0] for block in blocks)]):
         (tmp_path / f"program{number}.py").write_text(program)
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--config-file", "", *sorted(map(str, tmp_path.glob("*.py")))],
         cwd=tmp_path,
         capture_output=True,
@@ -57,4 +57,4 @@ def test_a_type_checker_knows_which_outcome_is_falsy(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stdout
+    assert completed.returncode == 0, completed.stdout

@@ -171,7 +171,7 @@ def test_the_error_for_an_invalid_value_names_the_setting_its_source_and_valid_v
 
 
 def test_the_error_for_an_unknown_setting_suggests_a_similar_one(tmp_path: Path) -> None:
-    """And names the file."""
+    """It also names the file."""
     with pytest.raises(ConfigurationError, match=r"^unknown setting 'batch_siz'; did you mean 'batch_size'\?$"):
         Outbox(str(tmp_path), batch_siz=5)
     with pytest.raises(ConfigurationError, match=r"^unknown setting 'colour'; help\(pillarbox\.Outbox\) lists the settings$"):

@@ -45,9 +45,9 @@ def test_the_version_says_whether_the_c_extensions_are_in_use(tmp_path: Path) ->
     """Their use decides how fast Pillarbox is, so `--version` must name it."""
     has_extensions = find_spec("pillarbox._speedups") is not None
     for pure_python, how in (("1", "no C extensions"), ("", "C extensions" if has_extensions else "no C extensions")):
-        done = run("--version", cwd=tmp_path, environ={"PILLARBOX_PURE_PYTHON": pure_python})
+        completed = run("--version", cwd=tmp_path, environ={"PILLARBOX_PURE_PYTHON": pure_python})
         expected = f"pillarbox {version('pillarbox')} ({how}), Python {platform.python_version()}\n"
-        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected, b"")
+        assert (completed.returncode, completed.stdout.decode(), completed.stderr) == (0, expected, b"")
 
 
 def test_enqueue_then_deliver_then_status(tmp_path: Path) -> None:
@@ -88,10 +88,10 @@ def test_an_invalid_line_is_reported_with_its_number(tmp_path: Path) -> None:
         b'{"event_key":"k","scope_kind":"Site","scope_id":"s","occurred_at_micros":9223372036854775808}\n',
         event_line(2).rstrip(b"\n"),
     ]
-    done = run("enqueue", "-d", "box", "--ack", cwd=tmp_path, stdin=b"".join(lines))
-    assert done.returncode == 1
-    assert done.stdout.split() == [b"e-000001", b"e-000002"]
-    errors = done.stderr.decode()
+    completed = run("enqueue", "-d", "box", "--ack", cwd=tmp_path, stdin=b"".join(lines))
+    assert completed.returncode == 1
+    assert completed.stdout.split() == [b"e-000001", b"e-000002"]
+    errors = completed.stderr.decode()
     for number, word in [(2, "colour"), (3, "JSON"), (5, "scope_kind"), (6, "metadata_json"), (7, "utf-8"), (8, "occurred_at")]:
         assert any(line.startswith(f"line {number}: ") and word in line for line in errors.splitlines()), (number, errors)
     assert "accepted 2 events, dropped 6" in errors
@@ -127,19 +127,19 @@ def test_a_usage_error_is_one_clear_sentence_and_exit_code_2(
 ) -> None:
     """The message says how to correct the command; there is no traceback."""
     (tmp_path / "file").write_text("")
-    done = run(*arguments, cwd=tmp_path, environ=environ)
-    assert done.returncode == 2
-    assert error in done.stderr.decode()
-    assert b"Traceback" not in done.stderr
+    completed = run(*arguments, cwd=tmp_path, environ=environ)
+    assert completed.returncode == 2
+    assert error in completed.stderr.decode()
+    assert b"Traceback" not in completed.stderr
 
 
 def test_deliver_once_reports_pending_batches_and_the_reason(tmp_path: Path) -> None:
     """The exit code is 1, and no event is lost."""
     run("enqueue", "-d", "box", cwd=tmp_path, stdin=event_line(1))
-    done = run("deliver", "-d", "box", "--sink", "sqlite:///no/such/folder.db", "--once", cwd=tmp_path)
-    assert done.returncode == 1
-    assert b"1 batch pending; stopped: " in done.stdout
-    assert b"create its directory" in done.stdout
+    completed = run("deliver", "-d", "box", "--sink", "sqlite:///no/such/folder.db", "--once", cwd=tmp_path)
+    assert completed.returncode == 1
+    assert b"1 batch pending; stopped: " in completed.stdout
+    assert b"create its directory" in completed.stdout
     assert b"stopped: " in run("status", "-d", "box", cwd=tmp_path).stdout
 
 
@@ -150,8 +150,8 @@ def test_deliver_has_an_option_for_the_rate(tmp_path: Path) -> None:
     invalid = run(*command, "--max-rate", "0", cwd=tmp_path)
     assert (invalid.returncode, b"max_rate" in invalid.stderr, b"events per second" in invalid.stderr) == (2, True, True)
     assert b"live_share" in run(*command, "--live-share", "2", cwd=tmp_path).stderr
-    done = run(*command, "--max-rate", "10", "--live-share", "0.5", "--timeout", "0.5", cwd=tmp_path)
-    assert (done.returncode, len(delivered_event_ids(tmp_path / "events.db"))) == (1, 500)
+    completed = run(*command, "--max-rate", "10", "--live-share", "0.5", "--timeout", "0.5", cwd=tmp_path)
+    assert (completed.returncode, len(delivered_event_ids(tmp_path / "events.db"))) == (1, 500)
 
 
 def test_check_reports_whether_a_destination_is_usable(tmp_path: Path) -> None:
@@ -201,6 +201,6 @@ def test_if_enqueue_is_killed_every_acknowledged_event_arrives_once(tmp_path: Pa
 def test_without_typer_the_command_says_what_to_install(tmp_path: Path) -> None:
     """One sentence, no traceback."""
     code = "import sys; sys.modules['typer'] = None; from pillarbox.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr.decode().strip() == "pillarbox: the command line needs typer; pip install 'pillarbox[cli]'"
+    completed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    assert completed.returncode == 1
+    assert completed.stderr.decode().strip() == "pillarbox: the command line needs typer; pip install 'pillarbox[cli]'"

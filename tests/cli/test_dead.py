@@ -79,8 +79,8 @@ def test_without_yes_nothing_changes(tmp_path: Path) -> None:
     box = outbox_with_dead_letters(tmp_path, SIX_BAD_EVENTS)
     before = {file.name: file.read_bytes() for file in box.iterdir()}
     for command in (["edit", "--all", "--set", "scope_id=s"], ["replay", "--all"], ["purge", "--event-key", "sell"]):
-        done = run("dead", *command, "-d", "box", cwd=tmp_path)
-        assert b"add --yes to do it" in done.stdout or b"nothing to do" in done.stdout
+        completed = run("dead", *command, "-d", "box", cwd=tmp_path)
+        assert b"add --yes to do it" in completed.stdout or b"nothing to do" in completed.stdout
     assert {file.name: file.read_bytes() for file in box.iterdir()} == before
 
 
@@ -88,17 +88,17 @@ def test_without_yes_nothing_changes(tmp_path: Path) -> None:
 def test_a_command_that_changes_records_needs_a_filter(tmp_path: Path, command: list[str]) -> None:
     """Without a filter, --all is required."""
     outbox_with_dead_letters(tmp_path, SIX_BAD_EVENTS)
-    done = run("dead", *command, "-d", "box", "--yes", cwd=tmp_path)
-    assert done.returncode == 2
-    assert b"--all" in done.stderr
+    completed = run("dead", *command, "-d", "box", "--yes", cwd=tmp_path)
+    assert completed.returncode == 2
+    assert b"--all" in completed.stderr
 
 
 def test_edited_events_are_delivered_under_their_own_ids(tmp_path: Path) -> None:
     """Only the records with the chosen key are edited; the others stay dead letters."""
     box = outbox_with_dead_letters(tmp_path, SIX_BAD_EVENTS, files=2)
-    done = run("dead", "edit", "-d", "box", "--event-key", "buy", "--set", "scope_id=7", "--yes", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode().splitlines()[-1] == "5 events from 2 files replayed"
+    completed = run("dead", "edit", "-d", "box", "--event-key", "buy", "--set", "scope_id=7", "--yes", cwd=tmp_path)
+    assert (completed.returncode, completed.stderr) == (0, b"")
+    assert completed.stdout.decode().splitlines()[-1] == "5 events from 2 files replayed"
     assert delivered_after_repair(tmp_path) == [f"w-{number:06d}" for number in range(5)]
     assert all(scope == "7" for event_id, scope in delivered_rows(tmp_path / "events.db") if event_id.startswith("w-"))
     (remaining,) = file_lines(box, "dead-*")
@@ -143,9 +143,9 @@ def test_after_the_destination_changed_dead_letters_are_replayed_unchanged(tmp_p
 def test_a_record_that_is_invalid_for_the_event_type_is_not_replayed(tmp_path: Path) -> None:
     """Replaying it unchanged would only make a dead letter of it again."""
     box = outbox_with_dead_letters(tmp_path, [event_json(1, 5), b"5", event_json(2, 5).replace(b'"event_id":"w-000002",', b"")])
-    done = run("dead", "replay", "-d", "box", "--all", "--yes", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, b"nothing was changed\n")
-    errors = done.stderr.decode()
+    completed = run("dead", "replay", "-d", "box", "--all", "--yes", cwd=tmp_path)
+    assert (completed.returncode, completed.stdout) == (1, b"nothing was changed\n")
+    errors = completed.stderr.decode()
     assert errors.count("left as is: the event is not a") == 3
     assert len(file_lines(box, "dead-*")) == 3
 
@@ -156,8 +156,8 @@ def test_purge_deletes_the_chosen_records_and_writes_a_ledger_entry(tmp_path: Pa
     assert run("dead", "purge", "-d", "box", "--event-id", "w-000003", "--yes", cwd=tmp_path).returncode == 0
     assert [b"w-000003" in line for line in file_lines(box, "dead-*")] == [False] * 5
     assert [b'"events":1' in line for line in file_lines(box, "ledger.ndjson") if b'"entry":"purged"' in line] == [True]
-    done = run("dead", "purge", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path)
-    answer = json.loads(done.stdout)
+    completed = run("dead", "purge", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path)
+    answer = json.loads(completed.stdout)
     assert (answer["applied"], answer["events"], len(answer["items"])) == (True, 5, 5)
     assert not list(box.glob("dead-*"))
 
@@ -199,8 +199,8 @@ def test_a_replay_that_was_killed_can_be_repeated_without_loss_or_duplicates(tmp
         for line in file_lines(box, "*ed-*.ndjson") + file_lines(box, "active-*") + file_lines(box, "dead-*")
     }
     assert stored_ids >= {f"w-{number:06d}" for number in range(6)}
-    again = run(*arguments, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    second = run(*arguments, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
     assert delivered_after_repair(tmp_path) == [f"w-{number:06d}" for number in range(5)]
     assert [b"sell" in line for line in file_lines(box, "dead-*")] == [True]
 
@@ -252,9 +252,9 @@ def test_dead_letters_of_a_pending_batch_are_not_changed(tmp_path: Path) -> None
     pending = seal_batch(box, good=1)
     (file,) = box.glob("dead-*")
     file.rename(box / f"dead-{pending.name}")
-    done = run("dead", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, b"nothing was changed\n")
-    assert b"6 dead letters left as is: the batch is still pending" in done.stderr
+    completed = run("dead", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
+    assert (completed.returncode, completed.stdout) == (1, b"nothing was changed\n")
+    assert b"6 dead letters left as is: the batch is still pending" in completed.stderr
     assert len(file_lines(box, "dead-*")) == 6
     assert run("dead", "list", "-d", "box", cwd=tmp_path).returncode == 0
 
@@ -277,10 +277,10 @@ def test_a_damaged_file_is_named_and_kept(tmp_path: Path, command: list[str]) ->
     file.write_bytes(torn)
     torn_line = torn.split(b"\n")[-1]
     (box / "dead-sealed-link.ndjson").symlink_to("/etc/hostname")
-    done = run("dead", *command, "-d", "box", cwd=tmp_path)
-    assert done.returncode == 1
-    assert f"{file.name}, line 7: not a dead letter".encode() in done.stderr
-    assert b"Traceback" not in done.stderr
+    completed = run("dead", *command, "-d", "box", cwd=tmp_path)
+    assert completed.returncode == 1
+    assert f"{file.name}, line 7: not a dead letter".encode() in completed.stderr
+    assert b"Traceback" not in completed.stderr
     assert file.read_bytes().endswith(torn_line)
 
 
@@ -309,10 +309,10 @@ def test_events_changed_in_the_editor_are_replayed_and_the_others_stay(tmp_path:
     """Invalid lines are named, and the edited text is kept until all of it is replayed."""
     box = outbox_with_dead_letters(tmp_path, SIX_BAD_EVENTS)
     code = "lines = text.replace(':5,', ':\"5\",', 2).splitlines(True)\nlines[3] = lines[3].replace('w-000003', 'w-9').replace(':5,', ':\"5\",')\nlines[4] = 'oops\\n'\ntext = ''.join(lines)"
-    done = run("dead", "edit", "-d", "box", "--all", "--yes", cwd=tmp_path, environ=editor(tmp_path, code))
-    errors = done.stderr.decode()
-    assert done.returncode == 1
-    assert "2 events from 1 file replayed" in done.stdout.decode()
+    completed = run("dead", "edit", "-d", "box", "--all", "--yes", cwd=tmp_path, environ=editor(tmp_path, code))
+    errors = completed.stderr.decode()
+    assert completed.returncode == 1
+    assert "2 events from 1 file replayed" in completed.stdout.decode()
     assert "must keep its event_id w-000003" in errors
     assert "line 5: not a dead letter" in errors
     (edited_text,) = box.glob("mend-*.ndjson")
@@ -352,9 +352,9 @@ def test_if_the_editor_changes_nothing_or_fails_nothing_is_replayed(
 ) -> None:
     """If the editor failed after a change, its text is kept."""
     box = outbox_with_dead_letters(tmp_path, SIX_BAD_EVENTS)
-    done = run("dead", "edit", "-d", "box", "--all", "--yes", cwd=tmp_path, environ=editor(tmp_path, code))
-    assert done.returncode == exit_code
-    assert message in (done.stdout + done.stderr).decode()
+    completed = run("dead", "edit", "-d", "box", "--all", "--yes", cwd=tmp_path, environ=editor(tmp_path, code))
+    assert completed.returncode == exit_code
+    assert message in (completed.stdout + completed.stderr).decode()
     assert len(list(box.glob("mend-*.ndjson"))) == (exit_code == 2)
     assert len(file_lines(box, "dead-*")) == 6
     missing = run("dead", "edit", "-d", "box", "--all", "--editor", "/no/such/editor", cwd=tmp_path)

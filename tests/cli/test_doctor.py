@@ -56,12 +56,12 @@ def doctor(
 ) -> tuple[int, Findings]:
     """Run `pillarbox doctor`; return its exit code and its findings."""
     command = PILLARBOX if now_micros is None else [PILLARBOX[0], "-c", WITH_FIXED_CLOCK, str(now_micros)]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, "doctor", *map(str, arguments), "--json"],
         cwd=cwd, env=CLEAN | (environ or {}), capture_output=True, timeout=60, check=False,
     )  # fmt: skip
-    assert done.stderr == b""
-    return done.returncode, by_check(DoctorFinding(**finding) for finding in json.loads(done.stdout))
+    assert completed.stderr == b""
+    return completed.returncode, by_check(DoctorFinding(**finding) for finding in json.loads(completed.stdout))
 
 
 def failed_checks(findings: Findings) -> set[str]:
@@ -116,9 +116,9 @@ def test_a_healthy_directory_passes_all_checks_and_is_not_changed(tmp_path: Path
 def test_the_text_output_has_a_line_for_each_finding(box: Path) -> None:
     """Each starts with ok or BAD, and a bad one says what to do."""
     box.chmod(0o755)
-    done = run("doctor", "-d", "box", "--durability", "process", cwd=box.parent)
-    assert done.returncode == 1
-    lines = done.stdout.decode().splitlines()
+    completed = run("doctor", "-d", "box", "--durability", "process", cwd=box.parent)
+    assert completed.returncode == 1
+    lines = completed.stdout.decode().splitlines()
     assert lines[0] == 'box, durability "process"'
     assert "  BAD  mode: 755 gives other users access to the events: run chmod 700 box" in lines
     assert "  ok   lock: flock grants a lock once, and releases it when the file is closed" in lines
@@ -468,12 +468,12 @@ def test_limits_of_dead_letters_and_quarantine_are_reported(box: Path) -> None:
 
 def test_a_low_limit_of_open_files_is_reported(box: Path) -> None:
     """The limit is set with ulimit in a shell."""
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-c", f"ulimit -n 100; {' '.join(PILLARBOX)} doctor -d box --json"],
         cwd=box.parent, env=CLEAN, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
-    findings = by_check(DoctorFinding(**finding) for finding in json.loads(done.stdout))
-    assert (done.returncode, failed_checks(findings)) == (1, {"open files"})
+    findings = by_check(DoctorFinding(**finding) for finding in json.loads(completed.stdout))
+    assert (completed.returncode, failed_checks(findings)) == (1, {"open files"})
     assert "ulimit -n 1024" in findings["open files"][0][1]
 
 
@@ -502,18 +502,18 @@ def test_a_destination_is_checked_without_sending_an_event(box: Path) -> None:
     assert (code, failed_checks(findings)) == (1, {"destination"})
 
 
-def test_a_destination_that_does_not_answer_times_out(box: Path) -> None:
+def test_a_destination_that_does_not_respond_times_out(box: Path) -> None:
     """The server accepts the connection and sends nothing. The output contains no password."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://user:secret@127.0.0.1:{server.getsockname()[1]}/events"
-        done = run("doctor", "-d", "box", "--sink", url, "--timeout", "0.5", "--json", cwd=box.parent)
-    findings = by_check(DoctorFinding(**finding) for finding in json.loads(done.stdout))
-    assert done.returncode == 1
+        completed = run("doctor", "-d", "box", "--sink", url, "--timeout", "0.5", "--json", cwd=box.parent)
+    findings = by_check(DoctorFinding(**finding) for finding in json.loads(completed.stdout))
+    assert completed.returncode == 1
     assert "no answer within" in findings["destination"][0][1] or "timed out" in findings["destination"][0][1]
-    assert b"secret" not in done.stdout + done.stderr
+    assert b"secret" not in completed.stdout + completed.stderr
 
 
-def test_a_hanging_delivery_worker_is_told_from_a_dead_one(box: Path) -> None:
+def test_a_hanging_delivery_worker_is_distinguished_from_a_dead_one(box: Path) -> None:
     """By whether a process with its pid exists."""
     now = SystemClock().micros()
     (box / layout.sealed_name(now - 301_000_000, "x")).write_bytes(LINE)

@@ -69,21 +69,21 @@ def test_every_event_that_stays_pending_is_exported_once(tmp_path: Path) -> None
             assert max(counts.values()) == 1
             before = list(counts)
         with running_process(*DELIVER, folder=tmp_path):
-            done = run("export", "-d", "box", "--json", cwd=tmp_path)
-            summary = json.loads(done.stderr)
-            assert summary["events"] == len(done.stdout.splitlines())
-            assert max(Counter(json.loads(line)["event_id"] for line in done.stdout.splitlines()).values(), default=1) == 1
+            completed = run("export", "-d", "box", "--json", cwd=tmp_path)
+            summary = json.loads(completed.stderr)
+            assert summary["events"] == len(completed.stdout.splitlines())
+            assert max(Counter(json.loads(line)["event_id"] for line in completed.stdout.splitlines()).values(), default=1) == 1
 
 
 def test_an_export_file_is_created_whole_and_private(tmp_path: Path) -> None:
     """Mode 600; an existing file is overwritten only with --force."""
     with Outbox(str(tmp_path / "box")) as outbox:
         outbox.enqueue(event(1))
-    done = run("export", "-d", "box", "-o", "out.ndjson", "--json", cwd=tmp_path)
-    assert json.loads(done.stdout)["events"] == 1
+    completed = run("export", "-d", "box", "-o", "out.ndjson", "--json", cwd=tmp_path)
+    assert json.loads(completed.stdout)["events"] == 1
     assert stat.S_IMODE((tmp_path / "out.ndjson").stat().st_mode) == 0o600
-    again = run("export", "-d", "box", "-o", "out.ndjson", cwd=tmp_path)
-    assert (again.returncode, b"--force" in again.stderr) == (2, True)
+    second = run("export", "-d", "box", "-o", "out.ndjson", cwd=tmp_path)
+    assert (second.returncode, b"--force" in second.stderr) == (2, True)
     assert run("export", "-d", "box", "-o", "out.ndjson", "--force", "--event-id", "none", cwd=tmp_path).returncode == 0
     assert (tmp_path / "out.ndjson").read_bytes() == b""
     assert run("export", "-d", "box", "-o", "no/such/out", cwd=tmp_path).returncode == 2
@@ -97,21 +97,21 @@ def test_csv_has_a_column_for_each_field(tmp_path: Path) -> None:
         outbox.enqueue_json(
             [b'{"event_id":"e-2","event_key":"k","scope_kind":"S","scope_id":"s","occurred_at_micros":2,"more":3}']
         )
-    done = run("export", "-d", "box", "--format", "csv", cwd=tmp_path)
-    first, second = csv.DictReader(io.StringIO(done.stdout.decode(), newline=""))
+    completed = run("export", "-d", "box", "--format", "csv", cwd=tmp_path)
+    first, second = csv.DictReader(io.StringIO(completed.stdout.decode(), newline=""))
     assert (first["event_key"], first["metadata_json"], first["user_id"]) == ('a "b", c\nd', '{"x":1}', "")
     assert (second["occurred_at_micros"], second["metadata_json"]) == ("2", "")
-    assert done.returncode == 1
-    assert b"1 event with fields that have no column" in done.stderr
+    assert completed.returncode == 1
+    assert b"1 event with fields that have no column" in completed.stderr
 
 
 def test_damaged_records_are_reported(tmp_path: Path) -> None:
     """The exit code is 1, and the other events are exported."""
     seal_batch(tmp_path / "box", record.line(event_json(1)), b"nonsense\n", record.line(event_json(2)), good=1)
-    done = run("export", "-d", "box", "--event-key", "buy", cwd=tmp_path)
-    assert done.stdout == event_json(1) + b"\n" + event_json(2) + b"\n"
-    assert done.returncode == 1
-    assert b"damaged at" in done.stderr
+    completed = run("export", "-d", "box", "--event-key", "buy", cwd=tmp_path)
+    assert completed.stdout == event_json(1) + b"\n" + event_json(2) + b"\n"
+    assert completed.returncode == 1
+    assert b"damaged at" in completed.stderr
 
 
 def test_export_changes_nothing(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ main()
 
 
 def test_sigint_leaves_no_partial_export_file(tmp_path: Path) -> None:
-    """Nor any temporary file."""
+    """And no temporary file."""
     with Outbox(str(tmp_path / "box"), min_free_bytes=0) as outbox:
         for start in range(0, 100_000, 5000):
             outbox.enqueue_many([event(number) for number in range(start, start + 5000)])

@@ -34,12 +34,12 @@ GROUPS = first_help_lines(app)
 @pytest.mark.parametrize("words", GROUPS, ids=lambda words: " ".join(words) or "pillarbox")
 def test_the_first_line_of_each_command_is_listed_whole_in_80_columns(words: tuple[str, ...]) -> None:
     """`pillarbox --help` and the help of each group list it."""
-    done = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"})
-    assert done.exit_code == 0
-    listed = [line.split(maxsplit=1) for line in done.output.partition("Commands:")[2].splitlines() if line.strip()]
+    completed = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80", "NO_COLOR": "1"})
+    assert completed.exit_code == 0
+    listed = [line.split(maxsplit=1) for line in completed.output.partition("Commands:")[2].splitlines() if line.strip()]
     listing = {cells[0]: cells[1] for cells in listed if len(cells) > 1}
     assert {name: listing.get(name) for name in GROUPS[words]} == GROUPS[words]
-    assert max(map(len, done.output.splitlines())) <= 80
+    assert max(map(len, completed.output.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("words", GROUPS, ids=lambda words: " ".join(words) or "pillarbox")

@@ -36,8 +36,8 @@ def test_events_and_records_are_imported_unchanged(tmp_path: Path) -> None:
         event_line(4).rstrip(),
     ]
     (tmp_path / "in.ndjson").write_bytes(b"\n".join(lines))
-    done = run("import", "in.ndjson", "-d", "box", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, b"accepted 4 events, dropped 0\n")
+    completed = run("import", "in.ndjson", "-d", "box", cwd=tmp_path)
+    assert (completed.returncode, completed.stdout) == (0, b"accepted 4 events, dropped 0\n")
     written = run("export", "-d", "box", cwd=tmp_path).stdout.splitlines()
     assert written[:3] == [with_unknown_field, event_json(2), event_json(3)]
     assert json.loads(written[3])["occurred_at_micros"] > 0
@@ -54,12 +54,12 @@ def test_invalid_lines_are_reported_counted_and_written_to_a_file(tmp_path: Path
         b'{"event_key":"k","scope_kind":"Site","scope_id":"s","colour":1}\n',
         event_line(3),
     ]
-    done = run("import", "-", "-d", "box", "--rejects", "bad", "--json", cwd=tmp_path, stdin=b"".join(lines))
-    answer = json.loads(done.stdout)
-    assert done.returncode == 1
+    completed = run("import", "-", "-d", "box", "--rejects", "bad", "--json", cwd=tmp_path, stdin=b"".join(lines))
+    answer = json.loads(completed.stdout)
+    assert completed.returncode == 1
     assert (answer["accepted"], answer["dropped"], answer["processed"], answer["complete"]) == (2, 3, 5, True)
     assert [problem["line"] for problem in answer["problems"]] == [2, 3, 4]
-    errors = done.stderr.decode()
+    errors = completed.stderr.decode()
     assert "line 3: bad_checksum" in errors
     assert "line 4: colour: TrackingEvent has no such field" in errors
     assert (tmp_path / "bad").read_bytes() == b"".join(lines[1:4])
@@ -77,9 +77,9 @@ def test_a_csv_file_names_the_fields_in_its_first_row(tmp_path: Path) -> None:
         "e-4,k\r\n"
     )
     (tmp_path / "in.csv").write_text(text, newline="")
-    done = run("import", "in.csv", "-d", "box", "--rejects", "bad.csv", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, b"accepted 2 events, dropped 2\n")
-    assert b"line 3: occurred_at_micros: 'soon' is not a value of this field\nline 4: 2 cells" in done.stderr
+    completed = run("import", "in.csv", "-d", "box", "--rejects", "bad.csv", cwd=tmp_path)
+    assert (completed.returncode, completed.stdout) == (1, b"accepted 2 events, dropped 2\n")
+    assert b"line 3: occurred_at_micros: 'soon' is not a value of this field\nline 4: 2 cells" in completed.stderr
     first, second = pending_events(tmp_path)
     assert list(first.values()) == ["e-1", 'a "b", c\nd', "Site", "17", "null", None, None, None, '{"x":1}', 5]
     assert (second["scope_id"], second["user_id"], second["metadata_json"]) == ("", None, "{}")
@@ -107,9 +107,9 @@ def test_another_outbox_can_be_imported_and_is_not_changed(tmp_path: Path, exist
     assert pending_event_ids(tmp_path) == [event["event_id"] for event in existing_events()]
     assert file_contents(existing) == before
     outbox_with_dead_letters(tmp_path / "other", [event_json(1), event_json(2, 17)])
-    done = run("import", "other/box", "-d", "third", "--what", "dead", cwd=tmp_path)
-    assert done.returncode == 1
-    assert b"scope_id" in done.stderr
+    completed = run("import", "other/box", "-d", "third", "--what", "dead", cwd=tmp_path)
+    assert completed.returncode == 1
+    assert b"scope_id" in completed.stderr
     same = run("import", "box", "-d", "box", cwd=tmp_path)
     assert (same.returncode, b"both the source and the target" in same.stderr) == (2, True)
 
@@ -123,8 +123,8 @@ def test_an_import_into_a_full_outbox_can_be_continued_with_skip(tmp_path: Path)
     assert full.returncode == 1
     assert (answer["outbox_dropped"], answer["complete"]) == ("max_bytes", False)
     assert 0 < answer["accepted"] == answer["processed"] < 3000
-    again = run("import", "in.ndjson", "-d", "box", "--skip", answer["processed"], cwd=tmp_path)
-    assert again.returncode == 0
+    continued = run("import", "in.ndjson", "-d", "box", "--skip", answer["processed"], cwd=tmp_path)
+    assert continued.returncode == 0
     assert pending_event_ids(tmp_path) == [f"e-{number:06d}" for number in range(3000)]
 
 
@@ -148,8 +148,8 @@ def test_sigint_reports_how_many_events_were_imported(tmp_path: Path) -> None:
 
 def test_a_dry_run_stores_nothing(tmp_path: Path) -> None:
     """It reports how many events would be accepted."""
-    done = run("import", "-", "-d", "box", "--dry-run", cwd=tmp_path, stdin=event_line(1) + b"no\n")
-    assert (done.returncode, done.stdout) == (1, b"would accept 1 event, dropped 1\n")
+    completed = run("import", "-", "-d", "box", "--dry-run", cwd=tmp_path, stdin=event_line(1) + b"no\n")
+    assert (completed.returncode, completed.stdout) == (1, b"would accept 1 event, dropped 1\n")
     assert not (tmp_path / "box").exists()
 
 
@@ -157,5 +157,5 @@ def test_an_invalid_source_is_reported(tmp_path: Path) -> None:
     """The exit code is 2."""
     (tmp_path / "file").write_bytes(b"")
     for arguments, error in [(["missing"], b"missing: No such file"), (["file", "--format", "outbox"], b"an outbox directory")]:
-        done = run("import", *arguments, "-d", "box", cwd=tmp_path)
-        assert (done.returncode, error in done.stderr) == (2, True), done
+        completed = run("import", *arguments, "-d", "box", cwd=tmp_path)
+        assert (completed.returncode, error in completed.stderr) == (2, True), completed

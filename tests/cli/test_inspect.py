@@ -28,9 +28,9 @@ def folder(tmp_path: Path) -> Path:
 
 def inspect_json(folder: Path, name: object) -> dict[str, Any]:
     """The JSON output of `inspect`, after a check of the exit code."""
-    done = run("inspect", name, "-d", "box", "--json", cwd=folder)
-    answer: dict[str, Any] = json.loads(done.stdout)
-    assert done.returncode == int(answer["kind"] == "unknown" or bool(answer["problems"])), done
+    completed = run("inspect", name, "-d", "box", "--json", cwd=folder)
+    answer: dict[str, Any] = json.loads(completed.stdout)
+    assert completed.returncode == int(answer["kind"] == "unknown" or bool(answer["problems"])), completed
     return answer
 
 
@@ -87,9 +87,9 @@ def test_events_in_segments_and_in_retained_batches_are_located(folder: Path) ->
 
 def test_a_delivered_event_can_be_traced_only_by_its_batch(folder: Path) -> None:
     """The ledger has entries for batches, not events, and the output says so."""
-    done = run("inspect", "e-000000", "-d", "box", cwd=folder)
-    assert done.returncode == 1
-    assert b"The ledger has batches, not events" in done.stdout
+    completed = run("inspect", "e-000000", "-d", "box", cwd=folder)
+    assert completed.returncode == 1
+    assert b"The ledger has batches, not events" in completed.stdout
     batch = next((folder / "box").glob("dead-*")).name.removeprefix("dead-").removesuffix(".ndjson")
     for name in (batch, f"{batch}#0", f"{batch}.ndjson"):
         answer = inspect_json(folder, name)

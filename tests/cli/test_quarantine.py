@@ -67,9 +67,9 @@ def test_list_and_show_print_the_quarantine_and_change_nothing(box: Path, tmp_pa
 def test_repair_shows_the_event_in_each_range_and_why_it_may_be_wrong(box: Path, tmp_path: Path) -> None:
     """Without --yes, it changes nothing."""
     before = {file.name: file.read_bytes() for file in box.iterdir()}
-    done = run("quarantine", "repair", "-d", "box", "--all", cwd=tmp_path)
-    output = done.stdout.decode()
-    assert (done.returncode, done.stderr) == (0, b"")
+    completed = run("quarantine", "repair", "-d", "box", "--all", cwd=tmp_path)
+    output = completed.stdout.decode()
+    assert (completed.returncode, completed.stderr) == (0, b"")
     assert "bad_checksum\n  event: its checksum does not match: the event may have been altered\n    {" in output
     assert "torn: bad_json\n  event: its checksum is cut off; the 2 digits that are left match\n" in output
     assert "nul_bytes\n  no event: it is not a JSON object" in output
@@ -80,13 +80,13 @@ def test_repair_shows_the_event_in_each_range_and_why_it_may_be_wrong(box: Path,
 def test_a_repaired_range_is_marked_and_its_bytes_are_kept(box: Path, tmp_path: Path) -> None:
     """A second repair replays nothing."""
     before = quarantined_bytes(box)
-    done = run("quarantine", "repair", "-d", "box", "--all", "--yes", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert "3 events from 1 file replayed; 2 ranges without a recoverable event" in done.stdout.decode()
+    completed = run("quarantine", "repair", "-d", "box", "--all", "--yes", cwd=tmp_path)
+    assert (completed.returncode, completed.stderr) == (0, b"")
+    assert "3 events from 1 file replayed; 2 ranges without a recoverable event" in completed.stdout.decode()
     assert quarantined_bytes(box) == before
     assert delivered_after_repair(tmp_path) == REPAIRABLE
-    again = json.loads(run("quarantine", "repair", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path).stdout)
-    assert (again["events"], [item["reason"] for item in again["items"]]) == (0, ["nul_bytes", "bad_json"])
+    second = json.loads(run("quarantine", "repair", "-d", "box", "--all", "--yes", "--json", cwd=tmp_path).stdout)
+    assert (second["events"], [item["reason"] for item in second["items"]]) == (0, ["nul_bytes", "bad_json"])
     listed = json.loads(run("quarantine", "list", "-d", "box", "--json", cwd=tmp_path).stdout)
     assert [(batch["ranges"], batch["repaired"]) for batch in listed["batches"]] == [(4, 3), (1, 0)]
     assert b", repaired 2" in run("quarantine", "show", "-d", "box", cwd=tmp_path).stdout
@@ -98,8 +98,8 @@ def test_repair_can_be_limited_to_events_with_a_valid_checksum(tmp_path: Path) -
     box = tmp_path / "box"
     seal_batch(box, *DAMAGE.values(), b"\n", record.line(event_json(6))[:-1] + b"\0" * 9)
     deliver_pending(box, tmp_path / "events.db")
-    done = run("quarantine", "repair", "-d", "box", "--all", "--checked", "--yes", cwd=tmp_path)
-    assert b"skipped: its checksum does not match" in done.stdout
+    completed = run("quarantine", "repair", "-d", "box", "--all", "--checked", "--yes", cwd=tmp_path)
+    assert b"skipped: its checksum does not match" in completed.stdout
     assert delivered_after_repair(tmp_path) == ["w-000006"]
 
 
@@ -181,10 +181,10 @@ def test_inconsistent_quarantine_files_are_reported_and_kept(box: Path, tmp_path
     damage_files(box, defect)
     before = {file.name: file.read_bytes() for file in box.glob("corrupt-*")}
     for command in (["list"], ["show"], ["repair", "--all", "--yes"]):
-        done = run("quarantine", *command, "-d", "box", cwd=tmp_path)
-        assert done.returncode == 1
-        assert b"corrupt-" in done.stderr
-        assert b"Traceback" not in done.stderr
+        completed = run("quarantine", *command, "-d", "box", cwd=tmp_path)
+        assert completed.returncode == 1
+        assert b"corrupt-" in completed.stderr
+        assert b"Traceback" not in completed.stderr
     assert {file.name: file.read_bytes() for file in box.glob("corrupt-*")} == before
     assert delivered_after_repair(tmp_path) == []
 
@@ -193,8 +193,8 @@ def test_inconsistent_quarantine_files_are_reported_and_kept(box: Path, tmp_path
 def test_inconsistent_quarantine_files_can_be_purged(box: Path, tmp_path: Path, defect: str) -> None:
     """Only a symbolic link is left."""
     damage_files(box, defect)
-    done = run("quarantine", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
-    assert done.returncode == (1 if defect == "a link" else 0), done.stderr
+    completed = run("quarantine", "purge", "-d", "box", "--all", "--yes", cwd=tmp_path)
+    assert completed.returncode == (1 if defect == "a link" else 0), completed.stderr
     assert len(list(box.glob("corrupt-*"))) == (2 if defect == "a link" else 0)
 
 
@@ -206,7 +206,7 @@ def test_the_quarantine_of_a_pending_batch_is_not_changed(box: Path, tmp_path: P
         (box / f"corrupt-{old}{suffix}").rename(box / f"corrupt-{pending.stem}{suffix}")
     before = {file.name: file.read_bytes() for file in box.glob("corrupt-*")}
     for command in (["repair", "--all"], ["purge", "--reason", "checksum"]):
-        done = run("quarantine", *command, "-d", "box", "--yes", cwd=tmp_path)
-        assert done.returncode == 1
-        assert f"corrupt-{pending.name}: left as is: the batch is still pending".encode() in done.stderr
+        completed = run("quarantine", *command, "-d", "box", "--yes", cwd=tmp_path)
+        assert completed.returncode == 1
+        assert f"corrupt-{pending.name}: left as is: the batch is still pending".encode() in completed.stderr
     assert {file.name: file.read_bytes() for file in box.glob("corrupt-*")} == before

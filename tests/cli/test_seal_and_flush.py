@@ -78,9 +78,9 @@ def delivering(folder: Path, sink: str = "sqlite:///events.db") -> Iterator[subp
 
 def run_json(command: str, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
     """Run a command with a timeout that is longer than that of `run`, so that it never ends for lack of time."""
-    done = run(command, "-d", "box", "--json", "--timeout", "600", *options, cwd=folder)
-    assert done.stderr == b""
-    return done.returncode, json.loads(done.stdout)
+    completed = run(command, "-d", "box", "--json", "--timeout", "600", *options, cwd=folder)
+    assert completed.stderr == b""
+    return completed.returncode, json.loads(completed.stdout)
 
 
 def batch_files(folder: Path) -> list[Path]:
@@ -92,9 +92,9 @@ def test_seal_reaches_every_writer_and_waits_for_them(tmp_path: Path) -> None:
     with writers(tmp_path, 3) as (first, second, _idle):
         first.store("a", "b")
         second.store("c")
-        code, done = run_json("seal", tmp_path)
-        assert (code, len(done["sealed"]), done["unsealed"], done["reason"]) == (0, 2, [], "")
-        assert done["seconds"] < 60  # far below the timeout of `run_json`
+        code, report = run_json("seal", tmp_path)
+        assert (code, len(report["sealed"]), report["unsealed"], report["reason"]) == (0, 2, [], "")
+        assert report["seconds"] < 60  # far below the timeout of `run_json`
         assert len(batch_files(tmp_path)) == 2
         second.store("d")
         with writers(tmp_path) as (late,):
@@ -109,8 +109,8 @@ def test_seal_reaches_every_writer_and_waits_for_them(tmp_path: Path) -> None:
 def test_with_nothing_to_seal_no_request_is_written(tmp_path: Path) -> None:
     """A missing outbox directory is not created."""
     (tmp_path / "box").mkdir(mode=0o700)
-    done = run("seal", "-d", "box", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, b"nothing to seal\n")
+    completed = run("seal", "-d", "box", cwd=tmp_path)
+    assert (completed.returncode, completed.stdout) == (0, b"nothing to seal\n")
     assert list((tmp_path / "box").iterdir()) == []
     missing = run("seal", "-d", "missing", cwd=tmp_path)
     assert (missing.returncode, missing.stdout) == (2, b"")
@@ -123,13 +123,14 @@ def test_the_segment_of_a_killed_writer_is_reported(tmp_path: Path) -> None:
         dead.store("a")
         other.store("b")
         dead.kill()
-        code, done = run_json("seal", tmp_path)
-        assert (code, len(done["sealed"]), len(done["unsealed"])) == (1, 1, 1)
-        assert done["unsealed"] == done["orphaned"]
+        code, report = run_json("seal", tmp_path)
+        assert (code, len(report["sealed"]), len(report["unsealed"])) == (1, 1, 1)
+        assert report["unsealed"] == report["orphaned"]
         assert (
-            done["reason"] == "1 segment of dead writers; the next start of an application or of pillarbox deliver recovers it"
+            report["reason"]
+            == "1 segment of dead writers; the next start of an application or of pillarbox deliver recovers it"
         )
-        assert done["seconds"] < 60
+        assert report["seconds"] < 60
         flushed = run("flush", "-d", "box", cwd=tmp_path)
         assert (flushed.returncode, b"of dead writers" in flushed.stdout) == (1, True)
     with delivering(tmp_path):
@@ -137,15 +138,15 @@ def test_the_segment_of_a_killed_writer_is_reported(tmp_path: Path) -> None:
     assert delivered_event_ids(tmp_path / "events.db") == ["b", "a"]
 
 
-def test_a_hanging_writer_is_told_from_a_dead_one(tmp_path: Path) -> None:
+def test_a_hanging_writer_is_distinguished_from_a_dead_one(tmp_path: Path) -> None:
     """A writer stopped by SIGSTOP still has its segment locked."""
     with writers(tmp_path) as (writer,):
         writer.store("a")
         writer.process.send_signal(signal.SIGSTOP)
-        code, done = run_json("seal", tmp_path, "--timeout", "1.5")
+        code, report = run_json("seal", tmp_path, "--timeout", "1.5")
         writer.process.send_signal(signal.SIGCONT)
-        assert (code, len(done["unsealed"]), done["orphaned"]) == (1, 1, [])
-        assert "the writer hangs" in done["reason"]
+        assert (code, len(report["unsealed"]), report["orphaned"]) == (1, 1, [])
+        assert "the writer hangs" in report["reason"]
         assert run_json("seal", tmp_path)[0] == 0
 
 
@@ -154,8 +155,8 @@ def test_flush_waits_until_everything_is_delivered(tmp_path: Path) -> None:
     with writers(tmp_path, 2) as (first, second), delivering(tmp_path):
         for number in range(20):
             (first, second)[number % 2].store(f"e-{number:02d}")
-        code, done = run_json("flush", tmp_path)
-        assert (code, done["pending_batches"], done["unsealed"], done["reason"]) == (0, 0, [], "")
+        code, report = run_json("flush", tmp_path)
+        assert (code, report["pending_batches"], report["unsealed"], report["reason"]) == (0, 0, [], "")
         assert sorted(delivered_event_ids(tmp_path / "events.db")) == [f"e-{number:02d}" for number in range(20)]
         assert run("flush", "-d", "box", cwd=tmp_path).stdout == b"everything is delivered\n"
 
@@ -163,9 +164,9 @@ def test_flush_waits_until_everything_is_delivered(tmp_path: Path) -> None:
 def test_flush_says_why_batches_are_not_delivered(tmp_path: Path) -> None:
     """There is no delivery worker, or its destination is unusable."""
     run("enqueue", "-d", "box", cwd=tmp_path, stdin=event_line(1))
-    done = run("flush", "-d", "box", "--timeout", "0.3", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, b"")
-    assert done.stdout == b"delivered 0 of 1 batch; not delivered after 0.3 s; no delivery worker yet\n"
+    completed = run("flush", "-d", "box", "--timeout", "0.3", cwd=tmp_path)
+    assert (completed.returncode, completed.stderr) == (1, b"")
+    assert completed.stdout == b"delivered 0 of 1 batch; not delivered after 0.3 s; no delivery worker yet\n"
     with delivering(tmp_path, "sqlite:///missing/events.db"):
         lock = tmp_path / "box" / "deliver.lock"
         wait_until(lambda: b"stopped" in lock.read_bytes() or b"waiting" in lock.read_bytes())  # its first state is idle
@@ -210,9 +211,9 @@ def test_a_request_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> No
     with writers(tmp_path) as (writer,):
         writer.store("a")
         (tmp_path / "box" / layout.SEAL_REQUEST).symlink_to(tmp_path / "elsewhere")
-        done = run("seal", "-d", "box", cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, b"")
-        assert b"is a link" in done.stderr
+        completed = run("seal", "-d", "box", cwd=tmp_path)
+        assert (completed.returncode, completed.stdout) == (2, b"")
+        assert b"is a link" in completed.stderr
         assert not (tmp_path / "elsewhere").exists()
 
 

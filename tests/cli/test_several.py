@@ -104,13 +104,13 @@ def test_status_shows_each_sink_and_flush_names_the_one_that_is_down(box: Path) 
         samples = run(*watch, "--json", cwd=box.parent).stdout.splitlines()
         assert [set(json.loads(sample)["rates"]["sinks"]) for sample in samples] == [{"live", "warehouse"}] * 2
         assert b"live: 1 file pending, oldest" in run(*watch, cwd=box.parent).stdout
-        code, seen = output_on_terminal(box.parent, *watch)
-        screen = without_escape_codes(seen).split("\r\n")
+        code, terminal_output = output_on_terminal(box.parent, *watch)
+        screen = without_escape_codes(terminal_output).split("\r\n")
         assert (code, max(map(len, screen)) <= 80) == (0, True)
         assert {"live", "warehouse"} <= {line.split()[0] for line in screen if line.strip()}
-        done = run("flush", "-d", "box", "--timeout", "0.3", "--json", cwd=box.parent)
-        flushed = json.loads(done.stdout)
-        assert (done.returncode, flushed["pending_batches"], flushed["pending_sinks"]) == (1, 1, ["live"])
+        completed = run("flush", "-d", "box", "--timeout", "0.3", "--json", cwd=box.parent)
+        flushed = json.loads(completed.stdout)
+        assert (completed.returncode, flushed["pending_batches"], flushed["pending_sinks"]) == (1, 1, ["live"])
         assert "; live: process" in flushed["reason"]
         assert "warehouse" not in flushed["reason"]
     assert delivered_event_ids(box.parent / "warehouse.db") == [f"e-{number:06d}" for number in range(EVENTS)]
@@ -183,8 +183,8 @@ def test_without_hard_links_doctor_fails_for_named_sinks_only(box: Path) -> None
 
     def failed_without_links(*options: str) -> set[str]:
         command = [PILLARBOX[0], "-c", WITHOUT_LINKS, "doctor", "-d", "box", "--json", *options]
-        done = subprocess.run(command, cwd=box.parent, env=CLEAN, capture_output=True, timeout=60, check=False)
-        return {finding["check"] for finding in json.loads(done.stdout) if not finding["ok"]}
+        completed = subprocess.run(command, cwd=box.parent, env=CLEAN, capture_output=True, timeout=60, check=False)
+        return {finding["check"] for finding in json.loads(completed.stdout) if not finding["ok"]}
 
     assert failed_without_links("--sink", "sqlite:///live.db", "--timeout", "60") == set()
     assert failed_without_links("--sink", "live=sqlite:///live.db", "--timeout", "60") == {"hard link"}

@@ -70,9 +70,9 @@ def completions(shell: str, typed: str, cwd: Path) -> set[str]:
         environ |= {"COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
     else:
         environ |= {"_TYPER_COMPLETE_ARGS": typed, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    done = run(cwd=cwd, environ=environ)
-    assert (done.returncode, done.stderr) == (0, b"")
-    text = done.stdout.decode()
+    completed = run(cwd=cwd, environ=environ)
+    assert (completed.returncode, completed.stderr) == (0, b"")
+    text = completed.stdout.decode()
     if shell == "zsh":
         text = text.replace(r"\\:", ":")  # a colon would begin a description
         return set(re.findall(r'^(?:_arguments .*\(\()?"([^"]*)"', text, re.MULTILINE))
@@ -107,10 +107,10 @@ def test_batches_are_completed_from_the_given_directory(box: Path) -> None:
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_script_for_a_shell_is_shown(tmp_path: Path, shell: str) -> None:
     """It names the command and the protocol; `--install-completion` writes it to the file that the shell loads."""
-    done = run("--show-completion", cwd=tmp_path, environ={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"})
-    if done.returncode:  # without detection, the shell must be named
-        done = run("--show-completion", shell, cwd=tmp_path, environ={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"})
-    text = done.stdout.decode()
+    completed = run("--show-completion", cwd=tmp_path, environ={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"})
+    if completed.returncode:  # without detection, the shell must be named
+        completed = run("--show-completion", shell, cwd=tmp_path, environ={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"})
+    text = completed.stdout.decode()
     assert f"complete_{shell}" in text
     assert "pillarbox" in text
     home = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
@@ -136,9 +136,9 @@ def test_in_a_pipe_text_has_no_colours_and_json_is_valid(box: Path, command: str
     plain = run(*words, cwd=box.parent, environ={"TERM": "xterm-256color"})
     assert plain.returncode in (0, 1), plain.stderr
     assert b"\x1b" not in plain.stdout + plain.stderr
-    done = run(*words, "--json", cwd=box.parent)
-    assert done.returncode in (0, 1), done.stderr
-    json.loads(done.stdout)
+    completed = run(*words, "--json", cwd=box.parent)
+    assert completed.returncode in (0, 1), completed.stderr
+    json.loads(completed.stdout)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ def box(tmp_path: Path) -> Path:
 
 def output_of(folder: Path, *words: object, code: int = 0, environ: dict[str, str] | None = None) -> str:
     """The standard output of a command, or its standard error without line wrapping if it fails."""
-    done = run(*words, cwd=folder, environ=environ)
-    assert done.returncode == code, (done.stdout, done.stderr)
-    text = (done.stderr if code else done.stdout).decode()
+    completed = run(*words, cwd=folder, environ=environ)
+    assert completed.returncode == code, (completed.stdout, completed.stderr)
+    text = (completed.stderr if code else completed.stdout).decode()
     return " ".join(line.strip(" │╭╮╰╯─") for line in text.splitlines()) if code else text
 
 
@@ -177,8 +177,8 @@ def test_several_sinks_can_be_set_wherever_settings_can(tmp_path: Path) -> None:
     ]
     for number, (words, environ) in enumerate(variants):
         run("enqueue", "-d", "box", cwd=tmp_path, stdin=event_line(number))
-        done = run("deliver", *words, "--once", cwd=tmp_path, environ=environ)
-        assert (done.returncode, done.stdout[:11]) == (0, b"delivered 2"), done.stderr
+        completed = run("deliver", *words, "--once", cwd=tmp_path, environ=environ)
+        assert (completed.returncode, completed.stdout[:11]) == (0, b"delivered 2"), completed.stderr
         assert (
             delivered_event_ids(tmp_path / "a.db")
             == delivered_event_ids(tmp_path / "b.db")
@@ -216,13 +216,13 @@ def test_passwords_in_urls_are_in_no_file_and_no_output(box: Path) -> None:
         url, down = server.url(user=f"user:{secret}@"), closed_port_url().replace("//", f"//user:{secret}@")
         run("enqueue", "-d", "box", cwd=box.parent, stdin=b"".join(map(event_line, range(5))))
         options = ["--sink", f"live={url}", "--sink", f"down={down}"]
-        done = run("deliver", "-d", "box", *options, "--once", "--timeout", "5", cwd=box.parent)
-        assert done.returncode == 1
+        completed = run("deliver", "-d", "box", *options, "--once", "--timeout", "5", cwd=box.parent)
+        assert completed.returncode == 1
         assert len(server.requests) > 0
-    texts = [done.stdout, done.stderr]
+    texts = [completed.stdout, completed.stderr]
     for words in (["status"], ["status", "--json"], ["sinks", "list"], ["verify", "--json"], ["doctor", *options]):
-        done = run(*words, "-d", "box", cwd=box.parent)
-        texts += [done.stdout, done.stderr]
+        completed = run(*words, "-d", "box", cwd=box.parent)
+        texts += [completed.stdout, completed.stderr]
     files = [path.read_bytes() for path in box.rglob("*") if path.is_file()]
     assert b"127.0.0.1" in b"".join(files)
     assert not [text for text in texts + files if secret.encode() in text]
@@ -261,8 +261,8 @@ def test_read_only_commands_show_all_queues(box: Path) -> None:
 def test_a_single_queue_can_be_delivered(box: Path) -> None:
     """Its pending events arrive in order, and the other queues do not change."""
     fill_queues(box, "live", "warehouse")
-    done = run("deliver", "-d", "box/sink-live", "--sink", "sqlite:///live.db", "--once", cwd=box.parent)
-    assert (done.returncode, done.stdout[:12]) == (0, b"delivered 20"), done.stderr
+    completed = run("deliver", "-d", "box/sink-live", "--sink", "sqlite:///live.db", "--once", cwd=box.parent)
+    assert (completed.returncode, completed.stdout[:12]) == (0, b"delivered 20"), completed.stderr
     assert len(delivered_event_ids(box.parent / "live.db")) == 20
     assert (len(batch_files(box / "sink-live")), len(batch_files(box / "sink-warehouse"))) == (0, 2)
     balanced_totals(box)
@@ -362,10 +362,10 @@ def test_commands_that_change_something_have_json_output(tmp_path: Path, box: Pa
     stored = json.loads(output_of(tmp_path, "enqueue", "events", "-d", "box", "--json", environ=NO_SEAL_BY_AGE))
     assert stored == {"accepted": 3, "dropped": 0}
     sinks = ["--sink", "live=sqlite:///live.db", "--sink", f"away={closed_port_url()}"]
-    done = json.loads(run("deliver", "-d", "box", *sinks, "--once", "--timeout", "5", "--json", "-q", cwd=tmp_path).stdout)
-    assert done["pending_batches"] == 1
-    assert {name: sink["delivered"] for name, sink in done["sinks"].items()} == {"live": 3, "away": 0}
-    assert done["total"]["state"]["name"] == "waiting"
+    report = json.loads(run("deliver", "-d", "box", *sinks, "--once", "--timeout", "5", "--json", "-q", cwd=tmp_path).stdout)
+    assert report["pending_batches"] == 1
+    assert {name: sink["delivered"] for name, sink in report["sinks"].items()} == {"live": 3, "away": 0}
+    assert report["total"]["state"]["name"] == "waiting"
     # The heartbeat of the directory has the result, too.
     assert json.loads(output_of(tmp_path, "status", "-d", "box", "--json"))["heartbeat"]["delivered"] == 3
     changes: dict[str, dict[str, object]] = {

@@ -97,28 +97,28 @@ def without_escape_codes(text: str) -> str:
 def test_the_screen_fits_into_80_columns_and_sigint_ends_it(box: Path) -> None:
     """The exit code is 0; the last screen stays, and the cursor is visible again."""
     (box / layout.sealed_name(1_700_000_000_000_000, "x")).write_bytes(LINE * 1000)
-    code, seen = output_on_terminal(box.parent, "status", "-d", "box", "--watch", "--interval", "0.2")
+    code, screen = output_on_terminal(box.parent, "status", "-d", "box", "--watch", "--interval", "0.2")
     assert code == 0
-    assert "Traceback" not in seen
-    assert max(map(len, without_escape_codes(seen).split("\r\n"))) <= 80
+    assert "Traceback" not in screen
+    assert max(map(len, without_escape_codes(screen).split("\r\n"))) <= 80
     for word in ("pending", "dead letters", "quarantine", "empty in", "no delivery worker yet"):
-        assert word in without_escape_codes(seen)
-    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
+        assert word in without_escape_codes(screen)
+    assert screen.rindex("\x1b[?25h") > screen.rindex("\x1b[?25l")
 
 
 def test_no_color_is_obeyed_on_a_terminal(box: Path) -> None:
     """Bold text and cursor movements are not colours."""
-    _, seen = output_on_terminal(box.parent, "status", "-d", "box", "--watch", environ={"NO_COLOR": "1"})
-    assert not re.search(r"\x1b\[[0-9;]*(3[0-9]|4[0-9]|9[0-7])m", seen)
+    _, screen = output_on_terminal(box.parent, "status", "-d", "box", "--watch", environ={"NO_COLOR": "1"})
+    assert not re.search(r"\x1b\[[0-9;]*(3[0-9]|4[0-9]|9[0-7])m", screen)
 
 
 def test_in_a_pipe_each_sample_is_a_line_of_printable_text(box: Path) -> None:
-    """Escape codes in the message of a destination are removed, too."""
+    """Although the message of a destination has escape codes."""
     clock = ManualClock()
     write_heartbeat(box, clock, State("waiting", "said \x1b[31mred\x07\nand went"), 5)
-    done = run("status", "-d", "box", "--watch", "--samples", "2", "--interval", "0.1", cwd=box.parent)
-    assert (done.returncode, done.stderr) == (0, b"")
-    lines = done.stdout.decode().splitlines()
+    completed = run("status", "-d", "box", "--watch", "--samples", "2", "--interval", "0.1", cwd=box.parent)
+    assert (completed.returncode, completed.stderr) == (0, b"")
+    lines = completed.stdout.decode().splitlines()
     assert len(lines) == 2
     assert all(text.isprintable() for text in lines)
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ in ", text) for text in lines)
@@ -126,8 +126,8 @@ def test_in_a_pipe_each_sample_is_a_line_of_printable_text(box: Path) -> None:
 
 def test_as_json_each_sample_is_an_object_on_a_line(box: Path) -> None:
     """In the documented format; `status --json` prints the same without the rates."""
-    done = run("status", "-d", "box", "--watch", "--json", "--samples", "2", "--interval", "0.1", cwd=box.parent)
-    first, second = map(json.loads, done.stdout.splitlines())
+    completed = run("status", "-d", "box", "--watch", "--json", "--samples", "2", "--interval", "0.1", cwd=box.parent)
+    first, second = map(json.loads, completed.stdout.splitlines())
     assert set(first) == {"at_micros", "status", "rates"}
     assert first["rates"] == {
         "in_events_per_s": None,
@@ -204,13 +204,13 @@ def test_each_of_several_sinks_has_a_row(box: Path) -> None:
     text = run("status", "-d", "box", cwd=box.parent).stdout.decode()
     assert re.search(r"sink live +4 files, [\d,]+ bytes pending; process \d+, sink https://live/", text)
     assert "\x1b" not in text
-    _, seen = output_on_terminal(box.parent, "status", "-d", "box", "--watch", "--samples", "2", "--interval", "0.1")
-    assert "last error: it was gone" in without_escape_codes(seen)
-    assert max(map(len, without_escape_codes(seen).split("\r\n"))) <= 80
+    _, screen = output_on_terminal(box.parent, "status", "-d", "box", "--watch", "--samples", "2", "--interval", "0.1")
+    assert "last error: it was gone" in without_escape_codes(screen)
+    assert max(map(len, without_escape_codes(screen).split("\r\n"))) <= 80
 
 
 def test_status_changes_nothing(box: Path) -> None:
-    """Nor makes a queue, a lock or a request."""
+    """It does not create a queue, a lock or a request either."""
     run("enqueue", "-d", "box", cwd=box.parent, stdin=b"".join(map(event_line, range(10))))
     before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in box.iterdir()}
     run("status", "-d", "box", cwd=box.parent)
@@ -234,16 +234,16 @@ def test_a_watch_beside_a_writer_shows_the_incoming_rate(tmp_path: Path) -> None
 def test_a_closed_pipe_ends_a_watch_without_an_error(box: Path) -> None:
     """As in `pillarbox status --watch | head -n 1`."""
     command = " ".join(PILLARBOX)
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{command} status -d box --watch --interval 0.1 | head -n 1"],
         cwd=box.parent, env=CLEAN, capture_output=True, timeout=60, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr, done.stdout.count(b"\n")) == (0, b"", 1)
+    assert (completed.returncode, completed.stderr, completed.stdout.count(b"\n")) == (0, b"", 1)
 
 
 def test_a_watch_of_a_missing_directory_is_a_usage_error(tmp_path: Path) -> None:
     """The exit code is 2, and nothing is created."""
-    done = run("status", "-d", "missing", "--watch", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert b"cannot be listed" in done.stderr
+    completed = run("status", "-d", "missing", "--watch", cwd=tmp_path)
+    assert (completed.returncode, completed.stdout) == (2, b"")
+    assert b"cannot be listed" in completed.stderr
     assert list(tmp_path.iterdir()) == []

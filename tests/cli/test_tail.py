@@ -170,10 +170,10 @@ def test_damaged_bytes_are_reported_and_skipped(tmp_path: Path) -> None:
     (tmp_path / "box").mkdir()
     lines = record.line(b'{"event_id":"e-1"}') + b"nonsense\n" + record.line(b'{"event_id":"e-2"}')
     (tmp_path / "box" / "sealed-1.ndjson").write_bytes(lines)
-    done = run("tail", "-d", "box", "--json", cwd=tmp_path)
-    assert [json.loads(line)["event"]["event_id"] for line in done.stdout.splitlines()] == ["e-1", "e-2"]
-    assert done.returncode == 1
-    assert b"sealed-1.ndjson: damaged at offset 46: bad_json" in done.stderr
+    completed = run("tail", "-d", "box", "--json", cwd=tmp_path)
+    assert [json.loads(line)["event"]["event_id"] for line in completed.stdout.splitlines()] == ["e-1", "e-2"]
+    assert completed.returncode == 1
+    assert b"sealed-1.ndjson: damaged at offset 46: bad_json" in completed.stderr
 
 
 def test_sigint_ends_tail_without_output(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_tail_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_missing_directory_is_a_usage_error(tmp_path: Path) -> None:
     """It is not created."""
-    done = run("tail", "-d", "box", "-f", cwd=tmp_path)
-    assert done.returncode == 2
-    assert b"box: cannot be listed" in done.stderr
+    completed = run("tail", "-d", "box", "-f", cwd=tmp_path)
+    assert completed.returncode == 2
+    assert b"box: cannot be listed" in completed.stderr
     assert not (tmp_path / "box").exists()

@@ -33,9 +33,9 @@ DELIVER_FOR_EVER = [sys.executable, "-m", "pillarbox", "deliver", "-d", "box", "
 
 def verify_json(folder: Path) -> dict[str, Any]:
     """The JSON output of `verify` for `box`, after a check of the exit code."""
-    done = run("verify", "-d", "box", "--json", cwd=folder)
-    answer: dict[str, Any] = json.loads(done.stdout)
-    assert done.returncode == int(not answer["balances"]), done
+    completed = run("verify", "-d", "box", "--json", cwd=folder)
+    answer: dict[str, Any] = json.loads(completed.stdout)
+    assert completed.returncode == int(not answer["balances"]), completed
     reconciliation: dict[str, Any] = answer["reconciliation"]
     return answer | reconciliation
 
@@ -166,8 +166,8 @@ def test_the_count_of_a_recovered_segment_with_damage_is_a_range(tmp_path: Path)
     )
 
 
-def test_after_the_ledger_is_deleted_the_counts_start_anew(filled: Path) -> None:
-    """From the files on disk."""
+def test_after_the_ledger_is_deleted_the_counts_start_from_the_files_on_disk(filled: Path) -> None:
+    """Only the history is lost."""
     run("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", cwd=filled)
     (filled / "box" / layout.LEDGER).unlink()
     assert verify_text(filled) == "balanced: accepted 0 = delivered 0 + pending 0 + dead 0 + quarantined 0 + evicted 0\n"

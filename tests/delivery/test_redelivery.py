@@ -50,8 +50,8 @@ def batch_ids(outbox_dir: Directory, kind: layout.Kind = layout.Kind.DELIVERED) 
 def deliver(folder: Path, *more: object) -> None:
     """Deliver the pending batches and retain them."""
     environ = {"PILLARBOX_KEEP_DELIVERED": "24h"}
-    done = run("deliver", *BOX, "--sink", "sqlite:///events.db", "--once", *more, cwd=folder, environ=environ)
-    assert done.returncode == 0, done.stderr
+    completed = run("deliver", *BOX, "--sink", "sqlite:///events.db", "--once", *more, cwd=folder, environ=environ)
+    assert completed.returncode == 0, completed.stderr
 
 
 def store(folder: Path, *numbers: int) -> None:
@@ -62,9 +62,9 @@ def store(folder: Path, *numbers: int) -> None:
 
 def verify_json(folder: Path) -> dict[str, object]:
     """The output of `verify`, which must balance."""
-    done = run("verify", *BOX, "--json", cwd=folder)
-    assert done.returncode == 0, done.stdout
-    return dict(json.loads(done.stdout)["reconciliation"])
+    completed = run("verify", *BOX, "--json", cwd=folder)
+    assert completed.returncode == 0, completed.stdout
+    return dict(json.loads(completed.stdout)["reconciliation"])
 
 
 def deliver_three_batches(folder: Path) -> None:
@@ -268,8 +268,8 @@ def test_a_destination_that_was_restored_from_a_backup_gets_all_events_again(tmp
         left.unlink()
     shutil.copy(tmp_path / "copy.db", tmp_path / "events.db")
     assert len(delivered_event_ids(tmp_path / "events.db")) == 10
-    done = run("redeliver", *BOX, "--since", "2h", "--yes", cwd=tmp_path)
-    assert (done.returncode, done.stdout.splitlines()[-1][:59]) == (
+    completed = run("redeliver", *BOX, "--since", "2h", "--yes", cwd=tmp_path)
+    assert (completed.returncode, completed.stdout.splitlines()[-1][:59]) == (
         0,
         b"30 events in 3 batches pending again (the oldest retained b",
     )
@@ -293,10 +293,10 @@ def test_without_yes_nothing_is_redelivered(tmp_path: Path) -> None:
     assert (plan["applied"], plan["events"], plan["files"]) == (False, 30, 3)
     assert [(item["events"], item["sink"], item["redelivered_as"]) for item in plan["items"]] == [(10, "", None)] * 3
     assert all(item["sealed_at_micros"] < item["delivered_at_micros"] for item in plan["items"])
-    done = json.loads(run("redeliver", *BOX, "--since", "1h", "--json", "--yes", cwd=tmp_path).stdout)
-    new_name = [item["redelivered_as"] for item in done["items"]]
-    assert (done["applied"], sorted(new_name)) == (True, new_name)
-    assert [item["batch"] for item in done["items"]] == sorted(item["batch"] for item in plan["items"])
+    completed = json.loads(run("redeliver", *BOX, "--since", "1h", "--json", "--yes", cwd=tmp_path).stdout)
+    new_name = [item["redelivered_as"] for item in completed["items"]]
+    assert (completed["applied"], sorted(new_name)) == (True, new_name)
+    assert [item["batch"] for item in completed["items"]] == sorted(item["batch"] for item in plan["items"])
     waiting = Directory(str(tmp_path / "box"), OsFilesystem(), SystemClock()).batch_names()
     assert [layout.batch_id(name) for name in waiting] == new_name
 
@@ -330,8 +330,8 @@ def test_batches_of_several_sinks_can_be_redelivered_to_one(tmp_path: Path) -> N
     assert run(*command, cwd=tmp_path, environ=environ).returncode == 1
     for left in tmp_path.glob("one.db*"):
         left.unlink()
-    done = run("redeliver", *BOX, "--all", "--sink", "one", "--yes", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"")
+    completed = run("redeliver", *BOX, "--all", "--sink", "one", "--yes", cwd=tmp_path)
+    assert (completed.returncode, completed.stderr) == (0, b"")
     assert run(*command, cwd=tmp_path, environ=environ).returncode == 1
     assert [delivered_event_ids(tmp_path / f"{name}.db") for name in ("one", "other")] == [
         [f"e-{number:06d}" for number in range(10)]

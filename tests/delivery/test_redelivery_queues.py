@@ -85,15 +85,15 @@ def sink_urls(folder: Path) -> dict[str, str]:
 def deliver(folder: Path) -> None:
     """Let a process deliver the pending batches to both sinks."""
     sinks = [word for sink, url in sink_urls(folder).items() for word in ("--sink", f"{sink}={url}")]
-    done = run("deliver", *BOX, *sinks, "--once", cwd=folder, environ={"PILLARBOX_KEEP_DELIVERED": "24h"})
-    assert done.returncode == 0, done.stderr
+    completed = run("deliver", *BOX, *sinks, "--once", cwd=folder, environ={"PILLARBOX_KEEP_DELIVERED": "24h"})
+    assert completed.returncode == 0, completed.stderr
 
 
 def verify_json(folder: Path) -> dict[str, Any]:
     """The output of `verify` for each sink."""
-    done = run("verify", *BOX, "--json", cwd=folder)
-    answer = json.loads(done.stdout)
-    assert done.returncode == int(not answer["balances"])
+    completed = run("verify", *BOX, "--json", cwd=folder)
+    answer = json.loads(completed.stdout)
+    assert completed.returncode == int(not answer["balances"])
     return {sink: one["reconciliation"] | {"balances": one["balances"]} for sink, one in answer["sinks"].items()}
 
 
@@ -119,9 +119,9 @@ def test_batches_can_be_redelivered_to_one_sink_only(with_data_loss: Path) -> No
     before = retained(outbox_dir, "live")
     assert len(before) == 3
     balanced_totals(with_data_loss / "box")
-    done = run("redeliver", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=with_data_loss)
-    assert done.returncode == 0
-    items = json.loads(done.stdout)["items"]
+    completed = run("redeliver", *BOX, "--since", "2h", "--sink", "warehouse", "--yes", "--json", cwd=with_data_loss)
+    assert completed.returncode == 0
+    items = json.loads(completed.stdout)["items"]
     assert [(item["batch"], item["sink"], item["events"]) for item in items] == [
         (one, "warehouse", 10) for one in sorted(before)
     ]
@@ -157,16 +157,16 @@ def test_without_a_sink_name_all_sinks_are_redelivered(with_data_loss: Path) -> 
 
 def test_the_error_for_an_unknown_sink_lists_the_known_ones(with_data_loss: Path) -> None:
     """Nothing is redelivered."""
-    done = run("redeliver", *BOX, "--all", "--sink", "wharehouse", "--yes", cwd=with_data_loss)
-    assert (done.returncode, b"its sinks are live, warehouse" in done.stderr) == (2, True)
+    completed = run("redeliver", *BOX, "--all", "--sink", "wharehouse", "--yes", cwd=with_data_loss)
+    assert (completed.returncode, b"its sinks are live, warehouse" in completed.stderr) == (2, True)
     assert len(retained(open_directory(with_data_loss / "box"), "live")) == 3
 
 
 def test_the_error_for_a_queue_directory_names_the_sink_option(with_data_loss: Path) -> None:
     """Its files have links in other queues, which only the outbox directory shows."""
-    done = run("redeliver", "-d", "box/sink-live", "--all", cwd=with_data_loss)
-    assert done.returncode == 2
-    assert "use -d box --sink live" in " ".join(done.stderr.decode().split())
+    completed = run("redeliver", "-d", "box/sink-live", "--all", cwd=with_data_loss)
+    assert completed.returncode == 2
+    assert "use -d box --sink live" in " ".join(completed.stderr.decode().split())
 
 
 def test_batches_retained_for_a_single_sink_are_redelivered_to_all_and_expire(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class BlockingSink(RecordingSink):
 
 
 @pytest.mark.parametrize("blocks", [False, True])
-def test_a_slow_destination_can_be_told_from_a_worker_that_hangs(outbox_dir: Directory, *, blocks: bool) -> None:
+def test_a_slow_destination_can_be_distinguished_from_a_hanging_worker(outbox_dir: Directory, *, blocks: bool) -> None:
     """With a slow destination, the heartbeat continues."""
     seal_batch(outbox_dir, 1, b"1")
     sink = BlockingSink(blocks=blocks)

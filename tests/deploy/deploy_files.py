@@ -19,17 +19,17 @@ PROMETHEUS = DEPLOY / "prometheus"
 @cache
 def prometheus_tools() -> Path:
     """Return the directory of prometheus and promtool."""
-    done = subprocess.run([ROOT / "tools" / "prometheus"], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, f"deploy/prometheus was not checked: {done.stderr}"
-    return Path(done.stdout.strip())
+    completed = subprocess.run([ROOT / "tools" / "prometheus"], capture_output=True, text=True, timeout=600, check=False)
+    assert completed.returncode == 0, f"deploy/prometheus was not checked: {completed.stderr}"
+    return Path(completed.stdout.strip())
 
 
 def run_promtool(*arguments: object, stdin: str = "") -> str:
     """Run promtool, which must succeed, and return its output."""
     command = [str(prometheus_tools() / "promtool"), *map(str, arguments)]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    completed = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stdout + completed.stderr
 
 
 def load_dashboard() -> dict[str, Any]:

@@ -14,9 +14,9 @@ EXPOSURE_MAX = 15  # in tenths of systemd's exposure level: 0 is best, 100 is wo
 
 
 def analyze(unit: Path, *arguments: str) -> str:
-    done = subprocess.run(["systemd-analyze", *arguments, unit], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stderr
+    completed = subprocess.run(["systemd-analyze", *arguments, unit], capture_output=True, text=True, timeout=60, check=False)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stderr
 
 
 def test_systemd_accepts_every_line_of_the_unit(tmp_path: Path) -> None:
@@ -37,8 +37,8 @@ def test_the_command_in_the_unit_is_valid(tmp_path: Path) -> None:
     """It fails because of the missing file, not because of an option."""
     (line,) = [line for line in UNIT.read_text().splitlines() if line.startswith("ExecStart=")]
     command = line.removeprefix(f"ExecStart={COMMAND} ").replace("/etc/pillarbox", str(tmp_path)).split()
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "pillarbox", *command], capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == 2
-    assert "pillarbox.toml" in done.stderr
+    assert completed.returncode == 2
+    assert "pillarbox.toml" in completed.stderr

@@ -79,7 +79,7 @@ def test_a_collector_that_does_not_respond_delays_the_exit_by_seconds(tmp_path: 
     ids=["nothing", "none", "disabled"],
 )
 def test_nothing_is_exported_unless_the_environment_requests_it(tmp_path: Path, environ: dict[str, str]) -> None:
-    """Or if it disables the export."""
+    """Nor if the environment disables the export."""
     fill_outbox(tmp_path / "box")
     with Server() as collector:
         values = {name: collector.url("") if value == "=" else value for name, value in environ.items()}

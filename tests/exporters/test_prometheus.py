@@ -169,10 +169,10 @@ def test_the_endpoint_listens_on_ipv6(tmp_path: Path) -> None:
 def rejected_output(*arguments: str, cwd: Path, without: str = "nothing") -> str:
     program = f"import sys; sys.modules[{without!r}] = None; from pillarbox.cli import main; main()"
     command = [sys.executable, "-c", program, "deliver", "-d", "box", "--sink", "sqlite:///e.db", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    return done.stderr
+    completed = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert completed.returncode == 2
+    assert "Traceback" not in completed.stderr
+    return completed.stderr
 
 
 @pytest.mark.parametrize("address", ["9464", ":9464", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:http"])

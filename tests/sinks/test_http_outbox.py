@@ -176,16 +176,16 @@ def test_check_enqueue_and_deliver_work_from_the_command_line(tmp_path: Path) ->
     )
     with Server(destination) as server:
         url = server.url(f"/in?key={SECRET}#compress=zstd", user=f"me:{SECRET}@")
-        done = command("check", url)
-        assert done.returncode == 0, done.stderr
-        assert b"/in?key=...#compress=..." in done.stdout
+        completed = command("check", url)
+        assert completed.returncode == 0, completed.stderr
+        assert b"/in?key=...#compress=..." in completed.stdout
         stored = command("enqueue", "-d", tmp_path / "box", stdin=lines)
         assert stored.returncode == 0, stored.stderr
         delivered = command("deliver", "-d", tmp_path / "box", "--sink", url, "--once")
         assert delivered.returncode == 0, delivered.stderr
         assert b"delivered 700" in delivered.stdout
         status = command("status", "-d", tmp_path / "box")
-        for output in (done, stored, delivered, status):
+        for output in (completed, stored, delivered, status):
             assert SECRET.encode() not in output.stdout + output.stderr
         assert b"HTTP Request" not in delivered.stderr  # httpx would log the whole URL of each request
     assert destination.kept.total() == 700

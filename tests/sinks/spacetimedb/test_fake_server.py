@@ -78,7 +78,7 @@ def test_an_unknown_function_database_or_token_is_a_misconfiguration(fake_server
 
 
 def test_check_shows_the_version_and_how_batches_are_confirmed(fake_server: FakeServer28) -> None:
-    """And the kind of function."""
+    """It also shows the kind of function."""
     text = " ".join(check.message for check in run_check(fake_server.sink_url(function=COUNTED)))
     assert "SpacetimeDB 2.8.3" in text
     assert "a query confirms" in text

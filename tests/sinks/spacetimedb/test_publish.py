@@ -128,12 +128,12 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_publish_creates_a_database_that_accepts_events(shared_server: SpacetimeDbServer, tmp_path: Path) -> None:
     """Without Rust, and with a new identity whose token is not printed."""
-    done = run("publish", "--server", shared_server.url, "--database", "by-command", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    completed = run("publish", "--server", shared_server.url, "--database", "by-command", cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
     token = tmp_path / "spacetimedb.token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
-    assert token.read_text().strip() not in done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) <= 24
+    assert token.read_text().strip() not in completed.stdout + completed.stderr
+    assert len(completed.stdout.splitlines()) <= 24
     url = f"spacetimedb://127.0.0.1:{shared_server.port}/by-command?confirm_wait=0&token_file={token}"
     assert all(check.ok for check in run_check(url))
     assert deliver_batches(url, make_batch(event(1)))[1]
@@ -164,24 +164,24 @@ def test_publish_changes_no_database_of_others(
 ) -> None:
     """It says what to do instead."""
     before = shared_server.request("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9")
-    done = run("publish", "--server", shared_server.url, "--database", database, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
+    completed = run("publish", "--server", shared_server.url, "--database", database, cwd=tmp_path)
+    assert completed.returncode == 2
+    assert message in completed.stderr
     assert shared_server.request("GET", f"/v1/database/{database.replace(' ', '-')}/schema?version=9") == before
 
 
 def test_publish_reports_an_unreachable_server(tmp_path: Path) -> None:
     """It leaves no file behind."""
-    done = run("publish", "--server", "http://127.0.0.1:1", "--database", "x", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "cannot connect to" in done.stderr
+    completed = run("publish", "--server", "http://127.0.0.1:1", "--database", "x", cwd=tmp_path)
+    assert completed.returncode == 2
+    assert "cannot connect to" in completed.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("major", [1, 2])
 def test_scaffold_prints_a_table_and_a_function(tmp_path: Path, major: int) -> None:
     """For the requested version."""
-    done = run("scaffold", "--for", major, cwd=tmp_path)
-    assert done.returncode == 0
-    assert f"#[spacetimedb::table({'name' if major == 1 else 'accessor'} = tracking_event)]" in done.stdout
-    assert "pub fn record_tracking_events(ctx: &ReducerContext, events: Vec<TrackingEvent>)" in done.stdout
+    completed = run("scaffold", "--for", major, cwd=tmp_path)
+    assert completed.returncode == 0
+    assert f"#[spacetimedb::table({'name' if major == 1 else 'accessor'} = tracking_event)]" in completed.stdout
+    assert "pub fn record_tracking_events(ctx: &ReducerContext, events: Vec<TrackingEvent>)" in completed.stdout

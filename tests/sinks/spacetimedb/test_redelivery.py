@@ -82,8 +82,8 @@ def test_events_that_a_killed_server_lost_are_redelivered_once(
         assert len(stored) == len(set(stored))
         if disk_is_restored:
             assert len(stored) == EVENTS
-    done = run("redeliver", "-d", "box", "--since", "2h", "--yes", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    completed = run("redeliver", "-d", "box", "--since", "2h", "--yes", cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
     with Outbox(str(tmp_path / "box"), sink=own_server.sink_url("events", confirm_wait=0.1)) as outbox:
         assert outbox.flush(60)
         assert (outbox.stats().delivered, outbox.stats().dead) == ((ROUNDS + 1) * EVENTS, 0)
