@@ -1,4 +1,4 @@
-"""The C runs on the simulated disk: its order of operations is seen, its errors come through, and a death ends it."""
+"""The compiled operations run on the simulated disk: their order is visible, errors are returned, and a kill ends them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.crash.enumeration import ENDS, Bounds, Enumeration, Histories
 
 pytestmark = pytest.mark.skipif(bool(compiled_order.why_not()), reason=compiled_order.why_not())
 
-# What the C could call on files and directories; a call that the header does not replace would reach the real file system.
+# System calls on files and directories. A call that the header does not replace would reach the real file system.
 FILE_CALLS = [
     "access",
     "chmod",
@@ -79,16 +79,16 @@ def compiled() -> Iterator[None]:
 
 
 def orders_of(call: str, count: int = 2) -> Orders:
-    """The operations of the file system that a batch operation consists of, in each order."""
-    made: Orders = {}
+    """The file-system operations of a batch operation, in each order."""
+    orders: Orders = {}
     for order in compiled_order.ORDERS:
         disk = Disk({f"/d/{number}": b"line\n" for number in range(count)})
-        seen: list[str] = []
+        operations: list[str] = []
         with compiled_order.order(order):
-            filesystem = crash_filesystem(disk, lambda verb, path, seen=seen: seen.append(f"{verb} {path}"))  # type: ignore[misc]
+            filesystem = crash_filesystem(disk, lambda verb, path, operations=operations: operations.append(f"{verb} {path}"))  # type: ignore[misc]
         paths = [f"/d/{number}" for number in range(count)]
         fds = [filesystem.open_existing(path) for path in paths]
-        seen.clear()
+        operations.clear()
         match call:
             case "sync":
                 assert filesystem.sync_each(fds) == [None] * count
@@ -105,12 +105,12 @@ def orders_of(call: str, count: int = 2) -> Orders:
                 filesystem.append_locked(paths[0], paths[1], b"more\n", max_size=100)
             case "scan":
                 assert filesystem.file_totals("/d", ALL_NAMES)[0][:2] == (count, 5 * count)
-        made[order] = seen
-    return made
+        orders[order] = operations
+    return orders
 
 
-def test_files_are_written_back_before_the_first_is_synced() -> None:
-    """Writing is started for each and then waited for, in C; in Python each file is synced by itself."""
+def test_the_compiled_order_writes_all_files_back_before_the_first_sync() -> None:
+    """In C, the writeback of all files is started and then awaited. In Python, each file is only synced."""
     orders = orders_of("sync")
     assert orders["portable"] == ["sync_data /d/0", "sync_data /d/1"]
     assert orders["compiled"] == [*["write_back /d/0", "write_back /d/1"] * 2, "sync_data /d/0", "sync_data /d/1"]
@@ -135,16 +135,16 @@ def test_files_are_written_back_before_the_first_is_synced() -> None:
         ),
     ],
 )
-def test_the_order_of_each_batch_operation_is_that_of_the_c_source(call: str, steps: list[str]) -> None:
-    """Of what is one call in C, Python leaves the steps to its caller."""
+def test_each_batch_operation_has_the_order_of_the_c_source(call: str, steps: list[str]) -> None:
+    """For operations without a batch form in Python, the portable order is empty: the caller does the steps."""
     orders = orders_of(call)
     assert orders["compiled"] == steps
     assert orders["portable"] == ([] if call in ("lock", "append") else steps[: 1 if call == "scan" else None])
 
 
 @pytest.mark.usefixtures("compiled")
-def test_an_error_of_the_disk_comes_through_the_c() -> None:
-    """With its number, at the file that it belongs to; the others are done."""
+def test_the_compiled_operations_return_errors_of_the_disk() -> None:
+    """The errno is that of the failed file. The operations on the other files are done."""
     disk = Disk({f"/d/{number}": b"line\n" for number in range(3)})
     for verb, nth in (("write_back", 2), ("write_back", 5), ("sync_data", 2)):
         filesystem = fault_filesystem(crash_filesystem(disk), Fault(verb, nth, errno.EIO))
@@ -164,15 +164,15 @@ def test_an_error_of_the_disk_comes_through_the_c() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_process_that_dies_in_the_middle_of_a_batch_does_no_more() -> None:
-    """The C goes on for a while, and nothing of it has an effect; then the death is raised."""
+def test_a_process_that_is_killed_in_a_batch_has_no_further_effect() -> None:
+    """The C code continues for a while without any effect, and then `Killed` is raised."""
     disk = Disk({f"/d/{number}": b"" for number in range(3)})
-    left = 2
+    operations_left = 2
 
     def before(_verb: str, _path: str) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal operations_left
+        operations_left -= 1
+        if operations_left < 0:
             raise Killed
 
     filesystem = crash_filesystem(disk, before)
@@ -182,15 +182,15 @@ def test_a_process_that_dies_in_the_middle_of_a_batch_does_no_more() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_file_that_vanishes_between_its_name_and_its_size_is_left_out() -> None:
-    """Another process has renamed it; in one listing a name and a size are of two moments."""
+def test_a_file_that_vanishes_before_its_size_is_read_is_not_listed() -> None:
+    """Another process renames it after its name was read and before its size is."""
     disk = Disk({"/d/a": b"1", "/d/b": b"22"})
-    other = CrashFilesystem(disk)
+    other_process = CrashFilesystem(disk)
 
     def before(verb: str, _path: str) -> None:
         if verb == "sizes":
             with contextlib.suppress(FileNotFoundError):
-                other.rename("/d/a", "/d/c")
+                other_process.rename("/d/a", "/d/c")
 
     filesystem = crash_filesystem(disk, before)
     assert [tuple(entry) for entry in filesystem.list_files("/d")] == [("b", 2)]
@@ -199,15 +199,15 @@ def test_a_file_that_vanishes_between_its_name_and_its_size_is_left_out() -> Non
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("moment", ["has_name", "lock", "is_file_at"])
-def test_a_file_that_is_replaced_while_it_is_opened_and_locked_is_not_taken(moment: str) -> None:
-    """Another process has renamed another file to its name: the one that was opened has no name any more."""
+def test_a_file_that_is_replaced_while_it_is_locked_is_not_used(moment: str) -> None:
+    """Another process renames a file to its name, so the opened file no longer has a name."""
     disk = Disk({"/d/a": b"1", "/d/b": b"22"})
-    other = CrashFilesystem(disk)
+    other_process = CrashFilesystem(disk)
 
     def before(verb: str, _path: str) -> None:
         if verb == moment:
             with contextlib.suppress(FileNotFoundError):
-                other.rename("/d/b", "/d/a")
+                other_process.rename("/d/b", "/d/a")
 
     filesystem = crash_filesystem(disk, before)
     assert filesystem.open_locked("/d/a") is None
@@ -218,20 +218,20 @@ def test_a_file_that_is_replaced_while_it_is_opened_and_locked_is_not_taken(mome
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_disk_that_fails_is_asked_once() -> None:
-    """The file system inside of another one leaves the compiled order to it."""
-    seen: list[str] = []
+def test_a_failing_disk_runs_each_operation_once() -> None:
+    """The compiled order runs only in the outer one of two nested file systems."""
+    verbs: list[str] = []
     disk = Disk({"/d/a": b"1"})
-    filesystem = fault_filesystem(crash_filesystem(disk, lambda verb, _path: seen.append(verb)))
+    filesystem = fault_filesystem(crash_filesystem(disk, lambda verb, _path: verbs.append(verb)))
     assert isinstance(filesystem, FaultFilesystem)
     filesystem.sync_directory("/d")
     assert [entry.name for entry in filesystem.list_files("/d")] == ["a"]
-    assert seen == ["sync_directory", "list_files", "sizes"]
+    assert verbs == ["sync_directory", "list_files", "sizes"]
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is missing, which lists what a library calls")
-def test_no_system_call_on_a_file_passes_the_simulated_disk_by() -> None:
-    """A new one in the C must be in the header."""
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, which lists the functions that a library calls")
+def test_every_system_call_on_a_file_goes_to_the_simulated_disk() -> None:
+    """A new system call in the C sources must be added to the header."""
     with compiled_order.built() as path:
         output = subprocess.run(["nm", "-D", "--undefined-only", path], check=True, capture_output=True, text=True).stdout
     called = {line.split()[-1].partition("@")[0] for line in output.splitlines()}
@@ -242,7 +242,7 @@ def test_no_system_call_on_a_file_passes_the_simulated_disk_by() -> None:
 @pytest.mark.usefixtures("compiled")
 def test_every_state_after_every_history_of_two_steps_is_recovered() -> None:
     """The exhaustive harnesses run over both orders in `make proof`."""
-    looked, histories = Enumeration(Bounds(tears=ENDS)), Histories()
+    checker, histories = Enumeration(Bounds(tears=ENDS)), Histories()
     while histories.complete < 2:
-        assert histories.check_longer(looked)
-    assert not looked.violations, looked.violations
+        assert histories.check_longer(checker)
+    assert not checker.violations, checker.violations

@@ -1,4 +1,4 @@
-"""Several sinks: every crash state of fanning out and settling, every single fault; and that planted defects are found."""
+"""Several sinks: every state after a crash, every single fault, and planted defects, which must be found."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from tests.crash import fanout, fanout_faults
 from tests.crash.compiled_order import fault_filesystem
 from tests.crash.fanout import FanOutEnumeration, FanOutWorld, moments
 
-# The life of files up to the last sink; later sinks, with what waits and without; one that goes; the first set-up over what
-# waits, active files too; eviction before, between and after; deaths in between.
+# Files from the fan-out to the last sink; later sinks, with and without the backlog; a removed sink; the first queues with a
+# backlog, active segments too; eviction before, during and after the fan-out; kills in between.
 HISTORIES = (
     *("aafxyafd", "afxafyd", "afcafd", "afcfad", "aopfd", "afpfd", "afxpfafd", "afrafd", "afpfrad"),
     *("aafxv", "av", "afcfafvafd", "okfxkd", "kafkafxkd"),
 )
 CUT_SHORT = ("af{}fd", "aafx{}yd", "afcf{}afd", "afxpf{}fd", "afr{}afd", "aafxv{}afd", "af{}v")
 CHECKED_MIN = 60  # states of a history
-EACH = 5  # so many-th fault of those of a history: all of them take minutes, and differ in the error only
+FAULT_STRIDE = 5  # every fifth fault of a history is checked: all take minutes, and many differ only in the errno
 FAULTS_MIN = 200
-CHANCES = 25
+RANDOM_HISTORIES = 25
 Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: Patch) -> Iterator[None]:
-    """Without log messages, which are many, and without a second look at accounts that do not balance."""
+    """Disable the log, and the second reconciliation of a directory that does not balance."""
     monkeypatch.setattr(reconciliation, "_ATTEMPTS", 1)
     logging.disable(logging.CRITICAL)
     yield
@@ -45,68 +45,69 @@ def _quick(monkeypatch: Patch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", HISTORIES)
-def test_no_sink_misses_anything_or_is_given_it_twice_whenever_the_process_or_the_power_fails(history: str) -> None:
-    """The accounts of the directory and of each sink balance too."""
-    looked = FanOutEnumeration()
-    looked.check_history(history)
-    assert not looked.violations
-    assert looked.checked > CHECKED_MIN
+def test_every_sink_receives_every_event_once_after_any_kill_or_power_loss(history: str) -> None:
+    """Reconciliation of the directory and of each queue balances too."""
+    checker = FanOutEnumeration()
+    checker.check_history(history)
+    assert not checker.violations
+    assert checker.checked > CHECKED_MIN
 
 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", CUT_SHORT)
-def test_a_step_that_is_cut_short_anywhere_is_done_again_by_the_next_process(history: str) -> None:
-    """Killed before each of its operations; then what a second crash leaves."""
-    looked = FanOutEnumeration()
+def test_the_next_process_repeats_a_step_that_was_killed_at_any_operation(history: str) -> None:
+    """The process is killed before each operation of the step; then every state after a second crash is checked."""
+    checker = FanOutEnumeration()
     for operation in range(40):
-        looked.check_history(history.format(operation), few=True)
-    assert not looked.violations
-    assert looked.checked > CHECKED_MIN
+        checker.check_history(history.format(operation), few=True)
+    assert not checker.violations
+    assert checker.checked > CHECKED_MIN
 
 
 @pytest.mark.usefixtures("each_order")
-def test_longer_histories_by_chance() -> None:
-    """Processes also die in the middle of a step; the violation has the history."""
-    looked = FanOutEnumeration()
+def test_longer_random_histories() -> None:
+    """Processes are also killed in the middle of a step. A violation contains the history."""
+    checker = FanOutEnumeration()
     chance = random.Random(7)
-    for _ in range(CHANCES):
+    for _ in range(RANDOM_HISTORIES):
         letters = chance.choices("aaoffdxyvk", k=chance.randint(4, 9))
         for later in ("c", "pf", "r"):
             if chance.random() < 0.4:
                 letters.insert(chance.randrange(len(letters)), later if "c" not in letters or later != "pf" else "")
-        looked.check_history(
-            "".join(one + (str(chance.randint(1, 25)) if chance.random() < 0.2 else "") for one in letters if one), few=True
+        checker.check_history(
+            "".join(letter + (str(chance.randint(1, 25)) if chance.random() < 0.2 else "") for letter in letters if letter),
+            few=True,
         )
-        assert not looked.violations
+        assert not checker.violations
 
 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", fanout_faults.HISTORIES)
-def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) -> None:
-    """Trouble is reported, and once the disk works again everything arrives everywhere."""
-    met = 0
-    for fault in itertools.islice(fanout_faults.faults_of(history), None, None, EACH):
+def test_any_operation_may_fail_once_or_permanently_with_any_error(history: str) -> None:
+    """The failure is reported, and once the disk works again every sink receives every event."""
+    checked = 0
+    for fault in itertools.islice(fanout_faults.faults_of(history), None, None, FAULT_STRIDE):
         _, problem = fanout_faults.check(history, fault)
         assert not problem, (history, fault)
-        met += 1
-    assert met > FAULTS_MIN
+        checked += 1
+    assert checked > FAULTS_MIN
 
 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("verb", ["sync_data", "sync_directory", "link", "rename", "unlink"])
-def test_what_a_crash_leaves_after_a_fault_is_recovered(verb: str) -> None:
-    """No name is removed before the sync that it waits for, if that sync has failed."""
-    history, looked = "aafxfd", FanOutEnumeration()
-    meter = FaultCounter()
-    FanOutWorld(lambda plain: fault_filesystem(plain, meter)).run(history)
-    for nth in range(1, meter.counts[verb] + 1):
+def test_every_state_of_a_crash_after_a_fault_is_recovered(verb: str) -> None:
+    """If a sync fails, no name is removed that needs this sync first."""
+    history, checker = "aafxfd", FanOutEnumeration()
+    counter = FaultCounter()
+    FanOutWorld(lambda plain: fault_filesystem(plain, counter)).run(history)
+    for nth in range(1, counter.counts[verb] + 1):
         trace, _ = fanout_faults.check(history, Fault(verb, nth, errno.EIO))
-        looked.check_trace(f"{history} with {verb} {nth}", trace, few=True, faults=True)
-    assert not looked.violations
-    assert looked.checked > CHECKED_MIN
+        checker.check_trace(f"{history} with {verb} {nth}", trace, few=True, faults=True)
+    assert not checker.violations
+    assert checker.checked > CHECKED_MIN
 
 
-# What may be planted: each undoes something that handing over must do.
+# Defects to plant: each removes something that fanning out must do.
 
 
 def nothing(*_args: object) -> None:
@@ -118,11 +119,11 @@ def queues_are_not_synced(patch: Patch) -> None:
     patch.setattr(CrashFilesystem, "sync_directory", lambda self, path: None if "sink-" in path else real(self, path))
 
 
-def a_link_counts_at_once(patch: Patch) -> None:
+def a_link_counts_immediately(patch: Patch) -> None:
     patch.setattr(Directory, "batch_names", lambda self: sorted(self.all_sealed_names()))
 
 
-def the_first_queues_are_made_one_by_one(patch: Patch) -> None:
+def the_first_queues_are_created_one_by_one(patch: Patch) -> None:
     def finish_adding(self: FanOut, missing: Sequence[str], *, first: bool) -> None:
         for sink in missing if first else ():
             self.directory.request_queue(sink)
@@ -134,49 +135,49 @@ def the_first_queues_are_made_one_by_one(patch: Patch) -> None:
 
 def eviction_ignores_queues(patch: Patch) -> None:
     real = QuotaEnforcer._lock_candidate
-    patch.setattr(QuotaEnforcer, "_lock_candidate", lambda self, name, places: real(self, name, places[-1:]))
+    patch.setattr(QuotaEnforcer, "_lock_candidate", lambda self, name, directories: real(self, name, directories[-1:]))
 
 
-def the_name_goes_first(patch: Patch) -> None:
+def the_name_is_removed_first(patch: Patch) -> None:
     real = FanOut._write_ledgers
 
-    def write_down(self: FanOut, going: Sequence[object], queues: Sequence[Directory]) -> None:
-        for found in going:
-            self.directory.remove(found.locked_file.name)  # type: ignore[attr-defined]
+    def write_ledgers(self: FanOut, files: Sequence[object], queues: Sequence[Directory]) -> None:
+        for file in files:
+            self.directory.remove(file.locked_file.name)  # type: ignore[attr-defined]
         self.directory.filesystem.sync_directory(self.directory.path)
-        real(self, going, queues)  # type: ignore[arg-type]
+        real(self, files, queues)  # type: ignore[arg-type]
 
-    patch.setattr(FanOut, "_write_down", write_down)
+    patch.setattr(FanOut, "_write_ledgers", write_ledgers)
 
 
-def sinks_have_no_account(patch: Patch) -> None:
-    patch.setattr(FanOut, "_write_down", nothing)
+def sinks_have_no_ledger(patch: Patch) -> None:
+    patch.setattr(FanOut, "_write_ledgers", nothing)
 
 
 @pytest.mark.parametrize(
     ("plant", "history", "problem"),
     [
         (queues_are_not_synced, "af", "balance"),
-        (a_link_counts_at_once, "af", "twice"),
-        (the_first_queues_are_made_one_by_one, "af", "misses"),
+        (a_link_counts_immediately, "af", "twice"),
+        (the_first_queues_are_created_one_by_one, "af", "misses"),
         (eviction_ignores_queues, "af{}v", "given up"),
-        (the_name_goes_first, "af", "balance"),
-        (sinks_have_no_account, "af", "balance"),
+        (the_name_is_removed_first, "af", "balance"),
+        (sinks_have_no_ledger, "af", "balance"),
     ],
-    ids=lambda one: getattr(one, "__name__", ""),
+    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_is_planted_is_found(plant: Callable[[Patch], None], history: str, problem: str, monkeypatch: Patch) -> None:
-    """In a short history, or one that is cut short somewhere."""
-    looked = FanOutEnumeration()
+def test_a_planted_defect_is_found(plant: Callable[[Patch], None], history: str, problem: str, monkeypatch: Patch) -> None:
+    """In a short history, or in one with a kill."""
+    checker = FanOutEnumeration()
     plant(monkeypatch)
     for operation in range(30 if "{" in history else 1):
-        looked.check_history(history.format(operation), few=True)
-    assert looked.violations
-    assert problem in looked.violations[0]
+        checker.check_history(history.format(operation), few=True)
+    assert checker.violations
+    assert problem in checker.violations[0]
 
 
-def test_the_histories_come_by_every_moment_of_handing_over() -> None:
-    """Links, queues that are made and removed, and directories that are renamed."""
+def test_the_histories_cover_every_operation_of_fanning_out() -> None:
+    """Links, created and removed queues, and renamed directories."""
     verbs = {op.verb for history in HISTORIES for op in trace_of(history)}
     assert {"link", "unlink", "rename", "make_directory", "remove_directory", "sync_directory"} <= verbs
     assert sum(1 for _ in moments(trace_of("afd"))) > 50
