@@ -1,4 +1,4 @@
-"""Every operation of some histories fails in every way; planted defects are found; and the file system that fails itself."""
+"""Every operation of some histories fails in every way; planted defects are found; and tests of the faulty file system."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Patch = pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Disable the log: a disk that fails a thousand times fills it."""
+    """Disable the log, which thousands of faults would fill."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -36,8 +36,8 @@ def _quiet() -> Iterator[None]:
 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", HISTORIES)
-def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) -> None:
-    """Nothing is raised, nothing is lost, no answer is false, and once the disk works again everything is delivered."""
+def test_any_operation_may_fail_once_or_permanently_with_any_error(history: str) -> None:
+    """Nothing is raised or lost, no outcome is false, and once the disk works again everything is delivered."""
     report = run(BOUNDS, [(history, faults) for faults in faults_of(history)])
     assert not report.violations, report
     assert report.faults >= FAULTS_MIN
@@ -45,25 +45,25 @@ def test_each_operation_may_fail_once_or_for_good_with_each_error(history: str) 
 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("history", HISTORIES)
-def test_a_part_of_a_write_may_be_there_to_stay(history: str) -> None:
-    """The disk is full in the middle of a line, and the part that was written cannot be cut off."""
+def test_a_partial_write_may_be_impossible_to_cut_off(history: str) -> None:
+    """The disk is full in the middle of a line, and truncating the torn line fails too."""
     report = run(BOUNDS, [(history, faults) for faults in pairs_of(history)])
     assert not report.violations, report
     assert report.faults >= PAIRS_MIN
 
 
-def test_the_histories_come_by_every_verb_that_can_fail() -> None:
-    """So that each error of the table is met."""
-    met = {(fault.verb, fault.errno) for _, faults in all_cases() for fault in faults}
-    # The ledger's, and those of several sinks, have tests of their own.
-    elsewhere = {"open_append", "link", "lock_shared", "remove_directory"}
-    assert met == {(verb, code) for verb, codes in VERBS.items() if verb not in elsewhere for code in codes}
+def test_the_histories_cover_every_operation_that_can_fail() -> None:
+    """With every error of the table."""
+    covered = {(fault.verb, fault.errno) for _, faults in all_cases() for fault in faults}
+    # Operations of the ledger and of several sinks have their own tests.
+    tested_elsewhere = {"open_append", "link", "lock_shared", "remove_directory"}
+    assert covered == {(verb, code) for verb, codes in VERBS.items() if verb not in tested_elsewhere for code in codes}
 
 
-# What may be planted: each believes a disk that has failed.
+# Defects to plant: each trusts a disk that has failed.
 
 
-def a_failed_sync_is_tried_again(patch: Patch) -> None:
+def a_failed_sync_is_repeated(patch: Patch) -> None:
     real = FaultFilesystem.sync_data
 
     def sync_data(self: FaultFilesystem, fd: int) -> None:
@@ -75,94 +75,95 @@ def a_failed_sync_is_tried_again(patch: Patch) -> None:
     patch.setattr(FaultFilesystem, "sync_data", sync_data)
 
 
-def a_failed_sync_of_the_directory_is_forgotten(patch: Patch) -> None:
-    patch.setattr(Directory, "_sync_names", swallowing(Directory._sync_names))
+def a_failed_sync_of_the_directory_is_ignored(patch: Patch) -> None:
+    patch.setattr(Directory, "_sync_names", ignoring_errors(Directory._sync_names))
 
 
-def what_cannot_be_put_is_forgotten(patch: Patch) -> None:
-    patch.setattr(Directory, "write_atomically", swallowing(Directory.write_atomically))
+def a_failed_atomic_write_is_ignored(patch: Patch) -> None:
+    patch.setattr(Directory, "write_atomically", ignoring_errors(Directory.write_atomically))
 
 
-def a_refusal_is_an_acceptance(patch: Patch) -> None:
+def a_failed_append_returns_enqueued(patch: Patch) -> None:
     real = Writer._undo_append
 
-    def undo(self: Writer, error: OSError, events: int) -> object:
+    def undo_and_accept(self: Writer, error: OSError, events: int) -> object:
         real(self, error, events)
         return ENQUEUED
 
-    patch.setattr(Writer, "_undo_append", undo)
+    patch.setattr(Writer, "_undo_append", undo_and_accept)
 
 
-def a_short_write_is_taken_for_whole(patch: Patch) -> None:
+def a_short_write_counts_as_complete(patch: Patch) -> None:
     patch.setattr(Writer, "_complete_append", lambda *_args: None)
 
 
-def a_listing_that_ends_early_is_a_crash(patch: Patch) -> None:
-    def account(self: Directory) -> object:
+def a_failed_listing_raises_another_error(patch: Patch) -> None:
+    def disk_usage(self: Directory) -> object:
         try:
             return real(self)
         except OSError:
             raise ValueError("planted") from None
 
     real = Directory.disk_usage
-    patch.setattr(Directory, "disk_usage", account)
+    patch.setattr(Directory, "disk_usage", disk_usage)
 
 
-def swallowing(real: Callable[..., object]) -> Callable[..., object]:
-    def swallow(*args: object) -> object:
+def ignoring_errors(real: Callable[..., object]) -> Callable[..., object]:
+
+    def call(*args: object) -> object:
         try:
             return real(*args)
         except OSError:
             return None
 
-    return swallow
+    return call
 
 
 @pytest.mark.parametrize(
     ("plant", "history", "problem"),
     [
-        (a_failed_sync_is_tried_again, "paas", "lost"),
-        (a_failed_sync_of_the_directory_is_forgotten, "ars", "lost"),
-        (what_cannot_be_put_is_forgotten, "xrsd", "lost"),
-        (a_refusal_is_an_acceptance, "aa", "lost"),
-        (a_short_write_is_taken_for_whole, "aa", "lost"),
-        (a_listing_that_ends_early_is_a_crash, "a", "raised"),
+        (a_failed_sync_is_repeated, "paas", "lost"),
+        (a_failed_sync_of_the_directory_is_ignored, "ars", "lost"),
+        (a_failed_atomic_write_is_ignored, "xrsd", "lost"),
+        (a_failed_append_returns_enqueued, "aa", "lost"),
+        (a_short_write_counts_as_complete, "aa", "lost"),
+        (a_failed_listing_raises_another_error, "a", "raised"),
     ],
-    ids=lambda one: getattr(one, "__name__", one),
+    ids=lambda value: getattr(value, "__name__", value),
 )
-def test_what_is_planted_is_found_and_reproduced(
+def test_a_planted_defect_is_found_and_reproduced(
     plant: Callable[[Patch], None], history: str, problem: str, monkeypatch: Patch
 ) -> None:
-    """Once it is removed, the violation is gone."""
+    """Without the defect, the violation does not occur."""
     with monkeypatch.context() as patch:
         plant(patch)
-        found = run(BOUNDS, [(history, faults) for faults in faults_of(history)]).violations[0]
-        assert found.startswith(problem)
-        text = ast.literal_eval(found.partition("reproduce(")[2].removesuffix(")"))
-        assert reproduce(text) == found.partition("\n")[0]
-    mended = reproduce(text)
-    assert not mended or "another now" in mended
+        violation = run(BOUNDS, [(history, faults) for faults in faults_of(history)]).violations[0]
+        assert violation.startswith(problem)
+        text = ast.literal_eval(violation.partition("reproduce(")[2].removesuffix(")"))
+        assert reproduce(text) == violation.partition("\n")[0]
+    problem_without_defect = reproduce(text)
+    assert not problem_without_defect or "another now" in problem_without_defect
 
 
-# The file system that fails.
+# The faulty file system.
 
 
-def outbox_dir(fault: Fault) -> tuple[Disk, FaultFilesystem]:
+def faulty_disk(fault: Fault) -> tuple[Disk, FaultFilesystem]:
     disk = Disk({"/d/a": b"1"})
     filesystem: Filesystem = FaultFilesystem(CrashFilesystem(disk), fault)
     assert isinstance(filesystem, FaultFilesystem)
     return disk, filesystem
 
 
-def test_the_nth_operation_of_a_verb_fails_and_no_other() -> None:
-    """For good: it and all later ones."""
-    _disk, filesystem = outbox_dir(Fault("create", 2, errno.EMFILE))
+def test_only_the_nth_operation_of_a_verb_fails() -> None:
+    """A permanent fault also fails all later ones."""
+    _disk, filesystem = faulty_disk(Fault("create", 2, errno.EMFILE))
     filesystem.create("/d/b")
     filesystem.open_existing("/d/a")
     with pytest.raises(OSError, match="Too many open files"):
         filesystem.create("/d/c")
     filesystem.create("/d/c")
-    _disk, filesystem = outbox_dir(Fault("create", 1, errno.EMFILE, permanent=True))
+    _disk, filesystem = faulty_disk(Fault("create", 1, errno.EMFILE, permanent=True))
     for _ in range(3):
         with pytest.raises(OSError, match="Too many open files"):
             filesystem.create("/d/b")
@@ -170,9 +171,9 @@ def test_the_nth_operation_of_a_verb_fails_and_no_other() -> None:
     filesystem.create("/d/b")
 
 
-def test_a_short_write_answers_how_much_and_fails_when_it_is_called_again() -> None:
-    """A half is there; with once only, the next one is whole."""
-    disk, filesystem = outbox_dir(Fault("write", 1, errno.ENOSPC, permanent=True, partial=True))
+def test_a_short_write_returns_its_size_and_the_next_write_fails() -> None:
+    """Half of the data is written."""
+    disk, filesystem = faulty_disk(Fault("write", 1, errno.ENOSPC, permanent=True, partial=True))
     fd = filesystem.create("/d/b")
     assert filesystem.write(fd, b"1234") == 2
     with pytest.raises(OSError, match="No space left"):
@@ -181,18 +182,18 @@ def test_a_short_write_answers_how_much_and_fails_when_it_is_called_again() -> N
 
 
 @pytest.mark.parametrize("verb", ["write_all", "overwrite"])
-def test_what_is_written_as_a_whole_may_be_there_in_part(verb: str) -> None:
-    """And fails."""
-    disk, filesystem = outbox_dir(Fault(verb, 1, errno.EIO, partial=True))
+def test_a_failed_write_of_everything_may_write_a_part(verb: str) -> None:
+    """The call raises nevertheless."""
+    disk, filesystem = faulty_disk(Fault(verb, 1, errno.EIO, partial=True))
     fd = filesystem.create("/d/b")
     with pytest.raises(OSError, match="Input/output"):
         getattr(filesystem, verb)(fd, b"1234")
     assert disk.files["/d/b"] == b"12"
 
 
-def test_a_listing_may_fail_half_way() -> None:
-    """After it has named something."""
-    disk, filesystem = outbox_dir(Fault("list_files", 1, errno.EIO, partial=True))
+def test_a_listing_may_fail_in_the_middle() -> None:
+    """After it has returned some names."""
+    disk, filesystem = faulty_disk(Fault("list_files", 1, errno.EIO, partial=True))
     filesystem.create("/d/b")
     names = filesystem.list_files("/d")
     assert next(names).name == "a"
@@ -201,9 +202,9 @@ def test_a_listing_may_fail_half_way() -> None:
     assert len(disk.files) == 2
 
 
-def test_a_failed_sync_dooms_what_it_was_to_make_durable() -> None:
-    """A later one that answers changes nothing about it."""
-    disk, filesystem = outbox_dir(Fault("sync_data", 1, errno.EIO))
+def test_data_of_a_failed_sync_may_be_lost() -> None:
+    """A later, successful sync does not make it durable."""
+    disk, filesystem = faulty_disk(Fault("sync_data", 1, errno.EIO))
     fd = filesystem.create("/d/b")
     filesystem.sync_directory("/d")
     filesystem.write(fd, b"2")
@@ -213,11 +214,11 @@ def test_a_failed_sync_dooms_what_it_was_to_make_durable() -> None:
     assert {state["/d/b"] for state in DurabilityModel(disk.trace).states()} == {b"", b"2", b"\0"}
 
 
-def test_every_verb_of_a_file_system_either_fails_or_is_passed_on() -> None:
-    """What cannot fail is named in the head of the table."""
+def test_every_operation_of_a_filesystem_can_fail_or_is_listed_here() -> None:
+    """Batch operations consist of operations that can fail."""
     verbs = {verb for verb in dir(Filesystem) if not verb.startswith("_")}
-    several = {verb for made in (SequentialBatchOps, PortableScanOps) for verb in vars(made) if not verb.startswith("_")}
-    assert verbs - set(VERBS) - several == {"close", "close_inherited", "has_name", "is_same_file", "is_file_at", "size"}
+    batch_verbs = {verb for ops in (SequentialBatchOps, PortableScanOps) for verb in vars(ops) if not verb.startswith("_")}
+    assert verbs - set(VERBS) - batch_verbs == {"close", "close_inherited", "has_name", "is_same_file", "is_file_at", "size"}
     assert verbs >= PARTIAL_VERBS
-    assert verbs >= several
-    assert not several & (vars(FaultFilesystem).keys() | vars(CrashFilesystem).keys())  # made of those that fail
+    assert verbs >= batch_verbs
+    assert not batch_verbs & (vars(FaultFilesystem).keys() | vars(CrashFilesystem).keys())  # they call operations that fail

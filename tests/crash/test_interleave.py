@@ -1,6 +1,6 @@
-"""Every interleaving of the real code within bounds that take seconds; and that planted defects are found.
+"""Every interleaving of the real code within small bounds, and planted defects, which must be found.
 
-`python -m tests.crash.interleave` runs all of them with three preemptions and a kill.
+`python -m tests.crash.interleave` runs all scenarios with three preemptions and a kill.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pillarbox.testing.crash import CrashFilesystem
 from tests.crash import interleave, interleave_fanout
 from tests.crash.interleave import SCENARIOS, Scenario, explore
 
-# As much as takes seconds: (preemptions, kills) of scenarios that come by many points, by few, and by fewest.
+# Bounds (preemptions, kills) that take seconds, for scenarios with many points, with few points, and the others.
 MANY = {
     interleave.two_deliver_what_a_third_writes,
     interleave.one_writes_and_the_others_adopt_and_deliver,
@@ -43,32 +43,34 @@ CASES = [
 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize(("scenario", "preemptions", "kills"), CASES)
-def test_no_interleaving_loses_doubles_or_leaves_anything(scenario: Scenario, preemptions: int, kills: int) -> None:
-    """What is accepted is delivered, once where nobody is killed."""
+def test_no_interleaving_loses_or_repeats_events_or_leaves_files_behind(
+    scenario: Scenario, preemptions: int, kills: int
+) -> None:
+    """Every accepted event is delivered; exactly once if no process is killed."""
     report = explore(scenario, preemptions, kills)
     assert report.complete
     assert not report.violations, str(report)
 
 
 @pytest.mark.usefixtures("each_order")
-def test_a_file_that_is_written_aside_is_not_removed_as_a_dead_writers() -> None:
-    """By another process that held the first one of that name, when there was one name for all."""
+def test_a_temporary_file_in_use_is_not_removed_by_another_process() -> None:
+    """Temporary files have unique names. With one name for all, another process could hold an earlier file of that name."""
     assert not explore(interleave.one_adopts_what_is_torn_and_another_delivers, 2, 0).violations
 
 
 @pytest.mark.usefixtures("each_order")
-def test_schedules_are_the_same_each_time() -> None:
-    """What is found can be found again."""
+def test_exploration_is_deterministic() -> None:
+    """A violation can be reproduced."""
     first, second = (explore(interleave.two_deliver, 1, 1) for _ in range(2))
     assert (first.schedules, first.points) == (second.schedules, second.points)
 
 
-def test_a_part_of_the_schedules_is_a_part() -> None:
-    """With a limit in seconds."""
+def test_exploration_with_a_time_limit_is_reported_as_incomplete() -> None:
+    """The limit ends it before every schedule was run."""
     assert not explore(interleave.two_evict, seconds=0.2, seed=1).complete
 
 
-def take_without_claim(self: Directory, name: str) -> LockedFile | None:
+def open_without_lock(self: Directory, name: str) -> LockedFile | None:
     try:
         return LockedFile(name, self.filesystem.open_existing(self.path_of(name)))
     except FileNotFoundError:
@@ -79,59 +81,59 @@ def always(*_args: Any) -> bool:
     return True
 
 
-def lease_for_all(self: Lease) -> bool:
+def acquire_without_lock(self: Lease) -> bool:
     self._fd = self._directory.filesystem.open_lock_file(self._directory.path_of("deliver.lock"))
     return True
 
 
-def found(scenario: Scenario, preemptions: int = 2, kills: int = 0) -> str:
+def first_violation(scenario: Scenario, preemptions: int = 2, kills: int = 0) -> str:
     return str(explore(scenario, preemptions, kills).violations[:1])
 
 
-def test_a_take_without_a_claim_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two adopt the same file."""
-    monkeypatch.setattr(Directory, "lock_existing", take_without_claim)
-    assert "was delivered" in found(interleave.two_start_and_adopt_the_same_file, 1)
+def test_recovery_without_a_lock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes recover the same file."""
+    monkeypatch.setattr(Directory, "lock_existing", open_without_lock)
+    assert "was delivered" in first_violation(interleave.two_start_and_adopt_the_same_file, 1)
 
 
-def test_two_deliverers_without_any_claim_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either claim alone would do."""
-    monkeypatch.setattr(Lease, "acquire", lease_for_all)
+def test_delivery_without_lease_and_locks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease alone prevents it; so do the locks of files alone."""
+    monkeypatch.setattr(Lease, "acquire", acquire_without_lock)
     assert not explore(interleave.two_deliver, 1, 0).violations
-    monkeypatch.setattr(Directory, "lock_existing", take_without_claim)
-    assert "was delivered 2 times" in found(interleave.two_deliver, 1)
+    monkeypatch.setattr(Directory, "lock_existing", open_without_lock)
+    assert "was delivered 2 times" in first_violation(interleave.two_deliver, 1)
 
 
-def test_a_file_taken_without_looking_at_its_name_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was sealed or delivered between open and lock."""
+def test_locking_a_file_without_checking_its_name_afterwards_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may be sealed or delivered between open and lock."""
     monkeypatch.setattr(CrashFilesystem, "is_file_at", always)
-    monkeypatch.setattr(Lease, "acquire", lease_for_all)
-    assert "was delivered" in found(interleave.two_deliver)
+    monkeypatch.setattr(Lease, "acquire", acquire_without_lock)
+    assert "was delivered" in first_violation(interleave.two_deliver)
 
 
-def test_a_file_that_is_removed_between_create_and_lock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its writer has to look whether it is still there: killed, it would take with it what it appended."""
+def test_a_writer_that_does_not_check_the_name_of_a_new_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recovery may remove the file between create and lock. A killed writer would lose the events that it appended."""
     monkeypatch.setattr(CrashFilesystem, "has_name", always)
-    assert "lost" in found(interleave.one_begins_files_while_another_recovers, 1, 1)
+    assert "lost" in first_violation(interleave.one_begins_files_while_another_recovers, 1, 1)
 
 
-def test_a_file_that_is_removed_before_it_is_delivered_is_found_by_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of settlement."""
+def test_removing_a_file_before_its_delivery_is_found_by_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a kill the wrong order has no effect."""
     deliver = interleave.InterleavingDestination.deliver
 
-    async def too_late(self: interleave.InterleavingDestination, batch: Any) -> Any:
+    async def remove_and_deliver(self: interleave.InterleavingDestination, batch: Any) -> Any:
         self.process.directory.remove(f"{batch.id}.ndjson")
         return await deliver(self, batch)
 
-    monkeypatch.setattr(interleave.InterleavingDestination, "deliver", too_late)
+    monkeypatch.setattr(interleave.InterleavingDestination, "deliver", remove_and_deliver)
     assert not explore(interleave.two_deliver, 0, 0).violations
-    assert "lost" in found(interleave.two_deliver, 0, 1)
+    assert "lost" in first_violation(interleave.two_deliver, 0, 1)
 
 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("scenario", interleave_fanout.SCENARIOS)
 @pytest.mark.parametrize(("preemptions", "kills"), [(1, 0), (0, 1)])
-def test_no_interleaving_of_handing_over_has_a_sink_miss_anything(scenario: Scenario, preemptions: int, kills: int) -> None:
+def test_no_interleaving_of_fanning_out_loses_events_of_a_sink(scenario: Scenario, preemptions: int, kills: int) -> None:
     """While queues are delivered, files are evicted, or a sink is added."""
     report = explore(scenario, preemptions, kills)
     assert report.complete

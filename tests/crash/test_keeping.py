@@ -1,4 +1,7 @@
-"""Retention, pruning and redelivery, cut short or failing at any moment: each batch is retained or waits, once, and it adds up."""
+"""Retention, pruning and redelivery, with a crash or a fault at any operation.
+
+Each batch exists once, and the ledger balances.
+"""
 
 from __future__ import annotations
 
@@ -26,89 +29,91 @@ from tests.crash.enumeration import ENDS
 
 OUTBOX_PATH = "/outbox"
 LOCKS = frozenset({layout.LEDGER_LOCK})
-BATCHES = 4  # the first is too old at the end, and goes
+BATCHES = 4  # the first is too old at the end, and is pruned
 STATES_MIN = 200
 FAILING = ("rename", "unlink", "sync_directory", "sync_data", "write_all", "open_append", "open_existing", "write")
-# What an order does not call: the ledger is appended to in one compiled operation, which opens and writes in another way.
+# Operations that an order does not call: the compiled append to the ledger opens and writes in another way.
 NOT_CALLED = {"portable": {"write"}, "compiled": {"write_all", "open_append"}}
 
 
 def content(number: int) -> bytes:
     """The content of the n-th batch."""
-    return b"".join(record.line(b'{"n":%d}' % (2 * number + one)) for one in range(2))
+    return b"".join(record.line(b'{"n":%d}' % (2 * number + event)) for event in range(2))
 
 
-def disk_with_sealed() -> Disk:
-    """All batches wait, durably, and the ledger knows of them."""
+def disk_with_batches() -> Disk:
+    """A disk with durable pending batches, which have entries in the ledger."""
     disk = Disk({f"{OUTBOX_PATH}/{layout.sealed_name(number + 1, 'u')}": content(number) for number in range(BATCHES)})
     outbox_dir = Directory(OUTBOX_PATH, CrashFilesystem(disk), ManualClock())
-    pen = LedgerWriter(outbox_dir, ManualClock())
-    pen.add(*(SealedEntry(0, layout.batch_id(name), "w", 2, 100) for name in outbox_dir.batch_names()))
-    assert pen.write(sync=True)
+    ledger_writer = LedgerWriter(outbox_dir, ManualClock())
+    ledger_writer.add(*(SealedEntry(0, layout.batch_id(name), "w", 2, 100) for name in outbox_dir.batch_names()))
+    assert ledger_writer.write(sync=True)
     return Disk(disk.files)
 
 
 def retain_and_redeliver(filesystem: Filesystem) -> None:
-    """What the settlement does with each file, and then what `pillarbox redeliver` does."""
+    """Do with each file what settlement does, and then what `pillarbox redeliver` does."""
     clock = ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
     outbox_dir = Directory(OUTBOX_PATH, filesystem, clock, new_id)
-    pen, shelf = LedgerWriter(outbox_dir, clock), Retention(outbox_dir, clock, 10.0, 10**6)
+    ledger_writer, retention = LedgerWriter(outbox_dir, clock), Retention(outbox_dir, clock, 10.0, 10**6)
     for name in outbox_dir.batch_names():
-        taken = outbox_dir.lock_existing(name)
-        assert taken is not None
-        pen.add(SettledEntry(clock.micros(), layout.batch_id(name), "sink", 2, 0, 0, 0))
-        pen.write(sync=True)
-        if not shelf.retain(taken):
+        locked_file = outbox_dir.lock_existing(name)
+        assert locked_file is not None
+        ledger_writer.add(SettledEntry(clock.micros(), layout.batch_id(name), "sink", 2, 0, 0, 0))
+        ledger_writer.write(sync=True)
+        if not retention.retain(locked_file):
             outbox_dir.remove(name)
-        filesystem.close(taken.fd)
+        filesystem.close(locked_file.fd)
         clock.advance(3.0)
     filesystem.sync_directory(OUTBOX_PATH)
-    shelf.prune()
-    again = Redelivery(outbox_dir, {"": outbox_dir}, clock, RecordFilter(), ChangeReport(), lambda *_: None)
-    again.execute(PendingLimits(10**6, 1000), lambda: False, lambda _: None)
+    retention.prune()
+    redelivery = Redelivery(outbox_dir, {"": outbox_dir}, clock, RecordFilter(), ChangeReport(), lambda *_: None)
+    redelivery.execute(PendingLimits(10**6, 1000), lambda: False, lambda _: None)
 
 
 def problem_of(state: State) -> str:
-    """What is wrong with a state; the first batch may be gone."""
-    found = [data for path, data in state.items() if layout.kind_of(path.rpartition("/")[2]) in (Kind.SEALED, Kind.DELIVERED)]
+    """The problem of a state, or an empty string. The first batch may be pruned."""
+    contents = [
+        data for path, data in state.items() if layout.kind_of(path.rpartition("/")[2]) in (Kind.SEALED, Kind.DELIVERED)
+    ]
     for number in range(BATCHES):
-        times = found.count(content(number))
-        if times > 1 or (number and not times):
-            return f"batch {number} is there {times} times: {sorted(state)}"
+        copies = contents.count(content(number))
+        if copies > 1 or (number and not copies):
+            return f"batch {number} exists {copies} times: {sorted(state)}"
     account = reconcile(Directory(OUTBOX_PATH, CrashFilesystem(Disk(state)), ManualClock()))
-    return "" if account.balances else f"it does not add up: {account} in {sorted(state)}"
+    return "" if account.balances else f"the ledger does not balance: {account} in {sorted(state)}"
 
 
 @pytest.mark.usefixtures("each_order")
-def test_killed_or_without_power_at_any_moment_each_batch_is_kept_or_waits_once() -> None:
-    """Every state that is left of retention, pruning and redelivery."""
-    disk = disk_with_sealed()
+def test_after_a_kill_or_power_loss_at_any_operation_each_batch_exists_once() -> None:
+    """It is either retained or pending, in every state after retention, pruning and redelivery."""
+    disk = disk_with_batches()
     retain_and_redeliver(crash_filesystem(disk))
     assert sum(op.verb == "unlink" for op in disk.trace) == 1
-    survivors, states = DurabilityModel(ignoring=LOCKS), 0
+    model, states = DurabilityModel(ignoring=LOCKS), 0
     for op in disk.trace:
-        survivors.apply(op)
-        for state in [survivors.complete_state(), *survivors.states(ENDS)] if op.verb != "found" else ():
+        model.apply(op)
+        for state in [model.complete_state(), *model.states(ENDS)] if op.verb != "found" else ():
             states += 1
             assert not problem_of(state), op
     assert states > STATES_MIN
 
 
 @pytest.mark.parametrize("verb", FAILING)
-def test_whatever_fails_each_batch_that_is_there_is_there_once(verb: str, each_order: Order) -> None:
-    """If a rename fails the file goes, for it is delivered; a file that stays is reported. The account balances."""
-    met = 0
+def test_after_any_fault_each_remaining_batch_exists_once(verb: str, each_order: Order) -> None:
+    """If a rename fails, the delivered file is removed. No batch has two files."""
+    faults_met = 0
     for nth, code in itertools.product(range(1, 40), VERBS.get(verb, ())):
-        disk, meter = disk_with_sealed(), FaultCounter(Fault(verb, nth, code))
+        disk, counter = disk_with_batches(), FaultCounter(Fault(verb, nth, code))
         try:
-            retain_and_redeliver(fault_filesystem(crash_filesystem(disk), meter))
+            retain_and_redeliver(fault_filesystem(crash_filesystem(disk), counter))
         except OSError:
             assert verb in ("sync_directory", "open_existing"), verb  # raised to the caller, who tries again
-        if not meter.failures:
+        if not counter.failures:
             break
-        met += 1
-        found = [data for path, data in disk.files.items() if b'"n"' in data and "/ledger" not in path]
-        assert len(found) == len(set(found))
-        assert found.count(content(2)) == 1 or verb == "rename"
-    assert bool(met) == (verb not in NOT_CALLED[each_order])
+        faults_met += 1
+        contents = [data for path, data in disk.files.items() if b'"n"' in data and "/ledger" not in path]
+        assert len(contents) == len(set(contents))
+        assert contents.count(content(2)) == 1 or verb == "rename"
+    assert bool(faults_met) == (verb not in NOT_CALLED[each_order])

@@ -1,4 +1,4 @@
-"""A fixed part of the model against the kernel, and that a kernel that does something else would be found."""
+"""A fixed part of the comparison of the durability model with the kernel, and planted differences, which must be found."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ CUTS_MIN = 50
 
 @pytest.fixture(autouse=True)
 def machine(caplog: pytest.LogCaptureFixture) -> None:
-    """What it takes; the store's log messages are many."""
+    """Skip without the devices and commands that the tests need, and reduce the log of the store."""
     block_device.need(devices=("/dev/loop-control",), commands=("mkfs.ext4", "mkfs.xfs", "losetup", "mount"))
     caplog.set_level(logging.CRITICAL, logger="pillarbox")
 
 
 @pytest.mark.parametrize("filesystem", block_device.MAKERS)
-def test_what_survives_a_cut_is_what_the_model_admits_and_the_store_keeps_its_word(filesystem: str, tmp_path: Path) -> None:
-    """After any operation of histories of the real code, and of operations by chance."""
+def test_every_state_after_a_cut_is_admitted_by_the_model_and_loses_no_promised_event(filesystem: str, tmp_path: Path) -> None:
+    """The power is cut after any operation of histories of the real code, and of random operations."""
     report = block_device.run(filesystem, SECONDS, 20262, tmp_path)
-    print(report)  # noqa: T201 - shown where it fails
+    print(report)  # noqa: T201 - shown if the test fails
     assert report.cuts >= CUTS_MIN
     assert 0 < report.raw < report.cuts
     assert report.lost_something > report.cuts // 10
 
 
 def test_a_sync_that_does_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is never told of the syncs that the model knows of."""
+    """The syncs of the trace are not done on the real file system."""
     do = block_device.TraceReplay.do
     monkeypatch.setattr(
         block_device.TraceReplay, "do", lambda replay, op: None if op.verb.startswith("sync") else do(replay, op)
@@ -60,7 +60,7 @@ def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("filesystem", block_device.MAKERS)
 def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tmp_path: Path) -> None:
-    """The kernel wipes the rest of the page; where that is written back and the journal is not, it is all that is left."""
+    """The kernel clears the rest of the page. If the page is written back without the journal, the old size has NUL bytes."""
     path = f"{OUTBOX_PATH}/a"
     trace = [Op("found", path, 1, data=b"x" * 100), Op("truncate", path, 1, 40)]
     with block_device.LoopDevice(filesystem, tmp_path) as medium:
@@ -77,8 +77,8 @@ def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tm
     assert durability_model.DurabilityModel(trace).admits({path: b"x" * 40 + bytes(60)})
 
 
-def test_a_machine_that_lacks_something_is_a_reason_to_skip_but_not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the reason names it."""
+def test_a_missing_requirement_skips_a_test_and_fails_it_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason names what is missing."""
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match=r"needs /dev/missing, mkfs\.missing"):
         block_device.need(devices=("/dev/missing",), commands=("mkfs.missing",))
@@ -87,8 +87,8 @@ def test_a_machine_that_lacks_something_is_a_reason_to_skip_but_not_in_ci(monkey
         block_device.need(devices=("/dev/missing",))
 
 
-def test_a_replay_that_comes_off_its_trace_is_found(tmp_path: Path) -> None:
-    """Or the comparison would be with another history."""
+def test_a_replay_that_diverges_from_its_trace_is_found(tmp_path: Path) -> None:
+    """Otherwise the state would be compared with that of another history."""
     with block_device.LoopDevice("ext4", tmp_path) as medium:
         root = medium.folder / "root"
         root.mkdir()

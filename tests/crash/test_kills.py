@@ -1,4 +1,4 @@
-"""A fixed part of the torture by `kill -9`, and that its oracle sees what it is there to see."""
+"""A fixed part of the torture by `kill -9`, and tests of its oracle."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SECONDS = 11.0
 KILLS_MIN = 150
 
 
-def test_what_was_acknowledged_survives_every_kill(tmp_path: Path) -> None:
-    """In a process of its own: a parent with threads must not fork."""
+def test_acknowledged_events_survive_every_kill(tmp_path: Path) -> None:
+    """It runs in its own process, because a process with threads must not fork."""
     seed = "20260"
     command = [
         sys.executable,
@@ -33,9 +33,11 @@ def test_what_was_acknowledged_survives_every_kill(tmp_path: Path) -> None:
         "--directory",
         str(tmp_path),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = dict(part.split("=") for part in done.stdout.splitlines()[-1].removeprefix("KillReport(").rstrip(")").split(", "))
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    figures = dict(
+        part.split("=") for part in process.stdout.splitlines()[-1].removeprefix("KillReport(").rstrip(")").split(", ")
+    )
     assert int(figures["kills"]) >= KILLS_MIN
     assert int(figures["acknowledged"]) > 1_000
     assert int(figures["delivered"]) >= int(figures["acknowledged"])
@@ -43,7 +45,7 @@ def test_what_was_acknowledged_survives_every_kill(tmp_path: Path) -> None:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> tuple[kills.Oracle, Path, Path]:
-    """An oracle that was told of five events of life 7, all of which arrived: acknowledged but the last, which was only begun."""
+    """An oracle with five events of life 7, which all arrived. All are acknowledged but the last, which was only attempted."""
     oracle = kills.Oracle(1)
     note = oracle.notes(0)
     for number in range(5):
@@ -59,15 +61,15 @@ def deliver(folder: Path, events: list[tuple[int, int]]) -> None:
         assert outbox.flush()
 
 
-def test_nothing_is_wrong_where_everything_arrived(scene: tuple[kills.Oracle, Path, Path]) -> None:
-    """And an event that was begun and not acknowledged may arrive."""
+def test_complete_delivery_has_no_violation(scene: tuple[kills.Oracle, Path, Path]) -> None:
+    """An event that was attempted and not acknowledged may arrive too."""
     oracle, database, outbox = scene
     assert oracle.check(database, outbox, [kills.ACKNOWLEDGED]) == []
     assert (oracle.events, oracle.acknowledged, oracle.delivered) == (5, 4, 5)
 
 
-def test_an_event_that_nobody_began_is_invented(scene: tuple[kills.Oracle, Path, Path]) -> None:
-    """So is one of an earlier round, which is settled."""
+def test_an_event_that_was_never_attempted_is_invented(scene: tuple[kills.Oracle, Path, Path]) -> None:
+    """So is an event of an earlier round, which was delivered then."""
     oracle, database, outbox = scene
     deliver(outbox.parent, [(7, 5), (3, 0)])
     assert [text.partition(",")[0] for text in oracle.check(database, outbox, [])] == ["invented: 7-5", "invented: 3-0"]
@@ -76,30 +78,30 @@ def test_an_event_that_nobody_began_is_invented(scene: tuple[kills.Oracle, Path,
 
 
 def test_an_acknowledged_event_that_did_not_arrive_is_lost(tmp_path: Path) -> None:
-    """One that was only begun is not."""
+    """An event that was only attempted is not lost."""
     oracle = kills.Oracle(2)
     oracle.notes(1)(0, kills.BEGUN)
     oracle.notes(1)(2, kills.POWER)
     oracle.bury(1, 4)
     deliver(tmp_path, [])
-    found = oracle.check(tmp_path / "destination.db", tmp_path / "outbox", [kills.ACKNOWLEDGED, kills.POWER])
-    assert found == [f"lost: 4-2, in state {kills.POWER}"]
+    violations = oracle.check(tmp_path / "destination.db", tmp_path / "outbox", [kills.ACKNOWLEDGED, kills.POWER])
+    assert violations == [f"lost: 4-2, in state {kills.POWER}"]
 
 
-def test_what_is_left_behind_is_wrong_and_so_is_quarantine_of_what_was_acknowledged(
+def test_remaining_files_and_acknowledged_events_in_quarantine_are_violations(
     scene: tuple[kills.Oracle, Path, Path],
 ) -> None:
-    """A torn line of a killed append is not."""
+    """A torn line of a killed append is not a violation."""
     oracle, database, outbox = scene
     (outbox / "sealed-x.ndjson").touch()
     (outbox / layout.corrupt_name("a")).write_bytes(b'{"event":{"event_id":"7-4","event_k')
     (outbox / layout.corrupt_name("b")).write_bytes(b'{"event":{"event_id":"7-3","event_k')
-    found = oracle.check(database, outbox, [kills.ACKNOWLEDGED])
-    assert found == ["in quarantine though acknowledged: 7-3", "left behind: sealed-x.ndjson"]
+    violations = oracle.check(database, outbox, [kills.ACKNOWLEDGED])
+    assert violations == ["in quarantine though acknowledged: 7-3", "left behind: sealed-x.ndjson"]
 
 
-def test_a_child_that_raises_leaves_its_trace(tmp_path: Path) -> None:
-    """A failure to open is found by the status of the child."""
+def test_a_child_that_raises_writes_its_traceback(tmp_path: Path) -> None:
+    """The parent finds the failure by the exit status."""
     pid = kills.fork(tmp_path, lambda: os.kill(-1 << 40, signal.SIGKILL))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == kills.FAILED
     assert "OverflowError" in next(tmp_path.iterdir()).read_text()

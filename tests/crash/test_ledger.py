@@ -1,4 +1,4 @@
-"""The ledger after a crash at any moment: an entry that was durable is in it once, also while it is compacted."""
+"""The ledger after a crash at any moment: a durable entry counts once, even during compaction."""
 
 from __future__ import annotations
 
@@ -30,44 +30,44 @@ def batch(number: int) -> str:
 
 
 def history(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
-    """Batches are sealed and settled, one after the other; the ledger is compacted meanwhile."""
+    """Seal and settle batches one after another, with compactions of the ledger. Returns the trace."""
     monkeypatch.setattr(ledger, "COMPACT_BYTES", 1000)
     monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 1)
     disk, clock = Disk(), ManualClock()
     new_id = map("{:04d}".format, itertools.count(1)).__next__
     outbox_dir = Directory(OUTBOX_PATH, crash_filesystem(disk), clock, new_id)
     outbox_dir.ensure_usable()
-    pen = LedgerWriter(outbox_dir, clock)
+    ledger_writer = LedgerWriter(outbox_dir, clock)
     for number in range(BATCHES):
-        pen.add(SealedEntry(number, batch(number), "w", EVENTS, 100))
-        assert pen.write(sync=False)
-        pen.add(SettledEntry(number, batch(number), "sink", EVENTS, 0, 0, 0))
-        assert pen.write(sync=True)
+        ledger_writer.add(SealedEntry(number, batch(number), "w", EVENTS, 100))
+        assert ledger_writer.write(sync=False)
+        ledger_writer.add(SettledEntry(number, batch(number), "sink", EVENTS, 0, 0, 0))
+        assert ledger_writer.write(sync=True)
         disk.mark(("settled", number))
     return list(disk.trace)
 
 
 def problem_of(state: State, settled: int) -> str:
-    """What is wrong with the account after a crash, when `settled` batches were settled; the files of the others are there."""
+    """The problem of the ledger after a crash, or an empty string. The batches after the first `settled` have files."""
     entries, _ = parse_ledger(state.get(LEDGER, b""))
     account = reconciliation.reconcile_entries(
         entries, {batch(number): FileCounts(EVENTS, 0) for number in range(settled, BATCHES)}, []
     )
     total = account.total
     if not account.balances or total.resent or total.accepted != BATCHES * EVENTS:
-        return f"{settled} settled: {account}"
+        return f"{settled} batches were settled: {account}"
     if not settled * EVENTS <= total.delivered <= (settled + 1) * EVENTS:
-        return f"{settled} settled, and the ledger has {total.delivered} events as delivered"
+        return f"{settled} batches were settled, and the ledger has {total.delivered} delivered events"
     return ""
 
 
 def check_states(trace: list[Op]) -> tuple[int, str]:
-    """How many states were checked, and what is wrong with one of them."""
-    survivors, settled, states = DurabilityModel(ignoring={layout.LEDGER_LOCK}), 0, 0
+    """The number of checked states, and the first problem."""
+    model, settled, states = DurabilityModel(ignoring={layout.LEDGER_LOCK}), 0, 0
     for op in trace:
-        survivors.apply(op)
+        model.apply(op)
         settled += op.verb == "mark"
-        for state in [survivors.complete_state(), *survivors.states(ENDS)]:
+        for state in [model.complete_state(), *model.states(ENDS)]:
             states += 1
             if problem := problem_of(state, settled):
                 return states, f"after {op.verb} {op.path}: {problem}"
@@ -75,8 +75,8 @@ def check_states(trace: list[Op]) -> tuple[int, str]:
 
 
 @pytest.mark.usefixtures("each_order")
-def test_what_was_synced_is_counted_once_whatever_a_crash_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every moment of appending and of compaction, by a kill or a loss of power."""
+def test_a_synced_entry_counts_once_in_every_state_after_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill or a power loss at every moment of appends and compactions."""
     trace = history(monkeypatch)
     assert any(op.verb == "rename" and op.target == LEDGER for op in trace)
     states, problem = check_states(trace)
@@ -86,7 +86,7 @@ def test_what_was_synced_is_counted_once_whatever_a_crash_leaves(monkeypatch: py
 
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("verb", ["sync_data", "sync_directory"])
-def test_without_its_syncs_that_is_not_so(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
-    """The states show the difference."""
+def test_without_syncs_entries_are_lost(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    """So the states cover what the syncs are for."""
     trace = [op for op in history(monkeypatch) if op.verb != verb]
     assert check_states(trace)[1]

@@ -1,6 +1,6 @@
-"""The state machine for some seconds, always with the same examples; planted defects are found; its losses of power are the model's.
+"""The state machine with fixed examples, planted defects, which must be found, and its model of power losses.
 
-`python -m tests.crash.state_machine` runs it for longer.
+`python -m tests.crash.state_machine` runs it longer.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.durability_model import DurabilityModel
 from tests.crash.state_machine import Fuse, OutboxMachine, pick, torture
 
-EXAMPLES = 1500  # some ten seconds
-ENOUGH = 3000  # to find what is planted; most are found in the first hundreds
+EXAMPLES = 1500  # about ten seconds
+DEFECT_EXAMPLES = 3000  # enough to find every planted defect; most are found within hundreds
 
-Plant = Callable[[pytest.MonkeyPatch], None]
+Defect = Callable[[pytest.MonkeyPatch], None]
 
 
 @pytest.mark.usefixtures("each_order")
-def test_nothing_is_lost_invented_doubled_or_left_behind() -> None:
-    """Whatever is called, in whatever order, however it ends."""
+def test_no_sequence_loses_invents_or_repeats_events() -> None:
+    """For any calls in any order, with kills and power losses, and no file is left behind."""
     torture(EXAMPLES)
 
 
@@ -47,15 +47,15 @@ def names_without_a_sync(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Directory, "_sync_names", lambda _self: None)
 
 
-def adopted_without_a_sync(patch: pytest.MonkeyPatch) -> None:
+def recovered_without_a_sync(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recovery, "_sync_or_rewrite", lambda _directory, file: file)
 
 
-def dead_letters_not_kept(patch: pytest.MonkeyPatch) -> None:
+def dead_letters_not_stored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(settlement, "write_dead_letters", lambda *_: None)
 
 
-def durable_once_it_is_written(patch: pytest.MonkeyPatch) -> None:
+def confirmed_without_a_sync(patch: pytest.MonkeyPatch) -> None:
     def commit(self: GroupCommitter, lines: bytes, events: int) -> Any:
         outcome = self._writer.append(lines, events)
         return ENQUEUED_POWER if outcome else outcome
@@ -63,7 +63,7 @@ def durable_once_it_is_written(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GroupCommitter, "commit", commit)
 
 
-def taken_without_a_lock(patch: pytest.MonkeyPatch) -> None:
+def opened_without_a_lock(patch: pytest.MonkeyPatch) -> None:
     def take(self: Directory, name: str) -> LockedFile | None:
         try:
             return LockedFile(name, self.filesystem.open_existing(self.path_of(name)))
@@ -73,38 +73,40 @@ def taken_without_a_lock(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Directory, "lock_existing", take)
 
 
-def adopted_by_nobody(patch: pytest.MonkeyPatch) -> None:
+def never_recovered(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recovery, "_recover_file", lambda *_: True)
 
 
-def put_under_other_names(patch: pytest.MonkeyPatch) -> None:
-    put = Directory.write_atomically
-    patch.setattr(Directory, "write_atomically", lambda self, name, data: put(self, f"{name}-{self.new_id()}", data))
+def written_under_other_names(patch: pytest.MonkeyPatch) -> None:
+    write_atomically = Directory.write_atomically
+    patch.setattr(
+        Directory, "write_atomically", lambda self, name, data: write_atomically(self, f"{name}-{self.new_id()}", data)
+    )
 
 
-PLANTS: list[Plant] = [
+DEFECTS: list[Defect] = [
     sealed_without_a_sync,
     names_without_a_sync,
-    adopted_without_a_sync,
-    dead_letters_not_kept,
-    durable_once_it_is_written,
-    taken_without_a_lock,
-    adopted_by_nobody,
-    put_under_other_names,
+    recovered_without_a_sync,
+    dead_letters_not_stored,
+    confirmed_without_a_sync,
+    opened_without_a_lock,
+    never_recovered,
+    written_under_other_names,
 ]
 
 
-@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
-def test_what_is_planted_is_found(monkeypatch: pytest.MonkeyPatch, plant: Plant) -> None:
-    """Otherwise the test above would say nothing."""
-    plant(monkeypatch)
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_a_planted_defect_is_found(monkeypatch: pytest.MonkeyPatch, defect: Defect) -> None:
+    """Otherwise the test above would prove nothing."""
+    defect(monkeypatch)
     with pytest.raises(AssertionError):
-        torture(ENOUGH, 2, shrink=False)
+        torture(DEFECT_EXAMPLES, 2, shrink=False)
 
 
 @pytest.mark.usefixtures("each_order")
-def test_a_batch_keeps_its_name_when_the_power_fails_after_it_was_sent() -> None:
-    """Its sealer died between rename and sync: another name after the loss of power is another batch to the destination."""
+def test_a_delivered_batch_keeps_its_name_after_a_power_loss() -> None:
+    """The sealer is killed between rename and sync. Under another name, the destination would see another batch."""
     for killed, cut, number in itertools.product(range(4), range(8, 16), range(4)):
         machine, chance = OutboxMachine(), random.Random(number)
         machine.begin(evicts=False)
@@ -115,8 +117,8 @@ def test_a_batch_keeps_its_name_when_the_power_fails_after_it_was_sent() -> None
         machine.teardown()
 
 
-def test_what_a_loss_of_power_leaves_is_one_of_the_models_states() -> None:
-    """And each of them is left at some time."""
+def test_power_losses_of_the_machine_leave_exactly_the_states_of_the_model() -> None:
+    """Each state of the model occurs."""
     disk = Disk({"/d/a": b"1\n"})
     filesystem = CrashFilesystem(disk)
     fd = filesystem.create("/d/b")

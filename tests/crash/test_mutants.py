@@ -1,4 +1,4 @@
-"""Every mutant can be made, and some of them are found; `python -m tests.crash.mutants` runs all of them."""
+"""Every mutant can be applied, and some of them are found. `python -m tests.crash.mutants` runs all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.crash.mutants import HARNESSES, MUTANTS, Mutant
 
 MUTANTS_MIN = 30
 DOCS = mutants.ROOT / "docs" / "dev" / "mutants.md"
-# Each by a harness that finds it within seconds.
+# Mutants, each with a harness that finds it within seconds.
 SAMPLE = [
     ("sealed-unsynced", "enumeration"),
     ("sealed-names-not-synced", "enumeration"),
@@ -28,27 +28,27 @@ SAMPLE = [
 NAMED = {mutant.name: mutant for mutant in MUTANTS}
 
 
-def test_there_are_enough_and_each_has_a_name() -> None:
-    """And names harnesses that there are."""
+def test_mutants_have_unique_names_descriptions_and_existing_harnesses() -> None:
+    """Their number does not fall below a minimum."""
     assert len(NAMED) == len(MUTANTS) >= MUTANTS_MIN
     assert all(mutant.breaks and set(mutant.also) <= HARNESSES.keys() for mutant in MUTANTS)
 
 
-def test_the_tests_that_are_left_out_exist() -> None:
-    """One that was renamed would be run on every mutant."""
+def test_the_excluded_tests_exist() -> None:
+    """A renamed test module would run on every mutant."""
     assert not [name for name in mutants.LEFT_OUT if not (mutants.ROOT / "tests" / f"{name}.py").exists()]
     assert all((mutants.ROOT / name).exists() for name in mutants.COMPILED_TESTS if name.endswith(".py"))
 
 
-def test_a_mutant_names_harnesses_besides_those_for_all_or_in_their_place() -> None:
-    """By the word in front of them."""
+def test_a_mutant_names_additional_or_exclusive_harnesses() -> None:
+    """The word `only` makes them exclusive."""
     assert mutants.chosen_for(NAMED["retired-forgotten"]) == [*mutants.DEFAULT_HARNESSES[:-1], "interrupts", mutants.UNIT_TESTS]
     assert mutants.chosen_for(NAMED["link-counts-at-once"]) == ["fanout"]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_mutant_is_what_it_patches_exactly_once_and_compiles(mutant: Mutant) -> None:
-    """So that none is lost when the code is changed."""
+def test_the_patch_of_a_mutant_matches_exactly_once_and_compiles(mutant: Mutant) -> None:
+    """So no mutant is lost when the code changes."""
     text = mutants.patched(mutant)
     assert text != mutant.path.read_text()
     if not mutant.is_compiled:
@@ -58,8 +58,8 @@ def test_a_mutant_is_what_it_patches_exactly_once_and_compiles(mutant: Mutant) -
         subprocess.run([compiled_order.COMPILER, "-fsyntax-only", *include, "-x", "c", "-"], input=text, text=True, check=True)
 
 
-def test_a_mutant_of_text_that_is_not_there_is_an_error() -> None:
-    """Rather than the code as it is."""
+def test_a_patch_of_missing_text_raises() -> None:
+    """It does not leave the code unchanged."""
     with pytest.raises(ValueError, match="is 0 times in"):
         mutants.patched(MUTANTS[0]._replace(old="no such text"))
 
@@ -67,38 +67,38 @@ def test_a_mutant_of_text_that_is_not_there_is_an_error() -> None:
 @pytest.mark.proof
 @pytest.mark.parametrize(("name", "harness"), SAMPLE)
 def test_a_mutant_is_found(name: str, harness: str) -> None:
-    """The harness that is best at it fails."""
+    """The harness reports a violation."""
     assert mutants.run_harnesses(NAMED[name], {harness: mutants.SECONDS_AS_IT_IS})[harness].found
 
 
 @pytest.mark.proof
-def test_what_is_appended_while_a_file_is_synced_is_not_taken_for_durable() -> None:
-    """A harness that is nowhere else; the other ones of `mutants.py` are calls of those that are."""
+def test_appends_during_a_sync_are_not_treated_as_durable() -> None:
+    """The harness `meanwhile` exists only for the mutants; the others also run as tests."""
     assert not mutants.meanwhile()
 
 
 @pytest.mark.proof
-def test_a_mutant_that_does_not_run_is_no_find() -> None:
-    """It says nothing of a harness."""
-    broken = NAMED["sealed-unsynced"]._replace(new="no_such_name")
+def test_a_mutant_that_does_not_run_raises() -> None:
+    """It is not counted as found."""
+    unusable = NAMED["sealed-unsynced"]._replace(new="no_such_name")
     with pytest.raises(RuntimeError, match="does not run"):
-        mutants.run_harnesses(broken, {"machine": mutants.SECONDS_AS_IT_IS})
+        mutants.run_harnesses(unusable, {"machine": mutants.SECONDS_AS_IT_IS})
 
 
 @pytest.mark.proof
-def test_a_harness_runs_on_the_copy(tmp_path: Path) -> None:
-    """A package that cannot be imported is found out."""
-    outbox_dir = mutants.copy_package(None, tmp_path)
-    (outbox_dir / "pillarbox" / "__init__.py").write_text("raise ImportError('this is the copy')\n")
+def test_a_harness_imports_the_copy_of_the_package(tmp_path: Path) -> None:
+    """An import error in the copy is reported."""
+    workdir = mutants.copy_package(None, tmp_path)
+    (workdir / "pillarbox" / "__init__.py").write_text("raise ImportError('this is the copy')\n")
     with pytest.raises(RuntimeError, match="this is the copy"):
-        mutants.run_harness(outbox_dir, "machine")
+        mutants.run_harness(workdir, "machine")
 
 
-def test_the_table_in_the_docs_has_every_mutant_and_none_survives() -> None:
-    """It is printed by `python -m tests.crash.mutants`."""
+def test_the_documented_table_has_every_mutant_and_no_survivor() -> None:
+    """`python -m tests.crash.mutants` prints it."""
     rows = [line.split(" | ") for line in DOCS.read_text().splitlines() if line.startswith("| ")]
-    found = {row[0].removeprefix("| "): row for row in rows}
-    assert [name for name in found if name in NAMED] == list(NAMED)
+    row_by_name = {row[0].removeprefix("| "): row for row in rows}
+    assert [name for name in row_by_name if name in NAMED] == list(NAMED)
     for name, mutant in NAMED.items():
-        assert found[name][1:3] == [mutant.breaks, f"`{mutant.module}`"]
-        assert any("**found**" in cell for cell in found[name])
+        assert row_by_name[name][1:3] == [mutant.breaks, f"`{mutant.module}`"]
+        assert any("**found**" in cell for cell in row_by_name[name])
