@@ -1,5 +1,5 @@
 """Runs the command line: `python -m pillarbox`."""
 
-from pillarbox.cli import main
+from pillarbox.cli import start
 
-main()
+start()

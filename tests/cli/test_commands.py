@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_server import CommandServer, depends_on_start
 from tests.conftest import existing_events
 
 PILLARBOX = [sys.executable, "-m", "pillarbox"]
@@ -26,10 +28,18 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 def run(
     *arguments: object, cwd: Path, stdin: bytes = b"", environ: dict[str, str] | None = None, seconds: float = 60
 ) -> subprocess.CompletedProcess[bytes]:
+    """Run a command to its end."""
+    environment = CLEAN | (environ or {})
+    if not depends_on_start(environment):
+        return command_server().run(list(map(str, arguments)), cwd, stdin, environment, seconds)
     command = [*PILLARBOX, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, input=stdin, capture_output=True, timeout=seconds, env=CLEAN | (environ or {}), check=False
-    )
+    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=seconds, env=environment, check=False)
+
+
+@functools.cache
+def command_server() -> CommandServer:
+    """The one of this process."""
+    return CommandServer()
 
 
 def delivered_event_ids(path: Path) -> list[str]:
@@ -200,7 +210,7 @@ def test_if_enqueue_is_killed_every_acknowledged_event_arrives_once(tmp_path: Pa
 
 def test_without_typer_the_command_says_what_to_install(tmp_path: Path) -> None:
     """One sentence, no traceback."""
-    code = "import sys; sys.modules['typer'] = None; from pillarbox.cli import main; main()"
+    code = "import sys; sys.modules['typer'] = None; from pillarbox.cli import start; start()"
     completed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False, timeout=60)
     assert completed.returncode == 1
     assert completed.stderr.decode().strip() == "pillarbox: the command line needs typer; pip install 'pillarbox[cli]'"

@@ -165,14 +165,14 @@ def test_purge_deletes_the_chosen_records_and_writes_a_ledger_entry(tmp_path: Pa
 # Replaces a function with one that blocks, so that the kill or signal arrives exactly at that call.
 HALT = """
 import sys, threading
-from pillarbox.cli import main
+from pillarbox.cli import start
 def halt(*_, **__):
     print("halted", flush=True)
     threading.Event().wait()
 import {module} as module
 module.{name} = halt
 sys.argv = ["pillarbox", *{arguments!r}]
-main()
+start()
 """
 HALT_POINTS = [
     ("pillarbox.outbox", "Outbox.enqueue_json"),

@@ -126,7 +126,7 @@ def test_export_changes_nothing(tmp_path: Path) -> None:
 HALFWAY = """
 import threading
 from itertools import islice
-from pillarbox.cli import main
+from pillarbox.cli import start
 from pillarbox.admin.export import EventExporter
 whole = EventExporter.events
 def half(self, what):
@@ -134,7 +134,7 @@ def half(self, what):
     print("halted", flush=True)
     threading.Event().wait()
 EventExporter.events = half
-main()
+start()
 """
 
 

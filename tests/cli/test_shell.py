@@ -25,13 +25,13 @@ BATCH = "sealed-1700000000000000-x"
 # Prints a line when the command starts to load: an earlier SIGINT would interrupt the start of the interpreter.
 WITH_START_NOTICE = """
 import sys
-from pillarbox.cli import main
+from pillarbox.cli import start
 class Announcer:
     def find_spec(self, name, *_):
         if name == "pillarbox.cli.main":
             print("up", file=sys.stderr, flush=True)
 sys.meta_path.insert(0, Announcer())
-main()
+start()
 """
 
 

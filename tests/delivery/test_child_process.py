@@ -220,12 +220,20 @@ def test_only_one_of_two_outboxes_has_a_child(folder: Path, url: str) -> None:
 
 
 def child_pids() -> set[int]:
-    """The pids of the processes that this process has started."""
-    found: set[int] = set()
+    """The pids of the delivery processes that this process has started; other tests leave servers running in it."""
+    pids: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
-            found |= set(map(int, (task / "children").read_text().split()))
-    return found
+            pids |= set(map(int, (task / "children").read_text().split()))
+    return {pid for pid in pids if is_delivery_process(pid)}
+
+
+def is_delivery_process(pid: int) -> bool:
+    """Whether its command line is that of a child process that delivers. Before `exec` it is that of this process."""
+    try:
+        return b"pillarbox.delivery.process.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return False
 
 
 def test_a_child_ends_if_another_process_delivers(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

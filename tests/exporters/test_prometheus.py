@@ -167,7 +167,7 @@ def test_the_endpoint_listens_on_ipv6(tmp_path: Path) -> None:
 
 
 def rejected_output(*arguments: str, cwd: Path, without: str = "nothing") -> str:
-    program = f"import sys; sys.modules[{without!r}] = None; from pillarbox.cli import main; main()"
+    program = f"import sys; sys.modules[{without!r}] = None; from pillarbox.cli import start; start()"
     command = [sys.executable, "-c", program, "deliver", "-d", "box", "--sink", "sqlite:///e.db", *arguments]
     completed = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
     assert completed.returncode == 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 
-def main() -> None:
+def start() -> None:
     """Run the command line; exits with a hint if the `cli` extra is not installed."""
     try:
         from pillarbox.cli.main import run  # noqa: PLC0415 - after the check that the extra is installed
