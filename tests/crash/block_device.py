@@ -369,26 +369,26 @@ class PowerCuts:
         chance = random.Random(self._chance.randrange(2**64))
         raw = chance.random() < 0.4
         history, trace = ("", raw_history(chance)) if raw else simulated_history(chance)
-        survivors, account = DurabilityModel(ignoring=LOCKS), Obligations()
+        model, obligations = DurabilityModel(ignoring=LOCKS), Obligations()
         end = chance.randrange(len(trace) + 1)
         for at, op in enumerate(trace[:end]):
-            if survivors.unsynced_names > UNSURE_MAX:
+            if model.unsynced_names > UNSURE_MAX:
                 end = at
                 break
-            account.apply(op, lambda path: survivors.complete_state().get(path, b""))
-            survivors.apply(op)
+            obligations.apply(op, lambda path: model.complete_state().get(path, b""))
+            model.apply(op)
         root = self._root()
         self._replay(trace[:end], root, chance)
         state = self._state(root)
         self._cuts["all"] += 1
         self._cuts["raw"] += raw
-        self._cuts["lost"] += state != survivors.complete_state()
+        self._cuts["lost"] += state != model.complete_state()
         self._histories.add(history or repr(trace))
         where = f"{self._medium.kind}, seed {self._seed}, cut {self._cuts['all']}, after operation {end} of {history or trace}"
-        if not survivors.admits(state):
+        if not model.admits(state):
             raise BlockDeviceViolation(f"{where}\nthe model does not admit {state}\nafter\n" + "\n".join(map(str, trace[:end])))
         if not raw:
-            problem = simulation.problem_of(state, self._open(root), account, power=True)
+            problem = simulation.problem_of(state, self._open(root), obligations, power=True)
             if problem:
                 raise BlockDeviceViolation(f"{where}\n{problem}\nleft was {state}")
         shutil.rmtree(root)

@@ -1,8 +1,8 @@
-"""Several sinks on one directory: histories of the real code, and every state that a crash at any moment of them leaves.
+"""Checks histories of several sinks on one directory, with every state after a crash at any moment.
 
-A history is a text, one letter of `STEPS` a step. Its trace has marks of what is owed to each sink. Each state that a kill or a loss
-of power may leave is opened by a new process, which delivers first, then fans out, and so on until nothing is left, to sinks that do
-not deduplicate; then the accounts must balance. `problem_of` says what must not be.
+A history is a string with one letter of `STEPS` for each step. Its trace has marks, from which `SinkObligations` computes the events
+that each sink must receive. A new process opens each state after a kill or a power loss, and delivers and fans out in turn until
+nothing is left, to sinks that do not deduplicate. Then the ledgers must balance. `problem_of` checks the result.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
 from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel
 from tests.crash.compiled_order import crash_filesystem
 from tests.crash.enumeration import ENDS
-from tests.crash.interleave import OUTBOX_PATH, RULES, SimulatedEventLoop
+from tests.crash.interleave import DELIVERY_CONFIG, OUTBOX_PATH, SimulatedEventLoop
 from tests.crash.simulation import number_of, numbers_in, payload_of, steps_of
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.LEDGER_LOCK})
 LIMITS: Final = WriterLimits(batch_size=2, batch_bytes=10**6, max_bytes=2**29)
 STEPS: Final = {
-    "a": "append an event and have its file sealed",
-    "o": "append an event that stays in the active file",
-    "f": "a round of handing over",
+    "a": "append an event and seal its segment",
+    "o": "append an event that stays in the active segment",
+    "f": "fan out all batches",
     "d": "deliver all queues",
     "x": "deliver the first sink's queue",
     "y": "deliver the second sink's queue",
-    "c": "name one more sink, which begins with what is sealed from then on",
-    "p": "name one more sink, and ask that it begins with what waits",
-    "r": "name the second sink no more, and remove its queue",
-    "v": "evict what waits, as if there were no room at all",
-    "k": "kill the process; the next step starts another",
+    "c": "add a sink, which receives the batches that are sealed from then on",
+    "p": "add a sink, and request that it starts with the backlog",
+    "r": "remove the second sink and its queue",
+    "v": "evict all pending batches",
+    "k": "kill the process; the next step starts a new one",
 }
-FIRST: Final = ("a", "b")  # the sinks that are named from the beginning
+FIRST: Final = ("a", "b")  # the sinks at the beginning
 LATER: Final = "c"
 AFTER: Final = 10**6  # the number of the event that is appended after a recovery
-ROUNDS: Final = 3  # of delivering and handing over, after which nothing may be left
-STATES_MAX: Final = 120  # of a moment; of more, so many by chance
-FEW: Final = 12  # where only so many are looked at
+ROUNDS: Final = 3  # of delivery and fan-out, after which nothing may be left
+STATES_MAX: Final = 120  # of a moment; if there are more, this many are chosen at random
+FEW_STATES_MAX: Final = 12  # of a moment, in histories of which only a few states are checked
 
 Arrival = tuple[str, str, int]  # sink, batch id, event
 
@@ -75,8 +75,8 @@ class FanOutDestination(RecordingSink):
 
 
 def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: LedgerWriter) -> DeliveryCounters:
-    """One round of the real worker on a queue."""
-    worker = Worker(queue, NamedSink(sink, queue.sink), clock, RULES, ledger=ledger)
+    """Run the real worker on a queue until nothing is pending."""
+    worker = Worker(queue, NamedSink(sink, queue.sink), clock, DELIVERY_CONFIG, ledger=ledger)
     worker.end()
     loop = SimulatedEventLoop()
     try:
@@ -87,7 +87,7 @@ def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: L
 
 
 class FanOutProcess:
-    """A process without threads: writes, seals, fans out, delivers."""
+    """A process without threads that stores, seals, fans out and delivers."""
 
     def __init__(self, disk: Disk, filesystem: Filesystem, clock: ManualClock, new_id: Callable[[], str]) -> None:
         self._disk = disk
@@ -100,10 +100,10 @@ class FanOutProcess:
             self.directory, self._writer, inbox, clock, 1.0, lambda: disk.mark(("sealed", ())), 0, ledger=self._ledger
         )
         self._fan_outs: dict[tuple[str, ...], FanOut] = {}
-        self.trouble = ""
+        self.reported_problem = ""
 
     def start(self) -> None:
-        """What an `Outbox` does when it is made and then first used."""
+        """Do what an `Outbox` does at its creation and its first use."""
         self.directory.ensure_usable()
         account = self.directory.disk_usage()
         self.directory.seal_after(account.newest_sealed_at)
@@ -127,23 +127,23 @@ class FanOutProcess:
         return self._fan_outs[key]
 
     def fan_out_once(self, sinks: Iterable[str]) -> None:
-        """One round of fanning out, as `FanOutRunner` does it; what it reports is kept as the trouble of the process."""
+        """Fan out all batches, as `FanOutRunner` does, and store the problems that it reports."""
         fan_out = self.fan_out(sinks)
-        self.trouble = "raised"
+        self.reported_problem = "raised"
         self._sealer.adopt_segments()
         fan_out.distribute_all()
-        self.trouble = "; ".join(fan_out.problems.values())
-        self._disk.mark(("handed over", tuple(sinks)))
+        self.reported_problem = "; ".join(fan_out.problems.values())
+        self._disk.mark(("fanned out", tuple(sinks)))
 
     def deliver(self, sinks: Iterable[str]) -> None:
-        """What the threads of these sinks do."""
+        """Deliver the queues of these sinks."""
         for queue in self.directory.queues():
             if queue.sink in sinks:
                 ledger = self.fan_out(sinks).ledger_for(queue)
                 deliver(queue, FanOutDestination(self._disk, queue.sink), self._clock, ledger)
 
     def remove(self, sink: str) -> None:
-        """Remove what is left of a queue."""
+        """Remove the queue of a sink, or the request for it."""
         for queue in self.directory.queues():
             if queue.sink == sink:
                 queue.remove_queue()
@@ -151,14 +151,14 @@ class FanOutProcess:
             self.directory.cancel_queue_request(sink)
 
     def evict(self) -> None:
-        """Evict everything that is sealed."""
-        capacity, writer = self._sealer.quota, self._writer
+        """Evict all batches, by a limit of zero bytes."""
+        quota, writer = self._sealer.quota, self._writer
         self._disk.mark(("evicting", True))
-        capacity._evicts, writer.limits = True, LIMITS._replace(max_bytes=0)
+        quota._evicts, writer.limits = True, LIMITS._replace(max_bytes=0)
         try:
-            capacity.enforce()
+            quota.enforce()
         finally:
-            capacity._evicts, writer.limits = False, LIMITS
+            quota._evicts, writer.limits = False, LIMITS
             self._disk.mark(("evicting", False))
 
 
@@ -168,32 +168,32 @@ Wrap = Callable[[CrashFilesystem], Filesystem]
 class FanOutWorld:
     """A disk, the process on it, and the sinks."""
 
-    def __init__(self, wrap: Wrap = lambda plain: plain) -> None:
+    def __init__(self, wrap: Wrap = lambda filesystem: filesystem) -> None:
         self.disk = Disk()
         self.clock = ManualClock()
         self._wrap = wrap
         self._new_id = map("{:04d}".format, itertools.count(1)).__next__
         self._number = itertools.count(1).__next__
-        self._fuse: int | None = None  # operations until the process dies
-        self._plain: CrashFilesystem | None = None
-        self._living: FanOutProcess | None = None
+        self._fuse: int | None = None  # operations until the process is killed
+        self._filesystem: CrashFilesystem | None = None
+        self._process: FanOutProcess | None = None
         self.sinks: tuple[str, ...] = FIRST
         self.disk.mark(("sinks", self.sinks))
 
     @property
     def process(self) -> FanOutProcess:
-        """The process that runs, started if none does."""
-        if self._living is None:
-            self._plain = crash_filesystem(self.disk, self._before)
-            living = FanOutProcess(self.disk, self._wrap(self._plain), self.clock, self._new_id)
-            living.start()
-            self._living = living
-        return self._living
+        """The running process, which is started if there is none."""
+        if self._process is None:
+            self._filesystem = crash_filesystem(self.disk, self._before)
+            process = FanOutProcess(self.disk, self._wrap(self._filesystem), self.clock, self._new_id)
+            process.start()
+            self._process = process
+        return self._process
 
     @property
-    def lives(self) -> bool:
+    def is_running(self) -> bool:
         """Whether a process runs."""
-        return self._living is not None
+        return self._process is not None
 
     def _before(self, _verb: str, _path: str) -> None:
         if self._fuse is not None:
@@ -202,7 +202,7 @@ class FanOutWorld:
                 raise Killed
 
     def run(self, history: str) -> None:
-        """Run all steps; a number behind a letter makes the process die before that operation of the step."""
+        """Run all steps. A number after a letter kills the process before that operation of the step."""
         for letter, fuse in steps_of(history):
             self._fuse = fuse
             try:
@@ -218,102 +218,104 @@ class FanOutWorld:
             case "f":
                 self.process.fan_out_once(self.sinks)
             case "d" | "x" | "y":
-                which = {"d": self.sinks, "x": self.sinks[:1], "y": self.sinks[1:2]}[letter]
-                self.process.deliver(which)
+                sinks = {"d": self.sinks, "x": self.sinks[:1], "y": self.sinks[1:2]}[letter]
+                self.process.deliver(sinks)
             case "c" | "p":
                 if letter == "p":
                     self.process.directory.request_queue(LATER)
-                self._name((*self.sinks, LATER), asked=letter == "p")
+                self._set_sinks((*self.sinks, LATER), requested=letter == "p")
             case "r":
-                gone = self.sinks[1]
-                self._name(tuple(sink for sink in self.sinks if sink != gone))
-                self.process.remove(gone)
+                removed = self.sinks[1]
+                self._set_sinks(tuple(sink for sink in self.sinks if sink != removed))
+                self.process.remove(removed)
             case "v":
                 self.process.evict()
             case "k":
                 self.kill()
 
-    def _name(self, sinks: tuple[str, ...], *, asked: bool = False) -> None:
+    def _set_sinks(self, sinks: tuple[str, ...], *, requested: bool = False) -> None:
         self.sinks = sinks
-        self.disk.mark(("asked" if asked else "sinks", sinks))
+        self.disk.mark(("requested" if requested else "sinks", sinks))
 
     def kill(self) -> None:
-        """The process dies, if it runs."""
-        if self._plain is not None:
-            self._plain.kill()
-        self._plain = self._living = None
+        """Kill the process, if it runs."""
+        if self._filesystem is not None:
+            self._filesystem.kill()
+        self._filesystem = self._process = None
 
 
 class SinkObligations:
-    """What is owed to each sink at a moment of a trace, and what has arrived."""
+    """The events that each sink must receive, at a moment of a trace, and those that have arrived."""
 
     def __init__(self) -> None:
         self.sinks: tuple[str, ...] = ()
         self.removed: set[str] = set()
         self.accepted: set[int] = set()
-        self.promised: set[int] = set()  # survive the loss of power
+        self.promised: set[int] = set()  # survive a power loss
         self.owed: dict[str, set[int]] = {}
-        self.not_for: dict[str, set[int]] = {}  # what was over before a sink was named
+        self.not_for: dict[str, set[int]] = {}  # events that were finished before a sink was added
         self.arrived: list[Arrival] = []
-        self.evicted: set[int] = set()  # or may be
-        self.given_up: dict[str, set[int]] = {}  # for good, by that
+        self.evicted: set[int] = set()  # or possibly evicted
+        self.evicted_for: dict[str, set[int]] = {}  # certainly evicted, by sink
         self._sealed: set[int] = set()
-        self._gone: set[int] = set()  # handed over
+        self._fanned_out: set[int] = set()
         self._evicting = False
-        self._begun: set[str] = set()  # sinks that get what is accepted from now on
+        self._begun: set[str] = set()  # sinks that receive the events that are accepted from now on
 
     def apply(self, op: Op, content: Callable[[str], bytes]) -> None:
         """Apply one more operation; `content(path)` is what the running system saw before it."""
-        in_place = op.path.rpartition("/")[0] == OUTBOX_PATH
+        in_outbox = op.path.rpartition("/")[0] == OUTBOX_PATH
         if op.verb == "mark":
             self._mark(op.note)
-        elif op.verb == "rename" and in_place and layout.kind_of(op.target.rpartition("/")[2]) is Kind.SEALED:
+        elif op.verb == "rename" and in_outbox and layout.kind_of(op.target.rpartition("/")[2]) is Kind.SEALED:
             self._sealed |= numbers_in(content(op.path))
         elif op.verb == "unlink" and layout.kind_of(op.path.rpartition("/")[2]) is Kind.SEALED:
-            gone = numbers_in(content(op.path))
-            self._gone |= gone if in_place else set()
+            removed = numbers_in(content(op.path))
+            self._fanned_out |= removed if in_outbox else set()
             if self._evicting:
-                self._evict(op.path, gone, in_place=in_place, counts=not content(f"{OUTBOX_PATH}/{op.path.rpartition('/')[2]}"))
+                self._evict(
+                    op.path, removed, in_outbox=in_outbox, counts=not content(f"{OUTBOX_PATH}/{op.path.rpartition('/')[2]}")
+                )
 
-    def _evict(self, path: str, gone: set[int], *, in_place: bool, counts: bool) -> None:
-        """A name is removed; `counts`: in a queue, whether it already belonged to its sink."""
-        self.evicted |= gone
+    def _evict(self, path: str, removed: set[int], *, in_outbox: bool, counts: bool) -> None:
+        """A name is removed. `counts`: for a link in a queue, whether it already belonged to its sink."""
+        self.evicted |= removed
         for sink in self.sinks:
-            if in_place or (counts and f"/{layout.queue_name(sink)}/" in path):
-                self.given_up.setdefault(sink, set()).update(gone)
+            if in_outbox or (counts and f"/{layout.queue_name(sink)}/" in path):
+                self.evicted_for.setdefault(sink, set()).update(removed)
 
-    def _mark(self, what: object) -> None:
-        assert isinstance(what, tuple)
-        name, about = what
-        if name in ("sinks", "asked"):
-            new, gone = set(about) - set(self.sinks), set(self.sinks) - set(about)
+    def _mark(self, note: object) -> None:
+        assert isinstance(note, tuple)
+        name, value = note
+        if name in ("sinks", "requested"):
+            new, gone = set(value) - set(self.sinks), set(self.sinks) - set(value)
             self.removed = (self.removed | gone) - new
-            over = self._gone - (self._waiting() if name == "asked" else set())
+            finished = self._fanned_out - (self._pending() if name == "requested" else set())
             for sink in new:
-                self.not_for[sink] = over if self.sinks else set()
-                # A later one begins with what is sealed once its queue is there, unless it was asked for.
-                self.owed[sink] = set() if name == "sinks" and self.sinks else self.accepted - over
-            self._begun |= new if name == "asked" or not self.sinks else set()
-            self.sinks = about
+                self.not_for[sink] = finished if self.sinks else set()
+                # A later sink receives the batches that are sealed once its queue exists, unless its backlog was requested.
+                self.owed[sink] = set() if name == "sinks" and self.sinks else self.accepted - finished
+            self._begun |= new if name == "requested" or not self.sinks else set()
+            self.sinks = value
         elif name == "accepted":
-            self.accepted.add(about)
+            self.accepted.add(value)
             for sink in self._begun:
-                self.owed[sink].add(about)
+                self.owed[sink].add(value)
         elif name == "sealed":
             self.promised |= self._sealed
         elif name == "arrived":
-            self.arrived += about
-        elif name == "handed over":
-            self._begun |= set(about)
+            self.arrived += value
+        elif name == "fanned out":
+            self._begun |= set(value)
         else:
-            self._evicting = about
+            self._evicting = value
 
-    def _waiting(self) -> set[int]:
-        """Events that are fanned out and not yet with all sinks."""
-        waiting: set[int] = set()
-        for one in self.sinks:
-            waiting |= self._gone - {number for sink, _, number in self.arrived if sink == one}
-        return waiting
+    def _pending(self) -> set[int]:
+        """Events that are fanned out and not yet delivered to all sinks."""
+        pending: set[int] = set()
+        for sink in self.sinks:
+            pending |= self._fanned_out - {number for receiver, _, number in self.arrived if receiver == sink}
+        return pending
 
 
 class FanOutRecoveryOutcome(NamedTuple):
@@ -324,7 +326,7 @@ class FanOutRecoveryOutcome(NamedTuple):
 
 
 def links_of(state: Mapping[str, bytes]) -> dict[str, str]:
-    """Which paths of a state are one file: those with the same sealed name, for such a name is used once."""
+    """The links of a state: paths with the same sealed name are one file, because such a name is used only once."""
     first: dict[str, str] = {}
     links: dict[str, str] = {}
     for path in sorted(state, key=lambda path: (path.count("/"), path)):
@@ -335,7 +337,7 @@ def links_of(state: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> FanOutRecoveryOutcome:
-    """Open what a crash has left, deliver it to the sinks, append an event and deliver that too; check the accounts."""
+    """Open the state after a crash, deliver it, append an event and deliver that too, and check the ledgers."""
     disk, clock = Disk(state, links_of(state)), ManualClock()
     clock.advance(3600.0)
     process = FanOutProcess(disk, crash_filesystem(disk), clock, map("r{:03d}".format, itertools.count(1)).__next__)
@@ -343,7 +345,7 @@ def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> Fan
     for sink in removed:
         process.remove(sink)
     if f"{OUTBOX_PATH}/{layout.adding_name(LATER)}/" in state:
-        process.fan_out_once(sinks)  # first: what is delivered until it was done does not wait for that sink
+        process.fan_out_once(sinks)  # first, because batches that are delivered before it are not for that sink
     for _ in range(ROUNDS):
         process.deliver(sinks)
         process.fan_out_once(sinks)
@@ -351,16 +353,16 @@ def recover(state: State, sinks: tuple[str, ...], removed: Iterable[str]) -> Fan
     process.fan_out_once(sinks)
     process.deliver(sinks)
     arrived = [arrival for op in disk.trace if op.verb == "mark" for arrival in _arrivals(op.note)]
-    return FanOutRecoveryOutcome(tuple(arrived), _left_over(disk, sinks) or _out_of_balance(process.directory))
+    return FanOutRecoveryOutcome(tuple(arrived), _remaining(disk, sinks) or _imbalance(process.directory))
 
 
-def _arrivals(what: object) -> list[Arrival]:
-    assert isinstance(what, tuple)
-    return list(what[1]) if what[0] == "arrived" else []
+def _arrivals(note: object) -> list[Arrival]:
+    assert isinstance(note, tuple)
+    return list(note[1]) if note[0] == "arrived" else []
 
 
-def _left_over(disk: Disk, sinks: tuple[str, ...]) -> str:
-    """What is left that must not be."""
+def _remaining(disk: Disk, sinks: tuple[str, ...]) -> str:
+    """The first file that must not be left; empty if there is none."""
     for path in disk.files:
         name = path.removesuffix("/").rpartition("/")[2]
         if layout.sink_of_queue(name) not in (None, *sinks) or layout.sink_of_adding(name) in sinks:
@@ -370,77 +372,79 @@ def _left_over(disk: Disk, sinks: tuple[str, ...]) -> str:
     return ""
 
 
-def _out_of_balance(directory: Directory) -> str:
-    found = reconcile(directory)
-    for name, one in {"the directory": found, **reconcile_queues(directory, found)}.items():
-        if not one.balances:
-            return f"the account of {name} does not balance: {one.reconciliation.discrepancies} {one.unreadable}"
+def _imbalance(directory: Directory) -> str:
+    directory_report = reconcile(directory)
+    reports = {"the directory": directory_report, **reconcile_queues(directory, directory_report)}
+    for name, report in reports.items():
+        if not report.balances:
+            return f"the ledger of {name} does not balance: {report.reconciliation.discrepancies} {report.unreadable}"
     return ""
 
 
-def problem_of(state: State, outcome: FanOutRecoveryOutcome, owed: SinkObligations, *, power: bool) -> str:
-    """What is wrong with the recovery of a state that a crash has left; empty if nothing is."""
+def problem_of(state: State, outcome: FanOutRecoveryOutcome, obligations: SinkObligations, *, power: bool) -> str:
+    """The problem of the recovery of a state after a crash; empty if there is none."""
     if outcome.problem:
         return outcome.problem
-    before = set(owed.arrived)
+    arrived_before = set(obligations.arrived)
     batches: dict[tuple[str, int], set[str]] = {}
-    for sink, batch, number in (*owed.arrived, *outcome.arrived):
+    for sink, batch, number in (*obligations.arrived, *outcome.arrived):
         batches.setdefault((sink, number), set()).add(batch)
-    for sink in owed.sinks:
-        had = {number for one, _, number in (*before, *outcome.arrived) if one == sink}
-        due = owed.owed[sink] & (owed.promised if power else owed.accepted) - owed.evicted
-        if lost := (due | {AFTER}) - had:
+    for sink in obligations.sinks:
+        arrived = {number for receiver, _, number in (*arrived_before, *outcome.arrived) if receiver == sink}
+        durable = obligations.promised if power else obligations.accepted
+        due = obligations.owed[sink] & durable - obligations.evicted
+        if lost := (due | {AFTER}) - arrived:
             return f"{sink} misses {sorted(lost)}"
-        if wrong := {number for one, _, number in outcome.arrived if one == sink} & owed.not_for[sink]:
-            return f"{sink} is given what was over before it was named: {sorted(wrong)}"
+        if wrong := {number for receiver, _, number in outcome.arrived if receiver == sink} & obligations.not_for[sink]:
+            return f"{sink} received events that were finished before it was added: {sorted(wrong)}"
     for (sink, number), ids in batches.items():
         if len(ids) > 1:
-            return f"{sink} is given {number} in several batches: {sorted(ids)}"
+            return f"{sink} received {number} in several batches: {sorted(ids)}"
     if power:
         return ""
     for (sink, batch, number), times in Counter(outcome.arrived).items():
-        if number in owed.given_up.get(sink, ()):
-            return f"{sink} is given {number}, which was given up"
-        again = (sink, batch, number) in before
+        if number in obligations.evicted_for.get(sink, ()):
+            return f"{sink} received {number}, which was evicted"
+        is_repeated = (sink, batch, number) in arrived_before
         in_flight = f"{OUTBOX_PATH}/{layout.queue_name(sink)}/{batch}{layout.SUFFIX}" in state
-        if times > 1 or (again and not in_flight):
-            return f"{sink} is given {number} twice"
+        if times > 1 or (is_repeated and not in_flight):
+            return f"{sink} received {number} twice"
     return ""
 
 
 class Moment(NamedTuple):
-    """A point in a trace at which everything may stop, and the states that it may leave."""
+    """A point in a trace at which the crash may happen, and the states after it."""
 
     at: int
     states: Iterable[State]
-    owed: SinkObligations
-    power: bool  # lost; otherwise the process dies
+    obligations: SinkObligations
+    power: bool  # whether power is lost; otherwise the process is killed
 
 
 def moments(trace: list[Op], most: int = STATES_MAX) -> Iterator[Moment]:
-    """All moments, each with at most so many states. The objects that are yielded change with the iteration."""
-    owed, survivors, news = SinkObligations(), DurabilityModel(ignoring=LOCKS), True
+    """All moments, each with at most `most` states. The yielded objects change with the iteration."""
+    obligations, model, has_changed = SinkObligations(), DurabilityModel(ignoring=LOCKS), True
     for at, op in enumerate(trace):
-        if news and op.verb in ("mark", "sync_data", "sync_failed", "sync_directory"):
-            yield Moment(at, _some(survivors, at, most), owed, power=True)
-            news = False
-        owed.apply(op, lambda path: survivors.complete_state().get(path, b""))
-        survivors.apply(op)
-        news = True
+        if has_changed and op.verb in ("mark", "sync_data", "sync_failed", "sync_directory"):
+            yield Moment(at, _some(model, at, most), obligations, power=True)
+            has_changed = False
+        obligations.apply(op, lambda path: model.complete_state().get(path, b""))
+        model.apply(op)
+        has_changed = True
         if op.verb not in ("sync_data", "sync_failed", "sync_directory"):
-            yield Moment(at + 1, [survivors.complete_state()], owed, power=False)
-    yield Moment(len(trace), _some(survivors, len(trace), most), owed, power=True)
+            yield Moment(at + 1, [model.complete_state()], obligations, power=False)
+    yield Moment(len(trace), _some(model, len(trace), most), obligations, power=True)
 
 
-def _some(survivors: DurabilityModel, at: int, most: int) -> Iterable[State]:
-    if survivors.unsynced_names <= NAMES_MAX and survivors.count(ENDS) <= most:
-        return survivors.states(ENDS)
+def _some(model: DurabilityModel, at: int, most: int) -> Iterable[State]:
+    if model.unsynced_names <= NAMES_MAX and model.count(ENDS) <= most:
+        return model.states(ENDS)
     chance = random.Random(at)
-    return [survivors.random_state(chance) for _ in range(most)]
+    return [model.random_state(chance) for _ in range(most)]
 
 
 class FanOutEnumeration:
-    """Checks histories; the violations."""
+    """Checks histories, and collects the violations."""
 
     def __init__(self) -> None:
         self.checked = 0
@@ -448,16 +452,16 @@ class FanOutEnumeration:
         self.violations: list[str] = []
 
     def check_history(self, history: str, *, few: bool = False) -> None:
-        """Check every state at every moment of a history, or a `few`, until one is wrong."""
+        """Check every state at every moment of a history, or a `few` states, up to the first violation."""
         world = FanOutWorld()
         world.run(history)
         self.check_trace(history, world.disk.trace, few=few)
 
     def check_trace(self, history: str, trace: list[Op], *, few: bool = False, faults: bool = False) -> None:
-        """The same of a trace; in one with `faults` an account may lack an entry that the disk did not take."""
-        for moment in moments(trace, FEW if few else STATES_MAX):
-            if not moment.owed.sinks:
-                continue  # the first mark is still to come
+        """Check a trace. With `faults`, a ledger may lack an entry that the disk did not write."""
+        for moment in moments(trace, FEW_STATES_MAX if few else STATES_MAX):
+            if not moment.obligations.sinks:
+                continue  # before the first mark
             for state in moment.states:
                 self.checked += 1
                 problem = self.problem_of(state, moment)
@@ -466,9 +470,9 @@ class FanOutEnumeration:
                     return
 
     def problem_of(self, state: State, moment: Moment) -> str:
-        """What is wrong with a state."""
-        owed = moment.owed
-        key = hash((frozenset(state.items()), owed.sinks, frozenset(owed.removed)))
+        """The problem of a state; empty if there is none."""
+        obligations = moment.obligations
+        key = hash((frozenset(state.items()), obligations.sinks, frozenset(obligations.removed)))
         if key not in self.known:
-            self.known[key] = recover(state, owed.sinks, owed.removed)
-        return problem_of(state, self.known[key], owed, power=moment.power)
+            self.known[key] = recover(state, obligations.sinks, obligations.removed)
+        return problem_of(state, self.known[key], obligations, power=moment.power)

@@ -1,7 +1,7 @@
-"""Every operation of histories with several sinks fails, once and permanently, with each error that fits.
+"""Every operation of histories with several sinks fails, once and permanently, with each possible error.
 
-Whatever fails: a batch that could not be fanned out is always reported, and once the disk works again the same process, or the next
-one, delivers everything to every sink.
+After any fault, a batch that could not be fanned out is reported, and once the disk works again, the same process or the next one
+delivers everything to every sink.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from tests.crash.fanout import LOCKS, FanOutWorld, SinkObligations
 from tests.crash.interleave import OUTBOX_PATH
 from tests.crash.simulation import kind_at, steps_of
 
-# Handing over, a later sink, one that was asked for, one that goes, eviction, adoption after a death.
+# Fan-out, a later sink, a sink with the backlog, a removed sink, eviction, recovery after a kill.
 HISTORIES: Final = ("aafxfd", "afcfafd", "afxpf", "afrafd", "afav", "afokfd")
 
 
 def faults_of(history: str) -> Iterator[Fault]:
-    """Each operation of a history failing, in each way."""
-    meter = FaultCounter()
-    FanOutWorld(lambda plain: fault_filesystem(plain, meter)).run(history)
+    """Every fault of every operation of a history."""
+    counter = FaultCounter()
+    FanOutWorld(lambda filesystem: fault_filesystem(filesystem, counter)).run(history)
     for verb, errnos in VERBS.items():
-        for nth, code, for_good in itertools.product(range(1, meter.counts[verb] + 1), errnos, (False, True)):
-            yield Fault(verb, nth, code, for_good)
+        for nth, code, permanent in itertools.product(range(1, counter.counts[verb] + 1), errnos, (False, True)):
+            yield Fault(verb, nth, code, permanent)
             if verb in PARTIAL_VERBS:
-                yield Fault(verb, nth, code, for_good, partial=True)
+                yield Fault(verb, nth, code, permanent, partial=True)
 
 
 def check(history: str, fault: Fault) -> tuple[list[Op], str]:
-    """What happens with a fault, and what is wrong with it, during it or once the disk works again."""
-    meter = FaultCounter(fault)
-    world = FanOutWorld(lambda plain: fault_filesystem(plain, meter))
+    """Run a history with a fault. Returns its trace, and the problem during the fault or after it."""
+    counter = FaultCounter(fault)
+    world = FanOutWorld(lambda filesystem: fault_filesystem(filesystem, counter))
     problem = ""
     for letter, _ in steps_of(history):
         try:
@@ -46,10 +46,10 @@ def check(history: str, fault: Fault) -> tuple[list[Op], str]:
         except DirectoryUnusableError:
             world.kill()
         except OSError:
-            pass  # whoever calls says so, and tries it again
-        problem = problem or _silence(world, letter)
+            pass  # the caller reports it and tries again
+        problem = problem or _unreported_batches(world, letter)
     trace = list(world.disk.trace)
-    meter.clear_faults()
+    counter.clear_faults()
     if "r" in history:
         world.process.remove("b")
     for letter in "fdafdfd":
@@ -58,23 +58,23 @@ def check(history: str, fault: Fault) -> tuple[list[Op], str]:
     return trace, problem or afterwards(world)
 
 
-def _silence(world: FanOutWorld, letter: str) -> str:
-    """Whether a round of handing over that left a file behind has not said so."""
-    waits = [path for path in world.disk.files if kind_at(path) is Kind.SEALED and path.rpartition("/")[0] == OUTBOX_PATH]
-    if letter == "f" and waits and world.lives and not world.process.trouble:
-        return f"not handed over, and nobody says so: {waits}"
+def _unreported_batches(world: FanOutWorld, letter: str) -> str:
+    """The batches that a fan-out left in the outbox without reporting a problem; empty if there are none."""
+    remaining = [path for path in world.disk.files if kind_at(path) is Kind.SEALED and path.rpartition("/")[0] == OUTBOX_PATH]
+    if letter == "f" and remaining and world.is_running and not world.process.reported_problem:
+        return f"not fanned out, and not reported: {remaining}"
     return ""
 
 
 def afterwards(world: FanOutWorld) -> str:
-    """What is wrong with what arrived at last."""
-    owed, survivors = SinkObligations(), DurabilityModel(ignoring=LOCKS)
+    """The problem of the deliveries at the end; empty if there is none."""
+    obligations, model = SinkObligations(), DurabilityModel(ignoring=LOCKS)
     for op in world.disk.trace:
-        owed.apply(op, lambda path: survivors.complete_state().get(path, b""))
-        survivors.apply(op)
-    for sink in owed.sinks:
-        had = {number for one, _, number in owed.arrived if one == sink}
-        if lost := owed.owed[sink] - had - owed.evicted:
-            return f"{sink} misses {sorted(lost)} though the disk works again"
-    left = [path for path in world.disk.files if kind_at(path) in (Kind.SEALED, Kind.TEMPORARY, Kind.DEAD, Kind.CORRUPT)]
-    return f"left behind though the disk works again: {left}" if left else ""
+        obligations.apply(op, lambda path: model.complete_state().get(path, b""))
+        model.apply(op)
+    for sink in obligations.sinks:
+        arrived = {number for receiver, _, number in obligations.arrived if receiver == sink}
+        if lost := obligations.owed[sink] - arrived - obligations.evicted:
+            return f"{sink} misses {sorted(lost)} although the disk works again"
+    remaining = [path for path in world.disk.files if kind_at(path) in (Kind.SEALED, Kind.TEMPORARY, Kind.DEAD, Kind.CORRUPT)]
+    return f"left behind although the disk works again: {remaining}" if remaining else ""

@@ -1,7 +1,7 @@
-"""Every operation of some histories fails, once and permanently, with each error that fits; then every state that a crash leaves.
+"""Every operation of some histories fails, once and permanently, with each possible error; then every state after a crash is checked.
 
-The code must go on: no layer raises what it must not, nothing that is acknowledged is lost, nothing that is dropped arrives; and once
-the disk works again, the same processes deliver everything that they had accepted, without a restart.
+The code must continue: no layer raises an unexpected exception, no acknowledged event is lost, no dropped event arrives; and once
+the disk works again, the same processes deliver everything that they accepted, without a restart.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from tests.crash.enumeration import VIOLATIONS_MAX, Bounds, Enumeration, Origin
 from tests.crash.enumeration import reproduce as reproduce_crash
 from tests.crash.simulation import LOCKS, Obligations, SimulationWorld, kind_at, numbers_in
 
-# Chosen so that each has something that the others have not: rotation, both durabilities, dead letters and quarantine,
-# adoption after a death, a second process, eviction, a close, and two files that are sealed together.
+# Each covers something that the others do not: rotation, both durabilities, dead letters and quarantine, recovery after a kill, a
+# second process, eviction, a close, and two segments that are sealed together.
 HISTORIES: Final = ("ararsd", "aasasrsd", "ppsprsd", "mxgrsd", "agkxsd", "AapSsSd", "masrsvas", "apmc", "pxAKdsas")
-WAIT_S: Final = 120.0  # longer than any pause before something is tried again
+WAIT_S: Final = 120.0  # longer than any pause before a retry
 
 
 class FaultReport(NamedTuple):
     """What was checked."""
 
     faults: int  # runs in which something failed
-    checked: int  # states, with what was owed
+    checked: int  # states, each with the obligations at its moment
     distinct: int
     violations: tuple[str, ...]
 
@@ -42,35 +42,35 @@ class FaultReport(NamedTuple):
 
 
 def world_with_faults(counter: FaultCounter) -> SimulationWorld:
-    """Processes on a disk that fails as a counter says."""
-    world = SimulationWorld(lambda plain: fault_filesystem(plain, counter))
+    """Processes on a disk that fails according to a counter."""
+    world = SimulationWorld(lambda filesystem: fault_filesystem(filesystem, counter))
     world.disk_has_failed = lambda: counter.failures > 0
-    # A refused call of which a part is on the disk and cannot be cut off: whoever adopts the file cannot know.
+    # If a part of a dropped append cannot be cut off, recovery cannot know that it was dropped.
     world.can_truncate = all(fault.verb != "truncate" for fault in counter.faults)
     return world
 
 
 def faults_of(history: str) -> Iterator[tuple[Fault, ...]]:
-    """Each operation of a history failing, in each way."""
+    """Every fault of every operation of a history."""
     counter = FaultCounter()
     world_with_faults(counter).run(history)
     for verb, errnos in VERBS.items():
-        for nth, code, for_good in itertools.product(range(1, counter.counts[verb] + 1), errnos, (False, True)):
-            yield (Fault(verb, nth, code, for_good),)
+        for nth, code, permanent in itertools.product(range(1, counter.counts[verb] + 1), errnos, (False, True)):
+            yield (Fault(verb, nth, code, permanent),)
             if verb in PARTIAL_VERBS:
-                yield (Fault(verb, nth, code, for_good, partial=True),)
+                yield (Fault(verb, nth, code, permanent, partial=True),)
 
 
 def pairs_of(history: str) -> Iterator[tuple[Fault, ...]]:
-    """Each write of a history that is partial and then fails, while that part cannot be cut off."""
+    """For each write of a history: it is partial and then fails, and the part cannot be cut off."""
     counter = FaultCounter()
     world_with_faults(counter).run(history)
-    for nth, code, for_good in itertools.product(range(1, counter.counts["write"] + 1), VERBS["truncate"], (False, True)):
-        yield Fault("write", nth, errno.ENOSPC, permanent=True, partial=True), Fault("truncate", 1, code, for_good)
+    for nth, code, permanent in itertools.product(range(1, counter.counts["write"] + 1), VERBS["truncate"], (False, True)):
+        yield Fault("write", nth, errno.ENOSPC, permanent=True, partial=True), Fault("truncate", 1, code, permanent)
 
 
 def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> bool:
-    """Run a history with faults, check all its moments, and then what the living processes deliver; whether anything failed."""
+    """Run a history with faults, and check all moments, and the deliveries afterwards. Returns whether any fault occurred."""
     counter = FaultCounter(*faults)
     world = world_with_faults(counter)
     origin: Origin = {"history": history, "faults": tuple(map(tuple, faults))}
@@ -80,7 +80,7 @@ def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> 
             return False
         enumeration.check_trace(origin, list(world.disk.trace), 0, None, len(history))
         problem = afterwards(world, counter)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
+    except Exception as error:  # noqa: BLE001 - every exception is a violation
         problem = f"raised: {error!r}"
     if problem:
         enumeration.violations.append(f"{problem}\n  reproduce({str(origin)!r})")
@@ -88,30 +88,34 @@ def check(enumeration: Enumeration, history: str, faults: tuple[Fault, ...]) -> 
 
 
 def afterwards(world: SimulationWorld, counter: FaultCounter) -> str:
-    """What is wrong once the disk works again and the living processes had time to continue."""
+    """The problem after the disk works again and the running processes had time to continue; empty if there is none."""
     counter.clear_faults()
     for _ in range(2):
-        world.clock.advance(WAIT_S)  # for what was parked
+        world.clock.advance(WAIT_S)  # longer than every back-off
         start = len(world.disk.trace)
         world.run("asrSsd")
     if not any(op.note and op.note[0] == "acknowledged" for op in world.disk.trace[start:]):  # type: ignore[index]
-        return "nothing is accepted though the disk works again"
-    account, survivors = Obligations(), DurabilityModel(ignoring=LOCKS)
+        return "nothing is accepted although the disk works again"
+    obligations, model = Obligations(), DurabilityModel(ignoring=LOCKS)
     for op in world.disk.trace:
-        account.apply(op, lambda path: survivors.complete_state()[path])
-        survivors.apply(op)
-    left = world.disk.files
-    kept = {number for path, data in left.items() if kind_at(path) in (Kind.DEAD, Kind.CORRUPT) for number in numbers_in(data)}
-    if lost := account.owed(power=False) - kept:
-        return f"not delivered though the disk works again: {sorted(lost)}"
-    if wrong := account.refused & set(world.destination.arrived):
-        return f"the caller was told that it is refused, and it arrives: {sorted(wrong)}"
-    waiting = [path for path, data in left.items() if kind_at(path) in (Kind.SEALED, Kind.TEMPORARY)]
-    return f"left behind though the disk works again: {waiting}" if waiting else ""
+        obligations.apply(op, lambda path: model.complete_state()[path])
+        model.apply(op)
+
+    files = world.disk.files
+    rejected = {
+        number for path, data in files.items() if kind_at(path) in (Kind.DEAD, Kind.CORRUPT) for number in numbers_in(data)
+    }
+    if lost := obligations.owed(power=False) - rejected:
+        return f"not delivered although the disk works again: {sorted(lost)}"
+
+    if wrong := obligations.dropped & set(world.destination.arrived):
+        return f"reported as dropped, and it arrives: {sorted(wrong)}"
+    remaining = [path for path, data in files.items() if kind_at(path) in (Kind.SEALED, Kind.TEMPORARY)]
+    return f"left behind although the disk works again: {remaining}" if remaining else ""
 
 
 def reproduce(text: str) -> str:
-    """What is wrong after the history and the faults that a violation names; empty if nothing is any more."""
+    """Run the history and the faults of a violation again. Returns the problem, or an empty string if it does not occur."""
     origin: Origin = ast.literal_eval(text)
     history, faults = origin["history"], origin["faults"]
     assert isinstance(history, str)
@@ -132,17 +136,17 @@ def run(
     cases: Iterable[tuple[str, tuple[Fault, ...]]],
     until: Callable[[], bool] = lambda: False,
 ) -> FaultReport:
-    """Check histories with their faults; `all_cases` has all of them."""
+    """Check cases, each a history with its faults; `all_cases` returns all of them."""
     enumeration = Enumeration(bounds)
-    met = 0
+    occurred = 0
     for history, faults in cases:
         if until() or len(enumeration.violations) >= VIOLATIONS_MAX:
             break
-        met += check(enumeration, history, faults)
-    return FaultReport(met, enumeration.checked, len(enumeration.known), tuple(enumeration.violations))
+        occurred += check(enumeration, history, faults)
+    return FaultReport(occurred, enumeration.checked, len(enumeration.known), tuple(enumeration.violations))
 
 
 def all_cases(part: int = 0, parts: int = 1) -> Iterator[tuple[str, tuple[Fault, ...]]]:
-    """The n-th part of m of all histories with all their faults."""
-    every = ((history, faults) for history in HISTORIES for faults in itertools.chain(faults_of(history), pairs_of(history)))
-    return itertools.islice(every, part, None, parts)
+    """One of `parts` equal parts of all histories with all their faults."""
+    cases = ((history, faults) for history in HISTORIES for faults in itertools.chain(faults_of(history), pairs_of(history)))
+    return itertools.islice(cases, part, None, parts)

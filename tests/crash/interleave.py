@@ -1,13 +1,13 @@
-"""Every interleaving of the real code of several processes on one directory, up to so many preemptions and kills.
+"""Runs the real code of several processes on one directory in every interleaving, up to a number of preemptions and kills.
 
-A process is a greenlet with a file system, a `Directory` and a clock of its own. Each of its file-system calls, and each arrival of a
+A process is a greenlet with its own file system, `Directory` and clock. Each of its file-system calls, and each arrival of a
 batch at the destination, is a point at which another process may continue instead (a preemption), or at which the process is
-killed: it loses its descriptors and locks, and none of its later calls has an effect. When a process ends, any other one continues.
+killed: it loses its descriptors and locks, and its later calls have no effect. When a process ends, any other one may continue.
 
-A schedule is the list of the decisions that are not "continue": what is done at which point. `explore` runs a schedule, reads the
-points that it came by, and adds every further decision that the bounds allow, so that each schedule is run exactly once. A call that
-no other process can notice while the power stays on is not a point. After each schedule a new process recovers and delivers what is
-left, and `violations` says what must not be.
+A schedule is the list of decisions other than "continue", each at a point. `explore` runs a schedule, reads the
+points of the run, and adds every further decision that the bounds allow, so that each schedule is run exactly once. A call that
+no other process can notice while the power stays on is not a point. After each schedule a new process recovers and delivers the
+remaining files, and `violations` lists what is wrong.
 
     .venv/bin/python -m tests.crash.interleave --seconds 600 --seed 1
 """
@@ -47,20 +47,22 @@ from tests.crash.compiled_order import crash_filesystem
 OUTBOX_PATH: Final = "/outbox"
 PREEMPTIONS: Final = 3
 KILLS: Final = 1
-RULES: Final = DeliveryConfig(stop_after_rejected_batches=0, page_files=2)  # so that what waits is named in several parts
-# What no other process can notice. Where the others cannot tell before from after, one point stands for both.
+DELIVERY_CONFIG: Final = DeliveryConfig(
+    stop_after_rejected_batches=0, page_files=2
+)  # small pages, so that the backlog is listed in several
+# Operations that no other process can notice: one point represents the moments before and after them.
 UNNOTICED: Final = frozenset(
     {"sync_data", "sync_directory", "disk_space", "inspect_directory", "make_directory", "overwrite", "write_back"}
 )
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK})
 
-Decision = tuple[int, Literal["go", "kill"], int]  # at which point, which process goes on or is killed
+Decision = tuple[int, Literal["go", "kill"], int]  # the number of the point, and the process that continues or is killed
 Schedule = tuple[Decision, ...]
 
 
 class SimulatedEventLoop(asyncio.BaseEventLoop):
-    """An event loop without input or output, in which waiting takes no time."""
+    """An event loop without input or output, in which unexplored takes no time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,9 +83,11 @@ class SimulatedEventLoop(asyncio.BaseEventLoop):
         pass
 
 
-def deliver_once(directory: Directory, sink: Sink, clock: Clock, on_gone: Callable[[int], None] = lambda _bytes: None) -> None:
-    """One round of the real delivery worker, if it gets the lease: adopt, send, settle."""
-    worker = Worker(directory, NamedSink(sink, "test"), clock, RULES, DeliveryCallbacks(on_gone))
+def deliver_once(
+    directory: Directory, sink: Sink, clock: Clock, on_release: Callable[[int], None] = lambda _bytes: None
+) -> None:
+    """Run the real delivery worker until nothing is pending, if it gets the lease: recover, send, settle."""
+    worker = Worker(directory, NamedSink(sink, "test"), clock, DELIVERY_CONFIG, DeliveryCallbacks(on_release))
     worker.end()
     loop = SimulatedEventLoop()
     try:
@@ -93,7 +97,7 @@ def deliver_once(directory: Directory, sink: Sink, clock: Clock, on_gone: Callab
 
 
 class InterleavedProcess:
-    """One of the processes: what its program does with the real code."""
+    """A process that runs a program of calls to the real code."""
 
     def __init__(self, world: InterleavingWorld, number: int) -> None:
         self.world = world
@@ -126,12 +130,12 @@ class InterleavedProcess:
     # Programs.
 
     def write(self, *appends: int, evict_above: int | None = None) -> None:
-        """What an application does: start, append so many events at a time with a round of the sealer after each, end."""
+        """Run an application: start, append `appends` events in turn with a step of the sealer after each, and close."""
         directory = self.directory
         inbox = SealerInbox()
         writer = Writer(directory, WriterLimits(2, 10**6, evict_above or 2**30), inbox.wake)
         if evict_above is not None:
-            self._note_what_is_evicted()
+            self._record_evictions()
         sealer = Sealer(
             directory, writer, inbox, self.clock, 1.0, lambda: None, min_free_bytes=0, evicts=evict_above is not None
         )
@@ -150,19 +154,19 @@ class InterleavedProcess:
             sealer.step()
         sealer.seal_remaining()
 
-    def _note_what_is_evicted(self) -> None:
+    def _record_evictions(self) -> None:
         remove = self.directory.remove
 
-        def noting(name: str) -> None:
+        def remove_and_record(name: str) -> None:
             sealed = layout.kind_of(name) is Kind.SEALED
-            data = self.world.content(name) if sealed and name in self.world.names() else b""
+            data = self.world.content_of(name) if sealed and name in self.world.names() else b""
             remove(name)
             self.world.evicted.update(reader.read_lines(data, lambda: None).payloads)
 
-        self.directory.remove = noting  # type: ignore[method-assign]
+        self.directory.remove = remove_and_record  # type: ignore[method-assign]
 
-    def die_with(self, count: int) -> None:
-        """Append events, and never end."""
+    def append_and_die(self, count: int) -> None:
+        """Append events, and die without closing."""
         writer = Writer(self.directory, WriterLimits(2, 10**6, 2**30), lambda: None)
         writer.start(0, 0)
         for _ in range(count):
@@ -171,12 +175,12 @@ class InterleavedProcess:
             self.world.accepted.add(event)
         self.die()
 
-    def adopt(self) -> None:
-        """What each process does when it starts."""
+    def recover_directory(self) -> None:
+        """Recover the files of dead writers, as each process does when it starts."""
         recover(self.directory)
 
     def deliver(self) -> None:
-        """One round of the real delivery worker, if it gets the lease: adopt, send, settle."""
+        """Run the real delivery worker until nothing is pending, if it gets the lease."""
         deliver_once(self.directory, InterleavingDestination(self), self.clock)
 
 
@@ -196,7 +200,7 @@ class InterleavingDestination(RecordingSink):
 
 
 class InterleavingWorld:
-    """A disk, the processes on it, and what was accepted and delivered."""
+    """A disk, the processes on it, and the events that were accepted, delivered and evicted."""
 
     def __init__(self) -> None:
         self.disk = Disk()
@@ -204,12 +208,12 @@ class InterleavingWorld:
         self.processes: list[InterleavedProcess] = []
         self.accepted: set[bytes] = set()
         self.attempted: set[bytes] = set()
-        self.excused: set[bytes] = set()  # an operator deletes them
+        self.deletable: set[bytes] = set()  # events that an operator may delete
         self.evicted: Counter[bytes] = Counter()
         self.delivered: list[tuple[bytes, str]] = []  # payload, batch id
-        self.more_sinks: tuple[str, ...] = ()  # where there are several at all
-        self.judge = violations  # looks what is wrong in the end
-        self.damaged = b""  # what is to be in quarantine in the end, and nothing else
+        self.added_sinks: tuple[str, ...] = ()  # sinks that are added later, where there are several
+        self.find_violations = violations  # lists what is wrong at the end
+        self.expected_quarantine = b""  # the exact contents of the quarantine at the end
         self.new_id = map("id-{:04d}".format, itertools.count(1)).__next__
         self._number = itertools.count(1).__next__
         InterleavedProcess(self, -1).filesystem.make_directory(OUTBOX_PATH)
@@ -220,27 +224,27 @@ class InterleavingWorld:
         self.attempted.add(event)
         return event
 
-    def another(self) -> InterleavedProcess:
+    def new_process(self) -> InterleavedProcess:
         """A process that is not interleaved."""
         return InterleavedProcess(self, -1)
 
-    def put(self, name: str, events: int, raw: bytes = b"") -> set[bytes]:
-        """Create a file that was there before, with events that count as accepted."""
-        made = [self.new_event() for _ in range(events)]
-        process = self.another()
+    def put_file(self, name: str, events: int, raw: bytes = b"") -> set[bytes]:
+        """Create a file before the processes start. Its events count as accepted."""
+        new_events = [self.new_event() for _ in range(events)]
+        process = self.new_process()
         fd = process.filesystem.create(f"{OUTBOX_PATH}/{name}")
-        process.filesystem.write_all(fd, b"".join(map(record.line, made)) + raw)
+        process.filesystem.write_all(fd, b"".join(map(record.line, new_events)) + raw)
         process.filesystem.kill()
-        self.accepted.update(made)
-        return set(made)
+        self.accepted.update(new_events)
+        return set(new_events)
 
     def names(self) -> list[str]:
         """The names in the directory."""
-        return sorted(entry.name for entry in self.another().filesystem.list_files(OUTBOX_PATH))
+        return sorted(entry.name for entry in self.new_process().filesystem.list_files(OUTBOX_PATH))
 
-    def content(self, name: str) -> bytes:
+    def content_of(self, name: str) -> bytes:
         """The content of a file."""
-        filesystem = self.another().filesystem
+        filesystem = self.new_process().filesystem
         return filesystem.read_all(filesystem.open_existing(f"{OUTBOX_PATH}/{name}", allow_links=True))
 
 
@@ -249,18 +253,18 @@ Scenario = Callable[[InterleavingWorld], list[Program]]
 
 
 class SchedulePoint(NamedTuple):
-    """Where a decision may be taken: which process was about to do what, and what else could be decided there."""
+    """A moment in a run: the process, its next operation, and the other decisions that are possible here."""
 
     process: int
-    doing: str
-    others: tuple[Decision, ...]
+    operation: str
+    alternatives: tuple[Decision, ...]
 
 
 class ScheduleResult(NamedTuple):
     """The result of one schedule."""
 
     points: list[SchedulePoint]
-    troubles: list[str]
+    problems: list[str]
 
 
 class InterleavingReport(NamedTuple):
@@ -272,248 +276,254 @@ class InterleavingReport(NamedTuple):
     violations: list[tuple[str, Schedule, list[str]]]
 
     def __str__(self) -> str:
-        extent = "all schedules" if self.complete else "a part of the schedules"
-        lines = [f"{extent}: {self.schedules}, with {self.points} points; {len(self.violations)} violate something"]
+        extent = "all schedules" if self.complete else "some of the schedules"
+        lines = [f"{extent}: {self.schedules}, with {self.points} points; {len(self.violations)} with violations"]
         lines += [
-            f"  reproduce({name!r}, {schedule!r}): {'; '.join(troubles)}" for name, schedule, troubles in self.violations[:10]
+            f"  reproduce({name!r}, {schedule!r}): {'; '.join(problems)}" for name, schedule, problems in self.violations[:10]
         ]
         return "\n".join(lines)
 
 
 def run_schedule(scenario: Scenario, schedule: Schedule) -> ScheduleResult:
-    """Run the processes of a scenario as the schedule says, then recover and find what is wrong."""
+    """Run the processes of a scenario by a schedule, recover, and list what is wrong."""
     world = InterleavingWorld()
     programs = scenario(world)
-    troubles: list[str] = []
+    problems: list[str] = []
     decided = {point: (what, who) for point, what, who in schedule}
     points: list[SchedulePoint] = []
     world.processes = [InterleavedProcess(world, number) for number in range(len(programs))]
     threads = [
-        greenlet(_guarded(process, program, troubles)) for process, program in zip(world.processes, programs, strict=True)
+        greenlet(_guarded(process, program, problems)) for process, program in zip(world.processes, programs, strict=True)
     ]
     world.interleaved = True
     alive = list(range(len(programs)))
-    current, doing = 0, "begin"
+    current, operation = 0, "begin"
     begun: set[int] = set()
     while alive:
         number, ended = len(points), current not in alive
-        others: list[Decision] = [(number, "go", other) for other in alive if other != current]
-        # To kill a process that has not begun shows nothing.
-        others += [(number, "kill", other) for other in alive if other in begun]
+        alternatives: list[Decision] = [(number, "go", other) for other in alive if other != current]
+        # A process that has not begun has nothing to lose.
+        alternatives += [(number, "kill", other) for other in alive if other in begun]
         what, who = decided.get(number, ("go", alive[0] if ended else current))
-        points.append(SchedulePoint(current, "end" if ended else doing, tuple(one for one in others if one[1:] != (what, who))))
+        points.append(
+            SchedulePoint(
+                current,
+                "end" if ended else operation,
+                tuple(decision for decision in alternatives if decision[1:] != (what, who)),
+            )
+        )
         if what == "go":
             current = who
             begun.add(who)
-            doing = threads[who].switch()
+            operation = threads[who].switch()
         else:
             world.processes[who].die()
             threads[who].throw(Killed)
         if threads[who].dead:
-            world.processes[who].die()  # the end of a process takes its descriptors too
+            world.processes[who].die()  # a process that ends loses its descriptors too
             alive.remove(who)
     world.interleaved = False
-    troubles += world.judge(world, killed=any(what == "kill" for _, what, _ in schedule))
-    return ScheduleResult(points, troubles)
+    problems += world.find_violations(world, killed=any(what == "kill" for _, what, _ in schedule))
+    return ScheduleResult(points, problems)
 
 
-def _guarded(process: InterleavedProcess, program: Program, troubles: list[str]) -> Callable[[], None]:
+def _guarded(process: InterleavedProcess, program: Program, problems: list[str]) -> Callable[[], None]:
     def run() -> None:
         try:
             program(process)
         except Killed:
             return
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
-            troubles.append(f"process {process.number} raised {type(error).__name__}: {error}")
+            problems.append(f"process {process.number} raised {type(error).__name__}: {error}")
 
     return run
 
 
 def violations(world: InterleavingWorld, *, killed: bool) -> list[str]:
-    """What is wrong once a new process has recovered and delivered everything."""
-    found: list[str] = []
-    last = world.another()
+    """Recover and deliver everything in a new process. Returns what is wrong afterwards."""
+    problems: list[str] = []
+    last = world.new_process()
     try:
         last.deliver()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
-        found.append(f"recovery raised {type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001 - every exception is a violation
+        problems.append(f"recovery raised {type(error).__name__}: {error}")
     last.die()
     payloads = Counter(payload for payload, _ in world.delivered)
-    if lost := world.accepted - world.excused - world.evicted.keys() - payloads.keys():
-        found.append(f"lost: {sorted(lost)}")
+    if lost := world.accepted - world.deletable - world.evicted.keys() - payloads.keys():
+        problems.append(f"lost: {sorted(lost)}")
     if invented := payloads.keys() - world.attempted:
-        found.append(f"invented: {sorted(invented)}")
+        problems.append(f"invented: {sorted(invented)}")
     if not killed and (both := [payload for payload in payloads if world.evicted[payload]]):
-        found.append(f"delivered, and evicted: {both}")
+        problems.append(f"delivered and evicted: {both}")
     for payload, count in payloads.items():
-        batches = {batch for one, batch in world.delivered if one == payload}
+        batches = {batch for delivered, batch in world.delivered if delivered == payload}
         if count > 1 and not killed:
-            found.append(f"{payload!r} was delivered {count} times")
+            problems.append(f"{payload!r} was delivered {count} times")
         elif len(batches) > 1:
-            found.append(f"{payload!r} was delivered as a part of {sorted(batches)}")
+            problems.append(f"{payload!r} was delivered in several batches: {sorted(batches)}")
     kinds = {name: layout.kind_of(name) for name in world.names() if name not in LOCKS}
-    if left := [name for name, kind in kinds.items() if kind not in (Kind.CORRUPT, Kind.RANGES)]:
-        found.append(f"left behind: {left}")
-    if (kept := [world.content(name) for name, kind in kinds.items() if kind is Kind.CORRUPT]) != [world.damaged] * bool(
-        world.damaged
-    ):
-        found.append(f"in quarantine: {kept}")
-    return found
+    if remaining := [name for name, kind in kinds.items() if kind not in (Kind.CORRUPT, Kind.RANGES)]:
+        problems.append(f"left behind: {remaining}")
+    if (quarantine := [world.content_of(name) for name, kind in kinds.items() if kind is Kind.CORRUPT]) != [
+        world.expected_quarantine
+    ] * bool(world.expected_quarantine):
+        problems.append(f"in quarantine: {quarantine}")
+    return problems
 
 
 def within(schedule: Schedule, points: Sequence[SchedulePoint], preemptions: int, kills: int) -> bool:
-    """Whether a schedule is within the bounds; when a process has ended or was killed, another one continues at no cost."""
-    preempted = sum(what == "go" and points[number].doing not in ("end", "begin") for number, what, _ in schedule)
+    """Whether a schedule is within the bounds. To continue after the end or the kill of a process is not a preemption."""
+    preempted = sum(what == "go" and points[number].operation not in ("end", "begin") for number, what, _ in schedule)
     return preempted <= preemptions and sum(what == "kill" for _, what, _ in schedule) <= kills
 
 
 def explore(
     scenario: Scenario, preemptions: int = PREEMPTIONS, kills: int = KILLS, seconds: float | None = None, seed: int = 0
 ) -> InterleavingReport:
-    """Run every schedule within the bounds; with `seconds`, in an order that the seed decides, and no longer than that."""
+    """Run every schedule within the bounds. With `seconds`, run them in random order, and no longer than that."""
     chance = random.Random(seed)
     deadline = None if seconds is None else time.monotonic() + seconds
-    waiting: list[Schedule] = [()]
+    unexplored: list[Schedule] = [()]
     schedules = points = 0
-    found: list[tuple[str, Schedule, list[str]]] = []
+    violations: list[tuple[str, Schedule, list[str]]] = []
     with _quiet():
-        while waiting and (deadline is None or time.monotonic() < deadline):
+        while unexplored and (deadline is None or time.monotonic() < deadline):
             if deadline is not None:
-                index = chance.randrange(len(waiting))
-                waiting[index], waiting[-1] = waiting[-1], waiting[index]
-            schedule = waiting.pop()
-            ran = run_schedule(scenario, schedule)
+                index = chance.randrange(len(unexplored))
+                unexplored[index], unexplored[-1] = unexplored[-1], unexplored[index]
+            schedule = unexplored.pop()
+            result = run_schedule(scenario, schedule)
             schedules += 1
-            points += len(ran.points)
-            if ran.troubles:
-                found.append((scenario.__name__, schedule, ran.troubles))
+            points += len(result.points)
+            if result.problems:
+                violations.append((scenario.__name__, schedule, result.problems))
             first = schedule[-1][0] + 1 if schedule else 0
-            for point in ran.points[first:]:
-                longer = [(*schedule, decision) for decision in point.others]
-                waiting += [one for one in longer if within(one, ran.points, preemptions, kills)]
-    return InterleavingReport(schedules, points, not waiting, found)
+            for point in result.points[first:]:
+                longer = [(*schedule, decision) for decision in point.alternatives]
+                unexplored += [candidate for candidate in longer if within(candidate, result.points, preemptions, kills)]
+    return InterleavingReport(schedules, points, not unexplored, violations)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without log lines, and with the hooks of the interpreter restored."""
+    """Disable the log, and restore the hooks of the interpreter afterwards."""
     logger, hooks = logging.getLogger("pillarbox"), sys.get_asyncgen_hooks()
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
         sys.set_asyncgen_hooks(*hooks)
 
 
 def reproduce(name: str, schedule: Schedule) -> list[str]:
-    """Run one schedule of a scenario and print every point of it; returns what is wrong."""
-    ran = run_schedule(next(one for one in SCENARIOS if one.__name__ == name), schedule)
+    """Run one schedule of a scenario, and print every point. Returns what is wrong."""
+    result = run_schedule(next(scenario for scenario in SCENARIOS if scenario.__name__ == name), schedule)
     decided = {point: (what, who) for point, what, who in schedule}
-    for number, point in enumerate(ran.points):
-        print(f"{number:4} process {point.process}: {point.doing:60} {decided.get(number, '')}")  # noqa: T201 - that is its use
-    return ran.troubles
+    for number, point in enumerate(result.points):
+        print(f"{number:4} process {point.process}: {point.operation:60} {decided.get(number, '')}")  # noqa: T201 - its purpose
+    return result.problems
 
 
-# Scenarios: each prepares the world and says what its processes do.
+# Scenarios: each prepares the world, and returns the programs of its processes.
 
 
-def two_start_and_adopt_the_same_file(world: InterleavingWorld) -> list[Program]:
-    world.another().die_with(2)
-    return [lambda one: one.write(1), lambda two: two.write(1)]
+def two_writers_recover_the_same_segment(world: InterleavingWorld) -> list[Program]:
+    world.new_process().append_and_die(2)
+    return [lambda process: process.write(1), lambda process: process.write(1)]
 
 
-def one_begins_files_while_another_recovers(world: InterleavingWorld) -> list[Program]:
+def one_creates_segments_while_another_recovers(world: InterleavingWorld) -> list[Program]:
     def recover_twice(process: InterleavedProcess) -> None:
-        process.adopt()
-        process.adopt()
+        process.recover_directory()
+        process.recover_directory()
 
-    return [lambda one: one.write(1, 2), recover_twice]
+    return [lambda process: process.write(1, 2), recover_twice]
 
 
-def one_adopts_while_another_delivers(world: InterleavingWorld) -> list[Program]:
-    world.another().die_with(1)
-    world.put(layout.sealed_name(1, "old"), 1)
-    return [InterleavedProcess.adopt, InterleavedProcess.deliver]
+def one_recovers_while_another_delivers(world: InterleavingWorld) -> list[Program]:
+    world.new_process().append_and_die(1)
+    world.put_file(layout.sealed_name(1, "old"), 1)
+    return [InterleavedProcess.recover_directory, InterleavedProcess.deliver]
 
 
 def two_deliver(world: InterleavingWorld) -> list[Program]:
-    world.put(layout.sealed_name(1, "a"), 2)
-    world.put(layout.sealed_name(2, "b"), 1)
+    world.put_file(layout.sealed_name(1, "a"), 2)
+    world.put_file(layout.sealed_name(2, "b"), 1)
     return [InterleavedProcess.deliver, InterleavedProcess.deliver]
 
 
-def two_deliver_what_a_third_writes(world: InterleavingWorld) -> list[Program]:
-    return [lambda one: one.write(1), InterleavedProcess.deliver, InterleavedProcess.deliver]
+def two_deliver_while_a_third_writes(world: InterleavingWorld) -> list[Program]:
+    return [lambda process: process.write(1), InterleavedProcess.deliver, InterleavedProcess.deliver]
 
 
-def one_writes_and_the_others_adopt_and_deliver(world: InterleavingWorld) -> list[Program]:
-    world.another().die_with(1)
-    return [lambda one: one.write(1), InterleavedProcess.adopt, InterleavedProcess.deliver]
+def one_writes_while_others_recover_and_deliver(world: InterleavingWorld) -> list[Program]:
+    world.new_process().append_and_die(1)
+    return [lambda process: process.write(1), InterleavedProcess.recover_directory, InterleavedProcess.deliver]
 
 
-def two_adopt_what_the_older_system_left(world: InterleavingWorld) -> list[Program]:
-    world.put(layout.LEGACY_ACTIVE, 2)
-    return [lambda one: one.write(1), InterleavedProcess.adopt]
+def two_recover_a_legacy_segment(world: InterleavingWorld) -> list[Program]:
+    world.put_file(layout.LEGACY_ACTIVE, 2)
+    return [lambda process: process.write(1), InterleavedProcess.recover_directory]
 
 
-def one_adopts_what_the_older_system_left_and_another_delivers(world: InterleavingWorld) -> list[Program]:
-    world.put(layout.LEGACY_ACTIVE, 2)
-    return [InterleavedProcess.adopt, InterleavedProcess.deliver]
+def one_recovers_a_legacy_segment_while_another_delivers(world: InterleavingWorld) -> list[Program]:
+    world.put_file(layout.LEGACY_ACTIVE, 2)
+    return [InterleavedProcess.recover_directory, InterleavedProcess.deliver]
 
 
-def one_delivers_what_an_operator_deletes(world: InterleavingWorld) -> list[Program]:
+def one_delivers_while_an_operator_deletes(world: InterleavingWorld) -> list[Program]:
     name = layout.sealed_name(1, "a")
-    world.excused |= world.put(name, 2)
-    world.put(layout.sealed_name(2, "b"), 1)
+    world.deletable |= world.put_file(name, 2)
+    world.put_file(layout.sealed_name(2, "b"), 1)
     return [InterleavedProcess.deliver, lambda operator: operator.directory.remove(name)]
 
 
 def one_evicts_while_another_delivers(world: InterleavingWorld) -> list[Program]:
-    for stamp in (1, 2, 3):
-        world.put(layout.sealed_name(stamp, "a"), 1)
-    return [lambda one: one.write(1, evict_above=110), InterleavedProcess.deliver]
+    for sealed_at in (1, 2, 3):
+        world.put_file(layout.sealed_name(sealed_at, "a"), 1)
+    return [lambda process: process.write(1, evict_above=110), InterleavedProcess.deliver]
 
 
 def two_evict(world: InterleavingWorld) -> list[Program]:
-    for stamp in (1, 2, 3):
-        world.put(layout.sealed_name(stamp, "a"), 1)
-    return [lambda one: one.write(1, evict_above=110), lambda two: two.write(1, evict_above=110)]
+    for sealed_at in (1, 2, 3):
+        world.put_file(layout.sealed_name(sealed_at, "a"), 1)
+    return [lambda process: process.write(1, evict_above=110), lambda process: process.write(1, evict_above=110)]
 
 
-def two_deliver_what_is_damaged(world: InterleavingWorld) -> list[Program]:
+def two_deliver_a_damaged_batch(world: InterleavingWorld) -> list[Program]:
     name = layout.sealed_name(1, "a")
-    world.put(name, 1, raw=b"rubbish\n")
-    world.damaged = b"rubbish\n"
+    world.put_file(name, 1, raw=b"rubbish\n")
+    world.expected_quarantine = b"rubbish\n"
     return [InterleavedProcess.deliver, InterleavedProcess.deliver]
 
 
-def one_adopts_what_is_torn_and_another_delivers(world: InterleavingWorld) -> list[Program]:
-    world.put(layout.active_name("dead", 1), 2, raw=b'{"event":{"n"')
-    world.damaged = b'{"event":{"n"'
-    return [InterleavedProcess.adopt, InterleavedProcess.deliver]
+def one_recovers_a_torn_segment_while_another_delivers(world: InterleavingWorld) -> list[Program]:
+    world.put_file(layout.active_name("dead", 1), 2, raw=b'{"event":{"n"')
+    world.expected_quarantine = b'{"event":{"n"'
+    return [InterleavedProcess.recover_directory, InterleavedProcess.deliver]
 
 
 SCENARIOS: Final[list[Scenario]] = [
-    two_start_and_adopt_the_same_file,
-    one_begins_files_while_another_recovers,
-    one_adopts_while_another_delivers,
+    two_writers_recover_the_same_segment,
+    one_creates_segments_while_another_recovers,
+    one_recovers_while_another_delivers,
     two_deliver,
-    two_deliver_what_a_third_writes,
-    one_writes_and_the_others_adopt_and_deliver,
-    two_adopt_what_the_older_system_left,
-    one_adopts_what_the_older_system_left_and_another_delivers,
-    one_delivers_what_an_operator_deletes,
+    two_deliver_while_a_third_writes,
+    one_writes_while_others_recover_and_deliver,
+    two_recover_a_legacy_segment,
+    one_recovers_a_legacy_segment_while_another_delivers,
+    one_delivers_while_an_operator_deletes,
     one_evicts_while_another_delivers,
     two_evict,
-    two_deliver_what_is_damaged,
-    one_adopts_what_is_torn_and_another_delivers,
+    two_deliver_a_damaged_batch,
+    one_recovers_a_torn_segment_while_another_delivers,
 ]
 
 
 def run(seconds: float | None = None, seed: int = 0, preemptions: int = PREEMPTIONS, kills: int = KILLS) -> InterleavingReport:
-    """Run every scenario; with `seconds`, each for its share of them."""
+    """Run every scenario. With `seconds`, each gets an equal share of them."""
     share = None if seconds is None else seconds / len(SCENARIOS)
     reports = [explore(scenario, preemptions, kills, share, seed) for scenario in SCENARIOS]
     return InterleavingReport(
@@ -527,7 +537,7 @@ def run(seconds: float | None = None, seed: int = 0, preemptions: int = PREEMPTI
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, help="in all; without it, until every schedule was run")
+    parser.add_argument("--seconds", type=float, help="for all scenarios; the default is to run every schedule")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--preemptions", type=int, default=PREEMPTIONS)
     parser.add_argument("--kills", type=int, default=KILLS)

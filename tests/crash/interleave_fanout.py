@@ -1,4 +1,4 @@
-"""Scenarios of `interleave.py` with several sinks: one process fans out, others deliver their queues, evict, or add a sink."""
+"""Scenarios of `interleave.py` with several sinks: one process fans out while others deliver queues, evict, or add a sink."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pillarbox.testing import RecordingSink
 from tests.crash.interleave import InterleavedProcess, InterleavingWorld, Program, deliver_once
 
 SINKS = ("a", "b")
-ROUNDS = 3  # of the last process, after which nothing may wait
+ROUNDS = 3  # of fan-out and delivery by the last process, after which nothing may be pending
 
 
 class FanOutWithoutLedgers(FanOut):
-    """The real one but for the ledgers, whose many operations say nothing here."""
+    """Fans out without writing ledgers, whose many operations do not matter here."""
 
     def _write_ledgers(self, *_: object) -> None:
         pass
@@ -29,7 +29,7 @@ class FanOutWithoutLedgers(FanOut):
 
 
 class QueueDestination(RecordingSink):
-    """Takes everything, and remembers for the whole world."""
+    """Accepts everything, and records it for all processes."""
 
     def __init__(self, process: InterleavedProcess, sink: str) -> None:
         super().__init__()
@@ -42,45 +42,45 @@ class QueueDestination(RecordingSink):
         return Delivered(len(batch))
 
 
-def hand_over(process: InterleavedProcess, sinks: Sequence[str] = SINKS) -> None:
-    """A round of handing over."""
+def fan_out_once(process: InterleavedProcess, sinks: Sequence[str] = SINKS) -> None:
+    """Fan out all batches of the outbox."""
     FanOutWithoutLedgers(
         process.directory, sinks, process.clock, LedgerWriter(process.directory, process.clock)
     ).distribute_all()
 
 
 def deliver(process: InterleavedProcess, sink: str) -> None:
-    """A round of the real deliverer of one queue, if it is there."""
+    """Run the real delivery worker of one queue, if the queue exists."""
     for queue in process.directory.queues():
         if queue.sink == sink:
             deliver_once(queue, QueueDestination(process, sink), process.clock)
 
 
 def violations(world: InterleavingWorld, *, killed: bool) -> list[str]:
-    """What must not be, once a new process has handed over and delivered everything."""
-    last, sinks = world.another(), (*SINKS, *world.more_sinks)
+    """Fan out and deliver everything in a new process. Returns what is wrong afterwards."""
+    last, sinks = world.new_process(), (*SINKS, *world.added_sinks)
     for _ in range(ROUNDS):
-        last.adopt()
-        hand_over(last, sinks)
+        last.recover_directory()
+        fan_out_once(last, sinks)
         for sink in sinks:
             deliver(last, sink)
-    left = _left(last.directory)
+    remaining = _remaining_files(last.directory)
     last.die()
-    found = [f"left behind: {left}"] if left else []
+    problems = [f"left behind: {remaining}"] if remaining else []
     for sink in sinks:
-        mine = [(payload, batch) for payload, batch in world.delivered if batch.startswith(f"{sink} ")]
-        counts = Counter(payload for payload, _ in mine)
-        lost = world.accepted - counts.keys() - world.excused
+        deliveries = [(payload, batch) for payload, batch in world.delivered if batch.startswith(f"{sink} ")]
+        counts = Counter(payload for payload, _ in deliveries)
+        lost = world.accepted - counts.keys() - world.deletable
         if lost and sink in SINKS:
-            found.append(f"{sink} misses {sorted(lost)}")
+            problems.append(f"{sink} misses {sorted(lost)}")
         if not killed and (twice := [payload for payload, count in counts.items() if count > 1]):
-            found.append(f"{sink} is given {twice} twice")
-        if len({payload for payload, _ in mine}) != len(set(mine)):
-            found.append(f"{sink} is given events in several batches")
-    return found
+            problems.append(f"{sink} received {twice} twice")
+        if len({payload for payload, _ in deliveries}) != len(set(deliveries)):
+            problems.append(f"{sink} received events in several batches")
+    return problems
 
 
-def _left(directory: Directory) -> list[str]:
+def _remaining_files(directory: Directory) -> list[str]:
     queue_dirs = [directory, *directory.queues()]
     kinds = (Kind.SEALED, Kind.ACTIVE, Kind.TEMPORARY)
     files = [
@@ -93,53 +93,57 @@ def _left(directory: Directory) -> list[str]:
 
 
 def _prepare(world: InterleavingWorld, *, queues: bool) -> None:
-    world.judge = violations
+    world.find_violations = violations
     if queues:
-        hand_over(world.another())
+        fan_out_once(world.new_process())
 
 
-def one_hands_over_while_each_sink_is_delivered(world: InterleavingWorld) -> list[Program]:
+def one_fans_out_while_both_queues_are_delivered(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=True)
-    world.put(layout.sealed_name(1, "x"), 1)
-    world.put(layout.sealed_name(2, "x"), 1)
-    return [hand_over, lambda two: deliver(two, "a"), lambda three: deliver(three, "b")]
+    world.put_file(layout.sealed_name(1, "x"), 1)
+    world.put_file(layout.sealed_name(2, "x"), 1)
+    return [fan_out_once, lambda process: deliver(process, "a"), lambda process: deliver(process, "b")]
 
 
-def the_first_queues_are_made_while_one_is_delivered(world: InterleavingWorld) -> list[Program]:
+def the_first_queues_are_created_while_one_is_delivered(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=False)
-    world.put(layout.sealed_name(1, "x"), 1)
-    return [hand_over, lambda two: deliver(two, "a"), InterleavedProcess.adopt]
+    world.put_file(layout.sealed_name(1, "x"), 1)
+    return [fan_out_once, lambda process: deliver(process, "a"), InterleavedProcess.recover_directory]
 
 
 def a_sink_is_added_while_others_are_delivered(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=True)
-    world.put(layout.sealed_name(1, "x"), 1)
-    hand_over(world.another())
-    world.put(layout.sealed_name(2, "x"), 1)
-    world.another().directory.request_queue("c")
-    world.more_sinks = ("c",)
-    return [lambda one: hand_over(one, (*SINKS, "c")), lambda two: deliver(two, "a"), lambda three: deliver(three, "b")]
+    world.put_file(layout.sealed_name(1, "x"), 1)
+    fan_out_once(world.new_process())
+    world.put_file(layout.sealed_name(2, "x"), 1)
+    world.new_process().directory.request_queue("c")
+    world.added_sinks = ("c",)
+    return [
+        lambda process: fan_out_once(process, (*SINKS, "c")),
+        lambda process: deliver(process, "a"),
+        lambda process: deliver(process, "b"),
+    ]
 
 
-def one_evicts_while_another_hands_over(world: InterleavingWorld) -> list[Program]:
+def one_evicts_while_another_fans_out(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=True)
-    for stamp in (1, 2, 3):
-        world.excused |= world.put(layout.sealed_name(stamp, "x"), 1)
-    return [lambda one: one.write(1, evict_above=110), hand_over]
+    for sealed_at in (1, 2, 3):
+        world.deletable |= world.put_file(layout.sealed_name(sealed_at, "x"), 1)
+    return [lambda process: process.write(1, evict_above=110), fan_out_once]
 
 
 def one_evicts_while_another_delivers_a_queue(world: InterleavingWorld) -> list[Program]:
     _prepare(world, queues=True)
-    for stamp in (1, 2, 3):
-        world.excused |= world.put(layout.sealed_name(stamp, "x"), 1)
-    hand_over(world.another())
-    return [lambda one: one.write(1, evict_above=110), lambda two: deliver(two, "a")]
+    for sealed_at in (1, 2, 3):
+        world.deletable |= world.put_file(layout.sealed_name(sealed_at, "x"), 1)
+    fan_out_once(world.new_process())
+    return [lambda process: process.write(1, evict_above=110), lambda process: deliver(process, "a")]
 
 
 SCENARIOS = (
-    one_hands_over_while_each_sink_is_delivered,
-    the_first_queues_are_made_while_one_is_delivered,
+    one_fans_out_while_both_queues_are_delivered,
+    the_first_queues_are_created_while_one_is_delivered,
     a_sink_is_added_while_others_are_delivered,
-    one_evicts_while_another_hands_over,
+    one_evicts_while_another_fans_out,
     one_evicts_while_another_delivers_a_queue,
 )

@@ -233,12 +233,12 @@ def failing_disks() -> str:
 
 def interleavings() -> str:
     """Two or three processes, with fewer kills than the tests have."""
-    from tests.crash.interleave import SCENARIOS, explore, one_begins_files_while_another_recovers
+    from tests.crash.interleave import SCENARIOS, explore, one_creates_segments_while_another_recovers
     from tests.crash.test_interleave import MANY
 
     for scenario in SCENARIOS:
         bounds = [(1, 0)] if scenario in MANY else [(2, 0), (0, 1)]
-        if scenario is one_begins_files_while_another_recovers:
+        if scenario is one_creates_segments_while_another_recovers:
             bounds.append((1, 1))
         for preemptions, kills in bounds:
             if violations := explore(scenario, preemptions, kills).violations:

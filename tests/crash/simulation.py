@@ -1,8 +1,8 @@
-"""Processes on a simulated disk, a destination, and the account of what is owed to whom.
+"""Processes on a simulated disk, a destination, and the events that the store must not lose.
 
-An event is a number; if it is negative, the destination rejects it for good. A history is a text, one letter of `STEPS` a step. Each
-step runs the real code of store and delivery, without threads. The account depends on the disk's trace alone, so that it can be drawn
-up for each moment of a history.
+An event is a number; the destination rejects negative numbers for good. A history is a string with one letter of `STEPS` for each
+step. Each step runs the real code of store and delivery, without threads. `Obligations` depends only on the trace of the disk, so
+it can be computed for each moment of a history.
 """
 
 from __future__ import annotations
@@ -33,45 +33,45 @@ from tests.crash.interleave import deliver_once
 
 OUTBOX_PATH: Final = "/outbox"
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK})
-LIMITS: Final = WriterLimits(batch_size=2, batch_bytes=10**6, max_bytes=2**29)  # so that two steps fill a file
+LIMITS: Final = WriterLimits(batch_size=2, batch_bytes=10**6, max_bytes=2**29)  # two steps fill a segment
 STEPS: Final = {
     "a": "append an event",
     "p": 'append an event with durability "power"',
     "m": "append two events in one write",
-    "x": "append an event that the destination refuses",
-    "g": "append a line that is no record",
-    "s": "a round of the sealer",
-    "r": "retire the active file",
-    "d": "deliver what is sealed, and adopt what the dead left",
-    "v": "evict what is sealed",
-    "c": "close; the next step starts anew",
-    "k": "kill the process; the next step starts another",
+    "x": "append an event that the destination rejects",
+    "g": "append a line that is not a record",
+    "s": "run a step of the sealer",
+    "r": "retire the active segment",
+    "d": "deliver all batches, and recover the files of dead writers",
+    "v": "evict all batches",
+    "c": "close; the next step starts a new process",
+    "k": "kill the process; the next step starts a new one",
     "A": "append an event in a second process",
     "P": 'append an event with durability "power" in the second process',
-    "S": "a round of the second process's sealer",
+    "S": "run a step of the sealer in the second process",
     "K": "kill the second process",
 }
-NO: Final = Rejection("no", "negative")
+REJECTION: Final = Rejection("no", "negative")
 _NUMBER: Final = re.compile(rb'\{"n":(-?\d+)\}')
 _RECORD: Final = re.compile(
     rb'^\{"event":\{"n":(-?\d+)\},"crc":"[0-9a-f]{8}"\}\n', re.MULTILINE
-)  # one behind NUL bytes is none
+)  # at the start of a line, because one after NUL bytes is not a record
 _RUBBISH: Final = re.compile(rb"rubbish (\d+)\n")
-_AFTER: Final = 10**6  # the number of the event that is appended after a recovery; one more after a recovery of that
-OPERATIONS_MAX: Final = 3000  # of a step on the disk; a few hundred are many
+_AFTER: Final = 10**6  # the number of the event that is appended after a recovery; plus the depth of the recovery
+OPERATIONS_MAX: Final = 3000  # of one step; a step has at most a few hundred
 
 
-class SimulationViolation(AssertionError):  # noqa: N818 - reads as the sentence it is
+class SimulationViolation(AssertionError):  # noqa: N818 - it is not an error of the program that raises it
     """Something that must never happen."""
 
 
 def payload_of(number: int) -> bytes:
-    """An event's JSON."""
+    """The JSON of an event."""
     return b'{"n":%d}' % number
 
 
 def rubbish_in(data: bytes) -> set[int]:
-    """The numbers of the damaged lines that were stored as such."""
+    """The numbers of damaged lines."""
     return {int(found) for found in _RUBBISH.findall(data)}
 
 
@@ -86,40 +86,41 @@ def records_in(data: bytes) -> set[int]:
 
 
 def kind_at(path: str) -> Kind:
-    """The kind of the file that a path names."""
+    """The kind of the file at a path."""
     return layout.kind_of(path.rpartition("/")[2])
 
 
 class Obligations:
-    """What is owed at a moment of a trace. Numbers are of events, and of damaged lines, which go to quarantine.
+    """The events that must not be lost, repeated or invented, at a moment of a trace. Damaged lines have numbers too.
 
-    The trace has marks: offered, acknowledged, promised, refused, delivered, evicting, and that the code reported files as sealed or a
-    round of deliveries or evictions as over. The rest follows from the operations: a sealed name promises what is in the file, once the
-    code has reported it or the directory is synced; its removal settles that, in the same way.
+    The trace has marks: offered, acknowledged, promised, dropped, delivered, evicting, and reports of the code that files are
+    sealed ("sealed") or that deliveries or evictions are finished ("over"). The rest follows from the operations: a sealed name
+    promises the events in the file, once the code has reported it or the directory is synced; its removal settles them, in the
+    same way.
     """
 
     def __init__(self) -> None:
         self.offered: set[int] = set()
-        self.acknowledged: set[int] = set()  # survive the death of the processes
-        self.promised: set[int] = set()  # survive the loss of power too
-        self.delivered: set[int] = set()  # known to the destination: may come again, need not
+        self.acknowledged: set[int] = set()  # survive a kill
+        self.promised: set[int] = set()  # survive a power loss too
+        self.delivered: set[int] = set()  # at the destination: may be repeated, need not be
         self.evicted: set[int] = set()
-        self.settled: set[int] = set()  # must not come back
-        self.unsure: set[int] = set()  # refused, but may be there
-        self.refused: set[int] = set()  # the caller was told so: must never arrive
-        self.sealed: dict[str, bytes] = {}  # what each sealed file held when it got its name
+        self.settled: set[int] = set()  # must not reappear
+        self.unsure: set[int] = set()  # dropped, but may be stored
+        self.dropped: set[int] = set()  # the caller knows it: must never arrive
+        self.sealed: dict[str, bytes] = {}  # the contents of each batch file when it got its name
         self._evicting = False
-        self._named: set[int] = set()  # promised with the next sync of the directory
-        self._removed: set[int] = set()  # settled with it
-        self._doomed: set[int] = set()  # files of which a sync has failed: sealed, they promise nothing new
+        self._in_sealed_names: set[int] = set()  # promised with the next sync of the directory
+        self._removed: set[int] = set()  # settled with the next sync of the directory
+        self._failed_inodes: set[int] = set()  # a sync of these files failed, so sealing them promises nothing more
 
     def after_crash(self, *, power: bool) -> Obligations:
-        """What is owed of a state that a crash has left: only what was durable."""
+        """The obligations after a crash, which cover only durable events."""
         other = Obligations()
         other.offered, other.delivered, other.evicted = self.offered.copy(), self.delivered.copy(), self.evicted.copy()
         other.promised = (self.promised if power else self.acknowledged).copy()
         other.acknowledged = other.promised.copy()
-        other.settled, other.refused, other.sealed = self.settled.copy(), self.refused.copy(), self.sealed.copy()
+        other.settled, other.dropped, other.sealed = self.settled.copy(), self.dropped.copy(), self.sealed.copy()
         return other
 
     def apply(self, op: Op, content: Callable[[str], bytes]) -> None:
@@ -127,50 +128,50 @@ class Obligations:
         if op.verb == "mark":
             self._mark(op.note)
         elif op.verb == "sync_failed":
-            self._doomed.add(op.inode)
-        elif op.verb == "rename" and kind_at(op.target) is Kind.SEALED and op.inode not in self._doomed:
+            self._failed_inodes.add(op.inode)
+        elif op.verb == "rename" and kind_at(op.target) is Kind.SEALED and op.inode not in self._failed_inodes:
             self.sealed[op.target] = data = content(op.path)
-            self._named |= records_in(data)
+            self._in_sealed_names |= records_in(data)
         elif op.verb == "unlink" and kind_at(op.path) is Kind.SEALED:
-            gone = records_in(content(op.path))
-            self._removed |= gone
+            removed = records_in(content(op.path))
+            self._removed |= removed
             if self._evicting:
-                self.evicted |= gone
+                self.evicted |= removed
         elif op.verb == "sync_directory":
-            self._keep_word("sealed")
-            self._keep_word("over")
+            self._apply_report("sealed")
+            self._apply_report("over")
 
-    def _mark(self, what: object) -> None:
-        assert isinstance(what, tuple)
-        name, numbers = what
+    def _mark(self, note: object) -> None:
+        assert isinstance(note, tuple)
+        name, numbers = note
         if name == "evicting":
             self._evicting = numbers
-        elif name == "said":
-            self._keep_word(numbers)
+        elif name == "reported":
+            self._apply_report(numbers)
         else:
             getattr(self, name).update(numbers)
 
-    def _keep_word(self, what: str) -> None:
-        if what == "sealed":
-            self.promised |= self._named
-            self._named = set()
+    def _apply_report(self, report: str) -> None:
+        if report == "sealed":
+            self.promised |= self._in_sealed_names
+            self._in_sealed_names = set()
         else:
             self.settled |= self._removed
             self._removed = set()
 
     def owed(self, *, power: bool) -> set[int]:
-        """What must still arrive, become a dead letter, or be in quarantine."""
+        """The events that must still arrive, become dead letters, or be in quarantine."""
         return (self.promised if power else self.acknowledged) - self.delivered - self.evicted
 
 
 class SimulatedDestination:
-    """Accepts everything that is not negative."""
+    """Accepts every number that is not negative."""
 
     capabilities = SinkCapabilities(deduplicates_by="nothing", survives="power")
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
-        self.arrived: list[int] = []  # the refused ones too
+        self.arrived: list[int] = []  # including the rejected ones
 
     async def open(self) -> None:
         pass
@@ -185,10 +186,10 @@ class SimulatedDestination:
         """Accept, and add a mark to the trace."""
         numbers = list(map(number_of, payloads))
         self.arrived += numbers
-        taken = {number for number in numbers if number >= 0}
-        self._disk.mark(("delivered", taken))
-        refused = {index: NO for index, number in enumerate(numbers) if number < 0}
-        return PartialFailure(refused, len(taken)) if refused else Delivered(len(taken))
+        accepted = {number for number in numbers if number >= 0}
+        self._disk.mark(("delivered", accepted))
+        rejected = {index: REJECTION for index, number in enumerate(numbers) if number < 0}
+        return PartialFailure(rejected, len(accepted)) if rejected else Delivered(len(accepted))
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
         raise AssertionError
@@ -201,33 +202,35 @@ class SimulatedDestination:
 
 
 def number_of(payload: bytes) -> int:
-    """The number of the event that a payload is."""
-    found = _NUMBER.fullmatch(payload)
-    if found is None:
+    """The number of the event with this payload."""
+    match = _NUMBER.fullmatch(payload)
+    if match is None:
         raise SimulationViolation(f"this was never enqueued: {payload!r}")
-    return int(found[1])
+    return int(match[1])
 
 
 class SimulationProcess:
-    """A process without threads: directory, writer, sealer, committer, and a worker when it delivers."""
+    """A process without threads: directory, writer, sealer and group committer, and a worker while it delivers."""
 
     def __init__(
         self,
         filesystem: Filesystem,
         new_id: Callable[[], str],
         clock: ManualClock,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self.filesystem = filesystem
         self.directory = Directory(OUTBOX_PATH, filesystem, clock, new_id)
         inbox = SealerInbox()
         self.writer = Writer(self.directory, LIMITS, inbox.wake)
         self.committer = GroupCommitter(self.directory, self.writer)
-        self.sealer = Sealer(self.directory, self.writer, inbox, clock, 1.0, lambda: say("sealed"), 0, committer=self.committer)
+        self.sealer = Sealer(
+            self.directory, self.writer, inbox, clock, 1.0, lambda: report("sealed"), 0, committer=self.committer
+        )
         self._clock = clock
 
     def start(self) -> None:
-        """What an `Outbox` does when it is made and then first used."""
+        """Do what an `Outbox` does at its creation and its first use."""
         self.directory.ensure_usable()
         account = self.directory.disk_usage()
         self.directory.seal_after(account.newest_sealed_at)
@@ -235,41 +238,41 @@ class SimulationProcess:
         self.sealer.adopt_segments()
 
     def deliver(self, sink: SimulatedDestination) -> None:
-        """Deliver everything, with the worker's own loop."""
+        """Deliver everything by the real worker."""
         deliver_once(self.directory, sink, self._clock, self.writer.release_bytes)
 
     def evict(self) -> None:
-        """Evict everything that is sealed, as if there were no room at all."""
-        capacity, writer = self.sealer.quota, self.writer
-        capacity._evicts, writer.limits = True, LIMITS._replace(max_bytes=0)
+        """Evict all batches, by a limit of zero bytes."""
+        quota, writer = self.sealer.quota, self.writer
+        quota._evicts, writer.limits = True, LIMITS._replace(max_bytes=0)
         try:
-            capacity.enforce()
+            quota.enforce()
         finally:
-            capacity._evicts, writer.limits = False, LIMITS
+            quota._evicts, writer.limits = False, LIMITS
 
 
 Wrap = Callable[[CrashFilesystem], Filesystem]
 
 
 class SimulationWorld:
-    """A disk, up to two processes on it, and what happens in a history."""
+    """A disk with up to two processes, which run the steps of a history."""
 
-    def __init__(self, wrap: Wrap = lambda plain: plain) -> None:
+    def __init__(self, wrap: Wrap = lambda filesystem: filesystem) -> None:
         self.disk = Disk()
         self.clock = ManualClock()
         self.new_id = map("{:04d}".format, itertools.count(1)).__next__
         self.destination = SimulatedDestination(self.disk)
-        self._operations = 0  # of this step
-        self.operations_left: int | None = None  # operations until the process dies
-        self.can_truncate = True  # whether the disk lets what was refused be cut off
-        # Whether the disk has failed, so that a log message may be all.
+        self._operations = 0  # on the disk, in this step
+        self.operations_left: int | None = None  # until the process is killed
+        self.can_truncate = True  # whether the disk can cut off the lines of a failed append
+        # After a failure of the disk, the code may only log that a round is not finished.
         self.disk_has_failed: Callable[[], bool] = lambda: False
         self._wrap = wrap
         self._number = itertools.count(1).__next__
         self._processes: dict[int, tuple[CrashFilesystem, SimulationProcess]] = {}
 
-    def _mark_reported(self, what: str) -> None:
-        self.disk.mark(("said", what))
+    def _mark_reported(self, report: str) -> None:
+        self.disk.mark(("reported", report))
 
     def _before(self, _verb: str, _path: str) -> None:
         self._operations += 1
@@ -281,11 +284,11 @@ class SimulationWorld:
                 raise Killed
 
     def _process(self, which: int) -> SimulationProcess | None:
-        """The process, started if it does not run; None if the disk does not let it start."""
+        """The process, which is started if it does not run. None if it cannot start because of the disk."""
         if which not in self._processes:
-            plain = crash_filesystem(self.disk, self._before)
-            process = SimulationProcess(self._wrap(plain), self.new_id, self.clock, self._mark_reported)
-            self._processes[which] = plain, process
+            filesystem = crash_filesystem(self.disk, self._before)
+            process = SimulationProcess(self._wrap(filesystem), self.new_id, self.clock, self._mark_reported)
+            self._processes[which] = filesystem, process
             try:
                 process.start()
             except (OSError, DirectoryUnusableError):
@@ -293,17 +296,17 @@ class SimulationWorld:
                 return None
         return self._processes[which][1]
 
-    def lives(self, letter: str) -> bool:
+    def is_running(self, letter: str) -> bool:
         """Whether the process of a step runs."""
         return (1 if letter.islower() else 2) in self._processes
 
     def kill(self, which: int) -> None:
-        """The process dies, if it runs."""
+        """Kill the process, if it runs."""
         if which in self._processes:
             self._processes.pop(which)[0].kill()
 
     def run(self, history: str) -> None:
-        """Run all steps; a number behind a letter makes the process die before that operation of the step."""
+        """Run all steps. A number after a letter kills the process before that operation of the step."""
         for letter, fuse in steps_of(history):
             self.step(letter, fuse)
 
@@ -323,7 +326,7 @@ class SimulationWorld:
         finally:
             self.operations_left = None
         if self._operations > OPERATIONS_MAX:
-            raise SimulationViolation(f"a step does not come to its end: {letter}")
+            raise SimulationViolation(f"a step does not end: {letter}")
         if letter == "c":
             self.kill(which)
 
@@ -350,14 +353,14 @@ class SimulationWorld:
         numbers = [sign * self._number() for _ in range(2 if letter == "m" else 1)]
         lines = [b"rubbish %d\n" % number if letter == "g" else record.line(payload_of(number)) for number in numbers]
         self.disk.mark(("offered", set(numbers)))
-        answer = (
+        mark = (
             "acknowledged"
             if process.writer.append(b"".join(lines), len(numbers))
-            else "refused"
+            else "dropped"
             if self.can_truncate
             else "unsure"
         )
-        self.disk.mark((answer, set(numbers)))
+        self.disk.mark((mark, set(numbers)))
 
     def _commit(self, process: SimulationProcess) -> None:
         number = self._number()
@@ -374,7 +377,7 @@ class SimulationWorld:
             process.evict()
             self._report_over()
         except OSError:
-            return  # the sealer's round ends with it
+            return  # the step of the sealer ends with this error
         finally:
             self.disk.mark(("evicting", False))
 
@@ -384,38 +387,41 @@ class SimulationWorld:
 
 
 def steps_of(history: str) -> list[tuple[str, int | None]]:
-    """The letters of a history, each with the operation before which the process dies."""
-    found = re.findall(r"([a-zA-Z])(\d*)", history)
-    assert "".join(letter + fuse for letter, fuse in found) == history, history
-    return [(letter, int(fuse) if fuse else None) for letter, fuse in found]
+    """The letters of a history, each with the operation before which the process is killed."""
+    steps = re.findall(r"([a-zA-Z])(\d*)", history)
+    assert "".join(letter + fuse for letter, fuse in steps) == history, history
+    return [(letter, int(fuse) if fuse else None) for letter, fuse in steps]
 
 
 class RecoveryOutcome(NamedTuple):
     """The result of a recovery."""
 
     arrived: tuple[int, ...]
-    kept: frozenset[int]  # as dead letters or in quarantine
+    rejected: frozenset[int]  # events in dead letters and in quarantine
     problem: str
 
 
 def recover(disk: Disk, depth: int = 0) -> RecoveryOutcome:
-    """Open what a crash has left, twice; deliver it; append an event and deliver that. `depth` recoveries were cut short."""
+    """Recover the state after a crash, twice; deliver everything; append an event and deliver it.
+
+    `depth` is the number of recoveries before this one that were interrupted.
+    """
     clock = ManualClock()
     new_id = map(f"r{depth}-{{:02d}}".format, itertools.count(1)).__next__
     after = _AFTER + depth
     destination = SimulatedDestination(disk)
     problem = ""
     try:
-        process = SimulationProcess(crash_filesystem(disk), new_id, clock, lambda what: disk.mark(("said", what)))
+        process = SimulationProcess(crash_filesystem(disk), new_id, clock, lambda report: disk.mark(("reported", report)))
         process.start()
-        done = len(disk.trace)
-        again = Directory(OUTBOX_PATH, crash_filesystem(disk), clock, new_id)
-        again.ensure_usable()
-        recovery.recover(again)
-        if len(disk.trace) != done:
-            problem = f"opened once more, something is done: {disk.trace[done:]}"
+        operations = len(disk.trace)
+        reopened = Directory(OUTBOX_PATH, crash_filesystem(disk), clock, new_id)
+        reopened.ensure_usable()
+        recovery.recover(reopened)
+        if len(disk.trace) != operations:
+            problem = f"a second recovery changes something: {disk.trace[operations:]}"
         deliver(process.directory, destination)
-        disk.mark(("said", "over"))
+        disk.mark(("reported", "over"))
         arrived = tuple(destination.arrived)
         disk.mark(("offered", {after}))
         if process.writer.append(record.line(payload_of(after)), 1):
@@ -427,21 +433,20 @@ def recover(disk: Disk, depth: int = 0) -> RecoveryOutcome:
     except OSError as error:
         return RecoveryOutcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
     if tuple(destination.arrived) != (*arrived, after):
-        problem = f"an event that is appended after the recovery does not arrive, or not alone: {destination.arrived}"
-    left = disk.files
-    kept: set[int] = set()
-    for path, data in left.items():
+        problem = f"an event that is appended after the recovery does not arrive alone: {destination.arrived}"
+    rejected: set[int] = set()
+    for path, data in disk.files.items():
         if kind_at(path) is Kind.DEAD:
-            kept |= numbers_in(data)
+            rejected |= numbers_in(data)
         elif kind_at(path) is Kind.CORRUPT:
-            kept |= rubbish_in(data)  # an event whose line is damaged is lost
+            rejected |= rubbish_in(data)  # an event with a damaged line is lost
         elif kind_at(path) is not Kind.RANGES:
             problem = f"left behind: {path}"
-    return RecoveryOutcome(arrived, frozenset(kept), problem or _changed(disk.trace))
+    return RecoveryOutcome(arrived, frozenset(rejected), problem or _write_to_sealed(disk.trace))
 
 
-def _changed(trace: Iterable[Op]) -> str:
-    """What is wrong if somebody wrote to a file that had a sealed name."""
+def _write_to_sealed(trace: Iterable[Op]) -> str:
+    """The first write to a file with a sealed name; empty if there is none."""
     for op in trace:
         if op.verb in ("write", "truncate") and kind_at(op.path) is Kind.SEALED:
             return f"a sealed file is written to: {op.path}"
@@ -449,47 +454,47 @@ def _changed(trace: Iterable[Op]) -> str:
 
 
 def deliver(directory: Directory, destination: SimulatedDestination) -> None:
-    """What the worker does with each sealed file, in its order, but without an event loop."""
+    """Do what the worker does with each batch, in the same order, without an event loop."""
     filesystem = directory.filesystem
     recovery.recover(directory)
     for name in directory.batch_names():
-        taken = directory.lock_existing(name)
-        if taken is None:
-            raise SimulationViolation(f"{name} cannot be taken, and nobody else lives")
-        data = filesystem.read_all(taken.fd)
+        locked_file = directory.lock_existing(name)
+        if locked_file is None:
+            raise SimulationViolation(f"{name} cannot be locked, and no other process runs")
+        data = filesystem.read_all(locked_file.fd)
         contents = reader.read_lines(data, lambda: None)
-        answer = destination.answer(contents.payloads) if contents.payloads else Delivered(0)
+        result = destination.answer(contents.payloads) if contents.payloads else Delivered(0)
         batch = layout.batch_id(name)
         if contents.damaged:
             settlement.write_quarantine(directory, batch, data, contents.damaged)
-        if isinstance(answer, PartialFailure):
+        if isinstance(result, PartialFailure):
             settlement.write_dead_letters(
-                directory, batch, {index: _letter(contents.payloads[index], index) for index in answer.rejected}
+                directory, batch, {index: _letter(contents.payloads[index], index) for index in result.rejected}
             )
         directory.remove(name)
-        filesystem.close(taken.fd)
+        filesystem.close(locked_file.fd)
     filesystem.sync_directory(OUTBOX_PATH)
 
 
 def _letter(payload: bytes, index: int) -> DeadLetter:
-    return DeadLetter(msgspec.Raw(payload), NO.code, NO.reason, "sink", index, 1, 0, 0)
+    return DeadLetter(msgspec.Raw(payload), REJECTION.code, REJECTION.reason, "sink", index, 1, 0, 0)
 
 
-def problem_of(state: State, outcome: RecoveryOutcome, account: Obligations, *, power: bool) -> str:
-    """What is wrong with a state that a crash has left, or with the result of its recovery; empty if nothing is."""
+def problem_of(state: State, outcome: RecoveryOutcome, obligations: Obligations, *, power: bool) -> str:
+    """The problem of a state after a crash, or of the result of its recovery; empty if there is none."""
     if outcome.problem:
         return outcome.problem
     for path, data in state.items():
-        if account.sealed.get(path, data) != data:
-            return f"a sealed file is not what it was when it got its name: {path}: {data!r}, was {account.sealed[path]!r}"
+        if obligations.sealed.get(path, data) != data:
+            return f"a sealed file is not what it was when it got its name: {path}: {data!r}, was {obligations.sealed[path]!r}"
     arrived = set(outcome.arrived)
-    if not arrived <= account.offered:
-        return f"never enqueued: {sorted(arrived - account.offered)}"
-    # Of what was refused after a part was written, the loss of power may bring that part back: cutting it off is not synced.
-    if not power and arrived & account.refused:
-        return f"the caller was told that it is refused, and it arrives: {sorted(arrived & account.refused)}"
-    if arrived & account.settled:
-        return f"settled, and came back: {sorted(arrived & account.settled)}"
-    if lost := account.owed(power=power) - arrived - outcome.kept:
+    if not arrived <= obligations.offered:
+        return f"never enqueued: {sorted(arrived - obligations.offered)}"
+    # After a power loss, a dropped event may reappear if a part of it was written: the truncation is not synced.
+    if not power and arrived & obligations.dropped:
+        return f"reported as dropped, and it arrives: {sorted(arrived & obligations.dropped)}"
+    if arrived & obligations.settled:
+        return f"settled, and came back: {sorted(arrived & obligations.settled)}"
+    if lost := obligations.owed(power=power) - arrived - outcome.rejected:
         return f"lost: {sorted(lost)}"
     return ""

@@ -1,9 +1,9 @@
-"""Any sequence of calls of an application, a delivery worker and other processes, of deaths and losses of power, against a plain model.
+"""Random sequences of calls of an application, a delivery worker and other processes, kills and power losses, against a simple model.
 
-A Hypothesis state machine on a disk in memory. Each step is a call of the real code, and may carry a fuse: the process dies, or the
-power fails, before the k-th file-system operation in it. After a loss of power the disk has one of the states that
-`pillarbox.testing.crash` admits, and Hypothesis makes all choices. The model is five sets of events: attempted, accepted and not yet
-lost with the power, promised to survive it, delivered (with the batch), and evicted.
+A Hypothesis state machine on a disk in memory. Each step is a call of the real code, and may have a fuse: the process is killed, or
+the power fails, before the k-th file-system operation of the call. After a power loss the disk has one of the states that the
+durability model admits, and Hypothesis makes all choices. The model is five sets of events: attempted, accepted and not lost in a
+power loss, promised to survive one, delivered (with the batch), and evicted.
 
     .venv/bin/python -m tests.crash.state_machine --seconds 600 --seed 1
 """
@@ -43,51 +43,51 @@ from tests.crash.compiled_order import crash_filesystem
 from tests.crash.interleave import LOCKS, OUTBOX_PATH, deliver_once
 
 STEPS: Final = 25
-OPERATIONS_MAX: Final = 40  # of one call, ahead of which it may end
+OPERATIONS_MAX: Final = 40  # of one call, before which its fuse may end it
 LIMITS: Final = WriterLimits(batch_size=3, batch_bytes=400, max_bytes=2**20)
 EVICT_ABOVE: Final = 500  # bytes: a dozen events
 
 
 class Fuse(NamedTuple):
-    """How a call is cut short."""
+    """How a call is interrupted."""
 
-    operations: int  # that still happen
+    operations: int  # before the interruption
     how: Literal["kill", "cut"]
 
 
 def pick(disk: Disk, chance: random.Random) -> State:
-    """One of the states that a loss of power may leave; `DurabilityModel.states` has all of them, which may be very many.
+    """Choose one of the states after a power loss. `DurabilityModel.states` lists all of them, which may be too many.
 
-    Without the lock files, whose content differs from run to run.
+    The state is without the lock files, whose contents differ from run to run.
     """
-    survivors = DurabilityModel(disk.trace, ignoring=LOCKS)
-    names = survivors._durable
-    for renaming in survivors._unsynced:
+    model = DurabilityModel(disk.trace, ignoring=LOCKS)
+    names = model._durable
+    for renaming in model._unsynced:
         if chance.random() < 0.5:
             names = _with_name_change(names, renaming)
-    left: State = {}
+    state: State = {}
     may_tear = True
-    for path, inode in survivors._paths(names).items():
-        file = survivors._files[inode]
+    for path, inode in model._paths(names).items():
+        file = model._files[inode]
         contents, torn = {file.base}, False
         for change in file.changes:
-            whole, broken = (
+            possible, torn_contents = (
                 _contents_after(change, contents, set(), ())
                 if not torn
                 else (_contents_after(change, set(), contents, ())[1], set())
             )
-            if broken and may_tear and chance.random() < 0.2:
-                may_tear, torn, whole = False, True, broken
-            contents = {chance.choice(sorted(whole))}
-        (left[path],) = contents
-    return left
+            if torn_contents and may_tear and chance.random() < 0.2:
+                may_tear, torn, possible = False, True, torn_contents
+            contents = {chance.choice(sorted(possible))}
+        (state[path],) = contents
+    return state
 
 
 class MachineProcess:
-    """A process on the disk: a file system that may end it, a directory, and a clock."""
+    """A process on the disk: a file system that may kill it, a directory, and a clock."""
 
     def __init__(self, disk: Disk, clock: ManualClock, new_id: Callable[[], str]) -> None:
-        self.left: int | None = None  # operations until it dies
+        self.operations_left: int | None = None  # until the process is killed
         self.dead = False
         self.filesystem = crash_filesystem(disk, self._before)
         self.directory = Directory(OUTBOX_PATH, self.filesystem, clock, new_id)
@@ -96,14 +96,14 @@ class MachineProcess:
     def _before(self, _verb: str, _path: str) -> None:
         if self.dead:
             raise Killed
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
+        if self.operations_left is not None:
+            self.operations_left -= 1
+            if self.operations_left < 0:
                 self.dead = True
                 raise Killed
 
-    def account(self) -> DiskUsage:
-        """What a process does first: count the files, and continue after the newest sealed name."""
+    def count_files(self) -> DiskUsage:
+        """Count the files, and continue after the newest seal time, as a process does first."""
         account = self.directory.disk_usage()
         self.directory.seal_after(account.newest_sealed_at)
         return account
@@ -118,7 +118,7 @@ class MachineApplication(MachineProcess):
     """A process that stores events."""
 
     def start(self, on_sealed: Callable[[], None], *, evicts: bool) -> None:
-        """What `Outbox` does at its first event, without threads."""
+        """Do what an `Outbox` does at its first event, without threads."""
         limits = LIMITS._replace(max_bytes=EVICT_ABOVE) if evicts else LIMITS
         inbox = SealerInbox()
         self.writer = Writer(self.directory, limits, inbox.wake)
@@ -134,40 +134,40 @@ class MachineApplication(MachineProcess):
             evicts=evicts,
             committer=self.committer,
         )
-        account = self.account()
+        account = self.count_files()
         self.writer.start(account.pending_bytes, account.pending_files)
         self.sealer.adopt_segments()
 
 
 class ScriptedDestination(RecordingSink):
-    """Does as it is told: accepts a batch, fails before or after it has accepted it, or rejects it."""
+    """Answers as scripted: accepts a batch, fails before or after accepting it, or rejects it."""
 
-    def __init__(self, machine: OutboxMachine, orders: list[str]) -> None:
+    def __init__(self, machine: OutboxMachine, answers: list[str]) -> None:
         super().__init__()
         self._machine = machine
-        self._orders = deque(orders)
+        self._answers = deque(answers)
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        order = self._orders.popleft() if self._orders else "take"
-        if order != "take":
+        answer = self._answers.popleft() if self._answers else "accept"
+        if answer != "accept":
             self._machine.may_repeat = True
-        if order == "fail":
-            return Retry("not now")
-        if order == "refuse":
-            self._machine.may_reorder = True  # the others of the batch are sent without it, and perhaps again with it
-            return Rejected(Rejection("no", "it says so"))
+        if answer == "fail":
+            return Retry("unavailable")
+        if answer == "reject":
+            self._machine.may_reorder = True  # the other records are sent without the rejected one, and perhaps again with it
+            return Rejected(Rejection("no", "scripted"))
         self._machine.delivered += [(bytes(payload), batch.id.partition(":")[0]) for payload in batch.payloads]
-        if order == "take and fail":
-            raise OSError("cut off")
+        if answer == "accept and fail":
+            raise OSError("connection lost")
         return Delivered(len(batch))
 
 
 FUSES = st.none() | st.builds(Fuse, st.integers(0, 12) | st.integers(0, OPERATIONS_MAX), st.sampled_from(["kill", "cut"]))
-ORDERS = st.lists(st.sampled_from(["take", "fail", "take and fail", "refuse"]), max_size=4)
+ANSWERS = st.lists(st.sampled_from(["accept", "fail", "accept and fail", "reject"]), max_size=4)
 
 
 class OutboxMachine(RuleBasedStateMachine):
-    """The steps."""
+    """The state machine, whose rules are the steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class OutboxMachine(RuleBasedStateMachine):
         self.application: MachineApplication | None = None
         self.evicts = False
         self.attempted: set[bytes] = set()
-        self.accepted: set[bytes] = set()  # what the loss of power has taken, it has taken from here too
+        self.accepted: set[bytes] = set()  # without events that were lost in a power loss
         self.promised: set[bytes] = set()
         self.evicted: set[bytes] = set()
         self.delivered: list[tuple[bytes, str]] = []
@@ -192,23 +192,23 @@ class OutboxMachine(RuleBasedStateMachine):
         """Choose whether the oldest events are evicted."""
         self.evicts = evicts
 
-    # How a call ends.
+    # Running a call, and its end.
 
     def _within(self, process: MachineProcess, fuse: Fuse | None, chance: random.Random, call: Callable[[], None]) -> bool:
-        """Run a call of a process; whether it came to its end."""
+        """Run a call of a process. Returns whether it finished."""
         if fuse is not None:
-            process.left = fuse.operations
+            process.operations_left = fuse.operations
         try:
             call()
         except Killed:
-            self._end_of(process)
+            self._kill(process)
             if fuse is not None and fuse.how == "cut":
                 self._cut(chance)
             return False
-        process.left = None
+        process.operations_left = None
         return True
 
-    def _end_of(self, process: MachineProcess) -> None:
+    def _kill(self, process: MachineProcess) -> None:
         process.die()
         self.may_repeat = True
         if process is self.application:
@@ -216,37 +216,37 @@ class OutboxMachine(RuleBasedStateMachine):
 
     def _cut(self, chance: random.Random) -> None:
         if self.application is not None:
-            self._end_of(self.application)
+            self._kill(self.application)
         self.disk = Disk(pick(self.disk, chance))
         CrashFilesystem(self.disk).make_directory(OUTBOX_PATH)
         self.may_repeat = self.was_cut = True
         self.accepted &= self.promised
 
-    def _sealed(self) -> None:
-        """Sealed names are durable: the events in those files are promised to survive a loss of power."""
+    def _promise_sealed(self) -> None:
+        """Sealed names are durable, so the events in batch files are promised to survive a power loss."""
         for path, data in self.disk.files.items():
             if layout.kind_of(path.removeprefix(f"{OUTBOX_PATH}/")) is Kind.SEALED:
                 self.promised.update(reader.read_lines(data, lambda: None).payloads)
 
-    def _note_what_is_evicted(self, process: MachineProcess) -> None:
+    def _record_evictions(self, process: MachineProcess) -> None:
         remove = process.directory.remove
 
-        def noting(name: str) -> None:
+        def remove_and_record(name: str) -> None:
             data = self.disk.files.get(f"{OUTBOX_PATH}/{name}", b"") if layout.kind_of(name) is Kind.SEALED else b""
             remove(name)
             self.evicted.update(reader.read_lines(data, lambda: None).payloads)
 
-        process.directory.remove = noting  # type: ignore[method-assign]
+        process.directory.remove = remove_and_record  # type: ignore[method-assign]
 
     # The application.
 
     @precondition(lambda self: self.application is None)
     @rule(fuse=FUSES, chance=st.randoms())
     def start(self, fuse: Fuse | None, chance: random.Random) -> None:
-        """A process that stores events starts, and adopts what another has left."""
+        """Start a process that stores events, and recovers the files of dead writers."""
         application = self.application = MachineApplication(self.disk, self.clock, self.new_id)
-        self._note_what_is_evicted(application)
-        self._within(application, fuse, chance, lambda: application.start(self._sealed, evicts=self.evicts))
+        self._record_evictions(application)
+        self._within(application, fuse, chance, lambda: application.start(self._promise_sealed, evicts=self.evicts))
 
     @precondition(lambda self: self.application is not None)
     @rule(count=st.integers(1, 4), durability=st.sampled_from(["process", "power"]), fuse=FUSES, chance=st.randoms())
@@ -274,8 +274,8 @@ class OutboxMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.application is not None)
     @rule(seconds=st.sampled_from([0.0, 0.5, 2.0, 100.0]), fuse=FUSES, chance=st.randoms())
-    def let_the_sealer_work(self, seconds: float, fuse: Fuse | None, chance: random.Random) -> None:
-        """A round of the sealer, after a while."""
+    def run_sealer(self, seconds: float, fuse: Fuse | None, chance: random.Random) -> None:
+        """Run a step of the sealer, after a while."""
         self.clock.advance(seconds)
         application = self._running()
 
@@ -287,7 +287,7 @@ class OutboxMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.application is not None)
     @rule(fuse=FUSES, chance=st.randoms())
     def flush(self, fuse: Fuse | None, chance: random.Random) -> None:
-        """Seal what is there."""
+        """Seal the active segment."""
         application = self._running()
 
         def call() -> None:
@@ -299,7 +299,7 @@ class OutboxMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.application is not None)
     @rule(fuse=FUSES, chance=st.randoms())
     def close(self, fuse: Fuse | None, chance: random.Random) -> None:
-        """The application ends as it should."""
+        """Close the application."""
         application = self._running()
         if self._within(application, fuse, chance, application.sealer.seal_remaining):
             application.die()
@@ -309,28 +309,28 @@ class OutboxMachine(RuleBasedStateMachine):
         assert self.application is not None
         return self.application
 
-    # Others.
+    # Other processes.
 
-    @rule(orders=ORDERS, fuse=FUSES, chance=st.randoms())
-    def deliver(self, orders: list[str], fuse: Fuse | None, chance: random.Random) -> None:
-        """A round of the real delivery worker, in a process of its own."""
+    @rule(answers=ANSWERS, fuse=FUSES, chance=st.randoms())
+    def deliver(self, answers: list[str], fuse: Fuse | None, chance: random.Random) -> None:
+        """Run the real delivery worker in a new process, until nothing is pending."""
         process = MachineProcess(self.disk, self.clock, self.new_id)
-        self._within(process, fuse, chance, lambda: self._deliver(process, orders))
+        self._within(process, fuse, chance, lambda: self._deliver(process, answers))
         process.die()
 
-    def _deliver(self, process: MachineProcess, orders: list[str]) -> None:
-        process.account()
-        deliver_once(process.directory, ScriptedDestination(self, orders), self.clock)
+    def _deliver(self, process: MachineProcess, answers: list[str]) -> None:
+        process.count_files()
+        deliver_once(process.directory, ScriptedDestination(self, answers), self.clock)
 
     @rule(fuse=FUSES, chance=st.randoms())
-    def adopt(self, fuse: Fuse | None, chance: random.Random) -> None:
-        """Another process starts, and does no more than that."""
+    def recover(self, fuse: Fuse | None, chance: random.Random) -> None:
+        """Recover in another process, which does nothing else."""
         process = MachineProcess(self.disk, self.clock, self.new_id)
 
         def call() -> None:
-            process.account()
+            process.count_files()
             if recover(process.directory):
-                self._sealed()
+                self._promise_sealed()
 
         self._within(process, fuse, chance, call)
         process.die()
@@ -339,22 +339,22 @@ class OutboxMachine(RuleBasedStateMachine):
     @rule()
     def kill(self) -> None:
         """Kill the application between two calls."""
-        self._end_of(self._running())
+        self._kill(self._running())
 
     @rule(chance=st.randoms())
     def cut(self, chance: random.Random) -> None:
-        """The power fails between two calls."""
+        """Let the power fail between two calls."""
         self._cut(chance)
 
     @rule(seconds=st.sampled_from([-3600.0, 3600.0]))
-    def set_the_clock(self, seconds: float) -> None:
-        """Change the wall time only."""
+    def step_clock(self, seconds: float) -> None:
+        """Change the wall clock, but not the monotonic one."""
         self.clock.step(seconds)
 
-    # What must be.
+    # The comparison with the model.
 
     def teardown(self) -> None:
-        """Recover, deliver all that is left, and compare."""
+        """Recover, deliver everything that is pending, and compare with the model."""
         if self.application is not None:
             self.application.die()
             self.may_repeat = True
@@ -364,25 +364,25 @@ class OutboxMachine(RuleBasedStateMachine):
         batches: dict[bytes, list[str]] = {}
         for payload, batch in self.delivered:
             batches.setdefault(payload, []).append(batch)
-        dead, kept = self._dead_letters(), self._left()
+        dead, remaining = self._dead_letters(), self._remaining_kinds()
         assert not self.accepted - batches.keys() - dead - self.evicted, "lost"
         assert batches.keys() | dead <= self.attempted, "invented"
-        assert kept <= {Kind.DEAD} | ({Kind.CORRUPT, Kind.RANGES} if self.was_cut else set()), "left behind"
-        for payload, found in batches.items():
-            assert len(found) == 1 or self.may_repeat, f"{payload!r} is delivered {len(found)} times"
-            assert len(set(found)) == 1, f"{payload!r} is a part of {set(found)}"
+        assert remaining <= {Kind.DEAD} | ({Kind.CORRUPT, Kind.RANGES} if self.was_cut else set()), "left behind"
+        for payload, ids in batches.items():
+            assert len(ids) == 1 or self.may_repeat, f"{payload!r} was delivered {len(ids)} times"
+            assert len(set(ids)) == 1, f"{payload!r} was delivered in several batches: {set(ids)}"
         if not self.was_cut and not self.may_reorder:
             numbers = [msgspec.json.decode(payload)["n"] for payload in batches]
             assert numbers == sorted(numbers), "out of order"
 
     def _dead_letters(self) -> set[bytes]:
-        found = set()
+        payloads = set()
         for path, data in self.disk.files.items():
             if layout.kind_of(path.removeprefix(f"{OUTBOX_PATH}/")) is Kind.DEAD:
-                found |= {bytes(msgspec.json.decode(line, type=DeadLetterLine).event) for line in data.splitlines()}
-        return found
+                payloads |= {bytes(msgspec.json.decode(line, type=DeadLetterLine).event) for line in data.splitlines()}
+        return payloads
 
-    def _left(self) -> set[Kind]:
+    def _remaining_kinds(self) -> set[Kind]:
         names = {path.removeprefix(f"{OUTBOX_PATH}/") for path in self.disk.files}
         return {layout.kind_of(name) for name in names - LOCKS}
 
@@ -394,8 +394,8 @@ class DeadLetterLine(msgspec.Struct):
 
 
 def torture(examples: int, number: int | None = None, *, shrink: bool = True) -> None:
-    """Run so many sequences of steps; without a number, always the same. Raises with the shortest one that fails."""
-    chosen = settings(
+    """Run `examples` sequences of steps, with `number` as the seed, or always the same. Raises with the shortest that fails."""
+    profile = settings(
         max_examples=examples,
         stateful_step_count=STEPS,
         derandomize=number is None,
@@ -406,29 +406,29 @@ def torture(examples: int, number: int | None = None, *, shrink: bool = True) ->
         print_blob=False,
         report_multiple_bugs=False,
     )
-    machine = type(OutboxMachine.__name__, (OutboxMachine,), {})  # for the seed is written into it
+    machine = type(OutboxMachine.__name__, (OutboxMachine,), {})  # a copy, because the seed is stored in the class
     with _quiet():
-        run_state_machine_as_test(seed(number)(machine) if number is not None else machine, settings=chosen)
+        run_state_machine_as_test(seed(number)(machine) if number is not None else machine, settings=profile)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     logger = logging.getLogger("pillarbox")
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
 def run(seconds: float, number: int, examples: int = 500) -> int:
-    """Run sequences of steps from one seed after another; returns how many seeds. Raises as `torture` does."""
+    """Run sequences of steps from one seed after another. Returns the number of seeds. Raises as `torture` does."""
     deadline = time.monotonic() + seconds
     for count in itertools.count():
         if time.monotonic() >= deadline:
             return count
-        print(f"seed {number + count}", flush=True)  # noqa: T201 - what reproduces it
+        print(f"seed {number + count}", flush=True)  # noqa: T201 - to reproduce a failure
         torture(examples, number + count)
     return 0
 

@@ -160,7 +160,7 @@ def sinks_have_no_ledger(patch: Patch) -> None:
         (queues_are_not_synced, "af", "balance"),
         (a_link_counts_immediately, "af", "twice"),
         (the_first_queues_are_created_one_by_one, "af", "misses"),
-        (eviction_ignores_queues, "af{}v", "given up"),
+        (eviction_ignores_queues, "af{}v", "evicted"),
         (the_name_is_removed_first, "af", "balance"),
         (sinks_have_no_ledger, "af", "balance"),
     ],

@@ -17,14 +17,14 @@ from tests.crash.interleave import SCENARIOS, Scenario, explore
 
 # Bounds (preemptions, kills) that take seconds, for scenarios with many points, with few points, and the others.
 MANY = {
-    interleave.two_deliver_what_a_third_writes,
-    interleave.one_writes_and_the_others_adopt_and_deliver,
+    interleave.two_deliver_while_a_third_writes,
+    interleave.one_writes_while_others_recover_and_deliver,
     interleave.one_evicts_while_another_delivers,
     interleave.two_evict,
 }
 FEW = {
-    interleave.one_adopts_what_the_older_system_left_and_another_delivers,
-    interleave.one_delivers_what_an_operator_deletes,
+    interleave.one_recovers_a_legacy_segment_while_another_delivers,
+    interleave.one_delivers_while_an_operator_deletes,
 }
 
 
@@ -55,7 +55,7 @@ def test_no_interleaving_loses_or_repeats_events_or_leaves_files_behind(
 @pytest.mark.usefixtures("each_order")
 def test_a_temporary_file_in_use_is_not_removed_by_another_process() -> None:
     """Temporary files have unique names. With one name for all, another process could hold an earlier file of that name."""
-    assert not explore(interleave.one_adopts_what_is_torn_and_another_delivers, 2, 0).violations
+    assert not explore(interleave.one_recovers_a_torn_segment_while_another_delivers, 2, 0).violations
 
 
 @pytest.mark.usefixtures("each_order")
@@ -93,7 +93,7 @@ def first_violation(scenario: Scenario, preemptions: int = 2, kills: int = 0) ->
 def test_recovery_without_a_lock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes recover the same file."""
     monkeypatch.setattr(Directory, "lock_existing", open_without_lock)
-    assert "was delivered" in first_violation(interleave.two_start_and_adopt_the_same_file, 1)
+    assert "was delivered" in first_violation(interleave.two_writers_recover_the_same_segment, 1)
 
 
 def test_delivery_without_lease_and_locks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_locking_a_file_without_checking_its_name_afterwards_is_found(monkeypatc
 def test_a_writer_that_does_not_check_the_name_of_a_new_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recovery may remove the file between create and lock. A killed writer would lose the events that it appended."""
     monkeypatch.setattr(CrashFilesystem, "has_name", always)
-    assert "lost" in first_violation(interleave.one_begins_files_while_another_recovers, 1, 1)
+    assert "lost" in first_violation(interleave.one_creates_segments_while_another_recovers, 1, 1)
 
 
 def test_removing_a_file_before_its_delivery_is_found_by_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_a_delivered_batch_keeps_its_name_after_a_power_loss() -> None:
         machine.start(fuse=None, chance=chance)
         machine.enqueue(count=1, durability="process", fuse=None, chance=chance)
         machine.flush(fuse=Fuse(killed, "kill"), chance=chance)
-        machine.deliver(orders=[], fuse=Fuse(cut, "cut"), chance=chance)
+        machine.deliver(answers=[], fuse=Fuse(cut, "cut"), chance=chance)
         machine.teardown()
 
 
