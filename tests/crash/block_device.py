@@ -1,10 +1,10 @@
-"""The durability model compared with the kernel: a real ext4 or XFS loses its power after the k-th operation of a history.
+"""Compares the durability model with the kernel: a real ext4 or XFS loses power after the k-th operation of a history.
 
-A history is the trace of the real code on the simulated disk, or of random operations. The same operations are done on a file system
-on a loop device. The shutdown ioctl leaves what a loss of power would leave, within milliseconds, and mounting again replays the
-journal. In between, the kernel is made to write back data at moments when nobody asked for it, as it may at any time. What survives
-must be among the states that the model admits; and the real code opens it and delivers what was promised. A test states with `need`
-what it requires of the machine.
+A history is the trace of the real code on the simulated disk, or of random operations. The same operations are done on a file
+system on a loop device. The shutdown ioctl leaves the state of a power loss, within milliseconds, and mounting replays the
+journal. In between, the kernel is made to write data back at random moments, as it may at any time. The model must admit the
+state after the cut, and the real code must open it and deliver the promised events. A test calls `need` with its requirements
+of the machine.
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ MAKERS: Final = {
     "ext4": ["mkfs.ext4", "-q", "-F", "-E", "nodiscard"],
     "xfs": ["mkfs.xfs", "-q", "-f", "-K"],
 }
-IMAGE_BYTES: Final = 320 * 2**20  # XFS takes no less than 300 MiB; the file is sparse
+IMAGE_BYTES: Final = 320 * 2**20  # XFS needs at least 300 MiB; the file is sparse
 STEPS_MAX: Final = 14
-RAW_MAX: Final = 40  # operations of a history that is chosen by chance
-UNSYNCED_MAX: Final = 4  # changes of a file, a large one counting for two: of more there are too many states to compare with
-UNSURE_MAX: Final = 12  # changes of names without a sync: so many can be told apart quickly
+RAW_MAX: Final = 40  # operations of a random history
+UNSYNCED_MAX: Final = 4  # changes of a file, where a large one counts as two; more have too many possible states
+UNSURE_MAX: Final = 12  # unsynced changes of names; more have too many possible states
 _SHUTDOWN: Final = 0x8004587D
-_DROP_LOG, _FLUSH_LOG = 2, 1  # what becomes of the part of the journal that is not written yet
+_DROP_LOG, _FLUSH_LOG = 2, 1  # whether the unwritten part of the journal is written
 _WAIT_WRITE_WAIT: Final = 7  # for `sync_file_range`: from one end of the file to the other
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
-class BlockDeviceViolation(AssertionError):  # noqa: N818 - reads as the sentence it is
-    """The kernel does what the model does not admit, or the store broke a promise."""
+class BlockDeviceViolation(AssertionError):  # noqa: N818 - it is not an error of the program that raises it
+    """The model does not admit a state of the kernel, or the store lost promised events."""
 
 
 class BlockDeviceReport(NamedTuple):
-    """What a run did."""
+    """The figures of a run."""
 
     filesystem: str
     seed: int
     cuts: int
-    raw: int  # of histories that are operations by chance
+    raw: int  # cuts in histories of random operations
     distinct: int  # different histories
     lost_something: int  # cuts after which something was missing
 
@@ -87,18 +87,18 @@ def need(*, root: bool = True, devices: tuple[str, ...] = (), commands: tuple[st
 
 @contextlib.contextmanager
 def mounted(folder: Path, *arguments: str | Path) -> Iterator[Path]:
-    """Mount something at `place`, with the arguments that `mount` takes before it."""
+    """Mount something at `folder`; `arguments` are those of `mount` before the mount point."""
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", *arguments, folder], check=True)
     try:
         yield folder
     finally:
-        if subprocess.run(["umount", folder], check=False).returncode:  # a test that failed holds files open there
+        if subprocess.run(["umount", folder], check=False).returncode:  # a failed test may hold files open
             subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 class LoopDevice:
-    """A small file system on a loop device that loses its power when told to."""
+    """A small file system on a loop device whose power can be cut."""
 
     def __init__(self, kind: str, directory: Path) -> None:
         self.kind = kind
@@ -130,20 +130,20 @@ class LoopDevice:
         subprocess.run(["mount", "-t", self.kind, self._device, self.folder], check=True)
 
     def shut_down(self, *, flush_log: bool) -> None:
-        """From now on nothing reaches the device."""
+        """Cut the power: from now on, nothing is written to the device."""
         fd = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.ioctl(fd, _SHUTDOWN, struct.pack("I", _FLUSH_LOG if flush_log else _DROP_LOG))
         finally:
             os.close(fd)
 
-    def come_back(self) -> None:
-        """The power is back. Nothing may be open any more."""
+    def remount(self) -> None:
+        """Mount again after a cut. No file may be open."""
         subprocess.run(["umount", self.folder], check=True)
         self._mount()
 
     def write_back(self) -> None:
-        """The kernel writes everything back."""
+        """Make the kernel write everything back."""
         fd = os.open(self.folder, os.O_RDONLY)
         try:
             _check(_LIBC.syncfs(fd))
@@ -151,17 +151,17 @@ class LoopDevice:
             os.close(fd)
 
     def write_back_data(self, fd: int) -> None:
-        """The kernel writes a file's data back, and not the journal."""
+        """Make the kernel write the data of a file back, but not the journal."""
         _check(_LIBC.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _WAIT_WRITE_WAIT))
 
 
-def _check(answer: int) -> None:
-    if answer:
+def _check(result: int) -> None:
+    if result:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class TraceReplay:
-    """Does the operations of a trace on a real file system, in a directory that stands for `OUTBOX_PATH`."""
+    """Repeats the operations of a trace on a real file system, in a directory in place of `OUTBOX_PATH`."""
 
     def __init__(self, medium: LoopDevice, root: Path, chance: random.Random) -> None:
         self._medium = medium
@@ -176,11 +176,11 @@ class TraceReplay:
         return path.replace(OUTBOX_PATH, str(self._root), 1)
 
     def do(self, op: Op) -> None:
-        """Do one operation, and sometimes something that only the kernel does."""
+        """Do one operation, and sometimes a writeback that the kernel may do at any time."""
         filesystem, verb = self._filesystem, op.verb
         if verb == "create":
-            make = filesystem.open_lock_file if op.path.rpartition("/")[2] in LOCKS else filesystem.create
-            self._open[op.inode] = make(self.at(op.path))
+            create = filesystem.open_lock_file if op.path.rpartition("/")[2] in LOCKS else filesystem.create
+            self._open[op.inode] = create(self.at(op.path))
             self._names[op.path] = op.inode
         elif verb == "write":
             self._write(op)
@@ -205,7 +205,7 @@ class TraceReplay:
         elif verb != "mark":
             raise BlockDeviceViolation(f"cannot be replayed: {verb}")
         if self._chance.random() < 0.15:
-            self._liberty(op)
+            self._write_back_at_random(op)
 
     def _descriptor(self, inode: int) -> int:
         if inode not in self._open:
@@ -216,21 +216,21 @@ class TraceReplay:
     def _write(self, op: Op) -> None:
         fd = self._descriptor(op.inode)
         if op.path.rpartition("/")[2] in LOCKS:
-            return  # the model leaves them out
+            return  # the model ignores them
         if os.fstat(fd).st_size != op.offset:
-            raise BlockDeviceViolation(f"the replay has come off the trace at {op.path}")
+            raise BlockDeviceViolation(f"the replay diverges from the trace at {op.path}")
         self._filesystem.write_all(fd, op.data)
 
-    def _liberty(self, op: Op) -> None:
+    def _write_back_at_random(self, op: Op) -> None:
         match self._chance.randrange(4):
             case 0:
                 self._medium.write_back()
-            case 1:  # the journal is written, and with it every name and size; not the data
+            case 1:  # the journal is written, with all names and sizes, but not the data
                 with (self._root.parent / "bystander").open("ab") as file:
                     file.write(b"x")
                     file.flush()
                     os.fsync(file.fileno())
-            case 2:  # data without journal
+            case 2:  # the data is written, but not the journal
                 if op.inode in self._open:
                     self._medium.write_back_data(self._open[op.inode])
             case 3:
@@ -238,7 +238,7 @@ class TraceReplay:
                     self._filesystem.close(self._open.pop(op.inode))
 
     def close(self) -> None:
-        """Close everything, as the kernel does when a process dies."""
+        """Close all files, as the kernel does when a process is killed."""
         for fd in self._open.values():
             self._filesystem.close(fd)
         self._open.clear()
@@ -248,7 +248,7 @@ _SIZES: Final = (1, 9, 40, 40, 300, 1500, 4096, 4500)
 
 
 class _RawFiles:
-    """A few files, and directories in which they have names, on a simulated disk."""
+    """A few files and directories on a simulated disk, for random operations."""
 
     def __init__(self, chance: random.Random) -> None:
         self.disk = Disk()
@@ -257,12 +257,12 @@ class _RawFiles:
         self._filesystem.make_directory(OUTBOX_PATH)
         self._numbers = itertools.count(1).__next__
         self._letters = itertools.cycle(b"abcdefghijklmnopqrstuvwxyz")
-        self._places = [OUTBOX_PATH]
+        self._directories = [OUTBOX_PATH]
         self._opened: dict[str, int] = {}  # path -> descriptor
         self._unsynced: Counter[int] = Counter()
 
     def _new_path(self) -> str:
-        return f"{self._chance.choice(self._places)}/f{self._numbers()}"
+        return f"{self._chance.choice(self._directories)}/f{self._numbers()}"
 
     def step(self) -> None:
         """Do one operation."""
@@ -271,7 +271,7 @@ class _RawFiles:
             ("create", "write", "write", "write", "truncate", "sync_data", "rename", "link", "unlink", "sync", "directory")
         )
         if verb == "sync":
-            filesystem.sync_directory(chance.choice(self._places))
+            filesystem.sync_directory(chance.choice(self._directories))
         elif verb == "directory":
             self._change_directory()
         elif not opened or (verb == "create" and len(opened) < 4):
@@ -283,25 +283,25 @@ class _RawFiles:
             self._change_data(verb, opened[chance.choice(sorted(opened))])
 
     def _change_directory(self) -> None:
-        """Make a directory, without the sync that follows, or rename or remove one."""
-        chance, others = self._chance, self._places[1:]
+        """Create a directory without a sync, or rename or remove one."""
+        chance, others = self._chance, self._directories[1:]
         if len(others) < 2 and chance.random() < 0.5:
-            self._places.append(path := f"{chance.choice(self._places)}/d{self._numbers()}")
+            self._directories.append(path := f"{chance.choice(self._directories)}/d{self._numbers()}")
             self.disk.make_directory(path)
         elif others:
             path = chance.choice(others)
             target = f"{path.rpartition('/')[0]}/d{self._numbers()}"
-            within = [one for one in (*self._places, *self._opened) if one.startswith(path + "/")]
-            if not within and chance.random() < 0.5:
+            below = [entry for entry in (*self._directories, *self._opened) if entry.startswith(path + "/")]
+            if not below and chance.random() < 0.5:
                 self._filesystem.remove_directory(path)
-                self._places.remove(path)
+                self._directories.remove(path)
                 return
             self._filesystem.rename(path, target)
-            self._places = [target + one[len(path) :] if one in (path, *within) else one for one in self._places]
-            self._opened = {target + one[len(path) :] if one in within else one: fd for one, fd in self._opened.items()}
+            self._directories = [target + old[len(path) :] if old in (path, *below) else old for old in self._directories]
+            self._opened = {target + old[len(path) :] if old in below else old: fd for old, fd in self._opened.items()}
 
     def _change_name(self, verb: str, path: str) -> None:
-        filesystem, opened, above = self._filesystem, self._opened, path.rpartition("/")[0]
+        filesystem, opened, parent = self._filesystem, self._opened, path.rpartition("/")[0]
         if verb == "unlink":
             filesystem.unlink(path)
             del opened[path]
@@ -310,8 +310,8 @@ class _RawFiles:
             filesystem.link(path, target)
             opened[target] = opened[path]
         else:
-            beside = sorted(one for one in opened if one.rpartition("/")[0] == above)
-            target = f"{above}/f{self._numbers()}" if self._chance.random() < 0.7 else self._chance.choice(beside)
+            siblings = sorted(other for other in opened if other.rpartition("/")[0] == parent)
+            target = f"{parent}/f{self._numbers()}" if self._chance.random() < 0.7 else self._chance.choice(siblings)
             filesystem.rename(path, target)
             if opened.get(target) != opened[path]:
                 opened[target] = opened.pop(path)
@@ -331,7 +331,7 @@ class _RawFiles:
 
 
 def raw_history(chance: random.Random) -> list[Op]:
-    """Random operations on a few files with one name or several, and on directories."""
+    """Random operations on a few files, with one or more names, and on directories. Returns the trace."""
     files = _RawFiles(chance)
     for _ in range(chance.randrange(3, RAW_MAX)):
         files.step()
@@ -339,7 +339,7 @@ def raw_history(chance: random.Random) -> list[Op]:
 
 
 def simulated_history(chance: random.Random) -> tuple[str, list[Op]]:
-    """A history of the real code on the simulated disk, and its trace."""
+    """A random history of the real code on the simulated disk, and its trace."""
     history = "".join(
         chance.choice(LETTERS) + (str(chance.randrange(12)) if chance.random() < 0.1 else "")
         for _ in range(chance.randrange(1, STEPS_MAX))
@@ -350,7 +350,7 @@ def simulated_history(chance: random.Random) -> tuple[str, list[Op]]:
 
 
 class PowerCuts:
-    """Replays one history after another on a medium, and cuts its power."""
+    """Replays one history after another on a loop device, and cuts its power."""
 
     def __init__(self, medium: LoopDevice, seed: int) -> None:
         self._medium = medium
@@ -390,7 +390,7 @@ class PowerCuts:
         if not raw:
             problem = simulation.problem_of(state, self._open(root), obligations, power=True)
             if problem:
-                raise BlockDeviceViolation(f"{where}\n{problem}\nleft was {state}")
+                raise BlockDeviceViolation(f"{where}\n{problem}\nthe state was {state}")
         shutil.rmtree(root)
 
     def _root(self) -> Path:
@@ -407,15 +407,17 @@ class PowerCuts:
             self._medium.shut_down(flush_log=chance.random() < 0.3)
         finally:
             replay.close()
-        self._medium.come_back()
+        self._medium.remount()
 
     def _state(self, root: Path) -> State:
-        found = [path for path in sorted(root.rglob("*")) if path.name not in LOCKS]
-        at = {path: f"{OUTBOX_PATH}/{path.relative_to(root)}" for path in found}
-        return {at[path] + "/" if path.is_dir() else at[path]: b"" if path.is_dir() else path.read_bytes() for path in found}
+        paths = [path for path in sorted(root.rglob("*")) if path.name not in LOCKS]
+        names = {path: f"{OUTBOX_PATH}/{path.relative_to(root)}" for path in paths}
+        return {
+            names[path] + "/" if path.is_dir() else names[path]: b"" if path.is_dir() else path.read_bytes() for path in paths
+        }
 
     def _open(self, root: Path) -> RecoveryOutcome:
-        """The real code on the real file system opens what is left, delivers it, and leaves nothing behind."""
+        """Open the state after a cut with the real code on the real file system, and deliver everything."""
         destination = simulation.SimulatedDestination(Disk())
         filesystem = OsFilesystem()
         with mock.patch.object(simulation, "OUTBOX_PATH", str(root)):
@@ -430,14 +432,14 @@ class PowerCuts:
                 return RecoveryOutcome(tuple(destination.arrived), frozenset(), f"the recovery fails: {error!r}")
             finally:
                 filesystem.close_inherited()
-        kept: set[int] = set()
+        rejected: set[int] = set()
         problem = ""
         for path, data in self._state(root).items():
             if kind_at(path) in (Kind.DEAD, Kind.CORRUPT):
-                kept |= simulation.numbers_in(data)
+                rejected |= simulation.numbers_in(data)
             elif kind_at(path) is not Kind.RANGES:
                 problem = f"left behind: {path}"
-        return RecoveryOutcome(tuple(destination.arrived), frozenset(kept), problem)
+        return RecoveryOutcome(tuple(destination.arrived), frozenset(rejected), problem)
 
 
 def run(
@@ -447,7 +449,7 @@ def run(
     directory: Path,
     progress: Callable[[BlockDeviceReport], None] = lambda _: None,
 ) -> BlockDeviceReport:
-    """Run for about `seconds`; raises `Violation` with what led to it."""
+    """Run for about `seconds`. Raises `BlockDeviceViolation` with the history."""
     with LoopDevice(filesystem, directory) as medium:
         cuts = PowerCuts(medium, seed)
         end = time.monotonic() + seconds
@@ -458,14 +460,14 @@ def run(
 
 
 def main() -> None:
-    """The long run."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("filesystem", choices=MAKERS)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     chosen = parser.parse_args()
-    print(f"seed {chosen.seed}", flush=True)  # noqa: T201 - it is for people
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which unmounts
+    print(f"seed {chosen.seed}", flush=True)  # noqa: T201 - the report
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file system is unmounted
     logging.getLogger("pillarbox").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="pillarbox-kernel-") as directory:
         print(run(chosen.filesystem, chosen.minutes * 60, chosen.seed, Path(directory)))  # noqa: T201

@@ -1,8 +1,8 @@
 """The compiled batch operations and directory scans, run over the simulated disk: the real C, with other system calls below it.
 
-`simulated_speedups` compiles the sources of the extension once more, with `simulated_calls.h` in front of each: the calls of open,
-flock, rename, readdir and the like become calls of `system_call` below, which does the same on the simulated disk. So what the
-harnesses see is the order of operations that the C really has, errors included, and not a model of it.
+`simulated_speedups` compiles the sources of the extension once more, with `simulated_calls.h` in front of each: the calls of
+open, flock, rename, readdir and the like become calls of `system_call` below, which does the same on the simulated disk. So
+what the harnesses see is the order of operations that the C really has, errors included, and not a model of it.
 
     with order("compiled"):
         filesystem = crash_filesystem(disk, before)

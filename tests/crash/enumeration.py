@@ -2,15 +2,15 @@
 
 Only the last step of a history is checked, because the steps before it are a history of their own.
 
-Which moments are checked: everything between two syncs may be lost as a whole. So from one sync to the next, the set of states after
-a power loss only grows, and the moment just before a sync has all states since the previous one. The obligations change at marks and
-with the syncs themselves. So the moments before each sync and each mark, and the end, have every state together with all obligations
-that it must meet. (The events that may arrive grow at marks too, but no byte of an event is written before the mark that offers it.
-An eviction is marked before its first removal.) When all processes are killed, the disk keeps its contents: one state after each
-operation.
+Which moments are checked: everything between two syncs may be lost as a whole. So from one sync to the next, the set of states
+after a power loss only grows, and the moment just before a sync has all states since the previous one. The obligations change
+at marks and with the syncs themselves. So the moments before each sync and each mark, and the end, have every state together
+with all obligations that it must meet. (The events that may arrive grow at marks too, but no byte of an event is written before
+the mark that offers it. An eviction is marked before its first removal.) When all processes are killed, the disk keeps its
+contents: one state after each operation.
 
-States that differ only in names are counted once, as long as kinds and order are the same. The result of the recovery of a state is
-remembered, and judged again when the same state occurs with other obligations.
+States that differ only in names are counted once, as long as kinds and order are the same. The result of the recovery of a
+state is remembered, and judged again when the same state occurs with other obligations.
 """
 
 from __future__ import annotations

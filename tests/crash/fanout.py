@@ -1,8 +1,8 @@
 """Checks histories of several sinks on one directory, with every state after a crash at any moment.
 
-A history is a string with one letter of `STEPS` for each step. Its trace has marks, from which `SinkObligations` computes the events
-that each sink must receive. A new process opens each state after a kill or a power loss, and delivers and fans out in turn until
-nothing is left, to sinks that do not deduplicate. Then the ledgers must balance. `problem_of` checks the result.
+A history is a string with one letter of `STEPS` for each step. Its trace has marks, from which `SinkObligations` computes the
+events that each sink must receive. A new process opens each state after a kill or a power loss, and delivers and fans out in
+turn until nothing is left, to sinks that do not deduplicate. Then the ledgers must balance. `problem_of` checks the result.
 """
 
 from __future__ import annotations

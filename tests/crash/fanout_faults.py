@@ -1,7 +1,7 @@
 """Every operation of histories with several sinks fails, once and permanently, with each possible error.
 
-After any fault, a batch that could not be fanned out is reported, and once the disk works again, the same process or the next one
-delivers everything to every sink.
+After any fault, a batch that could not be fanned out is reported, and once the disk works again, the same process or the next
+one delivers everything to every sink.
 """
 
 from __future__ import annotations

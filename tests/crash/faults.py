@@ -1,7 +1,7 @@
 """Every operation of some histories fails, once and permanently, with each possible error; then every state after a crash is checked.
 
-The code must continue: no layer raises an unexpected exception, no acknowledged event is lost, no dropped event arrives; and once
-the disk works again, the same processes deliver everything that they accepted, without a restart.
+The code must continue: no layer raises an unexpected exception, no acknowledged event is lost, no dropped event arrives; and
+once the disk works again, the same processes deliver everything that they accepted, without a restart.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tests.crash.enumeration import VIOLATIONS_MAX, Bounds, Enumeration, Origin
 from tests.crash.enumeration import reproduce as reproduce_crash
 from tests.crash.simulation import LOCKS, Obligations, SimulationWorld, kind_at, numbers_in
 
-# Each covers something that the others do not: rotation, both durabilities, dead letters and quarantine, recovery after a kill, a
-# second process, eviction, a close, and two segments that are sealed together.
+# Each covers something that the others do not: rotation, both durabilities, dead letters and quarantine, recovery after a kill,
+# a second process, eviction, a close, and two segments that are sealed together.
 HISTORIES: Final = ("ararsd", "aasasrsd", "ppsprsd", "mxgrsd", "agkxsd", "AapSsSd", "masrsvas", "apmc", "pxAKdsas")
 WAIT_S: Final = 120.0  # longer than any pause before a retry
 

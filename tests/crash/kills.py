@@ -1,9 +1,9 @@
-"""Torture by SIGKILL: writers and delivery workers die at random moments, and an oracle outside of them keeps the account.
+"""Torture by SIGKILL: writers and delivery workers are killed at random moments, and an oracle outside of them checks the events.
 
-A parent that has imported everything forks children. Each notes in shared memory which events it attempted to store and which were
-acknowledged. Some are killed by the parent, some kill themselves before, after or in the middle of the n-th operation on the disk.
-Each round ends with all of them dead; then one process drains the directory, and what arrived is compared with the notes.
-`python -m tests.crash.kills --minutes 10` is the long run.
+A parent that has imported everything forks children. Each child records in shared memory which events it attempted to store and
+which were acknowledged. Some children are killed by the parent, others kill themselves before, after or in the n-th operation
+on the disk. Each round ends when all are dead. Then one process drains the directory, and the delivered events are compared
+with the records. `python -m tests.crash.kills --minutes 10` is the long run.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from pillarbox import Dropped, Outbox, TrackingEvent
 from pillarbox.outcome import Durability, Outcome
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
-from tests.crash.kill_points import SEVERAL, step_by_step, wrap
+from tests.crash.kill_points import BATCH_VERBS, step_by_step, wrap
 
 WRITERS: Final = 3
 DELIVERERS: Final = 2
-EVENTS_MAX: Final = 2_000  # of one life; who has stored so many waits to be killed
+EVENTS_MAX: Final = 2_000  # of one life; after that, the process waits to be killed
 ROUND_S: Final = 2.0
 DRAIN_S: Final = 60.0
-ROUNDS_EACH: Final = 4  # with a directory, before the next one
-BACKLOG_MAX: Final = 300  # files; writers pause above it, lest a round takes longer to drain than to fill
+ROUNDS_EACH: Final = 4  # rounds with a directory, before the next one
+BACKLOG_MAX: Final = 300  # files; writers pause above it, so that draining does not take longer than a round
 
-NEVER, BEGUN, REFUSED, UNSURE, ACKNOWLEDGED, POWER = range(6)  # what is noted of an event
+NEVER, BEGUN, REFUSED, UNSURE, ACKNOWLEDGED, POWER = range(6)  # the recorded states of an event
 FAILED: Final = 70  # the exit status of a child that raised
 _VERBS: Final = (
     "create",
@@ -56,33 +56,35 @@ _VERBS: Final = (
     "rename",
     "unlink",
     "close",
-    *SEVERAL,
+    *BATCH_VERBS,
 )
-KEEPING: Final = frozenset({layout.DELIVER_LOCK, layout.LEDGER_LOCK, layout.LEDGER})  # what stays when all is delivered
+KEEPING: Final = frozenset(
+    {layout.DELIVER_LOCK, layout.LEDGER_LOCK, layout.LEDGER}
+)  # files that remain when everything is delivered
 _PRCTL: Final = ctypes.CDLL(None).prctl
-_PR_SET_PDEATHSIG: Final = 1  # whoever is killed himself leaves no children that wait forever
+_PR_SET_PDEATHSIG: Final = 1  # the children of a killed parent are killed too
 _ID: Final = re.compile(rb'"event_id":"(\d+)-(\d+)"')
 
 
-class KillViolation(AssertionError):  # noqa: N818 - it is no fault of this program
+class KillViolation(AssertionError):  # noqa: N818 - it is not an error of the program that raises it
     """Something was lost, invented, damaged, or could not be opened."""
 
 
 class KillReport(NamedTuple):
-    """What a run did."""
+    """The figures of a run."""
 
     seed: int
     kills: int
     rounds: int
-    events: int  # begun
+    events: int  # attempted
     acknowledged: int
     delivered: int
-    torn: int  # lines that a kill tore, found in quarantine
+    torn: int  # files in quarantine, with lines that a kill tore
     reordered: int  # events that arrived after a later one of the same life
 
 
 class Oracle:
-    """Knows of each event of each life whether it was attempted, dropped, or acknowledged, and with which durability."""
+    """Records of each event whether it was attempted, dropped or acknowledged, and with which durability."""
 
     def __init__(self, slots: int) -> None:
         self._shared = mmap.mmap(-1, slots * EVENTS_MAX)
@@ -90,7 +92,7 @@ class Oracle:
         self.events = self.acknowledged = self.delivered = self.torn = self.reordered = 0
 
     def notes(self, slot: int) -> Callable[[int, int], None]:
-        """What a child calls with an event's number and its new state."""
+        """The function that a child calls with the number of an event and its new state."""
         shared, first = self._shared, slot * EVENTS_MAX
 
         def note(number: int, state: int) -> None:
@@ -99,13 +101,16 @@ class Oracle:
         return note
 
     def bury(self, slot: int, life: int) -> None:
-        """Take over the notes of a child that is dead."""
+        """Take over the records of a dead child."""
         span = slice(slot * EVENTS_MAX, (slot + 1) * EVENTS_MAX)
         self._lives[life] = self._shared[span].rstrip(bytes([NEVER]))
         self._shared[span] = bytes(EVENTS_MAX)
 
     def check(self, database: Path, outbox: Path, kept: Sequence[int]) -> list[str]:
-        """What is wrong with what arrived, given that events in one of the states `kept` must have arrived; forgets the round."""
+        """Compare the delivered events with the records, and start a new round. Returns the violations.
+
+        Events in one of the states `kept` must have arrived.
+        """
         wrong: list[str] = []
         arrived = _take_rows(database)
         latest: dict[int, int] = {}
@@ -114,7 +119,9 @@ class Oracle:
             latest[life] = max(number, latest.get(life, 0))
             state = self._state(life, number)
             if state in (NEVER, REFUSED):
-                wrong.append(f"invented: {life}-{number}, which was {'refused' if state else 'never begun, or settled before'}")
+                wrong.append(
+                    f"invented: {life}-{number}, which was {'dropped' if state else 'never attempted, or delivered in an earlier round'}"
+                )
             if padding != _padding(number):
                 wrong.append(f"changed: {life}-{number}")
         for life, states in self._lives.items():
@@ -123,7 +130,7 @@ class Oracle:
             self.events += len(states) - states.count(NEVER)
             self.acknowledged += states.count(ACKNOWLEDGED) + states.count(POWER)
         self.delivered += len(arrived)
-        wrong += self._look_at(outbox, kept)
+        wrong += self._check_files(outbox, kept)
         self._lives.clear()
         return wrong
 
@@ -131,7 +138,7 @@ class Oracle:
         states = self._lives.get(life, b"")
         return states[number] if number < len(states) else NEVER
 
-    def _look_at(self, outbox: Path, kept: Sequence[int]) -> list[str]:
+    def _check_files(self, outbox: Path, kept: Sequence[int]) -> list[str]:
         wrong: list[str] = []
         for name in sorted(os.listdir(outbox)):
             kind = layout.kind_of(name)
@@ -150,7 +157,7 @@ class Oracle:
 
 
 def _take_rows(database: Path) -> dict[tuple[int, int], str]:
-    """Take every row, in order of arrival: an event that comes back in a later round counts as invented."""
+    """Remove and return all rows, in order of arrival. An event that reappears in a later round counts as invented."""
     if not database.exists():
         return {}
     with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection:
@@ -162,15 +169,15 @@ def _take_rows(database: Path) -> dict[tuple[int, int], str]:
             if "no such table" in str(error):
                 return {}
             raise
-    found = {}
+    arrived = {}
     for event_id, padding in rows:
         life, _, number = event_id.partition("-")
-        found[int(life), int(number)] = padding
-    return found
+        arrived[int(life), int(number)] = padding
+    return arrived
 
 
 def _padding(number: int) -> str:
-    """Metadata whose length depends on the event, up to two pages: a kill tears writes at the ends of pages."""
+    """Metadata with a length of up to two pages, because a kill tears writes at the ends of pages."""
     return f'{{"n":{number},"text":"{"x" * (number * 7919 % 211 if number % 16 else number * 7919 % 8191)}"}}'
 
 
@@ -187,19 +194,19 @@ def make_event(life: int, number: int) -> TrackingEvent:
 
 
 def kill_self_later(chance: random.Random) -> None:
-    """Make this process kill itself around the n-th operation on the disk, or in the middle of a write."""
+    """Make this process kill itself before or after the n-th operation on the disk, or in the middle of a write."""
     if chance.random() < 0.5:
         step_by_step()
     verbs = set(_VERBS) if chance.random() < 0.5 else {chance.choice(_VERBS)}
-    left = chance.choice((0, 1, 2, 3, 5, 8, 13, 21, 34, 55))
+    operations_left = chance.choice((0, 1, 2, 3, 5, 8, 13, 21, 34, 55))
     when = chance.choice(("before", "middle", "after"))
     share = chance.random()
 
-    def dying(verb: str, function: Callable[..., object]) -> Callable[..., object]:
+    def killing(verb: str, function: Callable[..., object]) -> Callable[..., object]:
         def call(*arguments: object, **named: object) -> object:
-            nonlocal left
-            left -= 1
-            if left >= 0:
+            nonlocal operations_left
+            operations_left -= 1
+            if operations_left >= 0:
                 return function(*arguments, **named)
             if when == "middle" and verb == "write":
                 fd, data = arguments
@@ -213,11 +220,11 @@ def kill_self_later(chance: random.Random) -> None:
 
         return call
 
-    wrap(verbs, dying)
+    wrap(verbs, killing)
 
 
 class KilledLife:
-    """What a forked child does until it is killed."""
+    """A forked child, which stores or delivers until it is killed."""
 
     def __init__(
         self, number: int, directory: str, database: Path, note: Callable[[int, int], None], chance: random.Random, power: float
@@ -242,18 +249,18 @@ class KilledLife:
         )
 
     def deliver(self) -> None:
-        """Deliver what others store."""
+        """Deliver the events of the writers."""
         with self._outbox(delivers=True):
             _pause(3600.0)
 
     def store(self) -> None:
-        """Store events one by one and many at a time; sometimes close and open the outbox again; fork a child that lives longer."""
+        """Store events one by one and several at a time. Sometimes reopen the outbox, or fork a child that lives longer."""
         while self._events < EVENTS_MAX:
             with self._outbox(delivers=self.chance.random() < 0.3) as outbox:
                 for _ in range(self.chance.choice((1, 5, 50, 500))):
                     self._store_some(outbox)
                     if self.chance.random() < 0.02:
-                        _leave_a_child()
+                        _fork_idle_child()
                     if self.chance.random() < 0.02:
                         outbox.flush(timeout=0.05)
         _pause(3600.0)
@@ -261,26 +268,26 @@ class KilledLife:
     def _store_some(self, outbox: Outbox) -> None:
         while len(os.listdir(self._directory)) > BACKLOG_MAX:
             _pause(0.01)
-        many = self.chance.random() < 0.2
-        count = min(self.chance.choice((2, 7, 40)) if many else self.chance.choice((1, 4)), EVENTS_MAX - self._events)
+        in_one_call = self.chance.random() < 0.2
+        count = min(self.chance.choice((2, 7, 40)) if in_one_call else self.chance.choice((1, 4)), EVENTS_MAX - self._events)
         durability: Durability | None = self.chance.choice((None, None, None, "process", "power")) if self._power else None
         numbers = range(self._events, self._events + count)
         self._events += count
         for number in numbers:
-            if many:
+            if in_one_call:
                 continue
             self.note(number, BEGUN)
-            self._conclude(number, outbox.enqueue(make_event(self.number, number), durability=durability))
-        if many:
+            self._record_outcome(number, outbox.enqueue(make_event(self.number, number), durability=durability))
+        if in_one_call:
             for number in numbers:
                 self.note(number, BEGUN)
             outcomes = outbox.enqueue_many([make_event(self.number, number) for number in numbers], durability=durability)
             for number, outcome in zip(numbers, outcomes, strict=True):
-                self._conclude(number, outcome)
+                self._record_outcome(number, outcome)
         if self.chance.random() < 0.3:
             _pause(self.chance.random() * 0.01)
 
-    def _conclude(self, number: int, outcome: Outcome) -> None:
+    def _record_outcome(self, number: int, outcome: Outcome) -> None:
         if isinstance(outcome, Dropped):
             self.note(number, UNSURE if outcome.reason == "io_error" else REFUSED)
         else:
@@ -292,15 +299,15 @@ def _pause(seconds: float) -> None:
     signal.sigtimedwait([], seconds)
 
 
-def _leave_a_child() -> None:
-    """Fork a process that never touches the outbox; it must not block anybody, however long it lives."""
+def _fork_idle_child() -> None:
+    """Fork a process that never uses the outbox. It must not block other processes, however long it lives."""
     if os.fork() == 0:
         _pause(ROUND_S)
         os._exit(0)
 
 
-class _Defects(logging.Handler):
-    """Keeps the tracebacks that a thread of the outbox logs or dies of: those are defects."""
+class _DefectRecorder(logging.Handler):
+    """Stores the tracebacks that a thread of the outbox logs, or that end it. They are defects."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(logging.ERROR)
@@ -317,7 +324,7 @@ class _Defects(logging.Handler):
 
 
 def fork(folder: Path, work: Callable[[], None]) -> int:
-    """Start a child that runs `work`; what it raises goes to a file in `folder`. Returns its process id."""
+    """Start a child that runs `work`, and writes the traceback of an exception to a file in `folder`. Returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -326,12 +333,12 @@ def fork(folder: Path, work: Callable[[], None]) -> int:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         log = logging.getLogger("pillarbox")
-        defects = _Defects(folder)
+        defects = _DefectRecorder(folder)
         log.handlers, log.propagate = [defects], False
         threading.excepthook = defects.thread_ended
         work()
         status = 0
-    except BaseException:  # noqa: BLE001 - the parent's stack is not this process's to unwind
+    except BaseException:  # noqa: BLE001 - the exception must not unwind the stack of the parent
         (folder / f"{os.getpid()}.txt").write_text(traceback.format_exc())
     os._exit(status)
 
@@ -339,11 +346,11 @@ def fork(folder: Path, work: Callable[[], None]) -> int:
 class _Child(NamedTuple):
     pid: int
     life: int
-    deadline: float  # when it is killed, unless it dies before
+    deadline: float  # when it is killed, unless it killed itself before
 
 
 class KillTorture:
-    """Runs rounds, in directories below `outboxes`. `cut()` is called when all are dead: there the power may fail."""
+    """Runs rounds, in directories below `outboxes`. `cut()` is called when all processes are dead; it may cut the power."""
 
     def __init__(
         self,
@@ -370,16 +377,16 @@ class KillTorture:
         self._children: dict[int, _Child] = {}
 
     def round(self, seconds: float) -> None:
-        """Run processes and kill them for a while, stop, drain, and compare."""
+        """Run and kill processes for a while, drain the directory, and compare."""
         if self.rounds % ROUNDS_EACH == 0:
-            self._outbox = self._outboxes / str(self.rounds)  # which they have to make first
+            self._outbox = self._outboxes / str(self.rounds)  # which the processes create
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         end = time.monotonic() + seconds
         try:
             while time.monotonic() < end:
                 for slot in range(WRITERS + DELIVERERS):
                     if slot not in self._children:
-                        self._begin(slot)
+                        self._start_life(slot)
                 first = min(child.deadline for child in self._children.values())
                 # wait: until a child ends, or it is time to kill one
                 signal.sigtimedwait([signal.SIGCHLD], max(0.0, min(first, end) - time.monotonic()))
@@ -391,7 +398,7 @@ class KillTorture:
         self._drain()
         wrong = self.oracle.check(self._database, self._outbox, self._kept)
         if any(self.failures.iterdir()):
-            wrong.append("a thread of the outbox ended by a defect")
+            wrong.append("a thread of the outbox logged a traceback or ended with an exception")
         self.rounds += 1
         if wrong:
             raise self.violation(wrong)
@@ -406,7 +413,7 @@ class KillTorture:
         """The life with the next number."""
         return KilledLife(self._lives, str(self._outbox), self._database, note, chance, self._power)
 
-    def _begin(self, slot: int) -> None:
+    def _start_life(self, slot: int) -> None:
         self._lives += 1
         chance = random.Random(f"{self.seed}/{self._lives}")
         life = self.make_life(chance, self.oracle.notes(slot))
@@ -433,7 +440,7 @@ class KillTorture:
             self.oracle.bury(slot, child.life)
             self.kills += 1
             if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-                wrong.append(f"life {child.life} ended by itself, with status {status}")
+                wrong.append(f"life {child.life} was not killed, and ended with status {status}")
         if wrong:
             self._reap(float("inf"))
             raise self.violation(wrong)
@@ -451,7 +458,7 @@ class KillTorture:
         """The exception to raise, with the seed and the tracebacks of children."""
         traces = [path.read_text() for path in sorted(self.failures.iterdir())]
         more = f"and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        where = f"seed {self.seed}, round {self.rounds}, {self.kills} kills, left as it is in {self._outbox}"
+        where = f"seed {self.seed}, round {self.rounds}, {self.kills} kills, files in {self._outbox}"
         return KillViolation("\n".join([where, *wrong[:20], more, *traces[:3]]))
 
 
@@ -461,24 +468,24 @@ def run(
     directory: Path,
     progress: Callable[[KillReport], None] = lambda _: None,
 ) -> KillReport:
-    """Torture for about `seconds`; raises `Violation`, and then the directory stays."""
+    """Torture for about `seconds`. Raises `KillViolation`; the directory is kept then."""
     torture = KillTorture(directory, directory / "outboxes", seed, power=0.3, kept=(ACKNOWLEDGED, POWER))
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        torture.round(min(ROUND_S, left))
+    while (seconds_left := end - time.monotonic()) > 0:
+        torture.round(min(ROUND_S, seconds_left))
         progress(torture.report())
     return torture.report()
 
 
 def main() -> None:
-    """The long run."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--directory", type=Path)
     chosen = parser.parse_args()
     directory = chosen.directory or Path(tempfile.mkdtemp(prefix="pillarbox-kills-"))
-    print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - it is for people
+    print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - the report
     print(run(chosen.minutes * 60, chosen.seed, directory, lambda report: print(report, flush=True)))  # noqa: T201
 
 

@@ -1,9 +1,9 @@
-"""A file system in memory that loses what was not synced, and the torture by SIGKILL on it, with losses of power as well.
+"""A file system in memory that loses unsynced changes, and the torture by SIGKILL on it, with power losses as well.
 
-`LossyFilesystem` is mounted through FUSE by a process of its own. It keeps what a disk would hold beside what programs see; "cut" replaces
-the latter by the former. What was not synced is lost as a whole, or each write and each change of a name by itself is applied, lost,
-torn, or applied in size only. Syncs may be made to fail; what they could not write is lost whatever later syncs report. Locks are
-the kernel's own. Real file systems hide a missing sync of a directory; this one does not.
+`LossyFilesystem` is mounted through FUSE by its own process. It keeps the contents of the disk beside those that programs see;
+a cut replaces the latter by the former. Unsynced changes are lost together, or each write and each change of a name is applied,
+lost, torn, or applied in size only, independently of the others. Syncs may be made to fail; their data is lost, whatever later
+syncs report. Locks are those of the kernel. Real file systems hide a missing sync of a directory; this one does not.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from tests.crash import kills
 
 ROUND_S: Final = 0.25
 CUT: Final = "user.cut"
-_HIDDEN: Final = ".fuse_hidden"  # what libfuse renames a file to that is removed while it is open
+_HIDDEN: Final = ".fuse_hidden"  # the prefix of the name that libfuse gives an open file that is removed
 _ROOT = Path(__file__).parents[2]
 _Pending = tuple[int, bytes | None]  # a write, or a truncation to that size
 
 
 class LossyFile:
-    """A file: what programs see, what the disk holds, and what was done in between."""
+    """A file: the data that programs see, the data on the disk, and the changes in between."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -54,18 +54,18 @@ class LossyFile:
             _apply(self.durable, *pending)
         self.pending.clear()
 
-    def sync_in_vain(self, chance: random.Random) -> None:
-        """The sync fails, and nobody writes the data again; programs see it still, or see what the disk holds."""
-        self._land(chance)
+    def fail_sync(self, chance: random.Random) -> None:
+        """Fail a sync. The data is not written again; programs see it, or the data on the disk."""
+        self._write_back_some(chance)
         if chance.random() < 0.5:
             self.data[:] = self.durable[: len(self.data)].ljust(len(self.data), b"\0")
 
     def cut(self, chance: random.Random | None) -> None:
-        """The power fails; without `chance` everything that may be lost is lost."""
-        self._land(chance)
+        """Cut the power. Without `chance`, every unsynced change is lost."""
+        self._write_back_some(chance)
         self.data = bytearray(self.durable)
 
-    def _land(self, chance: random.Random | None) -> None:
+    def _write_back_some(self, chance: random.Random | None) -> None:
         torn = chance.randrange(2 * len(self.pending)) if chance is not None and self.pending else -1
         for index, (offset, data) in enumerate(self.pending):
             fate = chance.choice(("lost", "applied", "sized")) if chance is not None else "lost"
@@ -87,18 +87,19 @@ def _apply(content: bytearray, offset: int, data: bytes | None) -> None:
 
 
 class LossyFolder:
-    """A directory: the names that programs see, those that the disk holds, and the changes in between."""
+    """A directory: the names that programs see, those on the disk, and the changes in between."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.names: dict[str, LossyFile | LossyFolder] = {}
         self.durable: dict[str, LossyFile | LossyFolder] = {}
-        self.pending: list[tuple[str, str, LossyFile | LossyFolder]] = []  # (old name, new name, what): none is ""
+        self.pending: list[tuple[str, str, LossyFile | LossyFolder]] = []  # (old name, new name, node); "" is no name
 
     def change(self, old: str, new: str, node: LossyFile | LossyFolder) -> None:
         """Create (no old name), remove (no new name), or rename.
 
-        libfuse renames what is removed or replaced while it is open: that is the removal, and part of what replaces it.
+        libfuse renames a file that is removed or replaced while it is open. That counts as the removal, and as part of the
+        rename.
         """
         replaced = self.pending[-1][:2] if self.pending else ("", "")
         self._apply(self.names, old, new, node)
@@ -110,7 +111,7 @@ class LossyFolder:
     @staticmethod
     def _apply(names: dict[str, LossyFile | LossyFolder], old: str, new: str, node: LossyFile | LossyFolder) -> None:
         for name in [name for name, named in names.items() if named is node and (new or name == old)]:
-            del names[name]  # a file has one name, however the changes before this one ended
+            del names[name]  # a file has one name, whichever earlier changes were lost
         if new:
             names[new] = node
 
@@ -121,7 +122,7 @@ class LossyFolder:
         self.pending.clear()
 
     def cut(self, chance: random.Random | None) -> None:
-        """Make the power of a mounted file system fail and come back; returns what was wrong before that."""
+        """Cut the power. Without `chance`, every unsynced change of a name is lost."""
         for change in self.pending:
             if chance is not None and chance.random() < 0.5:
                 self._apply(self.durable, *change)
@@ -134,7 +135,7 @@ class LossyFolder:
 class LossyFilesystem:
     """The operations of the file system, as mfusepy calls them, and `cut`."""
 
-    use_ns = True  # mfusepy asks for it
+    use_ns = True  # read by mfusepy
 
     def __init__(self, seed: int, failing: float, ready: Callable[[], None]) -> None:
         self._chance = random.Random(seed)
@@ -147,20 +148,20 @@ class LossyFilesystem:
         self._wrong: list[str] = []
 
     def setxattr(self, _path: str, name: str, value: bytes, _options: int, *_: int) -> None:
-        """How orders are given: by the attribute `CUT`, whose value says whether all is lost or some."""
+        """Cut the power if the attribute is `CUT`. Its value is `all` or `some`: the unsynced changes to lose."""
         if name != CUT:
             raise OSError(errno.ENOTSUP, "")
         self._wrong = [] if self._failing else list(self._unsynced(self._root))
         self._root.cut(None if value == b"all" else self._chance)
 
     def getxattr(self, _path: str, name: str, *_: int) -> bytes:
-        """What was wrong before the last cut, in lines."""
+        """The violations before the last cut, one a line."""
         if name != CUT:
             raise OSError(errno.ENODATA, "")
         return "\n".join(self._wrong).encode()
 
     def _unsynced(self, folder: LossyFolder) -> Iterator[str]:
-        """Files whose name says that they are complete while the disk does not hold all of them."""
+        """Files with a name of complete files and unsynced data."""
         for name, node in folder.names.items():
             if isinstance(node, LossyFolder):
                 yield from self._unsynced(node)
@@ -176,12 +177,12 @@ class LossyFilesystem:
         return node
 
     def _folder(self, path: str) -> tuple[LossyFolder, str]:
-        above, _, name = path.rpartition("/")
-        node = self._find(above or "/")
+        parent, _, name = path.rpartition("/")
+        node = self._find(parent or "/")
         assert isinstance(node, LossyFolder)
         return node, name
 
-    def _make(self, path: str, node: LossyFile | LossyFolder) -> None:
+    def _add_node(self, path: str, node: LossyFile | LossyFolder) -> None:
         folder, name = self._folder(path)
         if name in folder.names:
             raise OSError(errno.EEXIST, "")
@@ -196,10 +197,10 @@ class LossyFilesystem:
         self._ready()
 
     def getattr(self, path: str | None, handle: int | None = None) -> dict[str, float]:
-        found = self._attributes(self._open[handle] if handle else self._find(path or ""))
+        attributes = self._attributes(self._open[handle] if handle else self._find(path or ""))
         if path is not None and path.rpartition("/")[2].startswith(_HIDDEN):
-            found["st_nlink"] = 0
-        return found
+            attributes["st_nlink"] = 0
+        return attributes
 
     @staticmethod
     def _attributes(node: LossyFile | LossyFolder) -> dict[str, float]:
@@ -210,15 +211,15 @@ class LossyFilesystem:
     def readdir(self, path: str, _handle: int) -> list[tuple[str, dict[str, float], int]]:
         node = self._find(path)
         assert isinstance(node, LossyFolder)
-        found = {".": node, "..": self._root} | node.names
-        return [(name, self._attributes(here), 0) for name, here in found.items() if not name.startswith(_HIDDEN)]
+        nodes = {".": node, "..": self._root} | node.names
+        return [(name, self._attributes(entry), 0) for name, entry in nodes.items() if not name.startswith(_HIDDEN)]
 
     def mkdir(self, path: str, _mode: int) -> None:
-        self._make(path, LossyFolder(self._numbers()))
+        self._add_node(path, LossyFolder(self._numbers()))
 
     def create(self, path: str, _mode: int, _flags: int) -> int:
         file = LossyFile(self._numbers())
-        self._make(path, file)
+        self._add_node(path, file)
         return self._handle(file)
 
     def open(self, path: str, _flags: int) -> int:
@@ -259,7 +260,7 @@ class LossyFilesystem:
     def fsync(self, _path: str, _datasync: int, handle: int) -> None:
         file = self._open[handle]
         if file.pending and self._fails():
-            file.sync_in_vain(self._chance)
+            file.fail_sync(self._chance)
             raise OSError(errno.EIO, "")
         file.sync()
 
@@ -267,7 +268,7 @@ class LossyFilesystem:
         node = self._find(path)
         assert isinstance(node, LossyFolder)
         holds_folders = any(isinstance(below, LossyFolder) for below in node.names.values())
-        if node.pending and not holds_folders and self._fails():  # an outbox whose making fails is rightly refused
+        if node.pending and not holds_folders and self._fails():  # if the creation of an outbox fails, opening it fails too
             raise OSError(errno.EIO, "")
         node.sync()
 
@@ -280,15 +281,15 @@ class LossyFilesystem:
 
 def serve(mount: str, seed: int, failing: float) -> None:
     """Serve the file system until it is unmounted."""
-    mfusepy: Any = importlib.import_module("mfusepy")  # which has no types
-    dropping = LossyFilesystem(seed, failing, lambda: print("ready", flush=True))  # noqa: T201 - the parent waits for it
+    mfusepy: Any = importlib.import_module("mfusepy")  # it has no type hints
+    dropping = LossyFilesystem(seed, failing, lambda: print("ready", flush=True))  # noqa: T201 - the parent reads it
     options: dict[str, Any] = {"attr_timeout": 0, "entry_timeout": 0, "direct_io": True, "use_ino": True}
     mfusepy.FUSE(dropping, mount, foreground=True, nothreads=True, fsname="dropping", **options)
 
 
 @contextlib.contextmanager
 def mounted(mount: Path, seed: int, failing: float = 0.0) -> Iterator[None]:
-    """The file system mounted at `mount`; `failing` is the share of syncs that fail."""
+    """Mount the file system at `mount`; `failing` is the share of syncs that fail."""
     mount.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
@@ -313,7 +314,7 @@ def mounted(mount: Path, seed: int, failing: float = 0.0) -> Iterator[None]:
 
 
 def cut(mount: Path, mode: str = "some") -> list[str]:
-    """Have the power fail on a mounted file system, and come back; returns what was wrong before that."""
+    """Cut the power of a mounted file system. Returns the violations before the cut."""
     os.setxattr(mount, CUT, mode.encode())
     return os.getxattr(mount, CUT).decode().splitlines()
 
@@ -325,14 +326,14 @@ def run(
     progress: Callable[[kills.KillReport], None] = lambda _: None,
     failing: float = 0.0,
 ) -> kills.KillReport:
-    """Torture for about `seconds`, a cut in each round; raises `Violation`, and then the destination stays."""
+    """Torture for about `seconds`, with a cut in each round. Raises `KillViolation`; the files are kept then."""
     mount = directory / "mount"
     chance = random.Random(f"{seed}/cuts")
 
     def fail() -> None:
         wrong = cut(mount, chance.choice(("all", "some", "some")))
         if chance.random() < 0.3:
-            _die_recovering(torture, chance)
+            _kill_recovery(torture, chance)
             wrong += cut(mount)
         if wrong:
             raise torture.violation(wrong)
@@ -346,8 +347,8 @@ def run(
     return torture.report()
 
 
-def _die_recovering(torture: kills.KillTorture, chance: random.Random) -> None:
-    """Open what the loss of power left, and be killed in the middle of it."""
+def _kill_recovery(torture: kills.KillTorture, chance: random.Random) -> None:
+    """Open the outbox after a cut in a process that is killed in the middle of the recovery."""
 
     def work() -> None:
         kills.kill_self_later(chance)
@@ -361,7 +362,7 @@ def _die_recovering(torture: kills.KillTorture, chance: random.Random) -> None:
 
 
 def main() -> None:
-    """The long run, or the file system's own process."""
+    """Run the torture, or with `--serve` the process of the file system."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
@@ -373,8 +374,8 @@ def main() -> None:
         serve(chosen.serve, chosen.seed, chosen.failing)
         return
     directory = chosen.directory or Path(tempfile.mkdtemp(prefix="pillarbox-dropping-"))
-    print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - it is for people
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which unmounts
+    print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - the report
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file system is unmounted
     report = run(chosen.minutes * 60, chosen.seed, directory, lambda report: print(report, flush=True), chosen.failing)  # noqa: T201
     print(report, flush=True)  # noqa: T201
 

@@ -1,8 +1,8 @@
 """Processes on a simulated disk, a destination, and the events that the store must not lose.
 
-An event is a number; the destination rejects negative numbers for good. A history is a string with one letter of `STEPS` for each
-step. Each step runs the real code of store and delivery, without threads. `Obligations` depends only on the trace of the disk, so
-it can be computed for each moment of a history.
+An event is a number; the destination rejects negative numbers for good. A history is a string with one letter of `STEPS` for
+each step. Each step runs the real code of store and delivery, without threads. `Obligations` depends only on the trace of the
+disk, so it can be computed for each moment of a history.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Random sequences of calls of an application, a delivery worker and other processes, kills and power losses, against a simple model.
 
-A Hypothesis state machine on a disk in memory. Each step is a call of the real code, and may have a fuse: the process is killed, or
-the power fails, before the k-th file-system operation of the call. After a power loss the disk has one of the states that the
-durability model admits, and Hypothesis makes all choices. The model is five sets of events: attempted, accepted and not lost in a
-power loss, promised to survive one, delivered (with the batch), and evicted.
+A Hypothesis state machine on a disk in memory. Each step is a call of the real code, and may have a fuse: the process is
+killed, or the power fails, before the k-th file-system operation of the call. After a power loss the disk has one of the states
+that the durability model admits, and Hypothesis makes all choices. The model is five sets of events: attempted, accepted and
+not lost in a power loss, promised to survive one, delivered (with the batch), and evicted.
 
     .venv/bin/python -m tests.crash.state_machine --seconds 600 --seed 1
 """

@@ -123,7 +123,7 @@ def test_unsynced_writes_are_lost_applied_torn_or_sized() -> None:
     assert {b"A", b"ABB", b"ABBCC", b"A\0\0", b"A\0\0CC", b"AB", b"ABB\0\0", b"ABBC"} <= contents
     file = lossy_fs.LossyFile(1)
     file.change((0, b"A"))
-    file.sync_in_vain(random.Random(4))
+    file.fail_sync(random.Random(4))
     file.change((1, b"B"))
     file.sync()
     file.cut(None)

@@ -72,7 +72,7 @@ def test_a_truncation_may_leave_nul_bytes_under_the_old_size(filesystem: str, tm
         medium.write_back_data(fd)
         medium.shut_down(flush_log=False)
         os.close(fd)
-        medium.come_back()
+        medium.remount()
         assert file.read_bytes() == b"x" * 40 + bytes(60)
     assert durability_model.DurabilityModel(trace).admits({path: b"x" * 40 + bytes(60)})
 
@@ -94,6 +94,6 @@ def test_a_replay_that_diverges_from_its_trace_is_found(tmp_path: Path) -> None:
         root.mkdir()
         replay = block_device.TraceReplay(medium, root, random.Random(1))
         replay.do(Op("create", f"{OUTBOX_PATH}/a", 1))
-        with pytest.raises(block_device.BlockDeviceViolation, match="come off"):
+        with pytest.raises(block_device.BlockDeviceViolation, match="diverges"):
             replay.do(Op("write", f"{OUTBOX_PATH}/a", 1, 7, b"x"))
         replay.close()
