@@ -1,4 +1,4 @@
-"""`make torture MINUTES=n`: every harness for its share of the time, two at once, and then every mutant.
+"""`make torture MINUTES=n`: runs every harness for its share of the time, two at once, and then every mutant.
 
 Prints the seeds and what was checked, and ends with what a harness has found and how to reproduce it. The module of a harness
 says what it does; `docs/explanation/guarantees.md` has the results of long runs.
@@ -30,15 +30,15 @@ from tests.crash import block_device, enumeration, faults, interleave, kills, lo
 from tests.torture import destinations
 from tests.torture import run as torture
 
-RESULT: Final = "RESULT "  # begins the last line of a stage
-TELL_S: Final = 30.0  # between two lines on how it goes
+RESULT: Final = "RESULT "  # the prefix of the last line of a stage
+PROGRESS_S: Final = 30.0  # between two lines of progress
 FOUND: Final = "violations"
 
 Figures = dict[str, int]
 
 
 class Stage(NamedTuple):
-    """A harness, and its share of its lane's time."""
+    """A harness, and its share of the time of its lane."""
 
     lane: int
     share: float
@@ -47,37 +47,41 @@ class Stage(NamedTuple):
 
 def say(text: object) -> None:
     """Print at once."""
-    print(text, flush=True)  # noqa: T201 - it is run by hand
+    print(text, flush=True)  # noqa: T201 - the report
 
 
-def now_and_then() -> Callable[[object], None]:
+def progress_printer() -> Callable[[object], None]:
     """A function that prints progress, at most every half minute."""
-    told = time.monotonic()
+    last_time = time.monotonic()
 
-    def tell(report: object) -> None:
-        nonlocal told
-        if time.monotonic() - told >= TELL_S:
-            told = time.monotonic()
+    def print_progress(report: object) -> None:
+        nonlocal last_time
+        if time.monotonic() - last_time >= PROGRESS_S:
+            last_time = time.monotonic()
             say(report)
 
-    return tell
+    return print_progress
 
 
 def work_folder(name: str) -> Path:
-    """A folder that stays if something was found."""
+    """A new folder, which is kept if a violation is found."""
     return Path(tempfile.mkdtemp(prefix=f"pillarbox-{name}-"))
 
 
 def states(seconds: float, seed: int) -> Figures:
-    """Every history up to a length and every state that a crash may leave of it, then longer random ones."""
+    """Check every history up to a length with every state after a crash, and then longer random ones."""
     report = enumeration.run(99, seconds, seed, 1, enumeration.Bounds(in_recovery=2))
     say(report)
-    figures = {"distinct states": report.distinct, "states checked": report.checked, "left by a recovery": report.in_recovery}
+    figures = {
+        "distinct states": report.distinct,
+        "states checked": report.checked,
+        "after an interrupted recovery": report.in_recovery,
+    }
     return figures | {"histories": report.histories, "all of up to steps": report.complete, FOUND: len(report.violations)}
 
 
 def failing_disks(seconds: float, seed: int) -> Figures:
-    """Each operation of each history fails, and then every state that a crash may leave."""
+    """Each operation of each history fails; then every state after a crash is checked."""
     logging.disable(logging.CRITICAL)
     end = time.monotonic() + seconds
     cases = list(faults.all_cases())
@@ -88,54 +92,54 @@ def failing_disks(seconds: float, seed: int) -> Figures:
 
 
 def interleavings(seconds: float, seed: int) -> Figures:
-    """Half of the time with up to three preemptions, half with two and a kill."""
+    """Half of the time with up to three preemptions, and half with two and a kill."""
     logging.disable(logging.CRITICAL)
     reports = [interleave.run(seconds / 2, seed, preemptions, dead) for preemptions, dead in ((3, 0), (2, 1))]
     for report in reports:
         say(report)
-    found = sum(len(report.violations) for report in reports)
-    return {"schedules": sum(report.schedules for report in reports), FOUND: found}
+    violations = sum(len(report.violations) for report in reports)
+    return {"schedules": sum(report.schedules for report in reports), FOUND: violations}
 
 
 def sequences(seconds: float, seed: int) -> Figures:
-    """The state machine; raises with the shortest sequence that fails."""
+    """Run the state machine. Raises with the shortest sequence that fails."""
     return {"sequences": 500 * state_machine.run(seconds, seed), FOUND: 0}
 
 
-def killed(seconds: float, seed: int) -> Figures:
-    """Writers and delivery workers, killed by SIGKILL."""
-    report = kills.run(seconds, seed, work_folder("kills"), now_and_then())
+def kill_processes(seconds: float, seed: int) -> Figures:
+    """Kill writers and delivery workers by SIGKILL."""
+    report = kills.run(seconds, seed, work_folder("kills"), progress_printer())
     say(report)
     return {"kills": report.kills, "events": report.events, "acknowledged": report.acknowledged, FOUND: 0}
 
 
-def dropped(seconds: float, seed: int) -> Figures:
-    """The same on a file system that loses what was not synced."""
-    report = lossy_fs.run(seconds, seed, work_folder("dropping"), now_and_then())
+def kill_on_lossy_filesystem(seconds: float, seed: int) -> Figures:
+    """Kill writers and delivery workers on a file system that loses unsynced changes."""
+    report = lossy_fs.run(seconds, seed, work_folder("dropping"), progress_printer())
     say(report)
     return {"kills": report.kills, "cuts": report.rounds, "events": report.events, FOUND: 0}
 
 
-def cut(seconds: float, seed: int) -> Figures:
-    """Real file systems, and whether the durability model admits what is left on them."""
+def cut_power(seconds: float, seed: int) -> Figures:
+    """Compare real file systems after a power loss with the durability model."""
     logging.disable(logging.CRITICAL)
     figures: Counter[str] = Counter()
     for filesystem in ("ext4", "xfs"):
-        report = block_device.run(filesystem, seconds / 2, seed, work_folder(filesystem), now_and_then())
+        report = block_device.run(filesystem, seconds / 2, seed, work_folder(filesystem), progress_printer())
         say(report)
         figures[f"cuts of {filesystem}"] = report.cuts
     return {**figures, FOUND: 0}
 
 
-def answered_at_random(destination: str) -> Callable[[float, int], Figures]:
-    """Writers and delivery workers, killed in front of a destination that answers at random."""
+def random_answers(destination: str) -> Callable[[float, int], Figures]:
+    """The stage that kills writers and delivery workers in front of a destination that answers at random."""
 
     def stage(seconds: float, seed: int) -> Figures:
         if destination == "spacetimedb" and not destinations.has_server():
-            say("left out: there is no SpacetimeDB server, and tools/spacetimedb-server cannot build one")
+            say("skipped: there is no SpacetimeDB server, and tools/spacetimedb-server cannot build one")
             return {FOUND: 0}
         folder = work_folder(destination)
-        report = torture.run(destination, seconds, seed, folder, now_and_then())
+        report = torture.run(destination, seconds, seed, folder, progress_printer())
         say(report)
         shutil.rmtree(folder)
         answers = sum(report.answers.values())
@@ -147,18 +151,18 @@ def answered_at_random(destination: str) -> Callable[[float, int], Figures]:
 
 STAGES: Final = {
     "states": Stage(0, 1.0, states),
-    "kills": Stage(1, 0.16, killed),
-    "dropping": Stage(1, 0.1, dropped),
+    "kills": Stage(1, 0.16, kill_processes),
+    "dropping": Stage(1, 0.1, kill_on_lossy_filesystem),
     "interleave": Stage(1, 0.12, interleavings),
     "machine": Stage(1, 0.07, sequences),
     "faults": Stage(1, 0.08, failing_disks),
-    "kernel": Stage(1, 0.07, cut),
-    **{name: Stage(1, 0.1, answered_at_random(name)) for name in destinations.DESTINATIONS},
+    "kernel": Stage(1, 0.07, cut_power),
+    **{name: Stage(1, 0.1, random_answers(name)) for name in destinations.DESTINATIONS},
 }
 
 
 def run_stage(name: str, seconds: float, seed: int) -> Figures:
-    """Run a stage in a process of its own; raises if it finds something or fails."""
+    """Run a stage in its own process. Raises if it finds a violation or fails."""
     command = [sys.executable, "-m", "tests.crash", "--stage", name, "--seconds", f"{seconds:.0f}", "--seed", str(seed)]
     say(f"{name}: {seconds:.0f} s, seed {seed}")
     figures: Figures | None = None
@@ -171,17 +175,17 @@ def run_stage(name: str, seconds: float, seed: int) -> Figures:
             else:
                 say(f"{name}: {line.rstrip()}")
     if figures is None or figures.pop(FOUND):
-        raise SystemExit(f"{name} with seed {seed} has found something, see above; again: {' '.join(command)}")
+        raise SystemExit(f"{name} with seed {seed} has found a violation, see above; to reproduce it: {' '.join(command)}")
     return figures
 
 
 def run_lane(lane: int, seconds: float, seed: int) -> dict[str, Figures]:
     """Run the stages of a lane, one after another."""
-    mine = {name: stage for name, stage in STAGES.items() if stage.lane == lane}
-    return {name: run_stage(name, seconds * stage.share, seed) for name, stage in mine.items()}
+    stages = {name: stage for name, stage in STAGES.items() if stage.lane == lane}
+    return {name: run_stage(name, seconds * stage.share, seed) for name, stage in stages.items()}
 
 
-def finder(mutant: mutants.Mutant) -> str:
+def first_finder(mutant: mutants.Mutant) -> str:
     """The first harness that finds a mutant; empty if none does."""
     for harness in mutants.chosen_for(mutant):
         if mutants.run_harnesses(mutant, {harness: mutants.SECONDS_MAX})[harness].found:
@@ -192,11 +196,11 @@ def finder(mutant: mutants.Mutant) -> str:
 def run_mutants() -> Figures:
     """Run each mutant until a harness finds it."""
     survivors: list[str] = []
-    saying = threading.Lock()
+    output_lock = threading.Lock()
 
     def judge(mutant: mutants.Mutant) -> None:
-        found_by = finder(mutant)
-        with saying:
+        found_by = first_finder(mutant)
+        with output_lock:
             say(f"mutant {mutant.name}: {f'found by {found_by}' if found_by else 'SURVIVES'}")
             if not found_by:
                 survivors.append(mutant.name)
@@ -204,14 +208,14 @@ def run_mutants() -> Figures:
     with ThreadPoolExecutor(mutants.WORKERS) as pool:
         list(pool.map(judge, mutants.MUTANTS))
     if survivors:
-        raise SystemExit(f"nobody finds {', '.join(survivors)}")
+        raise SystemExit(f"no harness finds {', '.join(survivors)}")
     return {"mutants": len(mutants.MUTANTS), "found": len(mutants.MUTANTS)}
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="for the harnesses; the mutants come on top")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for the harnesses; the mutants take additional time")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     parser.add_argument("--no-mutants", action="store_true")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
@@ -224,12 +228,12 @@ def main() -> None:
     lanes = sorted({stage.lane for stage in STAGES.values()})
     with ThreadPoolExecutor(len(lanes)) as pool:
         results = pool.map(lambda lane: run_lane(lane, chosen.minutes * 60, chosen.seed), lanes)
-        figures = {name: found for lane in results for name, found in lane.items()}
+        figures = {name: stage_figures for lane in results for name, stage_figures in lane.items()}
     if not chosen.no_mutants:
         figures["mutants"] = run_mutants()
     say("")
-    for name, found in figures.items():
-        say(f"{name:<11} {', '.join(f'{value:,} {what}' for what, value in found.items())}")
+    for name, stage_figures in figures.items():
+        say(f"{name:<11} {', '.join(f'{value:,} {unit}' for unit, value in stage_figures.items())}")
     say("0 lost, 0 invented, 0 failures to open")
 
 

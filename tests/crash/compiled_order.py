@@ -1,8 +1,8 @@
-"""The compiled batch operations and directory scans, run over the simulated disk: the real C, with other system calls below it.
+"""Runs the compiled batch operations and directory scans on the simulated disk: the real C code with simulated system calls.
 
-`simulated_speedups` compiles the sources of the extension once more, with `simulated_calls.h` in front of each: the calls of
-open, flock, rename, readdir and the like become calls of `system_call` below, which does the same on the simulated disk. So
-what the harnesses see is the order of operations that the C really has, errors included, and not a model of it.
+`simulated_speedups` compiles the sources of the extension again, with `simulated_calls.h` included before each. Calls of open,
+flock, rename, readdir and others become calls of `system_call` below, which does the same on the simulated disk. So the
+harnesses check the real order of operations of the C code, errors included, and not a model of it.
 
     with order("compiled"):
         filesystem = crash_filesystem(disk, before)
@@ -39,14 +39,14 @@ ORDERS: Final[tuple[Order, ...]] = get_args(Order)
 COMPILER: Final = os.environ.get("CC", "gcc")
 SIMULATED_CALLS: Final = Path(__file__).with_name("simulated_calls.c")
 _FLAGS: Final = ("-shared", "-fPIC", "-O0", "-fvisibility=hidden")
-_START_WRITING: Final = 2  # SYNC_FILE_RANGE_WRITE alone: writing begins, nobody waits for it
+_START_WRITING: Final = 2  # SYNC_FILE_RANGE_WRITE alone: starts the writeback without waiting
 _WRITABLE: Final = os.O_RDWR
 
 _order: Order = "portable"
 
 
 def why_not() -> str:
-    """Why the compiled order cannot be simulated here; empty if it can."""
+    """The reason why the compiled order cannot be simulated on this machine; empty if it can."""
     include = Path(sysconfig.get_paths()["include"])
     if shutil.which(COMPILER) is None:
         return f"there is no C compiler ({COMPILER})"
@@ -54,19 +54,19 @@ def why_not() -> str:
 
 
 def build_extension(source: Path, folder: Path, *options: str) -> Path:
-    """Compile the extension from the C sources in a folder into another one, as it is or with simulated system calls."""
+    """Compile the extension from the C sources in `source` into `folder`, with additional compiler options."""
     path = folder / f"_speedups{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = sysconfig.get_paths()["include"]
     command = [COMPILER, *_FLAGS, "-I", include, *options, *map(str, sorted(source.glob("*.c"))), "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ImportError(f"{' '.join(command)}\n{done.stderr}")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise ImportError(f"{' '.join(command)}\n{process.stderr}")
     return path
 
 
 @contextlib.contextmanager
 def built() -> Iterator[Path]:
-    """The extension with simulated system calls, as a file in a temporary folder."""
+    """Build the extension with simulated system calls in a temporary folder."""
     source = Path(pillarbox.__file__).parents[1] / "speedups"  # of the checkout, or of a copy with a mutant
     with tempfile.TemporaryDirectory(prefix="pillarbox-simulated-") as folder:
         header = SIMULATED_CALLS.with_suffix(".h")
@@ -75,7 +75,7 @@ def built() -> Iterator[Path]:
 
 @cache
 def simulated_speedups() -> ModuleType:
-    """The extension with simulated system calls, loaded beside the one that is installed."""
+    """The extension with simulated system calls, loaded beside the installed one."""
     with built() as path:
         spec = spec_from_file_location("_speedups", path, loader=ExtensionFileLoader("_speedups", str(path)))
         assert spec is not None
@@ -87,53 +87,53 @@ def simulated_speedups() -> ModuleType:
 
 @contextlib.contextmanager
 def order(chosen: Order) -> Iterator[None]:
-    """Have `crash_filesystem` and `fault_filesystem` make file systems with this order of operations."""
-    global _order  # noqa: PLW0603 - every harness makes its file systems in many places
-    before, _order = _order, chosen
+    """Make `crash_filesystem` and `fault_filesystem` create file systems with this order of operations."""
+    global _order  # noqa: PLW0603 - every harness creates file systems in many places
+    previous, _order = _order, chosen
     try:
         yield
     finally:
-        _order = before
+        _order = previous
 
 
 def current_order() -> Order:
-    """That of the file systems that are made now."""
+    """The order of operations of new file systems."""
     return _order
 
 
 def crash_filesystem(disk: Disk, before: Callable[[str, str], None] = lambda _verb, _path: None) -> CrashFilesystem:
-    """A process's view of a simulated disk, with the order of operations that is chosen."""
+    """A process's view of a simulated disk, with the current order of operations."""
     return (CompiledCrashFilesystem if _order == "compiled" else CrashFilesystem)(disk, before)
 
 
 def fault_filesystem(inner: CrashFilesystem, fault: Fault | FaultCounter | None = None) -> FaultFilesystem:
-    """One whose operations fail, with the order of operations that is chosen."""
+    """A file system with faults, with the current order of operations."""
     if not isinstance(inner, CompiledCrashFilesystem):
         return FaultFilesystem(inner, fault)
-    inner.is_below = True
+    inner.is_inner = True
     return CompiledFaultFilesystem(inner, fault)
 
 
-# Which file system the C is running on. A greenlet that is switched away from in the middle of a call is another process.
+# The file systems that the C code runs on, by greenlet: each process of `interleave.py` is one, and may be switched in a call.
 _running: dict[object, list[CompiledOrder]] = {}
 
 
 def system_call(name: str, *arguments: Any) -> Any:
-    """What the C calls in place of a system call. Its answer: see `simulated_calls.c`."""
+    """Called by the C code in place of a system call. `simulated_calls.c` describes the result."""
     filesystem = _running[getcurrent()][-1]
-    if filesystem.raised is not None:  # the process is dead: nothing that it still calls has an effect
+    if filesystem.raised is not None:  # the process is killed, and its later calls have no effect
         return -errno.ECANCELED
     try:
         return getattr(filesystem, f"_sys_{name}")(*arguments)
     except OSError as error:
         return -(error.errno or errno.EIO)
-    except BaseException as error:  # noqa: BLE001 - the C returns first, then it is raised
+    except BaseException as error:  # noqa: BLE001 - raised after the C code has returned
         filesystem.raised = error
         return -errno.ECANCELED
 
 
-class _on:  # noqa: N801 - reads as what it is: with _on(filesystem)
-    """The C runs on this file system until the end of the block; then what a system call has raised is raised."""
+class _on:  # noqa: N801 - used as: with _on(filesystem)
+    """Run the C code on a file system within the block. Then an exception of a system call is raised."""
 
     __slots__ = ("filesystem", "running")
 
@@ -153,65 +153,67 @@ class _on:  # noqa: N801 - reads as what it is: with _on(filesystem)
             raise raised
 
 
-def _over_the_simulation(function: Any) -> Any:
+def _simulated(function: Any) -> Any:
     """A method of `CompiledOsFilesystem` that calls the simulated build."""
 
     @cache
     def copy() -> Any:
-        replaced = function.__globals__ | {"speedups": simulated_speedups(), "_owner_of_directory": lambda _path: None}
-        made = FunctionType(function.__code__, replaced, function.__name__, function.__defaults__, function.__closure__)
-        made.__kwdefaults__ = function.__kwdefaults__
-        return made
+        simulated_globals = function.__globals__ | {"speedups": simulated_speedups(), "_owner_of_directory": lambda _path: None}
+        copied = FunctionType(
+            function.__code__, simulated_globals, function.__name__, function.__defaults__, function.__closure__
+        )
+        copied.__kwdefaults__ = function.__kwdefaults__
+        return copied
 
     @wraps(function)
     def method(self: CompiledOrder, *arguments: Any, **named: Any) -> Any:
-        if self.is_below:
+        if self.is_inner:
             return getattr(super(CompiledOrder, self), function.__name__)(*arguments, **named)
         with _on(self):
-            answer = copy()(self, *arguments, **named)
-            return iter(list(answer)) if isinstance(answer, Iterator) else answer
+            result = copy()(self, *arguments, **named)
+            return iter(list(result)) if isinstance(result, Iterator) else result
 
     return method
 
 
 class CompiledOrder:
-    """The batch operations and scans of `CompiledOsFilesystem`, and what their system calls do on a simulated disk."""
+    """The batch operations and scans of `CompiledOsFilesystem`, and their system calls on a simulated disk."""
 
-    raised: BaseException | None = None  # by a system call, to be raised once the C has returned
-    is_below = False  # another is around it, and has the compiled order
+    raised: BaseException | None = None  # the exception of a system call, to be raised when the C code has returned
+    is_inner = False  # whether it is inside another file system, which has the compiled order
 
-    list_files = _over_the_simulation(CompiledOsFilesystem.list_files)
-    list_names = _over_the_simulation(CompiledOsFilesystem.list_names)
-    file_totals = _over_the_simulation(CompiledOsFilesystem.file_totals)
-    first_names = _over_the_simulation(CompiledOsFilesystem.first_names)
-    open_locked = _over_the_simulation(CompiledOsFilesystem.open_locked)
-    append_locked = _over_the_simulation(CompiledOsFilesystem.append_locked)
-    sync_each = _over_the_simulation(CompiledOsFilesystem.sync_each)
-    rename_each = _over_the_simulation(CompiledOsFilesystem.rename_each)
-    create_each = _over_the_simulation(CompiledOsFilesystem.create_each)
-    close_each = _over_the_simulation(CompiledOsFilesystem.close_each)
-    sync_directory = _over_the_simulation(CompiledOsFilesystem.sync_directory)
+    list_files = _simulated(CompiledOsFilesystem.list_files)
+    list_names = _simulated(CompiledOsFilesystem.list_names)
+    file_totals = _simulated(CompiledOsFilesystem.file_totals)
+    first_names = _simulated(CompiledOsFilesystem.first_names)
+    open_locked = _simulated(CompiledOsFilesystem.open_locked)
+    append_locked = _simulated(CompiledOsFilesystem.append_locked)
+    sync_each = _simulated(CompiledOsFilesystem.sync_each)
+    rename_each = _simulated(CompiledOsFilesystem.rename_each)
+    create_each = _simulated(CompiledOsFilesystem.create_each)
+    close_each = _simulated(CompiledOsFilesystem.close_each)
+    sync_directory = _simulated(CompiledOsFilesystem.sync_directory)
     _track_fd = CompiledOsFilesystem._track_fd
 
     def __init__(self: Any, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._open_fds: set[int] = set()  # what `CompiledOsFilesystem` notes; the simulated disk knows it anyway
-        self._directories: dict[int, str] = {}  # that are open
+        self._open_fds: set[int] = set()  # used by `CompiledOsFilesystem`; the simulated disk has its own record
+        self._directories: dict[int, str] = {}  # open directories: number -> path
         self._next_directory = itertools.count(10**6).__next__
-        self._asked = 0  # the directory of which sizes were asked for last
+        self._sized_directory = 0  # the directory whose sizes were read last
 
-    # What the simulated disk does, of the file system below: the one that fails, where one is.
+    # The file systems below.
 
     @property
     def crash(self: Any) -> CrashFilesystem:
-        """That of the simulated disk itself."""
-        found = self
-        while not isinstance(found, CrashFilesystem):
-            found = found._inner
-        return found
+        """The file system of the simulated disk itself."""
+        filesystem = self
+        while not isinstance(filesystem, CrashFilesystem):
+            filesystem = filesystem._inner
+        return filesystem
 
     def fail(self, verb: str) -> OSError | None:
-        """The error that an operation meets which only the C has."""
+        """The planned error of an operation that exists only in C; None if it succeeds."""
         return None
 
     # The system calls.
@@ -227,7 +229,7 @@ class CompiledOrder:
             return int(self.create(path))
         if flags & os.O_ACCMODE == _WRITABLE:
             return self._open_writable(path)  # type: ignore[no-any-return]
-        return int(self.open_existing(path, allow_links=True))  # the C looks for itself how many names it has
+        return int(self.open_existing(path, allow_links=True))  # the C code checks the number of names itself
 
     def _open_writable(self, path: str) -> int:
         crash = self.crash
@@ -256,9 +258,9 @@ class CompiledOrder:
     def _sys_lstat(self, path: str) -> tuple[int, int, int] | int:
         crash = self.crash
         crash._before_path_op("is_file_at", path)
-        return self._facts_of(path)
+        return self._stat_of(path)
 
-    def _facts_of(self, path: str) -> tuple[int, int, int] | int:
+    def _stat_of(self, path: str) -> tuple[int, int, int] | int:
         names, name = self.crash.disk.names_at(path)
         inode = names.get(name)
         return -errno.ENOENT if inode is None else (inode.number, len(inode.paths), len(inode.data))
@@ -268,8 +270,8 @@ class CompiledOrder:
         return 0
 
     def _sys_sync_file_range(self, fd: int, offset: int, count: int, flags: int) -> int:
-        # Bytes are on their way to the medium, or there, but nothing makes them or the size of the file durable: whatever the
-        # durability model has of them without this call, it has after it.
+        # The data is being written, but neither the data nor the size of the file is durable. So this call does not change the
+        # states of the durability model.
         assert offset == count == 0
         assert flags
         self.crash._before_fd_op("write_back", fd)
@@ -303,17 +305,17 @@ class CompiledOrder:
         error = 0
         try:
             names.extend(entry.name for entry in entries)
-        except OSError as failed:
-            error = failed.errno or errno.EIO
+        except OSError as listing_error:
+            error = listing_error.errno or errno.EIO
         number = self._next_directory()
         self._directories[number] = path
         return number, names, error
 
     def _sys_fstatat(self: Any, directory: int, name: str, _flags: int) -> tuple[int, int, int] | int:
-        if self._asked != directory:  # one moment for the names, and one for all sizes
-            self._asked = directory
+        if self._sized_directory != directory:  # one operation for the names, and one for all sizes
+            self._sized_directory = directory
             self.crash._before_path_op("sizes", self._directories[directory])
-        return self._facts_of(f"{self._directories[directory]}/{name}")  # type: ignore[no-any-return]
+        return self._stat_of(f"{self._directories[directory]}/{name}")  # type: ignore[no-any-return]
 
     def _sys_closedir(self: Any, directory: int) -> int:
         del self._directories[directory]
@@ -325,7 +327,7 @@ class CompiledCrashFilesystem(CompiledOrder, CrashFilesystem):
 
 
 class CompiledFaultFilesystem(CompiledOrder, FaultFilesystem):
-    """One whose operations fail, with the compiled order of operations."""
+    """A file system with faults, with the compiled order of operations."""
 
     def fail(self, verb: str) -> OSError | None:
         fault = self.counter.count(verb)

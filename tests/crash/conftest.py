@@ -12,7 +12,7 @@ from tests.crash.compiled_order import Order
 
 @pytest.fixture(params=["portable", pytest.param("compiled", marks=pytest.mark.proof)])
 def each_order(request: pytest.FixtureRequest) -> Iterator[Order]:
-    """The batch operations and directory scans of the simulated disk in Python, and then those in C."""
+    """Run a test with the batch operations and directory scans in Python, and again with those in C."""
     if request.param == "compiled" and (reason := compiled_order.why_not()):
         pytest.skip(reason)
     with compiled_order.order(request.param):

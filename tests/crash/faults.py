@@ -1,4 +1,4 @@
-"""Every operation of some histories fails, once and permanently, with each possible error; then every state after a crash is checked.
+"""Every operation of some histories fails, once and permanently, with each possible error; then a crash follows.
 
 The code must continue: no layer raises an unexpected exception, no acknowledged event is lost, no dropped event arrives; and
 once the disk works again, the same processes deliver everything that they accepted, without a restart.

@@ -1,4 +1,4 @@
-"""Torture by SIGKILL: writers and delivery workers are killed at random moments, and an oracle outside of them checks the events.
+"""Torture by SIGKILL: writers and delivery workers are killed at random moments, and an oracle checks their events.
 
 A parent that has imported everything forks children. Each child records in shared memory which events it attempted to store and
 which were acknowledged. Some children are killed by the parent, others kill themselves before, after or in the n-th operation
@@ -324,7 +324,7 @@ class _DefectRecorder(logging.Handler):
 
 
 def fork(folder: Path, work: Callable[[], None]) -> int:
-    """Start a child that runs `work`, and writes the traceback of an exception to a file in `folder`. Returns its process id."""
+    """Start a child that runs `work`, and writes an exception to a file in `folder`. Returns its process id."""
     pid = os.fork()
     if pid:
         return pid

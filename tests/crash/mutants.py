@@ -1,11 +1,11 @@
-"""Mutants of the package, each with one sync, rename, check, loop, lock or order removed or swapped; and which harness finds it.
+"""Mutants of the package, each with one sync, rename, check, loop, lock or order removed or swapped.
 
 A mutant is a patch of the text of one module, or of one C source. It is applied to a copy of the package, and each harness runs
 on that copy in a process of its own, within bounds that take seconds, until the first violation. A mutant that no harness finds
 is either not a defect, and then not in the list, or shows what the harnesses cannot see.
 
-    .venv/bin/python -m tests.crash.mutants            all of them, and the table of `docs/dev/mutants.md`
-    .venv/bin/python -m tests.crash.mutants NAME ...   some of them
+    .venv/bin/python -m tests.crash.mutants            all mutants; prints the table of `docs/dev/mutants.md`
+    .venv/bin/python -m tests.crash.mutants NAME ...   some mutants
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from tests.crash import compiled_order
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = ROOT / "src" / "pillarbox"
-SOURCES: Final = PACKAGE.with_name("speedups")  # in C
+SOURCES: Final = PACKAGE.with_name("speedups")  # the C sources
 WORKERS: Final = 2
-SECONDS_MAX: Final = 60.0  # of a harness, or PATIENCE times what it takes on code that is right, if that is more
+SECONDS_MAX: Final = 60.0  # for a harness on a mutant, or PATIENCE times its time on the correct code, if that is more
 PATIENCE: Final = 4
-SECONDS_AS_IT_IS: Final = 900.0
+SECONDS_AS_IT_IS: Final = 900.0  # for a harness on the correct code
 FOUND, UNUSABLE = 10, 11  # exit statuses of a harness, unlike those of an interpreter that fails
-HISTORIES_BY_CHANCE: Final = 100
-FAILING: Final = ("ararsd", "mxgrsd", "ppsprsd")  # histories of which each operation fails
+RANDOM_HISTORIES: Final = 100
+FAILING: Final = ("ararsd", "mxgrsd", "ppsprsd")  # histories in which each operation fails in turn
 MEANWHILE: Final = ("prsd", "psppp", "pprsd", "aprsasd", "psasrsd", "pxrsd", "pasrsc")  # histories with syncs
 FOR_SEVERAL: Final = ("af", "aafxyafd", "afcafd", "afpfd", "aafxv", "okfxkd")  # histories of several sinks
-CUT_SHORT: Final = "af{}v"  # one more
-OPERATIONS: Final = 30  # that it has at most
+CUT_SHORT: Final = "af{}v"  # another one, with a kill in the last step
+OPERATIONS: Final = 30  # of that step, at most
 EXAMPLES: Final = 1200  # of the state machine
-UNIT_TESTS: Final = "tests"  # of the functions, not of crashes
-COMPILED_TESTS: Final = (  # of a patch of a C source
+UNIT_TESTS: Final = "tests"  # the name of the harness of unit tests
+COMPILED_TESTS: Final = (  # for a mutant of a C source
     *("tests/crash/test_compiled_order.py", "tests/store/test_batch_io.py", "tests/store/test_dirscan.py"),
     *("-k", "not plain and not two_steps"),
 )
@@ -56,14 +56,14 @@ LEFT_OUT: Final = (
 )
 
 
-# `name [harnesses]: what it breaks`, and a patch of the module that is named above it: lines with - go, those with + come, the
-# others stay. The first and the last line may be parts of one; together they are there exactly once. The harnesses are those
-# that are run on this mutant besides those for all, behind `only` in their place.
+# `name [harnesses]: what it breaks`, and a patch of the module named above it: lines with - are removed, those with + added,
+# the others kept. The first and the last line may be parts of lines. The removed and kept text occurs exactly once in the
+# module. The harnesses run on this mutant in addition to the default ones, or after `only`, in place of them.
 PATCHES: Final = Path(__file__).with_suffix(".txt").read_text()
 
 
 class Mutant(NamedTuple):
-    """A patch of one module, or of one C source: for that the harnesses run over the compiled order of operations."""
+    """A patch of one module or C source. On a mutant of a C source, the harnesses use the compiled order of operations."""
 
     name: str
     breaks: str
@@ -71,7 +71,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     also: list[str]  # harnesses
-    only: bool  # and no others
+    only: bool  # whether the default harnesses are left out
 
     @property
     def is_compiled(self) -> bool:
@@ -87,8 +87,8 @@ class Mutant(NamedTuple):
 def _mutants(text: str) -> Iterator[Mutant]:
     for of_module in text.strip("\n").removeprefix("@ ").split("\n@ "):
         module, _, rest = of_module.partition("\n")
-        for found in _MUTANT.finditer(rest + "\n"):
-            name, also, breaks, patch = found.groups()
+        for match in _MUTANT.finditer(rest + "\n"):
+            name, also, breaks, patch = match.groups()
             lines = patch.splitlines()
             old = "\n".join(line[1:] for line in lines if line[:1] != "+")
             new = "\n".join(line[1:] for line in lines if line[:1] != "-")
@@ -120,7 +120,7 @@ class Table(NamedTuple):
     @property
     def survivors(self) -> list[str]:
         """The mutants that no harness finds."""
-        return [name for name, found in self.verdicts.items() if not any(verdict.found for verdict in found.values())]
+        return [name for name, verdicts in self.verdicts.items() if not any(verdict.found for verdict in verdicts.values())]
 
     def __str__(self) -> str:
         rows = [["mutant", "what it breaks", "in", *HARNESSES], ["---"] * (3 + len(HARNESSES))]
@@ -132,57 +132,57 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-# The harnesses: each runs in a process of its own, and returns the first violation, or nothing.
+# The harnesses: each runs in its own process, and returns the first violation, or an empty string.
 
 
-def _tests(*chosen: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *chosen]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        raise ImportError(done.stdout + done.stderr)
-    return done.stdout[-1000:] if done.returncode else ""
+def _run_tests(*arguments: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *arguments]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if process.returncode not in (0, 1):
+        raise ImportError(process.stdout + process.stderr)
+    return process.stdout[-1000:] if process.returncode else ""
 
 
 def unit_tests() -> str:
-    """The unit tests, without those that are other columns, need real file systems, or take longest."""
+    """The unit tests, without those of other harnesses, those that need real file systems, and the slowest."""
     if compiled_order.current_order() == "compiled":
-        return _tests(*COMPILED_TESTS)
-    return _tests("tests/store", "tests/delivery", *(f"--ignore=tests/{name}.py" for name in LEFT_OUT))
+        return _run_tests(*COMPILED_TESTS)
+    return _run_tests("tests/store", "tests/delivery", *(f"--ignore=tests/{name}.py" for name in LEFT_OUT))
 
 
 def interrupts() -> str:
     """Signals at every opcode of the writer."""
-    return _tests("tests/store/test_interrupts.py", "-m", "proof", "-k", "not finalizer")
+    return _run_tests("tests/store/test_interrupts.py", "-m", "proof", "-k", "not finalizer")
 
 
 def enumeration() -> str:
-    """All histories of three steps, the beginnings of some longer ones, random longer ones; and every state that a crash leaves."""
+    """All histories of three steps, and some longer ones, fixed and random, with every state after a crash."""
     from tests.crash import faults
     from tests.crash.enumeration import ENDS, Bounds, Enumeration, Histories, check_by_chance
 
-    looked, histories = Enumeration(Bounds(tears=ENDS, in_recovery=1, states_max=2000)), Histories()
+    checker, histories = Enumeration(Bounds(tears=ENDS, in_recovery=1, states_max=2000)), Histories()
 
-    def found() -> bool:
-        return bool(looked.violations)
+    def has_violation() -> bool:
+        return bool(checker.violations)
 
-    while histories.complete < 3 and histories.check_longer(looked, found):
+    while histories.complete < 3 and histories.check_longer(checker, has_violation):
         pass
     for history in faults.HISTORIES:
         for length in range(4, len(history) + 1):
-            if not found():
-                looked.check(history[:length])
-    most = looked.histories + HISTORIES_BY_CHANCE
-    check_by_chance(looked, 1, lambda: found() or looked.histories >= most)
-    return "".join(looked.violations[:1])
+            if not has_violation():
+                checker.check(history[:length])
+    most = checker.histories + RANDOM_HISTORIES
+    check_by_chance(checker, 1, lambda: has_violation() or checker.histories >= most)
+    return "".join(checker.violations[:1])
 
 
 def meanwhile() -> str:
-    """Another thread appends while a file is synced; then every state that a crash leaves, of each beginning of some histories."""
+    """Another thread appends during each sync of some histories, and every state after a crash is checked."""
     from pillarbox.testing.crash import CrashFilesystem
     from tests.crash.enumeration import ENDS, Bounds, Enumeration
     from tests.crash.simulation import SimulationWorld
 
-    def appending(plain: CrashFilesystem) -> CrashFilesystem:
+    def append_during_sync(plain: CrashFilesystem) -> CrashFilesystem:
         def sync_data(fd: int) -> None:
             real(fd)
             if not done:
@@ -192,20 +192,20 @@ def meanwhile() -> str:
         real, plain.sync_data = plain.sync_data, sync_data  # type: ignore[method-assign]
         return plain
 
-    looked = Enumeration(Bounds(tears=ENDS))
+    checker = Enumeration(Bounds(tears=ENDS))
     for history in MEANWHILE:
-        world = SimulationWorld(appending)
+        world = SimulationWorld(append_during_sync)
         world._process(1)
         world._processes[1][1].sealer._syncs_spare_names = True  # as with durability "power"
         for letter in history:
             done: list[int] = []  # one append for each step
             world.step(letter)
-        looked.check_trace({"history": history}, world.disk.trace, 0, None, len(history))
-    return "".join(looked.violations[:1])
+        checker.check_trace({"history": history}, world.disk.trace, 0, None, len(history))
+    return "".join(checker.violations[:1])
 
 
 def failing_disks() -> str:
-    """Each operation of some histories fails; and while the processes live, nothing arrives that was refused."""
+    """Each operation of some histories fails. While the processes run, no dropped event may arrive."""
     from pillarbox.store.layout import Kind
     from pillarbox.testing.fault import FaultCounter
     from tests.crash import faults
@@ -214,25 +214,25 @@ def failing_disks() -> str:
 
     for history in faults.HISTORIES:
         for pair in faults.pairs_of(history):
-            meter = FaultCounter(*pair)
-            world = faults.world_with_faults(meter)
+            counter = FaultCounter(*pair)
+            world = faults.world_with_faults(counter)
             world.can_truncate = True
             world.run(history)
-            problem = faults.afterwards(world, meter)
-            kept = [data for path, data in world.disk.files.items() if kind_at(path) is Kind.CORRUPT]
-            if problem or any(b'"}\n' in data for data in kept):
-                return problem or f"a whole line is in quarantine, behind a part of another: {kept}"
-    looked = Enumeration(Bounds(tears=ENDS, states_max=60))
+            problem = faults.afterwards(world, counter)
+            quarantine = [data for path, data in world.disk.files.items() if kind_at(path) is Kind.CORRUPT]
+            if problem or any(b'"}\n' in data for data in quarantine):
+                return problem or f"a whole line is in quarantine, after a torn one: {quarantine}"
+    checker = Enumeration(Bounds(tears=ENDS, states_max=60))
     for history in FAILING:
         for case in faults.faults_of(history):
-            faults.check(looked, history, case)
-            if looked.violations:
-                return looked.violations[0]
+            faults.check(checker, history, case)
+            if checker.violations:
+                return checker.violations[0]
     return ""
 
 
 def interleavings() -> str:
-    """Two or three processes, with fewer kills than the tests have."""
+    """All scenarios of two or three processes, with smaller bounds than in the tests."""
     from tests.crash.interleave import SCENARIOS, explore, one_creates_segments_while_another_recovers
     from tests.crash.test_interleave import MANY
 
@@ -255,17 +255,17 @@ def machine() -> str:
 
 
 def fan_out() -> str:
-    """Several sinks: every state that a crash leaves of some histories, of one also when a process dies in the middle of it."""
+    """Several sinks: every state after a crash of some histories, and of one with a kill in each operation."""
     from pillarbox.store import reconciliation
     from tests.crash.fanout import FanOutEnumeration
 
     reconciliation._ATTEMPTS = 1  # type: ignore[misc]
-    looked = FanOutEnumeration()
+    checker = FanOutEnumeration()
     for history in (*FOR_SEVERAL, *(CUT_SHORT.format(operation) for operation in range(OPERATIONS))):
-        looked.check_history(history, few=True)
-        if looked.violations:
+        checker.check_history(history, few=True)
+        if checker.violations:
             break
-    return "".join(looked.violations[:1])
+    return "".join(checker.violations[:1])
 
 
 HARNESSES: Final[dict[str, Callable[[], str]]] = {
@@ -282,20 +282,20 @@ DEFAULT_HARNESSES: Final = ("enumeration", "meanwhile", "faults", "interleave", 
 
 
 def chosen_for(mutant: Mutant) -> list[str]:
-    """The harnesses that are run on a mutant."""
+    """The harnesses that run on a mutant."""
     return [name for name in HARNESSES if name in mutant.also or (name in DEFAULT_HARNESSES and not mutant.only)]
 
 
 def patched(mutant: Mutant) -> str:
-    """The text of the module with the patch; raises unless the text that it replaces occurs exactly once."""
+    """The text of the patched module. Raises unless the text to replace occurs exactly once."""
     text = mutant.path.read_text()
     if text.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.name}: what it patches is {text.count(mutant.old)} times in {mutant.module}")
+        raise ValueError(f"{mutant.name}: the text to replace is {text.count(mutant.old)} times in {mutant.module}")
     return text.replace(mutant.old, mutant.new)
 
 
 def copy_package(mutant: Mutant | None, workdir: Path) -> Path:
-    """A copy of the package, with a mutant or as it is; the folder that it is in."""
+    """Copy the package, with a mutant or unchanged. Returns the folder of the copy."""
     shutil.copytree(PACKAGE, workdir / "pillarbox", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copytree(SOURCES, workdir / "speedups")
     if mutant is not None:
@@ -304,9 +304,9 @@ def copy_package(mutant: Mutant | None, workdir: Path) -> Path:
 
 
 def run_harness(workdir: Path, harness: str, seconds_max: float = SECONDS_MAX, *, compiled: bool = False) -> Verdict:
-    """Run a harness on the copy of the package that is in a folder. A harness that never ends has found something too.
+    """Run a harness on the copy of the package in a folder. A harness that does not end has found the mutant too.
 
-    With `compiled` over the compiled order of operations; otherwise over the portable one, and without the extension.
+    `compiled` selects the compiled order of operations. Otherwise the portable order is used, without the extension.
     """
     environment = os.environ | {"PYTHONPATH": f"{workdir}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0", "TMPDIR": str(workdir)}
     environment |= {"PILLARBOX_PURE_PYTHON": "" if compiled else "1"}
@@ -335,7 +335,7 @@ def run_harness(workdir: Path, harness: str, seconds_max: float = SECONDS_MAX, *
 
 
 def run_harnesses(mutant: Mutant | None, bounds: Mapping[str, float], *, compiled: bool = False) -> dict[str, Verdict]:
-    """The verdicts of harnesses on a mutant, or on the code as it is, each within so many seconds."""
+    """The verdicts of harnesses on a mutant, or on the correct code, each within its number of seconds."""
     with tempfile.TemporaryDirectory(prefix="pillarbox-mutant-") as folder:
         workdir = copy_package(mutant, Path(folder))
         compiled = compiled or (mutant is not None and mutant.is_compiled)
@@ -345,7 +345,7 @@ def run_harnesses(mutant: Mutant | None, bounds: Mapping[str, float], *, compile
 
 
 def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None) -> Table:
-    """The verdicts on mutants; raises `RuntimeError` if a harness finds something in the code as it is."""
+    """The verdicts on mutants. Raises `RuntimeError` if a harness finds a violation in the correct code."""
     named = {mutant.name: mutant for mutant in MUTANTS}
     mutants = MUTANTS if names is None else [named[name] for name in names]
     begin = time.monotonic()
@@ -355,7 +355,7 @@ def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | No
         as_it_is = run_harnesses(None, {name: SECONDS_AS_IT_IS for name in HARNESSES if name in needed}, compiled=compiled)
         for harness, verdict in as_it_is.items():
             if verdict.found:
-                raise RuntimeError(f"{harness} finds something in the code as it is: {verdict.why}")
+                raise RuntimeError(f"{harness} finds a violation in the correct code: {verdict.why}")
             bounds[harness, compiled] = max(SECONDS_MAX, PATIENCE * verdict.seconds)
 
     def judged(mutant: Mutant) -> dict[str, Verdict]:
@@ -371,18 +371,18 @@ def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | No
 
 
 def _be_harness(name: str, workdir: Path, order: compiled_order.Order) -> int:
-    """Run a harness in this process; the exit status."""
+    """Run a harness in this process. Returns the exit status."""
     if name != UNIT_TESTS:
         logging.disable(logging.CRITICAL)
     try:
         if not Path(pillarbox.__file__).is_relative_to(workdir):
-            raise ImportError(pillarbox.__file__)  # noqa: TRY301 - the same way out
+            raise ImportError(pillarbox.__file__)  # noqa: TRY301 - handled below, as other import errors are
         with compiled_order.order(order):
             problem = HARNESSES[name]()
     except (ImportError, NameError, SyntaxError) as error:
-        print(f"a mutant that does not run: {error!r}")  # noqa: T201 - to the one that has started it
+        print(f"a mutant that does not run: {error!r}")  # noqa: T201 - read by the parent process
         return UNUSABLE
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
+    except Exception as error:  # noqa: BLE001 - every exception is a violation
         problem = f"{type(error).__name__}: {error}"
     print(problem[:2000])  # noqa: T201
     return FOUND if problem else 0

@@ -1,8 +1,8 @@
-/* System calls as calls of one Python function: `system_call` of `tests/crash/compiled_order.py`.
+/* Replaces system calls by calls of one Python function, `system_call` of `tests/crash/compiled_order.py`.
 
-It is called as system_call(name, *arguments), and answers with a whole number: the result, or an errno as a negative number; for
-what returns more, with a tuple or with bytes. The code of the package has given up the interpreter lock here, so each call takes
-it and gives it back. Another greenlet may run meanwhile, also in here. */
+It is called as system_call(name, *arguments), and returns an integer: the result, or a negative errno. For calls with more
+results it returns a tuple or bytes. The code of the package has released the GIL, so each call takes it and releases it again.
+Another greenlet may run meanwhile, also in this code. */
 
 #define PILLARBOX_SIMULATED_CALLS_C
 #include "simulated_calls.h"
@@ -12,9 +12,9 @@ it and gives it back. Another greenlet may run meanwhile, also in here. */
 #include <stdbool.h>
 #include <string.h>
 
-/* What the handler answers: a new reference, or NULL with errno set. */
+/* Call the handler. Returns a new reference to its result, or NULL with errno set. */
 static PyObject *
-ask(const char *name, const char *format, ...)
+call_handler(const char *name, const char *format, ...)
 {
     static PyObject *handler;
     if (handler == NULL) {
@@ -26,31 +26,31 @@ ask(const char *name, const char *format, ...)
     va_start(values, format);
     PyObject *arguments = handler == NULL ? NULL : Py_VaBuildValue(format, values);
     va_end(values);
-    PyObject *bound = arguments == NULL ? NULL : Py_BuildValue("(s)", name);
-    PyObject *all = bound == NULL ? NULL : PySequence_Concat(bound, arguments);
-    PyObject *answer = all == NULL ? NULL : PyObject_CallObject(handler, all);
+    PyObject *name_tuple = arguments == NULL ? NULL : Py_BuildValue("(s)", name);
+    PyObject *all = name_tuple == NULL ? NULL : PySequence_Concat(name_tuple, arguments);
+    PyObject *result_object = all == NULL ? NULL : PyObject_CallObject(handler, all);
     Py_XDECREF(all);
-    Py_XDECREF(bound);
+    Py_XDECREF(name_tuple);
     Py_XDECREF(arguments);
-    if (answer == NULL) { /* the handler keeps what is raised to itself */
+    if (result_object == NULL) { /* the handler stores exceptions, and never raises */
         PyErr_Print();
         Py_FatalError("the handler of simulated system calls has raised");
     }
-    if (PyLong_Check(answer) && PyLong_AsLong(answer) < 0) {
-        errno = (int)-PyLong_AsLong(answer);
-        Py_CLEAR(answer);
+    if (PyLong_Check(result_object) && PyLong_AsLong(result_object) < 0) {
+        errno = (int)-PyLong_AsLong(result_object);
+        Py_CLEAR(result_object);
     }
-    return answer;
+    return result_object;
 }
 
-/* The same as a number. */
-#define NUMBER(...)                                                                                                                \
+/* Call the handler, and return its result as a number. */
+#define RETURN_NUMBER(...)                                                                                                         \
     do {                                                                                                                           \
         PyGILState_STATE lock = PyGILState_Ensure();                                                                               \
-        PyObject *answer = ask(__VA_ARGS__);                                                                                       \
+        PyObject *result_object = call_handler(__VA_ARGS__);                                                                       \
         int error = errno;                                                                                                         \
-        long result = answer == NULL ? -1 : PyLong_AsLong(answer);                                                                 \
-        Py_XDECREF(answer);                                                                                                        \
+        long result = result_object == NULL ? -1 : PyLong_AsLong(result_object);                                                   \
+        Py_XDECREF(result_object);                                                                                                 \
         PyGILState_Release(lock);                                                                                                  \
         errno = error;                                                                                                             \
         return (int)result;                                                                                                        \
@@ -59,115 +59,115 @@ ask(const char *name, const char *format, ...)
 int
 simulated_open(const char *path, int flags, ...)
 {
-    NUMBER("open", "(si)", path, flags);
+    RETURN_NUMBER("open", "(si)", path, flags);
 }
 
 int
 simulated_close(int fd)
 {
-    NUMBER("close", "(i)", fd);
+    RETURN_NUMBER("close", "(i)", fd);
 }
 
 int
 simulated_flock(int fd, int operation)
 {
-    NUMBER("flock", "(ii)", fd, operation);
+    RETURN_NUMBER("flock", "(ii)", fd, operation);
 }
 
-/* Fill in what is answered: (inode, names, bytes). */
+/* Fill in the result of the handler: (inode, names, bytes). */
 static int
-fill(PyObject *answer, struct stat *facts)
+fill(PyObject *result_object, struct stat *info)
 {
     unsigned long inode, names;
     long long size;
-    if (answer == NULL) {
+    if (result_object == NULL) {
         return -1;
     }
-    memset(facts, 0, sizeof *facts);
-    if (!PyArg_ParseTuple(answer, "kkL", &inode, &names, &size)) {
+    memset(info, 0, sizeof *info);
+    if (!PyArg_ParseTuple(result_object, "kkL", &inode, &names, &size)) {
         PyErr_Print();
-        Py_FatalError("the handler of simulated system calls answers nonsense");
+        Py_FatalError("the handler of simulated system calls returned an invalid result");
     }
-    facts->st_mode = S_IFREG | 0600;
-    facts->st_uid = geteuid();
-    facts->st_dev = 1;
-    facts->st_ino = inode;
-    facts->st_nlink = names;
-    facts->st_size = size;
+    info->st_mode = S_IFREG | 0600;
+    info->st_uid = geteuid();
+    info->st_dev = 1;
+    info->st_ino = inode;
+    info->st_nlink = names;
+    info->st_size = size;
     return 0;
 }
 
-#define FACTS(facts, ...)                                                                                                          \
+#define RETURN_STAT(info, ...)                                                                                                     \
     do {                                                                                                                           \
         PyGILState_STATE lock = PyGILState_Ensure();                                                                               \
-        PyObject *answer = ask(__VA_ARGS__);                                                                                       \
+        PyObject *result_object = call_handler(__VA_ARGS__);                                                                       \
         int error = errno;                                                                                                         \
-        int result = fill(answer, facts);                                                                                          \
-        Py_XDECREF(answer);                                                                                                        \
+        int result = fill(result_object, info);                                                                                    \
+        Py_XDECREF(result_object);                                                                                                 \
         PyGILState_Release(lock);                                                                                                  \
         errno = error;                                                                                                             \
         return result;                                                                                                             \
     } while (0)
 
 int
-simulated_fstat(int fd, struct stat *facts)
+simulated_fstat(int fd, struct stat *info)
 {
-    FACTS(facts, "fstat", "(i)", fd);
+    RETURN_STAT(info, "fstat", "(i)", fd);
 }
 
 int
-simulated_lstat(const char *path, struct stat *facts)
+simulated_lstat(const char *path, struct stat *info)
 {
-    FACTS(facts, "lstat", "(s)", path);
+    RETURN_STAT(info, "lstat", "(s)", path);
 }
 
 int
-simulated_fstatat(int directory, const char *name, struct stat *facts, int flags)
+simulated_fstatat(int directory, const char *name, struct stat *info, int flags)
 {
-    FACTS(facts, "fstatat", "(isi)", directory, name, flags);
+    RETURN_STAT(info, "fstatat", "(isi)", directory, name, flags);
 }
 
 int
 simulated_rename(const char *source, const char *target)
 {
-    NUMBER("rename", "(ss)", source, target);
+    RETURN_NUMBER("rename", "(ss)", source, target);
 }
 
 int
 simulated_fchown(int fd, uid_t user, gid_t group)
 {
-    NUMBER("fchown", "(iII)", fd, (unsigned)user, (unsigned)group);
+    RETURN_NUMBER("fchown", "(iII)", fd, (unsigned)user, (unsigned)group);
 }
 
 int
 simulated_sync_file_range(int fd, off_t offset, off_t count, unsigned flags)
 {
-    NUMBER("sync_file_range", "(iLLI)", fd, (long long)offset, (long long)count, flags);
+    RETURN_NUMBER("sync_file_range", "(iLLI)", fd, (long long)offset, (long long)count, flags);
 }
 
 int
 simulated_fdatasync(int fd)
 {
-    NUMBER("fdatasync", "(i)", fd);
+    RETURN_NUMBER("fdatasync", "(i)", fd);
 }
 
 int
 simulated_fsync(int fd)
 {
-    NUMBER("fsync", "(i)", fd);
+    RETURN_NUMBER("fsync", "(i)", fd);
 }
 
 ssize_t
 simulated_pread(int fd, void *buffer, size_t count, off_t offset)
 {
     PyGILState_STATE lock = PyGILState_Ensure();
-    PyObject *answer = ask("pread", "(inL)", fd, (Py_ssize_t)count, (long long)offset);
+    PyObject *result_object = call_handler("pread", "(inL)", fd, (Py_ssize_t)count, (long long)offset);
     int error = errno;
     ssize_t size = -1;
-    if (answer != NULL) {
-        size = PyBytes_GET_SIZE(answer);
-        memcpy(buffer, PyBytes_AS_STRING(answer), (size_t)size);
-        Py_DECREF(answer);
+    if (result_object != NULL) {
+        size = PyBytes_GET_SIZE(result_object);
+        memcpy(buffer, PyBytes_AS_STRING(result_object), (size_t)size);
+        Py_DECREF(result_object);
     }
     PyGILState_Release(lock);
     errno = error;
@@ -177,16 +177,16 @@ simulated_pread(int fd, void *buffer, size_t count, off_t offset)
 ssize_t
 simulated_write(int fd, const void *buffer, size_t count)
 {
-    NUMBER("write", "(iy#)", fd, buffer, (Py_ssize_t)count);
+    RETURN_NUMBER("write", "(iy#)", fd, buffer, (Py_ssize_t)count);
 }
 
 int
 simulated_ftruncate(int fd, off_t size)
 {
-    NUMBER("ftruncate", "(iL)", fd, (long long)size);
+    RETURN_NUMBER("ftruncate", "(iL)", fd, (long long)size);
 }
 
-/* An open directory: the names that were there when it was opened, and the errno that reading them ends with, or 0. */
+/* An open directory: the names at the time when it was opened, and the errno with which reading ends, or 0. */
 typedef struct {
     PyObject *names;
     Py_ssize_t next;
@@ -199,17 +199,17 @@ DIR *
 simulated_opendir(const char *path)
 {
     PyGILState_STATE lock = PyGILState_Ensure();
-    PyObject *answer = ask("opendir", "(s)", path);
+    PyObject *result_object = call_handler("opendir", "(s)", path);
     int error = errno;
     Directory *directory = NULL;
-    if (answer != NULL) {
+    if (result_object != NULL) {
         directory = PyMem_RawCalloc(1, sizeof *directory);
-        if (!PyArg_ParseTuple(answer, "iOi", &directory->number, &directory->names, &directory->error)) {
+        if (!PyArg_ParseTuple(result_object, "iOi", &directory->number, &directory->names, &directory->error)) {
             PyErr_Print();
-            Py_FatalError("the handler of simulated system calls answers nonsense");
+            Py_FatalError("the handler of simulated system calls returned an invalid result");
         }
         Py_INCREF(directory->names);
-        Py_DECREF(answer);
+        Py_DECREF(result_object);
     }
     PyGILState_Release(lock);
     errno = error;
@@ -239,7 +239,7 @@ simulated_closedir(DIR *opened)
 {
     Directory *directory = (Directory *)opened;
     PyGILState_STATE lock = PyGILState_Ensure();
-    Py_XDECREF(ask("closedir", "(i)", directory->number));
+    Py_XDECREF(call_handler("closedir", "(i)", directory->number));
     Py_DECREF(directory->names);
     PyMem_RawFree(directory);
     PyGILState_Release(lock);

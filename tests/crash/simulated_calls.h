@@ -1,6 +1,6 @@
-/* Included ahead of each C source of the extension (`gcc -include`) when it is built for the simulated disk: the system calls on
-files and directories become calls of functions in `simulated_calls.c`. The sources themselves are those of the package, unchanged,
-and the extension that is installed has nothing of this. */
+/* Included before each C source of the extension (`gcc -include`) when it is built for the simulated disk. System calls on files
+and directories become calls of functions in `simulated_calls.c`. The sources are those of the package, unchanged, and the
+installed extension contains nothing of this. */
 
 #ifndef PILLARBOX_SIMULATED_CALLS_H
 #define PILLARBOX_SIMULATED_CALLS_H
@@ -8,7 +8,7 @@ and the extension that is installed has nothing of this. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-/* First the declarations, so that the names below are replaced in calls only. */
+/* These declarations come first, so that the macros below replace only calls. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -19,9 +19,9 @@ and the extension that is installed has nothing of this. */
 int simulated_open(const char *path, int flags, ...);
 int simulated_close(int fd);
 int simulated_flock(int fd, int operation);
-int simulated_fstat(int fd, struct stat *facts);
-int simulated_lstat(const char *path, struct stat *facts);
-int simulated_fstatat(int directory, const char *name, struct stat *facts, int flags);
+int simulated_fstat(int fd, struct stat *info);
+int simulated_lstat(const char *path, struct stat *info);
+int simulated_fstatat(int directory, const char *name, struct stat *info, int flags);
 int simulated_rename(const char *source, const char *target);
 int simulated_fchown(int fd, uid_t user, gid_t group);
 int simulated_sync_file_range(int fd, off_t offset, off_t count, unsigned flags);
@@ -39,9 +39,9 @@ int simulated_dirfd(DIR *directory);
 #define open(...) simulated_open(__VA_ARGS__)
 #define close(fd) simulated_close(fd)
 #define flock(fd, operation) simulated_flock(fd, operation)
-#define fstat(fd, facts) simulated_fstat(fd, facts)
-#define lstat(path, facts) simulated_lstat(path, facts)
-#define fstatat(directory, name, facts, flags) simulated_fstatat(directory, name, facts, flags)
+#define fstat(fd, info) simulated_fstat(fd, info)
+#define lstat(path, info) simulated_lstat(path, info)
+#define fstatat(directory, name, info, flags) simulated_fstatat(directory, name, info, flags)
 #define rename(source, target) simulated_rename(source, target)
 #define fchown(fd, user, group) simulated_fchown(fd, user, group)
 #define sync_file_range(fd, offset, count, flags) simulated_sync_file_range(fd, offset, count, flags)

@@ -1,4 +1,4 @@
-"""Random sequences of calls of an application, a delivery worker and other processes, kills and power losses, against a simple model.
+"""Compares random sequences of calls of several processes, kills and power losses with a simple model.
 
 A Hypothesis state machine on a disk in memory. Each step is a call of the real code, and may have a fuse: the process is
 killed, or the power fails, before the k-th file-system operation of the call. After a power loss the disk has one of the states
