@@ -19,11 +19,10 @@ a scan reads sizes after the names. `compiled_order.py` lets the harnesses run w
 sources of the extension again with `simulated_calls.h` included before each, in which open, flock, rename, readdir and others
 are macros for functions of the simulated disk.
 
-Three other ways were considered. A model of the C in Python would have to be held to the C by a test that records the system
-calls of both, on errors too, and a difference between them would be found only where that test looks. A table of function
-pointers in the extension would put a hook for tests into what is installed, and an indirect call into each system call.
-Preloading a library would replace the system calls of the interpreter too, and of every thread. With macros the sources are the
-ones that are installed, to the letter, and the installed extension has no trace of the harness; a C compiler is needed to run
-the tests, as it is to install the extension. `mutants.txt` has patches of the C sources as well, which are compiled in the same
-way.
+Three alternatives were considered. A model of the C code in Python needs a test that compares the system calls of both, on
+errors too, and differences are found only where that test covers them. A table of function pointers in the extension would put
+a hook for tests into the installed code, and an indirect call into each system call. Preloading a library would replace the
+system calls of the interpreter and of every thread as well. With macros, the tested sources are exactly the installed ones, and
+the installed extension contains nothing of the harness. The tests need a C compiler, as the installation of the extension does.
+`mutants.txt` also has patches of the C sources, which are compiled in the same way.
 """

@@ -1,7 +1,7 @@
 """`make torture MINUTES=n`: runs every harness for its share of the time, two at once, and then every mutant.
 
-Prints the seeds and what was checked, and ends with what a harness has found and how to reproduce it. The module of a harness
-says what it does; `docs/explanation/guarantees.md` has the results of long runs.
+Prints the seeds and the figures. If a harness finds a violation, it ends with the violation and how to reproduce it. Each
+harness is described in its module, and the results of long runs are in `docs/explanation/guarantees.md`.
 
     .venv/bin/python -m tests.crash --minutes 10
     .venv/bin/python -m tests.crash --stage kills --seconds 60 --seed 7    one harness

@@ -1,8 +1,8 @@
 """Mutants of the package, each with one sync, rename, check, loop, lock or order removed or swapped.
 
 A mutant is a patch of the text of one module, or of one C source. It is applied to a copy of the package, and each harness runs
-on that copy in a process of its own, within bounds that take seconds, until the first violation. A mutant that no harness finds
-is either not a defect, and then not in the list, or shows what the harnesses cannot see.
+on that copy in its own process, within bounds that take seconds, until the first violation. A mutant that no harness finds is
+either not a defect, and then it is not in the list, or it shows what the harnesses cannot find.
 
     .venv/bin/python -m tests.crash.mutants            all mutants; prints the table of `docs/dev/mutants.md`
     .venv/bin/python -m tests.crash.mutants NAME ...   some mutants

@@ -13,24 +13,31 @@ from typing import Final
 
 from tests.torture import destinations, run
 
-SHARES: Final = {"sqlite": 0.2, "http": 0.2, destinations.TWO: 0.25, "spacetimedb": 0.35}  # of the time; the slower, the longer
+SHARES: Final = {
+    "sqlite": 0.2,
+    "http": 0.2,
+    destinations.TWO: 0.25,
+    "spacetimedb": 0.35,
+}  # of the time; slower destinations get more
 
 
 def say(text: object) -> None:
     """Print at once."""
-    print(text, flush=True)  # noqa: T201 - it is for people
+    print(text, flush=True)  # noqa: T201 - the report
 
 
 def main() -> None:
-    """Run it. The folder stays if something was found."""
+    """Run from the command line. The folder is kept if a violation is found."""
     parser = argparse.ArgumentParser(description=run.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--destination", choices=destinations.DESTINATIONS, help="one of them; otherwise all, each for its share"
+        "--destination",
+        choices=destinations.DESTINATIONS,
+        help="a single destination; the default is all, each for its share of the time",
     )
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the started processes are ended
     shares = {chosen.destination: 1.0} if chosen.destination else SHARES
     reports = []
     for destination, share in shares.items():

@@ -1,4 +1,4 @@
-"""What a destination answers next: at random from a seed, and yes most of the time."""
+"""Draws the answers of a destination at random from a seed. Most calls are accepted."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ ACCEPT, LOST, BUSY, AWAY, HANG, CLOSE, GARBAGE, SLOW = "accept", "lost", "429", 
 REFUSED, NAMED, KEPT, LARGE = "refused", "refused by index", "kept but for some", "413"
 WRONG = "set up wrongly"
 KILLED, RAISE, AGAIN = "killed", "raise", "known already"
-HANDING_OVER = "killed while handing over"  # by itself, no answer
+HANDING_OVER = "killed while handing over"  # counted with the answers
 
-# Out of a hundred or so. `hang` costs the sink its whole time limit, and `set up wrongly` has it stop for a while: both are rare.
+# Weights, about a hundred in all. `hang` costs the sink its whole timeout, and `set up wrongly` stops it for a while: both are
+# rare.
 EVERY_CALL: Final = {WRONG: 0.01, ACCEPT: 86, LOST: 3, BUSY: 2, AWAY: 2, HANG: 0.4, CLOSE: 1.5, GARBAGE: 1.5, SLOW: 2}
-_OUTAGES: Final = 0.001  # of the calls begin one: from then on nothing is accepted
+_OUTAGES: Final = 0.001  # share of the calls that start an outage, in which nothing is accepted
 _OUTAGE_S: Final = 1.0  # at most
-_AFTER: Final = (None, *[0] * 20, 1)  # seconds, in Retry-After; whole ones are all that HTTP knows
+_AFTER: Final = (None, *[0] * 20, 1)  # seconds, in Retry-After, which allows only whole numbers
 
 
 class Chaos:
@@ -33,7 +34,7 @@ class Chaos:
         self._away_until = 0.0
 
     def draw(self) -> str:
-        """The next answer; sometimes the same one for a while, for every process."""
+        """The next answer. During an outage it is always the same."""
         now = time.monotonic()
         if self.chance.random() < _OUTAGES:
             self._away_until = now + _OUTAGE_S * self.chance.random()
@@ -47,7 +48,7 @@ class Chaos:
         return {} if seconds is None else {"Retry_After": str(seconds)}
 
     def garbage(self) -> bytes:
-        """Bytes that are not an HTTP response: no header contains a NUL. Some start like one."""
+        """Bytes that are not an HTTP response, because they contain a NUL. Some start like one."""
         start = self.chance.choice((b"", b"HTTP/1.1 ", b"HTTP/1.1 200 So\r\nContent-Le"))
         return start + b"\0" + self.chance.randbytes(40) + b"\r\n\r\n"
 
@@ -58,5 +59,5 @@ class Chaos:
 
 
 def manner(batch: str) -> str:
-    """How a destination that recognises repeated batch ids answers a poisoned batch: the same way for the same id."""
+    """How a destination that recognizes repeated batch ids rejects a poisoned batch. It depends only on the id."""
     return (REFUSED, NAMED, KEPT)[zlib.crc32(batch.partition(":")[0].encode()) % 3]

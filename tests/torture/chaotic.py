@@ -1,6 +1,6 @@
 """The real SQLite sink with random answers: `chaotic:///path.db?seed=7&down=FILE` is `sqlite:///path.db`, and answers at random.
 
-It is found as any other sink is, by an entry point (`register`), so that `pillarbox deliver` delivers to it as well.
+It is found by an entry point (`register`), like other sinks, so that `pillarbox deliver` can use it as well.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ import msgspec
 from pillarbox.sinks.base import Batch, CheckResult, DeliveryResult, Misconfigured, Rejected, Rejection, Retry
 from pillarbox.sinks.sqlite import SqliteSink
 from tests.torture import chaos
-from tests.torture.account import Row
+from tests.torture.account import CounterRow
 from tests.torture.chaos import Chaos
 from tests.torture.events import MARK
 
 WEIGHTS: Final = {
     chaos.WRONG: 0.01,
     chaos.ACCEPT: 85,
-    chaos.LOST: 3,  # accepted, and then said to have failed
+    chaos.LOST: 3,  # accepted, and then reported as failed
     chaos.RAISE: 2,  # accepted or not, and then an exception
     chaos.BUSY: 2,
     chaos.AWAY: 2,
     chaos.HANG: 0.4,
     chaos.SLOW: 2,
-    chaos.KILLED: 0.4,  # the deliverer dies right after the acceptance
+    chaos.KILLED: 0.4,  # the delivery worker is killed right after the acceptance
 }
 _AFTER: Final = (0.0, 0.01, 0.05, 0.3)
 _ENTRY_POINT: Final = "[pillarbox.sinks]\nchaotic = tests.torture.chaotic:ChaoticSqliteSink\n"
 
-row: Row | None = None  # where this process counts; set after the fork
+row: CounterRow | None = None  # where this process counts; set after the fork
 hang_s = 1.0
 
 
 class ChaoticSqliteSink:
-    """A sink around another one."""
+    """Wraps a SQLite sink, and answers at random."""
 
     def __init__(self, url: str, event_type: type[msgspec.Struct]) -> None:
         parts = urlsplit(url)
@@ -58,21 +58,21 @@ class ChaoticSqliteSink:
         self._sink.prepare(batch)
 
     async def deliver(self, batch: Batch) -> DeliveryResult:
-        """Answer as drawn."""
+        """Deliver, fail or reject, as drawn."""
         drawn, chance = self._chaos.draw(), self._chaos.chance
         poisoned = any(MARK in payload for payload in batch.payloads)
         if poisoned and drawn in (chaos.ACCEPT, chaos.SLOW):
-            drawn = chaos.REFUSED if chaos.manner(batch.id) == chaos.REFUSED else chaos.NAMED  # by whom: here, or by the table
+            drawn = chaos.REFUSED if chaos.manner(batch.id) == chaos.REFUSED else chaos.NAMED  # rejected here, or by the table
         _count(drawn)
         match drawn:
             case chaos.BUSY:
                 return Retry("busy", chance.choice(_AFTER))
             case chaos.AWAY:
-                return Retry("away")
+                return Retry("unavailable")
             case chaos.WRONG:
-                return Misconfigured("somebody has renamed the table, for a moment")
+                return Misconfigured("the table was renamed for a moment")
             case chaos.REFUSED:
-                return Rejected(Rejection("poisoned", "there is a record in it that is never taken"))
+                return Rejected(Rejection("poisoned", "it contains a record that is always rejected"))
             case chaos.RAISE if chance.random() < 0.5:
                 raise ConnectionResetError("cut before the call")
             case chaos.HANG if chance.random() < 0.5:
@@ -110,7 +110,7 @@ def _count(drawn: str) -> None:
 
 
 def register(folder: Path) -> None:
-    """Make the entry point known to this process and to those that it forks."""
+    """Register the entry point for this process and its forked children."""
     workdir = folder / "torture-1.dist-info"
     workdir.mkdir(parents=True)
     (workdir / "METADATA").write_text("Metadata-Version: 2.1\nName: torture\nVersion: 1\n")

@@ -1,9 +1,9 @@
-"""An HTTP destination that recognises repeats by `Idempotency-Key`, stores what it accepts, and answers at random.
+"""An HTTP destination that recognizes repeats by `Idempotency-Key`, stores the accepted events, and answers at random.
 
-A call with a poisoned record is rejected as a whole, or by index, or the rest of it is stored; one that is larger than its limit is
-answered with 413. This depends on the call alone, so that a batch is always split into the same parts. If one attempt had the parts
-`0-16` and `18-99` and the next one `0-49` and `50-99`, no id would be recognised, and every event would be there twice. Everything
-else is random. The torture asks for what has arrived at `/arrived`.
+A call with a poisoned record is rejected as a whole, or by index, or the rest of it is stored; one that is larger than its
+limit is answered with 413. This depends only on the call, so that a batch is always split into the same parts. If one attempt
+had the parts `0-16` and `18-99` and the next one `0-49` and `50-99`, no id would be recognized, and every event would be stored
+twice. Everything else is random. `/arrived` returns the events that have arrived.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from tests.torture import chaos, wire
-from tests.torture.account import Event, Row
+from tests.torture.account import CounterRow, Event
 from tests.torture.chaos import Chaos
 from tests.torture.events import EVENT, POISON
 
@@ -29,21 +29,21 @@ PIECE_S: Final = 0.002  # between two pieces of a slow answer
 
 
 class Arrived(msgspec.Struct):
-    """How often each event was accepted, and what should not have happened."""
+    """How often each event was accepted, and the errors of the sink."""
 
     events: list[tuple[int, int, int]]  # life, number, count
     wrong: list[str]
 
 
-class Destination:
-    """Serves one port. `hang_s` is longer than a sink waits."""
+class HttpDestination:
+    """Serves one port. `hang_s` is longer than the timeout of the sink."""
 
-    def __init__(self, seed: str, down: Path, row: Row, hang_s: float) -> None:
+    def __init__(self, seed: str, down: Path, row: CounterRow, hang_s: float) -> None:
         self._chaos = Chaos(seed, down)
         self._row = row
         self._hang_s = hang_s
         self._arrived: Counter[Event] = Counter()
-        self._keys: dict[str, int] = {}  # with a checksum of the events that were accepted under it
+        self._keys: dict[str, int] = {}  # idempotency key -> checksum of the accepted events
         self._wrong: list[str] = []
 
     async def serve(self, port: int) -> None:
@@ -57,12 +57,12 @@ class Destination:
                 if not await self._answer(request, writer):
                     break
         except ConnectionError:
-            pass  # the deliverer was killed, or has given up
+            pass  # the delivery worker was killed, or closed the connection
         finally:
-            writer.transport.abort()  # unlike `close`, it leaves nobody waiting for what is unsent
+            writer.transport.abort()  # unlike `close`, it does not wait for unsent data
 
     async def _answer(self, request: wire.Message, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; whether the connection stays open."""
+        """Answer one request. Returns whether the connection stays open."""
         _, path, _ = request.start.split(" ", 2)
         if path in (ARRIVED, FORGET):
             writer.write(wire.answer(200, self._report(path == FORGET)))
@@ -82,7 +82,7 @@ class Destination:
             return not request.closes
         if drawn == chaos.WRONG:
             self._row.add(drawn)
-            writer.write(wire.answer(self._chaos.chance.choice((401, 403, 404)), b"mend me"))
+            writer.write(wire.answer(self._chaos.chance.choice((401, 403, 404)), b"misconfigured"))
             await writer.drain()
             return True
         accepts_too = drawn != chaos.HANG or self._chaos.chance.random() < 0.5
@@ -117,13 +117,15 @@ class Destination:
         if drawn != chaos.HANG:
             self._row.add(manner)
         if manner in (chaos.REFUSED, chaos.NAMED):
-            return _answer(400, {"refused": _refused(bad)} if manner == chaos.NAMED else {"message": "there is one in it"})
+            return _answer(
+                400, {"refused": _refused(bad)} if manner == chaos.NAMED else {"message": "it contains a poisoned record"}
+            )
         kept = [(life, number) for life, number, event_key in found if event_key != POISON.encode()]
         fresh = self._keep(key, kept)
         return _answer(200, {"accepted": fresh, "duplicates": len(kept) - fresh, "refused": _refused(bad)})
 
     def _keep(self, key: str, events: list[Event]) -> int:
-        """Store events; how many of them were new."""
+        """Store events. Returns how many of them are new."""
         check = zlib.crc32(repr(events).encode())
         if key not in self._keys:
             self._keys[key] = check
@@ -144,7 +146,7 @@ class Destination:
 
 
 def _refused(indexes: list[int]) -> list[dict[str, object]]:
-    return [{"index": index, "code": "poisoned", "reason": "this one never"} for index in indexes]
+    return [{"index": index, "code": "poisoned", "reason": "always rejected"} for index in indexes]
 
 
 def _answer(status: int, body: dict[str, object]) -> bytes:
@@ -152,7 +154,7 @@ def _answer(status: int, body: dict[str, object]) -> bytes:
 
 
 def _plain(request: wire.Message) -> bytes:
-    """The body without its compression."""
+    """The decompressed body."""
     packed = request.headers.get("content-encoding", "")
     if packed == "gzip":
         return gzip.decompress(request.body)

@@ -1,4 +1,4 @@
-"""The destinations as the torture uses them: it starts them, asks what has arrived, empties them for the next round, and ends them."""
+"""The destinations of the torture: it starts them, reads the arrived events, empties them after each round, and ends them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pillarbox.sinks.sqlite import SqliteSink
 from tests.crash.kills import KillViolation, fork
 from tests.sinks.spacetimedb.server import ROOT, SpacetimeDbServer, free_port
 from tests.torture import chaotic, destination, lives
-from tests.torture.account import Event, Row
-from tests.torture.destination import Arrived, Destination
+from tests.torture.account import CounterRow, Event
+from tests.torture.destination import Arrived, HttpDestination
 from tests.torture.events import POISON
 from tests.torture.lives import FICKLE, STEADY
 from tests.torture.proxy import Proxy
@@ -35,21 +35,21 @@ _MODULE: Final = ROOT / "src/pillarbox/sinks/spacetimedb/wasm/tracking_event_v1.
 _UP_S: Final = 10.0
 
 
-_DOWN: Final = "down"  # as long as this file is there, all but the steady one refuse everything
+_DOWN: Final = "down"  # while this file exists, all destinations but the steady one reject everything
 
 
 class RunningDestination(Protocol):
-    """A destination; `pids` are the processes that must live as long as the run."""
+    """A destination. The processes `pids` must run as long as the torture."""
 
     url: str
     pids: list[int]
-    takes_all: bool  # also what is poisoned
+    takes_all: bool  # including poisoned events
 
     def arrived(self) -> tuple[Counter[Event], list[str]]:
-        """How often each event has arrived, and what should not have happened."""
+        """How often each event has arrived, and the errors that the destination noticed."""
 
     def empty(self) -> None:
-        """Forget all events."""
+        """Delete all events."""
 
     def end(self) -> None:
         """End the processes that were started."""
@@ -89,7 +89,7 @@ class Sqlite(Steady):
 
     takes_all = False
 
-    def __init__(self, folder: Path, seed: int, row: Row) -> None:
+    def __init__(self, folder: Path, seed: int, row: CounterRow) -> None:
         super().__init__(folder / "destination.db", f"event_key <> '{POISON}'")
         self.url = f"chaotic:///{self._file}?seed={seed}&down={folder / _DOWN}"
         chaotic.row, chaotic.hang_s = row, lives.HANG_S
@@ -101,7 +101,7 @@ class SpacetimeDb:
 
     takes_all = False
 
-    def __init__(self, folder: Path, seed: int, row: Row) -> None:
+    def __init__(self, folder: Path, seed: int, row: CounterRow) -> None:
         self._server = SpacetimeDbServer(folder / "server")
         self._server.publish("events", _MODULE.read_bytes())
         port = free_port()
@@ -126,9 +126,9 @@ class Http:
 
     takes_all = False
 
-    def __init__(self, folder: Path, seed: int, row: Row) -> None:
+    def __init__(self, folder: Path, seed: int, row: CounterRow) -> None:
         self._port = free_port()
-        served = Destination(f"{seed}", folder / _DOWN, row, lives.HANG_S)
+        served = HttpDestination(f"{seed}", folder / _DOWN, row, lives.HANG_S)
         self.pids = [fork(folder / "failures", lambda: asyncio.run(served.serve(self._port)))]
         packed = random.Random(seed).choice(("none", "gzip"))
         self.url = f"http://127.0.0.1:{self._port}/events#timeout={lives.CALL_TIMEOUT_S}&compress={packed}"
@@ -151,7 +151,7 @@ class Http:
 
 
 class Arena:
-    """The destinations of a run: one, or a steady one and others, of which each round uses another one."""
+    """The destinations of a run: one, or a steady one and others, which the rounds use in turn."""
 
     def __init__(self, folder: Path, fickle: list[RunningDestination], steady: RunningDestination | None = None) -> None:
         self._down = folder / _DOWN
@@ -169,25 +169,25 @@ class Arena:
         self._down.touch()
 
     def come_back(self) -> None:
-        """End that."""
+        """Let them accept again."""
         self._down.unlink(missing_ok=True)
 
     def end(self) -> None:
-        """End what was started."""
+        """End all processes."""
         for workdir in self._fickle:
             workdir.end()
 
 
-def _one(make: Callable[[Path, int, Row], RunningDestination]) -> Callable[[Path, int, Row], Arena]:
+def _one(make: Callable[[Path, int, CounterRow], RunningDestination]) -> Callable[[Path, int, CounterRow], Arena]:
     return lambda folder, seed, row: Arena(folder, [make(folder, seed, row)])
 
 
-def _two(folder: Path, seed: int, row: Row) -> Arena:
+def _two(folder: Path, seed: int, row: CounterRow) -> Arena:
     return Arena(folder, [Http(folder, seed, row), Sqlite(folder, seed, row)], Steady(folder / "steady.db"))
 
 
 TWO: Final = "two-sinks"
-DESTINATIONS: Final[dict[str, Callable[[Path, int, Row], Arena]]] = {
+DESTINATIONS: Final[dict[str, Callable[[Path, int, CounterRow], Arena]]] = {
     "sqlite": _one(Sqlite),
     "spacetimedb": _one(SpacetimeDb),
     "http": _one(Http),
@@ -196,10 +196,10 @@ DESTINATIONS: Final[dict[str, Callable[[Path, int, Row], Arena]]] = {
 
 
 def parsed(event_id: str) -> Event:
-    """The event that an id belongs to; raises `Violation` for an id that nobody has made."""
+    """The event with this id. Raises `KillViolation` for an id that no writer made."""
     life, _, number = event_id.partition("-")
     if not (life.isdecimal() and number.isdecimal()):
-        raise KillViolation(f"an id that nobody has made: {event_id!r}")
+        raise KillViolation(f"an id that no writer made: {event_id!r}")
     return int(life), int(number)
 
 
@@ -211,7 +211,7 @@ def _end(pids: list[int]) -> None:
 
 
 def has_server() -> bool:
-    """Whether there is a SpacetimeDB server to use; builds it if it can be built."""
+    """Whether a SpacetimeDB server is available. Builds one if possible."""
     if os.environ.get("PILLARBOX_TEST_SPACETIMEDB"):
         return True
     return subprocess.run([ROOT / "tools/spacetimedb-server"], check=False, stdout=subprocess.DEVNULL).returncode == 0

@@ -1,7 +1,7 @@
-"""The events of a run: which there are, which of them are poisoned, and how. All of it follows from the seed.
+"""The events of a run. Which of them are poisoned, and how, follows from the seed.
 
-An event is `life-number`: the n-th of a life, which is one run of a writer process. A poisoned event is rejected for good by every
-destination here. Most are alone and some in a row, so that sometimes all records of a small batch are rejected.
+An event is `life-number`: the n-th of a life, which is one run of a writer process. A poisoned event is rejected for good by
+every destination here. Most are alone and some in a row, so that sometimes all records of a small batch are rejected.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from typing import Final
 
 from pillarbox import TrackingEvent
 
-EVENTS_MAX: Final = 20_000  # of one life; who has stored so many waits to be killed
-POISON: Final = ""  # the event key of an event that the destination itself refuses
-NOWHERE: Final = "Nowhere"  # the scope kind of one that the SpacetimeDB sink finds no variant for
-MARK: Final = (
-    b'"poisoned'  # in every poisoned event's JSON, and in no other's, also where a destination gets no more than values
-)
+EVENTS_MAX: Final = 20_000  # of one life; after that, the process waits to be killed
+POISON: Final = ""  # the event key that the destination itself rejects
+NOWHERE: Final = "Nowhere"  # a scope kind for which the SpacetimeDB sink has no variant
+MARK: Final = b'"poisoned'  # in the JSON of every poisoned event and of no other, even if a destination receives only values
 EVENT: Final = re.compile(rb'"event_id":"(\d+)-(\d+)","event_key":"(\w*)"')
-_ALONE: Final = 3_000  # one in so many is poisoned
-_ROW: Final = 12  # so many in a row are,
-_ROWS: Final = 3_000  # in one of so many rows
+_ALONE: Final = 3_000  # one event in this many is poisoned alone
+_ROW: Final = 12  # events of a row
+_ROWS: Final = 3_000  # one row in this many is poisoned as a whole
 
 
 def poisoned(seed: int, life: int, number: int) -> bool:

@@ -1,7 +1,7 @@
 """How far each sink is behind, and that a fickle sink that is down delays nobody but itself.
 
-In the middle third of a round with two sinks the fickle one rejects everything. The backlog of each sink is sampled all the time: how
-many events are in sealed files, and how old the oldest file is.
+In the middle third of a round with two sinks the fickle one rejects everything. The backlog of each sink is sampled all the
+time: how many events are in sealed files, and how old the oldest file is.
 """
 
 from __future__ import annotations

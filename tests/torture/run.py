@@ -1,13 +1,14 @@
 """Runs writers and delivery workers that are killed in front of a destination that answers at random, and compares the results.
 
-A round ends with all of them dead. Then one process, which nobody kills but the destination, stores a few good events and delivers
-until nothing is pending. Now the destination must have every acknowledged good event exactly once, the dead letters must be the
-poisoned events, each once, nothing may be there that nobody stored, and `pillarbox verify` must find that the account balances,
-with the same counts. It is run again and again during the round as well. The next round has a directory of its own.
+A round ends with all of them dead. Then one process, which nobody kills but the destination, stores a few good events and
+delivers until nothing is pending. Now the destination must have every acknowledged good event exactly once, the dead letters
+must be the poisoned events, each once, nothing may be there that nobody stored, and `pillarbox verify` must find that the
+account balances, with the same counts. It is run again and again during the round as well. The next round has a directory of
+its own.
 
-With two sinks all of this holds for each. The steady sink accepts everything at once, poisoned events too. The fickle sink, SQLite in
-one round and HTTP in the next, answers as it does alone, and is down for a third of the round (`lag`). Delivery workers also die
-while they fan out, deliver in a process of their own, or are given one of the sinks alone.
+With two sinks all of this holds for each. The steady sink accepts everything at once, poisoned events too. The fickle sink,
+SQLite in one round and HTTP in the next, answers as it does alone, and is down for a third of the round (`lag`). Delivery
+workers also die while they fan out, deliver in a process of their own, or are given one of the sinks alone.
 
     .venv/bin/python -m tests.torture --minutes 12                            all destinations, one after another
     .venv/bin/python -m tests.torture --destination http --minutes 4 --seed 7
@@ -37,7 +38,7 @@ from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.reconciliation import ReconciliationReport, reconcile, reconcile_queues
 from tests.crash.kills import KillViolation, fork, kill_self_later
 from tests.torture import chaos, chaotic, lag, lives
-from tests.torture.account import Account, Arrivals, Event, Sums, Tally
+from tests.torture.account import Arrivals, Event, EventRecords, SharedCounters, Sums
 from tests.torture.destinations import DESTINATIONS, TWO, parsed
 from tests.torture.events import EVENT
 from tests.torture.lives import Life, Scene
@@ -113,10 +114,10 @@ class Torture:
         self._tell = tell
         self.failures = folder / "failures"
         self.failures.mkdir(parents=True)
-        self._tally = Tally(_ANSWERS, _SLOTS + 1)
+        self._tally = SharedCounters(_ANSWERS, _SLOTS + 1)
         self._arena = DESTINATIONS[destination](folder, seed, self._tally.row(_SLOTS))
         self._places = self._arena.sinks(seed)
-        self._account = Account(seed, _SLOTS)
+        self._account = EventRecords(seed, _SLOTS)
         self._chance = random.Random(seed)
         self._children: dict[int, _Child] = {}
         self._begun = self._told = time.monotonic()
@@ -130,7 +131,7 @@ class Torture:
         urls = {name: workdir.url for name, workdir in self._places.items()}
         scene = Scene(self.seed, str(self._folder / f"outbox-{self.rounds}"), urls)
         Path(scene.outbox).mkdir()
-        self._account = Account(self.seed, _SLOTS)
+        self._account = EventRecords(self.seed, _SLOTS)
         begun = time.monotonic()
         end = begun + seconds
         watch = lag.Watch(open_directory(scene.outbox), self._arena, begun, seconds) if scene.has_several else None
@@ -278,7 +279,7 @@ class Torture:
             wrong.append("a thread of an outbox ended by a defect")
         self._raise_if_wrong(wrong, scene)
         self._sums = Sums(*(before + now for before, now in zip(self._sums, total, strict=True)))
-        self._account = Account(self.seed, _SLOTS)
+        self._account = EventRecords(self.seed, _SLOTS)
         for workdir in self._places.values():
             workdir.empty()
         shutil.rmtree(scene.outbox)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as far as the destination and the proxy need it: whole messages, with the bytes in which they arrived."""
+"""The part of HTTP/1.1 that the destination and the proxy need: whole messages, with their bytes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Message(NamedTuple):
 
     @property
     def closes(self) -> bool:
-        """Whether the connection closes after it."""
+        """Whether the connection is closed after this message."""
         return self.headers.get("connection", "").lower() == "close"
 
 
 async def read_message(reader: asyncio.StreamReader) -> Message | None:
-    """The next message; None if the other end has closed the connection, also in the middle of one."""
+    """The next message. None if the other end closed the connection, even in the middle of a message."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
         start, *lines = head.decode("latin-1").split("\r\n")
@@ -50,7 +50,7 @@ async def _chunks(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
 
 
 def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
-    """A response as bytes; nobody reads its reason phrase."""
-    given = {"Content-Length": str(len(body))} | {name.replace("_", "-"): value for name, value in headers.items()}
-    head = "".join(f"{name}: {value}\r\n" for name, value in given.items())
+    """A response as bytes. Its reason phrase is not used."""
+    all_headers = {"Content-Length": str(len(body))} | {name.replace("_", "-"): value for name, value in headers.items()}
+    head = "".join(f"{name}: {value}\r\n" for name, value in all_headers.items())
     return f"HTTP/1.1 {status} So\r\n{head}\r\n".encode() + body
