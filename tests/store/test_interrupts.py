@@ -1,15 +1,16 @@
-"""Signals and garbage collection at every point of an append, a rotation and a round of the sealer.
+"""Signals and garbage collection at every point of an append, a rotation and a step of the sealer.
 
-A scenario runs with every opcode of `writer.py` and `directory.py` traced (`sys.settrace` with `f_trace_opcodes`); it is then
-run again once for each opcode, and ahead of that opcode a signal becomes pending, or the garbage collector is let loose. WHEN
-the handler runs is left to CPython, so that the points are the real ones: 3.11 looks for signals at `RESUME`, at backward
-jumps, and after a C function that was called by `CALL` or `CALL_FUNCTION_EX` has returned, with the exception raised as if at
-that `CALL`; it collects garbage where a container is allocated, which is at other opcodes too.
+A scenario runs with every opcode of `writer.py` and `directory.py` traced (`sys.settrace` with `f_trace_opcodes`). It then runs
+again for each opcode, and before that opcode a signal becomes pending, or the garbage collector is enabled. CPython decides
+when the handler runs, so the points are the real ones: 3.11 checks for signals at `RESUME`, at backward jumps, and after the
+return of a C function that was called by `CALL` or `CALL_FUNCTION_EX`, with the exception raised as if at that `CALL`. It
+collects garbage where a container is allocated, which may be at other opcodes too.
 
-What makes the signal pending must not itself run Python code, which would take it: one event ahead, the trace function is
-replaced by a function of the interpreter (`PyErr_SetInterrupt`), which takes the arguments of one and looks at none of them.
+The signal must become pending without running Python code, which would handle it. So one event earlier, the trace function is
+replaced by a function of the interpreter (`PyErr_SetInterrupt`), which accepts the arguments of a trace function and ignores
+them.
 
-The last tests do the same with real signals, real garbage and real log handlers, wherever they strike.
+The last tests use real signals, real garbage and real log handlers at random moments.
 """
 
 from __future__ import annotations
@@ -54,22 +55,22 @@ from tests.store.writer_scenarios import (
 TRACED = {writer_module.__file__, directory_module.__file__}
 REAL_SIGNALS_S = 2.0
 
-Strike = Callable[[FrameType, object], Any]  # gets the frame and its trace function; returns the next one
+Interrupter = Callable[[FrameType, object], Any]  # gets the frame and its trace function; returns the next one
 
-# Both ways of the hot path. Compiled, it has opcodes only where it leaves something to the writer.
-both_ways = pytest.mark.parametrize(
+# The hot path in Python and in C. The one in C has opcodes only where it calls a method of the writer.
+both_implementations = pytest.mark.parametrize(
     "compiled", [False, True] if COMPILED else [False], ids=lambda compiled: "C" * compiled or "Python"
 )
 
-# All opcodes, or some. A prime, so that in a loop others are struck each time.
+# All opcodes, or some. The stride is a prime, so that each pass of a loop is interrupted at other opcodes.
 strides = pytest.mark.parametrize("stride", [pytest.param(1, id="all", marks=pytest.mark.proof), pytest.param(17, id="some")])
 
-PENDING = ctypes.pythonapi.PyErr_SetInterrupt
-PENDING.argtypes, PENDING.restype = (ctypes.py_object,) * 3, None
+SET_INTERRUPT = ctypes.pythonapi.PyErr_SetInterrupt
+SET_INTERRUPT.argtypes, SET_INTERRUPT.restype = (ctypes.py_object,) * 3, None
 
 
-def run_and_strike(number: int, strike: Strike, action: Callable[[], object], traced: set[str] = TRACED) -> int:
-    """Run `action` and call `strike` ahead of the `number`-th opcode of the traced modules; returns how many were seen."""
+def run_and_interrupt(number: int, interrupter: Interrupter, action: Callable[[], object], traced: set[str] = TRACED) -> int:
+    """Run `action`, and call `interrupter` before the `number`-th traced opcode. Returns the number of opcodes."""
     seen = 0
 
     def local(frame: FrameType, event: str, _arg: object) -> Any:
@@ -77,34 +78,34 @@ def run_and_strike(number: int, strike: Strike, action: Callable[[], object], tr
         if event == "opcode":
             seen += 1
             if seen == number:
-                return strike(frame, local)
+                return interrupter(frame, local)
         return local
 
     def every(frame: FrameType, _event: str, _arg: object) -> Any:
         if frame.f_code.co_filename not in traced:
             return None
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
-        return local if seen < number else PENDING
+        return local if seen < number else SET_INTERRUPT
 
-    before, collects = sys.gettrace(), gc.isenabled()
-    gc.disable()  # hypothesis times collections by a callback, and an interrupt that comes within it is lost
+    previous_trace, was_enabled = sys.gettrace(), gc.isenabled()
+    gc.disable()  # hypothesis times collections by a callback, in which an interrupt would be lost
     sys.settrace(every)
     try:
         action()
     finally:
-        sys.settrace(before)
-        if collects:
+        sys.settrace(previous_trace)
+        if was_enabled:
             gc.enable()
     return seen
 
 
 def interrupt_at_next(frame: FrameType, local: object) -> Any:
-    """Have a signal be pending from the next opcode on, in whichever frame that is."""
+    """Make a signal pending from the next opcode on, in any frame."""
     back = frame.f_back
     while back is not None:
-        back.f_trace = PENDING if back.f_trace is local else back.f_trace
+        back.f_trace = SET_INTERRUPT if back.f_trace is local else back.f_trace
         back = back.f_back
-    return PENDING
+    return SET_INTERRUPT
 
 
 def setups(
@@ -112,7 +113,7 @@ def setups(
 ) -> Iterator[tuple[int, WriterSetup, Callable[[], object]]]:
     """A fresh setup for every opcode of the scenario, or for one in `stride`."""
     counting = WriterSetup(folder / "count", compiled=compiled)
-    count = run_and_strike(10**9, interrupt_at_next, scenario(counting))
+    count = run_and_interrupt(10**9, interrupt_at_next, scenario(counting))
     counting.check()
     close_all(counting)
     for number in range(1, count + 1, stride):
@@ -128,8 +129,8 @@ def close_all(setup: WriterSetup) -> None:
     setup.disk.close_inherited()
 
 
-class Struck:
-    """Takes SIGINT, remembers where it came, and calls `handler`, untraced."""
+class RecordingHandler:
+    """Handles SIGINT: records where it came, and calls `handler` without tracing."""
 
     def __init__(self, handler: Callable[[], None]) -> None:
         self.handler = handler
@@ -143,15 +144,15 @@ class Struck:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        before = signal.signal(signal.SIGINT, self)
+        previous_handler = signal.signal(signal.SIGINT, self)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, previous_handler)
 
 
-def trouble_of(setup: WriterSetup, number: int, where: str) -> list[str]:
-    """What is wrong with a setup after it was struck."""
+def problems_of(setup: WriterSetup, number: int, where: str) -> list[str]:
+    """The problems of a setup after an interrupt."""
     try:
         setup.check()
     except (AssertionError, OSError) as error:
@@ -160,11 +161,11 @@ def trouble_of(setup: WriterSetup, number: int, where: str) -> list[str]:
 
 
 def name_of(scenario: Scenario) -> str:
-    """For the report."""
+    """The id of a scenario in the report."""
     return scenario.__name__
 
 
-@both_ways
+@both_implementations
 @strides
 @pytest.mark.parametrize("scenario", CALLERS, ids=name_of)
 def test_a_keyboard_interrupt_at_any_opcode_loses_no_event_and_tears_no_line(
@@ -172,42 +173,42 @@ def test_a_keyboard_interrupt_at_any_opcode_loses_no_event_and_tears_no_line(
 ) -> None:
     """The interrupted event is stored whole or not at all; the next append works."""
     interrupted = 0
-    trouble: list[str] = []
+    problems: list[str] = []
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     for number, setup, action in setups(tmp_path, scenario, stride, compiled=compiled):
-        struck = Struck(interrupt)
-        with struck.installed():
+        handler = RecordingHandler(interrupt)
+        with handler.installed():
             try:
-                run_and_strike(number, interrupt_at_next, action)
+                run_and_interrupt(number, interrupt_at_next, action)
             except KeyboardInterrupt:
                 interrupted += 1
-        trouble += trouble_of(setup, number, struck.where)
-    assert not trouble
+        problems += problems_of(setup, number, handler.where)
+    assert not problems
     assert interrupted > 10 / stride or compiled
 
 
-@both_ways
+@both_implementations
 @strides
 @pytest.mark.parametrize("scenario", CALLERS + THREADS, ids=name_of)
 def test_a_signal_handler_that_enqueues_at_any_opcode_loses_no_event(
     tmp_path: Path, scenario: Scenario, stride: int, *, compiled: bool
 ) -> None:
     """Its own event is stored too, exactly once."""
-    trouble: list[str] = []
+    problems: list[str] = []
     for number, setup, action in setups(tmp_path, scenario, stride, compiled=compiled):
-        struck = Struck(setup.put_inner)
-        with struck.installed():
-            run_and_strike(number, interrupt_at_next, action)
+        handler = RecordingHandler(setup.put_inner)
+        with handler.installed():
+            run_and_interrupt(number, interrupt_at_next, action)
         assert INNER in setup.attempted
-        trouble += trouble_of(setup, number, struck.where)
-    assert not trouble
+        problems += problems_of(setup, number, handler.where)
+    assert not problems
 
 
 class Garbage:
-    """Enqueues when it is collected; collected it can only be by the garbage collector, for it holds itself."""
+    """Enqueues when it is collected. Only the garbage collector can collect it, because it refers to itself."""
 
     def __init__(self, setup: WriterSetup) -> None:
         self.setup = setup
@@ -223,44 +224,44 @@ class Garbage:
         self.setup.put_inner()
 
 
-def collect_at_next_allocation(setup: WriterSetup) -> Strike:
-    """Have the collector find garbage as soon as a container is allocated."""
+def collect_at_next_allocation(setup: WriterSetup) -> Interrupter:
+    """Make the collector find garbage as soon as a container is allocated."""
 
-    def strike(frame: FrameType, _local: object) -> None:
+    def enable_collector(frame: FrameType, _local: object) -> None:
         sys.settrace(None)
         frame.f_trace = None
-        gc.collect()  # empties the lists of free containers, and the few that have come back by the end are kept
+        gc.collect()  # empties the lists of free containers; those that are freed meanwhile are allocated and kept below
         Garbage(setup)
         setup.kept = [[], [], [], [], (setup,), (setup,), (setup, setup), (setup, setup), (setup, setup, setup)]
-        gc.enable()  # from here on nothing is allocated by this function
+        gc.enable()  # this function allocates nothing after this
 
-    return strike
+    return enable_collector
 
 
-@both_ways
+@both_implementations
 @strides
 @pytest.mark.parametrize("scenario", CALLERS + THREADS, ids=name_of)
 def test_a_finalizer_that_enqueues_at_any_opcode_loses_no_event(
     tmp_path: Path, scenario: Scenario, stride: int, *, compiled: bool
 ) -> None:
-    """A `__del__`, wherever something is allocated."""
-    trouble: list[str] = []
+    """The finalizer runs wherever a container is allocated."""
+    problems: list[str] = []
     collected = 0
     with gc_control.collection_at_next_allocation():
         for number, setup, action in setups(tmp_path, scenario, stride, compiled=compiled):
-            run_and_strike(number, collect_at_next_allocation(setup), action)
+            run_and_interrupt(number, collect_at_next_allocation(setup), action)
             gc.disable()
             collected += bool(setup.garbage_at)
-            trouble += trouble_of(setup, number, " ".join(setup.garbage_at))
-    assert not trouble
+            problems += problems_of(setup, number, " ".join(setup.garbage_at))
+    assert not problems
     assert collected > 10 / stride or compiled
 
 
-# Without knowing where it strikes.
+# Interrupts at random moments.
 
 
 def check_for_real(setup: WriterSetup) -> None:
-    """As `WriterSetup.check`, for one whose sealer has a thread."""
+    """Like `WriterSetup.check`, for a setup whose sealer runs in a thread."""
     assert setup.sealer.stop(30)
     counts: Counter[int] = Counter()
     for name, data in setup.files().items():
@@ -274,7 +275,7 @@ def check_for_real(setup: WriterSetup) -> None:
 
 @contextmanager
 def alarms(handler: Callable[[], None]) -> Iterator[list[int]]:
-    """Call `handler` from a real signal a few thousand times a second, two within one another at most; counts how often."""
+    """Call `handler` from a real signal a few thousand times a second, at most two nested. Counts the calls."""
     count = [0]
     depth = 0
 
@@ -286,7 +287,7 @@ def alarms(handler: Callable[[], None]) -> Iterator[list[int]]:
         count[0] += 1
         depth += 1
         try:
-            if depth == 1:  # on a busy machine a handler takes longer than that, and so would all within it
+            if depth == 1:  # on a busy machine, a handler may take longer than the interval
                 next_alarm()
             handler()
         finally:
@@ -294,24 +295,24 @@ def alarms(handler: Callable[[], None]) -> Iterator[list[int]]:
             if depth == 0:
                 next_alarm()
 
-    before = signal.signal(signal.SIGALRM, handle)
+    previous_handler = signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.0001)
     try:
         yield count
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)
 
 
-def long_enough(count: list[int]) -> Callable[[], bool]:
-    """Whether to go on: for a while, and on a busy machine until there were enough signals."""
+def continue_until_enough(count: list[int]) -> Callable[[], bool]:
+    """A function that tells whether to continue: for a while, and on a busy machine until enough signals came."""
     least = time.monotonic() + REAL_SIGNALS_S
     return lambda: (now := time.monotonic()) < least or (count[0] <= 1000 and now < least + 60.0)
 
 
 def test_thousands_of_keyboard_interrupts_lose_no_event_and_tear_no_line(tmp_path: Path) -> None:
-    """From a timer, while the sealer runs in its thread."""
+    """A timer sends them while the sealer runs in its thread."""
     setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
     setup.sealer.start()
     armed = False
@@ -321,11 +322,11 @@ def test_thousands_of_keyboard_interrupts_lose_no_event_and_tear_no_line(tmp_pat
             raise KeyboardInterrupt
 
     with gc_control.no_foreign_garbage(), alarms(interrupt) as count:
-        going_on = long_enough(count)
-        while going_on():
+        should_continue = continue_until_enough(count)
+        while should_continue():
             try:
                 armed = True
-                while going_on():
+                while should_continue():
                     setup.put()
                 armed = False
             except KeyboardInterrupt:
@@ -337,16 +338,18 @@ def test_thousands_of_keyboard_interrupts_lose_no_event_and_tear_no_line(tmp_pat
 
 
 def test_thousands_of_signal_handlers_that_enqueue_lose_no_event(tmp_path: Path) -> None:
-    """Also one that interrupts another."""
+    """A handler may also interrupt another one."""
     setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
     setup.sealer.start()
     with alarms(setup.put_inner) as count:
-        going_on = long_enough(count)
-        while going_on():
+        should_continue = continue_until_enough(count)
+        while should_continue():
             number = 10**9 + setup.next_number()
             setup.put(number)
-            while len(setup.writer.retired) > RETIRED_MAX // 2:  # the disk is busy; beyond twice as many handlers are refused
-                # wait: the pause between two polls of the sealer
+            while (
+                len(setup.writer.retired) > RETIRED_MAX // 2
+            ):  # the disk is slow; above twice as many segments, appends of handlers are dropped
+                # wait: polls the sealer
                 threading.Event().wait(0.001)
     assert not setup.refused
     assert count[0] > 1000
@@ -354,7 +357,7 @@ def test_thousands_of_signal_handlers_that_enqueue_lose_no_event(tmp_path: Path)
 
 
 def test_finalizers_that_enqueue_in_any_thread_lose_no_event(tmp_path: Path) -> None:
-    """Whichever thread collects the garbage."""
+    """Any thread may collect the garbage."""
     setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=5, max_bytes=2**30)
 
     class Node:
@@ -366,17 +369,17 @@ def test_finalizers_that_enqueue_in_any_thread_lose_no_event(tmp_path: Path) -> 
                 setup.put_inner()
 
     setup.sealer.start()
-    before = gc.get_threshold()
+    thresholds = gc.get_threshold()
     gc.set_threshold(7)
     try:
         for number in range(20_000):
             Node()
             setup.put(10**9 + number)
     finally:
-        gc.set_threshold(*before)
+        gc.set_threshold(*thresholds)
 
     def all_is_collected() -> bool:
-        gc.collect()  # does nothing while the other thread is at it
+        gc.collect()  # does nothing while another thread collects
         return sum(number < 10**9 for number in setup.attempted) == 20_000
 
     wait_until(all_is_collected)
@@ -386,7 +389,7 @@ def test_finalizers_that_enqueue_in_any_thread_lose_no_event(tmp_path: Path) -> 
 
 
 class _EnqueuingHandler(logging.Handler):
-    """What an application may have: its log goes into the outbox."""
+    """A log handler of an application that enqueues log records."""
 
     def __init__(self, setup: WriterSetup) -> None:
         super().__init__()
@@ -399,7 +402,7 @@ class _EnqueuingHandler(logging.Handler):
 
 
 def test_a_log_handler_that_enqueues_our_log_records_neither_hangs_nor_loses_events(tmp_path: Path) -> None:
-    """The disk is full, a file is deleted, the disk works again: each is logged where the handler can append."""
+    """A full disk and a deleted file are logged at points where the handler can append."""
     setup = WriterSetup(tmp_path / "outbox")
     handler = _EnqueuingHandler(setup)
     logger = logging.getLogger("pillarbox")
@@ -421,15 +424,15 @@ def test_a_log_handler_that_enqueues_our_log_records_neither_hangs_nor_loses_eve
     setup.check()
 
 
-def test_what_a_handler_stores_in_a_segment_of_its_own_is_counted_and_synced(tmp_path: Path) -> None:
-    """The segment that it interrupts ends in a torn line."""
+def test_events_of_a_handler_in_a_new_segment_are_counted_and_synced(tmp_path: Path) -> None:
+    """The handler needs a new segment, because the interrupted one ends with a torn line."""
     setup = WriterSetup(tmp_path)
     setup.put()
     setup.disk.meanwhile = setup.put_inner
     setup.put()
-    (own,) = setup.writer.retired
-    assert (own.events, own.bytes) == (1, setup.disk.size(own.fd))
+    (segment,) = setup.writer.retired
+    assert (segment.events, segment.bytes) == (1, setup.disk.size(segment.fd))
     setup.disk.synced.clear()
     setup.sealer.step()
-    assert setup.disk.synced == [own.fd]
+    assert setup.disk.synced == [segment.fd]
     setup.check()

@@ -1,7 +1,7 @@
-"""How far each sink is behind, and that a fickle sink that is down delays nobody but itself.
+"""Measures the backlog of each sink, and checks that a fickle sink that is down delays only itself.
 
-In the middle third of a round with two sinks the fickle one rejects everything. The backlog of each sink is sampled all the
-time: how many events are in sealed files, and how old the oldest file is.
+In the middle third of a round with two sinks, the fickle one rejects everything. The backlog of each sink is sampled
+throughout: how many events are in batches, and how old the oldest batch is.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tests.torture.destinations import Arena
 from tests.torture.lives import FICKLE, STEADY
 
 BEHIND_MAX_S: Final = 15.0  # of a steady sink, while the other one is down for longer
-LOOK_EVERY_S: Final = 0.2
-_JUDGED_S: Final = 5.0  # a shorter time is no time to tell apart who is held back and who delivers
+SAMPLE_EVERY_S: Final = 0.2
+_JUDGED_S: Final = 5.0  # a shorter outage does not show which sink is delayed
 
 
 class SinkBacklog(NamedTuple):
@@ -56,10 +56,10 @@ class Watch:
         self.down = BacklogSamples([], [])
 
     def sample(self, now: float) -> list[str]:
-        """Sample if it is due; what is wrong, if anything is."""
+        """Take a sample if it is due. Returns what is wrong."""
         if now < self.next:
             return []
-        self.next = now + LOOK_EVERY_S
+        self.next = now + SAMPLE_EVERY_S
         if not self._down_at <= now < self._back_at:
             self._arena.come_back()
             seen = self.up
@@ -70,11 +70,11 @@ class Watch:
         seen.steady.append(steady)
         seen.fickle.append(fickle)
         if seen is self.down and steady.seconds > BEHIND_MAX_S:
-            return [f"the steady sink is held back: {steady} wait for it while the other one is down"]
+            return [f"the steady sink is delayed: {steady} wait for it while the other one is down"]
         return []
 
     def conclude(self) -> list[str]:
-        """What is wrong with the round as a whole."""
+        """List what is wrong with the whole round."""
         self._arena.come_back()
         later = [looks[len(looks) // 2 :] for looks in self.down]
         if not all(later) or self._back_at - self._down_at < _JUDGED_S:
@@ -82,27 +82,27 @@ class Watch:
         steady, fickle = (statistics.median(behind.events for behind in looks) for looks in later)
         if 2 * steady > fickle:
             return [
-                f"the steady sink is held back: as a rule {steady:,} events wait for it, {fickle:,} for the one that is down"
+                f"the steady sink is delayed: the median backlog is {steady:,} events, and {fickle:,} for the one that is down"
             ]
         return []
 
     def behind(self, sink: str) -> SinkBacklog:
         """The current backlog of a sink, in its queue and in the directory."""
-        found: dict[str, str] = {}
+        paths: dict[str, str] = {}
         for folder in (self.directory, self.directory.queue(sink)):
             try:
-                found |= {layout.batch_id(name): folder.path_of(name) for name in folder.all_sealed_names()}
+                paths |= {layout.batch_id(name): folder.path_of(name) for name in folder.all_sealed_names()}
             except FileNotFoundError:
                 continue  # no queue yet
-        events = sum(self._events(batch, path) for batch, path in found.items())
-        stamps = [stamp for path in found.values() if (stamp := layout.sealed_at(os.path.basename(path))) is not None]
-        return SinkBacklog(events, max(0.0, time.time() - min(stamps) / 1e6) if stamps else 0.0)
+        events = sum(self._events(batch, path) for batch, path in paths.items())
+        seal_times = [at for path in paths.values() if (at := layout.sealed_at(os.path.basename(path))) is not None]
+        return SinkBacklog(events, max(0.0, time.time() - min(seal_times) / 1e6) if seal_times else 0.0)
 
     def _events(self, batch: str, path: str) -> int:
         if batch not in self._counted:
             try:
                 data = Path(path).read_bytes()
             except FileNotFoundError:
-                return 0  # settled, or handed over, just now
+                return 0  # settled or fanned out meanwhile
             self._counted[batch] = compression.decompressed_lines(path, data).count(b"\n")
         return self._counted[batch]

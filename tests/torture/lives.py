@@ -1,4 +1,7 @@
-"""What a forked process does until it is killed: store events, deliver in the application or as `pillarbox deliver`, or both."""
+"""The forked processes, each of which stores events, delivers, or both, until it is killed.
+
+They deliver in an application or as `pillarbox deliver`.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,21 @@ from tests.torture import account, events
 from tests.torture.account import Notes
 from tests.torture.events import EVENTS_MAX, make_event
 
-STEADY, FICKLE = "steady", "fickle"  # of two sinks, the one that is well all the time, and the other
-BACKLOG_FILES: Final = 120  # writers pause above it, lest a round takes longer to drain than to fill
-BACKLOG_MAX: Final = {FICKLE: 600}  # the same, where it is another
-CALL_TIMEOUT_S: Final = 0.5  # of a deliverer's call
-HANG_S: Final = 0.6  # how long a destination that hangs does: a little longer
+STEADY, FICKLE = "steady", "fickle"  # of two sinks, the one that always works, and the other
+BACKLOG_FILES: Final = 120  # writers pause above it, so that draining does not take longer than a round
+BACKLOG_MAX: Final = {FICKLE: 600}  # other limits, by sink
+CALL_TIMEOUT_S: Final = 0.5  # of a call of a delivery worker
+HANG_S: Final = 0.6  # how long a destination hangs: a little longer than the timeout
 BACKOFF_MAX_S: Final = 0.05
-_ALONE: Final = 0.1  # of the lives that deliver know of one of two sinks
-_KEEPING: Final = 0.3  # of the lives with two sinks compress what waits, and keep what is delivered
-_KEPT: Final = {"compress_after": 0.02, "keep_delivered": 2, "backoff_max": 0.5}  # only in a long pause it is compressed
-_SLOWER_S: Final = 0.1  # at most, after each call: writers that wait for the fickle sink show nothing
-_LAST_EVENTS: Final = 3  # good ones, stored when all writers are dead: what was refused until then is judged after them
+_ALONE: Final = 0.1  # share of the delivering lives that have only one of two sinks
+_KEEPING: Final = 0.3  # share of the lives with two sinks that compress batches and retain delivered ones
+_KEPT: Final = {
+    "compress_after": 0.02,
+    "keep_delivered": 2,
+    "backoff_max": 0.5,
+}  # batches are compressed only in a long back-off
+_SLOWER_S: Final = 0.1  # at most, after each call, so that writers do not only wait for the fickle sink
+_LAST_EVENTS: Final = 3  # good events, stored when all writers are dead: deferred batches are decided after them
 _FLUSH_S: Final = 1.0
 _SET_ASIDE: Final = (Kind.DEAD, Kind.CORRUPT)
 _OPERATIONS: Final = ("rename", "link", "sync_directory", "write_all", "sync_data", "unlink", "close")
@@ -40,7 +47,7 @@ _PENDING: Final = (Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.TEMPORARY)
 
 
 class Scene(NamedTuple):
-    """What the processes of a round share."""
+    """The data that the processes of a round share."""
 
     seed: int
     outbox: str  # the directory
@@ -57,7 +64,7 @@ class Scene(NamedTuple):
 
 
 class Life:
-    """One process."""
+    """A forked process."""
 
     def __init__(self, number: int, scene: Scene, notes: Notes, chance: random.Random) -> None:
         self.number = number
@@ -67,7 +74,7 @@ class Life:
         self._events = 0
 
     def settings(self, sinks: Mapping[str, str], **more: object) -> dict[str, str]:
-        """The settings as environment variables, which an application and a command have in common."""
+        """The settings as environment variables, for an application or the command."""
         chosen: dict[str, object] = {
             "directory": self.scene.outbox,
             "batch_size": self.chance.choice((4, 50, 250, 250, 500, 500)),
@@ -91,7 +98,7 @@ class Life:
         return Outbox.from_settings(resolve({}, self.settings(sinks, **more)))
 
     def _named(self) -> Mapping[str, str]:
-        """The sinks that this process is given: sometimes one alone, once all of them have their queues."""
+        """The sinks of this process: all, or sometimes only one, once all have their queues."""
         sinks = self.scene.sinks
         if not self.scene.has_several or self.chance.random() > _ALONE:
             return sinks
@@ -101,7 +108,7 @@ class Life:
         return {name: sinks[name]}
 
     def store(self) -> None:
-        """Store events, a hundred at a time or one by one; sometimes close and open the outbox again."""
+        """Store events, a hundred at a time or one by one. Sometimes reopen the outbox."""
         while self._events < EVENTS_MAX:
             with self._outbox(self._named() if self.chance.random() < 0.2 else {}) as outbox:
                 for _ in range(self.chance.choice((3, 30, 300))):
@@ -109,7 +116,7 @@ class Life:
         pause(3600.0)
 
     def _store_some(self, outbox: Outbox) -> None:
-        while self._is_too_much():
+        while self._backlog_is_full():
             pause(0.01)
         many = self.chance.random() < 0.9
         count = min(self.chance.choice((7, 100, 100, 100)) if many else 5, EVENTS_MAX - self._events)
@@ -119,30 +126,30 @@ class Life:
         if many:
             self.notes.note_attempt(numbers)
             for number, outcome in zip(numbers, outbox.enqueue_many(found), strict=True):
-                self._conclude(number, outcome)
+                self._record_outcome(number, outcome)
         else:
             for number, event in zip(numbers, found, strict=True):
                 self.notes.note_attempt(range(number, number + 1))
-                self._conclude(number, outbox.enqueue(event))
+                self._record_outcome(number, outbox.enqueue(event))
         if self.scene.has_several:
             pause(self.chance.random() * _SLOWER_S)
         elif self.chance.random() < 0.2:
             pause(self.chance.random() * 0.02)
 
-    def _is_too_much(self) -> bool:
-        """Whether the fickle one of two sinks is too far behind; the steady one must not be held back by it."""
+    def _backlog_is_full(self) -> bool:
+        """Whether the backlog of a sink is above its limit; the fickle sink has a higher one, so that it does not delay the other."""
         sealed = len(pending(self.scene.outbox))
         queues = {sink: len(pending(self.scene.queue_path(sink))) for sink in self.scene.sinks if sink != ONLY_SINK}
         return any(sealed + queues.get(sink, 0) > BACKLOG_MAX.get(sink, BACKLOG_FILES) for sink in self.scene.sinks)
 
-    def _conclude(self, number: int, outcome: Outcome) -> None:
+    def _record_outcome(self, number: int, outcome: Outcome) -> None:
         if not isinstance(outcome, Dropped):
             self.notes.note_outcome(number, account.ACKNOWLEDGED)
         else:
             self.notes.note_outcome(number, account.UNSURE if outcome.reason == "io_error" else account.REFUSED)
 
     def deliver(self) -> None:
-        """Deliver what others store: in an application, in a thread or in a child process, or as the command."""
+        """Deliver the events of the writers: in an application, by a thread or a child process, or as the command."""
         sinks, ways = self._named(), ("thread", "command", "process")
         way = self.chance.choice(ways if self.scene.has_several else ways[:2])
         if way != "command":
@@ -157,13 +164,13 @@ class Life:
         """Store a few good events, and deliver until nothing is pending."""
         end = time.monotonic() + seconds
         left = _LAST_EVENTS
-        while left or left_behind(self.scene):  # looked at when it is closed: an open outbox has files of its own
+        while left or left_behind(self.scene):  # checked when the outbox is closed, because an open one has files
             with self._outbox(self.scene.sinks) as outbox:
                 while left:
                     if not events.poisoned(self.scene.seed, self.number, self._events):
                         self.notes.note_attempt(range(self._events, self._events + 1))
                         event = make_event(self.scene.seed, self.number, self._events)
-                        self._conclude(self._events, outbox.enqueue(event))
+                        self._record_outcome(self._events, outbox.enqueue(event))
                         left -= 1
                     self._events += 1
                 while not outbox.flush(_FLUSH_S):
@@ -193,13 +200,16 @@ def _pairs(sinks: Mapping[str, str]) -> list[str]:
 
 
 def pause(seconds: float) -> None:
-    """Wait, and be killed meanwhile."""
+    """Wait; the process may be killed meanwhile."""
     # wait: the process under test runs until it is killed
     signal.sigtimedwait([], seconds)
 
 
 def die_in_a_settlement(chance: random.Random) -> None:
-    """Make this process kill itself some operations after it has written a dead letter or quarantined bytes, and before their batch file is deleted."""
+    """Make this process kill itself in a settlement.
+
+    Some operations after it has written dead letters or quarantined bytes, and before their batch file is deleted.
+    """
 
     def has_begun(verb: str, target: str) -> bool:
         return verb == "rename" and layout.kind_of(os.path.basename(target)) in _SET_ASIDE
@@ -208,7 +218,7 @@ def die_in_a_settlement(chance: random.Random) -> None:
 
 
 def die_fanning_out(chance: random.Random, note: Callable[[], None]) -> None:
-    """Make this process kill itself while it fans a batch out: after its first name in a queue, before its name in the directory goes.
+    """Make this process kill itself in a fan-out: after the first link in a queue, before the name in the outbox is removed.
 
     `note` is called right before.
     """

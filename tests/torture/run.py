@@ -44,21 +44,21 @@ from tests.torture.events import EVENT
 from tests.torture.lives import Life, Scene
 
 WRITERS: Final = 3
-DELIVERERS: Final = 2
+DELIVERERS: Final = 2  # delivery workers
 ROUND_S: Final = 30.0
-ROUND_OF_TWO_S: Final = 60.0  # so that the fickle sink is down for long
+ROUND_OF_TWO_S: Final = 60.0  # so that the fickle sink is down for a long time
 DRAIN_S: Final = 180.0
-LEDGER_BYTES: Final = 50_000  # beyond it the ledger is summed up: many times a round
-LEDGER_RECENT: Final = 100  # batches that are over and kept one by one all the same
-TELL_S: Final = 5.0  # between two lines on how it goes
-_SLOTS: Final = WRITERS + DELIVERERS + 1  # the last one for whoever finishes
+LEDGER_BYTES: Final = 50_000  # above it the ledger is compacted, many times in a round
+LEDGER_RECENT: Final = 100  # finished batches whose entries are kept in a compaction
+PROGRESS_S: Final = 5.0  # between two lines of progress
+_SLOTS: Final = WRITERS + DELIVERERS + 1  # the last one is for the process that finishes a round
 _FINISHER: Final = _SLOTS - 1
-_DOOMED: Final = 0.15  # of the lives kill themselves around an operation on the disk
-_SETTLING: Final = 0.4  # of the deliverers do so in a settlement
-_WRITER_S: Final = (0.2, 1.0, 3.0)  # how long a life lasts at most
+_DOOMED: Final = 0.15  # share of the lives that kill themselves before or after a disk operation
+_SETTLING: Final = 0.4  # share of the delivery workers that do so in a settlement
+_WRITER_S: Final = (0.2, 1.0, 3.0)  # maximum durations of a life
 _DELIVERER_S: Final = (0.3, 1.5, 1.5, 4.0)
-_FLEET_S: Final = (0.3, 1.5, 1.5, 6.0)  # the same with two sinks: a process of its own has to start first
-_HANDING_OVER: Final = 0.8  # of the deliverers of two sinks that would do so in a settlement do so handing over
+_FLEET_S: Final = (0.3, 1.5, 1.5, 6.0)  # with two sinks, where a child process has to start first
+_HANDING_OVER: Final = 0.8  # share of these that do so in a fan-out instead, with two sinks
 _ANSWERS: Final = (
     *chaotic.WEIGHTS,
     chaos.CLOSE,
@@ -73,7 +73,7 @@ _ANSWERS: Final = (
 
 
 class Report(NamedTuple):
-    """What a run did."""
+    """The figures of a run."""
 
     destination: str
     seed: int
@@ -84,7 +84,7 @@ class Report(NamedTuple):
     acknowledged: int
     arrived: int
     dead: int
-    verified: int  # how often the account was looked at while they were at work; each round's end comes on top
+    verified: int  # reconciliations during the rounds; those at the end of each round are not counted
     answers: dict[str, int]
     lag: str  # of two sinks
 
@@ -101,7 +101,7 @@ class Report(NamedTuple):
 class _Child(NamedTuple):
     pid: int
     life: int
-    deadline: float  # when it is killed, unless it dies before
+    deadline: float  # when it is killed, unless it killed itself before
 
 
 class Torture:
@@ -126,7 +126,7 @@ class Torture:
         self._looks = {state: lag.BacklogSamples([], []) for state in ("up", "down")}
 
     def round(self, seconds: float) -> None:
-        """Run processes and kill them for a while, stop, finish, and compare; raises `Violation`."""
+        """Run and kill processes for a while, deliver the rest, and compare. Raises `KillViolation`."""
         self._places = self._arena.sinks(self.seed + self.rounds)
         urls = {name: workdir.url for name, workdir in self._places.items()}
         scene = Scene(self.seed, str(self._folder / f"outbox-{self.rounds}"), urls)
@@ -231,7 +231,7 @@ class Torture:
             if due:
                 os.kill(child.pid, signal.SIGKILL)
             if (status := self._bury(slot, child, wait=due)) not in (None, -signal.SIGKILL):
-                wrong.append(f"life {child.life} ended by itself, with status {status}")
+                wrong.append(f"life {child.life} was not killed, and ended with status {status}")
         wrong += [f"process {pid} of the destination ended" for pid in self._arena.pids if os.waitpid(pid, os.WNOHANG)[0]]
         self._raise_if_wrong(wrong, scene)
 
@@ -249,13 +249,13 @@ class Torture:
         code: int | None = -signal.SIGKILL
         while code in (None, -signal.SIGKILL):
             if _FINISHER not in self._children:
-                self._begin(_FINISHER, scene)  # again where the destination has killed it
+                self._begin(_FINISHER, scene)  # and again if the destination has killed it
             # wait: until a child ends, or it is time to report
-            signal.sigtimedwait([signal.SIGCHLD], TELL_S)
+            signal.sigtimedwait([signal.SIGCHLD], PROGRESS_S)
             code = self._bury(_FINISHER, self._children[_FINISHER], wait=False)
             self._tell_now_and_then()
         if code:
-            raise self.violation([f"what is pending could not be delivered (status {code})"], scene)
+            raise self.violation([f"the pending events could not be delivered (status {code})"], scene)
 
     def _judge(self, scene: Scene) -> None:
         looked = _audited(scene)
@@ -272,11 +272,13 @@ class Torture:
             wrong += [f"{sink}: {what}" if sink else what for what in bad]
         if scene.has_several:
             wrong += unbalanced(looked[ONLY_SINK], total._replace(arrived=0, dead=0))
-            wrong += [f"set aside: {kept}" for kept in _kept(Path(scene.outbox)) if kept]
+            wrong += [f"dead letters or quarantine in the outbox: {kept}" for kept in _kept(Path(scene.outbox)) if kept]
         if len(given) > 1:
-            wrong.append(f"the sinks were not given the same: {' and '.join(f'{len(events)} events' for events in given)}")
+            wrong.append(
+                f"the sinks did not receive the same events: {' and '.join(f'{len(events)} events' for events in given)}"
+            )
         if any(self.failures.iterdir()):
-            wrong.append("a thread of an outbox ended by a defect")
+            wrong.append("a thread of an outbox logged a traceback or ended with an exception")
         self._raise_if_wrong(wrong, scene)
         self._sums = Sums(*(before + now for before, now in zip(self._sums, total, strict=True)))
         self._account = EventRecords(self.seed, _SLOTS)
@@ -285,7 +287,7 @@ class Torture:
         shutil.rmtree(scene.outbox)
 
     def _tell_now_and_then(self) -> bool:
-        if time.monotonic() - self._told < TELL_S:
+        if time.monotonic() - self._told < PROGRESS_S:
             return False
         self._told = time.monotonic()
         self._tell(self.report())
@@ -297,7 +299,10 @@ class Torture:
         for sink, looked in _audited(scene).items():
             found = looked.reconciliation
             if not found.balances:
-                wrong += [f"while at work, the ledger {sink} does not balance: {found.total}", *map(str, found.discrepancies)]
+                wrong += [
+                    f"during the round, the ledger {sink} does not balance: {found.total}",
+                    *map(str, found.discrepancies),
+                ]
         self.verified += 1
         self._raise_if_wrong(wrong, scene)
 
@@ -308,9 +313,7 @@ class Torture:
     def violation(self, wrong: list[str], scene: Scene) -> KillViolation:
         """The exception to raise, with how to reproduce it and the traces of the children."""
         traces = [path.read_text() for path in sorted(self.failures.iterdir())]
-        where = (
-            f"{self.destination}, seed {self.seed}, round {self.rounds}, {self.kills} kills, left as it is in {scene.outbox}"
-        )
+        where = f"{self.destination}, seed {self.seed}, round {self.rounds}, {self.kills} kills, files in {scene.outbox}"
         return KillViolation("\n".join([where, *wrong[:20], *traces[:3]]))
 
 
@@ -336,10 +339,13 @@ def _audited(scene: Scene) -> dict[str, ReconciliationReport]:
 
 
 def unbalanced(looked: ReconciliationReport, sums: Sums) -> list[str]:
-    """What is wrong with the ledger: it must balance, and agree with the destination and the writers about each event."""
+    """List what is wrong with the ledger. It must balance, and agree with the destination and the writers about each event."""
     found = looked.reconciliation
     total = found.total
-    wrong = [f"{one.batch} does not balance by {one.events}: {one.problem}" for one in found.discrepancies]
+    wrong = [
+        f"{discrepancy.batch} does not balance by {discrepancy.events}: {discrepancy.problem}"
+        for discrepancy in found.discrepancies
+    ]
     if not found.balances and not wrong:
         wrong.append(f"the ledger does not balance: {found.total}")
     if (total.delivered, total.dead) != (sums.arrived, sums.dead):
@@ -352,12 +358,12 @@ def unbalanced(looked: ReconciliationReport, sums: Sums) -> list[str]:
 
 
 def open_directory(outbox: str) -> Directory:
-    """The directory at a path, to read only."""
+    """The directory at a path, for reading."""
     return Directory(outbox, OsFilesystem(), SystemClock())
 
 
 def run(destination: str, seconds: float, seed: int, folder: Path, tell: Callable[[object], None] = lambda _: None) -> Report:
-    """Torture for about `seconds`; raises `Violation`, and then the folder stays."""
+    """Torture for about `seconds`. Raises `KillViolation`; the folder is kept then."""
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     torture = Torture(destination, folder, seed, tell)
     end = time.monotonic() + seconds

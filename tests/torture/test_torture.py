@@ -150,8 +150,8 @@ def test_a_sink_that_is_delayed_by_the_one_that_is_down_is_found(watch: lag.Watc
     for sink in (FICKLE, STEADY):
         wait_for(watch, sink, lag.BEHIND_MAX_S + 1, 500)
     assert watch.sample(5.0) == []  # neither is down
-    assert [text.partition(":")[0] for text in watch.sample(15.0)] == ["the steady sink is held back"]
-    assert [text.partition(":")[0] for text in watch.conclude()] == ["the steady sink is held back"]
+    assert [text.partition(":")[0] for text in watch.sample(15.0)] == ["the steady sink is delayed"]
+    assert [text.partition(":")[0] for text in watch.conclude()] == ["the steady sink is delayed"]
 
 
 def test_an_acknowledged_event_in_quarantine_is_lost(records: EventRecords) -> None:
