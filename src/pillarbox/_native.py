@@ -140,7 +140,7 @@ def compile_enqueue(
     encode: Callable[[Any], bytes],
     event_type: type,
     bytes_max: int,
-    begin: Callable[[bytes, int], Outcome],
+    append_unstarted: Callable[[bytes, int], Outcome],
     write: Callable[[int, bytes], int],
     *,
     power: bool,
@@ -148,7 +148,7 @@ def compile_enqueue(
     """`enqueue` itself, or a compiled function that does its simple case and leaves the others to it."""
     if not COMPILED:
         return enqueue
-    compiled = speedups.Enqueue(writer, enqueue, encode, event_type, bytes_max, begin, write, ENQUEUED, power)
+    compiled = speedups.Enqueue(writer, enqueue, encode, event_type, bytes_max, append_unstarted, write, ENQUEUED, power)
     return update_wrapper(compiled, enqueue)  # type: ignore[return-value]  # it is called the same way
 
 

@@ -51,7 +51,7 @@ class Enqueue:
         encode: Callable[[Any], bytes],
         event_type: type,
         bytes_max: int,
-        begin: Callable[[bytes, int], Outcome],
+        append_unstarted: Callable[[bytes, int], Outcome],
         write: Callable[[int, bytes], int],
         enqueued: Outcome,
         power: bool,

@@ -258,7 +258,7 @@ typedef struct {
     PyObject *plain;     /* the closure in Python, which handles every case */
     PyObject *encode;    /* event -> bytes */
     PyObject *type;      /* the type of the events */
-    PyObject *begin;     /* (line, 1) -> outcome; called where the writer has not started */
+    PyObject *append_unstarted;     /* (line, 1) -> outcome; called where the writer has not started */
     PyObject *write;     /* NULL: call write(2) directly */
     PyObject *enqueued;  /* the outcome of a stored event */
     Py_ssize_t bytes_max;
@@ -422,7 +422,7 @@ append_slowly(Enqueue *self, const char *line, Py_ssize_t size)
         outcome = PyObject_CallMethodObjArgs(self->writer, self->state->append, bytes, events, NULL);
         if (outcome == Py_None) {
             Py_DECREF(outcome);
-            outcome = PyObject_CallFunctionObjArgs(self->begin, bytes, events, NULL);
+            outcome = PyObject_CallFunctionObjArgs(self->append_unstarted, bytes, events, NULL);
         }
     }
     Py_XDECREF(bytes);
@@ -476,15 +476,15 @@ enqueue_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject
 static PyObject *
 enqueue_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"writer", "plain", "encode", "event_type", "bytes_max", "begin", "write", "enqueued", "power", NULL};
+    static char *names[] = {"writer", "plain", "encode", "event_type", "bytes_max", "append_unstarted", "write", "enqueued", "power", NULL};
     SpeedupsState *module_state = PyType_GetModuleState(type);
     AppendState *state = module_state == NULL ? NULL : &module_state->append;
-    PyObject *writer, *plain, *encode, *event_type, *begin, *write, *enqueued;
+    PyObject *writer, *plain, *encode, *event_type, *append_unstarted, *write, *enqueued;
     Py_ssize_t bytes_max;
     int power;
     if (state == NULL
         || !PyArg_ParseTupleAndKeywords(args, keywords, "O!OOO!nOOOp:Enqueue", names, state->writer_state, &writer, &plain, &encode,
-                                        &PyType_Type, &event_type, &bytes_max, &begin, &write, &enqueued, &power)) {
+                                        &PyType_Type, &event_type, &bytes_max, &append_unstarted, &write, &enqueued, &power)) {
         return NULL;
     }
     Enqueue *self = (Enqueue *)type->tp_alloc(type, 0);
@@ -497,7 +497,7 @@ enqueue_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     self->plain = Py_NewRef(plain);
     self->encode = Py_NewRef(encode);
     self->type = Py_NewRef(event_type);
-    self->begin = Py_NewRef(begin);
+    self->append_unstarted = Py_NewRef(append_unstarted);
     self->write = write == state->os_write ? NULL : Py_NewRef(write);
     self->enqueued = Py_NewRef(enqueued);
     self->bytes_max = bytes_max;
@@ -515,7 +515,7 @@ enqueue_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(self->plain);
     Py_VISIT(self->encode);
     Py_VISIT(self->type);
-    Py_VISIT(self->begin);
+    Py_VISIT(self->append_unstarted);
     Py_VISIT(self->write);
     Py_VISIT(self->enqueued);
     return 0;
@@ -539,7 +539,7 @@ enqueue_clear(PyObject *object)
     Py_CLEAR(self->plain);
     Py_CLEAR(self->encode);
     Py_CLEAR(self->type);
-    Py_CLEAR(self->begin);
+    Py_CLEAR(self->append_unstarted);
     Py_CLEAR(self->write);
     Py_CLEAR(self->enqueued);
     return 0;

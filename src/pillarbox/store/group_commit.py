@@ -157,7 +157,7 @@ class GroupCommitter:
         return waiting.outcome
 
     def build_start_commit(
-        self, door: AppendHooks, start_commit_slowly: Callable[[bytes], CommitFuture | Outcome]
+        self, hooks: AppendHooks, start_commit_slowly: Callable[[bytes], CommitFuture | Outcome]
     ) -> Callable[[Any], CommitFuture | Outcome]:
         """Build the hot path of coroutines: encode an event, make a record of it, and queue it.
 
@@ -167,16 +167,16 @@ class GroupCommitter:
         """
         writer = self._writer
         queue, limit, helper_turn = self._queue, QUEUED_BYTES_MAX, self._helper_lock
-        encode, event_type, bytes_max = door.encode, door.event_type, door.event_bytes_max
+        encode, event_type, bytes_max = hooks.encode, hooks.event_type, hooks.event_bytes_max
 
-        def begin(event: Any) -> CommitFuture | Outcome:
+        def queue_event(event: Any) -> CommitFuture | Outcome:
             """Queue one event for a coroutine."""
             try:
                 payload = encode(event)
                 if type(event) is not event_type or len(payload) > bytes_max:
-                    door.raise_invalid(event, payload)
+                    hooks.raise_invalid(event, payload)
             except Exception as error:  # noqa: BLE001 - an event may raise anything when it is encoded; the caller continues
-                return door.drop_invalid(event, error)
+                return hooks.drop_invalid(event, error)
             lines = encode_record(payload)
             size = self._queued_bytes + len(lines)
             if size > limit or not writer.accepts:
@@ -188,7 +188,7 @@ class GroupCommitter:
                 self._wake_helper()
             return waiter
 
-        return begin
+        return queue_event
 
     def start_commit(self, lines: bytes, events: int) -> CommitFuture | Outcome | None:
         """`commit` for a coroutine: returns what it awaits. If that is cancelled, queued or appended lines stay."""

@@ -97,10 +97,10 @@ class Writer(WriterState):
         self._released_bytes = 0  # bytes of files that were delivered or evicted
         self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
 
-    def build_enqueue(self, door: AppendHooks) -> EnqueueFunction:
+    def build_enqueue(self, hooks: AppendHooks) -> EnqueueFunction:
         """Build the hot path: encode an event, make a record of it, append it to the active segment."""
         w, write, checksum, template = self, self._filesystem.write, crc32, RECORD_TEMPLATE
-        encode, event_type, bytes_max, is_power, refuse, invalid, begin, durably, power = door
+        encode, event_type, bytes_max, is_power, raise_invalid, drop_invalid, append_unstarted, commit, power = hooks
 
         def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
             """Store one event; `Enqueued` once it is as durable as requested, `Dropped(reason)` where it is not stored.
@@ -112,12 +112,12 @@ class Writer(WriterState):
             try:
                 payload = encode(event)
                 if type(event) is not event_type or len(payload) > bytes_max:
-                    refuse(event, payload)
+                    raise_invalid(event, payload)
             except Exception as error:  # noqa: BLE001 - an event may raise anything when it is encoded; the caller continues
-                return invalid(event, error)
+                return drop_invalid(event, error)
             line = template % (payload, checksum(payload))
             if synced:
-                return durably(line)
+                return commit(line)
             size = len(line)
             with w.lock:
                 limit = w._limit
@@ -144,9 +144,9 @@ class Writer(WriterState):
                 except BaseException:
                     w._append_interrupted |= limit != _IN_PROGRESS
                     raise
-            return outcome if outcome is not None else begin(line, 1)
+            return outcome if outcome is not None else append_unstarted(line, 1)
 
-        return compile_enqueue(w, enqueue, encode, event_type, bytes_max, begin, write, power=power)
+        return compile_enqueue(w, enqueue, encode, event_type, bytes_max, append_unstarted, write, power=power)
 
     def append(self, lines: bytes, events: int) -> Outcome | None:
         """Append whole lines with `events` events, all or none. None before `start`."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 import binascii
 import re
 from base64 import b64decode, b64encode
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import httpx
 
 from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.sinks import redact_path_segment, redact_url
+from pillarbox.sinks.options import SOURCE, parse_number
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from urllib.parse import SplitResult
 
     from pillarbox.outcome import Durability
@@ -31,7 +32,6 @@ FORMATS: Final = {
     "cloudevents": "application/cloudevents-batch+json",
 }
 COMPRESSIONS: Final = ("none", "gzip", "zstd")
-_SOURCE: Final = "the sink's URL"
 _SECRET_CHARS_MIN: Final = 4  # a shorter secret is not redacted, because it would match in ordinary text
 _VARIABLE_NAME = re.compile(
     r"[A-Z][A-Z0-9_]*"
@@ -45,7 +45,6 @@ OPTION_NAMES: Final = (
     *("format", "compress", "answer", "timeout", "connections", "records_max", "bytes_max", "survives"),
     *("token_env", "header_env", "secret_env", "proxy_env", "ca_file", "source", "type", "type_field"),
 )
-_N = TypeVar("_N", int, float)
 
 
 class HttpSettings(NamedTuple):
@@ -109,14 +108,14 @@ def parse_url(url: str, field_names: Mapping[str, str]) -> HttpSettings:
         if name not in OPTION_NAMES:
             shown = name if _OPTION_NAME.fullmatch(name) else "..."
             raise ConfigurationError(
-                f"sink option {shown}", None, _SOURCE, f"unknown sink option {shown!r}; use one of {', '.join(OPTION_NAMES)}"
+                f"sink option {shown}", None, SOURCE, f"unknown sink option {shown!r}; use one of {', '.join(OPTION_NAMES)}"
             )
     options = {name: values[-1] for name, values in values_by_option.items()}
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     server = f"{parts.scheme.lower()}://{host}" + (f":{port}" if port is not None else "")
     user = parts.netloc.rpartition("@")[0]
     if user and "token_env" in options:
-        raise ConfigurationError("sink option token_env", None, _SOURCE, "use either a user in the URL or token_env, not both")
+        raise ConfigurationError("sink option token_env", None, SOURCE, "use either a user in the URL or token_env, not both")
     return HttpSettings(
         url=server + (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
         origin=server,
@@ -124,10 +123,10 @@ def parse_url(url: str, field_names: Mapping[str, str]) -> HttpSettings:
         format=_parse_choice(options, "format", tuple(FORMATS), "ndjson"),
         compress=_parse_choice(options, "compress", COMPRESSIONS, "none"),
         reads_response_body=_parse_choice(options, "answer", ("body", "status"), "body") == "body",
-        timeout_s=_parse_number(options, "timeout", float, 30.0, 0.01, TIMEOUT_MAX_S),
-        connections=_parse_number(options, "connections", int, 8, 1, 256),
-        records_max=_parse_number(options, "records_max", int, 0, 1, 10**6) or None,
-        bytes_max=_parse_number(options, "bytes_max", int, BODY_BYTES_MAX, 1, 2**30),
+        timeout_s=parse_number(options, "timeout", float, 30.0, 0.01, TIMEOUT_MAX_S),
+        connections=parse_number(options, "connections", int, 8, 1, 256),
+        records_max=parse_number(options, "records_max", int, 0, 1, 10**6) or None,
+        bytes_max=parse_number(options, "bytes_max", int, BODY_BYTES_MAX, 1, 2**30),
         survives="power" if _parse_choice(options, "survives", ("process", "power"), "process") == "power" else "process",
         secret_env=_parse_variable_name(options, "secret_env"),
         token_env=_parse_variable_name(options, "token_env"),
@@ -159,21 +158,7 @@ def _split_url(url: str) -> tuple[SplitResult, int | None]:
 def _parse_choice(options: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> str:
     value = options.get(name, default)
     if value not in allowed:
-        raise ConfigurationError(f"sink option {name}", value, _SOURCE, f"use one of {', '.join(allowed)}")
-    return value
-
-
-def _parse_number(options: Mapping[str, str], name: str, kind: Callable[[str], _N], default: _N, least: _N, most: _N) -> _N:
-    text = options.get(name)
-    if text is None:
-        return default
-    try:
-        value = kind(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value <= most:
-        advice = f"use a {'whole number' if kind is int else 'number of seconds'} from {least:.10g} to {most:.10g}"
-        raise ConfigurationError(f"sink option {name}", text, _SOURCE, advice)
+        raise ConfigurationError(f"sink option {name}", value, SOURCE, f"use one of {', '.join(allowed)}")
     return value
 
 
@@ -187,7 +172,7 @@ def _parse_variable_name(options: Mapping[str, str], name: str) -> str | None:
 def _reject_variable_name(name: str) -> NoReturn:
     form = "HEADER:NAME, where NAME is " if name == "header_env" else ""
     advice = f"sink option {name}: use {form}the upper-case name of an environment variable that holds the secret"
-    raise ConfigurationError(f"sink option {name}", None, _SOURCE, advice)
+    raise ConfigurationError(f"sink option {name}", None, SOURCE, advice)
 
 
 def _parse_header_option(text: str, *, authorized: bool) -> tuple[str, str]:
@@ -195,14 +180,14 @@ def _parse_header_option(text: str, *, authorized: bool) -> tuple[str, str]:
     if not _VARIABLE_NAME.fullmatch(variable) or not _HEADER_NAME.fullmatch(header):
         _reject_variable_name("header_env")
     if _RESERVED_HEADERS.fullmatch(header) or (authorized and header.lower() == "authorization"):
-        raise ConfigurationError("sink option header_env", header, _SOURCE, "use a header that the sink does not set itself")
+        raise ConfigurationError("sink option header_env", header, SOURCE, "use a header that the sink does not set itself")
     return header, variable
 
 
 def _parse_type_field(options: Mapping[str, str], field_names: Mapping[str, str]) -> str | None:
     name = options.get("type_field")
     if name is not None and name not in field_names:
-        raise ConfigurationError("sink option type_field", name, _SOURCE, f"use one of {', '.join(field_names)}")
+        raise ConfigurationError("sink option type_field", name, SOURCE, f"use one of {', '.join(field_names)}")
     return name
 
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 from base64 import urlsafe_b64decode
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import msgspec
 
 from pillarbox.errors import ConfigurationError
+from pillarbox.sinks.options import SOURCE, parse_number
 from pillarbox.store.os_filesystem import read_file
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 TOKEN_VARIABLE: Final = "PILLARBOX_SPACETIMEDB_TOKEN"  # noqa: S105 - the name of the variable
 TIMEOUT_MAX_S: Final = 110.0  # below delivery's own limit for a call, whose error would be less specific
 DEFAULT_FUNCTION: Final = "record_tracking_events"
-_N = TypeVar("_N", int, float)
 _URL_FORM: Final = "use spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
 
 
@@ -85,7 +82,7 @@ def parse_url(url: str) -> SpacetimeDbSettings:
     if unknown:
         advice = "use one of function, token_file, connections, timeout, window, confirm_wait"
         advice = f"unknown sink option {min(unknown)!r}; {advice}"
-        raise ConfigurationError(f"sink option {min(unknown)}", None, "the sink's URL", advice)
+        raise ConfigurationError(f"sink option {min(unknown)}", None, SOURCE, advice)
     uses_tls = parts.scheme.endswith("+https")
     shown_host = f"[{host}]" if ":" in host else host
     return SpacetimeDbSettings(
@@ -93,37 +90,23 @@ def parse_url(url: str) -> SpacetimeDbSettings:
         database=database,
         function=options.get("function") or DEFAULT_FUNCTION,
         token=find_token(unquote(parts.password or parts.username or ""), options.get("token_file")),
-        connections=_parse_number(options, "connections", int, 2, 1, 64),
-        timeout_s=_parse_number(options, "timeout", float, 30.0, 0.01, TIMEOUT_MAX_S),
-        unconfirmed_max=_parse_number(options, "window", int, 256, 1, 4096),
-        confirm_wait_s=_parse_number(options, "confirm_wait", float, 1.0, 0.0, 3600.0),
+        connections=parse_number(options, "connections", int, 2, 1, 64),
+        timeout_s=parse_number(options, "timeout", float, 30.0, 0.01, TIMEOUT_MAX_S),
+        unconfirmed_max=parse_number(options, "window", int, 256, 1, 4096),
+        confirm_wait_s=parse_number(options, "confirm_wait", float, 1.0, 0.0, 3600.0),
     )
-
-
-def _parse_number(options: dict[str, str], name: str, kind: Callable[[str], _N], default: _N, least: _N, most: _N) -> _N:
-    text = options.get(name)
-    if text is None:
-        return default
-    try:
-        value = kind(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value <= most:
-        advice = f"use a {'whole number' if kind is int else 'number of seconds'} from {least:g} to {most:g}"
-        raise ConfigurationError(f"sink option {name}", text, "the sink's URL", advice)
-    return value
 
 
 def find_token(inline_token: str, token_file: str | None) -> Token | None:
     """Return the token from the URL, the token file or the environment, in this order; None where there is none."""
-    source = "the sink's URL" if inline_token else f"environment {TOKEN_VARIABLE}"
+    source = SOURCE if inline_token else f"environment {TOKEN_VARIABLE}"
     text = inline_token
     if not inline_token and token_file:
         source = token_file
         try:
             text = read_file(token_file).decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError("token_file", token_file, "the sink's URL", f"cannot read the file: {error}") from None
+            raise ConfigurationError("token_file", token_file, SOURCE, f"cannot read the file: {error}") from None
     text = (text or os.environ.get(TOKEN_VARIABLE, "")).strip()
     if not text:
         return None
