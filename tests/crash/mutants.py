@@ -11,6 +11,7 @@ either not a defect, and then it is not in the list, or it shows what the harnes
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from tests.crash import compiled_order
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = ROOT / "src" / "pillarbox"
 SOURCES: Final = PACKAGE.with_name("speedups")  # the C sources
+TABLE: Final = ROOT / "docs" / "dev" / "mutants.md"
 WORKERS: Final = 2
 SECONDS_MAX: Final = 60.0  # for a harness on a mutant, or PATIENCE times its time on the correct code, if that is more
 PATIENCE: Final = 4
@@ -284,6 +286,18 @@ DEFAULT_HARNESSES: Final = ("enumeration", "meanwhile", "faults", "interleave", 
 def chosen_for(mutant: Mutant) -> list[str]:
     """The harnesses that run on a mutant."""
     return [name for name in HARNESSES if name in mutant.also or (name in DEFAULT_HARNESSES and not mutant.only)]
+
+
+@functools.cache
+def documented_finders() -> dict[str, list[str]]:
+    """The harnesses that find each mutant, by its name, as the table in the documents has them."""
+    rows = [line.strip("| ").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    columns = next(row for row in rows if row[0] == "mutant")
+    return {
+        row[0]: [harness for harness, cell in zip(columns, row, strict=True) if cell == "**found**"]
+        for row in rows
+        if len(row) == len(columns)
+    }
 
 
 def patched(mutant: Mutant) -> str:
