@@ -45,6 +45,7 @@ CUT_SHORT: Final = "af{}v"  # another one, with a kill in the last step
 OPERATIONS: Final = 30  # of that step, at most
 EXAMPLES: Final = 1200  # of the state machine
 UNIT_TESTS: Final = "tests"  # the name of the harness of unit tests
+MODULE_VARIABLE: Final = "MUTANT_OF_MODULE"  # of the environment of a harness
 COMPILED_TESTS: Final = (  # for a mutant of a C source
     *("tests/crash/test_compiled_order.py", "tests/store/test_batch_io.py", "tests/store/test_dirscan.py"),
     *("-k", "not plain and not two_steps"),
@@ -146,10 +147,17 @@ def _run_tests(*arguments: str) -> str:
 
 
 def unit_tests() -> str:
-    """The unit tests, without those of other harnesses, those that need real file systems, and the slowest."""
+    """The unit tests, without those of other harnesses, those that need real file systems, and the slowest.
+
+    Those that are named for the mutant's module come first.
+    """
     if compiled_order.current_order() == "compiled":
         return _run_tests(*COMPILED_TESTS)
-    return _run_tests("tests/store", "tests/delivery", *(f"--ignore=tests/{name}.py" for name in LEFT_OUT))
+    package, _, stem = os.environ.get(MODULE_VARIABLE, "").removesuffix(".py").rpartition("/")
+    paths = sorted((ROOT / "tests" / package).glob(f"test_{stem}*.py")) if package else []
+    own = [str(path) for path in paths if f"{package}/{path.stem}" not in LEFT_OUT]
+    left_out = [f"--ignore=tests/{name}.py" for name in LEFT_OUT]
+    return (_run_tests(*own) if own else "") or _run_tests("tests/store", "tests/delivery", *left_out)
 
 
 def interrupts() -> str:
@@ -317,13 +325,15 @@ def copy_package(mutant: Mutant | None, workdir: Path) -> Path:
     return workdir
 
 
-def run_harness(workdir: Path, harness: str, seconds_max: float = SECONDS_MAX, *, compiled: bool = False) -> Verdict:
-    """Run a harness on the copy of the package in a folder. A harness that does not end has found the mutant too.
+def run_harness(
+    workdir: Path, harness: str, seconds_max: float = SECONDS_MAX, *, module: str = "", compiled: bool = False
+) -> Verdict:
+    """Run a harness on the copy of the package in a folder, of which `module` is mutated. One that does not end has found it.
 
     `compiled` selects the compiled order of operations. Otherwise the portable order is used, without the extension.
     """
     environment = os.environ | {"PYTHONPATH": f"{workdir}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0", "TMPDIR": str(workdir)}
-    environment |= {"PILLARBOX_PURE_PYTHON": "" if compiled else "1"}
+    environment |= {"PILLARBOX_PURE_PYTHON": "" if compiled else "1", MODULE_VARIABLE: module}
     command = [
         sys.executable,
         "-m",
@@ -355,7 +365,11 @@ def run_harnesses(mutant: Mutant | None, bounds: Mapping[str, float], *, compile
         compiled = compiled or (mutant is not None and mutant.is_compiled)
         if compiled:
             compiled_order.build_extension(workdir / "speedups", workdir / "pillarbox")  # for the unit tests
-        return {harness: run_harness(workdir, harness, seconds, compiled=compiled) for harness, seconds in bounds.items()}
+        module = "" if mutant is None else mutant.module
+        return {
+            harness: run_harness(workdir, harness, seconds, module=module, compiled=compiled)
+            for harness, seconds in bounds.items()
+        }
 
 
 def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None) -> Table:
