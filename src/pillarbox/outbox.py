@@ -182,7 +182,7 @@ class Outbox(metaclass=_OutboxMeta):
         settings = self.settings
         self._started = False
         self._is_starting = False
-        self._logged_start_problem = ""
+        self._start_problem = ""  # why the outbox could not start, as it was logged
         self._busy_accepted = 0
         self._busy_since = -_BUSY_PERIOD_S
         self._runner: Runner | None = None
@@ -421,7 +421,7 @@ class Outbox(metaclass=_OutboxMeta):
         return "would_block" if self._is_starting else "io_error"
 
     def _start(self) -> bool:
-        """Count the pending batches and start the threads; returns False if the directory cannot be listed."""
+        """Count the pending batches and start the threads; returns False where that is impossible, and nothing runs then."""
         with self._start_lock:
             if self._started or not self.settings.enabled or self._closed or self._is_starting:
                 return self._started
@@ -430,27 +430,44 @@ class Outbox(metaclass=_OutboxMeta):
                 usage = self._directory.disk_usage()
                 problem = ""
                 if not self._closed:
-                    self._start_parts(usage)
+                    problem = self._start_parts(usage)
             except OSError as error:
-                problem = str(error)
+                problem = f"the directory cannot be listed: {error}"
             finally:
                 self._is_starting = False
         # Logged without the lock: a log handler may itself enqueue.
-        if problem and problem != self._logged_start_problem:
-            self._logged_start_problem = problem
-            log.warning("%s: cannot list the directory, so that events are dropped until it can be: %s", self.name, problem)
+        if problem and problem != self._start_problem:
+            self._start_problem = problem
+            log.error("%s: cannot start, and drops events until it can: %s", self.name, problem)
         elif not problem and usage.pending_files:
             noun = "file" if usage.pending_files == 1 else "files"
             log.info("%s: %d %s with %d bytes pending", self.name, usage.pending_files, noun, usage.pending_bytes)
         return self._started
 
-    def _start_parts(self, usage: DiskUsage) -> None:
+    def _start_parts(self, usage: DiskUsage) -> str:
+        """Start the threads, and then the writer. Returns why not, or nothing."""
         self._directory.seal_after(usage.newest_sealed_at)
-        self._writer.start(usage.pending_bytes, usage.pending_files)
         self._sealer.quota.check_free_space()
-        self._sealer.start()
+        try:
+            self._sealer.start()
+        except RuntimeError as error:
+            return f"{error}: see the limits of processes and threads (ulimit -u, pids.max)"
+        runner = self._build_runner()
+        if runner is not None:
+            try:
+                runner.start()
+            except RuntimeError as error:
+                self._sealer.cancel_start()
+                return f"{error}: see the limits of processes and threads (ulimit -u, pids.max)"
+        self._runner = runner
+        self._writer.start(usage.pending_bytes, usage.pending_files)
+        self._sealer.run_rounds()
+        instruments().observe_outbox(self)
+        self._started, self._start_problem = True, ""
+        return ""
+
+    def _build_runner(self) -> Runner | None:
         telemetry = instruments()
-        telemetry.observe_outbox(self)
         callbacks = DeliveryCallbacks(
             self._writer.release_bytes,
             lambda seconds, sink: telemetry.flush_duration.record(seconds, {"outbox": self.name, **sink_attributes(sink)}),
@@ -459,10 +476,7 @@ class Outbox(metaclass=_OutboxMeta):
             partial(self._writer.release_bytes, files=0),
             self._is_busy,
         )
-        self._runner = build_runner(self.settings, self._directory, self._clock, self._ledger, callbacks, self._sinks)
-        if self._runner is not None:
-            self._runner.start()
-        self._started = True
+        return build_runner(self.settings, self._directory, self._clock, self._ledger, callbacks, self._sinks)
 
     def _is_busy(self) -> bool:
         """Whether this process stored events recently. Only the delivery worker may call it."""
@@ -497,6 +511,9 @@ class Outbox(metaclass=_OutboxMeta):
         # First the sinks: the files whose events are counted as delivered do not wait then.
         sinks = self._runner.sinks() if self._runner is not None else {}
         total = combine_stats(sinks)
+        problem = f"cannot start: {self._start_problem}" if self._start_problem else self._sealer.problem
+        if problem and total.state.name in ("idle", "draining", "standby"):
+            total = total.as_degraded(problem)
         accepted, sealed = 0, dict(self._sealer.sealed)
         if self._started:
             # Whatever a listing has missed already and is then told to be gone is counted twice, until the next listing.

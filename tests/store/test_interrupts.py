@@ -315,6 +315,7 @@ def test_thousands_of_keyboard_interrupts_lose_no_event_and_tear_no_line(tmp_pat
     """A timer sends them while the sealer runs in its thread."""
     setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
     setup.sealer.start()
+    setup.sealer.run_rounds()
     armed = False
 
     def interrupt() -> None:
@@ -341,6 +342,7 @@ def test_thousands_of_signal_handlers_that_enqueue_lose_no_event(tmp_path: Path)
     """A handler may also interrupt another one."""
     setup = WriterSetup(tmp_path / "outbox", SystemClock(), batch_size=50, max_bytes=2**30)
     setup.sealer.start()
+    setup.sealer.run_rounds()
     with alarms(setup.put_inner) as count:
         should_continue = continue_until_enough(count)
         while should_continue():
@@ -369,6 +371,7 @@ def test_finalizers_that_enqueue_in_any_thread_lose_no_event(tmp_path: Path) -> 
                 setup.put_inner()
 
     setup.sealer.start()
+    setup.sealer.run_rounds()
     thresholds = gc.get_threshold()
     gc.set_threshold(7)
     try:

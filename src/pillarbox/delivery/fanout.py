@@ -17,6 +17,7 @@ takes the directory's batches for a single sink.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 from itertools import islice
@@ -305,7 +306,7 @@ class FanOutRunner:
             else:
                 stats[sink] = DeliveryCounters().to_stats(State("standby", "its queue does not exist yet"), "")
             problem = self._problem
-            if problem and stats[sink].state.name in ("idle", "draining"):
+            if problem and (runner is None or stats[sink].state.name in ("idle", "draining")):
                 stats[sink] = stats[sink].as_degraded(problem)
         return stats
 
@@ -394,8 +395,11 @@ class FanOutRunner:
         for queue in self._directory.queues() if len(self._runners) < len(self._display_names) else ():
             if queue.sink in self._display_names and queue.sink not in self._runners:
                 runner = ThreadRunner(self._build_worker(queue))
+                try:
+                    runner.start()
+                except RuntimeError as error:  # the system has no thread to give; the next round tries again
+                    raise OSError(errno.EAGAIN, f"{queue.sink}: {error}") from None
                 self._runners[queue.sink] = runner
-                runner.start()
 
     def _find_problem(self) -> str:
         """The first problem with a file, or with a queue that no worker delivers."""

@@ -63,15 +63,15 @@ class Lease:
         return self.is_held
 
     def write_heartbeat(self, state: State, delivered: int, last_error: str, *, now: bool = False) -> None:
-        """Write down how delivery is going, at most once a second unless it must be `now`."""
+        """Write down how delivery is going, at most once a second unless it must be `now`. Errors of the disk are ignored."""
         now_s = self._clock.monotonic()
         if not self.is_held or (now_s < self._next_heartbeat and not now):
             return
         self._next_heartbeat = now_s + HEARTBEAT_INTERVAL_S
-        if not self.is_valid():
-            return
         heartbeat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error, self._durability)
         try:
+            if not self.is_valid():
+                return
             self._directory.filesystem.overwrite(self._fd, msgspec.json.encode(heartbeat) + b"\n")
         except (OSError, ValueError):
             return  # a full disk: readers see that the heartbeat is old

@@ -373,12 +373,31 @@ class GroupCommitter:
     def _wake_helper(self) -> None:
         """Have the helper thread lead: the first waiting caller is a coroutine."""
         if self._helper is None:
-            with self._lock:
-                if self._helper is None:
-                    helper = threading.Thread(target=self._run_helper, name="pillarbox-committer", daemon=True)
-                    helper.start()
-                    self._helper = helper  # after it has started: if no thread can be started, the next caller tries again
+            try:
+                self._start_helper()
+            except RuntimeError:  # the system has no thread to give
+                self._lead_in_this_thread()
+                return
         _release_lock(self._helper_lock)
+
+    def _start_helper(self) -> None:
+        with self._lock:
+            if self._helper is None:
+                helper = threading.Thread(target=self._run_helper, name="pillarbox-committer", daemon=True)
+                helper.start()
+                self._helper = helper  # after it has started: if no thread can be started, the next caller tries again
+
+    def _lead_in_this_thread(self) -> None:
+        """Commit what is queued, although the event loop of this thread waits for the disk meanwhile."""
+        me = threading.get_ident()
+        if me in self._threads_inside:  # it leads, and takes what is queued in its next round
+            return
+        self._threads_inside.add(me)
+        try:
+            while (self._queue or self._appending or self._appended or self._unwoken) and self._try_to_lead(me):
+                self._run_round()
+        finally:
+            self._threads_inside.discard(me)
 
     def _run_helper(self) -> None:
         me = threading.get_ident()
@@ -386,7 +405,10 @@ class GroupCommitter:
         while True:
             self._helper_lock.acquire()
             while (self._queue or self._appending or self._appended or self._unwoken) and self._try_to_lead(me):
-                self._run_round()
+                try:
+                    self._run_round()
+                except Exception:  # a defect must not end this thread: no coroutine would be answered any more
+                    log.exception("%s: a defect in Pillarbox during a group commit", self._directory.path)
 
 
 def _append_group_of(entries: list[_PendingCommit]) -> _AppendGroup:

@@ -79,6 +79,24 @@ class SealerInbox:
         return tickets
 
 
+class _StartGate:
+    """Holds a new thread until all other parts have started too, or one of them could not."""
+
+    def __init__(self) -> None:
+        self._opened = threading.Event()
+        self._works = False
+
+    def open(self, *, works: bool) -> None:
+        """Let the thread go on; `works` says whether it is to work, or to end."""
+        self._works = works
+        self._opened.set()
+
+    def wait(self) -> bool:
+        """Wait for `open`. Returns whether the thread is to work."""
+        self._opened.wait()
+        return self._works
+
+
 class Sealer:
     """Seals what a `Writer` retires. `on_sealed()` is called from its thread after segments were sealed.
 
@@ -112,6 +130,7 @@ class Sealer:
         self.quota = QuotaEnforcer(directory, writer, clock, min_free_bytes, ledger, evicts=evicts)
         self._seal_requests = SealRequestReader(directory, clock)
         self._thread: threading.Thread | None = None
+        self._start_gate = _StartGate()
         self._stopping = False
         self._unrecorded: list[SealedEntry] = []  # sealed, with names that are not durable yet
         self._pace = 0.0  # seconds for which the next wait lets segments gather
@@ -124,14 +143,25 @@ class Sealer:
         self._active_since: tuple[str, float] | None = None
         self._logged_drops = dict(writer.dropped)
         self._reasons_dropping: set[str] = set()
-        self._logged_problem = ""
+        self.problem = ""  # of the last round; empty if there was none
         self.sealed: dict[str, int] = dict.fromkeys(get_args(SealReason), 0)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, which waits for `run_rounds`. Raises `RuntimeError` if the system has no thread to give."""
         self._seal_requests.has_new()  # earlier requests are not for this writer
-        self._thread = threading.Thread(target=self._run, name="pillarbox-sealer", daemon=True)
-        self._thread.start()
+        gate = _StartGate()
+        thread = threading.Thread(target=self._run, args=(gate,), name="pillarbox-sealer", daemon=True)
+        thread.start()
+        self._thread, self._start_gate = thread, gate
+
+    def run_rounds(self) -> None:
+        """Let the thread work; the writer has started."""
+        self._start_gate.open(works=True)
+
+    def cancel_start(self) -> None:
+        """End a thread that `run_rounds` has not let work."""
+        self._start_gate.open(works=False)
+        self._thread = None
 
     def seal_now(self, reason: SealReason, timeout: float) -> bool:
         """Retire the active segment and wait until everything retired so far is sealed. False after `timeout` seconds."""
@@ -151,13 +181,20 @@ class Sealer:
             return not self._thread.is_alive()
         return True
 
-    def _run(self) -> None:
+    def _run(self, gate: _StartGate) -> None:
+        if not gate.wait():
+            return
         self.adopt_segments()
         wait = 0.0
         while not self._stopping:
             pace, self._pace = self._pace, 0.0
             tickets = self._inbox.wait(wait, pace)
-            wait = self.step()
+            try:
+                wait = self.step()
+            except Exception as error:  # a defect must not end this thread: nothing would be sealed any more
+                if self._set_problem(f"a defect in Pillarbox: {type(error).__name__}: {error}"):
+                    log.exception("%s: a defect in Pillarbox while sealing", self._directory.path)
+                wait = _RETRY_S
             for ticket in tickets:
                 ticket.set()
         self.seal_remaining()
@@ -322,13 +359,17 @@ class Sealer:
 
     def _log_disk_state(self, problem: str) -> None:
         """Log an error of the disk when it begins, when it changes, and when it ends."""
-        if problem == self._logged_problem:
+        if not self._set_problem(problem):
             return
         if problem:
             log.error("%s: %s", self._directory.path, problem)
         else:
             log.info("%s: writing works again", self._directory.path)
-        self._logged_problem = problem
+
+    def _set_problem(self, problem: str) -> bool:
+        """Set the problem; returns whether it has changed."""
+        changed, self.problem = problem != self.problem, problem
+        return changed
 
     def _log_drops(self) -> None:
         """Log when events begin to be dropped for a reason, and how many were dropped when that ends."""

@@ -1,0 +1,131 @@
+"""An outbox whose threads cannot be started stores nothing, says why, and starts as soon as they can be."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pillarbox import Outbox
+from pillarbox.outcome import DROPPED, ENQUEUED_POWER, Outcome
+from tests.conftest import event, wait_until
+
+SINGLE = {"sink": "sqlite:///{}/events.db"}
+SEVERAL = {"sinks": {"first": "sqlite:///{}/first.db", "second": "sqlite:///{}/second.db"}}
+OUTBOXES = {
+    "no sink": {},
+    "single sink": SINGLE,
+    "several sinks": SEVERAL,
+    "child process": SINGLE | {"deliver": "process"},
+    "power": SINGLE | {"durability": "power"},
+}
+NO_THREAD = "can't start new thread"
+
+
+def outbox_in(folder: Path, settings: dict[str, Any]) -> Outbox:
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: filled(inner) for name, inner in value.items()}
+        return value.format(folder)
+
+    return Outbox(folder / "box", **filled(settings))
+
+
+def refuse_thread(monkeypatch: pytest.MonkeyPatch, is_refused: Callable[[int, str], bool]) -> None:
+    """Have the start of threads fail, as at a limit of threads: of those whose number from now on, and name, are refused."""
+    numbers = itertools.count(1)
+    start = threading.Thread.start
+
+    def start_or_fail(thread: threading.Thread) -> None:
+        if is_refused(next(numbers), thread.name):
+            raise RuntimeError(NO_THREAD)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+
+
+@pytest.mark.parametrize("settings", OUTBOXES.values(), ids=OUTBOXES)
+@pytest.mark.parametrize("number", [1, 2])
+def test_without_a_thread_nothing_is_accepted_and_the_next_event_starts_the_outbox(
+    tmp_path: Path, settings: dict[str, Any], number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No thread and no file of the failed attempt is left."""
+    if not settings and number == 2:
+        pytest.skip("without a sink there is one thread")
+    outbox = outbox_in(tmp_path, settings)
+    threads, files = set(threading.enumerate()), os.listdir("/proc/self/fd")
+    refuse_thread(monkeypatch, lambda started, _: started == number)
+    assert outbox.enqueue(event(1)) == DROPPED["io_error"]
+    stats = outbox.stats()
+    assert (stats.state.name, NO_THREAD in stats.state.reason, stats.accepted) == ("degraded", True, 0)
+    assert caplog.text.count(NO_THREAD) == 1
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(60)
+    assert len(os.listdir("/proc/self/fd")) == len(files)
+    monkeypatch.undo()
+    assert outbox.enqueue(event(2))
+    assert outbox.flush(60) or not settings
+    stats = outbox.stats()
+    assert (stats.state.name != "degraded", stats.accepted, stats.dropped["io_error"]) == (True, 1, 1)
+    assert [thread.name for thread in threading.enumerate()].count("pillarbox-sealer") == 1
+    outbox.close()
+
+
+def test_a_sink_whose_thread_cannot_be_started_gets_its_events_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Meanwhile the state says so."""
+    with outbox_in(tmp_path, SEVERAL) as outbox:
+        refuse_thread(monkeypatch, lambda _, name: name == "pillarbox-deliverer")
+        assert outbox.enqueue(event(1))
+        wait_until(lambda: NO_THREAD in outbox.stats().state.reason)
+        assert "defect" not in caplog.text
+        monkeypatch.undo()
+        assert outbox.flush(60)
+        assert {sink.delivered for sink in outbox.stats().sinks.values()} == {1}
+
+
+def test_without_a_thread_for_commits_coroutines_commit_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event is answered, and is on the disk."""
+    refuse_thread(monkeypatch, lambda _, name: name == "pillarbox-committer")
+
+    async def enqueue_many() -> list[Outcome]:
+        return await asyncio.gather(*(outbox.enqueue_async(event(number)) for number in range(20)))
+
+    with Outbox(tmp_path / "box", durability="power") as outbox:
+        assert set(asyncio.run(enqueue_many())) == {ENQUEUED_POWER}
+        assert outbox.stats().accepted == 20
+
+
+UNDER_A_LIMIT = """
+import os, resource, sys, sqlite3
+import pillarbox, pillarbox.sinks.sqlite, encodings.idna
+from tests.conftest import event
+os.setgid(65534)
+os.setuid(65534)
+limit, outbox = int(sys.argv[1]), pillarbox.Outbox("box", sink="sqlite:///events.db")
+resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+print(outbox.enqueue(event(1)), outbox.stats().accepted, outbox.flush(0.1))
+outbox.close()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another user is needed, who has no other thread")
+@pytest.mark.parametrize("limit", [1, 2])
+def test_at_the_systems_limit_of_threads_nothing_is_accepted(tmp_path: Path, limit: int) -> None:
+    """RLIMIT_NPROC counts the threads of the user."""
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents[:3]:
+        folder.chmod(folder.stat().st_mode | 0o011)
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", UNDER_A_LIMIT, str(limit)]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "Dropped(reason='io_error') 0 False\n"), done.stderr
