@@ -42,7 +42,8 @@ OS_NAMES = {
     "store/os_filesystem.py": None,  # everything
     "_native.py": {"environ"},  # PILLARBOX_PURE_PYTHON
     "event.py": {"register_at_fork", "urandom"},
-    "outbox.py": {"PathLike", "register_at_fork"},
+    "lifecycle.py": {"register_at_fork"},
+    "outbox.py": {"PathLike"},
     "delivery/process/child.py": {"_exit", "dup2"},
     "delivery/process/supervisor.py": {"register_at_fork"},
     "sinks/spacetimedb/url.py": {"environ"},  # may hold a token

@@ -408,7 +408,7 @@ def test_a_directory_that_cannot_be_listed_is_logged_once_and_not_as_an_invalid_
         patch.setattr(Directory, "disk_usage", disk_usage)
         assert [outbox.enqueue(event(number)) for number in range(3)] == [Dropped("io_error")] * 3
     (line,) = [entry.getMessage() for entry in caplog.records]
-    assert "cannot list the directory, so that events are dropped until it can be: [Errno 5] Input/output error" in line
+    assert "drops events until it can start: cannot list the directory: [Errno 5] Input/output error" in line
     assert outbox.enqueue(event(4))
     outbox.close()
 

@@ -6,15 +6,12 @@ forked child. What they do is in `codec.py`, `store/` and `delivery/`.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
-from abc import ABCMeta
 from functools import partial
-from os import register_at_fork
 from typing import TYPE_CHECKING, Any, Final, Literal
-from weakref import WeakSet
 
+from pillarbox import lifecycle
 from pillarbox._native import CommitFuture
 from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull, with_when_full
 from pillarbox.clock import Clock, SystemClock
@@ -26,6 +23,7 @@ from pillarbox.errors import ConfigurationError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
 from pillarbox.flush import wait_until_delivered
 from pillarbox.hooks import Hooks, with_drop_reports
+from pillarbox.lifecycle import OutboxMeta
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
 from pillarbox.settings import Settings, resolve, sink_and_sinks_error
 from pillarbox.sinks.base import Sink
@@ -55,29 +53,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 CALL_BYTES_MAX: Final = 16 * 2**20  # of one call of `enqueue_many`: it becomes one write, and is read back as one batch
-EXIT_TIMEOUT_S: Final = 2.0  # for the last deliveries when the program exits
 _BUSY_PERIOD_S: Final = 10.0  # after the last event, for which the delivery worker yields the GIL every few records
 
 
-class _OutboxMeta(ABCMeta):
-    """Keeps `Outbox.enqueue` replaceable although each instance holds a faster one.
-
-    Instances shadow the method, so `unittest.mock.patch.object(Outbox, "enqueue")` would not reach them. The base is `ABCMeta`
-    so that subclasses may also inherit from abstract classes.
-    """
-
-    def __setattr__(cls, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name == "enqueue":
-            _shadow_all_enqueues()
-
-    def __delattr__(cls, name: str) -> None:
-        super().__delattr__(name)
-        if name == "enqueue":
-            _shadow_all_enqueues()
-
-
-class Outbox(metaclass=_OutboxMeta):
+class Outbox(metaclass=OutboxMeta):
     """A durable outbox in a directory: it stores events on the local disk and delivers them in the background.
 
     The directory is created and checked at once. At first use (`enqueue`, `flush` or `with`) the outbox takes over what earlier
@@ -175,7 +154,7 @@ class Outbox(metaclass=_OutboxMeta):
         self._create_process_state()
         if self._is_power_default and settings.enabled:
             self._check_power()
-        _outboxes.add(self)
+        lifecycle.add_outbox(self)
 
     def _create_process_state(self) -> None:
         """Make the parts that belong to one process. A forked child calls it too: it must not use its parent's."""
@@ -432,13 +411,13 @@ class Outbox(metaclass=_OutboxMeta):
                 if not self._closed:
                     problem = self._start_parts(usage)
             except OSError as error:
-                problem = f"the directory cannot be listed: {error}"
+                problem = f"cannot list the directory: {error}"
             finally:
                 self._is_starting = False
         # Logged without the lock: a log handler may itself enqueue.
         if problem and problem != self._start_problem:
             self._start_problem = problem
-            log.error("%s: cannot start, and drops events until it can: %s", self.name, problem)
+            log.error("%s: drops events until it can start: %s", self.name, problem)
         elif not problem and usage.pending_files:
             noun = "file" if usage.pending_files == 1 else "files"
             log.info("%s: %d %s with %d bytes pending", self.name, usage.pending_files, noun, usage.pending_bytes)
@@ -573,9 +552,9 @@ class Outbox(metaclass=_OutboxMeta):
         named = f"sinks={sinks!r}" if sinks and ONLY_SINK not in sinks else f"sink={sinks.get(ONLY_SINK)!r}"
         return f"Outbox({self.name!r}, {named}, event_type={self._event_type.__name__})"
 
-    def _after_fork(self) -> None:
+    def _reset_after_fork(self) -> None:
         """In the child: drop the parent's files, locks and threads without closing or releasing them."""
-        _kept_from_parent.append((self._runner, self._sinks))  # even closing an SQLite connection here would be wrong
+        lifecycle.keep_from_parent(self._runner, self._sinks)  # even closing an SQLite connection here would be wrong
         if self._sink_objects:
             # Its connections are the parent's. From a URL the child makes a sink of its own.
             self._sink_objects, self._delivers = {}, False
@@ -589,24 +568,3 @@ class Outbox(metaclass=_OutboxMeta):
 
 
 _enqueue_method: Final = Outbox.enqueue
-_outboxes: WeakSet[Outbox] = WeakSet()
-_kept_from_parent: list[Any] = []
-
-
-def _shadow_all_enqueues() -> None:
-    for outbox in list(_outboxes):
-        outbox._shadow_enqueue()
-
-
-def _after_fork() -> None:
-    for outbox in list(_outboxes):
-        outbox._after_fork()
-
-
-def _at_exit() -> None:
-    for outbox in list(_outboxes):
-        outbox.close(EXIT_TIMEOUT_S)
-
-
-register_at_fork(after_in_child=_after_fork)
-atexit.register(_at_exit)

@@ -185,12 +185,16 @@ def run_lane(lane: int, seconds: float, seed: int) -> dict[str, Figures]:
     return {name: run_stage(name, seconds * stage.share, seed) for name, stage in stages.items()}
 
 
+SECONDS_PER_MUTANT_MAX: Final = 240.0  # for one harness: several times what any takes on the correct code
+
+
 def first_finder(mutant: mutants.Mutant) -> str:
     """The first harness that finds a mutant; empty if none does. Those that are documented as its finders come first."""
     documented = mutants.documented_finders().get(mutant.name, [])
     for harness in sorted(mutants.chosen_for(mutant), key=lambda name: name not in documented):
-        if mutants.run_harnesses(mutant, {harness: mutants.SECONDS_MAX})[harness].found:
-            return harness
+        verdict = mutants.run_harnesses(mutant, {harness: SECONDS_PER_MUTANT_MAX})[harness]
+        if verdict.found:
+            return f"{harness}, because {verdict.why}" if verdict.seconds >= SECONDS_PER_MUTANT_MAX else harness
     return ""
 
 

@@ -1,0 +1,75 @@
+"""All outboxes of the process: what happens to them at a fork, at the exit of the program, and when their class is patched."""
+
+from __future__ import annotations
+
+import atexit
+from abc import ABCMeta
+from os import register_at_fork
+from typing import Any, Final, Protocol
+from weakref import WeakSet
+
+EXIT_TIMEOUT_S: Final = 2.0  # for the last deliveries when the program exits
+
+
+class ManagedOutbox(Protocol):
+    """An `Outbox`, as far as this module uses it."""
+
+    def close(self, timeout: float) -> None:
+        """Seal, and deliver what can be delivered without waiting."""
+
+    def _reset_after_fork(self) -> None:
+        """In a forked child: drop what belongs to the parent."""
+
+    def _shadow_enqueue(self) -> None:
+        """Let the instance have a faster `enqueue`, unless the class's was replaced."""
+
+
+class OutboxMeta(ABCMeta):
+    """Keeps `Outbox.enqueue` replaceable although each instance holds a faster one.
+
+    Instances shadow the method, so `unittest.mock.patch.object(Outbox, "enqueue")` would not reach them. The base is `ABCMeta`
+    so that subclasses may also inherit from abstract classes.
+    """
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "enqueue":
+            _shadow_all_enqueues()
+
+    def __delattr__(cls, name: str) -> None:
+        super().__delattr__(name)
+        if name == "enqueue":
+            _shadow_all_enqueues()
+
+
+def add_outbox(outbox: ManagedOutbox) -> None:
+    """Have an outbox take part, for as long as something else refers to it."""
+    _outboxes.add(outbox)
+
+
+def keep_from_parent(*objects: object) -> None:
+    """In a forked child: keep objects of the parent for good, so that nothing of them is closed or released here."""
+    _kept_from_parent.append(objects)
+
+
+_outboxes: WeakSet[ManagedOutbox] = WeakSet()
+_kept_from_parent: list[Any] = []
+
+
+def _shadow_all_enqueues() -> None:
+    for outbox in list(_outboxes):
+        outbox._shadow_enqueue()  # noqa: SLF001 - the methods of `ManagedOutbox` are not for applications
+
+
+def _after_fork() -> None:
+    for outbox in list(_outboxes):
+        outbox._reset_after_fork()  # noqa: SLF001
+
+
+def _at_exit() -> None:
+    for outbox in list(_outboxes):
+        outbox.close(EXIT_TIMEOUT_S)
+
+
+register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
