@@ -89,11 +89,15 @@ UNUSABLE_KINDS = ("symlink", "hardlink", "fifo", "directory")
 
 
 def create_unusable_file(kind: str, path: Path, victim: Path) -> None:
-    """Create a file of one of the `UNUSABLE_KINDS`, which the store must not use. Links lead to `victim`."""
+    """Create a file of one of the `UNUSABLE_KINDS`, which the store must not use. Links lead to `victim`.
+
+    A second hard link is unusable only where others may write to the directory, and so may have planted it.
+    """
     if kind == "symlink":
         path.symlink_to(victim)
     elif kind == "hardlink":
         path.hardlink_to(victim)
+        path.parent.chmod(0o777)
     elif kind == "fifo":
         os.mkfifo(path)
     else:

@@ -40,6 +40,7 @@ FORBIDDEN_IMPORTS = [("store/writer.py", "reader"), ("store/reader.py", "writer"
 # Modules that may use `os`, and the names they may use. Only one module may use `open`, and only one `time`.
 OS_NAMES = {
     "store/os_filesystem.py": None,  # everything
+    "store/ownership.py": {"O_CLOEXEC", "O_RDONLY", "close", "geteuid", "open", "path", "read", "stat", "stat_result"},
     "_native.py": {"environ"},  # PILLARBOX_PURE_PYTHON
     "event.py": {"register_at_fork", "urandom"},
     "lifecycle.py": {"register_at_fork"},

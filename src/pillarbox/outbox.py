@@ -19,7 +19,7 @@ from pillarbox.codec import Codec, EventEncoder
 from pillarbox.delivery.build import build_runner, build_sinks, check_delivery_settings
 from pillarbox.delivery.runner import ONLY_SINK, combine_stats
 from pillarbox.delivery.settlement import DeliveryCallbacks
-from pillarbox.errors import ConfigurationError
+from pillarbox.errors import ConfigurationError, DirectoryUnusableError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
 from pillarbox.flush import wait_until_delivered
 from pillarbox.hooks import Hooks, with_drop_reports
@@ -31,7 +31,7 @@ from pillarbox.stats import COUNTER_FIELDS, Stats
 from pillarbox.store.append_hooks import AppendHooks, EnqueueFunction
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.ledger import LedgerWriter
-from pillarbox.store.os_filesystem import local_filesystem
+from pillarbox.store.os_filesystem import absolute_path, local_filesystem, working_directory
 from pillarbox.store.queues import directory_at
 from pillarbox.store.quota import FILE_SHARE
 from pillarbox.store.sealer import Sealer, SealerInbox
@@ -146,7 +146,8 @@ class Outbox(metaclass=OutboxMeta):
         self._start_lock = threading.RLock()
         self._closed = False
         self._filesystem = local_filesystem()
-        self._directory = directory_at(settings.directory, self._filesystem, self._clock)
+        self._working_directory = working_directory()  # what relative paths refer to, wherever the process goes later
+        self._directory = directory_at(absolute_path(settings.directory), self._filesystem, self._clock)
         self._is_power_default = settings.durability == "power"
         self._power_checked = not settings.enabled
         if settings.enabled:
@@ -190,7 +191,8 @@ class Outbox(metaclass=OutboxMeta):
         self._encoder = EventEncoder(settings, self._codec, self._writer, self._hooks)
         self._enqueue = self._compose_enqueue()
         self._shadow_enqueue()
-        self._sinks = build_sinks(settings, self._sink_objects) if settings.enabled and self._delivers else {}
+        delivers = settings.enabled and self._delivers
+        self._sinks = build_sinks(settings, self._sink_objects, self._working_directory) if delivers else {}
 
     def _compose_enqueue(self) -> EnqueueFunction:
         """Build `enqueue` from the layers that this outbox needs, innermost first.
@@ -406,11 +408,11 @@ class Outbox(metaclass=OutboxMeta):
                 return self._started
             self._is_starting = True
             try:
-                usage = self._directory.disk_usage()
+                usage = self._directory.disk_usage_at_start()
                 problem = ""
                 if not self._closed:
                     problem = self._start_parts(usage)
-            except OSError as error:
+            except (OSError, DirectoryUnusableError) as error:
                 problem = f"cannot list the directory: {error}"
             finally:
                 self._is_starting = False
@@ -455,7 +457,9 @@ class Outbox(metaclass=OutboxMeta):
             partial(self._writer.release_bytes, files=0),
             self._is_busy,
         )
-        return build_runner(self.settings, self._directory, self._clock, self._ledger, callbacks, self._sinks)
+        return build_runner(
+            self.settings, self._directory, self._clock, self._ledger, callbacks, self._sinks, self._working_directory
+        )
 
     def _is_busy(self) -> bool:
         """Whether this process stored events recently. Only the delivery worker may call it."""
@@ -498,8 +502,7 @@ class Outbox(metaclass=OutboxMeta):
             # Whatever a listing has missed already and is then told to be gone is counted twice, until the next listing.
             pending_bytes, pending_files, accepted = (max(0, number) for number in self._writer.pending_counts())
         elif self.settings.enabled:
-            account = self._directory.disk_usage()
-            pending_bytes, pending_files = account.pending_bytes, account.pending_files
+            pending_bytes, pending_files = self._directory.pending()
         else:
             pending_bytes = pending_files = 0
         return Stats(

@@ -42,8 +42,8 @@ class Enqueued(msgspec.Struct, frozen=True, gc=False):
 class Dropped(msgspec.Struct, frozen=True, gc=False):
     """The event is not stored. Falsy, so that `if not outcome:` works.
 
-    There is one exception: with durability "power", "io_error" can also mean that the event was written and the fsync failed;
-    then it may still be delivered.
+    There is one exception: "io_error" can also mean that the event was written and could neither be made durable (durability
+    "power") nor cut off again; then it may still be delivered. After every other reason it is never delivered.
 
     Attributes:
         reason: Why; `docs/reference/settings.md` has the reasons.

@@ -202,15 +202,33 @@ rename_each(PyObject *Py_UNUSED(self), PyObject *args)
     return PyErr_Occurred() ? NULL : Py_BuildValue("ni", done, error);
 }
 
+enum { FIRST_FD = 3 }; /* below it are standard input, output and error */
+
+/* Open a file, never as standard input, output or error: where a program has closed one of these, what C code prints would be
+   written into the file. Returns the descriptor, or -1 with errno set. */
+static int
+open_above_stdio(const char *path, int flags, int mode)
+{
+    int fd;
+    do {
+        fd = open(path, flags, mode);
+    } while (fd < 0 && errno == EINTR);
+    if (fd < 0 || fd >= FIRST_FD) {
+        return fd;
+    }
+    int above = fcntl(fd, F_DUPFD_CLOEXEC, FIRST_FD);
+    int error = errno;
+    close(fd);
+    errno = error;
+    return above;
+}
+
 /* Create a file and lock it. Returns its descriptor; -1 if another process locked or removed it first; -2 with errno set. */
 static int
 create_locked(const char *path, int flags, int mode, long uid, long gid)
 {
     struct stat info;
-    int fd;
-    do {
-        fd = open(path, flags, mode);
-    } while (fd < 0 && errno == EINTR);
+    int fd = open_above_stdio(path, flags, mode);
     if (fd < 0) {
         return -2;
     }
@@ -264,21 +282,18 @@ create_each(PyObject *Py_UNUSED(self), PyObject *args)
     return list == NULL ? NULL : Py_BuildValue("Ni", list, error);
 }
 
-/* Open an existing file if it is safe to use: a regular file, with one hard link (or more if `linked`), owned by this user (root
-   may use the files of every user). Returns its descriptor; -1 with errno set; -2 if the file is not safe to use. */
+/* Open an existing file if it is safe to use: a regular file, with one hard link (or more if `linked`), owned by the user `owner`
+   (or by anybody if `owner` is negative). Returns its descriptor; -1 with errno set; -2 if the file is not safe to use. */
 static int
-open_owned(const char *path, int flags, int linked)
+open_owned(const char *path, int flags, int linked, long long owner)
 {
     struct stat info;
-    int fd;
-    do {
-        fd = open(path, flags);
-    } while (fd < 0 && errno == EINTR);
+    int fd = open_above_stdio(path, flags, 0);
     if (fd < 0) {
         return -1;
     }
-    uid_t user = geteuid();
-    if (fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && (linked || info.st_nlink <= 1) && (user == 0 || info.st_uid == user)) {
+    if (fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && (linked || info.st_nlink <= 1)
+        && (owner < 0 || info.st_uid == (uid_t)owner)) {
         return fd;
     }
     close(fd);
@@ -291,12 +306,13 @@ open_existing(PyObject *Py_UNUSED(self), PyObject *args)
 {
     PyObject *path;
     int flags, linked;
-    if (!PyArg_ParseTuple(args, "O&ip:open_existing", PyUnicode_FSConverter, &path, &flags, &linked)) {
+    long long owner;
+    if (!PyArg_ParseTuple(args, "O&ipL:open_existing", PyUnicode_FSConverter, &path, &flags, &linked, &owner)) {
         return NULL;
     }
     int fd;
     Py_BEGIN_ALLOW_THREADS
-    fd = open_owned(PyBytes_AS_STRING(path), flags, linked);
+    fd = open_owned(PyBytes_AS_STRING(path), flags, linked, owner);
     Py_END_ALLOW_THREADS
     Py_DECREF(path);
     return PyLong_FromLong(fd < 0 ? -1 : fd);
@@ -305,10 +321,10 @@ open_existing(PyObject *Py_UNUSED(self), PyObject *args)
 /* Open and lock an existing file. Returns its descriptor, or a negative number if that fails, or if the path no longer names the
    file once it is locked. */
 static int
-open_owned_locked(const char *path, int flags, int linked, int shared)
+open_owned_locked(const char *path, int flags, int linked, int shared, long long owner)
 {
     struct stat opened, named;
-    int fd = open_owned(path, flags, linked);
+    int fd = open_owned(path, flags, linked, owner);
     if (fd >= 0
         && (flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) < 0 || fstat(fd, &opened) < 0 || lstat(path, &named) < 0
             || opened.st_ino != named.st_ino || opened.st_dev != named.st_dev)) {
@@ -323,12 +339,13 @@ open_locked(PyObject *Py_UNUSED(self), PyObject *args)
 {
     PyObject *path;
     int flags, linked, shared;
-    if (!PyArg_ParseTuple(args, "O&ipp:open_locked", PyUnicode_FSConverter, &path, &flags, &linked, &shared)) {
+    long long owner;
+    if (!PyArg_ParseTuple(args, "O&ippL:open_locked", PyUnicode_FSConverter, &path, &flags, &linked, &shared, &owner)) {
         return NULL;
     }
     int fd;
     Py_BEGIN_ALLOW_THREADS
-    fd = open_owned_locked(PyBytes_AS_STRING(path), flags, linked, shared);
+    fd = open_owned_locked(PyBytes_AS_STRING(path), flags, linked, shared, owner);
     Py_END_ALLOW_THREADS
     Py_DECREF(path);
     return PyLong_FromLong(fd < 0 ? -1 : fd);
@@ -364,16 +381,16 @@ append_locked(PyObject *Py_UNUSED(self), PyObject *args)
     const char *lines;
     Py_ssize_t size;
     int flags;
-    long long below;
-    if (!PyArg_ParseTuple(args, "O&O&y#iL:append_locked", PyUnicode_FSConverter, &lock, PyUnicode_FSConverter, &path, &lines, &size,
-                          &flags, &below)) {
+    long long below, owner;
+    if (!PyArg_ParseTuple(args, "O&O&y#iLL:append_locked", PyUnicode_FSConverter, &lock, PyUnicode_FSConverter, &path, &lines,
+                          &size, &flags, &below, &owner)) {
         return NULL;
     }
     int fd = -1;
     Py_BEGIN_ALLOW_THREADS
-    int lock_fd = open_owned_locked(PyBytes_AS_STRING(lock), flags, 0, 0);
+    int lock_fd = open_owned_locked(PyBytes_AS_STRING(lock), flags, 0, 0, owner);
     if (lock_fd >= 0) {
-        fd = open_owned(PyBytes_AS_STRING(path), flags | O_APPEND, 0);
+        fd = open_owned(PyBytes_AS_STRING(path), flags | O_APPEND, 0, owner);
         if (fd >= 0 && !append_lines(fd, lines, size, below)) {
             close(fd);
             fd = -1;
@@ -414,7 +431,7 @@ sync_directory(PyObject *Py_UNUSED(self), PyObject *path)
     }
     int error = 0;
     Py_BEGIN_ALLOW_THREADS
-    int fd = open(PyBytes_AS_STRING(encoded), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd = open_above_stdio(PyBytes_AS_STRING(encoded), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
     while (fd >= 0 && fsync(fd) < 0) {
         if (errno != EINTR) {
             error = errno;
@@ -438,11 +455,13 @@ static PyMethodDef batch_io_functions[] = {
      "create_each(paths, flags, mode, uid, gid): create and lock files up to the first failure; their descriptors (-1 for a file "
      "that another process locked first), and its errno or 0. A uid of -1 leaves the owner as it is."},
     {"open_existing", open_existing, METH_VARARGS,
-     "open_existing(path, flags, linked): the descriptor of a file that is safe to use, or -1."},
+     "open_existing(path, flags, linked, owner): the descriptor of a file that is safe to use, or -1."},
     {"open_locked", open_locked, METH_VARARGS,
-     "open_locked(path, flags, linked, shared): lock a file that is safe to use and is still named `path`; its descriptor, or -1."},
+     "open_locked(path, flags, linked, shared, owner): lock a file that is safe to use and is still named `path`; its descriptor, or "
+     "-1."},
     {"append_locked", append_locked, METH_VARARGS,
-     "append_locked(lock, path, lines, flags, below): lock one file, and append lines to another; the latter's descriptor, or -1."},
+     "append_locked(lock, path, lines, flags, below, owner): lock one file, and append lines to another; the latter's descriptor, or "
+     "-1."},
     {"close_each", close_each, METH_O, "close_each(descriptors): close files, and ignore errors."},
     {"sync_directory", sync_directory, METH_O, "sync_directory(path): sync a directory; 0 or the errno."},
     {NULL, NULL, 0, NULL},

@@ -14,6 +14,7 @@ check for signals, and creates objects only for the names that the caller asks f
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 enum {
     SIGNAL_CHECK_ENTRIES = 4096, /* entries between two checks for signals */
@@ -26,6 +27,8 @@ typedef struct {
     const char *bytes;
     size_t length;
 } Text;
+
+#define TIMESTAMP_MAX 4133980800000000LL /* `TIMESTAMP_MAX_MICROS` of `store/dirscan.py` */
 
 /* Matches names with a prefix and a suffix; with `is_exact`, only the name that equals the prefix. */
 typedef struct {
@@ -47,6 +50,11 @@ typedef struct {
     long long size;
     Py_ssize_t pattern; /* index of the first pattern that matches */
 } File;
+
+/* Files of these users count: of the owner of the directory, and of this process. Everybody else's are skipped. */
+typedef struct {
+    uid_t directory, process;
+} Owners;
 
 typedef enum { SKIPPED, MATCHED, END, FAILED } Step;
 
@@ -92,10 +100,21 @@ matches(const File *file, const Pattern *pattern)
            && memcmp(file->name + file->length - suffix.length, suffix.bytes, suffix.length) == 0;
 }
 
-/* Read the next entry. MATCHED if it is a regular file whose name matches a pattern; FAILED with errno set. Runs without the
-   GIL. */
+static Owners
+owners_of(DIR *directory)
+{
+    struct stat info;
+    Owners owners = {geteuid(), geteuid()};
+    if (fstat(dirfd(directory), &info) == 0) {
+        owners.directory = info.st_uid;
+    }
+    return owners;
+}
+
+/* Read the next entry. MATCHED if it is a regular file whose name matches a pattern, and with `counted` a file of one of the
+   owners, with its size; FAILED with errno set. Runs without the GIL. */
 static Step
-next_entry(DIR *directory, Patterns patterns, bool sizes, File *file)
+next_entry(DIR *directory, Patterns patterns, bool counted, Owners owners, File *file)
 {
     errno = 0;
     struct dirent *entry = readdir(directory);
@@ -112,12 +131,15 @@ next_entry(DIR *directory, Patterns patterns, bool sizes, File *file)
     if (file->pattern == patterns.count) {
         return SKIPPED;
     }
-    if (sizes || entry->d_type == DT_UNKNOWN) {
+    if (counted || entry->d_type == DT_UNKNOWN) {
         struct stat info;
         if (fstatat(dirfd(directory), entry->d_name, &info, AT_SYMLINK_NOFOLLOW) < 0) {
             return errno == ENOENT ? SKIPPED : FAILED; /* ENOENT: the file was renamed or removed during the scan */
         }
         if (!S_ISREG(info.st_mode)) {
+            return SKIPPED;
+        }
+        if (counted && info.st_uid != owners.directory && info.st_uid != owners.process) {
             return SKIPPED;
         }
         file->size = info.st_size;
@@ -134,15 +156,19 @@ set_os_error(PyObject *path)
 /* Call `visit` for each file that matches, without the GIL. `visit` returns -1 if memory runs out. Returns 0, or -1 with an
    exception set. */
 static int
-read_all(PyObject *path, Patterns patterns, bool sizes, int (*visit)(void *, const File *), void *context)
+read_all(PyObject *path, Patterns patterns, bool counted, int (*visit)(void *, const File *), void *context)
 {
     PyObject *encoded;
     if (!PyUnicode_FSConverter(path, &encoded)) {
         return -1;
     }
     DIR *directory;
+    Owners owners = {0, 0};
     Py_BEGIN_ALLOW_THREADS
     directory = opendir(PyBytes_AS_STRING(encoded));
+    if (directory != NULL && counted) {
+        owners = owners_of(directory);
+    }
     Py_END_ALLOW_THREADS
     Py_DECREF(encoded);
     if (directory == NULL) {
@@ -156,7 +182,7 @@ read_all(PyObject *path, Patterns patterns, bool sizes, int (*visit)(void *, con
         Py_BEGIN_ALLOW_THREADS
         File file;
         for (int read = 0; read < SIGNAL_CHECK_ENTRIES && step <= MATCHED && !no_memory; read++) {
-            step = next_entry(directory, patterns, sizes, &file);
+            step = next_entry(directory, patterns, counted, owners, &file);
             no_memory = step == MATCHED && visit(context, &file) < 0;
         }
         error = errno;
@@ -189,7 +215,8 @@ typedef struct {
     PyObject *path;
     PyObject *tuple; /* owns the bytes of `patterns` */
     Patterns patterns;
-    bool sizes;
+    bool sizes, counted;
+    Owners owners; /* with `counted` */
     char *names; /* of one chunk, each terminated by NUL */
     long long *file_sizes; /* of one chunk */
 } DirectoryChunks;
@@ -197,18 +224,20 @@ typedef struct {
 static int
 chunks_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"path", "patterns", "sizes", NULL};
+    static char *names[] = {"path", "patterns", "sizes", "counted", NULL};
     DirectoryChunks *chunks = (DirectoryChunks *)object;
     PyObject *path, *tuple;
-    int sizes;
+    int sizes, counted = 0;
     if (chunks->path != NULL) {
         PyErr_SetString(PyExc_TypeError, "DirectoryChunks is initialized already");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "UO!p:DirectoryChunks", names, &path, &PyTuple_Type, &tuple, &sizes)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "UO!p|p:DirectoryChunks", names, &path, &PyTuple_Type, &tuple, &sizes,
+                                     &counted)) {
         return -1;
     }
     chunks->sizes = sizes;
+    chunks->counted = counted || sizes;
     chunks->path = Py_NewRef(path);
     chunks->tuple = Py_NewRef(tuple);
     chunks->names = malloc(CHUNK_BYTES);
@@ -223,6 +252,9 @@ chunks_init(PyObject *object, PyObject *args, PyObject *keywords)
     }
     Py_BEGIN_ALLOW_THREADS
     chunks->directory = opendir(PyBytes_AS_STRING(encoded));
+    if (chunks->directory != NULL && chunks->counted) {
+        chunks->owners = owners_of(chunks->directory);
+    }
     Py_END_ALLOW_THREADS
     Py_DECREF(encoded);
     return chunks->directory == NULL ? (set_os_error(path), -1) : 0;
@@ -292,7 +324,7 @@ chunks_next(PyObject *object)
     Py_BEGIN_ALLOW_THREADS
     File file;
     for (int read = 0; read < SIGNAL_CHECK_ENTRIES && step <= MATCHED && used + NAME_BYTES < CHUNK_BYTES; read++) {
-        step = next_entry(directory, chunks->patterns, chunks->sizes, &file);
+        step = next_entry(directory, chunks->patterns, chunks->counted, chunks->owners, &file);
         if (step == MATCHED && file.length >= NAME_BYTES) {
             errno = ENAMETOOLONG;
             step = FAILED;
@@ -323,7 +355,8 @@ chunks_next(PyObject *object)
 }
 
 static PyType_Slot chunks_slots[] = {
-    {Py_tp_doc, "DirectoryChunks(path, patterns, sizes): lists of the names that match a pattern, or of names and sizes."},
+    {Py_tp_doc, "DirectoryChunks(path, patterns, sizes, counted): lists of the names that match a pattern, or of names and "
+     "sizes; with `counted` or sizes, of the files of this user and of the directory's owner."},
     {Py_tp_init, chunks_init},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_dealloc, chunks_dealloc},
@@ -351,7 +384,7 @@ typedef struct {
     Patterns patterns;
 } PatternTotals;
 
-/* The timestamp in a name, at `offset`; -1 if there is none. */
+/* The timestamp in a name, at `offset`; -1 if there is none, or one that no clock of ours has made. */
 static long long
 timestamp_in(const File *file, size_t offset)
 {
@@ -365,7 +398,7 @@ timestamp_in(const File *file, size_t offset)
         }
         timestamp = timestamp * 10 + (*digit - '0');
     }
-    return timestamp;
+    return timestamp > TIMESTAMP_MAX ? -1 : timestamp;
 }
 
 static int

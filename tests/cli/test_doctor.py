@@ -27,6 +27,7 @@ from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import ManualClock
 from pillarbox.testing.fault import Fault, FaultFilesystem
 from tests.cli.test_commands import CLEAN, PILLARBOX, event_line, run
+from tests.conftest import create_unusable_file
 from tests.crash.block_device import mounted, need
 
 LIMITS = DoctorLimits(power=False, max_bytes=10**9, max_files=1000, min_free_bytes=0, evicts=False)
@@ -187,17 +188,16 @@ def test_unusable_files_with_names_of_the_store_are_reported(box: Path) -> None:
     (box / "deliver.lock").symlink_to(outside)
     (box / "dead-x.ndjson").mkdir()
     os.mkfifo(box / "active.ndjson")
-    (box / "corrupt-x.ndjson").write_bytes(b"")
-    (box / "notes").hardlink_to(box / "corrupt-x.ndjson")
+    create_unusable_file("hardlink", box / "dead-y.ndjson", outside)
     (box / "holiday.jpg").symlink_to(outside)
     code, findings = doctor("-d", box, cwd=box.parent)
-    assert (code, failed_checks(findings)) == (1, {"files"})
+    assert (code, failed_checks(findings)) == (1, {"mode", "files"})
     texts = sorted(text.removeprefix(f"{box}/").partition(",")[0] for _, text in findings["files"])
     assert texts == [
         "active-x-1.ndjson is a symbolic link",
         "active.ndjson is not a regular file",
-        "corrupt-x.ndjson has a second hard link",
         "dead-x.ndjson is a directory",
+        "dead-y.ndjson has a second hard link",
         "deliver.lock is a symbolic link",
         "sealed-1.ndjson is a symbolic link",
     ]
@@ -208,6 +208,7 @@ def test_no_advice_deletes_a_regular_file_of_the_store(box: Path) -> None:
     """It may contain accepted events. The command for a second hard link keeps them, and can be pasted into a shell."""
     batch = box / "sealed-0000000000000001-u; echo.ndjson"
     batch.write_bytes(LINE)
+    box.chmod(0o770)  # somebody else may have made the links
     (box / "notes").hardlink_to(batch)
     segment = box / "active-w-1.ndjson"
     segment.write_bytes(LINE)
@@ -288,7 +289,7 @@ def test_the_state_of_the_delivery_worker_is_reported(
     if stamp_age_s is not None:
         (box / layout.sealed_name(now - stamp_age_s * 1_000_000, "x")).write_bytes(LINE)
     if state is not None:
-        clock = ManualClock(now - age_s * 1_000_000)
+        clock = ManualClock(now - age_s * 1_000_000, SystemClock().monotonic() - age_s)
         lease = Lease(Directory(str(box), OsFilesystem(), clock), "sqlite:///x.db", clock)
         assert lease.acquire()
         lease.write_heartbeat(state, 0, "", now=True)

@@ -48,6 +48,7 @@ UNIT_TESTS: Final = "tests"  # the name of the harness of unit tests
 MODULE_VARIABLE: Final = "MUTANT_OF_MODULE"  # of the environment of a harness
 COMPILED_TESTS: Final = (  # for a mutant of a C source
     *("tests/crash/test_compiled_order.py", "tests/store/test_batch_io.py", "tests/store/test_dirscan.py"),
+    "tests/store/test_ownership.py",
     *("-k", "not plain and not two_steps"),
 )
 LEFT_OUT: Final = (

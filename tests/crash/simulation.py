@@ -17,7 +17,7 @@ import msgspec
 from pillarbox.delivery import settlement
 from pillarbox.delivery.batch import DeadLetter
 from pillarbox.errors import DirectoryUnusableError
-from pillarbox.outcome import Enqueued
+from pillarbox.outcome import Dropped, Enqueued, Outcome
 from pillarbox.sinks.base import Batch, CheckResult, Delivered, DeliveryResult, PartialFailure, Rejection, SinkCapabilities
 from pillarbox.store import layout, reader, record, recovery
 from pillarbox.store.directory import Directory
@@ -353,23 +353,21 @@ class SimulationWorld:
         numbers = [sign * self._number() for _ in range(2 if letter == "m" else 1)]
         lines = [b"rubbish %d\n" % number if letter == "g" else record.line(payload_of(number)) for number in numbers]
         self.disk.mark(("offered", set(numbers)))
-        mark = (
-            "acknowledged"
-            if process.writer.append(b"".join(lines), len(numbers))
-            else "dropped"
-            if self.can_truncate
-            else "unsure"
-        )
-        self.disk.mark((mark, set(numbers)))
+        outcome = process.writer.append(b"".join(lines), len(numbers))
+        self._mark_outcome(outcome, set(numbers), may_be_stored=not self.can_truncate)
 
     def _commit(self, process: SimulationProcess) -> None:
         number = self._number()
         self.disk.mark(("offered", {number}))
         outcome = process.committer.commit(record.line(payload_of(number)), 1)
-        if outcome:
-            self.disk.mark(("acknowledged", {number}))
+        self._mark_outcome(outcome, {number}, may_be_stored=True)
         if outcome == Enqueued("power"):
             self.disk.mark(("promised", {number}))
+
+    def _mark_outcome(self, outcome: Outcome | None, numbers: set[int], *, may_be_stored: bool) -> None:
+        """Mark what the caller knows. After any drop but that for an I/O error the events must never arrive."""
+        is_unsure = may_be_stored and isinstance(outcome, Dropped) and outcome.reason == "io_error"
+        self.disk.mark(("acknowledged" if outcome else "unsure" if is_unsure else "dropped", numbers))
 
     def _evict(self, process: SimulationProcess) -> None:
         self.disk.mark(("evicting", True))

@@ -26,7 +26,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.dirscan import FileEntry, PortableScanOps
 from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.testing import ManualClock, RecordingSink
-from tests.conftest import wait_until
+from tests.conftest import create_unusable_file, wait_until
 from tests.delivery.worker_setup import (
     QUICK_CONFIG,
     REJECTION,
@@ -153,7 +153,7 @@ def test_a_misconfiguration_stops_delivery_with_an_error_and_delivery_resumes_by
 def test_an_unreadable_file_is_skipped(outbox_dir: Directory, tmp_path: Path) -> None:
     """It is reported; the files after it are delivered."""
     (tmp_path / "elsewhere").write_bytes(record.line(b"1"))
-    Path(outbox_dir.path_of(layout.sealed_name(1, "u"))).hardlink_to(tmp_path / "elsewhere")
+    create_unusable_file("hardlink", Path(outbox_dir.path_of(layout.sealed_name(1, "u"))), tmp_path / "elsewhere")
     seal_batch(outbox_dir, 2, b"2")
     sink = RecordingSink()
     worker = make_worker(outbox_dir, sink)
@@ -465,11 +465,11 @@ def test_delivery_is_taken_over_within_a_second_whatever_the_poll_interval(outbo
     assert any(taken_over_after() < 1.0 for _ in range(10))
 
 
-def test_a_symbolic_link_as_lock_file_is_reported_until_it_is_deleted(outbox_dir: Directory, tmp_path: Path) -> None:
+def test_a_planted_link_as_lock_file_is_reported_until_it_is_deleted(outbox_dir: Directory, tmp_path: Path) -> None:
     """The state names it, and nothing is written to its target."""
     (tmp_path / "victim").write_bytes(b"precious")
     planted = Path(outbox_dir.path_of(layout.DELIVER_LOCK))
-    planted.hardlink_to(tmp_path / "victim")
+    create_unusable_file("hardlink", planted, tmp_path / "victim")
     seal_batch(outbox_dir, 1, b"1")
     sink = RecordingSink()
     worker = make_worker(outbox_dir, sink)

@@ -16,6 +16,7 @@ import pytest
 from pillarbox._native import COMPILED, speedups
 from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem, local_filesystem
 from tests.conftest import UNUSABLE_KINDS, create_unusable_file
+from tests.store.test_full_disks import run_in_child
 
 KINDS = [OsFilesystem, *([CompiledOsFilesystem] if COMPILED else [])]
 compiled_only = pytest.mark.skipif(not COMPILED, reason="needs the C extension")
@@ -208,6 +209,25 @@ def test_a_locked_file_is_the_one_that_has_the_name_despite_renames(tmp_path: Pa
     assert fd is not None
     assert disk.is_file_at(fd, str(path))
     disk.close(fd)
+
+
+@pytest.mark.parametrize("filesystem", KINDS)
+def test_a_file_never_gets_the_descriptor_of_standard_output(tmp_path: Path, filesystem: type[OsFilesystem]) -> None:
+    """Where a program has closed it, the number is free, and what C code prints would be written into the file."""
+
+    def work() -> None:
+        os.closerange(0, 3)
+        disk = filesystem()
+        fds, error = disk.create_each([str(tmp_path / "a"), str(tmp_path / "b")])
+        assert error is None
+        fds += [disk.open_lock_file(str(tmp_path / "lock")), disk.open_append(str(tmp_path / "ledger"))]
+        fds.append(disk.open_existing(str(tmp_path / "a")))
+        locked = disk.open_locked(str(tmp_path / "lock"), writable=True)
+        fds += [] if locked is None else [locked]
+        assert min(fds) >= 3
+        assert not any(os.get_inheritable(fd) for fd in fds)
+
+    run_in_child(work)
 
 
 LINES = b'{"n":1}\n{"n":2}\n'

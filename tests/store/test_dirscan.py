@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 
 from pillarbox._native import COMPILED, speedups
 from pillarbox.store import layout
-from pillarbox.store.dirscan import ALL_NAMES, FileEntry, FileTotals, NamePage, NamePattern, PortableScanOps
+from pillarbox.store.dirscan import (
+    ALL_NAMES,
+    TIMESTAMP_MAX_MICROS,
+    FileEntry,
+    FileTotals,
+    NamePage,
+    NamePattern,
+    PortableScanOps,
+)
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem
 from tests.store import gc_control
@@ -68,6 +76,14 @@ def files(request: pytest.FixtureRequest) -> OsFilesystem:
     if not COMPILED:
         pytest.skip("needs the C extension")
     return CompiledOsFilesystem()
+
+
+def test_a_timestamp_of_a_year_beyond_2100_is_ignored(files: OsFilesystem, tmp_path: Path) -> None:
+    """It is forged. The newest of the others still counts, whatever the clock of this machine says."""
+    for micros in (SEALED_AT, TIMESTAMP_MAX_MICROS, TIMESTAMP_MAX_MICROS + 1, layout.MICROS_MAX):
+        (tmp_path / layout.sealed_name(micros, "u")).touch()
+    (totals, _) = files.file_totals(str(tmp_path), layout.SEALED_PATTERNS)
+    assert (totals.files, totals.oldest_micros, totals.newest_micros) == (4, SEALED_AT, TIMESTAMP_MAX_MICROS)
 
 
 class ReferenceScan(PortableScanOps):

@@ -283,11 +283,15 @@ def test_a_rewritten_file_has_the_lines_that_are_in_memory(setup: CommitSetup) -
     assert sorted(setup.lines()) == [b'{"n":1}', b'{"n":2}']
 
 
-def test_an_event_is_dropped_if_its_file_cannot_be_rewritten_either(
-    setup: CommitSetup, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_an_event_is_dropped_for_an_io_error_if_its_file_cannot_be_rewritten_either(
+    setup: CommitSetup, code: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The commit is not confirmed, and the next one succeeds once the disk works."""
-    error = OSError(errno.EIO, os.strerror(errno.EIO))
+    """The commit is not confirmed, and the next one succeeds once the disk works.
+
+    The event is written, so it may be delivered: the reason is not that the disk is full, for which a caller would try again.
+    """
+    error = OSError(code, os.strerror(code))
     setup.filesystem.failures = [error, error]
     with caplog.at_level(logging.ERROR):
         assert setup.committer.commit(numbered(1), 1) == DROPPED["io_error"]

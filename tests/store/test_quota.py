@@ -85,6 +85,30 @@ def test_exceeding_max_files_causes_eviction(outbox_dir: Directory, clock: Manua
     assert outbox_dir.batch_names()[0] == layout.sealed_name(6, "x")
 
 
+def test_a_batch_that_cannot_be_deleted_does_not_keep_the_others_from_being_evicted(
+    outbox_dir: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be immutable; it is tried last from then on, and logged once."""
+    for number in range(20):
+        Path(outbox_dir.path_of(layout.sealed_name(number, "x"))).write_bytes(b"1\n")
+    immutable, unlink = layout.sealed_name(0, "x"), outbox_dir.filesystem.unlink
+
+    def fail_for_one(path: str) -> None:
+        if path.endswith(immutable):
+            raise PermissionError(path)
+        unlink(path)
+
+    monkeypatch.setattr(outbox_dir.filesystem, "unlink", fail_for_one)
+    writer = Writer(outbox_dir, WriterLimits(500, 10**6, 10**6, 16), lambda: None)
+    writer.start(40, 20)
+    quota = QuotaEnforcer(outbox_dir, writer, clock, 0, evicts=True)
+    for _ in range(3):
+        quota.enforce()
+        clock.advance(10)
+    assert outbox_dir.batch_names() == [immutable, *(layout.sealed_name(number, "x") for number in range(7, 20))]
+    assert sum("cannot evict" in entry.message for entry in caplog.records) == 1
+
+
 def test_two_processes_that_evict_at_once_do_not_evict_twice_as_much(outbox_dir: Directory, clock: ManualClock) -> None:
     """One process holds the lock. The other one recounts the files before it evicts."""
     for number in range(10):

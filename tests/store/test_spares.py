@@ -80,7 +80,7 @@ def test_a_segment_holds_more_events_while_many_wait_for_their_sync(outbox_dir: 
 def test_a_segment_that_may_hold_more_is_checked_again_once_the_others_are_sealed(
     outbox_dir: Directory, clock: ManualClock
 ) -> None:
-    """After a burst, the next event may come much later."""
+    """After a burst, the next event may come much later: the segment is full then, and no event needs to follow."""
     pipeline = SealingWriter(outbox_dir, clock, batch_size=2)
     spares, _ = pipeline.writer.create_spares(30)
     pipeline.append()
@@ -89,8 +89,34 @@ def test_a_segment_that_may_hold_more_is_checked_again_once_the_others_are_seale
     assert [len(lines) for _, lines in events_by_number(outbox_dir)][-1] == 2  # it may hold six
     assert pipeline.writer._file.threshold_events == 4
     pipeline.sealer.step()
+    assert [segment.events for segment in pipeline.writer.retired_segments()] == [2]
     pipeline.append(3)
-    assert [len(lines) for _, lines in events_by_number(outbox_dir)] == [3, 2]
+    assert [len(lines) for _, lines in events_by_number(outbox_dir)] == [2, 2, 1]
+
+
+def test_a_segment_that_filled_before_there_was_a_spare_is_sealed_without_another_event(
+    outbox_dir: Directory, clock: ManualClock
+) -> None:
+    """The first events may come before the sealer has created a spare."""
+    pipeline = SealingWriter(outbox_dir, clock, batch_size=2)
+    pipeline.append(2)
+    pipeline.sealer.step()
+    assert pipeline.lines() == {"sealed": 2}
+    assert pipeline.sealer.sealed["batch_size"] == 1
+
+
+def test_a_segment_that_filled_at_the_limit_of_files_is_sealed_when_a_file_is_delivered(
+    outbox_dir: Directory, clock: ManualClock
+) -> None:
+    """At `max_files` a full segment grows; the delivery that makes room has it sealed."""
+    pipeline = SealingWriter(outbox_dir, clock, batch_size=2, max_files=2)
+    pipeline.append(2)
+    pipeline.sealer.step()
+    pipeline.append(3)
+    pipeline.sealer.step()
+    assert len(outbox_dir.batch_names()) == 1
+    pipeline.writer.release_bytes(0)
+    assert [segment.events for segment in pipeline.writer.retired_segments()] == [3]
 
 
 def test_numbers_continue_after_all_segments_are_sealed_and_delivered(outbox_dir: Directory, clock: ManualClock) -> None:

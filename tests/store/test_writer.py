@@ -225,6 +225,21 @@ def test_many_lines_are_appended_all_or_none(tmp_path: Path, clock: ManualClock)
     assert pipeline.lines() == {"active": 2}
 
 
+class _UncuttableFilesystem(_FullDiskFilesystem):
+    """Cannot cut anything off."""
+
+    def truncate(self, fd: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_lines_that_cannot_be_cut_off_are_an_io_error(tmp_path: Path, clock: ManualClock) -> None:
+    """A whole line may be left of a failed write, and is delivered then: no other reason may be given."""
+    filesystem = _UncuttableFilesystem(2 * len(LINE))
+    pipeline = SealingWriter(Directory(str(tmp_path), filesystem, clock), clock)
+    assert pipeline.writer.append(LINE * 3, 3) == DROPPED["io_error"]
+    assert pipeline.lines() == {"active": 2}
+
+
 def test_a_file_size_limit_counts_as_a_full_disk(pipeline: SealingWriter) -> None:
     """RLIMIT_FSIZE is set in a child process."""
     pipeline.append()
@@ -472,12 +487,10 @@ def test_a_failed_sync_of_the_directory_after_sealing_is_repeated(tmp_path: Path
     filesystem = _FailingDirectorySync()
     pipeline = SealingWriter(Directory(str(tmp_path), filesystem, clock), clock, batch_size=1)
     pipeline.append()
-    pipeline.sealer.step()
-    pipeline.append()
     filesystem.failures = 2
     pipeline.sealer.step()
     pipeline.sealer.step()
-    assert (pipeline.lines(), pipeline.sealed, filesystem.synced) == ({"sealed": 2}, [], 0)
+    assert (pipeline.lines(), pipeline.sealed, filesystem.synced) == ({"sealed": 1}, [], 0)
     pipeline.sealer.step()
     assert (pipeline.sealed, filesystem.synced) == ([None], 1)
     pipeline.sealer.step()

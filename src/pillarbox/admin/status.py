@@ -134,7 +134,7 @@ def _age_s(clock: Clock, stamp: int | None) -> float | None:
 
 def heartbeat_age_s(heartbeat: Heartbeat | None, clock: Clock) -> float | None:
     """Seconds since a heartbeat was written; None where there is none."""
-    return None if heartbeat is None else max(0.0, (clock.micros() - heartbeat.at_micros) / 1e6)
+    return None if heartbeat is None else heartbeat.age_s(clock)
 
 
 def describe_state(heartbeat: Heartbeat | None, age_s: float | None) -> str:

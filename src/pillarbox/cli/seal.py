@@ -88,7 +88,7 @@ class SealContext:
     def has_live_worker(self) -> bool:
         """Whether a delivery worker is alive: it recovers the segments of dead writers."""
         heartbeat = read_heartbeat(self.directory)
-        return heartbeat is not None and self.clock.micros() - heartbeat.at_micros <= HEARTBEAT_STALE_AFTER_S * 1e6
+        return heartbeat is not None and heartbeat.age_s(self.clock) <= HEARTBEAT_STALE_AFTER_S
 
     def active_segments(self) -> set[str]:
         """The names of the active segments that are not empty."""

@@ -14,6 +14,7 @@ from pillarbox.delivery.settlement import retention_for
 from pillarbox.delivery.worker import Worker
 from pillarbox.errors import ConfigurationError
 from pillarbox.sinks import make_sink, redact_url
+from pillarbox.sinks.paths import absolute_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,15 +30,19 @@ if TYPE_CHECKING:
 LocalRunner = ThreadRunner | FanOutRunner  # delivers in this process
 
 
-def build_sinks(settings: Settings, sink_objects: Mapping[str, Sink]) -> dict[str, NamedSink]:
+def build_sinks(settings: Settings, sink_objects: Mapping[str, Sink], working_directory: str = "") -> dict[str, NamedSink]:
     """The sinks that the settings name, by name; a single sink is called `ONLY_SINK`.
 
-    `sink_objects` are sinks that the application passed as objects. Raises what `make_sink` raises.
+    `sink_objects` are sinks that the application passed as objects. Paths in URLs are relative to `working_directory`; if it is
+    empty, to that of the process. Raises what `make_sink` raises.
     """
     named: dict[str, object] = {ONLY_SINK: settings.sink} if settings.sink else settings.sinks
     urls = {name: url for name, url in named.items() if isinstance(url, str)}
     objects = {name: NamedSink(sink, type(sink).__name__) for name, sink in sink_objects.items()}
-    return objects | {name: NamedSink(make_sink(url, settings.event_type), redact_url(url)) for name, url in urls.items()}
+    return objects | {
+        name: NamedSink(make_sink(absolute_url(url, working_directory), settings.event_type), redact_url(url))
+        for name, url in urls.items()
+    }
 
 
 def check_delivery_settings(settings: Settings, sink_objects: Mapping[str, Sink]) -> None:
@@ -61,14 +66,19 @@ def build_runner(
     ledger: LedgerWriter,
     callbacks: DeliveryCallbacks,
     sinks: Mapping[str, NamedSink],
+    working_directory: str = "",
 ) -> Runner | None:
-    """The runner of an outbox, not started yet; None if there is no sink and no external process delivers."""
+    """The runner of an outbox, not started yet; None if there is no sink and no external process delivers.
+
+    `working_directory` is what relative paths in the settings refer to; empty if it was deleted.
+    """
     if settings.deliver == "external":
         return ExternalRunner(directory, clock)
     if not sinks:
         return None
     if settings.deliver == "process":
-        return Supervisor(settings, directory, clock, callbacks, {name: sink.display_name for name, sink in sinks.items()})
+        display_names = {name: sink.display_name for name, sink in sinks.items()}
+        return Supervisor(settings, directory, clock, callbacks, display_names, working_directory)
     return build_local_runner(settings, directory, clock, ledger, callbacks, sinks)
 
 

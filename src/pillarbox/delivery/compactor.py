@@ -79,7 +79,10 @@ class Compactor:
                 self._not_before = now + max(_LIST_INTERVAL_S, _LIST_TIME_FACTOR * took)
         while self._due_names:
             name = self._due_names.pop()
-            locked_file = None if self._in_use(name) else self._directory.lock_existing(name, exclusive=True)
+            try:
+                locked_file = None if self._in_use(name) else self._directory.lock_existing(name, exclusive=True)
+            except FileUnusableError:  # delivery reports it
+                continue
             if locked_file is None:
                 continue
             try:

@@ -29,6 +29,7 @@ from pillarbox.delivery.runner import ThreadRunner, combine_stats
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.stats import DeliveryCounters, State
 from pillarbox.store import layout, reader
+from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import FAN_OUT_WRITER, AdoptedEntry, FannedOutEntry, SealedEntry
 from pillarbox.store.recovery import recover
@@ -182,6 +183,11 @@ class FanOut:
         except FileUnusableError as error:
             self.problems[name] = error.problem
             return True
+        except OSError as error:
+            if not concerns_one_file(error):
+                raise
+            self.problems[name] = str(error)
+            return True
         if locked_file is None:
             now = self.clock.monotonic()
             since = self._locked_since.setdefault(name, now)
@@ -316,7 +322,7 @@ class FanOutRunner:
         if not self._all_fanned_out or not all(runner is not None and runner.is_idle() for runner in runners):
             return False
         try:
-            return not any(self._directory.queue(sink).batch_names() for sink in self._display_names)
+            return not any(self._directory.queue(sink).waiting_batch_ids() for sink in self._display_names)
         except OSError:
             return False
 
@@ -354,7 +360,7 @@ class FanOutRunner:
                 for _ in self._fan_out.distribute():
                     if not self._deliver_group():
                         break
-                self._all_fanned_out = not self._directory.batch_names()
+                self._all_fanned_out = all(name in self._fan_out.problems for name in self._directory.batch_names())
                 if self._retention is not None:
                     self._retention.prune()
                 problem = self._find_problem()

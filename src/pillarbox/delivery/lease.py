@@ -10,6 +10,7 @@ import msgspec
 
 from pillarbox.stats import State
 from pillarbox.store import layout
+from pillarbox.store.os_filesystem import boot_id
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
@@ -31,6 +32,22 @@ class Heartbeat(msgspec.Struct, frozen=True):
     delivered: int  # events, by that process
     last_error: str = ""  # the last failure of a call; "" if there was none
     durability: str = ""  # of the outbox in that process; empty if it only delivers
+    boot_id: str = ""  # of the machine since it started; empty if it is unknown
+    monotonic_s: float = 0.0  # when it was written, by the monotonic clock of that time
+
+    def age_s(self, clock: Clock) -> float:
+        """Seconds since it was written.
+
+        By the monotonic clock if the machine has not been started again since, because the wall clock may have been set. If it
+        was started again, the heartbeat is at least as old as the machine has been up. Otherwise by the wall clock.
+        """
+        by_wall_clock = max(0.0, (clock.micros() - self.at_micros) / 1e6)
+        if not self.boot_id or not boot_id():
+            return by_wall_clock
+        age_s = clock.monotonic() - self.monotonic_s
+        if self.boot_id != boot_id():
+            return max(by_wall_clock, clock.monotonic())
+        return age_s if age_s >= 0 else by_wall_clock  # in another time namespace the clocks differ
 
 
 class Lease:
@@ -38,7 +55,7 @@ class Lease:
 
     def __init__(self, directory: Directory, sink: str, clock: Clock, durability: str = "") -> None:
         self._directory = directory
-        self._sink = sink
+        self._sink = _encodable(sink)
         self._clock = clock
         self._durability = durability
         self._fd = -1
@@ -68,12 +85,22 @@ class Lease:
         if not self.is_held or (now_s < self._next_heartbeat and not now):
             return
         self._next_heartbeat = now_s + HEARTBEAT_INTERVAL_S
-        heartbeat = Heartbeat(getpid(), self._sink, state, self._clock.micros(), delivered, last_error, self._durability)
+        heartbeat = Heartbeat(
+            getpid(),
+            self._sink,
+            msgspec.structs.replace(state, reason=_encodable(state.reason)),
+            self._clock.micros(),
+            delivered,
+            _encodable(last_error),
+            self._durability,
+            boot_id(),
+            now_s,
+        )
         try:
             if not self.is_valid():
                 return
             self._directory.filesystem.overwrite(self._fd, msgspec.json.encode(heartbeat) + b"\n")
-        except (OSError, ValueError):
+        except OSError:
             return  # a full disk: readers see that the heartbeat is old
 
     def release(self) -> None:
@@ -81,6 +108,11 @@ class Lease:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             self._directory.filesystem.close(fd)
+
+
+def _encodable(text: str) -> str:
+    """Text for JSON: it may quote a file name or a URL, which may be any bytes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def read_heartbeat(directory: Directory) -> Heartbeat | None:

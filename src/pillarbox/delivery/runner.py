@@ -191,6 +191,6 @@ class ExternalRunner:
     def _silent_seconds(self, heartbeat: Heartbeat | None) -> float | None:
         """The age of the last heartbeat, if that is stale."""
         here_s = self._clock.monotonic() - self._started_s
-        silent_s = here_s if heartbeat is None else (self._clock.micros() - heartbeat.at_micros) / 1e6
+        silent_s = here_s if heartbeat is None else heartbeat.age_s(self._clock)
         # If both processes start together, the other one has as long to write its first heartbeat.
         return silent_s if min(silent_s, here_s) > HEARTBEAT_STALE_AFTER_S else None

@@ -159,8 +159,12 @@ class Settler:
     def flush_group(self) -> None:
         """Write the group's ledger entries, then delete or retain its files."""
         group, self._group = self._group, []
-        if group and self._ledger is not None:
-            self._ledger.write(sync=True)  # on a full disk it keeps the entries, and the deletions that free space go ahead
+        try:
+            if group and self._ledger is not None:
+                self._ledger.write(sync=True)  # on a full disk it keeps the entries, and the deletions that free space go ahead
+        except Exception as error:  # noqa: BLE001 - a defect must not keep the files locked for ever
+            while group:
+                self._hold_failed(group.pop().delivered, error)
         for settling in group:
             file = settling.delivered.file
             try:

@@ -110,7 +110,7 @@ class DirectoryCollector:
             usage.sealed_bytes,
             usage.sealed_files,
             0.0 if usage.oldest_sealed_at is None else max(0.0, (now - usage.oldest_sealed_at) / 1e6),
-            None if heartbeat is None else max(0.0, (now - heartbeat.at_micros) / 1e6),
+            None if heartbeat is None else heartbeat.age_s(self._clock),
             heartbeat is not None and heartbeat.pid == getpid(),
         )
 

@@ -30,7 +30,7 @@ from pillarbox.sinks.base import (
     Retry,
     SinkCapabilities,
 )
-from pillarbox.store.os_filesystem import file_identity
+from pillarbox.store.os_filesystem import absolute_path, file_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -64,6 +64,7 @@ class SqliteSink:
         if parts.netloc or not self._path or self._path == ":memory:" or set(options) - {"table"}:
             advice = "use sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME as the only option"
             raise ConfigurationError("sink", f"sqlite://{'...' if parts.netloc else ''}{parts.path}", "the call", advice)
+        self._path = absolute_path(self._path)  # the process may change its working directory before it is opened
         self._table = options.get("table", [snake_case(event_type.__name__)])[0]
         self._fields = msgspec.structs.fields(event_type)
         self._decoder = msgspec.json.Decoder(without_post_init(event_type))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout
+from pillarbox.store.dirscan import ALL_NAMES, TIMESTAMP_MAX_MICROS
+from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.layout import Kind
 from pillarbox.store.usage import measure_usage
 
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-# A timestamp further ahead than this is a forged name, not a clock that was wrong for a while.
-_SEALED_AT_AHEAD_MAX_MICROS: Final = 366 * 86_400 * 1_000_000
+# 1 January 2100, microseconds since 1970: the latest time from the clock that becomes a seal time. `TIMESTAMP_MAX_MICROS` is a
+# year later, so that the seal times behind it still sort after those that exist.
+_SEALED_AT_MAX_MICROS: Final = 4_102_444_800_000_000
 _CREATE_ATTEMPTS_MAX: Final = (
     100  # attempts in a row in which recovery was quicker to lock the new file; only locks that do not work take so many
 )
 OTHERS_MASK: Final = 0o077
+_COMPARE_BYTES: Final = 1 << 20  # of each of two files, in memory at a time
 VOLATILE_FILESYSTEMS: Final = frozenset({"tmpfs", "ramfs"})
 NETWORK_FILESYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"})
 
@@ -74,6 +78,7 @@ class Directory:
         self._last_sealed_at = 0
         self._names_unsynced = False  # the sync after renaming has failed
         self._has_queues = False  # or queues were requested; once True it is not checked again
+        self._logged_skips: dict[str, str] = {}  # files that recovery cannot use, and why
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
@@ -157,11 +162,11 @@ class Directory:
                     continue
                 try:
                     self.filesystem.link(directory.path_of(name), f"{adding}/{name}")
-                except FileNotFoundError:
-                    del names[layout.batch_id(name)]  # just delivered, or compressed
+                except (FileNotFoundError, PermissionError):
+                    del names[layout.batch_id(name)]  # just delivered, or compressed; or another user's
                 except FileExistsError:
                     pass  # linked from another queue, or by an earlier attempt
-        for name, _ in self.filesystem.list_files(adding):
+        for name in list(self.filesystem.list_names(adding, ALL_NAMES)):
             if layout.batch_id(name) not in names:  # linked by an earlier attempt, and evicted since
                 self.remove(f"{layout.adding_name(sink)}/{name}")
         self.filesystem.sync_directory(adding)
@@ -194,7 +199,7 @@ class Directory:
         for name in filter(layout.is_removing_name, self.filesystem.subdirectories(self.path)):
             removed_path = self.path_of(name)
             with contextlib.suppress(FileNotFoundError):
-                for file, _ in self.filesystem.list_files(removed_path):
+                for file in self.filesystem.list_names(removed_path, ALL_NAMES):
                     self.remove(f"{name}/{file}")
                 self.filesystem.remove_directory(removed_path)
 
@@ -222,6 +227,22 @@ class Directory:
         """List the directory and its queues once, and add up their files. Opens no file."""
         return measure_usage(self.filesystem, self.path, [queue.path for queue in self.queues()])
 
+    def disk_usage_at_start(self) -> DiskUsage:
+        """The disk usage. Creates a directory again that was deleted. Raises `OSError` and `DirectoryUnusableError`."""
+        try:
+            return self.disk_usage()
+        except FileNotFoundError:
+            self.ensure_usable()
+        return self.disk_usage()
+
+    def pending(self) -> tuple[int, int]:
+        """The pending bytes and files; none where the directory cannot be listed."""
+        try:
+            usage = self.disk_usage()
+        except OSError:
+            return 0, 0
+        return usage.pending_bytes, usage.pending_files
+
     def batch_names(self) -> list[str]:
         """The names of the batch files that wait here, oldest first. Of a plain file and its compressed copy, the plain one."""
         names = self.all_sealed_names()
@@ -231,12 +252,13 @@ class Directory:
         return sorted(name for name in names if layout.plain_name(name) not in names)
 
     def waiting_batch_ids(self) -> set[str]:
-        """The ids of the batches that wait here or in a queue. The names of their files may change."""
+        """The ids of the batches that wait here or in a queue, without other users' files. Names of files may change."""
         # List twice: a listing that runs while a file is replaced by its compressed copy may show neither. That happens once
-        # per file.
-        names = self.all_sealed_names() | self.all_sealed_names()
-        for queue in self.queues():  # after the directory: what moves from there to a queue meanwhile is seen in one of them
-            names |= queue.all_sealed_names() | queue.all_sealed_names()
+        # per file. The queues after the directory: what moves from there to a queue meanwhile is seen in one of them.
+        names: set[str] = set()
+        for directory in (self, *self.queues()):
+            for _ in range(2):
+                names.update(self.filesystem.list_names(directory.path, layout.SEALED_PATTERNS, counted=True))
         return set(map(layout.batch_id, names))
 
     def all_sealed_names(self) -> set[str]:
@@ -299,6 +321,17 @@ class Directory:
         self.filesystem.close(fd)
         return None
 
+    def log_skip(self, name: str, problem: str) -> None:
+        """Log once that a file cannot be recovered; again when the problem changes."""
+        if self._logged_skips.get(name) != problem:
+            self._logged_skips[name] = problem
+            log.warning("skipping %s: %s", self.path_of(name), problem)
+
+    def forget_skips(self, names: Iterable[str]) -> None:
+        """Forget the logged problems of all but these files."""
+        if self._logged_skips:
+            self._logged_skips = {name: self._logged_skips[name] for name in names if name in self._logged_skips}
+
     def open_existing(self, name: str) -> int:
         """Open an existing file for reading, without a lock. Raises `FileUnusableError`."""
         path = self.path_of(name)
@@ -356,12 +389,12 @@ class Directory:
     def seal_after(self, micros: int | None) -> None:
         """Give later seals a later time than `micros`, even where the clock steps back."""
         with self._sealed_at_lock:
-            if micros is not None and self._last_sealed_at < micros <= self._clock.micros() + _SEALED_AT_AHEAD_MAX_MICROS:
+            if micros is not None and self._last_sealed_at < micros <= TIMESTAMP_MAX_MICROS:
                 self._last_sealed_at = micros
 
     def _next_sealed_name(self, like: str = "") -> str:
         with self._sealed_at_lock:
-            self._last_sealed_at = max(self._last_sealed_at + 1, self._clock.micros())
+            self._last_sealed_at = max(self._last_sealed_at + 1, min(self._clock.micros(), _SEALED_AT_MAX_MICROS))
             return layout.sealed_name(self._last_sealed_at, self._name_suffix, like)
 
     def delivered_files(self) -> list[FileEntry]:
@@ -402,8 +435,9 @@ class Directory:
     def seal(self, files: Sequence[LockedFile], on_renamed: Callable[[Sequence[LockedFile], Sequence[str]], None]) -> None:
         """Seal locked and synced files: rename them all in this order, then sync the directory once.
 
-        `on_renamed(files, sealed_names)` is called for each group of files that was renamed, up to an error. The descriptors
-        stay open, for the caller to close. Raises `OSError`.
+        `on_renamed(files, sealed_names)` is called for each group of files that was renamed, up to an error; with an empty name
+        for a file that somebody has moved elsewhere, with its events. The descriptors stay open, for the caller to close.
+        Raises `OSError`.
         """
         left = list(files)
         while left:
@@ -415,19 +449,27 @@ class Directory:
                 on_renamed(left[:done], names[:done])
             del left[:done]
             if isinstance(error, FileNotFoundError):
-                self._recreate_deleted(left[0], names[done])
-                on_renamed(left[:1], names[done : done + 1])
+                on_renamed(left[:1], [self._replace_missing(left[0], names[done])])
                 del left[0]
             elif error is not None:
                 raise error
         if files:
             self._sync_names()
 
-    def _recreate_deleted(self, file: LockedFile, name: str) -> None:
-        """The file was deleted; its descriptor still has the acknowledged events."""
+    def _replace_missing(self, file: LockedFile, name: str) -> str:
+        """Recreate a file that was deleted: its descriptor still has the acknowledged events. Returns its name now.
+
+        A file that was moved, with the directory or alone, still has them. It is left where it is, and the name is empty.
+        """
+        current_path = self.filesystem.current_path(file.fd)
+        self.filesystem.make_directory(self.path)  # the whole directory may be gone
+        if current_path:
+            advice = "its events are delivered from there if a process delivers that directory"
+            log.error("%s was moved to %s: %s", self.path_of(file.name), current_path, advice)
+            return ""
         log.error("%s was deleted externally; recreated as %s", file.name, name)
-        self.filesystem.make_directory(self.path)  # the whole directory may have been deleted
         self.write_atomically(name, self.filesystem.read_all(file.fd))
+        return name
 
     def retry_name_sync(self) -> bool:
         """Sync the directory if that failed after sealing. Returns whether it was due."""
@@ -465,6 +507,10 @@ class Directory:
                 plain = self.lock_existing(layout.plain_name(name))
             except FileUnusableError:
                 continue
+            except OSError as error:
+                if not concerns_one_file(error):
+                    raise
+                continue
             if plain is not None:  # otherwise another process is compressing it, or has removed both
                 try:
                     self.remove(name)
@@ -488,13 +534,28 @@ class Directory:
         self.filesystem.sync_directory(self.path)
 
     def link_into(self, queue: Directory, file: LockedFile) -> None:
-        """Link a locked file into a queue. Idempotent."""
+        """Link a locked file into a queue. Idempotent; a copy with the same bytes counts as the link.
+
+        Copying a directory without its hard links makes such copies.
+        """
         path = queue.path_of(file.name)
         try:
             self.filesystem.link(self.path_of(file.name), path)
         except FileExistsError:
-            if not self.filesystem.is_file_at(file.fd, path):
+            if not self.filesystem.is_file_at(file.fd, path) and not self._has_same_bytes(file.fd, path):
                 raise FileUnusableError(path, "is a different file from the batch that belongs there") from None
+
+    def _has_same_bytes(self, fd: int, path: str) -> bool:
+        filesystem = self.filesystem
+        other = filesystem.open_existing(path, allow_links=True)
+        try:
+            size = filesystem.size(fd)
+            return size == filesystem.size(other) and all(
+                filesystem.read_at(fd, at, _COMPARE_BYTES) == filesystem.read_at(other, at, _COMPARE_BYTES)
+                for at in range(0, size, _COMPARE_BYTES)
+            )
+        finally:
+            filesystem.close(other)
 
     def _write_and_rename(self, name: str, data: bytes) -> LockedFile:
         """Write a temporary file, sync it, and rename it to `name`. Locked from the beginning."""

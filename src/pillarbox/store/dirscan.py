@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _TIMESTAMP = re.compile(r"(\d{16})-", re.ASCII)
+# 1 January 2101, microseconds since 1970. A later timestamp in a name is forged, or that of a clock that was very wrong: it is
+# ignored. The bound is absolute, because a clock that starts years back must not disqualify the names that are right.
+TIMESTAMP_MAX_MICROS: Final = 4_133_980_800_000_000
 
 
 class FileEntry(NamedTuple):
@@ -83,7 +86,8 @@ def totals_by_pattern(entries: Iterable[FileEntry], patterns: NamePatterns) -> l
                 files[index] += 1
                 sizes[index] += size
                 empty[index] += size == 0
-                if match := _TIMESTAMP.match(name, len(pattern.begin)):
+                match = _TIMESTAMP.match(name, len(pattern.begin))
+                if match and int(match[1]) <= TIMESTAMP_MAX_MICROS:
                     both = [int(match[1]), *times[index]]
                     times[index] = [min(both), max(both)]
                 break
@@ -124,7 +128,7 @@ class _FileLister(Protocol):
 class PortableScanOps:
     """The scans made of `list_files` alone, for simulated file systems."""
 
-    def list_names(self: _FileLister, path: str, patterns: NamePatterns) -> Iterator[str]:
+    def list_names(self: _FileLister, path: str, patterns: NamePatterns, *, counted: bool = False) -> Iterator[str]:  # noqa: ARG002 - all count
         """The names of the regular files in a directory that match one of the patterns."""
         return matching_names(self.list_files(path), patterns)
 

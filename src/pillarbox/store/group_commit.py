@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from pillarbox._native import CommitFuture, encode_record, gather_group, resolve_futures
 from pillarbox.outcome import DROPPED, ENQUEUED, ENQUEUED_POWER, Dropped
-from pillarbox.store.writer import drop_reason_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -266,8 +265,9 @@ class GroupCommitter:
                 del self._queue[: len(group.entries)]  # after `_appending` was set: an interrupt in between leaves them in both
                 left -= len(group.entries)
                 dropped = self._append_group(group)
-            if dropped is not None and len(group.entries) > 1:
-                # One commit may fit where all of them do not.
+            if isinstance(dropped, Dropped) and dropped.reason != "io_error" and len(group.entries) > 1:
+                # One commit may fit where all of them do not. Not after an I/O error: a part may be written, and would be
+                # delivered twice.
                 for at, entry in enumerate(group.entries, 1):
                     single = _append_group_of([entry])
                     self._assign_results(single, self._append_group(single), woken)
@@ -304,8 +304,8 @@ class GroupCommitter:
                 failure = error
             for chunk in chunks:
                 durable = failure is None and chunk.end <= file.synced_bytes
-                reason = "io_error" if failure is None else drop_reason_of(failure)
-                self._assign_results(chunk.group, ENQUEUED_POWER if durable else DROPPED[reason], woken)
+                # Whatever the error says: the records are written, so they may be delivered, and no room would help.
+                self._assign_results(chunk.group, ENQUEUED_POWER if durable else DROPPED["io_error"], woken)
             with self._lock:
                 del self._appended[: len(chunks)]
             if failure is not None:

@@ -95,7 +95,7 @@ def active_sort_key(name: str) -> tuple[str, int]:
 
 def writer_of(name: str) -> str:
     """The writer of a segment; empty for a segment of an older version, which had no writer ids."""
-    return active_sort_key(name)[0].removeprefix("active-") if kind_of(name) is Kind.ACTIVE else ""
+    return escaped(active_sort_key(name)[0].removeprefix("active-")) if kind_of(name) is Kind.ACTIVE else ""
 
 
 def sealed_name(micros: int, unique: str, like: str = "") -> str:
@@ -111,8 +111,13 @@ def sealed_at(name: str) -> int | None:
 
 def batch_id(name: str) -> str:
     """The batch id of a batch file: its name when it was sealed, without the suffix."""
-    batch = name.removesuffix(COMPRESSED_SUFFIX).removesuffix(SUFFIX)
+    batch = escaped(name.removesuffix(COMPRESSED_SUFFIX).removesuffix(SUFFIX))
     return _DELIVERED_AT.sub("sealed-", batch, count=1) if batch.startswith(_DELIVERED) else batch
+
+
+def escaped(name: str) -> str:
+    r"""A file name as text for JSON, ledgers and destinations: bytes that are not UTF-8 become `\xNN`."""
+    return name if name.isascii() else name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def delivered_name(name: str, micros: int) -> str:

@@ -183,7 +183,19 @@ _decode = msgspec.json.Decoder(LedgerEntry).decode
 
 def encode_entries(entries: Iterable[LedgerEntry]) -> bytes:
     """The lines of these entries."""
-    return b"".join([record.line(msgspec.json.encode(entry)) for entry in entries])
+    return b"".join([record.line(_encode(entry)) for entry in entries])
+
+
+def _encode(entry: LedgerEntry) -> bytes:
+    """The JSON of an entry, also if a text in it cannot be encoded: one entry must not keep the others from being written."""
+    try:
+        return msgspec.json.encode(entry)
+    except UnicodeEncodeError:
+        fields = {name: getattr(entry, name) for name in entry.__struct_fields__}
+        texts = {
+            name: text.encode(errors="backslashreplace").decode() for name, text in fields.items() if isinstance(text, str)
+        }
+        return msgspec.json.encode(msgspec.structs.replace(entry, **texts))
 
 
 def parse_ledger(data: bytes) -> tuple[list[LedgerEntry], int]:

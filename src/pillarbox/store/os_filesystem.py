@@ -12,12 +12,24 @@ import os
 import stat
 import sys
 import threading
+from functools import cache
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from pillarbox._native import COMPILED, speedups
 from pillarbox.errors import FileUnusableError
-from pillarbox.store.dirscan import ALL_NAMES, FileEntry, FileTotals, NamePage, first_names, matches, totals_by_pattern
+from pillarbox.store import ownership
+from pillarbox.store.dirscan import (
+    ALL_NAMES,
+    FileEntry,
+    FileTotals,
+    NamePage,
+    first_names,
+    matches,
+    matching_names,
+    totals_by_pattern,
+)
 from pillarbox.store.filesystem import DirectoryInfo, DiskSpace, SequentialBatchOps
+from pillarbox.store.ownership import counted_owners, ownership_problem, usable_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,15 +39,19 @@ if TYPE_CHECKING:
 _OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a planted link is not followed, a planted pipe does not block
 _FILE_MODE = 0o600
 _DIRECTORY_MODE = 0o700
+_FIRST_FD: Final = 3  # below it are standard input, output and error
 _READ_CHUNK_BYTES = 1 << 20
 # The number of links of a directory without subdirectories, where the file system counts "." and ".." (ext4, XFS): its name and
 # its own ".". A file system that does not count them (btrfs) says 1.
 _LINKS_WITHOUT_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
+_BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
+_OPEN_FILES: Final = "/proc/self/fd"
+_DELETED: Final = " (deleted)"  # behind the path of an open file that has no name any more
 # Problems that `foreign_entries` reports, for callers that tell them apart.
 IS_DIRECTORY: Final = "is a directory"  # allowed where it is a queue
-HAS_SECOND_LINK: Final = "has a second hard link"
-BELONGS_TO: Final = "belongs to user"  # and its number
+HAS_SECOND_LINK: Final = ownership.HAS_SECOND_LINK
+BELONGS_TO: Final = ownership.BELONGS_TO
 
 
 class OsFilesystem(SequentialBatchOps):
@@ -74,17 +90,30 @@ class OsFilesystem(SequentialBatchOps):
         return DirectoryInfo(os.path.isdir(path), status.st_mode & 0o777, usable, filesystem_type_of(path))
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
-        """The regular files in a directory, with their sizes. A file that is removed meanwhile is left out."""
+        """The regular files in a directory that count, with their sizes: ours, and those of the directory's owner.
+
+        A file that is removed meanwhile is left out.
+        """
+        owners = counted_owners(path)
         with os.scandir(path) as entries:
             for entry in entries:
                 try:
-                    if entry.is_file(follow_symlinks=False):
-                        yield FileEntry(entry.name, entry.stat(follow_symlinks=False).st_size)
+                    if not entry.is_file(follow_symlinks=False):
+                        continue
+                    status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
+                if status.st_uid in owners:
+                    yield FileEntry(entry.name, status.st_size)
 
-    def list_names(self, path: str, patterns: NamePatterns) -> Iterator[str]:
-        """The names of the regular files in a directory that match one of the patterns."""
+    def list_names(self, path: str, patterns: NamePatterns, *, counted: bool = False) -> Iterator[str]:
+        """The names of the regular files in a directory that match one of the patterns.
+
+        All of them, whoever owns them; with `counted`, those that `list_files` returns.
+        """
+        if counted:
+            yield from matching_names(self.list_files(path), patterns)
+            return
         with os.scandir(path) as entries:
             for entry in entries:
                 if any(matches(entry.name, pattern) for pattern in patterns) and entry.is_file(follow_symlinks=False):
@@ -102,11 +131,17 @@ class OsFilesystem(SequentialBatchOps):
         return first_names(self.list_names(path, patterns), after, until, limit)
 
     def subdirectories(self, path: str) -> list[str]:
-        """The names of the directories in a directory, without links."""
+        """The names of the directories in a directory, without links: ours, and those of the directory's owner."""
         if os.stat(path).st_nlink == _LINKS_WITHOUT_SUBDIRECTORY:
             return []  # a shortcut: this is called often, for directories with very many files
+        owners = counted_owners(path)
+        names: list[str] = []
         with os.scandir(path) as entries:
-            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid in owners:
+                        names.append(entry.name)
+        return names
 
     def create(self, path: str) -> int:
         """Create a file to append to. The name must be free."""
@@ -149,15 +184,14 @@ class OsFilesystem(SequentialBatchOps):
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
                 raise FileUnusableError(path, "is a link, a pipe, a device or a directory") from None
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise FileUnusableError(path, f"cannot be opened by this process ({error.strerror})") from None
             raise
-        status = os.fstat(fd)
-        problem = None
-        if not stat.S_ISREG(status.st_mode):
-            problem = "is not a regular file"
-        elif status.st_nlink > 1 and not allow_links:
-            problem = HAS_SECOND_LINK
-        elif status.st_uid != os.geteuid() and os.geteuid() != 0:
-            problem = f"{BELONGS_TO} {status.st_uid}"
+        try:
+            problem = ownership_problem(os.fstat(fd), path, usable_owner(path), allow_links=allow_links)
+        except BaseException:
+            self.close(fd)
+            raise
         if problem:
             self.close(fd)
             raise FileUnusableError(path, problem)
@@ -165,7 +199,7 @@ class OsFilesystem(SequentialBatchOps):
 
     def _open(self, path: str, flags: int) -> int:
         with _fork_lock:
-            fd = os.open(path, flags | _OPEN_FLAGS, _FILE_MODE)
+            fd = _open_above_stdio(path, flags | _OPEN_FLAGS)
             self._open_fds.add(fd)
         return fd
 
@@ -214,6 +248,16 @@ class OsFilesystem(SequentialBatchOps):
     def has_name(self, fd: int) -> bool:
         """Whether the open file has a name left."""
         return os.fstat(fd).st_nlink > 0
+
+    def current_path(self, fd: int) -> str:
+        """Where an open file is now, if it was moved; empty if it was deleted, also where another hard link is left."""
+        if not self.has_name(fd):
+            return ""
+        try:
+            path = os.readlink(f"{_OPEN_FILES}/{fd}")
+        except OSError:
+            return "an unknown place"
+        return "" if path.endswith(_DELETED) else path
 
     def size(self, fd: int) -> int:
         """The size in bytes."""
@@ -268,13 +312,13 @@ class CompiledOsFilesystem(OsFilesystem):
     """The same with compiled batch operations and directory scans, which release the GIL once for all of their system calls."""
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
-        """The regular files in a directory, with their sizes. A file that is removed meanwhile is left out."""
-        for chunk in speedups.DirectoryChunks(path, ALL_NAMES, sizes=True):
+        """As `OsFilesystem`."""
+        for chunk in speedups.DirectoryChunks(path, ALL_NAMES, sizes=True, counted=True):
             yield from map(FileEntry._make, chunk)
 
-    def list_names(self, path: str, patterns: NamePatterns) -> Iterator[str]:
-        """The names of the regular files in a directory that match one of the patterns."""
-        for chunk in speedups.DirectoryChunks(path, patterns, sizes=False):
+    def list_names(self, path: str, patterns: NamePatterns, *, counted: bool = False) -> Iterator[str]:
+        """As `OsFilesystem`."""
+        for chunk in speedups.DirectoryChunks(path, patterns, sizes=False, counted=counted):
             yield from chunk
 
     def file_totals(self, path: str, patterns: NamePatterns) -> list[FileTotals]:
@@ -288,14 +332,14 @@ class CompiledOsFilesystem(OsFilesystem):
     def open_locked(self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False) -> int | None:
         """Open and lock an existing file. None where only the step-by-step path is available."""
         with _fork_lock:
-            return self._track_fd(
-                speedups.open_locked(path, (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS, allow_links, shared)
-            )
+            flags = (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS
+            return self._track_fd(speedups.open_locked(path, flags, allow_links, shared, usable_owner(path)))
 
     def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:
         """As `SequentialBatchOps` describes; None in all but the simple case."""
         with _fork_lock:  # a child that is forked meanwhile would keep the lock
-            return self._track_fd(speedups.append_locked(lock_path, path, lines, os.O_RDWR | _OPEN_FLAGS, max_size))
+            flags = os.O_RDWR | _OPEN_FLAGS
+            return self._track_fd(speedups.append_locked(lock_path, path, lines, flags, max_size, usable_owner(path)))
 
     def _track_fd(self, fd: int) -> int | None:
         if fd < 0:
@@ -305,7 +349,7 @@ class CompiledOsFilesystem(OsFilesystem):
 
     def _open_checked(self, path: str, flags: int, *, allow_links: bool = False) -> int:
         with _fork_lock:
-            fd = self._track_fd(speedups.open_existing(path, flags | _OPEN_FLAGS, allow_links))
+            fd = self._track_fd(speedups.open_existing(path, flags | _OPEN_FLAGS, allow_links, usable_owner(path)))
         return super()._open_checked(path, flags, allow_links=allow_links) if fd is None else fd
 
     def sync_each(self, fds: Sequence[int]) -> list[OSError | None]:
@@ -347,6 +391,20 @@ def local_filesystem() -> OsFilesystem:
 
 def _os_error(number: int, *path: str) -> OSError | None:
     return OSError(number, os.strerror(number), *path) if number else None
+
+
+def _open_above_stdio(path: str, flags: int) -> int:
+    """Open a file, never as standard input, output or error.
+
+    Where a program has closed one of these, its number is free, and what C code prints would be written into the file.
+    """
+    fd = os.open(path, flags, _FILE_MODE)
+    if fd >= _FIRST_FD:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD)
+    finally:
+        os.close(fd)
 
 
 def _owner_of_directory(path: str) -> tuple[int, int] | None:
@@ -433,6 +491,28 @@ def open_file_identity(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+@cache
+def boot_id() -> str:
+    """An id of the time since the machine was started, in which monotonic clocks can be compared; empty if it is unknown."""
+    try:
+        return read_file(_BOOT_ID).decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def working_directory() -> str:
+    """The working directory of this process; empty if it was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
+def absolute_path(path: str) -> str:
+    """A path that stays the same when the process changes its working directory. It leads through the same links as before."""
+    return path if os.path.isabs(path) else os.path.join(working_directory(), path)
+
+
 def exists(path: str) -> bool:
     """Whether a path that the user names exists."""
     return os.path.lexists(path)
@@ -443,10 +523,10 @@ def foreign_entries(path: str, *, allow_links: bool = False) -> Iterator[tuple[s
 
     With `allow_links` files may have further hard links, as for `open_existing`.
     """
-    me = os.geteuid()
-    status = os.stat(path)
+    me, status = os.geteuid(), os.stat(path)
     if me not in (0, status.st_uid):
         yield ".", f"{BELONGS_TO} {status.st_uid}"
+    owner = usable_owner(f"{path}/")
     with os.scandir(path) as entries:
         for entry in entries:
             try:
@@ -455,17 +535,15 @@ def foreign_entries(path: str, *, allow_links: bool = False) -> Iterator[tuple[s
                 continue
             if stat.S_ISLNK(status.st_mode):
                 yield entry.name, "is a symbolic link"
-            elif not stat.S_ISREG(status.st_mode):
-                yield entry.name, IS_DIRECTORY if stat.S_ISDIR(status.st_mode) else "is not a regular file"
-            elif status.st_nlink > 1 and not allow_links:
-                yield entry.name, HAS_SECOND_LINK
-            elif me not in (0, status.st_uid):
-                yield entry.name, f"{BELONGS_TO} {status.st_uid}"
+            elif stat.S_ISDIR(status.st_mode):
+                yield entry.name, IS_DIRECTORY
+            elif problem := ownership_problem(status, entry.path, owner, allow_links=allow_links):
+                yield entry.name, problem
 
 
 def create_private_file(path: str, data: bytes) -> None:
     """Create a file that only its owner may read. Raises `FileExistsError`."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
+    fd = _open_above_stdio(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
     with open(fd, "wb") as file:
         file.write(data)
 
@@ -481,7 +559,7 @@ def atomic_output(path: str, *, overwrite: bool) -> Iterator[Callable[[bytes], i
     """
     beside = f"{path}.{os.getpid()}.aside"
     try:
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
+        fd = _open_above_stdio(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         with open(fd, "wb") as file:
             yield file.write
             file.flush()

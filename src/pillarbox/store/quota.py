@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout
+from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import EvictedEntry
 from pillarbox.store.retention import evict_delivered
@@ -77,6 +78,7 @@ class QuotaEnforcer:
         self._drops_for_space = 0
         self._appended_at_check = 0  # bytes that this process had appended at the last check of the free space
         self._evicting = False
+        self._unremovable: set[str] = set()  # files that could not be deleted: they are tried last
         self._recheck_after_bytes = 1  # check again after so many appended bytes
         self._evicted_delivered = False  # retained files, at the last check of the free space
         self.evicted_events = 0
@@ -88,7 +90,8 @@ class QuotaEnforcer:
         self._evicted_delivered = False
         if in_need:
             self._next_space_check = 0.0
-        wait = min(self.check_free_space(in_need=in_need), self._recount())
+        wait = self._recount()  # first: it creates a directory again that was deleted
+        wait = min(wait, self.check_free_space(in_need=in_need))
         if self._evicts:
             self._evict(int(in_need and not self._evicted_delivered))
         return wait
@@ -143,7 +146,7 @@ class QuotaEnforcer:
         try:
             account = self._directory.disk_usage()
         except FileNotFoundError:
-            log.error("%s was deleted externally; recreated", self._directory.path)  # noqa: TRY400 - a traceback adds nothing
+            log.error("%s was deleted or moved; created again", self._directory.path)  # noqa: TRY400 - a traceback adds nothing
             self._directory.filesystem.make_directory(self._directory.path)
             account = self._directory.disk_usage()
         self._writer.correct_pending(before, account.pending_bytes, account.pending_files)
@@ -203,11 +206,12 @@ class QuotaEnforcer:
         excess_files = pending_files - limits.max_files + max(1, limits.max_files // SLACK_SHARE)
         return max(least, excess_bytes), excess_files
 
-    @staticmethod
-    def _oldest_first(directories: Sequence[Directory]) -> list[str]:
+    def _oldest_first(self, directories: Sequence[Directory]) -> list[str]:
         """The names of all batches, oldest first. Of a plain file and its copy, the plain one."""
         listings = [directory.all_sealed_names() for directory in directories]
-        return sorted({name for names in listings for name in names if layout.plain_name(name) not in names})
+        all_names = {name for names in listings for name in names if layout.plain_name(name) not in names}
+        self._unremovable &= all_names
+        return sorted(all_names, key=lambda name: (name in self._unremovable, name))
 
     def _lock_candidate(self, name: str, directories: Sequence[Directory]) -> _EvictionCandidate | None:
         """Lock a batch under all its names, and count its events. None where it is in use, not ours, or unreadable."""
@@ -242,6 +246,10 @@ class QuotaEnforcer:
                     directory.filesystem.close(locked.fd)
         except FileUnusableError:
             return
+        except OSError as error:
+            if not concerns_one_file(error):
+                raise
+            return
         if kept_open is not None:
             candidate.locked_files.append(kept_open)
             candidate.directories.append(directory)
@@ -272,6 +280,11 @@ class QuotaEnforcer:
                     # First a copy whose maker died: it would be delivered otherwise.
                     directory.remove(layout.compressed_name(candidate.name))
                     directory.remove(candidate.name)
+            except OSError as error:
+                if candidate.name not in self._unremovable:
+                    log.error("%s: cannot evict %s: %s", self._directory.path, candidate.name, error)  # noqa: TRY400 - a traceback adds nothing
+                self._unremovable.add(candidate.name)
+                continue
             finally:
                 self._close_candidate(candidate)
             self.evicted_events += candidate.events

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
+from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
@@ -86,13 +87,15 @@ def _recover(directory: Directory) -> list[AdoptedFile]:
     segments = sorted((name for name in names if layout.kind_of(name) in RECOVERABLE_KINDS), key=layout.active_sort_key)
     if len(segments) < len(names):  # some are compressed
         directory.remove_stale_copies(directory.all_sealed_names())
+    directory.forget_skips(segments)
     to_seal: list[LockedFile] = []
     adopted: list[AdoptedFile] = []
     skipped_writers: set[str] = set()  # another process holds one of their segments, for which the later ones must wait
 
     def renamed(files: Sequence[LockedFile], names: Sequence[str]) -> None:
         for file, name in zip(files, names, strict=True):
-            adopted.append(AdoptedFile(file.name, name, directory.filesystem.size(file.fd)))
+            if name:
+                adopted.append(AdoptedFile(file.name, name, directory.filesystem.size(file.fd)))
             to_seal.remove(file)
         directory.filesystem.close_each([file.fd for file in files])
 
@@ -139,14 +142,19 @@ def _recover_file(directory: Directory, name: str, to_seal: list[LockedFile]) ->
     try:
         file = directory.lock_existing(name)
     except FileUnusableError as error:
-        log.warning("skipping %s", error)
+        directory.log_skip(name, error.problem)
+        return True
+    except OSError as error:
+        if not concerns_one_file(error):
+            raise
+        directory.log_skip(name, str(error))
         return True
     lock = LockState.ANOTHER if file is None else LockState.NOBODY
     try:
         tail = FileTail.EMPTY if file is None else _tail(directory, file)
         action = RECOVERY[layout.kind_of(name), lock, tail]
     except OSError as error:
-        log.error("skipping unreadable file %s: %s", name, error)  # noqa: TRY400 - a traceback adds nothing
+        directory.log_skip(name, f"cannot be read: {error}")
         action = RecoveryAction.LEAVE
     if file is None:
         return False
@@ -156,6 +164,8 @@ def _recover_file(directory: Directory, name: str, to_seal: list[LockedFile]) ->
     try:
         if action is RecoveryAction.REMOVE:
             directory.remove(name)
+    except OSError as error:
+        directory.log_skip(name, f"cannot be removed: {error}")
     finally:
         directory.filesystem.close(file.fd)
     return True

@@ -28,7 +28,35 @@ _RELIST_S: Final = 1.0  # at least, between two listings
 _RELIST_SHARE: Final = 10  # listing may take a tenth of the time
 _NOT_RETAINED: Final = "delivered files could not be retained"
 _NOT_REMOVED: Final = "retained files could not be removed"
+_STEP_MICROS: Final = 5_000_000  # the wall clock may be so far ahead of the monotonic one; clocks are adjusted all the time
+_STEP_BELIEVED_AFTER_S: Final = 600.0  # a step of the wall clock ahead that lasts for so long is a correction
 _REMOVE_AT_ONCE_MAX: Final = 1000  # per call: deliveries wait for it
+
+
+class _SteadyClock:
+    """The wall clock without steps ahead, until one has lasted for `believe_s` seconds.
+
+    A clock that is a day ahead for a second would otherwise remove what was to be retained for a day.
+    """
+
+    def __init__(self, clock: Clock, believe_s: float) -> None:
+        self._clock = clock
+        self._believe_s = believe_s
+        self._wall_micros, self._monotonic_s = clock.micros(), clock.monotonic()  # when both were right
+        self._ahead_since: float | None = None  # monotonic seconds
+
+    def micros(self) -> int:
+        """Microseconds since 1970."""
+        now, now_s = self._clock.micros(), self._clock.monotonic()
+        expected = self._wall_micros + int((now_s - self._monotonic_s) * 1e6)
+        if now <= expected + _STEP_MICROS:
+            self._ahead_since = None
+        elif self._ahead_since is None:
+            self._ahead_since = now_s
+        if self._ahead_since is not None and now_s - self._ahead_since < self._believe_s:
+            return expected
+        self._wall_micros, self._monotonic_s, self._ahead_since = now, now_s, None
+        return now
 
 
 class Retention:
@@ -37,6 +65,7 @@ class Retention:
     def __init__(self, directory: Directory, clock: Clock, keep_s: float, max_bytes: int) -> None:
         self._directory = directory
         self._clock = clock
+        self._steady_clock = _SteadyClock(clock, min(keep_s, _STEP_BELIEVED_AFTER_S))
         self._keep_micros = int(keep_s * 1e6)
         self._max_bytes = max_bytes
         self._files: deque[FileEntry] = deque()
@@ -59,22 +88,32 @@ class Retention:
 
     def prune(self) -> None:
         """Remove files that are too old or exceed a limit. What cannot be removed is tried again at the next call."""
+        kept: list[FileEntry] = []  # they could not be removed
+        problem: OSError | None = None
         try:
             if self._list_at is None or (self._is_over_limit() and self._clock.monotonic() >= self._list_at):
                 self._relist()
-            oldest = self._clock.micros() - self._keep_micros
-            for _ in range(_REMOVE_AT_ONCE_MAX):
-                if not self._files:
-                    break
-                at = layout.delivered_at(self._files[0].name)
-                if not self._is_over_limit() and (at is None or at > oldest):
-                    break
-                self._directory.remove(self._files[0].name)
-                self._bytes -= self._files.popleft().size
         except OSError as error:
-            self._log_once(_NOT_REMOVED, error)
-        else:
+            problem = error
+        oldest = self._steady_clock.micros() - self._keep_micros
+        for _ in range(_REMOVE_AT_ONCE_MAX):
+            if not self._files:
+                break
+            at = layout.delivered_at(self._files[0].name)
+            if not self._is_over_limit() and (at is None or at > oldest):
+                break
+            file = self._files.popleft()
+            try:
+                self._directory.remove(file.name)
+                self._bytes -= file.size
+            except OSError as error:
+                problem = error
+                kept.append(file)
+        self._files.extendleft(reversed(kept))
+        if problem is None:
             self._logged_problems.discard(_NOT_REMOVED)
+        else:
+            self._log_once(_NOT_REMOVED, problem)
 
     def _is_over_limit(self) -> bool:
         return self._bytes > self._max_bytes or len(self._files) > FILES_MAX
@@ -107,13 +146,20 @@ def evict_delivered(directory: Directory, enough: Callable[[int], bool]) -> int:
     for file, where in retained:
         names.setdefault(layout.batch_id(file.name), []).append((file, where))
     removed = size = 0
+    problem: OSError | None = None
     for links in names.values():
         if enough(size):
             break
-        for file, where in links:
-            where.remove(file.name)
+        try:
+            for file, where in links:
+                where.remove(file.name)
+        except OSError as error:  # of this file: the next one may be removed
+            problem = error
+            continue
         removed += 1
         size += max(file.size for file, _ in links)
+    if problem is not None and not removed:
+        raise problem
     if removed:
         log.warning("%s: the volume lacks space; delivered batches evicted: %d (%d bytes)", directory.path, removed, size)
     return removed

@@ -230,8 +230,9 @@ class Sealer:
                 self._seal_requests.mark_handled()
             wait = self._seal_by_age()
             self._seal_retired()
+            self._writer.retire_if_full()  # a segment may hold fewer events now that the others are sealed
             wait = min(wait, self.quota.enforce())
-        except OSError as error:
+        except (OSError, FileUnusableError) as error:
             problem = str(error)
             wait = _RETRY_S
         self._log_disk_state(problem)
@@ -311,12 +312,15 @@ class Sealer:
             return
 
         self._sync_segments(retired)
-        done = 0
+        done, moved = 0, False
 
         def renamed(files: Sequence[LockedFile], names: Sequence[str]) -> None:
-            nonlocal done
+            nonlocal done, moved
             now = self._clock.micros()
             for sealed, name in zip(retired[done : done + len(names)], names, strict=True):
+                if not name:
+                    moved = True
+                    continue
                 self.sealed[sealed.seal_reason] += 1
                 # With leftover bytes that could not be cut off, the file may hold more events than were accepted: whoever reads
                 # it counts them.
@@ -330,9 +334,17 @@ class Sealer:
             self._directory.seal([file.locked_file for file in retired], renamed)
         finally:
             self._writer.remove_oldest_retired(done)
+        if moved:
+            self._leave_moved_segments()
         self._record_sealed()
         self._pace = self._pace_s
         self._on_sealed()
+
+    def _leave_moved_segments(self) -> None:
+        """The directory was moved, with the spares and the active segment: begin new ones in the directory in its place."""
+        for file in self._writer.take_spares():
+            self._remove_empty(file)
+        self._writer.rotate("manual")
 
     def _record_sealed(self) -> None:
         """Write the ledger entries of what was sealed.

@@ -80,8 +80,24 @@ def end_of_last_line(filesystem: Filesystem, fd: int, size: int) -> int:
     return 0
 
 
+def ends_with_line_feed(filesystem: Filesystem, fd: int) -> bool:
+    """Whether a file is empty or ends in a whole line."""
+    size = filesystem.size(fd)
+    return size == 0 or filesystem.read_at(fd, size - 1, 1) == b"\n"
+
+
+def cut_off_short_write(filesystem: Filesystem, fd: int, written: int) -> DropReason:
+    """Cut off what a short write has written. Returns the drop reason: what cannot be cut off may be delivered."""
+    try:
+        filesystem.truncate(fd, filesystem.size(fd) - written)
+    except OSError:
+        return "io_error"
+    return "disk_full"
+
+
 # this part of `batch_size` events are added to a full segment before a spare is looked for again
 SPARE_RECHECK_SHARE: Final = 16
+_GROW_EVERY: Final = 8  # for every so many retired segments, the active one may hold `batch_size` events more
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -92,6 +108,19 @@ class WriterLimits(NamedTuple):
     batch_bytes: int  # bytes per segment; one append may exceed it
     max_bytes: int  # pending bytes of the directory
     max_files: int = 200_000  # pending files of the directory: so many are listed in well under a second
+
+    def events_due(self, retired: int) -> int:
+        """The events at which a segment is full: more while many retired ones wait, because each file costs the sealer more."""
+        return self.batch_size * (1 + retired // _GROW_EVERY)
+
+    def recheck_at(self, events: int) -> int:
+        """The events at which a full segment that could not be retired is looked at again."""
+        return events + max(1, self.batch_size // SPARE_RECHECK_SHARE)
+
+    def room_beside(self, segment: Segment) -> tuple[int, int]:
+        """The events and bytes that fit into a segment, or into an empty one where it is full."""
+        events, size = self.batch_size - segment.events, self.batch_bytes - segment.bytes
+        return (events, size) if min(events, size) > 0 else (self.batch_size, self.batch_bytes)
 
 
 class WriterProgress(NamedTuple):

@@ -8,8 +8,7 @@ comparison: with `_limit`, the number of bytes that the active segment may grow 
 interrupts an append, which continues afterwards (the handler may append, and change nothing else); or the first caller after an
 append that an exception cut short (`_append_interrupted`), which repairs the segment.
 
-CPython runs signal handlers only at calls and at backward jumps. Lines marked "no call" rely on that: no handler can run
-between them.
+CPython runs signal handlers only at calls and at backward jumps: none can run between the lines marked "no call".
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReas
 from pillarbox.store import layout
 from pillarbox.store.segment import (
     NO_FILE,
-    SPARE_RECHECK_SHARE,
     Segment,
     SegmentSyncer,
     WriterLimits,
     WriterProgress,
+    cut_off_short_write,
     drop_reason_of,
     end_of_last_line,
+    ends_with_line_feed,
 )
 
 if TYPE_CHECKING:
@@ -44,18 +44,16 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory, LockedFile
     from pillarbox.store.segment import SealReason
 
-__all__ = ["RETIRED_MAX", "SPARES_MAX", "Writer", "WriterLimits", "WriterProgress", "drop_reason_of"]
+__all__ = ["RETIRED_MAX", "SPARES_MAX", "Writer", "WriterLimits", "WriterProgress"]
 
 # segments that wait to be sealed, each with an open descriptor; at this number the active segment grows instead
 RETIRED_MAX: Final = 64
 SPARES_MAX: Final = 48  # empty segments that are held ready, each with an open descriptor
 # spares have multiples of it as numbers; segments that callers create meanwhile get numbers in between
 _SPARE_NUMBER_STEP: Final = 1000
-_GROW_EVERY: Final = 8  # for every so many retired segments, the active one may hold `batch_size` events more
 _IN_PROGRESS: Final = -1  # an append or a rotation is under way, or was cut short
 _NO_SEGMENT: Final = -2  # there is no active segment, or the writer is closed
-# after so many polls in a row the sealer waits for the lock, to learn whether an append is under way
-_MARKED_POLLS_MAX: Final = 10
+_MARKED_POLLS_MAX: Final = 10  # polls in a row; then the sealer waits for the lock, to learn whether an append is under way
 
 
 class Writer(WriterState):
@@ -74,14 +72,11 @@ class Writer(WriterState):
         self.lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
         self._writer_id = directory.new_id()
         self._highest_used = self._highest_spare = 0  # the highest numbers so far, of a segment in use and of a spare
-        self._started = False
-        self._closed = False
+        self._started = self._closed = False
         self.accepts = False  # it has started and is not closed
         self._file = self._last_appended = Segment(NO_FILE)
         self._spares: deque[Segment] = deque()  # ready to become active
-        self._retiring: Segment | None = (
-            None  # being rotated out; after an interrupt, `_repair_torn_tail` finishes the rotation
-        )
+        self._retiring: Segment | None = None  # being rotated out; `_repair_torn_tail` finishes what an interrupt cut short
         self._limit = _NO_SEGMENT
         self._append_interrupted = False  # an exception cut an append short, and nobody will reset `_limit`
         self._repairing = False  # the end of the segment is being repaired: not even a signal handler may append to it
@@ -92,8 +87,7 @@ class Writer(WriterState):
         self.pending_files = 0  # including the active segment once it holds an event
         self.retired: deque[Segment] = deque()  # oldest first
         self.syncer = SegmentSyncer(directory, lambda: self.lock, self._stop_appending)
-        self._retired_events = 0
-        self._retired_bytes = 0
+        self._retired_events = self._retired_bytes = 0
         self._released_bytes = 0  # bytes of files that were delivered or evicted
         self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
 
@@ -168,9 +162,7 @@ class Writer(WriterState):
 
     def batch_room(self) -> tuple[int, int]:
         """The events and bytes that fit into the active segment, or into the next one where this one is full."""
-        limits, file = self.limits, self._file
-        events, size = limits.batch_size - file.events, limits.batch_bytes - file.bytes
-        return (events, size) if min(events, size) > 0 else (limits.batch_size, limits.batch_bytes)
+        return self.limits.room_beside(self._file)
 
     def drop_when_closed(self, events: int) -> Dropped | None:
         """Drop events because the writer is closed; None where it has not started yet."""
@@ -249,14 +241,13 @@ class Writer(WriterState):
         if self._disk_low:
             return self._count_drop("disk_low", events)
         try:
-            if self._repairing or file.locked_file is NO_FILE or not self._ends_with_line_feed(file):
+            if self._repairing or file.locked_file is NO_FILE or not ends_with_line_feed(self._filesystem, file.fd):
                 if len(self.retired) >= 2 * RETIRED_MAX:
                     return self._count_drop("would_block", events)
                 file, own = self._create_segment(), True
             written = self._filesystem.write(file.fd, lines)
             if written != size:
-                self._filesystem.truncate(file.fd, self._filesystem.size(file.fd) - written)
-                return self._count_drop("disk_full", events)
+                return self._count_drop(cut_off_short_write(self._filesystem, file.fd, written), events)
             if own:
                 file.bytes, file.events = size, events  # before the segment is retired: the sealer syncs what has bytes
         except OSError as error:
@@ -275,10 +266,6 @@ class Writer(WriterState):
         self._notify_sealer()
         return ENQUEUED
 
-    def _ends_with_line_feed(self, file: Segment) -> bool:
-        size = self._filesystem.size(file.fd)
-        return size == 0 or self._filesystem.read_at(file.fd, size - 1, 1) == b"\n"
-
     def _add_retired(self, file: Segment) -> None:
         self._count_as_pending(file)
         self.retired.append(file)
@@ -291,12 +278,11 @@ class Writer(WriterState):
 
     def _update_limit(self) -> None:
         """Set how many bytes the active segment may grow to without a further check."""
-        if self._disk_low or (self.pending_files >= self.limits.max_files and not self._file.is_counted):
-            self._limit = 0 if self._file.locked_file is not NO_FILE else _NO_SEGMENT
-        elif self._file.locked_file is not NO_FILE:
-            self._limit = max(0, min(self._bytes_left, self.limits.batch_bytes))
-        else:
+        if self._file.locked_file is NO_FILE:
             self._limit = _NO_SEGMENT
+        else:
+            has_room = not self._disk_low and (self._file.is_counted or self.pending_files < self.limits.max_files)
+            self._limit = max(0, min(self._bytes_left, self.limits.batch_bytes)) if has_room else 0
 
     def _notify_sealer(self) -> None:
         if not self._sealer_notified:
@@ -365,18 +351,20 @@ class Writer(WriterState):
     def _undo_append(self, error: OSError, events: int) -> Dropped:
         """After a failed append: cut off what it wrote. Where that fails too, retire the segment as it is."""
         self._repairing = True
+        reason = drop_reason_of(error)
         try:
             file = self._file
             if file.locked_file is not NO_FILE and self._filesystem.size(file.fd) > file.bytes:
                 self._truncate(file, file.bytes)
         except OSError:
             file.has_leftover = True
+            reason = "io_error"  # what could not be cut off may be delivered
             self._retire("manual")
         finally:
             self._repairing = False
         self._append_interrupted = False
         self._update_limit()
-        return self._count_drop(drop_reason_of(error), events)
+        return self._count_drop(reason, events)
 
     def _notify_threshold(self) -> None:
         """Handle the first event of a segment and a full segment, which the hot path does not."""
@@ -385,17 +373,21 @@ class Writer(WriterState):
         if file.events and not file.is_counted:
             self._count_as_pending(file)
             self._notify_sealer()
-        # While the sealer is behind, the segment grows: another file costs the sealer more than more events. Without a spare,
-        # or where `max_files` is reached, it grows to `batch_bytes`.
-        due = self.limits.batch_size * (1 + len(self.retired) // _GROW_EVERY)
-        if file.events >= self.limits.batch_size:
+        if not self._retire_if_full() and file.events >= self.limits.batch_size:
+            due = self.limits.events_due(len(self.retired))
             if file.events < due:
                 file.threshold_events = min(due, file.events + self.limits.batch_size)  # some may be sealed by then
-            elif self._spares and len(self.retired) < RETIRED_MAX and self.pending_files < self.limits.max_files:
-                self._retire("batch_size")
             else:  # a check at each event would cost more than the event
-                file.threshold_events = file.events + max(1, self.limits.batch_size // SPARE_RECHECK_SHARE)
+                file.threshold_events = self.limits.recheck_at(file.events)
         self._update_limit()
+
+    def _retire_if_full(self) -> bool:
+        """Retire the active segment if it is full. Without a spare, or at `max_files`, it grows to `batch_bytes` instead."""
+        is_full = self._file.events >= self.limits.events_due(len(self.retired))
+        if is_full and self._spares and len(self.retired) < RETIRED_MAX and self.pending_files < self.limits.max_files:
+            self._retire("batch_size")
+            return True
+        return False
 
     def _retire(self, reason: SealReason) -> None:
         """Make a spare the active segment, or none if there is no spare."""
@@ -443,8 +435,7 @@ class Writer(WriterState):
     def poll_for_sealer(self) -> int:
         """For the sealer: be notified of work from now on. Returns the number of spares to create.
 
-        That is twice the number of segments that were filled since the last poll, plus one: a writer that runs out of spares
-        slows down.
+        That is twice the number of segments filled since the last poll, plus one: without a spare a writer slows down.
         """
         self._sealer_notified = False
         if self._limit != _IN_PROGRESS:
@@ -465,17 +456,27 @@ class Writer(WriterState):
         return min(SPARES_MAX, 2 * len(self.retired) + 1) - len(self._spares)
 
     def add_spares(self, files: Iterable[LockedFile], *, names_durable: bool = False) -> list[LockedFile]:
-        """Add spares; with `names_durable`, the directory was synced after they were created.
-
-        Returns those that cannot be used.
-        """
+        """Add spares; with `names_durable` the directory was synced after that. Returns those that cannot be used."""
         spares = [Segment(locked_file, name_durable=names_durable) for locked_file in files]
         with self.lock:
-            # Callers may have created segments with higher numbers since. Recovery sorts by number, so these spares would
-            # change the order.
+            # Recovery sorts by number: spares below the segments that callers have created since would change the order.
             newest = self._highest_used
             self._spares.extend(file for file in spares if file.number > newest)
+            self.retire_if_full()
             return [file.locked_file for file in spares if file.number < newest]
+
+    def take_spares(self) -> list[LockedFile]:
+        """Remove all spares. Returns their files."""
+        with self.lock:
+            spares = [spare.locked_file for spare in self._spares]
+            self._spares.clear()
+            return spares
+
+    def retire_if_full(self) -> None:
+        """Retire the active segment if it became full when it could not be retired: no event may follow to do it."""
+        with self.lock:
+            previous_limit, self._limit = self._limit, _IN_PROGRESS
+            self._restore_limit(previous_limit)
 
     def rotate(self, reason: SealReason) -> bool:
         """Retire the active segment if it holds anything. False where an append is under way, which must find its segment."""
@@ -529,8 +530,9 @@ class Writer(WriterState):
                 self._restore_limit(previous_limit)
 
     def _restore_limit(self, previous_limit: int) -> None:
-        """Update the limit after a change. An append that is under way, or was cut short, does it itself."""
+        """Update the limit after a change, which may let a full segment retire. An append that is under way does it itself."""
         if previous_limit != _IN_PROGRESS:
+            self._retire_if_full()
             self._update_limit()
 
     def _pending_bytes(self) -> int:
@@ -589,11 +591,10 @@ class Writer(WriterState):
             if self._limit == _IN_PROGRESS:
                 with contextlib.suppress(OSError):  # it is sealed with what can be read
                     self._start_repair()
-            spares = list(self._spares)
-            self._spares.clear()
+            spares = self.take_spares()
             if self._file.bytes:
                 self._retire("shutdown")
-            empty = [file.locked_file for file in (self._file, *spares) if file.locked_file is not NO_FILE]
+            empty = [file for file in (self._file.locked_file, *spares) if file is not NO_FILE]
             self._file = Segment(NO_FILE)
             self._limit = _NO_SEGMENT
             return empty

@@ -419,6 +419,10 @@ class CrashFilesystem(SequentialBatchOps, PortableScanOps):
         """Whether the open file has a name left."""
         return bool(self._before_fd_op("has_name", fd).paths)
 
+    def current_path(self, fd: int) -> str:
+        """One of the names of an open file; empty if it has none."""
+        return self._before_fd_op("current_path", fd).path
+
     def size(self, fd: int) -> int:
         """The size in bytes."""
         return len(self._before_fd_op("size", fd).data)

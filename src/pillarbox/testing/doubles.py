@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 class ManualClock:
     """A `Clock` that stands still until `advance`; `step` changes wall time only, as setting a clock does."""
 
-    def __init__(self, micros: int = 1_700_000_000_000_000) -> None:
+    def __init__(self, micros: int = 1_700_000_000_000_000, monotonic_s: float = 0.0) -> None:
         self._micros = micros
-        self._monotonic = 0.0
+        self._monotonic = monotonic_s
 
     def micros(self) -> int:
         """Return the wall time in microseconds since 1970."""
         return self._micros
 
     def monotonic(self) -> float:
-        """Return the seconds since the clock was created."""
+        """Return seconds that only `advance` changes."""
         return self._monotonic
 
     def advance(self, seconds: float) -> None:

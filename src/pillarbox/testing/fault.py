@@ -180,6 +180,10 @@ class FaultFilesystem(SequentialBatchOps, PortableScanOps):
         """Never fails."""
         return self._inner.has_name(fd)
 
+    def current_path(self, fd: int) -> str:
+        """Never fails."""
+        return self._inner.current_path(fd)
+
     def size(self, fd: int) -> int:
         """Never fails."""
         return self._inner.size(fd)

@@ -32,6 +32,7 @@ from pillarbox.delivery.process.protocol import (
 )
 from pillarbox.errors import FileUnusableError
 from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, SinkStats, State, StateName
+from pillarbox.store.os_filesystem import exists
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,8 +65,10 @@ class Supervisor:
         clock: Clock,
         callbacks: DeliveryCallbacks,
         sinks: Mapping[str, str],
+        working_directory: str = "",
     ) -> None:
-        self._settings = settings
+        self._settings = msgspec.structs.replace(settings, directory=directory.path)
+        self._working_directory = working_directory  # of the child, in which it finds what relative paths name
         self._directory = directory
         self._clock = clock
         self._callbacks = callbacks
@@ -141,7 +144,7 @@ class Supervisor:
             return _STANDBY_POLL_S
         started_s = self._clock.monotonic()
         try:
-            with contextlib.closing(_ChildProcess()) as child:
+            with contextlib.closing(_ChildProcess(self._working_directory)) as child:
                 with self._order_lock:
                     self._child = child
                 problem = self._supervise(child)
@@ -231,7 +234,8 @@ class Supervisor:
 class _ChildProcess:
     """A child process and the socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, working_directory: str) -> None:
+        """Start it in a directory, or in that of this process if the directory is gone."""
         with (
             _fork_lock
         ):  # a process forked meanwhile must not inherit the socket, or neither end would notice the other's death
@@ -240,7 +244,11 @@ class _ChildProcess:
             try:
                 command = [sys.executable, "-P", "-c", _CHILD_CODE, str(theirs.fileno()), _PACKAGE_PARENT]
                 self._process = subprocess.Popen(  # noqa: S603 - our own code, and no shell
-                    command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    cwd=working_directory if exists(working_directory) else None,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
                 )
             except BaseException:
                 _open_sockets.discard(self._socket)

@@ -17,6 +17,7 @@ import httpx
 from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.sinks import redact_path_segment, redact_url
 from pillarbox.sinks.options import SOURCE, parse_number
+from pillarbox.store.os_filesystem import absolute_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -135,7 +136,7 @@ def parse_url(url: str, field_names: Mapping[str, str]) -> HttpSettings:
             for text in values_by_option.get("header_env", ())
         ),
         proxy_env=_parse_variable_name(options, "proxy_env"),
-        ca_file=options.get("ca_file"),
+        ca_file=absolute_path(options["ca_file"]) if options.get("ca_file") else None,
         cloudevent_source=options.get("source") or "pillarbox",
         cloudevent_type=options.get("type") or None,
         cloudevent_type_field=_parse_type_field(options, field_names),
