@@ -45,7 +45,7 @@ CUT_SHORT: Final = "af{}v"  # another one, with a kill in the last step
 OPERATIONS: Final = 30  # of that step, at most
 EXAMPLES: Final = 1200  # of the state machine
 UNIT_TESTS: Final = "tests"  # the name of the harness of unit tests
-MODULE_VARIABLE: Final = "MUTANT_OF_MODULE"  # of the environment of a harness
+FIRST_TESTS_VARIABLE: Final = "FIRST_TESTS_OF_MUTANT"  # of the environment of a harness
 COMPILED_TESTS: Final = (  # for a mutant of a C source
     *("tests/crash/test_compiled_order.py", "tests/store/test_batch_io.py", "tests/store/test_dirscan.py"),
     "tests/store/test_ownership.py",
@@ -62,7 +62,8 @@ LEFT_OUT: Final = (
 
 # `name [harnesses]: what it breaks`, and a patch of the module named above it: lines with - are removed, those with + added,
 # the others kept. The first and the last line may be parts of lines. The removed and kept text occurs exactly once in the
-# module. The harnesses run on this mutant in addition to the default ones, or after `only`, in place of them.
+# module. The harnesses run on this mutant in addition to the default ones, or after `only`, in place of them. A name with a slash
+# is a module of tests, which come first among the unit tests.
 PATCHES: Final = Path(__file__).with_suffix(".txt").read_text()
 
 
@@ -74,7 +75,7 @@ class Mutant(NamedTuple):
     module: str  # under src/pillarbox; of a C source under src
     old: str
     new: str
-    also: list[str]  # harnesses
+    also: list[str]  # harnesses, and modules below `tests` that the unit tests begin with
     only: bool  # whether the default harnesses are left out
 
     @property
@@ -150,15 +151,13 @@ def _run_tests(*arguments: str) -> str:
 def unit_tests() -> str:
     """The unit tests, without those of other harnesses, those that need real file systems, and the slowest.
 
-    Those that are named for the mutant's module come first.
+    `first_tests` of the mutant come first.
     """
     if compiled_order.current_order() == "compiled":
         return _run_tests(*COMPILED_TESTS)
-    package, _, stem = os.environ.get(MODULE_VARIABLE, "").removesuffix(".py").rpartition("/")
-    paths = sorted((ROOT / "tests" / package).glob(f"test_{stem}*.py")) if package else []
-    own = [str(path) for path in paths if f"{package}/{path.stem}" not in LEFT_OUT]
+    first = os.environ.get(FIRST_TESTS_VARIABLE, "").split()
     left_out = [f"--ignore=tests/{name}.py" for name in LEFT_OUT]
-    return (_run_tests(*own) if own else "") or _run_tests("tests/store", "tests/delivery", *left_out)
+    return (_run_tests(*first) if first else "") or _run_tests("tests/store", "tests/delivery", *left_out)
 
 
 def interrupts() -> str:
@@ -309,6 +308,14 @@ def documented_finders() -> dict[str, list[str]]:
     }
 
 
+def first_tests(mutant: Mutant) -> list[str]:
+    """The modules of unit tests that are most likely to find a mutant: those that it names, and those named for its module."""
+    package, _, stem = mutant.module.removesuffix(".py").rpartition("/")
+    own = sorted((ROOT / "tests" / package).glob(f"test_{stem}*.py")) if package else []
+    named = [f"tests/{name}.py" for name in mutant.also if "/" in name]
+    return named or [f"tests/{package}/{path.name}" for path in own if f"{package}/{path.stem}" not in LEFT_OUT]
+
+
 def patched(mutant: Mutant) -> str:
     """The text of the patched module. Raises unless the text to replace occurs exactly once."""
     text = mutant.path.read_text()
@@ -327,14 +334,14 @@ def copy_package(mutant: Mutant | None, workdir: Path) -> Path:
 
 
 def run_harness(
-    workdir: Path, harness: str, seconds_max: float = SECONDS_MAX, *, module: str = "", compiled: bool = False
+    workdir: Path, harness: str, seconds_max: float = SECONDS_MAX, *, tests: Iterable[str] = (), compiled: bool = False
 ) -> Verdict:
-    """Run a harness on the copy of the package in a folder, of which `module` is mutated. One that does not end has found it.
+    """Run a harness on the copy of the package in a folder; the unit tests begin with `tests`. One that does not end has found it.
 
     `compiled` selects the compiled order of operations. Otherwise the portable order is used, without the extension.
     """
     environment = os.environ | {"PYTHONPATH": f"{workdir}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0", "TMPDIR": str(workdir)}
-    environment |= {"PILLARBOX_PURE_PYTHON": "" if compiled else "1", MODULE_VARIABLE: module}
+    environment |= {"PILLARBOX_PURE_PYTHON": "" if compiled else "1", FIRST_TESTS_VARIABLE: " ".join(tests)}
     command = [
         sys.executable,
         "-m",
@@ -366,9 +373,9 @@ def run_harnesses(mutant: Mutant | None, bounds: Mapping[str, float], *, compile
         compiled = compiled or (mutant is not None and mutant.is_compiled)
         if compiled:
             compiled_order.build_extension(workdir / "speedups", workdir / "pillarbox")  # for the unit tests
-        module = "" if mutant is None else mutant.module
+        tests = [] if mutant is None else first_tests(mutant)
         return {
-            harness: run_harness(workdir, harness, seconds, module=module, compiled=compiled)
+            harness: run_harness(workdir, harness, seconds, tests=tests, compiled=compiled)
             for harness, seconds in bounds.items()
         }
 

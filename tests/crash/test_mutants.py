@@ -30,7 +30,9 @@ NAMED = {mutant.name: mutant for mutant in MUTANTS}
 def test_mutants_have_unique_names_descriptions_and_existing_harnesses() -> None:
     """Their number does not fall below a minimum."""
     assert len(NAMED) == len(MUTANTS) >= MUTANTS_MIN
-    assert all(mutant.breaks and set(mutant.also) <= HARNESSES.keys() for mutant in MUTANTS)
+    assert all(mutant.breaks for mutant in MUTANTS)
+    assert {name for mutant in MUTANTS for name in mutant.also if "/" not in name} <= HARNESSES.keys()
+    assert all((mutants.ROOT / name).exists() for mutant in MUTANTS for name in mutants.first_tests(mutant))
 
 
 def test_the_excluded_tests_exist() -> None:
