@@ -7,8 +7,10 @@ aliases. A keyword or option wins over the environment, the environment over TOM
 
 from __future__ import annotations
 
+import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import iscoroutinefunction
@@ -222,28 +224,45 @@ def _choice_parser(*choices: str) -> Callable[[object], str]:
     return parse
 
 
-def _import_object(text: object, advice: str) -> object:
-    """The object that `module:name` stands for."""
+def _import_object(text: object, advice: str, directory: str | None) -> object:
+    """The object that `module:name` stands for; `directory` as in `resolve`."""
     module, _, name = text.partition(":") if isinstance(text, str) else ("", "", "")
-    if not module or not name:
+    if not name or not all(part.isidentifier() for part in module.split(".")):
         raise _InvalidValueError(advice)
     try:
-        return getattr(import_module(module), name)
+        with _import_also_from(directory):
+            return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise _InvalidValueError(f"{advice} ({error})") from None
 
 
-def _parse_event_type(value: object) -> type[msgspec.Struct]:
+@contextmanager
+def _import_also_from(directory: str | None) -> Iterator[None]:
+    """Import modules from a directory too, inside the block; a module that is found elsewhere wins."""
+    if directory is None:
+        yield
+        return
+    sys.path.append(directory)
+    try:
+        yield
+    finally:
+        # A module may have changed the path: take back the last entry that is ours, wherever it is now.
+        at = next((at for at in reversed(range(len(sys.path))) if sys.path[at] == directory), None)
+        if at is not None:
+            del sys.path[at]
+
+
+def _parse_event_type(value: object, directory: str | None = None) -> type[msgspec.Struct]:
     advice = "use a subclass of msgspec.Struct, or its name as text: module:Class"
-    parsed = value if isinstance(value, type) else _import_object(value, advice)
+    parsed = value if isinstance(value, type) else _import_object(value, advice, directory)
     if isinstance(parsed, type) and issubclass(parsed, msgspec.Struct):
         return parsed
     raise _InvalidValueError(advice)
 
 
-def _parse_hook(value: object) -> Callable[..., Any]:
+def _parse_hook(value: object, directory: str | None = None) -> Callable[..., Any]:
     advice = "use a function that is not a coroutine function, or its name as text: module:function"
-    parsed = value if callable(value) else _import_object(value, advice)
+    parsed = value if callable(value) else _import_object(value, advice, directory)
     if not callable(parsed) or iscoroutinefunction(parsed):
         raise _InvalidValueError(advice)
     return parsed
@@ -288,6 +307,11 @@ _PARSERS: Final[dict[str, Callable[[object], Any]]] = {
     "on_drop": _parse_hook,
     "on_dead_letter": _parse_hook,
 }
+# The parsers that import what a text names.
+_IMPORTING_PARSERS: Final[Mapping[str, Callable[[object, str | None], Any]]] = {
+    "event_type": _parse_event_type,
+    **dict.fromkeys(("before_send", "on_drop", "on_dead_letter"), _parse_hook),
+}
 
 
 def resolve(
@@ -296,6 +320,7 @@ def resolve(
     config: str | None = None,
     *,
     keyword_source: str = "the call",
+    import_directory: str | None = None,
 ) -> Settings:
     """Read settings from all sources and check them.
 
@@ -306,6 +331,8 @@ def resolve(
         environ: Environment variables, usually `os.environ`. None: the environment is not read.
         config: Path of a TOML file with a table `[outbox]`. None: no file is read.
         keyword_source: Where the keywords come from, for error messages.
+        import_directory: Directory in which a module that a setting names is looked for after everywhere else. It is on
+            `sys.path` only while that module is imported. None: only `sys.path` counts.
 
     Returns:
         The checked settings.
@@ -320,7 +347,7 @@ def resolve(
         _override(values, _read_environment(environ))
     named = {_canonical_name(name, keyword_source): value for name, value in keywords.items()}
     _override(values, {name: (value, keyword_source) for name, value in named.items() if value is not None})
-    return Settings(**{name: _parse_setting(name, value, source) for name, (value, source) in values.items()})
+    return Settings(**{name: _parse_setting(name, value, source, import_directory) for name, (value, source) in values.items()})
 
 
 def sink_and_sinks_error(source: str) -> ConfigurationError:
@@ -348,8 +375,10 @@ def _canonical_name(name: str, source: str) -> str:
     return canonical
 
 
-def _parse_setting(name: str, value: object, source: str) -> Any:
+def _parse_setting(name: str, value: object, source: str, import_directory: str | None) -> Any:
     try:
+        if name in _IMPORTING_PARSERS:
+            return _IMPORTING_PARSERS[name](value, import_directory)
         return _PARSERS[name](value)
     except _InvalidValueError as error:
         raise ConfigurationError(name, value if error.shows_value else None, source, error.advice) from None

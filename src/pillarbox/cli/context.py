@@ -15,7 +15,7 @@ from pillarbox.admin.replay import ReplayValidator
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.settings import Settings, resolve
-from pillarbox.store.os_filesystem import local_filesystem
+from pillarbox.store.os_filesystem import local_filesystem, working_directory
 from pillarbox.store.queues import directory_at
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ def load_settings(config: str | None, **options: object) -> Settings:
     Raises:
         ConfigurationError: A setting is unknown or has a value that is not allowed.
     """
-    sys.path.insert(0, "")  # find an --event-type module in the working directory, as `python -m` does
     if isinstance(options.get("sink"), list):
         options |= _parse_sinks(options["sink"])  # type: ignore[arg-type]  # a list of text: typer made it
-    return resolve(options, os.environ, config, keyword_source="the command line")
+    # The module of an --event-type may lie in the working directory.
+    return resolve(options, os.environ, config, keyword_source="the command line", import_directory=working_directory() or None)
 
 
 def _parse_sinks(sinks: Sequence[str]) -> dict[str, Any]:

@@ -45,6 +45,8 @@ def enqueue(
     """
     log_to_terminal(quiet=quiet)
     settings = options.load_settings(sink=sink, batch_size=batch_size, max_bytes=max_bytes)
+    if settings.deliver == "process":  # a child could not import an event type from the working directory
+        settings = msgspec.structs.replace(settings, deliver="thread")
     accepted = dropped = 0
     decode = strict_decoder(settings.event_type)
     source = sys.stdin.buffer if file is None else file
