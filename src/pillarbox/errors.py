@@ -5,6 +5,12 @@ disk, the directory or the destination does not work; fix that. Any other except
 `enqueue` raises none of these unless a setting asks for it: it returns `Dropped(reason)`.
 """
 
+from typing import Final
+
+from pillarbox.redaction import redact_text
+
+_VALUE_CHARS_MAX: Final = 200  # of a setting's value in a message
+
 
 class PillarboxError(Exception):
     """Base class of all errors that Pillarbox raises on purpose."""
@@ -35,13 +41,19 @@ class ConfigurationError(UsageError):
 
     def __init__(self, setting: str, value: object, source: str, advice: str) -> None:
         if value is not None:
-            message = f"{setting} = {value!r} (from {source}): {advice}"
+            message = f"{setting} = {_shown_value(value)} (from {source}): {advice}"
         else:
             message = advice if source == "the call" else f"{source}: {advice}"
         super().__init__(message)
         self.setting = setting
         self.source = source
         self.advice = advice
+
+
+def _shown_value(value: object) -> str:
+    """A value as Python writes it, without the secrets of URLs in it, and without the end of a long one."""
+    text = repr(redact_text(value)) if type(value) is str else redact_text(repr(value))
+    return text if len(text) <= _VALUE_CHARS_MAX else f"{text[:_VALUE_CHARS_MAX]}..."
 
 
 class InvalidEventError(UsageError):

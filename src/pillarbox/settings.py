@@ -23,6 +23,7 @@ from pillarbox.delivery.pacing import PacingConfig
 from pillarbox.errors import ConfigurationError
 from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES
+from pillarbox.redaction import SecretUrl, redact_text, reveal
 from pillarbox.store import compression
 from pillarbox.store.layout import is_sink_name
 from pillarbox.store.os_filesystem import read_file
@@ -40,6 +41,7 @@ AGE_MAX_S: Final = 100 * 365 * 86_400.0  # added to the present in microseconds,
 RATE_MIN: Final = 0.001  # events/s; keeps the pause between two sends finite
 RATE_MAX: Final = 1e9  # events/s
 IN_FLIGHT_MAX: Final = 64  # batches; each batch in flight is in memory
+_NAME_SHOWN_CHARS_MAX: Final = 64  # something longer is not a name; it may be a token
 _BOOLEANS: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _TIME_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _SIZE_UNITS: Final = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -53,7 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     enabled: bool = True
     directory: str = ""
-    sink: str | None = None
+    sink: str | None = None  # a `SecretUrl`
     sinks: dict[str, Any] = {}  # by name: a URL or a `Sink` each; empty with one sink or none
     event_type: type[msgspec.Struct] = TrackingEvent
     deliver: str = "thread"
@@ -84,6 +86,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     before_send: Callable[[Any], Any] | None = None
     on_drop: Callable[[str, int], object] | None = None
     on_dead_letter: Callable[[Any], object] | None = None
+
+    def __post_init__(self) -> None:
+        """Hide the secrets of URLs from `repr` and `str`, however the settings were made."""
+        if self.sink is not None:
+            msgspec.structs.force_setattr(self, "sink", SecretUrl(reveal(self.sink)))
+        if self.sinks:
+            sinks = {name: SecretUrl(reveal(sink)) if isinstance(sink, str) else sink for name, sink in self.sinks.items()}
+            msgspec.structs.force_setattr(self, "sinks", sinks)
 
     @property
     def delivery_config(self) -> DeliveryConfig:
@@ -205,11 +215,17 @@ def _parse_sinks(value: object) -> dict[str, object]:
         raise _InvalidValueError("sinks: use a table of names and URLs, or text: name=URL name=URL", shows_value=False)
     for name, sink in value.items():
         if not isinstance(name, str) or not is_sink_name(name):
-            advice = f"sinks: {name!r} is not a name; use 1 to 32 of the characters a-z, 0-9, _ and -"
+            advice = f"sinks: {_shown_name(name)} is not a name; use 1 to 32 of the characters a-z, 0-9, _ and -"
             raise _InvalidValueError(advice, shows_value=False)
         if not sink or not (isinstance(sink, str) or callable(getattr(sink, "deliver", None))):
             raise _InvalidValueError(f"sinks: give {name!r} a URL, as in {name}=URL", shows_value=False)
     return dict(value)
+
+
+def _shown_name(name: object) -> str:
+    """What was written as the name of a sink; a URL that stands there by mistake is shown without its secrets."""
+    text = redact_text(name) if isinstance(name, str) else repr(name)
+    return repr(text) if len(text) <= _NAME_SHOWN_CHARS_MAX and "=" not in text else "..."
 
 
 def _choice_parser(*choices: str) -> Callable[[object], str]:

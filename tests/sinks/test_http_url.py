@@ -210,6 +210,13 @@ def test_a_value_in_the_wrong_format_is_not_shown(option: str, value: str) -> No
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["whsec_", " whsec_ ", "whsec_ plain-secret", f"{SECRET} whsec_", "whsec_===="])
+def test_a_signing_secret_without_a_key_is_rejected(value: str) -> None:
+    """Anybody could sign with an empty key; also beside other secrets, as during a rotation."""
+    with pytest.raises(SinkUnusableError, match="environment variable V holds"):
+        read_credentials(settings_of("https://example.com/#secret_env=V"), {"V": value})
+
+
 def test_the_longest_secret_is_redacted_first() -> None:
     """Otherwise the end of a secret that begins with another one would show; also percent-encoded."""
     credentials = read_credentials(

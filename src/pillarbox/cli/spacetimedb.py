@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import msgspec
 import typer
@@ -16,6 +16,7 @@ from pillarbox.cli.context import load_settings
 from pillarbox.cli.options import CONTEXT_SETTINGS, EventTypeOption, JsonOption
 from pillarbox.cli.output import ExitCode, out
 from pillarbox.errors import ConfigurationError, SinkUnusableError
+from pillarbox.redaction import redact_text
 from pillarbox.store.os_filesystem import create_private_file, exists
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ def publish(
         from pillarbox.sinks.spacetimedb.url import TOKEN_VARIABLE, find_token  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise SinkUnusableError(f"spacetimedb: needs {error.name}; pip install 'pillarbox[spacetimedb]'") from None
-    if not server.startswith(("http://", "https://")):
-        raise ConfigurationError("server", server, "the command line", "use a URL, for example http://127.0.0.1:3000")
+    _check_server(server)
     if not _NAME.fullmatch(database):
         raise ConfigurationError("database", database, "the command line", "use lower-case letters and digits, joined by -")
     token = find_token("", token_file if exists(token_file) else None)
@@ -70,6 +70,20 @@ def publish(
     origin = f"{file}, just created with a new identity" if made else file or f"environment {TOKEN_VARIABLE}"
     out.print(_describe_published(done, file, origin), markup=False)
     return ExitCode.DONE
+
+
+def _check_server(server: str) -> None:
+    """Raise `ConfigurationError` for what is not the plain URL of a server; the message shows no secret of it."""
+    advice = "use a URL, for example http://127.0.0.1:3000"
+    try:
+        parts = urlsplit(server)
+        is_plain = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and server.isprintable()
+    except ValueError:
+        raise ConfigurationError("server", redact_text(server), "the command line", advice) from None
+    if "@" in server:
+        advice = "remove user and password from the URL; --token-file names the file with the token"
+    if not is_plain or "@" in server or parts.query or parts.fragment or parts.path.strip("/"):
+        raise ConfigurationError("server", redact_text(server), "the command line", advice)
 
 
 def _describe_published(done: PublishResult, file: str, origin: str) -> str:

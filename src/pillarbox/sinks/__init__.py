@@ -10,9 +10,10 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final, cast
-from urllib.parse import urlsplit
 
-from pillarbox.errors import ConfigurationError, SinkUnusableError
+from pillarbox.errors import ConfigurationError, PillarboxError, SinkUnusableError
+from pillarbox.redaction import Redactor, redact_url, reveal, url_secrets
+from pillarbox.sinks.guard import RedactingSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
     from pillarbox.sinks.base import Sink
 
+__all__ = ["make_sink", "redact_url", "schemes"]
+
 _ENTRY_POINT_GROUP: Final = "pillarbox.sinks"
-_SCHEMES_WITH_KEYS: Final = ("http", "https")  # the path of a webhook often contains its password
-_KEY_CHARS_MIN: Final = 16  # a path segment of at least this length with a digit in it looks like a key
 _BUILT_IN: Final = {
     "http": "pillarbox.sinks.http:HttpSink",
     "https": "pillarbox.sinks.http:HttpSink",
@@ -42,9 +43,10 @@ def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
     """Make the sink for a URL.
 
     Raises:
-        ConfigurationError: no sink has the URL's scheme, or the sink rejects the URL.
+        ConfigurationError: no sink has the URL's scheme, or the sink rejects the URL. The message shows no secret of it.
         SinkUnusableError: the extra that the sink needs is not installed.
     """
+    url = reveal(url)
     scheme = url.partition(":")[0].lower()
     import_path = _BUILT_IN.get(scheme)
     if import_path is not None:
@@ -60,31 +62,11 @@ def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
             advice = f"use a URL that begins with one of {', '.join(f'{name}://' for name in schemes())}"
             raise ConfigurationError("sink", redact_url(url), "the call", advice)
         factory = matches[0].load()
-    return cast("Callable[[str, type[msgspec.Struct]], Sink]", factory)(url, event_type)
-
-
-def redact_url(url: str) -> str:
-    """Return the URL without its possible secrets, so that it can be logged and stored.
-
-    It leaves out user and password, the values of query and fragment, and path segments of an HTTP URL that look like a key.
-    Where these cannot be told apart (a password that contains `#`) it leaves out everything after the scheme.
-    """
+    redact = Redactor(url_secrets(url))
     try:
-        parts = urlsplit(url)
-    except ValueError:
-        return f"{url.partition(':')[0]}://..."
-    host = parts.netloc.rpartition("@")[2]
-    if parts.netloc and "@" not in parts.netloc and "@" in url:
-        return f"{parts.scheme}://..."
-    path = "/".join(map(redact_path_segment, parts.path.split("/"))) if parts.scheme in _SCHEMES_WITH_KEYS else parts.path
-    query, fragment = _redact_values(parts.query), _redact_values(parts.fragment)
-    return f"{parts.scheme}://{host}{path}" + (f"?{query}" if query else "") + (f"#{fragment}" if fragment else "")
-
-
-def _redact_values(query: str) -> str:
-    return "&".join(f"{pair.partition('=')[0]}=..." if "=" in pair else "..." for pair in query.split("&") if pair)
-
-
-def redact_path_segment(segment: str) -> str:
-    """Return a segment of an HTTP URL's path, or dots where it looks like a key: long, with digits in it."""
-    return "..." if len(segment) >= _KEY_CHARS_MIN and any(letter.isdigit() for letter in segment) else segment
+        sink = cast("Callable[[str, type[msgspec.Struct]], Sink]", factory)(url, event_type)
+    except PillarboxError:
+        raise
+    except (ValueError, LookupError, RecursionError) as error:  # of the parser of URLs, or of another package's sink
+        raise ConfigurationError("sink", redact_url(url), "the call", f"correct the URL ({redact(str(error))})") from None
+    return sink if import_path is not None else RedactingSink(sink, redact)

@@ -17,6 +17,7 @@ import msgspec
 
 from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.event import snake_case, without_post_init
+from pillarbox.redaction import redact_url
 from pillarbox.sinks import base
 from pillarbox.sinks.base import (
     YIELD_EVERY_RECORDS,
@@ -61,9 +62,9 @@ class SqliteSink:
         parts = urlsplit(url)
         options = parse_qs(parts.query)
         self._path = unquote(parts.path.removeprefix("/"))
-        if parts.netloc or not self._path or self._path == ":memory:" or set(options) - {"table"}:
+        if parts.netloc or not self._path or self._path == ":memory:" or "\0" in self._path or set(options) - {"table"}:
             advice = "use sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME as the only option"
-            raise ConfigurationError("sink", f"sqlite://{'...' if parts.netloc else ''}{parts.path}", "the call", advice)
+            raise ConfigurationError("sink", redact_url(url), "the call", advice)
         self._path = absolute_path(self._path)  # the process may change its working directory before it is opened
         self._table = options.get("table", [snake_case(event_type.__name__)])[0]
         self._fields = msgspec.structs.fields(event_type)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from pillarbox.errors import ConfigurationError
+from pillarbox.redaction import SecretUrl
 from pillarbox.settings import Settings
 from pillarbox.stats import SinkStats
 
@@ -104,7 +105,11 @@ def _is_importable(value: Any) -> bool:
 def encode_settings(settings: Settings) -> msgspec.Raw:
     """Encode settings as JSON, classes and functions by name. Leaves out the hooks that only the parent calls."""
     sent = msgspec.structs.replace(settings, deliver="thread", before_send=None, on_drop=None)
-    return msgspec.Raw(msgspec.json.encode(sent, enc_hook=qualified_name))
+    return msgspec.Raw(msgspec.json.encode(sent, enc_hook=_encode_object))
+
+
+def _encode_object(value: Any) -> str:
+    return value.reveal() if isinstance(value, SecretUrl) else qualified_name(value)
 
 
 def decode_settings(data: msgspec.Raw) -> Settings:

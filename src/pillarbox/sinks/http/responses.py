@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from pillarbox.redaction import NO_SECRETS, TEXT_BYTES_MAX, excerpt
 from pillarbox.sinks.base import Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Rejection, Retry
 
 if TYPE_CHECKING:
@@ -30,11 +31,16 @@ RESPONSE_BYTES_MAX: Final = 2**20  # bytes read of one response; enough to name 
 RETRY_AFTER_MAX_S: Final = 1e11  # 3,000 years: longer than any process runs, and still a valid date
 _EXCERPT_CHARS_MAX: Final = 200  # characters of a response that a message quotes
 _CODE_CHARS_MAX: Final = 64
+_HEADER_CHARS_MAX: Final = 200  # of a header whose value is parsed
+_ENTRIES_PER_RECORD_MAX: Final = 16  # what a response may say about one record, field by field
 _RETRYABLE: Final = frozenset({408, 409, 425, 429})
 _PERMANENT_5XX: Final = frozenset({501, 505, 511})  # the 5xx that a retry does not resolve
 _REJECTING: Final = frozenset({400, 422})
 _STATUS_ONLY_HINT: Final = "; to judge responses by their status only, add answer=status to the sink's options"
 _SECONDS_FORM = re.compile(r"[+-]?\d+(\.\d*)?")
+_TITLE = re.compile(
+    rb"<title[^<>]{0,200}>([^<]{0,1000})<", re.IGNORECASE
+)  # bounded: a server may send `<title` a thousand times
 
 
 class HttpResponse(NamedTuple):
@@ -65,15 +71,11 @@ class _BatchReport(NamedTuple):
     problem: str = ""
 
 
-def _unredacted(text: str) -> str:
-    return text
-
-
 def classify_response(
     response: HttpResponse,
     indexes: Sequence[int],
     now_s: float,
-    redact: Callable[[str], str] = _unredacted,
+    redact: Callable[[str], str] = NO_SECRETS,
     *,
     reads_body: bool = True,
 ) -> DeliveryResult:
@@ -173,6 +175,9 @@ def _parse_report(value: Any, indexes: Sequence[int], redact: Callable[[str], st
         return None if accepted is None else _BatchReport({}, accepted, duplicates or 0)
     if not isinstance(entries, list):
         return _BatchReport({}, accepted, duplicates or 0, "rejects events without naming them")
+    if len(entries) > _ENTRIES_PER_RECORD_MAX * len(indexes):
+        problem = f"names {len(entries)} rejected events; the request had {len(indexes)}"
+        return _BatchReport({}, accepted, duplicates or 0, problem)
     rejected: dict[int, Rejection] = {}
     for entry in entries:
         index = _as_count(entry.get("index") if isinstance(entry, dict) else entry)
@@ -190,8 +195,8 @@ def _as_count(value: object) -> int | None:
 def _parse_rejection(entry: dict[str, Any], redact: Callable[[str], str]) -> Rejection:
     code, reason = entry.get("code"), entry.get("reason") or entry.get("message") or entry.get("error")
     return Rejection(
-        _one_line(redact(str(code)), _CODE_CHARS_MAX) if isinstance(code, (str, int)) and code else "refused_by_destination",
-        _one_line(redact(reason), _EXCERPT_CHARS_MAX) if isinstance(reason, str) else "the server gave no reason",
+        excerpt(str(code), _CODE_CHARS_MAX, redact) if isinstance(code, (str, int)) and code else "refused_by_destination",
+        excerpt(reason, _EXCERPT_CHARS_MAX, redact) if isinstance(reason, str) else "the server gave no reason",
     )
 
 
@@ -200,7 +205,7 @@ def parse_retry_after(text: str, date: str, now_s: float) -> float | None:
 
     A date counts from the response's own `Date`, where it has one, because the server's clock may differ from ours.
     """
-    text = text.strip()
+    text, date = text[:_HEADER_CHARS_MAX].strip(), date[:_HEADER_CHARS_MAX]
     if _SECONDS_FORM.fullmatch(text):
         seconds = float(text)
     else:
@@ -220,35 +225,31 @@ def _parse_http_date(text: str) -> float | None:
         return None
 
 
-def _one_line(text: str, most: int) -> str:
-    return " ".join(text.split())[:most]
-
-
 def _with_excerpt(sentence: str, response: HttpResponse, redact: Callable[[str], str]) -> str:
     """Append an excerpt of the response's body to a sentence."""
-    title = re.search(rb"<title[^>]*>([^<]*)</title>", response.body, re.IGNORECASE)
-    text = _one_line(redact((title[1] if title else response.body).decode(errors="replace")), _EXCERPT_CHARS_MAX)
+    title = _TITLE.search(response.body[:TEXT_BYTES_MAX])
+    text = excerpt(title[1] if title else response.body, _EXCERPT_CHARS_MAX, redact)
     return f"{sentence}: {text}" if text else sentence
 
 
 def _explain_misconfiguration(response: HttpResponse, redact: Callable[[str], str]) -> str:
     status = response.status
     if 300 <= status < 400:
-        return f"{status}: {_explain_redirect(response.location)}"
+        return f"{status}: {_explain_redirect(response.location, redact)}"
     remedy = REMEDIES.get(
         status, "Pillarbox does not know this status, and rejects no event because of it: correct the URL or the server"
     )
     return _with_excerpt(str(status), response, redact) + f": {remedy}"
 
 
-def _explain_redirect(location: str) -> str:
+def _explain_redirect(location: str, redact: Callable[[str], str]) -> str:
     try:
         host = urlsplit(location).hostname
     except ValueError:
         host = None
     if not location:
         return "the server redirects without a location: correct the sink's URL"
-    destination = f"a URL at {host}" if host else "another path of the same server"
+    destination = f"a URL at {excerpt(host, _EXCERPT_CHARS_MAX, redact)}" if host else "another path of the same server"
     return f"the server redirects to {destination}; redirects are not followed: put the final URL into the sink's URL"
 
 

@@ -20,6 +20,7 @@ import msgspec
 
 from pillarbox.clock import SystemClock
 from pillarbox.errors import SinkUnusableError
+from pillarbox.redaction import excerpt
 from pillarbox.sinks.base import (
     Batch,
     CheckResult,
@@ -184,8 +185,9 @@ class HttpSink:
         host, causes = self._settings.origin, list(_cause_chain(error))
         for cause in causes:
             if isinstance(cause, ssl.SSLCertVerificationError):
+                problem = self._quote(cause.verify_message)
                 return Misconfigured(
-                    f"the certificate of {host} is not trusted ({cause.verify_message}): replace it, or name the file of the "
+                    f"the certificate of {host} is not trusted ({problem}): replace it, or name the file of the "
                     "authority that issued it with ca_file= in the sink's options"
                 )
         reason = next((str(cause) for cause in reversed(causes) if isinstance(cause, OSError) and str(cause)), "")
@@ -193,14 +195,18 @@ class HttpSink:
             case httpx.ConnectTimeout():
                 return Retry(f"{host} does not accept a connection within {self._connect_timeout_s:g} s")
             case httpx.ConnectError():
-                return Retry(f"cannot connect to {host}: {reason[:_EXCERPT_CHARS_MAX] or 'reason unknown'}")
+                return Retry(f"cannot connect to {host}: {self._quote(reason) or 'reason unknown'}")
             case httpx.ProxyError() if str(error).startswith("407"):
                 return Misconfigured(f"407: {REMEDIES[407]}")
             case httpx.ProxyError():
-                return Retry(f"the proxy cannot connect to {host}: {self._credentials.redact(str(error))[:_EXCERPT_CHARS_MAX]}")
+                return Retry(f"the proxy cannot connect to {host}: {self._quote(str(error))}")
             case httpx.RemoteProtocolError():
                 return Retry(f"{host} closed the connection or responded with something other than HTTP")
-        return Retry(f"the connection to {host} broke: {reason[:_EXCERPT_CHARS_MAX] or type(error).__name__}")
+        return Retry(f"the connection to {host} broke: {self._quote(reason) or type(error).__name__}")
+
+    def _quote(self, text: str) -> str:
+        """Quote a text that comes from the network or the system."""
+        return excerpt(text, _EXCERPT_CHARS_MAX, self._credentials.redact)
 
     async def confirm(self, batches: Sequence[Batch]) -> int:
         """Confirm all: a 2xx response is the confirmation."""
@@ -222,10 +228,8 @@ class HttpSink:
             return [*results, CheckResult(ok=False, message=response.reason)]
         host, status = self._settings.origin, response.status
         if response.allow and "POST" not in response.allow.upper():
-            return [
-                *results,
-                CheckResult(ok=False, message=f"{host} accepts {response.allow} at this path, but not POST: correct the URL"),
-            ]
+            problem = f"{host} accepts {self._quote(response.allow)} at this path, but not POST: correct the URL"
+            return [*results, CheckResult(ok=False, message=problem)]
         if 200 <= status < 300:
             return [*results, CheckResult(ok=True, message=f"{host} responds with {status}")]
         if status in _INCONCLUSIVE:

@@ -10,12 +10,12 @@ import binascii
 import re
 from base64 import b64decode, b64encode
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import httpx
 
 from pillarbox.errors import ConfigurationError, SinkUnusableError
-from pillarbox.sinks import redact_path_segment, redact_url
+from pillarbox.redaction import NO_SECRETS, Redactor, redact_url, url_secrets
 from pillarbox.sinks.options import SOURCE, parse_number
 from pillarbox.store.os_filesystem import absolute_path
 
@@ -33,7 +33,8 @@ FORMATS: Final = {
     "cloudevents": "application/cloudevents-batch+json",
 }
 COMPRESSIONS: Final = ("none", "gzip", "zstd")
-_SECRET_CHARS_MIN: Final = 4  # a shorter secret is not redacted, because it would match in ordinary text
+_WORD_CHARS_MIN: Final = 8  # a word of a header's value that may be a secret by itself, as behind `Bearer`
+_SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - how Standard Webhooks begins a signing secret
 _VARIABLE_NAME = re.compile(
     r"[A-Z][A-Z0-9_]*"
 )  # upper case only, so that a secret written here by mistake is rejected and not shown
@@ -81,16 +82,10 @@ class Credentials(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
     signing_keys: tuple[bytes, ...] = ()  # each body is signed with all of them
     proxy_url: str | None = None
-    secrets: tuple[str, ...] = ()  # texts that must not appear in a message, longest first
+    redact: Redactor = NO_SECRETS  # removes the secrets from a text: a destination may repeat a request in its response
 
     def __repr__(self) -> str:
         return "Credentials(...)"
-
-    def redact(self, text: str) -> str:
-        """Remove the secrets from a text, because a destination may repeat a request in its response."""
-        for secret in self.secrets:
-            text = text.replace(secret, "...")
-        return text
 
 
 def parse_url(url: str, field_names: Mapping[str, str]) -> HttpSettings:
@@ -203,7 +198,7 @@ def read_credentials(settings: HttpSettings, environ: Mapping[str, str]) -> Cred
     if settings.userinfo:
         basic = b64encode(settings.userinfo.encode()).decode()
         headers.append(("Authorization", f"Basic {basic}"))
-        secrets += [basic, settings.userinfo, settings.userinfo.partition(":")[2] or settings.userinfo.partition(":")[0]]
+        secrets += [basic, settings.userinfo, *settings.userinfo.partition(":")[::2]]
     if settings.token_env:
         token = _read_variable(environ, settings.token_env, "token_env")
         headers.append(("Authorization", f"Bearer {token}"))
@@ -211,24 +206,17 @@ def read_credentials(settings: HttpSettings, environ: Mapping[str, str]) -> Cred
     for header, variable in settings.header_env:
         value = _read_variable(environ, variable, "header_env")
         headers.append((header, value))
-        secrets.append(value)
+        secrets += [value, *(word for word in value.split() if len(word) >= _WORD_CHARS_MIN)]
     signing_keys: list[bytes] = []
     for secret in _read_variable(environ, settings.secret_env, "secret_env").split() if settings.secret_env else ():
         signing_keys.append(_decode_signing_key(secret, settings.secret_env or ""))
-        secrets += [secret, secret.removeprefix("whsec_")]
+        secrets += [secret, secret.removeprefix(_SECRET_PREFIX)]
     proxy = _read_variable(environ, settings.proxy_env, "proxy_env") if settings.proxy_env else None
     if proxy is not None:
         _check_proxy_url(proxy, settings.proxy_env or "")
-        secrets.append(proxy)
-    parts = urlsplit(settings.url)
-    secrets += [value for values in parse_qs(parts.query).values() for value in values]
-    secrets += [part for part in parts.path.split("/") if redact_path_segment(part) != part]
-    ordered = sorted(
-        {text for text in (*secrets, *(quote(text, safe="") for text in secrets)) if len(text) >= _SECRET_CHARS_MIN},
-        key=len,
-        reverse=True,
-    )
-    return Credentials(tuple(headers), tuple(signing_keys), proxy, tuple(ordered))
+        secrets += [proxy, *url_secrets(proxy)]
+    secrets += url_secrets(settings.url)
+    return Credentials(tuple(headers), tuple(signing_keys), proxy, Redactor(secrets))
 
 
 def _read_variable(environ: Mapping[str, str], variable: str, option: str) -> str:
@@ -247,14 +235,19 @@ def _read_variable(environ: Mapping[str, str], variable: str, option: str) -> st
 
 def _decode_signing_key(secret: str, variable: str) -> bytes:
     """Decode a signing key: `whsec_` and Base64, as Standard Webhooks writes it, or the key's own characters."""
-    if not secret.startswith("whsec_"):
+    if not secret.startswith(_SECRET_PREFIX):
         return secret.encode()
     try:
-        return b64decode(secret.removeprefix("whsec_"), validate=True)
+        key = b64decode(secret.removeprefix(_SECRET_PREFIX), validate=True)
     except (binascii.Error, ValueError):
         raise SinkUnusableError(
             f"the environment variable {variable} holds a whsec_ secret that is not valid Base64: copy the secret again"
         ) from None
+    if not key:  # anybody could sign with it
+        raise SinkUnusableError(
+            f"the environment variable {variable} holds {_SECRET_PREFIX} without a key behind it: copy the secret again"
+        )
+    return key
 
 
 def _check_proxy_url(url: str, variable: str) -> None:

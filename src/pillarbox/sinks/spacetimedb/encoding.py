@@ -16,13 +16,22 @@ import msgspec
 
 from pillarbox.event import ScopeKind, TrackingEvent
 from pillarbox.sinks.base import Rejection
-from pillarbox.sinks.spacetimedb.schema import AlgebraicType, DatabaseSchema, ModuleFunction, NamedType, canonical_name
+from pillarbox.sinks.spacetimedb.schema import (
+    DEPTH_MAX,
+    AlgebraicType,
+    DatabaseSchema,
+    ModuleFunction,
+    NamedType,
+    SchemaError,
+    canonical_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _ClosedSet = tuple[tuple[str, Any], ...]  # all allowed values, as (name, value)
 _INTEGERS: Final = {f"{sign}{bits}": (sign, bits) for sign in "IU" for bits in (8, 16, 32, 64, 128, 256)}
+_PATH_CHARS_MAX: Final = 100  # of a field's path in a message
 _CHUNK_EVENTS: Final = 50  # events that are converted at once; other threads wait for the GIL meanwhile
 _MICROS_FIELDS: Final = {"__timestamp_micros_since_unix_epoch__", "__time_duration_micros__"}
 # Fields of type str with a closed set of values. A module whose enum lacks one is misconfigured; the event is not at fault.
@@ -52,6 +61,7 @@ class RowEncoder:
         self.mismatches: list[FieldMismatch] = []
         self.returns = schema.return_kind(function)
         self._schema = schema
+        self._depth = 0
         element = schema.array_element(function.parameters[0].type) if len(function.parameters) == 1 else None
         columns = schema.product_fields(element) if element is not None else None
         if columns is None or element is None:
@@ -92,7 +102,22 @@ class RowEncoder:
     def _value_encoder(
         self, annotation: Any, of: AlgebraicType, path: str, closed: _ClosedSet = ()
     ) -> Callable[[Any], Any] | None:
-        """Return the function that converts a value to a module type; None where no conversion is needed."""
+        """Return the function that converts a value to a module type; None where no conversion is needed.
+
+        Raises:
+            SchemaError: the types are nested too deeply, as where one contains itself.
+        """
+        self._depth += 1
+        if self._depth > DEPTH_MAX:
+            raise SchemaError(f"the types of {path[:_PATH_CHARS_MAX]} are nested more than {DEPTH_MAX} levels deep")
+        try:
+            return self._checked_value_encoder(annotation, of, path, closed)
+        finally:
+            self._depth -= 1
+
+    def _checked_value_encoder(
+        self, annotation: Any, of: AlgebraicType, path: str, closed: _ClosedSet
+    ) -> Callable[[Any], Any] | None:
         kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
         nullable = NoneType in kinds
         kinds.discard(NoneType)

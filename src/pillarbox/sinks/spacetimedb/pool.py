@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from pillarbox.redaction import excerpt
 from pillarbox.sinks.spacetimedb.http1 import ConnectionBrokenError, Http1Connection, connect
 from pillarbox.sinks.spacetimedb.responses import SpacetimeDbResponse
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from pillarbox.sinks.spacetimedb.url import SpacetimeDbSettings
 
+_EXCERPT_CHARS_MAX: Final = 200
 _PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -39,6 +41,7 @@ class PooledConnection:
         self._headers = [("Host", parts.netloc)]
         if settings.token:
             self._headers += settings.token.auth_header().items()
+        self._redact = settings.redactor()
         self._connection: Http1Connection | None = None
 
     async def request(
@@ -56,12 +59,14 @@ class PooledConnection:
                 f"{self._server} did not respond in {self._timeout_s:g} s; timeout= in the sink's URL sets another limit"
             ) from None
         except ConnectionBrokenError as error:
-            raise TransportError(f"the connection to {self._server} broke ({error})") from None
+            raise TransportError(
+                f"the connection to {self._server} broke ({excerpt(str(error), _EXCERPT_CHARS_MAX, self._redact)})"
+            ) from None
         self.last_used = connection
         values = dict(response.headers)
         has_execution_time = b"spacetime-execution-duration-micros" in values
         kind, after = (values.get(name, b"").decode("latin-1") for name in (b"content-type", b"retry-after"))
-        return SpacetimeDbResponse(response.status, kind, after, response.body, has_execution_time)
+        return SpacetimeDbResponse(response.status, kind, after, response.body, has_execution_time, self._redact)
 
     async def _connect(self) -> Http1Connection:
         if self._connection is None or self._connection.is_closed:

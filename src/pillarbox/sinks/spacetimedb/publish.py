@@ -52,7 +52,7 @@ async def new_identity(server: str) -> tuple[str, Token]:
     connection = _open_connection(server, None)
     try:
         response = await connection.request("POST", "/v1/identity")
-        identity = msgspec.json.decode(response.body)
+        identity = response.decode()
         return identity["identity"], Token(identity["token"])
     except TransportError as error:
         raise SinkUnusableError(str(error)) from None
@@ -104,7 +104,7 @@ async def publish(server: str, database: str, token: Token, *, replace: bool = F
 def _identities(database_info: SpacetimeDbResponse) -> tuple[str, str]:
     """Return the database's identity and its owner's."""
     try:
-        info = msgspec.json.decode(database_info.body)
+        info = database_info.decode()
         pair = [info["database_identity"], info["owner_identity"]]
     except (msgspec.DecodeError, KeyError, TypeError):
         return "unknown", "unknown"

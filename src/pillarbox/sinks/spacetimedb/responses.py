@@ -6,10 +6,11 @@ Verified against standalone servers 1.2.0 and 2.8.3; the table is in `docs/how-t
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
+from pillarbox.redaction import NO_SECRETS, TEXT_BYTES_MAX, Redactor, excerpt
 from pillarbox.sinks.base import Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Rejection, Retry
 
 if TYPE_CHECKING:
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 
     from pillarbox.sinks.spacetimedb.schema import ReturnKind
 
+_PARTS_PER_EVENT_MAX: Final = 16  # of a function's error, which may name several fields of an event
 _EXCERPT_CHARS_MAX: Final = 500  # characters of a response that a message quotes
-_EVENT_ERROR = re.compile(r"event\[(\d+)\](?:\.(\w+))?: ")
+_FUNCTION_ERROR_BYTES_MAX: Final = 2**20  # of a function's error, which may name every event of a call
+_EVENT_ERROR = re.compile(r"event\[([0-9]{1,9})\](?:\.(\w{1,64}))?: ")
 _EVENT_ERROR_SEPARATOR = re.compile(r"; (?=event\[)")
-_ARGUMENT_INDEX = re.compile(r"\[0\]\[(\d+)\]")
+_ARGUMENT_INDEX = re.compile(r"\[0\]\[([0-9]{1,9})\]")
+_TITLE = re.compile(rb"<title>([^<]{0,1000})<", re.IGNORECASE)
+_VERSION_CHARS_MAX: Final = 40
 _RETRYABLE: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -32,27 +37,38 @@ class SpacetimeDbResponse(NamedTuple):
     retry_after: str
     body: bytes
     has_execution_time: bool  # SpacetimeDB sends it whenever it has run a function
+    redact: Redactor = NO_SECRETS  # removes the token from a text
 
     @property
-    def full_text(self) -> str:
-        """The whole body as text."""
-        return self.body.decode(errors="replace")
+    def function_error(self) -> str:
+        """The body as the text of a function's error, without the token."""
+        text = self.body[:_FUNCTION_ERROR_BYTES_MAX].decode(errors="replace")
+        return self.redact.redact_beginning(text) if len(self.body) > _FUNCTION_ERROR_BYTES_MAX else self.redact(text)
 
     @property
     def excerpt(self) -> str:
-        """The beginning of the body on one line, for messages."""
-        return " ".join(self.full_text.split())[:_EXCERPT_CHARS_MAX]
+        """The beginning of the body on one line, for messages, without the token."""
+        return excerpt(self.body, _EXCERPT_CHARS_MAX, self.redact)
 
     @property
     def is_html(self) -> bool:
         """Whether the response is HTML, which SpacetimeDB never sends."""
-        return "html" in self.content_type or self.body.lstrip()[:1] == b"<"
+        return "html" in self.content_type or self.body[:TEXT_BYTES_MAX].lstrip()[:1] == b"<"
+
+    def decode(self) -> Any:
+        """Return the JSON value of the body; raises `msgspec.DecodeError` for any other body."""
+        try:
+            return msgspec.json.decode(self.body)
+        except (RecursionError, ValueError) as error:  # msgspec's own errors are ValueErrors too
+            raise msgspec.DecodeError(str(error)) from None
 
 
 def parse_version(response: SpacetimeDbResponse) -> str | None:
     """Return the server's version from its health response; None where that is not SpacetimeDB's format."""
     try:
-        return str(msgspec.json.decode(response.body)["version"]) if response.status == 200 else None
+        return (
+            excerpt(str(response.decode()["version"]), _VERSION_CHARS_MAX, response.redact) if response.status == 200 else None
+        )
     except (msgspec.DecodeError, KeyError, TypeError):
         return None
 
@@ -85,7 +101,7 @@ def classify_response(
     if status == 200:
         return Delivered(len(indexes)) if returns == "nothing" else _classify_return_value(response, indexes, returns)
     if status == 530 or (status == 500 and returns != "nothing" and _is_panic(response)):
-        return _classify_function_error(response.full_text, indexes)
+        return _classify_function_error(response.function_error, indexes)
     if status == 400:
         return _classify_bad_request(response, function, indexes)
     if status == 413:
@@ -102,14 +118,14 @@ def classify_response(
 def _classify_return_value(response: SpacetimeDbResponse, indexes: Sequence[int], returns: ReturnKind) -> DeliveryResult:
     """Classify a procedure's value: a count, or a Result as `[0, value]` or `[1, error]`; another value is ignored."""
     try:
-        value = msgspec.json.decode(response.body)
+        value = response.decode()
     except msgspec.DecodeError:
         return Misconfigured(f"the procedure returned a value that is not JSON: {response.excerpt}; correct the procedure")
     if returns == "result":
         match value:
             case [1, error] | {"err": error}:
                 text = error if isinstance(error, str) else msgspec.json.encode(error).decode()
-                return _classify_function_error(text, indexes)
+                return _classify_function_error(response.redact(text), indexes)
             case [0, inner] | {"ok": inner}:
                 value = inner
             case _:
@@ -125,7 +141,8 @@ def _classify_return_value(response: SpacetimeDbResponse, indexes: Sequence[int]
 def _classify_function_error(text: str, indexes: Sequence[int]) -> DeliveryResult:
     """Classify a function's error, which rolled back the whole call: it rejects the events it names, or all events."""
     rejected: dict[int, Rejection] = {}
-    for part in _EVENT_ERROR_SEPARATOR.split(text.strip()) if text.strip().startswith("event[") else ():
+    parts_max = _PARTS_PER_EVENT_MAX * len(indexes)
+    for part in _EVENT_ERROR_SEPARATOR.split(text.strip(), parts_max) if text.strip().startswith("event[") else ():
         named = _EVENT_ERROR.match(part)
         if named is not None and int(named[1]) < len(indexes):
             reason = part[named.end() :][:_EXCERPT_CHARS_MAX]
@@ -138,7 +155,7 @@ def _classify_function_error(text: str, indexes: Sequence[int]) -> DeliveryResul
 
 def _classify_bad_request(response: SpacetimeDbResponse, function: str, indexes: Sequence[int]) -> DeliveryResult:
     """Classify a 400: the arguments match the schema, so the cause is a single value or a proxy."""
-    named = _ARGUMENT_INDEX.search(response.full_text)
+    named = _ARGUMENT_INDEX.search(response.body[:TEXT_BYTES_MAX].decode(errors="replace"))
     if "invalid arguments for" in response.excerpt and named and int(named[1]) < len(indexes):
         return PartialFailure({indexes[int(named[1])]: Rejection("bad_value", response.excerpt)})
     return Misconfigured(
@@ -176,9 +193,9 @@ def _is_panic(response: SpacetimeDbResponse) -> bool:
 
 
 def _html_title(response: SpacetimeDbResponse) -> str:
-    title = re.search(rb"<title>([^<]*)</title>", response.body, re.IGNORECASE)
-    return " ".join(title[1].decode(errors="replace").split())[:100] if title else "no title"
+    title = _TITLE.search(response.body[:TEXT_BYTES_MAX])
+    return excerpt(title[1], 100, response.redact) if title else "no title"
 
 
 def _parse_retry_after(retry_after: str) -> float | None:
-    return float(retry_after) if retry_after.isdigit() else None
+    return float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None

@@ -6,12 +6,16 @@ Types keep the server's JSON form: `{"String": []}`, `{"Array": T}`, `{"Product"
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
 AlgebraicType = dict[str, Any]
 ReturnKind = Literal["nothing", "count", "result", "value"]
+
+
+DEPTH_MAX: Final = 32  # levels of types inside of types; more only where a type contains itself
+_NAME_CHARS_MAX: Final = 200  # of a type's name in a message
 
 
 class SchemaError(Exception):
@@ -45,19 +49,39 @@ class DatabaseSchema:
             self._raw_tables = raw["tables"]
             self.lifecycle = [str(reducer["name"]) for reducer in raw["reducers"] if "some" in reducer.get("lifecycle", {})]
             self.functions = {
-                reducer["name"]: ModuleFunction(reducer["name"], "reducer", _named_types(reducer["params"]["elements"]), None)
+                str(reducer["name"]): ModuleFunction(
+                    str(reducer["name"]), "reducer", _named_types(reducer["params"]["elements"]), None
+                )
                 for reducer in raw["reducers"]
                 if "some" not in reducer.get("lifecycle", {})
             }
             for export in raw.get("misc_exports", []):
                 procedure = export.get("Procedure")
-                if procedure is not None and procedure["name"] not in self.functions:
+                name = "" if procedure is None else str(procedure["name"])
+                if procedure is not None and name not in self.functions:
                     parameters = _named_types(procedure["params"]["elements"])
-                    self.functions[procedure["name"]] = ModuleFunction(
-                        procedure["name"], "procedure", parameters, procedure["return_type"]
-                    )
-        except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
-            raise SchemaError(f"{type(error).__name__}: {error}") from None
+                    self.functions[name] = ModuleFunction(name, "procedure", parameters, procedure["return_type"])
+            self._check_types()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise SchemaError(f"{type(error).__name__}: {str(error)[:_NAME_CHARS_MAX]}") from None
+
+    def _check_types(self) -> None:
+        """Check that every type has one of the forms above and refers to existing types: any text may come from the network."""
+        types = [*self._types, *({"Ref": table["product_type_ref"]} for table in self._raw_tables)]
+        for function in self.functions.values():
+            types += [parameter.type for parameter in function.parameters]
+            types += [] if function.returns is None else [function.returns]
+        while types:
+            algebraic_type = types.pop()
+            ((kind, content),) = algebraic_type.items()
+            if kind == "Ref" and not (type(content) is int and 0 <= content < len(self._types)):
+                raise SchemaError(f"there is no type {content!r:.20}")
+            if kind == "Array":
+                types.append(content)
+            elif kind in ("Product", "Sum"):
+                types += [member.type for member in _named_types(content["elements" if kind == "Product" else "variants"])]
+            elif not kind:
+                raise SchemaError("a type has no name")
 
     def resolve(self, algebraic_type: AlgebraicType) -> AlgebraicType:
         """Follow references to the type they stand for."""
@@ -104,26 +128,32 @@ class DatabaseSchema:
         """Return the element type of an array type, None for another type."""
         return self.resolve(algebraic_type).get("Array")
 
-    def rust_type(self, algebraic_type: AlgebraicType) -> str:
+    def rust_type(self, algebraic_type: AlgebraicType, depth: int = 0) -> str:
         """Return the type in Rust's notation, for messages."""
+        if depth > DEPTH_MAX:
+            return "..."
         algebraic_type = self.resolve(algebraic_type)
         inner = self.option_inner(algebraic_type)
         if inner is not None:
-            return f"Option<{self.rust_type(inner)}>"
+            return f"Option<{self.rust_type(inner, depth + 1)}>"
         if "Array" in algebraic_type:
-            return f"Vec<{self.rust_type(algebraic_type['Array'])}>"
+            return f"Vec<{self.rust_type(algebraic_type['Array'], depth + 1)}>"
         variants = self.sum_variants(algebraic_type)
         if variants is not None:
-            return f"enum {{{', '.join(variant.name for variant in variants)}}}"
+            return f"enum {{{_joined(variants)}}}"
         fields = self.product_fields(algebraic_type)
         if fields is not None:
-            return f"struct {{{', '.join(field.name for field in fields)}}}"
-        name = next(iter(algebraic_type))
+            return f"struct {{{_joined(fields)}}}"
+        name = next(iter(algebraic_type))[:_NAME_CHARS_MAX]
         return name.lower() if name[-1].isdigit() or name == "Bool" else name
 
 
+def _joined(members: list[NamedType]) -> str:
+    return ", ".join(member.name for member in members)[:_NAME_CHARS_MAX]
+
+
 def _named_types(raw: list[dict[str, Any]]) -> list[NamedType]:
-    return [NamedType(member["name"].get("some", ""), member["algebraic_type"]) for member in raw]
+    return [NamedType(str(member["name"].get("some", "")), member["algebraic_type"]) for member in raw]
 
 
 def canonical_name(name: str) -> str:

@@ -12,6 +12,7 @@ import msgspec
 from pillarbox.clock import SystemClock
 from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.event import without_post_init
+from pillarbox.redaction import TEXT_BYTES_MAX, excerpt
 from pillarbox.sinks import base
 from pillarbox.sinks.base import (
     Batch,
@@ -44,6 +45,7 @@ CALL_BYTES_MAX: Final = 2 * 2**20  # the limit of servers 1.2.0 and 2.8.3; one b
 _CONFIRMING_QUERY: Final = b"SELECT COUNT(*) AS n FROM st_client"
 _CONFIRM_DELAY_MAX_S: Final = 0.1  # extra wait, so that one ping confirms several batches
 _CONFIRM_WAIT_MAX_S: Final = 10.0  # the longest wait of one `confirm`
+_NAMES_CHARS_MAX: Final = 1000  # of the module's functions, in a message
 _BAD_VALUE_CALLS_MAX: Final = 3  # calls in a row rejected for a value that matches the schema; then delivery stops
 _SCHEMA_ERRORS: Final = frozenset({400, 401, 403, 404, 415})  # statuses after which the schema may have changed
 
@@ -146,14 +148,18 @@ class SpacetimeDbSink:
             return Misconfigured(_unknown_server_message(response, version))
         function = schema.functions.get(settings.function)
         if function is None:
-            names = ", ".join(sorted(schema.functions)) or "none"
+            names = excerpt(", ".join(sorted(schema.functions)), _NAMES_CHARS_MAX, response.redact) or "none"
             return Misconfigured(
                 f"the module of {settings.database} has no function {settings.function} (its functions: {names}): "
                 "publish a module that has it, or name another function with ?function="
             )
-        encoder = RowEncoder(schema, function, self._event_type)
+        try:
+            encoder = RowEncoder(schema, function, self._event_type)
+        except SchemaError as error:
+            return Misconfigured(f"{self._event_type.__name__} does not match {settings.function}: {error}")
         if encoder.mismatches:
             problems = "; ".join(f"{mismatch.field}: {mismatch.problem}" for mismatch in encoder.mismatches)
+            problems = excerpt(problems, TEXT_BYTES_MAX, response.redact)
             return Misconfigured(f"{self._event_type.__name__} does not match {settings.function}: {problems}")
         self._binding = _ModuleBinding(response.body, encoder, version, confirms_by_query=_major_version(version) >= 2)
         return self._binding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from base64 import urlsafe_b64decode
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -10,12 +11,15 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import msgspec
 
 from pillarbox.errors import ConfigurationError
+from pillarbox.redaction import NO_SECRETS, Redactor
 from pillarbox.sinks.options import SOURCE, parse_number
 from pillarbox.store.os_filesystem import read_file
 
 TOKEN_VARIABLE: Final = "PILLARBOX_SPACETIMEDB_TOKEN"  # noqa: S105 - the name of the variable
 TIMEOUT_MAX_S: Final = 110.0  # below delivery's own limit for a call, whose error would be less specific
+_OPTION_NAME: Final = re.compile(r"[a-z_]{1,24}")
 DEFAULT_FUNCTION: Final = "record_tracking_events"
+_PART_CHARS_MIN: Final = 16  # of a token's parts between dots: the claims, and the signature
 _URL_FORM: Final = "use spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
 
 
@@ -32,6 +36,11 @@ class Token:
 
     __str__ = __repr__
 
+    def redactor(self) -> Redactor:
+        """Return what removes the token from texts, and each of its parts that says something by itself."""
+        parts = (part for part in self._text.split(".") if len(part) >= _PART_CHARS_MIN)
+        return Redactor([self._text, *parts])
+
     def file_content(self) -> bytes:
         """Return the content of a token file."""
         return f"{self._text}\n".encode()
@@ -42,7 +51,7 @@ class Token:
             payload = self._text.split(".")[1]
             claims = msgspec.json.decode(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
             return str(claims["hex_identity"])
-        except (IndexError, ValueError, msgspec.DecodeError, KeyError, TypeError):
+        except (IndexError, ValueError, msgspec.DecodeError, KeyError, TypeError, RecursionError):
             return None
 
     def auth_header(self) -> dict[str, str]:
@@ -66,23 +75,27 @@ class SpacetimeDbSettings(NamedTuple):
         """Return the request path of a part of the database."""
         return "/".join(["/v1/database", *(quote(part, safe="") for part in (self.database, *parts))])
 
+    def redactor(self) -> Redactor:
+        """Return what removes the token from texts."""
+        return NO_SECRETS if self.token is None else self.token.redactor()
+
 
 def parse_url(url: str) -> SpacetimeDbSettings:
     """Parse the URL of a SpacetimeDB sink; raises `ConfigurationError`, which names the part that is wrong."""
-    parts = urlsplit(url)
-    options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
     try:
+        parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
-        host, port = None, None
+        raise ConfigurationError("sink", f"{url.partition(':')[0]}://...", "the call", _URL_FORM) from None
+    options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
     database = unquote(parts.path.strip("/"))
-    if not host or not database or "/" in database or parts.fragment:
+    if not host or not database or "/" in database or parts.fragment or not url.isprintable() or " " in host:
         raise ConfigurationError("sink", f"{parts.scheme}://...", "the call", _URL_FORM)
     unknown = options.keys() - {"function", "token_file", "connections", "timeout", "window", "confirm_wait"}
     if unknown:
         advice = "use one of function, token_file, connections, timeout, window, confirm_wait"
-        advice = f"unknown sink option {min(unknown)!r}; {advice}"
-        raise ConfigurationError(f"sink option {min(unknown)}", None, SOURCE, advice)
+        shown = min(unknown) if _OPTION_NAME.fullmatch(min(unknown)) else "..."
+        raise ConfigurationError(f"sink option {shown}", None, SOURCE, f"unknown sink option {shown!r}; {advice}")
     uses_tls = parts.scheme.endswith("+https")
     shown_host = f"[{host}]" if ":" in host else host
     return SpacetimeDbSettings(
@@ -105,7 +118,7 @@ def find_token(inline_token: str, token_file: str | None) -> Token | None:
         source = token_file
         try:
             text = read_file(token_file).decode()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigurationError("token_file", token_file, SOURCE, f"cannot read the file: {error}") from None
     text = (text or os.environ.get(TOKEN_VARIABLE, "")).strip()
     if not text:
